@@ -1,0 +1,152 @@
+"""Small tools on fx graphs that several passes need: copies, dead code, batches of example inputs."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from indistill_fx.ops import is_inplace
+
+
+def tensor_nodes(value: object) -> list[fx.Node]:
+    """The nodes in a nested structure of arguments, in order."""
+    return [leaf for leaf in tree_leaves(value, is_leaf=lambda v: isinstance(v, fx.Node)) if isinstance(leaf, fx.Node)]
+
+
+def output_node(graph: fx.Graph) -> fx.Node:
+    """The graph's output node."""
+    return next(iter(reversed(graph.nodes)))
+
+
+def copy_graph(graph_module: fx.GraphModule) -> tuple[fx.GraphModule, dict[str, fx.Node]]:
+    """A GraphModule with a graph of its own and the same leaf modules, parameters and buffers; and its nodes by name."""
+    graph = fx.Graph()
+    memo: dict[fx.Node, fx.Node] = {}
+    result = graph.graph_copy(graph_module.graph, memo)
+    graph.output(result)
+    new = fx.GraphModule(graph_module, graph, class_name=type(graph_module).__name__)
+    return new, {old.name: node for old, node in memo.items()}
+
+
+def sweep(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """Remove, in place, the nodes that no output needs and the modules, parameters and buffers that no node names; recompile.
+
+    Only for a graph the caller has just made. Placeholders stay: the signature is part of the contract.
+    """
+    graph_module.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output") or _writes_alive(n))
+    graph_module.delete_all_unused_submodules()
+    _delete_unused_tensors(graph_module)
+    graph_module.graph.lint()
+    graph_module.recompile()
+    return graph_module
+
+
+def _writes_alive(node: fx.Node) -> bool:
+    return is_inplace(node) and bool(node.all_input_nodes) and len(node.all_input_nodes[0].users) > 1
+
+
+def _delete_unused_tensors(graph_module: fx.GraphModule) -> None:
+    used = {str(node.target) for node in graph_module.graph.nodes if node.op == "get_attr"}
+    called = tuple(f"{node.target}." for node in graph_module.graph.nodes if node.op == "call_module")
+    named = [name for name, _ in (*graph_module.named_parameters(), *graph_module.named_buffers())]
+    for name in named:
+        if name not in used and not name.startswith(called):
+            path, _, attr = name.rpartition(".")
+            delattr(graph_module.get_submodule(path), attr)
+
+
+def add_module(graph_module: fx.GraphModule, wish: str, module: nn.Module) -> str:
+    """Register `module` under the first free name that begins with `wish`; returns the name."""
+    base = wish.replace(".", "_")
+    taken = {name for name, _ in graph_module.named_children()}
+    name = base if base not in taken and not hasattr(graph_module, base) else ""
+    count = 0
+    while not name:
+        count += 1
+        name = f"{base}_{count}" if not hasattr(graph_module, f"{base}_{count}") else ""
+    graph_module.add_module(name, module)
+    return name
+
+
+def with_tensors(module: nn.Module, tensors: Mapping[str, Tensor | None], **attributes: Any) -> nn.Module:
+    """A shallow copy of a leaf module with some of its own parameters, buffers and attributes replaced; the original stays as it is."""
+    new = copy.copy(module)
+    new.__dict__["_parameters"] = dict(module._parameters)
+    new.__dict__["_buffers"] = dict(module._buffers)
+    new.__dict__["_modules"] = dict(module._modules)
+    for name, tensor in tensors.items():
+        if name in new._parameters and tensor is not None:
+            new._parameters[name] = nn.Parameter(tensor, requires_grad=tensor.requires_grad and tensor.is_floating_point())
+        elif name in new._parameters:
+            new._parameters[name] = None
+        else:
+            new._buffers[name] = tensor
+    for name, value in attributes.items():
+        setattr(new, name, value)
+    return new
+
+
+def shadow(module: nn.Module, *, training: bool) -> nn.Module:
+    """A copy of a module tree that has training flags of its own and shares every parameter and buffer."""
+    new = with_tensors(module, {})
+    for name, child in module._modules.items():
+        if child is not None:
+            new._modules[name] = shadow(child, training=training)
+    new.__dict__["training"] = training
+    return new
+
+
+@contextmanager
+def mode(module: nn.Module, *, training: bool) -> Iterator[None]:
+    """Set train or eval mode, and put every flag back as it was, whatever happens. Flags are written without calling `train()`."""
+    before = [(child, child.training) for child in module.modules()]
+    try:
+        for child, _ in before:
+            child.__dict__["training"] = training
+        yield
+    finally:
+        for child, flag in before:
+            child.__dict__["training"] = flag
+
+
+def batch_of(value: Any, size: int, *, example_size: int) -> Any:
+    """The example inputs with another batch size; rows beyond the example's repeat it with a little noise.
+
+    Tensors whose first axis is not the example's batch stay as they are.
+    """
+
+    def resize(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or leaf.dim() == 0 or leaf.shape[0] != example_size:
+            return leaf
+        rows = leaf[torch.arange(size) % example_size]
+        if leaf.is_floating_point() and size > example_size:
+            noise = torch.randn(rows.shape, generator=torch.Generator().manual_seed(size), dtype=torch.float64)
+            fresh = torch.arange(size) >= example_size
+            rows = rows + (0.1 * noise * fresh.view(-1, *[1] * (rows.dim() - 1))).to(rows)
+        return rows
+
+    return tree_map(resize, value)
+
+
+def batch_size(value: Any) -> int:
+    """The batch size of example inputs: the first axis of the first tensor that has one."""
+    return next((leaf.shape[0] for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and leaf.dim()), 1)
+
+
+def digest(module: nn.Module) -> str:
+    """Digest of all weights, buffers, training and gradient flags of a module: equal before and after anything that must not touch it."""
+    total = hashlib.sha256()
+    for name, child in module.named_modules():
+        total.update(f"{name} {child.training} {type(child).__qualname__}".encode())
+    tensors: Iterable[tuple[str, Tensor]] = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+    for name, tensor in tensors:
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.requires_grad}".encode())
+        total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()

@@ -1,0 +1,126 @@
+"""What a graph node computes, whatever form the model's author wrote it in.
+
+`nn.ReLU()`, `F.relu`, `torch.relu`, `x.relu()`, `x.relu_()` and `aten.relu.default` are one operation with one name here. The passes ask
+`op_name` and never look at classes or targets themselves, so a rule is written once for all forms.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from typing import Any
+
+from torch import fx, nn
+
+_BY_CLASS: dict[str, str] = {
+    **{f"Conv{n}d": "conv" for n in (1, 2, 3)},
+    **{f"ConvTranspose{n}d": "conv_transpose" for n in (1, 2, 3)},
+    **{f"BatchNorm{n}d": "batch_norm" for n in (1, 2, 3)},
+    **{f"InstanceNorm{n}d": "instance_norm" for n in (1, 2, 3)},
+    **{f"MaxPool{n}d": "max_pool" for n in (1, 2, 3)},
+    **{f"AvgPool{n}d": "avg_pool" for n in (1, 2, 3)},
+    **{f"AdaptiveAvgPool{n}d": "adaptive_avg_pool" for n in (1, 2, 3)},
+    **{f"AdaptiveMaxPool{n}d": "adaptive_max_pool" for n in (1, 2, 3)},
+    **{f"Dropout{n}d": "dropout" for n in (1, 2, 3)},
+    "SyncBatchNorm": "batch_norm",
+    "LocalResponseNorm": "local_response_norm",
+    "MultiheadAttention": "multihead_attention",
+}
+_BY_NAME: dict[str, str] = {
+    **{f"conv{n}d": "conv" for n in (1, 2, 3)},
+    "_convolution": "conv",
+    "convolution": "conv",
+    **{f"conv_transpose{n}d": "conv_transpose" for n in (1, 2, 3)},
+    **{f"max_pool{n}d": "max_pool" for n in (1, 2, 3)},
+    **{f"avg_pool{n}d": "avg_pool" for n in (1, 2, 3)},
+    **{f"adaptive_avg_pool{n}d": "adaptive_avg_pool" for n in (1, 2, 3)},
+    **{f"adaptive_max_pool{n}d": "adaptive_max_pool" for n in (1, 2, 3)},
+    **{f"dropout{n}d": "dropout" for n in (1, 2, 3)},
+    **{f"feature_dropout{n}d": "dropout" for n in (1, 2, 3)},
+    "iadd": "add",
+    "isub": "sub",
+    "imul": "mul",
+    "itruediv": "div",
+    "truediv": "div",
+    "true_divide": "div",
+    "subtract": "sub",
+    "multiply": "mul",
+    "divide": "div",
+    "concat": "cat",
+    "concatenate": "cat",
+    "_assert": "assert",
+    "swapaxes": "transpose",
+    "moveaxis": "movedim",
+    "reshape_as": "reshape",
+    "view_as": "view",
+    "_unsafe_view": "view",
+    "native_layer_norm": "layer_norm",
+    "native_group_norm": "group_norm",
+    "hard_swish": "hardswish",
+}
+_WORDS = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
+
+UNARY = frozenset(
+    "relu relu6 leaky_relu prelu rrelu elu selu celu gelu silu mish sigmoid tanh hardtanh hardswish hardsigmoid softplus softsign "
+    "log_sigmoid threshold dropout alpha_dropout identity clone contiguous detach abs neg exp log sqrt rsqrt square float half to "
+    "type_as clamp clamp_min clamp_max pow stochastic_depth drop_path".split()
+)
+"""Elementwise operations on one tensor: every entry of the output depends on the entry at the same place alone."""
+
+_INPLACE_OPERATORS = frozenset({operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ipow, operator.iand, operator.ior})
+
+BINARY = frozenset("add sub mul div maximum minimum".split())
+"""Elementwise operations on two broadcast operands."""
+
+
+_COMPACT = {name.replace("_", ""): name for name in (*UNARY, "layer_norm", "group_norm", "pixel_shuffle", "softmax")}
+
+
+def attribute(root: nn.Module, path: str) -> Any:
+    """The module, parameter or buffer that a `call_module` or `get_attr` node names, by its dotted path."""
+    return operator.attrgetter(path)(root) if path else root
+
+
+def op_name(node: fx.Node) -> str:
+    """The operation's canonical name: `conv`, `batch_norm`, `relu`, `add`, …; placeholders, attributes and outputs by their fx name.
+
+    A module with no rule of its own is called by its class name in snake case (`my_block`).
+    """
+    if node.op == "call_module":
+        owner = node.graph.owning_module
+        if owner is None:
+            raise RuntimeError(f"node {node.name} stands in a graph without a module")
+        name = type(attribute(owner, str(node.target))).__name__
+        if name in _BY_CLASS:
+            return _BY_CLASS[name]
+        return _COMPACT.get(name.lower(), _WORDS.sub("_", name).lower())
+    if node.op in ("call_function", "call_method"):
+        return _function_name(node.target)
+    return node.op
+
+
+def _function_name(target: Any) -> str:
+    schema = getattr(target, "_schema", None)
+    name = schema.name.split("::")[-1] if schema is not None else str(getattr(target, "__name__", target))
+    name = _BY_NAME.get(name, name)
+    if name.endswith("_") and not name.endswith("__"):
+        name = name.rstrip("_")
+    return _BY_NAME.get(name, name)
+
+
+def is_inplace(node: fx.Node) -> bool:
+    """Whether the node writes into its first argument."""
+    if node.op == "call_module":
+        owner = node.graph.owning_module
+        return owner is not None and getattr(attribute(owner, str(node.target)), "inplace", False) is True
+    if node.op == "call_method":
+        name = str(node.target)
+        return (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
+    if node.op == "call_function":
+        if node.kwargs.get("inplace") is True or node.target is operator.setitem:
+            return True
+        name = str(getattr(node.target, "__name__", ""))
+        if node.target in _INPLACE_OPERATORS:
+            return True
+        return name.endswith("_") and not name.endswith("__") and getattr(node.target, "__module__", "").startswith("torch")
+    return False

@@ -1,0 +1,158 @@
+"""A traced model: the graph, what is known of each node, and the names people use for its tensors."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import fx, nn
+
+from indistill_fx.errors import ConfigError, nearest
+from indistill_fx.ops import op_name
+
+Role = Literal["teacher", "student"]
+Kind = Literal["map", "tokens", "vector", "other"]
+
+
+@dataclass(frozen=True, slots=True)
+class NodeFacts:
+    """What is known of one tensor in the graph.
+
+    Attributes:
+        shape: with the batch size of the example input.
+        dtype: of the tensor.
+        kind: `map` (batch, channels, *space, or channels last), `tokens` (batch, sequence, channels), `vector` (batch, channels), `other`.
+        batch_axis: the axis that grows with the batch; None for a constant.
+        channel_axis: the axis of channels; None where there is none.
+        stride: input size over own size, per axis of space; None unless a map.
+        macs: multiply-accumulates of this node, for one sample.
+        parameters: number of parameters this node reads.
+        module: path of the module in whose forward the node was made.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    kind: Kind
+    batch_axis: int | None
+    channel_axis: int | None
+    stride: tuple[float, ...] | None
+    macs: int
+    parameters: int
+    module: str
+
+    @property
+    def channels(self) -> int:
+        """Size of the channel axis."""
+        if self.channel_axis is None:
+            raise ValueError(f"a tensor of shape {self.shape} without a channel axis")
+        return self.shape[self.channel_axis]
+
+    @property
+    def space(self) -> tuple[int, ...]:
+        """Sizes of all axes but batch and channels: (H, W) of a map, (length,) of tokens."""
+        return tuple(n for axis, n in enumerate(self.shape) if axis not in (self.batch_axis, self.channel_axis))
+
+
+@dataclass(frozen=True, slots=True)
+class TraceReport:
+    """How a trace came about.
+
+    Attributes:
+        rung: which way of tracing succeeded: `symbolic`, `shapes`, `leaves`, `export`.
+        refused: the rungs tried before, each with the reason why it failed.
+        leaves: modules kept as one node because their code could not be traced.
+        specialisations: decisions that the example input took (`models.py:31: h == 64`).
+        checked: (batch size, largest difference to the module relative to the largest value) for each size compared.
+        notes: anything else the reader should know.
+    """
+
+    rung: str
+    refused: tuple[str, ...] = ()
+    leaves: tuple[str, ...] = ()
+    specialisations: tuple[str, ...] = ()
+    checked: tuple[tuple[int, float], ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TracedModel:
+    """A model as a graph. Made by `trace`; passes return new ones and never change one.
+
+    Attributes:
+        graph_module: the graph. A student's leaf modules are the caller's own objects; a teacher's share only the tensors.
+        facts: per node name, for nodes whose value is one tensor.
+        aliases: node name -> names of the tap at that node, as people write them, the outermost module first.
+        report: how the trace came about.
+        role: teachers are traced in eval mode, students in train mode.
+        module: the caller's module.
+        example_inputs: positional arguments of one forward call.
+        example_kwargs: keyword arguments of one forward call.
+        logits: name of the node that holds the main output.
+    """
+
+    graph_module: fx.GraphModule
+    facts: Mapping[str, NodeFacts]
+    aliases: Mapping[str, tuple[str, ...]]
+    report: TraceReport
+    role: Role
+    module: nn.Module
+    example_inputs: tuple[Any, ...]
+    example_kwargs: Mapping[str, Any]
+    logits: str
+
+    @property
+    def taps(self) -> dict[str, str]:
+        """Every legal tap name -> node name. Where two nodes claim a name, the first in the graph has it."""
+        found: dict[str, str] = {}
+        for node, names in self.aliases.items():
+            for name in names:
+                found.setdefault(name, node)
+        return found
+
+    def node(self, tap: str) -> fx.Node:
+        """The node that a tap names.
+
+        Raises:
+            ConfigError: no tensor of that name; offers the nearest names.
+        """
+        taps = self.taps
+        if tap not in taps:
+            raise ConfigError(
+                f"The {self.role} has no layer named `{tap}`.",
+                where=tap,
+                hint=f"{nearest(tap, taps)} `indistill-fx inspect` lists all layers.".strip(),
+            )
+        return next(node for node in self.graph_module.graph.nodes if node.name == taps[tap])
+
+    def tap_name(self, node: fx.Node | str) -> str:
+        """The name people would use for a node's tensor: the outermost module whose output it is, else `module:node`."""
+        return self.aliases[node if isinstance(node, str) else node.name][0]
+
+    def facts_of(self, tap: str) -> NodeFacts:
+        """Facts of the tensor that a tap names."""
+        return self.facts[self.node(tap).name]
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of one sample."""
+        return sum(facts.macs for facts in self.facts.values())
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of the structure: operations, edges, shapes without the batch, layer names. Weights do not enter."""
+        digest = hashlib.sha256()
+        for node in self.graph_module.graph.nodes:
+            facts = self.facts.get(node.name)
+            shape = [n for axis, n in enumerate(facts.shape) if axis != facts.batch_axis] if facts else None
+            inputs = [source.name for source in node.all_input_nodes]
+            digest.update(repr((node.name, op_name(node), inputs, shape, self.aliases.get(node.name, ()))).encode())
+        return digest.hexdigest()[:16]
+
+    def with_graph(
+        self, graph_module: fx.GraphModule, *, facts: Mapping[str, NodeFacts], aliases: Mapping[str, tuple[str, ...]]
+    ) -> TracedModel:
+        """The same model with another graph."""
+        return replace(self, graph_module=graph_module, facts=facts, aliases=aliases)
