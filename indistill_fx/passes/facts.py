@@ -66,13 +66,18 @@ class _Recorder(nn.Module):
 
     def forward(self, *args: Any) -> Any:
         seen, counter = self.seen, FlopCounterMode(display=False, custom_mapping=_ATTENTION)
+        untold: dict[fx.Node, int] = {}
 
         class Run(fx.Interpreter):
             def run_node(self, n: fx.Node) -> Any:
                 before = counter.get_total_flops()
                 value = super().run_node(n)
+                macs = (counter.get_total_flops() - before) // 2
                 if isinstance(value, Tensor):
-                    seen[n.name] = _Seen(tuple(value.shape), value.dtype, (counter.get_total_flops() - before) // 2)
+                    macs += sum(untold.pop(source, 0) for source in n.all_input_nodes)
+                    seen[n.name] = _Seen(tuple(value.shape), value.dtype, macs)
+                elif macs:  # a tuple: its work is told at the first of its parts
+                    untold[n] = macs
                 return value
 
         with counter:

@@ -68,14 +68,17 @@ def _written(writer: fx.Node) -> fx.Node | None:
 
 
 def _refuse_views(writer: fx.Node, target: fx.Node, order: dict[fx.Node, int]) -> None:
-    """Rule 3."""
-    late = [
-        view
-        for view in target.users
-        if op_name(view) in _VIEWS and order[view] < order[writer] and any(order.get(u, 0) > order[writer] for u in view.users)
-    ]
-    if op_name(target) in _VIEWS or late or writer.target is operator.setitem:
-        raise FrontendError(f"`{writer.name}` writes into a view of another tensor", where=writer.name)
+    """Rule 3: of all tensors that share the target's storage only the target itself may be read after the write."""
+    base = target
+    while op_name(base) in _VIEWS and base.all_input_nodes:
+        base = base.all_input_nodes[0]
+    sharing, new = {base}, [base]
+    while new:
+        new = [user for node in new for user in node.users if op_name(user) in _VIEWS and order.get(user, 0) < order[writer]]
+        sharing.update(new)
+    others = (user for node in sharing - {target} for user in node.users)
+    if writer.target is operator.setitem or any(order.get(user, 0) > order[writer] for user in others):
+        raise FrontendError(f"`{writer.name}` writes into a tensor that is also read through a view", where=writer.name)
 
 
 def _make_functional(writer: fx.Node, graph_module: fx.GraphModule) -> None:

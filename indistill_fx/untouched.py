@@ -1,0 +1,60 @@
+"""Run somebody else's module and leave it as it was found."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+_REGISTRIES = ("_parameters", "_buffers", "_modules")
+
+
+@contextmanager
+def untouched(module: nn.Module) -> Iterator[None]:
+    """Put flags, buffers, attributes and random state back when the block ends, however it ends.
+
+    Parameters keep their identity; their values are not copied, since no forward pass writes them. Attributes count
+    because a forward pass that caches a tensor leaves a fake one behind when it is traced.
+
+    Args:
+        module: the module whose forward will run, or be traced, inside the block.
+    """
+    attributes = [(part, dict(part.__dict__), [dict(part.__dict__[r]) for r in _REGISTRIES]) for part in module.modules()]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
+    python_state = random.getstate()
+    numpy_random: Any = getattr(sys.modules.get("numpy"), "random", None)
+    numpy_state = numpy_random.get_state() if numpy_random else None
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        for part, own, registries in attributes:
+            for name, entries in zip(_REGISTRIES, registries, strict=True):
+                own[name].clear()
+                own[name].update(entries)
+            part.__dict__.clear()
+            part.__dict__.update(own)
+        with torch.no_grad():
+            for buffer, before in buffers:
+                if not torch.equal(buffer, before):
+                    buffer.copy_(before)
+        random.setstate(python_state)
+        if numpy_random:
+            numpy_random.set_state(numpy_state)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """The module in eval mode, without autograd, and untouched afterwards.
+
+    The flags are written directly: the module of a loaded `torch.export` archive refuses `.eval()`.
+    """
+    with untouched(module), torch.no_grad():
+        for part in module.modules():
+            part.training = False
+        yield
