@@ -1,0 +1,109 @@
+"""The command line. Commands are loaded when they are called, so that `--help` does not wait for torch."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from typing import Any
+
+import click
+
+from indistill_fx.errors import IndistillError
+
+_COMMANDS: dict[str, str] = {
+    "align": "Pair the layers of a teacher and a student.",
+    "inspect": "Show a model's layers: spine, stages, widths, MACs.",
+    "prune": "Remove channels from a network.",
+    "distill": "Distil a teacher into a student: warm-up, then the main loss.",
+    "train": "Train a model on labels alone.",
+    "evaluate": "Measure accuracy, and retrieval on request.",
+    "export": "Export a model to ONNX, with proof that it computes the same.",
+    "demo": "The whole way on data that ships with scikit-learn, in about a minute and a half.",
+}
+
+
+class _LazyGroup(click.Group):
+    """A group that knows its commands' names and help lines, and imports a command only to run it or to show its own help."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        command: click.Command = import_module(f"indistill_fx.cli.{cmd_name}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(_COMMANDS.items()))
+
+
+@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="indistill-fx")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.pass_context
+def app(context: click.Context, debug: bool) -> None:
+    """A compiler for knowledge distillation.
+
+    MODEL, TEACHER and STUDENT are specs, the same everywhere:
+
+    \b
+      model.pt                      a pickled nn.Module, loaded without running code from the file
+      model.pt2                     a torch.export archive
+      models.py:make_student        a factory or class in your own code (also pkg.models:make_student)
+      torchvision:resnet18          a constructor by name; ?num_classes=10 for arguments
+      timm:resnet10t                the same for timm
+      …@weights.safetensors         any of the last three with a state dict loaded (.pt too)
+
+    DATA is digits, cifar10, cifar100, imagefolder:DIR or file.py:make_loaders.
+
+    \b
+    Start here:
+      indistill-fx demo
+      indistill-fx align torchvision:resnet50 torchvision:resnet18
+    """
+    context.obj = {"debug": debug}
+
+
+def main() -> None:
+    """Run the command line; exit code 0: done, 2: the input is at fault, 1: our fault."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command and return its exit code."""
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    try:
+        result: Any = app.main(arguments, prog_name="indistill-fx", standalone_mode=False)
+    except IndistillError as error:
+        _tell(error, debug=debug)
+        return 2
+    except click.ClickException as error:
+        error.show()
+        return 2
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        click.echo("Stopped.", err=True)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 0
+    except Exception as error:  # the last line of defence: tell it as ours
+        if debug:
+            raise
+        click.echo(
+            f"indistill-fx failed, and it is our fault: {type(error).__name__}: {error}\n"
+            "Run the same command with --debug for the traceback, and report it, please.",
+            err=True,
+        )
+        return 1
+    return result if isinstance(result, int) else 0
+
+
+def _tell(error: IndistillError, *, debug: bool) -> None:
+    if debug:
+        import traceback
+
+        traceback.print_exception(error)
+    click.echo(f"Error: {error}", err=True)
