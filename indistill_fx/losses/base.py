@@ -1,0 +1,127 @@
+"""What every distillation loss is made of: the values it reads, and the frame that adds cross-entropy."""
+
+from __future__ import annotations
+
+from typing import ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from indistill_fx.errors import ConfigError
+
+EMBEDDING = "<embedding>"
+"""Key of the penultimate vector's shape in `student_shapes` and `teacher_shapes`; no tap can have this name."""
+
+
+class Outputs(NamedTuple):
+    """What one network delivers for one batch; the main losses compare two of these.
+
+    Attributes:
+        logits: (batch, classes); None where nobody asked for them.
+        embedding: the penultimate vector (batch, ...); None where nobody asked for it.
+        features: pair name -> feature, shallow to deep; the same keys for teacher and student.
+        indices: (batch,) each sample's place in the training set, for losses with `needs_indices`.
+    """
+
+    logits: Tensor | None
+    embedding: Tensor | None
+    features: dict[str, Tensor]
+    indices: Tensor | None = None
+
+
+class MainLoss(nn.Module):
+    """`weight_labels` * cross-entropy + `weight` * the method's own term, in full precision even under autocast.
+
+    A method gives `term` and says in class attributes what it reads, so that only those taps are compiled in. The
+    student must deliver what `needs` names, and its logits wherever `weight_labels` is not 0. Gradients never reach the
+    teacher.
+
+    Attributes:
+        needs: which of the teacher's `logits`, `embedding`, `features` are read.
+        needs_indices: whether batches must carry sample indices.
+        needs_shapes: whether the constructor takes `student_shapes` and `teacher_shapes` (there are weights to train).
+
+    Args:
+        weight: of the method's term.
+        weight_labels: of the cross-entropy with the labels.
+
+    Raises:
+        ConfigError: a weight is negative, or both are 0.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    needs_indices: ClassVar[bool] = False
+    needs_shapes: ClassVar[bool] = False
+
+    def __init__(self, *, weight: float, weight_labels: float):
+        super().__init__()
+        if min(weight, weight_labels) < 0 or weight == weight_labels == 0:
+            raise ConfigError(
+                f"{type(self).__name__}: weight {weight} and weight_labels {weight_labels} leave nothing to minimise.",
+                where="weight",
+                got=(weight, weight_labels),
+                expected="two numbers >= 0, not both 0",
+            )
+        self.weight, self.weight_labels = weight, weight_labels
+
+    def term(self, student: Outputs, teacher: Outputs, labels: Tensor | None) -> Tensor:
+        """The method's own term, unweighted."""
+        raise NotImplementedError
+
+    def forward(self, student: Outputs, teacher: Outputs, labels: Tensor | None = None) -> Tensor:
+        """The scalar to minimise."""
+        anchor = next(
+            value for value in (student.logits, student.embedding, *student.features.values()) if value is not None
+        )
+        with torch.autocast(anchor.device.type, enabled=False):
+            student, teacher = _widened(student), _detached(_widened(teacher))
+            parts = []
+            if self.weight:
+                parts.append(self.weight * self.term(student, teacher, labels))
+            if self.weight_labels:
+                loss = F.cross_entropy(required(student.logits, "student logits"), required(labels, "labels"))
+                parts.append(self.weight_labels * loss)
+            return parts[0] if len(parts) == 1 else parts[0] + parts[1]
+
+
+def required(value: Tensor | None, what: str) -> Tensor:
+    """The tensor, or a ConfigError that names what is absent."""
+    if value is None:
+        raise ConfigError(f"This loss reads the {what}, but none were given.", where=what, expected="a tensor")
+    return value
+
+
+def same_shape(student: Tensor, teacher: Tensor, what: str) -> None:
+    """Refuse to compare tensors that differ in shape (broadcasting would do it silently)."""
+    if student.shape != teacher.shape:
+        raise ConfigError(
+            f"{what} cannot compare the student's {tuple(student.shape)} with the teacher's {tuple(teacher.shape)}.",
+            where=what,
+            got=tuple(student.shape),
+            expected=tuple(teacher.shape),
+            hint="Narrow the teacher to the student's width, or take a loss that works across widths (at, pkt).",
+        )
+
+
+def widened(value: Tensor) -> Tensor:
+    """The tensor in float32 at least."""
+    return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
+
+
+def _widened(values: Outputs) -> Outputs:
+    return Outputs(
+        None if values.logits is None else widened(values.logits),
+        None if values.embedding is None else widened(values.embedding),
+        {name: widened(value) for name, value in values.features.items()},
+        values.indices,
+    )
+
+
+def _detached(values: Outputs) -> Outputs:
+    return Outputs(
+        None if values.logits is None else values.logits.detach(),
+        None if values.embedding is None else values.embedding.detach(),
+        {name: value.detach() for name, value in values.features.items()},
+        values.indices,
+    )

@@ -1,0 +1,62 @@
+"""Objects in the user's own code, named `file.py:name` or `package.module:name`."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from indistill_fx.errors import ConfigError, IndistillError, nearest
+
+
+def load_object(spec: str) -> Any:
+    """The object a spec names. This runs the user's code.
+
+    Args:
+        spec: `file.py:name` or `package.module:name`.
+
+    Returns:
+        Whatever stands under that name.
+
+    Raises:
+        ConfigError: no such file, module or name, or the code fails while it is imported.
+    """
+    place, _, name = spec.rpartition(":")
+    if not place or not name:
+        raise ConfigError(f"{spec!r} names no object.", where=spec, expected="file.py:name or package.module:name")
+    try:
+        module = _from_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+    except IndistillError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"{place!r} cannot be imported: {reason}.", where=place, got=reason) from error
+    if not hasattr(module, name):
+        names = [key for key in vars(module) if not key.startswith("_")]
+        raise ConfigError(f"{place!r} has no {name!r}.", where=spec, got=name, hint=nearest(name, names))
+    return getattr(module, name)
+
+
+def _from_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise ConfigError(f"There is no file {str(path)!r} (looked in {Path.cwd()}).", where=str(path))
+    path = path.resolve()
+    key = f"{path.stem}@{path}"  # no importable name; one file is one module however often it is named
+    if key in sys.modules:
+        return sys.modules[key]
+    spec = importlib.util.spec_from_file_location(key, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[key] = module
+    sys.path.insert(0, str(path.parent))  # so that the file finds its neighbours, as when it is run
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[key]
+        raise
+    finally:
+        sys.path.remove(str(path.parent))
+    return module
