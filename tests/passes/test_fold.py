@@ -1,0 +1,60 @@
+"""Folding changes nothing but round-off, and leaves the caller's teacher alone."""
+
+from __future__ import annotations
+
+import torch
+
+import indistill_fx as ifx
+from indistill_fx.graphs import digest
+from indistill_fx.passes.fold import fold
+from tests.nets import Overwritten, PreActivation, Residual, images, seeded
+
+
+def test_folded_teacher_computes_the_same():
+    module = seeded(Residual, dropout=0.5).double().eval()
+    before = digest(module)
+    x = images(4).double()
+    result = fold(ifx.instrument(ifx.trace(module, x), ["layer1", "layer2", "layer3"]))
+    features, output = result.value(x)
+    torch.testing.assert_close(output, module(x), rtol=1e-12, atol=1e-12)
+    assert not [m for m in result.value.modules() if isinstance(m, torch.nn.BatchNorm2d | torch.nn.Dropout)]
+    assert len(result.report.folded) == 1 + 6 * 2 + 2
+    assert result.report.removed == ("dropout",)
+    assert digest(module) == before
+    assert features["layer3"].shape == (4, 32, 4, 4)
+
+
+def test_fresh_statistics_would_hide_a_missing_fold():
+    """Negative control: without the norms' own numbers the output is another one."""
+    module = seeded(Residual).double().eval()
+    x = images(4).double()
+    expected = module(x)
+    for child in module.modules():
+        if isinstance(child, torch.nn.BatchNorm2d):
+            child.reset_running_stats()
+    assert (module(x) - expected).abs().max() > 1e-2
+
+
+def test_norms_that_cannot_be_folded_are_reported():
+    traced = ifx.trace(seeded(PreActivation).eval(), images())
+    report = fold(traced.graph_module).report
+    assert report.folded == ()
+    assert sorted(line.split(":")[0] for line in report.kept) == ["bn1", "bn2"]
+    assert "read by others" in report.kept[0]
+
+
+def test_tap_between_convolution_and_norm_blocks_the_fold():
+    traced = ifx.trace(seeded(Overwritten).eval(), images())
+    both = fold(ifx.instrument(traced, ["conv", "bn"]))
+    assert both.report.folded == ()
+    features, _ = both.value(images())
+    assert torch.equal(features["conv"], traced.module.conv(images()))
+
+
+def test_folded_graph_has_parameters_of_its_own():
+    module = seeded(PreActivation)
+    folded = fold(ifx.trace(module, images()).graph_module).value
+    assert not any(p.requires_grad for p in folded.parameters())
+    assert all(p.requires_grad for p in module.parameters())
+    own = {id(p) for p in module.parameters()}
+    assert not any(id(p) in own for p in folded.parameters())
