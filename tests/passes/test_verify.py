@@ -27,7 +27,7 @@ def test_all_violations_are_told_at_once(traced):
     graph_module.delete_submodule(str(second.target))
     with graph_module.graph.inserting_before(first):
         graph_module.graph.call_function(operator.add, (second, second))
-        graph_module.graph.get_attr("nowhere.weight")
+        graph_module.graph.create_node("get_attr", "nowhere.weight")
     with pytest.raises(ifx.VerifyError) as caught:
         verify(graph_module, after="broken", signature=("x", "y"))
     told = [str(violation) for violation in caught.value.violations]
