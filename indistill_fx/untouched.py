@@ -24,16 +24,17 @@ def untouched(module: nn.Module) -> Iterator[None]:
     Args:
         module: the module whose forward will run, or be traced, inside the block.
     """
-    attributes = [(part, dict(part.__dict__), [dict(part.__dict__[r]) for r in _REGISTRIES]) for part in module.modules()]
+    parts = [(part, dict(part.__dict__), [dict(part.__dict__[r]) for r in _REGISTRIES]) for part in module.modules()]
     buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
     python_state = random.getstate()
     numpy_random: Any = getattr(sys.modules.get("numpy"), "random", None)
     numpy_state = numpy_random.get_state() if numpy_random else None
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices):
             yield
     finally:
-        for part, own, registries in attributes:
+        for part, own, registries in parts:
             for name, entries in zip(_REGISTRIES, registries, strict=True):
                 own[name].clear()
                 own[name].update(entries)

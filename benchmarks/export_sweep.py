@@ -1,0 +1,203 @@
+"""Which public models can be exported to ONNX and agree with torch there?
+
+All torchvision classification models, and the smallest model of each timm family (module file; timm's own `test_…`
+miniatures do not count). Weights are random, and nothing is left at a neutral start value (batch-norm statistics,
+zero-initialised branches, layer scales), so that a lost operation shows. Each model has a process of its own, with a
+time limit; models that are in the file already are skipped.
+
+    python benchmarks/export_sweep.py -o export_sweep.json [--only timm|torchvision] [--again-failed] [--timeout 900]
+    python benchmarks/export_sweep.py --one timm:resnet10t          one model, result on stdout
+
+Agreement: largest difference at most 1e-3 of the output's range, at batch sizes 1, 2 and 3.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+TOLERANCE = 1e-3
+BATCHES = (1, 2, 3)
+SIZE = 224
+_MARK = "RESULT "
+
+
+def smallest_of_family(family: str) -> str:
+    """The timm model with the fewest parameters in a module file, counted without allocating any."""
+    import timm
+    import torch
+
+    counts = {}
+    for name in timm.list_models(module=family, exclude_filters="test_*"):
+        try:
+            with torch.device("meta"):
+                model = timm.create_model(name)
+            counts[name] = sum(p.numel() for p in model.parameters())
+        except Exception as error:  # some constructors compute with values; another of the family will do
+            print(f"{name}: not counted: {str(error)[:80]}", file=sys.stderr)
+    return min(counts, key=lambda name: (counts[name], name)) if counts else timm.list_models(module=family)[0]
+
+
+def build(spec: str) -> tuple[Any, tuple[int, int, int]]:
+    """The model, in eval mode with nothing neutral in it, and its input's shape."""
+    import torch
+
+    torch.manual_seed(0)
+    source, name = spec.split(":")
+    if source == "torchvision":
+        import torchvision
+
+        slow_start = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+        model, shape = torchvision.models.get_model(name, weights=None, **slow_start), (3, SIZE, SIZE)
+    else:
+        import timm
+
+        model = timm.create_model(name)
+        config = model.pretrained_cfg
+        shape = tuple(config.get("input_size", (3, SIZE, SIZE)))
+        if not config.get("fixed_input_size") and shape[1] > SIZE:
+            shape = max((shape[0], SIZE, SIZE), tuple(config.get("min_input_size") or (0, 0, 0)))
+    randomise(model)
+    return model.eval(), shape
+
+
+def randomise(model: Any) -> None:
+    """Replace what constructors leave constant: statistics, norms, zero-initialised weights, layer scales."""
+    import torch
+
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.normal_(0, 0.1)
+            elif name.endswith("running_var"):
+                buffer.uniform_(0.5, 1.5)
+        for parameter in model.parameters():
+            first = parameter.flatten()[0]
+            if parameter.is_floating_point() and bool((parameter == first).all()):
+                if parameter.dim() > 1 and first == 0:
+                    parameter.normal_(0, 0.02)
+                elif first == 0:
+                    parameter.normal_(0, 0.1)
+                else:
+                    parameter.uniform_(0.5, 1.5).mul_(max(abs(float(first)), 0.1))
+        for module in model.modules():
+            if "batchnorm" in type(module).__name__.lower() and getattr(module, "weight", None) is not None:
+                module.weight.uniform_(0.5, 1.5)
+
+
+def run_one(spec: str) -> dict[str, Any]:
+    """Export one model and compare; never raises for what the model does."""
+    import torch
+
+    from indistill_fx.errors import IndistillError
+    from indistill_fx.export import export_onnx
+
+    start = time.perf_counter()
+    row: dict[str, Any] = {"status": "failed"}
+    try:
+        model, shape = build(spec)
+        x = torch.randn(2, *shape)
+        row |= {"input": list(shape), "parameters": sum(p.numel() for p in model.parameters())}
+        with torch.no_grad():
+            a, b = model(x).flatten(1)
+        row["depends_on_input"] = float((a - b).abs().max() / (a.max() - a.min()))
+        with tempfile.TemporaryDirectory() as directory:
+            report = export_onnx(model, Path(directory) / "m.onnx", x, tolerance=TOLERANCE, batch_sizes=BATCHES)
+        row |= {
+            "status": "agrees", "max_rel": max(p.max_rel for p in report.parity), "max_abs": report.max_abs,
+            "opset": report.opset, "size": report.size, "latency_ms": report.latency,
+        }  # fmt: skip
+    except IndistillError as error:
+        row["reason"] = str(error)
+    except Exception as error:
+        row["reason"] = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return row | {"seconds": round(time.perf_counter() - start, 1), "peak_gb": round(peak, 2)}
+
+
+def run_apart(spec: str, timeout: float) -> dict[str, Any]:
+    """`run_one` in a process of its own."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    try:
+        done = subprocess.run(
+            [sys.executable, __file__, "--one", spec], capture_output=True, text=True, timeout=timeout, env=environment
+        )
+    except subprocess.TimeoutExpired:
+        return {"status": "failed", "reason": f"not done after {timeout:.0f} s"}
+    line = next((line for line in done.stdout.splitlines() if line.startswith(_MARK)), None)
+    if line is None:
+        return {"status": "failed", "reason": f"process ended with {done.returncode}: {done.stderr.strip()[-300:]}"}
+    return dict(json.loads(line.removeprefix(_MARK)))
+
+
+def versions() -> dict[str, str]:
+    import onnx
+    import onnxruntime
+    import onnxscript
+    import timm
+    import torch
+    import torchvision
+
+    modules = (torch, torchvision, timm, onnx, onnxruntime, onnxscript)
+    return {"python": platform.python_version(), **{m.__name__: m.__version__ for m in modules}}
+
+
+def sweep(out: Path, *, only: str, again_failed: bool, timeout: float) -> None:
+    """All models not in the file yet; the file is rewritten after each."""
+    import timm
+    import torchvision
+
+    record: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {"families": {}, "rows": {}}
+
+    def save() -> None:
+        draft = out.with_suffix(".tmp")
+        draft.write_text(json.dumps(record, indent=1))
+        os.replace(draft, out)
+
+    record |= {"date": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions(), "tolerance": TOLERANCE}
+    names = [f"torchvision:{n}" for n in torchvision.models.list_models(module=torchvision.models)]
+    if only == "timm":
+        names = []
+    for family in timm.list_modules() if only != "torchvision" else ():
+        if family not in record["families"]:
+            record["families"][family] = smallest_of_family(family)
+            save()
+        names.append(f"timm:{record['families'][family]}")
+    for i, spec in enumerate(names):
+        known = record["rows"].get(spec)
+        if known is None or (again_failed and known["status"] == "failed"):
+            row = record["rows"][spec] = run_apart(spec, timeout)
+            save()
+            print(f"{i + 1}/{len(names)} {spec}: {row['status']} {row.get('reason', row.get('max_rel'))}", flush=True)
+    for source in ("torchvision", "timm"):
+        counts = Counter(row["status"] for spec, row in record["rows"].items() if spec.startswith(source))
+        print(f"{source}: {counts['agrees']} of {counts.total()} agree")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-o", "--out", type=Path, default=Path("export_sweep.json"))
+    parser.add_argument("--only", choices=("torchvision", "timm"), default="")
+    parser.add_argument("--again-failed", action="store_true")
+    parser.add_argument("--timeout", type=float, default=900)
+    parser.add_argument("--one", metavar="SPEC")
+    options = parser.parse_args()
+    if options.one:
+        print(_MARK + json.dumps(run_one(options.one)))
+    else:
+        sweep(options.out, only=options.only, again_failed=options.again_failed, timeout=options.timeout)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,289 @@
+"""Does an ONNX file compute what a module computes? onnxruntime beside torch, output by output."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from indistill_fx.errors import ConfigError, ExportError
+from indistill_fx.preprocess import Preprocess
+
+if TYPE_CHECKING:
+    import onnx
+    import onnxruntime
+
+_SMALLEST_SCALE = 1e-2  # outputs that are nearly all zero have no scale of their own
+Array: TypeAlias = npt.NDArray[Any]
+Values: TypeAlias = dict[str, tuple[Array, Array]]  # per output: torch's, onnxruntime's
+
+
+class Parity(NamedTuple):
+    """One output at one batch size: the largest difference, and that difference in units of the output's range."""
+
+    batch: int
+    output: str
+    max_abs: float
+    max_rel: float
+
+
+@dataclass(frozen=True, slots=True)
+class RealParity:
+    """The comparison on real inputs; the agreement of the largest class is that of the first (N, classes) output.
+
+    Attributes:
+        rows: how many samples were compared.
+        parity: the largest differences per output; `batch` is the number of rows.
+        agreement: share of rows for which both name the same class, or None if no output has classes.
+        per_class: the same, for the rows torch gives to each class.
+    """
+
+    rows: int
+    parity: tuple[Parity, ...]
+    agreement: float | None
+    per_class: Mapping[int, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """All comparisons made, and in words those that failed (none: the file is proven)."""
+
+    parity: tuple[Parity, ...]
+    real: RealParity | None
+    failures: tuple[str, ...]
+
+    @property
+    def max_abs(self) -> float:
+        """The largest difference of all."""
+        return max((row.max_abs for row in self.parity + (self.real.parity if self.real else ())), default=0.0)
+
+
+def as_inputs(example_inputs: Tensor | Sequence[Tensor], *, where: str = "example_inputs") -> tuple[Tensor, ...]:
+    """A tensor or a sequence of tensors as a tuple of tensors with a common batch dimension.
+
+    Raises:
+        ConfigError: something else, or batch sizes that differ.
+    """
+    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+    if not inputs or not all(isinstance(x, Tensor) and x.dim() for x in inputs):
+        got = ", ".join(type(x).__name__ if not isinstance(x, Tensor) else "a scalar" for x in inputs) or "nothing"
+        raise ConfigError(f"`{where}` must be one or more tensors with a batch dimension; got {got}.", where=where)
+    if len({len(x) for x in inputs}) > 1:
+        shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
+        raise ConfigError(f"`{where}` must share their first (batch) dimension; got shapes {shapes}.", where=where)
+    return inputs
+
+
+def random_inputs(
+    example_inputs: Sequence[Tensor], batch: int, *, seed: int = 0, sizes: tuple[int, int] | None = None
+) -> tuple[Tensor, ...]:
+    """Inputs like the examples, of another batch size: same scale for floats, same span for integers.
+
+    Args:
+        example_inputs: what to imitate.
+        batch: rows.
+        seed: of a generator of its own; the global random state is not touched.
+        sizes: replaces the last two dimensions of float maps (N, C, H, W), or the middle two of pixels (N, H, W, C).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(_random_like(x, (batch, *_resized(x, sizes)), generator).to(x.device) for x in example_inputs)
+
+
+def _resized(x: Tensor, sizes: tuple[int, int] | None) -> tuple[int, ...]:
+    if sizes is None or x.dim() != 4:
+        return tuple(x.shape[1:])
+    return (*sizes, x.shape[3]) if x.dtype == torch.uint8 else (x.shape[1], *sizes)
+
+
+def _random_like(x: Tensor, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    if x.dtype == torch.uint8:
+        return torch.randint(0, 256, shape, generator=generator, dtype=x.dtype)
+    if x.is_floating_point():
+        spread = float(x.float().std()) if x.numel() > 1 else 0.0
+        middle = float(x.float().mean()) if x.numel() else 0.0
+        return (torch.randn(shape, generator=generator) * (spread or 1.0) + middle).to(x.dtype)
+    low, high = (int(x.min()), int(x.max())) if x.numel() else (0, 0)
+    return torch.randint(low, high + 1, shape, generator=generator).to(x.dtype)
+
+
+def named_outputs(result: Any) -> dict[str, Tensor]:
+    """The tensors of a module's result by name: dict keys where there are any, else `output`, `output_0`, ….
+
+    >>> list(named_outputs(({"layer1": torch.zeros(1)}, torch.zeros(1), None)))
+    ['layer1', 'output']
+    """
+    leaves = [(p, leaf) for p, leaf in pytree.tree_flatten_with_path(result)[0] if isinstance(leaf, Tensor)]
+    keyed = [".".join(str(k.key) for k in path if isinstance(k, pytree.MappingKey)) for path, _ in leaves]
+    plain = keyed.count("")
+    counter = iter(range(plain))
+    names = [key or ("output" if plain == 1 else f"output_{next(counter)}") for key in keyed]
+    free: dict[str, Tensor] = {}
+    for name, (_, leaf) in zip(names, leaves, strict=True):
+        choices = (name, *(f"{name}_{i}" for i in range(1, len(leaves) + 1)))
+        free[next(choice for choice in choices if choice not in free)] = leaf
+    return free
+
+
+def open_session(path: str | PathLike[str], *, threads: int | None = None) -> onnxruntime.InferenceSession:
+    """An onnxruntime session on the CPU that says only what is an error.
+
+    Raises:
+        ExportError: onnxruntime refuses the file.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads or torch.get_num_threads()
+    # A pool that spins after its run would slow down whatever is measured next.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise ExportError(f"onnxruntime cannot load `{path}`: {first_lines(error)}", where=str(path)) from error
+
+
+def feed(session: onnxruntime.InferenceSession, inputs: Sequence[Tensor]) -> dict[str, Array]:
+    """The tensors by the names of the session's inputs, in order; as pixels if preprocessing is built in."""
+    names = [i.name for i in session.get_inputs()]
+    if len(names) != len(inputs):
+        raise ConfigError(f"The file has {len(names)} inputs ({', '.join(names)}); {len(inputs)} were given.")
+    if built_in := Preprocess.from_metadata(session.get_modelmeta().custom_metadata_map):
+        inputs = [built_in.to_pixels(inputs[0]), *inputs[1:]]
+    return {name: x.detach().cpu().numpy() for name, x in zip(names, inputs, strict=True)}
+
+
+def is_quantised(model: onnx.ModelProto) -> bool:
+    """Does the model hold int8 arithmetic?"""
+    return any(node.op_type in ("QuantizeLinear", "DynamicQuantizeLinear") for node in model.graph.node)
+
+
+def file_size(path: str | PathLike[str]) -> int:
+    """Bytes of an ONNX file and of the weights it keeps beside it."""
+    import onnx
+    from onnx.external_data_helper import ExternalDataInfo, uses_external_data
+
+    file = Path(path)
+    graph = onnx.load(str(file), load_external_data=False).graph
+    beside = {ExternalDataInfo(tensor).location for tensor in graph.initializer if uses_external_data(tensor)}
+    return sum(part.stat().st_size for part in (file, *(file.parent / name for name in beside)))
+
+
+def first_lines(error: BaseException, *, limit: int = 300) -> str:
+    """An error's text on one line, cut off after `limit` characters, ending like a sentence."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return f"{text[: limit - 1]}…" if len(text) > limit else f"{text.rstrip('.')}."
+
+
+def prove(
+    session: onnxruntime.InferenceSession,
+    module: nn.Module,
+    example_inputs: Sequence[Tensor],
+    *,
+    batch_sizes: Sequence[int],
+    tolerance: float,
+    sizes: Sequence[tuple[int, int]] = (),
+    real_inputs: Sequence[Tensor] | None = None,
+) -> Proof:
+    """Run both on the same inputs and compare every output.
+
+    Args:
+        session: the file, opened.
+        module: what it should compute; in eval mode, autograd off.
+        example_inputs: random inputs imitate these.
+        batch_sizes: each is tried.
+        tolerance: the largest difference allowed, as a share of the output's range.
+        sizes: heights and widths to try as well, at the smallest batch size that is more than one.
+        real_inputs: compared too, whole, in pieces of the largest batch size.
+    """
+    rows: list[Parity] = []
+    failures: list[str] = []
+    trials: list[tuple[int, tuple[int, int] | None]] = [(batch, None) for batch in batch_sizes]
+    trials += [(min((b for b in batch_sizes if b > 1), default=1), size) for size in sizes]
+    for seed, (batch, size) in enumerate(trials):
+        inputs = random_inputs(example_inputs, batch, seed=seed, sizes=size)
+        label = f"at batch size {batch}" + (f" and size {size[0]}x{size[1]}" if size else "")
+        try:
+            values = _run(session, module, inputs)
+        except Exception as error:  # either side refuses the input in its own way
+            failures.append(f"{label}: {first_lines(error).rstrip('.')}")
+        else:
+            _compare(values, batch, tolerance, label, rows, failures)
+    real = None
+    if real_inputs is not None:
+        real = _on_real(session, module, real_inputs, max(batch_sizes), tolerance, failures)
+    return Proof(tuple(rows), real, tuple(failures))
+
+
+def _run(session: onnxruntime.InferenceSession, module: nn.Module, inputs: Sequence[Tensor]) -> Values:
+    """Torch's value and onnxruntime's value of each output."""
+    expected = named_outputs(module(*inputs))
+    names = [o.name for o in session.get_outputs()]
+    if len(names) != len(expected):
+        raise ExportError(f"the file has {len(names)} outputs ({', '.join(names)}), the module {len(expected)}")
+    got = session.run(None, feed(session, inputs))
+    ours = [x.detach().cpu().numpy() for x in expected.values()]
+    return {name: (a, np.asarray(b)) for name, a, b in zip(names, ours, got, strict=True)}
+
+
+def _compare(values: Values, batch: int, tolerance: float, label: str, rows: list[Parity], failures: list[str]) -> None:
+    for name, (ours, theirs) in values.items():
+        if ours.shape != theirs.shape:
+            failures.append(f"output `{name}` {label} has shape {theirs.shape}, the module's {ours.shape}")
+            continue
+        largest, scale = _difference(ours, theirs)
+        rows.append(Parity(batch, name, largest, largest / scale if scale else largest))
+        limit = tolerance * max(scale, _SMALLEST_SCALE)
+        if not largest <= limit:
+            failures.append(
+                f"output `{name}` {label} differs by up to {largest:.3g}; allowed is {limit:.3g} "
+                f"(tolerance {tolerance:g} of a range of {scale:.3g})"
+            )
+
+
+def _difference(ours: Array, theirs: Array) -> tuple[float, float]:
+    """The largest difference, and the range of our values (or their magnitude, if that is more)."""
+    if not ours.size:
+        return 0.0, 0.0
+    a, b = ours.astype(np.float64), theirs.astype(np.float64)
+    same = (a == b) | (np.isnan(a) & np.isnan(b))
+    with np.errstate(invalid="ignore"):
+        gap = np.where(same, 0.0, np.abs(a - b))
+    finite = a[np.isfinite(a)]
+    scale = float(max(np.abs(finite).max(), np.ptp(finite))) if finite.size else 0.0
+    return float(np.nan_to_num(gap, nan=np.inf, posinf=np.inf).max()), scale
+
+
+def _on_real(
+    session: onnxruntime.InferenceSession,
+    module: nn.Module,
+    inputs: Sequence[Tensor],
+    chunk: int,
+    tolerance: float,
+    failures: list[str],
+) -> RealParity:
+    total, rows = len(inputs[0]), list[Parity]()
+    try:
+        pieces = [_run(session, module, [x[i : i + chunk] for x in inputs]) for i in range(0, total, chunk)]
+    except Exception as error:
+        failures.append(f"on real inputs: {first_lines(error).rstrip('.')}")
+        return RealParity(total, (), None, {})
+    values: Values = {}
+    for name in pieces[0] if pieces else ():
+        ours, theirs = (np.concatenate([np.atleast_1d(piece[name][side]) for piece in pieces]) for side in (0, 1))
+        values[name] = (ours, theirs)
+    _compare(values, total, tolerance, f"on {total} real inputs", rows, failures)
+    for ours, theirs in values.values():
+        if ours.ndim == 2 and ours.shape[1] > 1 and ours.shape == theirs.shape:
+            classes, same = ours.argmax(1), ours.argmax(1) == theirs.argmax(1)
+            per_class = {int(c): float(same[classes == c].mean()) for c in np.unique(classes)}
+            return RealParity(total, tuple(rows), float(same.mean()), per_class)
+    return RealParity(total, tuple(rows), None, {})

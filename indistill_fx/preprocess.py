@@ -1,0 +1,76 @@
+"""Normalisation inside the deployed graph: uint8 pixels in, as a camera or a decoder gives them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from indistill_fx.errors import ConfigError
+
+Pair: TypeAlias = tuple[Sequence[float] | float, Sequence[float] | float]
+
+
+@dataclass(frozen=True, slots=True)
+class Preprocess:
+    """Mean and standard deviation per channel, of pixels scaled to 0..1."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @staticmethod
+    def make(pair: Preprocess | Pair | None) -> Preprocess | None:
+        """A checked `Preprocess` from (mean, std), each one number or one per channel; None from None.
+
+        Raises:
+            ConfigError: lengths differ, or a standard deviation is not positive.
+        """
+        if pair is None or isinstance(pair, Preprocess):
+            return pair
+        mean, std = (tuple(map(float, v)) if isinstance(v, Sequence) else (float(v),) for v in pair)
+        if len(mean) != len(std) or not mean or min(std) <= 0:
+            raise ConfigError(
+                f"`preprocess` wants (mean, std) with one mean and one positive standard deviation per channel; "
+                f"got {mean} and {std}.",
+                where="preprocess",
+            )
+        return Preprocess(mean, std)
+
+    @staticmethod
+    def from_metadata(metadata: Mapping[str, str]) -> Preprocess | None:
+        """What an exported file's own metadata says is built into it."""
+        text = metadata.get("preprocess")
+        return Preprocess(*(tuple(json.loads(text)[key]) for key in ("mean", "std"))) if text else None
+
+    def metadata(self) -> dict[str, str]:
+        """The entry `from_metadata` reads."""
+        return {"preprocess": json.dumps({"mean": self.mean, "std": self.std, "input": "uint8 NHWC"})}
+
+    def to_pixels(self, images: Tensor) -> Tensor:
+        """Normalised float images (N, C, H, W) as the pixels (N, H, W, C) they came from; pixels pass as they are."""
+        if images.dtype == torch.uint8:
+            return images
+        mean, std = (torch.tensor(v, device=images.device).view(1, -1, 1, 1) for v in (self.mean, self.std))
+        pixels = ((images.float() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+        return pixels.permute(0, 2, 3, 1).contiguous()
+
+
+class FromPixels(nn.Module):
+    """uint8 pixels (N, H, W, C) to normalised float images (N, C, H, W), as one multiplication and one addition."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, preprocess: Preprocess):
+        super().__init__()
+        mean, std = torch.tensor(preprocess.mean), torch.tensor(preprocess.std)
+        self.register_buffer("scale", (1 / (255 * std)).view(1, -1, 1, 1))
+        self.register_buffer("shift", (-mean / std).view(1, -1, 1, 1))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Normalise."""
+        return pixels.permute(0, 3, 1, 2).to(self.scale.dtype) * self.scale + self.shift

@@ -1,0 +1,425 @@
+import contextlib
+import hashlib
+import json
+import logging
+import random
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+from indistill_fx import export, onnx_capture
+from indistill_fx.errors import ConfigError, ExportError
+from indistill_fx.export import export_onnx
+
+ROOT = Path(__file__).parents[2]
+X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def unsettled(module):
+    """Batch norms that are not the identity, so that losing one shows."""
+    generator = torch.Generator().manual_seed(1)
+    for part in module.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            part.running_mean.copy_(torch.randn(part.num_features, generator=generator))
+            part.running_var.copy_(torch.rand(part.num_features, generator=generator) + 0.5)
+    return module
+
+
+class Net(nn.Module):
+    def __init__(self, classes=5):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4)
+        self.drop, self.fc = nn.Dropout(0.5), nn.Linear(4, classes)
+        unsettled(self)
+
+    def features(self, x):
+        return F.relu(self.bn(self.conv(x)))
+
+    def forward(self, x):
+        return self.fc(self.drop(self.features(x).mean((2, 3))))
+
+
+def digest(module):
+    """Everything a caller could notice: weights, buffers, gradients' absence, flags, attributes, random states."""
+    seen = hashlib.sha256()
+    for name, part in module.named_modules():
+        seen.update(f"{name} {part.training} {sorted(k for k in part.__dict__)} {part.__dict__.get('cache')}".encode())
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        seen.update(
+            f"{name} {id(tensor)} {tensor.requires_grad} {tensor.grad}".encode() + tensor.detach().numpy().tobytes()
+        )
+    seen.update(torch.get_rng_state().numpy().tobytes() + repr((random.getstate(), np.random.get_state())).encode())
+    return seen.hexdigest()
+
+
+def run(path, *arrays):
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return session.run(None, dict(zip([i.name for i in session.get_inputs()], arrays, strict=True)))
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    path = tmp_path_factory.mktemp("exported") / "net.onnx"
+    module = Net().train()
+    module.bn.eval()
+    real = torch.randn(100, 3, 8, 8)
+    before = digest(module)
+    report = export_onnx(module, path, X, metadata={"classes": '["a"]'}, real_inputs=real)
+    assert digest(module) == before
+    return module, path, report
+
+
+def test_file_agrees_at_three_batch_sizes_and_the_report_is_true(exported):
+    module, path, report = exported
+    assert [row.batch for row in report.parity] == [1, 7, 64]
+    assert {row.output for row in report.parity} == {"output"}
+    assert 0 < report.max_abs <= 1e-4
+    assert report.max_abs == max(row.max_abs for row in (*report.parity, *report.real.parity))
+    assert report.path == path and report.size == path.stat().st_size
+    assert report.parameters == sum(p.numel() for p in module.parameters())
+    assert report.latency > 0 and report.notes == ()
+    for batch in (1, 5):
+        x = torch.randn(batch, 3, 8, 8)
+        with torch.no_grad():
+            torch.testing.assert_close(torch.tensor(run(path, x.numpy())[0]), module.eval()(x), rtol=0, atol=1e-5)
+
+
+def test_real_inputs_are_compared_and_their_classes_counted(exported):
+    real = exported[2].real
+    assert real.rows == 100 and real.agreement == 1.0
+    assert set(real.per_class.values()) == {1.0}
+    assert [(row.batch, row.output) for row in real.parity] == [(100, "output")]
+
+
+def test_names_sizes_and_metadata_of_the_file(exported):
+    _, path, report = exported
+    model = onnx.load(path)
+    assert [
+        (i.name, [d.dim_param or d.dim_value for d in i.type.tensor_type.shape.dim]) for i in model.graph.input
+    ] == [("input", ["batch", 3, 8, 8])]
+    assert report.input_names == ("input",) and report.output_names == ("output",)
+    assert {"fc.weight", "fc.bias", "conv.weight"} <= {t.name for t in model.graph.initializer}
+    metadata = {p.key: p.value for p in model.metadata_props}
+    assert metadata == {"classes": '["a"]', "torch": torch.__version__}
+    assert model.producer_name == "indistill-fx"
+    assert model.opset_import[0].version == report.opset
+    assert str(ROOT).encode() not in path.read_bytes(), "the file tells nothing of this machine"
+
+
+def test_nothing_lies_beside_the_file(exported):
+    assert [p.name for p in exported[1].parent.iterdir()] == ["net.onnx"]
+
+
+def test_outputs_are_named_by_keys_even_if_the_graph_uses_such_names_inside(tmp_path):
+    class Taps(Net):
+        def forward(self, x):
+            h = self.features(x)
+            return {"relu": h, "layer1.0:relu@2": h + 1, "conv2d": h * 2}, self.fc(h.mean((2, 3))), x, h, None, 3
+
+    path = tmp_path / "taps.onnx"
+    module = Taps().eval()
+    report = export_onnx(module, path, X, batch_sizes=(1, 2), opset=22)
+    assert report.opset == onnx.load(path).opset_import[0].version == 22
+    names = ("relu", "layer1.0:relu@2", "conv2d", "output_0", "output_1", "output_2")
+    assert report.output_names == names
+    assert len(report.parity) == 2 * 6
+    relu, tap, double, logits, same, again = run(path, X.numpy())
+    with torch.no_grad():
+        expected = module.features(X).numpy()
+    np.testing.assert_allclose(relu, expected, atol=1e-5)
+    np.testing.assert_allclose(tap, expected + 1, atol=1e-5)
+    np.testing.assert_allclose(double, expected * 2, atol=1e-5)
+    np.testing.assert_array_equal(relu, again)
+    np.testing.assert_array_equal(same, X.numpy())
+    assert logits.shape == (2, 5)
+
+
+def test_two_inputs_of_tokens_and_a_mask_take_their_names_from_the_forward(tmp_path):
+    class Text(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.fc = nn.Embedding(11, 4), nn.Linear(4, 3)
+
+        def forward(self, ids, mask):
+            return self.fc((self.embed(ids) * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))
+
+    ids = torch.tensor([[3, 10, 0, 1, 2]])
+    report = export_onnx(Text(), tmp_path / "text.onnx", (ids, torch.ones_like(ids)), opset=18)
+    assert report.opset == onnx.load(tmp_path / "text.onnx").opset_import[0].version == 18
+    assert report.input_names == ("ids", "mask")
+    assert [row.batch for row in report.parity] == [1, 7, 64]
+    with pytest.raises(ConfigError, match="input_names gives 1 \\(a\\), but the module has 2 inputs"):
+        export_onnx(Text(), tmp_path / "text.onnx", (ids, torch.ones_like(ids)), input_names=["a"])
+
+
+def test_given_names_are_used_and_names_used_twice_refused(tmp_path):
+    report = export_onnx(
+        Net(), tmp_path / "m.onnx", X, input_names=["image"], output_names=["logits"], batch_sizes=(1,)
+    )
+    assert (report.input_names, report.output_names) == (("image",), ("logits",))
+    with pytest.raises(ConfigError, match="used twice: image"):
+        export_onnx(module, path, x, input_names=["image"], output_names=["image"])
+
+
+def test_opsets_that_cannot_be_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="knows no opset 99"):
+        export_onnx(Net(), tmp_path / "m.onnx", X, opset=99)
+    with pytest.raises(ExportError, match="cannot be expressed in opset 13; torch's exporter kept opset 18") as caught:
+        export_onnx(Net(), tmp_path / "m.onnx", X, opset=13)
+    assert (caught.value.got, caught.value.expected) == (18, 13)
+    assert list(tmp_path.iterdir()) == []
+
+
+class Steps(nn.Module):
+    """Decides by value, after leaving traces in itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.cache = None
+        self.register_buffer("seen", torch.zeros(1))
+
+    def forward(self, x):
+        self.cache = x * 2
+        self.seen += 1
+        if x.sum() > 0:
+            return x
+        return -x
+
+
+def test_failed_export_says_why_in_one_paragraph_and_leaves_all_as_it_was(tmp_path, capfd, caplog):
+    path = tmp_path / "m.onnx"
+    path.write_bytes(b"an older good file")
+    module = Steps().train()
+    before = digest(module)
+    with pytest.raises(ExportError) as caught:
+        export_onnx(module, path, X)
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 700
+    assert "torch cannot export `Steps`" in message
+    assert "data-dependent" in message and "test_export.py:" in message and "if x.sum() > 0:" in message
+    assert "torch.where" in message
+    assert digest(module) == before
+    assert path.read_bytes() == b"an older good file"
+    assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
+    assert capfd.readouterr() == ("", "") and caplog.records == []
+
+
+def test_unsupported_operation_is_named(tmp_path):
+    class Odd(nn.Module):
+        def forward(self, x):
+            return torch.linalg.eigvals(x).real
+
+    with pytest.raises(ExportError, match=r"No ONNX function found .*linalg_eig.* replace it, or try another opset"):
+        export_onnx(Odd(), tmp_path / "m.onnx", X)
+
+
+def test_complex_output_and_no_output_are_refused(tmp_path):
+    class Returns(nn.Module):
+        def __init__(self, function):
+            super().__init__()
+            self.function = function
+
+        def forward(self, x):
+            return self.function(x)
+
+    with pytest.raises(ExportError, match="Output `output` of `Returns` is complex"):
+        export_onnx(Returns(lambda x: x + 1j), tmp_path / "m.onnx", X)
+    with pytest.raises(ExportError, match="returns no tensor"):
+        export_onnx(Returns(lambda x: 3), tmp_path / "m.onnx", X)
+
+
+def test_random_behaviour_in_eval_is_detected_and_named(tmp_path):
+    class Noisy(nn.Module):
+        def forward(self, x):
+            return F.dropout(x)
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.Sequential(nn.ReLU(), Noisy())
+
+        def forward(self, x):
+            return {"logits": self.blocks(x)}
+
+    with pytest.raises(ExportError, match=r"`Outer` is random in eval mode.* output `logits`.*`Outer\.blocks\.1`"):
+        export_onnx(Outer(), tmp_path / "m.onnx", X)
+
+    class Counts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("seen", torch.zeros(1))
+
+        def forward(self, x):
+            self.seen += 1
+            return x + self.seen
+
+    with pytest.raises(ExportError, match="it keeps a state"):
+        export_onnx(Counts(), tmp_path / "m.onnx", X)
+
+
+def test_a_fixed_batch_must_be_asked_for(tmp_path):
+    class Fixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(192, 5)
+
+        def forward(self, x):
+            return self.fc(x.view(2, -1))
+
+    with pytest.raises(ExportError, match=r"fixes the batch of its input to 2 .*dynamic_batch=False"):
+        export_onnx(Fixed(), tmp_path / "m.onnx", X)
+    assert list(tmp_path.iterdir()) == []
+    report = export_onnx(Fixed(), tmp_path / "m.onnx", X, dynamic_batch=False)
+    assert [row.batch for row in report.parity] == [2]
+    assert report.notes == ("The batch size is fixed to 2; latency is for that batch.",)
+
+
+def test_dynamic_size_is_proven_at_another_size_and_refused_where_the_code_fixes_it(tmp_path):
+    report = export_onnx(Net(), tmp_path / "m.onnx", X, dynamic_size=True, batch_sizes=(1, 3))
+    assert [row.batch for row in report.parity] == [1, 3, 3]
+    assert run(tmp_path / "m.onnx", np.zeros((2, 3, 31, 17), np.float32))[0].shape == (2, 5)
+    flat = nn.Sequential(nn.Flatten(), nn.Linear(192, 5))
+    with pytest.raises(ExportError, match=r"and size 40x72: mat1 and mat2 shapes .*dynamic_size=False"):
+        export_onnx(flat, tmp_path / "flat.onnx", X, dynamic_size=True)
+
+
+def test_preprocessing_takes_pixels_and_computes_the_same(tmp_path, exported):
+    module = exported[0].eval()
+    mean, std = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+    path = tmp_path / "pixels.onnx"
+    report = export_onnx(module, path, X, preprocess=(mean, std), real_inputs=torch.randn(9, 3, 8, 8))
+    assert report.real.rows == 9
+    graph = onnx.load(path).graph
+    assert graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.UINT8
+    assert {t.name for t in graph.initializer} >= {"fc.weight", "from_pixels.scale"}
+    pixels = torch.randint(0, 256, (3, 8, 8, 3), dtype=torch.uint8)
+    images = ((pixels / 255 - torch.tensor(mean)) / torch.tensor(std)).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        np.testing.assert_allclose(run(path, pixels.numpy())[0], module(images).numpy(), atol=1e-5)
+    with pytest.raises(ConfigError, match=r"only for images .*\(2, 7\)"):
+        export_onnx(nn.Linear(7, 2), tmp_path / "m.onnx", torch.randn(2, 7), preprocess=(mean, std))
+
+
+def test_weights_beside_the_file(tmp_path):
+    path = tmp_path / "big.onnx"
+    report = export_onnx(nn.Linear(300, 300), path, torch.randn(2, 300), external_data=True, batch_sizes=(1, 2))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["big.onnx", "big.onnx.data"]
+    assert report.size == sum(p.stat().st_size for p in tmp_path.iterdir()) > 360_000 > path.stat().st_size
+    assert run(path, np.zeros((4, 300), np.float32))[0].shape == (4, 300)
+
+
+def test_path_is_tried_before_anything_runs(tmp_path):
+    class Never(nn.Module):
+        def forward(self, x):
+            raise AssertionError
+
+    (tmp_path / "file").write_text("")
+    for path, reason in (
+        (tmp_path / "missing" / "m.onnx", "No such file or directory"),
+        (tmp_path / "file" / "m.onnx", "Not a directory"),
+        (tmp_path, "it is a directory"),
+    ):
+        with pytest.raises(ConfigError, match=reason) as caught:
+            export_onnx(Never(), path, X)
+        assert caught.value.where == str(path)
+
+
+def test_inputs_the_module_cannot_take(tmp_path):
+    with pytest.raises(ConfigError, match=r"`Net` does not run on the example inputs \(shapes \(2, 1, 8, 8\)\)"):
+        export_onnx(Net(), tmp_path / "m.onnx", torch.randn(2, 1, 8, 8))
+
+
+def test_tolerance_names_output_difference_and_opset(tmp_path):
+    with pytest.raises(ExportError) as caught:
+        export_onnx(Net(), tmp_path / "m.onnx", X, tolerance=1e-12, opset=20)
+    message = str(caught.value)
+    assert "output `output` at batch size" in message and "opset 20" in message and "tolerance 1e-12" in message
+    assert 0 < caught.value.got < 1e-4 and caught.value.expected == 1e-12
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("harm", ["weight", "batch norm", "node"])
+def test_a_wrong_export_is_caught(tmp_path, monkeypatch, harm):
+    """The negative control: what a faulty exporter would write must not get the name."""
+    true_capture = onnx_capture.capture
+
+    def faulty_capture(*args, **kwargs):
+        program = true_capture(*args, **kwargs)
+        graph = program.model.graph
+        if harm == "node":
+            relu = next(node for node in graph if node.op_type == "Relu")
+            relu.op_type = "Sigmoid"
+        else:
+            name = "fc.bias" if harm == "weight" else "conv.weight_bias"
+            key = next(key for key in graph.initializers if key.startswith(name))
+            value = graph.initializers[key].const_value.numpy().copy()
+            value[0] += 0.01
+            graph.initializers[key].const_value = export_tensor(value, key)
+        return program
+
+    def export_tensor(value, name):
+        import onnx_ir
+
+        return onnx_ir.Tensor(value, name=name)
+
+    monkeypatch.setattr(export, "capture", faulty_capture)
+    path = tmp_path / "m.onnx"
+    path.write_bytes(b"an older good file")
+    with pytest.raises(ExportError, match="onnxruntime and torch disagree"):
+        export_onnx(Net(), path, X)
+    assert path.read_bytes() == b"an older good file"
+    assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
+
+
+def test_users_own_warnings_and_log_levels_survive(tmp_path):
+    class Warns(nn.Linear):
+        def forward(self, x):
+            warnings.warn("mine", UserWarning, stacklevel=1)
+            return super().forward(x)
+
+    level = logging.getLogger("torch.onnx").level
+    with pytest.warns(UserWarning, match="mine"):
+        export_onnx(Warns(2, 2), tmp_path / "m.onnx", torch.randn(2, 2), batch_sizes=(1,))
+    assert logging.getLogger("torch.onnx").level == level
+
+
+def test_module_of_a_loaded_archive_can_be_exported(tmp_path):
+    program = torch.export.export(Net().eval(), (X,), dynamic_shapes=({0: torch.export.Dim("n")},))
+    report = export_onnx(program.module(), tmp_path / "m.onnx", X)
+    assert [row.batch for row in report.parity] == [1, 7, 64]
+
+
+@pytest.mark.parametrize("built_in", [True, False])
+def test_serving_example_needs_neither_torch_nor_us(tmp_path, exported, built_in):
+    module = exported[0].eval()
+    path, picture = tmp_path / "m.onnx", tmp_path / "p.png"
+    names = {"classes": json.dumps(["ant", "bee", "cat", "dog", "elk"])}
+    mean, std = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+    extra = {} if built_in else {"mean": json.dumps(mean), "std": json.dumps(std)}
+    export_onnx(module, path, X, preprocess=(mean, std) if built_in else None, metadata=names | extra, batch_sizes=(1,))
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(picture)
+    code = "import runpy, sys; runpy.run_path(sys.argv[1], run_name='__main__'); assert 'torch' not in sys.modules"
+    script = ROOT / "examples" / "serve_onnx.py"
+    with contextlib.chdir(tmp_path):
+        run_code = code.replace("sys.argv[1]", repr(str(script)))
+        done = subprocess.run(
+            [sys.executable, "-c", run_code, path, picture, "--top", "2"], capture_output=True, text=True, check=False
+        )
+    assert done.returncode == 0, done.stderr
+    images = ((torch.tensor(pixels)[None] / 255 - torch.tensor(mean)) / torch.tensor(std)).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        odds = module(images).softmax(1)[0]
+    best = int(odds.argmax())
+    label = ["ant", "bee", "cat", "dog", "elk"][best]
+    assert f"{picture}: {label} ({odds[best]:.1%})" in done.stdout

@@ -1,0 +1,72 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from indistill_fx import parity
+from indistill_fx.errors import ConfigError
+
+tensors = st.builds(lambda: torch.zeros(1))
+keys = st.sampled_from(["a", "b", "a_1", "output", "output_1", "a.b"])
+results = st.recursive(
+    tensors | st.none() | st.integers(),
+    lambda inner: st.lists(inner, max_size=3) | st.tuples(inner, inner) | st.dictionaries(keys, inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(results)
+def test_every_tensor_of_any_nesting_gets_a_name_of_its_own(result):
+    leaves = [x for x in torch.utils._pytree.tree_leaves(result) if isinstance(x, torch.Tensor)]
+    named = parity.named_outputs(result)
+    assert [id(x) for x in named.values()] == [id(x) for x in leaves]
+
+
+def test_outputs_are_named_after_their_keys():
+    x = torch.zeros(1)
+    assert list(parity.named_outputs(x)) == ["output"]
+    assert list(parity.named_outputs((x, x))) == ["output_0", "output_1"]
+    assert list(parity.named_outputs(({"layer3": x, "fc": x}, x))) == ["layer3", "fc", "output"]
+    assert list(parity.named_outputs({"a": {"b": x}})) == ["a.b"]
+
+
+@given(st.integers(1, 5), st.integers(0, 3))
+def test_random_inputs_keep_kind_and_span(batch, seed):
+    examples = (torch.randn(2, 3, 4) * 5 + 100, torch.tensor([[3, 9]]), torch.ones(2, 4, 4, 3, dtype=torch.uint8))
+    state = torch.get_rng_state()
+    floats, tokens, pixels = parity.random_inputs(examples, batch, seed=seed)
+    assert floats.shape == (batch, 3, 4) and floats.dtype == torch.float32 and 50 < floats.mean() < 150
+    assert tokens.shape == (batch, 2) and tokens.dtype == torch.int64 and tokens.min() >= 3 and tokens.max() <= 9
+    assert pixels.shape == (batch, 4, 4, 3) and pixels.max() > 1
+    assert torch.equal(torch.get_rng_state(), state)
+    again = parity.random_inputs(examples, batch, seed=seed)
+    assert torch.equal(again[0], floats)
+
+
+def test_sizes_replace_height_and_width_in_either_layout():
+    floats, pixels, flat = parity.random_inputs(
+        (torch.randn(1, 3, 8, 8), torch.zeros(1, 8, 8, 3, dtype=torch.uint8), torch.randn(1, 5)), 2, sizes=(16, 24)
+    )
+    assert floats.shape == (2, 3, 16, 24) and pixels.shape == (2, 16, 24, 3) and flat.shape == (2, 5)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "expected"),
+    [
+        ([1.0, -1.0], [1.0, -1.5], (0.5, 2.0)),
+        ([np.nan, 2.0], [np.nan, 2.0], (0.0, 2.0)),
+        ([np.inf, 2.0], [np.inf, 2.0], (0.0, 2.0)),
+        ([np.nan, 2.0], [0.0, 2.0], (np.inf, 2.0)),
+        ([np.inf, 2.0], [9.0, 2.0], (np.inf, 2.0)),
+        ([], [], (0.0, 0.0)),
+    ],
+)
+def test_difference_and_range(ours, theirs, expected):
+    assert parity._difference(np.array(ours, np.float32), np.array(theirs, np.float32)) == expected
+
+
+@pytest.mark.parametrize("inputs", [(), (torch.tensor(1.0),), ("x",), (torch.zeros(2, 1), torch.zeros(3, 1))])
+def test_inputs_that_have_no_common_batch_are_refused(inputs):
+    with pytest.raises(ConfigError, match="batch"):
+        parity.as_inputs(inputs)
