@@ -75,6 +75,20 @@ def add_module(graph_module: fx.GraphModule, wish: str, module: nn.Module) -> st
     return name
 
 
+def add_tensor(graph_module: fx.GraphModule, wish: str, tensor: Tensor) -> str:
+    """Register a parameter or buffer under the first free name that begins with `wish`; returns the name."""
+    base = name = wish.replace(".", "_")
+    count = 0
+    while hasattr(graph_module, name):
+        count += 1
+        name = f"{base}_{count}"
+    if isinstance(tensor, nn.Parameter):
+        graph_module.register_parameter(name, tensor)
+    else:
+        graph_module.register_buffer(name, tensor)
+    return name
+
+
 def with_tensors(module: nn.Module, tensors: Mapping[str, Tensor | None], **attributes: Any) -> nn.Module:
     """A shallow copy of a leaf module with some of its own parameters, buffers and attributes replaced; the original stays as it is."""
     new = copy.copy(module)

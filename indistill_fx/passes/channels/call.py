@@ -1,0 +1,235 @@
+"""One view of an operation for all its forms: named arguments, whether it is a module, a function, a method or an ATen call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from indistill_fx.graphs import with_tensors
+from indistill_fx.ops import attribute, op_name
+from indistill_fx.passes.channels.cut import Cut, Emit, Emitter, Filters, Index, Part, Shape, Slices, Step, sliced
+from indistill_fx.traced import NodeFacts
+
+SIGNATURES: dict[str, str] = {
+    "conv": "input weight bias stride padding dilation groups",
+    "conv_transpose": "input weight bias stride padding output_padding groups dilation",
+    "linear": "input weight bias",
+    "bilinear": "input1 input2 weight bias",
+    "embedding": "input weight",
+    "batch_norm": "input running_mean running_var weight bias training momentum eps",
+    "instance_norm": "input running_mean running_var weight bias",
+    "layer_norm": "input normalized_shape weight bias eps",
+    "group_norm": "input num_groups weight bias eps",
+    "prelu": "input weight",
+    "cat": "tensors dim",
+    "stack": "tensors dim",
+    "chunk": "input chunks dim",
+    "split": "input split_size dim",
+    "tensor_split": "input split_size dim",
+    "split_with_sizes": "input split_size dim",
+    "unbind": "input dim",
+    "select": "input dim index",
+    "narrow": "input dim start length",
+    "slice": "input dim start end step",
+    "index_select": "input dim index",
+    "getitem": "input key",
+    "transpose": "input dim0 dim1",
+    "movedim": "input source destination",
+    "permute": "input *dims",
+    "view": "input *shape",
+    "reshape": "input *shape",
+    "expand": "input *shape",
+    "repeat": "input *repeats",
+    "flatten": "input start_dim end_dim",
+    "unflatten": "input dim sizes",
+    "squeeze": "input dim",
+    "unsqueeze": "input dim",
+    "pad": "input pad mode value",
+    "roll": "input shifts dims",
+    "flip": "input dims",
+    "softmax": "input dim",
+    "log_softmax": "input dim",
+    "normalize": "input p dim",
+    "glu": "input dim",
+    "cumsum": "input dim",
+    "matmul": "input other",
+    "bmm": "input other",
+    "scaled_dot_product_attention": "query key value attn_mask dropout_p is_causal scale",
+    "pixel_shuffle": "input upscale_factor",
+    "pixel_unshuffle": "input downscale_factor",
+    "channel_shuffle": "input groups",
+    **dict.fromkeys("mean sum amax amin max min var std prod logsumexp".split(), "input dim keepdim"),
+}
+"""Positional argument names of the functional and method forms; a star takes all that follow."""
+
+_ATEN = {"self": "input", "size": "shape", "split_sizes": "split_size", "p": "input_p"}
+
+
+@dataclass(frozen=True)
+class Call:
+    """A node, its canonical operation, its module if it has one, and its arguments by name."""
+
+    node: fx.Node
+    op: str
+    module: nn.Module | None
+    arguments: Mapping[str, Any]
+    places: Mapping[str, int | str]
+    facts: Mapping[str, NodeFacts]
+
+    @property
+    def input(self) -> fx.Node:
+        """The main operand."""
+        return self.arguments["input"]  # type: ignore[no-any-return]
+
+    @property
+    def output_shape(self) -> Shape:
+        """Shape of the node's own tensor."""
+        return self.facts[self.node.name].shape
+
+    def shape(self, node: Any) -> Shape | None:
+        """Shape of another node's tensor; None if it holds none."""
+        facts = self.facts.get(node.name) if isinstance(node, fx.Node) else None
+        return facts.shape if facts else None
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """An argument, or the module's attribute of that name."""
+        if name in self.arguments:
+            return self.arguments[name]
+        return getattr(self.module, name, default) if self.module is not None else default
+
+    def constant(self, name: str) -> Tensor | None:
+        """The value of a weight, if it is a parameter or buffer of the model."""
+        value = self.get(name)
+        if isinstance(value, fx.Node) and value.op == "get_attr":
+            value = attribute(_owner(value), str(value.target))
+        return value if isinstance(value, Tensor) else None
+
+    @property
+    def path(self) -> str:
+        """The module this node stands for, as people name it."""
+        if self.module is not None:
+            return str(self.node.target)
+        weight = self.arguments.get("weight")
+        if isinstance(weight, fx.Node) and weight.op == "get_attr":
+            return str(weight.target).rpartition(".")[0] or str(weight.target)
+        return self.facts[self.node.name].module or self.node.name
+
+
+def read_call(node: fx.Node, facts: Mapping[str, NodeFacts]) -> Call:
+    """The uniform view of a node."""
+    op = op_name(node)
+    module = attribute(_owner(node), str(node.target)) if node.op == "call_module" else None
+    schema = getattr(node.target, "_schema", None)
+    if module is not None:
+        names = ["input", *(f"input_{k}" for k in range(1, len(node.args)))]
+    elif schema is not None:
+        names = [_ATEN.get(argument.name, argument.name) for argument in schema.arguments]
+        if op == "embedding":
+            names = ["weight", "input", *names[2:]]
+    else:
+        names = SIGNATURES.get(op, "input").split()
+    arguments: dict[str, Any] = {}
+    places: dict[str, int | str] = {}
+    for k, value in enumerate(node.args):
+        name = names[k] if k < len(names) else f"argument_{k}"
+        if name.startswith("*"):
+            rest = node.args[k:]
+            arguments[name[1:]] = tuple(rest[0]) if len(rest) == 1 and isinstance(rest[0], (list, tuple)) else rest
+            break
+        arguments[name], places[name] = value, k
+    for key, value in node.kwargs.items():
+        name = _ATEN.get(key, key)
+        arguments[name], places[name] = value, key
+    if op == "conv" and arguments.get("transposed") is True:
+        op = "conv_transpose"
+    return Call(node, op, module, arguments, places, facts)
+
+
+def again(call: Call, cuts: Sequence[Cut], *, slices: Slices | None = None, **settings: Any) -> Emit:
+    """The same operation once more, on the selected operands, with its weights sliced and some settings changed.
+
+    Args:
+        call: the operation.
+        cuts: the selections of its operands, in the order their nodes are handed to the emitter.
+        slices: the module's own tensors to slice: name -> (axis, index).
+        settings: arguments of the function, or attributes of the module, that change. Those a form does not have are left out.
+    """
+
+    def emit(out: Emitter, new: Sequence[fx.Node]) -> fx.Node:
+        swap = {cut.node: node for cut, node in zip(cuts, new, strict=True)}
+        args = list(fx.map_arg(call.node.args, lambda n: swap.get(n, n)))
+        kwargs = dict(fx.map_arg(call.node.kwargs, lambda n: swap.get(n, n)))
+        if call.module is not None:
+            tensors = {name: sliced(getattr(call.module, name), *place) for name, place in (slices or {}).items()}
+            changed = {name: value for name, value in settings.items() if hasattr(call.module, name)}
+            return out.module(str(call.node.target), with_tensors(call.module, tensors, **changed), *args, **kwargs)
+        for name, value in settings.items():
+            place = call.places.get(name)
+            if isinstance(place, int):
+                args[place] = value
+            elif place is not None:
+                kwargs[place] = value
+        if call.node.op == "call_method":
+            return out.method(str(call.node.target), *args, **kwargs)
+        return out.function(call.node.target, *args, **kwargs)  # type: ignore[arg-type]
+
+    return emit
+
+
+def slice_weights(
+    call: Call,
+    wanted: Slices,
+    *,
+    parts: Sequence[Part] = (),
+    filters: Filters | None = None,
+    note: str = "",
+    **settings: Any,
+) -> Step:
+    """A step that slices weights: a module's own ones on the spot, those of a functional form as graph constants."""
+    wanted = {name: place for name, place in wanted.items() if call.get(name) is not None}
+    cuts = [part.cut for part in parts]
+    if call.module is not None:
+        return Step(again(call, cuts, slices=wanted, **settings), tuple(parts), filters=filters, note=note)
+    weights = tuple(Cut(call.get(name), axis, axis + 1, index) for name, (axis, index) in wanted.items())
+    return Step(again(call, [*cuts, *weights], **settings), tuple(parts), weights, filters, note)
+
+
+def source(out: Emitter, new: Sequence[fx.Node]) -> fx.Node:
+    """The emitter of an operation that vanishes: its selected operand is the selection."""
+    return new[0]
+
+
+def axis_of(value: int, rank: int) -> int:
+    """A dimension argument, counted from the front."""
+    return value + rank if value < 0 else value
+
+
+def untouched(call: Call, cut: Cut, *, operand: fx.Node | None = None, **settings: Any) -> Step:
+    """Pass the selection on to the operand, at the same axes, and do the same operation on what comes."""
+    below = Cut(operand or call.input, cut.start, cut.stop, cut.index)
+    return Step(again(call, [below], **settings), (Part(below),))
+
+
+def weight_filters(call: Call, rows: Index, *, rows_axis: int = 0) -> Filters:
+    """The filters of a producer, rows first."""
+    weight = call.constant("weight")
+    if weight is not None and rows_axis:
+        weight = weight.transpose(0, rows_axis)
+    return Filters(call.node, call.path, weight, rows)
+
+
+def _owner(node: fx.Node) -> nn.Module:
+    owner = node.graph.owning_module
+    if owner is None:
+        raise RuntimeError(f"node {node.name} stands in a graph without a module")
+    return owner
+
+
+def index_select(out: Emitter, node: fx.Node, start: int, stop: int, index: Index) -> fx.Node:
+    """The selection itself, as a node."""
+    flat = node if stop - start == 1 else out.function(torch.flatten, node, start, stop - 1)
+    return out.function(torch.index_select, flat, start, out.tensor("kept", torch.tensor(index, dtype=torch.long)))

@@ -1,0 +1,213 @@
+"""Rules of operations that join tensors or take them apart: concatenation, stacks, chunks, slices."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from indistill_fx.passes.channels.call import Call, axis_of, index_select, read_call, source
+from indistill_fx.passes.channels.cut import Cut, Emitter, Index, Part, Step, Wall
+
+
+def cat(call: Call, cut: Cut) -> Step | Wall:
+    """Along the selected axis every operand gives its share; along another, every operand is selected alike."""
+    operands, shapes = _operands(call)
+    if shapes is None:
+        return Wall("it joins something that is not a tensor")
+    dim = axis_of(int(call.get("dim", call.get("axis", 0))), len(call.output_shape))
+    if not cut.start <= dim < cut.stop:
+        moved = dim if dim < cut.start else dim - cut.width + 1
+        parts = tuple(Part(Cut(n, cut.start, cut.stop, cut.index)) for n in operands)
+        return Step(lambda out, new: out.function(torch.cat, list(new), dim=moved), parts)
+    if cut.width > 1:
+        return Wall("the joined axis is merged with others here")
+    parts = _shares(operands, [shape[dim] for shape in shapes], cut)
+    order = tuple(k for part in parts for k in part.positions or ())
+    back = tuple(sorted(range(len(order)), key=order.__getitem__))
+
+    def emit(out: Emitter, new: Sequence[fx.Node]) -> fx.Node:
+        joined = new[0] if len(new) == 1 else out.function(torch.cat, list(new), dim=dim)
+        return joined if back == tuple(range(len(back))) else index_select(out, joined, dim, dim + 1, back)
+
+    return Step(
+        emit,
+        parts,
+        note="" if back == tuple(range(len(back))) else "the order of the joined channels is restored by a gather",
+    )
+
+
+def _operands(call: Call) -> tuple[list[fx.Node], list[tuple[int, ...]] | None]:
+    given = call.arguments.get("tensors", call.arguments.get("input"))
+    operands = [n for n in given if isinstance(n, fx.Node)] if isinstance(given, (list, tuple)) else []
+    shapes = [shape for n in operands if (shape := call.shape(n)) is not None]
+    return operands, shapes if operands and len(shapes) == len(given) else None
+
+
+def _shares(operands: Sequence[fx.Node], sizes: Sequence[int], cut: Cut) -> tuple[Part, ...]:
+    parts, begin = [], 0
+    for operand, size in zip(operands, sizes, strict=True):
+        mine = [(position, k - begin) for position, k in enumerate(cut.index) if begin <= k < begin + size]
+        if mine:
+            parts.append(Part(Cut(operand, cut.start, cut.stop, tuple(k for _, k in mine)), tuple(p for p, _ in mine)))
+        begin += size
+    return tuple(parts)
+
+
+def stack(call: Call, cut: Cut) -> Step | Wall:
+    """A stack of all, each selected; the new axis itself is not selected."""
+    operands, shapes = _operands(call)
+    dim = axis_of(int(call.get("dim", 0)), len(call.output_shape))
+    if shapes is None or cut.start <= dim < cut.stop:
+        return Wall("the selected axis is the stack itself")
+    back = 1 if dim < cut.start else 0
+    parts = tuple(Part(Cut(n, cut.start - back, cut.stop - back, cut.index)) for n in operands)
+    moved = dim if dim < cut.start else dim - cut.width + 1
+    return Step(lambda out, new: out.function(torch.stack, list(new), dim=moved), parts)
+
+
+def getitem(call: Call, cut: Cut) -> Step | Wall:
+    """One of the parts of a chunk or split, or an indexed tensor."""
+    key = call.get("key")
+    if call.shape(call.input) is not None:
+        return _indexed(call, cut, key if isinstance(key, tuple) else (key,))
+    maker = read_call(call.input, call.facts)
+    rule = _PARTS.get(maker.op)
+    if rule is None or not isinstance(key, int) or maker.shape(maker.arguments.get("input")) is None:
+        return Wall(f"one of several results of {maker.op}")
+    return rule(maker, cut, key, call)
+
+
+def _part_of_split(maker: Call, cut: Cut, key: int, call: Call) -> Step | Wall:
+    shape = maker.shape(maker.input) or ()
+    dim = maker.get("dim", 0)
+    if not isinstance(dim, int):
+        return Wall("the axis of the split is computed")
+    dim = axis_of(dim, len(shape))
+    if cut.start <= dim < cut.stop:
+        begin = _begins(maker, shape[dim], call.output_shape[dim])[key]
+        if cut.width > 1:
+            return Wall("the split axis is merged with others here")
+        return Step(source, (Part(Cut(maker.input, cut.start, cut.stop, tuple(k + begin for k in cut.index))),))
+    begin, size = _begins(maker, shape[dim], call.output_shape[dim])[key], call.output_shape[dim]
+    moved = dim if dim < cut.start else dim - cut.width + 1
+    part = Part(Cut(maker.input, cut.start, cut.stop, cut.index))
+    return Step(lambda out, new: out.function(torch.narrow, new[0], moved, begin, size), (part,))
+
+
+def _begins(maker: Call, total: int, own: int) -> list[int]:
+    """Where each part begins along the split axis."""
+    sizes = maker.get("split_size")
+    if maker.op == "chunk":
+        sizes = -(-total // int(maker.get("chunks")))
+    elif maker.op == "tensor_split":
+        if isinstance(sizes, int):
+            sizes = [total // sizes + (k < total % sizes) for k in range(sizes)]
+        else:
+            return [0, *sizes]
+    if isinstance(sizes, int):
+        return list(range(0, total, sizes))
+    return [sum(sizes[:k]) for k in range(len(sizes))]
+
+
+def _part_of_unbind(maker: Call, cut: Cut, key: int, call: Call) -> Step | Wall:
+    rank = len(call.output_shape) + 1
+    dim = axis_of(int(maker.get("dim", 0)), rank)
+    entry = key + (maker.shape(maker.input) or ())[dim] if key < 0 else key
+    return _without_axis(maker.input, dim, entry, cut)
+
+
+def _without_axis(below: fx.Node, dim: int, entry: int, cut: Cut) -> Step | Wall:
+    if cut.start < dim < cut.stop:
+        return Wall("an axis between the merged ones is dropped")
+    shift = 1 if dim <= cut.start else 0
+    part = Part(Cut(below, cut.start + shift, cut.stop + shift, cut.index))
+    moved = dim if shift else dim - cut.width + 1
+    return Step(lambda out, new: out.function(torch.select, new[0], moved, entry), (part,))
+
+
+_PARTS = {
+    **dict.fromkeys(("chunk", "split", "split_with_sizes", "tensor_split"), _part_of_split),
+    "unbind": _part_of_unbind,
+}
+
+
+def slicing(call: Call, cut: Cut) -> Step | Wall:
+    """`select`, `narrow`, `slice` and `index_select` are ways to write an index."""
+    shape = call.shape(call.input)
+    dim = call.get("dim", 0)
+    if shape is None or not isinstance(dim, int):
+        return Wall("it is not sliced by plain numbers")
+    dim = axis_of(dim, len(shape))
+    if call.op == "index_select":
+        return _selected(call, cut, dim)
+    if call.op == "select":
+        entry: Any = call.get("index")
+    elif call.op == "narrow":
+        start, length = call.get("start"), call.get("length")
+        entry = slice(start, start + length) if isinstance(start, int) and isinstance(length, int) else None
+    else:
+        entry = slice(call.get("start"), call.get("end"), call.get("step"))
+    return _indexed(call, cut, (*[slice(None)] * dim, entry))
+
+
+def _selected(call: Call, cut: Cut, dim: int) -> Step | Wall:
+    chosen = call.constant("index")
+    if chosen is None or (cut.start <= dim < cut.stop and cut.width > 1):
+        return Wall("it is selected by computed numbers")
+    if cut.start == dim:
+        entries = chosen.tolist()
+        return Step(source, (Part(Cut(call.input, dim, dim + 1, tuple(entries[k] for k in cut.index))),))
+    moved = dim if dim < cut.start else dim - cut.width + 1
+    part = Part(Cut(call.input, cut.start, cut.stop, cut.index))
+    return Step(lambda out, new: out.function(torch.index_select, new[0], moved, call.get("index")), (part,))
+
+
+def _indexed(call: Call, cut: Cut, key: tuple[Any, ...]) -> Step | Wall:
+    """A tensor indexed by numbers, slices, None and Ellipsis."""
+    shape = call.shape(call.input) or ()
+    entries = _full_key(key, len(shape))
+    if entries is None or not all(_plain(entry) for entry in entries):
+        return Wall("it is indexed by a tensor or by computed numbers")
+    axis, output, places = 0, 0, {}
+    for place, entry in enumerate(entries):
+        if isinstance(entry, slice):
+            places[output] = (place, axis)
+        output += 0 if isinstance(entry, int) else 1
+        axis += 0 if entry is None else 1
+    if any(k not in places for k in range(cut.start, cut.stop)):
+        return Wall("the selected axis is new here")
+    axes = [places[k][1] for k in range(cut.start, cut.stop)]
+    if axes != list(range(axes[0], axes[-1] + 1)):
+        return Wall("an axis between the merged ones is dropped")
+    at = places[cut.start][0]
+    if cut.width > 1 and any(entries[places[k][0]] != slice(None) for k in range(cut.start, cut.stop)):
+        return Wall("one of the merged axes is sliced")
+    taken = range(*entries[at].indices(shape[axes[0]]))
+    index: Index = cut.index if cut.width > 1 else tuple(taken[k] for k in cut.index)
+    new_key = (*entries[:at], slice(None), *entries[at + cut.width :])
+    part = Part(Cut(call.input, axes[0], axes[-1] + 1, index))
+    if all(entry == slice(None) for entry in new_key):
+        return Step(source, (part,))
+    return Step(lambda out, new: out.function(operator.getitem, new[0], new_key), (part,))
+
+
+def _plain(entry: Any) -> bool:
+    if isinstance(entry, slice):
+        return all(v is None or isinstance(v, int) for v in (entry.start, entry.stop, entry.step)) and (
+            entry.step is None or entry.step > 0
+        )
+    return entry is None or (isinstance(entry, int) and not isinstance(entry, bool))
+
+
+def _full_key(key: tuple[Any, ...], rank: int) -> tuple[Any, ...] | None:
+    """The key with Ellipsis and missing entries written out."""
+    named = sum(1 for entry in key if entry is not None and entry is not Ellipsis)
+    if sum(1 for entry in key if entry is Ellipsis) > 1 or named > rank:
+        return None
+    fill = [slice(None)] * (rank - named)
+    place = next((k for k, entry in enumerate(key) if entry is Ellipsis), None)
+    return (*key, *fill) if place is None else (*key[:place], *fill, *key[place + 1 :])

@@ -1,0 +1,165 @@
+"""Rules of operations that only lay entries out anew: reshapes and permutations. Mostly they vanish into the index."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch import fx
+
+from indistill_fx.passes.channels.call import Call, again, axis_of, source
+from indistill_fx.passes.channels.cut import (
+    Cut,
+    Emitter,
+    Index,
+    Part,
+    Shape,
+    Step,
+    Wall,
+    coordinates,
+    flat_place,
+    group_size,
+    spread,
+)
+
+
+def reshape(call: Call, cut: Cut) -> Step | Wall:
+    """View, reshape, flatten, unflatten, squeeze, unsqueeze: find the input's axes that hold the same entries."""
+    before, after = call.shape(call.input), call.output_shape
+    if before is None:
+        return Wall("its input is not a tensor")
+    found = _matching_axes(before, after, cut)
+    if found is None:
+        return Wall("the selected axis is cut across by the reshape")
+    start, stop, first, last = found
+    batches = call.facts[call.input.name].batch_axis, call.facts[call.node.name].batch_axis
+    if (batches[0] is not None and start <= batches[0] < stop) or (
+        batches[1] is not None and first <= batches[1] < last
+    ):
+        return Wall("the reshape mixes the selected axis with the batch")
+    left, right = prod(after[first : cut.start]), prod(after[cut.stop : last])
+    index = spread(cut.index, size=group_size(after, cut.start, cut.stop), before=left, after=right)
+    sizes = (*after[first : cut.start], len(cut.index), *after[cut.stop : last])
+    same_rest = before[:start] == after[:first] and before[stop:] == after[last:]
+
+    def emit(out: Emitter, new: Sequence[fx.Node]) -> fx.Node:
+        if same_rest:
+            return new[0] if len(sizes) == 1 else out.function(torch.unflatten, new[0], start, sizes)
+        free = _free_sizes(call, (*range(first), *range(last, len(after))))
+        return out.function(torch.reshape, new[0], (*free[:first], *sizes, *free[first:]))
+
+    positions = (
+        None
+        if left * right == 1
+        else tuple(k for _ in range(left) for k in range(len(cut.index)) for _ in range(right))
+    )
+    return Step(emit, (Part(Cut(call.input, start, stop, index), positions),))
+
+
+def _matching_axes(before: Shape, after: Shape, cut: Cut) -> tuple[int, int, int, int] | None:
+    """(start, stop) of the input and (first, last) of the output: the smallest span around the cut that both sides can name."""
+    spans = [(a, b) for a in range(cut.start + 1) for b in range(cut.stop, len(after) + 1)]
+    for first, last in sorted(spans, key=lambda span: (group_size(after, *span), span[1] - span[0])):
+        left, size = prod(after[:first]), group_size(after, first, last)
+        starts = [a for a in range(len(before)) if prod(before[:a]) == left]
+        ends = [(a, b) for a in starts for b in range(a + 1, len(before) + 1) if group_size(before, a, b) == size]
+        if ends:
+            exact = [(a, b) for a, b in ends if before[:a] == after[:first] and before[b:] == after[last:]]
+            start, stop = (exact or [(min(starts), max(b for _, b in ends))])[0]
+            return start, stop, first, last
+    return None
+
+
+def _free_sizes(call: Call, axes: Sequence[int]) -> list[Any]:
+    """Sizes of the axes the selection leaves alone: as the call gives them where it can, -1 for the batch, else as in the example."""
+    given = call.arguments.get("shape")
+    facts = call.facts[call.node.name]
+    found: list[Any] = []
+    for axis in axes:
+        value = given[axis] if isinstance(given, tuple) and len(given) == len(facts.shape) else None
+        usable = (isinstance(value, int) and value != -1) or (isinstance(value, fx.Node) and _reads_inputs(value, call))
+        found.append(value if usable else -1 if axis == facts.batch_axis else facts.shape[axis])
+    return found
+
+
+def _reads_inputs(size: fx.Node, call: Call) -> bool:
+    """Whether a computed size is read off the network's inputs, so that using it keeps no feature alive."""
+    sources = [size]
+    while sources:
+        node = sources.pop()
+        if node.name in call.facts and node.op != "placeholder":
+            return False
+        if node.op != "placeholder":
+            sources += node.all_input_nodes
+    return True
+
+
+def permute(call: Call, cut: Cut) -> Step | Wall:
+    """Permute, transpose, movedim: the axes move, and entries of merged axes with them."""
+    order = permutation(call)
+    shape = call.shape(call.input)
+    if order is None or shape is None:
+        return Wall("the order of axes is computed")
+    axes = order[cut.start : cut.stop]
+    low, high = min(axes), max(axes) + 1
+    if high - low != len(axes):
+        return Wall("the merged axes stand apart before the transposition")
+    index = _moved(cut.index, axes, shape, low, high) if list(axes) != sorted(axes) else cut.index
+    merged = [d if d <= low else d - len(axes) + 1 for d in (*order[: cut.start], low, *order[cut.stop :])]
+    part = Part(Cut(call.input, low, high, index))
+    if merged == list(range(len(merged))):
+        return Step(source, (part,))
+    return Step(lambda out, new: out.function(torch.permute, new[0], tuple(merged)), (part,))
+
+
+def _moved(index: Index, axes: Sequence[int], shape: Shape, low: int, high: int) -> Index:
+    sizes = [shape[axis] for axis in axes]
+    places = (dict(zip(axes, coordinates(k, sizes), strict=True)) for k in index)
+    return tuple(flat_place([place[axis] for axis in range(low, high)], shape[low:high]) for place in places)
+
+
+def permutation(call: Call) -> list[int] | None:
+    """For every axis of the output, the axis of the input it was."""
+    rank = len(call.output_shape)
+    if call.op == "permute":
+        dims = call.arguments.get("dims", call.get("dims"))
+        return [axis_of(d, rank) for d in dims] if isinstance(dims, (tuple, list)) and len(dims) == rank else None
+    order = list(range(rank))
+    if call.op in ("t", "mt"):
+        order[-1], order[-2] = order[-2], order[-1]
+        return order
+    if call.op == "transpose":
+        a, b = call.get("dim0", call.get("axis0")), call.get("dim1", call.get("axis1"))
+        if not (isinstance(a, int) and isinstance(b, int)):
+            return None
+        order[a], order[b] = order[b], order[a]
+        return order
+    moves = call.get("source"), call.get("destination")
+    pairs = [(m,) if isinstance(m, int) else m for m in moves]
+    if not all(isinstance(p, (tuple, list)) for p in pairs):
+        return None
+    placed = {axis_of(to, rank): axis_of(frm, rank) for frm, to in zip(*pairs, strict=True)}
+    rest = iter(axis for axis in range(rank) if axis not in placed.values())
+    return [placed[axis] if axis in placed else next(rest) for axis in range(rank)]
+
+
+def expand(call: Call, cut: Cut) -> Step | Wall:
+    """Expanded axes come from one entry; the others are selected below."""
+    before, after = call.shape(call.input), call.output_shape
+    given = call.arguments.get("shape")
+    if before is None or cut.width > 1 or not isinstance(given, tuple):
+        return Wall("expansion of merged axes")
+    axis = cut.start - (len(after) - len(before))
+    parts: tuple[Part, ...] = ()
+    if axis >= 0 and before[axis] == after[cut.start] != 1:
+        parts = (Part(Cut(call.input, axis, axis + 1, cut.index)),)
+    sizes = [len(cut.index) if k == cut.start else value for k, value in enumerate(given)]
+    return Step(lambda out, new: out.method("expand", new[0] if new else call.input, *sizes), parts)
+
+
+def contiguous(call: Call, cut: Cut) -> Step | Wall:
+    """Same entries, another storage."""
+    below = Cut(call.input, cut.start, cut.stop, cut.index)
+    return Step(again(call, [below]), (Part(below),))

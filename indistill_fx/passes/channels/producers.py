@@ -1,0 +1,155 @@
+"""Rules of operations that make channels: the selection is absorbed in their weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from indistill_fx.graphs import with_tensors
+from indistill_fx.ops import attribute
+from indistill_fx.passes.channels.call import Call, again, index_select, slice_weights, weight_filters
+from indistill_fx.passes.channels.cut import Cut, Emitter, Index, Part, Step, Wall, sliced
+
+
+def conv(call: Call, cut: Cut) -> Step | Wall:
+    """Filters are rows of the weight. In a grouped convolution the groups nobody wants go too, with the channels they read."""
+    if (cut.start, cut.stop) != (1, 2):
+        return Wall("a convolution mixes the axes of space")
+    transposed = call.op == "conv_transpose"
+    groups, inputs, outputs = int(call.get("groups", 1)), _inputs(call), call.output_shape[1]
+    filters = weight_filters(call, cut.index, rows_axis=1 if transposed and groups == 1 else 0)
+    if groups == 1:
+        axis = 1 if transposed else 0
+        return slice_weights(
+            call, {"weight": (axis, cut.index), "bias": (0, cut.index)}, filters=filters, out_channels=len(cut.index)
+        )
+    return _grouped(call, cut.index, groups, inputs // groups, outputs // groups, transposed=transposed)
+
+
+def _inputs(call: Call) -> int:
+    shape = call.shape(call.input)
+    return shape[1] if shape else 0
+
+
+def _grouped(call: Call, index: Index, groups: int, inputs: int, outputs: int, *, transposed: bool) -> Step | Wall:
+    """Equal numbers from each group that is used, one group after the other: a smaller grouped convolution. Else every filter is a group of its own."""
+    filters = weight_filters(call, index)
+    owners = [k // outputs for k in index]
+    used = list(dict.fromkeys(owners))
+    per_group = len(index) // len(used)
+    balanced = owners == [group for group in used for _ in range(per_group)]
+    if not balanced and inputs > 1:
+        return _one_group_each(call, index, owners, inputs, outputs, transposed=transposed)
+    used = used if balanced else owners
+    reads = tuple(group * inputs + k for group in used for k in range(inputs))
+    part = Part(Cut(call.input, 1, 2, reads))
+    settings: dict[str, Any] = {"groups": len(used), "in_channels": len(reads), "out_channels": len(index)}
+    if not transposed:
+        return slice_weights(
+            call, {"weight": (0, index), "bias": (0, index)}, parts=[part], filters=filters, **settings
+        )
+    if balanced and per_group == outputs:
+        return slice_weights(
+            call, {"weight": (0, reads), "bias": (0, index)}, parts=[part], filters=filters, **settings
+        )
+    return _one_group_each(call, index, owners, inputs, outputs, transposed=True)
+
+
+def _one_group_each(
+    call: Call, index: Index, owners: list[int], inputs: int, outputs: int, *, transposed: bool
+) -> Step | Wall:
+    weight, bias = call.constant("weight"), call.constant("bias")
+    if weight is None:
+        return Wall("the weight of the grouped convolution is computed")
+    used = sorted(set(owners))
+    part = Part(Cut(call.input, 1, 2, tuple(group * inputs + k for group in used for k in range(inputs))))
+    gather = tuple(used.index(group) * inputs + k for group in owners for k in range(inputs))
+    rows = _rows_of_transposed(weight, index, owners, inputs, outputs) if transposed else sliced(weight, 0, index)
+    new_bias = None if bias is None else sliced(bias, 0, index)
+
+    def emit(out: Emitter, new: Sequence[fx.Node]) -> fx.Node:
+        spread = index_select(out, new[0], 1, 2, gather)
+        if call.module is not None:
+            tensors = {"weight": rows} if new_bias is None else {"weight": rows, "bias": new_bias}
+            settings = {"groups": len(index), "in_channels": len(gather), "out_channels": len(index)}
+            return out.module(str(call.node.target), with_tensors(call.module, tensors, **settings), spread)
+        named = {"input": spread, "weight": out.tensor("weight", rows), "groups": len(index)}
+        if new_bias is not None:
+            named["bias"] = out.tensor("bias", new_bias)
+        return out.function(call.node.target, *_positional(call, named))  # type: ignore[arg-type]
+
+    note = "every kept filter became a group of its own, because the groups keep different numbers"
+    return Step(emit, (part,), filters=weight_filters(call, index), note=note)
+
+
+def _positional(call: Call, named: dict[str, object]) -> list[object]:
+    names = (
+        "input weight bias stride padding dilation groups"
+        if call.op == "conv"
+        else "input weight bias stride padding output_padding groups dilation"
+    )
+    defaults = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "output_padding": 0, "groups": 1}
+    return [named.get(name, call.arguments.get(name, defaults.get(name))) for name in names.split()]
+
+
+def _rows_of_transposed(
+    weight: torch.Tensor, index: Index, owners: list[int], inputs: int, outputs: int
+) -> torch.Tensor:
+    rows = [
+        weight.detach()[g * inputs : (g + 1) * inputs, k % outputs : k % outputs + 1]
+        for k, g in zip(index, owners, strict=True)
+    ]
+    return torch.cat(rows).requires_grad_(weight.requires_grad)
+
+
+def linear(call: Call, cut: Cut) -> Step | Wall:
+    """Rows of the weight on the last axis; every other axis is the input's."""
+    last = len(call.output_shape) - 1
+    if cut.start < last:
+        if cut.stop > last:
+            return Wall("the features of a linear layer are merged with other axes here")
+        below = Cut(call.input, cut.start, cut.stop, cut.index)
+        return Step(again(call, [below]), (Part(below),))
+    filters = weight_filters(call, cut.index)
+    return slice_weights(
+        call, {"weight": (0, cut.index), "bias": (0, cut.index)}, filters=filters, out_features=len(cut.index)
+    )
+
+
+def embedding(call: Call, cut: Cut) -> Step | Wall:
+    """Columns of the table on the last axis; every other axis is the input's."""
+    last = len(call.output_shape) - 1
+    if cut.start < last:
+        if cut.stop > last:
+            return Wall("the features of an embedding are merged with other axes here")
+        below = Cut(call.input, cut.start, cut.stop, cut.index)
+        return Step(again(call, [below]), (Part(below),))
+    filters = weight_filters(call, cut.index, rows_axis=1)
+    return slice_weights(call, {"weight": (1, cut.index)}, filters=filters, embedding_dim=len(cut.index))
+
+
+def constant(call: Call, cut: Cut) -> Step | Wall:
+    """A parameter or buffer: sliced."""
+    owner = call.node.graph.owning_module
+    value = attribute(owner, str(call.node.target)) if owner is not None else None
+    if not isinstance(value, Tensor):
+        return Wall("not a tensor")
+    flat = value.flatten(cut.start, cut.stop - 1) if cut.width > 1 else value
+    new = sliced(flat, cut.start, cut.index).requires_grad_(value.requires_grad)
+    if isinstance(value, nn.Parameter):
+        new = nn.Parameter(new, requires_grad=value.requires_grad)
+    return Step(lambda out, _: out.tensor(str(call.node.target), new))
+
+
+def used_groups(index: Index, size: int) -> list[int] | None:
+    """The groups of `size` that an index is made of, if it takes each of them whole and in order.
+
+    >>> used_groups((2, 3, 0, 1), 2), used_groups((0, 2), 2)
+    ([1, 0], None)
+    """
+    groups = list(dict.fromkeys(k // size for k in index))
+    whole = tuple(group * size + k for group in groups for k in range(size))
+    return groups if whole == index else None

@@ -1,0 +1,152 @@
+"""Rules of operations on the axes of space: pooling, interpolation, padding, reductions, shifts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from indistill_fx.passes.channels.call import Call, again, axis_of, untouched
+from indistill_fx.passes.channels.cut import Cut, Part, Step, Wall
+
+
+def per_channel_map(call: Call, cut: Cut) -> Step | Wall:
+    """Pooling and interpolation: each channel, on axis 1, is treated alone."""
+    if cut.stop > 2:
+        return Wall(f"{call.op} mixes the axes of space")
+    return untouched(call, cut)
+
+
+def pad(call: Call, cut: Cut) -> Step | Wall:
+    """Padding of other axes passes; padding of the selected axis becomes padding by the number of padded entries that are wanted."""
+    rank = len(call.output_shape)
+    sizes = call.get("pad", call.get("padding"))
+    if not isinstance(sizes, (tuple, list)) or not all(isinstance(n, int) for n in sizes):
+        return Wall("the padding is computed")
+    padded = [rank - 1 - k for k in range(len(sizes) // 2) if sizes[2 * k] or sizes[2 * k + 1]]
+    if not any(cut.start <= axis < cut.stop for axis in padded):
+        if cut.width > 1 and any(axis < cut.start for axis in padded):
+            return Wall("an axis to the left of the merged ones is padded")
+        return untouched(call, cut)
+    if cut.width > 1 or call.module is not None or call.get("mode", "constant") != "constant":
+        return Wall("the channels themselves are padded")
+    return _padded_channels(call, cut, list(sizes), rank)
+
+
+def _padded_channels(call: Call, cut: Cut, sizes: list[int], rank: int) -> Step | Wall:
+    shape = call.shape(call.input)
+    place = 2 * (rank - 1 - cut.start)
+    low, real = sizes[place], shape[cut.start] if shape else 0
+    kinds = [-1 if k < low else 1 if k >= low + real else 0 for k in cut.index]
+    inside = tuple(k - low for k, kind in zip(cut.index, kinds, strict=True) if kind == 0)
+    if kinds != sorted(kinds) or not inside:
+        return Wall("the padded channels stand between the others")
+    sizes[place], sizes[place + 1] = kinds.count(-1), kinds.count(1)
+    positions = tuple(k for k, kind in enumerate(kinds) if kind == 0)
+    below = Cut(call.input, cut.start, cut.stop, inside)
+    return Step(again(call, [below], pad=tuple(sizes)), (Part(below, positions),))
+
+
+def reduction(call: Call, cut: Cut) -> Step | Wall:
+    """Means, sums and maxima over other axes."""
+    shape = call.shape(call.input)
+    dims = call.get("dim")
+    if shape is None or dims is None or not isinstance(dims, (int, tuple, list)):
+        return Wall(f"{call.op} mixes all axes")
+    given = [dims] if isinstance(dims, int) else list(dims)
+    reduced = sorted(axis_of(d, len(shape)) for d in given)
+    stay = (
+        list(range(len(shape)))
+        if call.get("keepdim", False)
+        else [axis for axis in range(len(shape)) if axis not in reduced]
+    )
+    axes = stay[cut.start : cut.stop]
+    if axes != list(range(axes[0], axes[-1] + 1)) or any(axis in reduced for axis in axes):
+        return Wall(f"{call.op} mixes some of the merged axes")
+    below = Cut(call.input, axes[0], axes[-1] + 1, cut.index)
+    moved = [d if d < axes[0] else d - cut.width + 1 for d in reduced]
+    return Step(again(call, [below], dim=moved[0] if isinstance(dims, int) else moved), (Part(below),))
+
+
+def shift(call: Call, cut: Cut) -> Step | Wall:
+    """Roll and flip of other axes."""
+    dims = call.get("dims")
+    rank = len(call.output_shape)
+    given = [dims] if isinstance(dims, int) else dims
+    if not isinstance(given, (tuple, list)):
+        return Wall(f"{call.op} moves all axes")
+    axes = [axis_of(d, rank) for d in given]
+    if any(cut.start <= axis < cut.stop for axis in axes):
+        return Wall(f"{call.op} moves the channels")
+    moved = [d if d < cut.start else d - cut.width + 1 for d in axes]
+    return untouched(call, cut, dims=moved[0] if isinstance(dims, int) else moved)
+
+
+def pixel_shuffle(call: Call, cut: Cut) -> Step | Wall:
+    """Channel c of the output is made of the r*r channels from c*r*r on."""
+    r = call.get("upscale_factor")
+    if (cut.start, cut.stop) != (1, 2) or not isinstance(r, int):
+        return Wall("pixel shuffle mixes the axes of space")
+    below = Cut(call.input, 1, 2, tuple(k * r * r + j for k in cut.index for j in range(r * r)))
+    return Step(again(call, [below]), (Part(below, tuple(k for k in range(len(cut.index)) for _ in range(r * r))),))
+
+
+def pixel_unshuffle(call: Call, cut: Cut) -> Step | Wall:
+    """Groups of r*r channels of the output are one channel of the input."""
+    from indistill_fx.passes.channels.producers import used_groups
+
+    r = call.get("downscale_factor")
+    if (cut.start, cut.stop) != (1, 2) or not isinstance(r, int):
+        return Wall("pixel unshuffle mixes the axes of space")
+    used = used_groups(cut.index, r * r)
+    if used is None:
+        return Wall("only a part of the places of a channel is wanted")
+    below = Cut(call.input, 1, 2, tuple(used))
+    return Step(again(call, [below]), (Part(below, tuple(range(0, len(cut.index), r * r))),))
+
+
+def channel_shuffle(call: Call, cut: Cut) -> Step | Wall:
+    """Output channel k comes from channel (k % groups) * (channels / groups) + k // groups."""
+    groups, channels = call.get("groups"), call.output_shape[1]
+    if (cut.start, cut.stop) != (1, 2) or not isinstance(groups, int):
+        return Wall("channel shuffle on another axis")
+    per_group = channels // groups
+    below = Cut(call.input, 1, 2, tuple((k % groups) * per_group + k // groups for k in cut.index))
+    return Step(lambda _, new: new[0], (Part(below),))
+
+
+def matmul(call: Call, cut: Cut) -> Step | Wall:
+    """Rows come from the left operand, columns from the right one, batches from both."""
+    left, right = call.get("input"), call.get("other", call.get("mat2"))
+    shapes = call.shape(left), call.shape(right)
+    rank = len(call.output_shape)
+    if shapes[0] is None or shapes[1] is None or len(shapes[0]) != rank or len(shapes[1]) != rank or left is right:
+        return Wall("a product of tensors of different rank")
+    return _product(call, cut, {rank - 2: [left], rank - 1: [right]}, [left, right])
+
+
+def attention(call: Call, cut: Cut) -> Step | Wall:
+    """Queries give the rows, values the features, all three the heads."""
+    query, key, value, mask = (call.get(name) for name in ("query", "key", "value", "attn_mask"))
+    rank = len(call.output_shape)
+    if any(call.shape(n) is None or len(call.shape(n) or ()) != rank for n in (query, key, value)) or (
+        mask is not None and cut.stop < rank
+    ):
+        return Wall("attention with a mask, or with operands of different rank")
+    if call.get("is_causal", False) and cut.start == rank - 2:
+        return Wall("causal attention counts its rows")
+    if len({query, key, value}) < 3:
+        return Wall("attention of a tensor with itself")
+    return _product(call, cut, {rank - 2: [query], rank - 1: [value]}, [query, key, value])
+
+
+def _product(call: Call, cut: Cut, ends: dict[int, list[fx.Node]], every: list[Any]) -> Step | Wall:
+    rank = len(call.output_shape)
+    if cut.stop > rank - 2 and cut.width > 1:
+        return Wall("the axes of a product are merged here")
+    operands = ends.get(cut.start, every)
+    wanted = call.output_shape[cut.start : cut.stop]
+    if any((call.shape(n) or ())[cut.start : cut.stop] != wanted for n in operands):
+        return Wall("the operands of a product broadcast here")
+    cuts = [Cut(n, cut.start, cut.stop, cut.index) for n in operands]
+    return Step(again(call, cuts), tuple(Part(c) for c in cuts))
