@@ -44,18 +44,18 @@ def command(
       indistill-fx align teacher.pt models.py:make_student --input 3x32x32 -o plan.json
     """
     from indistill_fx.cli.tables import alignment_table
-    from indistill_fx.passes.pipeline import align_models
+    from indistill_fx.passes.pipeline import align_traced
 
     sources = common.open_model(teacher, trust), common.open_model(student, trust)
     example = common.example_for(sources, input_size)
     traced = common.trace_model(sources[0], example, "teacher"), common.trace_model(sources[1], example, "student")
-    alignment = align_models(*traced, criterion=criterion, pairs=pairs, every_block=every_block, taps=taps)
+    alignment = align_traced(*traced, criterion=criterion, pairs=pairs, every_block=every_block, taps=taps)
     if output:
         alignment.value.save(output)
     if as_json:
         click.echo(alignment.value.model_dump_json(indent=2))
         return
     out = common.console()
-    out.print(alignment_table(teacher, student, alignment.value, alignment.report, explain=explain))
+    out.print(alignment_table(alignment.value, alignment.report, explain=explain))
     if output:
         out.print(f"Plan written to {output}; `indistill-fx distill {teacher} {student} --plan {output} …` takes it.", soft_wrap=True)

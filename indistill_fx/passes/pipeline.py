@@ -12,11 +12,12 @@ from indistill_fx.passes.adapt import adapt, layout_of
 from indistill_fx.passes.dedupe import dedupe
 from indistill_fx.passes.fold import fold
 from indistill_fx.passes.instrument import cut
-from indistill_fx.passes.match import match
+from indistill_fx.passes.match import MatchReport, match
 from indistill_fx.passes.narrow import choose_channels, narrow
 from indistill_fx.passes.trace import trace
 from indistill_fx.passes.verify import signature_of, untouched, verify
 from indistill_fx.plan import AlignmentPlan, ModelStamp, Pair
+from indistill_fx.result import PassResult
 from indistill_fx.traced import Role, TracedModel
 
 
@@ -64,18 +65,26 @@ def align(
     """
     teacher = as_traced(teacher, example_inputs, role="teacher")
     student = as_traced(student, example_inputs, role="student")
+    return align_traced(teacher, student, criterion=criterion, loader=loader, **matching).value
+
+
+def align_traced(
+    teacher: TracedModel, student: TracedModel, *, criterion: str = "l1", loader: Any = None, **matching: Any
+) -> PassResult[AlignmentPlan, MatchReport]:
+    """`align` for traced models, with the matcher's report: evidence and runners-up of every pair."""
     with untouched(teacher, by="match"), untouched(student, by="match"):
         found = match(teacher, student, **matching)
     widths = {pair.teacher: width for pair in found.value if (width := _narrower(pair, teacher, student)) is not None}
     with untouched(teacher, by="choose_channels"):
         kept = choose_channels(teacher, widths, criterion=criterion, loader=loader)
-    return AlignmentPlan(
+    plan = AlignmentPlan(
         teacher=ModelStamp(name=type(teacher.module).__name__, fingerprint=teacher.fingerprint),
         student=ModelStamp(name=type(student.module).__name__, fingerprint=student.fingerprint),
         pairs=tuple(pair.model_copy(update={"kept": kept.get(pair.teacher)}) for pair in found.value),
         embedding=found.report.embedding,
         unmatched=found.report.unmatched,
     )
+    return PassResult(plan, found.report)
 
 
 def _narrower(pair: Pair, teacher: TracedModel, student: TracedModel) -> int | None:

@@ -54,11 +54,13 @@ def test_warmup_losses_and_gradients_equal_the_hook_baseline(name):
         loss.backward()
         torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
         compared = 0
+        # a bias in front of a norm has no gradient but round-off: measured against the largest gradient of the network
+        scale = max(float(p.grad.abs().max()) for p in reference.parameters() if p.grad is not None)
         for (path, own), other in zip(student.named_parameters(), reference.parameters(), strict=True):
             if other.grad is None:
                 assert own.grad is None, path
             else:
-                torch.testing.assert_close(own.grad, other.grad, rtol=1e-4, atol=1e-6 * float(other.grad.abs().max()))
+                torch.testing.assert_close(own.grad, other.grad, rtol=1e-4, atol=1e-6 * scale)
                 compared += 1
         assert compared > 0
     assert digest(teacher) == before

@@ -1,0 +1,54 @@
+"""`indistill-fx inspect`."""
+
+from __future__ import annotations
+
+import click
+
+from indistill_fx.cli import common
+
+
+@click.command(name="inspect")
+@click.argument("model")
+@common.input_option
+@common.trust_option
+@click.option("--all", "everything", is_flag=True, help="All tensors, not only the spine, with every name that `--plan` files may use for them.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def command(model: str, input_size: str | None, trust: tuple[str, ...], everything: bool, as_json: bool) -> None:
+    """Show MODEL's layers: the spine (what every path from input to output passes through), stages, widths, MACs.
+
+    \b
+    Example:
+      indistill-fx inspect torchvision:mobilenet_v2
+    """
+    import json
+    from dataclasses import asdict
+
+    from rich.text import Text
+
+    from indistill_fx.cli.tables import count, plain_table, size, spine_table
+    from indistill_fx.passes.spine import spine
+
+    source = common.open_model(model, trust)
+    traced = common.trace_model(source, common.example_for((source,), input_size), "teacher")
+    nodes = spine(traced)
+    if as_json:
+        rows = [{**asdict(node), "facts": {**asdict(node.facts), "dtype": str(node.facts.dtype)}} for node in nodes]
+        click.echo(json.dumps({"macs": traced.macs, "fingerprint": traced.fingerprint, "spine": rows}, indent=2))
+        return
+    out = common.console()
+    parameters = sum(parameter.numel() for parameter in source.module.parameters())
+    out.print(Text(f"{model}: {count(parameters)} parameters, {count(traced.macs)} MACs for an input of {_inputs(traced.example_inputs)}"))
+    out.print(f"Traced by `{traced.report.rung}`; equal to the module at batch sizes {', '.join(str(n) for n, _ in traced.report.checked)}.")
+    if not everything:
+        out.print(spine_table(traced, nodes))
+        out.print("[dim]All tensors and their names: --all[/]")
+        return
+    table = plain_table("layer", "other names", "shape", "kind", "MACs", "parameters", numbers=("MACs", "parameters"))
+    for name, names in traced.aliases.items():
+        facts = traced.facts[name]
+        table.add_row(Text(names[0]), Text(", ".join(names[1:])), size(facts.shape), facts.kind, count(facts.macs), count(facts.parameters))
+    out.print(table)
+
+
+def _inputs(inputs: tuple[object, ...]) -> str:
+    return ", ".join("x".join(map(str, getattr(value, "shape", ())[1:])) for value in inputs)
