@@ -39,12 +39,13 @@ class Cnn32(nn.Module):
         self.conv2, self.conv2_bn = nn.Conv2d(first, second, 3), nn.BatchNorm2d(second)
         self.conv3, self.conv3_bn = nn.Conv2d(second, third, 3), nn.BatchNorm2d(third)
         self.fc1, self.fc2 = nn.Linear(4 * third, hidden), nn.Linear(hidden, 10)
+        self.pool = nn.MaxPool2d(2)
 
     def embedding(self, x: Tensor) -> Tensor:
         """The penultimate features, which retrieval uses."""
-        x = F.max_pool2d(F.relu(self.conv1_bn(self.conv1(x))), 2)
-        x = F.max_pool2d(F.relu(self.conv2_bn(self.conv2(x))), 2)
-        x = F.max_pool2d(F.relu(self.conv3_bn(self.conv3(x))), 2)
+        x = self.pool(F.relu(self.conv1_bn(self.conv1(x))))
+        x = self.pool(F.relu(self.conv2_bn(self.conv2(x))))
+        x = self.pool(F.relu(self.conv3_bn(self.conv3(x))))
         return F.relu(self.fc1(x.flatten(1)))
 
     def forward(self, x: Tensor) -> Tensor:
