@@ -12,6 +12,7 @@ from indistill_fx.passes.adapt import adapt, layout_of
 from indistill_fx.passes.dedupe import dedupe
 from indistill_fx.passes.fold import fold
 from indistill_fx.passes.instrument import cut
+from indistill_fx.passes.lower import lower
 from indistill_fx.passes.match import MatchReport, match
 from indistill_fx.passes.narrow import choose_channels, narrow
 from indistill_fx.passes.trace import trace
@@ -114,6 +115,8 @@ def teacher_half(teacher: TracedModel, student: TracedModel, pairs: Sequence[Pai
             verify(graph, after="adapt", signature=signature)
         graph = fold(graph).value
         verify(graph, after="fold", signature=signature)
+        lower(graph, trained=False)
+        verify(graph, after="lower", signature=signature)
     return graph
 
 
@@ -126,6 +129,8 @@ def student_half(student: TracedModel, teacher: TracedModel, pairs: Sequence[Pai
         for pair in pairs:
             _adapt(graph, pair, student, teacher, side="student", narrowed=narrowed)
             verify(graph, after="adapt", signature=signature)
+        lower(graph, trained=True)
+        verify(graph, after="lower", signature=signature)
     return graph
 
 
