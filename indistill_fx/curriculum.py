@@ -1,37 +1,77 @@
-"""The warm-up's schedule: which pair is distilled when, and for how long."""
+"""The warm-up's schedule: which pair is distilled when, for how long, and how."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, Protocol, TypeVar
 
-from indistill_fx.errors import ConfigError
+from indistill_fx.errors import ConfigError, nearest
 
 Unit = Literal["epochs", "steps"]
 
 
+class Named(Protocol):
+    """Anything with a name."""
+
+    @property
+    def name(self) -> Any:
+        """The student's tap."""
+
+
+Item = TypeVar("Item", bound=Named)
+
+
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """How long one stage trains: a number of epochs or of optimiser steps."""
+    """How long, and how, one stage trains.
+
+    Attributes:
+        length: number of epochs or of optimiser steps; with `patience` the most it may take.
+        unit: which of the two.
+        learning_rate: of this stage's optimiser; None: the run's.
+        optimizer: by name; None: the run's.
+        patience: the stage ends early after so many epochs without progress; None: never.
+        progress: the least relative fall of an epoch's loss that counts as progress.
+    """
 
     length: int
     unit: Unit = "epochs"
+    learning_rate: float | None = None
+    optimizer: str | None = None
+    patience: int | None = None
+    progress: float = 0.01
+
+    def __str__(self) -> str:
+        unit = self.unit if self.length != 1 else self.unit.removesuffix("s")
+        most = f"at most {self.length} {unit}" if self.patience else f"{self.length} {unit}"
+        early = f", ends after {self.patience} without {self.progress:.3g} relative progress" if self.patience else ""
+        optimizer = f", {self.optimizer}" if self.optimizer else ""
+        rate = f", learning rate {self.learning_rate:g}" if self.learning_rate is not None else ""
+        return f"{most}{optimizer}{rate}{early}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Curriculum:
     """Layer after layer, shallow to deep; layer l of 1..L gets `a + l` epochs.
 
-    Source: Sarridis et al., "InDistill", arXiv:2205.10003, section 3.3 (`a = 2`, Adam, learning rate 1e-3, mean squared error).
-    Deviation: one optimiser per stage; the authors' code makes a new one every epoch.
+    Where a sequence is given, it has one entry per pair of the plan, shallow to deep, whatever `layers` says.
+
+    Source: Sarridis et al., "InDistill", arXiv:2205.10003, section 3.3 (`a = 2`, Adam, learning rate 1e-3, mean squared
+    error). Deviation: one optimiser per stage; the authors' code makes a new one every epoch.
 
     Attributes:
         a: epochs added to every layer's number.
-        lengths: explicit length of every stage instead of `a + l`.
+        lengths: explicit length of every stage instead of `a + l`; 0 leaves a stage out, and `[]` the whole warm-up.
         unit: whether lengths are epochs or steps.
         loss: the feature loss, by name (`mse`, `cosine`, `at`, `pkt`).
-        learning_rate: of the stages' optimisers.
+        learning_rate: of the stages' optimisers: one for all, or one per pair.
+        optimizer: `adam`, `adamw` or `sgd`: one for all, or one per pair.
+        patience: plateau rule: a stage ends before its length is used up when its epoch loss has not fallen by
+            `progress` (relative) for so many epochs; None: every stage uses its whole length.
+        progress: see `patience`.
+        layers: student taps to warm up, in this order; None: every pair, shallow to deep.
 
     >>> [budget.length for budget in Curriculum().schedule(3)]
     [3, 4, 5]
@@ -41,21 +81,76 @@ class Curriculum:
     lengths: Sequence[int] | None = None
     unit: Unit = "epochs"
     loss: str = "mse"
-    learning_rate: float = 1e-3
+    learning_rate: float | Sequence[float] = 1e-3
+    optimizer: str | Sequence[str] = "adam"
+    patience: int | None = None
+    progress: float = 0.01
+    layers: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         if self.a < 0 or (self.lengths is not None and any(n < 0 for n in self.lengths)):
-            raise ConfigError(f"A curriculum cannot have stages of negative length (a={self.a}, lengths={self.lengths}).", where="curriculum")
+            raise _wrong(f"A curriculum cannot have stages of negative length (a={self.a}, lengths={self.lengths}).")
+        if self.unit not in ("epochs", "steps"):
+            raise _wrong(f"A curriculum's unit is {self.unit!r}.", hint="Legal: epochs, steps.")
+        if self.unit == "steps" and self.lengths is None:
+            raise _wrong("A curriculum in steps needs lengths: `a + l` counts epochs.", hint="Give lengths=[…].")
+        if self.patience is not None and (self.patience < 1 or self.unit == "steps"):
+            raise _wrong(
+                f"patience={self.patience} with unit={self.unit!r}: the plateau rule compares epochs, at least 1.",
+                hint="Give lengths in epochs.",
+            )
+        rates = [self.learning_rate] if isinstance(self.learning_rate, (int, float)) else self.learning_rate
+        if any(not (math.isfinite(rate) and rate > 0) for rate in rates):
+            raise _wrong(f"A curriculum's learning rate is {self.learning_rate}.", hint="Give numbers above 0.")
 
     def schedule(self, count: int) -> tuple[Budget, ...]:
         """The budgets of `count` stages, shallow to deep.
 
         Raises:
-            ConfigError: `lengths` has another number of stages.
+            ConfigError: a sequence has another number of entries.
         """
         lengths = [self.a + layer for layer in range(1, count + 1)] if self.lengths is None else list(self.lengths)
-        if len(lengths) != count:
-            raise ConfigError(
-                f"The curriculum gives {len(lengths)} lengths for {count} pairs.", where="curriculum", hint="Give one length per pair, or none."
-            )
-        return tuple(Budget(length, self.unit) for length in lengths)
+        lengths = lengths or [0] * count
+        one = isinstance(self.learning_rate, (int, float))
+        rates: list[Any] = [self.learning_rate] * count if one else list(self.learning_rate)  # type: ignore[arg-type]
+        optimizers = [self.optimizer] * count if isinstance(self.optimizer, str) else list(self.optimizer)
+        for what, values in (("lengths", lengths), ("learning rates", rates), ("optimisers", optimizers)):
+            if len(values) != count:
+                raise _wrong(
+                    f"The curriculum gives {len(values)} {what} for {count} pairs.", hint="Give one per pair, or none."
+                )
+        return tuple(
+            Budget(length, self.unit, float(rate), optimizer, self.patience, self.progress)
+            for length, rate, optimizer in zip(lengths, rates, optimizers, strict=True)
+        )
+
+    def arrange(self, stages: Iterable[Item]) -> list[Item]:
+        """The chosen ones of the warm-up stages (or whatever bears a student tap's name), in the chosen order.
+
+        Raises:
+            ConfigError: `layers` names one that is not there, or one twice.
+        """
+        known = {str(stage.name): stage for stage in stages}
+        if self.layers is None:
+            return list(known.values())
+        for layer in self.layers:
+            if layer not in known:
+                raise _wrong(f"The curriculum names `{layer}`, which is in no pair.", hint=nearest(layer, known))
+        if len(set(self.layers)) < len(self.layers):
+            raise _wrong(f"The curriculum names a layer twice: {', '.join(self.layers)}.", hint="Name each layer once.")
+        return [known[layer] for layer in self.layers]
+
+    def describe(self, layers: Sequence[str]) -> str:
+        """The schedule for these student taps (those of the plan's pairs, shallow to deep), a line each.
+
+        >>> print(Curriculum(layers=["b", "a"]).describe(["a", "b"]))
+        b: 4 epochs, adam, learning rate 0.001
+        a: 3 epochs, adam, learning rate 0.001
+        """
+        budgets = dict(zip(layers, self.schedule(len(layers)), strict=True))
+        chosen = layers if self.layers is None else self.layers
+        return "\n".join(f"{layer}: {budgets[layer]}" for layer in chosen if budgets[layer].length)
+
+
+def _wrong(message: str, *, hint: str = "") -> ConfigError:
+    return ConfigError(message, where="curriculum", hint=hint)

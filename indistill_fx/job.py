@@ -1,0 +1,303 @@
+"""Set a run up, train, finish it: what `distill` and `train` have in common."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+from torch import Tensor, nn
+
+from indistill_fx.checkpoint import save_tensors, state_tensors
+from indistill_fx.engine import Engine
+from indistill_fx.errors import ConfigError, PassError
+from indistill_fx.evaluate import evaluate
+from indistill_fx.graphs import digest
+from indistill_fx.loaders import EpochLoader, ForeignLoader
+from indistill_fx.record import LAST, STUDENT, EpochRecord, RunDirectory, RunRecord, StageRecord, environment
+from indistill_fx.reporter import Reporter
+from indistill_fx.seeding import own_randomness
+from indistill_fx.settings import Settings
+from indistill_fx.state import Leg, State
+from indistill_fx.stopping import StopRequest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What is to be trained.
+
+    Attributes:
+        legs: the stages, in order; those of length 0 are left out.
+        check: looks at every batch of the run's first epoch and raises if one cannot be right: (number, batch).
+        save: writes what belongs to the run into its directory, before training.
+    """
+
+    legs: list[Leg]
+    check: Callable[[int, Any], None]
+    save: Callable[[RunDirectory], None] = lambda directory: None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One run.
+
+    Attributes:
+        student: the module to train, in place.
+        teacher: the module that must not change; None where there is none.
+        loader: training batches.
+        val_loader: validation batches, or None.
+        settings: how.
+        run_dir: where the run is kept; None: nowhere.
+        resume: go on with the run in `run_dir`, if there is one.
+        progress: show how it is getting on.
+        logits: which entry of a model's output the logits are, if it has several.
+        about: further facts for run.json.
+    """
+
+    student: nn.Module
+    teacher: nn.Module | None
+    loader: EpochLoader
+    val_loader: Iterable[Any] | None
+    settings: Settings
+    run_dir: str | os.PathLike[str] | None
+    resume: bool
+    progress: bool
+    logits: str | int | None
+    about: Mapping[str, Any] | None
+
+    def run(self, set_up: Callable[[RunDirectory | None], Work]) -> RunRecord:
+        """Do it.
+
+        Args:
+            set_up: makes the stages. What it draws at random belongs to the run.
+
+        Raises:
+            ConfigError: options, models, data or directory are at fault.
+            TrainError: training cannot go on.
+            Interrupted: a signal arrived; a checkpoint was saved.
+        """
+        accelerator = make_accelerator(self.settings)
+        directory = self._directory(accelerator)
+        teacher = digest(self.teacher) if self.teacher is not None else None
+        with own_randomness(self.settings.seed):
+            work = set_up(directory)
+            with directory or nullcontext():
+                with _as_found(self.student):
+                    state = self._train(work, directory, accelerator, teacher)
+                if self.teacher is not None and digest(self.teacher) != teacher:
+                    raise PassError("Training changed the teacher, which is a defect of ours.", where="teacher")
+                return self._finish(state, directory, accelerator)
+
+    def _directory(self, accelerator: Accelerator) -> RunDirectory | None:
+        if self.run_dir is not None:
+            writes, board = accelerator.is_main_process, self.settings.tensorboard
+            return RunDirectory(self.run_dir, resume=self.resume, writes=writes, tensorboard=board)
+        if self.resume or self.settings.checkpoint_every_steps or self.settings.tensorboard:
+            raise ConfigError(
+                "Without a run directory nothing can be saved or resumed.", where="run_dir", hint="Give run_dir=…."
+            )
+        return None
+
+    def _train(
+        self, work: Work, directory: RunDirectory | None, accelerator: Accelerator, teacher: str | None
+    ) -> State:
+        legs = [leg for leg in work.legs if leg.budget.length]
+        identity = self._identity(legs, teacher, accelerator)
+        shown = self.progress and accelerator.is_main_process
+        with Reporter(shown=shown, steps=self._steps(legs)) as reporter, StopRequest(enabled=bool(directory)) as stop:
+            engine = Engine(
+                student=self.student,
+                legs=legs,
+                loader=self.loader,
+                accelerator=accelerator,
+                settings=self.settings,
+                directory=directory,
+                reporter=reporter,
+                stop=stop,
+                validate=self._validate if self.val_loader is not None else None,
+                check=work.check,
+                identity=identity,
+            )
+            resumed = directory is not None and directory.resumes
+            if directory is not None and resumed:
+                engine.resume(directory.path / LAST)
+                directory.rewind(engine.state.epochs, engine.state.all_steps)
+                reporter.say(f"Resumed after {engine.state.all_steps} steps.")
+            accuracy = self._teacher_accuracy(directory if resumed else None, accelerator)
+            if accuracy is not None:
+                reporter.say(f"Teacher's accuracy: {accuracy:.2%}")
+            schedule = [f"{leg.name}: {leg.budget}{self.settings.describe() if leg.main else ''}" for leg in legs]
+            reporter.say("\n".join(schedule))
+            if directory is not None:
+                work.save(directory)
+                directory.begin(
+                    resumed=resumed,
+                    about=dict(self.about or {}),
+                    settings=self.settings.to_json(),
+                    schedule=schedule,
+                    teacher_accuracy=accuracy,
+                    environment=environment(str(accelerator.device), accelerator.num_processes),
+                )
+            engine.run()
+        return engine.state
+
+    def _steps(self, legs: list[Leg]) -> dict[str, int]:
+        per_epoch = -(-len(self.loader) // self.settings.accumulate)
+        return {leg.name: leg.budget.length * (per_epoch if leg.budget.unit == "epochs" else 1) for leg in legs}
+
+    def _identity(self, legs: list[Leg], teacher: str | None, accelerator: Accelerator) -> dict[str, Any]:
+        """What two runs must have in common for one to go on where the other stopped."""
+        free = ("checkpoint_every_steps", "log_every_steps", "tensorboard")
+        found = {
+            "schedule": [(leg.name, asdict(leg.budget)) for leg in legs],
+            "teacher": teacher,
+            "batches": len(self.loader),
+            "data seed": self.loader.seed,
+            "processes": accelerator.num_processes,
+            **{name: value for name, value in self.settings.to_json().items() if name not in free},
+        }
+        plain: dict[str, Any] = json.loads(json.dumps(found))
+        return plain
+
+    def _validate(self) -> tuple[float, float]:
+        found = evaluate(self.student, self.val_loader or (), logits=self.logits)
+        return found.accuracy, found.loss
+
+    def _teacher_accuracy(self, before: RunDirectory | None, accelerator: Accelerator) -> float | None:
+        """Measured before anything is trained; a resumed run has it from its first time."""
+        if self.teacher is None or self.val_loader is None or not accelerator.is_main_process:
+            return None
+        known: float | None = before.told().get("teacher_accuracy") if before is not None else None
+        return evaluate(self.teacher, self.val_loader, logits=self.logits).accuracy if known is None else known
+
+    def _finish(self, state: State, directory: RunDirectory | None, accelerator: Accelerator) -> RunRecord:
+        epochs = tuple(EpochRecord(**entry) for entry in state.history)
+        accuracy = epochs[-1].accuracy if epochs else None
+        if accuracy is None and self.val_loader is not None and accelerator.is_main_process:
+            accuracy = self._validate()[0]
+        if directory is not None and directory.writes:
+            save_tensors(directory.path / STUDENT, state_tensors(self.student))
+        names = dict.fromkeys(epoch.stage for epoch in epochs)
+        record = RunRecord(
+            stages=tuple(_stage_record(name, epochs, state) for name in names),
+            epochs=epochs,
+            teacher_accuracy=self._teacher_accuracy(directory, accelerator) if directory else None,
+            accuracy=accuracy,
+            best_accuracy=state.best,
+            best_epoch=state.best_epoch,
+            steps=state.all_steps,
+            seconds=sum(epoch.seconds for epoch in epochs),
+            digest=digest(self.student),
+            environment=environment(str(accelerator.device), accelerator.num_processes),
+            files=directory.files() if directory is not None else {},
+        )
+        if directory is not None:
+            directory.tell(status="done", result=record.to_json())
+        return record
+
+
+def make_accelerator(settings: Settings) -> Accelerator:
+    """Accelerate's view of devices and processes.
+
+    Raises:
+        ConfigError: a launcher asks for a way of training in which a stage cannot share the student's parameters.
+    """
+    wanted = settings.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != wanted:
+        AcceleratorState._reset_state()  # one precision per process otherwise, and a process may train twice
+    accelerator = Accelerator(
+        cpu=settings.device == "cpu",
+        mixed_precision=wanted,
+        # Each process keeps its own batch-norm statistics and memory banks; those of the first are saved.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+    refused = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+    if accelerator.distributed_type in refused:
+        raise ConfigError(
+            f"`distill` and `train` do not run under {accelerator.distributed_type.value}.",
+            where="accelerate launch",
+            hint="Launch with torchrun (DDP), or shard the stages of compile_stages in a loop of your own.",
+        )
+    return accelerator
+
+
+def repeatable(loader: Iterable[Any], seed: int, what: str) -> EpochLoader:
+    """The loader if its epochs can be repeated, else wrapped so that they can.
+
+    Raises:
+        ConfigError: it can be iterated only once, has no length, or no batches.
+    """
+    if isinstance(loader, EpochLoader):
+        return loader
+    if hasattr(loader, "__next__") or not hasattr(loader, "__iter__") or not hasattr(loader, "__len__"):
+        raise ConfigError(
+            f"The {what} is a {type(loader).__name__}, which cannot be gone through once per epoch.",
+            where=what,
+            got=type(loader).__name__,
+            expected="an iterable with a length",
+            hint="Give a torch.utils.data.DataLoader, a list of batches, or a loader of ifx.data.open_data.",
+        )
+    wrapped = ForeignLoader(loader, seed=seed)
+    if not len(wrapped):
+        raise ConfigError(f"The {what} has no batches.", where=what, got=0, expected="at least 1")
+    return wrapped
+
+
+def label_check(classes: int | None, inputs: int = 1) -> Callable[[int, Any], None]:
+    """A check that a batch's labels are classes.
+
+    Args:
+        classes: number of them; None: unknown, so anything goes.
+        inputs: tensors before the labels in a batch that is a tuple.
+    """
+
+    def check(number: int, batch: Any) -> None:
+        labels = batch.get("labels") if isinstance(batch, Mapping) else None
+        if isinstance(batch, (tuple, list)) and len(batch) > inputs:
+            labels = batch[inputs]
+        if classes is None or not isinstance(labels, Tensor) or not labels.numel() or labels.is_floating_point():
+            return
+        low, high = (int(value) for value in labels.aminmax())
+        if low < 0 or high >= classes:
+            wrong = low if low < 0 else high
+            raise ConfigError(
+                f"Label {wrong} in batch {number + 1} is out of range: the model has {classes} classes.",
+                where="labels",
+                got=wrong,
+                expected=f"0 to {classes - 1}",
+                hint="Check that model and data have the same classes.",
+            )
+
+    return check
+
+
+def _stage_record(name: str, epochs: tuple[EpochRecord, ...], state: State) -> StageRecord:
+    own = [epoch for epoch in epochs if epoch.stage == name]
+    return StageRecord(
+        name=name,
+        losses=tuple(epoch.loss for epoch in own),
+        steps=sum(epoch.steps for epoch in own),
+        seconds=sum(epoch.seconds for epoch in own),
+        notes=tuple(state.notes.get(name, ())),
+    )
+
+
+@contextmanager
+def _as_found(student: nn.Module) -> Iterator[None]:
+    """Training flags and device as they were, when the block ends; no gradients left."""
+    flags = [(part, part.training) for part in student.modules()]
+    device = next((parameter.device for parameter in student.parameters()), None)
+    try:
+        yield
+    finally:
+        student.zero_grad()
+        if device is not None:
+            student.to(device)
+        for part, flag in flags:
+            part.training = flag

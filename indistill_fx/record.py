@@ -1,0 +1,296 @@
+"""What a run leaves behind: the record it returns, and a directory that tells its whole story.
+
+run.json (command, versions, settings, schedule, environment, status, result), plan.json, metrics.jsonl,
+checkpoints/last.safetensors and best.safetensors, student.safetensors, and tensorboard/ where asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+
+from indistill_fx.checkpoint import replace_file, save_json
+from indistill_fx.errors import ConfigError, TrainError
+
+LAST = "checkpoints/last.safetensors"
+BEST = "checkpoints/best.safetensors"
+STUDENT = "student.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class EpochRecord:
+    """One epoch.
+
+    Attributes:
+        stage: name of the stage: the student's tap, or `main`.
+        epoch: within the stage, from 1.
+        steps: optimiser steps taken.
+        loss: mean over the batches.
+        learning_rate: of the epoch.
+        seconds: spent training, without evaluation.
+        accuracy: on the validation data, where it was measured.
+        val_loss: likewise, cross-entropy.
+    """
+
+    stage: str
+    epoch: int
+    steps: int
+    loss: float
+    learning_rate: float
+    seconds: float
+    accuracy: float | None = None
+    val_loss: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StageRecord:
+    """One stage.
+
+    Attributes:
+        name: the student's tap, or `main`.
+        losses: mean loss of every epoch.
+        steps: optimiser steps taken.
+        seconds: spent training.
+        notes: what the reader should know: an early end, a compilation that failed.
+    """
+
+    name: str
+    losses: tuple[float, ...]
+    steps: int
+    seconds: float
+    notes: tuple[str, ...] = ()
+
+    @property
+    def epochs(self) -> int:
+        """Number of epochs."""
+        return len(self.losses)
+
+
+@dataclass(frozen=True, slots=True)
+class RunRecord:
+    """What a finished run returns.
+
+    Attributes:
+        stages: in the order trained.
+        epochs: of all stages.
+        teacher_accuracy: measured before anything was trained; None without validation data or teacher.
+        accuracy: of the student in the end; None without validation data.
+        best_accuracy: over the main epochs; its weights are in `files["best"]`.
+        best_epoch: the main epoch it was measured after, from 1.
+        steps: optimiser steps in all.
+        seconds: spent training in all.
+        digest: of the student's weights, buffers and flags: equal for equal runs.
+        environment: versions, machine, device, processes.
+        files: `run`, `metrics`, `plan`, `last`, `best`, `student` → path, for those that exist.
+    """
+
+    stages: tuple[StageRecord, ...]
+    epochs: tuple[EpochRecord, ...]
+    teacher_accuracy: float | None
+    accuracy: float | None
+    best_accuracy: float | None
+    best_epoch: int | None
+    steps: int
+    seconds: float
+    digest: str
+    environment: Mapping[str, Any]
+    files: Mapping[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for `json.dump`."""
+        return asdict(self)
+
+
+def environment(device: str, processes: int) -> dict[str, Any]:
+    """Versions and machine."""
+    packages = ("indistill-fx", "torch", "torchvision", "accelerate", "safetensors", "numpy")
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": device,
+        "processes": processes,
+        "versions": {name: version for name in packages if (version := _version(name))},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+class RunDirectory:
+    """A run's directory, locked against a second run while the block lasts.
+
+    Args:
+        path: made if absent.
+        resume: go on with the run that is in it (if there is one).
+        writes: whether this process writes; under DDP only one does.
+        tensorboard: write metrics for TensorBoard too.
+
+    Raises:
+        ConfigError: it holds a run and `resume` is false, another process uses it, or it cannot be made.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, resume: bool, writes: bool = True, tensorboard: bool = False):
+        self.path, self.writes = Path(path), writes
+        self._resume, self._tensorboard = resume, tensorboard
+        self._lock = FileLock(self.path / ".lock")
+        self._story: dict[str, Any] = {}
+        self._board: Any = None
+
+    def __enter__(self) -> RunDirectory:
+        if not self.writes:
+            return self
+        try:
+            (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
+            raise ConfigError(
+                f"Another process is running in {self.path}.",
+                where=str(self.path),
+                hint="Wait for it to end, or give another directory.",
+            ) from error
+        except OSError as error:
+            raise ConfigError(
+                f"{self.path} cannot be used for a run: {error.strerror or error}.", where=str(self.path)
+            ) from error
+        try:
+            self._open()
+        except BaseException:
+            self._lock.release()
+            raise
+        return self
+
+    def _open(self) -> None:
+        if not self._resume and (self.path / "run.json").exists():
+            raise ConfigError(
+                f"{self.path} already holds a run.",
+                where=str(self.path),
+                hint="Go on with it by resume=True (--resume), or give another directory.",
+            )
+        if self._tensorboard:
+            self._board = _tensorboard(self.path / "tensorboard")
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self.writes:
+            return
+        try:
+            if error is not None and self._story and self._story.get("status") == "running":
+                stopped = isinstance(error, (KeyboardInterrupt, SystemExit))
+                self._story["error"] = str(error)
+                self.tell(status="stopped" if stopped else "failed")
+        except TrainError:
+            pass  # the disk is full: the error on its way says more
+        finally:
+            if self._board is not None:
+                self._board.close()
+            self._lock.release()
+
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether there is one."""
+        return (self.path / LAST).exists()
+
+    @property
+    def resumes(self) -> bool:
+        """Whether a run is to go on from a checkpoint that is here."""
+        return self._resume and self.has_checkpoint
+
+    def tell(self, **story: Any) -> None:
+        """Add to run.json.
+
+        Raises:
+            TrainError: it cannot be written.
+        """
+        if self.writes:
+            self._story |= story | {"updated": datetime.now(UTC).isoformat(timespec="seconds")}
+            save_json(self.path / "run.json", self._story)
+
+    def begin(self, *, resumed: bool, **story: Any) -> None:
+        """Start run.json, or go on with the one that is there.
+
+        Raises:
+            TrainError: it cannot be written.
+        """
+        before = self.told() if resumed else {}
+        started = before.get("started", datetime.now(UTC).isoformat(timespec="seconds"))
+        self._story = {"command": sys.argv, "started": started, **before, **story}
+        self._story.pop("error", None)
+        self.tell(status="running", resumed=before.get("resumed", 0) + int(resumed))
+
+    def told(self) -> dict[str, Any]:
+        """What run.json says."""
+        try:
+            found: dict[str, Any] = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError):
+            return {}
+        return found
+
+    def log(self, entry: Mapping[str, Any]) -> None:
+        """Add a line to metrics.jsonl. `epochs` and `step` are the run's place; numbers go to TensorBoard.
+
+        Raises:
+            TrainError: it cannot be written.
+        """
+        if not self.writes:
+            return
+        try:
+            with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+        except OSError as error:
+            raise TrainError(
+                f"{self.path / 'metrics.jsonl'} cannot be written: {error}.", where=str(self.path)
+            ) from error
+        if self._board is not None:
+            for name, value in entry.items():
+                if isinstance(value, float):
+                    self._board.add_scalar(f"{entry['kind']}/{name}", value, entry["step"])
+
+    def rewind(self, epochs: int, step: int) -> None:
+        """Drop the lines of metrics.jsonl that lie behind a checkpoint: they will be written again."""
+        path = self.path / "metrics.jsonl"
+        if not self.writes or not path.exists():
+            return
+        kept = []
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # torn by a kill
+            if (entry["epochs"], entry["step"]) <= (epochs, step):
+                kept.append(line)
+        replace_file(path, lambda draft: draft.write_text("".join(kept), encoding="utf-8"))
+
+    def files(self) -> dict[str, str]:
+        """What there is to find."""
+        names = {"run": "run.json", "plan": "plan.json", "metrics": "metrics.jsonl"}
+        names |= {"last": LAST, "best": BEST, "student": STUDENT}
+        return {key: str(self.path / name) for key, name in names.items() if (self.path / name).exists()}
+
+
+def _tensorboard(path: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ConfigError(
+            "TensorBoard is not installed.", where="tensorboard", hint="pip install 'indistill-fx[tensorboard]'"
+        ) from error
+    return SummaryWriter(path)

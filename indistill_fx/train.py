@@ -1,0 +1,273 @@
+"""Train: `distill` a teacher into a student, or `train` a module on labels. The loop is in engine.py."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Unpack
+
+import torch
+import torch.nn.functional as F
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+
+from indistill_fx.curriculum import Budget, Curriculum
+from indistill_fx.errors import ConfigError
+from indistill_fx.evaluate import select_logits
+from indistill_fx.job import Job, Work, label_check, repeatable
+from indistill_fx.passes.pipeline import align
+from indistill_fx.passes.trace import trace
+from indistill_fx.plan import AlignmentPlan
+from indistill_fx.record import RunDirectory, RunRecord
+from indistill_fx.settings import Options, Settings
+from indistill_fx.stage import Stage, compile_stages
+from indistill_fx.state import Leg
+from indistill_fx.traced import Role, TracedModel
+from indistill_fx.untouched import evaluating
+
+
+def distill(
+    teacher: nn.Module | TracedModel,
+    student: nn.Module | TracedModel,
+    train_loader: Iterable[Any],
+    *,
+    plan: AlignmentPlan | None = None,
+    curriculum: Curriculum | None = None,
+    main: str | Callable[..., Tensor] | None = "kd",
+    main_options: Mapping[str, Any] | None = None,
+    epochs: int = 20,
+    val_loader: Iterable[Any] | None = None,
+    example_inputs: Any = None,
+    logits: str | int | None = None,
+    run_dir: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    about: Mapping[str, Any] | None = None,
+    **options: Unpack[Options],
+) -> RunRecord:
+    """Distil a teacher into a student: the warm-up layer by layer, then the main loss.
+
+    The student's own module is trained, in place. It ends where it was (device, training flags), with the last epoch's
+    weights. The teacher is not touched. Under `torchrun` every process calls this; each takes its share of every batch.
+
+    The same call with `resume=True` goes on after an interruption, in the middle of an epoch if need be, and on a CPU
+    ends with the same bits. That holds for loaders of `open_data`, and for any other whose batches depend on nothing
+    but the global random state and its own `generator` at the epoch's start (which those of a DataLoader with
+    `persistent_workers` and random transforms do not).
+
+    Args:
+        teacher: traced, or a plain module.
+        student: likewise.
+        train_loader: batches (inputs, labels) or (inputs, labels, indices), or dicts of inputs by name with `labels`
+            and `indices`.
+        plan: the pairs; that of the run resumed, else made by `align`, if None.
+        curriculum: the warm-up; `Curriculum(lengths=[])` is none.
+        main: the main loss: a name, `file.py:loss`, or a function (student, teacher, labels) → scalar; None: warm-up
+            only.
+        main_options: keyword arguments of the main loss.
+        epochs: of the main stage.
+        val_loader: batches to validate on after every main epoch; the teacher is measured on them first.
+        example_inputs: to trace plain modules with; by default taken from the first batch.
+        logits: key or place of the logits in the models' output, if it has several entries.
+        run_dir: where to keep checkpoints, metrics, plan and result; None: nowhere.
+        resume: go on with the run in `run_dir`; begin if there is none yet.
+        progress: show on standard error how it is getting on.
+        about: further facts to be kept in run.json, such as the specs of models and data.
+        options: see `Settings`: seed, learning_rate, optimizer, weight_decay, momentum, schedule, milestones, gamma,
+            clip_norm, accumulate, mixed_precision, compile, device, checkpoint_every_steps, log_every_steps,
+            tensorboard.
+
+    Returns:
+        The record.
+
+    Raises:
+        ConfigError: options, models, plan, data or directory are at fault.
+        TrainError: a loss is not finite, or the disk is full; the last checkpoint is good.
+        Interrupted: SIGINT or SIGTERM while `run_dir` is given; a checkpoint was saved. A KeyboardInterrupt.
+    """
+    settings, curriculum = Settings.of(options), curriculum or Curriculum()
+    _check_epochs(epochs)
+    loader = repeatable(train_loader, settings.seed, "train loader")
+    modules = [model.module if isinstance(model, TracedModel) else model for model in (teacher, student)]
+
+    def set_up(directory: RunDirectory | None) -> Work:
+        example = _example(loader, modules[1]) if example_inputs is None else example_inputs
+        models = _traced(teacher, example, "teacher", logits), _traced(student, example, "student", logits)
+        kept = directory.path / "plan.json" if directory is not None and directory.resumes else None
+        chosen = plan or (AlignmentPlan.load(kept) if kept is not None and kept.exists() else align(*models))
+        stages = compile_stages(*models, chosen, curriculum=curriculum, main=main, main_options=main_options)
+        classes = _check_classes(*models, [stage for stage in stages if stage.budget is None])
+        return Work(
+            legs=_legs(stages, curriculum, epochs, settings),
+            check=label_check(classes, len(models[1].example_inputs)),
+            save=lambda where: chosen.save(where.path / "plan.json") if where.writes else None,
+        )
+
+    return Job(
+        student=modules[1],
+        teacher=modules[0],
+        loader=loader,
+        val_loader=val_loader,
+        settings=settings,
+        run_dir=run_dir,
+        resume=resume,
+        progress=progress,
+        logits=logits,
+        about=about,
+    ).run(set_up)
+
+
+def train(
+    module: nn.Module,
+    train_loader: Iterable[Any],
+    *,
+    epochs: int = 20,
+    val_loader: Iterable[Any] | None = None,
+    logits: str | int | None = None,
+    run_dir: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    about: Mapping[str, Any] | None = None,
+    **options: Unpack[Options],
+) -> RunRecord:
+    """Train a module on labels, by cross-entropy: a teacher, or a baseline. The rest is as in `distill`.
+
+    Args:
+        module: inputs → logits. Trained in place; it need not be traceable.
+        train_loader: batches (inputs, labels, …), or dicts of inputs by name with `labels`.
+        epochs: how many.
+        val_loader: see `distill`.
+        logits: see `distill`.
+        run_dir: see `distill`.
+        resume: see `distill`.
+        progress: see `distill`.
+        about: see `distill`.
+        options: see `Settings`.
+
+    Returns:
+        The record; its one stage is called `main`.
+
+    Raises:
+        ConfigError: options, data or directory are at fault.
+        TrainError: a loss is not finite, or the disk is full; the last checkpoint is good.
+        Interrupted: SIGINT or SIGTERM while `run_dir` is given; a checkpoint was saved.
+    """
+    settings = Settings.of(options)
+    _check_epochs(epochs)
+    loader = repeatable(train_loader, settings.seed, "train loader")
+    budget = Budget(epochs, "epochs", settings.learning_rate, settings.optimizer)
+    supervised = Supervised(module, logits)
+    leg = Leg("main", supervised, budget, main=True)
+    return Job(
+        student=module,
+        teacher=None,
+        loader=loader,
+        val_loader=val_loader,
+        settings=settings,
+        run_dir=run_dir,
+        resume=resume,
+        progress=progress,
+        logits=logits,
+        about=about,
+    ).run(lambda directory: Work(legs=[leg], check=label_check(_class_count(supervised, loader))))
+
+
+class Supervised(nn.Module):
+    """Cross-entropy with the labels as one module: batch → loss.
+
+    Args:
+        module: inputs → logits.
+        logits: which entry of a dict (key) or tuple (place) the logits are.
+    """
+
+    def __init__(self, module: nn.Module, logits: str | int | None = None):
+        super().__init__()
+        self.module, self.logits = module, logits
+
+    def forward(self, batch: Any) -> Tensor:
+        """The loss of a batch (inputs, labels, …), or of a dict of inputs by name with `labels`."""
+        scores, labels = self.scores(batch)
+        return F.cross_entropy(scores.float(), labels)
+
+    def scores(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """Logits and labels of a batch."""
+        if isinstance(batch, Mapping):
+            outputs = self.module(**{key: value for key, value in batch.items() if key not in ("labels", "indices")})
+            return select_logits(outputs, self.logits), batch["labels"]
+        if not isinstance(batch, (tuple, list)) or len(batch) < 2:
+            raise ConfigError(
+                f"A batch is a {type(batch).__name__} without labels.",
+                where="train loader",
+                got=type(batch).__name__,
+                hint="Let the loader yield (inputs, labels), or a dict of inputs by name with `labels`.",
+            )
+        return select_logits(self.module(batch[0]), self.logits), batch[1]
+
+
+def _traced(model: nn.Module | TracedModel, example: Any, role: Role, logits: str | int | None) -> TracedModel:
+    return model if isinstance(model, TracedModel) else trace(model, example, role=role, logits=logits)
+
+
+def _example(loader: Iterable[Any], module: nn.Module) -> Any:
+    """A few samples of the first batch, as positional arguments of the module."""
+    batch = next(iter(loader))
+    wanted = [p for p in inspect.signature(module.forward).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    if isinstance(batch, Mapping):
+        inputs = [batch[p.name] for p in wanted if p.name in batch]
+    elif isinstance(batch, (tuple, list)):
+        inputs = list(batch[: max(1, sum(p.default is p.empty for p in wanted))])
+    else:
+        inputs = [batch]
+    if not inputs or not all(isinstance(entry, Tensor) for entry in inputs):
+        raise ConfigError(
+            f"The train loader yields a {type(batch).__name__} without inputs for {type(module).__name__}.",
+            where="train loader",
+            got=type(batch).__name__,
+            hint="Let it yield (inputs, labels), or a dict of inputs by their names in `forward`, with `labels`.",
+        )
+    device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+    return tuple(entry[:4].to(device) for entry in inputs)
+
+
+def _legs(stages: Sequence[Stage], curriculum: Curriculum, epochs: int, settings: Settings) -> list[Leg]:
+    warm = [stage for stage in stages if stage.budget is not None]
+    legs = [Leg(stage.name, stage, stage.budget) for stage in curriculum.arrange(warm) if stage.budget is not None]
+    budget = Budget(epochs, "epochs", settings.learning_rate, settings.optimizer)
+    return legs + [Leg(stage.name, stage, budget, main=True) for stage in stages if stage.budget is None]
+
+
+def _check_epochs(epochs: int) -> None:
+    if epochs < 0:
+        raise ConfigError(f"epochs is {epochs}.", where="epochs", got=epochs, expected="0 or more")
+
+
+def _check_classes(teacher: TracedModel, student: TracedModel, stages: Sequence[Stage]) -> int | None:
+    """The student's number of classes, where labels are read.
+
+    Raises:
+        ConfigError: the main loss compares logits of different numbers of classes.
+    """
+    count, other = (_channels(model) for model in (student, teacher))
+    for stage in stages:
+        if None not in (*stage.logits, count, other) and count != other:
+            raise ConfigError(
+                f"The teacher has {other} classes and the student {count}, and the main loss compares them.",
+                where="classes",
+                got=count,
+                expected=other,
+                hint="Give both the same classes, or take a main loss that reads features only, such as pkt.",
+            )
+    return count if any(stage.logits[1] is not None for stage in stages) else None
+
+
+def _channels(model: TracedModel) -> int | None:
+    facts = model.facts[model.logits]
+    return facts.channels if facts.channel_axis is not None else None
+
+
+def _class_count(supervised: Supervised, loader: Iterable[Any]) -> int:
+    """Asked of the module itself, on the first batch, so that it is known before the first step."""
+    device = next((parameter.device for parameter in supervised.parameters()), torch.device("cpu"))
+    with evaluating(supervised):
+        return int(supervised.scores(send_to_device(next(iter(loader)), device))[0].shape[1])
