@@ -1,0 +1,174 @@
+"""What a model file may name: the allow-list of the restricted loader.
+
+A pickle can do nothing but combine the objects it names, so everything hangs on which names are answered and what each
+may be used for. A name is answered by its role:
+
+  module    an `nn.Module` class of torch.nn, torchvision or timm: made empty and filled, never called while loading
+  plain     a listed class that only holds numbers
+  call      a listed function that rebuilds a tensor or a container; `unpickle.py` checks the arguments of every call
+  function  a listed pure tensor function, held as an attribute (an activation), never called while loading
+  storage, dtype, type   what tensors are made of
+  trusted   anything of a package the user trusts
+  missing   a class of an allowed package that the installed version does not have
+  foreign   everything else: refused
+
+Only the allowed packages are ever imported; a name from the file is not enough to make Python import a module.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Role = Literal["module", "plain", "call", "function", "storage", "dtype", "type", "trusted", "missing", "foreign"]
+
+# Audited: no constructor, `__setstate__` or `forward` of these packages' modules opens, fetches, imports or evaluates
+# anything (benchmarks/fuzz_loading.py --audit repeats the search).
+_MODULE_PACKAGES = ("torch.nn", "torch.ao.nn", "torch.ao.quantization.stubs", "torchvision", "timm")
+
+_PLAIN = frozenset(
+    f"torchvision.models.detection._utils.{name}"
+    for name in ("BalancedPositiveNegativeSampler", "BoxCoder", "BoxLinearCoder", "Matcher", "SSDMatcher")
+)
+
+CALLS = frozenset(
+    (
+        "torch._utils._rebuild_tensor",
+        "torch._utils._rebuild_tensor_v2",
+        "torch._utils._rebuild_tensor_v3",
+        "torch._utils._rebuild_parameter",
+        "torch._utils._rebuild_parameter_with_state",
+        "torch._tensor._rebuild_from_type_v2",
+        "torch.Size",
+        "torch.device",
+        "collections.OrderedDict",
+        "collections.Counter",
+        "builtins.set",
+        "builtins.getattr",
+        "functools.partial",
+        "timm.layers.format.Format",
+        "_codecs.encode",
+    )
+)
+
+_ACTIVATIONS = ("relu", "relu_", "sigmoid", "tanh", "selu", "celu", "softmax", "log_softmax")
+FUNCTIONS: dict[str, tuple[str, ...]] = {
+    "torch": _ACTIVATIONS,
+    "torch._C._nn": ("gelu", "silu", "mish", "softplus", "log_sigmoid", "hardsigmoid", "hardswish", "leaky_relu"),
+    "torch.nn.functional": (
+        *_ACTIVATIONS,
+        *("relu6", "gelu", "silu", "mish", "elu", "leaky_relu", "hardswish", "hardsigmoid", "hardtanh", "softplus"),
+    ),
+    "timm.layers.activations": (
+        *("swish", "mish", "sigmoid", "tanh", "hard_swish", "hard_sigmoid", "hard_mish"),
+        *("gelu", "gelu_tanh", "quick_gelu"),
+    ),
+    "torchvision.ops.boxes": ("box_iou",),
+    "torchvision.models.optical_flow.raft": ("_pass_through_h",),
+}
+
+# Bytes per element of the storages torch.save writes.
+ITEM_BYTES = {
+    **dict.fromkeys(("DoubleStorage", "LongStorage", "ComplexFloatStorage"), 8),
+    **dict.fromkeys(("FloatStorage", "IntStorage", "QInt32Storage"), 4),
+    **dict.fromkeys(("HalfStorage", "ShortStorage", "BFloat16Storage"), 2),
+    **dict.fromkeys(("CharStorage", "ByteStorage", "BoolStorage", "QInt8Storage", "QUInt8Storage"), 1),
+    "ComplexDoubleStorage": 16,
+    "UntypedStorage": 1,
+}
+
+_TYPES = frozenset(("torch.Tensor", "torch.nn.parameter.Parameter", "torch._C._VariableFunctionsClass"))
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """A global named by a pickle: its dotted path, the role it may play, and what it stands for."""
+
+    path: str
+    role: Role
+    value: Any = None
+
+
+def resolve(module: str, name: str, trust: Sequence[str]) -> Named:
+    """Decide what a pickle's global `module` `name` may be used for.
+
+    Args:
+        module: the module part as the file gives it.
+        name: the name in that module.
+        trust: packages the user trusts.
+
+    Returns:
+        The global with its role; `foreign` when it is on no list.
+    """
+    module = {"__builtin__": "builtins"}.get(module, module)  # Python 2's name, which protocol 2 still writes
+    path = f"{module}.{name}"
+    if path in CALLS:
+        return Named(path, "call")
+    if module in ("torch", "torch.storage") and name in ITEM_BYTES:
+        return Named(path, "storage", ITEM_BYTES[name])
+    if path in _TYPES:
+        return Named(path, "type")
+    if name in FUNCTIONS.get(module, ()):
+        found = _look_up(module, name)
+        return Named(path, "function" if callable(found) else "missing", found)
+    if module == "torch" and (dtype := _dtype(name)) is not None:
+        return Named(path, "dtype", dtype)
+    if _within(module, trust):
+        return Named(path, "trusted", getattr(importlib.import_module(module), name))
+    if path in _PLAIN or _within(module, _MODULE_PACKAGES):
+        return _resolve_class(module, name)
+    return Named(path, "foreign")
+
+
+def _resolve_class(module: str, name: str) -> Named:
+    from torch import nn
+
+    path, found = f"{module}.{name}", _look_up(module, name)
+    if found is None:
+        return Named(path, "missing")
+    if path in _PLAIN:
+        return Named(path, "plain", found)
+    # where it is defined counts: a package may import others' classes (torch.fx.GraphModule runs its own source)
+    if isinstance(found, type) and issubclass(found, nn.Module) and _within(found.__module__, _MODULE_PACKAGES):
+        return Named(path, "module", found)
+    return Named(path, "foreign")
+
+
+def _within(module: str, packages: Sequence[str]) -> bool:
+    return any(module == package or module.startswith(f"{package}.") for package in packages)
+
+
+def _look_up(module: str, name: str) -> Any:
+    if not all(part.isidentifier() for part in module.split(".")):
+        return None
+    try:
+        return vars(importlib.import_module(module)).get(name)
+    except ImportError:
+        return None
+
+
+def _dtype(name: str) -> Any:
+    import torch
+
+    found = vars(torch).get(name)
+    return found if isinstance(found, torch.dtype) else None
+
+
+def get_attribute(owner: object, name: str) -> Callable[..., Any]:
+    """Stand in for `getattr` while a pickle is loaded: a module's own `forward…` method, or a listed torch function.
+
+    Models that choose between two forwards hold one as a bound method; `torch.relu` pickles as an attribute of a class.
+
+    Raises:
+        AttributeError: any other owner or name.
+    """
+    import torch
+    from torch import nn
+
+    if isinstance(owner, nn.Module) and name.startswith("forward") and callable(getattr(type(owner), name, None)):
+        return getattr(type(owner), name).__get__(owner)  # type: ignore[no-any-return]
+    if owner is torch._C._VariableFunctionsClass and name in FUNCTIONS["torch"]:  # type: ignore[attr-defined]
+        return getattr(torch, name)  # type: ignore[no-any-return]
+    raise AttributeError(f"{name!r} of {type(owner).__name__} is not on the list")

@@ -1,0 +1,198 @@
+"""Models by name: torchvision's and timm's constructors, with what these libraries know of their inputs."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from indistill_fx.errors import ConfigError, FrontendError, nearest
+
+Normalisation = tuple[tuple[float, ...], tuple[float, ...]]
+
+# Arguments that keep a constructor from downloading a backbone nobody asked for, or from warning of its own default.
+_QUIET: dict[str, Any] = {"weights_backbone": None}
+_QUIET_BY_NAME: dict[str, dict[str, Any]] = {
+    "googlenet": {"init_weights": True},
+    "inception_v3": {"init_weights": True},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class InputFacts:
+    """What a library knows of a model's input: the shape of one sample, and the mean and deviation for normalising."""
+
+    size: tuple[int, ...] | None = None
+    normalisation: Normalisation | None = None
+
+
+def build_torchvision(name: str, arguments: Mapping[str, Any]) -> nn.Module:
+    """Build a torchvision model.
+
+    Args:
+        name: as in `torchvision.models.list_models()`.
+        arguments: the constructor's; `weights="DEFAULT"` or `pretrained=True` downloads weights.
+
+    Returns:
+        The model, in train mode as its constructor leaves it.
+
+    Raises:
+        ConfigError: no such name or argument; says which there are.
+        FrontendError: the weights cannot be downloaded.
+    """
+    import torchvision
+
+    legal = torchvision.models.list_models()
+    if name not in legal:
+        raise _unknown("torchvision", name, legal)
+    builder = torchvision.models.get_model_builder(name)
+    given = dict(arguments)
+    if given.pop("pretrained", False):
+        given["weights"] = "DEFAULT"
+    known = inspect.signature(builder).parameters
+    quiet = {key: value for key, value in _QUIET.items() if key in known} | _QUIET_BY_NAME.get(name, {})
+    if given.get("weights") is not None:
+        quiet = {}
+        weights = torchvision.models.get_model_weights(name)
+        wanted = str(given["weights"]).rpartition(".")[2]
+        if wanted not in weights.__members__:
+            raise ConfigError(
+                f"torchvision:{name} has no weights {wanted!r}.",
+                where=f"torchvision:{name}?weights={wanted}",
+                got=wanted,
+                hint=f"Legal: {', '.join(weights.__members__)}.",
+            )
+    model = _build(f"torchvision:{name}", builder, given, quiet, downloads=given.get("weights") is not None)
+    # some constructors swallow any keyword
+    unknown = [key for key in given if key not in {**known, **inspect.signature(type(model).__init__).parameters}]
+    if unknown:
+        raise _misbuilt(f"torchvision:{name}", builder, given, quiet, f"there is no argument {unknown[0]!r}")
+    return model
+
+
+def build_timm(name: str, arguments: Mapping[str, Any]) -> nn.Module:
+    """Build a timm model.
+
+    Args:
+        name: as in `timm.list_models()`, a tag allowed (`resnet10t.c3_in1k`).
+        arguments: those of `timm.create_model`; `pretrained=True` downloads weights.
+
+    Returns:
+        The model, in train mode as its constructor leaves it.
+
+    Raises:
+        ConfigError: timm is not installed, no such name or argument; says which there are.
+        FrontendError: the weights cannot be downloaded.
+    """
+    try:
+        import timm
+    except ImportError as error:
+        hint = 'Install it: pip install "indistill-fx[timm]".'
+        raise ConfigError(
+            f"timm:{name} needs timm, which is not installed.", where=f"timm:{name}", hint=hint
+        ) from error
+    if not timm.is_model(name):
+        raise _unknown("timm", name, timm.list_models())
+
+    def builder(**given: Any) -> nn.Module:
+        model: nn.Module = timm.create_model(name, **given)
+        return model
+
+    return _build(f"timm:{name}", builder, dict(arguments), {}, downloads=bool(arguments.get("pretrained")))
+
+
+def _unknown(library: str, name: str, legal: list[str]) -> ConfigError:
+    hint = nearest(name.partition(".")[0], legal) or f"{library} has {len(legal)} models."
+    return ConfigError(f"{library} has no model {name!r}.", where=f"{library}:{name}", got=name, hint=hint)
+
+
+def _build(
+    spec: str, builder: Callable[..., nn.Module], given: dict[str, Any], quiet: dict[str, Any], *, downloads: bool
+) -> nn.Module:
+    try:
+        return builder(**quiet | given)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".rstrip(".")
+        if downloads and not isinstance(error, TypeError):
+            raise FrontendError(
+                f"{spec} could not be built with pretrained weights: {reason}.",
+                where=spec,
+                got=reason,
+                hint=f"Without network, bring the weights as a file: {spec}@weights.safetensors.",
+            ) from error
+        raise _misbuilt(spec, builder, given, quiet, reason) from error
+
+
+def _misbuilt(
+    spec: str, builder: Callable[..., nn.Module], given: dict[str, Any], quiet: dict[str, Any], reason: str
+) -> ConfigError:
+    shown = ", ".join(f"{key}={value!r}" for key, value in given.items())
+    return ConfigError(
+        f"{spec} cannot be built with {shown or 'its defaults'}: {reason}.",
+        where=spec,
+        got=given,
+        hint=f"Legal arguments: {', '.join(_list_arguments(builder, quiet))}.",
+    )
+
+
+def _list_arguments(builder: Callable[..., nn.Module], quiet: dict[str, Any]) -> list[str]:
+    """The arguments with a default that a builder and, through it, the model's class take."""
+    import torch
+
+    sources: list[Callable[..., Any]] = [builder]
+    try:
+        with torch.device("meta"):
+            sources.append(type(builder(**quiet)).__init__)
+    except Exception:  # then the builder's own arguments have to do
+        sources = [builder]
+    found: dict[str, None] = {}
+    for source in sources:
+        for name, parameter in inspect.signature(source).parameters.items():
+            if parameter.default is not parameter.empty:
+                found[f"{name}={parameter.default!r}"] = None
+    return list(found)
+
+
+def describe_torchvision(name: str, module: nn.Module) -> InputFacts:
+    """What torchvision's weight metadata say of a model's input. Nothing is downloaded."""
+    import torchvision
+
+    try:
+        preset = torchvision.models.get_model_weights(name).DEFAULT.transforms()
+    except (ValueError, AttributeError):
+        return InputFacts()
+    mean, deviation = getattr(preset, "mean", None), getattr(preset, "std", None)
+    normalisation = (tuple(mean), tuple(deviation)) if mean and deviation else None
+    if "Video" in type(preset).__name__:
+        return InputFacts(None, normalisation)  # how many frames is not said
+    edges = getattr(preset, "crop_size", None) or getattr(preset, "resize_size", None)
+    # the default weights of some ViTs are for larger images than the default model
+    edge = getattr(module, "image_size", None) or (edges[0] if edges else None)
+    return InputFacts((3, edge, edge) if isinstance(edge, int) else None, normalisation)
+
+
+def describe_timm(module: nn.Module) -> InputFacts:
+    """What a timm model's own configuration says of its input; nothing for other modules."""
+    config = getattr(module, "pretrained_cfg", None)
+    size = config.get("input_size") if isinstance(config, dict) else None
+    if not isinstance(config, dict) or not _is_shape(size):
+        return InputFacts()
+    channels, *edges = size
+    image = getattr(getattr(module, "patch_embed", None), "img_size", None)
+    if _is_shape(image):
+        edges = list(image)
+    first = config.get("first_conv")
+    if isinstance(first, str) and first in dict(module.named_modules()):
+        channels = getattr(module.get_submodule(first), "in_channels", channels)
+    mean, deviation = config.get("mean"), config.get("std")
+    normalisation = (tuple(mean), tuple(deviation)) if mean and deviation else None
+    return InputFacts((channels, *edges), normalisation)
+
+
+def _is_shape(value: Any) -> bool:
+    return (
+        isinstance(value, (tuple, list)) and bool(value) and all(isinstance(item, int) and item > 0 for item in value)
+    )

@@ -1,0 +1,265 @@
+"""Where models come from: a spec string, the same in every command, to a module.
+
+    model.pt, model.pth                       a module saved whole by torch.save
+    model.pt2                                 a program saved by torch.export.save
+    models.py:make, package.module:make       a factory or a class in the user's own code
+    torchvision:resnet18, timm:resnet10t      a constructor by name
+    …?num_classes=10&width=16                 arguments, for the last two rows
+    …@weights.safetensors, …@weights.pt       weights to load into it
+
+Nothing of a model file is run, unless it names a package that the user trusts; the user's own code is run, of course.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from indistill_fx.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from indistill_fx.constructors import InputFacts
+
+_FORMS = "model.pt, model.pt2, models.py:make_model, package.module:make_model, torchvision:resnet18 or timm:resnet10t"
+_MODEL_SUFFIXES = (".pt", ".pth", ".pt2", ".bin", ".ckpt")
+_LARGEST_INPUT = 1 << 28  # elements: 1 GiB in float32
+
+
+@dataclass(frozen=True)
+class Source:
+    """A loaded model and what its source knows of it.
+
+    Args:
+        module: the model, with the training flags its source gave it.
+        spec: the string it was loaded from.
+        kind: `module file`, `exported program`, `factory`, `torchvision` or `timm`.
+        example_inputs: inputs the source has, batch included.
+        input_size: the shape of one input sample, such as (3, 224, 224).
+        normalisation: mean and standard deviation per channel that its inputs are normalised by.
+        notes: what was trusted, unwrapped or dropped on the way.
+    """
+
+    module: nn.Module
+    spec: str
+    kind: str
+    example_inputs: tuple[Tensor, ...] | None = None
+    input_size: tuple[int, ...] | None = None
+    normalisation: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """A spec string, taken apart. Without `name`, `place` is a file."""
+
+    text: str
+    place: str
+    name: str = ""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    weights: str = ""
+
+
+def load(spec: str, *, trust: Sequence[str] = ()) -> nn.Module:
+    """Load a model.
+
+    Args:
+        spec: where it comes from; see this module's head.
+        trust: packages whose classes a model file may name. Only for files you trust: such code is run.
+
+    Returns:
+        The module, with the training flags its source gave it.
+
+    Raises:
+        ConfigError: the spec or the file is at fault.
+        FrontendError: the user's factory fails, or pretrained weights cannot be downloaded.
+    """
+    return load_source(spec, trust=trust).module
+
+
+def load_source(spec: str, *, trust: Sequence[str] = ()) -> Source:
+    """Load a model together with what its source knows of it.
+
+    Args:
+        spec: where it comes from; see this module's head.
+        trust: packages whose classes a model file may name. Only for files you trust: such code is run.
+
+    Returns:
+        The module, its input's shape and normalisation where they are known, and notes.
+
+    Raises:
+        ConfigError: the spec or the file is at fault.
+        FrontendError: the user's factory fails, or pretrained weights cannot be downloaded.
+    """
+    _require_packages(trust)
+    parsed = parse_spec(spec)
+    if not parsed.name:
+        source = _load_file(parsed, trust)
+    elif parsed.place in ("torchvision", "timm"):
+        source = _build_by_name(parsed)
+    else:
+        from indistill_fx.factories import build_by_factory
+
+        source = Source(build_by_factory(parsed.place, parsed.name, parsed.arguments), spec, "factory")
+    if parsed.weights:
+        from indistill_fx.weights import load_weights
+
+        notes = load_weights(source.module, Path(parsed.weights), trust=trust)
+        source = replace(source, notes=(*source.notes, *notes))
+    return source
+
+
+def parse_spec(text: str) -> Spec:
+    """Take a spec string apart.
+
+    Raises:
+        ConfigError: it has none of the legal forms.
+
+    >>> parse_spec("torchvision:resnet18?num_classes=10@w.pt").arguments
+    {'num_classes': 10}
+    """
+    if not text.strip():
+        raise ConfigError("The model spec is empty.", where="model", got=text, expected=_FORMS, hint=f"Write {_FORMS}.")
+    if Path(text).exists():
+        return Spec(text, text)
+    left, at, weights = text.rpartition("@")
+    if at and (":" in left or left.endswith(_MODEL_SUFFIXES)):
+        if not weights:
+            raise ConfigError(f"{text!r} names no weights after '@'.", where=text, hint=f"Write {left}@weights.pt.")
+    else:
+        left, weights = text, ""
+    constructor, mark, query = left.partition("?")
+    by_library = constructor.startswith(("torchvision:", "timm:"))
+    place, colon, name = constructor.partition(":") if by_library else constructor.rpartition(":")
+    if not colon:
+        if mark:
+            hint = f"Arguments are for constructors: {_FORMS}."
+            raise ConfigError(f"{text!r} gives arguments to a file.", where=text, got=query, hint=hint)
+        return Spec(text, left, weights=weights)
+    if not place or not name:
+        raise ConfigError(f"{text!r} names no model.", where=text, expected=_FORMS, hint=f"Write {_FORMS}.")
+    return Spec(text, place, name, _parse_arguments(query, text) if mark else {}, weights)
+
+
+def _parse_arguments(query: str, text: str) -> dict[str, Any]:
+    arguments: dict[str, Any] = {}
+    for part in query.split("&"):
+        key, equals, value = part.partition("=")
+        if not equals or not key.isidentifier() or key in arguments:
+            raise ConfigError(
+                f"{text!r}: {part!r} is no argument{' of its own' if key in arguments else ''}.",
+                where=text,
+                got=part,
+                hint="Write name=value, several joined by '&', as in ?num_classes=10&width=16.",
+            )
+        try:
+            arguments[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            arguments[key] = value
+    return arguments
+
+
+def parse_input(text: str) -> tuple[int, ...]:
+    """The shape of one input sample, as options give it.
+
+    Raises:
+        ConfigError: it is no shape.
+
+    >>> parse_input("3x32x32")
+    (3, 32, 32)
+    """
+    parts = text.strip().lower().split("x")
+    digits = all(part.isascii() and part.isdigit() and len(part) < 10 for part in parts)
+    size = tuple(map(int, parts)) if digits else ()
+    if not size or 0 in size:
+        hint = "Write the shape of one sample, without the batch, as 3x224x224: channels, height, width."
+        raise ConfigError(f"{text!r} is no input shape.", where="--input", got=text, expected="CxHxW", hint=hint)
+    if math.prod(size) > _LARGEST_INPUT:
+        hint = f"At most {_LARGEST_INPUT:,} elements are taken."
+        raise ConfigError(f"An input of {text} would not fit in memory.", where="--input", got=text, hint=hint)
+    return size
+
+
+def _require_packages(trust: Sequence[str]) -> None:
+    for package in [trust] if isinstance(trust, str) else trust:
+        if isinstance(trust, str) or not all(part.isidentifier() for part in package.split(".")):
+            hint = "Give packages by name: --trust mypackage, or trust=['mypackage']."
+            raise ConfigError(f"{package!r} cannot be trusted: it is no list of packages.", where="--trust", hint=hint)
+
+
+def _load_file(parsed: Spec, trust: Sequence[str]) -> Source:
+    from indistill_fx.archives import count_safetensors, recognise
+
+    path = Path(parsed.place)
+    if not path.exists() and path.name == parsed.place and not path.suffix:
+        hint = f"A constructor is named with its library: torchvision:{path} or timm:{path}."
+        raise ConfigError(f"There is no file `{path}`.", where=parsed.text, expected=_FORMS, hint=hint)
+    kind = recognise(path)
+    if kind == "safetensors":
+        raise _only_weights(path, count_safetensors(path))
+    if kind == "export":
+        return _load_exported(path, parsed.text, trust)
+    return _load_module_file(path, parsed.text, trust)
+
+
+def _load_exported(path: Path, text: str, trust: Sequence[str]) -> Source:
+    from indistill_fx.pt2 import load_exported, runs_in_training_mode
+
+    module, inputs = load_exported(path, trust=trust)
+    mode = "training" if runs_in_training_mode(module) else "inference"
+    size = tuple(inputs[0].shape[1:]) if inputs is not None and len(inputs) == 1 and inputs[0].dim() > 1 else None
+    note = f"an exported program: it stays in the {mode} mode it was exported in"
+    return Source(module, text, "exported program", example_inputs=inputs, input_size=size, notes=(note,))
+
+
+def _load_module_file(path: Path, text: str, trust: Sequence[str]) -> Source:
+    from torch import nn
+
+    from indistill_fx.constructors import describe_timm
+    from indistill_fx.unpickle import load_rehearsed, rehearse
+
+    label = str(path)
+    with path.open("rb") as file:
+        rehearsal = rehearse(file, label, trust=trust)
+        if not rehearsal.is_module:
+            raise _only_weights(path, rehearsal.tensors)
+        module = load_rehearsed(file, label, rehearsal)
+    if not isinstance(module, nn.Module):
+        raise ConfigError(f"`{label}` holds a {type(module).__name__}, not a module.", where=label)
+    notes = rehearsal.describe_trusted()
+    if isinstance(module, nn.DataParallel):
+        module, notes = module.module, (*notes, "taken out of its DataParallel wrapper")
+    return _with_facts(Source(module, text, "module file", notes=notes), describe_timm(module))
+
+
+def _build_by_name(parsed: Spec) -> Source:
+    from indistill_fx.constructors import build_timm, build_torchvision, describe_timm, describe_torchvision
+
+    if parsed.place == "timm":
+        module = build_timm(parsed.name, parsed.arguments)
+        facts = describe_timm(module)
+    else:
+        module = build_torchvision(parsed.name, parsed.arguments)
+        facts = describe_torchvision(parsed.name, module)
+    return _with_facts(Source(module, parsed.text, parsed.place), facts)
+
+
+def _with_facts(source: Source, facts: InputFacts) -> Source:
+    return replace(source, input_size=facts.size, normalisation=facts.normalisation)
+
+
+def _only_weights(path: Path, tensors: int) -> ConfigError:
+    if not tensors:
+        what = f"`{path}` holds neither a module nor a state dict."
+        return ConfigError(what, where=str(path), hint="Save the model whole: torch.save(model, path).")
+    return ConfigError(
+        f"`{path}` is a state dict of {tensors} tensors: weights without the model they belong to.",
+        where=str(path),
+        got="a state dict",
+        hint=f"Name the model before it: torchvision:NAME@{path} or models.py:make_model@{path}.",
+    )
