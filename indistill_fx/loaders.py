@@ -1,0 +1,314 @@
+"""Loaders whose batches follow from (seed, epoch) alone: a resumed run sees exactly what the first would have.
+
+All iterate batches (images, labels) or (images, labels, indices) and leave the global random state as they found it.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from indistill_fx.errors import ConfigError
+
+Loader = TypeVar("Loader", bound="EpochLoader")
+
+
+class EpochLoader(ABC):
+    """An epoch's batches. The next iteration is that of `epoch`, without its first `skipped` batches.
+
+    Attributes:
+        seed: of order and augmentation.
+        epoch: which epoch the next iteration is.
+    """
+
+    def __init__(self, *, seed: int):
+        if seed < 0:
+            raise ConfigError(f"seed is {seed}.", where="seed", got=seed, expected="an integer >= 0")
+        self.seed, self.epoch, self.rank, self.world, self._skipped = seed, 0, 0, 1, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Let the next iteration be that of this epoch, from its start."""
+        self.epoch, self._skipped = epoch, 0
+
+    def skip(self, batches: int) -> None:
+        """Leave out the first batches of the next iteration (only of that one)."""
+        self._skipped = batches
+
+    def shard(self: Loader, rank: int, world: int) -> Loader:
+        """A loader of every `world`-th sample of each of these batches: together the processes see the same batches."""
+        part = copy.copy(self)
+        part.rank, part.world = rank, world
+        return part
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Batches in a whole epoch."""
+
+    @abstractmethod
+    def _batches(self, skipped: int) -> Iterator[Any]: ...
+
+    def __iter__(self) -> Iterator[Any]:
+        skipped, self._skipped = self._skipped, 0
+        yield from self._batches(skipped)
+
+
+@dataclass(frozen=True, slots=True)
+class FlipAndCrop:
+    """Each image shifted by up to `padding` pixels (zeros come in), and half of them mirrored.
+
+    The transforms of torchvision.transforms.v2 draw once for a whole batch of tensors; this draws for every image.
+    """
+
+    padding: int = 4
+    flip: bool = True
+
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """Row shift, column shift, mirror: (count, 3)."""
+        shifts = torch.randint(2 * self.padding + 1, (count, 2), generator=generator)
+        mirrored = torch.randint(2, (count, 1), generator=generator) * int(self.flip)
+        return torch.cat((shifts, mirrored), 1)
+
+    def apply(self, images: Tensor, draws: Tensor) -> Tensor:
+        """The augmented images (batch, channels, height, width)."""
+        count, channels, height, width = images.shape
+        padded = F.pad(images, [self.padding] * 4)
+        columns = torch.arange(width).expand(count, -1)
+        columns = torch.where(draws[:, 2:] == 1, width - 1 - columns, columns) + draws[:, 1:2]
+        rows = torch.arange(height) + draws[:, :1]
+        places = rows[:, :, None] * padded.shape[3] + columns[:, None, :]
+        places = places.flatten(1)[:, None].expand(-1, channels, -1)
+        return padded.flatten(2).gather(2, places).view_as(images)
+
+
+class _IndexedLoader(EpochLoader):
+    """A loader that knows its samples by number, and so can skip and shard before it reads them."""
+
+    def __init__(
+        self, count: int, *, batch_size: int, seed: int = 0, shuffle: bool = False, with_indices: bool = False
+    ):
+        super().__init__(seed=seed)
+        if batch_size < 1:
+            raise ConfigError(f"batch size is {batch_size}.", where="batch_size", got=batch_size, expected="at least 1")
+        self.count, self.batch_size, self.shuffle, self.with_indices = count, batch_size, shuffle, with_indices
+        self.drop_last = shuffle and count >= batch_size
+
+    def __len__(self) -> int:
+        return self.count // self.batch_size if self.drop_last else -(-self.count // self.batch_size)
+
+    def _plan(self, skipped: int) -> Iterator[tuple[int, Tensor]]:
+        """Number and sample indices of every batch still to come."""
+        order = torch.arange(self.count)
+        if self.shuffle:
+            order = torch.randperm(self.count, generator=_generator(self.seed, self.epoch))
+        for number in range(skipped, len(self)):
+            yield number, order[number * self.batch_size : (number + 1) * self.batch_size]
+
+
+class MemoryLoader(_IndexedLoader):
+    """Batches out of one tensor of images; no workers, because on small images they cost more than they give.
+
+    Training loaders (`shuffle`) leave out the incomplete last batch, a different one in every epoch.
+
+    Args:
+        images: uint8 (count, channels, height, width).
+        labels: int64 (count,).
+        mean: per channel, of values in [0, 1].
+        std: likewise.
+        peak: the pixel value that stands for 1.
+        batch_size: samples per batch.
+        seed: of order and augmentation.
+        shuffle: a new order in every epoch.
+        augment: applied to uint8 batches; None for none.
+        with_indices: batches carry the sample indices too.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        peak: float = 255.0,
+        batch_size: int = 128,
+        seed: int = 0,
+        shuffle: bool = False,
+        augment: FlipAndCrop | None = None,
+        with_indices: bool = False,
+    ):
+        super().__init__(len(images), batch_size=batch_size, seed=seed, shuffle=shuffle, with_indices=with_indices)
+        self.images, self.labels, self.peak, self.augment = images, labels, peak, augment
+        self._mean, self._std = (torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
+
+    def _batches(self, skipped: int) -> Iterator[tuple[Tensor, ...]]:
+        for number, whole in self._plan(skipped):
+            part = slice(self.rank, None, self.world)
+            indices = whole[part]
+            images = self.images[indices]
+            if self.augment is not None:
+                draws = self.augment.draw(len(whole), _generator(self.seed, self.epoch, number))
+                images = self.augment.apply(images, draws[part])
+            images = images.float().div_(self.peak).sub_(self._mean).div_(self._std)
+            batch = images, self.labels[indices]
+            yield (*batch, indices) if self.with_indices else batch
+
+
+class DiskLoader(_IndexedLoader):
+    """Batches read from disk by a torch DataLoader; each sample's augmentation follows from (seed, epoch, index).
+
+    Args:
+        dataset: index -> (image, label); drawn randomness comes from torch's global generator. A sample that cannot be
+            read is returned as the ConfigError that says so.
+        batch_size: samples per batch.
+        workers: processes that read; 0 reads in this one.
+        seed: of order and augmentation.
+        shuffle: a new order in every epoch.
+        with_indices: batches carry the sample indices too.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        *,
+        batch_size: int = 128,
+        workers: int = 0,
+        seed: int = 0,
+        shuffle: bool = False,
+        with_indices: bool = False,
+    ):
+        count: int = len(dataset)  # type: ignore[arg-type]
+        super().__init__(count, batch_size=batch_size, seed=seed, shuffle=shuffle, with_indices=with_indices)
+        self.dataset, self.workers = dataset, workers
+
+    def _batches(self, skipped: int) -> Iterator[tuple[Tensor, ...]]:
+        parts = [whole[self.rank :: self.world].tolist() for _, whole in self._plan(skipped)]
+        loader = DataLoader(
+            _Reseeded(self.dataset, self.seed, self.epoch),
+            batch_sampler=parts,
+            num_workers=self.workers,
+            collate_fn=_collated,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),
+        )
+        for part, batch in zip(parts, loader, strict=True):
+            if isinstance(batch, ConfigError):
+                raise batch
+            yield (*batch, torch.tensor(part)) if self.with_indices else batch
+
+
+class ForeignLoader(EpochLoader):
+    """A user's own loader made repeatable: its randomness (torch, numpy, random) is seeded by (seed, epoch).
+
+    Skipped batches are read and dropped; a shard is cut out of each whole batch.
+
+    Args:
+        loader: anything with a length that can be iterated again and again.
+        seed: of its randomness.
+    """
+
+    def __init__(self, loader: Iterable[Any], *, seed: int = 0):
+        super().__init__(seed=seed)
+        self.loader = loader
+
+    def __len__(self) -> int:
+        return len(self.loader)  # type: ignore[arg-type]
+
+    def _batches(self, skipped: int) -> Iterator[Any]:
+        parts = (self.loader, getattr(self.loader, "sampler", None), getattr(self.loader, "batch_sampler", None))
+        for tell in (getattr(part, "set_epoch", None) for part in parts):
+            if tell is not None:
+                tell(self.epoch)
+        generator = getattr(self.loader, "generator", None)
+        if isinstance(generator, torch.Generator):
+            generator.manual_seed(_seed(self.seed, self.epoch))
+        randomness = _Randomness(_seed(self.seed, self.epoch))
+        with randomness.lent():
+            iterator = iter(self.loader)
+        for number in range(len(self)):
+            with randomness.lent():
+                batch = next(iterator)
+            if number >= skipped:
+                yield batch if self.world == 1 else _part(batch, slice(self.rank, None, self.world))
+
+
+class _Randomness:
+    """A private state for the global generators, put in place only while foreign code runs."""
+
+    def __init__(self, seed: int):
+        before = _random_states()
+        torch.default_generator.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)
+        self._states = _random_states()
+        _set_random_states(before)
+
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        before = _random_states()
+        _set_random_states(self._states)
+        try:
+            yield
+        finally:
+            self._states = _random_states()
+            _set_random_states(before)
+
+
+class _Reseeded(Dataset[Any]):
+    """A dataset whose sample i is read with a random state that follows from (seed, epoch, i)."""
+
+    def __init__(self, dataset: Dataset[Any], seed: int, epoch: int):
+        self.dataset, self.seed, self.epoch = dataset, seed, epoch
+
+    def __getitem__(self, index: int) -> Any:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(_seed(self.seed, self.epoch, index))
+            return self.dataset[index]
+
+
+def _collated(samples: list[Any]) -> Any:
+    failed = next((sample for sample in samples if isinstance(sample, ConfigError)), None)
+    if failed is not None:
+        return failed
+    images, labels = zip(*samples, strict=True)
+    return torch.stack(images), torch.tensor(labels)
+
+
+def _part(batch: Any, part: slice) -> Any:
+    if isinstance(batch, dict):
+        return {key: value[part] for key, value in batch.items()}
+    return type(batch)(value[part] for value in batch)
+
+
+def _seed(*parts: int) -> int:
+    return int(np.random.SeedSequence(parts).generate_state(1)[0])
+
+
+def _generator(*parts: int) -> torch.Generator:
+    return torch.Generator().manual_seed(_seed(*parts))
+
+
+_GENERATORS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
+    (torch.get_rng_state, torch.set_rng_state),
+    (random.getstate, random.setstate),
+    (np.random.get_state, np.random.set_state),
+)
+
+
+def _random_states() -> list[Any]:
+    return [get() for get, _ in _GENERATORS]
+
+
+def _set_random_states(states: list[Any]) -> None:
+    for (_, put), state in zip(_GENERATORS, states, strict=True):
+        put(state)
