@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import operator
 import re
+from collections.abc import Mapping
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 _BY_CLASS: dict[str, str] = {
     **{f"Conv{n}d": "conv" for n in (1, 2, 3)},
@@ -99,6 +100,13 @@ def op_name(node: fx.Node) -> str:
     return node.op
 
 
+def with_item(tensor: Tensor, index: Any, value: Any) -> Tensor:
+    """A copy of `tensor` with `value` at `index`: what `tensor[index] = value` makes, out of place."""
+    result = tensor.clone()
+    result[index] = value
+    return result
+
+
 def _function_name(target: Any) -> str:
     schema = getattr(target, "_schema", None)
     name = schema.name.split("::")[-1] if schema is not None else str(getattr(target, "__name__", target))
@@ -113,14 +121,21 @@ def is_inplace(node: fx.Node) -> bool:
     if node.op == "call_module":
         owner = node.graph.owning_module
         return owner is not None and getattr(attribute(owner, str(node.target)), "inplace", False) is True
-    if node.op == "call_method":
-        name = str(node.target)
+    return writes_first(node.op, node.target, node.kwargs)
+
+
+def writes_first(op: str, target: Any, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call of `target` writes into its first argument."""
+    if op == "call_method":
+        name = str(target)
         return (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
-    if node.op == "call_function":
-        if node.kwargs.get("inplace") is True or node.target is operator.setitem:
-            return True
-        name = str(getattr(node.target, "__name__", ""))
-        if node.target in _INPLACE_OPERATORS:
-            return True
-        return name.endswith("_") and not name.endswith("__") and getattr(node.target, "__module__", "").startswith("torch")
-    return False
+    if op != "call_function":
+        return False
+    schema = getattr(target, "_schema", None)
+    if schema is not None:
+        name = schema.name.split("::")[-1]
+        return name.endswith("_") and not name.endswith("__")
+    if kwargs.get("inplace") is True or target is operator.setitem or target in _INPLACE_OPERATORS:
+        return True
+    name = str(getattr(target, "__name__", ""))
+    return name.endswith("_") and not name.endswith("__") and (getattr(target, "__module__", None) or "").startswith("torch")

@@ -1,29 +1,28 @@
-"""Find the facts of every node by running the graph on two batch sizes, and compare it with the module on the way.
+"""Find the facts of every node by running the graph on two batch sizes, once it has been compared with the module on both.
 
-One run gives shapes, MACs and the check against the module; the second, with another batch size, tells which axis is the batch
-and refuses graphs in which the batch size has been frozen.
+The runs use tensors without data, which costs nearly nothing. One tells shapes and MACs; the second, with another batch size, which
+axis is the batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from indistill_fx.errors import FrontendError
-from indistill_fx.graphs import batch_of, batch_size, output_node, tensor_nodes
+from indistill_fx.graphs import output_node, tensor_nodes
 from indistill_fx.ops import attribute
 from indistill_fx.passes.channel_axis import channel_axes
+from indistill_fx.passes.reference import Reference, plain_attention
 from indistill_fx.traced import Kind, NodeFacts
-
-_SIZES = (2, 3)
-_TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,34 +44,42 @@ class _Seen:
     macs: int
 
 
-@contextmanager
-def _plain_attention() -> Iterator[None]:
-    """Keep fused inference kernels off: their operations cannot be counted."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
+class _MacCounter(TorchDispatchMode):
+    """Counts multiply-accumulates of all that runs inside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.macs = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        packet = func._overloadpacket
+        if packet not in _FLOPS:
+            with self:
+                parts = func.decompose(*args, **kwargs)
+            return func(*args, **kwargs) if parts is NotImplemented else parts
+        result = func(*args, **kwargs)
+        self.macs += _FLOPS[packet](*args, **kwargs, out_val=result) // 2
+        return result
 
 
 class _Recorder(nn.Module):
-    """Runs a graph node by node and notes shapes and MACs. Wraps the graph so that buffers can be swapped for copies."""
+    """Runs a graph node by node and notes shapes and MACs. Wraps the graph so that its tensors can be swapped for others."""
 
     def __init__(self, graph_module: fx.GraphModule):
         super().__init__()
         self.graph_module = graph_module
         self.seen: dict[str, _Seen] = {}
 
-    def forward(self, *args: Any) -> Any:
-        seen, counter = self.seen, FlopCounterMode(display=False, custom_mapping=_ATTENTION)
+    def forward(self, *args: Any) -> None:
+        seen, counter = self.seen, _MacCounter()
         untold: dict[fx.Node, int] = {}
 
         class Run(fx.Interpreter):
             def run_node(self, n: fx.Node) -> Any:
-                before = counter.get_total_flops()
+                before = counter.macs
                 value = super().run_node(n)
-                macs = (counter.get_total_flops() - before) // 2
+                macs = counter.macs - before
                 if isinstance(value, Tensor):
                     macs += sum(untold.pop(source, 0) for source in n.all_input_nodes)
                     seen[n.name] = _Seen(tuple(value.shape), value.dtype, macs)
@@ -81,18 +88,25 @@ class _Recorder(nn.Module):
                 return value
 
         with counter:
-            return Run(self.graph_module).run(*args)
+            Run(self.graph_module).run(*args)
 
 
-def _count_attention(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    return int(sdpa_flop_count(query, key, value))
+def _count_attention(query: Any, key: Any, value: Any, *args: Any, out_val: Any = None, **kwargs: Any) -> int:
+    return int(sdpa_flop_count(query.shape, key.shape, value.shape))
 
 
-_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _count_attention}
+_FLOPS = {**flop_registry, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _count_attention}
 
 
 def infer_facts(
-    graph_module: fx.GraphModule, module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], *, logits: str | int | None = None
+    graph_module: fx.GraphModule,
+    module: nn.Module,
+    inputs: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    logits: str | int | None = None,
+    reference: Reference | None = None,
+    size_free: bool = False,
 ) -> Known:
     """Facts of all nodes whose value is one tensor.
 
@@ -102,78 +116,40 @@ def infer_facts(
         inputs: example arguments.
         kwargs: example keyword arguments.
         logits: key or index of the main output among several.
+        reference: runs of the module made already.
+        size_free: no size of the example decided anything in the graph, so that it may be compared on smaller pictures.
 
     Raises:
         FrontendError: the module fails on the example (where="forward"), or graph and module disagree.
     """
-    example = batch_size((inputs, kwargs))
-    runs: list[dict[str, _Seen]] = []
-    checked, notes = [], []
-    for size in (*_SIZES, example) if example not in _SIZES else _SIZES:
-        if size == example and len(runs) == 2:
-            break
-        batch = batch_of((inputs, dict(kwargs)), size, example_size=example)
-        expected, failure = _run_module(module, *batch)
-        if failure is not None and size != example and not runs:
-            notes.append(f"the module itself fails with batch size {size} ({failure}); only {example} was checked")
-            continue
-        if failure is not None:
-            raise FrontendError(
-                f"the forward of {type(module).__name__} fails on the example input {_shapes(batch)}: {failure}",
-                where="forward",
-                hint="Check --input (or example_inputs): one sample's shape, channels first, such as 3x224x224.",
-            )
-        seen, difference = _compare(graph_module, batch, expected, size)
-        runs.append(seen)
-        checked.append((size, difference))
-    facts = _assemble(graph_module, runs, [size for size, _ in checked], example)
-    return Known(facts, _logits_node(graph_module, facts, logits), tuple(checked), tuple(notes))
+    reference = reference or Reference(module, inputs, kwargs)
+    checked = reference.compare(graph_module, small=size_free)
+    sizes = [size for size, _ in checked]
+    runs = [_observe(graph_module, *reference.batch(size)) for size in sizes]
+    facts = _assemble(graph_module, runs, sizes, reference.example)
+    return Known(facts, _logits_node(graph_module, facts, logits), checked, reference.notes)
 
 
-def _run_module(module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, str | None]:
-    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
-    torch.manual_seed(0)
-    try:
-        with torch.no_grad(), _plain_attention():
-            return torch.func.functional_call(module, buffers, inputs, dict(kwargs)), None
-    except Exception as error:  # the caller's code may raise anything
-        return None, f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-
-
-def _compare(graph_module: fx.GraphModule, batch: Any, expected: Any, size: int) -> tuple[dict[str, _Seen], float]:
+def _observe(graph_module: fx.GraphModule, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, _Seen]:
+    """What each node's tensor is like: from tensors without data, or where operations refuse those, from a real run."""
     recorder = _Recorder(graph_module)
-    buffers = {name: buffer.clone() for name, buffer in recorder.named_buffers()}
-    inputs, kwargs = batch
-    torch.manual_seed(0)
+    own = {name: tensor for name, tensor in (*recorder.named_parameters(), *recorder.named_buffers())}
+    given = (*inputs, *kwargs.values())
     try:
-        with torch.no_grad(), _plain_attention():
-            result = torch.func.functional_call(recorder, buffers, (*inputs, *kwargs.values()))
-    except Exception as error:
-        raise FrontendError(f"the graph fails with batch size {size}: {type(error).__name__}: {str(error).splitlines()[0]}") from error
-    wanted = [leaf for leaf in tree_leaves(expected) if isinstance(leaf, Tensor)]
-    got = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-    if [leaf.shape for leaf in wanted] != [leaf.shape for leaf in got]:
-        raise FrontendError(f"with batch size {size} the graph's outputs have other shapes than the module's")
-    difference = max((_difference(a, b) for a, b in zip(wanted, got, strict=True)), default=0.0)
-    if not difference <= _TOLERANCE:
-        raise FrontendError(f"with batch size {size} the graph differs from the module by {difference:.1e} of the largest value")
-    return recorder.seen, difference
+        with torch.no_grad(), plain_attention(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.func.functional_call(recorder, tree_map(_without_data, own), tree_map(_without_data, given))
+    except Exception:  # whatever an operation says to tensors without data
+        recorder.seen.clear()
+        torch.manual_seed(0)
+        written = {name: tensor.clone() if not isinstance(tensor, nn.Parameter) else tensor for name, tensor in own.items()}
+        with torch.no_grad(), plain_attention():
+            torch.func.functional_call(recorder, written, given)
+    return recorder.seen
 
 
-def _difference(expected: Tensor, got: Tensor) -> float:
-    """Largest difference relative to the largest finite value; NaN and infinity must stand at the same places."""
-    a, b = expected.double(), got.double()
-    finite = a.isfinite()
-    if not torch.equal(finite, b.isfinite()):
-        return float("inf")
-    if not finite.any():
-        return 0.0
-    scale = a[finite].abs().max().clamp_min(1e-30)
-    return float((a - b)[finite].abs().max() / scale)
-
-
-def _shapes(batch: Any) -> str:
-    return ", ".join("x".join(map(str, leaf.shape)) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
+def _without_data(leaf: Any) -> Any:
+    return torch.empty_like(leaf, device="meta") if isinstance(leaf, Tensor) else leaf
 
 
 def _assemble(graph_module: fx.GraphModule, runs: list[dict[str, _Seen]], sizes: list[int], example: int) -> dict[str, NodeFacts]:
@@ -240,9 +216,9 @@ def _enclosing(node: fx.Node) -> str:
 
 def _logits_node(graph_module: fx.GraphModule, facts: Mapping[str, NodeFacts], wanted: str | int | None) -> str:
     value: Any = output_node(graph_module.graph).args[0]
-    if isinstance(value, fx.Node) and value.name not in facts and value.args:
+    if isinstance(value, fx.Node) and value.name not in facts and isinstance(value.target, type):  # a dataclass or namedtuple
         fields = getattr(value.target, "_fields", ())
-        value = dict(zip(fields, value.args, strict=False)) or value.args
+        value = {**dict(zip(fields, value.args, strict=False)), **value.kwargs} or value.args
     if wanted is not None and not isinstance(value, fx.Node):
         try:
             value = value[wanted]

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from torch import fx
 
 from indistill_fx.ops import op_name
-from indistill_fx.passes.symbolic import Captured
+from indistill_fx.passes.captured import Captured
 from indistill_fx.traced import NodeFacts
 
 

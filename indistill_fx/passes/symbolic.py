@@ -3,46 +3,39 @@
 from __future__ import annotations
 
 import inspect
+import operator
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, fx, nn
 
 from indistill_fx.errors import FrontendError
-
-
-@dataclass(frozen=True, slots=True)
-class Captured:
-    """A captured graph, before anything is known of its values.
-
-    Attributes:
-        graph_module: the graph over the module's own leaf modules.
-        outputs: (tap name, node name, how many nodes stood in the graph when the module returned it), innermost module first.
-        leaves: modules kept as one node because their code could not be traced.
-        specialisations: decisions taken by the example input.
-        notes: anything else for the report.
-    """
-
-    graph_module: fx.GraphModule
-    outputs: tuple[tuple[str, str, int], ...]
-    leaves: tuple[str, ...] = ()
-    specialisations: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
+from indistill_fx.ops import attribute
+from indistill_fx.passes.captured import Captured, assemble, is_leaf, returned, tensor_names
 
 
 class _Tracer(fx.Tracer):
     """fx's tracer, which also notes the outputs of modules that are not leaves."""
 
-    def __init__(self, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], leaves: Sequence[str]):
+    def __init__(self, module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], leaves: Sequence[str]):
         super().__init__()
         self.inputs, self.kwargs, self.wanted_leaves = inputs, kwargs, frozenset(leaves)
+        self.names = tensor_names(module)
         self.calls: Counter[str] = Counter()
         self.outputs: list[tuple[str, str, int]] = []
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return module_qualified_name in self.wanted_leaves or super().is_leaf_module(m, module_qualified_name)
+        return module_qualified_name in self.wanted_leaves or is_leaf(m)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """Parameters and buffers are nodes, so that they follow training and `.to(device)`; found by identity in constant time."""
+        name = self.names.get(id(attr_val)) if isinstance(attr_val, Tensor) else None
+        if name is None:
+            return attr_val
+        if name not in parameter_proxy_cache:
+            parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
+        return parameter_proxy_cache[name]
 
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
@@ -59,16 +52,28 @@ class _Tracer(fx.Tracer):
         return call, [self.root]
 
     def _argument(self, name: str, value: Any) -> Any:
-        node = self.create_node("placeholder", name, (), {})
-        return self.proxy(node) if isinstance(value, Tensor) else value
+        return self._proxies(value, self.create_node("placeholder", name, (), {}))
+
+    def _proxies(self, value: Any, node: fx.Node) -> Any:
+        """The argument as the module gets it: tensors, also those in lists and dicts, are symbolic, all else is as in the example."""
+        if isinstance(value, Tensor):
+            return self.proxy(node)
+        if type(value) is dict:
+            return {key: self._proxies(entry, self._part(node, key)) for key, entry in value.items()}
+        if type(value) in (tuple, list):
+            return type(value)(self._proxies(entry, self._part(node, key)) for key, entry in enumerate(value))
+        return value
+
+    def _part(self, node: fx.Node, key: Any) -> fx.Node:
+        return self.create_node("call_function", operator.getitem, (node, key), {})
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         path = self.path_of_module(m)
         self.calls[path] += 1
         name = path if self.calls[path] == 1 else f"{path}@{self.calls[path]}"
         result = super().call_module(m, forward, args, kwargs)
-        if isinstance(result, fx.Proxy):
-            self.outputs.append((name, result.node.name, len(self.graph.nodes)))
+        position = len(self.graph.nodes)
+        self.outputs += [(tap, proxy.node.name, position) for tap, proxy in returned(name, result, fx.Proxy)]
         return result
 
 
@@ -80,9 +85,10 @@ def capture_symbolic(
     Raises:
         FrontendError: the code asks a symbolic value for something only a concrete one has.
     """
-    tracer = _Tracer(inputs, kwargs, leaves)
+    tracer = _Tracer(module, inputs, kwargs, leaves)
     try:
         graph = tracer.trace(module)
     except Exception as error:
         raise FrontendError(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
-    return Captured(fx.GraphModule(tracer.root, graph, class_name=type(module).__name__), tuple(tracer.outputs))
+    targets = {str(node.target): attribute(module, str(node.target)) for node in graph.nodes if node.op in ("call_module", "get_attr")}
+    return Captured(assemble(graph, targets, type(module).__name__), tuple(tracer.outputs))

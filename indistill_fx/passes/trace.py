@@ -1,8 +1,9 @@
 """Trace a module into a graph whose every node is known, and prove that the graph computes the same.
 
 Rules, in order:
-  1. Teachers are traced in eval mode, students in train mode; every flag is put back whatever happens.
-  2. The rungs of the ladder are tried in turn; a refused rung and its reason are in the report.
+  1. Teachers are traced in eval mode, students in train mode; flags, buffers, attributes and random state are put back whatever happens.
+  2. The rungs of the ladder are tried in turn; a refused rung and its reason are in the report. A graph in which modules kept as
+     one node do more than a fifth of the work is only taken if `torch.export`, the last rung, has no better one.
   3. In-place operations are made out of place, so that a later one cannot overwrite a tensor that a tap holds.
   4. The graph is compared with the module on two batch sizes before it is returned.
 """
@@ -12,19 +13,25 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
 from indistill_fx.errors import FrontendError
 from indistill_fx.graphs import mode, shadow
-from indistill_fx.passes.facts import infer_facts
+from indistill_fx.ops import attribute
+from indistill_fx.passes.captured import Captured
+from indistill_fx.passes.exported import capture_exported
+from indistill_fx.passes.facts import Known, infer_facts
 from indistill_fx.passes.functionalize import functionalize
 from indistill_fx.passes.names import name_taps
-from indistill_fx.passes.symbolic import Captured, capture_symbolic
+from indistill_fx.passes.reference import Reference
+from indistill_fx.passes.shapes import capture_leaves, capture_shapes
+from indistill_fx.passes.symbolic import capture_symbolic
 from indistill_fx.traced import Role, TracedModel, TraceReport
+from indistill_fx.untouched import untouched
 
 Rung = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any], Sequence[str]], Captured]
-_RUNGS: dict[str, Rung] = {"symbolic": capture_symbolic}
+_RUNGS: dict[str, Rung] = {"symbolic": capture_symbolic, "shapes": capture_shapes, "leaves": capture_leaves, "export": capture_exported}
+_MUCH = 0.2
 
 
 def trace(
@@ -48,47 +55,112 @@ def trace(
         logits: key or index of the main output, for models that return several.
 
     Returns:
-        The traced model.
+        The traced model. Its graph takes the positional arguments, then the values of the keyword arguments in the order given here.
 
     Raises:
         FrontendError: no rung of the ladder can trace it, or its forward fails on the example input.
     """
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     kwargs = dict(example_kwargs or {})
-    training = role == "student"
-    refused: list[str] = []
-    with mode(module, training=training), torch.random.fork_rng(devices=[]):
-        subject = module if training else shadow(module, training=False)
-        for rung, capture in _RUNGS.items():
-            try:
-                captured = functionalize(capture(subject, inputs, kwargs, leaves))
-                known = infer_facts(captured.graph_module, subject, inputs, kwargs, logits=logits)
-            except FrontendError as error:
-                refused.append(f"{rung}: {error.message}")
-                if error.where == "forward":
-                    raise
-                continue
-            report = TraceReport(
-                rung=rung,
-                refused=tuple(refused),
-                leaves=captured.leaves,
-                specialisations=captured.specialisations,
-                checked=known.checked,
-                notes=(*captured.notes, *known.notes),
-            )
-            return TracedModel(
-                graph_module=captured.graph_module,
-                facts=known.facts,
-                aliases=name_taps(captured, known.facts),
-                report=report,
-                role=role,
-                module=module,
-                example_inputs=inputs,
-                example_kwargs=kwargs,
-                logits=known.logits,
-            )
-    raise FrontendError(
-        f"{type(module).__name__} cannot be traced. " + " ".join(refused),
-        where=type(module).__name__,
-        hint="Keep the part that stops the trace as one node with leaves=[its path].",
+    with untouched(module), mode(module, training=role == "student"):
+        rung, captured, known, refused = _climb(module, inputs, kwargs, leaves, logits, own_flags=role == "teacher")
+    report = TraceReport(
+        rung=rung,
+        refused=tuple(refused),
+        leaves=captured.leaves,
+        specialisations=captured.specialisations,
+        checked=known.checked,
+        notes=(*captured.notes, *known.notes),
     )
+    return TracedModel(
+        graph_module=captured.graph_module,
+        facts=known.facts,
+        aliases=name_taps(captured, known.facts),
+        report=report,
+        role=role,
+        module=module,
+        example_inputs=inputs,
+        example_kwargs=kwargs,
+        logits=known.logits,
+    )
+
+
+def _climb(
+    module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], leaves: Sequence[str], logits: str | int | None, *, own_flags: bool
+) -> tuple[str, Captured, Known, list[str]]:
+    """Rule 2."""
+    reference = Reference(module, inputs, kwargs)
+    refused: list[str] = []
+    reason: FrontendError | None = None
+    coarse: tuple[str, Captured, Known] | None = None
+    for rung, capture in _RUNGS.items():
+        try:
+            captured = _functional(capture, module, inputs, kwargs, leaves, patient=rung == "leaves")
+            if own_flags:
+                _give_own_flags(captured.graph_module)
+            known = infer_facts(
+                captured.graph_module, module, inputs, kwargs, logits=logits, reference=reference, size_free=rung == "symbolic"
+            )
+        except FrontendError as error:
+            if error.where == "forward":
+                raise
+            refused.append(f"{rung}: {error.message}")
+            reason = error if reason is None or error.hint else reason
+            continue
+        if rung == "leaves" and leaf_share(captured, known) > _MUCH:
+            coarse = rung, captured, known
+            refused.append(f"{rung}: {', '.join(captured.leaves)} would stay whole and do {leaf_share(captured, known):.0%} of the work")
+            continue
+        return rung, captured, known, refused
+    if coarse is not None:
+        return *coarse, [line for line in refused if not line.startswith("leaves:")]
+    reference.sizes  # noqa: B018  a module that fails on its own says so here
+    hint = reason.hint if reason is not None and reason.hint else "Keep the part that stops the trace as one node with leaves=[its path]."
+    raise FrontendError(
+        f"{type(module).__name__} cannot be traced. {'; '.join(refused)}.",
+        where=reason.where if reason is not None else type(module).__name__,
+        got=reason.got if reason is not None else None,
+        hint=hint,
+    ) from reason
+
+
+def _functional(
+    capture: Rung, module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], leaves: Sequence[str], *, patient: bool
+) -> Captured:
+    """Capture and rule 3; if patient, a module whose writes cannot be made functional becomes a leaf."""
+    given_up: tuple[str, ...] = ()
+    while True:
+        captured = capture(module, inputs, kwargs, (*leaves, *given_up))
+        try:
+            captured = functionalize(captured)
+        except FrontendError as error:
+            if not patient or not error.where or error.where in given_up:
+                raise
+            given_up = (*given_up, error.where)
+            continue
+        return captured if not given_up else _with_leaves(captured, given_up)
+
+
+def _with_leaves(captured: Captured, given_up: Sequence[str]) -> Captured:
+    called = {str(node.target) for node in captured.graph_module.graph.nodes if node.op == "call_module"}
+    leaves = dict.fromkeys((*captured.leaves, *(path for path in given_up if path in called)))
+    return Captured(captured.graph_module, captured.outputs, tuple(leaves), captured.specialisations, captured.notes)
+
+
+def _give_own_flags(graph_module: fx.GraphModule) -> None:
+    """Replace the leaf modules by copies in eval mode that share the tensors: the caller may train the module meanwhile."""
+    memo: dict[nn.Module, nn.Module] = {}
+    paths = {str(node.target) for node in graph_module.graph.nodes if node.op == "call_module"}
+    for path in sorted(paths, key=lambda path: path.count(".")):  # the outer ones first: a leaf may stand inside another
+        home, _, name = path.rpartition(".")
+        setattr(attribute(graph_module, home), name, shadow(attribute(graph_module, path), training=False, memo=memo))
+    graph_module.eval()
+
+
+def leaf_share(captured: Captured, known: Known) -> float:
+    """The share of the work that is done in modules kept as one node because their code could not be traced."""
+    total = sum(facts.macs for facts in known.facts.values())
+    kept = set(captured.leaves)
+    whole = [node for node in captured.graph_module.graph.nodes if node.op == "call_module" and str(node.target) in kept]
+    names = {node.name for node in whole} | {user.name for node in whole if node.name not in known.facts for user in node.users}
+    return sum(facts.macs for name, facts in known.facts.items() if name in names) / max(total, 1)

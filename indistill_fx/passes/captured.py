@@ -1,0 +1,114 @@
+"""What every rung of the tracing ladder returns, and the rules that all rungs share: leaves, module outputs, assembly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+_THROUGH = (nn.Transformer, nn.TransformerEncoder, nn.TransformerDecoder, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+
+
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """A captured graph, before anything is known of its values.
+
+    Attributes:
+        graph_module: the graph over the module's own leaf modules.
+        outputs: (tap name, node name, how many nodes stood in the graph when the module returned it), innermost module first.
+        leaves: modules kept as one node because their code could not be traced.
+        specialisations: decisions taken by the example input.
+        notes: anything else for the report.
+    """
+
+    graph_module: fx.GraphModule
+    outputs: tuple[tuple[str, str, int], ...]
+    leaves: tuple[str, ...] = ()
+    specialisations: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Whether a module is one operation: those of torch.nn, but not its containers and its transformers, which hold whole networks."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return True
+    if isinstance(module, (nn.Sequential, *_THROUGH)):
+        return False
+    return type(module).__module__.startswith(("torch.nn", "torch.ao.nn"))
+
+
+def parts(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of what a module takes or returns, each with its place as Python writes it (`[0]`, `[out]`); fields of dataclasses too.
+
+    >>> list(parts({"out": 1, "aux": (2, 3)}))
+    [('[out]', 1), ('[aux][0]', 2), ('[aux][1]', 3)]
+    """
+    for key, child in _children(value) or [(None, None)]:
+        if key is None:
+            yield path, value
+        else:
+            yield from parts(child, f"{path}[{key}]")
+
+
+def _children(value: Any) -> list[tuple[Any, Any]]:
+    if isinstance(value, Mapping):
+        return list(value.items())
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return list(zip(value._fields, value, strict=True))
+    if isinstance(value, (tuple, list)) and not isinstance(value, torch.Size):
+        return list(enumerate(value))
+    if is_dataclass(value) and not isinstance(value, type):
+        return [(field.name, getattr(value, field.name)) for field in fields(value)]
+    return []
+
+
+def tensors(value: Any) -> list[Tensor]:
+    """The tensors in what a module takes or returns, in order."""
+    return [leaf for _, leaf in parts(value) if isinstance(leaf, Tensor)]
+
+
+def returned(name: str, result: Any, wanted: type) -> list[tuple[str, Any]]:
+    """The taps that a module's return value makes: the module's name if it holds one tensor, else the name and the place of each.
+
+    Args:
+        name: the module's path, with the number of the call if it is not the first.
+        result: what the module returned.
+        wanted: class of the tensors (or of what stands for them) in it.
+    """
+    found = [(place, leaf) for place, leaf in parts(result) if isinstance(leaf, wanted)]
+    return [(name if len(found) == 1 else f"{name}{place}", leaf) for place, leaf in found] if name else []
+
+
+def tensor_names(module: nn.Module) -> dict[int, str]:
+    """Identity of every parameter and buffer -> its first name."""
+    found: dict[int, str] = {}
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        found.setdefault(id(tensor), name)
+    return found
+
+
+def assemble(graph: fx.Graph, targets: Mapping[str, Any], class_name: str) -> fx.GraphModule:
+    """A GraphModule whose modules, parameters and buffers are the very objects given, under the names given.
+
+    `fx.GraphModule` does this too, but registers a buffer anew on a module that already has it, which changes the caller's module.
+    """
+    graph_module = fx.GraphModule(nn.Module(), fx.Graph(), class_name=class_name)
+    for path in sorted(targets, key=lambda path: path.count(".")):
+        *parents, name = path.split(".")
+        home: nn.Module = graph_module
+        for parent in parents:
+            if not hasattr(home, parent):
+                home.add_module(parent, nn.Module())
+            home = getattr(home, parent)
+        value = targets[path]
+        if getattr(home, name, None) is value:
+            continue
+        if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+            home.register_buffer(name, value)
+        else:
+            setattr(home, name, value)
+    graph_module.graph = graph
+    return graph_module

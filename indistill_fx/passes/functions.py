@@ -1,0 +1,54 @@
+"""How a function that torch reports to a `TorchFunctionMode` is written as a node of an fx graph."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SHAPES = frozenset({"shape", "size", "numel", "nelement", "__len__"})
+"""Tensor attributes and methods that tell sizes."""
+
+DATA = frozenset(
+    "item tolist numpy __array__ __bool__ __int__ __float__ __index__ __complex__ __contains__ is_nonzero equal allclose data_ptr".split()
+)
+"""Functions that take numbers out of a tensor, to where no graph can follow."""
+
+SILENT = frozenset({"requires_grad_", "retain_grad", "register_hook", "__repr__", "__format__", "__set__", "_assert", "_is_view"})
+"""Functions that compute nothing."""
+
+
+def name_of(func: Any) -> str:
+    """The function's name; of a property's getter, the property's."""
+    name = str(getattr(func, "__name__", func))
+    return str(func.__self__.__name__) if name == "__get__" else name
+
+
+def as_call(func: Any, args: tuple[Any, ...]) -> tuple[str, Any, tuple[Any, ...]]:
+    """Kind, target and positional arguments of the node that calls `func`: operators and methods as a person writes them.
+
+    >>> as_call(torch.Tensor.__rsub__, ("x", 1))
+    ('call_function', <built-in function sub>, (1, 'x'))
+    """
+    name = name_of(func)
+    if getattr(func, "__name__", "") == "__get__":
+        return "call_function", getattr, (args[0], name)
+    if getattr(Tensor, name, None) is not func:
+        return "call_function", func, args
+    if not name.startswith("__"):
+        return "call_method", name, args
+    bare = name.strip("_")
+    if bare == "rdiv":  # Python's name for 1 / x in torch
+        return "call_function", operator.truediv, args[::-1]
+    if hasattr(operator, name):
+        return "call_function", getattr(operator, name), args
+    if bare.startswith("r") and hasattr(operator, f"__{bare[1:]}__"):
+        return "call_function", getattr(operator, f"__{bare[1:]}__"), args[::-1]
+    return "call_method", name, args
+
+
+def is_wrapped(tensor: Tensor) -> bool:
+    """Whether the tensor lives inside `vmap` or `grad`, where its operations cannot be recorded one by one."""
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
