@@ -116,7 +116,7 @@ def run_one(spec: str) -> dict[str, Any]:
             report = export_onnx(model, Path(directory) / "m.onnx", x, tolerance=TOLERANCE, batch_sizes=BATCHES)
         row |= {
             "status": "agrees", "max_rel": max(p.max_rel for p in report.parity), "max_abs": report.max_abs,
-            "opset": report.opset, "size": report.size, "latency_ms": report.latency,
+            "opset": report.opset, "size": report.size, "latency_ms": report.latency_ms,
         }  # fmt: skip
     except IndistillError as error:
         row["reason"] = str(error)

@@ -44,12 +44,12 @@ class ExportReport:
 
     Attributes:
         path: the file.
-        parity: per batch size and output, on random inputs: (batch, output, max_abs, max_rel).
+        parity: per batch size and output, on random inputs: (batch_size, output, max_abs, max_rel).
         real: the same on real inputs, with the agreement of the classes; None if none were given.
         max_abs: the largest difference of all.
         size: bytes on disk, external weights included.
         opset: of the file.
-        latency: median milliseconds of onnxruntime on one sample.
+        latency_ms: median milliseconds of onnxruntime on one sample.
         parameters: of the module.
         input_names: in order.
         output_names: in order.
@@ -62,7 +62,7 @@ class ExportReport:
     max_abs: float
     size: int
     opset: int
-    latency: float
+    latency_ms: float
     parameters: int
     input_names: tuple[str, ...]
     output_names: tuple[str, ...]

@@ -156,6 +156,8 @@ def _read(file: Path) -> onnx.ModelProto:
     import onnx
 
     size = file.stat().st_size
+    if not size:
+        raise ConfigError(f"`{file}` is empty")
     try:
         model = onnx.load(str(file))
     except Exception as error:

@@ -29,7 +29,7 @@ Values: TypeAlias = dict[str, tuple[Array, Array]]  # per output: torch's, onnxr
 class Parity(NamedTuple):
     """One output at one batch size: the largest difference, and that difference in units of the output's range."""
 
-    batch: int
+    batch_size: int
     output: str
     max_abs: float
     max_rel: float
@@ -41,7 +41,7 @@ class RealParity:
 
     Attributes:
         rows: how many samples were compared.
-        parity: the largest differences per output; `batch` is the number of rows.
+        parity: the largest differences per output; `batch_size` is the number of rows.
         agreement: share of rows for which both name the same class, or None if no output has classes.
         per_class: the same, for the rows torch gives to each class.
     """

@@ -81,13 +81,13 @@ def exported(tmp_path_factory):
 
 def test_file_agrees_at_three_batch_sizes_and_the_report_is_true(exported):
     module, path, report = exported
-    assert [row.batch for row in report.parity] == [1, 7, 64]
+    assert [row.batch_size for row in report.parity] == [1, 7, 64]
     assert {row.output for row in report.parity} == {"output"}
     assert 0 < report.max_abs <= 1e-4
     assert report.max_abs == max(row.max_abs for row in (*report.parity, *report.real.parity))
     assert report.path == path and report.size == path.stat().st_size
     assert report.parameters == sum(p.numel() for p in module.parameters())
-    assert report.latency > 0 and report.notes == ()
+    assert report.latency_ms > 0 and report.notes == ()
     for batch in (1, 5):
         x = torch.randn(batch, 3, 8, 8)
         with torch.no_grad():
@@ -98,7 +98,7 @@ def test_real_inputs_are_compared_and_their_classes_counted(exported):
     real = exported[2].real
     assert real.rows == 100 and real.agreement == 1.0
     assert set(real.per_class.values()) == {1.0}
-    assert [(row.batch, row.output) for row in real.parity] == [(100, "output")]
+    assert [(row.batch_size, row.output) for row in real.parity] == [(100, "output")]
 
 
 def test_names_sizes_and_metadata_of_the_file(exported):
@@ -157,16 +157,17 @@ def test_two_inputs_of_tokens_and_a_mask_take_their_names_from_the_forward(tmp_p
     report = export_onnx(Text(), tmp_path / "text.onnx", (ids, torch.ones_like(ids)), opset=18)
     assert report.opset == onnx.load(tmp_path / "text.onnx").opset_import[0].version == 18
     assert report.input_names == ("ids", "mask")
-    assert [row.batch for row in report.parity] == [1, 7, 64]
+    assert [row.batch_size for row in report.parity] == [1, 7, 64]
     with pytest.raises(ConfigError, match="input_names gives 1 \\(a\\), but the module has 2 inputs"):
         export_onnx(Text(), tmp_path / "text.onnx", (ids, torch.ones_like(ids)), input_names=["a"])
 
 
 def test_given_names_are_used_and_names_used_twice_refused(tmp_path):
-    report = export_onnx(
-        Net(), tmp_path / "m.onnx", X, input_names=["image"], output_names=["logits"], batch_sizes=(1,)
-    )
+    path, module, x = tmp_path / "m.onnx", nn.Linear(2, 2), torch.randn(2, 2)
+    path.write_bytes(b"an older file, to be replaced")
+    report = export_onnx(module, path, x, input_names=["image"], output_names=["logits"], batch_sizes=(1,))
     assert (report.input_names, report.output_names) == (("image",), ("logits",))
+    assert run(path, np.zeros((1, 2), np.float32))[0].shape == (1, 2)
     with pytest.raises(ConfigError, match="used twice: image"):
         export_onnx(module, path, x, input_names=["image"], output_names=["image"])
 
@@ -280,13 +281,13 @@ def test_a_fixed_batch_must_be_asked_for(tmp_path):
         export_onnx(Fixed(), tmp_path / "m.onnx", X)
     assert list(tmp_path.iterdir()) == []
     report = export_onnx(Fixed(), tmp_path / "m.onnx", X, dynamic_batch=False)
-    assert [row.batch for row in report.parity] == [2]
+    assert [row.batch_size for row in report.parity] == [2]
     assert report.notes == ("The batch size is fixed to 2; latency is for that batch.",)
 
 
 def test_dynamic_size_is_proven_at_another_size_and_refused_where_the_code_fixes_it(tmp_path):
     report = export_onnx(Net(), tmp_path / "m.onnx", X, dynamic_size=True, batch_sizes=(1, 3))
-    assert [row.batch for row in report.parity] == [1, 3, 3]
+    assert [row.batch_size for row in report.parity] == [1, 3, 3]
     assert run(tmp_path / "m.onnx", np.zeros((2, 3, 31, 17), np.float32))[0].shape == (2, 5)
     flat = nn.Sequential(nn.Flatten(), nn.Linear(192, 5))
     with pytest.raises(ExportError, match=r"and size 40x72: mat1 and mat2 shapes .*dynamic_size=False"):
@@ -396,7 +397,7 @@ def test_users_own_warnings_and_log_levels_survive(tmp_path):
 def test_module_of_a_loaded_archive_can_be_exported(tmp_path):
     program = torch.export.export(Net().eval(), (X,), dynamic_shapes=({0: torch.export.Dim("n")},))
     report = export_onnx(program.module(), tmp_path / "m.onnx", X)
-    assert [row.batch for row in report.parity] == [1, 7, 64]
+    assert [row.batch_size for row in report.parity] == [1, 7, 64]
 
 
 @pytest.mark.parametrize("built_in", [True, False])

@@ -1,0 +1,69 @@
+import json
+import time
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+
+from indistill_fx.bench import bench, measure
+from indistill_fx.errors import ConfigError
+from indistill_fx.export import export_onnx
+
+X = torch.randn(2, 6)
+
+
+def test_measure_counts_calls_and_orders_medians():
+    timings = measure({"short": lambda: time.sleep(0.0002), "long": lambda: time.sleep(0.004)}, seconds=0.1)
+    assert list(timings) == ["short", "long"]
+    assert timings["long"].median_ms >= 4 > timings["short"].median_ms >= 0.2
+    for timing in timings.values():
+        assert timing.p95_ms >= timing.median_ms and timing.calls >= 10
+
+
+def test_measure_interleaves():
+    order = []
+    measure({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, seconds=1e-9)
+    changes = sum(one != two for one, two in pairwise(order[6:]))
+    assert len(order) == 2 * (3 + 10 * 2) and changes >= 5
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("bench")
+    module = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), nn.Linear(8, 3))
+    open_batch, fixed = directory / "open.onnx", directory / "fixed.onnx"
+    export_onnx(module, open_batch, X, batch_sizes=(1,))
+    export_onnx(module, fixed, X[:1], batch_sizes=(1,), dynamic_batch=False)
+    return module, open_batch, fixed
+
+
+def test_table_has_every_cell_and_survives_json(files):
+    module, path, _ = files
+    threads = torch.get_num_threads()
+    report = bench({"student": module, "file": path}, X, batches=(1, 4), threads=(1, 2), seconds=0.01)
+    assert [(r.name, r.runtime, r.batch, r.threads) for r in report.rows] == [
+        (name, runtime, batch, count)
+        for name, runtime in (("student", "torch eager"), ("file", "onnxruntime fp32"))
+        for batch in (1, 4)
+        for count in (1, 2)
+    ]
+    assert all(0 < r.median_ms <= r.p95_ms and r.calls >= 10 for r in report.rows)
+    assert {r.size for r in report.rows} == {4 * sum(p.numel() for p in module.parameters()), path.stat().st_size}
+    assert json.loads(json.dumps(report.to_json()))["rows"][0]["name"] == "student"
+    assert set(report.versions) == {"python", "torch", "onnxruntime"} and "cores" in report.machine
+    assert module.training and torch.get_num_threads() == threads
+
+
+def test_what_cannot_run_is_noted_and_the_rest_timed(files):
+    report = bench({"fixed": files[2], "open": files[1]}, X, batches=(1, 4), threads=(1,), seconds=0.01)
+    assert [(r.name, r.batch) for r in report.rows] == [("fixed", 1), ("open", 1), ("open", 4)]
+    (note,) = report.notes
+    assert note.startswith("fixed (onnxruntime fp32) cannot run at batch size 4:")
+
+
+def test_nothing_to_time():
+    with pytest.raises(ConfigError, match="Nothing to time"):
+        bench({}, X)
+    with pytest.raises(ConfigError, match="`student`: there is no file"):
+        bench({"student": "none.onnx"}, X)

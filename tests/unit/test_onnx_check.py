@@ -1,0 +1,145 @@
+import copy
+
+import onnx
+import pytest
+import torch
+from onnx.numpy_helper import from_array, to_array
+from torch import nn
+
+from indistill_fx.errors import ConfigError
+from indistill_fx.export import export_onnx
+from indistill_fx.onnx_check import check_onnx
+
+X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def deployed(tmp_path_factory):
+    module = nn.Sequential(
+        nn.Conv2d(3, 4, 3, bias=False),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4, 5),
+    )
+    module[1].running_mean.normal_()
+    module[1].running_var.uniform_(0.5, 2)
+    path = tmp_path_factory.mktemp("deployed") / "net.onnx"
+    export_onnx(module, path, X, preprocess=(0.5, 0.25))
+    return module, path
+
+
+def edit(path, out, change):
+    model = onnx.load(path)
+    change(model.graph)
+    onnx.save(model, out)
+    return out
+
+
+def test_an_unharmed_file_agrees_in_all(deployed):
+    module, path = deployed
+    report = check_onnx(path, module, X, real_inputs=torch.randn(20, 3, 8, 8))
+    assert report.agrees and report.differences == () and report.notes == ()
+    assert [row.batch_size for row in report.parity] == [1, 7, 64]
+    assert report.real.rows == 20 and report.max_abs < 1e-4
+    assert report.opset == 20 and report.size == path.stat().st_size
+    assert module.training, "flags are put back"
+
+
+@pytest.mark.parametrize("keep", [0, 20, 0.5, -5])
+def test_truncated_file(deployed, tmp_path, keep):
+    content = deployed[1].read_bytes()
+    keep = int(keep * len(content)) if isinstance(keep, float) else keep
+    (tmp_path / "t.onnx").write_bytes(content[:keep])
+    report = check_onnx(tmp_path / "t.onnx", deployed[0], X)
+    assert not report.agrees and len(report.differences) == 1
+    assert "t.onnx" in report.differences[0]
+    assert "cannot be read as ONNX" in report.differences[0] or "is empty" in report.differences[0]
+
+
+def test_edited_weight_is_named_with_the_number_of_values(deployed, tmp_path):
+    def change(graph):
+        tensor = next(t for t in graph.initializer if t.name == "5.weight")
+        values = to_array(tensor).copy()
+        values[0, :2] += 0.5
+        tensor.CopyFrom(from_array(values, tensor.name))
+
+    report = check_onnx(edit(deployed[1], tmp_path / "e.onnx", change), deployed[0], X)
+    assert report.differences[-1] == "weight `5.weight` differs in 2 of 20 values, by up to 0.5"
+    assert report.differences[0].startswith("output `output` at batch size 1 differs by up to")
+
+
+def test_edited_weight_without_effect_is_found_too(deployed, tmp_path):
+    """A bias so low that its channel is dead, edited: no output shows it."""
+    module = copy.deepcopy(deployed[0])
+    with torch.no_grad():
+        module[1].bias[0] = -1e4
+    path = tmp_path / "dead.onnx"
+    export_onnx(module, path, X, batch_sizes=(1,))
+    with torch.no_grad():
+        module[1].bias[0] = -2e4
+    report = check_onnx(path, module, X)
+    assert len(report.differences) == 1
+    assert "differs in 1 of 4 values, by up to 1e+04" in report.differences[0]
+
+
+def test_edited_graph_is_described(deployed, tmp_path):
+    def swap(graph):
+        next(n for n in graph.node if n.op_type == "Relu").op_type = "Sigmoid"
+
+    def retune(graph):
+        gemm = next(n for n in graph.node if n.op_type == "Gemm")
+        next(a for a in gemm.attribute if a.name == "alpha").f = 2.0
+
+    report = check_onnx(edit(deployed[1], tmp_path / "s.onnx", swap), deployed[0], X)
+    assert report.differences[-1] == "the file's graph has 1 Sigmoid too many, 1 Relu too few"
+    report = check_onnx(edit(deployed[1], tmp_path / "r.onnx", retune), deployed[0], X)
+    assert any("(Gemm `" in d and "has other inputs, outputs or attributes" in d for d in report.differences)
+
+
+def test_another_model(deployed):
+    other = copy.deepcopy(deployed[0])
+    with torch.no_grad():
+        other[0].weight[1] *= 2
+    report = check_onnx(deployed[1], other, X)
+    assert "weight `0.weight` differs in 27 of 108 values" in report.differences[-1]
+    wider = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 7))
+    report = check_onnx(deployed[1], wider, X)
+    assert any("has shape (1, 5), the module's (1, 7)" in d for d in report.differences)
+
+
+def test_other_terms(deployed):
+    module, path = deployed
+    report = check_onnx(path, module, X, opset=18, input_names=["x"], output_names=["y"], batch_sizes=(1,))
+    assert report.differences == (
+        "the file's opset is 20, expected 18",
+        "the file's inputs are named input, expected x",
+        "the file's outputs are named output, expected y",
+    )
+    report = check_onnx(path, module, torch.randn(2, 3, 9, 8))
+    assert report.differences == (
+        "input `input` has shape ['batch', 8, 8, 3] in the file, [2, 9, 8, 3] for the module",
+    )
+    assert report.parity == () and "not compared" in report.notes[0]
+    report = check_onnx(path, module, (X, X))
+    assert report.differences == ("the file has 1 inputs (input), the module takes 2",)
+
+
+def test_fixed_batch_and_missing_file(tmp_path):
+    module = nn.Linear(3, 2)
+    export_onnx(module, tmp_path / "m.onnx", torch.randn(4, 3), dynamic_batch=False)
+    report = check_onnx(tmp_path / "m.onnx", module, torch.randn(2, 3))
+    assert report.agrees and [row.batch_size for row in report.parity] == [4]
+    assert report.notes == ("The file's batch size is fixed to 4; it was compared at that size only.",)
+    with pytest.raises(ConfigError, match="There is no file"):
+        check_onnx(tmp_path / "none.onnx", module, torch.randn(2, 3))
+
+
+def test_missing_weights_file(tmp_path):
+    module = nn.Linear(300, 300)
+    export_onnx(module, tmp_path / "m.onnx", torch.randn(2, 300), external_data=True, batch_sizes=(1,))
+    assert check_onnx(tmp_path / "m.onnx", module, torch.randn(2, 300), batch_sizes=(1,)).agrees
+    (tmp_path / "m.onnx.data").unlink()
+    (difference,) = check_onnx(tmp_path / "m.onnx", module, torch.randn(2, 300)).differences
+    assert "its weights file is missing" in difference and "m.onnx.data" in difference
