@@ -80,7 +80,7 @@ class Engine:
         self._validate, self._check, self._identity = validate, check, dict(identity)
         self._loader = loader.shard(accelerator.process_index, accelerator.num_processes)
         self._saved: tuple[dict[str, Tensor], dict[str, Any]] | None = None
-        self._pending: list[tuple[int, Tensor]] = []
+        self._pending: list[Tensor] = []
         self._since = time.monotonic()
         # Reading a loss waits for the device; a CPU is never behind, so there every step is checked before it is taken.
         self._check_every = 1 if accelerator.device.type == "cpu" else 50
@@ -324,7 +324,7 @@ class Engine:
 
     def _save(self, leg: Leg | None, optimizer: Any) -> None:
         """Save everything; between two stages there is no optimiser worth saving."""
-        tensors, values = model_tensors(self._student, leg and leg.module), None
+        tensors, values = model_tensors(self._student, leg.module if leg else None), None
         if leg is not None:
             self._read_losses(leg)
             self._tick()
