@@ -64,13 +64,11 @@ def _delete_unused_tensors(graph_module: fx.GraphModule) -> None:
 
 def add_module(graph_module: fx.GraphModule, wish: str, module: nn.Module) -> str:
     """Register `module` under the first free name that begins with `wish`; returns the name."""
-    base = wish.replace(".", "_")
-    taken = {name for name, _ in graph_module.named_children()}
-    name = base if base not in taken and not hasattr(graph_module, base) else ""
+    base = name = wish.replace(".", "_")
     count = 0
-    while not name:
+    while hasattr(graph_module, name):
         count += 1
-        name = f"{base}_{count}" if not hasattr(graph_module, f"{base}_{count}") else ""
+        name = f"{base}_{count}"
     graph_module.add_module(name, module)
     return name
 
@@ -107,14 +105,16 @@ def with_tensors(module: nn.Module, tensors: Mapping[str, Tensor | None], **attr
     return new
 
 
-def shadow(module: nn.Module, *, training: bool) -> nn.Module:
+def shadow(module: nn.Module, *, training: bool, memo: dict[nn.Module, nn.Module] | None = None) -> nn.Module:
     """A copy of a module tree that has training flags of its own and shares every parameter and buffer."""
-    new = with_tensors(module, {})
-    for name, child in module._modules.items():
-        if child is not None:
-            new._modules[name] = shadow(child, training=training)
-    new.__dict__["training"] = training
-    return new
+    memo = {} if memo is None else memo
+    if module not in memo:
+        new = memo[module] = with_tensors(module, {})
+        for name, child in module._modules.items():
+            if child is not None:
+                new._modules[name] = shadow(child, training=training, memo=memo)
+        new.__dict__["training"] = training
+    return memo[module]
 
 
 @contextmanager
