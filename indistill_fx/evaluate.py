@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,6 +15,10 @@ from torch import Tensor, nn
 
 from indistill_fx.bars import followed
 from indistill_fx.errors import ConfigError
+
+if TYPE_CHECKING:
+    from indistill_fx.data import Data
+    from indistill_fx.traced import TracedModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +86,8 @@ def embed(
     """Features of a whole data set, in eval mode, without gradients; a module is left as it was found.
 
     Args:
-        module: inputs -> features (batch, ...).
+        module: inputs -> features (batch, ...): a module, a module's method, or a function, whose modules are yours to
+            put in eval mode.
         loader: as for `evaluate`.
         device: as for `evaluate`.
         progress: as for `evaluate`.
@@ -95,6 +100,34 @@ def embed(
         raise ConfigError("The loader has no batches to embed.", where="loader", got=0, expected="at least 1")
     features, labels = zip(*batches, strict=True)
     return torch.cat(features), torch.cat(labels)
+
+
+def evaluate_retrieval(
+    model: TracedModel, data: Data, *, k: int = 100, tap: str | None = None, progress: bool = False
+) -> Retrieval:
+    """Retrieve training images by test images with one layer's features; see `retrieval`.
+
+    Args:
+        model: traced; it is left as it was found, and nothing behind the tap is computed.
+        data: its test set gives the queries, its plain training set the database.
+        k: precision is taken among the first k.
+        tap: whose features; the default is the penultimate vector.
+        progress: as for `evaluate`.
+
+    Returns:
+        The measures.
+
+    Raises:
+        ConfigError: no such tap, or the model has no penultimate vector.
+    """
+    from indistill_fx.passes.instrument import cut
+
+    tap = tap or _penultimate(model)
+    part = _Feature(cut(model, [tap]), tap)
+    (query, query_labels), (database, database_labels) = (
+        embed(part, loader, progress=progress) for loader in (data.test, data.train_plain)
+    )
+    return retrieval(query, query_labels, database, database_labels, k=k)
 
 
 def retrieval(
@@ -202,10 +235,35 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             part.training = flag
 
 
+def _penultimate(model: TracedModel) -> str:
+    """The vector that the last layer with weights reads."""
+    layers = [
+        node for node in model.graph_module.graph.nodes if node.name in model.facts and model.facts[node.name].macs
+    ]
+    read = layers[-1].all_input_nodes[0].name if layers else ""
+    if read not in model.facts or model.facts[read].kind != "vector":
+        raise ConfigError("The model has no penultimate vector.", where="tap", hint="Name a layer: tap=….")
+    return model.tap_name(read)
+
+
+class _Feature(nn.Module):
+    """One feature of a cut graph."""
+
+    def __init__(self, graph: nn.Module, tap: str):
+        super().__init__()
+        self.graph, self.tap = graph, tap
+
+    def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
+        features, _ = self.graph(*inputs, **named)
+        feature: Tensor = features[self.tap]
+        return feature
+
+
 def _outputs(
     module: nn.Module | Callable[..., Any], loader: Iterable[Any], device: torch.device | str | None, progress: bool
 ) -> Iterator[tuple[Any, Tensor]]:
-    owner = module if isinstance(module, nn.Module) else nn.Module()
+    owner = module if isinstance(module, nn.Module) else getattr(module, "__self__", None)
+    owner = owner if isinstance(owner, nn.Module) else nn.Module()
     if device is None:
         device = next((p.device for p in (*owner.parameters(), *owner.buffers())), torch.device("cpu"))
     with evaluating(owner):

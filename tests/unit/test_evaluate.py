@@ -1,0 +1,220 @@
+"""Evaluation against plain numpy and scikit-learn; and that it leaves everything as it was."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import accuracy_score, log_loss
+from sklearn.neighbors import NearestNeighbors
+from torch import nn
+
+from indistill_fx.data import open_data
+from indistill_fx.errors import ConfigError
+from indistill_fx.evaluate import embed, evaluate, evaluate_retrieval, retrieval, select_logits
+from indistill_fx.passes.trace import trace
+
+
+class Net(nn.Module):
+    def __init__(self, wrapped=None):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(1, 6, 3, padding=1), nn.BatchNorm2d(6)
+        self.drop, self.head, self.wrapped = nn.Dropout(), nn.Linear(6, 10), wrapped
+
+    def embedding(self, x):
+        return self.drop(torch.relu(self.norm(self.conv(x))).mean((2, 3)))
+
+    def forward(self, x):
+        logits = self.head(self.embedding(x))
+        return self.wrapped(logits) if self.wrapped else logits
+
+
+def batches(count=50, size=16, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    x, y = torch.randn(count, 1, 8, 8, generator=g), torch.randint(10, (count,), generator=g)
+    return list(zip(x.split(size), y.split(size), strict=True))
+
+
+def net(**options):
+    torch.manual_seed(0)
+    model = Net(**options)
+    model.norm.running_mean.normal_()
+    model.norm.running_var.uniform_(0.5, 2)
+    return model
+
+
+def state(module):
+    return {key: value.clone() for key, value in module.state_dict().items()}, [m.training for m in module.modules()]
+
+
+def same(a, b):
+    return a[1] == b[1] and all(torch.equal(a[0][key], b[0][key]) for key in a[0])
+
+
+def test_evaluate_equals_scikit_learn():
+    model, loader = net(), batches()
+    found = evaluate(model.train(), loader)
+    with torch.no_grad():
+        p = torch.cat([model.eval()(x) for x, _ in loader]).double().softmax(1).numpy()
+    labels = torch.cat([y for _, y in loader]).numpy()
+    assert found.count == 50
+    assert found.accuracy == pytest.approx(accuracy_score(labels, p.argmax(1)))
+    assert found.loss == pytest.approx(log_loss(labels, p, labels=range(10)), rel=1e-5)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_the_module_is_left_as_it_was(mixed):
+    model = net().train()
+    if mixed:
+        model.norm.eval()  # a frozen batch norm must stay frozen
+    before, random = state(model), torch.get_rng_state()
+    evaluate(model, batches())
+    embed(model.embedding, batches())
+    embed(model, batches())
+    assert same(before, state(model))
+    assert torch.equal(random, torch.get_rng_state())
+    with pytest.raises(ConfigError):
+        evaluate(model, [*batches(), (torch.randn(2, 1, 8, 8), torch.tensor([3, 10]))])
+    assert same(before, state(model))
+    assert torch.is_grad_enabled()
+
+
+def test_embed_puts_a_methods_module_in_eval_mode():
+    model = net()
+    features, labels = embed(model.train().embedding, batches())
+    with torch.no_grad():
+        expected = torch.cat([model.eval().embedding(x) for x, _ in batches()])
+    assert torch.equal(features, expected)
+    assert labels.tolist() == torch.cat([y for _, y in batches()]).tolist()
+    assert embed(lambda x: x, batches())[0].shape == (50, 64)
+
+
+def test_logits_in_dicts_and_tuples():
+    loader, expected = batches(), evaluate(net(), batches())
+    assert evaluate(net(wrapped=lambda z: {"logits": z, "other": 0}), loader, logits="logits") == expected
+    assert evaluate(net(wrapped=lambda z: (0, z)), loader, logits=1) == expected
+    with pytest.raises(ConfigError, match=r"gives a dict of logits, other, not logits.*logits=KEY"):
+        evaluate(net(wrapped=lambda z: {"logits": z, "other": 0}), loader)
+    with pytest.raises(ConfigError, match="in which 'scores' is not the logits"):
+        evaluate(net(wrapped=lambda z: {"logits": z}), loader, logits="scores")
+    with pytest.raises(ConfigError, match=r"a tensor of shape \(2, 3, 4\)"):
+        select_logits(torch.zeros(2, 3, 4))
+
+
+def test_batches_may_be_dicts_or_carry_indices():
+    expected = evaluate(net(), batches())
+    assert evaluate(net(), [{"x": x, "labels": y} for x, y in batches()]) == expected
+    assert evaluate(net(), [(x, y, torch.arange(len(y))) for x, y in batches()]) == expected
+
+
+def test_bad_labels_and_empty_loaders_are_refused():
+    with pytest.raises(ConfigError, match="Label 10 is out of range: the model has 10 classes"):
+        evaluate(net(), [(torch.randn(2, 1, 8, 8), torch.tensor([3, 10]))])
+    with pytest.raises(ConfigError, match="no batches to evaluate"):
+        evaluate(net(), [])
+    with pytest.raises(ConfigError, match="no batches to embed"):
+        embed(net(), [])
+
+
+def reference(query, query_labels, database, database_labels, metric, k, interpolate=True):
+    """Average precision straight from its definition, on scikit-learn's ranking."""
+    neighbours = NearestNeighbors(n_neighbors=len(database), algorithm="brute", metric=metric).fit(database)
+    order = neighbours.kneighbors(query, return_distance=False)
+    averages, precisions = [], []
+    for ranking, label in zip(order, query_labels, strict=True):
+        hits = database_labels[ranking] == label
+        precision = np.cumsum(hits) / np.arange(1, len(hits) + 1)
+        recall_in_tenths = 10 * np.cumsum(hits) / hits.sum()
+        levels = [precision[recall_in_tenths >= r - 1e-9] for r in range(11)]
+        averages.append(np.mean([level.max() if interpolate or r == 0 else level[0] for r, level in enumerate(levels)]))
+        precisions.append(hits[:k].mean())
+    return np.mean(averages), np.mean(precisions)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    queries=st.integers(1, 20),
+    samples=st.integers(5, 60),
+    classes=st.integers(1, 5),
+    k=st.integers(1, 5),
+    block=st.integers(1, 8),
+    interpolate=st.booleans(),
+)
+def test_retrieval_equals_scikit_learn(seed, queries, samples, classes, k, block, interpolate):
+    rng = np.random.default_rng(seed)
+    database, database_labels = rng.normal(size=(samples, 6)), rng.integers(classes, size=samples)
+    query, query_labels = rng.normal(size=(queries, 6)) + 0.5, rng.choice(database_labels, queries)
+    found = retrieval(
+        *map(torch.from_numpy, (query, query_labels, database, database_labels)),
+        k=k,
+        block=block,
+        interpolate=interpolate,
+    )
+    for metric in ("cosine", "euclidean"):
+        mean, precision = reference(query, query_labels, database, database_labels, metric, k, interpolate)
+        assert getattr(found, f"map_{metric}") == pytest.approx(mean, rel=1e-9)
+        assert getattr(found, f"precision_{metric}") == pytest.approx(precision, rel=1e-9)
+
+
+def test_retrieval_by_hand():
+    """Ranks of the two relevant samples are 1 and 3: precision 1 up to recall 0.5, then 2/3."""
+    database = torch.tensor([[1.0], [2.0], [3.0], [9.0]])
+    found = retrieval(torch.tensor([[0.9]]), torch.tensor([5]), database, torch.tensor([5, 7, 5, 7]), k=2)
+    assert found.map_euclidean == pytest.approx((6 * 1 + 5 * 2 / 3) / 11)
+    assert found.precision_euclidean == 0.5
+
+
+def test_interpolation_is_told_apart():
+    """Relevant at ranks 2 and 3: at recall 0.5 the precision is 1/2, but 2/3 comes later."""
+    database, labels = torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([0, 1, 1])
+    query = torch.tensor([[0.5]]), torch.tensor([1])
+    assert retrieval(*query, database, labels, k=1).map_euclidean == pytest.approx(2 / 3)
+    raw = retrieval(*query, database, labels, k=1, interpolate=False).map_euclidean
+    assert raw == pytest.approx((2 / 3 + 5 * 1 / 2 + 5 * 2 / 3) / 11)
+
+
+def test_ties_count_against_the_model():
+    dead, labels = torch.zeros(10, 4), torch.arange(10) % 2
+    found = retrieval(dead, labels, dead, labels, k=5)
+    assert found.precision_cosine == found.precision_euclidean == 0
+    assert found.map_cosine == pytest.approx(0.5)
+
+
+def test_retrieval_does_not_depend_on_block_or_order():
+    g = torch.Generator().manual_seed(0)
+    q, ql = torch.randn(70, 8, generator=g), torch.randint(4, (70,), generator=g)
+    d, dl = torch.randn(200, 8, generator=g), torch.randint(4, (200,), generator=g)
+    whole, shuffled = retrieval(q, ql, d, dl, k=10), torch.randperm(200, generator=g)
+    for other in (
+        retrieval(q, ql, d, dl, k=10, block=7),
+        retrieval(q.flip(0), ql.flip(0), d[shuffled], dl[shuffled], k=10),
+        retrieval(q.double(), ql, d.double(), dl, k=10),
+    ):
+        assert (other.map_cosine, other.map_euclidean) == pytest.approx((whole.map_cosine, whole.map_euclidean))
+        assert other.precision_cosine == pytest.approx(whole.precision_cosine)
+    assert retrieval(q.half(), ql, d.half(), dl, k=10).map_cosine == pytest.approx(whole.map_cosine, rel=1e-2)
+
+
+def test_retrieval_refuses_what_cannot_be_ranked():
+    q, labels = torch.randn(3, 4), torch.tensor([0, 1, 2])
+    with pytest.raises(ConfigError, match="no sample of class 2"):
+        retrieval(q, labels, q, torch.tensor([0, 1, 1]), k=1)
+    with pytest.raises(ConfigError, match="k is 100, but the database has 3"):
+        retrieval(q, labels, q, labels)
+    with pytest.raises(ConfigError, match="not vectors of one width"):
+        retrieval(q, labels, q[:, :2], labels, k=1)
+    with pytest.raises(ConfigError, match="not finite"):
+        retrieval(q, labels, q * torch.nan, labels, k=1)
+
+
+def test_retrieval_with_a_traced_models_penultimate_vector():
+    model = net().train()
+    data = open_data("digits", limit=200)
+    traced = trace(model.eval(), torch.randn(2, 1, 8, 8), role="teacher")
+    before = state(model)
+    found = evaluate_retrieval(traced, data, k=10)
+    expected = retrieval(*embed(model.embedding, data.test), *embed(model.embedding, data.train_plain), k=10)
+    assert found.map_cosine == pytest.approx(expected.map_cosine, rel=1e-4)
+    assert found.precision_euclidean == pytest.approx(expected.precision_euclidean, rel=1e-2)
+    assert same(before, state(model))
