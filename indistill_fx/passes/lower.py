@@ -1,15 +1,14 @@
 """Replace operations by cheaper ones that compute the same value: max-pooling by elementwise maxima.
 
-PyTorch's max-pooling on a CPU searches every window for the place of its maximum, because the gradient needs it; maxima of shifted slices are
-many times faster and give exactly the same values.
+PyTorch's max-pooling on a CPU walks through every window by itself; maxima of shifted slices run many entries at a time and give exactly the
+same values, and, because the first of equal entries is chosen too, the same gradient.
 
-Rules, in order:
-  1. Only windows that do not overlap, without padding, dilation or ceil mode, and only on a CPU (elsewhere the stock kernel runs).
-  2. On a graph that is trained, only behind a ReLU. Where two entries of a window are equal the two ways send the gradient to different
-     places; behind a ReLU equal entries are zeros, through which no gradient passes, so that the gradients are equal too.
+Only windows that do not overlap, without padding, dilation or ceil mode; on other devices the stock kernel runs.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -21,17 +20,12 @@ _NAMES = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_i
 _DEFAULTS = {"stride": None, "padding": 0, "dilation": 1, "ceil_mode": False, "return_indices": False}
 
 
-def lower(graph_module: fx.GraphModule, *, trained: bool) -> tuple[str, ...]:
-    """Rewrite, in place, a graph that nobody else holds; says which nodes were replaced.
-
-    Args:
-        graph_module: from `cut`.
-        trained: whether gradients flow through the graph (rule 2).
-    """
+def lower(graph_module: fx.GraphModule) -> tuple[str, ...]:
+    """Rewrite, in place, a graph that nobody else holds; says which nodes were replaced."""
     done = []
     for node in list(graph_module.graph.nodes):
         source = node.args[0] if node.args else None
-        if op_name(node) != "max_pool" or not isinstance(source, fx.Node) or (trained and op_name(source) not in ("relu", "relu6")):
+        if op_name(node) != "max_pool" or not isinstance(source, fx.Node):
             continue
         window = _window(node, graph_module)
         if window is not None:
@@ -54,26 +48,44 @@ def max_pool_by_maxima(x: Tensor, window: tuple[int, int]) -> Tensor:
         window: (rows, columns).
 
     Returns:
-        (batch, channels, height // rows, width // columns), equal to `F.max_pool2d(x, window)`.
+        (batch, channels, height // rows, width // columns), equal to `F.max_pool2d(x, window)`; so is the gradient.
     """
-    if not x.is_cpu:
+    if not x.is_cpu or torch.compiler.is_compiling():  # inductor writes a loop of its own, and a good one
         return F.max_pool2d(x, window)
-    for axis, size in zip((2, 3), window, strict=True):
-        count = x.shape[axis] // size
-        parts = [_every(x, axis, first, size, count) for first in range(size)]
-        x = parts[0]
-        for part in parts[1:]:
-            x = torch.maximum(x, part)
-    return x
+    result: Tensor = _Maxima.apply(x, window)
+    return result
 
 
-def _every(x: Tensor, axis: int, first: int, step: int, count: int) -> Tensor:
-    stop = first + step * (count - 1) + 1
-    return x[:, :, first:stop:step] if axis == 2 else x[:, :, :, first:stop:step]
+class _Maxima(torch.autograd.Function):
+    """Maxima over windows and their places; the gradient is that of the stock operation, which needs nothing but the places."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, window: tuple[int, int]) -> Tensor:
+        height, width = x.shape[2] // window[0] * window[0], x.shape[3] // window[1] * window[1]
+        offsets = [(row, column) for row in range(window[0]) for column in range(window[1])]
+        parts = [x[:, :, row : height : window[0], column : width : window[1]] for row, column in offsets]
+        maxima = parts[0].clone()
+        chosen = torch.zeros(maxima.shape, dtype=torch.int32)
+        for (row, column), part in zip(offsets[1:], parts[1:], strict=True):
+            if x.requires_grad:
+                larger = part > maxima
+                chosen.mul_(~larger).add_(larger, alpha=row * x.shape[3] + column)  # torch.where is ten times slower here
+            torch.maximum(maxima, part, out=maxima)
+        if x.requires_grad:
+            first = torch.arange(0, height, window[0])[:, None] * x.shape[3] + torch.arange(0, width, window[1])
+            ctx.save_for_backward(x, first + chosen)
+            ctx.window = window
+        return maxima
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        x, places = ctx.saved_tensors
+        window = ctx.window
+        return torch.ops.aten.max_pool2d_with_indices_backward(gradients[0], x, window, window, (0, 0), (1, 1), False, places), None
 
 
 def _window(node: fx.Node, graph_module: fx.GraphModule) -> tuple[int, int] | None:
-    """The window of a pooling that rule 1 allows."""
+    """The window, if the pooling is of the kind that can be replaced."""
     if node.op == "call_module":
         module = attribute(graph_module, str(node.target))
         told = {name: getattr(module, name) for name in _NAMES}

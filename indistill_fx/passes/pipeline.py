@@ -115,7 +115,7 @@ def teacher_half(teacher: TracedModel, student: TracedModel, pairs: Sequence[Pai
             verify(graph, after="adapt", signature=signature)
         graph = fold(graph).value
         verify(graph, after="fold", signature=signature)
-        lower(graph, trained=False)
+        lower(graph)
         verify(graph, after="lower", signature=signature)
     return graph
 
@@ -129,7 +129,7 @@ def student_half(student: TracedModel, teacher: TracedModel, pairs: Sequence[Pai
         for pair in pairs:
             _adapt(graph, pair, student, teacher, side="student", narrowed=narrowed)
             verify(graph, after="adapt", signature=signature)
-        lower(graph, trained=True)
+        lower(graph)
         verify(graph, after="lower", signature=signature)
     return graph
 
