@@ -11,6 +11,7 @@ Keeps: every narrowed feature equals the teacher's own feature at the kept chann
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
@@ -294,7 +295,9 @@ class _Rewriter:
         graph = self.graph_module.graph
         with graph.inserting_after(self.cursor.get(self.at, self.at)):
             node = make(graph)
-        node.meta["nn_module_stack"] = dict(self.at.meta.get("nn_module_stack", {}))
+        for key in ("nn_module_stack", "is_wrapped"):  # the second: torch does not look into the function when it traces the graph again
+            if key in self.at.meta:
+                node.meta[key] = self.at.meta[key]
         self.cursor[self.at] = node
         return node
 
@@ -310,6 +313,10 @@ class _Rewriter:
         """See `Emitter`."""
         name = add_module(self.graph_module, wish, module)
         return self._add(lambda graph: graph.call_module(name, args, kwargs))
+
+    def item(self, node: fx.Node, key: int) -> fx.Node:
+        """See `Emitter`."""
+        return self.function(operator.getitem, node, key)
 
     def tensor(self, wish: str, tensor: Tensor) -> fx.Node:
         """See `Emitter`."""

@@ -22,6 +22,9 @@ from indistill_fx.passes.criteria import Criterion, best, criterion_of
 from indistill_fx.traced import NodeFacts, TracedModel
 
 
+Links = tuple[Index, Index]
+
+
 @dataclass(frozen=True, slots=True)
 class Ranking:
     """Scores of a tap's channels, and the modules whose filters gave them (none: ranked by activation)."""
@@ -30,27 +33,38 @@ class Ranking:
     producers: tuple[str, ...]
 
 
-def producers(cut: Cut, facts: Mapping[str, NodeFacts]) -> list[tuple[Filters, Index]]:
-    """The filters that make the channels of a selection: with each, the entries of the selection that its rows make."""
-    found: dict[tuple[str, Index, Index], tuple[Filters, Index]] = {}
-    ways = [(cut, tuple(range(len(cut.index))))]
+def producers(cut: Cut, facts: Mapping[str, NodeFacts]) -> list[tuple[Filters, Links]]:
+    """The filters that make the channels of a selection; with each, which entry of the selection comes from which of its rows."""
+    everything = tuple(range(len(cut.index)))
+    found: dict[tuple[str, Links], tuple[Filters, Links]] = {}
+    ways: list[tuple[Cut, Links]] = [(cut, (everything, everything))]
     seen = set(ways)
     while ways:
-        at, positions = ways.pop()
+        at, links = ways.pop()
         step = consult(at, facts)
         if not isinstance(step, Step):
             continue
         if step.filters is not None:
-            found[step.filters.node.name, step.filters.rows, positions] = (step.filters, positions)
+            rows = links[0], tuple(step.filters.rows[k] for k in links[1])
+            found[step.filters.node.name, rows] = step.filters, rows
             continue
         for part in step.parts:
-            if part.positions is None and len(part.cut.index) != len(positions):
-                continue
-            way = part.cut, positions if part.positions is None else tuple(positions[k] for k in part.positions)
+            way = part.cut, _joined(links, part.links)
             if way not in seen:
                 seen.add(way)
                 ways.append(way)
     return list(found.values())
+
+
+def _joined(first: Links, second: Links | None) -> Links:
+    """From entries over entries to entries."""
+    if second is None:
+        return first
+    onward: dict[int, list[int]] = {}
+    for own, entry in zip(*second, strict=True):
+        onward.setdefault(own, []).append(entry)
+    pairs = [(a, c) for a, b in zip(*first, strict=True) for c in onward.get(b, ())]
+    return tuple(a for a, _ in pairs), tuple(c for _, c in pairs)
 
 
 def rank(
@@ -69,12 +83,12 @@ def rank(
             hint="Tap another layer.",
         )
     whole = Cut(node, known.channel_axis, known.channel_axis + 1, tuple(range(known.channels)))
-    visible = [(filters, places) for filters, places in producers(whole, teacher.facts) if filters.weight is not None]
+    visible = [(filters, links) for filters, links in producers(whole, teacher.facts) if filters.weight is not None]
     if not visible:
         return Ranking(activation(teacher, tap), ())
     score = criterion_of(criterion)
     total, times = torch.zeros(known.channels, dtype=torch.float64), torch.zeros(known.channels, dtype=torch.float64)
-    for filters, places in visible:
+    for filters, (places, rows) in visible:
         if filters.weight is None:
             continue
         scores = score(filters.weight).to(torch.float64).cpu()
@@ -87,7 +101,7 @@ def rank(
         if len(visible) > 1:
             scores = scores / scores.mean().clamp_min(1e-30)
         where = torch.tensor(places)
-        total.index_add_(0, where, scores[torch.tensor(filters.rows)])
+        total.index_add_(0, where, scores[torch.tensor(rows)])
         times.index_add_(0, where, torch.ones(len(places), dtype=torch.float64))
     made = times > 0
     mean = total[made].div(times[made]) if len(visible) > 1 else total[made]

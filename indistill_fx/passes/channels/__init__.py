@@ -12,7 +12,7 @@ from math import prod
 import torch
 
 from indistill_fx.ops import BINARY, UNARY
-from indistill_fx.passes.channels import elementwise, joining, layout, norms, producers, space
+from indistill_fx.passes.channels import attention, elementwise, joining, layout, norms, producers, space
 from indistill_fx.passes.channels.call import Call, read_call
 from indistill_fx.passes.channels.cut import Cut, Part, Step, Wall
 from indistill_fx.traced import NodeFacts
@@ -36,7 +36,7 @@ RULES: dict[str, Rule] = {
     "instance_norm": norms.per_channel_norm,
     "group_norm": norms.group_norm,
     "layer_norm": norms.layer_norm,
-    **dict.fromkeys("softmax log_softmax normalize glu cumsum logcumsumexp".split(), norms.along_axis),
+    **dict.fromkeys("softmax log_softmax normalize cumsum logcumsumexp".split(), norms.along_axis),
     **dict.fromkeys(
         "max_pool avg_pool adaptive_avg_pool adaptive_max_pool lp_pool interpolate upsample upsample_nearest2d upsample_bilinear2d grid_sample "
         "upsampling_nearest2d upsampling_bilinear2d".split(),
@@ -51,8 +51,13 @@ RULES: dict[str, Rule] = {
     "pixel_shuffle": space.pixel_shuffle,
     "pixel_unshuffle": space.pixel_unshuffle,
     "channel_shuffle": space.channel_shuffle,
-    **dict.fromkeys(("matmul", "bmm"), space.matmul),
-    "scaled_dot_product_attention": space.attention,
+    "glu": norms.glu,
+    **dict.fromkeys(("matmul", "bmm"), attention.matmul),
+    "einsum": attention.einsum,
+    "scaled_dot_product_attention": attention.fused,
+    **dict.fromkeys(("shifted_window_attention", "window_attention"), attention.windows),
+    "_get_relative_position_bias": attention.position_bias,
+    "_patch_merging_pad": attention.patch_merging,
     **dict.fromkeys("view reshape flatten unflatten squeeze unsqueeze".split(), layout.reshape),
     **dict.fromkeys("permute transpose movedim t mt".split(), layout.permute),
     "expand": layout.expand,
@@ -75,6 +80,8 @@ def consult(cut: Cut, facts: Mapping[str, NodeFacts]) -> Step | Wall:
     if node.op == "placeholder":
         return Wall("an input of the network")
     call = read_call(node, facts)
+    if call.module is not None and (call.module._forward_pre_hooks or call.module._forward_hooks):
+        return Wall("the module has hooks, which may do anything")
     rule = RULES.get(call.op)
     if rule is None:
         return Wall(f"no channel rule for {call.op}")

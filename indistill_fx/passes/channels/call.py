@@ -14,6 +14,11 @@ from indistill_fx.ops import attribute, op_name
 from indistill_fx.passes.channels.cut import Cut, Emit, Emitter, Filters, Index, Part, Shape, Slices, Step, sliced
 from indistill_fx.traced import NodeFacts
 
+_WINDOWS = (
+    "input qkv_weight proj_weight relative_position_bias window_size num_heads shift_size attention_dropout dropout qkv_bias proj_bias "
+    "logit_scale training"
+)
+
 SIGNATURES: dict[str, str] = {
     "conv": "input weight bias stride padding dilation groups",
     "conv_transpose": "input weight bias stride padding output_padding groups dilation",
@@ -59,6 +64,9 @@ SIGNATURES: dict[str, str] = {
     "matmul": "input other",
     "bmm": "input other",
     "scaled_dot_product_attention": "query key value attn_mask dropout_p is_causal scale",
+    "shifted_window_attention": _WINDOWS,
+    "window_attention": _WINDOWS,
+    "_get_relative_position_bias": "table index window_size",
     "pixel_shuffle": "input upscale_factor",
     "pixel_unshuffle": "input downscale_factor",
     "channel_shuffle": "input groups",

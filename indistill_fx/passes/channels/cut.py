@@ -33,10 +33,15 @@ class Cut:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One selection that a step needs; `positions`: for each of its entries, the entry of the step's own index it serves; None: one to one."""
+    """One selection that a step needs.
+
+    Attributes:
+        cut: the selection.
+        links: which entries of the step's own index come from which entries of this selection's index; None: each from its like.
+    """
 
     cut: Cut
-    positions: Index | None = None
+    links: tuple[Index, Index] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +98,9 @@ class Emitter(Protocol):
 
     def module(self, wish: str, module: nn.Module, *args: Any, **kwargs: Any) -> fx.Node:
         """A call of a new leaf module."""
+
+    def item(self, node: fx.Node, key: int) -> fx.Node:
+        """One result of a call that has several."""
 
     def tensor(self, wish: str, tensor: Tensor) -> fx.Node:
         """A new parameter or buffer."""

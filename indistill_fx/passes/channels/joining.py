@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from indistill_fx.passes.channels import attention
 from indistill_fx.passes.channels.call import Call, axis_of, index_select, read_call, source
 from indistill_fx.passes.channels.cut import Cut, Emitter, Index, Part, Step, Wall
 
@@ -26,7 +27,7 @@ def cat(call: Call, cut: Cut) -> Step | Wall:
     if cut.width > 1:
         return Wall("the joined axis is merged with others here")
     parts = _shares(operands, [shape[dim] for shape in shapes], cut)
-    order = tuple(k for part in parts for k in part.positions or ())
+    order = tuple(k for part in parts for k in (part.links or ((), ()))[0])
     back = tuple(sorted(range(len(order)), key=order.__getitem__))
 
     def emit(out: Emitter, new: Sequence[fx.Node]) -> fx.Node:
@@ -52,7 +53,7 @@ def _shares(operands: Sequence[fx.Node], sizes: Sequence[int], cut: Cut) -> tupl
     for operand, size in zip(operands, sizes, strict=True):
         mine = [(position, k - begin) for position, k in enumerate(cut.index) if begin <= k < begin + size]
         if mine:
-            parts.append(Part(Cut(operand, cut.start, cut.stop, tuple(k for _, k in mine)), tuple(p for p, _ in mine)))
+            parts.append(Part(Cut(operand, cut.start, cut.stop, tuple(k for _, k in mine)), (tuple(p for p, _ in mine), tuple(range(len(mine))))))
         begin += size
     return tuple(parts)
 
@@ -132,6 +133,8 @@ def _without_axis(below: fx.Node, dim: int, entry: int, cut: Cut) -> Step | Wall
 _PARTS = {
     **dict.fromkeys(("chunk", "split", "split_with_sizes", "tensor_split"), _part_of_split),
     "unbind": _part_of_unbind,
+    "multihead_attention": attention.module_output,
+    "head_attention": attention.module_output,
 }
 
 

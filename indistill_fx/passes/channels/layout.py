@@ -50,12 +50,9 @@ def reshape(call: Call, cut: Cut) -> Step | Wall:
         free = _free_sizes(call, (*range(first), *range(last, len(after))))
         return out.function(torch.reshape, new[0], (*free[:first], *sizes, *free[first:]))
 
-    positions = (
-        None
-        if left * right == 1
-        else tuple(k for _ in range(left) for k in range(len(cut.index)) for _ in range(right))
-    )
-    return Step(emit, (Part(Cut(call.input, start, stop, index), positions),))
+    own = tuple(k for _ in range(left) for k in range(len(cut.index)) for _ in range(right))
+    links = None if left * right == 1 else (own, tuple(range(len(index))))
+    return Step(emit, (Part(Cut(call.input, start, stop, index), links),))
 
 
 def _matching_axes(before: Shape, after: Shape, cut: Cut) -> tuple[int, int, int, int] | None:

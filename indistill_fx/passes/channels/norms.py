@@ -52,3 +52,16 @@ def along_axis(call: Call, cut: Cut) -> Step | Wall:
         return Wall(f"{call.op} mixes the channels")
     below = Cut(call.input, cut.start, cut.stop, cut.index)
     return Step(again(call, [below], dim=dim if dim < cut.start else dim - cut.width + 1), (Part(below),))
+
+
+def glu(call: Call, cut: Cut) -> Step | Wall:
+    """Channel k is made of the channels k and k + half."""
+    rank = len(call.output_shape)
+    dim = axis_of(int(call.get("dim", -1)), rank)
+    if not cut.start <= dim < cut.stop:
+        return along_axis(call, cut)
+    if cut.width > 1:
+        return Wall("the halved axis is merged with others here")
+    half, n = call.output_shape[dim], len(cut.index)
+    below = Cut(call.input, cut.start, cut.stop, (*cut.index, *(k + half for k in cut.index)))
+    return Step(again(call, [below], dim=dim), (Part(below, (tuple(range(n)) * 2, tuple(range(2 * n)))),))

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import fx
-
 from indistill_fx.passes.channels.call import Call, again, axis_of, untouched
 from indistill_fx.passes.channels.cut import Cut, Part, Step, Wall
 
@@ -44,7 +40,7 @@ def _padded_channels(call: Call, cut: Cut, sizes: list[int], rank: int) -> Step 
     sizes[place], sizes[place + 1] = kinds.count(-1), kinds.count(1)
     positions = tuple(k for k, kind in enumerate(kinds) if kind == 0)
     below = Cut(call.input, cut.start, cut.stop, inside)
-    return Step(again(call, [below], pad=tuple(sizes)), (Part(below, positions),))
+    return Step(again(call, [below], pad=tuple(sizes)), (Part(below, (positions, tuple(range(len(inside))))),))
 
 
 def reduction(call: Call, cut: Cut) -> Step | Wall:
@@ -88,7 +84,7 @@ def pixel_shuffle(call: Call, cut: Cut) -> Step | Wall:
     if (cut.start, cut.stop) != (1, 2) or not isinstance(r, int):
         return Wall("pixel shuffle mixes the axes of space")
     below = Cut(call.input, 1, 2, tuple(k * r * r + j for k in cut.index for j in range(r * r)))
-    return Step(again(call, [below]), (Part(below, tuple(k for k in range(len(cut.index)) for _ in range(r * r))),))
+    return Step(again(call, [below]), (Part(below, (tuple(k for k in range(len(cut.index)) for _ in range(r * r)), tuple(range(len(below.index))))),))
 
 
 def pixel_unshuffle(call: Call, cut: Cut) -> Step | Wall:
@@ -102,7 +98,7 @@ def pixel_unshuffle(call: Call, cut: Cut) -> Step | Wall:
     if used is None:
         return Wall("only a part of the places of a channel is wanted")
     below = Cut(call.input, 1, 2, tuple(used))
-    return Step(again(call, [below]), (Part(below, tuple(range(0, len(cut.index), r * r))),))
+    return Step(again(call, [below]), (Part(below, (tuple(range(len(cut.index))), tuple(k // (r * r) for k in range(len(cut.index))))),))
 
 
 def channel_shuffle(call: Call, cut: Cut) -> Step | Wall:
@@ -113,40 +109,3 @@ def channel_shuffle(call: Call, cut: Cut) -> Step | Wall:
     per_group = channels // groups
     below = Cut(call.input, 1, 2, tuple((k % groups) * per_group + k // groups for k in cut.index))
     return Step(lambda _, new: new[0], (Part(below),))
-
-
-def matmul(call: Call, cut: Cut) -> Step | Wall:
-    """Rows come from the left operand, columns from the right one, batches from both."""
-    left, right = call.get("input"), call.get("other", call.get("mat2"))
-    shapes = call.shape(left), call.shape(right)
-    rank = len(call.output_shape)
-    if shapes[0] is None or shapes[1] is None or len(shapes[0]) != rank or len(shapes[1]) != rank or left is right:
-        return Wall("a product of tensors of different rank")
-    return _product(call, cut, {rank - 2: [left], rank - 1: [right]}, [left, right])
-
-
-def attention(call: Call, cut: Cut) -> Step | Wall:
-    """Queries give the rows, values the features, all three the heads."""
-    query, key, value, mask = (call.get(name) for name in ("query", "key", "value", "attn_mask"))
-    rank = len(call.output_shape)
-    if any(call.shape(n) is None or len(call.shape(n) or ()) != rank for n in (query, key, value)) or (
-        mask is not None and cut.stop < rank
-    ):
-        return Wall("attention with a mask, or with operands of different rank")
-    if call.get("is_causal", False) and cut.start == rank - 2:
-        return Wall("causal attention counts its rows")
-    if len({query, key, value}) < 3:
-        return Wall("attention of a tensor with itself")
-    return _product(call, cut, {rank - 2: [query], rank - 1: [value]}, [query, key, value])
-
-
-def _product(call: Call, cut: Cut, ends: dict[int, list[fx.Node]], every: list[Any]) -> Step | Wall:
-    rank = len(call.output_shape)
-    if cut.stop > rank - 2 and cut.width > 1:
-        return Wall("the axes of a product are merged here")
-    operands = ends.get(cut.start, every)
-    wanted = call.output_shape[cut.start : cut.stop]
-    if any((call.shape(n) or ())[cut.start : cut.stop] != wanted for n in operands):
-        return Wall("the operands of a product broadcast here")
-    cuts = [Cut(n, cut.start, cut.stop, cut.index) for n in operands]
-    return Step(again(call, cuts), tuple(Part(c) for c in cuts))

@@ -1,0 +1,180 @@
+"""Rules of attention: queries give the rows, values and the output projection the features, all of them the heads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from indistill_fx.attention import HeadAttention, window_attention
+from indistill_fx.passes.channels.call import Call, again, slice_weights, weight_filters
+from indistill_fx.passes.channels.cut import Cut, Emitter, Filters, Part, Step, Wall, sliced
+
+
+def fused(call: Call, cut: Cut) -> Step | Wall:
+    """`scaled_dot_product_attention`."""
+    query, key, value, mask = (call.get(name) for name in ("query", "key", "value", "attn_mask"))
+    rank = len(call.output_shape)
+    if any(len(call.shape(n) or ()) != rank for n in (query, key, value)) or (mask is not None and cut.stop < rank):
+        return Wall("attention with a mask, or with operands of different rank")
+    if call.get("is_causal", False) and cut.start == rank - 2:
+        return Wall("causal attention counts its rows")
+    if len({query, key, value}) < 3:
+        return Wall("attention of a tensor with itself")
+    return product(call, cut, {rank - 2: [query], rank - 1: [value]}, [query, key, value])
+
+
+def matmul(call: Call, cut: Cut) -> Step | Wall:
+    """Rows come from the left operand, columns from the right one, batches from both."""
+    left, right = operands_of(call)
+    rank = len(call.output_shape)
+    if len(call.shape(left) or ()) != rank or len(call.shape(right) or ()) != rank or left is right:
+        return Wall("a product of tensors of different rank")
+    return product(call, cut, {rank - 2: [left], rank - 1: [right]}, [left, right])
+
+
+def operands_of(call: Call) -> tuple[Any, Any]:
+    """Left and right operand of a product."""
+    return call.get("input"), call.get("other", call.get("mat2"))
+
+
+def product(call: Call, cut: Cut, ends: dict[int, list[fx.Node]], every: list[Any]) -> Step | Wall:
+    """A product whose output axes in `ends` come from one operand, and the others from every one."""
+    rank = len(call.output_shape)
+    if cut.stop > rank - 2 and cut.width > 1:
+        return Wall("the axes of a product are merged here")
+    operands = ends.get(cut.start, every)
+    wanted = call.output_shape[cut.start : cut.stop]
+    if any((call.shape(n) or ())[cut.start : cut.stop] != wanted for n in operands):
+        return Wall("the operands of a product broadcast here")
+    cuts = [Cut(n, cut.start, cut.stop, cut.index) for n in operands]
+    return Step(again(call, cuts), tuple(Part(c) for c in cuts))
+
+
+def letters(call: Call) -> tuple[list[str], str, list[fx.Node]] | None:
+    """The subscripts of an einsum's operands and of its output, and the operands; None if they are not plain."""
+    equation, *operands = call.node.args
+    if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
+        operands = list(operands[0])
+    text = str(equation).replace(" ", "")
+    nodes = [n for n in operands if isinstance(n, fx.Node)]
+    if "." in text or "->" not in text or len(nodes) != len(operands) or len(set(nodes)) != len(nodes):
+        return None
+    inputs, output = text.split("->")
+    names = inputs.split(",")
+    return (names, output, nodes) if all(len(set(name)) == len(name) for name in (*names, output)) else None
+
+
+def einsum(call: Call, cut: Cut) -> Step | Wall:
+    """Every operand that has the selected letter is selected along it."""
+    parsed = letters(call)
+    if parsed is None or cut.width > 1:
+        return Wall("an einsum over merged axes, or with repeated letters or operands")
+    names, output, nodes = parsed
+    letter = output[cut.start]
+    cuts = [Cut(n, name.index(letter), name.index(letter) + 1, cut.index) for name, n in zip(names, nodes, strict=True) if letter in name]
+    return Step(again(call, cuts), tuple(Part(c) for c in cuts))
+
+
+def module_output(maker: Call, cut: Cut, key: int, call: Call) -> Step | Wall:
+    """The first result of `nn.MultiheadAttention`: its features are rows of the output projection."""
+    module = maker.module
+    last = len(call.output_shape) - 1
+    if not isinstance(module, (nn.MultiheadAttention, HeadAttention)) or key != 0 or cut.start < last or last != 2:
+        return Wall("the attention mixes its sequence")
+    free = free_heads(module)
+    if free is None:
+        return Wall("attention with extra keys")
+    filters = Filters(maker.node, f"{maker.path}.{'out' if module is free else 'out_proj'}", free.out.weight, cut.index)
+
+    def emit(out: Emitter, _: Sequence[fx.Node]) -> fx.Node:
+        bias = None if free.out.bias is None else sliced(free.out.bias, 0, cut.index)
+        new = with_projections(free, out=linear(sliced(free.out.weight, 0, cut.index), bias))
+        result = out.module(str(maker.node.target), new, *maker.node.args, **maker.node.kwargs)
+        return out.item(result, 0)
+
+    return Step(emit, filters=filters)
+
+
+def free_heads(module: nn.MultiheadAttention | HeadAttention) -> HeadAttention | None:
+    """The same attention with widths that are free of each other, on the same weights; None if it adds keys of its own."""
+    if isinstance(module, HeadAttention):
+        return module
+    if module.bias_k is not None or module.bias_v is not None or module.add_zero_attn:
+        return None
+    weights: Sequence[Tensor]
+    if module.in_proj_weight is not None:
+        weights = module.in_proj_weight.chunk(3)
+    else:
+        weights = [module.q_proj_weight, module.k_proj_weight, module.v_proj_weight]
+    flag = (module.in_proj_weight if module.in_proj_weight is not None else module.q_proj_weight).requires_grad
+    biases: Sequence[Tensor | None] = [None] * 3 if module.in_proj_bias is None else module.in_proj_bias.chunk(3)
+    inner = [linear(w.detach().requires_grad_(flag), None if b is None else b.detach().requires_grad_(flag)) for w, b in zip(weights, biases, strict=True)]
+    out = linear(module.out_proj.weight, module.out_proj.bias)
+    new = HeadAttention(*inner, out, heads=module.num_heads, dropout=module.dropout, batch_first=module.batch_first)
+    return new.train(module.training)
+
+
+def with_projections(module: HeadAttention, *, heads: int | None = None, **projections: nn.Linear) -> HeadAttention:
+    """The attention with some of its linear layers replaced."""
+    parts = {name: projections.get(name, getattr(module, name)) for name in ("query", "key", "value", "out")}
+    new = HeadAttention(**parts, heads=heads or module.heads, dropout=module.dropout, batch_first=module.batch_first)
+    new.training = module.training
+    return new
+
+
+def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A linear layer on these tensors."""
+    new = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    new.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, requires_grad=weight.requires_grad)
+    if bias is not None:
+        new.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias, requires_grad=bias.requires_grad)
+    return new
+
+
+def windows(call: Call, cut: Cut) -> Step | Wall:
+    """torchvision's window attention: its features are rows of the output projection."""
+    if cut.start < len(call.output_shape) - 1:
+        return Wall("window attention mixes the axes of space")
+    named = {name: (0, cut.index) for name in ("proj_weight", "proj_bias") if call.get(name) is not None}
+    filters = Filters(call.node, call.path, call.constant("proj_weight"), cut.index)
+    step = slice_weights(call, named, filters=filters)
+
+    def emit(out: Emitter, new: Sequence[fx.Node]) -> fx.Node:
+        node = step.emit(out, new)
+        node.target = window_attention  # torchvision's own refuses an output of another width
+        return node
+
+    return Step(emit, step.parts, step.weights, filters)
+
+
+def position_bias(call: Call, cut: Cut) -> Step | Wall:
+    """torchvision's table of relative positions: heads on axis 1 of both."""
+    if (cut.start, cut.stop) != (1, 2):
+        return Wall("relative positions are looked up")
+    below = Cut(call.get("table"), 1, 2, cut.index)
+    return Step(again(call, [below]), (Part(below),))
+
+
+def patch_merging(call: Call, cut: Cut) -> Step | Wall:
+    """Four neighbours side by side: channel k comes from channel k % C. What the four keep between them is selected; a gather does the rest."""
+    shape = call.shape(call.input)
+    last = len(call.output_shape) - 1
+    if shape is None or cut.start != last:
+        return Wall("patch merging mixes the axes of space")
+    sources = [k % shape[last] for k in cut.index]
+    used = tuple(sorted(set(sources)))
+    place = {k: at for at, k in enumerate(used)}
+    gather = tuple(k // shape[last] * len(used) + place[source] for k, source in zip(cut.index, sources, strict=True))
+    part = Part(Cut(call.input, last, last + 1, used), (tuple(range(len(sources))), tuple(place[source] for source in sources)))
+    whole = gather == tuple(range(4 * len(used)))
+    merge = again(call, [part.cut])
+
+    def emit(out: Emitter, new: Sequence[fx.Node]) -> fx.Node:
+        node = merge(out, new)
+        return node if whole else out.function(torch.index_select, node, last, out.tensor("kept", torch.tensor(gather)))
+
+    return Step(emit, (part,), note="" if whole else "the four neighbours keep different channels; a gather picks them")
+
