@@ -41,8 +41,12 @@ def _vision(teacher: str, student: str) -> Build:
 
 
 def _vit() -> tuple[nn.Module, nn.Module]:
-    teacher = torchvision.models.VisionTransformer(image_size=224, patch_size=16, num_layers=12, num_heads=12, hidden_dim=768, mlp_dim=3072)
-    student = torchvision.models.VisionTransformer(image_size=224, patch_size=16, num_layers=12, num_heads=3, hidden_dim=192, mlp_dim=768)
+    teacher = torchvision.models.VisionTransformer(
+        image_size=224, patch_size=16, num_layers=12, num_heads=12, hidden_dim=768, mlp_dim=3072
+    )
+    student = torchvision.models.VisionTransformer(
+        image_size=224, patch_size=16, num_layers=12, num_heads=3, hidden_dim=192, mlp_dim=768
+    )
     return teacher, student
 
 
@@ -97,7 +101,9 @@ def adam(module: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.Adam([p for p in module.parameters() if p.requires_grad], lr=1e-3)
 
 
-def same_training(teacher: nn.Module, student: nn.Module, plan: ifx.AlignmentPlan, number: int, batches: list[Tensor]) -> dict[str, float]:
+def same_training(
+    teacher: nn.Module, student: nn.Module, plan: ifx.AlignmentPlan, number: int, batches: list[Tensor]
+) -> dict[str, float]:
     """Largest relative differences of losses and of trained parameters over the batches."""
     ours, plain = copy.deepcopy(student).train(), copy.deepcopy(student).train()
     stage = ifx.compile_stages(teacher, ours, plan, main=None, example_inputs=batches[0]).pop(number).train()
@@ -113,7 +119,10 @@ def same_training(teacher: nn.Module, student: nn.Module, plan: ifx.AlignmentPla
             optimizer.step()
             losses.append(loss.item())
         worst = max(worst, abs(losses[0] - losses[1]) / abs(losses[1]))
-    parameters = max(float((a - b).abs().max() / b.abs().max().clamp_min(1e-12)) for a, b in zip(ours.parameters(), plain.parameters(), strict=True))
+    parameters = max(
+        float((a - b).abs().max() / b.abs().max().clamp_min(1e-12))
+        for a, b in zip(ours.parameters(), plain.parameters(), strict=True)
+    )
     return {"loss": worst, "parameters": parameters}
 
 
@@ -128,15 +137,26 @@ def measure_pair(name: str, *, steps: int, compiled: bool, check: int) -> dict[s
     seconds_align = time.perf_counter() - start
     start = time.perf_counter()
     stages = ifx.compile_stages(teacher, copy.deepcopy(student), plan, main=None, example_inputs=x[:2])
-    row: dict[str, Any] = {"pair": name, "batch": batch, "align_seconds": seconds_align, "setup_seconds": time.perf_counter() - start, "stages": []}
+    row: dict[str, Any] = {
+        "pair": name,
+        "batch": batch,
+        "align_seconds": seconds_align,
+        "setup_seconds": time.perf_counter() - start,
+        "stages": [],
+    }
     for number, pair in enumerate(plan.pairs):
         mine = copy.deepcopy(student).train()
         stage = ifx.compile_stages(teacher, mine, plan, main=None, example_inputs=x[:2])[number].train()
-        runners: dict[str, nn.Module] = {"hooks": HookBaseline(copy.deepcopy(teacher), copy.deepcopy(student).train(), pair), "ours": stage}
+        runners: dict[str, nn.Module] = {
+            "hooks": HookBaseline(copy.deepcopy(teacher), copy.deepcopy(student).train(), pair),
+            "ours": stage,
+        }
         entry: dict[str, Any] = {"tap": pair.student, "teacher": pair.teacher}
         if compiled:
             torch._dynamo.reset()
-            again = ifx.compile_stages(teacher, copy.deepcopy(student).train(), plan, main=None, example_inputs=x[:2])[number].train()
+            again = ifx.compile_stages(teacher, copy.deepcopy(student).train(), plan, main=None, example_inputs=x[:2])[
+                number
+            ].train()
             runners["compiled"] = torch.compile(again, fullgraph=True)
             optimizer = adam(again.student)
             start = time.perf_counter()
@@ -156,7 +176,9 @@ def measure_pair(name: str, *, steps: int, compiled: bool, check: int) -> dict[s
         row["stages"].append(entry)
     weights = [3 + k for k in range(len(row["stages"]))]
     for key in ("ours", "compiled") if compiled else ("ours",):
-        total = [sum(w * s[f"{kind}_ms"] for w, s in zip(weights, row["stages"], strict=True)) for kind in ("hooks", key)]
+        total = [
+            sum(w * s[f"{kind}_ms"] for w, s in zip(weights, row["stages"], strict=True)) for kind in ("hooks", key)
+        ]
         row[f"speedup_{key}"] = total[0] / total[1]
     return row
 
@@ -204,7 +226,16 @@ def show(rows: list[dict[str, Any]]) -> None:
                 f"{stage['difference']['loss']:.1e}" if "difference" in stage else "",
             )
         compiled = row.get("speedup_compiled")
-        table.add_row(row["pair"], "curriculum", "", "", f"{row['speedup_ours']:.2f}", "", f"{compiled:.2f}" if compiled else "", end_section=True)
+        table.add_row(
+            row["pair"],
+            "curriculum",
+            "",
+            "",
+            f"{row['speedup_ours']:.2f}",
+            "",
+            f"{compiled:.2f}" if compiled else "",
+            end_section=True,
+        )
     Console(width=120).print(table)
 
 
@@ -213,10 +244,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", nargs="+", choices=list(PAIRS), default=list(PAIRS))
     parser.add_argument("--steps", type=int, default=12, help="timed steps per stage and kind")
-    parser.add_argument("--check", type=int, default=0, metavar="STEPS", help="train this many steps both ways and compare (50 for the record)")
+    parser.add_argument(
+        "--check",
+        type=int,
+        default=0,
+        metavar="STEPS",
+        help="train this many steps both ways and compare (50 for the record)",
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--compile", action="store_true", help="also torch.compile(stage, fullgraph=True)")
-    parser.add_argument("--memory", action="store_true", help="also peak memory of stage 1, each in a process of its own")
+    parser.add_argument(
+        "--memory", action="store_true", help="also peak memory of stage 1, each in a process of its own"
+    )
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -228,8 +267,16 @@ def main() -> None:
             print(name, "peak memory of stage 1 (MiB):", rows[-1]["peak_mib"])
     show(rows)
     if options.json:
-        about = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "torch": torch.__version__, "torchvision": torchvision.__version__}
-        about |= {"machine": platform.processor() or platform.machine(), "threads": options.threads, "command": " ".join(sys.argv)}
+        about = {
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+        }
+        about |= {
+            "machine": platform.processor() or platform.machine(),
+            "threads": options.threads,
+            "command": " ".join(sys.argv),
+        }
         with open(options.json, "w", encoding="utf-8") as file:
             json.dump({"about": about, "rows": rows}, file, indent=1)
 

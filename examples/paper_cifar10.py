@@ -123,8 +123,13 @@ def main() -> None:
         )
         seconds = time.perf_counter() - start
         results[name] = {**measure(student, data, queries=1000 if options.quick else None), "seconds": seconds}
-    results = {"teacher": {**measure(teacher, data, queries=1000 if options.quick else None), "seconds": 0.0}, **results}
-    (out / "results.json").write_text(json.dumps({"command": vars(options), "results": results}, indent=2) + "\n", encoding="utf-8")
+    results = {
+        "teacher": {**measure(teacher, data, queries=1000 if options.quick else None), "seconds": 0.0},
+        **results,
+    }
+    (out / "results.json").write_text(
+        json.dumps({"command": vars(options), "results": results}, indent=2) + "\n", encoding="utf-8"
+    )
     show(results)
 
 
@@ -135,7 +140,9 @@ def show(results: dict[str, dict[str, float]]) -> None:
         head = "—" if "PKT" in name else f"{100 * row['accuracy']:.2f}"
         cells = [f"{100 * row[key]:.2f}" for key in ("map_cosine", "map_euclidean", "p100_cosine", "p100_euclidean")]
         table.add_row(name, head, *cells, f"{row['seconds']:.0f} s")
-    Console().print(table, "PKT trains the penultimate features only; its class scores are those of an untrained last layer.")
+    Console().print(
+        table, "PKT trains the penultimate features only; its class scores are those of an untrained last layer."
+    )
 
 
 if __name__ == "__main__":

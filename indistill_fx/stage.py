@@ -111,7 +111,11 @@ class Stage(nn.Module):
             return (batch,), None, None
         if isinstance(batch, Mapping) and all(name in batch for name in self._inputs):
             return tuple(batch[name] for name in self._inputs), batch.get("labels"), batch.get("indices")
-        if isinstance(batch, (tuple, list)) and len(batch) >= count and all(isinstance(entry, Tensor) for entry in batch):
+        if (
+            isinstance(batch, (tuple, list))
+            and len(batch) >= count
+            and all(isinstance(entry, Tensor) for entry in batch)
+        ):
             rest = (*batch[count:], None, None)
             return tuple(batch[:count]), rest[0], rest[1]
         raise TrainError(
@@ -176,7 +180,9 @@ def compile_stages(
     return stages
 
 
-def _warmup_stages(teacher: TracedModel, student: TracedModel, plan: AlignmentPlan, curriculum: Curriculum) -> list[Stage]:
+def _warmup_stages(
+    teacher: TracedModel, student: TracedModel, plan: AlignmentPlan, curriculum: Curriculum
+) -> list[Stage]:
     loss = warmup_loss(curriculum.loss)
     narrowed = bool(getattr(loss, "needs_equal_widths", True))
     slim = narrowed_teacher(teacher, plan) if narrowed else teacher
@@ -194,7 +200,11 @@ def _warmup_stages(teacher: TracedModel, student: TracedModel, plan: AlignmentPl
 
 
 def _main_stage(
-    teacher: TracedModel, student: TracedModel, plan: AlignmentPlan, main: str | Callable[..., Tensor], options: Mapping[str, Any]
+    teacher: TracedModel,
+    student: TracedModel,
+    plan: AlignmentPlan,
+    main: str | Callable[..., Tensor],
+    options: Mapping[str, Any],
 ) -> Stage:
     shapes = [{pair.student: getattr(pair, f"{role}_shape") for pair in plan.pairs} for role in ("student", "teacher")]
     if plan.embedding is not None:
@@ -203,7 +213,11 @@ def _main_stage(
     criterion = main_loss(main, student_shapes=shapes[0], teacher_shapes=shapes[1], **options)
     needs: frozenset[str] = criterion.needs  # type: ignore[assignment]
     if "embedding" in needs and plan.embedding is None:
-        raise ConfigError("The main loss compares penultimate vectors, and the plan has none.", where="embedding", hint="Take `kd`, which reads logits only.")
+        raise ConfigError(
+            "The main loss compares penultimate vectors, and the plan has none.",
+            where="embedding",
+            hint="Take `kd`, which reads logits only.",
+        )
     pairs = plan.pairs if "features" in needs else ()
     embedding = plan.embedding if "embedding" in needs else None
     teacher_logits = teacher.tap_name(teacher.logits) if "logits" in needs else None

@@ -11,7 +11,10 @@ def unsettle(module: nn.Module, seed: int = 0) -> nn.Module:
     """Random norms and statistics: fresh ones are the identity and hide errors."""
     generator = torch.Generator().manual_seed(seed)
     for child in module.modules():
-        if isinstance(child, nn.modules.batchnorm._BatchNorm | nn.LayerNorm | nn.GroupNorm) and child.weight is not None:
+        if (
+            isinstance(child, nn.modules.batchnorm._BatchNorm | nn.LayerNorm | nn.GroupNorm)
+            and child.weight is not None
+        ):
             with torch.no_grad():
                 child.weight.copy_(0.5 + torch.rand(child.weight.shape, generator=generator))
                 child.bias.copy_(0.3 * torch.randn(child.bias.shape, generator=generator))
@@ -24,7 +27,9 @@ def unsettle(module: nn.Module, seed: int = 0) -> nn.Module:
 class Cnn32(nn.Module):
     """The paper's chain: three blocks of conv, norm, ReLU, max-pool; two linear layers. Names as in the authors' weights."""
 
-    def __init__(self, widths: tuple[int, int, int] = (16, 32, 64), hidden: int = 128, classes: int = 10, channels: int = 3):
+    def __init__(
+        self, widths: tuple[int, int, int] = (16, 32, 64), hidden: int = 128, classes: int = 10, channels: int = 3
+    ):
         super().__init__()
         a, b, c = widths
         self.conv1, self.conv1_bn = nn.Conv2d(channels, a, 3), nn.BatchNorm2d(a)
@@ -48,7 +53,11 @@ class Block(nn.Module):
         self.conv1, self.bn1 = nn.Conv2d(cin, cout, 3, stride, 1, bias=False), nn.BatchNorm2d(cout)
         self.conv2, self.bn2 = nn.Conv2d(cout, cout, 3, 1, 1, bias=False), nn.BatchNorm2d(cout)
         self.relu = nn.ReLU(inplace=True)
-        self.shortcut = nn.Sequential(nn.Conv2d(cin, cout, 1, stride, bias=False), nn.BatchNorm2d(cout)) if stride != 1 or cin != cout else None
+        self.shortcut = (
+            nn.Sequential(nn.Conv2d(cin, cout, 1, stride, bias=False), nn.BatchNorm2d(cout))
+            if stride != 1 or cin != cout
+            else None
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         branch = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
@@ -61,7 +70,9 @@ class Residual(nn.Module):
 
     def __init__(self, width: int = 8, blocks: int = 2, classes: int = 5, dropout: float = 0.0):
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True))
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)
+        )
         widths = [width, 2 * width, 4 * width]
         for k, cout in enumerate(widths):
             cin = widths[max(k - 1, 0)]

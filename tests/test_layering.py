@@ -53,12 +53,21 @@ def test_imports_point_one_way(path):
 
 
 def test_the_check_sees_a_wrong_import(tmp_path):
-    assert layer("indistill_fx.cli.align") > layer("indistill_fx.stage") > layer("indistill_fx.passes.narrow") > layer("indistill_fx.errors")
+    assert (
+        layer("indistill_fx.cli.align")
+        > layer("indistill_fx.stage")
+        > layer("indistill_fx.passes.narrow")
+        > layer("indistill_fx.errors")
+    )
     bad = tmp_path / "bad.py"
     bad.write_text("def late():\n    from indistill_fx.cli import app\n")
     assert imports(bad) == {"indistill_fx.cli"}
 
 
 def test_files_stay_short():
-    long = {name_of(path): lines for path in modules() if (lines := len(path.read_text(encoding="utf-8").splitlines())) > 400}
+    long = {
+        name_of(path): lines
+        for path in modules()
+        if (lines := len(path.read_text(encoding="utf-8").splitlines())) > 400
+    }
     assert long == {}

@@ -26,7 +26,9 @@ def test_unknown_name():
         ifx.nothing  # noqa: B018
 
 
-@pytest.mark.parametrize("command", [[], ["align"], ["inspect"], ["distill"], ["train"], ["evaluate"], ["export"], ["demo"], ["prune"]])
+@pytest.mark.parametrize(
+    "command", [[], ["align"], ["inspect"], ["distill"], ["train"], ["evaluate"], ["export"], ["demo"], ["prune"]]
+)
 def test_help_imports_no_torch(command):
     code = f"import sys; from indistill_fx.cli import run; code = run({[*command, '--help']!r}); assert code == 0; assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

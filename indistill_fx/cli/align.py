@@ -12,15 +12,26 @@ from indistill_fx.cli import common
 @click.argument("student")
 @common.input_option
 @common.trust_option
-@click.option("-o", "--output", metavar="FILE", type=click.Path(dir_okay=False), help="Write the plan to this JSON file.")
+@click.option(
+    "-o", "--output", metavar="FILE", type=click.Path(dir_okay=False), help="Write the plan to this JSON file."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON instead of the table.")
 @click.option("--pairs", type=click.IntRange(min=1), help="How many pairs. [default: one per common stage]")
 @click.option("--every-block", is_flag=True, help="Pair the blocks within stages too (12 → 6 blocks pair uniformly).")
 @click.option(
-    "--taps", type=click.Choice(["block", "pre-activation", "last-conv"]), default="block", show_default=True, help="Where in a block the tap sits."
+    "--taps",
+    type=click.Choice(["block", "pre-activation", "last-conv"]),
+    default="block",
+    show_default=True,
+    help="Where in a block the tap sits.",
 )
 @click.option("--criterion", default="l1", show_default=True, help="How the teacher's channels are ranked.")
-@click.option("--explain", type=click.IntRange(min=1), metavar="PAIR", help="Show the runner-up candidates of pair number PAIR, and why they lost.")
+@click.option(
+    "--explain",
+    type=click.IntRange(min=1),
+    metavar="PAIR",
+    help="Show the runner-up candidates of pair number PAIR, and why they lost.",
+)
 def command(
     teacher: str,
     student: str,
@@ -34,7 +45,7 @@ def command(
     criterion: str,
     explain: int | None,
 ) -> None:
-    """Pair the layers of TEACHER and STUDENT by the structure of their graphs.
+    r"""Pair the layers of TEACHER and STUDENT by the structure of their graphs.
 
     The plan (-o) is a file to read, edit and review; `distill --plan` takes it.
 
@@ -58,4 +69,7 @@ def command(
     out = common.console()
     out.print(alignment_table(alignment.value, alignment.report, explain=explain))
     if output:
-        out.print(f"Plan written to {output}; `indistill-fx distill {teacher} {student} --plan {output} …` takes it.", soft_wrap=True)
+        out.print(
+            f"Plan written to {output}; `indistill-fx distill {teacher} {student} --plan {output} …` takes it.",
+            soft_wrap=True,
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -12,16 +13,140 @@ from indistill_fx.errors import ConfigError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from indistill_fx.data import Data
+    from indistill_fx.record import RunRecord
     from indistill_fx.sources import Source
     from indistill_fx.traced import Role, TracedModel
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-input_option = click.option("--input", "input_size", metavar="CxHxW", help="Shape of one input sample, such as 3x32x32. [default: what the model or the data says]")
-trust_option = click.option(
-    "--trust", multiple=True, metavar="PACKAGE", help="Let model files name classes of this package. Only for files you trust: it can run code."
+input_option = click.option(
+    "--input",
+    "input_size",
+    metavar="CxHxW",
+    help="Shape of one input sample, such as 3x32x32. [default: what the model or the data says]",
 )
-data_option = click.option("--data", required=True, metavar="DATA", help="digits, cifar10, cifar100, imagefolder:DIR or file.py:make_loaders.")
+trust_option = click.option(
+    "--trust",
+    multiple=True,
+    metavar="PACKAGE",
+    help="Let model files name classes of this package. Only for files you trust: it can run code.",
+)
+data_option = click.option(
+    "--data", required=True, metavar="DATA", help="digits, cifar10, cifar100, imagefolder:DIR or file.py:make_loaders."
+)
+
+
+_TRAINING: tuple[Callable[[Command], Command], ...] = (
+    click.option(
+        "--epochs", default=20, show_default=True, type=click.IntRange(min=0), help="Epochs of the main stage."
+    ),
+    click.option("--batch-size", default=128, show_default=True, type=click.IntRange(min=1)),
+    click.option(
+        "--lr", "learning_rate", default=1e-3, show_default=True, type=float, help="Learning rate of the main stage."
+    ),
+    click.option("--optimizer", default="adam", show_default=True, type=click.Choice(["adam", "adamw", "sgd"])),
+    click.option("--weight-decay", default=0.0, show_default=True, type=float),
+    click.option(
+        "--schedule",
+        default="constant",
+        show_default=True,
+        type=click.Choice(["constant", "step", "cosine"]),
+        help="Of the learning rate.",
+    ),
+    click.option("--milestones", metavar="15,18", help="Epochs after which `step` divides the rate by ten."),
+    click.option("--clip-norm", type=float, help="Scale gradients down to this norm."),
+    click.option(
+        "--accumulate", default=1, show_default=True, type=click.IntRange(min=1), help="Batches per optimiser step."
+    ),
+    click.option("--mixed-precision", type=click.Choice(["bf16", "fp16"])),
+    click.option("--compile", "compile", is_flag=True, help="torch.compile every stage."),
+    click.option(
+        "--workers", default=0, show_default=True, type=click.IntRange(min=0), help="Processes that read images."
+    ),
+    click.option("--limit", type=click.IntRange(min=1), help="Use only so many samples of each split."),
+    click.option("--cache", metavar="DIR", help="Keep decoded small images here for the next time."),
+    click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0)),
+    click.option("--tensorboard", is_flag=True, help="Write metrics for TensorBoard too."),
+    click.option("--resume", is_flag=True, help="Go on with the run in RUN_DIR."),
+    trust_option,
+)
+
+
+def training_options(command: Command) -> Command:
+    """The options that `distill` and `train` share."""
+    for option in reversed(_TRAINING):
+        command = option(command)
+    return command
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Data, example inputs and settings of a training command."""
+
+    data: Data
+    example: Any
+    settings: dict[str, Any]
+
+
+_SETTINGS = "learning_rate optimizer weight_decay schedule clip_norm accumulate mixed_precision compile seed tensorboard".split()
+
+
+def open_job(options: dict[str, Any], *, with_indices: bool = False) -> Job:
+    """Open the data of a training command and gather its settings."""
+    from indistill_fx.data import open_data
+
+    named = {name: options[name] for name in ("batch_size", "workers", "seed", "limit", "cache")}
+    data = open_data(options["data"], **named, with_indices=with_indices, progress=True)
+    settings = {name: options[name] for name in _SETTINGS}
+    settings["milestones"] = numbers(options["milestones"], "--milestones") if options["milestones"] else ()
+    return Job(data, example_for((), None, data.input_size), settings)
+
+
+def numbers(text: str, where: str) -> list[int]:
+    """Whole numbers from an option such as 3,4,5.
+
+    Raises:
+        ConfigError: something else.
+    """
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(
+            f"{where} {text!r} is no list of whole numbers.", where=where, got=text, hint="Write them as 3,4,5."
+        ) from None
+
+
+def tell_run(record: RunRecord, run_dir: str) -> None:
+    """The summary at a run's end."""
+    from indistill_fx.cli.tables import plain_table
+
+    table = plain_table(
+        "stage",
+        "epochs",
+        "steps",
+        "first loss",
+        "last loss",
+        "seconds",
+        numbers=("epochs", "steps", "first loss", "last loss", "seconds"),
+    )
+    for stage in record.stages:
+        losses = [f"{stage.losses[0]:.4g}", f"{stage.losses[-1]:.4g}"] if stage.losses else ["", ""]
+        table.add_row(stage.name, str(stage.epochs), str(stage.steps), *losses, f"{stage.seconds:.0f}")
+    out = console()
+    out.print(table)
+    for stage in record.stages:
+        for note in stage.notes:
+            out.print(f"{stage.name}: {note}", markup=False)
+    if record.accuracy is not None:
+        teacher = f", teacher {100 * record.teacher_accuracy:.2f}%" if record.teacher_accuracy is not None else ""
+        best = (
+            f" (best {100 * record.best_accuracy:.2f}% after epoch {record.best_epoch})"
+            if record.best_accuracy is not None
+            else ""
+        )
+        out.print(f"Test accuracy {100 * record.accuracy:.2f}%{best}{teacher}.")
+    out.print(f"All of it is in {run_dir}; try `indistill-fx export {run_dir} -o student.onnx`.", soft_wrap=True)
 
 
 def console() -> Console:
@@ -33,9 +158,10 @@ def console() -> Console:
 
 def open_model(spec: str, trust: tuple[str, ...]) -> Source:
     """Load a spec, and say aloud what was trusted or changed on the way."""
+    from indistill_fx.runs import is_run, load_run
     from indistill_fx.sources import load_source
 
-    source = load_source(spec, trust=trust)
+    source = load_run(spec, trust=trust) if is_run(spec) else load_source(spec, trust=trust)
     for note in source.notes:
         click.echo(f"{spec}: {note}", err=True)
     return source
@@ -59,7 +185,9 @@ def example_for(sources: tuple[Source, ...], wanted: str | None, default: tuple[
     size = parse_input(wanted) if wanted else default or (sizes[0] if sizes else None)
     if size is None:
         raise ConfigError(
-            f"The input shape of {' and '.join(source.spec for source in sources)} is not known.", where="--input", hint="Give it: --input 3x224x224."
+            f"The input shape of {' and '.join(source.spec for source in sources)} is not known.",
+            where="--input",
+            hint="Give it: --input 3x224x224.",
         )
     return torch.randn(1, *size, generator=torch.Generator().manual_seed(0))
 

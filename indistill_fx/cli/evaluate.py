@@ -13,13 +13,26 @@ from indistill_fx.cli import common
 @common.input_option
 @common.trust_option
 @click.option("--batch-size", default=256, show_default=True, type=click.IntRange(min=1))
-@click.option("--retrieval", is_flag=True, help="Also retrieve training images by test images on the penultimate features: mAP and precision.")
-@click.option("-k", "k", default=100, show_default=True, type=click.IntRange(min=1), help="Depth of the precision, P@k.")
+@click.option(
+    "--retrieval",
+    is_flag=True,
+    help="Also retrieve training images by test images on the penultimate features: mAP and precision.",
+)
+@click.option(
+    "-k", "k", default=100, show_default=True, type=click.IntRange(min=1), help="Depth of the precision, P@k."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(
-    model: str, data: str, input_size: str | None, trust: tuple[str, ...], batch_size: int, retrieval: bool, k: int, as_json: bool
+    model: str,
+    data: str,
+    input_size: str | None,
+    trust: tuple[str, ...],
+    batch_size: int,
+    retrieval: bool,
+    k: int,
+    as_json: bool,
 ) -> None:
-    """Measure MODEL (a spec or a run directory) on the test set of DATA.
+    r"""Measure MODEL (a spec or a run directory) on the test set of DATA.
 
     \b
     Examples:
@@ -42,6 +55,8 @@ def command(
         click.echo(json.dumps(result, indent=2))
         return
     out = common.console()
-    out.print(f"{model} on {data}: accuracy {100 * result['accuracy']:.2f}%, loss {result['loss']:.4f} on {result['count']:,} samples")
+    out.print(
+        f"{model} on {data}: accuracy {100 * result['accuracy']:.2f}%, loss {result['loss']:.4f} on {result['count']:,} samples"
+    )
     for name, value in result.get("retrieval", {}).items():
         out.print(f"  {name}: {100 * value:.2f}" if isinstance(value, float) else f"  {name}: {value}")

@@ -11,10 +11,15 @@ from indistill_fx.cli import common
 @click.argument("model")
 @common.input_option
 @common.trust_option
-@click.option("--all", "everything", is_flag=True, help="All tensors, not only the spine, with every name that `--plan` files may use for them.")
+@click.option(
+    "--all",
+    "everything",
+    is_flag=True,
+    help="All tensors, not only the spine, with every name that `--plan` files may use for them.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(model: str, input_size: str | None, trust: tuple[str, ...], everything: bool, as_json: bool) -> None:
-    """Show MODEL's layers: the spine (what every path from input to output passes through), stages, widths, MACs.
+    r"""Show MODEL's layers: the spine (what every path from input to output passes through), stages, widths, MACs.
 
     \b
     Example:
@@ -37,8 +42,14 @@ def command(model: str, input_size: str | None, trust: tuple[str, ...], everythi
         return
     out = common.console()
     parameters = sum(parameter.numel() for parameter in source.module.parameters())
-    out.print(Text(f"{model}: {count(parameters)} parameters, {count(traced.macs)} MACs for an input of {_inputs(traced.example_inputs)}"))
-    out.print(f"Traced by `{traced.report.rung}`; equal to the module at batch sizes {', '.join(str(n) for n, _ in traced.report.checked)}.")
+    out.print(
+        Text(
+            f"{model}: {count(parameters)} parameters, {count(traced.macs)} MACs for an input of {_inputs(traced.example_inputs)}"
+        )
+    )
+    out.print(
+        f"Traced by `{traced.report.rung}`; equal to the module at batch sizes {', '.join(str(n) for n, _ in traced.report.checked)}."
+    )
     if not everything:
         out.print(spine_table(traced, nodes))
         out.print("[dim]All tensors and their names: --all[/]")
@@ -46,7 +57,14 @@ def command(model: str, input_size: str | None, trust: tuple[str, ...], everythi
     table = plain_table("layer", "other names", "shape", "kind", "MACs", "parameters", numbers=("MACs", "parameters"))
     for name, names in traced.aliases.items():
         facts = traced.facts[name]
-        table.add_row(Text(names[0]), Text(", ".join(names[1:])), size(facts.shape), facts.kind, count(facts.macs), count(facts.parameters))
+        table.add_row(
+            Text(names[0]),
+            Text(", ".join(names[1:])),
+            size(facts.shape),
+            facts.kind,
+            count(facts.macs),
+            count(facts.parameters),
+        )
     out.print(table)
 
 

@@ -43,10 +43,20 @@ def alignment_table(plan: AlignmentPlan, report: MatchReport, *, explain: int | 
     """The pairs of a plan, the legend of their reasons, what found no partner, and one pair's runners-up on request."""
     from indistill_fx.passes.score import LEGEND
 
-    table = plain_table("", "teacher", "shape", "student", "shape", "kept", "score", "reason", numbers=("", "kept", "score"))
+    table = plain_table(
+        "", "teacher", "shape", "student", "shape", "kept", "score", "reason", numbers=("", "kept", "score")
+    )
     for number, pair in enumerate(plan.pairs, 1):
         kept = f"{len(pair.kept)} of {pair.teacher_shape[1]}" if pair.kept is not None else "all"
-        row = [pair.teacher, size(pair.teacher_shape), pair.student, size(pair.student_shape), kept, f"{pair.score:.2f}", pair.reason]
+        row = [
+            pair.teacher,
+            size(pair.teacher_shape),
+            pair.student,
+            size(pair.student_shape),
+            kept,
+            f"{pair.score:.2f}",
+            pair.reason,
+        ]
         table.add_row(str(number), *map(Text, row))
     parts: list[RenderableType] = [Text(f"{plan.teacher.name} → {plan.student.name}"), table]
     if plan.embedding is not None:
@@ -58,7 +68,12 @@ def alignment_table(plan: AlignmentPlan, report: MatchReport, *, explain: int | 
         )
     parts += [Text(f"Not paired: {line}") for line in plan.unmatched]
     used = {word for pair in plan.pairs for word in pair.reason.split(", ")}
-    parts.append(Text("Reasons: " + "; ".join(f"{word}: {meaning}" for word, meaning in LEGEND.items() if word in used), style="dim"))
+    parts.append(
+        Text(
+            "Reasons: " + "; ".join(f"{word}: {meaning}" for word, meaning in LEGEND.items() if word in used),
+            style="dim",
+        )
+    )
     if explain is not None:
         parts.append(_runners_up(report, explain))
     return Group(*parts)
@@ -88,5 +103,7 @@ def spine_table(traced: TracedModel, spine: Sequence[SpineNode]) -> RenderableTy
         mark = "stage exit" if node.is_stage_exit else "block exit" if node.is_block_exit else ""
         shape = size(node.facts.shape)
         row = [Text(node.tap), Text(node.op), shape, f"{100 * node.depth:.1f}%", mark]
-        table.add_row("" if node.stage is None else str(node.stage + 1), *row, style="bold" if node.is_stage_exit else "")
+        table.add_row(
+            "" if node.stage is None else str(node.stage + 1), *row, style="bold" if node.is_stage_exit else ""
+        )
     return table

@@ -37,7 +37,9 @@ def layout_of(facts: NodeFacts, *, channels: int | None = None) -> Layout:
     return Layout(channels if channels is not None else facts.channels, first, facts.space, facts.kind)
 
 
-def adapt(graph_module: fx.GraphModule, tap: str, own: Layout, other: Layout, *, may_slice: bool = False) -> tuple[str, ...]:
+def adapt(
+    graph_module: fx.GraphModule, tap: str, own: Layout, other: Layout, *, may_slice: bool = False
+) -> tuple[str, ...]:
     """Insert, in place, what brings the feature `tap` to the common shape of the two; says what was inserted.
 
     Args:
@@ -73,13 +75,21 @@ def adapt(graph_module: fx.GraphModule, tap: str, own: Layout, other: Layout, *,
             space = (side, side)
         partner = _as_map(other.space, own.kind, other.kind)
         if len(space) != len(partner):
-            raise MatchError(f"`{tap}`: a {own.kind} of size {space} and a {other.kind} of size {other.space} have no common form.", where=tap)
+            raise MatchError(
+                f"`{tap}`: a {own.kind} of size {space} and a {other.kind} of size {other.space} have no common form.",
+                where=tap,
+            )
         target = tuple(map(min, space, partner))
         if space != target:
             call(_POOL[len(target)], target, say=f"pooled {'x'.join(map(str, space))} to {'x'.join(map(str, target))}")
     if may_slice and own.channels > other.channels:
         first = told[:1] == ["channels first"] or own.channels_first or own.kind == "vector"
-        call(_first_channels, other.channels, 1 if first else -1, say=f"first {other.channels} of {own.channels} channels")
+        call(
+            _first_channels,
+            other.channels,
+            1 if first else -1,
+            say=f"first {other.channels} of {own.channels} channels",
+        )
     output.args = (({**features, tap: value}, result),)  # type: ignore[dict-item]
     graph_module.recompile()
     return tuple(told)

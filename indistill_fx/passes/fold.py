@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
@@ -95,7 +94,14 @@ def _fold_norm(node: fx.Node, graph_module: fx.GraphModule) -> str | None:
         return "it follows a grouped transposed convolution"
     else:
         weight, bias = fuse_conv_bn_weights(
-            layer.weight, layer.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias, transpose=kind == "conv_transpose"
+            layer.weight,
+            layer.bias,
+            norm.running_mean,
+            norm.running_var,
+            norm.eps,
+            norm.weight,
+            norm.bias,
+            transpose=kind == "conv_transpose",
         )
     tensors: dict[str, Tensor | None] = {"weight": weight.detach(), "bias": bias.detach()}
     source.target = add_module(graph_module, f"{source.target}_folded", with_tensors(layer, tensors))

@@ -69,7 +69,9 @@ class _Maxima(torch.autograd.Function):
         for (row, column), part in zip(offsets[1:], parts[1:], strict=True):
             if x.requires_grad:
                 larger = part > maxima
-                chosen.mul_(~larger).add_(larger, alpha=row * x.shape[3] + column)  # torch.where is ten times slower here
+                chosen.mul_(~larger).add_(
+                    larger, alpha=row * x.shape[3] + column
+                )  # torch.where is ten times slower here
             torch.maximum(maxima, part, out=maxima)
         if x.requires_grad:
             first = torch.arange(0, height, window[0])[:, None] * x.shape[3] + torch.arange(0, width, window[1])
@@ -81,7 +83,9 @@ class _Maxima(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         x, places = ctx.saved_tensors
         window = ctx.window
-        return torch.ops.aten.max_pool2d_with_indices_backward(gradients[0], x, window, window, (0, 0), (1, 1), False, places), None
+        return torch.ops.aten.max_pool2d_with_indices_backward(
+            gradients[0], x, window, window, (0, 0), (1, 1), False, places
+        ), None
 
 
 def _window(node: fx.Node, graph_module: fx.GraphModule) -> tuple[int, int] | None:
@@ -90,12 +94,21 @@ def _window(node: fx.Node, graph_module: fx.GraphModule) -> tuple[int, int] | No
         module = attribute(graph_module, str(node.target))
         told = {name: getattr(module, name) for name in _NAMES}
     elif node.op == "call_function":
-        told = {**_DEFAULTS, **dict(zip(_NAMES, node.args[1:], strict=False)), **{k: v for k, v in node.kwargs.items() if k != "input"}}
+        told = {
+            **_DEFAULTS,
+            **dict(zip(_NAMES, node.args[1:], strict=False)),
+            **{k: v for k, v in node.kwargs.items() if k != "input"},
+        }
     else:
         return None
     sizes = {name: _pair(told.get(name)) for name in _NAMES[:4]}
     kernel = sizes["kernel_size"]
-    plain = sizes["padding"] == (0, 0) and sizes["dilation"] == (1, 1) and not told["ceil_mode"] and not told["return_indices"]
+    plain = (
+        sizes["padding"] == (0, 0)
+        and sizes["dilation"] == (1, 1)
+        and not told["ceil_mode"]
+        and not told["return_indices"]
+    )
     if kernel is None or not plain or sizes["stride"] not in (None, kernel) or not _is_2d(node):
         return None
     return kernel
@@ -103,7 +116,11 @@ def _window(node: fx.Node, graph_module: fx.GraphModule) -> tuple[int, int] | No
 
 def _is_2d(node: fx.Node) -> bool:
     owner = node.graph.owning_module
-    name = type(attribute(owner, str(node.target))).__name__ if node.op == "call_module" and owner else str(getattr(node.target, "__name__", ""))
+    name = (
+        type(attribute(owner, str(node.target))).__name__
+        if node.op == "call_module" and owner
+        else str(getattr(node.target, "__name__", ""))
+    )
     return "2d" in name
 
 

@@ -94,7 +94,9 @@ def _narrower(pair: Pair, teacher: TracedModel, student: TracedModel) -> int | N
     return width if width < teacher.facts_of(pair.teacher).channels else None
 
 
-def teacher_half(teacher: TracedModel, student: TracedModel, pairs: Sequence[Pair], taps: Sequence[str], *, narrowed: bool) -> fx.GraphModule:
+def teacher_half(
+    teacher: TracedModel, student: TracedModel, pairs: Sequence[Pair], taps: Sequence[str], *, narrowed: bool
+) -> fx.GraphModule:
     """The teacher's part of a stage: cut at its taps, folded, frozen.
 
     Args:
@@ -120,7 +122,9 @@ def teacher_half(teacher: TracedModel, student: TracedModel, pairs: Sequence[Pai
     return graph
 
 
-def student_half(student: TracedModel, teacher: TracedModel, pairs: Sequence[Pair], taps: Sequence[str], *, narrowed: bool) -> fx.GraphModule:
+def student_half(
+    student: TracedModel, teacher: TracedModel, pairs: Sequence[Pair], taps: Sequence[str], *, narrowed: bool
+) -> fx.GraphModule:
     """The student's part of a stage: cut at its taps; it calls the user's own layers."""
     signature = signature_of(student.graph_module)
     with untouched(student, by="cut"):
@@ -142,7 +146,9 @@ def narrowed_teacher(teacher: TracedModel, plan: AlignmentPlan) -> TracedModel:
     return slim
 
 
-def _adapt(graph: fx.GraphModule, pair: Pair, own: TracedModel, other: TracedModel, *, side: Role, narrowed: bool) -> None:
+def _adapt(
+    graph: fx.GraphModule, pair: Pair, own: TracedModel, other: TracedModel, *, side: Role, narrowed: bool
+) -> None:
     tap, partner = (pair.teacher, pair.student) if side == "teacher" else (pair.student, pair.teacher)
     layouts = layout_of(own.facts_of(tap)), layout_of(other.facts_of(partner))
     alike = (layouts[0].kind, layouts[0].channels_first) == (layouts[1].kind, layouts[1].channels_first)
