@@ -124,6 +124,18 @@ class Curriculum:
             for length, rate, optimizer in zip(lengths, rates, optimizers, strict=True)
         )
 
+    def chosen(self, layers: Sequence[str]) -> dict[str, Budget]:
+        """The budgets of the layers that are trained at all, in the order of training.
+
+        Args:
+            layers: the student's taps of all pairs, shallow to deep.
+
+        Raises:
+            ConfigError: `layers` of the curriculum names one that is not there, or a sequence has another length.
+        """
+        budgets = dict(zip(layers, self.schedule(len(layers)), strict=True))
+        return {layer: budgets[layer] for layer in self._order(layers) if budgets[layer].length}
+
     def arrange(self, stages: Iterable[Item]) -> list[Item]:
         """The chosen ones of the warm-up stages (or whatever bears a student tap's name), in the chosen order.
 
@@ -131,14 +143,17 @@ class Curriculum:
             ConfigError: `layers` names one that is not there, or one twice.
         """
         known = {str(stage.name): stage for stage in stages}
+        return [known[layer] for layer in self._order(list(known))]
+
+    def _order(self, known: Sequence[str]) -> Sequence[str]:
         if self.layers is None:
-            return list(known.values())
+            return known
         for layer in self.layers:
             if layer not in known:
                 raise _wrong(f"The curriculum names `{layer}`, which is in no pair.", hint=nearest(layer, known))
         if len(set(self.layers)) < len(self.layers):
             raise _wrong(f"The curriculum names a layer twice: {', '.join(self.layers)}.", hint="Name each layer once.")
-        return [known[layer] for layer in self.layers]
+        return self.layers
 
     def describe(self, layers: Sequence[str]) -> str:
         """The schedule for these student taps (those of the plan's pairs, shallow to deep), a line each.
@@ -147,9 +162,7 @@ class Curriculum:
         b: 4 epochs, adam, learning rate 0.001
         a: 3 epochs, adam, learning rate 0.001
         """
-        budgets = dict(zip(layers, self.schedule(len(layers)), strict=True))
-        chosen = layers if self.layers is None else self.layers
-        return "\n".join(f"{layer}: {budgets[layer]}" for layer in chosen if budgets[layer].length)
+        return "\n".join(f"{layer}: {budget}" for layer, budget in self.chosen(layers).items())
 
 
 def _wrong(message: str, *, hint: str = "") -> ConfigError:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
@@ -33,6 +32,7 @@ from indistill_fx.checkpoint import (
     state_tensors,
 )
 from indistill_fx.errors import ConfigError, TrainError
+from indistill_fx.launch import make_accelerator
 from indistill_fx.loaders import EpochLoader
 from indistill_fx.record import BEST, LAST, EpochRecord, RunDirectory
 from indistill_fx.reporter import Reporter
@@ -40,6 +40,9 @@ from indistill_fx.seeding import reseed
 from indistill_fx.settings import Settings, make_optimizer
 from indistill_fx.state import Leg, State
 from indistill_fx.stopping import Interrupted, StopRequest
+
+_SAVING_SHARE = 20
+"""Checkpoints at the ends of epochs leave so many times their own duration between them."""
 
 
 class Engine:
@@ -49,7 +52,6 @@ class Engine:
         student: the module whose weights the stages train.
         legs: the stages, in order.
         loader: the whole run's batches; every process takes its share of each.
-        accelerator: devices and processes.
         settings: how.
         directory: where checkpoints and metrics go; None: nowhere.
         reporter: told of every step.
@@ -65,7 +67,6 @@ class Engine:
         student: nn.Module,
         legs: list[Leg],
         loader: EpochLoader,
-        accelerator: Accelerator,
         settings: Settings,
         directory: RunDirectory | None,
         reporter: Reporter,
@@ -76,12 +77,13 @@ class Engine:
     ):
         self.state = State()
         self._student, self._legs, self._settings = student, legs, settings
-        self._accelerator, self._directory, self._reporter, self._stop = accelerator, directory, reporter, stop
+        self._directory, self._reporter, self._stop = directory, reporter, stop
+        self._accelerator = accelerator = make_accelerator(settings)
         self._validate, self._check, self._identity = validate, check, dict(identity)
         self._loader = loader.shard(accelerator.process_index, accelerator.num_processes)
         self._saved: tuple[dict[str, Tensor], dict[str, Any]] | None = None
         self._pending: list[Tensor] = []
-        self._since = time.monotonic()
+        self._since, self._saved_at, self._save_took = time.monotonic(), 0.0, 0.0
         # Reading a loss waits for the device; a CPU is never behind, so there every step is checked before it is taken.
         self._check_every = 1 if accelerator.device.type == "cpu" else 50
         self._infinite = set(not_finite(model_tensors(student, None)))  # masks of -inf, for example, are meant
@@ -103,7 +105,7 @@ class Engine:
                 self._set_rate(leg, optimizer)
                 self._train_epoch(leg, module, optimizer)
                 self._close_epoch(leg, optimizer)
-            self._release(module)
+            self._accelerator.unwrap_model(module, keep_fp32_wrapper=False)
 
     def _train_epoch(self, leg: Leg, module: nn.Module, optimizer: Any) -> None:
         settings, group = self._settings, 0
@@ -169,11 +171,11 @@ class Engine:
         if accuracy is not None and (state.best is None or accuracy > state.best):
             state.best, state.best_epoch = accuracy, state.epoch
             self._save_best()
-        if self._finished(leg):
+        over = self._finished(leg)
+        if over:
             self._next_leg(leg)
-            self._save(None, None)
-        else:
-            self._save(leg, optimizer)
+        if state.leg == len(self._legs) or time.monotonic() - self._saved_at > _SAVING_SHARE * self._save_took:
+            self._save(None if over else leg, optimizer)
         self._since = time.monotonic()
 
     # What follows serves the loop above.
@@ -220,6 +222,8 @@ class Engine:
     def _prepare(self, leg: Leg) -> tuple[nn.Module, Any]:
         """The stage on the device, in train mode, wrapped for processes and precision; and its optimiser."""
         settings, budget = self._settings, leg.budget
+        # A new one: the last stage's knows that stage's optimiser, and would unscale the gradients of both.
+        self._accelerator = make_accelerator(settings)
         leg.module.train()
         self._student.train()  # last, so that a model's own train(), which may keep a norm frozen, has the say
         leg.module.to(self._accelerator.device)
@@ -257,10 +261,6 @@ class Engine:
                     buffer.copy_(before)
             leg.module.zero_grad()
         return compiled  # type: ignore[no-any-return]
-
-    def _release(self, module: nn.Module) -> None:
-        self._accelerator.unwrap_model(module, keep_fp32_wrapper=False)
-        self._accelerator.free_memory()
 
     def _watch(self, leg: Leg, loss: Tensor) -> None:
         self._pending.append(loss.detach())
@@ -324,6 +324,7 @@ class Engine:
 
     def _save(self, leg: Leg | None, optimizer: Any) -> None:
         """Save everything; between two stages there is no optimiser worth saving."""
+        began = time.monotonic()
         tensors, values = model_tensors(self._student, leg.module if leg else None), None
         if leg is not None:
             self._read_losses(leg)
@@ -338,6 +339,8 @@ class Engine:
             scaler = self._accelerator.scaler.state_dict() if self._accelerator.scaler is not None else None
             state = {"identity": self._identity, "state": asdict(self.state), "optimizer": values, "scaler": scaler}
             save_checkpoint(self._directory.path / LAST, tensors, state)
+            self._saved_at = time.monotonic()
+            self._save_took = self._saved_at - began
 
     def _save_best(self) -> None:
         if self._directory is not None and self._directory.writes:

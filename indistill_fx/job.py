@@ -10,8 +10,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from torch import Tensor, nn
 
 from indistill_fx.checkpoint import save_tensors, state_tensors
@@ -19,6 +17,7 @@ from indistill_fx.engine import Engine
 from indistill_fx.errors import ConfigError, PassError
 from indistill_fx.evaluate import evaluate
 from indistill_fx.graphs import digest
+from indistill_fx.launch import make_accelerator
 from indistill_fx.loaders import EpochLoader, ForeignLoader
 from indistill_fx.record import LAST, STUDENT, EpochRecord, RunDirectory, RunRecord, StageRecord, environment
 from indistill_fx.reporter import Reporter
@@ -115,7 +114,6 @@ class Job:
                 student=self.student,
                 legs=legs,
                 loader=self.loader,
-                accelerator=accelerator,
                 settings=self.settings,
                 directory=directory,
                 reporter=reporter,
@@ -200,31 +198,6 @@ class Job:
         if directory is not None:
             directory.tell(status="done", result=record.to_json())
         return record
-
-
-def make_accelerator(settings: Settings) -> Accelerator:
-    """Accelerate's view of devices and processes.
-
-    Raises:
-        ConfigError: a launcher asks for a way of training in which a stage cannot share the student's parameters.
-    """
-    wanted = settings.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != wanted:
-        AcceleratorState._reset_state()  # one precision per process otherwise, and a process may train twice
-    accelerator = Accelerator(
-        cpu=settings.device == "cpu",
-        mixed_precision=wanted,
-        # Each process keeps its own batch-norm statistics and memory banks; those of the first are saved.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-    )
-    refused = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
-    if accelerator.distributed_type in refused:
-        raise ConfigError(
-            f"`distill` and `train` do not run under {accelerator.distributed_type.value}.",
-            where="accelerate launch",
-            hint="Launch with torchrun (DDP), or shard the stages of compile_stages in a loop of your own.",
-        )
-    return accelerator
 
 
 def repeatable(loader: Iterable[Any], seed: int, what: str) -> EpochLoader:

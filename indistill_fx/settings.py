@@ -57,7 +57,8 @@ class Settings:
         mixed_precision: `bf16` or `fp16`; None: whatever `accelerate launch` says, else full precision.
         compile: torch.compile every stage. Where that fails the stage runs as it is, and the record says so.
         device: `auto` is Accelerate's choice; `cpu`.
-        checkpoint_every_steps: optimiser steps between checkpoints; None: one after every epoch.
+        checkpoint_every_steps: optimiser steps between checkpoints; there is one after an epoch too, unless it would take
+            more than a twentieth of the time.
         log_every_steps: optimiser steps between lines in metrics.jsonl.
         tensorboard: write the metrics for TensorBoard too.
     """

@@ -92,8 +92,7 @@ def distill(
     modules = [model.module if isinstance(model, TracedModel) else model for model in (teacher, student)]
 
     def set_up(directory: RunDirectory | None) -> Work:
-        example = _example(loader, modules[1]) if example_inputs is None else example_inputs
-        models = _traced(teacher, example, "teacher", logits), _traced(student, example, "student", logits)
+        models = traced_pair(teacher, student, loader, example_inputs=example_inputs, logits=logits)
         kept = directory.path / "plan.json" if directory is not None and directory.resumes else None
         chosen = plan or (AlignmentPlan.load(kept) if kept is not None and kept.exists() else align(*models))
         stages = compile_stages(*models, chosen, curriculum=curriculum, main=main, main_options=main_options)
@@ -173,6 +172,30 @@ def train(
     ).run(lambda directory: Work(legs=[leg], check=label_check(_class_count(supervised, loader))))
 
 
+def traced_pair(
+    teacher: nn.Module | TracedModel,
+    student: nn.Module | TracedModel,
+    loader: Iterable[Any],
+    *,
+    example_inputs: Any = None,
+    logits: str | int | None = None,
+) -> tuple[TracedModel, TracedModel]:
+    """Both models traced, with inputs from the loader's first batch if no others are given.
+
+    Raises:
+        ConfigError: the loader's batches hold no inputs.
+        FrontendError: a model cannot be traced.
+    """
+    roles: tuple[tuple[nn.Module | TracedModel, Role], ...] = ((teacher, "teacher"), (student, "student"))
+    traced = []
+    for model, role in roles:
+        if not isinstance(model, TracedModel):
+            example_inputs = _example(loader, model) if example_inputs is None else example_inputs
+            model = trace(model, example_inputs, role=role, logits=logits)
+        traced.append(model)
+    return traced[0], traced[1]
+
+
 class Supervised(nn.Module):
     """Cross-entropy with the labels as one module: batch → loss.
 
@@ -203,10 +226,6 @@ class Supervised(nn.Module):
                 hint="Let the loader yield (inputs, labels), or a dict of inputs by name with `labels`.",
             )
         return select_logits(self.module(batch[0]), self.logits), batch[1]
-
-
-def _traced(model: nn.Module | TracedModel, example: Any, role: Role, logits: str | int | None) -> TracedModel:
-    return model if isinstance(model, TracedModel) else trace(model, example, role=role, logits=logits)
 
 
 def _example(loader: Iterable[Any], module: nn.Module) -> Any:
