@@ -17,6 +17,7 @@ Only the allowed packages are ever imported; a name from the file is not enough 
 
 from __future__ import annotations
 
+import _compat_pickle
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ Role = Literal["module", "plain", "call", "function", "storage", "dtype", "type"
 
 # Audited: no constructor, `__setstate__` or `forward` of these packages' modules opens, fetches, imports or evaluates
 # anything (benchmarks/fuzz_loading.py --audit repeats the search).
-_MODULE_PACKAGES = ("torch.nn", "torch.ao.nn", "torch.ao.quantization.stubs", "torchvision", "timm")
+MODULE_PACKAGES = ("torch.nn", "torch.ao.nn", "torch.ao.quantization.stubs", "torchvision", "timm")
 
 _PLAIN = frozenset(
     f"torchvision.models.detection._utils.{name}"
@@ -102,7 +103,9 @@ def resolve(module: str, name: str, trust: Sequence[str]) -> Named:
     Returns:
         The global with its role; `foreign` when it is on no list.
     """
-    module = {"__builtin__": "builtins"}.get(module, module)  # Python 2's name, which protocol 2 still writes
+    if (module, name) in _compat_pickle.NAME_MAPPING:  # protocol 2 writes Python 2's names
+        module, name = _compat_pickle.NAME_MAPPING[module, name]
+    module = _compat_pickle.IMPORT_MAPPING.get(module, module)
     path = f"{module}.{name}"
     if path in CALLS:
         return Named(path, "call")
@@ -117,7 +120,7 @@ def resolve(module: str, name: str, trust: Sequence[str]) -> Named:
         return Named(path, "dtype", dtype)
     if _within(module, trust):
         return Named(path, "trusted", getattr(importlib.import_module(module), name))
-    if path in _PLAIN or _within(module, _MODULE_PACKAGES):
+    if path in _PLAIN or _within(module, MODULE_PACKAGES):
         return _resolve_class(module, name)
     return Named(path, "foreign")
 
@@ -131,7 +134,7 @@ def _resolve_class(module: str, name: str) -> Named:
     if path in _PLAIN:
         return Named(path, "plain", found)
     # where it is defined counts: a package may import others' classes (torch.fx.GraphModule runs its own source)
-    if isinstance(found, type) and issubclass(found, nn.Module) and _within(found.__module__, _MODULE_PACKAGES):
+    if isinstance(found, type) and issubclass(found, nn.Module) and _within(found.__module__, MODULE_PACKAGES):
         return Named(path, "module", found)
     return Named(path, "foreign")
 

@@ -15,6 +15,7 @@ FileKind = Literal["torch", "torch-legacy", "export", "safetensors"]
 
 _MAGIC_LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _HEAD = 4096
+_UNREADABLE = (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error)
 
 # What the file may start with -> what it is, what to do.
 _SIGNATURES: tuple[tuple[bytes, str, str], ...] = (
@@ -80,8 +81,11 @@ def _require_file(path: Path) -> None:
 
 
 def _recognise_zip(path: Path) -> FileKind:
-    with path.open("rb") as file:
-        names = {name.partition("/")[2] or name for name in open_zip(file, str(path)).namelist()}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = {name.partition("/")[2] or name for name in archive.namelist()}
+    except _UNREADABLE as error:
+        raise damaged(str(path), str(error)) from error
     if "constants.pkl" in names:
         what = "a TorchScript archive, whose graph cannot be read as a PyTorch module"
         raise _refuse(path, what, "Save the module it was made from: torch.save(model, path).")
@@ -113,7 +117,7 @@ def open_zip(file: BinaryIO, label: str) -> zipfile.ZipFile:
         end = file.tell()
         signature, *_, directory_bytes, directory_start, comment = struct.unpack("<4s4H2LH", file.read(22))
         file.seek(0)
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error) as error:
+    except _UNREADABLE as error:
         raise damaged(label, str(error)) from error
     gap = end - directory_start - directory_bytes  # 0, or the 76 bytes of a zip64 record
     if signature != b"PK\x05\x06" or comment or (gap not in (0, 76) and directory_start != 0xFFFFFFFF):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import nn
 
@@ -192,7 +192,7 @@ def describe_timm(module: nn.Module) -> InputFacts:
     return InputFacts((channels, *edges), normalisation)
 
 
-def _is_shape(value: Any) -> bool:
+def _is_shape(value: Any) -> TypeGuard[Sequence[int]]:
     return (
         isinstance(value, (tuple, list)) and bool(value) and all(isinstance(item, int) and item > 0 for item in value)
     )

@@ -178,6 +178,8 @@ def _check_program(program: Any, trust: Sequence[str]) -> Any:
 
 def _check(value: Any, key: str, trust: Sequence[str]) -> Any:
     """A copy of part of the program, every string in it checked by the key it stands under."""
+    if key in ("as_custom_obj", "custom_obj_values") and value:
+        raise _UnfitError("has a script object")
     if isinstance(value, dict):
         if key == "metadata":
             value = {name: text for name, text in value.items() if name == "nn_module_stack"}
@@ -186,8 +188,6 @@ def _check(value: Any, key: str, trust: Sequence[str]) -> Any:
         return {name: _check(item, name, trust) for name, item in value.items() if name != "treespec_namedtuple_fields"}
     if isinstance(value, list):
         return [_check(item, key, trust) for item in value]
-    if key in ("as_custom_obj", "custom_obj_values") and value:
-        raise _UnfitError("has a script object")
     if isinstance(value, str):
         _check_text(value, key, trust)
     return value

@@ -20,7 +20,7 @@ from indistill_fx.rehearse import Rehearsal, go_through
 
 _LEGACY_MAGIC, _LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 # Module trees are walked by recursion and without memory, in torch too (`Module.train`).
-_DEEPEST, _MOST_VISITS = 200, 200_000
+_DEEPEST, _MOST_VISITS = 200, 50_000
 
 
 def rehearse(file: BinaryIO, label: str, *, trust: Sequence[str] = ()) -> Rehearsal:
@@ -81,7 +81,8 @@ def load_rehearsed(file: BinaryIO, label: str, rehearsal: Rehearsal) -> Any:
         with torch.serialization.safe_globals(_allow(rehearsal)):
             loaded = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = str(error).rpartition("WeightsUnpickler error: ")[2]
+        said, _, _ = str(error).partition("\n\nCheck the documentation")  # its advice is to load without care
+        reason = said.strip().rpartition("\n")[2]
         raise damaged(label, f"{type(error).__name__}: {reason}") from error
     if isinstance(loaded, nn.Module) and (fault := _find_fault(loaded)):
         raise damaged(label, fault)

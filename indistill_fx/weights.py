@@ -61,13 +61,13 @@ def read_state_dict(path: Path, *, trust: Sequence[str] = ()) -> tuple[dict[str,
         return _read_safetensors(path), ()
     if kind == "export":
         raise ConfigError(
-            f"`{label}` is a whole exported model, not weights.", where=label, hint=f"Name it alone: {label}"
+            f"`{label}` is a whole exported model, not weights.", where=label, hint=f"Name it alone: {label}."
         )
     with path.open("rb") as file:
         rehearsal = rehearse(file, label, trust=trust)
         if rehearsal.is_module:
             what = f"`{label}` is a whole module, not a state dict."
-            raise ConfigError(what, where=label, hint=f"Name it alone, without the model before it: {label}")
+            raise ConfigError(what, where=label, hint=f"Name it alone, without a model before it: {label}.")
         loaded = load_rehearsed(file, label, rehearsal)
     state, notes = _unwrap(loaded, label)
     return state, (*notes, *rehearsal.describe_trusted())
