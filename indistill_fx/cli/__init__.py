@@ -18,6 +18,8 @@ _COMMANDS: dict[str, str] = {
     "train": "Train a model on labels alone.",
     "evaluate": "Measure accuracy, and retrieval on request.",
     "export": "Export a model to ONNX, with proof that it computes the same.",
+    "bench": "Time models and ONNX files side by side.",
+    "check": "Prove a deployed ONNX file again.",
     "demo": "The whole way on data that ships with scikit-learn, in about a minute and a half.",
 }
 

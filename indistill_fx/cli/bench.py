@@ -1,0 +1,62 @@
+"""`indistill-fx bench`."""
+
+from __future__ import annotations
+
+import click
+
+from indistill_fx.cli import common
+
+
+@click.command(name="bench")
+@click.argument("models", nargs=-1, required=True)
+@click.option("--batch", "batches", multiple=True, type=click.IntRange(min=1), default=(1, 32), show_default=True)
+@click.option("--threads", multiple=True, type=click.IntRange(min=1), help="[default: one and all]")
+@click.option("--compile", "compiled", is_flag=True, help="Time torch.compile too; takes a while.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@common.input_option
+@common.trust_option
+def command(
+    models: tuple[str, ...],
+    batches: tuple[int, ...],
+    threads: tuple[int, ...],
+    compiled: bool,
+    as_json: bool,
+    input_size: str | None,
+    trust: tuple[str, ...],
+) -> None:
+    r"""Time MODELS (specs, run directories, .onnx files) side by side on this CPU.
+
+    \b
+    Example:
+      indistill-fx bench runs/teacher runs/first student.onnx student.int8.onnx
+    """
+    import json
+    from dataclasses import asdict
+
+    from indistill_fx.bench import bench
+    from indistill_fx.cli.tables import plain_table
+
+    sources = {spec: common.open_model(spec, trust) for spec in models if not spec.endswith(".onnx")}
+    example = common.example_for(tuple(sources.values()), input_size)
+    report = bench(
+        {spec: sources[spec].module if spec in sources else spec for spec in models},
+        example,
+        batches=batches,
+        threads=threads or None,
+        compile=compiled,
+    )
+    if as_json:
+        click.echo(json.dumps(asdict(report), indent=2, default=str))
+        return
+    numbers = ("batch", "threads", "median ms", "p95 ms", "MiB")
+    table = plain_table("model", "runtime", *numbers, numbers=numbers)
+    for row in report.rows:
+        cells = [
+            str(row.batch),
+            str(row.threads),
+            f"{row.median_ms:.3f}",
+            f"{row.p95_ms:.3f}",
+            f"{row.size / 2**20:.2f}",
+        ]
+        table.add_row(row.name, row.runtime, *cells)
+    common.console().print(table, *report.notes)
