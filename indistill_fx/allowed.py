@@ -23,6 +23,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from indistill_fx.errors import ConfigError
+
 Role = Literal["module", "plain", "call", "function", "storage", "dtype", "type", "trusted", "missing", "foreign"]
 
 # Audited: no constructor, `__setstate__` or `forward` of these packages' modules opens, fetches, imports or evaluates
@@ -119,7 +121,7 @@ def resolve(module: str, name: str, trust: Sequence[str]) -> Named:
     if module == "torch" and (dtype := _dtype(name)) is not None:
         return Named(path, "dtype", dtype)
     if _within(module, trust):
-        return Named(path, "trusted", getattr(importlib.import_module(module), name))
+        return Named(path, "trusted", _import_trusted(module, name))
     if path in _PLAIN or _within(module, MODULE_PACKAGES):
         return _resolve_class(module, name)
     return Named(path, "foreign")
@@ -141,6 +143,18 @@ def _resolve_class(module: str, name: str) -> Named:
 
 def _within(module: str, packages: Sequence[str]) -> bool:
     return any(module == package or module.startswith(f"{package}.") for package in packages)
+
+
+def _import_trusted(module: str, name: str) -> Any:
+    try:
+        return getattr(importlib.import_module(module), name)
+    except Exception as error:
+        raise ConfigError(
+            f"The trusted {module}.{name} cannot be imported: {type(error).__name__}: {error}.",
+            where=f"{module}.{name}",
+            got=str(error),
+            hint="It has to be installed, or in the working directory, in the version the file was saved with.",
+        ) from error
 
 
 def _look_up(module: str, name: str) -> Any:

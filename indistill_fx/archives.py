@@ -41,9 +41,14 @@ def recognise(path: Path) -> FileKind:
     Raises:
         ConfigError: there is no such file, or it is of a kind that cannot be read; says which and what to do.
     """
-    _require_file(path)
-    with path.open("rb") as file:
-        head = file.read(_HEAD)
+    try:
+        _require_file(path)
+        with path.open("rb") as file:
+            head = file.read(_HEAD)
+    except (OSError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"`{path}` cannot be read: {error}.", where=str(path), got=str(error)) from error
     if head.startswith(b"PK"):
         return _recognise_zip(path)
     if head.startswith(_MAGIC_LEGACY):
@@ -128,6 +133,8 @@ def open_zip(file: BinaryIO, label: str) -> zipfile.ZipFile:
         raise damaged(label, "the archive holds one name twice")
     if any(entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size for entry in entries):
         raise ConfigError(f"`{label}` has compressed entries; torch.save writes none.", where=label, hint=SAVE_AGAIN)
+    if sum(entry.file_size for entry in entries) > end:
+        raise damaged(label, "its entries are said to be larger than the file")
     return archive
 
 

@@ -32,7 +32,7 @@ def build_by_factory(place: str, name: str, arguments: Mapping[str, Any]) -> nn.
         FrontendError: the code fails, or makes no module; names file and line.
     """
     spec = f"{place}:{name}"
-    with _working_directory_importable():
+    with working_directory_importable():
         factory = _import(place, spec)
         _require_callable(factory, spec, arguments)
         try:
@@ -110,8 +110,8 @@ def _place_of(factory: Any, spec: str) -> str:
 
 
 @contextmanager
-def _working_directory_importable() -> Iterator[None]:
-    """As for `python script.py` run here; a console script does not look there by itself."""
+def working_directory_importable() -> Iterator[None]:
+    """Let imports find the working directory, as for `python script.py` run there; a console script does not."""
     here = str(Path.cwd())
     added = here not in sys.path
     if added:

@@ -7,6 +7,7 @@ The rules are the shape of what torch.save writes for modules and tensors. Whate
      a hook. torch's weights-only unpickler would call them with arguments from the file, and run a hidden method.
   3. Listed calls have the arguments torch.save writes; a `functools.partial` holds a listed class or function.
   4. A tensor lies within its storage. torch would enlarge the storage until it does: 10**12 elements from 100 bytes.
+  5. Keys are plain: Python's hash of a tuple in a tuple in a tuple … has no end but that of the stack.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import math
 import pickle
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -28,6 +29,7 @@ _OPCODES = (
     *(pickle.NEWFALSE, pickle.NEWTRUE, pickle.NONE, pickle.PROTO, pickle.SETITEM, pickle.SETITEMS),
     *(pickle.SHORT_BINSTRING, pickle.STOP, pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3),
 )
+_STANDARD: dict[int, Callable[[Any], None]] = {code[0]: pickle._Unpickler.dispatch[code[0]] for code in _OPCODES}
 # An expanded tensor shows more elements than it stores; beyond this it is an attack on whoever copies it.
 _MOST_EXPANDED = 1 << 28
 _MOST_DIMENSIONS = 64
@@ -112,9 +114,7 @@ def go_through(stream: Any, rehearsal: Rehearsal, *, trust: Sequence[str] = ()) 
 class _Reader(pickle._Unpickler):
     """An unpickler that makes and calls nothing: it works on stand-ins and writes down what it is asked to do."""
 
-    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
-        code[0]: pickle._Unpickler.dispatch[code[0]] for code in _OPCODES
-    }
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {**_STANDARD}
     stack: list[Any]
     read: Callable[[int], bytes]
     append: Callable[[Any], None]
@@ -181,10 +181,26 @@ class _Reader(pickle._Unpickler):
         if not legal:
             self._complain(f"sets a state on {_name(target)} that could change what its code does")
 
+    def _load_setitem(self) -> None:
+        self._require_plain(self.stack[-2:-1])
+        _STANDARD[pickle.SETITEM[0]](self)
+
+    def _load_setitems(self) -> None:
+        self._require_plain(self.stack[::2])
+        _STANDARD[pickle.SETITEMS[0]](self)
+
+    def _require_plain(self, keys: Iterable[Any]) -> None:
+        for key in keys:
+            parts = key if isinstance(key, tuple) else (key,)
+            if any(isinstance(part, (tuple, frozenset)) for part in parts):
+                raise ValueError("a key is nested")
+
     def _call(self, kind: Any, arguments: Any) -> Any:
         if isinstance(kind, Named) and kind.role in ("trusted", "foreign", "missing"):
             return _Made(kind)
         if isinstance(kind, Named) and kind.role == "call" and isinstance(arguments, tuple):
+            if kind.path in ("builtins.set", "collections.OrderedDict"):
+                self._require_plain(_keys_of(arguments))
             made = _rebuild(kind, arguments)
             if made is not None:
                 nested = (item for value in arguments if isinstance(value, tuple) for item in value)
@@ -198,6 +214,8 @@ class _Reader(pickle._Unpickler):
         pickle.REDUCE[0]: _load_reduce,
         pickle.NEWOBJ[0]: _load_newobj,
         pickle.BUILD[0]: _load_build,
+        pickle.SETITEM[0]: _load_setitem,
+        pickle.SETITEMS[0]: _load_setitems,
     }
 
 
@@ -209,6 +227,12 @@ def _name(value: Any) -> str:
     if isinstance(value, (str, int, float, bytes)):
         return repr(value)[:40]
     return f"a {type(value).__name__.strip('_').lower()}"
+
+
+def _keys_of(arguments: tuple[Any, ...]) -> Iterable[Any]:
+    """What a set or an ordered mapping made of these arguments would hash."""
+    items = arguments[0] if arguments and isinstance(arguments[0], list) else ()
+    return (item[0] if isinstance(item, list) and item else item for item in items)
 
 
 def _rebuild(kind: Named, arguments: tuple[Any, ...]) -> Any:
@@ -316,6 +340,8 @@ def _is_attribute(kind: type, key: Any, value: Any) -> bool:
         return False
     if key == "_compiled_call_impl":
         return value is None
+    if key in ("_all_weights", "all_weights"):  # else RNNs count up to whatever the file says
+        return isinstance(value, list) and all(isinstance(name, str) for names in value for name in names)
     if key.startswith("forward") and isinstance(value, _Made) and value.kind.path == "builtins.getattr":
         return True
     return not callable(getattr(kind, key, None))

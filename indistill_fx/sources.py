@@ -15,6 +15,7 @@ from __future__ import annotations
 import ast
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -98,20 +99,30 @@ def load_source(spec: str, *, trust: Sequence[str] = ()) -> Source:
     """
     _require_packages(trust)
     parsed = parse_spec(spec)
-    if not parsed.name:
-        source = _load_file(parsed, trust)
-    elif parsed.place in ("torchvision", "timm"):
-        source = _build_by_name(parsed)
-    else:
-        from indistill_fx.factories import build_by_factory
+    with _trusted_importable() if trust else nullcontext():
+        source = _load_place(parsed, trust)
+        if parsed.weights:
+            from indistill_fx.weights import load_weights
 
-        source = Source(build_by_factory(parsed.place, parsed.name, parsed.arguments), spec, "factory")
-    if parsed.weights:
-        from indistill_fx.weights import load_weights
-
-        notes = load_weights(source.module, Path(parsed.weights), trust=trust)
-        source = replace(source, notes=(*source.notes, *notes))
+            notes = load_weights(source.module, Path(parsed.weights), trust=trust)
+            source = replace(source, notes=(*source.notes, *notes))
     return source
+
+
+def _trusted_importable() -> AbstractContextManager[None]:
+    from indistill_fx.factories import working_directory_importable
+
+    return working_directory_importable()
+
+
+def _load_place(parsed: Spec, trust: Sequence[str]) -> Source:
+    if not parsed.name:
+        return _load_file(parsed, trust)
+    if parsed.place in ("torchvision", "timm"):
+        return _build_by_name(parsed)
+    from indistill_fx.factories import build_by_factory
+
+    return Source(build_by_factory(parsed.place, parsed.name, parsed.arguments), parsed.text, "factory")
 
 
 def parse_spec(text: str) -> Spec:
@@ -125,7 +136,7 @@ def parse_spec(text: str) -> Spec:
     """
     if not text.strip():
         raise ConfigError("The model spec is empty.", where="model", got=text, expected=_FORMS, hint=f"Write {_FORMS}.")
-    if Path(text).exists():
+    if _is_there(Path(text)):
         return Spec(text, text)
     left, at, weights = text.rpartition("@")
     if at and (":" in left or left.endswith(_MODEL_SUFFIXES)):
@@ -164,6 +175,13 @@ def _parse_arguments(query: str, text: str) -> dict[str, Any]:
     return arguments
 
 
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # too long, or with a zero byte
+        return False
+
+
 def parse_input(text: str) -> tuple[int, ...]:
     """The shape of one input sample, as options give it.
 
@@ -196,7 +214,7 @@ def _load_file(parsed: Spec, trust: Sequence[str]) -> Source:
     from indistill_fx.archives import count_safetensors, recognise
 
     path = Path(parsed.place)
-    if not path.exists() and path.name == parsed.place and not path.suffix:
+    if not _is_there(path) and path.name == parsed.place and not path.suffix:
         hint = f"A constructor is named with its library: torchvision:{path} or timm:{path}."
         raise ConfigError(f"There is no file `{path}`.", where=parsed.text, expected=_FORMS, hint=hint)
     kind = recognise(path)

@@ -30,9 +30,10 @@ import torch.export
 import torch.hub
 from torch import nn
 
-import indistill_fx.unpickle
 from indistill_fx.errors import ConfigError
+from indistill_fx.rehearse import Rehearsal
 from indistill_fx.sources import load, load_source
+from indistill_fx.unpickle import load_rehearsed
 
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 
@@ -220,6 +221,11 @@ GADGETS = {
     "getattr of a torch function": GETATTR + b"ctorch._C\n_VariableFunctionsClass\n" + text("from_file") + b"\x86R",
     "module called": relu() + b"K\x01\x85R",
     "codec": b"c_codecs\nencode\n" + text("a") + text("bz2") + b"\x86R",
+    "layers to count to": b"ctorch.nn.modules.rnn\nLSTM\n)\x81}("
+    + text("_all_weights")
+    + b"](](K\x01ee"
+    + text("num_layers")
+    + b"J\xff\xff\xff\x7fub",
     "state of a container": ORDERED + b"}" + text("items") + LINEAR + b"sb",
 }
 
@@ -319,6 +325,9 @@ OPCODES = {
     "no end": b"\x80\x02N",
     "stack underflow": b"\x80\x02R.",
     "cycle": b"\x80\x02}q\x00" + text("a") + b"h\x00s.",
+    "key without end": b"\x80\x02}N" + b"\x85" * 10**6 + b"Ns.",
+    "keys without end": b"\x80\x02}(N" + b"\x85" * 10**6 + b"Nu.",
+    "member without end": b"\x80\x02cbuiltins\nset\n](N" + b"\x85" * 10**6 + b"e\x85R.",
 }
 
 
@@ -394,6 +403,17 @@ def test_ambiguous_archives_are_refused(tmp_path: Path) -> None:
             load(str(path))
 
 
+def test_entry_larger_than_its_file_is_refused(tmp_path: Path) -> None:
+    data, storage = tensor_pickle((10**10,), (1,), 10, 10**10)
+    path = as_zip(tmp_path / "huge.pt", data, **{"data/0": storage})
+    content = path.read_bytes()
+    start = content.rindex(b"archive/data/0") - 46  # its record in the directory; both sizes say 40 bytes
+    assert content[start + 20 : start + 28] == (40).to_bytes(4, "little") * 2
+    path.write_bytes(content[: start + 20] + (4 * 10**9).to_bytes(4, "little") * 2 + content[start + 28 :])
+    with pytest.raises(ConfigError, match="larger than the file"):
+        load(str(path))
+
+
 def test_archives_within_archives_are_refused(tmp_path: Path, canary: Path) -> None:
     inner = saved(touch(canary))
     with pytest.raises(ConfigError, match="TorchScript"):
@@ -406,13 +426,11 @@ def test_archives_within_archives_are_refused(tmp_path: Path, canary: Path) -> N
     assert not canary.exists()
 
 
-def test_both_guards_stand_alone(tmp_path: Path, canary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_guards_stand_alone(tmp_path: Path, canary: Path) -> None:
     """Without the rehearsal's verdict, torch's unpickler still refuses what is on no list."""
     path = as_zip(tmp_path / "evil.pt", written(touch(canary)))
-    monkeypatch.setattr(indistill_fx.unpickle, "_refuse_names", lambda *_: None)
     with path.open("rb") as file, pytest.raises(ConfigError, match="posix"):
-        rehearsal = indistill_fx.unpickle.Rehearsal()
-        indistill_fx.unpickle.load_rehearsed(file, "evil.pt", rehearsal)
+        load_rehearsed(file, "evil.pt", Rehearsal())
     assert not canary.exists()
 
 
