@@ -15,12 +15,12 @@ Criterion = Callable[[Tensor], Tensor]
 
 def l1(weight: Tensor) -> Tensor:
     """Sum of absolute weights of each filter, as in the paper."""
-    return weight.detach().double().abs().flatten(1).sum(1)
+    return weight.detach().abs().flatten(1).sum(1, dtype=torch.float64)
 
 
 def l2(weight: Tensor) -> Tensor:
     """Euclidean norm of each filter."""
-    return weight.detach().double().square().flatten(1).sum(1).sqrt()
+    return weight.detach().square().flatten(1).sum(1, dtype=torch.float64).sqrt()
 
 
 def random(weight: Tensor) -> Tensor:

@@ -74,7 +74,11 @@ def einsum(call: Call, cut: Cut) -> Step | Wall:
         return Wall("an einsum over merged axes, or with repeated letters or operands")
     names, output, nodes = parsed
     letter = output[cut.start]
-    cuts = [Cut(n, name.index(letter), name.index(letter) + 1, cut.index) for name, n in zip(names, nodes, strict=True) if letter in name]
+    cuts = [
+        Cut(n, name.index(letter), name.index(letter) + 1, cut.index)
+        for name, n in zip(names, nodes, strict=True)
+        if letter in name
+    ]
     return Step(again(call, cuts), tuple(Part(c) for c in cuts))
 
 
@@ -111,7 +115,10 @@ def free_heads(module: nn.MultiheadAttention | HeadAttention) -> HeadAttention |
         weights = [module.q_proj_weight, module.k_proj_weight, module.v_proj_weight]
     flag = (module.in_proj_weight if module.in_proj_weight is not None else module.q_proj_weight).requires_grad
     biases: Sequence[Tensor | None] = [None] * 3 if module.in_proj_bias is None else module.in_proj_bias.chunk(3)
-    inner = [linear(w.detach().requires_grad_(flag), None if b is None else b.detach().requires_grad_(flag)) for w, b in zip(weights, biases, strict=True)]
+    inner = [
+        linear(w.detach().requires_grad_(flag), None if b is None else b.detach().requires_grad_(flag))
+        for w, b in zip(weights, biases, strict=True)
+    ]
     out = linear(module.out_proj.weight, module.out_proj.bias)
     new = HeadAttention(*inner, out, heads=module.num_heads, dropout=module.dropout, batch_first=module.batch_first)
     return new.train(module.training)
@@ -128,7 +135,9 @@ def with_projections(module: HeadAttention, *, heads: int | None = None, **proje
 def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     """A linear layer on these tensors."""
     new = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    new.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, requires_grad=weight.requires_grad)
+    new.weight = (
+        weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, requires_grad=weight.requires_grad)
+    )
     if bias is not None:
         new.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias, requires_grad=bias.requires_grad)
     return new
@@ -168,7 +177,9 @@ def patch_merging(call: Call, cut: Cut) -> Step | Wall:
     used = tuple(sorted(set(sources)))
     place = {k: at for at, k in enumerate(used)}
     gather = tuple(k // shape[last] * len(used) + place[source] for k, source in zip(cut.index, sources, strict=True))
-    part = Part(Cut(call.input, last, last + 1, used), (tuple(range(len(sources))), tuple(place[source] for source in sources)))
+    part = Part(
+        Cut(call.input, last, last + 1, used), (tuple(range(len(sources))), tuple(place[source] for source in sources))
+    )
     whole = gather == tuple(range(4 * len(used)))
     merge = again(call, [part.cut])
 
@@ -177,4 +188,3 @@ def patch_merging(call: Call, cut: Cut) -> Step | Wall:
         return node if whole else out.function(torch.index_select, node, last, out.tensor("kept", torch.tensor(gather)))
 
     return Step(emit, (part,), note="" if whole else "the four neighbours keep different channels; a gather picks them")
-

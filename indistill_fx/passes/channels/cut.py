@@ -114,7 +114,7 @@ def sliced(tensor: Tensor, axis: int, index: Sequence[int]) -> Tensor:
     import torch
 
     place = torch.tensor(index, dtype=torch.long, device=tensor.device)
-    return tensor.detach().index_select(axis, place).clone().requires_grad_(tensor.requires_grad)
+    return tensor.detach().index_select(axis, place).requires_grad_(tensor.requires_grad)
 
 
 def spread(index: Sequence[int], *, size: int, before: int, after: int) -> Index:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
 from indistill_fx.passes.channels import attention
-from indistill_fx.passes.channels.call import Call, axis_of, index_select, read_call, source
+from indistill_fx.passes.channels.call import Call, again, axis_of, index_select, read_call, source
 from indistill_fx.passes.channels.cut import Cut, Emitter, Index, Part, Step, Wall
 
 
@@ -53,7 +53,12 @@ def _shares(operands: Sequence[fx.Node], sizes: Sequence[int], cut: Cut) -> tupl
     for operand, size in zip(operands, sizes, strict=True):
         mine = [(position, k - begin) for position, k in enumerate(cut.index) if begin <= k < begin + size]
         if mine:
-            parts.append(Part(Cut(operand, cut.start, cut.stop, tuple(k for _, k in mine)), (tuple(p for p, _ in mine), tuple(range(len(mine))))))
+            parts.append(
+                Part(
+                    Cut(operand, cut.start, cut.stop, tuple(k for _, k in mine)),
+                    (tuple(p for p, _ in mine), tuple(range(len(mine)))),
+                )
+            )
         begin += size
     return tuple(parts)
 
@@ -74,7 +79,7 @@ def getitem(call: Call, cut: Cut) -> Step | Wall:
     """One of the parts of a chunk or split, or an indexed tensor."""
     key = call.get("key")
     if call.shape(call.input) is not None:
-        return _indexed(call, cut, key if isinstance(key, tuple) else (key,))
+        return slicing(call, cut)
     maker = read_call(call.input, call.facts)
     rule = _PARTS.get(maker.op)
     if rule is None or not isinstance(key, int) or maker.shape(maker.arguments.get("input")) is None:
@@ -89,17 +94,17 @@ def _part_of_split(maker: Call, cut: Cut, key: int, call: Call) -> Step | Wall:
         return Wall("the axis of the split is computed")
     dim = axis_of(dim, len(shape))
     if cut.start <= dim < cut.stop:
-        begin = _begins(maker, shape[dim], call.output_shape[dim])[key]
+        begin = split_begins(maker, shape[dim], call.output_shape[dim])[key]
         if cut.width > 1:
             return Wall("the split axis is merged with others here")
         return Step(source, (Part(Cut(maker.input, cut.start, cut.stop, tuple(k + begin for k in cut.index))),))
-    begin, size = _begins(maker, shape[dim], call.output_shape[dim])[key], call.output_shape[dim]
+    begin, size = split_begins(maker, shape[dim], call.output_shape[dim])[key], call.output_shape[dim]
     moved = dim if dim < cut.start else dim - cut.width + 1
     part = Part(Cut(maker.input, cut.start, cut.stop, cut.index))
     return Step(lambda out, new: out.function(torch.narrow, new[0], moved, begin, size), (part,))
 
 
-def _begins(maker: Call, total: int, own: int) -> list[int]:
+def split_begins(maker: Call, total: int, own: int) -> list[int]:
     """Where each part begins along the split axis."""
     sizes = maker.get("split_size")
     if maker.op == "chunk":
@@ -139,44 +144,13 @@ _PARTS = {
 
 
 def slicing(call: Call, cut: Cut) -> Step | Wall:
-    """`select`, `narrow`, `slice` and `index_select` are ways to write an index."""
-    shape = call.shape(call.input)
-    dim = call.get("dim", 0)
-    if shape is None or not isinstance(dim, int):
-        return Wall("it is not sliced by plain numbers")
-    dim = axis_of(dim, len(shape))
-    if call.op == "index_select":
-        return _selected(call, cut, dim)
-    if call.op == "select":
-        entry: Any = call.get("index")
-    elif call.op == "narrow":
-        start, length = call.get("start"), call.get("length")
-        entry = slice(start, start + length) if isinstance(start, int) and isinstance(length, int) else None
-    else:
-        entry = slice(call.get("start"), call.get("end"), call.get("step"))
-    return _indexed(call, cut, (*[slice(None)] * dim, entry))
-
-
-def _selected(call: Call, cut: Cut, dim: int) -> Step | Wall:
-    chosen = call.constant("index")
-    if chosen is None or (cut.start <= dim < cut.stop and cut.width > 1):
-        return Wall("it is selected by computed numbers")
-    if cut.start == dim:
-        entries = chosen.tolist()
-        return Step(source, (Part(Cut(call.input, dim, dim + 1, tuple(entries[k] for k in cut.index))),))
-    moved = dim if dim < cut.start else dim - cut.width + 1
-    part = Part(Cut(call.input, cut.start, cut.stop, cut.index))
-    return Step(lambda out, new: out.function(torch.index_select, new[0], moved, call.get("index")), (part,))
-
-
-def _indexed(call: Call, cut: Cut, key: tuple[Any, ...]) -> Step | Wall:
-    """A tensor indexed by numbers, slices, None and Ellipsis."""
-    shape = call.shape(call.input) or ()
-    entries = _full_key(key, len(shape))
-    if entries is None or not all(_plain(entry) for entry in entries):
-        return Wall("it is indexed by a tensor or by computed numbers")
+    """An indexed tensor; `select`, `narrow`, `slice` and `index_select` are ways to write an index."""
+    parsed = taken(call)
+    if parsed is None:
+        return _looked_up(call, cut)
+    key, entries = parsed
     axis, output, places = 0, 0, {}
-    for place, entry in enumerate(entries):
+    for place, entry in enumerate(key):
         if isinstance(entry, slice):
             places[output] = (place, axis)
         output += 0 if isinstance(entry, int) else 1
@@ -186,16 +160,82 @@ def _indexed(call: Call, cut: Cut, key: tuple[Any, ...]) -> Step | Wall:
     axes = [places[k][1] for k in range(cut.start, cut.stop)]
     if axes != list(range(axes[0], axes[-1] + 1)):
         return Wall("an axis between the merged ones is dropped")
-    at = places[cut.start][0]
-    if cut.width > 1 and any(entries[places[k][0]] != slice(None) for k in range(cut.start, cut.stop)):
+    if cut.width > 1 and any(k in entries for k in axes):
         return Wall("one of the merged axes is sliced")
-    taken = range(*entries[at].indices(shape[axes[0]]))
-    index: Index = cut.index if cut.width > 1 else tuple(taken[k] for k in cut.index)
-    new_key = (*entries[:at], slice(None), *entries[at + cut.width :])
+    at, own = places[cut.start][0], entries.get(axes[0])
+    index = cut.index if own is None else tuple(own[k] for k in cut.index)
     part = Part(Cut(call.input, axes[0], axes[-1] + 1, index))
-    if all(entry == slice(None) for entry in new_key):
-        return Step(source, (part,))
-    return Step(lambda out, new: out.function(operator.getitem, new[0], new_key), (part,))
+    rest = {k: own for k, own in entries.items() if k != axes[0]}
+    moved = {k if k < axes[0] else k - cut.width + 1: own for k, own in rest.items()}
+    new_key = (*key[:at], slice(None), *key[at + cut.width :])
+    return Step(lambda out, new: index_by(out, new[0], new_key, moved), (part,))
+
+
+def _looked_up(call: Call, cut: Cut) -> Step | Wall:
+    """A table indexed by one tensor on its first axis: the other axes are the table's."""
+    key, shape = call.get("key", call.get("index")), call.shape(call.input)
+    key = key[0] if isinstance(key, tuple) and len(key) == 1 else key
+    looked = call.shape(key)
+    if (
+        shape is None
+        or looked is None
+        or len(call.output_shape) != len(looked) + len(shape) - 1
+        or cut.start < len(looked)
+    ):
+        return Wall("it is indexed by a tensor or by computed numbers")
+    back = len(looked) - 1
+    below = Cut(call.input, cut.start - back, cut.stop - back, cut.index)
+    return Step(again(call, [below]), (Part(below),))
+
+
+Key = tuple[Any, ...]
+
+
+def taken(call: Call) -> tuple[Key, dict[int, Index]] | None:
+    """What a slicing takes: a full key of numbers, None and whole slices, and for each axis that is sliced the entries taken of it."""
+    shape = call.shape(call.input)
+    if shape is None:
+        return None
+    if call.op == "getitem":
+        given = call.get("key")
+        key = _full_key(given if isinstance(given, tuple) else (given,), len(shape))
+    else:
+        dim = call.get("dim", 0)
+        if not isinstance(dim, int):
+            return None
+        dim = axis_of(dim, len(shape))
+        if call.op == "index_select":
+            chosen = call.constant("index")
+            return None if chosen is None else ((slice(None),) * len(shape), {dim: tuple(chosen.tolist())})
+        key = _full_key((*[slice(None)] * dim, _entry(call)), len(shape))
+    if key is None or not all(_plain(entry) for entry in key):
+        return None
+    entries, axis = {}, 0
+    for entry in key:
+        if isinstance(entry, slice) and entry != slice(None):
+            entries[axis] = tuple(range(*entry.indices(shape[axis])))
+        axis += 0 if entry is None else 1
+    return tuple(slice(None) if isinstance(entry, slice) else entry for entry in key), entries
+
+
+def _entry(call: Call) -> Any:
+    if call.op == "select":
+        return call.get("index")
+    if call.op == "narrow":
+        start, length = call.get("start"), call.get("length")
+        return slice(start, start + length) if isinstance(start, int) and isinstance(length, int) else ...
+    return slice(call.get("start"), call.get("end"), call.get("step"))
+
+
+def index_by(out: Emitter, node: fx.Node, key: Key, entries: Mapping[int, Index]) -> fx.Node:
+    """Take these entries of some axes, then index by a key of numbers, None and whole slices."""
+    for axis, own in entries.items():
+        step = own[1] - own[0] if len(own) > 1 else 1
+        if step > 0 and own == tuple(range(own[0], own[-1] + 1, step)):
+            node = out.function(operator.getitem, node, (*[slice(None)] * axis, slice(own[0], own[-1] + 1, step)))
+        else:
+            node = index_select(out, node, axis, axis + 1, own)
+    return node if all(entry == slice(None) for entry in key) else out.function(operator.getitem, node, key)
 
 
 def _plain(entry: Any) -> bool:

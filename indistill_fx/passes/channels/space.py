@@ -84,7 +84,10 @@ def pixel_shuffle(call: Call, cut: Cut) -> Step | Wall:
     if (cut.start, cut.stop) != (1, 2) or not isinstance(r, int):
         return Wall("pixel shuffle mixes the axes of space")
     below = Cut(call.input, 1, 2, tuple(k * r * r + j for k in cut.index for j in range(r * r)))
-    return Step(again(call, [below]), (Part(below, (tuple(k for k in range(len(cut.index)) for _ in range(r * r)), tuple(range(len(below.index))))),))
+    return Step(
+        again(call, [below]),
+        (Part(below, (tuple(k for k in range(len(cut.index)) for _ in range(r * r)), tuple(range(len(below.index))))),),
+    )
 
 
 def pixel_unshuffle(call: Call, cut: Cut) -> Step | Wall:
@@ -98,7 +101,10 @@ def pixel_unshuffle(call: Call, cut: Cut) -> Step | Wall:
     if used is None:
         return Wall("only a part of the places of a channel is wanted")
     below = Cut(call.input, 1, 2, tuple(used))
-    return Step(again(call, [below]), (Part(below, (tuple(range(len(cut.index))), tuple(k // (r * r) for k in range(len(cut.index))))),))
+    return Step(
+        again(call, [below]),
+        (Part(below, (tuple(range(len(cut.index))), tuple(k // (r * r) for k in range(len(cut.index))))),),
+    )
 
 
 def channel_shuffle(call: Call, cut: Cut) -> Step | Wall:

@@ -1,0 +1,319 @@
+"""Decide which classes of channels stay: by widths, by a ratio, or by a budget of work or parameters.
+
+Rules, in order:
+  1. A class is scored by the weights that make it: each layer's scores are brought to mean 1, and a class gets the mean over the
+     layers that make it. So scores can be compared over the whole network.
+  2. `widths`: the best classes of that layer, exactly as many as asked for.
+  3. `ratio`: in every group the best classes, round(ratio x size), at least one.
+  4. `macs`, `params`: the best classes of the whole network; of every group at least a tenth. The largest network within the budget.
+  5. `round_to` rounds every group up to a multiple, by its next best classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil, floor, lcm, prod
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from indistill_fx.errors import PruneError
+from indistill_fx.passes.coupling import Coupling, Units
+from indistill_fx.passes.criteria import Criterion
+from indistill_fx.traced import TracedModel
+
+FLOOR = 0.1
+"""Smallest part of a group that a budget leaves."""
+
+Mask = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Classes made by the same layers; `path`: the first of these; `channels`: of that layer, per class."""
+
+    path: str
+    classes: Units
+    channels: int
+
+
+@dataclass(frozen=True, slots=True)
+class Classes:
+    """Classes of units.
+
+    Attributes:
+        of: class of each unit.
+        scores: of each class; the highest stay.
+        groups: of classes that may go.
+        reasons: why a class stays.
+    """
+
+    of: Units
+    scores: NDArray[np.float64]
+    groups: tuple[Group, ...]
+    reasons: Mapping[int, str]
+
+
+def classify(found: Coupling, criterion: Criterion) -> Classes:
+    """Join tied units to classes, score these and put them into groups.
+
+    Raises:
+        PruneError: a layer's weights are not numbers.
+    """
+    of = _join(found)
+    count = int(of.max(initial=-1)) + 1
+    reasons: dict[int, str] = {}
+    for units, reason in found.frozen:
+        for k in np.unique(of[units]).tolist():
+            reasons.setdefault(k, reason)
+    total, times = np.zeros(count), np.zeros(count)
+    first: dict[int, tuple[str, int]] = {}
+    for made in found.made:
+        scores = _scores(made.path, made.weight, criterion)
+        classes = of[made.units]
+        np.add.at(total, classes, scores)
+        np.add.at(times, classes, 1)
+        for k, channels in zip(*np.unique(classes, return_counts=True), strict=True):
+            first.setdefault(int(k), (made.path, int(channels)))
+    free = np.array([k in first and k not in reasons for k in range(count)], dtype=bool)
+    return Classes(of, total / np.maximum(times, 1), _groups(found, of, free, first), reasons)
+
+
+def _join(found: Coupling) -> Units:
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    if not found.pairs:
+        return np.arange(found.count)
+    a, b = (np.concatenate([pair[side] for pair in found.pairs]) for side in (0, 1))
+    graph = coo_array((np.ones(len(a), dtype=np.int8), (a, b)), shape=(found.count, found.count))
+    return connected_components(graph, directed=False)[1].astype(np.int64)  # type: ignore[no-any-return]
+
+
+def _scores(path: str, weight: Tensor, criterion: Criterion) -> NDArray[np.float64]:
+    scores = criterion(weight).to(torch.float64).cpu()
+    if not bool(scores.isfinite().all()):
+        raise PruneError(
+            f"`{path}` has weights that are not numbers, so its channels cannot be ranked.",
+            where=path,
+            hint="Load sound weights.",
+        )
+    return (scores / scores.mean().clamp_min(1e-30)).numpy()
+
+
+def _groups(found: Coupling, of: Units, free: Mask, first: Mapping[int, tuple[str, int]]) -> tuple[Group, ...]:
+    """Classes made by the same layers, told by a sum of random numbers, one for each layer and row."""
+    marks = np.zeros(len(free), dtype=np.uint64)
+    generator = np.random.default_rng(0)
+    for made in found.made:
+        np.add.at(marks, of[made.units], generator.integers(1, 2**63, dtype=np.uint64))
+    members: dict[int, list[int]] = {}
+    for k in np.flatnonzero(free).tolist():
+        members.setdefault(int(marks[k]), []).append(k)
+    return tuple(Group(first[ks[0]][0], np.array(ks), first[ks[0]][1]) for ks in members.values())
+
+
+def refill(found: Coupling, classes: Classes, stay: Mask) -> Mask:
+    """No axis may become empty: where one would, its best class stays too."""
+    stay = stay.copy()
+    arrays = {id(units): units for units in (*found.axes.values(), *found.weights.values())}
+    for units in arrays.values():
+        of = classes.of[units]
+        if not stay[of].any():
+            stay[of[np.argmax(classes.scores[of])]] = True
+    return stay
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Work and parameters of a network as functions of the classes that stay."""
+
+    found: Coupling
+    of: Units
+
+    def macs(self, stay: Mask) -> int:
+        """Multiply-accumulates of one sample."""
+        return sum(self.macs_of_nodes(stay).values())
+
+    def macs_of_nodes(self, stay: Mask) -> dict[str, int]:
+        """The same, node by node."""
+        share, total = self._shares(stay), dict[str, float]()
+        for name, macs, axes in self.found.work:
+            total[name] = total.get(name, 0.0) + macs * prod(share(units) for units in axes)
+        return {name: round(macs) for name, macs in total.items()}
+
+    def params(self, stay: Mask) -> int:
+        """Number of parameters."""
+        share = self._shares(stay)
+        axes: dict[int, list[Units]] = {}
+        for (tensor, _), units in self.found.weights.items():
+            axes.setdefault(tensor, []).append(units)
+        sizes = {
+            t: self.found.tensors[t].numel() for t in axes if isinstance(self.found.tensors[t], torch.nn.Parameter)
+        }
+        gone = sum(size - size * prod(share(units) for units in axes[t]) for t, size in sizes.items())
+        return round(self._all_params() - gone)
+
+    def _all_params(self) -> int:
+        return sum(
+            self.found.tensors[t].numel()
+            for t in self.found.tensors
+            if isinstance(self.found.tensors[t], torch.nn.Parameter)
+        )
+
+    def _shares(self, stay: Mask) -> Callable[[Units], float]:
+        known: dict[int, float] = {}
+
+        def share(units: Units) -> float:
+            if id(units) not in known:
+                known[id(units)] = float(stay[self.of[units]].mean())
+            return known[id(units)]
+
+        return share
+
+
+def by_ratio(classes: Classes, stay: Mask, ratio: float, round_to: int | None, settled: Mask) -> Mask:
+    """Rule 3, for the groups that no width has settled."""
+    stay = stay.copy()
+    for group in classes.groups:
+        if not settled[group.classes].any():
+            _keep_best(classes, group, stay, max(1, floor(len(group.classes) * ratio + 0.5)), round_to)
+    return stay
+
+
+def _keep_best(classes: Classes, group: Group, stay: Mask, count: int, round_to: int | None) -> None:
+    count = rounded(count, group, round_to)
+    order = np.argsort(-classes.scores[group.classes], kind="stable")
+    stay[group.classes] = False
+    stay[group.classes[order[:count]]] = True
+
+
+def rounded(count: int, group: Group, round_to: int | None) -> int:
+    """A number of classes whose channels are a multiple; all of them if there are too few."""
+    if not round_to:
+        return count
+    step = lcm(round_to, group.channels) // group.channels
+    return min(len(group.classes), ceil(count / step) * step)
+
+
+def by_budget(
+    classes: Classes, stay: Mask, fits: Callable[[Mask], bool], round_to: int | None, settled: Mask, wanted: str
+) -> Mask:
+    """Rule 4: the most classes that fit, the best of the whole network first.
+
+    Raises:
+        PruneError: even the smallest network does not fit.
+    """
+    open_groups = [group for group in classes.groups if not settled[group.classes].any()]
+    pool = np.concatenate([group.classes for group in open_groups]) if open_groups else np.array([], dtype=np.int64)
+    order = pool[np.argsort(-classes.scores[pool], kind="stable")]
+
+    def best(count: int) -> Mask:
+        chosen = np.zeros(len(stay), dtype=bool)
+        chosen[order[:count]] = True
+        result = stay.copy()
+        for group in open_groups:
+            least = max(1, ceil(FLOOR * len(group.classes)))
+            _keep_best(classes, group, result, max(least, int(chosen[group.classes].sum())), round_to)
+        return result
+
+    if not fits(best(0)):
+        raise PruneError(
+            f"The network cannot be made as small as {wanted}: every layer keeps at least a tenth of its channels, and outputs stay whole.",
+            where="budget",
+            hint="Give a larger budget, or name widths.",
+        )
+    low, high = 0, len(order)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(best(middle)) else (low, middle - 1)
+    return best(low)
+
+
+def by_widths(
+    classes: Classes, found: Coupling, model: TracedModel, widths: Mapping[str, int], stay: Mask
+) -> tuple[Mask, Mask]:
+    """Rule 2; returns what stays, and which classes are settled.
+
+    Raises:
+        PruneError: a width the layer cannot have, or that another wish rules out.
+    """
+    stay, owner = stay.copy(), np.full(len(stay), -1)
+    taps = list(widths)
+    sizes = {tap: len(np.unique(_classes_of(classes, found, model, tap))) for tap in taps}
+    for tap in sorted(taps, key=lambda t: sizes[t]):
+        at = _classes_of(classes, found, model, tap)
+        members, channels = np.unique(at, return_counts=True)
+        fixed = np.array([k in classes.reasons or owner[k] >= 0 for k in members.tolist()])
+        _choose(
+            classes,
+            tap,
+            widths,
+            members,
+            channels,
+            fixed,
+            stay,
+            [taps[k] for k in dict.fromkeys(owner[members].tolist()) if k >= 0],
+        )
+        owner[members[~fixed]] = taps.index(tap)
+    return stay, owner >= 0
+
+
+def _choose(
+    classes: Classes,
+    tap: str,
+    widths: Mapping[str, int],
+    members: Units,
+    channels: Units,
+    fixed: Mask,
+    stay: Mask,
+    others: Sequence[str],
+) -> None:
+    """Keep the best of the classes that are still open, so that the layer has the width asked for."""
+    width, total = widths[tap], int(channels.sum())
+    open_ones, size = members[~fixed], channels[~fixed]
+    have = int(channels[fixed & stay[members]].sum())
+    if others and have + int(size.sum()) < width or others and len(open_ones) == 0 and have != width:
+        raise PruneError(
+            f"`{tap}`: asked for {width} of its {total} channels, but it is tied to `{others[0]}`, for which {widths[others[0]]} are asked; "
+            "give both the same width.",
+            where=tap,
+            got=width,
+            expected=have,
+        )
+    if len(open_ones) == 0 and have != width:
+        raise PruneError(
+            f"`{tap}`: none of its {total} channels can go: {classes.reasons.get(int(members[0]), 'they are fixed')}.",
+            where=tap,
+            got=width,
+            hint="Leave it out, or narrow a layer behind which fewer things hang.",
+        )
+    if len(open_ones) == 0:
+        return
+    each = int(size[0])
+    if (size != each).any() or (width - have) % each or width - have < each:
+        raise PruneError(
+            f"`{tap}`: asked for {width} of its {total} channels, but they go {each} at a time ({have} of them stay in any case).",
+            where=tap,
+            got=width,
+            expected=f"{have} plus a multiple of {each}",
+            hint=f"Give {have + max(1, round((width - have) / each)) * each}.",
+        )
+    order = np.argsort(-classes.scores[open_ones], kind="stable")
+    stay[open_ones] = False
+    stay[open_ones[order[: (width - have) // each]]] = True
+
+
+def _classes_of(classes: Classes, found: Coupling, model: TracedModel, tap: str) -> Units:
+    known, node = model.facts_of(tap), model.node(tap)
+    units = None if known.channel_axis is None else found.axes.get((node.name, known.channel_axis))
+    if units is None:
+        raise PruneError(
+            f"`{tap}` makes no channels that could go: its tensor ({'x'.join(map(str, known.shape))}) is fixed.",
+            where=tap,
+            hint="Name a layer with filters, or one behind which they still can be told apart.",
+        )
+    return classes.of[units]
