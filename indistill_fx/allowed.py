@@ -162,7 +162,7 @@ def _look_up(module: str, name: str) -> Any:
         return None
     try:
         return vars(importlib.import_module(module)).get(name)
-    except ImportError:
+    except Exception:  # what the library cannot import here, it does not have
         return None
 
 

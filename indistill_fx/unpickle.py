@@ -21,6 +21,12 @@ from indistill_fx.rehearse import Rehearsal, go_through
 _LEGACY_MAGIC, _LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 # Module trees are walked by recursion and without memory, in torch too (`Module.train`).
 _DEEPEST, _MOST_VISITS = 200, 50_000
+# Names that say how an honest file came to be refused.
+_HINTS = {
+    "__main__.": "It was defined in a script: name that, as in script.py:make_model@weights.safetensors.",
+    "torch.fx.": "A GraphModule is pickled as source code: save it by torch.export.save(program, 'model.pt2').",
+    "torch._dynamo.": "A compiled model is not picklable as such: save the model that was compiled, model._orig_mod.",
+}
 
 
 def rehearse(file: BinaryIO, label: str, *, trust: Sequence[str] = ()) -> Rehearsal:
@@ -147,7 +153,7 @@ def _refuse_names(rehearsal: Rehearsal, label: str) -> None:
             where=label,
             got=foreign,
             expected="modules of torch.nn, torchvision and timm",
-            hint=_hint_foreign({path.partition(".")[0] for path in foreign}),
+            hint=_hint_foreign(foreign),
         )
     missing = sorted(path for path, named in rehearsal.named.items() if named.role == "missing")
     if missing:
@@ -160,9 +166,11 @@ def _refuse_names(rehearsal: Rehearsal, label: str) -> None:
         )
 
 
-def _hint_foreign(packages: set[str]) -> str:
-    if "__main__" in packages:
-        return "It was defined in a script: name that, as in script.py:make_model@weights.safetensors."
+def _hint_foreign(foreign: Sequence[str]) -> str:
+    for prefix, hint in _HINTS.items():
+        if any(path.startswith(prefix) for path in foreign):
+            return hint
+    packages = {path.partition(".")[0] for path in foreign}
     if packages & {"torch", "numpy", *sys.stdlib_module_names}:
         return "Models and weights need none of this; if it is a training checkpoint, ask for its weights alone."
     asked = " ".join(f"--trust {package}" for package in sorted(packages))

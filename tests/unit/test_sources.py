@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 import textwrap
@@ -159,6 +160,20 @@ def test_foreign_class_needs_trust(here: Path) -> None:
         load("net.pt", trust="nets")
     with pytest.raises(ConfigError, match="cannot be trusted"):
         load("net.pt", trust=["nets; import os"])
+
+
+def test_honest_files_that_are_refused_get_a_way_out(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save(torch.fx.symbolic_trace(nn.ReLU()), "graph.pt")
+    with pytest.raises(ConfigError, match=r"torch\.fx\..*torch\.export\.save"):
+        load("graph.pt")
+    torch.save({"state_dict": {}, "args": argparse.Namespace(lr=1)}, "checkpoint.pt")
+    with pytest.raises(ConfigError, match=r"argparse\.Namespace.*ask for its weights alone"):
+        load("nets:make@checkpoint.pt")
+    monkeypatch.setattr(load("nets:make").__class__, "__module__", "__main__")
+    monkeypatch.setattr(sys.modules["__main__"], "Net", sys.modules["nets"].Net, raising=False)
+    torch.save(load("nets:make"), "script.pt")
+    with pytest.raises(ConfigError, match=r"__main__\.Net.*script\.py:make_model@"):
+        load("script.pt")
 
 
 def test_trusted_package_is_found_in_the_working_directory(here: Path) -> None:
