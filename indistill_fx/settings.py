@@ -81,7 +81,7 @@ class Settings:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        _choice("optimizer", self.optimizer, OPTIMIZERS)
+        check_optimizer(self.optimizer)
         _choice("schedule", self.schedule, SCHEDULES)
         _choice("mixed_precision", self.mixed_precision, (None, "no", "fp16", "bf16"))
         _choice("device", self.device, ("auto", "cpu"))
@@ -144,6 +144,15 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
 }
 
 
+def check_optimizer(name: str) -> None:
+    """Refuse an unknown name.
+
+    Raises:
+        ConfigError: lists the legal ones.
+    """
+    _choice("optimizer", name, OPTIMIZERS)
+
+
 def make_optimizer(
     name: str, parameters: Sequence[nn.Parameter], *, learning_rate: float, weight_decay: float, momentum: float
 ) -> torch.optim.Optimizer:
@@ -152,7 +161,7 @@ def make_optimizer(
     Raises:
         ConfigError: an unknown name.
     """
-    _choice("optimizer", name, OPTIMIZERS)
+    check_optimizer(name)
     extra: dict[str, Any] = {"momentum": momentum} if name == "sgd" else {}
     fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
     kind: Any = OPTIMIZERS[name]

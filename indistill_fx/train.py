@@ -20,7 +20,7 @@ from indistill_fx.passes.pipeline import align
 from indistill_fx.passes.trace import trace
 from indistill_fx.plan import AlignmentPlan
 from indistill_fx.record import RunDirectory, RunRecord
-from indistill_fx.settings import Options, Settings
+from indistill_fx.settings import Options, Settings, check_optimizer
 from indistill_fx.stage import Stage, compile_stages
 from indistill_fx.state import Leg
 from indistill_fx.traced import Role, TracedModel
@@ -252,6 +252,8 @@ def _example(loader: Iterable[Any], module: nn.Module) -> Any:
 def _legs(stages: Sequence[Stage], curriculum: Curriculum, epochs: int, settings: Settings) -> list[Leg]:
     warm = [stage for stage in stages if stage.budget is not None]
     legs = [Leg(stage.name, stage, stage.budget) for stage in curriculum.arrange(warm) if stage.budget is not None]
+    for leg in legs:
+        check_optimizer(leg.budget.optimizer or settings.optimizer)
     budget = Budget(epochs, "epochs", settings.learning_rate, settings.optimizer)
     return legs + [Leg(stage.name, stage, budget, main=True) for stage in stages if stage.budget is None]
 
