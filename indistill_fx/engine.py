@@ -246,11 +246,13 @@ class Engine:
         """The stage compiled, if a trial on one batch goes through; else as it is, with a note."""
         compiled: Any = torch.compile(leg.module)
         buffers = [(buffer, buffer.clone()) for buffer in leg.module.buffers()]
+        began = time.monotonic()
         try:
             self._loader.set_epoch(self.state.epochs)
             batch = send_to_device(next(iter(self._loader)), self._accelerator.device)
             with self._accelerator.autocast():
                 compiled(batch).backward()
+            self._note(leg, f"compiled in {time.monotonic() - began:.0f} s")
         except Exception as error:  # whatever the compiler dislikes, the stage itself still runs
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             self._note(leg, f"not compiled: {first}")

@@ -88,10 +88,10 @@ class Job:
             work = set_up(directory)
             with directory or nullcontext():
                 with _as_found(self.student):
-                    state = self._train(work, directory, accelerator, teacher)
+                    state, accuracy = self._train(work, directory, accelerator, teacher)
                 if self.teacher is not None and digest(self.teacher) != teacher:
                     raise PassError("Training changed the teacher, which is a defect of ours.", where="teacher")
-                return self._finish(state, directory, accelerator)
+                return self._finish(state, accuracy, directory, accelerator)
 
     def _directory(self, accelerator: Accelerator) -> RunDirectory | None:
         if self.run_dir is not None:
@@ -105,7 +105,8 @@ class Job:
 
     def _train(
         self, work: Work, directory: RunDirectory | None, accelerator: Accelerator, teacher: str | None
-    ) -> State:
+    ) -> tuple[State, float | None]:
+        """Where the run stands in the end, and the teacher's accuracy."""
         legs = [leg for leg in work.legs if leg.budget.length]
         identity = self._identity(legs, teacher, accelerator)
         shown = self.progress and accelerator.is_main_process
@@ -132,6 +133,7 @@ class Job:
                 reporter.say(f"Teacher's accuracy: {accuracy:.2%}")
             schedule = [f"{leg.name}: {leg.budget}{self.settings.describe() if leg.main else ''}" for leg in legs]
             reporter.say("\n".join(schedule))
+            accelerator.wait_for_everyone()  # until all have seen whether there is something to resume
             if directory is not None:
                 work.save(directory)
                 directory.begin(
@@ -143,7 +145,7 @@ class Job:
                     environment=environment(str(accelerator.device), accelerator.num_processes),
                 )
             engine.run()
-        return engine.state
+        return engine.state, accuracy
 
     def _steps(self, legs: list[Leg]) -> dict[str, int]:
         per_epoch = -(-len(self.loader) // self.settings.accumulate)
@@ -174,7 +176,9 @@ class Job:
         known: float | None = before.told().get("teacher_accuracy") if before is not None else None
         return evaluate(self.teacher, self.val_loader, logits=self.logits).accuracy if known is None else known
 
-    def _finish(self, state: State, directory: RunDirectory | None, accelerator: Accelerator) -> RunRecord:
+    def _finish(
+        self, state: State, teacher_accuracy: float | None, directory: RunDirectory | None, accelerator: Accelerator
+    ) -> RunRecord:
         epochs = tuple(EpochRecord(**entry) for entry in state.history)
         accuracy = epochs[-1].accuracy if epochs else None
         if accuracy is None and self.val_loader is not None and accelerator.is_main_process:
@@ -185,7 +189,7 @@ class Job:
         record = RunRecord(
             stages=tuple(_stage_record(name, epochs, state) for name in names),
             epochs=epochs,
-            teacher_accuracy=self._teacher_accuracy(directory, accelerator) if directory else None,
+            teacher_accuracy=teacher_accuracy,
             accuracy=accuracy,
             best_accuracy=state.best,
             best_epoch=state.best_epoch,

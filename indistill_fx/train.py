@@ -255,7 +255,8 @@ def _legs(stages: Sequence[Stage], curriculum: Curriculum, epochs: int, settings
     for leg in legs:
         check_optimizer(leg.budget.optimizer or settings.optimizer)
     budget = Budget(epochs, "epochs", settings.learning_rate, settings.optimizer)
-    return legs + [Leg(stage.name, stage, budget, main=True) for stage in stages if stage.budget is None]
+    name = "main" if "main" not in [leg.name for leg in legs] else "main stage"  # a layer may be called main
+    return legs + [Leg(name, stage, budget, main=True) for stage in stages if stage.budget is None]
 
 
 def _check_epochs(epochs: int) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections import OrderedDict
 from typing import Any
 
 import pytest
@@ -82,6 +83,18 @@ def test_distill_trains_the_users_student_and_leaves_its_story(tmp_path, teacher
     assert set(load_file(record.files["best"])) == set(student.state_dict())
     plan = ifx.AlignmentPlan.load(record.files["plan"])
     assert [pair.student for pair in plan.pairs] == [stage.name for stage in record.stages[:-1]]
+
+
+def test_the_teachers_accuracy_is_in_the_record_without_a_directory_too(teacher):
+    record = distill(teacher, net(6, 8), loader(), curriculum=QUICK, epochs=0, val_loader=loader(False), progress=False)
+    assert record.teacher_accuracy is not None and record.teacher_accuracy > 0.9
+    assert record.accuracy is not None and record.files == {}
+
+
+def test_a_layer_called_main_is_told_from_the_main_stage(teacher):
+    named = nn.Sequential(OrderedDict(zip(("stem", "main", "flat", "head"), net(6, 8), strict=True)))
+    record = distill(teacher, named, loader(), curriculum=QUICK, epochs=1, progress=False)
+    assert [stage.name for stage in record.stages] == ["stem", "main", "main stage"]
 
 
 def test_warm_up_only_main_only_and_order(teacher):
