@@ -1,59 +1,77 @@
-"""The blocks of a network, found in its dataflow: no module, no name is looked at.
+"""The blocks of a network, found in its dataflow: no name, class or container of a module is looked at.
 
 Rules, in order:
-  1. A *join* is a trunk node that adds or concatenates branches with work in them: a residual sum, an inception or dense concat.
-     A *unit* is a trunk node with weights of its own: a convolution, a linear layer, an opaque module.
-  2. A block mixes positions and then transforms them: a join or unit that mixes opens a block; a pointwise join after it
-     (the MLP after the attention), or a pointwise unit after a depthwise one (a separable convolution), belongs to the same block.
-     Other pointwise units (the expansion before a head, a transition) belong to no block.
+  1. A *join* is a node of the trunk that adds or concatenates branches with work in them: a residual sum, an inception or dense
+     concatenation. A *unit* is a node with weights of its own: a convolution, a linear layer, an opaque module.
+  2. A block mixes positions, then transforms them. A join or unit that mixes opens a block; a pointwise join after a join (the MLP
+     after the attention) and a pointwise unit after a depthwise one (a separable convolution) belong to the block before them. Other
+     pointwise units (the expansion before a head, a transition) belong to none. Where the input has no positions, every unit mixes.
   3. The block's output is the last tensor of the chain behind it: through activations, channel shuffles, norms of units, pooling of
-     stride 1. Not through the norm after a residual sum (that norm opens the next block), unless the network norms each sum before
-     anybody else reads it (post-norm). Dropout and identity are not a tensor of their own.
+     stride one. Not through the norm after a sum, which opens the next block, unless the network norms each sum before anybody else
+     reads it (post-norm). Dropout and identity make no tensor of their own.
   4. In a plain chain whose every unit is followed by pooling, the pooling closes the block.
+  5. The main output itself is no block: losses on logits deal with it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from math import prod
+from typing import Literal
 
 from torch import fx
 
 from indistill_fx.graphs import tensor_nodes
 from indistill_fx.ops import UNARY, attribute, op_name
-from indistill_fx.passes.flow import Flow
-from indistill_fx.traced import NodeFacts, TracedModel
+from indistill_fx.passes.flow import SAME_LEVEL, Flow
+from indistill_fx.traced import TracedModel
 
-_JOINS = frozenset("add sub cat stack sum".split())
-_NOTHING = frozenset("dropout alpha_dropout identity clone contiguous detach stochastic_depth drop_path to float half".split())
-_POOLS = frozenset("max_pool avg_pool lp_pool adaptive_avg_pool adaptive_max_pool".split())
-_ACTIVATIONS = UNARY - _NOTHING
-_SAME_LEVEL = 0.7
-"""Two sizes belong to one level if they are less than this many octaves apart: a valid convolution does not halve, a stride of two does."""
+IDLE = frozenset(
+    (
+        "dropout",
+        "alpha_dropout",
+        "identity",
+        "clone",
+        "contiguous",
+        "detach",
+        "stochastic_depth",
+        "drop_path",
+        "to",
+        "float",
+        "half",
+    )
+)
+"""Operations that leave the values as they are, when the model is evaluated."""
+
+_JOINS = frozenset(("add", "sub", "cat", "stack", "sum"))
+_POOLS = frozenset(("max_pool", "avg_pool", "lp_pool", "adaptive_avg_pool", "adaptive_max_pool"))
+_ACTIVATIONS = UNARY - IDLE
+Form = Literal["join", "separable", "unit"]
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """One block: where it ends.
+    """One block, known by its end.
 
     Attributes:
-        output: the tensor the next block reads.
-        sum: the bare result of the block's last operation, before activation and norm.
-        pre_activation: the tensor that the block's last activation reads; `output` where no activation follows.
-        last_conv: the last convolution or linear layer of the main branch; `sum` where there is none.
-        joins: whether the block ends in a join.
-        pooled: whether the block ends in a pooling of its own.
+        output: the tensor that the next block reads.
+        pre_activation: the tensor that the block's last activation reads; `output` where none follows.
+        last_conv: the last convolution or linear layer before `output`.
+        start: the result of the block's last operation with work in it, or the join.
+        form: what the block ends with: a join, a depthwise convolution (with the pointwise one that completes it), any other unit.
+        pooled: whether the block ends with a pooling of its own.
         dilated: whether a convolution in it is dilated.
-        octaves: level of the output.
+        octaves: halvings of the output's sides since the input.
         depth: share of the network's MACs spent up to the output.
     """
 
     output: str
-    sum: str
     pre_activation: str
     last_conv: str
-    joins: bool
+    start: str
+    form: Form
     pooled: bool
     dilated: bool
     octaves: float
@@ -62,15 +80,14 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """A trunk node with work behind it: a join with its region, or a unit."""
+    """A node of the trunk with work in it or in its region."""
 
-    index: int
-    node: fx.Node
-    joins: bool
+    place: int
+    form: Form
     mixes: bool
-    depthwise: bool
     dilated: bool
     last_conv: str
+    open: bool = True
 
 
 def find_blocks(traced: TracedModel, flow: Flow) -> tuple[Block, ...]:
@@ -79,155 +96,152 @@ def find_blocks(traced: TracedModel, flow: Flow) -> tuple[Block, ...]:
     Args:
         traced: the model.
         flow: its information flow.
+
+    Returns:
+        The blocks.
     """
-    nodes = {node.name: node for node in traced.graph_module.graph.nodes}
-    steps = list(_steps(traced, flow, nodes))
-    post_norm = _is_post_norm(steps, flow, nodes)
-    pooled = _pools_every_unit(steps, flow, nodes)
+    look = _Look(traced, flow)
     closing: list[_Step] = []
-    for step in steps:
+    for step in look.steps():
         if step.mixes:
             closing.append(step)
-        elif closing and ((step.joins and closing[-1].joins) or (closing[-1].depthwise and not closing[-1].joins and not step.joins)):
-            closing[-1] = step
-    return tuple(_block(step, traced, flow, nodes, post_norm=post_norm, pooled=pooled) for step in closing if step.node.name in flow.octaves)
+        elif (
+            closing and closing[-1].open and (closing[-1].form, step.form) in (("join", "join"), ("separable", "unit"))
+        ):
+            closing[-1] = replace(closing[-1], place=step.place, last_conv=step.last_conv, open=False)
+    if any(step.form == "join" for step in closing):
+        post_norm, pooled = look.norms_sums([step for step in closing if step.form == "join"]), False
+    else:
+        post_norm, pooled = False, look.pools_every([step.place for step in closing])
+    found = [look.block(step, post_norm=post_norm, pooled=pooled) for step in closing]
+    last = flow.trunk[-1]
+    return tuple(b for b in found if b is not None and (len(flow.ends) > 1 or last not in (b.start, b.output)))
 
 
-def _steps(traced: TracedModel, flow: Flow, nodes: Mapping[str, fx.Node]) -> Iterator[_Step]:
-    order = list(flow.inputs)
-    place = {name: k for k, name in enumerate(order)}
-    for index, (before, name) in enumerate(zip(flow.trunk, flow.trunk[1:], strict=False), 1):
-        node, region = nodes[name], [nodes[n] for n in order[place[before] + 1 : place[name]]]
-        working = [n for n in region if n.name in traced.facts and _works(n, traced.facts)]
-        if working and op_name(node) in _JOINS:
-            rows = _rows(traced.facts.get(before), traced.facts[name])
-            mixing = [n for n in region if _mixes(n, traced.facts, rows)]
-            yield _Step(index, node, True, bool(mixing), False, any(map(_dilated, working)), working[-1].name)
-        elif _works(node, traced.facts) or (working and op_name(node) != "mul"):
-            rows = _rows(traced.facts.get(before), traced.facts.get(name))
-            mixes = bool(working) or _mixes(node, traced.facts, rows)
-            yield _Step(index, node, False, mixes, _depthwise(node, traced.facts), _dilated(node), name)
+class _Look:
+    """Questions about one traced model."""
 
+    def __init__(self, traced: TracedModel, flow: Flow):
+        self.flow, self.facts = flow, traced.facts
+        self.nodes = {node.name: node for node in traced.graph_module.graph.nodes}
+        self.flat = not traced.facts[flow.trunk[0]].space
 
-def _works(node: fx.Node, facts: Mapping[str, NodeFacts]) -> bool:
-    """Whether the node has weights that it multiplies with, or is opaque."""
-    known = facts.get(node.name)
-    return known is not None and known.macs > 0
+    def steps(self) -> Iterator[_Step]:
+        """The nodes of the trunk with work in them or in their region."""
+        for place, (before, name) in enumerate(pairwise(self.flow.trunk), 1):
+            if name not in self.facts:
+                continue
+            region = [self.nodes[other] for other in self.flow.regions[name]]
+            working = [node for node in region if self._works(node)]
+            node, rows = self.nodes[name], self._rows(before) or self._rows(name)
+            if working and op_name(node) in _JOINS:
+                mixes = self.flat or any(self._mixes(other, rows) for other in region)
+                yield _Step(place, "join", mixes, any(map(_is_dilated, working)), working[-1].name)
+            elif self._works(node) or (working and op_name(node) != "mul"):
+                mixes = self.flat or bool(working) or self._mixes(node, rows)
+                yield _Step(place, "separable" if self._is_depthwise(node) else "unit", mixes, _is_dilated(node), name)
 
+    def _works(self, node: fx.Node) -> bool:
+        return node.name in self.facts and self.facts[node.name].macs > 0
 
-def _rows(*known: NodeFacts | None) -> int:
-    """Positions in the batch: rows of a linear layer that leaves the positions alone."""
-    found = [prod(f.shape) // f.shape[f.channel_axis] for f in known if f is not None and f.channel_axis is not None]
-    return found[-1] if found else 0
+    def _rows(self, name: str) -> int:
+        """Positions in the batch: the rows of a linear layer that leaves positions alone."""
+        known = self.facts.get(name)
+        return 0 if known is None or known.channel_axis is None else prod(known.shape) // max(1, known.channels)
 
-
-def _mixes(node: fx.Node, facts: Mapping[str, NodeFacts], rows: int) -> bool:
-    """Whether the node lets positions see one another."""
-    name, known = op_name(node), facts.get(node.name)
-    if name in _POOLS:
+    def _mixes(self, node: fx.Node, rows: int) -> bool:
+        """Whether the node lets positions see one another."""
+        name = op_name(node)
+        if name in _POOLS:
+            return True
+        if not self._works(node):
+            return False
+        if name in ("conv", "conv_transpose"):
+            return prod(self._weight(node)[2:]) > 1
+        if name == "linear":
+            return rows > 0 and prod(self.facts[node.name].shape[:-1]) != rows
         return True
-    if known is None or not known.macs:
-        return False
-    if name in ("conv", "conv_transpose"):
-        return prod(_kernel(node, facts)) > 1
-    if name == "linear":
-        return bool(rows) and prod(known.shape[:-1]) != rows
-    return True
+
+    def _weight(self, node: fx.Node) -> tuple[int, ...]:
+        """Shape of a convolution's weight."""
+        if node.op == "call_module" and node.graph.owning_module is not None:
+            return tuple(attribute(node.graph.owning_module, str(node.target)).weight.shape)
+        given = [other for other in tensor_nodes((node.args, node.kwargs))[1:2] if other.name in self.facts]
+        return self.facts[given[0].name].shape if given else ()
+
+    def _is_depthwise(self, node: fx.Node) -> bool:
+        if op_name(node) != "conv":
+            return False
+        weight = self._weight(node)
+        return len(weight) > 2 and weight[0] > weight[1] == 1 and prod(weight[2:]) > 1
+
+    def norms_sums(self, joins: Sequence[_Step]) -> bool:
+        """Whether most joins are normed before anybody else reads them, and the norm's result is what many read."""
+        readers = [self.flow.readers.get(self.flow.trunk[step.place], ()) for step in joins]
+        alone = [names[0] for names in readers if len(names) == 1]
+        normed = [name for name in alone if "norm" in op_name(self.nodes[name]) and len(self.flow.readers[name]) > 1]
+        return 2 * len(normed) > len(readers)
+
+    def pools_every(self, places: Sequence[int]) -> bool:
+        """Whether there are several units, and pooling that leaves a map behind each."""
+        stops = [*places[1:], len(self.flow.trunk)]
+        spans = [self.flow.trunk[a:b] for a, b in zip(places, stops, strict=True)]
+        pools = [
+            any(op_name(self.nodes[name]) in _POOLS and name in self.flow.octaves for name in span) for span in spans
+        ]
+        return len(pools) > 1 and all(pools)
+
+    def block(self, step: _Step, *, post_norm: bool, pooled: bool) -> Block | None:
+        """Follow the chain behind a step to the block's output; None where there are no positions left."""
+        trunk, octaves = self.flow.trunk, self.flow.octaves
+        start = trunk[step.place]
+        if start not in octaves and not self.flat:
+            return None
+        level, shape, output, read, closed = octaves.get(start, 0.0), self.facts[start].shape, start, None, False
+        for before, name in pairwise(trunk[step.place :]):
+            operation = op_name(self.nodes[name])
+            if not self._goes_on(before, name):
+                break
+            if "norm" in operation and step.form == "join" and not post_norm:
+                read = read or self._normed_before_activation(name)
+                break
+            if operation in _POOLS:
+                far = name not in octaves or abs(octaves[name] - level) > SAME_LEVEL
+                if far and (not pooled or closed or name not in octaves):
+                    break
+                shape, output, closed = self.facts[name].shape, name, far or closed
+            elif operation not in IDLE and (self.facts[name].shape, self.facts[name].kind) == (
+                shape,
+                self.facts[start].kind,
+            ):
+                read = read or (output if operation in _ACTIVATIONS else None)
+                output = name
+        return Block(
+            output=output,
+            pre_activation=read or output,
+            last_conv=step.last_conv,
+            start=start,
+            form=step.form,
+            pooled=closed,
+            dilated=step.dilated,
+            octaves=octaves.get(output, level),
+            depth=self.flow.depth[start],
+        )
+
+    def _goes_on(self, before: str, name: str) -> bool:
+        """Whether the chain goes on: no work in the node, and none in branches that meet there (x * sigmoid(x) has none)."""
+        return name in self.facts and not any(self._works(self.nodes[n]) for n in (name, *self.flow.regions[name]))
+
+    def _normed_before_activation(self, norm: str) -> str | None:
+        readers = self.flow.readers.get(norm, ())
+        return norm if len(readers) == 1 and op_name(self.nodes[readers[0]]) in _ACTIVATIONS else None
 
 
-def _weight(node: fx.Node, facts: Mapping[str, NodeFacts]) -> tuple[int, ...]:
-    if node.op == "call_module" and node.graph.owning_module is not None:
-        weight = getattr(attribute(node.graph.owning_module, str(node.target)), "weight", None)
-        return tuple(weight.shape) if weight is not None else ()
-    given = [n for n in tensor_nodes((node.args, node.kwargs))[1:2] if n.name in facts]
-    return facts[given[0].name].shape if given else ()
-
-
-def _kernel(node: fx.Node, facts: Mapping[str, NodeFacts]) -> tuple[int, ...]:
-    return _weight(node, facts)[2:]
-
-
-def _depthwise(node: fx.Node, facts: Mapping[str, NodeFacts]) -> bool:
-    weight = _weight(node, facts)
-    return op_name(node) == "conv" and len(weight) > 2 and weight[1] == 1 and weight[0] > 1 and prod(weight[2:]) > 1
-
-
-def _dilated(node: fx.Node) -> bool:
+def _is_dilated(node: fx.Node) -> bool:
     if op_name(node) != "conv":
         return False
     if node.op == "call_module" and node.graph.owning_module is not None:
-        dilation = getattr(attribute(node.graph.owning_module, str(node.target)), "dilation", 1)
+        dilation = attribute(node.graph.owning_module, str(node.target)).dilation
     else:
         dilation = node.kwargs.get("dilation", node.args[5] if len(node.args) > 5 else 1)
-    return max(dilation if isinstance(dilation, (tuple, list)) else (dilation,)) > 1
-
-
-def _is_norm(node: fx.Node) -> bool:
-    return "norm" in op_name(node)
-
-
-def _next(name: str, flow: Flow) -> str | None:
-    """The one node that reads this tensor; None at a fork or at the end."""
-    readers = flow.readers.get(name, ())
-    return readers[0] if len(readers) == 1 else None
-
-
-def _is_post_norm(steps: list[_Step], flow: Flow, nodes: Mapping[str, fx.Node]) -> bool:
-    """Whether sums are normed before anybody else reads them, and the norm's result is what all read."""
-    readers = [_next(step.node.name, flow) for step in steps if step.joins]
-    normed = [r for r in readers if r is not None and _is_norm(nodes[r]) and len(flow.readers[r]) > 1]
-    return 2 * len(normed) > len(readers)
-
-
-def _pools_every_unit(steps: list[_Step], flow: Flow, nodes: Mapping[str, fx.Node]) -> bool:
-    units = [step for step in steps if step.mixes]
-    if len(units) < 2 or any(step.joins for step in steps):
-        return False
-    ends = [following.index for following in steps if following.index > units[0].index] + [len(flow.trunk)]
-    for unit in units:
-        stop = next(end for end in ends if end > unit.index)
-        between = [name for name in flow.trunk[unit.index + 1 : stop] if op_name(nodes[name]) in _POOLS]
-        if not any(name in flow.octaves for name in between):
-            return False
-    return True
-
-
-def _block(step: _Step, traced: TracedModel, flow: Flow, nodes: Mapping[str, fx.Node], *, post_norm: bool, pooled: bool) -> Block:
-    """Follow the chain behind a step to the block's output."""
-    start = step.node.name
-    shape, level = traced.facts[start].shape, flow.octaves[start]
-    output, last, before_activation, moved = start, start, None, False
-    for name in flow.trunk[step.index + 1 :]:
-        node, known = nodes[name], traced.facts.get(name)
-        operation = op_name(node)
-        if known is None or known.macs or (len(flow.inputs[name]) > 1 and _region_works(flow, last, name)):
-            break
-        if _is_norm(node) and step.joins and not post_norm:
-            break
-        if operation in _POOLS:
-            if name not in flow.octaves or (abs(flow.octaves[name] - level) > _SAME_LEVEL and not (pooled and not moved)):
-                break
-            moved = moved or abs(flow.octaves[name] - level) > _SAME_LEVEL
-            shape, output = known.shape, name
-        elif known.shape == shape and operation not in _NOTHING:
-            if operation in _ACTIVATIONS and before_activation is None:
-                before_activation = output
-            output = name
-        last = name
-    return Block(
-        output=output,
-        sum=start,
-        pre_activation=before_activation or output,
-        last_conv=step.last_conv,
-        joins=step.joins,
-        pooled=moved,
-        dilated=step.dilated,
-        octaves=flow.octaves.get(output, level),
-        depth=flow.depth[start],
-    )
-
-
-def _region_works(flow: Flow, before: str, name: str) -> bool:
-    """Whether the branches that meet at `name` cost anything: else they are an activation written out (x * sigmoid(x))."""
-    others = max((flow.depth[source] for source in flow.inputs[name]), default=0.0)
-    return others > flow.depth[before]
+    return any(n > 1 for n in (dilation if isinstance(dilation, (tuple, list)) else (dilation,)))

@@ -1,20 +1,23 @@
 """The information flow of a graph: which tensors carry what the input told, and which of them every path goes through.
 
 Rules, in order:
-  1. Information starts at the main input: of several inputs the one with the longest trunk (ids, not the attention mask).
+  1. Information starts at the main input: of several inputs the one with the longest trunk (the ids, not the attention mask).
   2. It flows along tensors. Sizes, constants, masks (boolean tensors) and indices carry none: they say where, not what.
-  3. It ends at the main output. A model that returns maps of several resolutions (a feature pyramid) has one end per resolution.
+  3. It ends at the main output; in a model that returns maps of several resolutions (a feature pyramid) at each of them.
   4. The trunk are the nodes that dominate an end: every path from the input to that end passes through them.
+  5. A branch that goes to a lower resolution than both of its ends (the inside of a U-Net) is a network of its own: its trunk is
+     inserted between the two.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from math import log2, prod
 
 import networkx as nx
+import torch
 from torch import fx
 
 from indistill_fx.errors import MatchError
@@ -22,30 +25,51 @@ from indistill_fx.graphs import output_node, tensor_nodes
 from indistill_fx.ops import op_name
 from indistill_fx.traced import NodeFacts, TracedModel
 
-_MEASURES = frozenset(
-    "size shape getattr dim ndimension len numel item stride is_contiguous sym_size sym_numel device dtype argmax argmin argsort "
-    "zeros_like ones_like full_like empty_like rand_like randn_like new_zeros new_ones new_full new_empty new_tensor".split()
+SAME_LEVEL = 0.7
+"""Sizes less than so many octaves apart are one level: a valid convolution does not halve, a stride of two does."""
+
+_NO_INFORMATION = frozenset(
+    (
+        *("size", "shape", "getattr", "dim", "ndimension", "len", "numel", "item", "stride", "device", "dtype"),
+        *("sym_size", "sym_numel", "argmax", "argmin", "argsort", "zeros_like", "ones_like", "full_like", "empty_like"),
+        *("rand_like", "randn_like", "new_zeros", "new_ones", "new_full", "new_empty", "new_tensor"),
+    )
 )
-_FIRST_ARGUMENT_ONLY = frozenset("getitem index gather index_select take_along_dim masked_fill masked_select expand_as type_as".split())
+_READS_FIRST_ONLY = frozenset(
+    (
+        "getitem",
+        "index",
+        "gather",
+        "index_select",
+        "take_along_dim",
+        "masked_fill",
+        "masked_select",
+        "expand_as",
+        "type_as",
+    )
+)
+Names = tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Flow:
-    """The information flow of one model.
+    """The information flow of one model. All mappings are in graph order and hold the nodes between the input and an end.
 
     Attributes:
         trunk: names of the nodes that dominate the main end, from the input to it.
+        regions: per node of the trunk, the nodes between it and the node of the trunk before it; empty where the two are neighbours.
         ends: names of the ends: the main output, or the features of a pyramid.
-        inputs: per node that lies between the input and an end, the nodes it reads information from.
+        inputs: per node, the nodes it reads information from.
         readers: the same, the other way round.
-        depth: per such node, the share of all MACs spent before it and in it, in graph order.
-        octaves: per such node that is a map or tokens, how often its sides were halved since the input.
+        depth: per node, the share of all MACs spent before it and in it.
+        octaves: per node that is a map or tokens, how often its sides were halved since the input.
     """
 
-    trunk: tuple[str, ...]
-    ends: tuple[str, ...]
-    inputs: Mapping[str, tuple[str, ...]]
-    readers: Mapping[str, tuple[str, ...]]
+    trunk: Names
+    regions: Mapping[str, Names]
+    ends: Names
+    inputs: Mapping[str, Names]
+    readers: Mapping[str, Names]
     depth: Mapping[str, float]
     octaves: Mapping[str, float]
 
@@ -56,87 +80,129 @@ def information_flow(traced: TracedModel) -> Flow:
     Args:
         traced: the model.
 
+    Returns:
+        The flow.
+
     Raises:
         MatchError: no path of tensors leads from an input to the main output.
 
     Source:
-        Cooper, Harvey, Kennedy, "A simple, fast dominance algorithm", 2001 (the algorithm inside networkx.immediate_dominators).
+        Dominators by networkx: Cooper, Harvey, Kennedy, "A simple, fast dominance algorithm", 2001.
     """
-    nodes = {node.name: node for node in traced.graph_module.graph.nodes}
     ends = _ends(traced)
-    trunks = [found for node in nodes.values() if node.op == "placeholder" for found in [_trunk(node, nodes, traced.facts, ends)] if found]
-    if not trunks:
+    sources = [node for node in traced.graph_module.graph.nodes if node.op == "placeholder"]
+    flows = [flow for source in sources if (flow := _from(source.name, traced, ends)) is not None]
+    if not flows:
         raise MatchError(
             f"In the {traced.role} no path of tensors leads from an input to the output `{traced.logits}`.",
             where=traced.logits,
             hint="Name the main output with logits=.",
         )
-    trunk, inputs, reached = max(trunks, key=lambda found: len(found[0]))
+    return max(flows, key=lambda flow: len(flow.trunk))
+
+
+def _from(source: str, traced: TracedModel, ends: Names) -> Flow | None:
+    """The flow from one input; None if it reaches no end."""
+    inputs = _reached(source, traced)
+    ends = tuple(end for end in ends if end in inputs)
+    if not ends:
+        return None
+    needed = set(ends)
+    for name in reversed(inputs):
+        if name in needed:
+            needed.update(inputs[name])
+    inputs = {name: told for name, told in inputs.items() if name in needed}
     readers: dict[str, list[str]] = {name: [] for name in inputs}
-    for name, sources in inputs.items():
-        for source in sources:
-            readers[source].append(name)
+    for name, told in inputs.items():
+        for other in told:
+            readers[other].append(name)
+    above = nx.immediate_dominators(nx.DiGraph(readers), source)
+    octaves = _octaves(traced.facts, inputs, source)
+    chain = max((_chain(source, end, above) for end in ends), key=len)
+    working = {name for name in inputs if name in traced.facts and traced.facts[name].macs}
+    trunk, inner = _with_inner(
+        chain, inputs, above, {name: octaves[name] for name in octaves if name in working}, octaves
+    )
     macs = list(accumulate(traced.facts[name].macs if name in traced.facts else 0 for name in inputs))
-    total = max(1, macs[-1])
+    order = {name: k for k, name in enumerate(inputs)}
     return Flow(
         trunk=trunk,
-        ends=reached,
+        regions={b: () if b in inner else _between(a, b, inputs, order) for a, b in pairwise(trunk)},
+        ends=ends,
         inputs=inputs,
         readers={name: tuple(found) for name, found in readers.items()},
-        depth={name: done / total for name, done in zip(inputs, macs, strict=True)},
-        octaves=_octaves(traced.facts, inputs, trunk[0]),
+        depth={name: done / max(1, macs[-1]) for name, done in zip(inputs, macs, strict=True)},
+        octaves=octaves,
     )
 
 
-def _trunk(
-    source: fx.Node, nodes: Mapping[str, fx.Node], facts: Mapping[str, NodeFacts], ends: tuple[str, ...]
-) -> tuple[tuple[str, ...], dict[str, tuple[str, ...]], tuple[str, ...]] | None:
-    """Trunk, inputs of every node between `source` and an end, and the ends that are reached."""
-    inputs: dict[str, tuple[str, ...]] = {source.name: ()}
-    for node in nodes.values():
-        told = tuple(dict.fromkeys(n.name for n in _told_by(node) if n.name in inputs))
-        if told and node.op != "output" and _carries(node, facts):
+def _reached(source: str, traced: TracedModel) -> dict[str, Names]:
+    """Per node that the source's information reaches, the nodes it reads it from."""
+    inputs: dict[str, Names] = {source: ()}
+    for node in traced.graph_module.graph.nodes:
+        if node.op == "output" or not _carries(node, traced.facts):
+            continue
+        read = tensor_nodes(node.args[0]) if op_name(node) in _READS_FIRST_ONLY and node.args else node.all_input_nodes
+        told = tuple(dict.fromkeys(other.name for other in read if other.name in inputs))
+        if told:
             inputs[node.name] = told
-    reached = tuple(end for end in ends if end in inputs)
-    if not reached:
-        return None
-    needed: set[str] = set()
-    for name in reversed(inputs):
-        if name in reached or name in needed:
-            needed.update((name, *inputs[name]))
-    inputs = {name: told for name, told in inputs.items() if name in needed}
-    graph = nx.DiGraph([(told, name) for name, sources in inputs.items() for told in sources])
-    graph.add_node(source.name)
-    above = nx.immediate_dominators(graph, source.name)
-    chains = [_chain(end, above, source.name) for end in reached]
-    return max(chains, key=len), inputs, reached
+    return inputs
 
 
-def _chain(end: str, above: Mapping[str, str], source: str) -> tuple[str, ...]:
+def _carries(node: fx.Node, facts: Mapping[str, NodeFacts]) -> bool:
+    known = facts.get(node.name)
+    return (known is None or known.dtype != torch.bool) and op_name(node) not in _NO_INFORMATION
+
+
+def _chain(source: str, end: str, above: Mapping[str, str]) -> Names:
+    """The dominators of `end` from `source` on."""
     chain = [end]
     while chain[-1] != source:
         chain.append(above[chain[-1]])
     return tuple(reversed(chain))
 
 
-def _told_by(node: fx.Node) -> list[fx.Node]:
-    if op_name(node) in _FIRST_ARGUMENT_ONLY and node.args:
-        return tensor_nodes(node.args[0])
-    return node.all_input_nodes
+def _with_inner(
+    chain: Sequence[str],
+    inputs: Mapping[str, Names],
+    above: Mapping[str, str],
+    working: Mapping[str, float],
+    octaves: Mapping[str, float],
+) -> tuple[Names, set[str]]:
+    """The chain with the trunks of its inner networks inserted, and the nodes where such a network ends."""
+    trunk, closing = [chain[0]], set()
+    for a, b in pairwise(chain):
+        branches = [_chain(a, other, above) for other in inputs[b] if other != a]
+        branch = max(branches, key=len, default=())
+        if (
+            a in octaves
+            and b in octaves
+            and any(working.get(n, 0.0) > max(octaves[a], octaves[b]) + SAME_LEVEL for n in branch)
+        ):
+            inside, more = _with_inner(branch, inputs, above, working, octaves)
+            trunk.extend(inside[1:])
+            closing |= {b, *more}
+        trunk.append(b)
+    return tuple(trunk), closing
 
 
-def _carries(node: fx.Node, facts: Mapping[str, NodeFacts]) -> bool:
-    known = facts.get(node.name)
-    if known is not None and str(known.dtype) == "torch.bool":
-        return False
-    return op_name(node) not in _MEASURES
+def _between(a: str, b: str, inputs: Mapping[str, Names], order: Mapping[str, int]) -> Names:
+    """The nodes on the paths from `a` to `b`, both left out, in graph order."""
+    found: set[str] = set()
+    new = [name for name in inputs[b] if name != a]
+    while new:
+        name = new.pop()
+        if name not in found:
+            found.add(name)
+            new.extend(other for other in inputs[name] if other != a)
+    return tuple(sorted(found, key=order.__getitem__))
 
 
-def _ends(traced: TracedModel) -> tuple[str, ...]:
+def _ends(traced: TracedModel) -> Names:
     """The main output; or, where it is a map, one output per resolution."""
     if traced.facts[traced.logits].kind != "map":
         return (traced.logits,)
-    outputs = dict.fromkeys((traced.logits, *(n.name for n in tensor_nodes(output_node(traced.graph_module.graph).args))))
+    outputs = (traced.logits, *(node.name for node in tensor_nodes(output_node(traced.graph_module.graph).args)))
     sizes: dict[tuple[int, ...], str] = {}
     for name in outputs:
         if name in traced.facts and traced.facts[name].kind == "map":
@@ -150,6 +216,6 @@ def _octaves(facts: Mapping[str, NodeFacts], names: Mapping[str, object], source
     found = {}
     for name in names:
         known = facts.get(name)
-        if known is not None and known.kind in ("map", "tokens") and prod(known.space) > 1 and space:
+        if space and known is not None and known.kind in ("map", "tokens") and prod(known.space) > 1:
             found[name] = log2(prod(space) / prod(known.space)) / len(space)
     return found

@@ -1,11 +1,11 @@
-"""Pair the layers of a teacher with those of a student.
+"""Pair the layers of a teacher with those of a student. No name of a module or class has a part in it.
 
 Rules, in order:
-  1. The candidates are the exits of the stages on both spines (see `spine`); each pair of them has a score (see `score`).
-  2. The pairs are the order-preserving alignment of the two lists that has the largest sum of scores, each above a floor and weighed
-     by how much of a stage both are. Pairs that the user fixed stay, and nothing crosses them.
-  3. Where both models are one stage, where every block is asked for, or more pairs than stages, blocks are paired inside the paired
-     stages, evenly spaced and ending with the last.
+  1. The candidates are the exits of the stages of both (see `spine`); each two of them have a score (see `score`).
+  2. The pairs are the order-preserving alignment with the largest sum of scores above a floor, each weighed by how much of a stage the
+     two are. Pairs asked for stay, and nothing crosses them.
+  3. Where both models are a single stage, where every block or more pairs than stages are asked for, blocks are paired inside the
+     paired stages, evenly spaced and ending with the last.
   4. The penultimate vectors, for relational losses, are a pair of their own in the report.
 """
 
@@ -13,39 +13,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from math import floor
 
 from indistill_fx.errors import ConfigError, MatchError
-from indistill_fx.passes.blocks import Block, find_blocks
-from indistill_fx.passes.flow import Flow, information_flow
-from indistill_fx.passes.score import Evidence, Place, weigh
-from indistill_fx.passes.spine import Stage, find_stages
+from indistill_fx.passes.best_path import best_path
+from indistill_fx.passes.candidates import TENSORS, Candidates, Taps, look
+from indistill_fx.passes.explain import Explained, explain
+from indistill_fx.passes.score import Chosen, Evidence, Place, comparable, weigh, words
 from indistill_fx.plan import Adapter, Pair
 from indistill_fx.result import PassResult
 from indistill_fx.traced import TracedModel
 
-Taps = Literal["block", "pre-activation", "last-conv"]
 Similarity = Callable[[TracedModel, TracedModel, Sequence[str], Sequence[str]], Sequence[Sequence[float]]]
 """Similarity on data: (teacher, student, teacher taps, student taps) -> one row per teacher tap, values 0 to 1."""
 
-_TENSOR: dict[str, str] = {"block": "output", "pre-activation": "pre_activation", "last-conv": "last_conv"}
 _FLOOR = 0.3
 """A pair must score more than this to be better than none."""
 
-
-@dataclass(frozen=True, slots=True)
-class Explained:
-    """A pair, the evidence for it, and the candidates that lost.
-
-    Attributes:
-        pair: the pair.
-        evidence: what speaks for it; None if it was fixed by the user.
-        runners_up: (pair, evidence, why it lost), best first.
-    """
-
-    pair: Pair
-    evidence: Evidence | None
-    runners_up: tuple[tuple[Pair, Evidence, str], ...]
+_Sides = tuple[Candidates, Candidates]
+_Places = tuple[list[Place], list[Place]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,39 +41,12 @@ class MatchReport:
     Attributes:
         embedding: the penultimate vectors; None if one of the models has none.
         unmatched: stages without a partner, and why.
-        explained: per pair the evidence and the runners-up.
+        explained: the pairs with their evidence and runners-up.
     """
 
     embedding: Pair | None
     unmatched: tuple[str, ...]
     explained: tuple[Explained, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Side:
-    """One model with everything that was found in it."""
-
-    traced: TracedModel
-    flow: Flow
-    stages: tuple[Stage, ...]
-
-    def places(self, taps: Taps) -> list[Place]:
-        """The stage exits as candidates."""
-        last = self.stages[-1].exit.octaves if self.stages else 0.0
-        mean = 1 / max(1, len(self.stages))
-        return [
-            Place(
-                node=_tensor(stage.exit, taps),
-                facts=self.traced.facts[_tensor(stage.exit, taps)],
-                octaves=stage.exit.octaves,
-                from_last=last - stage.exit.octaves,
-                depth=stage.exit.depth,
-                order=(stage.index + 1) * mean,
-                weight=min(1.0, 0.1 + 2 * stage.cost / mean),
-                spatial=len(self.traced.facts[self.flow.trunk[0]].space),
-            )
-            for stage in self.stages
-        ]
 
 
 def match(
@@ -105,143 +64,212 @@ def match(
     Args:
         teacher: traced.
         student: traced.
-        pairs: how many pairs at the most; default: one per common stage.
-        every_block: pair every block of the model that has fewer.
+        pairs: how many pairs; default: one per common stage, or one per block of the smaller model where both are a single stage.
+        every_block: pair as many blocks as the paired stages have in common.
         taps: which tensor of a block: its output, what its last activation reads, or its last convolution.
         fixed: (teacher tap, student tap) pairs to keep.
-        similarity: measured on data, see `Similarity`.
+        similarity: measured on data, see `Similarity` and `cka`.
 
     Returns:
-        The pairs, shallow to deep, and the report.
+        The pairs, shallow to deep, without kept channels; and the report.
 
     Raises:
         MatchError: nothing can be paired.
-        ConfigError: a fixed pair names no layer, or two of them cross.
+        ConfigError: an option is at fault, a fixed pair names no layer or cannot be compared, or two of them cross.
     """
-    if taps not in _TENSOR:
-        raise ConfigError(f"There are no taps of the kind {taps!r}.", where="taps", got=taps, expected=list(_TENSOR), hint=f"Legal: {', '.join(_TENSOR)}.")
-    sides = _look(teacher), _look(student)
-    places = sides[0].places(taps), sides[1].places(taps)
-    measured = _measure(similarity, sides, places)
-    table = [[weigh(t, s, similarity=measured and measured[i][j]) for j, s in enumerate(places[1])] for i, t in enumerate(places[0])]
-    chosen = _best_path(table, places)
-    if not chosen and not fixed:
+    if taps not in TENSORS:
+        raise ConfigError(f"There are no taps {taps!r}.", where="taps", got=taps, hint=f"Legal: {', '.join(TENSORS)}.")
+    if pairs is not None and pairs < 1:
+        raise ConfigError(f"{pairs} pairs are none.", where="pairs", got=pairs, hint="Ask for one at the least.")
+    sides = look(teacher, taps), look(student, taps)
+    kept = _fixed(sides, fixed)
+    blockwise = every_block or (sides[0].is_even and sides[1].is_even)
+    if blockwise and similarity is not None:
+        places = _all_blocks(sides[0]), _all_blocks(sides[1])
+    else:
+        places = sides[0].exits(), sides[1].exits()
+    table = _weigh_all(sides, places, similarity)
+    cells = best_path(
+        [[_gain(table[i][j], t, s, kept, sides) for j, s in enumerate(places[1])] for i, t in enumerate(places[0])]
+    )
+    if not cells and not kept:
         raise MatchError(
-            f"The teacher {_listed(sides[0], places[0])} and the student {_listed(sides[1], places[1])} have no kind of layer in common.",
-            hint='Distil the logits alone: main="kd" without a warm-up (`indistill-fx distill … --no-warmup`).',
+            f"The teacher ({_listed(sides[0])}) and the student ({_listed(sides[1])}) have no kind of layer in common.",
+            hint='Distil the logits alone: main="kd", without a warm-up.',
         )
-    found = [_pair(sides, places[0][i].node, places[1][j].node, table[i][j], _reason(places[0][i], places[1][j])) for i, j in chosen]
-    explained = tuple(Explained(pair, table[i][j], ()) for pair, (i, j) in zip(found, chosen, strict=True))
-    report = MatchReport(embedding=_embedding(sides), unmatched=_unmatched(sides, places, chosen), explained=explained)
-    return PassResult(tuple(found), report)
+    free = [_choose(places[0][i], places[1][j], table[i][j]) for i, j in cells]
+    if similarity is None or not blockwise:
+        free = _spread(sides, cells, free, kept, wanted=pairs, blockwise=blockwise)
+    chosen = sorted([*_thin(free, pairs, len(kept)), *kept], key=lambda one: sides[0].order[one.teacher.node])
+    found = _pairs(sides, chosen)
+    report = MatchReport(_embedding(sides), _unmatched(sides, chosen), explain(sides, chosen, found, places, table))
+    return PassResult(found, report)
 
 
-def _look(traced: TracedModel) -> _Side:
-    flow = information_flow(traced)
-    return _Side(traced, flow, find_stages(traced, flow, find_blocks(traced, flow)))
+def _all_blocks(side: Candidates) -> list[Place]:
+    return [place for stage in side.stages for place in side.blocks(stage)]
 
 
-def _tensor(block: Block, taps: Taps) -> str:
-    return str(getattr(block, _TENSOR[taps]))
+def _weigh_all(sides: _Sides, places: _Places, similarity: Similarity | None) -> list[list[Evidence | None]]:
+    """The evidence for each two places."""
+    measured: Sequence[Sequence[float]] | None = None
+    if similarity is not None and all(places):
+        names = [[side.traced.tap_name(place.node) for place in own] for side, own in zip(sides, places, strict=True)]
+        measured = similarity(sides[0].traced, sides[1].traced, names[0], names[1])
+    return [
+        [weigh(t, s, similarity=None if measured is None else measured[i][j]) for j, s in enumerate(places[1])]
+        for i, t in enumerate(places[0])
+    ]
 
 
-def _measure(similarity: Similarity | None, sides: tuple[_Side, _Side], places: tuple[list[Place], list[Place]]) -> Sequence[Sequence[float]] | None:
-    if similarity is None or not all(places):
-        return None
-    names = [[side.traced.tap_name(place.node) for place in own] for side, own in zip(sides, places, strict=True)]
-    return similarity(sides[0].traced, sides[1].traced, names[0], names[1])
+def _gain(evidence: Evidence | None, teacher: Place, student: Place, kept: Sequence[Chosen], sides: _Sides) -> float:
+    if evidence is None or any(_cross(sides, (teacher, student), (one.teacher, one.student)) for one in kept):
+        return -1.0
+    return (evidence.score - _FLOOR) * teacher.weight * student.weight
 
 
-def _best_path(table: list[list[Evidence | None]], places: tuple[list[Place], list[Place]]) -> list[tuple[int, int]]:
-    """The order-preserving alignment with the largest weighed sum of scores above the floor.
-
-    Source: Needleman, Wunsch, "A general method applicable to the search for similarities", 1970; gaps are free here.
-    """
-    rows, columns = len(places[0]), len(places[1])
-    best = [[0.0] * (columns + 1) for _ in range(rows + 1)]
-    gain = [[_gain(table[i][j], t, s) for j, s in enumerate(places[1])] for i, t in enumerate(places[0])]
-    for i in range(rows):
-        for j in range(columns):
-            best[i + 1][j + 1] = max(best[i][j + 1], best[i + 1][j], best[i][j] + gain[i][j])
-    path, i, j = [], rows, columns
-    while i and j:
-        if gain[i - 1][j - 1] > 0 and best[i][j] == best[i - 1][j - 1] + gain[i - 1][j - 1]:
-            i, j = i - 1, j - 1
-            path.append((i, j))
-        elif best[i][j] == best[i - 1][j]:
-            i -= 1
-        else:
-            j -= 1
-    return path[::-1]
+def _cross(sides: _Sides, one: tuple[Place, Place], other: tuple[Place, Place]) -> bool:
+    """Whether two pairs cross, or share a layer."""
+    ahead = [side.order[a.node] - side.order[b.node] for side, a, b in zip(sides, one, other, strict=True)]
+    return ahead[0] * ahead[1] <= 0
 
 
-def _gain(evidence: Evidence | None, teacher: Place, student: Place) -> float:
-    return -1.0 if evidence is None else (evidence.score - _FLOOR) * teacher.weight * student.weight
+def _choose(teacher: Place, student: Place, evidence: Evidence | None, *told: str) -> Chosen:
+    evidence = evidence or Evidence(0.0, 0.0, 0.0)
+    return Chosen(teacher, student, evidence, (*words(teacher, student, evidence), *told))
 
 
-def _pair(sides: tuple[_Side, _Side], teacher: str, student: str, evidence: Evidence | None, reason: str) -> Pair:
-    facts = sides[0].traced.facts[teacher], sides[1].traced.facts[student]
+def _spread(
+    sides: _Sides,
+    cells: Sequence[tuple[int, int]],
+    exits: list[Chosen],
+    kept: Sequence[Chosen],
+    *,
+    wanted: int | None,
+    blockwise: bool,
+) -> list[Chosen]:
+    """Pair blocks inside the paired stages, evenly spaced and ending with the last."""
+    stages = [(sides[0].stages[i], sides[1].stages[j]) for i, j in cells]
+    limits = [min(len(t.blocks), len(s.blocks)) for t, s in stages]
+    counts = limits if blockwise and wanted is None else [1] * len(cells)
+    missing = 0 if wanted is None else wanted - len(kept) - len(cells)
+    if missing > sum(limits) - len(cells):
+        raise ConfigError(
+            f"{wanted} pairs are more than the {sum(limits) + len(kept)} blocks that the two models have in common.",
+            where="pairs",
+            got=wanted,
+            hint=f"Ask for {sum(limits) + len(kept)} at the most.",
+        )
+    for _ in range(missing):
+        open_stages = [k for k, (count, limit) in enumerate(zip(counts, limits, strict=True)) if count < limit]
+        k = max(open_stages, key=lambda k: (stages[k][0].cost + stages[k][1].cost) / counts[k])
+        counts[k] += 1
+    found: list[Chosen] = []
+    for (teacher, student), count, last in zip(stages, counts, exits, strict=True):
+        places = sides[0].blocks(teacher), sides[1].blocks(student)
+        steps = [[floor((k + 1) * len(own) / count + 0.5) - 1 for k in range(count)] for own in places]
+        inner = [(places[0][i], places[1][j]) for i, j in list(zip(*steps, strict=True))[:-1]]
+        found += [_choose(t, s, weigh(t, s), "block") for t, s in inner if _gain(weigh(t, s), t, s, kept, sides) > -1]
+        found.append(last)
+    return found
+
+
+def _thin(free: list[Chosen], wanted: int | None, kept: int) -> list[Chosen]:
+    """As many as are wanted, evenly spaced and ending with the last."""
+    count = len(free) if wanted is None else max(0, min(len(free), wanted - kept))
+    return [free[floor((k + 1) * len(free) / count + 0.5) - 1] for k in range(count)]
+
+
+def _fixed(sides: _Sides, fixed: Sequence[tuple[str, str]]) -> list[Chosen]:
+    """The pairs that the user asks for."""
+    kept: list[Chosen] = []
+    for teacher, student in fixed:
+        places = [
+            side.anywhere(side.traced.node(tap).name) for side, tap in zip(sides, (teacher, student), strict=True)
+        ]
+        evidence = weigh(places[0], places[1])
+        if evidence is None:
+            forms = [f"{place.facts.kind} {place.size}" for place in places]
+            raise ConfigError(
+                f"`{teacher}` ({forms[0]}) and `{student}` ({forms[1]}) cannot be compared.",
+                where=teacher,
+                hint="Pair layers of one kind: maps and tokens of images, tokens of texts, or vectors.",
+            )
+        for other in kept:
+            if _cross(sides, (places[0], places[1]), (other.teacher, other.student)):
+                names = [
+                    side.traced.tap_name(place.node)
+                    for side, place in zip(sides, (other.teacher, other.student), strict=True)
+                ]
+                raise ConfigError(
+                    f"The pairs `{names[0]}` ↔ `{names[1]}` and `{teacher}` ↔ `{student}` cross or share a layer.",
+                    where=teacher,
+                    hint="Order the pairs from the input to the output on both sides.",
+                )
+        kept.append(Chosen(places[0], places[1], evidence, ("fixed", *words(places[0], places[1], evidence))))
+    return kept
+
+
+def _pairs(sides: _Sides, chosen: Sequence[Chosen]) -> tuple[Pair, ...]:
+    names = sides[0].names([one.teacher.node for one in chosen]), sides[1].names([one.student.node for one in chosen])
+    return tuple(
+        _pair(sides, teacher, student, (one.teacher.node, one.student.node), one.evidence.score, ", ".join(one.words))
+        for teacher, student, one in zip(*names, chosen, strict=True)
+    )
+
+
+def _pair(sides: _Sides, teacher: str, student: str, nodes: tuple[str, str], score: float, reason: str) -> Pair:
+    facts = sides[0].traced.facts[nodes[0]], sides[1].traced.facts[nodes[1]]
     adapter: Adapter = "none"
     if facts[0].kind != facts[1].kind:
         adapter = "tokens_to_map"
     elif facts[0].space != facts[1].space:
         adapter = "pool"
     return Pair(
-        teacher=sides[0].traced.tap_name(teacher),
-        student=sides[1].traced.tap_name(student),
+        teacher=teacher,
+        student=student,
         teacher_shape=facts[0].shape,
         student_shape=facts[1].shape,
         adapter=adapter,
-        score=round(evidence.score, 4) if evidence else 1.0,
+        score=round(min(1.0, max(0.0, score)), 4),
         reason=reason,
     )
 
 
-def _reason(teacher: Place, student: Place) -> str:
-    told = {
-        "resolution": abs(teacher.octaves - student.octaves) < 0.5,
-        "pyramid": abs(teacher.from_last - student.from_last) < 0.5 <= abs(teacher.octaves - student.octaves),
-        "depth": abs(teacher.depth - student.depth) <= 0.1,
-        "last": teacher.order == student.order == 1,
-    }
-    return ", ".join(word for word, holds in told.items() if holds)
-
-
-def _embedding(sides: tuple[_Side, _Side]) -> Pair | None:
-    nodes = [_penultimate(side) for side in sides]
-    if nodes[0] is None or nodes[1] is None:
+def _embedding(sides: _Sides) -> Pair | None:
+    teacher, student = (side.penultimate() for side in sides)
+    if teacher is None or student is None:
         return None
-    return _pair(sides, nodes[0], nodes[1], None, "penultimate vectors")
+    names = sides[0].traced.tap_name(teacher), sides[1].traced.tap_name(student)
+    return _pair(sides, *names, (teacher, student), 1.0, "penultimate")
 
 
-def _penultimate(side: _Side) -> str | None:
-    """The vector that the last layer with weights reads."""
-    from indistill_fx.ops import op_name
-    from indistill_fx.passes.blocks import _NOTHING
-
-    nodes = {node.name: node for node in side.traced.graph_module.graph.nodes}
-    facts, trunk = side.traced.facts, side.flow.trunk
-    last = next((k for k in reversed(range(1, len(trunk))) if trunk[k] in facts and facts[trunk[k]].macs), None)
-    while last is not None and last > 1 and op_name(nodes[trunk[last - 1]]) in _NOTHING:
-        last -= 1
-    if last is None or trunk[last - 1] not in facts or facts[trunk[last - 1]].kind != "vector" or last == 1:
-        return None
-    return trunk[last - 1]
-
-
-def _unmatched(sides: tuple[_Side, _Side], places: tuple[list[Place], list[Place]], chosen: list[tuple[int, int]]) -> tuple[str, ...]:
+def _unmatched(sides: _Sides, chosen: Sequence[Chosen]) -> tuple[str, ...]:
     told = []
-    for k, (side, own) in enumerate(zip(sides, places, strict=True)):
-        taken = {pair[k] for pair in chosen}
-        for n, place in enumerate(own):
-            if n not in taken:
-                told.append(f"{side.traced.role} `{side.traced.tap_name(place.node)}` {_size(place)}: no stage of the other model is left at its place")
+    for k, side in enumerate(sides):
+        taken = {(one.teacher, one.student)[k].node for one in chosen}
+        for stage in side.stages:
+            if not any(side.tensor(block) in taken for block in stage.blocks):
+                place = side.place(stage, len(stage.blocks) - 1)
+                told.append(
+                    f"{side.traced.role} `{side.traced.tap_name(place.node)}` ({place.size}): {_why_alone(place, sides[1 - k])}"
+                )
     return tuple(told)
 
 
-def _listed(side: _Side, places: list[Place]) -> str:
-    return f"({', '.join(f'`{side.traced.tap_name(place.node)}` {_size(place)}' for place in places) or 'no stages'})"
+def _why_alone(place: Place, other: Candidates) -> str:
+    exits = [candidate for candidate in other.exits() if comparable(place, candidate)]
+    if not exits:
+        return f"the {other.traced.role} has no layer of that kind"
+    near = min(exits, key=lambda candidate: abs(candidate.octaves - place.octaves))
+    name = other.traced.tap_name(near.node)
+    if abs(near.octaves - place.octaves) < 0.5:
+        return f"`{name}` of the {other.traced.role} fits another stage better"
+    return f"the {other.traced.role} has no stage at that resolution; the nearest is `{name}` ({near.size})"
 
 
-def _size(place: Place) -> str:
-    return "x".join(str(n) for axis, n in enumerate(place.facts.shape) if axis != place.facts.batch_axis)
+def _listed(side: Candidates) -> str:
+    return (
+        ", ".join(f"`{side.traced.tap_name(place.node)}` {place.facts.kind} {place.size}" for place in side.exits())
+        or "no stages"
+    )

@@ -1,35 +1,36 @@
-"""The score of a pair of layers: how well a teacher's and a student's block output fit together.
+"""The score of a pair of layers: how well an output of the teacher and one of the student fit together.
 
 score = 0.4 resolution + 0.3 depth + 0.3 order, each between 0 and 1:
 
-  resolution  half for every octave that the two differ; counted from the input or from the last stage, whichever fits better, so that
-              a stem with one stride more does not matter.
+  resolution  halved for every octave that the two differ; octaves are counted from the input or from the last stage, whichever fits
+              better, so that a stem with one stride more does not matter.
   depth       1 less the difference of the shares of MACs spent so far.
   order       1 less the difference of the relative positions among the stages.
 
-Where similarity has been measured on data, it counts as much as the other three together. Kinds that cannot be compared (a map of an
-image and tokens of a text) have no score.
+Similarity measured on data, where there is any, counts as much as the three together. Layers that cannot be brought to one form (a map
+of an image and tokens of a text, a map and a vector, an output of a pyramid and a stage of a trunk) have no score.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
-from indistill_fx.traced import Kind, NodeFacts
+from indistill_fx.traced import NodeFacts
 
-WEIGHTS: dict[str, float] = {"resolution": 0.4, "depth": 0.3, "order": 0.3}
+RESOLUTION, DEPTH, ORDER = 0.4, 0.3, 0.3
 MEASURED = 0.5
 """Weight of the similarity measured on data, where there is one."""
 
 LEGEND: dict[str, str] = {
-    "resolution": "same number of halvings from the input",
-    "pyramid": "same number of halvings from the last stage",
-    "depth": "shares of MACs spent so far within 0.1",
+    "resolution": "as many halvings of the sides since the input on both sides",
+    "pyramid": "as many halvings of the sides before the last stage on both sides",
+    "depth": "shares of MACs spent so far differ by at most 0.1",
     "last": "the last stage of both",
-    "block": "evenly spaced blocks within paired stages",
-    "output": "outputs of both pyramids",
+    "block": "evenly spaced among the blocks of two paired stages",
+    "output": "outputs of both feature pyramids",
     "fixed": "asked for",
-    "data": "similar on the data given",
+    "data": "linear CKA on the data given is at least 0.5",
+    "penultimate": "the vectors that the last layers read",
 }
 """What the words in `Pair.reason` say."""
 
@@ -41,12 +42,13 @@ class Place:
     Attributes:
         node: its name in the graph.
         facts: what is known of it.
-        octaves: halvings since the input.
-        from_last: halvings until the last stage.
+        octaves: halvings of the sides since the input.
+        from_last: halvings of the sides before the last stage.
         depth: share of MACs spent so far.
-        order: relative position among the stages, 1 for the last.
+        order: relative position among the stages; 1 is the last.
         weight: how much of a stage it is, 0 to 1.
-        spatial: axes of space of the model's input.
+        source: form of the model's input: axes of space, and whether it holds numbers (not ids).
+        is_output: an output of a feature pyramid.
     """
 
     node: str
@@ -56,17 +58,23 @@ class Place:
     depth: float
     order: float
     weight: float
-    spatial: int
+    source: tuple[int, bool]
+    is_output: bool
+
+    @property
+    def size(self) -> str:
+        """The shape of one sample, as people write it."""
+        return "x".join(str(n) for axis, n in enumerate(self.facts.shape) if axis != self.facts.batch_axis)
 
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """What speaks for a pair, each from 0 to 1.
+    """What speaks for a pair, each from 0 to 1; see the head of the module.
 
     Attributes:
-        resolution: see the module's head.
-        depth: likewise.
-        order: likewise.
+        resolution: nearness of the resolutions.
+        depth: nearness of the shares of MACs.
+        order: nearness of the positions.
         similarity: measured on data; None if it was not.
     """
 
@@ -78,19 +86,32 @@ class Evidence:
     @property
     def score(self) -> float:
         """All evidence in one number, 0 to 1."""
-        structural = sum(WEIGHTS[f.name] * getattr(self, f.name) for f in fields(self) if f.name in WEIGHTS)
-        return structural if self.similarity is None else (1 - MEASURED) * structural + MEASURED * self.similarity
+        told = RESOLUTION * self.resolution + DEPTH * self.depth + ORDER * self.order
+        return told if self.similarity is None else (1 - MEASURED) * told + MEASURED * self.similarity
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """Two places that go together, the evidence for it, and the words of the legend that hold."""
+
+    teacher: Place
+    student: Place
+    evidence: Evidence
+    words: tuple[str, ...]
 
 
 def weigh(teacher: Place, student: Place, *, similarity: float | None = None) -> Evidence | None:
-    """The evidence for a pair; None if the two cannot be compared.
+    """The evidence for a pair.
 
     Args:
         teacher: a layer of the teacher.
         student: a layer of the student.
-        similarity: measured on data.
+        similarity: of the two, measured on data.
+
+    Returns:
+        The evidence; None if the two cannot be brought to one form.
     """
-    if not comparable(teacher.facts.kind, student.facts.kind, teacher.spatial, student.spatial):
+    if not comparable(teacher, student):
         return None
     octaves = min(abs(teacher.octaves - student.octaves), abs(teacher.from_last - student.from_last))
     return Evidence(
@@ -101,8 +122,22 @@ def weigh(teacher: Place, student: Place, *, similarity: float | None = None) ->
     )
 
 
-def comparable(teacher: Kind, student: Kind, teacher_spatial: int, student_spatial: int) -> bool:
-    """Whether two kinds of tensor, from inputs of so many axes of space, can be brought to one form."""
-    if "vector" in (teacher, student) or "other" in (teacher, student):
-        return teacher == student == "vector"
-    return teacher_spatial == student_spatial
+def comparable(teacher: Place, student: Place) -> bool:
+    """Whether two layers can be brought to one form."""
+    kinds = {teacher.facts.kind, student.facts.kind}
+    if "other" in kinds or (len(kinds) > 1 and "vector" in kinds) or teacher.is_output != student.is_output:
+        return False
+    return kinds == {"vector"} or teacher.source == student.source
+
+
+def words(teacher: Place, student: Place, evidence: Evidence) -> list[str]:
+    """The words of the legend that hold for a pair."""
+    told = {
+        "resolution": abs(teacher.octaves - student.octaves) < 0.5,
+        "pyramid": abs(teacher.from_last - student.from_last) < 0.5 <= abs(teacher.octaves - student.octaves),
+        "depth": abs(teacher.depth - student.depth) <= 0.1,
+        "last": teacher.order == student.order == 1,
+        "output": teacher.is_output and student.is_output,
+        "data": evidence.similarity is not None and evidence.similarity >= 0.5,
+    }
+    return [word for word, holds in told.items() if holds]

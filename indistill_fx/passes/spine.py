@@ -2,23 +2,24 @@
 
 Rules, in order:
   1. The spine are the trunk's nodes: every path from the input to the main output passes through them.
-  2. A stage is a run of blocks at one resolution; its exit is the output of its last block. In a dilated network, where a growing
-     width takes the place of a stride, a change of width opens a stage too.
-  3. What comes before the first block of a network of joins is its stem, and no stage.
-  4. In a plain chain whose last run has twice (three times, …) the units of the run before it, that run is two (three, …) stages:
-     the pooling between them was left out because the input is small.
-  5. A feature pyramid's outputs are stages of their own.
+  2. A stage is a run of blocks at one resolution; its exit is its last block. In a dilated network, where a growing width takes the
+     place of a stride, a change of width opens a stage too.
+  3. In a network of joins, plain convolutions before the first join of a run lead to it (a stem, a downsampling), and a first run
+     without joins is the stem: neither is a block of a stage.
+  4. In a plain chain whose last run has twice (three times, …) the units of the run before, that run is two (three, …) stages: the
+     pooling between them was left out because the input is small.
+  5. The outputs of a feature pyramid are stages of their own, except those that only repeat another one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from itertools import groupby
+from dataclasses import dataclass
+from itertools import groupby, pairwise
 
 from indistill_fx.ops import op_name
-from indistill_fx.passes.blocks import _SAME_LEVEL, Block, find_blocks
-from indistill_fx.passes.flow import Flow, information_flow
+from indistill_fx.passes.blocks import Block, find_blocks
+from indistill_fx.passes.flow import SAME_LEVEL, Flow, information_flow
 from indistill_fx.traced import NodeFacts, TracedModel
 
 _WIDER = 1.5
@@ -35,8 +36,8 @@ class SpineNode:
         op: the operation that makes it.
         facts: what is known of it.
         depth: share of the MACs spent before it and in it, 0 to 1.
-        octaves: how often the input's sides were halved on the way; None for vectors.
-        stage: index of the stage it belongs to; None before the first and behind the last.
+        octaves: how often the input's sides were halved on the way; None where there are no positions.
+        stage: index of the stage it belongs to, or leads to; None behind the last.
         is_block_exit: a block's output.
         is_stage_exit: a stage's output.
     """
@@ -54,22 +55,71 @@ class SpineNode:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A run of blocks at one resolution.
+    """A run of blocks at one resolution, or an output of a pyramid.
 
     Attributes:
         index: from the input.
         blocks: in order; the last one's output is the stage's exit.
         cost: share of the network's MACs spent in it.
+        is_output: an output of a feature pyramid.
     """
 
     index: int
     blocks: tuple[Block, ...]
     cost: float
+    is_output: bool = False
 
     @property
     def exit(self) -> Block:
         """The last block."""
         return self.blocks[-1]
+
+
+def spine(traced: TracedModel) -> tuple[SpineNode, ...]:
+    """The spine of a model, from the input to the output.
+
+    Args:
+        traced: the model.
+
+    Returns:
+        The nodes of the trunk whose value is one tensor.
+    """
+    flow = information_flow(traced)
+    blocks = find_blocks(traced, flow)
+    found = find_stages(traced, flow, blocks)
+    operations = {node.name: op_name(node) for node in traced.graph_module.graph.nodes if node.name in flow.inputs}
+    exits, outputs = {stage.exit.output: stage.index for stage in found}, {block.output for block in blocks}
+    stage, told = None, []
+    for name in reversed(flow.trunk):
+        stage = exits.get(name, stage)
+        if name in traced.facts:
+            told.append(
+                SpineNode(
+                    node=name,
+                    tap=traced.tap_name(name),
+                    op=operations[name],
+                    facts=traced.facts[name],
+                    depth=flow.depth[name],
+                    octaves=flow.octaves.get(name),
+                    stage=stage,
+                    is_block_exit=name in outputs,
+                    is_stage_exit=name in exits,
+                )
+            )
+    return tuple(reversed(told))
+
+
+def stages(traced: TracedModel) -> tuple[Stage, ...]:
+    """The stages of a model, from the input to the output.
+
+    Args:
+        traced: the model.
+
+    Returns:
+        The stages.
+    """
+    flow = information_flow(traced)
+    return find_stages(traced, flow, find_blocks(traced, flow))
 
 
 def find_stages(traced: TracedModel, flow: Flow, blocks: Sequence[Block]) -> tuple[Stage, ...]:
@@ -79,88 +129,76 @@ def find_stages(traced: TracedModel, flow: Flow, blocks: Sequence[Block]) -> tup
         traced: the model.
         flow: its information flow.
         blocks: its blocks, in order.
+
+    Returns:
+        The stages, in the order in which the graph computes their exits.
     """
     runs = _runs(traced, flow, blocks)
-    if any(block.joins for block in blocks):
-        first = next(k for k, run in enumerate(runs) if any(block.joins for block in run))
-        runs = runs[min(first, 1) :]
+    if any(block.form == "join" for block in blocks):
+        runs = [run for run in map(_without_lead, runs[_has_stem(runs) :])]
+        if len(flow.ends) > 1:
+            runs = [*runs[:-1], *filter(None, [_without_tail(runs[-1])])]
     elif len(runs) > 1 and len(runs[-1]) >= 2 * len(runs[-2]):
         runs = [*runs[:-1], *_cut(runs[-1], len(runs[-1]) // len(runs[-2]))]
-    starts = [0.0, *(run[-1].depth for run in runs)]
-    stages = [Stage(k, tuple(run), run[-1].depth - start) for k, (run, start) in enumerate(zip(runs, starts, strict=False))]
-    return tuple(stages)
+    found = [(tuple(run), False) for run in runs]
+    found += [((block,), True) for block in _outputs(traced, flow, {block.output for run in runs for block in run})]
+    order = {name: k for k, name in enumerate(flow.inputs)}
+    found.sort(key=lambda entry: order[entry[0][-1].output])
+    depths = [0.0, *(own[-1].depth for own, _ in found)]
+    return tuple(Stage(k, own, depths[k + 1] - depths[k], is_output) for k, (own, is_output) in enumerate(found))
 
 
 def _runs(traced: TracedModel, flow: Flow, blocks: Sequence[Block]) -> list[list[Block]]:
     """Blocks between two changes of resolution (or of width, where convolutions are dilated)."""
-    levels: dict[str, int] = {}
-    level, before = 0, None
-    for name in flow.trunk:
-        now = flow.octaves.get(name)
-        if now is None:
-            continue
-        if before is not None and abs(now - before) > _SAME_LEVEL:
-            level += 1
-        levels[name], before = level, now
-    runs = [list(run) for _, run in groupby(blocks, key=lambda block: levels[block.sum])]
+    sized = [name for name in flow.trunk if name in flow.octaves]
+    level, levels = 0, dict.fromkeys(sized[:1], 0)
+    for before, name in pairwise(sized):
+        level += abs(flow.octaves[name] - flow.octaves[before]) > SAME_LEVEL
+        levels[name] = level
+    runs = [list(run) for _, run in groupby(blocks, key=lambda block: levels.get(block.start, 0))]
     return [part for run in runs for part in (_by_width(traced, run) if any(b.dilated for b in run) else [run])]
 
 
-def _by_width(traced: TracedModel, run: list[Block]) -> list[list[Block]]:
-    parts: list[list[Block]] = []
-    for block in run:
-        width = traced.facts[block.output].channels
-        before = traced.facts[parts[-1][-1].output].channels if parts else 0
-        if parts and max(width, before) < _WIDER * min(width, before):
+def _by_width(traced: TracedModel, run: Sequence[Block]) -> list[list[Block]]:
+    widths = [traced.facts[block.output].channels for block in run]
+    parts = [[run[0]]]
+    for (before, now), block in zip(pairwise(widths), run[1:], strict=True):
+        if max(before, now) < _WIDER * min(before, now):
             parts[-1].append(block)
         else:
             parts.append([block])
     return parts
 
 
-def _cut(run: list[Block], count: int) -> list[list[Block]]:
-    ends = [round(len(run) * (k + 1) / count) for k in range(count)]
-    return [run[a:b] for a, b in zip([0, *ends], ends, strict=False)]
+def _has_stem(runs: Sequence[Sequence[Block]]) -> bool:
+    return len(runs) > 1 and all(block.form != "join" for block in runs[0])
 
 
-def stages(traced: TracedModel) -> tuple[Stage, ...]:
-    """The stages of a model, from the input to the output.
-
-    Args:
-        traced: the model.
-    """
-    flow = information_flow(traced)
-    return find_stages(traced, flow, find_blocks(traced, flow))
+def _without_lead(run: Sequence[Block]) -> list[Block]:
+    """The run without the plain convolutions that lead to its first join."""
+    first = next((k for k, block in enumerate(run) if block.form == "join"), 0)
+    return [block for block in run[:first] if block.form == "separable"] + list(run[first:])
 
 
-def spine(traced: TracedModel) -> tuple[SpineNode, ...]:
-    """The spine of a model, from the input to the output.
+def _without_tail(run: Sequence[Block]) -> list[Block]:
+    """The run without the plain convolutions that lead from its last join to an output."""
+    last = max((k for k, block in enumerate(run) if block.form != "unit"), default=-1)
+    return list(run[: last + 1])
 
-    Args:
-        traced: the model.
-    """
-    flow = information_flow(traced)
-    blocks = find_blocks(traced, flow)
-    found = find_stages(traced, flow, blocks)
-    place = {name: k for k, name in enumerate(flow.trunk)}
-    ends = [place[stage.exit.output] for stage in found if stage.exit.output in place]
-    exits, outputs = {stage.exit.output for stage in found}, {block.output for block in blocks}
-    nodes = []
-    for k, name in enumerate(flow.trunk):
-        if name not in traced.facts:
-            continue
-        stage = next((n for n, end in enumerate(ends) if k <= end), None)
-        nodes.append(
-            SpineNode(
-                node=name,
-                tap=traced.tap_name(name),
-                op=op_name(next(n for n in traced.graph_module.graph.nodes if n.name == name)),
-                facts=traced.facts[name],
-                depth=flow.depth[name],
-                octaves=flow.octaves.get(name),
-                stage=stage,
-                is_block_exit=name in outputs,
-                is_stage_exit=name in exits,
-            )
-        )
-    return tuple(nodes)
+
+def _cut(run: Sequence[Block], count: int) -> list[list[Block]]:
+    ends = [round(len(run) * k / count) for k in range(count + 1)]
+    return [list(run[a:b]) for a, b in pairwise(ends)]
+
+
+def _outputs(traced: TracedModel, flow: Flow, known: set[str]) -> list[Block]:
+    """The outputs of a pyramid that are not computed from another one, or from a stage's exit, without work."""
+    found = []
+    for end in flow.ends if len(flow.ends) > 1 else ():
+        origin, alone = end, True
+        while alone and not traced.facts[origin].macs and len(flow.inputs[origin]) == 1:
+            alone = origin not in known and (origin == end or origin not in flow.ends)
+            origin = flow.inputs[origin][0]
+        if alone and origin not in known and (origin == end or origin not in flow.ends):
+            found.append(Block(end, end, end, end, "unit", False, False, flow.octaves.get(end, 0.0), flow.depth[end]))
+    return found
