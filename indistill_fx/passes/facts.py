@@ -19,7 +19,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from indistill_fx.errors import FrontendError
 from indistill_fx.graphs import output_node, tensor_nodes
-from indistill_fx.ops import attribute
+from indistill_fx.ops import UNARY, attribute, op_name
 from indistill_fx.passes.channel_axis import channel_axes
 from indistill_fx.passes.reference import Reference, plain_attention
 from indistill_fx.traced import Kind, NodeFacts
@@ -78,7 +78,8 @@ class _Recorder(nn.Module):
         class Run(fx.Interpreter):
             def run_node(self, n: fx.Node) -> Any:
                 before = counter.macs
-                value = super().run_node(n)
+                value = _like_input(n, self.env)
+                value = super().run_node(n) if value is None else value
                 macs = counter.macs - before
                 if isinstance(value, Tensor):
                     macs += sum(untold.pop(source, 0) for source in n.all_input_nodes)
@@ -91,10 +92,29 @@ class _Recorder(nn.Module):
             Run(self.graph_module).run(*args)
 
 
+def _like_input(node: fx.Node, values: Mapping[fx.Node, Any]) -> Tensor | None:
+    """The first input of an operation that keeps shape and type, instead of its result: on tensors without data both are the same.
+
+    Torch computes the shapes of just these operations in Python, which would take most of the time.
+    """
+    sources = [values.get(source) for source in node.all_input_nodes if source.op != "get_attr"]
+    first = sources[0] if sources else None
+    if not isinstance(first, Tensor) or not first.is_meta or not first.is_floating_point():
+        return None
+    if node.op == "call_module":
+        owner = node.graph.owning_module
+        own = owner is not None and type(attribute(owner, str(node.target))).__module__.startswith("torch.nn.modules")
+        return first if own and op_name(node) in _KEEPING else None
+    if op_name(node) == "add" and len(sources) == 2 and isinstance(sources[1], Tensor):
+        return first if sources[1].shape == first.shape and sources[1].dtype == first.dtype else None
+    return None
+
+
 def _count_attention(query: Any, key: Any, value: Any, *args: Any, out_val: Any = None, **kwargs: Any) -> int:
     return int(sdpa_flop_count(query.shape, key.shape, value.shape))
 
 
+_KEEPING = (UNARY - {"float", "half", "to", "type_as"}) | {"batch_norm", "layer_norm", "group_norm", "instance_norm", "softmax"}
 _FLOPS = {**flop_registry, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _count_attention}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,10 +21,19 @@ SILENT = frozenset({"requires_grad_", "retain_grad", "register_hook", "__repr__"
 """Functions that compute nothing."""
 
 
+@cache
+def _operators() -> dict[Any, str]:
+    """Tensor's operators that are known to Python under another name (`__pow__` calls itself `pow`)."""
+    named = ((getattr(Tensor, name), name) for name in dir(Tensor) if name.startswith("__") and hasattr(operator, name))
+    return {func: name for func, name in named if callable(func)}
+
+
 def name_of(func: Any) -> str:
     """The function's name; of a property's getter, the property's."""
     name = str(getattr(func, "__name__", func))
-    return str(func.__self__.__name__) if name == "__get__" else name
+    if name == "__get__":
+        return str(func.__self__.__name__)
+    return _operators().get(func, name)
 
 
 def as_call(func: Any, args: tuple[Any, ...]) -> tuple[str, Any, tuple[Any, ...]]:
