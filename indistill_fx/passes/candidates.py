@@ -12,6 +12,7 @@ from indistill_fx.passes.blocks import IDLE, Block, find_blocks
 from indistill_fx.passes.flow import Flow, information_flow
 from indistill_fx.passes.score import Place
 from indistill_fx.passes.spine import Stage, find_stages
+from indistill_fx.plan import Adapter, Pair
 from indistill_fx.traced import TracedModel
 
 Taps = Literal["block", "pre-activation", "last-conv"]
@@ -119,3 +120,41 @@ def look(traced: TracedModel, taps: Taps) -> Candidates:
     flow = information_flow(traced)
     order = {node.name: k for k, node in enumerate(traced.graph_module.graph.nodes)}
     return Candidates(traced, flow, find_stages(traced, flow, find_blocks(traced, flow)), taps, order)
+
+
+def make_pair(
+    sides: tuple[Candidates, Candidates],
+    teacher: str,
+    student: str,
+    nodes: tuple[str, str],
+    score: float,
+    reason: str,
+) -> Pair:
+    """A pair as it stands in a plan.
+
+    Args:
+        sides: teacher and student.
+        teacher: name of the teacher's tap.
+        student: name of the student's tap.
+        nodes: the nodes they name.
+        score: how well they fit.
+        reason: words of the legend.
+
+    Returns:
+        The pair, all channels kept.
+    """
+    facts = sides[0].traced.facts[nodes[0]], sides[1].traced.facts[nodes[1]]
+    adapter: Adapter = "none"
+    if facts[0].kind != facts[1].kind:
+        adapter = "tokens_to_map"
+    elif facts[0].space != facts[1].space:
+        adapter = "pool"
+    return Pair(
+        teacher=teacher,
+        student=student,
+        teacher_shape=facts[0].shape,
+        student_shape=facts[1].shape,
+        adapter=adapter,
+        score=round(min(1.0, max(0.0, score)), 4),
+        reason=reason,
+    )

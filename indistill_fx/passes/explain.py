@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from indistill_fx.passes.candidates import Candidates
-from indistill_fx.passes.score import LEGEND, Chosen, Evidence, Place
+from indistill_fx.passes.candidates import Candidates, make_pair
+from indistill_fx.passes.score import LEGEND, Chosen, Evidence, Place, words
 from indistill_fx.plan import Pair, Shape
 
 CODES: dict[str, str] = {
@@ -25,19 +26,16 @@ CODES: dict[str, str] = {
 _RUNNERS_UP = 3
 
 
-@dataclass(frozen=True, slots=True)
-class RunnerUp:
+class RunnerUp(NamedTuple):
     """A pair that was not chosen.
 
     Attributes:
-        teacher: tap name.
-        student: tap name.
+        pair: as it would stand in the plan.
         evidence: for it.
         why: it lost.
     """
 
-    teacher: str
-    student: str
+    pair: Pair
     evidence: Evidence
     why: str
 
@@ -101,14 +99,22 @@ def explain(
             for j, student in enumerate(places[1]):
                 evidence = table[i][j]
                 if evidence is not None and (teacher.node == one.teacher.node) != (student.node == one.student.node):
-                    names = sides[0].traced.tap_name(teacher.node), sides[1].traced.tap_name(student.node)
                     rival = (
                         taken[1].get(student.node) if teacher.node == one.teacher.node else taken[0].get(teacher.node)
                     )
-                    lost.append(RunnerUp(*names, evidence, _why(evidence, one, rival)))
-        lost.sort(key=lambda runner: -runner.evidence.score)
-        told.append(Explained(pair, one.evidence, tuple(lost[:_RUNNERS_UP])))
+                    lost.append((teacher, student, evidence, _why(evidence, one, rival)))
+        lost.sort(key=lambda entry: -entry[2].score)
+        runners = tuple(_runner_up(sides, *entry) for entry in lost[:_RUNNERS_UP])
+        told.append(Explained(pair, one.evidence, runners))
     return tuple(told)
+
+
+def _runner_up(
+    sides: tuple[Candidates, Candidates], teacher: Place, student: Place, evidence: Evidence, why: str
+) -> RunnerUp:
+    names = sides[0].traced.tap_name(teacher.node), sides[1].traced.tap_name(student.node)
+    reason = ", ".join(words(teacher, student, evidence))
+    return RunnerUp(make_pair(sides, *names, (teacher.node, student.node), evidence.score, reason), evidence, why)
 
 
 def _why(evidence: Evidence, winner: Chosen, rival: Pair | None) -> str:

@@ -17,10 +17,10 @@ from math import floor
 
 from indistill_fx.errors import ConfigError, MatchError
 from indistill_fx.passes.best_path import best_path
-from indistill_fx.passes.candidates import TENSORS, Candidates, Taps, look
+from indistill_fx.passes.candidates import TENSORS, Candidates, Taps, look, make_pair
 from indistill_fx.passes.explain import Explained, explain
 from indistill_fx.passes.score import Chosen, Evidence, Place, comparable, weigh, words
-from indistill_fx.plan import Adapter, Pair
+from indistill_fx.plan import Pair
 from indistill_fx.result import PassResult
 from indistill_fx.traced import TracedModel
 
@@ -102,7 +102,11 @@ def match(
         free = _spread(sides, cells, free, kept, wanted=pairs, blockwise=blockwise)
     chosen = sorted([*_thin(free, pairs, len(kept)), *kept], key=lambda one: sides[0].order[one.teacher.node])
     found = _pairs(sides, chosen)
-    report = MatchReport(_embedding(sides), _unmatched(sides, chosen), explain(sides, chosen, found, places, table))
+    report = MatchReport(
+        embedding=_embedding(sides),
+        unmatched=_unmatched(sides, chosen, {place.node for one in free for place in (one.teacher, one.student)}),
+        explained=explain(sides, chosen, found, places, table),
+    )
     return PassResult(found, report)
 
 
@@ -213,26 +217,10 @@ def _fixed(sides: _Sides, fixed: Sequence[tuple[str, str]]) -> list[Chosen]:
 def _pairs(sides: _Sides, chosen: Sequence[Chosen]) -> tuple[Pair, ...]:
     names = sides[0].names([one.teacher.node for one in chosen]), sides[1].names([one.student.node for one in chosen])
     return tuple(
-        _pair(sides, teacher, student, (one.teacher.node, one.student.node), one.evidence.score, ", ".join(one.words))
+        make_pair(
+            sides, teacher, student, (one.teacher.node, one.student.node), one.evidence.score, ", ".join(one.words)
+        )
         for teacher, student, one in zip(*names, chosen, strict=True)
-    )
-
-
-def _pair(sides: _Sides, teacher: str, student: str, nodes: tuple[str, str], score: float, reason: str) -> Pair:
-    facts = sides[0].traced.facts[nodes[0]], sides[1].traced.facts[nodes[1]]
-    adapter: Adapter = "none"
-    if facts[0].kind != facts[1].kind:
-        adapter = "tokens_to_map"
-    elif facts[0].space != facts[1].space:
-        adapter = "pool"
-    return Pair(
-        teacher=teacher,
-        student=student,
-        teacher_shape=facts[0].shape,
-        student_shape=facts[1].shape,
-        adapter=adapter,
-        score=round(min(1.0, max(0.0, score)), 4),
-        reason=reason,
     )
 
 
@@ -241,19 +229,19 @@ def _embedding(sides: _Sides) -> Pair | None:
     if teacher is None or student is None:
         return None
     names = sides[0].traced.tap_name(teacher), sides[1].traced.tap_name(student)
-    return _pair(sides, *names, (teacher, student), 1.0, "penultimate")
+    return make_pair(sides, *names, (teacher, student), 1.0, "penultimate")
 
 
-def _unmatched(sides: _Sides, chosen: Sequence[Chosen]) -> tuple[str, ...]:
+def _unmatched(sides: _Sides, chosen: Sequence[Chosen], possible: set[str]) -> tuple[str, ...]:
+    """The stages without a partner, and why; `possible` had one before pairs were left out."""
     told = []
     for k, side in enumerate(sides):
         taken = {(one.teacher, one.student)[k].node for one in chosen}
         for stage in side.stages:
             if not any(side.tensor(block) in taken for block in stage.blocks):
                 place = side.place(stage, len(stage.blocks) - 1)
-                told.append(
-                    f"{side.traced.role} `{side.traced.tap_name(place.node)}` ({place.size}): {_why_alone(place, sides[1 - k])}"
-                )
+                why = "fewer pairs were asked for" if place.node in possible else _why_alone(place, sides[1 - k])
+                told.append(f"{side.traced.role} `{side.traced.tap_name(place.node)}` ({place.size}): {why}")
     return tuple(told)
 
 
