@@ -206,10 +206,9 @@ class Engine:
             self._note(leg, f"ended after {state.epoch} of {leg.budget.length} epochs: the loss stood still")
         seconds = sum(epoch.seconds for epoch in epochs)
         accuracy = "" if epochs[-1].accuracy is None else f", accuracy {epochs[-1].accuracy:.2%}"
-        losses = " → ".join(f"{epoch.loss:.4g}" for epoch in (epochs[:1] + epochs[-1:] if len(epochs) > 1 else epochs))
-        self._reporter.say(
-            f"{leg.name}: {len(epochs)} epochs, {state.steps} steps, {seconds:.1f} s, loss {losses}{accuracy}"
-        )
+        losses = " → ".join(f"{epoch.loss:.4g}" for epoch in dict.fromkeys((epochs[0], epochs[-1])))
+        count = f"{len(epochs)} epoch{'s' if len(epochs) > 1 else ''}, {state.steps} steps"
+        self._reporter.say(f"{leg.name}: {count}, {seconds:.1f} s, loss {losses}{accuracy}")
         state.leg, state.epoch, state.steps, state.lowest, state.stale = state.leg + 1, 0, 0, None, 0
 
     def _set_rate(self, leg: Leg, optimizer: Any) -> None:
