@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,7 @@ def trial(folder: Path, kills: int, seed: int, work: Callable[[Path], None] = ru
     while done < kills:
         place = folder / f"run-{runs}"
         while True:
-            ended = in_child(lambda: work(place), kill_after=moments.uniform(0, length / 2) if done < kills else None)
+            ended = in_child(partial(work, place), kill_after=moments.uniform(0, length / 2) if done < kills else None)
             if ended:
                 break
             done += 1

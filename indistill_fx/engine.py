@@ -361,6 +361,7 @@ class Engine:
         saved = (
             f" Saved to {self._directory.path / LAST}; go on with resume=True (--resume)." if self._directory else ""
         )
+        self._reporter.say(message)  # click swallows what a KeyboardInterrupt says
         return Interrupted(f"Stopped in {place}.{saved}", self._stop.number or signal.SIGTERM)
 
     def _over_processes(self, value: float) -> float:
