@@ -3,9 +3,9 @@
     python examples/paper_cifar10.py --data DIR --teacher cnn32_assistant_cifar10.pt            the paper's schedule (hours)
     python examples/paper_cifar10.py --data DIR --teacher cnn32_assistant_cifar10.pt --quick    about five minutes on two cores
 
-DIR is an image folder with train/<class>/ and test/<class>/. The teacher's weights are a state dict with the authors' names. Three students
-are trained from the same initial weights: on labels alone, by PKT alone, and by the InDistill warm-up followed by PKT. All three get the same
-number of epochs in total.
+DIR is an image folder with train/<class>/ and test/<class>/. The teacher's weights are a state dict with the authors'
+names. Three students are trained from the same initial weights: on labels alone, by PKT alone, and by the InDistill
+warm-up followed by PKT. All three get the same number of epochs in total.
 
 Source: Sarridis et al., "InDistill", arXiv:2205.10003: section 4, CIFAR-10.
 """
@@ -13,9 +13,7 @@ Source: Sarridis et al., "InDistill", arXiv:2205.10003: section 4, CIFAR-10.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
-import time
 from pathlib import Path
 
 import torch
@@ -25,12 +23,18 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import indistill_fx as ifx
+from indistill_fx.compare import compare
 from indistill_fx.data import Data, open_data
 from indistill_fx.evaluate import embed, evaluate, retrieval
 
+NAMES = {"labels": "cross-entropy", "pkt": "PKT", "indistill": "InDistill + PKT"}
+
 
 class Cnn32(nn.Module):
-    """Three blocks of convolution, norm, ReLU and max-pool, then two linear layers. The paper's assistant; `Cnn32_Small` has half the widths."""
+    """Three blocks of convolution, norm, ReLU and max-pool, then two linear layers.
+
+    With these widths the paper's assistant; `Cnn32_Small`, the student, has half of them.
+    """
 
     def __init__(self, widths: tuple[int, int, int] = (16, 32, 64), hidden: int = 128):
         super().__init__()
@@ -66,7 +70,7 @@ def make_student() -> Cnn32:
 
 
 def measure(student: nn.Module, data: Data, *, queries: int | None) -> dict[str, float]:
-    """Test accuracy (of classifiers trained on labels) and retrieval: test images as queries, training images as database."""
+    """Test accuracy, and retrieval: test images as queries, training images as database."""
     accuracy = evaluate(student, data.test).accuracy
     query, query_labels = embed(student.embedding, data.test)
     database, database_labels = embed(student.embedding, data.train_plain)
@@ -88,6 +92,7 @@ def main() -> None:
     parser.add_argument("--teacher", required=True, metavar="FILE", help="state dict of the assistant Cnn32")
     parser.add_argument("--out", default="runs/paper", metavar="DIR", help="where runs, plan and results go")
     parser.add_argument("--quick", action="store_true", help="1-1-1 epochs of warm-up and 6 in all, every tenth query")
+    parser.add_argument("--resume", action="store_true", help="go on with what is in --out")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     warmup, total = ([1, 1, 1], 6) if options.quick else ([3, 4, 5], 70)
@@ -100,31 +105,29 @@ def main() -> None:
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     plan.save(out / "plan.json")
-    arms = {
-        "cross-entropy": {"main": "labels", "curriculum": ifx.Curriculum(lengths=[]), "epochs": total},
-        "PKT": {"main": "pkt", "curriculum": ifx.Curriculum(lengths=[]), "epochs": total},
-        "InDistill + PKT": {"main": "pkt", "curriculum": ifx.Curriculum(lengths=warmup), "epochs": total - sum(warmup)},
-    }
-    results: dict[str, dict[str, float]] = {}
-    for name, options_of_arm in arms.items():
-        student, start = copy.deepcopy(initial), time.perf_counter()
-        run_dir = out / name.lower().replace(" + ", "-").replace(" ", "-")
-        ifx.distill(
-            teacher,
-            student,
-            data.train,
-            plan=plan,
-            example_inputs=x,
-            seed=options.seed,
-            run_dir=run_dir,
-            schedule="step",
-            milestones=[options_of_arm["epochs"] - max(1, total // 7)],
-            **options_of_arm,
-        )
-        seconds = time.perf_counter() - start
-        results[name] = {**measure(student, data, queries=1000 if options.quick else None), "seconds": seconds}
+    arms = compare(
+        teacher,
+        initial,
+        data.train,
+        plan=plan,
+        curriculum=ifx.Curriculum(lengths=warmup),
+        main="pkt",
+        epochs=total,
+        example_inputs=x,
+        run_dir=out,
+        resume=options.resume,
+        seed=options.seed,
+        schedule="step",
+        milestones=[total - max(1, total // 7)],
+        announce=lambda arm: print(f"{NAMES[arm]}:", flush=True),
+    )
+    queries = 1000 if options.quick else None
     results = {
-        "teacher": {**measure(teacher, data, queries=1000 if options.quick else None), "seconds": 0.0},
+        NAMES[name]: {**measure(arm.student, data, queries=queries), "seconds": arm.record.seconds}
+        for name, arm in arms.items()
+    }
+    results = {
+        "teacher": {**measure(teacher, data, queries=queries), "seconds": 0.0},
         **results,
     }
     (out / "results.json").write_text(

@@ -88,6 +88,11 @@ class Job:
     example: Any
     settings: dict[str, Any]
 
+    @property
+    def samples(self) -> int:
+        """How many training samples there are."""
+        return sum(len(labels) for _, labels, *_ in self.data.train_plain)
+
 
 _SETTINGS = "learning_rate optimizer weight_decay schedule clip_norm accumulate mixed_precision compile seed tensorboard".split()
 
@@ -147,6 +152,28 @@ def tell_run(record: RunRecord, run_dir: str) -> None:
         )
         out.print(f"Test accuracy {100 * record.accuracy:.2f}%{best}{teacher}.")
     out.print(f"All of it is in {run_dir}; try `indistill-fx export {run_dir} -o student.onnx`.", soft_wrap=True)
+
+
+def tell_arms(records: dict[str, RunRecord], run_dir: str) -> None:
+    """The table at a comparison's end."""
+    from indistill_fx.cli.tables import plain_table
+
+    numbers = ("accuracy", "best", "last loss", "epochs", "seconds")
+    table = plain_table("trained by", *numbers, numbers=numbers)
+    for name, record in records.items():
+        accuracy, best = (
+            f"{100 * value:.2f}%" if value is not None else "" for value in (record.accuracy, record.best_accuracy)
+        )
+        table.add_row(
+            name, accuracy, best, f"{record.epochs[-1].loss:.4g}", str(len(record.epochs)), f"{record.seconds:.0f}"
+        )
+    out = console()
+    teacher = next(iter(records.values())).teacher_accuracy
+    out.print(table, f"Teacher: {100 * teacher:.2f}%" if teacher is not None else "")
+    out.print(
+        f"A run directory for each is in {run_dir}; try `indistill-fx export {run_dir}/indistill -o student.onnx`.",
+        soft_wrap=True,
+    )
 
 
 def console() -> Console:

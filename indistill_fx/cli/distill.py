@@ -31,6 +31,12 @@ from indistill_fx.cli import common
 @click.option("--warmup", metavar="3,4,5", help="Epochs of every warm-up stage. [default: 3, 4, 5, …]")
 @click.option("--no-warmup", is_flag=True, help="Only the main loss.")
 @click.option("--warmup-loss", default="mse", show_default=True, help="mse, cosine, at, pkt or file.py:loss.")
+@click.option(
+    "--compare",
+    "comparing",
+    is_flag=True,
+    help="Also train the student on labels alone and by the main loss alone, for as many epochs in all.",
+)
 @common.training_options
 def command(
     teacher: str,
@@ -40,6 +46,7 @@ def command(
     warmup: str | None,
     no_warmup: bool,
     warmup_loss: str,
+    comparing: bool,
     **options: Any,
 ) -> None:
     r"""Distil TEACHER into STUDENT: the warm-up layer by layer, then the main loss.
@@ -51,6 +58,7 @@ def command(
     Example:
       indistill-fx distill teacher.pt models.py:make_student --data imagefolder:cifar10 -o runs/first
     """
+    from indistill_fx.compare import compare
     from indistill_fx.curriculum import Curriculum
     from indistill_fx.plan import AlignmentPlan
     from indistill_fx.runs import about
@@ -59,19 +67,27 @@ def command(
     sources = common.open_model(teacher, options["trust"]), common.open_model(student, options["trust"])
     job = common.open_job(options, with_indices=main_loss == "crd")
     lengths = [] if no_warmup else common.numbers(warmup, "--warmup") if warmup else None
-    record = distill(
-        sources[0].module,
-        sources[1].module,
-        job.data.train,
-        plan=AlignmentPlan.load(plan_file) if plan_file else None,
-        curriculum=Curriculum(lengths=lengths, loss=warmup_loss),
-        main=main_loss,
-        val_loader=job.data.test,
-        example_inputs=job.example,
-        run_dir=options["output"],
-        resume=options["resume"],
-        epochs=options["epochs"],
-        about=about(student, options["data"], job.data.input_size, teacher=teacher),
+    shared: dict[str, Any] = {
+        "plan": AlignmentPlan.load(plan_file) if plan_file else None,
+        "curriculum": Curriculum(lengths=lengths, loss=warmup_loss),
+        "main": main_loss,
+        "main_options": {"samples": job.samples} if main_loss == "crd" else None,
+        "val_loader": job.data.test,
+        "example_inputs": job.example,
+        "run_dir": options["output"],
+        "resume": options["resume"],
+        "about": about(student, options["data"], job.data.input_size, teacher=teacher),
         **job.settings,
-    )
-    common.tell_run(record, options["output"])
+    }
+    models = sources[0].module, sources[1].module
+    if comparing:
+        arms = compare(
+            *models,
+            job.data.train,
+            epochs=options["epochs"],
+            announce=lambda arm: click.echo(f"{arm}:", err=True),
+            **shared,
+        )
+        common.tell_arms({name: arm.record for name, arm in arms.items()}, options["output"])
+    else:
+        common.tell_run(distill(*models, job.data.train, epochs=options["epochs"], **shared), options["output"])

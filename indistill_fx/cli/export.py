@@ -93,9 +93,7 @@ def command(
     for check in report.parity:
         out.print(f"  batch {check.batch_size:>2}: `{check.output}` differs by at most {check.max_abs:.1e}")
     if report.real is not None and report.real.agreement is not None:
-        out.print(
-            f"  real data: {100 * report.real.agreement:.2f}% of {report.real.rows} samples get the same class"
-        )
+        out.print(f"  real data: {100 * report.real.agreement:.2f}% of {report.real.rows} samples get the same class")
     out.print(f"  onnxruntime: {report.latency_ms:.2f} ms a sample at batch 1 (median)")
     for note in report.notes:
         out.print(f"  {note}", markup=False)
@@ -123,10 +121,10 @@ def _quantize(source: Path, data: Data, *, dynamic: bool, max_drop: float) -> No
         method="dynamic" if dynamic else "static",
         max_drop=max_drop / 100,
     )
+    smaller = report.size_fp32 / report.size_int8
+    accuracies = f"{100 * report.accuracy_fp32:.2f}% in fp32, {100 * report.accuracy_int8:.2f}% in int8"
     out = common.console()
     out.print(
-        f"[bold]{report.path}[/]: int8, {report.method}, {report.size_int8 / 2**20:.2f} MiB ({report.size_fp32 / report.size_int8:.1f}x smaller)"
+        f"[bold]{report.path}[/]: int8, {report.method}, {report.size_int8 / 2**20:.2f} MiB ({smaller:.1f}x smaller)"
     )
-    out.print(
-        f"  accuracy {100 * report.accuracy_fp32:.2f}% in fp32, {100 * report.accuracy_int8:.2f}% in int8 on {report.evaluation_rows:,} samples"
-    )
+    out.print(f"  accuracy {accuracies} on {report.evaluation_rows:,} samples")

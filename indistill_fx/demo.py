@@ -1,0 +1,170 @@
+"""The whole way on scikit-learn's digits: a teacher, one student trained in three ways, a comparison, an ONNX file.
+
+The three students start from the same weights and seed and get the same number of epochs in all, the warm-up counted.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from indistill_fx.compare import compare
+from indistill_fx.curriculum import Curriculum
+from indistill_fx.data import Data, open_data
+from indistill_fx.export import ExportReport, export_onnx
+from indistill_fx.passes.pipeline import align
+from indistill_fx.passes.trace import trace
+from indistill_fx.record import RunRecord
+from indistill_fx.runs import about
+from indistill_fx.train import train
+
+TEACHER_EPOCHS = 12
+STUDENT_EPOCHS = 18
+WARMUP = (1, 2, 3)
+LEARNING_RATE = 5e-3
+NAMES = {"teacher": "teacher", "labels": "cross-entropy", "kd": "KD", "indistill": "InDistill + KD"}
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions and a shortcut."""
+
+    def __init__(self, cin: int, cout: int, stride: int):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(cin, cout, 3, stride, 1, bias=False), nn.BatchNorm2d(cout)
+        self.conv2, self.bn2 = nn.Conv2d(cout, cout, 3, 1, 1, bias=False), nn.BatchNorm2d(cout)
+        self.shortcut = nn.Sequential(nn.Conv2d(cin, cout, 1, stride, bias=False), nn.BatchNorm2d(cout))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, cin, height, width) → (batch, cout, height / stride, width / stride)."""
+        branch = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return F.relu(branch + self.shortcut(x))
+
+
+class DigitsTeacher(nn.Module):
+    """Three stages of residual blocks, at 8x8, 4x4 and 2x2."""
+
+    def __init__(self, widths: tuple[int, int, int] = (32, 64, 128)):
+        super().__init__()
+        self.layer1 = nn.Sequential(ResidualBlock(1, widths[0], 1), ResidualBlock(widths[0], widths[0], 1))
+        self.layer2 = nn.Sequential(ResidualBlock(widths[0], widths[1], 2), ResidualBlock(widths[1], widths[1], 1))
+        self.layer3 = nn.Sequential(ResidualBlock(widths[1], widths[2], 2), ResidualBlock(widths[2], widths[2], 1))
+        self.fc = nn.Linear(widths[2], 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, 1, 8, 8) → (batch, 10)."""
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+class DigitsStudent(nn.Module):
+    """A plain chain of three convolutions at the same sizes."""
+
+    def __init__(self, widths: tuple[int, int, int] = (6, 12, 24)):
+        super().__init__()
+        sizes = zip((1, *widths), widths, (1, 2, 2), strict=False)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(a, b, 3, stride, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU())
+            for a, b, stride in sizes
+        )
+        self.fc = nn.Linear(widths[2], 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, 1, 8, 8) → (batch, 10)."""
+        for block in self.blocks:
+            x = block(x)
+        return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One model of the final table."""
+
+    name: str
+    accuracy: float
+    seconds: float
+    parameters: int
+    macs: int
+    export: ExportReport
+
+
+def run_demo(out: Path, *, seed: int = 0, progress: bool = True, say: Callable[[str], None] = print) -> list[Row]:
+    """Train, compare, export.
+
+    Args:
+        out: folder for plan, runs, metrics and ONNX files.
+        seed: of weights and batches.
+        progress: show how training gets on.
+        say: where the story goes, line by line.
+
+    Returns:
+        A row per model, the teacher first.
+
+    Raises:
+        ConfigError: `out` holds a demo already.
+    """
+    data = open_data("digits", batch_size=64, seed=seed)
+    torch.manual_seed(seed)
+    teacher, initial = DigitsTeacher(), DigitsStudent()
+    shared: dict[str, Any] = {"val_loader": data.test, "seed": seed, "progress": progress, "device": "cpu"}
+    say(f"1. Teacher: {TEACHER_EPOCHS} epochs on labels.")
+    kept = about("indistill_fx.demo:DigitsTeacher", "digits", data.input_size)
+    record = train(teacher, data.train, epochs=TEACHER_EPOCHS, run_dir=out / "teacher", about=kept, **shared)
+    x = next(iter(data.train_plain))[0][:2]
+    plan = align(teacher, initial, example_inputs=x)
+    plan.save(out / "plan.json")
+    say(
+        "2. Alignment: "
+        + ", ".join(
+            f"{pair.teacher} ↔ {pair.student} ({len(pair.kept or ())} of {pair.teacher_shape[1]})"
+            for pair in plan.pairs
+        )
+    )
+    say(
+        f"3. The same student three ways, {STUDENT_EPOCHS} epochs each, of which {sum(WARMUP)} of warm-up in the third."
+    )
+    arms = compare(
+        teacher,
+        initial,
+        data.train,
+        plan=plan,
+        curriculum=Curriculum(lengths=WARMUP, learning_rate=LEARNING_RATE),
+        epochs=STUDENT_EPOCHS,
+        example_inputs=x,
+        run_dir=out,
+        learning_rate=LEARNING_RATE,
+        schedule="cosine",
+        announce=lambda arm: say(f"   {NAMES[arm]}:"),
+        about=about("indistill_fx.demo:DigitsStudent", "digits", data.input_size),
+        **shared,
+    )
+    say("4. Export to ONNX, compared with the modules.")
+    trained = {"teacher": (teacher, record), **{arm: (done.student, done.record) for arm, done in arms.items()}}
+    rows = [_finish(name, model, record, data, out, x) for name, (model, record) in trained.items()]
+    (out / "demo.json").write_text(
+        json.dumps({row.name: {"accuracy": row.accuracy, "seconds": row.seconds} for row in rows}, indent=2) + "\n"
+    )
+    return rows
+
+
+def _finish(name: str, model: nn.Module, record: RunRecord, data: Data, out: Path, x: Tensor) -> Row:
+    """Export one model with proof on real digits."""
+    target = out / f"{'student' if name == 'indistill' else name}.onnx"
+    report = export_onnx(
+        model, target, x, real_inputs=next(iter(data.test))[0], metadata={"classes": json.dumps(data.classes)}
+    )
+    assert record.accuracy is not None  # there was validation data
+    return Row(
+        NAMES[name],
+        record.accuracy,
+        record.seconds,
+        sum(parameter.numel() for parameter in model.parameters()),
+        trace(model, x).macs,
+        report,
+    )
