@@ -358,11 +358,10 @@ class Engine:
 
     def _interrupted(self, leg: Leg) -> Interrupted:
         place = f"stage `{leg.name}`, epoch {self.state.epoch + 1}, step {self.state.batch}"
-        saved = (
-            f" Saved to {self._directory.path / LAST}; go on with resume=True (--resume)." if self._directory else ""
-        )
+        kept = self._directory.path / LAST if self._directory else "nowhere"
+        message = f"Stopped in {place}. Saved to {kept}; go on with resume=True (--resume)."
         self._reporter.say(message)  # click swallows what a KeyboardInterrupt says
-        return Interrupted(f"Stopped in {place}.{saved}", self._stop.number or signal.SIGTERM)
+        return Interrupted(message, self._stop.number or signal.SIGTERM)
 
     def _over_processes(self, value: float) -> float:
         if self._accelerator.num_processes == 1:
