@@ -135,7 +135,7 @@ def _copy_checked(archive: zipfile.ZipFile, label: str, trust: Sequence[str]) ->
             hint="If it is your own export, name the model it was made from instead.",
         ) from error
     except Exception as error:  # any bytes at all may come here
-        raise damaged(label, f"{type(error).__name__}: {error}") from error
+        raise damaged(label, f"its program makes no sense ({type(error).__name__}: {error})") from error
     checked.seek(0)
     return checked, examples
 
@@ -206,7 +206,7 @@ def _check_text(value: str, key: str, trust: Sequence[str]) -> None:
         case "name" | "as_name" | "forward_arg_names":
             _require(value, _IDENTIFIER, "name")
         case "nn_module_stack":
-            _require(re.sub(r"[;,@\[\]()']", "", value), _PATH, "module path")
+            _require(re.sub(r"[;,@\[\]()']|<locals>", "", value), _PATH, "module path")
         case "fqn" | "parameter_name" | "buffer_name" | "tensor_constant_name" | "user_input_name":
             _require(value, _PATH, "name")
         case _:

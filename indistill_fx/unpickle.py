@@ -50,7 +50,7 @@ def rehearse(file: BinaryIO, label: str, *, trust: Sequence[str] = ()) -> Rehear
     except ConfigError:
         raise
     except Exception as error:  # any bytes at all may come here
-        raise damaged(label, f"{type(error).__name__}: {error}") from error
+        raise damaged(label, f"its pickle makes no sense ({type(error).__name__}: {error})") from error
     finally:
         file.seek(0)
     _refuse_names(rehearsal, label)
