@@ -46,7 +46,8 @@ IDLE = frozenset(
 """Operations that leave the values as they are, when the model is evaluated."""
 
 _JOINS = frozenset(("add", "sub", "cat", "stack", "sum"))
-_POOLS = frozenset(("max_pool", "avg_pool", "lp_pool", "adaptive_avg_pool", "adaptive_max_pool"))
+_STRIDED_POOLS = frozenset(("max_pool", "avg_pool", "lp_pool"))
+_POOLS = _STRIDED_POOLS | {"adaptive_avg_pool", "adaptive_max_pool"}
 _ACTIVATIONS = UNARY - IDLE
 Form = Literal["join", "separable", "unit"]
 
@@ -187,7 +188,8 @@ class _Look:
         stops = [*places[1:], len(self.flow.trunk)]
         spans = [self.flow.trunk[a:b] for a, b in zip(places, stops, strict=True)]
         pools = [
-            any(op_name(self.nodes[name]) in _POOLS and name in self.flow.octaves for name in span) for span in spans
+            any(op_name(self.nodes[name]) in _STRIDED_POOLS and name in self.flow.octaves for name in span)
+            for span in spans
         ]
         return len(pools) > 1 and all(pools)
 
@@ -198,13 +200,16 @@ class _Look:
         if start not in octaves and not self.flat:
             return None
         level, shape, output, read, closed = octaves.get(start, 0.0), self.facts[start].shape, start, None, False
+        norms_left = int(post_norm)
         for before, name in pairwise(trunk[step.place :]):
             operation = op_name(self.nodes[name])
             if not self._goes_on(before, name):
                 break
-            if "norm" in operation and step.form == "join" and not post_norm:
-                read = read or self._normed_before_activation(name)
-                break
+            if "norm" in operation and step.form == "join":
+                if not norms_left:
+                    read = read or self._normed_before_activation(name)
+                    break
+                norms_left -= 1
             if operation in _POOLS:
                 far = name not in octaves or abs(octaves[name] - level) > SAME_LEVEL
                 if far and (not pooled or closed or name not in octaves):

@@ -104,7 +104,7 @@ def match(
     found = _pairs(sides, chosen)
     report = MatchReport(
         embedding=_embedding(sides),
-        unmatched=_unmatched(sides, chosen, {place.node for one in free for place in (one.teacher, one.student)}),
+        unmatched=_unmatched(sides, chosen, free),
         explained=explain(sides, chosen, found, places, table),
     )
     return PassResult(found, report)
@@ -232,15 +232,15 @@ def _embedding(sides: _Sides) -> Pair | None:
     return make_pair(sides, *names, (teacher, student), 1.0, "penultimate")
 
 
-def _unmatched(sides: _Sides, chosen: Sequence[Chosen], possible: set[str]) -> tuple[str, ...]:
+def _unmatched(sides: _Sides, chosen: Sequence[Chosen], possible: Sequence[Chosen]) -> tuple[str, ...]:
     """The stages without a partner, and why; `possible` had one before pairs were left out."""
     told = []
     for k, side in enumerate(sides):
-        taken = {(one.teacher, one.student)[k].node for one in chosen}
+        taken, left_out = ({(one.teacher, one.student)[k].node for one in some} for some in (chosen, possible))
         for stage in side.stages:
-            if not any(side.tensor(block) in taken for block in stage.blocks):
+            if taken.isdisjoint(map(side.tensor, stage.blocks)):
                 place = side.place(stage, len(stage.blocks) - 1)
-                why = "fewer pairs were asked for" if place.node in possible else _why_alone(place, sides[1 - k])
+                why = "fewer pairs were asked for" if place.node in left_out else _why_alone(place, sides[1 - k])
                 told.append(f"{side.traced.role} `{side.traced.tap_name(place.node)}` ({place.size}): {why}")
     return tuple(told)
 

@@ -1,0 +1,264 @@
+"""The spine: which tensors hold all the information, which of them end blocks and stages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+
+from indistill_fx.passes.flow import information_flow
+from indistill_fx.passes.spine import spine, stages
+from indistill_fx.passes.trace import trace
+from indistill_fx.traced import TracedModel
+
+
+def conv(cin: int, cout: int, kernel: int = 3, stride: int = 1, groups: int = 1, dilation: int = 1) -> nn.Sequential:
+    padding = dilation * (kernel // 2)
+    layer = nn.Conv2d(cin, cout, kernel, stride, padding, dilation, groups, bias=False)
+    return nn.Sequential(layer, nn.BatchNorm2d(cout), nn.ReLU())
+
+
+def head(cin: int) -> list[nn.Module]:
+    return [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(cin, 5)]
+
+
+class Residual(nn.Module):
+    """A residual block around any branch."""
+
+    def __init__(self, branch: nn.Module, after: nn.Module | None = None):
+        super().__init__()
+        self.branch, self.after = branch, after or nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(x + self.branch(x))
+
+
+def traced(*layers: nn.Module, size: int = 32) -> TracedModel:
+    return trace(nn.Sequential(*layers), torch.randn(2, 3, size, size))
+
+
+def exits(model: TracedModel) -> list[str]:
+    return [model.tap_name(stage.exit.output) for stage in stages(model)]
+
+
+def test_every_path_goes_through_the_spine() -> None:
+    model = traced(conv(3, 8), Residual(conv(8, 8)), conv(8, 16, stride=2), Residual(conv(16, 16)), *head(16))
+    names = [node.tap for node in spine(model)]
+    assert names == [":input", "0.0", "0.1", "0", "1:add", "1", "2.0", "2.1", "2", "3:add", "3", "4", "5", "6"]
+    assert not any(name.startswith(("1.branch", "3.branch")) for name in names)
+
+
+def test_depth_grows_to_one_and_octaves_count_halvings() -> None:
+    model = traced(conv(3, 8), Residual(conv(8, 8)), conv(8, 16, stride=2), Residual(conv(16, 16)), *head(16))
+    nodes = spine(model)
+    depths = [node.depth for node in nodes]
+    assert depths == sorted(depths)
+    assert depths[0] == 0
+    assert depths[-1] == 1
+    assert {node.tap: node.octaves for node in nodes}["1"] == 0
+    assert {node.tap: node.octaves for node in nodes}["3"] == 1
+    assert {node.tap: node.octaves for node in nodes}["6"] is None
+
+
+def test_exits_are_marked_and_stages_numbered() -> None:
+    model = traced(
+        conv(3, 8), Residual(conv(8, 8)), Residual(conv(8, 8)), conv(8, 16, stride=2), Residual(conv(16, 16)), *head(16)
+    )
+    nodes = {node.tap: node for node in spine(model)}
+    assert [tap for tap, node in nodes.items() if node.is_stage_exit] == ["2", "4"]
+    assert [tap for tap, node in nodes.items() if node.is_block_exit and not node.is_stage_exit] == ["0", "1", "3"]
+    assert [nodes[tap].stage for tap in ("0", "2", "3", "4", "7")] == [0, 0, 1, 1, None]
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "expected"),
+    [
+        (torchvision.models.resnet18, {}, ["layer1", "layer2", "layer3", "layer4"]),
+        (torchvision.models.densenet121, {}, [f"features.denseblock{k}" for k in (1, 2, 3, 4)]),
+        (torchvision.models.mobilenet_v2, {}, [f"features.{k}" for k in (3, 6, 13, 17)]),
+        (torchvision.models.googlenet, {"init_weights": False}, ["conv3", "inception3b", "inception4e", "inception5b"]),
+    ],
+)
+def test_zoo_models_have_the_stages_that_people_name(
+    make: Callable[..., nn.Module], options: dict[str, bool], expected: list[str]
+) -> None:
+    assert exits(trace(make(weights=None, **options), torch.randn(1, 3, 64, 64))) == expected
+
+
+def test_a_shape_or_a_mask_is_no_path_of_information() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.one, self.two, self.out = (
+                nn.Embedding(9, 8),
+                nn.Linear(8, 8),
+                nn.Linear(8, 8),
+                nn.Linear(8, 3),
+            )
+
+        def forward(self, ids: Tensor, keep: Tensor) -> Tensor:
+            mask = (ids == 0)[:, :, None]
+            x = self.embed(ids)
+            x = x + self.one(x).masked_fill(mask, 0.0) * keep[:, :, None]
+            x = x + self.two(x).masked_fill(mask, 0.0).reshape(x.size(0), x.size(1), -1) * keep[:, :, None]
+            return self.out(x[:, 0])
+
+    model = trace(Masked(), (torch.randint(1, 9, (2, 6)), torch.ones(2, 6)))
+    flow = information_flow(model)
+    assert flow.trunk[0] == "ids"
+    assert [name for name in flow.trunk if name.startswith("add")] == ["add", "add_1"]
+
+
+def test_the_activation_after_a_sum_belongs_to_the_block_and_the_norm_before_the_next_does_not() -> None:
+    after = traced(conv(3, 8), Residual(conv(8, 8)), Residual(conv(8, 8)), *head(8))
+    branch = nn.Sequential(nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1))
+    before = traced(
+        conv(3, 8), *(Residual(branch, nn.Identity()) for _ in range(2)), nn.BatchNorm2d(8), nn.ReLU(), *head(8)
+    )
+    assert exits(after) == ["2"]
+    (stage,) = stages(before)
+    assert stage.exit.output == stage.exit.start
+    assert before.tap_name(stage.exit.output) == "2:add"
+    assert before.tap_name(stage.exit.pre_activation) == "3"
+
+
+def test_three_kinds_of_tap_of_a_residual_block() -> None:
+    model = traced(conv(3, 8), Residual(conv(8, 8)), *head(8))
+    (stage,) = stages(model)
+    block = stage.exit
+    assert [model.tap_name(name) for name in (block.output, block.pre_activation, block.last_conv)] == [
+        "1",
+        "1:add",
+        "1.branch.0",
+    ]
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_a_transformer_block_ends_after_its_mlp_and_after_the_norm_only_if_it_norms_sums(norm_first: bool) -> None:
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patches = nn.Conv2d(3, 16, 8, 8)
+            layers = (
+                nn.TransformerEncoderLayer(16, 2, 32, 0.1, batch_first=True, norm_first=norm_first) for _ in range(3)
+            )
+            self.blocks, self.norm, self.head = nn.ModuleList(layers), nn.LayerNorm(16), nn.Linear(16, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.patches(x).flatten(2).transpose(1, 2)
+            for block in self.blocks:
+                x = block(x)
+            return self.head(self.norm(x).mean(1))
+
+    model = trace(Encoder(), torch.randn(2, 3, 32, 32), role="student")
+    (stage,) = stages(model)
+    assert [model.aliases[block.output][0] for block in stage.blocks] == ["blocks.0", "blocks.1", "blocks.2"]
+
+
+def test_pooling_closes_a_block_only_where_every_block_has_it() -> None:
+    def chain(*pools: bool) -> TracedModel:
+        layers: list[nn.Module] = []
+        for k, pool in enumerate(pools):
+            layers += [conv(8 if k else 3, 8), *([nn.MaxPool2d(2)] if pool else [])]
+        return traced(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 5))
+
+    assert exits(chain(True, True, True)) == ["1", "3", "5"]
+    assert exits(chain(True, True, False)) == ["0", "2", "4"]
+
+
+def test_a_last_run_of_twice_the_units_is_two_stages() -> None:
+    layers = [conv(3, 8), conv(8, 8), nn.MaxPool2d(2), conv(8, 8), conv(8, 8), nn.MaxPool2d(2)]
+    model = traced(*layers, *(conv(8, 8) for _ in range(4)), *head(8))
+    assert exits(model) == ["1", "4", "7", "9"]
+    assert exits(traced(*layers, *(conv(8, 8) for _ in range(3)), *head(8))) == ["1", "4", "8"]
+
+
+def test_a_separable_block_ends_with_its_pointwise_convolution_and_the_head_is_no_block() -> None:
+    def bottleneck(cin: int, cout: int, stride: int) -> nn.Sequential:
+        project = nn.Sequential(nn.Conv2d(32, cout, 1, bias=False), nn.BatchNorm2d(cout))
+        return nn.Sequential(conv(cin, 32, 1), conv(32, 32, 3, stride, groups=32), project)
+
+    model = traced(
+        conv(3, 8, stride=2),
+        bottleneck(8, 8, 1),
+        Residual(bottleneck(8, 8, 1), nn.Identity()),
+        bottleneck(8, 16, 2),
+        conv(16, 64, 1),
+        *head(64),
+    )
+    assert exits(model) == ["2:add", "3"]
+
+
+def test_a_dilated_network_has_a_stage_per_width() -> None:
+    def block(width: int, dilation: int) -> Residual:
+        return Residual(conv(width, width, dilation=dilation))
+
+    def net(dilation: int) -> TracedModel:
+        return traced(conv(3, 8), block(8, dilation), block(8, dilation), conv(8, 16), block(16, dilation), *head(16))
+
+    assert exits(net(2)) == ["2", "4"]
+    assert exits(net(1)) == ["4"]
+
+
+class Pyramid(nn.Module):
+    """Three levels down, and back up with lateral sums."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = [8, 16, 32]
+        self.stem = conv(3, 8)
+        self.down = nn.ModuleList(
+            nn.Sequential(conv(widths[max(k - 1, 0)], width, stride=2), Residual(conv(width, width)))
+            for k, width in enumerate(widths)
+        )
+        self.inner = nn.ModuleList(nn.Conv2d(width, 8, 1) for width in widths)
+        self.outer = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1) for _ in widths)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        x, levels = self.stem(x), []
+        for stage in self.down:
+            x = stage(x)
+            levels.append(x)
+        top = self.inner[2](levels[2])
+        found = {"2": self.outer[2](top)}
+        for k in (1, 0):
+            top = self.inner[k](levels[k]) + F.interpolate(top, scale_factor=2.0)
+            found[str(k)] = self.outer[k](top)
+        found["pool"] = F.max_pool2d(found["2"], 1, 2)
+        return found
+
+
+def test_a_pyramids_outputs_are_stages_of_their_own() -> None:
+    model = trace(Pyramid(), torch.randn(2, 3, 32, 32))
+    found = stages(model)
+    assert [(model.tap_name(stage.exit.output), stage.is_output) for stage in found] == [
+        ("down.0", False),
+        ("down.1", False),
+        ("down.2", False),
+        ("outer.2", True),
+        ("outer.1", True),
+        ("outer.0", True),
+    ]
+
+
+def test_the_inside_of_a_u_net_is_on_the_spine() -> None:
+    class Hourglass(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two, self.three = conv(3, 8), conv(8, 16), conv(16, 32)
+            self.up_two, self.up_one = conv(48, 16), conv(24, 8)
+            self.out = nn.Conv2d(8, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            one = self.one(x)
+            two = self.two(F.max_pool2d(one, 2))
+            three = self.three(F.max_pool2d(two, 2))
+            back = self.up_two(torch.cat([two, F.interpolate(three, scale_factor=2.0)], 1))
+            return self.out(self.up_one(torch.cat([one, F.interpolate(back, scale_factor=2.0)], 1)))
+
+    model = trace(Hourglass(), torch.randn(2, 3, 32, 32))
+    assert exits(model) == ["one", "two", "three", "up_two", "up_one"]
