@@ -29,6 +29,7 @@ from indistill_fx.parity import (
     open_session,
     prove,
     random_inputs,
+    rounding,
 )
 from indistill_fx.preprocess import Pair, Preprocess
 from indistill_fx.staged import staged
@@ -145,7 +146,8 @@ def export_onnx(
             sizes=_other_sizes(inputs) if dynamic_size else (),
         )  # fmt: skip
         chosen = int(program.model.opset_imports[""])
-        _require_proven(proof, target, tolerance=tolerance, opset=chosen)
+        if proof.failures:
+            raise _disagreement(proof, target, deployed, inputs, tolerance=tolerance, opset=chosen)
         one = feed(session, random_inputs(inputs, 1 if dynamic_batch else len(inputs[0])))
         latency = measure({"onnx": lambda: session.run(None, one)}, seconds=0.1)["onnx"].median_ms
         size = sum(f.stat().st_size for f in draft.parent.iterdir())
@@ -272,15 +274,17 @@ def _require_valid(draft: Path) -> None:
         ) from error
 
 
-def _require_proven(proof: Proof, target: Path, *, tolerance: float, opset: int) -> None:
-    if not proof.failures:
-        return
+def _disagreement(
+    proof: Proof, target: Path, deployed: Deployed, inputs: Sequence[Tensor], *, tolerance: float, opset: int
+) -> ExportError:
     rest = f" ({len(proof.failures) - 1} more comparisons failed)" if len(proof.failures) > 1 else ""
     hint = "Try another opset; if the difference is harmless for your use, raise the tolerance."
+    own = rounding(deployed, inputs)
     if " and size " in proof.failures[0]:
         hint = "Only a fully convolutional model takes any size; export a fixed one with dynamic_size=False."
-    raise ExportError(
+    elif own is not None and own > tolerance / 10:
+        hint = f"The model amplifies rounding: torch in its own precision is {own:.1g} of the range off from float64."
+    return ExportError(
         f"`{target}` was not written: onnxruntime and torch disagree (opset {opset}): {proof.failures[0]}{rest}.",
-        where=str(target), got=proof.max_abs, expected=tolerance,
-        hint=hint,
+        where=str(target), got=proof.max_abs, expected=tolerance, hint=hint,
     )  # fmt: skip

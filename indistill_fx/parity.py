@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -221,6 +222,21 @@ def prove(
     if real_inputs is not None:
         real = _on_real(session, module, real_inputs, max(batch_sizes), tolerance, failures)
     return Proof(tuple(rows), real, tuple(failures))
+
+
+def rounding(module: nn.Module, inputs: Sequence[Tensor]) -> float | None:
+    """How far torch itself is off in the module's precision, as a share of the output's range; None if unknown.
+
+    The reference is a copy in float64, so this tells a faulty file from a module that amplifies rounding.
+    """
+    try:
+        exact = copy.deepcopy(module).double()
+        fine = named_outputs(exact(*(x.double() if x.is_floating_point() else x for x in inputs)))
+        coarse = named_outputs(module(*inputs))
+        pairs = [_difference(coarse[name].cpu().numpy(), fine[name].cpu().numpy()) for name in coarse]
+    except Exception:  # some modules cannot be copied, or hold a fixed precision
+        return None
+    return max(gap / scale if scale else gap for gap, scale in pairs)
 
 
 def _run(session: onnxruntime.InferenceSession, module: nn.Module, inputs: Sequence[Tensor]) -> Values:

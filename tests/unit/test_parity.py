@@ -70,3 +70,19 @@ def test_difference_and_range(ours, theirs, expected):
 def test_inputs_that_have_no_common_batch_are_refused(inputs):
     with pytest.raises(ConfigError, match="batch"):
         parity.as_inputs(inputs)
+
+
+def test_rounding_tells_a_module_that_amplifies_it():
+    class Cancels(torch.nn.Module):
+        def forward(self, x):
+            return (x * 1e7 + 1) - x * 1e7
+
+    class Uncopyable(torch.nn.Linear):
+        def __deepcopy__(self, memo):
+            raise TypeError
+
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert parity.rounding(torch.nn.Linear(3, 2), (x,)) < 1e-6
+        assert parity.rounding(Cancels(), (x,)) > 1e-2
+        assert parity.rounding(Uncopyable(3, 2), (x,)) is None
