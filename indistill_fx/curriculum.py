@@ -3,24 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal
 
 from indistill_fx.errors import ConfigError, nearest
 
 Unit = Literal["epochs", "steps"]
-
-
-class Named(Protocol):
-    """Anything with a name."""
-
-    @property
-    def name(self) -> Any:
-        """The student's tap."""
-
-
-Item = TypeVar("Item", bound=Named)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,15 +124,6 @@ class Curriculum:
         """
         budgets = dict(zip(layers, self.schedule(len(layers)), strict=True))
         return {layer: budgets[layer] for layer in self._order(layers) if budgets[layer].length}
-
-    def arrange(self, stages: Iterable[Item]) -> list[Item]:
-        """The chosen ones of the warm-up stages (or whatever bears a student tap's name), in the chosen order.
-
-        Raises:
-            ConfigError: `layers` names one that is not there, or one twice.
-        """
-        known = {str(stage.name): stage for stage in stages}
-        return [known[layer] for layer in self._order(list(known))]
 
     def _order(self, known: Sequence[str]) -> Sequence[str]:
         if self.layers is None:

@@ -229,9 +229,10 @@ class ForeignLoader(EpochLoader):
         for tell in (getattr(part, "set_epoch", None) for part in parts):
             if tell is not None:
                 tell(self.epoch)
-        generator = getattr(self.loader, "generator", None)
-        if isinstance(generator, torch.Generator):
-            generator.manual_seed(_seed(self.seed, self.epoch))
+        for number, part in enumerate(parts):
+            generator = getattr(part, "generator", None)
+            if isinstance(generator, torch.Generator):
+                generator.manual_seed(_seed(self.seed, self.epoch, number))
         randomness = _Randomness(_seed(self.seed, self.epoch))
         with randomness.lent():
             iterator = iter(self.loader)

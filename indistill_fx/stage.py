@@ -183,19 +183,23 @@ def compile_stages(
 def _warmup_stages(
     teacher: TracedModel, student: TracedModel, plan: AlignmentPlan, curriculum: Curriculum
 ) -> list[Stage]:
+    budgets = curriculum.chosen([pair.student for pair in plan.pairs])
+    if not budgets:
+        return []
     loss = warmup_loss(curriculum.loss)
     narrowed = bool(getattr(loss, "needs_equal_widths", True))
     slim = narrowed_teacher(teacher, plan) if narrowed else teacher
+    pairs = {pair.student: pair for pair in plan.pairs}
     return [
         Stage(
-            name=pair.student,
-            student=student_half(student, slim, [pair], [], narrowed=narrowed),
-            teacher=teacher_half(slim, student, [pair], [], narrowed=narrowed),
-            criterion=FeatureLoss(warmup_loss(curriculum.loss), pair.student),
-            pairs=[pair],
+            name=layer,
+            student=student_half(student, slim, [pairs[layer]], [], narrowed=narrowed),
+            teacher=teacher_half(slim, student, [pairs[layer]], [], narrowed=narrowed),
+            criterion=FeatureLoss(warmup_loss(curriculum.loss), layer),
+            pairs=[pairs[layer]],
             budget=budget,
         )
-        for pair, budget in zip(plan.pairs, curriculum.schedule(len(plan.pairs)), strict=True)
+        for layer, budget in budgets.items()
     ]
 
 

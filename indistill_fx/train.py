@@ -98,7 +98,7 @@ def distill(
         stages = compile_stages(*models, chosen, curriculum=curriculum, main=main, main_options=main_options)
         classes = _check_classes(*models, [stage for stage in stages if stage.budget is None])
         return Work(
-            legs=_legs(stages, curriculum, epochs, settings),
+            legs=_legs(stages, epochs, settings),
             check=label_check(classes, len(models[1].example_inputs)),
             save=lambda where: chosen.save(where.path / "plan.json") if where.writes else None,
         )
@@ -249,9 +249,8 @@ def _example(loader: Iterable[Any], module: nn.Module) -> Any:
     return tuple(entry[:4].to(device) for entry in inputs)
 
 
-def _legs(stages: Sequence[Stage], curriculum: Curriculum, epochs: int, settings: Settings) -> list[Leg]:
-    warm = [stage for stage in stages if stage.budget is not None]
-    legs = [Leg(stage.name, stage, stage.budget) for stage in curriculum.arrange(warm) if stage.budget is not None]
+def _legs(stages: Sequence[Stage], epochs: int, settings: Settings) -> list[Leg]:
+    legs = [Leg(stage.name, stage, stage.budget) for stage in stages if stage.budget is not None]
     for leg in legs:
         check_optimizer(leg.budget.optimizer or settings.optimizer)
     budget = Budget(epochs, "epochs", settings.learning_rate, settings.optimizer)

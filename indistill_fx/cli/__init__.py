@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from importlib import import_module
 from typing import Any
@@ -85,9 +86,10 @@ def run(arguments: list[str]) -> int:
     except click.ClickException as error:
         error.show()
         return 2
-    except (click.exceptions.Abort, KeyboardInterrupt):
+    except (click.exceptions.Abort, KeyboardInterrupt) as error:
+        number = getattr(error, "number", None) or getattr(error.__cause__, "number", None)  # a run that saved itself
         click.echo("Stopped.", err=True)
-        return 130
+        return 128 + (number or signal.SIGINT)
     except BrokenPipeError:
         sys.stderr.close()
         return 0

@@ -148,10 +148,7 @@ def interrupted_and_resumed(folder: Path, loader: Any, cuts: list[int], **option
     return student, train(student, loader(), resume=True, **saved)
 
 
-NOT_YET = pytest.mark.xfail(strict=True, reason="ForeignLoader seeds the loader's generator, not yet the sampler's")
-
-
-@pytest.mark.parametrize("name", [pytest.param(n, marks=NOT_YET if n == "sampler" else ()) for n in LOADERS])
+@pytest.mark.parametrize("name", LOADERS)
 def test_with_every_kind_of_loader(tmp_path, name):
     alone = Student()
     record = train(alone, LOADERS[name]())
