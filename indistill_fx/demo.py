@@ -44,7 +44,8 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(batch, cin, height, width) → (batch, cout, height / stride, width / stride)."""
         branch = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        return F.relu(branch + self.shortcut(x))
+        total: Tensor = branch + self.shortcut(x)
+        return total.relu()
 
 
 class DigitsTeacher(nn.Module):
@@ -60,7 +61,8 @@ class DigitsTeacher(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(batch, 1, 8, 8) → (batch, 10)."""
         x = self.layer3(self.layer2(self.layer1(x)))
-        return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
+        scores: Tensor = self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
+        return scores
 
 
 class DigitsStudent(nn.Module):
@@ -79,7 +81,8 @@ class DigitsStudent(nn.Module):
         """(batch, 1, 8, 8) → (batch, 10)."""
         for block in self.blocks:
             x = block(x)
-        return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
+        scores: Tensor = self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
+        return scores
 
 
 @dataclass(frozen=True, slots=True)

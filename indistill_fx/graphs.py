@@ -22,7 +22,8 @@ def tensor_nodes(value: object) -> list[fx.Node]:
 
 def output_node(graph: fx.Graph) -> fx.Node:
     """The graph's output node."""
-    return next(iter(reversed(graph.nodes)))
+    last: fx.Node = next(iter(reversed(graph.nodes)))
+    return last
 
 
 def copy_graph(graph_module: fx.GraphModule) -> tuple[fx.GraphModule, dict[str, fx.Node]]:
@@ -108,6 +109,8 @@ def with_tensors(module: nn.Module, tensors: Mapping[str, Tensor | None], **attr
 def shadow(module: nn.Module, *, training: bool, memo: dict[nn.Module, nn.Module] | None = None) -> nn.Module:
     """A copy of a module tree that has training flags of its own and shares every parameter and buffer."""
     memo = {} if memo is None else memo
+    if isinstance(module, torch.jit.ScriptModule):
+        return module  # compiled code cannot be copied without its tensors
     if module not in memo:
         new = memo[module] = with_tensors(module, {})
         for name, child in module._modules.items():
@@ -141,9 +144,9 @@ def batch_of(value: Any, size: int, *, example_size: int) -> Any:
             return leaf
         rows = leaf[torch.arange(size) % example_size]
         if leaf.is_floating_point() and size > example_size:
-            noise = torch.randn(rows.shape, generator=torch.Generator().manual_seed(size), dtype=torch.float64)
-            fresh = torch.arange(size) >= example_size
-            rows = rows + (0.1 * noise * fresh.view(-1, *[1] * (rows.dim() - 1))).to(rows)
+            fresh = rows[example_size:]
+            noise = torch.randn(fresh.shape, generator=torch.Generator().manual_seed(size), dtype=torch.float64)
+            rows = torch.cat([rows[:example_size], fresh + (0.1 * noise).to(fresh)])
         return rows
 
     return tree_map(resize, value)

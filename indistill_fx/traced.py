@@ -125,7 +125,8 @@ class TracedModel:
                 where=tap,
                 hint=f"{nearest(tap, taps)} `indistill-fx inspect` lists all layers.".strip(),
             )
-        return next(node for node in self.graph_module.graph.nodes if node.name == taps[tap])
+        found: fx.Node = next(node for node in self.graph_module.graph.nodes if node.name == taps[tap])
+        return found
 
     def tap_name(self, node: fx.Node | str) -> str:
         """The name people would use for a node's tensor: the outermost module whose output it is, else `module:node`."""

@@ -180,7 +180,8 @@ def console() -> Console:
     """The terminal, 100 columns wide where there is none."""
     from rich.console import Console
 
-    return Console(width=None if click.get_text_stream("stdout").isatty() else 100, highlight=False)
+    wide: Any = click.get_text_stream("stdout")
+    return Console(width=None if wide.isatty() else 100, highlight=False)
 
 
 def open_model(spec: str, trust: tuple[str, ...]) -> Source:

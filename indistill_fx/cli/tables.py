@@ -102,7 +102,7 @@ def spine_table(traced: TracedModel, spine: Sequence[SpineNode]) -> RenderableTy
         last = node.stage
         mark = "stage exit" if node.is_stage_exit else "block exit" if node.is_block_exit else ""
         shape = size(node.facts.shape)
-        row = [Text(node.tap), Text(node.op), shape, f"{100 * node.depth:.1f}%", mark]
+        row: list[Text | str] = [Text(node.tap), Text(node.op), shape, f"{100 * node.depth:.1f}%", mark]
         table.add_row(
             "" if node.stage is None else str(node.stage + 1), *row, style="bold" if node.is_stage_exit else ""
         )

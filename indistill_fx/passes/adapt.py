@@ -12,8 +12,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import isqrt
+from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 from torch.nn import functional as F
 
 from indistill_fx.errors import MatchError
@@ -53,15 +54,16 @@ def adapt(
         MatchError: the two cannot be brought to one shape.
     """
     output = output_node(graph_module.graph)
-    features, result = output.args[0]  # type: ignore[misc]
+    outputs: Any = output.args[0]
+    features, result = outputs
     value: fx.Node = features[tap]
     told: list[str] = []
     graph = graph_module.graph
 
-    def call(function: Callable[..., object], *args: object, say: str) -> None:
+    def call(function: Callable[..., Tensor], *args: Any, say: str) -> None:
         nonlocal value
         with graph.inserting_before(output):
-            value = graph.call_function(function, (value, *args))  # type: ignore[arg-type]
+            value = graph.call_function(function, (value, *args))
         told.append(say)
 
     space = own.space
@@ -90,7 +92,7 @@ def adapt(
             1 if first else -1,
             say=f"first {other.channels} of {own.channels} channels",
         )
-    output.args = (({**features, tap: value}, result),)  # type: ignore[dict-item]
+    output.args = (({**features, tap: value}, result),)
     graph_module.recompile()
     return tuple(told)
 
@@ -101,16 +103,17 @@ def _as_map(space: tuple[int, ...], own_kind: str, other_kind: str) -> tuple[int
     return space
 
 
-def _permute(x: fx.Proxy, order: tuple[int, ...]) -> object:
+def _permute(x: Tensor, order: tuple[int, ...]) -> Tensor:
     return x.permute(order)
 
 
-def _tokens_to_map(x: fx.Proxy, extra: int, side: int) -> object:
-    return x[:, :, extra:].unflatten(2, (side, side))
+def _tokens_to_map(x: Tensor, extra: int, side: int) -> Tensor:
+    kept: Tensor = x[:, :, extra:]
+    return kept.reshape(*kept.shape[:2], side, side)
 
 
-def _first_channels(x: fx.Proxy, count: int, axis: int) -> object:
+def _first_channels(x: Tensor, count: int, axis: int) -> Tensor:
     return x.narrow(axis, 0, count)
 
 
-_POOL: dict[int, Callable[..., object]] = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
+_POOL: dict[int, Callable[..., Tensor]] = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}

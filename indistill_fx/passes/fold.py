@@ -40,7 +40,8 @@ def fold(graph_module: fx.GraphModule) -> PassResult[fx.GraphModule, FoldReport]
     """
     new, _ = copy_graph(graph_module)
     removed = _remove_idle(new)
-    folded, kept = [], []
+    folded: list[str] = []
+    kept: list[str] = []
     for node in list(new.graph.nodes):
         if op_name(node) != "batch_norm":
             continue
