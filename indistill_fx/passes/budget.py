@@ -18,11 +18,10 @@ from math import ceil, floor, lcm, prod
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from indistill_fx.errors import PruneError
-from indistill_fx.passes.coupling import Coupling, Units
-from indistill_fx.passes.criteria import Criterion
+from indistill_fx.passes.coupling import Coupling, Made, Units
+from indistill_fx.passes.criteria import Scorer
 from indistill_fx.traced import TracedModel
 
 FLOOR = 0.1
@@ -33,7 +32,7 @@ Mask = NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Classes made by the same layers; `path`: the first of these; `channels`: of that layer, per class."""
+    """Classes whose first maker is one layer, the same number of its channels each."""
 
     path: str
     classes: Units
@@ -57,7 +56,7 @@ class Classes:
     reasons: Mapping[int, str]
 
 
-def classify(found: Coupling, criterion: Criterion) -> Classes:
+def classify(found: Coupling, scorer: Scorer) -> Classes:
     """Join tied units to classes, score these and put them into groups.
 
     Raises:
@@ -72,14 +71,14 @@ def classify(found: Coupling, criterion: Criterion) -> Classes:
     total, times = np.zeros(count), np.zeros(count)
     first: dict[int, tuple[str, int]] = {}
     for made in found.made:
-        scores = _scores(made.path, made.weight, criterion)
+        scores = _scores(made, scorer)
         classes = of[made.units]
         np.add.at(total, classes, scores)
         np.add.at(times, classes, 1)
         for k, channels in zip(*np.unique(classes, return_counts=True), strict=True):
             first.setdefault(int(k), (made.path, int(channels)))
     free = np.array([k in first and k not in reasons for k in range(count)], dtype=bool)
-    return Classes(of, total / np.maximum(times, 1), _groups(found, of, free, first), reasons)
+    return Classes(of, total / np.maximum(times, 1), _groups(free, first), reasons)
 
 
 def _join(found: Coupling) -> Units:
@@ -93,27 +92,17 @@ def _join(found: Coupling) -> Units:
     return connected_components(graph, directed=False)[1].astype(np.int64)  # type: ignore[no-any-return]
 
 
-def _scores(path: str, weight: Tensor, criterion: Criterion) -> NDArray[np.float64]:
-    scores = criterion(weight).to(torch.float64).cpu()
-    if not bool(scores.isfinite().all()):
-        raise PruneError(
-            f"`{path}` has weights that are not numbers, so its channels cannot be ranked.",
-            where=path,
-            hint="Load sound weights.",
-        )
+def _scores(made: Made, scorer: Scorer) -> NDArray[np.float64]:
+    scores = scorer(made.node, made.path, made.weight)
     return (scores / scores.mean().clamp_min(1e-30)).numpy()
 
 
-def _groups(found: Coupling, of: Units, free: Mask, first: Mapping[int, tuple[str, int]]) -> tuple[Group, ...]:
-    """Classes made by the same layers, told by a sum of random numbers, one for each layer and row."""
-    marks = np.zeros(len(free), dtype=np.uint64)
-    generator = np.random.default_rng(0)
-    for made in found.made:
-        np.add.at(marks, of[made.units], generator.integers(1, 2**63, dtype=np.uint64))
-    members: dict[int, list[int]] = {}
+def _groups(free: Mask, first: Mapping[int, tuple[str, int]]) -> tuple[Group, ...]:
+    """Classes by the first layer that makes them, and how many of its channels each is."""
+    members: dict[tuple[str, int], list[int]] = {}
     for k in np.flatnonzero(free).tolist():
-        members.setdefault(int(marks[k]), []).append(k)
-    return tuple(Group(first[ks[0]][0], np.array(ks), first[ks[0]][1]) for ks in members.values())
+        members.setdefault(first[k], []).append(k)
+    return tuple(Group(path, np.array(ks), channels) for (path, channels), ks in members.items())
 
 
 def refill(found: Coupling, classes: Classes, stay: Mask) -> Mask:

@@ -42,7 +42,7 @@ def conv(found: Coupling, call: Call) -> set[Place]:
     found.tie_weight(call, "bias", 0, made)
     weight = call.constant("weight")
     if weight is not None and made is not None and (groups == 1 or not transposed):
-        found.made.append(Made(call.path, weight.transpose(0, 1) if transposed else weight, made))
+        found.made.append(Made(call.node.name, 1, call.path, weight.transpose(0, 1) if transposed else weight, made))
     return _finish(found, call, {1: made}, summed, {(call.input.name, 1)})
 
 
@@ -75,7 +75,7 @@ def linear(found: Coupling, call: Call) -> set[Place]:
     found.tie_weight(call, "weight", 0, made)
     found.tie_weight(call, "bias", 0, made)
     if (weight := call.constant("weight")) is not None:
-        found.made.append(Made(call.path, weight, made))
+        found.made.append(Made(call.node.name, last, call.path, weight, made))
     axes = {axis: found.of(call.input, axis) for axis in range(last)} | {last: made}
     return _finish(found, call, axes, [given], {(call.input.name, axis) for axis in range(last + 1)})
 
@@ -86,7 +86,7 @@ def embedding(found: Coupling, call: Call) -> set[Place]:
     made = found.fresh(call.output_shape[last])
     found.tie_weight(call, "weight", 1, made)
     if (weight := call.constant("weight")) is not None:
-        found.made.append(Made(call.path, weight.transpose(0, 1), made))
+        found.made.append(Made(call.node.name, last, call.path, weight.transpose(0, 1), made))
     axes = {axis: found.of(call.input, axis) for axis in range(last)} | {last: made}
     return _finish(found, call, axes, [], {(call.input.name, axis) for axis in range(last)})
 
@@ -213,11 +213,11 @@ def attention_module(found: Coupling, call: Call) -> set[Place] | None:
             found.axes[path, column] = found.fresh(getattr(free, name).in_features)
             found.freeze(found.axes[path, column], f"`{path}` reads fixed channels")
         layer = getattr(free, name)
-        found.made.append(Made(f"{path}.{name}", layer.weight, rows))
+        found.made.append(Made("", 0, f"{path}.{name}", layer.weight, rows))
         found.work.append(
             (result, length * layer.in_features * inner, tuple(u for u in (given, heads) if u is not None))
         )
-    found.made.append(Made(f"{path}.out_proj", free.out.weight, made))
+    found.made.append(Made(result, 2, f"{path}.out_proj", free.out.weight, made))
     found.work.append((result, 2 * lengths[0] * lengths[1] * inner, (heads,)))
     found.work.append((result, lengths[0] * inner * free.out.out_features, (heads, made)))
     for user in call.node.users:
@@ -259,7 +259,9 @@ def windows(found: Coupling, call: Call) -> set[Place]:
     for path, units in (("qkv_weight", rows), ("proj_weight", made)):
         weight = call.constant(path)
         if weight is not None and units is not None:
-            found.made.append(Made(f"{call.path}.{path}", weight, units))
+            found.made.append(
+                Made(call.node.name if path == "proj_weight" else "", last, f"{call.path}.{path}", weight, units)
+            )
     if made is not None:
         found.axes[call.node.name, last] = made
     found.axes[call.node.name, "heads"] = heads

@@ -31,8 +31,18 @@ Place = tuple[str, int | str]
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """Weights that make units: (rows, inputs, *kernel), where they live, and the unit of each row."""
+    """Weights that make units.
 
+    Attributes:
+        node: on whose channel axis the units stand; empty for those inside an attention layer.
+        axis: that axis.
+        path: where the weights live, as people name the module.
+        weight: (rows, inputs, *kernel).
+        units: of each row.
+    """
+
+    node: str
+    axis: int
     path: str
     weight: Tensor
     units: Units

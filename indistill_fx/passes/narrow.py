@@ -25,8 +25,8 @@ from indistill_fx.ops import op_name
 from indistill_fx.passes.channels import trace_back
 from indistill_fx.passes.channels.call import index_select
 from indistill_fx.passes.channels.cut import Cut, Step, Wall
-from indistill_fx.passes.criteria import Criterion
-from indistill_fx.passes.rank import check_width, choose_channels
+from indistill_fx.passes.criteria import Criterion, best
+from indistill_fx.passes.rank import check_width, choose_channels, rank_taps
 from indistill_fx.plan import AlignmentPlan, Pair
 from indistill_fx.result import PassResult
 from indistill_fx.traced import NodeFacts, TracedModel
@@ -58,6 +58,7 @@ class NarrowedTap:
         tap: its name.
         kept: the channels kept, ascending.
         of: the channels there were.
+        chosen_by: how: given, or by which criterion of which layers.
         absorbed: weights that were sliced.
         stopped: where the selection stays.
         notes: gathers that restore an order, and the like.
@@ -68,6 +69,7 @@ class NarrowedTap:
     tap: str
     kept: tuple[int, ...]
     of: int
+    chosen_by: str = ""
     absorbed: tuple[Absorbed, ...] = ()
     stopped: tuple[Stopped, ...] = ()
     notes: tuple[str, ...] = ()
@@ -119,10 +121,10 @@ def narrow(
     aliases = dict(teacher.aliases)
     reports: list[NarrowedTap] = []
     renamed: dict[str, fx.Node] = {}
-    for tap, index in chosen.items():
+    for tap, (index, by) in chosen.items():
         known, name = teacher.facts_of(tap), teacher.node(tap).name
         axis = known.channel_axis or 0
-        report, new = _narrow_tap(out, tap, Cut(nodes[name], axis, axis + 1, index), known)
+        report, new = _narrow_tap(out, tap, Cut(nodes[name], axis, axis + 1, index), known, by)
         reports.append(report)
         if new is not nodes[name]:
             renamed[name] = new
@@ -141,8 +143,8 @@ def _wishes(
     kept: dict[str, Sequence[int]],
     criterion: str | Criterion,
     loader: Iterable[object] | None,
-) -> dict[str, tuple[int, ...]]:
-    """The channels every tap keeps, in the order the taps were named."""
+) -> dict[str, tuple[tuple[int, ...], str]]:
+    """The channels every tap keeps and how they were chosen, in the order the taps were named."""
     order = [pair.teacher for pair in plan.pairs] if plan else []
     for pair in plan.pairs if plan else ():
         if pair.teacher in kept or pair.teacher in widths:
@@ -152,9 +154,9 @@ def _wishes(
         elif (width := student_width(pair, teacher.facts_of(pair.teacher))) < teacher.facts_of(pair.teacher).channels:
             widths[pair.teacher] = width
     wanted = {tap: _check_kept(teacher, tap, index) for tap, index in kept.items()}
-    wanted |= choose_channels(
-        teacher, {tap: n for tap, n in widths.items() if tap not in wanted}, criterion=criterion, loader=loader
-    )
+    counts = {tap: check_width(teacher, tap, n) for tap, n in widths.items() if tap not in wanted}
+    ranked = rank_taps(teacher, counts, criterion, loader)
+    wanted |= {tap: best(ranked[tap].scores, count) for tap, count in counts.items()}
     names = [tap for tap in dict.fromkeys((*order, *widths, *kept)) if tap in wanted]
     first: dict[str, str] = {}
     for tap in names:
@@ -166,7 +168,7 @@ def _wishes(
                 where=tap,
                 hint="Give both the same channels.",
             )
-    return {tap: wanted[tap] for tap in names}
+    return {tap: (wanted[tap], ranked[tap].by if tap in ranked else "given") for tap in names}
 
 
 def _check_kept(teacher: TracedModel, tap: str, index: Sequence[int]) -> tuple[int, ...]:
@@ -195,7 +197,7 @@ def student_width(pair: Pair, known: NodeFacts) -> int:
     return shape[1] if len(shape) in (2, 5) else shape[-1]
 
 
-def _narrow_tap(out: _Rewriter, tap: str, cut: Cut, known: NodeFacts) -> tuple[NarrowedTap, fx.Node]:
+def _narrow_tap(out: _Rewriter, tap: str, cut: Cut, known: NodeFacts, by: str) -> tuple[NarrowedTap, fx.Node]:
     answers = trace_back([cut], out.facts)
     new = out.emit(answers, cut)
     before, after = out.cost(cut.node), out.cost(new)
@@ -214,6 +216,7 @@ def _narrow_tap(out: _Rewriter, tap: str, cut: Cut, known: NodeFacts) -> tuple[N
         tap=tap,
         kept=cut.index,
         of=known.channels,
+        chosen_by=by,
         absorbed=tuple(absorbed),
         stopped=tuple(stopped),
         notes=tuple(dict.fromkeys(notes)),
@@ -295,7 +298,10 @@ class _Rewriter:
         graph = self.graph_module.graph
         with graph.inserting_after(self.cursor.get(self.at, self.at)):
             node = make(graph)
-        for key in ("nn_module_stack", "is_wrapped"):  # the second: torch does not look into the function when it traces the graph again
+        for key in (
+            "nn_module_stack",
+            "is_wrapped",
+        ):  # the second: torch does not look into the function when it traces the graph again
             if key in self.at.meta:
                 node.meta[key] = self.at.meta[key]
         self.cursor[self.at] = node

@@ -1,8 +1,9 @@
 """Choose the channels a tap keeps: find the filters that make them and let the criterion score them.
 
 Rules, in order:
-  1. From the tap back, by the channel rules, to the first filters on every way: these are its producers.
-  2. One producer: its filters' scores are the channels' scores. Several (residual sums, concatenation): each one's scores are
+  1. Criteria that look at data score the tap's own channels.
+  2. For the others: from the tap back, by the channel rules, to the first filters on every way: these are its producers.
+     One producer: its filters' scores are the channels' scores. Several (residual sums, concatenation): each one's scores are
      brought to mean 1, and a channel gets the mean over the producers that make it.
   3. No producer whose weights are visible: the mean absolute activation on the example inputs; the report says so.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,19 +20,18 @@ from torch import Tensor
 from indistill_fx.errors import PruneError
 from indistill_fx.passes.channels import consult
 from indistill_fx.passes.channels.cut import Cut, Filters, Index, Step
-from indistill_fx.passes.criteria import Criterion, best, criterion_of
+from indistill_fx.passes.criteria import Criterion, Scorer, best, scorer_of, statistics
 from indistill_fx.traced import NodeFacts, TracedModel
-
 
 Links = tuple[Index, Index]
 
 
 @dataclass(frozen=True, slots=True)
 class Ranking:
-    """Scores of a tap's channels, and the modules whose filters gave them (none: ranked by activation)."""
+    """Scores of a tap's channels, and by what they were ranked."""
 
     scores: Tensor
-    producers: tuple[str, ...]
+    by: str
 
 
 def producers(cut: Cut, facts: Mapping[str, NodeFacts]) -> list[tuple[Filters, Links]]:
@@ -67,67 +68,65 @@ def _joined(first: Links, second: Links | None) -> Links:
     return tuple(a for a, _ in pairs), tuple(c for _, c in pairs)
 
 
-def rank(
-    teacher: TracedModel, tap: str, criterion: str | Criterion = "l1", loader: Iterable[object] | None = None
-) -> Ranking:
-    """Scores for the channels of a tap.
+def rank_taps(
+    teacher: TracedModel, taps: Iterable[str], criterion: str | Criterion = "l1", loader: Iterable[Any] | None = None
+) -> dict[str, Ranking]:
+    """Scores for the channels of some taps.
 
     Raises:
-        PruneError: the tap has no channels, or the weights that make them are not numbers.
+        ConfigError: no criterion of that name, or one that needs data without a loader.
+        PruneError: a tap has no channels, or the weights that make them are not numbers.
     """
-    node, known = teacher.node(tap), teacher.facts_of(tap)
-    if known.channel_axis is None:
+    places = {tap: (teacher.node(tap).name, _axis(teacher, tap)) for tap in taps}
+    scorer = scorer_of(criterion, teacher, loader, dict(places.values()))
+    found = {}
+    for tap, (node, axis) in places.items():
+        if node in scorer.statistics:
+            found[tap] = Ranking(scorer.statistics[node], f"{scorer.name} at the layer")
+            continue
+        whole = Cut(teacher.node(tap), axis, axis + 1, tuple(range(teacher.facts_of(tap).channels)))
+        visible = [(filters, filters.weight, links) for filters, links in producers(whole, teacher.facts)]
+        ranked = _by_producers(scorer, len(whole.index), [(f, w, links) for f, w, links in visible if w is not None])
+        if ranked is None:
+            scores = statistics(teacher, {node: axis}, [teacher.example_inputs])[node]
+            ranked = Ranking(
+                scores, "activation on the example inputs, for no filters that make its channels are visible"
+            )
+        found[tap] = ranked
+    return found
+
+
+def _axis(teacher: TracedModel, tap: str) -> int:
+    axis = teacher.facts_of(tap).channel_axis
+    if axis is None:
         raise PruneError(
-            f"`{tap}` holds a tensor of shape {'x'.join(map(str, known.shape))} without an axis of channels.",
+            f"`{tap}` holds a tensor of shape {'x'.join(map(str, teacher.facts_of(tap).shape))} without an axis of channels.",
             where=tap,
             hint="Tap another layer.",
         )
-    whole = Cut(node, known.channel_axis, known.channel_axis + 1, tuple(range(known.channels)))
-    visible = [(filters, links) for filters, links in producers(whole, teacher.facts) if filters.weight is not None]
-    if not visible:
-        return Ranking(activation(teacher, tap), ())
-    score = criterion_of(criterion)
-    total, times = torch.zeros(known.channels, dtype=torch.float64), torch.zeros(known.channels, dtype=torch.float64)
-    for filters, (places, rows) in visible:
-        if filters.weight is None:
-            continue
-        scores = score(filters.weight).to(torch.float64).cpu()
-        if not scores.isfinite().all():
-            raise PruneError(
-                f"`{filters.path}` has weights that are not numbers, so its channels cannot be ranked.",
-                where=filters.path,
-                hint="Load sound weights.",
-            )
+    return axis
+
+
+def _by_producers(scorer: Scorer, channels: int, visible: list[tuple[Filters, Tensor, Links]]) -> Ranking | None:
+    """Rule 2."""
+    total, times = torch.zeros(channels, dtype=torch.float64), torch.zeros(channels, dtype=torch.float64)
+    for filters, weight, (places, rows) in visible:
+        scores = scorer(filters.node.name, filters.path, weight)
         if len(visible) > 1:
             scores = scores / scores.mean().clamp_min(1e-30)
-        where = torch.tensor(places)
-        total.index_add_(0, where, scores[torch.tensor(rows)])
-        times.index_add_(0, where, torch.ones(len(places), dtype=torch.float64))
+        at = torch.tensor(places)
+        total.index_add_(0, at, scores[torch.tensor(rows)])
+        times.index_add_(0, at, torch.ones(len(places), dtype=torch.float64))
     made = times > 0
-    mean = total[made].div(times[made]) if len(visible) > 1 else total[made]
-    scores = mean.mean().expand(known.channels).clone()
+    if not made.any():
+        return None
+    mean = total[made] / times[made]
+    scores = mean.mean().expand(channels).clone()
     scores[made] = mean
-    return Ranking(scores, tuple(dict.fromkeys(filters.path for filters, _ in visible)))
-
-
-def activation(teacher: TracedModel, tap: str) -> Tensor:
-    """Mean absolute value of each channel on the example inputs."""
-    node, axis = teacher.node(tap).name, teacher.facts_of(tap).channel_axis
-
-    class Run(torch.fx.Interpreter):
-        value: Tensor
-
-        def run_node(self, n: torch.fx.Node) -> object:
-            result = super().run_node(n)
-            if n.name == node and isinstance(result, Tensor):
-                self.value = result
-            return result
-
-    run = Run(teacher.graph_module)
-    with torch.no_grad():
-        run.run(*teacher.example_inputs, *teacher.example_kwargs.values())
-    value = run.value.double().abs()
-    return value.mean([k for k in range(value.dim()) if k != axis])
+    paths = list(dict.fromkeys(filters.path for filters, _, _ in visible))
+    return Ranking(
+        scores, f"{scorer.name} of {', '.join(paths[:3])}{f' and {len(paths) - 3} more' if len(paths) > 3 else ''}"
+    )
 
 
 def choose_channels(
@@ -135,7 +134,7 @@ def choose_channels(
     widths: Mapping[str, int],
     *,
     criterion: str | Criterion = "l1",
-    loader: Iterable[object] | None = None,
+    loader: Iterable[Any] | None = None,
 ) -> dict[str, tuple[int, ...]]:
     """The channels each tap keeps: the highest scores, in ascending order, equal scores by the lower index.
 
@@ -146,14 +145,14 @@ def choose_channels(
         loader: batches for the criteria that look at data.
 
     Raises:
+        ConfigError: no criterion of that name, or one that needs data without a loader.
         PruneError: a width below one or above the layer's; a layer without channels; weights that are not numbers.
 
     Source: METHOD step 1 (InDistill, arXiv:2205.10003): the filters with the largest L1 norm, ascending.
     """
-    return {
-        tap: best(rank(teacher, tap, criterion, loader).scores, check_width(teacher, tap, width))
-        for tap, width in widths.items()
-    }
+    counts = {tap: check_width(teacher, tap, width) for tap, width in widths.items()}
+    ranked = rank_taps(teacher, widths, criterion, loader)
+    return {tap: best(ranked[tap].scores, count) for tap, count in counts.items()}
 
 
 def check_width(teacher: TracedModel, tap: str, width: int) -> int:

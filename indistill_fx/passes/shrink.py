@@ -20,7 +20,8 @@ from indistill_fx.errors import ConfigError, PruneError
 from indistill_fx.passes.budget import Classes, Cost, Mask, by_budget, by_ratio, by_widths, classify, refill
 from indistill_fx.passes.couple import couple
 from indistill_fx.passes.coupling import Coupling, Units
-from indistill_fx.passes.criteria import Criterion, criterion_of
+from indistill_fx.passes.criteria import Criterion, Scorer, scorer_of
+from indistill_fx.passes.rank import check_width
 from indistill_fx.passes.rewrite import Rewriting, new_facts, rewrite
 from indistill_fx.result import PassResult
 from indistill_fx.traced import TracedModel
@@ -28,11 +29,13 @@ from indistill_fx.traced import TracedModel
 
 @dataclass(frozen=True, slots=True)
 class ShrunkLayer:
-    """A layer that lost channels: what it makes and how many of them stay."""
+    """A layer that makes channels: those that stay, how many there were, how many go at a time, and by what they were scored."""
 
     path: str
     kept: tuple[int, ...]
     of: int
+    each: int
+    by: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +101,11 @@ def shrink(
         PruneError: a wish that cannot be met, and the layer that blocks it.
     """
     _check_wishes(widths, ratio, macs, params, round_to)
+    for tap, width in (widths or {}).items():
+        check_width(model, tap, width)
     found = couple(model.graph_module, model.facts)
-    classes = classify(found, criterion_of(criterion))
+    scorer = scorer_of(criterion, model, loader, {made.node: made.axis for made in found.made if made.node})
+    classes = classify(found, scorer)
     stay = np.ones(len(classes.scores), dtype=bool)
     settled = np.zeros(len(stay), dtype=bool)
     if widths:
@@ -111,7 +117,9 @@ def shrink(
         stay = _within_budget(classes, cost, stay, settled, macs, params, round_to)
     stay = refill(found, classes, stay)
     work = rewrite(model.graph_module, found, lambda units: stay[classes.of[units]])
-    return PassResult(_smaller(model, work, cost.macs_of_nodes(stay)), _report(model, work, found, classes, stay, cost))
+    return PassResult(
+        _smaller(model, work, cost.macs_of_nodes(stay)), _report(model, work, found, classes, stay, cost, scorer)
+    )
 
 
 def _check_wishes(
@@ -176,12 +184,14 @@ def _smaller(model: TracedModel, work: Rewriting, macs: Mapping[str, int]) -> Tr
 
 
 def _report(
-    model: TracedModel, work: Rewriting, found: Coupling, classes: Classes, stay: Mask, cost: Cost
+    model: TracedModel, work: Rewriting, found: Coupling, classes: Classes, stay: Mask, cost: Cost, scorer: Scorer
 ) -> ShrinkReport:
     layers: dict[str, ShrunkLayer] = {}
     for made in found.made:
         mask = stay[classes.of[made.units]]
-        layers.setdefault(made.path, ShrunkLayer(made.path, tuple(np.flatnonzero(mask).tolist()), len(mask)))
+        each = len(mask) // len(np.unique(classes.of[made.units]))
+        kept, by = tuple(np.flatnonzero(mask).tolist()), scorer.basis(made.node, len(mask))[0]
+        layers.setdefault(made.path, ShrunkLayer(made.path, kept, len(mask), each, by))
     reasons: dict[str, Units] = {}
     for made in found.made:
         for k in np.unique(classes.of[made.units]).tolist():

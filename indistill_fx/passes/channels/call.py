@@ -110,10 +110,10 @@ class Call:
         return getattr(self.module, name, default) if self.module is not None else default
 
     def constant(self, name: str) -> Tensor | None:
-        """The value of a weight, if it is a parameter or buffer of the model."""
+        """The value of a weight: a parameter or buffer of the model, or what the graph computes from these alone."""
         value = self.get(name)
-        if isinstance(value, fx.Node) and value.op == "get_attr":
-            value = attribute(_owner(value), str(value.target))
+        if isinstance(value, fx.Node):
+            value = _constant(value)
         return value if isinstance(value, Tensor) else None
 
     @property
@@ -228,6 +228,30 @@ def weight_filters(call: Call, rows: Index, *, rows_axis: int = 0) -> Filters:
     if weight is not None and rows_axis:
         weight = weight.transpose(0, rows_axis)
     return Filters(call.node, call.path, weight, rows)
+
+
+_DEEP = 40
+"""Weights that take more operations than this to compute are not looked at."""
+
+
+def _constant(node: fx.Node) -> Any:
+    """The value of a node that depends on parameters and buffers only; None if it depends on more."""
+    if node.op == "get_attr":
+        return attribute(_owner(node), str(node.target))
+    needed, ways = {node: None}, [node]
+    while ways:
+        for source in ways.pop().all_input_nodes:
+            if source not in needed:
+                needed[source] = None
+                ways.append(source)
+    if len(needed) > _DEEP or any(n.op == "placeholder" for n in needed):
+        return None
+    run = fx.Interpreter(_owner(node))  # type: ignore[arg-type]
+    with torch.no_grad():
+        for n in node.graph.nodes:
+            if n in needed:
+                run.env[n] = run.run_node(n)
+    return run.env[node]
 
 
 def _owner(node: fx.Node) -> nn.Module:

@@ -7,7 +7,7 @@ from torch import fx
 from indistill_fx.passes.channels.call import Call, again, slice_weights
 from indistill_fx.passes.channels.cut import Cut, Part, Step, Wall
 
-_FOLLOWS_FIRST = frozenset("type_as to expand_as".split())
+_FOLLOWS_FIRST = frozenset("type_as to".split())
 """Operations whose further tensors are looked at, not computed with."""
 
 

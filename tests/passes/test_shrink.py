@@ -1,0 +1,301 @@
+"""Shrinking: exact widths, coupled channels, rewritten arguments, budgets, and refusals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from indistill_fx.errors import ConfigError, PruneError
+from indistill_fx.graphs import digest
+from indistill_fx.passes.masked import run_masked
+from indistill_fx.passes.shrink import shrink
+from indistill_fx.passes.trace import trace
+from indistill_fx.traced import TracedModel
+
+Op = Callable[..., Tensor]
+
+
+class Middle(nn.Module):
+    """Two convolutions, something between them and a head: conv -> operation -> head."""
+
+    def __init__(self, operation: Op, *parts: nn.Module, channels: int = 16, reads: int = 16, spatial: bool = True):
+        super().__init__()
+        torch.manual_seed(1)
+        self.stem, self.side = nn.Conv2d(3, channels, 3, padding=1), nn.Conv2d(3, channels, 3, padding=1)
+        self.parts, self.operation = nn.ModuleList(parts), operation
+        self.head = nn.Conv2d(reads, 5, 1) if spatial else nn.Linear(reads, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.operation(self, self.stem(x), self.side(x)))  # type: ignore[no-any-return]
+
+
+def check(module: nn.Module, *, tolerance: float = 1e-10, **wish: Any) -> TracedModel:
+    """Shrink, compare with the masked original, run in train mode, and make sure that the original is untouched."""
+    module = module.double().eval()
+    for child in module.modules():
+        if isinstance(child, nn.BatchNorm2d):
+            nn.init.normal_(child.running_mean)
+            nn.init.uniform_(child.running_var, 0.5, 1.5)
+            nn.init.normal_(child.bias)
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    traced = trace(module, x)
+    before = digest(module)
+    result = shrink(traced, **(wish or {"ratio": 0.5}))
+    expected = run_masked(traced, result.report, x)
+    small = result.value.graph_module
+    with torch.no_grad():
+        got = small(x)
+    assert got.shape == expected.shape
+    assert (got - expected).abs().max() <= tolerance * (expected[0] - expected[1]).abs().max()
+    assert digest(module) == before
+    shared = {p.data_ptr() for p in module.parameters()} & {p.data_ptr() for p in small.parameters()}
+    assert not shared
+    small.train()
+    small(x).sum().backward()
+    idle = {n for n, p in small.named_parameters() if p.requires_grad and p.grad is None}
+    assert all(n.startswith("side.") for n in idle), idle  # some operations leave it out
+    again = trace(small.eval(), x)
+    assert again.macs == result.value.macs
+    assert result.report.macs == (traced.macs, again.macs)
+    assert sum(p.numel() for p in small.parameters()) == result.report.parameters[1]
+    for name, known in result.value.facts.items():
+        if name in again.facts:
+            assert again.facts[name].shape == known.shape, name
+    return result.value
+
+
+def widths(model: TracedModel) -> dict[str, int]:
+    """Output channels of every convolution and linear layer."""
+    return {n: m.weight.shape[0] for n, m in model.graph_module.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+
+
+def shuffle(x: Tensor, groups: int) -> Tensor:
+    b, c, h, w = x.size()
+    return x.view(b, groups, c // groups, h, w).transpose(1, 2).contiguous().view(b, c, h, w)
+
+
+def attend(m: Middle, x: Tensor, y: Tensor) -> Tensor:
+    b, c, h, w = x.shape
+    qkv = m.parts[0](x.flatten(2).transpose(1, 2)).reshape(b, h * w, 3, 4, 8).permute(2, 0, 3, 1, 4)
+    q, k, v = qkv.unbind(0)
+    weights = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1)
+    return (weights @ v).transpose(1, 2).reshape(b, h * w, 32)
+
+
+def non_local(m: Middle, x: Tensor, y: Tensor) -> Tensor:
+    weights = (x.flatten(2).transpose(1, 2) @ y.flatten(2) / x.shape[1] ** 0.5).softmax(-1)
+    return x + (weights @ y.flatten(2).transpose(1, 2)).transpose(1, 2).reshape(x.shape[0], 16, 8, 8)
+
+
+GRAPHS: dict[str, Callable[[], nn.Module]] = {
+    "chain": lambda: Middle(lambda m, x, y: F.relu(x)),
+    "sum": lambda: Middle(lambda m, x, y: F.relu(x + y)),
+    "cat": lambda: Middle(lambda m, x, y: torch.cat([x, F.relu(y)], 1), reads=32),
+    "cat and chunk": lambda: Middle(lambda m, x, y: torch.mul(*torch.cat([x, y], 1).chunk(2, 1))),
+    "uneven split": lambda: Middle(lambda m, x, y: F.relu(torch.cat([x, y], 1).split([20, 12], 1)[0]), reads=20),
+    "slices": lambda: Middle(lambda m, x, y: torch.cat([x[:, ::2], x[:, 1::2] * 2], 1)),
+    "batch norm": lambda: Middle(lambda m, x, y: m.parts[0](x), nn.BatchNorm2d(16)),
+    "group norm": lambda: Middle(lambda m, x, y: m.parts[0](x), nn.GroupNorm(4, 16)),
+    "layer norm": lambda: Middle(lambda m, x, y: m.parts[0](x.permute(0, 2, 3, 1)), nn.LayerNorm(16), spatial=False),
+    "functional layer norm": lambda: Middle(
+        lambda m, x, y: F.layer_norm(x.permute(0, 2, 3, 1), (16,), m.parts[0].weight),
+        nn.LayerNorm(16, bias=False),
+        spatial=False,
+    ),
+    "depthwise": lambda: Middle(lambda m, x, y: m.parts[0](x), nn.Conv2d(16, 32, 3, padding=1, groups=16), reads=32),
+    "grouped": lambda: Middle(lambda m, x, y: m.parts[0](x), nn.Conv2d(16, 16, 3, padding=1, groups=4)),
+    "functional depthwise": lambda: Middle(
+        lambda m, x, y: F.conv2d(x, m.parts[0].weight, m.parts[0].bias, padding=1, groups=16),
+        nn.Conv2d(16, 16, 3, groups=16),
+    ),
+    "transposed": lambda: Middle(lambda m, x, y: m.parts[0](x), nn.ConvTranspose2d(16, 16, 2, 2)),
+    "transposed grouped": lambda: Middle(lambda m, x, y: m.parts[0](x), nn.ConvTranspose2d(16, 16, 2, 2, groups=4)),
+    "standardised weight": lambda: Middle(
+        lambda m, x, y: F.conv2d(x, m.parts[0].weight / m.parts[0].weight.abs().amax((2, 3), keepdim=True)),
+        nn.Conv2d(16, 16, 1),
+    ),
+    "prelu": lambda: Middle(lambda m, x, y: m.parts[0](x), nn.PReLU(16)),
+    "shuffle": lambda: Middle(lambda m, x, y: m.parts[0](shuffle(x, 2)), nn.Conv2d(16, 16, 3, padding=1, groups=4)),
+    "channel shuffle": lambda: Middle(lambda m, x, y: m.parts[0](x), nn.ChannelShuffle(2)),
+    "pixel shuffle": lambda: Middle(lambda m, x, y: F.pixel_shuffle(x, 2), reads=4),
+    "gate": lambda: Middle(
+        lambda m, x, y: x * m.parts[1](F.relu(m.parts[0](x.mean((2, 3), keepdim=True)))).sigmoid(),
+        nn.Conv2d(16, 4, 1),
+        nn.Conv2d(4, 16, 1),
+    ),
+    "gate by linear layers": lambda: Middle(
+        lambda m, x, y: (
+            x * m.parts[0](x.mean((2, 3)).view(x.size(0), x.size(1))).view(x.size(0), x.size(1), 1, 1).expand_as(x)
+        ),
+        nn.Linear(16, 16),
+    ),
+    "channel mean": lambda: Middle(
+        lambda m, x, y: x * torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], 1).mean(1, keepdim=True)
+    ),
+    "flatten": lambda: Middle(lambda m, x, y: F.max_pool2d(x, 4).flatten(1), reads=64, spatial=False),
+    "channels-last flatten": lambda: Middle(
+        lambda m, x, y: F.max_pool2d(x, 4).permute(0, 2, 3, 1).reshape(x.size(0), -1), reads=64, spatial=False
+    ),
+    "constants": lambda: Middle(lambda m, x, y: x * m.parts[0].weight.view(1, 16, 1, 1), nn.BatchNorm2d(16)),
+    "glu": lambda: Middle(lambda m, x, y: F.glu(x, 1), reads=8),
+    "heads by hand": lambda: Middle(attend, nn.Linear(16, 96), reads=32, spatial=False),
+    "non-local": lambda: Middle(non_local),
+    "padded channels": lambda: Middle(
+        lambda m, x, y: F.pad(x, (0, 0, 0, 0, 4, 4)) + m.parts[0](y), nn.Conv2d(16, 24, 1), reads=24
+    ),
+    "attention": lambda: Middle(
+        lambda m, x, y: m.parts[0](*[x.flatten(2).transpose(1, 2)] * 3, need_weights=False)[0],
+        nn.MultiheadAttention(16, 4, batch_first=True),
+        spatial=False,
+    ),
+    "interpolation": lambda: Middle(lambda m, x, y: F.interpolate(x, size=y.shape[2:]) + y),
+    "called twice": lambda: Middle(lambda m, x, y: m.parts[0](F.relu(m.parts[0](x))), nn.Conv2d(16, 16, 1)),
+}
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_equals_masked(name: str) -> None:
+    small = check(GRAPHS[name]())
+    assert widths(small)["stem"] == 8
+    assert widths(small)["head"] == 5
+
+
+@pytest.mark.parametrize("channels", [1, 3, 7, 16])
+def test_asking_for_n_gives_n(channels: int) -> None:
+    net = nn.Sequential(nn.Conv2d(3, channels, 1), nn.ReLU(), nn.Conv2d(channels, 2, 1))
+    traced = trace(net, torch.randn(2, 3, 4, 4))
+    for n in range(1, channels + 1):
+        assert shrink(traced, widths={"0": n}).report.widths["0"] == (channels, n)
+        assert shrink(traced, ratio=n / channels).report.widths["0"] == (channels, n)
+
+
+def test_keeps_the_largest_filters() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 1))
+    small = shrink(trace(net, torch.randn(2, 3, 4, 4)), widths={"0": 3})
+    norms = net[0].weight.detach().abs().sum((1, 2, 3))
+    expected = sorted(norms.argsort(descending=True)[:3].tolist())
+    assert list(small.report.layers[0].kept) == expected
+    assert torch.equal(small.value.graph_module.get_submodule("0").weight, net[0].weight[expected])
+    assert torch.equal(small.value.graph_module.get_submodule("2").weight, net[2].weight[:, expected])
+
+
+def test_heads_are_units_and_keep_their_width() -> None:
+    small = check(GRAPHS["heads by hand"]())
+    assert widths(small)["parts.0"] == 3 * 2 * 8
+
+
+def test_head_width_and_scale_of_attention_modules() -> None:
+    small = check(GRAPHS["attention"]())
+    attention: Any = small.graph_module.get_submodule("parts.0")
+    assert (attention.heads, attention.head_dim, attention.query.in_features, attention.out.out_features) == (
+        2,
+        4,
+        8,
+        8,
+    )
+
+
+def test_shared_weights_stay_shared() -> None:
+    small = check(GRAPHS["called twice"]())
+    assert widths(small) == {"stem": 8, "side": 8, "parts.0": 8, "head": 5}
+
+
+def test_unknown_operation_freezes_and_says_so() -> None:
+    net = Middle(lambda m, x, y: x.sort(1)[0])
+    result = shrink(trace(net, torch.randn(2, 3, 8, 8)), ratio=0.5)
+    assert result.report.widths["stem"] == (16, 16)
+    assert any("sort" in frozen.reason and frozen.channels == 16 for frozen in result.report.frozen)
+
+
+@pytest.mark.parametrize("budget", [0.5, 0.25])
+def test_budgets(budget: float) -> None:
+    net = nn.Sequential(
+        *[m for k in range(4) for m in (nn.Conv2d(3 if k == 0 else 32, 32, 3, padding=1), nn.ReLU())],
+        nn.Conv2d(32, 4, 1),
+    )
+    traced = trace(net, torch.randn(2, 3, 8, 8))
+    for wish in ("macs", "params"):
+        result = shrink(traced, **{wish: budget})
+        before, after = result.report.macs if wish == "macs" else result.report.parameters
+        assert 0.9 * budget <= after / before <= budget
+        again = trace(result.value.graph_module, torch.randn(2, 3, 8, 8))
+        assert again.macs == result.report.macs[1]
+
+
+def test_round_to() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 40, 1), nn.ReLU(), nn.Conv2d(40, 30, 1), nn.ReLU(), nn.Conv2d(30, 2, 1))
+    report = shrink(trace(net, torch.randn(2, 3, 4, 4)), ratio=0.3, round_to=8).report
+    assert report.widths == {"0": (40, 16), "2": (30, 16), "4": (2, 2)}
+
+
+def test_widths_and_ratio_together() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 16, 1), nn.ReLU(), nn.Conv2d(16, 16, 1), nn.ReLU(), nn.Conv2d(16, 2, 1))
+    report = shrink(trace(net, torch.randn(2, 3, 4, 4)), widths={"0": 5}, ratio=0.5).report
+    assert report.widths == {"0": (16, 5), "2": (16, 8), "4": (2, 2)}
+
+
+def test_result_stands_alone(tmp_path: Path) -> None:
+    net = Middle(lambda m, x, y: F.relu(m.parts[0](x) + y), nn.BatchNorm2d(16)).eval()
+    x = torch.randn(2, 3, 8, 8)
+    small = shrink(trace(net, x), ratio=0.5).value.graph_module
+    assert set(small.state_dict()) == set(net.state_dict())
+    torch.export.save(torch.export.export(small, (x,)), tmp_path / "small.pt2")
+    loaded = torch.export.load(tmp_path / "small.pt2").module()
+    assert torch.allclose(loaded(x), small(x), atol=1e-6)
+    optimizer = torch.optim.SGD(small.train().parameters(), lr=0.1)
+    before = digest(net)
+    F.cross_entropy(small(x).mean((2, 3)), torch.tensor([0, 1])).backward()
+    optimizer.step()
+    assert digest(net) == before
+
+
+CONFLICTS: list[tuple[Callable[[], nn.Module], dict[str, Any], str]] = [
+    (
+        GRAPHS["sum"],
+        {"widths": {"stem": 8, "side": 12}},
+        "`side`: asked for 12 of its 16 channels, but it is tied to `stem`",
+    ),
+    (GRAPHS["chain"], {"widths": {"stem": 17}}, "asked for 17 of its 16 channels"),
+    (GRAPHS["chain"], {"widths": {"stem": 0}}, "asked for 0 of its 16 channels"),
+    (GRAPHS["chain"], {"widths": {"head": 3}}, "none of its 5 channels can go: an output of the network"),
+    (GRAPHS["grouped"], {"widths": {"parts.0": 6}}, "they go 4 at a time"),
+    (GRAPHS["called twice"], {"widths": {"stem": 4, "parts.0": 8}}, "tied to"),
+    (GRAPHS["chain"], {"macs": 1e-6}, "cannot be made as small as"),
+]
+
+
+@pytest.mark.parametrize(("make", "wish", "message"), CONFLICTS)
+def test_refuses(make: Callable[[], nn.Module], wish: dict[str, Any], message: str) -> None:
+    net = make()
+    before = digest(net)
+    with pytest.raises(PruneError) as caught:
+        shrink(trace(net, torch.randn(2, 3, 8, 8)), **wish)
+    assert message in str(caught.value)
+    assert digest(net) == before
+
+
+def test_refuses_weights_that_are_not_numbers() -> None:
+    net = GRAPHS["chain"]()
+    with torch.no_grad():
+        net.stem.weight[0, 0, 0, 0] = float("nan")
+    with pytest.raises(PruneError, match=r"`stem` has weights that are not finite"):
+        shrink(_traced_blindly(net), ratio=0.5)
+
+
+def _traced_blindly(net: nn.Module) -> TracedModel:
+    return trace(net, torch.randn(2, 3, 8, 8))
+
+
+@pytest.mark.parametrize(
+    "wish",
+    [{}, {"ratio": 0.0}, {"ratio": 1.5}, {"ratio": 0.5, "macs": 0.5}, {"macs": -1}, {"ratio": 0.5, "round_to": 0}],
+)
+def test_refuses_options(wish: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        shrink(trace(GRAPHS["chain"](), torch.randn(2, 3, 8, 8)), **wish)
