@@ -23,6 +23,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -41,12 +42,33 @@ from indistill_fx.passes.trace import trace
 from indistill_fx.traced import TracedModel
 
 TOLERANCE = 1e-10
-_AT_ONCE = 24
+_MEMORY = 6e9
+"""Bytes that the copies of one batch of taps may take, roughly."""
+_SMALL = 64
+_FIXED = ("inception", "googlenet", "vit", "maxvit")
+"""Families whose pictures cannot be small; channels do not depend on the size."""
 _CNN = frozenset(
     "alexnet vgg resnet resnext wide densenet googlenet inception mnasnet mobilenet regnet shufflenet squeezenet efficientnet".split()
 )
 """torchvision's families of plain convolutional networks."""
-_TRANSFORMERS = frozenset("vit swin maxvit".split())
+_HEAVY = (
+    "large",
+    "gf",
+    "vit_l",
+    "vit_h",
+    "152",
+    "101",
+    "161",
+    "201",
+    "_b7",
+    "_b6",
+    "_b5",
+    "_l",
+    "vgg1",
+    "base",
+    "segmentation",
+)
+"""In the names of models that are run last."""
 
 
 def run_values(graph_module: fx.GraphModule, nodes: list[fx.Node], *inputs: Tensor) -> list[Tensor]:
@@ -74,8 +96,10 @@ def narrow_one(model: ZooModel) -> dict[str, Any]:
     ]
     kept = {tap: sorted(chooser.sample(range(n := traced.facts_of(tap).channels), max(1, n // 2))) for tap in taps}
     worst, failures, stopped, absorbed, seconds = 0.0, [], Counter[str](), 0, 0.0
-    for at in range(0, len(taps), _AT_ONCE):
-        some = taps[at : at + _AT_ONCE]
+    size = sum(p.numel() * p.element_size() for p in module.parameters())
+    at_once = max(2, min(24, int(_MEMORY / (size + 1))))
+    for at in range(0, len(taps), at_once):
+        some = taps[at : at + at_once]
         start = time.perf_counter()
         result = narrow(traced, kept={tap: kept[tap] for tap in some})
         seconds += time.perf_counter() - start
@@ -237,7 +261,7 @@ def run_all(task: str, models: list[ZooModel], path: Path | None, *, limit: floa
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         command=" ".join(sys.argv),
     )
-    for model in models:
+    for model in sorted(models, key=lambda m: any(word in m.name for word in _HEAVY)):
         if results.get(model.id, {}).get("ok"):
             continue
         start = time.perf_counter()
@@ -343,6 +367,11 @@ def _shrink_table(models: dict[str, Any]) -> None:
             print(
                 f"\n- {key}: {m.get('error') or m.get('refused') or {k: m.get(k) for k in ('eval', 'train', 'difference', 'control')}}"
             )
+
+
+def _shrunk_picture(model: ZooModel) -> ZooModel:
+    small = model.source == "torchvision" and not model.family.startswith(_FIXED)
+    return replace(model, size=_SMALL) if small else model
 
 
 def main() -> None:
