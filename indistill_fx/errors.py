@@ -24,7 +24,8 @@ class IndistillError(Exception):
 
     def __init__(self, message: str, *, where: str = "", got: object = None, expected: object = None, hint: str = ""):
         self.message, self.where, self.got, self.expected, self.hint = message, where, got, expected, hint
-        super().__init__(f"{message} {hint}".strip())
+        sentence = message if not hint or message.rstrip().endswith((".", "!", "?", ":")) else f"{message}."
+        super().__init__(f"{sentence} {hint}".strip())
 
 
 class ConfigError(IndistillError, ValueError):
