@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -180,8 +181,7 @@ def console() -> Console:
     """The terminal, 100 columns wide where there is none."""
     from rich.console import Console
 
-    wide: Any = click.get_text_stream("stdout")
-    return Console(width=None if wide.isatty() else 100, highlight=False)
+    return Console(width=None if sys.stdout.isatty() else 100, highlight=False)
 
 
 def open_model(spec: str, trust: tuple[str, ...]) -> Source:

@@ -16,17 +16,26 @@ if TYPE_CHECKING:
 
 @click.command(name="prune")
 @click.argument("model")
-@click.option("--width", "widths", multiple=True, metavar="LAYER=N", help="Channels of a layer; may be given several times.")
+@click.option(
+    "--width", "widths", multiple=True, metavar="LAYER=N", help="Channels of a layer; may be given several times."
+)
 @click.option("--ratio", type=float, help="Share of every layer's channels that stays.")
 @click.option("--macs", type=float, help="Work that may stay: a share up to 1, or a number.")
 @click.option("--params", type=float, help="Parameters that may stay: a share up to 1, or a number.")
-@click.option("--plan", "plan_file", metavar="FILE", help="Narrow the plan's layers instead; the result returns (features, output).")
+@click.option(
+    "--plan",
+    "plan_file",
+    metavar="FILE",
+    help="Narrow the plan's layers instead; the result returns (features, output).",
+)
 @click.option("--criterion", default="l1", show_default=True, help="How channels are ranked.")
 @click.option("--round-to", type=click.IntRange(min=1), help="Keep multiples of so many channels.")
 @click.option("-o", "--output", required=True, metavar="FILE", help="The .pt2 file to write.")
 @common.input_option
 @common.trust_option
-def command(model: str, output: str, input_size: str | None, trust: tuple[str, ...], plan_file: str | None, **wishes: Any) -> None:
+def command(
+    model: str, output: str, input_size: str | None, trust: tuple[str, ...], plan_file: str | None, **wishes: Any
+) -> None:
     r"""Remove channels from MODEL, consumers included: a smaller network of its own.
 
     \b
@@ -70,7 +79,10 @@ def _shrunk(traced: TracedModel, *, widths: tuple[str, ...], **wishes: Any) -> n
     table = plain_table("layer", "before", "after", numbers=("before", "after"))
     for layer, (before, after) in result.report.widths.items():
         table.add_row(Text(layer), str(before), str(after), style="" if after < before else "dim")
-    calls = {name: lambda graph=model.graph_module: graph(*model.example_inputs) for name, model in (("before", traced), ("after", result.value))}
+    calls = {
+        name: lambda graph=model.graph_module: graph(*model.example_inputs)
+        for name, model in (("before", traced), ("after", result.value))
+    }
     times = measure(calls)
     table.add_section()
     for name, values in (("parameters", result.report.parameters), ("MACs", result.report.macs)):
@@ -90,6 +102,11 @@ def _widths(options: tuple[str, ...]) -> dict[str, int] | None:
     for option in options:
         layer, _, width = option.rpartition("=")
         if not layer or not width.isdigit():
-            raise ConfigError(f"--width {option!r} is not of the form LAYER=N.", where="--width", got=option, hint="Write --width layer1=32.")
+            raise ConfigError(
+                f"--width {option!r} is not of the form LAYER=N.",
+                where="--width",
+                got=option,
+                hint="Write --width layer1=32.",
+            )
         found[layer] = int(width)
     return found or None

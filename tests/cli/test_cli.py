@@ -1,0 +1,206 @@
+"""The command line as a user meets it: tables, files, exit codes; and for each bad input one paragraph, code 2, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+
+import pytest
+import torch
+
+import indistill_fx as ifx
+from indistill_fx.cli import run
+
+MODELS = """
+from torch import nn
+
+def make(width=8):
+    layers = [nn.Conv2d(1, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(2)]
+    layers += [nn.Conv2d(width, 2 * width, 3, padding=1), nn.BatchNorm2d(2 * width), nn.ReLU(), nn.MaxPool2d(2)]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(8 * width, 10))
+
+def vector():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+
+def fails():
+    raise KeyError("no such width")
+"""
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models.py").write_text(MODELS)
+    return tmp_path
+
+
+def told(capsys, *arguments: str) -> tuple[int, str, str]:
+    torch.manual_seed(0)  # factories make random weights, and the weights choose the channels
+    code = run(list(arguments))
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_align_prints_a_table_and_writes_a_plan_that_reloads(here, capsys):
+    code, out, _ = told(
+        capsys, "align", "models.py:make?width=16", "models.py:make", "--input", "1x8x8", "-o", "plan.json"
+    )
+    assert code == 0
+    assert "8 of 16" in out
+    assert "16 of 32" in out
+    assert "Reasons:" in out
+    assert max(map(len, out.splitlines()[:-1])) <= 100
+    plan = ifx.AlignmentPlan.load("plan.json")
+    assert [(pair.teacher, pair.student) for pair in plan.pairs] == [("3", "3"), ("7", "7")]
+    code, out, _ = told(capsys, "align", "models.py:make?width=16", "models.py:make", "--input", "1x8x8", "--json")
+    assert json.loads(out) == plan.model_dump(mode="json")
+
+
+def test_inspect(here, capsys):
+    code, out, _ = told(capsys, "inspect", "models.py:make", "--input", "1x8x8")
+    assert code == 0
+    assert "stage exit" in out
+    assert "equal to the module at batch sizes 2, 3" in out
+    code, out, _ = told(capsys, "inspect", "models.py:make", "--input", "1x8x8", "--json")
+    assert json.loads(out)["macs"] == ifx.trace(ifx.load("models.py:make"), torch.randn(1, 1, 8, 8)).macs
+
+
+def test_train_distill_evaluate_export(here, capsys):
+    quick = ["--data", "digits", "--epochs", "1", "--limit", "200", "--batch-size", "32"]
+    assert told(capsys, "train", "models.py:make?width=16", "-o", "teacher", *quick)[0] == 0
+    teacher = "models.py:make?width=16@teacher/student.safetensors"
+    code, out, _ = told(capsys, "distill", teacher, "models.py:make", "-o", "run", "--warmup", "1,1", *quick)
+    assert code == 0
+    assert "Test accuracy" in out
+    code, out, _ = told(capsys, "evaluate", "run", "--data", "digits", "--json")
+    measured = json.loads(out)["accuracy"]
+    module = ifx.load("models.py:make@run/student.safetensors").eval()
+    code, out, _ = told(capsys, "export", "run", "-o", "student.onnx", "--data", "digits")
+    assert code == 0
+    assert "100.00% of" in out
+    assert told(capsys, "check", "student.onnx", "--against", "run")[0] == 0
+    code, out, _ = told(capsys, "check", "student.onnx", "--against", "models.py:make", "--input", "1x8x8")
+    assert code == 2
+    assert "differs" in out
+    from indistill_fx.data import open_data
+    from indistill_fx.evaluate import evaluate
+
+    assert evaluate(module, open_data("digits").test).accuracy == measured
+    code, _, err = told(capsys, "distill", teacher, "models.py:make", "-o", "run", *quick)
+    assert code == 2
+    assert "already holds a run" in err
+
+
+def test_prune_gives_a_model_that_loads(here, capsys):
+    code, out, _ = told(
+        capsys, "prune", "models.py:make?width=16", "--ratio", "0.5", "--input", "1x8x8", "-o", "small.pt2"
+    )
+    assert code == 0
+    module = ifx.load("small.pt2")
+    assert sum(p.numel() for p in module.parameters()) == sum(
+        p.numel() for p in ifx.load("models.py:make").parameters()
+    )
+
+
+class Canary:
+    def __reduce__(self):
+        return os.system, ("touch canary",)
+
+
+def write_inputs(here) -> None:
+    (here / "text.pt").write_text("hello")
+    (here / "evil.pt").write_bytes(b"")
+    torch.save(Canary(), here / "evil.pt", pickle_module=pickle)
+    (here / "empty").mkdir()
+    plan = ifx.align(*(ifx.load(f"models.py:make?width={n}") for n in (16, 8)), example_inputs=torch.randn(2, 1, 8, 8))
+    plan.save(here / "plan.json")
+    (here / "torn.json").write_text(plan.model_dump_json()[:-40])
+    (here / "typo.json").write_text(plan.model_dump_json().replace('"teacher":"7"', '"teacher":"77"'))
+
+
+BAD = [
+    (["align", "absent.pt", "models.py:make"], "no file `absent.pt`"),
+    (["align", "text.pt", "models.py:make"], "is a text file"),
+    (["align", "evil.pt", "models.py:make"], "nothing in it was run"),
+    (["align", "torchvision:resnet81", "models.py:make"], "Nearest: resnet18"),
+    (["align", "models.py:mak", "models.py:make"], "Nearest: make"),
+    (["align", "models.py:fails", "models.py:make", "--input", "1x8x8"], "no such width"),
+    (["align", "models.py:make", "models.py:make"], "Give it: --input"),
+    (["align", "models.py:make", "models.py:make", "--input", "8by8"], "is no input shape"),
+    (["align", "models.py:make", "models.py:make", "--input", "3x8x8"], "fails on the example input"),
+    (["align", "models.py:make", "models.py:vector", "--input", "1x8x8"], "no kind of layer in common"),
+    (["align", "models.py:make", "models.py:make", "--input", "1x8x8", "-o", "nowhere/plan.json"], "nowhere"),
+    (["distill", "models.py:make", "models.py:make", "--data", "imagefolder:empty", "-o", "run"], "has no train/"),
+    (["distill", "models.py:make", "models.py:make", "--data", "nothing", "-o", "run"], "is no data set"),
+    (
+        ["distill", "models.py:make", "models.py:make?width=4", "--data", "digits", "--plan", "plan.json", "-o", "run"],
+        "plan does not fit",
+    ),
+    (
+        [
+            "distill",
+            "models.py:make?width=16",
+            "models.py:make",
+            "--data",
+            "digits",
+            "--plan",
+            "typo.json",
+            "-o",
+            "run",
+        ],
+        "no layer `77`",
+    ),
+    (
+        [
+            "distill",
+            "models.py:make?width=16",
+            "models.py:make",
+            "--data",
+            "digits",
+            "--plan",
+            "torn.json",
+            "-o",
+            "run",
+        ],
+        "torn.json",
+    ),
+    (["distill", "models.py:make", "models.py:make", "--data", "digits", "--main", "kdd", "-o", "run"], "Nearest: kd"),
+    (
+        ["distill", "models.py:make", "models.py:make", "--data", "digits", "--warmup", "a", "-o", "run"],
+        "no list of whole numbers",
+    ),
+    (["evaluate", "empty", "--data", "digits"], "empty"),
+    (["export", "models.py:make", "--input", "1x8x8", "-o", "nowhere/student.onnx"], "nowhere"),
+    (["export", "models.py:make", "--input", "1x8x8", "-o", "s.onnx", "--int8"], "no data to calibrate"),
+    (["prune", "models.py:make", "--input", "1x8x8", "-o", "s.pt2"], "by how much"),
+    (["prune", "models.py:make", "--input", "1x8x8", "-o", "s.pt2", "--width", "0:9"], "LAYER=N"),
+    (["alain"], "No such command"),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"), BAD, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
+)
+def test_bad_input_is_one_paragraph_code_2_and_leaves_nothing(here, capsys, arguments, message):
+    write_inputs(here)
+    before = sorted(path.name for path in here.iterdir() if path.name != "__pycache__")
+    code, out, err = told(capsys, *arguments)
+    assert code == 2, err
+    assert message in err
+    assert "Traceback" not in out + err
+    assert len([line for line in err.strip().splitlines() if line.startswith(("Error", "indistill-fx failed"))]) == 1
+    assert sorted(path.name for path in here.iterdir() if path.name != "__pycache__") == before
+
+
+def test_debug_shows_the_traceback(here, capsys):
+    code, _, err = told(capsys, "align", "absent.pt", "models.py:make", "--debug")
+    assert code == 2
+    assert "Traceback" in err
+
+
+def test_our_own_fault_is_code_1(here, capsys, monkeypatch):
+    monkeypatch.setattr("indistill_fx.sources.load_source", lambda *a, **k: 1 / 0)
+    code, _, err = told(capsys, "inspect", "models.py:make")
+    assert code == 1
+    assert "our fault" in err
