@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from indistill_fx.errors import ConfigError
+from indistill_fx.errors import ConfigError, nearest
 from indistill_fx.traced import TracedModel
 
 Adapter = Literal["none", "pool", "tokens_to_map"]
-"""How the two features are brought to one shape: not at all; the larger map pooled to the smaller; tokens laid out as a map, then pooled."""
+"""How two features are brought to one shape: not at all; the larger map pooled to the smaller; tokens laid out as a map, then pooled."""
 
 Shape = tuple[Annotated[int, Field(ge=0)], ...]
 
@@ -47,7 +48,7 @@ class Pair(_Frozen):
 
     @model_validator(mode="after")
     def _kept_ascending(self) -> Pair:
-        if self.kept is not None and any(a >= b for a, b in zip(self.kept, self.kept[1:], strict=False)):
+        if self.kept is not None and any(a >= b for a, b in pairwise(self.kept)):
             raise ValueError(f"kept channels of `{self.teacher}` must be ascending and without repeats")
         return self
 
@@ -91,7 +92,9 @@ class AlignmentPlan(_Frozen):
             os.replace(temporary, target)
         except OSError as error:
             raise ConfigError(
-                f"The plan cannot be written to {target}: {error.strerror}.", where=str(target), hint="Give another path with -o."
+                f"The plan cannot be written to {target}: {error.strerror}.",
+                where=str(target),
+                hint="Give another path with -o.",
             ) from error
         finally:
             temporary.unlink(missing_ok=True)
@@ -107,54 +110,158 @@ class AlignmentPlan(_Frozen):
             text = Path(path).read_text(encoding="utf-8")
             return cls.model_validate(json.loads(text))
         except OSError as error:
-            raise ConfigError(f"The plan {path} cannot be read: {error.strerror}.", where=str(path), hint="`indistill-fx align … -o plan.json` makes one.") from error
+            raise ConfigError(
+                f"The plan {path} cannot be read: {error.strerror}.",
+                where=str(path),
+                hint="`indistill-fx align … -o plan.json` makes one.",
+            ) from error
         except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise ConfigError(f"{path} is not JSON: {error}.", where=str(path), hint="Give a plan written by `indistill-fx align … -o plan.json`.") from error
+            raise ConfigError(
+                f"{path} is not JSON: {error}.",
+                where=str(path),
+                hint="Give a plan written by `indistill-fx align … -o plan.json`.",
+            ) from error
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(map(str, first["loc"])) or "the whole file"
             raise ConfigError(
-                f"{path} is not an alignment plan: {place}: {first['msg']}.", where=place, got=first.get("input"), hint="Mend that field or make the plan anew."
+                f"{path} is not an alignment plan: {place}: {first['msg']}.",
+                where=place,
+                got=first.get("input"),
+                hint="Mend that field or make the plan anew.",
             ) from error
 
     def check(self, teacher: TracedModel, student: TracedModel) -> None:
         """Make sure that the plan fits the two models.
 
         Raises:
-            ConfigError: a layer is missing or has another shape, or pairs cross; says which layer changed how.
+            ConfigError: a layer is missing or has another shape, kept channels do not exist, or pairs cross; says of every layer how
+                it changed.
         """
-        for pair in (*self.pairs, *([self.embedding] if self.embedding else [])):
-            _check_side(pair.teacher, pair.teacher_shape, teacher)
-            _check_side(pair.student, pair.student_shape, student)
-            if pair.kept is not None and pair.kept and pair.kept[-1] >= teacher.facts_of(pair.teacher).channels:
-                raise ConfigError(
-                    f"The plan keeps channel {pair.kept[-1]} of `{pair.teacher}`, which has {teacher.facts_of(pair.teacher).channels} channels.",
-                    where=pair.teacher,
-                    hint="Make the plan anew with `indistill-fx align`.",
-                )
+        wrong = [
+            *_misfits(teacher, [(pair.teacher, pair.teacher_shape) for pair in self._all_pairs]),
+            *_misfits(student, [(pair.student, pair.student_shape) for pair in self._all_pairs]),
+            *(_surplus(pair, teacher) for pair in self._all_pairs),
+        ]
+        found = [misfit for misfit in wrong if misfit is not None]
+        if found:
+            stale = self.drift(teacher, student)
+            raise ConfigError(
+                f"The plan does not fit: {'; '.join(text for _, text in found)}.",
+                where=found[0][0],
+                hint=f"Use the models and --input it was made for{' (' + '; '.join(stale) + ')' if stale else ''}, mend the names, "
+                "or make it anew with `indistill-fx align`.",
+            )
         _check_order(self.pairs, teacher, student)
 
+    def drift(self, teacher: TracedModel, student: TracedModel) -> tuple[str, ...]:
+        """Whether the models' structures are those that the plan was made for: one sentence for each that is not.
 
-def _check_side(tap: str, shape: Shape, model: TracedModel) -> None:
+        A plan whose layers are all still there is good for a changed model; this says that it has been changed.
+
+        Args:
+            teacher: traced.
+            student: traced.
+        """
+        return tuple(
+            f"the {model.role} is not the {stamp.name} the plan was made for: its structure has changed"
+            for stamp, model in ((self.teacher, teacher), (self.student, student))
+            if stamp.fingerprint != model.fingerprint
+        )
+
+    def diff(self, other: AlignmentPlan) -> tuple[str, ...]:
+        """What changed from this plan to another, one line each: `-` a pair gone, `+` a pair come, `~` a pair that is different now.
+
+        Args:
+            other: the later plan.
+        """
+        lines = [
+            f"~ {role}: {a.name} {a.fingerprint} → {b.name} {b.fingerprint}"
+            for role, a, b in (("teacher", self.teacher, other.teacher), ("student", self.student, other.student))
+            if a != b
+        ]
+        before, after = self._by_layers, other._by_layers
+        for key in dict.fromkeys((*before, *after)):
+            if key not in after:
+                lines.append(f"- {key}")
+            elif key not in before:
+                lines.append(f"+ {key} (score {after[key].score:.2f})")
+            else:
+                changes = [text for name in Pair.model_fields if (text := _change(name, before[key], after[key]))]
+                lines += [f"~ {key}: {'; '.join(changes)}"] if changes else []
+        return tuple(lines)
+
+    @property
+    def _all_pairs(self) -> tuple[Pair, ...]:
+        return (*self.pairs, *([self.embedding] if self.embedding else []))
+
+    @property
+    def _by_layers(self) -> dict[str, Pair]:
+        found = {f"{pair.teacher} ↔ {pair.student}": pair for pair in self.pairs}
+        if self.embedding is not None:
+            found[f"embedding {self.embedding.teacher} ↔ {self.embedding.student}"] = self.embedding
+        return found
+
+
+def plan_schema() -> str:
+    """The JSON Schema of the plan file, as published in docs/plan.schema.json."""
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **AlignmentPlan.model_json_schema()}
+    return json.dumps(schema, indent=2) + "\n"
+
+
+_Misfit = tuple[str, str]
+"""The layer at fault, and how."""
+
+
+def _misfits(model: TracedModel, layers: list[tuple[str, Shape]]) -> list[_Misfit | None]:
+    return [_misfit(model, tap, shape) for tap, shape in layers]
+
+
+def _misfit(model: TracedModel, tap: str, shape: Shape) -> _Misfit | None:
     try:
         facts = model.facts_of(tap)
-    except ConfigError as error:
-        raise ConfigError(f"The plan does not fit: {error.message}", where=tap, hint=error.hint) from None
+    except ConfigError:
+        return (
+            tap,
+            f"the {model.role} has no layer `{tap}` ({nearest(tap, model.taps) or 'none has a similar name'})".replace(
+                ".)", ")"
+            ),
+        )
     sizes = [n for axis, n in enumerate(facts.shape) if axis != facts.batch_axis]
     planned = [n for axis, n in enumerate(shape) if axis != facts.batch_axis]
-    if sizes != planned:
-        raise ConfigError(
-            f"The plan does not fit the {model.role}: `{tap}` is {'x'.join(map(str, sizes))} there and {'x'.join(map(str, planned))} in the plan.",
-            where=tap,
-            got=sizes,
-            expected=planned,
-            hint="Use the model and --input it was made for, or make it anew with `indistill-fx align`.",
+    if sizes == planned:
+        return None
+    texts = ["x".join(map(str, found)) for found in (planned, sizes)]
+    return tap, f"`{tap}` of the {model.role} is {texts[0]} in the plan and {texts[1]} in the model"
+
+
+def _surplus(pair: Pair, teacher: TracedModel) -> _Misfit | None:
+    if not pair.kept or pair.teacher not in teacher.taps:
+        return None
+    facts = teacher.facts_of(pair.teacher)
+    width = 0 if facts.channel_axis is None else facts.channels
+    if pair.kept[-1] < width:
+        return None
+    return pair.teacher, f"the plan keeps channel {pair.kept[-1]} of `{pair.teacher}`, which has {width} channels"
+
+
+def _change(name: str, before: Pair, after: Pair) -> str:
+    a, b = getattr(before, name), getattr(after, name)
+    if a == b:
+        return ""
+    if name == "kept":
+        counts = ["all" if kept is None else len(kept) for kept in (a, b)]
+        return (
+            f"kept channels {counts[0]} → {counts[1]}" if counts[0] != counts[1] else f"other {counts[0]} channels kept"
         )
+    if name.endswith("shape"):
+        a, b = "x".join(map(str, a)), "x".join(map(str, b))
+    return f"{name.replace('_', ' ')} {a} → {b}"
 
 
 def _check_order(pairs: tuple[Pair, ...], teacher: TracedModel, student: TracedModel) -> None:
     orders = [{node.name: k for k, node in enumerate(model.graph_module.graph.nodes)} for model in (teacher, student)]
-    for first, second in zip(pairs, pairs[1:], strict=False):
+    for first, second in pairwise(pairs):
         places = [
             [order[model.node(getattr(pair, role)).name] for pair in (first, second)]
             for order, model, role in zip(orders, (teacher, student), ("teacher", "student"), strict=True)
