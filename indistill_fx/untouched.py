@@ -24,7 +24,7 @@ def untouched(module: nn.Module) -> Iterator[None]:
     Args:
         module: the module whose forward will run, or be traced, inside the block.
     """
-    parts = [(part, dict(part.__dict__), [dict(part.__dict__[r]) for r in _REGISTRIES]) for part in module.modules()]
+    parts = [(part, dict(part.__dict__), [dict(part.__dict__[r]) for r in _REGISTRIES]) for part in module.modules() if not _is_compiled(part)]
     buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
     python_state = random.getstate()
     numpy_random: Any = getattr(sys.modules.get("numpy"), "random", None)
@@ -47,6 +47,11 @@ def untouched(module: nn.Module) -> Iterator[None]:
         random.setstate(python_state)
         if numpy_random:
             numpy_random.set_state(numpy_state)
+
+
+def _is_compiled(part: nn.Module) -> bool:
+    """TorchScript keeps attributes where Python cannot replace them; its code does not write them in a forward pass unnoticed."""
+    return isinstance(part, torch.jit.ScriptModule)
 
 
 @contextmanager

@@ -46,14 +46,15 @@ def parts(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     >>> list(parts({"out": 1, "aux": (2, 3)}))
     [('[out]', 1), ('[aux][0]', 2), ('[aux][1]', 3)]
     """
-    for key, child in _children(value) or [(None, None)]:
+    for key, child in children(value) or [(None, None)]:
         if key is None:
             yield path, value
         else:
             yield from parts(child, f"{path}[{key}]")
 
 
-def _children(value: Any) -> list[tuple[Any, Any]]:
+def children(value: Any) -> list[tuple[Any, Any]]:
+    """Key and entry of what a dict, tuple, list, namedtuple or dataclass holds; nothing for anything else."""
     if isinstance(value, Mapping):
         return list(value.items())
     if isinstance(value, tuple) and hasattr(value, "_fields"):

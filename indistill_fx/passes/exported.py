@@ -10,9 +10,13 @@ Rules, in order:
 
 from __future__ import annotations
 
+import inspect
+import io
+import logging
 import operator
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any
 
 import torch
@@ -24,7 +28,7 @@ from torch.utils._pytree import tree_leaves, tree_unflatten
 from indistill_fx.errors import FrontendError
 from indistill_fx.graphs import batch_of, batch_size
 from indistill_fx.ops import attribute
-from indistill_fx.passes.captured import Captured, assemble, is_leaf, parts
+from indistill_fx.passes.captured import Captured, assemble, children, is_leaf
 
 _CHECKS = ("_assert_scalar", "_assert_tensor_metadata", "_assert_async", "sym_constrain_range", "sym_constrain_range_for_size")
 
@@ -39,7 +43,8 @@ def capture_exported(module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping
     inputs, kwargs = batch_of((inputs, dict(kwargs)), size, example_size=batch_size((inputs, kwargs)))
     program = _export(module, inputs, kwargs, size)
     graph, targets = _rebuild(program, module, inputs, kwargs)
-    stacks = {node: _stack(node) for node in graph.nodes}
+    paths = {path for path, _ in module.named_modules(remove_duplicate=False)}
+    stacks = {node: [step for step in _stack(node) if step[1] in paths] for node in graph.nodes}
     outputs = _raise_modules(graph, targets, stacks, module, frozenset(leaves))
     used = {str(node.target) for node in graph.nodes if node.op in ("get_attr", "call_module")}
     graph_module = assemble(graph, {name: value for name, value in targets.items() if name in used}, type(module).__name__)
@@ -53,13 +58,25 @@ def _export(module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any
         if leaf.dim() and leaf.shape[0] == size:
             shapes[leaf] = {0: Dim.DYNAMIC}
     try:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")
+        with _quiet(), torch.no_grad():
             dynamic = shapes.dynamic_shapes(module, inputs, dict(kwargs))
             return torch.export.export(module, inputs, dict(kwargs), dynamic_shapes=dynamic, strict=False)
     except Exception as error:  # a compiler: it fails in many ways
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
         raise FrontendError(f"{type(error).__name__}: {lines[0]}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """`torch.export` prints graphs and logs guesses when it fails; what matters is in the error."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _rebuild(
@@ -93,8 +110,6 @@ def _rebuild(
 
 def _arguments(graph: fx.Graph, module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[fx.Node]:
     """One placeholder per argument of the module; the nodes of the flat leaves inside, which are what `torch.export` takes."""
-    import inspect
-
     names = [name for name in inspect.signature(module.forward).parameters if name != "self"]
     names += [f"input_{k}" for k in range(len(names), len(inputs))]
     given = [(name, value, graph.placeholder(name)) for name, value in (*zip(names, inputs, strict=False), *kwargs.items())]
@@ -142,12 +157,10 @@ def _structure(graph: fx.Graph, value: Any) -> Any:
         return type(value)(*(_structure(graph, entry) for entry in value))
     if isinstance(value, (tuple, list)):
         return type(value)(_structure(graph, entry) for entry in value)
-    fields = [(place[1:-1].split("][")[0], entry) for place, entry in parts(value)]
-    if isinstance(value, dict) and type(value) is dict:
+    if type(value) is dict:
         return {key: _structure(graph, entry) for key, entry in value.items()}
-    if fields and fields[0][0]:
-        return graph.call_function(type(value), (), {name: _structure(graph, entry) for name, entry in fields if entry is not None})
-    return value
+    fields = {str(key): _structure(graph, entry) for key, entry in children(value) if entry is not None}
+    return graph.call_function(type(value), (), fields) if fields else value
 
 
 def _is_check(node: fx.Node) -> bool:

@@ -142,29 +142,30 @@ def infer_facts(
     Raises:
         FrontendError: the module fails on the example (where="forward"), or graph and module disagree.
     """
-    reference = reference or Reference(module, inputs, kwargs)
+    reference = reference or Reference(module, inputs, kwargs, gradients=False)
     checked = reference.compare(graph_module, small=size_free)
     sizes = [size for size, _ in checked]
-    runs = [_observe(graph_module, *reference.batch(size)) for size in sizes]
+    runs = [_observe(graph_module, reference, size) for size in sizes]
     facts = _assemble(graph_module, runs, sizes, reference.example)
     return Known(facts, _logits_node(graph_module, facts, logits), checked, reference.notes)
 
 
-def _observe(graph_module: fx.GraphModule, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, _Seen]:
+def _observe(graph_module: fx.GraphModule, reference: Reference, size: int) -> dict[str, _Seen]:
     """What each node's tensor is like: from tensors without data, or where operations refuse those, from a real run."""
     recorder = _Recorder(graph_module)
     own = {name: tensor for name, tensor in (*recorder.named_parameters(), *recorder.named_buffers())}
-    given = (*inputs, *kwargs.values())
     try:
+        inputs, kwargs = reference.shapes(size)
         with torch.no_grad(), plain_attention(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            torch.func.functional_call(recorder, tree_map(_without_data, own), tree_map(_without_data, given))
+            torch.func.functional_call(recorder, tree_map(_without_data, own), (*inputs, *kwargs.values()))
     except Exception:  # whatever an operation says to tensors without data
         recorder.seen.clear()
         torch.manual_seed(0)
+        inputs, kwargs = reference.batch(size)
         written = {name: tensor.clone() if not isinstance(tensor, nn.Parameter) else tensor for name, tensor in own.items()}
         with torch.no_grad(), plain_attention():
-            torch.func.functional_call(recorder, written, given)
+            torch.func.functional_call(recorder, written, (*inputs, *kwargs.values()))
     return recorder.seen
 
 

@@ -6,6 +6,7 @@ import inspect
 import operator
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import fields, is_dataclass
 from typing import Any
 from unittest.mock import patch
@@ -24,7 +25,19 @@ from indistill_fx.passes.places import current_place
 from indistill_fx.passes.sizes import Book, Size, new_size
 
 _call_module = nn.Module.__call__
+_apply = inspect.getattr_static(torch.autograd.Function, "apply")
 _PLAIN = (bool, int, float, complex, str, bytes, range, torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Generator)
+
+
+class AppliedFunction(nn.Module):
+    """A custom `autograd.Function` as a module, so that a graph can call it."""
+
+    def __init__(self, function: type[torch.autograd.Function]):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function.apply(*args, **kwargs)
 
 
 class Recorder(TorchFunctionMode):
@@ -54,7 +67,8 @@ class Recorder(TorchFunctionMode):
         self.of_sizes: set[fx.Node] = set()
         self.of_state: set[fx.Node] = set()
         self.given_up: list[str] = []
-        self.paused = False
+        self.functions: dict[str, str] = {}
+        self.paused, self.grad = False, False
         self.hopeless: BaseException | None = None
         self.first: Tensor | None = None
         self.first_node: fx.Node | None = None
@@ -66,13 +80,18 @@ class Recorder(TorchFunctionMode):
             FrontendError: a part of the code cannot be traced.
         """
         self._placeholders(inputs, kwargs)
+        self.grad = torch.is_grad_enabled()
         recorder = self
 
         def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             return recorder.call(module, args, kwargs)
 
+        def apply(function: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
+            return recorder.apply(function, args, kwargs)
+
+        functions = patch.object(torch.autograd.Function, "apply", classmethod(apply)) if self.give_up_submodules else nullcontext()
         try:
-            with patch.object(nn.Module, "__call__", call), self:
+            with patch.object(nn.Module, "__call__", call), functions, self:
                 result = self.module(*inputs, **kwargs)
             self.graph.output(self.argument(result))
         except FrontendError:
@@ -93,7 +112,7 @@ class Recorder(TorchFunctionMode):
         return Captured(
             assemble(self.graph, targets, type(self.module).__name__),
             tuple(outputs),
-            leaves=tuple(leaf for leaf in leaves if leaf in used),
+            leaves=(*(leaf for leaf in leaves if leaf in used), *(self.functions[name] for name in self.functions if name in used)),
             specialisations=tuple(dict.fromkeys(str(decision) for decision in self.book.decisions if decision.told)),
         )
 
@@ -137,7 +156,10 @@ class Recorder(TorchFunctionMode):
             return {key: self.argument(entry) for key, entry in value.items()}
         if type(value).__module__.startswith("torch") and not isinstance(value, nn.Module):
             return value
-        raise FrontendError(f"{self._here()} passes a {type(value).__name__}, which no graph can hold")
+        raise FrontendError(
+            f"{self._here()} passes a {type(value).__name__}, which no graph can hold",
+            hint="Pass and return tensors, or dicts, tuples or dataclasses of them; for a Hugging Face model, set use_cache=False.",
+        )
 
     def _placeholders(self, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         names = [name for name in inspect.signature(self.module.forward).parameters if name != "self"]
@@ -183,6 +205,8 @@ class Recorder(TorchFunctionMode):
     def _track(self, value: Any, node: fx.Node) -> None:
         """Make `node` stand for a result; the tensors inside a tuple, dict or dataclass get nodes of their own."""
         if isinstance(value, Tensor):
+            if self.grad and not torch.is_grad_enabled() and value.is_floating_point() and node.op != "placeholder":
+                node = self.create("call_method", "detach", (node,), {})
             self._remember(value, node)
             return
         entries: list[tuple[Callable[..., Any], Any, Any]] = []
@@ -282,18 +306,26 @@ class Recorder(TorchFunctionMode):
                 self.outputs.append((tap, node, self.order[-1]))
         return result
 
+    def apply(self, function: type[torch.autograd.Function], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Stands in for `autograd.Function.apply` on rung three: one node, since its gradient is its own."""
+        if self.paused:
+            return _apply.__get__(None, function)(*args, **kwargs)
+        name = f"_function{len(self.functions)}"
+        self.functions[name] = f"{self.book.module}:{function.__name__}"
+        return self._call_leaf(AppliedFunction(function), name, args, kwargs)
+
     def _call_leaf(self, module: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         arguments, keywords = self.argument(args), self.argument(kwargs)
         self.paused = True
         try:
             result = _call_module(module, *_plain(args), **_plain(kwargs))
+            if getattr(module, "inplace", False) is not True:
+                result = _distinct(result, (args, kwargs))
         except Exception as error:
             self.hopeless = error
             raise
         finally:
             self.paused = False
-        if getattr(module, "inplace", False) is not True:
-            result = _distinct(result, (args, kwargs))
         self.targets[path] = module
         self._track(result, self.create("call_module", path, arguments, keywords))
         return result

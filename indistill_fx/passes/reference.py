@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,17 +18,20 @@ from indistill_fx.passes.captured import tensors
 
 _SIZES = (2, 3)
 _TOLERANCE = 1e-5
-_SMALL, _LARGE = 64, 128
+_GRADIENT_TOLERANCE = 1e-4
+_SMALL = (40, 64)  # the first costs least; some networks need a multiple of 32
+_LARGE = 128
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One run of the module: its arguments, the tensors it returned, and its buffers afterwards."""
+    """One run of the module: its arguments, the tensors it returned, its buffers afterwards, and gradients by parameter if asked for."""
 
     inputs: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     outputs: list[Tensor]
     buffers: dict[str, Tensor]
+    gradients: dict[nn.Parameter, Tensor]
 
 
 @contextmanager
@@ -48,13 +52,14 @@ class Reference:
         module: in the mode (train or eval) in which it is traced.
         inputs: example arguments.
         kwargs: example keyword arguments.
+        gradients: whether the graph will be trained, so that the gradients of the parameters must agree too.
     """
 
-    def __init__(self, module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]):
-        self.module, self.inputs, self.kwargs = module, inputs, kwargs
+    def __init__(self, module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], *, gradients: bool = False):
+        self.module, self.inputs, self.kwargs, self.gradients = module, inputs, kwargs, gradients
         self.example = batch_size((inputs, kwargs))
         self.notes: tuple[str, ...] = ()
-        self._runs: dict[tuple[int, bool], Run | str] = {}
+        self._runs: dict[tuple[int, int], Run | str] = {}
         self._sizes: tuple[int, ...] = ()
 
     @property
@@ -65,11 +70,11 @@ class Reference:
             FrontendError: the module fails on the example input itself (where="forward").
         """
         if not self._sizes:
-            failures = {size: run for size in _SIZES if isinstance(run := self._run(size, small=False), str)}
+            failures = {size: run for size in _SIZES if isinstance(run := self._run(size), str)}
             if not failures:
                 self._sizes = _SIZES
                 return self._sizes
-            own = self._run(self.example, small=False)
+            own = self._run(self.example)
             if isinstance(own, str):
                 raise FrontendError(
                     f"the forward of {type(self.module).__name__} fails on the example input {self._shapes()}: {own}",
@@ -78,13 +83,28 @@ class Reference:
                 )
             size, failure = next(iter(failures.items()))
             self._sizes = (self.example,)
-            self.notes = (f"the module itself fails with batch size {size} ({failure}); only {self.example} was checked",)
+            self.notes = (*self.notes, f"the module itself fails with batch size {size} ({failure}); only {self.example} was checked",)
         return self._sizes
 
-    def batch(self, size: int, *, small: bool = False) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The example with another batch size; `small`: large pictures cropped."""
-        inputs, kwargs = batch_of((self.inputs, dict(self.kwargs)), size, example_size=self.example)
-        return tree_map(_crop, (inputs, kwargs)) if small else (inputs, kwargs)
+    def batch(self, size: int, crop: int = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The example with another batch size, pictures cropped to `crop` pixels if that is given."""
+        given = (self.inputs, dict(self.kwargs))
+        if crop:
+            given = tree_map(lambda leaf: leaf[:, :, :crop, :crop] if isinstance(leaf, Tensor) else leaf, given)
+        inputs, kwargs = batch_of(given, size, example_size=self.example)
+        return inputs, kwargs
+
+    def shapes(self, size: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The example with another batch size, as tensors without data."""
+
+        def empty(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            grown = leaf.dim() and leaf.shape[0] == self.example
+            return torch.empty((size, *leaf.shape[1:]) if grown else leaf.shape, dtype=leaf.dtype, device="meta")
+
+        inputs, kwargs = tree_map(empty, (self.inputs, dict(self.kwargs)))
+        return inputs, kwargs
 
     def compare(self, graph_module: nn.Module, *, small: bool = False) -> tuple[tuple[int, float], ...]:
         """Run the graph beside the module, with the same seed: outputs and, in train mode, buffers must agree.
@@ -99,29 +119,34 @@ class Reference:
         Raises:
             FrontendError: they differ, or the graph fails.
         """
-        if small and self._croppable():
-            try:
-                return tuple((size, self._difference(graph_module, size, small=True)) for size in _SIZES)
-            except FrontendError:
-                pass  # the module may treat small pictures otherwise
-        return tuple((size, self._difference(graph_module, size, small=False)) for size in self.sizes)
+        for crop in _SMALL if small and self._croppable() else ():
+            with suppress(FrontendError):  # the module may treat small pictures otherwise
+                return tuple((size, self._difference(graph_module, size, crop)) for size in _SIZES)
+        return tuple((size, self._difference(graph_module, size)) for size in self.sizes)
 
     def _croppable(self) -> bool:
         given = tensors((self.inputs, self.kwargs))
         return bool(given) and all(tensor.dim() == 4 and min(tensor.shape[2:]) >= _LARGE for tensor in given)
 
-    def _run(self, size: int, *, small: bool) -> Run | str:
-        key = (size, small)
+    def _run(self, size: int, crop: int = 0) -> Run | str:
+        key = (size, crop)
         if key not in self._runs:
-            inputs, kwargs = self.batch(size, small=small)
-            self._runs[key] = _run_module(self.module, inputs, kwargs)
+            inputs, kwargs = self.batch(size, crop)
+            run = _run_module(self.module, inputs, kwargs, gradients=self._wants_gradients(size))
+            if isinstance(run, str) and self._wants_gradients(size):
+                plain = _run_module(self.module, inputs, kwargs, gradients=False)
+                if isinstance(plain, Run):
+                    self.gradients = False
+                    self.notes = (*self.notes, f"gradients were not compared, the module itself cannot be trained as it is ({run})")
+                run = plain
+            self._runs[key] = run
         return self._runs[key]
 
-    def _difference(self, graph_module: nn.Module, size: int, *, small: bool) -> float:
-        run = self._run(size, small=small)
+    def _difference(self, graph_module: nn.Module, size: int, crop: int = 0) -> float:
+        run = self._run(size, crop)
         if isinstance(run, str):
             raise FrontendError(f"the module fails with batch size {size}: {run}")
-        own = _run_module(graph_module, (*run.inputs, *run.kwargs.values()), {})
+        own = _run_module(graph_module, (*run.inputs, *run.kwargs.values()), {}, gradients=self._wants_gradients(size))
         if isinstance(own, str):
             raise FrontendError(f"the graph fails with batch size {size}: {own}")
         if [leaf.shape for leaf in run.outputs] != [leaf.shape for leaf in own.outputs]:
@@ -132,22 +157,50 @@ class Reference:
         for name, buffer in own.buffers.items():
             if name in run.buffers and not _difference(run.buffers[name], buffer) <= _TOLERANCE:
                 raise FrontendError(f"with batch size {size} the graph leaves another value in the buffer `{name}`")
+        self._compare_gradients(run, own)
         return worst
+
+    def _wants_gradients(self, size: int) -> bool:
+        return self.gradients and size == (_SIZES[0] if not self._sizes else self._sizes[0])  # once is enough: it is the costly part
+
+    def _compare_gradients(self, run: Run, own: Run) -> None:
+        names = {parameter: name for name, parameter in self.module.named_parameters()}
+        largest = max((float(gradient.abs().max()) for gradient in run.gradients.values()), default=0.0)
+        for parameter in {**run.gradients, **own.gradients}:
+            a, b = (side.gradients.get(parameter, torch.zeros(())) for side in (run, own))
+            if not float((a - b).abs().max()) <= _GRADIENT_TOLERANCE * max(largest, 1e-30):
+                name = names.get(parameter, "a parameter")
+                raise FrontendError(f"the graph's gradient of `{name}` is not the module's (a custom gradient, or one switched off?)")
 
     def _shapes(self) -> str:
         return ", ".join("x".join(map(str, tensor.shape)) for tensor in tensors((self.inputs, self.kwargs)))
 
 
-def _run_module(module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Run | str:
+def _run_module(module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], *, gradients: bool) -> Run | str:
     torch.manual_seed(0)
     with _buffers_kept(module):
         try:
-            with torch.no_grad(), plain_attention():
-                result = module(*inputs, **kwargs)
+            with torch.set_grad_enabled(gradients), plain_attention():
+                outputs = tensors(module(*inputs, **kwargs))
+            written = {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
+            found = _gradients(module, outputs) if gradients else {}
         except Exception as error:  # the caller's code may raise anything
             return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-        written = {name: buffer.clone() for name, buffer in module.named_buffers()}
-    return Run(inputs, kwargs, tensors(result), written)
+    return Run(inputs, kwargs, [output.detach() for output in outputs], written, found)
+
+
+def _gradients(module: nn.Module, outputs: list[Tensor]) -> dict[nn.Parameter, Tensor]:
+    """Gradients of a random combination of all outputs; those of parameters that it does not depend on are left out."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    outputs = [output for output in outputs if output.requires_grad and output.numel()]
+    if not outputs or not trained:
+        return {}
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(output.shape, generator=generator).to(output) for output in outputs]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = torch.autograd.grad(outputs, trained, weights, allow_unused=True)
+    return {parameter: gradient for parameter, gradient in zip(trained, found, strict=True) if gradient is not None}
 
 
 @contextmanager
@@ -164,10 +217,6 @@ def _buffers_kept(module: nn.Module) -> Iterator[None]:
             for buffer, value in values:
                 if not torch.equal(buffer, value):
                     buffer.copy_(value)
-
-
-def _crop(leaf: Any) -> Any:
-    return leaf[:, :, :_SMALL, :_SMALL] if isinstance(leaf, Tensor) and leaf.dim() == 4 else leaf
 
 
 def _difference(expected: Tensor, got: Tensor) -> float:

@@ -7,7 +7,9 @@ Rules, in order:
   3. Code that asks for the data itself (`if x.sum() > 0`, `x.item()`, `x.numpy()`) cannot be traced, nor can code that fails
      because of rule 1 or 2. On rung three the innermost module that contains it becomes one node, and recording goes on; so does
      a module whose code decides by the batch size.
-  4. Data that no recorded function made, parameters and buffers apart, is taken for a constant. The comparison with the module,
+  4. What code computes without autograd while it is on is detached in the graph. A custom `autograd.Function` is recorded as the
+     operations of its forward; where its gradient is another than theirs, rung three keeps it as one node.
+  5. Data that no recorded function made, parameters and buffers apart, is taken for a constant. The comparison with the module,
      on other data, refuses the graph if that was wrong.
 """
 
@@ -68,7 +70,7 @@ def _record(
     batch = batch_of((inputs, dict(kwargs)), size, example_size=example)
     recorder = Recorder(module, leaves, give_up_submodules=give_up_submodules)
     torch.manual_seed(0)
-    with torch.no_grad():
+    with torch.set_grad_enabled(module.training):
         recorder.run(*tree_map(lambda leaf: _other_data(leaf, size), batch))
     return recorder
 

@@ -5,7 +5,8 @@ Rules, in order:
   2. The rungs of the ladder are tried in turn; a refused rung and its reason are in the report. A graph in which modules kept as
      one node do more than a fifth of the work is only taken if `torch.export`, the last rung, has no better one.
   3. In-place operations are made out of place, so that a later one cannot overwrite a tensor that a tap holds.
-  4. The graph is compared with the module on two batch sizes before it is returned.
+  4. The graph is compared with the module on two batch sizes before it is returned; a student's also in what it trains: the
+     gradients of all parameters, and the buffers.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ def _climb(
     module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], leaves: Sequence[str], logits: str | int | None, *, own_flags: bool
 ) -> tuple[str, Captured, Known, list[str]]:
     """Rule 2."""
-    reference = Reference(module, inputs, kwargs)
+    reference = Reference(module, inputs, kwargs, gradients=not own_flags)
     refused: list[str] = []
     reason: FrontendError | None = None
     coarse: tuple[str, Captured, Known] | None = None
@@ -115,12 +116,13 @@ def _climb(
     if coarse is not None:
         return *coarse, [line for line in refused if not line.startswith("leaves:")]
     reference.sizes  # noqa: B018  a module that fails on its own says so here
-    hint = reason.hint if reason is not None and reason.hint else "Keep the part that stops the trace as one node with leaves=[its path]."
+    assert reason is not None
+    others = "; ".join(line.rstrip(".") for line in refused if reason.message not in line)
     raise FrontendError(
-        f"{type(module).__name__} cannot be traced. {'; '.join(refused)}.",
-        where=reason.where if reason is not None else type(module).__name__,
-        got=reason.got if reason is not None else None,
-        hint=hint,
+        f"{type(module).__name__} cannot be traced: {reason.message.rstrip('.')}." + (f" ({others}.)" if others else ""),
+        where=reason.where or type(module).__name__,
+        got=reason.got,
+        hint=reason.hint or "Keep the part that stops the trace as one node with leaves=[its path].",
     ) from reason
 
 
@@ -130,7 +132,8 @@ def _functional(
     """Capture and rule 3; if patient, a module whose writes cannot be made functional becomes a leaf."""
     given_up: tuple[str, ...] = ()
     while True:
-        captured = capture(module, inputs, kwargs, (*leaves, *given_up))
+        with untouched(module):  # the code may keep a stand-in for a tensor in an attribute
+            captured = capture(module, inputs, kwargs, (*leaves, *given_up))
         try:
             captured = functionalize(captured)
         except FrontendError as error:
