@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "indistill_fx"
 LAYERS = [
     {"errors", "result"},
-    {"ops", "usercode"},
+    {"ops", "untouched", "usercode"},
     {"graphs", "traced", "curriculum"},
     {"plan", "losses"},
     {"passes"},
