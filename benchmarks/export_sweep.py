@@ -173,6 +173,16 @@ def _attempt(spec: str, *, neutral: bool) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def wait_for_memory(gigabytes: float = 5.0, patience: float = 600.0) -> None:
+    """Start nothing large while others fill the machine: it would only push everybody's pages out."""
+    end = time.monotonic() + patience
+    while time.monotonic() < end:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        if int(lines["MemAvailable"].split()[0]) / 2**20 >= gigabytes:
+            return
+        time.sleep(5)
+
+
 def run_apart(spec: str, timeout: float) -> dict[str, Any]:
     """`run_one` in a process of its own: a copy of this one, so that imports are paid for once."""
     context = multiprocessing.get_context("fork")
@@ -230,6 +240,7 @@ def sweep(out: Path, *, only: str, again_failed: bool, timeout: float) -> None:
     for i, spec in enumerate(names):
         known = record["rows"].get(spec)
         if known is None or (again_failed and known["status"] == "failed"):
+            wait_for_memory()
             row = record["rows"][spec] = run_apart(spec, timeout)
             save()
             print(f"{i + 1}/{len(names)} {spec}: {row['status']} {row.get('reason', row.get('max_rel'))}", flush=True)

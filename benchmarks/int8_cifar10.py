@@ -1,0 +1,77 @@
+"""What export and int8 do to the paper's CIFAR-10 student: accuracy, size, latency, beside the assistant it learned from.
+
+    python benchmarks/int8_cifar10.py --data DIR --weights REFERENCE_DIR [-o int8_cifar10.json]
+
+DIR is the image folder (train/<class>/, test/<class>/), REFERENCE_DIR holds the authors' published state dicts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import runpy
+import tempfile
+from pathlib import Path
+
+import torch
+
+from indistill_fx.bench import bench
+from indistill_fx.data import open_data
+from indistill_fx.export import export_onnx
+from indistill_fx.quantize import quantize_onnx
+
+PAPER = Path(__file__).parents[1] / "examples" / "paper_cifar10.py"
+MODELS = {
+    "assistant": ("cnn32_assistant_cifar10.pt", (16, 32, 64), 128),
+    "student": ("cnn32_small_indistill_pkt_cifar10.pt", (8, 16, 32), 64),
+}
+
+
+def main() -> None:
+    """Export, quantise and time both."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--weights", type=Path, required=True)
+    parser.add_argument("-o", "--out", type=Path)
+    parser.add_argument("--seconds", type=float, default=2.0)
+    options = parser.parse_args()
+    network = runpy.run_path(str(PAPER))["Cnn32"]
+    data = open_data(f"imagefolder:{options.data}", batch_size=100, seed=0)
+    test = [(x, y) for x, y in data.test]
+    calibration = list(itertools.islice(data.train_plain, 5))
+    contestants, record = {}, {}
+    with tempfile.TemporaryDirectory() as directory:
+        for name, (weights, widths, hidden) in MODELS.items():
+            model = network(widths, hidden)
+            model.load_state_dict(torch.load(options.weights / weights, map_location="cpu", weights_only=True))
+            model.eval()
+            path = Path(directory) / f"{name}.onnx"
+            report = export_onnx(model, path, test[0][0][:2], real_inputs=torch.cat([x for x, _ in test[:10]]))
+            record[name] = {
+                "max_abs": report.max_abs,
+                "agreement": report.real.agreement,
+                "parameters": report.parameters,
+            }
+            for calibrate in ("minmax", "entropy", "percentile"):
+                out = path.with_suffix(f".{calibrate}.onnx")
+                int8 = quantize_onnx(
+                    path, out, evaluation=test, calibration=calibration, calibrate=calibrate, max_drop=1.0
+                )
+                record[name][calibrate] = {
+                    "fp32": int8.accuracy_fp32, "int8": int8.accuracy_int8, "drop": int8.drop,
+                    "size_fp32": int8.size_fp32, "size_int8": int8.size_int8,
+                }  # fmt: skip
+            contestants |= {name: model, f"{name}.onnx": path, f"{name} int8": path.with_suffix(".minmax.onnx")}
+        record["bench"] = bench(contestants, test[0][0][:2], seconds=options.seconds).to_json()
+    for name in MODELS:
+        print(name, json.dumps(record[name]))
+    for row in record["bench"]["rows"]:
+        print(f"{row['name']:16} {row['runtime']:17} batch {row['batch']:2} threads {row['threads']}"
+              f"  median {row['median_ms']:7.3f}  p95 {row['p95_ms']:7.3f} ms  {row['size']:7} bytes")  # fmt: skip
+    if options.out:
+        options.out.write_text(json.dumps(record, indent=1))
+
+
+if __name__ == "__main__":
+    main()
