@@ -103,7 +103,8 @@ def find_blocks(traced: TracedModel, flow: Flow) -> tuple[Block, ...]:
     """
     look = _Look(traced, flow)
     closing: list[_Step] = []
-    for step in look.steps():
+    steps = list(look.steps())
+    for step in steps:
         if step.mixes:
             closing.append(step)
         elif (
@@ -111,7 +112,7 @@ def find_blocks(traced: TracedModel, flow: Flow) -> tuple[Block, ...]:
         ):
             closing[-1] = replace(closing[-1], place=step.place, last_conv=step.last_conv, open=False)
     if any(step.form == "join" for step in closing):
-        post_norm, pooled = look.norms_sums([step for step in closing if step.form == "join"]), False
+        post_norm, pooled = look.norms_sums([step for step in steps if step.form == "join"][:-1]), False
     else:
         post_norm, pooled = False, look.pools_every([step.place for step in closing])
     found = [look.block(step, post_norm=post_norm, pooled=pooled) for step in closing]
@@ -137,10 +138,24 @@ class _Look:
             node, rows = self.nodes[name], self._rows(before) or self._rows(name)
             if working and op_name(node) in _JOINS:
                 mixes = self.flat or any(self._mixes(other, rows) for other in region)
-                yield _Step(place, "join", mixes, any(map(_is_dilated, working)), working[-1].name)
+                yield _Step(place, "join", mixes, any(map(_is_dilated, working)), self._last_of_main_branch(name))
             elif self._works(node) or (working and op_name(node) != "mul"):
                 mixes = self.flat or bool(working) or self._mixes(node, rows)
                 yield _Step(place, "separable" if self._is_depthwise(node) else "unit", mixes, _is_dilated(node), name)
+
+    def _last_of_main_branch(self, join: str) -> str:
+        """The last node with work in the branch that does most of it: not in the shortcut."""
+        region = self.flow.regions[join]
+        best: tuple[int, str] = (0, join)
+        for end in self.flow.inputs[join]:
+            branch, behind = [], {end}
+            for name in reversed(region):
+                if name in behind:
+                    behind.update(self.flow.inputs[name])
+                    branch += [name] if self._works(self.nodes[name]) else []
+            if branch:
+                best = max(best, (sum(self.facts[name].macs for name in branch), branch[0]))
+        return best[1]
 
     def _works(self, node: fx.Node) -> bool:
         return node.name in self.facts and self.facts[node.name].macs > 0
@@ -177,7 +192,7 @@ class _Look:
         return len(weight) > 2 and weight[0] > weight[1] == 1 and prod(weight[2:]) > 1
 
     def norms_sums(self, joins: Sequence[_Step]) -> bool:
-        """Whether most joins are normed before anybody else reads them, and the norm's result is what many read."""
+        """Whether most of these joins are normed before anybody else reads them, and the norm's result is what many read."""
         readers = [self.flow.readers.get(self.flow.trunk[step.place], ()) for step in joins]
         alone = [names[0] for names in readers if len(names) == 1]
         normed = [name for name in alone if "norm" in op_name(self.nodes[name]) and len(self.flow.readers[name]) > 1]
