@@ -190,7 +190,7 @@ _TIMM: dict[str, str | tuple[str, int] | tuple[str, int, dict[str, Any]]] = {
 """timm 1.0.31: every family (module file) -> a small model; where 224 is not its size, or not needed, another; where needed, arguments."""
 
 _NO_INIT = {"googlenet": {"init_weights": False}, "inception_v3": {"init_weights": False}}
-_SIZES = {"inception_v3": 160, "regnet_y_128gf": 64, "maxvit_t": 224, "swin_t": 224, "resnet18": 224, "resnet50": 224}
+_SIZES = {"inception_v3": 299, "regnet_y_128gf": 64, "maxvit_t": 224, "swin_t": 224, "resnet18": 224, "resnet50": 224}
 _VIT_SIZE = 112  # a multiple of every patch size but 32
 
 

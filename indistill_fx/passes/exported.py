@@ -15,6 +15,7 @@ import io
 import logging
 import operator
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any
@@ -43,8 +44,7 @@ def capture_exported(module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping
     inputs, kwargs = batch_of((inputs, dict(kwargs)), size, example_size=batch_size((inputs, kwargs)))
     program = _export(module, inputs, kwargs, size)
     graph, targets = _rebuild(program, module, inputs, kwargs)
-    paths = {path for path, _ in module.named_modules(remove_duplicate=False)}
-    stacks = {node: [step for step in _stack(node) if step[1] in paths] for node in graph.nodes}
+    stacks = _stacks(graph, module)
     outputs = _raise_modules(graph, targets, stacks, module, frozenset(leaves))
     used = {str(node.target) for node in graph.nodes if node.op in ("get_attr", "call_module")}
     graph_module = assemble(graph, {name: value for name, value in targets.items() if name in used}, type(module).__name__)
@@ -168,13 +168,27 @@ def _is_check(node: fx.Node) -> bool:
     return name.split(".")[0] in _CHECKS or (node.op == "call_module" and name == "_guards_fn")
 
 
-def _stack(node: fx.Node) -> list[tuple[str, str]]:
-    """(module call, module path) of the modules around a node, the outermost first; the second call of `a` is `a@2`."""
-    found = []
-    for path, _ in node.meta.get("nn_module_stack", {}).values():
-        base, _, count = str(path).partition("@")
-        found.append((f"{base}@{int(count) + 1}" if count else base, base))
-    return found
+def _stacks(graph: fx.Graph, module: nn.Module) -> dict[fx.Node, list[tuple[str, str]]]:
+    """(module call, module path) of the modules around every node, the outermost first; the second call of `a` is `a@2`.
+
+    A module registered under several paths has the first one, as on the other rungs.
+    """
+    first = {id(part): path for path, part in module.named_modules()}
+    paths = {path: first[id(part)] for path, part in module.named_modules(remove_duplicate=False)}
+    names: dict[str, str] = {}
+    counts: Counter[str] = Counter()
+    stacks: dict[fx.Node, list[tuple[str, str]]] = {}
+    for node in graph.nodes:
+        stacks[node] = []
+        for call, (given, _) in node.meta.get("nn_module_stack", {}).items():
+            path = paths.get(str(given).split("@")[0])
+            if path is None:  # a stand-in of torch.export for code outside any module
+                continue
+            if call not in names:
+                counts[path] += 1
+                names[call] = path if counts[path] == 1 else f"{path}@{counts[path]}"
+            stacks[node].append((names[call], path))
+    return stacks
 
 
 def _raise_modules(

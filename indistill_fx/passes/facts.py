@@ -240,6 +240,8 @@ def _logits_node(graph_module: fx.GraphModule, facts: Mapping[str, NodeFacts], w
     if isinstance(value, fx.Node) and value.name not in facts and isinstance(value.target, type):  # a dataclass or namedtuple
         fields = getattr(value.target, "_fields", ())
         value = {**dict(zip(fields, value.args, strict=False)), **value.kwargs} or value.args
+    if hasattr(value, "_fields"):
+        value = value._asdict()
     if wanted is not None and not isinstance(value, fx.Node):
         try:
             value = value[wanted]

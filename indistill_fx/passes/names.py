@@ -1,13 +1,14 @@
 """Name every tensor of a graph as people would: by the module whose output it is, else by its place in a module.
 
 Names, in order of preference: the outermost module that returns the tensor (`layer3`), inner ones (`layer3.1`), the second call of
-a module (`layer3.1.relu@2`), the enclosing module and the operation (`layer3.1:add`, the next one `layer3.1:add_1`).
+a module (`layer3.1.relu@2`), a part of what it returns (`lstm[0]`), the enclosing module and the operation (`layer3.1:add`, the next one `layer3.1:add_1`).
 """
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from torch import fx
 
@@ -23,16 +24,28 @@ def name_taps(captured: Captured, facts: Mapping[str, NodeFacts]) -> dict[str, t
         captured: the graph and the record of module outputs, innermost first.
         facts: nodes whose value is one tensor; others cannot be tapped.
     """
+    nodes = {node.name: node for node in captured.graph_module.graph.nodes}
     modules: dict[str, list[str]] = {}
     for name, node, _ in captured.outputs:
         if name and not name.startswith("@"):
-            modules.setdefault(node, []).insert(0, name)
+            for place, part in _tensors_of(nodes[node], facts) if node in nodes else ():
+                modules.setdefault(part, []).insert(0, f"{name}{place}")
     seen: Counter[str] = Counter()
     named: dict[str, tuple[str, ...]] = {}
     for node in captured.graph_module.graph.nodes:
         if node.name in facts and node.op != "get_attr":
             named[node.name] = (*modules.get(node.name, ()), _local_name(node, facts[node.name].module, seen))
     return named
+
+
+def _tensors_of(node: fx.Node, facts: Mapping[str, NodeFacts], place: str = "") -> Iterator[tuple[str, str]]:
+    """A node's tensors and their places in its value: `[0]`, `[1][0]` of an LSTM; the node itself where it is one tensor."""
+    if node.name in facts:
+        yield place, node.name
+        return
+    for user in node.users:
+        if user.target is operator.getitem and user.args[0] is node:
+            yield from _tensors_of(user, facts, f"{place}[{user.args[1]}]")
 
 
 def _local_name(node: fx.Node, module: str, seen: Counter[str]) -> str:

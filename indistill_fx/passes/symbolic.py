@@ -86,9 +86,11 @@ def capture_symbolic(
         FrontendError: the code asks a symbolic value for something only a concrete one has.
     """
     tracer = _Tracer(module, inputs, kwargs, leaves)
+    own = {**dict(module.named_parameters()), **dict(module.named_buffers())}  # as they are before the code assigns to them
     try:
         graph = tracer.trace(module)
     except Exception as error:
         raise FrontendError(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
-    targets = {str(node.target): attribute(module, str(node.target)) for node in graph.nodes if node.op in ("call_module", "get_attr")}
+    named = (str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr"))
+    targets = {name: own[name] if name in own else attribute(module, name) for name in named}
     return Captured(assemble(graph, targets, type(module).__name__), tuple(tracer.outputs))
