@@ -33,7 +33,9 @@ def test_compiled_as_one_graph(monkeypatch):
     teacher, students = seeded(Cnn32), [seeded(Cnn32, (8, 16, 32), 64, seed=1) for _ in range(2)]
     x, labels = images(4, 32), torch.arange(4)
     losses = []
-    for student, wrap in zip(students, (lambda s: s, lambda s: torch.compile(s, fullgraph=True, backend="aot_eager")), strict=True):
+    for student, wrap in zip(
+        students, (lambda s: s, lambda s: torch.compile(s, fullgraph=True, backend="aot_eager")), strict=True
+    ):
         own = []
         for stage in ifx.compile_stages(teacher, student, main="kd", example_inputs=x):
             loss = wrap(stage.train())((x, labels))

@@ -1,0 +1,83 @@
+"""The examples run, on tiny data; and the commands of the README are commands."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from indistill_fx.cli import run
+
+ROOT = Path(__file__).parent.parent
+
+
+def write_images(folder: Path, *, per_class: int) -> None:
+    random = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for label in range(10):
+            home = folder / split / f"class{label}"
+            home.mkdir(parents=True)
+            for number in range(per_class):
+                pixels = (random.integers(0, 128, (32, 32, 3)) + 12 * label).astype(np.uint8)
+                Image.fromarray(pixels).save(home / f"{number}.png")
+
+
+@pytest.mark.slow
+def test_paper_cifar10(tmp_path):
+    write_images(tmp_path / "images", per_class=13)
+    sys.path.insert(0, str(ROOT))
+    from examples.paper_cifar10 import Cnn32
+
+    torch.manual_seed(0)
+    torch.save(Cnn32().state_dict(), tmp_path / "teacher.pt")
+    command = [sys.executable, str(ROOT / "examples/paper_cifar10.py"), "--data", str(tmp_path / "images"), "--quick"]
+    command += ["--teacher", str(tmp_path / "teacher.pt"), "--out", str(tmp_path / "out")]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    results = json.loads((tmp_path / "out/results.json").read_text())["results"]
+    assert list(results) == ["teacher", "cross-entropy", "PKT", "InDistill + PKT"]
+    assert all(0 <= row["map_cosine"] <= 1 and 0 <= row["p100_euclidean"] <= 1 for row in results.values())
+    assert (tmp_path / "out/plan.json").exists()
+
+
+def test_the_real_assistant_is_narrowed_as_the_paper_does():
+    """Kept channels are the top half by L1 norm; every narrowed feature equals the whole one there, to round-off in float64."""
+    weights = ROOT.parent / "shared/reference/cnn32_assistant_cifar10.pt"
+    if not weights.exists():
+        pytest.skip(f"the authors' weights are not at {weights}")
+    import indistill_fx as ifx
+    from examples.paper_cifar10 import make_student, make_teacher
+
+    teacher = make_teacher(str(weights)).double().eval()
+    x = torch.randn(4, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    traced = ifx.trace(teacher, x)
+    plan = ifx.align(traced, ifx.trace(make_student().double(), x, role="student"))
+    assert len(plan.pairs) == 3
+    taps = [pair.teacher for pair in plan.pairs]
+    whole, _ = ifx.instrument(traced, taps)(x)
+    slim, _ = ifx.instrument(ifx.narrow(traced, plan).value, taps)(x)
+    for pair, conv in zip(plan.pairs, (teacher.conv1, teacher.conv2, teacher.conv3), strict=True):
+        norms = conv.weight.detach().abs().sum((1, 2, 3))
+        half = len(norms) // 2
+        assert list(pair.kept) == sorted(norms.argsort(descending=True, stable=True)[:half].tolist())
+        assert (slim[pair.teacher] - whole[pair.teacher][:, list(pair.kept)]).abs().max() <= 1e-12
+        others = [c for c in range(len(norms)) if c not in pair.kept]
+        assert (slim[pair.teacher] - whole[pair.teacher][:, others]).abs().max() > 1e-3  # negative control
+
+
+def test_commands_in_the_readme_exist():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    commands = set(re.findall(r"^(?:\$ )?indistill-fx ([a-z]+)", text, flags=re.MULTILINE))
+    assert {"align", "distill", "evaluate", "export", "inspect", "prune", "train", "bench", "check"} <= commands
+    for command in commands:
+        assert run([command, "--help"]) == 0
