@@ -19,6 +19,7 @@ _COMMANDS: dict[str, str] = {
     "train": "Train a model on labels alone.",
     "evaluate": "Measure accuracy, and retrieval on request.",
     "export": "Export a model to ONNX, with proof that it computes the same.",
+    "report": "Show a run, or several, on one page: schedule, curves, models, kept channels.",
     "bench": "Time models and ONNX files side by side.",
     "check": "Prove a deployed ONNX file again.",
     "demo": "The whole way on data that ships with scikit-learn, in about a minute and a half.",

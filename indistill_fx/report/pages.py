@@ -1,0 +1,284 @@
+"""Pages: one file each, with all that they need in it. Templates escape every value; no script but our own may run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shlex
+from base64 import b64encode
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass
+from functools import cache
+from importlib import metadata, resources
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from indistill_fx.passes.match import MatchReport
+from indistill_fx.plan import AlignmentPlan
+from indistill_fx.report import numbers
+from indistill_fx.report.charts import charts_of
+from indistill_fx.report.columns import Alignment, Match, see, see_plan
+from indistill_fx.report.curves import curves_svg
+from indistill_fx.report.palette import GRADES, PAGE, grade
+from indistill_fx.report.pictures import kept_svg
+from indistill_fx.report.runs import Run, read_runs
+from indistill_fx.report.svg import legible
+from indistill_fx.traced import TracedModel
+
+_LINES = 2000
+"""So many epochs at the most are listed as numbers; the curves have all."""
+
+
+@dataclass(frozen=True, slots=True)
+class _View:
+    """An alignment as the templates draw it."""
+
+    alignment: Alignment
+    scores: Mapping[str, int]
+
+    def kept_map(self, match: Match) -> Markup:
+        return Markup(kept_svg(match.pair.kept or (), match.channels or 1, palette=PAGE))  # drawn by us
+
+
+def alignment_page(
+    plan: AlignmentPlan,
+    teacher: TracedModel,
+    student: TracedModel,
+    match_report: MatchReport | None = None,
+    *,
+    names: tuple[str, str] | None = None,
+) -> str:
+    """Teacher and student side by side with the pairs between them, as one HTML file.
+
+    Args:
+        plan: the pairs.
+        teacher: traced.
+        student: traced.
+        match_report: the evidence for the pairs; None where the plan was read from a file.
+        names: of teacher and student; default: their classes.
+
+    Returns:
+        The text of the file.
+
+    Raises:
+        ConfigError: the plan does not fit the models.
+    """
+    plan.check(teacher, student)
+    view = _view(see(plan, teacher, student, match_report, names=names))
+    title = f"{view.alignment.teacher.name} → {view.alignment.student.name}"
+    return _render(
+        "alignment.html.j2",
+        title=title,
+        kind=f"Alignment, {len(plan.pairs)} pairs",
+        data=_data(view.alignment),
+        view=view,
+        plan_text=plan.model_dump_json(indent=2),
+    )
+
+
+def run_page(run_dir: str | os.PathLike[str]) -> str:
+    """What training did, as one HTML file. Shows what there is, and says what is missing.
+
+    Args:
+        run_dir: a run directory, or a folder of runs to compare.
+
+    Returns:
+        The text of the file.
+
+    Raises:
+        ConfigError: there is no run in it.
+    """
+    runs = read_runs(run_dir)
+    plan = next((run.plan for run in reversed(runs) if run.plan is not None), None)
+    view = _view(see_plan(plan)) if plan is not None else None
+    epochs = max(len(run.epochs) for run in runs)
+    shares = {run.name: [max(leg.planned or 0, len(leg.epochs), 1) for leg in run.legs] for run in runs}
+    name = os.path.basename(os.path.abspath(run_dir))
+    return _render(
+        "run.html.j2",
+        title=runs[0].name if len(runs) == 1 else name,
+        kind="Run" if len(runs) == 1 else f"Comparison of {len(runs)} runs",
+        data=_data(view.alignment) if view else {},
+        view=view,
+        runs=runs,
+        tiles=_tiles(runs),
+        missing=[line if len(runs) == 1 else f"{run.name}: {line}" for run in runs for line in _missing(run)],
+        shares=shares,
+        longest=max(*map(sum, shares.values()), 1),
+        charts=[Markup(curves_svg([chart], palette=PAGE)) for chart in charts_of(runs)],  # drawn by us
+        limit=_LINES,
+        cut=f"Of every run the first {_LINES} epochs; metrics.jsonl has all." if epochs > _LINES else "",
+        **_models(runs),
+        plan_text=plan.model_dump_json(indent=2) if plan is not None else "",
+    )
+
+
+def _missing(run: Run) -> Sequence[str]:
+    """A run on labels alone lacks no plan."""
+    lonely = run.status == "done" and all(leg.name == "main" for leg in run.legs)
+    return [line for line in run.missing if not (lonely and line.startswith("plan.json is not there"))]
+
+
+def _view(alignment: Alignment) -> _View:
+    return _View(alignment, {match.key: grade(match.pair.score) for match in alignment.matches})
+
+
+def _data(alignment: Alignment) -> dict[str, Any]:
+    """What the script needs: the rows' facts and all operations."""
+    rows = {
+        row.key: [
+            row.tap,
+            row.op,
+            row.shape,
+            " · ".join(filter(None, (band.title, band.size))),
+            row.depth or 0.0,
+            row.macs,
+            row.parameters,
+            row.first,
+            row.last,
+        ]
+        for column in (alignment.teacher, alignment.student)
+        for band in column.bands
+        for run in band.runs
+        for row in run
+    }
+    columns = (alignment.teacher, alignment.student)
+    return {"rows": rows, "operations": {c.role: [astuple(operation) for operation in c.operations] for c in columns}}
+
+
+def _tiles(runs: Sequence[Run]) -> list[dict[str, str]]:
+    best = max((run for run in runs if run.accuracy is not None), key=lambda run: run.accuracy or 0, default=None)
+    teacher = next((run.teacher_accuracy for run in runs if run.teacher_accuracy is not None), None)
+    known = [run.weights for run in runs if run.weights is not None]
+    tiles = {
+        ("accuracy" if len(runs) == 1 else f"best accuracy in the end: {best.name if best else 'none'}"): (
+            numbers.percent(best.accuracy if best else None)
+        ),
+        "teacher's accuracy": numbers.percent(teacher),
+        "epochs trained": str(sum(len(run.epochs) for run in runs)),
+        "spent training": numbers.duration(sum(run.seconds for run in runs)),
+        "weights on disk": numbers.size(min(known)) if known else "–",
+    }
+    return [{"name": name, "value": value} for name, value in tiles.items()]
+
+
+def _models(runs: Sequence[Run]) -> dict[str, Any]:
+    """The table of models. MACs, latency and int8 are of the exports, where a run has kept them."""
+    columns = (
+        "accuracy",
+        "best",
+        "values stored",
+        "size",
+        "MACs",
+        "latency",
+        "int8 accuracy",
+        "int8 size",
+        "training",
+    )
+    rows = []
+    teacher = next((run.teacher_accuracy for run in runs if run.teacher_accuracy is not None), None)
+    if teacher is not None and all(run.name != "teacher" for run in runs):
+        rows.append(("teacher", numbers.percent(teacher), *["–"] * (len(columns) - 1)))
+    for run in runs:
+        told = run.export
+        latency = told.get("latency_ms")
+        rows.append(
+            (
+                run.name,
+                numbers.percent(run.accuracy),
+                numbers.percent(run.best),
+                numbers.short(run.parameters),
+                numbers.size(run.weights),
+                numbers.short(told.get("macs")),
+                "–" if latency is None else f"{latency:.3g} ms",
+                numbers.percent(told.get("int8_accuracy")),
+                numbers.size(told.get("int8_size")),
+                numbers.duration(run.seconds) if run.epochs else "–",
+            )
+        )
+    note = "Values stored: parameters, and the statistics of norms. –: not measured"
+    note += (
+        "" if any(run.export for run in runs) else "; `indistill-fx export` and `bench` measure MACs, latency and int8"
+    )
+    return {"models": rows, "model_columns": columns, "model_note": f"{note}."}
+
+
+def _render(template: str, **values: Any) -> str:
+    script = _asset("page.js")
+    return (
+        _environment()
+        .get_template(template)
+        .render(
+            style=Markup(_asset("style.css")),  # our own
+            script=Markup(script),  # our own
+            script_hash=b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+            version=_version(),
+            grades=GRADES,
+            **values,
+        )
+    )
+
+
+@cache
+def _asset(name: str) -> str:
+    return (resources.files("indistill_fx.report") / "templates" / name).read_text(encoding="utf-8").strip()
+
+
+@cache
+def _version() -> str:
+    try:
+        return metadata.version("indistill-fx")
+    except metadata.PackageNotFoundError:
+        return "from source"
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("indistill_fx.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=lambda value: legible(value) if type(value) is str else value,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "short": numbers.short,
+        "percent": numbers.percent,
+        "duration": numbers.duration,
+        "ranges": numbers.ranges,
+        "digits": lambda value: "–" if value is None else f"{value:.4g}",
+        "shape": lambda shape: "×".join(map(str, shape[1:])),
+        "plain": _plain,
+        "command": _command,
+        "flat": _flat,
+    }
+    return environment
+
+
+def _plain(text: str) -> Markup:
+    """A sentence of ours with `names` in it."""
+    parts = [escape(legible(part)) for part in text.split("`")]
+    if len(parts) % 2 == 0:
+        return escape(legible(text))
+    return Markup("").join(Markup("<code>{}</code>").format(part) if k % 2 else part for k, part in enumerate(parts))
+
+
+def _command(command: object) -> str:
+    return shlex.join(map(str, command)) if isinstance(command, list) and command else "unknown"
+
+
+def _flat(values: object) -> list[tuple[str, str]]:
+    """Names and values of a nested object, in one list."""
+    if not isinstance(values, dict):
+        return []
+    found: list[tuple[str, str]] = []
+    for key, value in values.items():
+        if isinstance(value, dict):
+            found += [(f"{key}.{inner}", text) for inner, text in _flat(value)]
+        else:
+            found.append((str(key), value if isinstance(value, str) else json.dumps(value)))
+    return found

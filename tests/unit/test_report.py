@@ -1,0 +1,356 @@
+"""Pages, pictures and text of an alignment and of runs: what they show, that names stay text, and that nothing is needed."""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections import OrderedDict
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from indistill_fx.errors import ConfigError
+from indistill_fx.passes.pipeline import align_traced
+from indistill_fx.passes.trace import trace
+from indistill_fx.plan import AlignmentPlan, ModelStamp, Pair
+from indistill_fx.report import (
+    alignment_mermaid,
+    alignment_page,
+    alignment_svg,
+    charts_of,
+    curves_svg,
+    read_runs,
+    run_page,
+    see,
+    see_plan,
+    to_png,
+)
+from indistill_fx.report.curves import Chart, Curve, ticks
+from indistill_fx.report.svg import shorten
+from tests.nets import unsettle
+
+NASTY = [
+    "</script><script>window.hit=1</script>",
+    "\"><img src=x onerror='window.hit=1'>",
+    "<!--<script>",
+    "{{7*7}}{% raw %}",
+    "`a` & 'b' \\\" \u2028 é ✨🦜\x00\x1b[31m",
+    "n" * 500,
+    "]]> --> ```\n# heading",
+]
+
+
+class Reader(HTMLParser):
+    """Tags, attributes and text of a page."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: dict[str, list[str]] = {}
+        self.inside = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        self.inside = tag
+
+    def handle_endtag(self, tag):
+        self.inside = ""
+
+    def handle_data(self, text):
+        self.texts.setdefault(self.inside, []).append(text)
+
+    def classed(self, name: str) -> list[dict[str, str | None]]:
+        return [attributes for _, attributes in self.tags if name in (attributes.get("class") or "").split()]
+
+
+class Stage(nn.Module):
+    def __init__(self, a: int, b: int, blocks: int):
+        super().__init__()
+        self.down = nn.Conv2d(a, b, 3, 2, 1)
+        self.convs = nn.ModuleList(nn.Conv2d(b, b, 3, 1, 1) for _ in range(blocks))
+
+    def forward(self, x):
+        x = self.down(x)
+        for conv in self.convs:
+            x = x + torch.relu(conv(x))
+        return x
+
+
+def network(width: int, blocks: int) -> nn.Module:
+    sizes = [(3, width), (width, 2 * width)]
+    body = OrderedDict((f"layer{k + 1}", Stage(a, b, blocks)) for k, (a, b) in enumerate(sizes))
+    tail = OrderedDict(pool=nn.AdaptiveAvgPool2d(1), flat=nn.Flatten(), fc=nn.Linear(2 * width, 5))
+    return unsettle(nn.Sequential(body | tail))
+
+
+@pytest.fixture(scope="module")
+def models():
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 16, 16)
+    return trace(network(8, 7), x, role="teacher"), trace(network(4, 2), x, role="student")
+
+
+@pytest.fixture(scope="module")
+def alignment(models):
+    return align_traced(*models)
+
+
+def nasty_plan(name: str) -> AlignmentPlan:
+    def pair(k: int) -> Pair:
+        return Pair(
+            teacher=f"{name}{k}",
+            student=f"s{name}{k}",
+            teacher_shape=(2, 8, 4, 4),
+            student_shape=(2, 3, 4, 4),
+            kept=(0, 2, 7),
+            score=0.9,
+            reason=name,
+        )
+
+    stamp = ModelStamp(name=name, fingerprint=name)
+    return AlignmentPlan(teacher=stamp, student=stamp, pairs=(pair(0), pair(1)), unmatched=(f"teacher `{name}`: no",))
+
+
+def leave_run(home, *, name: str = "layer1", status: str = "done", **told) -> None:
+    home.mkdir(parents=True, exist_ok=True)
+    story = {
+        "command": ["indistill-fx", "distill", name],
+        "started": "2026-01-01T00:00:00",
+        "settings": {"seed": 0, name: name},
+        "schedule": [f"{name}: 2 epochs, adam", "main: 3 epochs, adam"],
+        "teacher_accuracy": 0.9,
+        "environment": {"versions": {"torch": name}},
+        "status": status,
+    } | told
+    (home / "run.json").write_text(json.dumps(story))
+    lines = [
+        {"kind": "epoch", "epochs": k + 1, "step": k, "stage": stage, "epoch": epoch, "steps": 1, "loss": 1 / (k + 1)}
+        | {"learning_rate": 0.1, "seconds": 1.5, "accuracy": 0.5 + k / 10 if stage == "main" else None}
+        for k, (stage, epoch) in enumerate([(name, 1), (name, 2), ("main", 1), ("main", 2), ("main", 3)])
+    ]
+    (home / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    nasty_plan(name).save(home / "plan.json")
+
+
+def check_page(page: str) -> Reader:
+    """One file that loads nothing and runs no script but ours."""
+    reader = Reader(page)
+    scripts = [attributes for tag, attributes in reader.tags if tag == "script"]
+    assert scripts == [{"type": "application/json", "id": "data"}, {}]
+    assert not [tag for tag, _ in reader.tags if tag in ("img", "link", "iframe", "object", "base")]
+    for _, attributes in reader.tags:
+        assert not [name for name in attributes if name.startswith("on") or name in ("src", "srcset")]
+        assert (attributes.get("href") or "#").startswith("#")
+    policy = next(a["content"] for tag, a in reader.tags if a.get("http-equiv") == "Content-Security-Policy")
+    assert policy.startswith("default-src 'none'")
+    assert "\x00" not in page and "\x1b" not in page
+    return reader
+
+
+def test_the_page_has_an_arc_and_a_card_for_every_pair_and_a_row_for_every_block(models, alignment):
+    page = alignment_page(alignment.value, *models, alignment.report)
+    reader = check_page(page)
+    arcs = [arc["data-pair"] for arc in reader.classed("arc")]
+    assert arcs == ["1", "2", "embedding"]
+    assert [card["id"] for card in reader.classed("card")] == ["pair-1", "pair-2", "pair-embedding"]
+    assert len(reader.classed("folded")) == 2  # the teacher's 6 unpaired blocks of each stage
+    data = json.loads("".join(reader.texts["script"])[: page.index("(() =>")].split("(() =>")[0])
+    assert {row[0] for row in data["rows"].values()} >= {"layer1", "layer2", "fc"}
+    assert len(reader.tags) < 2000
+    for pair in alignment.value.pairs:
+        assert f"{len(pair.kept)} of {pair.teacher_shape[1]} channels" in page
+
+
+def test_every_operation_is_in_exactly_one_row(models, alignment):
+    seen = see(alignment.value, *models, alignment.report)
+    for column, model in ((seen.teacher, models[0]), (seen.student, models[1])):
+        rows = list(column.rows)
+        assert [row.first for row in rows] == [0, *(row.last for row in rows[:-1])]
+        assert rows[-1].last == len(column.operations) == len(model.graph_module.graph.nodes) - 1
+        assert sum(row.macs for row in rows) == column.macs == model.macs
+        assert all(source < k for k, operation in enumerate(column.operations) for source in operation.reads)
+
+
+def test_a_plan_for_other_models_is_refused(models, alignment):
+    with pytest.raises(ConfigError, match="does not fit"):
+        alignment_page(nasty_plan("x"), *models)
+
+
+def test_the_picture_has_an_arc_for_every_pair_and_only_literal_colours(models, alignment):
+    text = alignment_svg(see(alignment.value, *models, alignment.report))
+    root = ElementTree.fromstring(text)
+    arcs = [element for element in root.iter() if "arc" in element.get("class", "").split()]
+    assert len(arcs) == len(alignment.value.pairs) + 1
+    assert "var(" not in text and "http" not in text.replace("http://www.w3.org/2000/svg", "")
+    assert "layer1: 8×8×8" in text
+
+
+def test_mermaid_has_a_link_for_every_pair(models, alignment):
+    text = alignment_mermaid(see(alignment.value, *models))
+    assert text.startswith("flowchart LR\n")
+    assert text.count("<==>") == 2 and text.count("<-.->") == 1
+    assert f'"{alignment.value.pairs[0].score:.2f}, 4 channels"' in text
+
+
+def test_a_text_transformer_is_drawn_too():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    net = nn.Sequential(nn.Embedding(11, 8), encoder)
+    x = torch.randint(0, 11, (2, 5))
+    found = trace(net, x, role="teacher"), trace(net, x, role="student")
+    plan = align_traced(*found)
+    check_page(alignment_page(plan.value, *found, plan.report))
+    assert "5 tokens" in alignment_svg(see(plan.value, *found))
+
+
+@pytest.mark.parametrize("name", NASTY)
+def test_names_are_text_wherever_they_come_from(tmp_path, name):
+    leave_run(tmp_path / "run", name=name, error=name, about={"model": name, name: {name: [name]}})
+    reader = check_page(run_page(tmp_path / "run"))
+    shown = re.sub("[\x00\x1b]", "\ufffd", name)
+    assert shown + "0" in "".join(reader.texts["code"])
+    seen = see_plan(nasty_plan(name))
+    titles = [
+        element.text or "" for element in ElementTree.fromstring(alignment_svg(seen)).iter() if "title" in element.tag
+    ]
+    assert any(
+        title.startswith(shown + "0") or title.replace("\n", " ").startswith(shown.replace("\n", " ") + "0")
+        for title in titles
+    )
+    labels = re.findall(r'\["(.*?)"\]', alignment_mermaid(seen))
+    assert labels and not any(set(label.replace("<br>", "")) & set('<>"`\n[]{}') for label in labels)
+
+
+@settings(max_examples=25, deadline=None)
+@given(name=st.text(max_size=80))
+def test_any_name_makes_a_well_formed_picture(name):
+    seen = see_plan(nasty_plan(name))
+    ElementTree.fromstring(alignment_svg(seen))
+    assert len(alignment_mermaid(seen).splitlines()) == 15
+
+
+def test_a_run_directory_may_have_a_nasty_name(tmp_path):
+    home = tmp_path / "<b onclick=x>'\"🦜"
+    leave_run(home)
+    assert "<b onclick" not in check_page(run_page(home)).get_starttag_text() and "&lt;b onclick" in run_page(home)
+
+
+def test_runs_of_a_folder_are_compared_in_the_order_they_began(tmp_path):
+    for k, name in enumerate(("labels", "kd", "indistill")):
+        leave_run(tmp_path / name, started=f"2026-01-0{k + 1}")
+    runs = read_runs(tmp_path)
+    assert [run.name for run in runs] == ["labels", "kd", "indistill"]
+    charts = charts_of(runs)
+    assert charts[0].title == "Validation accuracy"
+    assert [curve.name for curve in charts[0].curves] == ["labels", "kd", "indistill", "the distilled runs' teacher"]
+    assert charts[0].curves[0].points == ((3.0, 0.7), (4.0, 0.8), (5.0, 0.9))
+    page = run_page(tmp_path)
+    check_page(page)
+    assert "Comparison of 3 runs" in page and "90.00%" in page
+
+
+@pytest.mark.parametrize("gone", ["run.json", "metrics.jsonl", "plan.json"])
+def test_what_is_gone_is_said_and_the_rest_is_shown(tmp_path, gone):
+    leave_run(tmp_path / "run")
+    whole = check_page(run_page(tmp_path / "run"))
+    assert gone not in "".join(text for texts in whole.texts.values() for text in texts if "not there" in text)
+    (tmp_path / "run" / gone).unlink()
+    page = run_page(tmp_path / "run")
+    check_page(page)
+    assert re.search(f"{gone} (is not there|cannot be read)", page)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        ({"run.json": "{"}, "run.json cannot be read"),
+        ({"run.json": "[1]"}, "run.json holds something else"),
+        ({"run.json": '{"schedule": 3, "environment": [], "settings": null, "command": {}}'}, "no schedule"),
+        ({"metrics.jsonl": "\x00\x01{torn"}, "1 lines of metrics.jsonl are torn"),
+        ({"metrics.jsonl": '{"stage": 1}\n[]\n{"stage": "a"}\n'}, "3 lines of metrics.jsonl have another form"),
+        ({"metrics.jsonl": '{"stage": "main", "epoch": 1, "loss": NaN}\n'}, "The loss of 1 epochs is not a finite"),
+        ({"metrics.jsonl": '{"stage": "main", "epoch": 1, "loss": "<b>"}\n'}, "The loss of 1 epochs is not a finite"),
+        ({"plan.json": '{"schema_version": 9}'}, "plan.json is of another version"),
+        ({"student.safetensors": "no tensors"}, "–"),
+    ],
+)
+def test_damaged_files_are_survived_and_told(tmp_path, damage, said):
+    leave_run(tmp_path / "run")
+    for name, text in damage.items():
+        (tmp_path / "run" / name).write_text(text)
+    page = run_page(tmp_path / "run")
+    check_page(page)
+    assert said in page
+
+
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        ({"status": "running", "updated": "noon"}, "last heard of at noon"),
+        ({"status": "stopped", "error": "SIGTERM"}, "was stopped: SIGTERM"),
+        ({"status": "failed", "error": "loss is nan"}, "failed: loss is nan"),
+    ],
+)
+def test_an_unfinished_run_says_so(tmp_path, told, said):
+    leave_run(tmp_path / "run", **told)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(lines[:3]))
+    page = run_page(tmp_path / "run")
+    assert said in page and "1 of 3 epochs" in page and "student.safetensors is not there" in page
+
+
+def test_no_run_at_all_is_an_error(tmp_path):
+    with pytest.raises(ConfigError, match="no run in"):
+        run_page(tmp_path)
+    with pytest.raises(ConfigError, match="not a directory"):
+        run_page(tmp_path / "nowhere")
+
+
+def test_exported_numbers_are_in_the_table(tmp_path):
+    leave_run(tmp_path / "run")
+    (tmp_path / "run" / "export.json").write_text('{"macs": 1.5e6, "latency_ms": 2.5, "int8_accuracy": 0.875}')
+    page = run_page(tmp_path / "run")
+    assert "1.5 M" in page and "2.5 ms" in page and "87.50%" in page
+
+
+def test_curves_that_cannot_be_drawn_are_left_out():
+    chart = Chart("t", "epoch", (Curve("a", ((1, float("nan")), (2, 1.0))), Curve("b", ())))
+    root = ElementTree.fromstring(curves_svg([chart]))
+    assert len([element for element in root.iter() if element.tag.endswith("circle")]) == 1
+    assert "Nothing was measured" in curves_svg([Chart("t", "epoch", ())])
+
+
+@given(st.floats(-1e12, 1e12), st.floats(0, 1e12))
+def test_ticks_span_the_range(low, span):
+    marks = ticks(low, low + span)
+    assert marks[0] <= low + 1e-6 * abs(low) and marks[-1] >= low + span - 1e-6 * abs(low + span)
+    assert 2 <= len(marks) <= 13
+
+
+@given(st.text(), st.integers(1, 40))
+def test_short_texts_keep_their_ends(text, length):
+    short = shorten(text, length)
+    assert len(short) <= max(length, 1) and (short == text or "…" in short)
+
+
+def test_png_is_a_png():
+    try:
+        import cairosvg  # noqa: F401
+    except (ImportError, OSError):
+        pytest.skip("no CairoSVG or no libcairo2: pip install 'indistill-fx[png]', apt-get install libcairo2")
+    assert to_png(alignment_svg(see_plan(nasty_plan("layer"))), width=300).startswith(b"\x89PNG")
+
+
+def test_png_without_cairosvg_says_what_to_do(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "cairosvg", None)
+    with pytest.raises(ConfigError, match=r"pip install 'indistill-fx\[png\]'"):
+        to_png("<svg/>")
