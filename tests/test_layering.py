@@ -10,13 +10,13 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "indistill_fx"
 LAYERS = [
     {"errors", "result"},
-    {"ops", "untouched", "usercode"},
+    {"attention", "ops", "untouched", "usercode"},
     {"graphs", "traced", "curriculum"},
     {"plan", "losses"},
     {"passes"},
     {"pipeline"},
     {"*"},  # stage, train, evaluate, export, data, sources, …
-    {"cli"},
+    {"cli", "__main__"},
 ]
 
 
