@@ -19,7 +19,7 @@ import multiprocessing
 import sys
 import time
 from collections.abc import Callable
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,9 @@ def sweep(models: list[ZooModel], path: Path | None, *, limit: float) -> dict[st
 
     record: dict[str, Any] = json.loads(path.read_text()) if path and path.exists() else {}
     results: dict[str, Any] = record.setdefault("models", {})
-    record.update(versions=_versions(), date=datetime.now(timezone.utc).isoformat(timespec="seconds"), command=" ".join(sys.argv))
+    record.update(
+        versions=_versions(), date=datetime.now(UTC).isoformat(timespec="seconds"), command=" ".join(sys.argv)
+    )
     for model in models:
         if results.get(model.id, {}).get("ok"):
             continue
@@ -85,7 +87,11 @@ def _send(model: ZooModel, sender: Any) -> None:
 def one(model: ZooModel) -> dict[str, Any]:
     """Trace a model as teacher and as student, and compare."""
     module = model.build()
-    result: dict[str, Any] = {"family": model.family, "size": model.size, "parameters": sum(p.numel() for p in module.parameters())}
+    result: dict[str, Any] = {
+        "family": model.family,
+        "size": model.size,
+        "parameters": sum(p.numel() for p in module.parameters()),
+    }
     for name, role in (("eval", "teacher"), ("train", "student")):
         try:
             result[name] = _checked(module, model, role)  # type: ignore[arg-type]
@@ -100,7 +106,9 @@ def _checked(module: nn.Module, model: ZooModel, role: Role) -> dict[str, Any]:
     traced = trace(module, model.example(2, seed=1), role=role)
     seconds = time.perf_counter() - start
     untouched = digest(module) == before and torch.equal(state, torch.get_rng_state())
-    differences = [_difference(module, traced, model.example(size, seed=10 + size), training=role == "student") for size in _SIZES]
+    differences = [
+        _difference(module, traced, model.example(size, seed=10 + size), training=role == "student") for size in _SIZES
+    ]
     report = traced.report
     return {
         "ok": untouched and max(differences) <= 1e-5,
@@ -143,7 +151,9 @@ def leaf_share(traced: TracedModel) -> float:
         if node.op == "call_module":
             part = traced.graph_module.get_submodule(str(node.target))
             if any(True for _ in part.children()) or isinstance(part, nn.RNNBase):
-                names = [node.name, *(user.name for user in node.users)] if node.name not in traced.facts else [node.name]
+                names = (
+                    [node.name, *(user.name for user in node.users)] if node.name not in traced.facts else [node.name]
+                )
                 kept += sum(traced.facts[name].macs for name in names if name in traced.facts)
     return kept / max(traced.macs, 1)
 
@@ -165,7 +175,11 @@ def ratio() -> dict[str, Any]:
 
         pairs = [(_seconds(plain), _seconds(lambda x=x: trace(module, x))) for _ in range(6)][1:]  # the first warms up
         theirs, ours = (sorted(times)[2] for times in zip(*pairs, strict=True))
-        found[f"batch {batch}"] = {"symbolic_trace+ShapeProp": round(theirs, 3), "trace+facts": round(ours, 3), "ratio": round(ours / theirs, 2)}
+        found[f"batch {batch}"] = {
+            "symbolic_trace+ShapeProp": round(theirs, 3),
+            "trace+facts": round(ours, 3),
+            "ratio": round(ours / theirs, 2),
+        }
         print(batch, found[f"batch {batch}"], flush=True)
     return found
 
@@ -177,7 +191,9 @@ def chain(lengths: tuple[int, ...] = (100, 1_000, 10_000)) -> dict[str, Any]:
         rows = {}
         for length in lengths:
             module = build(length)
-            rows[str(length)] = round(min(_seconds(lambda module=module: trace(module, torch.randn(2, 4))) for _ in range(2)), 3)
+            rows[str(length)] = round(
+                min(_seconds(lambda module=module: trace(module, torch.randn(2, 4))) for _ in range(2)), 3
+            )
         per_node = {length: round(1e3 * seconds / int(length), 4) for length, seconds in rows.items()}
         found[name] = {"seconds": rows, "ms_per_node": per_node}
         print(name, found[name], flush=True)
@@ -223,18 +239,29 @@ def _versions() -> dict[str, str]:
 def _line(name: str, result: dict[str, Any]) -> str:
     if "error" in result:
         return f"FAIL {name}: {result['error']}"
-    parts = [f"{key} {result[key]['rung']} {result[key]['difference']:.0e}" if "rung" in result[key] else f"{key} {result[key]['error']}" for key in ("eval", "train")]
+    parts = [
+        f"{key} {result[key]['rung']} {result[key]['difference']:.0e}"
+        if "rung" in result[key]
+        else f"{key} {result[key]['error']}"
+        for key in ("eval", "train")
+    ]
     return f"{'ok  ' if result['ok'] else 'FAIL'} {name} ({result.get('seconds', '-')} s): {'; '.join(parts)}"
 
 
 def table(record: dict[str, Any]) -> str:
     """The sweep as Markdown: one line per source, then every model that is not on the first rung or has leaves."""
-    lines = ["| source | traced | eval rungs | train rungs | leaf share ≤ 20% | largest difference |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| source | traced | eval rungs | train rungs | leaf share ≤ 20% | largest difference |",
+        "|---|---|---|---|---|---|",
+    ]
     models: dict[str, Any] = record["models"]
     for source in ("torchvision", "segmentation", "timm"):
         rows = [row for name, row in models.items() if name.startswith(f"{source}:")]
         good = [row for row in rows if row["ok"]]
-        rungs = [", ".join(f"{rung} {count}" for rung, count in _counts([row[key]["rung"] for row in good])) for key in ("eval", "train")]
+        rungs = [
+            ", ".join(f"{rung} {count}" for rung, count in _counts([row[key]["rung"] for row in good]))
+            for key in ("eval", "train")
+        ]
         light = sum(max(row[key]["leaf_share"] for key in ("eval", "train")) <= 0.2 for row in good)
         worst = max((row[key]["difference"] for row in good for key in ("eval", "train")), default=0.0)
         lines.append(f"| {source} | {len(good)} of {len(rows)} | {rungs[0]} | {rungs[1]} | {light} | {worst:.1e} |")

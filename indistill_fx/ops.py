@@ -25,6 +25,7 @@ _BY_CLASS: dict[str, str] = {
     **{f"Dropout{n}d": "dropout" for n in (1, 2, 3)},
     "SyncBatchNorm": "batch_norm",
     "LocalResponseNorm": "local_response_norm",
+    "NonDynamicallyQuantizableLinear": "linear",
     "MultiheadAttention": "multihead_attention",
 }
 _BY_NAME: dict[str, str] = {
@@ -57,6 +58,11 @@ _BY_NAME: dict[str, str] = {
     "_unsafe_view": "view",
     "native_layer_norm": "layer_norm",
     "native_group_norm": "group_norm",
+    **{
+        f"upsample_{kind}": "interpolate"
+        for kind in ("nearest1d", "nearest2d", "nearest3d", "linear1d", "bilinear2d", "bicubic2d", "trilinear3d")
+    },
+    "alias": "identity",
     "hard_swish": "hardswish",
 }
 _WORDS = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
@@ -68,7 +74,9 @@ UNARY = frozenset(
 )
 """Elementwise operations on one tensor: every entry of the output depends on the entry at the same place alone."""
 
-_INPLACE_OPERATORS = frozenset({operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ipow, operator.iand, operator.ior})
+_INPLACE_OPERATORS = frozenset(
+    {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ipow, operator.iand, operator.ior}
+)
 
 BINARY = frozenset("add sub mul div maximum minimum".split())
 """Elementwise operations on two broadcast operands."""
@@ -138,4 +146,8 @@ def writes_first(op: str, target: Any, kwargs: Mapping[str, Any]) -> bool:
     if kwargs.get("inplace") is True or target is operator.setitem or target in _INPLACE_OPERATORS:
         return True
     name = str(getattr(target, "__name__", ""))
-    return name.endswith("_") and not name.endswith("__") and (getattr(target, "__module__", None) or "").startswith("torch")
+    return (
+        name.endswith("_")
+        and not name.endswith("__")
+        and (getattr(target, "__module__", None) or "").startswith("torch")
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -77,7 +78,7 @@ class TraceReport:
     notes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class TracedModel:
     """A model as a graph. Made by `trace`; passes return new ones and never change one.
 
@@ -103,7 +104,7 @@ class TracedModel:
     example_kwargs: Mapping[str, Any]
     logits: str
 
-    @property
+    @cached_property
     def taps(self) -> dict[str, str]:
         """Every legal tap name -> node name. Where two nodes claim a name, the first in the graph has it."""
         found: dict[str, str] = {}
@@ -125,8 +126,11 @@ class TracedModel:
                 where=tap,
                 hint=f"{nearest(tap, taps)} `indistill-fx inspect` lists all layers.".strip(),
             )
-        found: fx.Node = next(node for node in self.graph_module.graph.nodes if node.name == taps[tap])
-        return found
+        return self._nodes[taps[tap]]
+
+    @cached_property
+    def _nodes(self) -> dict[str, fx.Node]:
+        return {node.name: node for node in self.graph_module.graph.nodes}
 
     def tap_name(self, node: fx.Node | str) -> str:
         """The name people would use for a node's tensor: the outermost module whose output it is, else `module:node`."""

@@ -24,7 +24,8 @@ def untouched(module: nn.Module) -> Iterator[None]:
     Args:
         module: the module whose forward will run, or be traced, inside the block.
     """
-    parts = [(part, dict(part.__dict__), [dict(part.__dict__[r]) for r in _REGISTRIES]) for part in module.modules() if not _is_compiled(part)]
+    own = (part for part in module.modules() if not _is_compiled(part))
+    parts = [(part, dict(part.__dict__), [dict(part.__dict__[r]) for r in _REGISTRIES]) for part in own]
     buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
     python_state = random.getstate()
     numpy_random: Any = getattr(sys.modules.get("numpy"), "random", None)

@@ -28,13 +28,22 @@ from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from indistill_fx.errors import FrontendError
 from indistill_fx.graphs import batch_of, batch_size
-from indistill_fx.ops import attribute
+from indistill_fx.ops import attribute, op_name, writes_first
 from indistill_fx.passes.captured import Captured, assemble, children, is_leaf
+from indistill_fx.passes.functionalize import VIEWS
 
-_CHECKS = ("_assert_scalar", "_assert_tensor_metadata", "_assert_async", "sym_constrain_range", "sym_constrain_range_for_size")
+_CHECKS = (
+    "_assert_scalar",
+    "_assert_tensor_metadata",
+    "_assert_async",
+    "sym_constrain_range",
+    "sym_constrain_range_for_size",
+)
 
 
-def capture_exported(module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], leaves: Sequence[str]) -> Captured:
+def capture_exported(
+    module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], leaves: Sequence[str]
+) -> Captured:
     """Export and rebuild.
 
     Raises:
@@ -43,11 +52,16 @@ def capture_exported(module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping
     size = 2
     inputs, kwargs = batch_of((inputs, dict(kwargs)), size, example_size=batch_size((inputs, kwargs)))
     program = _export(module, inputs, kwargs, size)
+    if any(_writes_view(node) for node in program.graph.nodes):
+        with _quiet():
+            program = program.run_decompositions({})
     graph, targets = _rebuild(program, module, inputs, kwargs)
     stacks = _stacks(graph, module)
     outputs = _raise_modules(graph, targets, stacks, module, frozenset(leaves))
     used = {str(node.target) for node in graph.nodes if node.op in ("get_attr", "call_module")}
-    graph_module = assemble(graph, {name: value for name, value in targets.items() if name in used}, type(module).__name__)
+    graph_module = assemble(
+        graph, {name: value for name, value in targets.items() if name in used}, type(module).__name__
+    )
     note = "exported: sizes other than the batch are fixed, and so is the mode of operations outside torch.nn modules"
     return Captured(graph_module, outputs, leaves=tuple(leaf for leaf in leaves if leaf in used), notes=(note,))
 
@@ -64,6 +78,12 @@ def _export(module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any
     except Exception as error:  # a compiler: it fails in many ways
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
         raise FrontendError(f"{type(error).__name__}: {lines[0]}") from error
+
+
+def _writes_view(node: fx.Node) -> bool:
+    """Whether it writes into a part of a tensor; torch's own functionalization handles that, at the price of plainer operations."""
+    first = node.args[0] if node.args else None
+    return isinstance(first, fx.Node) and writes_first(node.op, node.target, node.kwargs) and op_name(first) in VIEWS
 
 
 @contextmanager
@@ -112,7 +132,9 @@ def _arguments(graph: fx.Graph, module: nn.Module, inputs: tuple[Any, ...], kwar
     """One placeholder per argument of the module; the nodes of the flat leaves inside, which are what `torch.export` takes."""
     names = [name for name in inspect.signature(module.forward).parameters if name != "self"]
     names += [f"input_{k}" for k in range(len(names), len(inputs))]
-    given = [(name, value, graph.placeholder(name)) for name, value in (*zip(names, inputs, strict=False), *kwargs.items())]
+    given = [
+        (name, value, graph.placeholder(name)) for name, value in (*zip(names, inputs, strict=False), *kwargs.items())
+    ]
     return [leaf for _, value, node in given for leaf in _flat(graph, value, node)]
 
 
@@ -123,7 +145,11 @@ def _flat(graph: fx.Graph, value: Any, node: fx.Node) -> list[fx.Node]:
         entries = list(enumerate(value))
     else:
         return [node]
-    return [leaf for key, entry in entries for leaf in _flat(graph, entry, graph.call_function(operator.getitem, (node, key)))]
+    return [
+        leaf
+        for key, entry in entries
+        for leaf in _flat(graph, entry, graph.call_function(operator.getitem, (node, key)))
+    ]
 
 
 def _own_tensor(program: ExportedProgram, module: nn.Module, name: str) -> Any:
@@ -141,7 +167,12 @@ def _user_outputs(program: ExportedProgram, output: fx.Node) -> list[Any]:
 
 
 def _write_buffers(
-    program: ExportedProgram, graph: fx.Graph, memo: Mapping[fx.Node, fx.Node], output: fx.Node, targets: dict[str, Any], module: nn.Module
+    program: ExportedProgram,
+    graph: fx.Graph,
+    memo: Mapping[fx.Node, fx.Node],
+    output: fx.Node,
+    targets: dict[str, Any],
+    module: nn.Module,
 ) -> None:
     values: Any = output.args[0]
     for value, spec in zip(values, program.graph_signature.output_specs, strict=True):
@@ -192,7 +223,11 @@ def _stacks(graph: fx.Graph, module: nn.Module) -> dict[fx.Node, list[tuple[str,
 
 
 def _raise_modules(
-    graph: fx.Graph, targets: dict[str, Any], stacks: dict[fx.Node, list[tuple[str, str]]], module: nn.Module, leaves: frozenset[str]
+    graph: fx.Graph,
+    targets: dict[str, Any],
+    stacks: dict[fx.Node, list[tuple[str, str]]],
+    module: nn.Module,
+    leaves: frozenset[str],
 ) -> tuple[tuple[str, str, int], ...]:
     """Rules 3 and 4: returns the module outputs, innermost first."""
     groups: dict[str, list[fx.Node]] = {}
@@ -209,7 +244,11 @@ def _raise_modules(
         inside = set(nodes)
         results = [node for node in nodes if any(user not in inside for user in node.users)]
         path, part = paths[call], attribute(module, paths[call])
-        outer = not any(step in leaves for step, _ in list(nodes[0].meta["nn_module_stack"].values())[:-1]) if nodes else False
+        outer = (
+            not any(step in leaves for step, _ in list(nodes[0].meta["nn_module_stack"].values())[:-1])
+            if nodes
+            else False
+        )
         if nodes and outer and (path in leaves or is_leaf(part)) and len(results) == 1:
             results = [_replace(graph, nodes, results[0], path, part, targets, groups)]
         returned[call] = results
@@ -223,11 +262,19 @@ def _raise_modules(
 
 
 def _replace(
-    graph: fx.Graph, nodes: list[fx.Node], result: fx.Node, path: str, part: nn.Module, targets: dict[str, Any], groups: dict[str, list[fx.Node]]
+    graph: fx.Graph,
+    nodes: list[fx.Node],
+    result: fx.Node,
+    path: str,
+    part: nn.Module,
+    targets: dict[str, Any],
+    groups: dict[str, list[fx.Node]],
 ) -> fx.Node:
     """One call of the module in the place of the operations it made; the result itself where the module is not a function of one tensor."""
     inside = set(nodes)
-    sources = dict.fromkeys(source for node in nodes for source in node.all_input_nodes if source not in inside and source.op != "get_attr")
+    sources = dict.fromkeys(
+        source for node in nodes for source in node.all_input_nodes if source not in inside and source.op != "get_attr"
+    )
     if len(sources) != 1:
         return result
     with graph.inserting_after(nodes[-1]):

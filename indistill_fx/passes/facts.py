@@ -114,7 +114,13 @@ def _count_attention(query: Any, key: Any, value: Any, *args: Any, out_val: Any 
     return int(sdpa_flop_count(query.shape, key.shape, value.shape))
 
 
-_KEEPING = (UNARY - {"float", "half", "to", "type_as"}) | {"batch_norm", "layer_norm", "group_norm", "instance_norm", "softmax"}
+_KEEPING = (UNARY - {"float", "half", "to", "type_as"}) | {
+    "batch_norm",
+    "layer_norm",
+    "group_norm",
+    "instance_norm",
+    "softmax",
+}
 _FLOPS = {**flop_registry, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _count_attention}
 
 
@@ -163,7 +169,9 @@ def _observe(graph_module: fx.GraphModule, reference: Reference, size: int) -> d
         recorder.seen.clear()
         torch.manual_seed(0)
         inputs, kwargs = reference.batch(size)
-        written = {name: tensor.clone() if not isinstance(tensor, nn.Parameter) else tensor for name, tensor in own.items()}
+        written = {
+            name: tensor.clone() if not isinstance(tensor, nn.Parameter) else tensor for name, tensor in own.items()
+        }
         with torch.no_grad(), plain_attention():
             torch.func.functional_call(recorder, written, (*inputs, *kwargs.values()))
     return recorder.seen
@@ -173,12 +181,21 @@ def _without_data(leaf: Any) -> Any:
     return torch.empty_like(leaf, device="meta") if isinstance(leaf, Tensor) else leaf
 
 
-def _assemble(graph_module: fx.GraphModule, runs: list[dict[str, _Seen]], sizes: list[int], example: int) -> dict[str, NodeFacts]:
+def _assemble(
+    graph_module: fx.GraphModule, runs: list[dict[str, _Seen]], sizes: list[int], example: int
+) -> dict[str, NodeFacts]:
     first, last = runs[0], runs[-1]
     axes = {name: _batch_axis(seen.shape, last[name].shape, sizes) for name, seen in first.items() if name in last}
     shapes = {name: _at_batch(first[name].shape, axis, sizes[0], example) for name, axis in axes.items()}
     channels = channel_axes(graph_module, shapes, {name: seen.dtype for name, seen in first.items()})
-    space = next((shape[2:] for n in graph_module.graph.nodes if n.op == "placeholder" and len(shape := shapes.get(n.name, ())) > 2), ())
+    space = next(
+        (
+            shape[2:]
+            for n in graph_module.graph.nodes
+            if n.op == "placeholder" and len(shape := shapes.get(n.name, ())) > 2
+        ),
+        (),
+    )
     facts = {}
     for node in graph_module.graph.nodes:
         if node.name not in axes:
@@ -192,7 +209,9 @@ def _assemble(graph_module: fx.GraphModule, runs: list[dict[str, _Seen]], sizes:
             kind=kind,
             batch_axis=axes[node.name],
             channel_axis=axis,
-            stride=tuple(a / b for a, b in zip(space, own, strict=True)) if kind == "map" and len(space) == len(own) and 0 not in own else None,
+            stride=tuple(a / b for a, b in zip(space, own, strict=True))
+            if kind == "map" and len(space) == len(own) and 0 not in own
+            else None,
             macs=seen.macs // sizes[0],
             parameters=_parameters(node, graph_module),
             module=_enclosing(node),
@@ -237,7 +256,9 @@ def _enclosing(node: fx.Node) -> str:
 
 def _logits_node(graph_module: fx.GraphModule, facts: Mapping[str, NodeFacts], wanted: str | int | None) -> str:
     value: Any = output_node(graph_module.graph).args[0]
-    if isinstance(value, fx.Node) and value.name not in facts and isinstance(value.target, type):  # a dataclass or namedtuple
+    if (
+        isinstance(value, fx.Node) and value.name not in facts and isinstance(value.target, type)
+    ):  # a dataclass or namedtuple
         fields = getattr(value.target, "_fields", ())
         value = {**dict(zip(fields, value.args, strict=False)), **value.kwargs} or value.args
     if hasattr(value, "_fields"):
@@ -248,9 +269,15 @@ def _logits_node(graph_module: fx.GraphModule, facts: Mapping[str, NodeFacts], w
         except (KeyError, IndexError, TypeError):
             legal = list(value) if isinstance(value, dict) else range(len(value))
             raise FrontendError(
-                f"the output has no entry {wanted!r}; it has {', '.join(map(str, legal))}", where="forward", hint="Give one of these as logits."
+                f"the output has no entry {wanted!r}; it has {', '.join(map(str, legal))}",
+                where="forward",
+                hint="Give one of these as logits.",
             ) from None
     named = [node.name for node in tensor_nodes(value) if node.name in facts]
     if not named:
-        raise FrontendError("the graph's output holds no tensor", where="forward", hint="The forward must return a tensor, or a dict or tuple with one.")
+        raise FrontendError(
+            "the graph's output holds no tensor",
+            where="forward",
+            hint="The forward must return a tensor, or a dict or tuple with one.",
+        )
     return named[0]

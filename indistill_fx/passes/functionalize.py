@@ -25,10 +25,11 @@ from indistill_fx.graphs import add_module, with_tensors
 from indistill_fx.ops import attribute, is_inplace, op_name, with_item
 from indistill_fx.passes.captured import Captured
 
-_VIEWS = frozenset(
-    "view reshape flatten unflatten transpose permute t mt movedim squeeze unsqueeze expand expand_as narrow select chunk split unbind getitem "
-    "slice detach alias contiguous getattr diagonal unfold identity".split()
+VIEWS = frozenset(
+    "view reshape flatten unflatten transpose permute t mt movedim squeeze unsqueeze expand expand_as narrow select chunk "
+    "split unbind getitem slice detach alias contiguous getattr diagonal unfold identity".split()
 )
+"""Operations whose result may share its storage with their first argument."""
 _PIECES = frozenset("chunk split unbind tensor_split split_with_sizes unsafe_chunk hsplit".split())
 _FUNCTIONAL = {
     operator.iadd: operator.add,
@@ -74,7 +75,9 @@ def functionalize(captured: Captured) -> Captured:
     return replace(captured, outputs=outputs)
 
 
-def _redirect(old: fx.Node, new: fx.Node, order: dict[fx.Node, int], renamed: dict[str, tuple[int, str]], *, since: int) -> None:
+def _redirect(
+    old: fx.Node, new: fx.Node, order: dict[fx.Node, int], renamed: dict[str, tuple[int, str]], *, since: int
+) -> None:
     """Rule 3."""
     for user in [user for user in old.users if user is not new and order.get(user, 0) > since]:
         user.replace_input_with(old, new)
@@ -87,7 +90,7 @@ def _written(writer: fx.Node) -> fx.Node | None:
 
 
 def _source(view: fx.Node) -> fx.Node | None:
-    return view.all_input_nodes[0] if op_name(view) in _VIEWS and view.all_input_nodes else None
+    return view.all_input_nodes[0] if op_name(view) in VIEWS and view.all_input_nodes else None
 
 
 def _base(node: fx.Node) -> fx.Node:
@@ -107,7 +110,7 @@ def _indexed(target: fx.Node) -> fx.Node | None:
 
 
 def _refuse_views(writer: fx.Node, target: fx.Node, order: dict[fx.Node, int], indexed: fx.Node | None) -> None:
-    """Rule 4: of all tensors that share the target's storage only the target itself, and what it is a part of, may be read after the write."""
+    """Rule 4: of all tensors that share the storage only the target, and what it is a part of, may be read after the write."""
     base, pieces = target, {}
     while (source := _source(base)) is not None:
         if op_name(source) in _PIECES and base.target is operator.getitem:
@@ -115,7 +118,12 @@ def _refuse_views(writer: fx.Node, target: fx.Node, order: dict[fx.Node, int], i
         base = source
     sharing, new = {base}, [base]
     while new:
-        new = [user for node in new for user in _views_of(node, pieces) if order.get(user, 0) < order[writer] and user not in sharing]
+        new = [
+            user
+            for node in new
+            for user in _views_of(node, pieces)
+            if order.get(user, 0) < order[writer] and user not in sharing
+        ]
         sharing.update(new)
     free = {target, indexed}
     others = (user for node in sharing - free for user in node.users if node not in pieces or user is pieces[node])
@@ -131,14 +139,16 @@ def _views_of(node: fx.Node, pieces: dict[fx.Node, fx.Node]) -> Iterator[fx.Node
     if node in pieces:
         yield pieces[node]
     else:
-        yield from (user for user in node.users if op_name(user) in _VIEWS)
+        yield from (user for user in node.users if op_name(user) in VIEWS)
 
 
 def _make_functional(writer: fx.Node, graph_module: fx.GraphModule, copies: dict[str, str]) -> None:
     if writer.op == "call_module":
         path = str(writer.target)
         if path not in copies:
-            copies[path] = add_module(graph_module, path, with_tensors(attribute(graph_module, path), {}, inplace=False))
+            copies[path] = add_module(
+                graph_module, path, with_tensors(attribute(graph_module, path), {}, inplace=False)
+            )
         writer.target = copies[path]
     elif writer.target is operator.setitem:
         writer.target = with_item

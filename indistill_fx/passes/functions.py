@@ -17,7 +17,9 @@ DATA = frozenset(
 )
 """Functions that take numbers out of a tensor, to where no graph can follow."""
 
-SILENT = frozenset({"requires_grad_", "retain_grad", "register_hook", "__repr__", "__format__", "__set__", "_assert", "_is_view"})
+SILENT = frozenset(
+    {"requires_grad_", "retain_grad", "register_hook", "__repr__", "__format__", "__set__", "_assert", "_is_view"}
+)
 """Functions that compute nothing."""
 
 

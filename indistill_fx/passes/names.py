@@ -1,7 +1,8 @@
 """Name every tensor of a graph as people would: by the module whose output it is, else by its place in a module.
 
 Names, in order of preference: the outermost module that returns the tensor (`layer3`), inner ones (`layer3.1`), the second call of
-a module (`layer3.1.relu@2`), a part of what it returns (`lstm[0]`), the enclosing module and the operation (`layer3.1:add`, the next one `layer3.1:add_1`).
+a module (`layer3.1.relu@2`), a part of what a module returns (`lstm[0]`), the enclosing module and the operation (`layer3.1:add`,
+the next one `layer3.1:add_1`).
 """
 
 from __future__ import annotations

@@ -11,7 +11,12 @@ from types import FrameType
 import torch
 
 _OURS = str(Path(__file__).parent)
-_BETWEEN = (_OURS, str(Path(torch.__file__)), str(Path(torch.__file__).parent / "_"), str(Path(torch.__file__).parent / "overrides.py"))
+_BETWEEN = (
+    _OURS,
+    str(Path(torch.__file__)),
+    str(Path(torch.__file__).parent / "_"),
+    str(Path(torch.__file__).parent / "overrides.py"),
+)
 
 
 def current_place() -> tuple[str, str]:

@@ -26,7 +26,20 @@ from indistill_fx.passes.sizes import Book, Size, new_size
 
 _call_module = nn.Module.__call__
 _apply = inspect.getattr_static(torch.autograd.Function, "apply")
-_PLAIN = (bool, int, float, complex, str, bytes, range, torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Generator)
+_PLAIN = (
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    range,
+    torch.dtype,
+    torch.device,
+    torch.layout,
+    torch.memory_format,
+    torch.Generator,
+)
 
 
 class AppliedFunction(nn.Module):
@@ -37,6 +50,7 @@ class AppliedFunction(nn.Module):
         self.function = function
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Apply it."""
         return self.function.apply(*args, **kwargs)
 
 
@@ -89,7 +103,11 @@ class Recorder(TorchFunctionMode):
         def apply(function: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
             return recorder.apply(function, args, kwargs)
 
-        functions = patch.object(torch.autograd.Function, "apply", classmethod(apply)) if self.give_up_submodules else nullcontext()
+        functions = (
+            patch.object(torch.autograd.Function, "apply", classmethod(apply))
+            if self.give_up_submodules
+            else nullcontext()
+        )
         try:
             with patch.object(nn.Module, "__call__", call), functions, self:
                 result = self.module(*inputs, **kwargs)
@@ -97,7 +115,9 @@ class Recorder(TorchFunctionMode):
         except FrontendError:
             raise
         except Exception as error:  # the caller's code may raise anything, the more so on what it does not expect
-            raise FrontendError(f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}") from error
+            raise FrontendError(
+                f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+            ) from error
 
     def captured(self, already: Sequence[str] = ()) -> Captured:
         """The recorded graph over the module's own parts."""
@@ -105,14 +125,19 @@ class Recorder(TorchFunctionMode):
             if node.target in (operator.getitem, getattr) and not node.users:
                 self.graph.erase_node(node)
         position = {node: k for k, node in enumerate(self.graph.nodes, 1)}
-        outputs = [(name, node.name, _position(last, position)) for name, node, last in self.outputs if not node._erased]
+        outputs = [
+            (name, node.name, _position(last, position)) for name, node, last in self.outputs if not node._erased
+        ]
         used = {str(node.target) for node in self.graph.nodes if node.op in ("get_attr", "call_module")}
         targets = {name: value for name, value in self.targets.items() if name in used}
         leaves = tuple(dict.fromkeys((*already, *self.given_up)))
         return Captured(
             assemble(self.graph, targets, type(self.module).__name__),
             tuple(outputs),
-            leaves=(*(leaf for leaf in leaves if leaf in used), *(self.functions[name] for name in self.functions if name in used)),
+            leaves=(
+                *(leaf for leaf in leaves if leaf in used),
+                *(self.functions[name] for name in self.functions if name in used),
+            ),
             specialisations=tuple(dict.fromkeys(str(decision) for decision in self.book.decisions if decision.told)),
         )
 
@@ -151,7 +176,9 @@ class Recorder(TorchFunctionMode):
             return (list if isinstance(value, list) else tuple)(map(self.argument, value))
         if is_dataclass(value) and not isinstance(value, type):
             entries = {field.name: self.argument(getattr(value, field.name)) for field in fields(value)}
-            return self.create("call_function", type(value), (), {key: entry for key, entry in entries.items() if entry is not None})
+            return self.create(
+                "call_function", type(value), (), {key: entry for key, entry in entries.items() if entry is not None}
+            )
         if isinstance(value, Mapping):
             return {key: self.argument(entry) for key, entry in value.items()}
         if type(value).__module__.startswith("torch") and not isinstance(value, nn.Module):
@@ -228,7 +255,12 @@ class Recorder(TorchFunctionMode):
             return func(*_plain(args), **_plain(kwargs))
         source = args[0] if args and isinstance(args[0], Tensor) else None
         known = self.nodes.get(source) if source is not None else None
-        if name in SHAPES and source is not None and known is not None and (known in self.of_input or known in self.of_sizes):
+        if (
+            name in SHAPES
+            and source is not None
+            and known is not None
+            and (known in self.of_input or known in self.of_sizes)
+        ):
             return self._shape(source, known, name, *args[1:], **kwargs)
         result = self._take_data(func, args, kwargs) if name in DATA else func(*_plain(args), **_plain(kwargs))
         op, target, arguments = as_call(func, args)

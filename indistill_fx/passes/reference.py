@@ -55,7 +55,9 @@ class Reference:
         gradients: whether the graph will be trained, so that the gradients of the parameters must agree too.
     """
 
-    def __init__(self, module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], *, gradients: bool = False):
+    def __init__(
+        self, module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], *, gradients: bool = False
+    ):
         self.module, self.inputs, self.kwargs, self.gradients = module, inputs, kwargs, gradients
         self.example = batch_size((inputs, kwargs))
         self.notes: tuple[str, ...] = ()
@@ -83,7 +85,10 @@ class Reference:
                 )
             size, failure = next(iter(failures.items()))
             self._sizes = (self.example,)
-            self.notes = (*self.notes, f"the module itself fails with batch size {size} ({failure}); only {self.example} was checked",)
+            self.notes = (
+                *self.notes,
+                f"the module itself fails with batch size {size} ({failure}); only {self.example} was checked",
+            )
         return self._sizes
 
     def batch(self, size: int, crop: int = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -137,7 +142,10 @@ class Reference:
                 plain = _run_module(self.module, inputs, kwargs, gradients=False)
                 if isinstance(plain, Run):
                     self.gradients = False
-                    self.notes = (*self.notes, f"gradients were not compared, the module itself cannot be trained as it is ({run})")
+                    self.notes = (
+                        *self.notes,
+                        f"gradients were not compared, the module itself cannot be trained as it is ({run})",
+                    )
                 run = plain
             self._runs[key] = run
         return self._runs[key]
@@ -153,7 +161,9 @@ class Reference:
             raise FrontendError(f"with batch size {size} the graph's outputs have other shapes than the module's")
         worst = max((_difference(a, b) for a, b in zip(run.outputs, own.outputs, strict=True)), default=0.0)
         if not worst <= _TOLERANCE:
-            raise FrontendError(f"with batch size {size} the graph differs from the module by {worst:.1e} of the largest value")
+            raise FrontendError(
+                f"with batch size {size} the graph differs from the module by {worst:.1e} of the largest value"
+            )
         for name, buffer in own.buffers.items():
             if name in run.buffers and not _difference(run.buffers[name], buffer) <= _TOLERANCE:
                 raise FrontendError(f"with batch size {size} the graph leaves another value in the buffer `{name}`")
@@ -161,7 +171,9 @@ class Reference:
         return worst
 
     def _wants_gradients(self, size: int) -> bool:
-        return self.gradients and size == (_SIZES[0] if not self._sizes else self._sizes[0])  # once is enough: it is the costly part
+        return self.gradients and size == (
+            _SIZES[0] if not self._sizes else self._sizes[0]
+        )  # once is enough: it is the costly part
 
     def _compare_gradients(self, run: Run, own: Run) -> None:
         names = {parameter: name for name, parameter in self.module.named_parameters()}
@@ -170,7 +182,9 @@ class Reference:
             a, b = (side.gradients.get(parameter, torch.zeros(())) for side in (run, own))
             if not float((a - b).abs().max()) <= _GRADIENT_TOLERANCE * max(largest, 1e-30):
                 name = names.get(parameter, "a parameter")
-                raise FrontendError(f"the graph's gradient of `{name}` is not the module's (a custom gradient, or one switched off?)")
+                raise FrontendError(
+                    f"the graph's gradient of `{name}` is not the module's (a custom gradient, or one switched off?)"
+                )
 
     def _shapes(self) -> str:
         return ", ".join("x".join(map(str, tensor.shape)) for tensor in tensors((self.inputs, self.kwargs)))

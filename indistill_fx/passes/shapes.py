@@ -30,7 +30,9 @@ from indistill_fx.passes.recorder import Recorder
 from indistill_fx.passes.sizes import Decision
 
 
-def capture_shapes(module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], leaves: Sequence[str]) -> Captured:
+def capture_shapes(
+    module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], leaves: Sequence[str]
+) -> Captured:
     """Record one run; all of the module's code must be traceable.
 
     Raises:
@@ -39,7 +41,9 @@ def capture_shapes(module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[s
     return _record(module, inputs, kwargs, leaves, size=2, give_up_submodules=False).captured()
 
 
-def capture_leaves(module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], leaves: Sequence[str]) -> Captured:
+def capture_leaves(
+    module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], leaves: Sequence[str]
+) -> Captured:
     """Record one run; the smallest submodules whose code cannot be traced, or depends on the batch size, stay one node each.
 
     Raises:
@@ -64,7 +68,13 @@ def capture_leaves(module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[s
 
 
 def _record(
-    module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], leaves: Sequence[str], *, size: int, give_up_submodules: bool
+    module: nn.Module,
+    inputs: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    leaves: Sequence[str],
+    *,
+    size: int,
+    give_up_submodules: bool,
 ) -> Recorder:
     example = batch_size((inputs, kwargs))
     batch = batch_of((inputs, dict(kwargs)), size, example_size=example)

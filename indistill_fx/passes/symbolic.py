@@ -67,7 +67,9 @@ class _Tracer(fx.Tracer):
     def _part(self, node: fx.Node, key: Any) -> fx.Node:
         return self.create_node("call_function", operator.getitem, (node, key), {})
 
-    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         path = self.path_of_module(m)
         self.calls[path] += 1
         name = path if self.calls[path] == 1 else f"{path}@{self.calls[path]}"
@@ -86,7 +88,10 @@ def capture_symbolic(
         FrontendError: the code asks a symbolic value for something only a concrete one has.
     """
     tracer = _Tracer(module, inputs, kwargs, leaves)
-    own = {**dict(module.named_parameters()), **dict(module.named_buffers())}  # as they are before the code assigns to them
+    own = {
+        **dict(module.named_parameters()),
+        **dict(module.named_buffers()),
+    }  # as they are before the code assigns to them
     try:
         graph = tracer.trace(module)
     except Exception as error:

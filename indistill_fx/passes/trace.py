@@ -31,7 +31,12 @@ from indistill_fx.traced import Role, TracedModel, TraceReport
 from indistill_fx.untouched import untouched
 
 Rung = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any], Sequence[str]], Captured]
-_RUNGS: dict[str, Rung] = {"symbolic": capture_symbolic, "shapes": capture_shapes, "leaves": capture_leaves, "export": capture_exported}
+_RUNGS: dict[str, Rung] = {
+    "symbolic": capture_symbolic,
+    "shapes": capture_shapes,
+    "leaves": capture_leaves,
+    "export": capture_exported,
+}
 _MUCH = 0.2
 
 
@@ -87,7 +92,13 @@ def trace(
 
 
 def _climb(
-    module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], leaves: Sequence[str], logits: str | int | None, *, own_flags: bool
+    module: nn.Module,
+    inputs: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    leaves: Sequence[str],
+    logits: str | int | None,
+    *,
+    own_flags: bool,
 ) -> tuple[str, Captured, Known, list[str]]:
     """Rule 2."""
     reference = Reference(module, inputs, kwargs, gradients=not own_flags)
@@ -100,7 +111,13 @@ def _climb(
             if own_flags:
                 _give_own_flags(captured.graph_module)
             known = infer_facts(
-                captured.graph_module, module, inputs, kwargs, logits=logits, reference=reference, size_free=rung == "symbolic"
+                captured.graph_module,
+                module,
+                inputs,
+                kwargs,
+                logits=logits,
+                reference=reference,
+                size_free=rung == "symbolic",
             )
         except FrontendError as error:
             if error.where == "forward":
@@ -110,7 +127,9 @@ def _climb(
             continue
         if rung == "leaves" and leaf_share(captured, known) > _MUCH:
             coarse = rung, captured, known
-            refused.append(f"{rung}: {', '.join(captured.leaves)} would stay whole and do {leaf_share(captured, known):.0%} of the work")
+            refused.append(
+                f"{rung}: {', '.join(captured.leaves)} would stay whole and do {leaf_share(captured, known):.0%} of the work"
+            )
             continue
         return rung, captured, known, refused
     if coarse is not None:
@@ -119,7 +138,8 @@ def _climb(
     assert reason is not None
     others = "; ".join(line.rstrip(".") for line in refused if reason.message not in line)
     raise FrontendError(
-        f"{type(module).__name__} cannot be traced: {reason.message.rstrip('.')}." + (f" ({others}.)" if others else ""),
+        f"{type(module).__name__} cannot be traced: {reason.message.rstrip('.')}."
+        + (f" ({others}.)" if others else ""),
         where=reason.where or type(module).__name__,
         got=reason.got,
         hint=reason.hint or "Keep the part that stops the trace as one node with leaves=[its path].",
@@ -127,7 +147,13 @@ def _climb(
 
 
 def _functional(
-    capture: Rung, module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], leaves: Sequence[str], *, patient: bool
+    capture: Rung,
+    module: nn.Module,
+    inputs: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    leaves: Sequence[str],
+    *,
+    patient: bool,
 ) -> Captured:
     """Capture and rule 3; if patient, a module whose writes cannot be made functional becomes a leaf."""
     given_up: tuple[str, ...] = ()
@@ -154,7 +180,9 @@ def _give_own_flags(graph_module: fx.GraphModule) -> None:
     """Replace the leaf modules by copies in eval mode that share the tensors: the caller may train the module meanwhile."""
     memo: dict[nn.Module, nn.Module] = {}
     paths = {str(node.target) for node in graph_module.graph.nodes if node.op == "call_module"}
-    for path in sorted(paths, key=lambda path: path.count(".")):  # the outer ones first: a leaf may stand inside another
+    for path in sorted(
+        paths, key=lambda path: path.count(".")
+    ):  # the outer ones first: a leaf may stand inside another
         home, _, name = path.rpartition(".")
         setattr(attribute(graph_module, home), name, shadow(attribute(graph_module, path), training=False, memo=memo))
     graph_module.eval()
@@ -164,6 +192,10 @@ def leaf_share(captured: Captured, known: Known) -> float:
     """The share of the work that is done in modules kept as one node because their code could not be traced."""
     total = sum(facts.macs for facts in known.facts.values())
     kept = set(captured.leaves)
-    whole = [node for node in captured.graph_module.graph.nodes if node.op == "call_module" and str(node.target) in kept]
-    names = {node.name for node in whole} | {user.name for node in whole if node.name not in known.facts for user in node.users}
+    whole = [
+        node for node in captured.graph_module.graph.nodes if node.op == "call_module" and str(node.target) in kept
+    ]
+    names = {node.name for node in whole} | {
+        user.name for node in whole if node.name not in known.facts for user in node.users
+    }
     return sum(facts.macs for name, facts in known.facts.items() if name in names) / max(total, 1)

@@ -70,7 +70,9 @@ def test_every_rung_gives_the_same_layers_and_names(capture, training):
     assert called == ["conv", "norm", "drop", "head"]
     assert [name for name, _, _ in captured.outputs if name] == ["conv", "norm", "drop", "head"]
     own = dict(module.named_parameters())
-    assert {name: own[name] is tensor for name, tensor in captured.graph_module.named_parameters()} == dict.fromkeys(own, True)
+    assert {name: own[name] is tensor for name, tensor in captured.graph_module.named_parameters()} == dict.fromkeys(
+        own, True
+    )
 
 
 class Decides(nn.Module):
@@ -313,7 +315,9 @@ class Reverses(nn.Module):
         return Reverse.apply(x)
 
 
-@pytest.mark.parametrize(("inner", "rung", "leaves"), [(StopsGradient, "shapes", ()), (Reverses, "leaves", ("inner:Reverse",))])
+@pytest.mark.parametrize(
+    ("inner", "rung", "leaves"), [(StopsGradient, "shapes", ()), (Reverses, "leaves", ("inner:Reverse",))]
+)
 def test_gradients_of_a_student_are_the_modules(inner, rung, leaves):
     module = Outer(inner())
     traced = ifx.trace(module, vectors(), role="student")
@@ -478,7 +482,11 @@ class UNet3d(nn.Module):
 class Recurrent(nn.Module):
     def __init__(self):
         super().__init__()
-        self.conv, self.lstm, self.head = nn.Conv1d(3, 6, 3, padding=1), nn.LSTM(6, 5, batch_first=True), nn.Linear(5, 2)
+        self.conv, self.lstm, self.head = (
+            nn.Conv1d(3, 6, 3, padding=1),
+            nn.LSTM(6, 5, batch_first=True),
+            nn.Linear(5, 2),
+        )
 
     def forward(self, x):
         out, (hidden, _) = self.lstm(self.conv(x).transpose(1, 2))
@@ -505,7 +513,12 @@ def encoder() -> nn.Module:
 @pytest.mark.parametrize("role", ["teacher", "student"])
 @pytest.mark.parametrize(
     ("make", "shape", "rung"),
-    [(UNet3d, (1, 4, 4, 4), "symbolic"), (Recurrent, (3, 6), "symbolic"), (Mixer, (3, 8, 8), "symbolic"), (encoder, (5, 8), "shapes")],
+    [
+        (UNet3d, (1, 4, 4, 4), "symbolic"),
+        (Recurrent, (3, 6), "symbolic"),
+        (Mixer, (3, 8, 8), "symbolic"),
+        (encoder, (5, 8), "shapes"),
+    ],
 )
 def test_kinds_of_networks(make, shape, rung, role):
     module = make()
@@ -516,7 +529,11 @@ def test_kinds_of_networks(make, shape, rung, role):
 
 def test_facts_of_layers_of_many_kinds():
     unet = ifx.trace(UNet3d(), torch.randn(2, 1, 4, 4, 4))
-    assert (unet.facts["up"].kind, unet.facts["up"].channel_axis, unet.facts["down"].stride) == ("map", 1, (2.0, 2.0, 2.0))
+    assert (unet.facts["up"].kind, unet.facts["up"].channel_axis, unet.facts["down"].stride) == (
+        "map",
+        1,
+        (2.0, 2.0, 2.0),
+    )
     assert unet.facts["down"].macs == 4 * 27 * 8
     lstm = ifx.trace(Recurrent(), torch.randn(2, 3, 6))
     part = lstm.facts_of("lstm[0]")
@@ -539,7 +556,9 @@ def test_auxiliary_heads_in_train_mode():
 @pytest.mark.parametrize(("role", "mask"), [("teacher", True), ("student", False)])
 def test_bert(role, mask):
     transformers = pytest.importorskip("transformers")
-    config = transformers.BertConfig(vocab_size=50, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16)
+    config = transformers.BertConfig(
+        vocab_size=50, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16
+    )
     module = transformers.BertForSequenceClassification(config)
     ids = torch.randint(0, 50, (2, 7), generator=torch.Generator().manual_seed(0))
     keywords = {"input_ids": ids, "attention_mask": (ids > 5).long()} if mask else {"input_ids": ids}
