@@ -76,7 +76,8 @@ class HeadAttention(nn.Module):
         return (result if self.batch_first else result.transpose(0, 1)), weights
 
     def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        heads: Tensor = x.unflatten(-1, (self.heads, -1))
+        return heads.transpose(1, 2)
 
 
 def _bias(mask: Tensor | None, padding: Tensor | None, like: Tensor, heads: int) -> Tensor | None:
@@ -168,4 +169,5 @@ def _apart(like: Tensor, *axes: tuple[int, int, int]) -> Tensor:
     (rows, wh, _), (columns, ww, _) = axes
     region = region.unflatten(1, (columns, ww)).unflatten(0, (rows, wh)).transpose(1, 2).flatten(2)
     other = region[..., :, None] != region[..., None, :]
-    return other.to(like.dtype) * -100.0
+    masked: Tensor = other.to(like.dtype) * -100.0
+    return masked

@@ -233,7 +233,7 @@ def _random_operations(deployed: Deployed, inputs: Sequence[Tensor]) -> str:
     found: dict[str, None] = {}
     tracker = ModuleTracker()
 
-    class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
             if torch.Tag.nondeterministic_seeded in func.tags:
                 place = max(tracker.parents - {"Global"}, key=len, default="")

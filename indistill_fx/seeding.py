@@ -31,7 +31,7 @@ def reseed(*key: int) -> None:
 def own_randomness(seed: int) -> Iterator[None]:
     """Within the block the global generators are seeded; after it they are as they were."""
     python, numpy = random.getstate(), np.random.get_state()
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     try:
         with torch.random.fork_rng(devices):
             reseed(seed)

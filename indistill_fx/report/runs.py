@@ -305,6 +305,7 @@ def _stored(path: Path) -> int | None:
 
     try:
         with safe_open(path, framework="np") as file:
-            return sum(prod(file.get_slice(name).get_shape()) for name in file.offset_keys())
+            total: int = sum(prod(file.get_slice(name).get_shape()) for name in file.offset_keys())
+            return total
     except (OSError, SafetensorError):
         return None
