@@ -115,6 +115,8 @@ def randomise(model: Any, shape: tuple[int, int, int], *, neutral: bool) -> None
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.eval()
             norm.momentum = momentum
+            # A channel that is nearly constant on four images would be blown up, and its rounding with it.
+            norm.running_var.clamp_(min=0.05 * float(norm.running_var.mean()))
 
 
 def images(shape: tuple[int, int, int], count: int = 4) -> Any:
