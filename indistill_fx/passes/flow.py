@@ -5,8 +5,8 @@ Rules, in order:
   2. It flows along tensors. Sizes, constants, masks (boolean tensors) and indices carry none: they say where, not what.
   3. It ends at the main output; in a model that returns maps of several resolutions (a feature pyramid) at each of them.
   4. The trunk are the nodes that dominate an end: every path from the input to that end passes through them.
-  5. A branch that goes to a lower resolution than both of its ends (the inside of a U-Net) is a network of its own: its trunk is
-     inserted between the two.
+  5. A branch that goes to a lower resolution than both of its ends and costs a good part of the whole (the inside of a U-Net) is a
+     network of its own: its trunk is inserted between the two.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from math import log2, prod
+from math import inf, log2, prod
 
 import networkx as nx
 import torch
@@ -27,6 +27,9 @@ from indistill_fx.traced import NodeFacts, TracedModel
 
 SAME_LEVEL = 0.7
 """Sizes less than so many octaves apart are one level: a valid convolution does not halve, a stride of two does."""
+
+_INNER, _INNER_OF_SUM = 0.05, 0.25
+"""Share of all MACs that makes a branch a network of its own; more if it ends in a residual sum: attention may work at half size."""
 
 _NO_INFORMATION = frozenset(
     (
@@ -73,6 +76,12 @@ class Flow:
     depth: Mapping[str, float]
     octaves: Mapping[str, float]
 
+    def on_one_level(self, one: str, other: str) -> bool:
+        """Whether two nodes have positions, and about as many."""
+        return (
+            one in self.octaves and other in self.octaves and abs(self.octaves[one] - self.octaves[other]) <= SAME_LEVEL
+        )
+
 
 def information_flow(traced: TracedModel) -> Flow:
     """Find trunk and ends.
@@ -118,20 +127,19 @@ def _from(source: str, traced: TracedModel, ends: Names) -> Flow | None:
             readers[other].append(name)
     above = nx.immediate_dominators(nx.DiGraph(readers), source)
     octaves = _octaves(traced.facts, inputs, source)
-    chain = max((_chain(source, end, above) for end in ends), key=len)
-    working = {name for name in inputs if name in traced.facts and traced.facts[name].macs}
-    trunk, inner = _with_inner(
-        chain, inputs, above, {name: octaves[name] for name in octaves if name in working}, octaves
-    )
     macs = list(accumulate(traced.facts[name].macs if name in traced.facts else 0 for name in inputs))
+    depth = {name: done / max(1, macs[-1]) for name, done in zip(inputs, macs, strict=True)}
     order = {name: k for k, name in enumerate(inputs)}
+    chain = max((_chain(source, end, above) for end in ends), key=len)
+    sums = {node.name for node in traced.graph_module.graph.nodes if op_name(node) == "add"}
+    trunk, inner = _with_inner(chain, inputs, above, depth, octaves, sums)
     return Flow(
         trunk=trunk,
         regions={b: () if b in inner else _between(a, b, inputs, order) for a, b in pairwise(trunk)},
         ends=ends,
         inputs=inputs,
         readers={name: tuple(found) for name, found in readers.items()},
-        depth={name: done / max(1, macs[-1]) for name, done in zip(inputs, macs, strict=True)},
+        depth=depth,
         octaves=octaves,
     )
 
@@ -166,20 +174,19 @@ def _with_inner(
     chain: Sequence[str],
     inputs: Mapping[str, Names],
     above: Mapping[str, str],
-    working: Mapping[str, float],
+    depth: Mapping[str, float],
     octaves: Mapping[str, float],
+    sums: set[str],
 ) -> tuple[Names, set[str]]:
     """The chain with the trunks of its inner networks inserted, and the nodes where such a network ends."""
     trunk, closing = [chain[0]], set()
     for a, b in pairwise(chain):
         branches = [_chain(a, other, above) for other in inputs[b] if other != a]
         branch = max(branches, key=len, default=())
-        if (
-            a in octaves
-            and b in octaves
-            and any(working.get(n, 0.0) > max(octaves[a], octaves[b]) + SAME_LEVEL for n in branch)
-        ):
-            inside, more = _with_inner(branch, inputs, above, working, octaves)
+        below = max(octaves.get(a, inf), octaves.get(b, inf)) + SAME_LEVEL
+        least = _INNER_OF_SUM if b in sums and a in inputs[b] else _INNER
+        if branch and depth[b] - depth[a] >= least and any(octaves.get(name, 0.0) > below for name in branch):
+            inside, more = _with_inner(branch, inputs, above, depth, octaves, sums)
             trunk.extend(inside[1:])
             closing |= {b, *more}
         trunk.append(b)
@@ -211,11 +218,12 @@ def _ends(traced: TracedModel) -> Names:
 
 
 def _octaves(facts: Mapping[str, NodeFacts], names: Mapping[str, object], source: str) -> dict[str, float]:
-    """How often the sides were halved: log2 of the positions lost, per axis of space of the input."""
-    space = facts[source].space
+    """How often the sides were halved: log2 of the positions lost, per axis of space of the input. Windows count together."""
+    space, batch = facts[source].space, facts[source].shape[facts[source].batch_axis or 0]
     found = {}
     for name in names:
         known = facts.get(name)
         if space and known is not None and known.kind in ("map", "tokens") and prod(known.space) > 1:
-            found[name] = log2(prod(space) / prod(known.space)) / len(space)
+            positions = prod(known.shape) / max(1, known.channels * batch)
+            found[name] = log2(prod(space) / positions) / len(space)
     return found

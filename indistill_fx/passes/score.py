@@ -2,8 +2,8 @@
 
 score = 0.4 resolution + 0.3 depth + 0.3 order, each between 0 and 1:
 
-  resolution  halved for every octave that the two differ; octaves are counted from the input or from the last stage, whichever fits
-              better, so that a stem with one stride more does not matter.
+  resolution  halved for every octave that the two differ. Octaves are counted from the input; or, if that is better and at four
+              fifths of the worth, from the last stage, so that a stem with one stride more does not matter.
   depth       1 less the difference of the shares of MACs spent so far.
   order       1 less the difference of the relative positions among the stages.
 
@@ -18,6 +18,9 @@ from dataclasses import dataclass
 from indistill_fx.traced import NodeFacts
 
 RESOLUTION, DEPTH, ORDER = 0.4, 0.3, 0.3
+FROM_LAST = 0.8
+"""What a resolution counted from the last stage is worth, beside one counted from the input."""
+
 MEASURED = 0.5
 """Weight of the similarity measured on data, where there is one."""
 
@@ -113,9 +116,9 @@ def weigh(teacher: Place, student: Place, *, similarity: float | None = None) ->
     """
     if not comparable(teacher, student):
         return None
-    octaves = min(abs(teacher.octaves - student.octaves), abs(teacher.from_last - student.from_last))
+    from_input, from_last = abs(teacher.octaves - student.octaves), abs(teacher.from_last - student.from_last)
     return Evidence(
-        resolution=0.5**octaves,
+        resolution=max(0.5**from_input, FROM_LAST * 0.5**from_last),
         depth=1 - abs(teacher.depth - student.depth),
         order=1 - abs(teacher.order - student.order),
         similarity=similarity,

@@ -2,8 +2,8 @@
 
 Rules, in order:
   1. The spine are the trunk's nodes: every path from the input to the main output passes through them.
-  2. A stage is a run of blocks at one resolution; its exit is its last block. In a dilated network, where a growing width takes the
-     place of a stride, a change of width opens a stage too.
+  2. A stage is a run of blocks at one resolution; its exit is its last block. Where both width and dilation change, a stage begins too:
+     in a dilated network that is where the stride has been taken out.
   3. In a network of joins, plain convolutions before the first join of a run lead to it (a stem, a downsampling), and a first run
      without joins is the stem: neither is a block of a stage.
   4. In a plain chain whose last run has twice (three times, …) the units of the run before, that run is two (three, …) stages: the
@@ -21,9 +21,6 @@ from indistill_fx.ops import op_name
 from indistill_fx.passes.blocks import Block, find_blocks
 from indistill_fx.passes.flow import SAME_LEVEL, Flow, information_flow
 from indistill_fx.traced import NodeFacts, TracedModel
-
-_WIDER = 1.5
-"""Ratio of widths that opens a stage in a dilated network."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,18 +153,23 @@ def _runs(traced: TracedModel, flow: Flow, blocks: Sequence[Block]) -> list[list
         level += abs(flow.octaves[name] - flow.octaves[before]) > SAME_LEVEL
         levels[name] = level
     runs = [list(run) for _, run in groupby(blocks, key=lambda block: levels.get(block.start, 0))]
-    return [part for run in runs for part in (_by_width(traced, run) if any(b.dilated for b in run) else [run])]
+    return [part for run in runs for part in _by_dilation(traced, run)]
 
 
-def _by_width(traced: TracedModel, run: Sequence[Block]) -> list[list[Block]]:
-    widths = [traced.facts[block.output].channels for block in run]
-    parts = [[run[0]]]
-    for (before, now), block in zip(pairwise(widths), run[1:], strict=True):
-        if max(before, now) < _WIDER * min(before, now):
-            parts[-1].append(block)
+def _by_dilation(traced: TracedModel, run: Sequence[Block]) -> list[list[Block]]:
+    """The run cut where both width and dilation change."""
+    parts: list[list[Block]] = []
+    for _, same in groupby(run, key=lambda block: traced.facts[block.output].channels):
+        part = list(same)
+        if parts and _dilation(parts[-1]) == _dilation(part):
+            parts[-1] += part
         else:
-            parts.append([block])
+            parts.append(part)
     return parts
+
+
+def _dilation(run: Sequence[Block]) -> int:
+    return max(block.dilation for block in run)
 
 
 def _has_stem(runs: Sequence[Sequence[Block]]) -> bool:
@@ -200,5 +202,5 @@ def _outputs(traced: TracedModel, flow: Flow, known: set[str]) -> list[Block]:
             alone = origin not in known and (origin == end or origin not in flow.ends)
             origin = flow.inputs[origin][0]
         if alone and origin not in known and (origin == end or origin not in flow.ends):
-            found.append(Block(end, end, end, end, "unit", False, False, flow.octaves.get(end, 0.0), flow.depth[end]))
+            found.append(Block(end, end, end, end, "unit", 1, flow.octaves.get(end, 0.0), flow.depth[end]))
     return found

@@ -193,15 +193,43 @@ def test_a_separable_block_ends_with_its_pointwise_convolution_and_the_head_is_n
     assert exits(model) == ["2:add", "3"]
 
 
-def test_a_dilated_network_has_a_stage_per_width() -> None:
-    def block(width: int, dilation: int) -> Residual:
-        return Residual(conv(width, width, dilation=dilation))
-
+def test_where_width_and_dilation_change_a_stage_ends() -> None:
     def net(dilation: int) -> TracedModel:
-        return traced(conv(3, 8), block(8, dilation), block(8, dilation), conv(8, 16), block(16, dilation), *head(16))
+        wide = [Residual(conv(16, 16, dilation=dilation)) for _ in range(2)]
+        return traced(conv(3, 8), Residual(conv(8, 8)), Residual(conv(8, 8)), conv(8, 16), *wide, *head(16))
 
-    assert exits(net(2)) == ["2", "4"]
-    assert exits(net(1)) == ["4"]
+    assert exits(net(2)) == ["2", "5"]
+    assert exits(net(1)) == ["5"]
+
+
+def test_a_pointwise_unit_that_fuses_a_concatenation_ends_the_block_and_a_squeeze_does_not() -> None:
+    class Joined(nn.Module):
+        def __init__(self, fused: int):
+            super().__init__()
+            self.one, self.two, self.fuse = conv(8, 8), conv(8, 16), conv(24, fused, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fuse(torch.cat([self.one(x), self.two(x)], 1))
+
+    assert exits(traced(conv(3, 8), Joined(8), conv(8, 8, stride=2), Residual(conv(8, 8)), *head(8))) == ["1", "3"]
+    assert exits(traced(conv(3, 8), Joined(3), conv(3, 8, stride=2), Residual(conv(8, 8)), *head(8))) == ["1:cat", "3"]
+
+
+def test_a_norm_written_out_is_a_norm() -> None:
+    class Written(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * torch.rsqrt(x.pow(2).mean(1, keepdim=True) + 1e-6)
+
+    branch = nn.Sequential(Written(), nn.Conv2d(8, 8, 3, padding=1))
+    layers = [Residual(branch, nn.Identity()), Residual(branch, nn.Identity()), Written(), nn.Conv2d(8, 8, 2, 2)]
+    assert exits(traced(conv(3, 8), *layers, Residual(branch, nn.Identity()), *head(8))) == ["2:add", "5:add"]
+
+
+def test_pooling_is_work_enough_for_a_token_mixer() -> None:
+    mixer, mlp = nn.AvgPool2d(3, 1, 1), nn.Sequential(conv(8, 16, 1), nn.Conv2d(16, 8, 1))
+    blocks = [Residual(part, nn.Identity()) for _ in range(3) for part in (mixer, mlp)]
+    (stage,) = stages(traced(conv(3, 8, stride=2), *blocks, *head(8)))
+    assert [block.start for block in stage.blocks] == ["add_1", "add_3", "add_5"]
 
 
 class Pyramid(nn.Module):
