@@ -9,7 +9,7 @@ from torch import fx
 from indistill_fx.ops import op_name
 from indistill_fx.passes.channels import consult
 from indistill_fx.passes.channels.attention import letters, operands_of
-from indistill_fx.passes.channels.call import Call, read_call
+from indistill_fx.passes.channels.call import Call, axis_of, read_call
 from indistill_fx.passes.channels.cut import Cut, Step
 from indistill_fx.passes.coupling import PARTS, Coupling, Place, follow
 from indistill_fx.passes.couplers import COUPLERS
@@ -59,6 +59,9 @@ def _read(found: Coupling, call: Call) -> set[Place] | None:
         return coupler(found, call)
     if call.node.name in found.facts:
         return follow(found, call)
+    if call.op == "unbind":  # drops its axis; the parts tell about the others
+        dim, rank = call.get("dim", 0), len(call.shape(call.input) or ())
+        return {(call.input.name, axis) for axis in range(rank) if axis != axis_of(dim, rank)}
     return None if call.op in _TELLS_SIZES or call.op in PARTS else set()
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from torch import fx, nn
 
 from indistill_fx.attention import HeadAttention
+from indistill_fx.ops import op_name
 from indistill_fx.passes.channels.attention import free_heads, letters, operands_of
 from indistill_fx.passes.channels.call import Call, axis_of
 from indistill_fx.passes.coupling import Coupling, Made, Place, Units, follow
@@ -289,6 +290,41 @@ def channel_shuffle(found: Coupling, call: Call) -> set[Place]:
     return follow(found, call)
 
 
+def reshape(found: Coupling, call: Call) -> set[Place]:
+    """Followed like any other; a tensor that only lends its shape must lose the same channels."""
+    read = follow(found, call)
+    lender = shape_lender(call)
+    if lender is not None:
+        for axis in range(len(found.facts[lender.name].shape)):
+            found.tie(
+                found.of(lender, axis),
+                found.of(call.node, axis),
+                f"`{call.node.name}` takes its shape from a fixed tensor",
+            )
+            read.add((lender.name, axis))
+    return read
+
+
+def shape_lender(call: Call) -> fx.Node | None:
+    """The tensor whose whole shape a reshape takes: `x.reshape_as(y)`, `x.view(y.shape)`."""
+    given = call.arguments.get("shape", (call.arguments.get("other"),))
+    lender = given[0] if isinstance(given, tuple) and len(given) == 1 else None
+    if (
+        isinstance(lender, fx.Node)
+        and call.shape(lender) is None
+        and op_name(lender) in ("getattr", "size", "shape")
+        and len(lender.all_input_nodes) == 1
+    ):
+        lender = lender.all_input_nodes[0]
+    return lender if isinstance(lender, fx.Node) and call.shape(lender) == call.output_shape else None
+
+
+def follows_first(found: Coupling, call: Call) -> set[Place]:
+    """Conversions to another tensor's type: of that one nothing else is read."""
+    others = {(n.name, axis) for n in call.node.all_input_nodes[1:] for axis in range(len(call.shape(n) or ()))}
+    return follow(found, call) | others
+
+
 COUPLERS: dict[str, Coupler] = {
     "conv": conv,
     "conv_transpose": conv,
@@ -307,5 +343,7 @@ COUPLERS: dict[str, Coupler] = {
     "head_attention": attention_module,
     **dict.fromkeys(("shifted_window_attention", "window_attention"), windows),
     "channel_shuffle": channel_shuffle,
+    **dict.fromkeys(("view", "reshape"), reshape),
+    **dict.fromkeys(("type_as", "to"), follows_first),
 }
 """Operation -> how units pass. What is not here follows the channel rules."""

@@ -129,8 +129,20 @@ def _mean(run: Masked, call: Call) -> Tensor:
     if call.op in ("amax", "amin"):
         sign = 1 if call.op == "amax" else -1
         return sign * (sign * x).masked_fill(weight == 0, -torch.inf).amax(given, keepdim=keep)
+    if call.op in ("var", "std"):
+        return _spread(call, x, weight, given, keep)
     total = (x * weight).sum(given, keepdim=keep)
     return total if call.op == "sum" else total / weight.sum(given, keepdim=keep)
+
+
+def _spread(call: Call, x: Tensor, weight: Tensor, dims: list[int], keep: bool) -> Tensor:
+    count = weight.sum(dims, keepdim=True)
+    mean = (x * weight).sum(dims, keepdim=True) / count
+    lost = float(call.get("correction", 1.0 if call.get("unbiased", True) else 0.0))
+    var = ((x - mean).square() * weight).sum(dims, keepdim=keep) / (
+        count if keep else count.amax(dims) if dims else count
+    ).sub(lost)
+    return var.sqrt() if call.op == "std" else var
 
 
 def _attention(run: Masked, call: Call) -> Any:
@@ -169,7 +181,7 @@ def _windows(run: Masked, call: Call) -> Any:
 _MIXING = {
     "layer_norm": _layer_norm,
     "group_norm": _group_norm,
-    **dict.fromkeys(("mean", "sum", "amax", "amin"), _mean),
+    **dict.fromkeys(("mean", "sum", "amax", "amin", "var", "std"), _mean),
     "multihead_attention": _attention,
     "head_attention": _attention,
     "shifted_window_attention": _windows,

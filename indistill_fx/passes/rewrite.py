@@ -6,6 +6,7 @@ The result owns all its parameters and buffers, and its modules stand under the 
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -23,6 +24,7 @@ from indistill_fx.passes.channels.call import Call, axis_of, index_select, read_
 from indistill_fx.passes.channels.cut import Cut, sliced
 from indistill_fx.passes.channels.joining import index_by, split_begins, taken
 from indistill_fx.passes.coupling import Coupling, Units
+from indistill_fx.passes.couplers import shape_lender
 from indistill_fx.traced import NodeFacts
 
 Keep = Mapping[tuple[str, int | str], NDArray[np.int64]]
@@ -206,12 +208,17 @@ def _fix_layer_norm(work: Rewriting, call: Call, node: fx.Node) -> None:
 def _fix_sizes(work: Rewriting, call: Call, node: fx.Node) -> None:
     """View, reshape, expand: the sizes of axes that lost channels."""
     given = call.arguments.get("shape")
-    if not work.touched(call.node) or not isinstance(given, tuple):
-        return
-    shift = len(work.facts[call.node.name].shape) - len(given)
+    if not work.touched(call.node) or not isinstance(given, tuple) or shape_lender(call) is not None:
+        return  # of `reshape_as`, the tensor that lends the shape has lost the same
+    sizes: list[Any] = list(node.args[1] if isinstance(node.args[1], (tuple, list)) else node.args[1:])
+    rank = len(work.facts[call.node.name].shape)
+    if len(sizes) == 1 < rank:  # a computed tuple of sizes
+        with work.new.graph.inserting_before(node):
+            sizes = [work.new.graph.call_function(operator.getitem, (sizes[0], k)) for k in range(rank)]
+    shift = rank - len(sizes)
     sizes = [
-        work.size(call.node, k + shift) if value != -1 and work.kept(call.node, k + shift) is not None else value
-        for k, value in enumerate(node.args[1] if isinstance(node.args[1], (tuple, list)) else node.args[1:])
+        n if n == -1 or work.kept(call.node, k + shift) is None else work.size(call.node, k + shift)
+        for k, n in enumerate(sizes)
     ]
     node.args = (node.args[0], *sizes) if node.op == "call_method" else (node.args[0], tuple(sizes))
 
@@ -255,6 +262,7 @@ def _fix_slice(work: Rewriting, call: Call, node: fx.Node) -> None:
         return
     key, entries = parsed
     kept = {axis: work.kept(call.input, axis) for axis in entries}
+    key = fx.map_arg(key, lambda n: work.nodes[n.name])
     if all(k is None for k in kept.values()):
         return
     places = {axis: {int(k): j for j, k in enumerate(own)} for axis, own in kept.items() if own is not None}
@@ -294,7 +302,8 @@ def _fix_pad(work: Rewriting, call: Call, node: fx.Node) -> None:
         if kept is not None and (sizes[2 * k] or sizes[2 * k + 1]):
             size = (call.shape(call.input) or ())[axis]
             new[2 * k], new[2 * k + 1] = int((kept < sizes[2 * k]).sum()), int((kept >= sizes[2 * k] + size).sum())
-    _set(node, call, "pad", tuple(new))
+    if new != list(sizes):
+        _set(node, call, "pad", tuple(new))
 
 
 def _fix_size(work: Rewriting, call: Call, node: fx.Node) -> None:

@@ -61,6 +61,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys("view reshape flatten unflatten squeeze unsqueeze".split(), layout.reshape),
     **dict.fromkeys("permute transpose movedim t mt".split(), layout.permute),
     "expand": layout.expand,
+    "repeat": layout.repeat,
     "cat": joining.cat,
     "stack": joining.stack,
     "getitem": joining.getitem,

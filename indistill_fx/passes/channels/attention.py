@@ -17,13 +17,21 @@ def fused(call: Call, cut: Cut) -> Step | Wall:
     """`scaled_dot_product_attention`."""
     query, key, value, mask = (call.get(name) for name in ("query", "key", "value", "attn_mask"))
     rank = len(call.output_shape)
-    if any(len(call.shape(n) or ()) != rank for n in (query, key, value)) or (mask is not None and cut.stop < rank):
-        return Wall("attention with a mask, or with operands of different rank")
+    if any(len(call.shape(n) or ()) != rank for n in (query, key, value)):
+        return Wall("attention with operands of different rank")
     if call.get("is_causal", False) and cut.start == rank - 2:
         return Wall("causal attention counts its rows")
     if len({query, key, value}) < 3:
         return Wall("attention of a tensor with itself")
-    return product(call, cut, {rank - 2: [query], rank - 1: [value]}, [query, key, value])
+    step = product(call, cut, {rank - 2: [query], rank - 1: [value]}, [query, key, value])
+    shape = call.shape(mask)
+    if shape is None or isinstance(step, Wall) or cut.start == rank - 1:
+        return step
+    axis = cut.start - (rank - len(shape))
+    if axis < 0 or shape[axis] == 1:
+        return step
+    cuts = [*(part.cut for part in step.parts), Cut(mask, axis, axis + 1, cut.index)]
+    return Step(again(call, cuts), tuple(Part(c) for c in cuts))
 
 
 def matmul(call: Call, cut: Cut) -> Step | Wall:

@@ -70,7 +70,8 @@ SIGNATURES: dict[str, str] = {
     "pixel_shuffle": "input upscale_factor",
     "pixel_unshuffle": "input downscale_factor",
     "channel_shuffle": "input groups",
-    **dict.fromkeys("mean sum amax amin max min var std prod logsumexp".split(), "input dim keepdim"),
+    **dict.fromkeys("mean sum amax amin max min prod logsumexp".split(), "input dim keepdim"),
+    **dict.fromkeys(("var", "std"), "input dim unbiased keepdim"),
 }
 """Positional argument names of the functional and method forms; a star takes all that follow."""
 

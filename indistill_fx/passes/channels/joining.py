@@ -162,6 +162,8 @@ def slicing(call: Call, cut: Cut) -> Step | Wall:
         return Wall("an axis between the merged ones is dropped")
     if cut.width > 1 and any(k in entries for k in axes):
         return Wall("one of the merged axes is sliced")
+    if any(key[places[k][0]] != slice(None) for k in range(cut.start, cut.stop)):
+        return Wall("the selected axis is sliced by computed numbers")
     at, own = places[cut.start][0], entries.get(axes[0])
     index = cut.index if own is None else tuple(own[k] for k in cut.index)
     part = Part(Cut(call.input, axes[0], axes[-1] + 1, index))
@@ -172,19 +174,20 @@ def slicing(call: Call, cut: Cut) -> Step | Wall:
 
 
 def _looked_up(call: Call, cut: Cut) -> Step | Wall:
-    """A table indexed by one tensor on its first axis: the other axes are the table's."""
-    key, shape = call.get("key", call.get("index")), call.shape(call.input)
-    key = key[0] if isinstance(key, tuple) and len(key) == 1 else key
-    looked = call.shape(key)
-    if (
-        shape is None
-        or looked is None
-        or len(call.output_shape) != len(looked) + len(shape) - 1
-        or cut.start < len(looked)
-    ):
-        return Wall("it is indexed by a tensor or by computed numbers")
-    back = len(looked) - 1
+    """A table indexed by one tensor on one axis, whole on the others: these are the table's."""
+    shape, key = call.shape(call.input), call.get("key", call.get("index"))
+    entries = _full_key(key if isinstance(key, tuple) else (key,), len(shape)) if shape is not None else None
+    places = [k for k, entry in enumerate(entries or ()) if entry != slice(None)]
+    looked = call.shape(entries[places[0]]) if entries is not None and len(places) == 1 else None
+    if shape is None or looked is None or call.facts[entries[places[0]].name].dtype == torch.bool:  # type: ignore[index]
+        return Wall("it is indexed by tensors or by computed numbers")
+    at, wider = places[0], len(looked) - 1
+    if cut.start <= at + wider and cut.stop > at:
+        return Wall("it is looked up along the selected axis")
+    back = 0 if cut.stop <= at else wider
     below = Cut(call.input, cut.start - back, cut.stop - back, cut.index)
+    if cut.width > 1:
+        return Wall("a table looked up, with merged axes")
     return Step(again(call, [below]), (Part(below),))
 
 
@@ -192,7 +195,10 @@ Key = tuple[Any, ...]
 
 
 def taken(call: Call) -> tuple[Key, dict[int, Index]] | None:
-    """What a slicing takes: a full key of numbers, None and whole slices, and for each axis that is sliced the entries taken of it."""
+    """What a slicing takes: a full key of numbers, None and slices, and for each axis sliced by numbers the entries taken of it.
+
+    Slices by numbers are written whole in the key; computed ones stay as they are.
+    """
     shape = call.shape(call.input)
     if shape is None:
         return None
@@ -212,10 +218,10 @@ def taken(call: Call) -> tuple[Key, dict[int, Index]] | None:
         return None
     entries, axis = {}, 0
     for entry in key:
-        if isinstance(entry, slice) and entry != slice(None):
+        if isinstance(entry, slice) and entry != slice(None) and _by_numbers(entry):
             entries[axis] = tuple(range(*entry.indices(shape[axis])))
         axis += 0 if entry is None else 1
-    return tuple(slice(None) if isinstance(entry, slice) else entry for entry in key), entries
+    return tuple(slice(None) if isinstance(entry, slice) and _by_numbers(entry) else entry for entry in key), entries
 
 
 def _entry(call: Call) -> Any:
@@ -240,10 +246,12 @@ def index_by(out: Emitter, node: fx.Node, key: Key, entries: Mapping[int, Index]
 
 def _plain(entry: Any) -> bool:
     if isinstance(entry, slice):
-        return all(v is None or isinstance(v, int) for v in (entry.start, entry.stop, entry.step)) and (
-            entry.step is None or entry.step > 0
-        )
+        return not isinstance(entry.step, fx.Node) and (entry.step is None or entry.step > 0)
     return entry is None or (isinstance(entry, int) and not isinstance(entry, bool))
+
+
+def _by_numbers(entry: slice) -> bool:
+    return not any(isinstance(v, fx.Node) for v in (entry.start, entry.stop, entry.step))
 
 
 def _full_key(key: tuple[Any, ...], rank: int) -> tuple[Any, ...] | None:

@@ -156,6 +156,20 @@ def expand(call: Call, cut: Cut) -> Step | Wall:
     return Step(lambda out, new: out.method("expand", new[0] if new else call.input, *sizes), parts)
 
 
+def repeat(call: Call, cut: Cut) -> Step | Wall:
+    """Axes repeated once pass; along another, entries come round again."""
+    before, after, given = call.shape(call.input), call.output_shape, call.arguments.get("repeats")
+    if before is None or cut.width > 1 or not isinstance(given, tuple) or len(before) != len(after):
+        return Wall("repetition of merged axes")
+    axis, size = cut.start, before[cut.start]
+    if size == after[axis]:
+        below = Cut(call.input, axis, axis + 1, cut.index)
+        return Step(again(call, [below]), (Part(below),))
+    below = Cut(call.input, axis, axis + 1, tuple(k % size for k in cut.index))
+    times = [1 if k == axis else n for k, n in enumerate(given)]
+    return Step(lambda out, new: out.method("repeat", new[0], *times), (Part(below),))
+
+
 def contiguous(call: Call, cut: Cut) -> Step | Wall:
     """Same entries, another storage."""
     below = Cut(call.input, cut.start, cut.stop, cut.index)

@@ -17,9 +17,9 @@ def pad(call: Call, cut: Cut) -> Step | Wall:
     """Padding of other axes passes; padding of the selected axis becomes padding by the number of padded entries that are wanted."""
     rank = len(call.output_shape)
     sizes = call.get("pad", call.get("padding"))
-    if not isinstance(sizes, (tuple, list)) or not all(isinstance(n, int) for n in sizes):
+    if not isinstance(sizes, (tuple, list)):
         return Wall("the padding is computed")
-    padded = [rank - 1 - k for k in range(len(sizes) // 2) if sizes[2 * k] or sizes[2 * k + 1]]
+    padded = [rank - 1 - k for k in range(len(sizes) // 2) if (sizes[2 * k], sizes[2 * k + 1]) != (0, 0)]
     if not any(cut.start <= axis < cut.stop for axis in padded):
         if cut.width > 1 and any(axis < cut.start for axis in padded):
             return Wall("an axis to the left of the merged ones is padded")
@@ -32,6 +32,8 @@ def pad(call: Call, cut: Cut) -> Step | Wall:
 def _padded_channels(call: Call, cut: Cut, sizes: list[int], rank: int) -> Step | Wall:
     shape = call.shape(call.input)
     place = 2 * (rank - 1 - cut.start)
+    if not all(isinstance(n, int) for n in sizes[place : place + 2]):
+        return Wall("the padding of the channels is computed")
     low, real = sizes[place], shape[cut.start] if shape else 0
     kinds = [-1 if k < low else 1 if k >= low + real else 0 for k in cut.index]
     inside = tuple(k - low for k, kind in zip(cut.index, kinds, strict=True) if kind == 0)
