@@ -284,7 +284,7 @@ def _column(traced: TracedModel, partners: Mapping[str, Match], name: str | None
     place = {node.name: k for k, node in enumerate(nodes)}
     operations = tuple(
         Operation(
-            name=traced.tap_name(node.name) if node.name in traced.facts else node.name,
+            name=traced.tap_name(node.name) if traced.aliases.get(node.name) else node.name,
             op=op_name(node),
             shape=_size(traced.facts[node.name]) if node.name in traced.facts else "",
             macs=traced.facts[node.name].macs if node.name in traced.facts else 0,

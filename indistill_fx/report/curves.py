@@ -159,7 +159,8 @@ def ticks(low: float, high: float) -> list[float]:
     """
     largest = max(abs(low), abs(high))
     if high - low <= 1e-9 * largest or largest < 1e-30:
-        low, high = low - (largest or 1.0) / 10, high + (largest or 1.0) / 10
+        spread = largest / 10 if largest >= 1e-30 else 0.1
+        low, high = low - spread, high + spread
     rough = (high - low) / 5
     power = 10.0 ** floor(log10(rough))
     step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= rough * 0.999)

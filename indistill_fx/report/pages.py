@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shlex
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
@@ -253,6 +254,7 @@ def _environment() -> Environment:
         "digits": lambda value: "–" if value is None else f"{value:.4g}",
         "shape": lambda shape: "×".join(map(str, shape[1:])),
         "plain": _plain,
+        "breakable": _breakable,
         "command": _command,
         "flat": _flat,
     }
@@ -265,6 +267,11 @@ def _plain(text: str) -> Markup:
     if len(parts) % 2 == 0:
         return escape(legible(text))
     return Markup("").join(Markup("<code>{}</code>").format(part) if k % 2 else part for k, part in enumerate(parts))
+
+
+def _breakable(name: str) -> Markup:
+    """A model's name that may be broken behind a colon or slash."""
+    return Markup("<wbr>").join(escape(part) for part in re.split(r"(?<=[:/])", legible(name)))
 
 
 def _command(command: object) -> str:

@@ -1,4 +1,4 @@
-"""Screenshots of pages, to look at: python tests/browser/screenshots.py OUT page.html …  (1440 and 390 wide, both themes)."""
+"""Screenshots of pages, to look at: python -m tests.browser.screenshots OUT page.html … (1440 and 390 wide, both themes)."""
 
 from __future__ import annotations
 
@@ -7,20 +7,30 @@ import sys
 import tempfile
 from pathlib import Path
 
-from conftest import start
+from tests.browser.conftest import start
 
-with tempfile.TemporaryDirectory() as profile:
-    driver = start(Path(profile))
-    try:
-        for page in map(Path, sys.argv[2:]):
-            for width in (1440, 390):
-                for theme in ("light", "dark"):
-                    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
-                    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-                    scheme = [{"name": "prefers-color-scheme", "value": theme}]
-                    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": scheme})
-                    driver.get(page.resolve().as_uri())
-                    shot = driver.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True})
-                    (Path(sys.argv[1]) / f"{page.stem}-{width}-{theme}.png").write_bytes(base64.b64decode(shot["data"]))
-    finally:
-        driver.quit()
+
+def main(out: Path, *pages: Path) -> None:
+    with tempfile.TemporaryDirectory() as profile:
+        driver = start(Path(profile))
+        try:
+            for page in pages:
+                for width in (1440, 390):
+                    for theme in ("light", "dark"):
+                        (out / f"{page.stem}-{width}-{theme}.png").write_bytes(take(driver, page, width, theme))
+        finally:
+            driver.quit()
+
+
+def take(driver, page: Path, width: int, theme: str) -> bytes:
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
+    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    scheme = [{"name": "prefers-color-scheme", "value": theme}]
+    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": scheme})
+    driver.get(page.resolve().as_uri())
+    shot = driver.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True})
+    return base64.b64decode(shot["data"])
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:]))

@@ -92,11 +92,14 @@ function operations(key) {
       lines.append(svg("path", { d: source === k - 1 ? `M26 ${from}V${to}` : `M26 ${from}C${26 - bulge} ${from} ${26 - bulge} ${to} 26 ${to}` }));
     }
   }
+  const home = all[first][0].split(".").slice(0, -1).join(".");
   for (let k = first; k < last; k++) {
     const [name, op, shape, macs] = all[k], item = node("li");
     item.dataset.operation = k;
     item.title = `${name}: ${op} ${shape}`;
-    item.append(node("b", name), node("span", op), node("span", shape), node("span", macs ? `${short(macs)} MACs` : ""));
+    const label = node("b"), inner = home && name.startsWith(home) && name.length > home.length;
+    label.append(node("i", inner ? home : ""), inner ? name.slice(home.length) : name);
+    item.append(label, node("span", op), node("span", shape), node("span", macs ? `${short(macs)} MACs` : ""));
     lines.append(svg("circle", { cx: 26, cy: places(k), r: 3 }));
     list.append(item);
   }
