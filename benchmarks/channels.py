@@ -24,7 +24,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -42,8 +42,10 @@ from indistill_fx.passes.trace import trace
 from indistill_fx.traced import TracedModel
 
 TOLERANCE = 1e-10
-_MEMORY = 6e9
+_MEMORY = 2e9
 """Bytes that the copies of one batch of taps may take, roughly."""
+_LIMIT = 8 << 30
+"""Address space of one model's process, in bytes: a sweep must not starve its neighbours."""
 _SMALL = 64
 _FIXED = ("inception", "googlenet", "vit", "maxvit")
 """Families whose pictures cannot be small; channels do not depend on the size."""
@@ -258,7 +260,7 @@ def run_all(task: str, models: list[ZooModel], path: Path | None, *, limit: floa
     record.update(
         task=task,
         versions=_versions(),
-        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
         command=" ".join(sys.argv),
     )
     for model in sorted(models, key=lambda m: any(word in m.name for word in _HEAVY)):
@@ -278,7 +280,8 @@ def _line(name: str, result: dict[str, Any]) -> str:
     short = {
         key: value for key, value in result.items() if key not in ("stopped", "whole", "inexact", "frozen", "failures")
     }
-    return f"{'ok  ' if result.get('ok') else 'FAIL'} {name} {short} {result.get('failures') or ''} {result.get('stopped') or result.get('frozen') or ''}"
+    why = result.get("failures") or result.get("stopped") or result.get("frozen") or ""
+    return f"{'ok  ' if result.get('ok') else 'FAIL'} {name} {short} {why}"
 
 
 def _in_process(task: Callable[[ZooModel], dict[str, Any]], model: ZooModel, limit: float) -> dict[str, Any]:
@@ -298,7 +301,7 @@ def _in_process(task: Callable[[ZooModel], dict[str, Any]], model: ZooModel, lim
 
 def _send(task: Callable[[ZooModel], dict[str, Any]], model: ZooModel, sender: Any) -> None:
     torch.set_num_threads(1)
-    resource.setrlimit(resource.RLIMIT_AS, (18 << 30, 18 << 30))
+    resource.setrlimit(resource.RLIMIT_AS, (_LIMIT, _LIMIT))
     try:
         sender.send(task(model))
     except Exception as error:  # a sweep records whatever happens
@@ -337,9 +340,8 @@ def _narrow_table(models: dict[str, Any]) -> None:
     }
     for name, some in sets.items():
         taps, absorbed = (sum(m.get(key, 0) for m in some) for key in ("taps", "absorbed"))
-        print(
-            f"| {name} | {sum(m.get('ok', False) for m in some)} of {len(some)} | {taps} | {absorbed} ({100 * absorbed / max(taps, 1):.1f}%) |"
-        )
+        share = f"{absorbed} ({100 * absorbed / max(taps, 1):.1f}%)"
+        print(f"| {name} | {sum(m.get('ok', False) for m in some)} of {len(some)} | {taps} | {share} |")
     for key, m in models.items():
         if not m.get("ok"):
             print(f"\n- {key}: {m.get('error') or m.get('failures')}")

@@ -164,7 +164,9 @@ def _apart(like: Tensor, *axes: tuple[int, int, int]) -> Tensor:
     ends = []
     for count, size, shift in axes:
         place = torch.arange(count * size, device=like.device)
-        ends.append((place >= count * size - size).long() + (place >= count * size - shift).long() if shift else place * 0)
+        ends.append(
+            (place >= count * size - size).long() + (place >= count * size - shift).long() if shift else place * 0
+        )
     region = 3 * ends[0][:, None] + ends[1][None, :]
     (rows, wh, _), (columns, ww, _) = axes
     region = region.unflatten(1, (columns, ww)).unflatten(0, (rows, wh)).transpose(1, 2).flatten(2)

@@ -265,9 +265,10 @@ def _choose(
     width, total = widths[tap], int(channels.sum())
     open_ones, size = members[~fixed], channels[~fixed]
     have = int(channels[fixed & stay[members]].sum())
-    if others and have + int(size.sum()) < width or others and len(open_ones) == 0 and have != width:
+    if others and (have + int(size.sum()) < width or (len(open_ones) == 0 and have != width)):
         raise PruneError(
-            f"`{tap}`: asked for {width} of its {total} channels, but it is tied to `{others[0]}`, for which {widths[others[0]]} are asked; "
+            f"`{tap}`: asked for {width} of its {total} channels, but it is tied to `{others[0]}`, "
+            f"for which {widths[others[0]]} are asked; "
             "give both the same width.",
             where=tap,
             got=width,

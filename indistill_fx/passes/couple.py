@@ -11,8 +11,8 @@ from indistill_fx.passes.channels import consult
 from indistill_fx.passes.channels.attention import letters, operands_of
 from indistill_fx.passes.channels.call import Call, axis_of, read_call
 from indistill_fx.passes.channels.cut import Cut, Step
-from indistill_fx.passes.coupling import PARTS, Coupling, Place, follow
 from indistill_fx.passes.couplers import COUPLERS
+from indistill_fx.passes.coupling import PARTS, Coupling, Place, follow
 from indistill_fx.traced import NodeFacts
 
 _TELLS_SIZES = frozenset(

@@ -236,12 +236,12 @@ def _sequence_units(found: Coupling, sources: list[fx.Node]) -> bool:
 
 
 def windows(found: Coupling, call: Call) -> set[Place]:
-    """torchvision's window attention: columns of qkv, heads, rows of the projection."""
+    """Torchvision's window attention: columns of qkv, heads, rows of the projection."""
     count, qkv, proj = call.get("num_heads"), call.get("qkv_weight"), call.get("proj_weight")
     inner = (call.shape(qkv) or (0,))[0] // 3
     heads, last = found.fresh(int(count)), len(call.output_shape) - 1
     why = "window attention reads fixed channels"
-    read = {(call.input.name, last), (qkv.name, 1), (qkv.name, 0), (proj.name, 0), (proj.name, 1)}
+    read: set[Place] = {(call.input.name, last), (qkv.name, 1), (qkv.name, 0), (proj.name, 0), (proj.name, 1)}
     given = found.tie(found.of(call.input, last), found.of(qkv, 1), why)
     rows = np.tile(np.repeat(heads, inner // int(count)), 3)
     made = found.of(proj, 0)

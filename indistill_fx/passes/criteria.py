@@ -6,7 +6,7 @@
     geometric_median   sum of distances to the other filters of the layer (He et al., arXiv:1811.00250)
     random             a fixed random order
     activation         mean absolute activation on data
-    taylor             mean absolute sum of gradient x activation, by the cross-entropy on labelled data (Molchanov et al., arXiv:1611.06440)
+    taylor             mean absolute sum of gradient x activation; needs labels (Molchanov et al., arXiv:1611.06440)
     your own           a function of weights (rows, inputs, *kernel) -> scores (rows,)
 
 The highest scores are kept.

@@ -70,10 +70,10 @@ def _read_axes(call: Call, source: fx.Node, rank: int) -> list[int]:
     """The axes of an operand that the operation sums over."""
     if call.op in ("conv", "conv_transpose") and source is call.input:
         return [1]
-    if (
-        call.op == "linear"
-        and source is call.input
-        or call.op in ("multihead_attention", "head_attention", "shifted_window_attention")
+    if (call.op == "linear" and source is call.input) or call.op in (
+        "multihead_attention",
+        "head_attention",
+        "shifted_window_attention",
     ):
         return [rank - 1] if source.op != "get_attr" else []
     if call.op in ("matmul", "bmm"):

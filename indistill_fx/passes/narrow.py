@@ -163,8 +163,8 @@ def _wishes(
         other = first.setdefault(teacher.node(tap).name, tap)
         if wanted[other] != wanted[tap]:
             raise PruneError(
-                f"`{tap}` and `{other}` are one tensor, but {len(wanted[tap])} channels are asked of the one and {len(wanted[other])} of the other"
-                f"{' (others)' if len(wanted[tap]) == len(wanted[other]) else ''}.",
+                f"`{tap}` and `{other}` are one tensor, but {len(wanted[tap])} channels are asked of the one "
+                f"and {len(wanted[other])}{' others' if len(wanted[tap]) == len(wanted[other]) else ''} of the other.",
                 where=tap,
                 hint="Give both the same channels.",
             )

@@ -9,6 +9,7 @@ import copy
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -23,8 +24,8 @@ from indistill_fx.passes.channels.attention import free_heads, linear
 from indistill_fx.passes.channels.call import Call, axis_of, index_select, read_call
 from indistill_fx.passes.channels.cut import Cut, sliced
 from indistill_fx.passes.channels.joining import index_by, split_begins, taken
-from indistill_fx.passes.coupling import Coupling, Units
 from indistill_fx.passes.couplers import shape_lender
+from indistill_fx.passes.coupling import Coupling, Units
 from indistill_fx.traced import NodeFacts
 
 Keep = Mapping[tuple[str, int | str], NDArray[np.int64]]
@@ -166,9 +167,9 @@ def _replace_attention(work: Rewriting, call: Call) -> None:
     count = free.heads if keep["heads"] is None else len(keep["heads"])
     width = free.head_dim
     rows = None if keep["heads"] is None else (keep["heads"][:, None] * width + np.arange(width)).reshape(-1)
-    layers = [_cut_linear(getattr(free, name), rows, keep[f"{name} columns"]) for name in names]
+    query, key, value = (_cut_linear(getattr(free, name), rows, keep[f"{name} columns"]) for name in names)
     out = _cut_linear(free.out, keep["out"], rows)
-    new = HeadAttention(*layers, out, heads=count, dropout=free.dropout, batch_first=free.batch_first)
+    new = HeadAttention(query, key, value, out, heads=count, dropout=free.dropout, batch_first=free.batch_first)
     work.new.set_submodule(path, new.train(free.training))
 
 
@@ -250,7 +251,7 @@ def _fix_split(work: Rewriting, call: Call, node: fx.Node) -> None:
     part = next((user.name for user in call.node.users if user.name in work.facts), None)
     own = shape[dim] if part is None else work.facts[part].shape[dim]
     begins = [*split_begins(call, shape[dim], own), shape[dim]]
-    sizes = [int(((kept >= low) & (kept < high)).sum()) for low, high in zip(begins, begins[1:], strict=False)]
+    sizes = [int(((kept >= low) & (kept < high)).sum()) for low, high in pairwise(begins)]
     node.op, node.target = "call_function", torch.split
     node.args, node.kwargs = (node.args[0], sizes), {"dim": dim}
 
@@ -327,8 +328,7 @@ def _fix_getitem(work: Rewriting, call: Call, node: fx.Node) -> None:
     ):
         source = read_call(maker, work.facts)
         whole = (
-            source.op == "size"
-            and len(maker.args) == 1
+            (source.op == "size" and len(maker.args) == 1)
             or source.op == "shape"
             or (source.op == "getattr" and maker.args[1] == "shape")
         )
@@ -375,7 +375,7 @@ def new_facts(work: Rewriting, macs: Mapping[str, int]) -> dict[str, NodeFacts]:
     """Facts of the smaller network, from those of the whole."""
     found = {}
     for name, known in work.facts.items():
-        node = work.nodes[name] if name in work.nodes else None
+        node = work.nodes.get(name)
         if node is None:
             continue
         shape = tuple(

@@ -22,7 +22,12 @@ class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.one, self.norm, self.two, self.head = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 6, 3), nn.Linear(6, 4)
+        self.one, self.norm, self.two, self.head = (
+            nn.Conv2d(3, 8, 3),
+            nn.BatchNorm2d(8),
+            nn.Conv2d(8, 6, 3),
+            nn.Linear(6, 4),
+        )
         nn.init.normal_(self.norm.weight)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -37,7 +42,10 @@ def traced() -> TracedModel:
 
 def batches(count: int = 3) -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(1)
-    return [(torch.randn(5, 3, 8, 8, generator=generator), torch.randint(0, 4, (5,), generator=generator)) for _ in range(count)]
+    return [
+        (torch.randn(5, 3, 8, 8, generator=generator), torch.randint(0, 4, (5,), generator=generator))
+        for _ in range(count)
+    ]
 
 
 def test_weight_criteria_equal_their_formulas() -> None:

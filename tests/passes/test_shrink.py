@@ -81,7 +81,7 @@ def shuffle(x: Tensor, groups: int) -> Tensor:
 
 
 def attend(m: Middle, x: Tensor, y: Tensor) -> Tensor:
-    b, c, h, w = x.shape
+    b, _, h, w = x.shape
     qkv = m.parts[0](x.flatten(2).transpose(1, 2)).reshape(b, h * w, 3, 4, 8).permute(2, 0, 3, 1, 4)
     q, k, v = qkv.unbind(0)
     weights = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1)

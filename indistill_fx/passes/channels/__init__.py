@@ -22,8 +22,8 @@ Rule = Callable[[Call, Cut], Step | Wall]
 RULES: dict[str, Rule] = {
     **dict.fromkeys(UNARY | BINARY, elementwise.elementwise),
     **dict.fromkeys(
-        "where masked_fill eq ne lt le gt ge logical_and logical_or logical_not lerp addcmul addcdiv erf sin cos floor ceil round sign nan_to_num "
-        "relu1 softmin tanhshrink softshrink hardshrink expand_as fill zeros_like ones_like remainder reciprocal expm1 log1p bernoulli".split(),
+        "where masked_fill eq ne lt le gt ge logical_and logical_or logical_not lerp addcmul addcdiv erf sin cos floor ceil round "
+        "sign nan_to_num tanhshrink softshrink hardshrink expand_as zeros_like ones_like remainder reciprocal expm1 log1p".split(),
         elementwise.elementwise,
     ),
     "prelu": elementwise.prelu,
@@ -36,10 +36,10 @@ RULES: dict[str, Rule] = {
     "instance_norm": norms.per_channel_norm,
     "group_norm": norms.group_norm,
     "layer_norm": norms.layer_norm,
-    **dict.fromkeys("softmax log_softmax normalize cumsum logcumsumexp".split(), norms.along_axis),
+    **dict.fromkeys("softmax log_softmax softmin normalize cumsum logcumsumexp".split(), norms.along_axis),
     **dict.fromkeys(
-        "max_pool avg_pool adaptive_avg_pool adaptive_max_pool lp_pool interpolate upsample upsample_nearest2d upsample_bilinear2d grid_sample "
-        "upsampling_nearest2d upsampling_bilinear2d".split(),
+        "max_pool avg_pool adaptive_avg_pool adaptive_max_pool lp_pool interpolate upsample upsample_nearest2d upsample_bilinear2d "
+        "upsampling_nearest2d upsampling_bilinear2d grid_sample".split(),
         space.per_channel_map,
     ),
     **dict.fromkeys(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from indistill_fx.attention import HeadAttention, window_attention
-from indistill_fx.passes.channels.call import Call, again, slice_weights, weight_filters
+from indistill_fx.passes.channels.call import Call, again, slice_weights
 from indistill_fx.passes.channels.cut import Cut, Emitter, Filters, Part, Step, Wall, sliced
 
 
@@ -123,12 +123,14 @@ def free_heads(module: nn.MultiheadAttention | HeadAttention) -> HeadAttention |
         weights = [module.q_proj_weight, module.k_proj_weight, module.v_proj_weight]
     flag = (module.in_proj_weight if module.in_proj_weight is not None else module.q_proj_weight).requires_grad
     biases: Sequence[Tensor | None] = [None] * 3 if module.in_proj_bias is None else module.in_proj_bias.chunk(3)
-    inner = [
+    query, key, value = (
         linear(w.detach().requires_grad_(flag), None if b is None else b.detach().requires_grad_(flag))
         for w, b in zip(weights, biases, strict=True)
-    ]
+    )
     out = linear(module.out_proj.weight, module.out_proj.bias)
-    new = HeadAttention(*inner, out, heads=module.num_heads, dropout=module.dropout, batch_first=module.batch_first)
+    new = HeadAttention(
+        query, key, value, out, heads=module.num_heads, dropout=module.dropout, batch_first=module.batch_first
+    )
     return new.train(module.training)
 
 
@@ -152,7 +154,7 @@ def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 
 def windows(call: Call, cut: Cut) -> Step | Wall:
-    """torchvision's window attention: its features are rows of the output projection."""
+    """Torchvision's window attention: its features are rows of the output projection."""
     if cut.start < len(call.output_shape) - 1:
         return Wall("window attention mixes the axes of space")
     named = {name: (0, cut.index) for name in ("proj_weight", "proj_bias") if call.get(name) is not None}
@@ -168,7 +170,7 @@ def windows(call: Call, cut: Cut) -> Step | Wall:
 
 
 def position_bias(call: Call, cut: Cut) -> Step | Wall:
-    """torchvision's table of relative positions: heads on axis 1 of both."""
+    """Torchvision's table of relative positions: heads on axis 1 of both."""
     if (cut.start, cut.stop) != (1, 2):
         return Wall("relative positions are looked up")
     below = Cut(call.get("table"), 1, 2, cut.index)
@@ -176,7 +178,7 @@ def position_bias(call: Call, cut: Cut) -> Step | Wall:
 
 
 def patch_merging(call: Call, cut: Cut) -> Step | Wall:
-    """Four neighbours side by side: channel k comes from channel k % C. What the four keep between them is selected; a gather does the rest."""
+    """Four neighbours side by side: channel k comes from k % C. What any of the four keeps is selected; a gather does the rest."""
     shape = call.shape(call.input)
     last = len(call.output_shape) - 1
     if shape is None or cut.start != last:

@@ -247,7 +247,7 @@ def _constant(node: fx.Node) -> Any:
                 ways.append(source)
     if len(needed) > _DEEP or any(n.op == "placeholder" for n in needed):
         return None
-    run = fx.Interpreter(_owner(node))  # type: ignore[arg-type]
+    run = fx.Interpreter(_owner(node))
     with torch.no_grad():
         for n in node.graph.nodes:
             if n in needed:

@@ -35,7 +35,7 @@ def _inputs(call: Call) -> int:
 
 
 def _grouped(call: Call, index: Index, groups: int, inputs: int, outputs: int, *, transposed: bool) -> Step | Wall:
-    """Equal numbers from each group that is used, one group after the other: a smaller grouped convolution. Else every filter is a group of its own."""
+    """Equal numbers from each group that is used, group by group: a smaller grouped convolution. Else every filter is its own group."""
     filters = weight_filters(call, index)
     owners = [k // outputs for k in index]
     used = list(dict.fromkeys(owners))
