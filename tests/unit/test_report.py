@@ -286,3 +286,25 @@ def test_png_without_cairosvg_says_what_to_do(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "cairosvg", None)
     with pytest.raises(ConfigError, match=r"pip install 'indistill-fx\[png\]'"):
         to_png("<svg/>")
+
+
+def test_the_commands_write_what_is_asked_for(tmp_path, capsys):
+    from indistill_fx.cli import run
+
+    leave_run(tmp_path / "run")
+    page, svg = tmp_path / "page.html", tmp_path / "curves.svg"
+    assert run(["report", str(tmp_path / "run"), "-o", str(page), "--svg", str(svg)]) == 0
+    check_page(page.read_text(encoding="utf-8"))
+    ElementTree.parse(svg)
+    assert run(["report", str(tmp_path / "run")]) == 2
+    assert run(["report", str(tmp_path / "run"), "-o", str(tmp_path / "no" / "page.html")]) == 2
+    assert "nothing to write" in capsys.readouterr().err
+    models = tmp_path / "models.py"
+    models.write_text(
+        "from tests.report_samples import network\ndef big():\n    return network(8, 1)\ndef small():\n    return network(4, 1)\n"
+    )
+    sides = [f"{models}:big", f"{models}:small", "--input", "3x16x16"]
+    assert run(["align", *sides, "--html", str(page), "--svg", str(svg), "--mermaid"]) == 0
+    assert capsys.readouterr().out.startswith("flowchart LR")
+    check_page(page.read_text(encoding="utf-8"))
+    ElementTree.parse(svg)
