@@ -158,7 +158,7 @@ def batch_size(value: Any) -> int:
 
 
 def digest(module: nn.Module) -> str:
-    """Digest of all weights, buffers, training and gradient flags of a module: equal before and after anything that must not touch it."""
+    """Digest of a module's weights, buffers, training and gradient flags: equal before and after what must not touch it."""
     total = hashlib.sha256()
     for name, child in module.named_modules():
         total.update(f"{name} {child.training} {type(child).__qualname__}".encode())

@@ -103,7 +103,7 @@ def _indexed(target: fx.Node) -> fx.Node | None:
     """The tensor of which the written one is a plain part, `x[1:, 0]`."""
     if target.target is not operator.getitem or not isinstance(target.args[0], fx.Node):
         return None
-    source, index = target.args
+    source, index = target.args[0], target.args[1]
     entries = index if isinstance(index, tuple) else (index,)
     plain = all(entry is None or entry is ... or isinstance(entry, (int, slice)) for entry in entries)
     return source if plain and op_name(source) not in _PIECES else None

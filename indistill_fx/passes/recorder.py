@@ -198,7 +198,7 @@ class Recorder(TorchFunctionMode):
         self.first_node = None if self.first is None else self._node_of(self.first)
 
     def _node_of(self, tensor: Tensor) -> fx.Node:
-        node = self.nodes.get(tensor)
+        node: fx.Node | None = self.nodes.get(tensor)
         if node is not None and not node._erased:
             return node
         if is_wrapped(tensor):

@@ -94,7 +94,7 @@ def _other_data(leaf: Any, size: int) -> Any:
 
 def _changed_decisions(first: Sequence[Decision], second: Sequence[Decision]) -> list[Decision]:
     """The decisions that came out otherwise with another batch size; where the two runs part, the one at the parting."""
-    changed = []
+    changed: list[Decision] = []
     for a, b in zip_longest(first, second):
         if a is None or b is None or a[:3] != b[:3]:
             found = a or b

@@ -125,8 +125,8 @@ class Size:
     __pow__, __rpow__ = _both(operator.pow)
     __and__, __rand__ = _both(operator.and_)
     __or__, __ror__ = _both(operator.or_)
-    __eq__ = _binary(operator.eq)  # type: ignore[assignment]
-    __ne__ = _binary(operator.ne)  # type: ignore[assignment]
+    __eq__ = _binary(operator.eq)
+    __ne__ = _binary(operator.ne)
     __lt__, __le__ = _binary(operator.lt), _binary(operator.le)
     __gt__, __ge__ = _binary(operator.gt), _binary(operator.ge)
     __neg__, __abs__, __round__ = _unary(operator.neg), _unary(abs), _unary(round)
@@ -144,7 +144,7 @@ class Size:
     guard_float = guard_bool = guard_int
 
 
-class _Int(Size, torch.SymInt):
+class _Int(Size, torch.SymInt):  # type: ignore[misc]  # torch types `node` as its own class
     __index__ = Size.__int__
     __hash__ = Size.__hash__
 
@@ -153,7 +153,7 @@ class _Int(Size, torch.SymInt):
         return int(self.plain())
 
 
-class _Float(Size, torch.SymFloat):
+class _Float(Size, torch.SymFloat):  # type: ignore[misc]  # torch types `node` as its own class
     __hash__ = Size.__hash__
 
     def is_integer(self) -> bool:
@@ -161,5 +161,5 @@ class _Float(Size, torch.SymFloat):
         return bool(float(self.plain()).is_integer())
 
 
-class _Bool(Size, torch.SymBool):
+class _Bool(Size, torch.SymBool):  # type: ignore[misc]  # torch types `node` as its own class
     __hash__ = Size.__hash__
