@@ -24,13 +24,13 @@ def untouched(module: nn.Module) -> Iterator[None]:
     Args:
         module: the module whose forward will run, or be traced, inside the block.
     """
-    own = (part for part in module.modules() if not _is_compiled(part))
-    parts = [(part, dict(part.__dict__), [dict(part.__dict__[r]) for r in _REGISTRIES]) for part in own]
+    plain = (part for part in module.modules() if not _is_compiled(part))
+    parts = [(part, dict(part.__dict__), [dict(part.__dict__[r]) for r in _REGISTRIES]) for part in plain]
     buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
     python_state = random.getstate()
     numpy_random: Any = getattr(sys.modules.get("numpy"), "random", None)
     numpy_state = numpy_random.get_state() if numpy_random else None
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     try:
         with torch.random.fork_rng(devices):
             yield
