@@ -216,7 +216,7 @@ class Chain(nn.Module):
 
     def __init__(self, nodes: int):
         super().__init__()
-        count = max(4, nodes // 4)
+        count = max(4, nodes // 3)
         self.stem, self.head = nn.Conv2d(3, 2, 1), nn.Linear(2, 2)
         self.convs = nn.ModuleList(nn.Conv2d(2, 2, 3, padding=1) for _ in range(count))
         self.every = count // 4

@@ -176,10 +176,9 @@ def _block(step: Step, look: Look, *, post_norm: bool, pooled: bool) -> Block | 
 
 
 def _norms(name: str, look: Look) -> bool:
-    """Whether the node is a norm, or the end of one written out."""
-    return "norm" in look.operation(name) or any(
-        look.operation(other) in _REDUCTIONS for other in look.flow.regions[name]
-    )
+    """Whether the node is a norm, or the end of one written out: branches that reduce, and do no work."""
+    reduces = any(look.operation(other) in _REDUCTIONS for other in look.flow.regions[name])
+    return "norm" in look.operation(name) or (reduces and not look.is_busy(name))
 
 
 def _normed_before_activation(norm: str, look: Look) -> str | None:

@@ -4,8 +4,8 @@ Rules, in order:
   1. The spine are the trunk's nodes: every path from the input to the main output passes through them.
   2. A stage is a run of blocks at one resolution; its exit is its last block. Where both width and dilation change, a stage begins too:
      in a dilated network that is where the stride has been taken out.
-  3. In a network of joins, plain convolutions before the first join of a run lead to it (a stem, a downsampling), and a first run
-     without joins is the stem: neither is a block of a stage.
+  3. In a network of joins, plain convolutions before the first join of a run lead to it (a stem, a downsampling). The first run, if
+     without joins, is the stem, and so are cheap ones of plain convolutions behind it (below half of an even share).
   4. In a plain chain whose last run has twice (three times, …) the units of the run before, that run is two (three, …) stages: the
      pooling between them was left out because the input is small.
   5. The outputs of a feature pyramid are stages of their own, except those that only repeat another one.
@@ -132,7 +132,7 @@ def find_stages(traced: TracedModel, flow: Flow, blocks: Sequence[Block]) -> tup
     """
     runs = _runs(traced, flow, blocks)
     if any(block.form == "join" for block in blocks):
-        runs = [run for run in map(_without_lead, runs[_has_stem(runs) :])]
+        runs = [_without_lead(run) for run in _without_stem(runs)]
         if len(flow.ends) > 1:
             runs = [*runs[:-1], *filter(None, [_without_tail(runs[-1])])]
     elif len(runs) > 1 and len(runs[-1]) >= 2 * len(runs[-2]):
@@ -172,8 +172,13 @@ def _dilation(run: Sequence[Block]) -> int:
     return max(block.dilation for block in run)
 
 
-def _has_stem(runs: Sequence[Sequence[Block]]) -> bool:
-    return len(runs) > 1 and all(block.form != "join" for block in runs[0])
+def _without_stem(runs: Sequence[list[Block]]) -> Sequence[list[Block]]:
+    """The runs without what leads to the first join: the first run, and cheap ones behind it, where they hold no join."""
+    first = next(k for k, run in enumerate(runs) if any(block.form == "join" for block in run))
+    depths = [0.0, *(run[-1].depth for run in runs)]
+    plain = [k for k in range(1, first) if all(block.form == "unit" for block in runs[k])]
+    stem = {0, *(k for k in plain if depths[k + 1] - depths[k] < 0.5 / len(runs))} if first else set()
+    return [run for k, run in enumerate(runs) if k not in stem]
 
 
 def _without_lead(run: Sequence[Block]) -> list[Block]:

@@ -144,7 +144,7 @@ class Look:
 
     def _is_depthwise(self, name: str) -> bool:
         weight = self._weight(name) if self.operation(name) == "conv" else ()
-        return len(weight) > 2 and weight[0] > weight[1] == 1 and prod(weight[2:]) > 1
+        return len(weight) > 2 and weight[0] > weight[1] == 1
 
     def _dilation(self, name: str) -> int:
         node = self.nodes[name]
