@@ -162,7 +162,8 @@ def digest(module: nn.Module) -> str:
     total = hashlib.sha256()
     for name, child in module.named_modules():
         total.update(f"{name} {child.training} {type(child).__qualname__}".encode())
-    tensors: Iterable[tuple[str, Tensor]] = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+    parameters, buffers = module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)
+    tensors: Iterable[tuple[str, Tensor]] = (*parameters, *buffers)
     for name, tensor in tensors:
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.requires_grad}".encode())
         total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

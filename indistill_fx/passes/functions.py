@@ -7,7 +7,9 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from indistill_fx.passes.sizes import Size
 
 SHAPES = frozenset({"shape", "size", "numel", "nelement", "__len__"})
 """Tensor attributes and methods that tell sizes."""
@@ -64,3 +66,30 @@ def as_call(func: Any, args: tuple[Any, ...]) -> tuple[str, Any, tuple[Any, ...]
 def is_wrapped(tensor: Tensor) -> bool:
     """Whether the tensor lives inside `vmap` or `grad`, where its operations cannot be recorded one by one."""
     return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+
+
+def plain(value: Any) -> Any:
+    """Sizes replaced by their ints, in nested arguments."""
+    if isinstance(value, Size):
+        return value.value
+    if isinstance(value, slice):
+        return slice(plain(value.start), plain(value.stop), plain(value.step))
+    if isinstance(value, tuple):
+        return type(value)(*map(plain, value)) if hasattr(value, "_fields") else tuple(map(plain, value))
+    if isinstance(value, list):
+        return [plain(entry) for entry in value]
+    if type(value) is dict:
+        return {key: plain(entry) for key, entry in value.items()}
+    return value
+
+
+class AppliedFunction(nn.Module):
+    """A custom `autograd.Function` as a module, so that a graph can call it."""
+
+    def __init__(self, function: type[torch.autograd.Function]):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Apply it."""
+        return self.function.apply(*args, **kwargs)

@@ -20,7 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from indistill_fx.errors import FrontendError
 from indistill_fx.ops import writes_first
 from indistill_fx.passes.captured import Captured, assemble, is_leaf, returned, tensor_names, tensors
-from indistill_fx.passes.functions import DATA, SHAPES, SILENT, as_call, is_wrapped, name_of
+from indistill_fx.passes.functions import DATA, SHAPES, SILENT, AppliedFunction, as_call, is_wrapped, name_of, plain
 from indistill_fx.passes.places import current_place
 from indistill_fx.passes.sizes import Book, Size, new_size
 
@@ -40,18 +40,6 @@ _PLAIN = (
     torch.memory_format,
     torch.Generator,
 )
-
-
-class AppliedFunction(nn.Module):
-    """A custom `autograd.Function` as a module, so that a graph can call it."""
-
-    def __init__(self, function: type[torch.autograd.Function]):
-        super().__init__()
-        self.function = function
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Apply it."""
-        return self.function.apply(*args, **kwargs)
 
 
 class Recorder(TorchFunctionMode):
@@ -252,7 +240,7 @@ class Recorder(TorchFunctionMode):
         """Torch calls this instead of each of its functions."""
         kwargs, name = kwargs or {}, name_of(func)
         if self.paused or name in SILENT:
-            return func(*_plain(args), **_plain(kwargs))
+            return func(*plain(args), **plain(kwargs))
         source = args[0] if args and isinstance(args[0], Tensor) else None
         known = self.nodes.get(source) if source is not None else None
         if (
@@ -262,7 +250,7 @@ class Recorder(TorchFunctionMode):
             and (known in self.of_input or known in self.of_sizes)
         ):
             return self._shape(source, known, name, *args[1:], **kwargs)
-        result = self._take_data(func, args, kwargs) if name in DATA else func(*_plain(args), **_plain(kwargs))
+        result = self._take_data(func, args, kwargs) if name in DATA else func(*plain(args), **plain(kwargs))
         op, target, arguments = as_call(func, args)
         written = source if target is operator.setitem else None
         if not tensors(result) and written is None:
@@ -302,7 +290,7 @@ class Recorder(TorchFunctionMode):
                     expected="code that computes the same operations for all data of a shape",
                     hint="Use torch.where, or move that line into a submodule of its own, which then stays one node in the graph.",
                 )
-        result = func(*_plain(args), **_plain(kwargs))
+        result = func(*plain(args), **plain(kwargs))
         if of_sizes:
             self.book.decide(str(result))
         return result
@@ -350,7 +338,7 @@ class Recorder(TorchFunctionMode):
         arguments, keywords = self.argument(args), self.argument(kwargs)
         self.paused = True
         try:
-            result = _call_module(module, *_plain(args), **_plain(kwargs))
+            result = _call_module(module, *plain(args), **plain(kwargs))
             if getattr(module, "inplace", False) is not True:
                 result = _distinct(result, (args, kwargs))
         except Exception as error:
@@ -382,21 +370,6 @@ class Recorder(TorchFunctionMode):
 
     def _here(self) -> str:
         return f"`{self.book.module}`" if self.book.module else f"the forward of {type(self.module).__name__}"
-
-
-def _plain(value: Any) -> Any:
-    """Sizes replaced by their ints, in nested arguments."""
-    if isinstance(value, Size):
-        return value.value
-    if isinstance(value, slice):
-        return slice(_plain(value.start), _plain(value.stop), _plain(value.step))
-    if isinstance(value, tuple):
-        return type(value)(*map(_plain, value)) if hasattr(value, "_fields") else tuple(map(_plain, value))
-    if isinstance(value, list):
-        return [_plain(entry) for entry in value]
-    if type(value) is dict:
-        return {key: _plain(entry) for key, entry in value.items()}
-    return value
 
 
 def _distinct(result: Any, args: Any) -> Any:
