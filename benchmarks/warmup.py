@@ -136,7 +136,7 @@ def measure_pair(name: str, *, steps: int, compiled: bool, check: int) -> dict[s
     plan = ifx.align(teacher, student, example_inputs=x[:2])
     seconds_align = time.perf_counter() - start
     start = time.perf_counter()
-    stages = ifx.compile_stages(teacher, copy.deepcopy(student), plan, main=None, example_inputs=x[:2])
+    ifx.compile_stages(teacher, copy.deepcopy(student), plan, main=None, example_inputs=x[:2])
     row: dict[str, Any] = {
         "pair": name,
         "batch": batch,

@@ -61,7 +61,7 @@ _HOMES: dict[str, str] = {
     "trace": "passes.trace",
 }
 
-__all__ = sorted([*_HOMES, "__version__"])  # noqa: PLE0605
+__all__ = sorted([*_HOMES, "__version__"])
 __version__ = "0.1.0"
 
 

@@ -41,7 +41,9 @@ def sweep(graph_module: fx.GraphModule) -> fx.GraphModule:
 
     Only for a graph the caller has just made. Placeholders stay: the signature is part of the contract.
     """
-    graph_module.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output") or _writes_alive(n))
+    graph_module.graph.eliminate_dead_code(
+        is_impure_node=lambda n: n.op in ("placeholder", "output") or _writes_alive(n)
+    )
     graph_module.delete_all_unused_submodules()
     _delete_unused_tensors(graph_module)
     graph_module.graph.lint()
@@ -96,7 +98,9 @@ def with_tensors(module: nn.Module, tensors: Mapping[str, Tensor | None], **attr
     new.__dict__["_modules"] = dict(module._modules)
     for name, tensor in tensors.items():
         if name in new._parameters and tensor is not None:
-            new._parameters[name] = nn.Parameter(tensor, requires_grad=tensor.requires_grad and tensor.is_floating_point())
+            new._parameters[name] = nn.Parameter(
+                tensor, requires_grad=tensor.requires_grad and tensor.is_floating_point()
+            )
         elif name in new._parameters:
             new._parameters[name] = None
         else:

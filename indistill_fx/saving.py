@@ -31,9 +31,14 @@ def save_program(module: nn.Module, example_inputs: tuple[Any, ...], path: str |
     """
     target = Path(path)
     size = batch_size(example_inputs)
-    pairs = tuple(torch.cat([value, value]) if isinstance(value, Tensor) and value.dim() else value for value in example_inputs)
+    pairs = tuple(
+        torch.cat([value, value]) if isinstance(value, Tensor) and value.dim() else value for value in example_inputs
+    )
     batch = torch.export.Dim("batch")
-    shapes = tuple({0: batch} if isinstance(value, Tensor) and value.dim() and value.shape[0] == size else None for value in example_inputs)
+    shapes = tuple(
+        {0: batch} if isinstance(value, Tensor) and value.dim() and value.shape[0] == size else None
+        for value in example_inputs
+    )
     with staged(target) as draft:
         with mode(module, training=False):
             try:

@@ -10,8 +10,9 @@ import pytest
 import indistill_fx as ifx
 
 CONTRACT = (
-    "AlignmentPlan ConfigError Curriculum ExportError FrontendError IndistillError MatchError Pair PassError PassResult PruneError Stage TracedModel "
-    "TrainError VerifyError __version__ align compile_stages distill export_onnx instrument load narrow shrink trace"
+    "AlignmentPlan ConfigError Curriculum ExportError FrontendError IndistillError MatchError Pair PassError "
+    "PassResult PruneError Stage TracedModel TrainError VerifyError __version__ "
+    "align compile_stages distill export_onnx instrument load narrow shrink trace"
 ).split()
 
 
@@ -30,7 +31,8 @@ def test_unknown_name():
     "command", [[], ["align"], ["inspect"], ["distill"], ["train"], ["evaluate"], ["export"], ["demo"], ["prune"]]
 )
 def test_help_imports_no_torch(command):
-    code = f"import sys; from indistill_fx.cli import run; code = run({[*command, '--help']!r}); assert code == 0; assert 'torch' not in sys.modules"
+    code = f"import sys; from indistill_fx.cli import run; assert run({[*command, '--help']!r}) == 0"
+    code += "; assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "Usage: indistill-fx" in done.stdout

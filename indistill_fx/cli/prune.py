@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -79,10 +80,8 @@ def _shrunk(traced: TracedModel, *, widths: tuple[str, ...], **wishes: Any) -> n
     table = plain_table("layer", "before", "after", numbers=("before", "after"))
     for layer, (before, after) in result.report.widths.items():
         table.add_row(Text(layer), str(before), str(after), style="" if after < before else "dim")
-    calls = {
-        name: lambda graph=model.graph_module: graph(*model.example_inputs)
-        for name, model in (("before", traced), ("after", result.value))
-    }
+    graphs = {"before": traced.graph_module, "after": result.value.graph_module}
+    calls = {name: partial(graph, *traced.example_inputs) for name, graph in graphs.items()}
     times = measure(calls)
     table.add_section()
     for name, values in (("parameters", result.report.parameters), ("MACs", result.report.macs)):

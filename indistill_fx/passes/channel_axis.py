@@ -14,13 +14,17 @@ from torch import fx
 from indistill_fx.graphs import tensor_nodes
 from indistill_fx.ops import op_name
 
-_FIRST = frozenset("conv conv_transpose batch_norm instance_norm group_norm max_pool avg_pool adaptive_avg_pool adaptive_max_pool".split())
+_FIRST = frozenset(
+    "conv conv_transpose batch_norm instance_norm group_norm max_pool avg_pool adaptive_avg_pool adaptive_max_pool".split()
+)
 _LAST = frozenset("linear embedding layer_norm multihead_attention".split())
 _RESHAPES = frozenset("view reshape flatten unflatten squeeze unsqueeze".split())
 Shape = tuple[int, ...]
 
 
-def channel_axes(graph_module: fx.GraphModule, shapes: Mapping[str, Shape], dtypes: Mapping[str, torch.dtype]) -> dict[str, int | None]:
+def channel_axes(
+    graph_module: fx.GraphModule, shapes: Mapping[str, Shape], dtypes: Mapping[str, torch.dtype]
+) -> dict[str, int | None]:
     """The channel axis of every node in `shapes`; None where no axis holds channels."""
     axes: dict[str, int | None] = {}
     for node in graph_module.graph.nodes:

@@ -121,11 +121,10 @@ def _from(source: str, traced: TracedModel, ends: Names) -> Flow | None:
         if name in needed:
             needed.update(inputs[name])
     inputs = {name: told for name, told in inputs.items() if name in needed}
-    readers: dict[str, list[str]] = {name: [] for name in inputs}
-    for name, told in inputs.items():
-        for other in told:
-            readers[other].append(name)
-    above = nx.immediate_dominators(nx.DiGraph(readers), source)
+    readers: nx.DiGraph[str] = nx.DiGraph()
+    readers.add_nodes_from(inputs)
+    readers.add_edges_from((other, name) for name, told in inputs.items() for other in told)
+    above = nx.immediate_dominators(readers, source)
     octaves = _octaves(traced.facts, inputs, source)
     macs = list(accumulate(traced.facts[name].macs if name in traced.facts else 0 for name in inputs))
     depth = {name: done / max(1, macs[-1]) for name, done in zip(inputs, macs, strict=True)}
@@ -138,7 +137,7 @@ def _from(source: str, traced: TracedModel, ends: Names) -> Flow | None:
         regions={b: () if b in inner else _between(a, b, inputs, order) for a, b in pairwise(trunk)},
         ends=ends,
         inputs=inputs,
-        readers={name: tuple(found) for name, found in readers.items()},
+        readers={name: tuple(readers.successors(name)) for name in inputs},
         depth=depth,
         octaves=octaves,
     )

@@ -1,7 +1,7 @@
 """Replace operations by cheaper ones that compute the same value: max-pooling by elementwise maxima.
 
-PyTorch's max-pooling on a CPU walks through every window by itself; maxima of shifted slices run many entries at a time and give exactly the
-same values, and, because the first of equal entries is chosen too, the same gradient.
+PyTorch's max-pooling on a CPU walks through every window by itself; maxima of shifted slices run many entries at a
+time and give exactly the same values, and, because the first of equal entries is chosen too, the same gradient.
 
 Only windows that do not overlap, without padding, dilation or ceil mode; on other devices the stock kernel runs.
 """

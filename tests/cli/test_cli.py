@@ -93,7 +93,7 @@ def test_train_distill_evaluate_export(here, capsys):
 
 
 def test_prune_gives_a_model_that_loads(here, capsys):
-    code, out, _ = told(
+    code, _, _ = told(
         capsys, "prune", "models.py:make?width=16", "--ratio", "0.5", "--input", "1x8x8", "-o", "small.pt2"
     )
     assert code == 0

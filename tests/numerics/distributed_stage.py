@@ -33,10 +33,7 @@ def main(kind: str) -> None:
         plain, wrapped = seeded(Cnn32, (8, 16, 32), 64, seed=1), seeded(Cnn32, (8, 16, 32), 64, seed=1)
         stages(plain)[number]((x, labels)).backward()
         stage = stages(wrapped)[number]
-        if kind == "ddp":
-            module = DistributedDataParallel(stage)
-        else:
-            module = fully_shard(stage)
+        module = DistributedDataParallel(stage) if kind == "ddp" else fully_shard(stage)
         half = slice(4 * rank, 4 * rank + 4)
         module((x[half], labels[half])).backward()
         named = dict(stage.named_parameters())
