@@ -110,9 +110,7 @@ def quantize_onnx(
             _prepare(source, prepared)
             if method == "static":
                 reader = _Reader(session, calibration)
-                _quantize_static(
-                        prepared, draft, reader, calibrate, per_channel=per_channel, reduce_range=reduce_range
-                    )
+                _quantize_static(prepared, draft, reader, calibrate, per_channel=per_channel, reduce_range=reduce_range)
                 rows = reader.rows
             else:
                 _quantize_dynamic(prepared, draft, per_channel=per_channel, reduce_range=reduce_range)

@@ -48,7 +48,7 @@ class _LazyGroup(click.Group):
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 @click.pass_context
 def app(context: click.Context, debug: bool) -> None:
-    r"""A compiler for knowledge distillation.
+    """A compiler for knowledge distillation.
 
     MODEL, TEACHER and STUDENT are specs, the same everywhere:
 

@@ -63,7 +63,7 @@ def command(
     criterion: str,
     explain: int | None,
 ) -> None:
-    r"""Pair the layers of TEACHER and STUDENT by the structure of their graphs.
+    """Pair the layers of TEACHER and STUDENT by the structure of their graphs.
 
     The plan (-o) is a file to read, edit and review; `distill --plan` takes it.
 

@@ -24,7 +24,7 @@ def command(
     input_size: str | None,
     trust: tuple[str, ...],
 ) -> None:
-    r"""Time MODELS (specs, run directories, .onnx files) side by side on this CPU.
+    """Time MODELS (specs, run directories, .onnx files) side by side on this CPU.
 
     \b
     Example:

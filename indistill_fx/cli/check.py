@@ -15,7 +15,7 @@ from indistill_fx.cli import common
 @common.input_option
 @common.trust_option
 def command(file: str, against: str, input_size: str | None, trust: tuple[str, ...]) -> int:
-    r"""Prove a deployed ONNX FILE again: readable, same inputs, graph, weights and outputs as the model.
+    """Prove a deployed ONNX FILE again: readable, same inputs, graph, weights and outputs as the model.
 
     Exit code 2 if anything differs.
 

@@ -49,7 +49,7 @@ def command(
     comparing: bool,
     **options: Any,
 ) -> None:
-    r"""Distil TEACHER into STUDENT: the warm-up layer by layer, then the main loss.
+    """Distil TEACHER into STUDENT: the warm-up layer by layer, then the main loss.
 
     An interrupted run (Ctrl-C, a kill, a power cut) goes on with --resume. The trained student is RUN_DIR/student.safetensors; `evaluate`
     and `export` take RUN_DIR itself.

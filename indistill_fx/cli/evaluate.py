@@ -32,7 +32,7 @@ def command(
     k: int,
     as_json: bool,
 ) -> None:
-    r"""Measure MODEL (a spec or a run directory) on the test set of DATA.
+    """Measure MODEL (a spec or a run directory) on the test set of DATA.
 
     \b
     Examples:

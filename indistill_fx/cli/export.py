@@ -49,7 +49,7 @@ def command(
     trust: tuple[str, ...],
     **options: Any,
 ) -> None:
-    r"""Export MODEL (a spec or a run directory of `distill` or `train`) to ONNX.
+    """Export MODEL (a spec or a run directory of `distill` or `train`) to ONNX.
 
     The file is compared with the module at batch sizes 1, 7 and 64; if they disagree no file is left.
 

@@ -19,7 +19,7 @@ from indistill_fx.cli import common
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(model: str, input_size: str | None, trust: tuple[str, ...], everything: bool, as_json: bool) -> None:
-    r"""Show MODEL's layers: the spine (what every path from input to output passes through), stages, widths, MACs.
+    """Show MODEL's layers: the spine (what every path from input to output passes through), stages, widths, MACs.
 
     \b
     Example:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 def command(
     model: str, output: str, input_size: str | None, trust: tuple[str, ...], plan_file: str | None, **wishes: Any
 ) -> None:
-    r"""Remove channels from MODEL, consumers included: a smaller network of its own.
+    """Remove channels from MODEL, consumers included: a smaller network of its own.
 
     \b
     Examples:

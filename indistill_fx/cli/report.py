@@ -13,7 +13,7 @@ import click
 @click.option("--svg", metavar="FILE", type=click.Path(dir_okay=False), help="Write the curves as an SVG picture.")
 @click.option("--png", metavar="FILE", type=click.Path(dir_okay=False), help="Write the curves as a PNG picture.")
 def command(run: str, output: str | None, svg: str | None, png: str | None) -> None:
-    r"""Show what a run did: schedule, curves, models, kept channels, environment; one HTML file that loads nothing.
+    """Show what a run did: schedule, curves, models, kept channels, environment; one HTML file that loads nothing.
 
     RUN_DIR is the -o of `distill`, `train` or `demo`. The runs in a folder are compared. Of an unfinished or damaged run the page
     shows what there is and says what is missing.

@@ -17,7 +17,7 @@ from indistill_fx.cli import common
 )
 @common.training_options
 def command(model: str, **options: Any) -> None:
-    r"""Train MODEL on labels alone: a teacher, or the student's own baseline.
+    """Train MODEL on labels alone: a teacher, or the student's own baseline.
 
     \b
     Example:

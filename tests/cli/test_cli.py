@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import indistill_fx as ifx
-from indistill_fx.cli import run
+from indistill_fx.cli import _COMMANDS, run
 
 MODELS = """
 from torch import nn
@@ -55,6 +55,17 @@ def test_align_prints_a_table_and_writes_a_plan_that_reloads(here, capsys):
     assert [(pair.teacher, pair.student) for pair in plan.pairs] == [("3", "3"), ("7", "7")]
     code, out, _ = told(capsys, "align", "models.py:make?width=16", "models.py:make", "--input", "1x8x8", "--json")
     assert json.loads(out) == plan.model_dump(mode="json")
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in _COMMANDS)], ids=lambda value: " ".join(value))
+def test_help_shows_examples_line_by_line(capsys, command):
+    assert run([*command, "--help"]) == 0
+    out = capsys.readouterr().out
+    assert "\\b" not in out and "\b" not in out
+    examples = [line for line in out.splitlines() if "indistill-fx " in line and "Usage" not in line]
+    assert all(line.count("indistill-fx ") == 1 for line in examples)
+    if command not in (["demo"],):
+        assert [line for line in examples if line.startswith("    indistill-fx ")]
 
 
 def test_inspect(here, capsys):
