@@ -55,7 +55,11 @@ _SYMBOLIC = frozenset(
         *("CeilToInt", "FloorToInt", "TruncToInt", "RoundToInt", "TruncToFloat", "Identity"),
     )
 )
-_CONTAINERS = ("builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict", None)
+_FROZEN = "torch.fx.immutable_collections.immutable_"
+_CONTAINERS = (
+    *("builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict", None),
+    *(f"{_FROZEN}list", f"{_FROZEN}dict"),  # what a graph of ours with several outputs returns
+)
 
 _FREE = re.compile(r"[\w.+\-]*")  # versions, devices, dialects
 _IDENTIFIER = re.compile(r"\w*")

@@ -10,8 +10,12 @@ import click
 from indistill_fx.cli import common
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from rich.table import Table
     from torch import nn
 
+    from indistill_fx.passes.shrink import ShrinkReport
     from indistill_fx.traced import TracedModel
 
 
@@ -29,13 +33,32 @@ if TYPE_CHECKING:
     metavar="FILE",
     help="Narrow the plan's layers instead; the result returns (features, output).",
 )
-@click.option("--criterion", default="l1", show_default=True, help="How channels are ranked.")
+@click.option(
+    "--criterion",
+    default="l1",
+    show_default=True,
+    help="How channels are ranked: l1, l2, bn_scale, geometric_median, random; activation and taylor need --data.",
+)
+@click.option("--data", metavar="DATA", help="For these two: digits, cifar10, imagefolder:DIR or file.py:make_loaders.")
+@click.option(
+    "--batches", default=32, show_default=True, type=click.IntRange(min=1), help="How many batches of it are looked at."
+)
 @click.option("--round-to", type=click.IntRange(min=1), help="Keep multiples of so many channels.")
+@click.option("--layers", is_flag=True, help="Show every layer, not only the stages.")
 @click.option("-o", "--output", required=True, metavar="FILE", help="The .pt2 file to write.")
 @common.input_option
 @common.trust_option
 def command(
-    model: str, output: str, input_size: str | None, trust: tuple[str, ...], plan_file: str | None, **wishes: Any
+    model: str,
+    output: str,
+    input_size: str | None,
+    trust: tuple[str, ...],
+    plan_file: str | None,
+    data: str | None,
+    batches: int,
+    criterion: str,
+    layers: bool,
+    **wishes: Any,
 ) -> None:
     """Remove channels from MODEL, consumers included: a smaller network of its own.
 
@@ -45,53 +68,106 @@ def command(
       indistill-fx prune teacher.pt --width layer1=32 --input 3x32x32 -o small.pt2
       indistill-fx prune teacher.pt --plan plan.json -o narrowed.pt2
     """
+    from indistill_fx.errors import ConfigError
     from indistill_fx.saving import save_program
 
+    if plan_file and (others := [f"--{name.replace('_', '-').rstrip('s')}" for name, wish in wishes.items() if wish]):
+        raise ConfigError(
+            f"--plan names the layers and their widths; {', '.join(others)} would name them again.",
+            where="--plan",
+            hint="Give one of them.",
+        )
     source = common.open_model(model, trust)
-    traced = common.trace_model(source, common.example_for((source,), input_size), "teacher")
-    smaller = _narrowed(traced, plan_file) if plan_file else _shrunk(traced, **wishes)
+    loader, size = _data(data, batches)
+    traced = common.trace_model(source, common.example_for((source,), input_size, size), "teacher")
+    ranking = {"criterion": criterion, "loader": loader}
+    smaller = _narrowed(traced, plan_file, ranking) if plan_file else _shrunk(traced, layers, **wishes, **ranking)
     save_program(smaller, traced.example_inputs, output)
     common.console().print(f"Written to {output}.", soft_wrap=True)
 
 
-def _narrowed(traced: TracedModel, plan_file: str) -> nn.Module:
-    from indistill_fx.cli.tables import plain_table
+def _data(spec: str | None, batches: int) -> tuple[Iterable[object] | None, tuple[int, ...] | None]:
+    """The first batches of the data, as evaluation sees them, and the size of its pictures."""
+    from itertools import islice
+
+    from indistill_fx.data import open_data
+
+    if spec is None:
+        return None, None
+    opened = open_data(spec)
+    return islice(opened.train_plain, batches), opened.input_size
+
+
+def _narrowed(traced: TracedModel, plan_file: str, ranking: dict[str, Any]) -> nn.Module:
+    from rich.text import Text
+
+    from indistill_fx.cli.tables import count, plain_table
     from indistill_fx.passes.instrument import instrument
     from indistill_fx.passes.narrow import narrow
     from indistill_fx.plan import AlignmentPlan
 
     plan = AlignmentPlan.load(plan_file)
-    result = narrow(traced, plan)
-    table = plain_table("layer", "channels kept", numbers=("channels kept",))
-    for tap, kept in result.report.kept.items():
-        table.add_row(tap, f"{len(kept)} of {traced.facts_of(tap).channels}")
+    result = narrow(traced, plan, **ranking)
+    titles = ("channels kept", "MACs less", "parameters less")
+    table = plain_table("layer", *titles, "selected at", numbers=titles)
+    for tap in result.report.taps:
+        less = (count(tap.macs_removed), count(tap.parameters_removed))
+        places = ", ".join(dict.fromkeys(stop.node for stop in tap.stopped)) or "weights only"
+        table.add_row(Text(tap.tap), f"{len(tap.kept)} of {tap.of}", *less, Text(places))
     common.console().print(table)
     return instrument(result.value, [pair.teacher for pair in plan.pairs])
 
 
-def _shrunk(traced: TracedModel, *, widths: tuple[str, ...], **wishes: Any) -> nn.Module:
+def _shrunk(traced: TracedModel, layers: bool, *, widths: tuple[str, ...], **wishes: Any) -> nn.Module:
     from rich.text import Text
 
     from indistill_fx.bench import measure
-    from indistill_fx.cli.tables import count, plain_table
+    from indistill_fx.cli.tables import count
     from indistill_fx.passes.shrink import shrink
 
     result = shrink(traced, widths=_widths(widths), **wishes)
-    table = plain_table("layer", "before", "after", numbers=("before", "after"))
-    for layer, (before, after) in result.report.widths.items():
-        table.add_row(Text(layer), str(before), str(after), style="" if after < before else "dim")
+    table = _layers(result.report) if layers else _stages(traced, result.value)
     graphs = {"before": traced.graph_module, "after": result.value.graph_module}
     calls = {name: partial(graph, *traced.example_inputs) for name, graph in graphs.items()}
     times = measure(calls)
+    batch = len(traced.example_inputs[0])
     table.add_section()
     for name, values in (("parameters", result.report.parameters), ("MACs", result.report.macs)):
         table.add_row(name, count(values[0]), count(values[1]))
-    table.add_row("ms, batch 1 (median)", f"{times['before'].median_ms:.2f}", f"{times['after'].median_ms:.2f}")
+    table.add_row(f"ms, batch {batch} (median)", f"{times['before'].median_ms:.2f}", f"{times['after'].median_ms:.2f}")
     out = common.console()
     out.print(table)
     for frozen in result.report.frozen:
         out.print(Text(f"Stayed whole: {frozen.channels} channels, {frozen.reason}"))
     return result.value.graph_module
+
+
+def _layers(report: ShrinkReport) -> Table:
+    from rich.text import Text
+
+    from indistill_fx.cli.tables import plain_table
+
+    table = plain_table("layer", "before", "after", numbers=("before", "after"))
+    for layer, (before, after) in report.widths.items():
+        table.add_row(Text(layer), str(before), str(after), style="" if after < before else "dim")
+    return table
+
+
+def _stages(traced: TracedModel, smaller: TracedModel) -> Table:
+    """Widths at the exits of the stages."""
+    from rich.text import Text
+
+    from indistill_fx.cli.tables import plain_table
+    from indistill_fx.passes.spine import stages
+
+    table = plain_table("stage ends at", "before", "after", numbers=("before", "after"))
+    for stage in stages(traced):
+        tap = traced.tap_name(stage.exit.output)
+        before, after = traced.facts_of(tap), smaller.facts_of(tap)
+        if before.channel_axis is not None and after.channel_axis is not None:
+            style = "" if after.channels < before.channels else "dim"
+            table.add_row(Text(tap), str(before.channels), str(after.channels), style=style)
+    return table
 
 
 def _widths(options: tuple[str, ...]) -> dict[str, int] | None:

@@ -93,12 +93,8 @@ class Scorer:
                 where=path,
                 hint="A criterion takes weights (rows, inputs, *kernel) and returns one score per row.",
             )
-        if not bool(scores.isfinite().all()):
-            raise PruneError(
-                f"`{path}` has weights that are not finite numbers, so its channels cannot be ranked.",
-                where=path,
-                hint="Load sound weights.",
-            )
+        if not (bool(scores.isfinite().all()) and bool(weight.isfinite().all())):
+            raise unsound(path)
         return scores.detach().to("cpu", torch.float64)
 
     def basis(self, node: str, rows: int) -> tuple[str, Tensor | None]:
@@ -118,6 +114,15 @@ class Scorer:
                 scale = read_call(user, self.model.facts).constant("weight")
                 return None if scale is None else scale.detach().abs()
         return None
+
+
+def unsound(path: str) -> PruneError:
+    """The error for a layer that cannot be ranked: whatever the criterion, channels that are not numbers have no worth."""
+    return PruneError(
+        f"`{path}` has weights that are not finite numbers, so its channels cannot be ranked.",
+        where=path,
+        hint="Load sound weights.",
+    )
 
 
 def scorer_of(
@@ -142,7 +147,9 @@ def scorer_of(
         return Scorer(wish, WEIGHTS.get(wish, l1), model, wish == "bn_scale", {})
     if loader is None:
         raise ConfigError(
-            f"The criterion `{wish}` looks at data.", where="loader", hint="Give loader=…, an iterable of batches."
+            f"The criterion `{wish}` looks at data.",
+            where="loader",
+            hint="Give loader=…, an iterable of batches; on the command line, --data.",
         )
     return Scorer(wish, l1, model, False, statistics(model, axes, loader, gradients=wish == "taylor"))
 

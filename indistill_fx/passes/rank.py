@@ -20,7 +20,7 @@ from torch import Tensor
 from indistill_fx.errors import PruneError
 from indistill_fx.passes.channels import consult
 from indistill_fx.passes.channels.cut import Cut, Filters, Index, Step
-from indistill_fx.passes.criteria import Criterion, Scorer, best, scorer_of, statistics
+from indistill_fx.passes.criteria import Criterion, Scorer, best, scorer_of, statistics, unsound
 from indistill_fx.traced import NodeFacts, TracedModel
 
 Links = tuple[Index, Index]
@@ -82,7 +82,7 @@ def rank_taps(
     found = {}
     for tap, (node, axis) in places.items():
         if node in scorer.statistics:
-            found[tap] = Ranking(scorer.statistics[node], f"{scorer.name} at the layer")
+            found[tap] = _sound(tap, Ranking(scorer.statistics[node], f"{scorer.name} at the layer"))
             continue
         whole = Cut(teacher.node(tap), axis, axis + 1, tuple(range(teacher.facts_of(tap).channels)))
         visible = [(filters, filters.weight, links) for filters, links in producers(whole, teacher.facts)]
@@ -92,8 +92,15 @@ def rank_taps(
             ranked = Ranking(
                 scores, "activation on the example inputs, for no filters that make its channels are visible"
             )
-        found[tap] = ranked
+        found[tap] = _sound(tap, ranked)
     return found
+
+
+def _sound(tap: str, ranking: Ranking) -> Ranking:
+    """Scores of data are not numbers if any weight further up is none."""
+    if not bool(ranking.scores.isfinite().all()):
+        raise unsound(tap)
+    return ranking
 
 
 def _axis(teacher: TracedModel, tap: str) -> int:
@@ -162,6 +169,10 @@ def check_width(teacher: TracedModel, tap: str, width: int) -> int:
         PruneError: it cannot.
     """
     known = teacher.facts_of(tap)
+    if not isinstance(width, int) or isinstance(width, bool):
+        raise PruneError(
+            f"`{tap}`: {width!r} is no number of channels.", where=tap, got=width, expected="a whole number"
+        )
     if known.channel_axis is None:
         raise PruneError(
             f"`{tap}` has no axis of channels (shape {'x'.join(map(str, known.shape))}).",

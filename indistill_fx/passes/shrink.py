@@ -142,7 +142,7 @@ def _check_wishes(
             "A ratio and a budget are two answers to one question.", where="ratio", hint="Give one of them."
         )
     for name, budget in (("macs", macs), ("params", params)):
-        if budget is not None and budget <= 0:
+        if budget is not None and not budget > 0:
             raise ConfigError(
                 f"{name}={budget} is no budget.", where=name, got=budget, expected="a part up to 1, or a number above 1"
             )

@@ -114,6 +114,31 @@ def test_prune_gives_a_model_that_loads(here, capsys):
     )
 
 
+def test_prune_tells_widths_cost_and_time(here, capsys):
+    wide = ("prune", "models.py:make?width=16", "--input", "1x8x8", "-o", "small.pt2")
+    code, out, _ = told(capsys, *wide, "--ratio", "0.5")
+    assert code == 0
+    rows = {line.split("  ")[0].strip(): line.split()[-2:] for line in out.splitlines() if line.strip()}
+    assert [row for name, row in rows.items() if name.isdigit()] == [["16", "8"], ["32", "16"]]  # stages
+    assert {"parameters", "MACs", "ms, batch 1 (median)"} <= set(rows)
+    code, out, _ = told(capsys, *wide, "--ratio", "0.5", "--layers", "--criterion", "taylor", "--data", "digits")
+    assert code == 0
+    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line.strip()}
+    assert [rows[name] for name in ("0", "4", "9")] == [["16", "8"], ["32", "16"], ["10", "10"]]
+
+
+def test_prune_by_a_plan_narrows(here, capsys):
+    write_inputs(here)
+    code, out, _ = told(
+        capsys, "prune", "models.py:make?width=16", "--plan", "plan.json", "--input", "1x8x8", "-o", "slim.pt2"
+    )
+    assert code == 0
+    assert "8 of 16" in out and "16 of 32" in out
+    features, logits = ifx.load("slim.pt2")(torch.randn(2, 1, 8, 8))
+    assert {tuple(feature.shape[:2]) for feature in features.values()} == {(2, 8), (2, 16)}
+    assert logits.shape == (2, 10)
+
+
 class Canary:
     def __reduce__(self):
         return os.system, ("touch canary",)
@@ -186,6 +211,11 @@ BAD = [
     (["export", "models.py:make", "--input", "1x8x8", "-o", "s.onnx", "--int8"], "no data to calibrate"),
     (["prune", "models.py:make", "--input", "1x8x8", "-o", "s.pt2"], "by how much"),
     (["prune", "models.py:make", "--input", "1x8x8", "-o", "s.pt2", "--width", "0:9"], "LAYER=N"),
+    (["prune", "models.py:make", "-o", "s.pt2", "--plan", "plan.json", "--ratio", "0.5"], "--ratio would name them"),
+    (
+        ["prune", "models.py:make", "--input", "1x8x8", "-o", "s.pt2", "--ratio", "0.5", "--criterion", "taylor"],
+        "--data",
+    ),
     (["alain"], "No such command"),
 ]
 

@@ -12,8 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from indistill_fx.errors import ConfigError, PruneError
+from indistill_fx.export import export_onnx
 from indistill_fx.graphs import digest
+from indistill_fx.passes.criteria import WEIGHTS
 from indistill_fx.passes.masked import run_masked
+from indistill_fx.passes.narrow import narrow
 from indistill_fx.passes.shrink import shrink
 from indistill_fx.passes.trace import trace
 from indistill_fx.traced import TracedModel
@@ -248,6 +251,10 @@ def test_result_stands_alone(tmp_path: Path) -> None:
     torch.export.save(torch.export.export(small, (x,)), tmp_path / "small.pt2")
     loaded = torch.export.load(tmp_path / "small.pt2").module()
     assert torch.allclose(loaded(x), small(x), atol=1e-6)
+    assert max(found.max_abs for found in export_onnx(small, tmp_path / "small.onnx", (x,)).parity) < 1e-4
+    again = shrink(trace(net, x), ratio=0.5, criterion="random").value.graph_module
+    again.load_state_dict(small.state_dict())
+    assert torch.allclose(again(x), small(x), atol=1e-6)
     optimizer = torch.optim.SGD(small.train().parameters(), lr=0.1)
     before = digest(net)
     F.cross_entropy(small(x).mean((2, 3)), torch.tensor([0, 1])).backward()
@@ -280,12 +287,24 @@ def test_refuses(make: Callable[[], nn.Module], wish: dict[str, Any], message: s
     assert digest(net) == before
 
 
-def test_refuses_weights_that_are_not_numbers() -> None:
+@pytest.mark.parametrize("criterion", [*WEIGHTS, "bn_scale", "activation"])
+def test_refuses_weights_that_are_not_numbers(criterion: str) -> None:
+    """By whatever criterion: also one that never looks at the weight, and one that looks at what data makes of it."""
     net = GRAPHS["chain"]()
     with torch.no_grad():
         net.stem.weight[0, 0, 0, 0] = float("nan")
-    with pytest.raises(PruneError, match=r"`stem` has weights that are not finite"):
-        shrink(_traced_blindly(net), ratio=0.5)
+    traced, batches = _traced_blindly(net), [(torch.randn(2, 3, 8, 8), torch.tensor([0, 1]))]
+    for remove in (shrink, narrow):
+        with pytest.raises(PruneError, match=r"`stem` has weights that are not finite"):
+            remove(traced, widths={"stem": 8}, criterion=criterion, loader=batches)
+
+
+@pytest.mark.parametrize("width", [8.5, "8", True, None])
+def test_refuses_widths_that_are_no_whole_numbers(width: Any) -> None:
+    traced = trace(GRAPHS["chain"](), torch.randn(2, 3, 8, 8))
+    for remove in (shrink, narrow):
+        with pytest.raises(PruneError, match="is no number of channels"):
+            remove(traced, widths={"stem": width})
 
 
 def _traced_blindly(net: nn.Module) -> TracedModel:
@@ -294,7 +313,10 @@ def _traced_blindly(net: nn.Module) -> TracedModel:
 
 @pytest.mark.parametrize(
     "wish",
-    [{}, {"ratio": 0.0}, {"ratio": 1.5}, {"ratio": 0.5, "macs": 0.5}, {"macs": -1}, {"ratio": 0.5, "round_to": 0}],
+    [
+        *({}, {"ratio": 0.0}, {"ratio": 1.5}, {"ratio": 0.5, "macs": 0.5}),
+        *({"macs": -1}, {"params": float("nan")}, {"ratio": 0.5, "round_to": 0}),
+    ],
 )
 def test_refuses_options(wish: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
