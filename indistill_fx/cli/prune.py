@@ -80,7 +80,7 @@ def command(
     source = common.open_model(model, trust)
     loader, size = _data(data, batches)
     traced = common.trace_model(source, common.example_for((source,), input_size, size), "teacher")
-    ranking = {"criterion": criterion, "loader": loader}
+    ranking: dict[str, Any] = {"criterion": criterion, "loader": loader}
     smaller = _narrowed(traced, plan_file, ranking) if plan_file else _shrunk(traced, layers, **wishes, **ranking)
     save_program(smaller, traced.example_inputs, output)
     common.console().print(f"Written to {output}.", soft_wrap=True)
