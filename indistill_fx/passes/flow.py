@@ -22,7 +22,7 @@ from torch import fx
 
 from indistill_fx.errors import MatchError
 from indistill_fx.graphs import output_node, tensor_nodes
-from indistill_fx.ops import op_name
+from indistill_fx.ops import attribute, op_name
 from indistill_fx.traced import NodeFacts, TracedModel
 
 SAME_LEVEL = 0.7
@@ -50,6 +50,9 @@ _READS_FIRST_ONLY = frozenset(
         "expand_as",
         "type_as",
     )
+)
+_SUMMARIES = frozenset(
+    "adaptive_avg_pool adaptive_max_pool avg_pool max_pool lp_pool mean sum amax amin max min std var logsumexp".split()
 )
 Names = tuple[str, ...]
 
@@ -125,7 +128,7 @@ def _from(source: str, traced: TracedModel, ends: Names) -> Flow | None:
     readers.add_nodes_from(inputs)
     readers.add_edges_from((other, name) for name, told in inputs.items() for other in told)
     above = nx.immediate_dominators(readers, source)
-    octaves = _octaves(traced.facts, inputs, source)
+    octaves = _octaves(traced, inputs, source)
     macs = list(accumulate(traced.facts[name].macs if name in traced.facts else 0 for name in inputs))
     depth = {name: done / max(1, macs[-1]) for name, done in zip(inputs, macs, strict=True)}
     order = {name: k for k, name in enumerate(inputs)}
@@ -216,13 +219,43 @@ def _ends(traced: TracedModel) -> Names:
     return tuple(sizes.values())
 
 
-def _octaves(facts: Mapping[str, NodeFacts], names: Mapping[str, object], source: str) -> dict[str, float]:
+def _octaves(traced: TracedModel, names: Mapping[str, Names], source: str) -> dict[str, float]:
     """How often the sides were halved: log2 of the positions lost, per axis of space of the input. Windows count together."""
+    facts = traced.facts
     space, batch = facts[source].space, facts[source].shape[facts[source].batch_axis or 0]
-    found = {}
-    for name in names:
+    nodes = {node.name: node for node in traced.graph_module.graph.nodes}
+    found: dict[str, float] = {}
+    for name, inputs in names.items():
         known = facts.get(name)
-        if space and known is not None and known.kind in ("map", "tokens") and prod(known.space) > 1:
-            positions = prod(known.shape) / max(1, known.channels * batch)
-            found[name] = log2(prod(space) / positions) / len(space)
+        if not space or known is None or known.kind not in ("map", "tokens"):
+            continue
+        if prod(known.space) == 1 and (not any(other in found for other in inputs) or _summarises(nodes[name], facts)):
+            continue
+        positions = prod(known.shape) / max(1, known.channels * batch)
+        found[name] = log2(prod(space) / positions) / len(space)
     return found
+
+
+def _summarises(node: fx.Node, facts: Mapping[str, NodeFacts]) -> bool:
+    """Whether a node whose map is 1x1 looked at a whole map: pooling, or a convolution without padding. Behind it are no positions.
+
+    A map can also be 1x1 because the input is small: the fourth stage of a ResNet on 32x32 images.
+    """
+    operation = op_name(node)
+    if operation != "conv":
+        return operation in _SUMMARIES
+    seen = facts[node.all_input_nodes[0].name].space if node.all_input_nodes[0].name in facts else ()
+    return prod(seen) > 1 and not any(_padding(node))
+
+
+def _padding(node: fx.Node) -> tuple[object, ...]:
+    """Of a convolution; zeros only where it has none, or is pointwise (which sees one position)."""
+    owner = node.graph.owning_module
+    if node.op == "call_module" and owner is not None:
+        conv = attribute(owner, str(node.target))
+        kernel, padding = conv.weight.shape[2:], conv.padding
+    else:
+        kernel, padding = (), node.kwargs.get("padding", node.args[4] if len(node.args) > 4 else 0)
+    if kernel and prod(kernel) == 1:
+        return (1,)
+    return tuple(padding) if isinstance(padding, (tuple, list)) else (padding,)

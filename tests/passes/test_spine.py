@@ -290,3 +290,31 @@ def test_the_inside_of_a_u_net_is_on_the_spine() -> None:
 
     model = trace(Hourglass(), torch.randn(2, 3, 32, 32))
     assert exits(model) == ["one", "two", "three", "up_two", "up_one"]
+
+
+class Head(nn.Module):
+    """A convolution over the whole map, and one on what is left: a classifier written with convolutions."""
+
+    def __init__(self, cin: int, side: int):
+        super().__init__()
+        self.whole, self.after = nn.Conv2d(cin, 12, side), nn.Conv2d(12, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(self.whole(x).relu()).flatten(1)
+
+
+@pytest.mark.parametrize("size", [64, 32])
+def test_a_stage_may_be_left_with_one_position_and_a_summary_is_no_stage(size: int) -> None:
+    model = traced(
+        *(conv(a, b, stride=2) for a, b in ((3, 4), (4, 6), (6, 8), (8, 10), (10, 12))), *head(12), size=size
+    )
+    assert [stage.exit.output for stage in stages(model)] == ["_0_2", "_1_2", "_2_2", "_3_2", "_4_2"]
+    model = traced(
+        *(conv(a, b, stride=2) for a, b in ((3, 4), (4, 6), (6, 8), (8, 10))), Head(10, size // 16), size=size
+    )
+    assert [stage.exit.output for stage in stages(model)] == ["_0_2", "_1_2", "_2_2", "_3_2"]
+
+
+def test_resnet_18_has_four_stages_on_small_images_too() -> None:
+    model = trace(torchvision.models.resnet18(num_classes=10), torch.randn(2, 3, 32, 32))
+    assert [model.tap_name(stage.exit.output) for stage in stages(model)] == ["layer1", "layer2", "layer3", "layer4"]
