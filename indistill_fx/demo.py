@@ -22,7 +22,7 @@ from indistill_fx.export import ExportReport, export_onnx
 from indistill_fx.passes.pipeline import align
 from indistill_fx.passes.trace import trace
 from indistill_fx.record import RunRecord
-from indistill_fx.runs import about
+from indistill_fx.runs import about, keep_export
 from indistill_fx.train import train
 
 TEACHER_EPOCHS = 12
@@ -162,12 +162,14 @@ def _finish(name: str, model: nn.Module, record: RunRecord, data: Data, out: Pat
     report = export_onnx(
         model, target, x, real_inputs=next(iter(data.test))[0], metadata={"classes": json.dumps(data.classes)}
     )
+    macs = trace(model, x).macs
+    keep_export(out / name, path=str(target), size=report.size, latency_ms=report.latency_ms, macs=macs)
     assert record.accuracy is not None  # there was validation data
     return Row(
         NAMES[name],
         record.accuracy,
         record.seconds,
         sum(parameter.numel() for parameter in model.parameters()),
-        trace(model, x).macs,
+        macs,
         report,
     )

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from accelerate import Accelerator
@@ -35,11 +35,13 @@ class Work:
         legs: the stages, in order; those of length 0 are left out.
         check: looks at every batch of the run's first epoch and raises if one cannot be right: (number, batch).
         save: writes what belongs to the run into its directory, before training.
+        models: for run.json: role → name, parameters, and MACs where they are known.
     """
 
     legs: list[Leg]
     check: Callable[[int, Any], None]
     save: Callable[[RunDirectory], None] = lambda directory: None
+    models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,6 +141,7 @@ class Job:
                 directory.begin(
                     resumed=resumed,
                     about=dict(self.about or {}),
+                    models=work.models,
                     settings=self.settings.to_json(),
                     schedule=schedule,
                     teacher_accuracy=accuracy,

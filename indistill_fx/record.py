@@ -1,7 +1,8 @@
 """What a run leaves behind: the record it returns, and a directory that tells its whole story.
 
-run.json (command, versions, settings, schedule, environment, status, result), plan.json, metrics.jsonl,
-checkpoints/last.safetensors and best.safetensors, student.safetensors, and tensorboard/ where asked for.
+run.json (command, versions, models, settings, schedule, environment, status, result), plan.json, metrics.jsonl,
+checkpoints/last.safetensors and best.safetensors, student.safetensors, tensorboard/ where asked for, and export.json once it
+was exported.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from indistill_fx.errors import ConfigError, TrainError
 LAST = "checkpoints/last.safetensors"
 BEST = "checkpoints/best.safetensors"
 STUDENT = "student.safetensors"
+EXPORT = "export.json"
 
 
 @dataclass(frozen=True, slots=True)

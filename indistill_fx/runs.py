@@ -9,8 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from indistill_fx.errors import ConfigError
-from indistill_fx.record import BEST, LAST, STUDENT
+from indistill_fx.checkpoint import save_json
+from indistill_fx.errors import ConfigError, TrainError
+from indistill_fx.record import BEST, EXPORT, LAST, STUDENT
 from indistill_fx.sources import Source, load_source, parse_spec
 from indistill_fx.weights import load_weights
 
@@ -35,6 +36,29 @@ def absolute(spec: str) -> str:
 def about(model: str, data: str, input_size: tuple[int, ...], **more: Any) -> dict[str, Any]:
     """What a run must keep so that its model can be built again: the `about` of `distill` and `train`."""
     return {"model": absolute(model), "data": data, "input_size": list(input_size), **more}
+
+
+def keep_export(run: str | os.PathLike[str], **told: Any) -> str | None:
+    """Leave in a run directory what its export measured: export.json, which reports show. Later numbers go beside earlier ones.
+
+    Args:
+        run: the directory.
+        told: such as size, parameters, macs, latency_ms, int8_size, int8_accuracy. What is None is not known.
+
+    Returns:
+        Why it could not be written, or None.
+    """
+    path = Path(run) / EXPORT
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        before = {}
+    kept = before if isinstance(before, dict) else {}
+    try:
+        save_json(path, kept | {key: value for key, value in told.items() if value is not None})
+    except TrainError as error:
+        return f"{error} Reports of this run will lack the export's numbers."
+    return None
 
 
 def load_run(path: str | os.PathLike[str], *, trust: Sequence[str] = (), best: bool = False) -> Source:

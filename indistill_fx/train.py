@@ -101,6 +101,7 @@ def distill(
             legs=_legs(stages, epochs, settings),
             check=label_check(classes, len(models[1].example_inputs)),
             save=lambda where: chosen.save(where.path / "plan.json") if where.writes else None,
+            models={model.role: _told(model.module) | {"macs": model.macs} for model in models},
         )
 
     return Job(
@@ -158,6 +159,7 @@ def train(
     budget = Budget(epochs, "epochs", settings.learning_rate, settings.optimizer)
     supervised = Supervised(module, logits)
     leg = Leg("main", supervised, budget, main=True)
+    models = {"student": _told(module)}
     return Job(
         student=module,
         teacher=None,
@@ -169,7 +171,12 @@ def train(
         progress=progress,
         logits=logits,
         about=about,
-    ).run(lambda directory: Work(legs=[leg], check=label_check(_class_count(supervised, loader))))
+    ).run(lambda directory: Work(legs=[leg], check=label_check(_class_count(supervised, loader)), models=models))
+
+
+def _told(module: nn.Module) -> dict[str, Any]:
+    """What run.json tells about a model."""
+    return {"name": type(module).__name__, "parameters": sum(parameter.numel() for parameter in module.parameters())}
 
 
 def traced_pair(

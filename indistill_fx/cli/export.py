@@ -11,6 +11,7 @@ from indistill_fx.cli import common
 
 if TYPE_CHECKING:
     from indistill_fx.data import Data
+    from indistill_fx.quantize import QuantizeReport
 
 
 @click.command(name="export")
@@ -61,6 +62,7 @@ def command(
     from indistill_fx.data import open_data
     from indistill_fx.errors import ConfigError
     from indistill_fx.export import export_onnx
+    from indistill_fx.runs import is_run, keep_export
 
     if int8 and data is None:
         raise ConfigError(
@@ -97,8 +99,14 @@ def command(
     out.print(f"  onnxruntime: {report.latency_ms:.2f} ms a sample at batch 1 (median)")
     for note in report.notes:
         out.print(f"  {note}", markup=False)
+    kept = is_run(model)
+    lost = keep_export(model, path=str(report.path), size=report.size, latency_ms=report.latency_ms) if kept else None
     if int8 and opened is not None:
-        _quantize(Path(output), opened, dynamic=options["dynamic"], max_drop=options["max_drop"])
+        small = _quantize(Path(output), opened, dynamic=options["dynamic"], max_drop=options["max_drop"])
+        if kept:
+            lost = keep_export(model, int8_size=small.size_int8, int8_accuracy=small.accuracy_int8)
+    if lost:
+        out.print(lost, markup=False)
 
 
 def _metadata(model: str, data: Data | None) -> dict[str, str]:
@@ -110,7 +118,7 @@ def _metadata(model: str, data: Data | None) -> dict[str, str]:
     return told | ({"classes": json.dumps(data.classes)} if data and data.classes else {})
 
 
-def _quantize(source: Path, data: Data, *, dynamic: bool, max_drop: float) -> None:
+def _quantize(source: Path, data: Data, *, dynamic: bool, max_drop: float) -> QuantizeReport:
     from indistill_fx.quantize import quantize_onnx
 
     report = quantize_onnx(
@@ -128,3 +136,4 @@ def _quantize(source: Path, data: Data, *, dynamic: bool, max_drop: float) -> No
         f"[bold]{report.path}[/]: int8, {report.method}, {report.size_int8 / 2**20:.2f} MiB ({smaller:.1f}x smaller)"
     )
     out.print(f"  accuracy {accuracies} on {report.evaluation_rows:,} samples")
+    return report

@@ -20,17 +20,16 @@ def charts_of(runs: Sequence[Run]) -> list[Chart]:
         ),
         Chart("Validation loss", "epoch of the whole run", _over_run(runs, lambda epoch: epoch.val_loss)),
     ]
-    levels = [run.teacher_accuracy for run in runs if run.teacher_accuracy is not None]
-    if levels and charts[0].curves:
-        teacher = Curve("the distilled runs' teacher" if len(runs) > 1 else "teacher", ((1.0, levels[0]),), level=True)
-        charts[0] = Chart(charts[0].title, charts[0].across, (*charts[0].curves, teacher), percent=True)
+    if charts[0].curves:
+        charts[0] = Chart(charts[0].title, charts[0].across, (*charts[0].curves, *_teachers(runs)), percent=True)
     for stage in dict.fromkeys(leg.name for run in runs for leg in run.legs):
         curves = [
             Curve(
                 run.name,
                 tuple((float(e.epoch), e.loss) for e in leg.epochs if e.loss is not None),
+                colour=number,
             )
-            for run in runs
+            for number, run in enumerate(runs)
             for leg in run.legs
             if leg.name == stage
         ]
@@ -41,12 +40,25 @@ def charts_of(runs: Sequence[Run]) -> list[Chart]:
     return [chart for chart in charts if any(curve.points for curve in chart.curves)]
 
 
+def _teachers(runs: Sequence[Run]) -> list[Curve]:
+    """A level for every teacher; those of a chain differ."""
+    levels: dict[float, list[str]] = {}
+    for run in runs:
+        if run.teacher_accuracy is not None:
+            levels.setdefault(run.teacher_accuracy, []).append(run.name)
+    if len(levels) == 1:
+        name = "the distilled runs' teacher" if len(runs) > 1 else "teacher"
+        return [Curve(name, ((1.0, next(iter(levels))),), level=True)]
+    return [Curve(f"teacher of {', '.join(names)}", ((1.0, level),), level=True) for level, names in levels.items()]
+
+
 def _over_run(runs: Sequence[Run], value: Callable[[Epoch], float | None]) -> tuple[Curve, ...]:
     curves = [
         Curve(
             run.name,
             tuple((float(k), y) for k, epoch in enumerate(run.epochs, 1) if (y := value(epoch)) is not None),
+            colour=number,
         )
-        for run in runs
+        for number, run in enumerate(runs)
     ]
     return tuple(curve for curve in curves if curve.points)

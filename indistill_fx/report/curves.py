@@ -21,11 +21,13 @@ class Curve:
         name: in the legend.
         points: (x, y); those that are not finite are left out.
         level: a dashed horizontal line at the first y instead.
+        colour: its number; a run has the same in every chart. None: its place in the chart.
     """
 
     name: str
     points: tuple[tuple[float, float], ...]
     level: bool = False
+    colour: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +124,8 @@ def _draw_curve(
     y0: float,
     chart: Chart,
 ) -> None:
-    colour = palette.muted if curve.level else curve_colour(palette, number)
+    own = number if curve.colour is None else curve.colour
+    colour = palette.muted if curve.level else curve_colour(palette, own)
     values = [y for _, y in _finite(curve)]
     told = [f"{100 * value:.2f}%" if chart.percent else f"{value:.4g}" for value in values]
     if curve.level and placed:
@@ -138,7 +141,10 @@ def _draw_curve(
         for (x, y), (at, _), text in zip(placed, _finite(curve), told, strict=True):
             if len(placed) <= 40:
                 hint = f"{curve.name}, {chart.across} {at:g}: {text}"
-                drawing.add("circle", cx=x, cy=y, r=2.5, style=f"fill:{colour}", hint=hint)
+                drawing.add("circle", cx=x, cy=y, r=2.5 if len(placed) > 1 else 4, style=f"fill:{colour}", hint=hint)
+        if len(placed) == 1:  # a lone epoch has no course to follow; its value is all there is to see
+            (x, y), text = placed[0], told[0]
+            drawing.write(x + 9, y + 4, text, colour=palette.text, size=12)
     if len(chart.curves) > 1:
         y = y0 + _HEIGHT + 12 + 18 * number
         dash = ";stroke-dasharray:5 4" if curve.level else ""

@@ -23,6 +23,7 @@ from indistill_fx.report import numbers
 from indistill_fx.report.charts import charts_of
 from indistill_fx.report.columns import Alignment, Match, see, see_plan
 from indistill_fx.report.curves import curves_svg
+from indistill_fx.report.models import COLUMNS, model_rows, note, role_of
 from indistill_fx.report.palette import GRADES, PAGE, grade
 from indistill_fx.report.pictures import kept_svg
 from indistill_fx.report.runs import Run, read_runs
@@ -112,7 +113,9 @@ def run_page(run_dir: str | os.PathLike[str]) -> str:
         charts=[Markup(curves_svg([chart], palette=PAGE)) for chart in charts_of(runs)],  # drawn by us
         limit=_LINES,
         cut=f"Of every run the first {_LINES} epochs; metrics.jsonl has all." if epochs > _LINES else "",
-        **_models(runs),
+        models=model_rows(runs),
+        model_columns=COLUMNS,
+        model_note=note(runs),
         plan_text=plan.model_dump_json(indent=2) if plan is not None else "",
     )
 
@@ -151,60 +154,19 @@ def _data(alignment: Alignment) -> dict[str, Any]:
 
 
 def _tiles(runs: Sequence[Run]) -> list[dict[str, str]]:
-    best = max((run for run in runs if run.accuracy is not None), key=lambda run: run.accuracy or 0, default=None)
+    students = [run for run in runs if role_of(run, runs) == "student"] or runs
+    best = max((run.accuracy for run in students if run.accuracy is not None), default=None)
+    names = ", ".join(run.name for run in students if best is not None and run.accuracy == best)
     teacher = next((run.teacher_accuracy for run in runs if run.teacher_accuracy is not None), None)
-    known = [run.weights for run in runs if run.weights is not None]
+    known = [run.weights for run in students if run.weights is not None]
     tiles = {
-        ("accuracy" if len(runs) == 1 else f"best accuracy in the end: {best.name if best else 'none'}"): (
-            numbers.percent(best.accuracy if best else None)
-        ),
+        ("accuracy" if len(runs) == 1 else f"best student's accuracy: {names or 'none'}"): (numbers.percent(best)),
         "teacher's accuracy": numbers.percent(teacher),
         "epochs trained": str(sum(len(run.epochs) for run in runs)),
         "spent training": numbers.duration(sum(run.seconds for run in runs)),
-        "weights on disk": numbers.size(min(known)) if known else "–",
+        "student's weights on disk": numbers.size(min(known)) if known else "–",
     }
     return [{"name": name, "value": value} for name, value in tiles.items()]
-
-
-def _models(runs: Sequence[Run]) -> dict[str, Any]:
-    """The table of models. MACs, latency and int8 are of the exports, where a run has kept them."""
-    columns = (
-        "accuracy",
-        "best",
-        "values stored",
-        "size",
-        "MACs",
-        "latency",
-        "int8 accuracy",
-        "int8 size",
-        "training",
-    )
-    rows = []
-    teacher = next((run.teacher_accuracy for run in runs if run.teacher_accuracy is not None), None)
-    if teacher is not None and all(run.name != "teacher" for run in runs):
-        rows.append(("teacher", numbers.percent(teacher), *["–"] * (len(columns) - 1)))
-    for run in runs:
-        told = run.export
-        latency = told.get("latency_ms")
-        rows.append(
-            (
-                run.name,
-                numbers.percent(run.accuracy),
-                numbers.percent(run.best),
-                numbers.short(run.parameters),
-                numbers.size(run.weights),
-                numbers.short(told.get("macs")),
-                "–" if latency is None else f"{latency:.3g} ms",
-                numbers.percent(told.get("int8_accuracy")),
-                numbers.size(told.get("int8_size")),
-                numbers.duration(run.seconds) if run.epochs else "–",
-            )
-        )
-    note = "Values stored: parameters, and the statistics of norms. –: not measured"
-    note += (
-        "" if any(run.export for run in runs) else "; `indistill-fx export` and `bench` measure MACs, latency and int8"
-    )
-    return {"models": rows, "model_columns": columns, "model_note": f"{note}."}
 
 
 def _render(template: str, **values: Any) -> str:

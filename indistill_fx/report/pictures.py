@@ -177,7 +177,7 @@ def kept_svg(kept: tuple[int, ...], channels: int, *, palette: Palette) -> str:
         channels: how many there are.
         palette: the colours.
     """
-    across = min(channels, _CELLS)
+    across = _CELLS  # however few there are, so that a channel is as large in every map
     down = -(-channels // _CELLS)
     title = f"{len(kept)} of {channels} channels are kept: {ranges(kept)}"
     drawing = Drawing(4 * across, 4 * down, title=title)

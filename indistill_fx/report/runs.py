@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from math import isfinite, prod
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 
 from indistill_fx.errors import ConfigError
 from indistill_fx.plan import AlignmentPlan
-from indistill_fx.record import STUDENT
+from indistill_fx.record import EXPORT, STUDENT
 
 _SCHEDULED = re.compile(r"^(?P<stage>.*): (?P<length>\d+) (?P<unit>epoch|step)s?\b")
 
@@ -57,6 +57,21 @@ class Leg:
 
 
 @dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What run.json tells about a model; two that have the same name and parameters are taken for one.
+
+    Attributes:
+        name: its class.
+        parameters: how many.
+        macs: of one sample; None where it was not traced.
+    """
+
+    name: str
+    parameters: int
+    macs: float | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
 class Run:
     """One run.
 
@@ -68,7 +83,10 @@ class Run:
         plan: if there is one.
         weights: bytes of the trained student; None if there is none.
         parameters: numbers stored in it, statistics of norms included.
+        student: the model it trained, as far as it is known.
+        teacher: likewise.
         export: numbers from export.json, where the run's export has left one: macs, latency_ms, int8_accuracy, int8_size.
+        teacher_export: likewise of its teacher, if that is a run that is still there.
         missing: what a reader should know is not there.
     """
 
@@ -79,7 +97,10 @@ class Run:
     plan: AlignmentPlan | None
     weights: int | None
     parameters: int | None
+    student: ModelFacts | None
+    teacher: ModelFacts | None
     export: Mapping[str, float]
+    teacher_export: Mapping[str, float]
     missing: tuple[str, ...]
 
     @property
@@ -170,7 +191,10 @@ def read_run(home: Path, *, name: str | None = None) -> Run:
         plan=plan,
         weights=weights.stat().st_size if weights.is_file() else None,
         parameters=_stored(weights),
+        student=_facts(told, "student"),
+        teacher=_facts(told, "teacher"),
         export=_export(home),
+        teacher_export=_teacher_export(_dict(told.get("about")).get("teacher")),
         missing=tuple(missing),
     )
 
@@ -276,13 +300,29 @@ def _plan(home: Path) -> tuple[AlignmentPlan | None, list[str]]:
         return None, [f"plan.json is of another version, or damaged: {error}"]
 
 
+def _facts(told: Mapping[str, Any], role: str) -> ModelFacts | None:
+    facts = _dict(_dict(told.get("models")).get(role))
+    parameters = _number(facts.get("parameters"))
+    if parameters is None:
+        return None
+    return ModelFacts(str(facts.get("name", "")), int(parameters), _number(facts.get("macs")))
+
+
 def _export(home: Path) -> dict[str, float]:
     try:
-        told = _dict(json.loads((home / "export.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, RecursionError):
+        told = _dict(json.loads((home / EXPORT).read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecursionError):  # also a teacher that is no directory
         return {}
     names = ("macs", "latency_ms", "int8_accuracy", "int8_size")
     return {name: value for name in names if (value := _number(told.get(name))) is not None}
+
+
+def _teacher_export(spec: object) -> dict[str, float]:
+    """Of a teacher that is a run, or has the weights of one: `runs/teacher`, `models.py:make@runs/teacher/student.safetensors`."""
+    if not isinstance(spec, str) or "\0" in spec:
+        return {}
+    place = Path(spec.rpartition("@")[2])
+    return _export(place.parent if place.name == STUDENT else place)
 
 
 def _legs(schedule: Sequence[str], epochs: Sequence[Epoch]) -> tuple[Leg, ...]:

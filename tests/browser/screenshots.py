@@ -27,7 +27,7 @@ def take(driver, page: Path, width: int, theme: str) -> bytes:
     driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     scheme = [{"name": "prefers-color-scheme", "value": theme}]
     driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": scheme})
-    driver.get(page.resolve().as_uri())
+    driver.get(page.resolve(strict=True).as_uri())
     shot = driver.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True})
     return base64.b64decode(shot["data"])
 

@@ -193,6 +193,18 @@ def test_the_contrast_check_sees_pale_text(visit):
     assert [entry[0] for entry in page.execute_script(CONTRAST)["bad"]] == ["H1"]
 
 
+def test_on_paper_all_numbers_are_open_and_afterwards_as_before(visit):
+    page = visit("run.html")
+    count = "return [...document.querySelectorAll('details')].filter((d) => d.open === %s).length"
+    before = page.execute_script(count % "true")
+    page.execute_script("dispatchEvent(new Event('beforeprint'))")
+    shut = page.execute_script("return [...document.querySelectorAll('details:not([open])')].map((d) => d.textContent)")
+    assert len(shut) == 4 and all("command" in text or "plan.json" in text for text in shut)
+    assert first(page, "table td.n").is_displayed()
+    page.execute_script("dispatchEvent(new Event('afterprint'))")
+    assert page.execute_script(count % "true") == before
+
+
 @pytest.mark.parametrize("k", range(len(NASTY)))
 def test_no_name_becomes_a_script(visit, k):
     page = visit(f"nasty{k}.html")

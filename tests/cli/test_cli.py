@@ -90,6 +90,7 @@ def test_train_distill_evaluate_export(here, capsys):
     code, out, _ = told(capsys, "export", "run", "-o", "student.onnx", "--data", "digits")
     assert code == 0
     assert "100.00% of" in out
+    assert set(json.loads((here / "run" / "export.json").read_text())) == {"path", "size", "latency_ms"}
     assert told(capsys, "check", "student.onnx", "--against", "run")[0] == 0
     code, out, _ = told(capsys, "check", "student.onnx", "--against", "models.py:make", "--input", "1x8x8")
     assert code == 2

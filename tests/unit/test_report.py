@@ -30,7 +30,9 @@ from indistill_fx.report import (
     to_png,
 )
 from indistill_fx.report.curves import Chart, Curve, ticks
+from indistill_fx.report.models import COLUMNS, model_rows
 from indistill_fx.report.svg import shorten
+from indistill_fx.runs import keep_export
 from tests.report_samples import NASTY, leave_run, nasty_plan, network
 
 
@@ -251,6 +253,77 @@ def test_exported_numbers_are_in_the_table(tmp_path):
     (tmp_path / "run" / "export.json").write_text('{"macs": 1.5e6, "latency_ms": 2.5, "int8_accuracy": 0.875}')
     page = run_page(tmp_path / "run")
     assert "1.5 M" in page and "2.5 ms" in page and "87.50%" in page
+
+
+def test_a_chain_has_a_teacher_an_assistant_and_a_student(tmp_path):
+    models = [{"name": name, "parameters": n, "macs": 10 * n} for name, n in (("Big", 900), ("Mid", 90), ("Small", 9))]
+    for k in (1, 2):
+        pair = {"teacher": models[k - 1], "student": models[k]}
+        leave_run(tmp_path / f"step-{k}", started=f"2026-01-0{k}", models=pair, teacher_accuracy=0.9 + k / 100)
+    runs = read_runs(tmp_path)
+    assert [(row.label, row.role, row.model, row.cells[2], row.cells[3]) for row in model_rows(runs)] == [
+        ("teacher", "teacher", "Big", "900", "9 k"),
+        ("step-1", "assistant", "Mid", "90", "900"),
+        ("step-2", "student", "Small", "9", "90"),
+    ]
+    assert [curve.name for curve in charts_of(runs)[0].curves if curve.level] == [
+        "teacher of step-1",
+        "teacher of step-2",
+    ]
+
+
+def test_a_teacher_that_is_a_run_is_not_listed_twice_and_is_no_student(tmp_path):
+    big, small = {"name": "Big", "parameters": 900}, {"name": "Small", "parameters": 9, "macs": 7}
+    leave_run(tmp_path / "teacher", models={"student": big}, teacher_accuracy=None)
+    for name in ("labels", "kd"):
+        leave_run(tmp_path / name, models={"teacher": big | {"macs": 5}, "student": small})
+    rows = {row.label: row for row in model_rows(read_runs(tmp_path))}
+    assert {label: row.role for label, row in rows.items()} == {
+        "teacher": "teacher",
+        "labels": "student",
+        "kd": "student",
+    }
+    assert [rows[name].cells[3] for name in ("teacher", "labels", "kd")] == ["5", "7", "7"]
+    assert re.search("<span>best student.{1,5}s accuracy: (kd, labels|labels, kd)</span>", run_page(tmp_path))
+
+
+def test_a_student_of_its_own_kind_is_a_student(tmp_path):
+    same = {"name": "Net", "parameters": 9}
+    for name in ("kd", "labels"):
+        leave_run(tmp_path / name, models={"teacher": same, "student": same})
+    assert [row.role for row in model_rows(read_runs(tmp_path))] == ["teacher", "student", "student"]
+
+
+def test_the_teachers_export_is_found_through_the_run(tmp_path):
+    leave_run(tmp_path / "teacher")
+    assert keep_export(tmp_path / "teacher", size=3, latency_ms=2.5, int8_size=None) is None
+    assert keep_export(tmp_path / "teacher", int8_size=1024) is None
+    assert json.loads((tmp_path / "teacher" / "export.json").read_text()) == {
+        "size": 3,
+        "latency_ms": 2.5,
+        "int8_size": 1024,
+    }
+    for spec in (str(tmp_path / "teacher"), f"models.py:make@{tmp_path / 'teacher' / 'student.safetensors'}"):
+        leave_run(tmp_path / "kd", about={"teacher": spec})
+        teacher = model_rows(read_runs(tmp_path / "kd"))[0]
+        assert teacher.cells[COLUMNS.index("Latency")] == "2.5 ms"
+        assert teacher.cells[COLUMNS.index("int8 size")] == "1.0 KiB"
+    for nothing in ("torchvision:resnet50", 3, None, "\0", "n" * 5000):
+        leave_run(tmp_path / "kd", about={"teacher": nothing})
+        assert model_rows(read_runs(tmp_path / "kd"))[0].cells[COLUMNS.index("Latency")] == "–"
+
+
+def test_an_export_that_cannot_be_kept_says_so(tmp_path):
+    assert "Reports of this run will lack" in (keep_export(tmp_path / "nowhere", size=3) or "")
+
+
+def test_a_run_has_one_colour_in_all_charts_and_a_lone_epoch_its_value(tmp_path):
+    for k, name in enumerate(("labels", "kd")):
+        leave_run(tmp_path / name, name=f"layer{k}", started=f"2026-01-0{k + 1}")
+    charts = {chart.title: chart for chart in charts_of(read_runs(tmp_path))}
+    assert [curve.colour for curve in charts["Validation accuracy"].curves] == [0, 1, None]
+    assert [curve.colour for curve in charts["Loss, warm-up of layer1"].curves] == [1]
+    assert ">0.25</text>" in curves_svg([Chart("t", "epoch", (Curve("a", ((1, 0.25),)),))])
 
 
 def test_curves_that_cannot_be_drawn_are_left_out():

@@ -73,6 +73,9 @@ def test_distill_trains_the_users_student_and_leaves_its_story(tmp_path, teacher
     assert story["status"] == "done" and story["about"] == {"student": "models.py:make"}
     assert story["teacher_accuracy"] == record.teacher_accuracy and story["result"]["digest"] == record.digest
     assert [line.split(":")[1].split(",")[0] for line in story["schedule"]] == [" 1 epoch", " 2 epochs", " 4 epochs"]
+    sizes = [sum(parameter.numel() for parameter in model.parameters()) for model in (teacher, student)]
+    assert [story["models"][role]["parameters"] for role in ("teacher", "student")] == sizes
+    assert story["models"]["teacher"]["macs"] > story["models"]["student"]["macs"] > 0
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["loss"] for line in lines if line["kind"] == "epoch"] == [epoch.loss for epoch in record.epochs]
     fresh = net(6, 8, seed=2)

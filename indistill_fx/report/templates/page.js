@@ -11,6 +11,12 @@ theme.addEventListener("click", () => { root.dataset.theme = isDark() ? "light" 
 system.addEventListener("change", tellTheme);
 tellTheme();
 
+// On paper nothing can be opened: all is open but what can be had as a file.
+const closed = () => [...document.querySelectorAll("details:not([open])")].filter((d) => !d.querySelector("pre"));
+let opened = [];
+addEventListener("beforeprint", () => { opened = closed(); for (const d of opened) d.open = true; });
+addEventListener("afterprint", () => { for (const d of opened) d.open = false; opened = []; });
+
 const figure = $("figure");
 if (!figure) return;
 const svg = (tag, attributes) => { const e = document.createElementNS("http://www.w3.org/2000/svg", tag); for (const k in attributes) e.setAttribute(k, attributes[k]); return e; };
