@@ -1,11 +1,11 @@
 """Can any model be traced, and what does it cost? The sweep over the zoo, and timings.
 
-    python benchmarks/tracing.py sweep --json docs/tracing.json     every model of the zoo; resumes where it stopped
+    python benchmarks/tracing.py sweep --json benchmarks/results/tracing.json     every model of the zoo; resumes where it stopped
     python benchmarks/tracing.py sweep --sample                     eight models, for CI
     python benchmarks/tracing.py sweep --only timm:swin             those whose name contains this
     python benchmarks/tracing.py ratio --json …                     ResNet-50 beside symbolic_trace + ShapeProp
     python benchmarks/tracing.py chain --json …                     chains of 100, 1,000 and 10,000 nodes
-    python benchmarks/tracing.py table docs/tracing.json            the results as Markdown
+    python benchmarks/tracing.py table benchmarks/results/tracing.json            the results as Markdown
 
 Every model runs in a process of its own under a time limit, in eval mode (as a teacher) and train mode (as a student). The traced
 graph's outputs are compared with the module's, here and not only inside `trace`: on two batch sizes, other data, same seed.
@@ -249,7 +249,7 @@ def _line(name: str, result: dict[str, Any]) -> str:
 
 
 def table(record: dict[str, Any]) -> str:
-    """The sweep as Markdown: one line per source, then every model that is not on the first rung or has leaves."""
+    """The sweep and the timings as Markdown: one line per source, then every model that needed more than symbolic tracing."""
     lines = [
         "| source | traced | eval rungs | train rungs | leaf share ≤ 20% | largest difference |",
         "|---|---|---|---|---|---|",
@@ -265,7 +265,32 @@ def table(record: dict[str, Any]) -> str:
         light = sum(max(row[key]["leaf_share"] for key in ("eval", "train")) <= 0.2 for row in good)
         worst = max((row[key]["difference"] for row in good for key in ("eval", "train")), default=0.0)
         lines.append(f"| {source} | {len(good)} of {len(rows)} | {rungs[0]} | {rungs[1]} | {light} | {worst:.1e} |")
-    return "\n".join(lines)
+    failed = [f"- `{name}`: {_line(name, row).partition(': ')[2]}" for name, row in models.items() if not row["ok"]]
+    lines += ["", *(["Not traced:", "", *failed] if failed else ["None failed."])]
+    lines += ["", "| beyond symbolic tracing | eval | train | leaf share | specialisations |", "|---|---|---|---|---|"]
+    for name, row in models.items():
+        parts = [row[key] for key in ("eval", "train")] if row["ok"] else []
+        if any(part["rung"] != "symbolic" for part in parts):
+            share = max(part["leaf_share"] for part in parts)
+            special = max(part["specialisations"] for part in parts)
+            lines.append(f"| `{name}` | {parts[0]['rung']} | {parts[1]['rung']} | {share:.1%} | {special} |")
+    return "\n".join([*lines, *_timings(record)])
+
+
+def _timings(record: dict[str, Any]) -> list[str]:
+    """What tracing costs, where it was measured."""
+    lines = []
+    if "ratio" in record:
+        lines += ["", "| ResNet-50 at 224 | symbolic_trace + ShapeProp | trace + facts | ratio |", "|---|---|---|---|"]
+        for batch, row in record["ratio"].items():
+            theirs, ours = row["symbolic_trace+ShapeProp"], row["trace+facts"]
+            lines.append(f"| {batch} | {theirs:.2f} s | {ours:.2f} s | {row['ratio']} |")
+    if "chain" in record:
+        lengths = list(next(iter(record["chain"].values()))["ms_per_node"])
+        lines += ["", f"| chain of | {' | '.join(f'{n} nodes' for n in lengths)} |", "|---" * (len(lengths) + 1) + "|"]
+        for name, row in record["chain"].items():
+            lines.append(f"| {name} | {' | '.join(f'{ms:.2f} ms a node' for ms in row['ms_per_node'].values())} |")
+    return lines
 
 
 def _counts(values: list[str]) -> list[tuple[str, int]]:
