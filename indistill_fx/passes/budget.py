@@ -4,7 +4,8 @@ Rules, in order:
   1. A class is scored by the weights that make it: each layer's scores are brought to mean 1, and a class gets the mean over the
      layers that make it. So scores can be compared over the whole network.
   2. `widths`: the best classes of that layer, exactly as many as asked for.
-  3. `ratio`: in every group the best classes, round(ratio x size), at least one.
+  3. `ratio`: in every group the best classes, round(ratio x size), at least one. A layer that only hands on channels of several groups
+     (a depthwise one behind a channel shuffle) gets round(ratio x size) too, by the exchanges inside groups that cost least.
   4. `macs`, `params`: the best classes of the whole network; of every group at least a tenth. The largest network within the budget.
   5. `round_to` rounds every group up to a multiple, by its next best classes.
 """
@@ -171,6 +172,47 @@ def by_ratio(classes: Classes, stay: Mask, ratio: float, round_to: int | None, s
         if not settled[group.classes].any():
             _keep_best(classes, group, stay, max(1, floor(len(group.classes) * ratio + 0.5)), round_to)
     return stay
+
+
+def even_out(classes: Classes, found: Coupling, stay: Mask, ratio: float, round_to: int | None, settled: Mask) -> Mask:
+    """Rule 3, its second sentence. The groups keep their numbers; a layer for which no exchange is left stays as it is."""
+    stay, touched, group_of = stay.copy(), settled.copy(), np.full(len(stay), -1)
+    for k, group in enumerate(classes.groups):
+        group_of[group.classes] = k
+    for made in found.made:
+        members, channels = np.unique(classes.of[made.units], return_counts=True)
+        if len(np.unique(group_of[members])) < 2 or (channels != channels[0]).any():
+            continue
+        layer = Group(made.path, members, int(channels[0]))
+        target = rounded(max(1, floor(len(members) * ratio + 0.5)), layer, round_to)
+        inside = np.zeros(len(stay), dtype=bool)
+        inside[members] = True
+        while (have := int(stay[members].sum())) != target:
+            pair = _exchange(classes, group_of, stay, inside, touched, more=have < target)
+            if pair is None:
+                break
+            stay[list(pair)] = ~stay[list(pair)]
+        touched[members] = True
+    return stay
+
+
+def _exchange(
+    classes: Classes, group_of: Units, stay: Mask, inside: Mask, touched: Mask, *, more: bool
+) -> tuple[int, int] | None:
+    """A class of the layer and one of the same group elsewhere: one of them stays, and should not. None where there is no such pair."""
+    best: tuple[float, int, int] | None = None
+    for k in np.unique(group_of[inside & ~touched]).tolist():
+        own = (group_of == k) & ~touched if k >= 0 else np.zeros(len(stay), dtype=bool)
+        mine, others = np.flatnonzero(own & inside & (stay != more)), np.flatnonzero(own & ~inside & (stay == more))
+        if not len(mine) or not len(others):
+            continue
+        sign = 1 if more else -1  # what comes in is the best there is, what goes is the worst
+        a = mine[np.argmax(sign * classes.scores[mine])]
+        b = others[np.argmin(sign * classes.scores[others])]
+        loss = sign * float(classes.scores[b] - classes.scores[a])
+        if best is None or loss < best[0]:
+            best = loss, int(a), int(b)
+    return None if best is None else best[1:]
 
 
 def _keep_best(classes: Classes, group: Group, stay: Mask, count: int, round_to: int | None) -> None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from indistill_fx.errors import ConfigError, PruneError
-from indistill_fx.passes.budget import Classes, Cost, Mask, by_budget, by_ratio, by_widths, classify, refill
+from indistill_fx.passes.budget import Classes, Cost, Mask, by_budget, by_ratio, by_widths, classify, even_out, refill
 from indistill_fx.passes.couple import couple
 from indistill_fx.passes.coupling import Coupling, Units
 from indistill_fx.passes.criteria import Criterion, Scorer, scorer_of
@@ -111,7 +111,7 @@ def shrink(
     if widths:
         stay, settled = by_widths(classes, found, model, widths, stay)
     if ratio is not None:
-        stay = by_ratio(classes, stay, ratio, round_to, settled)
+        stay = even_out(classes, found, by_ratio(classes, stay, ratio, round_to, settled), ratio, round_to, settled)
     cost = Cost(found, classes.of)
     if macs is not None or params is not None:
         stay = _within_budget(classes, cost, stay, settled, macs, params, round_to)

@@ -62,9 +62,8 @@ def test_halved_network(name: str) -> None:
         assert (small(x) - expected).abs().max() > 1e-6 * moving
     whole = [layer.path for layer in result.report.layers if len(layer.kept) == layer.of]
     assert len(whole) == 1  # the classifier
-    if name != "shufflenet_v2_x0_5":  # a depthwise layer there takes what its shuffled inputs keep
-        for layer in result.report.layers[:-1]:
-            assert len(layer.kept) == (layer.of // layer.each + 1) // 2 * layer.each, layer.path
+    for layer in result.report.layers[:-1]:
+        assert len(layer.kept) == (layer.of // layer.each + 1) // 2 * layer.each, layer.path
     small.train()
     small(torch.randn(4, *x.shape[1:], dtype=torch.float64)).sum().backward()
 
