@@ -168,6 +168,7 @@ class Engine:
         fell = state.lowest is None or loss < state.lowest * (1 - leg.budget.progress)
         state.lowest, state.stale = (loss, 0) if fell else (state.lowest, state.stale + 1)
         self._log("epoch", **asdict(record))
+        self._reporter.epoch(leg.name, state.steps, loss, accuracy)
         if accuracy is not None and (state.best is None or accuracy > state.best):
             state.best, state.best_epoch = accuracy, state.epoch
             self._save_best()
@@ -208,7 +209,7 @@ class Engine:
         accuracy = "" if epochs[-1].accuracy is None else f", accuracy {epochs[-1].accuracy:.2%}"
         losses = " → ".join(f"{epoch.loss:.4g}" for epoch in dict.fromkeys((epochs[0], epochs[-1])))
         count = f"{len(epochs)} epoch{'s' if len(epochs) > 1 else ''}, {state.steps} steps"
-        self._reporter.say(f"{leg.name}: {count}, {seconds:.1f} s, loss {losses}{accuracy}")
+        self._reporter.close(leg.name, f"{leg.name}: {count}, {seconds:.1f} s, loss {losses}{accuracy}")
         state.leg, state.epoch, state.steps, state.lowest, state.stale = state.leg + 1, 0, 0, None, 0
 
     def _set_rate(self, leg: Leg, optimizer: Any) -> None:

@@ -130,9 +130,10 @@ class Job:
                 engine.resume(directory.path / LAST)
                 directory.rewind(engine.state.epochs, engine.state.all_steps)
                 reporter.say(f"Resumed after {engine.state.all_steps} steps.")
+                _recall(reporter, engine.state, legs)
             accuracy = self._teacher_accuracy(directory if resumed else None, accelerator)
             if accuracy is not None:
-                reporter.say(f"Teacher's accuracy: {accuracy:.2%}")
+                reporter.teacher(accuracy)
             schedule = [f"{leg.name}: {leg.budget}{self.settings.describe() if leg.main else ''}" for leg in legs]
             reporter.say("\n".join(schedule))
             accelerator.wait_for_everyone()  # until all have seen whether there is something to resume
@@ -255,6 +256,16 @@ def label_check(classes: int | None, inputs: int = 1) -> Callable[[int, Any], No
             )
 
     return check
+
+
+def _recall(reporter: Reporter, state: State, legs: list[Leg]) -> None:
+    """Tell what was done before the run was resumed."""
+    steps: dict[str, int] = {}
+    for entry in state.history:
+        steps[entry["stage"]] = steps.get(entry["stage"], 0) + entry["steps"]
+        reporter.epoch(entry["stage"], steps[entry["stage"]], entry["loss"], entry["accuracy"])
+    for leg in legs[: state.leg]:
+        reporter.close(leg.name, f"{leg.name}: done before")
 
 
 def _stage_record(name: str, epochs: tuple[EpochRecord, ...], state: State) -> StageRecord:

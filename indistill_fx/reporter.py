@@ -1,4 +1,4 @@
-"""Say how a run is getting on: a bar on a terminal, a line every few seconds elsewhere."""
+"""Say how a run is getting on: a dashboard on a terminal, a line every few seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from collections.abc import Mapping
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.live import Live
+
+from indistill_fx.dashboard import board
 
 _LINE_SECONDS = 5.0
-_BAR_SECONDS = 0.25
+_BOARD_SECONDS = 0.25
 
 
 class Reporter:
@@ -20,64 +22,96 @@ class Reporter:
     Args:
         shown: False: says nothing.
         steps: optimiser steps of each stage in order, at most.
+        console: where to; default: standard error.
     """
 
-    def __init__(self, *, shown: bool, steps: Mapping[str, int]):
-        self._shown, self._steps = shown, dict(steps)
-        self._console = Console(stderr=True, highlight=False)
-        self._bar: Progress | None = None
-        self._task: TaskID | None = None
-        self._stage = ""
+    def __init__(self, *, shown: bool, steps: Mapping[str, int], console: Console | None = None):
+        self._shown, self._board = shown, board(steps)
+        self._console = console or Console(stderr=True, highlight=False)
+        self._live: Live | None = None
         self._since, self._since_step, self._last = 0.0, 0, 0.0
 
     def __enter__(self) -> Reporter:
-        if self._shown and self._console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}"))
+        if self._shown and self._console.is_terminal and not self._console.is_dumb_terminal:
             # Redrawn from `step`, not by a thread of its own, which would take its time from the training.
-            self._bar = Progress(*columns, console=self._console, auto_refresh=False, transient=True)
-            self._bar.start()
+            self._live = Live(console=self._console, auto_refresh=False, vertical_overflow="crop")
+            self._live.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        if self._live is not None:
+            self._board.pace = ""  # what it says of the time left is over; the rest stays to be read
+            self._draw()
+            self._live.stop()
 
     def say(self, text: str) -> None:
         """A line that stays."""
-        if self._bar is not None:
-            self._bar.console.print(text, markup=False)
+        if self._live is not None:
+            self._live.console.print(text, markup=False)
         elif self._shown:
             print(text, file=sys.stderr, flush=True)
 
+    def teacher(self, accuracy: float) -> None:
+        """The teacher was measured."""
+        self._board.teacher = accuracy
+        self.say(f"Teacher's accuracy: {accuracy:.2%}")
+
     def open(self, stage: str, step: int) -> None:
         """Begin a stage, or go on with it at a step."""
-        self._stage, self._since_step = stage, step
+        self._board.running, self._since_step = stage, step
+        self._board.stages[stage].step = step
         self._since = self._last = time.monotonic()
-        if self._bar is not None:
-            if self._task is not None:
-                self._bar.remove_task(self._task)
-            self._task = self._bar.add_task(stage, total=self._steps[stage], completed=step, text="")
+        self._draw()
 
     def step(self, step: int, epoch: int, loss: float) -> None:
         """An optimiser step is done. Cheap: most calls only look at the clock."""
         now = time.monotonic()
-        if not self._shown or now - self._last < (_LINE_SECONDS if self._bar is None else _BAR_SECONDS):
+        if not self._shown or now - self._last < (_LINE_SECONDS if self._live is None else _BOARD_SECONDS):
             return
         self._last = now
+        stage = self._board.stages[self._board.running]
+        stage.step = step
+        stage.note(loss)
         rate = (step - self._since_step) / max(now - self._since, 1e-9)
-        text = f"epoch {epoch}, loss {loss:.4g}, {rate:.3g} steps/s, {self._left(step, rate)}"
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=step, text=text, refresh=True)
+        pace = f"{rate:.3g} steps/s, {self._left(step, rate)}"
+        if self._live is not None:
+            self._board.pace = f"epoch {epoch} · {pace}"
+            self._draw()
         else:
-            self.say(f"{self._stage}: step {step} of {self._steps[self._stage]}, {text}")
+            self.say(f"{self._board.running}: step {step} of {stage.total}, epoch {epoch}, loss {loss:.4g}, {pace}")
+
+    def epoch(self, stage: str, step: int, loss: float, accuracy: float | None) -> None:
+        """An epoch is over, now or before the run was resumed."""
+        seen = self._board.stages.get(stage)
+        if seen is None:
+            return
+        seen.step = step
+        seen.note(loss)
+        seen.ended += 1
+        if accuracy is not None:
+            self._board.accuracies.append(accuracy)
+        if self._board.running:
+            self._draw()
+
+    def close(self, stage: str, text: str) -> None:
+        """A stage is over; the dashboard shows it, elsewhere the text does."""
+        self._board.stages[stage].over = True
+        if self._live is None:
+            self.say(text)
+        else:
+            self._draw()
+
+    def _draw(self) -> None:
+        if self._live is not None:
+            self._live.update(self._board.draw(self._console.width), refresh=True)
 
     def _left(self, step: int, rate: float) -> str:
         """Time left, as if the later stages' steps took as long as this one's."""
-        names = list(self._steps)
-        later = sum(self._steps[name] for name in names[names.index(self._stage) + 1 :])
-        seconds = round((self._steps[self._stage] - step + later) / max(rate, 1e-9))
+        names, stages = list(self._board.stages), self._board.stages
+        later = sum(stages[name].total for name in names[names.index(self._board.running) + 1 :])
+        seconds = round((stages[self._board.running].total - step + later) / max(rate, 1e-9))
         if seconds < 90:
             return f"about {seconds} s left"
         return f"about {seconds // 60} min left" if seconds < 5400 else f"about {seconds / 3600:.1f} h left"

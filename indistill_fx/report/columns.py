@@ -342,7 +342,7 @@ def _rows(traced: TracedModel, operations: Sequence[Operation], partners: Mappin
         own = operations[first:last]
         row = Row(
             key=f"{traced.role[0]}{k}",
-            tap=operations[k].name,
+            tap=getattr(match.pair, traced.role) if match else operations[k].name,
             op=operations[k].op,
             shape=_size(facts),
             channels=0 if facts.channel_axis is None else facts.channels,
