@@ -16,7 +16,27 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from indistill_fx.bounded import require_regular
 from indistill_fx.errors import ConfigError, TrainError
+
+SCHEMA = 1
+"""Version of run directories: of run.json and of the state in a checkpoint. Later versions read earlier ones."""
+
+
+def check_schema(version: object, path: Path) -> None:
+    """Refuse what a later version wrote.
+
+    Raises:
+        ConfigError: it did.
+    """
+    if not isinstance(version, int) or version > SCHEMA:
+        raise ConfigError(
+            f"{path} was written by a later version of indistill-fx (format {version}; this one reads up to {SCHEMA}).",
+            where=str(path),
+            got=version,
+            expected=SCHEMA,
+            hint="Update indistill-fx, or start the run anew in another directory.",
+        )
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
@@ -69,20 +89,24 @@ def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], state: Mapping[st
     Raises:
         TrainError: the place cannot be written.
     """
-    save_tensors(path, tensors, {"state": json.dumps(state)})
+    save_tensors(path, tensors, {"state": json.dumps({"schema_version": SCHEMA, **state})})
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and the state of a checkpoint.
 
     Raises:
-        ConfigError: no such file, or not a checkpoint of ours.
+        ConfigError: no such file, not a checkpoint of ours, or one of a later version.
     """
     try:
+        require_regular(path)
         with safe_open(path, framework="pt") as file:
-            state = json.loads((file.metadata() or {})["state"])
+            state = dict(json.loads((file.metadata() or {})["state"]))
+            check_schema(state.pop("schema_version", 1), path)
             return {name: file.get_tensor(name) for name in file.keys()}, state  # noqa: SIM118
-    except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
+    except ConfigError:
+        raise
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
         raise ConfigError(
             f"{path} is no checkpoint of a run: {error}.",
             where=str(path),
@@ -153,11 +177,23 @@ def restore_model(live: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> No
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-    """Give an optimiser the state of `optimizer_tensors`."""
+    """Give an optimiser the state of `optimizer_tensors`.
+
+    Raises:
+        ConfigError: it is of other parameters.
+    """
+    shapes = [p.shape for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Any]] = {}
     entries = {name.removeprefix("optimizer/"): t for name, t in saved.items() if name.startswith("optimizer/")}
     for name, value in (*entries.items(), *values.items()):
         index, _, key = name.partition("/")
+        fits = index.isdecimal() and int(index) < len(shapes)
+        if not fits or (isinstance(value, Tensor) and value.dim() and value.shape != shapes[int(index)]):
+            raise ConfigError(
+                f"The checkpoint is of another optimiser: `{name}` does not fit.",
+                where=name,
+                hint="Resume with the options the run was started with.",
+            )
         state.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 

@@ -97,6 +97,11 @@ def build_timm(name: str, arguments: Mapping[str, Any]) -> nn.Module:
     if not timm.is_model(name):
         raise _unknown("timm", name, timm.list_models())
 
+    if "checkpoint_path" in arguments:  # timm's own loader has trusted its files
+        path = arguments["checkpoint_path"]
+        hint = f"Write timm:{name}@{path}, which loads weights without running what a file holds."
+        raise ConfigError(f"timm:{name} takes no checkpoint_path here.", where=f"timm:{name}", got=path, hint=hint)
+
     def builder(**given: Any) -> nn.Module:
         model: nn.Module = timm.create_model(name, **given)
         return model

@@ -38,7 +38,7 @@ from indistill_fx.record import BEST, LAST, EpochRecord, RunDirectory
 from indistill_fx.reporter import Reporter
 from indistill_fx.seeding import reseed
 from indistill_fx.settings import Settings, make_optimizer
-from indistill_fx.state import Leg, State
+from indistill_fx.state import Leg, State, check_parts
 from indistill_fx.stopping import Interrupted, StopRequest
 
 _SAVING_SHARE = 20
@@ -301,6 +301,7 @@ class Engine:
             ConfigError: it is unreadable, or of another run; names what differs.
         """
         tensors, saved = load_checkpoint(path)
+        saved = check_parts(saved, path)
         for key, expected in self._identity.items():
             if saved["identity"].get(key) != expected:
                 raise ConfigError(
@@ -310,7 +311,7 @@ class Engine:
                     expected=saved["identity"].get(key),
                     hint="Resume with the options the run was started with, or start anew in another directory.",
                 )
-        self.state, self._saved = State(**saved["state"]), (tensors, saved)
+        self.state, self._saved = State.read(saved["state"], path), (tensors, saved)
         if saved["optimizer"] is None:  # between two stages
             restore_model(model_tensors(self._student, None), tensors)
             self._saved = None if self.state == State() else (tensors, saved)

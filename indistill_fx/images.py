@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from indistill_fx.bars import followed
+from indistill_fx.bounded import require_regular
 from indistill_fx.errors import ConfigError
+
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+"""What an image file may be, whatever its name says. Not EPS, for example: Pillow has Ghostscript run that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,18 +98,23 @@ def read_image(path: str) -> Any:
     """The file as an RGB PIL image.
 
     Raises:
-        ConfigError: it is no image or broken; the message names the file.
+        ConfigError: it is no image, broken, or of more pixels than Pillow takes for harmless (89 million); the message
+            names the file.
     """
     from PIL import Image
 
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        require_regular(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=_FORMATS) as image:
+                return image.convert("RGB")
+    except Exception as error:  # any bytes at all may come here
+        reason = str(error) or type(error).__name__
         raise ConfigError(
-            f"Image {path!r} cannot be read: {error}.",
+            f"Image {path!r} cannot be read: {reason}.",
             where=path,
-            got=str(error),
+            got=reason,
             hint="Replace or remove it.",
         ) from error
 
@@ -135,16 +145,21 @@ def decode(
     place = cache / f"{_digest(listing, size)}.safetensors"
     if place.is_file():
         try:
-            return load_file(place)["images"]
-        except SafetensorError as error:
+            return _fitting(load_file(place)["images"], len(listing.files), size)
+        except (SafetensorError, KeyError, ValueError, OSError) as error:
             raise ConfigError(
                 f"Cache {str(place)!r} is broken: {error}.", where=str(place), hint="Remove it."
             ) from error
     images = _decoded(listing, size, resize=resize, progress=progress)
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as folder:  # renamed only when whole
-        save_file({"images": images}, Path(folder, "images"))
-        Path(folder, "images").replace(place)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as folder:  # renamed only when whole
+            save_file({"images": images}, Path(folder, "images"))
+            Path(folder, "images").replace(place)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(
+            f"Cache {str(place)!r} cannot be written: {error}.", where=str(cache), hint="Give another folder, or none."
+        ) from error
     return images
 
 
@@ -185,6 +200,12 @@ def _decoded(listing: Listing, size: tuple[int, int], *, resize: bool, progress:
             image = image.resize(size[::-1], Image.Resampling.BILINEAR)
         images[i] = image
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+
+
+def _fitting(images: Tensor, count: int, size: tuple[int, int]) -> Tensor:
+    if images.dtype != torch.uint8 or images.shape != (count, 3, *size):
+        raise ValueError("it holds other images")
+    return images
 
 
 def _digest(listing: Listing, size: tuple[int, int]) -> str:

@@ -17,7 +17,7 @@ from indistill_fx.engine import Engine
 from indistill_fx.errors import ConfigError, PassError
 from indistill_fx.evaluate import evaluate
 from indistill_fx.graphs import digest
-from indistill_fx.launch import make_accelerator
+from indistill_fx.launch import make_accelerator, noticing_dead_peers
 from indistill_fx.loaders import EpochLoader, ForeignLoader
 from indistill_fx.record import LAST, STUDENT, EpochRecord, RunDirectory, RunRecord, StageRecord, environment
 from indistill_fx.reporter import Reporter
@@ -148,7 +148,8 @@ class Job:
                     teacher_accuracy=accuracy,
                     environment=environment(str(accelerator.device), accelerator.num_processes),
                 )
-            engine.run()
+            with noticing_dead_peers(accelerator):
+                engine.run()
         return engine.state, accuracy
 
     def _steps(self, legs: list[Leg]) -> dict[str, int]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+import torch.distributed
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 
-from indistill_fx.errors import ConfigError
+from indistill_fx.errors import ConfigError, TrainError
 from indistill_fx.settings import Settings
 
 
@@ -35,3 +38,26 @@ def make_accelerator(settings: Settings) -> Accelerator:
             hint="Launch with torchrun (DDP), or shard the stages of compile_stages in a loop of your own.",
         )
     return accelerator
+
+
+@contextmanager
+def noticing_dead_peers(accelerator: Accelerator) -> Iterator[None]:
+    """Within the block, the end of another process of the run is told as such, not as a broken connection.
+
+    Raises:
+        TrainError: another process ended.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        first = str(error).strip().partition("\n")[0]
+        lost = isinstance(error, torch.distributed.DistError) or any(
+            sign in str(error) for sign in ("by peer", "gloo", "Broken pipe", "Socket Timeout")
+        )
+        if accelerator.num_processes == 1 or not lost:
+            raise
+        raise TrainError(
+            f"Another of the {accelerator.num_processes} processes of this run has ended: {first[:200]}",
+            where=f"process {accelerator.process_index}",
+            hint="What it said last tells why. The last checkpoint is good: launch again with resume=True (--resume).",
+        ) from error

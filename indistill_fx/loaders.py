@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import random
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from indistill_fx.errors import ConfigError
+from indistill_fx.errors import ConfigError, TrainError
 
 Loader = TypeVar("Loader", bound="EpochLoader")
 
@@ -60,7 +61,17 @@ class EpochLoader(ABC):
 
     def __iter__(self) -> Iterator[Any]:
         skipped, self._skipped = self._skipped, 0
-        yield from self._batches(skipped)
+        try:
+            yield from self._batches(skipped)
+        except RuntimeError as error:
+            if not re.search(r"DataLoader worker \(pid", str(error)):
+                raise
+            raise TrainError(
+                f"A process that reads the data has died: {str(error).strip().splitlines()[0]}",
+                where="data",
+                hint="Often memory ran out: take fewer workers or smaller batches. The last checkpoint is good: go on with "
+                "resume=True (--resume).",
+            ) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,9 +249,20 @@ class ForeignLoader(EpochLoader):
             iterator = iter(self.loader)
         for number in range(len(self)):
             with randomness.lent():
-                batch = next(iterator)
+                batch = next(iterator, _END)
+            if batch is _END:
+                raise ConfigError(
+                    f"The loader says it has {len(self)} batches and ended after {number}.",
+                    where="loader",
+                    got=number,
+                    expected=len(self),
+                    hint="Let its __len__ say how many batches an epoch has.",
+                )
             if number >= skipped:
                 yield batch if self.world == 1 else _part(batch, slice(self.rank, None, self.world))
+
+
+_END = object()
 
 
 class _Randomness:

@@ -10,13 +10,19 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from indistill_fx.bounded import read_bounded
 from indistill_fx.errors import ConfigError, nearest
 from indistill_fx.traced import TracedModel
 
 Adapter = Literal["none", "pool", "tokens_to_map"]
 """How two features are brought to one shape: not at all; the larger map pooled to the smaller; tokens laid out as a map, then pooled."""
 
-Shape = tuple[Annotated[int, Field(ge=0)], ...]
+LARGEST = 64 << 20
+"""Bytes a plan file may have; a million pairs, which no pair of models has, would be several hundred."""
+
+Name = Annotated[str, Field(max_length=4096)]
+Size = Annotated[int, Field(ge=0, lt=1 << 31)]
+Shape = Annotated[tuple[Size, ...], Field(max_length=16)]
 
 
 class _Frozen(BaseModel):
@@ -37,11 +43,11 @@ class Pair(_Frozen):
         reason: why they were paired.
     """
 
-    teacher: str
-    student: str
+    teacher: Name
+    student: Name
     teacher_shape: Shape
     student_shape: Shape
-    kept: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    kept: Annotated[tuple[Size, ...], Field(max_length=1 << 20)] | None = None
     adapter: Adapter = "none"
     score: Annotated[float, Field(ge=0, le=1)] = 1.0
     reason: str = ""
@@ -75,7 +81,7 @@ class AlignmentPlan(_Frozen):
     schema_version: Literal[1] = 1
     teacher: ModelStamp
     student: ModelStamp
-    pairs: tuple[Pair, ...]
+    pairs: Annotated[tuple[Pair, ...], Field(max_length=10_000)]
     embedding: Pair | None = None
     unmatched: tuple[str, ...] = ()
 
@@ -107,22 +113,19 @@ class AlignmentPlan(_Frozen):
             ConfigError: no such file, not JSON, or not a plan; names the field at fault.
         """
         try:
-            text = Path(path).read_text(encoding="utf-8")
-            return cls.model_validate(json.loads(text))
+            return cls.model_validate_json(read_bounded(path, LARGEST))
         except OSError as error:
             raise ConfigError(
                 f"The plan {path} cannot be read: {error.strerror}.",
                 where=str(path),
                 hint="`indistill-fx align … -o plan.json` makes one.",
             ) from error
-        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise ConfigError(
-                f"{path} is not JSON: {error}.",
-                where=str(path),
-                hint="Give a plan written by `indistill-fx align … -o plan.json`.",
-            ) from error
+        except UnicodeDecodeError as error:
+            raise _not_json(path, error) from error
         except ValidationError as error:
             first = error.errors()[0]
+            if first["type"] == "json_invalid":
+                raise _not_json(path, first["msg"]) from error
             place = ".".join(map(str, first["loc"])) or "the whole file"
             raise ConfigError(
                 f"{path} is not an alignment plan: {place}: {first['msg']}.",
@@ -207,6 +210,14 @@ def plan_schema() -> str:
     """The JSON Schema of the plan file, as published in docs/plan.schema.json."""
     schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **AlignmentPlan.model_json_schema()}
     return json.dumps(schema, indent=2) + "\n"
+
+
+def _not_json(path: str | os.PathLike[str], reason: object) -> ConfigError:
+    return ConfigError(
+        f"{path} is not JSON: {reason}.",
+        where=str(path),
+        hint="Give a plan written by `indistill-fx align … -o plan.json`.",
+    )
 
 
 _Misfit = tuple[str, str]

@@ -23,13 +23,17 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from indistill_fx.checkpoint import replace_file, save_json
+from indistill_fx.bounded import read_bounded
+from indistill_fx.checkpoint import SCHEMA, check_schema, replace_file, save_json
 from indistill_fx.errors import ConfigError, TrainError
 
 LAST = "checkpoints/last.safetensors"
 BEST = "checkpoints/best.safetensors"
 STUDENT = "student.safetensors"
 EXPORT = "export.json"
+
+MOST_BYTES = 64 << 20
+"""That run.json may have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +192,8 @@ class RunDirectory:
                 where=str(self.path),
                 hint="Go on with it by resume=True (--resume), or give another directory.",
             )
+        if self.resumes:
+            check_schema(self.told().get("schema_version", 1), self.path / "run.json")
         if self._tensorboard:
             self._board = _tensorboard(self.path / "tensorboard")
 
@@ -236,17 +242,18 @@ class RunDirectory:
         """
         before = self.told() if resumed else {}
         started = before.get("started", datetime.now(UTC).isoformat(timespec="seconds"))
-        self._story = {"command": sys.argv, "started": started, **before, **story}
+        self._story = {"schema_version": SCHEMA, "command": sys.argv, "started": started, **before, **story}
         self._story.pop("error", None)
-        self.tell(status="running", resumed=before.get("resumed", 0) + int(resumed))
+        times = before.get("resumed", 0)
+        self.tell(status="running", resumed=(times if isinstance(times, int) else 0) + int(resumed))
 
     def told(self) -> dict[str, Any]:
-        """What run.json says."""
+        """What run.json says; nothing where it cannot be read: the checkpoint alone decides how a run goes on."""
         try:
-            found: dict[str, Any] = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError):
+            found = json.loads(read_bounded(self.path / "run.json", MOST_BYTES))
+        except (OSError, ValueError, RecursionError):
             return {}
-        return found
+        return found if isinstance(found, dict) else {}
 
     def log(self, entry: Mapping[str, Any]) -> None:
         """Add a line to metrics.jsonl. `epochs` and `step` are the run's place; numbers go to TensorBoard.
@@ -274,13 +281,14 @@ class RunDirectory:
         if not self.writes or not path.exists():
             return
         kept = []
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-            try:
-                entry = json.loads(line)
-            except json.JSONDecodeError:
-                continue  # torn by a kill
-            if (entry["epochs"], entry["step"]) <= (epochs, step):
-                kept.append(line)
+        with path.open(encoding="utf-8", errors="replace") as file:
+            for line in file:
+                try:
+                    entry = json.loads(line)
+                    if (entry["epochs"], entry["step"]) <= (epochs, step) and line.endswith("\n"):
+                        kept.append(line)
+                except (ValueError, TypeError, KeyError, RecursionError):
+                    continue  # torn by a kill
         replace_file(path, lambda draft: draft.write_text("".join(kept), encoding="utf-8"))
 
     def files(self) -> dict[str, str]:

@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.live import Live
 
 from indistill_fx.dashboard import board
+from indistill_fx.printable import printable
+from indistill_fx.terminal import SafeConsole
 
 _LINE_SECONDS = 5.0
 _BOARD_SECONDS = 0.25
@@ -27,7 +29,7 @@ class Reporter:
 
     def __init__(self, *, shown: bool, steps: Mapping[str, int], console: Console | None = None):
         self._shown, self._board = shown, board(steps)
-        self._console = console or Console(stderr=True, highlight=False)
+        self._console = console or SafeConsole(stderr=True)
         self._live: Live | None = None
         self._since, self._since_step, self._last = 0.0, 0, 0.0
 
@@ -51,7 +53,7 @@ class Reporter:
         if self._live is not None:
             self._live.console.print(text, markup=False)
         elif self._shown:
-            print(text, file=sys.stderr, flush=True)
+            print(printable(text), file=sys.stderr, flush=True)
 
     def teacher(self, accuracy: float) -> None:
         """The teacher was measured."""

@@ -9,11 +9,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from indistill_fx.bounded import read_bounded
 from indistill_fx.checkpoint import save_json
 from indistill_fx.errors import ConfigError, TrainError
-from indistill_fx.record import BEST, EXPORT, LAST, STUDENT
-from indistill_fx.sources import Source, load_source, parse_spec
+from indistill_fx.record import BEST, EXPORT, LAST, MOST_BYTES, STUDENT
+from indistill_fx.seal import is_sealed, seal
+from indistill_fx.sources import Source, Spec, load_source, parse_spec
 from indistill_fx.weights import load_weights
+
+_OURS = ("indistill_fx.demo:DigitsTeacher", "indistill_fx.demo:DigitsStudent")
+_FETCHING = ("pretrained", "checkpoint", "weights", "cache")
+"""Arguments of a library's constructors, by how their names begin, that read other files or the network."""
 
 
 def is_run(spec: str) -> bool:
@@ -35,7 +41,15 @@ def absolute(spec: str) -> str:
 
 def about(model: str, data: str, input_size: tuple[int, ...], **more: Any) -> dict[str, Any]:
     """What a run must keep so that its model can be built again: the `about` of `distill` and `train`."""
-    return {"model": absolute(model), "data": data, "input_size": list(input_size), **more}
+    spec = absolute(model)
+    return {"model": spec, "seal": seal(spec), "data": data, "input_size": list(input_size), **more}
+
+
+def runs_code(spec: Spec) -> bool:
+    """Whether to build a model from a spec is to run code that it names, or to fetch what it names."""
+    if not spec.name or (f"{spec.place}:{spec.name}" in _OURS and not spec.arguments):
+        return False
+    return spec.place not in ("torchvision", "timm") or any(name.startswith(_FETCHING) for name in spec.arguments)
 
 
 def keep_export(run: str | os.PathLike[str], **told: Any) -> str | None:
@@ -70,20 +84,29 @@ def load_run(path: str | os.PathLike[str], *, trust: Sequence[str] = (), best: b
         best: the weights of the best main epoch instead of the last ones.
 
     Raises:
-        ConfigError: the run has not finished, or was not started from the command line (then it does not know its model).
+        ConfigError: the run has not finished, was not started from the command line (then it does not know its model), or
+            names code that this user did not start it with.
     """
     home = Path(path)
     try:
-        told = json.loads((home / "run.json").read_text(encoding="utf-8"))
+        told = json.loads(read_bounded(home / "run.json", MOST_BYTES))
         kept = told["about"]
         spec, size = str(kept["model"]), tuple(int(n) for n in kept["input_size"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(
             f"{home / 'run.json'} does not say which model was trained.",
             where=str(home),
             hint=f"Give the model and the weights: MODEL@{home / STUDENT}.",
         ) from error
     weights = home / (BEST if best else STUDENT)
+    if runs_code(parse_spec(spec)) and not is_sealed(spec, kept.get("seal")):
+        raise ConfigError(
+            f"{home / 'run.json'} says that {spec!r} makes the model. That is code, and this user did not start the run with "
+            "it on this machine, so it was not run.",
+            where=str(home),
+            got=spec,
+            hint=f"If you trust that code, name it yourself: MODEL@{weights} with your own models.py:make for MODEL.",
+        )
     if not weights.exists():
         reached = f"it has reached {LAST}" if (home / LAST).exists() else "it has no checkpoint"
         raise ConfigError(

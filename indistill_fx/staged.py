@@ -23,9 +23,15 @@ def staged(target: Path) -> Iterator[Path]:
             f"Cannot write `{target}`: {error.strerror or error}: `{target.parent}`.", where=str(target),
             hint="Give a path in a directory that exists and may be written.",
         ) from error  # fmt: skip
-    with holder as directory:
-        draft = Path(directory) / target.name
-        yield draft
-        # Weights first: the model's own file is what others look for, so it comes last.
-        for part in sorted(Path(directory).iterdir(), key=lambda part: part == draft):
-            os.replace(part, target.parent / part.name)
+    try:
+        with holder as directory:
+            draft = Path(directory) / target.name
+            yield draft
+            # Weights first: the model's own file is what others look for, so it comes last.
+            for part in sorted(Path(directory).iterdir(), key=lambda part: part == draft):
+                os.replace(part, target.parent / part.name)
+    except OSError as error:
+        raise ConfigError(
+            f"Cannot write `{target}`: {error.strerror or error}.", where=str(target),
+            hint="Free some space, or give another path; an older file there is as it was.",
+        ) from error  # fmt: skip

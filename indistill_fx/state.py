@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from indistill_fx.curriculum import Budget
+from indistill_fx.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,3 +67,47 @@ class State:
     best_epoch: int | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
     notes: dict[str, list[str]] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, saved: Mapping[str, Any], path: Path) -> State:
+        """The state of a checkpoint.
+
+        Raises:
+            ConfigError: it is none.
+        """
+        known = {field.name: field for field in fields(cls)}
+        wrong = [name for name in saved if name not in known] + [
+            name for name, value in saved.items() if name in known and not _fits(name, value)
+        ]
+        if wrong:
+            raise _unfit(path, f"its state has no fitting {wrong[0]!r}")
+        return cls(**saved)
+
+
+def check_parts(saved: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """The parts of a checkpoint's header, those that may be absent filled in.
+
+    Raises:
+        ConfigError: one that may not is.
+    """
+    parts = {"optimizer": None, "scaler": None, **saved}
+    if not all(isinstance(parts.get(name), dict) for name in ("identity", "state")):
+        raise _unfit(path, "it does not say of which run it is, or where that stood")
+    if not all(parts[name] is None or isinstance(parts[name], dict) for name in ("optimizer", "scaler")):
+        raise _unfit(path, "its optimiser has no state")
+    return parts
+
+
+def _fits(name: str, value: object) -> bool:
+    if name in ("history", "notes"):
+        return isinstance(value, list if name == "history" else dict)
+    if name in ("lowest", "best", "best_epoch") and value is None:
+        return True
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and (name in ("lowest", "best", "loss_sum", "seconds") or (isinstance(value, int) and value >= 0))
+
+
+def _unfit(path: Path, why: str) -> ConfigError:
+    return ConfigError(
+        f"{path} is no checkpoint of a run: {why}.", where=str(path), hint="Start the run anew in another directory."
+    )

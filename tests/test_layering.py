@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "indistill_fx"
 LAYERS = [
-    {"errors", "result"},
+    {"errors", "result", "bounded", "printable"},
     {"attention", "ops", "untouched", "usercode"},
     {"graphs", "traced", "curriculum"},
     {"plan", "losses"},

@@ -5,11 +5,13 @@ from __future__ import annotations
 import signal
 import sys
 from importlib import import_module
+from io import StringIO
 from typing import Any
 
 import click
 
 from indistill_fx.errors import IndistillError
+from indistill_fx.printable import printable
 
 _COMMANDS: dict[str, str] = {
     "align": "Pair the layers of a teacher and a student.",
@@ -85,7 +87,9 @@ def run(arguments: list[str]) -> int:
         _tell(error, debug=debug)
         return 2
     except click.ClickException as error:
-        error.show()
+        with StringIO() as text:
+            error.show(text)
+            click.echo(printable(text.getvalue()), err=True, nl=False)
         return 2
     except (click.exceptions.Abort, KeyboardInterrupt) as error:
         number = getattr(error, "number", None) or getattr(error.__cause__, "number", None)  # a run that saved itself
@@ -98,8 +102,8 @@ def run(arguments: list[str]) -> int:
         if debug:
             raise
         click.echo(
-            f"indistill-fx failed, and it is our fault: {type(error).__name__}: {error}\n"
-            "Run the same command with --debug for the traceback, and report it, please.",
+            printable(f"indistill-fx failed, and it is our fault: {type(error).__name__}: {error}\n")
+            + "Run the same command with --debug for the traceback, and report it, please.",
             err=True,
         )
         return 1
@@ -111,4 +115,4 @@ def _tell(error: IndistillError, *, debug: bool) -> None:
         import traceback
 
         traceback.print_exception(error)
-    click.echo(f"Error: {error}", err=True)
+    click.echo(printable(f"Error: {error}"), err=True)

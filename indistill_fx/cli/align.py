@@ -75,6 +75,7 @@ def command(
     """
     from indistill_fx.cli.tables import alignment_table
     from indistill_fx.passes.pipeline import align_traced
+    from indistill_fx.printable import printable
 
     sources = common.open_model(teacher, trust), common.open_model(student, trust)
     example = common.example_for(sources, input_size)
@@ -85,12 +86,12 @@ def command(
     if html or svg or png:
         _draw(alignment, traced, (teacher, student), html=html, svg=svg, png=png)
     if as_json:
-        click.echo(alignment.value.model_dump_json(indent=2))
+        click.echo(printable(alignment.value.model_dump_json(indent=2)))
         return
     if mermaid:
         from indistill_fx.report import alignment_mermaid, see
 
-        click.echo(alignment_mermaid(see(alignment.value, *traced, names=(teacher, student))), nl=False)
+        click.echo(printable(alignment_mermaid(see(alignment.value, *traced, names=(teacher, student)))), nl=False)
         return
     out = common.console()
     out.print(alignment_table(alignment.value, alignment.report, explain=explain))

@@ -23,15 +23,17 @@ def command(file: str, against: str, input_size: str | None, trust: tuple[str, .
     Example:
       indistill-fx check student.onnx --against runs/first
     """
+    from rich.text import Text
+
     from indistill_fx.onnx_check import check_onnx
 
     source = common.open_model(against, trust)
     report = check_onnx(file, source.module, common.example_for((source,), input_size))
     out = common.console()
     for line in report.differences:
-        out.print(f"[bold red]differs[/]  {line}", soft_wrap=True)
+        out.print(Text.assemble(("differs", "bold red"), f"  {line}"), soft_wrap=True)
     for line in report.notes:
-        out.print(line, markup=False, soft_wrap=True)
+        out.print(line, soft_wrap=True)
     if report.agrees:
         out.print(
             f"{file} computes what {against} computes: largest difference {report.max_abs:.1e}, opset {report.opset}."

@@ -143,7 +143,7 @@ def tell_run(record: RunRecord, run_dir: str) -> None:
     out.print(table)
     for stage in record.stages:
         for note in stage.notes:
-            out.print(f"{stage.name}: {note}", markup=False)
+            out.print(f"{stage.name}: {note}")
     if record.accuracy is not None:
         teacher = f", teacher {100 * record.teacher_accuracy:.2f}%" if record.teacher_accuracy is not None else ""
         best = (
@@ -179,9 +179,16 @@ def tell_arms(records: dict[str, RunRecord], run_dir: str) -> None:
 
 def console() -> Console:
     """The terminal, 100 columns wide where there is none."""
-    from rich.console import Console
+    from indistill_fx.terminal import SafeConsole
 
-    return Console(width=None if sys.stdout.isatty() else 100, highlight=False)
+    return SafeConsole(width=None if sys.stdout.isatty() else 100)
+
+
+def say(text: str) -> None:
+    """A line on standard error. Names in it may come from a file of somebody else."""
+    from indistill_fx.printable import printable
+
+    click.echo(printable(text), err=True)
 
 
 def open_model(spec: str, trust: tuple[str, ...]) -> Source:
@@ -191,7 +198,7 @@ def open_model(spec: str, trust: tuple[str, ...]) -> Source:
 
     source = load_run(spec, trust=trust) if is_run(spec) else load_source(spec, trust=trust)
     for note in source.notes:
-        click.echo(f"{spec}: {note}", err=True)
+        say(f"{spec}: {note}")
     return source
 
 
@@ -226,9 +233,9 @@ def trace_model(source: Source, example: Any, role: Role) -> TracedModel:
 
     traced = trace(source.module, example, role=role)
     if traced.report.rung != "symbolic":
-        click.echo(f"{source.spec}: traced by `{traced.report.rung}`", err=True)
+        say(f"{source.spec}: traced by `{traced.report.rung}`")
     for line in (*traced.report.specialisations, *traced.report.notes):
-        click.echo(f"{source.spec}: {line}", err=True)
+        say(f"{source.spec}: {line}")
     if traced.report.leaves:
-        click.echo(f"{source.spec}: kept as one node: {', '.join(traced.report.leaves)}", err=True)
+        say(f"{source.spec}: kept as one node: {', '.join(traced.report.leaves)}")
     return traced

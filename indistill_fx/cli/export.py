@@ -89,16 +89,14 @@ def command(
         metadata=_metadata(model, opened),
     )
     out = common.console()
-    out.print(
-        f"[bold]{report.path}[/]: opset {report.opset}, {report.size / 2**20:.2f} MiB, {report.parameters:,} parameters"
-    )
+    out.print(f"{report.path}: opset {report.opset}, {report.size / 2**20:.2f} MiB, {report.parameters:,} parameters")
     for check in report.parity:
         out.print(f"  batch {check.batch_size:>2}: `{check.output}` differs by at most {check.max_abs:.1e}")
     if report.real is not None and report.real.agreement is not None:
         out.print(f"  real data: {100 * report.real.agreement:.2f}% of {report.real.rows} samples get the same class")
     out.print(f"  onnxruntime: {report.latency_ms:.2f} ms a sample at batch 1 (median)")
     for note in report.notes:
-        out.print(f"  {note}", markup=False)
+        out.print(f"  {note}")
     kept = is_run(model)
     lost = keep_export(model, path=str(report.path), size=report.size, latency_ms=report.latency_ms) if kept else None
     if int8 and opened is not None:
@@ -106,7 +104,7 @@ def command(
         if kept:
             lost = keep_export(model, int8_size=small.size_int8, int8_accuracy=small.accuracy_int8)
     if lost:
-        out.print(lost, markup=False)
+        out.print(lost)
 
 
 def _metadata(model: str, data: Data | None) -> dict[str, str]:
@@ -132,8 +130,6 @@ def _quantize(source: Path, data: Data, *, dynamic: bool, max_drop: float) -> Qu
     smaller = report.size_fp32 / report.size_int8
     accuracies = f"{100 * report.accuracy_fp32:.2f}% in fp32, {100 * report.accuracy_int8:.2f}% in int8"
     out = common.console()
-    out.print(
-        f"[bold]{report.path}[/]: int8, {report.method}, {report.size_int8 / 2**20:.2f} MiB ({smaller:.1f}x smaller)"
-    )
+    out.print(f"{report.path}: int8, {report.method}, {report.size_int8 / 2**20:.2f} MiB ({smaller:.1f}x smaller)")
     out.print(f"  accuracy {accuracies} on {report.evaluation_rows:,} samples")
     return report

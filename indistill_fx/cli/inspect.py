@@ -52,7 +52,7 @@ def command(model: str, input_size: str | None, trust: tuple[str, ...], everythi
     )
     if not everything:
         out.print(spine_table(traced, nodes))
-        out.print("[dim]All tensors and their names: --all[/]")
+        out.print(Text("All tensors and their names: --all", style="dim"))
         return
     table = plain_table("layer", "other names", "shape", "kind", "MACs", "parameters", numbers=("MACs", "parameters"))
     for name, names in traced.aliases.items():

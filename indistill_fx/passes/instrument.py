@@ -46,6 +46,6 @@ def _with_outputs(traced: TracedModel, taps: Sequence[str], *, keep_output: bool
     wanted = {tap: traced.node(tap).name for tap in taps}
     graph_module, nodes = copy_graph(traced.graph_module)
     output = output_node(graph_module.graph)
-    features = {tap: nodes[name] for tap, name in wanted.items() if name in nodes}
+    features = {tap: nodes[name] for tap, name in wanted.items()}
     output.args = ((features, output.args[0] if keep_output else None),)
     return sweep(graph_module)

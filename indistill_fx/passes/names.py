@@ -34,7 +34,7 @@ def name_taps(captured: Captured, facts: Mapping[str, NodeFacts]) -> dict[str, t
     seen: Counter[str] = Counter()
     named: dict[str, tuple[str, ...]] = {}
     for node in captured.graph_module.graph.nodes:
-        if node.name in facts and node.op != "get_attr":
+        if node.name in facts and node.op not in ("get_attr", "output"):
             named[node.name] = (*modules.get(node.name, ()), _local_name(node, facts[node.name].module, seen))
     return named
 

@@ -233,6 +233,7 @@ def _fix_unflatten(work: Rewriting, call: Call, node: fx.Node) -> None:
         work.size(call.node, first + k) if n != -1 and work.kept(call.node, first + k) is not None else n
         for k, n in enumerate(sizes)
     )
+    new = fx.map_arg(new, lambda n: work.nodes[n.name])  # sizes may be computed, by nodes of the old graph
     if call.module is not None:
         work.new.get_submodule(str(call.node.target)).unflattened_size = new  # type: ignore[assignment]
     else:

@@ -1,0 +1,61 @@
+"""Which code a run directory may name: what this user started a run with, on this machine, and nothing else.
+
+run.json says which model was trained, and `evaluate`, `export` and `bench` take a run directory as a model. That model may be
+the user's own code, `models.py:make`. But a run directory may come from anybody, and a spec can name any function there is:
+`subprocess:call?args=…`. So the spec is sealed when a run is started, with a key that only this user has.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import secrets
+from contextlib import suppress
+from pathlib import Path
+
+_BYTES = 32
+
+
+def seal(spec: str) -> str | None:
+    """Proof that this user named the spec; None where no key can be kept, for example without a home directory."""
+    key = _key(make=True)
+    return None if key is None else _digest(key, spec)
+
+
+def is_sealed(spec: str, proof: object) -> bool:
+    """Whether `proof` is this user's for this spec."""
+    key = _key(make=False)
+    return (
+        key is not None and isinstance(proof, str) and hmac.compare_digest(proof.encode(), _digest(key, spec).encode())
+    )
+
+
+def _digest(key: bytes, spec: str) -> str:
+    return hmac.new(key, spec.encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()
+
+
+def _key(*, make: bool) -> bytes | None:
+    try:
+        path = Path.home() / ".local" / "state" / "indistill-fx" / "key"
+        if not path.is_file():
+            if not make:
+                return None
+            _write(path)
+        found = path.read_bytes()
+    except (OSError, RuntimeError):  # no home, or none that can be written
+        return None
+    return found if len(found) == _BYTES else None
+
+
+def _write(path: Path) -> None:
+    """All of it or nothing, and never over another process's."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{secrets.token_hex(8)}")
+    try:
+        with open(os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
+            file.write(secrets.token_bytes(_BYTES))
+        with suppress(FileExistsError):
+            os.link(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
