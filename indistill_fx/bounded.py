@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -33,6 +34,18 @@ def read_bounded(path: str | os.PathLike[str], limit: int) -> str:
     if len(content) > limit:
         raise TooLargeError(27, f"it is larger than {limit >> 20} MiB", str(path))
     return content.decode("utf-8")
+
+
+def read_lines(path: str | os.PathLike[str], limit: int = 1 << 20) -> Iterator[str]:
+    """The lines of a file; one longer than the limit comes in pieces.
+
+    Raises:
+        OSError: it cannot be read, or is no file.
+    """
+    require_regular(path)
+    with open(path, encoding="utf-8", errors="replace") as file:
+        while line := file.readline(limit):
+            yield line
 
 
 def require_regular(path: str | os.PathLike[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
@@ -103,7 +104,8 @@ class AlignmentPlan(_Frozen):
                 hint="Give another path with -o.",
             ) from error
         finally:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):  # a disk that may not be written refuses this too
+                temporary.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> AlignmentPlan:

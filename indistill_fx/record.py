@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from indistill_fx.bounded import read_bounded
+from indistill_fx.bounded import read_bounded, read_lines
 from indistill_fx.checkpoint import SCHEMA, check_schema, replace_file, save_json
 from indistill_fx.errors import ConfigError, TrainError
 
@@ -281,14 +281,17 @@ class RunDirectory:
         if not self.writes or not path.exists():
             return
         kept = []
-        with path.open(encoding="utf-8", errors="replace") as file:
-            for line in file:
-                try:
-                    entry = json.loads(line)
-                    if (entry["epochs"], entry["step"]) <= (epochs, step) and line.endswith("\n"):
-                        kept.append(line)
-                except (ValueError, TypeError, KeyError, RecursionError):
-                    continue  # torn by a kill
+        try:
+            lines = list(read_lines(path))
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be read: {error}.", where=str(path), hint="Move it away.") from error
+        for line in lines:
+            try:
+                entry = json.loads(line)
+                if (entry["epochs"], entry["step"]) <= (epochs, step) and line.endswith("\n"):
+                    kept.append(line)
+            except (ValueError, TypeError, KeyError, RecursionError):
+                continue  # torn by a kill
         replace_file(path, lambda draft: draft.write_text("".join(kept), encoding="utf-8"))
 
     def files(self) -> dict[str, str]:

@@ -64,8 +64,8 @@ def keep_export(run: str | os.PathLike[str], **told: Any) -> str | None:
     """
     path = Path(run) / EXPORT
     try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        before = json.loads(read_bounded(path, MOST_BYTES))
+    except (OSError, ValueError, RecursionError):
         before = {}
     kept = before if isinstance(before, dict) else {}
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
 from typing import Any
@@ -48,5 +49,7 @@ def save_program(module: nn.Module, example_inputs: tuple[Any, ...], path: str |
                     f"torch.export cannot capture the model: {type(error).__name__}: {str(error).splitlines()[0]}",
                     where=str(target),
                 ) from error
-        torch.export.save(program, draft)
+        content = io.BytesIO()  # given a file, torch ends the whole process when the disk is full
+        torch.export.save(program, content)
+        draft.write_bytes(content.getbuffer())
     return target

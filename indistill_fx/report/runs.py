@@ -12,9 +12,10 @@ from math import isfinite, prod
 from pathlib import Path
 from typing import Any
 
+from indistill_fx.bounded import read_bounded, read_lines, require_regular
 from indistill_fx.errors import ConfigError
 from indistill_fx.plan import AlignmentPlan
-from indistill_fx.record import EXPORT, STUDENT
+from indistill_fx.record import EXPORT, MOST_BYTES, STUDENT
 
 _SCHEDULED = re.compile(r"^(?P<stage>.*): (?P<length>\d+) (?P<unit>epoch|step)s?\b")
 
@@ -201,7 +202,7 @@ def read_run(home: Path, *, name: str | None = None) -> Run:
 
 def _told(home: Path) -> tuple[dict[str, Any], list[str]]:
     try:
-        told = json.loads((home / "run.json").read_text(encoding="utf-8"))
+        told = json.loads(read_bounded(home / "run.json", MOST_BYTES))
     except FileNotFoundError:
         return {}, ["run.json is not there: command, settings, schedule and environment are unknown."]
     except (OSError, ValueError, RecursionError) as error:
@@ -237,19 +238,18 @@ def _epochs(home: Path, told: Mapping[str, Any]) -> tuple[list[Epoch], list[str]
     torn = odd = 0
     found: dict[tuple[str, int], Epoch] = {}
     try:
-        with (home / "metrics.jsonl").open(encoding="utf-8", errors="replace") as file:
-            for line in file:
-                try:
-                    entry = json.loads(line)
-                except (ValueError, RecursionError):
-                    torn += 1
-                    continue
-                if isinstance(entry, dict) and entry.get("kind") == "step":
-                    continue
-                epoch = _epoch(entry)
-                odd += epoch is None
-                if epoch is not None:
-                    found[epoch.stage, epoch.epoch] = epoch
+        for line in read_lines(home / "metrics.jsonl"):
+            try:
+                entry = json.loads(line)
+            except (ValueError, RecursionError):
+                torn += 1
+                continue
+            if isinstance(entry, dict) and entry.get("kind") == "step":
+                continue
+            epoch = _epoch(entry)
+            odd += epoch is None
+            if epoch is not None:
+                found[epoch.stage, epoch.epoch] = epoch
     except OSError as error:
         missing.append(f"metrics.jsonl cannot be read ({error.strerror}).")
         entries = [_epoch(entry) for entry in _list(_dict(told.get("result")).get("epochs"))]
@@ -310,7 +310,7 @@ def _facts(told: Mapping[str, Any], role: str) -> ModelFacts | None:
 
 def _export(home: Path) -> dict[str, float]:
     try:
-        told = _dict(json.loads((home / EXPORT).read_text(encoding="utf-8")))
+        told = _dict(json.loads(read_bounded(home / EXPORT, MOST_BYTES)))
     except (OSError, ValueError, RecursionError):  # also a teacher that is no directory
         return {}
     names = ("macs", "latency_ms", "int8_accuracy", "int8_size")
@@ -344,6 +344,7 @@ def _stored(path: Path) -> int | None:
     from safetensors import SafetensorError, safe_open
 
     try:
+        require_regular(path)
         with safe_open(path, framework="np") as file:
             total: int = sum(prod(file.get_slice(name).get_shape()) for name in file.offset_keys())
             return total

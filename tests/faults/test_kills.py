@@ -1,0 +1,70 @@
+"""A run that is killed, asked to stop, or meets another one: nothing that was saved is lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from indistill_fx.errors import ConfigError
+from tests.faults.harness import STEPS, Victims, finishes_as_if_nothing_happened, run, steps_saved
+
+# Where the kill falls: the draft half written, written and not synced, synced and not renamed, renamed.
+MOMENTS = {
+    "before the draft": ("save_file", True),
+    "the draft is written": ("save_file", False),
+    "before the rename": ("replace", True),
+    "after the rename": ("replace", False),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_kill_9_in_the_middle_of_saving(moment: str, tmp_path: Path, victims: Victims) -> None:
+    place = tmp_path / "run"
+    assert victims.run("killed_in_saving", place, *MOMENTS[moment]) == -signal.SIGKILL
+    assert 1 <= steps_saved(place) < STEPS
+    finishes_as_if_nothing_happened(place)
+
+
+def test_kill_9_while_the_draft_is_half_written(tmp_path: Path, victims: Victims) -> None:
+    place = tmp_path / "run"
+    assert victims.run("killed_with_half_a_draft", place) == -signal.SIGKILL
+    assert list(place.rglob("*.draft")) != []
+    assert 1 <= steps_saved(place) < STEPS
+    finishes_as_if_nothing_happened(place)
+
+
+def test_kill_9_in_the_middle_of_a_line_of_metrics(tmp_path: Path, victims: Victims) -> None:
+    place = tmp_path / "run"
+    assert victims.run("killed_in_a_line", place) == -signal.SIGKILL
+    assert (place / "metrics.jsonl").read_text() == '{"kind": "ep'
+    finishes_as_if_nothing_happened(place)
+    lines = (place / "metrics.jsonl").read_text().splitlines()
+    assert [line.startswith('{"kind": "epoch"') for line in lines] == [True] * 3
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_the_step_under_way_and_stops(number: int, tmp_path: Path, victims: Victims) -> None:
+    place = tmp_path / "run"
+    assert victims.run("signalled", place, int(number)) == 40
+    assert steps_saved(place) == 7
+    finishes_as_if_nothing_happened(place)
+
+
+def test_a_second_run_is_refused_and_a_killed_one_leaves_no_lock(tmp_path: Path, victims: Victims) -> None:
+    place, pipe = tmp_path / "run", tmp_path / "pipe"
+    os.mkfifo(pipe)
+    child = victims.start("waiting", place, pipe)
+    try:
+        assert pipe.read_text() == "training"
+        before = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
+        for resume in (True, False):
+            with pytest.raises(ConfigError, match="Another process is running in"):
+                run(place, resume=resume)
+        assert {path: path.read_bytes() for path in place.rglob("*") if path.is_file()} == before
+    finally:
+        os.kill(child, signal.SIGKILL)
+        assert victims.end(child) == -signal.SIGKILL
+    finishes_as_if_nothing_happened(place)
