@@ -118,7 +118,7 @@ def _features(slim: TracedModel, taps: list[str], *inputs: Tensor) -> list[Tenso
     output_node(graph_module.graph).args = ([slim.node(tap) for tap in taps],)
     sweep(graph_module)
     with torch.no_grad():
-        return list(graph_module(*inputs))
+        return [value.detach() for value in graph_module(*inputs)]
 
 
 def _smallest(model: ZooModel) -> tuple[ZooModel, nn.Module]:

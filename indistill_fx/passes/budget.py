@@ -70,27 +70,38 @@ def classify(found: Coupling, scorer: Scorer) -> Classes:
         for k in np.unique(of[units]).tolist():
             reasons.setdefault(k, reason)
     total, times = np.zeros(count), np.zeros(count)
-    first: dict[int, tuple[str, int]] = {}
+    paths: dict[str, int] = {}
+    first, each = np.full(count, -1), np.zeros(count, dtype=np.int64)
     for made in found.made:
         scores = _scores(made, scorer)
         classes = of[made.units]
         np.add.at(total, classes, scores)
         np.add.at(times, classes, 1)
-        for k, channels in zip(*np.unique(classes, return_counts=True), strict=True):
-            first.setdefault(int(k), (made.path, int(channels)))
-    free = np.array([k in first and k not in reasons for k in range(count)], dtype=bool)
-    return Classes(of, total / np.maximum(times, 1), _groups(free, first), reasons)
+        members, channels = np.unique(classes, return_counts=True)
+        new = first[members] < 0
+        first[members[new]] = paths.setdefault(made.path, len(paths))
+        each[members[new]] = channels[new]
+    free = first >= 0
+    free[list(reasons)] = False
+    groups = _groups(np.flatnonzero(free), first, each, list(paths))
+    return Classes(of, total / np.maximum(times, 1), groups, reasons)
 
 
 def _join(found: Coupling) -> Units:
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
+    """Connected components, numbered by their first units: roots hook onto the lower root of a pair, until no pair has two.
 
+    SciPy's would do, but its import takes longer than shrinking a ResNet-18.
+    """
+    root = np.arange(found.count)
     if not found.pairs:
-        return np.arange(found.count)
+        return root
     a, b = (np.concatenate([pair[side] for pair in found.pairs]) for side in (0, 1))
-    graph = coo_array((np.ones(len(a), dtype=np.int8), (a, b)), shape=(found.count, found.count))
-    return connected_components(graph, directed=False)[1].astype(np.int64)  # type: ignore[no-any-return]
+    while (root[a] != root[b]).any():
+        lower = np.minimum(root[a], root[b])
+        np.minimum.at(root, np.concatenate([root[a], root[b]]), np.concatenate([lower, lower]))
+        while ((onward := root[root]) != root).any():
+            root = onward
+    return np.unique(root, return_inverse=True)[1].astype(np.int64)
 
 
 def _scores(made: Made, scorer: Scorer) -> NDArray[np.float64]:
@@ -98,12 +109,11 @@ def _scores(made: Made, scorer: Scorer) -> NDArray[np.float64]:
     return (scores / scores.mean().clamp_min(1e-30)).numpy()
 
 
-def _groups(free: Mask, first: Mapping[int, tuple[str, int]]) -> tuple[Group, ...]:
+def _groups(free: Units, first: Units, each: Units, paths: Sequence[str]) -> tuple[Group, ...]:
     """Classes by the first layer that makes them, and how many of its channels each is."""
-    members: dict[tuple[str, int], list[int]] = {}
-    for k in np.flatnonzero(free).tolist():
-        members.setdefault(first[k], []).append(k)
-    return tuple(Group(path, np.array(ks), channels) for (path, channels), ks in members.items())
+    _, begins, kind = np.unique(np.stack([first, each])[:, free], axis=1, return_index=True, return_inverse=True)
+    by_kind = [free[kind.reshape(-1) == k] for k in np.argsort(begins)]
+    return tuple(Group(paths[first[classes[0]]], classes, int(each[classes[0]])) for classes in by_kind)
 
 
 def refill(found: Coupling, classes: Classes, stay: Mask) -> Mask:

@@ -39,15 +39,13 @@ class Rewriting:
         self.old, self.found, self.facts = old, found, found.facts
         self.keep = {place: kept for place, units in found.axes.items() if (kept := _kept(stays(units))) is not None}
         self.weights = {key: kept for key, units in found.weights.items() if (kept := _kept(stays(units))) is not None}
-        memo: dict[int, Any] = {
-            id(t): _sliced_parameter(t, self._axes(id(t))) for t in found.tensors.values() if self._axes(id(t))
-        }
+        axes: dict[int, dict[int, NDArray[np.int64]]] = {}
+        for (tensor, axis), kept in self.weights.items():
+            axes.setdefault(tensor, {})[axis] = kept
+        memo: dict[int, Any] = {t: _sliced_parameter(found.tensors[t], own) for t, own in axes.items()}
         self.new = copy.deepcopy(old, memo)
         self.nodes = {node.name: node for node in self.new.graph.nodes}
         self.done: set[str] = set()
-
-    def _axes(self, tensor: int) -> dict[int, NDArray[np.int64]]:
-        return {axis: kept for (t, axis), kept in self.weights.items() if t == tensor}
 
     def kept(self, node: Any, axis: int) -> NDArray[np.int64] | None:
         """The entries that stay of an axis; None if all."""

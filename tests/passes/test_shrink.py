@@ -6,14 +6,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import networkx as nx
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from indistill_fx.errors import ConfigError, PruneError
 from indistill_fx.export import export_onnx
 from indistill_fx.graphs import digest
+from indistill_fx.passes.budget import _join
+from indistill_fx.passes.coupling import Coupling
 from indistill_fx.passes.criteria import WEIGHTS
 from indistill_fx.passes.masked import run_masked
 from indistill_fx.passes.narrow import narrow
@@ -321,3 +327,13 @@ def _traced_blindly(net: nn.Module) -> TracedModel:
 def test_refuses_options(wish: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         shrink(trace(GRAPHS["chain"](), torch.randn(2, 3, 8, 8)), **wish)
+
+
+@given(st.integers(1, 30), st.lists(st.tuples(st.integers(0, 29), st.integers(0, 29)), max_size=40))
+def test_ties_are_connected_components(count: int, ties: list[tuple[int, int]]) -> None:
+    ties = [(a % count, b % count) for a, b in ties]
+    found = Coupling({}, count=count, pairs=[(np.array([a]), np.array([b])) for a, b in ties])
+    graph = nx.Graph(ties)
+    graph.add_nodes_from(range(count))
+    numbers = {k: n for n, part in enumerate(sorted(nx.connected_components(graph), key=min)) for k in part}
+    assert _join(found).tolist() == [numbers[k] for k in range(count)]
