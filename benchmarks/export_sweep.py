@@ -1,15 +1,18 @@
 """Which public models can be exported to ONNX and agree with torch there?
 
-All torchvision classification models, and the smallest model of each timm family (module file; timm's own `test_…`
-miniatures do not count). Weights are random, and nothing is left at a neutral start value (batch-norm statistics,
-zero-initialised branches, layer scales), so that a lost operation shows. Each model has a process of its own, with a
-time limit; models that are in the file already are skipped. Inputs are 128 x 128 where the model permits.
+    python benchmarks/export_sweep.py sweep benchmarks/results/export_sweep.json [--minutes 8]    goes on where it stopped
+    python benchmarks/export_sweep.py sweep FILE --only timm:swin                 those whose name contains this
+    python benchmarks/export_sweep.py sweep FILE --again-failed                   failures, and what was too large before
+    python benchmarks/export_sweep.py one timm:resnet10t                          one model, result on stdout
+    python benchmarks/export_sweep.py table FILE [--into docs/coverage.md]        the results as Markdown
 
-    python benchmarks/export_sweep.py -o export_sweep.json [--only timm|torchvision] [--again-failed] [--timeout 900]
-    python benchmarks/export_sweep.py --one timm:resnet10t          one model, result on stdout
+All 80 torchvision classification models, and a small model of each of the 98 timm families (module files), as zoo.py lists
+them. Weights are random, and nothing is left at a neutral start value (batch-norm statistics, zero-initialised branches, layer
+scales), so that a lost operation shows. Each model has a process of its own, with a time limit. Inputs are 128 x 128 where the
+model permits. The order is from shallow to deep, so that a sweep cut short has seen as many models as it could.
 
-Agreement: largest difference at most 1e-3 of the output's range, at batch sizes 1, 2, 3 and on 4 images. `depends_on_input` is by how
-much two inputs differ in the output, as a share of its range; below 1e-3 the comparison would prove nothing and fails.
+Agreement: largest difference at most 1e-3 of the output's range, at batch sizes 1, 2, 3 and on 4 images. `depends_on_input` is by
+how much two inputs differ in the output, as a share of its range; below 1e-3 the comparison would prove nothing and fails.
 """
 
 from __future__ import annotations
@@ -20,33 +23,46 @@ import multiprocessing
 import os
 import platform
 import resource
-import sys
 import tempfile
 import time
 from collections import Counter
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 TOLERANCE = 1e-3
 BATCHES = (1, 2, 3)
 SIZE = 128
+BESIDE = 100  # million parameters from which weights go to a second file, which takes less memory
+DEEP = (
+    "_b4",
+    "_b5",
+    "_b6",
+    "_b7",
+    "densenet1",
+    "densenet2",
+    "2_m",
+    "2_l",
+    "101",
+    "152",
+    "maxvit",
+    "32gf",
+    "128gf",
+    "swin",
+    "vit_",
+    "wide",
+)
 
 
-def smallest_of_family(family: str) -> str:
-    """The timm model with the fewest parameters in a module file, counted without allocating any."""
-    import timm
-    import torch
+@cache
+def zoo() -> dict[str, Any]:
+    """The models by spec, the deepest last."""
+    import zoo as models
 
-    counts = {}
-    for name in timm.list_models(module=family, exclude_filters="test_*"):
-        try:
-            with torch.device("meta"):
-                model = timm.create_model(name)
-            counts[name] = sum(p.numel() for p in model.parameters())
-        except Exception as error:  # some constructors compute with values; another of the family will do
-            print(f"{name}: not counted: {str(error)[:80]}", file=sys.stderr)
-    return min(counts, key=lambda name: (counts[name], name)) if counts else timm.list_models(module=family)[0]
+    entries = {entry.id: entry for entry in models.zoo() if entry.source != "segmentation"}
+    deep = [name for name in entries if name.startswith("torchvision") and any(part in name for part in DEEP)]
+    return {name: entries[name] for name in [*sorted(entries.keys() - set(deep), key=[*entries].index), *deep]}
 
 
 def build(spec: str, *, neutral: bool) -> tuple[Any, tuple[int, int, int]]:
@@ -54,16 +70,20 @@ def build(spec: str, *, neutral: bool) -> tuple[Any, tuple[int, int, int]]:
     import torch
 
     torch.manual_seed(0)
-    source, name = spec.split(":")
-    if source == "torchvision":
+    entry = zoo()[spec]
+    options = dict(entry.options)
+    if entry.source == "torchvision":
         import torchvision
 
-        slow_start = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
-        model, own, least = torchvision.models.get_model(name, weights=None, **slow_start), (3, 224, 224), (3, 0, 0)
+        model, own, least = (
+            torchvision.models.get_model(entry.name, weights=None, **options),
+            (3, entry.size, entry.size),
+            (3, 0, 0),
+        )
     else:
         import timm
 
-        model = timm.create_model(name)
+        model = timm.create_model(entry.name, **options)
         config = model.pretrained_cfg
         own = tuple(config.get("input_size", (3, 224, 224)))
         least = own if config.get("fixed_input_size") else tuple(config.get("min_input_size") or (0, 0, 0))
@@ -163,7 +183,15 @@ def _attempt(spec: str, *, neutral: bool) -> dict[str, Any]:
             return row | {"reason": "the output hardly depends on the input, so agreement would prove nothing"}
         with tempfile.TemporaryDirectory() as directory:
             path = Path(directory) / "m.onnx"
-            report = export_onnx(model, path, x[:2], real_inputs=x, tolerance=TOLERANCE, batch_sizes=BATCHES)
+            report = export_onnx(
+                model,
+                path,
+                x[:2],
+                real_inputs=x,
+                tolerance=TOLERANCE,
+                batch_sizes=BATCHES,
+                external_data=True if row["parameters"] > BESIDE * 1e6 else None,
+            )
         worst = max(p.max_rel for p in (*report.parity, *report.real.parity))
     except IndistillError as error:
         return row | {"reason": str(error)}
@@ -173,16 +201,6 @@ def _attempt(spec: str, *, neutral: bool) -> dict[str, Any]:
         "status": "agrees", "max_rel": worst, "max_abs": report.max_abs, "opset": report.opset, "size": report.size,
         "latency_ms": report.latency_ms,
     }  # fmt: skip
-
-
-def wait_for_memory(gigabytes: float = 5.0, patience: float = 600.0) -> None:
-    """Start nothing large while others fill the machine: it would only push everybody's pages out."""
-    end = time.monotonic() + patience
-    while time.monotonic() < end:
-        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        if int(lines["MemAvailable"].split()[0]) / 2**20 >= gigabytes:
-            return
-        time.sleep(5)
 
 
 def run_apart(spec: str, timeout: float) -> dict[str, Any]:
@@ -216,53 +234,76 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{m.__name__: m.__version__ for m in modules}}
 
 
-def sweep(out: Path, *, only: str, again_failed: bool, timeout: float) -> None:
+def millions(spec: str) -> float:
+    """Parameters, counted without allocating any; 0 if the constructor computes with values."""
+    import torch
+
+    entry = zoo()[spec]
+    try:
+        with torch.device("meta"):
+            model = entry._construct()
+    except Exception:
+        return 0.0
+    return sum(parameter.numel() for parameter in model.parameters()) / 1e6
+
+
+def sweep(out: Path, *, only: str, again_failed: bool, timeout: float, minutes: float, largest: float) -> None:
     """All models not in the file yet; the file is rewritten after each."""
-    import timm
-    import torchvision
+    import torch
 
-    import indistill_fx.export  # noqa: F401  (for the copies of this process)
+    import indistill_fx.export  # noqa: F401
 
-    record: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {"families": {}, "rows": {}}
-
-    def save() -> None:
-        draft = out.with_suffix(".tmp")
-        draft.write_text(json.dumps(record, indent=1))
-        os.replace(draft, out)
-
-    record |= {"date": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions(), "tolerance": TOLERANCE}
-    names = []
-    for family in timm.list_modules() if only != "torchvision" else ():
-        if family not in record["families"]:
-            record["families"][family] = smallest_of_family(family)
-            save()
-        names.append(f"timm:{record['families'][family]}")
-    if only != "timm":
-        names += [f"torchvision:{name}" for name in torchvision.models.list_models(module=torchvision.models)]
-    for i, spec in enumerate(names):
+    # Imports and the exporter's own tables are made once, for all copies of this process.
+    torch.onnx.export(torch.nn.Linear(2, 2), (torch.zeros(2, 2),), dynamo=True, verbose=False)
+    versions()
+    end = time.monotonic() + 60 * minutes
+    record: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {"rows": {}}
+    for i, spec in enumerate(zoo()):
         known = record["rows"].get(spec)
-        if known is None or (again_failed and known["status"] == "failed"):
-            wait_for_memory()
-            row = record["rows"][spec] = run_apart(spec, timeout)
-            save()
-            print(f"{i + 1}/{len(names)} {spec}: {row['status']} {row.get('reason', row.get('max_rel'))}", flush=True)
+        if only not in spec or (known and not (again_failed and known["status"] != "agrees")):
+            continue
+        if time.monotonic() > end:
+            break
+        size = millions(spec)
+        if size > largest:
+            row = {"status": "not tried", "reason": f"{size:.0f} million parameters; the limit was {largest:.0f}"}
+        else:
+            row = run_apart(spec, timeout)
+        record["rows"][spec] = row
+        record |= {
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "versions": versions(),
+            "tolerance": TOLERANCE,
+        }
+        draft = out.with_suffix(".tmp")
+        draft.write_text(json.dumps(record, indent=1) + "\n")
+        os.replace(draft, out)
+        told = row.get("reason", f"{row.get('max_rel', 0):.1e}")
+        print(f"{i + 1}/{len(zoo())} {spec}: {row['status']} {told} {row.get('seconds', '')}", flush=True)
     for source in ("torchvision", "timm"):
         counts = Counter(row["status"] for spec, row in record["rows"].items() if spec.startswith(source))
         print(f"{source}: {counts['agrees']} of {counts.total()} agree")
+    left = sum(spec not in record["rows"] for spec in zoo())
+    print(f"{left} left")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-o", "--out", type=Path, default=Path("export_sweep.json"))
-    parser.add_argument("--only", choices=("torchvision", "timm"), default="")
+    parser.add_argument("what", choices=("sweep", "one", "table"))
+    parser.add_argument("name", help="the file of results; for `one` a model")
+    parser.add_argument("--only", default="", metavar="TEXT")
     parser.add_argument("--again-failed", action="store_true")
-    parser.add_argument("--timeout", type=float, default=900)
-    parser.add_argument("--one", metavar="SPEC")
+    parser.add_argument("--timeout", type=float, default=900, metavar="SECONDS")
+    parser.add_argument("--minutes", type=float, default=1e9, help="start no model after so long")
+    parser.add_argument(
+        "--largest", type=float, default=200, metavar="MILLIONS", help="parameters; memory is 10 to 20 bytes for each"
+    )
     options = parser.parse_args()
-    if options.one:
-        print(json.dumps(run_one(options.one)))
-    else:
-        sweep(options.out, only=options.only, again_failed=options.again_failed, timeout=options.timeout)
+    if options.what == "one":
+        print(json.dumps(run_one(options.name)))
+    elif options.what == "sweep":
+        chosen = {name: getattr(options, name) for name in ("only", "again_failed", "timeout", "minutes", "largest")}
+        sweep(Path(options.name), **chosen)
 
 
 if __name__ == "__main__":
