@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from indistill_fx.bounded import read_bounded
 from indistill_fx.checkpoint import save_json
@@ -16,6 +16,9 @@ from indistill_fx.record import BEST, EXPORT, LAST, MOST_BYTES, STUDENT
 from indistill_fx.seal import is_sealed, seal
 from indistill_fx.sources import Source, Spec, load_source, parse_spec
 from indistill_fx.weights import load_weights
+
+if TYPE_CHECKING:
+    from indistill_fx.data import Data
 
 _OURS = ("indistill_fx.demo:DigitsTeacher", "indistill_fx.demo:DigitsStudent")
 _FETCHING = ("pretrained", "checkpoint", "weights", "cache")
@@ -75,6 +78,18 @@ def keep_export(run: str | os.PathLike[str], **told: Any) -> str | None:
     return None
 
 
+def about_data(data: Data) -> dict[str, Any]:
+    """What whoever deploys the model must know of the data it was trained on: class names and normalisation."""
+    return {"classes": list(data.classes), "normalisation": data.normalisation}
+
+
+def run_fingerprint(path: str | os.PathLike[str]) -> str:
+    """Which run it was: when it started, and the digest of what it ended with."""
+    told = json.loads(read_bounded(Path(path) / "run.json", MOST_BYTES))
+    digest = (told.get("result") or {}).get("digest", "")
+    return f"{told.get('started', '?')} {digest[:16]}".strip()
+
+
 def load_run(path: str | os.PathLike[str], *, trust: Sequence[str] = (), best: bool = False) -> Source:
     """The trained model of a run directory.
 
@@ -92,6 +107,8 @@ def load_run(path: str | os.PathLike[str], *, trust: Sequence[str] = (), best: b
         told = json.loads(read_bounded(home / "run.json", MOST_BYTES))
         kept = told["about"]
         spec, size = str(kept["model"]), tuple(int(n) for n in kept["input_size"])
+        classes = tuple(str(name) for name in kept.get("classes") or ())
+        mean, std = (tuple(float(x) for x in part) for part in kept.get("normalisation") or ((), ()))
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(
             f"{home / 'run.json'} does not say which model was trained.",
@@ -114,4 +131,12 @@ def load_run(path: str | os.PathLike[str], *, trust: Sequence[str] = (), best: b
         )
     source = load_source(spec, trust=trust)
     notes = load_weights(source.module, weights)
-    return replace(source, spec=str(home), input_size=size, example_inputs=None, notes=(*source.notes, *notes))
+    return replace(
+        source,
+        spec=str(home),
+        input_size=size,
+        example_inputs=None,
+        normalisation=(mean, std) if mean else source.normalisation,
+        classes=classes,
+        notes=(*source.notes, *notes),
+    )

@@ -43,6 +43,7 @@ class Source:
         example_inputs: inputs the source has, batch included.
         input_size: the shape of one input sample, such as (3, 224, 224).
         normalisation: mean and standard deviation per channel that its inputs are normalised by.
+        classes: their names by label, if the source knows them.
         notes: what was trusted, unwrapped or dropped on the way.
     """
 
@@ -52,6 +53,7 @@ class Source:
     example_inputs: tuple[Tensor, ...] | None = None
     input_size: tuple[int, ...] | None = None
     normalisation: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    classes: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
 

@@ -61,7 +61,7 @@ def command(
     from indistill_fx.compare import compare
     from indistill_fx.curriculum import Curriculum
     from indistill_fx.plan import AlignmentPlan
-    from indistill_fx.runs import about
+    from indistill_fx.runs import about, about_data
     from indistill_fx.train import distill
 
     sources = common.open_model(teacher, options["trust"]), common.open_model(student, options["trust"])
@@ -76,7 +76,7 @@ def command(
         "example_inputs": job.example,
         "run_dir": options["output"],
         "resume": options["resume"],
-        "about": about(student, options["data"], job.data.input_size, teacher=teacher),
+        "about": about(student, options["data"], job.data.input_size, teacher=teacher, **about_data(job.data)),
         **job.settings,
     }
     models = sources[0].module, sources[1].module

@@ -23,7 +23,7 @@ def command(model: str, **options: Any) -> None:
     Example:
       indistill-fx train torchvision:resnet18?num_classes=10 --data cifar10 -o runs/teacher
     """
-    from indistill_fx.runs import about
+    from indistill_fx.runs import about, about_data
     from indistill_fx.train import train
 
     source = common.open_model(model, options["trust"])
@@ -35,7 +35,7 @@ def command(model: str, **options: Any) -> None:
         run_dir=options["output"],
         resume=options["resume"],
         epochs=options["epochs"],
-        about=about(model, options["data"], job.data.input_size),
+        about=about(model, options["data"], job.data.input_size, **about_data(job.data)),
         **job.settings,
     )
     common.tell_run(record, options["output"])
