@@ -7,18 +7,29 @@ import platform
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
 from os import PathLike
 from pathlib import Path
 from statistics import median, quantiles
 from time import perf_counter
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from indistill_fx.errors import ConfigError
-from indistill_fx.parity import as_inputs, feed, file_size, first_lines, is_quantised, open_session, random_inputs
+from indistill_fx.parity import (
+    KINDS,
+    as_inputs,
+    feed,
+    file_size,
+    first_lines,
+    is_quantised,
+    open_session,
+    random_inputs,
+)
 from indistill_fx.untouched import evaluating
 
 Call: TypeAlias = Callable[[], object]
@@ -37,7 +48,10 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class BenchRow:
-    """One contestant under one runtime, at one batch size and number of threads."""
+    """One contestant under one runtime, at one batch size and number of threads.
+
+    `speed` is how many times faster the median is than that of the table's first row of the same batch and threads.
+    """
 
     name: str
     runtime: str
@@ -47,6 +61,7 @@ class BenchRow:
     p95_ms: float
     calls: int
     size: int
+    speed: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +72,7 @@ class BenchReport:
     machine: str
     versions: Mapping[str, str]
     notes: tuple[str, ...]
+    date: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for `json.dump`."""
@@ -145,7 +161,45 @@ def bench(
                     rows += _cells(runners, random_inputs(inputs, batch), count, seconds, notes)
     order = {name: i for i, name in enumerate(contestants)}
     rows.sort(key=lambda r: (order[r.name], r.runtime != "torch eager", r.batch, r.threads))
-    return BenchReport(tuple(rows), _machine(), _versions(), tuple(dict.fromkeys(notes)))
+    busy, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
+    if busy > cores:
+        notes.append(
+            f"The machine was busy (load {busy:.1f} on {cores} cores): compare rows of one batch size and number of "
+            "threads, and trust one thread more than several."
+        )
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    return BenchReport(_with_speed(rows), _machine(), _versions(), tuple(dict.fromkeys(notes)), date)
+
+
+def _with_speed(rows: Sequence[BenchRow]) -> tuple[BenchRow, ...]:
+    first: dict[tuple[int, int], float] = {}
+    for row in rows:
+        first.setdefault((row.batch, row.threads), row.median_ms)
+    return tuple(replace(row, speed=first[row.batch, row.threads] / row.median_ms) for row in rows)
+
+
+def example_of(path: str | PathLike[str]) -> tuple[Tensor, ...]:
+    """One sample of random inputs for an ONNX file, by what it says of its inputs.
+
+    Raises:
+        ConfigError: a size besides the batch is open.
+    """
+    found = []
+    generator = np.random.default_rng(0)
+    for value in open_session(path).get_inputs():
+        first, *rest = value.shape
+        if not all(isinstance(size, int) for size in rest):
+            raise ConfigError(
+                f"`{path}` leaves the size of its input `{value.name}` open: {value.shape}.", where=str(path),
+                hint="Give it: --input 3x224x224.",
+            )  # fmt: skip
+        shape = (first if isinstance(first, int) else 1, *rest)
+        whole = value.type not in ("tensor(float)", "tensor(double)", "tensor(float16)")
+        array = (
+            generator.integers(0, 2 if "bool" in value.type else 256, shape) if whole else generator.normal(size=shape)
+        )
+        found.append(torch.from_numpy(array).to(KINDS[value.type]))
+    return tuple(found)
 
 
 @dataclass(frozen=True, slots=True)

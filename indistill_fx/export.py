@@ -32,6 +32,7 @@ from indistill_fx.parity import (
     rounding,
 )
 from indistill_fx.preprocess import Pair, Preprocess
+from indistill_fx.provenance import of_module
 from indistill_fx.staged import staged
 from indistill_fx.untouched import evaluating
 
@@ -104,7 +105,8 @@ def export_onnx(
         dynamic_size: the file takes any height and width (fully convolutional models).
         input_names: default: `input`, or the forward's parameter names if there are several.
         output_names: default: the keys of dicts, else `output`, `output_0`, ….
-        metadata: texts to store in the file, for example class names.
+        metadata: texts to store in the file besides the model's class, the digest of its weights and versions; for
+            example `provenance.of_source(classes=…, normalisation=…)`.
         preprocess: (mean, std) to build in; the file then takes uint8 pixels (N, H, W, C). `example_inputs` and
             `real_inputs` stay normalised float images.
         real_inputs: data to compare on as well, like `example_inputs`.
@@ -137,7 +139,8 @@ def export_onnx(
             deployed, inputs, opset=opset, dynamic_batch=dynamic_batch, dynamic_size=dynamic_size,
             input_names=ins, output_names=outs,
         )  # fmt: skip
-        _write(program, draft, {**(built_in.metadata() if built_in else {}), **(metadata or {})}, external_data)
+        told = {**of_module(module), **(built_in.metadata() if built_in else {}), **(metadata or {})}
+        _write(program, draft, told, external_data)
         _require_valid(draft)
         session = open_session(draft)
         proof = prove(
@@ -256,7 +259,7 @@ def _other_sizes(inputs: Sequence[Tensor]) -> tuple[tuple[int, int], ...]:
 
 def _write(program: ONNXProgram, draft: Path, metadata: Mapping[str, str], external_data: bool | None) -> None:
     program.model.producer_name, program.model.producer_version = "indistill-fx", __version__
-    program.model.metadata_props.update({"torch": torch.__version__, **{k: str(v) for k, v in metadata.items()}})
+    program.model.metadata_props.update({k: str(v) for k, v in metadata.items()})
     try:
         program.save(draft, external_data=external_data)
     except OSError as error:

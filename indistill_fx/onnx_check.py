@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from indistill_fx.errors import ConfigError, IndistillError
 from indistill_fx.onnx_capture import Deployed, capture
+from indistill_fx.onnx_weights import SHOWN, wrong_int8_weights, wrong_weights
 from indistill_fx.parity import (
+    KINDS,
     Parity,
     Proof,
     RealParity,
@@ -29,22 +30,14 @@ from indistill_fx.parity import (
     prove,
 )
 from indistill_fx.preprocess import Preprocess
+from indistill_fx.provenance import weights_digest
 from indistill_fx.untouched import evaluating
 
 if TYPE_CHECKING:
     import onnx
     import onnxruntime
 
-_SHOWN = 5
-_KINDS = {
-    "tensor(float)": torch.float32,
-    "tensor(double)": torch.float64,
-    "tensor(float16)": torch.float16,
-    "tensor(int64)": torch.int64,
-    "tensor(int32)": torch.int32,
-    "tensor(uint8)": torch.uint8,
-    "tensor(bool)": torch.bool,
-}
+_SANE = 1e30  # int8 outputs are not held to a tolerance, but must be numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,14 +78,18 @@ def check_onnx(
     opset: int | None = None,
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
+    metadata: Mapping[str, str] | None = None,
     real_inputs: Tensor | Sequence[Tensor] | None = None,
     tolerance: float = 1e-4,
+    agreement: float = 0.95,
     batch_sizes: Sequence[int] = (1, 7, 64),
 ) -> CheckReport:
     """Compare a file with the module: readable, valid, same inputs, same graph and weights, same outputs.
 
     Graph and weights are compared with a fresh export of the module, because the exporter folds (batch norm into
-    convolutions, for one). Preprocessing that the file says is built in is put before the module too.
+    convolutions, for one). Preprocessing that the file says is built in is put before the module too. The weights of an
+    int8 file must be the nearest numbers of their scale to the module's; its outputs are judged by the classes it
+    gives to `real_inputs`.
 
     Args:
         path: the file.
@@ -101,8 +98,10 @@ def check_onnx(
         opset: expected; None takes the file's.
         input_names: expected; None takes the file's.
         output_names: expected; None takes the file's.
+        metadata: entries the file must have; a value that differs, or is absent, is a difference.
         real_inputs: data to compare on as well.
-        tolerance: the largest difference allowed, as a share of the output's range.
+        tolerance: the largest difference allowed, as a share of the output's range; not for int8 files.
+        agreement: the least share of `real_inputs` an int8 file must give the class that the module gives.
         batch_sizes: to compare at, if the file's batch is open.
 
     Returns:
@@ -122,7 +121,9 @@ def check_onnx(
     except IndistillError as error:
         return CheckReport(file, (error.message,), size=file.stat().st_size)
     differences = list(_wrong_terms(model, session, opset, input_names, output_names))
-    built_in = Preprocess.from_metadata({entry.key: entry.value for entry in model.metadata_props})
+    told = {entry.key: entry.value for entry in model.metadata_props}
+    differences += _wrong_metadata(told, metadata or {})
+    built_in, quantised = Preprocess.from_metadata(told), is_quantised(model)
     if built_in:
         inputs = (built_in.to_pixels(inputs[0]), *inputs[1:])
         real = (built_in.to_pixels(real[0]), *real[1:]) if real else None
@@ -138,9 +139,17 @@ def check_onnx(
         with evaluating(module):
             deployed = Deployed(module, built_in)
             deployed.training = False
-            proof = prove(session, deployed, inputs, batch_sizes=batch_sizes, tolerance=tolerance, real_inputs=real)
+            proof = prove(
+                session, deployed, inputs, batch_sizes=batch_sizes, tolerance=_SANE if quantised else tolerance,
+                real_inputs=real,
+            )  # fmt: skip
             differences += proof.failures
             differences += _wrong_graph(model, deployed, inputs, session, notes)
+            if quantised:
+                differences += _wrong_classes(proof, agreement, notes)
+            if told.get("weights", own := weights_digest(module)) != own:
+                line = f"the file says that it was made from the weights {told['weights']}, the module has {own}"
+                (differences if quantised else notes).append(line)
     return CheckReport(
         file, (*wrong_inputs, *differences), proof.parity, proof.real, proof.max_abs, _opset(model), file_size(file),
         tuple(notes),
@@ -201,13 +210,32 @@ def _wrong_inputs(session: onnxruntime.InferenceSession, inputs: Sequence[Tensor
         yield f"the file has {len(values)} inputs ({names}), the module takes {len(inputs)}"
         return
     for value, x in zip(values, inputs, strict=True):
-        if _KINDS.get(value.type) != x.dtype:
+        if KINDS.get(value.type) != x.dtype:
             yield f"input `{value.name}` is a {value.type} in the file, {x.dtype} for the module"
         fits = len(value.shape) == x.dim() and all(
             not isinstance(a, int) or a == b for a, b in zip(value.shape[1:], x.shape[1:], strict=True)
         )
         if not fits:
             yield f"input `{value.name}` has shape {value.shape} in the file, {list(x.shape)} for the module"
+
+
+def _wrong_metadata(told: Mapping[str, str], expected: Mapping[str, str]) -> Iterator[str]:
+    for key, value in expected.items():
+        if key not in told:
+            yield f"the file's metadata has no `{key}`, expected {value}"
+        elif told[key] != value:
+            yield f"the file's metadata says `{key}` is {told[key]}, expected {value}"
+
+
+def _wrong_classes(proof: Proof, agreement: float, notes: list[str]) -> Iterator[str]:
+    """An int8 file beside the float module: how far outputs are off is told, the classes are judged."""
+    worst = max((row.max_rel for row in proof.parity), default=0.0)
+    notes.append(f"The file is quantised: on random inputs its outputs are off by up to {worst:.1%} of their range.")
+    if proof.real is None or proof.real.agreement is None:
+        notes.append("Its classes were not compared: that takes real inputs.")
+    elif proof.real.agreement < agreement:
+        rows = proof.real.rows
+        yield f"the file gives {proof.real.agreement:.2%} of {rows} samples the module's class; {agreement:.2%} are asked"
 
 
 def _resize(x: Tensor, batch: int) -> Tensor:
@@ -222,9 +250,6 @@ def _wrong_graph(
     notes: list[str],
 ) -> list[str]:
     """Nodes and weights beside those of a fresh export with the file's own names, opset and open sizes."""
-    if is_quantised(model):
-        notes.append("The file is quantised: its weights were not compared, and its outputs differ by the rounding.")
-        return []
     ins, outs = session.get_inputs(), session.get_outputs()
     if len(named_outputs(deployed(*inputs))) != len(outs):
         return []  # the comparison of outputs has said so
@@ -238,13 +263,18 @@ def _wrong_graph(
         notes.append(f"Graph and weights were not compared: {error.message}")
         return []
     fresh = program.model_proto
+    if is_quantised(model):
+        found, compared, count = wrong_int8_weights(model, fresh)
+        if compared < count:
+            notes.append(f"{compared} of {count} weights were compared; the quantiser merged or renamed the others.")
+        return found
     written = next((entry.value for entry in model.metadata_props if entry.key == "torch"), "?")
     if written == torch.__version__:
-        return [*_wrong_nodes(model, fresh), *_wrong_weights(model, fresh, strict=True)]
+        return [*_wrong_nodes(model, fresh), *wrong_weights(model, fresh, strict=True)]
     notes.append(
         f"Written with torch {written}, checked with {torch.__version__}: only equally named weights compared."
     )
-    return _wrong_weights(model, fresh, strict=False)
+    return wrong_weights(model, fresh, strict=False)
 
 
 def _wrong_nodes(model: onnx.ModelProto, fresh: onnx.ModelProto) -> list[str]:
@@ -264,27 +294,4 @@ def _wrong_nodes(model: onnx.ModelProto, fresh: onnx.ModelProto) -> list[str]:
         for i, (got, expected) in pairs
         if content(got) != content(expected)
     )
-    return list(islice(changed, _SHOWN))
-
-
-def _wrong_weights(model: onnx.ModelProto, fresh: onnx.ModelProto, *, strict: bool) -> list[str]:
-    from onnx.numpy_helper import to_array
-
-    got = {tensor.name: to_array(tensor) for tensor in model.graph.initializer}
-    expected = {tensor.name: to_array(tensor) for tensor in fresh.graph.initializer}
-    found = []
-    if strict and got.keys() != expected.keys():
-        for what, names in (("lacks", expected.keys() - got.keys()), ("has besides", got.keys() - expected.keys())):
-            if names:
-                found.append(f"the file {what} the weights {', '.join(sorted(names)[:_SHOWN])}")
-    for name in [name for name in expected if name in got]:
-        a, b = got[name], expected[name]
-        if a.shape != b.shape or a.dtype != b.dtype:
-            found.append(f"weight `{name}` is {a.dtype}{list(a.shape)}, the module's {b.dtype}{list(b.shape)}")
-            continue
-        close = np.isclose(a, b, rtol=1e-5, atol=1e-7, equal_nan=True) if a.dtype.kind == "f" else a == b
-        if not close.all():
-            gap = np.abs(a.astype(np.float64) - b.astype(np.float64)).max()
-            found.append(f"weight `{name}` differs in {int((~close).sum())} of {a.size} values, by up to {gap:.3g}")
-    more = len(found) - _SHOWN
-    return found if more <= 0 else [*found[:_SHOWN], f"and {more} more weights differ"]
+    return list(islice(changed, SHOWN))

@@ -23,6 +23,15 @@ if TYPE_CHECKING:
     import onnxruntime
 
 _SMALLEST_SCALE = 1e-2  # outputs that are nearly all zero have no scale of their own
+KINDS = {
+    "tensor(float)": torch.float32,
+    "tensor(double)": torch.float64,
+    "tensor(float16)": torch.float16,
+    "tensor(int64)": torch.int64,
+    "tensor(int32)": torch.int32,
+    "tensor(uint8)": torch.uint8,
+    "tensor(bool)": torch.bool,
+}
 Array: TypeAlias = npt.NDArray[Any]
 Values: TypeAlias = dict[str, tuple[Array, Array]]  # per output: torch's, onnxruntime's
 
@@ -250,6 +259,23 @@ def _run(session: onnxruntime.InferenceSession, module: nn.Module, inputs: Seque
     return {name: (a, np.asarray(b)) for name, a, b in zip(names, ours, got, strict=True)}
 
 
+def _run_piece(
+    session: onnxruntime.InferenceSession,
+    module: nn.Module,
+    inputs: Sequence[Tensor],
+    start: int,
+    chunk: int,
+    *,
+    fixed: bool,
+) -> Values:
+    """Rows from `start`; a file of a fixed batch gets a last piece filled up with rows it has seen."""
+    rows = min(chunk, len(inputs[0]) - start)
+    if not fixed or rows == chunk:
+        return _run(session, module, [x[start : start + rows] for x in inputs])
+    filled = _run(session, module, [x[start + torch.arange(chunk) % rows] for x in inputs])
+    return {name: tuple(y[:rows] if y.shape[:1] == (chunk,) else y for y in pair) for name, pair in filled.items()}  # type: ignore[misc]
+
+
 def _compare(values: Values, batch: int, tolerance: float, label: str, rows: list[Parity], failures: list[str]) -> None:
     for name, (ours, theirs) in values.items():
         if ours.shape != theirs.shape:
@@ -287,8 +313,9 @@ def _on_real(
     failures: list[str],
 ) -> RealParity:
     total, rows = len(inputs[0]), list[Parity]()
+    fixed = isinstance(session.get_inputs()[0].shape[0], int)
     try:
-        pieces = [_run(session, module, [x[i : i + chunk] for x in inputs]) for i in range(0, total, chunk)]
+        pieces = [_run_piece(session, module, inputs, i, chunk, fixed=fixed) for i in range(0, total, chunk)]
     except Exception as error:
         failures.append(f"on real inputs: {first_lines(error).rstrip('.')}")
         return RealParity(total, (), None, {})

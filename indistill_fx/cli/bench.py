@@ -24,20 +24,20 @@ def command(
     input_size: str | None,
     trust: tuple[str, ...],
 ) -> None:
-    """Time MODELS (specs, run directories, .onnx files) side by side on this CPU.
+    """Time MODELS (specs, run directories, .onnx files) side by side on this CPU; `speed` is relative to the first.
 
     \b
     Example:
       indistill-fx bench runs/teacher runs/first student.onnx student.int8.onnx
     """
     import json
-    from dataclasses import asdict
 
-    from indistill_fx.bench import bench
+    from indistill_fx.bench import bench, example_of
     from indistill_fx.cli.tables import plain_table
 
     sources = {spec: common.open_model(spec, trust) for spec in models if not spec.endswith(".onnx")}
-    example = common.example_for(tuple(sources.values()), input_size)
+    known = sources or input_size
+    example = common.example_for(tuple(sources.values()), input_size) if known else example_of(models[0])
     report = bench(
         {spec: sources[spec].module if spec in sources else spec for spec in models},
         example,
@@ -46,9 +46,9 @@ def command(
         compile=compiled,
     )
     if as_json:
-        click.echo(json.dumps(asdict(report), indent=2, default=str))
+        click.echo(json.dumps(report.to_json(), indent=2))
         return
-    numbers = ("batch", "threads", "median ms", "p95 ms", "MiB")
+    numbers = ("batch", "threads", "median ms", "p95 ms", "speed", "MiB")
     table = plain_table("model", "runtime", *numbers, numbers=numbers)
     for row in report.rows:
         cells = [
@@ -56,6 +56,7 @@ def command(
             str(row.threads),
             f"{row.median_ms:.3f}",
             f"{row.p95_ms:.3f}",
+            f"{row.speed:.2f}x",
             f"{row.size / 2**20:.2f}",
         ]
         table.add_row(row.name, row.runtime, *cells)

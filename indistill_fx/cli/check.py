@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
 from indistill_fx.cli import common
+
+if TYPE_CHECKING:
+    from indistill_fx.data import Data
+    from indistill_fx.sources import Source
 
 
 @click.command(name="check")
@@ -12,30 +18,68 @@ from indistill_fx.cli import common
 @click.option(
     "--against", required=True, metavar="MODEL", help="What the file should compute: a spec or a run directory."
 )
+@click.option(
+    "--data", metavar="DATA", help="Also compare on this data's test set, and the file's class names with its."
+)
+@click.option(
+    "--samples", default=512, show_default=True, type=click.IntRange(min=1), help="Of DATA, spread over the classes."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @common.input_option
 @common.trust_option
-def command(file: str, against: str, input_size: str | None, trust: tuple[str, ...]) -> int:
+def command(
+    file: str,
+    against: str,
+    data: str | None,
+    samples: int,
+    as_json: bool,
+    input_size: str | None,
+    trust: tuple[str, ...],
+) -> int:
     """Prove a deployed ONNX FILE again: readable, same inputs, graph, weights and outputs as the model.
 
-    Exit code 2 if anything differs.
+    Exit code 2 if anything differs. The weights of an int8 file are compared up to rounding, its classes on DATA.
 
     \b
     Example:
       indistill-fx check student.onnx --against runs/first
+      indistill-fx check student.int8.onnx --against runs/first --data imagefolder:cifar10
     """
+    import json
+    from dataclasses import asdict
+
     from rich.text import Text
 
+    from indistill_fx.data import open_data
     from indistill_fx.onnx_check import check_onnx
 
     source = common.open_model(against, trust)
-    report = check_onnx(file, source.module, common.example_for((source,), input_size))
+    some = open_data(data, batch_size=256, augment=False, limit=samples) if data else None
+    report = check_onnx(
+        file,
+        source.module,
+        common.example_for((source,), input_size, some.input_size if some else None),
+        real_inputs=common.first_inputs(some.test, samples) if some else None,
+        metadata=_expected(source, some),
+    )
+    if as_json:
+        click.echo(json.dumps(asdict(report) | {"agrees": report.agrees}, indent=2, default=str))
+        return 0 if report.agrees else 2
     out = common.console()
     for line in report.differences:
         out.print(Text.assemble(("differs", "bold red"), f"  {line}"), soft_wrap=True)
     for line in report.notes:
         out.print(line, soft_wrap=True)
+    if report.real is not None and report.real.agreement is not None:
+        out.print(f"{100 * report.real.agreement:.2f}% of {report.real.rows} samples get the same class.")
     if report.agrees:
         out.print(
             f"{file} computes what {against} computes: largest difference {report.max_abs:.1e}, opset {report.opset}."
         )
     return 0 if report.agrees else 2
+
+
+def _expected(source: Source, data: Data | None) -> dict[str, str]:
+    """Class names and normalisation the file should have, so far as they are known."""
+    facts = common.deployment_facts("", source, data)
+    return {key: value for key, value in facts.items() if key in ("classes", "mean", "std")}

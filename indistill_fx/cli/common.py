@@ -239,3 +239,42 @@ def trace_model(source: Source, example: Any, role: Role) -> TracedModel:
     if traced.report.leaves:
         say(f"{source.spec}: kept as one node: {', '.join(traced.report.leaves)}")
     return traced
+
+
+def first_batches(loader: Any, samples: int) -> list[Any]:
+    """Batches until there are so many samples; the last one is cut where it can be."""
+    import torch
+
+    found, left = [], samples
+    for batch in loader:
+        parts = [batch] if isinstance(batch, torch.Tensor) else list(batch)
+        found.append([part[:left] if isinstance(part, torch.Tensor) else part for part in parts])
+        left -= len(parts[0])
+        if left <= 0:
+            break
+    return found
+
+
+def first_inputs(loader: Any, samples: int) -> Any:
+    """The inputs of the first so many samples, in one tensor."""
+    import torch
+
+    return torch.cat([batch[0] for batch in first_batches(loader, samples)])
+
+
+def deployment_facts(spec: str, source: Source, data: Data | None) -> dict[str, str]:
+    """What a deployed file should say of a model, by all that is known of it."""
+    from indistill_fx.provenance import of_source
+    from indistill_fx.runs import is_run, run_fingerprint
+
+    return of_source(
+        model=spec,
+        run=run_fingerprint(spec) if is_run(spec) else "",
+        classes=(data.classes if data else ()) or source.classes,
+        normalisation=(data.normalisation if data else None) or source.normalisation,
+    )
+
+
+def class_name(classes: tuple[str, ...], label: int) -> str:
+    """The class's name, or its number."""
+    return classes[label] if label < len(classes) else str(label)

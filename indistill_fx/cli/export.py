@@ -11,6 +11,7 @@ from indistill_fx.cli import common
 
 if TYPE_CHECKING:
     from indistill_fx.data import Data
+    from indistill_fx.export import ExportReport
     from indistill_fx.quantize import QuantizeReport
 
 
@@ -23,11 +24,30 @@ if TYPE_CHECKING:
     help="Also compare on this data's test set, and take class names from it; needed by --int8.",
 )
 @click.option(
+    "--samples",
+    default=512,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Of DATA, spread over the classes: how many to compare on, and how many to calibrate on.",
+)
+@click.option(
     "--int8",
     is_flag=True,
-    help="Also write FILE with .int8.onnx: static quantisation, calibrated on the training set of DATA.",
+    help="Also write FILE with .int8.onnx, calibrated on the training set of DATA.",
 )
-@click.option("--dynamic", is_flag=True, help="With --int8: quantise dynamically instead (for transformers).")
+@click.option(
+    "--dynamic/--static",
+    default=None,
+    help="With --int8: scale activations at run time (for transformers), or by calibration. [default: dynamic if the "
+    "model has attention]",
+)
+@click.option(
+    "--calibrate",
+    default="minmax",
+    show_default=True,
+    type=click.Choice(["minmax", "entropy", "percentile"]),
+    help="With --int8: how ranges of activations are chosen.",
+)
 @click.option(
     "--max-drop", default=1.0, show_default=True, type=float, help="With --int8: accuracy points that may be lost."
 )
@@ -39,15 +59,27 @@ if TYPE_CHECKING:
 @click.option("--opset", type=int, help="ONNX operator set. [default: the exporter's]")
 @click.option("--fixed-batch", is_flag=True, help="Fix the batch size to 1 instead of leaving it open.")
 @click.option("--dynamic-size", is_flag=True, help="Leave height and width open (fully convolutional models).")
+@click.option("--input-names", metavar="A,B", help="Names of the file's inputs.")
+@click.option("--output-names", metavar="A,B", help="Names of the file's outputs.")
+@click.option(
+    "--tolerance",
+    default=1e-4,
+    show_default=True,
+    type=float,
+    help="Largest difference allowed, as a share of the output's range.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @common.input_option
 @common.trust_option
 def command(
     model: str,
     output: str,
     data: str | None,
+    samples: int,
     int8: bool,
     input_size: str | None,
     trust: tuple[str, ...],
+    as_json: bool,
     **options: Any,
 ) -> None:
     """Export MODEL (a spec or a run directory of `distill` or `train`) to ONNX.
@@ -69,8 +101,8 @@ def command(
             "--int8 has no data to calibrate and measure on.", where="--int8", hint="Give it: --data DATA."
         )
     source = common.open_model(model, trust)
-    opened = open_data(data, batch_size=256, augment=False) if data else None
-    normalisation = (opened.normalisation if opened else None) or source.normalisation
+    some = open_data(data, batch_size=256, augment=False, limit=samples) if data else None
+    normalisation = (some.normalisation if some else None) or source.normalisation
     if options["preprocess"] and normalisation is None:
         raise ConfigError(
             f"The normalisation of {model}'s inputs is not known.",
@@ -80,56 +112,94 @@ def command(
     report = export_onnx(
         source.module,
         output,
-        common.example_for((source,), input_size, opened.input_size if opened else None),
+        common.example_for((source,), input_size, some.input_size if some else None),
         opset=options["opset"],
         dynamic_batch=not options["fixed_batch"],
         dynamic_size=options["dynamic_size"],
+        input_names=_names(options["input_names"]),
+        output_names=_names(options["output_names"]),
         preprocess=normalisation if options["preprocess"] else None,
-        real_inputs=next(iter(opened.test))[0] if opened else None,
-        metadata=_metadata(model, opened),
+        real_inputs=common.first_inputs(some.test, samples) if some else None,
+        metadata=common.deployment_facts(model, source, some),
+        tolerance=options["tolerance"],
     )
+    kept = is_run(model)
+    lost = keep_export(model, path=str(report.path), size=report.size, latency_ms=report.latency_ms) if kept else None
+    classes = (some.classes if some else ()) or source.classes
+    if not as_json:
+        _tell(report, classes)
+    small = None
+    if int8 and some is not None and data is not None:
+        small = _quantize(Path(output), some, data, samples, options)
+        if kept:
+            lost = keep_export(model, int8_size=small.size_int8, int8_accuracy=small.accuracy_int8)
+    if as_json:
+        _print_json(report, small)
+    elif small is not None:
+        _tell_int8(small, classes)
+    if lost:
+        common.say(lost)
+
+
+def _names(text: str | None) -> list[str] | None:
+    return [name.strip() for name in text.split(",")] if text else None
+
+
+def _quantize(source: Path, some: Data, data: str, samples: int, options: dict[str, Any]) -> QuantizeReport:
+    from indistill_fx.data import open_data
+    from indistill_fx.quantize import quantize_onnx
+
+    dynamic = options["dynamic"]
+    return quantize_onnx(
+        source,
+        source.with_suffix(".int8.onnx"),
+        evaluation=open_data(data, batch_size=256, augment=False).test,
+        calibration=common.first_batches(some.train_plain, samples),
+        method="auto" if dynamic is None else "dynamic" if dynamic else "static",
+        calibrate=options["calibrate"],
+        max_drop=options["max_drop"] / 100,
+    )
+
+
+def _print_json(report: ExportReport, small: QuantizeReport | None) -> None:
+    import json
+    from dataclasses import asdict
+
+    told = asdict(report) | {"parity": [row._asdict() for row in report.parity]}
+    if report.real is not None:
+        told["real"]["parity"] = [row._asdict() for row in report.real.parity]
+    click.echo(json.dumps(told | {"int8": asdict(small) if small else None}, indent=2, default=str))
+
+
+def _tell(report: ExportReport, classes: tuple[str, ...]) -> None:
     out = common.console()
     out.print(f"{report.path}: opset {report.opset}, {report.size / 2**20:.2f} MiB, {report.parameters:,} parameters")
     for check in report.parity:
-        out.print(f"  batch {check.batch_size:>2}: `{check.output}` differs by at most {check.max_abs:.1e}")
+        out.print(
+            f"  batch {check.batch_size:>2}: `{check.output}` differs by at most {check.max_abs:.1e} "
+            f"({check.max_rel:.1e} of its range)"
+        )
     if report.real is not None and report.real.agreement is not None:
         out.print(f"  real data: {100 * report.real.agreement:.2f}% of {report.real.rows} samples get the same class")
+        below = sorted((share, label) for label, share in report.real.per_class.items() if share < 1)
+        for share, label in below[:5]:
+            out.print(f"    {common.class_name(classes, label)}: {100 * share:.2f}%")
     out.print(f"  onnxruntime: {report.latency_ms:.2f} ms a sample at batch 1 (median)")
+    if not classes:
+        out.print("  The file holds no class names: they are not known. Give the data: --data DATA.")
     for note in report.notes:
         out.print(f"  {note}")
-    kept = is_run(model)
-    lost = keep_export(model, path=str(report.path), size=report.size, latency_ms=report.latency_ms) if kept else None
-    if int8 and opened is not None:
-        small = _quantize(Path(output), opened, dynamic=options["dynamic"], max_drop=options["max_drop"])
-        if kept:
-            lost = keep_export(model, int8_size=small.size_int8, int8_accuracy=small.accuracy_int8)
-    if lost:
-        out.print(lost)
 
 
-def _metadata(model: str, data: Data | None) -> dict[str, str]:
-    import json
-
-    from indistill_fx import __version__
-
-    told = {"model": model, "indistill_fx": __version__}
-    return told | ({"classes": json.dumps(data.classes)} if data and data.classes else {})
-
-
-def _quantize(source: Path, data: Data, *, dynamic: bool, max_drop: float) -> QuantizeReport:
-    from indistill_fx.quantize import quantize_onnx
-
-    report = quantize_onnx(
-        source,
-        source.with_suffix(".int8.onnx"),
-        evaluation=data.test,
-        calibration=data.train_plain,
-        method="dynamic" if dynamic else "static",
-        max_drop=max_drop / 100,
-    )
+def _tell_int8(report: QuantizeReport, classes: tuple[str, ...]) -> None:
     smaller = report.size_fp32 / report.size_int8
     accuracies = f"{100 * report.accuracy_fp32:.2f}% in fp32, {100 * report.accuracy_int8:.2f}% in int8"
+    how = f"{report.calibration} over {report.calibration_rows} samples" if report.calibration else "scaled at run time"
     out = common.console()
-    out.print(f"{report.path}: int8, {report.method}, {report.size_int8 / 2**20:.2f} MiB ({smaller:.1f}x smaller)")
+    out.print(
+        f"{report.path}: int8, {report.method} ({how}), {report.size_int8 / 2**20:.2f} MiB ({smaller:.1f}x smaller)"
+    )
     out.print(f"  accuracy {accuracies} on {report.evaluation_rows:,} samples")
-    return report
+    drop, label = max((before - after, label) for label, (before, after) in report.per_class.items())
+    if drop > 0:
+        out.print(f"  most lost: {100 * drop:.2f} points of class {common.class_name(classes, label)}")

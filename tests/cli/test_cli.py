@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 
+import onnx
 import pytest
 import torch
 
@@ -92,6 +93,13 @@ def test_train_distill_evaluate_export(here, capsys):
     assert "100.00% of" in out
     assert set(json.loads((here / "run" / "export.json").read_text())) == {"path", "size", "latency_ms"}
     assert told(capsys, "check", "student.onnx", "--against", "run")[0] == 0
+    assert told(capsys, "check", "student.onnx", "--against", "run", "--data", "digits")[0] == 0
+    assert told(capsys, "export", "run", "-o", "alone.onnx")[0] == 0
+    for file in ("student.onnx", "alone.onnx"):
+        facts = {entry.key: entry.value for entry in onnx.load(file).metadata_props}
+        assert json.loads(facts["classes"]) == list("0123456789")
+        assert (json.loads(facts["mean"]), json.loads(facts["std"])) == ([0.3053], [0.3760])
+        assert facts["run"].endswith(json.loads(open("run/run.json").read())["result"]["digest"][:16])
     code, out, _ = told(capsys, "check", "student.onnx", "--against", "models.py:make", "--input", "1x8x8")
     assert code == 2
     assert "differs" in out
@@ -138,6 +146,21 @@ def test_prune_by_a_plan_narrows(here, capsys):
     features, logits = ifx.load("slim.pt2")(torch.randn(2, 1, 8, 8))
     assert {tuple(feature.shape[:2]) for feature in features.values()} == {(2, 8), (2, 16)}
     assert logits.shape == (2, 10)
+
+
+def test_pruned_and_narrowed_models_are_exported(here, capsys):
+    given = ["--input", "1x8x8"]
+    ifx.align(*(ifx.load(f"models.py:make?width={n}") for n in (16, 8)), example_inputs=torch.randn(2, 1, 8, 8)).save(
+        "plan.json"
+    )
+    for how, outputs in ((["--ratio", "0.5"], ["output"]), (["--plan", "plan.json"], ["3", "7", "output"])):
+        assert told(capsys, "prune", "models.py:make?width=16", *how, *given, "-o", "m.pt2")[0] == 0
+        code, out, _ = told(capsys, "export", "m.pt2", "-o", "m.onnx", "--json")
+        assert code == 0
+        report = json.loads(out)
+        assert report["output_names"] == outputs
+        assert [row["batch_size"] for row in report["parity"]] == [n for n in (1, 7, 64) for _ in outputs]
+        assert told(capsys, "check", "m.onnx", "--against", "m.pt2")[0] == 0
 
 
 class Canary:

@@ -49,3 +49,13 @@ def test_taps_are_named_outputs_with_the_values_of_the_module(teacher, tmp_path,
         for channel in range(value.shape[1]):
             gaps = np.abs(expected[tap] - value[:, channel : channel + 1]).max((0, 2, 3))
             assert gaps.min() < 1e-5, f"{tap}: channel {channel} is none of the teacher's"
+
+
+def test_a_shrunk_network_is_exported_with_its_own_values(teacher, tmp_path):
+    small = ifx.shrink(teacher, ratio=0.5).value.graph_module
+    report = ifx.export_onnx(small, tmp_path / "small.onnx", X, batch_sizes=(1, 3, 5))
+    assert [row.batch_size for row in report.parity] == [1, 3, 5]
+    assert report.parameters < 0.4 * sum(p.numel() for p in teacher.module.parameters())
+    session = onnxruntime.InferenceSession(tmp_path / "small.onnx", providers=["CPUExecutionProvider"])
+    with torch.no_grad():
+        np.testing.assert_allclose(session.run(None, {"input": X.numpy()})[0], small(X).numpy(), atol=1e-5)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from indistill_fx.bench import bench, measure
+from indistill_fx.bench import bench, example_of, measure
 from indistill_fx.errors import ConfigError
 from indistill_fx.export import export_onnx
 
@@ -51,6 +51,8 @@ def test_table_has_every_cell_and_survives_json(files):
     assert all(0 < r.median_ms <= r.p95_ms and r.calls >= 10 for r in report.rows)
     assert {r.size for r in report.rows} == {4 * sum(p.numel() for p in module.parameters()), path.stat().st_size}
     assert json.loads(json.dumps(report.to_json()))["rows"][0]["name"] == "student"
+    first = {(r.batch, r.threads): r.median_ms for r in report.rows if r.name == "student"}
+    assert [r.speed for r in report.rows] == [first[r.batch, r.threads] / r.median_ms for r in report.rows]
     assert set(report.versions) == {"python", "torch", "onnxruntime"} and "cores" in report.machine
     assert module.training and torch.get_num_threads() == threads
 
@@ -67,3 +69,17 @@ def test_nothing_to_time():
         bench({}, X)
     with pytest.raises(ConfigError, match="`student`: there is no file"):
         bench({"student": "none.onnx"}, X)
+
+
+def test_a_file_says_what_it_takes(files, tmp_path):
+    (x,) = example_of(files[1])
+    assert x.shape == (1, 6) and x.dtype == torch.float32
+    module = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    image = torch.randn(2, 3, 5, 4)
+    export_onnx(module, tmp_path / "pixels.onnx", image, preprocess=(0.5, 0.5), batch_sizes=(1,))
+    (x,) = example_of(tmp_path / "pixels.onnx")
+    assert x.shape == (1, 5, 4, 3) and x.dtype == torch.uint8 and x.max() > 100
+    assert len(bench({"pixels": tmp_path / "pixels.onnx"}, x, batches=(2,), threads=(1,), seconds=0.01).rows) == 1
+    export_onnx(module, tmp_path / "open.onnx", image, dynamic_size=True, batch_sizes=(1,))
+    with pytest.raises(ConfigError, match=r"leaves the size of its input `input` open.*--input"):
+        example_of(tmp_path / "open.onnx")

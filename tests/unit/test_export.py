@@ -17,9 +17,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
+import indistill_fx as ifx
 from indistill_fx import export, onnx_capture
 from indistill_fx.errors import ConfigError, ExportError
 from indistill_fx.export import export_onnx
+from indistill_fx.provenance import weights_digest
 
 ROOT = Path(__file__).parents[2]
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -102,7 +104,7 @@ def test_real_inputs_are_compared_and_their_classes_counted(exported):
 
 
 def test_names_sizes_and_metadata_of_the_file(exported):
-    _, path, report = exported
+    module, path, report = exported
     model = onnx.load(path)
     assert [
         (i.name, [d.dim_param or d.dim_value for d in i.type.tensor_type.shape.dim]) for i in model.graph.input
@@ -110,7 +112,14 @@ def test_names_sizes_and_metadata_of_the_file(exported):
     assert report.input_names == ("input",) and report.output_names == ("output",)
     assert {"fc.weight", "fc.bias", "conv.weight"} <= {t.name for t in model.graph.initializer}
     metadata = {p.key: p.value for p in model.metadata_props}
-    assert metadata == {"classes": '["a"]', "torch": torch.__version__}
+    assert metadata == {
+        "classes": '["a"]',
+        "model_class": "Net",
+        "weights": weights_digest(module),
+        "indistill_fx": ifx.__version__,
+        "torch": torch.__version__,
+        "onnx": onnx.__version__,
+    }
     assert model.producer_name == "indistill-fx"
     assert model.opset_import[0].version == report.opset
     assert str(ROOT).encode() not in path.read_bytes(), "the file tells nothing of this machine"
@@ -283,6 +292,25 @@ def test_a_fixed_batch_must_be_asked_for(tmp_path):
     report = export_onnx(Fixed(), tmp_path / "m.onnx", X, dynamic_batch=False)
     assert [row.batch_size for row in report.parity] == [2]
     assert report.notes == ("The batch size is fixed to 2; latency is for that batch.",)
+
+
+def test_real_inputs_need_not_divide_by_a_fixed_batch(tmp_path):
+    real = torch.randn(11, 3, 8, 8)
+    report = export_onnx(Net(), tmp_path / "m.onnx", real[:4], dynamic_batch=False, real_inputs=real)
+    assert (report.real.rows, report.real.agreement) == (11, 1.0)
+    assert [(row.batch_size, row.max_abs < 1e-4) for row in report.real.parity] == [(11, True)]
+
+
+def test_digest_of_weights_is_of_values_not_of_names_and_counters():
+    module = Net()
+    before = weights_digest(module)
+    module.bn.num_batches_tracked += 1
+    assert weights_digest(nn.Sequential(module)) == before
+    module.bn.running_mean[0] += 1e-3
+    changed = weights_digest(module)
+    with torch.no_grad():
+        module.fc.bias[0] += 1e-3
+    assert len({before, changed, weights_digest(module)}) == 3
 
 
 def test_dynamic_size_is_proven_at_another_size_and_refused_where_the_code_fixes_it(tmp_path):

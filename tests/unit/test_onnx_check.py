@@ -9,6 +9,8 @@ from torch import nn
 from indistill_fx.errors import ConfigError
 from indistill_fx.export import export_onnx
 from indistill_fx.onnx_check import check_onnx
+from indistill_fx.preprocess import Preprocess
+from indistill_fx.quantize import quantize_onnx
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -143,3 +145,63 @@ def test_missing_weights_file(tmp_path):
     (tmp_path / "m.onnx.data").unlink()
     (difference,) = check_onnx(tmp_path / "m.onnx", module, torch.randn(2, 300)).differences
     assert "its weights file is missing" in difference and "m.onnx.data" in difference
+
+
+@pytest.fixture(scope="module", params=["static", "dynamic"])
+def int8(request, deployed, tmp_path_factory):
+    """The file in int8, and real inputs the module's own classes tell apart."""
+    module, path = deployed
+    out = tmp_path_factory.mktemp("int8") / "int8.onnx"
+    x = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    real = Preprocess.make((0.5, 0.25)).to_pixels(x)
+    with torch.no_grad():
+        labels = copy.deepcopy(module).eval()(x).argmax(1)
+    quantize_onnx(path, out, evaluation=[(real, labels)], calibration=[real], method=request.param, max_drop=0.5)
+    return module, out
+
+
+def test_int8_is_proven_up_to_rounding(int8):
+    report = check_onnx(int8[1], int8[0], X)
+    assert report.agrees and len(report.parity) == 3
+    off, classes = report.notes
+    assert off.startswith("The file is quantised: on random inputs its outputs are off by up to")
+    assert classes == "Its classes were not compared: that takes real inputs."
+    report = check_onnx(int8[1], int8[0], X, real_inputs=torch.randn(50, 3, 8, 8), agreement=0.5)
+    assert report.agrees and report.real.rows == 50
+    report = check_onnx(int8[1], int8[0], X, real_inputs=torch.randn(50, 3, 8, 8), agreement=1.1)
+    assert report.differences[-1].endswith("samples the module's class; 110.00% are asked")
+
+
+def test_int8_weight_off_by_one_step_is_found(int8, tmp_path):
+    def change(graph):
+        tensor = next(t for t in graph.initializer if "0.weight" in t.name and t.name.endswith("_quantized"))
+        values = to_array(tensor).copy()
+        values.flat[5] += 1 if values.flat[5] < 0 else -1
+        tensor.CopyFrom(from_array(values, tensor.name))
+
+    (difference,) = check_onnx(edit(int8[1], tmp_path / "e.onnx", change), int8[0], X).differences
+    assert "weight `0.weight" in difference and "differs in 1 of 108 int8 values, by up to" in difference
+
+
+def test_int8_of_another_module(int8):
+    other = copy.deepcopy(int8[0])
+    with torch.no_grad():
+        other[5].bias[0] += 1e-6  # less than a step
+    (difference,) = check_onnx(int8[1], other, X).differences
+    assert difference.startswith("the file says that it was made from the weights ")
+    with torch.no_grad():
+        other[5].bias[0] += 3
+    assert any("weight `5.bias` differs in 1 of 5" in line for line in check_onnx(int8[1], other, X).differences)
+
+
+def test_metadata(deployed, tmp_path):
+    module, path = deployed
+    model = onnx.load(path)
+    onnx.helper.set_model_props(model, {p.key: p.value for p in model.metadata_props} | {"classes": '["cat", "dog"]'})
+    onnx.save(model, tmp_path / "m.onnx")
+    report = check_onnx(tmp_path / "m.onnx", module, X, metadata={"classes": '["dog", "cat"]', "std": "[1.0]"})
+    assert report.differences == (
+        'the file\'s metadata says `classes` is ["cat", "dog"], expected ["dog", "cat"]',
+        "the file's metadata has no `std`, expected [1.0]",
+    )
+    assert check_onnx(tmp_path / "m.onnx", module, X, metadata={"classes": '["cat", "dog"]'}).agrees

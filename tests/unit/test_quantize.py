@@ -1,9 +1,11 @@
+import json
 import onnx
 import pytest
 import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
+from indistill_fx import quantize
 from indistill_fx.bench import bench
 from indistill_fx.errors import ConfigError, ExportError
 from indistill_fx.export import export_onnx
@@ -62,6 +64,13 @@ def test_static_int8_keeps_the_accuracy_and_is_smaller(digits, tmp_path, calibra
     assert (report.method, report.calibration) == ("static", calibrate)
     assert (report.calibration_rows, report.evaluation_rows) == (300, 597)
     assert report.size_int8 == out.stat().st_size < report.size_fp32 / 2
+    for files, side in ((report.accuracy_fp32, 0), (report.accuracy_int8, 1)):
+        rows = {c: sum(int((y == c).sum()) for _, y in digits.evaluation) for c in range(10)}
+        assert sum(rows[c] * both[side] for c, both in report.per_class.items()) == pytest.approx(597 * files)
+    metadata = {p.key: p.value for p in onnx.load(out).metadata_props}
+    told = json.loads(metadata.pop("int8"))
+    assert told["method"] == "static" and told["accuracy_int8"] == report.accuracy_int8
+    assert metadata == {p.key: p.value for p in onnx.load(digits.path).metadata_props}
     assert [p.name for p in tmp_path.iterdir()] == ["int8.onnx"]
     assert capfd.readouterr().out == "" and caplog.records == []
 
@@ -99,8 +108,9 @@ def test_dynamic_int8_of_a_transformer(tmp_path):
     with torch.no_grad():
         labels = module(ids).argmax(1)
     report = quantize_onnx(
-        tmp_path / "text.onnx", tmp_path / "int8.onnx", evaluation=[(ids, labels)], method="dynamic", max_drop=0.2
+        tmp_path / "text.onnx", tmp_path / "int8.onnx", evaluation=[(ids, labels)], method="auto", max_drop=0.2
     )
+    assert report.method == "dynamic"
     assert report.accuracy_fp32 == 1.0 and report.accuracy_int8 > 0.8
     assert report.size_int8 < report.size_fp32
 
@@ -112,6 +122,37 @@ def test_preprocessing_stays_and_float_batches_become_pixels(digits, tmp_path):
     assert report.drop <= 0.01 and report.accuracy_fp32 > 0.9
     graph = onnx.load(tmp_path / "int8.onnx").graph
     assert graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.UINT8
+
+
+def test_a_fixed_batch_is_filled_up_and_convolutions_are_static(digits, tmp_path):
+    """597 rows and 37 calibration rows in pieces of 4: the last pieces are not full."""
+    path = tmp_path / "fixed.onnx"
+    export_onnx(digits.module, path, digits.calibration[0][0][:4], dynamic_batch=False)
+    report = quantize_onnx(
+        path, tmp_path / "int8.onnx", evaluation=digits.evaluation, calibration=[digits.calibration[0][0][:37]],
+        method="auto",
+    )  # fmt: skip
+    assert (report.method, report.calibration_rows, report.evaluation_rows) == ("static", 37, 597)
+    with torch.no_grad():
+        right = sum(int((digits.module(x).argmax(1) == y).sum()) for x, y in digits.evaluation)
+    assert report.accuracy_fp32 == pytest.approx(right / 597) and report.drop <= 0.01
+
+
+@pytest.mark.parametrize("method", ["static", "dynamic"])
+def test_weights_of_a_large_model_stay_beside_the_file(tmp_path, monkeypatch, method):
+    monkeypatch.setattr(quantize, "_BESIDE", 100_000)
+    module, x = nn.Sequential(nn.Linear(200, 300), nn.ReLU(), nn.Linear(300, 4)), torch.randn(64, 200)
+    export_onnx(module, tmp_path / "big.onnx", x[:2], external_data=True, batch_sizes=(1,))
+    with torch.no_grad():
+        data = [(x, module(x).argmax(1))]
+    out = tmp_path / "out"
+    out.mkdir()
+    report = quantize_onnx(
+        tmp_path / "big.onnx", out / "int8.onnx", evaluation=data, calibration=data, method=method, max_drop=0.2
+    )
+    assert sorted(p.name for p in out.iterdir()) == ["int8.onnx", "int8.onnx.data"]
+    assert report.size_int8 == sum(p.stat().st_size for p in out.iterdir()) < report.size_fp32 / 2
+    assert report.accuracy_int8 > 0.8
 
 
 def test_too_large_a_drop_leaves_no_file(digits, tmp_path):
