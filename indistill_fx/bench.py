@@ -66,13 +66,25 @@ class BenchRow:
 
 @dataclass(frozen=True, slots=True)
 class BenchReport:
-    """All rows, where they were measured, and what could not be."""
+    """All rows, where they were measured, and what could not be; `load` is the machine's average over the last minute."""
 
     rows: tuple[BenchRow, ...]
     machine: str
     versions: Mapping[str, str]
     notes: tuple[str, ...]
     date: str = ""
+    load: float = 0.0
+
+    @property
+    def busy(self) -> str:
+        """A warning if more was running than this machine has cores; else empty."""
+        cores = len(os.sched_getaffinity(0))
+        if self.load <= cores:
+            return ""
+        return (
+            f"The machine was busy (load {self.load:.1f} on {cores} cores): compare only rows of one batch size and number "
+            "of threads, and trust one thread more than several."
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for `json.dump`."""
@@ -161,14 +173,10 @@ def bench(
                     rows += _cells(runners, random_inputs(inputs, batch), count, seconds, notes)
     order = {name: i for i, name in enumerate(contestants)}
     rows.sort(key=lambda r: (order[r.name], r.runtime != "torch eager", r.batch, r.threads))
-    busy, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
-    if busy > cores:
-        notes.append(
-            f"The machine was busy (load {busy:.1f} on {cores} cores): compare rows of one batch size and number of "
-            "threads, and trust one thread more than several."
-        )
     date = datetime.now(UTC).isoformat(timespec="seconds")
-    return BenchReport(_with_speed(rows), _machine(), _versions(), tuple(dict.fromkeys(notes)), date)
+    return BenchReport(
+        _with_speed(rows), _machine(), _versions(), tuple(dict.fromkeys(notes)), date, os.getloadavg()[0]
+    )
 
 
 def _with_speed(rows: Sequence[BenchRow]) -> tuple[BenchRow, ...]:

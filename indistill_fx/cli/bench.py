@@ -60,4 +60,4 @@ def command(
             f"{row.size / 2**20:.2f}",
         ]
         table.add_row(row.name, row.runtime, *cells)
-    common.console().print(table, *report.notes)
+    common.console().print(table, *filter(None, (*report.notes, report.busy)))

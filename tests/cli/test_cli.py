@@ -99,7 +99,7 @@ def test_train_distill_evaluate_export(here, capsys):
         facts = {entry.key: entry.value for entry in onnx.load(file).metadata_props}
         assert json.loads(facts["classes"]) == list("0123456789")
         assert (json.loads(facts["mean"]), json.loads(facts["std"])) == ([0.3053], [0.3760])
-        assert facts["run"].endswith(json.loads(open("run/run.json").read())["result"]["digest"][:16])
+        assert facts["run"].endswith(json.loads((here / "run" / "run.json").read_text())["result"]["digest"][:16])
     code, out, _ = told(capsys, "check", "student.onnx", "--against", "models.py:make", "--input", "1x8x8")
     assert code == 2
     assert "differs" in out

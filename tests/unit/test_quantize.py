@@ -1,4 +1,5 @@
 import json
+
 import onnx
 import pytest
 import torch
