@@ -35,7 +35,9 @@ from indistill_fx.passes.spine import stages
 from indistill_fx.passes.trace import trace
 from indistill_fx.traced import TracedModel
 
-CASES = Path(__file__).parents[2] / "shared" / "benchmarks"
+CASES = next(
+    (p for up in Path(__file__).parents if (p := up / "shared" / "benchmarks").exists()), Path("shared/benchmarks")
+)
 TAPS = {"pre_activation": "pre-activation", "last_conv": "last-conv"}
 """Kind of a case -> which tensor of a block it is about; all others are about block outputs."""
 
@@ -47,8 +49,8 @@ _ONE_OF_EACH = (
 )  # fmt: skip
 
 
-def cases(folder: Path, only: str) -> dict[str, Any]:
-    """Score the alignment on the human pairings."""
+def cases(folder: Path, only: str, *, own: bool = False) -> dict[str, Any]:
+    """Score the alignment on the human pairings of the folder, or on our own (pairings.py)."""
     if not (folder / "alignment_score.py").exists():
         print(f"skipped: there are no human pairings in {folder}; give --cases FOLDER")
         return {}
@@ -58,13 +60,17 @@ def cases(folder: Path, only: str) -> dict[str, Any]:
     print(
         f"{'case':42s}{'places':>7s}{'pairs':>6s}{'exact':>7s}{'site':>6s}{'shape':>7s}  contradictions, seconds to align"
     )
-    for file in sorted(folder.glob("alignment_*.py")):
-        for case in getattr(importlib.import_module(file.stem), "CASES", ()):
-            if only in case.id and case.available():
-                results[case.id] = row = _case(case, score)
+    for module in ["pairings"] if own else [file.stem for file in sorted(folder.glob("alignment_*.py"))]:
+        for case in getattr(importlib.import_module(module), "CASES", ()):
+            if any(text in case.id for text in only.split(",")) and case.available():
+                try:
+                    results[case.id] = row = _case(case, score)
+                except Exception as error:  # counts as nothing found; one case must not end the sweep
+                    results[case.id] = row = _failed(case, error)
                 cells = "".join(f"{100 * row[name]:7.0f}" for name in ("recall_exact", "recall_site", "recall_shape"))
                 print(
-                    f"{case.id:42s}{row['n_truth']:7d}{row['n_pred']:6d}{cells}  {row['contradictions']}, {row['seconds']:.2f}",
+                    f"{case.id:42s}{row['n_truth']:7d}{row['n_pred']:6d}{cells}  {row['contradictions']}, {row['seconds']:.2f}"
+                    f" {row.get('error', '')}",
                     flush=True,
                 )
                 gc.collect()
@@ -86,6 +92,12 @@ def _case(case: Any, score: Callable[..., dict[str, float]]) -> dict[str, Any]:
     row = score(case, [(pair.teacher, pair.student) for pair in pairs], features, built=built)
     told = [f"{pair.teacher} ↔ {pair.student}" for pair in pairs]
     return {**row, "kind": case.kind, "seconds": round(seconds, 3), "found": told}
+
+
+def _failed(case: Any, error: Exception) -> dict[str, Any]:
+    nothing = dict.fromkeys(("recall_exact", "recall_site", "recall_shape", "precision_site"), 0.0)
+    counts = {"n_truth": len(case.places()), "n_pred": 0, "contradictions": 0, "unresolved": 0, "seconds": 0.0}
+    return {**counts, **nothing, "kind": case.kind, "found": [], "error": f"{type(error).__name__}: {str(error)[:200]}"}
 
 
 def summary(results: dict[str, Any]) -> dict[str, float]:
@@ -277,7 +289,7 @@ def table(path: Path) -> None:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("what", choices=["cases", "stages", "identity", "speed", "table"])
+    parser.add_argument("what", choices=["cases", "pairings", "stages", "identity", "speed", "table"])
     parser.add_argument("file", nargs="?", type=Path, help="for `table`: a file of results")
     parser.add_argument("--cases", type=Path, default=CASES, metavar="FOLDER")
     parser.add_argument("--only", default="", metavar="TEXT", help="only those whose name contains this")
@@ -288,6 +300,7 @@ def main() -> None:
         return table(options.file)
     results = {
         "cases": lambda: cases(options.cases, options.only),
+        "pairings": lambda: cases(options.cases, options.only, own=True),
         "stages": lambda: stage_ends(options.only),
         "identity": lambda: identity(options.only),
         "speed": speed,

@@ -66,6 +66,18 @@ class ModelStamp(_Frozen):
     name: str
     fingerprint: str
 
+    @classmethod
+    def of(cls, model: TracedModel) -> ModelStamp:
+        """The stamp of a traced model."""
+        return cls(name=type(model.module).__name__, fingerprint=model.fingerprint)
+
+
+class Layers(_Frozen):
+    """What the layers of both models were when the plan was made; for saying which of them changed how."""
+
+    teacher: dict[str, str] = {}
+    student: dict[str, str] = {}
+
 
 class AlignmentPlan(_Frozen):
     """Pairs of layers, shallow to deep.
@@ -77,6 +89,7 @@ class AlignmentPlan(_Frozen):
         pairs: the pairs to warm up, shallow to deep.
         embedding: the penultimate vectors, for relational losses; None if one of the models has none.
         unmatched: stages without a partner, and why.
+        layers: what the layers of both models were; a plan without them can only tell that a model changed.
     """
 
     schema_version: Literal[1] = 1
@@ -85,6 +98,7 @@ class AlignmentPlan(_Frozen):
     pairs: Annotated[tuple[Pair, ...], Field(max_length=10_000)]
     embedding: Pair | None = None
     unmatched: tuple[str, ...] = ()
+    layers: Layers = Layers()
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON, at once or not at all.
@@ -160,7 +174,7 @@ class AlignmentPlan(_Frozen):
         _check_order(self.pairs, teacher, student)
 
     def drift(self, teacher: TracedModel, student: TracedModel) -> tuple[str, ...]:
-        """Whether the models' structures are those that the plan was made for: one sentence for each that is not.
+        """Whether the models' structures are those that the plan was made for: one sentence for each that is not, with what changed.
 
         A plan whose layers are all still there is good for a changed model; this says that it has been changed.
 
@@ -168,11 +182,18 @@ class AlignmentPlan(_Frozen):
             teacher: traced.
             student: traced.
         """
-        return tuple(
-            f"the {model.role} is not the {stamp.name} the plan was made for: its structure has changed"
-            for stamp, model in ((self.teacher, teacher), (self.student, student))
-            if stamp.fingerprint != model.fingerprint
-        )
+        found = []
+        for stamp, model, before in (
+            (self.teacher, teacher, self.layers.teacher),
+            (self.student, student, self.layers.student),
+        ):
+            if stamp.fingerprint != model.fingerprint:
+                changes = _changed_layers(before, model.layers)
+                found.append(
+                    f"the {model.role} is not the {stamp.name} the plan was made for: its structure has changed"
+                    + (f" ({changes})" if changes else "")
+                )
+        return tuple(found)
 
     def diff(self, other: AlignmentPlan) -> tuple[str, ...]:
         """What changed from this plan to another, one line each: `-` a pair gone, `+` a pair come, `~` a pair that is different now.
@@ -220,6 +241,26 @@ def _not_json(path: str | os.PathLike[str], reason: object) -> ConfigError:
         where=str(path),
         hint="Give a plan written by `indistill-fx align … -o plan.json`.",
     )
+
+
+_TOLD = 4
+"""So many changed layers are named; of the rest only their number is told."""
+
+
+def _changed_layers(before: dict[str, str], after: dict[str, str]) -> str:
+    """Which layers are gone, new, or different, and how."""
+    if not before:
+        return ""
+    told = [
+        f"`{name}` was {before[name]}, is {after[name]}" if name in after else f"`{name}` is gone"
+        for name in before
+        if before[name] != after.get(name)
+    ]
+    told += [f"`{name}` is new: {after[name]}" for name in after if name not in before]
+    if not told:
+        return "no layer with weights, but what lies between them"
+    rest = f"; and {len(told) - _TOLD} more" if len(told) > _TOLD else ""
+    return "; ".join(told[:_TOLD]) + rest
 
 
 _Misfit = tuple[str, str]

@@ -147,14 +147,28 @@ class TracedModel:
 
     @property
     def fingerprint(self) -> str:
-        """Digest of the structure: operations, edges, shapes without the batch, layer names. Weights do not enter."""
+        """Digest of the structure: operations, edges, shapes without the batch, sizes and names of layers. Weights do not enter."""
         digest = hashlib.sha256()
         for node in self.graph_module.graph.nodes:
             facts = self.facts.get(node.name)
             shape = [n for axis, n in enumerate(facts.shape) if axis != facts.batch_axis] if facts else None
             inputs = [source.name for source in node.all_input_nodes]
-            digest.update(repr((node.name, op_name(node), inputs, shape, self.aliases.get(node.name, ()))).encode())
+            sizes = (facts.macs, facts.parameters) if facts else None
+            told = (node.name, op_name(node), inputs, shape, sizes, self.aliases.get(node.name, ()))
+            digest.update(repr(told).encode())
         return digest.hexdigest()[:16]
+
+    @property
+    def layers(self) -> dict[str, str]:
+        """Per layer with work in it, what it is: `{"conv1": "conv 64x16x16, 1728 parameters"}`; in graph order."""
+        found = {}
+        for name, node in self._nodes.items():
+            facts = self.facts.get(name)
+            if facts is not None and facts.macs and name in self.aliases:
+                size = "x".join(str(n) for axis, n in enumerate(facts.shape) if axis != facts.batch_axis)
+                weights = f", {facts.parameters} parameters" if facts.parameters else ""
+                found[self.tap_name(name)] = f"{op_name(node)} {size}{weights}"
+        return found
 
     def with_graph(
         self, graph_module: fx.GraphModule, *, facts: Mapping[str, NodeFacts], aliases: Mapping[str, tuple[str, ...]]

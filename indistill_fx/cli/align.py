@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -39,65 +39,129 @@ if TYPE_CHECKING:
     show_default=True,
     help="Where in a block the tap sits.",
 )
+@click.option(
+    "--pair", "fixed", multiple=True, metavar="LAYER=LAYER", help="Keep this pair, teacher's layer first. Repeatable."
+)
+@click.option("--plan", metavar="FILE", help="Take the pairs of this (edited) plan; shapes and channels are made anew.")
+@click.option("--similarity", type=click.Choice(["cka"]), help="Also weigh how alike the layers are on --data.")
+@click.option(
+    "--data", metavar="DATA", help="For --similarity: digits, cifar10, imagefolder:DIR or file.py:make_loaders."
+)
+@click.option(
+    "--batches",
+    default=16,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="For --similarity: so many of 64 samples.",
+)
 @click.option("--criterion", default="l1", show_default=True, help="How the teacher's channels are ranked.")
+@click.option("--diff", metavar="FILE", help="Also list what changed since this earlier plan.")
 @click.option(
     "--explain",
     type=click.IntRange(min=1),
     metavar="PAIR",
     help="Show the runner-up candidates of pair number PAIR, and why they lost.",
 )
-def command(
-    teacher: str,
-    student: str,
-    input_size: str | None,
-    trust: tuple[str, ...],
-    output: str | None,
-    as_json: bool,
-    html: str | None,
-    svg: str | None,
-    png: str | None,
-    mermaid: bool,
-    pairs: int | None,
-    every_block: bool,
-    taps: str,
-    criterion: str,
-    explain: int | None,
-) -> None:
+def command(teacher: str, student: str, input_size: str | None, trust: tuple[str, ...], **options: Any) -> None:
     """Pair the layers of TEACHER and STUDENT by the structure of their graphs.
 
-    The plan (-o) is a file to read, edit and review; `distill --plan` takes it.
+    The plan (-o) is a file to read, edit and review; `distill --plan` takes it. After editing, `align … --plan plan.json -o plan.json`
+    checks the names and brings shapes and channels up to date.
 
     \b
     Examples:
       indistill-fx align torchvision:resnet50 torchvision:resnet18
       indistill-fx align teacher.pt models.py:make_student --input 3x32x32 -o plan.json
+      indistill-fx align teacher.pt models.py:make_student --similarity cka --data imagefolder:DIR
       indistill-fx align timm:vit_large_patch16_224 timm:vit_tiny_patch16_224 --html plan.html
     """
-    from indistill_fx.cli.tables import alignment_table
     from indistill_fx.passes.pipeline import align_traced
+    from indistill_fx.plan import AlignmentPlan
+
+    earlier = AlignmentPlan.load(options["diff"]) if options["diff"] else None
+    matching = {"fixed": _fixed(options["fixed"]), **{name: options[name] for name in ("pairs", "every_block", "taps")}}
+    plan = AlignmentPlan.load(options["plan"]) if options["plan"] else None
+    if plan:
+        edited = [(pair.teacher, pair.student) for pair in plan.pairs]
+        matching.update(fixed=[*edited, *matching["fixed"]], pairs=len(edited) + len(matching["fixed"]))
+    sources = common.open_model(teacher, trust), common.open_model(student, trust)
+    matching["similarity"], seen = _similarity(options["similarity"], options["data"], options["batches"])
+    example = common.example_for(sources, input_size, None if input_size else seen)
+    traced = common.trace_model(sources[0], example, "teacher"), common.trace_model(sources[1], example, "student")
+    for line in plan.drift(*traced) if plan else ():
+        click.echo(f"{options['plan']}: {line}", err=True)
+    alignment = align_traced(*traced, criterion=options["criterion"], **matching)
+    if options["output"]:
+        alignment.value.save(options["output"])
+    _show(alignment, traced, (teacher, student), earlier, options)
+
+
+def _fixed(pairs: tuple[str, ...]) -> list[tuple[str, str]]:
+    """The pairs of `--pair layer2=layer3`."""
+    from indistill_fx.errors import ConfigError
+
+    found = []
+    for text in pairs:
+        one, sign, other = text.partition("=")
+        if not (one and sign and other):
+            raise ConfigError(
+                f"--pair {text!r} is no pair of layers.",
+                where="--pair",
+                got=text,
+                hint="Write the teacher's layer and the student's: --pair layer2=layer3.",
+            )
+        found.append((one, other))
+    return found
+
+
+def _similarity(wanted: str | None, data: str | None, batches: int) -> tuple[Any, tuple[int, ...] | None]:
+    """What measures similarity on data, and the size of a sample; nothing where it is not asked for."""
+    from indistill_fx.errors import ConfigError
+
+    if (wanted is None) != (data is None):
+        raise ConfigError(
+            "--similarity and --data go together.", where="--similarity", hint="Write --similarity cka --data DATA."
+        )
+    if data is None:
+        return None, None
+    from indistill_fx.data import open_data
+    from indistill_fx.passes.cka import cka
+
+    opened = open_data(data, batch_size=64, limit=64 * batches, progress=True)
+    return cka(opened.train_plain, batches=batches), opened.input_size
+
+
+def _show(
+    alignment: PassResult[AlignmentPlan, MatchReport],
+    traced: tuple[TracedModel, TracedModel],
+    names: tuple[str, str],
+    earlier: AlignmentPlan | None,
+    options: dict[str, Any],
+) -> None:
+    """Pictures, then the plan in the form that was asked for."""
     from indistill_fx.printable import printable
 
-    sources = common.open_model(teacher, trust), common.open_model(student, trust)
-    example = common.example_for(sources, input_size)
-    traced = common.trace_model(sources[0], example, "teacher"), common.trace_model(sources[1], example, "student")
-    alignment = align_traced(*traced, criterion=criterion, pairs=pairs, every_block=every_block, taps=taps)
-    if output:
-        alignment.value.save(output)
-    if html or svg or png:
-        _draw(alignment, traced, (teacher, student), html=html, svg=svg, png=png)
-    if as_json:
+    if options["html"] or options["svg"] or options["png"]:
+        _draw(alignment, traced, names, html=options["html"], svg=options["svg"], png=options["png"])
+    if options["as_json"]:
         click.echo(printable(alignment.value.model_dump_json(indent=2)))
         return
-    if mermaid:
+    if options["mermaid"]:
         from indistill_fx.report import alignment_mermaid, see
 
-        click.echo(printable(alignment_mermaid(see(alignment.value, *traced, names=(teacher, student)))), nl=False)
+        click.echo(printable(alignment_mermaid(see(alignment.value, *traced, names=names))), nl=False)
         return
+    from indistill_fx.cli.tables import alignment_table
+
     out = common.console()
-    out.print(alignment_table(alignment.value, alignment.report, explain=explain))
-    if output:
+    out.print(alignment_table(alignment.value, alignment.report, traced[0], explain=options["explain"]))
+    if earlier is not None:
+        lines = earlier.diff(alignment.value) or (f"Nothing changed since {options['diff']}.",)
+        out.print("\n".join(lines), markup=False, soft_wrap=True)
+    if options["output"]:
         out.print(
-            f"Plan written to {output}; `indistill-fx distill {teacher} {student} --plan {output} …` takes it.",
+            f"Plan written to {options['output']}; "
+            f"`indistill-fx distill {' '.join(names)} --plan {options['output']} …` takes it.",
             soft_wrap=True,
         )
 

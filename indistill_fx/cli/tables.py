@@ -39,7 +39,9 @@ def count(number: float) -> str:
     return f"{number:.0f}"
 
 
-def alignment_table(plan: AlignmentPlan, report: MatchReport, *, explain: int | None = None) -> RenderableType:
+def alignment_table(
+    plan: AlignmentPlan, report: MatchReport, teacher: TracedModel, *, explain: int | None = None
+) -> RenderableType:
     """The pairs of a plan, the legend of their reasons, what found no partner, and one pair's runners-up on request."""
     from indistill_fx.passes.score import LEGEND
 
@@ -47,7 +49,7 @@ def alignment_table(plan: AlignmentPlan, report: MatchReport, *, explain: int | 
         "", "teacher", "shape", "student", "shape", "kept", "score", "reason", numbers=("", "kept", "score")
     )
     for number, pair in enumerate(plan.pairs, 1):
-        kept = f"{len(pair.kept)} of {pair.teacher_shape[1]}" if pair.kept is not None else "all"
+        kept = f"{len(pair.kept)} of {teacher.facts_of(pair.teacher).channels}" if pair.kept is not None else "all"
         row = [
             pair.teacher,
             size(pair.teacher_shape),

@@ -7,7 +7,8 @@ Rules, in order:
      expansion before a head, a squeeze, a transition with a norm first) belong to none. Where the input has no positions, all mix.
   2. The block's output is the last tensor of the chain behind it: through activations, channel shuffles, norms of units, pooling of
      stride one. Not through the norm after a sum, which opens the next block, unless the network norms each sum before anybody else
-     reads it (post-norm). Dropout and identity make no tensor of their own.
+     reads it (post-norm); nor through activations after a sum, where most sums are read by several before any activation
+     (pre-activation). Windows are laid out as a map again, where the next layers do so. Dropout and identity make no tensor of their own.
   3. In a plain chain whose every unit is followed by pooling, the pooling closes the block.
   4. The main output itself is no block: losses on logits deal with it.
 """
@@ -43,6 +44,7 @@ _FUSED = 1 / 6
 """Least share of a concatenation's width that a fusing unit keeps; a squeeze keeps less."""
 
 _ACTIVATIONS = UNARY - IDLE
+_LAYOUTS = frozenset(("view", "reshape", "permute", "transpose", "flatten", "unflatten"))
 _REDUCTIONS = frozenset(("mean", "var", "var_mean", "std", "std_mean", "rsqrt"))
 
 
@@ -87,7 +89,8 @@ def find_blocks(traced: TracedModel, flow: Flow) -> tuple[Block, ...]:
     closing = _closing_steps(steps, look)
     post_norm = _norms_sums(joins[:-1], look)
     pooled = not joins and _pools_every([step.place for step in closing], look)
-    found = [_block(step, look, post_norm=post_norm, pooled=pooled) for step in closing]
+    early = _reads_sums(joins[:-1], look)
+    found = [_block(step, look, post_norm=post_norm, early=early, pooled=pooled) for step in closing]
     last = flow.trunk[-1]
     return tuple(b for b in found if b is not None and (len(flow.ends) > 1 or last not in (b.start, b.output)))
 
@@ -127,6 +130,13 @@ def _norms_sums(joins: Sequence[Step], look: Look) -> bool:
     return 2 * len(normed) > len(readers)
 
 
+def _reads_sums(joins: Sequence[Step], look: Look) -> bool:
+    """Whether most of these joins are read as they are, by a shortcut and by a branch that begins with an activation."""
+    readers = [look.flow.readers[look.flow.trunk[step.place]] for step in joins]
+    plain = [names for names in readers if len(names) > 1 and any(look.operation(n) in _ACTIVATIONS for n in names)]
+    return 2 * len(plain) > len(readers)
+
+
 def _pools_every(places: Sequence[int], look: Look) -> bool:
     """Whether there are several units, and pooling that leaves a map behind each."""
     spans = [look.flow.trunk[a:b] for a, b in zip(places, [*places[1:], len(look.flow.trunk)], strict=True)]
@@ -136,7 +146,7 @@ def _pools_every(places: Sequence[int], look: Look) -> bool:
     return len(pools) > 1 and all(pools)
 
 
-def _block(step: Step, look: Look, *, post_norm: bool, pooled: bool) -> Block | None:
+def _block(step: Step, look: Look, *, post_norm: bool, early: bool, pooled: bool) -> Block | None:
     """Follow the chain behind a step to the block's output; None where there are no positions left."""
     octaves, start = look.flow.octaves, look.flow.trunk[step.place]
     if start not in octaves and not look.flat:
@@ -152,6 +162,8 @@ def _block(step: Step, look: Look, *, post_norm: bool, pooled: bool) -> Block | 
                 read = read or _normed_before_activation(name, look)
                 break
             norms_left -= 1
+        if early and step.is_sum and operation in _ACTIVATIONS:
+            break
         if operation in POOLS:
             if name not in octaves and not look.flat:
                 break
@@ -163,6 +175,8 @@ def _block(step: Step, look: Look, *, post_norm: bool, pooled: bool) -> Block | 
         elif operation not in IDLE and (known.shape, known.kind) == (form.shape, form.kind):
             read = read or (output if operation in _ACTIVATIONS else None)
             output = name
+        elif operation in _LAYOUTS and look.is_picture(name) and not look.is_picture(output):
+            form, output = known, name
     return Block(
         output=output,
         pre_activation=read or output,

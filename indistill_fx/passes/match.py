@@ -104,7 +104,7 @@ def match(
     found = _pairs(sides, chosen)
     report = MatchReport(
         embedding=_embedding(sides),
-        unmatched=_unmatched(sides, chosen, free),
+        unmatched=_unmatched(sides, chosen, free, kept),
         explained=explain(sides, chosen, found, places, table),
     )
     return PassResult(found, report)
@@ -232,8 +232,10 @@ def _embedding(sides: _Sides) -> Pair | None:
     return make_pair(sides, *names, (teacher, student), 1.0, "penultimate")
 
 
-def _unmatched(sides: _Sides, chosen: Sequence[Chosen], possible: Sequence[Chosen]) -> tuple[str, ...]:
-    """The stages without a partner, and why; `possible` had one before pairs were left out."""
+def _unmatched(
+    sides: _Sides, chosen: Sequence[Chosen], possible: Sequence[Chosen], kept: Sequence[Chosen]
+) -> tuple[str, ...]:
+    """The stages without a partner, and why; `possible` had one before pairs were left out, and `kept` were asked for."""
     told = []
     for k, side in enumerate(sides):
         taken, left_out = ({(one.teacher, one.student)[k].node for one in some} for some in (chosen, possible))
@@ -241,6 +243,7 @@ def _unmatched(sides: _Sides, chosen: Sequence[Chosen], possible: Sequence[Chose
             if taken.isdisjoint(map(side.tensor, stage.blocks)):
                 place = side.place(stage, len(stage.blocks) - 1)
                 why = "fewer pairs were asked for" if place.node in left_out else _why_alone(place, sides[1 - k])
+                why = "the pairs asked for stand in its way" if kept and "fits another" in why else why
                 told.append(f"{side.traced.role} `{side.traced.tap_name(place.node)}` ({place.size}): {why}")
     return tuple(told)
 

@@ -17,7 +17,7 @@ from indistill_fx.passes.match import MatchReport, match
 from indistill_fx.passes.narrow import choose_channels, narrow
 from indistill_fx.passes.trace import trace
 from indistill_fx.passes.verify import signature_of, untouched, verify
-from indistill_fx.plan import AlignmentPlan, ModelStamp, Pair
+from indistill_fx.plan import AlignmentPlan, Layers, ModelStamp, Pair
 from indistill_fx.result import PassResult
 from indistill_fx.traced import Role, TracedModel
 
@@ -79,11 +79,12 @@ def align_traced(
     with untouched(teacher, by="choose_channels"):
         kept = choose_channels(teacher, widths, criterion=criterion, loader=loader)
     plan = AlignmentPlan(
-        teacher=ModelStamp(name=type(teacher.module).__name__, fingerprint=teacher.fingerprint),
-        student=ModelStamp(name=type(student.module).__name__, fingerprint=student.fingerprint),
+        teacher=ModelStamp.of(teacher),
+        student=ModelStamp.of(student),
         pairs=tuple(pair.model_copy(update={"kept": kept.get(pair.teacher)}) for pair in found.value),
         embedding=found.report.embedding,
         unmatched=found.report.unmatched,
+        layers=Layers(teacher=teacher.layers, student=student.layers),
     )
     return PassResult(plan, found.report)
 

@@ -134,6 +134,7 @@ def find_stages(traced: TracedModel, flow: Flow, blocks: Sequence[Block]) -> tup
     if any(block.form == "join" for block in blocks):
         runs = [_without_lead(run) for run in _without_stem(runs)]
         if len(flow.ends) > 1:
+            runs = _before_outputs(runs, flow)
             runs = [*runs[:-1], *filter(None, [_without_tail(runs[-1])])]
     elif len(runs) > 1 and len(runs[-1]) >= 2 * len(runs[-2]):
         runs = [*runs[:-1], *_cut(runs[-1], len(runs[-1]) // len(runs[-2]))]
@@ -185,6 +186,16 @@ def _without_lead(run: Sequence[Block]) -> list[Block]:
     """The run without the plain convolutions that lead to its first join."""
     first = next((k for k, block in enumerate(run) if block.form == "join"), 0)
     return [block for block in run[:first] if block.form == "separable"] + list(run[first:])
+
+
+def _before_outputs(runs: Sequence[list[Block]], flow: Flow) -> list[list[Block]]:
+    """The runs without the plain convolutions behind the trunk's first output: further outputs of a pyramid, made from that one."""
+    place = {name: k for k, name in enumerate(flow.trunk)}
+    first = min((place[end] for end in flow.ends if end in place), default=len(place))
+    joins = [place[block.output] for run in runs for block in run if block.form != "unit"]
+    last = max(first, *joins)
+    kept = [[block for block in run if place[block.output] <= last] for run in runs]
+    return [run for run in kept if run]
 
 
 def _without_tail(run: Sequence[Block]) -> list[Block]:

@@ -77,6 +77,13 @@ class Look:
         """Whether there is work, or pooling, in the branches that meet at a node of the trunk: else they are an activation written out."""
         return any(self.works(other) or self.operation(other) in POOLS for other in self.flow.regions[name])
 
+    def is_picture(self, name: str) -> bool:
+        """Whether the tensor is a map in the proportions of the input: neither tokens nor windows. Tokens of whole samples count too."""
+        known, batch = self.facts[name], self.facts[self.flow.trunk[0]]
+        if known.kind == "tokens":
+            return known.batch_axis is not None and known.shape[known.batch_axis] == batch.shape[batch.batch_axis or 0]
+        return known.kind == "map" and known.stride is not None and max(known.stride) < 1.2 * min(known.stride)
+
     def steps(self) -> Iterator[Step]:
         """The nodes of the trunk with work in them or in their region, in order."""
         for place, (before, name) in enumerate(pairwise(self.flow.trunk), 1):

@@ -28,6 +28,33 @@ def fails():
     raise KeyError("no such width")
 """
 
+LONG = """
+from torch import nn
+
+class Last(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.an_uncommonly_long_name_for_a_layer_that_people_do_write = nn.Linear(width, width)
+
+    def forward(self, x):
+        return x + self.an_uncommonly_long_name_for_a_layer_that_people_do_write(x.mean((1, 2), keepdim=True)).relu()
+
+class Net(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 3, 2, 1)
+        blocks = nn.Sequential(Last(width), Last(width))
+        self.encoder_of_the_backbone = nn.ModuleDict({"the_first_and_only_stage_of_the_network": blocks})
+        self.head = nn.Linear(width, 5)
+
+    def forward(self, x):
+        x = self.encoder_of_the_backbone["the_first_and_only_stage_of_the_network"](self.stem(x).permute(0, 2, 3, 1))
+        return self.head(x.mean((1, 2)))
+
+def make(width=8):
+    return Net(width)
+"""
+
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
@@ -67,6 +94,49 @@ def test_help_shows_examples_line_by_line(capsys, command):
     assert all(line.count("indistill-fx ") == 1 for line in examples)
     if command not in (["demo"],):
         assert [line for line in examples if line.startswith("    indistill-fx ")]
+
+
+def test_align_on_data_with_pairs_kept_and_an_earlier_plan(here, capsys):
+    pair = ("models.py:make?width=16", "models.py:make")
+    code, out, _ = told(
+        capsys, "align", *pair, "--similarity", "cka", "--data", "digits", "--batches", "2", "-o", "a.json"
+    )
+    assert code == 0
+    assert "linear CKA on the data given" in " ".join(out.split())
+    code, out, err = told(capsys, "align", *pair, "--input", "1x8x8", "--pair", "3=7", "--diff", "a.json")
+    assert (code, err) == (0, "")
+    assert "- 3 ↔ 3" in out
+    assert "+ 3 ↔ 7" in out
+    assert "Not paired: teacher `7` (32x2x2): the pairs asked for stand in its way" in out
+    code, out, _ = told(capsys, "align", *pair, "--input", "1x8x8", "--explain", "2")
+    assert "Pair 2, 7 ↔ 7: the candidates that lost" in out
+
+
+def test_an_edited_plan_is_taken_and_brought_up_to_date(here, capsys):
+    arguments = ("align", "models.py:make?width=16", "models.py:make", "--input", "1x8x8")
+    told(capsys, *arguments, "-o", "plan.json")
+    plan = ifx.AlignmentPlan.load("plan.json")
+    kept = plan.model_copy(update={"pairs": (plan.pairs[1].model_copy(update={"student": "6"}),)})
+    kept.save("edited.json")
+    code, _, err = told(capsys, *arguments, "--plan", "edited.json", "-o", "new.json")
+    assert (code, err) == (0, "")
+    (pair,) = ifx.AlignmentPlan.load("new.json").pairs
+    assert (pair.teacher, pair.student, pair.student_shape, pair.adapter) == ("7", "6", (1, 16, 4, 4), "pool")
+    assert pair.kept is not None
+    assert len(pair.kept) == 16
+    other = ("align", "models.py:make?width=32", "models.py:make", "--input", "1x8x8")
+    code, _, err = told(capsys, *other, "--plan", "edited.json")
+    assert code == 0
+    assert "`0` was conv 16x8x8, 160 parameters, is conv 32x8x8, 320 parameters" in err
+
+
+def test_tables_fit_100_columns_however_long_the_names_are(here, capsys):
+    (here / "long.py").write_text(LONG)
+    for options in ((), ("--every-block",), ("--explain", "1")):
+        code, out, _ = told(capsys, "align", "long.py:make?width=16", "long.py:make", "--input", "3x16x16", *options)
+        assert code == 0
+        assert max(map(len, out.splitlines())) <= 100
+        assert "8 of 16" in out  # channels, not positions: the maps are channels last
 
 
 def test_inspect(here, capsys):
@@ -191,6 +261,12 @@ BAD = [
     (["align", "models.py:make", "models.py:make", "--input", "3x8x8"], "fails on the example input"),
     (["align", "models.py:make", "models.py:vector", "--input", "1x8x8"], "no kind of layer in common"),
     (["align", "models.py:make", "models.py:make", "--input", "1x8x8", "-o", "nowhere/plan.json"], "nowhere"),
+    (["align", "models.py:make", "models.py:make", "--input", "1x8x8", "--pair", "3,7"], "--pair layer2=layer3"),
+    (["align", "models.py:make", "models.py:make", "--input", "1x8x8", "--pair", "3=7", "--pair", "7=3"], "`3` ↔ `7`"),
+    (["align", "models.py:make", "models.py:make", "--input", "1x8x8", "--plan", "typo.json"], "no layer named `77`"),
+    (["align", "models.py:make", "models.py:make", "--input", "1x8x8", "--diff", "torn.json"], "torn.json"),
+    (["align", "models.py:make", "models.py:make", "--input", "1x8x8", "--similarity", "cka"], "go together"),
+    (["align", "models.py:make", "models.py:make", "--input", "1x8x8", "--explain", "3"], "There is no pair 3"),
     (["distill", "models.py:make", "models.py:make", "--data", "imagefolder:empty", "-o", "run"], "has no train/"),
     (["distill", "models.py:make", "models.py:make", "--data", "nothing", "-o", "run"], "is no data set"),
     (

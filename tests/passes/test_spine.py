@@ -273,6 +273,85 @@ def test_a_pyramids_outputs_are_stages_of_their_own() -> None:
     ]
 
 
+def test_further_outputs_behind_a_pyramids_last_one_are_no_stages_of_the_trunk() -> None:
+    class Retina(Pyramid):
+        def __init__(self) -> None:
+            super().__init__()
+            self.p6, self.p7 = nn.Conv2d(8, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 2, 1)
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            found = super().forward(x)
+            del found["pool"]
+            found["6"] = self.p6(found["2"])
+            return {**found, "7": self.p7(found["6"].relu())}
+
+    found = stages(model := trace(Retina(), torch.randn(2, 3, 64, 64)))
+    trunk, outputs = ([s for s in found if s.is_output is which] for which in (False, True))
+    assert [model.tap_name(stage.exit.output) for stage in trunk] == ["down.0", "down.1", "down.2"]
+    assert {model.tap_name(stage.exit.output) for stage in outputs} == {"outer.0", "outer.1", "outer.2", "p6", "p7"}
+
+
+def test_an_activation_before_the_next_block_is_not_part_of_a_network_of_pre_activations() -> None:
+    class Early(nn.Module):
+        def __init__(self, cin: int, cout: int, stride: int):
+            super().__init__()
+            self.first, self.second = nn.Conv2d(cin, cout, 3, stride, 1), nn.Conv2d(cout, cout, 3, 1, 1)
+            self.shortcut = nn.Conv2d(cin, cout, 1, stride) if stride > 1 else None
+
+        def forward(self, x: Tensor) -> Tensor:
+            active = F.relu(x) * 1.7
+            branch = self.second(F.relu(self.first(active)))
+            return branch + (x if self.shortcut is None else self.shortcut(active))
+
+    blocks = [
+        Early(8, 16, 2),
+        *(Early(16, 16, 1) for _ in range(2)),
+        Early(16, 32, 2),
+        *(Early(32, 32, 1) for _ in range(2)),
+    ]
+    model = traced(conv(3, 8), *blocks, nn.ReLU(), *head(32))
+    assert exits(model) == ["3", "6"]
+    assert [model.tap_name(stage.exit.output) for stage in stages(traced(conv(3, 8), *blocks, *head(32)))] == ["3", "6"]
+
+
+def test_a_channel_shuffle_behind_a_concatenation_ends_the_block() -> None:
+    class Shuffled(nn.Module):
+        def __init__(self, width: int):
+            super().__init__()
+            self.branch = conv(width // 2, width // 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            keep, change = x.chunk(2, 1)
+            x = torch.cat([keep, self.branch(change)], 1)
+            n, c, h, w = x.shape
+            return x.view(n, 2, c // 2, h, w).permute(0, 2, 1, 3, 4).reshape(n, c, h, w)
+
+    model = traced(conv(3, 8), conv(8, 8, stride=2), Shuffled(8), Shuffled(8), *head(8))
+    assert exits(model) == ["3"]
+    assert (model.facts_of("3").kind, model.facts_of("3").channel_axis) == ("map", 1)
+    assert model.facts_of("3:view").channel_axis is None
+
+
+def test_windows_are_a_map_again_where_the_block_ends() -> None:
+    class Windowed(nn.Module):
+        def __init__(self, width: int):
+            super().__init__()
+            self.mix, self.norm = nn.MultiheadAttention(width, 2, batch_first=True), nn.LayerNorm(width)
+            self.mlp = nn.Linear(width, width)
+
+        def forward(self, x: Tensor) -> Tensor:
+            n, c, h, w = x.shape
+            x = x.view(n, c, h // 4, 4, w // 4, 4).permute(0, 2, 4, 3, 5, 1).reshape(-1, 16, c)
+            y = self.norm(x)
+            x = x + self.mix(y, y, y, need_weights=False)[0]
+            x = x + self.mlp(x)
+            return x.view(n, h // 4, w // 4, 4, 4, c).permute(0, 5, 1, 3, 2, 4).reshape(n, c, h, w)
+
+    model = traced(conv(3, 8), conv(8, 8, stride=2), Windowed(8), Windowed(8), *head(8))
+    assert exits(model) == ["3"]
+    assert model.facts_of("3").shape == (2, 8, 16, 16)
+
+
 def test_the_inside_of_a_u_net_is_on_the_spine() -> None:
     class Hourglass(nn.Module):
         def __init__(self) -> None:

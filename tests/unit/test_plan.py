@@ -7,11 +7,13 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from torch import nn
 
+import indistill_fx as ifx
 from indistill_fx.errors import ConfigError
 from indistill_fx.passes.match import match
 from indistill_fx.passes.trace import trace
-from indistill_fx.plan import AlignmentPlan, ModelStamp, Pair, plan_schema
+from indistill_fx.plan import AlignmentPlan, Layers, ModelStamp, Pair, plan_schema
 from indistill_fx.traced import TracedModel
 from tests.nets import Residual, images, seeded
 
@@ -27,8 +29,13 @@ def models(width: int = 8, blocks: int = 2) -> tuple[TracedModel, TracedModel]:
 def plan(width: int = 8, blocks: int = 2) -> AlignmentPlan:
     teacher, student = models(width, blocks)
     found = match(teacher, student)
-    stamps = [ModelStamp(name="Residual", fingerprint=model.fingerprint) for model in (teacher, student)]
-    return AlignmentPlan(teacher=stamps[0], student=stamps[1], pairs=found.value, embedding=found.report.embedding)
+    return AlignmentPlan(
+        teacher=ModelStamp.of(teacher),
+        student=ModelStamp.of(student),
+        pairs=found.value,
+        embedding=found.report.embedding,
+        layers=Layers(teacher=teacher.layers, student=student.layers),
+    )
 
 
 def edited(base: AlignmentPlan, number: int, **changes: object) -> AlignmentPlan:
@@ -104,11 +111,39 @@ def test_every_layer_that_changed_is_named_with_how() -> None:
             in text
         )
     assert "the teacher is not the Residual the plan was made for" in text
+    assert "`stem.0` was conv 8x16x16, 216 parameters, is conv 16x16x16, 432 parameters" in text
+    assert "; and " in text
 
 
 def test_a_plan_fits_a_changed_model_that_still_has_its_layers_and_says_so() -> None:
     plan().check(*models(blocks=3))
-    assert len(plan().drift(*models(blocks=3))) == 1
+    (line,) = plan().drift(*models(blocks=3))
+    assert "`layer1.2.conv1` is new: conv 8x16x16, 576 parameters" in line
+    (line,) = plan(blocks=3).drift(*models())
+    assert "`layer1.2.conv1` is gone" in line
+    silent = plan().model_copy(update={"layers": Layers()})
+    assert silent.drift(*models(blocks=3)) == (
+        "the teacher is not the Residual the plan was made for: its structure has changed",
+    )
+
+
+def test_a_change_that_keeps_all_shapes_is_told() -> None:
+    def net(kernel: int) -> TracedModel:
+        layers = [
+            nn.Conv2d(3, 4, kernel, padding=kernel // 2),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(4, 4, 3),
+            nn.ReLU(),
+        ]
+        return trace(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)), images())
+
+    before, after = net(3), net(5)
+    made = ifx.align(before, before)
+    made.check(after, before)
+    assert made.drift(before, before) == ()
+    (line,) = made.drift(after, before)
+    assert "(`0` was conv 4x16x16, 112 parameters, is conv 4x16x16, 304 parameters)" in line
 
 
 def test_channels_that_are_not_there_are_refused() -> None:
