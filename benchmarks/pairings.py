@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 import torchvision
 from alignment_dev import (
     CifarMobileNetV2,
@@ -21,283 +19,33 @@ from alignment_dev import (
     cifar_resnet,
     cifar_resnet50,
     cifar_shuffle_v1,
-    conv,
-    narrow_auto_encoder,
     pairs,
     vision,
 )
 from alignment_score import Case
-from torch import Tensor, nn
-from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
-from torchvision.ops.feature_pyramid_network import LastLevelP6P7
+from pairing_nets import (
+    LAYERS,
+    Bert,
+    CifarShuffleV2,
+    CifarStem,
+    Edsr,
+    MainOutput,
+    MobileNetV1,
+    Psp,
+    TextCnn,
+    UNet,
+    densenet_head_replaced,
+    resnet50_head_replaced,
+    retina,
+)
+from torch import nn
 
 INDEX = "feature lists paired by index, as RepDistiller's and mdistiller's loops do"
 ENDS = "rule: last block output at each stride from 4 on"
 UNIFORM = "rule: evenly spaced blocks, ending with the last (DistilBERT, TinyBERT, TextBrewer)"
-LAYERS = ["layer1", "layer2", "layer3", "layer4"]
 SMALL, MIDDLE, LARGE = (2, 3, 32, 32), (2, 3, 128, 128), (2, 3, 224, 224)
 VGG4 = ["pool1:in", "pool2:in", "block4:in", "pool4:in"]
 MOBILE = ["blocks.1", "blocks.2", "blocks.4", "blocks.6"]
-
-
-# ---- Networks --------------------------------------------------------------------------------------------------------
-def unit(cin: int, cout: int, kernel: int = 3, stride: int = 1, groups: int = 1) -> nn.Sequential:
-    return nn.Sequential(conv(cin, cout, kernel, stride, groups), nn.BatchNorm2d(cout), nn.ReLU())
-
-
-class MobileNetV1(nn.Module):
-    """Separable convolutions in one long sequence."""
-
-    def __init__(self, width: int = 32):
-        super().__init__()
-        plan = [(2, 1), (4, 2), (4, 1), (8, 2), (8, 1), (16, 2), *[(16, 1)] * 5, (32, 2), (32, 1)]
-        layers, cin = [unit(3, width, 3, 2)], width
-        for factor, stride in plan:
-            layers.append(nn.Sequential(unit(cin, cin, 3, stride, cin), unit(cin, factor * width, 1)))
-            cin = factor * width
-        self.model, self.fc = nn.Sequential(*layers), nn.Linear(cin, 100)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.model(x).mean((2, 3)))
-
-
-class ShuffleV2Block(nn.Module):
-    def __init__(self, cin: int, cout: int, stride: int):
-        super().__init__()
-        self.stride, half = stride, cout // 2
-        inner = half if stride == 1 else cin
-        self.right = nn.Sequential(
-            *unit(inner, half, 1), conv(half, half, 3, stride, half), nn.BatchNorm2d(half), *unit(half, half, 1)
-        )
-        self.left = nn.Sequential(conv(cin, cin, 3, stride, cin), nn.BatchNorm2d(cin), *unit(cin, half, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.stride == 1:
-            keep, change = x.chunk(2, 1)
-            joined = torch.cat([keep, self.right(change)], 1)
-        else:
-            joined = torch.cat([self.left(x), self.right(x)], 1)
-        n, c, h, w = joined.shape
-        return joined.view(n, 2, c // 2, h, w).permute(0, 2, 1, 3, 4).reshape(n, c, h, w)
-
-
-class CifarShuffleV2(nn.Module):
-    """ShuffleNetV2 for 32x32 images: a 1x1 stem, three stages, an expansion."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1, cin = unit(3, 24, 1), 24
-        for number, (width, count) in enumerate(((116, 4), (232, 8), (464, 4)), 1):
-            blocks = [ShuffleV2Block(cin if i == 0 else width, width, 2 if i == 0 else 1) for i in range(count)]
-            self.add_module(f"layer{number}", nn.Sequential(*blocks))
-            cin = width
-        self.conv2, self.linear = unit(cin, 1024, 1), nn.Linear(1024, 100)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.layer3(self.layer2(self.layer1(self.conv1(x))))
-        return self.linear(F.adaptive_avg_pool2d(self.conv2(x), 1).flatten(1))
-
-
-class BertLayer(nn.Module):
-    """Attention and MLP, each with the sum normed behind it."""
-
-    def __init__(self, width: int, heads: int, norm_first: bool = False):
-        super().__init__()
-        self.heads, self.norm_first = heads, norm_first
-        self.query, self.key, self.value, self.dense = (nn.Linear(width, width) for _ in range(4))
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.intermediate, self.output, self.dropout = (
-            nn.Linear(width, 4 * width),
-            nn.Linear(4 * width, width),
-            nn.Dropout(0.1),
-        )
-
-    def attend(self, x: Tensor) -> Tensor:
-        split = [f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.query, self.key, self.value)]
-        weights = (split[0] @ split[1].transpose(-1, -2) / split[0].shape[-1] ** 0.5).softmax(-1)
-        return self.dropout(self.dense((self.dropout(weights) @ split[2]).transpose(1, 2).flatten(2)))
-
-    def mlp(self, x: Tensor) -> Tensor:
-        return self.dropout(self.output(F.gelu(self.intermediate(x))))
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.norm_first:
-            x = x + self.attend(self.norm1(x))
-            return x + self.mlp(self.norm2(x))
-        x = self.norm1(x + self.attend(x))
-        return self.norm2(x + self.mlp(x))
-
-
-class Bert(nn.Module):
-    """Text encoder: ids to classes; with `norm_first` the blocks are GPT's."""
-
-    def __init__(self, layers: int, width: int, norm_first: bool = False):
-        super().__init__()
-        self.word, self.position, self.norm = nn.Embedding(100, width), nn.Embedding(32, width), nn.LayerNorm(width)
-        self.layer = nn.ModuleList(BertLayer(width, 4, norm_first) for _ in range(layers))
-        self.norm_first, self.pooler, self.classifier = norm_first, nn.Linear(width, width), nn.Linear(width, 3)
-        self.embedded = nn.Identity()
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.word(ids) + self.position(torch.arange(ids.shape[1], device=ids.device))
-        x = self.embedded(x if self.norm_first else self.norm(x))
-        for layer in self.layer:
-            x = layer(x)
-        x = self.norm(x) if self.norm_first else x
-        return self.classifier(torch.tanh(self.pooler(x[:, 0])))
-
-
-class UNet(nn.Module):
-    def __init__(self, width: int, convs: int):
-        super().__init__()
-        self.convs = convs
-        self.down = nn.ModuleList(self.stack(3 if k == 0 else width << (k - 1), width << k) for k in range(4))
-        self.up = nn.ModuleList(nn.ConvTranspose2d(width << (k + 1), width << k, 2, 2) for k in (2, 1, 0))
-        self.fuse = nn.ModuleList(self.stack(width << (k + 1), width << k) for k in (2, 1, 0))
-        self.pool, self.head = nn.MaxPool2d(2), nn.Conv2d(width, 5, 1)
-
-    def stack(self, cin: int, cout: int) -> nn.Sequential:
-        return nn.Sequential(*[unit(cin if k == 0 else cout, cout) for k in range(self.convs)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        kept = []
-        for k, part in enumerate(self.down):
-            x = part(self.pool(x) if k else x)
-            kept.append(x)
-        for up, fuse, skip in zip(self.up, self.fuse, kept[-2::-1], strict=True):
-            x = fuse(torch.cat([skip, up(x)], 1))
-        return self.head(x)
-
-
-class Edsr(nn.Module):
-    """Super-resolution: residual blocks at one resolution, a long shortcut, upsampling at the end."""
-
-    def __init__(self, blocks: int, width: int):
-        super().__init__()
-        self.head, self.tail = conv(3, width, bias=True), conv(width, width, bias=True)
-        self.body = nn.ModuleList(
-            nn.Sequential(conv(width, width, bias=True), nn.ReLU(), conv(width, width, bias=True))
-            for _ in range(blocks)
-        )
-        self.marks = nn.ModuleList(nn.Identity() for _ in range(blocks))
-        self.up, self.out = (
-            nn.Sequential(conv(width, 4 * width, bias=True), nn.PixelShuffle(2)),
-            conv(width, 3, bias=True),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        first = x = self.head(x)
-        for block, mark in zip(self.body, self.marks, strict=True):
-            x = mark(x + block(x))
-        return self.out(self.up(self.tail(x) + first))
-
-
-class TextCnn(nn.Module):
-    """One-dimensional convolutions over a signal."""
-
-    def __init__(self, width: int, convs: int):
-        super().__init__()
-        self.stages, cin = nn.ModuleList(), 3
-        for k in range(3):
-            layers: list[nn.Module] = []
-            for j in range(convs):
-                layers += [nn.Conv1d(cin, width << k, 9, 4 if j == 0 else 1, 4), nn.BatchNorm1d(width << k), nn.ReLU()]
-                cin = width << k
-            self.stages.append(nn.Sequential(*layers))
-        self.fc = nn.Linear(cin, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for part in self.stages:
-            x = part(x)
-        return self.fc(x.mean(-1))
-
-
-class Psp(nn.Module):
-    """A dilated ResNet with a pyramid pooling head, as MMSegmentation's PSPNet."""
-
-    def __init__(self, name: str, **options: Any):
-        super().__init__()
-        dilated = {"replace_stride_with_dilation": [False, True, True]} if name != "resnet18" else {}
-        net = getattr(torchvision.models, name)(weights=None, **dilated, **options)
-        self.stem = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool)
-        self.layer1, self.layer2, self.layer3, self.layer4 = net.layer1, net.layer2, net.layer3, net.layer4
-        width = net.fc.in_features
-        self.pools = nn.ModuleList(nn.Sequential(nn.AdaptiveAvgPool2d(n), *unit(width, 64, 1)) for n in (1, 2, 3, 6))
-        self.bottleneck, self.conv_seg = unit(width + 256, 128), nn.Conv2d(128, 19, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.layer4(self.layer3(self.layer2(self.layer1(self.stem(x)))))
-        more = [F.interpolate(pool(x), size=x.shape[2:], mode="bilinear", align_corners=False) for pool in self.pools]
-        return self.conv_seg(self.bottleneck(torch.cat([x, *more], 1)))
-
-
-class HeadReplaced(nn.Module):
-    """A network whose first layers are a narrow auto-encoder."""
-
-    def __init__(self, encoder: nn.Module, rest: Sequence[tuple[str, nn.Module]], head: nn.Module):
-        super().__init__()
-        self.bottleneck_layer, self.names, self.head = encoder, [name for name, _ in rest], head
-        for name, part in rest:
-            self.add_module(name, part)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.bottleneck_layer(x)
-        for name in self.names:
-            x = getattr(self, name)(x)
-        return self.head(F.relu(x).mean((2, 3)))
-
-
-def resnet50_head_replaced() -> nn.Module:
-    """Up to layer1 replaced, 256 channels at stride 4 wanted."""
-    full = torchvision.models.resnet50(weights=None)
-    small = narrow_auto_encoder([(256, 1), (256, 1), (256, 0)], 1, 1)
-    return HeadReplaced(small, [(name, getattr(full, name)) for name in LAYERS[1:]], full.fc)
-
-
-def densenet_head_replaced() -> nn.Module:
-    """Up to the second transition replaced (256 channels at stride 16, as transition2 gives)."""
-    full = torchvision.models.densenet169(weights=None)
-    names = ["denseblock3", "transition3", "denseblock4", "norm5"]
-    small = narrow_auto_encoder([(512, 1), (256, 1), (256, 0), (256, 0)], 1, 2)
-    return HeadReplaced(small, [(name, getattr(full.features, name)) for name in names], full.classifier)
-
-
-class CifarStem(nn.Module):
-    """torchvision's ResNet with the stem for 32x32 images (3x3, stride 1, no pooling)."""
-
-    def __init__(self, name: str):
-        super().__init__()
-        self.net = getattr(torchvision.models, name)(weights=None, num_classes=100)
-        self.net.conv1, self.net.maxpool = conv(3, 64), nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
-
-
-def retina(name: str) -> Callable[[], nn.Module]:
-    """The backbone of RetinaNet: P3 to P5 from the trunk, P6 and P7 by further convolutions."""
-    return lambda: resnet_fpn_backbone(
-        backbone_name=name,
-        weights=None,
-        norm_layer=nn.BatchNorm2d,
-        trainable_layers=5,
-        returned_layers=[2, 3, 4],
-        extra_blocks=LastLevelP6P7(256, 256),
-    )
-
-
-class MainOutput(nn.Module):
-    """torchvision's segmentation models return a dict."""
-
-    def __init__(self, name: str):
-        super().__init__()
-        net = getattr(torchvision.models.segmentation, name)(weights=None, weights_backbone=None, num_classes=21)
-        self.backbone, self.classifier = net.backbone, net.classifier
-
-    def forward(self, x: Tensor) -> Tensor:
-        features = self.backbone(x)
-        out = self.classifier(features if "low" in features else features["out"])
-        return F.interpolate(out, size=x.shape[-2:], mode="bilinear", align_corners=False)
 
 
 def timm_model(name: str, **options: Any) -> Callable[[], nn.Module]:
@@ -351,76 +99,578 @@ def uniform(count: int, teacher: int, student: int, prefix: str) -> list[tuple[s
     return pairs(indexed(prefix, t), indexed(prefix, s))
 
 
+def pairs_of(teacher: Sequence[int], student: int) -> list[tuple[str, str]]:
+    """Where even spacing falls between two blocks, both are as good."""
+    return [(f"blocks.{t}", f"blocks.{student}") for t in teacher]
+
+
 TOKENS = (2, 16)
 CASES = [
     # by index, CIFAR
-    case("resnet110__resnet32", "stage", INDEX, lambda: cifar_resnet(110), lambda: cifar_resnet(32), SMALL, both(*LAYERS[:3])),
-    case("resnet32x4__resnet8x4", "stage", INDEX, lambda: cifar_resnet(32, 32, 64), lambda: cifar_resnet(8, 32, 64), SMALL, both(*LAYERS[:3])),
-    case("wrn_40_2__wrn_40_1", "stage", INDEX, lambda: WideResNet(40, 2), lambda: WideResNet(40, 1), SMALL, both("block1", "block2", "block3")),
+    case(
+        "resnet110__resnet32",
+        "stage",
+        INDEX,
+        lambda: cifar_resnet(110),
+        lambda: cifar_resnet(32),
+        SMALL,
+        both(*LAYERS[:3]),
+    ),
+    case(
+        "resnet32x4__resnet8x4",
+        "stage",
+        INDEX,
+        lambda: cifar_resnet(32, 32, 64),
+        lambda: cifar_resnet(8, 32, 64),
+        SMALL,
+        both(*LAYERS[:3]),
+    ),
+    case(
+        "wrn_40_2__wrn_40_1",
+        "stage",
+        INDEX,
+        lambda: WideResNet(40, 2),
+        lambda: WideResNet(40, 1),
+        SMALL,
+        both("block1", "block2", "block3"),
+    ),
     case("vgg13__MobileNetV2", "stage", INDEX, lambda: CifarVGG(2), CifarMobileNetV2, SMALL, pairs(VGG4, MOBILE)),
     case("ResNet50__vgg8", "stage", INDEX, cifar_resnet50, lambda: CifarVGG(1), SMALL, pairs(LAYERS, VGG4)),
-    case("wrn_40_2__ShuffleV1", "stage", INDEX, lambda: WideResNet(40, 2), cifar_shuffle_v1, SMALL, pairs(["block1", "block2", "block3"], LAYERS[:3])),
-    case("resnet32x4__ShuffleV2", "stage", INDEX, lambda: cifar_resnet(32, 32, 64), CifarShuffleV2, SMALL, both(*LAYERS[:3])),
-    case("ResNet50__ShuffleV2", "stage", "rule: by resolution (3 of the teacher's 4 stages are met)", cifar_resnet50, CifarShuffleV2, SMALL, pairs(LAYERS[1:], LAYERS[:3])),
-    case("cifar_resnet34__resnet18", "stage", INDEX, lambda: CifarStem("resnet34"), lambda: CifarStem("resnet18"), SMALL, both(*[f"net.{n}" for n in LAYERS])),
-    case("cifar_resnet34__MobileNetV2", "stage", INDEX, lambda: CifarStem("resnet34"), CifarMobileNetV2, SMALL, pairs([f"net.{n}" for n in LAYERS], MOBILE)),
-    case("wrn_40_4__wrn_16_4_ofd", "pre_activation", "OFD: the norm's output before the next stage's first activation", lambda: WideResNet(40, 4), lambda: WideResNet(16, 4), SMALL, pairs(["block2.layer.0.bn1", "block3.layer.0.bn1", "bn1"], ["block2.layer.0.bn1", "block3.layer.0.bn1", "bn1"])),
+    case(
+        "wrn_40_2__ShuffleV1",
+        "stage",
+        INDEX,
+        lambda: WideResNet(40, 2),
+        cifar_shuffle_v1,
+        SMALL,
+        pairs(["block1", "block2", "block3"], LAYERS[:3]),
+    ),
+    case(
+        "resnet32x4__ShuffleV2",
+        "stage",
+        INDEX,
+        lambda: cifar_resnet(32, 32, 64),
+        CifarShuffleV2,
+        SMALL,
+        both(*LAYERS[:3]),
+    ),
+    case(
+        "ResNet50__ShuffleV2",
+        "stage",
+        "rule: by resolution (3 of the teacher's 4 stages are met)",
+        cifar_resnet50,
+        CifarShuffleV2,
+        SMALL,
+        pairs(LAYERS[1:], LAYERS[:3]),
+    ),
+    case(
+        "cifar_resnet34__resnet18",
+        "stage",
+        INDEX,
+        lambda: CifarStem("resnet34"),
+        lambda: CifarStem("resnet18"),
+        SMALL,
+        both(*[f"net.{n}" for n in LAYERS]),
+    ),
+    case(
+        "cifar_resnet34__MobileNetV2",
+        "stage",
+        INDEX,
+        lambda: CifarStem("resnet34"),
+        CifarMobileNetV2,
+        SMALL,
+        pairs([f"net.{n}" for n in LAYERS], MOBILE),
+    ),
+    case(
+        "wrn_40_4__wrn_16_4_ofd",
+        "pre_activation",
+        "OFD: the norm's output before the next stage's first activation",
+        lambda: WideResNet(40, 4),
+        lambda: WideResNet(16, 4),
+        SMALL,
+        pairs(["block2.layer.0.bn1", "block3.layer.0.bn1", "bn1"], ["block2.layer.0.bn1", "block3.layer.0.bn1", "bn1"]),
+    ),
     # ImageNet
-    case("resnet50__MobileNetV1", "stage", ENDS, vision("resnet50"), MobileNetV1, MIDDLE, pairs(LAYERS, ["model.3", "model.5", "model.11", "model.13"])),
-    case("resnet50__mobilenet_v2", "stage", ENDS, vision("resnet50"), vision("mobilenet_v2"), MIDDLE, cross(RESNET, MOBILE_V2)),
-    case("resnet101__mobilenet_v3_large", "stage", ENDS, vision("resnet101"), vision("mobilenet_v3_large"), MIDDLE, cross(RESNET, V3_LARGE)),
-    case("vgg16_bn__vgg11_bn", "stage", "rule: last activation before each pooling, or the pooling", vision("vgg16_bn"), vision("vgg11_bn"), MIDDLE, cross(VGG16_BN, VGG11_BN)),
-    case("vgg16_bn__resnet18", "stage", "rule: by resolution", vision("vgg16_bn"), vision("resnet18"), MIDDLE, cross(VGG16_BN, RESNET)),
-    case("resnet34__vgg11_bn", "stage", "rule: by resolution", vision("resnet34"), vision("vgg11_bn"), MIDDLE, cross(RESNET, VGG11_BN)),
-    case("resnet34__efficientnet_b0", "stage", ENDS, vision("resnet34"), vision("efficientnet_b0"), MIDDLE, cross(RESNET, EFFICIENT)),
-    case("efficientnet_b2__b0", "stage", ENDS, vision("efficientnet_b2"), vision("efficientnet_b0"), MIDDLE, cross(EFFICIENT, EFFICIENT)),
-    case("densenet201__mobilenet_v2", "stage", ENDS, vision("densenet201"), vision("mobilenet_v2"), MIDDLE, cross(DENSE, MOBILE_V2)),
-    case("resnet50__densenet121", "stage", ENDS, vision("resnet50"), vision("densenet121"), MIDDLE, cross(RESNET, DENSE)),
-    case("resnet50__shufflenet_v2", "stage", ENDS, vision("resnet50"), vision("shufflenet_v2_x1_0"), MIDDLE, cross(RESNET[1:], SHUFFLE)),
-    case("googlenet__shufflenet_v2", "stage", ENDS, vision("googlenet", init_weights=False), vision("shufflenet_v2_x0_5"), MIDDLE, cross(GOOGLENET, SHUFFLE)),
-    case("googlenet__resnet18", "stage", ENDS, vision("googlenet", init_weights=False), vision("resnet18"), MIDDLE, cross(GOOGLENET, RESNET[1:])),
-    case("wide_resnet50__mnasnet", "stage", ENDS, vision("wide_resnet50_2"), vision("mnasnet0_5"), MIDDLE, pairs(LAYERS, ["layers.8", "layers.9", "layers.11", "layers.13"])),
-    case("resnext101__regnet_x_400mf", "stage", ENDS, vision("resnext50_32x4d"), vision("regnet_x_400mf"), MIDDLE, pairs(LAYERS, indexed("trunk_output.block", (1, 2, 3, 4)))),
-    case("convnext_small__tiny", "stage", ENDS, vision("convnext_small"), vision("convnext_tiny"), MIDDLE, both("features.1", "features.3", "features.5", "features.7")),
-    case("convnext_tiny__resnet18", "stage", ENDS, vision("convnext_tiny"), vision("resnet18"), MIDDLE, cross(SWIN, RESNET)),
+    case(
+        "resnet50__MobileNetV1",
+        "stage",
+        ENDS,
+        vision("resnet50"),
+        MobileNetV1,
+        MIDDLE,
+        pairs(LAYERS, ["model.3", "model.5", "model.11", "model.13"]),
+    ),
+    case(
+        "resnet50__mobilenet_v2",
+        "stage",
+        ENDS,
+        vision("resnet50"),
+        vision("mobilenet_v2"),
+        MIDDLE,
+        cross(RESNET, MOBILE_V2),
+    ),
+    case(
+        "resnet101__mobilenet_v3_large",
+        "stage",
+        ENDS,
+        vision("resnet101"),
+        vision("mobilenet_v3_large"),
+        MIDDLE,
+        cross(RESNET, V3_LARGE),
+    ),
+    case(
+        "vgg16_bn__vgg11_bn",
+        "stage",
+        "rule: last activation before each pooling, or the pooling",
+        vision("vgg16_bn"),
+        vision("vgg11_bn"),
+        MIDDLE,
+        cross(VGG16_BN, VGG11_BN),
+    ),
+    case(
+        "vgg16_bn__resnet18",
+        "stage",
+        "rule: by resolution",
+        vision("vgg16_bn"),
+        vision("resnet18"),
+        MIDDLE,
+        cross(VGG16_BN, RESNET),
+    ),
+    case(
+        "resnet34__vgg11_bn",
+        "stage",
+        "rule: by resolution",
+        vision("resnet34"),
+        vision("vgg11_bn"),
+        MIDDLE,
+        cross(RESNET, VGG11_BN),
+    ),
+    case(
+        "resnet34__efficientnet_b0",
+        "stage",
+        ENDS,
+        vision("resnet34"),
+        vision("efficientnet_b0"),
+        MIDDLE,
+        cross(RESNET, EFFICIENT),
+    ),
+    case(
+        "efficientnet_b2__b0",
+        "stage",
+        ENDS,
+        vision("efficientnet_b2"),
+        vision("efficientnet_b0"),
+        MIDDLE,
+        cross(EFFICIENT, EFFICIENT),
+    ),
+    case(
+        "densenet201__mobilenet_v2",
+        "stage",
+        ENDS,
+        vision("densenet201"),
+        vision("mobilenet_v2"),
+        MIDDLE,
+        cross(DENSE, MOBILE_V2),
+    ),
+    case(
+        "resnet50__densenet121", "stage", ENDS, vision("resnet50"), vision("densenet121"), MIDDLE, cross(RESNET, DENSE)
+    ),
+    case(
+        "resnet50__shufflenet_v2",
+        "stage",
+        ENDS,
+        vision("resnet50"),
+        vision("shufflenet_v2_x1_0"),
+        MIDDLE,
+        cross(RESNET[1:], SHUFFLE),
+    ),
+    case(
+        "googlenet__shufflenet_v2",
+        "stage",
+        ENDS,
+        vision("googlenet", init_weights=False),
+        vision("shufflenet_v2_x0_5"),
+        MIDDLE,
+        cross(GOOGLENET, SHUFFLE),
+    ),
+    case(
+        "googlenet__resnet18",
+        "stage",
+        ENDS,
+        vision("googlenet", init_weights=False),
+        vision("resnet18"),
+        MIDDLE,
+        cross(GOOGLENET, RESNET[1:]),
+    ),
+    case(
+        "wide_resnet50__mnasnet",
+        "stage",
+        ENDS,
+        vision("wide_resnet50_2"),
+        vision("mnasnet0_5"),
+        MIDDLE,
+        pairs(LAYERS, ["layers.8", "layers.9", "layers.11", "layers.13"]),
+    ),
+    case(
+        "resnext101__regnet_x_400mf",
+        "stage",
+        ENDS,
+        vision("resnext50_32x4d"),
+        vision("regnet_x_400mf"),
+        MIDDLE,
+        pairs(LAYERS, indexed("trunk_output.block", (1, 2, 3, 4))),
+    ),
+    case(
+        "convnext_small__tiny",
+        "stage",
+        ENDS,
+        vision("convnext_small"),
+        vision("convnext_tiny"),
+        MIDDLE,
+        both("features.1", "features.3", "features.5", "features.7"),
+    ),
+    case(
+        "convnext_tiny__resnet18",
+        "stage",
+        ENDS,
+        vision("convnext_tiny"),
+        vision("resnet18"),
+        MIDDLE,
+        cross(SWIN, RESNET),
+    ),
     case("swin_t__resnet18", "stage", ENDS, vision("swin_t"), vision("resnet18"), LARGE, cross(SWIN, RESNET)),
     case("resnet50__swin_t", "stage", ENDS, vision("resnet50"), vision("swin_t"), LARGE, cross(RESNET, SWIN)),
-    case("maxvit_t__efficientnet_b0", "stage", ENDS, vision("maxvit_t"), vision("efficientnet_b0"), LARGE, cross(ends(*indexed("blocks.", (0, 1, 2, 3))), EFFICIENT)),
-    case("td_ghnd_resnet50", "head_replaced", "torchdistill's GHND on ResNet-50, cut at layer1", vision("resnet50"), resnet50_head_replaced, LARGE, pairs(LAYERS, ["bottleneck_layer", *LAYERS[1:]])),
-    case("td_ghnd_densenet169", "head_replaced", "torchdistill's GHND on DenseNet-169", vision("densenet169"), densenet_head_replaced, LARGE,
-         [[("features.transition2", "bottleneck_layer"), ("features.denseblock2", "bottleneck_layer")], [("features.denseblock3", "denseblock3"), ("features.transition3", "transition3")], [("features.denseblock4", "denseblock4"), ("features.norm5", "norm5")]]),
+    case(
+        "maxvit_t__efficientnet_b0",
+        "stage",
+        ENDS,
+        vision("maxvit_t"),
+        vision("efficientnet_b0"),
+        LARGE,
+        cross(ends(*indexed("blocks.", (0, 1, 2, 3))), EFFICIENT),
+    ),
+    case(
+        "td_ghnd_resnet50",
+        "head_replaced",
+        "torchdistill's GHND on ResNet-50, cut at layer1",
+        vision("resnet50"),
+        resnet50_head_replaced,
+        LARGE,
+        pairs(LAYERS, ["bottleneck_layer", *LAYERS[1:]]),
+    ),
+    case(
+        "td_ghnd_densenet169",
+        "head_replaced",
+        "torchdistill's GHND on DenseNet-169",
+        vision("densenet169"),
+        densenet_head_replaced,
+        LARGE,
+        [
+            [("features.transition2", "bottleneck_layer"), ("features.denseblock2", "bottleneck_layer")],
+            [("features.denseblock3", "denseblock3"), ("features.transition3", "transition3")],
+            [("features.denseblock4", "denseblock4"), ("features.norm5", "norm5")],
+        ],
+    ),
     # detection, segmentation, video, signals
-    case("retina_resnet101__resnet50", "fpn", "MMRazor's FPN configs for RetinaNet (neck.fpn_convs)", retina("resnet101"), retina("resnet50"), MIDDLE, both(*indexed("fpn.layer_blocks.", (0, 1, 2)), "fpn.extra_blocks.p6", "fpn.extra_blocks.p7")),
-    case("retina_resnet50__resnet18_trunk", "stage", "torchdistill's detection configs (backbone.body)", retina("resnet50"), retina("resnet18"), MIDDLE, both(*[f"body.{n}" for n in LAYERS])),
-    case("deeplab_resnet101__resnet50", "stage", "structured KD: trunk stages and the map before the classifier", lambda: MainOutput("deeplabv3_resnet101"), lambda: MainOutput("deeplabv3_resnet50"), MIDDLE, [*both(*[f"backbone.{n}" for n in LAYERS]), [("classifier.3", "classifier.3"), ("classifier.0", "classifier.0")]]),
-    case("deeplab_resnet50__mobilenet", "stage", ENDS + ", strides replaced by dilation", lambda: MainOutput("deeplabv3_resnet50"), lambda: MainOutput("deeplabv3_mobilenet_v3_large"), MIDDLE,
-         [("backbone.layer1", "backbone.3"), ("backbone.layer2", "backbone.6"), [("backbone.layer4", "backbone.15"), ("backbone.layer4", "backbone.16")], [("classifier.3", "classifier.3"), ("classifier.0", "classifier.0")]]),
-    case("pspnet_resnet50__resnet18", "stage", "CWD and IFVD: trunk stages, and the map before the classifier", lambda: Psp("resnet50"), lambda: Psp("resnet18"), MIDDLE, [*both(*LAYERS), ("bottleneck", "bottleneck")]),
-    case("pspnet_resnet101__resnet50", "stage", "CWD and IFVD: trunk stages, and the map before the classifier", lambda: Psp("resnet101"), lambda: Psp("resnet50", width_per_group=32), MIDDLE, [*both(*LAYERS), ("bottleneck", "bottleneck")]),
-    case("unet__small_unet", "stage", "rule: every level on the way down and up", lambda: UNet(16, 3), lambda: UNet(8, 2), (2, 3, 64, 64), both("down.0", "down.1", "down.2", "down.3", "fuse.0", "fuse.1", "fuse.2")),
-    case("edsr16__edsr4", "blocks", UNIFORM + ", at one resolution", lambda: Edsr(16, 16), lambda: Edsr(4, 8), (2, 3, 24, 24), pairs(indexed("marks.", (3, 7, 11, 15)), indexed("marks.", (0, 1, 2, 3)))),
+    case(
+        "retina_resnet101__resnet50",
+        "fpn",
+        "MMRazor's FPN configs for RetinaNet (neck.fpn_convs)",
+        retina("resnet101"),
+        retina("resnet50"),
+        MIDDLE,
+        both(*indexed("fpn.layer_blocks.", (0, 1, 2)), "fpn.extra_blocks.p6", "fpn.extra_blocks.p7"),
+    ),
+    case(
+        "retina_resnet50__resnet18_trunk",
+        "stage",
+        "torchdistill's detection configs (backbone.body)",
+        retina("resnet50"),
+        retina("resnet18"),
+        MIDDLE,
+        both(*[f"body.{n}" for n in LAYERS]),
+    ),
+    case(
+        "deeplab_resnet101__resnet50",
+        "stage",
+        "structured KD: trunk stages and the map before the classifier",
+        lambda: MainOutput("deeplabv3_resnet101"),
+        lambda: MainOutput("deeplabv3_resnet50"),
+        MIDDLE,
+        [
+            *both(*[f"backbone.{n}" for n in LAYERS]),
+            [("classifier.3", "classifier.3"), ("classifier.0", "classifier.0")],
+        ],
+    ),
+    case(
+        "deeplab_resnet50__mobilenet",
+        "stage",
+        ENDS + ", strides replaced by dilation",
+        lambda: MainOutput("deeplabv3_resnet50"),
+        lambda: MainOutput("deeplabv3_mobilenet_v3_large"),
+        MIDDLE,
+        [
+            ("backbone.layer1", "backbone.3"),
+            ("backbone.layer2", "backbone.6"),
+            [("backbone.layer4", "backbone.15"), ("backbone.layer4", "backbone.16")],
+            [("classifier.3", "classifier.3"), ("classifier.0", "classifier.0")],
+        ],
+    ),
+    case(
+        "pspnet_resnet50__resnet18",
+        "stage",
+        "CWD and IFVD: trunk stages, and the map before the classifier",
+        lambda: Psp("resnet50"),
+        lambda: Psp("resnet18"),
+        MIDDLE,
+        [*both(*LAYERS), ("bottleneck", "bottleneck")],
+    ),
+    case(
+        "pspnet_resnet101__resnet50",
+        "stage",
+        "CWD and IFVD: trunk stages, and the map before the classifier",
+        lambda: Psp("resnet101"),
+        lambda: Psp("resnet50", width_per_group=32),
+        MIDDLE,
+        [*both(*LAYERS), ("bottleneck", "bottleneck")],
+    ),
+    case(
+        "unet__small_unet",
+        "stage",
+        "rule: every level on the way down and up",
+        lambda: UNet(16, 3),
+        lambda: UNet(8, 2),
+        (2, 3, 64, 64),
+        both("down.0", "down.1", "down.2", "down.3", "fuse.0", "fuse.1", "fuse.2"),
+    ),
+    case(
+        "edsr16__edsr4",
+        "blocks",
+        UNIFORM + ", at one resolution",
+        lambda: Edsr(16, 16),
+        lambda: Edsr(4, 8),
+        (2, 3, 24, 24),
+        pairs(indexed("marks.", (3, 7, 11, 15)), indexed("marks.", (0, 1, 2, 3))),
+    ),
     case("r2plus1d__r3d", "stage", ENDS, video("r2plus1d_18"), video("r3d_18"), (2, 3, 8, 48, 48), both(*LAYERS)),
-    case("signal_cnn", "stage", "rule: one per stage", lambda: TextCnn(16, 3), lambda: TextCnn(8, 1), (2, 3, 1024), both("stages.0", "stages.1", "stages.2")),
+    case(
+        "signal_cnn",
+        "stage",
+        "rule: one per stage",
+        lambda: TextCnn(16, 3),
+        lambda: TextCnn(8, 1),
+        (2, 3, 1024),
+        both("stages.0", "stages.1", "stages.2"),
+    ),
     # tokens
-    case("bert12__bert6", "tokens", UNIFORM, lambda: Bert(12, 32), lambda: Bert(6, 16), TOKENS, uniform(6, 12, 6, "layer."), vocabulary=100),
-    case("bert12__bert4", "tokens", UNIFORM, lambda: Bert(12, 32), lambda: Bert(4, 16), TOKENS, uniform(4, 12, 4, "layer."), vocabulary=100),
-    case("bert12__bert3", "tokens", UNIFORM, lambda: Bert(12, 32), lambda: Bert(3, 32), TOKENS, uniform(3, 12, 3, "layer."), vocabulary=100),
-    case("gpt12__gpt6", "tokens", UNIFORM, lambda: Bert(12, 32, True), lambda: Bert(6, 16, True), TOKENS, uniform(6, 12, 6, "layer."), vocabulary=100),
-    case("bert6_embedded__bert3", "tokens", "TinyBERT and TextBrewer: the embeddings too", lambda: Bert(6, 32), lambda: Bert(3, 16), TOKENS, [("embedded", "embedded"), *uniform(3, 6, 3, "layer.")], vocabulary=100),
-    case("deit_small__deit_tiny", "tokens", UNIFORM, timm_model("deit_small_patch16_224", img_size=64), timm_model("deit_tiny_patch16_224", img_size=64), (2, 3, 64, 64), both(*indexed("blocks.", range(12))), needs="timm"),
-    case("vit24__vit12", "tokens", UNIFORM, timm_model("vit_tiny_patch16_224", img_size=64, depth=24), timm_model("vit_tiny_patch16_224", img_size=64, embed_dim=96), (2, 3, 64, 64), uniform(12, 24, 12, "blocks."), needs="timm"),
-    case("mixer_b16__s16", "tokens", UNIFORM, timm_model("mixer_b16_224", img_size=64), timm_model("mixer_s16_224", img_size=64), (2, 3, 64, 64), uniform(8, 12, 8, "blocks."), needs="timm"),
-    case("cait_s24__xxs", "tokens", UNIFORM, timm_model("cait_xxs36_224", img_size=64), timm_model("cait_xxs24_224", img_size=64), (2, 3, 64, 64), [*uniform(12, 36, 24, "blocks.")], needs="timm"),
-    case("pvt_v2_b2__b0", "stage", ENDS, timm_model("pvt_v2_b2"), timm_model("pvt_v2_b0"), MIDDLE, both(*indexed("stages.", range(4))), needs="timm"),
-    case("resnet50__pvt_v2_b0", "stage", ENDS, vision("resnet50"), timm_model("pvt_v2_b0"), MIDDLE, pairs(LAYERS, indexed("stages.", range(4))), needs="timm"),
-    case("poolformer_s24__s12", "stage", ENDS, timm_model("poolformer_s24"), timm_model("poolformer_s12"), MIDDLE, both(*indexed("stages.", range(4))), needs="timm"),
-    case("levit_192__128s", "stage", ENDS, timm_model("levit_192"), timm_model("levit_128s"), LARGE, both(*indexed("stages.", range(3))), needs="timm"),
-    case("repvgg_b0__a0", "stage", ENDS, timm_model("repvgg_b0"), timm_model("repvgg_a0"), MIDDLE, both(*indexed("stages.", range(4))), needs="timm"),
-    case("resnet50__repghost", "stage", ENDS, vision("resnet50"), timm_model("ghostnet_100"), MIDDLE, pairs(LAYERS, ["blocks.2", "blocks.4", "blocks.6", "blocks.8"]), needs="timm"),
-    case("cspdarknet53__darknet17", "stage", ENDS, timm_model("cspdarknet53"), timm_model("darknet17"), MIDDLE, both(*indexed("stages.", range(1, 5))), needs="timm"),
-    case("nfnet_f0__resnet26", "stage", ENDS, timm_model("nf_resnet50"), timm_model("resnet26"), MIDDLE, pairs(indexed("stages.", range(4)), LAYERS), needs="timm"),
-    case("mobilevit_s__xxs", "stage", ENDS, timm_model("mobilevit_s"), timm_model("mobilevit_xxs"), (2, 3, 256, 256), both(*indexed("stages.", range(1, 5))), needs="timm"),
-    case("edgenext__resnet18", "stage", ENDS, timm_model("edgenext_small"), vision("resnet18"), MIDDLE, pairs(indexed("stages.", range(4)), LAYERS), needs="timm"),
-    case("xcit_24__12", "tokens", UNIFORM, timm_model("xcit_nano_12_p16_224", depth=8), timm_model("xcit_nano_12_p16_224", depth=4), (2, 3, 64, 64), uniform(4, 8, 4, "blocks."), needs="timm"),
-    case("hrnet_w32__w18", "stage", "rule: one per stage's high-resolution branch", timm_model("hrnet_w18_small_v2"), timm_model("hrnet_w18_small"), MIDDLE, [[("layer1", "layer1")]], needs="timm"),
-]  # fmt: skip
+    case(
+        "bert12__bert6",
+        "tokens",
+        UNIFORM,
+        lambda: Bert(12, 32),
+        lambda: Bert(6, 16),
+        TOKENS,
+        uniform(6, 12, 6, "layer."),
+        vocabulary=100,
+    ),
+    case(
+        "bert12__bert4",
+        "tokens",
+        UNIFORM,
+        lambda: Bert(12, 32),
+        lambda: Bert(4, 16),
+        TOKENS,
+        uniform(4, 12, 4, "layer."),
+        vocabulary=100,
+    ),
+    case(
+        "bert12__bert3",
+        "tokens",
+        UNIFORM,
+        lambda: Bert(12, 32),
+        lambda: Bert(3, 32),
+        TOKENS,
+        uniform(3, 12, 3, "layer."),
+        vocabulary=100,
+    ),
+    case(
+        "gpt12__gpt6",
+        "tokens",
+        UNIFORM,
+        lambda: Bert(12, 32, True),
+        lambda: Bert(6, 16, True),
+        TOKENS,
+        uniform(6, 12, 6, "layer."),
+        vocabulary=100,
+    ),
+    case(
+        "bert6_embedded__bert3",
+        "tokens",
+        "TinyBERT and TextBrewer: the embeddings too",
+        lambda: Bert(6, 32),
+        lambda: Bert(3, 16),
+        TOKENS,
+        [("embedded", "embedded"), *uniform(3, 6, 3, "layer.")],
+        vocabulary=100,
+    ),
+    case(
+        "deit_small__deit_tiny",
+        "tokens",
+        UNIFORM,
+        timm_model("deit_small_patch16_224", img_size=64),
+        timm_model("deit_tiny_patch16_224", img_size=64),
+        (2, 3, 64, 64),
+        both(*indexed("blocks.", range(12))),
+        needs="timm",
+    ),
+    case(
+        "vit24__vit12",
+        "tokens",
+        UNIFORM,
+        timm_model("vit_tiny_patch16_224", img_size=64, depth=24),
+        timm_model("vit_tiny_patch16_224", img_size=64, embed_dim=96),
+        (2, 3, 64, 64),
+        uniform(12, 24, 12, "blocks."),
+        needs="timm",
+    ),
+    case(
+        "mixer_b16__s16",
+        "tokens",
+        UNIFORM,
+        timm_model("mixer_b16_224", img_size=64),
+        timm_model("mixer_s16_224", img_size=64),
+        (2, 3, 64, 64),
+        [pairs_of(t, k) for k, t in enumerate(((0, 1), (2,), (3, 4), (5,), (6, 7), (8,), (9, 10), (11,)))],
+        needs="timm",
+    ),
+    case(
+        "cait_s24__xxs",
+        "tokens",
+        UNIFORM,
+        timm_model("cait_xxs36_224", img_size=64),
+        timm_model("cait_xxs24_224", img_size=64),
+        (2, 3, 64, 64),
+        [*uniform(12, 36, 24, "blocks.")],
+        needs="timm",
+    ),
+    case(
+        "pvt_v2_b2__b0",
+        "stage",
+        ENDS,
+        timm_model("pvt_v2_b2"),
+        timm_model("pvt_v2_b0"),
+        MIDDLE,
+        both(*indexed("stages.", range(4))),
+        needs="timm",
+    ),
+    case(
+        "resnet50__pvt_v2_b0",
+        "stage",
+        ENDS,
+        vision("resnet50"),
+        timm_model("pvt_v2_b0"),
+        MIDDLE,
+        pairs(LAYERS, indexed("stages.", range(4))),
+        needs="timm",
+    ),
+    case(
+        "poolformer_s24__s12",
+        "stage",
+        ENDS,
+        timm_model("poolformer_s24"),
+        timm_model("poolformer_s12"),
+        MIDDLE,
+        both(*indexed("stages.", range(4))),
+        needs="timm",
+    ),
+    case(
+        "levit_192__128s",
+        "stage",
+        ENDS,
+        timm_model("levit_192"),
+        timm_model("levit_128s"),
+        LARGE,
+        both(*indexed("stages.", range(3))),
+        needs="timm",
+    ),
+    case(
+        "repvgg_b0__a0",
+        "stage",
+        ENDS,
+        timm_model("repvgg_b0"),
+        timm_model("repvgg_a0"),
+        MIDDLE,
+        both(*indexed("stages.", range(4))),
+        needs="timm",
+    ),
+    case(
+        "resnet50__repghost",
+        "stage",
+        ENDS,
+        vision("resnet50"),
+        timm_model("ghostnet_100"),
+        MIDDLE,
+        pairs(LAYERS, ["blocks.2", "blocks.4", "blocks.6", "blocks.8"]),
+        needs="timm",
+    ),
+    case(
+        "cspdarknet53__darknet17",
+        "stage",
+        ENDS,
+        timm_model("cspdarknet53"),
+        timm_model("darknet17"),
+        MIDDLE,
+        both(*indexed("stages.", range(1, 5))),
+        needs="timm",
+    ),
+    case(
+        "nfnet_f0__resnet26",
+        "stage",
+        ENDS,
+        timm_model("nf_resnet50"),
+        timm_model("resnet26"),
+        MIDDLE,
+        pairs(indexed("stages.", range(4)), LAYERS),
+        needs="timm",
+    ),
+    case(
+        "mobilevit_s__xxs",
+        "stage",
+        ENDS,
+        timm_model("mobilevit_s"),
+        timm_model("mobilevit_xxs"),
+        (2, 3, 256, 256),
+        both(*indexed("stages.", range(1, 5))),
+        needs="timm",
+    ),
+    case(
+        "edgenext__resnet18",
+        "stage",
+        ENDS,
+        timm_model("edgenext_small"),
+        vision("resnet18"),
+        MIDDLE,
+        pairs(indexed("stages.", range(4)), LAYERS),
+        needs="timm",
+    ),
+    case(
+        "xcit_24__12",
+        "tokens",
+        UNIFORM,
+        timm_model("xcit_nano_12_p16_224", depth=8),
+        timm_model("xcit_nano_12_p16_224", depth=4),
+        (2, 3, 64, 64),
+        uniform(4, 8, 4, "blocks."),
+        needs="timm",
+    ),
+    case(
+        "hrnet_w32__w18",
+        "stage",
+        "rule: one per stage's high-resolution branch",
+        timm_model("hrnet_w18_small_v2"),
+        timm_model("hrnet_w18_small"),
+        MIDDLE,
+        [[("layer1", "layer1")]],
+        needs="timm",
+    ),
+]
