@@ -1,10 +1,10 @@
 """Does the alignment find the layers that people pair, and what does it cost?
 
-    python benchmarks/alignment.py cases --json docs/alignment.json        human pairings; --cases FOLDER says where they are
-    python benchmarks/alignment.py stages --json docs/alignment.json       stage ends against timm's own feature lists
-    python benchmarks/alignment.py identity --json docs/alignment.json     30 models of the zoo, each with itself
-    python benchmarks/alignment.py speed --json docs/alignment.json        ResNet-152 → ResNet-50, and growth from 100 to 10,000 nodes
-    python benchmarks/alignment.py table docs/alignment.json               the results as Markdown
+    python benchmarks/alignment.py cases --json benchmarks/results/alignment.json        human pairings; --cases FOLDER says where they are
+    python benchmarks/alignment.py stages --json benchmarks/results/alignment.json       stage ends against timm's own feature lists
+    python benchmarks/alignment.py identity --json benchmarks/results/alignment.json     30 models of the zoo, each with itself
+    python benchmarks/alignment.py speed --json benchmarks/results/alignment.json        ResNet-152 → ResNet-50, and growth from 100 to 10,000 nodes
+    python benchmarks/alignment.py table benchmarks/results/alignment.json               the results as Markdown
 
 The human pairings are read from distillation configs and scored by tensor identity (see alignment_score.py beside them): names have no
 part in it, neither ours nor theirs. Where the folder is absent the command says so and ends well.
@@ -208,7 +208,7 @@ def identity(only: str) -> dict[str, Any]:
     """Align 30 models with themselves, by stages and by blocks: every tap must go with itself."""
     results: dict[str, Any] = {}
     for entry in zoo("torchvision"):
-        if entry.name in _ONE_OF_EACH and only in entry.id:
+        if entry.name in _ONE_OF_EACH and entry.name in (only.split(",") if only else _ONE_OF_EACH):
             model = trace(entry.build(), entry.example(2))
             pairs = [
                 pair for every_block in (False, True) for pair in match(model, model, every_block=every_block).value
@@ -279,11 +279,25 @@ def _best(run: Callable[[], object]) -> float:
 def table(path: Path) -> None:
     """Print the results of a file as Markdown."""
     record = json.loads(path.read_text())
-    print("| case | places | exact | site | shape | contradictions |\n|---|---|---|---|---|---|")
-    for name, row in record.get("cases", {}).get("results", {}).items():
-        recalls = " | ".join(f"{row[measure]:.2f}" for measure in ("recall_exact", "recall_site", "recall_shape"))
-        print(f"| {name} | {row['n_truth']} | {recalls} | {row['contradictions']} |")
-    print("\n", summary(record.get("cases", {}).get("results", {})))
+    for what, title in (("cases", "Human pairings"), ("pairings", "Our own pairings")):
+        results = record.get(what, {}).get("results", {})
+        print(f"\n### {title}, {record.get(what, {}).get('date', 'not run')}\n")
+        print("| case | places | exact | site | shape | contradictions |\n|---|---|---|---|---|---|")
+        for name, row in results.items():
+            recalls = " | ".join(f"{row[measure]:.2f}" for measure in ("recall_exact", "recall_site", "recall_shape"))
+            print(f"| {name.removeprefix('own_')} | {row['n_truth']} | {recalls} | {row['contradictions']} |")
+        total = summary(results)
+        recalls = " | ".join(f"**{total[measure]:.3f}**" for measure in ("recall_exact", "recall_site", "recall_shape"))
+        print(f"| **all {total['cases']}** | **{total['places']}** | {recalls} | **{total['contradictions']}** |")
+    same = record.get("identity", {}).get("results", {})
+    print(f"\n### Identity, {record.get('identity', {}).get('date', 'not run')}\n")
+    print(f"{sum(not row['astray'] for row in same.values())} of {len(same)} models pair every tap with itself", end="")
+    print(f" ({sum(row['pairs'] for row in same.values())} pairs).")
+    print(f"\n### Speed, {record.get('speed', {}).get('date', 'not run')}\n\n| what | seconds of CPU |\n|---|---|")
+    for name, value in record.get("speed", {}).get("results", {}).items():
+        print(
+            f"| {name} | {value if not isinstance(value, dict) else ', '.join(f'{k} {v}' for k, v in value.items())} |"
+        )
 
 
 def main() -> None:
@@ -309,7 +323,9 @@ def main() -> None:
         record = json.loads(options.json.read_text()) if options.json.exists() else {}
         versions = {name: version(name) for name in ("torch", "torchvision", "timm", "networkx")}
         date = datetime.now(UTC).isoformat(timespec="seconds")
-        record[options.what] = {"date": date, "versions": versions, "command": " ".join(sys.argv), "results": results}
+        earlier = record.get(options.what, {}).get("results", {}) if options.only else {}
+        command = f"python benchmarks/alignment.py {options.what} --json {options.json}"
+        record[options.what] = {"date": date, "versions": versions, "command": command, "results": earlier | results}
         options.json.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     return None
 

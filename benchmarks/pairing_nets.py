@@ -237,6 +237,14 @@ def densenet_head_replaced() -> nn.Module:
     return HeadReplaced(small, [(name, getattr(full.features, name)) for name in names], full.classifier)
 
 
+def inception_head_replaced() -> nn.Module:
+    """Everything before the first inception block replaced (192 channels of 35x35)."""
+    full = torchvision.models.inception_v3(weights=None, init_weights=False, aux_logits=False)
+    names = ["5b", "5c", "5d", "6a", "6b", "6c", "6d", "6e", "7a", "7b", "7c"]
+    small = narrow_auto_encoder([(192, 1), (192, 0), (192, 0)], 0, 1)
+    return HeadReplaced(small, [(f"Mixed_{name}", getattr(full, f"Mixed_{name}")) for name in names], full.fc)
+
+
 class CifarStem(nn.Module):
     """torchvision's ResNet with the stem for 32x32 images (3x3, stride 1, no pooling)."""
 

@@ -35,6 +35,7 @@ from pairing_nets import (
     TextCnn,
     UNet,
     densenet_head_replaced,
+    inception_head_replaced,
     resnet50_head_replaced,
     retina,
 )
@@ -370,6 +371,15 @@ CASES = [
             [("features.denseblock3", "denseblock3"), ("features.transition3", "transition3")],
             [("features.denseblock4", "denseblock4"), ("features.norm5", "norm5")],
         ],
+    ),
+    case(
+        "td_ghnd_inception_v3",
+        "head_replaced",
+        "torchdistill's GHND on Inception, cut before Mixed_5b",
+        vision("inception_v3", init_weights=False, aux_logits=False),
+        inception_head_replaced,
+        (2, 3, 299, 299),
+        [("maxpool2", "bottleneck_layer"), *both("Mixed_5d", "Mixed_6e", "Mixed_7c")],
     ),
     # detection, segmentation, video, signals
     case(

@@ -17,6 +17,7 @@ CODES: dict[str, str] = {
     "last": "L",
     "block": "B",
     "output": "O",
+    "drop-in": "I",
     "fixed": "F",
     "data": "C",
     "penultimate": "V",

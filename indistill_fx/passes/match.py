@@ -6,7 +6,8 @@ Rules, in order:
      two are. Pairs asked for stay, and nothing crosses them.
   3. Where both models are a single stage, where every block or more pairs than stages are asked for, blocks are paired inside the
      paired stages, evenly spaced and ending with the last.
-  4. The penultimate vectors, for relational losses, are a pair of their own in the report.
+  4. Layers that were replaced to deliver what the next stage reads are paired where they deliver it (see `drop_in`).
+  5. The penultimate vectors, for relational losses, are a pair of their own in the report.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from math import floor
 from indistill_fx.errors import ConfigError, MatchError
 from indistill_fx.passes.best_path import best_path
 from indistill_fx.passes.candidates import TENSORS, Candidates, Taps, look, make_pair
+from indistill_fx.passes.drop_in import moved, stems
 from indistill_fx.passes.explain import Explained, explain
 from indistill_fx.passes.score import Chosen, Evidence, Place, comparable, weigh, words
 from indistill_fx.plan import Pair
@@ -101,7 +103,10 @@ def match(
     if similarity is None or not blockwise:
         free = _spread(sides, cells, free, kept, wanted=pairs, blockwise=blockwise)
     chosen = sorted([*_thin(free, pairs, len(kept)), *kept], key=lambda one: sides[0].order[one.teacher.node])
-    found = _pairs(sides, chosen)
+    placed = [moved(sides, one) for one in chosen]
+    if pairs is None and placed and (stem := stems(sides, chosen[0])) is not None:
+        chosen, placed = [stem, *chosen], [stem, *placed]
+    found = _pairs(sides, placed)
     report = MatchReport(
         embedding=_embedding(sides),
         unmatched=_unmatched(sides, chosen, free, kept),

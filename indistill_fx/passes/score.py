@@ -31,6 +31,7 @@ LEGEND: dict[str, str] = {
     "last": "the last stage of both",
     "block": "evenly spaced among the blocks of two paired stages",
     "output": "outputs of both feature pyramids",
+    "drop-in": "made to deliver what the next stage of the teacher reads: one shape, from different layers",
     "fixed": "asked for",
     "data": "linear CKA on the data given is at least 0.5",
     "penultimate": "the vectors that the last layers read",
