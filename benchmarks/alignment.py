@@ -1,10 +1,13 @@
 """Does the alignment find the layers that people pair, and what does it cost?
 
-    python benchmarks/alignment.py cases --json benchmarks/results/alignment.json        human pairings; --cases FOLDER says where they are
-    python benchmarks/alignment.py stages --json benchmarks/results/alignment.json       stage ends against timm's own feature lists
-    python benchmarks/alignment.py identity --json benchmarks/results/alignment.json     30 models of the zoo, each with itself
-    python benchmarks/alignment.py speed --json benchmarks/results/alignment.json        ResNet-152 → ResNet-50, and growth from 100 to 10,000 nodes
-    python benchmarks/alignment.py table benchmarks/results/alignment.json               the results as Markdown
+    python benchmarks/alignment.py cases --json FILE       human pairings; --cases FOLDER says where they are
+    python benchmarks/alignment.py pairings --json FILE    our own pairings (pairings.py)
+    python benchmarks/alignment.py stages --json FILE      stage ends against timm's own feature lists
+    python benchmarks/alignment.py identity --json FILE    30 models of the zoo, each with itself
+    python benchmarks/alignment.py speed --json FILE       ResNet-152 → ResNet-50, and growth from 100 to 10,000 nodes
+    python benchmarks/alignment.py table FILE              the results as Markdown
+
+The results kept are in benchmarks/results/alignment.json. `--only A,B` does a part; its results are added to those in the file.
 
 The human pairings are read from distillation configs and scored by tensor identity (see alignment_score.py beside them): names have no
 part in it, neither ours nor theirs. Where the folder is absent the command says so and ends well.

@@ -46,9 +46,12 @@ def stems(sides: _Sides, first: Chosen) -> Chosen | None:
     """What different first layers hand on to the first stages, if these are a pair and the shape is one; None otherwise."""
     if sides[0].taps != "block" or any(not side.stages or side.stages[0].is_output for side in sides):
         return None
-    exits = [side.tensor(side.stages[0].exit) for side in sides]
+    inside = [
+        place.node in map(side.tensor, side.stages[0].blocks)
+        for side, place in zip(sides, (first.teacher, first.student), strict=True)
+    ]
     nodes = [_handed_on(side, -1) for side in sides]
-    if [first.teacher.node, first.student.node] != exits or None in nodes:
+    if not all(inside) or None in nodes:
         return None
     work = [_work(side, node) for side, node in zip(sides, nodes, strict=True) if node is not None]
     if work[0] == work[1] or not all(work):

@@ -231,6 +231,72 @@ def test_outputs_of_pyramids_go_with_one_another_only() -> None:
     ]
 
 
+class Sum(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.relu(self.conv(x))
+
+
+class Dense(nn.Module):
+    def __init__(self, cin: int, grow: int):
+        super().__init__()
+        self.conv = nn.Conv2d(cin, grow, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x, torch.relu(self.conv(x))], 1)
+
+
+def dense(first: list[nn.Module], *, grow: int = 4, middle: int = 8) -> nn.Sequential:
+    """First layers, a dense block behind a transition, a head; the part that may be replaced ends with the transition."""
+    blocks = [Dense(middle, grow), Dense(middle + grow, grow)]
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(middle + 2 * grow, 3)]
+    return nn.Sequential(nn.Sequential(*first), nn.Sequential(*blocks), *head)
+
+
+def original() -> list[nn.Module]:
+    """Stem, dense block, transition: 8 channels at a quarter of the size."""
+    stem = [nn.Conv2d(3, 6, 3, 2, 1), nn.BatchNorm2d(6), nn.ReLU()]
+    return [*stem, Dense(6, 5), Dense(11, 5), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 8, 1), nn.AvgPool2d(2)]
+
+
+def replaced(width: int = 8) -> list[nn.Module]:
+    """A narrow auto-encoder that delivers the same."""
+    down = [nn.Conv2d(3, 4, 3, 2, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 2, 2), nn.BatchNorm2d(2), nn.ReLU()]
+    up = [nn.ConvTranspose2d(2, 10, 2, 2), nn.BatchNorm2d(10), nn.ReLU(), nn.Conv2d(10, width, 3, padding=1)]
+    return [*down, *up, nn.AvgPool2d(2)]
+
+
+def test_replaced_first_layers_go_with_what_they_deliver() -> None:
+    x = images(size=32)
+    teacher = trace(dense(original()), x)
+    found = match(teacher, trace(dense(replaced()), x))
+    assert names(found.value) == both("0", "1")
+    assert found.value[0].reason.startswith("drop-in")
+    assert (found.value[0].teacher_shape, found.value[0].student_shape) == ((2, 8, 8, 8), (2, 8, 8, 8))
+    narrower = match(teacher, trace(dense(replaced(4), middle=4), x))
+    assert not any("drop-in" in pair.reason for pair in narrower.value)
+    itself = match(teacher, teacher)
+    assert not any("drop-in" in pair.reason for pair in itself.value)
+
+
+def test_different_stems_of_one_shape_are_a_pair_and_equal_ones_are_not() -> None:
+    def net(*stem: nn.Module) -> TracedModel:
+        blocks = [Sum(8), Sum(8)]
+        return trace(
+            nn.Sequential(nn.Sequential(*stem), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)), x
+        )
+
+    x = images(size=32)
+    plain = nn.Conv2d(3, 8, 3, 2, 1)
+    deep = (nn.Conv2d(3, 2, 3, 2, 1), nn.ReLU(), nn.Conv2d(2, 8, 3, 1, 1))
+    assert names(match(net(plain), net(*deep)).value)[0] == ("0", "0")
+    assert ("0", "0") not in names(match(net(plain), net(plain)).value)
+    assert ("0", "0") not in names(match(net(plain), net(*deep), pairs=1).value)
+
+
 def test_measured_similarity_can_outweigh_structure() -> None:
     def similar(teacher: TracedModel, student: TracedModel, a: list[str], b: list[str]) -> list[list[float]]:
         assert (a, b) == (["layer1", "layer2", "layer3"], ["layer1", "layer2", "layer3"])
