@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._pytree import tree_leaves, tree_map
 
 from indistill_fx.ops import is_inplace
@@ -92,7 +93,7 @@ def add_tensor(graph_module: fx.GraphModule, wish: str, tensor: Tensor) -> str:
 
 def with_tensors(module: nn.Module, tensors: Mapping[str, Tensor | None], **attributes: Any) -> nn.Module:
     """A shallow copy of a leaf module with some of its own parameters, buffers and attributes replaced; the original stays as it is."""
-    new = copy.copy(module)
+    new = _shallow_copy(module)
     new.__dict__["_parameters"] = dict(module._parameters)
     new.__dict__["_buffers"] = dict(module._buffers)
     new.__dict__["_modules"] = dict(module._modules)
@@ -107,6 +108,14 @@ def with_tensors(module: nn.Module, tensors: Mapping[str, Tensor | None], **attr
             new._buffers[name] = tensor
     for name, value in attributes.items():
         setattr(new, name, value)
+    return new
+
+
+def _shallow_copy(module: nn.Module) -> nn.Module:
+    if not is_parametrized(module):
+        return copy.copy(module)
+    new: nn.Module = type(module).__new__(type(module))  # torch refuses to copy what has a weight or spectral norm
+    new.__dict__.update(module.__dict__)
     return new
 
 

@@ -31,7 +31,7 @@ class NodeFacts:
         stride: input size over own size, per axis of space; None unless a map.
         macs: multiply-accumulates of this node, for one sample.
         parameters: number of parameters this node reads.
-        module: path of the module in whose forward the node was made.
+        module: the module call in whose forward the node was made: its path, `layer3.1@2` for the second call.
     """
 
     shape: tuple[int, ...]
@@ -50,6 +50,11 @@ class NodeFacts:
         if self.channel_axis is None:
             raise ValueError(f"a tensor of shape {self.shape} without a channel axis")
         return self.shape[self.channel_axis]
+
+    @property
+    def path(self) -> str:
+        """Path of the module in whose forward the node was made, whichever call it was."""
+        return self.module.partition("@")[0]
 
     @property
     def space(self) -> tuple[int, ...]:

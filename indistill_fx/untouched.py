@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,11 +15,33 @@ _REGISTRIES = ("_parameters", "_buffers", "_modules")
 
 
 @contextmanager
+def weights_kept(module: nn.Module) -> Iterator[Callable[[], None]]:
+    """Put the values of all parameters back when the block ends; what it gives puts them back at once.
+
+    Some forward passes write parameters (`self.weight.data = normalize(self.weight)`), which no version counter tells.
+    """
+    weights = [(weight, weight.data, weight.detach().clone()) for weight in module.parameters()]
+
+    def put_back() -> None:
+        with torch.no_grad():
+            for weight, data, before in weights:
+                if weight.data_ptr() != data.data_ptr() or weight.shape != before.shape:
+                    weight.data = data
+                if not torch.equal(weight, before):
+                    weight.data.copy_(before)
+
+    try:
+        yield put_back
+    finally:
+        put_back()
+
+
+@contextmanager
 def untouched(module: nn.Module) -> Iterator[None]:
     """Put flags, buffers, attributes and random state back when the block ends, however it ends.
 
-    Parameters keep their identity; their values are not copied, since no forward pass writes them. Attributes count
-    because a forward pass that caches a tensor leaves a fake one behind when it is traced.
+    Parameters keep their identity; their values are `weights_kept`'s business. Attributes count because a forward pass
+    that caches a tensor leaves a fake one behind when it is traced.
 
     Args:
         module: the module whose forward will run, or be traced, inside the block.

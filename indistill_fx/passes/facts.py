@@ -247,8 +247,8 @@ def _parameters(node: fx.Node, graph_module: fx.GraphModule) -> int:
 
 
 def _enclosing(node: fx.Node) -> str:
-    """Path of the module whose forward made the node; for a leaf module's node, the module around it."""
-    stack = [str(key).split("@")[0] for key in node.meta.get("nn_module_stack", {})]
+    """The call of the module whose forward made the node (`layer@2` for the second); for a leaf module's node, the module around it."""
+    stack = [str(key) for key in node.meta.get("nn_module_stack", {})]
     if node.op == "call_module":
         stack = stack[:-1]
     return stack[-1] if stack else ""

@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from indistill_fx.errors import FrontendError
+from indistill_fx.ops import writes_first
+from indistill_fx.passes.places import current_place
 from indistill_fx.passes.sizes import Size
 
 SHAPES = frozenset({"shape", "size", "numel", "nelement", "__len__"})
@@ -61,6 +64,26 @@ def as_call(func: Any, args: tuple[Any, ...]) -> tuple[str, Any, tuple[Any, ...]
     if bare.startswith("r") and hasattr(operator, f"__{bare[1:]}__"):
         return "call_function", getattr(operator, f"__{bare[1:]}__"), args[::-1]
     return "call_method", name, args
+
+
+def writes_itself(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether the function writes into its first argument: in place, or by setting its `.data`."""
+    if getattr(func, "__name__", "") == "__set__":
+        return str(func.__self__.__name__) == "data"
+    op, target, _ = as_call(func, args)
+    return name_of(func) not in SILENT and writes_first(op, target, kwargs)
+
+
+def refused_write(here: str, parameter: str) -> FrontendError:
+    """The error for code that writes a parameter: a graph would not, or would break autograd."""
+    place, expression = current_place()
+    return FrontendError(
+        f"{here} writes its parameter `{parameter}` at {place}: `{expression}`",
+        where=place,
+        got=expression,
+        expected="a forward that leaves parameters to the optimiser",
+        hint="Compute another tensor from it, or move that line into a submodule of its own, which then stays one node in the graph.",
+    )
 
 
 def is_wrapped(tensor: Tensor) -> bool:

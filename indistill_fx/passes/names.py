@@ -35,7 +35,7 @@ def name_taps(captured: Captured, facts: Mapping[str, NodeFacts]) -> dict[str, t
     named: dict[str, tuple[str, ...]] = {}
     for node in captured.graph_module.graph.nodes:
         if node.name in facts and node.op not in ("get_attr", "output"):
-            named[node.name] = (*modules.get(node.name, ()), _local_name(node, facts[node.name].module, seen))
+            named[node.name] = (*modules.get(node.name, ()), _local_name(node, facts[node.name].path, seen))
     return named
 
 

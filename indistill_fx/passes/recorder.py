@@ -14,13 +14,25 @@ from weakref import ref
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from indistill_fx.errors import FrontendError
 from indistill_fx.ops import writes_first
 from indistill_fx.passes.captured import Captured, assemble, is_leaf, returned, tensor_names, tensors
-from indistill_fx.passes.functions import DATA, SHAPES, SILENT, AppliedFunction, as_call, is_wrapped, name_of, plain
+from indistill_fx.passes.functions import (
+    DATA,
+    SHAPES,
+    SILENT,
+    AppliedFunction,
+    as_call,
+    is_wrapped,
+    name_of,
+    plain,
+    refused_write,
+    writes_itself,
+)
 from indistill_fx.passes.places import current_place
 from indistill_fx.passes.sizes import Book, Size, new_size
 
@@ -158,6 +170,8 @@ class Recorder(TorchFunctionMode):
             return value
         if isinstance(value, slice):
             return slice(*map(self.argument, (value.start, value.stop, value.step)))
+        if isinstance(value, PackedSequence):  # its constructor looks at the tensors, so it must run with the graph
+            return self.create("call_function", PackedSequence, tuple(map(self.argument, value)), {})
         if isinstance(value, tuple) and hasattr(value, "_fields"):
             return type(value)(*map(self.argument, value))
         if isinstance(value, (tuple, list)):
@@ -239,9 +253,11 @@ class Recorder(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         """Torch calls this instead of each of its functions."""
         kwargs, name = kwargs or {}, name_of(func)
+        source = args[0] if args and isinstance(args[0], Tensor) else None
+        if not self.paused and isinstance(source, nn.Parameter) and writes_itself(func, args, kwargs):
+            raise refused_write(self._here(), self.names.get(id(source), ""))
         if self.paused or name in SILENT:
             return func(*plain(args), **plain(kwargs))
-        source = args[0] if args and isinstance(args[0], Tensor) else None
         known = self.nodes.get(source) if source is not None else None
         if (
             name in SHAPES

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map
 
 from indistill_fx.errors import FrontendError
@@ -53,12 +53,20 @@ class Reference:
         inputs: example arguments.
         kwargs: example keyword arguments.
         gradients: whether the graph will be trained, so that the gradients of the parameters must agree too.
+        put_back: gives the parameters the values they had, called after each run of module or graph.
     """
 
     def __init__(
-        self, module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], *, gradients: bool = False
+        self,
+        module: nn.Module,
+        inputs: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        *,
+        gradients: bool = False,
+        put_back: Callable[[], None] = lambda: None,
     ):
         self.module, self.inputs, self.kwargs, self.gradients = module, inputs, kwargs, gradients
+        self.put_back = put_back
         self.example = batch_size((inputs, kwargs))
         self.notes: tuple[str, ...] = ()
         self._runs: dict[tuple[int, int], Run | str] = {}
@@ -137,9 +145,9 @@ class Reference:
         key = (size, crop)
         if key not in self._runs:
             inputs, kwargs = self.batch(size, crop)
-            run = _run_module(self.module, inputs, kwargs, gradients=self._wants_gradients(size))
+            run = self._once(self.module, inputs, kwargs, gradients=self._wants_gradients(size))
             if isinstance(run, str) and self._wants_gradients(size):
-                plain = _run_module(self.module, inputs, kwargs, gradients=False)
+                plain = self._once(self.module, inputs, kwargs, gradients=False)
                 if isinstance(plain, Run):
                     self.gradients = False
                     self.notes = (
@@ -150,11 +158,19 @@ class Reference:
             self._runs[key] = run
         return self._runs[key]
 
+    def _once(
+        self, module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], *, gradients: bool
+    ) -> Run | str:
+        try:
+            return _run_module(module, inputs, kwargs, gradients=gradients)
+        finally:
+            self.put_back()
+
     def _difference(self, graph_module: nn.Module, size: int, crop: int = 0) -> float:
         run = self._run(size, crop)
         if isinstance(run, str):
             raise FrontendError(f"the module fails with batch size {size}: {run}")
-        own = _run_module(graph_module, (*run.inputs, *run.kwargs.values()), {}, gradients=self._wants_gradients(size))
+        own = self._once(graph_module, (*run.inputs, *run.kwargs.values()), {}, gradients=self._wants_gradients(size))
         if isinstance(own, str):
             raise FrontendError(f"the graph fails with batch size {size}: {own}")
         if [leaf.shape for leaf in run.outputs] != [leaf.shape for leaf in own.outputs]:
@@ -195,12 +211,18 @@ def _run_module(module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str,
     with _buffers_kept(module):
         try:
             with torch.set_grad_enabled(gradients), plain_attention():
-                outputs = tensors(module(*inputs, **kwargs))
+                outputs = tensors(_forward(module)(*inputs, **kwargs))
             written = {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
             found = _gradients(module, outputs) if gradients else {}
         except Exception as error:  # the caller's code may raise anything
             return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
     return Run(inputs, kwargs, [output.detach() for output in outputs], written, found)
+
+
+def _forward(module: nn.Module) -> Callable[..., Any]:
+    """What to call: a graph's forward itself where no hook is lost by that, since fx prints what it raises."""
+    hooked = module._forward_hooks or module._forward_pre_hooks
+    return module.forward if isinstance(module, fx.GraphModule) and not hooked else module
 
 
 def _gradients(module: nn.Module, outputs: list[Tensor]) -> dict[nn.Parameter, Tensor]:

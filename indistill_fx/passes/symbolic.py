@@ -79,6 +79,12 @@ class _Tracer(fx.Tracer):
         return result
 
 
+def _from_one(stack: Mapping[str, Any]) -> dict[str, Any]:
+    """The module calls around a node, the second call of `a` as `a@2`, as everywhere here; fx writes `a@1`."""
+    calls = ((*call.partition("@"), value) for call, value in stack.items())
+    return {f"{path}@{int(index) + 1}" if index else path: value for path, _, index, value in calls}
+
+
 def capture_symbolic(
     module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], leaves: Sequence[str]
 ) -> Captured:
@@ -96,6 +102,8 @@ def capture_symbolic(
         graph = tracer.trace(module)
     except Exception as error:
         raise FrontendError(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
+    for node in graph.nodes:
+        node.meta["nn_module_stack"] = _from_one(node.meta.get("nn_module_stack", {}))
     named = (str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr"))
     targets = {name: own[name] if name in own else attribute(module, name) for name in named}
     return Captured(assemble(graph, targets, type(module).__name__), tuple(tracer.outputs))

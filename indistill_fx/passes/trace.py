@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from indistill_fx.errors import FrontendError
@@ -28,7 +29,7 @@ from indistill_fx.passes.reference import Reference
 from indistill_fx.passes.shapes import capture_leaves, capture_shapes
 from indistill_fx.passes.symbolic import capture_symbolic
 from indistill_fx.traced import Role, TracedModel, TraceReport
-from indistill_fx.untouched import untouched
+from indistill_fx.untouched import untouched, weights_kept
 
 Rung = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any], Sequence[str]], Captured]
 _RUNGS: dict[str, Rung] = {
@@ -68,8 +69,10 @@ def trace(
     """
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     kwargs = dict(example_kwargs or {})
-    with untouched(module), mode(module, training=role == "student"):
-        rung, captured, known, refused = _climb(module, inputs, kwargs, leaves, logits, own_flags=role == "teacher")
+    _require_code(module)
+    with untouched(module), weights_kept(module) as put_back, mode(module, training=role == "student"):
+        reference = Reference(module, inputs, kwargs, gradients=role == "student", put_back=put_back)
+        rung, captured, known, refused = _climb(reference, leaves, logits, own_flags=role == "teacher")
     report = TraceReport(
         rung=rung,
         refused=tuple(refused),
@@ -91,23 +94,29 @@ def trace(
     )
 
 
+def _require_code(module: nn.Module) -> None:
+    if isinstance(module, torch.jit.ScriptModule):
+        raise FrontendError(
+            "the model is a TorchScript program, which holds no Python code to trace",
+            where=type(module).__name__,
+            got=str(module.original_name),
+            expected="the nn.Module it was compiled from",
+            hint="Give the module it was compiled from; its weights are in program.state_dict().",
+        )
+
+
 def _climb(
-    module: nn.Module,
-    inputs: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    leaves: Sequence[str],
-    logits: str | int | None,
-    *,
-    own_flags: bool,
+    reference: Reference, leaves: Sequence[str], logits: str | int | None, *, own_flags: bool
 ) -> tuple[str, Captured, Known, list[str]]:
     """Rule 2."""
-    reference = Reference(module, inputs, kwargs, gradients=not own_flags)
+    module, inputs, kwargs = reference.module, reference.inputs, reference.kwargs
     refused: list[str] = []
     reason: FrontendError | None = None
     coarse: tuple[str, Captured, Known] | None = None
     for rung, capture in _RUNGS.items():
         try:
             captured = _functional(capture, module, inputs, kwargs, leaves, patient=rung == "leaves")
+            reference.put_back()
             if own_flags:
                 _give_own_flags(captured.graph_module)
             known = infer_facts(

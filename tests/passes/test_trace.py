@@ -6,6 +6,7 @@ import dataclasses
 import random
 import warnings
 from collections import namedtuple
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -235,6 +236,52 @@ def test_a_failed_trace_leaves_everything_as_it_was(role):
     assert random.getstate() == python
 
 
+class Normalises(nn.Module):
+    """Writes its own weight in the forward, as some cosine classifiers do; `.data` moves no version counter."""
+
+    def __init__(self, how: str, fails: bool = False):
+        super().__init__()
+        self.layer, self.how, self.fails = nn.Linear(4, 4, bias=False), how, fails
+
+    def forward(self, x):
+        weight = self.layer.weight
+        if self.how == "replaced":
+            self.layer.weight.data = F.normalize(weight.data, dim=1)
+        else:
+            weight.data.mul_(0.5)
+        y = self.layer(x)
+        return y * float(y.detach().sum()) if self.fails else y
+
+
+@pytest.mark.parametrize("role", ["teacher", "student"])
+@pytest.mark.parametrize(
+    ("how", "fails", "error"),
+    [
+        ("in place", False, None),
+        ("in place", True, "decides by the data at test_trace.py"),
+        ("replaced", False, "writes its parameter `layer.weight` at test_trace.py"),
+        ("replaced", True, "writes its parameter `layer.weight` at test_trace.py"),
+    ],
+)
+def test_weights_that_a_forward_writes_are_put_back(how, fails, error, role):
+    module = Normalises(how, fails)
+    before, place = digest(module), module.layer.weight.data_ptr()
+    with pytest.raises(FrontendError, match=error) if error else nullcontext():
+        ifx.trace(module, vectors(), role=role)
+    assert (digest(module), module.layer.weight.data_ptr()) == (before, place)
+    module(vectors())
+    assert digest(module) != before  # the control: the forward does write
+
+
+def test_a_submodule_that_writes_its_weights_stays_whole():
+    module = Outer(Normalises("replaced"))
+    traced = ifx.trace(module, vectors(), role="student")
+    assert (traced.report.rung, traced.report.leaves) == ("leaves", ("inner",))
+    with torch.no_grad():
+        module.inner.layer.weight.mul_(3)  # as an optimiser would
+    assert same(module, traced, vectors(5)) < 1e-6
+
+
 @pytest.mark.parametrize("role", ["teacher", "student"])
 @pytest.mark.parametrize("make", [Plain, Decides])
 def test_a_trace_leaves_everything_as_it_was(make, role):
@@ -434,6 +481,60 @@ def test_shared_modules_and_tied_weights(capture, role, monkeypatch):
     assert same(module, traced, vectors(5)) == 0
 
 
+class TwiceBlock(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.layer(x) + x
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.block = TwiceBlock()
+
+    def forward(self, x):
+        return self.block(self.block(x))
+
+
+@pytest.mark.parametrize("capture", [capture_symbolic, capture_shapes, capture_exported])
+def test_facts_name_the_call_of_a_reused_module(capture, monkeypatch):
+    import sys
+
+    monkeypatch.setattr(sys.modules["indistill_fx.passes.trace"], "_RUNGS", {"only": capture})
+    traced = ifx.trace(Twice(), vectors())
+    calls = {name: traced.facts_of(name) for name in ("block.layer", "block", "block.layer@2", "block@2")}
+    assert {name: facts.module for name, facts in calls.items()} == {
+        "block.layer": "block",
+        "block": "block",
+        "block.layer@2": "block@2",
+        "block@2": "block@2",
+    }
+    assert {facts.path for facts in calls.values()} == {"block"}
+
+
+@pytest.mark.parametrize("role", ["teacher", "student"])
+def test_parametrized_weights(role):
+    norm = torch.nn.utils.parametrizations
+    module = nn.Sequential(norm.weight_norm(nn.Linear(4, 4)), nn.ReLU(), norm.spectral_norm(nn.Linear(4, 3)))
+    before = digest(module)
+    traced = ifx.trace(module, vectors(), role=role)
+    assert digest(module) == before
+    assert same(module, traced, vectors(5)) == 0
+    assert not role.startswith("t") or not any(part.training for part in traced.graph_module.modules())
+
+
+def test_torchscript_is_answered():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        module = torch.jit.script(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
+    with pytest.raises(FrontendError, match="TorchScript program, which holds no Python code") as caught:
+        ifx.trace(module, vectors())
+    assert "compiled from" in caught.value.hint
+
+
 class Writes(nn.Module):
     """In-place operations of all kinds on tensors, parts of tensors and a buffer."""
 
@@ -491,6 +592,33 @@ class Recurrent(nn.Module):
     def forward(self, x):
         out, (hidden, _) = self.lstm(self.conv(x).transpose(1, 2))
         return self.head(out[:, -1]) + self.head(hidden[-1])
+
+
+class Packed(nn.Module):
+    """Sequences of several lengths, packed and padded again."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(9, 4), nn.Linear(6, 2)
+        self.lstm = nn.LSTM(4, 3, batch_first=True, bidirectional=True)
+
+    def forward(self, ids, lengths):
+        rnn = nn.utils.rnn
+        packed = rnn.pack_padded_sequence(self.embed(ids), lengths.cpu(), batch_first=True, enforce_sorted=False)
+        out, (hidden, _) = self.lstm(packed)
+        padded, _ = rnn.pad_packed_sequence(out, batch_first=True)
+        return self.head(padded.sum(1)) + self.head(torch.cat([hidden[0], hidden[1]], 1))
+
+
+@pytest.mark.parametrize("role", ["teacher", "student"])
+def test_packed_sequences(role):
+    module = Packed()
+    ids = torch.arange(10).remainder(9).view(2, 5)
+    traced = ifx.trace(module, (ids, torch.tensor([3, 5])), role=role)
+    assert (traced.report.rung, traced.report.leaves) == ("shapes", ())
+    assert [n.target for n in traced.graph_module.graph.nodes if n.op == "call_module"][:2] == ["embed", "lstm"]
+    more = torch.arange(20).remainder(9).view(4, 5)
+    assert same(module, traced, more, torch.tensor([1, 5, 4, 2])) == 0
 
 
 class Mixer(nn.Module):

@@ -125,7 +125,7 @@ class Call:
         weight = self.arguments.get("weight")
         if isinstance(weight, fx.Node) and weight.op == "get_attr":
             return str(weight.target).rpartition(".")[0] or str(weight.target)
-        return self.facts[self.node.name].module or self.node.name
+        return self.facts[self.node.name].path or self.node.name
 
 
 def read_call(node: fx.Node, facts: Mapping[str, NodeFacts]) -> Call:
