@@ -22,7 +22,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,7 @@ class InvertedResidual(nn.Module):
 class MobileStudent(nn.Module):
     """A stem and three stages of inverted residuals, at 8x8, 4x4 and 2x2."""
 
-    def __init__(self, widths: tuple[int, int, int] = (8, 16, 24)):
+    def __init__(self, widths: tuple[int, int, int] = (6, 12, 18)):
         super().__init__()
         first, second, third = widths
         self.stem = nn.Sequential(nn.Conv2d(1, first, 3, 1, 1, bias=False), nn.BatchNorm2d(first), nn.ReLU6())
@@ -82,7 +82,7 @@ class MobileStudent(nn.Module):
 
 PAIRS: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module]]] = {
     "equal widths": (lambda: DigitsTeacher((12, 24, 48)), lambda: DigitsStudent((12, 24, 48))),
-    "other kind": (DigitsTeacher, MobileStudent),
+    "other kind": (lambda: DigitsTeacher((16, 32, 64)), MobileStudent),
 }
 
 
@@ -107,8 +107,8 @@ def measure(model: nn.Module, data: Data, x: Tensor) -> dict[str, float]:
     }
 
 
-def one_seed(pair: str, seed: int) -> dict[str, Any]:
-    """A teacher, and the student in every way."""
+def one_seed(pair: str, seed: int, rows: dict[str, Any]) -> Iterator[list[str]]:
+    """A teacher, and the student in every way that is not in `rows` yet; stops after each with the plan's pairs in words."""
     data = open_data("digits", batch_size=64, seed=seed)
     x = next(iter(data.train_plain))[0][:2]
     torch.manual_seed(seed)
@@ -117,9 +117,15 @@ def one_seed(pair: str, seed: int) -> dict[str, Any]:
         "seed": seed, "progress": False, "device": "cpu", "learning_rate": RATE, "schedule": "cosine",
     }  # fmt: skip
     record = train(teacher, data.train, epochs=TEACHER_EPOCHS, **shared)
-    rows = {"teacher": {**measure(teacher, data, x), "loss": record.epochs[-1].loss, "seconds": record.seconds}}
+    rows["teacher"] = {**measure(teacher, data, x), "loss": record.epochs[-1].loss, "seconds": record.seconds}
     plan = align(teacher, initial, example_inputs=x)
+    kept = [
+        f"{p.teacher} → {p.student}: {'all' if p.kept is None else len(p.kept)} of {p.teacher_shape[1]} channels"
+        for p in plan.pairs
+    ]
     for name, (loss, epochs, warm) in ways().items():
+        if name in rows:
+            continue
         student = copy.deepcopy(initial)
         curriculum = Curriculum(lengths=WARMUP if warm else [], learning_rate=RATE)
         record = distill(
@@ -128,11 +134,7 @@ def one_seed(pair: str, seed: int) -> dict[str, Any]:
         )  # fmt: skip
         rows[name] = {**measure(student, data, x), "loss": record.epochs[-1].loss, "seconds": record.seconds}
         print(f"{pair}, seed {seed}, {name}: {rows[name]}", flush=True)
-    kept = [
-        f"{p.teacher} -> {p.student}: {'all' if p.kept is None else len(p.kept)} of {p.teacher_shape[1]}"
-        for p in plan.pairs
-    ]
-    return {"pairs": kept, "rows": rows}
+        yield kept
 
 
 def table(path: Path) -> str:
@@ -174,6 +176,7 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="keep what FILE has")
     parser.add_argument("--table", type=Path, metavar="FILE", help="print FILE as Markdown, train nothing")
     parser.add_argument("--seeds", type=int, nargs="*", default=SEEDS)
+    parser.add_argument("--minutes", type=float, help="stop after about so long; --resume goes on")
     options = parser.parse_args()
     if options.table:
         print(table(options.table))
@@ -185,16 +188,21 @@ def main() -> None:
     began = time.monotonic()
     for pair in PAIRS:
         for seed in options.seeds:
-            if (key := f"{pair}/{seed}") in told["results"]:
+            run = told["results"].setdefault(f"{pair}/{seed}", {"pairs": [], "rows": {}})
+            if not ways().keys() - run["rows"].keys():
                 continue
-            told["results"][key] = one_seed(pair, seed)
-            told |= {
-                "command": " ".join(sys.argv), "date": datetime.now(UTC).isoformat(timespec="seconds"),
-                "environment": environment("cpu", 1), "teacher_epochs": TEACHER_EPOCHS, "epochs": EPOCHS,
-                "warmup": WARMUP, "learning_rate": RATE,
-            }  # fmt: skip
-            if options.json:
-                options.json.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+            for kept in one_seed(pair, seed, run["rows"]):
+                run["pairs"] = kept
+                told |= {
+                    "command": " ".join(sys.argv), "date": datetime.now(UTC).isoformat(timespec="seconds"),
+                    "environment": environment("cpu", 1), "teacher_epochs": TEACHER_EPOCHS, "epochs": EPOCHS,
+                    "warmup": WARMUP, "learning_rate": RATE,
+                }  # fmt: skip
+                if options.json:
+                    options.json.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+                if options.minutes and time.monotonic() - began > 60 * options.minutes:
+                    print("The rest with --resume.")
+                    return
     print(f"{time.monotonic() - began:.0f} s")
 
 

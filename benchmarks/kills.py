@@ -1,6 +1,6 @@
 """Kill a training run with SIGKILL at random moments and resume it, until it is done; then compare with a run left alone.
 
-    python benchmarks/kills.py --kills 20 --json kills.json
+    python benchmarks/kills.py --kills 20 --json benchmarks/results/kills.json
 
 After every kill the checkpoint is read back. In the end the weights must have the same bits as those of the run that was
 left alone. Children are forked, so that a kill costs no new import of torch: run it with OMP_NUM_THREADS=1.
@@ -18,6 +18,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from torch import nn
 from indistill_fx.checkpoint import load_checkpoint
 from indistill_fx.curriculum import Curriculum
 from indistill_fx.data import open_data
-from indistill_fx.record import LAST, STUDENT
+from indistill_fx.record import LAST, STUDENT, environment
 from indistill_fx.train import distill
 
 
@@ -144,7 +145,8 @@ def main() -> None:
     run(None)
     with tempfile.TemporaryDirectory() as folder:
         result = trial(Path(folder), options.kills, options.seed)
-    result = {"command": sys.argv, "torch": torch.__version__, **result}
+    told = {"command": " ".join(sys.argv), "date": datetime.now(UTC).isoformat(timespec="seconds")}
+    result = {**told, "environment": environment("cpu", 1), **result}
     print(json.dumps(result))
     if options.json:
         Path(options.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Teacher → assistant → student: distil along a chain, each step a run of its own."""
+"""Teacher → assistant → student: distil along a chain, each step a run of its own; an assistant made of the teacher."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Any
 from torch import nn
 
 from indistill_fx.errors import ConfigError
+from indistill_fx.passes.shrink import shrink
+from indistill_fx.passes.trace import trace
 from indistill_fx.record import RunRecord
 from indistill_fx.train import distill
 
@@ -59,3 +61,47 @@ def distill_chain(
         )
         for number, ((teacher, student), own) in enumerate(zip(pairs, steps, strict=True), start=1)
     ]
+
+
+def shrunk_assistant(
+    teacher: nn.Module, student: nn.Module, example_inputs: Any, *, logits: str | int | None = None
+) -> tuple[nn.Module, str]:
+    """A smaller teacher, for a student much smaller than the teacher: the least important channels removed everywhere.
+
+    Its work is the geometric mean of the teacher's and the student's, so that both steps of the chain are equally wide.
+    It keeps the teacher's weights, and the same models give the same assistant.
+
+    Args:
+        teacher: it is not changed.
+        student: asked for its work only.
+        example_inputs: to trace both with.
+        logits: key or place of the logits in the models' output, if it has several entries.
+
+    Returns:
+        The assistant, and a line that describes it.
+
+    Raises:
+        ConfigError: the student needs no less work than the teacher.
+        PruneError: the teacher cannot be made that small.
+    """
+    large = trace(teacher, example_inputs, role="teacher", logits=logits)
+    small = trace(student, example_inputs, role="student", logits=logits)
+    if small.macs >= large.macs:
+        raise ConfigError(
+            f"The student's work ({small.macs:,} MACs) is not less than the teacher's ({large.macs:,}).",
+            where="assistant",
+            got=small.macs,
+            expected=f"less than {large.macs:,}",
+            hint="Distil without an assistant.",
+        )
+    result = shrink(large, macs=float(round((large.macs * small.macs) ** 0.5)))
+    before, after = result.report.macs
+    parameters = result.report.parameters
+    told = (
+        f"the teacher with {after:,} of {before:,} MACs and {parameters[1]:,} of {parameters[0]:,} parameters"
+        f" (the student has {small.macs:,} MACs)"
+    )
+    assistant = result.value.graph_module
+    for parameter in assistant.parameters():
+        parameter.requires_grad_(True)
+    return assistant, told

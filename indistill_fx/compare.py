@@ -35,6 +35,7 @@ def compare(
     train_loader: Iterable[Any],
     *,
     epochs: int = 20,
+    main_epochs: int | None = None,
     curriculum: Curriculum | None = None,
     plan: AlignmentPlan | None = None,
     main: str | Callable[..., Tensor] = "kd",
@@ -56,6 +57,7 @@ def compare(
         student: its copies are trained; it stays as it is.
         train_loader: see `distill`.
         epochs: of every arm in all. The warm-up's are taken off its main stage.
+        main_epochs: of the third arm's main stage, instead: every arm gets these and the warm-up's in all.
         curriculum: the warm-up of the third arm, in epochs.
         plan: see `distill`.
         main: the main loss of the second and third arm.
@@ -68,7 +70,8 @@ def compare(
         resume: see `distill`; arms that are done are read back.
         progress: see `distill`.
         about: see `distill`.
-        options: see `Settings`. `milestones` count an arm's epochs from its beginning.
+        options: see `Settings`. `milestones` count an arm's epochs from its beginning; with `main_epochs`, the third
+            arm's main epochs, and the other arms' milestones are as many epochs before their end.
 
     Returns:
         The arms by name, in this order: `labels`, `main` (by the main loss's own name, such as `kd`), `indistill`.
@@ -82,6 +85,9 @@ def compare(
     if curriculum.unit != "epochs":
         raise ConfigError("To compare at equal epochs the curriculum must be in epochs.", where="curriculum")
     warmup = sum(budget.length for budget in curriculum.chosen([pair.student for pair in plan.pairs]).values())
+    milestones = options.get("milestones", ())
+    if main_epochs is not None:
+        epochs, milestones = main_epochs + warmup, [at + warmup for at in milestones]
     if warmup >= epochs:
         raise ConfigError(
             f"The warm-up takes {warmup} epochs, and every arm has {epochs} in all.",
@@ -97,7 +103,6 @@ def compare(
         name: (main, main_options, none, 0),
         "indistill": (main, main_options, curriculum, warmup),
     }
-    milestones = options.get("milestones", ())
     done = {}
     for arm, (loss, loss_options, warm, before) in arms.items():
         announce(arm)

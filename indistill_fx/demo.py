@@ -19,6 +19,7 @@ from indistill_fx.compare import compare
 from indistill_fx.curriculum import Curriculum
 from indistill_fx.data import Data, open_data
 from indistill_fx.export import ExportReport, export_onnx
+from indistill_fx.launch import is_main_process
 from indistill_fx.passes.pipeline import align
 from indistill_fx.passes.trace import trace
 from indistill_fx.record import RunRecord
@@ -107,7 +108,7 @@ def run_demo(out: Path, *, seed: int = 0, progress: bool = True, say: Callable[[
         say: where the story goes, line by line.
 
     Returns:
-        A row per model, the teacher first.
+        A row per model, the teacher first; under torchrun in the first process only.
 
     Raises:
         ConfigError: `out` holds a demo already.
@@ -121,7 +122,8 @@ def run_demo(out: Path, *, seed: int = 0, progress: bool = True, say: Callable[[
     record = train(teacher, data.train, epochs=TEACHER_EPOCHS, run_dir=out / "teacher", about=kept, **shared)
     x = next(iter(data.train_plain))[0][:2]
     plan = align(teacher, initial, example_inputs=x)
-    plan.save(out / "plan.json")
+    if is_main_process():
+        plan.save(out / "plan.json")
     say(
         "2. Alignment: "
         + ", ".join(
@@ -147,6 +149,8 @@ def run_demo(out: Path, *, seed: int = 0, progress: bool = True, say: Callable[[
         about=about("indistill_fx.demo:DigitsStudent", "digits", data.input_size),
         **shared,
     )
+    if not is_main_process():
+        return []
     say("4. Export to ONNX, compared with the modules.")
     trained = {"teacher": (teacher, record), **{arm: (done.student, done.record) for arm, done in arms.items()}}
     rows = [_finish(name, model, record, data, out, x) for name, (model, record) in trained.items()]

@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 import signal
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -31,15 +32,19 @@ from indistill_fx.checkpoint import (
     save_tensors,
     state_tensors,
 )
+from indistill_fx.compiling import compiled
+from indistill_fx.culprit import first_not_finite, not_finite_error
 from indistill_fx.errors import ConfigError, TrainError
-from indistill_fx.launch import make_accelerator
+from indistill_fx.launch import first_says, make_accelerator, mean_over_processes, sharding_asked
 from indistill_fx.loaders import EpochLoader
 from indistill_fx.record import BEST, LAST, EpochRecord, RunDirectory
 from indistill_fx.reporter import Reporter
 from indistill_fx.seeding import reseed
 from indistill_fx.settings import Settings, make_optimizer
+from indistill_fx.sharding import Shards, gathered, spread_optimizer
 from indistill_fx.state import Leg, State, check_parts
 from indistill_fx.stopping import Interrupted, StopRequest
+from indistill_fx.synced import batch_norms_synced, unsynced_batch_norms
 
 _SAVING_SHARE = 20
 """Checkpoints at the ends of epochs leave so many times their own duration between them."""
@@ -83,6 +88,7 @@ class Engine:
         self._loader = loader.shard(accelerator.process_index, accelerator.num_processes)
         self._saved: tuple[dict[str, Tensor], dict[str, Any]] | None = None
         self._pending: list[Tensor] = []
+        self._shards: Shards | None = None
         self._since, self._saved_at, self._save_took = time.monotonic(), 0.0, 0.0
         # Reading a loss waits for the device; a CPU is never behind, so there every step is checked before it is taken.
         self._check_every = 1 if accelerator.device.type == "cpu" else 50
@@ -98,14 +104,22 @@ class Engine:
         if self._saved is None:
             self._save(None, None)
         for index in range(self.state.leg, len(self._legs)):
-            leg = self._legs[index]
+            self._train_leg(index, self._legs[index])
+
+    def _train_leg(self, index: int, leg: Leg) -> None:
+        together = self._settings.sync_batch_norm and self._accelerator.num_processes > 1
+        with batch_norms_synced(leg.module) if together else nullcontext():
+            if together and (alone := unsynced_batch_norms(leg.module)):
+                self._note(leg, f"{alone} batch norms are not torch.nn's: each process has its own statistics for them")
             module, optimizer = self._prepare(leg)
             self._reporter.open(leg.name, self.state.steps)
-            while self.state.leg == index:
-                self._set_rate(leg, optimizer)
-                self._train_epoch(leg, module, optimizer)
-                self._close_epoch(leg, optimizer)
-            self._accelerator.unwrap_model(module, keep_fp32_wrapper=False)
+            with self._shards or nullcontext():
+                while self.state.leg == index:
+                    self._set_rate(leg, optimizer)
+                    self._train_epoch(leg, module, optimizer)
+                    self._close_epoch(leg, optimizer)
+            self._shards = None
+        self._accelerator.unwrap_model(module, keep_fp32_wrapper=False)
 
     def _train_epoch(self, leg: Leg, module: nn.Module, optimizer: Any) -> None:
         settings, group = self._settings, 0
@@ -114,7 +128,7 @@ class Engine:
             reseed(settings.seed, self.state.epochs, index, self._accelerator.process_index)
             with nullcontext() if boundary else self._accelerator.no_sync(module):
                 loss = module(batch)
-                self._watch(leg, loss)
+                self._watch(leg, loss, batch)
                 self._accelerator.backward(loss)
             group += 1
             if boundary:
@@ -153,12 +167,22 @@ class Engine:
             raise self._interrupted(leg)
 
     def _close_epoch(self, leg: Leg, optimizer: Any) -> None:
-        state = self.state
         self._tick()
-        loss = self._over_processes(self._mean_loss())
+        with self._whole() if leg.main and self._validate is not None else nullcontext():
+            self._record_epoch(leg, float(optimizer.param_groups[0]["lr"]))
+        over = self._finished(leg)
+        if over:
+            self._next_leg(leg)
+        due = time.monotonic() - self._saved_at > _SAVING_SHARE * self._save_took
+        if self.state.leg == len(self._legs) or first_says(self._accelerator, due):
+            self._save(None if over else leg, optimizer)
+        self._since = time.monotonic()
+
+    def _record_epoch(self, leg: Leg, rate: float) -> None:
+        state = self.state
+        loss = mean_over_processes(self._accelerator, self._mean_loss())
         measured = leg.main and self._validate is not None and self._accelerator.is_main_process
         accuracy, val_loss = self._validate() if measured and self._validate else (None, None)
-        rate = float(optimizer.param_groups[0]["lr"])
         record = EpochRecord(
             leg.name, state.epoch + 1, state.epoch_steps, loss, rate, state.seconds, accuracy, val_loss
         )
@@ -172,12 +196,6 @@ class Engine:
         if accuracy is not None and (state.best is None or accuracy > state.best):
             state.best, state.best_epoch = accuracy, state.epoch
             self._save_best()
-        over = self._finished(leg)
-        if over:
-            self._next_leg(leg)
-        if state.leg == len(self._legs) or time.monotonic() - self._saved_at > _SAVING_SHARE * self._save_took:
-            self._save(None if over else leg, optimizer)
-        self._since = time.monotonic()
 
     # What follows serves the loop above.
 
@@ -227,6 +245,10 @@ class Engine:
         leg.module.train()
         self._student.train()  # last, so that a model's own train(), which may keep a norm frozen, has the say
         leg.module.to(self._accelerator.device)
+        if self._saved is not None and self._saved[1]["optimizer"] is not None:
+            restore_model(model_tensors(self._student, leg.module), self._saved[0])
+        if sharding_asked(settings) and self._accelerator.num_processes > 1:
+            self._shards = Shards(leg.module)
         # Parameters are moved in place, so the optimiser's are the student's wherever it was.
         optimizer = make_optimizer(
             budget.optimizer or settings.optimizer,
@@ -234,48 +256,47 @@ class Engine:
             learning_rate=budget.learning_rate or settings.learning_rate,
             weight_decay=settings.weight_decay if leg.main else 0.0,
             momentum=settings.momentum,
+            sharded=self._shards is not None,
         )
         if self._saved is not None:
-            self._restore(leg, optimizer)
+            self._restore(optimizer)
         module = self._compiled(leg) if settings.compile else leg.module
-        prepared = self._accelerator.prepare(module, optimizer)
+        # A sharded stage is not wrapped again: `evaluation_mode` leaves DDP out.
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", ".*broadcast_buffers", FutureWarning
+            )  # Accelerate knows no other name for it yet
+            prepared = self._accelerator.prepare_model(module, evaluation_mode=self._shards is not None)
         self._since = time.monotonic()
-        return prepared[0], prepared[1]
+        return prepared, self._accelerator.prepare_optimizer(optimizer)
+
+    def _whole(self) -> AbstractContextManager[None]:  # in it the student's tensors can be read, sharded or not
+        return self._shards.whole() if self._shards is not None else nullcontext()
 
     def _compiled(self, leg: Leg) -> nn.Module:
-        """The stage compiled, if a trial on one batch goes through; else as it is, with a note."""
-        compiled: Any = torch.compile(leg.module)
-        buffers = [(buffer, buffer.clone()) for buffer in leg.module.buffers()]
-        began = time.monotonic()
-        try:
+        def trial(stage: nn.Module) -> Any:
             self._loader.set_epoch(self.state.epochs)
-            batch = send_to_device(next(iter(self._loader)), self._accelerator.device)
             with self._accelerator.autocast():
-                compiled(batch).backward()
-            self._note(leg, f"compiled in {time.monotonic() - began:.0f} s")
-        except Exception as error:  # whatever the compiler dislikes, the stage itself still runs
-            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            self._note(leg, f"not compiled: {first}")
-            compiled = leg.module
-        finally:
-            with torch.no_grad():
-                for buffer, before in buffers:
-                    buffer.copy_(before)
-            leg.module.zero_grad()
-        return compiled  # type: ignore[no-any-return]
+                return stage(send_to_device(next(iter(self._loader)), self._accelerator.device))
 
-    def _watch(self, leg: Leg, loss: Tensor) -> None:
+        module, note = compiled(leg.module, trial)
+        self._note(leg, note)
+        return module
+
+    def _watch(self, leg: Leg, loss: Tensor, batch: Any) -> None:
         self._pending.append(loss.detach())
         self.state.batch += 1
         if len(self._pending) >= self._check_every:
-            self._read_losses(leg)
+            self._read_losses(leg, batch)
 
-    def _read_losses(self, leg: Leg) -> None:
+    def _read_losses(self, leg: Leg, batch: Any = None) -> None:
         first = self.state.batch - len(self._pending) + 1
-        for batch, loss in enumerate(self._pending, start=first):
+        for number, loss in enumerate(self._pending, start=first):
             value = float(loss)
             if not math.isfinite(value):
-                raise self._failed(leg.name, f"the loss is {value}", batch)
+                known = batch is not None and number == self.state.batch and self._shards is None
+                origin = first_not_finite(leg.module, batch) if known else ""  # of the last batch only
+                raise self._failed(leg.name, f"the loss is {value}{f', {origin}' if origin else ''}", number)
             self.state.loss_sum += value
         self._pending.clear()
 
@@ -285,14 +306,7 @@ class Engine:
     def _failed(self, stage: str, what: str, batch: int | None = None) -> TrainError:
         kept = self._directory is not None and self._directory.has_checkpoint
         where = f"stage `{stage}`, epoch {self.state.epoch + 1}, step {self.state.batch if batch is None else batch}"
-        return TrainError(
-            f"Training stopped in {where}: {what}.",
-            where=where,
-            got=what,
-            expected="a finite number",
-            hint="Lower the learning rate, set clip_norm, or look at the batch for values that are not finite."
-            + (" The last checkpoint is good." if kept else ""),
-        )
+        return not_finite_error(where, what, kept=kept)
 
     def resume(self, path: Path) -> None:
         """Go on from a checkpoint.
@@ -303,7 +317,7 @@ class Engine:
         tensors, saved = load_checkpoint(path)
         saved = check_parts(saved, path)
         for key, expected in self._identity.items():
-            if saved["identity"].get(key) != expected:
+            if saved["identity"].get(key, expected) != expected:  # an option newer than the checkpoint is none of its
                 raise ConfigError(
                     f"{path} is of another run: {key} is {saved['identity'].get(key)} there and {expected} here.",
                     where=key,
@@ -316,10 +330,11 @@ class Engine:
             restore_model(model_tensors(self._student, None), tensors)
             self._saved = None if self.state == State() else (tensors, saved)
 
-    def _restore(self, leg: Leg, optimizer: torch.optim.Optimizer) -> None:
+    def _restore(self, optimizer: torch.optim.Optimizer) -> None:
         tensors, saved = self._saved or ({}, {})
         if saved["optimizer"] is not None:
-            restore_model(model_tensors(self._student, leg.module), tensors)
+            if self._shards is not None:
+                tensors = spread_optimizer(tensors, optimizer.param_groups[0]["params"])
             restore_optimizer(optimizer, tensors, saved["optimizer"])
             if self._accelerator.scaler is not None and saved["scaler"]:
                 self._accelerator.scaler.load_state_dict(saved["scaler"])
@@ -327,13 +342,19 @@ class Engine:
 
     def _save(self, leg: Leg | None, optimizer: Any) -> None:
         """Save everything; between two stages there is no optimiser worth saving."""
+        with self._whole():
+            self._save_whole(leg, optimizer)
+
+    def _save_whole(self, leg: Leg | None, optimizer: Any) -> None:
         began = time.monotonic()
         tensors, values = model_tensors(self._student, leg.module if leg else None), None
         if leg is not None:
             self._read_losses(leg)
+            if self.state.batch:  # within an epoch all processes save; a resumed one starts from what is saved here
+                self.state.loss_sum = mean_over_processes(self._accelerator, self.state.loss_sum)
             self._tick()
             entries, values = optimizer_tensors(optimizer)
-            tensors |= entries
+            tensors |= {name: gathered(tensor) for name, tensor in entries.items()}
         bad = [name for name in not_finite(tensors) if name not in self._infinite]
         if bad:
             name = leg.name if leg else self._legs[max(self.state.leg - 1, 0)].name
@@ -364,12 +385,6 @@ class Engine:
         message = f"Stopped in {place}. Saved to {kept}; go on with resume=True (--resume)."
         self._reporter.say(message)  # click swallows what a KeyboardInterrupt says
         return Interrupted(message, self._stop.number or signal.SIGTERM)
-
-    def _over_processes(self, value: float) -> float:
-        if self._accelerator.num_processes == 1:
-            return value
-        own = torch.tensor(value, dtype=torch.float32, device=self._accelerator.device)
-        return float(self._accelerator.reduce(own, "mean"))
 
     def _log(self, kind: str, **entry: Any) -> None:
         if self._directory is not None:

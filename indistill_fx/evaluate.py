@@ -193,7 +193,8 @@ def select_logits(outputs: Any, logits: str | int | None = None) -> Tensor:
 
     Args:
         outputs: a tensor, or a dict, tuple or object with attributes.
-        logits: the key or place; None where the output is the logits.
+        logits: the key or place; not read where the output is one tensor, so that it may serve for a teacher and a
+            student of which only one returns several.
 
     Returns:
         (batch, classes).
@@ -202,7 +203,7 @@ def select_logits(outputs: Any, logits: str | int | None = None) -> Tensor:
         ConfigError: there is no such entry, or it is no (batch, classes) tensor.
     """
     value = outputs
-    if logits is not None:
+    if logits is not None and not isinstance(outputs, Tensor):
         try:
             value = outputs[logits]
         except (KeyError, IndexError, TypeError):

@@ -6,13 +6,16 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 import torch.distributed
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, broadcast_object_list
 
 from indistill_fx.errors import ConfigError, TrainError
 from indistill_fx.settings import Settings
+
+_FSDP = "ACCELERATE_USE_FSDP"
 
 
 def make_accelerator(settings: Settings) -> Accelerator:
@@ -24,18 +27,19 @@ def make_accelerator(settings: Settings) -> Accelerator:
     wanted = settings.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != wanted:
         AcceleratorState._reset_state()  # one precision per process otherwise, and a process may train twice
-    accelerator = Accelerator(
-        cpu=settings.device == "cpu",
-        mixed_precision=wanted,
-        # Each process keeps its own batch-norm statistics and memory banks; those of the first are saved.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-    )
-    refused = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+    with _own_sharding():
+        accelerator = Accelerator(
+            cpu=settings.device == "cpu",
+            mixed_precision=wanted,
+            # Without synced batch norms each process keeps its own statistics; those of the first are saved.
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        )
+    refused = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
     if accelerator.distributed_type in refused:
         raise ConfigError(
             f"`distill` and `train` do not run under {accelerator.distributed_type.value}.",
             where="accelerate launch",
-            hint="Launch with torchrun (DDP), or shard the stages of compile_stages in a loop of your own.",
+            hint="Launch with torchrun (DDP, or FSDP by shard=True, --shard), or train the stages of compile_stages yourself.",
         )
     return accelerator
 
@@ -61,3 +65,42 @@ def noticing_dead_peers(accelerator: Accelerator) -> Iterator[None]:
             where=f"process {accelerator.process_index}",
             hint="What it said last tells why. The last checkpoint is good: launch again with resume=True (--resume).",
         ) from error
+
+
+def sharding_asked(settings: Settings) -> bool:
+    """Whether parameters are to be spread over processes: by the run's own option, or by `accelerate launch --use_fsdp`."""
+    return settings.shard or os.environ.get(_FSDP, "false").lower() == "true"
+
+
+@contextmanager
+def _own_sharding() -> Iterator[None]:
+    """Within the block Accelerate does not see that FSDP is asked for: it would wrap the student's layers for good."""
+    asked = os.environ.get(_FSDP)
+    if asked is not None:
+        os.environ[_FSDP] = "false"
+    try:
+        yield
+    finally:
+        if asked is not None:
+            os.environ[_FSDP] = asked
+
+
+def is_main_process() -> bool:
+    """Whether this is the process that writes and speaks."""
+    return bool(PartialState().is_main_process)
+
+
+def mean_over_processes(accelerator: Accelerator, value: float) -> float:
+    """The mean of what the processes have; all must call it alike."""
+    if accelerator.num_processes == 1:
+        return value
+    own = torch.tensor(value, dtype=torch.float32, device=accelerator.device)
+    return float(accelerator.reduce(own, "mean"))
+
+
+def first_says(accelerator: Accelerator, what: bool) -> bool:
+    """The first process's word, where all must do alike; all must call it alike."""
+    if accelerator.num_processes == 1:
+        return what
+    told: list[bool] = broadcast_object_list([what])
+    return told[0]

@@ -35,6 +35,10 @@ EXPORT = "export.json"
 MOST_BYTES = 64 << 20
 """That run.json may have."""
 
+_PATIENCE = 2.0
+"""Seconds to wait for a run's lock. A process killed while it started a program leaves its lock to that program's first
+moment: refused at once, every fifth such kill would make the next run fail."""
+
 
 @dataclass(frozen=True, slots=True)
 class EpochRecord:
@@ -125,7 +129,7 @@ def environment(device: str, processes: int) -> dict[str, Any]:
     packages = ("indistill-fx", "torch", "torchvision", "accelerate", "safetensors", "numpy")
     return {
         "python": platform.python_version(),
-        "platform": platform.platform(),
+        "platform": f"{platform.system()}-{platform.release()}-{platform.machine()}",  # platform() runs a program for it
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": device,
@@ -167,7 +171,7 @@ class RunDirectory:
             return self
         try:
             (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
-            self._lock.acquire(timeout=0)
+            self._lock.acquire(timeout=_PATIENCE)
         except Timeout as error:
             raise ConfigError(
                 f"Another process is running in {self.path}.",

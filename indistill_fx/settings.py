@@ -33,6 +33,8 @@ class Options(TypedDict, total=False):
     mixed_precision: Precision | None
     compile: bool
     device: Literal["auto", "cpu"]
+    sync_batch_norm: bool
+    shard: bool
     checkpoint_every_steps: int | None
     log_every_steps: int
     tensorboard: bool
@@ -57,6 +59,11 @@ class Settings:
         mixed_precision: `bf16` or `fp16`; None: whatever `accelerate launch` says, else full precision.
         compile: torch.compile every stage. Where that fails the stage runs as it is, and the record says so.
         device: `auto` is Accelerate's choice; `cpu`.
+        sync_batch_norm: with several processes, batch norms take their statistics over the whole batch, not over each
+            process's share of it. False: as fast as DDP alone; the statistics kept are the first process's.
+        shard: with several processes, parameters (the teacher's too), gradients and optimiser state are spread over
+            them between steps, by torch's `fully_shard` (FSDP2), instead of each process having all (DDP). So does
+            `accelerate launch --use_fsdp`.
         checkpoint_every_steps: optimiser steps between checkpoints; there is one after an epoch too, unless it would take
             more than a twentieth of the time.
         log_every_steps: optimiser steps between lines in metrics.jsonl.
@@ -76,6 +83,8 @@ class Settings:
     mixed_precision: Precision | None = None
     compile: bool = False
     device: Literal["auto", "cpu"] = "auto"
+    sync_batch_norm: bool = True
+    shard: bool = False
     checkpoint_every_steps: int | None = None
     log_every_steps: int = 50
     tensorboard: bool = False
@@ -154,7 +163,13 @@ def check_optimizer(name: str) -> None:
 
 
 def make_optimizer(
-    name: str, parameters: Sequence[nn.Parameter], *, learning_rate: float, weight_decay: float, momentum: float
+    name: str,
+    parameters: Sequence[nn.Parameter],
+    *,
+    learning_rate: float,
+    weight_decay: float,
+    momentum: float,
+    sharded: bool = False,
 ) -> torch.optim.Optimizer:
     """The optimiser of that name, fused where torch can (for a small model its step is most of the overhead).
 
@@ -163,7 +178,7 @@ def make_optimizer(
     """
     check_optimizer(name)
     extra: dict[str, Any] = {"momentum": momentum} if name == "sgd" else {}
-    fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
+    fused = not sharded and all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
     kind: Any = OPTIMIZERS[name]
     optimizer: torch.optim.Optimizer = kind(
         parameters, lr=learning_rate, weight_decay=weight_decay, fused=fused, **extra

@@ -75,8 +75,8 @@ def distill(
         progress: show on standard error how it is getting on.
         about: further facts to be kept in run.json, such as the specs of models and data.
         options: see `Settings`: seed, learning_rate, optimizer, weight_decay, momentum, schedule, milestones, gamma,
-            clip_norm, accumulate, mixed_precision, compile, device, checkpoint_every_steps, log_every_steps,
-            tensorboard.
+            clip_norm, accumulate, mixed_precision, compile, device, sync_batch_norm, shard,
+            checkpoint_every_steps, log_every_steps, tensorboard.
 
     Returns:
         The record.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from importlib import import_module
 from io import StringIO
+from pathlib import Path
 from typing import Any
 
 import click
@@ -74,6 +76,8 @@ def app(context: click.Context, debug: bool) -> None:
 
 def main() -> None:
     """Run the command line; exit code 0: done, 2: the input is at fault, 1: our fault."""
+    if os.environ.get("RANK", "0") != "0":  # under torchrun the first process speaks for all; errors are told by each
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
     sys.exit(run(sys.argv[1:]))
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 @click.argument("teacher")
 @click.argument("student")
 @common.input_option
+@common.logits_option
 @common.trust_option
 @click.option(
     "-o", "--output", metavar="FILE", type=click.Path(dir_okay=False), help="Write the plan to this JSON file."
@@ -87,7 +88,11 @@ def command(teacher: str, student: str, input_size: str | None, trust: tuple[str
     sources = common.open_model(teacher, trust), common.open_model(student, trust)
     matching["similarity"], seen = _similarity(options["similarity"], options["data"], options["batches"])
     example = common.example_for(sources, input_size, None if input_size else seen)
-    traced = common.trace_model(sources[0], example, "teacher"), common.trace_model(sources[1], example, "student")
+    teacher_source, student_source = sources
+    traced = (
+        common.trace_model(teacher_source, example, "teacher", logits=options["logits"]),
+        common.trace_model(student_source, example, "student", logits=options["logits"]),
+    )
     for line in plan.drift(*traced) if plan else ():
         click.echo(f"{options['plan']}: {line}", err=True)
     alignment = align_traced(*traced, criterion=options["criterion"], **matching)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -15,7 +14,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from indistill_fx.data import Data
-    from indistill_fx.record import RunRecord
     from indistill_fx.sources import Source
     from indistill_fx.traced import Role, TracedModel
 
@@ -38,143 +36,28 @@ data_option = click.option(
 )
 
 
-_TRAINING: tuple[Callable[[Command], Command], ...] = (
-    click.option(
-        "--epochs", default=20, show_default=True, type=click.IntRange(min=0), help="Epochs of the main stage."
-    ),
-    click.option("--batch-size", default=128, show_default=True, type=click.IntRange(min=1)),
-    click.option(
-        "--lr", "learning_rate", default=1e-3, show_default=True, type=float, help="Learning rate of the main stage."
-    ),
-    click.option("--optimizer", default="adam", show_default=True, type=click.Choice(["adam", "adamw", "sgd"])),
-    click.option("--weight-decay", default=0.0, show_default=True, type=float),
-    click.option(
-        "--schedule",
-        default="constant",
-        show_default=True,
-        type=click.Choice(["constant", "step", "cosine"]),
-        help="Of the learning rate.",
-    ),
-    click.option("--milestones", metavar="15,18", help="Epochs after which `step` divides the rate by ten."),
-    click.option("--clip-norm", type=float, help="Scale gradients down to this norm."),
-    click.option(
-        "--accumulate", default=1, show_default=True, type=click.IntRange(min=1), help="Batches per optimiser step."
-    ),
-    click.option("--mixed-precision", type=click.Choice(["bf16", "fp16"])),
-    click.option("--compile", "compile", is_flag=True, help="torch.compile every stage."),
-    click.option(
-        "--workers", default=0, show_default=True, type=click.IntRange(min=0), help="Processes that read images."
-    ),
-    click.option("--limit", type=click.IntRange(min=1), help="Use only so many samples of each split."),
-    click.option("--cache", metavar="DIR", help="Keep decoded small images here for the next time."),
-    click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0)),
-    click.option("--tensorboard", is_flag=True, help="Write metrics for TensorBoard too."),
-    click.option("--resume", is_flag=True, help="Go on with the run in RUN_DIR."),
-    trust_option,
+class _Entry(click.ParamType[str | int]):
+    """A key of a dict, or a place in a tuple."""
+
+    name = "key"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str | int:
+        return int(value) if isinstance(value, str) and value.isdigit() else value
+
+
+logits_option = click.option(
+    "--logits",
+    metavar="KEY",
+    type=_Entry(),
+    help="Which entry of a dict (key) or tuple (place, from 0) the class scores are, where a model returns several.",
 )
-
-
-def training_options(command: Command) -> Command:
-    """The options that `distill` and `train` share."""
-    for option in reversed(_TRAINING):
-        command = option(command)
-    return command
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """Data, example inputs and settings of a training command."""
-
-    data: Data
-    example: Any
-    settings: dict[str, Any]
-
-    @property
-    def samples(self) -> int:
-        """How many training samples there are."""
-        return sum(len(labels) for _, labels, *_ in self.data.train_plain)
-
-
-_SETTINGS = "learning_rate optimizer weight_decay schedule clip_norm accumulate mixed_precision compile seed tensorboard".split()
-
-
-def open_job(options: dict[str, Any], *, with_indices: bool = False) -> Job:
-    """Open the data of a training command and gather its settings."""
-    from indistill_fx.data import open_data
-
-    named = {name: options[name] for name in ("batch_size", "workers", "seed", "limit", "cache")}
-    data = open_data(options["data"], **named, with_indices=with_indices, progress=True)
-    settings = {name: options[name] for name in _SETTINGS}
-    settings["milestones"] = numbers(options["milestones"], "--milestones") if options["milestones"] else ()
-    return Job(data, example_for((), None, data.input_size), settings)
-
-
-def numbers(text: str, where: str) -> list[int]:
-    """Whole numbers from an option such as 3,4,5.
-
-    Raises:
-        ConfigError: something else.
-    """
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ConfigError(
-            f"{where} {text!r} is no list of whole numbers.", where=where, got=text, hint="Write them as 3,4,5."
-        ) from None
-
-
-def tell_run(record: RunRecord, run_dir: str) -> None:
-    """The summary at a run's end."""
-    from indistill_fx.cli.tables import plain_table
-
-    table = plain_table(
-        "stage",
-        "epochs",
-        "steps",
-        "first loss",
-        "last loss",
-        "seconds",
-        numbers=("epochs", "steps", "first loss", "last loss", "seconds"),
-    )
-    for stage in record.stages:
-        losses = [f"{stage.losses[0]:.4g}", f"{stage.losses[-1]:.4g}"] if stage.losses else ["", ""]
-        table.add_row(stage.name, str(stage.epochs), str(stage.steps), *losses, f"{stage.seconds:.0f}")
-    out = console()
-    out.print(table)
-    for stage in record.stages:
-        for note in stage.notes:
-            out.print(f"{stage.name}: {note}")
-    if record.accuracy is not None:
-        teacher = f", teacher {100 * record.teacher_accuracy:.2f}%" if record.teacher_accuracy is not None else ""
-        best = (
-            f" (best {100 * record.best_accuracy:.2f}% after epoch {record.best_epoch})"
-            if record.best_accuracy is not None
-            else ""
-        )
-        out.print(f"Test accuracy {100 * record.accuracy:.2f}%{best}{teacher}.")
-    out.print(f"All of it is in {run_dir}; try `indistill-fx export {run_dir} -o student.onnx`.", soft_wrap=True)
-
-
-def tell_arms(records: dict[str, RunRecord], run_dir: str) -> None:
-    """The table at a comparison's end."""
-    from indistill_fx.cli.tables import plain_table
-
-    numbers = ("accuracy", "best", "last loss", "epochs", "seconds")
-    table = plain_table("trained by", *numbers, numbers=numbers)
-    for name, record in records.items():
-        accuracy, best = (
-            f"{100 * value:.2f}%" if value is not None else "" for value in (record.accuracy, record.best_accuracy)
-        )
-        table.add_row(
-            name, accuracy, best, f"{record.epochs[-1].loss:.4g}", str(len(record.epochs)), f"{record.seconds:.0f}"
-        )
-    out = console()
-    teacher = next(iter(records.values())).teacher_accuracy
-    out.print(table, f"Teacher: {100 * teacher:.2f}%" if teacher is not None else "")
-    out.print(
-        f"A run directory for each is in {run_dir}; try `indistill-fx export {run_dir}/indistill -o student.onnx`.",
-        soft_wrap=True,
-    )
+device_option = click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "cpu"]),
+    help="auto: an accelerator if there is one.",
+)
 
 
 def console() -> Console:
@@ -191,12 +74,14 @@ def say(text: str) -> None:
     click.echo(printable(text), err=True)
 
 
-def open_model(spec: str, trust: tuple[str, ...]) -> Source:
-    """Load a spec, and say aloud what was trusted or changed on the way."""
+def open_model(spec: str, trust: tuple[str, ...], *, seed: int = 0) -> Source:
+    """Load a spec, and say aloud what was trusted or changed on the way. What a factory draws at random follows from the seed."""
     from indistill_fx.runs import is_run, load_run
+    from indistill_fx.seeding import own_randomness
     from indistill_fx.sources import load_source
 
-    source = load_run(spec, trust=trust) if is_run(spec) else load_source(spec, trust=trust)
+    with own_randomness(seed):
+        source = load_run(spec, trust=trust) if is_run(spec) else load_source(spec, trust=trust)
     for note in source.notes:
         say(f"{spec}: {note}")
     return source
@@ -227,11 +112,11 @@ def example_for(sources: tuple[Source, ...], wanted: str | None, default: tuple[
     return torch.randn(1, *size, generator=torch.Generator().manual_seed(0))
 
 
-def trace_model(source: Source, example: Any, role: Role) -> TracedModel:
+def trace_model(source: Source, example: Any, role: Role, *, logits: str | int | None = None) -> TracedModel:
     """Trace a loaded model, and say which rung it took when it was not the first."""
     from indistill_fx.passes.trace import trace
 
-    traced = trace(source.module, example, role=role)
+    traced = trace(source.module, example, role=role, logits=logits)
     if traced.report.rung != "symbolic":
         say(f"{source.spec}: traced by `{traced.report.rung}`")
     for line in (*traced.report.specialisations, *traced.report.notes):

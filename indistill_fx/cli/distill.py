@@ -2,14 +2,39 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from indistill_fx.cli import common
+from indistill_fx.cli import common, training
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from indistill_fx.curriculum import Curriculum
+
+_SECTIONS = {
+    "Data and models": (*training.SECTIONS["Data and models"], "plan_file"),
+    "The warm-up": (
+        "warmup", "warmup_steps", "no_warmup", "layers", "warmup_loss", "warmup_lr", "warmup_optimizer", "patience",
+    ),
+    "The main stage": ("main", "main_options"),
+    "Ways of training": ("recipe", "compare", "assistant", "assistant_epochs"),
+    "Training": training.SECTIONS["Training"],
+    "The run": training.SECTIONS["The run"],
+}  # fmt: skip
 
 
-@click.command(name="distill")
+def _use_recipe(context: click.Context, parameter: click.Parameter, name: str) -> str:
+    """The recipe's values become the defaults of the other options."""
+    from indistill_fx.recipes import RECIPES
+
+    context.default_map = dict(RECIPES[name].student)
+    return name
+
+
+@click.command(name="distill", cls=training.Grouped, sections=_SECTIONS)
 @click.argument("teacher")
 @click.argument("student")
 @common.data_option
@@ -22,72 +47,208 @@ from indistill_fx.cli import common
 )
 @click.option("--plan", "plan_file", metavar="FILE", help="Pairs from a file made by `align`. [default: align now]")
 @click.option(
+    "--recipe",
+    type=click.Choice(["default", "paper"]),
+    default="default",
+    show_default=True,
+    is_eager=True,
+    callback=_use_recipe,
+    help="Where the options not given come from. paper: 3, 4, 5, … epochs of MSE, then PKT for 48 epochs at 1e-3 and 10"
+    " at 1e-4; an assistant by 50 epochs of PKT.",
+)
+@click.option(
     "--main",
-    "main_loss",
     default="kd",
     show_default=True,
     help="kd, dkd, dist, pkt, pkt_kl, at, sp, rkd, crd, fitnet, vid, labels or file.py:loss.",
 )
-@click.option("--warmup", metavar="3,4,5", help="Epochs of every warm-up stage. [default: 3, 4, 5, …]")
+@click.option(
+    "--main-option",
+    "main_options",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Of the main loss, such as temperature=2; may be given several times.",
+)
+@click.option("--warmup", metavar="3,4,5", type=training.Numbers(), help="Epochs of every stage. [default: 3, 4, 5, …]")
+@click.option(
+    "--warmup-steps", metavar="500,700", type=training.Numbers(), help="Optimiser steps of every stage instead."
+)
 @click.option("--no-warmup", is_flag=True, help="Only the main loss.")
-@click.option("--warmup-loss", default="mse", show_default=True, help="mse, cosine, at, pkt or file.py:loss.")
+@click.option(
+    "--layers",
+    metavar="B,A",
+    type=training.Names(),
+    help="Only these student layers, in this order. [default: all pairs]",
+)
+@click.option("--warmup-loss", metavar="LOSS", help="mse, cosine, at, pkt or file.py:loss. [default: mse]")
+@click.option(
+    "--warmup-lr",
+    metavar="RATE",
+    type=training.Numbers(float),
+    help="Learning rate: one, or one per pair (1e-3,5e-4). [default: 0.001]",
+)
+@click.option(
+    "--warmup-optimizer",
+    metavar="NAME",
+    type=training.Names(),
+    help="adam, adamw or sgd: one, or one per pair. [default: adam]",
+)
+@click.option(
+    "--patience",
+    metavar="EPOCHS",
+    type=click.IntRange(min=1),
+    help="End a stage before its length is used up, when so many epochs have not lowered its loss by 1%.",
+)
+@click.option(
+    "--assistant",
+    metavar="SPEC|auto",
+    help="Distil TEACHER into this model first, and then this model into STUDENT. auto: TEACHER without so many of its"
+    " channels that its work lies half-way (geometrically) to the student's.",
+)
+@click.option(
+    "--assistant-epochs", type=click.IntRange(min=0), help="Of the assistant's main stage. [default: the recipe's]"
+)
 @click.option(
     "--compare",
-    "comparing",
     is_flag=True,
     help="Also train the student on labels alone and by the main loss alone, for as many epochs in all.",
 )
-@common.training_options
-def command(
-    teacher: str,
-    student: str,
-    plan_file: str | None,
-    main_loss: str,
-    warmup: str | None,
-    no_warmup: bool,
-    warmup_loss: str,
-    comparing: bool,
-    **options: Any,
-) -> None:
+@training.training_options
+def command(teacher: str, student: str, **options: Any) -> None:
     """Distil TEACHER into STUDENT: the warm-up layer by layer, then the main loss.
 
-    An interrupted run (Ctrl-C, a kill, a power cut) goes on with --resume. The trained student is RUN_DIR/student.safetensors; `evaluate`
-    and `export` take RUN_DIR itself.
+    An interrupted run (Ctrl-C, a kill, a power cut) goes on with --resume. The trained student is
+    RUN_DIR/student.safetensors; `evaluate` and `export` take RUN_DIR itself. With --assistant there are two runs:
+    RUN_DIR/step-1 (the assistant) and RUN_DIR/step-2 (the student). Several processes: `torchrun --nproc-per-node N
+    -m indistill_fx distill …`.
 
     \b
-    Example:
+    Examples:
       indistill-fx distill teacher.pt models.py:make_student --data imagefolder:cifar10 -o runs/first
+      indistill-fx distill teacher.pt models.py:make_student --data cifar10 -o runs/paper --recipe paper --assistant auto
     """
     from indistill_fx.compare import compare
-    from indistill_fx.curriculum import Curriculum
     from indistill_fx.plan import AlignmentPlan
     from indistill_fx.runs import about, about_data
     from indistill_fx.train import distill
 
-    sources = common.open_model(teacher, options["trust"]), common.open_model(student, options["trust"])
-    job = common.open_job(options, with_indices=main_loss == "crd")
-    lengths = [] if no_warmup else common.numbers(warmup, "--warmup") if warmup else None
+    out, loss = options["output"], options["main"]
+    source, pupil = (
+        common.open_model(spec, options["trust"], seed=options["seed"]).module for spec in (teacher, student)
+    )
+    job = training.open_job(options, with_indices=loss == "crd")
     shared: dict[str, Any] = {
-        "plan": AlignmentPlan.load(plan_file) if plan_file else None,
-        "curriculum": Curriculum(lengths=lengths, loss=warmup_loss),
-        "main": main_loss,
-        "main_options": {"samples": job.samples} if main_loss == "crd" else None,
+        "curriculum": _curriculum(options),
+        "plan": AlignmentPlan.load(options["plan_file"]) if options["plan_file"] else None,
+        "main": loss,
+        "main_options": _main_options(options["main_options"]) | ({"samples": job.samples} if loss == "crd" else {}),
         "val_loader": job.data.test,
         "example_inputs": job.example,
-        "run_dir": options["output"],
+        "logits": options["logits"],
         "resume": options["resume"],
         "about": about(student, options["data"], job.data.input_size, teacher=teacher, **about_data(job.data)),
         **job.settings,
     }
-    models = sources[0].module, sources[1].module
-    if comparing:
-        arms = compare(
-            *models,
-            job.data.train,
-            epochs=options["epochs"],
-            announce=lambda arm: click.echo(f"{arm}:", err=True),
-            **shared,
-        )
-        common.tell_arms({name: arm.record for name, arm in arms.items()}, options["output"])
+    if options["assistant"] is not None:
+        source = _assisted(source, pupil, teacher, job, shared, options)
+        shared["about"]["teacher"] = f"{out}/step-1"
+        out = f"{out}/step-2"
+    shared["run_dir"] = out
+    train, epochs = job.data.train, options["epochs"]
+    if options["compare"]:
+
+        def announce(arm: str) -> None:
+            common.say(f"{arm}:")
+
+        arms = compare(source, pupil, train, main_epochs=epochs, announce=announce, **shared)
+        training.tell_arms({name: arm.record for name, arm in arms.items()}, out)
     else:
-        common.tell_run(distill(*models, job.data.train, epochs=options["epochs"], **shared), options["output"])
+        training.tell_run(distill(source, pupil, train, epochs=epochs, **shared), out)
+
+
+def _assisted(
+    source: nn.Module,
+    pupil: nn.Module,
+    teacher: str,
+    job: training.Job,
+    shared: dict[str, Any],
+    options: dict[str, Any],
+) -> nn.Module:
+    """The assistant, trained: the teacher of the second step."""
+    from pathlib import Path
+
+    from indistill_fx.chain import distill_chain, shrunk_assistant
+    from indistill_fx.launch import is_main_process
+    from indistill_fx.recipes import RECIPES
+    from indistill_fx.runs import about, about_data
+    from indistill_fx.saving import save_program
+
+    spec, place = options["assistant"], Path(options["output"]) / "step-1"
+    if spec == "auto":
+        assistant, told = shrunk_assistant(source, pupil, job.example, logits=options["logits"])
+        spec = str(place.resolve() / "assistant.pt2")
+        common.say(f"Assistant: {told}")
+    else:
+        assistant = common.open_model(spec, options["trust"], seed=options["seed"]).module
+    own: dict[str, Any] = {"epochs": options["epochs"]}
+    own |= RECIPES[options["recipe"]].assistant
+    if options["assistant_epochs"] is not None:
+        own["epochs"] = options["assistant_epochs"]
+    own["about"] = about(spec, options["data"], job.data.input_size, teacher=teacher, **about_data(job.data))
+    shared = {**shared, "plan": None}  # the plan given is for the student
+    (record,) = distill_chain([source, assistant], job.data.train, steps=[own], run_dir=options["output"], **shared)
+    if options["assistant"] == "auto" and is_main_process():
+        save_program(assistant, (job.example,), spec)  # with which `export` and `evaluate` load step-1
+    training.tell_run(record, str(place))
+    return assistant
+
+
+def _curriculum(options: dict[str, Any]) -> Curriculum:
+    """The recipe's, with what was asked for in its place."""
+    from indistill_fx.errors import ConfigError
+    from indistill_fx.recipes import RECIPES
+
+    lengths = [name for name in ("warmup", "warmup_steps", "no_warmup") if options[name]]
+    if len(lengths) > 1:
+        names = " and ".join(f"--{name.replace('_', '-')}" for name in lengths)
+        raise ConfigError(f"{names} answer one question.", where=names, hint="Give one of them.")
+    wishes: dict[str, Any] = {
+        "loss": options["warmup_loss"],
+        "layers": options["layers"],
+        "learning_rate": _one_or_all(options["warmup_lr"]),
+        "optimizer": _one_or_all(options["warmup_optimizer"]),
+        "patience": options["patience"],
+    }
+    if options["no_warmup"]:
+        wishes["lengths"] = []
+    elif lengths:
+        wishes["lengths"], wishes["unit"] = options[lengths[0]], "epochs" if options["warmup"] else "steps"
+    base: Curriculum = RECIPES[options["recipe"]].student["curriculum"]
+    return replace(base, **{name: value for name, value in wishes.items() if value is not None})
+
+
+def _one_or_all(values: list[Any] | None) -> Any:
+    return values[0] if values is not None and len(values) == 1 else values
+
+
+def _main_options(pairs: tuple[str, ...]) -> dict[str, Any]:
+    """Values as Python would read them, else as text."""
+    from ast import literal_eval
+
+    from indistill_fx.errors import ConfigError
+
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not name or not equals:
+            raise ConfigError(
+                f"--main-option {pair!r} is not of the form NAME=VALUE.",
+                where="--main-option",
+                got=pair,
+                hint="Write --main-option temperature=2.",
+            )
+        try:
+            found[name] = literal_eval(text)
+        except (ValueError, SyntaxError):
+            found[name] = text
+    return found

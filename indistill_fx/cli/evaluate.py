@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from indistill_fx.cli import common
@@ -12,6 +14,13 @@ from indistill_fx.cli import common
 @common.data_option
 @common.input_option
 @common.trust_option
+@common.logits_option
+@common.device_option
+@click.option("--limit", type=click.IntRange(min=1), help="Use only so many samples of each split.")
+@click.option(
+    "--workers", default=0, show_default=True, type=click.IntRange(min=0), help="Processes that read large images."
+)
+@click.option("--cache", metavar="DIR", help="Keep decoded small images here for the next time.")
 @click.option("--batch-size", default=256, show_default=True, type=click.IntRange(min=1))
 @click.option(
     "--retrieval",
@@ -21,16 +30,20 @@ from indistill_fx.cli import common
 @click.option(
     "-k", "k", default=100, show_default=True, type=click.IntRange(min=1), help="Depth of the precision, P@k."
 )
+@click.option("--tap", metavar="LAYER", help="Retrieve with this layer's features. [default: the penultimate vector]")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(
     model: str,
     data: str,
     input_size: str | None,
     trust: tuple[str, ...],
-    batch_size: int,
     retrieval: bool,
     k: int,
+    tap: str | None,
     as_json: bool,
+    logits: str | int | None,
+    device: str,
+    **options: Any,
 ) -> None:
     """Measure MODEL (a spec or a run directory) on the test set of DATA.
 
@@ -42,15 +55,22 @@ def command(
     import json
     from dataclasses import asdict
 
+    import torch
+    from accelerate.utils import send_to_device
+
     from indistill_fx.data import open_data
     from indistill_fx.evaluate import evaluate, evaluate_retrieval
 
     source = common.open_model(model, trust)
-    opened = open_data(data, batch_size=batch_size)
-    result = asdict(evaluate(source.module, opened.test))
-    if retrieval:
-        traced = common.trace_model(source, common.example_for((source,), input_size, opened.input_size), "teacher")
-        result["retrieval"] = asdict(evaluate_retrieval(traced, opened, k=k))
+    opened = open_data(data, progress=True, **options)
+    if device == "auto" and (found := torch.accelerator.current_accelerator(check_available=True)) is not None:
+        source.module.to(found)
+    result = asdict(evaluate(source.module, opened.test, logits=logits, progress=True))
+    if retrieval or tap:
+        example = common.example_for((source,), input_size, opened.input_size)
+        place = next((p.device for p in source.module.parameters()), torch.device("cpu"))
+        traced = common.trace_model(source, send_to_device(example, place), "teacher", logits=logits)
+        result["retrieval"] = asdict(evaluate_retrieval(traced, opened, k=k, tap=tap, progress=True))
     if as_json:
         click.echo(json.dumps(result, indent=2))
         return

@@ -10,6 +10,7 @@ from indistill_fx.cli import common
 @click.command(name="inspect")
 @click.argument("model")
 @common.input_option
+@common.logits_option
 @common.trust_option
 @click.option(
     "--all",
@@ -18,7 +19,14 @@ from indistill_fx.cli import common
     help="All tensors, not only the spine, with every name that `--plan` files may use for them.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def command(model: str, input_size: str | None, trust: tuple[str, ...], everything: bool, as_json: bool) -> None:
+def command(
+    model: str,
+    input_size: str | None,
+    logits: str | int | None,
+    trust: tuple[str, ...],
+    everything: bool,
+    as_json: bool,
+) -> None:
     """Show MODEL's layers: the spine (what every path from input to output passes through), stages, widths, MACs.
 
     \b
@@ -34,7 +42,7 @@ def command(model: str, input_size: str | None, trust: tuple[str, ...], everythi
     from indistill_fx.passes.spine import spine
 
     source = common.open_model(model, trust)
-    traced = common.trace_model(source, common.example_for((source,), input_size), "teacher")
+    traced = common.trace_model(source, common.example_for((source,), input_size), "teacher", logits=logits)
     nodes = spine(traced)
     if as_json:
         rows = [{**asdict(node), "facts": {**asdict(node.facts), "dtype": str(node.facts.dtype)}} for node in nodes]

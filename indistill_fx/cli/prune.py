@@ -47,11 +47,13 @@ if TYPE_CHECKING:
 @click.option("--layers", is_flag=True, help="Show every layer, not only the stages.")
 @click.option("-o", "--output", required=True, metavar="FILE", help="The .pt2 file to write.")
 @common.input_option
+@common.logits_option
 @common.trust_option
 def command(
     model: str,
     output: str,
     input_size: str | None,
+    logits: str | int | None,
     trust: tuple[str, ...],
     plan_file: str | None,
     data: str | None,
@@ -79,7 +81,7 @@ def command(
         )
     source = common.open_model(model, trust)
     loader, size = _data(data, batches)
-    traced = common.trace_model(source, common.example_for((source,), input_size, size), "teacher")
+    traced = common.trace_model(source, common.example_for((source,), input_size, size), "teacher", logits=logits)
     ranking: dict[str, Any] = {"criterion": criterion, "loader": loader}
     smaller = _narrowed(traced, plan_file, ranking) if plan_file else _shrunk(traced, layers, **wishes, **ranking)
     save_program(smaller, traced.example_inputs, output)

@@ -6,16 +6,16 @@ from typing import Any
 
 import click
 
-from indistill_fx.cli import common
+from indistill_fx.cli import common, training
 
 
-@click.command(name="train")
+@click.command(name="train", cls=training.Grouped, sections=training.SECTIONS)
 @click.argument("model")
 @common.data_option
 @click.option(
     "-o", "--output", required=True, metavar="RUN_DIR", help="Where checkpoints, metrics and the trained model go."
 )
-@common.training_options
+@training.training_options
 def command(model: str, **options: Any) -> None:
     """Train MODEL on labels alone: a teacher, or the student's own baseline.
 
@@ -26,16 +26,17 @@ def command(model: str, **options: Any) -> None:
     from indistill_fx.runs import about, about_data
     from indistill_fx.train import train
 
-    source = common.open_model(model, options["trust"])
-    job = common.open_job(options)
+    source = common.open_model(model, options["trust"], seed=options["seed"])
+    job = training.open_job(options)
     record = train(
         source.module,
         job.data.train,
         val_loader=job.data.test,
+        logits=options["logits"],
         run_dir=options["output"],
         resume=options["resume"],
         epochs=options["epochs"],
         about=about(model, options["data"], job.data.input_size, **about_data(job.data)),
         **job.settings,
     )
-    common.tell_run(record, options["output"])
+    training.tell_run(record, options["output"])

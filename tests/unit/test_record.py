@@ -1,16 +1,20 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import threading
 
 import pytest
+from filelock import FileLock, Timeout
 
 from indistill_fx.errors import ConfigError, TrainError
 from indistill_fx.record import RunDirectory
 
 
-def test_a_directory_serves_one_run_at_a_time(tmp_path):
+def test_a_directory_serves_one_run_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr("indistill_fx.record._PATIENCE", 0.1)
     with (
         RunDirectory(tmp_path / "run", resume=True),
         pytest.raises(ConfigError, match="Another process"),
@@ -31,6 +35,30 @@ with RunDirectory({str(tmp_path / "run")!r}, resume=True):
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
     with RunDirectory(tmp_path / "run", resume=True):
         pass
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the lock's descriptor in /proc")
+def test_a_lock_that_outlives_its_killed_process_for_a_moment_is_waited_for(tmp_path, monkeypatch):
+    # as when the process is killed between the fork and the exec of a program it starts
+    code = f"""
+import os, subprocess
+from indistill_fx.record import RunDirectory
+with RunDirectory({str(tmp_path / "run")!r}, resume=True):
+    held = [fd for fd in range(100) if os.path.realpath(f"/proc/self/fd/{{fd}}").endswith(".lock")]
+    subprocess.Popen(["cat"], pass_fds=held, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    os.kill(os.getpid(), 9)
+"""
+    reads, writes = os.pipe()  # the program lives until this end of its input is closed
+    try:
+        assert subprocess.run([sys.executable, "-c", code], stdin=reads, check=False).returncode == -9
+        with pytest.raises(Timeout):
+            FileLock(tmp_path / "run" / ".lock").acquire(timeout=0)
+        monkeypatch.setattr("indistill_fx.record._PATIENCE", 60)
+        threading.Timer(0.3, os.close, [writes]).start()
+        with RunDirectory(tmp_path / "run", resume=True):
+            pass
+    finally:
+        os.close(reads)
 
 
 def test_a_second_run_in_the_same_directory_must_say_resume(tmp_path):

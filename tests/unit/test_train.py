@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import indistill_fx as ifx
 from indistill_fx.chain import distill_chain
 from indistill_fx.compare import compare
+from indistill_fx.errors import TrainError
 from indistill_fx.graphs import digest
 from indistill_fx.passes.pipeline import align
 from indistill_fx.train import distill, train
@@ -206,6 +207,23 @@ def test_options_that_cannot_be(tmp_path, teacher, options, said):
     with pytest.raises(ifx.ConfigError, match=said):
         distill(teacher, net(6, 8), loader(), run_dir=tmp_path / "run", progress=False, **options)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("pixel", "main", "said"),
+    [
+        (3e38, "kd", r"stage `0`, epoch 1, step 2: the loss is (nan|inf), first in the teacher at `0_0`"),
+        (3e38, "labels", r"stage `main`, epoch 1, step 2: the loss is (nan|inf), first in the student at `0.1`"),
+        (-torch.inf, "kd", r"stage `0`, epoch 1, step 2: .*, the batch itself holds values that are not finite"),
+    ],
+)
+def test_a_loss_that_is_not_finite_is_traced_to_its_layer_or_to_the_batch(tmp_path, teacher, pixel, main, said):
+    images, labels = samples()
+    images[20] = pixel
+    batches = DataLoader(TensorDataset(images, labels), batch_size=16)
+    curriculum = QUICK if main == "kd" else ifx.Curriculum(lengths=[])
+    with pytest.raises(TrainError, match=said):
+        distill(teacher, net(6, 8), batches, curriculum=curriculum, main=main, run_dir=tmp_path, progress=False)
 
 
 def test_a_loader_without_labels(teacher):

@@ -1,0 +1,212 @@
+"""`distill`, `train` and `evaluate` as a user asks them for more than the defaults."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from typing import Any
+
+import pytest
+import torch
+
+import indistill_fx as ifx
+from indistill_fx.cli import run
+from indistill_fx.data import open_data
+from indistill_fx.evaluate import evaluate
+from indistill_fx.settings import Options, Settings
+
+MODELS = """
+from torch import nn
+
+def make(width=4):
+    layers = [nn.Conv2d(1, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(2)]
+    layers += [nn.Conv2d(width, 2 * width, 3, padding=1), nn.BatchNorm2d(2 * width), nn.ReLU(), nn.MaxPool2d(2)]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(8 * width, 10))
+
+class Several(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.net = make(width)
+
+    def forward(self, x):
+        return {"mean": x.mean((1, 2, 3)), "scores": self.net(x)}
+
+def several(width=4):
+    return Several(width)
+"""
+QUICK = ["--data", "digits", "--limit", "100", "--batch-size", "50"]
+PAIR = ["models.py:make?width=8", "models.py:make"]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models.py").write_text(MODELS)
+    return tmp_path
+
+
+def told(*arguments: str) -> None:
+    assert run(list(arguments)) == 0
+
+
+def story(path: str) -> Any:
+    with open(f"{path}/run.json") as file:
+        return json.load(file)
+
+
+def epochs(path: str) -> list[tuple[str, float]]:
+    return [(epoch["stage"], epoch["learning_rate"]) for epoch in story(path)["result"]["epochs"]]
+
+
+@pytest.mark.parametrize(
+    ("options", "schedule"),
+    [
+        (
+            ["--warmup", "1,2", "--warmup-lr", "0.1,0.01", "--warmup-optimizer", "sgd,adamw"],
+            ["3: 1 epoch, sgd, learning rate 0.1", "7: 2 epochs, adamw, learning rate 0.01"],
+        ),
+        (
+            ["--warmup-steps", "3,1", "--layers", "7,3"],
+            ["7: 1 step, adam, learning rate 0.001", "3: 3 steps, adam, learning rate 0.001"],
+        ),
+        (
+            ["--layers", "7", "--patience", "2", "--warmup-lr", "0.5"],
+            ["7: at most 4 epochs, adam, learning rate 0.5, ends after 2 without 0.01 relative progress"],
+        ),
+        (["--no-warmup"], []),
+    ],
+)
+def test_the_warm_up_is_what_was_asked_for(here, capsys, options, schedule):
+    told("distill", *PAIR, *QUICK, "-o", "run", "--epochs", "1", *options)
+    schedule = [*schedule, "main: 1 epoch, adam, learning rate 0.001"]
+    assert story("run")["schedule"] == schedule
+    shown = capsys.readouterr().err
+    assert shown.index("Teacher's accuracy") < shown.index("\n".join(schedule)) < shown.index("loss")
+
+
+@pytest.fixture
+def asked(monkeypatch) -> list[dict[str, Any]]:
+    """What `distill` would be asked to do, instead of doing it."""
+    found: list[dict[str, Any]] = []
+    for place in ("indistill_fx.chain.distill", "indistill_fx.train.distill"):  # chain first: it imports the other
+        monkeypatch.setattr(place, lambda teacher, student, loader, **options: found.append(options))
+    monkeypatch.setattr("indistill_fx.cli.training.tell_run", lambda record, place: None)
+    return found
+
+
+def test_the_papers_recipe(here, asked):
+    told("distill", *PAIR, *QUICK, "-o", "run", "--recipe", "paper", "--assistant", "models.py:make?width=6")
+    assistant, student = asked
+    same = {"main": "pkt", "optimizer": "adam", "learning_rate": 1e-3, "weight_decay": 0.0}
+    assert same.items() <= student.items() and same.items() <= assistant.items()
+    assert student["epochs"] == 58 and student["schedule"] == "step" and student["milestones"] == [48]
+    assert assistant["epochs"] == 50 and assistant["schedule"] == "constant" and not assistant["milestones"]
+    lengths = [(leg.length, leg.learning_rate, leg.optimizer) for leg in student["curriculum"].schedule(3)]
+    assert lengths == [(3, 1e-3, "adam"), (4, 1e-3, "adam"), (5, 1e-3, "adam")]
+    assert student["curriculum"].loss == "mse"
+    assert not assistant["curriculum"].chosen(["3", "7"])
+    settings = Settings.of({name: value for name, value in student.items() if name in Options.__annotations__})
+    assert [settings.rate(epoch, 58) for epoch in (0, 47, 48, 57)] == [
+        1e-3,
+        1e-3,
+        pytest.approx(1e-4),
+        pytest.approx(1e-4),
+    ]
+    assert student["about"]["teacher"] == "run/step-1" and student["run_dir"] == "run/step-2"
+
+
+def test_what_is_given_beside_a_recipe_wins(here, asked):
+    given = ["--main", "kd", "--epochs", "1", "--schedule", "cosine", "--milestones", "", "--warmup-lr", "0.01"]
+    assert run(["distill", *PAIR, *QUICK, "-o", "run", "--recipe", "paper", *given]) == 0
+    (student,) = asked
+    assert (student["main"], student["epochs"], student["schedule"]) == ("kd", 1, "cosine")
+    assert [leg.learning_rate for leg in student["curriculum"].schedule(2)] == [1e-2, 1e-2]
+    assert [leg.length for leg in student["curriculum"].schedule(2)] == [3, 4]
+    assert student["learning_rate"] == 1e-3
+
+
+def test_an_assistant_made_of_the_teacher_and_every_step_resumes(here, capsys):
+    command = ["distill", *PAIR, *QUICK, "-o", "run", "--epochs", "1", "--warmup", "1,1", "--assistant", "auto"]
+    told(*command)
+    assert "Assistant: the teacher with" in capsys.readouterr().err
+    digests = [story(f"run/step-{step}")["result"]["digest"] for step in (1, 2)]
+    shutil.rmtree(here / "run/step-2")  # as if it had been stopped after the first step
+    told(*command, "--resume")
+    assert [story(f"run/step-{step}")["result"]["digest"] for step in (1, 2)] == digests
+    assert [story(f"run/step-{step}")["resumed"] for step in (1, 2)] == [1, 0]
+    capsys.readouterr()
+    told("evaluate", "run/step-1", "--data", "digits", "--limit", "100", "--json")
+    assert json.loads(capsys.readouterr().out)["accuracy"] == story("run/step-1")["result"]["accuracy"]
+    assert story("run/step-2")["teacher_accuracy"] == story("run/step-1")["result"]["accuracy"]
+
+
+def test_compare_leaves_the_run_as_it_is_and_gives_the_others_its_epochs(here):
+    options = ["--epochs", "2", "--warmup", "1,1", "--schedule", "step", "--milestones", "1"]
+    told("distill", *PAIR, *QUICK, "-o", "run", *options)
+    told("distill", *PAIR, *QUICK, "-o", "arms", "--compare", *options)
+    assert story("arms/indistill")["result"]["digest"] == story("run")["result"]["digest"]
+    rates = [1e-3, 1e-3, 1e-3, pytest.approx(1e-4)]  # the milestone stays in the main stage
+    assert [[rate for _, rate in epochs(f"arms/{arm}")] for arm in ("labels", "kd", "indistill")] == [rates] * 3
+
+
+def test_fresh_weights_follow_from_the_seed(here):
+    for place, seed in (("a", "0"), ("b", "0"), ("c", "1")):
+        torch.manual_seed(len(place))
+        told("train", "models.py:make", *QUICK, "-o", place, "--epochs", "1", "--seed", seed)
+        torch.rand(3)
+    a, b, c = (story(place)["result"]["digest"] for place in "abc")
+    assert a == b != c
+
+
+def test_models_with_several_outputs(here, capsys):
+    logits = ["--logits", "scores"]
+    told("train", "models.py:several?width=8", *QUICK, "-o", "teacher", "--epochs", "1", *logits)
+    told("distill", "teacher", "models.py:several", *QUICK, "-o", "run", "--epochs", "1", "--warmup", "1,1", *logits)
+    capsys.readouterr()
+    told("evaluate", "run", "--data", "digits", "--retrieval", "--json", *logits)
+    found = json.loads(capsys.readouterr().out)
+    student = ifx.load("models.py:several@run/student.safetensors")
+    assert found["accuracy"] == evaluate(student, open_data("digits").test, logits="scores").accuracy
+    assert 0 < found["retrieval"]["map_cosine"] < 1
+    told("distill", "teacher", "models.py:make", *QUICK, "-o", "plain", "--epochs", "1", "--no-warmup", *logits)
+    assert story("plain")["teacher_accuracy"] == story("run")["teacher_accuracy"]
+    capsys.readouterr()
+    told("align", "teacher", "models.py:several", "--json", *logits)
+    assert len(json.loads(capsys.readouterr().out)["pairs"]) == 2
+    assert run(["evaluate", "run", "--data", "digits"]) == 2
+    assert "--logits KEY" in capsys.readouterr().err
+
+
+def test_options_of_the_main_loss(here):
+    told("distill", *PAIR, *QUICK, "-o", "a", "--epochs", "1", "--no-warmup", "--main-option", "weight=0.0")
+    told("distill", *PAIR, *QUICK, "-o", "b", "--epochs", "1", "--no-warmup", "--main", "labels")
+    losses = [story(place)["result"]["epochs"][0]["loss"] for place in "ab"]
+    assert losses[0] == pytest.approx(0.1 * losses[1], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--warmup", "1,1", "--no-warmup"], "--warmup and --no-warmup answer one question"),
+        (["--warmup-steps", "1,1", "--patience", "2"], "plateau rule compares epochs"),
+        (["--warmup-lr", "fast"], "--warmup-lr 'fast' is no list of numbers"),
+        (["--warmup-lr", "1e-3,1e-3,1e-3"], "3 learning rates for 2 pairs"),
+        (["--warmup-optimizer", "adm"], "Nearest: adam"),
+        (["--layers", "8"], "`8`, which is in no pair"),
+        (["--main-option", "temperature"], "NAME=VALUE"),
+        (["--main-option", "temprature=2"], "Nearest: temperature"),
+        (["--milestones", "3"], "no other schedule reads them"),
+        (["--assistant", "nothing.pt"], "no file `nothing.pt`"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_is_written(here, capsys, options, message):
+    code = run(["distill", *PAIR, *QUICK, "-o", "run", *options])
+    err = capsys.readouterr().err
+    assert code == 2, err
+    assert message in err
+    assert not (here / "run").exists()
+
+
+def test_an_assistant_for_a_student_no_smaller_is_refused(here, capsys):
+    assert run(["distill", *reversed(PAIR), *QUICK, "-o", "run", "--assistant", "auto"]) == 2
+    assert "is not less than the teacher's" in capsys.readouterr().err
