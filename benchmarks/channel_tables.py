@@ -19,7 +19,9 @@ def tables(records: dict[str, Any]) -> str:
     parts = []
     for name, record in records.items():
         versions = ", ".join(f"{k} {v}" for k, v in record["versions"].items())
-        parts.append(f"{makers[record['task']](record)}\n\n({name}, {record['date']}; {versions})")
+        missing = record.get("missing", [])
+        also = f"\n\nNot run yet, {len(missing)}: {', '.join(missing)}." if missing else ""
+        parts.append(f"{makers[record['task']](record)}{also}\n\n({name}, {record['date']}; {versions})")
     return "\n\n".join(parts)
 
 
@@ -62,7 +64,7 @@ def _shrink(record: Any) -> str:
     models: Models = record["models"]
     right = {k: m for k, m in models.items() if m.get("ok")}
     lines = [
-        f"Shrinking: {len(right)} of {len(models)} torchvision classifiers halved (`ratio=0.5`, no hints), with the exact "
+        f"Shrinking: {len(right)} of {len(models)} torchvision classifiers that were run: halved (`ratio=0.5`, no hints), with the exact "
         "widths, running in both modes and equal to the masked reference "
         f"(largest difference {max((m['difference'] for m in right.values()), default=0):.0e}; with two kept columns swapped at least "
         f"{min((m['control'] for m in right.values()), default=0):.0e}).",

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from channel_checks import exact_one, narrow_one, shrink_one, torch_pruning_one
 from channel_tables import tables
-from zoo import ZooModel, zoo
+from zoo import Source, ZooModel, zoo
 
 _HEAVY = "large gf vit_l vit_h 152 101 161 201 _b7 _b6 _b5 _l vgg1 base segmentation deeplab fcn".split()
 """In the names of models that are run last."""
@@ -60,8 +60,13 @@ def run_all(task: str, models: list[ZooModel], path: Path | None, options: argpa
             one = _in_process(step, model, limit, options.memory)
             found |= {name: one} if name else one
         results[model.id] = found
+        record["missing"] = [m.id for m in zoo(_source(task)) if m.id not in results]
         print(_line(model.id, found), flush=True)
         _write(path, record)
+
+
+def _source(task: str) -> Source | None:
+    return None if task == "narrow" else "torchvision"
 
 
 def _again(done: Record, options: argparse.Namespace) -> bool:
@@ -158,7 +163,7 @@ def main() -> None:
         text = tables({path.name: json.loads(path.read_text()) for path in options.files})
         print(text) if options.into is None else put_into(options.into, text)
     else:
-        models = zoo(None if options.task == "narrow" else "torchvision")
+        models = zoo(_source(options.task))
         some = [m for m in models if any(part in m.id for part in options.only.split(","))]
         if any(m.source == "timm" for m in some):
             import timm  # noqa: F401  once, before the forks
