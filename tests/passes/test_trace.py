@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import random
 import warnings
 from collections import namedtuple
@@ -471,9 +472,7 @@ class Reused(nn.Module):
 @pytest.mark.parametrize("role", ["teacher", "student"])
 @pytest.mark.parametrize("capture", [capture_symbolic, capture_shapes, capture_exported])
 def test_shared_modules_and_tied_weights(capture, role, monkeypatch):
-    import sys
-
-    monkeypatch.setattr(sys.modules["indistill_fx.passes.trace"], "_RUNGS", {"only": capture})
+    monkeypatch.setattr(importlib.import_module("indistill_fx.passes.trace"), "_RUNGS", {"only": capture})
     module = Reused()
     traced = ifx.trace(module, vectors(), role=role)
     assert list(traced.graph_module.parameters()) == [module.a.weight]
@@ -501,9 +500,7 @@ class Twice(nn.Module):
 
 @pytest.mark.parametrize("capture", [capture_symbolic, capture_shapes, capture_exported])
 def test_facts_name_the_call_of_a_reused_module(capture, monkeypatch):
-    import sys
-
-    monkeypatch.setattr(sys.modules["indistill_fx.passes.trace"], "_RUNGS", {"only": capture})
+    monkeypatch.setattr(importlib.import_module("indistill_fx.passes.trace"), "_RUNGS", {"only": capture})
     traced = ifx.trace(Twice(), vectors())
     calls = {name: traced.facts_of(name) for name in ("block.layer", "block", "block.layer@2", "block@2")}
     assert {name: facts.module for name, facts in calls.items()} == {
