@@ -210,7 +210,7 @@ def run_apart(spec: str, timeout: float) -> dict[str, Any]:
     process = context.Process(target=lambda: theirs.send(run_one(spec)))
     process.start()
     theirs.close()
-    row = {"status": "failed", "reason": f"not done after {timeout:.0f} s"}
+    row = {"status": "not done", "reason": f"not done after {timeout:.0f} s"}
     if ours.poll(timeout):
         try:
             row = ours.recv()
@@ -287,6 +287,48 @@ def sweep(out: Path, *, only: str, again_failed: bool, timeout: float, minutes: 
     print(f"{left} left")
 
 
+def table(record: dict[str, Any]) -> str:
+    """How many agree, of how many tried, of how many there are; then every other row with its reason."""
+    lines = [
+        f"By {record['date'][:10]}, with "
+        + ", ".join(f"{name} {number}" for name, number in record["versions"].items())
+        + ".",
+        "",
+        "| models | in all | tried | export and agree | fail | not done in time, or too large |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    rows = record["rows"]
+    for source in ("torchvision", "timm"):
+        counts = Counter(row["status"] for spec, row in rows.items() if spec.startswith(source))
+        total = sum(spec.startswith(source) for spec in zoo())
+        rest = counts["not done"] + counts["not tried"]
+        lines.append(f"| {source} | {total} | {counts.total()} | {counts['agrees']} | {counts['failed']} | {rest} |")
+    agreeing = {spec: row for spec, row in rows.items() if row["status"] == "agrees"}
+    if agreeing:
+        worst = max(agreeing, key=lambda spec: agreeing[spec]["max_rel"])
+        lines += ["", f"Largest difference: {agreeing[worst]['max_rel']:.1e} of the output's range (`{worst}`)."]
+        lines += ["", "Agree: " + ", ".join(f"`{spec}`" for spec in sorted(agreeing)) + "."]
+    others = {spec: row for spec, row in rows.items() if row["status"] != "agrees"}
+    if others:
+        lines += ["", "| model | | reason |", "|---|---|---|"]
+        lines += [
+            f"| `{spec}` | {row['status']} | {row['reason'].replace('|', '/')} |"
+            for spec, row in sorted(others.items())
+        ]
+    return "\n".join(lines)
+
+
+def write_section(file: Path, text: str) -> None:
+    """Replace what stands between this sweep's marks, or add it at the end."""
+    begin, end = "<!-- export sweep -->", "<!-- end of export sweep -->"
+    before = file.read_text() if file.exists() else "# Coverage\n"
+    head, _, rest = before.partition(begin)
+    tail = rest.partition(end)[2]
+    if not rest:
+        head, tail = before.rstrip("\n") + "\n\n## ONNX export\n\n", "\n"
+    file.write_text(f"{head}{begin}\n{text}\n{end}{tail}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("sweep", "one", "table"))
@@ -298,9 +340,13 @@ def main() -> None:
     parser.add_argument(
         "--largest", type=float, default=200, metavar="MILLIONS", help="parameters; memory is 10 to 20 bytes for each"
     )
+    parser.add_argument("--into", type=Path, metavar="FILE", help="for `table`: write its section of this page")
     options = parser.parse_args()
     if options.what == "one":
         print(json.dumps(run_one(options.name)))
+    elif options.what == "table":
+        text = table(json.loads(Path(options.name).read_text()))
+        write_section(options.into, text) if options.into else print(text)
     elif options.what == "sweep":
         chosen = {name: getattr(options, name) for name in ("only", "again_failed", "timeout", "minutes", "largest")}
         sweep(Path(options.name), **chosen)

@@ -22,8 +22,9 @@ from indistill_fx.export import ExportReport, export_onnx
 from indistill_fx.launch import is_main_process
 from indistill_fx.passes.pipeline import align
 from indistill_fx.passes.trace import trace
+from indistill_fx.provenance import of_source
 from indistill_fx.record import RunRecord
-from indistill_fx.runs import about, keep_export
+from indistill_fx.runs import about, about_data, keep_export
 from indistill_fx.train import train
 
 TEACHER_EPOCHS = 12
@@ -118,7 +119,7 @@ def run_demo(out: Path, *, seed: int = 0, progress: bool = True, say: Callable[[
     teacher, initial = DigitsTeacher(), DigitsStudent()
     shared: dict[str, Any] = {"val_loader": data.test, "seed": seed, "progress": progress, "device": "cpu"}
     say(f"1. Teacher: {TEACHER_EPOCHS} epochs on labels.")
-    kept = about("indistill_fx.demo:DigitsTeacher", "digits", data.input_size)
+    kept = about("indistill_fx.demo:DigitsTeacher", "digits", data.input_size, **about_data(data))
     record = train(teacher, data.train, epochs=TEACHER_EPOCHS, run_dir=out / "teacher", about=kept, **shared)
     x = next(iter(data.train_plain))[0][:2]
     plan = align(teacher, initial, example_inputs=x)
@@ -146,7 +147,7 @@ def run_demo(out: Path, *, seed: int = 0, progress: bool = True, say: Callable[[
         learning_rate=LEARNING_RATE,
         schedule="cosine",
         announce=lambda arm: say(f"   {NAMES[arm]}:"),
-        about=about("indistill_fx.demo:DigitsStudent", "digits", data.input_size),
+        about=about("indistill_fx.demo:DigitsStudent", "digits", data.input_size, **about_data(data)),
         **shared,
     )
     if not is_main_process():
@@ -164,7 +165,11 @@ def _finish(name: str, model: nn.Module, record: RunRecord, data: Data, out: Pat
     """Export one model with proof on real digits."""
     target = out / f"{'student' if name == 'indistill' else name}.onnx"
     report = export_onnx(
-        model, target, x, real_inputs=next(iter(data.test))[0], metadata={"classes": json.dumps(data.classes)}
+        model,
+        target,
+        x,
+        real_inputs=next(iter(data.test))[0],
+        metadata=of_source(classes=data.classes, normalisation=data.normalisation),
     )
     macs = trace(model, x).macs
     keep_export(out / name, path=str(target), size=report.size, latency_ms=report.latency_ms, macs=macs)
