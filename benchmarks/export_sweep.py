@@ -303,6 +303,12 @@ def table(record: dict[str, Any]) -> str:
         total = sum(spec.startswith(source) for spec in zoo())
         rest = counts["not done"] + counts["not tried"]
         lines.append(f"| {source} | {total} | {counts.total()} | {counts['agrees']} | {counts['failed']} | {rest} |")
+    left = sum(spec not in rows for spec in zoo())
+    if left:
+        lines += [
+            "",
+            f"{left} models have not been tried yet: `python benchmarks/export_sweep.py sweep` goes on with them.",
+        ]
     agreeing = {spec: row for spec, row in rows.items() if row["status"] == "agrees"}
     if agreeing:
         worst = max(agreeing, key=lambda spec: agreeing[spec]["max_rel"])
