@@ -2,10 +2,14 @@
 
     python -m benchmarks.warmup                         all pairs, a table
     python -m benchmarks.warmup --pairs paper --json warmup.json --compile
+    python -m benchmarks.warmup --setup                 seconds to set all stages up, and how they grow with the graph
 
 The plain way (the hook baseline) is what hook frameworks do: both full networks run, forward hooks keep the features, the teacher's kept
 channels are selected, the mean squared error is taken. Steps of both are interleaved in one run, so that a noisy machine hits both alike;
-figures are medians. First 50 steps are trained by both from the same weights and compared loss by loss.
+figures are medians, of the process's CPU time with one thread (which other processes disturb least), of the clock with more. With
+--check 50 steps are trained by both from the same weights and compared loss by loss. `cached` is our stage with the teacher's features
+given, `bf16` with the teacher under bfloat16 autocast. The floor is the work that must be done, forward of the teacher's half and three
+times the student's, at the speed of one large convolution on this machine.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -88,12 +93,53 @@ class HookBaseline(nn.Module):
 
 def step(loss_of: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> float:
     """One training step; seconds."""
-    start = time.perf_counter()
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    start = clock()
     optimizer.zero_grad(set_to_none=True)
     loss = loss_of(x)
     loss.backward()
     optimizer.step()
-    return time.perf_counter() - start
+    return clock() - start
+
+
+class Cached(nn.Module):
+    """A stage with the teacher's features given."""
+
+    def __init__(self, stage: ifx.Stage, x: Tensor):
+        super().__init__()
+        self.stage = stage.without_teacher()
+        with torch.no_grad():
+            self.features = {tap: value.clone() for tap, value in stage.teacher(x)[0].items()}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The stage's loss."""
+        return self.stage({self.stage.inputs[0]: x, "teacher_features": self.features})
+
+
+class HalfTeacher(nn.Module):
+    """A frozen graph under bfloat16 autocast, its weights converted once."""
+
+    def __init__(self, graph: nn.Module):
+        super().__init__()
+        self.graph = copy.deepcopy(graph).bfloat16()
+
+    def forward(self, x: Tensor) -> tuple[dict[str, Tensor], None]:
+        """The features, in float32."""
+        return {tap: value.float() for tap, value in self.graph(x.bfloat16())[0].items()}, None
+
+
+def speed() -> float:
+    """Multiply-accumulates a second of one large convolution, channels last."""
+    x = torch.randn(16, 128, 28, 28).to(memory_format=torch.channels_last)
+    layer = nn.Conv2d(128, 128, 3, padding=1)
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    best = float("inf")
+    with torch.no_grad():
+        for _ in range(8):
+            start = clock()
+            layer(x)
+            best = min(best, clock() - start)
+    return 16 * 128 * 128 * 9 * 28 * 28 / best
 
 
 def adam(module: nn.Module) -> torch.optim.Optimizer:
@@ -126,7 +172,7 @@ def same_training(
     return {"loss": worst, "parameters": parameters}
 
 
-def measure_pair(name: str, *, steps: int, compiled: bool, check: int) -> dict[str, Any]:
+def measure_pair(name: str, *, steps: int, compiled: bool, check: int, only: list[int] | None) -> dict[str, Any]:
     """All stages of one pair: milliseconds a step of the baseline, of ours, and of ours compiled."""
     build, size, batch = PAIRS[name]
     torch.manual_seed(0)
@@ -142,16 +188,24 @@ def measure_pair(name: str, *, steps: int, compiled: bool, check: int) -> dict[s
         "batch": batch,
         "align_seconds": seconds_align,
         "setup_seconds": time.perf_counter() - start,
+        "gmacs_per_second": speed() / 1e9,
         "stages": [],
     }
     for number, pair in enumerate(plan.pairs):
+        if only and number + 1 not in only:
+            continue
         mine = copy.deepcopy(student).train()
         stage = ifx.compile_stages(teacher, mine, plan, main=None, example_inputs=x[:2])[number].train()
         runners: dict[str, nn.Module] = {
             "hooks": HookBaseline(copy.deepcopy(teacher), copy.deepcopy(student).train(), pair),
             "ours": stage,
+            "cached": Cached(stage, x),
+            "bf16": copy.copy(stage),
         }
-        entry: dict[str, Any] = {"tap": pair.student, "teacher": pair.teacher}
+        runners["bf16"]._modules = dict(stage._modules) | {"teacher": HalfTeacher(stage.teacher)}
+        work = batch * (stage.macs[0] + 3 * stage.macs[1])
+        entry: dict[str, Any] = {"tap": pair.student, "teacher": pair.teacher, "number": number + 1, "macs": stage.macs}
+        entry["floor_ms"] = work / row["gmacs_per_second"] / 1e6
         if compiled:
             torch._dynamo.reset()
             again = ifx.compile_stages(teacher, copy.deepcopy(student).train(), plan, main=None, example_inputs=x[:2])[
@@ -169,18 +223,61 @@ def measure_pair(name: str, *, steps: int, compiled: bool, check: int) -> dict[s
                 seconds = step(runner, optimizers[key], x)
                 if k >= 2:
                     times[key].append(seconds)
+        del runners, optimizers, stage, mine
         entry |= {f"{key}_ms": 1e3 * statistics.median(values) for key, values in times.items()}
         if check:
             batches = [torch.randn(batch, *size, generator=torch.Generator().manual_seed(k)) for k in range(check)]
             entry["difference"] = same_training(teacher, student, plan, number, batches)
         row["stages"].append(entry)
-    weights = [3 + k for k in range(len(row["stages"]))]
-    for key in ("ours", "compiled") if compiled else ("ours",):
-        total = [
-            sum(w * s[f"{kind}_ms"] for w, s in zip(weights, row["stages"], strict=True)) for kind in ("hooks", key)
-        ]
-        row[f"speedup_{key}"] = total[0] / total[1]
+    weigh(row)
     return row
+
+
+def weigh(row: dict[str, Any]) -> None:
+    """Speed-ups over the curriculum: 3, 4, 5, … epochs of the stages."""
+    stages = row["stages"]
+    for key in ("ours", "compiled", "cached", "bf16"):
+        if all(f"{key}_ms" in stage for stage in stages):
+            total = [sum((2 + s["number"]) * s[f"{kind}_ms"] for s in stages) for kind in ("hooks", key)]
+            row[f"speedup_{key}"] = total[0] / total[1]
+    if all("compiled_ms" in stage for stage in stages):
+        saved = sum((2 + s["number"]) * (s["ours_ms"] - s["compiled_ms"]) for s in stages) / sum(
+            2 + s["number"] for s in stages
+        )
+        seconds = sum(stage["compile_seconds"] for stage in stages)
+        row["break_even_steps"] = 1e3 * seconds / saved if saved > 0 else None
+
+
+class Deep(nn.Sequential):
+    """So many small blocks of convolution, norm and ReLU: three nodes each."""
+
+    def __init__(self, blocks: int, width: int):
+        layers: list[nn.Module] = []
+        for k in range(blocks):
+            layers += [nn.Conv2d(width if k else 3, width, 1), nn.BatchNorm2d(width), nn.ReLU()]
+        super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10))
+
+
+def setup() -> dict[str, Any]:
+    """Seconds that compile_stages takes on traced models: resnet152 → resnet50, and chains of 1,250 to 10,000 nodes."""
+
+    def seconds(teacher: nn.Module, student: nn.Module, x: Tensor, **options: Any) -> tuple[float, int, int]:
+        traced = ifx.trace(teacher, x, role="teacher"), ifx.trace(student, x, role="student")
+        plan = ifx.align(*traced, **options)
+        start = time.process_time()
+        stages = ifx.compile_stages(*traced, plan, main=None)
+        return time.process_time() - start, len(stages), len(traced[0].graph_module.graph.nodes)
+
+    pair = _vision("resnet152", "resnet50")()
+    found = seconds(*pair, torch.randn(2, 3, 64, 64))
+    result: dict[str, Any] = {"resnet152-resnet50": {"seconds": found[0], "stages": found[1], "nodes": found[2]}}
+    chains = []
+    for nodes in (1250, 2500, 5000, 10000):
+        taps = {"fixed": [(str(3 * (nodes // 3 * part // 4) - 1),) * 2 for part in (1, 2, 3)]}
+        found = seconds(Deep(nodes // 3, 4), Deep(nodes // 3, 2), torch.randn(2, 3, 4, 4), **taps)
+        chains.append({"nodes": found[2], "seconds": found[0], "stages": found[1]})
+        print(chains[-1], flush=True)
+    return result | {"chains": chains}
 
 
 def peak_memory(name: str, kind: str) -> float:
@@ -210,7 +307,8 @@ def _peak(name: str, kind: str) -> float:
 
 def show(rows: list[dict[str, Any]]) -> None:
     """The table."""
-    table = Table("pair", "stage", "hooks ms", "ours ms", "×", "compiled ms", "×", "compile s", "loss differs")
+    names = "hooks ms|ours ms|×|compiled ms|×|compile s|cached ms|bf16 ms|floor ms|loss differs"
+    table = Table("pair", "stage", *names.split("|"))
     for row in rows:
         for stage in row["stages"]:
             compiled = stage.get("compiled_ms")
@@ -223,6 +321,9 @@ def show(rows: list[dict[str, Any]]) -> None:
                 f"{compiled:.1f}" if compiled else "",
                 f"{stage['hooks_ms'] / compiled:.2f}" if compiled else "",
                 f"{stage['compile_seconds']:.0f}" if compiled else "",
+                f"{stage['cached_ms']:.1f}",
+                f"{stage['bf16_ms']:.1f}",
+                f"{stage['floor_ms']:.1f}",
                 f"{stage['difference']['loss']:.1e}" if "difference" in stage else "",
             )
         compiled = row.get("speedup_compiled")
@@ -234,6 +335,9 @@ def show(rows: list[dict[str, Any]]) -> None:
             f"{row['speedup_ours']:.2f}",
             "",
             f"{compiled:.2f}" if compiled else "",
+            "",
+            f"× {row['speedup_cached']:.2f}",
+            f"× {row['speedup_bf16']:.2f}",
             end_section=True,
         )
     Console(width=120).print(table)
@@ -256,29 +360,50 @@ def main() -> None:
     parser.add_argument(
         "--memory", action="store_true", help="also peak memory of stage 1, each in a process of its own"
     )
-    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--stages", nargs="+", type=int, help="only these stages, counted from 1")
+    parser.add_argument("--setup", action="store_true", help="instead: seconds to set stages up")
+    parser.add_argument("--json", metavar="FILE", help="results are added to what is there, by pair, threads and stage")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    if options.setup:
+        found = setup()
+        print(json.dumps(found, indent=1))
+        if options.json:
+            save(options, [], setup=found)
+        return
     rows = []
     for name in options.pairs:
-        rows.append(measure_pair(name, steps=options.steps, compiled=options.compile, check=options.check))
+        row = measure_pair(
+            name, steps=options.steps, compiled=options.compile, check=options.check, only=options.stages
+        )
+        rows.append(row | {"threads": options.threads, "command": " ".join(sys.argv[1:])})
         if options.memory:
             rows[-1]["peak_mib"] = {kind: peak_memory(name, kind) for kind in ("hooks", "ours")}
             print(name, "peak memory of stage 1 (MiB):", rows[-1]["peak_mib"])
+        if options.json:
+            save(options, rows[-1:])
     show(rows)
-    if options.json:
-        about = {
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
-        }
-        about |= {
-            "machine": platform.processor() or platform.machine(),
-            "threads": options.threads,
-            "command": " ".join(sys.argv),
-        }
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump({"about": about, "rows": rows}, file, indent=1)
+
+
+def save(options: argparse.Namespace, rows: list[dict[str, Any]], **more: Any) -> None:
+    """Put results into the file, beside those of other pairs, threads and stages."""
+    path = Path(options.json)
+    told: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"rows": []}
+    told["about"] = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "machine": platform.processor() or platform.machine(),
+    }
+    for row in rows:
+        same = [old for old in told["rows"] if (old["pair"], old["threads"]) == (row["pair"], row["threads"])]
+        if same:
+            done = {stage["number"]: stage for stage in (*same[0]["stages"], *row["stages"])}
+            told["rows"].remove(same[0])
+            row = same[0] | row | {"stages": [done[number] for number in sorted(done)]}
+            weigh(row)
+        told["rows"].append(row)
+    path.write_text(json.dumps(told | more, indent=1) + "\n")
 
 
 if __name__ == "__main__":

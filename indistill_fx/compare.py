@@ -48,6 +48,7 @@ def compare(
     resume: bool = False,
     progress: bool = True,
     about: Mapping[str, Any] | None = None,
+    feature_cache: str | os.PathLike[str] | None = None,
     **options: Unpack[Options],
 ) -> dict[str, Arm]:
     """Train copies of one student three ways, from the same weights and seed, each for the same number of epochs in all.
@@ -70,6 +71,7 @@ def compare(
         resume: see `distill`; arms that are done are read back.
         progress: see `distill`.
         about: see `distill`.
+        feature_cache: see `distill`.
         options: see `Settings`. `milestones` count an arm's epochs from its beginning; with `main_epochs`, the third
             arm's main epochs, and the other arms' milestones are as many epochs before their end.
 
@@ -125,6 +127,7 @@ def compare(
             resume=resume,
             progress=progress,
             about=about,
+            feature_cache=feature_cache,
             **own,
         )
         done[arm] = Arm(pupil, record)

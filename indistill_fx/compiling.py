@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from indistill_fx.stage import Stage
+
 
 def compiled(stage: nn.Module, trial: Callable[[Any], Any]) -> tuple[nn.Module, str]:
     """The stage compiled, if a trial on one batch goes through; else as it is. Buffers and gradients are as before.
@@ -20,7 +22,7 @@ def compiled(stage: nn.Module, trial: Callable[[Any], Any]) -> tuple[nn.Module, 
     Returns:
         The module to train, and a note on how it went.
     """
-    found: Any = torch.compile(stage)
+    found: Any = torch.compile(stage, fullgraph=isinstance(stage, Stage))
     buffers = [(buffer, buffer.clone()) for buffer in stage.buffers()]
     began = time.monotonic()
     try:

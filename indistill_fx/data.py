@@ -86,7 +86,7 @@ def open_data(
         spec: `digits` (scikit-learn's 8x8 digits; every fifth of each class is a test sample), `cifar10`, `cifar100`
             (with `:DIR` to say where they lie), `imagefolder:DIR` (train/<class>/ and test/ or val/), or `file.py:name`
             of a function that returns (train, test), a dict with `train`, `test` and perhaps `train_plain` and
-            `classes`, or `Data`; it is given those of batch_size, workers, seed and limit that it has parameters for.
+            `classes`, or `Data`; it is given those of batch_size, workers, seed, limit and augment that it has parameters for.
         batch_size: samples per batch.
         workers: processes that read images too large for memory.
         seed: of order and augmentation.
@@ -191,10 +191,11 @@ def _imagefolder(place: str, options: _Options) -> Data:
         splits = (decoded[0], train.labels), (decoded[1], test.labels)
         return _in_memory(*splits, train.classes, figures, options, augment=FlipAndCrop())
     varied, plain = _transforms(size, small, figures)
+    drawn = f"training images are {'shifted' if small else 'cropped'} and mirrored at random"
 
     def loader(listing: Listing, transform: Callable[[Any], Tensor], shuffle: bool) -> DiskLoader:
         return DiskLoader(
-            ImageFiles(listing, transform),
+            ImageFiles(listing, transform, randomness=drawn if transform is varied and options.augment else None),
             batch_size=options.batch_size,
             workers=options.workers,
             seed=options.seed,
@@ -202,8 +203,11 @@ def _imagefolder(place: str, options: _Options) -> Data:
             with_indices=options.with_indices and shuffle,
         )
 
-    varied = varied if options.augment else plain
-    loaders = loader(train, varied, True), loader(train, plain, False), loader(test, plain, False)
+    loaders = (
+        loader(train, varied if options.augment else plain, True),
+        loader(train, plain, False),
+        loader(test, plain, False),
+    )
     return Data(*loaders, train.classes, (3, *size), figures)
 
 
@@ -282,7 +286,7 @@ def _from_user(spec: str, options: _Options) -> Data:
     function = load_object(spec)
     if not callable(function):
         raise ConfigError(f"{spec!r} is no function.", where=spec, got=type(function).__name__, expected="a function")
-    offered = {key: getattr(options, key) for key in ("batch_size", "workers", "seed", "limit")}
+    offered = {key: getattr(options, key) for key in ("batch_size", "workers", "seed", "limit", "augment")}
     wanted = inspect.signature(function).parameters
     result = function(**{key: value for key, value in offered.items() if key in wanted})
     if isinstance(result, Data):

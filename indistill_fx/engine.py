@@ -112,7 +112,7 @@ class Engine:
             if together and (alone := unsynced_batch_norms(leg.module)):
                 self._note(leg, f"{alone} batch norms are not torch.nn's: each process has its own statistics for them")
             module, optimizer = self._prepare(leg)
-            self._reporter.open(leg.name, self.state.steps)
+            self._reporter.open(leg.name, self.state.steps, tap=leg.tap)
             with self._shards or nullcontext():
                 while self.state.leg == index:
                     self._set_rate(leg, optimizer)
@@ -208,7 +208,7 @@ class Engine:
         for index, batch in enumerate(self._loader, start=self.state.batch):
             if self.state.epochs == 0:
                 self._check(index, batch)
-            yield index, batch if device.type == "cpu" else send_to_device(batch, device, non_blocking=True)
+            yield index, send_to_device(leg.given(batch), device, non_blocking=True)
 
     def _used_up(self, leg: Leg) -> bool:
         return leg.budget.unit == "steps" and self.state.steps >= leg.budget.length
@@ -277,7 +277,7 @@ class Engine:
         def trial(stage: nn.Module) -> Any:
             self._loader.set_epoch(self.state.epochs)
             with self._accelerator.autocast():
-                return stage(send_to_device(next(iter(self._loader)), self._accelerator.device))
+                return stage(send_to_device(leg.given(next(iter(self._loader))), self._accelerator.device))
 
         module, note = compiled(leg.module, trial)
         self._note(leg, note)

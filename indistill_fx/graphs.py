@@ -27,6 +27,19 @@ def output_node(graph: fx.Graph) -> fx.Node:
     return last
 
 
+def depends_on_input(node: fx.Node) -> bool:
+    """Whether a node computes something from an input of the graph; an input itself does not."""
+    seen, todo = {node}, [node]
+    while todo:
+        for source in todo.pop().all_input_nodes:
+            if source.op == "placeholder":
+                return True
+            if source not in seen:
+                seen.add(source)
+                todo.append(source)
+    return False
+
+
 def copy_graph(graph_module: fx.GraphModule) -> tuple[fx.GraphModule, dict[str, fx.Node]]:
     """A GraphModule with a graph of its own and the same leaf modules, parameters and buffers; and its nodes by name."""
     graph = fx.Graph()

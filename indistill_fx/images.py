@@ -40,10 +40,24 @@ class Listing:
 
 
 class ImageFiles(Dataset[Any]):
-    """Index -> (transformed image, label); the ConfigError that names the file where it cannot be read."""
+    """Index -> (transformed image, label); the ConfigError that names the file where it cannot be read.
 
-    def __init__(self, listing: Listing, transform: Callable[[Any], Tensor]):
-        self.listing, self.transform = listing, transform
+    Args:
+        listing: the files.
+        transform: of a PIL image.
+        randomness: what the transform draws at random; None: nothing.
+    """
+
+    def __init__(self, listing: Listing, transform: Callable[[Any], Tensor], *, randomness: str | None = None):
+        self.listing, self.transform, self.randomness = listing, transform, randomness
+
+    def fingerprint(self) -> str:
+        """Digest of the files' names, sizes and times, and of the transform."""
+        total = hashlib.sha256(repr(self.transform).encode())
+        for file in self.listing.files:
+            found = os.stat(file)
+            total.update(f"{file}\0{found.st_size}\0{found.st_mtime_ns}\n".encode())
+        return total.hexdigest()
 
     def __len__(self) -> int:
         return len(self.listing.files)

@@ -112,7 +112,11 @@ class Job:
         legs = [leg for leg in work.legs if leg.budget.length]
         identity = self._identity(legs, teacher, accelerator)
         shown = self.progress and accelerator.is_main_process
-        with Reporter(shown=shown, steps=self._steps(legs)) as reporter, StopRequest(enabled=bool(directory)) as stop:
+        costs = {leg.name: leg.cost for leg in legs}
+        with (
+            Reporter(shown=shown, steps=self._steps(legs), costs=costs) as reporter,
+            StopRequest(enabled=bool(directory)) as stop,
+        ):
             engine = Engine(
                 student=self.student,
                 legs=legs,
@@ -165,6 +169,7 @@ class Job:
             "batches": len(self.loader),
             "data seed": self.loader.seed,
             "processes": accelerator.num_processes,
+            "features": "cached" if any(leg.attach for leg in legs) else None,
             **{name: value for name, value in self.settings.to_json().items() if name not in free},
         }
         plain: dict[str, Any] = json.loads(json.dumps(found))

@@ -6,6 +6,7 @@ All iterate batches (images, labels) or (images, labels, indices) and leave the 
 from __future__ import annotations
 
 import copy
+import hashlib
 import random
 import re
 from abc import ABC, abstractmethod
@@ -23,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from indistill_fx.errors import ConfigError, TrainError
 
 Loader = TypeVar("Loader", bound="EpochLoader")
+Indexed = TypeVar("Indexed", bound="_IndexedLoader")
 
 
 class EpochLoader(ABC):
@@ -51,6 +53,27 @@ class EpochLoader(ABC):
         part = copy.copy(self)
         part.rank, part.world = rank, world
         return part
+
+    @property
+    def randomness(self) -> str | None:
+        """Why a sample may look different from epoch to epoch; None: it never does."""
+        return f"nobody can tell whether a {type(self).__name__} draws at random"
+
+    @property
+    def samples(self) -> int:
+        """How many samples there are."""
+        raise self._unknown()
+
+    def indexed(self: Loader, *, in_order: bool = False) -> Loader:
+        """The same loader with sample indices; `in_order`: every sample once, for one process. Only where `randomness` is None."""
+        raise self._unknown()
+
+    def fingerprint(self) -> str:
+        """Digest of the samples as they are delivered; only where `randomness` is None."""
+        raise self._unknown()
+
+    def _unknown(self) -> ConfigError:
+        return ConfigError(f"A {type(self).__name__} does not know its samples by number.", where="loader")
 
     @abstractmethod
     def __len__(self) -> int:
@@ -114,6 +137,19 @@ class _IndexedLoader(EpochLoader):
         self.count, self.batch_size, self.shuffle, self.with_indices = count, batch_size, shuffle, with_indices
         self.drop_last = shuffle and count >= batch_size
 
+    @property
+    def samples(self) -> int:
+        """How many samples there are."""
+        return self.count
+
+    def indexed(self: Indexed, *, in_order: bool = False) -> Indexed:
+        """The same loader with sample indices in its batches; `in_order`: every sample once, for one process."""
+        part = copy.copy(self)
+        part.with_indices = True
+        if in_order:
+            part.shuffle, part.drop_last, part.rank, part.world, part._skipped = False, False, 0, 1, 0
+        return part
+
     def __len__(self) -> int:
         return self.count // self.batch_size if self.drop_last else -(-self.count // self.batch_size)
 
@@ -162,6 +198,18 @@ class MemoryLoader(_IndexedLoader):
         self.images, self.labels, self.peak, self.augment = images, labels, peak, augment
         self._mean, self._std = (torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
 
+    @property
+    def randomness(self) -> str | None:
+        """The augmentation, if there is one."""
+        return f"training images are augmented by {self.augment}" if self.augment is not None else None
+
+    def fingerprint(self) -> str:
+        """Digest of images and normalisation."""
+        told = f"{self.images.dtype} {tuple(self.images.shape)} {self.peak} {self._mean.tolist()} {self._std.tolist()}"
+        total = hashlib.sha256(told.encode())
+        total.update(self.images.contiguous().numpy().data)
+        return total.hexdigest()
+
     def _batches(self, skipped: int) -> Iterator[tuple[Tensor, ...]]:
         for number, whole in self._plan(skipped):
             part = slice(self.rank, None, self.world)
@@ -201,6 +249,18 @@ class DiskLoader(_IndexedLoader):
         count: int = len(dataset)  # type: ignore[arg-type]
         super().__init__(count, batch_size=batch_size, seed=seed, shuffle=shuffle, with_indices=with_indices)
         self.dataset, self.workers = dataset, workers
+
+    @property
+    def randomness(self) -> str | None:
+        """What the dataset says of itself; without a word of it, it may be random."""
+        unknown = f"nobody can tell whether a {type(self.dataset).__name__} draws at random"
+        told: str | None = getattr(self.dataset, "randomness", unknown)
+        return told
+
+    def fingerprint(self) -> str:
+        """The dataset's own."""
+        digest: str = self.dataset.fingerprint()  # type: ignore[attr-defined]
+        return digest
 
     def _batches(self, skipped: int) -> Iterator[tuple[Tensor, ...]]:
         parts = [whole[self.rank :: self.world].tolist() for _, whole in self._plan(skipped)]

@@ -25,10 +25,19 @@ class Reporter:
         shown: False: says nothing.
         steps: optimiser steps of each stage in order, at most.
         console: where to; default: standard error.
+        costs: of a step of each stage, in any unit; by default all cost the same.
     """
 
-    def __init__(self, *, shown: bool, steps: Mapping[str, int], console: Console | None = None):
+    def __init__(
+        self,
+        *,
+        shown: bool,
+        steps: Mapping[str, int],
+        console: Console | None = None,
+        costs: Mapping[str, float] | None = None,
+    ):
         self._shown, self._board = shown, board(steps)
+        self._costs, self._tap = dict.fromkeys(steps, 1.0) | dict(costs or {}), ""
         self._console = console or SafeConsole(stderr=True)
         self._live: Live | None = None
         self._since, self._since_step, self._last = 0.0, 0, 0.0
@@ -60,8 +69,15 @@ class Reporter:
         self._board.teacher = accuracy
         self.say(f"Teacher's accuracy: {accuracy:.2%}")
 
-    def open(self, stage: str, step: int) -> None:
-        """Begin a stage, or go on with it at a step."""
+    def open(self, stage: str, step: int, *, tap: str = "") -> None:
+        """Begin a stage, or go on with it at a step.
+
+        Args:
+            stage: its name, which is the student's layer.
+            step: done so far.
+            tap: the teacher's layer, if it compares one.
+        """
+        self._tap = f" ← {tap}" if tap else ""
         self._board.running, self._since_step = stage, step
         self._board.stages[stage].step = step
         self._since = self._last = time.monotonic()
@@ -79,10 +95,12 @@ class Reporter:
         rate = (step - self._since_step) / max(now - self._since, 1e-9)
         pace = f"{rate:.3g} steps/s, {self._left(step, rate)}"
         if self._live is not None:
-            self._board.pace = f"epoch {epoch} · {pace}"
+            self._board.pace = f"epoch {epoch}{self._tap} · {pace}"
             self._draw()
         else:
-            self.say(f"{self._board.running}: step {step} of {stage.total}, epoch {epoch}, loss {loss:.4g}, {pace}")
+            self.say(
+                f"{self._board.running}{self._tap}: step {step} of {stage.total}, epoch {epoch}, loss {loss:.4g}, {pace}"
+            )
 
     def epoch(self, stage: str, step: int, loss: float, accuracy: float | None) -> None:
         """An epoch is over, now or before the run was resumed."""
@@ -110,10 +128,11 @@ class Reporter:
             self._live.update(self._board.draw(self._console.width), refresh=True)
 
     def _left(self, step: int, rate: float) -> str:
-        """Time left, as if the later stages' steps took as long as this one's."""
-        names, stages = list(self._board.stages), self._board.stages
-        later = sum(stages[name].total for name in names[names.index(self._board.running) + 1 :])
-        seconds = round((stages[self._board.running].total - step + later) / max(rate, 1e-9))
+        """Time left, as if a later stage's step took as much longer than this one's as it costs more."""
+        names, stages, running = list(self._board.stages), self._board.stages, self._board.running
+        later = sum(stages[name].total * self._costs[name] for name in names[names.index(running) + 1 :])
+        own = stages[running].total - step
+        seconds = round((own + later / max(self._costs[running], 1e-9)) / max(rate, 1e-9))
         if seconds < 90:
             return f"about {seconds} s left"
         return f"about {seconds // 60} min left" if seconds < 5400 else f"about {seconds / 3600:.1f} h left"

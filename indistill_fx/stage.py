@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from indistill_fx.batches import Parts, check_inputs, split
 from indistill_fx.curriculum import Budget, Curriculum
 from indistill_fx.errors import ConfigError, TrainError
+from indistill_fx.graphs import depends_on_input, output_node
 from indistill_fx.losses import EMBEDDING, Outputs, main_loss, warmup_loss
 from indistill_fx.passes.pipeline import align, as_traced, narrowed_teacher, student_half, teacher_half
 from indistill_fx.passes.verify import signature_of
@@ -46,6 +48,8 @@ class Stage(nn.Module):
         embedding: the pair of penultimate vectors, if the loss reads it.
         logits: the pair of main outputs, if the loss reads them: (teacher's tap or None, student's tap or None).
         budget: how long the curriculum trains it; None for the main stage.
+        dtypes: the inputs' dtypes by name, where they are to be checked.
+        macs: multiply-accumulates of one sample: (teacher's half, student's half), forward.
     """
 
     def __init__(
@@ -59,11 +63,16 @@ class Stage(nn.Module):
         embedding: Pair | None = None,
         logits: tuple[str | None, str | None] = (None, None),
         budget: Budget | None = None,
+        dtypes: Mapping[str, torch.dtype] | None = None,
+        macs: tuple[int, int] = (0, 0),
     ):
         super().__init__()
         self.name, self.pairs, self.embedding, self.logits, self.budget = name, tuple(pairs), embedding, logits, budget
         self.student, self.teacher, self.criterion = student, teacher, criterion
+        self.macs = macs
         self._inputs = signature_of(student)
+        self._dtypes = tuple((dtypes or {}).get(name) for name in self._inputs)
+        self._cached = False
 
     def train(self, mode: bool = True) -> Stage:
         """Set the mode of the student's half and of the loss; the teacher stays in eval mode."""
@@ -72,31 +81,74 @@ class Stage(nn.Module):
             self.teacher.train(False)
         return self
 
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the model's inputs, in order."""
+        return self._inputs
+
+    @property
+    def teacher_taps(self) -> tuple[str, ...]:
+        """Names of the teacher's tensors that the loss reads."""
+        if self.teacher is None:
+            return ()
+        taps = (self.embedding and self.embedding.teacher, self.logits[0], *(pair.teacher for pair in self.pairs))
+        return tuple(dict.fromkeys(tap for tap in taps if tap))
+
+    def without_teacher(self) -> Stage:
+        """The same stage over the same student, which expects the teacher's features in the batch (see `feature_cache`)."""
+        new = Stage(
+            name=self.name,
+            student=self.student,
+            teacher=None,
+            criterion=self.criterion,
+            pairs=self.pairs,
+            embedding=self.embedding,
+            logits=self.logits,
+            budget=self.budget,
+            macs=(0, self.macs[1]),
+        )
+        new._dtypes, new._cached = self._dtypes, self.teacher is not None
+        return new
+
     def forward(self, batch: Any) -> Tensor:
         """The stage's loss.
 
         Args:
             batch: a tensor of inputs; a tuple or list of the model's inputs in order, then the labels, then the sample indices (the
-                last two where the loss needs them); or a dict of inputs by name, with `labels` and `indices`.
+                last two where the loss needs them); or a dict of inputs by name, with `labels`, `indices` and, for a stage
+                `without_teacher`, `teacher_features`.
 
         Returns:
             A scalar.
 
         Raises:
-            TrainError: the batch is none of these.
+            TrainError: the batch is none of these, or an entry is no tensor or of a wrong device or dtype.
             ConfigError: the labels or indices that the loss needs are missing.
         """
-        inputs, labels, indices = self._split(batch)
-        teacher = Outputs(None, None, {}, indices)
-        if self.teacher is not None:
+        parts = split(batch, self._inputs, stage=self.name)
+        check_inputs(parts, self._inputs, self._dtypes, self.student, stage=self.name)
+        teacher = Outputs(None, None, {}, parts.indices)
+        if self._cached:
+            teacher = self._outputs(self._given(parts), 0, parts.indices)
+        elif self.teacher is not None:
             with torch.no_grad():
-                features, _ = self.teacher(*inputs)
-            teacher = self._outputs(features, 0, indices)
-        features, _ = self.student(*inputs)
-        loss: Tensor = self.criterion(self._outputs(features, 1, indices), teacher, labels)
+                features, _ = self.teacher(*parts.inputs)
+            teacher = self._outputs(features, 0, parts.indices)
+        features, _ = self.student(*parts.inputs)
+        loss: Tensor = self.criterion(self._outputs(features, 1, parts.indices), teacher, parts.labels)
         return loss
 
-    def _outputs(self, features: dict[str, Tensor], side: int, indices: Tensor | None) -> Outputs:
+    def _given(self, parts: Parts) -> Mapping[str, Tensor]:
+        if parts.features is None:
+            raise TrainError(
+                f"Stage `{self.name}` has no teacher, and the batch has no `teacher_features`.",
+                where=self.name,
+                expected="a dict with inputs, labels and teacher_features",
+                hint="Let `FeatureStore.attach` make the batches, or train the stage that holds the teacher.",
+            )
+        return parts.features
+
+    def _outputs(self, features: Mapping[str, Tensor], side: int, indices: Tensor | None) -> Outputs:
         logits, embedding = self.logits[side], self.embedding
         return Outputs(
             features[logits] if logits is not None else None,
@@ -104,35 +156,6 @@ class Stage(nn.Module):
             {pair.student: features[(pair.teacher, pair.student)[side]] for pair in self.pairs},
             indices,
         )
-
-    def _split(self, batch: Any) -> tuple[tuple[Tensor, ...], Tensor | None, Tensor | None]:
-        count = len(self._inputs)
-        if isinstance(batch, Tensor) and count == 1:
-            return (batch,), None, None
-        if isinstance(batch, Mapping) and all(name in batch for name in self._inputs):
-            return tuple(batch[name] for name in self._inputs), batch.get("labels"), batch.get("indices")
-        if (
-            isinstance(batch, (tuple, list))
-            and len(batch) >= count
-            and all(isinstance(entry, Tensor) for entry in batch)
-        ):
-            rest = (*batch[count:], None, None)
-            return tuple(batch[:count]), rest[0], rest[1]
-        raise TrainError(
-            f"Stage `{self.name}` got a batch it cannot read: {_describe(batch)}.",
-            where=self.name,
-            got=type(batch).__name__,
-            expected=f"inputs {', '.join(self._inputs)}, then labels",
-            hint=f"Let the loader yield a tuple of tensors ({', '.join(self._inputs)}, labels) or a dict with these names.",
-        )
-
-
-def _describe(batch: Any) -> str:
-    if isinstance(batch, Mapping):
-        return f"a dict of {', '.join(map(str, batch))}"
-    if isinstance(batch, (tuple, list)):
-        return f"a {type(batch).__name__} of {', '.join(type(entry).__name__ for entry in batch)}"
-    return f"a {type(batch).__name__}"
 
 
 def compile_stages(
@@ -171,13 +194,28 @@ def compile_stages(
     if main is not None:
         stages.append(_main_stage(teacher, student, plan, main, main_options or {}))
     for stage in stages:
-        if not any(parameter.requires_grad for parameter in stage.student.parameters()):
-            raise ConfigError(
-                f"Stage `{stage.name}` has nothing to train: no parameter of the student up to there requires a gradient.",
-                where=stage.name,
-                hint="Choose a deeper layer for the pair, or unfreeze the student.",
-            )
+        _check_halves(stage)
     return stages
+
+
+def _check_halves(stage: Stage) -> None:
+    """Refuse a stage that could not train anything, or has nothing to learn from."""
+    if not any(parameter.requires_grad for parameter in stage.student.parameters()):
+        raise ConfigError(
+            f"Stage `{stage.name}` has nothing to train: no parameter of the student up to there requires a gradient.",
+            where=stage.name,
+            hint="Choose a deeper layer for the pair, or unfreeze the student.",
+        )
+    for role, half in (("teacher", stage.teacher), ("student", stage.student)):
+        features: Any = output_node(half.graph).args[0][0] if half is not None else {"": None}  # type: ignore[index]
+        bare = [tap for tap, node in features.items() if node is not None and not depends_on_input(node)]
+        if bare or not features:
+            which = f"`{bare[0]}` is not computed from the input" if bare else "none of its tensors is compared"
+            raise ConfigError(
+                f"Stage `{stage.name}` has nothing tapped in the {role}: {which}.",
+                where=stage.name,
+                hint="Name a layer for the pair; `indistill-fx inspect` lists them.",
+            )
 
 
 def _warmup_stages(
@@ -190,17 +228,68 @@ def _warmup_stages(
     narrowed = bool(getattr(loss, "needs_equal_widths", True))
     slim = narrowed_teacher(teacher, plan) if narrowed else teacher
     pairs = {pair.student: pair for pair in plan.pairs}
-    return [
-        Stage(
-            name=layer,
-            student=student_half(student, slim, [pairs[layer]], [], narrowed=narrowed),
-            teacher=teacher_half(slim, student, [pairs[layer]], [], narrowed=narrowed),
-            criterion=FeatureLoss(warmup_loss(curriculum.loss), layer),
-            pairs=[pairs[layer]],
-            budget=budget,
+    stages = []
+    for layer, budget in budgets.items():
+        halves = (
+            teacher_half(slim, student, [pairs[layer]], [], narrowed=narrowed),
+            student_half(student, slim, [pairs[layer]], [], narrowed=narrowed),
         )
-        for layer, budget in budgets.items()
-    ]
+        stages.append(
+            Stage(
+                name=layer,
+                student=halves[1],
+                teacher=halves[0],
+                criterion=FeatureLoss(warmup_loss(curriculum.loss), layer),
+                pairs=[pairs[layer]],
+                budget=budget,
+                dtypes=_dtypes(student),
+                macs=(_macs(slim, halves[0]), _macs(student, halves[1])),
+            )
+        )
+    return stages
+
+
+def joint_teachers(
+    teacher: TracedModel, student: TracedModel, plan: AlignmentPlan, stages: Sequence[Stage]
+) -> list[tuple[list[Stage], fx.GraphModule]]:
+    """Graphs of the teacher that compute the features of several stages in one forward pass.
+
+    Args:
+        teacher: the one that the stages were compiled from.
+        student: likewise.
+        plan: likewise.
+        stages: some of `compile_stages`, each with a teacher.
+
+    Returns:
+        (stages, graph) for each graph; its features are named as in the stages. All warm-up stages share one, and so does a main
+        stage that reads no features but logits and the penultimate vector.
+    """
+    alone = [stage for stage in stages if stage.budget is None and stage.pairs]
+    shared = [stage for stage in stages if stage not in alone]
+    warm = [stage for stage in shared if stage.budget is not None]
+    pairs = [pair for stage in warm for pair in stage.pairs]
+    bare = [tap for stage in shared if stage.budget is None for tap in stage.teacher_taps]
+    if len(shared) < 2 or set(bare) & {pair.teacher for pair in pairs}:
+        return [([stage], stage.teacher) for stage in stages if stage.teacher is not None]
+    # The warm-up's losses all want equal widths, or none does; which, shows in the first.
+    narrowed = bool(getattr(warm[0].criterion.loss, "needs_equal_widths", True)) if warm else False
+    slim = narrowed_teacher(teacher, plan) if narrowed else teacher
+    graph = teacher_half(slim, student, pairs, bare, narrowed=narrowed)
+    return [(shared, graph), *(([stage], stage.teacher) for stage in alone if stage.teacher is not None)]
+
+
+def _macs(traced: TracedModel, half: fx.GraphModule | None) -> int:
+    """Of one sample: what of the traced model is left in the half."""
+    nodes = half.graph.nodes if half is not None else ()
+    return sum(traced.facts[node.name].macs for node in nodes if node.name in traced.facts)
+
+
+def _dtypes(student: TracedModel) -> dict[str, torch.dtype]:
+    """The inputs' dtypes, but for those that the student converts itself."""
+    own = next((p.dtype for p in student.module.parameters() if p.is_floating_point()), None)
+    names = signature_of(student.graph_module)
+    found = {name: student.facts[name].dtype for name in names if name in student.facts}
+    return {name: dtype for name, dtype in found.items() if not dtype.is_floating_point or dtype == own}
 
 
 def _main_stage(
@@ -229,12 +318,16 @@ def _main_stage(
     student_logits = student.tap_name(student.logits) if "logits" in needs or wants_labels else None
     teacher_taps = [tap for tap in (embedding and embedding.teacher, teacher_logits) if tap]
     student_taps = [tap for tap in (embedding and embedding.student, student_logits) if tap]
+    teachers = teacher_half(teacher, student, pairs, teacher_taps, narrowed=False) if needs else None
+    students = student_half(student, teacher, pairs, student_taps, narrowed=False)
     return Stage(
         name="main",
-        student=student_half(student, teacher, pairs, student_taps, narrowed=False),
-        teacher=teacher_half(teacher, student, pairs, teacher_taps, narrowed=False) if needs else None,
+        student=students,
+        teacher=teachers,
         criterion=criterion,
         pairs=pairs,
         embedding=embedding,
         logits=(teacher_logits, student_logits),
+        dtypes=_dtypes(student),
+        macs=(_macs(teacher, teachers), _macs(student, students)),
     )

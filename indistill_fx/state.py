@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,22 @@ class Leg:
         module: batch → scalar loss. What of it requires a gradient is trained.
         budget: how long and how.
         main: whether the run's learning rate schedule applies, and validation after every epoch.
+        tap: what progress shows beside the name: the teacher's layer.
+        cost: of one step, in any unit that is the same for all legs; tells the time left.
+        attach: puts the teacher's features, from a cache, into a batch; None: the module computes them.
     """
 
     name: str
     module: nn.Module
     budget: Budget
     main: bool = False
+    tap: str = ""
+    cost: float = 1.0
+    attach: Callable[[Any], Any] | None = None
+
+    def given(self, batch: Any) -> Any:
+        """The batch as the module wants it."""
+        return batch if self.attach is None else self.attach(batch)
 
 
 @dataclass(slots=True)

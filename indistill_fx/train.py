@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, Unpack
 
 import torch
@@ -15,13 +17,16 @@ from torch import Tensor, nn
 from indistill_fx.curriculum import Budget, Curriculum
 from indistill_fx.errors import ConfigError
 from indistill_fx.evaluate import select_logits
+from indistill_fx.feature_cache import FeatureStore, Joint, cache_features, cacheable
 from indistill_fx.job import Job, Work, label_check, repeatable
+from indistill_fx.launch import make_accelerator
+from indistill_fx.loaders import EpochLoader
 from indistill_fx.passes.pipeline import align
 from indistill_fx.passes.trace import trace
 from indistill_fx.plan import AlignmentPlan
 from indistill_fx.record import RunDirectory, RunRecord
 from indistill_fx.settings import Options, Settings, check_optimizer
-from indistill_fx.stage import Stage, compile_stages
+from indistill_fx.stage import Stage, compile_stages, joint_teachers
 from indistill_fx.state import Leg
 from indistill_fx.traced import Role, TracedModel
 from indistill_fx.untouched import evaluating
@@ -44,6 +49,7 @@ def distill(
     resume: bool = False,
     progress: bool = True,
     about: Mapping[str, Any] | None = None,
+    feature_cache: str | os.PathLike[str] | None = None,
     **options: Unpack[Options],
 ) -> RunRecord:
     """Distil a teacher into a student: the warm-up layer by layer, then the main loss.
@@ -74,6 +80,8 @@ def distill(
         resume: go on with the run in `run_dir`; begin if there is none yet.
         progress: show on standard error how it is getting on.
         about: further facts to be kept in run.json, such as the specs of models and data.
+        feature_cache: a folder for the teacher's features, which are then computed once and not in every epoch. Only for loaders of
+            `open_data` without augmentation. What it takes on disk is said before it starts.
         options: see `Settings`: seed, learning_rate, optimizer, weight_decay, momentum, schedule, milestones, gamma,
             clip_norm, accumulate, mixed_precision, compile, device, sync_batch_norm, shard,
             checkpoint_every_steps, log_every_steps, tensorboard.
@@ -89,6 +97,8 @@ def distill(
     settings, curriculum = Settings.of(options), curriculum or Curriculum()
     _check_epochs(epochs)
     loader = repeatable(train_loader, settings.seed, "train loader")
+    if feature_cache is not None:
+        loader = cacheable(loader)
     modules = [model.module if isinstance(model, TracedModel) else model for model in (teacher, student)]
 
     def set_up(directory: RunDirectory | None) -> Work:
@@ -97,8 +107,12 @@ def distill(
         chosen = plan or (AlignmentPlan.load(kept) if kept is not None and kept.exists() else align(*models))
         stages = compile_stages(*models, chosen, curriculum=curriculum, main=main, main_options=main_options)
         classes = _check_classes(*models, [stage for stage in stages if stage.budget is None])
+        stores: list[FeatureStore | None] = [None] * len(stages)
+        if feature_cache is not None:
+            joint = partial(joint_teachers, *models, chosen)
+            stores = _cached(stages, loader, feature_cache, joint, settings, progress)
         return Work(
-            legs=_legs(stages, epochs, settings),
+            legs=_legs(stages, epochs, settings, stores),
             check=label_check(classes, len(models[1].example_inputs)),
             save=lambda where: chosen.save(where.path / "plan.json") if where.writes else None,
             models={model.role: _told(model.module) | {"macs": model.macs} for model in models},
@@ -256,13 +270,55 @@ def _example(loader: Iterable[Any], module: nn.Module) -> Any:
     return tuple(entry[:4].to(device) for entry in inputs)
 
 
-def _legs(stages: Sequence[Stage], epochs: int, settings: Settings) -> list[Leg]:
-    legs = [Leg(stage.name, stage, stage.budget) for stage in stages if stage.budget is not None]
-    for leg in legs:
-        check_optimizer(leg.budget.optimizer or settings.optimizer)
+def _cached(
+    stages: Sequence[Stage],
+    loader: EpochLoader,
+    directory: str | os.PathLike[str],
+    joint: Joint,
+    settings: Settings,
+    progress: bool,
+) -> list[FeatureStore | None]:
+    """The features of all stages with a length: filled by one process of each machine, then read by all."""
+    accelerator = make_accelerator(settings)
+    wanted = [stage for stage in stages if stage.budget is None or stage.budget.length]
+    fill = partial(
+        cache_features,
+        wanted,
+        loader,
+        directory,
+        joint=joint,
+        precision=accelerator.mixed_precision,
+        autocast=accelerator.autocast,
+        device=accelerator.device,
+    )
+    shown = progress and accelerator.is_main_process
+    with accelerator.local_main_process_first():
+        stores = fill(say=(lambda text: print(text, file=sys.stderr, flush=True)) if shown else lambda text: None)
+    found = {id(stage): store for stage, store in zip(wanted, stores, strict=True)}
+    return [found.get(id(stage)) for stage in stages]
+
+
+def _legs(stages: Sequence[Stage], epochs: int, settings: Settings, stores: Sequence[FeatureStore | None]) -> list[Leg]:
     budget = Budget(epochs, "epochs", settings.learning_rate, settings.optimizer)
-    name = "main" if "main" not in [leg.name for leg in legs] else "main stage"  # a layer may be called main
-    return legs + [Leg(name, stage, budget, main=True) for stage in stages if stage.budget is None]
+    warm = [stage.name for stage in stages if stage.budget is not None]
+    legs = []
+    for stage, store in zip(stages, stores, strict=True):
+        if stage.budget is not None:
+            check_optimizer(stage.budget.optimizer or settings.optimizer)
+        main = stage.budget is None
+        module = stage.without_teacher() if store is not None else stage
+        legs.append(
+            Leg(
+                "main stage" if main and "main" in warm else stage.name,  # a layer may be called main
+                module,
+                stage.budget or budget,
+                main=main,
+                tap="" if main else ", ".join(pair.teacher for pair in stage.pairs),
+                cost=module.macs[0] + 3 * module.macs[1],  # the backward pass costs two forward passes
+                attach=store.attach if store is not None else None,
+            )
+        )
+    return legs
 
 
 def _check_epochs(epochs: int) -> None:

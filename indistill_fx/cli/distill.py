@@ -113,6 +113,11 @@ def _use_recipe(context: click.Context, parameter: click.Parameter, name: str) -
     is_flag=True,
     help="Also train the student on labels alone and by the main loss alone, for as many epochs in all.",
 )
+@click.option(
+    "--feature-cache",
+    metavar="DIR",
+    help="Keep the teacher's features here instead of computing them in every epoch; needs --no-augment on images.",
+)
 @training.training_options
 def command(teacher: str, student: str, **options: Any) -> None:
     """Distil TEACHER into STUDENT: the warm-up layer by layer, then the main loss.
@@ -146,6 +151,7 @@ def command(teacher: str, student: str, **options: Any) -> None:
         "example_inputs": job.example,
         "logits": options["logits"],
         "resume": options["resume"],
+        "feature_cache": options["feature_cache"],
         "about": about(student, options["data"], job.data.input_size, teacher=teacher, **about_data(job.data)),
         **job.settings,
     }

@@ -134,6 +134,7 @@ _TRAINING: tuple[Callable[[Command], Command], ...] = (
         "--workers", default=0, show_default=True, type=click.IntRange(min=0), help="Processes that read large images."
     ),
     click.option("--limit", type=click.IntRange(min=1), help="Use only so many samples of each split."),
+    click.option("--no-augment", is_flag=True, help="Leave training images as they are."),
     click.option("--cache", metavar="DIR", help="Keep decoded small images here for the next time."),
     logits_option,
     click.option(
@@ -193,7 +194,9 @@ def open_job(options: dict[str, Any], *, with_indices: bool = False) -> Job:
     from indistill_fx.data import open_data
 
     named = {name: options[name] for name in ("batch_size", "workers", "seed", "limit", "cache")}
-    data = open_data(options["data"], **named, with_indices=with_indices, progress=True)
+    data = open_data(
+        options["data"], **named, augment=not options["no_augment"], with_indices=with_indices, progress=True
+    )
     settings = {name: options[name] for name in _SETTINGS}
     return Job(data, example_for((), None, data.input_size), settings)
 

@@ -11,6 +11,7 @@ from indistill_fx.errors import ConfigError
 from indistill_fx.passes.adapt import adapt, layout_of
 from indistill_fx.passes.dedupe import dedupe
 from indistill_fx.passes.fold import fold
+from indistill_fx.passes.fuse import fuse
 from indistill_fx.passes.instrument import cut
 from indistill_fx.passes.lower import lower
 from indistill_fx.passes.match import MatchReport, match
@@ -120,6 +121,8 @@ def teacher_half(
         verify(graph, after="fold", signature=signature)
         lower(graph)
         verify(graph, after="lower", signature=signature)
+        fuse(graph, teacher.facts)
+        verify(graph, after="fuse", signature=signature)
     return graph
 
 

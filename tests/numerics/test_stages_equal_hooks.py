@@ -113,13 +113,71 @@ def test_a_stage_holds_only_what_it_computes():
 
 @pytest.mark.parametrize(
     ("batch", "message"),
-    [("text", "a str"), ([1, 2], "a list of int, int"), ({"image": torch.zeros(1)}, "a dict of image")],
+    [("text", "a str"), ([], "a list of "), ({"image": torch.zeros(1)}, "a dict of image")],
 )
 def test_a_batch_that_cannot_be_read(batch, message):
     teacher, student, x = pair_of("chain")
     stage = ifx.compile_stages(teacher, student, main=None, example_inputs=x)[0]
     with pytest.raises(ifx.TrainError, match=f"got a batch it cannot read: {message}.*Let the loader yield"):
         stage(batch)
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ([1, 2], "`x` of the batch is of type int, not a tensor"),
+        ({"x": "text"}, "`x` of the batch is of type str, not a tensor"),
+        ((torch.zeros(2, 3, 32, 32), [1, 2]), "`labels` of the batch is of type list, not a tensor"),
+        (
+            (torch.zeros(2, 3, 32, 32).double(),),
+            r"`x` of the batch is torch.float64, not torch.float32. Convert it: x.to",
+        ),
+        (torch.zeros(2, 3, 32, 32, dtype=torch.uint8), "`x` of the batch is torch.uint8, not torch.float32"),
+        (torch.zeros(2, 3, 32, 32, device="meta"), "`x` of the batch is on meta, not on cpu, where the student is"),
+        (
+            (torch.zeros(2, 3, 32, 32), torch.zeros(2, device="meta")),
+            "`labels` of the batch is on meta, not on cpu, where the student is",
+        ),
+    ],
+)
+def test_a_batch_with_a_wrong_entry_names_stage_and_argument(batch, message):
+    teacher, student, x = pair_of("chain")
+    stage = ifx.compile_stages(teacher, student, main=None, example_inputs=x)[0]
+    with pytest.raises(ifx.TrainError, match=f"^Stage `{stage.name}`: {message}"):
+        stage(batch)
+
+
+def test_a_stage_converted_or_under_autocast_takes_what_fits_it():
+    teacher, student, x = pair_of("chain")
+    stage = ifx.compile_stages(teacher, student, main=None, example_inputs=x)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.isfinite(stage(x.to(torch.bfloat16)))
+    assert stage.double()(x.double()).dtype == torch.float64
+    with pytest.raises(ifx.TrainError, match=r"`x` of the batch is torch.float32, not torch.float64"):
+        stage(x)
+
+
+def test_a_tap_that_is_only_the_input_is_refused_at_compile_time():
+    class Bare(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.conv = nn.Identity(), nn.Conv2d(3, 4, 3)
+
+        def forward(self, x):
+            return self.conv(self.first(x)).mean((2, 3))
+
+    teacher, student = (ifx.trace(seeded(Bare), images(2), role=role) for role in ("teacher", "student"))
+    plan = ifx.align(teacher, student, fixed=[("conv", "conv")])
+    bare = plan.pairs[0].model_copy(update={"teacher": "first", "teacher_shape": (2, 3, 16, 16), "kept": None})
+    with pytest.raises(ifx.ConfigError, match="nothing tapped in the teacher: `first` is not computed from the input"):
+        ifx.compile_stages(teacher, student, plan.model_copy(update={"pairs": (bare,)}), main=None)
+
+
+def test_a_stage_counts_its_work():
+    """Multiply-accumulates of both halves; the teacher's are those of the narrowed teacher."""
+    teacher, student, x = pair_of("chain")
+    first = ifx.compile_stages(teacher, student, main=None, example_inputs=x)[0]
+    assert first.macs == (8 * 27 * 30 * 30, 8 * 27 * 30 * 30)
 
 
 def test_frozen_students_are_refused_at_compile_time():

@@ -1,0 +1,73 @@
+"""The tables of docs/performance.md from benchmarks/results/warmup.json.
+
+python -m benchmarks.warmup_table
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results/warmup.json"
+PAGE = Path(__file__).parent.parent / "docs/performance.md"
+MARKS = "<!-- measured: python -m benchmarks.warmup_table -->", "<!-- end of what was measured -->"
+
+
+def main() -> None:
+    """Put the tables between the page's marks."""
+    told = json.loads(RESULTS.read_text())
+    about = told["about"]
+    lines = [f"torch {about['torch']}, torchvision {about['torchvision']}, {about['machine']}, {about['date']}.", ""]
+    for row in sorted(told["rows"], key=lambda row: (row["pair"], row["threads"])):
+        lines += pair(row)
+    if "setup" in told:
+        lines += setting_up(told["setup"])
+    page = PAGE.read_text()
+    before, _, rest = page.partition(MARKS[0])
+    after = rest.partition(MARKS[1])[2]
+    PAGE.write_text(f"{before}{MARKS[0]}\n{chr(10).join(lines)}\n{MARKS[1]}{after}")
+
+
+def pair(row: dict[str, Any]) -> list[str]:
+    """One pair's table."""
+    kinds = [kind for kind in ("ours", "compiled", "cached", "bf16") if f"{kind}_ms" in row["stages"][0]]
+    head = ["stage", "hooks, ms", *(f"{kind}, ms (×)" for kind in kinds), "floor, ms", "ours / floor"]
+    lines = [f"### {row['pair']}, batch {row['batch']}, threads: {row['threads']}", ""]
+    lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for stage in row["stages"]:
+        cells = [f"{stage[f'{kind}_ms']:.1f} ({stage['hooks_ms'] / stage[f'{kind}_ms']:.2f})" for kind in kinds]
+        floor = [f"{stage['floor_ms']:.1f}", f"{stage['ours_ms'] / stage['floor_ms']:.1f}"]
+        hooks = f"{stage['hooks_ms']:.1f}"
+        lines.append(f"| {' | '.join([stage['tap'], hooks, *cells, *floor])} |")
+    total = [f"**{row[f'speedup_{kind}']:.2f}**" if f"speedup_{kind}" in row else "" for kind in kinds]
+    lines += [f"| curriculum |  | {' | '.join(total)} |  |  |", ""]
+    if "compile_seconds" in row["stages"][0]:
+        seconds = ", ".join(f"{stage['compile_seconds']:.0f}" for stage in row["stages"])
+        even = row.get("break_even_steps")
+        after = f"it is won back after {even:.0f} steps" if even else "it is not won back"
+        lines += [f"Compiling took {seconds} s (not counted above; one graph each, `fullgraph=True`); {after}.", ""]
+    checks = [stage["difference"] for stage in row["stages"] if "difference" in stage]
+    if checks:
+        loss, weights = (max(check[key] for check in checks) for key in ("loss", "parameters"))
+        lines += [f"Equal training: losses differ by {loss:.1e} at most, trained parameters by {weights:.1e}.", ""]
+    if "peak_mib" in row:
+        peak = row["peak_mib"]
+        share = peak["ours"] / peak["hooks"]
+        lines += [f"Peak memory of stage 1: {peak['ours']:.0f} MiB against {peak['hooks']:.0f} ({share:.2f}×).", ""]
+    return lines
+
+
+def setting_up(found: dict[str, Any]) -> list[str]:
+    """What it takes to make the stages."""
+    one = found["resnet152-resnet50"]
+    lines = ["### Setting up", ""]
+    lines += [f"resnet152 → resnet50, {one['stages']} stages, {one['nodes']} nodes: {one['seconds']:.1f} s.", ""]
+    lines += ["| nodes of a chain | seconds | ms a node |", "|---|---|---|"]
+    for chain in found["chains"]:
+        lines.append(f"| {chain['nodes']} | {chain['seconds']:.1f} | {1e3 * chain['seconds'] / chain['nodes']:.2f} |")
+    return [*lines, ""]
+
+
+if __name__ == "__main__":
+    main()
