@@ -287,6 +287,15 @@ def test_a_signal_after_the_last_step_of_a_budget_in_steps_trains_no_further(tmp
     assert same(weights(student), weights(twin))
 
 
+@pytest.fixture
+def python_handles_ctrl_c():
+    """Also where the shell that started the tests in the background has SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("python_handles_ctrl_c")
 def test_a_second_ctrl_c_quits_at_once(tmp_path):
     def twice(loss: Tensor) -> Tensor:
         os.kill(os.getpid(), signal.SIGINT)
