@@ -161,7 +161,7 @@ def test_a_tap_that_is_only_the_input_is_refused_at_compile_time():
     class Bare(nn.Module):
         def __init__(self):
             super().__init__()
-            self.first, self.conv = nn.Identity(), nn.Conv2d(3, 4, 3)
+            self.first, self.conv = nn.Identity(), nn.Conv2d(3, 4, 3, padding=1)
 
         def forward(self, x):
             return self.conv(self.first(x)).mean((2, 3))
