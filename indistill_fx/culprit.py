@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from indistill_fx.batches import split
 from indistill_fx.errors import TrainError
+from indistill_fx.stage import Stage
 
 
 def first_not_finite(stage: nn.Module, batch: Any) -> str:
@@ -25,12 +27,13 @@ def first_not_finite(stage: nn.Module, batch: Any) -> str:
     entries = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else [batch]
     if any(_bad(entry) or _bad(-entry) for entry in entries if isinstance(entry, Tensor) and entry.is_floating_point()):
         return "the batch itself holds values that are not finite"
-    for role in ("teacher", "student"):
-        graph, split = getattr(stage, role, None), getattr(stage, "_split", None)
-        if isinstance(graph, fx.GraphModule) and split is not None:
+    if not isinstance(stage, Stage):
+        return ""
+    for role, graph in (("teacher", stage.teacher), ("student", stage.student)):
+        if graph is not None:
             watch = _Watch(graph)
             with torch.no_grad(), suppress(_FoundError):
-                watch.run(*split(batch)[0])
+                watch.run(*split(batch, stage.inputs, stage=stage.name).inputs)
             if watch.found:
                 return f"first in the {role} at `{watch.found}`"
     return ""
@@ -67,7 +70,8 @@ class _Watch(fx.Interpreter):
         """The node's value."""
         value = super().run_node(n)
         if n.op not in ("placeholder", "get_attr", "output") and _bad(value):
-            self.found = str(n.target).removesuffix("_folded") if n.op == "call_module" else n.name
+            layer = str(n.target).removesuffix("_fused").removesuffix("_folded")
+            self.found = layer if n.op == "call_module" else n.name
             raise _FoundError
         return value
 
