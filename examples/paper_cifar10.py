@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from torch import Tensor, nn
 
 import indistill_fx as ifx
@@ -138,7 +138,15 @@ def main() -> None:
 
 def show(results: dict[str, dict[str, float]]) -> None:
     """The table."""
-    table = Table("model", "accuracy", "mAP cosine", "mAP Euclid", "P@100 cosine", "P@100 Euclid", "training")
+    table = Table(
+        Column("model", no_wrap=True),
+        "top-1",
+        "mAP cosine",
+        "mAP Euclid",
+        "P@100 cosine",
+        "P@100 Euclid",
+        "time",
+    )
     for name, row in results.items():
         head = "—" if "PKT" in name else f"{100 * row['accuracy']:.2f}"
         cells = [f"{100 * row[key]:.2f}" for key in ("map_cosine", "map_euclidean", "p100_cosine", "p100_euclidean")]
