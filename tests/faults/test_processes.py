@@ -1,0 +1,119 @@
+"""A process that reads data dies, a rank dies, the clock jumps: the run says so or does not care, and its checkpoint is good."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from indistill_fx import record
+from indistill_fx.errors import ConfigError, TrainError
+from indistill_fx.loaders import DiskLoader
+from indistill_fx.record import LAST
+from indistill_fx.train import train
+from tests.faults.harness import ROOT, finishes_as_if_nothing_happened, network, run, steps_saved
+
+
+class Deadly(Dataset[Any]):
+    """The worker that reads one of the samples is killed, as by the kernel when memory runs out."""
+
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        if index == 30 and torch.utils.data.get_worker_info() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return torch.zeros(1, 6, 6) + index, index % 3
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_worker_that_dies_is_told_and_the_checkpoint_is_good(own: bool, tmp_path: Path) -> None:
+    loader: Any = DiskLoader(Deadly(), batch_size=8, workers=1) if own else DataLoader(Deadly(), 8, num_workers=1)
+    options: dict[str, Any] = {"epochs": 2, "run_dir": tmp_path / "run", "progress": False, "checkpoint_every_steps": 1}
+    with pytest.raises(TrainError, match=r"process that reads the data has died: DataLoader worker \(pid.*--resume"):
+        train(network(), loader, **options)
+    assert 1 <= steps_saved(tmp_path / "run") <= 3
+    told = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert told["status"] == "failed" and "has died" in told["error"]
+
+
+def test_a_loader_that_ends_before_its_length_is_told() -> None:
+    class Short(list[Any]):
+        def __len__(self) -> int:
+            return 5
+
+    batches = Short([(torch.zeros(4, 1, 6, 6), torch.zeros(4, dtype=torch.long))] * 2)
+    with pytest.raises(ConfigError, match="says it has 5 batches and ended after 2"):
+        train(network(), batches, epochs=1, progress=False)
+
+
+SCRIPT = """
+import os, signal, sys
+import torch
+from tests.faults.harness import run
+from indistill_fx import engine
+
+original = engine.Engine._step
+def step(self, *args):
+    if self.state.all_steps == 6 and int(os.environ["RANK"]) == int(sys.argv[2]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    original(self, *args)
+engine.Engine._step = step
+torch.set_num_threads(1)
+from pathlib import Path
+from indistill_fx.errors import IndistillError
+try:
+    run(Path(sys.argv[1]), device="cpu")
+except IndistillError as error:
+    print("told:", error, file=sys.stderr, flush=True)
+    sys.exit(2)
+"""
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_ends_the_others_with_a_message(tmp_path: Path) -> None:
+    script = tmp_path / "work.py"
+    script.write_text(SCRIPT)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    place = tmp_path / "run"
+    done = subprocess.run(
+        [*launch, str(place), "1"], env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode != 0
+    assert "told: Another of the 2 processes of this run has ended" in done.stderr, done.stderr[-3000:]
+    assert 1 <= steps_saved(place) <= 6
+    assert json.loads((place / "run.json").read_text())["status"] == "failed"
+
+
+def test_a_clock_that_jumps_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Back to 1970 and on to 2100, at every look: a run goes by its steps, and times itself by another clock."""
+    dice, place = random.Random(0), tmp_path / "run"
+
+    class Jumping(datetime.datetime):
+        @classmethod
+        def now(cls, tz: datetime.tzinfo | None = None) -> datetime.datetime:  # type: ignore[override]
+            return datetime.datetime.fromtimestamp(dice.uniform(0, 4e9), tz)
+
+    monkeypatch.setattr(time, "time", lambda: dice.uniform(0, 4e9))
+    monkeypatch.setattr(record, "datetime", Jumping)
+    done = run(place, module=network())
+    assert all(0 <= epoch.seconds < 600 for epoch in done.epochs)
+    for path in place.rglob("*"):
+        os.utime(path, (dice.uniform(0, 4e9),) * 2)
+    assert steps_saved(place) == 15
+    (place / "student.safetensors").unlink()
+    finishes_as_if_nothing_happened(place)
+    assert (place / LAST).exists()
