@@ -108,10 +108,12 @@ def _runs(model: Any, shape: tuple[int, int, int]) -> bool:
 def randomise(model: Any, shape: tuple[int, int, int], *, neutral: bool) -> None:
     """Replace what constructors leave constant: norms, zero-initialised weights, layer scales; then the statistics.
 
-    Statistics are those of the images: with arbitrary ones the signal dies out on its way through a deep network, or
-    grows until attention saturates, and the output proves nothing.
+    Statistics are those of the images and of noise of their scale, which are what the proof looks at: with others the signal
+    dies out on its way through a deep network, or grows until rounding decides the output, which then proves nothing.
     """
     import torch
+
+    from indistill_fx.parity import random_inputs
 
     norms = [module for module in model.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
     with torch.no_grad():
@@ -131,7 +133,8 @@ def randomise(model: Any, shape: tuple[int, int, int], *, neutral: bool) -> None
             norm.momentum = 1.0
             norm.train()
         if norms:
-            model(images(shape))
+            seen = images(shape)
+            model(torch.cat([seen, *random_inputs([seen], len(seen), seed=2)]))
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.eval()
             norm.momentum = momentum

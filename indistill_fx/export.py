@@ -282,7 +282,7 @@ def _disagreement(
 ) -> ExportError:
     rest = f" ({len(proof.failures) - 1} more comparisons failed)" if len(proof.failures) > 1 else ""
     hint = "Try another opset; if the difference is harmless for your use, raise the tolerance."
-    own = rounding(deployed, inputs)
+    own = rounding(deployed, proof.failed_on or inputs)
     if " and size " in proof.failures[0]:
         hint = "Only a fully convolutional model takes any size; export a fixed one with dynamic_size=False."
     elif own is not None and own > tolerance / 10:

@@ -64,11 +64,19 @@ class RealParity:
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """All comparisons made, and in words those that failed (none: the file is proven)."""
+    """All comparisons made, and in words those that failed (none: the file is proven).
+
+    Attributes:
+        parity: on random inputs.
+        real: on real inputs.
+        failures: one sentence each.
+        failed_on: the random inputs of the first comparison that failed.
+    """
 
     parity: tuple[Parity, ...]
     real: RealParity | None
     failures: tuple[str, ...]
+    failed_on: tuple[Tensor, ...] | None = None
 
     @property
     def max_abs(self) -> float:
@@ -216,6 +224,7 @@ def prove(
     """
     rows: list[Parity] = []
     failures: list[str] = []
+    failed_on = None
     trials: list[tuple[int, tuple[int, int] | None]] = [(batch, None) for batch in batch_sizes]
     trials += [(min((b for b in batch_sizes if b > 1), default=1), size) for size in sizes]
     for seed, (batch, size) in enumerate(trials):
@@ -227,10 +236,11 @@ def prove(
             failures.append(f"{label}: {first_lines(error).rstrip('.')}")
         else:
             _compare(values, batch, tolerance, label, rows, failures)
+        failed_on = inputs if failures and failed_on is None else failed_on
     real = None
     if real_inputs is not None:
         real = _on_real(session, module, real_inputs, max(batch_sizes), tolerance, failures)
-    return Proof(tuple(rows), real, tuple(failures))
+    return Proof(tuple(rows), real, tuple(failures), failed_on)
 
 
 def rounding(module: nn.Module, inputs: Sequence[Tensor]) -> float | None:

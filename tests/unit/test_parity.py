@@ -86,3 +86,35 @@ def test_rounding_tells_a_module_that_amplifies_it():
         assert parity.rounding(torch.nn.Linear(3, 2), (x,)) < 1e-6
         assert parity.rounding(Cancels(), (x,)) > 1e-2
         assert parity.rounding(Uncopyable(3, 2), (x,)) is None
+
+
+class OffAtThree:
+    """A session of x -> 2x that is wrong for batches of three."""
+
+    def get_inputs(self):
+        return [type("Value", (), {"name": "x", "shape": ["batch", 5]})]
+
+    def get_outputs(self):
+        return [type("Value", (), {"name": "output"})]
+
+    def get_modelmeta(self):
+        return type("Meta", (), {"custom_metadata_map": {}})
+
+    def run(self, names, fed):
+        return [2 * fed["x"] + (len(fed["x"]) == 3)]
+
+
+@pytest.mark.parametrize(("batch_sizes", "place"), [((1, 3, 4), 1), ((3, 1), 0), ((1, 4), None)])
+def test_a_proof_holds_the_inputs_on_which_it_failed(batch_sizes, place):
+    class Double(torch.nn.Module):
+        def forward(self, x):
+            return 2 * x
+
+    example = (torch.randn(2, 5, generator=torch.Generator().manual_seed(1)),)
+    proof = parity.prove(OffAtThree(), Double(), example, batch_sizes=batch_sizes, tolerance=1e-3)
+    assert len(proof.failures) == (place is not None)
+    if place is None:
+        assert proof.failed_on is None
+    else:
+        expected = parity.random_inputs(example, 3, seed=place)
+        assert len(proof.failed_on) == 1 and torch.equal(proof.failed_on[0], expected[0])
