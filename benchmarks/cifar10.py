@@ -4,7 +4,8 @@
     python benchmarks/cifar10.py table OUT [OUT …] --json benchmarks/results/cifar10.json
 
 An arm is `method:warm-up+main`, in epochs: `kd:1-2-3+27` warms the three layers up for 1, 2 and 3 epochs and then
-distils by `kd` for 27; `kd:0+33` has no warm-up. Arms of one method with equal sums are a comparison at equal total
+distils by `kd` for 27; `kd:0+33` has no warm-up.
+Further arguments of the curriculum may follow: `kd:1-1-1-3+27@penultimate=1`. Arms of one method with equal sums are a comparison at equal total
 epochs, arms with equal main epochs the paper's view. All arms of a seed start from the same weights and see the same
 batches. Arms that are done are skipped, interrupted ones go on.
 
@@ -21,6 +22,7 @@ import json
 import os
 import sys
 import time
+from ast import literal_eval
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -48,11 +50,22 @@ def paper() -> Any:
     return module
 
 
-def parse(arm: str) -> tuple[str, list[int], int]:
-    """Method, warm-up lengths, main epochs."""
-    method, _, lengths = arm.partition(":")
+def parse(arm: str) -> tuple[str, list[int], int, dict[str, Any]]:
+    """Method, warm-up lengths, main epochs, further arguments of the curriculum."""
+    method, _, rest = arm.partition(":")
+    lengths, *options = rest.split("@")
     warm, _, main = lengths.partition("+")
-    return method, [int(n) for n in warm.split("-") if int(n)], int(main)
+    chosen = [int(n) for n in warm.split("-")]
+    pairs = (option.split("=") for option in options)
+    return method, chosen if any(chosen) else [], int(main), {key: literal(value) for key, value in pairs}
+
+
+def literal(text: str) -> Any:
+    """A number where it is one."""
+    try:
+        return literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
 
 
 def arms_of(total: int) -> list[str]:
@@ -91,7 +104,7 @@ def run(options: argparse.Namespace) -> None:
 
 def one(example: Any, arm: str, seed: int, data: Data, teachers: dict[str, nn.Module], run_dir: Path) -> dict[str, Any]:
     """Train one arm, and measure it."""
-    method, warm, main = parse(arm)
+    method, warm, main, options = parse(arm)
     torch.manual_seed(seed)
     student = example.make_student()
     x = torch.randn(2, 3, 32, 32)
@@ -102,7 +115,7 @@ def one(example: Any, arm: str, seed: int, data: Data, teachers: dict[str, nn.Mo
         student,
         data.train,
         plan=ifx.align(teacher, student, example_inputs=x),
-        curriculum=ifx.Curriculum(lengths=warm),
+        curriculum=ifx.Curriculum(lengths=warm, **options),
         main=method,
         epochs=main,
         example_inputs=x,
@@ -166,8 +179,8 @@ def table(record: dict[str, Any]) -> str:
 
 def order(arm: str) -> tuple[Any, ...]:
     """Method, total, warm-up."""
-    method, warm, main = parse(arm)
-    return ("labels", "kd", "pkt").index(method), main + sum(warm), sum(warm)
+    method, warm, main, options = parse(arm)
+    return ("labels", "kd", "pkt").index(method), main + sum(warm), sum(warm), str(options)
 
 
 def differences(record: dict[str, Any]) -> str:
@@ -175,7 +188,7 @@ def differences(record: dict[str, Any]) -> str:
     lines = ["| with | without | equal | accuracy | mAP cosine | mAP Euclid |", "|---|---|---|---|---|---|"]
     arms = record["arms"]
     for ours in sorted(arms, key=order):
-        method, warm, main = parse(ours)
+        method, warm, main, _ = parse(ours)
         for what, epochs in (("total", main + sum(warm)), ("main", main)) if warm else ():
             other = f"{method}:0+{epochs}"
             seeds = sorted(arms[ours].keys() & arms.get(other, {}).keys())

@@ -17,6 +17,7 @@ from indistill_fx.passes.pipeline import align
 from indistill_fx.plan import AlignmentPlan
 from indistill_fx.record import RunRecord
 from indistill_fx.settings import Options
+from indistill_fx.stage import warmup_plan
 from indistill_fx.traced import TracedModel
 from indistill_fx.train import distill, traced_pair
 
@@ -86,7 +87,8 @@ def compare(
     plan = plan or align(teacher, traced)
     if curriculum.unit != "epochs":
         raise ConfigError("To compare at equal epochs the curriculum must be in epochs.", where="curriculum")
-    warmup = sum(budget.length for budget in curriculum.chosen([pair.student for pair in plan.pairs]).values())
+    layers = [pair.student for pair in warmup_plan(plan, curriculum).pairs]
+    warmup = sum(budget.length for budget in curriculum.chosen(layers).values())
     milestones = options.get("milestones", ())
     if main_epochs is not None:
         epochs, milestones = main_epochs + warmup, [at + warmup for at in milestones]

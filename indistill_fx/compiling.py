@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,10 @@ import torch
 from torch import nn
 
 from indistill_fx.stage import Stage
+
+
+# All stages share one `forward`, and the compiler counts by function: without this it gives up at the ninth stage of a process.
+_OWN_COUNT = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
 
 
 def compiled(stage: nn.Module, trial: Callable[[Any], Any]) -> tuple[nn.Module, str]:
@@ -22,7 +27,7 @@ def compiled(stage: nn.Module, trial: Callable[[Any], Any]) -> tuple[nn.Module, 
     Returns:
         The module to train, and a note on how it went.
     """
-    found: Any = torch.compile(stage, fullgraph=isinstance(stage, Stage))
+    found: Any = torch.compile(stage, fullgraph=isinstance(stage, Stage), **_OWN_COUNT)  # type: ignore[call-overload]
     buffers = [(buffer, buffer.clone()) for buffer in stage.buffers()]
     began = time.monotonic()
     try:

@@ -61,6 +61,7 @@ class Curriculum:
             `progress` (relative) for so many epochs; None: every stage uses its whole length.
         progress: see `patience`.
         layers: student taps to warm up, in this order; None: every pair, shallow to deep.
+        penultimate: the penultimate vectors (the plan's `embedding`) are one pair more, the last; not in the paper.
 
     >>> [budget.length for budget in Curriculum().schedule(3)]
     [3, 4, 5]
@@ -75,6 +76,7 @@ class Curriculum:
     patience: int | None = None
     progress: float = 0.01
     layers: Sequence[str] | None = None
+    penultimate: bool = False
 
     def __post_init__(self) -> None:
         if self.a < 0 or (self.lengths is not None and any(n < 0 for n in self.lengths)):

@@ -87,7 +87,7 @@ class AlignmentPlan(_Frozen):
         teacher: the model the plan was made for.
         student: the model the plan was made for.
         pairs: the pairs to warm up, shallow to deep.
-        embedding: the penultimate vectors, for relational losses; None if one of the models has none.
+        embedding: the penultimate vectors, for relational losses and the warm-up's end; None if one of the models has none.
         unmatched: stages without a partner, and why.
         layers: what the layers of both models were; a plan without them can only tell that a model changed.
     """
@@ -216,6 +216,24 @@ class AlignmentPlan(_Frozen):
                 changes = [text for name in Pair.model_fields if (text := _change(name, before[key], after[key]))]
                 lines += [f"~ {key}: {'; '.join(changes)}"] if changes else []
         return tuple(lines)
+
+    def with_penultimate(self) -> AlignmentPlan:
+        """The plan with the penultimate vectors as the last pair; the plan itself where there are none, or a pair has them.
+
+        Raises:
+            ConfigError: the teacher's vector is wider than the student's, and the plan does not say which channels are kept.
+        """
+        last = self.embedding
+        if last is None or any(last.teacher == pair.teacher or last.student == pair.student for pair in self.pairs):
+            return self
+        wider = last.teacher_shape[-1] > last.student_shape[-1]
+        if last.kept is None and wider and len(last.teacher_shape) == len(last.student_shape) == 2:
+            raise ConfigError(
+                f"The plan does not say which channels of the teacher's penultimate vector `{last.teacher}` are kept.",
+                where=last.teacher,
+                hint="An earlier version made it. Make it again with `align`, or warm up without the penultimate vectors.",
+            )
+        return self.model_copy(update={"pairs": (*self.pairs, last)})
 
     @property
     def _all_pairs(self) -> tuple[Pair, ...]:

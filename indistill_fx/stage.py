@@ -190,7 +190,7 @@ def compile_stages(
     plan = align(teacher, student) if plan is None else plan
     plan.check(teacher, student)
     curriculum = curriculum or Curriculum()
-    stages = _warmup_stages(teacher, student, plan, curriculum)
+    stages = _warmup_stages(teacher, student, warmup_plan(plan, curriculum), curriculum)
     if main is not None:
         stages.append(_main_stage(teacher, student, plan, main, main_options or {}))
     for stage in stages:
@@ -216,6 +216,11 @@ def _check_halves(stage: Stage) -> None:
                 where=stage.name,
                 hint="Name a layer for the pair; `indistill-fx inspect` lists them.",
             )
+
+
+def warmup_plan(plan: AlignmentPlan, curriculum: Curriculum) -> AlignmentPlan:
+    """The plan with all pairs that the curriculum may warm up, the penultimate vectors among them if it says so."""
+    return plan.with_penultimate() if curriculum.penultimate else plan
 
 
 def _warmup_stages(
@@ -257,19 +262,20 @@ def joint_teachers(
     Args:
         teacher: the one that the stages were compiled from.
         student: likewise.
-        plan: likewise.
+        plan: likewise, with the pairs of the warm-up (see `warmup_plan`).
         stages: some of `compile_stages`, each with a teacher.
 
     Returns:
         (stages, graph) for each graph; its features are named as in the stages. All warm-up stages share one, and so does a main
-        stage that reads no features but logits and the penultimate vector.
+        stage that reads none of their taps but logits and the penultimate vector.
     """
-    alone = [stage for stage in stages if stage.budget is None and stage.pairs]
-    shared = [stage for stage in stages if stage not in alone]
-    warm = [stage for stage in shared if stage.budget is not None]
+    warm = [stage for stage in stages if stage.budget is not None]
     pairs = [pair for stage in warm for pair in stage.pairs]
+    narrow = {pair.teacher for pair in pairs}
+    alone = [s for s in stages if s.budget is None and (s.pairs or not narrow.isdisjoint(s.teacher_taps))]
+    shared = [stage for stage in stages if stage not in alone]
     bare = [tap for stage in shared if stage.budget is None for tap in stage.teacher_taps]
-    if len(shared) < 2 or set(bare) & {pair.teacher for pair in pairs}:
+    if len(shared) < 2:
         return [([stage], stage.teacher) for stage in stages if stage.teacher is not None]
     # The warm-up's losses all want equal widths, or none does; which, shows in the first.
     narrowed = bool(getattr(warm[0].criterion.loss, "needs_equal_widths", True)) if warm else False

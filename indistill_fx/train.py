@@ -26,7 +26,7 @@ from indistill_fx.passes.trace import trace
 from indistill_fx.plan import AlignmentPlan
 from indistill_fx.record import RunDirectory, RunRecord
 from indistill_fx.settings import Options, Settings, check_optimizer
-from indistill_fx.stage import Stage, compile_stages, joint_teachers
+from indistill_fx.stage import Stage, compile_stages, joint_teachers, warmup_plan
 from indistill_fx.state import Leg
 from indistill_fx.traced import Role, TracedModel
 from indistill_fx.untouched import evaluating
@@ -109,7 +109,7 @@ def distill(
         classes = _check_classes(*models, [stage for stage in stages if stage.budget is None])
         stores: list[FeatureStore | None] = [None] * len(stages)
         if feature_cache is not None:
-            joint = partial(joint_teachers, *models, chosen)
+            joint = partial(joint_teachers, *models, warmup_plan(chosen, curriculum))
             stores = _cached(stages, loader, feature_cache, joint, settings, progress)
         return Work(
             legs=_legs(stages, epochs, settings, stores),

@@ -18,6 +18,7 @@ _SECTIONS = {
     "Data and models": (*training.SECTIONS["Data and models"], "plan_file"),
     "The warm-up": (
         "warmup", "warmup_steps", "no_warmup", "layers", "warmup_loss", "warmup_lr", "warmup_optimizer", "patience",
+        "penultimate",
     ),
     "The main stage": ("main", "main_options"),
     "Ways of training": ("recipe", "compare", "assistant", "assistant_epochs"),
@@ -98,6 +99,11 @@ def _use_recipe(context: click.Context, parameter: click.Parameter, name: str) -
     metavar="EPOCHS",
     type=click.IntRange(min=1),
     help="End a stage before its length is used up, when so many epochs have not lowered its loss by 1%.",
+)
+@click.option(
+    "--penultimate/--no-penultimate",
+    default=None,
+    help="Warm up the penultimate vectors too, as the last pair. [default: the recipe's]",
 )
 @click.option(
     "--assistant",
@@ -224,6 +230,7 @@ def _curriculum(options: dict[str, Any]) -> Curriculum:
         "learning_rate": _one_or_all(options["warmup_lr"]),
         "optimizer": _one_or_all(options["warmup_optimizer"]),
         "patience": options["patience"],
+        "penultimate": options["penultimate"],
     }
     if options["no_warmup"]:
         wishes["lengths"] = []

@@ -76,14 +76,17 @@ def align_traced(
     """`align` for traced models, with the matcher's report: evidence and runners-up of every pair."""
     with untouched(teacher, by="match"), untouched(student, by="match"):
         found = match(teacher, student, **matching)
-    widths = {pair.teacher: width for pair in found.value if (width := _narrower(pair, teacher, student)) is not None}
+    last = found.report.embedding
+    pairs = (*found.value, last) if last is not None else found.value
+    widths = {pair.teacher: width for pair in pairs if (width := _narrower(pair, teacher, student)) is not None}
     with untouched(teacher, by="choose_channels"):
         kept = choose_channels(teacher, widths, criterion=criterion, loader=loader)
+    pairs = tuple(pair.model_copy(update={"kept": kept.get(pair.teacher)}) for pair in pairs)
     plan = AlignmentPlan(
         teacher=ModelStamp.of(teacher),
         student=ModelStamp.of(student),
-        pairs=tuple(pair.model_copy(update={"kept": kept.get(pair.teacher)}) for pair in found.value),
-        embedding=found.report.embedding,
+        pairs=pairs[: len(found.value)],
+        embedding=pairs[-1] if last is not None else None,
         unmatched=found.report.unmatched,
         layers=Layers(teacher=teacher.layers, student=student.layers),
     )
@@ -91,9 +94,11 @@ def align_traced(
 
 
 def _narrower(pair: Pair, teacher: TracedModel, student: TracedModel) -> int | None:
-    """The student's width where it is below the teacher's."""
-    width = student.facts_of(pair.student).channels
-    return width if width < teacher.facts_of(pair.teacher).channels else None
+    """The student's width where it is below the teacher's; None too where a penultimate vector has no channel axis."""
+    facts = teacher.facts_of(pair.teacher), student.facts_of(pair.student)
+    if any(one.channel_axis is None for one in facts):
+        return None
+    return facts[1].channels if facts[1].channels < facts[0].channels else None
 
 
 def teacher_half(

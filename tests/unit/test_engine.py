@@ -343,7 +343,7 @@ def test_bfloat16_trains_and_leaves_full_precision_weights():
 
 
 def test_a_stage_that_cannot_be_compiled_runs_as_it_is_and_says_so(monkeypatch):
-    def refuse(module: nn.Module, *, fullgraph: bool) -> nn.Module:
+    def refuse(module: nn.Module, *, fullgraph: bool, **_: Any) -> nn.Module:
         assert not fullgraph  # only of a Stage
 
         def call(*_: Any) -> Any:

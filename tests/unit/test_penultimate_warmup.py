@@ -1,0 +1,89 @@
+"""The penultimate vectors as the warm-up's last pair."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import indistill_fx as ifx
+from indistill_fx.errors import ConfigError
+from indistill_fx.stage import joint_teachers, warmup_plan
+from indistill_fx.train import distill
+from tests.nets import Cnn32, seeded, unsettle
+from tests.unit.test_feature_cache import loader
+
+LAST = ifx.Curriculum(lengths=[0, 0, 0, 2], penultimate=True)
+
+
+def pair() -> tuple[nn.Module, nn.Module]:
+    return unsettle(seeded(Cnn32)).eval(), unsettle(seeded(Cnn32, (8, 16, 32), 64, seed=1)).eval()
+
+
+def penultimate(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    seen = []
+    with module.fc2.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])), torch.no_grad():
+        module(x)
+    return seen[0]
+
+
+def test_the_last_stage_compares_the_vectors_before_the_classifier():
+    teacher, student = pair()
+    x = torch.randn(5, 3, 32, 32)
+    plan = ifx.align(teacher, student, example_inputs=x)
+    stages = ifx.compile_stages(teacher, student, plan, example_inputs=x, curriculum=ifx.Curriculum(penultimate=True))
+    assert [stage.budget.length for stage in stages[:-1]] == [3, 4, 5, 6]
+    kept = list(plan.embedding.kept)
+    assert len(kept) == 64 and kept == sorted(set(kept)) and kept[-1] < 128
+    expected = nn.functional.mse_loss(penultimate(student, x), penultimate(teacher, x)[:, kept])
+    torch.testing.assert_close(stages[3].eval()(x).detach(), expected)
+    # without being asked for, nothing of it
+    assert len(ifx.compile_stages(teacher, student, plan, example_inputs=x)) == 4
+
+
+def test_the_main_loss_still_reads_the_whole_vector():
+    teacher, student = pair()
+    x = torch.randn(5, 3, 32, 32)
+    plan = ifx.align(teacher, student, example_inputs=x)
+    traced = ifx.trace(teacher, x, role="teacher"), ifx.trace(student, x, role="student")
+    both = [ifx.compile_stages(*traced, plan, main="pkt", curriculum=c) for c in (LAST, ifx.Curriculum(lengths=[]))]
+    values = [stages[-1].eval()(x) for stages in both]
+    assert [stage.name for stage in both[0]] == [plan.embedding.student, "main"]
+    assert torch.equal(*values)
+    joint = joint_teachers(*traced, warmup_plan(plan, LAST), both[0])
+    assert [[stage.name for stage in group] for group, _ in joint] == [[plan.embedding.student], ["main"]]
+    (((_, one)), (_, other)) = joint
+    assert [next(iter(graph(x)[0].values())).shape for graph in (one, other)] == [(5, 64), (5, 128)]
+
+
+def test_with_the_cache_it_trains_the_same(tmp_path):
+    teacher, student = pair()
+    twin = copy.deepcopy(student)
+    settings = {"epochs": 1, "curriculum": LAST, "main": "pkt", "progress": False}
+    records = [distill(teacher, student, loader(), **settings)]
+    records.append(distill(teacher, twin, loader(), feature_cache=tmp_path, **settings))
+    for one, other in zip(records[0].stages, records[1].stages, strict=True):
+        assert one.losses == pytest.approx(other.losses, rel=1e-4)
+    assert [stage.steps for stage in records[0].stages] == [10, 5]
+
+
+def test_a_pair_that_has_the_vector_already_is_not_doubled():
+    teacher, student = pair()
+    x = torch.randn(2, 3, 32, 32)
+    plan = ifx.align(teacher, student, example_inputs=x)
+    last = plan.embedding
+    fixed = ifx.align(teacher, student, example_inputs=x, fixed=[(last.teacher, last.student)])
+    assert any(pair.student == last.student for pair in fixed.pairs)
+    assert fixed.with_penultimate() is fixed
+    none = plan.model_copy(update={"embedding": None})
+    assert none.with_penultimate() is none
+
+
+def test_a_plan_of_an_earlier_version_is_refused():
+    teacher, student = pair()
+    plan = ifx.align(teacher, student, example_inputs=torch.randn(2, 3, 32, 32))
+    old = plan.model_copy(update={"embedding": plan.embedding.model_copy(update={"kept": None})})
+    with pytest.raises(ConfigError, match="does not say which channels of the teacher's penultimate vector"):
+        old.with_penultimate()
