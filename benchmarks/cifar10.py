@@ -4,10 +4,10 @@
     python benchmarks/cifar10.py table OUT [OUT …] --json benchmarks/results/cifar10.json
 
 An arm is `method:warm-up+main`, in epochs: `kd:1-2-3+27` warms the three layers up for 1, 2 and 3 epochs and then
-distils by `kd` for 27; `kd:0+33` has no warm-up.
-Further arguments of the curriculum may follow: `kd:1-1-1-3+27@penultimate=1`. Arms of one method with equal sums are a comparison at equal total
-epochs, arms with equal main epochs the paper's view. All arms of a seed start from the same weights and see the same
-batches. Arms that are done are skipped, interrupted ones go on.
+distils by `kd` for 27; `kd:0+33` has no warm-up. Further arguments of the curriculum may follow, as in
+`kd:1-1-1-3+27@penultimate=1`. Arms of one method with equal sums are a comparison at equal total epochs, arms with equal
+main epochs the paper's view. All arms of a seed start from the same weights and see the same batches. Arms that are done
+are skipped, interrupted ones go on.
 
 `labels` and `kd` are measured by accuracy and retrieval, `pkt` by retrieval alone: it trains no classifier. The
 teacher of `kd` is a run directory of `indistill-fx train examples/paper_cifar10.py:Cnn32`; that of `pkt` the authors'

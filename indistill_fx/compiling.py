@@ -12,7 +12,6 @@ from torch import nn
 
 from indistill_fx.stage import Stage
 
-
 # All stages share one `forward`, and the compiler counts by function: without this it gives up at the ninth stage of a process.
 _OWN_COUNT = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
 
