@@ -1,4 +1,4 @@
-"""A rank dies, a loader ends early, the clock jumps: the run says so or does not care, and its checkpoint is good."""
+"""A reading process dies, a rank dies, a loader ends early, the clock jumps: the run says so, and its checkpoint is good."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import datetime
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -69,6 +70,51 @@ def test_a_rank_that_dies_ends_the_others_with_a_message(tmp_path: Path) -> None
     assert "told: Another of the 2 processes of this run has ended" in done.stderr, done.stderr[-3000:]
     assert 1 <= steps_saved(place) <= 6
     assert json.loads((place / "run.json").read_text())["status"] == "failed"
+
+
+READING = """
+import os, signal, sys
+import torch
+from torch.utils.data import DataLoader, Dataset
+from indistill_fx.errors import TrainError
+from indistill_fx.loaders import DiskLoader
+from indistill_fx.train import train
+from tests.faults.harness import network
+
+class Deadly(Dataset):
+    "The worker that reads one of the samples is killed, as by the kernel when memory runs out."
+    def __len__(self):
+        return 40
+    def __getitem__(self, index):
+        if index == 30 and torch.utils.data.get_worker_info() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return torch.zeros(1, 6, 6) + index, index % 3
+
+torch.set_num_threads(1)
+ours = sys.argv[2] == "ours"
+loader = DiskLoader(Deadly(), batch_size=8, workers=1) if ours else DataLoader(Deadly(), 8, num_workers=1)
+try:
+    train(network(), loader, epochs=2, run_dir=sys.argv[1], progress=False, checkpoint_every_steps=1)
+except TrainError as error:
+    print("told:", error, file=sys.stderr, flush=True)
+    os._exit(2)
+"""
+
+
+@pytest.mark.parametrize("whose", ["ours", "torch's"])
+def test_a_worker_that_dies_is_told_and_the_checkpoint_is_good(whose: str, tmp_path: Path) -> None:
+    script = tmp_path / "work.py"
+    script.write_text(READING)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    place = tmp_path / "run"
+    command = [sys.executable, str(script), str(place), whose]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2, done.stderr[-3000:]
+    assert re.search(r"told: .*process that reads the data has died: DataLoader worker \(pid", done.stderr, re.DOTALL)
+    assert "--resume" in done.stderr
+    assert 1 <= steps_saved(place) <= 3
+    told = json.loads((place / "run.json").read_text())
+    assert told["status"] == "failed" and "has died" in told["error"]
 
 
 def test_a_clock_that_jumps_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
