@@ -13,6 +13,8 @@ RESULTS = Path(__file__).parent / "results/warmup.json"
 PAGE = Path(__file__).parent.parent / "docs/performance.md"
 MARKS = "<!-- measured: python -m benchmarks.warmup_table -->", "<!-- end of what was measured -->"
 
+SAMPLES = (1_281_167, 50_000)  # ImageNet's, and CIFAR-10's for the paper's pair
+
 
 def main() -> None:
     """Put the tables between the page's marks."""
@@ -45,7 +47,8 @@ def pair(row: dict[str, Any]) -> list[str]:
     if "compile_seconds" in row["stages"][0]:
         seconds = ", ".join(f"{stage['compile_seconds']:.0f}" for stage in row["stages"])
         even = row.get("break_even_steps")
-        after = f"it is won back after {even:.0f} steps" if even else "it is not won back"
+        epochs = f" ({even * row['batch'] / SAMPLES[row['pair'] == 'paper']:.2g} epochs of the data it is meant for)" if even else ""
+        after = f"it is won back after {even:.0f} steps{epochs}" if even else "it is not won back"
         lines += [f"Compiling took {seconds} s (not counted above; one graph each, `fullgraph=True`); {after}.", ""]
     checks = [stage["difference"] for stage in row["stages"] if "difference" in stage]
     if checks:
