@@ -62,6 +62,8 @@ class Curriculum:
         progress: see `patience`.
         layers: student taps to warm up, in this order; None: every pair, shallow to deep.
         penultimate: the penultimate vectors (the plan's `embedding`) are one pair more, the last; not in the paper.
+        keep: weight of the penultimate vectors' feature loss in the main stage, in units of the main loss (`MainLoss.unit`);
+            0: the main loss alone, as in the paper.
 
     >>> [budget.length for budget in Curriculum().schedule(3)]
     [3, 4, 5]
@@ -77,6 +79,7 @@ class Curriculum:
     progress: float = 0.01
     layers: Sequence[str] | None = None
     penultimate: bool = False
+    keep: float = 0.0
 
     def __post_init__(self) -> None:
         if self.a < 0 or (self.lengths is not None and any(n < 0 for n in self.lengths)):
@@ -93,6 +96,8 @@ class Curriculum:
         rates = [self.learning_rate] if isinstance(self.learning_rate, (int, float)) else self.learning_rate
         if any(not (math.isfinite(rate) and rate > 0) for rate in rates):
             raise _wrong(f"A curriculum's learning rate is {self.learning_rate}.", hint="Give numbers above 0.")
+        if not (math.isfinite(self.keep) and self.keep >= 0):
+            raise _wrong(f"A curriculum's keep is {self.keep}.", hint="Give 0, or a small weight such as 0.3.")
 
     def schedule(self, count: int) -> tuple[Budget, ...]:
         """The budgets of `count` stages, shallow to deep.

@@ -138,7 +138,7 @@ class Job:
             accuracy = self._teacher_accuracy(directory if resumed else None, accelerator)
             if accuracy is not None:
                 reporter.teacher(accuracy)
-            schedule = [f"{leg.name}: {leg.budget}{self.settings.describe() if leg.main else ''}" for leg in legs]
+            schedule = [f"{leg.name}: {self._told(leg)}" for leg in legs]
             reporter.say("\n".join(schedule))
             accelerator.wait_for_everyone()  # until all have seen whether there is something to resume
             if directory is not None:
@@ -160,6 +160,10 @@ class Job:
         per_epoch = -(-len(self.loader) // self.settings.accumulate)
         return {leg.name: leg.budget.length * (per_epoch if leg.budget.unit == "epochs" else 1) for leg in legs}
 
+    def _told(self, leg: Leg) -> str:
+        main = self.settings.describe() if leg.main else ""
+        return f"{leg.budget}{main}{f', plus {leg.also}' if leg.also else ''}"
+
     def _identity(self, legs: list[Leg], teacher: str | None, accelerator: Accelerator) -> dict[str, Any]:
         """What two runs must have in common for one to go on where the other stopped."""
         free = ("checkpoint_every_steps", "log_every_steps", "tensorboard")
@@ -170,6 +174,7 @@ class Job:
             "data seed": self.loader.seed,
             "processes": accelerator.num_processes,
             "features": "cached" if any(leg.attach for leg in legs) else None,
+            "what is added to the main loss": "".join(leg.also for leg in legs),
             **{name: value for name, value in self.settings.to_json().items() if name not in free},
         }
         plain: dict[str, Any] = json.loads(json.dumps(found))

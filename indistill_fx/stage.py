@@ -17,6 +17,7 @@ from indistill_fx.curriculum import Budget, Curriculum
 from indistill_fx.errors import ConfigError, TrainError
 from indistill_fx.graphs import depends_on_input, output_node
 from indistill_fx.losses import EMBEDDING, Outputs, main_loss, warmup_loss
+from indistill_fx.losses.base import required
 from indistill_fx.passes.pipeline import align, as_traced, narrowed_teacher, student_half, teacher_half
 from indistill_fx.passes.verify import signature_of
 from indistill_fx.plan import AlignmentPlan, Pair
@@ -33,6 +34,42 @@ class FeatureLoss(nn.Module):
     def forward(self, student: Outputs, teacher: Outputs, labels: Tensor | None) -> Tensor:
         """The loss of the pair's two features."""
         value: Tensor = self.loss(student.features[self.key], teacher.features[self.key])
+        return value
+
+
+class KeptFeature(nn.Module):
+    """A main loss plus the penultimate vectors' warm-up loss.
+
+    Args:
+        main: the main loss.
+        loss: (student's vector, teacher's vector) → scalar.
+        weight: of it.
+        pair: the penultimate vectors; if `loss` wants equal widths, the teacher's kept channels are compared, and of a
+            student that is wider than the teacher its first ones.
+    """
+
+    kept: Tensor | None
+
+    def __init__(self, main: nn.Module, loss: nn.Module, weight: float, pair: Pair):
+        super().__init__()
+        self.main, self.loss, self.weight = main, loss, weight
+        kept = pair.kept if getattr(loss, "needs_equal_widths", True) else None
+        self.register_buffer("kept", torch.tensor(kept) if kept is not None else None, persistent=False)
+        self.equal = kept is None and bool(getattr(loss, "needs_equal_widths", True))
+
+    @property
+    def told(self) -> str:
+        """What is added, in words."""
+        return f"{self.weight:.3g} times the loss of the penultimate vectors"
+
+    def forward(self, student: Outputs, teacher: Outputs, labels: Tensor | None) -> Tensor:
+        """The weighted sum."""
+        own, other = (required(side.embedding, "penultimate vector").flatten(1) for side in (student, teacher))
+        if self.kept is not None:
+            other = other.index_select(1, self.kept)
+        elif self.equal:
+            own = own[:, : other.shape[1]]
+        value: Tensor = self.main(student, teacher, labels) + self.weight * self.loss(own, other)
         return value
 
 
@@ -192,7 +229,7 @@ def compile_stages(
     curriculum = curriculum or Curriculum()
     stages = _warmup_stages(teacher, student, warmup_plan(plan, curriculum), curriculum)
     if main is not None:
-        stages.append(_main_stage(teacher, student, plan, main, main_options or {}))
+        stages.append(_main_stage(teacher, student, plan, main, main_options or {}, curriculum))
     for stage in stages:
         _check_halves(stage)
     return stages
@@ -304,6 +341,7 @@ def _main_stage(
     plan: AlignmentPlan,
     main: str | Callable[..., Tensor],
     options: Mapping[str, Any],
+    curriculum: Curriculum,
 ) -> Stage:
     shapes = [{pair.student: getattr(pair, f"{role}_shape") for pair in plan.pairs} for role in ("student", "teacher")]
     if plan.embedding is not None:
@@ -311,16 +349,21 @@ def _main_stage(
             known[EMBEDDING] = getattr(plan.embedding, f"{role}_shape")
     criterion = main_loss(main, student_shapes=shapes[0], teacher_shapes=shapes[1], **options)
     needs: frozenset[str] = criterion.needs  # type: ignore[assignment]
+    wants_labels = getattr(criterion, "weight_labels", 1)
     if "embedding" in needs and plan.embedding is None:
         raise ConfigError(
             "The main loss compares penultimate vectors, and the plan has none.",
             where="embedding",
             hint="Take `kd`, which reads logits only.",
         )
+    if curriculum.keep and plan.embedding is not None:
+        plan.with_penultimate()  # refuses a plan that does not say which channels are kept
+        unit = getattr(criterion, "unit", 1.0)
+        criterion = KeptFeature(criterion, warmup_loss(curriculum.loss), curriculum.keep * unit, plan.embedding)
+        needs |= {"embedding"}
     pairs = plan.pairs if "features" in needs else ()
     embedding = plan.embedding if "embedding" in needs else None
     teacher_logits = teacher.tap_name(teacher.logits) if "logits" in needs else None
-    wants_labels = getattr(criterion, "weight_labels", 1)
     student_logits = student.tap_name(student.logits) if "logits" in needs or wants_labels else None
     teacher_taps = [tap for tap in (embedding and embedding.teacher, teacher_logits) if tap]
     student_taps = [tap for tap in (embedding and embedding.student, student_logits) if tap]

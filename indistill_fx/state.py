@@ -25,6 +25,7 @@ class Leg:
         tap: what progress shows beside the name: the teacher's layer.
         cost: of one step, in any unit that is the same for all legs; tells the time left.
         attach: puts the teacher's features, from a cache, into a batch; None: the module computes them.
+        also: what is added to the main loss, in words.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Leg:
     tap: str = ""
     cost: float = 1.0
     attach: Callable[[Any], Any] | None = None
+    also: str = ""
 
     def given(self, batch: Any) -> Any:
         """The batch as the module wants it."""

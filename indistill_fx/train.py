@@ -26,7 +26,7 @@ from indistill_fx.passes.trace import trace
 from indistill_fx.plan import AlignmentPlan
 from indistill_fx.record import RunDirectory, RunRecord
 from indistill_fx.settings import Options, Settings, check_optimizer
-from indistill_fx.stage import Stage, compile_stages, joint_teachers, warmup_plan
+from indistill_fx.stage import KeptFeature, Stage, compile_stages, joint_teachers, warmup_plan
 from indistill_fx.state import Leg
 from indistill_fx.traced import Role, TracedModel
 from indistill_fx.untouched import evaluating
@@ -316,6 +316,7 @@ def _legs(stages: Sequence[Stage], epochs: int, settings: Settings, stores: Sequ
                 tap="" if main else ", ".join(pair.teacher for pair in stage.pairs),
                 cost=module.macs[0] + 3 * module.macs[1],  # the backward pass costs two forward passes
                 attach=store.attach if store is not None else None,
+                also=stage.criterion.told if isinstance(stage.criterion, KeptFeature) else "",
             )
         )
     return legs

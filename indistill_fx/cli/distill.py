@@ -18,7 +18,7 @@ _SECTIONS = {
     "Data and models": (*training.SECTIONS["Data and models"], "plan_file"),
     "The warm-up": (
         "warmup", "warmup_steps", "no_warmup", "layers", "warmup_loss", "warmup_lr", "warmup_optimizer", "patience",
-        "penultimate",
+        "penultimate", "keep",
     ),
     "The main stage": ("main", "main_options"),
     "Ways of training": ("recipe", "compare", "assistant", "assistant_epochs"),
@@ -104,6 +104,12 @@ def _use_recipe(context: click.Context, parameter: click.Parameter, name: str) -
     "--penultimate/--no-penultimate",
     default=None,
     help="Warm up the penultimate vectors too, as the last pair. [default: the recipe's]",
+)
+@click.option(
+    "--keep",
+    metavar="WEIGHT",
+    type=float,
+    help="Add the penultimate vectors' warm-up loss to the main loss, with this weight; 0: do not. [default: the recipe's]",
 )
 @click.option(
     "--assistant",
@@ -231,6 +237,7 @@ def _curriculum(options: dict[str, Any]) -> Curriculum:
         "optimizer": _one_or_all(options["warmup_optimizer"]),
         "patience": options["patience"],
         "penultimate": options["penultimate"],
+        "keep": options["keep"],
     }
     if options["no_warmup"]:
         wishes["lengths"] = []

@@ -41,6 +41,7 @@ class MainLoss(nn.Module):
         needs: which of the teacher's `logits`, `embedding`, `features` are read.
         needs_indices: whether batches must carry sample indices.
         needs_shapes: whether the constructor takes `student_shapes` and `teacher_shapes` (there are weights to train).
+        unit: how large the loss typically is, in which the weight of what a `Curriculum` adds to it counts.
 
     Args:
         weight: of the method's term.
@@ -53,6 +54,7 @@ class MainLoss(nn.Module):
     needs: ClassVar[frozenset[str]] = frozenset()
     needs_indices: ClassVar[bool] = False
     needs_shapes: ClassVar[bool] = False
+    unit: ClassVar[float] = 1.0
 
     def __init__(self, *, weight: float, weight_labels: float):
         super().__init__()

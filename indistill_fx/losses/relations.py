@@ -21,6 +21,7 @@ class PKTLoss(MainLoss):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"embedding"})
+    unit: ClassVar[float] = 1e-3
 
     def __init__(self, *, weight: float = 1.0, weight_labels: float = 0.0):
         super().__init__(weight=weight, weight_labels=weight_labels)

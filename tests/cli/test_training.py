@@ -74,11 +74,16 @@ def epochs(path: str) -> list[tuple[str, float]]:
             ["7: at most 4 epochs, adam, learning rate 0.5, ends after 2 without 0.01 relative progress"],
         ),
         (["--no-warmup"], []),
+        (
+            ["--warmup", "0,0,1", "--penultimate", "--keep", "0.25"],
+            ["8: 1 epoch, adam, learning rate 0.001", "+0.25 times the loss of the penultimate vectors"],
+        ),
     ],
 )
 def test_the_warm_up_is_what_was_asked_for(here, capsys, options, schedule):
     told("distill", *PAIR, *QUICK, "-o", "run", "--epochs", "1", *options)
-    schedule = [*schedule, "main: 1 epoch, adam, learning rate 0.001"]
+    plus = "".join(f", plus {line[1:]}" for line in schedule if line[0] == "+")
+    schedule = [*(line for line in schedule if line[0] != "+"), f"main: 1 epoch, adam, learning rate 0.001{plus}"]
     assert story("run")["schedule"] == schedule
     shown = capsys.readouterr().err
     assert shown.index("Teacher's accuracy") < shown.index("\n".join(schedule)) < shown.index("loss")

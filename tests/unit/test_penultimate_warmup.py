@@ -87,3 +87,50 @@ def test_a_plan_of_an_earlier_version_is_refused():
     old = plan.model_copy(update={"embedding": plan.embedding.model_copy(update={"kept": None})})
     with pytest.raises(ConfigError, match="does not say which channels of the teacher's penultimate vector"):
         old.with_penultimate()
+
+
+@pytest.mark.parametrize(("main", "unit"), [("kd", 1.0), ("pkt", 1e-3), (lambda s, t, labels: s.logits.mean(), 1.0)])
+def test_the_main_stage_may_keep_the_loss_of_the_last_pair(main, unit):
+    teacher, student = pair()
+    batch = torch.randn(5, 3, 32, 32), torch.arange(5)
+    plan = ifx.align(teacher, student, example_inputs=batch[0])
+    curricula = [ifx.Curriculum(lengths=[], keep=keep) for keep in (0, 0.5)]
+    values = []
+    for curriculum in curricula:
+        (stage,) = ifx.compile_stages(teacher, student, plan, main=main, example_inputs=batch[0], curriculum=curriculum)
+        values.append(stage.eval()(batch).detach())
+    kept = list(plan.embedding.kept)
+    feature = nn.functional.mse_loss(penultimate(student, batch[0]), penultimate(teacher, batch[0])[:, kept])
+    torch.testing.assert_close(values[1] - values[0], 0.5 * unit * feature, rtol=1e-4, atol=1e-6)
+    assert feature > 0.01
+
+
+@pytest.mark.parametrize("loss", ["mse", "pkt"])
+def test_a_wider_student_is_compared_on_its_first_channels(loss):
+    student, teacher = pair()
+    x = torch.randn(5, 3, 32, 32)
+    plan = ifx.align(teacher, student, example_inputs=x)
+    assert plan.embedding.kept is None
+    stages = [
+        ifx.compile_stages(
+            teacher,
+            student,
+            plan,
+            main="pkt",
+            example_inputs=x,
+            curriculum=ifx.Curriculum(lengths=[], keep=keep, loss=loss),
+        )[0].eval()
+        for keep in (0, 2)
+    ]
+    vectors = penultimate(student, x), penultimate(teacher, x)
+    if loss == "mse":
+        expected = nn.functional.mse_loss(vectors[0][:, :64], vectors[1])
+    else:
+        expected = stages[0](x).detach()  # works across widths, and is the main loss itself
+    torch.testing.assert_close((stages[1](x) - stages[0](x)).detach(), 0.002 * expected, rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("keep", [-1, float("nan"), float("inf")])
+def test_a_weight_that_is_none_is_refused(keep):
+    with pytest.raises(ConfigError, match="keep"):
+        ifx.Curriculum(keep=keep)
