@@ -163,7 +163,7 @@ def statistics(
     The model runs in eval mode and is left as it was.
 
     Raises:
-        ConfigError: no batch, or batches without labels where gradients are asked for.
+        ConfigError: no batch, or batches without labels that go with the output where gradients are asked for.
     """
     total: dict[str, Tensor] = {}
     samples = 0
@@ -227,7 +227,17 @@ def _gradients(
             *(x.detach().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
         )
         watched = {name: value for name, value in watch.seen.items() if value.requires_grad}
-        loss = F.cross_entropy(watch.seen[model.logits].float(), labels)
+        scores = watch.seen[model.logits].float()
+        if labels.shape != scores.shape[:1] + scores.shape[2:]:
+            raise ConfigError(
+                f"The criterion `taylor` takes the gradient of the cross-entropy, and labels of shape {tuple(labels.shape)} do not go "
+                f"with the output `{model.logits}` of shape {tuple(scores.shape)}.",
+                where="loader",
+                got=tuple(labels.shape),
+                expected=tuple(scores.shape[:1] + scores.shape[2:]),
+                hint="Give a class for every row (and place) of the output, or take another criterion.",
+            )
+        loss = F.cross_entropy(scores, labels)
         grads = torch.autograd.grad(loss, list(watched.values()), allow_unused=True)
     found = {}
     for (name, value), grad in zip(watched.items(), grads, strict=True):

@@ -293,13 +293,14 @@ def test_refuses(make: Callable[[], nn.Module], wish: dict[str, Any], message: s
     assert digest(net) == before
 
 
-@pytest.mark.parametrize("criterion", [*WEIGHTS, "bn_scale", "activation"])
+@pytest.mark.parametrize("criterion", [*WEIGHTS, "bn_scale", "activation", "taylor"])
 def test_refuses_weights_that_are_not_numbers(criterion: str) -> None:
     """By whatever criterion: also one that never looks at the weight, and one that looks at what data makes of it."""
     net = GRAPHS["chain"]()
     with torch.no_grad():
         net.stem.weight[0, 0, 0, 0] = float("nan")
-    traced, batches = _traced_blindly(net), [(torch.randn(2, 3, 8, 8), torch.tensor([0, 1]))]
+    x = torch.randn(2, 3, 8, 8)
+    traced, batches = _traced_blindly(net), [(x, net(x).argmax(1))]
     for remove in (shrink, narrow):
         with pytest.raises(PruneError, match=r"`stem` has weights that are not finite"):
             remove(traced, widths={"stem": 8}, criterion=criterion, loader=batches)
