@@ -27,6 +27,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +38,7 @@ from torch import Tensor, nn
 
 import indistill_fx as ifx
 from examples.paper_cifar10 import Cnn32
+from indistill_fx.passes import pipeline
 
 Build = Callable[[], tuple[nn.Module, nn.Module]]
 
@@ -173,7 +175,7 @@ def same_training(
 
 
 def measure_pair(
-    name: str, *, steps: int, compiled: bool, bf16: bool, check: int, only: list[int] | None
+    name: str, *, steps: int, compiled: bool, bf16: bool, unfused: bool, check: int, only: list[int] | None
 ) -> dict[str, Any]:
     """All stages of one pair: milliseconds a step of the baseline, of ours, and of ours compiled."""
     build, size, batch = PAIRS[name]
@@ -203,6 +205,12 @@ def measure_pair(
             "ours": stage,
             "cached": Cached(stage, x),
         }
+        if unfused:
+            with patch.object(pipeline, "fuse", lambda *_: None):
+                stages = ifx.compile_stages(
+                    teacher, copy.deepcopy(student).train(), plan, main=None, example_inputs=x[:2]
+                )
+            runners["unfused"] = stages[number].train()
         if bf16:
             runners["bf16"] = copy.copy(stage)
             runners["bf16"]._modules = dict(stage._modules) | {"teacher": HalfTeacher(stage.teacher)}
@@ -240,7 +248,7 @@ def measure_pair(
 def weigh(row: dict[str, Any]) -> None:
     """Speed-ups over the curriculum: 3, 4, 5, … epochs of the stages."""
     stages = row["stages"]
-    for key in ("ours", "compiled", "cached", "bf16"):
+    for key in ("ours", "compiled", "cached", "unfused", "bf16"):
         if all(f"{key}_ms" in stage for stage in stages):
             total = [sum((2 + s["number"]) * s[f"{kind}_ms"] for s in stages) for kind in ("hooks", key)]
             row[f"speedup_{key}"] = total[0] / total[1]
@@ -361,6 +369,9 @@ def main() -> None:
     )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--compile", action="store_true", help="also torch.compile(stage, fullgraph=True)")
+    parser.add_argument(
+        "--unfused", action="store_true", help="also our stage without the fusing of the teacher's convolutions"
+    )
     parser.add_argument("--bf16", action="store_true", help="also the teacher in bfloat16 (slow where it is emulated)")
     parser.add_argument(
         "--memory", action="store_true", help="also peak memory of stage 1, each in a process of its own"

@@ -33,7 +33,7 @@ def main() -> None:
 
 def pair(row: dict[str, Any]) -> list[str]:
     """One pair's table."""
-    kinds = [kind for kind in ("ours", "compiled", "cached", "bf16") if f"{kind}_ms" in row["stages"][0]]
+    kinds = [kind for kind in ("ours", "compiled", "cached", "unfused", "bf16") if f"{kind}_ms" in row["stages"][0]]
     head = ["stage", "hooks, ms", *(f"{kind}, ms (×)" for kind in kinds), "floor, ms", "ours / floor"]
     lines = [f"### {row['pair']}, batch {row['batch']}, threads: {row['threads']}", ""]
     lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
