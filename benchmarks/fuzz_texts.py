@@ -1,6 +1,6 @@
 """Damage plan files, spec strings and command lines at random: each must be taken or refused with a clear error.
 
-    python benchmarks/fuzz_texts.py [--count 3000] [--seed 0] [--json FILE]
+    python benchmarks/fuzz_texts.py [--count 3000] [--seed 0] [--minutes 10] [--json FILE]
 
 In one process, without a model: what is read here is read before any model is. A refusal is an `IndistillError`, for a
 command line exit code 2 (or 0 for `--help`); anything else that is raised, exit code 1, or more than 5 s is a fault.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import os
 import platform
@@ -19,6 +20,7 @@ import re
 import signal
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -191,7 +193,13 @@ def fuzz(kind: str, count: int, seed: int) -> dict[str, Any]:
                 tally["refused"] += 1
             except Exception as error:
                 tally["fault"] += 1
-                faults.append({"case": number, "fault": re.sub(r"\s+", " ", f"{type(error).__name__}: {error}")[:300]})
+                faults.append(
+                    {
+                        "seed": seed,
+                        "case": number,
+                        "fault": re.sub(r"\s+", " ", f"{type(error).__name__}: {error}")[:300],
+                    }
+                )
             finally:
                 signal.alarm(0)
     return {"count": count, **tally, "faults": faults}
@@ -203,22 +211,30 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=3000, help="cases of each kind; of command lines a tenth")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--minutes", type=float, default=0, help="go on with the next seeds for so long")
     options = parser.parse_args()
+    ends = time.monotonic() + 60 * options.minutes
+    kinds: dict[str, Counter[str]] = {kind: Counter() for kind in KINDS}
+    faults: list[dict[str, Any]] = []
+    for seed in itertools.count(options.seed):
+        for kind in KINDS:
+            result = fuzz(kind, options.count // (10 if kind == "command line" else 1), seed)
+            found = result.pop("faults")
+            kinds[kind].update(result)
+            faults += [{"kind": kind} | fault for fault in found]
+            print(kind, result, *found[:10], sep="\n    ", flush=True)
+        if time.monotonic() >= ends:
+            break
     record: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
-        "seed": options.seed,
+        "seeds": [options.seed, seed],
+        "kinds": kinds,
+        "faults": faults,
     }
-    record["kinds"] = {}
-    for kind in KINDS:
-        result = fuzz(kind, options.count // (10 if kind == "command line" else 1), options.seed)
-        record["kinds"][kind] = result
-        print(kind, {key: value for key, value in result.items() if key != "faults"}, flush=True)
-        for fault in result["faults"][:10]:
-            print("   ", fault)
     if options.json:
         options.json.write_text(json.dumps(record, indent=1) + "\n")
-    sys.exit(any(result["faults"] for result in record["kinds"].values()))
+    sys.exit(bool(faults))
 
 
 if __name__ == "__main__":
