@@ -1,7 +1,7 @@
 """Does the warm-up pay? The paper's pair on CIFAR-10 images, arm by arm, seed by seed.
 
     python benchmarks/cifar10.py run --data imagefolder:DIR --assistant FILE --teacher RUN_DIR --out OUT --seeds 0 1 2
-    python benchmarks/cifar10.py table OUT [OUT …] --json benchmarks/results/cifar10.json
+    python benchmarks/cifar10.py table OUT [OUT …] --json benchmarks/results/cifar10.json --into docs/results.md
 
 An arm is `method:warm-up+main`, in epochs: `kd:1-2-3+27` warms the three layers up for 1, 2 and 3 epochs and then
 distils by `kd` for 27; `kd:0+33` has no warm-up. Further arguments of the curriculum may follow, as in
@@ -203,6 +203,29 @@ def differences(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def over_time(record: dict[str, Any], epochs: tuple[int, ...] = (9, 13, 17, 21, 25, 29, 33)) -> str:
+    """Accuracy against wall-clock: after so many epochs of training in all, seconds and accuracy, means over seeds."""
+    lines = [f"| arm | {' | '.join(f'epoch {n}' for n in epochs)} |", "|---" * (len(epochs) + 1) + "|"]
+    for arm, seeds in sorted(record["arms"].items(), key=lambda entry: order(entry[0])):
+        if arm.startswith("pkt"):
+            continue
+        curves = [row["curve"] for row in seeds.values()]
+        cells = []
+        for n in epochs:
+            known = all(len(curve) >= n and curve[n - 1][3] is not None for curve in curves)
+            seconds = mean(sum(epoch[1] for epoch in curve[:n]) for curve in curves)
+            cells.append(f"{seconds:.0f} s: {cell([curve[n - 1][3] for curve in curves])}" if known else "")
+        lines.append(f"| {arm} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def put_into(page: Path, text: str) -> None:
+    """Replace what stands between the page's marks."""
+    begin, end = "<!-- made by benchmarks/cifar10.py table -->", "<!-- end of cifar10 -->"
+    before, _, rest = page.read_text(encoding="utf-8").partition(begin)
+    page.write_text(f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}", encoding="utf-8")
+
+
 def main() -> None:
     """Run or show."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -220,12 +243,14 @@ def main() -> None:
     shows = commands.add_parser("table", help="print the tables of what is done")
     shows.add_argument("folders", nargs="+")
     shows.add_argument("--json", help="write all figures here")
+    shows.add_argument("--into", type=Path, help="the page whose tables are replaced, instead of printing")
     options = parser.parse_args()
     if options.what == "run":
         run(options)
         return
     record = collect(options.folders)
-    print(table(record), differences(record), sep="\n\n")
+    text = "\n\n".join((table(record), differences(record), over_time(record)))
+    print(text) if options.into is None else put_into(options.into, text)
     if options.json:
         told = {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
