@@ -394,6 +394,7 @@ def main() -> None:
             steps=options.steps,
             compiled=options.compile,
             bf16=options.bf16,
+            unfused=options.unfused,
             check=options.check,
             only=options.stages,
         )
