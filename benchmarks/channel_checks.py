@@ -51,7 +51,7 @@ class Features(fx.Interpreter):
             known = self.traced.facts_of(tap)
             wanted = value.index_select(known.channel_axis or 0, torch.tensor(self.kept[tap]))
             halves = value.movedim(known.batch_axis or 0, 0).unflatten(0, (2, -1))
-            moving = float((halves[0] - halves[1]).abs().max()) or float(value.abs().max()) or 1.0
+            moving = _gap(*halves) or float(value[value.isfinite()].abs().max()) or 1.0
             self.found[tap] = wanted, moving
         return value
 
@@ -88,11 +88,11 @@ def narrow_one(model: ZooModel) -> dict[str, Any]:
         for tap, got, report in zip(some, _features(result.value, some, x), result.report.taps, strict=True):
             expected, moving = features.found.pop(tap)
             right = got.shape == expected.shape and tuple(got.shape) == result.value.facts_of(tap).shape
-            difference = float((got - expected).abs().max()) / moving if right else float("inf")
+            difference = _gap(got, expected) / moving if right else float("inf")
             worst = max(worst, difference)
             if right and len(kept[tap]) > 1:
                 axis = traced.facts_of(tap).channel_axis or 0
-                seen += float((got - expected.roll(1, axis)).abs().max()) / moving > TOLERANCE
+                seen += _gap(got, expected.roll(1, axis)) / moving > TOLERANCE
                 could += 1
             failures += [] if difference <= TOLERANCE else [f"{tap}: {difference:.1e}"]
             absorbed += not report.stopped
@@ -110,6 +110,11 @@ def narrow_one(model: ZooModel) -> dict[str, Any]:
         "size": model.size,
         "rung": traced.report.rung,
     }
+
+
+def _gap(a: Tensor, b: Tensor) -> float:
+    """The largest difference; equal infinities (with which maps are padded for max-pooling) differ by nothing."""
+    return float(torch.where(a == b, 0.0, (a - b).abs()).max())
 
 
 def _features(slim: TracedModel, taps: list[str], *inputs: Tensor) -> list[Tensor]:

@@ -5,7 +5,7 @@
 
 An arm is `method:warm-up+main`, in epochs: `kd:1-2-3+27` warms the three layers up for 1, 2 and 3 epochs and then
 distils by `kd` for 27; `kd:0+33` has no warm-up. Further arguments of the curriculum may follow, as in
-`kd:1-1-1-3+27@penultimate=1`. Arms of one method with equal sums are a comparison at equal total epochs, arms with equal
+`kd:1-1-1+27@penultimate=3`. Arms of one method with equal sums are a comparison at equal total epochs, arms with equal
 main epochs the paper's view. All arms of a seed start from the same weights and see the same batches. Arms that are done
 are skipped, interrupted ones go on.
 

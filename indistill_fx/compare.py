@@ -15,6 +15,7 @@ from indistill_fx.curriculum import Curriculum
 from indistill_fx.errors import ConfigError
 from indistill_fx.passes.pipeline import align
 from indistill_fx.plan import AlignmentPlan
+from indistill_fx.recipes import DEFAULT_CURRICULUM
 from indistill_fx.record import RunRecord
 from indistill_fx.settings import Options
 from indistill_fx.stage import warmup_plan
@@ -82,13 +83,12 @@ def compare(
     Raises:
         ConfigError: the warm-up leaves nothing of `epochs`, or is in steps; else as `distill`.
     """
-    curriculum = curriculum or Curriculum()
+    curriculum = curriculum or DEFAULT_CURRICULUM
     teacher, traced = traced_pair(teacher, student, train_loader, example_inputs=example_inputs, logits=logits)
     plan = plan or align(teacher, traced)
     if curriculum.unit != "epochs":
         raise ConfigError("To compare at equal epochs the curriculum must be in epochs.", where="curriculum")
-    layers = [pair.student for pair in warmup_plan(plan, curriculum).pairs]
-    warmup = sum(budget.length for budget in curriculum.chosen(layers).values())
+    warmup = sum(budget.length for budget in warmup_plan(plan, curriculum)[1].values())
     milestones = options.get("milestones", ())
     if main_epochs is not None:
         epochs, milestones = main_epochs + warmup, [at + warmup for at in milestones]

@@ -45,14 +45,16 @@ class Budget:
 class Curriculum:
     """Layer after layer, shallow to deep; layer l of 1..L gets `a + l` epochs.
 
-    Where a sequence is given, it has one entry per pair of the plan, shallow to deep, whatever `layers` says.
+    Where a sequence is given, it has one entry per pair of the plan, shallow to deep, whatever `layers` says. A learning rate
+    or optimiser more is that of the penultimate vectors, which else have the last one given.
 
     Source: Sarridis et al., "InDistill", arXiv:2205.10003, section 3.3 (`a = 2`, Adam, learning rate 1e-3, mean squared
     error). Deviation: one optimiser per stage; the authors' code makes a new one every epoch.
 
     Attributes:
         a: epochs added to every layer's number.
-        lengths: explicit length of every stage instead of `a + l`; 0 leaves a stage out, and `[]` the whole warm-up.
+        lengths: explicit length of every stage instead of `a + l`, or one number for all; 0 leaves a stage out, and `[]` all of
+            them.
         unit: whether lengths are epochs or steps.
         loss: the feature loss, by name (`mse`, `cosine`, `at`, `pkt`).
         learning_rate: of the stages' optimisers: one for all, or one per pair.
@@ -61,7 +63,7 @@ class Curriculum:
             `progress` (relative) for so many epochs; None: every stage uses its whole length.
         progress: see `patience`.
         layers: student taps to warm up, in this order; None: every pair, shallow to deep.
-        penultimate: the penultimate vectors (the plan's `embedding`) are one pair more, the last; not in the paper.
+        penultimate: length of a last stage for the penultimate vectors (the plan's `embedding`); 0: none, as in the paper.
         keep: weight of the penultimate vectors' feature loss in the main stage, in units of the main loss (`MainLoss.unit`);
             0: the main loss alone, as in the paper.
 
@@ -70,7 +72,7 @@ class Curriculum:
     """
 
     a: int = 2
-    lengths: Sequence[int] | None = None
+    lengths: Sequence[int] | int | None = None
     unit: Unit = "epochs"
     loss: str = "mse"
     learning_rate: float | Sequence[float] = 1e-3
@@ -78,12 +80,14 @@ class Curriculum:
     patience: int | None = None
     progress: float = 0.01
     layers: Sequence[str] | None = None
-    penultimate: bool = False
+    penultimate: int = 0
     keep: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.a < 0 or (self.lengths is not None and any(n < 0 for n in self.lengths)):
-            raise _wrong(f"A curriculum cannot have stages of negative length (a={self.a}, lengths={self.lengths}).")
+        lengths = [self.lengths] if isinstance(self.lengths, int) else self.lengths or []
+        if min((self.a, self.penultimate, *lengths)) < 0:
+            told = f"a={self.a}, lengths={self.lengths}, penultimate={self.penultimate}"
+            raise _wrong(f"A curriculum cannot have stages of negative length ({told}).")
         if self.unit not in ("epochs", "steps"):
             raise _wrong(f"A curriculum's unit is {self.unit!r}.", hint="Legal: epochs, steps.")
         if self.unit == "steps" and self.lengths is None:
@@ -99,38 +103,53 @@ class Curriculum:
         if not (math.isfinite(self.keep) and self.keep >= 0):
             raise _wrong(f"A curriculum's keep is {self.keep}.", hint="Give 0, or a small weight such as 0.3.")
 
-    def schedule(self, count: int) -> tuple[Budget, ...]:
-        """The budgets of `count` stages, shallow to deep.
+    def schedule(self, count: int, *, penultimate: bool = False) -> tuple[Budget, ...]:
+        """The budgets of `count` stages, shallow to deep, and with `penultimate` of the one behind them.
 
         Raises:
             ConfigError: a sequence has another number of entries.
         """
-        lengths = [self.a + layer for layer in range(1, count + 1)] if self.lengths is None else list(self.lengths)
-        lengths = lengths or [0] * count
+        if isinstance(self.lengths, int):
+            lengths = [self.lengths] * count
+        else:
+            own = [self.a + layer for layer in range(1, count + 1)] if self.lengths is None else list(self.lengths)
+            lengths = own or [0] * count
+        self._check_count("lengths", lengths, count)
+        lengths += [self.penultimate] if penultimate else []
         one = isinstance(self.learning_rate, (int, float))
-        rates: list[Any] = [self.learning_rate] * count if one else list(self.learning_rate)  # type: ignore[arg-type]
-        optimizers = [self.optimizer] * count if isinstance(self.optimizer, str) else list(self.optimizer)
-        for what, values in (("lengths", lengths), ("learning rates", rates), ("optimisers", optimizers)):
-            if len(values) != count:
-                raise _wrong(
-                    f"The curriculum gives {len(values)} {what} for {count} pairs.", hint="Give one per pair, or none."
-                )
+        rates: list[Any] = [self.learning_rate] * len(lengths) if one else list(self.learning_rate)  # type: ignore[arg-type]
+        named = isinstance(self.optimizer, str)
+        optimizers: list[Any] = [self.optimizer] * len(lengths) if named else list(self.optimizer)
+        for what, values in (("learning rates", rates), ("optimisers", optimizers)):
+            values += values[-1:] if penultimate and len(values) == count else []
+            self._check_count(what, values, len(lengths))
         return tuple(
             Budget(length, self.unit, float(rate), optimizer, self.patience, self.progress)
             for length, rate, optimizer in zip(lengths, rates, optimizers, strict=True)
         )
 
-    def chosen(self, layers: Sequence[str]) -> dict[str, Budget]:
+    @staticmethod
+    def _check_count(what: str, values: Sequence[Any], count: int) -> None:
+        if len(values) != count:
+            raise _wrong(
+                f"The curriculum gives {len(values)} {what} for {count} pairs.", hint="Give one per pair, or none."
+            )
+
+    def chosen(self, layers: Sequence[str], penultimate: str | None = None) -> dict[str, Budget]:
         """The budgets of the layers that are trained at all, in the order of training.
 
         Args:
             layers: the student's taps of all pairs, shallow to deep.
+            penultimate: the student's tap of the penultimate vectors, if there are such and no pair has them.
 
         Raises:
             ConfigError: `layers` of the curriculum names one that is not there, or a sequence has another length.
         """
-        budgets = dict(zip(layers, self.schedule(len(layers)), strict=True))
-        return {layer: budgets[layer] for layer in self._order(layers) if budgets[layer].length}
+        last = penultimate if self.penultimate else None
+        schedule = self.schedule(len(layers), penultimate=last is not None)
+        budgets = dict(zip((*layers, *([last] if last is not None else [])), schedule, strict=True))
+        order = list(self._order(layers)) + ([last] if last is not None else [])
+        return {layer: budgets[layer] for layer in order if budgets[layer].length}
 
     def _order(self, known: Sequence[str]) -> Sequence[str]:
         if self.layers is None:

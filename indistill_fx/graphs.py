@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import hashlib
+import linecache
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +16,23 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._pytree import tree_leaves, tree_map
 
 from indistill_fx.ops import is_inplace
+
+_MOST_SOURCES = 500
+
+
+def forget_sources(most: int = _MOST_SOURCES) -> None:
+    """Let go of the source texts of graphs that no longer exist, once there are more than so many.
+
+    For its tracebacks fx keeps the text of every version of every graph for as long as the process lives, some 25 KiB a run.
+    """
+    texts = getattr(getattr(fx.graph_module, "_loader", None), "eval_cache", {})
+    if len(texts) <= most:
+        return
+    graphs = [thing for thing in gc.get_objects() if issubclass(type(thing), fx.GraphModule)]
+    needed = {type(graph).forward.__code__.co_filename for graph in graphs}
+    for key in [key for key in texts if key not in needed]:
+        del texts[key]
+        linecache.cache.pop(key, None)
 
 
 def tensor_nodes(value: object) -> list[fx.Node]:

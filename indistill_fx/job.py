@@ -16,7 +16,7 @@ from indistill_fx.checkpoint import save_tensors, state_tensors
 from indistill_fx.engine import Engine
 from indistill_fx.errors import ConfigError, PassError
 from indistill_fx.evaluate import evaluate
-from indistill_fx.graphs import digest
+from indistill_fx.graphs import digest, forget_sources
 from indistill_fx.launch import make_accelerator, noticing_dead_peers
 from indistill_fx.loaders import EpochLoader, ForeignLoader
 from indistill_fx.record import LAST, STUDENT, EpochRecord, RunDirectory, RunRecord, StageRecord, environment
@@ -83,6 +83,7 @@ class Job:
             TrainError: training cannot go on.
             Interrupted: a signal arrived; a checkpoint was saved.
         """
+        forget_sources()  # of earlier runs
         accelerator = make_accelerator(self.settings)
         directory = self._directory(accelerator)
         teacher = digest(self.teacher) if self.teacher is not None else None

@@ -26,13 +26,16 @@ def seal(spec: str) -> str | None:
 def is_sealed(spec: str, proof: object) -> bool:
     """Whether `proof` is this user's for this spec."""
     key = _key(make=False)
-    return (
-        key is not None and isinstance(proof, str) and hmac.compare_digest(proof.encode(), _digest(key, spec).encode())
-    )
+    return key is not None and isinstance(proof, str) and hmac.compare_digest(_bytes(proof), _bytes(_digest(key, spec)))
 
 
 def _digest(key: bytes, spec: str) -> str:
-    return hmac.new(key, spec.encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()
+    return hmac.new(key, _bytes(spec), hashlib.sha256).hexdigest()
+
+
+def _bytes(text: str) -> bytes:
+    """Also of half characters, which JSON can hold."""
+    return text.encode("utf-8", "surrogatepass")
 
 
 def _key(*, make: bool) -> bytes | None:

@@ -227,7 +227,7 @@ def compile_stages(
     plan = align(teacher, student) if plan is None else plan
     plan.check(teacher, student)
     curriculum = curriculum or Curriculum()
-    stages = _warmup_stages(teacher, student, warmup_plan(plan, curriculum), curriculum)
+    stages = _warmup_stages(teacher, student, plan, curriculum)
     if main is not None:
         stages.append(_main_stage(teacher, student, plan, main, main_options or {}, curriculum))
     for stage in stages:
@@ -255,15 +255,18 @@ def _check_halves(stage: Stage) -> None:
             )
 
 
-def warmup_plan(plan: AlignmentPlan, curriculum: Curriculum) -> AlignmentPlan:
-    """The plan with all pairs that the curriculum may warm up, the penultimate vectors among them if it says so."""
-    return plan.with_penultimate() if curriculum.penultimate else plan
+def warmup_plan(plan: AlignmentPlan, curriculum: Curriculum) -> tuple[AlignmentPlan, dict[str, Budget]]:
+    """The plan with all pairs that the curriculum may warm up, and how long each of those it does, by the student's tap."""
+    layers = [pair.student for pair in plan.pairs]
+    extended = plan.with_penultimate() if curriculum.penultimate else plan
+    last = extended.pairs[-1].student if extended is not plan else None
+    return extended, curriculum.chosen(layers, last)
 
 
 def _warmup_stages(
     teacher: TracedModel, student: TracedModel, plan: AlignmentPlan, curriculum: Curriculum
 ) -> list[Stage]:
-    budgets = curriculum.chosen([pair.student for pair in plan.pairs])
+    plan, budgets = warmup_plan(plan, curriculum)
     if not budgets:
         return []
     loss = warmup_loss(curriculum.loss)

@@ -24,6 +24,7 @@ from indistill_fx.loaders import EpochLoader
 from indistill_fx.passes.pipeline import align
 from indistill_fx.passes.trace import trace
 from indistill_fx.plan import AlignmentPlan
+from indistill_fx.recipes import DEFAULT_CURRICULUM
 from indistill_fx.record import RunDirectory, RunRecord
 from indistill_fx.settings import Options, Settings, check_optimizer
 from indistill_fx.stage import KeptFeature, Stage, compile_stages, joint_teachers, warmup_plan
@@ -68,7 +69,8 @@ def distill(
         train_loader: batches (inputs, labels) or (inputs, labels, indices), or dicts of inputs by name with `labels`
             and `indices`.
         plan: the pairs; that of the run resumed, else made by `align`, if None.
-        curriculum: the warm-up; `Curriculum(lengths=[])` is none.
+        curriculum: the warm-up; `Curriculum(lengths=[])` is none, `Curriculum()` the paper's. By default that of
+            `RECIPES["default"]`.
         main: the main loss: a name, `file.py:loss`, or a function (student, teacher, labels) → scalar; None: warm-up
             only.
         main_options: keyword arguments of the main loss.
@@ -94,7 +96,7 @@ def distill(
         TrainError: a loss is not finite, or the disk is full; the last checkpoint is good.
         Interrupted: SIGINT or SIGTERM while `run_dir` is given; a checkpoint was saved. A KeyboardInterrupt.
     """
-    settings, curriculum = Settings.of(options), curriculum or Curriculum()
+    settings, curriculum = Settings.of(options), curriculum or DEFAULT_CURRICULUM
     _check_epochs(epochs)
     loader = repeatable(train_loader, settings.seed, "train loader")
     if feature_cache is not None:
@@ -109,7 +111,7 @@ def distill(
         classes = _check_classes(*models, [stage for stage in stages if stage.budget is None])
         stores: list[FeatureStore | None] = [None] * len(stages)
         if feature_cache is not None:
-            joint = partial(joint_teachers, *models, warmup_plan(chosen, curriculum))
+            joint = partial(joint_teachers, *models, warmup_plan(chosen, curriculum)[0])
             stores = _cached(stages, loader, feature_cache, joint, settings, progress)
         return Work(
             legs=_legs(stages, epochs, settings, stores),

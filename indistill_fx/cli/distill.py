@@ -54,7 +54,8 @@ def _use_recipe(context: click.Context, parameter: click.Parameter, name: str) -
     show_default=True,
     is_eager=True,
     callback=_use_recipe,
-    help="Where the options not given come from. paper: 3, 4, 5, … epochs of MSE, then PKT for 48 epochs at 1e-3 and 10"
+    help="Where the options not given come from. default: one epoch of MSE for every pair and three for the penultimate vectors, then 20"
+    " of KD. paper: 3, 4, 5, … epochs of MSE, then PKT for 48 epochs at 1e-3 and 10"
     " at 1e-4; an assistant by 50 epochs of PKT.",
 )
 @click.option(
@@ -70,7 +71,7 @@ def _use_recipe(context: click.Context, parameter: click.Parameter, name: str) -
     metavar="NAME=VALUE",
     help="Of the main loss, such as temperature=2; may be given several times.",
 )
-@click.option("--warmup", metavar="3,4,5", type=training.Numbers(), help="Epochs of every stage. [default: 3, 4, 5, …]")
+@click.option("--warmup", metavar="3,4,5", type=training.Numbers(), help="Epochs of every stage. [default: 1 each]")
 @click.option(
     "--warmup-steps", metavar="500,700", type=training.Numbers(), help="Optimiser steps of every stage instead."
 )
@@ -101,15 +102,16 @@ def _use_recipe(context: click.Context, parameter: click.Parameter, name: str) -
     help="End a stage before its length is used up, when so many epochs have not lowered its loss by 1%.",
 )
 @click.option(
-    "--penultimate/--no-penultimate",
-    default=None,
-    help="Warm up the penultimate vectors too, as the last pair. [default: the recipe's]",
+    "--penultimate",
+    metavar="EPOCHS",
+    type=click.IntRange(min=0),
+    help="Length of a last stage, for the penultimate vectors; 0: none. [default: 3; 0 with --warmup-steps]",
 )
 @click.option(
     "--keep",
     metavar="WEIGHT",
     type=float,
-    help="Add the penultimate vectors' warm-up loss to the main loss, with this weight; 0: do not. [default: the recipe's]",
+    help="Add the penultimate vectors' warm-up loss to the main loss, with this weight. [default: 0]",
 )
 @click.option(
     "--assistant",
@@ -240,9 +242,11 @@ def _curriculum(options: dict[str, Any]) -> Curriculum:
         "keep": options["keep"],
     }
     if options["no_warmup"]:
-        wishes["lengths"] = []
-    elif lengths:
-        wishes["lengths"], wishes["unit"] = options[lengths[0]], "epochs" if options["warmup"] else "steps"
+        wishes |= {"lengths": [], "penultimate": 0}
+    elif options["warmup_steps"]:
+        wishes |= {"lengths": options["warmup_steps"], "unit": "steps", "penultimate": options["penultimate"] or 0}
+    elif options["warmup"]:
+        wishes["lengths"] = options["warmup"]
     base: Curriculum = RECIPES[options["recipe"]].student["curriculum"]
     return replace(base, **{name: value for name, value in wishes.items() if value is not None})
 

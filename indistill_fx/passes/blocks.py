@@ -139,11 +139,13 @@ def _reads_sums(joins: Sequence[Step], look: Look) -> bool:
 
 def _pools_every(places: Sequence[int], look: Look) -> bool:
     """Whether there are several units, and pooling that leaves a map behind each."""
+    if len(places) < 2:
+        return False
     spans = [look.flow.trunk[a:b] for a, b in zip(places, [*places[1:], len(look.flow.trunk)], strict=True)]
     pools = [
         any(look.operation(name) in STRIDED_POOLS and name in look.flow.octaves for name in span) for span in spans
     ]
-    return len(pools) > 1 and all(pools)
+    return all(pools)
 
 
 def _block(step: Step, look: Look, *, post_norm: bool, early: bool, pooled: bool) -> Block | None:

@@ -128,6 +128,10 @@ def narrow(
         reports.append(report)
         if new is not nodes[name]:
             renamed[name] = new
+            # The node may have been made for a tensor of another form, such as the five axes of a channel shuffle.
+            out.facts[new.name] = replace(
+                out.facts[new.name], kind=known.kind, channel_axis=known.channel_axis, stride=known.stride
+            )
     for name, new in renamed.items():
         aliases[new.name] = aliases[name]
         aliases[name] = (f"{aliases[new.name][0]}:whole",)

@@ -63,7 +63,11 @@ def epochs(path: str) -> list[tuple[str, float]]:
     [
         (
             ["--warmup", "1,2", "--warmup-lr", "0.1,0.01", "--warmup-optimizer", "sgd,adamw"],
-            ["3: 1 epoch, sgd, learning rate 0.1", "7: 2 epochs, adamw, learning rate 0.01"],
+            [
+                "3: 1 epoch, sgd, learning rate 0.1",
+                "7: 2 epochs, adamw, learning rate 0.01",
+                "8: 3 epochs, adamw, learning rate 0.01",
+            ],
         ),
         (
             ["--warmup-steps", "3,1", "--layers", "7,3"],
@@ -71,11 +75,14 @@ def epochs(path: str) -> list[tuple[str, float]]:
         ),
         (
             ["--layers", "7", "--patience", "2", "--warmup-lr", "0.5"],
-            ["7: at most 4 epochs, adam, learning rate 0.5, ends after 2 without 0.01 relative progress"],
+            [
+                "7: at most 1 epoch, adam, learning rate 0.5, ends after 2 without 0.01 relative progress",
+                "8: at most 3 epochs, adam, learning rate 0.5, ends after 2 without 0.01 relative progress",
+            ],
         ),
         (["--no-warmup"], []),
         (
-            ["--warmup", "0,0,1", "--penultimate", "--keep", "0.25"],
+            ["--warmup", "0,0", "--penultimate", "1", "--keep", "0.25"],
             ["8: 1 epoch, adam, learning rate 0.001", "+0.25 times the loss of the penultimate vectors"],
         ),
     ],
@@ -150,7 +157,7 @@ def test_compare_leaves_the_run_as_it_is_and_gives_the_others_its_epochs(here):
     told("distill", *PAIR, *QUICK, "-o", "run", *options)
     told("distill", *PAIR, *QUICK, "-o", "arms", "--compare", *options)
     assert story("arms/indistill")["result"]["digest"] == story("run")["result"]["digest"]
-    rates = [1e-3, 1e-3, 1e-3, pytest.approx(1e-4)]  # the milestone stays in the main stage
+    rates = [1e-3] * 6 + [pytest.approx(1e-4)]  # the milestone stays in the main stage
     assert [[rate for _, rate in epochs(f"arms/{arm}")] for arm in ("labels", "kd", "indistill")] == [rates] * 3
 
 
@@ -195,7 +202,7 @@ def test_options_of_the_main_loss(here):
         (["--warmup", "1,1", "--no-warmup"], "--warmup and --no-warmup answer one question"),
         (["--warmup-steps", "1,1", "--patience", "2"], "plateau rule compares epochs"),
         (["--warmup-lr", "fast"], "--warmup-lr 'fast' is no list of numbers"),
-        (["--warmup-lr", "1e-3,1e-3,1e-3"], "3 learning rates for 2 pairs"),
+        (["--warmup-lr", "1e-3,1e-3,1e-3,1e-3"], "4 learning rates for 3 pairs"),
         (["--warmup-optimizer", "adm"], "Nearest: adam"),
         (["--layers", "8"], "`8`, which is in no pair"),
         (["--main-option", "temperature"], "NAME=VALUE"),

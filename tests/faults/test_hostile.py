@@ -229,3 +229,11 @@ def test_no_environment_variable_gets_into_a_run(tmp_path: Path, monkeypatch: py
     files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
     assert len(files) >= 5
     assert [path for path in files if secret.encode() in path.read_bytes()] == []
+
+
+def test_half_a_character_in_a_sealed_spec_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(
+        json.dumps({"about": {"model": "\ud800.py:make", "input_size": [1], "seal": "\ud800"}})
+    )
+    with pytest.raises(ConfigError):
+        load_run(tmp_path)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from indistill_fx.errors import ConfigError, MatchError
 from indistill_fx.passes.explain import CODES, legend, rows
 from indistill_fx.passes.match import match
+from indistill_fx.passes.pipeline import align
 from indistill_fx.passes.score import LEGEND
 from indistill_fx.passes.trace import trace
 from indistill_fx.plan import Pair
@@ -326,3 +327,18 @@ def test_a_row_fits_the_table_and_the_legend_tells_its_letters() -> None:
     assert {line[0] for line in legend(pairs)} == {letter for row in table for letter in row.reasons.split()}
     assert set(CODES) == set(LEGEND)
     assert len(set(CODES.values())) == len(CODES)
+
+
+def test_models_without_any_stage_are_paired_where_the_user_says() -> None:
+    def chain(width: int) -> nn.Module:
+        layers = [
+            nn.Sequential(nn.Conv2d(width if k else 3, width, 1), nn.BatchNorm2d(width), nn.ReLU()) for k in range(6)
+        ]
+        return nn.Sequential(*(layer for block in layers for layer in block), nn.Flatten(), nn.LazyLinear(5))
+
+    x = torch.randn(2, 3, 4, 4)
+    models = [chain(width) for width in (4, 2)]
+    for model in models:
+        model(x)
+    plan = align(*models, example_inputs=x, fixed=[("8", "8"), ("14", "14")])
+    assert [(pair.teacher, pair.student, len(pair.kept)) for pair in plan.pairs] == [("8", "8", 2), ("14", "14", 2)]

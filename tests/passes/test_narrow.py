@@ -221,3 +221,53 @@ def test_refuses(wish: dict[str, dict[str, object]], message: str) -> None:
     teacher = trace(Cnn32(), torch.randn(2, 3, 32, 32))
     with pytest.raises(PruneError, match=message):
         narrow(teacher, **wish)  # type: ignore[arg-type]
+
+
+class Shuffled(nn.Module):
+    """A channel shuffle, the tap at its end, and something behind it."""
+
+    def __init__(self, groups: int = 2):
+        super().__init__()
+        self.groups = groups
+        self.conv, self.last = nn.Conv2d(3, 8, 3, groups=1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, h, w = (x := self.conv(x)).shape
+        x = x.view(n, self.groups, c // self.groups, h, w).transpose(1, 2).contiguous().view(n, c, h, w)
+        return self.last(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("kept", [(0, 1, 5), (2, 3, 4, 7), tuple(range(8))])
+def test_the_narrowed_tap_has_the_form_of_the_whole_one(kept: tuple[int, ...]) -> None:
+    traced = trace(Shuffled(), torch.randn(2, 3, 7, 6))
+    tap = next(
+        name for name in traced.taps if traced.node(name).target == "view" and len(traced.facts_of(name).shape) == 4
+    )
+    slim = narrow(traced, kept={tap: kept}).value
+    before, after = traced.facts_of(tap), slim.facts_of(tap)
+    assert before.channel_axis == 1
+    assert (after.channel_axis, after.kind, after.stride) == (before.channel_axis, before.kind, before.stride)
+    assert after.shape == (2, len(kept), 5, 4)
+
+
+def test_a_split_into_computed_sizes_is_a_wall() -> None:
+    class Halves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.conv(x)
+            half = x.shape[1] // 2
+            a, b = x.split([half, x.shape[1] - half], dim=1)
+            return torch.relu(a) + b  # type: ignore[no-any-return]
+
+    traced = trace(Halves(), torch.randn(2, 3, 4, 4))
+    tap = next(name for name in traced.taps if "relu" in traced.node(name).name)
+    result = narrow(traced, widths={tap: 2})
+    (report,) = result.report.taps
+    assert "the sizes of the split are computed" in [stop.reason for stop in report.stopped]
+    x = torch.randn(2, 3, 4, 4)
+    whole, slim = traced.node(tap).name, result.value.node(tap).name
+    expected = values(traced.graph_module, [whole], x)[whole][:, list(report.kept)]
+    assert torch.equal(values(result.value.graph_module, [slim], x)[slim], expected)

@@ -14,6 +14,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 # (seed, case): what it found when it was first run.
 FOUND = {
     (0, 1): "shrink left nodes of the old graph in the sizes of `unflatten`",
+    (0, 168): "narrowed at the end of a channel shuffle, a tap lost its channel axis",
     (0, 6): "a graph's output was a tap that `instrument` and `cut` left out without a word",
 }
 MORE = [(0, case) for case in (0, 2, 3, 5)]

@@ -26,6 +26,20 @@ def test_every_stage_may_have_its_own_rate_and_optimiser():
     assert second == Budget(20, "steps", 0.2, "adam")
 
 
+def test_a_last_stage_for_the_penultimate_vectors():
+    curriculum = Curriculum(lengths=1, penultimate=3, learning_rate=[0.1, 0.2], optimizer=["sgd", "adamw", "adam"])
+    assert list(curriculum.chosen(["a", "b"], "last").items()) == [
+        ("a", Budget(1, "epochs", 0.1, "sgd")),
+        ("b", Budget(1, "epochs", 0.2, "adamw")),
+        ("last", Budget(3, "epochs", 0.2, "adam")),
+    ]
+    assert list(Curriculum(lengths=[], penultimate=1).chosen(["a", "b"], "last")) == ["last"]
+    assert list(Curriculum(layers=["b"], penultimate=1).chosen(["a", "b"], "last")) == ["b", "last"]
+    assert list(Curriculum(lengths=1).chosen(["a"], "last")) == ["a"]
+    with pytest.raises(ConfigError, match="negative length"):
+        Curriculum(penultimate=-1)
+
+
 def test_order_and_subset():
     curriculum = Curriculum(lengths=[3, 4, 5], layers=["c", "a"])
     assert [(name, budget.length) for name, budget in curriculum.chosen(["a", "b", "c"]).items()] == [

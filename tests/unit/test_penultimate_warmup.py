@@ -15,7 +15,7 @@ from indistill_fx.train import distill
 from tests.nets import Cnn32, seeded, unsettle
 from tests.unit.test_feature_cache import loader
 
-LAST = ifx.Curriculum(lengths=[0, 0, 0, 2], penultimate=True)
+LAST = ifx.Curriculum(lengths=[], penultimate=2)
 
 
 def pair() -> tuple[nn.Module, nn.Module]:
@@ -33,7 +33,7 @@ def test_the_last_stage_compares_the_vectors_before_the_classifier():
     teacher, student = pair()
     x = torch.randn(5, 3, 32, 32)
     plan = ifx.align(teacher, student, example_inputs=x)
-    stages = ifx.compile_stages(teacher, student, plan, example_inputs=x, curriculum=ifx.Curriculum(penultimate=True))
+    stages = ifx.compile_stages(teacher, student, plan, example_inputs=x, curriculum=ifx.Curriculum(penultimate=6))
     assert [stage.budget.length for stage in stages[:-1]] == [3, 4, 5, 6]
     kept = list(plan.embedding.kept)
     assert len(kept) == 64 and kept == sorted(set(kept)) and kept[-1] < 128
@@ -52,7 +52,7 @@ def test_the_main_loss_still_reads_the_whole_vector():
     values = [stages[-1].eval()(x) for stages in both]
     assert [stage.name for stage in both[0]] == [plan.embedding.student, "main"]
     assert torch.equal(*values)
-    joint = joint_teachers(*traced, warmup_plan(plan, LAST), both[0])
+    joint = joint_teachers(*traced, warmup_plan(plan, LAST)[0], both[0])
     assert [[stage.name for stage in group] for group, _ in joint] == [[plan.embedding.student], ["main"]]
     (((_, one)), (_, other)) = joint
     assert [next(iter(graph(x)[0].values())).shape for graph in (one, other)] == [(5, 64), (5, 128)]

@@ -92,6 +92,8 @@ def _part_of_split(maker: Call, cut: Cut, key: int, call: Call) -> Step | Wall:
     dim = maker.get("dim", 0)
     if not isinstance(dim, int):
         return Wall("the axis of the split is computed")
+    if not all(isinstance(size, int) for size in _sizes(maker)):
+        return Wall("the sizes of the split are computed")
     dim = axis_of(dim, len(shape))
     if cut.start <= dim < cut.stop:
         begin = split_begins(maker, shape[dim], call.output_shape[dim])[key]
@@ -102,6 +104,11 @@ def _part_of_split(maker: Call, cut: Cut, key: int, call: Call) -> Step | Wall:
     moved = dim if dim < cut.start else dim - cut.width + 1
     part = Part(Cut(maker.input, cut.start, cut.stop, cut.index))
     return Step(lambda out, new: out.function(torch.narrow, new[0], moved, begin, size), (part,))
+
+
+def _sizes(maker: Call) -> tuple[object, ...]:
+    given = maker.get("chunks") if maker.op == "chunk" else maker.get("split_size")
+    return tuple(given) if isinstance(given, (list, tuple)) else (given,)
 
 
 def split_begins(maker: Call, total: int, own: int) -> list[int]:
