@@ -402,6 +402,11 @@ def main() -> None:
     parser.add_argument("--case", type=int, help="only this one, and say all of it")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--resume", action="store_true", help="go on where FILE ends")
+    parser.add_argument(
+        "--again",
+        action="store_true",
+        help="run the faulty cases of FILE again; those without a fault now are `mended`",
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.case is not None:
@@ -412,6 +417,14 @@ def main() -> None:
     record = empty(options.seed)
     if options.resume and options.json and options.json.exists():
         record = json.loads(options.json.read_text())
+    if options.again:
+        record = json.loads(options.json.read_text())
+        for known in tuple(record["faults"]):
+            if not (fault := run_case(record["seed"], known["case"], export=False)[1]):
+                record["faults"].remove(known)
+                record.setdefault("mended", []).append(known)
+            print(f"case {known['case']}: {fault or 'no fault any more'}", flush=True)
+        options.cases = 0
     ends = time.monotonic() + 60 * options.minutes
     while record["cases"] < options.cases and time.monotonic() < ends:
         number = record["cases"]
