@@ -3,7 +3,7 @@
     python benchmarks/fuzz_texts.py [--count 3000] [--seed 0] [--minutes 10] [--json FILE]
 
 In one process, without a model: what is read here is read before any model is. A refusal is an `IndistillError`, for a
-command line exit code 2 (or 0 for `--help`); anything else that is raised, exit code 1, or more than 5 s is a fault.
+command line exit code 2 (or 0 for `--help`); anything else that is raised, exit code 1, or more than 60 s is a fault.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from indistill_fx.runs import is_run, load_run
 from indistill_fx.seal import seal
 from indistill_fx.sources import parse_input, parse_spec
 
-LIMIT_SECONDS = 5
+LIMIT_SECONDS = 60  # what is called a hang; imports are within it
 ODD = (
     "\x00", "\x1b[2J", "\ud800", "\u202e", "\n", "'", '"', "@", "?", "&", "=", ":", "[", "{", "-", "--", "1e999", "9" * 5000, "null",
     "..",
