@@ -180,7 +180,8 @@ def table(record: dict[str, Any]) -> str:
 def order(arm: str) -> tuple[Any, ...]:
     """Method, total, warm-up."""
     method, warm, main, options = parse(arm)
-    return ("labels", "kd", "pkt").index(method), main + sum(warm), sum(warm), str(options)
+    before = sum(warm) + options.get("penultimate", 0)
+    return ("labels", "kd", "pkt").index(method), main + before, before, str(options)
 
 
 def differences(record: dict[str, Any]) -> str:
@@ -188,8 +189,9 @@ def differences(record: dict[str, Any]) -> str:
     lines = ["| with | without | equal | accuracy | mAP cosine | mAP Euclid |", "|---|---|---|---|---|---|"]
     arms = record["arms"]
     for ours in sorted(arms, key=order):
-        method, warm, main, _ = parse(ours)
-        for what, epochs in (("total", main + sum(warm)), ("main", main)) if warm else ():
+        method, warm, main, options = parse(ours)
+        before = sum(warm) + options.get("penultimate", 0)
+        for what, epochs in (("total", main + before), ("main", main)) if before else ():
             other = f"{method}:0+{epochs}"
             seeds = sorted(arms[ours].keys() & arms.get(other, {}).keys())
             if seeds:
