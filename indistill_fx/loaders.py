@@ -9,6 +9,7 @@ import copy
 import hashlib
 import random
 import re
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -86,15 +87,35 @@ class EpochLoader(ABC):
         skipped, self._skipped = self._skipped, 0
         try:
             yield from self._batches(skipped)
-        except RuntimeError as error:
-            if not re.search(r"DataLoader worker \(pid", str(error)):
+        except (RuntimeError, ConnectionError, EOFError) as error:
+            told = str(_of_a_worker(error)).strip()
+            if not re.search(r"DataLoader worker \(pid", told):
                 raise
             raise TrainError(
-                f"A process that reads the data has died: {str(error).strip().splitlines()[0]}",
+                f"A process that reads the data has died: {told.splitlines()[0]}",
                 where="data",
                 hint="Often memory ran out: take fewer workers or smaller batches. The last checkpoint is good: go on with "
                 "resume=True (--resume).",
             ) from error
+
+
+def _of_a_worker(error: Exception) -> Exception:
+    """What torch says of a process that has died, where the first thing seen of it was its connection that ended.
+
+    Torch says it by an exception out of a signal's handler, at whatever place the program is then; better here than while a
+    run's end is being written.
+    """
+    if isinstance(error, RuntimeError):
+        return error
+    try:
+        time.sleep(_UNTIL_TOLD)
+    except RuntimeError as later:
+        return later
+    return error
+
+
+_UNTIL_TOLD = 1.0
+"""Seconds for the news of a process's end to arrive."""
 
 
 @dataclass(frozen=True, slots=True)

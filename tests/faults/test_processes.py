@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from indistill_fx import record
-from indistill_fx.errors import ConfigError
+from indistill_fx.errors import ConfigError, TrainError
+from indistill_fx.job import repeatable
 from indistill_fx.record import LAST
 from indistill_fx.train import train
 from tests.faults.harness import ROOT, finishes_as_if_nothing_happened, network, run, steps_saved
@@ -115,6 +116,28 @@ def test_a_worker_that_dies_is_told_and_the_checkpoint_is_good(whose: str, tmp_p
     assert 1 <= steps_saved(place) <= 3
     told = json.loads((place / "run.json").read_text())
     assert told["status"] == "failed" and "has died" in told["error"]
+
+
+@pytest.mark.parametrize("later", [True, False])
+def test_a_connection_that_ends_is_a_dead_worker_only_if_torch_says_so(
+    later: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Broken(list[Any]):
+        def __iter__(self) -> Any:
+            raise ConnectionResetError("reset by peer")
+
+    def news(seconds: float) -> None:
+        if later:
+            raise RuntimeError("DataLoader worker (pid 5) is killed by signal: Killed.")
+
+    monkeypatch.setattr("indistill_fx.loaders.time.sleep", news)
+    loader = repeatable(Broken([0]), 0, "train loader")
+    if later:
+        with pytest.raises(TrainError, match=r"has died: DataLoader worker \(pid 5\)"):
+            list(loader)
+    else:
+        with pytest.raises(ConnectionResetError, match="reset by peer"):
+            list(loader)
 
 
 def test_a_clock_that_jumps_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
