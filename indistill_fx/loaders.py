@@ -9,7 +9,6 @@ import copy
 import hashlib
 import random
 import re
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from indistill_fx.errors import ConfigError, TrainError
+from indistill_fx.workers import of_a_worker
 
 Loader = TypeVar("Loader", bound="EpochLoader")
 Indexed = TypeVar("Indexed", bound="_IndexedLoader")
@@ -88,7 +88,7 @@ class EpochLoader(ABC):
         try:
             yield from self._batches(skipped)
         except (RuntimeError, ConnectionError, EOFError) as error:
-            told = str(_of_a_worker(error)).strip()
+            told = str(of_a_worker(error)).strip()
             if not re.search(r"DataLoader worker \(pid", told):
                 raise
             raise TrainError(
@@ -97,25 +97,6 @@ class EpochLoader(ABC):
                 hint="Often memory ran out: take fewer workers or smaller batches. The last checkpoint is good: go on with "
                 "resume=True (--resume).",
             ) from error
-
-
-def _of_a_worker(error: Exception) -> Exception:
-    """What torch says of a process that has died, where the first thing seen of it was its connection that ended.
-
-    Torch says it by an exception out of a signal's handler, at whatever place the program is then; better here than while a
-    run's end is being written.
-    """
-    if isinstance(error, RuntimeError):
-        return error
-    try:
-        time.sleep(_UNTIL_TOLD)
-    except RuntimeError as later:
-        return later
-    return error
-
-
-_UNTIL_TOLD = 1.0
-"""Seconds for the news of a process's end to arrive."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,7 +61,8 @@ except IndistillError as error:
 def test_a_rank_that_dies_ends_the_others_with_a_message(tmp_path: Path) -> None:
     script = tmp_path / "work.py"
     script.write_text(SCRIPT)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    launch += ["--monitor-interval=10", str(script)]  # time to tell, before torchrun ends the others
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     place = tmp_path / "run"
     done = subprocess.run(
@@ -130,7 +131,7 @@ def test_a_connection_that_ends_is_a_dead_worker_only_if_torch_says_so(
         if later:
             raise RuntimeError("DataLoader worker (pid 5) is killed by signal: Killed.")
 
-    monkeypatch.setattr("indistill_fx.loaders.time.sleep", news)
+    monkeypatch.setattr("indistill_fx.workers.time.sleep", news)
     loader = repeatable(Broken([0]), 0, "train loader")
     if later:
         with pytest.raises(TrainError, match=r"has died: DataLoader worker \(pid 5\)"):
