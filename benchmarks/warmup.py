@@ -7,7 +7,7 @@
 The plain way (the hook baseline) is what hook frameworks do: both full networks run, forward hooks keep the features, the teacher's kept
 channels are selected, the mean squared error is taken. Steps of both are interleaved in one run, so that a noisy machine hits both alike;
 figures are medians, of the process's CPU time with one thread (which other processes disturb least), of the clock with more. With --check
-50 steps are trained by both from the same weights and compared loss by loss (at 64 pixels where the pair takes them). `cached` is our
+50 steps are trained by both from the same weights and compared loss by loss, in float32 and in float64 (at 64 pixels where the pair takes them). `cached` is our
 stage with the teacher's features given, `bf16` (with --bf16) that with the teacher in bfloat16. The floor is the work that must be done,
 forward of the teacher's half and three times the student's, at the speed of one large convolution on this machine.
 """
@@ -246,6 +246,8 @@ def measure_pair(
                 else ifx.align(teacher, student, example_inputs=batches[0][:2])
             )
             entry["difference"] = same_training(teacher, student, fitting, number, batches)
+            double = [module.double() for module in copy.deepcopy((teacher, student))]
+            entry["difference64"] = same_training(*double, fitting, number, [x.double() for x in batches])
         row["stages"].append(entry)
     weigh(row)
     return row

@@ -58,6 +58,10 @@ def pair(row: dict[str, Any]) -> list[str]:
     if checks:
         loss, weights = (max(check[key] for check in checks) for key in ("loss", "parameters"))
         lines += [f"Equal training: losses differ by {loss:.1e} at most, trained parameters by {weights:.1e}.", ""]
+    checks = [stage["difference64"] for stage in row["stages"] if "difference64" in stage]
+    if checks:
+        loss, weights = (max(check[key] for check in checks) for key in ("loss", "parameters"))
+        lines += [f"The same in float64: losses {loss:.1e}, parameters {weights:.1e}.", ""]
     if "peak_mib" in row:
         peak = row["peak_mib"]
         share = peak["ours"] / peak["hooks"]

@@ -29,7 +29,8 @@ def forget_sources(most: int = _MOST_SOURCES) -> None:
     if len(texts) <= most:
         return
     graphs = [thing for thing in gc.get_objects() if issubclass(type(thing), fx.GraphModule)]
-    needed = {type(graph).forward.__code__.co_filename for graph in graphs}
+    codes = [getattr(type(graph).forward, "__code__", None) for graph in graphs]
+    needed = {code.co_filename for code in codes if code is not None}
     for key in [key for key in texts if key not in needed]:
         del texts[key]
         linecache.cache.pop(key, None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -36,12 +36,14 @@ class Work:
         check: looks at every batch of the run's first epoch and raises if one cannot be right: (number, batch).
         save: writes what belongs to the run into its directory, before training.
         models: for run.json: role → name, parameters, and MACs where they are known.
+        remarks: said with the schedule.
     """
 
     legs: list[Leg]
     check: Callable[[int, Any], None]
     save: Callable[[RunDirectory], None] = lambda directory: None
     models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    remarks: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,7 +141,7 @@ class Job:
             accuracy = self._teacher_accuracy(directory if resumed else None, accelerator)
             if accuracy is not None:
                 reporter.teacher(accuracy)
-            schedule = [f"{leg.name}: {self._told(leg)}" for leg in legs]
+            schedule = [*(f"{leg.name}: {self._told(leg)}" for leg in legs), *work.remarks]
             reporter.say("\n".join(schedule))
             accelerator.wait_for_everyone()  # until all have seen whether there is something to resume
             if directory is not None:

@@ -218,21 +218,10 @@ class AlignmentPlan(_Frozen):
         return tuple(lines)
 
     def with_penultimate(self) -> AlignmentPlan:
-        """The plan with the penultimate vectors as the last pair; the plan itself where there are none, or a pair has them.
-
-        Raises:
-            ConfigError: the teacher's vector is wider than the student's, and the plan does not say which channels are kept.
-        """
+        """The plan with the penultimate vectors as the last pair; the plan itself where there are none, or a pair has them."""
         last = self.embedding
         if last is None or any(last.teacher == pair.teacher or last.student == pair.student for pair in self.pairs):
             return self
-        wider = last.teacher_shape[-1] > last.student_shape[-1]
-        if last.kept is None and wider and len(last.teacher_shape) == len(last.student_shape) == 2:
-            raise ConfigError(
-                f"The plan does not say which channels of the teacher's penultimate vector `{last.teacher}` are kept.",
-                where=last.teacher,
-                hint="An earlier version made it. Make it again with `align`, or warm up without the penultimate vectors.",
-            )
         return self.model_copy(update={"pairs": (*self.pairs, last)})
 
     @property

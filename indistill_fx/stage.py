@@ -15,62 +15,13 @@ from torch import Tensor, fx, nn
 from indistill_fx.batches import Parts, check_inputs, split
 from indistill_fx.curriculum import Budget, Curriculum
 from indistill_fx.errors import ConfigError, TrainError
+from indistill_fx.feature_losses import FeatureLoss, keeping
 from indistill_fx.graphs import depends_on_input, output_node
 from indistill_fx.losses import EMBEDDING, Outputs, main_loss, warmup_loss
-from indistill_fx.losses.base import required
 from indistill_fx.passes.pipeline import align, as_traced, narrowed_teacher, student_half, teacher_half
 from indistill_fx.passes.verify import signature_of
 from indistill_fx.plan import AlignmentPlan, Pair
 from indistill_fx.traced import TracedModel
-
-
-class FeatureLoss(nn.Module):
-    """A loss on one pair of features, in the form of a main loss."""
-
-    def __init__(self, loss: nn.Module, key: str):
-        super().__init__()
-        self.loss, self.key = loss, key
-
-    def forward(self, student: Outputs, teacher: Outputs, labels: Tensor | None) -> Tensor:
-        """The loss of the pair's two features."""
-        value: Tensor = self.loss(student.features[self.key], teacher.features[self.key])
-        return value
-
-
-class KeptFeature(nn.Module):
-    """A main loss plus the penultimate vectors' warm-up loss.
-
-    Args:
-        main: the main loss.
-        loss: (student's vector, teacher's vector) → scalar.
-        weight: of it.
-        pair: the penultimate vectors; if `loss` wants equal widths, the teacher's kept channels are compared, and of a
-            student that is wider than the teacher its first ones.
-    """
-
-    kept: Tensor | None
-
-    def __init__(self, main: nn.Module, loss: nn.Module, weight: float, pair: Pair):
-        super().__init__()
-        self.main, self.loss, self.weight = main, loss, weight
-        kept = pair.kept if getattr(loss, "needs_equal_widths", True) else None
-        self.register_buffer("kept", torch.tensor(kept) if kept is not None else None, persistent=False)
-        self.equal = kept is None and bool(getattr(loss, "needs_equal_widths", True))
-
-    @property
-    def told(self) -> str:
-        """What is added, in words."""
-        return f"{self.weight:.3g} times the loss of the penultimate vectors"
-
-    def forward(self, student: Outputs, teacher: Outputs, labels: Tensor | None) -> Tensor:
-        """The weighted sum."""
-        own, other = (required(side.embedding, "penultimate vector").flatten(1) for side in (student, teacher))
-        if self.kept is not None:
-            other = other.index_select(1, self.kept)
-        elif self.equal:
-            own = own[:, : other.shape[1]]
-        value: Tensor = self.main(student, teacher, labels) + self.weight * self.loss(own, other)
-        return value
 
 
 class Stage(nn.Module):
@@ -359,10 +310,8 @@ def _main_stage(
             where="embedding",
             hint="Take `kd`, which reads logits only.",
         )
-    if curriculum.keep and plan.embedding is not None:
-        plan.with_penultimate()  # refuses a plan that does not say which channels are kept
-        unit = getattr(criterion, "unit", 1.0)
-        criterion = KeptFeature(criterion, warmup_loss(curriculum.loss), curriculum.keep * unit, plan.embedding)
+    if curriculum.keep:
+        criterion = keeping(criterion, curriculum, plan)
         needs |= {"embedding"}
     pairs = plan.pairs if "features" in needs else ()
     embedding = plan.embedding if "embedding" in needs else None

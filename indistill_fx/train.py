@@ -18,6 +18,7 @@ from indistill_fx.curriculum import Budget, Curriculum
 from indistill_fx.errors import ConfigError
 from indistill_fx.evaluate import select_logits
 from indistill_fx.feature_cache import FeatureStore, Joint, cache_features, cacheable
+from indistill_fx.feature_losses import KeptFeature
 from indistill_fx.job import Job, Work, label_check, repeatable
 from indistill_fx.launch import make_accelerator
 from indistill_fx.loaders import EpochLoader
@@ -27,7 +28,7 @@ from indistill_fx.plan import AlignmentPlan
 from indistill_fx.recipes import DEFAULT_CURRICULUM
 from indistill_fx.record import RunDirectory, RunRecord
 from indistill_fx.settings import Options, Settings, check_optimizer
-from indistill_fx.stage import KeptFeature, Stage, compile_stages, joint_teachers, warmup_plan
+from indistill_fx.stage import Stage, compile_stages, joint_teachers, warmup_plan
 from indistill_fx.state import Leg
 from indistill_fx.traced import Role, TracedModel
 from indistill_fx.untouched import evaluating
@@ -107,17 +108,19 @@ def distill(
         models = traced_pair(teacher, student, loader, example_inputs=example_inputs, logits=logits)
         kept = directory.path / "plan.json" if directory is not None and directory.resumes else None
         chosen = plan or (AlignmentPlan.load(kept) if kept is not None and kept.exists() else align(*models))
+        warm, _ = warmup_plan(chosen, curriculum)
         stages = compile_stages(*models, chosen, curriculum=curriculum, main=main, main_options=main_options)
         classes = _check_classes(*models, [stage for stage in stages if stage.budget is None])
         stores: list[FeatureStore | None] = [None] * len(stages)
         if feature_cache is not None:
-            joint = partial(joint_teachers, *models, warmup_plan(chosen, curriculum)[0])
+            joint = partial(joint_teachers, *models, warm)
             stores = _cached(stages, loader, feature_cache, joint, settings, progress)
         return Work(
             legs=_legs(stages, epochs, settings, stores),
             check=label_check(classes, len(models[1].example_inputs)),
             save=lambda where: chosen.save(where.path / "plan.json") if where.writes else None,
             models={model.role: _told(model.module) | {"macs": model.macs} for model in models},
+            remarks=_remarks(curriculum, chosen),
         )
 
     return Job(
@@ -188,6 +191,14 @@ def train(
         logits=logits,
         about=about,
     ).run(lambda directory: Work(legs=[leg], check=label_check(_class_count(supervised, loader)), models=models))
+
+
+def _remarks(curriculum: Curriculum, plan: AlignmentPlan) -> tuple[str, ...]:
+    """Why the penultimate vectors get no stage of their own, where they were to have one."""
+    if not curriculum.penultimate or plan.with_penultimate() is not plan:
+        return ()
+    why = "the plan has none" if plan.embedding is None else "a pair has them"
+    return (f"penultimate vectors: no stage of their own, {why}",)
 
 
 def _told(module: nn.Module) -> dict[str, Any]:

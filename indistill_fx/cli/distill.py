@@ -71,7 +71,9 @@ def _use_recipe(context: click.Context, parameter: click.Parameter, name: str) -
     metavar="NAME=VALUE",
     help="Of the main loss, such as temperature=2; may be given several times.",
 )
-@click.option("--warmup", metavar="3,4,5", type=training.Numbers(), help="Epochs of every stage. [default: 1 each]")
+@click.option(
+    "--warmup", metavar="3,4,5", type=training.Numbers(), help="Epochs of every stage. [default: the recipe's]"
+)
 @click.option(
     "--warmup-steps", metavar="500,700", type=training.Numbers(), help="Optimiser steps of every stage instead."
 )
@@ -105,7 +107,7 @@ def _use_recipe(context: click.Context, parameter: click.Parameter, name: str) -
     "--penultimate",
     metavar="EPOCHS",
     type=click.IntRange(min=0),
-    help="Length of a last stage, for the penultimate vectors; 0: none. [default: 3; 0 with --warmup-steps]",
+    help="Epochs (or steps) of a last stage, for the penultimate vectors; 0: none. [default: the recipe's; 0 with --warmup-steps]",
 )
 @click.option(
     "--keep",
@@ -229,6 +231,7 @@ def _curriculum(options: dict[str, Any]) -> Curriculum:
     from indistill_fx.recipes import RECIPES
 
     lengths = [name for name in ("warmup", "warmup_steps", "no_warmup") if options[name]]
+    lengths += ["penultimate"] if options["no_warmup"] and options["penultimate"] else []
     if len(lengths) > 1:
         names = " and ".join(f"--{name.replace('_', '-')}" for name in lengths)
         raise ConfigError(f"{names} answer one question.", where=names, hint="Give one of them.")

@@ -228,7 +228,7 @@ def _gradients(
         )
         watched = {name: value for name, value in watch.seen.items() if value.requires_grad}
         scores = watch.seen[model.logits].float()
-        if labels.shape != scores.shape[:1] + scores.shape[2:]:
+        if labels.shape not in (scores.shape[:1] + scores.shape[2:], scores.shape):  # classes, or probabilities
             raise ConfigError(
                 f"The criterion `taylor` takes the gradient of the cross-entropy, and labels of shape {tuple(labels.shape)} do not go "
                 f"with the output `{model.logits}` of shape {tuple(scores.shape)}.",

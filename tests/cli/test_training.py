@@ -200,6 +200,7 @@ def test_options_of_the_main_loss(here):
     ("options", "message"),
     [
         (["--warmup", "1,1", "--no-warmup"], "--warmup and --no-warmup answer one question"),
+        (["--no-warmup", "--penultimate", "2"], "--no-warmup and --penultimate answer one question"),
         (["--warmup-steps", "1,1", "--patience", "2"], "plateau rule compares epochs"),
         (["--warmup-lr", "fast"], "--warmup-lr 'fast' is no list of numbers"),
         (["--warmup-lr", "1e-3,1e-3,1e-3,1e-3"], "4 learning rates for 3 pairs"),

@@ -95,6 +95,9 @@ def test_taylor_is_gradient_times_activation(traced: TracedModel) -> None:
         assert feature.grad is not None
         expected += (feature.grad * feature).sum((2, 3)).abs().sum(0).detach()
     assert torch.allclose(found["two"], expected.double() / 3, rtol=1e-4)
+    assert isinstance(traced.module.head, nn.Linear)
+    likely = [(x, F.one_hot(labels, traced.module.head.out_features).float()) for x, labels in batches()]
+    assert torch.allclose(statistics(traced, {"two": 1}, likely, gradients=True)["two"], found["two"])  # probabilities
 
 
 @pytest.mark.parametrize("criterion", NAMES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
@@ -81,12 +82,29 @@ def test_a_pair_that_has_the_vector_already_is_not_doubled():
     assert none.with_penultimate() is none
 
 
-def test_a_plan_of_an_earlier_version_is_refused():
+def test_a_plan_of_an_earlier_version_is_completed_for_the_warm_up_and_refused_for_keeping():
     teacher, student = pair()
-    plan = ifx.align(teacher, student, example_inputs=torch.randn(2, 3, 32, 32))
+    x = torch.randn(5, 3, 32, 32)
+    plan = ifx.align(teacher, student, example_inputs=x)
     old = plan.model_copy(update={"embedding": plan.embedding.model_copy(update={"kept": None})})
+    stages = [
+        ifx.compile_stages(teacher, student, one, example_inputs=x, curriculum=LAST)[0].eval() for one in (plan, old)
+    ]
+    assert torch.equal(stages[0](x), stages[1](x))  # the same channels: narrow ranks them as align does
     with pytest.raises(ConfigError, match="does not say which channels of the teacher's penultimate vector"):
-        old.with_penultimate()
+        ifx.compile_stages(teacher, student, old, example_inputs=x, curriculum=ifx.Curriculum(keep=0.1))
+
+
+def test_models_without_penultimate_vectors_are_warmed_up_without_them_and_cannot_keep_them():
+    teacher, student = pair()
+    x = torch.randn(5, 3, 32, 32)
+    plan = ifx.align(teacher, student, example_inputs=x).model_copy(update={"embedding": None})
+    stages = ifx.compile_stages(
+        teacher, student, plan, example_inputs=x, curriculum=ifx.Curriculum(lengths=1, penultimate=3)
+    )
+    assert [stage.name for stage in stages] == ["pool", "pool@2", "pool@3", "main"]
+    with pytest.raises(ConfigError, match="kept in the main stage, and the plan has none"):
+        ifx.compile_stages(teacher, student, plan, example_inputs=x, curriculum=ifx.Curriculum(keep=0.1))
 
 
 @pytest.mark.parametrize(("main", "unit"), [("kd", 1.0), ("pkt", 1e-3), (lambda s, t, labels: s.logits.mean(), 1.0)])
@@ -132,3 +150,16 @@ def test_a_wider_student_is_compared_on_its_first_channels(loss):
 def test_a_weight_that_is_none_is_refused(keep):
     with pytest.raises(ConfigError, match="keep"):
         ifx.Curriculum(keep=keep)
+
+
+@pytest.mark.parametrize(
+    ("has", "remarks"), [(True, []), (False, ["penultimate vectors: no stage of their own, the plan has none"])]
+)
+def test_the_schedule_says_if_there_are_none(has, remarks, tmp_path):
+    teacher, student = pair()
+    plan = ifx.align(teacher, student, example_inputs=torch.randn(2, 3, 32, 32))
+    plan = plan if has else plan.model_copy(update={"embedding": None})
+    distill(teacher, student, loader(), plan=plan, curriculum=LAST, epochs=1, progress=False, run_dir=tmp_path)
+    schedule = json.loads((tmp_path / "run.json").read_text())["schedule"]
+    stages = [f"{plan.embedding.student}: 2 epochs, adam, learning rate 0.001"] if has else []
+    assert schedule == [*stages, "main: 1 epoch, adam, learning rate 0.001", *remarks]
