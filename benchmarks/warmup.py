@@ -7,9 +7,10 @@
 The plain way (the hook baseline) is what hook frameworks do: both full networks run, forward hooks keep the features, the teacher's kept
 channels are selected, the mean squared error is taken. Steps of both are interleaved in one run, so that a noisy machine hits both alike;
 figures are medians, of the process's CPU time with one thread (which other processes disturb least), of the clock with more. With --check
-50 steps are trained by both from the same weights and compared loss by loss, in float32 and in float64 (at 64 pixels where the pair takes them). `cached` is our
-stage with the teacher's features given, `bf16` (with --bf16) that with the teacher in bfloat16. The floor is the work that must be done,
-forward of the teacher's half and three times the student's, at the speed of one large convolution on this machine.
+50 steps are trained by both from the same weights and compared loss by loss, in float32 and in float64 (at 64 pixels where the pair takes
+them). `cached` is our stage with the teacher's features given, `bf16` (with --bf16) that with the teacher in bfloat16. The floor is the
+work that must be done, forward of the teacher's half and three times the student's, at the speed of one large convolution on this
+machine. Compiling is timed without torch's cache of earlier compilations.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+import torch._inductor.config
 import torch.nn.functional as F
 import torchvision
 from rich.console import Console
@@ -220,6 +222,7 @@ def measure_pair(
         entry["floor_ms"] = work / row["gmacs_per_second"] / 1e6
         if compiled:
             torch._dynamo.reset()
+            torch._inductor.config.force_disable_caches = True
             again = ifx.compile_stages(teacher, copy.deepcopy(student).train(), plan, main=None, example_inputs=x[:2])[
                 number
             ].train()
