@@ -57,13 +57,14 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         os.replace(draft, path)
         _sync(path.parent)
     except (OSError, SafetensorError) as error:
-        with suppress(OSError):  # a disk that may not be written refuses this too
-            draft.unlink(missing_ok=True)
         raise TrainError(
             f"{path} cannot be written: {error}.",
             where=str(path),
             hint="The last checkpoint there is still good: free some space and go on with resume=True (--resume).",
         ) from error
+    finally:
+        with suppress(OSError):  # a disk that may not be written refuses this too
+            draft.unlink(missing_ok=True)
 
 
 def save_json(path: Path, value: Any) -> None:

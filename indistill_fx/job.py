@@ -25,6 +25,7 @@ from indistill_fx.seeding import own_randomness
 from indistill_fx.settings import Settings
 from indistill_fx.state import Leg, State
 from indistill_fx.stopping import StopRequest
+from indistill_fx.workers import noticing_dead_readers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +93,7 @@ class Job:
         with own_randomness(self.settings.seed):
             work = set_up(directory)
             with directory or nullcontext():
-                with _as_found(self.student):
+                with noticing_dead_readers(), _as_found(self.student):
                     state, accuracy = self._train(work, directory, accelerator, teacher)
                 if self.teacher is not None and digest(self.teacher) != teacher:
                     raise PassError("Training changed the teacher, which is a defect of ours.", where="teacher")

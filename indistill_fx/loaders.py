@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import random
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -21,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from indistill_fx.errors import ConfigError, TrainError
-from indistill_fx.workers import of_a_worker
+from indistill_fx.errors import ConfigError
+from indistill_fx.workers import noticing_dead_readers
 
 Loader = TypeVar("Loader", bound="EpochLoader")
 Indexed = TypeVar("Indexed", bound="_IndexedLoader")
@@ -85,18 +84,8 @@ class EpochLoader(ABC):
 
     def __iter__(self) -> Iterator[Any]:
         skipped, self._skipped = self._skipped, 0
-        try:
+        with noticing_dead_readers():
             yield from self._batches(skipped)
-        except (RuntimeError, ConnectionError, EOFError) as error:
-            told = str(of_a_worker(error)).strip()
-            if not re.search(r"DataLoader worker \(pid", told):
-                raise
-            raise TrainError(
-                f"A process that reads the data has died: {told.splitlines()[0]}",
-                where="data",
-                hint="Often memory ran out: take fewer workers or smaller batches. The last checkpoint is good: go on with "
-                "resume=True (--resume).",
-            ) from error
 
 
 @dataclass(frozen=True, slots=True)

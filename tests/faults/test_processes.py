@@ -119,6 +119,28 @@ def test_a_worker_that_dies_is_told_and_the_checkpoint_is_good(whose: str, tmp_p
     assert told["status"] == "failed" and "has died" in told["error"]
 
 
+def test_a_worker_whose_death_is_told_while_a_checkpoint_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch's handler of the signal raises at whatever place the program is: here, as the last checkpoint is synced."""
+    seen = 0
+
+    def told(path: Path) -> None:
+        nonlocal seen
+        saved = path == tmp_path / "run" / "checkpoints"
+        seen += saved
+        if saved and seen == 5:
+            raise RuntimeError("DataLoader worker (pid 5) is killed by signal: Killed.")
+
+    monkeypatch.setattr("indistill_fx.checkpoint._sync", told)
+    with pytest.raises(TrainError, match=r"has died: DataLoader worker \(pid 5\)"):
+        run(tmp_path / "run", module=network())
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
+    assert not list((tmp_path / "run").rglob("*.draft"))
+    monkeypatch.undo()
+    finishes_as_if_nothing_happened(tmp_path / "run")
+
+
 @pytest.mark.parametrize("later", [True, False])
 def test_a_connection_that_ends_is_a_dead_worker_only_if_torch_says_so(
     later: bool, monkeypatch: pytest.MonkeyPatch
