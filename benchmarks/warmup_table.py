@@ -65,7 +65,12 @@ def pair(row: dict[str, Any]) -> list[str]:
     if "peak_mib" in row:
         peak = row["peak_mib"]
         share = peak["ours"] / peak["hooks"]
-        lines += [f"Peak memory of stage 1: {peak['ours']:.0f} MiB against {peak['hooks']:.0f} ({share:.2f}×).", ""]
+        usual = row["peak_default_mib"]
+        lines += [
+            f"Peak memory of stage 1: {peak['ours']:.0f} MiB against {peak['hooks']:.0f} ({share:.2f}×); with what glibc keeps of freed "
+            f"blocks {usual['ours']:.0f} against {usual['hooks']:.0f} ({usual['ours'] / usual['hooks']:.2f}×).",
+            "",
+        ]
     return lines
 
 

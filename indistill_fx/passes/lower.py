@@ -8,6 +8,7 @@ Only windows that do not overlap, without padding, dilation or ceil mode; on oth
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,13 +25,10 @@ def lower(graph_module: fx.GraphModule) -> tuple[str, ...]:
     """Rewrite, in place, a graph that nobody else holds; says which nodes were replaced."""
     done = []
     for node in list(graph_module.graph.nodes):
-        source = node.args[0] if node.args else None
-        if op_name(node) != "max_pool" or not isinstance(source, fx.Node):
-            continue
-        window = _window(node, graph_module)
+        window = _window(pooling_of(node, graph_module))
         if window is not None:
             with graph_module.graph.inserting_before(node):
-                new = graph_module.graph.call_function(max_pool_by_maxima, (source, window))
+                new = graph_module.graph.call_function(max_pool_by_maxima, (node.args[0], window))
             node.replace_all_uses_with(new)
             graph_module.graph.erase_node(node)
             done.append(node.name)
@@ -75,7 +73,7 @@ class _Maxima(torch.autograd.Function):
             torch.maximum(maxima, part, out=maxima)
         if x.requires_grad:
             first = torch.arange(0, height, window[0])[:, None] * x.shape[3] + torch.arange(0, width, window[1])
-            ctx.save_for_backward(x, first + chosen)
+            ctx.save_for_backward(x, small(first + chosen, x))
             ctx.window = window
         return maxima
 
@@ -84,44 +82,54 @@ class _Maxima(torch.autograd.Function):
         x, places = ctx.saved_tensors
         window = ctx.window
         return torch.ops.aten.max_pool2d_with_indices_backward(
-            gradients[0], x, window, window, (0, 0), (1, 1), False, places
+            gradients[0], x, window, window, (0, 0), (1, 1), False, places.long()
         ), None
 
 
-def _window(node: fx.Node, graph_module: fx.GraphModule) -> tuple[int, int] | None:
-    """The window, if the pooling is of the kind that can be replaced."""
+def small(places: Tensor, x: Tensor) -> Tensor:
+    """The places in `x` (…, height, width), as row * width + column, in the smallest type that holds them: they are kept for long."""
+    return places.to(torch.int16 if x.shape[-2] * x.shape[-1] <= 2**15 else torch.int32)
+
+
+@dataclass(frozen=True, slots=True)
+class Pooling:
+    """What a 2-d max-pooling does; sizes are (rows, columns)."""
+
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    ceil_mode: bool
+
+
+def pooling_of(node: fx.Node, graph_module: fx.GraphModule) -> Pooling | None:
+    """What the node does, if it is a 2-d max-pooling of one tensor that gives one tensor."""
+    if op_name(node) != "max_pool" or not node.args or not isinstance(node.args[0], fx.Node):
+        return None
     if node.op == "call_module":
         module = attribute(graph_module, str(node.target))
+        name = type(module).__name__
         told = {name: getattr(module, name) for name in _NAMES}
     elif node.op == "call_function":
-        told = {
-            **_DEFAULTS,
-            **dict(zip(_NAMES, node.args[1:], strict=False)),
-            **{k: v for k, v in node.kwargs.items() if k != "input"},
-        }
+        name = str(getattr(node.target, "__name__", ""))
+        own = {key: value for key, value in node.kwargs.items() if key != "input"}
+        told = {**_DEFAULTS, **dict(zip(_NAMES, node.args[1:], strict=False)), **own}
     else:
         return None
-    sizes = {name: _pair(told.get(name)) for name in _NAMES[:4]}
-    kernel = sizes["kernel_size"]
-    plain = (
-        sizes["padding"] == (0, 0)
-        and sizes["dilation"] == (1, 1)
-        and not told["ceil_mode"]
-        and not told["return_indices"]
-    )
-    if kernel is None or not plain or sizes["stride"] not in (None, kernel) or not _is_2d(node):
+    kernel, padding, dilation = (_pair(told.get(key)) for key in ("kernel_size", "padding", "dilation"))
+    stride = _pair(told["stride"]) if told["stride"] is not None else kernel
+    if "2d" not in name or told["return_indices"] or not isinstance(told["ceil_mode"], bool):
         return None
-    return kernel
+    if kernel is None or stride is None or padding is None or dilation is None:
+        return None
+    return Pooling(kernel, stride, padding, dilation, told["ceil_mode"])
 
 
-def _is_2d(node: fx.Node) -> bool:
-    owner = node.graph.owning_module
-    name = (
-        type(attribute(owner, str(node.target))).__name__
-        if node.op == "call_module" and owner
-        else str(getattr(node.target, "__name__", ""))
-    )
-    return "2d" in name
+def _window(pooling: Pooling | None) -> tuple[int, int] | None:
+    """The window, if the pooling is of the kind that can be replaced by maxima."""
+    if pooling is None or pooling.stride != pooling.kernel_size or pooling.ceil_mode:
+        return None
+    return pooling.kernel_size if pooling.padding == (0, 0) and pooling.dilation == (1, 1) else None
 
 
 def _pair(value: object) -> tuple[int, int] | None:

@@ -13,9 +13,11 @@ from indistill_fx.passes.dedupe import dedupe
 from indistill_fx.passes.fold import fold
 from indistill_fx.passes.fuse import fuse
 from indistill_fx.passes.instrument import cut
+from indistill_fx.passes.layout import lay_out
 from indistill_fx.passes.lower import lower
 from indistill_fx.passes.match import MatchReport, match
 from indistill_fx.passes.narrow import choose_channels, narrow
+from indistill_fx.passes.sink import sink
 from indistill_fx.passes.trace import trace
 from indistill_fx.passes.verify import signature_of, untouched, verify
 from indistill_fx.plan import AlignmentPlan, Layers, ModelStamp, Pair
@@ -142,8 +144,12 @@ def student_half(
         for pair in pairs:
             _adapt(graph, pair, student, teacher, side="student", narrowed=narrowed)
             verify(graph, after="adapt", signature=signature)
+        sink(graph)
+        verify(graph, after="sink", signature=signature)
         lower(graph)
         verify(graph, after="lower", signature=signature)
+        lay_out(graph)
+        verify(graph, after="lay_out", signature=signature)
     return graph
 
 
