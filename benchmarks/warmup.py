@@ -10,7 +10,8 @@ figures are medians, of the process's CPU time with one thread (which other proc
 50 steps are trained by both from the same weights and compared loss by loss, in float32 and in float64 (at 64 pixels where the pair takes
 them). `cached` is our stage with the teacher's features given, `bf16` (with --bf16) that with the teacher in bfloat16. The floor is the
 work that must be done, forward of the teacher's half and three times the student's, at the speed of one large convolution on this
-machine. Compiling is timed without torch's cache of earlier compilations.
+machine. Compiling is timed without torch's cache of earlier compilations. All ways run with freed memory kept by the process, as
+`train` and `distill` do on a CPU; --default-memory measures them as glibc would have it.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from torch import Tensor, nn
 
 import indistill_fx as ifx
 from examples.paper_cifar10 import Cnn32
+from indistill_fx.memory import freed_memory_kept
 from indistill_fx.passes import pipeline
 
 Build = Callable[[], tuple[nn.Module, nn.Module]]
@@ -408,6 +410,7 @@ def main() -> None:
     )
     parser.add_argument("--stages", nargs="+", type=int, help="only these stages, counted from 1")
     parser.add_argument("--setup", action="store_true", help="instead: seconds to set stages up")
+    parser.add_argument("--default-memory", action="store_true", help="let glibc give freed memory back at every step")
     parser.add_argument("--json", metavar="FILE", help="results are added to what is there, by pair, threads and stage")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -419,16 +422,17 @@ def main() -> None:
         return
     rows = []
     for name in options.pairs:
-        row = measure_pair(
-            name,
-            steps=options.steps,
-            compiled=options.compile,
-            bf16=options.bf16,
-            unfused=options.unfused,
-            check=options.check,
-            only=options.stages,
-        )
-        rows.append(row | {"threads": options.threads, "command": " ".join(sys.argv[1:])})
+        with freed_memory_kept(enabled=not options.default_memory) as kept:
+            row = measure_pair(
+                name,
+                steps=options.steps,
+                compiled=options.compile,
+                bf16=options.bf16,
+                unfused=options.unfused,
+                check=options.check,
+                only=options.stages,
+            )
+        rows.append(row | {"threads": options.threads, "memory_kept": kept, "command": " ".join(sys.argv[1:])})
         if options.memory:
             for key, returned in (("peak_mib", True), ("peak_default_mib", False)):
                 rows[-1][key] = {kind: peak_memory(name, kind, returned=returned) for kind in ("hooks", "ours")}
@@ -449,7 +453,7 @@ def save(options: argparse.Namespace, rows: list[dict[str, Any]], **more: Any) -
         "machine": platform.processor() or platform.machine(),
     }
     for row in rows:
-        same = [old for old in told["rows"] if (old["pair"], old["threads"]) == (row["pair"], row["threads"])]
+        same = [old for old in told["rows"] if all(old[key] == row[key] for key in ("pair", "threads", "memory_kept"))]
         if same:
             done = {stage["number"]: stage for stage in (*same[0]["stages"], *row["stages"])}
             told["rows"].remove(same[0])

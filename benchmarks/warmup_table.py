@@ -21,7 +21,7 @@ def main() -> None:
     told = json.loads(RESULTS.read_text())
     about = told["about"]
     lines = [f"torch {about['torch']}, torchvision {about['torchvision']}, {about['machine']}, {about['date']}.", ""]
-    for row in sorted(told["rows"], key=lambda row: (row["pair"], row["threads"])):
+    for row in sorted(told["rows"], key=lambda row: (row["pair"], row["threads"], not row["memory_kept"])):
         lines += pair(row)
     if "setup" in told:
         lines += setting_up(told["setup"])
@@ -35,7 +35,8 @@ def pair(row: dict[str, Any]) -> list[str]:
     """One pair's table."""
     kinds = [kind for kind in ("ours", "compiled", "cached", "unfused", "bf16") if f"{kind}_ms" in row["stages"][0]]
     head = ["stage", "hooks, ms", *(f"{kind}, ms (×)" for kind in kinds), "floor, ms", "ours / floor"]
-    lines = [f"### {row['pair']}, batch {row['batch']}, threads: {row['threads']}", ""]
+    memory = "freed memory kept" if row["memory_kept"] else "memory as glibc has it"
+    lines = [f"### {row['pair']}, batch {row['batch']}, threads: {row['threads']}, {memory}", ""]
     lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for stage in row["stages"]:
         cells = [f"{stage[f'{kind}_ms']:.1f} ({stage['hooks_ms'] / stage[f'{kind}_ms']:.2f})" for kind in kinds]

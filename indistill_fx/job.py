@@ -19,6 +19,7 @@ from indistill_fx.evaluate import evaluate
 from indistill_fx.graphs import digest, forget_sources
 from indistill_fx.launch import make_accelerator, noticing_dead_peers
 from indistill_fx.loaders import EpochLoader, ForeignLoader
+from indistill_fx.memory import freed_memory_kept
 from indistill_fx.record import LAST, STUDENT, EpochRecord, RunDirectory, RunRecord, StageRecord, environment
 from indistill_fx.reporter import Reporter
 from indistill_fx.seeding import own_randomness
@@ -93,7 +94,8 @@ class Job:
         with own_randomness(self.settings.seed):
             work = set_up(directory)
             with directory or nullcontext():
-                with noticing_dead_readers(), _as_found(self.student):
+                on_cpu = accelerator.device.type == "cpu"
+                with noticing_dead_readers(), _as_found(self.student), freed_memory_kept(enabled=on_cpu):
                     state, accuracy = self._train(work, directory, accelerator, teacher)
                 if self.teacher is not None and digest(self.teacher) != teacher:
                     raise PassError("Training changed the teacher, which is a defect of ours.", where="teacher")
