@@ -134,7 +134,7 @@ def randomise(model: Any, shape: tuple[int, int, int], *, neutral: bool) -> None
             norm.train()
         if norms:
             seen = images(shape)
-            model(torch.cat([seen, *random_inputs([seen], len(seen), seed=2)]))
+            model(torch.cat([seen, *random_inputs([seen[:2]], len(seen), seed=2)]))
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.eval()
             norm.momentum = momentum
