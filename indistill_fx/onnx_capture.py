@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from indistill_fx.errors import ConfigError, ExportError
 from indistill_fx.parity import first_lines, named_outputs
@@ -84,7 +85,7 @@ def capture(
         inputs = [torch.cat([x, x]) for x in inputs]  # a size of one would be taken for a constant
     shapes = _dynamic_shapes(inputs, batch=dynamic_batch, size=dynamic_size)
     try:
-        with _quiet():
+        with _quiet(), _attention_of_four_axes():
             program = torch.onnx.export(
                 deployed, tuple(inputs), dynamo=True, opset_version=opset, dynamic_shapes=(shapes,), verbose=False
             )
@@ -127,6 +128,33 @@ def _quiet() -> Iterator[None]:
         finally:
             for logger, level in levels:
                 logger.setLevel(level)
+
+
+@contextmanager
+def _attention_of_four_axes() -> Iterator[None]:
+    """Within the block fused attention over other numbers of axes is done over four, which is all the exporter has a form for."""
+    own = functional.scaled_dot_product_attention
+
+    def attend(
+        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *rest: Any, **more: Any
+    ) -> Tensor:
+        if query.ndim == 4 or not query.ndim == key.ndim == value.ndim:
+            return own(query, key, value, attn_mask, *rest, **more)
+        folded = [_four_axes(x) for x in (query, key, value)]
+        if attn_mask is not None and attn_mask.ndim > 2:
+            attn_mask = _four_axes(attn_mask.expand(*query.shape[:-2], *attn_mask.shape[-2:]))
+        result = own(*folded, attn_mask, *rest, **more)
+        return result.reshape(*query.shape[:-1], value.shape[-1])
+
+    functional.scaled_dot_product_attention = attend
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention = own
+
+
+def _four_axes(x: Tensor) -> Tensor:
+    return x.flatten(0, -4) if x.ndim > 4 else x[(None,) * (4 - x.ndim)]
 
 
 def explain(error: BaseException) -> tuple[str, str]:
