@@ -190,22 +190,23 @@ def measure_pair(
     x = torch.randn(batch, *size)
     start = time.perf_counter()
     plan = ifx.align(teacher, student, example_inputs=x[:2])
-    seconds_align = time.perf_counter() - start
-    start = time.perf_counter()
+    aligned = time.perf_counter()
     ifx.compile_stages(teacher, copy.deepcopy(student), plan, main=None, example_inputs=x[:2])
     row: dict[str, Any] = {
         "pair": name,
         "batch": batch,
-        "align_seconds": seconds_align,
-        "setup_seconds": time.perf_counter() - start,
+        "align_seconds": aligned - start,
+        "setup_seconds": time.perf_counter() - aligned,
         "gmacs_per_second": speed() / 1e9,
         "stages": [],
     }
     for number, pair in enumerate(plan.pairs):
         if only and number + 1 not in only:
             continue
-        mine = copy.deepcopy(student).train()
-        stage = ifx.compile_stages(teacher, mine, plan, main=None, example_inputs=x[:2])[number].train()
+        stage = own_stage(teacher, student, plan, number, x)
+        work = batch * (stage.macs[0] + 3 * stage.macs[1])
+        entry: dict[str, Any] = {"tap": pair.student, "teacher": pair.teacher, "number": number + 1, "macs": stage.macs}
+        entry["floor_ms"] = work / row["gmacs_per_second"] / 1e6
         runners: dict[str, nn.Module] = {
             "hooks": HookBaseline(copy.deepcopy(teacher), copy.deepcopy(student).train(), pair),
             "ours": stage,
@@ -213,50 +214,67 @@ def measure_pair(
         }
         if unfused:
             with patch.object(pipeline, "fuse", lambda *_: None):
-                stages = ifx.compile_stages(
-                    teacher, copy.deepcopy(student).train(), plan, main=None, example_inputs=x[:2]
-                )
-            runners["unfused"] = stages[number].train()
+                runners["unfused"] = own_stage(teacher, student, plan, number, x)
         if bf16:
             runners["bf16"] = copy.copy(stage)
             runners["bf16"]._modules = dict(stage._modules) | {"teacher": HalfTeacher(stage.teacher)}
-        work = batch * (stage.macs[0] + 3 * stage.macs[1])
-        entry: dict[str, Any] = {"tap": pair.student, "teacher": pair.teacher, "number": number + 1, "macs": stage.macs}
-        entry["floor_ms"] = work / row["gmacs_per_second"] / 1e6
         if compiled:
-            torch._dynamo.reset()
-            torch._inductor.config.force_disable_caches = True
-            again = ifx.compile_stages(teacher, copy.deepcopy(student).train(), plan, main=None, example_inputs=x[:2])[
-                number
-            ].train()
-            runners["compiled"] = torch.compile(again, fullgraph=True)
-            optimizer = adam(again.student)
-            start = time.perf_counter()
-            step(runners["compiled"], optimizer, x)
-            entry["compile_seconds"] = time.perf_counter() - start
-        optimizers = {key: adam(runner) for key, runner in runners.items()}
-        times: dict[str, list[float]] = {key: [] for key in runners}
-        for k in range(steps + 2):
-            for key, runner in runners.items():
-                seconds = step(runner, optimizers[key], x)
-                if k >= 2:
-                    times[key].append(seconds)
-        del runners, optimizers, stage, mine
-        entry |= {f"{key}_ms": 1e3 * statistics.median(values) for key, values in times.items()}
+            runners["compiled"], entry["compile_seconds"] = compiled_stage(teacher, student, plan, number, x)
+        entry |= timed(runners, x, steps)
+        del runners, stage
         if check:
-            shape = (batch, *size) if name in ("paper", "vit_b-vit_ti") else (8, 3, 64, 64)
-            batches = [torch.randn(shape, generator=torch.Generator().manual_seed(k)) for k in range(check)]
-            fitting = (
-                plan
-                if batches[0].shape[1:] == x.shape[1:]
-                else ifx.align(teacher, student, example_inputs=batches[0][:2])
-            )
-            entry["difference"] = same_training(teacher, student, fitting, number, batches)
-            double = [module.double() for module in copy.deepcopy((teacher, student))]
-            entry["difference64"] = same_training(*double, fitting, number, [x.double() for x in batches])
+            entry |= compared(name, teacher, student, plan, number, check)
         row["stages"].append(entry)
     weigh(row)
     return row
+
+
+def own_stage(teacher: nn.Module, student: nn.Module, plan: ifx.AlignmentPlan, number: int, x: Tensor) -> ifx.Stage:
+    """One stage over a copy of the student."""
+    mine = copy.deepcopy(student).train()
+    return ifx.compile_stages(teacher, mine, plan, main=None, example_inputs=x[:2])[number].train()
+
+
+def compiled_stage(
+    teacher: nn.Module, student: nn.Module, plan: ifx.AlignmentPlan, number: int, x: Tensor
+) -> tuple[nn.Module, float]:
+    """The same by torch.compile, which has seen nothing of the kind before; and the seconds of its first step."""
+    torch._dynamo.reset()
+    torch._inductor.config.force_disable_caches = True
+    stage = own_stage(teacher, student, plan, number, x)
+    runner = torch.compile(stage, fullgraph=True)
+    optimizer = adam(stage.student)
+    start = time.perf_counter()
+    step(runner, optimizer, x)
+    return runner, time.perf_counter() - start
+
+
+def timed(runners: dict[str, nn.Module], x: Tensor, steps: int) -> dict[str, float]:
+    """Milliseconds of a step, each way in its turn; the first two steps are not counted."""
+    optimizers = {key: adam(runner) for key, runner in runners.items()}
+    times: dict[str, list[float]] = {key: [] for key in runners}
+    for k in range(steps + 2):
+        for key, runner in runners.items():
+            seconds = step(runner, optimizers[key], x)
+            if k >= 2:
+                times[key].append(seconds)
+    return {f"{key}_ms": 1e3 * statistics.median(values) for key, values in times.items()}
+
+
+def compared(
+    name: str, teacher: nn.Module, student: nn.Module, plan: ifx.AlignmentPlan, number: int, steps: int
+) -> dict[str, Any]:
+    """How far both ways of training are apart after so many steps, in float32 and float64; at 64 pixels where the pair takes them."""
+    _, size, batch = PAIRS[name]
+    shape = (batch, *size) if name in ("paper", "vit_b-vit_ti") else (8, 3, 64, 64)
+    batches = [torch.randn(shape, generator=torch.Generator().manual_seed(k)) for k in range(steps)]
+    if shape[1:] != size:
+        plan = ifx.align(teacher, student, example_inputs=batches[0][:2])
+    double = [module.double() for module in copy.deepcopy((teacher, student))]
+    return {
+        "difference": same_training(teacher, student, plan, number, batches),
+        "difference64": same_training(*double, plan, number, [x.double() for x in batches]),
+    }
 
 
 def weigh(row: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ import os
 import re
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import TYPE_CHECKING, Any
 
@@ -133,7 +133,7 @@ def _quiet() -> Iterator[None]:
 @contextmanager
 def _attention_of_four_axes() -> Iterator[None]:
     """Within the block fused attention over other numbers of axes is done over four, which is all the exporter has a form for."""
-    own = functional.scaled_dot_product_attention
+    own: Callable[..., Tensor] = functional.scaled_dot_product_attention
 
     def attend(
         query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *rest: Any, **more: Any
