@@ -13,6 +13,7 @@ import indistill_fx as ifx
 from indistill_fx.cli import run
 from indistill_fx.data import open_data
 from indistill_fx.evaluate import evaluate
+from indistill_fx.recipes import RECIPES
 from indistill_fx.settings import Options, Settings
 
 MODELS = """
@@ -125,6 +126,28 @@ def test_the_papers_recipe(here, asked):
         pytest.approx(1e-4),
     ]
     assert student["about"]["teacher"] == "run/step-1" and student["run_dir"] == "run/step-2"
+
+
+def test_the_recipe_for_retrieval(here, asked):
+    told("distill", *PAIR, *QUICK, "-o", "run", "--recipe", "retrieval", "--assistant", "models.py:make?width=6")
+    assistant, student = asked
+    assert student["main"] == assistant["main"] == "pkt"
+    stages = student["curriculum"].chosen(["3", "7"], "8")
+    assert {name: (stage.length, stage.learning_rate, stage.optimizer) for name, stage in stages.items()} == {
+        "8": (12, 1e-3, "adam")
+    }
+    assert not assistant["curriculum"].chosen(["3", "7"], "8")
+    for options, epochs in ((student, 21), (assistant, 33)):
+        settings = Settings.of({name: value for name, value in options.items() if name in Options.__annotations__})
+        assert options["epochs"] == epochs
+        rates = [settings.rate(epoch, epochs) for epoch in range(epochs)]
+        assert rates == pytest.approx([1e-3] * (epochs - 3) + [1e-4] * 3)
+
+
+def test_every_recipe_can_be_asked_for(here, asked):
+    for name in RECIPES:
+        told("distill", *PAIR, *QUICK, "-o", name, "--recipe", name)
+    assert len(asked) == len(RECIPES)
 
 
 def test_what_is_given_beside_a_recipe_wins(here, asked):
