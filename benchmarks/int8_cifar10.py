@@ -44,7 +44,7 @@ def main() -> None:
     network = runpy.run_path(str(PAPER))["Cnn32"]
     data = open_data(f"imagefolder:{options.data}", batch_size=100, seed=0, augment=False, limit=options.limit)
     test = [(x, y) for x, y in data.test]
-    calibration = list(itertools.islice(data.train_plain, 5))
+    calibration = list(itertools.islice(data.train, 5))  # shuffled: of all classes
     contestants: dict[str, Any] = {}
     record: dict[str, Any] = {"test_images": sum(len(y) for _, y in test), "calibration_images": 500}
     with tempfile.TemporaryDirectory() as directory:
