@@ -186,7 +186,7 @@ def order(arm: str) -> tuple[Any, ...]:
 
 def differences(record: dict[str, Any]) -> str:
     """What the warm-up changes, seed by seed: paired differences at equal total and at equal main epochs."""
-    lines = ["| with | without | equal | accuracy | mAP cosine | mAP Euclid |", "|---|---|---|---|---|---|"]
+    lines = ["| with | without | equal | seeds | accuracy | mAP cosine | mAP Euclid |", "|---|---|---|---|---|---|---|"]
     arms = record["arms"]
     for ours in sorted(arms, key=order):
         method, warm, main, options = parse(ours)
@@ -201,7 +201,7 @@ def differences(record: dict[str, Any]) -> str:
                     else cell([arms[ours][seed][key] - arms[other][seed][key] for seed in seeds])
                     for key in _FIGURES[:3]
                 ]
-                lines.append(f"| {ours} | {other} | {what} | {' | '.join(cells)} |")
+                lines.append(f"| {ours} | {other} | {what} | {len(seeds)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
