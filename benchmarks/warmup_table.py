@@ -63,15 +63,17 @@ def pair(row: dict[str, Any]) -> list[str]:
     if checks:
         loss, weights = (max(check[key] for check in checks) for key in ("loss", "parameters"))
         lines += [f"The same in float64: losses {loss:.1e}, parameters {weights:.1e}.", ""]
-    if "peak_mib" in row:
-        peak = row["peak_mib"]
-        share = peak["ours"] / peak["hooks"]
-        usual = row["peak_default_mib"]
-        lines += [
-            f"Peak memory of stage 1: {peak['ours']:.0f} MiB against {peak['hooks']:.0f} ({share:.2f}×); with what glibc keeps of freed "
-            f"blocks {usual['ours']:.0f} against {usual['hooks']:.0f} ({usual['ours'] / usual['hooks']:.2f}×).",
-            "",
-        ]
+    kinds = {
+        "peak_mib": "freed blocks given back at once",
+        "peak_default_mib": "with the freed blocks that glibc keeps",
+    }
+    for key, what in peaks.items():
+        if peak := row.get(key):
+            share = peak["ours"] / peak["hooks"]
+            lines += [
+                f"Peak memory of stage 1, {what}: {peak['ours']:.0f} MiB against {peak['hooks']:.0f} ({share:.2f}×).",
+                "",
+            ]
     return lines
 
 
