@@ -63,7 +63,7 @@ def pair(row: dict[str, Any]) -> list[str]:
     if checks:
         loss, weights = (max(check[key] for check in checks) for key in ("loss", "parameters"))
         lines += [f"The same in float64: losses {loss:.1e}, parameters {weights:.1e}.", ""]
-    kinds = {
+    peaks = {
         "peak_mib": "freed blocks given back at once",
         "peak_default_mib": "with the freed blocks that glibc keeps",
     }
