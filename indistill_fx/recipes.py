@@ -31,7 +31,7 @@ NO_WARMUP = Curriculum(lengths=[])
 DEFAULT_CURRICULUM = Curriculum(lengths=1, penultimate=3)
 
 RECIPES: dict[str, Recipe] = {
-    # The penultimate vectors, and short stages: what paid best on the paper's pair at a constant rate (docs/results.md).
+    # The penultimate vectors, and short stages: what paid best for KD on the paper's pair, early on and in the end (docs/results.md).
     "default": Recipe(
         "An epoch of MSE a pair and three for the penultimate vectors, then KD; an assistant learns by KD alone.",
         student={"main": "kd", "epochs": 20, "curriculum": DEFAULT_CURRICULUM},
