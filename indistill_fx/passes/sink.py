@@ -1,4 +1,4 @@
-"""Take a ReLU behind the max-pooling that follows it, where it has a quarter of the entries or fewer.
+"""Take a ReLU behind the max-pooling that follows it, where it mostly has a quarter of the entries.
 
 max(relu(a), relu(b)) = relu(max(a, b)), exactly. The gradient is the same too: where a window's maximum is above 0 it is at the same
 place, the first of equal ones; elsewhere both orders let nothing through.

@@ -42,7 +42,8 @@ def test_values_and_gradients_are_equal_to_the_bit(kernel, stride, pad, ceil, se
     for moved in (False, True):
         own = copy.deepcopy(module)
         graph = cut(ifx.trace(own, x, role="student"), ["last"])
-        assert sink(graph) == (("middle",) if moved else ()) if moved else True
+        if moved:
+            assert sink(graph) == ("middle",)
         value = graph(x)[0]["last"]
         value.square().sum().backward()
         found.append((value, own.conv.weight.grad, own.conv.bias.grad))
