@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -41,7 +43,19 @@ def make_accelerator(settings: Settings) -> Accelerator:
             where="accelerate launch",
             hint="Launch with torchrun (DDP, or FSDP by shard=True, --shard), or train the stages of compile_stages yourself.",
         )
+    if accelerator.num_processes > 1:
+        atexit.unregister(let_threads_finish)  # once, however often a process trains
+        atexit.register(let_threads_finish)
     return accelerator
+
+
+def let_threads_finish() -> None:
+    """Before Python ends: time for gloo's threads to let go of the last collective's tensors.
+
+    A thread that does so while Python shuts down aborts the process, and torchrun calls a finished run failed
+    (pytorch/pytorch#179291). The process group is not destroyed here: after an error that may wait for a peer that never comes.
+    """
+    time.sleep(0.1)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import indistill_fx as ifx
+from indistill_fx.launch import let_threads_finish
 from tests.nets import Cnn32, images, seeded
 
 
@@ -51,6 +52,7 @@ def main(kind: str) -> None:
     if rank == 0:
         print(f"{kind} agrees")
     dist.destroy_process_group()
+    let_threads_finish()
 
 
 if __name__ == "__main__":
