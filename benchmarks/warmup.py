@@ -35,68 +35,15 @@ from unittest.mock import patch
 
 import torch
 import torch._inductor.config
-import torch.nn.functional as F
 import torchvision
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
 import indistill_fx as ifx
-from examples.paper_cifar10 import Cnn32
+from benchmarks.warmup_ways import PAIRS, Cached, HalfTeacher, HookBaseline, vision
 from indistill_fx.memory import freed_memory_kept
 from indistill_fx.passes import pipeline
-
-Build = Callable[[], tuple[nn.Module, nn.Module]]
-
-
-def _vision(teacher: str, student: str) -> Build:
-    return lambda: (torchvision.models.get_model(teacher), torchvision.models.get_model(student))
-
-
-def _vit() -> tuple[nn.Module, nn.Module]:
-    teacher = torchvision.models.VisionTransformer(
-        image_size=224, patch_size=16, num_layers=12, num_heads=12, hidden_dim=768, mlp_dim=3072
-    )
-    student = torchvision.models.VisionTransformer(
-        image_size=224, patch_size=16, num_layers=12, num_heads=3, hidden_dim=192, mlp_dim=768
-    )
-    return teacher, student
-
-
-PAIRS: dict[str, tuple[Build, tuple[int, ...], int]] = {
-    "paper": (lambda: (Cnn32(), Cnn32((8, 16, 32), 64)), (3, 32, 32), 128),
-    "resnet50-resnet18": (_vision("resnet50", "resnet18"), (3, 224, 224), 16),
-    "vgg16_bn-vgg11_bn": (_vision("vgg16_bn", "vgg11_bn"), (3, 224, 224), 4),
-    "vit_b-vit_ti": (_vit, (3, 224, 224), 4),
-}
-
-
-class HookBaseline(nn.Module):
-    """The plain way, as one module: batch in, loss out."""
-
-    def __init__(self, teacher: nn.Module, student: nn.Module, pair: ifx.Pair):
-        super().__init__()
-        self.teacher, self.student, self.pair = teacher.eval(), student, pair
-        self.register_buffer("kept", torch.tensor(pair.kept) if pair.kept is not None else None)
-        self.seen: dict[str, list[Tensor]] = {}
-        for role, model in (("teacher", teacher), ("student", student)):
-            path, _, call = getattr(pair, role).partition("@")
-            model.get_submodule(path).register_forward_hook(self._note(role))
-            setattr(self, f"{role}_call", int(call or 1) - 1)
-
-    def _note(self, role: str) -> Callable[..., None]:
-        return lambda _module, _args, output: self.seen[role].append(output)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The pair's loss."""
-        self.seen = {"teacher": [], "student": []}
-        with torch.no_grad():
-            self.teacher(x)
-        self.student(x)
-        wanted = self.seen["teacher"][self.teacher_call]
-        if self.kept is not None:
-            wanted = wanted.index_select(1 if wanted.dim() == 4 else wanted.dim() - 1, self.kept)
-        return F.mse_loss(self.seen["student"][self.student_call], wanted)
 
 
 def step(loss_of: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> float:
@@ -108,32 +55,6 @@ def step(loss_of: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> flo
     loss.backward()
     optimizer.step()
     return clock() - start
-
-
-class Cached(nn.Module):
-    """A stage with the teacher's features given."""
-
-    def __init__(self, stage: ifx.Stage, x: Tensor):
-        super().__init__()
-        self.stage = stage.without_teacher()
-        with torch.no_grad():
-            self.features = {tap: value.clone() for tap, value in stage.teacher(x)[0].items()}
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The stage's loss."""
-        return self.stage({self.stage.inputs[0]: x, "teacher_features": self.features})
-
-
-class HalfTeacher(nn.Module):
-    """A frozen graph under bfloat16 autocast, its weights converted once."""
-
-    def __init__(self, graph: nn.Module):
-        super().__init__()
-        self.graph = copy.deepcopy(graph).bfloat16()
-
-    def forward(self, x: Tensor) -> tuple[dict[str, Tensor], None]:
-        """The features, in float32."""
-        return {tap: value.float() for tap, value in self.graph(x.bfloat16())[0].items()}, None
 
 
 def speed() -> float:
@@ -155,14 +76,24 @@ def adam(module: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.Adam([p for p in module.parameters() if p.requires_grad], lr=1e-3)
 
 
+def sgd(module: nn.Module) -> torch.optim.Optimizer:
+    """Plain descent with momentum: unlike Adam it does not scale a gradient up that is rounding only."""
+    return torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=1e-3, momentum=0.9)
+
+
 def same_training(
-    teacher: nn.Module, student: nn.Module, plan: ifx.AlignmentPlan, number: int, batches: list[Tensor]
+    teacher: nn.Module,
+    student: nn.Module,
+    plan: ifx.AlignmentPlan,
+    number: int,
+    batches: list[Tensor],
+    optimiser: Callable[[nn.Module], torch.optim.Optimizer] = adam,
 ) -> dict[str, float]:
     """Largest relative differences of losses and of trained parameters over the batches."""
     ours, plain = copy.deepcopy(student).train(), copy.deepcopy(student).train()
     stage = ifx.compile_stages(teacher, ours, plan, main=None, example_inputs=batches[0]).pop(number).train()
     baseline = HookBaseline(copy.deepcopy(teacher), plain, plan.pairs[number])
-    optimizers = adam(stage.student), adam(plain)
+    optimizers = optimiser(stage.student), optimiser(plain)
     worst = 0.0
     for x in batches:
         losses = []
@@ -174,7 +105,7 @@ def same_training(
             losses.append(loss.item())
         worst = max(worst, abs(losses[0] - losses[1]) / abs(losses[1]))
     parameters = max(
-        float((a - b).abs().max() / b.abs().max().clamp_min(1e-12))
+        float(((a - b).abs().max() / b.abs().max().clamp_min(1e-12)).detach())
         for a, b in zip(ours.parameters(), plain.parameters(), strict=True)
     )
     return {"loss": worst, "parameters": parameters}
@@ -273,6 +204,7 @@ def compared(
     double = [module.double() for module in copy.deepcopy((teacher, student))]
     return {
         "difference": same_training(teacher, student, plan, number, batches),
+        "difference_sgd": same_training(teacher, student, plan, number, batches, sgd),
         "difference64": same_training(*double, plan, number, [x.double() for x in batches]),
     }
 
@@ -312,7 +244,7 @@ def setup() -> dict[str, Any]:
         stages = ifx.compile_stages(*traced, plan, main=None)
         return time.process_time() - start, len(stages), len(traced[0].graph_module.graph.nodes)
 
-    pair = _vision("resnet152", "resnet50")()
+    pair = vision("resnet152", "resnet50")()
     found = seconds(*pair, torch.randn(2, 3, 64, 64))
     result: dict[str, Any] = {"resnet152-resnet50": {"seconds": found[0], "stages": found[1], "nodes": found[2]}}
     chains = []

@@ -55,14 +55,16 @@ def pair(row: dict[str, Any]) -> list[str]:
         )
         after = f"it is won back after {even:.0f} steps{epochs}" if even else "it is not won back"
         lines += [f"Compiling took {seconds} s (not counted above; one graph each, `fullgraph=True`); {after}.", ""]
-    checks = [stage["difference"] for stage in row["stages"] if "difference" in stage]
-    if checks:
-        loss, weights = (max(check[key] for check in checks) for key in ("loss", "parameters"))
-        lines += [f"Equal training: losses differ by {loss:.1e} at most, trained parameters by {weights:.1e}.", ""]
-    checks = [stage["difference64"] for stage in row["stages"] if "difference64" in stage]
-    if checks:
-        loss, weights = (max(check[key] for check in checks) for key in ("loss", "parameters"))
-        lines += [f"The same in float64: losses {loss:.1e}, parameters {weights:.1e}.", ""]
+    ways = {
+        "difference": "Equal training, float32, Adam",
+        "difference_sgd": "SGD with momentum, float32",
+        "difference64": "Adam in float64",
+    }
+    for key, what in ways.items():
+        checks = [stage[key] for stage in row["stages"] if key in stage]
+        if checks:
+            loss, weights = (max(check[kind] for check in checks) for kind in ("loss", "parameters"))
+            lines += [f"{what}: losses differ by {loss:.1e} at most, trained parameters by {weights:.1e}.", ""]
     peaks = {
         "peak_mib": "freed blocks given back at once",
         "peak_default_mib": "with the freed blocks that glibc keeps",
