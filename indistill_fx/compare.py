@@ -86,9 +86,7 @@ def compare(
     curriculum = curriculum or DEFAULT_CURRICULUM
     teacher, traced = traced_pair(teacher, student, train_loader, example_inputs=example_inputs, logits=logits)
     plan = plan or align(teacher, traced)
-    if curriculum.unit != "epochs":
-        raise ConfigError("To compare at equal epochs the curriculum must be in epochs.", where="curriculum")
-    warmup = sum(budget.length for budget in warmup_plan(plan, curriculum)[1].values())
+    warmup = _epochs_of(curriculum, plan)
     milestones = options.get("milestones", ())
     if main_epochs is not None:
         epochs, milestones = main_epochs + warmup, [at + warmup for at in milestones]
@@ -134,3 +132,10 @@ def compare(
         )
         done[arm] = Arm(pupil, record)
     return done
+
+
+def _epochs_of(curriculum: Curriculum, plan: AlignmentPlan) -> int:
+    """All of the warm-up's."""
+    if curriculum.unit != "epochs":
+        raise ConfigError("To compare at equal epochs the curriculum must be in epochs.", where="curriculum")
+    return sum(budget.length for budget in warmup_plan(plan, curriculum)[1].values())

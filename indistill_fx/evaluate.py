@@ -23,11 +23,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Accuracy (0 to 1), mean cross-entropy and number of samples of a test set."""
+    """Accuracy (0 to 1), mean cross-entropy, number of samples and of classes of a test set."""
 
     accuracy: float
     loss: float
     count: int
+    classes: int
+
+    @property
+    def no_better_than_chance(self) -> bool:
+        """Whether it is within five points of what guessing one of the classes gets."""
+        return self.accuracy < 1 / self.classes + 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,21 +65,21 @@ def evaluate(
         progress: show a bar where standard error is a terminal.
 
     Returns:
-        Accuracy, loss, count.
+        Accuracy, loss, count, classes.
 
     Raises:
         ConfigError: no batches, no logits, or a label beyond the classes.
     """
-    correct, loss, count = 0, 0.0, 0
+    correct, loss, count, classes = 0, 0.0, 0, 0
     for outputs, labels in _outputs(module, loader, device, progress):
         scores = select_logits(outputs, logits)
         _check_labels(labels, scores)
         loss += F.cross_entropy(scores.float(), labels, reduction="sum").item()
         correct += int((scores.argmax(1) == labels).sum())
-        count += len(labels)
+        count, classes = count + len(labels), scores.shape[1]
     if not count:
         raise ConfigError("The loader has no batches to evaluate on.", where="loader", got=0, expected="at least 1")
-    return Evaluation(correct / count, loss / count, count)
+    return Evaluation(correct / count, loss / count, count, classes)
 
 
 def embed(

@@ -141,7 +141,7 @@ class Job:
                 directory.rewind(engine.state.epochs, engine.state.all_steps)
                 reporter.say(f"Resumed after {engine.state.all_steps} steps.")
                 _recall(reporter, engine.state, legs)
-            accuracy = self._teacher_accuracy(directory if resumed else None, accelerator)
+            accuracy = self._teacher_accuracy(directory if resumed else None, accelerator, reporter)
             if accuracy is not None:
                 reporter.teacher(accuracy)
             schedule = [*(f"{leg.name}: {self._told(leg)}" for leg in legs), *work.remarks]
@@ -190,12 +190,21 @@ class Job:
         found = evaluate(self.student, self.val_loader or (), logits=self.logits)
         return found.accuracy, found.loss
 
-    def _teacher_accuracy(self, before: RunDirectory | None, accelerator: Accelerator) -> float | None:
+    def _teacher_accuracy(
+        self, before: RunDirectory | None, accelerator: Accelerator, reporter: Reporter
+    ) -> float | None:
         """Measured before anything is trained; a resumed run has it from its first time."""
         if self.teacher is None or self.val_loader is None or not accelerator.is_main_process:
             return None
         known: float | None = before.told().get("teacher_accuracy") if before is not None else None
-        return evaluate(self.teacher, self.val_loader, logits=self.logits).accuracy if known is None else known
+        if known is not None:
+            return known
+        found = evaluate(self.teacher, self.val_loader, logits=self.logits)
+        if found.no_better_than_chance:
+            reporter.say(
+                f"The teacher classifies no better than chance ({found.classes} classes): are its trained weights loaded?"
+            )
+        return found.accuracy
 
     def _finish(
         self, state: State, teacher_accuracy: float | None, directory: RunDirectory | None, accelerator: Accelerator

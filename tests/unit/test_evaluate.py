@@ -107,6 +107,15 @@ def test_batches_may_be_dicts_or_carry_indices():
     assert evaluate(net(), [(x, y, torch.arange(len(y))) for x, y in batches()]) == expected
 
 
+@pytest.mark.parametrize(("right", "chance"), [(14, True), (16, False)])
+def test_no_better_than_chance_is_within_five_points_of_guessing(right, chance):
+    labels = torch.arange(100) % 10
+    guesses = torch.where(torch.arange(100) < right, labels, (labels + 1) % 10)
+    found = evaluate(nn.Identity(), [(torch.eye(10)[guesses], labels)])
+    assert (found.accuracy, found.count, found.classes) == (right / 100, 100, 10)
+    assert found.no_better_than_chance is chance
+
+
 def test_bad_labels_and_empty_loaders_are_refused():
     with pytest.raises(ConfigError, match="Label 10 is out of range: the model has 10 classes"):
         evaluate(net(), [(torch.randn(2, 1, 8, 8), torch.tensor([3, 10]))])

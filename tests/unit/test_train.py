@@ -301,6 +301,15 @@ def test_a_chain_distils_step_by_step_and_resumes(tmp_path, teacher):
         distill_chain([teacher, net(4, 6)], loader(), steps=steps)
 
 
+def test_an_untrained_teacher_is_remarked(capsys, teacher):
+    told = "The teacher classifies no better than chance (4 classes): are its trained weights loaded?"
+    blank = copy.deepcopy(teacher)
+    torch.nn.init.zeros_(blank[-1].weight)
+    for model, remarked in ((teacher, False), (blank, True)):
+        distill(model, net(6, 8), loader(), curriculum=QUICK, epochs=1, val_loader=loader(False))
+        assert (told in capsys.readouterr().err.splitlines()) is remarked
+
+
 def test_progress_is_plain_lines_where_there_is_no_terminal(capsys, teacher):
     distill(teacher, net(6, 8), loader(), curriculum=QUICK, epochs=1, val_loader=loader(False))
     lines = capsys.readouterr().err.splitlines()
