@@ -96,6 +96,7 @@ def capture(
         ) from error
     if program is None:
         raise ExportError(f"torch returned no ONNX program for `{type(deployed.module).__name__}`.")
+    _keep_constants(program.model)
     _require_opset(program.model, opset)
     _require_open(program.model, shapes, inputs)
     _tidy(program.model, input_names, output_names)
@@ -195,6 +196,16 @@ def _require_open(model: onnx_ir.Model, shapes: Sequence[dict[int, Any]], inputs
                     where=str(dim.__name__), got=value.shape[axis], expected="any size",
                     hint=f"Take the size from x.shape in the model's code, or export a fixed size with {option}.",
                 )  # fmt: skip
+
+
+def _keep_constants(model: onnx_ir.Model) -> None:
+    """Give the graph the constants that it reads and does not hold: the exporter loses equal bounds of one tensor's clamps."""
+    for node in model.graph.all_nodes():
+        for value in node.inputs:
+            if value is None or value.const_value is None or value.producer() is not None or value.is_graph_input():
+                continue
+            if not value.is_initializer():
+                model.graph.register_initializer(value)
 
 
 def _tidy(model: onnx_ir.Model, input_names: Sequence[str], output_names: Sequence[str]) -> None:

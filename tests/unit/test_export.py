@@ -262,6 +262,31 @@ def test_fused_attention_of_any_number_of_axes(axes, masked, tmp_path):
     assert F.scaled_dot_product_attention is own
 
 
+class Clipped(nn.Module):
+    """Clamps one tensor by two pairs of equal bounds, of which the exporter loses one."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(6, 4) for _ in range(2))
+        for name, bound in (("low", -0.25), ("high", 0.25)):
+            for k in range(2):
+                self.register_buffer(f"{name}{k}", torch.tensor(bound))
+
+    def forward(self, x):
+        x = x * 2
+        first, second = (
+            layer(x.clamp(self.get_buffer(f"low{k}"), self.get_buffer(f"high{k}")))
+            for k, layer in enumerate(self.layers)
+        )
+        return first + second
+
+
+def test_equal_bounds_of_one_tensors_clamps_are_kept(tmp_path):
+    report = export_onnx(Clipped(), tmp_path / "clipped.onnx", torch.randn(2, 6))
+    assert len(report.parity) == 3
+    assert report.max_abs < 1e-5
+
+
 def test_complex_output_and_no_output_are_refused(tmp_path):
     class Returns(nn.Module):
         def __init__(self, function):
