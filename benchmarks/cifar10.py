@@ -205,7 +205,7 @@ def differences(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def over_time(record: dict[str, Any], epochs: tuple[int, ...] = (9, 13, 17, 21, 25, 29, 33)) -> str:
+def over_time(record: dict[str, Any], epochs: tuple[int, ...] = (9, 13, 17, 21, 25, 29, 33, 45, 57, 70)) -> str:
     """Accuracy against wall-clock: after so many epochs of training in all, seconds and accuracy, means over seeds."""
     lines = [f"| arm | {' | '.join(f'epoch {n}' for n in epochs)} |", "|---" * (len(epochs) + 1) + "|"]
     for arm, seeds in sorted(record["arms"].items(), key=lambda entry: order(entry[0])):
