@@ -3,9 +3,8 @@
     python benchmarks/processes.py --json benchmarks/results/processes.json
 
 Both runs start from the same weights and see the same batches; batch norms take their statistics over both processes. What is left is
-rounding, in another order. In float32, the demo as it is, training makes it larger: a ReLU whose input is all but zero opens in one run
-and not in the other, and in digits, whose backgrounds are all alike, thousands of them do so at once. In float64 the same training
-of the same networks shows that nothing else is left.
+rounding, in another order. In float32, the demo as it is, a ReLU whose input is all but zero sooner or later opens in one run and not in
+the other, and from there the runs part. In float64 the same training of the same networks shows that nothing else is left.
 """
 
 from __future__ import annotations
