@@ -17,6 +17,7 @@ from indistill_fx.passes.layout import lay_out
 from indistill_fx.passes.lower import lower
 from indistill_fx.passes.match import MatchReport, match
 from indistill_fx.passes.narrow import choose_channels, narrow
+from indistill_fx.passes.overwrite import overwrite
 from indistill_fx.passes.sink import sink
 from indistill_fx.passes.trace import trace
 from indistill_fx.passes.verify import signature_of, untouched, verify
@@ -150,6 +151,8 @@ def student_half(
         verify(graph, after="lower", signature=signature)
         lay_out(graph)
         verify(graph, after="lay_out", signature=signature)
+        overwrite(graph)
+        verify(graph, after="overwrite", signature=signature)
     return graph
 
 
