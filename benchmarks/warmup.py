@@ -7,11 +7,11 @@
 The plain way (the hook baseline) is what hook frameworks do: both full networks run, forward hooks keep the features, the teacher's kept
 channels are selected, the mean squared error is taken. Steps of both are interleaved in one run, so that a noisy machine hits both alike;
 figures are medians, of the process's CPU time with one thread (which other processes disturb least), of the clock with more. With --check
-50 steps are trained by both from the same weights and compared loss by loss, by Adam and SGD in float32 and by Adam in float64 (at
-64 pixels where the pair takes them). `cached` is our stage with the teacher's features given, `bf16` (with --bf16) that with the teacher in bfloat16. The floor is the
-work that must be done, forward of the teacher's half and three times the student's, at the speed of one large convolution on this
-machine. Compiling is timed without torch's cache of earlier compilations. All ways run with freed memory kept by the process, as
-`train` and `distill` do on a CPU; --default-memory measures them as glibc would have it.
+50 steps are trained by both from the same weights and compared loss by loss, by Adam and SGD in float32 and by Adam in float64 (at 64
+pixels where the pair takes them). `cached` is our stage with the teacher's features given, `bf16` (with --bf16) that with the teacher in
+bfloat16. The floor is the work that must be done, forward of the teacher's half and three times the student's, at the speed of one large
+convolution on this machine. Compiling is timed without torch's cache of earlier compilations. All ways run with freed memory kept by the
+process, as `train` and `distill` do on a CPU; --default-memory measures them as glibc would have it.
 """
 
 from __future__ import annotations
