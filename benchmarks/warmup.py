@@ -18,13 +18,9 @@ from __future__ import annotations
 
 import argparse
 import copy
-import ctypes
-import gc
 import json
-import os
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -41,20 +37,10 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import indistill_fx as ifx
-from benchmarks.warmup_ways import PAIRS, Cached, HalfTeacher, HookBaseline, vision
+from benchmarks.warmup_memory import peak_memory
+from benchmarks.warmup_ways import PAIRS, Cached, HalfTeacher, HookBaseline, adam, sgd, step, vision
 from indistill_fx.memory import freed_memory_kept
 from indistill_fx.passes import pipeline
-
-
-def step(loss_of: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> float:
-    """One training step; seconds."""
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    start = clock()
-    optimizer.zero_grad(set_to_none=True)
-    loss = loss_of(x)
-    loss.backward()
-    optimizer.step()
-    return clock() - start
 
 
 def speed() -> float:
@@ -69,16 +55,6 @@ def speed() -> float:
             layer(x)
             best = min(best, clock() - start)
     return 16 * 128 * 128 * 9 * 28 * 28 / best
-
-
-def adam(module: nn.Module) -> torch.optim.Optimizer:
-    """The paper's optimiser, over what can be trained."""
-    return torch.optim.Adam([p for p in module.parameters() if p.requires_grad], lr=1e-3)
-
-
-def sgd(module: nn.Module) -> torch.optim.Optimizer:
-    """Plain descent with momentum: unlike Adam it does not scale a gradient up that is rounding only."""
-    return torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=1e-3, momentum=0.9)
 
 
 def same_training(
@@ -254,49 +230,6 @@ def setup() -> dict[str, Any]:
         chains.append({"nodes": found[2], "seconds": found[0], "stages": found[1]})
         print(chains[-1], flush=True)
     return result | {"chains": chains}
-
-
-def peak_memory(name: str, kind: str, *, returned: bool, runs: int = 3) -> float:
-    """Peak resident memory of five steps of stage 1, in MiB above the process with both networks: median of processes of its own.
-
-    By default glibc keeps blocks below 32 MiB that were freed, and how much of them it finds use for differs by 100 MiB from run to
-    run. With `returned` they go back at once: then the figure is what is really held.
-    """
-    code = f"from benchmarks.warmup import _peak; print(_peak({name!r}, {kind!r}))"
-    environment = os.environ | ({"MALLOC_MMAP_THRESHOLD_": str(4 * 2**20)} if returned else {})
-    command = [sys.executable, "-c", code]
-    found = [
-        subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout.splitlines()[-1]
-        for _ in range(runs)
-    ]
-    return statistics.median(map(float, found))
-
-
-def _status(key: str) -> float:
-    """A figure of /proc/self/status, in MiB."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{key}:"))
-    return int(line.split()[1]) / 1024
-
-
-def _peak(name: str, kind: str) -> float:
-    build, size, batch = PAIRS[name]
-    torch.manual_seed(0)
-    teacher, student = build()
-    x = torch.randn(batch, *size)
-    plan = ifx.align(teacher, student, example_inputs=x[:2])
-    if kind == "hooks":
-        runner: nn.Module = HookBaseline(teacher, student.train(), plan.pairs[0])
-    else:
-        runner = ifx.compile_stages(teacher, student, plan, main=None, example_inputs=x[:2])[0].train()
-        del teacher
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what is free goes back, so that it is counted when it is taken again
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    before = _status("VmRSS")
-    optimizer = adam(runner)
-    for _ in range(5):
-        step(runner, optimizer, x)
-    return _status("VmHWM") - before
 
 
 def show(rows: list[dict[str, Any]]) -> None:

@@ -1,8 +1,9 @@
-"""The pairs of benchmarks/warmup.py, and the ways of training a stage that ours is measured beside."""
+"""The pairs of benchmarks/warmup.py, the ways of training a stage that ours is measured beside, and one step of either."""
 
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable
 
 import torch
@@ -91,3 +92,24 @@ class HalfTeacher(nn.Module):
     def forward(self, x: Tensor) -> tuple[dict[str, Tensor], None]:
         """The features, in float32."""
         return {tap: value.float() for tap, value in self.graph(x.bfloat16())[0].items()}, None
+
+
+def adam(module: nn.Module) -> torch.optim.Optimizer:
+    """The paper's optimiser, over what can be trained."""
+    return torch.optim.Adam([p for p in module.parameters() if p.requires_grad], lr=1e-3)
+
+
+def sgd(module: nn.Module) -> torch.optim.Optimizer:
+    """Plain descent with momentum: unlike Adam it does not scale a gradient up that is rounding only."""
+    return torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=1e-3, momentum=0.9)
+
+
+def step(loss_of: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> float:
+    """One training step; seconds."""
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    start = clock()
+    optimizer.zero_grad(set_to_none=True)
+    loss = loss_of(x)
+    loss.backward()
+    optimizer.step()
+    return clock() - start

@@ -135,7 +135,7 @@ def compare(
 
 
 def _epochs_of(curriculum: Curriculum, plan: AlignmentPlan) -> int:
-    """All of the warm-up's."""
+    """How many the warm-up takes in all."""
     if curriculum.unit != "epochs":
         raise ConfigError("To compare at equal epochs the curriculum must be in epochs.", where="curriculum")
     return sum(budget.length for budget in warmup_plan(plan, curriculum)[1].values())

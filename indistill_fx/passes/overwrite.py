@@ -6,7 +6,8 @@ one, that is memory and time for nothing.
 A ReLU overwrites the value it reads if
   1. it is its only reader (the graph's output is a reader too), and
   2. that value is made by a convolution, norm, sum or max-pooling, whose gradients need what they read and not what they gave, and
-  3. no forward hook of somebody else's sits on either, which might keep what it sees.
+  3. neither module has hooks when the stage is compiled: a forward hook might keep what it sees, and behind a backward hook
+     autograd allows no overwriting.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def overwrite(graph_module: fx.GraphModule) -> tuple[str, ...]:
 def _is_relu(node: fx.Node, graph_module: fx.GraphModule) -> bool:
     if node.op == "call_module":
         module = attribute(graph_module, str(node.target))
-        return type(module) is nn.ReLU and not module._forward_hooks and not module._forward_pre_hooks
+        return type(module) is nn.ReLU and not _hooked(module)
     return node.op in ("call_function", "call_method") and op_name(node) == "relu" and len(node.all_input_nodes) == 1
 
 
@@ -53,7 +54,13 @@ def _may_be_overwritten(source: fx.Node, graph_module: fx.GraphModule) -> bool:
     """Rules 2 and 3."""
     if source.op == "call_module":
         module = attribute(graph_module, str(source.target))
-        return type(module) in _LAYERS and not module._forward_hooks
+        return type(module) in _LAYERS and not _hooked(module)
     if source.op != "call_function":
         return False
     return source.target in _FUNCTIONS or (op_name(source) == "add" and len(source.all_input_nodes) == 2)
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )

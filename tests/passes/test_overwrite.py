@@ -71,6 +71,16 @@ def test_a_module_that_somebody_hooks_is_left_alone():
     assert (seen[0] < 0).any()
 
 
+def test_a_backward_hook_still_works():
+    module, x, seen = Net(), images(2, 12), []
+    module.bn.register_full_backward_hook(lambda module, inputs, outputs: seen.append(outputs[0].shape))
+    graph = cut(ifx.trace(module, x, role="student"), [":mean"])
+    assert "act" not in overwrite(graph)
+    seen.clear()  # tracing runs the module too
+    graph(x)[0][":mean"].sum().backward()
+    assert seen == [(2, 4, 10, 10)]
+
+
 @pytest.mark.parametrize(("build", "count"), [(torchvision.models.resnet18, 17), (torchvision.models.vgg11_bn, 8)])
 def test_the_student_of_a_stage_runs_it(build, count):
     x = images(2, 32)

@@ -1,0 +1,64 @@
+"""What torch's exporter does not do, or does wrong, and export makes good."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from indistill_fx.export import export_onnx
+
+
+class Attention(nn.Module):
+    """Fused attention over so many axes, with or without a mask that is given for every head."""
+
+    def __init__(self, axes: int, masked: bool):
+        super().__init__()
+        self.axes, self.layer = axes, nn.Linear(4, 12)
+        self.register_buffer("mask", torch.rand(5, 5) > 0.3 if masked else None)
+
+    def forward(self, x):
+        query, key, value = (
+            self.layer(x)[(slice(None), *(None,) * (self.axes - 3))]
+            .expand(-1, *(2,) * (self.axes - 3), -1, -1)
+            .chunk(3, -1)
+        )
+        mask = self.mask if self.mask is None else self.mask.expand(query.shape[0], *(1,) * (self.axes - 3), -1, -1)
+        return F.scaled_dot_product_attention(query.sin(), key, value, attn_mask=mask)
+
+
+@pytest.mark.parametrize("axes", [3, 4, 5, 6])
+@pytest.mark.parametrize("masked", [False, True])
+def test_fused_attention_of_any_number_of_axes(axes, masked, tmp_path):
+    own = F.scaled_dot_product_attention
+    torch.manual_seed(0)
+    report = export_onnx(Attention(axes, masked), tmp_path / "a.onnx", torch.randn(2, 5, 4))
+    assert len(report.parity) == 3
+    assert report.max_abs < 1e-5
+    assert F.scaled_dot_product_attention is own
+
+
+class Clipped(nn.Module):
+    """Clamps one tensor by two pairs of equal bounds, of which the exporter loses one."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(6, 4) for _ in range(2))
+        for name, bound in (("low", -0.25), ("high", 0.25)):
+            for k in range(2):
+                self.register_buffer(f"{name}{k}", torch.tensor(bound))
+
+    def forward(self, x):
+        x = x * 2
+        first, second = (
+            layer(x.clamp(self.get_buffer(f"low{k}"), self.get_buffer(f"high{k}")))
+            for k, layer in enumerate(self.layers)
+        )
+        return first + second
+
+
+def test_equal_bounds_of_one_tensors_clamps_are_kept(tmp_path):
+    report = export_onnx(Clipped(), tmp_path / "clipped.onnx", torch.randn(2, 6))
+    assert len(report.parity) == 3
+    assert report.max_abs < 1e-5
