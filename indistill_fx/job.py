@@ -203,7 +203,7 @@ class Job:
         if found.no_better_than_chance:
             reporter.say(
                 f"The teacher classifies no better than chance ({found.classes} classes): are its trained weights loaded?"
-                " Only losses on its features, such as pkt, need no classifier."
+                " Where only its features are compared, as by pkt, it needs no classifier."
             )
         return found.accuracy
 

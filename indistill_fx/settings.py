@@ -66,7 +66,7 @@ class Settings:
             `accelerate launch --use_fsdp`.
         checkpoint_every_steps: optimiser steps between checkpoints; there is one after an epoch too, unless it would take
             more than a twentieth of the time.
-        log_every_steps: optimiser steps between lines in metrics.jsonl.
+        log_every_steps: optimiser steps between lines in metrics.jsonl; of several processes these tell the first one's loss.
         tensorboard: write the metrics for TensorBoard too.
     """
 

@@ -303,7 +303,7 @@ def test_a_chain_distils_step_by_step_and_resumes(tmp_path, teacher):
 
 def test_an_untrained_teacher_is_remarked(capsys, teacher):
     told = "The teacher classifies no better than chance (4 classes): are its trained weights loaded?"
-    told += " Only losses on its features, such as pkt, need no classifier."
+    told += " Where only its features are compared, as by pkt, it needs no classifier."
     blank = copy.deepcopy(teacher)
     torch.nn.init.zeros_(blank[-1].weight)
     for model, remarked in ((teacher, False), (blank, True)):
