@@ -33,9 +33,9 @@ import torch
 from torch import Tensor, fx, nn
 from zoo import zoo
 
-from indistill_fx.passes.match import match
-from indistill_fx.passes.spine import stages
-from indistill_fx.passes.trace import trace
+from indistill_fx.passes.capture.trace import trace
+from indistill_fx.passes.pairing.match import match
+from indistill_fx.passes.structure.stages import stages
 from indistill_fx.traced import TracedModel
 
 CASES = next(

@@ -14,12 +14,12 @@ from torch import Tensor, fx, nn
 from zoo import ZooModel
 
 from indistill_fx.errors import IndistillError
-from indistill_fx.graphs import output_node, sweep
-from indistill_fx.passes.masked import run_masked
-from indistill_fx.passes.narrow import narrow
-from indistill_fx.passes.shrink import ShrinkReport, shrink
-from indistill_fx.passes.trace import trace
+from indistill_fx.graph.edit import output_node, sweep
+from indistill_fx.passes.capture.trace import trace
+from indistill_fx.passes.pruning.narrow import narrow
+from indistill_fx.passes.pruning.shrink import ShrinkReport, shrink
 from indistill_fx.traced import TracedModel
+from tests.numerics.masked_reference import run_masked
 
 TOLERANCE = 1e-10
 _SLICES = 1e10

@@ -34,7 +34,8 @@ from safetensors.torch import load_model
 from torch import nn
 
 import indistill_fx as ifx
-from indistill_fx.data import Data, open_data
+from indistill_fx.data.dataset import Data
+from indistill_fx.data.open import open_data
 
 _QUERIES = 2000
 _FIGURES = ("accuracy", "map_cosine", "map_euclidean", "p100_cosine", "p100_euclidean")

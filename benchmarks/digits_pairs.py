@@ -32,13 +32,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from indistill_fx.curriculum import Curriculum
-from indistill_fx.data import Data, open_data
-from indistill_fx.demo import DigitsStudent, DigitsTeacher
-from indistill_fx.evaluate import evaluate, evaluate_retrieval
-from indistill_fx.passes.pipeline import align
-from indistill_fx.passes.trace import trace
-from indistill_fx.record import environment
-from indistill_fx.train import distill, train
+from indistill_fx.data.dataset import Data
+from indistill_fx.data.open import open_data
+from indistill_fx.demo.networks import DigitsStudent, DigitsTeacher
+from indistill_fx.evaluation.accuracy import evaluate
+from indistill_fx.evaluation.retrieval import evaluate_retrieval
+from indistill_fx.passes.align import align
+from indistill_fx.passes.capture.trace import trace
+from indistill_fx.runs.record import environment
+from indistill_fx.training.distill import distill
+from indistill_fx.training.supervised import train
 
 SEEDS = (0, 1, 2)
 TEACHER_EPOCHS, EPOCHS, WARMUP = 10, 15, (1, 2, 3)

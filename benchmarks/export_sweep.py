@@ -113,7 +113,7 @@ def randomise(model: Any, shape: tuple[int, int, int], *, neutral: bool) -> None
     """
     import torch
 
-    from indistill_fx.parity import random_inputs
+    from indistill_fx.deploy.onnx_session import random_inputs
 
     norms = [module for module in model.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
     with torch.no_grad():
@@ -171,8 +171,8 @@ def run_one(spec: str) -> dict[str, Any]:
 def _attempt(spec: str, *, neutral: bool) -> dict[str, Any]:
     import torch
 
+    from indistill_fx.deploy.export_onnx import export_onnx
     from indistill_fx.errors import IndistillError
-    from indistill_fx.export import export_onnx
 
     row: dict[str, Any] = {"status": "failed", "weights": "as constructed" if neutral else "nothing neutral"}
     try:
@@ -254,7 +254,7 @@ def sweep(out: Path, *, only: str, again_failed: bool, timeout: float, minutes: 
     """All models not in the file yet; the file is rewritten after each."""
     import torch
 
-    import indistill_fx.export  # noqa: F401
+    import indistill_fx.deploy.export_onnx  # noqa: F401
 
     # Imports and the exporter's own tables are made once, for all copies of this process.
     torch.onnx.export(torch.nn.Linear(2, 2), (torch.zeros(2, 2),), dynamo=True, verbose=False)

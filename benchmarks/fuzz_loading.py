@@ -100,7 +100,7 @@ def mutate_inside(content: bytes, dice: random.Random) -> bytes:
 def load_one(spec: str) -> str:
     """Load a spec as a user would, and walk what comes out."""
     from indistill_fx.errors import ConfigError, FrontendError
-    from indistill_fx.sources import load_source
+    from indistill_fx.loading.load import load_source
 
     try:
         module = load_source(spec).module
@@ -179,7 +179,7 @@ def audit() -> list[str]:
     """Constructors, `__setstate__` and `forward` of allowed module classes that do more than compute."""
     from torch import nn
 
-    from indistill_fx.allowed import MODULE_PACKAGES
+    from indistill_fx.loading.allow_list import MODULE_PACKAGES
 
     warnings.simplefilter("ignore")
     classes: set[type] = set()

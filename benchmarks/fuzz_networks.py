@@ -45,10 +45,10 @@ from torch import Tensor, fx, nn
 
 import indistill_fx as ifx
 from indistill_fx.errors import IndistillError
-from indistill_fx.graphs import digest
-from indistill_fx.passes.instrument import cut
-from indistill_fx.passes.masked import run_masked
+from indistill_fx.graph.module_state import digest
+from indistill_fx.passes.extract.instrument import cut
 from indistill_fx.traced import NodeFacts, TracedModel
+from tests.numerics.masked_reference import run_masked
 
 LIMIT_SECONDS = 60
 STEPS = ("trace", "taps", "align", "narrow", "shrink", "cut", "stage", "export")

@@ -33,12 +33,12 @@ from safetensors.torch import save_file
 from indistill_fx.cli import run
 from indistill_fx.cli.training import Numbers
 from indistill_fx.errors import IndistillError
+from indistill_fx.loading.spec import parse_input, parse_spec
 from indistill_fx.plan import AlignmentPlan, ModelStamp, Pair
-from indistill_fx.printable import printable
-from indistill_fx.record import STUDENT
-from indistill_fx.runs import is_run, load_run
-from indistill_fx.seal import seal
-from indistill_fx.sources import parse_input, parse_spec
+from indistill_fx.runs.directory import STUDENT
+from indistill_fx.runs.load import is_run, load_run
+from indistill_fx.runs.signature import seal
+from indistill_fx.system.terminal import printable
 
 LIMIT_SECONDS = 60  # what is called a hang; imports are within it
 ODD = (

@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from indistill_fx.bench import bench
-from indistill_fx.data import open_data
-from indistill_fx.export import export_onnx
-from indistill_fx.quantize import quantize_onnx
+from indistill_fx.data.open import open_data
+from indistill_fx.deploy.bench import bench
+from indistill_fx.deploy.export_onnx import export_onnx
+from indistill_fx.deploy.quantize import quantize_onnx
 
 PAPER = Path(__file__).parents[1] / "examples" / "paper_cifar10.py"
 MODELS = {

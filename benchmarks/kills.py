@@ -27,11 +27,12 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from indistill_fx.checkpoint import load_checkpoint
 from indistill_fx.curriculum import Curriculum
-from indistill_fx.data import open_data
-from indistill_fx.record import LAST, STUDENT, environment
-from indistill_fx.train import distill
+from indistill_fx.data.open import open_data
+from indistill_fx.runs.checkpoint import load_checkpoint
+from indistill_fx.runs.directory import LAST, STUDENT
+from indistill_fx.runs.record import environment
+from indistill_fx.training.distill import distill
 
 
 def network(first: int, second: int) -> nn.Module:

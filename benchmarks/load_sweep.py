@@ -25,9 +25,9 @@ import torch
 import torchvision
 from torch import nn
 
-from indistill_fx.constructors import build_timm, build_torchvision
 from indistill_fx.errors import ConfigError
-from indistill_fx.unpickle import load_rehearsed, rehearse
+from indistill_fx.loading.model_zoos import build_timm, build_torchvision
+from indistill_fx.loading.safe_pickle import load_rehearsed, rehearse
 
 
 def count_parameters(build: Callable[[], nn.Module]) -> int:

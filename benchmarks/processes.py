@@ -23,12 +23,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from indistill_fx import demo
-from indistill_fx.compare import compare
 from indistill_fx.curriculum import Curriculum
-from indistill_fx.data import open_data
-from indistill_fx.record import STUDENT, environment
-from indistill_fx.train import train
+from indistill_fx.data.open import open_data
+from indistill_fx.demo import run as demo
+from indistill_fx.runs.directory import STUDENT
+from indistill_fx.runs.record import environment
+from indistill_fx.training.compare import compare
+from indistill_fx.training.supervised import train
 
 ARMS = ("teacher", "labels", "kd", "indistill")
 LAUNCHERS = {

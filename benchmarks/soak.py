@@ -28,9 +28,10 @@ import torch
 from kills import network
 
 from indistill_fx.curriculum import Curriculum
-from indistill_fx.data import Data, open_data
-from indistill_fx.stopping import Interrupted
-from indistill_fx.train import distill
+from indistill_fx.data.dataset import Data
+from indistill_fx.data.open import open_data
+from indistill_fx.training.distill import distill
+from indistill_fx.training.signals import Interrupted
 
 
 def measure() -> tuple[float, int, int]:
@@ -45,7 +46,7 @@ def round_of(data: Data, place: Path) -> int:
     """A run that is stopped half way and resumed; returns optimiser steps."""
     import signal
 
-    from indistill_fx import engine
+    from indistill_fx.training import loop as engine
 
     original = engine.Engine._step
 

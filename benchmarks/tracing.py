@@ -28,9 +28,9 @@ import torch
 from torch import Tensor, fx, nn
 from zoo import ZooModel, zoo
 
-from indistill_fx.graphs import digest, mode
-from indistill_fx.passes.captured import tensors
-from indistill_fx.passes.trace import trace
+from indistill_fx.graph.module_state import digest, mode
+from indistill_fx.passes.capture.captured import tensors
+from indistill_fx.passes.capture.trace import trace
 from indistill_fx.traced import Role, TracedModel
 
 _SAMPLE = (

@@ -39,8 +39,8 @@ from torch import Tensor, nn
 import indistill_fx as ifx
 from benchmarks.warmup_memory import peak_memory
 from benchmarks.warmup_ways import PAIRS, Cached, HalfTeacher, HookBaseline, adam, sgd, step, vision
-from indistill_fx.memory import freed_memory_kept
 from indistill_fx.passes import pipeline
+from indistill_fx.system.allocator import freed_memory_kept
 
 
 def speed() -> float:

@@ -23,9 +23,11 @@ from rich.table import Column, Table
 from torch import Tensor, nn
 
 import indistill_fx as ifx
-from indistill_fx.compare import compare
-from indistill_fx.data import Data, open_data
-from indistill_fx.evaluate import embed, evaluate, retrieval
+from indistill_fx.data.dataset import Data
+from indistill_fx.data.open import open_data
+from indistill_fx.evaluation.accuracy import embed, evaluate
+from indistill_fx.evaluation.retrieval import retrieval
+from indistill_fx.training.compare import compare
 
 NAMES = {"labels": "cross-entropy", "pkt": "PKT", "indistill": "InDistill + PKT"}
 

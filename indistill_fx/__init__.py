@@ -8,8 +8,14 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from indistill_fx.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from indistill_fx.curriculum import Curriculum as Curriculum
+    from indistill_fx.data.open import open_data as open_data
+    from indistill_fx.deploy.check_onnx import check_onnx as check_onnx
+    from indistill_fx.deploy.export_onnx import export_onnx as export_onnx
+    from indistill_fx.deploy.quantize import quantize_onnx as quantize_onnx
     from indistill_fx.errors import ConfigError as ConfigError
     from indistill_fx.errors import ExportError as ExportError
     from indistill_fx.errors import FrontendError as FrontendError
@@ -19,20 +25,23 @@ if TYPE_CHECKING:
     from indistill_fx.errors import PruneError as PruneError
     from indistill_fx.errors import TrainError as TrainError
     from indistill_fx.errors import VerifyError as VerifyError
-    from indistill_fx.export import export_onnx as export_onnx
-    from indistill_fx.passes.instrument import instrument as instrument
-    from indistill_fx.passes.narrow import narrow as narrow
-    from indistill_fx.passes.pipeline import align as align
-    from indistill_fx.passes.shrink import shrink as shrink
-    from indistill_fx.passes.trace import trace as trace
+    from indistill_fx.evaluation.accuracy import evaluate as evaluate
+    from indistill_fx.loading.load import load as load
+    from indistill_fx.passes.align import align as align
+    from indistill_fx.passes.capture.trace import trace as trace
+    from indistill_fx.passes.contract import PassResult as PassResult
+    from indistill_fx.passes.extract.instrument import instrument as instrument
+    from indistill_fx.passes.pruning.narrow import narrow as narrow
+    from indistill_fx.passes.pruning.shrink import shrink as shrink
     from indistill_fx.plan import AlignmentPlan as AlignmentPlan
     from indistill_fx.plan import Pair as Pair
-    from indistill_fx.result import PassResult as PassResult
-    from indistill_fx.sources import load as load
-    from indistill_fx.stage import Stage as Stage
-    from indistill_fx.stage import compile_stages as compile_stages
+    from indistill_fx.stages.compile import compile_stages as compile_stages
+    from indistill_fx.stages.stage import Stage as Stage
     from indistill_fx.traced import TracedModel as TracedModel
-    from indistill_fx.train import distill as distill
+    from indistill_fx.training.chain import distill_chain as distill_chain
+    from indistill_fx.training.compare import compare as compare
+    from indistill_fx.training.distill import distill as distill
+    from indistill_fx.training.supervised import train as train
 
 _HOMES: dict[str, str] = {
     "AlignmentPlan": "plan",
@@ -44,25 +53,31 @@ _HOMES: dict[str, str] = {
     "MatchError": "errors",
     "Pair": "plan",
     "PassError": "errors",
-    "PassResult": "result",
+    "PassResult": "passes.contract",
     "PruneError": "errors",
-    "Stage": "stage",
+    "Stage": "stages.stage",
     "TracedModel": "traced",
     "TrainError": "errors",
     "VerifyError": "errors",
-    "align": "passes.pipeline",
-    "compile_stages": "stage",
-    "distill": "train",
-    "export_onnx": "export",
-    "instrument": "passes.instrument",
-    "load": "sources",
-    "narrow": "passes.narrow",
-    "shrink": "passes.shrink",
-    "trace": "passes.trace",
+    "align": "passes.align",
+    "check_onnx": "deploy.check_onnx",
+    "compare": "training.compare",
+    "compile_stages": "stages.compile",
+    "distill": "training.distill",
+    "distill_chain": "training.chain",
+    "evaluate": "evaluation.accuracy",
+    "export_onnx": "deploy.export_onnx",
+    "instrument": "passes.extract.instrument",
+    "load": "loading.load",
+    "narrow": "passes.pruning.narrow",
+    "open_data": "data.open",
+    "quantize_onnx": "deploy.quantize",
+    "shrink": "passes.pruning.shrink",
+    "trace": "passes.capture.trace",
+    "train": "training.supervised",
 }
 
 __all__ = sorted([*_HOMES, "__version__"])
-__version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:

@@ -11,8 +11,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from indistill_fx.bounded import read_bounded
 from indistill_fx.errors import ConfigError, nearest
+from indistill_fx.system.files import read_bounded
 from indistill_fx.traced import TracedModel
 
 Adapter = Literal["none", "pool", "tokens_to_map"]

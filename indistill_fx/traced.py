@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 
 from indistill_fx.errors import ConfigError, nearest
-from indistill_fx.ops import op_name
+from indistill_fx.graph.ops import op_name
 
 Role = Literal["teacher", "student"]
 Kind = Literal["map", "tokens", "vector", "other"]

@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from indistill_fx.errors import IndistillError
-from indistill_fx.printable import printable
+from indistill_fx.system.terminal import printable
 
 _COMMANDS: dict[str, str] = {
     "align": "Pair the layers of a teacher and a student.",

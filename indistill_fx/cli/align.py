@@ -9,9 +9,9 @@ import click
 from indistill_fx.cli import common
 
 if TYPE_CHECKING:
-    from indistill_fx.passes.match import MatchReport
+    from indistill_fx.passes.contract import PassResult
+    from indistill_fx.passes.pairing.match import MatchReport
     from indistill_fx.plan import AlignmentPlan
-    from indistill_fx.result import PassResult
     from indistill_fx.traced import TracedModel
 
 
@@ -76,7 +76,7 @@ def command(teacher: str, student: str, input_size: str | None, trust: tuple[str
       indistill-fx align teacher.pt models.py:make_student --similarity cka --data imagefolder:DIR
       indistill-fx align timm:vit_large_patch16_224 timm:vit_tiny_patch16_224 --html plan.html
     """
-    from indistill_fx.passes.pipeline import align_traced
+    from indistill_fx.passes.align import align_traced
     from indistill_fx.plan import AlignmentPlan
 
     earlier = AlignmentPlan.load(options["diff"]) if options["diff"] else None
@@ -129,8 +129,8 @@ def _similarity(wanted: str | None, data: str | None, batches: int) -> tuple[Any
         )
     if data is None:
         return None, None
-    from indistill_fx.data import open_data
-    from indistill_fx.passes.cka import cka
+    from indistill_fx.data.open import open_data
+    from indistill_fx.passes.pairing.cka import cka
 
     opened = open_data(data, batch_size=64, limit=64 * batches, progress=True)
     return cka(opened.train_plain, batches=batches), opened.input_size
@@ -144,7 +144,7 @@ def _show(
     options: dict[str, Any],
 ) -> None:
     """Pictures, then the plan in the form that was asked for."""
-    from indistill_fx.printable import printable
+    from indistill_fx.system.terminal import printable
 
     if options["html"] or options["svg"] or options["png"]:
         _draw(alignment, traced, names, html=options["html"], svg=options["svg"], png=options["png"])

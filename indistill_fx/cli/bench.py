@@ -32,8 +32,8 @@ def command(
     """
     import json
 
-    from indistill_fx.bench import bench, example_of
     from indistill_fx.cli.tables import plain_table
+    from indistill_fx.deploy.bench import bench, example_of
 
     sources = {spec: common.open_model(spec, trust) for spec in models if not spec.endswith(".onnx")}
     known = sources or input_size

@@ -9,8 +9,8 @@ import click
 from indistill_fx.cli import common
 
 if TYPE_CHECKING:
-    from indistill_fx.data import Data
-    from indistill_fx.sources import Source
+    from indistill_fx.data.dataset import Data
+    from indistill_fx.loading.load import Source
 
 
 @click.command(name="check")
@@ -50,8 +50,8 @@ def command(
 
     from rich.text import Text
 
-    from indistill_fx.data import open_data
-    from indistill_fx.onnx_check import check_onnx
+    from indistill_fx.data.open import open_data
+    from indistill_fx.deploy.check_onnx import check_onnx
 
     source = common.open_model(against, trust)
     some = open_data(data, batch_size=256, augment=False, limit=samples) if data else None

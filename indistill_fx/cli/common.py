@@ -13,9 +13,10 @@ from indistill_fx.errors import ConfigError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from indistill_fx.data import Data
-    from indistill_fx.sources import Source
+    from indistill_fx.data.dataset import Data
+    from indistill_fx.loading.load import Source
     from indistill_fx.traced import Role, TracedModel
+
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -62,23 +63,23 @@ device_option = click.option(
 
 def console() -> Console:
     """The terminal, 100 columns wide where there is none."""
-    from indistill_fx.terminal import SafeConsole
+    from indistill_fx.system.terminal import SafeConsole
 
     return SafeConsole(width=None if sys.stdout.isatty() else 100)
 
 
 def say(text: str) -> None:
     """A line on standard error. Names in it may come from a file of somebody else."""
-    from indistill_fx.printable import printable
+    from indistill_fx.system.terminal import printable
 
     click.echo(printable(text), err=True)
 
 
 def open_model(spec: str, trust: tuple[str, ...], *, seed: int = 0) -> Source:
     """Load a spec, and say aloud what was trusted or changed on the way. What a factory draws at random follows from the seed."""
-    from indistill_fx.runs import is_run, load_run
-    from indistill_fx.seeding import own_randomness
-    from indistill_fx.sources import load_source
+    from indistill_fx.loading.load import load_source
+    from indistill_fx.runs.load import is_run, load_run
+    from indistill_fx.system.random_state import own_randomness
 
     with own_randomness(seed):
         source = load_run(spec, trust=trust) if is_run(spec) else load_source(spec, trust=trust)
@@ -95,7 +96,7 @@ def example_for(sources: tuple[Source, ...], wanted: str | None, default: tuple[
     """
     import torch
 
-    from indistill_fx.sources import parse_input
+    from indistill_fx.loading.spec import parse_input
 
     if wanted is None and default is None:
         known = next((source.example_inputs for source in sources if source.example_inputs is not None), None)
@@ -114,7 +115,7 @@ def example_for(sources: tuple[Source, ...], wanted: str | None, default: tuple[
 
 def trace_model(source: Source, example: Any, role: Role, *, logits: str | int | None = None) -> TracedModel:
     """Trace a loaded model, and say which rung it took when it was not the first."""
-    from indistill_fx.passes.trace import trace
+    from indistill_fx.passes.capture.trace import trace
 
     traced = trace(source.module, example, role=role, logits=logits)
     if traced.report.rung != "symbolic":
@@ -149,8 +150,8 @@ def first_inputs(loader: Any, samples: int) -> Any:
 
 def deployment_facts(spec: str, source: Source, data: Data | None) -> dict[str, str]:
     """What a deployed file should say of a model, by all that is known of it."""
-    from indistill_fx.provenance import of_source
-    from indistill_fx.runs import is_run, run_fingerprint
+    from indistill_fx.deploy.metadata import of_source
+    from indistill_fx.runs.load import is_run, run_fingerprint
 
     return of_source(
         model=spec,

@@ -22,7 +22,7 @@ def command(output: str | None, seed: int) -> None:
 
     from indistill_fx.cli.tables import count as short
     from indistill_fx.cli.tables import plain_table
-    from indistill_fx.demo import run_demo
+    from indistill_fx.demo.run import run_demo
 
     out = Path(output) if output else next(path for n in count(1) if not (path := Path(f"runs/demo-{n}")).exists())
     rows = run_demo(out, seed=seed, say=click.echo)

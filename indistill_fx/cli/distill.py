@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from indistill_fx.curriculum import Curriculum
 
+
 _SECTIONS = {
     "Data and models": (*training.SECTIONS["Data and models"], "plan_file"),
     "The warm-up": (
@@ -29,7 +30,7 @@ _SECTIONS = {
 
 def _use_recipe(context: click.Context, parameter: click.Parameter, name: str) -> str:
     """The recipe's values become the defaults of the other options."""
-    from indistill_fx.recipes import RECIPES
+    from indistill_fx.training.recipes import RECIPES
 
     context.default_map = dict(RECIPES[name].student)
     return name
@@ -149,10 +150,10 @@ def command(teacher: str, student: str, **options: Any) -> None:
       indistill-fx distill teacher.pt models.py:make_student --data imagefolder:cifar10 -o runs/first
       indistill-fx distill teacher.pt models.py:make_student --data cifar10 -o runs/paper --recipe paper --assistant auto
     """
-    from indistill_fx.compare import compare
     from indistill_fx.plan import AlignmentPlan
-    from indistill_fx.runs import about, about_data
-    from indistill_fx.train import distill
+    from indistill_fx.runs.load import about, about_data
+    from indistill_fx.training.compare import compare
+    from indistill_fx.training.distill import distill
 
     out, loss = options["output"], options["main"]
     source, pupil = (
@@ -200,11 +201,11 @@ def _assisted(
     """The assistant, trained: the teacher of the second step."""
     from pathlib import Path
 
-    from indistill_fx.chain import distill_chain, shrunk_assistant
-    from indistill_fx.launch import is_main_process
-    from indistill_fx.recipes import RECIPES
-    from indistill_fx.runs import about, about_data
-    from indistill_fx.saving import save_program
+    from indistill_fx.deploy.save_pt2 import save_program
+    from indistill_fx.runs.load import about, about_data
+    from indistill_fx.training.chain import distill_chain, shrunk_assistant
+    from indistill_fx.training.processes import is_main_process
+    from indistill_fx.training.recipes import RECIPES
 
     spec, place = options["assistant"], Path(options["output"]) / "step-1"
     if spec == "auto":
@@ -229,7 +230,7 @@ def _assisted(
 def _curriculum(options: dict[str, Any]) -> Curriculum:
     """The recipe's, with what was asked for in its place."""
     from indistill_fx.errors import ConfigError
-    from indistill_fx.recipes import RECIPES
+    from indistill_fx.training.recipes import RECIPES
 
     lengths = [name for name in ("warmup", "warmup_steps", "no_warmup") if options[name]]
     lengths += ["penultimate"] if options["no_warmup"] and options["penultimate"] else []

@@ -58,8 +58,9 @@ def command(
     import torch
     from accelerate.utils import send_to_device
 
-    from indistill_fx.data import open_data
-    from indistill_fx.evaluate import evaluate, evaluate_retrieval
+    from indistill_fx.data.open import open_data
+    from indistill_fx.evaluation.accuracy import evaluate
+    from indistill_fx.evaluation.retrieval import evaluate_retrieval
 
     source = common.open_model(model, trust)
     opened = open_data(data, progress=True, **options)

@@ -10,9 +10,9 @@ import click
 from indistill_fx.cli import common
 
 if TYPE_CHECKING:
-    from indistill_fx.data import Data
-    from indistill_fx.export import ExportReport
-    from indistill_fx.quantize import QuantizeReport
+    from indistill_fx.data.dataset import Data
+    from indistill_fx.deploy.export_onnx import ExportReport
+    from indistill_fx.deploy.quantize import QuantizeReport
 
 
 @click.command(name="export")
@@ -91,10 +91,10 @@ def command(
       indistill-fx export runs/first -o student.onnx
       indistill-fx export runs/first -o student.onnx --int8 --data imagefolder:cifar10
     """
-    from indistill_fx.data import open_data
+    from indistill_fx.data.open import open_data
+    from indistill_fx.deploy.export_onnx import export_onnx
     from indistill_fx.errors import ConfigError
-    from indistill_fx.export import export_onnx
-    from indistill_fx.runs import is_run, keep_export
+    from indistill_fx.runs.load import is_run, keep_export
 
     if int8 and data is None:
         raise ConfigError(
@@ -146,8 +146,8 @@ def _names(text: str | None) -> list[str] | None:
 
 
 def _quantize(source: Path, some: Data, data: str, samples: int, options: dict[str, Any]) -> QuantizeReport:
-    from indistill_fx.data import open_data
-    from indistill_fx.quantize import quantize_onnx
+    from indistill_fx.data.open import open_data
+    from indistill_fx.deploy.quantize import quantize_onnx
 
     dynamic = options["dynamic"]
     return quantize_onnx(

@@ -39,7 +39,7 @@ def command(
     from rich.text import Text
 
     from indistill_fx.cli.tables import count, plain_table, size, spine_table
-    from indistill_fx.passes.spine import spine
+    from indistill_fx.passes.structure.stages import spine
 
     source = common.open_model(model, trust)
     traced = common.trace_model(source, common.example_for((source,), input_size), "teacher", logits=logits)

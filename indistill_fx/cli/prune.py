@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.table import Table
     from torch import nn
 
-    from indistill_fx.passes.shrink import ShrinkReport
+    from indistill_fx.passes.pruning.shrink import ShrinkReport
     from indistill_fx.traced import TracedModel
 
 
@@ -70,8 +70,8 @@ def command(
       indistill-fx prune teacher.pt --width layer1=32 --input 3x32x32 -o small.pt2
       indistill-fx prune teacher.pt --plan plan.json -o narrowed.pt2
     """
+    from indistill_fx.deploy.save_pt2 import save_program
     from indistill_fx.errors import ConfigError
-    from indistill_fx.saving import save_program
 
     if plan_file and (others := [f"--{name.replace('_', '-').rstrip('s')}" for name, wish in wishes.items() if wish]):
         raise ConfigError(
@@ -92,7 +92,7 @@ def _data(spec: str | None, batches: int) -> tuple[Iterable[object] | None, tupl
     """The first batches of the data, as evaluation sees them, and the size of its pictures."""
     from itertools import islice
 
-    from indistill_fx.data import open_data
+    from indistill_fx.data.open import open_data
 
     if spec is None:
         return None, None
@@ -104,8 +104,8 @@ def _narrowed(traced: TracedModel, plan_file: str, ranking: dict[str, Any]) -> n
     from rich.text import Text
 
     from indistill_fx.cli.tables import count, plain_table
-    from indistill_fx.passes.instrument import instrument
-    from indistill_fx.passes.narrow import narrow
+    from indistill_fx.passes.extract.instrument import instrument
+    from indistill_fx.passes.pruning.narrow import narrow
     from indistill_fx.plan import AlignmentPlan
 
     plan = AlignmentPlan.load(plan_file)
@@ -123,9 +123,9 @@ def _narrowed(traced: TracedModel, plan_file: str, ranking: dict[str, Any]) -> n
 def _shrunk(traced: TracedModel, layers: bool, *, widths: tuple[str, ...], **wishes: Any) -> nn.Module:
     from rich.text import Text
 
-    from indistill_fx.bench import measure
     from indistill_fx.cli.tables import count
-    from indistill_fx.passes.shrink import shrink
+    from indistill_fx.deploy.bench import measure
+    from indistill_fx.passes.pruning.shrink import shrink
 
     result = shrink(traced, widths=_widths(widths), **wishes)
     table = _layers(result.report) if layers else _stages(traced, result.value)
@@ -160,7 +160,7 @@ def _stages(traced: TracedModel, smaller: TracedModel) -> Table:
     from rich.text import Text
 
     from indistill_fx.cli.tables import plain_table
-    from indistill_fx.passes.spine import stages
+    from indistill_fx.passes.structure.stages import stages
 
     table = plain_table("stage ends at", "before", "after", numbers=("before", "after"))
     for stage in stages(traced):

@@ -10,8 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from indistill_fx.passes.match import MatchReport
-    from indistill_fx.passes.spine import SpineNode
+    from indistill_fx.passes.pairing.match import MatchReport
+    from indistill_fx.passes.structure.stages import SpineNode
     from indistill_fx.plan import AlignmentPlan
     from indistill_fx.traced import TracedModel
 
@@ -43,7 +43,7 @@ def alignment_table(
     plan: AlignmentPlan, report: MatchReport, teacher: TracedModel, *, explain: int | None = None
 ) -> RenderableType:
     """The pairs of a plan, the legend of their reasons, what found no partner, and one pair's runners-up on request."""
-    from indistill_fx.passes.score import LEGEND
+    from indistill_fx.passes.pairing.score import LEGEND
 
     table = plain_table(
         "", "teacher", "shape", "student", "shape", "kept", "score", "reason", numbers=("", "kept", "score")

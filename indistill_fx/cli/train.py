@@ -23,8 +23,8 @@ def command(model: str, **options: Any) -> None:
     Example:
       indistill-fx train torchvision:resnet18?num_classes=10 --data cifar10 -o runs/teacher
     """
-    from indistill_fx.runs import about, about_data
-    from indistill_fx.train import train
+    from indistill_fx.runs.load import about, about_data
+    from indistill_fx.training.supervised import train
 
     source = common.open_model(model, options["trust"], seed=options["seed"])
     job = training.open_job(options)

@@ -12,8 +12,8 @@ from indistill_fx.cli.common import Command, console, device_option, example_for
 from indistill_fx.errors import ConfigError
 
 if TYPE_CHECKING:
-    from indistill_fx.data import Data
-    from indistill_fx.record import RunRecord
+    from indistill_fx.data.dataset import Data
+    from indistill_fx.runs.record import RunRecord
 
 
 class Grouped(click.Command):
@@ -191,7 +191,7 @@ _SETTINGS = (
 
 def open_job(options: dict[str, Any], *, with_indices: bool = False) -> Job:
     """Open the data of a training command and gather its settings."""
-    from indistill_fx.data import open_data
+    from indistill_fx.data.open import open_data
 
     named = {name: options[name] for name in ("batch_size", "workers", "seed", "limit", "cache")}
     data = open_data(

@@ -1,1 +1,1 @@
-"""The passes: one per file, each a function of values; `pipeline` composes them."""
+"""The compiler's passes. `align` and `pipeline` put them together; what a pass is stands in `contract`."""

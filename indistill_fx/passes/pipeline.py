@@ -3,105 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-from torch import fx, nn
+from torch import fx
 
-from indistill_fx.errors import ConfigError
-from indistill_fx.passes.adapt import adapt, layout_of
-from indistill_fx.passes.dedupe import dedupe
-from indistill_fx.passes.fold import fold
-from indistill_fx.passes.fuse import fuse
-from indistill_fx.passes.instrument import cut
-from indistill_fx.passes.layout import lay_out
-from indistill_fx.passes.lower import lower
-from indistill_fx.passes.match import MatchReport, match
-from indistill_fx.passes.narrow import choose_channels, narrow
-from indistill_fx.passes.overwrite import overwrite
-from indistill_fx.passes.sink import sink
-from indistill_fx.passes.trace import trace
-from indistill_fx.passes.verify import signature_of, untouched, verify
-from indistill_fx.plan import AlignmentPlan, Layers, ModelStamp, Pair
-from indistill_fx.result import PassResult
+from indistill_fx.passes.contract import signature_of, unchanged, verify
+from indistill_fx.passes.extract.adapt import adapt, layout_of
+from indistill_fx.passes.extract.dedupe import dedupe
+from indistill_fx.passes.extract.fold import fold
+from indistill_fx.passes.extract.instrument import cut
+from indistill_fx.passes.lowering.channels_last import lay_out
+from indistill_fx.passes.lowering.fused_conv import fuse
+from indistill_fx.passes.lowering.inplace_relu import overwrite
+from indistill_fx.passes.lowering.max_pool import lower, sink
+from indistill_fx.passes.pruning.narrow import narrow
+from indistill_fx.plan import AlignmentPlan, Pair
 from indistill_fx.traced import Role, TracedModel
-
-
-def as_traced(model: nn.Module | TracedModel, example_inputs: Any, *, role: Role) -> TracedModel:
-    """The traced model; a plain module is traced with `example_inputs`.
-
-    Raises:
-        ConfigError: a plain module without example inputs.
-    """
-    if isinstance(model, TracedModel):
-        return model
-    if example_inputs is None:
-        raise ConfigError(
-            f"The {role} is a plain module, and there is no example input to trace it with.",
-            where="example_inputs",
-            hint=f"Give example_inputs=…, or {role}=ifx.trace({role}, example_inputs, role={role!r}).",
-        )
-    return trace(model, example_inputs, role=role)
-
-
-def align(
-    teacher: nn.Module | TracedModel,
-    student: nn.Module | TracedModel,
-    *,
-    example_inputs: Any = None,
-    criterion: str = "l1",
-    loader: Any = None,
-    **matching: Any,
-) -> AlignmentPlan:
-    """Pair the layers of teacher and student, and choose the teacher's channels for each pair.
-
-    Args:
-        teacher: traced, or a plain module (then `example_inputs` is needed).
-        student: likewise.
-        example_inputs: a tensor or tuple, batch first.
-        criterion: how channels are ranked (see `passes.criteria`).
-        loader: batches, for criteria that look at data.
-        matching: options of `match`: pairs, every_block, taps, fixed, similarity.
-
-    Returns:
-        The plan, shallow to deep.
-
-    Raises:
-        MatchError: the models have nothing in common that could be paired.
-    """
-    teacher = as_traced(teacher, example_inputs, role="teacher")
-    student = as_traced(student, example_inputs, role="student")
-    return align_traced(teacher, student, criterion=criterion, loader=loader, **matching).value
-
-
-def align_traced(
-    teacher: TracedModel, student: TracedModel, *, criterion: str = "l1", loader: Any = None, **matching: Any
-) -> PassResult[AlignmentPlan, MatchReport]:
-    """`align` for traced models, with the matcher's report: evidence and runners-up of every pair."""
-    with untouched(teacher, by="match"), untouched(student, by="match"):
-        found = match(teacher, student, **matching)
-    last = found.report.embedding
-    pairs = (*found.value, last) if last is not None else found.value
-    widths = {pair.teacher: width for pair in pairs if (width := _narrower(pair, teacher, student)) is not None}
-    with untouched(teacher, by="choose_channels"):
-        kept = choose_channels(teacher, widths, criterion=criterion, loader=loader)
-    pairs = tuple(pair.model_copy(update={"kept": kept.get(pair.teacher)}) for pair in pairs)
-    plan = AlignmentPlan(
-        teacher=ModelStamp.of(teacher),
-        student=ModelStamp.of(student),
-        pairs=pairs[: len(found.value)],
-        embedding=pairs[-1] if last is not None else None,
-        unmatched=found.report.unmatched,
-        layers=Layers(teacher=teacher.layers, student=student.layers),
-    )
-    return PassResult(plan, found.report)
-
-
-def _narrower(pair: Pair, teacher: TracedModel, student: TracedModel) -> int | None:
-    """The student's width where it is below the teacher's; None too where a penultimate vector has no channel axis."""
-    facts = teacher.facts_of(pair.teacher), student.facts_of(pair.student)
-    if any(one.channel_axis is None for one in facts):
-        return None
-    return facts[1].channels if facts[1].channels < facts[0].channels else None
 
 
 def teacher_half(
@@ -117,7 +33,7 @@ def teacher_half(
         narrowed: whether the widths of the pairs have been made equal.
     """
     signature = signature_of(teacher.graph_module)
-    with untouched(teacher, by="cut"):
+    with unchanged(teacher, by="cut"):
         graph = cut(teacher, [*dict.fromkeys((*(pair.teacher for pair in pairs), *taps))])
         verify(graph, after="cut", signature=signature)
         graph = dedupe(graph)
@@ -139,7 +55,7 @@ def student_half(
 ) -> fx.GraphModule:
     """The student's part of a stage: cut at its taps; it calls the user's own layers."""
     signature = signature_of(student.graph_module)
-    with untouched(student, by="cut"):
+    with unchanged(student, by="cut"):
         graph = cut(student, [*dict.fromkeys((*(pair.student for pair in pairs), *taps))])
         verify(graph, after="cut", signature=signature)
         for pair in pairs:
@@ -158,7 +74,7 @@ def student_half(
 
 def narrowed_teacher(teacher: TracedModel, plan: AlignmentPlan) -> TracedModel:
     """The teacher with student-wide taps, as the plan says."""
-    with untouched(teacher, by="narrow"):
+    with unchanged(teacher, by="narrow"):
         slim = narrow(teacher, plan).value
     verify(slim.graph_module, after="narrow", signature=signature_of(teacher.graph_module))
     return slim

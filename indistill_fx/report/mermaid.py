@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from indistill_fx.report.columns import Alignment, Column
+from indistill_fx.report.alignment_view import Alignment, Column
 from indistill_fx.report.svg import legible, shorten
 
 _PLAIN = frozenset(" .,:+-_/")

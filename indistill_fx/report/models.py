@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from indistill_fx.report import numbers
-from indistill_fx.report.runs import ModelFacts, Run
+from indistill_fx.report.read_runs import ModelFacts, Run
 
 COLUMNS = (
     "Accuracy",

@@ -17,16 +17,15 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from indistill_fx.passes.match import MatchReport
+from indistill_fx.passes.pairing.match import MatchReport
 from indistill_fx.plan import AlignmentPlan
 from indistill_fx.report import numbers
-from indistill_fx.report.charts import charts_of
-from indistill_fx.report.columns import Alignment, Match, see, see_plan
-from indistill_fx.report.curves import curves_svg
+from indistill_fx.report.alignment_view import Alignment, Match, see, see_plan
+from indistill_fx.report.curves import charts_of, curves_svg
 from indistill_fx.report.models import COLUMNS, model_rows, note, role_of
 from indistill_fx.report.palette import GRADES, PAGE, grade
 from indistill_fx.report.pictures import kept_svg
-from indistill_fx.report.runs import Run, read_runs
+from indistill_fx.report.read_runs import Run, read_runs
 from indistill_fx.report.svg import legible
 from indistill_fx.traced import TracedModel
 

@@ -5,10 +5,40 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from indistill_fx.report.columns import Alignment, Column, Match, Row
+from indistill_fx.errors import ConfigError
+from indistill_fx.report.alignment_view import Alignment, Column, Match, Row
 from indistill_fx.report.numbers import ranges, short
 from indistill_fx.report.palette import GRADES, PAPER, Palette, score_colour
 from indistill_fx.report.svg import Drawing, shorten
+
+
+def to_png(svg: str, *, width: int = 1840) -> bytes:
+    """The picture in pixels.
+
+    Args:
+        svg: the text of an SVG file.
+        width: of the PNG.
+
+    Raises:
+        ConfigError: CairoSVG, or the cairo library that it needs, is not installed.
+    """
+    try:
+        import cairosvg
+    except ImportError as error:
+        raise ConfigError(
+            "A PNG file needs CairoSVG, which is not installed.",
+            where="--png",
+            hint="pip install 'indistill-fx[png]', or write --svg, which needs nothing.",
+        ) from error
+    except OSError as error:  # CairoSVG is there, libcairo is not
+        raise ConfigError(
+            "A PNG file needs the cairo library, which is not installed.",
+            where="--png",
+            hint="Install it (Debian: apt-get install libcairo2; macOS: brew install cairo), or write --svg, which needs nothing.",
+        ) from error
+    found: bytes = cairosvg.svg2png(bytestring=svg.encode(), output_width=width)
+    return found
+
 
 _WIDTH, _MARGIN, _BAR, _COLUMN = 920.0, 16.0, 190.0, 384.0
 _TOP, _BOTTOM, _ROW, _HEAD, _GAP, _PAD = 64.0, 58.0, 20.0, 20.0, 8.0, 4.0

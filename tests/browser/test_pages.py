@@ -8,8 +8,8 @@ import time
 import pytest
 import torch
 
-from indistill_fx.passes.pipeline import align_traced
-from indistill_fx.passes.trace import trace
+from indistill_fx.passes.align import align_traced
+from indistill_fx.passes.capture.trace import trace
 from indistill_fx.report import alignment_page, run_page
 from tests.report_samples import NASTY, leave_run, network
 

@@ -173,8 +173,8 @@ def test_train_distill_evaluate_export(here, capsys):
     code, out, _ = told(capsys, "check", "student.onnx", "--against", "models.py:make", "--input", "1x8x8")
     assert code == 2
     assert "differs" in out
-    from indistill_fx.data import open_data
-    from indistill_fx.evaluate import evaluate
+    from indistill_fx.data.open import open_data
+    from indistill_fx.evaluation.accuracy import evaluate
 
     assert evaluate(module, open_data("digits").test).accuracy == measured
     code, _, err = told(capsys, "distill", teacher, "models.py:make", "-o", "run", *quick)
@@ -341,7 +341,7 @@ def test_debug_shows_the_traceback(here, capsys):
 
 
 def test_our_own_fault_is_code_1(here, capsys, monkeypatch):
-    monkeypatch.setattr("indistill_fx.sources.load_source", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr("indistill_fx.loading.load.load_source", lambda *a, **k: 1 / 0)
     code, _, err = told(capsys, "inspect", "models.py:make")
     assert code == 1
     assert "our fault" in err

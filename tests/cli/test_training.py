@@ -11,10 +11,10 @@ import torch
 
 import indistill_fx as ifx
 from indistill_fx.cli import run
-from indistill_fx.data import open_data
-from indistill_fx.evaluate import evaluate
-from indistill_fx.recipes import RECIPES
-from indistill_fx.settings import Options, Settings
+from indistill_fx.data.open import open_data
+from indistill_fx.evaluation.accuracy import evaluate
+from indistill_fx.training.recipes import RECIPES
+from indistill_fx.training.settings import Options, Settings
 
 MODELS = """
 from torch import nn
@@ -101,7 +101,7 @@ def test_the_warm_up_is_what_was_asked_for(here, capsys, options, schedule):
 def asked(monkeypatch) -> list[dict[str, Any]]:
     """What `distill` would be asked to do, instead of doing it."""
     found: list[dict[str, Any]] = []
-    for place in ("indistill_fx.chain.distill", "indistill_fx.train.distill"):  # chain first: it imports the other
+    for place in ("indistill_fx.training.chain.distill", "indistill_fx.training.distill.distill"):  # chain first: it imports the other
         monkeypatch.setattr(place, lambda teacher, student, loader, **options: found.append(options))
     monkeypatch.setattr("indistill_fx.cli.training.tell_run", lambda record, place: None)
     return found

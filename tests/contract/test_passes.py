@@ -11,11 +11,11 @@ import torch
 from torch import fx, nn
 
 import indistill_fx as ifx
-from indistill_fx.graphs import digest
-from indistill_fx.passes.fold import fold
-from indistill_fx.passes.instrument import cut
-from indistill_fx.passes.spine import spine
-from indistill_fx.passes.verify import verify
+from indistill_fx.graph.module_state import digest
+from indistill_fx.passes.contract import verify
+from indistill_fx.passes.extract.fold import fold
+from indistill_fx.passes.extract.instrument import cut
+from indistill_fx.passes.structure.stages import spine
 from tests.nets import Cnn32, Overwritten, PreActivation, Residual, TinyTransformer, images, seeded
 
 NETS: dict[str, tuple[Callable[[], nn.Module], torch.Tensor]] = {

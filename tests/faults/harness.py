@@ -16,10 +16,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from indistill_fx.checkpoint import load_checkpoint
-from indistill_fx.loaders import MemoryLoader
-from indistill_fx.record import LAST, STUDENT, RunRecord
-from indistill_fx.train import train
+from indistill_fx.data.loaders import MemoryLoader
+from indistill_fx.runs.checkpoint import load_checkpoint
+from indistill_fx.runs.directory import LAST, STUDENT
+from indistill_fx.runs.record import RunRecord
+from indistill_fx.training.supervised import train
 
 EPOCHS, SAMPLES, BATCH = 3, 40, 8
 ROOT = Path(__file__).parents[2]

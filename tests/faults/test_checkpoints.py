@@ -15,9 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from indistill_fx.errors import ConfigError
-from indistill_fx.record import LAST
 from indistill_fx.report import run_page
-from indistill_fx.runs import load_run
+from indistill_fx.runs.directory import LAST
+from indistill_fx.runs.load import load_run
 from tests.faults.harness import Victims, finishes_as_if_nothing_happened, run, steps_saved
 
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import indistill_fx as ifx
+from indistill_fx.data.image_folders import decode, list_images
+from indistill_fx.deploy.save_pt2 import save_program
 from indistill_fx.errors import ConfigError, ExportError, IndistillError, TrainError
-from indistill_fx.images import decode, list_images
 from indistill_fx.plan import AlignmentPlan, ModelStamp
-from indistill_fx.report.files import write
-from indistill_fx.saving import save_program
+from indistill_fx.system.files import write
 from tests.faults.harness import disk, finishes_as_if_nothing_happened, network, run, steps_saved
 
 
@@ -33,7 +33,7 @@ def fill(place: Path) -> Path:
 def test_a_disk_that_fills_up_during_training(tmp_path: Path) -> None:
     with disk(tmp_path / "disk", 400):
         place, steps = tmp_path / "disk" / "run", [0]
-        from indistill_fx import engine
+        from indistill_fx.training import loop as engine
 
         original = engine.Engine._step
         ballast: list[Path] = []

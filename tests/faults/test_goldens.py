@@ -11,7 +11,7 @@ import pytest
 import indistill_fx as ifx
 from indistill_fx.plan import AlignmentPlan
 from indistill_fx.report import run_page
-from indistill_fx.report.runs import read_run
+from indistill_fx.report.read_runs import read_run
 from tests.faults.harness import STEPS, run, steps_saved
 
 GOLDEN = Path(__file__).parents[1] / "golden"

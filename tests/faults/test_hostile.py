@@ -19,15 +19,14 @@ from torch import nn
 
 from indistill_fx.cli import run as run_cli
 from indistill_fx.cli.common import console
+from indistill_fx.data.image_folders import decode, list_images, read_image
 from indistill_fx.errors import ConfigError
-from indistill_fx.images import decode, list_images, read_image
+from indistill_fx.loading.load import load
 from indistill_fx.plan import AlignmentPlan
-from indistill_fx.printable import printable
 from indistill_fx.report import run_page
-from indistill_fx.runs import about, load_run
-from indistill_fx.seal import seal
-from indistill_fx.sources import load
-from indistill_fx.terminal import SafeConsole
+from indistill_fx.runs.load import about, load_run
+from indistill_fx.runs.signature import seal
+from indistill_fx.system.terminal import SafeConsole, printable
 from tests.faults.harness import Victims, run
 
 

@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 import torch
 
-from indistill_fx import record
+from indistill_fx.data.user_loaders import repeatable
 from indistill_fx.errors import ConfigError, TrainError
-from indistill_fx.job import repeatable
-from indistill_fx.record import LAST
-from indistill_fx.train import train
+from indistill_fx.runs import directory as record
+from indistill_fx.runs.directory import LAST
+from indistill_fx.training.supervised import train
 from tests.faults.harness import ROOT, finishes_as_if_nothing_happened, network, run, steps_saved
 
 
@@ -38,7 +38,7 @@ SCRIPT = """
 import os, signal, sys
 import torch
 from tests.faults.harness import run
-from indistill_fx import engine
+from indistill_fx.training import loop as engine
 
 original = engine.Engine._step
 def step(self, *args):
@@ -132,7 +132,7 @@ def test_a_worker_whose_death_is_told_while_a_checkpoint_is_written(
         if saved and seen == 5:
             raise RuntimeError("DataLoader worker (pid 5) is killed by signal: Killed.")
 
-    monkeypatch.setattr("indistill_fx.checkpoint._sync", told)
+    monkeypatch.setattr("indistill_fx.system.files._sync", told)
     with pytest.raises(TrainError, match=r"has died: DataLoader worker \(pid 5\)"):
         run(tmp_path / "run", module=network())
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
@@ -153,7 +153,7 @@ def test_a_connection_that_ends_is_a_dead_worker_only_if_torch_says_so(
         if later:
             raise RuntimeError("DataLoader worker (pid 5) is killed by signal: Killed.")
 
-    monkeypatch.setattr("indistill_fx.workers.time.sleep", news)
+    monkeypatch.setattr("indistill_fx.data.loaders.time.sleep", news)
     loader = repeatable(Broken([0]), 0, "train loader")
     if later:
         with pytest.raises(TrainError, match=r"has died: DataLoader worker \(pid 5\)"):

@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 
-from indistill_fx import checkpoint, engine, record
 from indistill_fx.errors import ConfigError
-from indistill_fx.stopping import Interrupted
+from indistill_fx.runs import checkpoint
+from indistill_fx.runs import directory as record
+from indistill_fx.training import loop as engine
+from indistill_fx.training.signals import Interrupted
 from tests.faults.harness import run
 
 
@@ -95,7 +97,7 @@ def gone_after_eight_steps(place: str) -> None:
 
 def reads_a_run(place: str) -> None:
     from indistill_fx.report import run_page
-    from indistill_fx.runs import load_run
+    from indistill_fx.runs.load import load_run
 
     run_page(place)
     try:
@@ -105,7 +107,7 @@ def reads_a_run(place: str) -> None:
 
 
 def reads_an_image(path: str) -> None:
-    from indistill_fx.images import read_image
+    from indistill_fx.data.image_folders import read_image
 
     try:
         read_image(path)

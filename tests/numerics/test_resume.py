@@ -20,12 +20,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, RandomSampler, WeightedRandomSampler
 
+from indistill_fx.batch import label_check
 from indistill_fx.curriculum import Budget
-from indistill_fx.job import Job, Work, label_check, repeatable
-from indistill_fx.loaders import FlipAndCrop, MemoryLoader
-from indistill_fx.record import RunRecord
-from indistill_fx.settings import Settings
-from indistill_fx.state import Leg
+from indistill_fx.data.loaders import FlipAndCrop, MemoryLoader
+from indistill_fx.data.user_loaders import repeatable
+from indistill_fx.runs.record import RunRecord
+from indistill_fx.training.settings import Settings
+from indistill_fx.training.state import Leg
+from indistill_fx.training.trainer import Job, Work
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SIZE, BATCH = 40, 8

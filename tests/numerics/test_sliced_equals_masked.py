@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from indistill_fx.passes.masked import run_masked
-from indistill_fx.passes.shrink import shrink
-from indistill_fx.passes.trace import trace
+from indistill_fx.passes.capture.trace import trace
+from indistill_fx.passes.pruning.shrink import shrink
+from tests.numerics.masked_reference import run_masked
 
 NETS: dict[str, tuple[int, dict[str, Any]]] = {
     "resnet18": (64, {}),

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import indistill_fx as ifx
-from indistill_fx.graphs import digest
+from indistill_fx.graph.module_state import digest
 from tests.nets import Cnn32, Residual, images, seeded
 
 

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 import indistill_fx as ifx
-from indistill_fx.passes.adapt import Layout, adapt
-from indistill_fx.passes.instrument import cut
+from indistill_fx.passes.extract.adapt import Layout, adapt
+from indistill_fx.passes.extract.instrument import cut
 from tests.nets import Residual, TinyTransformer, images, seeded
 
 MAP = Layout(8, True, (16, 16), "map")

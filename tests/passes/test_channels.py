@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from indistill_fx.attention import HeadAttention, window_attention
-from indistill_fx.passes.channels import RULES
-from indistill_fx.passes.narrow import narrow
-from indistill_fx.passes.trace import trace
+from indistill_fx.graph.attention import HeadAttention, window_attention
+from indistill_fx.passes.capture.trace import trace
+from indistill_fx.passes.channels.rules import RULES
+from indistill_fx.passes.pruning.narrow import narrow
 from indistill_fx.traced import TracedModel
 
 C = 12

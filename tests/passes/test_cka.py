@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from indistill_fx.errors import ConfigError
-from indistill_fx.graphs import digest
-from indistill_fx.passes.cka import cka, hsic
-from indistill_fx.passes.match import match
-from indistill_fx.passes.trace import trace
+from indistill_fx.graph.module_state import digest
+from indistill_fx.passes.capture.trace import trace
+from indistill_fx.passes.pairing.cka import cka, hsic
+from indistill_fx.passes.pairing.match import match
 from tests.nets import Residual, images, seeded
 
 

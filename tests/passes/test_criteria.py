@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from indistill_fx.errors import ConfigError, PruneError
-from indistill_fx.graphs import digest
-from indistill_fx.passes.criteria import NAMES, WEIGHTS, best, statistics
-from indistill_fx.passes.narrow import choose_channels, narrow
-from indistill_fx.passes.shrink import shrink
-from indistill_fx.passes.trace import trace
+from indistill_fx.graph.module_state import digest
+from indistill_fx.passes.capture.trace import trace
+from indistill_fx.passes.pruning.criteria import NAMES, WEIGHTS, best, statistics
+from indistill_fx.passes.pruning.narrow import choose_channels, narrow
+from indistill_fx.passes.pruning.shrink import shrink
 from indistill_fx.traced import TracedModel
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 import indistill_fx as ifx
-from indistill_fx.graphs import digest
-from indistill_fx.passes.fold import fold
+from indistill_fx.graph.module_state import digest
+from indistill_fx.passes.extract.fold import fold
 from tests.nets import Overwritten, PreActivation, Residual, images, seeded
 
 

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 import indistill_fx as ifx
-from indistill_fx.passes.fold import fold
-from indistill_fx.passes.fuse import FusedConv, fuse
-from indistill_fx.passes.instrument import cut
+from indistill_fx.passes.extract.fold import fold
+from indistill_fx.passes.extract.instrument import cut
+from indistill_fx.passes.lowering.fused_conv import FusedConv, fuse
 from tests.nets import Residual, images, seeded
 
 

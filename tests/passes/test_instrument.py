@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import indistill_fx as ifx
-from indistill_fx.graphs import digest
-from indistill_fx.passes.instrument import cut
+from indistill_fx.graph.module_state import digest
+from indistill_fx.passes.extract.instrument import cut
 from tests.nets import Cnn32, Overwritten, PreActivation, Residual, TinyTransformer, images, seeded
 
 

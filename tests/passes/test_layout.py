@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import indistill_fx as ifx
-from indistill_fx.passes.instrument import cut
-from indistill_fx.passes.layout import channels_last, lay_out, max_pool_channels_last
+from indistill_fx.passes.extract.instrument import cut
+from indistill_fx.passes.lowering.channels_last import channels_last, lay_out, max_pool_channels_last
 from tests.nets import images, seeded
 
 

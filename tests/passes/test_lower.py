@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import indistill_fx as ifx
-from indistill_fx.passes.instrument import cut
-from indistill_fx.passes.lower import lower, max_pool_by_maxima
+from indistill_fx.passes.extract.instrument import cut
+from indistill_fx.passes.lowering.max_pool import lower, max_pool_by_maxima
 from tests.nets import Cnn32, images, seeded
 
 

@@ -10,11 +10,11 @@ import torchvision
 from torch import Tensor, nn
 
 from indistill_fx.errors import ConfigError, MatchError
-from indistill_fx.passes.explain import CODES, legend, rows
-from indistill_fx.passes.match import match
-from indistill_fx.passes.pipeline import align
-from indistill_fx.passes.score import LEGEND
-from indistill_fx.passes.trace import trace
+from indistill_fx.passes.align import align
+from indistill_fx.passes.capture.trace import trace
+from indistill_fx.passes.pairing.match import match
+from indistill_fx.passes.pairing.runners_up import CODES, legend, rows
+from indistill_fx.passes.pairing.score import LEGEND
 from indistill_fx.plan import Pair
 from indistill_fx.traced import TracedModel
 from tests.nets import Cnn32, Residual, TinyTransformer, images, seeded

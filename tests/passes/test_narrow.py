@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from indistill_fx.errors import PruneError
-from indistill_fx.graphs import digest
-from indistill_fx.passes.dedupe import dedupe
-from indistill_fx.passes.narrow import choose_channels, narrow
-from indistill_fx.passes.trace import trace
+from indistill_fx.graph.module_state import digest
+from indistill_fx.passes.capture.trace import trace
+from indistill_fx.passes.extract.dedupe import dedupe
+from indistill_fx.passes.pruning.narrow import choose_channels, narrow
 from indistill_fx.traced import TracedModel
 
 WEIGHTS = Path("/work/shared/reference/cnn32_assistant_cifar10.pt")

@@ -11,8 +11,8 @@ import torchvision
 from torch import nn
 
 import indistill_fx as ifx
-from indistill_fx.passes.instrument import cut
-from indistill_fx.passes.overwrite import overwrite
+from indistill_fx.passes.extract.instrument import cut
+from indistill_fx.passes.lowering.inplace_relu import overwrite
 from tests.nets import Cnn32, images, seeded
 
 

@@ -15,17 +15,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from indistill_fx.deploy.export_onnx import export_onnx
 from indistill_fx.errors import ConfigError, PruneError
-from indistill_fx.export import export_onnx
-from indistill_fx.graphs import digest
-from indistill_fx.passes.budget import _join
-from indistill_fx.passes.coupling import Coupling
-from indistill_fx.passes.criteria import WEIGHTS
-from indistill_fx.passes.masked import run_masked
-from indistill_fx.passes.narrow import narrow
-from indistill_fx.passes.shrink import shrink
-from indistill_fx.passes.trace import trace
+from indistill_fx.graph.module_state import digest
+from indistill_fx.passes.capture.trace import trace
+from indistill_fx.passes.pruning.criteria import WEIGHTS
+from indistill_fx.passes.pruning.dependencies import Coupling
+from indistill_fx.passes.pruning.groups import _join
+from indistill_fx.passes.pruning.narrow import narrow
+from indistill_fx.passes.pruning.shrink import shrink
 from indistill_fx.traced import TracedModel
+from tests.numerics.masked_reference import run_masked
 
 Op = Callable[..., Tensor]
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import indistill_fx as ifx
-from indistill_fx.passes.instrument import cut
-from indistill_fx.passes.sink import sink
+from indistill_fx.passes.extract.instrument import cut
+from indistill_fx.passes.lowering.max_pool import sink
 from tests.nets import Cnn32, images, seeded
 
 

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from indistill_fx.passes.flow import information_flow
-from indistill_fx.passes.spine import spine, stages
-from indistill_fx.passes.trace import trace
+from indistill_fx.passes.capture.trace import trace
+from indistill_fx.passes.structure.dominators import information_flow
+from indistill_fx.passes.structure.stages import spine, stages
 from indistill_fx.traced import TracedModel
 
 

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 import indistill_fx as ifx
 from indistill_fx.errors import FrontendError
-from indistill_fx.graphs import digest, mode
-from indistill_fx.passes.captured import tensors
-from indistill_fx.passes.exported import capture_exported
-from indistill_fx.passes.shapes import capture_leaves, capture_shapes
-from indistill_fx.passes.symbolic import capture_symbolic
+from indistill_fx.graph.module_state import digest, mode
+from indistill_fx.passes.capture.captured import tensors
+from indistill_fx.passes.capture.exported import capture_exported
+from indistill_fx.passes.capture.recording import capture_leaves, capture_shapes
+from indistill_fx.passes.capture.symbolic import capture_symbolic
 
 
 def vectors(rows: int = 2, width: int = 4) -> Tensor:
@@ -472,7 +472,7 @@ class Reused(nn.Module):
 @pytest.mark.parametrize("role", ["teacher", "student"])
 @pytest.mark.parametrize("capture", [capture_symbolic, capture_shapes, capture_exported])
 def test_shared_modules_and_tied_weights(capture, role, monkeypatch):
-    monkeypatch.setattr(importlib.import_module("indistill_fx.passes.trace"), "_RUNGS", {"only": capture})
+    monkeypatch.setattr(importlib.import_module("indistill_fx.passes.capture.trace"), "_RUNGS", {"only": capture})
     module = Reused()
     traced = ifx.trace(module, vectors(), role=role)
     assert list(traced.graph_module.parameters()) == [module.a.weight]
@@ -500,7 +500,7 @@ class Twice(nn.Module):
 
 @pytest.mark.parametrize("capture", [capture_symbolic, capture_shapes, capture_exported])
 def test_facts_name_the_call_of_a_reused_module(capture, monkeypatch):
-    monkeypatch.setattr(importlib.import_module("indistill_fx.passes.trace"), "_RUNGS", {"only": capture})
+    monkeypatch.setattr(importlib.import_module("indistill_fx.passes.capture.trace"), "_RUNGS", {"only": capture})
     traced = ifx.trace(Twice(), vectors())
     calls = {name: traced.facts_of(name) for name in ("block.layer", "block", "block.layer@2", "block@2")}
     assert {name: facts.module for name, facts in calls.items()} == {

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import indistill_fx as ifx
-from indistill_fx.passes.verify import signature_of, untouched, verify
+from indistill_fx.passes.contract import signature_of, unchanged, verify
 from tests.nets import Residual, images, seeded
 
 
@@ -56,11 +56,11 @@ DAMAGE = {
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_pass_that_changes_its_input_is_caught(traced, damage):
-    with pytest.raises(ifx.PassError, match="Pass `bad` changed its input"), untouched(traced, by="bad"):
+    with pytest.raises(ifx.PassError, match="Pass `bad` changed its input"), unchanged(traced, by="bad"):
         DAMAGE[damage](traced)
 
 
 def test_a_pure_pass_is_not(traced):
-    with untouched(traced, by="good"):
+    with unchanged(traced, by="good"):
         ifx.instrument(traced, ["layer1"])
     assert signature_of(traced.graph_module) == ("x",)

@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 from indistill_fx.errors import MatchError
-from indistill_fx.passes.best_path import best_path
-from indistill_fx.passes.match import match
-from indistill_fx.passes.trace import trace
+from indistill_fx.passes.capture.trace import trace
+from indistill_fx.passes.pairing.match import best_path, match
 from indistill_fx.traced import TracedModel
 
 

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
-from indistill_fx.passes.masked import run_masked
-from indistill_fx.passes.narrow import narrow
-from indistill_fx.passes.shrink import shrink
-from indistill_fx.passes.trace import trace
+from indistill_fx.passes.capture.trace import trace
+from indistill_fx.passes.pruning.narrow import narrow
+from indistill_fx.passes.pruning.shrink import shrink
+from tests.numerics.masked_reference import run_masked
 
 Values = list[Tensor]
 

@@ -52,7 +52,7 @@ def test_a_wrong_number_is_seen(fuzz: ModuleType, monkeypatch: pytest.MonkeyPatc
 def test_a_network_that_was_refused_once_is_traced(fuzz: ModuleType) -> None:
     """Sizes that are computed in `unflatten`, in a network of its own: (0, 1) above, made small."""
     import indistill_fx as ifx
-    from indistill_fx.passes.masked import run_masked
+    from tests.numerics.masked_reference import run_masked
 
     class Net(torch.nn.Module):
         def __init__(self) -> None:

@@ -12,11 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import indistill_fx as ifx
-from indistill_fx.graphs import digest, mode
-from indistill_fx.passes.exported import capture_exported
-from indistill_fx.passes.functionalize import functionalize
-from indistill_fx.passes.shapes import capture_leaves, capture_shapes
-from indistill_fx.untouched import untouched
+from indistill_fx.graph.module_state import digest, mode, untouched
+from indistill_fx.passes.capture.exported import capture_exported
+from indistill_fx.passes.capture.functionalize import functionalize
+from indistill_fx.passes.capture.recording import capture_leaves, capture_shapes
 
 WIDTH = 4
 

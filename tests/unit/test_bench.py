@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from indistill_fx.bench import bench, example_of, measure
+from indistill_fx.deploy.bench import bench, example_of, measure
+from indistill_fx.deploy.export_onnx import export_onnx
 from indistill_fx.errors import ConfigError
-from indistill_fx.export import export_onnx
 
 X = torch.randn(2, 6)
 

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from indistill_fx import checkpoint
 from indistill_fx.errors import ConfigError, TrainError
-from indistill_fx.settings import make_optimizer
+from indistill_fx.runs import checkpoint
+from indistill_fx.training.settings import make_optimizer
 
 
 def stepped(name: str, seed: int, steps: int = 3) -> tuple[nn.Module, torch.optim.Optimizer]:

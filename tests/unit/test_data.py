@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
-from indistill_fx import data as data_module
-from indistill_fx.data import Data, open_data
+from indistill_fx.data import open as data_module
+from indistill_fx.data.dataset import Data
+from indistill_fx.data.image_folders import rank_in_class, spread
+from indistill_fx.data.loaders import DiskLoader, FlipAndCrop, MemoryLoader
+from indistill_fx.data.open import open_data
+from indistill_fx.data.user_loaders import ForeignLoader
 from indistill_fx.errors import ConfigError
-from indistill_fx.images import rank_in_class, spread
-from indistill_fx.loaders import DiskLoader, FlipAndCrop, ForeignLoader, MemoryLoader
 
 
 def write_images(
@@ -255,7 +257,7 @@ def test_the_cache_serves_until_a_file_changes(small, tmp_path, monkeypatch):
     kept = sorted(cache.iterdir())
     assert len(kept) == 2
     with monkeypatch.context() as patch:
-        patch.setattr("indistill_fx.images._decoded", lambda *_, **__: pytest.fail("decoded again"))
+        patch.setattr("indistill_fx.data.image_folders._decoded", lambda *_, **__: pytest.fail("decoded again"))
         second = open_data(spec, cache=cache)
     assert torch.equal(first.train.images, second.train.images)
     Image.new("RGB", (8, 8), (255, 0, 0)).save(small / "test" / "ant" / "0.png")

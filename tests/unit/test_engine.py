@@ -15,13 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from indistill_fx.batch import label_check
 from indistill_fx.curriculum import Budget
+from indistill_fx.data.user_loaders import repeatable
 from indistill_fx.errors import ConfigError, TrainError
-from indistill_fx.job import Job, Work, label_check, repeatable
-from indistill_fx.record import RunRecord
-from indistill_fx.settings import Settings
-from indistill_fx.state import Leg
-from indistill_fx.stopping import Interrupted
+from indistill_fx.runs.record import RunRecord
+from indistill_fx.training.settings import Settings
+from indistill_fx.training.signals import Interrupted
+from indistill_fx.training.state import Leg
+from indistill_fx.training.trainer import Job, Work
 
 
 class Student(nn.Module):
@@ -243,7 +245,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path):
     stage = At(Whole(student), 4, Poison.apply)
     with pytest.raises(TrainError, match=r"stage `main`, epoch 1, step 5: `first.weight` is not finite"):
         run(student, Leg("main", stage, Budget(3), main=True), run_dir=tmp_path / "run", checkpoint_every_steps=1)
-    from indistill_fx.checkpoint import load_checkpoint, not_finite
+    from indistill_fx.runs.checkpoint import load_checkpoint, not_finite
 
     tensors, saved = load_checkpoint(tmp_path / "run" / "checkpoints" / "last.safetensors")
     assert not_finite(tensors) == [] and saved["state"]["all_steps"] == 4

@@ -9,10 +9,11 @@ from sklearn.metrics import accuracy_score, log_loss
 from sklearn.neighbors import NearestNeighbors
 from torch import nn
 
-from indistill_fx.data import open_data
+from indistill_fx.data.open import open_data
 from indistill_fx.errors import ConfigError
-from indistill_fx.evaluate import embed, evaluate, evaluate_retrieval, retrieval, select_logits
-from indistill_fx.passes.trace import trace
+from indistill_fx.evaluation.accuracy import embed, evaluate, select_logits
+from indistill_fx.evaluation.retrieval import evaluate_retrieval, retrieval
+from indistill_fx.passes.capture.trace import trace
 
 
 class Net(nn.Module):

@@ -18,10 +18,11 @@ from PIL import Image
 from torch import nn
 
 import indistill_fx as ifx
-from indistill_fx import export, onnx_capture
+from indistill_fx.deploy import export_onnx as export
+from indistill_fx.deploy import onnx_capture
+from indistill_fx.deploy.export_onnx import export_onnx
+from indistill_fx.deploy.metadata import weights_digest
 from indistill_fx.errors import ConfigError, ExportError
-from indistill_fx.export import export_onnx
-from indistill_fx.provenance import weights_digest
 
 ROOT = Path(__file__).parents[2]
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 import indistill_fx as ifx
-from indistill_fx.data import open_data
-from indistill_fx.feature_cache import cache_features
-from indistill_fx.loaders import FlipAndCrop, MemoryLoader
-from indistill_fx.stage import joint_teachers
-from indistill_fx.train import distill
+from indistill_fx.data.loaders import FlipAndCrop, MemoryLoader
+from indistill_fx.data.open import open_data
+from indistill_fx.stages.compile import joint_teachers
+from indistill_fx.training.distill import distill
+from indistill_fx.training.feature_cache import cache_features
 from tests.nets import Cnn32, seeded
 
 SETTINGS = {"epochs": 1, "curriculum": ifx.Curriculum(lengths=[1, 1, 1]), "progress": False}

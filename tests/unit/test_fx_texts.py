@@ -9,7 +9,7 @@ import linecache
 import torch
 from torch import fx, nn
 
-from indistill_fx.graphs import forget_sources
+from indistill_fx.graph.edit import forget_sources
 
 TEXTS = fx.graph_module._loader.eval_cache
 

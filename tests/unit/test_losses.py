@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from indistill_fx.errors import ConfigError
-from indistill_fx.losses import EMBEDDING, MAIN_LOSSES, WARMUP_LOSSES, Outputs, main_loss, warmup_loss
+from indistill_fx.losses import EMBEDDING, Outputs
+from indistill_fx.losses.registry import MAIN_LOSSES, WARMUP_LOSSES, main_loss, warmup_loss
 
 B, C = 6, 5
 

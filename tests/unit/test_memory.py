@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from indistill_fx import memory
+from indistill_fx.system import allocator as memory
 
 glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
 

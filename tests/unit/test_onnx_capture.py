@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from indistill_fx.export import export_onnx
+from indistill_fx.deploy.export_onnx import export_onnx
 
 
 class Attention(nn.Module):

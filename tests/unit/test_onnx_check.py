@@ -6,11 +6,11 @@ import torch
 from onnx.numpy_helper import from_array, to_array
 from torch import nn
 
+from indistill_fx.deploy.check_onnx import check_onnx
+from indistill_fx.deploy.export_onnx import export_onnx
+from indistill_fx.deploy.preprocess import Preprocess
+from indistill_fx.deploy.quantize import quantize_onnx
 from indistill_fx.errors import ConfigError
-from indistill_fx.export import export_onnx
-from indistill_fx.onnx_check import check_onnx
-from indistill_fx.preprocess import Preprocess
-from indistill_fx.quantize import quantize_onnx
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from indistill_fx.ops import BINARY, UNARY, is_inplace, op_name, with_item
+from indistill_fx.graph.ops import BINARY, UNARY, is_inplace, op_name, with_item
 
 aten = torch.ops.aten
 

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from indistill_fx import parity
+from indistill_fx.deploy import parity
 from indistill_fx.errors import ConfigError
 
 tensors = st.builds(lambda: torch.zeros(1))

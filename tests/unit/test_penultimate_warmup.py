@@ -11,8 +11,8 @@ from torch import nn
 
 import indistill_fx as ifx
 from indistill_fx.errors import ConfigError
-from indistill_fx.stage import joint_teachers, warmup_plan
-from indistill_fx.train import distill
+from indistill_fx.stages.compile import joint_teachers, warmup_plan
+from indistill_fx.training.distill import distill
 from tests.nets import Cnn32, seeded, unsettle
 from tests.unit.test_feature_cache import loader
 

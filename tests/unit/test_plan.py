@@ -11,8 +11,8 @@ from torch import nn
 
 import indistill_fx as ifx
 from indistill_fx.errors import ConfigError
-from indistill_fx.passes.match import match
-from indistill_fx.passes.trace import trace
+from indistill_fx.passes.capture.trace import trace
+from indistill_fx.passes.pairing.match import match
 from indistill_fx.plan import AlignmentPlan, Layers, ModelStamp, Pair, plan_schema
 from indistill_fx.traced import TracedModel
 from tests.nets import Residual, images, seeded

@@ -6,11 +6,11 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
-from indistill_fx import quantize
-from indistill_fx.bench import bench
+from indistill_fx.deploy import quantize
+from indistill_fx.deploy.bench import bench
+from indistill_fx.deploy.export_onnx import export_onnx
+from indistill_fx.deploy.quantize import quantize_onnx
 from indistill_fx.errors import ConfigError, ExportError
-from indistill_fx.export import export_onnx
-from indistill_fx.quantize import quantize_onnx
 
 MEAN, STD = 0.3, 0.35
 

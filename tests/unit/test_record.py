@@ -10,11 +10,11 @@ import pytest
 from filelock import FileLock, Timeout
 
 from indistill_fx.errors import ConfigError, TrainError
-from indistill_fx.record import RunDirectory
+from indistill_fx.runs.directory import RunDirectory
 
 
 def test_a_directory_serves_one_run_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setattr("indistill_fx.record._PATIENCE", 0.1)
+    monkeypatch.setattr("indistill_fx.runs.directory._PATIENCE", 0.1)
     with (
         RunDirectory(tmp_path / "run", resume=True),
         pytest.raises(ConfigError, match="Another process"),
@@ -53,7 +53,7 @@ with RunDirectory({str(tmp_path / "run")!r}, resume=True):
         assert subprocess.run([sys.executable, "-c", code], stdin=reads, check=False).returncode == -9
         with pytest.raises(Timeout):
             FileLock(tmp_path / "run" / ".lock").acquire(timeout=0)
-        monkeypatch.setattr("indistill_fx.record._PATIENCE", 60)
+        monkeypatch.setattr("indistill_fx.runs.directory._PATIENCE", 60)
         threading.Timer(0.3, os.close, [writes]).start()
         with RunDirectory(tmp_path / "run", resume=True):
             pass

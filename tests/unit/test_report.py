@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from indistill_fx.errors import ConfigError
-from indistill_fx.passes.pipeline import align_traced
-from indistill_fx.passes.trace import trace
+from indistill_fx.passes.align import align_traced
+from indistill_fx.passes.capture.trace import trace
 from indistill_fx.report import (
     alignment_mermaid,
     alignment_page,
@@ -32,7 +32,7 @@ from indistill_fx.report import (
 from indistill_fx.report.curves import Chart, Curve, ticks
 from indistill_fx.report.models import COLUMNS, model_rows
 from indistill_fx.report.svg import shorten
-from indistill_fx.runs import keep_export
+from indistill_fx.runs.load import keep_export
 from tests.report_samples import NASTY, leave_run, nasty_plan, network
 
 

@@ -10,9 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from indistill_fx import reporter as subject
-from indistill_fx.dashboard import board, spark
-from indistill_fx.reporter import Reporter
+from indistill_fx.training import progress as subject
+from indistill_fx.training.progress import Reporter, board, spark
 
 
 @pytest.fixture(autouse=True)

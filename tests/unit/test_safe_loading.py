@@ -31,9 +31,9 @@ import torch.hub
 from torch import nn
 
 from indistill_fx.errors import ConfigError
-from indistill_fx.rehearse import Rehearsal
-from indistill_fx.sources import load, load_source
-from indistill_fx.unpickle import load_rehearsed
+from indistill_fx.loading.load import load, load_source
+from indistill_fx.loading.pickle_scan import Rehearsal
+from indistill_fx.loading.safe_pickle import load_rehearsed
 
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 

@@ -25,7 +25,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from indistill_fx.errors import ConfigError, FrontendError, IndistillError
-from indistill_fx.sources import load, load_source, parse_input, parse_spec
+from indistill_fx.loading.load import load, load_source
+from indistill_fx.loading.spec import parse_input, parse_spec
 
 FACTORIES = """
     import torch

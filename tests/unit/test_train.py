@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import indistill_fx as ifx
-from indistill_fx.chain import distill_chain
-from indistill_fx.compare import compare
 from indistill_fx.errors import TrainError
-from indistill_fx.graphs import digest
-from indistill_fx.passes.pipeline import align
-from indistill_fx.train import distill, train
+from indistill_fx.graph.module_state import digest
+from indistill_fx.passes.align import align
+from indistill_fx.training.chain import distill_chain
+from indistill_fx.training.compare import compare
+from indistill_fx.training.distill import distill
+from indistill_fx.training.supervised import train
 
 
 def net(first: int, second: int, classes: int = 4, seed: int = 0) -> nn.Module:

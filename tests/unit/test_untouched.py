@@ -5,7 +5,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from indistill_fx.untouched import evaluating, untouched
+from indistill_fx.graph.module_state import evaluating, untouched
 
 
 class Careless(nn.Module):

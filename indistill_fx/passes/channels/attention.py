@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from indistill_fx.attention import HeadAttention, window_attention
+from indistill_fx.graph.attention import HeadAttention, window_attention
 from indistill_fx.passes.channels.call import Call, again, slice_weights
-from indistill_fx.passes.channels.cut import Cut, Emitter, Filters, Part, Step, Wall, sliced
+from indistill_fx.passes.channels.selection import Cut, Emitter, Filters, Part, Step, Wall, sliced
 
 
 def fused(call: Call, cut: Cut) -> Step | Wall:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from indistill_fx.graphs import with_tensors
-from indistill_fx.ops import attribute, op_name
-from indistill_fx.passes.channels.cut import Cut, Emit, Emitter, Filters, Index, Part, Shape, Slices, Step, sliced
+from indistill_fx.graph.edit import with_tensors
+from indistill_fx.graph.ops import attribute, op_name
+from indistill_fx.passes.channels.selection import Cut, Emit, Emitter, Filters, Index, Part, Shape, Slices, Step, sliced
 from indistill_fx.traced import NodeFacts
 
 _WINDOWS = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import fx
 
 from indistill_fx.passes.channels.call import Call, again, slice_weights
-from indistill_fx.passes.channels.cut import Cut, Part, Step, Wall
+from indistill_fx.passes.channels.selection import Cut, Part, Step, Wall
 
 _FOLLOWS_FIRST = frozenset("type_as to".split())
 """Operations whose further tensors are looked at, not computed with."""

@@ -11,7 +11,7 @@ from torch import fx
 
 from indistill_fx.passes.channels import attention
 from indistill_fx.passes.channels.call import Call, again, axis_of, index_select, read_call, source
-from indistill_fx.passes.channels.cut import Cut, Emitter, Index, Part, Step, Wall
+from indistill_fx.passes.channels.selection import Cut, Emitter, Index, Part, Step, Wall
 
 
 def cat(call: Call, cut: Cut) -> Step | Wall:

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from indistill_fx.passes.channels.call import Call, again, axis_of, source
-from indistill_fx.passes.channels.cut import (
+from indistill_fx.passes.channels.selection import (
     Cut,
     Emitter,
     Index,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from indistill_fx.passes.channels.call import Call, again, axis_of, slice_weights
-from indistill_fx.passes.channels.cut import Cut, Part, Step, Wall
 from indistill_fx.passes.channels.producers import used_groups
+from indistill_fx.passes.channels.selection import Cut, Part, Step, Wall
 
 
 def per_channel_norm(call: Call, cut: Cut) -> Step | Wall:

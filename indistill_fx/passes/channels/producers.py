@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from indistill_fx.graphs import with_tensors
-from indistill_fx.ops import attribute
+from indistill_fx.graph.edit import with_tensors
+from indistill_fx.graph.ops import attribute
 from indistill_fx.passes.channels.call import Call, again, index_select, slice_weights, weight_filters
-from indistill_fx.passes.channels.cut import Cut, Emitter, Index, Part, Step, Wall, sliced
+from indistill_fx.passes.channels.selection import Cut, Emitter, Index, Part, Step, Wall, sliced
 
 
 def conv(call: Call, cut: Cut) -> Step | Wall:

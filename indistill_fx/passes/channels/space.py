@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from indistill_fx.passes.channels.call import Call, again, axis_of, untouched
-from indistill_fx.passes.channels.cut import Cut, Part, Step, Wall
+from indistill_fx.passes.channels.selection import Cut, Part, Step, Wall
 
 
 def per_channel_map(call: Call, cut: Cut) -> Step | Wall:

@@ -1,0 +1,1 @@
+"""ONNX with proof: export, check, quantise, measure."""

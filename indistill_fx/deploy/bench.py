@@ -1,0 +1,300 @@
+"""Time torch and onnxruntime side by side, interleaved in one run, so that a busy machine disturbs all alike."""
+
+from __future__ import annotations
+
+import os
+import platform
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from os import PathLike
+from pathlib import Path
+from statistics import median, quantiles
+from time import perf_counter
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from indistill_fx.deploy.onnx_session import (
+    KINDS,
+    as_inputs,
+    feed,
+    file_size,
+    first_lines,
+    is_quantised,
+    open_session,
+    random_inputs,
+)
+from indistill_fx.errors import ConfigError
+from indistill_fx.graph.module_state import evaluating
+
+Call: TypeAlias = Callable[[], object]
+Contestant: TypeAlias = nn.Module | str | PathLike[str]
+_BLOCKS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Milliseconds of one call."""
+
+    median_ms: float
+    p95_ms: float
+    calls: int
+
+
+@dataclass(frozen=True, slots=True)
+class BenchRow:
+    """One contestant under one runtime, at one batch size and number of threads.
+
+    `speed` is how many times faster the median is than that of the table's first row of the same batch and threads.
+    """
+
+    name: str
+    runtime: str
+    batch: int
+    threads: int
+    median_ms: float
+    p95_ms: float
+    calls: int
+    size: int
+    speed: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class BenchReport:
+    """All rows, where they were measured, and what could not be; `load` is the machine's average over the last minute."""
+
+    rows: tuple[BenchRow, ...]
+    machine: str
+    versions: Mapping[str, str]
+    notes: tuple[str, ...]
+    date: str = ""
+    load: float = 0.0
+
+    @property
+    def busy(self) -> str:
+        """A warning if more was running than this machine has cores; else empty."""
+        cores = len(os.sched_getaffinity(0))
+        if self.load <= cores:
+            return ""
+        return (
+            f"The machine was busy (load {self.load:.1f} on {cores} cores): compare only rows of one batch size and number "
+            "of threads, and trust one thread more than several."
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for `json.dump`."""
+        return asdict(self)
+
+
+def measure(calls: Mapping[str, Call], *, seconds: float = 0.3, seed: int = 0) -> dict[str, Timing]:
+    """Time the calls in short blocks that take turns in random order.
+
+    The first call of each block is not counted: it finds the caches as another contestant left them.
+
+    Args:
+        calls: what to time, by name.
+        seconds: to spend on each, about; at least ten calls are made.
+        seed: of the order.
+
+    Returns:
+        A timing for each.
+    """
+    order = random.Random(seed)
+    lengths, samples = {}, {name: list[float]() for name in calls}
+    for name, call in calls.items():
+        call()
+        once = min(_time(call), _time(call))
+        lengths[name] = max(1, min(1000, int(seconds / _BLOCKS / max(once, 1e-7))))
+    for _ in range(_BLOCKS):
+        for name in order.sample(list(calls), len(calls)):
+            call = calls[name]
+            call()
+            samples[name] += [_time(call) for _ in range(lengths[name])]
+    return {
+        name: Timing(median(times) * 1e3, quantiles(times, n=20, method="inclusive")[-1] * 1e3, len(times))
+        for name, times in samples.items()
+    }
+
+
+def _time(call: Call) -> float:
+    start = perf_counter()
+    call()
+    return perf_counter() - start
+
+
+def bench(
+    contestants: Mapping[str, Contestant],
+    example_inputs: Tensor | Sequence[Tensor],
+    *,
+    batches: Sequence[int] = (1, 32),
+    threads: Sequence[int] | None = None,
+    compile: bool = False,
+    seconds: float = 1.0,
+) -> BenchReport:
+    """Time modules (torch eager, and compiled if asked) and ONNX files (onnxruntime) on the CPU.
+
+    Args:
+        contestants: by name, a module or the path of an ONNX file; the order of the rows is theirs.
+        example_inputs: a tensor or several; random ones like them are used. A file with built-in preprocessing gets
+            the pixels they stand for.
+        batches: batch sizes.
+        threads: numbers of threads; None is one and all.
+        compile: also `torch.compile` every module (adds minutes).
+        seconds: to spend on each cell of the table, about.
+
+    Returns:
+        The table.
+
+    Raises:
+        ConfigError: nothing to time, or a file that is not there.
+        ExportError: a file that onnxruntime cannot load.
+    """
+    inputs = as_inputs(example_inputs)
+    if not contestants:
+        raise ConfigError("Nothing to time: give at least one module or ONNX file.", where="contestants")
+    for name, value in contestants.items():
+        if not isinstance(value, nn.Module) and not Path(value).is_file():
+            raise ConfigError(f"`{name}`: there is no file `{value}`.", where=name)
+    rows: list[BenchRow] = []
+    notes: list[str] = []
+    with ExitStack() as stack:
+        for value in contestants.values():
+            if isinstance(value, nn.Module):
+                stack.enter_context(evaluating(value))
+        for count in threads or sorted({1, len(os.sched_getaffinity(0))}):
+            with _threads(count):
+                runners = _runners(contestants, count, compile)
+                for batch in batches:
+                    rows += _cells(runners, random_inputs(inputs, batch), count, seconds, notes)
+    order = {name: i for i, name in enumerate(contestants)}
+    rows.sort(key=lambda r: (order[r.name], r.runtime != "torch eager", r.batch, r.threads))
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    return BenchReport(
+        _with_speed(rows), _machine(), _versions(), tuple(dict.fromkeys(notes)), date, os.getloadavg()[0]
+    )
+
+
+def _with_speed(rows: Sequence[BenchRow]) -> tuple[BenchRow, ...]:
+    first: dict[tuple[int, int], float] = {}
+    for row in rows:
+        first.setdefault((row.batch, row.threads), row.median_ms)
+    return tuple(replace(row, speed=first[row.batch, row.threads] / row.median_ms) for row in rows)
+
+
+def example_of(path: str | PathLike[str]) -> tuple[Tensor, ...]:
+    """One sample of random inputs for an ONNX file, by what it says of its inputs.
+
+    Raises:
+        ConfigError: a size besides the batch is open.
+    """
+    found = []
+    generator = np.random.default_rng(0)
+    for value in open_session(path).get_inputs():
+        first, *rest = value.shape
+        if not all(isinstance(size, int) for size in rest):
+            raise ConfigError(
+                f"`{path}` leaves the size of its input `{value.name}` open: {value.shape}.", where=str(path),
+                hint="Give it: --input 3x224x224.",
+            )  # fmt: skip
+        shape = (first if isinstance(first, int) else 1, *rest)
+        whole = value.type not in ("tensor(float)", "tensor(double)", "tensor(float16)")
+        array = (
+            generator.integers(0, 2 if "bool" in value.type else 256, shape) if whole else generator.normal(size=shape)
+        )
+        found.append(torch.from_numpy(array).to(KINDS[value.type]))
+    return tuple(found)
+
+
+@dataclass(frozen=True, slots=True)
+class _Runner:
+    name: str
+    runtime: str
+    size: int
+    prepare: Callable[[Sequence[Tensor]], Call]
+
+
+def _runners(contestants: Mapping[str, Contestant], threads: int, compiled: bool) -> list[_Runner]:
+    import onnx
+
+    runners = []
+    for name, value in contestants.items():
+        if isinstance(value, nn.Module):
+            size = sum(t.numel() * t.element_size() for t in (*value.parameters(), *value.buffers()))
+            runners.append(_Runner(name, "torch eager", size, _torch_call(value)))
+            if compiled:
+                runners.append(_Runner(name, "torch.compile", size, _torch_call(torch.compile(value))))
+        else:
+            quantised = is_quantised(onnx.load(str(value), load_external_data=False))
+            runtime = "onnxruntime int8" if quantised else "onnxruntime fp32"
+            runners.append(_Runner(name, runtime, file_size(value), _onnx_call(value, threads)))
+    return runners
+
+
+def _torch_call(module: Callable[..., object]) -> Callable[[Sequence[Tensor]], Call]:
+    return lambda inputs: lambda: module(*inputs)
+
+
+def _onnx_call(path: str | PathLike[str], threads: int) -> Callable[[Sequence[Tensor]], Call]:
+    session = open_session(path, threads=threads)
+
+    def prepare(inputs: Sequence[Tensor]) -> Call:
+        arrays = feed(session, inputs)
+        return lambda: session.run(None, arrays)
+
+    return prepare
+
+
+def _cells(
+    runners: Sequence[_Runner], inputs: Sequence[Tensor], threads: int, seconds: float, notes: list[str]
+) -> list[BenchRow]:
+    batch, able, calls = len(inputs[0]), {}, {}
+    for runner in runners:
+        key = f"{runner.name} ({runner.runtime})"
+        try:
+            call = runner.prepare(inputs)
+            call()
+        except Exception as error:  # a fixed batch, or a model the compiler cannot take: the others still run
+            notes.append(f"{key} cannot run at batch size {batch}: {first_lines(error)}")
+        else:
+            able[key], calls[key] = runner, call
+    timings = measure(calls, seconds=seconds)
+    return [
+        BenchRow(r.name, r.runtime, batch, threads, t.median_ms, t.p95_ms, t.calls, r.size)
+        for r, t in ((able[key], timing) for key, timing in timings.items())
+    ]
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _machine() -> str:
+    cpu = next(
+        (line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
+        platform.processor() or platform.machine(),
+    )
+    return f"{cpu}, {len(os.sched_getaffinity(0))} cores, {platform.system()}"
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []
+
+
+def _versions() -> dict[str, str]:
+    import onnxruntime
+
+    return {"python": platform.python_version(), "torch": torch.__version__, "onnxruntime": onnxruntime.__version__}

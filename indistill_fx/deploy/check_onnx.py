@@ -1,0 +1,295 @@
+"""Prove a deployed ONNX file again, and say what differs from the module it should be."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from indistill_fx.deploy.metadata import weights_digest
+from indistill_fx.deploy.onnx_capture import Deployed, capture
+from indistill_fx.deploy.onnx_session import (
+    KINDS,
+    as_inputs,
+    file_size,
+    first_lines,
+    is_quantised,
+    named_outputs,
+    open_session,
+)
+from indistill_fx.deploy.onnx_weights import SHOWN, wrong_int8_weights, wrong_weights
+from indistill_fx.deploy.parity import Parity, Proof, RealParity, prove
+from indistill_fx.deploy.preprocess import Preprocess
+from indistill_fx.errors import ConfigError, IndistillError
+from indistill_fx.graph.module_state import evaluating
+
+if TYPE_CHECKING:
+    import onnx
+    import onnxruntime
+
+
+_SANE = 1e30  # int8 outputs are not held to a tolerance, but must be numbers
+
+
+@dataclass(frozen=True, slots=True)
+class CheckReport:
+    """What a file is, and in words all that differs from the module (none: it is the module's export).
+
+    Attributes:
+        path: the file.
+        differences: one sentence each.
+        parity: on random inputs, as in `ExportReport`.
+        real: on real inputs, if any were given.
+        max_abs: the largest difference of all outputs.
+        opset: of the file; None if it cannot be read.
+        size: bytes, external weights included.
+        notes: what was not compared, and why.
+    """
+
+    path: Path
+    differences: tuple[str, ...]
+    parity: tuple[Parity, ...] = ()
+    real: RealParity | None = None
+    max_abs: float = float("nan")
+    opset: int | None = None
+    size: int = 0
+    notes: tuple[str, ...] = ()
+
+    @property
+    def agrees(self) -> bool:
+        """Nothing differs."""
+        return not self.differences
+
+
+def check_onnx(
+    path: str | PathLike[str],
+    module: nn.Module,
+    example_inputs: Tensor | Sequence[Tensor],
+    *,
+    opset: int | None = None,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+    metadata: Mapping[str, str] | None = None,
+    real_inputs: Tensor | Sequence[Tensor] | None = None,
+    tolerance: float = 1e-4,
+    agreement: float = 0.95,
+    batch_sizes: Sequence[int] = (1, 7, 64),
+) -> CheckReport:
+    """Compare a file with the module: readable, valid, same inputs, same graph and weights, same outputs.
+
+    Graph and weights are compared with a fresh export of the module, because the exporter folds (batch norm into
+    convolutions, for one). Preprocessing that the file says is built in is put before the module too. The weights of an
+    int8 file must be the nearest numbers of their scale to the module's; its outputs are judged by the classes it
+    gives to `real_inputs`.
+
+    Args:
+        path: the file.
+        module: what it should compute.
+        example_inputs: as for `export_onnx`; normalised float images even if the file takes pixels.
+        opset: expected; None takes the file's.
+        input_names: expected; None takes the file's.
+        output_names: expected; None takes the file's.
+        metadata: entries the file must have; a value that differs, or is absent, is a difference.
+        real_inputs: data to compare on as well.
+        tolerance: the largest difference allowed, as a share of the output's range; not for int8 files.
+        agreement: the least share of `real_inputs` an int8 file must give the class that the module gives.
+        batch_sizes: to compare at, if the file's batch is open.
+
+    Returns:
+        The report; a file at fault is a difference in it, not an exception.
+
+    Raises:
+        ConfigError: there is no such file, or the inputs are at fault.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise ConfigError(f"There is no file `{file}`.", where=str(file), hint="Give the path of an .onnx file.")
+    inputs = as_inputs(example_inputs)
+    real = None if real_inputs is None else as_inputs(real_inputs, where="real_inputs")
+    try:
+        model = _read(file)
+        session = open_session(file)
+    except IndistillError as error:
+        return CheckReport(file, (error.message,), size=file.stat().st_size)
+    differences = list(_wrong_terms(model, session, opset, input_names, output_names))
+    told = {entry.key: entry.value for entry in model.metadata_props}
+    differences += _wrong_metadata(told, metadata or {})
+    built_in, quantised = Preprocess.from_metadata(told), is_quantised(model)
+    if built_in:
+        inputs = (built_in.to_pixels(inputs[0]), *inputs[1:])
+        real = (built_in.to_pixels(real[0]), *real[1:]) if real else None
+    wrong_inputs = list(_wrong_inputs(session, inputs))
+    proof, notes = Proof((), None, ()), list[str]()
+    if wrong_inputs:
+        notes.append("Outputs and weights were not compared, since the inputs differ.")
+    else:
+        fixed = session.get_inputs()[0].shape[0]
+        if isinstance(fixed, int):
+            inputs, batch_sizes = tuple(_resize(x, fixed) for x in inputs), (fixed,)
+            notes.append(f"The file's batch size is fixed to {fixed}; it was compared at that size only.")
+        with evaluating(module):
+            deployed = Deployed(module, built_in)
+            deployed.training = False
+            proof = prove(
+                session, deployed, inputs, batch_sizes=batch_sizes, tolerance=_SANE if quantised else tolerance,
+                real_inputs=real,
+            )  # fmt: skip
+            differences += proof.failures
+            differences += _wrong_graph(model, deployed, inputs, session, notes)
+            if quantised:
+                differences += _wrong_classes(proof, agreement, notes)
+            if told.get("weights", own := weights_digest(module)) != own:
+                line = f"the file says that it was made from the weights {told['weights']}, the module has {own}"
+                (differences if quantised else notes).append(line)
+    return CheckReport(
+        file, (*wrong_inputs, *differences), proof.parity, proof.real, proof.max_abs, _opset(model), file_size(file),
+        tuple(notes),
+    )  # fmt: skip
+
+
+def _read(file: Path) -> onnx.ModelProto:
+    """The file's content.
+
+    Raises:
+        ConfigError: what is wrong with it; a `CheckReport` takes the message.
+    """
+    import onnx
+
+    size = file.stat().st_size
+    if not size:
+        raise ConfigError(f"`{file}` is empty")
+    try:
+        model = onnx.load(str(file))
+    except Exception as error:
+        raise ConfigError(
+            f"`{file}` ({size} bytes) cannot be read as ONNX: it is truncated, damaged or another kind of file, or its "
+            f"weights file is missing ({first_lines(error)})"
+        ) from error
+    try:
+        onnx.checker.check_model(str(file), full_check=True)
+    except Exception as error:
+        raise ConfigError(f"`{file}` ({size} bytes) is not valid ONNX: {first_lines(error)}") from error
+    return model
+
+
+def _opset(model: onnx.ModelProto) -> int:
+    return next(int(entry.version) for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+
+
+def _wrong_terms(
+    model: onnx.ModelProto,
+    session: onnxruntime.InferenceSession,
+    opset: int | None,
+    input_names: Sequence[str] | None,
+    output_names: Sequence[str] | None,
+) -> Iterator[str]:
+    if opset is not None and _opset(model) != opset:
+        yield f"the file's opset is {_opset(model)}, expected {opset}"
+    for what, expected, values in (
+        ("input", input_names, session.get_inputs()),
+        ("output", output_names, session.get_outputs()),
+    ):
+        got = [value.name for value in values]
+        if expected is not None and got != list(expected):
+            yield f"the file's {what}s are named {', '.join(got)}, expected {', '.join(expected)}"
+
+
+def _wrong_inputs(session: onnxruntime.InferenceSession, inputs: Sequence[Tensor]) -> Iterator[str]:
+    values = session.get_inputs()
+    if len(values) != len(inputs):
+        names = ", ".join(value.name for value in values)
+        yield f"the file has {len(values)} inputs ({names}), the module takes {len(inputs)}"
+        return
+    for value, x in zip(values, inputs, strict=True):
+        if KINDS.get(value.type) != x.dtype:
+            yield f"input `{value.name}` is a {value.type} in the file, {x.dtype} for the module"
+        fits = len(value.shape) == x.dim() and all(
+            not isinstance(a, int) or a == b for a, b in zip(value.shape[1:], x.shape[1:], strict=True)
+        )
+        if not fits:
+            yield f"input `{value.name}` has shape {value.shape} in the file, {list(x.shape)} for the module"
+
+
+def _wrong_metadata(told: Mapping[str, str], expected: Mapping[str, str]) -> Iterator[str]:
+    for key, value in expected.items():
+        if key not in told:
+            yield f"the file's metadata has no `{key}`, expected {value}"
+        elif told[key] != value:
+            yield f"the file's metadata says `{key}` is {told[key]}, expected {value}"
+
+
+def _wrong_classes(proof: Proof, agreement: float, notes: list[str]) -> Iterator[str]:
+    """An int8 file beside the float module: how far outputs are off is told, the classes are judged."""
+    worst = max((row.max_rel for row in proof.parity), default=0.0)
+    notes.append(f"The file is quantised: on random inputs its outputs are off by up to {worst:.1%} of their range.")
+    if proof.real is None or proof.real.agreement is None:
+        notes.append("Its classes were not compared: that takes real inputs.")
+    elif proof.real.agreement < agreement:
+        rows = proof.real.rows
+        yield f"the file gives {proof.real.agreement:.2%} of {rows} samples the module's class; {agreement:.2%} are asked"
+
+
+def _resize(x: Tensor, batch: int) -> Tensor:
+    return x[torch.arange(batch, device=x.device) % len(x)]
+
+
+def _wrong_graph(
+    model: onnx.ModelProto,
+    deployed: Deployed,
+    inputs: Sequence[Tensor],
+    session: onnxruntime.InferenceSession,
+    notes: list[str],
+) -> list[str]:
+    """Nodes and weights beside those of a fresh export with the file's own names, opset and open sizes."""
+    ins, outs = session.get_inputs(), session.get_outputs()
+    if len(named_outputs(deployed(*inputs))) != len(outs):
+        return []  # the comparison of outputs has said so
+    try:
+        program = capture(
+            deployed, inputs, opset=_opset(model), dynamic_batch=isinstance(ins[0].shape[0], str),
+            dynamic_size=any(isinstance(size, str) for value in ins for size in value.shape[1:]),
+            input_names=[value.name for value in ins], output_names=[value.name for value in outs],
+        )  # fmt: skip
+    except IndistillError as error:
+        notes.append(f"Graph and weights were not compared: {error.message}")
+        return []
+    fresh = program.model_proto
+    if is_quantised(model):
+        found, compared, count = wrong_int8_weights(model, fresh)
+        if compared < count:
+            notes.append(f"{compared} of {count} weights were compared; the quantiser merged or renamed the others.")
+        return found
+    written = next((entry.value for entry in model.metadata_props if entry.key == "torch"), "?")
+    if written == torch.__version__:
+        return [*_wrong_nodes(model, fresh), *wrong_weights(model, fresh, strict=True)]
+    notes.append(
+        f"Written with torch {written}, checked with {torch.__version__}: only equally named weights compared."
+    )
+    return wrong_weights(model, fresh, strict=False)
+
+
+def _wrong_nodes(model: onnx.ModelProto, fresh: onnx.ModelProto) -> list[str]:
+    got, expected = Counter(n.op_type for n in model.graph.node), Counter(n.op_type for n in fresh.graph.node)
+    if got != expected:
+        parts = [f"{n} {op} too many" for op, n in (got - expected).items()]
+        parts += [f"{n} {op} too few" for op, n in (expected - got).items()]
+        return [f"the file's graph has {', '.join(parts)}"]
+
+    def content(node: onnx.NodeProto) -> tuple[object, ...]:
+        attributes = sorted((a.name, a.SerializeToString(deterministic=True)) for a in node.attribute)
+        return (node.op_type, *node.input, *node.output, *attributes)
+
+    pairs = enumerate(zip(model.graph.node, fresh.graph.node, strict=True))
+    changed = (
+        f"node {i} ({got.op_type} `{got.name}`) has other inputs, outputs or attributes than the module's export"
+        for i, (got, expected) in pairs
+        if content(got) != content(expected)
+    )
+    return list(islice(changed, SHOWN))

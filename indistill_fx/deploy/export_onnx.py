@@ -1,0 +1,282 @@
+"""Export a trained student to ONNX, and prove the file before it gets its name."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.module_tracker import ModuleTracker
+
+from indistill_fx.deploy.bench import measure
+from indistill_fx.deploy.metadata import of_module
+from indistill_fx.deploy.onnx_capture import Deployed, capture
+from indistill_fx.deploy.onnx_session import as_inputs, feed, first_lines, named_outputs, open_session, random_inputs
+from indistill_fx.deploy.parity import Parity, Proof, RealParity, prove, rounding
+from indistill_fx.deploy.preprocess import Pair, Preprocess
+from indistill_fx.errors import ConfigError, ExportError
+from indistill_fx.graph.module_state import evaluating
+from indistill_fx.system.files import staged
+from indistill_fx.version import __version__
+
+if TYPE_CHECKING:
+    from torch.onnx import ONNXProgram
+
+
+@dataclass(frozen=True, slots=True)
+class ExportReport:
+    """What was written, and how well it agrees with the module.
+
+    Attributes:
+        path: the file.
+        parity: per batch size and output, on random inputs: (batch_size, output, max_abs, max_rel).
+        real: the same on real inputs, with the agreement of the classes; None if none were given.
+        max_abs: the largest difference of all.
+        size: bytes on disk, external weights included.
+        opset: of the file.
+        latency_ms: median milliseconds of onnxruntime on one sample.
+        parameters: of the module.
+        input_names: in order.
+        output_names: in order.
+        notes: what a reader should know besides.
+    """
+
+    path: Path
+    parity: tuple[Parity, ...]
+    real: RealParity | None
+    max_abs: float
+    size: int
+    opset: int
+    latency_ms: float
+    parameters: int
+    input_names: tuple[str, ...]
+    output_names: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def export_onnx(
+    module: nn.Module,
+    path: str | PathLike[str],
+    example_inputs: Tensor | Sequence[Tensor],
+    *,
+    opset: int | None = None,
+    dynamic_batch: bool = True,
+    dynamic_size: bool = False,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+    metadata: Mapping[str, str] | None = None,
+    preprocess: Pair | Preprocess | None = None,
+    real_inputs: Tensor | Sequence[Tensor] | None = None,
+    tolerance: float = 1e-4,
+    batch_sizes: Sequence[int] = (1, 7, 64),
+    external_data: bool | None = None,
+) -> ExportReport:
+    """Export the module in eval mode; the file appears under its name only once it is proven.
+
+    Rules, in order:
+      1. Everything that can be known before the export (names, path, a forward that runs and repeats) is checked first.
+      2. What was asked to be dynamic is dynamic in the file, or the export fails.
+      3. onnx.checker and onnxruntime accept the file, and every output agrees with torch at every batch size.
+      4. The caller's module and the random state are as before, whatever happens.
+
+    Args:
+        module: the trained module; tensors in; a tensor, or any nesting of dicts and tuples of tensors, out.
+        path: the file to write; an older file stays unless the new one is proven.
+        example_inputs: a tensor, or several; their first dimension is the batch.
+        opset: the ONNX operator set; None is the exporter's own choice.
+        dynamic_batch: the file takes any batch size; False fixes that of the example.
+        dynamic_size: the file takes any height and width (fully convolutional models).
+        input_names: default: `input`, or the forward's parameter names if there are several.
+        output_names: default: the keys of dicts, else `output`, `output_0`, ….
+        metadata: texts to store in the file besides the model's class, the digest of its weights and versions; for
+            example `provenance.of_source(classes=…, normalisation=…)`.
+        preprocess: (mean, std) to build in; the file then takes uint8 pixels (N, H, W, C). `example_inputs` and
+            `real_inputs` stay normalised float images.
+        real_inputs: data to compare on as well, like `example_inputs`.
+        tolerance: the largest difference allowed, as a share of the output's range.
+        batch_sizes: to prove at; with a fixed batch only that one is.
+        external_data: weights in a second file, `<name>.data`; None does so above 1.5 GB (ONNX ends at 2 GB).
+
+    Returns:
+        The report.
+
+    Raises:
+        ConfigError: names, inputs or path are at fault.
+        ExportError: the exporter cannot, the module is random in eval mode, or the file disagrees; nothing is left.
+    """
+    built_in = Preprocess.make(preprocess)
+    inputs = as_inputs(example_inputs)
+    real = None if real_inputs is None else as_inputs(real_inputs, where="real_inputs")
+    if built_in:
+        inputs = _as_pixels(built_in, inputs)
+        real = _as_pixels(built_in, real) if real else None
+    target = Path(path)
+    with staged(target) as draft, evaluating(module):
+        deployed = Deployed(module, built_in)
+        deployed.training = False
+        found = _repeatable_outputs(deployed, inputs)
+        ins = tuple(input_names or _input_names(module, len(inputs)))
+        outs = tuple(output_names or found)
+        _require_names(ins, outs, len(inputs), found)
+        program = capture(
+            deployed, inputs, opset=opset, dynamic_batch=dynamic_batch, dynamic_size=dynamic_size,
+            input_names=ins, output_names=outs,
+        )  # fmt: skip
+        told = {**of_module(module), **(built_in.metadata() if built_in else {}), **(metadata or {})}
+        _write(program, draft, told, external_data)
+        _require_valid(draft)
+        session = open_session(draft)
+        proof = prove(
+            session, deployed, inputs, tolerance=tolerance, real_inputs=real,
+            batch_sizes=batch_sizes if dynamic_batch else (len(inputs[0]),),
+            sizes=_other_sizes(inputs) if dynamic_size else (),
+        )  # fmt: skip
+        chosen = int(program.model.opset_imports[""])
+        if proof.failures:
+            raise _disagreement(proof, target, deployed, inputs, tolerance=tolerance, opset=chosen)
+        one = feed(session, random_inputs(inputs, 1 if dynamic_batch else len(inputs[0])))
+        latency = measure({"onnx": lambda: session.run(None, one)}, seconds=0.1)["onnx"].median_ms
+        size = sum(f.stat().st_size for f in draft.parent.iterdir())
+        parameters = sum(p.numel() for p in module.parameters())
+    notes = [] if dynamic_batch else [f"The batch size is fixed to {len(inputs[0])}; latency is for that batch."]
+    return ExportReport(
+        target, proof.parity, proof.real, proof.max_abs, size, chosen, latency, parameters, ins, outs, tuple(notes)
+    )
+
+
+def _as_pixels(preprocess: Preprocess, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    if inputs[0].dim() != 4:
+        shape = tuple(inputs[0].shape)
+        raise ConfigError(
+            f"Preprocessing can be built in only for images (N, C, H, W); the input's shape is {shape}.",
+            where="preprocess", hint="Leave `preprocess` out for this model.",
+        )  # fmt: skip
+    return (preprocess.to_pixels(inputs[0]), *inputs[1:])
+
+
+def _input_names(module: nn.Module, count: int) -> tuple[str, ...]:
+    if count == 1:
+        return ("input",)
+    names = [p.name for p in inspect.signature(module.forward).parameters.values() if p.kind <= p.POSITIONAL_OR_KEYWORD]
+    return tuple(names[:count]) if len(names) >= count else tuple(f"input_{i}" for i in range(count))
+
+
+def _require_names(ins: Sequence[str], outs: Sequence[str], inputs: int, found: Sequence[str]) -> None:
+    for what, names, count in (("input", ins, inputs), ("output", outs, len(found))):
+        if len(names) != count:
+            detail = f": {', '.join(found)}" if what == "output" else ""
+            raise ConfigError(
+                f"{what}_names gives {len(names)} ({', '.join(names)}), but the module has {count} {what}s{detail}.",
+                where=f"{what}_names", got=len(names), expected=count,
+            )  # fmt: skip
+    twice = sorted({name for name in (*ins, *outs) if (*ins, *outs).count(name) > 1})
+    if twice:
+        raise ConfigError(
+            f"Inputs and outputs of an ONNX file need different names; used twice: {', '.join(twice)}.",
+            where="output_names", hint="Pass input_names or output_names.",
+        )  # fmt: skip
+
+
+def _repeatable_outputs(deployed: Deployed, inputs: Sequence[Tensor]) -> tuple[str, ...]:
+    """The outputs' names, after two runs that agree."""
+    try:
+        first = named_outputs(_call(deployed, inputs))
+        second = named_outputs(_call(deployed, inputs))
+    except Exception as error:
+        shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
+        raise ConfigError(
+            f"`{type(deployed.module).__name__}` does not run on the example inputs (shapes {shapes}): "
+            f"{type(error).__name__}: {first_lines(error)}",
+            where="example_inputs", hint="Check their number, shapes and types.",
+        ) from error  # fmt: skip
+    if not first:
+        raise ExportError(f"`{type(deployed.module).__name__}` returns no tensor, so there is nothing to export.")
+    for name, value in first.items():
+        if value.is_complex():
+            raise ExportError(
+                f"Output `{name}` of `{type(deployed.module).__name__}` is complex; ONNX has no complex numbers.",
+                where=name, hint="Return torch.view_as_real(…) of it.",
+            )  # fmt: skip
+        gap = (value.double() - second[name].double()).abs().max().item() if value.numel() else 0.0
+        if gap > 1e-5 * max(1.0, value.double().abs().max().item()):
+            sources = _random_operations(deployed, inputs)
+            raise ExportError(
+                f"`{type(deployed.module).__name__}` is random in eval mode: two runs on the same input differ by "
+                f"{gap:.3g} in output `{name}`; {sources}.",
+                where=name, got=gap, expected=0.0,
+                hint="Tie the randomness to `self.training` (F.dropout needs training=self.training).",
+            )  # fmt: skip
+    return tuple(first)
+
+
+def _call(deployed: Deployed, inputs: Sequence[Tensor]) -> object:
+    """The user's own structure of outputs, on what the user's module sees."""
+    seen = deployed.from_pixels(inputs[0]) if deployed.from_pixels is not None else inputs[0]
+    return deployed.module(seen, *inputs[1:])
+
+
+def _random_operations(deployed: Deployed, inputs: Sequence[Tensor]) -> str:
+    found: dict[str, None] = {}
+    tracker = ModuleTracker()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            if torch.Tag.nondeterministic_seeded in func.tags:
+                place = max(tracker.parents - {"Global"}, key=len, default="")
+                found[f"{func.overloadpacket} in `{place}`"] = None
+            return func(*args, **(kwargs or {}))
+
+    with tracker, Watch():  # type: ignore[no-untyped-call]
+        _call(deployed, inputs)
+    return "drawn by " + ", ".join(found) if found else "no random operation of torch was seen, so it keeps a state"
+
+
+def _other_sizes(inputs: Sequence[Tensor]) -> tuple[tuple[int, int], ...]:
+    """A larger, not square size: strides up to 32 still divide what divided before."""
+    for x in inputs:
+        if x.dim() == 4:
+            height, width = x.shape[1:3] if x.dtype == torch.uint8 else x.shape[2:4]
+            return ((height + 32, width + 64),)
+    raise ConfigError("`dynamic_size` needs an image input (N, C, H, W); there is none.", where="dynamic_size")
+
+
+def _write(program: ONNXProgram, draft: Path, metadata: Mapping[str, str], external_data: bool | None) -> None:
+    program.model.producer_name, program.model.producer_version = "indistill-fx", __version__
+    program.model.metadata_props.update({k: str(v) for k, v in metadata.items()})
+    try:
+        program.save(draft, external_data=external_data)
+    except OSError as error:
+        raise ExportError(f"Cannot write `{draft.parent.parent / draft.name}`: {error}.", where=str(draft)) from error
+
+
+def _require_valid(draft: Path) -> None:
+    import onnx
+
+    try:
+        onnx.checker.check_model(str(draft), full_check=True)
+    except Exception as error:
+        raise ExportError(
+            f"The exported graph is not valid ONNX: {first_lines(error)}", hint="This is a defect of the exporter."
+        ) from error
+
+
+def _disagreement(
+    proof: Proof, target: Path, deployed: Deployed, inputs: Sequence[Tensor], *, tolerance: float, opset: int
+) -> ExportError:
+    rest = f" ({len(proof.failures) - 1} more comparisons failed)" if len(proof.failures) > 1 else ""
+    hint = "Try another opset; if the difference is harmless for your use, raise the tolerance."
+    own = rounding(deployed, proof.failed_on or inputs)
+    if " and size " in proof.failures[0]:
+        hint = "Only a fully convolutional model takes any size; export a fixed one with dynamic_size=False."
+    elif own is not None and own > tolerance / 10:
+        hint = f"The model amplifies rounding: torch in its own precision is {own:.1g} of the range off from float64."
+    return ExportError(
+        f"`{target}` was not written: onnxruntime and torch disagree (opset {opset}): {proof.failures[0]}{rest}.",
+        where=str(target), got=proof.max_abs, expected=tolerance, hint=hint,
+    )  # fmt: skip

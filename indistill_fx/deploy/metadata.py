@@ -1,0 +1,63 @@
+"""What a deployed file tells of itself: which model, which weights, which run, which versions, and how to feed and read it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from indistill_fx.version import __version__
+
+Normalisation = tuple[Sequence[float], Sequence[float]]
+
+
+def weights_digest(module: nn.Module) -> str:
+    """Digest of the values of a module's parameters and floating buffers, whatever their names and order.
+
+    So a module, and what a file or an archive makes of it, have the same; counters such as batches seen do not enter.
+    """
+    tensors = (*module.parameters(), *(buffer for buffer in module.buffers() if buffer.is_floating_point()))
+    digests = []
+    for tensor in tensors:
+        content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        one = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        one.update(content)
+        digests.append(one.digest())
+    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()[:16]
+
+
+def of_module(module: nn.Module) -> dict[str, str]:
+    """What every exported file says: the model's class, the digest of its weights, and versions."""
+    import onnx
+
+    return {
+        "model_class": type(module).__qualname__,
+        "weights": weights_digest(module),
+        "indistill_fx": __version__,
+        "torch": str(torch.__version__),
+        "onnx": onnx.__version__,
+    }
+
+
+def of_source(
+    *, model: str = "", run: str = "", classes: Sequence[str] = (), normalisation: Normalisation | None = None
+) -> dict[str, str]:
+    """What the caller knows besides; what is not known is left out.
+
+    Args:
+        model: the spec it was loaded from.
+        run: fingerprint of the run that trained it.
+        classes: their names by label.
+        normalisation: mean and standard deviation per channel of pixels scaled to 0..1.
+    """
+    told: Mapping[str, str] = {
+        "model": model,
+        "run": run,
+        "classes": json.dumps(list(classes)) if classes else "",
+        "mean": json.dumps(list(normalisation[0])) if normalisation else "",
+        "std": json.dumps(list(normalisation[1])) if normalisation else "",
+    }
+    return {key: value for key, value in told.items() if value}

@@ -1,0 +1,231 @@
+"""A module to an ONNX graph through torch's exporter, quietly; what stopped it comes back as one sentence."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from indistill_fx.deploy.onnx_session import first_lines, named_outputs
+from indistill_fx.deploy.preprocess import FromPixels, Preprocess
+from indistill_fx.errors import ConfigError, ExportError
+
+if TYPE_CHECKING:
+    import onnx_ir
+    from torch.onnx import ONNXProgram
+
+
+_TALKERS = ("torch", "onnxscript", "onnx_ir")
+_NOISE = re.compile(r"\x1b\[[0-9;]*m|<class '([\w.]+)'>:? ?")
+_CODE = re.compile(r'File "([^"]+)", line (\d+), in (\w+)\n\s*(.+)')
+_HINTS = (
+    ("data-dependent", "Its forward decides by a tensor's value; write that with torch.where, or decide beforehand."),
+    ("No ONNX function", "The exporter has no ONNX form of this operation; replace it, or try another opset."),
+    ("onstraint", "A size is fixed in its code; pass dynamic_batch=False to export for the example's sizes only."),
+)
+
+
+class Deployed(nn.Module):
+    """The module as it is deployed: a flat tuple of tensors out, and pixels in if preprocessing is asked for."""
+
+    def __init__(self, module: nn.Module, preprocess: Preprocess | None):
+        super().__init__()
+        self.module = module
+        self.from_pixels = FromPixels(preprocess) if preprocess else None
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Run the module; what is not a tensor is left out."""
+        if self.from_pixels is not None:
+            inputs = (self.from_pixels(inputs[0]), *inputs[1:])
+        return tuple(named_outputs(self.module(*inputs)).values())
+
+
+def capture(
+    deployed: Deployed,
+    inputs: Sequence[Tensor],
+    *,
+    opset: int | None,
+    dynamic_batch: bool,
+    dynamic_size: bool,
+    input_names: Sequence[str],
+    output_names: Sequence[str],
+) -> ONNXProgram:
+    """Export, name inputs and outputs, and see that every size asked to be dynamic is.
+
+    Args:
+        deployed: the module; in eval mode, autograd off.
+        inputs: example tensors.
+        opset: the ONNX operator set, or None for the exporter's own.
+        dynamic_batch: leave the first dimension of every input open.
+        dynamic_size: leave height and width of every 4-D input open.
+        input_names: one per input.
+        output_names: one per tensor put out.
+
+    Returns:
+        The exporter's program, not yet written.
+
+    Raises:
+        ConfigError: an opset this version of onnx does not know.
+        ExportError: the exporter's reason, in one paragraph.
+    """
+    import onnx
+
+    if opset is not None and not 7 <= opset <= onnx.defs.onnx_opset_version():
+        newest = onnx.defs.onnx_opset_version()
+        raise ConfigError(f"onnx {onnx.__version__} knows no opset {opset}.", where="opset", hint=f"Use 18..{newest}.")
+    if dynamic_batch and len(inputs[0]) < 2:
+        inputs = [torch.cat([x, x]) for x in inputs]  # a size of one would be taken for a constant
+    shapes = _dynamic_shapes(inputs, batch=dynamic_batch, size=dynamic_size)
+    try:
+        with _quiet(), _attention_of_four_axes():
+            program = torch.onnx.export(
+                deployed, tuple(inputs), dynamo=True, opset_version=opset, dynamic_shapes=(shapes,), verbose=False
+            )
+    except Exception as error:
+        reason, hint = explain(error)
+        raise ExportError(
+            f"torch cannot export `{type(deployed.module).__name__}` to ONNX: {reason}", hint=hint
+        ) from error
+    if program is None:
+        raise ExportError(f"torch returned no ONNX program for `{type(deployed.module).__name__}`.")
+    _keep_constants(program.model)
+    _require_opset(program.model, opset)
+    _require_open(program.model, shapes, inputs)
+    _tidy(program.model, input_names, output_names)
+    return program
+
+
+def _dynamic_shapes(inputs: Sequence[Tensor], *, batch: bool, size: bool) -> tuple[dict[int, Any], ...]:
+    dims = {name: torch.export.Dim(name) for name in ("batch", "height", "width")}
+    shapes = []
+    for x in inputs:
+        open_dims: dict[int, Any] = {0: dims["batch"]} if batch else {}
+        if size and x.dim() == 4:
+            first = 1 if x.dtype == torch.uint8 else 2
+            open_dims |= {first: dims["height"], first + 1: dims["width"]}
+        shapes.append(open_dims)
+    return tuple(shapes)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back what exporter and tracer print, log and warn; the module's own warnings were heard when it ran."""
+    loggers = [logging.getLogger(name) for name in [*logging.root.manager.loggerDict] if name.startswith(_TALKERS)]
+    levels = [(logger, logger.level) for logger in loggers]
+    with open(os.devnull, "w") as sink, redirect_stdout(sink), redirect_stderr(sink), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            for logger in loggers:
+                logger.setLevel(logging.CRITICAL)
+            yield
+        finally:
+            for logger, level in levels:
+                logger.setLevel(level)
+
+
+@contextmanager
+def _attention_of_four_axes() -> Iterator[None]:
+    """Within the block fused attention over other numbers of axes is done over four, which is all the exporter has a form for."""
+    own: Callable[..., Tensor] = functional.scaled_dot_product_attention
+
+    def attend(
+        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *rest: Any, **more: Any
+    ) -> Tensor:
+        if query.ndim == 4 or not query.ndim == key.ndim == value.ndim:
+            return own(query, key, value, attn_mask, *rest, **more)
+        folded = [_four_axes(x) for x in (query, key, value)]
+        if attn_mask is not None and attn_mask.ndim > 2:
+            attn_mask = _four_axes(attn_mask.expand(*query.shape[:-2], *attn_mask.shape[-2:]))
+        result = own(*folded, attn_mask, *rest, **more)
+        return result.reshape(*query.shape[:-1], value.shape[-1])
+
+    functional.scaled_dot_product_attention = attend
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention = own
+
+
+def _four_axes(x: Tensor) -> Tensor:
+    return x.flatten(0, -4) if x.ndim > 4 else x[(None,) * (4 - x.ndim)]
+
+
+def explain(error: BaseException) -> tuple[str, str]:
+    """The exporter's reason in one sentence with the line of code it came from, and a hint."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = _NOISE.sub("", str(error))
+    code = [m for m in _CODE.finditer(text) if "/torch/" not in m[1]]
+    if code:
+        place = f"{os.path.basename(code[-1][1])}:{code[-1][2]} in {code[-1][3]}: `{code[-1][4].strip()}`"
+    else:
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename]
+        frames = [f for f in frames if os.path.dirname(f.filename) != os.path.dirname(__file__)]
+        place = f"{os.path.basename(frames[-1].filename)}:{frames[-1].lineno} in {frames[-1].name}" if frames else ""
+    reason = first_lines(RuntimeError(text.strip().split("\n\n")[0] or type(error).__name__), limit=400)
+    hint = next((hint for sign, hint in _HINTS if sign in text), "")
+    return f"{type(error).__name__}: {reason}" + (f" It comes from {place}." if place else ""), hint
+
+
+def _require_opset(model: onnx_ir.Model, opset: int | None) -> None:
+    got = model.opset_imports[""]
+    if opset is not None and got != opset:
+        raise ExportError(
+            f"The model cannot be expressed in opset {opset}; torch's exporter kept opset {got}.",
+            where="opset", got=got, expected=opset, hint=f"Leave the opset open, or ask for {got} or more.",
+        )  # fmt: skip
+
+
+def _require_open(model: onnx_ir.Model, shapes: Sequence[dict[int, Any]], inputs: Sequence[Tensor]) -> None:
+    """The exporter fixes a size silently when the code does; a fixed batch must be asked for."""
+    for value, dims, x in zip(model.graph.inputs, shapes, inputs, strict=True):
+        for axis, dim in dims.items():
+            if value.shape is not None and isinstance(value.shape[axis], int):
+                option = "dynamic_batch=False" if axis == 0 else "dynamic_size=False"
+                raise ExportError(
+                    f"The model's code fixes the {dim.__name__} of its input to {value.shape[axis]} (input shape "
+                    f"{tuple(x.shape)}), for example by a reshape to a number or a loop over it.",
+                    where=str(dim.__name__), got=value.shape[axis], expected="any size",
+                    hint=f"Take the size from x.shape in the model's code, or export a fixed size with {option}.",
+                )  # fmt: skip
+
+
+def _keep_constants(model: onnx_ir.Model) -> None:
+    """Give the graph the constants that it reads and does not hold: the exporter loses equal bounds of one tensor's clamps."""
+    for node in model.graph.all_nodes():
+        for value in node.inputs:
+            if value is None or value.const_value is None or value.producer() is not None or value.is_graph_input():
+                continue
+            if not value.is_initializer():
+                model.graph.register_initializer(value)
+
+
+def _tidy(model: onnx_ir.Model, input_names: Sequence[str], output_names: Sequence[str]) -> None:
+    """Names as asked, weights named as in the user's module, and no paths of this machine in the file."""
+    graph = model.graph
+    ends = [*graph.inputs, *graph.outputs]
+    names = [*input_names, *output_names]
+    outside = {id(v) for v in ends}
+    inner = [v for node in graph.all_nodes() for v in node.outputs if id(v) not in outside]
+    for value in [*inner, *graph.initializers.values()]:
+        if value.name and value.name.startswith("module."):
+            value.name = value.name.removeprefix("module.")
+        if value.name in names:
+            value.name = f"{value.name}__inner"
+    for i, value in enumerate(ends):
+        value.name = f"{i}__end"
+    for value, name in zip(ends, names, strict=True):
+        value.name = name
+    for node in graph.all_nodes():
+        node.metadata_props.clear()
+    for value in [*ends, *inner]:
+        value.metadata_props.clear()

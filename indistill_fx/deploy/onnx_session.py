@@ -1,0 +1,148 @@
+"""Does an ONNX file compute what a module computes? onnxruntime beside torch, output by output."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from indistill_fx.deploy.preprocess import Preprocess
+from indistill_fx.errors import ConfigError, ExportError
+
+if TYPE_CHECKING:
+    import onnx
+    import onnxruntime
+
+KINDS = {
+    "tensor(float)": torch.float32,
+    "tensor(double)": torch.float64,
+    "tensor(float16)": torch.float16,
+    "tensor(int64)": torch.int64,
+    "tensor(int32)": torch.int32,
+    "tensor(uint8)": torch.uint8,
+    "tensor(bool)": torch.bool,
+}
+Array: TypeAlias = npt.NDArray[Any]
+
+
+def as_inputs(example_inputs: Tensor | Sequence[Tensor], *, where: str = "example_inputs") -> tuple[Tensor, ...]:
+    """A tensor or a sequence of tensors as a tuple of tensors with a common batch dimension.
+
+    Raises:
+        ConfigError: something else, or batch sizes that differ.
+    """
+    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+    if not inputs or not all(isinstance(x, Tensor) and x.dim() for x in inputs):
+        got = ", ".join(type(x).__name__ if not isinstance(x, Tensor) else "a scalar" for x in inputs) or "nothing"
+        raise ConfigError(f"`{where}` must be one or more tensors with a batch dimension; got {got}.", where=where)
+    if len({len(x) for x in inputs}) > 1:
+        shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
+        raise ConfigError(f"`{where}` must share their first (batch) dimension; got shapes {shapes}.", where=where)
+    return inputs
+
+
+def random_inputs(
+    example_inputs: Sequence[Tensor], batch: int, *, seed: int = 0, sizes: tuple[int, int] | None = None
+) -> tuple[Tensor, ...]:
+    """Inputs like the examples, of another batch size: same scale for floats, same span for integers.
+
+    Args:
+        example_inputs: what to imitate.
+        batch: rows.
+        seed: of a generator of its own; the global random state is not touched.
+        sizes: replaces the last two dimensions of float maps (N, C, H, W), or the middle two of pixels (N, H, W, C).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(_random_like(x, (batch, *_resized(x, sizes)), generator).to(x.device) for x in example_inputs)
+
+
+def _resized(x: Tensor, sizes: tuple[int, int] | None) -> tuple[int, ...]:
+    if sizes is None or x.dim() != 4:
+        return tuple(x.shape[1:])
+    return (*sizes, x.shape[3]) if x.dtype == torch.uint8 else (x.shape[1], *sizes)
+
+
+def _random_like(x: Tensor, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    if x.dtype == torch.uint8:
+        return torch.randint(0, 256, shape, generator=generator, dtype=x.dtype)
+    if x.is_floating_point():
+        spread = float(x.float().std()) if x.numel() > 1 else 0.0
+        middle = float(x.float().mean()) if x.numel() else 0.0
+        return (torch.randn(shape, generator=generator) * (spread or 1.0) + middle).to(x.dtype)
+    low, high = (int(x.min()), int(x.max())) if x.numel() else (0, 0)
+    return torch.randint(low, high + 1, shape, generator=generator).to(x.dtype)
+
+
+def named_outputs(result: Any) -> dict[str, Tensor]:
+    """The tensors of a module's result by name: dict keys where there are any, else `output`, `output_0`, ….
+
+    >>> list(named_outputs(({"layer1": torch.zeros(1)}, torch.zeros(1), None)))
+    ['layer1', 'output']
+    """
+    leaves = [(p, leaf) for p, leaf in pytree.tree_flatten_with_path(result)[0] if isinstance(leaf, Tensor)]
+    keyed = [".".join(str(k.key) for k in path if isinstance(k, pytree.MappingKey)) for path, _ in leaves]
+    plain = keyed.count("")
+    counter = iter(range(plain))
+    names = [key or ("output" if plain == 1 else f"output_{next(counter)}") for key in keyed]
+    free: dict[str, Tensor] = {}
+    for name, (_, leaf) in zip(names, leaves, strict=True):
+        choices = (name, *(f"{name}_{i}" for i in range(1, len(leaves) + 1)))
+        free[next(choice for choice in choices if choice not in free)] = leaf
+    return free
+
+
+def open_session(path: str | PathLike[str], *, threads: int | None = None) -> onnxruntime.InferenceSession:
+    """An onnxruntime session on the CPU that says only what is an error.
+
+    Raises:
+        ExportError: onnxruntime refuses the file.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads or torch.get_num_threads()
+    # A pool that spins after its run would slow down whatever is measured next.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise ExportError(f"onnxruntime cannot load `{path}`: {first_lines(error)}", where=str(path)) from error
+
+
+def feed(session: onnxruntime.InferenceSession, inputs: Sequence[Tensor]) -> dict[str, Array]:
+    """The tensors by the names of the session's inputs, in order; as pixels if preprocessing is built in."""
+    names = [i.name for i in session.get_inputs()]
+    if len(names) != len(inputs):
+        raise ConfigError(f"The file has {len(names)} inputs ({', '.join(names)}); {len(inputs)} were given.")
+    if built_in := Preprocess.from_metadata(session.get_modelmeta().custom_metadata_map):
+        inputs = [built_in.to_pixels(inputs[0]), *inputs[1:]]
+    return {name: x.detach().cpu().numpy() for name, x in zip(names, inputs, strict=True)}
+
+
+def is_quantised(model: onnx.ModelProto) -> bool:
+    """Does the model hold int8 arithmetic?"""
+    return any(node.op_type in ("QuantizeLinear", "DynamicQuantizeLinear") for node in model.graph.node)
+
+
+def file_size(path: str | PathLike[str]) -> int:
+    """Bytes of an ONNX file and of the weights it keeps beside it."""
+    import onnx
+    from onnx.external_data_helper import ExternalDataInfo, uses_external_data
+
+    file = Path(path)
+    graph = onnx.load(str(file), load_external_data=False).graph
+    beside = {ExternalDataInfo(tensor).location for tensor in graph.initializer if uses_external_data(tensor)}
+    return sum(part.stat().st_size for part in (file, *(file.parent / name for name in beside)))
+
+
+def first_lines(error: BaseException, *, limit: int = 300) -> str:
+    """An error's text on one line, cut off after `limit` characters, ending like a sentence."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return f"{text[: limit - 1]}…" if len(text) > limit else f"{text.rstrip('.')}."

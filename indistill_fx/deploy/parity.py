@@ -1,0 +1,211 @@
+"""Does an ONNX file compute what a module computes? onnxruntime beside torch, output by output."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from indistill_fx.deploy.onnx_session import Array, feed, first_lines, named_outputs, random_inputs
+from indistill_fx.errors import ExportError
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+
+_SMALLEST_SCALE = 1e-2  # outputs that are nearly all zero have no scale of their own
+Values: TypeAlias = dict[str, tuple[Array, Array]]  # per output: torch's, onnxruntime's
+
+
+class Parity(NamedTuple):
+    """One output at one batch size: the largest difference, and that difference in units of the output's range."""
+
+    batch_size: int
+    output: str
+    max_abs: float
+    max_rel: float
+
+
+@dataclass(frozen=True, slots=True)
+class RealParity:
+    """The comparison on real inputs; the agreement of the largest class is that of the first (N, classes) output.
+
+    Attributes:
+        rows: how many samples were compared.
+        parity: the largest differences per output; `batch_size` is the number of rows.
+        agreement: share of rows for which both name the same class, or None if no output has classes.
+        per_class: the same, for the rows torch gives to each class.
+    """
+
+    rows: int
+    parity: tuple[Parity, ...]
+    agreement: float | None
+    per_class: Mapping[int, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """All comparisons made, and in words those that failed (none: the file is proven).
+
+    Attributes:
+        parity: on random inputs.
+        real: on real inputs.
+        failures: one sentence each.
+        failed_on: the random inputs of the first comparison that failed.
+    """
+
+    parity: tuple[Parity, ...]
+    real: RealParity | None
+    failures: tuple[str, ...]
+    failed_on: tuple[Tensor, ...] | None = None
+
+    @property
+    def max_abs(self) -> float:
+        """The largest difference of all."""
+        return max((row.max_abs for row in self.parity + (self.real.parity if self.real else ())), default=0.0)
+
+
+def prove(
+    session: onnxruntime.InferenceSession,
+    module: nn.Module,
+    example_inputs: Sequence[Tensor],
+    *,
+    batch_sizes: Sequence[int],
+    tolerance: float,
+    sizes: Sequence[tuple[int, int]] = (),
+    real_inputs: Sequence[Tensor] | None = None,
+) -> Proof:
+    """Run both on the same inputs and compare every output.
+
+    Args:
+        session: the file, opened.
+        module: what it should compute; in eval mode, autograd off.
+        example_inputs: random inputs imitate these.
+        batch_sizes: each is tried.
+        tolerance: the largest difference allowed, as a share of the output's range.
+        sizes: heights and widths to try as well, at the smallest batch size that is more than one.
+        real_inputs: compared too, whole, in pieces of the largest batch size.
+    """
+    rows: list[Parity] = []
+    failures: list[str] = []
+    failed_on = None
+    trials: list[tuple[int, tuple[int, int] | None]] = [(batch, None) for batch in batch_sizes]
+    trials += [(min((b for b in batch_sizes if b > 1), default=1), size) for size in sizes]
+    for seed, (batch, size) in enumerate(trials):
+        inputs = random_inputs(example_inputs, batch, seed=seed, sizes=size)
+        label = f"at batch size {batch}" + (f" and size {size[0]}x{size[1]}" if size else "")
+        try:
+            values = _run(session, module, inputs)
+        except Exception as error:  # either side refuses the input in its own way
+            failures.append(f"{label}: {first_lines(error).rstrip('.')}")
+        else:
+            _compare(values, batch, tolerance, label, rows, failures)
+        failed_on = inputs if failures and failed_on is None else failed_on
+    real = None
+    if real_inputs is not None:
+        real = _on_real(session, module, real_inputs, max(batch_sizes), tolerance, failures)
+    return Proof(tuple(rows), real, tuple(failures), failed_on)
+
+
+def rounding(module: nn.Module, inputs: Sequence[Tensor]) -> float | None:
+    """How far torch itself is off in the module's precision, as a share of the output's range; None if unknown.
+
+    The reference is a copy in float64, so this tells a faulty file from a module that amplifies rounding.
+    """
+    try:
+        exact = copy.deepcopy(module).double()
+        fine = named_outputs(exact(*(x.double() if x.is_floating_point() else x for x in inputs)))
+        coarse = named_outputs(module(*inputs))
+        pairs = [_difference(coarse[name].cpu().numpy(), fine[name].cpu().numpy()) for name in coarse]
+    except Exception:  # some modules cannot be copied, or hold a fixed precision
+        return None
+    return max(gap / scale if scale else gap for gap, scale in pairs)
+
+
+def _run(session: onnxruntime.InferenceSession, module: nn.Module, inputs: Sequence[Tensor]) -> Values:
+    """Torch's value and onnxruntime's value of each output."""
+    expected = named_outputs(module(*inputs))
+    names = [o.name for o in session.get_outputs()]
+    if len(names) != len(expected):
+        raise ExportError(f"the file has {len(names)} outputs ({', '.join(names)}), the module {len(expected)}")
+    got = session.run(None, feed(session, inputs))
+    ours = [x.detach().cpu().numpy() for x in expected.values()]
+    return {name: (a, np.asarray(b)) for name, a, b in zip(names, ours, got, strict=True)}
+
+
+def _run_piece(
+    session: onnxruntime.InferenceSession,
+    module: nn.Module,
+    inputs: Sequence[Tensor],
+    start: int,
+    chunk: int,
+    *,
+    fixed: bool,
+) -> Values:
+    """Rows from `start`; a file of a fixed batch gets a last piece filled up with rows it has seen."""
+    rows = min(chunk, len(inputs[0]) - start)
+    if not fixed or rows == chunk:
+        return _run(session, module, [x[start : start + rows] for x in inputs])
+    filled = _run(session, module, [x[start + torch.arange(chunk) % rows] for x in inputs])
+    return {name: tuple(y[:rows] if y.shape[:1] == (chunk,) else y for y in pair) for name, pair in filled.items()}  # type: ignore[misc]
+
+
+def _compare(values: Values, batch: int, tolerance: float, label: str, rows: list[Parity], failures: list[str]) -> None:
+    for name, (ours, theirs) in values.items():
+        if ours.shape != theirs.shape:
+            failures.append(f"output `{name}` {label} has shape {theirs.shape}, the module's {ours.shape}")
+            continue
+        largest, scale = _difference(ours, theirs)
+        rows.append(Parity(batch, name, largest, largest / scale if scale else largest))
+        limit = tolerance * max(scale, _SMALLEST_SCALE)
+        if not largest <= limit:
+            failures.append(
+                f"output `{name}` {label} differs by up to {largest:.3g}; allowed is {limit:.3g} "
+                f"(tolerance {tolerance:g} of a range of {scale:.3g})"
+            )
+
+
+def _difference(ours: Array, theirs: Array) -> tuple[float, float]:
+    """The largest difference, and the range of our values (or their magnitude, if that is more)."""
+    if not ours.size:
+        return 0.0, 0.0
+    a, b = ours.astype(np.float64), theirs.astype(np.float64)
+    same = (a == b) | (np.isnan(a) & np.isnan(b))
+    with np.errstate(invalid="ignore"):
+        gap = np.where(same, 0.0, np.abs(a - b))
+    finite = a[np.isfinite(a)]
+    scale = float(max(np.abs(finite).max(), np.ptp(finite))) if finite.size else 0.0
+    return float(np.nan_to_num(gap, nan=np.inf, posinf=np.inf).max()), scale
+
+
+def _on_real(
+    session: onnxruntime.InferenceSession,
+    module: nn.Module,
+    inputs: Sequence[Tensor],
+    chunk: int,
+    tolerance: float,
+    failures: list[str],
+) -> RealParity:
+    total, rows = len(inputs[0]), list[Parity]()
+    fixed = isinstance(session.get_inputs()[0].shape[0], int)
+    try:
+        pieces = [_run_piece(session, module, inputs, i, chunk, fixed=fixed) for i in range(0, total, chunk)]
+    except Exception as error:
+        failures.append(f"on real inputs: {first_lines(error).rstrip('.')}")
+        return RealParity(total, (), None, {})
+    values: Values = {}
+    for name in pieces[0] if pieces else ():
+        ours, theirs = (np.concatenate([np.atleast_1d(piece[name][side]) for piece in pieces]) for side in (0, 1))
+        values[name] = (ours, theirs)
+    _compare(values, total, tolerance, f"on {total} real inputs", rows, failures)
+    for ours, theirs in values.values():
+        if ours.ndim == 2 and ours.shape[1] > 1 and ours.shape == theirs.shape:
+            classes, same = ours.argmax(1), ours.argmax(1) == theirs.argmax(1)
+            per_class = {int(c): float(same[classes == c].mean()) for c in np.unique(classes)}
+            return RealParity(total, tuple(rows), float(same.mean()), per_class)
+    return RealParity(total, tuple(rows), None, {})

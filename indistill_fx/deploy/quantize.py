@@ -1,0 +1,322 @@
+"""Quantise an exported file to int8, and keep it only if its accuracy holds."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass, replace
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from indistill_fx.deploy.onnx_session import Array, feed, file_size, first_lines, is_quantised, open_session
+from indistill_fx.errors import ConfigError, ExportError, nearest
+from indistill_fx.system.files import staged
+from indistill_fx.version import __version__
+
+if TYPE_CHECKING:
+    import onnx
+    import onnxruntime
+
+
+Batch: TypeAlias = Tensor | Sequence[Any]
+Method: TypeAlias = Literal["static", "dynamic", "auto"]
+_METHODS = ("static", "dynamic", "auto")
+_CALIBRATIONS = {"minmax": "MinMax", "entropy": "Entropy", "percentile": "Percentile"}
+_CALIBRATION_ROWS = 16
+_BESIDE = 1_500_000_000  # bytes from which weights go to a second file; one file ends at 2 GB
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizeReport:
+    """The int8 file beside the float one.
+
+    Attributes:
+        path: the int8 file.
+        method: static (weights and activations, by calibration) or dynamic (activations scaled at run time).
+        calibration: how activation ranges were chosen; None if dynamic.
+        calibration_rows: samples seen by the calibration.
+        evaluation_rows: samples the accuracies are measured on.
+        accuracy_fp32: share of right classes of the float file.
+        accuracy_int8: share of right classes of the int8 file.
+        agreement: share of samples both files give the same class.
+        per_class: per class of the labels, the accuracies of the float file and of the int8 file.
+        size_fp32: bytes.
+        size_int8: bytes.
+    """
+
+    path: Path
+    method: str
+    calibration: str | None
+    calibration_rows: int
+    evaluation_rows: int
+    accuracy_fp32: float
+    accuracy_int8: float
+    agreement: float
+    per_class: Mapping[int, tuple[float, float]]
+    size_fp32: int
+    size_int8: int
+
+    @property
+    def drop(self) -> float:
+        """Accuracy lost; negative if int8 is better."""
+        return self.accuracy_fp32 - self.accuracy_int8
+
+
+def quantize_onnx(
+    path: str | PathLike[str],
+    out: str | PathLike[str],
+    *,
+    evaluation: Iterable[Batch],
+    calibration: Iterable[Batch] | None = None,
+    method: Method = "static",
+    calibrate: Literal["minmax", "entropy", "percentile"] = "minmax",
+    per_channel: bool = True,
+    reduce_range: bool = True,
+    max_drop: float = 0.01,
+) -> QuantizeReport:
+    """Write an int8 version of a float ONNX classifier if it loses no more than `max_drop` of accuracy.
+
+    Static quantisation puts QuantizeLinear/DequantizeLinear pairs around the operations (QDQ) and needs real data to
+    choose the ranges; it is the one for convolutional networks. Dynamic needs none; it is the one for transformers.
+
+    Args:
+        path: the float file.
+        out: the file to write; an older one stays if the new one is not good enough.
+        evaluation: batches (inputs…, labels), for the accuracies; passed over once per file, so no iterator.
+        calibration: batches of inputs, labels may follow; needed for `static`.
+        method: static, dynamic, or auto: dynamic if the file has attention, else static.
+        calibrate: how the range of an activation is chosen from the calibration data.
+        per_channel: one scale per output channel of a weight.
+        reduce_range: weights use 7 of their 8 bits. x86 processors without VNNI add products of 8 bits up in 16, which
+            overflows without a sign; a file made this way gives the same classes on all of them.
+        max_drop: the largest loss of accuracy accepted, 0.01 is one point.
+
+    Returns:
+        Accuracies and sizes of both.
+
+    Raises:
+        ConfigError: an option, missing data, or a file that is none or is quantised already.
+        ExportError: onnxruntime cannot quantise it, or the accuracy falls too far; nothing is left.
+    """
+    source, target = Path(path), Path(out)
+    for option, value, legal in (("method", method, _METHODS), ("calibrate", calibrate, _CALIBRATIONS)):
+        _require(value in legal, f"`{option}` is {value!r}. {nearest(value, legal)}", option)
+    session, attention = _open_float(source)
+    if method == "auto":
+        method = "dynamic" if attention else "static"
+    beside = file_size(source) > _BESIDE
+    weights = {"per_channel": per_channel, "reduce_range": reduce_range, "use_external_data_format": beside}
+    labels, before = _classify(session, evaluation)
+    rows = 0
+    with staged(target) as draft, _quiet():
+        prepared = draft.with_name("prepared.onnx")
+        try:
+            _prepare(source, prepared, beside=beside)
+            if method == "static":
+                reader = _Reader(session, calibration, held=calibrate != "minmax")
+                _quantize_static(prepared, draft, reader, calibrate, **weights)
+                rows = reader.rows
+            else:
+                _quantize_dynamic(prepared, draft, **weights)
+        except (ConfigError, ExportError):
+            raise
+        except Exception as error:
+            raise ExportError(f"onnxruntime cannot quantise `{source}`: {first_lines(error)}") from error
+        for part in draft.parent.glob("prepared*"):
+            part.unlink()
+        _, after = _classify(open_session(draft), evaluation)
+        report = QuantizeReport(
+            target, method, calibrate if method == "static" else None, rows, len(labels),
+            float((before == labels).mean()), float((after == labels).mean()), float((before == after).mean()),
+            _per_class(labels, before, after), file_size(source), 0,
+        )  # fmt: skip
+        if report.drop > max_drop:
+            raise ExportError(
+                f"`{target}` was not written: int8 has {report.accuracy_int8:.2%} accuracy on {len(labels)} samples, "
+                f"fp32 {report.accuracy_fp32:.2%}; the drop of {report.drop:.2%} is more than {max_drop:.2%}.",
+                where=str(target), got=report.drop, expected=max_drop,
+                hint="Try more calibration data, another `calibrate` (entropy, percentile), or a larger max_drop.",
+            )  # fmt: skip
+        _write_down(draft, report)
+        report = replace(report, size_int8=file_size(draft))
+    return report
+
+
+def _per_class(labels: Array, before: Array, after: Array) -> dict[int, tuple[float, float]]:
+    rows = {int(label): labels == label for label in np.unique(labels)}
+    return {
+        label: (float((before[at] == label).mean()), float((after[at] == label).mean())) for label, at in rows.items()
+    }
+
+
+def _require(condition: bool, message: str, where: str) -> None:
+    if not condition:
+        raise ConfigError(message, where=where)
+
+
+def _open_float(source: Path) -> tuple[onnxruntime.InferenceSession, bool]:
+    """The file, and whether there is attention in it."""
+    import onnx
+
+    _require(source.is_file(), f"There is no file `{source}`.", str(source))
+    try:
+        model = onnx.load(str(source), load_external_data=False)
+    except Exception as error:
+        raise ConfigError(f"`{source}` cannot be read as ONNX: {first_lines(error)}", where=str(source)) from error
+    _require(not is_quantised(model), f"`{source}` is quantised already; give the float file.", str(source))
+    return open_session(source), _has_attention(model)
+
+
+def _has_attention(model: onnx.ModelProto) -> bool:
+    """A softmax that weighs the rows of a product, or an operation that is attention as a whole."""
+    weighed = {name for node in model.graph.node if node.op_type == "MatMul" for name in node.input}
+    return any(
+        node.op_type == "Attention" or (node.op_type == "Softmax" and node.output[0] in weighed)
+        for node in model.graph.node
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Some rows of a batch as the file takes them; a fixed batch is filled up by repeating rows, `rows` are the true ones."""
+
+    arrays: dict[str, Array]
+    rows: int
+    labels: Array | None
+
+
+def _pieces(
+    session: onnxruntime.InferenceSession, batches: Iterable[Batch], *, most: int | None = None
+) -> Iterator[_Piece]:
+    """Batches cut to the file's batch size if that is fixed, else to `most` rows."""
+    inputs = session.get_inputs()
+    fixed = inputs[0].shape[0] if isinstance(inputs[0].shape[0], int) else None
+    for batch in batches:
+        parts = [batch] if isinstance(batch, Tensor) else list(batch)
+        values, rest = parts[: len(inputs)], parts[len(inputs) :]
+        size = fixed or most or max(len(values[0]), 1)
+        for start in range(0, len(values[0]), size):
+            chosen = [value[start : start + size] for value in values]
+            rows = len(chosen[0])
+            if fixed and rows < fixed:
+                chosen = [value[torch.arange(fixed) % rows] for value in chosen]
+            labels = np.asarray(rest[0][start : start + size]) if rest else None
+            yield _Piece(feed(session, chosen), rows, labels)
+
+
+def _classify(session: onnxruntime.InferenceSession, batches: Iterable[Batch]) -> tuple[Array, Array]:
+    """Labels, and the classes the file gives; by its first output of shape (N, classes)."""
+    labels, classes = [], []
+    for piece in _pieces(session, batches):
+        _require(piece.labels is not None, "Evaluation batches need labels: (inputs, labels).", "evaluation")
+        scores = next((y for y in session.run(None, piece.arrays) if y.ndim == 2 and y.shape[1] > 1), None)
+        _require(scores is not None, "No output of the file has shape (N, classes), so it has no accuracy.", "path")
+        labels.append(piece.labels)
+        classes.append(np.asarray(scores).argmax(1)[: piece.rows])
+    _require(bool(labels), "The evaluation data is empty, so the loss of accuracy cannot be measured.", "evaluation")
+    return np.concatenate([one for one in labels if one is not None]), np.concatenate(classes)
+
+
+class _Reader:
+    """Calibration data in the form onnxruntime asks for: one dict at a time, then None; a range of them if it says so.
+
+    Args:
+        session: the float file.
+        batches: batches of inputs, labels may follow.
+        held: keep all inputs, so that ranges can be read.
+    """
+
+    def __init__(self, session: onnxruntime.InferenceSession, batches: Iterable[Batch] | None, *, held: bool):
+        self.rows = 0
+        pieces = _pieces(session, batches or (), most=_CALIBRATION_ROWS)
+        first = next(pieces, None)
+        _require(first is not None, "Static quantisation needs calibration data (real inputs).", "calibration")
+        assert first is not None
+        stream = itertools.chain([first], pieces)
+        self._all = list(stream) if held else []
+        self._pieces = iter(self._all) if held else stream
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def set_range(self, start_index: int, end_index: int) -> None:
+        """Go on with these pieces."""
+        self._pieces = iter(self._all[start_index:end_index])
+
+    def get_next(self) -> dict[str, Array] | None:
+        """The next piece."""
+        piece = next(self._pieces, None)
+        if piece is None:
+            return None
+        self.rows += piece.rows
+        return piece.arrays
+
+
+def _prepare(source: Path, prepared: Path, *, beside: bool) -> None:
+    """Shapes inferred and the graph fused, as the quantiser wants it."""
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    # The symbolic pass needs sympy rules for every operator and adds nothing to what the exporter wrote down.
+    quant_pre_process(
+        str(source), str(prepared), skip_symbolic_shape=True, save_as_external_data=beside,
+        all_tensors_to_one_file=True, external_data_location=f"{prepared.name}.data",
+    )  # fmt: skip
+
+
+def _quantize_static(prepared: Path, draft: Path, reader: _Reader, calibrate: str, **options: bool) -> None:
+    from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
+
+    quantize_static(
+        str(prepared), str(draft), reader, quant_format=QuantFormat.QDQ, **options,
+        activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
+        calibrate_method=getattr(CalibrationMethod, _CALIBRATIONS[calibrate]),
+        # Histograms are made of every activation there is: of one piece at a time, or memory would not do.
+        extra_options={"CalibStridedMinMax": 1} if len(reader) else {},
+    )  # fmt: skip
+
+
+def _quantize_dynamic(prepared: Path, draft: Path, **options: bool) -> None:
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    model = onnx.load(str(prepared), load_external_data=False)
+    del model.graph.value_info[:]  # the quantiser transposes Gemm weights, then trips over their old shapes
+    onnx.save(model, str(prepared))
+    quantize_dynamic(str(prepared), str(draft), **options, weight_type=QuantType.QInt8)
+
+
+def _write_down(draft: Path, report: QuantizeReport) -> None:
+    """What was done, in the file itself; the quantiser's own notes leave it."""
+    import onnx
+
+    model = onnx.load(str(draft), load_external_data=False)
+    told = {entry.key: entry.value for entry in model.metadata_props if not entry.key.startswith("onnx.")}
+    facts = ("method", "calibration", "calibration_rows", "evaluation_rows", "accuracy_fp32", "accuracy_int8")
+    told["int8"] = json.dumps({name: getattr(report, name) for name in facts})
+    onnx.helper.set_model_props(model, told)
+    model.producer_name, model.producer_version = "indistill-fx", __version__
+    onnx.save(model, str(draft))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back what the quantiser prints, and the advice it logs on the root logger."""
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.ERROR)
+    try:
+        with open(os.devnull, "w") as sink, redirect_stdout(sink), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"onnxruntime(\.|$)")
+            yield
+    finally:
+        root.setLevel(level)

@@ -1,0 +1,1 @@
+"""How good a model is: accuracy, and retrieval by its features."""

@@ -1,0 +1,1 @@
+"""Tools on fx graphs and on modules, which know nothing of distillation."""

@@ -1,0 +1,174 @@
+"""Small tools on fx graphs that several passes need: copies, dead code, batches of example inputs."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import linecache
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.utils.parametrize import is_parametrized
+from torch.utils._pytree import tree_leaves, tree_map
+
+from indistill_fx.graph.ops import is_inplace
+
+_MOST_SOURCES = 500
+
+
+def forget_sources(most: int = _MOST_SOURCES) -> None:
+    """Let go of the source texts of graphs that no longer exist, once there are more than so many.
+
+    For its tracebacks fx keeps the text of every version of every graph for as long as the process lives, some 25 KiB a run.
+    """
+    texts = getattr(getattr(fx.graph_module, "_loader", None), "eval_cache", {})
+    if len(texts) <= most:
+        return
+    graphs = [thing for thing in gc.get_objects() if issubclass(type(thing), fx.GraphModule)]
+    codes = [getattr(type(graph).forward, "__code__", None) for graph in graphs]
+    needed = {code.co_filename for code in codes if code is not None}
+    for key in [key for key in texts if key not in needed]:
+        del texts[key]
+        linecache.cache.pop(key, None)
+
+
+def tensor_nodes(value: object) -> list[fx.Node]:
+    """The nodes in a nested structure of arguments, in order."""
+    return [leaf for leaf in tree_leaves(value, is_leaf=lambda v: isinstance(v, fx.Node)) if isinstance(leaf, fx.Node)]
+
+
+def output_node(graph: fx.Graph) -> fx.Node:
+    """The graph's output node."""
+    last: fx.Node = next(iter(reversed(graph.nodes)))
+    return last
+
+
+def depends_on_input(node: fx.Node) -> bool:
+    """Whether a node computes something from an input of the graph; an input itself does not."""
+    seen, todo = {node}, [node]
+    while todo:
+        for source in todo.pop().all_input_nodes:
+            if source.op == "placeholder":
+                return True
+            if source not in seen:
+                seen.add(source)
+                todo.append(source)
+    return False
+
+
+def copy_graph(graph_module: fx.GraphModule) -> tuple[fx.GraphModule, dict[str, fx.Node]]:
+    """A GraphModule with a graph of its own and the same leaf modules, parameters and buffers; and its nodes by name."""
+    graph = fx.Graph()
+    memo: dict[fx.Node, fx.Node] = {}
+    result = graph.graph_copy(graph_module.graph, memo)
+    graph.output(result)
+    new = fx.GraphModule(graph_module, graph, class_name=type(graph_module).__name__)
+    return new, {old.name: node for old, node in memo.items()}
+
+
+def sweep(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """Remove, in place, the nodes that no output needs and the modules, parameters and buffers that no node names; recompile.
+
+    Only for a graph the caller has just made. Placeholders stay: the signature is part of the contract.
+    """
+    graph_module.graph.eliminate_dead_code(
+        is_impure_node=lambda n: n.op in ("placeholder", "output") or _writes_alive(n)
+    )
+    graph_module.delete_all_unused_submodules()
+    _delete_unused_tensors(graph_module)
+    graph_module.graph.lint()
+    graph_module.recompile()
+    return graph_module
+
+
+def _writes_alive(node: fx.Node) -> bool:
+    return is_inplace(node) and bool(node.all_input_nodes) and len(node.all_input_nodes[0].users) > 1
+
+
+def _delete_unused_tensors(graph_module: fx.GraphModule) -> None:
+    used = {str(node.target) for node in graph_module.graph.nodes if node.op == "get_attr"}
+    called = tuple(f"{node.target}." for node in graph_module.graph.nodes if node.op == "call_module")
+    named = [name for name, _ in (*graph_module.named_parameters(), *graph_module.named_buffers())]
+    for name in named:
+        if name not in used and not name.startswith(called):
+            path, _, attr = name.rpartition(".")
+            delattr(graph_module.get_submodule(path), attr)
+
+
+def add_module(graph_module: fx.GraphModule, wish: str, module: nn.Module) -> str:
+    """Register `module` under the first free name that begins with `wish`; returns the name."""
+    base = name = wish.replace(".", "_")
+    count = 0
+    while hasattr(graph_module, name):
+        count += 1
+        name = f"{base}_{count}"
+    graph_module.add_module(name, module)
+    return name
+
+
+def add_tensor(graph_module: fx.GraphModule, wish: str, tensor: Tensor) -> str:
+    """Register a parameter or buffer under the first free name that begins with `wish`; returns the name."""
+    base = name = wish.replace(".", "_")
+    count = 0
+    while hasattr(graph_module, name):
+        count += 1
+        name = f"{base}_{count}"
+    if isinstance(tensor, nn.Parameter):
+        graph_module.register_parameter(name, tensor)
+    else:
+        graph_module.register_buffer(name, tensor)
+    return name
+
+
+def with_tensors(module: nn.Module, tensors: Mapping[str, Tensor | None], **attributes: Any) -> nn.Module:
+    """A shallow copy of a leaf module with some of its own parameters, buffers and attributes replaced; the original stays as it is."""
+    new = _shallow_copy(module)
+    new.__dict__["_parameters"] = dict(module._parameters)
+    new.__dict__["_buffers"] = dict(module._buffers)
+    new.__dict__["_modules"] = dict(module._modules)
+    for name, tensor in tensors.items():
+        if name in new._parameters and tensor is not None:
+            new._parameters[name] = nn.Parameter(
+                tensor, requires_grad=tensor.requires_grad and tensor.is_floating_point()
+            )
+        elif name in new._parameters:
+            new._parameters[name] = None
+        else:
+            new._buffers[name] = tensor
+    for name, value in attributes.items():
+        setattr(new, name, value)
+    return new
+
+
+def _shallow_copy(module: nn.Module) -> nn.Module:
+    if not is_parametrized(module):
+        return copy.copy(module)
+    new: nn.Module = type(module).__new__(type(module))  # torch refuses to copy what has a weight or spectral norm
+    new.__dict__.update(module.__dict__)
+    return new
+
+
+def batch_of(value: Any, size: int, *, example_size: int) -> Any:
+    """The example inputs with another batch size; rows beyond the example's repeat it with a little noise.
+
+    Tensors whose first axis is not the example's batch stay as they are.
+    """
+
+    def resize(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or leaf.dim() == 0 or leaf.shape[0] != example_size:
+            return leaf
+        rows = leaf[torch.arange(size) % example_size]
+        if leaf.is_floating_point() and size > example_size:
+            fresh = rows[example_size:]
+            noise = torch.randn(fresh.shape, generator=torch.Generator().manual_seed(size), dtype=torch.float64)
+            rows = torch.cat([rows[:example_size], fresh + (0.1 * noise).to(fresh)])
+        return rows
+
+    return tree_map(resize, value)
+
+
+def batch_size(value: Any) -> int:
+    """The batch size of example inputs: the first axis of the first tensor that has one."""
+    return next((leaf.shape[0] for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and leaf.dim()), 1)

@@ -1,0 +1,133 @@
+"""Run somebody else's module and leave it as it was found."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from indistill_fx.graph.edit import with_tensors
+
+
+def shadow(module: nn.Module, *, training: bool, memo: dict[nn.Module, nn.Module] | None = None) -> nn.Module:
+    """A copy of a module tree that has training flags of its own and shares every parameter and buffer."""
+    memo = {} if memo is None else memo
+    if isinstance(module, torch.jit.ScriptModule):
+        return module  # compiled code cannot be copied without its tensors
+    if module not in memo:
+        new = memo[module] = with_tensors(module, {})
+        for name, child in module._modules.items():
+            if child is not None:
+                new._modules[name] = shadow(child, training=training, memo=memo)
+        new.__dict__["training"] = training
+    return memo[module]
+
+
+@contextmanager
+def mode(module: nn.Module, *, training: bool) -> Iterator[None]:
+    """Set train or eval mode, and put every flag back as it was, whatever happens. Flags are written without calling `train()`."""
+    before = [(child, child.training) for child in module.modules()]
+    try:
+        for child, _ in before:
+            child.__dict__["training"] = training
+        yield
+    finally:
+        for child, flag in before:
+            child.__dict__["training"] = flag
+
+
+def digest(module: nn.Module) -> str:
+    """Digest of a module's weights, buffers, training and gradient flags: equal before and after what must not touch it."""
+    total = hashlib.sha256()
+    for name, child in module.named_modules():
+        total.update(f"{name} {child.training} {type(child).__qualname__}".encode())
+    parameters, buffers = module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)
+    tensors: Iterable[tuple[str, Tensor]] = (*parameters, *buffers)
+    for name, tensor in tensors:
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.requires_grad}".encode())
+        total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
+
+
+_REGISTRIES = ("_parameters", "_buffers", "_modules")
+
+
+@contextmanager
+def weights_kept(module: nn.Module) -> Iterator[Callable[[], None]]:
+    """Put the values of all parameters back when the block ends; what it gives puts them back at once.
+
+    Some forward passes write parameters (`self.weight.data = normalize(self.weight)`), which no version counter tells.
+    """
+    weights = [(weight, weight.data, weight.detach().clone()) for weight in module.parameters()]
+
+    def put_back() -> None:
+        with torch.no_grad():
+            for weight, data, before in weights:
+                if weight.data_ptr() != data.data_ptr() or weight.shape != before.shape:
+                    weight.data = data
+                if not torch.equal(weight, before):
+                    weight.data.copy_(before)
+
+    try:
+        yield put_back
+    finally:
+        put_back()
+
+
+@contextmanager
+def untouched(module: nn.Module) -> Iterator[None]:
+    """Put flags, buffers, attributes and random state back when the block ends, however it ends.
+
+    Parameters keep their identity; their values are `weights_kept`'s business. Attributes count because a forward pass
+    that caches a tensor leaves a fake one behind when it is traced.
+
+    Args:
+        module: the module whose forward will run, or be traced, inside the block.
+    """
+    plain = (part for part in module.modules() if not _is_compiled(part))
+    parts = [(part, dict(part.__dict__), [dict(part.__dict__[r]) for r in _REGISTRIES]) for part in plain]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
+    python_state = random.getstate()
+    numpy_random: Any = getattr(sys.modules.get("numpy"), "random", None)
+    numpy_state = numpy_random.get_state() if numpy_random else None
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        for part, own, registries in parts:
+            for name, entries in zip(_REGISTRIES, registries, strict=True):
+                own[name].clear()
+                own[name].update(entries)
+            part.__dict__.clear()
+            part.__dict__.update(own)
+        with torch.no_grad():
+            for buffer, before in buffers:
+                if not torch.equal(buffer, before):
+                    buffer.copy_(before)
+        random.setstate(python_state)
+        if numpy_random:
+            numpy_random.set_state(numpy_state)
+
+
+def _is_compiled(part: nn.Module) -> bool:
+    """TorchScript keeps attributes where Python cannot replace them; its code does not write them in a forward pass unnoticed."""
+    return isinstance(part, torch.jit.ScriptModule)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """The module in eval mode, without autograd, and untouched afterwards.
+
+    The flags are written directly: the module of a loaded `torch.export` archive refuses `.eval()`.
+    """
+    with untouched(module), torch.no_grad():
+        for part in module.modules():
+            part.training = False
+        yield

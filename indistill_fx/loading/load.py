@@ -1,0 +1,191 @@
+"""Where models come from: a spec string, the same in every command, to a module.
+
+    model.pt, model.pth                       a module saved whole by torch.save
+    model.pt2                                 a program saved by torch.export.save
+    models.py:make, package.module:make       a factory or a class in the user's own code
+    torchvision:resnet18, timm:resnet10t      a constructor by name
+    …?num_classes=10&width=16                 arguments, for the last two rows
+    …@weights.safetensors, …@weights.pt       weights to load into it
+
+Nothing of a model file is run, unless it names a package that the user trusts; the user's own code is run, of course.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from indistill_fx.errors import ConfigError
+from indistill_fx.loading.spec import MODEL_FORMS, Spec, exists, parse_spec
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from indistill_fx.loading.model_zoos import InputFacts
+
+
+@dataclass(frozen=True)
+class Source:
+    """A loaded model and what its source knows of it.
+
+    Args:
+        module: the model, with the training flags its source gave it.
+        spec: the string it was loaded from.
+        kind: `module file`, `exported program`, `factory`, `torchvision` or `timm`.
+        example_inputs: inputs the source has, batch included.
+        input_size: the shape of one input sample, such as (3, 224, 224).
+        normalisation: mean and standard deviation per channel that its inputs are normalised by.
+        classes: their names by label, if the source knows them.
+        notes: what was trusted, unwrapped or dropped on the way.
+    """
+
+    module: nn.Module
+    spec: str
+    kind: str
+    example_inputs: tuple[Tensor, ...] | None = None
+    input_size: tuple[int, ...] | None = None
+    normalisation: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    classes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def load(spec: str, *, trust: Sequence[str] = ()) -> nn.Module:
+    """Load a model.
+
+    Args:
+        spec: where it comes from; see this module's head.
+        trust: packages whose classes a model file may name. Only for files you trust: such code is run.
+
+    Returns:
+        The module, with the training flags its source gave it.
+
+    Raises:
+        ConfigError: the spec or the file is at fault.
+        FrontendError: the user's factory fails, or pretrained weights cannot be downloaded.
+    """
+    return load_source(spec, trust=trust).module
+
+
+def load_source(spec: str, *, trust: Sequence[str] = ()) -> Source:
+    """Load a model together with what its source knows of it.
+
+    Args:
+        spec: where it comes from; see this module's head.
+        trust: packages whose classes a model file may name. Only for files you trust: such code is run.
+
+    Returns:
+        The module, its input's shape and normalisation where they are known, and notes.
+
+    Raises:
+        ConfigError: the spec or the file is at fault.
+        FrontendError: the user's factory fails, or pretrained weights cannot be downloaded.
+    """
+    _require_packages(trust)
+    parsed = parse_spec(spec)
+    with _trusted_importable() if trust else nullcontext():
+        source = _load_place(parsed, trust)
+        if parsed.weights:
+            from indistill_fx.loading.state_dicts import load_weights
+
+            notes = load_weights(source.module, Path(parsed.weights), trust=trust)
+            source = replace(source, notes=(*source.notes, *notes))
+    return source
+
+
+def _trusted_importable() -> AbstractContextManager[None]:
+    from indistill_fx.loading.user_models import working_directory_importable
+
+    return working_directory_importable()
+
+
+def _load_place(parsed: Spec, trust: Sequence[str]) -> Source:
+    if not parsed.name:
+        return _load_file(parsed, trust)
+    if parsed.place in ("torchvision", "timm"):
+        return _build_by_name(parsed)
+    from indistill_fx.loading.user_models import build_by_factory
+
+    return Source(build_by_factory(parsed.place, parsed.name, parsed.arguments), parsed.text, "factory")
+
+
+def _require_packages(trust: Sequence[str]) -> None:
+    for package in [trust] if isinstance(trust, str) else trust:
+        if isinstance(trust, str) or not all(part.isidentifier() for part in package.split(".")):
+            hint = "Give packages by name: --trust mypackage, or trust=['mypackage']."
+            raise ConfigError(f"{package!r} cannot be trusted: it is no list of packages.", where="--trust", hint=hint)
+
+
+def _load_file(parsed: Spec, trust: Sequence[str]) -> Source:
+    from indistill_fx.loading.file_kinds import count_safetensors, recognise
+
+    path = Path(parsed.place)
+    if not exists(path) and path.name == parsed.place and not path.suffix:
+        hint = f"A constructor is named with its library: torchvision:{path} or timm:{path}."
+        raise ConfigError(f"There is no file `{path}`.", where=parsed.text, expected=MODEL_FORMS, hint=hint)
+    kind = recognise(path)
+    if kind == "safetensors":
+        raise _only_weights(path, count_safetensors(path))
+    if kind == "export":
+        return _load_exported(path, parsed.text, trust)
+    return _load_module_file(path, parsed.text, trust)
+
+
+def _load_exported(path: Path, text: str, trust: Sequence[str]) -> Source:
+    from indistill_fx.loading.pt2 import load_exported, runs_in_training_mode
+
+    module, inputs = load_exported(path, trust=trust)
+    mode = "training" if runs_in_training_mode(module) else "inference"
+    size = tuple(inputs[0].shape[1:]) if inputs is not None and len(inputs) == 1 and inputs[0].dim() > 1 else None
+    note = f"an exported program: it stays in the {mode} mode it was exported in"
+    return Source(module, text, "exported program", example_inputs=inputs, input_size=size, notes=(note,))
+
+
+def _load_module_file(path: Path, text: str, trust: Sequence[str]) -> Source:
+    from torch import nn
+
+    from indistill_fx.loading.model_zoos import describe_timm
+    from indistill_fx.loading.safe_pickle import load_rehearsed, rehearse
+
+    label = str(path)
+    with path.open("rb") as file:
+        rehearsal = rehearse(file, label, trust=trust)
+        if not rehearsal.is_module:
+            raise _only_weights(path, rehearsal.tensors)
+        module = load_rehearsed(file, label, rehearsal)
+    if not isinstance(module, nn.Module):
+        raise ConfigError(f"`{label}` holds a {type(module).__name__}, not a module.", where=label)
+    notes = rehearsal.describe_trusted()
+    if isinstance(module, nn.DataParallel):
+        module, notes = module.module, (*notes, "taken out of its DataParallel wrapper")
+    return _with_facts(Source(module, text, "module file", notes=notes), describe_timm(module))
+
+
+def _build_by_name(parsed: Spec) -> Source:
+    from indistill_fx.loading.model_zoos import build_timm, build_torchvision, describe_timm, describe_torchvision
+
+    if parsed.place == "timm":
+        module = build_timm(parsed.name, parsed.arguments)
+        facts = describe_timm(module)
+    else:
+        module = build_torchvision(parsed.name, parsed.arguments)
+        facts = describe_torchvision(parsed.name, module)
+    return _with_facts(Source(module, parsed.text, parsed.place), facts)
+
+
+def _with_facts(source: Source, facts: InputFacts) -> Source:
+    return replace(source, input_size=facts.size, normalisation=facts.normalisation)
+
+
+def _only_weights(path: Path, tensors: int) -> ConfigError:
+    if not tensors:
+        what = f"`{path}` holds neither a module nor a state dict."
+        return ConfigError(what, where=str(path), hint="Save the model whole: torch.save(model, path).")
+    return ConfigError(
+        f"`{path}` is a state dict of {tensors} tensors: weights without the model they belong to.",
+        where=str(path),
+        got="a state dict",
+        hint=f"Name the model before it: torchvision:NAME@{path} or models.py:make_model@{path}.",
+    )

@@ -1,0 +1,321 @@
+"""Load a `.pt2` archive of torch.export as a program of tensor operations, and as nothing else.
+
+`torch.export.load` trusts its file: it falls back to the unrestricted unpickler, unpickles constants, resolves an
+operator by walking any attributes of `torch`, evaluates shape expressions and guards as Python, writes the graph's
+names into generated source, and loads compiled libraries. So the archive is never given to it. A new one is written in
+memory, from the parts that were checked here:
+
+  1. Only weights, constants and the program itself; weights are raw bytes, never pickles.
+  2. Every operator is a tensor operator of an allowed namespace, none of which takes a file name.
+  3. Every name is an identifier; shape expressions are arithmetic over symbols; input structures are plain containers.
+  4. Guards and all metadata but the module paths are left out; example inputs go through the restricted loader.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import io
+import json
+import logging
+import re
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor, nn
+
+from indistill_fx.errors import ConfigError
+from indistill_fx.loading.file_kinds import damaged, open_zip
+from indistill_fx.loading.safe_pickle import load_rehearsed, rehearse
+
+_ENTRY = re.compile(
+    r"archive_format|archive_version|byteorder|\.data/(version|serialization_id)|\.format_version|\.storage_alignment"
+    r"|version|models/model\.json|data/(weights|constants)/(weight_\d+|tensor_\d+|model_(weights|constants)_config\.json)"
+)
+_PROGRAM, _EXAMPLES = "models/model.json", "data/sample_inputs/model.pt"
+_NAMESPACES = ("aten", "prims", "torchvision")
+_HIGHER_ORDER = ("wrap_with_set_grad_enabled", "wrap_with_autocast", "cond", "while_loop", "map_impl", "scan")
+_SCALAR = frozenset(
+    (
+        *(f"_operator.{name}" for name in ("add", "sub", "mul", "floordiv", "truediv", "mod", "neg", "pos", "getitem")),
+        *(f"_operator.{name}" for name in ("eq", "ne", "lt", "le", "gt", "ge", "and_", "or_", "not_")),
+        *(f"math.{name}" for name in ("trunc", "ceil", "floor")),
+        *(f"torch.sym_{name}" for name in ("int", "float", "max", "min", "not", "ite", "sqrt")),
+    )
+)
+_SYMBOLIC = frozenset(
+    (
+        *("Integer", "Rational", "Add", "Mul", "Max", "Min", "Mod", "PythonMod", "Equality"),
+        *("Unequality", "StrictLessThan", "LessThan", "StrictGreaterThan", "GreaterThan", "And", "Or", "Not"),
+        *("FloorDiv", "CleanDiv", "CeilDiv", "ModularIndexing", "Where", "IntTrueDiv", "FloatTrueDiv", "ToFloat"),
+        *("CeilToInt", "FloorToInt", "TruncToInt", "RoundToInt", "TruncToFloat", "Identity"),
+    )
+)
+_FROZEN = "torch.fx.immutable_collections.immutable_"
+_CONTAINERS = (
+    *("builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict", None),
+    *(f"{_FROZEN}list", f"{_FROZEN}dict"),  # what a graph of ours with several outputs returns
+)
+
+_FREE = re.compile(r"[\w.+\-]*")  # versions, devices, dialects
+_IDENTIFIER = re.compile(r"\w*")
+_PATH = re.compile(r"[\w.\-/: ]*")  # parameters and modules: nothing that could end a string in generated source
+_SYMBOL = re.compile(r"[a-z]{1,4}\d{1,5}")
+_LONGEST = 2000
+
+
+def load_exported(path: Path, *, trust: Sequence[str] = ()) -> tuple[nn.Module, tuple[Tensor, ...] | None]:
+    """Load a `.pt2` archive.
+
+    Args:
+        path: the archive.
+        trust: operator namespaces, beside PyTorch's own, whose operators the program may call.
+
+    Returns:
+        The module, and the example inputs when the archive has them and all are tensors.
+
+    Raises:
+        ConfigError: the archive is damaged, or holds what is no program of tensor operations.
+    """
+    label = str(path)
+    with path.open("rb") as file:
+        archive = open_zip(file, label)
+        checked, examples = _copy_checked(archive, label, trust)
+    inputs = _load_examples(examples, label)
+    log = _FirstError()
+    try:
+        with _listening(log):
+            module: nn.Module = torch.export.load(checked).module(check_guards=False)
+    except Exception as error:
+        cause = log.error or error
+        reason = (str(cause).strip().splitlines() or [""])[-1]
+        raise damaged(label, f"{type(cause).__name__}: {reason}") from error
+    return _settle_mode(module), inputs
+
+
+def runs_in_training_mode(module: nn.Module) -> bool:
+    """Whether an exported graph has dropout that drops or batch norm that updates; both are fixed at export."""
+    graph = getattr(module, "graph", None)
+    for node in graph.nodes if graph is not None else ():
+        schema = getattr(node.target, "_schema", None)
+        for position, argument in enumerate(schema.arguments if schema is not None else ()):
+            if argument.name in ("training", "train") and position < len(node.args) and node.args[position] is True:
+                return True
+    return False
+
+
+def _settle_mode(module: nn.Module) -> nn.Module:
+    """Set the training flags to what the graph does, and let `train` and `eval` set them, as they do on any module.
+
+    torch lets both raise, since they cannot change the graph; then nothing that keeps and restores flags can run.
+    """
+    vars(module).pop("train", None)
+    vars(module).pop("eval", None)
+    return module.train(runs_in_training_mode(module))
+
+
+def _copy_checked(archive: zipfile.ZipFile, label: str, trust: Sequence[str]) -> tuple[BinaryIO, bytes]:
+    """A new archive of the parts that passed, and the example inputs, which are not among them."""
+    checked, examples = io.BytesIO(), b""
+    sizes = {entry.filename.partition("/")[2]: entry.file_size for entry in archive.infolist()}
+    try:
+        with zipfile.ZipFile(checked, "w") as target:
+            for entry in archive.infolist():
+                name, content = entry.filename.partition("/")[2], archive.read(entry)
+                if name == _EXAMPLES:
+                    examples = content
+                if not name.startswith("extra/"):
+                    target.writestr(f"model/{name}", _check_entry(name, content, sizes, trust))
+    except _UnfitError as error:
+        raise ConfigError(
+            f"`{label}` was refused, and nothing in it was run: it {error}.",
+            where=label,
+            got=str(error),
+            expected="a program of PyTorch's own tensor operations, with its weights",
+            hint="If it is your own export, name the model it was made from instead.",
+        ) from error
+    except Exception as error:  # any bytes at all may come here
+        raise damaged(label, f"its program makes no sense ({type(error).__name__}: {error})") from error
+    checked.seek(0)
+    return checked, examples
+
+
+def _check_entry(name: str, content: bytes, sizes: dict[str, int], trust: Sequence[str]) -> bytes:
+    if name == _EXAMPLES:
+        return b""
+    if not _ENTRY.fullmatch(name):
+        raise _UnfitError(f"holds {name!r}, which is neither weights nor the program")
+    if name == _PROGRAM:
+        return json.dumps(_check_program(json.loads(content), trust)).encode()
+    if name.endswith("_config.json"):
+        _check_payloads(json.loads(content), name, sizes)
+    return content
+
+
+class _UnfitError(Exception):
+    """Says what an archive holds that it must not."""
+
+
+def _check_payloads(config: Any, name: str, sizes: dict[str, int]) -> None:
+    folder = name.rpartition("/")[0]
+    for payload in config["config"].values():
+        if payload["use_pickle"] or not re.fullmatch(r"(weight|tensor)_\d+", payload["path_name"]):
+            raise _UnfitError(f"has a pickled object among its {folder.rpartition('/')[2]}")
+        lengths = [size.get("as_int") for size in payload["tensor_meta"]["sizes"]]
+        if sizes[f"{folder}/{payload['path_name']}"] == 0 and 0 not in lengths:
+            raise ValueError(f"{payload['path_name']} has no data")
+
+
+def _check_program(program: Any, trust: Sequence[str]) -> Any:
+    if not isinstance(program, dict) or "graph_module" not in program:
+        raise ValueError("no exported program")
+    program["guards_code"] = []
+    for symbol in program.get("range_constraints") or ():
+        if not _SYMBOL.fullmatch(symbol):
+            raise _UnfitError(f"has a symbol {symbol[:40]!r}")
+    return _check(program, "", trust)
+
+
+def _check(value: Any, key: str, trust: Sequence[str]) -> Any:
+    """A copy of part of the program, every string in it checked by the key it stands under."""
+    if key in ("as_custom_obj", "custom_obj_values") and value:
+        raise _UnfitError("has a script object")
+    if isinstance(value, dict):
+        if key == "metadata":
+            value = {name: text for name, text in value.items() if name == "nn_module_stack"}
+        for name in value:
+            _require(name, _PATH, "name")
+        return {name: _check(item, name, trust) for name, item in value.items() if name != "treespec_namedtuple_fields"}
+    if isinstance(value, list):
+        return [_check(item, key, trust) for item in value]
+    if isinstance(value, str):
+        _check_text(value, key, trust)
+    return value
+
+
+def _check_text(value: str, key: str, trust: Sequence[str]) -> None:
+    match key:
+        case "target" | "as_operator":
+            _check_operator(value, trust)
+        case "expr_str":
+            _check_expression(value)
+        case "in_spec" | "out_spec":
+            _check_structure(json.loads(value)[1] if value else {})
+        case "as_string" | "as_strings":
+            pass  # written into the source by `repr`
+        case "name" | "as_name" | "forward_arg_names":
+            _require(value, _IDENTIFIER, "name")
+        case "nn_module_stack":
+            _require(re.sub(r"[;,@\[\]()']|<locals>", "", value), _PATH, "module path")
+        case "fqn" | "parameter_name" | "buffer_name" | "tensor_constant_name" | "user_input_name":
+            _require(value, _PATH, "name")
+        case _:
+            _require(value, _FREE, key)
+
+
+def _require(value: str, pattern: re.Pattern[str], what: str) -> None:
+    if not pattern.fullmatch(value):
+        raise _UnfitError(f"has a {what} {value[:60]!r}")
+
+
+def _check_operator(target: str, trust: Sequence[str]) -> None:
+    if target in _SCALAR:
+        return
+    match target.split("."):
+        case ["torch", "ops", "higher_order", name] if name in _HIGHER_ORDER:
+            return
+        case ["torch", "ops", namespace, name, *overload] if namespace in (*_NAMESPACES, *trust) and len(overload) <= 1:
+            if namespace == "torchvision":
+                importlib.import_module(namespace)  # registers them
+            found = getattr(getattr(torch.ops, namespace), name, None)
+            found = getattr(found, overload[0], None) if overload else found
+            schema = getattr(found, "_schema", None)
+            if schema is not None and not any("file" in argument.name for argument in schema.arguments):
+                return
+    raise _UnfitError(f"calls {target[:80]!r}, which is no tensor operation known here")
+
+
+def _check_structure(spec: Any) -> None:
+    """Refuse what is not a container of positions and plain keys: other kinds import what they name."""
+    if not spec:
+        return
+    context = json.loads(spec["context"]) if isinstance(spec["context"], str) else spec["context"]
+    if spec["type"] not in _CONTAINERS or not _is_plain(context):
+        raise _UnfitError(f"has inputs or outputs in a {str(spec['type'])[:60]!r}")
+    for child in spec["children_spec"]:
+        _check_structure(child)
+
+
+def _is_plain(context: Any) -> bool:
+    return context is None or (isinstance(context, list) and all(isinstance(key, (str, int)) for key in context))
+
+
+def _check_expression(text: str) -> None:
+    """Refuse a shape expression that is more than arithmetic; torch evaluates it as Python."""
+    if (
+        len(text) > _LONGEST
+        or not text.isascii()
+        or "\n" in text
+        or not _is_arithmetic(ast.parse(text, mode="eval").body)
+    ):
+        raise _UnfitError(f"has a shape expression {text[:60]!r}")
+
+
+def _is_arithmetic(node: ast.AST) -> bool:
+    """Whether an expression is one that sympy prints: calls of listed functions on symbols and numbers."""
+    match node:
+        case ast.Constant(value=bool() | int() | float() as value):
+            return abs(value) < 1 << 64
+        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant() as operand):
+            return _is_arithmetic(operand)
+        case ast.Name(id=name):
+            return name in ("true", "false", "oo", "int_oo")
+        case ast.Call(func=ast.Name(id="Symbol"), args=[ast.Constant(value=str(name))], keywords=words):
+            return bool(_SYMBOL.fullmatch(name)) and all(isinstance(word.value, ast.Constant) for word in words)
+        case ast.Call(func=ast.Name(id="Float"), args=[ast.Constant(value=str(digits))], keywords=words):
+            return bool(re.fullmatch(r"-?[\d.]{1,40}", digits)) and all(_is_arithmetic(word.value) for word in words)
+        case ast.Call(func=ast.Name(id="Pow"), args=[base, ast.Call(func=ast.Name(id="Integer"), args=[power])]):
+            # the power of a power would never end
+            small = isinstance(power, ast.Constant) and power.value in range(9)
+            return small and _is_arithmetic(base) and "id='Pow'" not in ast.dump(base)
+        case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]):
+            return name in _SYMBOLIC and all(map(_is_arithmetic, arguments))
+    return False
+
+
+def _load_examples(content: bytes, label: str) -> tuple[Tensor, ...] | None:
+    if not content:
+        return None
+    file, label = io.BytesIO(content), f"{label} (its example inputs)"
+    match load_rehearsed(file, label, rehearse(file, label)):
+        case (tuple(arguments), dict(keywords)) if not keywords and all(isinstance(item, Tensor) for item in arguments):
+            return arguments
+    return None
+
+
+class _FirstError(logging.Filter):
+    """Keeps the first error that torch writes to its log instead of raising it, and keeps the log quiet."""
+
+    error: BaseException | None = None
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Take the error; pass nothing on."""
+        if record.exc_info and self.error is None:
+            self.error = record.exc_info[1]
+        return False
+
+
+@contextmanager
+def _listening(log: _FirstError) -> Iterator[None]:
+    loggers = [logging.getLogger(name) for name in ("torch.export", "torch._export.serde.serialize")]
+    for logger in loggers:
+        logger.addFilter(log)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(log)

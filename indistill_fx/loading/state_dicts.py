@@ -1,0 +1,128 @@
+"""State dicts: read from a file without running anything of it, and loaded into a module with every mismatch named."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from indistill_fx.errors import ConfigError
+from indistill_fx.loading.file_kinds import damaged, recognise
+from indistill_fx.loading.safe_pickle import load_rehearsed, rehearse
+
+# What training scripts put a state dict under, and what wrappers put before its keys.
+_WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "weights", "params", "student")
+_PREFIXES = ("module.", "_orig_mod.", "model.")
+_SHOWN = 5
+
+
+def load_weights(module: nn.Module, path: Path, *, trust: Sequence[str] = ()) -> tuple[str, ...]:
+    """Load a state dict into a module, in place.
+
+    Args:
+        module: gets the weights; its training flags stay.
+        path: a safetensors file, or one of torch.save.
+        trust: packages whose objects the file may hold beside the tensors.
+
+    Returns:
+        Notes: what was unwrapped, dropped or trusted on the way.
+
+    Raises:
+        ConfigError: the file cannot be read, or its keys or shapes are not the module's; names them.
+    """
+    state, notes = read_state_dict(path, trust=trust)
+    own = module.state_dict()
+    for prefix in _PREFIXES:
+        if state and all(key.startswith(prefix) for key in state) and not any(key.startswith(prefix) for key in own):
+            state = {key.removeprefix(prefix): value for key, value in state.items()}
+            notes = (*notes, f"weights: dropped {prefix!r} before every key")
+    _require_match(state, own, type(module).__name__, path)
+    module.load_state_dict(state)
+    return notes
+
+
+def read_state_dict(path: Path, *, trust: Sequence[str] = ()) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Read the state dict of a file.
+
+    Args:
+        path: a safetensors file, or one of torch.save.
+        trust: packages whose objects the file may hold beside the tensors.
+
+    Returns:
+        Tensors by key, on the CPU, and notes: under what key they were found, what was trusted.
+
+    Raises:
+        ConfigError: the file is of another kind, damaged, or holds no state dict.
+    """
+    kind, label = recognise(path), str(path)
+    if kind == "safetensors":
+        return _read_safetensors(path), ()
+    if kind == "export":
+        raise ConfigError(
+            f"`{label}` is a whole exported model, not weights.", where=label, hint=f"Name it alone: {label}."
+        )
+    with path.open("rb") as file:
+        rehearsal = rehearse(file, label, trust=trust)
+        if rehearsal.is_module:
+            what = f"`{label}` is a whole module, not a state dict."
+            raise ConfigError(what, where=label, hint=f"Name it alone, without a model before it: {label}.")
+        loaded = load_rehearsed(file, label, rehearsal)
+    state, notes = _unwrap(loaded, label)
+    return state, (*notes, *rehearsal.describe_trusted())
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
+        raise damaged(str(path), f"{type(error).__name__}: {error}") from error
+
+
+def _unwrap(loaded: Any, label: str) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    if not isinstance(loaded, Mapping):
+        raise ConfigError(f"`{label}` holds a {type(loaded).__name__}, not a state dict.", where=label)
+    for key in _WRAPPERS:
+        if isinstance(loaded.get(key), Mapping):
+            return _unwrap_plain(loaded[key], label), (f"weights: taken from {key!r} of the checkpoint",)
+    return _unwrap_plain(loaded, label), ()
+
+
+def _unwrap_plain(state: Mapping[Any, Any], label: str) -> dict[str, Tensor]:
+    others = [str(key)[:60] for key, value in state.items() if not (isinstance(key, str) and isinstance(value, Tensor))]
+    if others or not state:
+        raise ConfigError(
+            f"`{label}` is no state dict: {', '.join(others[:_SHOWN]) or 'it is empty'} "
+            f"{'is' if len(others) == 1 else 'are' if others else 'and'} no tensor{'s' if len(others) > 1 else ''}.",
+            where=label,
+            got=others,
+            expected=f"tensors by name, or such a mapping under one of {', '.join(_WRAPPERS)}",
+            hint="Save the weights alone: torch.save(model.state_dict(), path).",
+        )
+    return dict(state)
+
+
+def _require_match(state: Mapping[str, Tensor], own: Mapping[str, Any], name: str, path: Path) -> None:
+    missing = [key for key in own if key not in state]
+    unexpected = [key for key in state if key not in own]
+    shapes = [
+        f"{key} (file {tuple(value.shape)}, model {tuple(own[key].shape)})"
+        for key, value in state.items()
+        if isinstance(own.get(key), Tensor) and own[key].shape != value.shape
+    ]
+    parts = [
+        f"{len(keys)} {what}: {', '.join(keys[:_SHOWN])}{', …' if len(keys) > _SHOWN else ''}"
+        for what, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+        if keys
+    ]
+    if parts:
+        raise ConfigError(
+            f"The weights in `{path}` are not those of this {name}: {'; '.join(parts)}.",
+            where=str(path),
+            got={"missing": missing, "unexpected": unexpected, "shapes": shapes},
+            hint="Give the constructor's arguments that the weights were made with, such as ?num_classes=10.",
+        )

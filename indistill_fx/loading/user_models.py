@@ -1,0 +1,123 @@
+"""Models from the user's own code: a factory is called, and when it fails, the error says in which line."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from indistill_fx.errors import ConfigError, FrontendError
+from indistill_fx.system.user_code import load_object
+
+
+def build_by_factory(place: str, name: str, arguments: Mapping[str, Any]) -> nn.Module:
+    """Call a factory, or a class, of the user's own code.
+
+    Args:
+        place: `file.py` or `package.module`; modules are also looked for in the working directory.
+        name: the factory in it.
+        arguments: passed on by name.
+
+    Returns:
+        The module it makes.
+
+    Raises:
+        ConfigError: no such file, module or name, or arguments the factory does not take; says which it takes.
+        FrontendError: the code fails, or makes no module; names file and line.
+    """
+    spec = f"{place}:{name}"
+    with working_directory_importable():
+        factory = _import(place, spec)
+        _require_callable(factory, spec, arguments)
+        try:
+            made = factory(**arguments)
+        except (Exception, SystemExit) as error:
+            raise _failed(error, f"The factory {spec}", spec) from error
+    if not isinstance(made, nn.Module):
+        what = f"{spec} made no module but a value of type {type(made).__name__}."
+        hint = f"Let {name} return a torch.nn.Module."
+        raise FrontendError(what, where=_place_of(factory, spec), got=made, hint=hint)
+    return made
+
+
+def _import(place: str, spec: str) -> Any:
+    try:
+        return load_object(spec)
+    except ConfigError as error:
+        if error.__cause__ is None:
+            raise
+        if _is_absent(error.__cause__, place):
+            hint = "It has to be installed or in the working directory; torchvision: and timm: name constructors."
+            raise ConfigError(f"There is no Python module {place!r}.", where=spec, got=place, hint=hint) from error
+        raise _failed(error.__cause__, f"Importing {place}", spec) from error.__cause__
+    except SystemExit as error:
+        raise _failed(error, f"Importing {place}", spec) from error
+
+
+def _is_absent(error: BaseException, place: str) -> bool:
+    """Whether the module itself is not there, rather than one it imports."""
+    return (
+        isinstance(error, ModuleNotFoundError) and error.name is not None and f"{place}.".startswith(f"{error.name}.")
+    )
+
+
+def _require_callable(factory: Any, spec: str, arguments: Mapping[str, Any]) -> None:
+    if isinstance(factory, nn.Module) or not callable(factory):
+        what = "a module already made" if isinstance(factory, nn.Module) else f"a {type(factory).__name__}"
+        hint = "Name a function that returns the model, or its class."
+        raise ConfigError(f"{spec} is {what}, not a factory.", where=spec, got=what, hint=hint)
+    try:
+        signature = inspect.signature(factory)
+    except ValueError:  # builtins have none
+        return
+    try:
+        signature.bind(**arguments)
+    except TypeError as error:
+        raise ConfigError(
+            f"{spec} cannot be called with {', '.join(arguments) or 'no arguments'}: {error}.",
+            where=_place_of(factory, spec),
+            got=dict(arguments),
+            hint=f"It takes {signature}; give arguments as {spec}?name=value.",
+        ) from error
+
+
+def _failed(error: BaseException, who: str, spec: str) -> FrontendError:
+    """The error for code of the user's that raised: the innermost line that is not a library's."""
+    frames = traceback.extract_tb(error.__traceback__)
+    if isinstance(error, SyntaxError) and error.filename:
+        where = f"{error.filename}:{error.lineno}"
+    else:
+        own = [frame for frame in frames if _is_users(frame.filename)] or list(frames)
+        where = f"{own[-1].filename}:{own[-1].lineno}" if own else spec
+    reason = f"{type(error).__name__}: {error}".rstrip(": ")
+    return FrontendError(f"{who} failed at {where}: {reason}.", where=where, got=reason, hint="Mend that line.")
+
+
+def _is_users(filename: str) -> bool:
+    libraries = (str(Path(__file__).parent), sys.base_prefix, sys.prefix)
+    return not filename.startswith(("<", *libraries)) and "site-packages" not in filename
+
+
+def _place_of(factory: Any, spec: str) -> str:
+    code = getattr(inspect.unwrap(factory), "__code__", None)
+    return f"{code.co_filename}:{code.co_firstlineno}" if code is not None else spec
+
+
+@contextmanager
+def working_directory_importable() -> Iterator[None]:
+    """Let imports find the working directory, as for `python script.py` run there; a console script does not."""
+    here = str(Path.cwd())
+    added = here not in sys.path
+    if added:
+        sys.path.insert(0, here)
+    try:
+        yield
+    finally:
+        if added and here in sys.path:
+            sys.path.remove(here)

@@ -1,0 +1,155 @@
+"""All losses by name; how one is built from what the user wrote."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from indistill_fx.errors import ConfigError, nearest
+from indistill_fx.losses.base import EMBEDDING as EMBEDDING
+from indistill_fx.losses.base import MainLoss as MainLoss
+from indistill_fx.losses.base import Outputs as Outputs
+from indistill_fx.losses.contrastive import CRDLoss
+from indistill_fx.losses.features import ATLoss, FitNetLoss, VIDLoss
+from indistill_fx.losses.logits import DISTLoss, DKDLoss, KDLoss, LabelsLoss
+from indistill_fx.losses.relations import PKTKLLoss, PKTLoss, RKDLoss, SPLoss
+from indistill_fx.losses.warmup import ATWarmup, CosineWarmup, MSEWarmup, PKTWarmup, WarmupLoss
+from indistill_fx.system.user_code import load_object
+
+WARMUP_LOSSES: dict[str, type[WarmupLoss]] = {
+    "mse": MSEWarmup,
+    "cosine": CosineWarmup,
+    "at": ATWarmup,
+    "pkt": PKTWarmup,
+}
+
+MAIN_LOSSES: dict[str, type[MainLoss]] = {
+    "labels": LabelsLoss,
+    "kd": KDLoss,
+    "dkd": DKDLoss,
+    "dist": DISTLoss,
+    "pkt": PKTLoss,
+    "pkt_kl": PKTKLLoss,
+    "at": ATLoss,
+    "sp": SPLoss,
+    "rkd": RKDLoss,
+    "crd": CRDLoss,
+    "fitnet": FitNetLoss,
+    "vid": VIDLoss,
+}
+
+_EVERYTHING = frozenset({"logits", "embedding", "features"})
+
+
+class UserLoss(nn.Module):
+    """A user's own loss: a function or module; its attributes (`needs`, …) are read where it has them.
+
+    Attributes:
+        needs_equal_widths: for the warm-up; True unless it says otherwise.
+        needs: for the main stage; everything unless it says otherwise.
+        needs_indices: False unless it says otherwise.
+    """
+
+    def __init__(self, function: Callable[..., Tensor], options: Mapping[str, Any]):
+        super().__init__()
+        self.function, self.options = function, dict(options)
+        self.needs_equal_widths: bool = getattr(function, "needs_equal_widths", True)
+        self.needs: frozenset[str] = frozenset(getattr(function, "needs", _EVERYTHING))
+        self.needs_indices: bool = getattr(function, "needs_indices", False)
+
+    def forward(self, *values: Any) -> Tensor:
+        """The user's scalar."""
+        return self.function(*values, **self.options)
+
+
+def warmup_loss(loss: str | Callable[..., Tensor], **options: Any) -> nn.Module:
+    """The warm-up loss of that name, of `file.py:name`, or the one given.
+
+    Args:
+        loss: a key of `WARMUP_LOSSES`, `file.py:name`, a module, or a function (student feature, teacher feature) ->
+            scalar.
+        options: the loss's own keyword arguments.
+
+    Returns:
+        A module (student feature, teacher feature) -> scalar with an attribute `needs_equal_widths`.
+
+    Raises:
+        ConfigError: an unknown name or option; the message lists the legal ones.
+    """
+    if isinstance(loss, str) and loss in WARMUP_LOSSES:
+        return _built(WARMUP_LOSSES[loss], loss, options)
+    return _users(loss, WARMUP_LOSSES, "warm-up loss", options, attribute="needs_equal_widths")
+
+
+def main_loss(
+    loss: str | Callable[..., Tensor],
+    *,
+    student_shapes: Mapping[str, tuple[int, ...]] | None = None,
+    teacher_shapes: Mapping[str, tuple[int, ...]] | None = None,
+    **options: Any,
+) -> nn.Module:
+    """The main loss of that name, of `file.py:name`, or the one given.
+
+    Args:
+        loss: a key of `MAIN_LOSSES`, `file.py:name`, a module, or a function (student, teacher, labels) -> scalar.
+        student_shapes: pair name -> shape with the batch axis, and `EMBEDDING` -> the penultimate vector's; read by
+            losses with weights of their own (fitnet, vid, crd).
+        teacher_shapes: likewise.
+        options: the loss's own keyword arguments.
+
+    Returns:
+        A module (student `Outputs`, teacher `Outputs`, labels) -> scalar with attributes `needs`, `needs_indices`. Its
+        own parameters, if any, train with the student.
+
+    Raises:
+        ConfigError: an unknown name or option; the message lists the legal ones.
+    """
+    if not isinstance(loss, str) or loss not in MAIN_LOSSES:
+        return _users(loss, MAIN_LOSSES, "main loss", options, attribute="needs")
+    kind = MAIN_LOSSES[loss]
+    if kind.needs_shapes:
+        options = {"student_shapes": student_shapes or {}, "teacher_shapes": teacher_shapes or {}, **options}
+    return _built(kind, loss, options)
+
+
+def _built(kind: Callable[..., nn.Module], name: str, options: Mapping[str, Any]) -> nn.Module:
+    legal = inspect.signature(kind).parameters
+    unknown = [option for option in options if option not in legal]
+    absent = [key for key, value in legal.items() if value.default is value.empty and key not in options]
+    if unknown:
+        raise ConfigError(
+            f"Loss {name!r} has no option {unknown[0]!r}.", where=name, got=unknown[0], hint=nearest(unknown[0], legal)
+        )
+    if absent and all(legal[key].kind is inspect.Parameter.KEYWORD_ONLY for key in absent):
+        raise ConfigError(f"Loss {name!r} needs the option {absent[0]!r}.", where=name, expected=absent[0])
+    return kind(**options)
+
+
+def _users(
+    loss: str | Callable[..., Tensor],
+    known: Mapping[str, Any],
+    what: str,
+    options: Mapping[str, Any],
+    *,
+    attribute: str,
+) -> nn.Module:
+    if isinstance(loss, str):
+        if ":" not in loss:
+            raise ConfigError(
+                f"{loss!r} is no {what}.",
+                where=what,
+                got=loss,
+                expected=sorted(known),
+                hint=f"{nearest(loss, known)} Legal: {', '.join(known)}, or file.py:name for your own.",
+            )
+        loss = load_object(loss)
+    if isinstance(loss, type):
+        loss, options = _built(loss, loss.__name__, options), {}
+    if not callable(loss):
+        raise ConfigError(f"A {what} must be a name or callable, not {type(loss).__name__}.", where=what, got=loss)
+    if isinstance(loss, nn.Module) and hasattr(loss, attribute) and not options:
+        return loss
+    return UserLoss(loss, options)

@@ -1,0 +1,87 @@
+"""Losses on features in the form of a main loss: a warm-up stage's, and what of the warm-up is kept in the main stage."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from indistill_fx.curriculum import Curriculum
+from indistill_fx.errors import ConfigError
+from indistill_fx.losses.base import Outputs, required
+from indistill_fx.losses.registry import warmup_loss
+from indistill_fx.plan import AlignmentPlan, Pair
+
+
+class FeatureLoss(nn.Module):
+    """A loss on one pair of features, in the form of a main loss."""
+
+    def __init__(self, loss: nn.Module, key: str):
+        super().__init__()
+        self.loss, self.key = loss, key
+
+    def forward(self, student: Outputs, teacher: Outputs, labels: Tensor | None) -> Tensor:
+        """The loss of the pair's two features."""
+        value: Tensor = self.loss(student.features[self.key], teacher.features[self.key])
+        return value
+
+
+class KeptFeature(nn.Module):
+    """A main loss plus the penultimate vectors' warm-up loss.
+
+    Args:
+        main: the main loss.
+        loss: (student's vector, teacher's vector) → scalar.
+        weight: of it.
+        pair: the penultimate vectors; if `loss` wants equal widths, the teacher's kept channels are compared, and of a
+            student that is wider than the teacher its first ones.
+    """
+
+    kept: Tensor | None
+
+    def __init__(self, main: nn.Module, loss: nn.Module, weight: float, pair: Pair):
+        super().__init__()
+        self.main, self.loss, self.weight = main, loss, weight
+        kept = pair.kept if getattr(loss, "needs_equal_widths", True) else None
+        self.register_buffer("kept", torch.tensor(kept) if kept is not None else None, persistent=False)
+        self.equal = kept is None and bool(getattr(loss, "needs_equal_widths", True))
+
+    @property
+    def told(self) -> str:
+        """What is added, in words."""
+        return f"{self.weight:.3g} times the loss of the penultimate vectors"
+
+    def forward(self, student: Outputs, teacher: Outputs, labels: Tensor | None) -> Tensor:
+        """The weighted sum."""
+        own, other = (required(side.embedding, "penultimate vector").flatten(1) for side in (student, teacher))
+        if self.kept is not None:
+            other = other.index_select(1, self.kept)
+        elif self.equal:
+            own = own[:, : other.shape[1]]
+        value: Tensor = self.main(student, teacher, labels) + self.weight * self.loss(own, other)
+        return value
+
+
+def keeping(criterion: nn.Module, curriculum: Curriculum, plan: AlignmentPlan) -> KeptFeature:
+    """The main loss with what the curriculum keeps in it.
+
+    Raises:
+        ConfigError: the plan has no penultimate vectors, or does not say which of the teacher's channels are compared.
+    """
+    pair, loss = plan.embedding, warmup_loss(curriculum.loss)
+    if pair is None:
+        raise ConfigError(
+            "The loss of the penultimate vectors is to be kept in the main stage, and the plan has none.",
+            where="keep",
+            got=curriculum.keep,
+            expected=0,
+        )
+    widths = [math.prod(shape[1:]) for shape in (pair.teacher_shape, pair.student_shape)]
+    if getattr(loss, "needs_equal_widths", True) and pair.kept is None and widths[0] > widths[1]:
+        raise ConfigError(
+            f"The plan does not say which channels of the teacher's penultimate vector `{pair.teacher}` are kept.",
+            where=pair.teacher,
+            hint="An earlier version made it: make it again with `align`, or leave keep at 0.",
+        )
+    return KeptFeature(criterion, loss, curriculum.keep * getattr(criterion, "unit", 1.0), pair)

@@ -1,0 +1,75 @@
+"""The pipeline on one page: how the passes are put together, in the order of the lines."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from indistill_fx.passes.capture.trace import as_traced
+from indistill_fx.passes.contract import PassResult, unchanged
+from indistill_fx.passes.pairing.match import MatchReport, match
+from indistill_fx.passes.pruning.narrow import choose_channels
+from indistill_fx.plan import AlignmentPlan, Layers, ModelStamp, Pair
+from indistill_fx.traced import TracedModel
+
+
+def align(
+    teacher: nn.Module | TracedModel,
+    student: nn.Module | TracedModel,
+    *,
+    example_inputs: Any = None,
+    criterion: str = "l1",
+    loader: Any = None,
+    **matching: Any,
+) -> AlignmentPlan:
+    """Pair the layers of teacher and student, and choose the teacher's channels for each pair.
+
+    Args:
+        teacher: traced, or a plain module (then `example_inputs` is needed).
+        student: likewise.
+        example_inputs: a tensor or tuple, batch first.
+        criterion: how channels are ranked (see `passes.criteria`).
+        loader: batches, for criteria that look at data.
+        matching: options of `match`: pairs, every_block, taps, fixed, similarity.
+
+    Returns:
+        The plan, shallow to deep.
+
+    Raises:
+        MatchError: the models have nothing in common that could be paired.
+    """
+    teacher = as_traced(teacher, example_inputs, role="teacher")
+    student = as_traced(student, example_inputs, role="student")
+    return align_traced(teacher, student, criterion=criterion, loader=loader, **matching).value
+
+
+def align_traced(
+    teacher: TracedModel, student: TracedModel, *, criterion: str = "l1", loader: Any = None, **matching: Any
+) -> PassResult[AlignmentPlan, MatchReport]:
+    """`align` for traced models, with the matcher's report: evidence and runners-up of every pair."""
+    with unchanged(teacher, by="match"), unchanged(student, by="match"):
+        found = match(teacher, student, **matching)
+    last = found.report.embedding
+    pairs = (*found.value, last) if last is not None else found.value
+    widths = {pair.teacher: width for pair in pairs if (width := _narrower(pair, teacher, student)) is not None}
+    with unchanged(teacher, by="choose_channels"):
+        kept = choose_channels(teacher, widths, criterion=criterion, loader=loader)
+    pairs = tuple(pair.model_copy(update={"kept": kept.get(pair.teacher)}) for pair in pairs)
+    plan = AlignmentPlan(
+        teacher=ModelStamp.of(teacher),
+        student=ModelStamp.of(student),
+        pairs=pairs[: len(found.value)],
+        embedding=pairs[-1] if last is not None else None,
+        unmatched=found.report.unmatched,
+        layers=Layers(teacher=teacher.layers, student=student.layers),
+    )
+    return PassResult(plan, found.report)
+
+
+def _narrower(pair: Pair, teacher: TracedModel, student: TracedModel) -> int | None:
+    """The student's width where it is below the teacher's; None too where a penultimate vector has no channel axis."""
+    facts = teacher.facts_of(pair.teacher), student.facts_of(pair.student)
+    if any(one.channel_axis is None for one in facts):
+        return None
+    return facts[1].channels if facts[1].channels < facts[0].channels else None

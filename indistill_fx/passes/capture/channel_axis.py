@@ -1,0 +1,144 @@
+"""Which axis of each tensor holds the channels: carried along the graph from the operations that fix it.
+
+Convolutions put channels on axis 1 and linear layers on the last; layout operations move the axis; everything else keeps it. Where a
+reshape parts the channels over several axes (a channel shuffle) none of them holds the channels, until another reshape joins them again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import prod
+
+import torch
+from torch import fx
+
+from indistill_fx.graph.edit import tensor_nodes
+from indistill_fx.graph.ops import op_name
+
+_FIRST = frozenset(
+    "conv conv_transpose batch_norm instance_norm group_norm max_pool avg_pool adaptive_avg_pool adaptive_max_pool".split()
+)
+_LAST = frozenset("linear embedding layer_norm multihead_attention".split())
+_RESHAPES = frozenset("view reshape flatten unflatten squeeze unsqueeze".split())
+_KEEPS_PARTS = frozenset("contiguous clone dropout identity".split())
+Shape = tuple[int, ...]
+
+
+def channel_axes(
+    graph_module: fx.GraphModule, shapes: Mapping[str, Shape], dtypes: Mapping[str, torch.dtype]
+) -> dict[str, int | None]:
+    """The channel axis of every node in `shapes`; None where no axis holds channels."""
+    axes: dict[str, int | None] = {}
+    parted: dict[str, Shape] = {}
+    for node in graph_module.graph.nodes:
+        if node.name in shapes:
+            floating = dtypes[node.name].is_floating_point
+            axes[node.name] = _axis(node, shapes, axes) if floating else None
+            if floating and axes[node.name] is None:
+                axes[node.name] = _parts(node, shapes, axes, parted)
+    return axes
+
+
+def _parts(
+    node: fx.Node, shapes: Mapping[str, Shape], axes: Mapping[str, int | None], parted: dict[str, Shape]
+) -> int | None:
+    """The axis on which a reshape joins parted channels; else None, and the axes they are parted over are noted in `parted`."""
+    source = next(iter(_read(node, shapes)), None)
+    if source is None:
+        return None
+    before, shape, name = shapes[source.name], shapes[node.name], op_name(node)
+    axis = axes[source.name]
+    own = parted.get(source.name, ()) if axis is None else (axis,)
+    if not own:
+        return None
+    if name in ("permute", "transpose") and axis is None:
+        order = _order(node, len(shape))
+        own = tuple(sorted(order.index(k) for k in own)) if order else ()
+    elif name in _RESHAPES and own == tuple(range(own[0], own[-1] + 1)):
+        outer, count = prod(before[: own[0]]), prod(before[k] for k in own)
+        runs = [(a, b) for a in range(len(shape)) for b in range(a + 1, len(shape) + 1)]
+        own = next((tuple(range(a, b)) for a, b in runs if prod(shape[:a]) == outer and prod(shape[a:b]) == count), ())
+    elif name not in _KEEPS_PARTS or axis is not None:
+        own = ()
+    if len(own) == 1:
+        return own[0]
+    if own:
+        parted[node.name] = own
+    return None
+
+
+def _order(node: fx.Node, rank: int) -> list[int]:
+    """Per axis of a permutation's result, the axis it comes from; empty where that is not known."""
+    given = [d % rank for d in (_ints(node.args[1:]) or _ints(tuple(node.kwargs.values())))]
+    if op_name(node) == "permute":
+        return given if len(given) == rank else []
+    if len(given) != 2:
+        return []
+    order = list(range(rank))
+    order[given[0]], order[given[1]] = given[1], given[0]
+    return order
+
+
+def _axis(node: fx.Node, shapes: Mapping[str, Shape], axes: Mapping[str, int | None]) -> int | None:
+    shape, name = shapes[node.name], op_name(node)
+    rank = len(shape)
+    if rank < 2 or node.op == "get_attr":
+        return rank - 1 if rank else None
+    if node.op == "placeholder" or name in _FIRST:
+        return 1
+    if name in _LAST:
+        return rank - 1
+    source = _main_source(node, shapes, axes)
+    if source is None:
+        return {2: 1, 3: 2, 4: 1, 5: 1}.get(rank)
+    before, axis = shapes[source.name], axes[source.name]
+    if axis is None:
+        return None if rank > 2 else 1
+    if name in ("permute", "transpose") and (name == "permute" or _ints(node.args[1:]) or node.kwargs):
+        order = _order(node, rank)
+        return order.index(axis) if order else None
+    if name in _RESHAPES or len(before) != rank:
+        return _through_reshape(before, shape, axis)
+    return axis
+
+
+def _main_source(node: fx.Node, shapes: Mapping[str, Shape], axes: Mapping[str, int | None]) -> fx.Node | None:
+    """The input that the output's layout follows: the first of the same rank that grows with the batch, else the first with a shape."""
+    inputs = [n for n in _read(node, shapes) if n.op != "get_attr"]
+    same = [n for n in inputs if len(shapes[n.name]) == len(shapes[node.name]) and axes[n.name] is not None]
+    full = [n for n in same if shapes[n.name] == shapes[node.name]]
+    return next(iter((*full, *same, *inputs)), None)
+
+
+def _read(node: fx.Node, shapes: Mapping[str, Shape]) -> list[fx.Node]:
+    """The tensors that a node reads; of a tuple (the parts of a split), those that it was made from."""
+    return [
+        other
+        for given in tensor_nodes((node.args, node.kwargs))
+        for other in ([given] if given.name in shapes else _read(given, shapes))
+        if other.name in shapes
+    ]
+
+
+def _through_reshape(before: Shape, after: Shape, axis: int) -> int | None:
+    """Where the axis goes when a tensor is reshaped: the axis of the same size and the same product of sizes before it.
+
+    >>> _through_reshape((2, 64, 7, 7), (2, 64, 49), 1)
+    1
+    >>> _through_reshape((2, 64, 1, 1), (2, 64), 1)
+    1
+    >>> _through_reshape((2, 49, 64), (2, 7, 7, 64), 2)
+    3
+    """
+    outer = prod(before[:axis])
+    for k, n in enumerate(after):
+        if n == before[axis] and prod(after[:k]) == outer:
+            return k
+    if len(after) == 2:
+        return 1
+    return None
+
+
+def _ints(values: tuple[object, ...]) -> list[int]:
+    flat = values[0] if len(values) == 1 and isinstance(values[0], (tuple, list)) else values
+    return [v for v in flat if isinstance(v, int)]

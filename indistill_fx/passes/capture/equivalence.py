@@ -1,0 +1,271 @@
+"""What the module itself computes on the example, and whether a graph computes the same."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_map
+
+from indistill_fx.errors import FrontendError
+from indistill_fx.graph.edit import batch_of, batch_size
+from indistill_fx.passes.capture.captured import tensors
+
+_SIZES = (2, 3)
+_TOLERANCE = 1e-5
+_GRADIENT_TOLERANCE = 1e-4
+_SMALL = (40, 64)  # the first costs least; some networks need a multiple of 32
+_LARGE = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One run of the module: its arguments, the tensors it returned, its buffers afterwards, and gradients by parameter if asked for."""
+
+    inputs: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    outputs: list[Tensor]
+    buffers: dict[str, Tensor]
+    gradients: dict[nn.Parameter, Tensor]
+
+
+@contextmanager
+def plain_attention() -> Iterator[None]:
+    """Keep fused inference kernels off: their operations cannot be counted."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+class Reference:
+    """A module and its example, run on demand on batches of several sizes. Buffers written by a run are put back.
+
+    Args:
+        module: in the mode (train or eval) in which it is traced.
+        inputs: example arguments.
+        kwargs: example keyword arguments.
+        gradients: whether the graph will be trained, so that the gradients of the parameters must agree too.
+        put_back: gives the parameters the values they had, called after each run of module or graph.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        inputs: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        *,
+        gradients: bool = False,
+        put_back: Callable[[], None] = lambda: None,
+    ):
+        self.module, self.inputs, self.kwargs, self.gradients = module, inputs, kwargs, gradients
+        self.put_back = put_back
+        self.example = batch_size((inputs, kwargs))
+        self.notes: tuple[str, ...] = ()
+        self._runs: dict[tuple[int, int], Run | str] = {}
+        self._sizes: tuple[int, ...] = ()
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The batch sizes to compare: two, or only the example's where the module accepts no other.
+
+        Raises:
+            FrontendError: the module fails on the example input itself (where="forward").
+        """
+        if not self._sizes:
+            failures = {size: run for size in _SIZES if isinstance(run := self._run(size), str)}
+            if not failures:
+                self._sizes = _SIZES
+                return self._sizes
+            own = self._run(self.example)
+            if isinstance(own, str):
+                raise FrontendError(
+                    f"the forward of {type(self.module).__name__} fails on the example input {self._shapes()}: {own}",
+                    where="forward",
+                    hint="Check --input (or example_inputs): one sample's shape, channels first, such as 3x224x224.",
+                )
+            size, failure = next(iter(failures.items()))
+            self._sizes = (self.example,)
+            self.notes = (
+                *self.notes,
+                f"the module itself fails with batch size {size} ({failure}); only {self.example} was checked",
+            )
+        return self._sizes
+
+    def batch(self, size: int, crop: int = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The example with another batch size, pictures cropped to `crop` pixels if that is given."""
+        given = (self.inputs, dict(self.kwargs))
+        if crop:
+            given = tree_map(lambda leaf: leaf[:, :, :crop, :crop] if isinstance(leaf, Tensor) else leaf, given)
+        inputs, kwargs = batch_of(given, size, example_size=self.example)
+        return inputs, kwargs
+
+    def shapes(self, size: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The example with another batch size, as tensors without data."""
+
+        def empty(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            grown = leaf.dim() and leaf.shape[0] == self.example
+            return torch.empty((size, *leaf.shape[1:]) if grown else leaf.shape, dtype=leaf.dtype, device="meta")
+
+        inputs, kwargs = tree_map(empty, (self.inputs, dict(self.kwargs)))
+        return inputs, kwargs
+
+    def compare(self, graph_module: nn.Module, *, small: bool = False) -> tuple[tuple[int, float], ...]:
+        """Run the graph beside the module, with the same seed: outputs and, in train mode, buffers must agree.
+
+        Args:
+            graph_module: takes the module's arguments, keyword arguments too, in order.
+            small: large pictures may be cropped; for graphs that no size of the example has decided.
+
+        Returns:
+            (batch size, largest difference relative to the largest value) per batch size.
+
+        Raises:
+            FrontendError: they differ, or the graph fails.
+        """
+        for crop in _SMALL if small and self._croppable() else ():
+            with suppress(FrontendError):  # the module may treat small pictures otherwise
+                return tuple((size, self._difference(graph_module, size, crop)) for size in _SIZES)
+        return tuple((size, self._difference(graph_module, size)) for size in self.sizes)
+
+    def _croppable(self) -> bool:
+        given = tensors((self.inputs, self.kwargs))
+        return bool(given) and all(tensor.dim() == 4 and min(tensor.shape[2:]) >= _LARGE for tensor in given)
+
+    def _run(self, size: int, crop: int = 0) -> Run | str:
+        key = (size, crop)
+        if key not in self._runs:
+            inputs, kwargs = self.batch(size, crop)
+            run = self._once(self.module, inputs, kwargs, gradients=self._wants_gradients(size))
+            if isinstance(run, str) and self._wants_gradients(size):
+                plain = self._once(self.module, inputs, kwargs, gradients=False)
+                if isinstance(plain, Run):
+                    self.gradients = False
+                    self.notes = (
+                        *self.notes,
+                        f"gradients were not compared, the module itself cannot be trained as it is ({run})",
+                    )
+                run = plain
+            self._runs[key] = run
+        return self._runs[key]
+
+    def _once(
+        self, module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], *, gradients: bool
+    ) -> Run | str:
+        try:
+            return _run_module(module, inputs, kwargs, gradients=gradients)
+        finally:
+            self.put_back()
+
+    def _difference(self, graph_module: nn.Module, size: int, crop: int = 0) -> float:
+        run = self._run(size, crop)
+        if isinstance(run, str):
+            raise FrontendError(f"the module fails with batch size {size}: {run}")
+        own = self._once(graph_module, (*run.inputs, *run.kwargs.values()), {}, gradients=self._wants_gradients(size))
+        if isinstance(own, str):
+            raise FrontendError(f"the graph fails with batch size {size}: {own}")
+        if [leaf.shape for leaf in run.outputs] != [leaf.shape for leaf in own.outputs]:
+            raise FrontendError(f"with batch size {size} the graph's outputs have other shapes than the module's")
+        worst = max((_difference(a, b) for a, b in zip(run.outputs, own.outputs, strict=True)), default=0.0)
+        if not worst <= _TOLERANCE:
+            raise FrontendError(
+                f"with batch size {size} the graph differs from the module by {worst:.1e} of the largest value"
+            )
+        for name, buffer in own.buffers.items():
+            if name in run.buffers and not _difference(run.buffers[name], buffer) <= _TOLERANCE:
+                raise FrontendError(f"with batch size {size} the graph leaves another value in the buffer `{name}`")
+        self._compare_gradients(run, own)
+        return worst
+
+    def _wants_gradients(self, size: int) -> bool:
+        return self.gradients and size == (
+            _SIZES[0] if not self._sizes else self._sizes[0]
+        )  # once is enough: it is the costly part
+
+    def _compare_gradients(self, run: Run, own: Run) -> None:
+        names = {parameter: name for name, parameter in self.module.named_parameters()}
+        largest = max((float(gradient.abs().max()) for gradient in run.gradients.values()), default=0.0)
+        for parameter in {**run.gradients, **own.gradients}:
+            a, b = (side.gradients.get(parameter, torch.zeros(())) for side in (run, own))
+            if not float((a - b).abs().max()) <= _GRADIENT_TOLERANCE * max(largest, 1e-30):
+                name = names.get(parameter, "a parameter")
+                raise FrontendError(
+                    f"the graph's gradient of `{name}` is not the module's (a custom gradient, or one switched off?)"
+                )
+
+    def _shapes(self) -> str:
+        return ", ".join("x".join(map(str, tensor.shape)) for tensor in tensors((self.inputs, self.kwargs)))
+
+
+def _run_module(module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], *, gradients: bool) -> Run | str:
+    torch.manual_seed(0)
+    with _buffers_kept(module):
+        try:
+            with torch.set_grad_enabled(gradients), plain_attention():
+                outputs = tensors(_forward(module)(*inputs, **kwargs))
+            written = {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
+            found = _gradients(module, outputs) if gradients else {}
+        except Exception as error:  # the caller's code may raise anything
+            return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+    return Run(inputs, kwargs, [output.detach() for output in outputs], written, found)
+
+
+def _forward(module: nn.Module) -> Callable[..., Any]:
+    """What to call: a graph's forward itself where no hook is lost by that, since fx prints what it raises."""
+    hooked = module._forward_hooks or module._forward_pre_hooks
+    return module.forward if isinstance(module, fx.GraphModule) and not hooked else module
+
+
+def _gradients(module: nn.Module, outputs: list[Tensor]) -> dict[nn.Parameter, Tensor]:
+    """Gradients of a random combination of all outputs; those of parameters that it does not depend on are left out."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    outputs = [output for output in outputs if output.requires_grad and output.numel()]
+    if not outputs or not trained:
+        return {}
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(output.shape, generator=generator).to(output) for output in outputs]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = torch.autograd.grad(outputs, trained, weights, allow_unused=True)
+    return {parameter: gradient for parameter, gradient in zip(trained, found, strict=True) if gradient is not None}
+
+
+@contextmanager
+def _buffers_kept(module: nn.Module) -> Iterator[None]:
+    before = [(part, dict(part._buffers)) for part in module.modules() if part._buffers]
+    values = [(buffer, buffer.clone()) for _, buffers in before for buffer in buffers.values() if buffer is not None]
+    try:
+        yield
+    finally:
+        for part, buffers in before:
+            part._buffers.clear()
+            part._buffers.update(buffers)
+        with torch.no_grad():
+            for buffer, value in values:
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
+
+
+def _difference(expected: Tensor, got: Tensor) -> float:
+    """Largest difference relative to the largest finite value; NaN and infinity must stand at the same places."""
+    if not expected.numel():
+        return 0.0
+    if expected.is_complex():
+        expected, got = torch.view_as_real(expected), torch.view_as_real(got)
+    a, b = expected.double(), got.double()
+    finite = a.isfinite()
+    if not torch.equal(finite, b.isfinite()):
+        return float("inf")
+    if not finite.any():
+        return 0.0
+    scale = a[finite].abs().max().clamp_min(1e-30)
+    return float((a - b)[finite].abs().max() / scale)

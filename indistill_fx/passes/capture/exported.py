@@ -1,0 +1,290 @@
+"""Rung four of the ladder: `torch.export`, and the way back from its flat graph to one over the module's own parts.
+
+Rules, in order:
+  1. The batch is dynamic; all other sizes are those of the example.
+  2. Parameters and buffers are the module's own objects, under their own names, so that training the graph trains the module.
+  3. The operations that one leaf module made (`aten.conv2d` of a `Conv2d`) become a call of that module again: it follows `train()`
+     and `eval()`, and every pass knows it. What other code made stays as ATen operations, in the mode it was exported in.
+  4. Taps are named by the module stack that `torch.export` keeps with each operation.
+"""
+
+from __future__ import annotations
+
+import inspect
+import io
+import logging
+import operator
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram, ShapesCollection
+from torch.export.graph_signature import InputKind, OutputKind
+from torch.utils._pytree import tree_leaves, tree_unflatten
+
+from indistill_fx.errors import FrontendError
+from indistill_fx.graph.edit import batch_of, batch_size
+from indistill_fx.graph.ops import attribute, op_name, writes_first
+from indistill_fx.passes.capture.captured import Captured, assemble, children, is_leaf
+from indistill_fx.passes.capture.functionalize import VIEWS
+
+_CHECKS = (
+    "_assert_scalar",
+    "_assert_tensor_metadata",
+    "_assert_async",
+    "sym_constrain_range",
+    "sym_constrain_range_for_size",
+)
+
+
+def capture_exported(
+    module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], leaves: Sequence[str]
+) -> Captured:
+    """Export and rebuild.
+
+    Raises:
+        FrontendError: `torch.export` refuses the module, or freezes the batch size.
+    """
+    size = 2
+    inputs, kwargs = batch_of((inputs, dict(kwargs)), size, example_size=batch_size((inputs, kwargs)))
+    program = _export(module, inputs, kwargs, size)
+    if any(_writes_view(node) for node in program.graph.nodes):
+        with _quiet():
+            program = program.run_decompositions({})
+    graph, targets = _rebuild(program, module, inputs, kwargs)
+    stacks = _stacks(graph, module)
+    outputs = _raise_modules(graph, targets, stacks, module, frozenset(leaves))
+    used = {str(node.target) for node in graph.nodes if node.op in ("get_attr", "call_module")}
+    graph_module = assemble(
+        graph, {name: value for name, value in targets.items() if name in used}, type(module).__name__
+    )
+    note = "exported: sizes other than the batch are fixed, and so is the mode of operations outside torch.nn modules"
+    return Captured(graph_module, outputs, leaves=tuple(leaf for leaf in leaves if leaf in used), notes=(note,))
+
+
+def _export(module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], size: int) -> ExportedProgram:
+    shapes = ShapesCollection()
+    for leaf in {id(leaf): leaf for leaf in tree_leaves((inputs, kwargs)) if isinstance(leaf, Tensor)}.values():
+        if leaf.dim() and leaf.shape[0] == size:
+            shapes[leaf] = {0: Dim.DYNAMIC}
+    try:
+        with _quiet(), torch.no_grad():
+            dynamic = shapes.dynamic_shapes(module, inputs, dict(kwargs))
+            return torch.export.export(module, inputs, dict(kwargs), dynamic_shapes=dynamic, strict=False)
+    except Exception as error:  # a compiler: it fails in many ways
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+        raise FrontendError(f"{type(error).__name__}: {lines[0]}") from error
+
+
+def _writes_view(node: fx.Node) -> bool:
+    """Whether it writes into a part of a tensor; torch's own functionalization handles that, at the price of plainer operations."""
+    first = node.args[0] if node.args else None
+    return isinstance(first, fx.Node) and writes_first(node.op, node.target, node.kwargs) and op_name(first) in VIEWS
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """`torch.export` prints graphs and logs guesses when it fails; what matters is in the error."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _rebuild(
+    program: ExportedProgram, module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[fx.Graph, dict[str, Any]]:
+    """The exported graph with the module's signature, its own tensors (rule 2), and its outputs in their own structure."""
+    graph, memo = fx.Graph(), dict[fx.Node, fx.Node]()
+    targets: dict[str, Any] = {}
+    specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
+    given = iter(_arguments(graph, module, inputs, kwargs))
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            spec = specs[node.name]
+            if spec.kind is InputKind.USER_INPUT:
+                memo[node] = next(given)
+                continue
+            name = str(spec.target)
+            targets[name] = _own_tensor(program, module, name)
+            memo[node] = graph.get_attr(name)
+        elif node.op == "output":
+            _write_buffers(program, graph, memo, node, targets, module)
+            flat = [memo[value] if isinstance(value, fx.Node) else value for value in _user_outputs(program, node)]
+            graph.output(_structure(graph, tree_unflatten(flat, program.call_spec.out_spec)))
+        elif node.op == "get_attr":
+            targets[str(node.target)] = attribute(program.graph_module, str(node.target))
+            memo[node] = graph.node_copy(node, memo.__getitem__)
+        elif not _is_check(node):
+            memo[node] = graph.node_copy(node, memo.__getitem__)
+    return graph, targets
+
+
+def _arguments(graph: fx.Graph, module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[fx.Node]:
+    """One placeholder per argument of the module; the nodes of the flat leaves inside, which are what `torch.export` takes."""
+    names = [name for name in inspect.signature(module.forward).parameters if name != "self"]
+    names += [f"input_{k}" for k in range(len(names), len(inputs))]
+    given = [
+        (name, value, graph.placeholder(name)) for name, value in (*zip(names, inputs, strict=False), *kwargs.items())
+    ]
+    return [leaf for _, value, node in given for leaf in _flat(graph, value, node)]
+
+
+def _flat(graph: fx.Graph, value: Any, node: fx.Node) -> list[fx.Node]:
+    if isinstance(value, Mapping):
+        entries = list(value.items())
+    elif isinstance(value, (tuple, list)):
+        entries = list(enumerate(value))
+    else:
+        return [node]
+    return [
+        leaf
+        for key, entry in entries
+        for leaf in _flat(graph, entry, graph.call_function(operator.getitem, (node, key)))
+    ]
+
+
+def _own_tensor(program: ExportedProgram, module: nn.Module, name: str) -> Any:
+    try:
+        return attribute(module, name)
+    except AttributeError:
+        value = program.constants[name] if name in program.constants else program.state_dict[name]
+        return value.detach() if isinstance(value, Tensor) else value
+
+
+def _user_outputs(program: ExportedProgram, output: fx.Node) -> list[Any]:
+    values: Any = output.args[0]
+    specs = program.graph_signature.output_specs
+    return [value for value, spec in zip(values, specs, strict=True) if spec.kind is OutputKind.USER_OUTPUT]
+
+
+def _write_buffers(
+    program: ExportedProgram,
+    graph: fx.Graph,
+    memo: Mapping[fx.Node, fx.Node],
+    output: fx.Node,
+    targets: dict[str, Any],
+    module: nn.Module,
+) -> None:
+    values: Any = output.args[0]
+    for value, spec in zip(values, program.graph_signature.output_specs, strict=True):
+        if spec.kind is OutputKind.BUFFER_MUTATION:
+            name = str(spec.target)
+            targets[name] = _own_tensor(program, module, name)
+            graph.call_function(torch.ops.aten.copy_.default, (graph.get_attr(name), memo[value]))
+
+
+def _structure(graph: fx.Graph, value: Any) -> Any:
+    """The module's return value as an argument of the output node; dataclasses are made anew."""
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_structure(graph, entry) for entry in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(_structure(graph, entry) for entry in value)
+    if type(value) is dict:
+        return {key: _structure(graph, entry) for key, entry in value.items()}
+    fields = {str(key): _structure(graph, entry) for key, entry in children(value) if entry is not None}
+    return graph.call_function(type(value), (), fields) if fields else value
+
+
+def _is_check(node: fx.Node) -> bool:
+    name = str(getattr(node.target, "__name__", node.target))
+    return name.split(".")[0] in _CHECKS or (node.op == "call_module" and name == "_guards_fn")
+
+
+def _stacks(graph: fx.Graph, module: nn.Module) -> dict[fx.Node, list[tuple[str, str]]]:
+    """(module call, module path) of the modules around every node, the outermost first; the second call of `a` is `a@2`.
+
+    A module registered under several paths has the first one, as on the other rungs.
+    """
+    first = {id(part): path for path, part in module.named_modules()}
+    paths = {path: first[id(part)] for path, part in module.named_modules(remove_duplicate=False)}
+    names: dict[str, str] = {}
+    counts: Counter[str] = Counter()
+    stacks: dict[fx.Node, list[tuple[str, str]]] = {}
+    for node in graph.nodes:
+        stacks[node] = []
+        for call, (given, _) in node.meta.get("nn_module_stack", {}).items():
+            path = paths.get(str(given).split("@")[0])
+            if path is None:  # a stand-in of torch.export for code outside any module
+                continue
+            if call not in names:
+                counts[path] += 1
+                names[call] = path if counts[path] == 1 else f"{path}@{counts[path]}"
+            stacks[node].append((names[call], path))
+    return stacks
+
+
+def _raise_modules(
+    graph: fx.Graph,
+    targets: dict[str, Any],
+    stacks: dict[fx.Node, list[tuple[str, str]]],
+    module: nn.Module,
+    leaves: frozenset[str],
+) -> tuple[tuple[str, str, int], ...]:
+    """Rules 3 and 4: returns the module outputs, innermost first."""
+    groups: dict[str, list[fx.Node]] = {}
+    paths: dict[str, str] = {}
+    depth: dict[str, int] = {}
+    for node, stack in stacks.items():
+        node.meta["nn_module_stack"] = {call: (path, nn.Module) for call, path in stack}
+        for level, (call, path) in enumerate(stack):
+            groups.setdefault(call, []).append(node)
+            paths[call], depth[call] = path, level
+    returned: dict[str, list[fx.Node]] = {}
+    for call in sorted((call for call in groups if call), key=lambda call: -depth[call]):
+        nodes = [node for node in groups[call] if not node._erased]
+        inside = set(nodes)
+        results = [node for node in nodes if any(user not in inside for user in node.users)]
+        path, part = paths[call], attribute(module, paths[call])
+        outer = (
+            not any(step in leaves for step, _ in list(nodes[0].meta["nn_module_stack"].values())[:-1])
+            if nodes
+            else False
+        )
+        if nodes and outer and (path in leaves or is_leaf(part)) and len(results) == 1:
+            results = [_replace(graph, nodes, results[0], path, part, targets, groups)]
+        returned[call] = results
+    position = {node: k for k, node in enumerate(graph.nodes, 1)}
+    return tuple(
+        (call if len(results) == 1 else f"{call}[{k}]", node.name, position[node])
+        for call, results in returned.items()
+        for k, node in enumerate(results)
+        if node in position
+    )
+
+
+def _replace(
+    graph: fx.Graph,
+    nodes: list[fx.Node],
+    result: fx.Node,
+    path: str,
+    part: nn.Module,
+    targets: dict[str, Any],
+    groups: dict[str, list[fx.Node]],
+) -> fx.Node:
+    """One call of the module in the place of the operations it made; the result itself where the module is not a function of one tensor."""
+    inside = set(nodes)
+    sources = dict.fromkeys(
+        source for node in nodes for source in node.all_input_nodes if source not in inside and source.op != "get_attr"
+    )
+    if len(sources) != 1:
+        return result
+    with graph.inserting_after(nodes[-1]):
+        call = graph.call_module(path, tuple(sources))
+    call.meta = {**result.meta, "val": result.meta.get("val")}
+    targets[path] = part
+    result.replace_all_uses_with(call)
+    for node in reversed(nodes):
+        graph.erase_node(node)
+    for group in groups.values():
+        if result in group:
+            group.append(call)
+    return call

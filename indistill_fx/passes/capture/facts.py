@@ -1,0 +1,283 @@
+"""Find the facts of every node by running the graph on two batch sizes, once it has been compared with the module on both.
+
+The runs use tensors without data, which costs nearly nothing. One tells shapes and MACs; the second, with another batch size, which
+axis is the batch.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count
+
+from indistill_fx.errors import FrontendError
+from indistill_fx.graph.edit import output_node, tensor_nodes
+from indistill_fx.graph.ops import UNARY, attribute, op_name
+from indistill_fx.passes.capture.channel_axis import channel_axes
+from indistill_fx.passes.capture.equivalence import Reference, plain_attention
+from indistill_fx.traced import Kind, NodeFacts
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """Facts per node, the node of the main output, and the comparisons made."""
+
+    facts: dict[str, NodeFacts]
+    logits: str
+    checked: tuple[tuple[int, float], ...]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """What one run showed of a node's tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    macs: int
+
+
+class _MacCounter(TorchDispatchMode):
+    """Counts multiply-accumulates of all that runs inside it."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.macs = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        packet = func._overloadpacket
+        if packet not in _FLOPS:
+            with self:
+                parts = func.decompose(*args, **kwargs)
+            return func(*args, **kwargs) if parts is NotImplemented else parts
+        result = func(*args, **kwargs)
+        self.macs += _FLOPS[packet](*args, **kwargs, out_val=result) // 2
+        return result
+
+
+class _Recorder(nn.Module):
+    """Runs a graph node by node and notes shapes and MACs. Wraps the graph so that its tensors can be swapped for others."""
+
+    def __init__(self, graph_module: fx.GraphModule):
+        super().__init__()
+        self.graph_module = graph_module
+        self.seen: dict[str, _Seen] = {}
+
+    def forward(self, *args: Any) -> None:
+        seen, counter = self.seen, _MacCounter()
+        untold: dict[fx.Node, int] = {}
+
+        class Run(fx.Interpreter):
+            def run_node(self, n: fx.Node) -> Any:
+                before = counter.macs
+                value = _like_input(n, self.env)
+                value = super().run_node(n) if value is None else value
+                macs = counter.macs - before
+                if isinstance(value, Tensor):
+                    macs += sum(untold.pop(source, 0) for source in n.all_input_nodes)
+                    seen[n.name] = _Seen(tuple(value.shape), value.dtype, macs)
+                elif macs:  # a tuple: its work is told at the first of its parts
+                    untold[n] = macs
+                return value
+
+        with counter:
+            Run(self.graph_module).run(*args)
+
+
+def _like_input(node: fx.Node, values: Mapping[fx.Node, Any]) -> Tensor | None:
+    """The first input of an operation that keeps shape and type, instead of its result: on tensors without data both are the same.
+
+    Torch computes the shapes of just these operations in Python, which would take most of the time.
+    """
+    sources = [values.get(source) for source in node.all_input_nodes if source.op != "get_attr"]
+    first = sources[0] if sources else None
+    if not isinstance(first, Tensor) or not first.is_meta or not first.is_floating_point():
+        return None
+    if node.op == "call_module":
+        owner = node.graph.owning_module
+        own = owner is not None and type(attribute(owner, str(node.target))).__module__.startswith("torch.nn.modules")
+        return first if own and op_name(node) in _KEEPING else None
+    if op_name(node) == "add" and len(sources) == 2 and isinstance(sources[1], Tensor):
+        return first if sources[1].shape == first.shape and sources[1].dtype == first.dtype else None
+    return None
+
+
+def _count_attention(query: Any, key: Any, value: Any, *args: Any, out_val: Any = None, **kwargs: Any) -> int:
+    return int(sdpa_flop_count(query.shape, key.shape, value.shape))
+
+
+_KEEPING = (UNARY - {"float", "half", "to", "type_as"}) | {
+    "batch_norm",
+    "layer_norm",
+    "group_norm",
+    "instance_norm",
+    "softmax",
+}
+_FLOPS = {**flop_registry, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _count_attention}
+
+
+def infer_facts(
+    graph_module: fx.GraphModule,
+    module: nn.Module,
+    inputs: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    logits: str | int | None = None,
+    reference: Reference | None = None,
+    size_free: bool = False,
+) -> Known:
+    """Facts of all nodes whose value is one tensor.
+
+    Args:
+        graph_module: the captured graph, in the mode (train or eval) it was captured in.
+        module: what it was captured from, in the same mode. Buffers written by a train-mode forward are put back.
+        inputs: example arguments.
+        kwargs: example keyword arguments.
+        logits: key or index of the main output among several.
+        reference: runs of the module made already.
+        size_free: no size of the example decided anything in the graph, so that it may be compared on smaller pictures.
+
+    Raises:
+        FrontendError: the module fails on the example (where="forward"), or graph and module disagree.
+    """
+    reference = reference or Reference(module, inputs, kwargs, gradients=False)
+    checked = reference.compare(graph_module, small=size_free)
+    sizes = [size for size, _ in checked]
+    runs = [_observe(graph_module, reference, size) for size in sizes]
+    facts = _assemble(graph_module, runs, sizes, reference.example)
+    return Known(facts, _logits_node(graph_module, facts, logits), checked, reference.notes)
+
+
+def _observe(graph_module: fx.GraphModule, reference: Reference, size: int) -> dict[str, _Seen]:
+    """What each node's tensor is like: from tensors without data, or where operations refuse those, from a real run."""
+    recorder = _Recorder(graph_module)
+    own = {name: tensor for name, tensor in (*recorder.named_parameters(), *recorder.named_buffers())}
+    try:
+        inputs, kwargs = reference.shapes(size)
+        with torch.no_grad(), plain_attention(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.func.functional_call(recorder, tree_map(_without_data, own), (*inputs, *kwargs.values()))
+    except Exception:  # whatever an operation says to tensors without data
+        recorder.seen.clear()
+        torch.manual_seed(0)
+        inputs, kwargs = reference.batch(size)
+        written = {
+            name: tensor.clone() if not isinstance(tensor, nn.Parameter) else tensor for name, tensor in own.items()
+        }
+        with torch.no_grad(), plain_attention():
+            torch.func.functional_call(recorder, written, (*inputs, *kwargs.values()))
+    return recorder.seen
+
+
+def _without_data(leaf: Any) -> Any:
+    return torch.empty_like(leaf, device="meta") if isinstance(leaf, Tensor) else leaf
+
+
+def _assemble(
+    graph_module: fx.GraphModule, runs: list[dict[str, _Seen]], sizes: list[int], example: int
+) -> dict[str, NodeFacts]:
+    first, last = runs[0], runs[-1]
+    axes = {name: _batch_axis(seen.shape, last[name].shape, sizes) for name, seen in first.items() if name in last}
+    shapes = {name: _at_batch(first[name].shape, axis, sizes[0], example) for name, axis in axes.items()}
+    channels = channel_axes(graph_module, shapes, {name: seen.dtype for name, seen in first.items()})
+    space = next(
+        (
+            shape[2:]
+            for n in graph_module.graph.nodes
+            if n.op == "placeholder" and len(shape := shapes.get(n.name, ())) > 2
+        ),
+        (),
+    )
+    facts = {}
+    for node in graph_module.graph.nodes:
+        if node.name not in axes:
+            continue
+        shape, axis, seen = shapes[node.name], channels[node.name], first[node.name]
+        kind = _kind(shape, axes[node.name], axis)
+        own = tuple(n for k, n in enumerate(shape) if k not in (axes[node.name], axis))
+        facts[node.name] = NodeFacts(
+            shape=shape,
+            dtype=seen.dtype,
+            kind=kind,
+            batch_axis=axes[node.name],
+            channel_axis=axis,
+            stride=tuple(a / b for a, b in zip(space, own, strict=True))
+            if kind == "map" and len(space) == len(own) and 0 not in own
+            else None,
+            macs=seen.macs // sizes[0],
+            parameters=_parameters(node, graph_module),
+            module=_enclosing(node),
+        )
+    return facts
+
+
+def _batch_axis(shape: tuple[int, ...], other: tuple[int, ...], sizes: list[int]) -> int | None:
+    if len(sizes) == 1:
+        return 0 if shape and shape[0] == sizes[0] else None
+    return next((axis for axis, (a, b) in enumerate(zip(shape, other, strict=False)) if a != b), None)
+
+
+def _at_batch(shape: tuple[int, ...], axis: int | None, size: int, example: int) -> tuple[int, ...]:
+    """The shape at the example's batch size: the batch axis may hold several entries per sample (windows)."""
+    return tuple(n // size * example if k == axis else n for k, n in enumerate(shape))
+
+
+def _kind(shape: tuple[int, ...], batch_axis: int | None, channel_axis: int | None) -> Kind:
+    if batch_axis is None or channel_axis is None or batch_axis == channel_axis:
+        return "other"
+    kinds: dict[int, Kind] = {2: "vector", 3: "tokens", 4: "map", 5: "map"}
+    return kinds.get(len(shape), "other")
+
+
+def _parameters(node: fx.Node, graph_module: fx.GraphModule) -> int:
+    if node.op == "call_module":
+        return sum(p.numel() for p in attribute(graph_module, str(node.target)).parameters())
+    if node.op == "get_attr":
+        value = attribute(graph_module, str(node.target))
+        return value.numel() if isinstance(value, nn.Parameter) else 0
+    return 0
+
+
+def _enclosing(node: fx.Node) -> str:
+    """The call of the module whose forward made the node (`layer@2` for the second); for a leaf module's node, the module around it."""
+    stack = [str(key) for key in node.meta.get("nn_module_stack", {})]
+    if node.op == "call_module":
+        stack = stack[:-1]
+    return stack[-1] if stack else ""
+
+
+def _logits_node(graph_module: fx.GraphModule, facts: Mapping[str, NodeFacts], wanted: str | int | None) -> str:
+    value: Any = output_node(graph_module.graph).args[0]
+    if (
+        isinstance(value, fx.Node) and value.name not in facts and isinstance(value.target, type)
+    ):  # a dataclass or namedtuple
+        fields = getattr(value.target, "_fields", ())
+        value = {**dict(zip(fields, value.args, strict=False)), **value.kwargs} or value.args
+    if hasattr(value, "_fields"):
+        value = value._asdict()
+    if wanted is not None and not isinstance(value, fx.Node):
+        try:
+            value = value[wanted]
+        except (KeyError, IndexError, TypeError):
+            legal = list(value) if isinstance(value, dict) else range(len(value))
+            raise FrontendError(
+                f"the output has no entry {wanted!r}; it has {', '.join(map(str, legal))}",
+                where="forward",
+                hint="Give one of these as logits.",
+            ) from None
+    named = [node.name for node in tensor_nodes(value) if node.name in facts]
+    if not named:
+        raise FrontendError(
+            "the graph's output holds no tensor",
+            where="forward",
+            hint="The forward must return a tensor, or a dict or tuple with one.",
+        )
+    return named[0]

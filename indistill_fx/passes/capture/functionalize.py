@@ -1,0 +1,197 @@
+"""Make in-place operations out of place: a later write can then never change a tensor that a tap holds.
+
+Rules, in order:
+  1. A write into a parameter or buffer is the model's state, not its data flow, and stays (batch norm counting its batches).
+  2. `relu_`, `iadd`, `inplace=True` and their like become the operation that returns a new tensor; modules are copied without the
+     flag. `x[i] = v` becomes `with_item(x, i, v)`; a method without a functional twin (`uniform_`) writes into a copy.
+  3. Every later reader of the overwritten tensor, under any of its names, reads the new one, as it did in the module.
+  4. A write into `x[i]` also makes a new `x`. Other writes into views are refused if another view of the data is read later.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.node import Argument
+from torch.nn import functional
+
+from indistill_fx.errors import FrontendError
+from indistill_fx.graph.edit import add_module, with_tensors
+from indistill_fx.graph.ops import attribute, is_inplace, op_name, with_item
+from indistill_fx.passes.capture.captured import Captured
+
+VIEWS = frozenset(
+    "view reshape flatten unflatten transpose permute t mt movedim squeeze unsqueeze expand expand_as narrow select chunk "
+    "split unbind getitem slice detach alias contiguous getattr diagonal unfold identity".split()
+)
+"""Operations whose result may share its storage with their first argument."""
+_PIECES = frozenset("chunk split unbind tensor_split split_with_sizes unsafe_chunk hsplit".split())
+_FUNCTIONAL = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+    operator.ipow: operator.pow,
+    operator.iand: operator.and_,
+    operator.ior: operator.or_,
+}
+
+
+def functionalize(captured: Captured) -> Captured:
+    """Rewrite the captured graph, which nobody else holds, without in-place operations.
+
+    Raises:
+        FrontendError: a write into a view (rule 4); `where` is the path of the module that does it.
+    """
+    graph_module = captured.graph_module
+    order = {node: position for position, node in enumerate(graph_module.graph.nodes)}
+    writers = [node for node in graph_module.graph.nodes if is_inplace(node)]
+    renamed: dict[str, tuple[int, str]] = {}
+    copies: dict[str, str] = {}
+    for writer in writers:
+        target = _written(writer)
+        if target is None or (_base(target).op == "get_attr" and writer.target is not operator.setitem):
+            continue
+        indexed = _indexed(target)
+        _refuse_views(writer, target, order, indexed)
+        _make_functional(writer, graph_module, copies)
+        _redirect(target, writer, order, renamed, since=order[writer])
+        if indexed is not None and any(order.get(user, 0) > order[writer] for user in indexed.users):
+            with graph_module.graph.inserting_after(writer):
+                whole = graph_module.graph.call_function(with_item, (indexed, target.args[1], writer))
+            whole.meta = dict(writer.meta)
+            order[whole] = order[writer]
+            _redirect(indexed, whole, order, renamed, since=order[writer])
+    if not writers:
+        return captured
+    outputs = tuple((name, _renamed(node, position, renamed), position) for name, node, position in captured.outputs)
+    graph_module.graph.lint()
+    graph_module.recompile()
+    return replace(captured, outputs=outputs)
+
+
+def _redirect(
+    old: fx.Node, new: fx.Node, order: dict[fx.Node, int], renamed: dict[str, tuple[int, str]], *, since: int
+) -> None:
+    """Rule 3."""
+    for user in [user for user in old.users if user is not new and order.get(user, 0) > since]:
+        user.replace_input_with(old, new)
+    renamed[old.name] = (since, new.name)
+
+
+def _written(writer: fx.Node) -> fx.Node | None:
+    first: Argument = writer.args[0] if writer.args else next(iter(writer.kwargs.values()), None)
+    return first if isinstance(first, fx.Node) else None
+
+
+def _source(view: fx.Node) -> fx.Node | None:
+    return view.all_input_nodes[0] if op_name(view) in VIEWS and view.all_input_nodes else None
+
+
+def _base(node: fx.Node) -> fx.Node:
+    while (source := _source(node)) is not None:
+        node = source
+    return node
+
+
+def _indexed(target: fx.Node) -> fx.Node | None:
+    """The tensor of which the written one is a plain part, `x[1:, 0]`."""
+    if target.target is not operator.getitem or not isinstance(target.args[0], fx.Node):
+        return None
+    source, index = target.args[0], target.args[1]
+    entries = index if isinstance(index, tuple) else (index,)
+    plain = all(entry is None or entry is ... or isinstance(entry, (int, slice)) for entry in entries)
+    return source if plain and op_name(source) not in _PIECES else None
+
+
+def _refuse_views(writer: fx.Node, target: fx.Node, order: dict[fx.Node, int], indexed: fx.Node | None) -> None:
+    """Rule 4: of all tensors that share the storage only the target, and what it is a part of, may be read after the write."""
+    base, pieces = target, {}
+    while (source := _source(base)) is not None:
+        if op_name(source) in _PIECES and base.target is operator.getitem:
+            pieces[source] = base  # its sisters hold other data
+        base = source
+    sharing, new = {base}, [base]
+    while new:
+        new = [
+            user
+            for node in new
+            for user in _views_of(node, pieces)
+            if order.get(user, 0) < order[writer] and user not in sharing
+        ]
+        sharing.update(new)
+    free = {target, indexed}
+    others = (user for node in sharing - free for user in node.users if node not in pieces or user is pieces[node])
+    if any(order.get(user, 0) > order[writer] for user in others):
+        stack = [str(key).split("@")[0] for key in writer.meta.get("nn_module_stack", {})]
+        raise FrontendError(
+            f"`{stack[-1] if stack else writer.name}` writes in place into a tensor that is also read through a view (`{writer.name}`)",
+            where=stack[-1] if stack else "",
+        )
+
+
+def _views_of(node: fx.Node, pieces: dict[fx.Node, fx.Node]) -> Iterator[fx.Node]:
+    if node in pieces:
+        yield pieces[node]
+    else:
+        yield from (user for user in node.users if op_name(user) in VIEWS)
+
+
+def _make_functional(writer: fx.Node, graph_module: fx.GraphModule, copies: dict[str, str]) -> None:
+    if writer.op == "call_module":
+        path = str(writer.target)
+        if path not in copies:
+            copies[path] = add_module(
+                graph_module, path, with_tensors(attribute(graph_module, path), {}, inplace=False)
+            )
+        writer.target = copies[path]
+    elif writer.target is operator.setitem:
+        writer.target = with_item
+    elif writer.op == "call_method":
+        name = str(writer.target).rstrip("_")
+        if hasattr(Tensor, name):
+            writer.target = name
+        else:
+            _copy_first(writer)
+    elif writer.kwargs.get("inplace") is True:
+        writer.kwargs = {**writer.kwargs, "inplace": False}
+    else:
+        twin = _functional_twin(writer.target)
+        if twin is None:
+            _copy_first(writer)
+        else:
+            writer.target = twin
+
+
+def _copy_first(writer: fx.Node) -> None:
+    first = _written(writer)
+    assert first is not None
+    with writer.graph.inserting_before(writer):
+        copy = writer.graph.call_method("clone", (first,))
+    copy.meta = dict(writer.meta)
+    writer.replace_input_with(first, copy)
+
+
+def _functional_twin(target: Any) -> Any:
+    if target in _FUNCTIONAL:
+        return _FUNCTIONAL[target]
+    schema = getattr(target, "_schema", None)
+    if schema is not None:
+        packet = getattr(torch.ops.aten, schema.name.split("::")[-1].rstrip("_"), None)
+        return getattr(packet, schema.overload_name or "default", None)
+    name = str(getattr(target, "__name__", "")).rstrip("_")
+    homes = (home for home in (functional, torch) if callable(getattr(home, name, None)))
+    home = next(homes, None)
+    return getattr(home, name) if home is not None else None
+
+
+def _renamed(node: str, position: int, renamed: dict[str, tuple[int, str]]) -> str:
+    """The node that holds, at `position`, the tensor that `node` named: a module that overwrites its value returns the new one."""
+    while node in renamed and renamed[node][0] < position:
+        node = renamed[node][1]
+    return node

@@ -1,0 +1,104 @@
+"""Rungs two and three of the ladder: run the module's own code on an example and record what it computes.
+
+Rules, in order:
+  1. The values are real tensors of a small batch; every torch function called on them becomes a node. Code that asks for types,
+     ranks, devices or tuples finds them, so nearly all Python code works.
+  2. Sizes are `sizes.Size`: symbolic as long as they can be, decided by the example (and recorded) where code needs a plain int.
+  3. Code that asks for the data itself (`if x.sum() > 0`, `x.item()`, `x.numpy()`) cannot be traced, nor can code that fails
+     because of rule 1 or 2. On rung three the innermost module that contains it becomes one node, and recording goes on; so does
+     a module whose code decides by the batch size.
+  4. What code computes without autograd while it is on is detached in the graph. A custom `autograd.Function` is recorded as the
+     operations of its forward; where its gradient is another than theirs, rung three keeps it as one node.
+  5. Data that no recorded function made, parameters and buffers apart, is taken for a constant. The comparison with the module,
+     on other data, refuses the graph if that was wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from indistill_fx.errors import FrontendError
+from indistill_fx.graph.edit import batch_of, batch_size
+from indistill_fx.passes.capture.captured import Captured
+from indistill_fx.passes.capture.recorder import Recorder
+from indistill_fx.passes.capture.symbolic_sizes import Decision
+
+
+def capture_shapes(
+    module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], leaves: Sequence[str]
+) -> Captured:
+    """Record one run; all of the module's code must be traceable.
+
+    Raises:
+        FrontendError: it is not; names the module, file, line and expression.
+    """
+    return _record(module, inputs, kwargs, leaves, size=2, give_up_submodules=False).captured()
+
+
+def capture_leaves(
+    module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], leaves: Sequence[str]
+) -> Captured:
+    """Record one run; the smallest submodules whose code cannot be traced, or depends on the batch size, stay one node each.
+
+    Raises:
+        FrontendError: the outermost module's own code cannot be traced.
+    """
+    given_up: tuple[str, ...] = ()
+    while True:
+        known = (*leaves, *given_up)
+        runs = [_record(module, inputs, kwargs, known, size=size, give_up_submodules=True) for size in (2, 3)]
+        frozen = _changed_decisions(runs[0].book.decisions, runs[1].book.decisions)
+        if not frozen:
+            return runs[0].captured(already=given_up)
+        for decision in frozen:
+            if not decision.module:
+                raise FrontendError(
+                    f"`{decision.expression}` at {decision.place} is decided by the batch size",
+                    where=decision.place,
+                    got=decision.expression,
+                    hint="Write it without a plain int of the batch size, or move it to a submodule, which can stay one node.",
+                )
+        given_up = (*given_up, *dict.fromkeys(decision.module for decision in frozen))
+
+
+def _record(
+    module: nn.Module,
+    inputs: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    leaves: Sequence[str],
+    *,
+    size: int,
+    give_up_submodules: bool,
+) -> Recorder:
+    example = batch_size((inputs, kwargs))
+    batch = batch_of((inputs, dict(kwargs)), size, example_size=example)
+    recorder = Recorder(module, leaves, give_up_submodules=give_up_submodules)
+    torch.manual_seed(0)
+    with torch.set_grad_enabled(module.training):
+        recorder.run(*tree_map(lambda leaf: _other_data(leaf, size), batch))
+    return recorder
+
+
+def _other_data(leaf: Any, size: int) -> Any:
+    """The rows in another order, and not the caller's own tensor: what the graph is compared on must not be what it was recorded on."""
+    if not isinstance(leaf, Tensor):
+        return leaf
+    return leaf.flip(0) if leaf.dim() and leaf.shape[0] == size else leaf.clone()
+
+
+def _changed_decisions(first: Sequence[Decision], second: Sequence[Decision]) -> list[Decision]:
+    """The decisions that came out otherwise with another batch size; where the two runs part, the one at the parting."""
+    changed: list[Decision] = []
+    for a, b in zip_longest(first, second):
+        if a is None or b is None or a[:3] != b[:3]:
+            found = a or b
+            return changed if changed or found is None else [found]
+        if a.value != b.value:
+            changed.append(a)
+    return changed

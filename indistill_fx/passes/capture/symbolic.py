@@ -1,0 +1,109 @@
+"""Rung one of the ladder: `torch.fx` symbolic tracing, with a record of which module each tensor is the output of."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from indistill_fx.errors import FrontendError
+from indistill_fx.graph.ops import attribute
+from indistill_fx.passes.capture.captured import Captured, assemble, is_leaf, returned, tensor_names
+
+
+class _Tracer(fx.Tracer):
+    """fx's tracer, which also notes the outputs of modules that are not leaves."""
+
+    def __init__(self, module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], leaves: Sequence[str]):
+        super().__init__()
+        self.inputs, self.kwargs, self.wanted_leaves = inputs, kwargs, frozenset(leaves)
+        self.names = tensor_names(module)
+        self.calls: Counter[str] = Counter()
+        self.outputs: list[tuple[str, str, int]] = []
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return module_qualified_name in self.wanted_leaves or is_leaf(m)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """Parameters and buffers are nodes, so that they follow training and `.to(device)`; found by identity in constant time."""
+        name = self.names.get(id(attr_val)) if isinstance(attr_val, Tensor) else None
+        if name is None:
+            return attr_val
+        if name not in parameter_proxy_cache:
+            parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
+        return parameter_proxy_cache[name]
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Callable[..., Any], list[Any]]:
+        """One placeholder per argument of the example call; arguments it leaves out keep their defaults, as in the call."""
+        names = [name for name in inspect.signature(root_fn).parameters if name != "self"]
+        names += [f"input_{k}" for k in range(len(names), len(self.inputs))]
+        positional = [self._argument(name, value) for name, value in zip(names, self.inputs, strict=False)]
+        keyword = {name: self._argument(name, value) for name, value in self.kwargs.items()}
+
+        def call(root: nn.Module) -> Any:
+            return root_fn(root, *positional, **keyword)
+
+        return call, [self.root]
+
+    def _argument(self, name: str, value: Any) -> Any:
+        return self._proxies(value, self.create_node("placeholder", name, (), {}))
+
+    def _proxies(self, value: Any, node: fx.Node) -> Any:
+        """The argument as the module gets it: tensors, also those in lists and dicts, are symbolic, all else is as in the example."""
+        if isinstance(value, Tensor):
+            return self.proxy(node)
+        if type(value) is dict:
+            return {key: self._proxies(entry, self._part(node, key)) for key, entry in value.items()}
+        if type(value) in (tuple, list):
+            return type(value)(self._proxies(entry, self._part(node, key)) for key, entry in enumerate(value))
+        return value
+
+    def _part(self, node: fx.Node, key: Any) -> fx.Node:
+        return self.create_node("call_function", operator.getitem, (node, key), {})
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        path = self.path_of_module(m)
+        self.calls[path] += 1
+        name = path if self.calls[path] == 1 else f"{path}@{self.calls[path]}"
+        result = super().call_module(m, forward, args, kwargs)
+        position = len(self.graph.nodes)
+        self.outputs += [(tap, proxy.node.name, position) for tap, proxy in returned(name, result, fx.Proxy)]
+        return result
+
+
+def _from_one(stack: Mapping[str, Any]) -> dict[str, Any]:
+    """The module calls around a node, the second call of `a` as `a@2`, as everywhere here; fx writes `a@1`."""
+    calls = ((*call.partition("@"), value) for call, value in stack.items())
+    return {f"{path}@{int(index) + 1}" if index else path: value for path, _, index, value in calls}
+
+
+def capture_symbolic(
+    module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], leaves: Sequence[str]
+) -> Captured:
+    """Trace with symbolic values.
+
+    Raises:
+        FrontendError: the code asks a symbolic value for something only a concrete one has.
+    """
+    tracer = _Tracer(module, inputs, kwargs, leaves)
+    own = {
+        **dict(module.named_parameters()),
+        **dict(module.named_buffers()),
+    }  # as they are before the code assigns to them
+    try:
+        graph = tracer.trace(module)
+    except Exception as error:
+        raise FrontendError(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
+    for node in graph.nodes:
+        node.meta["nn_module_stack"] = _from_one(node.meta.get("nn_module_stack", {}))
+    named = (str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr"))
+    targets = {name: own[name] if name in own else attribute(module, name) for name in named}
+    return Captured(assemble(graph, targets, type(module).__name__), tuple(tracer.outputs))

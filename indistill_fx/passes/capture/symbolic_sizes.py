@@ -1,0 +1,195 @@
+"""Sizes that know where they come from: they stand for the ints of `x.shape` while a module's code runs under the recorder.
+
+Arithmetic gives new sizes, and one that reaches an operation becomes nodes of the graph, so that the graph works for other sizes
+too. Where the code needs a plain int or bool (`if h == 64`, `range(h)`), the example's value decides, and the decision is recorded.
+They derive from `torch.SymInt` because all of torch, and the code written for `torch.export`, accepts those where an int is due.
+"""
+
+from __future__ import annotations
+
+import linecache
+import math
+import operator
+import sys
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx
+
+_OURS = str(Path(__file__).parent)
+_BETWEEN = (
+    _OURS,
+    str(Path(torch.__file__)),
+    str(Path(torch.__file__).parent / "_"),
+    str(Path(torch.__file__).parent / "overrides.py"),
+)
+
+
+def current_place() -> tuple[str, str]:
+    """`models.py:31` and the expression evaluated there, such as `h == 64`, of the innermost frame that is the model's own code."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename.startswith(_BETWEEN):
+        frame = frame.f_back
+    if frame is None:
+        return "unknown place", ""
+    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}", _expression(frame)
+
+
+def _expression(frame: FrameType) -> str:
+    position = next(islice(frame.f_code.co_positions(), frame.f_lasti // 2, None), (None,) * 4)
+    line = linecache.getline(frame.f_code.co_filename, frame.f_lineno, frame.f_globals)
+    first, last, start, stop = position
+    if first != last or first != frame.f_lineno or start is None or stop is None:
+        return line.strip()
+    return line.encode()[start:stop].decode(errors="replace").strip() or line.strip()
+
+
+class Decision(NamedTuple):
+    """What the example input decided: in which module, where in its code, which expression, and how."""
+
+    module: str
+    place: str
+    expression: str
+    value: Any
+    told: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.expression}"
+
+
+class Book:
+    """Where sizes write: what makes nodes of the graph, and the list of decisions."""
+
+    def __init__(self, create: Callable[..., fx.Node]):
+        self.create = create
+        self.module = ""
+        self.decisions: list[Decision] = []
+
+    def decide(self, value: Any, *, told: bool = True) -> None:
+        """Record that the code at the current place needs this very value. Not told: how many parts an operation returned."""
+        place, expression = current_place()
+        self.decisions.append(Decision(self.module, place, expression, value, told))
+
+
+def value_of(number: Any) -> Any:
+    """The value of a size for the example; anything else as it is. Records no decision."""
+    return number.value if isinstance(number, Size) else number
+
+
+def new_size(book: Book, value: int | float | bool, target: Any, args: tuple[Any, ...]) -> Size:
+    """A size of the class that fits its value."""
+    if isinstance(value, bool):
+        return _Bool(book, value, target, args)
+    return (_Int if isinstance(value, int) else _Float)(book, value, target, args)
+
+
+def _binary(operation: Callable[..., Any], *, swapped: bool = False) -> Callable[[Size, Any], Any]:
+    def apply(self: Size, other: Any) -> Any:
+        if not isinstance(other, (int, float, Size)):
+            return NotImplemented
+        args = (other, self) if swapped else (self, other)
+        return new_size(self.book, operation(*map(value_of, args)), operation, args)
+
+    return apply
+
+
+def _both(operation: Callable[..., Any]) -> tuple[Callable[[Size, Any], Any], Callable[[Size, Any], Any]]:
+    return _binary(operation), _binary(operation, swapped=True)
+
+
+def _unary(operation: Callable[..., Any]) -> Callable[..., Any]:
+    def apply(self: Size, *args: Any) -> Any:
+        return new_size(self.book, operation(self.value, *args), operation, (self, *args))
+
+    return apply
+
+
+class Size:
+    """A number that follows from the shapes of the input: its value for the example, and the operation that computes it."""
+
+    def __init__(self, book: Book, value: int | float | bool, target: Any, args: tuple[Any, ...]):
+        self.book, self.value, self.target, self.args = book, value, target, args
+        self._made: fx.Node | None = None
+
+    def emit(self) -> fx.Node:
+        """The graph's node for it, made on first use (again if a part of the graph was taken back since)."""
+        if self._made is None or self._made._erased:
+            args = tuple(arg.emit() if isinstance(arg, Size) else arg for arg in self.args)
+            op = "call_method" if isinstance(self.target, str) else "call_function"
+            self._made = self.book.create(op, self.target, args, {})
+        return self._made
+
+    def plain(self) -> Any:
+        """The example's value, with the decision recorded."""
+        self.book.decide(self.value)
+        return self.value
+
+    def __bool__(self) -> bool:
+        return bool(self.plain())
+
+    def __int__(self) -> int:
+        return int(self.plain())
+
+    def __float__(self) -> float:
+        return float(self.plain())
+
+    def __hash__(self) -> int:
+        return hash(self.plain())
+
+    def __repr__(self) -> str:
+        return repr(self.value)
+
+    def __format__(self, spec: str) -> str:
+        return format(self.value, spec)
+
+    __add__, __radd__ = _both(operator.add)
+    __sub__, __rsub__ = _both(operator.sub)
+    __mul__, __rmul__ = _both(operator.mul)
+    __truediv__, __rtruediv__ = _both(operator.truediv)
+    __floordiv__, __rfloordiv__ = _both(operator.floordiv)
+    __mod__, __rmod__ = _both(operator.mod)
+    __pow__, __rpow__ = _both(operator.pow)
+    __and__, __rand__ = _both(operator.and_)
+    __or__, __ror__ = _both(operator.or_)
+    __eq__ = _binary(operator.eq)
+    __ne__ = _binary(operator.ne)
+    __lt__, __le__ = _binary(operator.lt), _binary(operator.le)
+    __gt__, __ge__ = _binary(operator.gt), _binary(operator.ge)
+    __neg__, __abs__, __round__ = _unary(operator.neg), _unary(abs), _unary(round)
+    __ceil__, __floor__, __trunc__ = _unary(math.ceil), _unary(math.floor), _unary(math.trunc)
+
+    @property
+    def node(self) -> Size:
+        """Torch's C++ code asks a SymInt for its node, and the node for its number; here both are one."""
+        return self
+
+    def guard_int(self, *_: Any) -> Any:
+        """Asked by C++ code that takes no symbols."""
+        return self.plain()
+
+    guard_float = guard_bool = guard_int
+
+
+class _Int(Size, torch.SymInt):  # type: ignore[misc]  # torch types `node` as its own class
+    __index__ = Size.__int__
+    __hash__ = Size.__hash__
+
+    def maybe_as_int(self) -> int:
+        """Asked by C++ code: the number, if it is a constant."""
+        return int(self.plain())
+
+
+class _Float(Size, torch.SymFloat):  # type: ignore[misc]  # torch types `node` as its own class
+    __hash__ = Size.__hash__
+
+    def is_integer(self) -> bool:
+        """As `float.is_integer`."""
+        return bool(float(self.plain()).is_integer())
+
+
+class _Bool(Size, torch.SymBool):  # type: ignore[misc]  # torch types `node` as its own class
+    __hash__ = Size.__hash__

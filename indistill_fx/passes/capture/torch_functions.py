@@ -1,0 +1,117 @@
+"""How a function that torch reports to a `TorchFunctionMode` is written as a node of an fx graph."""
+
+from __future__ import annotations
+
+import operator
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from indistill_fx.errors import FrontendError
+from indistill_fx.graph.ops import writes_first
+from indistill_fx.passes.capture.symbolic_sizes import Size, current_place
+
+SHAPES = frozenset({"shape", "size", "numel", "nelement", "__len__"})
+"""Tensor attributes and methods that tell sizes."""
+
+DATA = frozenset(
+    "item tolist numpy __array__ __bool__ __int__ __float__ __index__ __complex__ __contains__ is_nonzero equal allclose data_ptr".split()
+)
+"""Functions that take numbers out of a tensor, to where no graph can follow."""
+
+SILENT = frozenset(
+    {"requires_grad_", "retain_grad", "register_hook", "__repr__", "__format__", "__set__", "_assert", "_is_view"}
+)
+"""Functions that compute nothing."""
+
+
+@cache
+def _operators() -> dict[Any, str]:
+    """Tensor's operators that are known to Python under another name (`__pow__` calls itself `pow`)."""
+    named = ((getattr(Tensor, name), name) for name in dir(Tensor) if name.startswith("__") and hasattr(operator, name))
+    return {func: name for func, name in named if callable(func)}
+
+
+def name_of(func: Any) -> str:
+    """The function's name; of a property's getter, the property's."""
+    name = str(getattr(func, "__name__", func))
+    if name == "__get__":
+        return str(func.__self__.__name__)
+    return _operators().get(func, name)
+
+
+def as_call(func: Any, args: tuple[Any, ...]) -> tuple[str, Any, tuple[Any, ...]]:
+    """Kind, target and positional arguments of the node that calls `func`: operators and methods as a person writes them.
+
+    >>> as_call(torch.Tensor.__rsub__, ("x", 1))
+    ('call_function', <built-in function sub>, (1, 'x'))
+    """
+    name = name_of(func)
+    if getattr(func, "__name__", "") == "__get__":
+        return "call_function", getattr, (args[0], name)
+    if getattr(Tensor, name, None) is not func:
+        return "call_function", func, args
+    if not name.startswith("__"):
+        return "call_method", name, args
+    bare = name.strip("_")
+    if bare == "rdiv":  # Python's name for 1 / x in torch
+        return "call_function", operator.truediv, args[::-1]
+    if hasattr(operator, name):
+        return "call_function", getattr(operator, name), args
+    if bare.startswith("r") and hasattr(operator, f"__{bare[1:]}__"):
+        return "call_function", getattr(operator, f"__{bare[1:]}__"), args[::-1]
+    return "call_method", name, args
+
+
+def writes_itself(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether the function writes into its first argument: in place, or by setting its `.data`."""
+    if getattr(func, "__name__", "") == "__set__":
+        return str(func.__self__.__name__) == "data"
+    op, target, _ = as_call(func, args)
+    return name_of(func) not in SILENT and writes_first(op, target, kwargs)
+
+
+def refused_write(here: str, parameter: str) -> FrontendError:
+    """The error for code that writes a parameter: a graph would not, or would break autograd."""
+    place, expression = current_place()
+    return FrontendError(
+        f"{here} writes its parameter `{parameter}` at {place}: `{expression}`",
+        where=place,
+        got=expression,
+        expected="a forward that leaves parameters to the optimiser",
+        hint="Compute another tensor from it, or move that line into a submodule of its own, which then stays one node in the graph.",
+    )
+
+
+def is_wrapped(tensor: Tensor) -> bool:
+    """Whether the tensor lives inside `vmap` or `grad`, where its operations cannot be recorded one by one."""
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+
+
+def plain(value: Any) -> Any:
+    """Sizes replaced by their ints, in nested arguments."""
+    if isinstance(value, Size):
+        return value.value
+    if isinstance(value, slice):
+        return slice(plain(value.start), plain(value.stop), plain(value.step))
+    if isinstance(value, tuple):
+        return type(value)(*map(plain, value)) if hasattr(value, "_fields") else tuple(map(plain, value))
+    if isinstance(value, list):
+        return [plain(entry) for entry in value]
+    if type(value) is dict:
+        return {key: plain(entry) for key, entry in value.items()}
+    return value
+
+
+class AppliedFunction(nn.Module):
+    """A custom `autograd.Function` as a module, so that a graph can call it."""
+
+    def __init__(self, function: type[torch.autograd.Function]):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Apply it."""
+        return self.function.apply(*args, **kwargs)

@@ -1,0 +1,227 @@
+"""Trace a module into a graph whose every node is known, and prove that the graph computes the same.
+
+Rules, in order:
+  1. Teachers are traced in eval mode, students in train mode; flags, buffers, attributes and random state are put back whatever happens.
+  2. The rungs of the ladder are tried in turn; a refused rung and its reason are in the report. A graph in which modules kept as
+     one node do more than a fifth of the work is only taken if `torch.export`, the last rung, has no better one.
+  3. In-place operations are made out of place, so that a later one cannot overwrite a tensor that a tap holds.
+  4. The graph is compared with the module on two batch sizes before it is returned; a student's also in what it trains: the
+     gradients of all parameters, and the buffers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from indistill_fx.errors import ConfigError, FrontendError
+from indistill_fx.graph.module_state import mode, shadow, untouched, weights_kept
+from indistill_fx.graph.ops import attribute
+from indistill_fx.passes.capture.captured import Captured
+from indistill_fx.passes.capture.equivalence import Reference
+from indistill_fx.passes.capture.exported import capture_exported
+from indistill_fx.passes.capture.facts import Known, infer_facts
+from indistill_fx.passes.capture.functionalize import functionalize
+from indistill_fx.passes.capture.recording import capture_leaves, capture_shapes
+from indistill_fx.passes.capture.symbolic import capture_symbolic
+from indistill_fx.passes.capture.tap_names import name_taps
+from indistill_fx.traced import Role, TracedModel, TraceReport
+
+
+def as_traced(model: nn.Module | TracedModel, example_inputs: Any, *, role: Role) -> TracedModel:
+    """The traced model; a plain module is traced with `example_inputs`.
+
+    Raises:
+        ConfigError: a plain module without example inputs.
+    """
+    if isinstance(model, TracedModel):
+        return model
+    if example_inputs is None:
+        raise ConfigError(
+            f"The {role} is a plain module, and there is no example input to trace it with.",
+            where="example_inputs",
+            hint=f"Give example_inputs=…, or {role}=ifx.trace({role}, example_inputs, role={role!r}).",
+        )
+    return trace(model, example_inputs, role=role)
+
+
+Rung = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any], Sequence[str]], Captured]
+_RUNGS: dict[str, Rung] = {
+    "symbolic": capture_symbolic,
+    "shapes": capture_shapes,
+    "leaves": capture_leaves,
+    "export": capture_exported,
+}
+_MUCH = 0.2
+
+
+def trace(
+    module: nn.Module,
+    example_inputs: Tensor | Sequence[Any],
+    *,
+    role: Role = "teacher",
+    example_kwargs: Mapping[str, Any] | None = None,
+    leaves: Sequence[str] = (),
+    logits: str | int | None = None,
+) -> TracedModel:
+    """Trace `module` into a graph.
+
+    Args:
+        module: any PyTorch model. It is not changed.
+        example_inputs: a tensor or a sequence of positional arguments, batch first; shapes are taken from it.
+        role: `teacher` (eval mode, shares tensors but no flags with the module) or `student` (train mode, the graph calls the
+            module's own leaf modules, so that training the graph trains the module).
+        example_kwargs: keyword arguments of the forward call.
+        leaves: paths of submodules to keep as one node.
+        logits: key or index of the main output, for models that return several.
+
+    Returns:
+        The traced model. Its graph takes the positional arguments, then the values of the keyword arguments in the order given here.
+
+    Raises:
+        FrontendError: no rung of the ladder can trace it, or its forward fails on the example input.
+    """
+    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+    kwargs = dict(example_kwargs or {})
+    _require_code(module)
+    with untouched(module), weights_kept(module) as put_back, mode(module, training=role == "student"):
+        reference = Reference(module, inputs, kwargs, gradients=role == "student", put_back=put_back)
+        rung, captured, known, refused = _climb(reference, leaves, logits, own_flags=role == "teacher")
+    report = TraceReport(
+        rung=rung,
+        refused=tuple(refused),
+        leaves=captured.leaves,
+        specialisations=captured.specialisations,
+        checked=known.checked,
+        notes=(*captured.notes, *known.notes),
+    )
+    return TracedModel(
+        graph_module=captured.graph_module,
+        facts=known.facts,
+        aliases=name_taps(captured, known.facts),
+        report=report,
+        role=role,
+        module=module,
+        example_inputs=inputs,
+        example_kwargs=kwargs,
+        logits=known.logits,
+    )
+
+
+def _require_code(module: nn.Module) -> None:
+    if isinstance(module, torch.jit.ScriptModule):
+        raise FrontendError(
+            "the model is a TorchScript program, which holds no Python code to trace",
+            where=type(module).__name__,
+            got=str(module.original_name),
+            expected="the nn.Module it was compiled from",
+            hint="Give the module it was compiled from; its weights are in program.state_dict().",
+        )
+
+
+def _climb(
+    reference: Reference, leaves: Sequence[str], logits: str | int | None, *, own_flags: bool
+) -> tuple[str, Captured, Known, list[str]]:
+    """Rule 2."""
+    module, inputs, kwargs = reference.module, reference.inputs, reference.kwargs
+    refused: list[str] = []
+    reason: FrontendError | None = None
+    coarse: tuple[str, Captured, Known] | None = None
+    for rung, capture in _RUNGS.items():
+        try:
+            captured = _functional(capture, module, inputs, kwargs, leaves, patient=rung == "leaves")
+            reference.put_back()
+            if own_flags:
+                _give_own_flags(captured.graph_module)
+            known = infer_facts(
+                captured.graph_module,
+                module,
+                inputs,
+                kwargs,
+                logits=logits,
+                reference=reference,
+                size_free=rung == "symbolic",
+            )
+        except FrontendError as error:
+            if error.where == "forward":
+                raise
+            refused.append(f"{rung}: {error.message}")
+            reason = error if reason is None or error.hint else reason
+            continue
+        if rung == "leaves" and leaf_share(captured, known) > _MUCH:
+            coarse = rung, captured, known
+            refused.append(
+                f"{rung}: {', '.join(captured.leaves)} would stay whole and do {leaf_share(captured, known):.0%} of the work"
+            )
+            continue
+        return rung, captured, known, refused
+    if coarse is not None:
+        return *coarse, [line for line in refused if not line.startswith("leaves:")]
+    reference.sizes  # noqa: B018  a module that fails on its own says so here
+    assert reason is not None
+    others = "; ".join(line.rstrip(".") for line in refused if reason.message not in line)
+    raise FrontendError(
+        f"{type(module).__name__} cannot be traced: {reason.message.rstrip('.')}."
+        + (f" ({others}.)" if others else ""),
+        where=reason.where or type(module).__name__,
+        got=reason.got,
+        hint=reason.hint or "Keep the part that stops the trace as one node with leaves=[its path].",
+    ) from reason
+
+
+def _functional(
+    capture: Rung,
+    module: nn.Module,
+    inputs: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    leaves: Sequence[str],
+    *,
+    patient: bool,
+) -> Captured:
+    """Capture and rule 3; if patient, a module whose writes cannot be made functional becomes a leaf."""
+    given_up: tuple[str, ...] = ()
+    while True:
+        with untouched(module):  # the code may keep a stand-in for a tensor in an attribute
+            captured = capture(module, inputs, kwargs, (*leaves, *given_up))
+        try:
+            captured = functionalize(captured)
+        except FrontendError as error:
+            if not patient or not error.where or error.where in given_up:
+                raise
+            given_up = (*given_up, error.where)
+            continue
+        return captured if not given_up else _with_leaves(captured, given_up)
+
+
+def _with_leaves(captured: Captured, given_up: Sequence[str]) -> Captured:
+    called = {str(node.target) for node in captured.graph_module.graph.nodes if node.op == "call_module"}
+    leaves = dict.fromkeys((*captured.leaves, *(path for path in given_up if path in called)))
+    return Captured(captured.graph_module, captured.outputs, tuple(leaves), captured.specialisations, captured.notes)
+
+
+def _give_own_flags(graph_module: fx.GraphModule) -> None:
+    """Replace the leaf modules by copies in eval mode that share the tensors: the caller may train the module meanwhile."""
+    memo: dict[nn.Module, nn.Module] = {}
+    paths = {str(node.target) for node in graph_module.graph.nodes if node.op == "call_module"}
+    for path in sorted(
+        paths, key=lambda path: path.count(".")
+    ):  # the outer ones first: a leaf may stand inside another
+        home, _, name = path.rpartition(".")
+        setattr(attribute(graph_module, home), name, shadow(attribute(graph_module, path), training=False, memo=memo))
+    graph_module.eval()
+
+
+def leaf_share(captured: Captured, known: Known) -> float:
+    """The share of the work that is done in modules kept as one node because their code could not be traced."""
+    total = sum(facts.macs for facts in known.facts.values())
+    kept = set(captured.leaves)
+    whole = [
+        node for node in captured.graph_module.graph.nodes if node.op == "call_module" and str(node.target) in kept
+    ]
+    names = {node.name for node in whole} | {
+        user.name for node in whole if node.name not in known.facts for user in node.users
+    }
+    return sum(facts.macs for name, facts in known.facts.items() if name in names) / max(total, 1)

@@ -1,0 +1,126 @@
+"""The channel rules: for each operation, how a selection of its output's channels is had from its inputs and weights.
+
+One table serves every pass that thinks in channels. A rule answers a `Cut` (node, axes, index) with a `Step` (select this below, slice
+these weights, emit that) or a `Wall` with the reason. What has no rule is a wall.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from math import prod
+
+import torch
+
+from indistill_fx.graph.ops import BINARY, UNARY
+from indistill_fx.passes.channels import attention, elementwise, joining, layout, norms, producers, space
+from indistill_fx.passes.channels.call import Call, read_call
+from indistill_fx.passes.channels.selection import Cut, Part, Step, Wall
+from indistill_fx.traced import NodeFacts
+
+Rule = Callable[[Call, Cut], Step | Wall]
+
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(UNARY | BINARY, elementwise.elementwise),
+    **dict.fromkeys(
+        "where masked_fill eq ne lt le gt ge logical_and logical_or logical_not lerp addcmul addcdiv erf sin cos floor ceil round "
+        "sign nan_to_num tanhshrink softshrink hardshrink expand_as zeros_like ones_like remainder reciprocal expm1 log1p".split(),
+        elementwise.elementwise,
+    ),
+    "prelu": elementwise.prelu,
+    "conv": producers.conv,
+    "conv_transpose": producers.conv,
+    "linear": producers.linear,
+    "embedding": producers.embedding,
+    "get_attr": producers.constant,
+    "batch_norm": norms.per_channel_norm,
+    "instance_norm": norms.per_channel_norm,
+    "group_norm": norms.group_norm,
+    "layer_norm": norms.layer_norm,
+    **dict.fromkeys("softmax log_softmax softmin normalize cumsum logcumsumexp".split(), norms.along_axis),
+    **dict.fromkeys(
+        "max_pool avg_pool adaptive_avg_pool adaptive_max_pool lp_pool interpolate upsample upsample_nearest2d upsample_bilinear2d "
+        "upsampling_nearest2d upsampling_bilinear2d grid_sample".split(),
+        space.per_channel_map,
+    ),
+    **dict.fromkeys(
+        "pad constant_pad_nd zero_pad2d constant_pad2d reflection_pad2d replication_pad2d reflection_pad1d zero_pad1d".split(),
+        space.pad,
+    ),
+    **dict.fromkeys("mean sum amax amin var std prod logsumexp".split(), space.reduction),
+    **dict.fromkeys(("roll", "flip"), space.shift),
+    "pixel_shuffle": space.pixel_shuffle,
+    "pixel_unshuffle": space.pixel_unshuffle,
+    "channel_shuffle": space.channel_shuffle,
+    "glu": norms.glu,
+    **dict.fromkeys(("matmul", "bmm"), attention.matmul),
+    "einsum": attention.einsum,
+    "scaled_dot_product_attention": attention.fused,
+    **dict.fromkeys(("shifted_window_attention", "window_attention"), attention.windows),
+    "_get_relative_position_bias": attention.position_bias,
+    "_patch_merging_pad": attention.patch_merging,
+    **dict.fromkeys("view reshape flatten unflatten squeeze unsqueeze".split(), layout.reshape),
+    **dict.fromkeys("permute transpose movedim t mt".split(), layout.permute),
+    "expand": layout.expand,
+    "repeat": layout.repeat,
+    "cat": joining.cat,
+    "stack": joining.stack,
+    "getitem": joining.getitem,
+    **dict.fromkeys("select narrow slice index_select".split(), joining.slicing),
+}
+"""Operation -> rule. The whole of what the passes know of channels."""
+
+
+def consult(cut: Cut, facts: Mapping[str, NodeFacts]) -> Step | Wall:
+    """How a selection is had, by the rule of the node's operation."""
+    node = cut.node
+    if node.name not in facts:
+        return Wall("its value is not one tensor")
+    trimmed = _without_ones(cut, facts[node.name].shape)
+    if trimmed is not None:
+        return trimmed
+    if node.op == "placeholder":
+        return Wall("an input of the network")
+    call = read_call(node, facts)
+    if call.module is not None and (call.module._forward_pre_hooks or call.module._forward_hooks):
+        return Wall("the module has hooks, which may do anything")
+    rule = RULES.get(call.op)
+    if rule is None:
+        return Wall(f"no channel rule for {call.op}")
+    return rule(call, cut)
+
+
+def _everything(cut: Cut, facts: Mapping[str, NodeFacts]) -> Step | None:
+    known = facts.get(cut.node.name)
+    if known is None or cut.index != tuple(range(prod(known.shape[cut.start : cut.stop]))):
+        return None
+    return Step(
+        lambda out, _: cut.node if cut.width == 1 else out.function(torch.flatten, cut.node, cut.start, cut.stop - 1)
+    )
+
+
+def _without_ones(cut: Cut, shape: tuple[int, ...]) -> Step | None:
+    """Axes of size one at the ends of merged axes do not matter: select without them, then flatten."""
+    start, stop = cut.start, cut.stop
+    while stop - start > 1 and shape[stop - 1] == 1:
+        stop -= 1
+    while stop - start > 1 and shape[start] == 1:
+        start += 1
+    if (start, stop) == (cut.start, cut.stop):
+        return None
+    extra = cut.width - (stop - start)
+    part = Part(Cut(cut.node, start, stop, cut.index))
+    return Step(lambda out, new: out.function(torch.flatten, new[0], cut.start, cut.start + extra), (part,))
+
+
+def trace_back(cuts: Iterable[Cut], facts: Mapping[str, NodeFacts]) -> dict[Cut, Step | Wall]:
+    """Every selection that the given ones come down to, with how it is had. A selection of everything is the node itself."""
+    answers: dict[Cut, Step | Wall] = {}
+    open_cuts = list(cuts)
+    while open_cuts:
+        cut = open_cuts.pop()
+        if cut in answers:
+            continue
+        answer = answers[cut] = _everything(cut, facts) or consult(cut, facts)
+        if isinstance(answer, Step):
+            open_cuts += [*answer.weights, *(part.cut for part in answer.parts)]
+    return answers

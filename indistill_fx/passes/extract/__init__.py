@@ -1,0 +1,1 @@
+"""The two halves of a stage, cut out of the traced models."""

@@ -1,0 +1,119 @@
+"""Bring the two features of a pair to one shape, by nodes of the graph.
+
+Rules, in order, on each side as far as it needs them:
+  1. Channels-last maps and token sequences are laid out channels first where the other side is not laid out the same way.
+  2. Tokens against a map: leading extra tokens (class, distillation) are dropped and the rest laid out as the map they came from.
+  3. The larger of two maps (or sequences) is average-pooled to the size of the smaller, per axis.
+  4. A student wider than the teacher is compared on its first channels, as many as the teacher has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import isqrt
+from typing import Any
+
+from torch import Tensor, fx
+from torch.nn import functional as F
+
+from indistill_fx.errors import MatchError
+from indistill_fx.graph.edit import output_node
+from indistill_fx.traced import NodeFacts
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A feature's form: whether channels come first, its sizes in space, and how many leading tokens to drop."""
+
+    channels: int
+    channels_first: bool
+    space: tuple[int, ...]
+    kind: str
+
+
+def layout_of(facts: NodeFacts, *, channels: int | None = None) -> Layout:
+    """The layout of a tensor; `channels` replaces its width (after narrowing)."""
+    first = facts.channel_axis == 1
+    return Layout(channels if channels is not None else facts.channels, first, facts.space, facts.kind)
+
+
+def adapt(
+    graph_module: fx.GraphModule, tap: str, own: Layout, other: Layout, *, may_slice: bool = False
+) -> tuple[str, ...]:
+    """Insert, in place, what brings the feature `tap` to the common shape of the two; says what was inserted.
+
+    Args:
+        graph_module: from `instrument` or `cut`; nobody else holds it.
+        tap: which of its features.
+        own: layout of that feature.
+        other: layout of the partner's feature.
+        may_slice: whether this side's surplus channels are dropped (the student's).
+
+    Raises:
+        MatchError: the two cannot be brought to one shape.
+    """
+    output = output_node(graph_module.graph)
+    outputs: Any = output.args[0]
+    features, result = outputs
+    value: fx.Node = features[tap]
+    told: list[str] = []
+    graph = graph_module.graph
+
+    def call(function: Callable[..., Tensor], *args: Any, say: str) -> None:
+        nonlocal value
+        with graph.inserting_before(output):
+            value = graph.call_function(function, (value, *args))
+        told.append(say)
+
+    space = own.space
+    if (own.kind, own.channels_first) != (other.kind, other.channels_first) or space != other.space:
+        if not own.channels_first and own.kind in ("map", "tokens"):
+            rank = len(space) + 2
+            call(_permute, (0, rank - 1, *range(1, rank - 1)), say="channels first")
+        if own.kind == "tokens" and other.kind == "map":
+            side = isqrt(space[0])
+            call(_tokens_to_map, space[0] - side * side, side, say=f"tokens to a {side}x{side} map")
+            space = (side, side)
+        partner = _as_map(other.space, own.kind, other.kind)
+        if len(space) != len(partner):
+            raise MatchError(
+                f"`{tap}`: a {own.kind} of size {space} and a {other.kind} of size {other.space} have no common form.",
+                where=tap,
+            )
+        target = tuple(map(min, space, partner))
+        if space != target:
+            call(_POOL[len(target)], target, say=f"pooled {'x'.join(map(str, space))} to {'x'.join(map(str, target))}")
+    if may_slice and own.channels > other.channels:
+        first = told[:1] == ["channels first"] or own.channels_first or own.kind == "vector"
+        call(
+            _first_channels,
+            other.channels,
+            1 if first else -1,
+            say=f"first {other.channels} of {own.channels} channels",
+        )
+    output.args = (({**features, tap: value}, result),)
+    graph_module.recompile()
+    return tuple(told)
+
+
+def _as_map(space: tuple[int, ...], own_kind: str, other_kind: str) -> tuple[int, ...]:
+    if other_kind == "tokens" and own_kind == "map":
+        return (isqrt(space[0]), isqrt(space[0]))
+    return space
+
+
+def _permute(x: Tensor, order: tuple[int, ...]) -> Tensor:
+    return x.permute(order)
+
+
+def _tokens_to_map(x: Tensor, extra: int, side: int) -> Tensor:
+    kept: Tensor = x[:, :, extra:]
+    return kept.reshape(*kept.shape[:2], side, side)
+
+
+def _first_channels(x: Tensor, count: int, axis: int) -> Tensor:
+    return x.narrow(axis, 0, count)
+
+
+_POOL: dict[int, Callable[..., Tensor]] = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}

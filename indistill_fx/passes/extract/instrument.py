@@ -1,0 +1,51 @@
+"""Make taps outputs of the graph: features without hooks, which survive compile, DDP, autocast and export.
+
+`instrument` keeps the network's own output beside the features; `cut` drops it, and with it everything behind the deepest tap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import fx
+
+from indistill_fx.graph.edit import copy_graph, output_node, sweep
+from indistill_fx.traced import TracedModel
+
+
+def instrument(traced: TracedModel, taps: Sequence[str]) -> fx.GraphModule:
+    """A graph from the model's inputs to (features, output).
+
+    Args:
+        traced: a traced (or narrowed) model. Not changed; the new graph shares its leaf modules.
+        taps: names of tensors, as in `traced.taps`.
+
+    Returns:
+        A GraphModule: inputs → (dict of tap name → tensor as it is at that place, the model's own output).
+
+    Raises:
+        ConfigError: a name that is no tap; offers the nearest.
+    """
+    return _with_outputs(traced, taps, keep_output=True)
+
+
+def cut(traced: TracedModel, taps: Sequence[str]) -> fx.GraphModule:
+    """A graph from the model's inputs to (features, None), which holds nothing behind the deepest tap.
+
+    Args:
+        traced: a traced (or narrowed) model. Not changed; the new graph shares its leaf modules.
+        taps: names of tensors, as in `traced.taps`.
+
+    Raises:
+        ConfigError: a name that is no tap; offers the nearest.
+    """
+    return _with_outputs(traced, taps, keep_output=False)
+
+
+def _with_outputs(traced: TracedModel, taps: Sequence[str], *, keep_output: bool) -> fx.GraphModule:
+    wanted = {tap: traced.node(tap).name for tap in taps}
+    graph_module, nodes = copy_graph(traced.graph_module)
+    output = output_node(graph_module.graph)
+    features = {tap: nodes[name] for tap, name in wanted.items()}
+    output.args = ((features, output.args[0] if keep_output else None),)
+    return sweep(graph_module)

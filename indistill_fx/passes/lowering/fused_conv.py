@@ -1,0 +1,151 @@
+"""Run what follows a frozen convolution inside it: bias, residual sum and ReLU, channels last.
+
+On a CPU the sum and the ReLU are passes over memory of their own, and oneDNN brings every feature map into its own layout and
+back. One call does all of it, and with channels last nothing has to be brought anywhere.
+
+Rules, in order:
+  1. Only 2-d convolutions with zero padding whose value nobody else reads; the graph must be frozen (a teacher's).
+  2. relu(convolution) and relu(convolution + other) become one node, other being of the same shape.
+  3. A convolution that neither applies to becomes such a node as well, so that the layout stays the same along the graph.
+  4. Outputs are laid out as the student's.
+
+On other devices, in other dtypes and under autocast the same node runs the stock operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from indistill_fx.graph.edit import add_module, output_node
+from indistill_fx.graph.ops import attribute, op_name
+from indistill_fx.traced import NodeFacts
+
+
+class FusedConv(nn.Module):
+    """A frozen convolution, perhaps plus another tensor, perhaps with a ReLU.
+
+    Args:
+        layer: its tensors are shared.
+        relu: whether a ReLU ends it.
+    """
+
+    def __init__(self, layer: nn.Conv2d, *, relu: bool):
+        super().__init__()
+        self.weight, self.bias = layer.weight, layer.bias
+        self.stride, self.padding = tuple(layer.stride), tuple(map(int, layer.padding))
+        self.dilation, self.groups, self.relu = tuple(layer.dilation), layer.groups, relu
+
+    def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        """The value, (batch, channels, height, width)."""
+        if not self._applies(x):
+            result = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+            result = result if other is None else result + other
+            return F.relu(result) if self.relu else result
+        x = x.contiguous(memory_format=torch.channels_last)
+        end = "relu" if self.relu else None
+        shape = (self.padding, self.stride, self.dilation, self.groups)
+        call = torch.ops.mkldnn._convolution_pointwise
+        if other is None:
+            fused: Tensor = call(x, self.weight, self.bias, *shape, end or "none", [], "")
+        else:
+            other = other.contiguous(memory_format=torch.channels_last)
+            fused = call.binary(x, other, self.weight, self.bias, *shape, "add", 1.0, end, [], "")
+        return fused
+
+    def _applies(self, x: Tensor) -> bool:
+        plain = x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32
+        if not plain or torch.compiler.is_compiling() or not torch.backends.mkldnn.enabled:
+            return False
+        return torch.backends.mkldnn.is_available() and not (
+            torch.is_autocast_enabled("cpu") or (torch.is_grad_enabled() and x.requires_grad)
+        )
+
+    def extra_repr(self) -> str:
+        """What it does, for printing."""
+        return f"stride={self.stride}, padding={self.padding}, groups={self.groups}, relu={self.relu}"
+
+
+def fuse(graph_module: fx.GraphModule, facts: Mapping[str, NodeFacts]) -> tuple[str, ...]:
+    """Rewrite, in place, a frozen graph that nobody else holds; says which nodes were taken into a convolution.
+
+    Args:
+        graph_module: after `fold`.
+        facts: of the model it was cut from; tell which sums are of equal shapes.
+    """
+    done: list[str] = []
+    convolutions = [node for node in graph_module.graph.nodes if _fits(node, graph_module)]
+    for node in reversed(convolutions):  # of two that are added, the later one takes the sum
+        layer = attribute(graph_module, str(node.target))
+        other, last = None, node
+        total = _only_reader(node)
+        if total is not None and op_name(total) == "add":
+            added = _other(total, node, facts)
+            if added is not None and _is_relu(_only_reader(total)):
+                other, last = added, total
+        end = _only_reader(last)
+        relu = _is_relu(end)
+        taken = [] if last is node else [last]
+        taken += [end] if relu and end is not None else []
+        node.target = add_module(graph_module, f"{node.target}_fused", FusedConv(layer, relu=relu))
+        if other is not None:
+            node.args, node.kwargs = (node.args[0], other), {}
+            last.prepend(node)
+        for old in taken:
+            old.replace_all_uses_with(node)
+            done.append(old.name)
+        for old in reversed(taken):
+            graph_module.graph.erase_node(old)
+    if convolutions:
+        _plain_outputs(graph_module)
+        graph_module.delete_all_unused_submodules()
+        graph_module.graph.lint()
+        graph_module.recompile()
+    return tuple(done)
+
+
+def _fits(node: fx.Node, graph_module: fx.GraphModule) -> bool:
+    if node.op != "call_module" or len(node.args) != 1 or node.kwargs:
+        return False
+    layer = attribute(graph_module, str(node.target))
+    if type(layer) is not nn.Conv2d or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+        return False
+    return not any(parameter.requires_grad for parameter in layer.parameters()) and not layer._forward_hooks
+
+
+def _only_reader(node: fx.Node) -> fx.Node | None:
+    readers = list(node.users)
+    return readers[0] if len(readers) == 1 else None
+
+
+def _is_relu(node: fx.Node | None) -> bool:
+    if node is None or op_name(node) != "relu" or len(node.all_input_nodes) != 1:
+        return False
+    return node.op in ("call_module", "call_function") and len(node.args) == 1
+
+
+def _other(total: fx.Node, node: fx.Node, facts: Mapping[str, NodeFacts]) -> fx.Node | None:
+    """What is added to the node's value, if it is another tensor of the same shape."""
+    if len(total.args) != 2 or total.kwargs:
+        return None
+    others = [arg for arg in total.args if arg is not node]
+    if len(others) != 1 or not isinstance(others[0], fx.Node):
+        return None
+    shapes = [facts[part.name].shape if part.name in facts else None for part in (node, others[0])]
+    return others[0] if shapes[0] is not None and shapes[0] == shapes[1] else None
+
+
+def _plain_outputs(graph_module: fx.GraphModule) -> None:
+    """Rule 4."""
+    output = output_node(graph_module.graph)
+    outputs: Any = output.args[0]
+    features, result = outputs
+    plain = {}
+    for tap, value in features.items():
+        with graph_module.graph.inserting_before(output):
+            plain[tap] = graph_module.graph.call_method("contiguous", (value,))
+    output.args = ((plain, result),)

@@ -1,0 +1,1 @@
+"""Which layers of teacher and student belong together."""

@@ -1,0 +1,120 @@
+"""Similarity of layers on data: linear centred kernel alignment, batch by batch.
+
+Of every batch only one Gram matrix (samples x samples) per layer is held; features are dropped as soon as theirs is made. The unbiased
+estimate of HSIC makes the mean over batches converge to the value on all data, whatever the batch size.
+
+Source:
+    Nguyen, Raghu, Kornblith, "Do Wide and Deep Networks Learn the Same Things?", ICLR 2021, arXiv:2010.15327, eq. 2 and 3;
+    the unbiased HSIC is eq. 5 of Song, Smola, Gretton, Bedo, Borgwardt, "Feature Selection via Dependence Maximization", JMLR 2012.
+    Negative estimates, which only noise makes, count as 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from indistill_fx.errors import ConfigError
+from indistill_fx.graph.module_state import mode
+from indistill_fx.passes.pairing.match import Similarity
+from indistill_fx.traced import TracedModel
+
+_FEWEST = 4
+"""Samples that the unbiased estimate needs."""
+
+
+def cka(loader: Iterable[Any], *, batches: int | None = 16) -> Similarity:
+    """Linear CKA on a loader, as `match(…, similarity=…)` takes it. Both models run in eval mode, without gradients.
+
+    Args:
+        loader: batches: the inputs alone, or a tuple or list that begins with them, or a dict of them by name.
+        batches: how many to look at; None: all.
+
+    Returns:
+        A function (teacher, student, teacher taps, student taps) -> one row per teacher tap, values 0 to 1.
+    """
+
+    def measure(
+        teacher: TracedModel, student: TracedModel, teacher_taps: Sequence[str], student_taps: Sequence[str]
+    ) -> list[list[float]]:
+        shared = torch.zeros(len(teacher_taps), len(student_taps), dtype=torch.float64)
+        own = [torch.zeros(len(taps), dtype=torch.float64) for taps in (teacher_taps, student_taps)]
+        used = 0
+        for batch in islice(loader, batches):
+            grams = [_grams(model, taps, batch) for model, taps in ((teacher, teacher_taps), (student, student_taps))]
+            if len(grams[0][0]) < _FEWEST:
+                continue  # the last, smaller batch of a loader
+            shared += hsic(grams[0], grams[1])
+            for total, gram in zip(own, grams, strict=True):
+                total += torch.diagonal(hsic(gram, gram))
+            used += 1
+        if not used:
+            raise ConfigError(
+                f"The loader gave no batch of {_FEWEST} samples or more.",
+                where="loader",
+                hint="Give larger batches to compare layers on.",
+            )
+        scale = (own[0].clamp_min(0)[:, None] * own[1].clamp_min(0)[None, :]).sqrt()
+        rows: list[list[float]] = (shared / scale.clamp_min(1e-30)).clamp(0, 1).tolist()
+        return rows
+
+    return measure
+
+
+def hsic(first: Tensor, second: Tensor) -> Tensor:
+    """The unbiased estimate of HSIC for each two Gram matrices of two stacks, diagonals left out.
+
+    Args:
+        first: (a, n, n), n > 3.
+        second: (b, n, n).
+
+    Returns:
+        (a, b).
+    """
+    n = first.shape[-1]
+    hollow = [gram - torch.diag_embed(torch.diagonal(gram, dim1=-2, dim2=-1)) for gram in (first, second)]
+    rows = [gram.sum(-1) for gram in hollow]
+    sums = [row.sum(-1) for row in rows]
+    trace = torch.einsum("aij,bij->ab", *hollow)
+    told = trace + torch.outer(*sums) / ((n - 1) * (n - 2)) - 2 / (n - 2) * rows[0] @ rows[1].T
+    return told / (n * (n - 3))
+
+
+def _grams(model: TracedModel, taps: Sequence[str], batch: Any) -> Tensor:
+    """One Gram matrix per tap."""
+    wanted = {model.taps[tap]: k for k, tap in enumerate(taps)}
+    found: dict[str, Tensor] = {}
+
+    class Watch(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            value = super().run_node(n)
+            if n.name in wanted:
+                rows = value.movedim(model.facts[n.name].batch_axis or 0, 0).flatten(1).double()
+                found[n.name] = (rows @ rows.T).cpu()
+            return value
+
+    with mode(model.graph_module, training=False), torch.no_grad():
+        Watch(model.graph_module).run(*_inputs(model, batch))
+    return torch.stack([found[name] for name in wanted])
+
+
+def _inputs(model: TracedModel, batch: Any) -> tuple[Any, ...]:
+    names = [str(node.target) for node in model.graph_module.graph.nodes if node.op == "placeholder"]
+    count = len(model.example_inputs)
+    if isinstance(batch, Mapping):
+        parts = [batch.get(name) for name in names[:count]]
+    else:
+        parts = list(batch[:count]) if isinstance(batch, (tuple, list)) else [batch]
+    if len(parts) < count or not all(isinstance(part, Tensor) for part in parts):
+        raise ConfigError(
+            f"The {model.role} cannot be run on a batch of type {type(batch).__name__}.",
+            where="loader",
+            got=type(batch).__name__,
+            hint=f"Give batches that begin with the inputs {', '.join(names[:count])}, or dicts with these names.",
+        )
+    device = next((parameter.device for parameter in model.graph_module.parameters()), torch.device("cpu"))
+    return (*(part.to(device) for part in parts if isinstance(part, Tensor)), *model.example_kwargs.values())

@@ -1,0 +1,1 @@
+"""Which channels go, and what goes with them: `narrow` and `shrink`."""

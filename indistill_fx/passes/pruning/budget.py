@@ -1,0 +1,212 @@
+"""Decide which classes of channels stay: by widths, by a ratio, or by a budget of work or parameters.
+
+Rules, in order:
+  1. A class is scored by the weights that make it: each layer's scores are brought to mean 1, and a class gets the mean over the
+     layers that make it. So scores can be compared over the whole network.
+  2. `widths`: the best classes of that layer, exactly as many as asked for.
+  3. `ratio`: in every group the best classes, round(ratio x size), at least one. A layer that only hands on channels of several groups
+     (a depthwise one behind a channel shuffle) gets round(ratio x size) too, by the exchanges inside groups that cost least.
+  4. `macs`, `params`: the best classes of the whole network; of every group at least a tenth. The largest network within the budget.
+  5. `round_to` rounds every group up to a multiple, by its next best classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from math import ceil, floor, lcm
+
+import numpy as np
+
+from indistill_fx.errors import PruneError
+from indistill_fx.passes.pruning.dependencies import Coupling, Units
+from indistill_fx.passes.pruning.groups import Classes, Group, Mask
+from indistill_fx.traced import TracedModel
+
+FLOOR = 0.1
+"""Smallest part of a group that a budget leaves."""
+
+
+def by_ratio(classes: Classes, stay: Mask, ratio: float, round_to: int | None, settled: Mask) -> Mask:
+    """Rule 3, for the groups that no width has settled."""
+    stay = stay.copy()
+    for group in classes.groups:
+        if not settled[group.classes].any():
+            _keep_best(classes, group, stay, max(1, floor(len(group.classes) * ratio + 0.5)), round_to)
+    return stay
+
+
+def even_out(classes: Classes, found: Coupling, stay: Mask, ratio: float, round_to: int | None, settled: Mask) -> Mask:
+    """Rule 3, its second sentence. The groups keep their numbers; a layer for which no exchange is left stays as it is."""
+    stay, touched, group_of = stay.copy(), settled.copy(), np.full(len(stay), -1)
+    for k, group in enumerate(classes.groups):
+        group_of[group.classes] = k
+    for made in found.made:
+        members, channels = np.unique(classes.of[made.units], return_counts=True)
+        if len(np.unique(group_of[members])) < 2 or (channels != channels[0]).any():
+            continue
+        layer = Group(made.path, members, int(channels[0]))
+        target = rounded(max(1, floor(len(members) * ratio + 0.5)), layer, round_to)
+        inside = np.zeros(len(stay), dtype=bool)
+        inside[members] = True
+        while (have := int(stay[members].sum())) != target:
+            pair = _exchange(classes, group_of, stay, inside, touched, more=have < target)
+            if pair is None:
+                break
+            stay[list(pair)] = ~stay[list(pair)]
+        touched[members] = True
+    return stay
+
+
+def _exchange(
+    classes: Classes, group_of: Units, stay: Mask, inside: Mask, touched: Mask, *, more: bool
+) -> tuple[int, int] | None:
+    """A class of the layer and one of the same group elsewhere: one of them stays, and should not. None where there is no such pair."""
+    best: tuple[float, int, int] | None = None
+    for k in np.unique(group_of[inside & ~touched]).tolist():
+        own = (group_of == k) & ~touched if k >= 0 else np.zeros(len(stay), dtype=bool)
+        mine, others = np.flatnonzero(own & inside & (stay != more)), np.flatnonzero(own & ~inside & (stay == more))
+        if not len(mine) or not len(others):
+            continue
+        sign = 1 if more else -1  # what comes in is the best there is, what goes is the worst
+        a = mine[np.argmax(sign * classes.scores[mine])]
+        b = others[np.argmin(sign * classes.scores[others])]
+        loss = sign * float(classes.scores[b] - classes.scores[a])
+        if best is None or loss < best[0]:
+            best = loss, int(a), int(b)
+    return None if best is None else best[1:]
+
+
+def _keep_best(classes: Classes, group: Group, stay: Mask, count: int, round_to: int | None) -> None:
+    count = rounded(count, group, round_to)
+    order = np.argsort(-classes.scores[group.classes], kind="stable")
+    stay[group.classes] = False
+    stay[group.classes[order[:count]]] = True
+
+
+def rounded(count: int, group: Group, round_to: int | None) -> int:
+    """A number of classes whose channels are a multiple; all of them if there are too few."""
+    if not round_to:
+        return count
+    step = lcm(round_to, group.channels) // group.channels
+    return min(len(group.classes), ceil(count / step) * step)
+
+
+def by_budget(
+    classes: Classes, stay: Mask, fits: Callable[[Mask], bool], round_to: int | None, settled: Mask, wanted: str
+) -> Mask:
+    """Rule 4: the most classes that fit, the best of the whole network first.
+
+    Raises:
+        PruneError: even the smallest network does not fit.
+    """
+    open_groups = [group for group in classes.groups if not settled[group.classes].any()]
+    pool = np.concatenate([group.classes for group in open_groups]) if open_groups else np.array([], dtype=np.int64)
+    order = pool[np.argsort(-classes.scores[pool], kind="stable")]
+
+    def best(count: int) -> Mask:
+        chosen = np.zeros(len(stay), dtype=bool)
+        chosen[order[:count]] = True
+        result = stay.copy()
+        for group in open_groups:
+            least = max(1, ceil(FLOOR * len(group.classes)))
+            _keep_best(classes, group, result, max(least, int(chosen[group.classes].sum())), round_to)
+        return result
+
+    if not fits(best(0)):
+        raise PruneError(
+            f"The network cannot be made as small as {wanted}: every layer keeps at least a tenth of its channels, and outputs stay whole.",
+            where="budget",
+            hint="Give a larger budget, or name widths.",
+        )
+    low, high = 0, len(order)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(best(middle)) else (low, middle - 1)
+    return best(low)
+
+
+def by_widths(
+    classes: Classes, found: Coupling, model: TracedModel, widths: Mapping[str, int], stay: Mask
+) -> tuple[Mask, Mask]:
+    """Rule 2; returns what stays, and which classes are settled.
+
+    Raises:
+        PruneError: a width the layer cannot have, or that another wish rules out.
+    """
+    stay, owner = stay.copy(), np.full(len(stay), -1)
+    taps = list(widths)
+    sizes = {tap: len(np.unique(_classes_of(classes, found, model, tap))) for tap in taps}
+    for tap in sorted(taps, key=lambda t: sizes[t]):
+        at = _classes_of(classes, found, model, tap)
+        members, channels = np.unique(at, return_counts=True)
+        fixed = np.array([k in classes.reasons or owner[k] >= 0 for k in members.tolist()])
+        _choose(
+            classes,
+            tap,
+            widths,
+            members,
+            channels,
+            fixed,
+            stay,
+            [taps[k] for k in dict.fromkeys(owner[members].tolist()) if k >= 0],
+        )
+        owner[members[~fixed]] = taps.index(tap)
+    return stay, owner >= 0
+
+
+def _choose(
+    classes: Classes,
+    tap: str,
+    widths: Mapping[str, int],
+    members: Units,
+    channels: Units,
+    fixed: Mask,
+    stay: Mask,
+    others: Sequence[str],
+) -> None:
+    """Keep the best of the classes that are still open, so that the layer has the width asked for."""
+    width, total = widths[tap], int(channels.sum())
+    open_ones, size = members[~fixed], channels[~fixed]
+    have = int(channels[fixed & stay[members]].sum())
+    if others and (have + int(size.sum()) < width or (len(open_ones) == 0 and have != width)):
+        raise PruneError(
+            f"`{tap}`: asked for {width} of its {total} channels, but it is tied to `{others[0]}`, "
+            f"for which {widths[others[0]]} are asked; "
+            "give both the same width.",
+            where=tap,
+            got=width,
+            expected=have,
+        )
+    if len(open_ones) == 0 and have != width:
+        raise PruneError(
+            f"`{tap}`: none of its {total} channels can go: {classes.reasons.get(int(members[0]), 'they are fixed')}.",
+            where=tap,
+            got=width,
+            hint="Leave it out, or narrow a layer behind which fewer things hang.",
+        )
+    if len(open_ones) == 0:
+        return
+    each = int(size[0])
+    if (size != each).any() or (width - have) % each or width - have < each:
+        raise PruneError(
+            f"`{tap}`: asked for {width} of its {total} channels, but they go {each} at a time ({have} of them stay in any case).",
+            where=tap,
+            got=width,
+            expected=f"{have} plus a multiple of {each}",
+            hint=f"Give {have + max(1, round((width - have) / each)) * each}.",
+        )
+    order = np.argsort(-classes.scores[open_ones], kind="stable")
+    stay[open_ones] = False
+    stay[open_ones[order[: (width - have) // each]]] = True
+
+
+def _classes_of(classes: Classes, found: Coupling, model: TracedModel, tap: str) -> Units:
+    known, node = model.facts_of(tap), model.node(tap)
+    units = None if known.channel_axis is None else found.axes.get((node.name, known.channel_axis))
+    if units is None:
+        raise PruneError(
+            f"`{tap}` makes no channels that could go: its tensor ({'x'.join(map(str, known.shape))}) is fixed.",
+            where=tap,
+            hint="Name a layer with filters, or one behind which they still can be told apart.",
+        )
+    return classes.of[units]

@@ -1,0 +1,260 @@
+"""Criteria: which channels are worth keeping. By the weights that make them, or by what data makes of them.
+
+    l1                 sum of absolute weights of the filter; the paper's, and the default
+    l2                 Euclidean norm of the filter
+    bn_scale           absolute scale of the batch norm behind the filter; L1 where there is none (Liu et al., arXiv:1708.06519)
+    geometric_median   sum of distances to the other filters of the layer (He et al., arXiv:1811.00250)
+    random             a fixed random order
+    activation         mean absolute activation on data
+    taylor             mean absolute sum of gradient x activation; needs labels (Molchanov et al., arXiv:1611.06440)
+    your own           a function of weights (rows, inputs, *kernel) -> scores (rows,)
+
+The highest scores are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from indistill_fx.errors import ConfigError, PruneError, nearest
+from indistill_fx.graph.module_state import mode
+from indistill_fx.graph.ops import op_name
+from indistill_fx.passes.channels.call import read_call
+from indistill_fx.traced import TracedModel
+
+Criterion = Callable[[Tensor], Tensor]
+"""Weights (rows, inputs, *kernel) -> one score per row."""
+
+
+def l1(weight: Tensor) -> Tensor:
+    """Sum of absolute weights of each filter."""
+    return weight.detach().abs().flatten(1).sum(1, dtype=torch.float64)
+
+
+def l2(weight: Tensor) -> Tensor:
+    """Euclidean norm of each filter."""
+    return weight.detach().square().flatten(1).sum(1, dtype=torch.float64).sqrt()
+
+
+def geometric_median(weight: Tensor) -> Tensor:
+    """Sum of the distances of each filter to the others: those near the middle can be replaced by the rest."""
+    rows = weight.detach().flatten(1).float()
+    return torch.cdist(rows, rows).sum(1, dtype=torch.float64)
+
+
+def random(weight: Tensor) -> Tensor:
+    """A fixed random order, the same for every layer of one size."""
+    return torch.rand(weight.shape[0], generator=torch.Generator().manual_seed(weight.shape[0]), dtype=torch.float64)
+
+
+WEIGHTS: dict[str, Criterion] = {"l1": l1, "l2": l2, "geometric_median": geometric_median, "random": random}
+"""Criteria that look at a layer's weights alone."""
+DATA = ("activation", "taylor")
+"""Criteria that look at data."""
+NAMES = (*WEIGHTS, "bn_scale", *DATA)
+
+
+@dataclass(frozen=True, slots=True)
+class Scorer:
+    """Scores the rows of a layer's weights: by the weights, by the norm behind the layer, or by statistics taken before.
+
+    Attributes:
+        name: of the criterion, for reports.
+        weights: criterion for weights; also where there is nothing better.
+        model: whose graph is looked at.
+        scales: look for the batch norm behind the layer first.
+        statistics: per node, scores that data gave its channels.
+    """
+
+    name: str
+    weights: Criterion
+    model: TracedModel
+    scales: bool
+    statistics: Mapping[str, Tensor]
+
+    def __call__(self, node: str, path: str, weight: Tensor) -> Tensor:
+        """One score per row.
+
+        Raises:
+            PruneError: a score is not a number, or there is not one for each row.
+        """
+        _, scores = self.basis(node, len(weight))
+        told = scores is None and self.weights in (l1, l2)  # by their score, if a weight is no number
+        if scores is None:
+            scores = self.weights(weight)
+        if not isinstance(scores, Tensor) or scores.shape != weight.shape[:1]:
+            raise PruneError(
+                f"The criterion gave `{path}` scores of shape {tuple(getattr(scores, 'shape', ()))}; it has {len(weight)} rows.",
+                where=path,
+                hint="A criterion takes weights (rows, inputs, *kernel) and returns one score per row.",
+            )
+        if not (bool(scores.isfinite().all()) and (told or bool(weight.isfinite().all()))):
+            raise unsound(path)
+        return scores.detach().to("cpu", torch.float64)
+
+    def basis(self, node: str, rows: int) -> tuple[str, Tensor | None]:
+        """What a layer is scored by, and the scores if they are not its weights'."""
+        scores = self.statistics.get(node)
+        if scores is None and self.scales:
+            scores = self._scale(node)
+        if scores is not None and len(scores) == rows:
+            return self.name, scores
+        return "l1" if self.scales or self.statistics else self.name, None
+
+    def _scale(self, name: str) -> Tensor | None:
+        """Scales of the batch norm that reads a node."""
+        node = next((node for node in self.model.graph_module.graph.nodes if node.name == name), None)
+        for user in node.users if node is not None else ():
+            if op_name(user) == "batch_norm":
+                scale = read_call(user, self.model.facts).constant("weight")
+                return None if scale is None else scale.detach().abs()
+        return None
+
+
+def unsound(path: str) -> PruneError:
+    """The error for a layer that cannot be ranked: whatever the criterion, channels that are not numbers have no worth."""
+    return PruneError(
+        f"`{path}` has weights that are not finite numbers, so its channels cannot be ranked.",
+        where=path,
+        hint="Load sound weights.",
+    )
+
+
+def scorer_of(
+    wish: str | Criterion, model: TracedModel, loader: Iterable[Any] | None, axes: Mapping[str, int]
+) -> Scorer:
+    """The scorer of a criterion's name, or of the user's own function.
+
+    Args:
+        wish: name or function.
+        model: whose channels are scored.
+        loader: batches for the criteria that look at data.
+        axes: the nodes whose channels these criteria look at, and their channel axis.
+
+    Raises:
+        ConfigError: no criterion of that name, or one that needs data without a loader.
+    """
+    if callable(wish):
+        return Scorer(getattr(wish, "__name__", "own criterion"), wish, model, False, {})
+    if wish not in NAMES:
+        raise ConfigError(f"There is no criterion `{wish}`.", where="criterion", got=wish, hint=nearest(wish, NAMES))
+    if wish not in DATA:
+        return Scorer(wish, WEIGHTS.get(wish, l1), model, wish == "bn_scale", {})
+    if loader is None:
+        raise ConfigError(
+            f"The criterion `{wish}` looks at data.",
+            where="loader",
+            hint="Give loader=…, an iterable of batches; on the command line, --data.",
+        )
+    return Scorer(wish, l1, model, False, statistics(model, axes, loader, gradients=wish == "taylor"))
+
+
+def statistics(
+    model: TracedModel, axes: Mapping[str, int], batches: Iterable[Any], *, gradients: bool = False
+) -> dict[str, Tensor]:
+    """Scores of the channels of some nodes, batch by batch: mean absolute activation, or mean |sum of gradient x activation|.
+
+    The model runs in eval mode and is left as it was.
+
+    Raises:
+        ConfigError: no batch, or batches without labels that go with the output where gradients are asked for.
+    """
+    total: dict[str, Tensor] = {}
+    samples = 0
+    with mode(model.graph_module, training=False):
+        for batch in batches:
+            inputs, labels = _inputs_and_labels(model, batch)
+            found = _gradients(model, axes, inputs, labels) if gradients else _activations(model, axes, inputs)
+            samples += 1
+            total = {name: total.get(name, 0) + value for name, value in found.items()}
+    if not samples:
+        raise ConfigError(
+            "The loader gave no batch.", where="loader", hint="Give an iterable of batches (inputs, labels)."
+        )
+    return {name: value / samples for name, value in total.items()}
+
+
+def _inputs_and_labels(model: TracedModel, batch: Any) -> tuple[tuple[Any, ...], Tensor | None]:
+    count = len(model.example_inputs)
+    parts = tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
+    if len(parts) < count or not all(isinstance(part, Tensor) for part in parts[:count]):
+        raise ConfigError(
+            f"A batch must hold the model's {count} inputs, then the labels.", where="loader", got=type(batch).__name__
+        )
+    device = next((p.device for p in model.graph_module.parameters()), torch.device("cpu"))
+    moved = tuple(part.to(device) for part in parts[:count])
+    labels = parts[count] if len(parts) > count else None
+    return (*moved, *model.example_kwargs.values()), labels.to(device) if isinstance(labels, Tensor) else None
+
+
+class _Watch(fx.Interpreter):
+    """Runs a graph and keeps the tensors of some nodes."""
+
+    def __init__(self, model: TracedModel, wanted: Iterable[str]):
+        super().__init__(model.graph_module)
+        self.wanted, self.seen = {*wanted}, dict[str, Tensor]()
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n.name in self.wanted and isinstance(value, Tensor):
+            self.seen[n.name] = value
+            if value.requires_grad:
+                value.retain_grad()
+        return value
+
+
+def _activations(model: TracedModel, axes: Mapping[str, int], inputs: tuple[Any, ...]) -> dict[str, Tensor]:
+    watch = _Watch(model, axes)
+    with torch.no_grad():
+        watch.run(*inputs)
+    return {name: value.double().abs().mean(_others(value, axes[name])).cpu() for name, value in watch.seen.items()}
+
+
+def _gradients(
+    model: TracedModel, axes: Mapping[str, int], inputs: tuple[Any, ...], labels: Tensor | None
+) -> dict[str, Tensor]:
+    if labels is None:
+        raise ConfigError("The criterion `taylor` needs labels.", where="loader", hint="Give batches (inputs, labels).")
+    watch = _Watch(model, {*axes, model.logits})
+    with torch.enable_grad():
+        watch.run(
+            *(x.detach().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
+        )
+        watched = {name: value for name, value in watch.seen.items() if value.requires_grad}
+        scores = watch.seen[model.logits].float()
+        if labels.shape not in (scores.shape[:1] + scores.shape[2:], scores.shape):  # classes, or probabilities
+            raise ConfigError(
+                f"The criterion `taylor` takes the gradient of the cross-entropy, and labels of shape {tuple(labels.shape)} do not go "
+                f"with the output `{model.logits}` of shape {tuple(scores.shape)}.",
+                where="loader",
+                got=tuple(labels.shape),
+                expected=tuple(scores.shape[:1] + scores.shape[2:]),
+                hint="Give a class for every row (and place) of the output, or take another criterion.",
+            )
+        loss = F.cross_entropy(scores, labels)
+        grads = torch.autograd.grad(loss, list(watched.values()), allow_unused=True)
+    found = {}
+    for (name, value), grad in zip(watched.items(), grads, strict=True):
+        if name in axes and grad is not None:
+            product = (value.detach() * grad).double()
+            batch = model.facts[name].batch_axis
+            places = [axis for axis in _others(value, axes[name]) if axis != batch]
+            each = product.sum(places, keepdim=True) if places else product
+            found[name] = each.abs().sum(_others(each, axes[name])).cpu()
+    return found
+
+
+def _others(value: Tensor, axis: int) -> list[int]:
+    return [k for k in range(value.dim()) if k != axis]
+
+
+def best(scores: Tensor, count: int) -> tuple[int, ...]:
+    """The `count` entries with the highest scores, ascending; of equal ones the first."""
+    order = torch.argsort(scores, descending=True, stable=True)[:count]
+    return tuple(sorted(order.tolist()))

@@ -1,0 +1,225 @@
+"""Which channels must stay or go together, over the whole network: union-find over single channels.
+
+Rules, in order:
+  1. Every channel a weight makes is a unit. The channel rules, asked for all channels of every axis, say which unit stands where.
+  2. Where an operation needs two units at one place (a sum, heads of a product), they become one class.
+  3. An axis that an operation reads in a way no rule covers is frozen: its classes stay. So are the network's outputs.
+  4. A view, a transposition and a view that only permute one axis are taken as the permutation they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, fx
+
+from indistill_fx.graph.ops import attribute, op_name
+from indistill_fx.passes.channels.call import Call
+from indistill_fx.passes.channels.rules import consult
+from indistill_fx.passes.channels.selection import Cut, Step
+from indistill_fx.traced import NodeFacts
+
+Units = NDArray[np.int64]
+Place = tuple[str, int | str]
+"""A node and an axis of its tensor, or the name of something inside it (`heads`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """Weights that make units.
+
+    Attributes:
+        node: on whose channel axis the units stand; empty for those inside an attention layer.
+        axis: that axis.
+        path: where the weights live, as people name the module.
+        weight: (rows, inputs, *kernel).
+        units: of each row.
+    """
+
+    node: str
+    axis: int
+    path: str
+    weight: Tensor
+    units: Units
+
+
+@dataclass
+class Coupling:
+    """Units and what ties them, as they are found along the graph.
+
+    Attributes:
+        axes: the unit of every channel, per node and axis. An axis without an entry is fixed.
+        weights: the same for axes of parameters and buffers, by the tensor's identity.
+        work: (node, multiply-accumulates of one sample, the unit arrays its cost is proportional to the length of).
+        made: filters, for ranking.
+        pairs: units that are one class.
+        frozen: units that stay, and why.
+        shuffles: reshapes that end a mere permutation of one axis, and the tensor, axis and order it is.
+        vanished: nodes that only serve a shuffle.
+        heads: axes made by taking an axis apart that products sum over: the width of a head, not the heads.
+    """
+
+    facts: Mapping[str, NodeFacts]
+    axes: dict[Place, Units] = field(default_factory=dict)
+    weights: dict[tuple[int, int], Units] = field(default_factory=dict)
+    tensors: dict[int, Tensor] = field(default_factory=dict)
+    work: list[tuple[str, int, tuple[Units, ...]]] = field(default_factory=list)
+    made: list[Made] = field(default_factory=list)
+    pairs: list[tuple[Units, Units]] = field(default_factory=list)
+    frozen: list[tuple[Units, str]] = field(default_factory=list)
+    heads: set[Place] = field(default_factory=set)
+    shuffles: dict[str, Cut] = field(default_factory=dict)
+    vanished: set[str] = field(default_factory=set)
+    count: int = 0
+
+    def fresh(self, size: int) -> Units:
+        """New units."""
+        self.count += size
+        return np.arange(self.count - size, self.count)
+
+    def tie(self, first: Units | None, second: Units | None, reason: str) -> Units | None:
+        """Make two arrays of units one, element by element; with a fixed axis, freeze the other."""
+        if first is None or second is None:
+            self.freeze(first if second is None else second, reason)
+        elif first is not second:
+            self.pairs.append((first, second))
+        return second if first is None else first
+
+    def freeze(self, units: Units | None, reason: str) -> None:
+        """Units that must stay."""
+        if units is not None and len(units):
+            self.frozen.append((units, reason))
+
+    def of(self, value: Any, axis: int) -> Units | None:
+        """Units along an axis of a node's tensor, or of a parameter."""
+        if isinstance(value, fx.Node) and value.op == "get_attr":
+            owner = value.graph.owning_module
+            value = attribute(owner, str(value.target)) if owner is not None else None
+        if isinstance(value, Tensor):
+            key = id(value), axis
+            if key not in self.weights:
+                self.weights[key], self.tensors[id(value)] = self.fresh(value.shape[axis]), value
+            return self.weights[key]
+        return self.axes.get((value.name, axis)) if isinstance(value, fx.Node) else None
+
+    def tie_weight(self, call: Call, name: str, axis: int, units: Units | None) -> None:
+        """Let an axis of a weight follow these units."""
+        value = call.get(name)
+        if value is None:
+            return
+        if isinstance(value, Tensor) and (id(value), axis) not in self.weights and units is not None:
+            self.weights[id(value), axis], self.tensors[id(value)] = units, value
+        else:
+            self.tie(self.of(value, axis), units, f"the {name} of `{call.path}` is shared with a fixed layer")
+
+    def freeze_all(self, node: fx.Node, reason: str) -> None:
+        """All units of a node's tensor must stay."""
+        known = self.facts.get(node.name)
+        for axis in range(len(known.shape) if known else 0):
+            if (node.name, axis) in self.axes or self.is_tied(node, axis):
+                self.freeze(self.of(node, axis), reason)
+
+    def is_tied(self, node: fx.Node, axis: int) -> bool:
+        """Whether an axis of a parameter or buffer has units already."""
+        owner = node.graph.owning_module
+        value = attribute(owner, str(node.target)) if node.op == "get_attr" and owner is not None else None
+        return (id(value), axis) in self.weights
+
+    def count_work(self, call: Call, summed: Iterable[Units | None]) -> None:
+        """Note the cost of an operation: in proportion to its output's axes and to those it sums over."""
+        known = self.facts.get(call.node.name)
+        if known is not None and known.macs and all(name != call.node.name for name, _, _ in self.work[-8:]):
+            own = [self.axes.get((call.node.name, axis)) for axis in range(len(known.shape))]
+            self.work.append(
+                (call.node.name, known.macs, tuple(units for units in (*own, *summed) if units is not None))
+            )
+
+
+PARTS = frozenset(("chunk", "split", "split_with_sizes", "tensor_split", "unbind"))
+"""Operations that return a tensor in several parts."""
+
+
+def follow(found: Coupling, call: Call, summed: Iterable[Units | None] = ()) -> set[Place]:
+    """Carry units through an operation by its channel rule, axis by axis; returns the axes that were read."""
+    node, known = call.node, found.facts[call.node.name]
+    read: set[Place] = set()
+    steps: dict[int, Step] = {}
+    for axis, size in enumerate(known.shape):
+        if size > 1 and axis != known.batch_axis:
+            step = consult(Cut(node, axis, axis + 1, tuple(range(size))), found.facts)
+            if isinstance(step, Step):
+                steps[axis] = step
+            elif call.op == "getitem" and op_name(call.input) in PARTS:
+                for source in call.input.all_input_nodes:
+                    found.freeze_all(source, f"`{node.name}`: {step.reason}")
+    for axis in _unsplit(node.name, known.shape, steps, found.heads):
+        for part in steps[axis].parts:
+            read |= {(part.cut.node.name, k) for k in range(part.cut.start, part.cut.stop)}
+        units = _arriving(
+            found, steps[axis], known.shape[axis], f"`{node.name}` ({call.op}) joins them with fixed channels"
+        )
+        if units is not None:
+            found.axes[node.name, axis] = units
+    found.count_work(call, summed)
+    return read
+
+
+def _unsplit(name: str, shape: Sequence[int], steps: Mapping[int, Step], heads: set[Place]) -> list[int]:
+    """The axes that carry units. Of several made by taking one apart, only one can: the last that is not the width of a head."""
+    carried: list[int] = []
+    claims: dict[tuple[str, int], list[int]] = {}
+    for axis, step in steps.items():
+        if len(step.parts) == 1 and len(step.parts[0].cut.index) > shape[axis]:
+            claims.setdefault((step.parts[0].cut.node.name, step.parts[0].cut.start), []).append(axis)
+        else:
+            carried.append(axis)
+    for axes in claims.values():
+        carried += axes if len(axes) == 1 else [axis for axis in axes if (name, axis) not in heads][-1:]
+    return carried
+
+
+def _arriving(found: Coupling, step: Step, size: int, reason: str) -> Units | None:
+    """The units of an output axis: those of the part that first makes each place; what else makes it is tied to them."""
+    flats = [_flat_units(found, part.cut) for part in step.parts]
+    if all(flat is None for flat in flats):
+        return None
+    own, mine = [], []
+    for part, flat in zip(step.parts, flats, strict=True):
+        if flat is not None and part.links is None and len(step.parts) == 1 and _is_everything(part.cut.index, flat):
+            return flat
+        own.append(np.arange(size) if part.links is None else np.asarray(part.links[0]))
+        entries = (
+            np.asarray(part.cut.index) if part.links is None else np.asarray(part.cut.index)[np.asarray(part.links[1])]
+        )
+        mine.append(flat[entries] if flat is not None else found.fresh(len(entries)))
+        found.freeze(mine[-1] if flat is None else None, reason)
+    places, source = np.concatenate(own), np.concatenate(mine)
+    told, first = np.unique(places, return_index=True)
+    units = found.fresh(size)
+    units[told] = source[first]
+    found.pairs.append((units[places], source))
+    return units
+
+
+def _is_everything(index: Sequence[int], flat: Units) -> bool:
+    return len(index) == len(flat) and np.array_equal(index, np.arange(len(flat)))
+
+
+def _flat_units(found: Coupling, cut: Cut) -> Units | None:
+    """Units of several axes seen as one: those of the one axis among them that has any."""
+    if cut.width == 1:
+        return found.of(cut.node, cut.start)
+    shape = found.facts[cut.node.name].shape[cut.start : cut.stop]
+    carrying = [k for k in range(cut.width) if (cut.node.name, cut.start + k) in found.axes]
+    for k in carrying[1:]:
+        found.freeze(found.axes[cut.node.name, cut.start + k], f"several axes of `{cut.node.name}` become one")
+    if not carrying:
+        return None
+    k = carrying[0]
+    units = found.axes[cut.node.name, cut.start + k]
+    return np.tile(np.repeat(units, prod(shape[k + 1 :])), prod(shape[:k]))

@@ -1,0 +1,176 @@
+"""Find the units of a network's channels and what ties them: one walk along the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import fx
+
+from indistill_fx.graph.ops import op_name
+from indistill_fx.passes.channels.attention import letters, operands_of
+from indistill_fx.passes.channels.call import Call, axis_of, read_call
+from indistill_fx.passes.channels.rules import consult
+from indistill_fx.passes.channels.selection import Cut, Step
+from indistill_fx.passes.pruning.dependencies import PARTS, Coupling, Place, follow
+from indistill_fx.passes.pruning.dependency_rules import COUPLERS
+from indistill_fx.traced import NodeFacts
+
+_TELLS_SIZES = frozenset(
+    "size shape getattr dim numel ndimension len is_floating_point is_cuda device dtype assert".split()
+)
+
+
+def couple(graph_module: fx.GraphModule, facts: Mapping[str, NodeFacts]) -> Coupling:
+    """Find the units of a graph and what ties them."""
+    found = Coupling(facts)
+    found.heads |= _head_axes(graph_module, facts)
+    _find_shuffles(found, graph_module)
+    for node in graph_module.graph.nodes:
+        if node.op == "output":
+            for source in node.all_input_nodes:
+                found.freeze_all(source, "an output of the network")
+        elif node.name in found.shuffles:
+            _shuffle(found, node, found.shuffles[node.name])
+        elif node.op not in ("placeholder", "get_attr") and node.name not in found.vanished:
+            _visit(found, node)
+    return found
+
+
+def _visit(found: Coupling, node: fx.Node) -> None:
+    call = read_call(node, found.facts)
+    read = _read(found, call)
+    if read is None:
+        return
+    for source in node.all_input_nodes:
+        known = found.facts.get(source.name)
+        for axis in range(len(known.shape) if known else 0):
+            if (source.name, axis) in read:
+                continue
+            if (source.name, axis) in found.axes or found.is_tied(source, axis):
+                found.freeze(found.of(source, axis), f"`{node.name}` ({call.op}) reads them in a way no rule covers")
+
+
+def _read(found: Coupling, call: Call) -> set[Place] | None:
+    """Carry units through a node; the axes of its inputs that this covers, None where there is nothing to cover."""
+    if call.module is not None and (call.module._forward_pre_hooks or call.module._forward_hooks):
+        return set()
+    coupler = COUPLERS.get(call.op)
+    if coupler is not None:
+        return coupler(found, call)
+    if call.node.name in found.facts:
+        return follow(found, call)
+    if call.op == "unbind":  # drops its axis; the parts tell about the others
+        dim, rank = call.get("dim", 0), len(call.shape(call.input) or ())
+        return {(call.input.name, axis) for axis in range(rank) if axis != axis_of(dim, rank)}
+    return None if call.op in _TELLS_SIZES or call.op in PARTS else set()
+
+
+def _find_shuffles(found: Coupling, graph_module: fx.GraphModule) -> None:
+    """Views and transposes that only permute one axis, taken as the permutation: so the groups need not lose the same places."""
+    for node in graph_module.graph.nodes:
+        known = found.facts.get(node.name)
+        axis = known.channel_axis if known is not None else None
+        for k in (
+            range(1, len(known.shape)) if known is not None and node.op.startswith("call") and axis is None else (axis,)
+        ):
+            if (
+                known is not None
+                and k is not None
+                and op_name(node) in ("view", "reshape", "flatten")
+                and known.shape[k] > 1
+            ):
+                _find_shuffle(found, Cut(node, k, k + 1, tuple(range(known.shape[k]))))
+
+
+def _find_shuffle(found: Coupling, wanted: Cut) -> None:
+    node, chain, cut = wanted.node, list[fx.Node](), wanted
+    while cut is wanted or cut.width > 1:
+        step = consult(cut, found.facts)
+        if (
+            not isinstance(step, Step)
+            or len(step.parts) != 1
+            or step.parts[0].links
+            or step.filters
+            or len(step.parts[0].cut.index) != len(cut.index)
+        ):
+            return
+        chain.append(cut.node)
+        cut = step.parts[0].cut
+        if cut.width == 1 and cut.node is node.args[0]:
+            return
+    if found.facts[cut.node.name].shape != found.facts[node.name].shape or cut.start != wanted.start:
+        return
+    found.shuffles[node.name] = cut
+    serving = {node}
+    for inner in chain[1:]:
+        if all(user in serving or op_name(user) in _TELLS_SIZES for user in inner.users):
+            serving.add(inner)
+            found.vanished.add(inner.name)
+
+
+def _shuffle(found: Coupling, node: fx.Node, order: Cut) -> None:
+    source = order.node
+    for axis in range(len(found.facts[source.name].shape)):
+        units = found.of(source, axis)
+        if axis == order.start and units is not None:
+            found.axes[node.name, axis] = units[list(order.index)]
+        else:
+            found.freeze(units, f"`{node.name}` shuffles another axis")
+
+
+def _head_axes(graph_module: fx.GraphModule, facts: Mapping[str, NodeFacts]) -> set[Place]:
+    """Axes made by a reshape that products sum over, or that values hand on: the width of a head."""
+    found: set[Place] = set()
+    for node in graph_module.graph.nodes:
+        if node.op in ("call_function", "call_method") and node.name in facts:
+            call = read_call(node, facts)
+            for source, axis in _ends(call):
+                found |= _split_axes(source, axis, facts)
+    return found
+
+
+def _ends(call: Call) -> list[tuple[fx.Node, int]]:
+    """The axes a product sums over, and the last of its right operand."""
+    if call.op == "scaled_dot_product_attention":
+        return [
+            (n, len(call.shape(n) or ()) - 1)
+            for n in (call.get("query"), call.get("key"), call.get("value"))
+            if call.shape(n)
+        ]
+    if call.op in ("matmul", "bmm"):
+        left, right = operands_of(call)
+        ranks = [len(call.shape(n) or ()) for n in (left, right)]
+        if min(ranks) < 3:
+            return []
+        return [(left, ranks[0] - 1), (right, ranks[1] - 2), (right, ranks[1] - 1)]
+    if call.op == "einsum" and (parsed := letters(call)) is not None:
+        names, output, nodes = parsed
+        summed = [
+            (n, k)
+            for name, n in zip(names, nodes, strict=True)
+            for k, letter in enumerate(name)
+            if letter not in output
+        ]
+        return [*summed, (nodes[-1], len(names[-1]) - 1)]
+    return []
+
+
+def _split_axes(node: fx.Node, axis: int, facts: Mapping[str, NodeFacts]) -> set[Place]:
+    """Follow an axis up to where a reshape made it from a longer one."""
+    found: set[Place] = set()
+    ways, seen = [(node, axis)], set()
+    while ways:
+        at, k = way = ways.pop()
+        if way in seen or at.name not in facts:
+            continue
+        seen.add(way)
+        size = facts[at.name].shape[k]
+        step = consult(Cut(at, k, k + 1, tuple(range(size))), facts)
+        if not isinstance(step, Step) or step.filters is not None:
+            continue
+        for part in step.parts:
+            if len(part.cut.index) > size and len(step.parts) == 1:
+                found.add((at.name, k))
+            elif part.cut.width == 1:
+                ways.append((part.cut.node, part.cut.start))
+    return found

@@ -1,0 +1,214 @@
+"""Remove channels from the whole network: a smaller one that stands alone and can be trained.
+
+Rules, in order:
+  1. Channels that must go together are found over the whole graph (`couple`); what no rule covers is frozen, and reported.
+  2. Which go: by `widths`, `ratio`, or a budget of `macs` or `params` (`budget`).
+  3. Weights of makers and readers are sliced, and the arguments that name sizes rewritten (`rewrite`).
+
+Keeps: the smaller network computes what the original computes when every reader ignores the channels removed (norms over channels and
+means are those of the channels that stay). Outputs keep their width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from indistill_fx.errors import ConfigError, PruneError
+from indistill_fx.passes.contract import PassResult
+from indistill_fx.passes.pruning.budget import by_budget, by_ratio, by_widths, even_out
+from indistill_fx.passes.pruning.criteria import Criterion, Scorer, scorer_of
+from indistill_fx.passes.pruning.dependencies import Coupling, Units
+from indistill_fx.passes.pruning.find_dependencies import couple
+from indistill_fx.passes.pruning.groups import Classes, Cost, Mask, classify, refill
+from indistill_fx.passes.pruning.rank import check_width
+from indistill_fx.passes.pruning.slice_network import Rewriting, new_facts, rewrite
+from indistill_fx.traced import TracedModel
+
+
+@dataclass(frozen=True, slots=True)
+class ShrunkLayer:
+    """A layer that makes channels: those that stay, how many there were, how many go at a time, and by what they were scored."""
+
+    path: str
+    kept: tuple[int, ...]
+    of: int
+    each: int
+    by: str
+
+
+@dataclass(frozen=True, slots=True)
+class Frozen:
+    """Channels that no wish could remove: how many, and why."""
+
+    channels: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ShrinkReport:
+    """What shrinking did.
+
+    Attributes:
+        layers: layers that make channels, in the order of the graph; of those with nothing removed, all channels are kept.
+        axes: entries that stay, per node and axis that lost some; `heads` of an attention layer.
+        frozen: channels that could not go.
+        macs: of one sample, before and after.
+        parameters: before and after.
+    """
+
+    layers: tuple[ShrunkLayer, ...]
+    axes: Mapping[tuple[str, int | str], tuple[int, ...]]
+    frozen: tuple[Frozen, ...]
+    macs: tuple[int, int]
+    parameters: tuple[int, int]
+
+    @property
+    def widths(self) -> dict[str, tuple[int, int]]:
+        """Layer -> channels before and after."""
+        return {layer.path: (layer.of, len(layer.kept)) for layer in self.layers}
+
+
+def shrink(
+    model: TracedModel,
+    *,
+    widths: Mapping[str, int] | None = None,
+    ratio: float | None = None,
+    macs: float | None = None,
+    params: float | None = None,
+    criterion: str | Criterion = "l1",
+    round_to: int | None = None,
+    loader: Iterable[object] | None = None,
+) -> PassResult[TracedModel, ShrinkReport]:
+    """Make a smaller network.
+
+    Args:
+        model: the traced model; it is not changed.
+        widths: tap -> number of channels; the other layers keep theirs unless `ratio` or a budget is given too.
+        ratio: part of every layer's channels that stays.
+        macs: work that may stay: a part up to 1, or a number of multiply-accumulates of one sample.
+        params: parameters that may stay: a part up to 1, or a number.
+        criterion: which channels stay: a name, or a function of weights (rows, inputs, *kernel).
+        round_to: keep a multiple of this number of channels (8 for fast kernels), rounding up.
+        loader: batches for the criteria that look at data.
+
+    Returns:
+        The smaller model; its `graph_module` owns its parameters, can be trained, saved and exported.
+
+    Raises:
+        ConfigError: no wish, or one out of range.
+        PruneError: a wish that cannot be met, and the layer that blocks it.
+    """
+    _check_wishes(widths, ratio, macs, params, round_to)
+    for tap, width in (widths or {}).items():
+        check_width(model, tap, width)
+    found = couple(model.graph_module, model.facts)
+    scorer = scorer_of(criterion, model, loader, {made.node: made.axis for made in found.made if made.node})
+    classes = classify(found, scorer)
+    stay = np.ones(len(classes.scores), dtype=bool)
+    settled = np.zeros(len(stay), dtype=bool)
+    if widths:
+        stay, settled = by_widths(classes, found, model, widths, stay)
+    if ratio is not None:
+        stay = even_out(classes, found, by_ratio(classes, stay, ratio, round_to, settled), ratio, round_to, settled)
+    cost = Cost(found, classes.of)
+    if macs is not None or params is not None:
+        stay = _within_budget(classes, cost, stay, settled, macs, params, round_to)
+    stay = refill(found, classes, stay)
+    work = rewrite(model.graph_module, found, lambda units: stay[classes.of[units]])
+    return PassResult(
+        _smaller(model, work, cost.macs_of_nodes(stay)), _report(model, work, found, classes, stay, cost, scorer)
+    )
+
+
+def _check_wishes(
+    widths: Mapping[str, int] | None,
+    ratio: float | None,
+    macs: float | None,
+    params: float | None,
+    round_to: int | None,
+) -> None:
+    if not widths and ratio is None and macs is None and params is None:
+        raise ConfigError(
+            "Shrink by how much?", where="shrink", hint="Give widths={layer: n}, ratio=0.5, macs=0.25 or params=0.25."
+        )
+    if ratio is not None and not 0 < ratio <= 1:
+        raise ConfigError(
+            f"ratio={ratio} is not a part of the channels.", where="ratio", got=ratio, expected="above 0, at most 1"
+        )
+    if ratio is not None and (macs is not None or params is not None):
+        raise ConfigError(
+            "A ratio and a budget are two answers to one question.", where="ratio", hint="Give one of them."
+        )
+    for name, budget in (("macs", macs), ("params", params)):
+        if budget is not None and not budget > 0:
+            raise ConfigError(
+                f"{name}={budget} is no budget.", where=name, got=budget, expected="a part up to 1, or a number above 1"
+            )
+    if round_to is not None and round_to < 1:
+        raise ConfigError(f"round_to={round_to} is no multiple.", where="round_to", got=round_to, expected="1 or more")
+
+
+def _within_budget(
+    classes: Classes,
+    cost: Cost,
+    stay: Mask,
+    settled: Mask,
+    macs: float | None,
+    params: float | None,
+    round_to: int | None,
+) -> Mask:
+    whole = np.ones(len(stay), dtype=bool)
+    most_macs = None if macs is None else macs * cost.macs(whole) if macs <= 1 else macs
+    most_params = None if params is None else params * cost.params(whole) if params <= 1 else params
+    wanted = " and ".join(
+        f"{most:,.0f} {name}" for most, name in ((most_macs, "MACs"), (most_params, "parameters")) if most is not None
+    )
+
+    def fits(mask: Mask) -> bool:
+        return (most_macs is None or cost.macs(mask) <= most_macs) and (
+            most_params is None or cost.params(mask) <= most_params
+        )
+
+    return by_budget(classes, stay, fits, round_to, settled, wanted)
+
+
+def _smaller(model: TracedModel, work: Rewriting, macs: Mapping[str, int]) -> TracedModel:
+    smaller = model.with_graph(
+        work.new,
+        facts=new_facts(work, macs),
+        aliases={name: names for name, names in model.aliases.items() if name in work.nodes},
+    )
+    return replace(smaller, module=work.new)
+
+
+def _report(
+    model: TracedModel, work: Rewriting, found: Coupling, classes: Classes, stay: Mask, cost: Cost, scorer: Scorer
+) -> ShrinkReport:
+    layers: dict[str, ShrunkLayer] = {}
+    for made in found.made:
+        mask = stay[classes.of[made.units]]
+        each = len(mask) // len(np.unique(classes.of[made.units]))
+        kept, by = tuple(np.flatnonzero(mask).tolist()), scorer.basis(made.node, len(mask))[0]
+        layers.setdefault(made.path, ShrunkLayer(made.path, kept, len(mask), each, by))
+    reasons: dict[str, Units] = {}
+    for made in found.made:
+        for k in np.unique(classes.of[made.units]).tolist():
+            if k in classes.reasons:
+                reasons[classes.reasons[k]] = np.append(
+                    reasons.get(classes.reasons[k], np.array([], dtype=np.int64)), k
+                )
+    params = [sum(p.numel() for p in graph.parameters()) for graph in (model.graph_module, work.new)]
+    whole = np.ones(len(stay), dtype=bool)
+    return ShrinkReport(
+        layers=tuple(layers.values()),
+        axes={place: tuple(kept.tolist()) for place, kept in work.keep.items()},
+        frozen=tuple(Frozen(len(np.unique(units)), reason) for reason, units in reasons.items()),
+        macs=(cost.macs(whole), cost.macs(stay)),
+        parameters=(params[0], params[1]),
+    )
+
+
+__all__ = ["Frozen", "PruneError", "ShrinkReport", "ShrunkLayer", "shrink"]

@@ -1,0 +1,170 @@
+"""The steps of a network: the nodes of the trunk at which work is done, and what kind of work it is.
+
+A *join* adds or concatenates branches with work in them: a residual sum, an inception or dense concatenation. A *unit* has weights of
+its own: a convolution, a linear layer, an opaque module. Both either *mix* (positions see one another) or are pointwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from math import prod
+from typing import Literal
+
+from torch import fx
+
+from indistill_fx.graph.edit import tensor_nodes
+from indistill_fx.graph.ops import attribute, op_name
+from indistill_fx.passes.structure.dominators import Flow
+from indistill_fx.traced import TracedModel
+
+STRIDED_POOLS = frozenset(("max_pool", "avg_pool", "lp_pool"))
+POOLS = STRIDED_POOLS | {"adaptive_avg_pool", "adaptive_max_pool"}
+_JOINS = frozenset(("add", "sub", "cat", "stack", "sum"))
+Form = Literal["join", "separable", "unit"]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A node of the trunk with work in it or in its region.
+
+    Attributes:
+        place: in the trunk.
+        form: a join, a depthwise convolution, any other unit.
+        mixes: positions see one another.
+        bare: all its work is depthwise: a pointwise unit behind it completes it.
+        concatenates: it is a concatenation, which a pointwise unit behind it fuses.
+        dilation: the largest of its convolutions.
+        last_conv: its last convolution or linear layer.
+        width: its channels; 0 where it has none.
+        is_sum: its node is a join.
+    """
+
+    place: int
+    form: Form
+    mixes: bool
+    bare: bool
+    concatenates: bool
+    dilation: int
+    last_conv: str
+    width: int
+    is_sum: bool
+
+
+class Look:
+    """Questions about the nodes of one traced model.
+
+    Args:
+        traced: the model.
+        flow: its information flow.
+    """
+
+    def __init__(self, traced: TracedModel, flow: Flow):
+        self.flow, self.facts = flow, traced.facts
+        self.nodes = {node.name: node for node in traced.graph_module.graph.nodes}
+        self.flat = not traced.facts[flow.trunk[0]].space
+
+    def operation(self, name: str) -> str:
+        """The operation of a node."""
+        return op_name(self.nodes[name])
+
+    def works(self, name: str) -> bool:
+        """Whether the node multiplies with weights, or is opaque."""
+        return name in self.facts and self.facts[name].macs > 0
+
+    def is_busy(self, name: str) -> bool:
+        """Whether there is work, or pooling, in the branches that meet at a node of the trunk: else they are an activation written out."""
+        return any(self.works(other) or self.operation(other) in POOLS for other in self.flow.regions[name])
+
+    def is_picture(self, name: str) -> bool:
+        """Whether the tensor is a map in the proportions of the input: neither tokens nor windows. Tokens of whole samples count too."""
+        known, batch = self.facts[name], self.facts[self.flow.trunk[0]]
+        if known.kind == "tokens":
+            return known.batch_axis is not None and known.shape[known.batch_axis] == batch.shape[batch.batch_axis or 0]
+        return known.kind == "map" and known.stride is not None and max(known.stride) < 1.2 * min(known.stride)
+
+    def steps(self) -> Iterator[Step]:
+        """The nodes of the trunk with work in them or in their region, in order."""
+        for place, (before, name) in enumerate(pairwise(self.flow.trunk), 1):
+            if name not in self.facts:
+                continue
+            working = [other for other in self.flow.regions[name] if self.works(other)]
+            rows = self._rows(before) or self._rows(name)
+            joins = self.operation(name) in _JOINS and self.is_busy(name)
+            if not joins and not self.works(name) and (not working or self.operation(name) == "mul"):
+                continue  # nothing is done here, or a gate opens and closes
+            doing = working if joins else [name]
+            mixing = any(self._mixes(other, rows) for other in (*self.flow.regions[name], name)) or (
+                bool(working) and not joins
+            )
+            bare = bool(doing) and all(map(self._is_depthwise, doing))
+            yield Step(
+                place=place,
+                form="join" if joins else "separable" if bare else "unit",
+                mixes=self.flat or mixing,
+                bare=bare,
+                concatenates=joins and self.operation(name) == "cat",
+                dilation=max(map(self._dilation, doing), default=1),
+                last_conv=self._last_of_main_branch(name) if joins else name,
+                width=self.facts[name].channels if self.facts[name].channel_axis is not None else 0,
+                is_sum=joins,
+            )
+
+    def _rows(self, name: str) -> int:
+        """Positions in the batch: the rows of a linear layer that leaves positions alone."""
+        known = self.facts.get(name)
+        return 0 if known is None or known.channel_axis is None else prod(known.shape) // max(1, known.channels)
+
+    def _mixes(self, name: str, rows: int) -> bool:
+        operation = self.operation(name)
+        if operation in POOLS:
+            return True
+        if not self.works(name):
+            return False
+        if operation in ("conv", "conv_transpose"):
+            return prod(self._weight(name)[2:]) > 1
+        if operation == "linear":
+            return rows > 0 and prod(self.facts[name].shape[:-1]) != rows
+        return True
+
+    def _last_of_main_branch(self, join: str) -> str:
+        """The last node with work in the branch that does most of it: not in the shortcut."""
+        best = (0, join)
+        for end in self.flow.inputs[join]:
+            branch, behind = list[str](), {end}
+            for name in reversed(self.flow.regions[join]):
+                if name in behind:
+                    behind.update(self.flow.inputs[name])
+                    branch += [name] if self.works(name) else []
+            if branch:
+                best = max(best, (sum(self.facts[name].macs for name in branch), branch[0]))
+        return best[1]
+
+    def _weight(self, name: str) -> Sequence[int]:
+        """Shape of a convolution's weight."""
+        node = self.nodes[name]
+        if node.op == "call_module":
+            return tuple(attribute(_owner(node), str(node.target)).weight.shape)
+        given = [other for other in tensor_nodes((node.args, node.kwargs))[1:2] if other.name in self.facts]
+        return self.facts[given[0].name].shape if given else ()
+
+    def _is_depthwise(self, name: str) -> bool:
+        weight = self._weight(name) if self.operation(name) == "conv" else ()
+        return len(weight) > 2 and weight[0] > weight[1] == 1
+
+    def _dilation(self, name: str) -> int:
+        node = self.nodes[name]
+        if self.operation(name) != "conv":
+            return 1
+        if node.op == "call_module":
+            dilation = attribute(_owner(node), str(node.target)).dilation
+        else:
+            dilation = node.kwargs.get("dilation", node.args[5] if len(node.args) > 5 else 1)
+        return max(n for n in (dilation if isinstance(dilation, (tuple, list)) else (dilation,)) if isinstance(n, int))
+
+
+def _owner(node: fx.Node) -> fx.GraphModule:
+    owner = node.graph.owning_module
+    assert owner is not None
+    return owner

@@ -1,0 +1,352 @@
+"""Run directories as a report reads them: whatever is there, and a sentence on all that is not."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from math import isfinite, prod
+from pathlib import Path
+from typing import Any
+
+from indistill_fx.errors import ConfigError
+from indistill_fx.plan import AlignmentPlan
+from indistill_fx.runs.directory import EXPORT, MOST_BYTES, STUDENT
+from indistill_fx.system.files import read_bounded, read_lines, require_regular
+
+_SCHEDULED = re.compile(r"^(?P<stage>.*): (?P<length>\d+) (?P<unit>epoch|step)s?\b")
+
+
+@dataclass(frozen=True, slots=True)
+class Epoch:
+    """One line of metrics.jsonl; None: not measured, or not a number."""
+
+    stage: str
+    epoch: int
+    loss: float | None
+    learning_rate: float | None
+    seconds: float | None
+    accuracy: float | None
+    val_loss: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Leg:
+    """One stage of the schedule.
+
+    Attributes:
+        name: the student's tap, or `main`.
+        planned: epochs or steps; None if the schedule does not say.
+        unit: of `planned`.
+        text: how the schedule has it.
+        epochs: those that were trained.
+    """
+
+    name: str
+    planned: int | None
+    unit: str
+    text: str
+    epochs: tuple[Epoch, ...]
+
+    @property
+    def seconds(self) -> float:
+        """Spent training."""
+        return sum(epoch.seconds or 0.0 for epoch in self.epochs)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What run.json tells about a model; two that have the same name and parameters are taken for one.
+
+    Attributes:
+        name: its class.
+        parameters: how many.
+        macs: of one sample; None where it was not traced.
+    """
+
+    name: str
+    parameters: int
+    macs: float | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One run.
+
+    Attributes:
+        name: of its directory.
+        status: done, running, stopped, failed; `unknown` where nothing says.
+        told: run.json.
+        legs: the stages in order.
+        plan: if there is one.
+        weights: bytes of the trained student; None if there is none.
+        parameters: numbers stored in it, statistics of norms included.
+        student: the model it trained, as far as it is known.
+        teacher: likewise.
+        export: numbers from export.json, where the run's export has left one: macs, latency_ms, int8_accuracy, int8_size.
+        teacher_export: likewise of its teacher, if that is a run that is still there.
+        missing: what a reader should know is not there.
+    """
+
+    name: str
+    status: str
+    told: Mapping[str, Any]
+    legs: tuple[Leg, ...]
+    plan: AlignmentPlan | None
+    weights: int | None
+    parameters: int | None
+    student: ModelFacts | None
+    teacher: ModelFacts | None
+    export: Mapping[str, float]
+    teacher_export: Mapping[str, float]
+    missing: tuple[str, ...]
+
+    @property
+    def epochs(self) -> tuple[Epoch, ...]:
+        """Of all stages."""
+        return tuple(epoch for leg in self.legs for epoch in leg.epochs)
+
+    @property
+    def accuracy(self) -> float | None:
+        """The last one measured."""
+        return next((epoch.accuracy for epoch in reversed(self.epochs) if epoch.accuracy is not None), None)
+
+    @property
+    def best(self) -> float | None:
+        """The largest accuracy measured."""
+        return max((epoch.accuracy for epoch in self.epochs if epoch.accuracy is not None), default=None)
+
+    @property
+    def teacher_accuracy(self) -> float | None:
+        """Measured before training."""
+        return _number(self.told.get("teacher_accuracy"))
+
+    @property
+    def seconds(self) -> float:
+        """Spent training."""
+        return sum(leg.seconds for leg in self.legs)
+
+
+def read_runs(path: str | os.PathLike[str]) -> tuple[Run, ...]:
+    """The run in a directory, or the runs in its folders.
+
+    Args:
+        path: a run directory, or a folder of them, such as `compare` leaves.
+
+    Raises:
+        ConfigError: there is no run in it.
+    """
+    home = Path(path)
+    if not home.is_dir():
+        raise ConfigError(f"{home} is not a directory.", where=str(home), hint="Give the -o of a `distill` or `train`.")
+    if _is_run(home):
+        return (read_run(home),)
+    found = sorted(
+        (folder for depth in ("*", "*/*") for folder in home.glob(depth) if folder.is_dir() and _is_run(folder)),
+        key=_started,
+    )
+    if not found:
+        raise ConfigError(
+            f"There is no run in {home}: neither it nor its folders hold run.json or metrics.jsonl.",
+            where=str(home),
+            hint="Give the -o of a `distill`, `train` or `demo`.",
+        )
+    return tuple(read_run(folder, name=str(folder.relative_to(home))) for folder in found)
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "run.json").is_file() or (folder / "metrics.jsonl").is_file()
+
+
+def _started(folder: Path) -> tuple[str, str]:
+    told, _ = _told(folder)
+    return str(told.get("started", "~")), folder.name
+
+
+def read_run(home: Path, *, name: str | None = None) -> Run:
+    """One run directory. Nothing in it is needed, and nothing in it is believed unseen.
+
+    Args:
+        home: the directory.
+        name: what to call it; default: its own name.
+    """
+    told, missing = _told(home)
+    epochs, more = _epochs(home, told)
+    missing += more
+    plan, more = _plan(home)
+    missing += more + _unfinished(told)
+    weights = home / STUDENT
+    if not weights.is_file():
+        missing.append(f"{STUDENT} is not there: the run has not finished, or it was moved.")
+    schedule = [str(line) for line in _list(told.get("schedule"))]
+    if told and not schedule:
+        missing.append("run.json has no schedule; the stages are those of the metrics.")
+    return Run(
+        name=name or home.resolve().name,
+        status=str(told.get("status", "unknown")),
+        told=told,
+        legs=_legs(schedule, epochs),
+        plan=plan,
+        weights=weights.stat().st_size if weights.is_file() else None,
+        parameters=_stored(weights),
+        student=_facts(told, "student"),
+        teacher=_facts(told, "teacher"),
+        export=_export(home),
+        teacher_export=_teacher_export(_dict(told.get("about")).get("teacher")),
+        missing=tuple(missing),
+    )
+
+
+def _told(home: Path) -> tuple[dict[str, Any], list[str]]:
+    try:
+        told = json.loads(read_bounded(home / "run.json", MOST_BYTES))
+    except FileNotFoundError:
+        return {}, ["run.json is not there: command, settings, schedule and environment are unknown."]
+    except (OSError, ValueError, RecursionError) as error:
+        return {}, [f"run.json cannot be read: {error}."]
+    if not isinstance(told, dict):
+        return {}, ["run.json holds something else than a run."]
+    return told, []
+
+
+def _unfinished(told: Mapping[str, Any]) -> list[str]:
+    status = told.get("status")
+    found = []
+    if status == "running":
+        found.append(
+            f"The run had not ended when this was written; it was last heard of at {told.get('updated', 'an unknown time')}."
+        )
+    elif status in ("stopped", "failed"):
+        word = "was stopped" if status == "stopped" else "failed"
+        why = f": {told['error']}" if told.get("error") else "."
+        found.append(f"The run {word}{why}")
+    made = _dict(_dict(told.get("environment")).get("versions")).get("indistill-fx")
+    try:
+        own: str | None = metadata.version("indistill-fx")
+    except metadata.PackageNotFoundError:
+        own = None
+    if made and own and made != own:
+        found.append(f"The run was made by indistill-fx {made}, this page by {own}: some things may be missing.")
+    return found
+
+
+def _epochs(home: Path, told: Mapping[str, Any]) -> tuple[list[Epoch], list[str]]:
+    missing: list[str] = []
+    torn = odd = 0
+    found: dict[tuple[str, int], Epoch] = {}
+    try:
+        for line in read_lines(home / "metrics.jsonl"):
+            try:
+                entry = json.loads(line)
+            except (ValueError, RecursionError):
+                torn += 1
+                continue
+            if isinstance(entry, dict) and entry.get("kind") == "step":
+                continue
+            epoch = _epoch(entry)
+            odd += epoch is None
+            if epoch is not None:
+                found[epoch.stage, epoch.epoch] = epoch
+    except OSError as error:
+        missing.append(f"metrics.jsonl cannot be read ({error.strerror}).")
+        entries = [_epoch(entry) for entry in _list(_dict(told.get("result")).get("epochs"))]
+        found = {(epoch.stage, epoch.epoch): epoch for epoch in entries if epoch is not None}
+        missing += ["The curves are those of run.json."] if found else ["There are no curves."]
+    for count, what in ((torn, "are torn"), (odd, "have another form")):
+        if count:
+            missing.append(f"{count} lines of metrics.jsonl {what} and are left out.")
+    lost = sum(epoch.loss is None for epoch in found.values())
+    if lost:
+        missing.append(f"The loss of {lost} epochs is not a finite number.")
+    return list(found.values()), missing
+
+
+def _epoch(entry: object) -> Epoch | None:
+    if not isinstance(entry, dict) or not isinstance(entry.get("stage"), str):
+        return None
+    number = _number(entry.get("epoch"))
+    if number is None:
+        return None
+    names = ("loss", "learning_rate", "seconds", "accuracy", "val_loss")
+    return Epoch(entry["stage"], int(number), *(_number(entry.get(name)) for name in names))
+
+
+def _number(value: object) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return float(value) if isfinite(value) else None
+    except OverflowError:
+        return None
+
+
+def _list(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _dict(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _plan(home: Path) -> tuple[AlignmentPlan | None, list[str]]:
+    if not (home / "plan.json").is_file():
+        return None, ["plan.json is not there; a run on labels alone has none."]
+    try:
+        return AlignmentPlan.load(home / "plan.json"), []
+    except ConfigError as error:
+        return None, [f"plan.json is of another version, or damaged: {error}"]
+
+
+def _facts(told: Mapping[str, Any], role: str) -> ModelFacts | None:
+    facts = _dict(_dict(told.get("models")).get(role))
+    parameters = _number(facts.get("parameters"))
+    if parameters is None:
+        return None
+    return ModelFacts(str(facts.get("name", "")), int(parameters), _number(facts.get("macs")))
+
+
+def _export(home: Path) -> dict[str, float]:
+    try:
+        told = _dict(json.loads(read_bounded(home / EXPORT, MOST_BYTES)))
+    except (OSError, ValueError, RecursionError):  # also a teacher that is no directory
+        return {}
+    names = ("macs", "latency_ms", "int8_accuracy", "int8_size")
+    return {name: value for name in names if (value := _number(told.get(name))) is not None}
+
+
+def _teacher_export(spec: object) -> dict[str, float]:
+    """Of a teacher that is a run, or has the weights of one: `runs/teacher`, `models.py:make@runs/teacher/student.safetensors`."""
+    if not isinstance(spec, str) or "\0" in spec:
+        return {}
+    place = Path(spec.rpartition("@")[2])
+    return _export(place.parent if place.name == STUDENT else place)
+
+
+def _legs(schedule: Sequence[str], epochs: Sequence[Epoch]) -> tuple[Leg, ...]:
+    planned: dict[str, tuple[int | None, str, str]] = {}
+    for line in schedule:
+        match = _SCHEDULED.match(line)
+        if match:
+            planned[match["stage"]] = (int(match["length"]), match["unit"], line)
+    for epoch in epochs:
+        planned.setdefault(epoch.stage, (None, "epoch", epoch.stage))
+    return tuple(
+        Leg(name, length, unit, text, tuple(epoch for epoch in epochs if epoch.stage == name))
+        for name, (length, unit, text) in planned.items()
+    )
+
+
+def _stored(path: Path) -> int | None:
+    """How many numbers a safetensors file holds."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        require_regular(path)
+        with safe_open(path, framework="np") as file:
+            total: int = sum(prod(file.get_slice(name).get_shape()) for name in file.offset_keys())
+            return total
+    except (OSError, SafetensorError):
+        return None

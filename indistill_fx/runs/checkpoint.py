@@ -1,0 +1,168 @@
+"""Checkpoints: one safetensors file each, its header holding the state as JSON. No pickle, and never half a file.
+
+Everything that decides how a run goes on is in the one file, so that one rename makes the whole checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from indistill_fx.errors import ConfigError
+from indistill_fx.system.files import replace_file, require_regular
+
+SCHEMA = 1
+"""Version of run directories: of run.json and of the state in a checkpoint. Later versions read earlier ones."""
+
+
+def check_schema(version: object, path: Path) -> None:
+    """Refuse what a later version wrote.
+
+    Raises:
+        ConfigError: it did.
+    """
+    if not isinstance(version, int) or version > SCHEMA:
+        raise ConfigError(
+            f"{path} was written by a later version of indistill-fx (format {version}; this one reads up to {SCHEMA}).",
+            where=str(path),
+            got=version,
+            expected=SCHEMA,
+            hint="Update indistill-fx, or start the run anew in another directory.",
+        )
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file, all of it or nothing. Tensors that share memory are written one by one.
+
+    Raises:
+        TrainError: the place cannot be written.
+    """
+    own = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    replace_file(path, lambda draft: save_file(own, draft, metadata=dict(header or {})))
+
+
+def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    """Write tensors and state as one file.
+
+    Raises:
+        TrainError: the place cannot be written.
+    """
+    save_tensors(path, tensors, {"state": json.dumps({"schema_version": SCHEMA, **state})})
+
+
+def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the state of a checkpoint.
+
+    Raises:
+        ConfigError: no such file, not a checkpoint of ours, or one of a later version.
+    """
+    try:
+        require_regular(path)
+        with safe_open(path, framework="pt") as file:
+            state = dict(json.loads((file.metadata() or {})["state"]))
+            check_schema(state.pop("schema_version", 1), path)
+            return {name: file.get_tensor(name) for name in file.keys()}, state  # noqa: SIM118
+    except ConfigError:
+        raise
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
+        raise ConfigError(
+            f"{path} is no checkpoint of a run: {error}.",
+            where=str(path),
+            hint="Start the run anew in another directory.",
+        ) from error
+
+
+def model_tensors(student: nn.Module, stage: nn.Module | None) -> dict[str, Tensor]:
+    """Everything that training writes: the student's tensors and those of the stage's loss. Not the teacher's.
+
+    Args:
+        student: the module being trained.
+        stage: the stage under way; None between stages.
+
+    Returns:
+        The live tensors by name, each once.
+    """
+    found = {f"student/{name}": tensor for name, tensor in _named(student)}
+    if stage is not None:
+        known = {id(tensor) for tensor in found.values()}
+        for name, tensor in _named(stage):
+            if id(tensor) not in known and not name.startswith("teacher."):
+                found[f"stage/{name}"] = tensor
+    return found
+
+
+def state_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """The tensors of `module.state_dict()`; tied ones under each of their names, so that any loader can read them."""
+    return {name: value for name, value in module.state_dict().items() if isinstance(value, Tensor)}
+
+
+def _named(module: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*module.named_parameters(), *module.named_buffers()]
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimiser's state: tensors, and the values that are none, by `index/key`."""
+    tensors, values = {}, {}
+    for index, entries in optimizer.state_dict()["state"].items():
+        for key, value in entries.items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer/{index}/{key}"] = value
+            else:
+                values[f"{index}/{key}"] = value
+    return tensors, values
+
+
+@torch.no_grad()
+def restore_model(live: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    """Write a checkpoint's tensors into the live ones, in place.
+
+    Raises:
+        ConfigError: the checkpoint is of another model.
+    """
+    stored = {name: tensor for name, tensor in saved.items() if not name.startswith("optimizer/")}
+    for name in (*live, *stored):
+        got, expected = (tuple(side[name].shape) if name in side else None for side in (stored, live))
+        if got != expected:
+            raise ConfigError(
+                f"The checkpoint is of another model: `{name}` is {got or 'absent'} there, not {expected or 'absent'}.",
+                where=name,
+                got=got,
+                expected=expected,
+                hint="Resume with the models and the losses the run was started with.",
+            )
+    for name, tensor in live.items():
+        tensor.copy_(stored[name])
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+    """Give an optimiser the state of `optimizer_tensors`.
+
+    Raises:
+        ConfigError: it is of other parameters.
+    """
+    shapes = [p.shape for group in optimizer.param_groups for p in group["params"]]
+    state: dict[int, dict[str, Any]] = {}
+    entries = {name.removeprefix("optimizer/"): t for name, t in saved.items() if name.startswith("optimizer/")}
+    for name, value in (*entries.items(), *values.items()):
+        index, _, key = name.partition("/")
+        fits = index.isdecimal() and int(index) < len(shapes)
+        if not fits or (isinstance(value, Tensor) and value.dim() and value.shape != shapes[int(index)]):
+            raise ConfigError(
+                f"The checkpoint is of another optimiser: `{name}` does not fit.",
+                where=name,
+                hint="Resume with the options the run was started with.",
+            )
+        state.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of the tensors that hold NaN or infinity."""
+    return [name for name, t in tensors.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]

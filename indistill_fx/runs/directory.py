@@ -1,0 +1,204 @@
+"""What a run leaves behind: the record it returns, and a directory that tells its whole story.
+
+run.json (command, versions, models, settings, schedule, environment, status, result), plan.json, metrics.jsonl,
+checkpoints/last.safetensors and best.safetensors, student.safetensors, tensorboard/ where asked for, and export.json once it
+was exported.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from indistill_fx.errors import ConfigError, TrainError
+from indistill_fx.runs.checkpoint import SCHEMA, check_schema
+from indistill_fx.system.files import read_bounded, read_lines, replace_file, save_json
+
+LAST = "checkpoints/last.safetensors"
+BEST = "checkpoints/best.safetensors"
+STUDENT = "student.safetensors"
+EXPORT = "export.json"
+
+MOST_BYTES = 64 << 20
+"""That run.json may have."""
+
+_PATIENCE = 2.0
+"""Seconds to wait for a run's lock. A process killed while it started a program leaves its lock to that program's first
+moment: refused at once, every fifth such kill would make the next run fail."""
+
+
+class RunDirectory:
+    """A run's directory, locked against a second run while the block lasts.
+
+    Args:
+        path: made if absent.
+        resume: go on with the run that is in it (if there is one).
+        writes: whether this process writes; under DDP only one does.
+        tensorboard: write metrics for TensorBoard too.
+
+    Raises:
+        ConfigError: it holds a run and `resume` is false, another process uses it, or it cannot be made.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, resume: bool, writes: bool = True, tensorboard: bool = False):
+        self.path, self.writes = Path(path), writes
+        self._resume, self._tensorboard = resume, tensorboard
+        self._lock = FileLock(self.path / ".lock")
+        self._story: dict[str, Any] = {}
+        self._board: Any = None
+
+    def __enter__(self) -> RunDirectory:
+        if not self.writes:
+            return self
+        try:
+            (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
+            self._lock.acquire(timeout=_PATIENCE)
+        except Timeout as error:
+            raise ConfigError(
+                f"Another process is running in {self.path}.",
+                where=str(self.path),
+                hint="Wait for it to end, or give another directory.",
+            ) from error
+        except OSError as error:
+            raise ConfigError(
+                f"{self.path} cannot be used for a run: {error.strerror or error}.", where=str(self.path)
+            ) from error
+        try:
+            self._open()
+        except BaseException:
+            self._lock.release()
+            raise
+        return self
+
+    def _open(self) -> None:
+        if not self._resume and (self.path / "run.json").exists():
+            raise ConfigError(
+                f"{self.path} already holds a run.",
+                where=str(self.path),
+                hint="Go on with it by resume=True (--resume), or give another directory.",
+            )
+        if self.resumes:
+            check_schema(self.told().get("schema_version", 1), self.path / "run.json")
+        if self._tensorboard:
+            self._board = _tensorboard(self.path / "tensorboard")
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self.writes:
+            return
+        try:
+            if error is not None and self._story and self._story.get("status") == "running":
+                stopped = isinstance(error, (KeyboardInterrupt, SystemExit))
+                self._story["error"] = str(error)
+                self.tell(status="stopped" if stopped else "failed")
+        except TrainError:
+            pass  # the disk is full: the error on its way says more
+        finally:
+            if self._board is not None:
+                self._board.close()
+            self._lock.release()
+
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether there is one."""
+        return (self.path / LAST).exists()
+
+    @property
+    def resumes(self) -> bool:
+        """Whether a run is to go on from a checkpoint that is here."""
+        return self._resume and self.has_checkpoint
+
+    def tell(self, **story: Any) -> None:
+        """Add to run.json.
+
+        Raises:
+            TrainError: it cannot be written.
+        """
+        if self.writes:
+            self._story |= story | {"updated": datetime.now(UTC).isoformat(timespec="seconds")}
+            save_json(self.path / "run.json", self._story)
+
+    def begin(self, *, resumed: bool, **story: Any) -> None:
+        """Start run.json, or go on with the one that is there.
+
+        Raises:
+            TrainError: it cannot be written.
+        """
+        before = self.told() if resumed else {}
+        started = before.get("started", datetime.now(UTC).isoformat(timespec="seconds"))
+        self._story = {"schema_version": SCHEMA, "command": sys.argv, "started": started, **before, **story}
+        self._story.pop("error", None)
+        times = before.get("resumed", 0)
+        self.tell(status="running", resumed=(times if isinstance(times, int) else 0) + int(resumed))
+
+    def told(self) -> dict[str, Any]:
+        """What run.json says; nothing where it cannot be read: the checkpoint alone decides how a run goes on."""
+        try:
+            found = json.loads(read_bounded(self.path / "run.json", MOST_BYTES))
+        except (OSError, ValueError, RecursionError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def log(self, entry: Mapping[str, Any]) -> None:
+        """Add a line to metrics.jsonl. `epochs` and `step` are the run's place; numbers go to TensorBoard.
+
+        Raises:
+            TrainError: it cannot be written.
+        """
+        if not self.writes:
+            return
+        try:
+            with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+        except OSError as error:
+            raise TrainError(
+                f"{self.path / 'metrics.jsonl'} cannot be written: {error}.", where=str(self.path)
+            ) from error
+        if self._board is not None:
+            for name, value in entry.items():
+                if isinstance(value, float):
+                    self._board.add_scalar(f"{entry['kind']}/{name}", value, entry["step"])
+
+    def rewind(self, epochs: int, step: int) -> None:
+        """Drop the lines of metrics.jsonl that lie behind a checkpoint: they will be written again."""
+        path = self.path / "metrics.jsonl"
+        if not self.writes or not path.exists():
+            return
+        kept = []
+        try:
+            lines = list(read_lines(path))
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be read: {error}.", where=str(path), hint="Move it away.") from error
+        for line in lines:
+            try:
+                entry = json.loads(line)
+                if (entry["epochs"], entry["step"]) <= (epochs, step) and line.endswith("\n"):
+                    kept.append(line)
+            except (ValueError, TypeError, KeyError, RecursionError):
+                continue  # torn by a kill
+        replace_file(path, lambda draft: draft.write_text("".join(kept), encoding="utf-8"))
+
+    def files(self) -> dict[str, str]:
+        """What there is to find."""
+        names = {"run": "run.json", "plan": "plan.json", "metrics": "metrics.jsonl"}
+        names |= {"last": LAST, "best": BEST, "student": STUDENT}
+        return {key: str(self.path / name) for key, name in names.items() if (self.path / name).exists()}
+
+
+def _tensorboard(path: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ConfigError(
+            "TensorBoard is not installed.", where="tensorboard", hint="pip install 'indistill-fx[tensorboard]'"
+        ) from error
+    return SummaryWriter(path)

@@ -1,0 +1,143 @@
+"""Run directories as models: what `distill` and `train` left behind, loaded again."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from indistill_fx.errors import ConfigError, TrainError
+from indistill_fx.loading.load import Source, load_source
+from indistill_fx.loading.spec import Spec, parse_spec
+from indistill_fx.loading.state_dicts import load_weights
+from indistill_fx.runs.directory import BEST, EXPORT, LAST, MOST_BYTES, STUDENT
+from indistill_fx.runs.signature import is_sealed, seal
+from indistill_fx.system.files import read_bounded, save_json
+
+if TYPE_CHECKING:
+    from indistill_fx.data.dataset import Data
+
+
+_OURS = ("indistill_fx.demo:DigitsTeacher", "indistill_fx.demo:DigitsStudent")
+_FETCHING = ("pretrained", "checkpoint", "weights", "cache")
+"""Arguments of a library's constructors, by how their names begin, that read other files or the network."""
+
+
+def is_run(spec: str) -> bool:
+    """Whether a spec is a run directory."""
+    return Path(spec).is_dir() and (Path(spec) / "run.json").exists()
+
+
+def absolute(spec: str) -> str:
+    """A model spec that means the same from any working directory: files in it by their full path."""
+    parsed = parse_spec(spec)
+    place, at, weights = parsed.place, "@" if parsed.weights else "", parsed.weights
+    if not Path(place).exists() and not weights:
+        return spec
+    head = spec.removesuffix(f"@{weights}") if weights else spec
+    if Path(place).exists():
+        head = str(Path(place).resolve()) + head.removeprefix(place)
+    return f"{head}{at}{Path(weights).resolve() if weights else ''}"
+
+
+def about(model: str, data: str, input_size: tuple[int, ...], **more: Any) -> dict[str, Any]:
+    """What a run must keep so that its model can be built again: the `about` of `distill` and `train`."""
+    spec = absolute(model)
+    return {"model": spec, "seal": seal(spec), "data": data, "input_size": list(input_size), **more}
+
+
+def runs_code(spec: Spec) -> bool:
+    """Whether to build a model from a spec is to run code that it names, or to fetch what it names."""
+    if not spec.name or (f"{spec.place}:{spec.name}" in _OURS and not spec.arguments):
+        return False
+    return spec.place not in ("torchvision", "timm") or any(name.startswith(_FETCHING) for name in spec.arguments)
+
+
+def keep_export(run: str | os.PathLike[str], **told: Any) -> str | None:
+    """Leave in a run directory what its export measured: export.json, which reports show. Later numbers go beside earlier ones.
+
+    Args:
+        run: the directory.
+        told: such as size, parameters, macs, latency_ms, int8_size, int8_accuracy. What is None is not known.
+
+    Returns:
+        Why it could not be written, or None.
+    """
+    path = Path(run) / EXPORT
+    try:
+        before = json.loads(read_bounded(path, MOST_BYTES))
+    except (OSError, ValueError, RecursionError):
+        before = {}
+    kept = before if isinstance(before, dict) else {}
+    try:
+        save_json(path, kept | {key: value for key, value in told.items() if value is not None})
+    except TrainError as error:
+        return f"{error} Reports of this run will lack the export's numbers."
+    return None
+
+
+def about_data(data: Data) -> dict[str, Any]:
+    """What whoever deploys the model must know of the data it was trained on: class names and normalisation."""
+    return {"classes": list(data.classes), "normalisation": data.normalisation}
+
+
+def run_fingerprint(path: str | os.PathLike[str]) -> str:
+    """Which run it was: when it started, and the digest of what it ended with."""
+    told = json.loads(read_bounded(Path(path) / "run.json", MOST_BYTES))
+    digest = (told.get("result") or {}).get("digest", "")
+    return f"{told.get('started', '?')} {digest[:16]}".strip()
+
+
+def load_run(path: str | os.PathLike[str], *, trust: Sequence[str] = (), best: bool = False) -> Source:
+    """The trained model of a run directory.
+
+    Args:
+        path: the directory.
+        trust: see `sources.load`.
+        best: the weights of the best main epoch instead of the last ones.
+
+    Raises:
+        ConfigError: the run has not finished, was not started from the command line (then it does not know its model), or
+            names code that this user did not start it with.
+    """
+    home = Path(path)
+    try:
+        told = json.loads(read_bounded(home / "run.json", MOST_BYTES))
+        kept = told["about"]
+        spec, size = str(kept["model"]), tuple(int(n) for n in kept["input_size"])
+        classes = tuple(str(name) for name in kept.get("classes") or ())
+        mean, std = (tuple(float(x) for x in part) for part in kept.get("normalisation") or ((), ()))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ConfigError(
+            f"{home / 'run.json'} does not say which model was trained.",
+            where=str(home),
+            hint=f"Give the model and the weights: MODEL@{home / STUDENT}.",
+        ) from error
+    weights = home / (BEST if best else STUDENT)
+    if runs_code(parse_spec(spec)) and not is_sealed(spec, kept.get("seal")):
+        raise ConfigError(
+            f"{home / 'run.json'} says that {spec!r} makes the model. That is code, and this user did not start the run with "
+            "it on this machine, so it was not run.",
+            where=str(home),
+            got=spec,
+            hint=f"If you trust that code, name it yourself: MODEL@{weights} with your own models.py:make for MODEL.",
+        )
+    if not weights.exists():
+        reached = f"it has reached {LAST}" if (home / LAST).exists() else "it has no checkpoint"
+        raise ConfigError(
+            f"The run in {home} has no {weights.name}; {reached}.", where=str(home), hint="Finish it with --resume."
+        )
+    source = load_source(spec, trust=trust)
+    notes = load_weights(source.module, weights)
+    return replace(
+        source,
+        spec=str(home),
+        input_size=size,
+        example_inputs=None,
+        normalisation=(mean, std) if mean else source.normalisation,
+        classes=classes,
+        notes=(*source.notes, *notes),
+    )

@@ -1,0 +1,1 @@
+"""A training stage as one module: batch in, loss out."""

@@ -1,0 +1,215 @@
+"""A stage of training as one module: a batch in, a scalar loss out.
+
+Any loop can train it, and DDP, FSDP and torch.compile take it as they take any module. Its student half calls the user's own layers,
+so that training the stage trains the user's student; its teacher half is frozen and runs without autograd.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from indistill_fx.curriculum import Budget, Curriculum
+from indistill_fx.errors import ConfigError
+from indistill_fx.graph.edit import depends_on_input, output_node
+from indistill_fx.losses.base import EMBEDDING
+from indistill_fx.losses.registry import main_loss, warmup_loss
+from indistill_fx.losses.stage_losses import FeatureLoss, keeping
+from indistill_fx.passes.align import align
+from indistill_fx.passes.capture.trace import as_traced
+from indistill_fx.passes.contract import signature_of
+from indistill_fx.passes.pipeline import narrowed_teacher, student_half, teacher_half
+from indistill_fx.plan import AlignmentPlan
+from indistill_fx.stages.stage import Stage
+from indistill_fx.traced import TracedModel
+
+
+def compile_stages(
+    teacher: nn.Module | TracedModel,
+    student: nn.Module | TracedModel,
+    plan: AlignmentPlan | None = None,
+    *,
+    curriculum: Curriculum | None = None,
+    main: str | Callable[..., Tensor] | None = "kd",
+    main_options: Mapping[str, Any] | None = None,
+    example_inputs: Any = None,
+) -> list[Stage]:
+    """Compile teacher and student into the stages of training: one per pair, shallow to deep, then the main stage.
+
+    Every stage's graphs end at what its loss reads; nothing behind is computed or held. In the warm-up the teacher is narrowed to the
+    student's widths (unless the loss works across widths).
+
+    Args:
+        teacher: traced, or a plain module with `example_inputs`.
+        student: likewise. Its own layers and parameters are in the stages.
+        plan: the pairs; made by `align` if None.
+        curriculum: lengths and loss of the warm-up.
+        main: the main loss: a name, `file.py:loss`, a function or module (student, teacher, labels) → scalar; None: warm-up only.
+        main_options: keyword arguments of the main loss.
+        example_inputs: for plain modules.
+
+    Raises:
+        ConfigError: the plan does not fit, an unknown loss, or a stage without trainable parameters.
+    """
+    teacher = as_traced(teacher, example_inputs, role="teacher")
+    student = as_traced(student, example_inputs, role="student")
+    plan = align(teacher, student) if plan is None else plan
+    plan.check(teacher, student)
+    curriculum = curriculum or Curriculum()
+    stages = _warmup_stages(teacher, student, plan, curriculum)
+    if main is not None:
+        stages.append(_main_stage(teacher, student, plan, main, main_options or {}, curriculum))
+    for stage in stages:
+        _check_halves(stage)
+    return stages
+
+
+def _check_halves(stage: Stage) -> None:
+    """Refuse a stage that could not train anything, or has nothing to learn from."""
+    if not any(parameter.requires_grad for parameter in stage.student.parameters()):
+        raise ConfigError(
+            f"Stage `{stage.name}` has nothing to train: no parameter of the student up to there requires a gradient.",
+            where=stage.name,
+            hint="Choose a deeper layer for the pair, or unfreeze the student.",
+        )
+    for role, half in (("teacher", stage.teacher), ("student", stage.student)):
+        features: Any = output_node(half.graph).args[0][0] if half is not None else {"": None}  # type: ignore[index]
+        bare = [tap for tap, node in features.items() if node is not None and not depends_on_input(node)]
+        if bare or not features:
+            which = f"`{bare[0]}` is not computed from the input" if bare else "none of its tensors is compared"
+            raise ConfigError(
+                f"Stage `{stage.name}` has nothing tapped in the {role}: {which}.",
+                where=stage.name,
+                hint="Name a layer for the pair; `indistill-fx inspect` lists them.",
+            )
+
+
+def warmup_plan(plan: AlignmentPlan, curriculum: Curriculum) -> tuple[AlignmentPlan, dict[str, Budget]]:
+    """The plan with all pairs that the curriculum may warm up, and how long each of those it does, by the student's tap."""
+    layers = [pair.student for pair in plan.pairs]
+    extended = plan.with_penultimate() if curriculum.penultimate else plan
+    last = extended.pairs[-1].student if extended is not plan else None
+    return extended, curriculum.chosen(layers, last)
+
+
+def _warmup_stages(
+    teacher: TracedModel, student: TracedModel, plan: AlignmentPlan, curriculum: Curriculum
+) -> list[Stage]:
+    plan, budgets = warmup_plan(plan, curriculum)
+    if not budgets:
+        return []
+    loss = warmup_loss(curriculum.loss)
+    narrowed = bool(getattr(loss, "needs_equal_widths", True))
+    slim = narrowed_teacher(teacher, plan) if narrowed else teacher
+    pairs = {pair.student: pair for pair in plan.pairs}
+    stages = []
+    for layer, budget in budgets.items():
+        halves = (
+            teacher_half(slim, student, [pairs[layer]], [], narrowed=narrowed),
+            student_half(student, slim, [pairs[layer]], [], narrowed=narrowed),
+        )
+        stages.append(
+            Stage(
+                name=layer,
+                student=halves[1],
+                teacher=halves[0],
+                criterion=FeatureLoss(warmup_loss(curriculum.loss), layer),
+                pairs=[pairs[layer]],
+                budget=budget,
+                dtypes=_dtypes(student),
+                macs=(_macs(slim, halves[0]), _macs(student, halves[1])),
+            )
+        )
+    return stages
+
+
+def joint_teachers(
+    teacher: TracedModel, student: TracedModel, plan: AlignmentPlan, stages: Sequence[Stage]
+) -> list[tuple[list[Stage], fx.GraphModule]]:
+    """Graphs of the teacher that compute the features of several stages in one forward pass.
+
+    Args:
+        teacher: the one that the stages were compiled from.
+        student: likewise.
+        plan: likewise, with the pairs of the warm-up (see `warmup_plan`).
+        stages: some of `compile_stages`, each with a teacher.
+
+    Returns:
+        (stages, graph) for each graph; its features are named as in the stages. All warm-up stages share one, and so does a main
+        stage that reads none of their taps but logits and the penultimate vector.
+    """
+    warm = [stage for stage in stages if stage.budget is not None]
+    pairs = [pair for stage in warm for pair in stage.pairs]
+    narrow = {pair.teacher for pair in pairs}
+    alone = [s for s in stages if s.budget is None and (s.pairs or not narrow.isdisjoint(s.teacher_taps))]
+    shared = [stage for stage in stages if stage not in alone]
+    bare = [tap for stage in shared if stage.budget is None for tap in stage.teacher_taps]
+    if len(shared) < 2:
+        return [([stage], stage.teacher) for stage in stages if stage.teacher is not None]
+    # The warm-up's losses all want equal widths, or none does; which, shows in the first.
+    narrowed = bool(getattr(warm[0].criterion.loss, "needs_equal_widths", True)) if warm else False
+    slim = narrowed_teacher(teacher, plan) if narrowed else teacher
+    graph = teacher_half(slim, student, pairs, bare, narrowed=narrowed)
+    return [(shared, graph), *(([stage], stage.teacher) for stage in alone if stage.teacher is not None)]
+
+
+def _macs(traced: TracedModel, half: fx.GraphModule | None) -> int:
+    """Of one sample: what of the traced model is left in the half."""
+    nodes = half.graph.nodes if half is not None else ()
+    return sum(traced.facts[node.name].macs for node in nodes if node.name in traced.facts)
+
+
+def _dtypes(student: TracedModel) -> dict[str, torch.dtype]:
+    """The inputs' dtypes, but for those that the student converts itself."""
+    own = next((p.dtype for p in student.module.parameters() if p.is_floating_point()), None)
+    names = signature_of(student.graph_module)
+    found = {name: student.facts[name].dtype for name in names if name in student.facts}
+    return {name: dtype for name, dtype in found.items() if not dtype.is_floating_point or dtype == own}
+
+
+def _main_stage(
+    teacher: TracedModel,
+    student: TracedModel,
+    plan: AlignmentPlan,
+    main: str | Callable[..., Tensor],
+    options: Mapping[str, Any],
+    curriculum: Curriculum,
+) -> Stage:
+    shapes = [{pair.student: getattr(pair, f"{role}_shape") for pair in plan.pairs} for role in ("student", "teacher")]
+    if plan.embedding is not None:
+        for role, known in zip(("student", "teacher"), shapes, strict=True):
+            known[EMBEDDING] = getattr(plan.embedding, f"{role}_shape")
+    criterion = main_loss(main, student_shapes=shapes[0], teacher_shapes=shapes[1], **options)
+    needs: frozenset[str] = criterion.needs  # type: ignore[assignment]
+    wants_labels = getattr(criterion, "weight_labels", 1)
+    if "embedding" in needs and plan.embedding is None:
+        raise ConfigError(
+            "The main loss compares penultimate vectors, and the plan has none.",
+            where="embedding",
+            hint="Take `kd`, which reads logits only.",
+        )
+    if curriculum.keep:
+        criterion = keeping(criterion, curriculum, plan)
+        needs |= {"embedding"}
+    pairs = plan.pairs if "features" in needs else ()
+    embedding = plan.embedding if "embedding" in needs else None
+    teacher_logits = teacher.tap_name(teacher.logits) if "logits" in needs else None
+    student_logits = student.tap_name(student.logits) if "logits" in needs or wants_labels else None
+    teacher_taps = [tap for tap in (embedding and embedding.teacher, teacher_logits) if tap]
+    student_taps = [tap for tap in (embedding and embedding.student, student_logits) if tap]
+    teachers = teacher_half(teacher, student, pairs, teacher_taps, narrowed=False) if needs else None
+    students = student_half(student, teacher, pairs, student_taps, narrowed=False)
+    return Stage(
+        name="main",
+        student=students,
+        teacher=teachers,
+        criterion=criterion,
+        pairs=pairs,
+        embedding=embedding,
+        logits=(teacher_logits, student_logits),
+        dtypes=_dtypes(student),
+        macs=(_macs(teacher, teachers), _macs(student, students)),
+    )

@@ -1,0 +1,142 @@
+"""A stage of training as one module: a batch in, a scalar loss out.
+
+Any loop can train it, and DDP, FSDP and torch.compile take it as they take any module. Its student half calls the user's own layers,
+so that training the stage trains the user's student; its teacher half is frozen and runs without autograd.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from indistill_fx.batch import Parts, check_inputs, split
+from indistill_fx.curriculum import Budget
+from indistill_fx.errors import TrainError
+from indistill_fx.losses.base import Outputs
+from indistill_fx.passes.contract import signature_of
+from indistill_fx.plan import Pair
+
+
+class Stage(nn.Module):
+    """One stage: teacher graph, student graph, loss.
+
+    Args:
+        name: `layer1` (the student's tap) or `main`.
+        student: graph from the inputs to (features by tap name, None).
+        teacher: the same for the teacher, frozen; None where the loss asks nothing of it.
+        criterion: (student Outputs, teacher Outputs, labels) → scalar.
+        pairs: the pairs whose features are compared; in `Outputs` they are keyed by the student's tap name.
+        embedding: the pair of penultimate vectors, if the loss reads it.
+        logits: the pair of main outputs, if the loss reads them: (teacher's tap or None, student's tap or None).
+        budget: how long the curriculum trains it; None for the main stage.
+        dtypes: the inputs' dtypes by name, where they are to be checked.
+        macs: multiply-accumulates of one sample: (teacher's half, student's half), forward.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        student: fx.GraphModule,
+        teacher: fx.GraphModule | None,
+        criterion: nn.Module,
+        pairs: Sequence[Pair] = (),
+        embedding: Pair | None = None,
+        logits: tuple[str | None, str | None] = (None, None),
+        budget: Budget | None = None,
+        dtypes: Mapping[str, torch.dtype] | None = None,
+        macs: tuple[int, int] = (0, 0),
+    ):
+        super().__init__()
+        self.name, self.pairs, self.embedding, self.logits, self.budget = name, tuple(pairs), embedding, logits, budget
+        self.student, self.teacher, self.criterion = student, teacher, criterion
+        self.macs = macs
+        self._inputs = signature_of(student)
+        self._dtypes = tuple((dtypes or {}).get(name) for name in self._inputs)
+        self._cached = False
+
+    def train(self, mode: bool = True) -> Stage:
+        """Set the mode of the student's half and of the loss; the teacher stays in eval mode."""
+        super().train(mode)
+        if self.teacher is not None:
+            self.teacher.train(False)
+        return self
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the model's inputs, in order."""
+        return self._inputs
+
+    @property
+    def teacher_taps(self) -> tuple[str, ...]:
+        """Names of the teacher's tensors that the loss reads."""
+        if self.teacher is None:
+            return ()
+        taps = (self.embedding and self.embedding.teacher, self.logits[0], *(pair.teacher for pair in self.pairs))
+        return tuple(dict.fromkeys(tap for tap in taps if tap))
+
+    def without_teacher(self) -> Stage:
+        """The same stage over the same student, which expects the teacher's features in the batch (see `feature_cache`)."""
+        new = Stage(
+            name=self.name,
+            student=self.student,
+            teacher=None,
+            criterion=self.criterion,
+            pairs=self.pairs,
+            embedding=self.embedding,
+            logits=self.logits,
+            budget=self.budget,
+            macs=(0, self.macs[1]),
+        )
+        new._dtypes, new._cached = self._dtypes, self.teacher is not None
+        return new
+
+    def forward(self, batch: Any) -> Tensor:
+        """The stage's loss.
+
+        Args:
+            batch: a tensor of inputs; a tuple or list of the model's inputs in order, then the labels, then the sample indices (the
+                last two where the loss needs them); or a dict of inputs by name, with `labels`, `indices` and, for a stage
+                `without_teacher`, `teacher_features`.
+
+        Returns:
+            A scalar.
+
+        Raises:
+            TrainError: the batch is none of these, or an entry is no tensor or of a wrong device or dtype.
+            ConfigError: the labels or indices that the loss needs are missing.
+        """
+        parts = split(batch, self._inputs, stage=self.name)
+        check_inputs(parts, self._inputs, self._dtypes, self.student, stage=self.name)
+        teacher = Outputs(None, None, {}, parts.indices)
+        if self._cached:
+            teacher = self._outputs(self._given(parts), 0, parts.indices)
+        elif self.teacher is not None:
+            with torch.no_grad():
+                features, _ = self.teacher(*parts.inputs)
+            teacher = self._outputs(features, 0, parts.indices)
+        features, _ = self.student(*parts.inputs)
+        loss: Tensor = self.criterion(self._outputs(features, 1, parts.indices), teacher, parts.labels)
+        return loss
+
+    def _given(self, parts: Parts) -> Mapping[str, Tensor]:
+        if parts.features is None:
+            raise TrainError(
+                f"Stage `{self.name}` has no teacher, and the batch has no `teacher_features`.",
+                where=self.name,
+                expected="a dict with inputs, labels and teacher_features",
+                hint="Let `FeatureStore.attach` make the batches, or train the stage that holds the teacher.",
+            )
+        return parts.features
+
+    def _outputs(self, features: Mapping[str, Tensor], side: int, indices: Tensor | None) -> Outputs:
+        logits, embedding = self.logits[side], self.embedding
+        return Outputs(
+            features[logits] if logits is not None else None,
+            features[(embedding.teacher, embedding.student)[side]] if embedding is not None else None,
+            {pair.student: features[(pair.teacher, pair.student)[side]] for pair in self.pairs},
+            indices,
+        )

@@ -1,0 +1,1 @@
+"""This machine: files, the terminal, the allocator, random numbers, and a user's own code."""

@@ -1,0 +1,152 @@
+"""Small text files that somebody else may have written: read whole, but only if they are files, and small."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from indistill_fx.errors import ConfigError, TrainError
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file beside `path`, make sure that it is on the disk, then give it the name: all of it or nothing.
+
+    Args:
+        path: the name in the end.
+        write: writes the draft it is given.
+
+    Raises:
+        TrainError: the disk is full, or the place cannot be written; what lay at `path` is still there.
+    """
+    draft = path.with_name(f".{path.name}.draft")
+    try:
+        write(draft)
+        _sync(draft)
+        os.replace(draft, path)
+        _sync(path.parent)
+    except (OSError, SafetensorError) as error:
+        raise TrainError(
+            f"{path} cannot be written: {error}.",
+            where=str(path),
+            hint="The last checkpoint there is still good: free some space and go on with resume=True (--resume).",
+        ) from error
+    finally:
+        with suppress(OSError):  # a disk that may not be written refuses this too
+            draft.unlink(missing_ok=True)
+
+
+def save_json(path: Path, value: Any) -> None:
+    """Write a JSON file, all of it or nothing.
+
+    Raises:
+        TrainError: the place cannot be written.
+    """
+    replace_file(path, lambda draft: draft.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8"))
+
+
+def _sync(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():
+        return  # Windows cannot open a directory, and its rename needs no such help
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write(path: str | os.PathLike[str], content: str | bytes) -> None:
+    """Write a file at once or not at all.
+
+    Args:
+        path: of the file.
+        content: text, or the bytes of a picture.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    with staged(Path(path)) as draft:
+        draft.write_bytes(content.encode("utf-8", errors="replace") if isinstance(content, str) else content)
+
+
+@contextmanager
+def staged(target: Path) -> Iterator[Path]:
+    """A place for the draft beside the target; what lies there moves to the target's name if the block succeeds."""
+    if target.is_dir() or not target.name:
+        raise ConfigError(f"Cannot write `{target}`: it is a directory.", where=str(target), hint="Name a file in it.")
+    try:
+        holder = tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent)
+    except OSError as error:
+        raise ConfigError(
+            f"Cannot write `{target}`: {error.strerror or error}: `{target.parent}`.", where=str(target),
+            hint="Give a path in a directory that exists and may be written.",
+        ) from error  # fmt: skip
+    try:
+        with holder as directory:
+            draft = Path(directory) / target.name
+            yield draft
+            # Weights first: the model's own file is what others look for, so it comes last.
+            for part in sorted(Path(directory).iterdir(), key=lambda part: part == draft):
+                os.replace(part, target.parent / part.name)
+    except OSError as error:
+        raise ConfigError(
+            f"Cannot write `{target}`: {error.strerror or error}.", where=str(target),
+            hint="Free some space, or give another path; an older file there is as it was.",
+        ) from error  # fmt: skip
+
+
+class TooLargeError(OSError):
+    """The file is larger than any of its kind can be."""
+
+
+def read_bounded(path: str | os.PathLike[str], limit: int) -> str:
+    """The text of a file.
+
+    Args:
+        path: of a regular file; of pipes and devices nothing is read, and a pipe is not waited for.
+        limit: bytes it may have. No more are read, whatever the file system says of its size.
+
+    Raises:
+        OSError: it cannot be read, is no file, or is larger than the limit.
+        UnicodeDecodeError: it is not UTF-8.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+    except ValueError as error:  # a name with a zero byte
+        raise OSError(str(error)) from error
+    with open(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(22, "it is no regular file", str(path))
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise TooLargeError(27, f"it is larger than {limit >> 20} MiB", str(path))
+    return content.decode("utf-8")
+
+
+def read_lines(path: str | os.PathLike[str], limit: int = 1 << 20) -> Iterator[str]:
+    """The lines of a file; one longer than the limit comes in pieces.
+
+    Raises:
+        OSError: it cannot be read, or is no file.
+    """
+    require_regular(path)
+    with open(path, encoding="utf-8", errors="replace") as file:
+        while line := file.readline(limit):
+            yield line
+
+
+def require_regular(path: str | os.PathLike[str]) -> None:
+    """Refuse what would be waited for, or has no end.
+
+    Raises:
+        OSError: it is not there, or no regular file.
+    """
+    if not stat.S_ISREG(Path(path).stat().st_mode):
+        raise OSError(22, "it is no regular file", str(path))

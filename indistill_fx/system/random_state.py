@@ -1,0 +1,88 @@
+"""Randomness that is a function of place: step k draws the same numbers whether or not the run was interrupted."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+
+class OwnRandomness:
+    """A private state for the global generators, put in place only while foreign code runs."""
+
+    def __init__(self, seed: int):
+        before = random_states()
+        torch.default_generator.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)
+        self._states = random_states()
+        set_random_states(before)
+
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        before = random_states()
+        set_random_states(self._states)
+        try:
+            yield
+        finally:
+            self._states = random_states()
+            set_random_states(before)
+
+
+def seed_from(*parts: int) -> int:
+    return int(np.random.SeedSequence(parts).generate_state(1)[0])
+
+
+def generator_from(*parts: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed_from(*parts))
+
+
+_GENERATORS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
+    (torch.get_rng_state, torch.set_rng_state),
+    (random.getstate, random.setstate),
+    (np.random.get_state, np.random.set_state),
+)
+
+
+def random_states() -> list[Any]:
+    return [get() for get, _ in _GENERATORS]
+
+
+def set_random_states(states: list[Any]) -> None:
+    for (_, put), state in zip(_GENERATORS, states, strict=True):
+        put(state)
+
+
+def reseed(*key: int) -> None:
+    """Seed torch (every device), numpy and random by a key.
+
+    Args:
+        key: for example (seed, epoch, batch, process). Different keys give unrelated numbers.
+    """
+    value = int.from_bytes(hashlib.blake2b(struct.pack(f"{len(key)}q", *key), digest_size=8).digest()) >> 1
+    if torch.accelerator.is_available():
+        torch.manual_seed(value)
+    else:  # torch.manual_seed asks every kind of device, which takes longer than a small model's optimiser
+        torch.default_generator.manual_seed(value)
+    random.seed(value)
+    np.random.seed(value & 0xFFFFFFFF)
+
+
+@contextmanager
+def own_randomness(seed: int) -> Iterator[None]:
+    """Within the block the global generators are seeded; after it they are as they were."""
+    python, numpy = random.getstate(), np.random.get_state()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    try:
+        with torch.random.fork_rng(devices):
+            reseed(seed)
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)

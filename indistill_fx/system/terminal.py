@@ -1,0 +1,50 @@
+"""A console that shows names from anywhere, and obeys none of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
+
+Item = TypeVar("Item")
+
+
+def followed(items: Iterable[Item], title: str, *, shown: bool) -> Iterable[Item]:
+    """The items, with a bar on standard error if `shown` and it is a terminal."""
+    if not shown:
+        return items
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    return track(items, title, console=console, transient=True, disable=not console.is_terminal)
+
+
+# Controls but tab and line feed; marks and overrides of direction; separators of lines; halves of characters.
+_COMMANDS = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufff9-\ufffb]"
+)
+
+
+def printable(text: str) -> str:
+    r"""The text with every character that a terminal obeys written out; good in JSON too.
+
+    >>> printable("a\x1b[2Jb")
+    'a\\u001b[2Jb'
+    """
+    return _COMMANDS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+class SafeConsole(Console):
+    """A console that takes no markup, and whose texts hold no commands to the terminal but its own."""
+
+    def __init__(self, **options: Any):
+        super().__init__(**options, markup=False, highlight=False, emoji=False)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """As rich does, each text made printable."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(printable(segment.text), segment.style)

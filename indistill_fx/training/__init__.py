@@ -1,0 +1,1 @@
+"""The trainer: Accelerate's loop around the stages."""

@@ -1,0 +1,107 @@
+"""Teacher → assistant → student: distil along a chain, each step a run of its own; an assistant made of the teacher."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from indistill_fx.errors import ConfigError
+from indistill_fx.passes.capture.trace import trace
+from indistill_fx.passes.pruning.shrink import shrink
+from indistill_fx.runs.record import RunRecord
+from indistill_fx.training.distill import distill
+
+
+def distill_chain(
+    models: Sequence[nn.Module],
+    train_loader: Iterable[Any],
+    *,
+    steps: Sequence[Mapping[str, Any]] | None = None,
+    run_dir: str | os.PathLike[str] | None = None,
+    **options: Any,
+) -> list[RunRecord]:
+    """Distil every model into the next.
+
+    Args:
+        models: the teacher, then one or more assistants, then the student. All but the first are trained in place.
+        train_loader: see `distill`.
+        steps: per step, arguments of `distill` that differ from `options`. The paper's own way, with one assistant, is
+            `[{"main": "pkt", "curriculum": Curriculum(lengths=[])}, {}]`: the assistant learns without a warm-up.
+        run_dir: step k has its directory `step-k` in it, from 1; None: nowhere.
+        options: see `distill`. With `resume=True`, steps that are done are read back and the first other one goes on.
+
+    Returns:
+        One record per step.
+
+    Raises:
+        ConfigError: fewer than two models, or another number of steps; else as `distill`.
+
+    Source: Sarridis et al., "InDistill", arXiv:2205.10003: the auxiliary teacher.
+    """
+    pairs = list(pairwise(models))
+    steps = [{}] * len(pairs) if steps is None else steps
+    if not pairs or len(steps) != len(pairs):
+        raise ConfigError(
+            f"A chain of {len(models)} models has {len(pairs)} steps, and options are given for {len(steps)}.",
+            where="chain",
+            hint="Give the teacher, any assistants, and the student; and options for each step, or none.",
+        )
+    return [
+        distill(
+            teacher,
+            student,
+            train_loader,
+            run_dir=Path(run_dir) / f"step-{number}" if run_dir is not None else None,
+            **{**options, **own},
+        )
+        for number, ((teacher, student), own) in enumerate(zip(pairs, steps, strict=True), start=1)
+    ]
+
+
+def shrunk_assistant(
+    teacher: nn.Module, student: nn.Module, example_inputs: Any, *, logits: str | int | None = None
+) -> tuple[nn.Module, str]:
+    """A smaller teacher, for a student much smaller than the teacher: the least important channels removed everywhere.
+
+    Its work is the geometric mean of the teacher's and the student's, so that both steps of the chain are equally wide.
+    It keeps the teacher's weights, and the same models give the same assistant.
+
+    Args:
+        teacher: it is not changed.
+        student: asked for its work only.
+        example_inputs: to trace both with.
+        logits: key or place of the logits in the models' output, if it has several entries.
+
+    Returns:
+        The assistant, and a line that describes it.
+
+    Raises:
+        ConfigError: the student needs no less work than the teacher.
+        PruneError: the teacher cannot be made that small.
+    """
+    large = trace(teacher, example_inputs, role="teacher", logits=logits)
+    small = trace(student, example_inputs, role="student", logits=logits)
+    if small.macs >= large.macs:
+        raise ConfigError(
+            f"The student's work ({small.macs:,} MACs) is not less than the teacher's ({large.macs:,}).",
+            where="assistant",
+            got=small.macs,
+            expected=f"less than {large.macs:,}",
+            hint="Distil without an assistant.",
+        )
+    result = shrink(large, macs=float(round((large.macs * small.macs) ** 0.5)))
+    before, after = result.report.macs
+    parameters = result.report.parameters
+    told = (
+        f"the teacher with {after:,} of {before:,} MACs and {parameters[1]:,} of {parameters[0]:,} parameters"
+        f" (the student has {small.macs:,} MACs)"
+    )
+    assistant = result.value.graph_module
+    for parameter in assistant.parameters():
+        parameter.requires_grad_(True)
+    return assistant, told

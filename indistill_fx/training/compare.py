@@ -1,0 +1,141 @@
+"""Does the warm-up pay? The same student three ways: on labels alone, by the main loss alone, and with the warm-up before it."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Unpack
+
+from torch import Tensor, nn
+
+from indistill_fx.curriculum import Curriculum
+from indistill_fx.errors import ConfigError
+from indistill_fx.passes.align import align
+from indistill_fx.plan import AlignmentPlan
+from indistill_fx.runs.record import RunRecord
+from indistill_fx.stages.compile import warmup_plan
+from indistill_fx.traced import TracedModel
+from indistill_fx.training.distill import distill, traced_pair
+from indistill_fx.training.recipes import DEFAULT_CURRICULUM
+from indistill_fx.training.settings import Options
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """One way of training: the student it made, and the record of the run."""
+
+    student: nn.Module
+    record: RunRecord
+
+
+def compare(
+    teacher: nn.Module | TracedModel,
+    student: nn.Module,
+    train_loader: Iterable[Any],
+    *,
+    epochs: int = 20,
+    main_epochs: int | None = None,
+    curriculum: Curriculum | None = None,
+    plan: AlignmentPlan | None = None,
+    main: str | Callable[..., Tensor] = "kd",
+    main_options: Mapping[str, Any] | None = None,
+    run_dir: str | os.PathLike[str] | None = None,
+    announce: Callable[[str], None] = lambda arm: None,
+    example_inputs: Any = None,
+    val_loader: Iterable[Any] | None = None,
+    logits: str | int | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    about: Mapping[str, Any] | None = None,
+    feature_cache: str | os.PathLike[str] | None = None,
+    **options: Unpack[Options],
+) -> dict[str, Arm]:
+    """Train copies of one student three ways, from the same weights and seed, each for the same number of epochs in all.
+
+    Args:
+        teacher: see `distill`.
+        student: its copies are trained; it stays as it is.
+        train_loader: see `distill`.
+        epochs: of every arm in all. The warm-up's are taken off its main stage.
+        main_epochs: of the third arm's main stage, instead: every arm gets these and the warm-up's in all.
+        curriculum: the warm-up of the third arm, in epochs.
+        plan: see `distill`.
+        main: the main loss of the second and third arm.
+        main_options: of `main`.
+        run_dir: every arm has its own directory in it, by its name; None: nowhere.
+        announce: told the name of each arm before it begins.
+        example_inputs: see `distill`.
+        val_loader: see `distill`.
+        logits: see `distill`.
+        resume: see `distill`; arms that are done are read back.
+        progress: see `distill`.
+        about: see `distill`.
+        feature_cache: see `distill`.
+        options: see `Settings`. `milestones` count an arm's epochs from its beginning; with `main_epochs`, the third
+            arm's main epochs, and the other arms' milestones are as many epochs before their end.
+
+    Returns:
+        The arms by name, in this order: `labels`, `main` (by the main loss's own name, such as `kd`), `indistill`.
+
+    Raises:
+        ConfigError: the warm-up leaves nothing of `epochs`, or is in steps; else as `distill`.
+    """
+    curriculum = curriculum or DEFAULT_CURRICULUM
+    teacher, traced = traced_pair(teacher, student, train_loader, example_inputs=example_inputs, logits=logits)
+    plan = plan or align(teacher, traced)
+    warmup = _epochs_of(curriculum, plan)
+    milestones = options.get("milestones", ())
+    if main_epochs is not None:
+        epochs, milestones = main_epochs + warmup, [at + warmup for at in milestones]
+    if warmup >= epochs:
+        raise ConfigError(
+            f"The warm-up takes {warmup} epochs, and every arm has {epochs} in all.",
+            where="epochs",
+            got=epochs,
+            expected=f"more than {warmup}",
+            hint="Give more epochs, or a shorter warm-up.",
+        )
+    name = main if isinstance(main, str) and ":" not in main else "main"
+    none = Curriculum(lengths=[])
+    arms: dict[str, tuple[str | Callable[..., Tensor], Mapping[str, Any] | None, Curriculum, int]] = {
+        "labels": ("labels", None, none, 0),
+        name: (main, main_options, none, 0),
+        "indistill": (main, main_options, curriculum, warmup),
+    }
+    done = {}
+    for arm, (loss, loss_options, warm, before) in arms.items():
+        announce(arm)
+        pupil = copy.deepcopy(student)
+        own = options.copy()
+        own["milestones"] = [max(at - before, 0) for at in milestones]
+        record = distill(
+            teacher,
+            pupil,
+            train_loader,
+            plan=plan,
+            curriculum=warm,
+            main=loss,
+            main_options=loss_options,
+            epochs=epochs - before,
+            val_loader=val_loader,
+            example_inputs=example_inputs,
+            logits=logits,
+            run_dir=Path(run_dir) / arm if run_dir is not None else None,
+            resume=resume,
+            progress=progress,
+            about=about,
+            feature_cache=feature_cache,
+            **own,
+        )
+        done[arm] = Arm(pupil, record)
+    return done
+
+
+def _epochs_of(curriculum: Curriculum, plan: AlignmentPlan) -> int:
+    """How many the warm-up takes in all."""
+    if curriculum.unit != "epochs":
+        raise ConfigError("To compare at equal epochs the curriculum must be in epochs.", where="curriculum")
+    return sum(budget.length for budget in warmup_plan(plan, curriculum)[1].values())

@@ -1,0 +1,267 @@
+"""Train: `distill` a teacher into a student, or `train` a module on labels. The loop is in engine.py."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, Unpack
+
+import torch
+from torch import Tensor, nn
+
+from indistill_fx.batch import label_check
+from indistill_fx.curriculum import Budget, Curriculum
+from indistill_fx.data.loaders import EpochLoader
+from indistill_fx.data.user_loaders import repeatable
+from indistill_fx.errors import ConfigError
+from indistill_fx.losses.stage_losses import KeptFeature
+from indistill_fx.passes.align import align
+from indistill_fx.passes.capture.trace import trace
+from indistill_fx.plan import AlignmentPlan
+from indistill_fx.runs.directory import RunDirectory
+from indistill_fx.runs.record import RunRecord
+from indistill_fx.stages.compile import compile_stages, joint_teachers, warmup_plan
+from indistill_fx.stages.stage import Stage
+from indistill_fx.traced import Role, TracedModel
+from indistill_fx.training.feature_cache import FeatureStore, Joint, cache_features, cacheable
+from indistill_fx.training.processes import make_accelerator
+from indistill_fx.training.recipes import DEFAULT_CURRICULUM
+from indistill_fx.training.settings import Options, Settings, check_optimizer
+from indistill_fx.training.state import Leg
+from indistill_fx.training.supervised import check_epochs, model_facts
+from indistill_fx.training.trainer import Job, Work
+
+
+def distill(
+    teacher: nn.Module | TracedModel,
+    student: nn.Module | TracedModel,
+    train_loader: Iterable[Any],
+    *,
+    plan: AlignmentPlan | None = None,
+    curriculum: Curriculum | None = None,
+    main: str | Callable[..., Tensor] | None = "kd",
+    main_options: Mapping[str, Any] | None = None,
+    epochs: int = 20,
+    val_loader: Iterable[Any] | None = None,
+    example_inputs: Any = None,
+    logits: str | int | None = None,
+    run_dir: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    about: Mapping[str, Any] | None = None,
+    feature_cache: str | os.PathLike[str] | None = None,
+    **options: Unpack[Options],
+) -> RunRecord:
+    """Distil a teacher into a student: the warm-up layer by layer, then the main loss.
+
+    The student's own module is trained, in place. It ends where it was (device, training flags), with the last epoch's
+    weights. The teacher is not touched. Under `torchrun` every process calls this; each takes its share of every batch.
+
+    The same call with `resume=True` goes on after an interruption, in the middle of an epoch if need be, and on a CPU
+    ends with the same bits. That holds for loaders of `open_data`, and for any other whose batches depend on nothing
+    but the global random state and its own `generator` at the epoch's start (which those of a DataLoader with
+    `persistent_workers` and random transforms do not).
+
+    Args:
+        teacher: traced, or a plain module.
+        student: likewise.
+        train_loader: batches (inputs, labels) or (inputs, labels, indices), or dicts of inputs by name with `labels`
+            and `indices`.
+        plan: the pairs; that of the run resumed, else made by `align`, if None.
+        curriculum: the warm-up; `Curriculum(lengths=[])` is none, `Curriculum()` the paper's. By default that of
+            `RECIPES["default"]`.
+        main: the main loss: a name, `file.py:loss`, or a function (student, teacher, labels) → scalar; None: warm-up
+            only.
+        main_options: keyword arguments of the main loss.
+        epochs: of the main stage.
+        val_loader: batches to validate on after every main epoch; the teacher is measured on them first.
+        example_inputs: to trace plain modules with; by default taken from the first batch.
+        logits: key or place of the logits in the models' output, if it has several entries.
+        run_dir: where to keep checkpoints, metrics, plan and result; None: nowhere.
+        resume: go on with the run in `run_dir`; begin if there is none yet.
+        progress: show on standard error how it is getting on.
+        about: further facts to be kept in run.json, such as the specs of models and data.
+        feature_cache: a folder for the teacher's features, which are then computed once and not in every epoch. Only for loaders of
+            `open_data` without augmentation. What it takes on disk is said before it starts.
+        options: see `Settings`: seed, learning_rate, optimizer, weight_decay, momentum, schedule, milestones, gamma,
+            clip_norm, accumulate, mixed_precision, compile, device, sync_batch_norm, shard,
+            checkpoint_every_steps, log_every_steps, tensorboard.
+
+    Returns:
+        The record.
+
+    Raises:
+        ConfigError: options, models, plan, data or directory are at fault.
+        TrainError: a loss is not finite, or the disk is full; the last checkpoint is good.
+        Interrupted: SIGINT or SIGTERM while `run_dir` is given; a checkpoint was saved. A KeyboardInterrupt.
+    """
+    settings, curriculum = Settings.of(options), curriculum or DEFAULT_CURRICULUM
+    check_epochs(epochs)
+    loader = repeatable(train_loader, settings.seed, "train loader")
+    if feature_cache is not None:
+        loader = cacheable(loader)
+    modules = [model.module if isinstance(model, TracedModel) else model for model in (teacher, student)]
+
+    def set_up(directory: RunDirectory | None) -> Work:
+        models = traced_pair(teacher, student, loader, example_inputs=example_inputs, logits=logits)
+        kept = directory.path / "plan.json" if directory is not None and directory.resumes else None
+        chosen = plan or (AlignmentPlan.load(kept) if kept is not None and kept.exists() else align(*models))
+        warm, _ = warmup_plan(chosen, curriculum)
+        stages = compile_stages(*models, chosen, curriculum=curriculum, main=main, main_options=main_options)
+        classes = _check_classes(*models, [stage for stage in stages if stage.budget is None])
+        stores: list[FeatureStore | None] = [None] * len(stages)
+        if feature_cache is not None:
+            joint = partial(joint_teachers, *models, warm)
+            stores = _cached(stages, loader, feature_cache, joint, settings, progress)
+        return Work(
+            legs=_legs(stages, epochs, settings, stores),
+            check=label_check(classes, len(models[1].example_inputs)),
+            save=lambda where: chosen.save(where.path / "plan.json") if where.writes else None,
+            models={model.role: model_facts(model.module) | {"macs": model.macs} for model in models},
+            remarks=_remarks(curriculum, chosen),
+        )
+
+    return Job(
+        student=modules[1],
+        teacher=modules[0],
+        loader=loader,
+        val_loader=val_loader,
+        settings=settings,
+        run_dir=run_dir,
+        resume=resume,
+        progress=progress,
+        logits=logits,
+        about=about,
+    ).run(set_up)
+
+
+def _remarks(curriculum: Curriculum, plan: AlignmentPlan) -> tuple[str, ...]:
+    """Why the penultimate vectors get no stage of their own, where they were to have one."""
+    if not curriculum.penultimate or plan.with_penultimate() is not plan:
+        return ()
+    why = "the plan has none" if plan.embedding is None else "a pair has them"
+    return (f"penultimate vectors: no stage of their own, {why}",)
+
+
+def traced_pair(
+    teacher: nn.Module | TracedModel,
+    student: nn.Module | TracedModel,
+    loader: Iterable[Any],
+    *,
+    example_inputs: Any = None,
+    logits: str | int | None = None,
+) -> tuple[TracedModel, TracedModel]:
+    """Both models traced, with inputs from the loader's first batch if no others are given.
+
+    Raises:
+        ConfigError: the loader's batches hold no inputs.
+        FrontendError: a model cannot be traced.
+    """
+    roles: tuple[tuple[nn.Module | TracedModel, Role], ...] = ((teacher, "teacher"), (student, "student"))
+    traced = []
+    for model, role in roles:
+        if not isinstance(model, TracedModel):
+            example_inputs = _example(loader, model) if example_inputs is None else example_inputs
+            model = trace(model, example_inputs, role=role, logits=logits)
+        traced.append(model)
+    return traced[0], traced[1]
+
+
+def _example(loader: Iterable[Any], module: nn.Module) -> Any:
+    """A few samples of the first batch, as positional arguments of the module."""
+    batch = next(iter(loader))
+    wanted = [p for p in inspect.signature(module.forward).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    if isinstance(batch, Mapping):
+        inputs = [batch[p.name] for p in wanted if p.name in batch]
+    elif isinstance(batch, (tuple, list)):
+        inputs = list(batch[: max(1, sum(p.default is p.empty for p in wanted))])
+    else:
+        inputs = [batch]
+    if not inputs or not all(isinstance(entry, Tensor) for entry in inputs):
+        raise ConfigError(
+            f"The train loader yields a {type(batch).__name__} without inputs for {type(module).__name__}.",
+            where="train loader",
+            got=type(batch).__name__,
+            hint="Let it yield (inputs, labels), or a dict of inputs by their names in `forward`, with `labels`.",
+        )
+    device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+    return tuple(entry[:4].to(device) for entry in inputs)
+
+
+def _cached(
+    stages: Sequence[Stage],
+    loader: EpochLoader,
+    directory: str | os.PathLike[str],
+    joint: Joint,
+    settings: Settings,
+    progress: bool,
+) -> list[FeatureStore | None]:
+    """The features of all stages with a length: filled by one process of each machine, then read by all."""
+    accelerator = make_accelerator(settings)
+    wanted = [stage for stage in stages if stage.budget is None or stage.budget.length]
+    fill = partial(
+        cache_features,
+        wanted,
+        loader,
+        directory,
+        joint=joint,
+        precision=accelerator.mixed_precision,
+        autocast=accelerator.autocast,
+        device=accelerator.device,
+    )
+    shown = progress and accelerator.is_main_process
+    with accelerator.local_main_process_first():
+        stores = fill(say=(lambda text: print(text, file=sys.stderr, flush=True)) if shown else lambda text: None)
+    found = {id(stage): store for stage, store in zip(wanted, stores, strict=True)}
+    return [found.get(id(stage)) for stage in stages]
+
+
+def _legs(stages: Sequence[Stage], epochs: int, settings: Settings, stores: Sequence[FeatureStore | None]) -> list[Leg]:
+    budget = Budget(epochs, "epochs", settings.learning_rate, settings.optimizer)
+    warm = [stage.name for stage in stages if stage.budget is not None]
+    legs = []
+    for stage, store in zip(stages, stores, strict=True):
+        if stage.budget is not None:
+            check_optimizer(stage.budget.optimizer or settings.optimizer)
+        main = stage.budget is None
+        module = stage.without_teacher() if store is not None else stage
+        legs.append(
+            Leg(
+                "main stage" if main and "main" in warm else stage.name,  # a layer may be called main
+                module,
+                stage.budget or budget,
+                main=main,
+                tap="" if main else ", ".join(pair.teacher for pair in stage.pairs),
+                cost=module.macs[0] + 3 * module.macs[1],  # the backward pass costs two forward passes
+                attach=store.attach if store is not None else None,
+                also=stage.criterion.told if isinstance(stage.criterion, KeptFeature) else "",
+            )
+        )
+    return legs
+
+
+def _check_classes(teacher: TracedModel, student: TracedModel, stages: Sequence[Stage]) -> int | None:
+    """The student's number of classes, where labels are read.
+
+    Raises:
+        ConfigError: the main loss compares logits of different numbers of classes.
+    """
+    count, other = (_channels(model) for model in (student, teacher))
+    for stage in stages:
+        if None not in (*stage.logits, count, other) and count != other:
+            raise ConfigError(
+                f"The teacher has {other} classes and the student {count}, and the main loss compares them.",
+                where="classes",
+                got=count,
+                expected=other,
+                hint="Give both the same classes, or take a main loss that reads features only, such as pkt.",
+            )
+    return count if any(stage.logits[1] is not None for stage in stages) else None
+
+
+def _channels(model: TracedModel) -> int | None:
+    facts = model.facts[model.logits]
+    return facts.channels if facts.channel_axis is not None else None

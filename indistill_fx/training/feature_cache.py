@@ -1,0 +1,250 @@
+"""The teacher's features on disk: computed once, read in every epoch from memory-mapped files.
+
+A stage's features are kept under a key of everything they follow from: the stage's own teacher graph with its weights (so the model,
+the tap, the kept channels and the folding), the data with its transform, and the precision. Nothing is ever stale: what differs has
+another key. One forward pass of the teacher over the data serves all stages that are missing.
+
+Refused where a sample may look different from epoch to epoch. What it will take is said, and compared with the free space, before it
+starts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from torch import Tensor, fx
+
+from indistill_fx.batch import FEATURES
+from indistill_fx.data.loaders import EpochLoader
+from indistill_fx.errors import ConfigError
+from indistill_fx.graph.module_state import digest
+from indistill_fx.stages.stage import Stage
+from indistill_fx.system.terminal import followed
+
+_FORMAT = "features 1"
+_INDEX = "features.json"
+Joint = Callable[[Sequence[Stage]], list[tuple[list[Stage], fx.GraphModule]]]
+
+
+class FeatureStore:
+    """One stage's features of every sample of a data set, by tap name, memory-mapped.
+
+    Args:
+        folder: one that `cache_features` has filled.
+        inputs: names of the model's inputs, for the batches it makes.
+    """
+
+    def __init__(self, folder: Path, inputs: Sequence[str]):
+        self.folder, self._inputs = folder, tuple(inputs)
+        index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
+        self.features = {
+            tap: _mapped(folder / entry["file"], entry["shape"], getattr(torch, entry["dtype"]), shared=False)
+            for tap, entry in index.items()
+        }
+
+    def attach(self, batch: Sequence[Tensor] | Mapping[str, Any]) -> dict[str, Any]:
+        """The batch as a dict, with the teacher's features of its samples.
+
+        Args:
+            batch: inputs, labels and indices, in order or by name.
+        """
+        named = dict(batch) if isinstance(batch, Mapping) else {}
+        if not isinstance(batch, Mapping):
+            named = dict(zip((*self._inputs, "labels", "indices"), batch, strict=True))
+        rows = named["indices"].cpu()
+        return named | {FEATURES: {tap: values.index_select(0, rows) for tap, values in self.features.items()}}
+
+
+def cache_features(
+    stages: Sequence[Stage],
+    loader: EpochLoader,
+    directory: str | os.PathLike[str],
+    *,
+    joint: Joint | None = None,
+    precision: str = "no",
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    device: torch.device | str = "cpu",
+    say: Callable[[str], None] = lambda text: None,
+) -> list[FeatureStore | None]:
+    """The teacher's features of every stage, from disk where they are there already.
+
+    Args:
+        stages: from `compile_stages`.
+        loader: the training loader; its samples must look the same in every epoch.
+        directory: where features are kept; may be shared by runs, models and data sets.
+        joint: graphs that compute several stages' features at once (see `stage.joint_teachers`); by default one after the other.
+        precision: name of the arithmetic, which is part of the key.
+        autocast: makes its context.
+        device: where the teacher runs.
+        say: told what is read and what will be computed, and how large it is.
+
+    Returns:
+        A store for each stage; None for a stage that asks nothing of the teacher.
+
+    Raises:
+        ConfigError: the data are random, or the disk has not the space.
+    """
+    data = cacheable(loader).indexed(in_order=True)
+    root = Path(directory)
+    root.mkdir(parents=True, exist_ok=True)
+    told = f"{_FORMAT} {loader.fingerprint()} {precision}"
+    folders = [root / _key(stage.teacher, told) if stage.teacher is not None else None for stage in stages]
+    with FileLock(root / ".lock"):
+        missing = [
+            stage for stage, folder in zip(stages, folders, strict=True) if folder and not (folder / _INDEX).exists()
+        ]
+        for stage, folder in zip(stages, folders, strict=True):
+            if folder is not None and stage not in missing:
+                say(f"{stage.name}: the teacher's features are in {folder}")
+        if missing:
+            by_stage = {id(stage): folder for stage, folder in zip(stages, folders, strict=True) if folder}
+            plans = joint(missing) if joint else [([stage], _teacher(stage)) for stage in missing]
+            _fill(
+                [([(s, by_stage[id(s)]) for s in group], graph) for group, graph in plans], data, autocast, device, say
+            )
+    return [
+        FeatureStore(folder, stage.inputs) if folder is not None else None
+        for stage, folder in zip(stages, folders, strict=True)
+    ]
+
+
+def cacheable(loader: EpochLoader) -> EpochLoader:
+    """The loader with sample indices in its batches, if the teacher's features of its samples can be kept.
+
+    Raises:
+        ConfigError: they may differ from epoch to epoch.
+    """
+    if loader.randomness is not None:
+        raise ConfigError(
+            f"The feature cache needs samples that are the same in every epoch, and {loader.randomness}.",
+            where="feature cache",
+            got=loader.randomness,
+            expected="data without random transforms",
+            hint="Turn augmentation off (--no-augment, open_data(augment=False)), or train without the cache.",
+        )
+    return loader.indexed()
+
+
+def _fill(
+    plans: Sequence[tuple[Sequence[tuple[Stage, Path]], fx.GraphModule]],
+    data: EpochLoader,
+    autocast: Callable[[], AbstractContextManager[Any]],
+    device: torch.device | str,
+    say: Callable[[str], None],
+) -> None:
+    """Compute what is missing, one graph after the other."""
+    sizes: dict[Path, dict[str, tuple[Tensor, str]]] = {}
+    first = next(iter(data))
+    for group, graph in plans:
+        graph.to(device)
+        found = _run(graph, first, group[0][0], autocast, device)
+        for stage, folder in group:
+            sizes[folder] = {tap: (found[tap][0], stage.name) for tap in stage.teacher_taps}
+    _estimate(sizes, data.samples, next(iter(sizes)).parent, say)
+    for group, graph in plans:
+        parts = {folder: folder.with_name(f"{folder.name}.part") for _, folder in group}
+        try:
+            files = {folder: _files(part, sizes[folder], data.samples) for folder, part in parts.items()}
+            for batch in followed(data, "teacher's features", shown=True):
+                found = _run(graph, batch, group[0][0], autocast, device)
+                for taps in files.values():
+                    for tap, values in taps.items():
+                        values.index_copy_(0, batch[-1], found[tap].to("cpu"))
+            for folder, part in parts.items():
+                _close(part, files.pop(folder))
+                part.replace(folder)
+        except BaseException:
+            for part in parts.values():
+                shutil.rmtree(part, ignore_errors=True)
+            raise
+
+
+def _files(part: Path, taps: Mapping[str, tuple[Tensor, str]], samples: int) -> dict[str, Tensor]:
+    """New files for the features of all samples, by tap; what an interrupted run left there is removed."""
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir()
+    return {
+        tap: _mapped(part / f"{k}.bin", (samples, *row.shape), row.dtype, shared=True)
+        for k, (tap, (row, _)) in enumerate(taps.items())
+    }
+
+
+def _close(part: Path, taps: Mapping[str, Tensor]) -> None:
+    """Write, last of all, what makes the folder whole."""
+    index = {
+        tap: {"file": f"{k}.bin", "shape": list(values.shape), "dtype": str(values.dtype).partition(".")[2]}
+        for k, (tap, values) in enumerate(taps.items())
+    }
+    (part / _INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
+
+
+def _run(
+    graph: fx.GraphModule,
+    batch: Sequence[Tensor],
+    stage: Stage,
+    autocast: Callable[[], AbstractContextManager[Any]],
+    device: torch.device | str,
+) -> dict[str, Tensor]:
+    with torch.no_grad(), autocast():
+        features: dict[str, Tensor] = graph(*(value.to(device) for value in batch[: len(stage.inputs)]))[0]
+    return features
+
+
+def _estimate(
+    sizes: Mapping[Path, Mapping[str, tuple[Tensor, str]]], samples: int, root: Path, say: Callable[[str], None]
+) -> None:
+    """Say how much there will be.
+
+    Raises:
+        ConfigError: more than the disk has free.
+    """
+    needs: dict[str, int] = {}
+    for taps in sizes.values():
+        for row, name in taps.values():
+            needs[name] = needs.get(name, 0) + samples * math.prod(row.shape) * row.element_size()
+    total, free = sum(needs.values()), shutil.disk_usage(root).free
+    parts = ", ".join(f"{name} {_mib(size)}" for name, size in needs.items())
+    say(f"Feature cache: {parts}; in all {_mib(total)} of {_mib(free)} free in {root}.")
+    if total > free:
+        raise ConfigError(
+            f"The feature cache needs {_mib(total)} for {samples} samples ({parts}), and {root} has {_mib(free)} free.",
+            where="feature cache",
+            got=free,
+            expected=total,
+            hint="Choose another folder, fewer or deeper layers, or train without the cache.",
+        )
+
+
+def _mib(size: int) -> str:
+    return f"{size / (1 << 30):.1f} GiB" if size >= 1 << 30 else f"{size / (1 << 20):.1f} MiB"
+
+
+def _mapped(path: Path, shape: Sequence[int], dtype: torch.dtype, *, shared: bool) -> Tensor:
+    """A tensor over a file; `shared`: writes go to it, and it is made as large as it must be."""
+    return torch.from_file(str(path), shared=shared, size=math.prod(shape), dtype=dtype).view(tuple(shape))
+
+
+def _teacher(stage: Stage) -> fx.GraphModule:
+    assert stage.teacher is not None
+    return stage.teacher
+
+
+def _key(graph: fx.GraphModule, told: str) -> str:
+    """Digest of the graph's code, of its layers' settings and of its tensors."""
+    settings = [
+        (name, attribute, value)
+        for name, module in graph.named_modules()
+        for attribute, value in sorted(vars(module).items())
+        if isinstance(value, (bool, int, float, str, tuple)) and not attribute.startswith("_")
+    ]
+    return hashlib.sha256(f"{told}\n{graph.code}\n{settings}\n{digest(graph)}".encode()).hexdigest()[:24]

@@ -1,0 +1,91 @@
+"""A stage spread over processes: torch's `fully_shard` while it trains, the user's own parameters again afterwards.
+
+`fully_shard` puts other parameters into the student's layers. Whoever reads the student in between (checkpoints, validation) needs
+the whole tensors in the user's own parameters, and needs them again when the stage is over: `Shards.whole`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from indistill_fx.training.signals import Interrupted
+
+
+class Shards:
+    """Shards a stage in place. All processes must do all of this alike.
+
+    As a context, it ends with `restore`; where an error ends it, only if that is a signal, which stops all processes
+    alike: with any other, this one would wait for the others for good.
+
+    Args:
+        stage: on its device, with the weights to begin with. Its teacher, if it has one, is gathered for its own forward only.
+    """
+
+    def __init__(self, stage: nn.Module):
+        teacher = getattr(stage, "teacher", None)
+        frozen = {id(parameter) for parameter in teacher.parameters()} if isinstance(teacher, nn.Module) else set()
+        found = [(owner, name, own) for owner in stage.modules() for name, own in owner._parameters.items()]
+        self._own = [(owner, name, own) for owner, name, own in found if own is not None and id(own) not in frozen]
+        if isinstance(teacher, nn.Module) and frozen:
+            fully_shard(teacher)
+        fully_shard(stage)
+        self._spread = [(owner, name, owner.get_parameter(name)) for owner, name, _ in self._own]
+        self._forget()
+
+    def __enter__(self) -> Shards:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None or issubclass(kind, Interrupted):
+            self.restore()
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Within the block the student has its own parameters, whole."""
+        self.restore()
+        try:
+            yield
+        finally:
+            for owner, name, shard in self._spread:
+                owner._parameters[name] = shard
+            self._forget()
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Give the student its own parameters back, with what they have become."""
+        for (owner, name, own), (_, _, shard) in zip(self._own, self._spread, strict=True):
+            if not own.numel():  # one that two layers share is filled once
+                own.data = gathered(shard) if isinstance(shard, DTensor) else shard.data
+            owner._parameters[name] = own
+
+    def _forget(self) -> None:
+        """Let go of the memory of the whole parameters."""
+        for _, _, own in self._own:
+            own.data = own.data.new_empty(0)
+
+
+def gathered(value: Tensor) -> Tensor:
+    """The whole of a tensor that is spread over processes; any other as it is."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def spread_optimizer(tensors: Mapping[str, Tensor], parameters: list[nn.Parameter]) -> dict[str, Any]:
+    """Entries `optimizer/index/key` of a checkpoint, spread as the parameters of that index are."""
+    found: dict[str, Any] = {}
+    for name, value in tensors.items():
+        parts = name.split("/")
+        like = parameters[int(parts[1])] if parts[0] == "optimizer" else None
+        if isinstance(like, DTensor) and value.shape == like.shape:
+            value = distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
+        found[name] = value
+    return found

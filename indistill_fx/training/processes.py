@@ -1,0 +1,120 @@
+"""What Accelerate is asked for: device, precision, processes."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, broadcast_object_list
+
+from indistill_fx.errors import ConfigError, TrainError
+from indistill_fx.training.settings import Settings
+
+_FSDP = "ACCELERATE_USE_FSDP"
+
+
+def make_accelerator(settings: Settings) -> Accelerator:
+    """Accelerate's view of devices and processes.
+
+    Raises:
+        ConfigError: a launcher asks for a way of training in which a stage cannot share the student's parameters.
+    """
+    wanted = settings.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != wanted:
+        AcceleratorState._reset_state()  # one precision per process otherwise, and a process may train twice
+    with _own_sharding():
+        accelerator = Accelerator(
+            cpu=settings.device == "cpu",
+            mixed_precision=wanted,
+            # Without synced batch norms each process keeps its own statistics; those of the first are saved.
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        )
+    refused = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+    if accelerator.distributed_type in refused:
+        raise ConfigError(
+            f"`distill` and `train` do not run under {accelerator.distributed_type.value}.",
+            where="accelerate launch",
+            hint="Launch with torchrun (DDP, or FSDP by shard=True, --shard), or train the stages of compile_stages yourself.",
+        )
+    if accelerator.num_processes > 1:
+        atexit.unregister(let_threads_finish)  # once, however often a process trains
+        atexit.register(let_threads_finish)
+    return accelerator
+
+
+def let_threads_finish() -> None:
+    """Before Python ends: time for gloo's threads to let go of the last collective's tensors.
+
+    A thread that does so while Python shuts down aborts the process, and torchrun calls a finished run failed
+    (pytorch/pytorch#179291). The process group is not destroyed here: after an error that may wait for a peer that never comes.
+    """
+    time.sleep(0.1)
+
+
+@contextmanager
+def noticing_dead_peers(accelerator: Accelerator) -> Iterator[None]:
+    """Within the block, the end of another process of the run is told as such, not as a broken connection.
+
+    Raises:
+        TrainError: another process ended.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        first = str(error).strip().partition("\n")[0]
+        lost = isinstance(error, torch.distributed.DistError) or any(
+            sign in str(error) for sign in ("by peer", "gloo", "Broken pipe", "Socket Timeout")
+        )
+        if accelerator.num_processes == 1 or not lost:
+            raise
+        raise TrainError(
+            f"Another of the {accelerator.num_processes} processes of this run has ended: {first[:200]}",
+            where=f"process {accelerator.process_index}",
+            hint="What it said last tells why. The last checkpoint is good: launch again with resume=True (--resume).",
+        ) from error
+
+
+def sharding_asked(settings: Settings) -> bool:
+    """Whether parameters are to be spread over processes: by the run's own option, or by `accelerate launch --use_fsdp`."""
+    return settings.shard or os.environ.get(_FSDP, "false").lower() == "true"
+
+
+@contextmanager
+def _own_sharding() -> Iterator[None]:
+    """Within the block Accelerate does not see that FSDP is asked for: it would wrap the student's layers for good."""
+    asked = os.environ.get(_FSDP)
+    if asked is not None:
+        os.environ[_FSDP] = "false"
+    try:
+        yield
+    finally:
+        if asked is not None:
+            os.environ[_FSDP] = asked
+
+
+def is_main_process() -> bool:
+    """Whether this is the process that writes and speaks."""
+    return bool(PartialState().is_main_process)
+
+
+def mean_over_processes(accelerator: Accelerator, value: float) -> float:
+    """The mean of what the processes have; all must call it alike."""
+    if accelerator.num_processes == 1:
+        return value
+    own = torch.tensor(value, dtype=torch.float32, device=accelerator.device)
+    return float(accelerator.reduce(own, "mean"))
+
+
+def first_says(accelerator: Accelerator, what: bool) -> bool:
+    """The first process's word, where all must do alike; all must call it alike."""
+    if accelerator.num_processes == 1:
+        return what
+    told: list[bool] = broadcast_object_list([what])
+    return told[0]

@@ -1,0 +1,264 @@
+"""Say how a run is getting on: a dashboard on a terminal, a line every few seconds elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import isfinite
+from types import TracebackType
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from indistill_fx.system.terminal import SafeConsole, printable
+
+_LINES = 8
+"""So many stages at the most are shown; those around the running one."""
+
+_WIDE = 76
+"""Columns from which on there is room for curves."""
+
+_BLOCKS = "▁▂▃▄▅▆▇█"
+
+
+@dataclass(slots=True)
+class Seen:
+    """What is known of a stage.
+
+    Attributes:
+        total: its optimiser steps, at most.
+        step: those done.
+        losses: of its finished epochs, and last the running one's.
+        ended: epochs finished.
+        over: whether it is.
+    """
+
+    total: int
+    step: int = 0
+    losses: list[float] = field(default_factory=list)
+    ended: int = 0
+    over: bool = False
+
+    def note(self, loss: float) -> None:
+        """The running epoch's loss so far."""
+        self.losses[self.ended :] = [loss]
+
+
+@dataclass(slots=True)
+class Board:
+    """All that the dashboard shows.
+
+    Attributes:
+        stages: in order.
+        running: name of the one that is; empty before the first.
+        pace: steps a second, and the time left, in words.
+        accuracies: of the student, as they were measured.
+        teacher: its accuracy.
+    """
+
+    stages: dict[str, Seen]
+    running: str = ""
+    pace: str = ""
+    accuracies: list[float] = field(default_factory=list)
+    teacher: float | None = None
+
+    def draw(self, width: int) -> Group:
+        """The dashboard for a terminal of so many columns."""
+        table = Table.grid(padding=(0, 1), expand=False)
+        table.add_column(width=1)
+        table.add_column(max_width=max(width // 4, 10), overflow="ellipsis", no_wrap=True)
+        for _ in range(4 if width >= _WIDE else 3):
+            table.add_column(no_wrap=True, overflow="ellipsis")
+        shown, before, behind = self._window()
+        if before:
+            table.add_row("", Text(f"{before} before", style="dim"))
+        for name in shown:
+            table.add_row(*self._line(name, self.stages[name], width))
+        if behind:
+            table.add_row("", Text(f"{behind} to come", style="dim"))
+        return Group(table, *self._foot())
+
+    def _window(self) -> tuple[list[str], int, int]:
+        names = list(self.stages)
+        at = names.index(self.running) if self.running in names else 0
+        start = max(0, min(at - _LINES // 2, len(names) - _LINES))
+        shown = names[start : start + _LINES]
+        return shown, start, len(names) - start - len(shown)
+
+    def _line(self, name: str, stage: Seen, width: int) -> Sequence[Text | ProgressBar]:
+        runs = name == self.running and not stage.over
+        mark = Text("✓", style="green") if stage.over else Text("▸", style="bold") if runs else Text("·", style="dim")
+        title = Text(
+            "".join(sign if sign.isprintable() else "\ufffd" for sign in name),
+            style="bold" if runs else "" if stage.over else "dim",
+        )
+        bar = ProgressBar(total=max(stage.total, 1), completed=stage.total if stage.over else stage.step, width=14)
+        ends = dict.fromkeys(f"{value:.4g}" for value in (*stage.losses[: int(width >= _WIDE)], *stage.losses[-1:]))
+        told = Text(f"loss {' → '.join(ends)}" if ends else "", style="" if runs else "dim")
+        cells: list[Text | ProgressBar] = [
+            mark,
+            title,
+            bar,
+            Text(f"{stage.step}/{stage.total}", style="" if runs else "dim"),
+        ]
+        return [*cells, told, Text(spark(stage.losses, 16), style="cyan")][: 6 if width >= _WIDE else 5]
+
+    def _foot(self) -> list[Text]:
+        parts = [self.pace] if self.pace else []
+        if self.accuracies:
+            parts.append(f"accuracy {self.accuracies[-1]:.2%}, best {max(self.accuracies):.2%}")
+        if self.teacher is not None:
+            parts.append(f"teacher {self.teacher:.2%}")
+        return [Text("  " + " · ".join(parts), no_wrap=True, overflow="ellipsis")] if parts else []
+
+
+def board(steps: Mapping[str, int]) -> Board:
+    """A dashboard before the first stage.
+
+    Args:
+        steps: optimiser steps of each stage in order, at most.
+    """
+    return Board({name: Seen(total) for name, total in steps.items()})
+
+
+def spark(values: Sequence[float], width: int) -> str:
+    """A curve of block characters: all the values, thinned out evenly to at most `width`.
+
+    >>> spark([4, 3, 2, 1], 10), spark([1, 1], 10), spark([], 10)
+    ('█▆▃▁', '▁▁', '')
+    """
+    known = [min(max(value, -1e300), 1e300) for value in values if isfinite(value)]
+    if len(known) > width:
+        known = [known[round(k * (len(known) - 1) / (width - 1))] for k in range(width)]
+    low, high = min(known, default=0.0), max(known, default=0.0)
+    span = (high - low) or 1.0
+    return "".join(_BLOCKS[round((value - low) / span * (len(_BLOCKS) - 1))] for value in known)
+
+
+_LINE_SECONDS = 5.0
+_BOARD_SECONDS = 0.25
+
+
+class Reporter:
+    """Progress of a run, on standard error.
+
+    Args:
+        shown: False: says nothing.
+        steps: optimiser steps of each stage in order, at most.
+        console: where to; default: standard error.
+        costs: of a step of each stage, in any unit; by default all cost the same.
+    """
+
+    def __init__(
+        self,
+        *,
+        shown: bool,
+        steps: Mapping[str, int],
+        console: Console | None = None,
+        costs: Mapping[str, float] | None = None,
+    ):
+        self._shown, self._board = shown, board(steps)
+        self._costs, self._tap = dict.fromkeys(steps, 1.0) | dict(costs or {}), ""
+        self._console = console or SafeConsole(stderr=True)
+        self._live: Live | None = None
+        self._since, self._since_step, self._last = 0.0, 0, 0.0
+
+    def __enter__(self) -> Reporter:
+        if self._shown and self._console.is_terminal and not self._console.is_dumb_terminal:
+            # Redrawn from `step`, not by a thread of its own, which would take its time from the training.
+            self._live = Live(console=self._console, auto_refresh=False, vertical_overflow="crop")
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._board.pace = ""  # what it says of the time left is over; the rest stays to be read
+            self._draw()
+            self._live.stop()
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        if self._live is not None:
+            self._live.console.print(text, markup=False)
+        elif self._shown:
+            print(printable(text), file=sys.stderr, flush=True)
+
+    def teacher(self, accuracy: float) -> None:
+        """The teacher was measured."""
+        self._board.teacher = accuracy
+        self.say(f"Teacher's accuracy: {accuracy:.2%}")
+
+    def open(self, stage: str, step: int, *, tap: str = "") -> None:
+        """Begin a stage, or go on with it at a step.
+
+        Args:
+            stage: its name, which is the student's layer.
+            step: done so far.
+            tap: the teacher's layer, if it compares one.
+        """
+        self._tap = f" ← {tap}" if tap else ""
+        self._board.running, self._since_step = stage, step
+        self._board.stages[stage].step = step
+        self._since = self._last = time.monotonic()
+        self._draw()
+
+    def step(self, step: int, epoch: int, loss: float) -> None:
+        """An optimiser step is done. Cheap: most calls only look at the clock."""
+        now = time.monotonic()
+        if not self._shown or now - self._last < (_LINE_SECONDS if self._live is None else _BOARD_SECONDS):
+            return
+        self._last = now
+        stage = self._board.stages[self._board.running]
+        stage.step = step
+        stage.note(loss)
+        rate = (step - self._since_step) / max(now - self._since, 1e-9)
+        pace = f"{rate:.3g} steps/s, {self._left(step, rate)}"
+        if self._live is not None:
+            self._board.pace = f"epoch {epoch}{self._tap} · {pace}"
+            self._draw()
+        else:
+            self.say(
+                f"{self._board.running}{self._tap}: step {step} of {stage.total}, epoch {epoch}, loss {loss:.4g}, {pace}"
+            )
+
+    def epoch(self, stage: str, step: int, loss: float, accuracy: float | None) -> None:
+        """An epoch is over, now or before the run was resumed."""
+        seen = self._board.stages.get(stage)
+        if seen is None:
+            return
+        seen.step = step
+        seen.note(loss)
+        seen.ended += 1
+        if accuracy is not None:
+            self._board.accuracies.append(accuracy)
+        if self._board.running:
+            self._draw()
+
+    def close(self, stage: str, text: str) -> None:
+        """A stage is over; the dashboard shows it, elsewhere the text does."""
+        self._board.stages[stage].over = True
+        if self._live is None:
+            self.say(text)
+        else:
+            self._draw()
+
+    def _draw(self) -> None:
+        if self._live is not None:
+            self._live.update(self._board.draw(self._console.width), refresh=True)
+
+    def _left(self, step: int, rate: float) -> str:
+        """Time left, as if a later stage's step took as much longer than this one's as it costs more."""
+        names, stages, running = list(self._board.stages), self._board.stages, self._board.running
+        later = sum(stages[name].total * self._costs[name] for name in names[names.index(running) + 1 :])
+        own = stages[running].total - step
+        seconds = round((own + later / max(self._costs[running], 1e-9)) / max(rate, 1e-9))
+        if seconds < 90:
+            return f"about {seconds} s left"
+        return f"about {seconds // 60} min left" if seconds < 5400 else f"about {seconds / 3600:.1f} h left"

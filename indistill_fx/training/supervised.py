@@ -1,0 +1,128 @@
+"""Train: `distill` a teacher into a student, or `train` a module on labels. The loop is in engine.py."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any, Unpack
+
+import torch
+import torch.nn.functional as F
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+
+from indistill_fx.batch import label_check
+from indistill_fx.curriculum import Budget
+from indistill_fx.data.user_loaders import repeatable
+from indistill_fx.errors import ConfigError
+from indistill_fx.evaluation.accuracy import select_logits
+from indistill_fx.graph.module_state import evaluating
+from indistill_fx.runs.record import RunRecord
+from indistill_fx.training.settings import Options, Settings
+from indistill_fx.training.state import Leg
+from indistill_fx.training.trainer import Job, Work
+
+
+def train(
+    module: nn.Module,
+    train_loader: Iterable[Any],
+    *,
+    epochs: int = 20,
+    val_loader: Iterable[Any] | None = None,
+    logits: str | int | None = None,
+    run_dir: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    about: Mapping[str, Any] | None = None,
+    **options: Unpack[Options],
+) -> RunRecord:
+    """Train a module on labels, by cross-entropy: a teacher, or a baseline. The rest is as in `distill`.
+
+    Args:
+        module: inputs → logits. Trained in place; it need not be traceable.
+        train_loader: batches (inputs, labels, …), or dicts of inputs by name with `labels`.
+        epochs: how many.
+        val_loader: see `distill`.
+        logits: see `distill`.
+        run_dir: see `distill`.
+        resume: see `distill`.
+        progress: see `distill`.
+        about: see `distill`.
+        options: see `Settings`.
+
+    Returns:
+        The record; its one stage is called `main`.
+
+    Raises:
+        ConfigError: options, data or directory are at fault.
+        TrainError: a loss is not finite, or the disk is full; the last checkpoint is good.
+        Interrupted: SIGINT or SIGTERM while `run_dir` is given; a checkpoint was saved.
+    """
+    settings = Settings.of(options)
+    check_epochs(epochs)
+    loader = repeatable(train_loader, settings.seed, "train loader")
+    budget = Budget(epochs, "epochs", settings.learning_rate, settings.optimizer)
+    supervised = Supervised(module, logits)
+    leg = Leg("main", supervised, budget, main=True)
+    models = {"student": model_facts(module)}
+    return Job(
+        student=module,
+        teacher=None,
+        loader=loader,
+        val_loader=val_loader,
+        settings=settings,
+        run_dir=run_dir,
+        resume=resume,
+        progress=progress,
+        logits=logits,
+        about=about,
+    ).run(lambda directory: Work(legs=[leg], check=label_check(_class_count(supervised, loader)), models=models))
+
+
+def model_facts(module: nn.Module) -> dict[str, Any]:
+    """What run.json tells about a model."""
+    return {"name": type(module).__name__, "parameters": sum(parameter.numel() for parameter in module.parameters())}
+
+
+class Supervised(nn.Module):
+    """Cross-entropy with the labels as one module: batch → loss.
+
+    Args:
+        module: inputs → logits.
+        logits: which entry of a dict (key) or tuple (place) the logits are.
+    """
+
+    def __init__(self, module: nn.Module, logits: str | int | None = None):
+        super().__init__()
+        self.module, self.logits = module, logits
+
+    def forward(self, batch: Any) -> Tensor:
+        """The loss of a batch (inputs, labels, …), or of a dict of inputs by name with `labels`."""
+        scores, labels = self.scores(batch)
+        return F.cross_entropy(scores.float(), labels)
+
+    def scores(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """Logits and labels of a batch."""
+        if isinstance(batch, Mapping):
+            outputs = self.module(**{key: value for key, value in batch.items() if key not in ("labels", "indices")})
+            return select_logits(outputs, self.logits), batch["labels"]
+        if not isinstance(batch, (tuple, list)) or len(batch) < 2:
+            raise ConfigError(
+                f"A batch is a {type(batch).__name__} without labels.",
+                where="train loader",
+                got=type(batch).__name__,
+                hint="Let the loader yield (inputs, labels), or a dict of inputs by name with `labels`.",
+            )
+        return select_logits(self.module(batch[0]), self.logits), batch[1]
+
+
+def check_epochs(epochs: int) -> None:
+    if epochs < 0:
+        raise ConfigError(f"epochs is {epochs}.", where="epochs", got=epochs, expected="0 or more")
+
+
+def _class_count(supervised: Supervised, loader: Iterable[Any]) -> int:
+    """Asked of the module itself, on the first batch, so that it is known before the first step."""
+    device = next((parameter.device for parameter in supervised.parameters()), torch.device("cpu"))
+    with evaluating(supervised):
+        return int(supervised.scores(send_to_device(next(iter(loader)), device))[0].shape[1])

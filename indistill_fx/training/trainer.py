@@ -1,0 +1,272 @@
+"""Set a run up, train, finish it: what `distill` and `train` have in common."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from accelerate import Accelerator
+from torch import nn
+
+from indistill_fx.data.loaders import EpochLoader, noticing_dead_readers
+from indistill_fx.errors import ConfigError, PassError
+from indistill_fx.evaluation.accuracy import evaluate
+from indistill_fx.graph.edit import forget_sources
+from indistill_fx.graph.module_state import digest
+from indistill_fx.runs.checkpoint import save_tensors, state_tensors
+from indistill_fx.runs.directory import LAST, STUDENT, RunDirectory
+from indistill_fx.runs.record import EpochRecord, RunRecord, StageRecord, environment
+from indistill_fx.system.allocator import freed_memory_kept
+from indistill_fx.system.random_state import own_randomness
+from indistill_fx.training.loop import Engine
+from indistill_fx.training.processes import make_accelerator, noticing_dead_peers
+from indistill_fx.training.progress import Reporter
+from indistill_fx.training.settings import Settings
+from indistill_fx.training.signals import StopRequest
+from indistill_fx.training.state import Leg, State
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What is to be trained.
+
+    Attributes:
+        legs: the stages, in order; those of length 0 are left out.
+        check: looks at every batch of the run's first epoch and raises if one cannot be right: (number, batch).
+        save: writes what belongs to the run into its directory, before training.
+        models: for run.json: role → name, parameters, and MACs where they are known.
+        remarks: said with the schedule.
+    """
+
+    legs: list[Leg]
+    check: Callable[[int, Any], None]
+    save: Callable[[RunDirectory], None] = lambda directory: None
+    models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    remarks: Sequence[str] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One run.
+
+    Attributes:
+        student: the module to train, in place.
+        teacher: the module that must not change; None where there is none.
+        loader: training batches.
+        val_loader: validation batches, or None.
+        settings: how.
+        run_dir: where the run is kept; None: nowhere.
+        resume: go on with the run in `run_dir`, if there is one.
+        progress: show how it is getting on.
+        logits: which entry of a model's output the logits are, if it has several.
+        about: further facts for run.json.
+    """
+
+    student: nn.Module
+    teacher: nn.Module | None
+    loader: EpochLoader
+    val_loader: Iterable[Any] | None
+    settings: Settings
+    run_dir: str | os.PathLike[str] | None
+    resume: bool
+    progress: bool
+    logits: str | int | None
+    about: Mapping[str, Any] | None
+
+    def run(self, set_up: Callable[[RunDirectory | None], Work]) -> RunRecord:
+        """Do it.
+
+        Args:
+            set_up: makes the stages. What it draws at random belongs to the run.
+
+        Raises:
+            ConfigError: options, models, data or directory are at fault.
+            TrainError: training cannot go on.
+            Interrupted: a signal arrived; a checkpoint was saved.
+        """
+        forget_sources()  # of earlier runs
+        accelerator = make_accelerator(self.settings)
+        directory = self._directory(accelerator)
+        teacher = digest(self.teacher) if self.teacher is not None else None
+        with own_randomness(self.settings.seed):
+            work = set_up(directory)
+            with directory or nullcontext():
+                on_cpu = accelerator.device.type == "cpu"
+                with noticing_dead_readers(), _as_found(self.student), freed_memory_kept(enabled=on_cpu):
+                    state, accuracy = self._train(work, directory, accelerator, teacher)
+                if self.teacher is not None and digest(self.teacher) != teacher:
+                    raise PassError("Training changed the teacher, which is a defect of ours.", where="teacher")
+                return self._finish(state, accuracy, directory, accelerator)
+
+    def _directory(self, accelerator: Accelerator) -> RunDirectory | None:
+        if self.run_dir is not None:
+            writes, board = accelerator.is_main_process, self.settings.tensorboard
+            return RunDirectory(self.run_dir, resume=self.resume, writes=writes, tensorboard=board)
+        if self.resume or self.settings.checkpoint_every_steps or self.settings.tensorboard:
+            raise ConfigError(
+                "Without a run directory nothing can be saved or resumed.", where="run_dir", hint="Give run_dir=…."
+            )
+        return None
+
+    def _train(
+        self, work: Work, directory: RunDirectory | None, accelerator: Accelerator, teacher: str | None
+    ) -> tuple[State, float | None]:
+        """Where the run stands in the end, and the teacher's accuracy."""
+        legs = [leg for leg in work.legs if leg.budget.length]
+        identity = self._identity(legs, teacher, accelerator)
+        shown = self.progress and accelerator.is_main_process
+        costs = {leg.name: leg.cost for leg in legs}
+        with (
+            Reporter(shown=shown, steps=self._steps(legs), costs=costs) as reporter,
+            StopRequest(enabled=bool(directory)) as stop,
+        ):
+            engine = Engine(
+                student=self.student,
+                legs=legs,
+                loader=self.loader,
+                settings=self.settings,
+                directory=directory,
+                reporter=reporter,
+                stop=stop,
+                validate=self._validate if self.val_loader is not None else None,
+                check=work.check,
+                identity=identity,
+            )
+            resumed = directory is not None and directory.resumes
+            if directory is not None and resumed:
+                engine.resume(directory.path / LAST)
+                directory.rewind(engine.state.epochs, engine.state.all_steps)
+                reporter.say(f"Resumed after {engine.state.all_steps} steps.")
+                _recall(reporter, engine.state, legs)
+            accuracy = self._teacher_accuracy(directory if resumed else None, accelerator, reporter)
+            if accuracy is not None:
+                reporter.teacher(accuracy)
+            schedule = [*(f"{leg.name}: {self._told(leg)}" for leg in legs), *work.remarks]
+            reporter.say("\n".join(schedule))
+            accelerator.wait_for_everyone()  # until all have seen whether there is something to resume
+            if directory is not None:
+                work.save(directory)
+                directory.begin(
+                    resumed=resumed,
+                    about=dict(self.about or {}),
+                    models=work.models,
+                    settings=self.settings.to_json(),
+                    schedule=schedule,
+                    teacher_accuracy=accuracy,
+                    environment=environment(str(accelerator.device), accelerator.num_processes),
+                )
+            with noticing_dead_peers(accelerator):
+                engine.run()
+        return engine.state, accuracy
+
+    def _steps(self, legs: list[Leg]) -> dict[str, int]:
+        per_epoch = -(-len(self.loader) // self.settings.accumulate)
+        return {leg.name: leg.budget.length * (per_epoch if leg.budget.unit == "epochs" else 1) for leg in legs}
+
+    def _told(self, leg: Leg) -> str:
+        main = self.settings.describe() if leg.main else ""
+        return f"{leg.budget}{main}{f', plus {leg.also}' if leg.also else ''}"
+
+    def _identity(self, legs: list[Leg], teacher: str | None, accelerator: Accelerator) -> dict[str, Any]:
+        """What two runs must have in common for one to go on where the other stopped."""
+        free = ("checkpoint_every_steps", "log_every_steps", "tensorboard")
+        found = {
+            "schedule": [(leg.name, asdict(leg.budget)) for leg in legs],
+            "teacher": teacher,
+            "batches": len(self.loader),
+            "data seed": self.loader.seed,
+            "processes": accelerator.num_processes,
+            "features": "cached" if any(leg.attach for leg in legs) else None,
+            "what is added to the main loss": "".join(leg.also for leg in legs),
+            **{name: value for name, value in self.settings.to_json().items() if name not in free},
+        }
+        plain: dict[str, Any] = json.loads(json.dumps(found))
+        return plain
+
+    def _validate(self) -> tuple[float, float]:
+        found = evaluate(self.student, self.val_loader or (), logits=self.logits)
+        return found.accuracy, found.loss
+
+    def _teacher_accuracy(
+        self, before: RunDirectory | None, accelerator: Accelerator, reporter: Reporter
+    ) -> float | None:
+        """Measured before anything is trained; a resumed run has it from its first time."""
+        if self.teacher is None or self.val_loader is None or not accelerator.is_main_process:
+            return None
+        known: float | None = before.told().get("teacher_accuracy") if before is not None else None
+        if known is not None:
+            return known
+        found = evaluate(self.teacher, self.val_loader, logits=self.logits)
+        if found.no_better_than_chance:
+            reporter.say(
+                f"The teacher classifies no better than chance ({found.classes} classes): are its trained weights loaded?"
+                " Where only its features are compared, as by pkt, it needs no classifier."
+            )
+        return found.accuracy
+
+    def _finish(
+        self, state: State, teacher_accuracy: float | None, directory: RunDirectory | None, accelerator: Accelerator
+    ) -> RunRecord:
+        epochs = tuple(EpochRecord(**entry) for entry in state.history)
+        accuracy = epochs[-1].accuracy if epochs else None
+        if accuracy is None and self.val_loader is not None and accelerator.is_main_process:
+            accuracy = self._validate()[0]
+        if directory is not None and directory.writes:
+            save_tensors(directory.path / STUDENT, state_tensors(self.student))
+        names = dict.fromkeys(epoch.stage for epoch in epochs)
+        record = RunRecord(
+            stages=tuple(_stage_record(name, epochs, state) for name in names),
+            epochs=epochs,
+            teacher_accuracy=teacher_accuracy,
+            accuracy=accuracy,
+            best_accuracy=state.best,
+            best_epoch=state.best_epoch,
+            steps=state.all_steps,
+            seconds=sum(epoch.seconds for epoch in epochs),
+            digest=digest(self.student),
+            environment=environment(str(accelerator.device), accelerator.num_processes),
+            files=directory.files() if directory is not None else {},
+        )
+        if directory is not None:
+            directory.tell(status="done", result=record.to_json())
+        return record
+
+
+def _recall(reporter: Reporter, state: State, legs: list[Leg]) -> None:
+    """Tell what was done before the run was resumed."""
+    steps: dict[str, int] = {}
+    for entry in state.history:
+        steps[entry["stage"]] = steps.get(entry["stage"], 0) + entry["steps"]
+        reporter.epoch(entry["stage"], steps[entry["stage"]], entry["loss"], entry["accuracy"])
+    for leg in legs[: state.leg]:
+        reporter.close(leg.name, f"{leg.name}: done before")
+
+
+def _stage_record(name: str, epochs: tuple[EpochRecord, ...], state: State) -> StageRecord:
+    own = [epoch for epoch in epochs if epoch.stage == name]
+    return StageRecord(
+        name=name,
+        losses=tuple(epoch.loss for epoch in own),
+        steps=sum(epoch.steps for epoch in own),
+        seconds=sum(epoch.seconds for epoch in own),
+        notes=tuple(state.notes.get(name, ())),
+    )
+
+
+@contextmanager
+def _as_found(student: nn.Module) -> Iterator[None]:
+    """Training flags and device as they were, when the block ends; no gradients left."""
+    flags = [(part, part.training) for part in student.modules()]
+    device = next((parameter.device for parameter in student.parameters()), None)
+    try:
+        yield
+    finally:
+        student.zero_grad()
+        if device is not None:
+            student.to(device)
+        for part, flag in flags:
+            part.training = flag
