@@ -33,6 +33,8 @@ class Data:
 
 @dataclass(frozen=True, slots=True)
 class DataOptions:
+    """What `open_data` was asked for."""
+
     batch_size: int
     workers: int
     seed: int

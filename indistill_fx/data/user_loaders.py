@@ -17,6 +17,7 @@ from indistill_fx.system.user_code import load_object
 
 
 def open_user_loaders(spec: str, options: DataOptions) -> Data:
+    """The loaders that a function of the user's own (`file.py:make_loaders`) returns."""
     function = load_object(spec)
     if not callable(function):
         raise ConfigError(f"{spec!r} is no function.", where=spec, got=type(function).__name__, expected="a function")

@@ -96,6 +96,7 @@ def _parse_arguments(query: str, text: str) -> dict[str, Any]:
 
 
 def exists(path: Path) -> bool:
+    """Whether the path is there; no name is too odd to be asked for."""
     try:
         return path.exists()
     except (OSError, ValueError):  # too long, or with a zero byte

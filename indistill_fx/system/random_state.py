@@ -26,6 +26,7 @@ class OwnRandomness:
 
     @contextmanager
     def lent(self) -> Iterator[None]:
+        """Within the block, the global generators go on from these states; afterwards they are as before."""
         before = random_states()
         set_random_states(self._states)
         try:
@@ -36,10 +37,12 @@ class OwnRandomness:
 
 
 def seed_from(*parts: int) -> int:
+    """A 32-bit seed that follows from all parts."""
     return int(np.random.SeedSequence(parts).generate_state(1)[0])
 
 
 def generator_from(*parts: int) -> torch.Generator:
+    """A CPU generator seeded by `seed_from`."""
     return torch.Generator().manual_seed(seed_from(*parts))
 
 
@@ -51,10 +54,12 @@ _GENERATORS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
 
 
 def random_states() -> list[Any]:
+    """The states of the global generators of torch, Python and numpy."""
     return [get() for get, _ in _GENERATORS]
 
 
 def set_random_states(states: list[Any]) -> None:
+    """Put back what `random_states` gave."""
     for (_, put), state in zip(_GENERATORS, states, strict=True):
         put(state)
 

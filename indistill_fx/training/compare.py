@@ -19,7 +19,7 @@ from indistill_fx.runs.record import RunRecord
 from indistill_fx.stages.compile import warmup_plan
 from indistill_fx.traced import TracedModel
 from indistill_fx.training.distill import distill, traced_pair
-from indistill_fx.training.recipes import DEFAULT_CURRICULUM
+from indistill_fx.training.recipes import DEFAULT_CURRICULUM, NO_WARMUP
 from indistill_fx.training.settings import Options
 
 
@@ -90,27 +90,17 @@ def compare(
     milestones = options.get("milestones", ())
     if main_epochs is not None:
         epochs, milestones = main_epochs + warmup, [at + warmup for at in milestones]
-    if warmup >= epochs:
-        raise ConfigError(
-            f"The warm-up takes {warmup} epochs, and every arm has {epochs} in all.",
-            where="epochs",
-            got=epochs,
-            expected=f"more than {warmup}",
-            hint="Give more epochs, or a shorter warm-up.",
-        )
-    name = main if isinstance(main, str) and ":" not in main else "main"
-    none = Curriculum(lengths=[])
+    _check_room(warmup, epochs)
     arms: dict[str, tuple[str | Callable[..., Tensor], Mapping[str, Any] | None, Curriculum, int]] = {
-        "labels": ("labels", None, none, 0),
-        name: (main, main_options, none, 0),
+        "labels": ("labels", None, NO_WARMUP, 0),
+        main if isinstance(main, str) and ":" not in main else "main": (main, main_options, NO_WARMUP, 0),
         "indistill": (main, main_options, curriculum, warmup),
     }
     done = {}
     for arm, (loss, loss_options, warm, before) in arms.items():
         announce(arm)
         pupil = copy.deepcopy(student)
-        own = options.copy()
-        own["milestones"] = [max(at - before, 0) for at in milestones]
+        options["milestones"] = [max(at - before, 0) for at in milestones]
         record = distill(
             teacher,
             pupil,
@@ -128,10 +118,21 @@ def compare(
             progress=progress,
             about=about,
             feature_cache=feature_cache,
-            **own,
+            **options,
         )
         done[arm] = Arm(pupil, record)
     return done
+
+
+def _check_room(warmup: int, epochs: int) -> None:
+    if warmup >= epochs:
+        raise ConfigError(
+            f"The warm-up takes {warmup} epochs, and every arm has {epochs} in all.",
+            where="epochs",
+            got=epochs,
+            expected=f"more than {warmup}",
+            hint="Give more epochs, or a shorter warm-up.",
+        )
 
 
 def _epochs_of(curriculum: Curriculum, plan: AlignmentPlan) -> int:

@@ -396,6 +396,5 @@ class Engine:
         self._reporter.say(f"{leg.name}: {text}")
 
     def _tick(self) -> None:
-        now = time.monotonic()
-        self.state.seconds += now - self._since
-        self._since = now
+        before, self._since = self._since, time.monotonic()
+        self.state.seconds += self._since - before

@@ -117,6 +117,11 @@ class Supervised(nn.Module):
 
 
 def check_epochs(epochs: int) -> None:
+    """Refuse a negative number.
+
+    Raises:
+        ConfigError: it is negative.
+    """
     if epochs < 0:
         raise ConfigError(f"epochs is {epochs}.", where="epochs", got=epochs, expected="0 or more")
 

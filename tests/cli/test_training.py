@@ -101,7 +101,10 @@ def test_the_warm_up_is_what_was_asked_for(here, capsys, options, schedule):
 def asked(monkeypatch) -> list[dict[str, Any]]:
     """What `distill` would be asked to do, instead of doing it."""
     found: list[dict[str, Any]] = []
-    for place in ("indistill_fx.training.chain.distill", "indistill_fx.training.distill.distill"):  # chain first: it imports the other
+    for place in (
+        "indistill_fx.training.chain.distill",
+        "indistill_fx.training.distill.distill",
+    ):  # chain first: it imports the other
         monkeypatch.setattr(place, lambda teacher, student, loader, **options: found.append(options))
     monkeypatch.setattr("indistill_fx.cli.training.tell_run", lambda record, place: None)
     return found

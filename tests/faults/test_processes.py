@@ -79,8 +79,8 @@ import os, signal, sys
 import torch
 from torch.utils.data import DataLoader, Dataset
 from indistill_fx.errors import TrainError
-from indistill_fx.loaders import DiskLoader
-from indistill_fx.train import train
+from indistill_fx.data.loaders import DiskLoader
+from indistill_fx.training.supervised import train
 from tests.faults.harness import network
 
 class Deadly(Dataset):

@@ -21,7 +21,7 @@ import torch
 from indistill_fx.curriculum import Curriculum
 from indistill_fx.data import open_data
 from indistill_fx.demo import DigitsStudent, DigitsTeacher
-from indistill_fx.train import distill
+from indistill_fx.training.distill import distill
 
 place, processes, kind = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 torch.set_num_threads(1)

@@ -16,7 +16,7 @@ glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is
 SCRIPT = """
 import os, resource
 import torch
-from indistill_fx.memory import freed_memory_kept
+from indistill_fx.system.allocator import freed_memory_kept
 
 def faults():
     "Page faults of ten blocks of 20 MB, one after the other."

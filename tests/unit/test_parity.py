@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from indistill_fx.deploy import parity
+from indistill_fx.deploy import onnx_session, parity
 from indistill_fx.errors import ConfigError
 
 tensors = st.builds(lambda: torch.zeros(1))
@@ -35,17 +35,17 @@ def test_outputs_are_named_after_their_keys():
 def test_random_inputs_keep_kind_and_span(batch, seed):
     examples = (torch.randn(2, 3, 4) * 5 + 100, torch.tensor([[3, 9]]), torch.ones(2, 4, 4, 3, dtype=torch.uint8))
     state = torch.get_rng_state()
-    floats, tokens, pixels = parity.random_inputs(examples, batch, seed=seed)
+    floats, tokens, pixels = onnx_session.random_inputs(examples, batch, seed=seed)
     assert floats.shape == (batch, 3, 4) and floats.dtype == torch.float32 and 50 < floats.mean() < 150
     assert tokens.shape == (batch, 2) and tokens.dtype == torch.int64 and tokens.min() >= 3 and tokens.max() <= 9
     assert pixels.shape == (batch, 4, 4, 3) and pixels.max() > 1
     assert torch.equal(torch.get_rng_state(), state)
-    again = parity.random_inputs(examples, batch, seed=seed)
+    again = onnx_session.random_inputs(examples, batch, seed=seed)
     assert torch.equal(again[0], floats)
 
 
 def test_sizes_replace_height_and_width_in_either_layout():
-    floats, pixels, flat = parity.random_inputs(
+    floats, pixels, flat = onnx_session.random_inputs(
         (torch.randn(1, 3, 8, 8), torch.zeros(1, 8, 8, 3, dtype=torch.uint8), torch.randn(1, 5)), 2, sizes=(16, 24)
     )
     assert floats.shape == (2, 3, 16, 24) and pixels.shape == (2, 16, 24, 3) and flat.shape == (2, 5)
@@ -69,7 +69,7 @@ def test_difference_and_range(ours, theirs, expected):
 @pytest.mark.parametrize("inputs", [(), (torch.tensor(1.0),), ("x",), (torch.zeros(2, 1), torch.zeros(3, 1))])
 def test_inputs_that_have_no_common_batch_are_refused(inputs):
     with pytest.raises(ConfigError, match="batch"):
-        parity.as_inputs(inputs)
+        onnx_session.as_inputs(inputs)
 
 
 def test_rounding_tells_a_module_that_amplifies_it():
@@ -116,5 +116,5 @@ def test_a_proof_holds_the_inputs_on_which_it_failed(batch_sizes, place):
     if place is None:
         assert proof.failed_on is None
     else:
-        expected = parity.random_inputs(example, 3, seed=place)
+        expected = onnx_session.random_inputs(example, 3, seed=place)
         assert len(proof.failed_on) == 1 and torch.equal(proof.failed_on[0], expected[0])

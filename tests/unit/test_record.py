@@ -28,7 +28,7 @@ def test_a_directory_serves_one_run_at_a_time(tmp_path, monkeypatch):
 def test_the_lock_dies_with_its_process(tmp_path):
     code = f"""
 import os
-from indistill_fx.record import RunDirectory
+from indistill_fx.runs.directory import RunDirectory
 with RunDirectory({str(tmp_path / "run")!r}, resume=True):
     os.kill(os.getpid(), 9)
 """
@@ -42,7 +42,7 @@ def test_a_lock_that_outlives_its_killed_process_for_a_moment_is_waited_for(tmp_
     # as when the process is killed between the fork and the exec of a program it starts
     code = f"""
 import os, subprocess
-from indistill_fx.record import RunDirectory
+from indistill_fx.runs.directory import RunDirectory
 with RunDirectory({str(tmp_path / "run")!r}, resume=True):
     held = [fd for fd in range(100) if os.path.realpath(f"/proc/self/fd/{{fd}}").endswith(".lock")]
     subprocess.Popen(["cat"], pass_fds=held, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

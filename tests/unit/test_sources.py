@@ -559,6 +559,6 @@ def test_any_text_is_loaded_or_answered(text: str) -> None:
 
 
 def test_loading_is_not_paid_for_by_importing() -> None:
-    script = "import sys; import indistill_fx.sources; print([m for m in ('torch', 'torchvision', 'timm') if m in sys.modules])"
+    script = "import sys; import indistill_fx.loading.load; print([m for m in ('torch', 'torchvision', 'timm') if m in sys.modules])"
     shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert shown.stdout.strip() == "[]"
