@@ -100,7 +100,6 @@ def compare(
     for arm, (loss, loss_options, warm, before) in arms.items():
         announce(arm)
         pupil = copy.deepcopy(student)
-        options["milestones"] = [max(at - before, 0) for at in milestones]
         record = distill(
             teacher,
             pupil,
@@ -118,10 +117,17 @@ def compare(
             progress=progress,
             about=about,
             feature_cache=feature_cache,
-            **options,
+            **_later_by(before, milestones, options),
         )
         done[arm] = Arm(pupil, record)
     return done
+
+
+def _later_by(epochs: int, milestones: Iterable[int], options: Options) -> Options:
+    """The options of an arm whose main stage begins that many epochs after the arm does."""
+    moved = options.copy()
+    moved["milestones"] = [max(at - epochs, 0) for at in milestones]
+    return moved
 
 
 def _check_room(warmup: int, epochs: int) -> None:
