@@ -1,4 +1,4 @@
-"""Data by a spec string: `digits`, `cifar10[:DIR]`, `cifar100[:DIR]`, `imagefolder:DIR`, `file.py:make_loaders`."""
+"""What opened data are: loaders, class names, input size and normalisation."""
 
 from __future__ import annotations
 

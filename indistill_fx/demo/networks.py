@@ -1,7 +1,4 @@
-"""The whole way on scikit-learn's digits: a teacher, one student trained in three ways, a comparison, an ONNX file.
-
-The three students start from the same weights and seed and get the same number of epochs in all, the warm-up counted.
-"""
+"""The demo's networks: a small residual teacher, and a chain as its student."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Does an ONNX file compute what a module computes? onnxruntime beside torch, output by output."""
+"""Run an ONNX file with onnxruntime: its inputs, random ones like them, its outputs by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How good a trained model is: accuracy and loss on a test set, and retrieval with its features."""
+"""How good a trained model is: accuracy and loss on a test set."""
 
 from __future__ import annotations
 

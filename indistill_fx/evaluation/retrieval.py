@@ -1,4 +1,4 @@
-"""How good a trained model is: accuracy and loss on a test set, and retrieval with its features."""
+"""How well a model's penultimate vectors find images of the same class."""
 
 from __future__ import annotations
 

@@ -1,11 +1,4 @@
-"""Where models come from: a spec string, the same in every command, to a module.
-
-    model.pt, model.pth                       a module saved whole by torch.save
-    model.pt2                                 a program saved by torch.export.save
-    models.py:make, package.module:make       a factory or a class in the user's own code
-    torchvision:resnet18, timm:resnet10t      a constructor by name
-    …?num_classes=10&width=16                 arguments, for the last two rows
-    …@weights.safetensors, …@weights.pt       weights to load into it
+"""From a model spec, the same in every command, to a module.
 
 Nothing of a model file is run, unless it names a package that the user trusts; the user's own code is run, of course.
 """

@@ -1,4 +1,4 @@
-"""Where models come from: a spec string, the same in every command, to a module.
+"""A model spec: the text that names a model, taken apart.
 
     model.pt, model.pth                       a module saved whole by torch.save
     model.pt2                                 a program saved by torch.export.save

@@ -1,4 +1,4 @@
-"""The pipeline on one page: how the passes are put together, in the order of the lines."""
+"""`align`: match the layers of two traced models, and choose the teacher's channels for each pair."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Check a graph between passes, and that a pass left its input alone. All violations are reported at once."""
+"""What a pass is: a value in, a `PassResult` out; its graph is checked, and its input is left alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pipeline on one page: how the passes are put together, in the order of the lines."""
+"""The pipeline on one page: how a stage's two halves are made, in the order of the lines."""
 
 from __future__ import annotations
 

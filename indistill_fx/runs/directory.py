@@ -1,4 +1,4 @@
-"""What a run leaves behind: the record it returns, and a directory that tells its whole story.
+"""A run's directory: it tells the whole story of a run, and belongs to one process at a time.
 
 run.json (command, versions, models, settings, schedule, environment, status, result), plan.json, metrics.jsonl,
 checkpoints/last.safetensors and best.safetensors, student.safetensors, tensorboard/ where asked for, and export.json once it

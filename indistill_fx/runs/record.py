@@ -1,9 +1,4 @@
-"""What a run leaves behind: the record it returns, and a directory that tells its whole story.
-
-run.json (command, versions, models, settings, schedule, environment, status, result), plan.json, metrics.jsonl,
-checkpoints/last.safetensors and best.safetensors, student.safetensors, tensorboard/ where asked for, and export.json once it
-was exported.
-"""
+"""The record of a run: what each stage and epoch did, and where."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""A stage of training as one module: a batch in, a scalar loss out.
-
-Any loop can train it, and DDP, FSDP and torch.compile take it as they take any module. Its student half calls the user's own layers,
-so that training the stage trains the user's student; its teacher half is frozen and runs without autograd.
-"""
+"""From two traced models and a plan to the stages of training."""
 
 from __future__ import annotations
 

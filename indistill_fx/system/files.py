@@ -1,4 +1,4 @@
-"""Small text files that somebody else may have written: read whole, but only if they are files, and small."""
+"""Files: written whole or not at all, and read within bounds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A console that shows names from anywhere, and obeys none of them."""
+"""The terminal: text that is shown and never obeyed, and progress bars."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Train: `distill` a teacher into a student, or `train` a module on labels. The loop is in engine.py."""
+"""`distill`: a teacher into a student, stage by stage. The loop is in `loop`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Train: `distill` a teacher into a student, or `train` a module on labels. The loop is in engine.py."""
+"""`train`: a module on labels alone."""
 
 from __future__ import annotations
 

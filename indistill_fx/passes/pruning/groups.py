@@ -1,14 +1,4 @@
-"""Decide which classes of channels stay: by widths, by a ratio, or by a budget of work or parameters.
-
-Rules, in order:
-  1. A class is scored by the weights that make it: each layer's scores are brought to mean 1, and a class gets the mean over the
-     layers that make it. So scores can be compared over the whole network.
-  2. `widths`: the best classes of that layer, exactly as many as asked for.
-  3. `ratio`: in every group the best classes, round(ratio x size), at least one. A layer that only hands on channels of several groups
-     (a depthwise one behind a channel shuffle) gets round(ratio x size) too, by the exchanges inside groups that cost least.
-  4. `macs`, `params`: the best classes of the whole network; of every group at least a tenth. The largest network within the budget.
-  5. `round_to` rounds every group up to a multiple, by its next best classes.
-"""
+"""Groups of channels that stay or go together: what each is worth, and what it costs."""
 
 from __future__ import annotations
 
