@@ -79,7 +79,7 @@ class FitNetLoss(MainLoss):
         weight_labels: float = 1.0,
     ):
         super().__init__(weight=weight, weight_labels=weight_labels)
-        names = _map_names(student_shapes, teacher_shapes, "fitnet")
+        names = map_names(student_shapes, teacher_shapes, "fitnet")
         self.hint = names[len(names) // 2] if hint is None else hint
         if self.hint not in names:
             raise ConfigError(
@@ -130,7 +130,7 @@ class VIDLoss(MainLoss):
         weight_labels: float = 1.0,
     ):
         super().__init__(weight=weight, weight_labels=weight_labels)
-        self.names = _map_names(student_shapes, teacher_shapes, "vid")
+        self.names = map_names(student_shapes, teacher_shapes, "vid")
         widths = [(student_shapes[name][1], teacher_shapes[name][1]) for name in self.names]
         self.means = nn.ModuleList(_three_convolutions(s, t) for s, t in widths)
         start = math.log(math.expm1(initial_variance - 1e-5))
@@ -196,7 +196,12 @@ def _pooled(f: Tensor, size: list[int]) -> Tensor:
     return f if list(f.shape[2:]) == size else _POOLS[len(size)](f, size)
 
 
-def _map_names(student_shapes: Shapes, teacher_shapes: Shapes, loss: str) -> list[str]:
+def map_names(student_shapes: Shapes, teacher_shapes: Shapes, loss: str) -> list[str]:
+    """The names of the pairs, shallow to deep.
+
+    Raises:
+        ConfigError: there are none, or one is no pair of maps (batch, channels, height, width).
+    """
     names = [name for name in student_shapes if name != EMBEDDING]
     bad = [n for n in names if not len(student_shapes[n]) == len(teacher_shapes.get(n, ())) == 4]
     if bad or not names:

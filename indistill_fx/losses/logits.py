@@ -1,7 +1,8 @@
-"""Losses that compare logits: labels, kd, dkd, dist."""
+"""Losses that compare logits (batch, classes, *positions): labels, kd, dkd, dist, mlkd, cwd."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from indistill_fx.errors import ConfigError
 from indistill_fx.losses.base import MainLoss, Outputs, required
+from indistill_fx.losses.positions import are_classes, as_rows, counted, mean_over, standardized
 
 
 class LabelsLoss(MainLoss):
@@ -24,14 +26,17 @@ class LabelsLoss(MainLoss):
 
 
 class KDLoss(MainLoss):
-    """Soft targets: T^2 * (1/B) * sum_i KL(softmax(z_t / T) || softmax(z_s / T)).
+    """Soft targets: T^2 * (1/N) * sum_i KL(softmax(z_t / T) || softmax(z_s / T)).
 
-    Symbols: z_s, z_t logits of student and teacher; B batch size; T temperature.
+    Symbols: z_s, z_t logits of student and teacher; N samples, or samples times positions (pixels, tokens); T temperature.
+    Positions whose label is -100 do not count, as in the cross-entropy.
 
     Args:
         temperature: T.
         weight: of the soft targets.
         weight_labels: of the cross-entropy.
+        standardize: bring the logits of every position to mean 0 and deviation 1 first (`positions.standardized`); its
+            authors take T 2, weight 9, weight_labels 0.1.
 
     Source:
         Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", arXiv:1503.02531. T 4 and the weights
@@ -40,21 +45,25 @@ class KDLoss(MainLoss):
 
     needs: ClassVar[frozenset[str]] = frozenset({"logits"})
 
-    def __init__(self, *, temperature: float = 4.0, weight: float = 0.9, weight_labels: float = 0.1):
+    def __init__(
+        self, *, temperature: float = 4.0, weight: float = 0.9, weight_labels: float = 0.1, standardize: bool = False
+    ):
         super().__init__(weight=weight, weight_labels=weight_labels)
-        self.temperature = _positive_temperature(temperature)
+        self.temperature, self.standardize = _positive_temperature(temperature), standardize
 
     def term(self, student: Outputs, teacher: Outputs, labels: Tensor | None) -> Tensor:
         """See the class."""
-        z_s, z_t = _paired_logits(student, teacher)
-        return _softened_kl(z_s / self.temperature, z_t / self.temperature) * self.temperature**2
+        z_s, z_t = _paired_logits(student, teacher, standardize=self.standardize)
+        mask = counted(labels, z_s)
+        return _softened_kl(z_s / self.temperature, z_t / self.temperature, mask) * self.temperature**2
 
 
 class DKDLoss(MainLoss):
     """Decoupled KD: T^2 * (alpha * TCKD + beta * NCKD).
 
-    TCKD = (1/B) sum_i KL over the two outcomes (p, 1 - p), p = softmax(z / T) at the label;
-    NCKD = (1/B) sum_i KL over the softmax of the other classes' z / T.
+    TCKD = (1/N) sum_i KL over the two outcomes (p, 1 - p), p = softmax(z / T) at the label;
+    NCKD = (1/N) sum_i KL over the softmax of the other classes' z / T; N samples, or samples times positions, without those
+    whose label is -100. With probabilities for labels (mixup, smoothing) both are expectations over the label.
 
     Args:
         alpha: weight of the target-class part.
@@ -63,6 +72,7 @@ class DKDLoss(MainLoss):
         weight: of the whole term.
         weight_labels: of the cross-entropy.
         ramp_steps: over so many training steps the term's weight grows linearly to `weight`; 0 is off.
+        standardize: see `KDLoss`.
 
     Source:
         Zhao, Cui, Song, Qiu, Liang, "Decoupled Knowledge Distillation", CVPR 2022, arXiv:2203.08679; mdistiller's
@@ -84,19 +94,25 @@ class DKDLoss(MainLoss):
         weight: float = 1.0,
         weight_labels: float = 1.0,
         ramp_steps: int = 0,
+        standardize: bool = False,
     ):
         super().__init__(weight=weight, weight_labels=weight_labels)
-        self.temperature = _positive_temperature(temperature)
+        self.temperature, self.standardize = _positive_temperature(temperature), standardize
         self.alpha, self.beta, self.ramp_steps = alpha, beta, ramp_steps
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 
     def term(self, student: Outputs, teacher: Outputs, labels: Tensor | None) -> Tensor:
         """See the class."""
-        z_s, z_t = _paired_logits(student, teacher)
+        z_s, z_t = (z / self.temperature for z in _paired_logits(student, teacher, standardize=self.standardize))
         labels = required(labels, "labels")
-        (binary_s, others_s), (binary_t, others_t) = (_decoupled(z / self.temperature, labels) for z in (z_s, z_t))
-        tckd = F.kl_div(binary_s, binary_t, reduction="batchmean", log_target=True)
-        loss = (self.alpha * tckd + self.beta * _softened_kl(others_s, others_t)) * self.temperature**2
+        if are_classes(labels, z_s):
+            target, others = _decoupled_by_class(as_rows(z_s), as_rows(z_t), labels.flatten())
+        else:
+            target, others = _decoupled_by_probability(as_rows(z_s), as_rows(z_t), as_rows(labels))
+        mask = counted(labels, z_s)
+        mask = mask.flatten() if mask is not None else None
+        terms = [mean_over(rows, mask, len(rows)) for rows in (target, others)]
+        loss = (self.alpha * terms[0] + self.beta * terms[1]) * self.temperature**2
         if not self.ramp_steps:
             return loss
         if self.training:
@@ -107,8 +123,9 @@ class DKDLoss(MainLoss):
 class DISTLoss(MainLoss):
     """Correlations instead of probabilities: T^2 * (beta * inter + gamma * intra).
 
-    With P = softmax(z / T), a (B, C) matrix, and r Pearson's correlation: inter = 1 - mean over samples of r(row of
-    P_s, row of P_t); intra = 1 - mean over classes of r(column of P_s, column of P_t). r has 1e-8 in its denominator.
+    With P = softmax(z / T), an (N, C) matrix, and r Pearson's correlation: inter = 1 - mean over rows of r(row of P_s, row of
+    P_t); intra = 1 - mean over classes of r(column of P_s, column of P_t). r has 1e-8 in its denominator. N counts samples, or
+    samples times positions, without those whose label is -100.
 
     Args:
         beta: weight of the relation between classes.
@@ -139,9 +156,111 @@ class DISTLoss(MainLoss):
 
     def term(self, student: Outputs, teacher: Outputs, labels: Tensor | None) -> Tensor:
         """See the class."""
-        p_s, p_t = (torch.softmax(z / self.temperature, 1) for z in _paired_logits(student, teacher))
-        inter, intra = 1 - _pearson(p_s, p_t).mean(), 1 - _pearson(p_s.T, p_t.T).mean()
+        z_s, z_t = _paired_logits(student, teacher)
+        p_s, p_t = (as_rows(torch.softmax(z / self.temperature, 1)) for z in (z_s, z_t))
+        mask = counted(labels, z_s)
+        rows = torch.ones_like(p_s[:, 0]) if mask is None else mask.flatten().to(p_s.dtype)
+        inter = 1 - (_pearson(p_s, p_t) * rows).sum() / rows.sum().clamp(min=1)
+        intra = 1 - _pearson(p_s.T, p_t.T, rows).mean()
         return (self.beta * inter + self.gamma * intra) * self.temperature**2
+
+
+class MLKDLoss(MainLoss):
+    """Logits compared at three levels, each the mean over several temperatures.
+
+    With P = softmax(z / T), an (N, C) matrix: instance = T^2 * (1/N) sum_i KL(row of P_t || row of P_s); batch = |P_s P_s^T -
+    P_t P_t^T|_F^2 / N; class = |P_s^T P_s - P_t^T P_t|_F^2 / C.
+
+    Args:
+        temperatures: T.
+        weight: of the sum of the three.
+        weight_labels: of the cross-entropy.
+        standardize: see `KDLoss`.
+
+    Raises:
+        ConfigError: the logits have positions; the batch level would relate every pair of them.
+
+    Source:
+        Jin, Wang, Lin, "Multi-Level Logit Distillation", CVPR 2023; temperatures by the authors' code. Deviation: one view
+        of every sample instead of a weak and a strong one, and no selection of samples by the teacher's confidence.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"logits"})
+
+    def __init__(
+        self,
+        *,
+        temperatures: Sequence[float] = (2.0, 3.0, 4.0, 5.0, 6.0),
+        weight: float = 1.0,
+        weight_labels: float = 1.0,
+        standardize: bool = False,
+    ):
+        super().__init__(weight=weight, weight_labels=weight_labels)
+        self.temperatures, self.standardize = [_positive_temperature(T) for T in temperatures], standardize
+
+    def term(self, student: Outputs, teacher: Outputs, labels: Tensor | None) -> Tensor:
+        """See the class."""
+        z_s, z_t = _paired_logits(student, teacher, standardize=self.standardize)
+        if z_s.ndim != 2:
+            raise ConfigError(
+                f"mlkd relates the samples of a batch, but the logits {tuple(z_s.shape)} have positions.",
+                where="mlkd",
+                got=tuple(z_s.shape),
+                expected="(batch, classes)",
+                hint="Take kd or cwd for dense outputs.",
+            )
+        levels = []
+        for temperature in self.temperatures:
+            p_s, p_t = (torch.softmax(z / temperature, 1) for z in (z_s, z_t))
+            samples = (p_s @ p_s.T - p_t @ p_t.T).square().sum() / len(z_s)
+            classes = (p_s.T @ p_s - p_t.T @ p_t).square().sum() / z_s.shape[1]
+            levels.append(_softened_kl(z_s / temperature, z_t / temperature) * temperature**2 + samples + classes)
+        return torch.stack(levels).mean()
+
+
+class CWDLoss(MainLoss):
+    """Channel-wise distillation of dense logits: T^2 * (1/(B C)) * sum_bc KL(softmax(z_t / T) || softmax(z_s / T)).
+
+    The softmax runs over the positions of one class's map, so the loss says where a class is, not how likely it is. Positions
+    whose label is -100 are left out of it.
+
+    Args:
+        temperature: T.
+        weight: of the term.
+        weight_labels: of the cross-entropy.
+
+    Raises:
+        ConfigError: the logits have no positions.
+
+    Source:
+        Shu, Liu, Gao, Yan, Shen, "Channel-Wise Knowledge Distillation for Dense Prediction", ICCV 2021, arXiv:2011.13256,
+        equation 5; T 4 and weight 3 as the authors take for logits.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"logits"})
+
+    def __init__(self, *, temperature: float = 4.0, weight: float = 3.0, weight_labels: float = 1.0):
+        super().__init__(weight=weight, weight_labels=weight_labels)
+        self.temperature = _positive_temperature(temperature)
+
+    def term(self, student: Outputs, teacher: Outputs, labels: Tensor | None) -> Tensor:
+        """See the class."""
+        z_s, z_t = _paired_logits(student, teacher)
+        if z_s.ndim < 3:
+            raise ConfigError(
+                f"cwd compares maps, but the logits {tuple(z_s.shape)} have no positions.",
+                where="cwd",
+                got=tuple(z_s.shape),
+                expected="(batch, classes, *positions)",
+                hint="Take kd for a classifier of whole pictures.",
+            )
+        mask = counted(labels, z_s)
+        maps = [(z / self.temperature).flatten(2) for z in (z_s, z_t)]
+        if mask is not None:
+            maps = [z.masked_fill(~mask.flatten(1).unsqueeze(1), torch.finfo(z.dtype).min) for z in maps]
+        log_s, log_t = (z.log_softmax(2) for z in maps)
+        divergence = F.kl_div(log_s, log_t, reduction="sum", log_target=True)
+        return divergence * self.temperature**2 / (z_s.shape[0] * z_s.shape[1])
 
 
 def _positive_temperature(temperature: float) -> float:
@@ -155,7 +274,7 @@ def _positive_temperature(temperature: float) -> float:
     return temperature
 
 
-def _paired_logits(student: Outputs, teacher: Outputs) -> tuple[Tensor, Tensor]:
+def _paired_logits(student: Outputs, teacher: Outputs, *, standardize: bool = False) -> tuple[Tensor, Tensor]:
     z_s, z_t = required(student.logits, "student logits"), required(teacher.logits, "teacher logits")
     if z_s.shape != z_t.shape:
         raise ConfigError(
@@ -165,11 +284,36 @@ def _paired_logits(student: Outputs, teacher: Outputs) -> tuple[Tensor, Tensor]:
             expected=tuple(z_t.shape),
             hint="Both must have the same classes; losses on features or embeddings (pkt, at, rkd) do not need that.",
         )
-    return z_s, z_t
+    return (standardized(z_s), standardized(z_t)) if standardize else (z_s, z_t)
 
 
-def _softened_kl(z_s: Tensor, z_t: Tensor) -> Tensor:
-    return F.kl_div(z_s.log_softmax(1), z_t.log_softmax(1), reduction="batchmean", log_target=True)
+def _softened_kl(z_s: Tensor, z_t: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The mean over positions of KL(softmax(z_t) || softmax(z_s)) over the classes."""
+    divergence = F.kl_div(z_s.log_softmax(1), z_t.log_softmax(1), reduction="none", log_target=True)
+    return mean_over(divergence, mask, z_s.numel() // z_s.shape[1])
+
+
+def _decoupled_by_class(z_s: Tensor, z_t: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The summands of TCKD (N, 2) and NCKD (N, C - 1), of rows of logits and one class number a row."""
+    labels = labels.clamp(min=0)  # rows that do not count have a label that is no class
+    (binary_s, others_s), (binary_t, others_t) = (_decoupled(z, labels) for z in (z_s, z_t))
+    pairs = ((binary_s, binary_t), (others_s.log_softmax(1), others_t.log_softmax(1)))
+    target, others = (F.kl_div(s, t, reduction="none", log_target=True) for s, t in pairs)
+    return target, others
+
+
+def _decoupled_by_probability(z_s: Tensor, z_t: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Likewise (N, C) each, the expectation over a label that is a distribution over classes.
+
+    For class c the others' KL is (K - k_c) / (1 - q_c) - log(1 - q_c) + log(1 - p_c), with k_c the summand of class c in K, the
+    whole KL of q from p. In float64, because 1 - p_c is small where a network is sure.
+    """
+    log_p, log_q = (z.double().log_softmax(1) for z in (z_s, z_t))
+    rest_p, rest_q = (torch.log(-torch.expm1(value.clamp(max=-1e-12))) for value in (log_p, log_q))
+    summand = log_q.exp() * (log_q - log_p)
+    target = summand + rest_q.exp() * (rest_q - rest_p)
+    others = (summand.sum(1, keepdim=True) - summand) / rest_q.exp() - rest_q + rest_p
+    return (labels * target).to(z_s.dtype), (labels * others).to(z_s.dtype)
 
 
 def _decoupled(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -180,7 +324,11 @@ def _decoupled(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return parts - z.logsumexp(1, keepdim=True), others
 
 
-def _pearson(a: Tensor, b: Tensor, eps: float = 1e-8) -> Tensor:
-    a, b = (x - x.mean(1, keepdim=True) for x in (a, b))
+def _pearson(a: Tensor, b: Tensor, weights: Tensor | None = None, eps: float = 1e-8) -> Tensor:
+    """Pearson's correlation of each row of `a` with that of `b`; entries count by `weights`, 0 or 1, if given."""
+    if weights is None:
+        a, b = (x - x.mean(1, keepdim=True) for x in (a, b))
+    else:
+        a, b = ((x - (x * weights).sum(1, keepdim=True) / weights.sum().clamp(min=1)) * weights for x in (a, b))
     lengths: Tensor = torch.linalg.vector_norm(a, dim=1) * torch.linalg.vector_norm(b, dim=1)
     return (a * b).sum(1) / (lengths + eps)

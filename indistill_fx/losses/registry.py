@@ -14,8 +14,9 @@ from indistill_fx.losses.base import MainLoss as MainLoss
 from indistill_fx.losses.base import Outputs as Outputs
 from indistill_fx.losses.contrastive import CRDLoss
 from indistill_fx.losses.features import ATLoss, FitNetLoss, VIDLoss
-from indistill_fx.losses.logits import DISTLoss, DKDLoss, KDLoss, LabelsLoss
+from indistill_fx.losses.logits import CWDLoss, DISTLoss, DKDLoss, KDLoss, LabelsLoss, MLKDLoss
 from indistill_fx.losses.relations import PKTKLLoss, PKTLoss, RKDLoss, SPLoss
+from indistill_fx.losses.review import ReviewKDLoss
 from indistill_fx.losses.warmup import ATWarmup, CosineWarmup, MSEWarmup, PKTWarmup, WarmupLoss
 from indistill_fx.system.user_code import load_object
 
@@ -31,6 +32,8 @@ MAIN_LOSSES: dict[str, type[MainLoss]] = {
     "kd": KDLoss,
     "dkd": DKDLoss,
     "dist": DISTLoss,
+    "mlkd": MLKDLoss,
+    "cwd": CWDLoss,
     "pkt": PKTLoss,
     "pkt_kl": PKTKLLoss,
     "at": ATLoss,
@@ -39,6 +42,7 @@ MAIN_LOSSES: dict[str, type[MainLoss]] = {
     "crd": CRDLoss,
     "fitnet": FitNetLoss,
     "vid": VIDLoss,
+    "reviewkd": ReviewKDLoss,
 }
 
 _EVERYTHING = frozenset({"logits", "embedding", "features"})

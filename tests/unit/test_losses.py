@@ -33,6 +33,17 @@ TEACHER = outputs(1, widths=(5, 6), sizes=(6, 4), embedding=9)
 LABELS = torch.tensor([0, 1, 4, 2, 0, 3])
 
 
+def material(name, dtype=torch.float64):
+    """Outputs of student and teacher and labels that the loss can read; for cwd they have positions."""
+    student, teacher = outputs(0, dtype=dtype), outputs(1, widths=(5, 6), sizes=(6, 4), embedding=9, dtype=dtype)
+    if name != "cwd":
+        return student, teacher, LABELS
+    g = torch.Generator().manual_seed(5)
+    dense = [torch.randn(B, C, 3, 2, generator=g, dtype=torch.float64).to(dtype) for _ in range(2)]
+    labels = torch.randint(C, (B, 3, 2), generator=g)
+    return student._replace(logits=dense[0]), teacher._replace(logits=dense[1]), labels
+
+
 def shapes(values):
     return {EMBEDDING: tuple(values.embedding.shape)} | {n: tuple(f.shape) for n, f in values.features.items()}
 
@@ -79,6 +90,16 @@ def numpy_dist(s, t, labels):
     p, q = (np.array([softmax(z) for z in x.logits.numpy()]) for x in (s, t))
     inter = 1 - np.mean([pearson(p[i], q[i]) for i in range(B)])
     return inter + 1 - np.mean([pearson(p[:, c], q[:, c]) for c in range(C)])
+
+
+def numpy_mlkd(s, t, labels):
+    total = 0.0
+    for temperature in (2.0, 3.0, 4.0, 5.0, 6.0):
+        p, q = (np.array([softmax(z / temperature) for z in x.logits.numpy()]) for x in (s, t))
+        total += temperature**2 * (q * np.log(q / p)).sum() / B
+        total += sum((p[i] @ p[j] - q[i] @ q[j]) ** 2 for i in range(B) for j in range(B)) / B
+        total += sum((p[:, i] @ p[:, j] - q[:, i] @ q[:, j]) ** 2 for i in range(C) for j in range(C)) / C
+    return total / 5
 
 
 def distributions(f, kernel):
@@ -156,17 +177,19 @@ REFERENCES = {
     "kd": (numpy_kd, 0.9, 0.1),
     "dkd": (numpy_dkd, 1.0, 1.0),
     "dist": (numpy_dist, 2.0, 1.0),
+    "mlkd": (numpy_mlkd, 1.0, 1.0),
     "pkt": (numpy_pkt, 1.0, 0.0),
     "pkt_kl": (numpy_pkt_kl, 30000.0, 1.0),
     "at": (numpy_at, 1000.0, 1.0),
     "sp": (numpy_sp, 3000.0, 1.0),
     "rkd": (numpy_rkd, 1.0, 1.0),
 }
-LEARNED = {"fitnet", "vid", "crd"}
+LEARNED = {"fitnet", "vid", "crd", "reviewkd"}
+DENSE = {"cwd"}  # in test_dense_losses.py
 
 
 def test_every_loss_is_covered():
-    assert set(REFERENCES) | LEARNED | {"labels"} == set(MAIN_LOSSES)
+    assert set(REFERENCES) | LEARNED | DENSE | {"labels"} == set(MAIN_LOSSES)
 
 
 @pytest.mark.parametrize("name", REFERENCES)
@@ -375,16 +398,17 @@ def test_attention_refuses_vectors():
 @pytest.mark.parametrize("name", sorted(MAIN_LOSSES))
 def test_only_what_is_needed_is_read(name):
     """What `needs` leaves out may be absent on the teacher's side, and what it names may not."""
+    student, teacher, labels = material(name)
     loss = build(name, **({} if name == "labels" else {"weight_labels": 1.0}))
     given = {
-        "logits": TEACHER.logits if "logits" in loss.needs else None,
-        "embedding": TEACHER.embedding if "embedding" in loss.needs else None,
-        "features": TEACHER.features if "features" in loss.needs else {},
+        "logits": teacher.logits if "logits" in loss.needs else None,
+        "embedding": teacher.embedding if "embedding" in loss.needs else None,
+        "features": teacher.features if "features" in loss.needs else {},
     }
-    assert loss(STUDENT, Outputs(**given), LABELS).isfinite()
+    assert loss(student, Outputs(**given), labels).isfinite()
     for absent in loss.needs:
         with pytest.raises((ConfigError, KeyError)):
-            loss(STUDENT, Outputs(**(given | {absent: {} if absent == "features" else None})), LABELS)
+            loss(student, Outputs(**(given | {absent: {} if absent == "features" else None})), labels)
 
 
 @pytest.mark.parametrize("name", sorted(MAIN_LOSSES))
@@ -400,9 +424,10 @@ def test_gradients_reach_the_student_only(name):
     def tensors(values):
         return [values.logits, values.embedding, *values.features.values()]
 
-    student, teacher = leaves(STUDENT), leaves(TEACHER)
+    *sides, labels = material(name)
+    student, teacher = (leaves(side) for side in sides)
     loss = build(name)
-    loss(student, teacher, LABELS).backward()
+    loss(student, teacher, labels).backward()
     assert any(x.grad is not None and x.grad.abs().sum() > 0 for x in tensors(student))
     assert all(x.grad is None or x.grad.isfinite().all() for x in tensors(student))
     assert all(x.grad is None for x in tensors(teacher))
@@ -411,26 +436,27 @@ def test_gradients_reach_the_student_only(name):
 
 @pytest.mark.parametrize("name", sorted(MAIN_LOSSES))
 def test_compiles_whole_and_agrees(name):
+    given = material(name)
     plain, compiled = build(name), build(name)
     torch._dynamo.reset()
     fast = torch.compile(compiled, fullgraph=True, backend="eager")
     for seed in (0, 1):
         torch.manual_seed(seed)
-        expected = plain(STUDENT, TEACHER, LABELS)
+        expected = plain(*given)
         torch.manual_seed(seed)
-        torch.testing.assert_close(fast(STUDENT, TEACHER, LABELS), expected, rtol=1e-10, atol=0)
+        torch.testing.assert_close(fast(*given), expected, rtol=1e-10, atol=0)
 
 
 @pytest.mark.parametrize("name", sorted(MAIN_LOSSES))
 def test_autocast_changes_nothing(name):
     """Under autocast a bfloat16 matrix product would lose PKT's small differences."""
-    student, teacher = outputs(0, dtype=torch.float32), outputs(1, widths=(5, 6), embedding=9, dtype=torch.float32)
+    student, teacher, labels = material(name, torch.float32)
     values = []
     for enabled in (False, True):
         loss = build(name).float()
         torch.manual_seed(0)
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            values.append(loss(student, teacher, LABELS))
+            values.append(loss(student, teacher, labels))
     assert torch.equal(*values)
     halves = Outputs(
         student.logits.bfloat16(),
@@ -438,7 +464,7 @@ def test_autocast_changes_nothing(name):
         {k: v.half() for k, v in student.features.items()},
         student.indices,
     )
-    assert build(name).float()(halves, teacher, LABELS).dtype == torch.float32
+    assert build(name).float()(halves, teacher, labels).dtype == torch.float32
 
 
 @pytest.mark.parametrize("name", ["pkt", "rkd"])

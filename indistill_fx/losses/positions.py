@@ -1,0 +1,71 @@
+"""Logits at many positions: pixels, tokens. Which positions count, and means over those alone.
+
+Logits are (batch, classes, *positions); labels are class numbers (batch, *positions), or probabilities of the logits' own shape.
+A classifier of whole pictures has one position. Labels of `IGNORED` are left out of every mean.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from indistill_fx.errors import ConfigError
+
+IGNORED = -100
+"""The label of a position that does not count, as in `torch.nn.functional.cross_entropy`."""
+
+
+def are_classes(labels: Tensor, logits: Tensor) -> bool:
+    """Whether the labels are class numbers; else they are probabilities.
+
+    Raises:
+        ConfigError: they fit neither form.
+    """
+    if not labels.is_floating_point() and labels.shape == logits.shape[:1] + logits.shape[2:]:
+        return True
+    if labels.is_floating_point() and labels.shape == logits.shape:
+        return False
+    raise ConfigError(
+        f"Labels of shape {tuple(labels.shape)} ({str(labels.dtype).removeprefix('torch.')}) do not fit logits of shape "
+        f"{tuple(logits.shape)}.",
+        where="labels",
+        got=tuple(labels.shape),
+        expected="class numbers (batch, *positions), or probabilities (batch, classes, *positions)",
+    )
+
+
+def counted(labels: Tensor | None, logits: Tensor) -> Tensor | None:
+    """Which positions count: (batch, *positions), True where the label is not `IGNORED`; None if all do."""
+    if labels is None or not are_classes(labels, logits):
+        return None
+    return labels != IGNORED
+
+
+def mean_over(values: Tensor, mask: Tensor | None, positions: int) -> Tensor:
+    """The mean over positions of values that are summed over everything else.
+
+    Args:
+        values: (batch, anything, *positions).
+        mask: (batch, *positions), as `counted` gives it.
+        positions: how many positions `values` has, over the whole batch.
+
+    Returns:
+        A scalar; 0 if no position counts.
+    """
+    if mask is None:
+        return values.sum() / positions
+    return (values * mask.unsqueeze(1)).sum() / mask.sum().clamp(min=1)
+
+
+def as_rows(values: Tensor) -> Tensor:
+    """(batch, classes, *positions) as (batch x positions, classes)."""
+    return values if values.ndim == 2 else values.movedim(1, -1).flatten(0, -2)
+
+
+def standardized(logits: Tensor) -> Tensor:
+    """Logits with mean 0 and standard deviation 1 over the classes of every position; 1e-7 is added to the latter.
+
+    Source:
+        Sun, Ren, Li, Wang, Cao, "Logit Standardization in Knowledge Distillation", CVPR 2024, arXiv:2403.01424, equation 8.
+    """
+    return (logits - logits.mean(1, keepdim=True)) / (1e-7 + torch.std(logits, dim=1, keepdim=True))
