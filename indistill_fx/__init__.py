@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from indistill_fx.errors import VerifyError as VerifyError
     from indistill_fx.evaluation.accuracy import evaluate as evaluate
     from indistill_fx.loading.load import load as load
+    from indistill_fx.losses.task import Task as Task
     from indistill_fx.passes.align import align as align
     from indistill_fx.passes.capture.trace import trace as trace
     from indistill_fx.passes.contract import PassResult as PassResult
@@ -56,6 +57,7 @@ _HOMES: dict[str, str] = {
     "PassResult": "passes.contract",
     "PruneError": "errors",
     "Stage": "stages.stage",
+    "Task": "losses.task",
     "TracedModel": "traced",
     "TrainError": "errors",
     "VerifyError": "errors",

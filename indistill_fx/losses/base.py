@@ -1,14 +1,14 @@
-"""What every distillation loss is made of: the values it reads, and the frame that adds cross-entropy."""
+"""What every distillation loss is made of: the values it reads, and the frame that adds the supervised loss."""
 
 from __future__ import annotations
 
 from typing import ClassVar, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from indistill_fx.errors import ConfigError
+from indistill_fx.losses.task import Classification, Task
 
 EMBEDDING = "<embedding>"
 """Key of the penultimate vector's shape in `student_shapes` and `teacher_shapes`; no tap can have this name."""
@@ -18,7 +18,7 @@ class Outputs(NamedTuple):
     """What one network delivers for one batch; the main losses compare two of these.
 
     Attributes:
-        logits: (batch, classes); None where nobody asked for them.
+        logits: what the model gives, (batch, classes) for a classifier; None where nobody asked for them.
         embedding: the penultimate vector (batch, ...); None where nobody asked for it.
         features: pair name -> feature, shallow to deep; the same keys for teacher and student.
         indices: (batch,) each sample's place in the training set, for losses with `needs_indices`.
@@ -31,7 +31,7 @@ class Outputs(NamedTuple):
 
 
 class MainLoss(nn.Module):
-    """`weight_labels` * cross-entropy + `weight` * the method's own term, in full precision even under autocast.
+    """`weight_labels` * the task's supervised loss + `weight` * the method's own term, in full precision even under autocast.
 
     A method gives `term` and says in class attributes what it reads, so that only those taps are compiled in. The
     student must deliver what `needs` names, and its logits wherever `weight_labels` is not 0. Gradients never reach the
@@ -41,11 +41,13 @@ class MainLoss(nn.Module):
         needs: which of the teacher's `logits`, `embedding`, `features` are read.
         needs_indices: whether batches must carry sample indices.
         needs_shapes: whether the constructor takes `student_shapes` and `teacher_shapes` (there are weights to train).
+        by_class: whether the term takes a softmax over the outputs, so that the task's must be classes.
+        task: what the labels mean; set by `main_loss`.
         unit: how large the loss typically is, in which the weight of what a `Curriculum` adds to it counts.
 
     Args:
         weight: of the method's term.
-        weight_labels: of the cross-entropy with the labels.
+        weight_labels: of the supervised loss (cross-entropy, for classes).
 
     Raises:
         ConfigError: a weight is negative, or both are 0.
@@ -54,6 +56,8 @@ class MainLoss(nn.Module):
     needs: ClassVar[frozenset[str]] = frozenset()
     needs_indices: ClassVar[bool] = False
     needs_shapes: ClassVar[bool] = False
+    by_class: ClassVar[bool] = False
+    task: Task = Classification()
     unit: ClassVar[float] = 1.0
 
     def __init__(self, *, weight: float, weight_labels: float):
@@ -68,7 +72,7 @@ class MainLoss(nn.Module):
         self.weight, self.weight_labels = weight, weight_labels
 
     def term(self, student: Outputs, teacher: Outputs, labels: Tensor | None) -> Tensor:
-        """The method's own term, unweighted."""
+        """The method's own term, unweighted; logits and labels are as the task prepares them."""
         raise NotImplementedError
 
     def forward(self, student: Outputs, teacher: Outputs, labels: Tensor | None = None) -> Tensor:
@@ -78,13 +82,21 @@ class MainLoss(nn.Module):
         )
         with torch.autocast(anchor.device.type, enabled=False):
             student, teacher = _widened(student), _detached(_widened(teacher))
+            teacher, _ = self._prepared(teacher, None)
+            student, labels = self._prepared(student, labels)
             parts = []
             if self.weight:
                 parts.append(self.weight * self.term(student, teacher, labels))
             if self.weight_labels:
-                loss = F.cross_entropy(required(student.logits, "student logits"), required(labels, "labels"))
+                loss = self.task.loss(required(student.logits, "student logits"), required(labels, "labels"))
                 parts.append(self.weight_labels * loss)
             return parts[0] if len(parts) == 1 else parts[0] + parts[1]
+
+    def _prepared(self, values: Outputs, labels: Tensor | None) -> tuple[Outputs, Tensor | None]:
+        if values.logits is None:
+            return values, labels
+        logits, labels = self.task.prepare(values.logits, labels)
+        return values._replace(logits=logits), labels
 
 
 def required(value: Tensor | None, what: str) -> Tensor:

@@ -26,7 +26,7 @@ class LabelsLoss(MainLoss):
 
 
 class KDLoss(MainLoss):
-    """Soft targets: T^2 * (1/N) * sum_i KL(softmax(z_t / T) || softmax(z_s / T)).
+    """Soft targets: T^2 * (1/N) * sum_i KL(softmax(z_t / T) || softmax(z_s / T)), for classes; else the task's own divergence.
 
     Symbols: z_s, z_t logits of student and teacher; N samples, or samples times positions (pixels, tokens); T temperature.
     Positions whose label is -100 do not count, as in the cross-entropy.
@@ -54,8 +54,7 @@ class KDLoss(MainLoss):
     def term(self, student: Outputs, teacher: Outputs, labels: Tensor | None) -> Tensor:
         """See the class."""
         z_s, z_t = _paired_logits(student, teacher, standardize=self.standardize)
-        mask = counted(labels, z_s)
-        return _softened_kl(z_s / self.temperature, z_t / self.temperature, mask) * self.temperature**2
+        return self.task.divergence(z_s, z_t, labels, self.temperature)
 
 
 class DKDLoss(MainLoss):
@@ -83,6 +82,7 @@ class DKDLoss(MainLoss):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"logits"})
+    by_class: ClassVar[bool] = True
     step: Tensor
 
     def __init__(
@@ -140,6 +140,7 @@ class DISTLoss(MainLoss):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"logits"})
+    by_class: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -186,6 +187,7 @@ class MLKDLoss(MainLoss):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"logits"})
+    by_class: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -214,7 +216,7 @@ class MLKDLoss(MainLoss):
             p_s, p_t = (torch.softmax(z / temperature, 1) for z in (z_s, z_t))
             samples = (p_s @ p_s.T - p_t @ p_t.T).square().sum() / len(z_s)
             classes = (p_s.T @ p_s - p_t.T @ p_t).square().sum() / z_s.shape[1]
-            levels.append(_softened_kl(z_s / temperature, z_t / temperature) * temperature**2 + samples + classes)
+            levels.append(self.task.divergence(z_s, z_t, labels, temperature) + samples + classes)
         return torch.stack(levels).mean()
 
 
@@ -238,6 +240,7 @@ class CWDLoss(MainLoss):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"logits"})
+    by_class: ClassVar[bool] = True
 
     def __init__(self, *, temperature: float = 4.0, weight: float = 3.0, weight_labels: float = 1.0):
         super().__init__(weight=weight, weight_labels=weight_labels)
@@ -285,12 +288,6 @@ def _paired_logits(student: Outputs, teacher: Outputs, *, standardize: bool = Fa
             hint="Both must have the same classes; losses on features or embeddings (pkt, at, rkd) do not need that.",
         )
     return (standardized(z_s), standardized(z_t)) if standardize else (z_s, z_t)
-
-
-def _softened_kl(z_s: Tensor, z_t: Tensor, mask: Tensor | None = None) -> Tensor:
-    """The mean over positions of KL(softmax(z_t) || softmax(z_s)) over the classes."""
-    divergence = F.kl_div(z_s.log_softmax(1), z_t.log_softmax(1), reduction="none", log_target=True)
-    return mean_over(divergence, mask, z_s.numel() // z_s.shape[1])
 
 
 def _decoupled_by_class(z_s: Tensor, z_t: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

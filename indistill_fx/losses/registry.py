@@ -17,6 +17,7 @@ from indistill_fx.losses.features import ATLoss, FitNetLoss, VIDLoss
 from indistill_fx.losses.logits import CWDLoss, DISTLoss, DKDLoss, KDLoss, LabelsLoss, MLKDLoss
 from indistill_fx.losses.relations import PKTKLLoss, PKTLoss, RKDLoss, SPLoss
 from indistill_fx.losses.review import ReviewKDLoss
+from indistill_fx.losses.task import Task
 from indistill_fx.losses.warmup import ATWarmup, CosineWarmup, MSEWarmup, PKTWarmup, WarmupLoss
 from indistill_fx.system.user_code import load_object
 
@@ -93,6 +94,7 @@ def main_loss(
     *,
     student_shapes: Mapping[str, tuple[int, ...]] | None = None,
     teacher_shapes: Mapping[str, tuple[int, ...]] | None = None,
+    task: Task | None = None,
     **options: Any,
 ) -> nn.Module:
     """The main loss of that name, of `file.py:name`, or the one given.
@@ -102,6 +104,7 @@ def main_loss(
         student_shapes: pair name -> shape with the batch axis, and `EMBEDDING` -> the penultimate vector's; read by
             losses with weights of their own (fitnet, vid, crd).
         teacher_shapes: likewise.
+        task: what the labels mean; classification if None. A loss of the user's own reads labels as they come.
         options: the loss's own keyword arguments.
 
     Returns:
@@ -109,14 +112,38 @@ def main_loss(
         own parameters, if any, train with the student.
 
     Raises:
-        ConfigError: an unknown name or option; the message lists the legal ones.
+        ConfigError: an unknown name or option (the message lists the legal ones), or a loss that does not fit the task.
     """
     if not isinstance(loss, str) or loss not in MAIN_LOSSES:
         return _users(loss, MAIN_LOSSES, "main loss", options, attribute="needs")
     kind = MAIN_LOSSES[loss]
     if kind.needs_shapes:
         options = {"student_shapes": student_shapes or {}, "teacher_shapes": teacher_shapes or {}, **options}
-    return _built(kind, loss, options)
+    if task is not None:
+        _require_fit(kind, loss, task)
+        if not task.labelled:
+            options = {"weight_labels": 0.0, **options}
+    built: MainLoss = _built(kind, loss, options)  # type: ignore[assignment]
+    built.task = task or built.task
+    return built
+
+
+def _require_fit(kind: type[MainLoss], name: str, task: Task) -> None:
+    if kind.by_class and not task.by_class:
+        raise ConfigError(
+            f"Loss {name!r} compares classes that exclude each other, and the outputs of task {task.name!r} are none.",
+            where="main",
+            got=name,
+            expected=[key for key, other in MAIN_LOSSES.items() if not other.by_class],
+            hint="Take kd, which compares outputs as the task does, or a loss on features (at, pkt, fitnet).",
+        )
+    if kind is LabelsLoss and not task.labelled:
+        raise ConfigError(
+            f"Loss 'labels' needs labels, and task {task.name!r} has none.",
+            where="main",
+            got=name,
+            hint="Take a loss on features or penultimate vectors, such as pkt.",
+        )
 
 
 def _built(kind: Callable[..., nn.Module], name: str, options: Mapping[str, Any]) -> nn.Module:

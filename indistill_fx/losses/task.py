@@ -1,0 +1,374 @@
+"""A task: what labels mean. Their form, the supervised loss, how logits are compared, and the metrics.
+
+`prepare` brings logits and labels to the one form that every loss knows: (batch, outputs, *positions), and labels that go with it.
+Whatever reads logits (the losses, validation, export) asks the task, and nothing else in the project knows what a label is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from indistill_fx.errors import ConfigError, nearest
+from indistill_fx.losses.positions import IGNORED, are_classes, counted, mean_over
+from indistill_fx.system.user_code import load_object
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
+
+
+@dataclass(frozen=True)
+class Task:
+    """What labels mean. Derive from it for a task of your own, and name it `file.py:task`.
+
+    Attributes:
+        name: of the task.
+        by_class: whether the outputs at one position are classes that exclude each other; losses that take a softmax over them
+            need that.
+        labelled: whether there are labels at all.
+    """
+
+    name: ClassVar[str]
+    by_class: ClassVar[bool] = False
+    labelled: ClassVar[bool] = True
+
+    def prepare(self, logits: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Logits as (batch, outputs, *positions), and the labels that go with them."""
+        return logits, labels
+
+    def check(self, logits: Tensor, labels: Tensor) -> None:
+        """Refuse labels that do not fit, both as `prepare` gives them. Reads values, so it is for the first batch and validation.
+
+        Raises:
+            ConfigError: form or values are none of this task.
+        """
+        raise NotImplementedError
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The supervised loss, a scalar: a mean over samples and positions, of prepared logits and labels."""
+        raise NotImplementedError
+
+    def divergence(self, student: Tensor, teacher: Tensor, labels: Tensor | None, temperature: float) -> Tensor:
+        """How far the student's prepared logits are from the teacher's, a scalar; what `kd` minimises."""
+        raise NotImplementedError
+
+    def metrics(self, outputs: int) -> dict[str, Metric]:
+        """Fresh metrics by name for models of so many outputs; the first decides what is best."""
+        raise NotImplementedError
+
+    def measure(self, metric: Metric, logits: Tensor, labels: Tensor) -> None:
+        """Update one of `metrics` with prepared logits and labels."""
+        metric.update(logits, labels)
+
+
+@dataclass(frozen=True)
+class Classification(Task):
+    """One class a sample: logits (batch, classes), labels (batch,), or probabilities (batch, classes).
+
+    Source of the divergence: Hinton, Vinyals, Dean, arXiv:1503.02531: T^2 times the mean KL of softmax(z_t / T) from softmax(z_s / T).
+    """
+
+    name: ClassVar[str] = "classification"
+    by_class: ClassVar[bool] = True
+
+    def check(self, logits: Tensor, labels: Tensor) -> None:
+        """See `Task`."""
+        if logits.ndim < 2 or not are_classes(labels, logits):
+            return
+        known = labels[labels != IGNORED]
+        if known.numel() and not 0 <= int(known.min()) <= int(known.max()) < logits.shape[1]:
+            wrong = int(known.min()) if int(known.min()) < 0 else int(known.max())
+            raise ConfigError(
+                f"A label is {wrong}, but the model has {logits.shape[1]} classes, 0 to {logits.shape[1] - 1}.",
+                where="labels",
+                got=wrong,
+                expected=f"0 to {logits.shape[1] - 1}, or {IGNORED} for what does not count",
+                hint=f"Give the model as many classes as the data have, or replace a void label by {IGNORED}.",
+            )
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy; `IGNORED` does not count, and where nothing counts it is 0."""
+        if counted(labels, logits) is None:
+            return F.cross_entropy(logits, labels)
+        mask = labels != IGNORED
+        return F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORED) / mask.sum().clamp(min=1)
+
+    def divergence(self, student: Tensor, teacher: Tensor, labels: Tensor | None, temperature: float) -> Tensor:
+        """See the class."""
+        log_s, log_t = ((z / temperature).log_softmax(1) for z in (student, teacher))
+        values = F.kl_div(log_s, log_t, reduction="none", log_target=True)
+        return mean_over(values, counted(labels, student), student.numel() // student.shape[1]) * temperature**2
+
+    def metrics(self, outputs: int) -> dict[str, Metric]:
+        """Accuracy."""
+        from torchmetrics.classification import MulticlassAccuracy
+
+        return {"accuracy": MulticlassAccuracy(outputs, average="micro", ignore_index=IGNORED)}
+
+    def measure(self, metric: Metric, logits: Tensor, labels: Tensor) -> None:
+        """Probabilities count as their largest class."""
+        metric.update(logits, labels if are_classes(labels, logits) else labels.argmax(1))
+
+
+@dataclass(frozen=True)
+class Segmentation(Classification):
+    """One class a pixel: logits (batch, classes, height, width), labels (batch, height, width); 255, the usual void label, is ignored."""
+
+    name: ClassVar[str] = "segmentation"
+    void: int = 255
+
+    def prepare(self, logits: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The void label becomes `IGNORED`; labels (batch, 1, height, width) lose their axis of one."""
+        if labels is None or labels.is_floating_point():
+            return logits, labels
+        if labels.ndim == logits.ndim and labels.shape[1] == 1:
+            labels = labels[:, 0]
+        return logits, labels.long().masked_fill(labels == self.void, IGNORED)
+
+    def metrics(self, outputs: int) -> dict[str, Metric]:
+        """Mean intersection over union, and accuracy over pixels."""
+        from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
+
+        return {
+            "mean_iou": MulticlassJaccardIndex(outputs, ignore_index=IGNORED),
+            "pixel_accuracy": MulticlassAccuracy(outputs, average="micro", ignore_index=IGNORED),
+        }
+
+
+@dataclass(frozen=True)
+class Language(Classification):
+    """The next token: logits (batch, length, vocabulary), labels (batch, length); -100 is ignored.
+
+    Attributes:
+        shift: position i is compared with label i + 1, where labels are the input's own tokens (as Hugging Face's causal models take
+            them); False where labels already stand at the position that predicts them (masked tokens, tags).
+    """
+
+    name: ClassVar[str] = "language"
+    shift: bool = True
+
+    def prepare(self, logits: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """(batch, vocabulary, length)."""
+        if self.shift:
+            logits = logits[:, :-1]
+            labels = labels[:, 1:] if labels is not None else None
+        return logits.movedim(-1, 1), labels
+
+    def metrics(self, outputs: int) -> dict[str, Metric]:
+        """Perplexity."""
+        from torchmetrics.text import Perplexity
+
+        return {"perplexity": Perplexity(ignore_index=IGNORED)}
+
+    def measure(self, metric: Metric, logits: Tensor, labels: Tensor) -> None:
+        """Perplexity reads (batch, length, vocabulary)."""
+        metric.update(logits.movedim(1, -1), labels)
+
+
+@dataclass(frozen=True)
+class MultiLabel(Task):
+    """Any number of labels a sample: logits (batch, labels, *positions), labels 0 or 1 (or probabilities) of the same shape.
+
+    The divergence is T^2 times the mean over all labels of the KL of Bernoulli(sigmoid(z_t / T)) from Bernoulli(sigmoid(z_s / T)).
+    """
+
+    name: ClassVar[str] = "multilabel"
+
+    def prepare(self, logits: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Labels in the logits' dtype."""
+        return logits, labels.to(logits.dtype) if labels is not None else None
+
+    def check(self, logits: Tensor, labels: Tensor) -> None:
+        """See `Task`."""
+        _same_shape(self, logits, labels)
+        if not bool(((labels >= 0) & (labels <= 1)).all()):
+            raise ConfigError(
+                f"multilabel reads labels from 0 to 1, but these reach from {labels.min():g} to {labels.max():g}.",
+                where="labels",
+                got=(float(labels.min()), float(labels.max())),
+                expected="0 or 1 for each label",
+                hint="Class numbers are --task classification, measured values are --task regression.",
+            )
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Binary cross-entropy, the mean over samples and labels."""
+        return F.binary_cross_entropy_with_logits(logits, labels)
+
+    def divergence(self, student: Tensor, teacher: Tensor, labels: Tensor | None, temperature: float) -> Tensor:
+        """See the class."""
+        z_s, z_t = student / temperature, teacher / temperature
+        there = z_t.sigmoid() * (F.logsigmoid(z_t) - F.logsigmoid(z_s))
+        absent = (-z_t).sigmoid() * (F.logsigmoid(-z_t) - F.logsigmoid(-z_s))
+        return (there + absent).mean() * temperature**2
+
+    def metrics(self, outputs: int) -> dict[str, Metric]:
+        """Mean average precision over labels, and macro F1 at probability 1/2."""
+        from torchmetrics.classification import MultilabelAveragePrecision, MultilabelF1Score
+
+        return {"mean_average_precision": MultilabelAveragePrecision(outputs), "f1": MultilabelF1Score(outputs)}
+
+    def measure(self, metric: Metric, logits: Tensor, labels: Tensor) -> None:
+        """Probabilities, and labels as 0 and 1."""
+        metric.update(logits.sigmoid(), (labels > 0.5).long())
+
+
+@dataclass(frozen=True)
+class Regression(Task):
+    """Measured values: outputs (batch, values, *positions), labels of the same shape; (batch,) is one value a sample.
+
+    Loss and divergence are mean squared errors; a temperature has no meaning there.
+    """
+
+    name: ClassVar[str] = "regression"
+
+    def prepare(self, logits: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Labels in the outputs' dtype; one value a sample as (batch, 1)."""
+        if logits.ndim == 1:
+            logits = logits[:, None]
+        if labels is None:
+            return logits, None
+        if labels.ndim == logits.ndim - 1 and logits.shape[1] == 1:
+            labels = labels.unsqueeze(1)
+        return logits, labels.to(logits.dtype)
+
+    def check(self, logits: Tensor, labels: Tensor) -> None:
+        """See `Task`."""
+        _same_shape(self, logits, labels)
+        if not bool(labels.isfinite().all()):
+            raise ConfigError("A label is not a finite number.", where="labels", expected="finite numbers")
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Mean squared error."""
+        return F.mse_loss(logits, labels)
+
+    def divergence(self, student: Tensor, teacher: Tensor, labels: Tensor | None, temperature: float) -> Tensor:
+        """See the class."""
+        return F.mse_loss(student, teacher)
+
+    def metrics(self, outputs: int) -> dict[str, Metric]:
+        """Root of the mean squared error, and mean absolute error."""
+        from torchmetrics.regression import MeanAbsoluteError, MeanSquaredError
+
+        return {"rmse": MeanSquaredError(squared=False), "mean_absolute_error": MeanAbsoluteError()}
+
+    def measure(self, metric: Metric, logits: Tensor, labels: Tensor) -> None:
+        """Over all values alike."""
+        metric.update(logits.flatten(), labels.flatten())
+
+
+@dataclass(frozen=True)
+class Embedding(Task):
+    """Features only: no labels are read, and nothing is classified. The main loss must be one on features or penultimate vectors."""
+
+    name: ClassVar[str] = "embedding"
+    labelled: ClassVar[bool] = False
+
+    def check(self, logits: Tensor, labels: Tensor) -> None:
+        """Whatever is there is not read."""
+
+    def divergence(self, student: Tensor, teacher: Tensor, labels: Tensor | None, temperature: float) -> Tensor:
+        """Mean squared error of the models' outputs."""
+        return F.mse_loss(student, teacher)
+
+    def metrics(self, outputs: int) -> dict[str, Metric]:
+        """None: the loss on validation data is all there is."""
+        return {}
+
+
+TASKS: Mapping[str, Callable[[], Task]] = {
+    "classification": Classification,
+    "multilabel": MultiLabel,
+    "regression": Regression,
+    "segmentation": Segmentation,
+    "language": Language,
+    "embedding": Embedding,
+}
+
+
+def task_of(task: str | Task) -> Task:
+    """The task of that name, of `file.py:task`, or the one given.
+
+    Raises:
+        ConfigError: an unknown name, or something that is no `Task`; lists the known ones.
+    """
+    if isinstance(task, str) and task in TASKS:
+        return TASKS[task]()
+    if isinstance(task, str) and ":" not in task:
+        raise ConfigError(
+            f"{task!r} is no task.",
+            where="task",
+            got=task,
+            expected=sorted(TASKS),
+            hint=f"{nearest(task, TASKS)} Known: {', '.join(TASKS)}, or file.py:task for your own.",
+        )
+    found: Any = load_object(task) if isinstance(task, str) else task
+    found = found() if isinstance(found, type) else found
+    if not isinstance(found, Task):
+        raise ConfigError(
+            f"A task must be a `Task`, not a {type(found).__name__}.",
+            where="task",
+            got=type(found).__name__,
+            hint="Derive a class from indistill_fx.Task.",
+        )
+    return found
+
+
+def infer_task(logits: Tensor, labels: Tensor | None) -> Task:
+    """The task that a model's output and the labels of one batch leave no doubt about.
+
+    Rules, in order:
+      1. No labels: embedding.
+      2. Class numbers (batch,) and logits (batch, classes): classification. A column (batch, 1) of them too.
+      3. Class numbers (batch, height, width) and logits (batch, classes, height, width): segmentation.
+      4. Class numbers (batch, length) and logits (batch, length, vocabulary): language.
+      5. Floating-point labels of the logits' shape: classification if every row sums to 1, multilabel if all are 0 or 1, else regression;
+         whole numbers of 0 and 1 of that shape are multilabel too.
+      6. Floating-point labels (batch,) and one output a sample: regression.
+
+    Raises:
+        ConfigError: none of them.
+    """
+    if labels is None:
+        return Embedding()
+    classes = not labels.is_floating_point()
+    if classes and logits.ndim == 2 and labels.numel() == len(logits):
+        return Classification()
+    if classes and logits.ndim == 4 and labels.shape == logits.shape[:1] + logits.shape[2:]:
+        return Segmentation()
+    if classes and logits.ndim == 3 and labels.shape == logits.shape[:2]:
+        return Language()
+    if labels.shape == logits.shape:
+        binary = bool(((labels == 0) | (labels == 1)).all())
+        if not classes and logits.ndim == 2 and logits.shape[1] > 1:
+            sums = labels.sum(1)
+            if torch.allclose(sums, torch.ones_like(sums), atol=1e-4) and bool((labels >= 0).all()):
+                return Classification()
+        if binary:
+            return MultiLabel()
+        if not classes:
+            return Regression()
+    if not classes and labels.numel() == logits.numel() == len(logits):
+        return Regression()
+    raise ConfigError(
+        f"Labels of shape {tuple(labels.shape)} ({str(labels.dtype).removeprefix('torch.')}) and outputs of shape "
+        f"{tuple(logits.shape)} are of no task that can be told from them.",
+        where="labels",
+        got=tuple(labels.shape),
+        hint=f"Name it with task=… (--task): {', '.join(TASKS)}, or file.py:task for your own.",
+    )
+
+
+def _same_shape(task: Task, logits: Tensor, labels: Tensor) -> None:
+    if logits.shape != labels.shape:
+        raise ConfigError(
+            f"{task.name} reads labels of the outputs' shape {tuple(logits.shape)}, but these have {tuple(labels.shape)}.",
+            where="labels",
+            got=tuple(labels.shape),
+            expected=tuple(logits.shape),
+            hint="Let the loader give one value for each output, or name another task (--task).",
+        )
