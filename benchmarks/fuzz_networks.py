@@ -223,7 +223,7 @@ class Case:
         taps = [names[0] for names in self.teacher.aliases.values()]
         for tap in self.dice.sample(taps, min(3, len(taps))):
             with torch.no_grad():
-                features, rest = cut(self.teacher, [tap])(self.x)
+                features, rest = cut(self.teacher, [tap]).value(self.x)
             if rest is not None:
                 raise WrongError("a cut graph has an output")
             same(features[tap], self.values[self.teacher.node(tap).name], f"cut at {tap}")

@@ -2,13 +2,16 @@
 
     python -m benchmarks.warmup                         all pairs, a table
     python -m benchmarks.warmup --pairs paper --json warmup.json --compile
+    python -m benchmarks.warmup --lowerings             every rewrite of the target's table off, one by one; and compiled with and without
+    python -m benchmarks.warmup --before FOLDER         beside an earlier commit, checked out there
     python -m benchmarks.warmup --setup                 seconds to set all stages up, and how they grow with the graph
 
 The plain way (the hook baseline) is what hook frameworks do: both full networks run, forward hooks keep the features, the teacher's kept
 channels are selected, the mean squared error is taken. Steps of both are interleaved in one run, so that a noisy machine hits both alike;
 figures are medians, of the process's CPU time with one thread (which other processes disturb least), of the clock with more. With --check
 50 steps are trained by both from the same weights and compared loss by loss, by Adam and SGD in float32 and by Adam in float64 (at 64
-pixels where the pair takes them). `cached` is our stage with the teacher's features given, `bf16` (with --bf16) that with the teacher in
+pixels where the pair takes them). `compiled hooks` is the hook baseline by torch.compile. `cached` is our stage with the
+teacher's features given, `bf16` (with --bf16) that with the teacher in
 bfloat16. The floor is the work that must be done, forward of the teacher's half and three times the student's, at the speed of one large
 convolution on this machine. Compiling is timed without torch's cache of earlier compilations. All ways run with freed memory kept by the
 process, as `train` and `distill` do on a CPU; --default-memory measures them as glibc would have it.
@@ -27,7 +30,6 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import torch._inductor.config
@@ -37,10 +39,12 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import indistill_fx as ifx
+from benchmarks.warmup_before import Before
 from benchmarks.warmup_memory import peak_memory
 from benchmarks.warmup_ways import PAIRS, Cached, HalfTeacher, HookBaseline, adam, sgd, step, vision
-from indistill_fx.passes import pipeline
+from indistill_fx.passes.lowering.table import LOWERINGS, Lowerings
 from indistill_fx.system.allocator import freed_memory_kept
+from indistill_fx.target import Target
 
 
 def speed() -> float:
@@ -88,7 +92,15 @@ def same_training(
 
 
 def measure_pair(
-    name: str, *, steps: int, compiled: bool, bf16: bool, unfused: bool, check: int, only: list[int] | None
+    name: str,
+    *,
+    steps: int,
+    compiled: bool,
+    bf16: bool,
+    lowerings: bool,
+    before: str | None,
+    check: int,
+    only: list[int] | None,
 ) -> dict[str, Any]:
     """All stages of one pair: milliseconds a step of the baseline, of ours, and of ours compiled."""
     build, size, batch = PAIRS[name]
@@ -119,15 +131,31 @@ def measure_pair(
             "ours": stage,
             "cached": Cached(stage, x),
         }
-        if unfused:
-            with patch.object(pipeline, "fuse", lambda *_: None):
-                runners["unfused"] = own_stage(teacher, student, plan, number, x)
+        if lowerings:
+            used = dict.fromkeys((*LOWERINGS["cpu"].teacher, *LOWERINGS["cpu"].student))
+            ways = {f"without {key}": LOWERINGS["cpu"].without(key) for key in used} | {"without any": Lowerings()}
+            for key, chosen in ways.items():
+                runners[key] = own_stage(teacher, student, plan, number, x, lowerings=chosen)
         if bf16:
             runners["bf16"] = copy.copy(stage)
             runners["bf16"]._modules = dict(stage._modules) | {"teacher": HalfTeacher(stage.teacher)}
         if compiled:
-            runners["compiled"], entry["compile_seconds"] = compiled_stage(teacher, student, plan, number, x)
-        entry |= timed(runners, x, steps)
+            runners["compiled"], entry["compile_seconds"] = compiled_stage(
+                own_stage(teacher, student, plan, number, x, target=Target(compiled=True)), x
+            )
+            runners["compiled hooks"], entry["compile_hooks_seconds"] = compiled_stage(
+                HookBaseline(copy.deepcopy(teacher), copy.deepcopy(student).train(), pair), x
+            )
+            if lowerings:
+                runners["compiled with all"], _ = compiled_stage(
+                    own_stage(teacher, student, plan, number, x, lowerings=LOWERINGS["cpu"]), x
+                )
+        other = Before(before, name, number, torch.get_num_threads()) if before else None
+        if other is not None:
+            entry["loss_before"], entry["loss"] = other.loss, own_stage(teacher, student, plan, number, x)(x).item()
+        entry |= timed(runners, x, steps, other)
+        if other is not None:
+            other.close()
         del runners, stage
         if check:
             entry |= compared(name, teacher, student, plan, number, check)
@@ -136,33 +164,35 @@ def measure_pair(
     return row
 
 
-def own_stage(teacher: nn.Module, student: nn.Module, plan: ifx.AlignmentPlan, number: int, x: Tensor) -> ifx.Stage:
+def own_stage(
+    teacher: nn.Module, student: nn.Module, plan: ifx.AlignmentPlan, number: int, x: Tensor, **options: Any
+) -> ifx.Stage:
     """One stage over a copy of the student."""
     mine = copy.deepcopy(student).train()
-    return ifx.compile_stages(teacher, mine, plan, main=None, example_inputs=x[:2])[number].train()
+    return ifx.compile_stages(teacher, mine, plan, main=None, example_inputs=x[:2], **options)[number].train()
 
 
-def compiled_stage(
-    teacher: nn.Module, student: nn.Module, plan: ifx.AlignmentPlan, number: int, x: Tensor
-) -> tuple[nn.Module, float]:
+def compiled_stage(stage: nn.Module, x: Tensor) -> tuple[nn.Module, float]:
     """The same by torch.compile, which has seen nothing of the kind before; and the seconds of its first step."""
     torch._dynamo.reset()
     torch._inductor.config.force_disable_caches = True
-    stage = own_stage(teacher, student, plan, number, x)
-    runner = torch.compile(stage, fullgraph=True)
-    optimizer = adam(stage.student)
+    # The hook baseline breaks into graphs at its hooks, as hook frameworks do.
+    runner = torch.compile(stage, fullgraph=isinstance(stage, ifx.Stage))
+    optimizer = adam(stage)
     start = time.perf_counter()
     step(runner, optimizer, x)
     return runner, time.perf_counter() - start
 
 
-def timed(runners: dict[str, nn.Module], x: Tensor, steps: int) -> dict[str, float]:
+def timed(runners: dict[str, nn.Module], x: Tensor, steps: int, before: Before | None) -> dict[str, float]:
     """Milliseconds of a step, each way in its turn; the first two steps are not counted."""
     optimizers = {key: adam(runner) for key, runner in runners.items()}
     times: dict[str, list[float]] = {key: [] for key in runners}
+    if before is not None:
+        times["before"] = []
     for k in range(steps + 2):
-        for key, runner in runners.items():
-            seconds = step(runner, optimizers[key], x)
+        for key in times:
+            seconds = before.step() if key == "before" and before else step(runners[key], optimizers[key], x)
             if k >= 2:
                 times[key].append(seconds)
     return {f"{key}_ms": 1e3 * statistics.median(values) for key, values in times.items()}
@@ -188,7 +218,9 @@ def compared(
 def weigh(row: dict[str, Any]) -> None:
     """Speed-ups over the curriculum: 3, 4, 5, … epochs of the stages."""
     stages = row["stages"]
-    for key in ("ours", "compiled", "cached", "unfused", "bf16"):
+    for key in [
+        key.removesuffix("_ms") for key in stages[0] if key.endswith("_ms") and key not in ("hooks_ms", "floor_ms")
+    ]:
         if all(f"{key}_ms" in stage for stage in stages):
             total = [sum((2 + s["number"]) * s[f"{kind}_ms"] for s in stages) for kind in ("hooks", key)]
             row[f"speedup_{key}"] = total[0] / total[1]
@@ -285,8 +317,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--compile", action="store_true", help="also torch.compile(stage, fullgraph=True)")
     parser.add_argument(
-        "--unfused", action="store_true", help="also our stage without the fusing of the teacher's convolutions"
+        "--lowerings", action="store_true", help="also our stage without each of the target's rewrites, and without any"
     )
+    parser.add_argument("--before", metavar="FOLDER", help="also an earlier commit's stage; a checkout of it")
     parser.add_argument("--bf16", action="store_true", help="also the teacher in bfloat16 (slow where it is emulated)")
     parser.add_argument(
         "--memory", action="store_true", help="also peak memory of stage 1, each in a process of its own"
@@ -311,7 +344,8 @@ def main() -> None:
                 steps=options.steps,
                 compiled=options.compile,
                 bf16=options.bf16,
-                unfused=options.unfused,
+                lowerings=options.lowerings,
+                before=options.before,
                 check=options.check,
                 only=options.stages,
             )

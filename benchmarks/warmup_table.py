@@ -33,7 +33,8 @@ def main() -> None:
 
 def pair(row: dict[str, Any]) -> list[str]:
     """One pair's table."""
-    kinds = [kind for kind in ("ours", "compiled", "cached", "unfused", "bf16") if f"{kind}_ms" in row["stages"][0]]
+    ways = ("ours", "before", "compiled hooks", "compiled", "compiled with all", "cached", "bf16")
+    kinds = [kind for kind in ways if f"{kind}_ms" in row["stages"][0]]
     head = ["stage", "hooks, ms", *(f"{kind}, ms (×)" for kind in kinds), "floor, ms", "ours / floor"]
     memory = "freed memory kept" if row["memory_kept"] else "memory as glibc has it"
     lines = [f"### {row['pair']}, batch {row['batch']}, threads: {row['threads']}, {memory}", ""]
@@ -45,6 +46,7 @@ def pair(row: dict[str, Any]) -> list[str]:
         lines.append(f"| {' | '.join([stage['tap'], hooks, *cells, *floor])} |")
     total = [f"**{row[f'speedup_{kind}']:.2f}**" if f"speedup_{kind}" in row else "" for kind in kinds]
     lines += [f"| curriculum |  | {' | '.join(total)} |  |  |", ""]
+    lines += lowerings(row)
     if "compile_seconds" in row["stages"][0]:
         seconds = ", ".join(f"{stage['compile_seconds']:.0f}" for stage in row["stages"])
         even = row.get("break_even_steps")
@@ -77,6 +79,19 @@ def pair(row: dict[str, Any]) -> list[str]:
                 "",
             ]
     return lines
+
+
+def lowerings(row: dict[str, Any]) -> list[str]:
+    """What each rewrite of the target's table is worth: a step without it, beside the step with all of them."""
+    keys = [key.removesuffix("_ms") for key in row["stages"][0] if key.startswith("without ")]
+    if not keys:
+        return []
+    lines = [f"| stage | {' | '.join(keys)} |", "|---" * (len(keys) + 1) + "|"]
+    for stage in row["stages"]:
+        cells = [f"{stage[f'{key}_ms'] / stage['ours_ms']:.2f}" for key in keys]
+        lines.append(f"| {stage['tap']} | {' | '.join(cells)} |")
+    total = [f"**{row['speedup_ours'] / row[f'speedup_{key}']:.2f}**" for key in keys]
+    return ["A step beside ours; above 1, the rewrite pays:", "", *lines, f"| curriculum | {' | '.join(total)} |", ""]
 
 
 def setting_up(found: dict[str, Any]) -> list[str]:

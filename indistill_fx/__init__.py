@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from indistill_fx.plan import Pair as Pair
     from indistill_fx.stages.compile import compile_stages as compile_stages
     from indistill_fx.stages.stage import Stage as Stage
+    from indistill_fx.target import Target as Target
     from indistill_fx.traced import TracedModel as TracedModel
     from indistill_fx.training.chain import distill_chain as distill_chain
     from indistill_fx.training.compare import compare as compare
@@ -57,6 +58,7 @@ _HOMES: dict[str, str] = {
     "PassResult": "passes.contract",
     "PruneError": "errors",
     "Stage": "stages.stage",
+    "Target": "target",
     "Task": "losses.task",
     "TracedModel": "traced",
     "TrainError": "errors",

@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parent.parent / "indistill_fx"
 FLOORS = [
     "errors version",
     "system graph",
-    "traced curriculum batch",
+    "traced curriculum batch target",
     "plan loading data deploy passes.contract",
     "passes.capture passes.structure passes.channels passes.lowering losses runs",
     "passes.pairing passes.pruning passes.extract",

@@ -63,6 +63,11 @@ if TYPE_CHECKING:
     metavar="PAIR",
     help="Show the runner-up candidates of pair number PAIR, and why they lost.",
 )
+@click.option(
+    "--passes",
+    is_flag=True,
+    help="Instead of the table: both halves of every stage as text, and what each pass of the compiler changes in them.",
+)
 def command(teacher: str, student: str, input_size: str | None, trust: tuple[str, ...], **options: Any) -> None:
     """Pair the layers of TEACHER and STUDENT by the structure of their graphs.
 
@@ -151,6 +156,9 @@ def _show(
     if options["as_json"]:
         click.echo(printable(alignment.value.model_dump_json(indent=2)))
         return
+    if options["passes"]:
+        _show_passes(traced, alignment.value)
+        return
     if options["mermaid"]:
         from indistill_fx.report import alignment_mermaid, see
 
@@ -169,6 +177,17 @@ def _show(
             f"`indistill-fx distill {' '.join(names)} --plan {options['output']} …` takes it.",
             soft_wrap=True,
         )
+
+
+def _show_passes(traced: tuple[TracedModel, TracedModel], plan: AlignmentPlan) -> None:
+    from indistill_fx.cli.tables import passes_lines
+    from indistill_fx.stages.compile import compile_stages
+
+    out = common.console()
+    for stage in compile_stages(*traced, plan):
+        for role, records in (("teacher", stage.report.teacher), ("student", stage.report.student)):
+            for line in passes_lines(f"stage {stage.name}, {role}", records):
+                out.print(line, soft_wrap=True)
 
 
 def _draw(

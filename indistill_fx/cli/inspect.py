@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
 from indistill_fx.cli import common
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from indistill_fx.traced import TracedModel
 
 
 @click.command(name="inspect")
@@ -18,6 +25,11 @@ from indistill_fx.cli import common
     is_flag=True,
     help="All tensors, not only the spine, with every name that `--plan` files may use for them.",
 )
+@click.option(
+    "--passes",
+    is_flag=True,
+    help="The graph as text, and what each pass of the compiler changes in it where MODEL is a teacher.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(
     model: str,
@@ -25,13 +37,15 @@ def command(
     logits: str | int | None,
     trust: tuple[str, ...],
     everything: bool,
+    passes: bool,
     as_json: bool,
 ) -> None:
     """Show MODEL's layers: the spine (what every path from input to output passes through), stages, widths, MACs.
 
     \b
-    Example:
+    Examples:
       indistill-fx inspect torchvision:mobilenet_v2
+      indistill-fx inspect torchvision:resnet18 --passes | less
     """
     import json
     from dataclasses import asdict
@@ -58,6 +72,9 @@ def command(
     out.print(
         f"Traced by `{traced.report.rung}`; equal to the module at batch sizes {', '.join(str(n) for n, _ in traced.report.checked)}."
     )
+    if passes:
+        _show_passes(out, traced)
+        return
     if not everything:
         out.print(spine_table(traced, nodes))
         out.print(Text("All tensors and their names: --all", style="dim"))
@@ -74,6 +91,17 @@ def command(
             count(facts.parameters),
         )
     out.print(table)
+
+
+def _show_passes(out: Console, traced: TracedModel) -> None:
+    from indistill_fx.cli.tables import passes_lines
+    from indistill_fx.passes.lowering.table import LOWERINGS
+    from indistill_fx.passes.pipeline import whole_teacher
+    from indistill_fx.target import Target
+
+    half = whole_teacher(traced, lowerings=LOWERINGS[Target.of(traced.module).kind])
+    for line in passes_lines("traced", half.report):
+        out.print(line, soft_wrap=True)
 
 
 def _inputs(inputs: tuple[object, ...]) -> str:

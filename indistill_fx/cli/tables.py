@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from indistill_fx.passes.contract import PassRecord
     from indistill_fx.passes.pairing.match import MatchReport
     from indistill_fx.passes.structure.stages import SpineNode
     from indistill_fx.plan import AlignmentPlan
@@ -109,3 +110,15 @@ def spine_table(traced: TracedModel, spine: Sequence[SpineNode]) -> RenderableTy
             "" if node.stage is None else str(node.stage + 1), *row, style="bold" if node.is_stage_exit else ""
         )
     return table
+
+
+def passes_lines(title: str, records: Iterable[PassRecord]) -> Iterator[str]:
+    """What passes did to a graph: the graph at first, then, pass by pass, what was done, skipped, and changed in its text."""
+    for number, record in enumerate(records):
+        if not number:
+            yield from (f"# {title}", *record.before, "")
+        count = f"{len(record.after)} lines" + ("" if record.changed else ", as before")
+        yield f"# {title}, after {record.name}: {count}"
+        yield from (f"#   {entry}" for entry in record.done)
+        yield from (f"#   skipped {entry}" for entry in record.skipped)
+        yield from (*record.diff(), "")

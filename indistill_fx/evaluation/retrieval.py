@@ -51,7 +51,7 @@ def evaluate_retrieval(
     from indistill_fx.passes.extract.instrument import cut
 
     tap = tap or _penultimate(model)
-    part = _Feature(cut(model, [tap]), tap)
+    part = _Feature(cut(model, [tap]).value, tap)
     (query, query_labels), (database, database_labels) = (
         embed(part, loader, progress=progress) for loader in (data.test, data.train_plain)
     )

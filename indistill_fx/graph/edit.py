@@ -6,6 +6,7 @@ import copy
 import gc
 import linecache
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 from indistill_fx.graph.ops import is_inplace
 
 _MOST_SOURCES = 500
+_SLICE, _LAYER = (
+    "indistill_fx slice",
+    "indistill_fx layer",
+)  # keys of fx nodes' meta, which only the functions here read
 
 
 def forget_sources(most: int = _MOST_SOURCES) -> None:
@@ -32,6 +37,42 @@ def forget_sources(most: int = _MOST_SOURCES) -> None:
     for key in [key for key in texts if key not in needed]:
         del texts[key]
         linecache.cache.pop(key, None)
+
+
+@dataclass(frozen=True, slots=True)
+class SliceOf:
+    """That a node computes some entries of what another one computes whole.
+
+    Attributes:
+        original: name of that node.
+        axis: along which entries are kept.
+        kept: which.
+    """
+
+    original: str
+    axis: int
+    kept: tuple[int, ...]
+
+    def mark(self, node: fx.Node) -> None:
+        """Say so of a node; copies of it say so too."""
+        node.meta[_SLICE] = self
+
+    @staticmethod
+    def at(node: fx.Node) -> SliceOf | None:
+        """What was said of a node."""
+        found: SliceOf | None = node.meta.get(_SLICE)
+        return found
+
+
+def stand_in(node: fx.Node, target: str) -> None:
+    """Make a node call another module, which stands for the layer it called before (see `layer_of`)."""
+    node.meta.setdefault(_LAYER, str(node.target))
+    node.target = target
+
+
+def layer_of(node: fx.Node) -> str:
+    """Path of the model's layer that a `call_module` node stands for."""
+    return str(node.meta.get(_LAYER, node.target))
 
 
 def tensor_nodes(value: object) -> list[fx.Node]:

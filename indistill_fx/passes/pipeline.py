@@ -3,26 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from torch import fx
 
-from indistill_fx.passes.contract import signature_of, unchanged, verify
+from indistill_fx.passes.contract import (
+    Pass,
+    PassRecord,
+    PassResult,
+    graph_text,
+    run_passes,
+    signature_of,
+    unchanged,
+    verify,
+)
 from indistill_fx.passes.extract.adapt import adapt, layout_of
 from indistill_fx.passes.extract.dedupe import dedupe
 from indistill_fx.passes.extract.fold import fold
 from indistill_fx.passes.extract.instrument import cut
-from indistill_fx.passes.lowering.channels_last import lay_out
-from indistill_fx.passes.lowering.fused_conv import fuse
-from indistill_fx.passes.lowering.inplace_relu import overwrite
-from indistill_fx.passes.lowering.max_pool import lower, sink
+from indistill_fx.passes.lowering.table import Lowerings, lowering_passes
 from indistill_fx.passes.pruning.narrow import narrow
 from indistill_fx.plan import AlignmentPlan, Pair
 from indistill_fx.traced import Role, TracedModel
 
+Half = PassResult[fx.GraphModule, tuple[PassRecord, ...]]
+"""One side of a stage: its graph, and what each pass did to it."""
+
 
 def teacher_half(
-    teacher: TracedModel, student: TracedModel, pairs: Sequence[Pair], taps: Sequence[str], *, narrowed: bool
-) -> fx.GraphModule:
+    teacher: TracedModel,
+    student: TracedModel,
+    pairs: Sequence[Pair],
+    taps: Sequence[str],
+    *,
+    narrowed: bool,
+    lowerings: Lowerings,
+) -> Half:
     """The teacher's part of a stage: cut at its taps, folded, frozen.
 
     Args:
@@ -31,60 +47,67 @@ def teacher_half(
         pairs: the pairs whose features are compared.
         taps: further taps (logits, penultimate vector), delivered as they are.
         narrowed: whether the widths of the pairs have been made equal.
+        lowerings: of the target.
     """
-    signature = signature_of(teacher.graph_module)
-    with unchanged(teacher, by="cut"):
-        graph = cut(teacher, [*dict.fromkeys((*(pair.teacher for pair in pairs), *taps))])
-        verify(graph, after="cut", signature=signature)
-        graph = dedupe(graph)
-        verify(graph, after="dedupe", signature=signature)
-        for pair in pairs:
-            _adapt(graph, pair, teacher, student, side="teacher", narrowed=narrowed)
-            verify(graph, after="adapt", signature=signature)
-        graph = fold(graph).value
-        verify(graph, after="fold", signature=signature)
-        lower(graph)
-        verify(graph, after="lower", signature=signature)
-        fuse(graph, teacher.facts)
-        verify(graph, after="fuse", signature=signature)
-    return graph
+    outputs = [*dict.fromkeys((*(pair.teacher for pair in pairs), *taps))]
+    return run_passes(
+        teacher,
+        [
+            ("cut", partial(cut, taps=outputs)),
+            ("dedupe", dedupe),
+            *_adapters(pairs, teacher, student, side="teacher", narrowed=narrowed),
+            ("fold", fold),
+            *lowering_passes(lowerings, "teacher", teacher.facts),
+        ],
+    )
 
 
 def student_half(
-    student: TracedModel, teacher: TracedModel, pairs: Sequence[Pair], taps: Sequence[str], *, narrowed: bool
-) -> fx.GraphModule:
-    """The student's part of a stage: cut at its taps; it calls the user's own layers."""
-    signature = signature_of(student.graph_module)
-    with unchanged(student, by="cut"):
-        graph = cut(student, [*dict.fromkeys((*(pair.student for pair in pairs), *taps))])
-        verify(graph, after="cut", signature=signature)
-        for pair in pairs:
-            _adapt(graph, pair, student, teacher, side="student", narrowed=narrowed)
-            verify(graph, after="adapt", signature=signature)
-        sink(graph)
-        verify(graph, after="sink", signature=signature)
-        lower(graph)
-        verify(graph, after="lower", signature=signature)
-        lay_out(graph)
-        verify(graph, after="lay_out", signature=signature)
-        overwrite(graph)
-        verify(graph, after="overwrite", signature=signature)
-    return graph
+    student: TracedModel,
+    teacher: TracedModel,
+    pairs: Sequence[Pair],
+    taps: Sequence[str],
+    *,
+    narrowed: bool,
+    lowerings: Lowerings,
+) -> Half:
+    """The student's part of a stage: cut at its taps; it calls the user's own layers. Arguments as in `teacher_half`."""
+    outputs = [*dict.fromkeys((*(pair.student for pair in pairs), *taps))]
+    return run_passes(
+        student,
+        [
+            ("cut", partial(cut, taps=outputs)),
+            *_adapters(pairs, student, teacher, side="student", narrowed=narrowed),
+            *lowering_passes(lowerings, "student", student.facts),
+        ],
+    )
 
 
-def narrowed_teacher(teacher: TracedModel, plan: AlignmentPlan) -> TracedModel:
+def whole_teacher(model: TracedModel, *, lowerings: Lowerings) -> Half:
+    """A model as the teacher's half of a stage that reads nothing but its logits."""
+    return teacher_half(model, model, [], [model.tap_name(model.logits)], narrowed=False, lowerings=lowerings)
+
+
+def narrowed_teacher(teacher: TracedModel, plan: AlignmentPlan) -> PassResult[TracedModel, PassRecord]:
     """The teacher with student-wide taps, as the plan says."""
     with unchanged(teacher, by="narrow"):
-        slim = narrow(teacher, plan).value
-    verify(slim.graph_module, after="narrow", signature=signature_of(teacher.graph_module))
-    return slim
+        result = narrow(teacher, plan)
+    verify(result.value.graph_module, after="narrow", signature=signature_of(teacher.graph_module))
+    done = [f"{tap.tap}: {len(tap.kept)} of {tap.of} channels" for tap in result.report.taps]
+    done += [f"{one.module}: {one.kept} of {one.of} rows" for tap in result.report.taps for one in tap.absorbed]
+    skipped = [f"{one.node}: {one.reason}" for tap in result.report.taps for one in tap.stopped]
+    text = graph_text(teacher.graph_module), graph_text(result.value.graph_module)
+    return PassResult(result.value, PassRecord("narrow", tuple(done), tuple(skipped), *text))
 
 
-def _adapt(
-    graph: fx.GraphModule, pair: Pair, own: TracedModel, other: TracedModel, *, side: Role, narrowed: bool
-) -> None:
-    tap, partner = (pair.teacher, pair.student) if side == "teacher" else (pair.student, pair.teacher)
-    layouts = layout_of(own.facts_of(tap)), layout_of(other.facts_of(partner))
-    alike = (layouts[0].kind, layouts[0].channels_first) == (layouts[1].kind, layouts[1].channels_first)
-    if narrowed or not alike:
-        adapt(graph, tap, *layouts, may_slice=narrowed and side == "student")
+def _adapters(pairs: Sequence[Pair], own: TracedModel, other: TracedModel, *, side: Role, narrowed: bool) -> list[Pass]:
+    """One pass a pair whose two features have to be brought to one shape."""
+    passes: list[Pass] = []
+    for pair in pairs:
+        tap, partner = (pair.teacher, pair.student) if side == "teacher" else (pair.student, pair.teacher)
+        layouts = layout_of(own.facts_of(tap)), layout_of(other.facts_of(partner))
+        alike = (layouts[0].kind, layouts[0].channels_first) == (layouts[1].kind, layouts[1].channels_first)
+        if narrowed or not alike:
+            apply = partial(adapt, tap=tap, own=layouts[0], other=layouts[1], may_slice=narrowed and side == "student")
+            passes.append((f"adapt {tap}", apply))
+    return passes

@@ -17,9 +17,11 @@ from indistill_fx.losses.stage_losses import FeatureLoss, keeping
 from indistill_fx.passes.align import align
 from indistill_fx.passes.capture.trace import as_traced
 from indistill_fx.passes.contract import signature_of
+from indistill_fx.passes.lowering.table import LOWERINGS, Lowerings
 from indistill_fx.passes.pipeline import narrowed_teacher, student_half, teacher_half
 from indistill_fx.plan import AlignmentPlan
-from indistill_fx.stages.stage import Stage
+from indistill_fx.stages.stage import Stage, StageReport
+from indistill_fx.target import Target
 from indistill_fx.traced import TracedModel
 
 
@@ -32,6 +34,8 @@ def compile_stages(
     main: str | Callable[..., Tensor] | None = "kd",
     main_options: Mapping[str, Any] | None = None,
     example_inputs: Any = None,
+    target: Target | None = None,
+    lowerings: Lowerings | None = None,
 ) -> list[Stage]:
     """Compile teacher and student into the stages of training: one per pair, shallow to deep, then the main stage.
 
@@ -46,18 +50,24 @@ def compile_stages(
         main: the main loss: a name, `file.py:loss`, a function or module (student, teacher, labels) → scalar; None: warm-up only.
         main_options: keyword arguments of the main loss.
         example_inputs: for plain modules.
+        target: what the stages are lowered for; where the student lies, eager, if None.
+        lowerings: which rewrites for speed run, instead of the target's own (`passes.lowering.table`); for measuring them.
 
     Raises:
         ConfigError: the plan does not fit, an unknown loss, or a stage without trainable parameters.
     """
+    if lowerings is None:
+        lowerings = LOWERINGS[
+            (target or Target.of(student.module if isinstance(student, TracedModel) else student)).kind
+        ]
     teacher = as_traced(teacher, example_inputs, role="teacher")
     student = as_traced(student, example_inputs, role="student")
     plan = align(teacher, student) if plan is None else plan
     plan.check(teacher, student)
     curriculum = curriculum or Curriculum()
-    stages = _warmup_stages(teacher, student, plan, curriculum)
+    stages = _warmup_stages(teacher, student, plan, curriculum, lowerings)
     if main is not None:
-        stages.append(_main_stage(teacher, student, plan, main, main_options or {}, curriculum))
+        stages.append(_main_stage(teacher, student, plan, main, main_options or {}, curriculum, lowerings))
     for stage in stages:
         _check_halves(stage)
     return stages
@@ -92,38 +102,38 @@ def warmup_plan(plan: AlignmentPlan, curriculum: Curriculum) -> tuple[AlignmentP
 
 
 def _warmup_stages(
-    teacher: TracedModel, student: TracedModel, plan: AlignmentPlan, curriculum: Curriculum
+    teacher: TracedModel, student: TracedModel, plan: AlignmentPlan, curriculum: Curriculum, lowerings: Lowerings
 ) -> list[Stage]:
     plan, budgets = warmup_plan(plan, curriculum)
     if not budgets:
         return []
     loss = warmup_loss(curriculum.loss)
     narrowed = bool(getattr(loss, "needs_equal_widths", True))
-    slim = narrowed_teacher(teacher, plan) if narrowed else teacher
+    result = narrowed_teacher(teacher, plan) if narrowed else None
+    slim, before = (result.value, (result.report,)) if result is not None else (teacher, ())
     pairs = {pair.student: pair for pair in plan.pairs}
     stages = []
     for layer, budget in budgets.items():
-        halves = (
-            teacher_half(slim, student, [pairs[layer]], [], narrowed=narrowed),
-            student_half(student, slim, [pairs[layer]], [], narrowed=narrowed),
-        )
+        own = teacher_half(slim, student, [pairs[layer]], [], narrowed=narrowed, lowerings=lowerings)
+        other = student_half(student, slim, [pairs[layer]], [], narrowed=narrowed, lowerings=lowerings)
         stages.append(
             Stage(
                 name=layer,
-                student=halves[1],
-                teacher=halves[0],
+                student=other.value,
+                teacher=own.value,
                 criterion=FeatureLoss(warmup_loss(curriculum.loss), layer),
                 pairs=[pairs[layer]],
                 budget=budget,
                 dtypes=_dtypes(student),
-                macs=(_macs(slim, halves[0]), _macs(student, halves[1])),
+                macs=(_macs(slim, own.value), _macs(student, other.value)),
+                report=StageReport((*before, *own.report), other.report),
             )
         )
     return stages
 
 
 def joint_teachers(
-    teacher: TracedModel, student: TracedModel, plan: AlignmentPlan, stages: Sequence[Stage]
+    teacher: TracedModel, student: TracedModel, plan: AlignmentPlan, stages: Sequence[Stage], target: Target
 ) -> list[tuple[list[Stage], fx.GraphModule]]:
     """Graphs of the teacher that compute the features of several stages in one forward pass.
 
@@ -132,6 +142,7 @@ def joint_teachers(
         student: likewise.
         plan: likewise, with the pairs of the warm-up (see `warmup_plan`).
         stages: some of `compile_stages`, each with a teacher.
+        target: likewise.
 
     Returns:
         (stages, graph) for each graph; its features are named as in the stages. All warm-up stages share one, and so does a main
@@ -147,8 +158,8 @@ def joint_teachers(
         return [([stage], stage.teacher) for stage in stages if stage.teacher is not None]
     # The warm-up's losses all want equal widths, or none does; which, shows in the first.
     narrowed = bool(getattr(warm[0].criterion.loss, "needs_equal_widths", True)) if warm else False
-    slim = narrowed_teacher(teacher, plan) if narrowed else teacher
-    graph = teacher_half(slim, student, pairs, bare, narrowed=narrowed)
+    slim = narrowed_teacher(teacher, plan).value if narrowed else teacher
+    graph = teacher_half(slim, student, pairs, bare, narrowed=narrowed, lowerings=LOWERINGS[target.kind]).value
     return [(shared, graph), *(([stage], stage.teacher) for stage in alone if stage.teacher is not None)]
 
 
@@ -173,6 +184,7 @@ def _main_stage(
     main: str | Callable[..., Tensor],
     options: Mapping[str, Any],
     curriculum: Curriculum,
+    lowerings: Lowerings,
 ) -> Stage:
     shapes = [{pair.student: getattr(pair, f"{role}_shape") for pair in plan.pairs} for role in ("student", "teacher")]
     if plan.embedding is not None:
@@ -196,16 +208,17 @@ def _main_stage(
     student_logits = student.tap_name(student.logits) if "logits" in needs or wants_labels else None
     teacher_taps = [tap for tap in (embedding and embedding.teacher, teacher_logits) if tap]
     student_taps = [tap for tap in (embedding and embedding.student, student_logits) if tap]
-    teachers = teacher_half(teacher, student, pairs, teacher_taps, narrowed=False) if needs else None
-    students = student_half(student, teacher, pairs, student_taps, narrowed=False)
+    own = teacher_half(teacher, student, pairs, teacher_taps, narrowed=False, lowerings=lowerings) if needs else None
+    other = student_half(student, teacher, pairs, student_taps, narrowed=False, lowerings=lowerings)
     return Stage(
         name="main",
-        student=students,
-        teacher=teachers,
+        student=other.value,
+        teacher=own.value if own is not None else None,
         criterion=criterion,
         pairs=pairs,
         embedding=embedding,
         logits=(teacher_logits, student_logits),
         dtypes=_dtypes(student),
-        macs=(_macs(teacher, teachers), _macs(student, students)),
+        macs=(_macs(teacher, own.value if own is not None else None), _macs(student, other.value)),
+        report=StageReport(own.report if own is not None else (), other.report),
     )

@@ -7,6 +7,7 @@ so that training the stage trains the user's student; its teacher half is frozen
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,8 +17,30 @@ from indistill_fx.batch import Parts, check_inputs, split
 from indistill_fx.curriculum import Budget
 from indistill_fx.errors import TrainError
 from indistill_fx.losses.base import Outputs
-from indistill_fx.passes.contract import signature_of
+from indistill_fx.passes.contract import PassRecord, signature_of
 from indistill_fx.plan import Pair
+
+
+@dataclass(frozen=True, slots=True)
+class StageReport:
+    """What the passes did to each half of a stage, in the order in which they ran.
+
+    Attributes:
+        teacher: of the teacher's half; empty where the stage has none.
+        student: of the student's half.
+    """
+
+    teacher: tuple[PassRecord, ...] = ()
+    student: tuple[PassRecord, ...] = ()
+
+    def __str__(self) -> str:
+        """A line for everything done, and everything skipped with the reason."""
+        lines = []
+        for role, records in (("teacher", self.teacher), ("student", self.student)):
+            for record in records:
+                lines += [f"{role}, {record.name}: {entry}" for entry in record.done or ("nothing to do",)]
+                lines += [f"{role}, {record.name}, skipped: {entry}" for entry in record.skipped]
+        return "\n".join(lines)
 
 
 class Stage(nn.Module):
@@ -34,6 +57,7 @@ class Stage(nn.Module):
         budget: how long the curriculum trains it; None for the main stage.
         dtypes: the inputs' dtypes by name, where they are to be checked.
         macs: multiply-accumulates of one sample: (teacher's half, student's half), forward.
+        report: what each pass did to the two halves, and what it skipped and why.
     """
 
     def __init__(
@@ -49,11 +73,12 @@ class Stage(nn.Module):
         budget: Budget | None = None,
         dtypes: Mapping[str, torch.dtype] | None = None,
         macs: tuple[int, int] = (0, 0),
+        report: StageReport | None = None,
     ):
         super().__init__()
         self.name, self.pairs, self.embedding, self.logits, self.budget = name, tuple(pairs), embedding, logits, budget
         self.student, self.teacher, self.criterion = student, teacher, criterion
-        self.macs = macs
+        self.macs, self.report = macs, report or StageReport()
         self._inputs = signature_of(student)
         self._dtypes = tuple((dtypes or {}).get(name) for name in self._inputs)
         self._cached = False
@@ -90,6 +115,7 @@ class Stage(nn.Module):
             logits=self.logits,
             budget=self.budget,
             macs=(0, self.macs[1]),
+            report=StageReport(student=self.report.student),
         )
         new._dtypes, new._cached = self._dtypes, self.teacher is not None
         return new

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, Unpack
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from indistill_fx.batch import label_check
@@ -27,7 +28,7 @@ from indistill_fx.stages.compile import compile_stages, joint_teachers, warmup_p
 from indistill_fx.stages.stage import Stage
 from indistill_fx.traced import Role, TracedModel
 from indistill_fx.training.feature_cache import FeatureStore, Joint, cache_features, cacheable
-from indistill_fx.training.processes import make_accelerator
+from indistill_fx.training.processes import target_of
 from indistill_fx.training.recipes import DEFAULT_CURRICULUM
 from indistill_fx.training.settings import Options, Settings, check_optimizer
 from indistill_fx.training.state import Leg
@@ -101,21 +102,23 @@ def distill(
     settings, curriculum = Settings.of(options), curriculum or DEFAULT_CURRICULUM
     check_epochs(epochs)
     loader = repeatable(train_loader, settings.seed, "train loader")
-    if feature_cache is not None:
-        loader = cacheable(loader)
+    loader = cacheable(loader) if feature_cache is not None else loader
     modules = [model.module if isinstance(model, TracedModel) else model for model in (teacher, student)]
 
-    def set_up(directory: RunDirectory | None) -> Work:
+    def set_up(directory: RunDirectory | None, accelerator: Accelerator) -> Work:
+        target = target_of(accelerator, settings, modules[1])
         models = traced_pair(teacher, student, loader, example_inputs=example_inputs, logits=logits)
         kept = directory.path / "plan.json" if directory is not None and directory.resumes else None
         chosen = plan or (AlignmentPlan.load(kept) if kept is not None and kept.exists() else align(*models))
         warm, _ = warmup_plan(chosen, curriculum)
-        stages = compile_stages(*models, chosen, curriculum=curriculum, main=main, main_options=main_options)
+        stages = compile_stages(
+            *models, chosen, curriculum=curriculum, main=main, main_options=main_options, target=target
+        )
         classes = _check_classes(*models, [stage for stage in stages if stage.budget is None])
         stores: list[FeatureStore | None] = [None] * len(stages)
         if feature_cache is not None:
-            joint = partial(joint_teachers, *models, warm)
-            stores = _cached(stages, loader, feature_cache, joint, settings, progress)
+            joint = partial(joint_teachers, *models, warm, target=target)
+            stores = _cached(stages, loader, feature_cache, joint, accelerator, progress)
         return Work(
             legs=_legs(stages, epochs, settings, stores),
             check=label_check(classes, len(models[1].example_inputs)),
@@ -196,11 +199,10 @@ def _cached(
     loader: EpochLoader,
     directory: str | os.PathLike[str],
     joint: Joint,
-    settings: Settings,
+    accelerator: Accelerator,
     progress: bool,
 ) -> list[FeatureStore | None]:
     """The features of all stages with a length: filled by one process of each machine, then read by all."""
-    accelerator = make_accelerator(settings)
     wanted = [stage for stage in stages if stage.budget is None or stage.budget.length]
     fill = partial(
         cache_features,

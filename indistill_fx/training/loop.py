@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from indistill_fx.data.loaders import EpochLoader
-from indistill_fx.errors import ConfigError, TrainError
+from indistill_fx.errors import TrainError
 from indistill_fx.runs.checkpoint import (
     load_checkpoint,
     model_tensors,
@@ -39,11 +40,11 @@ from indistill_fx.runs.record import EpochRecord
 from indistill_fx.system.random_state import reseed
 from indistill_fx.training.fsdp import Shards, gathered, spread_optimizer
 from indistill_fx.training.nonfinite import first_not_finite, not_finite_error
-from indistill_fx.training.processes import first_says, make_accelerator, mean_over_processes, sharding_asked
+from indistill_fx.training.processes import first_says, mean_over_processes, sharding_asked
 from indistill_fx.training.progress import Reporter
 from indistill_fx.training.settings import Settings, make_optimizer
 from indistill_fx.training.signals import Interrupted, StopRequest
-from indistill_fx.training.state import Leg, State, check_parts
+from indistill_fx.training.state import Leg, State, check_parts, require_same_run
 from indistill_fx.training.sync_batch_norm import batch_norms_synced, unsynced_batch_norms
 from indistill_fx.training.torch_compile import compiled
 
@@ -59,6 +60,7 @@ class Engine:
         legs: the stages, in order.
         loader: the whole run's batches; every process takes its share of each.
         settings: how.
+        accelerator: the run's.
         directory: where checkpoints and metrics go; None: nowhere.
         reporter: told of every step.
         stop: asked after every step.
@@ -74,6 +76,7 @@ class Engine:
         legs: list[Leg],
         loader: EpochLoader,
         settings: Settings,
+        accelerator: Accelerator,
         directory: RunDirectory | None,
         reporter: Reporter,
         stop: StopRequest,
@@ -84,7 +87,7 @@ class Engine:
         self.state = State()
         self._student, self._legs, self._settings = student, legs, settings
         self._directory, self._reporter, self._stop = directory, reporter, stop
-        self._accelerator = accelerator = make_accelerator(settings)
+        self._accelerator = accelerator
         self._validate, self._check, self._identity = validate, check, dict(identity)
         self._loader = loader.shard(accelerator.process_index, accelerator.num_processes)
         self._saved: tuple[dict[str, Tensor], dict[str, Any]] | None = None
@@ -241,8 +244,7 @@ class Engine:
     def _prepare(self, leg: Leg) -> tuple[nn.Module, Any]:
         """The stage on the device, in train mode, wrapped for processes and precision; and its optimiser."""
         settings, budget = self._settings, leg.budget
-        # A new one: the last stage's knows that stage's optimiser, and would unscale the gradients of both.
-        self._accelerator = make_accelerator(settings)
+        self._accelerator.free_memory()  # else it would unscale the gradients of the last stage's optimiser too
         leg.module.train()
         self._student.train()  # last, so that a model's own train(), which may keep a norm frozen, has the say
         leg.module.to(self._accelerator.device)
@@ -262,17 +264,16 @@ class Engine:
         if self._saved is not None:
             self._restore(optimizer)
         module = self._compiled(leg) if settings.compile else leg.module
-        # A sharded stage is not wrapped again: `evaluation_mode` leaves DDP out.
         with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", ".*broadcast_buffers", FutureWarning
-            )  # Accelerate knows no other name for it yet
-            prepared = self._accelerator.prepare_model(module, evaluation_mode=self._shards is not None)
+            # Accelerate knows no other name for it yet.
+            warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
+            sharded = self._shards is not None  # then it is not wrapped again: `evaluation_mode` leaves DDP out
+            prepared = self._accelerator.prepare_model(module, evaluation_mode=sharded)
         self._since = time.monotonic()
         return prepared, self._accelerator.prepare_optimizer(optimizer)
 
     def _whole(self) -> AbstractContextManager[None]:  # in it the student's tensors can be read, sharded or not
-        return self._shards.whole() if self._shards is not None else nullcontext()
+        return nullcontext() if self._shards is None else self._shards.whole()
 
     def _compiled(self, leg: Leg) -> nn.Module:
         def trial(stage: nn.Module) -> Any:
@@ -317,15 +318,7 @@ class Engine:
         """
         tensors, saved = load_checkpoint(path)
         saved = check_parts(saved, path)
-        for key, expected in self._identity.items():
-            if saved["identity"].get(key, expected) != expected:  # an option newer than the checkpoint is none of its
-                raise ConfigError(
-                    f"{path} is of another run: {key} is {saved['identity'].get(key)} there and {expected} here.",
-                    where=key,
-                    got=expected,
-                    expected=saved["identity"].get(key),
-                    hint="Resume with the options the run was started with, or start anew in another directory.",
-                )
+        require_same_run(self._identity, saved["identity"], path)
         self.state, self._saved = State.read(saved["state"], path), (tensors, saved)
         if saved["optimizer"] is None:  # between two stages
             restore_model(model_tensors(self._student, None), tensors)

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from indistill_fx.batch import split
 from indistill_fx.errors import TrainError
+from indistill_fx.graph.edit import layer_of
 from indistill_fx.stages.stage import Stage
 
 
@@ -70,8 +71,7 @@ class _Watch(fx.Interpreter):
         """The node's value."""
         value = super().run_node(n)
         if n.op not in ("placeholder", "get_attr", "output") and _bad(value):
-            layer = str(n.target).removesuffix("_fused").removesuffix("_folded")
-            self.found = layer if n.op == "call_module" else n.name
+            self.found = layer_of(n) if n.op == "call_module" else n.name
             raise _FoundError
         return value
 

@@ -13,15 +13,17 @@ import torch.distributed
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, broadcast_object_list
+from torch import nn
 
 from indistill_fx.errors import ConfigError, TrainError
+from indistill_fx.target import Target
 from indistill_fx.training.settings import Settings
 
 _FSDP = "ACCELERATE_USE_FSDP"
 
 
 def make_accelerator(settings: Settings) -> Accelerator:
-    """Accelerate's view of devices and processes.
+    """Accelerate's view of devices and processes: one object a run, which everything in it is handed.
 
     Raises:
         ConfigError: a launcher asks for a way of training in which a stage cannot share the student's parameters.
@@ -47,6 +49,16 @@ def make_accelerator(settings: Settings) -> Accelerator:
         atexit.unregister(let_threads_finish)  # once, however often a process trains
         atexit.register(let_threads_finish)
     return accelerator
+
+
+def target_of(accelerator: Accelerator, settings: Settings, student: nn.Module) -> Target:
+    """What a run's stages are lowered for.
+
+    Raises:
+        ConfigError: the device cannot compute in that precision.
+    """
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, Target.of(student).dtype)
+    return Target(str(accelerator.device), dtype, settings.compile)
 
 
 def let_threads_finish() -> None:

@@ -96,6 +96,23 @@ class State:
         return cls(**saved)
 
 
+def require_same_run(asked: Mapping[str, Any], saved: Mapping[str, Any], path: Path) -> None:
+    """Refuse a checkpoint of another run than the one that is to go on.
+
+    Raises:
+        ConfigError: names what differs. An option newer than the checkpoint does not count.
+    """
+    for key, expected in asked.items():
+        if saved.get(key, expected) != expected:
+            raise ConfigError(
+                f"{path} is of another run: {key} is {saved.get(key)} there and {expected} here.",
+                where=key,
+                got=expected,
+                expected=saved.get(key),
+                hint="Resume with the options the run was started with, or start anew in another directory.",
+            )
+
+
 def check_parts(saved: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """The parts of a checkpoint's header, those that may be absent filled in.
 

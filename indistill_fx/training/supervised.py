@@ -76,7 +76,11 @@ def train(
         progress=progress,
         logits=logits,
         about=about,
-    ).run(lambda directory: Work(legs=[leg], check=label_check(_class_count(supervised, loader)), models=models))
+    ).run(
+        lambda directory, accelerator: Work(
+            legs=[leg], check=label_check(_class_count(supervised, loader)), models=models
+        )
+    )
 
 
 def model_facts(module: nn.Module) -> dict[str, Any]:

@@ -77,11 +77,11 @@ class Job:
     logits: str | int | None
     about: Mapping[str, Any] | None
 
-    def run(self, set_up: Callable[[RunDirectory | None], Work]) -> RunRecord:
+    def run(self, set_up: Callable[[RunDirectory | None, Accelerator], Work]) -> RunRecord:
         """Do it.
 
         Args:
-            set_up: makes the stages. What it draws at random belongs to the run.
+            set_up: makes the stages, for the accelerator's device. What it draws at random belongs to the run.
 
         Raises:
             ConfigError: options, models, data or directory are at fault.
@@ -93,7 +93,7 @@ class Job:
         directory = self._directory(accelerator)
         teacher = digest(self.teacher) if self.teacher is not None else None
         with own_randomness(self.settings.seed):
-            work = set_up(directory)
+            work = set_up(directory, accelerator)
             with directory or nullcontext():
                 on_cpu = accelerator.device.type == "cpu"
                 with noticing_dead_readers(), _as_found(self.student), freed_memory_kept(enabled=on_cpu):
@@ -129,6 +129,7 @@ class Job:
                 legs=legs,
                 loader=self.loader,
                 settings=self.settings,
+                accelerator=accelerator,
                 directory=directory,
                 reporter=reporter,
                 stop=stop,

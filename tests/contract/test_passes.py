@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,9 +13,12 @@ from torch import fx, nn
 
 import indistill_fx as ifx
 from indistill_fx.graph.module_state import digest
-from indistill_fx.passes.contract import verify
+from indistill_fx.passes.contract import PassResult, Rewrite, graph_text, verify
+from indistill_fx.passes.extract.adapt import adapt, layout_of
+from indistill_fx.passes.extract.dedupe import dedupe
 from indistill_fx.passes.extract.fold import fold
 from indistill_fx.passes.extract.instrument import cut
+from indistill_fx.passes.lowering.table import LOWERINGS, Lowerings, lowering_passes
 from indistill_fx.passes.structure.stages import spine
 from tests.nets import Cnn32, Overwritten, PreActivation, Residual, TinyTransformer, images, seeded
 
@@ -37,10 +41,47 @@ def half(traced: ifx.TracedModel) -> dict[str, int]:
     return {middle(traced): traced.facts_of(middle(traced)).channels // 2}
 
 
+def halved(traced: ifx.TracedModel) -> fx.GraphModule:
+    return cut(traced, [middle(traced)]).value
+
+
+def adapted(traced: ifx.TracedModel) -> PassResult[fx.GraphModule, Rewrite]:
+    own = layout_of(traced.facts_of(middle(traced)))
+    other = replace(own, channels=own.channels - 1, space=tuple(max(1, n // 2) for n in own.space))
+    return adapt(halved(traced), middle(traced), own, other, may_slice=True)
+
+
+def narrowed_cut(traced: ifx.TracedModel) -> fx.GraphModule:
+    return cut(ifx.narrow(traced, widths=half(traced)).value, [middle(traced), f"{middle(traced)}:whole"]).value
+
+
+EVERY = Lowerings(
+    *(
+        tuple(dict.fromkeys(n for row in LOWERINGS.values() for n in getattr(row, role)))
+        for role in ("teacher", "student")
+    )
+)
+FROM_GRAPH = ("dedupe", "fold", *EVERY.teacher, *EVERY.student)
+"""Passes from graph to graph, which are given a graph with something to do, in the form in which the pipeline gives it."""
+
+
+def given_to(name: str, traced: ifx.TracedModel) -> fx.GraphModule:
+    if name == "dedupe":
+        return narrowed_cut(traced)
+    return fold(halved(traced)).value if name in EVERY.teacher else halved(traced)
+
+
+def applied(name: str, traced: ifx.TracedModel, graph: fx.GraphModule) -> PassResult[fx.GraphModule, Rewrite]:
+    own: dict[str, Any] = {"dedupe": dedupe, "fold": fold}
+    for role in ("teacher", "student"):
+        own.update(lowering_passes(EVERY, role, traced.facts))
+    return own[name](graph)
+
+
 PASSES: dict[str, Callable[[ifx.TracedModel], Any]] = {
     "instrument": lambda traced: ifx.instrument(traced, [middle(traced)]),
-    "cut": lambda traced: cut(traced, [middle(traced)]),
-    "fold": lambda traced: fold(traced.graph_module).value,
+    "cut": halved,
+    "adapt": lambda traced: adapted(traced).value,
     "narrow": lambda traced: ifx.narrow(traced, widths=half(traced)).value.graph_module,
     "shrink": lambda traced: ifx.shrink(traced, ratio=0.5).value.graph_module,
     "stages": lambda traced: (
@@ -48,6 +89,7 @@ PASSES: dict[str, Callable[[ifx.TracedModel], Any]] = {
             traced, ifx.trace(copy.deepcopy(traced.module), traced.example_inputs, role="student"), main="kd"
         )[-1].teacher
     ),
+    **{name: lambda traced, name=name: applied(name, traced, given_to(name, traced)).value for name in FROM_GRAPH},
 }
 
 
@@ -69,6 +111,34 @@ def test_pure_deterministic_and_whole(net, name):
     assert results[0].code == results[1].code
     values = [graph.eval()(x) for graph in results]
     torch.testing.assert_close(values[0], values[1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", FROM_GRAPH)
+@pytest.mark.parametrize("net", NETS)
+def test_what_a_pass_was_given_computes_what_it_did(net, name):
+    """The graph that went in is as it was, text, tensors and values; what came out says what changed, and nothing else did."""
+    make, x = NETS[net]
+    traced = ifx.trace(make().eval(), x)
+    graph = given_to(name, traced)
+    text, before, value = graph_text(graph), digest(graph), graph(x)[0]
+    result = applied(name, traced, graph)
+    assert (graph_text(graph), digest(graph)) == (text, before)
+    torch.testing.assert_close(graph(x)[0], value, rtol=0, atol=0)
+    torch.testing.assert_close(result.value.eval()(x)[0], value, rtol=1e-4, atol=1e-5)
+    if graph_text(result.value) != text:
+        assert result.report.done
+    elif name != "fold":  # which makes tensors of its own in any case
+        assert result.value is graph
+
+
+@pytest.mark.parametrize("name", FROM_GRAPH)
+def test_every_pass_has_something_to_do_in_one_of_the_nets(name):
+    """Negative control of the two tests above."""
+    done = []
+    for make, x in NETS.values():
+        traced = ifx.trace(make().eval(), x)
+        done += applied(name, traced, given_to(name, traced)).report.done
+    assert done
 
 
 @pytest.mark.parametrize("net", NETS)

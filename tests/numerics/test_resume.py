@@ -132,7 +132,7 @@ def train(student: Student, loader: Any, countdown: int = 10**9, **options: Any)
         student=student, teacher=None, loader=repeatable(loader, 0, "train loader"), val_loader=None,
         settings=Settings.of({"learning_rate": 0.01, **options}), run_dir=run_dir, resume=resume, progress=False,
         logits=None, about=None,
-    ).run(lambda directory: Work(legs=legs, check=label_check(3)))  # fmt: skip
+    ).run(lambda directory, accelerator: Work(legs=legs, check=label_check(3)))  # fmt: skip
 
 
 def equal(left: nn.Module, right: nn.Module) -> bool:

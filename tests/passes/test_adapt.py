@@ -16,10 +16,10 @@ MAP = Layout(8, True, (16, 16), "map")
 
 def adapted(make, tap: str, own: Layout, other: Layout, **options: bool):
     module = seeded(make).eval()
-    graph = cut(ifx.trace(module, images()), [tap])
-    plain = graph(images())[0][tap]
-    told = adapt(graph, tap, own, other, **options)
-    return plain, graph(images())[0][tap], told
+    graph = cut(ifx.trace(module, images()), [tap]).value
+    result = adapt(graph, tap, own, other, **options)
+    done = tuple(entry.removeprefix(f"{tap}: ") for entry in result.report.done)
+    return graph(images())[0][tap], result.value(images())[0][tap], done
 
 
 def test_equal_layouts_need_nothing():

@@ -18,8 +18,8 @@ def test_folded_teacher_computes_the_same():
     features, output = result.value(x)
     torch.testing.assert_close(output, module(x), rtol=1e-12, atol=1e-12)
     assert not [m for m in result.value.modules() if isinstance(m, torch.nn.BatchNorm2d | torch.nn.Dropout)]
-    assert len(result.report.folded) == 1 + 6 * 2 + 2
-    assert result.report.removed == ("dropout",)
+    assert sum(entry.endswith(": folded") for entry in result.report.done) == 1 + 6 * 2 + 2
+    assert [entry for entry in result.report.done if entry.endswith(": removed")] == ["dropout: removed"]
     assert digest(module) == before
     assert features["layer3"].shape == (4, 32, 4, 4)
 
@@ -38,15 +38,15 @@ def test_fresh_statistics_would_hide_a_missing_fold():
 def test_norms_that_cannot_be_folded_are_reported():
     traced = ifx.trace(seeded(PreActivation).eval(), images())
     report = fold(traced.graph_module).report
-    assert report.folded == ()
-    assert sorted(line.split(":")[0] for line in report.kept) == ["bn1", "bn2"]
-    assert "read by others" in report.kept[0]
+    assert report.done == ()
+    assert sorted(line.split(":")[0] for line in report.skipped) == ["bn1", "bn2"]
+    assert "read by others" in report.skipped[0]
 
 
 def test_tap_between_convolution_and_norm_blocks_the_fold():
     traced = ifx.trace(seeded(Overwritten).eval(), images())
     both = fold(ifx.instrument(traced, ["conv", "bn"]))
-    assert both.report.folded == ()
+    assert both.report.done == ()
     features, _ = both.value(images())
     assert torch.equal(features["conv"], traced.module.conv(images()))
 

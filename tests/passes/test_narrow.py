@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from indistill_fx.errors import PruneError
+from indistill_fx.graph.edit import SliceOf
 from indistill_fx.graph.module_state import digest
 from indistill_fx.passes.capture.trace import trace
 from indistill_fx.passes.extract.dedupe import dedupe
@@ -175,7 +176,9 @@ def test_residual_sum_shares_one_ranking(blocks: TracedModel) -> None:
 def test_selections_are_made_once(blocks: TracedModel) -> None:
     slim = narrow(blocks, kept={":add": (1, 4), "norm": (1, 4)}).value
     assert (
-        sum("slice_of" in node.meta and node.meta["slice_of"][0] == "norm" for node in slim.graph_module.graph.nodes)
+        sum(
+            (part := SliceOf.at(node)) is not None and part.original == "norm" for node in slim.graph_module.graph.nodes
+        )
         == 1
     )
 
@@ -188,7 +191,7 @@ def test_dedupe_selects_from_what_is_computed_anyway(blocks: TracedModel) -> Non
     x = blocks.example_inputs[0]
     graph_module.recompile()
     expected = graph_module(x)
-    deduped = dedupe(graph_module)
+    deduped = dedupe(graph_module).value
     assert torch.allclose(deduped(x), expected, rtol=1e-12, atol=1e-12)
     convs = [
         node.target

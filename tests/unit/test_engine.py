@@ -83,7 +83,7 @@ def run(
         progress=False,
         logits=None,
         about=None,
-    ).run(lambda directory: Work(legs=list(legs), check=label_check(3)))
+    ).run(lambda directory, accelerator: Work(legs=list(legs), check=label_check(3)))
 
 
 def weights(module: nn.Module) -> dict[str, Tensor]:

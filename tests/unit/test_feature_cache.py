@@ -13,6 +13,7 @@ import indistill_fx as ifx
 from indistill_fx.data.loaders import FlipAndCrop, MemoryLoader
 from indistill_fx.data.open import open_data
 from indistill_fx.stages.compile import joint_teachers
+from indistill_fx.target import Target
 from indistill_fx.training.distill import distill
 from indistill_fx.training.feature_cache import cache_features
 from tests.nets import Cnn32, seeded
@@ -53,7 +54,7 @@ def test_a_run_with_the_cache_trains_the_same(tmp_path):
 def test_the_teacher_runs_once_over_the_data_for_all_stages_and_never_again(tmp_path, monkeypatch):
     teacher, student = pair()
     (traced, plan, stages), calls = compiled(teacher, student), []
-    joint = [(group, graph) for group, graph in joint_teachers(*traced, plan, stages)]
+    joint = [(group, graph) for group, graph in joint_teachers(*traced, plan, stages, Target())]
     assert [len(group) for group, _ in joint] == [4]
     joint[0][1].register_forward_hook(lambda *_: calls.append(1))
     for stage in stages:
@@ -69,7 +70,7 @@ def test_the_teacher_runs_once_over_the_data_for_all_stages_and_never_again(tmp_
 
 def test_features_are_those_of_the_stages_own_teacher_whatever_the_order(tmp_path):
     traced, plan, stages = compiled(*pair())
-    stores = cache_features(stages, loader(), tmp_path, joint=lambda m: joint_teachers(*traced, plan, m))
+    stores = cache_features(stages, loader(), tmp_path, joint=lambda m: joint_teachers(*traced, plan, m, Target()))
     data = loader().indexed()
     data.set_epoch(3)  # shuffled
     for stage, store in zip(stages, stores, strict=True):

@@ -12,6 +12,7 @@ from torch import nn
 import indistill_fx as ifx
 from indistill_fx.errors import ConfigError
 from indistill_fx.stages.compile import joint_teachers, warmup_plan
+from indistill_fx.target import Target
 from indistill_fx.training.distill import distill
 from tests.nets import Cnn32, seeded, unsettle
 from tests.unit.test_feature_cache import loader
@@ -53,7 +54,7 @@ def test_the_main_loss_still_reads_the_whole_vector():
     values = [stages[-1].eval()(x) for stages in both]
     assert [stage.name for stage in both[0]] == [plan.embedding.student, "main"]
     assert torch.equal(*values)
-    joint = joint_teachers(*traced, warmup_plan(plan, LAST)[0], both[0])
+    joint = joint_teachers(*traced, warmup_plan(plan, LAST)[0], both[0], Target())
     assert [[stage.name for stage in group] for group, _ in joint] == [[plan.embedding.student], ["main"]]
     (((_, one)), (_, other)) = joint
     assert [next(iter(graph(x)[0].values())).shape for graph in (one, other)] == [(5, 64), (5, 128)]

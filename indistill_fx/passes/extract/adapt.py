@@ -18,7 +18,8 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 from indistill_fx.errors import MatchError
-from indistill_fx.graph.edit import output_node
+from indistill_fx.graph.edit import copy_graph, output_node
+from indistill_fx.passes.contract import PassResult, Rewrite
 from indistill_fx.traced import NodeFacts
 
 
@@ -40,11 +41,11 @@ def layout_of(facts: NodeFacts, *, channels: int | None = None) -> Layout:
 
 def adapt(
     graph_module: fx.GraphModule, tap: str, own: Layout, other: Layout, *, may_slice: bool = False
-) -> tuple[str, ...]:
-    """Insert, in place, what brings the feature `tap` to the common shape of the two; says what was inserted.
+) -> PassResult[fx.GraphModule, Rewrite]:
+    """Insert what brings the feature `tap` to the common shape of the two.
 
     Args:
-        graph_module: from `instrument` or `cut`; nobody else holds it.
+        graph_module: from `instrument` or `cut`.
         tap: which of its features.
         own: layout of that feature.
         other: layout of the partner's feature.
@@ -53,17 +54,17 @@ def adapt(
     Raises:
         MatchError: the two cannot be brought to one shape.
     """
-    output = output_node(graph_module.graph)
+    new, _ = copy_graph(graph_module)
+    output = output_node(new.graph)
     outputs: Any = output.args[0]
     features, result = outputs
     value: fx.Node = features[tap]
     told: list[str] = []
-    graph = graph_module.graph
 
     def call(function: Callable[..., Tensor], *args: Any, say: str) -> None:
         nonlocal value
-        with graph.inserting_before(output):
-            value = graph.call_function(function, (value, *args))
+        with new.graph.inserting_before(output):
+            value = new.graph.call_function(function, (value, *args))
         told.append(say)
 
     space = own.space
@@ -92,9 +93,11 @@ def adapt(
             1 if first else -1,
             say=f"first {other.channels} of {own.channels} channels",
         )
+    if not told:
+        return PassResult(graph_module, Rewrite(skipped=(f"{tap}: has the common shape already",)))
     output.args = (({**features, tap: value}, result),)
-    graph_module.recompile()
-    return tuple(told)
+    new.recompile()
+    return PassResult(new, Rewrite(done=tuple(f"{tap}: {step}" for step in told)))
 
 
 def _as_map(space: tuple[int, ...], own_kind: str, other_kind: str) -> tuple[int, ...]:

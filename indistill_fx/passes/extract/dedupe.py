@@ -9,27 +9,32 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from indistill_fx.graph.edit import add_tensor, copy_graph, sweep
+from indistill_fx.graph.edit import SliceOf, add_tensor, copy_graph, sweep
+from indistill_fx.passes.contract import PassResult, Rewrite
 
 
-def dedupe(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """The same graph with every sliced copy whose original is also computed replaced by a selection of the original.
+def dedupe(graph_module: fx.GraphModule) -> PassResult[fx.GraphModule, Rewrite]:
+    """Replace every sliced copy whose original is also computed by a selection of the original.
 
     Args:
-        graph_module: a graph after `narrow`, with the outputs it is to have; it is not changed.
+        graph_module: a graph after `narrow`, with the outputs it is to have.
 
     Keeps: the value of every output.
     """
+    if not any(SliceOf.at(node) for node in graph_module.graph.nodes):
+        return PassResult(graph_module, Rewrite())
     new, nodes = copy_graph(graph_module)
     sweep(new)
+    done = []
     alive = {node.name: node for node in new.graph.nodes}
     for node in reversed(list(nodes.values())):
-        original, axis, kept = node.meta.get("slice_of", ("", 0, ()))
-        if alive.get(node.name) is not node or original not in alive:
+        part = SliceOf.at(node)
+        if part is None or alive.get(node.name) is not node or part.original not in alive:
             continue
         with new.graph.inserting_before(node):
-            index = new.graph.get_attr(add_tensor(new, "kept", torch.tensor(kept, dtype=torch.long)))
-            chosen = new.graph.call_function(torch.index_select, (alive[original], axis, index))
+            index = new.graph.get_attr(add_tensor(new, "kept", torch.tensor(part.kept, dtype=torch.long)))
+            chosen = new.graph.call_function(torch.index_select, (alive[part.original], part.axis, index))
         chosen.meta["nn_module_stack"] = dict(node.meta.get("nn_module_stack", {}))
         node.replace_all_uses_with(chosen)
-    return sweep(new)
+        done.append(f"{node.name}: selected from {part.original}")
+    return PassResult(sweep(new), Rewrite(done=tuple(done)))

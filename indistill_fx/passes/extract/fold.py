@@ -8,32 +8,21 @@ Rules, in order:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
-from indistill_fx.graph.edit import add_module, copy_graph, sweep, with_tensors
+from indistill_fx.graph.edit import add_module, copy_graph, stand_in, sweep, with_tensors
 from indistill_fx.graph.ops import attribute, op_name
-from indistill_fx.passes.contract import PassResult
+from indistill_fx.passes.contract import PassResult, Rewrite
 
 _IDLE = frozenset("dropout alpha_dropout identity stochastic_depth drop_path".split())
 
 
-@dataclass(frozen=True, slots=True)
-class FoldReport:
-    """Norms folded, idle operations removed, and norms that had to stay, each with the reason."""
-
-    folded: tuple[str, ...]
-    removed: tuple[str, ...]
-    kept: tuple[str, ...]
-
-
-def fold(graph_module: fx.GraphModule) -> PassResult[fx.GraphModule, FoldReport]:
+def fold(graph_module: fx.GraphModule) -> PassResult[fx.GraphModule, Rewrite]:
     """Fold an eval-mode graph into a smaller one that computes the same, up to round-off.
 
     Args:
-        graph_module: in eval mode. Not changed.
+        graph_module: in eval mode.
 
     Returns:
         The new graph; its tensors share storage with the old ones where nothing was folded.
@@ -46,10 +35,10 @@ def fold(graph_module: fx.GraphModule) -> PassResult[fx.GraphModule, FoldReport]
         if op_name(node) != "batch_norm":
             continue
         reason = _fold_norm(node, new)
-        (kept if reason else folded).append(f"{node.name}: {reason}" if reason else node.name)
+        (kept if reason else folded).append(f"{node.name}: {reason}" if reason else f"{node.name}: folded")
     _freeze(sweep(new))
     new.train(False)
-    return PassResult(new, FoldReport(tuple(folded), tuple(removed), tuple(kept)))
+    return PassResult(new, Rewrite(done=(*(f"{name}: removed" for name in removed), *folded), skipped=tuple(kept)))
 
 
 def _remove_idle(graph_module: fx.GraphModule) -> list[str]:
@@ -105,7 +94,7 @@ def _fold_norm(node: fx.Node, graph_module: fx.GraphModule) -> str | None:
             transpose=kind == "conv_transpose",
         )
     tensors: dict[str, Tensor | None] = {"weight": weight.detach(), "bias": bias.detach()}
-    source.target = add_module(graph_module, f"{source.target}_folded", with_tensors(layer, tensors))
+    stand_in(source, add_module(graph_module, f"{source.target}_folded", with_tensors(layer, tensors)))
     node.replace_all_uses_with(source)
     graph_module.graph.erase_node(node)
     return None

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from torch import fx
 
 from indistill_fx.graph.edit import copy_graph, output_node, sweep
+from indistill_fx.passes.contract import PassResult, Rewrite
 from indistill_fx.traced import TracedModel
 
 
@@ -29,7 +30,7 @@ def instrument(traced: TracedModel, taps: Sequence[str]) -> fx.GraphModule:
     return _with_outputs(traced, taps, keep_output=True)
 
 
-def cut(traced: TracedModel, taps: Sequence[str]) -> fx.GraphModule:
+def cut(traced: TracedModel, taps: Sequence[str]) -> PassResult[fx.GraphModule, Rewrite]:
     """A graph from the model's inputs to (features, None), which holds nothing behind the deepest tap.
 
     Args:
@@ -39,7 +40,9 @@ def cut(traced: TracedModel, taps: Sequence[str]) -> fx.GraphModule:
     Raises:
         ConfigError: a name that is no tap; offers the nearest.
     """
-    return _with_outputs(traced, taps, keep_output=False)
+    new = _with_outputs(traced, taps, keep_output=False)
+    gone = len(traced.graph_module.graph.nodes) - len(new.graph.nodes)
+    return PassResult(new, Rewrite(done=(f"outputs: {', '.join(taps)}", f"{gone} operations behind them removed")))
 
 
 def _with_outputs(traced: TracedModel, taps: Sequence[str], *, keep_output: bool) -> fx.GraphModule:

@@ -5,7 +5,7 @@ processor can at once, ten times faster forward. So a chain convolution → norm
 brought into that layout once, at its beginning, and out of it behind the pooling. Values are those of the same layers in another
 order of summation.
 
-Only stock 2-d poolings that `lower` leaves; on other devices, and under torch.compile, which lays tensors out by itself, the
+Only stock 2-d poolings that `pool_by_maxima` leaves; on other devices, and under torch.compile, which lays tensors out by itself, the
 stock operation runs and nothing is moved.
 """
 
@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
+from indistill_fx.graph.edit import copy_graph
 from indistill_fx.graph.ops import UNARY, attribute, op_name
+from indistill_fx.passes.contract import PassResult, Rewrite
 from indistill_fx.passes.lowering.max_pool import Pooling, pooling_of, small
 
 _RANDOM = frozenset(
@@ -26,26 +28,28 @@ _RANDOM = frozenset(
 _FREE = UNARY - _RANDOM - {"contiguous"} | {"batch_norm"}
 
 
-def lay_out(graph_module: fx.GraphModule) -> tuple[str, ...]:
-    """Rewrite, in place, a graph that nobody else holds, after `lower`; says which poolings run channels last."""
+def stem_channels_last(graph_module: fx.GraphModule) -> PassResult[fx.GraphModule, Rewrite]:
+    """Run max-poolings, and the chains that lead to them, channels last; after `pool_by_maxima`."""
+    if not any(pooling_of(node, graph_module) for node in graph_module.graph.nodes):
+        return PassResult(graph_module, Rewrite())
+    new, _ = copy_graph(graph_module)
+    graph = new.graph
     done = []
-    graph = graph_module.graph
     for node in list(graph.nodes):
-        pooling = pooling_of(node, graph_module)
+        pooling = pooling_of(node, new)
         if pooling is None:
             continue
-        first = _first_of_chain(node, graph_module)
+        first = _first_of_chain(node, new)
         with graph.inserting_before(first):
             first.update_arg(0, graph.call_function(channels_last, (first.args[0],)))
         with graph.inserting_before(node):
-            new = graph.call_function(max_pool_channels_last, (node.args[0], *_sizes(pooling), pooling.ceil_mode))
-        node.replace_all_uses_with(new)
+            pooled = graph.call_function(max_pool_channels_last, (node.args[0], *_sizes(pooling), pooling.ceil_mode))
+        node.replace_all_uses_with(pooled)
         graph.erase_node(node)
-        done.append(node.name)
-    if done:
-        graph_module.delete_all_unused_submodules()
-        graph_module.recompile()
-    return tuple(done)
+        done.append(f"{node.name}: channels last from {first.name} on")
+    new.delete_all_unused_submodules()
+    new.recompile()
+    return PassResult(new, Rewrite(done=tuple(done)))
 
 
 def channels_last(x: Tensor) -> Tensor:

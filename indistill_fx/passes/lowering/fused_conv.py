@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from indistill_fx.graph.edit import add_module, output_node
+from indistill_fx.graph.edit import add_module, copy_graph, output_node, stand_in
 from indistill_fx.graph.ops import attribute, op_name
+from indistill_fx.passes.contract import PassResult, Rewrite
 from indistill_fx.traced import NodeFacts
 
 
@@ -70,17 +71,22 @@ class FusedConv(nn.Module):
         return f"stride={self.stride}, padding={self.padding}, groups={self.groups}, relu={self.relu}"
 
 
-def fuse(graph_module: fx.GraphModule, facts: Mapping[str, NodeFacts]) -> tuple[str, ...]:
-    """Rewrite, in place, a frozen graph that nobody else holds; says which nodes were taken into a convolution.
+def fuse_convolutions(
+    graph_module: fx.GraphModule, facts: Mapping[str, NodeFacts]
+) -> PassResult[fx.GraphModule, Rewrite]:
+    """Take sums and ReLUs into the frozen convolutions before them.
 
     Args:
         graph_module: after `fold`.
         facts: of the model it was cut from; tell which sums are of equal shapes.
     """
+    if not any(_fits(node, graph_module) for node in graph_module.graph.nodes):
+        return PassResult(graph_module, Rewrite())
+    new, _ = copy_graph(graph_module)
     done: list[str] = []
-    convolutions = [node for node in graph_module.graph.nodes if _fits(node, graph_module)]
+    convolutions = [node for node in new.graph.nodes if _fits(node, new)]
     for node in reversed(convolutions):  # of two that are added, the later one takes the sum
-        layer = attribute(graph_module, str(node.target))
+        layer = attribute(new, str(node.target))
         other, last = None, node
         total = _only_reader(node)
         if total is not None and op_name(total) == "add":
@@ -91,21 +97,23 @@ def fuse(graph_module: fx.GraphModule, facts: Mapping[str, NodeFacts]) -> tuple[
         relu = _is_relu(end)
         taken = [] if last is node else [last]
         taken += [end] if relu and end is not None else []
-        node.target = add_module(graph_module, f"{node.target}_fused", FusedConv(layer, relu=relu))
+        done.append(
+            f"{node.name}: one oneDNN call"
+            if not taken
+            else f"{node.name}: one call with {', '.join(o.name for o in taken)}"
+        )
+        stand_in(node, add_module(new, f"{node.target}_fused", FusedConv(layer, relu=relu)))
         if other is not None:
             node.args, node.kwargs = (node.args[0], other), {}
             last.prepend(node)
         for old in taken:
             old.replace_all_uses_with(node)
-            done.append(old.name)
         for old in reversed(taken):
-            graph_module.graph.erase_node(old)
-    if convolutions:
-        _plain_outputs(graph_module)
-        graph_module.delete_all_unused_submodules()
-        graph_module.graph.lint()
-        graph_module.recompile()
-    return tuple(done)
+            new.graph.erase_node(old)
+    _plain_outputs(new)
+    new.delete_all_unused_submodules()
+    new.recompile()
+    return PassResult(new, Rewrite(done=tuple(done)))
 
 
 def _fits(node: fx.Node, graph_module: fx.GraphModule) -> bool:

@@ -15,7 +15,9 @@ from __future__ import annotations
 from torch import fx, nn
 from torch.nn import functional as F
 
+from indistill_fx.graph.edit import copy_graph
 from indistill_fx.graph.ops import attribute, op_name
+from indistill_fx.passes.contract import PassResult, Rewrite
 from indistill_fx.passes.lowering.channels_last import max_pool_channels_last
 from indistill_fx.passes.lowering.max_pool import max_pool_by_maxima
 
@@ -25,29 +27,44 @@ _LAYERS = (
 _FUNCTIONS = (max_pool_by_maxima, max_pool_channels_last)
 
 
-def overwrite(graph_module: fx.GraphModule) -> tuple[str, ...]:
-    """Rewrite, in place, a graph that nobody else holds, the last of all passes; says which ReLUs overwrite what they read."""
+def inplace_relu(graph_module: fx.GraphModule) -> PassResult[fx.GraphModule, Rewrite]:
+    """Let ReLUs overwrite what only they read; the last of all passes."""
+    verdicts = {node.name: _refusal(node, graph_module) for node in graph_module.graph.nodes if _is_relu(node)}
+    skipped = tuple(f"{name}: {why}" for name, why in verdicts.items() if why)
+    if all(verdicts.values()):
+        return PassResult(graph_module, Rewrite(skipped=skipped))
+    new, nodes = copy_graph(graph_module)
     done = []
-    for node in list(graph_module.graph.nodes):
-        source = node.args[0] if len(node.args) == 1 else None
-        if not _is_relu(node, graph_module) or not isinstance(source, fx.Node) or len(source.users) != 1:
-            continue
-        if not _may_be_overwritten(source, graph_module):
-            continue
-        node.op, node.target, node.args, node.kwargs = "call_function", F.relu, (source,), {"inplace": True}
-        done.append(node.name)
-    if done:
-        graph_module.delete_all_unused_submodules()
-        graph_module.graph.lint()
-        graph_module.recompile()
-    return tuple(done)
+    for name, why in verdicts.items():
+        if not why:
+            node, source = nodes[name], nodes[name].args[0]
+            node.op, node.target, node.args, node.kwargs = "call_function", F.relu, (source,), {"inplace": True}
+            done.append(f"{name}: overwrites {source}")
+    new.delete_all_unused_submodules()
+    new.recompile()
+    return PassResult(new, Rewrite(tuple(done), skipped))
 
 
-def _is_relu(node: fx.Node, graph_module: fx.GraphModule) -> bool:
+def _is_relu(node: fx.Node) -> bool:
+    return node.op in ("call_module", "call_function", "call_method") and op_name(node) == "relu"
+
+
+def _refusal(node: fx.Node, graph_module: fx.GraphModule) -> str:
+    """Why a ReLU may not overwrite what it reads; empty if it may."""
+    source = node.args[0] if len(node.args) == 1 and len(node.all_input_nodes) == 1 else None
+    if not isinstance(source, fx.Node):
+        return "it reads no single tensor"
     if node.op == "call_module":
         module = attribute(graph_module, str(node.target))
-        return type(module) is nn.ReLU and not _hooked(module)
-    return node.op in ("call_function", "call_method") and op_name(node) == "relu" and len(node.all_input_nodes) == 1
+        if type(module) is not nn.ReLU:
+            return f"it is a {type(module).__name__}"
+        if _hooked(module):
+            return "it has hooks"
+    if len(source.users) != 1:
+        return f"`{source.name}` is read by others too"
+    if not _may_be_overwritten(source, graph_module):
+        return f"the gradient of `{source.name}` may need its value, or it has hooks"
+    return ""
 
 
 def _may_be_overwritten(source: fx.Node, graph_module: fx.GraphModule) -> bool:

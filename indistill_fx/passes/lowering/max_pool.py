@@ -15,46 +15,65 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
+from indistill_fx.graph.edit import copy_graph
 from indistill_fx.graph.ops import attribute, op_name
+from indistill_fx.passes.contract import PassResult, Rewrite
 
 
-def sink(graph_module: fx.GraphModule) -> tuple[str, ...]:
-    """Rewrite, in place, a graph that nobody else holds; says which ReLUs were moved. A value that others read stays where it is."""
+def relu_after_pool(graph_module: fx.GraphModule) -> PassResult[fx.GraphModule, Rewrite]:
+    """Take a ReLU behind the max-pooling that follows it, where it mostly has a quarter of the entries.
+
+    max(relu(a), relu(b)) = relu(max(a, b)), exactly. The gradient is the same too: where a window's maximum is above 0 it is at the
+    same place, the first of equal ones; elsewhere both orders let nothing through. A value that others read stays where it is.
+    """
+    if not any(_movable_relu(node, graph_module) for node in graph_module.graph.nodes):
+        return PassResult(graph_module, Rewrite())
+    new, _ = copy_graph(graph_module)
     done = []
-    for pool in list(graph_module.graph.nodes):
-        relu = pool.args[0] if pooling_of(pool, graph_module) is not None else None
-        if not isinstance(relu, fx.Node) or op_name(relu) != "relu" or len(relu.users) != 1 or len(relu.args) != 1:
+    for pool in list(new.graph.nodes):
+        relu = _movable_relu(pool, new)
+        if relu is None:
             continue
         pool.update_arg(0, relu.args[0])
         pool.replace_all_uses_with(relu)
         pool.append(relu)  # moves it
         relu.update_arg(0, pool)
-        done.append(relu.name)
-    if done:
-        graph_module.graph.lint()
-        graph_module.recompile()
-    return tuple(done)
+        done.append(f"{relu.name}: moved behind {pool.name}")
+    new.recompile()
+    return PassResult(new, Rewrite(done=tuple(done)))
+
+
+def _movable_relu(pool: fx.Node, graph_module: fx.GraphModule) -> fx.Node | None:
+    relu = pool.args[0] if pooling_of(pool, graph_module) is not None else None
+    if isinstance(relu, fx.Node) and op_name(relu) == "relu" and len(relu.users) == 1 and len(relu.args) == 1:
+        return relu
+    return None
 
 
 _NAMES = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
 _DEFAULTS = {"stride": None, "padding": 0, "dilation": 1, "ceil_mode": False, "return_indices": False}
 
 
-def lower(graph_module: fx.GraphModule) -> tuple[str, ...]:
-    """Rewrite, in place, a graph that nobody else holds; says which nodes were replaced."""
+def pool_by_maxima(graph_module: fx.GraphModule) -> PassResult[fx.GraphModule, Rewrite]:
+    """Replace max-poolings whose windows do not overlap by `max_pool_by_maxima`."""
+    poolings = {node.name: pooling_of(node, graph_module) for node in graph_module.graph.nodes}
+    windows = {name: _window(pooling) for name, pooling in poolings.items() if pooling is not None}
+    skipped = tuple(f"{name}: its windows overlap, or are padded" for name, window in windows.items() if window is None)
+    if not any(windows.values()):
+        return PassResult(graph_module, Rewrite(skipped=skipped))
+    new, nodes = copy_graph(graph_module)
     done = []
-    for node in list(graph_module.graph.nodes):
-        window = _window(pooling_of(node, graph_module))
+    for name, window in windows.items():
         if window is not None:
-            with graph_module.graph.inserting_before(node):
-                new = graph_module.graph.call_function(max_pool_by_maxima, (node.args[0], window))
-            node.replace_all_uses_with(new)
-            graph_module.graph.erase_node(node)
-            done.append(node.name)
-    if done:
-        graph_module.delete_all_unused_submodules()
-        graph_module.recompile()
-    return tuple(done)
+            node = nodes[name]
+            with new.graph.inserting_before(node):
+                maxima = new.graph.call_function(max_pool_by_maxima, (node.args[0], window))
+            node.replace_all_uses_with(maxima)
+            new.graph.erase_node(node)
+            done.append(f"{name}: maxima over {window[0]}x{window[1]}")
+    new.delete_all_unused_submodules()
+    new.recompile()
+    return PassResult(new, Rewrite(tuple(done), skipped))
 
 
 def max_pool_by_maxima(x: Tensor, window: tuple[int, int]) -> Tensor:

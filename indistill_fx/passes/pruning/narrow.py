@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from indistill_fx.errors import PruneError
-from indistill_fx.graph.edit import add_module, add_tensor, copy_graph
+from indistill_fx.graph.edit import SliceOf, add_module, add_tensor, copy_graph
 from indistill_fx.graph.ops import op_name
 from indistill_fx.passes.channels.call import index_select
 from indistill_fx.passes.channels.rules import trace_back
@@ -276,7 +276,7 @@ class _Rewriter:
             parameters=self._parameters(new),
         )
         if cut.width == 1 and op_name(new) == op_name(cut.node):
-            new.meta["slice_of"] = (cut.node.name, cut.start, cut.index)
+            SliceOf(cut.node.name, cut.start, tuple(cut.index)).mark(new)
 
     def _parameters(self, node: fx.Node) -> int:
         if node.op == "call_module":

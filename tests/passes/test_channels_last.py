@@ -14,7 +14,7 @@ from torch import nn
 
 import indistill_fx as ifx
 from indistill_fx.passes.extract.instrument import cut
-from indistill_fx.passes.lowering.channels_last import channels_last, lay_out, max_pool_channels_last
+from indistill_fx.passes.lowering.channels_last import channels_last, max_pool_channels_last, stem_channels_last
 from tests.nets import images, seeded
 
 
@@ -59,7 +59,7 @@ def test_places_are_kept_in_the_smallest_type(side, size):
 
 
 def half(module: nn.Module, tap: str = "last"):
-    return cut(ifx.trace(module.train(), images(4), role="student"), [tap])
+    return cut(ifx.trace(module.train(), images(4), role="student"), [tap]).value
 
 
 def order(graph_module) -> list[str]:
@@ -72,9 +72,11 @@ def test_values_and_gradients_are_those_of_the_usual_layout():
     x = images(4).double()
     found = []
     for module, change in ((plain, False), (moved, True)):
-        graph = cut(ifx.trace(module.train(), x, role="student"), ["last"])
+        graph = cut(ifx.trace(module.train(), x, role="student"), ["last"]).value
         if change:
-            assert lay_out(graph) == ("pool",)
+            result = stem_channels_last(graph)
+            assert result.report.done == ("pool: channels last from conv on",)
+            graph = result.value
         value = graph(x)[0]["last"]
         assert value.is_contiguous()
         (value * torch.linspace(-1, 1, value.numel(), dtype=value.dtype).view(value.shape)).sum().backward()
@@ -85,8 +87,7 @@ def test_values_and_gradients_are_those_of_the_usual_layout():
 
 
 def test_the_layout_changes_at_the_image_and_behind_the_pooling():
-    graph = half(Stem(nn.BatchNorm2d(8), nn.ReLU()))
-    lay_out(graph)
+    graph = stem_channels_last(half(Stem(nn.BatchNorm2d(8), nn.ReLU()))).value
     assert order(graph)[:7] == ["x", "channels_last", "conv", "middle.0", "middle.1", "max_pool_channels_last", "last"]
     seen = {}
     for name in ("conv", "middle.1", "last"):
@@ -97,14 +98,13 @@ def test_the_layout_changes_at_the_image_and_behind_the_pooling():
 
 @pytest.mark.parametrize("middle", [nn.Dropout(0.5), nn.Dropout2d(0.5), nn.Softmax(1), nn.LayerNorm([14, 14])])
 def test_the_chain_begins_behind_what_draws_at_random_or_knows_its_layout(middle):
-    graph = half(Stem(middle, nn.ReLU()))
-    lay_out(graph)
+    graph = stem_channels_last(half(Stem(middle, nn.ReLU()))).value
     assert order(graph)[1:6] == ["conv", "middle.0", "channels_last", "middle.1", "max_pool_channels_last"]
 
 
 def test_a_value_that_others_read_keeps_its_layout():
-    graph = cut(ifx.trace(Stem(nn.ReLU()).train(), images(4), role="student"), ["conv", "last"])
-    lay_out(graph)
+    graph = cut(ifx.trace(Stem(nn.ReLU()).train(), images(4), role="student"), ["conv", "last"]).value
+    graph = stem_channels_last(graph).value
     assert order(graph)[1:5] == ["conv", "channels_last", "middle.0", "max_pool_channels_last"]
 
 
@@ -117,7 +117,7 @@ class Unpooling(nn.Module):
 @pytest.mark.parametrize("pool", [Unpooling(), nn.AvgPool2d(3, 2), nn.AdaptiveMaxPool2d(9), nn.Identity()])
 def test_other_poolings_are_left_alone(pool):
     graph = half(Stem(nn.ReLU(), pool=pool))
-    assert lay_out(graph) == ()
+    graph = stem_channels_last(graph).value
     assert "channels_last" not in order(graph)
 
 

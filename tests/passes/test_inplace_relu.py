@@ -12,7 +12,7 @@ from torch import nn
 
 import indistill_fx as ifx
 from indistill_fx.passes.extract.instrument import cut
-from indistill_fx.passes.lowering.inplace_relu import overwrite
+from indistill_fx.passes.lowering.inplace_relu import inplace_relu
 from tests.nets import Cnn32, images, seeded
 
 
@@ -32,6 +32,10 @@ class Net(nn.Module):
         return F.relu(y.exp() - y).mean((2, 3)) + F.relu(y.exp()).mean((2, 3))
 
 
+def overwriting(result) -> list[str]:
+    return [entry.partition(":")[0] for entry in result.report.done]
+
+
 def in_place(graph_module) -> int:
     return sum(node.kwargs.get("inplace") is True for node in graph_module.graph.nodes)
 
@@ -41,9 +45,11 @@ def test_values_and_gradients_are_equal_to_the_bit():
     module, x, found = Net(), images(2, 12), []
     for over in (False, True):
         own = copy.deepcopy(module).train()
-        graph = cut(ifx.trace(own, x, role="student"), [":mean"])
+        graph = cut(ifx.trace(own, x, role="student"), [":mean"]).value
         if over:
-            assert overwrite(graph) == ("act", "relu", "relu_1", "relu_2")
+            result = inplace_relu(graph)
+            assert overwriting(result) == ["act", "relu", "relu_1", "relu_2"]
+            graph = result.value
         value = graph(x)[0][":mean"]
         value.square().sum().backward()
         found.append((value, *(parameter.grad for parameter in own.parameters()), own.bn.running_var))
@@ -55,8 +61,11 @@ def test_a_tap_keeps_its_value():
     module, x = Net().eval(), images(2, 12)
     traced = ifx.trace(module, x, role="student")
     taps = ["bn", "act", "again"]
-    plain, over = cut(traced, taps), cut(traced, taps)
-    assert overwrite(over) == ()
+    plain = cut(traced, taps).value
+    result = inplace_relu(plain)
+    assert overwriting(result) == []
+    assert "act: `bn` is read by others too" in result.report.skipped
+    over = result.value
     assert all(torch.equal(plain(x)[0][tap], over(x)[0][tap]) for tap in taps)
 
 
@@ -64,8 +73,9 @@ def test_a_module_that_somebody_hooks_is_left_alone():
     module, x = Net(), images(2, 12)
     seen = []
     module.bn.register_forward_hook(lambda module, args, output: seen.append(output))
-    graph = cut(ifx.trace(module, x, role="student"), [":mean"])
-    assert "act" not in overwrite(graph)
+    result = inplace_relu(cut(ifx.trace(module, x, role="student"), [":mean"]).value)
+    assert "act" not in overwriting(result)
+    graph = result.value
     seen.clear()
     graph(x)
     assert (seen[0] < 0).any()
@@ -74,8 +84,9 @@ def test_a_module_that_somebody_hooks_is_left_alone():
 def test_a_backward_hook_still_works():
     module, x, seen = Net(), images(2, 12), []
     module.bn.register_full_backward_hook(lambda module, inputs, outputs: seen.append(outputs[0].shape))
-    graph = cut(ifx.trace(module, x, role="student"), [":mean"])
-    assert "act" not in overwrite(graph)
+    result = inplace_relu(cut(ifx.trace(module, x, role="student"), [":mean"]).value)
+    assert "act" not in overwriting(result)
+    graph = result.value
     seen.clear()  # tracing runs the module too
     graph(x)[0][":mean"].sum().backward()
     assert seen == [(2, 4, 10, 10)]

@@ -1,0 +1,103 @@
+"""What stages are lowered for: the device they run on, the dtype they compute in, and whether torch.compile comes after."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from indistill_fx.errors import ConfigError
+
+Kind = Literal["cpu", "cpu reduced", "cpu compiled", "cuda", "cuda compiled", "other"]
+"""Targets that are lowered alike; the keys of `passes.lowering.table`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where, and in which precision, a stage will run.
+
+    Attributes:
+        device: as torch writes it: `cpu`, `cuda`, `cuda:1`, `mps`.
+        dtype: what matrix products and convolutions are computed in: float32, float64, bfloat16 or float16.
+        compiled: whether `torch.compile` takes the stage afterwards; it then lays out and fuses by itself.
+
+    Raises:
+        ConfigError: there is no such device, or it cannot compute in that dtype; names what is there.
+    """
+
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    compiled: bool = False
+
+    def __post_init__(self) -> None:
+        here = available_devices()
+        device = _device(self.device)
+        known = device is not None and (device.type == "cpu" or f"{device.type}:{device.index or 0}" in here)
+        if device is None or not known:
+            raise ConfigError(
+                f"There is no device {self.device!r} here.",
+                where="device",
+                got=self.device,
+                expected=here,
+                hint=f"This machine has: {', '.join(here)}.",
+            )
+        if self.dtype not in _DTYPES:
+            raise ConfigError(
+                f"Nothing can be trained in {str(self.dtype).removeprefix('torch.')}.",
+                where="dtype",
+                got=self.dtype,
+                expected=[str(dtype).removeprefix("torch.") for dtype in _DTYPES],
+            )
+        if not _computes(device, self.dtype):
+            raise ConfigError(
+                f"The device {self.device!r} cannot compute in {str(self.dtype).removeprefix('torch.')}.",
+                where="dtype",
+                got=self.dtype,
+                hint="Take float32 (--precision no), or another device.",
+            )
+
+    @property
+    def kind(self) -> Kind:
+        """Which targets it is lowered like."""
+        device = torch.device(self.device).type
+        if device == "cuda":
+            return "cuda compiled" if self.compiled else "cuda"
+        if device != "cpu":
+            return "other"
+        if self.compiled:
+            return "cpu compiled"
+        return "cpu" if self.dtype == torch.float32 else "cpu reduced"
+
+    @staticmethod
+    def of(module: nn.Module) -> Target:
+        """Where a module lies, eager, in the dtype of its weights."""
+        weight = next((p for p in module.parameters() if p.dtype in _DTYPES), None)
+        return Target() if weight is None else Target(str(weight.device), weight.dtype)
+
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def available_devices() -> list[str]:
+    """The devices of this machine that torch can use, as torch writes them."""
+    found = ["cpu"]
+    if torch.cuda.is_available():
+        found += [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    if torch.backends.mps.is_available():
+        found.append("mps:0")
+    return found
+
+
+def _device(name: str) -> torch.device | None:
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        return None
+
+
+def _computes(device: torch.device, dtype: torch.dtype) -> bool:
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        return bool(torch.cuda.is_bf16_supported())
+    return device.type != "mps" or dtype != torch.float64
