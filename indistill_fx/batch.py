@@ -1,30 +1,257 @@
-"""What a stage is given: a batch taken apart, and refused by name where it does not fit."""
+"""What a batch is. A loader may give it in many forms; here it is taken apart, and nowhere else.
+
+A batch is one tensor of inputs; a sequence of the inputs in order, then the labels, then the sample indices; or entries by name: a
+mapping of any kind, a dataclass, a named tuple. By name, every model gets the inputs that its signature asks for, and what nobody asks
+for (file names, masks of another model) is left alone.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from indistill_fx.errors import ConfigError, TrainError
+from indistill_fx.errors import ConfigError
+
+LABELS = ("labels", "label", "targets", "target")
+"""Names of the labels; the first one that is there counts."""
+INDICES = "indices"
+"""Name of the samples' places in the data set."""
+FEATURES = "teacher_features"
+"""Name of the teacher's features in a batch of a stage that has no teacher of its own."""
 
 
-def label_check(classes: int | None, inputs: int = 1) -> Callable[[int, Any], None]:
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What a model's forward takes.
+
+    Attributes:
+        names: of its arguments, in order.
+        required: those without a default; of a model whose arguments all have one, the first.
+        anything: whether it takes further arguments by any name.
+    """
+
+    names: tuple[str, ...]
+    required: tuple[str, ...]
+    anything: bool = False
+
+    @staticmethod
+    def of(model: nn.Module) -> Inputs:
+        """Of a module, by its forward's signature; of a graph, by its placeholders."""
+        if isinstance(model, fx.GraphModule):
+            nodes = [node for node in model.graph.nodes if node.op == "placeholder"]
+            names = tuple(str(node.target) for node in nodes)
+            return Inputs(names, tuple(str(node.target) for node in nodes if not node.args) or names[:1])
+        while isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):  # torch.compile's wrapper
+            model = inner
+        return Inputs.of_function(model.forward)
+
+    @staticmethod
+    def of_function(function: Callable[..., Any]) -> Inputs:
+        """Of any function, by its signature."""
+        parameters = inspect.signature(function).parameters.values()
+        named = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        names = tuple(p.name for p in named)
+        if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+            names = names or ("input",)
+        required = tuple(p.name for p in named if p.default is p.empty) or names[:1]
+        return Inputs(names, required, any(p.kind is p.VAR_KEYWORD for p in parameters))
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """The arguments of one model's forward."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __call__(self, model: Callable[..., Any]) -> Any:
+        """The model's output for this batch."""
+        return model(*self.args, **self.kwargs)
+
+    def tensors(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """The arguments by name, in order."""
+        found = dict(zip(names, self.args, strict=False)) | {key: v for key, v in self.kwargs.items() if v is not None}
+        return {name: found[name] for name in names if name in found}
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """A batch taken apart.
+
+    Attributes:
+        calls: one for each of the models, in their order.
+        labels: None where there are none.
+        indices: likewise, (batch,).
+        features: the teacher's, by tap name; None where there are none.
+    """
+
+    calls: tuple[Call, ...]
+    labels: Tensor | None = None
+    indices: Tensor | None = None
+    features: Mapping[str, Tensor] | None = None
+
+
+def named(batch: Any) -> dict[str, Any] | None:
+    """The entries of a batch by name; None if it has no names.
+
+    A named tuple has names where they say what is what: where labels are among them, or an input of that name is asked for (`split`).
+    """
+    if isinstance(batch, Mapping):
+        return {str(key): batch[key] for key in batch}
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        return {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return dict(zip(batch._fields, batch, strict=True))
+    return None
+
+
+def split(batch: Any, *models: Inputs, where: str) -> Parts:
+    """Take a batch apart for one model or several.
+
+    Args:
+        batch: in any of the forms above.
+        models: what each takes.
+        where: who asks, for messages: `Stage `layer1``.
+
+    Raises:
+        ConfigError: it is in none of the forms, an input is missing or no tensor; says which, and what the batch has.
+    """
+    entries = named(batch)
+    if entries is not None and isinstance(batch, tuple) and not _names_tell(entries, models):
+        entries = None
+    if entries is None:
+        return _by_order(batch, models, where)
+    labels = next((entries[name] for name in LABELS if name in entries), None)
+    indices, features = entries.get(INDICES), entries.get(FEATURES)
+    for name, value in (("labels", labels), (INDICES, indices)):
+        if value is not None and not isinstance(value, Tensor):
+            raise _unfit(where, name, f"of type {type(value).__name__}", "a tensor", "Let the loader yield tensors.")
+    return Parts(tuple(_by_name(entries, model, batch, where) for model in models), labels, indices, features)
+
+
+def _names_tell(entries: Mapping[str, Any], models: Sequence[Inputs]) -> bool:
+    return any(name in entries for name in LABELS) or all(n in entries for model in models for n in model.required)
+
+
+def _by_name(entries: Mapping[str, Any], model: Inputs, batch: Any, where: str) -> Call:
+    special = {*LABELS, INDICES, FEATURES} - {*model.required}
+    free = {name: value for name, value in entries.items() if name not in special}
+    chosen = {name: value for name, value in free.items() if name in model.names or model.anything}
+    missing = [name for name in model.required if name not in chosen]
+    if missing:
+        raise ConfigError(
+            f"{where} got a batch it cannot read: {_described(batch)}. It has no `{missing[0]}`.",
+            where=missing[0],
+            got=list(entries),
+            expected=list(model.required),
+            hint=f"Let the loader yield {_listed(model.required)} by name, or in order: a tuple of inputs, then the labels.",
+        )
+    for name, value in chosen.items():
+        if not isinstance(value, Tensor) and name in model.required:
+            raise _unfit(where, name, f"of type {type(value).__name__}", "a tensor", "Let the loader yield tensors.")
+    return Call((), {name: value for name, value in chosen.items() if isinstance(value, Tensor)})
+
+
+def _by_order(batch: Any, models: Sequence[Inputs], where: str) -> Parts:
+    values: Sequence[Any] = (batch,) if isinstance(batch, Tensor) else batch
+    count = max((len(model.required) for model in models), default=1)
+    if not isinstance(values, (tuple, list)) or len(values) < count:
+        names = next(model.required for model in models if len(model.required) == count)
+        raise ConfigError(
+            f"{where} got a batch it cannot read: {_described(batch)}.",
+            where=where,
+            got=type(batch).__name__,
+            expected=f"inputs {', '.join(names)}, then labels",
+            hint=f"Let the loader yield a tuple of tensors ({', '.join(names)}, labels) or a dict with these names.",
+        )
+    for model in models:
+        for name, value in zip(model.required, values, strict=False):
+            if not isinstance(value, Tensor):
+                raise _unfit(
+                    where, name, f"of type {type(value).__name__}", "a tensor", "Let the loader yield tensors."
+                )
+    labels, indices = (*values[count:], None, None)[:2]
+    if labels is not None and not isinstance(labels, Tensor):
+        raise _unfit(where, "labels", f"of type {type(labels).__name__}", "a tensor", "Let the loader yield tensors.")
+    numbers = isinstance(indices, Tensor) and indices.ndim == 1 and not indices.is_floating_point()
+    calls = tuple(Call(tuple(values[: len(model.required)])) for model in models)
+    return Parts(calls, labels, indices if numbers else None)
+
+
+def inputs_and_labels(batch: Any) -> tuple[dict[str, Tensor], Tensor | None]:
+    """The tensors of a batch that are inputs as far as anybody can tell without a model, by name, and the labels.
+
+    A sequence is one input and its labels; its input has the name of its place, `0`.
+    """
+    entries = named(batch)
+    if entries is None:
+        values = (batch,) if isinstance(batch, Tensor) else tuple(batch) if isinstance(batch, (tuple, list)) else ()
+        entries = dict(zip(("0", LABELS[0]), values, strict=False))
+    labels = next((entries[name] for name in LABELS if isinstance(entries.get(name), Tensor)), None)
+    special = {*LABELS, INDICES, FEATURES}
+    return {k: v for k, v in entries.items() if isinstance(v, Tensor) and k not in special}, labels
+
+
+def tensors_of(batch: Any) -> list[Tensor]:
+    """All tensors that stand in a batch, whatever they are."""
+    entries = named(batch)
+    values = [batch] if isinstance(batch, Tensor) else batch if entries is None else entries.values()
+    return [value for value in values if isinstance(value, Tensor)]
+
+
+def samples_of(batch: Any, part: slice) -> Any:
+    """Some samples of a batch, in the batch's own form; entries that are no tensors or lists of samples stay as they are."""
+    if isinstance(batch, Tensor):
+        return batch[part]
+    count = next((len(value) for value in tensors_of(batch) if value.ndim), 0)
+
+    def cut(value: Any) -> Any:
+        sized = isinstance(value, (Tensor, list, tuple)) and (not isinstance(value, Tensor) or value.ndim)
+        return value[part] if sized and len(value) == count else value
+
+    entries = named(batch)
+    if entries is None:
+        return type(batch)(cut(value) for value in batch)
+    changed = {name: cut(value) for name, value in entries.items()}
+    if isinstance(batch, tuple):
+        return type(batch)(**changed)
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        return dataclasses.replace(batch, **changed)
+    return changed
+
+
+def with_features(batch: Any, model: Inputs, look_up: Callable[[Tensor], Mapping[str, Tensor]]) -> dict[str, Any]:
+    """A batch by name with the teacher's features of its samples.
+
+    Args:
+        batch: inputs, labels and indices, in order or by name.
+        model: the student.
+        look_up: indices (batch,) → features by tap name.
+    """
+    parts = split(batch, model, where="The feature cache")
+    if parts.indices is None:
+        raise ConfigError("A batch has no sample indices.", where="feature cache", expected="inputs, labels, indices")
+    inputs = parts.calls[0].tensors(model.names)
+    return inputs | {LABELS[0]: parts.labels, INDICES: parts.indices, FEATURES: look_up(parts.indices)}
+
+
+def label_check(classes: int | None, *models: Inputs) -> Callable[[int, Any], None]:
     """A check that a batch's labels are classes.
 
     Args:
         classes: number of them; None: unknown, so anything goes.
-        inputs: tensors before the labels in a batch that is a tuple.
+        models: what they take; of none, that is one input.
     """
 
     def check(number: int, batch: Any) -> None:
-        labels = batch.get("labels") if isinstance(batch, Mapping) else None
-        if isinstance(batch, (tuple, list)) and len(batch) > inputs:
-            labels = batch[inputs]
-        if classes is None or not isinstance(labels, Tensor) or not labels.numel() or labels.is_floating_point():
+        labels = split(batch, *models, where=f"Batch {number + 1}").labels
+        if classes is None or labels is None or not labels.numel() or labels.is_floating_point():
             return
         low, high = (int(value) for value in labels.aminmax())
         if low < 0 or high >= classes:
@@ -40,61 +267,13 @@ def label_check(classes: int | None, inputs: int = 1) -> Callable[[int, Any], No
     return check
 
 
-FEATURES = "teacher_features"
-"""Key of the teacher's features in a batch of a stage that has no teacher of its own."""
-
-
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """A batch taken apart."""
-
-    inputs: tuple[Tensor, ...]
-    labels: Tensor | None
-    indices: Tensor | None
-    features: Mapping[str, Tensor] | None
-
-
-def split(batch: Any, names: Sequence[str], *, stage: str) -> Parts:
-    """Take a batch apart.
-
-    Args:
-        batch: a tensor, a sequence of tensors, or a dict; see `Stage.forward`.
-        names: of the model's inputs.
-        stage: its name, for the message.
-
-    Raises:
-        TrainError: it is none of these, or an entry is no tensor; names the stage and the argument.
-    """
-    count, features = len(names), None
-    if isinstance(batch, Tensor) and count == 1:
-        return Parts((batch,), None, None, None)
-    if isinstance(batch, Mapping) and all(name in batch for name in names):
-        inputs = [batch[name] for name in names]
-        rest = (batch.get("labels"), batch.get("indices"))
-        features = batch.get(FEATURES)
-    elif isinstance(batch, (tuple, list)) and len(batch) >= count:
-        inputs, rest = list(batch[:count]), (*batch[count:], None, None)[:2]
-    else:
-        raise TrainError(
-            f"Stage `{stage}` got a batch it cannot read: {_describe(batch)}.",
-            where=stage,
-            got=type(batch).__name__,
-            expected=f"inputs {', '.join(names)}, then labels",
-            hint=f"Let the loader yield a tuple of tensors ({', '.join(names)}, labels) or a dict with these names.",
-        )
-    for name, value in zip((*names, "labels", "indices"), (*inputs, *rest), strict=True):
-        if not isinstance(value, Tensor) and (name in names or value is not None):
-            raise _unfit(stage, name, f"of type {type(value).__name__}", "a tensor", "Let the loader yield tensors.")
-    return Parts(tuple(inputs), rest[0], rest[1], features)
-
-
 def check_inputs(
     parts: Parts, names: Sequence[str], dtypes: Sequence[torch.dtype | None], student: nn.Module, *, stage: str
 ) -> None:
     """Refuse inputs of another device than the student's, or of a dtype it was not made for.
 
     Args:
-        parts: of the batch.
+        parts: of the batch; the first call is the student's.
         names: of the model's inputs.
         dtypes: what the model was traced with, input by input; None where that is unknown. A floating one stands for the dtype
             that the student's parameters have now.
@@ -102,40 +281,47 @@ def check_inputs(
         stage: its name, for the message.
 
     Raises:
-        TrainError: names the stage and the argument.
+        ConfigError: names the stage and the argument.
     """
     anchor = next((p for p in student.parameters() if p.is_floating_point()), None)
     if anchor is None or type(anchor) not in (Tensor, nn.Parameter):  # sharded: lies elsewhere until it is used
         return
-    for name, value in zip((*names, "labels"), (*parts.inputs, parts.labels), strict=True):
+    where, inputs = f"Stage `{stage}`", parts.calls[0].tensors(names)
+    for name, value in (*inputs.items(), ("labels", parts.labels)):
         if value is not None and value.device != anchor.device:
             hint = f"Move the batch: batch.to({str(anchor.device)!r}), or the stage: stage.to({str(value.device)!r})."
-            raise _unfit(stage, name, f"on {value.device}", f"on {anchor.device}, where the student is", hint)
+            raise _unfit(where, name, f"on {value.device}", f"on {anchor.device}, where the student is", hint)
     if torch.is_autocast_enabled(anchor.device.type):
         return
-    for name, value, dtype in zip(names, parts.inputs, dtypes, strict=True):
-        if dtype is None:
+    for name, dtype in zip(names, dtypes, strict=True):
+        value = inputs.get(name)
+        if dtype is None or value is None:
             continue
         wanted = anchor.dtype if dtype.is_floating_point else dtype
         fits = value.dtype == wanted if wanted.is_floating_point else not value.is_floating_point()
         if not fits:
             hint = f"Convert it: {name}.to({wanted}), or train under torch.autocast (mixed_precision)."
-            raise _unfit(stage, name, str(value.dtype), str(wanted), hint)
+            raise _unfit(where, name, str(value.dtype), str(wanted), hint)
 
 
-def _unfit(stage: str, name: str, got: str, expected: str, hint: str) -> TrainError:
-    return TrainError(
-        f"Stage `{stage}`: `{name}` of the batch is {got}, not {expected}.",
-        where=f"{stage}: {name}",
+def _unfit(where: str, name: str, got: str, expected: str, hint: str) -> ConfigError:
+    return ConfigError(
+        f"{where}: `{name}` of the batch is {got}, not {expected}.",
+        where=name,
         got=got,
         expected=expected,
         hint=hint,
     )
 
 
-def _describe(batch: Any) -> str:
-    if isinstance(batch, Mapping):
-        return f"a dict of {', '.join(map(str, batch))}"
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def _described(batch: Any) -> str:
+    entries = named(batch)
+    if entries is not None:
+        return f"a {type(batch).__name__} of {', '.join(entries)}"
     if isinstance(batch, (tuple, list)):
         return f"a {type(batch).__name__} of {', '.join(type(entry).__name__ for entry in batch)}"
     return f"a {type(batch).__name__}"

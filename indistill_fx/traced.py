@@ -9,8 +9,9 @@ from functools import cached_property
 from typing import Any, Literal
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
+from indistill_fx.batch import Inputs, split
 from indistill_fx.errors import ConfigError, nearest
 from indistill_fx.graph.ops import op_name
 
@@ -144,6 +145,20 @@ class TracedModel:
     def facts_of(self, tap: str) -> NodeFacts:
         """Facts of the tensor that a tap names."""
         return self.facts[self.node(tap).name]
+
+    def inputs_in(self, batch: Any, *, where: str) -> tuple[tuple[Any, ...], Tensor | None]:
+        """The arguments of one forward call that a batch holds, on the model's device, in order; and the labels, if there are any.
+
+        Raises:
+            ConfigError: the batch has not the model's inputs; says which is missing.
+        """
+        signature = Inputs.of(self.graph_module)
+        count = len(self.example_inputs)
+        own = Inputs(signature.names[:count], signature.names[:count] if count else signature.required)
+        parts = split(batch, own, where=where)
+        device = next((parameter.device for parameter in self.graph_module.parameters()), torch.device("cpu"))
+        given = [value.to(device) for value in parts.calls[0].tensors(own.names).values()]
+        return (*given, *self.example_kwargs.values()), parts.labels.to(device) if parts.labels is not None else None
 
     @property
     def macs(self) -> int:

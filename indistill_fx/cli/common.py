@@ -129,23 +129,26 @@ def trace_model(source: Source, example: Any, role: Role, *, logits: str | int |
 
 def first_batches(loader: Any, samples: int) -> list[Any]:
     """Batches until there are so many samples; the last one is cut where it can be."""
-    import torch
+    from indistill_fx.batch import samples_of, tensors_of
 
     found, left = [], samples
     for batch in loader:
-        parts = [batch] if isinstance(batch, torch.Tensor) else list(batch)
-        found.append([part[:left] if isinstance(part, torch.Tensor) else part for part in parts])
-        left -= len(parts[0])
+        found.append(samples_of(batch, slice(left)))
+        left -= len(tensors_of(batch)[0])
         if left <= 0:
             break
     return found
 
 
 def first_inputs(loader: Any, samples: int) -> Any:
-    """The inputs of the first so many samples, in one tensor."""
+    """The inputs of the first so many samples: a tensor, or several where a sample has several inputs."""
     import torch
 
-    return torch.cat([batch[0] for batch in first_batches(loader, samples)])
+    from indistill_fx.batch import inputs_and_labels
+
+    inputs = [list(inputs_and_labels(batch)[0].values()) for batch in first_batches(loader, samples)]
+    whole = [torch.cat(parts) for parts in zip(*inputs, strict=True)]
+    return whole[0] if len(whole) == 1 else whole
 
 
 def deployment_facts(spec: str, source: Source, data: Data | None) -> dict[str, str]:

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from indistill_fx.batch import inputs_and_labels, samples_of
 from indistill_fx.data.dataset import Data, DataOptions
 from indistill_fx.data.loaders import EpochLoader
 from indistill_fx.errors import ConfigError
@@ -61,16 +61,9 @@ def _checked(spec: str, key: str, loader: Any, seed: int) -> EpochLoader:
 def _first_batch(spec: str, loader: EpochLoader, classes: tuple[str, ...]) -> tuple[int, ...]:
     """The size of one input; a ConfigError where the batch is not inputs and labels."""
     batch = next(iter(loader))
-    if isinstance(batch, Mapping):
-        named = dict(batch)
-        labels, inputs = named.pop("labels", None), next(iter(named.values()), None)
-    else:
-        inputs, labels = (*batch, None)[:2] if isinstance(batch, (tuple, list)) else (batch, None)
-    if (
-        not (isinstance(inputs, Tensor) and isinstance(labels, Tensor))
-        or labels.dtype != torch.int64
-        or labels.ndim != 1
-    ):
+    found, labels = inputs_and_labels(batch)
+    inputs = next(iter(found.values()), None)
+    if inputs is None or labels is None or labels.dtype != torch.int64 or labels.ndim != 1:
         raise ConfigError(
             f"{spec!r}: a batch of the test loader is a {type(batch).__name__} without inputs and int64 labels.",
             where=spec,
@@ -148,13 +141,7 @@ class ForeignLoader(EpochLoader):
                     hint="Let its __len__ say how many batches an epoch has.",
                 )
             if number >= skipped:
-                yield batch if self.world == 1 else _part(batch, slice(self.rank, None, self.world))
+                yield batch if self.world == 1 else samples_of(batch, slice(self.rank, None, self.world))
 
 
 _END = object()
-
-
-def _part(batch: Any, part: slice) -> Any:
-    if isinstance(batch, dict):
-        return {key: value[part] for key, value in batch.items()}
-    return type(batch)(value[part] for value in batch)

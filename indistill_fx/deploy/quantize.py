@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from indistill_fx.batch import Inputs, split
 from indistill_fx.deploy.onnx_session import Array, feed, file_size, first_lines, is_quantised, open_session
 from indistill_fx.errors import ConfigError, ExportError, nearest
 from indistill_fx.system.files import staged
@@ -200,17 +201,18 @@ def _pieces(
 ) -> Iterator[_Piece]:
     """Batches cut to the file's batch size if that is fixed, else to `most` rows."""
     inputs = session.get_inputs()
+    takes = Inputs(tuple(one.name for one in inputs), tuple(one.name for one in inputs))
     fixed = inputs[0].shape[0] if isinstance(inputs[0].shape[0], int) else None
     for batch in batches:
-        parts = [batch] if isinstance(batch, Tensor) else list(batch)
-        values, rest = parts[: len(inputs)], parts[len(inputs) :]
+        parts = split(batch, takes, where="The file")
+        values = list(parts.calls[0].tensors(takes.names).values())
         size = fixed or most or max(len(values[0]), 1)
         for start in range(0, len(values[0]), size):
             chosen = [value[start : start + size] for value in values]
             rows = len(chosen[0])
             if fixed and rows < fixed:
                 chosen = [value[torch.arange(fixed) % rows] for value in chosen]
-            labels = np.asarray(rest[0][start : start + size]) if rest else None
+            labels = np.asarray(parts.labels[start : start + size]) if parts.labels is not None else None
             yield _Piece(feed(session, chosen), rows, labels)
 
 

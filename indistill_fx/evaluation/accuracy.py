@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
+from indistill_fx.batch import Inputs, split
 from indistill_fx.errors import ConfigError
+from indistill_fx.graph.module_state import evaluating
 from indistill_fx.system.terminal import followed
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,19 +128,6 @@ def select_logits(outputs: Any, logits: str | int | None = None) -> Tensor:
     )
 
 
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients inside; every submodule's own flag restored after."""
-    flags = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for part, flag in flags:
-            part.training = flag
-
-
 def _outputs(
     module: nn.Module | Callable[..., Any], loader: Iterable[Any], device: torch.device | str | None, progress: bool
 ) -> Iterator[tuple[Any, Tensor]]:
@@ -150,12 +136,17 @@ def _outputs(
     if device is None:
         device = next((p.device for p in (*owner.parameters(), *owner.buffers())), torch.device("cpu"))
     with evaluating(owner):
+        inputs = Inputs.of(module) if isinstance(module, nn.Module) else Inputs.of_function(module)
         for batch in followed(loader, "Evaluating", shown=progress):
-            if isinstance(batch, Mapping):
-                inputs = {key: value.to(device) for key, value in batch.items() if key not in ("labels", "indices")}
-                yield module(**inputs), batch["labels"].to(device)
-            else:
-                yield module(batch[0].to(device)), batch[1].to(device)
+            parts = split(send_to_device(batch, device), inputs, where=type(owner).__name__)
+            if parts.labels is None:
+                raise ConfigError(
+                    "A batch of the test set has no labels.",
+                    where="loader",
+                    got=type(batch).__name__,
+                    hint="Let the loader yield (inputs, labels), or a dict of inputs by name with `labels`.",
+                )
+            yield parts.calls[0](module), parts.labels
 
 
 def _check_labels(labels: Tensor, scores: Tensor) -> None:

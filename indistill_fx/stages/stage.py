@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from indistill_fx.batch import Parts, check_inputs, split
+from indistill_fx.batch import Inputs, Parts, check_inputs, split
 from indistill_fx.curriculum import Budget
 from indistill_fx.errors import TrainError
 from indistill_fx.losses.base import Outputs
@@ -80,6 +80,7 @@ class Stage(nn.Module):
         self.student, self.teacher, self.criterion = student, teacher, criterion
         self.macs, self.report = macs, report or StageReport()
         self._inputs = signature_of(student)
+        self._takes = [Inputs.of(half) for half in (student, teacher) if half is not None]
         self._dtypes = tuple((dtypes or {}).get(name) for name in self._inputs)
         self._cached = False
 
@@ -124,27 +125,28 @@ class Stage(nn.Module):
         """The stage's loss.
 
         Args:
-            batch: a tensor of inputs; a tuple or list of the model's inputs in order, then the labels, then the sample indices (the
-                last two where the loss needs them); or a dict of inputs by name, with `labels`, `indices` and, for a stage
-                `without_teacher`, `teacher_features`.
+            batch: a tensor of inputs; a sequence of the models' inputs in order, then the labels, then the sample indices (the last
+                two where the loss needs them); or entries by name, with `labels`, `indices` and, for a stage `without_teacher`,
+                `teacher_features` (see `batch`). By name, teacher and student each get what they take.
 
         Returns:
             A scalar.
 
         Raises:
-            TrainError: the batch is none of these, or an entry is no tensor or of a wrong device or dtype.
-            ConfigError: the labels or indices that the loss needs are missing.
+            ConfigError: the batch is none of these, an entry is no tensor or of a wrong device or dtype, or the labels or indices
+                that the loss needs are missing.
+            TrainError: a stage without a teacher gets no features.
         """
-        parts = split(batch, self._inputs, stage=self.name)
+        parts = split(batch, *self._takes, where=f"Stage `{self.name}`")
         check_inputs(parts, self._inputs, self._dtypes, self.student, stage=self.name)
         teacher = Outputs(None, None, {}, parts.indices)
         if self._cached:
             teacher = self._outputs(self._given(parts), 0, parts.indices)
         elif self.teacher is not None:
             with torch.no_grad():
-                features, _ = self.teacher(*parts.inputs)
+                features, _ = parts.calls[1](self.teacher)
             teacher = self._outputs(features, 0, parts.indices)
-        features, _ = self.student(*parts.inputs)
+        features, _ = parts.calls[0](self.student)
         loss: Tensor = self.criterion(self._outputs(features, 1, parts.indices), teacher, parts.labels)
         return loss
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from indistill_fx.batch import label_check
+from indistill_fx.batch import Inputs, label_check, split
 from indistill_fx.curriculum import Budget, Curriculum
 from indistill_fx.data.loaders import EpochLoader
 from indistill_fx.data.user_loaders import repeatable
@@ -121,7 +120,7 @@ def distill(
             stores = _cached(stages, loader, feature_cache, joint, accelerator, progress)
         return Work(
             legs=_legs(stages, epochs, settings, stores),
-            check=label_check(classes, len(models[1].example_inputs)),
+            check=label_check(classes, *(Inputs.of(model.graph_module) for model in models)),
             save=lambda where: chosen.save(where.path / "plan.json") if where.writes else None,
             models={model.role: model_facts(model.module) | {"macs": model.macs} for model in models},
             remarks=_remarks(curriculum, chosen),
@@ -175,23 +174,10 @@ def traced_pair(
 
 def _example(loader: Iterable[Any], module: nn.Module) -> Any:
     """A few samples of the first batch, as positional arguments of the module."""
-    batch = next(iter(loader))
-    wanted = [p for p in inspect.signature(module.forward).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
-    if isinstance(batch, Mapping):
-        inputs = [batch[p.name] for p in wanted if p.name in batch]
-    elif isinstance(batch, (tuple, list)):
-        inputs = list(batch[: max(1, sum(p.default is p.empty for p in wanted))])
-    else:
-        inputs = [batch]
-    if not inputs or not all(isinstance(entry, Tensor) for entry in inputs):
-        raise ConfigError(
-            f"The train loader yields a {type(batch).__name__} without inputs for {type(module).__name__}.",
-            where="train loader",
-            got=type(batch).__name__,
-            hint="Let it yield (inputs, labels), or a dict of inputs by their names in `forward`, with `labels`.",
-        )
+    inputs = Inputs.of(module)
+    call = split(next(iter(loader)), inputs, where=f"{type(module).__name__}").calls[0]
     device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
-    return tuple(entry[:4].to(device) for entry in inputs)
+    return tuple(value[:4].to(device) for value in call.tensors(inputs.names).values())
 
 
 def _cached(

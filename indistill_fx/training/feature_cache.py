@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from filelock import FileLock
 from torch import Tensor, fx
 
-from indistill_fx.batch import FEATURES
+from indistill_fx.batch import Inputs, split, with_features
 from indistill_fx.data.loaders import EpochLoader
 from indistill_fx.errors import ConfigError
 from indistill_fx.graph.module_state import digest
@@ -52,17 +53,17 @@ class FeatureStore:
             for tap, entry in index.items()
         }
 
-    def attach(self, batch: Sequence[Tensor] | Mapping[str, Any]) -> dict[str, Any]:
+    def attach(self, batch: Any) -> dict[str, Any]:
         """The batch as a dict, with the teacher's features of its samples.
 
         Args:
             batch: inputs, labels and indices, in order or by name.
         """
-        named = dict(batch) if isinstance(batch, Mapping) else {}
-        if not isinstance(batch, Mapping):
-            named = dict(zip((*self._inputs, "labels", "indices"), batch, strict=True))
-        rows = named["indices"].cpu()
-        return named | {FEATURES: {tap: values.index_select(0, rows) for tap, values in self.features.items()}}
+
+        def look_up(indices: Tensor) -> dict[str, Tensor]:
+            return {tap: values.index_select(0, indices.cpu()) for tap, values in self.features.items()}
+
+        return with_features(batch, Inputs(self._inputs, self._inputs), look_up)
 
 
 def cache_features(
@@ -159,7 +160,7 @@ def _fill(
                 found = _run(graph, batch, group[0][0], autocast, device)
                 for taps in files.values():
                     for tap, values in taps.items():
-                        values.index_copy_(0, batch[-1], found[tap].to("cpu"))
+                        values.index_copy_(0, _indices(batch, group[0][0]), found[tap].to("cpu"))
             for folder, part in parts.items():
                 _close(part, files.pop(folder))
                 part.replace(folder)
@@ -190,14 +191,21 @@ def _close(part: Path, taps: Mapping[str, Tensor]) -> None:
 
 def _run(
     graph: fx.GraphModule,
-    batch: Sequence[Tensor],
+    batch: Any,
     stage: Stage,
     autocast: Callable[[], AbstractContextManager[Any]],
     device: torch.device | str,
 ) -> dict[str, Tensor]:
     with torch.no_grad(), autocast():
-        features: dict[str, Tensor] = graph(*(value.to(device) for value in batch[: len(stage.inputs)]))[0]
+        call = split(send_to_device(batch, device), Inputs.of(graph), where=f"Stage `{stage.name}`").calls[0]
+        features: dict[str, Tensor] = call(graph)[0]
     return features
+
+
+def _indices(batch: Any, stage: Stage) -> Tensor:
+    found = split(batch, Inputs(stage.inputs, stage.inputs), where="The feature cache").indices
+    assert found is not None, "a cacheable loader gives indices"
+    return found
 
 
 def _estimate(

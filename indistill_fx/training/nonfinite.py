@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from indistill_fx.batch import split
+from indistill_fx.batch import Inputs, split, tensors_of
 from indistill_fx.errors import TrainError
 from indistill_fx.graph.edit import layer_of
+from indistill_fx.graph.interpret import run_looking
 from indistill_fx.stages.stage import Stage
 
 
@@ -25,18 +25,13 @@ def first_not_finite(stage: nn.Module, batch: Any) -> str:
     Returns:
         Words such as `first in the student at blocks.1`; empty where nothing was found.
     """
-    entries = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else [batch]
-    if any(_bad(entry) or _bad(-entry) for entry in entries if isinstance(entry, Tensor) and entry.is_floating_point()):
+    if any(_bad(entry) or _bad(-entry) for entry in tensors_of(batch) if entry.is_floating_point()):
         return "the batch itself holds values that are not finite"
     if not isinstance(stage, Stage):
         return ""
     for role, graph in (("teacher", stage.teacher), ("student", stage.student)):
-        if graph is not None:
-            watch = _Watch(graph)
-            with torch.no_grad(), suppress(_FoundError):
-                watch.run(*split(batch, stage.inputs, stage=stage.name).inputs)
-            if watch.found:
-                return f"first in the {role} at `{watch.found}`"
+        if graph is not None and (found := _first_bad(graph, batch)):
+            return f"first in the {role} at `{found}`"
     return ""
 
 
@@ -62,18 +57,19 @@ class _FoundError(Exception):
     """Ends the run at the first value."""
 
 
-class _Watch(fx.Interpreter):
-    """Runs a graph until a value is not finite."""
+def _first_bad(graph: fx.GraphModule, batch: Any) -> str:
+    found: list[str] = []
 
-    found = ""
-
-    def run_node(self, n: fx.Node) -> Any:
-        """The node's value."""
-        value = super().run_node(n)
-        if n.op not in ("placeholder", "get_attr", "output") and _bad(value):
-            self.found = layer_of(n) if n.op == "call_module" else n.name
+    def look(node: fx.Node, value: Any) -> None:
+        if node.op not in ("placeholder", "get_attr", "output") and _bad(value):
+            found.append(layer_of(node) if node.op == "call_module" else node.name)
             raise _FoundError
-        return value
+
+    inputs = Inputs.of(graph)
+    given = split(batch, inputs, where="The graph").calls[0].tensors(inputs.names)
+    with torch.no_grad(), suppress(_FoundError):
+        run_looking(graph, look, *given.values())
+    return found[0] if found else ""
 
 
 def _bad(value: Any) -> bool:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
-from indistill_fx.batch import label_check
+from indistill_fx.batch import Inputs, label_check, split
 from indistill_fx.curriculum import Budget
 from indistill_fx.data.user_loaders import repeatable
 from indistill_fx.errors import ConfigError
@@ -78,7 +78,7 @@ def train(
         about=about,
     ).run(
         lambda directory, accelerator: Work(
-            legs=[leg], check=label_check(_class_count(supervised, loader)), models=models
+            legs=[leg], check=label_check(_class_count(supervised, loader), Inputs.of(module)), models=models
         )
     )
 
@@ -99,6 +99,7 @@ class Supervised(nn.Module):
     def __init__(self, module: nn.Module, logits: str | int | None = None):
         super().__init__()
         self.module, self.logits = module, logits
+        self._inputs = Inputs.of(module)
 
     def forward(self, batch: Any) -> Tensor:
         """The loss of a batch (inputs, labels, …), or of a dict of inputs by name with `labels`."""
@@ -107,17 +108,15 @@ class Supervised(nn.Module):
 
     def scores(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Logits and labels of a batch."""
-        if isinstance(batch, Mapping):
-            outputs = self.module(**{key: value for key, value in batch.items() if key not in ("labels", "indices")})
-            return select_logits(outputs, self.logits), batch["labels"]
-        if not isinstance(batch, (tuple, list)) or len(batch) < 2:
+        parts = split(batch, self._inputs, where=type(self.module).__name__)
+        if parts.labels is None:
             raise ConfigError(
                 f"A batch is a {type(batch).__name__} without labels.",
                 where="train loader",
                 got=type(batch).__name__,
                 hint="Let the loader yield (inputs, labels), or a dict of inputs by name with `labels`.",
             )
-        return select_logits(self.module(batch[0]), self.logits), batch[1]
+        return select_logits(parts.calls[0](self.module), self.logits), parts.labels
 
 
 def check_epochs(epochs: int) -> None:

@@ -118,7 +118,7 @@ def test_a_stage_holds_only_what_it_computes():
 def test_a_batch_that_cannot_be_read(batch, message):
     teacher, student, x = pair_of("chain")
     stage = ifx.compile_stages(teacher, student, main=None, example_inputs=x)[0]
-    with pytest.raises(ifx.TrainError, match=f"got a batch it cannot read: {message}.*Let the loader yield"):
+    with pytest.raises(ifx.ConfigError, match=f"got a batch it cannot read: {message}.*Let the loader yield"):
         stage(batch)
 
 
@@ -143,7 +143,7 @@ def test_a_batch_that_cannot_be_read(batch, message):
 def test_a_batch_with_a_wrong_entry_names_stage_and_argument(batch, message):
     teacher, student, x = pair_of("chain")
     stage = ifx.compile_stages(teacher, student, main=None, example_inputs=x)[0]
-    with pytest.raises(ifx.TrainError, match=f"^Stage `{stage.name}`: {message}"):
+    with pytest.raises(ifx.ConfigError, match=f"^Stage `{stage.name}`: {message}"):
         stage(batch)
 
 
@@ -153,7 +153,7 @@ def test_a_stage_converted_or_under_autocast_takes_what_fits_it():
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.isfinite(stage(x.to(torch.bfloat16)))
     assert stage.double()(x.double()).dtype == torch.float64
-    with pytest.raises(ifx.TrainError, match=r"`x` of the batch is torch.float32, not torch.float64"):
+    with pytest.raises(ifx.ConfigError, match=r"`x` of the batch is torch.float32, not torch.float64"):
         stage(x)
 
 

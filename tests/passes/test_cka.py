@@ -94,7 +94,12 @@ def test_a_dict_of_inputs_is_read_by_name() -> None:
 
 @pytest.mark.parametrize(
     ("loader", "text"),
-    [([], "no batch of 4"), ([images(3)], "no batch of 4"), ([{"y": images(8)}], "type dict"), (["x"], "type str")],
+    [
+        ([], "no batch of 4"),
+        ([images(3)], "no batch of 4"),
+        ([{"y": images(8)}], "a dict of y. It has no `x`"),
+        (["x"], "a str"),
+    ],
 )
 def test_loaders_that_do_not_fit_are_refused(loader: list[object], text: str) -> None:
     model = trace(seeded(Residual, 4, 1), images())

@@ -144,7 +144,7 @@ def test_opaque_layers_are_ranked_by_activation() -> None:
         ({"criterion": "activation", "loader": []}, "no batch"),
         ({"criterion": "taylor", "loader": [torch.randn(2, 3, 8, 8)]}, "needs labels"),
         ({"criterion": "taylor", "loader": [(torch.randn(2, 3, 8, 8), torch.zeros(2, 5, 5).long())]}, "do not go with"),
-        ({"criterion": "activation", "loader": [{"x": 1}]}, "A batch must hold"),
+        ({"criterion": "activation", "loader": [{"x": 1}]}, "`x` of the batch is of type int, not a tensor"),
     ],
 )
 def test_refuses(traced: TracedModel, options: dict[str, object], message: str) -> None:

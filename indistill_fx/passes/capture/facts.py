@@ -19,6 +19,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from indistill_fx.errors import FrontendError
 from indistill_fx.graph.edit import output_node, tensor_nodes
+from indistill_fx.graph.interpret import run_looking
 from indistill_fx.graph.ops import UNARY, attribute, op_name
 from indistill_fx.passes.capture.channel_axis import channel_axes
 from indistill_fx.passes.capture.equivalence import Reference, plain_attention
@@ -72,24 +73,20 @@ class _Recorder(nn.Module):
         self.seen: dict[str, _Seen] = {}
 
     def forward(self, *args: Any) -> None:
-        seen, counter = self.seen, _MacCounter()
+        counter, counted = _MacCounter(), 0
         untold: dict[fx.Node, int] = {}
 
-        class Run(fx.Interpreter):
-            def run_node(self, n: fx.Node) -> Any:
-                before = counter.macs
-                value = _like_input(n, self.env)
-                value = super().run_node(n) if value is None else value
-                macs = counter.macs - before
-                if isinstance(value, Tensor):
-                    macs += sum(untold.pop(source, 0) for source in n.all_input_nodes)
-                    seen[n.name] = _Seen(tuple(value.shape), value.dtype, macs)
-                elif macs:  # a tuple: its work is told at the first of its parts
-                    untold[n] = macs
-                return value
+        def note(node: fx.Node, value: Any) -> None:
+            nonlocal counted
+            macs, counted = counter.macs - counted, counter.macs
+            if isinstance(value, Tensor):
+                macs += sum(untold.pop(source, 0) for source in node.all_input_nodes)
+                self.seen[node.name] = _Seen(tuple(value.shape), value.dtype, macs)
+            elif macs:  # a tuple: its work is counted at the first of its parts
+                untold[node] = macs
 
         with counter:
-            Run(self.graph_module).run(*args)
+            run_looking(self.graph_module, note, *args, instead=_like_input)
 
 
 def _like_input(node: fx.Node, values: Mapping[fx.Node, Any]) -> Tensor | None:

@@ -11,7 +11,7 @@ Source:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx
 
 from indistill_fx.errors import ConfigError
+from indistill_fx.graph.interpret import run_looking
 from indistill_fx.graph.module_state import mode
 from indistill_fx.passes.pairing.match import Similarity
 from indistill_fx.traced import TracedModel
@@ -86,35 +87,14 @@ def hsic(first: Tensor, second: Tensor) -> Tensor:
 
 def _grams(model: TracedModel, taps: Sequence[str], batch: Any) -> Tensor:
     """One Gram matrix per tap."""
-    wanted = {model.taps[tap]: k for k, tap in enumerate(taps)}
     found: dict[str, Tensor] = {}
 
-    class Watch(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> Any:
-            value = super().run_node(n)
-            if n.name in wanted:
-                rows = value.movedim(model.facts[n.name].batch_axis or 0, 0).flatten(1).double()
-                found[n.name] = (rows @ rows.T).cpu()
-            return value
+    def note(node: fx.Node, value: Any) -> None:
+        if node.name in wanted:
+            rows = value.movedim(model.facts[node.name].batch_axis or 0, 0).flatten(1).double()
+            found[node.name] = (rows @ rows.T).cpu()
 
+    wanted = [model.taps[tap] for tap in taps]
     with mode(model.graph_module, training=False), torch.no_grad():
-        Watch(model.graph_module).run(*_inputs(model, batch))
+        run_looking(model.graph_module, note, *model.inputs_in(batch, where="CKA")[0])
     return torch.stack([found[name] for name in wanted])
-
-
-def _inputs(model: TracedModel, batch: Any) -> tuple[Any, ...]:
-    names = [str(node.target) for node in model.graph_module.graph.nodes if node.op == "placeholder"]
-    count = len(model.example_inputs)
-    if isinstance(batch, Mapping):
-        parts = [batch.get(name) for name in names[:count]]
-    else:
-        parts = list(batch[:count]) if isinstance(batch, (tuple, list)) else [batch]
-    if len(parts) < count or not all(isinstance(part, Tensor) for part in parts):
-        raise ConfigError(
-            f"The {model.role} cannot be run on a batch of type {type(batch).__name__}.",
-            where="loader",
-            got=type(batch).__name__,
-            hint=f"Give batches that begin with the inputs {', '.join(names[:count])}, or dicts with these names.",
-        )
-    device = next((parameter.device for parameter in model.graph_module.parameters()), torch.device("cpu"))
-    return (*(part.to(device) for part in parts if isinstance(part, Tensor)), *model.example_kwargs.values())

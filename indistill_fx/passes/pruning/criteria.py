@@ -20,9 +20,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import Tensor
 
 from indistill_fx.errors import ConfigError, PruneError, nearest
+from indistill_fx.graph.interpret import run_keeping
 from indistill_fx.graph.module_state import mode
 from indistill_fx.graph.ops import op_name
 from indistill_fx.passes.channels.call import read_call
@@ -169,7 +170,7 @@ def statistics(
     samples = 0
     with mode(model.graph_module, training=False):
         for batch in batches:
-            inputs, labels = _inputs_and_labels(model, batch)
+            inputs, labels = model.inputs_in(batch, where=f"The criterion `{'taylor' if gradients else 'activation'}`")
             found = _gradients(model, axes, inputs, labels) if gradients else _activations(model, axes, inputs)
             samples += 1
             total = {name: total.get(name, 0) + value for name, value in found.items()}
@@ -180,40 +181,10 @@ def statistics(
     return {name: value / samples for name, value in total.items()}
 
 
-def _inputs_and_labels(model: TracedModel, batch: Any) -> tuple[tuple[Any, ...], Tensor | None]:
-    count = len(model.example_inputs)
-    parts = tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
-    if len(parts) < count or not all(isinstance(part, Tensor) for part in parts[:count]):
-        raise ConfigError(
-            f"A batch must hold the model's {count} inputs, then the labels.", where="loader", got=type(batch).__name__
-        )
-    device = next((p.device for p in model.graph_module.parameters()), torch.device("cpu"))
-    moved = tuple(part.to(device) for part in parts[:count])
-    labels = parts[count] if len(parts) > count else None
-    return (*moved, *model.example_kwargs.values()), labels.to(device) if isinstance(labels, Tensor) else None
-
-
-class _Watch(fx.Interpreter):
-    """Runs a graph and keeps the tensors of some nodes."""
-
-    def __init__(self, model: TracedModel, wanted: Iterable[str]):
-        super().__init__(model.graph_module)
-        self.wanted, self.seen = {*wanted}, dict[str, Tensor]()
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if n.name in self.wanted and isinstance(value, Tensor):
-            self.seen[n.name] = value
-            if value.requires_grad:
-                value.retain_grad()
-        return value
-
-
 def _activations(model: TracedModel, axes: Mapping[str, int], inputs: tuple[Any, ...]) -> dict[str, Tensor]:
-    watch = _Watch(model, axes)
     with torch.no_grad():
-        watch.run(*inputs)
-    return {name: value.double().abs().mean(_others(value, axes[name])).cpu() for name, value in watch.seen.items()}
+        _, found = run_keeping(model.graph_module, axes, *inputs)
+    return {name: value.double().abs().mean(_others(value, axes[name])).cpu() for name, value in found.items()}
 
 
 def _gradients(
@@ -221,13 +192,11 @@ def _gradients(
 ) -> dict[str, Tensor]:
     if labels is None:
         raise ConfigError("The criterion `taylor` needs labels.", where="loader", hint="Give batches (inputs, labels).")
-    watch = _Watch(model, {*axes, model.logits})
+    leaves = [x.detach().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs]
     with torch.enable_grad():
-        watch.run(
-            *(x.detach().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
-        )
-        watched = {name: value for name, value in watch.seen.items() if value.requires_grad}
-        scores = watch.seen[model.logits].float()
+        _, seen = run_keeping(model.graph_module, {*axes, model.logits}, *leaves)
+        watched = {name: value for name, value in seen.items() if value.requires_grad}
+        scores = seen[model.logits].float()
         if labels.shape not in (scores.shape[:1] + scores.shape[2:], scores.shape):  # classes, or probabilities
             raise ConfigError(
                 f"The criterion `taylor` takes the gradient of the cross-entropy, and labels of shape {tuple(labels.shape)} do not go "

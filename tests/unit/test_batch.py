@@ -1,0 +1,155 @@
+"""Every form of a batch is taken apart alike, each model gets what it takes, and what does not fit is named."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, UserDict, namedtuple
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import indistill_fx as ifx
+from indistill_fx.batch import FEATURES, Inputs, inputs_and_labels, label_check, samples_of, split, with_features
+from indistill_fx.evaluation.accuracy import evaluate
+from indistill_fx.training.supervised import Supervised
+
+A, B, Y, NUMBERS = torch.randn(6, 3), torch.randn(6, 4), torch.arange(6) % 2, torch.arange(6)
+
+
+class Two(nn.Module):
+    """Two inputs, one optional one, and labels that it could take itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(3, 8), nn.Linear(4, 8)
+        self.body = nn.Sequential(nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+
+    def forward(self, a: Tensor, b: Tensor, scale: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
+        assert labels is None
+        out = self.body(self.one(a) + self.two(b))
+        return out if scale is None else out * scale
+
+
+Named = namedtuple("Named", "b a label")
+Ordered = namedtuple("Ordered", "first second third")
+
+
+@dataclass
+class Sample:
+    labels: Tensor
+    a: Tensor
+    b: Tensor
+    file: tuple[str, ...] = ("x",) * 6
+
+
+FORMS: dict[str, Any] = {
+    "tuple": (A, B, Y),
+    "list": [A, B, Y],
+    "tuple with indices": (A, B, Y, NUMBERS),
+    "dict": {"b": B, "labels": Y, "a": A},
+    "dict with more": {"a": A, "b": B, "target": Y, "file": ["x"] * 6, "other": A},
+    "ordered dict": OrderedDict(a=A, b=B, label=Y),
+    "user dict": UserDict({"a": A, "b": B, "labels": Y}),
+    "read-only mapping": MappingProxyType({"a": A, "b": B, "targets": Y}),
+    "named tuple": Named(B, A, Y),
+    "named tuple without telling names": Ordered(A, B, Y),
+    "dataclass": Sample(Y, A, B),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_is_read_alike(form):
+    torch.manual_seed(0)
+    module = Two()
+    parts = split(FORMS[form], Inputs.of(module), where="Test")
+    assert parts.labels is Y
+    torch.testing.assert_close(parts.calls[0](module), module(A, B), rtol=0, atol=0)
+    expected = nn.functional.cross_entropy(module(A, B), Y)
+    torch.testing.assert_close(Supervised(module)(FORMS[form]), expected, rtol=0, atol=0)
+    assert evaluate(module, [FORMS[form]]).loss == pytest.approx(expected.item(), rel=1e-6)
+    stage = ifx.compile_stages(
+        Two(), module, main="labels", curriculum=ifx.Curriculum(lengths=[]), example_inputs=(A, B)
+    )
+    torch.testing.assert_close(stage[-1](FORMS[form]), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_some_samples_in_the_batches_own_form(form):
+    batch = FORMS[form]
+    half = samples_of(batch, slice(1, None, 2))
+    assert type(half) is type(batch) or isinstance(half, dict)
+    parts = split(half, Inputs.of(Two()), where="Test")
+    assert torch.equal(parts.labels, Y[1::2])
+    assert torch.equal(next(iter(parts.calls[0].tensors(("a",)).values())), A[1::2])
+
+
+def test_names_of_files_are_halved_with_their_samples():
+    batch = {"a": A, "file": list("abcdef"), "scale": torch.tensor(2.0), "note": "of all"}
+    half = samples_of(batch, slice(0, None, 2))
+    assert half["file"] == ["a", "c", "e"]
+    assert half["scale"] is batch["scale"] and half["note"] == "of all"
+
+
+def test_each_model_gets_what_it_takes():
+    class Other(nn.Module):
+        def forward(self, b: Tensor) -> Tensor:
+            return b
+
+    parts = split({"a": A, "b": B, "labels": Y}, Inputs.of(Two()), Inputs.of(Other()), where="Test")
+    assert parts.calls[1](Other()) is B
+    assert set(parts.calls[0].kwargs) == {"a", "b"}
+
+
+def test_labels_are_an_input_of_a_model_that_requires_them():
+    class Wants(nn.Module):
+        def forward(self, a: Tensor, labels: Tensor) -> Tensor:
+            return a + labels[:, None]
+
+    parts = split({"a": A, "labels": Y}, Inputs.of(Wants()), where="Test")
+    torch.testing.assert_close(parts.calls[0](Wants()), A + Y[:, None])
+
+
+def test_a_third_entry_that_is_no_index_is_none():
+    assert split((A, Y, NUMBERS), Inputs(("a",), ("a",)), where="Test").indices is NUMBERS
+    assert split((A, Y, B), Inputs(("a",), ("a",)), where="Test").indices is None
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ({"a": A, "labels": Y}, "Test got a batch it cannot read: a dict of a, labels. It has no `b`."),
+        ({"a": A, "b": ["x"], "labels": Y}, "Test: `b` of the batch is of type list, not a tensor."),
+        ((A,), "Test got a batch it cannot read: a tuple of Tensor."),
+        ({"a": A, "b": B, "labels": [0, 1]}, "Test: `labels` of the batch is of type list, not a tensor."),
+        (7, "Test got a batch it cannot read: a int."),
+    ],
+)
+def test_what_does_not_fit_is_named(batch, message):
+    with pytest.raises(ifx.ConfigError) as caught:
+        split(batch, Inputs.of(Two()), where="Test")
+    assert str(caught.value).startswith(message)
+
+
+def test_labels_out_of_range_are_found_in_every_form():
+    for batch in ((A, B, Y + 1), {"a": A, "b": B, "label": Y + 1}):
+        with pytest.raises(ifx.ConfigError, match="Label 2 in batch 1 is out of range: the model has 2 classes"):
+            label_check(2, Inputs.of(Two()))(0, batch)
+
+
+def test_cached_features_travel_in_the_batch():
+    model = Inputs(("a",), ("a",))
+    for batch in ((A, Y, NUMBERS), {"a": A, "labels": Y, "indices": NUMBERS}):
+        found = with_features(batch, model, lambda rows: {"tap": B[rows]})
+        assert set(found) == {"a", "labels", "indices", FEATURES}
+        assert torch.equal(found[FEATURES]["tap"], B)
+    with pytest.raises(ifx.ConfigError, match="no sample indices"):
+        with_features((A, Y), model, lambda rows: {})
+
+
+def test_without_a_model():
+    assert inputs_and_labels((A, Y)) == ({"0": A}, Y)
+    inputs, labels = inputs_and_labels({"a": A, "file": ["x"], "target": Y, "b": B})
+    assert list(inputs) == ["a", "b"] and labels is Y
