@@ -30,9 +30,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from zoo import zoo
 
+from indistill_fx.graph.interpret import run_keeping
 from indistill_fx.passes.capture.trace import trace
 from indistill_fx.passes.pairing.match import match
 from indistill_fx.passes.structure.stages import stages
@@ -120,19 +121,9 @@ def summary(results: dict[str, Any]) -> dict[str, float]:
 
 def values(model: TracedModel, taps: Sequence[str], x: Tensor) -> dict[str, Tensor]:
     """The tensors of some taps on an input."""
-    found: dict[str, Tensor] = {}
-    wanted = {model.taps[tap] for tap in taps}
-
-    class Run(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> Any:
-            value = super().run_node(n)
-            if n.name in wanted:
-                found[n.name] = value.detach().clone()
-            return value
-
     with torch.no_grad():
-        Run(model.graph_module).run(x)
-    return {tap: found[model.taps[tap]] for tap in taps}
+        _, found = run_keeping(model.graph_module, {model.taps[tap] for tap in taps}, x)
+    return {tap: found[model.taps[tap]].clone() for tap in taps}
 
 
 def stage_ends(only: str) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from zoo import ZooModel
 
 from indistill_fx.errors import IndistillError
 from indistill_fx.graph.edit import output_node, sweep
+from indistill_fx.graph.interpret import run_looking
 from indistill_fx.passes.capture.trace import trace
 from indistill_fx.passes.pruning.narrow import narrow
 from indistill_fx.passes.pruning.shrink import ShrinkReport, shrink
@@ -30,30 +31,27 @@ _SMALL = 64
 _FIXED = ("inception", "googlenet", "vit", "maxvit", "swin")
 
 
-class Features(fx.Interpreter):
-    """Runs a graph once and keeps, of every tap, the channels wanted and how far the whole feature moves between two samples.
+def features(traced: TracedModel, kept: dict[str, list[int]], x: Tensor) -> dict[str, tuple[Tensor, float]]:
+    """Run a graph once and keep, of every tap, the channels wanted and how far the whole feature moves between two samples.
 
     Args:
         traced: the model.
         kept: tap -> channels.
+        x: the input.
     """
+    taps = {traced.node(tap).name: tap for tap in kept}
+    found: dict[str, tuple[Tensor, float]] = {}
 
-    def __init__(self, traced: TracedModel, kept: dict[str, list[int]]):
-        super().__init__(traced.graph_module)
-        self.traced, self.kept = traced, kept
-        self.taps = {traced.node(tap).name: tap for tap in kept}
-        self.found: dict[str, tuple[Tensor, float]] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        """The node's value, as ever."""
-        value = super().run_node(n)
-        if (tap := self.taps.get(n.name)) is not None:
-            known = self.traced.facts_of(tap)
-            wanted = value.index_select(known.channel_axis or 0, torch.tensor(self.kept[tap]))
+    def look(node: fx.Node, value: Any) -> None:
+        if (tap := taps.get(node.name)) is not None:
+            known = traced.facts_of(tap)
+            wanted = value.index_select(known.channel_axis or 0, torch.tensor(kept[tap]))
             halves = value.movedim(known.batch_axis or 0, 0).unflatten(0, (2, -1))
-            moving = _gap(*halves) or float(value[value.isfinite()].abs().max()) or 1.0
-            self.found[tap] = wanted, moving
-        return value
+            found[tap] = wanted, _gap(*halves) or float(value[value.isfinite()].abs().max()) or 1.0
+
+    with torch.no_grad():
+        run_looking(traced.graph_module, look, x)
+    return found
 
 
 def narrow_one(model: ZooModel) -> dict[str, Any]:
@@ -73,9 +71,7 @@ def narrow_one(model: ZooModel) -> dict[str, Any]:
         and traced.node(names[0]).op not in ("placeholder", "output")
     ]
     kept = {tap: sorted(chooser.sample(range(n := traced.facts_of(tap).channels), max(1, n // 2))) for tap in taps}
-    features = Features(traced, kept)
-    with torch.no_grad():
-        features.run(x)
+    whole = features(traced, kept, x)
     worst, failures, stopped, absorbed, seconds = 0.0, [], Counter[str](), 0, 0.0
     seen = could = 0
     size = sum(p.numel() * p.element_size() for p in module.parameters())
@@ -86,7 +82,7 @@ def narrow_one(model: ZooModel) -> dict[str, Any]:
         result = narrow(traced, kept={tap: kept[tap] for tap in some})
         seconds += time.process_time() - before
         for tap, got, report in zip(some, _features(result.value, some, x), result.report.taps, strict=True):
-            expected, moving = features.found.pop(tap)
+            expected, moving = whole.pop(tap)
             right = got.shape == expected.shape and tuple(got.shape) == result.value.facts_of(tap).shape
             difference = _gap(got, expected) / moving if right else float("inf")
             worst = max(worst, difference)
@@ -108,7 +104,7 @@ def narrow_one(model: ZooModel) -> dict[str, Any]:
         "narrow_seconds": round(seconds, 2),
         "seconds": round(time.process_time() - start, 1),
         "size": model.size,
-        "rung": traced.report.rung,
+        "rung": traced.report.method,
     }
 
 
@@ -170,7 +166,7 @@ def shrink_one(model: ZooModel) -> dict[str, Any]:
         "whole": [layer.path for layer in report.layers if len(layer.kept) == layer.of],
         "inexact": _inexact(report),
         "frozen": {frozen.reason: frozen.channels for frozen in report.frozen},
-        "rung": traced.report.rung,
+        "rung": traced.report.method,
         "size": model.size,
         "train": _runs(copy.deepcopy(small).train(), x),
         "eval": _runs(small.eval(), x),

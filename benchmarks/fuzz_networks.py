@@ -41,10 +41,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from random_networks import BLOCKS, Recipe, build, recipes
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 import indistill_fx as ifx
 from indistill_fx.errors import IndistillError
+from indistill_fx.graph.interpret import run_keeping
 from indistill_fx.graph.module_state import digest
 from indistill_fx.passes.extract.instrument import cut
 from indistill_fx.traced import NodeFacts, TracedModel
@@ -308,17 +309,7 @@ def _channels(facts: NodeFacts | None) -> int:
 
 def values_of(model: TracedModel, x: Tensor) -> dict[str, Tensor]:
     """Every tensor of the whole graph."""
-    found: dict[str, Tensor] = {}
-
-    class Run(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> Any:
-            value = super().run_node(n)
-            if isinstance(value, Tensor):
-                found[n.name] = value
-            return value
-
-    Run(model.graph_module, garbage_collect_values=False).run(x)
-    return found
+    return run_keeping(model.graph_module, [node.name for node in model.graph_module.graph.nodes], x)[1]
 
 
 def alike(own: Tensor, other: Tensor, own_facts: NodeFacts, other_facts: NodeFacts) -> tuple[Tensor, Tensor]:

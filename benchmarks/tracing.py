@@ -114,7 +114,7 @@ def _checked(module: nn.Module, model: ZooModel, role: Role) -> dict[str, Any]:
         "ok": untouched and max(differences) <= 1e-5,
         "difference": max(differences),
         "untouched": untouched,
-        "rung": report.rung,
+        "rung": report.method,
         "refused": report.refused,
         "leaves": report.leaves,
         "leaf_share": round(leaf_share(traced), 4),
@@ -251,7 +251,7 @@ def _line(name: str, result: dict[str, Any]) -> str:
 def table(record: dict[str, Any]) -> str:
     """The sweep and the timings as Markdown: one line per source, then every model that needed more than symbolic tracing."""
     lines = [
-        "| source | traced | eval rungs | train rungs | leaf share ≤ 20% | largest difference |",
+        "| source | traced | eval methods | train methods | leaf share ≤ 20% | largest difference |",
         "|---|---|---|---|---|---|",
     ]
     models: dict[str, Any] = record["models"]

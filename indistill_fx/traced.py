@@ -68,20 +68,25 @@ class TraceReport:
     """How a trace came about.
 
     Attributes:
-        rung: which way of tracing succeeded: `symbolic`, `shapes`, `leaves`, `export`.
-        refused: the rungs tried before, each with the reason why it failed.
+        method: which capture method succeeded: `symbolic`, `shapes`, `leaves`, `export`.
+        refused: the methods tried before, each with the reason why it failed.
         leaves: modules kept as one node because their code could not be traced.
         specialisations: decisions that the example input took (`models.py:31: h == 64`).
         checked: (batch size, largest difference to the module relative to the largest value) for each size compared.
         notes: anything else the reader should know.
     """
 
-    rung: str
+    method: str
     refused: tuple[str, ...] = ()
     leaves: tuple[str, ...] = ()
     specialisations: tuple[str, ...] = ()
     checked: tuple[tuple[int, float], ...] = ()
     notes: tuple[str, ...] = ()
+
+    @property
+    def rung(self) -> str:
+        """`method`, under the name that 0.1.0 gave it."""
+        return self.method
 
 
 @dataclass(frozen=True)
@@ -174,8 +179,8 @@ class TracedModel:
             shape = [n for axis, n in enumerate(facts.shape) if axis != facts.batch_axis] if facts else None
             inputs = [source.name for source in node.all_input_nodes]
             sizes = (facts.macs, facts.parameters) if facts else None
-            told = (node.name, op_name(node), inputs, shape, sizes, self.aliases.get(node.name, ()))
-            digest.update(repr(told).encode())
+            described = (node.name, op_name(node), inputs, shape, sizes, self.aliases.get(node.name, ()))
+            digest.update(repr(described).encode())
         return digest.hexdigest()[:16]
 
     @property

@@ -17,7 +17,7 @@ from indistill_fx.system.terminal import printable
 
 _COMMANDS: dict[str, str] = {
     "align": "Pair the layers of a teacher and a student.",
-    "inspect": "Show a model's layers: spine, stages, widths, MACs.",
+    "inspect": "Show a model's layers: main path, stages, widths, MACs.",
     "prune": "Remove channels from a network.",
     "distill": "Distil a teacher into a student: warm-up, then the main loss.",
     "train": "Train a model on labels alone.",

@@ -114,12 +114,12 @@ def example_for(sources: tuple[Source, ...], wanted: str | None, default: tuple[
 
 
 def trace_model(source: Source, example: Any, role: Role, *, logits: str | int | None = None) -> TracedModel:
-    """Trace a loaded model, and say which rung it took when it was not the first."""
+    """Trace a loaded model, and say which method traced it when it was not the first."""
     from indistill_fx.passes.capture.trace import trace
 
     traced = trace(source.module, example, role=role, logits=logits)
-    if traced.report.rung != "symbolic":
-        say(f"{source.spec}: traced by `{traced.report.rung}`")
+    if traced.report.method != "symbolic":
+        say(f"{source.spec}: traced by `{traced.report.method}`")
     for line in (*traced.report.specialisations, *traced.report.notes):
         say(f"{source.spec}: {line}")
     if traced.report.leaves:

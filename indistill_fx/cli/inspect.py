@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     "--all",
     "everything",
     is_flag=True,
-    help="All tensors, not only the spine, with every name that `--plan` files may use for them.",
+    help="All tensors, not only the main path, with every name that `--plan` files may use for them.",
 )
 @click.option(
     "--passes",
@@ -40,7 +40,7 @@ def command(
     passes: bool,
     as_json: bool,
 ) -> None:
-    """Show MODEL's layers: the spine (what every path from input to output passes through), stages, widths, MACs.
+    """Show MODEL's layers: the main path (what every path from input to output passes through), stages, widths, MACs.
 
     \b
     Examples:
@@ -52,14 +52,17 @@ def command(
 
     from rich.text import Text
 
-    from indistill_fx.cli.tables import count, plain_table, size, spine_table
-    from indistill_fx.passes.structure.stages import spine
+    from indistill_fx.cli.tables import count, main_path_table, plain_table, size
+    from indistill_fx.passes.structure.stages import main_path
 
     source = common.open_model(model, trust)
     traced = common.trace_model(source, common.example_for((source,), input_size), "teacher", logits=logits)
-    nodes = spine(traced)
+    nodes = main_path(traced)
     if as_json:
         rows = [{**asdict(node), "facts": {**asdict(node.facts), "dtype": str(node.facts.dtype)}} for node in nodes]
+        rows = [
+            {"octaves" if key == "level" else key: row[key] for key in row} for row in rows
+        ]  # the name it has in files
         click.echo(json.dumps({"macs": traced.macs, "fingerprint": traced.fingerprint, "spine": rows}, indent=2))
         return
     out = common.console()
@@ -70,13 +73,13 @@ def command(
         )
     )
     out.print(
-        f"Traced by `{traced.report.rung}`; equal to the module at batch sizes {', '.join(str(n) for n, _ in traced.report.checked)}."
+        f"Traced by `{traced.report.method}`; equal to the module at batch sizes {', '.join(str(n) for n, _ in traced.report.checked)}."
     )
     if passes:
         _show_passes(out, traced)
         return
     if not everything:
-        out.print(spine_table(traced, nodes))
+        out.print(main_path_table(traced, nodes))
         out.print(Text("All tensors and their names: --all", style="dim"))
         return
     table = plain_table("layer", "other names", "shape", "kind", "MACs", "parameters", numbers=("MACs", "parameters"))

@@ -12,7 +12,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from indistill_fx.passes.contract import PassRecord
     from indistill_fx.passes.pairing.match import MatchReport
-    from indistill_fx.passes.structure.stages import SpineNode
+    from indistill_fx.passes.structure.stages import PathNode
     from indistill_fx.plan import AlignmentPlan
     from indistill_fx.traced import TracedModel
 
@@ -95,11 +95,11 @@ def _runners_up(report: MatchReport, number: int) -> RenderableType:
     return Group(title, table if explained.runners_up else Text("None: no other candidate was above the floor."))
 
 
-def spine_table(traced: TracedModel, spine: Sequence[SpineNode]) -> RenderableType:
-    """A model's spine from the input to the output, with stage and block exits."""
+def main_path_table(traced: TracedModel, nodes: Sequence[PathNode]) -> RenderableType:
+    """A model's main path from the input to the output, with stage and block exits."""
     table = plain_table("stage", "layer", "operation", "shape", "MACs up to it", "", numbers=("stage", "MACs up to it"))
     last: int | None = None
-    for node in spine:
+    for node in nodes:
         if node.stage != last and last is not None:
             table.add_section()
         last = node.stage

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import gc
 import linecache
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,8 +30,7 @@ def forget_sources(most: int = _MOST_SOURCES) -> None:
     texts = getattr(getattr(fx.graph_module, "_loader", None), "eval_cache", {})
     if len(texts) <= most:
         return
-    graphs = [thing for thing in gc.get_objects() if issubclass(type(thing), fx.GraphModule)]
-    codes = [getattr(type(graph).forward, "__code__", None) for graph in graphs]
+    codes = [getattr(own.forward, "__code__", None) for own in _subclasses(fx.GraphModule)]
     needed = {code.co_filename for code in codes if code is not None}
     for key in [key for key in texts if key not in needed]:
         del texts[key]
@@ -73,6 +71,13 @@ def stand_in(node: fx.Node, target: str) -> None:
 def layer_of(node: fx.Node) -> str:
     """Path of the model's layer that a `call_module` node stands for."""
     return str(node.meta.get(_LAYER, node.target))
+
+
+def _subclasses(parent: type[fx.GraphModule]) -> Iterator[type[fx.GraphModule]]:
+    """All living subclasses. Every GraphModule has a class of its own, which holds its compiled forward and dies with it."""
+    for child in parent.__subclasses__():
+        yield child
+        yield from _subclasses(child)
 
 
 def tensor_nodes(value: object) -> list[fx.Node]:
@@ -138,9 +143,9 @@ def _delete_unused_tensors(graph_module: fx.GraphModule) -> None:
             delattr(graph_module.get_submodule(path), attr)
 
 
-def add_module(graph_module: fx.GraphModule, wish: str, module: nn.Module) -> str:
-    """Register `module` under the first free name that begins with `wish`; returns the name."""
-    base = name = wish.replace(".", "_")
+def add_module(graph_module: fx.GraphModule, wanted: str, module: nn.Module) -> str:
+    """Register `module` under the first free name that begins with `wanted`; returns the name."""
+    base = name = wanted.replace(".", "_")
     count = 0
     while hasattr(graph_module, name):
         count += 1
@@ -149,9 +154,9 @@ def add_module(graph_module: fx.GraphModule, wish: str, module: nn.Module) -> st
     return name
 
 
-def add_tensor(graph_module: fx.GraphModule, wish: str, tensor: Tensor) -> str:
-    """Register a parameter or buffer under the first free name that begins with `wish`; returns the name."""
-    base = name = wish.replace(".", "_")
+def add_tensor(graph_module: fx.GraphModule, wanted: str, tensor: Tensor) -> str:
+    """Register a parameter or buffer under the first free name that begins with `wanted`; returns the name."""
+    base = name = wanted.replace(".", "_")
     count = 0
     while hasattr(graph_module, name):
         count += 1

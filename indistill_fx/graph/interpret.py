@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 Look = Callable[[fx.Node, Any], Any]
@@ -38,6 +39,23 @@ def run_looking(graph_module: fx.GraphModule, look: Look, *args: Any, instead: I
         The graph's output.
     """
     return _Looking(graph_module, look, instead).run(*args)
+
+
+def run_part(node: fx.Node, needed: Container[fx.Node]) -> Any:
+    """The value of a node that depends on no input.
+
+    Args:
+        node: in a graph that a GraphModule owns.
+        needed: the node and all that it is computed from.
+    """
+    owner = node.graph.owning_module
+    assert owner is not None
+    run = fx.Interpreter(owner)
+    with torch.no_grad():
+        for other in node.graph.nodes:
+            if other in needed:
+                run.env[other] = run.run_node(other)
+    return run.env[node]
 
 
 def run_keeping(graph_module: fx.GraphModule, names: Iterable[str], *args: Any) -> tuple[Any, dict[str, Tensor]]:

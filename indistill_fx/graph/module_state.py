@@ -81,6 +81,23 @@ def weights_kept(module: nn.Module) -> Iterator[Callable[[], None]]:
 
 
 @contextmanager
+def buffers_kept(module: nn.Module) -> Iterator[None]:
+    """Put all buffers back when the block ends: the tensors, and their values."""
+    registries = [(part._buffers, dict(part._buffers)) for part in module.modules() if not _is_compiled(part)]
+    values = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
+    try:
+        yield
+    finally:
+        for registry, entries in registries:
+            registry.clear()
+            registry.update(entries)
+        with torch.no_grad():
+            for buffer, before in values:
+                if not torch.equal(buffer, before):
+                    buffer.copy_(before)
+
+
+@contextmanager
 def untouched(module: nn.Module) -> Iterator[None]:
     """Put flags, buffers, attributes and random state back when the block ends, however it ends.
 
@@ -92,13 +109,12 @@ def untouched(module: nn.Module) -> Iterator[None]:
     """
     plain = (part for part in module.modules() if not _is_compiled(part))
     parts = [(part, dict(part.__dict__), [dict(part.__dict__[r]) for r in _REGISTRIES]) for part in plain]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
     python_state = random.getstate()
     numpy_random: Any = getattr(sys.modules.get("numpy"), "random", None)
     numpy_state = numpy_random.get_state() if numpy_random else None
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     try:
-        with torch.random.fork_rng(devices):
+        with buffers_kept(module), torch.random.fork_rng(devices):
             yield
     finally:
         for part, own, registries in parts:
@@ -107,10 +123,6 @@ def untouched(module: nn.Module) -> Iterator[None]:
                 own[name].update(entries)
             part.__dict__.clear()
             part.__dict__.update(own)
-        with torch.no_grad():
-            for buffer, before in buffers:
-                if not torch.equal(buffer, before):
-                    buffer.copy_(before)
         random.setstate(python_state)
         if numpy_random:
             numpy_random.set_state(numpy_state)

@@ -13,7 +13,7 @@ from itertools import groupby
 from indistill_fx.graph.ops import op_name
 from indistill_fx.passes.pairing.match import MatchReport
 from indistill_fx.passes.pairing.score import LEGEND
-from indistill_fx.passes.structure.stages import SpineNode, spine
+from indistill_fx.passes.structure.stages import PathNode, main_path
 from indistill_fx.plan import AlignmentPlan, Pair, Shape
 from indistill_fx.traced import NodeFacts, Role, TracedModel
 
@@ -309,7 +309,7 @@ def _column(traced: TracedModel, partners: Mapping[str, Match], name: str | None
 def _facts(traced: TracedModel) -> tuple[str, ...]:
     report = traced.report
     return (
-        f"{traced.role}: traced by way of {report.rung}",
+        f"{traced.role}: traced by way of {report.method}",
         *(f"{traced.role}: kept as one node: {leaf}" for leaf in report.leaves),
         *(f"{traced.role}: decided by the example input: {choice}" for choice in report.specialisations),
         *(f"{traced.role}: {note}" for note in report.notes),
@@ -321,7 +321,7 @@ _Entry = tuple[tuple[int | None, str], Row]
 
 
 def _rows(traced: TracedModel, operations: Sequence[Operation], partners: Mapping[str, Match]) -> list[_Entry]:
-    told = {node.node: node for node in spine(traced)}
+    told = {node.node: node for node in main_path(traced)}
     paired = {traced.node(tap).name: match for tap, match in partners.items()}
     names = [node.name for node in traced.graph_module.graph.nodes if node.op != "output"]
     inputs = {node.name for node in traced.graph_module.graph.nodes if node.op == "placeholder"}
@@ -360,7 +360,7 @@ def _rows(traced: TracedModel, operations: Sequence[Operation], partners: Mappin
     return found
 
 
-def _is_exit(node: SpineNode | None) -> bool:
+def _is_exit(node: PathNode | None) -> bool:
     return node is not None and (node.is_block_exit or node.is_stage_exit)
 
 

@@ -19,7 +19,7 @@ from indistill_fx.passes.extract.dedupe import dedupe
 from indistill_fx.passes.extract.fold import fold
 from indistill_fx.passes.extract.instrument import cut
 from indistill_fx.passes.lowering.table import LOWERINGS, Lowerings, lowering_passes
-from indistill_fx.passes.structure.stages import spine
+from indistill_fx.passes.structure.stages import main_path
 from tests.nets import Cnn32, Overwritten, PreActivation, Residual, TinyTransformer, images, seeded
 
 NETS: dict[str, tuple[Callable[[], nn.Module], torch.Tensor]] = {
@@ -33,7 +33,7 @@ NETS: dict[str, tuple[Callable[[], nn.Module], torch.Tensor]] = {
 
 def middle(traced: ifx.TracedModel) -> str:
     """A tap in the middle of the network that has channels to choose from."""
-    nodes = [node for node in spine(traced) if node.facts.kind in ("map", "tokens") and node.op != "placeholder"]
+    nodes = [node for node in main_path(traced) if node.facts.kind in ("map", "tokens") and node.op != "placeholder"]
     return nodes[len(nodes) // 2].tap
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from indistill_fx.graph.attention import HeadAttention, window_attention
+from indistill_fx.graph.interpret import run_keeping
 from indistill_fx.passes.capture.trace import trace
 from indistill_fx.passes.channels.rules import RULES
 from indistill_fx.passes.pruning.narrow import narrow
@@ -40,18 +41,8 @@ class Form(nn.Module):
 
 
 def _values(graph_module: fx.GraphModule, node: str, x: Tensor) -> Tensor:
-    found: list[Tensor] = []
-
-    class Run(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> object:
-            result = super().run_node(n)
-            if n.name == node:
-                found.append(result)
-            return result
-
     with torch.no_grad():
-        Run(graph_module).run(x)
-    return found[0]
+        return run_keeping(graph_module, [node], x)[1][node]
 
 
 def narrowed(

@@ -13,12 +13,10 @@ from indistill_fx.errors import ConfigError, MatchError
 from indistill_fx.passes.align import align
 from indistill_fx.passes.capture.trace import trace
 from indistill_fx.passes.pairing.match import match
-from indistill_fx.passes.pairing.runners_up import CODES, legend, rows
-from indistill_fx.passes.pairing.score import LEGEND
 from indistill_fx.plan import Pair
 from indistill_fx.traced import TracedModel
 from tests.nets import Cnn32, Residual, TinyTransformer, images, seeded
-from tests.passes.test_spine import Pyramid
+from tests.passes.test_main_path import Pyramid
 
 
 @cache
@@ -200,7 +198,7 @@ def test_fixed_pairs_that_cross_or_are_no_pairs_are_refused() -> None:
         match(residual(), residual(4, 1), fixed=[("layr1", "layer1")])
 
 
-def test_a_text_and_an_image_have_nothing_in_common_and_both_spines_are_told() -> None:
+def test_a_text_and_an_image_have_nothing_in_common_and_both_main_paths_are_listed() -> None:
     with pytest.raises(MatchError) as error:
         match(text(8, 2), residual())
     told = str(error.value)
@@ -316,17 +314,6 @@ def test_runners_up_say_why_they_lost() -> None:
     ]
     assert first.runners_up[0].why == "less alike in resolution, depth, order; that layer goes with `layer2` ↔ `layer2`"
     assert first.evidence.score > first.runners_up[0].evidence.score >= first.runners_up[1].evidence.score
-
-
-def test_a_row_fits_the_table_and_the_legend_tells_its_letters() -> None:
-    pairs = match(residual(), residual(4, 1)).value
-    pairs = (pairs[0].model_copy(update={"kept": (0, 1, 2, 3)}), *pairs[1:])
-    table = rows(pairs)
-    assert (table[0].teacher, table[0].shapes, table[0].kept) == ("layer1", "8x16x16 → 4x16x16", "4")
-    assert table[2].reasons.split() == ["R", "D", "L"]
-    assert {line[0] for line in legend(pairs)} == {letter for row in table for letter in row.reasons.split()}
-    assert set(CODES) == set(LEGEND)
-    assert len(set(CODES.values())) == len(CODES)
 
 
 def test_models_without_any_stage_are_paired_where_the_user_says() -> None:

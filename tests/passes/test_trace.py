@@ -1,4 +1,4 @@
-"""The tracing ladder: every rung, what it records, what it refuses; inputs, outputs and modules as real models have them."""
+"""Tracing: every capture method, what it records, what it refuses; inputs, outputs and modules as real models have them."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Outer(nn.Module):
         return self.after(self.inner(self.before(x)))
 
 
-# ---- the rungs ------------------------------------------------------------------------------------------------------
+# ---- the methods ------------------------------------------------------------------------------------------------------
 class Plain(nn.Module):
     def __init__(self):
         super().__init__()
@@ -65,7 +65,7 @@ class Plain(nn.Module):
 
 @pytest.mark.parametrize("capture", [capture_symbolic, capture_shapes, capture_leaves, capture_exported])
 @pytest.mark.parametrize("training", [False, True])
-def test_every_rung_gives_the_same_layers_and_names(capture, training):
+def test_every_method_gives_the_same_layers_and_names(capture, training):
     module, x = Plain().train(training), torch.randn(2, 3, 8, 8)
     captured = capture(module, (x,), {}, ())
     called = [str(node.target) for node in captured.graph_module.graph.nodes if node.op == "call_module"]
@@ -96,7 +96,7 @@ def test_sizes_decide_control_flow_and_the_report_says_so(rows):
     module = Decides()
     report = ifx.trace(module, torch.randn(rows, 3, 8, 8)).report
     first = Decides.forward.__code__.co_firstlineno
-    assert report.rung == "shapes"
+    assert report.method == "shapes"
     assert report.specialisations == (f"test_trace.py:{first + 2}: h == 8", f"test_trace.py:{first + 4}: range(w // 4)")
     assert [size for size, _ in report.checked] == [2, 3]
 
@@ -127,7 +127,7 @@ def test_a_frozen_batch_size_is_refused_by_its_expression():
 def test_a_submodule_that_freezes_the_batch_size_becomes_a_leaf():
     module = Outer(PerSample())
     traced = ifx.trace(module, vectors())
-    assert (traced.report.rung, traced.report.leaves) == ("leaves", ("inner",))
+    assert (traced.report.method, traced.report.leaves) == ("leaves", ("inner",))
     assert same(module, traced, vectors(5)) == 0
 
 
@@ -156,7 +156,7 @@ def test_the_smallest_untraceable_submodule_becomes_a_leaf():
     module = Outer(Outer(ByData()), 4)
     module.after = nn.Linear(3, 3)
     traced = ifx.trace(module, vectors(), role="student")
-    assert (traced.report.rung, traced.report.leaves) == ("leaves", ("inner.inner",))
+    assert (traced.report.method, traced.report.leaves) == ("leaves", ("inner.inner",))
     assert traced.report.refused[1].startswith("shapes: `inner.inner` decides by the data")
     assert traced.graph_module.get_submodule("inner.inner") is module.inner.inner
     assert same(module, traced, vectors(6)) == same(module, traced, -vectors(6)) == 0
@@ -186,11 +186,11 @@ class CallsCompiled(nn.Module):
 
 
 @pytest.mark.parametrize("role", ["teacher", "student"])
-def test_torch_export_is_the_last_rung(role):
+def test_torch_export_is_the_last_method(role):
     module = CallsCompiled()
     traced = ifx.trace(module, vectors(), role=role)
     assert [line.split(":")[0] for line in traced.report.refused] == ["symbolic", "shapes", "leaves"]
-    assert traced.report.rung == "export"
+    assert traced.report.method == "export"
     assert {"net", "net.0", "net.1"} <= set(traced.taps)
     assert same(module, traced, vectors(5)) < 1e-6
 
@@ -198,7 +198,7 @@ def test_torch_export_is_the_last_rung(role):
 def test_training_an_exported_student_trains_the_module():
     module = CallsCompiled()
     traced = ifx.trace(module, vectors(), role="student")
-    assert traced.report.rung == "export"
+    assert traced.report.method == "export"
     before = module.net[0].weight.clone(), int(module.net[1].num_batches_tracked)
     optimizer = torch.optim.SGD(traced.graph_module.parameters(), 0.1)
     traced.graph_module(vectors(6)).square().sum().backward()
@@ -277,7 +277,7 @@ def test_weights_that_a_forward_writes_are_put_back(how, fails, error, role):
 def test_a_submodule_that_writes_its_weights_stays_whole():
     module = Outer(Normalises("replaced"))
     traced = ifx.trace(module, vectors(), role="student")
-    assert (traced.report.rung, traced.report.leaves) == ("leaves", ("inner",))
+    assert (traced.report.method, traced.report.leaves) == ("leaves", ("inner",))
     with torch.no_grad():
         module.inner.layer.weight.mul_(3)  # as an optimiser would
     assert same(module, traced, vectors(5)) < 1e-6
@@ -332,7 +332,7 @@ def test_a_buffer_that_the_graph_would_not_write_is_found():
     module = Unrecorded()
     traced = ifx.trace(module, vectors(), role="student")
     assert any("leaves another value in the buffer `mean`" in line for line in traced.report.refused)
-    assert traced.report.rung == "export"
+    assert traced.report.method == "export"
     traced.graph_module(vectors(5))
     torch.testing.assert_close(module.mean, 0.1 * vectors(5).mean(0))
 
@@ -364,12 +364,12 @@ class Reverses(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("inner", "rung", "leaves"), [(StopsGradient, "shapes", ()), (Reverses, "leaves", ("inner:Reverse",))]
+    ("inner", "method", "leaves"), [(StopsGradient, "shapes", ()), (Reverses, "leaves", ("inner:Reverse",))]
 )
-def test_gradients_of_a_student_are_the_modules(inner, rung, leaves):
+def test_gradients_of_a_student_are_the_modules(inner, method, leaves):
     module = Outer(inner())
     traced = ifx.trace(module, vectors(), role="student")
-    assert (traced.report.rung, traced.report.leaves) == (rung, leaves)
+    assert (traced.report.method, traced.report.leaves) == (method, leaves)
     parameters = list(module.parameters())
     expected = torch.autograd.grad(module(vectors(5)).square().sum(), parameters)
     got = torch.autograd.grad(traced.graph_module(vectors(5)).square().sum(), parameters)
@@ -410,11 +410,11 @@ class NestedDecides(NestedInput):
         return super().forward(batch) if "image" in batch and batch["image"].shape[1] == 4 else None
 
 
-@pytest.mark.parametrize(("make", "rung"), [(NestedInput, "symbolic"), (NestedDecides, "shapes")])
-def test_nested_inputs(make, rung):
+@pytest.mark.parametrize(("make", "method"), [(NestedInput, "symbolic"), (NestedDecides, "shapes")])
+def test_nested_inputs(make, method):
     module = make()
     traced = ifx.trace(module, [{"image": vectors(), "masks": [vectors(), vectors() + 1]}])
-    assert traced.report.rung == rung
+    assert traced.report.method == method
     assert same(module, traced, {"image": vectors(5), "masks": [vectors(5), vectors(5) * 2]}) == 0
 
 
@@ -472,7 +472,7 @@ class Reused(nn.Module):
 @pytest.mark.parametrize("role", ["teacher", "student"])
 @pytest.mark.parametrize("capture", [capture_symbolic, capture_shapes, capture_exported])
 def test_shared_modules_and_tied_weights(capture, role, monkeypatch):
-    monkeypatch.setattr(importlib.import_module("indistill_fx.passes.capture.trace"), "_RUNGS", {"only": capture})
+    monkeypatch.setattr(importlib.import_module("indistill_fx.passes.capture.trace"), "_METHODS", {"only": capture})
     module = Reused()
     traced = ifx.trace(module, vectors(), role=role)
     assert list(traced.graph_module.parameters()) == [module.a.weight]
@@ -500,7 +500,7 @@ class Twice(nn.Module):
 
 @pytest.mark.parametrize("capture", [capture_symbolic, capture_shapes, capture_exported])
 def test_facts_name_the_call_of_a_reused_module(capture, monkeypatch):
-    monkeypatch.setattr(importlib.import_module("indistill_fx.passes.capture.trace"), "_RUNGS", {"only": capture})
+    monkeypatch.setattr(importlib.import_module("indistill_fx.passes.capture.trace"), "_METHODS", {"only": capture})
     traced = ifx.trace(Twice(), vectors())
     calls = {name: traced.facts_of(name) for name in ("block.layer", "block", "block.layer@2", "block@2")}
     assert {name: facts.module for name, facts in calls.items()} == {
@@ -612,7 +612,7 @@ def test_packed_sequences(role):
     module = Packed()
     ids = torch.arange(10).remainder(9).view(2, 5)
     traced = ifx.trace(module, (ids, torch.tensor([3, 5])), role=role)
-    assert (traced.report.rung, traced.report.leaves) == ("shapes", ())
+    assert (traced.report.method, traced.report.leaves) == ("shapes", ())
     assert [n.target for n in traced.graph_module.graph.nodes if n.op == "call_module"][:2] == ["embed", "lstm"]
     more = torch.arange(20).remainder(9).view(4, 5)
     assert same(module, traced, more, torch.tensor([1, 5, 4, 2])) == 0
@@ -637,7 +637,7 @@ def encoder() -> nn.Module:
 
 @pytest.mark.parametrize("role", ["teacher", "student"])
 @pytest.mark.parametrize(
-    ("make", "shape", "rung"),
+    ("make", "shape", "method"),
     [
         (UNet3d, (1, 4, 4, 4), "symbolic"),
         (Recurrent, (3, 6), "symbolic"),
@@ -645,10 +645,10 @@ def encoder() -> nn.Module:
         (encoder, (5, 8), "shapes"),
     ],
 )
-def test_kinds_of_networks(make, shape, rung, role):
+def test_kinds_of_networks(make, shape, method, role):
     module = make()
     traced = ifx.trace(module, torch.randn(2, *shape), role=role)
-    assert (traced.report.rung, traced.report.leaves) == (rung, ())
+    assert (traced.report.method, traced.report.leaves) == (method, ())
     assert same(module, traced, torch.randn(5, *shape)) < 1e-6
 
 
@@ -688,7 +688,7 @@ def test_bert(role, mask):
     ids = torch.randint(0, 50, (2, 7), generator=torch.Generator().manual_seed(0))
     keywords = {"input_ids": ids, "attention_mask": (ids > 5).long()} if mask else {"input_ids": ids}
     traced = ifx.trace(module, (), example_kwargs=keywords, role=role, logits="logits")
-    assert traced.report.rung == ("export" if mask else "shapes")
+    assert traced.report.method == ("export" if mask else "shapes")
     assert type(traced.graph_module(*keywords.values())) is transformers.modeling_outputs.SequenceClassifierOutput
     wider = {key: value.repeat(3, 1)[:5] for key, value in keywords.items()}
     assert same(module, traced, **wider) < 1e-6

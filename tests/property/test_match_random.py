@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from indistill_fx.errors import MatchError
+from indistill_fx.graph.interpret import run_keeping
 from indistill_fx.passes.capture.trace import trace
 from indistill_fx.passes.pairing.match import best_path, match
 from indistill_fx.traced import TracedModel
@@ -134,15 +135,8 @@ def traced(stages: list[Stage], style: Style = Style(), width: int = 4) -> Trace
 
 
 def features(model: TracedModel, taps: list[str]) -> list[Tensor]:
-    found: dict[str, Tensor] = {}
-
-    class Run(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> Any:
-            found[n.name] = super().run_node(n)
-            return found[n.name]
-
     with torch.no_grad():
-        Run(model.graph_module).run(X)
+        _, found = run_keeping(model.graph_module, [model.taps[tap] for tap in taps], X)
     return [found[model.taps[tap]] for tap in taps]
 
 

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
+from indistill_fx.graph.interpret import run_keeping
 from indistill_fx.passes.capture.trace import trace
 from indistill_fx.passes.pruning.narrow import narrow
 from indistill_fx.passes.pruning.shrink import shrink
@@ -95,16 +96,8 @@ graphs = st.lists(
 
 
 def _values(graph_module: fx.GraphModule, names: list[str], x: Tensor) -> dict[str, Tensor]:
-    found = {}
-
-    class Run(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> object:
-            found[n.name] = super().run_node(n)
-            return found[n.name]
-
     with torch.no_grad():
-        Run(graph_module).run(x)
-    return {name: found[name] for name in names}
+        return run_keeping(graph_module, names, x)[1]
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)

@@ -1,4 +1,4 @@
-"""Random networks, traced on every rung: the graph computes what the module does, and the module stays as it was."""
+"""Random networks, traced by every method: the graph computes what the module does, and the module stays as it was."""
 
 from __future__ import annotations
 
@@ -114,15 +114,15 @@ def test_traces_compute_the_same(kinds, role, rows):
     traced = ifx.trace(module, x, role=role)
     assert digest(module) == before
     assert largest_difference(module, traced.graph_module, 4, role == "student") <= 1e-5
-    assert (traced.report.rung == "leaves") == ("by data" in kinds) or traced.report.rung == "export"
-    assert bool(traced.report.specialisations) == ("decides" in kinds) or traced.report.rung == "export"
+    assert (traced.report.method == "leaves") == ("by data" in kinds) or traced.report.method == "export"
+    assert bool(traced.report.specialisations) == ("decides" in kinds) or traced.report.method == "export"
     assert set(traced.facts) >= set(traced.aliases)
 
 
 @pytest.mark.filterwarnings("ignore:Lazy modules")
 @settings(quick, max_examples=5)
 @given(st.lists(st.sampled_from(PURE), min_size=1, max_size=4), st.booleans())
-def test_the_later_rungs_compute_the_same_on_their_own(kinds, training):
+def test_the_later_methods_compute_the_same_on_their_own(kinds, training):
     module = build(kinds)
     module(torch.randn(2, WIDTH, 5, 6))
     module.train(training)

@@ -1,4 +1,4 @@
-"""What every rung of the tracing ladder returns, and the rules that all rungs share: leaves, module outputs, assembly."""
+"""What every capture method returns, and the rules that all of them share: leaves, module outputs, assembly."""
 
 from __future__ import annotations
 

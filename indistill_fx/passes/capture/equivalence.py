@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map
 
 from indistill_fx.errors import FrontendError
 from indistill_fx.graph.edit import batch_of, batch_size
+from indistill_fx.graph.module_state import buffers_kept
 from indistill_fx.passes.capture.captured import tensors
 
 _SIZES = (2, 3)
@@ -208,7 +209,7 @@ class Reference:
 
 def _run_module(module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], *, gradients: bool) -> Run | str:
     torch.manual_seed(0)
-    with _buffers_kept(module):
+    with buffers_kept(module):
         try:
             with torch.set_grad_enabled(gradients), plain_attention():
                 outputs = tensors(_forward(module)(*inputs, **kwargs))
@@ -237,22 +238,6 @@ def _gradients(module: nn.Module, outputs: list[Tensor]) -> dict[nn.Parameter, T
         warnings.simplefilter("ignore")
         found = torch.autograd.grad(outputs, trained, weights, allow_unused=True)
     return {parameter: gradient for parameter, gradient in zip(trained, found, strict=True) if gradient is not None}
-
-
-@contextmanager
-def _buffers_kept(module: nn.Module) -> Iterator[None]:
-    before = [(part, dict(part._buffers)) for part in module.modules() if part._buffers]
-    values = [(buffer, buffer.clone()) for _, buffers in before for buffer in buffers.values() if buffer is not None]
-    try:
-        yield
-    finally:
-        for part, buffers in before:
-            part._buffers.clear()
-            part._buffers.update(buffers)
-        with torch.no_grad():
-            for buffer, value in values:
-                if not torch.equal(buffer, value):
-                    buffer.copy_(value)
 
 
 def _difference(expected: Tensor, got: Tensor) -> float:

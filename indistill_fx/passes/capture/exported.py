@@ -1,4 +1,4 @@
-"""Rung four of the ladder: `torch.export`, and the way back from its flat graph to one over the module's own parts.
+"""The fourth capture method: `torch.export`, and the way back from its flat graph to one over the module's own parts.
 
 Rules, in order:
   1. The batch is dynamic; all other sizes are those of the example.
@@ -202,7 +202,7 @@ def _is_check(node: fx.Node) -> bool:
 def _stacks(graph: fx.Graph, module: nn.Module) -> dict[fx.Node, list[tuple[str, str]]]:
     """(module call, module path) of the modules around every node, the outermost first; the second call of `a` is `a@2`.
 
-    A module registered under several paths has the first one, as on the other rungs.
+    A module registered under several paths has the first one, as with the other methods.
     """
     first = {id(part): path for path, part in module.named_modules()}
     paths = {path: first[id(part)] for path, part in module.named_modules(remove_duplicate=False)}

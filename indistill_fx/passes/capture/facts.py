@@ -64,7 +64,7 @@ class _MacCounter(TorchDispatchMode):
         return result
 
 
-class _Recorder(nn.Module):
+class _Observed(nn.Module):
     """Runs a graph node by node and notes shapes and MACs. Wraps the graph so that its tensors can be swapped for others."""
 
     def __init__(self, graph_module: fx.GraphModule):
@@ -155,23 +155,23 @@ def infer_facts(
 
 def _observe(graph_module: fx.GraphModule, reference: Reference, size: int) -> dict[str, _Seen]:
     """What each node's tensor is like: from tensors without data, or where operations refuse those, from a real run."""
-    recorder = _Recorder(graph_module)
-    own = {name: tensor for name, tensor in (*recorder.named_parameters(), *recorder.named_buffers())}
+    observed = _Observed(graph_module)
+    own = {name: tensor for name, tensor in (*observed.named_parameters(), *observed.named_buffers())}
     try:
         inputs, kwargs = reference.shapes(size)
         with torch.no_grad(), plain_attention(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            torch.func.functional_call(recorder, tree_map(_without_data, own), (*inputs, *kwargs.values()))
+            torch.func.functional_call(observed, tree_map(_without_data, own), (*inputs, *kwargs.values()))
     except Exception:  # whatever an operation says to tensors without data
-        recorder.seen.clear()
+        observed.seen.clear()
         torch.manual_seed(0)
         inputs, kwargs = reference.batch(size)
         written = {
             name: tensor.clone() if not isinstance(tensor, nn.Parameter) else tensor for name, tensor in own.items()
         }
         with torch.no_grad(), plain_attention():
-            torch.func.functional_call(recorder, written, (*inputs, *kwargs.values()))
-    return recorder.seen
+            torch.func.functional_call(observed, written, (*inputs, *kwargs.values()))
+    return observed.seen
 
 
 def _without_data(leaf: Any) -> Any:

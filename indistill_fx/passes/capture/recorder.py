@@ -137,7 +137,9 @@ class Recorder(TorchFunctionMode):
                 *(leaf for leaf in leaves if leaf in used),
                 *(self.functions[name] for name in self.functions if name in used),
             ),
-            specialisations=tuple(dict.fromkeys(str(decision) for decision in self.book.decisions if decision.told)),
+            specialisations=tuple(
+                dict.fromkeys(str(decision) for decision in self.book.decisions if decision.reported)
+            ),
         )
 
     # ---- nodes and arguments ----------------------------------------------------------------------------------------
@@ -274,7 +276,7 @@ class Recorder(TorchFunctionMode):
         if not inplace:
             result = _distinct(result, args)
         if isinstance(result, (tuple, list)) and known in self.of_input:
-            self.book.decide(len(result), told=False)
+            self.book.decide(len(result), reported=False)
         node = self.create(op, target, self.argument(arguments), self.argument(kwargs))
         if inplace and source is not None and self._node_of(source).op == "get_attr":
             self.of_state.update((self._node_of(source), node))
@@ -342,7 +344,7 @@ class Recorder(TorchFunctionMode):
         return result
 
     def apply(self, function: type[torch.autograd.Function], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Stands in for `autograd.Function.apply` on rung three: one node, since its gradient is its own."""
+        """Stands in for `autograd.Function.apply` in the third method: one node, since its gradient is its own."""
         if self.paused:
             return _apply.__get__(None, function)(*args, **kwargs)
         name = f"_function{len(self.functions)}"

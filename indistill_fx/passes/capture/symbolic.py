@@ -1,4 +1,4 @@
-"""Rung one of the ladder: `torch.fx` symbolic tracing, with a record of which module each tensor is the output of."""
+"""The first capture method: `torch.fx` symbolic tracing, with a record of which module each tensor is the output of."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ class Decision(NamedTuple):
     place: str
     expression: str
     value: Any
-    told: bool = True
+    reported: bool = True
 
     def __str__(self) -> str:
         return f"{self.place}: {self.expression}"
@@ -69,10 +69,10 @@ class Book:
         self.module = ""
         self.decisions: list[Decision] = []
 
-    def decide(self, value: Any, *, told: bool = True) -> None:
-        """Record that the code at the current place needs this very value. Not told: how many parts an operation returned."""
+    def decide(self, value: Any, *, reported: bool = True) -> None:
+        """Record that the code at the current place needs this very value. Not reported: how many parts an operation returned."""
         place, expression = current_place()
-        self.decisions.append(Decision(self.module, place, expression, value, told))
+        self.decisions.append(Decision(self.module, place, expression, value, reported))
 
 
 def value_of(number: Any) -> Any:

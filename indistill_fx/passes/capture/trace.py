@@ -2,8 +2,8 @@
 
 Rules, in order:
   1. Teachers are traced in eval mode, students in train mode; flags, buffers, attributes and random state are put back whatever happens.
-  2. The rungs of the ladder are tried in turn; a refused rung and its reason are in the report. A graph in which modules kept as
-     one node do more than a fifth of the work is only taken if `torch.export`, the last rung, has no better one.
+  2. The capture methods are tried in order; a refused one and its reason are in the report. A graph in which modules kept as
+     one node do more than a fifth of the work is only taken if `torch.export`, the last method, has no better one.
   3. In-place operations are made out of place, so that a later one cannot overwrite a tensor that a tap holds.
   4. The graph is compared with the module on two batch sizes before it is returned; a student's also in what it trains: the
      gradients of all parameters, and the buffers.
@@ -48,8 +48,8 @@ def as_traced(model: nn.Module | TracedModel, example_inputs: Any, *, role: Role
     return trace(model, example_inputs, role=role)
 
 
-Rung = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any], Sequence[str]], Captured]
-_RUNGS: dict[str, Rung] = {
+Method = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any], Sequence[str]], Captured]
+_METHODS: dict[str, Method] = {
     "symbolic": capture_symbolic,
     "shapes": capture_shapes,
     "leaves": capture_leaves,
@@ -82,16 +82,16 @@ def trace(
         The traced model. Its graph takes the positional arguments, then the values of the keyword arguments in the order given here.
 
     Raises:
-        FrontendError: no rung of the ladder can trace it, or its forward fails on the example input.
+        FrontendError: no method can trace it, or its forward fails on the example input.
     """
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     kwargs = dict(example_kwargs or {})
     _require_code(module)
     with untouched(module), weights_kept(module) as put_back, mode(module, training=role == "student"):
         reference = Reference(module, inputs, kwargs, gradients=role == "student", put_back=put_back)
-        rung, captured, known, refused = _climb(reference, leaves, logits, own_flags=role == "teacher")
+        method, captured, known, refused = _capture(reference, leaves, logits, own_flags=role == "teacher")
     report = TraceReport(
-        rung=rung,
+        method=method,
         refused=tuple(refused),
         leaves=captured.leaves,
         specialisations=captured.specialisations,
@@ -122,7 +122,7 @@ def _require_code(module: nn.Module) -> None:
         )
 
 
-def _climb(
+def _capture(
     reference: Reference, leaves: Sequence[str], logits: str | int | None, *, own_flags: bool
 ) -> tuple[str, Captured, Known, list[str]]:
     """Rule 2."""
@@ -130,9 +130,9 @@ def _climb(
     refused: list[str] = []
     reason: FrontendError | None = None
     coarse: tuple[str, Captured, Known] | None = None
-    for rung, capture in _RUNGS.items():
+    for method, capture in _METHODS.items():
         try:
-            captured = _functional(capture, module, inputs, kwargs, leaves, patient=rung == "leaves")
+            captured = _functional(capture, module, inputs, kwargs, leaves, patient=method == "leaves")
             reference.put_back()
             if own_flags:
                 _give_own_flags(captured.graph_module)
@@ -143,21 +143,21 @@ def _climb(
                 kwargs,
                 logits=logits,
                 reference=reference,
-                size_free=rung == "symbolic",
+                size_free=method == "symbolic",
             )
         except FrontendError as error:
             if error.where == "forward":
                 raise
-            refused.append(f"{rung}: {error.message}")
+            refused.append(f"{method}: {error.message}")
             reason = error if reason is None or error.hint else reason
             continue
-        if rung == "leaves" and leaf_share(captured, known) > _MUCH:
-            coarse = rung, captured, known
+        if method == "leaves" and leaf_share(captured, known) > _MUCH:
+            coarse = method, captured, known
             refused.append(
-                f"{rung}: {', '.join(captured.leaves)} would stay whole and do {leaf_share(captured, known):.0%} of the work"
+                f"{method}: {', '.join(captured.leaves)} would stay whole and do {leaf_share(captured, known):.0%} of the work"
             )
             continue
-        return rung, captured, known, refused
+        return method, captured, known, refused
     if coarse is not None:
         return *coarse, [line for line in refused if not line.startswith("leaves:")]
     reference.sizes  # noqa: B018  a module that fails on its own says so here
@@ -173,7 +173,7 @@ def _climb(
 
 
 def _functional(
-    capture: Rung,
+    capture: Method,
     module: nn.Module,
     inputs: tuple[Any, ...],
     kwargs: Mapping[str, Any],

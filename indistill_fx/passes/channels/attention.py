@@ -10,36 +10,36 @@ from torch import Tensor, fx, nn
 
 from indistill_fx.graph.attention import HeadAttention, window_attention
 from indistill_fx.passes.channels.call import Call, again, slice_weights
-from indistill_fx.passes.channels.selection import Cut, Emitter, Filters, Part, Step, Wall, sliced
+from indistill_fx.passes.channels.selection import Blocked, Cut, Emitter, Filters, Part, Propagation, sliced
 
 
-def fused(call: Call, cut: Cut) -> Step | Wall:
+def fused(call: Call, cut: Cut) -> Propagation | Blocked:
     """`scaled_dot_product_attention`."""
     query, key, value, mask = (call.get(name) for name in ("query", "key", "value", "attn_mask"))
     rank = len(call.output_shape)
     if any(len(call.shape(n) or ()) != rank for n in (query, key, value)):
-        return Wall("attention with operands of different rank")
+        return Blocked("attention with operands of different rank")
     if call.get("is_causal", False) and cut.start == rank - 2:
-        return Wall("causal attention counts its rows")
+        return Blocked("causal attention counts its rows")
     if len({query, key, value}) < 3:
-        return Wall("attention of a tensor with itself")
+        return Blocked("attention of a tensor with itself")
     step = product(call, cut, {rank - 2: [query], rank - 1: [value]}, [query, key, value])
     shape = call.shape(mask)
-    if shape is None or isinstance(step, Wall) or cut.start == rank - 1:
+    if shape is None or isinstance(step, Blocked) or cut.start == rank - 1:
         return step
     axis = cut.start - (rank - len(shape))
     if axis < 0 or shape[axis] == 1:
         return step
     cuts = [*(part.cut for part in step.parts), Cut(mask, axis, axis + 1, cut.index)]
-    return Step(again(call, cuts), tuple(Part(c) for c in cuts))
+    return Propagation(again(call, cuts), tuple(Part(c) for c in cuts))
 
 
-def matmul(call: Call, cut: Cut) -> Step | Wall:
+def matmul(call: Call, cut: Cut) -> Propagation | Blocked:
     """Rows come from the left operand, columns from the right one, batches from both."""
     left, right = operands_of(call)
     rank = len(call.output_shape)
     if len(call.shape(left) or ()) != rank or len(call.shape(right) or ()) != rank or left is right:
-        return Wall("a product of tensors of different rank")
+        return Blocked("a product of tensors of different rank")
     return product(call, cut, {rank - 2: [left], rank - 1: [right]}, [left, right])
 
 
@@ -48,17 +48,17 @@ def operands_of(call: Call) -> tuple[Any, Any]:
     return call.get("input"), call.get("other", call.get("mat2"))
 
 
-def product(call: Call, cut: Cut, ends: dict[int, list[fx.Node]], every: list[Any]) -> Step | Wall:
+def product(call: Call, cut: Cut, ends: dict[int, list[fx.Node]], every: list[Any]) -> Propagation | Blocked:
     """A product whose output axes in `ends` come from one operand, and the others from every one."""
     rank = len(call.output_shape)
     if cut.stop > rank - 2 and cut.width > 1:
-        return Wall("the axes of a product are merged here")
+        return Blocked("the axes of a product are merged here")
     operands = ends.get(cut.start, every)
     wanted = call.output_shape[cut.start : cut.stop]
     if any((call.shape(n) or ())[cut.start : cut.stop] != wanted for n in operands):
-        return Wall("the operands of a product broadcast here")
+        return Blocked("the operands of a product broadcast here")
     cuts = [Cut(n, cut.start, cut.stop, cut.index) for n in operands]
-    return Step(again(call, cuts), tuple(Part(c) for c in cuts))
+    return Propagation(again(call, cuts), tuple(Part(c) for c in cuts))
 
 
 def letters(call: Call) -> tuple[list[str], str, list[fx.Node]] | None:
@@ -75,11 +75,11 @@ def letters(call: Call) -> tuple[list[str], str, list[fx.Node]] | None:
     return (names, output, nodes) if all(len(set(name)) == len(name) for name in (*names, output)) else None
 
 
-def einsum(call: Call, cut: Cut) -> Step | Wall:
+def einsum(call: Call, cut: Cut) -> Propagation | Blocked:
     """Every operand that has the selected letter is selected along it."""
     parsed = letters(call)
     if parsed is None or cut.width > 1:
-        return Wall("an einsum over merged axes, or with repeated letters or operands")
+        return Blocked("an einsum over merged axes, or with repeated letters or operands")
     names, output, nodes = parsed
     letter = output[cut.start]
     cuts = [
@@ -87,18 +87,18 @@ def einsum(call: Call, cut: Cut) -> Step | Wall:
         for name, n in zip(names, nodes, strict=True)
         if letter in name
     ]
-    return Step(again(call, cuts), tuple(Part(c) for c in cuts))
+    return Propagation(again(call, cuts), tuple(Part(c) for c in cuts))
 
 
-def module_output(maker: Call, cut: Cut, key: int, call: Call) -> Step | Wall:
+def module_output(maker: Call, cut: Cut, key: int, call: Call) -> Propagation | Blocked:
     """The first result of `nn.MultiheadAttention`: its features are rows of the output projection."""
     module = maker.module
     last = len(call.output_shape) - 1
     if not isinstance(module, (nn.MultiheadAttention, HeadAttention)) or key != 0 or cut.start < last or last != 2:
-        return Wall("the attention mixes its sequence")
+        return Blocked("the attention mixes its sequence")
     free = free_heads(module)
     if free is None:
-        return Wall("attention with extra keys")
+        return Blocked("attention with extra keys")
     filters = Filters(maker.node, f"{maker.path}.{'out' if module is free else 'out_proj'}", free.out.weight, cut.index)
 
     def emit(out: Emitter, _: Sequence[fx.Node]) -> fx.Node:
@@ -107,7 +107,7 @@ def module_output(maker: Call, cut: Cut, key: int, call: Call) -> Step | Wall:
         result = out.module(str(maker.node.target), new, *maker.node.args, **maker.node.kwargs)
         return out.item(result, 0)
 
-    return Step(emit, filters=filters)
+    return Propagation(emit, filters=filters)
 
 
 def free_heads(module: nn.MultiheadAttention | HeadAttention) -> HeadAttention | None:
@@ -153,10 +153,10 @@ def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     return new
 
 
-def windows(call: Call, cut: Cut) -> Step | Wall:
+def windows(call: Call, cut: Cut) -> Propagation | Blocked:
     """Torchvision's window attention: its features are rows of the output projection."""
     if cut.start < len(call.output_shape) - 1:
-        return Wall("window attention mixes the axes of space")
+        return Blocked("window attention mixes the axes of space")
     named = {name: (0, cut.index) for name in ("proj_weight", "proj_bias") if call.get(name) is not None}
     filters = Filters(call.node, call.path, call.constant("proj_weight"), cut.index)
     step = slice_weights(call, named, filters=filters)
@@ -166,23 +166,23 @@ def windows(call: Call, cut: Cut) -> Step | Wall:
         node.target = window_attention  # torchvision's own refuses an output of another width
         return node
 
-    return Step(emit, step.parts, step.weights, filters)
+    return Propagation(emit, step.parts, step.weights, filters)
 
 
-def position_bias(call: Call, cut: Cut) -> Step | Wall:
+def position_bias(call: Call, cut: Cut) -> Propagation | Blocked:
     """Torchvision's table of relative positions: heads on axis 1 of both."""
     if (cut.start, cut.stop) != (1, 2):
-        return Wall("relative positions are looked up")
+        return Blocked("relative positions are looked up")
     below = Cut(call.get("table"), 1, 2, cut.index)
-    return Step(again(call, [below]), (Part(below),))
+    return Propagation(again(call, [below]), (Part(below),))
 
 
-def patch_merging(call: Call, cut: Cut) -> Step | Wall:
+def patch_merging(call: Call, cut: Cut) -> Propagation | Blocked:
     """Four neighbours side by side: channel k comes from k % C. What any of the four keeps is selected; a gather does the rest."""
     shape = call.shape(call.input)
     last = len(call.output_shape) - 1
     if shape is None or cut.start != last:
-        return Wall("patch merging mixes the axes of space")
+        return Blocked("patch merging mixes the axes of space")
     sources = [k % shape[last] for k in cut.index]
     used = tuple(sorted(set(sources)))
     place = {k: at for at, k in enumerate(used)}
@@ -197,4 +197,6 @@ def patch_merging(call: Call, cut: Cut) -> Step | Wall:
         node = merge(out, new)
         return node if whole else out.function(torch.index_select, node, last, out.tensor("kept", torch.tensor(gather)))
 
-    return Step(emit, (part,), note="" if whole else "the four neighbours keep different channels; a gather picks them")
+    return Propagation(
+        emit, (part,), note="" if whole else "the four neighbours keep different channels; a gather picks them"
+    )

@@ -10,8 +10,20 @@ import torch
 from torch import Tensor, fx, nn
 
 from indistill_fx.graph.edit import with_tensors
+from indistill_fx.graph.interpret import run_part
 from indistill_fx.graph.ops import attribute, op_name
-from indistill_fx.passes.channels.selection import Cut, Emit, Emitter, Filters, Index, Part, Shape, Slices, Step, sliced
+from indistill_fx.passes.channels.selection import (
+    Cut,
+    Emit,
+    Emitter,
+    Filters,
+    Index,
+    Part,
+    Propagation,
+    Shape,
+    Slices,
+    sliced,
+)
 from indistill_fx.traced import NodeFacts
 
 _WINDOWS = (
@@ -197,14 +209,14 @@ def slice_weights(
     filters: Filters | None = None,
     note: str = "",
     **settings: Any,
-) -> Step:
+) -> Propagation:
     """A step that slices weights: a module's own ones on the spot, those of a functional form as graph constants."""
     wanted = {name: place for name, place in wanted.items() if call.get(name) is not None}
     cuts = [part.cut for part in parts]
     if call.module is not None:
-        return Step(again(call, cuts, slices=wanted, **settings), tuple(parts), filters=filters, note=note)
+        return Propagation(again(call, cuts, slices=wanted, **settings), tuple(parts), filters=filters, note=note)
     weights = tuple(Cut(call.get(name), axis, axis + 1, index) for name, (axis, index) in wanted.items())
-    return Step(again(call, [*cuts, *weights], **settings), tuple(parts), weights, filters, note)
+    return Propagation(again(call, [*cuts, *weights], **settings), tuple(parts), weights, filters, note)
 
 
 def source(out: Emitter, new: Sequence[fx.Node]) -> fx.Node:
@@ -217,10 +229,10 @@ def axis_of(value: int, rank: int) -> int:
     return value + rank if value < 0 else value
 
 
-def untouched(call: Call, cut: Cut, *, operand: fx.Node | None = None, **settings: Any) -> Step:
+def untouched(call: Call, cut: Cut, *, operand: fx.Node | None = None, **settings: Any) -> Propagation:
     """Pass the selection on to the operand, at the same axes, and do the same operation on what comes."""
     below = Cut(operand or call.input, cut.start, cut.stop, cut.index)
-    return Step(again(call, [below], **settings), (Part(below),))
+    return Propagation(again(call, [below], **settings), (Part(below),))
 
 
 def weight_filters(call: Call, rows: Index, *, rows_axis: int = 0) -> Filters:
@@ -247,12 +259,7 @@ def _constant(node: fx.Node) -> Any:
                 ways.append(source)
     if len(needed) > _DEEP or any(n.op == "placeholder" for n in needed):
         return None
-    run = fx.Interpreter(_owner(node))
-    with torch.no_grad():
-        for n in node.graph.nodes:
-            if n in needed:
-                run.env[n] = run.run_node(n)
-    return run.env[node]
+    return run_part(node, needed)
 
 
 def _owner(node: fx.Node) -> nn.Module:

@@ -5,19 +5,19 @@ from __future__ import annotations
 from torch import fx
 
 from indistill_fx.passes.channels.call import Call, again, slice_weights
-from indistill_fx.passes.channels.selection import Cut, Part, Step, Wall
+from indistill_fx.passes.channels.selection import Blocked, Cut, Part, Propagation
 
 _FOLLOWS_FIRST = frozenset("type_as to".split())
 """Operations whose further tensors are looked at, not computed with."""
 
 
-def elementwise(call: Call, cut: Cut) -> Step | Wall:
+def elementwise(call: Call, cut: Cut) -> Propagation | Blocked:
     """Every operand that has the selected axes is selected in the same way; those that broadcast along them are not."""
     parts = operand_parts(call, cut)
-    return parts if isinstance(parts, Wall) else Step(again(call, [part.cut for part in parts]), parts)
+    return parts if isinstance(parts, Blocked) else Propagation(again(call, [part.cut for part in parts]), parts)
 
 
-def operand_parts(call: Call, cut: Cut) -> tuple[Part, ...] | Wall:
+def operand_parts(call: Call, cut: Cut) -> tuple[Part, ...] | Blocked:
     """The selections of broadcast operands that make the selection of their result."""
     shape = call.output_shape
     wanted = shape[cut.start : cut.stop]
@@ -32,20 +32,20 @@ def operand_parts(call: Call, cut: Cut) -> tuple[Part, ...] | Wall:
         if stop - start == cut.width and own[start:stop] == wanted:
             parts.append(Part(Cut(operand, start, stop, cut.index)))
         elif any(n != 1 for n in own[start:stop]):
-            return Wall("its operands broadcast along some of the merged axes")
+            return Blocked("its operands broadcast along some of the merged axes")
         elif stop - start > 1:
             parts.append(Part(Cut(operand, start, stop, (0,))))
     return tuple(parts)
 
 
-def prelu(call: Call, cut: Cut) -> Step | Wall:
+def prelu(call: Call, cut: Cut) -> Propagation | Blocked:
     """One slope for all, or one per channel on axis 1."""
     below = Part(Cut(call.input, cut.start, cut.stop, cut.index))
     weight = call.constant("weight")
     if weight is None and isinstance(call.get("weight"), fx.Node):
-        return Wall("its slopes are computed")
+        return Blocked("its slopes are computed")
     if weight is None or weight.numel() == 1 or cut.start > 1:
-        return Step(again(call, [below.cut]), (below,))
+        return Propagation(again(call, [below.cut]), (below,))
     if (cut.start, cut.stop) != (1, 2):
-        return Wall("its slopes belong to axis 1, which is merged with others here")
+        return Blocked("its slopes belong to axis 1, which is merged with others here")
     return slice_weights(call, {"weight": (0, cut.index)}, parts=[below], num_parameters=len(cut.index))

@@ -11,21 +11,21 @@ from torch import fx
 
 from indistill_fx.passes.channels import attention
 from indistill_fx.passes.channels.call import Call, again, axis_of, index_select, read_call, source
-from indistill_fx.passes.channels.selection import Cut, Emitter, Index, Part, Step, Wall
+from indistill_fx.passes.channels.selection import Blocked, Cut, Emitter, Index, Part, Propagation
 
 
-def cat(call: Call, cut: Cut) -> Step | Wall:
+def cat(call: Call, cut: Cut) -> Propagation | Blocked:
     """Along the selected axis every operand gives its share; along another, every operand is selected alike."""
     operands, shapes = _operands(call)
     if shapes is None:
-        return Wall("it joins something that is not a tensor")
+        return Blocked("it joins something that is not a tensor")
     dim = axis_of(int(call.get("dim", call.get("axis", 0))), len(call.output_shape))
     if not cut.start <= dim < cut.stop:
         moved = dim if dim < cut.start else dim - cut.width + 1
         parts = tuple(Part(Cut(n, cut.start, cut.stop, cut.index)) for n in operands)
-        return Step(lambda out, new: out.function(torch.cat, list(new), dim=moved), parts)
+        return Propagation(lambda out, new: out.function(torch.cat, list(new), dim=moved), parts)
     if cut.width > 1:
-        return Wall("the joined axis is merged with others here")
+        return Blocked("the joined axis is merged with others here")
     parts = _shares(operands, [shape[dim] for shape in shapes], cut)
     order = tuple(k for part in parts for k in (part.links or ((), ()))[0])
     back = tuple(sorted(range(len(order)), key=order.__getitem__))
@@ -34,7 +34,7 @@ def cat(call: Call, cut: Cut) -> Step | Wall:
         joined = new[0] if len(new) == 1 else out.function(torch.cat, list(new), dim=dim)
         return joined if back == tuple(range(len(back))) else index_select(out, joined, dim, dim + 1, back)
 
-    return Step(
+    return Propagation(
         emit,
         parts,
         note="" if back == tuple(range(len(back))) else "the order of the joined channels is restored by a gather",
@@ -63,19 +63,19 @@ def _shares(operands: Sequence[fx.Node], sizes: Sequence[int], cut: Cut) -> tupl
     return tuple(parts)
 
 
-def stack(call: Call, cut: Cut) -> Step | Wall:
+def stack(call: Call, cut: Cut) -> Propagation | Blocked:
     """A stack of all, each selected; the new axis itself is not selected."""
     operands, shapes = _operands(call)
     dim = axis_of(int(call.get("dim", 0)), len(call.output_shape))
     if shapes is None or cut.start <= dim < cut.stop:
-        return Wall("the selected axis is the stack itself")
+        return Blocked("the selected axis is the stack itself")
     back = 1 if dim < cut.start else 0
     parts = tuple(Part(Cut(n, cut.start - back, cut.stop - back, cut.index)) for n in operands)
     moved = dim if dim < cut.start else dim - cut.width + 1
-    return Step(lambda out, new: out.function(torch.stack, list(new), dim=moved), parts)
+    return Propagation(lambda out, new: out.function(torch.stack, list(new), dim=moved), parts)
 
 
-def getitem(call: Call, cut: Cut) -> Step | Wall:
+def getitem(call: Call, cut: Cut) -> Propagation | Blocked:
     """One of the parts of a chunk or split, or an indexed tensor."""
     key = call.get("key")
     if call.shape(call.input) is not None:
@@ -83,27 +83,27 @@ def getitem(call: Call, cut: Cut) -> Step | Wall:
     maker = read_call(call.input, call.facts)
     rule = _PARTS.get(maker.op)
     if rule is None or not isinstance(key, int) or maker.shape(maker.arguments.get("input")) is None:
-        return Wall(f"one of several results of {maker.op}")
+        return Blocked(f"one of several results of {maker.op}")
     return rule(maker, cut, key, call)
 
 
-def _part_of_split(maker: Call, cut: Cut, key: int, call: Call) -> Step | Wall:
+def _part_of_split(maker: Call, cut: Cut, key: int, call: Call) -> Propagation | Blocked:
     shape = maker.shape(maker.input) or ()
     dim = maker.get("dim", 0)
     if not isinstance(dim, int):
-        return Wall("the axis of the split is computed")
+        return Blocked("the axis of the split is computed")
     if not all(isinstance(size, int) for size in _sizes(maker)):
-        return Wall("the sizes of the split are computed")
+        return Blocked("the sizes of the split are computed")
     dim = axis_of(dim, len(shape))
     if cut.start <= dim < cut.stop:
         begin = split_begins(maker, shape[dim], call.output_shape[dim])[key]
         if cut.width > 1:
-            return Wall("the split axis is merged with others here")
-        return Step(source, (Part(Cut(maker.input, cut.start, cut.stop, tuple(k + begin for k in cut.index))),))
+            return Blocked("the split axis is merged with others here")
+        return Propagation(source, (Part(Cut(maker.input, cut.start, cut.stop, tuple(k + begin for k in cut.index))),))
     begin, size = split_begins(maker, shape[dim], call.output_shape[dim])[key], call.output_shape[dim]
     moved = dim if dim < cut.start else dim - cut.width + 1
     part = Part(Cut(maker.input, cut.start, cut.stop, cut.index))
-    return Step(lambda out, new: out.function(torch.narrow, new[0], moved, begin, size), (part,))
+    return Propagation(lambda out, new: out.function(torch.narrow, new[0], moved, begin, size), (part,))
 
 
 def _sizes(maker: Call) -> tuple[object, ...]:
@@ -126,20 +126,20 @@ def split_begins(maker: Call, total: int, own: int) -> list[int]:
     return [sum(sizes[:k]) for k in range(len(sizes))]
 
 
-def _part_of_unbind(maker: Call, cut: Cut, key: int, call: Call) -> Step | Wall:
+def _part_of_unbind(maker: Call, cut: Cut, key: int, call: Call) -> Propagation | Blocked:
     rank = len(call.output_shape) + 1
     dim = axis_of(int(maker.get("dim", 0)), rank)
     entry = key + (maker.shape(maker.input) or ())[dim] if key < 0 else key
     return _without_axis(maker.input, dim, entry, cut)
 
 
-def _without_axis(below: fx.Node, dim: int, entry: int, cut: Cut) -> Step | Wall:
+def _without_axis(below: fx.Node, dim: int, entry: int, cut: Cut) -> Propagation | Blocked:
     if cut.start < dim < cut.stop:
-        return Wall("an axis between the merged ones is dropped")
+        return Blocked("an axis between the merged ones is dropped")
     shift = 1 if dim <= cut.start else 0
     part = Part(Cut(below, cut.start + shift, cut.stop + shift, cut.index))
     moved = dim if shift else dim - cut.width + 1
-    return Step(lambda out, new: out.function(torch.select, new[0], moved, entry), (part,))
+    return Propagation(lambda out, new: out.function(torch.select, new[0], moved, entry), (part,))
 
 
 _PARTS = {
@@ -150,7 +150,7 @@ _PARTS = {
 }
 
 
-def slicing(call: Call, cut: Cut) -> Step | Wall:
+def slicing(call: Call, cut: Cut) -> Propagation | Blocked:
     """An indexed tensor; `select`, `narrow`, `slice` and `index_select` are ways to write an index."""
     parsed = taken(call)
     if parsed is None:
@@ -163,39 +163,39 @@ def slicing(call: Call, cut: Cut) -> Step | Wall:
         output += 0 if isinstance(entry, int) else 1
         axis += 0 if entry is None else 1
     if any(k not in places for k in range(cut.start, cut.stop)):
-        return Wall("the selected axis is new here")
+        return Blocked("the selected axis is new here")
     axes = [places[k][1] for k in range(cut.start, cut.stop)]
     if axes != list(range(axes[0], axes[-1] + 1)):
-        return Wall("an axis between the merged ones is dropped")
+        return Blocked("an axis between the merged ones is dropped")
     if cut.width > 1 and any(k in entries for k in axes):
-        return Wall("one of the merged axes is sliced")
+        return Blocked("one of the merged axes is sliced")
     if any(key[places[k][0]] != slice(None) for k in range(cut.start, cut.stop)):
-        return Wall("the selected axis is sliced by computed numbers")
+        return Blocked("the selected axis is sliced by computed numbers")
     at, own = places[cut.start][0], entries.get(axes[0])
     index = cut.index if own is None else tuple(own[k] for k in cut.index)
     part = Part(Cut(call.input, axes[0], axes[-1] + 1, index))
     rest = {k: own for k, own in entries.items() if k != axes[0]}
     moved = {k if k < axes[0] else k - cut.width + 1: own for k, own in rest.items()}
     new_key = (*key[:at], slice(None), *key[at + cut.width :])
-    return Step(lambda out, new: index_by(out, new[0], new_key, moved), (part,))
+    return Propagation(lambda out, new: index_by(out, new[0], new_key, moved), (part,))
 
 
-def _looked_up(call: Call, cut: Cut) -> Step | Wall:
+def _looked_up(call: Call, cut: Cut) -> Propagation | Blocked:
     """A table indexed by one tensor on one axis, whole on the others: these are the table's."""
     shape, key = call.shape(call.input), call.get("key", call.get("index"))
     entries = _full_key(key if isinstance(key, tuple) else (key,), len(shape)) if shape is not None else None
     places = [k for k, entry in enumerate(entries or ()) if entry != slice(None)]
     looked = call.shape(entries[places[0]]) if entries is not None and len(places) == 1 else None
     if shape is None or looked is None or call.facts[entries[places[0]].name].dtype == torch.bool:  # type: ignore[index]
-        return Wall("it is indexed by tensors or by computed numbers")
+        return Blocked("it is indexed by tensors or by computed numbers")
     at, wider = places[0], len(looked) - 1
     if cut.start <= at + wider and cut.stop > at:
-        return Wall("it is looked up along the selected axis")
+        return Blocked("it is looked up along the selected axis")
     back = 0 if cut.stop <= at else wider
     below = Cut(call.input, cut.start - back, cut.stop - back, cut.index)
     if cut.width > 1:
-        return Wall("a table looked up, with merged axes")
-    return Step(again(call, [below]), (Part(below),))
+        return Blocked("a table looked up, with merged axes")
+    return Propagation(again(call, [below]), (Part(below),))
 
 
 Key = tuple[Any, ...]

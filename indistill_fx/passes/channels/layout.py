@@ -11,13 +11,13 @@ from torch import fx
 
 from indistill_fx.passes.channels.call import Call, again, axis_of, source
 from indistill_fx.passes.channels.selection import (
+    Blocked,
     Cut,
     Emitter,
     Index,
     Part,
+    Propagation,
     Shape,
-    Step,
-    Wall,
     coordinates,
     flat_place,
     group_size,
@@ -25,20 +25,20 @@ from indistill_fx.passes.channels.selection import (
 )
 
 
-def reshape(call: Call, cut: Cut) -> Step | Wall:
+def reshape(call: Call, cut: Cut) -> Propagation | Blocked:
     """View, reshape, flatten, unflatten, squeeze, unsqueeze: find the input's axes that hold the same entries."""
     before, after = call.shape(call.input), call.output_shape
     if before is None:
-        return Wall("its input is not a tensor")
+        return Blocked("its input is not a tensor")
     found = _matching_axes(before, after, cut)
     if found is None:
-        return Wall("the selected axis is cut across by the reshape")
+        return Blocked("the selected axis is cut across by the reshape")
     start, stop, first, last = found
     batches = call.facts[call.input.name].batch_axis, call.facts[call.node.name].batch_axis
     if (batches[0] is not None and start <= batches[0] < stop) or (
         batches[1] is not None and first <= batches[1] < last
     ):
-        return Wall("the reshape mixes the selected axis with the batch")
+        return Blocked("the reshape mixes the selected axis with the batch")
     left, right = prod(after[first : cut.start]), prod(after[cut.stop : last])
     index = spread(cut.index, size=group_size(after, cut.start, cut.stop), before=left, after=right)
     sizes = (*after[first : cut.start], len(cut.index), *after[cut.stop : last])
@@ -52,7 +52,7 @@ def reshape(call: Call, cut: Cut) -> Step | Wall:
 
     own = tuple(k for _ in range(left) for k in range(len(cut.index)) for _ in range(right))
     links = None if left * right == 1 else (own, tuple(range(len(index))))
-    return Step(emit, (Part(Cut(call.input, start, stop, index), links),))
+    return Propagation(emit, (Part(Cut(call.input, start, stop, index), links),))
 
 
 def _matching_axes(before: Shape, after: Shape, cut: Cut) -> tuple[int, int, int, int] | None:
@@ -93,22 +93,22 @@ def _reads_inputs(size: fx.Node, call: Call) -> bool:
     return True
 
 
-def permute(call: Call, cut: Cut) -> Step | Wall:
+def permute(call: Call, cut: Cut) -> Propagation | Blocked:
     """Permute, transpose, movedim: the axes move, and entries of merged axes with them."""
     order = permutation(call)
     shape = call.shape(call.input)
     if order is None or shape is None:
-        return Wall("the order of axes is computed")
+        return Blocked("the order of axes is computed")
     axes = order[cut.start : cut.stop]
     low, high = min(axes), max(axes) + 1
     if high - low != len(axes):
-        return Wall("the merged axes stand apart before the transposition")
+        return Blocked("the merged axes stand apart before the transposition")
     index = _moved(cut.index, axes, shape, low, high) if list(axes) != sorted(axes) else cut.index
     merged = [d if d <= low else d - len(axes) + 1 for d in (*order[: cut.start], low, *order[cut.stop :])]
     part = Part(Cut(call.input, low, high, index))
     if merged == list(range(len(merged))):
-        return Step(source, (part,))
-    return Step(lambda out, new: out.function(torch.permute, new[0], tuple(merged)), (part,))
+        return Propagation(source, (part,))
+    return Propagation(lambda out, new: out.function(torch.permute, new[0], tuple(merged)), (part,))
 
 
 def _moved(index: Index, axes: Sequence[int], shape: Shape, low: int, high: int) -> Index:
@@ -142,35 +142,35 @@ def permutation(call: Call) -> list[int] | None:
     return [placed[axis] if axis in placed else next(rest) for axis in range(rank)]
 
 
-def expand(call: Call, cut: Cut) -> Step | Wall:
+def expand(call: Call, cut: Cut) -> Propagation | Blocked:
     """Expanded axes come from one entry; the others are selected below."""
     before, after = call.shape(call.input), call.output_shape
     given = call.arguments.get("shape")
     if before is None or cut.width > 1 or not isinstance(given, tuple):
-        return Wall("expansion of merged axes")
+        return Blocked("expansion of merged axes")
     axis = cut.start - (len(after) - len(before))
     parts: tuple[Part, ...] = ()
     if axis >= 0 and before[axis] == after[cut.start] != 1:
         parts = (Part(Cut(call.input, axis, axis + 1, cut.index)),)
     sizes = [len(cut.index) if k == cut.start else value for k, value in enumerate(given)]
-    return Step(lambda out, new: out.method("expand", new[0] if new else call.input, *sizes), parts)
+    return Propagation(lambda out, new: out.method("expand", new[0] if new else call.input, *sizes), parts)
 
 
-def repeat(call: Call, cut: Cut) -> Step | Wall:
+def repeat(call: Call, cut: Cut) -> Propagation | Blocked:
     """Axes repeated once pass; along another, entries come round again."""
     before, after, given = call.shape(call.input), call.output_shape, call.arguments.get("repeats")
     if before is None or cut.width > 1 or not isinstance(given, tuple) or len(before) != len(after):
-        return Wall("repetition of merged axes")
+        return Blocked("repetition of merged axes")
     axis, size = cut.start, before[cut.start]
     if size == after[axis]:
         below = Cut(call.input, axis, axis + 1, cut.index)
-        return Step(again(call, [below]), (Part(below),))
+        return Propagation(again(call, [below]), (Part(below),))
     below = Cut(call.input, axis, axis + 1, tuple(k % size for k in cut.index))
     times = [1 if k == axis else n for k, n in enumerate(given)]
-    return Step(lambda out, new: out.method("repeat", new[0], *times), (Part(below),))
+    return Propagation(lambda out, new: out.method("repeat", new[0], *times), (Part(below),))
 
 
-def contiguous(call: Call, cut: Cut) -> Step | Wall:
+def contiguous(call: Call, cut: Cut) -> Propagation | Blocked:
     """Same entries, another storage."""
     below = Cut(call.input, cut.start, cut.stop, cut.index)
-    return Step(again(call, [below]), (Part(below),))
+    return Propagation(again(call, [below]), (Part(below),))

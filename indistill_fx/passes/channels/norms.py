@@ -1,29 +1,29 @@
-"""Rules of normalisations: those that treat each channel alone are crossed, those that mix the selected axis are walls."""
+"""Rules of normalisations: those that treat each channel alone are crossed, those that mix the selected axis block it."""
 
 from __future__ import annotations
 
 from indistill_fx.passes.channels.call import Call, again, axis_of, slice_weights
 from indistill_fx.passes.channels.producers import used_groups
-from indistill_fx.passes.channels.selection import Cut, Part, Step, Wall
+from indistill_fx.passes.channels.selection import Blocked, Cut, Part, Propagation
 
 
-def per_channel_norm(call: Call, cut: Cut) -> Step | Wall:
+def per_channel_norm(call: Call, cut: Cut) -> Propagation | Blocked:
     """Batch and instance norm: every channel, on axis 1, has statistics and an affine map of its own."""
     below = Part(Cut(call.input, cut.start, cut.stop, cut.index))
     if (cut.start, cut.stop) != (1, 2):
-        return Wall("it normalises each channel over the other axes")
+        return Blocked("it normalises each channel over the other axes")
     tensors = {name: (0, cut.index) for name in ("weight", "bias", "running_mean", "running_var")}
     return slice_weights(call, tensors, parts=[below], num_features=len(cut.index))
 
 
-def group_norm(call: Call, cut: Cut) -> Step | Wall:
+def group_norm(call: Call, cut: Cut) -> Propagation | Blocked:
     """Whole groups can be taken; a part of a group cannot, for its statistics are shared."""
     groups, channels = int(call.get("num_groups")), call.output_shape[1]
     if (cut.start, cut.stop) != (1, 2):
-        return Wall("it normalises over the axes of space")
+        return Blocked("it normalises over the axes of space")
     used = used_groups(cut.index, channels // groups)
     if used is None:
-        return Wall(
+        return Blocked(
             f"group norm shares statistics among the {channels // groups} channels of each of its {groups} groups"
         )
     below = Part(Cut(call.input, 1, 2, cut.index))
@@ -31,37 +31,37 @@ def group_norm(call: Call, cut: Cut) -> Step | Wall:
     return slice_weights(call, tensors, parts=[below], num_groups=len(used), num_channels=len(cut.index))
 
 
-def layer_norm(call: Call, cut: Cut) -> Step | Wall:
+def layer_norm(call: Call, cut: Cut) -> Propagation | Blocked:
     """The last axes are mixed; those before them are free."""
     shape = call.get("normalized_shape")
     axes = len(shape) if isinstance(shape, (tuple, list)) else 1
     if cut.stop > len(call.output_shape) - axes:
-        return Wall("layer norm shares its statistics among all channels")
+        return Blocked("layer norm shares its statistics among all channels")
     below = Cut(call.input, cut.start, cut.stop, cut.index)
-    return Step(again(call, [below]), (Part(below),))
+    return Propagation(again(call, [below]), (Part(below),))
 
 
-def along_axis(call: Call, cut: Cut) -> Step | Wall:
+def along_axis(call: Call, cut: Cut) -> Propagation | Blocked:
     """Softmax, normalize, cumulative sums, …: one axis is mixed, the others are free."""
     rank = len(call.output_shape)
     dim = call.get("dim", 1 if call.op == "normalize" else None)
     if not isinstance(dim, int):
-        return Wall(f"{call.op} mixes several axes, or one it does not name")
+        return Blocked(f"{call.op} mixes several axes, or one it does not name")
     dim = axis_of(dim, rank)
     if cut.start <= dim < cut.stop:
-        return Wall(f"{call.op} mixes the channels")
+        return Blocked(f"{call.op} mixes the channels")
     below = Cut(call.input, cut.start, cut.stop, cut.index)
-    return Step(again(call, [below], dim=dim if dim < cut.start else dim - cut.width + 1), (Part(below),))
+    return Propagation(again(call, [below], dim=dim if dim < cut.start else dim - cut.width + 1), (Part(below),))
 
 
-def glu(call: Call, cut: Cut) -> Step | Wall:
+def glu(call: Call, cut: Cut) -> Propagation | Blocked:
     """Channel k is made of the channels k and k + half."""
     rank = len(call.output_shape)
     dim = axis_of(int(call.get("dim", -1)), rank)
     if not cut.start <= dim < cut.stop:
         return along_axis(call, cut)
     if cut.width > 1:
-        return Wall("the halved axis is merged with others here")
+        return Blocked("the halved axis is merged with others here")
     half, n = call.output_shape[dim], len(cut.index)
     below = Cut(call.input, cut.start, cut.stop, (*cut.index, *(k + half for k in cut.index)))
-    return Step(again(call, [below], dim=dim), (Part(below, (tuple(range(n)) * 2, tuple(range(2 * n)))),))
+    return Propagation(again(call, [below], dim=dim), (Part(below, (tuple(range(n)) * 2, tuple(range(2 * n)))),))

@@ -11,13 +11,13 @@ from torch import Tensor, fx, nn
 from indistill_fx.graph.edit import with_tensors
 from indistill_fx.graph.ops import attribute
 from indistill_fx.passes.channels.call import Call, again, index_select, slice_weights, weight_filters
-from indistill_fx.passes.channels.selection import Cut, Emitter, Index, Part, Step, Wall, sliced
+from indistill_fx.passes.channels.selection import Blocked, Cut, Emitter, Index, Part, Propagation, sliced
 
 
-def conv(call: Call, cut: Cut) -> Step | Wall:
+def conv(call: Call, cut: Cut) -> Propagation | Blocked:
     """Filters are rows of the weight. In a grouped convolution the groups nobody wants go too, with the channels they read."""
     if (cut.start, cut.stop) != (1, 2):
-        return Wall("a convolution mixes the axes of space")
+        return Blocked("a convolution mixes the axes of space")
     transposed = call.op == "conv_transpose"
     groups, inputs, outputs = int(call.get("groups", 1)), _inputs(call), call.output_shape[1]
     filters = weight_filters(call, cut.index, rows_axis=1 if transposed and groups == 1 else 0)
@@ -34,7 +34,9 @@ def _inputs(call: Call) -> int:
     return shape[1] if shape else 0
 
 
-def _grouped(call: Call, index: Index, groups: int, inputs: int, outputs: int, *, transposed: bool) -> Step | Wall:
+def _grouped(
+    call: Call, index: Index, groups: int, inputs: int, outputs: int, *, transposed: bool
+) -> Propagation | Blocked:
     """Equal numbers from each group that is used, group by group: a smaller grouped convolution. Else every filter is its own group."""
     filters = weight_filters(call, index)
     owners = [k // outputs for k in index]
@@ -60,10 +62,10 @@ def _grouped(call: Call, index: Index, groups: int, inputs: int, outputs: int, *
 
 def _one_group_each(
     call: Call, index: Index, owners: list[int], inputs: int, outputs: int, *, transposed: bool
-) -> Step | Wall:
+) -> Propagation | Blocked:
     weight, bias = call.constant("weight"), call.constant("bias")
     if weight is None:
-        return Wall("the weight of the grouped convolution is computed")
+        return Blocked("the weight of the grouped convolution is computed")
     used = sorted(set(owners))
     part = Part(Cut(call.input, 1, 2, tuple(group * inputs + k for group in used for k in range(inputs))))
     gather = tuple(used.index(group) * inputs + k for group in owners for k in range(inputs))
@@ -82,7 +84,7 @@ def _one_group_each(
         return out.function(call.node.target, *_positional(call, named))  # type: ignore[arg-type]
 
     note = "every kept filter became a group of its own, because the groups keep different numbers"
-    return Step(emit, (part,), filters=weight_filters(call, index), note=note)
+    return Propagation(emit, (part,), filters=weight_filters(call, index), note=note)
 
 
 def _positional(call: Call, named: dict[str, object]) -> list[object]:
@@ -105,43 +107,43 @@ def _rows_of_transposed(
     return torch.cat(rows).requires_grad_(weight.requires_grad)
 
 
-def linear(call: Call, cut: Cut) -> Step | Wall:
+def linear(call: Call, cut: Cut) -> Propagation | Blocked:
     """Rows of the weight on the last axis; every other axis is the input's."""
     last = len(call.output_shape) - 1
     if cut.start < last:
         if cut.stop > last:
-            return Wall("the features of a linear layer are merged with other axes here")
+            return Blocked("the features of a linear layer are merged with other axes here")
         below = Cut(call.input, cut.start, cut.stop, cut.index)
-        return Step(again(call, [below]), (Part(below),))
+        return Propagation(again(call, [below]), (Part(below),))
     filters = weight_filters(call, cut.index)
     return slice_weights(
         call, {"weight": (0, cut.index), "bias": (0, cut.index)}, filters=filters, out_features=len(cut.index)
     )
 
 
-def embedding(call: Call, cut: Cut) -> Step | Wall:
+def embedding(call: Call, cut: Cut) -> Propagation | Blocked:
     """Columns of the table on the last axis; every other axis is the input's."""
     last = len(call.output_shape) - 1
     if cut.start < last:
         if cut.stop > last:
-            return Wall("the features of an embedding are merged with other axes here")
+            return Blocked("the features of an embedding are merged with other axes here")
         below = Cut(call.input, cut.start, cut.stop, cut.index)
-        return Step(again(call, [below]), (Part(below),))
+        return Propagation(again(call, [below]), (Part(below),))
     filters = weight_filters(call, cut.index, rows_axis=1)
     return slice_weights(call, {"weight": (1, cut.index)}, filters=filters, embedding_dim=len(cut.index))
 
 
-def constant(call: Call, cut: Cut) -> Step | Wall:
+def constant(call: Call, cut: Cut) -> Propagation | Blocked:
     """A parameter or buffer: sliced."""
     owner = call.node.graph.owning_module
     value = attribute(owner, str(call.node.target)) if owner is not None else None
     if not isinstance(value, Tensor):
-        return Wall("not a tensor")
+        return Blocked("not a tensor")
     flat = value.flatten(cut.start, cut.stop - 1) if cut.width > 1 else value
     new = sliced(flat, cut.start, cut.index).requires_grad_(value.requires_grad)
     if isinstance(value, nn.Parameter):
         new = nn.Parameter(new, requires_grad=value.requires_grad)
-    return Step(lambda out, _: out.tensor(str(call.node.target), new))
+    return Propagation(lambda out, _: out.tensor(str(call.node.target), new))
 
 
 def used_groups(index: Index, size: int) -> list[int] | None:

@@ -1,7 +1,7 @@
 """The channel rules: for each operation, how a selection of its output's channels is had from its inputs and weights.
 
-One table serves every pass that thinks in channels. A rule answers a `Cut` (node, axes, index) with a `Step` (select this below, slice
-these weights, emit that) or a `Wall` with the reason. What has no rule is a wall.
+One table serves every pass that thinks in channels. A rule answers a `Cut` (node, axes, index) with a `Propagation` (select this below,
+slice these weights, emit that), or `Blocked` with the reason. What has no rule is blocked.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import torch
 from indistill_fx.graph.ops import BINARY, UNARY
 from indistill_fx.passes.channels import attention, elementwise, joining, layout, norms, producers, space
 from indistill_fx.passes.channels.call import Call, read_call
-from indistill_fx.passes.channels.selection import Cut, Part, Step, Wall
+from indistill_fx.passes.channels.selection import Blocked, Cut, Part, Propagation
 from indistill_fx.traced import NodeFacts
 
-Rule = Callable[[Call, Cut], Step | Wall]
+Rule = Callable[[Call, Cut], Propagation | Blocked]
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(UNARY | BINARY, elementwise.elementwise),
@@ -70,35 +70,35 @@ RULES: dict[str, Rule] = {
 """Operation -> rule. The whole of what the passes know of channels."""
 
 
-def consult(cut: Cut, facts: Mapping[str, NodeFacts]) -> Step | Wall:
+def consult(cut: Cut, facts: Mapping[str, NodeFacts]) -> Propagation | Blocked:
     """How a selection is had, by the rule of the node's operation."""
     node = cut.node
     if node.name not in facts:
-        return Wall("its value is not one tensor")
+        return Blocked("its value is not one tensor")
     trimmed = _without_ones(cut, facts[node.name].shape)
     if trimmed is not None:
         return trimmed
     if node.op == "placeholder":
-        return Wall("an input of the network")
+        return Blocked("an input of the network")
     call = read_call(node, facts)
     if call.module is not None and (call.module._forward_pre_hooks or call.module._forward_hooks):
-        return Wall("the module has hooks, which may do anything")
+        return Blocked("the module has hooks, which may do anything")
     rule = RULES.get(call.op)
     if rule is None:
-        return Wall(f"no channel rule for {call.op}")
+        return Blocked(f"no channel rule for {call.op}")
     return rule(call, cut)
 
 
-def _everything(cut: Cut, facts: Mapping[str, NodeFacts]) -> Step | None:
+def _everything(cut: Cut, facts: Mapping[str, NodeFacts]) -> Propagation | None:
     known = facts.get(cut.node.name)
     if known is None or cut.index != tuple(range(prod(known.shape[cut.start : cut.stop]))):
         return None
-    return Step(
+    return Propagation(
         lambda out, _: cut.node if cut.width == 1 else out.function(torch.flatten, cut.node, cut.start, cut.stop - 1)
     )
 
 
-def _without_ones(cut: Cut, shape: tuple[int, ...]) -> Step | None:
+def _without_ones(cut: Cut, shape: tuple[int, ...]) -> Propagation | None:
     """Axes of size one at the ends of merged axes do not matter: select without them, then flatten."""
     start, stop = cut.start, cut.stop
     while stop - start > 1 and shape[stop - 1] == 1:
@@ -109,18 +109,18 @@ def _without_ones(cut: Cut, shape: tuple[int, ...]) -> Step | None:
         return None
     extra = cut.width - (stop - start)
     part = Part(Cut(cut.node, start, stop, cut.index))
-    return Step(lambda out, new: out.function(torch.flatten, new[0], cut.start, cut.start + extra), (part,))
+    return Propagation(lambda out, new: out.function(torch.flatten, new[0], cut.start, cut.start + extra), (part,))
 
 
-def trace_back(cuts: Iterable[Cut], facts: Mapping[str, NodeFacts]) -> dict[Cut, Step | Wall]:
+def trace_back(cuts: Iterable[Cut], facts: Mapping[str, NodeFacts]) -> dict[Cut, Propagation | Blocked]:
     """Every selection that the given ones come down to, with how it is had. A selection of everything is the node itself."""
-    answers: dict[Cut, Step | Wall] = {}
+    answers: dict[Cut, Propagation | Blocked] = {}
     open_cuts = list(cuts)
     while open_cuts:
         cut = open_cuts.pop()
         if cut in answers:
             continue
         answer = answers[cut] = _everything(cut, facts) or consult(cut, facts)
-        if isinstance(answer, Step):
+        if isinstance(answer, Propagation):
             open_cuts += [*answer.weights, *(part.cut for part in answer.parts)]
     return answers

@@ -62,7 +62,7 @@ class Filters:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class Propagation:
     """How to have a selection: select these of the inputs and weights, then emit this.
 
     Attributes:
@@ -81,14 +81,14 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
-class Wall:
+class Blocked:
     """The selection cannot be had from further up; why."""
 
     reason: str
 
 
 class Emitter(Protocol):
-    """Puts new nodes into the graph, behind the node whose selection is being made."""
+    """Puts new nodes into the graph, after the node whose selection is being made."""
 
     def function(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         """A call of a function."""
@@ -96,13 +96,13 @@ class Emitter(Protocol):
     def method(self, name: str, *args: Any, **kwargs: Any) -> fx.Node:
         """A call of a tensor's method."""
 
-    def module(self, wish: str, module: nn.Module, *args: Any, **kwargs: Any) -> fx.Node:
+    def module(self, wanted: str, module: nn.Module, *args: Any, **kwargs: Any) -> fx.Node:
         """A call of a new leaf module."""
 
     def item(self, node: fx.Node, key: int) -> fx.Node:
         """One result of a call that has several."""
 
-    def tensor(self, wish: str, tensor: Tensor) -> fx.Node:
+    def tensor(self, wanted: str, tensor: Tensor) -> fx.Node:
         """A new parameter or buffer."""
 
 

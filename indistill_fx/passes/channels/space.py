@@ -3,54 +3,54 @@
 from __future__ import annotations
 
 from indistill_fx.passes.channels.call import Call, again, axis_of, untouched
-from indistill_fx.passes.channels.selection import Cut, Part, Step, Wall
+from indistill_fx.passes.channels.selection import Blocked, Cut, Part, Propagation
 
 
-def per_channel_map(call: Call, cut: Cut) -> Step | Wall:
+def per_channel_map(call: Call, cut: Cut) -> Propagation | Blocked:
     """Pooling and interpolation: each channel, on axis 1, is treated alone."""
     if cut.stop > 2:
-        return Wall(f"{call.op} mixes the axes of space")
+        return Blocked(f"{call.op} mixes the axes of space")
     return untouched(call, cut)
 
 
-def pad(call: Call, cut: Cut) -> Step | Wall:
+def pad(call: Call, cut: Cut) -> Propagation | Blocked:
     """Padding of other axes passes; padding of the selected axis becomes padding by the number of padded entries that are wanted."""
     rank = len(call.output_shape)
     sizes = call.get("pad", call.get("padding"))
     if not isinstance(sizes, (tuple, list)):
-        return Wall("the padding is computed")
+        return Blocked("the padding is computed")
     padded = [rank - 1 - k for k in range(len(sizes) // 2) if (sizes[2 * k], sizes[2 * k + 1]) != (0, 0)]
     if not any(cut.start <= axis < cut.stop for axis in padded):
         if cut.width > 1 and any(axis < cut.start for axis in padded):
-            return Wall("an axis to the left of the merged ones is padded")
+            return Blocked("an axis to the left of the merged ones is padded")
         return untouched(call, cut)
     if cut.width > 1 or call.module is not None or call.get("mode", "constant") != "constant":
-        return Wall("the channels themselves are padded")
+        return Blocked("the channels themselves are padded")
     return _padded_channels(call, cut, list(sizes), rank)
 
 
-def _padded_channels(call: Call, cut: Cut, sizes: list[int], rank: int) -> Step | Wall:
+def _padded_channels(call: Call, cut: Cut, sizes: list[int], rank: int) -> Propagation | Blocked:
     shape = call.shape(call.input)
     place = 2 * (rank - 1 - cut.start)
     if not all(isinstance(n, int) for n in sizes[place : place + 2]):
-        return Wall("the padding of the channels is computed")
+        return Blocked("the padding of the channels is computed")
     low, real = sizes[place], shape[cut.start] if shape else 0
     kinds = [-1 if k < low else 1 if k >= low + real else 0 for k in cut.index]
     inside = tuple(k - low for k, kind in zip(cut.index, kinds, strict=True) if kind == 0)
     if kinds != sorted(kinds) or not inside:
-        return Wall("the padded channels stand between the others")
+        return Blocked("the padded channels stand between the others")
     sizes[place], sizes[place + 1] = kinds.count(-1), kinds.count(1)
     positions = tuple(k for k, kind in enumerate(kinds) if kind == 0)
     below = Cut(call.input, cut.start, cut.stop, inside)
-    return Step(again(call, [below], pad=tuple(sizes)), (Part(below, (positions, tuple(range(len(inside))))),))
+    return Propagation(again(call, [below], pad=tuple(sizes)), (Part(below, (positions, tuple(range(len(inside))))),))
 
 
-def reduction(call: Call, cut: Cut) -> Step | Wall:
+def reduction(call: Call, cut: Cut) -> Propagation | Blocked:
     """Means, sums and maxima over other axes."""
     shape = call.shape(call.input)
     dims = call.get("dim")
     if shape is None or dims is None or not isinstance(dims, (int, tuple, list)):
-        return Wall(f"{call.op} mixes all axes")
+        return Blocked(f"{call.op} mixes all axes")
     given = [dims] if isinstance(dims, int) else list(dims)
     reduced = sorted(axis_of(d, len(shape)) for d in given)
     stay = (
@@ -60,60 +60,60 @@ def reduction(call: Call, cut: Cut) -> Step | Wall:
     )
     axes = stay[cut.start : cut.stop]
     if axes != list(range(axes[0], axes[-1] + 1)) or any(axis in reduced for axis in axes):
-        return Wall(f"{call.op} mixes some of the merged axes")
+        return Blocked(f"{call.op} mixes some of the merged axes")
     below = Cut(call.input, axes[0], axes[-1] + 1, cut.index)
     moved = [d if d < axes[0] else d - cut.width + 1 for d in reduced]
-    return Step(again(call, [below], dim=moved[0] if isinstance(dims, int) else moved), (Part(below),))
+    return Propagation(again(call, [below], dim=moved[0] if isinstance(dims, int) else moved), (Part(below),))
 
 
-def shift(call: Call, cut: Cut) -> Step | Wall:
+def shift(call: Call, cut: Cut) -> Propagation | Blocked:
     """Roll and flip of other axes."""
     dims = call.get("dims")
     rank = len(call.output_shape)
     given = [dims] if isinstance(dims, int) else dims
     if not isinstance(given, (tuple, list)):
-        return Wall(f"{call.op} moves all axes")
+        return Blocked(f"{call.op} moves all axes")
     axes = [axis_of(d, rank) for d in given]
     if any(cut.start <= axis < cut.stop for axis in axes):
-        return Wall(f"{call.op} moves the channels")
+        return Blocked(f"{call.op} moves the channels")
     moved = [d if d < cut.start else d - cut.width + 1 for d in axes]
     return untouched(call, cut, dims=moved[0] if isinstance(dims, int) else moved)
 
 
-def pixel_shuffle(call: Call, cut: Cut) -> Step | Wall:
+def pixel_shuffle(call: Call, cut: Cut) -> Propagation | Blocked:
     """Channel c of the output is made of the r*r channels from c*r*r on."""
     r = call.get("upscale_factor")
     if (cut.start, cut.stop) != (1, 2) or not isinstance(r, int):
-        return Wall("pixel shuffle mixes the axes of space")
+        return Blocked("pixel shuffle mixes the axes of space")
     below = Cut(call.input, 1, 2, tuple(k * r * r + j for k in cut.index for j in range(r * r)))
-    return Step(
+    return Propagation(
         again(call, [below]),
         (Part(below, (tuple(k for k in range(len(cut.index)) for _ in range(r * r)), tuple(range(len(below.index))))),),
     )
 
 
-def pixel_unshuffle(call: Call, cut: Cut) -> Step | Wall:
+def pixel_unshuffle(call: Call, cut: Cut) -> Propagation | Blocked:
     """Groups of r*r channels of the output are one channel of the input."""
     from indistill_fx.passes.channels.producers import used_groups
 
     r = call.get("downscale_factor")
     if (cut.start, cut.stop) != (1, 2) or not isinstance(r, int):
-        return Wall("pixel unshuffle mixes the axes of space")
+        return Blocked("pixel unshuffle mixes the axes of space")
     used = used_groups(cut.index, r * r)
     if used is None:
-        return Wall("only a part of the places of a channel is wanted")
+        return Blocked("only a part of the places of a channel is wanted")
     below = Cut(call.input, 1, 2, tuple(used))
-    return Step(
+    return Propagation(
         again(call, [below]),
         (Part(below, (tuple(range(len(cut.index))), tuple(k // (r * r) for k in range(len(cut.index))))),),
     )
 
 
-def channel_shuffle(call: Call, cut: Cut) -> Step | Wall:
+def channel_shuffle(call: Call, cut: Cut) -> Propagation | Blocked:
     """Output channel k comes from channel (k % groups) * (channels / groups) + k // groups."""
     groups, channels = call.get("groups"), call.output_shape[1]
     if (cut.start, cut.stop) != (1, 2) or not isinstance(groups, int):
-        return Wall("channel shuffle on another axis")
+        return Blocked("channel shuffle on another axis")
     per_group = channels // groups
     below = Cut(call.input, 1, 2, tuple((k % groups) * per_group + k // groups for k in cut.index))
-    return Step(lambda _, new: new[0], (Part(below),))
+    return Propagation(lambda _, new: new[0], (Part(below),))

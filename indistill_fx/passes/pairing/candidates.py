@@ -11,7 +11,7 @@ from indistill_fx.graph.ops import op_name
 from indistill_fx.passes.pairing.score import Place
 from indistill_fx.passes.structure.blocks import IDLE, Block, find_blocks
 from indistill_fx.passes.structure.dominators import Flow, information_flow
-from indistill_fx.passes.structure.stages import Stage, find_stages
+from indistill_fx.passes.structure.stages import NetworkStage, find_stages
 from indistill_fx.plan import Adapter, Pair
 from indistill_fx.traced import TracedModel
 
@@ -34,7 +34,7 @@ class Candidates:
 
     traced: TracedModel
     flow: Flow
-    stages: tuple[Stage, ...]
+    stages: tuple[NetworkStage, ...]
     taps: Taps
     order: dict[str, int]
 
@@ -47,19 +47,19 @@ class Candidates:
         """The stages' exits."""
         return [self.place(stage, len(stage.blocks) - 1) for stage in self.stages]
 
-    def blocks(self, stage: Stage) -> list[Place]:
+    def blocks(self, stage: NetworkStage) -> list[Place]:
         """All blocks of a stage."""
         return [self.place(stage, k) for k in range(len(stage.blocks))]
 
-    def place(self, stage: Stage, number: int) -> Place:
+    def place(self, stage: NetworkStage, number: int) -> Place:
         """One block of a stage as a candidate."""
         alike = [other for other in self.stages if other.is_output == stage.is_output]
         block = stage.blocks[number]
         return Place(
             node=self.tensor(block),
             facts=self.traced.facts[self.tensor(block)],
-            octaves=block.octaves,
-            from_last=alike[-1].exit.octaves - block.octaves,
+            level=block.level,
+            from_last=alike[-1].exit.level - block.level,
             depth=block.depth,
             order=(alike.index(stage) + (number + 1) / len(stage.blocks)) / len(alike),
             weight=1.0 if stage.is_output else min(1.0, 0.1 + 2 * stage.cost * len(alike)),
@@ -69,14 +69,14 @@ class Candidates:
 
     def anywhere(self, node: str) -> Place:
         """Any tensor as a candidate, for pairs that the user asks for."""
-        last = next((stage.exit.octaves for stage in reversed(self.stages) if not stage.is_output), 0.0)
-        octaves, depth = self.flow.octaves.get(node, 0.0), self.flow.depth.get(node, 1.0)
-        return Place(node, self.traced.facts[node], octaves, last - octaves, depth, depth, 1.0, self.source, False)
+        last = next((stage.exit.level for stage in reversed(self.stages) if not stage.is_output), 0.0)
+        level, depth = self.flow.levels.get(node, 0.0), self.flow.depth.get(node, 1.0)
+        return Place(node, self.traced.facts[node], level, last - level, depth, depth, 1.0, self.source, False)
 
     @property
     def source(self) -> tuple[int, bool]:
         """Form of the input: axes of space, and whether it holds numbers."""
-        facts = self.traced.facts[self.flow.trunk[0]]
+        facts = self.traced.facts[self.flow.main_path[0]]
         return len(facts.space), facts.dtype.is_floating_point
 
     def tensor(self, block: Block) -> str:
@@ -88,11 +88,11 @@ class Candidates:
         operations = {
             node.name: op_name(node) for node in self.traced.graph_module.graph.nodes if node.name in self.flow.inputs
         }
-        facts, trunk = self.traced.facts, self.flow.trunk
-        last = next((k for k in range(len(trunk) - 1, 1, -1) if trunk[k] in facts and facts[trunk[k]].macs), 1) - 1
-        while last > 1 and operations[trunk[last]] in IDLE:
+        facts, path = self.traced.facts, self.flow.main_path
+        last = next((k for k in range(len(path) - 1, 1, -1) if path[k] in facts and facts[path[k]].macs), 1) - 1
+        while last > 1 and operations[path[last]] in IDLE:
             last -= 1
-        return trunk[last] if last and trunk[last] in facts and facts[trunk[last]].kind == "vector" else None
+        return path[last] if last and path[last] in facts and facts[path[last]].kind == "vector" else None
 
     def names(self, nodes: Sequence[str]) -> list[str]:
         """Tap names of several nodes; where a tensor has several, the one nested as deep as most of the others."""

@@ -81,8 +81,8 @@ def hsic(first: Tensor, second: Tensor) -> Tensor:
     rows = [gram.sum(-1) for gram in hollow]
     sums = [row.sum(-1) for row in rows]
     trace = torch.einsum("aij,bij->ab", *hollow)
-    told = trace + torch.outer(*sums) / ((n - 1) * (n - 2)) - 2 / (n - 2) * rows[0] @ rows[1].T
-    return told / (n * (n - 3))
+    sums_of_products = trace + torch.outer(*sums) / ((n - 1) * (n - 2)) - 2 / (n - 2) * rows[0] @ rows[1].T
+    return sums_of_products / (n * (n - 3))
 
 
 def _grams(model: TracedModel, taps: Sequence[str], batch: Any) -> Tensor:

@@ -1,12 +1,12 @@
 """Pair the layers of a teacher with those of a student. No name of a module or class has a part in it.
 
 Rules, in order:
-  1. The candidates are the exits of the stages of both (see `spine`); each two of them have a score (see `score`).
+  1. The candidates are the exits of the stages of both (see `structure.stages`); each two of them have a score (see `score`).
   2. The pairs are the order-preserving alignment with the largest sum of scores above a floor, each weighed by how much of a stage the
      two are. Pairs asked for stay, and nothing crosses them.
   3. Where both models are a single stage, where every block or more pairs than stages are asked for, blocks are paired inside the
      paired stages, evenly spaced and ending with the last.
-  4. Layers that were replaced to deliver what the next stage reads are paired where they deliver it (see `drop_in`).
+  4. Layers that were replaced to deliver what the next stage reads are paired where they deliver it (see `replaced_layers`).
   5. The penultimate vectors, for relational losses, are a pair of their own in the report.
 """
 
@@ -171,9 +171,9 @@ def _cross(sides: _Sides, one: tuple[Place, Place], other: tuple[Place, Place]) 
     return ahead[0] * ahead[1] <= 0
 
 
-def _choose(teacher: Place, student: Place, evidence: Evidence | None, *told: str) -> Chosen:
+def _choose(teacher: Place, student: Place, evidence: Evidence | None, *further: str) -> Chosen:
     evidence = evidence or Evidence(0.0, 0.0, 0.0)
-    return Chosen(teacher, student, evidence, (*words(teacher, student, evidence), *told))
+    return Chosen(teacher, student, evidence, (*words(teacher, student, evidence), *further))
 
 
 def _spread(
@@ -269,7 +269,7 @@ def _unmatched(
     sides: _Sides, chosen: Sequence[Chosen], possible: Sequence[Chosen], kept: Sequence[Chosen]
 ) -> tuple[str, ...]:
     """The stages without a partner, and why; `possible` had one before pairs were left out, and `kept` were asked for."""
-    told = []
+    lines = []
     for k, side in enumerate(sides):
         taken, left_out = ({(one.teacher, one.student)[k].node for one in some} for some in (chosen, possible))
         for stage in side.stages:
@@ -277,17 +277,17 @@ def _unmatched(
                 place = side.place(stage, len(stage.blocks) - 1)
                 why = "fewer pairs were asked for" if place.node in left_out else _why_alone(place, sides[1 - k])
                 why = "the pairs asked for stand in its way" if kept and "fits another" in why else why
-                told.append(f"{side.traced.role} `{side.traced.tap_name(place.node)}` ({place.size}): {why}")
-    return tuple(told)
+                lines.append(f"{side.traced.role} `{side.traced.tap_name(place.node)}` ({place.size}): {why}")
+    return tuple(lines)
 
 
 def _why_alone(place: Place, other: Candidates) -> str:
     exits = [candidate for candidate in other.exits() if comparable(place, candidate)]
     if not exits:
         return f"the {other.traced.role} has no layer of that kind"
-    near = min(exits, key=lambda candidate: abs(candidate.octaves - place.octaves))
+    near = min(exits, key=lambda candidate: abs(candidate.level - place.level))
     name = other.traced.tap_name(near.node)
-    if abs(near.octaves - place.octaves) < 0.5:
+    if abs(near.level - place.level) < 0.5:
         return f"`{name}` of the {other.traced.role} fits another stage better"
     return f"the {other.traced.role} has no stage at that resolution; the nearest is `{name}` ({near.size})"
 

@@ -1,7 +1,7 @@
-"""Tensors made to stand in for one another: a student whose first layers were replaced delivers what the layers behind them read.
+"""Tensors made to stand in for one another: a student whose first layers were replaced delivers what the layers after them read.
 
 Rules, in order:
-  1. What a stage hands on is the tensor that the first block of the next stage reads, behind the transition between the two.
+  1. What a stage hands on is the tensor that the first block of the next stage reads, after the transition between the two.
   2. Where two paired stages have exits of different shape, but hand on one and the same shape, the student was built to deliver it:
      the pair moves to what they hand on.
   3. Likewise where the layers before the first stages do different work, but hand on one shape, and the first stages go together.
@@ -28,14 +28,14 @@ def moved(sides: _Sides, one: Chosen) -> Chosen:
         node = None if number is None else _handed_on(side, number)
         if node is None or node == place.node:
             return one
-        octaves = side.flow.octaves.get(node, place.octaves)
+        level = side.flow.levels.get(node, place.level)
         handed.append(
             replace(
                 place,
                 node=node,
                 facts=side.traced.facts[node],
-                octaves=octaves,
-                from_last=place.from_last + place.octaves - octaves,
+                level=level,
+                from_last=place.from_last + place.level - level,
                 depth=side.flow.depth[node],
             )
         )
@@ -72,14 +72,14 @@ def _shape(place: Place) -> tuple[object, ...]:
 
 
 def _handed_on(side: Candidates, number: int) -> str | None:
-    """What the stage behind stage `number` reads (-1: the first stage); None if that does not begin with a join."""
+    """What the stage after stage `number` reads (-1: the first stage); None if that does not begin with a merge."""
     if number + 1 >= len(side.stages):
         return None
     block = side.stages[number + 1].blocks[0]
-    if block.form != "join" or block.start not in side.flow.trunk:
+    if block.form != "merge" or block.start not in side.flow.main_path:
         return None
-    node = side.flow.trunk[side.flow.trunk.index(block.start) - 1]
-    return node if node in side.traced.facts and node != side.flow.trunk[0] else None
+    node = side.flow.main_path[side.flow.main_path.index(block.start) - 1]
+    return node if node in side.traced.facts and node != side.flow.main_path[0] else None
 
 
 def _work(side: Candidates, node: str) -> list[int]:

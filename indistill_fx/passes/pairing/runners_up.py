@@ -1,28 +1,14 @@
-"""Why the pairs are as they are: the candidates that lost against each, and rows of a table for people."""
+"""Why the pairs are as they are: the candidates that lost against each."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from indistill_fx.passes.pairing.candidates import Candidates, make_pair
-from indistill_fx.passes.pairing.score import LEGEND, Chosen, Evidence, Place, words
-from indistill_fx.plan import Pair, Shape
-
-CODES: dict[str, str] = {
-    "resolution": "R",
-    "pyramid": "P",
-    "depth": "D",
-    "last": "L",
-    "block": "B",
-    "output": "O",
-    "drop-in": "I",
-    "fixed": "F",
-    "data": "C",
-    "penultimate": "V",
-}
-"""Word of a reason -> its letter in the table."""
+from indistill_fx.passes.pairing.score import Chosen, Evidence, Place, words
+from indistill_fx.plan import Pair
 
 _RUNNERS_UP = 3
 
@@ -50,27 +36,6 @@ class Explained:
     runners_up: tuple[RunnerUp, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One line of the table of pairs, as text.
-
-    Attributes:
-        teacher: tap name.
-        student: tap name.
-        shapes: of one sample, teacher → student.
-        kept: how many of the teacher's channels are compared.
-        score: two digits.
-        reasons: letters, see `legend`.
-    """
-
-    teacher: str
-    student: str
-    shapes: str
-    kept: str
-    score: str
-    reasons: str
-
-
 def explain(
     sides: tuple[Candidates, Candidates],
     chosen: Sequence[Chosen],
@@ -93,7 +58,7 @@ def explain(
     taken = [
         {(one.teacher, one.student)[k].node: pair for one, pair in zip(chosen, pairs, strict=True)} for k in (0, 1)
     ]
-    told = []
+    explained = []
     for one, pair in zip(chosen, pairs, strict=True):
         lost = []
         for i, teacher in enumerate(places[0]):
@@ -106,8 +71,8 @@ def explain(
                     lost.append((teacher, student, evidence, _why(evidence, one, rival)))
         lost.sort(key=lambda entry: -entry[2].score)
         runners = tuple(_runner_up(sides, *entry) for entry in lost[:_RUNNERS_UP])
-        told.append(Explained(pair, one.evidence, runners))
-    return tuple(told)
+        explained.append(Explained(pair, one.evidence, runners))
+    return tuple(explained)
 
 
 def _runner_up(
@@ -124,48 +89,5 @@ def _why(evidence: Evidence, winner: Chosen, rival: Pair | None) -> str:
         for word in ("resolution", "depth", "order", "similarity")
         if (getattr(evidence, word) or 0.0) < (getattr(winner.evidence, word) or 0.0) - 0.05
     ]
-    told = f"less alike in {', '.join(weaker)}" if weaker else "no more alike"
-    return told if rival is None else f"{told}; that layer goes with `{rival.teacher}` ↔ `{rival.student}`"
-
-
-def rows(pairs: Iterable[Pair]) -> tuple[Row, ...]:
-    """The pairs as lines of a table.
-
-    Args:
-        pairs: of a plan.
-
-    Returns:
-        One row per pair.
-    """
-    return tuple(
-        Row(
-            teacher=pair.teacher,
-            student=pair.student,
-            shapes=f"{_size(pair.teacher_shape)} → {_size(pair.student_shape)}",
-            kept="all" if pair.kept is None else str(len(pair.kept)),
-            score=f"{pair.score:.2f}",
-            reasons=" ".join(CODES[word] for word in _words(pair)),
-        )
-        for pair in pairs
-    )
-
-
-def legend(pairs: Iterable[Pair]) -> tuple[str, ...]:
-    """What the letters in the rows of these pairs say, one line per letter.
-
-    Args:
-        pairs: of a plan.
-
-    Returns:
-        The lines.
-    """
-    used = {word for pair in pairs for word in _words(pair)}
-    return tuple(f"{CODES[word]}  {word}: {text}" for word, text in LEGEND.items() if word in used)
-
-
-def _words(pair: Pair) -> list[str]:
-    return [word for word in pair.reason.split(", ") if word in CODES]
-
-
-def _size(shape: Shape) -> str:
-    return "x".join(map(str, shape[1:]))
+    explained = f"less alike in {', '.join(weaker)}" if weaker else "no more alike"
+    return explained if rival is None else f"{explained}; that layer goes with `{rival.teacher}` ↔ `{rival.student}`"

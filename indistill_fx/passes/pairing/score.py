@@ -2,13 +2,13 @@
 
 score = 0.4 resolution + 0.3 depth + 0.3 order, each between 0 and 1:
 
-  resolution  halved for every octave that the two differ. Octaves are counted from the input; or, if that is better and at four
+  resolution  halved for every level that the two differ. Levels are counted from the input; or, if that is better and at four
               fifths of the worth, from the last stage, so that a stem with one stride more does not matter.
   depth       1 less the difference of the shares of MACs spent so far.
   order       1 less the difference of the relative positions among the stages.
 
 Similarity measured on data, where there is any, counts as much as the three together. Layers that cannot be brought to one form (a map
-of an image and tokens of a text, a map and a vector, an output of a pyramid and a stage of a trunk) have no score.
+of an image and tokens of a text, a map and a vector, an output of a pyramid and a stage of a main path) have no score.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Place:
     Attributes:
         node: its name in the graph.
         facts: what is known of it.
-        octaves: halvings of the sides since the input.
+        level: halvings of the sides since the input.
         from_last: halvings of the sides before the last stage.
         depth: share of MACs spent so far.
         order: relative position among the stages; 1 is the last.
@@ -57,7 +57,7 @@ class Place:
 
     node: str
     facts: NodeFacts
-    octaves: float
+    level: float
     from_last: float
     depth: float
     order: float
@@ -90,8 +90,8 @@ class Evidence:
     @property
     def score(self) -> float:
         """All evidence in one number, 0 to 1."""
-        told = RESOLUTION * self.resolution + DEPTH * self.depth + ORDER * self.order
-        return told if self.similarity is None else (1 - MEASURED) * told + MEASURED * self.similarity
+        structure = RESOLUTION * self.resolution + DEPTH * self.depth + ORDER * self.order
+        return structure if self.similarity is None else (1 - MEASURED) * structure + MEASURED * self.similarity
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +117,7 @@ def weigh(teacher: Place, student: Place, *, similarity: float | None = None) ->
     """
     if not comparable(teacher, student):
         return None
-    from_input, from_last = abs(teacher.octaves - student.octaves), abs(teacher.from_last - student.from_last)
+    from_input, from_last = abs(teacher.level - student.level), abs(teacher.from_last - student.from_last)
     return Evidence(
         resolution=max(0.5**from_input, FROM_LAST * 0.5**from_last),
         depth=1 - abs(teacher.depth - student.depth),
@@ -136,12 +136,12 @@ def comparable(teacher: Place, student: Place) -> bool:
 
 def words(teacher: Place, student: Place, evidence: Evidence) -> list[str]:
     """The words of the legend that hold for a pair."""
-    told = {
-        "resolution": abs(teacher.octaves - student.octaves) < 0.5,
-        "pyramid": abs(teacher.from_last - student.from_last) < 0.5 <= abs(teacher.octaves - student.octaves),
+    holding = {
+        "resolution": abs(teacher.level - student.level) < 0.5,
+        "pyramid": abs(teacher.from_last - student.from_last) < 0.5 <= abs(teacher.level - student.level),
         "depth": abs(teacher.depth - student.depth) <= 0.1,
         "last": teacher.order == student.order == 1,
         "output": teacher.is_output and student.is_output,
         "data": evidence.similarity is not None and evidence.similarity >= 0.5,
     }
-    return [word for word, holds in told.items() if holds]
+    return [word for word, holds in holding.items() if holds]

@@ -5,7 +5,7 @@ Rules, in order:
      layers that make it. So scores can be compared over the whole network.
   2. `widths`: the best classes of that layer, exactly as many as asked for.
   3. `ratio`: in every group the best classes, round(ratio x size), at least one. A layer that only hands on channels of several groups
-     (a depthwise one behind a channel shuffle) gets round(ratio x size) too, by the exchanges inside groups that cost least.
+     (a depthwise one after a channel shuffle) gets round(ratio x size) too, by the exchanges inside groups that cost least.
   4. `macs`, `params`: the best classes of the whole network; of every group at least a tenth. The largest network within the budget.
   5. `round_to` rounds every group up to a multiple, by its next best classes.
 """
@@ -131,7 +131,7 @@ def by_widths(
     """Rule 2; returns what stays, and which classes are settled.
 
     Raises:
-        PruneError: a width the layer cannot have, or that another wish rules out.
+        PruneError: a width the layer cannot have, or that another request rules out.
     """
     stay, owner = stay.copy(), np.full(len(stay), -1)
     taps = list(widths)
@@ -182,7 +182,7 @@ def _choose(
             f"`{tap}`: none of its {total} channels can go: {classes.reasons.get(int(members[0]), 'they are fixed')}.",
             where=tap,
             got=width,
-            hint="Leave it out, or narrow a layer behind which fewer things hang.",
+            hint="Leave it out, or narrow a layer after which fewer things hang.",
         )
     if len(open_ones) == 0:
         return
@@ -207,6 +207,6 @@ def _classes_of(classes: Classes, found: Coupling, model: TracedModel, tap: str)
         raise PruneError(
             f"`{tap}` makes no channels that could go: its tensor ({'x'.join(map(str, known.shape))}) is fixed.",
             where=tap,
-            hint="Name a layer with filters, or one behind which they still can be told apart.",
+            hint="Name a layer with filters, or one after which they can still be distinguished.",
         )
     return classes.of[units]

@@ -2,7 +2,7 @@
 
     l1                 sum of absolute weights of the filter; the paper's, and the default
     l2                 Euclidean norm of the filter
-    bn_scale           absolute scale of the batch norm behind the filter; L1 where there is none (Liu et al., arXiv:1708.06519)
+    bn_scale           absolute scale of the batch norm after the filter; L1 where there is none (Liu et al., arXiv:1708.06519)
     geometric_median   sum of distances to the other filters of the layer (He et al., arXiv:1811.00250)
     random             a fixed random order
     activation         mean absolute activation on data
@@ -63,13 +63,13 @@ NAMES = (*WEIGHTS, "bn_scale", *DATA)
 
 @dataclass(frozen=True, slots=True)
 class Scorer:
-    """Scores the rows of a layer's weights: by the weights, by the norm behind the layer, or by statistics taken before.
+    """Scores the rows of a layer's weights: by the weights, by the norm after the layer, or by statistics taken before.
 
     Attributes:
         name: of the criterion, for reports.
         weights: criterion for weights; also where there is nothing better.
         model: whose graph is looked at.
-        scales: look for the batch norm behind the layer first.
+        scales: look for the batch norm after the layer first.
         statistics: per node, scores that data gave its channels.
     """
 
@@ -86,7 +86,7 @@ class Scorer:
             PruneError: a score is not a number, or there is not one for each row.
         """
         _, scores = self.basis(node, len(weight))
-        told = scores is None and self.weights in (l1, l2)  # by their score, if a weight is no number
+        seen_by_score = scores is None and self.weights in (l1, l2)  # by their score, if a weight is no number
         if scores is None:
             scores = self.weights(weight)
         if not isinstance(scores, Tensor) or scores.shape != weight.shape[:1]:
@@ -95,7 +95,7 @@ class Scorer:
                 where=path,
                 hint="A criterion takes weights (rows, inputs, *kernel) and returns one score per row.",
             )
-        if not (bool(scores.isfinite().all()) and (told or bool(weight.isfinite().all()))):
+        if not (bool(scores.isfinite().all()) and (seen_by_score or bool(weight.isfinite().all()))):
             raise unsound(path)
         return scores.detach().to("cpu", torch.float64)
 
@@ -128,12 +128,12 @@ def unsound(path: str) -> PruneError:
 
 
 def scorer_of(
-    wish: str | Criterion, model: TracedModel, loader: Iterable[Any] | None, axes: Mapping[str, int]
+    criterion: str | Criterion, model: TracedModel, loader: Iterable[Any] | None, axes: Mapping[str, int]
 ) -> Scorer:
     """The scorer of a criterion's name, or of the user's own function.
 
     Args:
-        wish: name or function.
+        criterion: name or function.
         model: whose channels are scored.
         loader: batches for the criteria that look at data.
         axes: the nodes whose channels these criteria look at, and their channel axis.
@@ -141,19 +141,21 @@ def scorer_of(
     Raises:
         ConfigError: no criterion of that name, or one that needs data without a loader.
     """
-    if callable(wish):
-        return Scorer(getattr(wish, "__name__", "own criterion"), wish, model, False, {})
-    if wish not in NAMES:
-        raise ConfigError(f"There is no criterion `{wish}`.", where="criterion", got=wish, hint=nearest(wish, NAMES))
-    if wish not in DATA:
-        return Scorer(wish, WEIGHTS.get(wish, l1), model, wish == "bn_scale", {})
+    if callable(criterion):
+        return Scorer(getattr(criterion, "__name__", "own criterion"), criterion, model, False, {})
+    if criterion not in NAMES:
+        raise ConfigError(
+            f"There is no criterion `{criterion}`.", where="criterion", got=criterion, hint=nearest(criterion, NAMES)
+        )
+    if criterion not in DATA:
+        return Scorer(criterion, WEIGHTS.get(criterion, l1), model, criterion == "bn_scale", {})
     if loader is None:
         raise ConfigError(
-            f"The criterion `{wish}` looks at data.",
+            f"The criterion `{criterion}` looks at data.",
             where="loader",
             hint="Give loader=…, an iterable of batches; on the command line, --data.",
         )
-    return Scorer(wish, l1, model, False, statistics(model, axes, loader, gradients=wish == "taylor"))
+    return Scorer(criterion, l1, model, False, statistics(model, axes, loader, gradients=criterion == "taylor"))
 
 
 def statistics(

@@ -21,11 +21,11 @@ from torch import Tensor, fx
 from indistill_fx.graph.ops import attribute, op_name
 from indistill_fx.passes.channels.call import Call
 from indistill_fx.passes.channels.rules import consult
-from indistill_fx.passes.channels.selection import Cut, Step
+from indistill_fx.passes.channels.selection import Cut, Propagation
 from indistill_fx.traced import NodeFacts
 
 Units = NDArray[np.int64]
-Place = tuple[str, int | str]
+Axis = tuple[str, int | str]
 """A node and an axis of its tensor, or the name of something inside it (`heads`)."""
 
 
@@ -65,14 +65,14 @@ class Coupling:
     """
 
     facts: Mapping[str, NodeFacts]
-    axes: dict[Place, Units] = field(default_factory=dict)
+    axes: dict[Axis, Units] = field(default_factory=dict)
     weights: dict[tuple[int, int], Units] = field(default_factory=dict)
     tensors: dict[int, Tensor] = field(default_factory=dict)
     work: list[tuple[str, int, tuple[Units, ...]]] = field(default_factory=list)
     made: list[Made] = field(default_factory=list)
     pairs: list[tuple[Units, Units]] = field(default_factory=list)
     frozen: list[tuple[Units, str]] = field(default_factory=list)
-    heads: set[Place] = field(default_factory=set)
+    heads: set[Axis] = field(default_factory=set)
     shuffles: dict[str, Cut] = field(default_factory=dict)
     vanished: set[str] = field(default_factory=set)
     count: int = 0
@@ -144,15 +144,15 @@ PARTS = frozenset(("chunk", "split", "split_with_sizes", "tensor_split", "unbind
 """Operations that return a tensor in several parts."""
 
 
-def follow(found: Coupling, call: Call, summed: Iterable[Units | None] = ()) -> set[Place]:
+def follow(found: Coupling, call: Call, summed: Iterable[Units | None] = ()) -> set[Axis]:
     """Carry units through an operation by its channel rule, axis by axis; returns the axes that were read."""
     node, known = call.node, found.facts[call.node.name]
-    read: set[Place] = set()
-    steps: dict[int, Step] = {}
+    read: set[Axis] = set()
+    steps: dict[int, Propagation] = {}
     for axis, size in enumerate(known.shape):
         if size > 1 and axis != known.batch_axis:
             step = consult(Cut(node, axis, axis + 1, tuple(range(size))), found.facts)
-            if isinstance(step, Step):
+            if isinstance(step, Propagation):
                 steps[axis] = step
             elif call.op == "getitem" and op_name(call.input) in PARTS:
                 for source in call.input.all_input_nodes:
@@ -169,7 +169,7 @@ def follow(found: Coupling, call: Call, summed: Iterable[Units | None] = ()) -> 
     return read
 
 
-def _unsplit(name: str, shape: Sequence[int], steps: Mapping[int, Step], heads: set[Place]) -> list[int]:
+def _unsplit(name: str, shape: Sequence[int], steps: Mapping[int, Propagation], heads: set[Axis]) -> list[int]:
     """The axes that carry units. Of several made by taking one apart, only one can: the last that is not the width of a head."""
     carried: list[int] = []
     claims: dict[tuple[str, int], list[int]] = {}
@@ -183,7 +183,7 @@ def _unsplit(name: str, shape: Sequence[int], steps: Mapping[int, Step], heads: 
     return carried
 
 
-def _arriving(found: Coupling, step: Step, size: int, reason: str) -> Units | None:
+def _arriving(found: Coupling, step: Propagation, size: int, reason: str) -> Units | None:
     """The units of an output axis: those of the part that first makes each place; what else makes it is tied to them."""
     flats = [_flat_units(found, part.cut) for part in step.parts]
     if all(flat is None for flat in flats):
@@ -199,9 +199,9 @@ def _arriving(found: Coupling, step: Step, size: int, reason: str) -> Units | No
         mine.append(flat[entries] if flat is not None else found.fresh(len(entries)))
         found.freeze(mine[-1] if flat is None else None, reason)
     places, source = np.concatenate(own), np.concatenate(mine)
-    told, first = np.unique(places, return_index=True)
+    made, first = np.unique(places, return_index=True)
     units = found.fresh(size)
-    units[told] = source[first]
+    units[made] = source[first]
     found.pairs.append((units[places], source))
     return units
 

@@ -14,12 +14,12 @@ from indistill_fx.graph.attention import HeadAttention
 from indistill_fx.graph.ops import op_name
 from indistill_fx.passes.channels.attention import free_heads, letters, operands_of
 from indistill_fx.passes.channels.call import Call, axis_of
-from indistill_fx.passes.pruning.dependencies import Coupling, Made, Place, Units, follow
+from indistill_fx.passes.pruning.dependencies import Axis, Coupling, Made, Units, follow
 
-Coupler = Callable[[Coupling, Call], "set[Place] | None"]
+Coupler = Callable[[Coupling, Call], "set[Axis] | None"]
 
 
-def conv(found: Coupling, call: Call) -> set[Place]:
+def conv(found: Coupling, call: Call) -> set[Axis]:
     """New units for the filters; the channels read are columns. Groups must lose the same places, so these are tied."""
     transposed = call.op == "conv_transpose"
     groups, inputs, outputs = int(call.get("groups", 1)), (call.shape(call.input) or (0, 0))[1], call.output_shape[1]
@@ -54,8 +54,8 @@ def _tie_groups(found: Coupling, units: Units | None, groups: int) -> None:
 
 
 def _finish(
-    found: Coupling, call: Call, axes: dict[int, Units | None], summed: Iterable[Units | None], read: set[Place]
-) -> set[Place]:
+    found: Coupling, call: Call, axes: dict[int, Units | None], summed: Iterable[Units | None], read: set[Axis]
+) -> set[Axis]:
     """Note the units of the output and the work; weights that are graph nodes have been read."""
     for axis, units in axes.items():
         if units is not None:
@@ -68,7 +68,7 @@ def _finish(
     return read
 
 
-def linear(found: Coupling, call: Call) -> set[Place]:
+def linear(found: Coupling, call: Call) -> set[Axis]:
     """New units for the rows; the features read are columns; the other axes pass."""
     last = len(call.output_shape) - 1
     given, made = found.of(call.input, last), found.fresh(call.output_shape[last])
@@ -81,7 +81,7 @@ def linear(found: Coupling, call: Call) -> set[Place]:
     return _finish(found, call, axes, [given], {(call.input.name, axis) for axis in range(last + 1)})
 
 
-def embedding(found: Coupling, call: Call) -> set[Place]:
+def embedding(found: Coupling, call: Call) -> set[Axis]:
     """New units for the columns of the table."""
     last = len(call.output_shape) - 1
     made = found.fresh(call.output_shape[last])
@@ -92,7 +92,7 @@ def embedding(found: Coupling, call: Call) -> set[Place]:
     return _finish(found, call, axes, [], {(call.input.name, axis) for axis in range(last)})
 
 
-def channel_norm(found: Coupling, call: Call) -> set[Place]:
+def channel_norm(found: Coupling, call: Call) -> set[Axis]:
     """Batch, instance and group norm: the channels pass; groups must lose the same places."""
     given = found.of(call.input, 1)
     if call.op == "group_norm":
@@ -102,7 +102,7 @@ def channel_norm(found: Coupling, call: Call) -> set[Place]:
     return _finish(found, call, {1: given}, [], {(call.input.name, 1)})
 
 
-def layer_norm(found: Coupling, call: Call) -> set[Place]:
+def layer_norm(found: Coupling, call: Call) -> set[Axis]:
     """All axes pass: the norm of fewer channels is the norm of those that stay."""
     rank, shape = len(call.output_shape), call.get("normalized_shape")
     normalized = len(shape) if isinstance(shape, (tuple, list)) else 1
@@ -113,7 +113,7 @@ def layer_norm(found: Coupling, call: Call) -> set[Place]:
     return _finish(found, call, axes, [], {(call.input.name, axis) for axis in range(rank)})
 
 
-def prelu(found: Coupling, call: Call) -> set[Place]:
+def prelu(found: Coupling, call: Call) -> set[Axis]:
     """All axes pass; slopes, if there are several, follow axis 1."""
     axes = {axis: found.of(call.input, axis) for axis in range(len(call.output_shape))}
     weight = call.constant("weight")
@@ -122,7 +122,7 @@ def prelu(found: Coupling, call: Call) -> set[Place]:
     return _finish(found, call, axes, [], {(call.input.name, axis) for axis in axes})
 
 
-def reduction(found: Coupling, call: Call) -> set[Place]:
+def reduction(found: Coupling, call: Call) -> set[Axis]:
     """The mean of fewer channels is the mean of those that stay; a sum or maximum likewise."""
     dims, rank = call.get("dim"), len(call.shape(call.input) or ())
     given = [dims] if isinstance(dims, int) else dims if isinstance(dims, (tuple, list)) else []
@@ -130,7 +130,7 @@ def reduction(found: Coupling, call: Call) -> set[Place]:
     return follow(found, call) | reduced if call.node.name in found.facts else set()
 
 
-def product(found: Coupling, call: Call) -> set[Place]:
+def product(found: Coupling, call: Call) -> set[Axis]:
     """The axis summed over is the same on both sides."""
     left, right = operands_of(call)
     ranks = [len(call.shape(n) or ()) for n in (left, right)]
@@ -143,13 +143,13 @@ def product(found: Coupling, call: Call) -> set[Place]:
     return follow(found, call, [units]) | {(n.name, axis) for n, axis in ends}
 
 
-def einsum(found: Coupling, call: Call) -> set[Place]:
+def einsum(found: Coupling, call: Call) -> set[Axis]:
     """As a product, by letters."""
     parsed = letters(call)
     if parsed is None:
         return set()
     names, output, nodes = parsed
-    read: set[Place] = set()
+    read: set[Axis] = set()
     summed: list[Units | None] = []
     for letter in dict.fromkeys("".join(names)):
         if letter not in output:
@@ -164,7 +164,7 @@ def einsum(found: Coupling, call: Call) -> set[Place]:
     return follow(found, call, summed) | read
 
 
-def fused(found: Coupling, call: Call) -> set[Place]:
+def fused(found: Coupling, call: Call) -> set[Axis]:
     """Heads are units; the width of a head stays, and with it the scale of the softmax."""
     query, key, value = (call.get(name) for name in ("query", "key", "value"))
     rank = len(call.shape(key) or ())
@@ -177,7 +177,7 @@ def fused(found: Coupling, call: Call) -> set[Place]:
     return follow(found, call) | read
 
 
-def attention_module(found: Coupling, call: Call) -> set[Place] | None:
+def attention_module(found: Coupling, call: Call) -> set[Axis] | None:
     """`nn.MultiheadAttention`: columns of the three input projections, heads, rows of the output projection."""
     module = call.module
     sources = [
@@ -235,13 +235,13 @@ def _sequence_units(found: Coupling, sources: list[fx.Node]) -> bool:
     return any(found.of(n, axis) is not None for n in sources for axis in (0, 1))
 
 
-def windows(found: Coupling, call: Call) -> set[Place]:
+def windows(found: Coupling, call: Call) -> set[Axis]:
     """Torchvision's window attention: columns of qkv, heads, rows of the projection."""
     count, qkv, proj = call.get("num_heads"), call.get("qkv_weight"), call.get("proj_weight")
     inner = (call.shape(qkv) or (0,))[0] // 3
     heads, last = found.fresh(int(count)), len(call.output_shape) - 1
     why = "window attention reads fixed channels"
-    read: set[Place] = {(call.input.name, last), (qkv.name, 1), (qkv.name, 0), (proj.name, 0), (proj.name, 1)}
+    read: set[Axis] = {(call.input.name, last), (qkv.name, 1), (qkv.name, 0), (proj.name, 0), (proj.name, 1)}
     given = found.tie(found.of(call.input, last), found.of(qkv, 1), why)
     rows = np.tile(np.repeat(heads, inner // int(count)), 3)
     made = found.of(proj, 0)
@@ -284,13 +284,13 @@ def _count_windows(
         found.work.append((call.node.name, cost, tuple(u for u in units if u is not None)))
 
 
-def channel_shuffle(found: Coupling, call: Call) -> set[Place]:
+def channel_shuffle(found: Coupling, call: Call) -> set[Axis]:
     """All groups must lose the same places."""
     _tie_groups(found, found.of(call.input, 1), int(call.get("groups")))
     return follow(found, call)
 
 
-def reshape(found: Coupling, call: Call) -> set[Place]:
+def reshape(found: Coupling, call: Call) -> set[Axis]:
     """Followed like any other; a tensor that only lends its shape must lose the same channels."""
     read = follow(found, call)
     lender = shape_lender(call)
@@ -319,7 +319,7 @@ def shape_lender(call: Call) -> fx.Node | None:
     return lender if isinstance(lender, fx.Node) and call.shape(lender) == call.output_shape else None
 
 
-def follows_first(found: Coupling, call: Call) -> set[Place]:
+def follows_first(found: Coupling, call: Call) -> set[Axis]:
     """Conversions to another tensor's type: of that one nothing else is read."""
     others = {(n.name, axis) for n in call.node.all_input_nodes[1:] for axis in range(len(call.shape(n) or ()))}
     return follow(found, call) | others

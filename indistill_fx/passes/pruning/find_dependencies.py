@@ -10,8 +10,8 @@ from indistill_fx.graph.ops import op_name
 from indistill_fx.passes.channels.attention import letters, operands_of
 from indistill_fx.passes.channels.call import Call, axis_of, read_call
 from indistill_fx.passes.channels.rules import consult
-from indistill_fx.passes.channels.selection import Cut, Step
-from indistill_fx.passes.pruning.dependencies import PARTS, Coupling, Place, follow
+from indistill_fx.passes.channels.selection import Cut, Propagation
+from indistill_fx.passes.pruning.dependencies import PARTS, Axis, Coupling, follow
 from indistill_fx.passes.pruning.dependency_rules import COUPLERS
 from indistill_fx.traced import NodeFacts
 
@@ -50,7 +50,7 @@ def _visit(found: Coupling, node: fx.Node) -> None:
                 found.freeze(found.of(source, axis), f"`{node.name}` ({call.op}) reads them in a way no rule covers")
 
 
-def _read(found: Coupling, call: Call) -> set[Place] | None:
+def _read(found: Coupling, call: Call) -> set[Axis] | None:
     """Carry units through a node; the axes of its inputs that this covers, None where there is nothing to cover."""
     if call.module is not None and (call.module._forward_pre_hooks or call.module._forward_hooks):
         return set()
@@ -87,7 +87,7 @@ def _find_shuffle(found: Coupling, wanted: Cut) -> None:
     while cut is wanted or cut.width > 1:
         step = consult(cut, found.facts)
         if (
-            not isinstance(step, Step)
+            not isinstance(step, Propagation)
             or len(step.parts) != 1
             or step.parts[0].links
             or step.filters
@@ -118,9 +118,9 @@ def _shuffle(found: Coupling, node: fx.Node, order: Cut) -> None:
             found.freeze(units, f"`{node.name}` shuffles another axis")
 
 
-def _head_axes(graph_module: fx.GraphModule, facts: Mapping[str, NodeFacts]) -> set[Place]:
+def _head_axes(graph_module: fx.GraphModule, facts: Mapping[str, NodeFacts]) -> set[Axis]:
     """Axes made by a reshape that products sum over, or that values hand on: the width of a head."""
-    found: set[Place] = set()
+    found: set[Axis] = set()
     for node in graph_module.graph.nodes:
         if node.op in ("call_function", "call_method") and node.name in facts:
             call = read_call(node, facts)
@@ -155,9 +155,9 @@ def _ends(call: Call) -> list[tuple[fx.Node, int]]:
     return []
 
 
-def _split_axes(node: fx.Node, axis: int, facts: Mapping[str, NodeFacts]) -> set[Place]:
+def _split_axes(node: fx.Node, axis: int, facts: Mapping[str, NodeFacts]) -> set[Axis]:
     """Follow an axis up to where a reshape made it from a longer one."""
-    found: set[Place] = set()
+    found: set[Axis] = set()
     ways, seen = [(node, axis)], set()
     while ways:
         at, k = way = ways.pop()
@@ -166,7 +166,7 @@ def _split_axes(node: fx.Node, axis: int, facts: Mapping[str, NodeFacts]) -> set
         seen.add(way)
         size = facts[at.name].shape[k]
         step = consult(Cut(at, k, k + 1, tuple(range(size))), facts)
-        if not isinstance(step, Step) or step.filters is not None:
+        if not isinstance(step, Propagation) or step.filters is not None:
             continue
         for part in step.parts:
             if len(part.cut.index) > size and len(step.parts) == 1:

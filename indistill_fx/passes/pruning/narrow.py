@@ -24,7 +24,7 @@ from indistill_fx.graph.edit import SliceOf, add_module, add_tensor, copy_graph
 from indistill_fx.graph.ops import op_name
 from indistill_fx.passes.channels.call import index_select
 from indistill_fx.passes.channels.rules import trace_back
-from indistill_fx.passes.channels.selection import Cut, Step, Wall
+from indistill_fx.passes.channels.selection import Blocked, Cut, Propagation
 from indistill_fx.passes.contract import PassResult
 from indistill_fx.passes.pruning.criteria import Criterion, best
 from indistill_fx.passes.pruning.rank import check_width, choose_channels, rank_taps
@@ -113,9 +113,9 @@ def narrow(
 
     Raises:
         ConfigError: no tap of that name, or no criterion of that name.
-        PruneError: a width or a channel the layer does not have, or two wishes for one tensor.
+        PruneError: a width or a channel the layer does not have, or two requests for one tensor.
     """
-    chosen = _wishes(teacher, plan, dict(widths or {}), dict(kept or {}), criterion, loader)
+    chosen = _requests(teacher, plan, dict(widths or {}), dict(kept or {}), criterion, loader)
     graph_module, nodes = copy_graph(teacher.graph_module)
     out = _Rewriter(graph_module, dict(teacher.facts))
     aliases = dict(teacher.aliases)
@@ -140,7 +140,7 @@ def narrow(
     return PassResult(teacher.with_graph(graph_module, facts=out.facts, aliases=aliases), NarrowReport(tuple(reports)))
 
 
-def _wishes(
+def _requests(
     teacher: TracedModel,
     plan: AlignmentPlan | None,
     widths: dict[str, int],
@@ -207,14 +207,14 @@ def _narrow_tap(out: _Rewriter, tap: str, cut: Cut, known: NodeFacts, by: str) -
     before, after = out.cost(cut.node), out.cost(new)
     absorbed, stopped, notes = [], [], []
     for at, answer in answers.items():
-        if isinstance(answer, Wall):
+        if isinstance(answer, Blocked):
             stopped.append(Stopped(at.node.name, answer.reason))
         elif answer.filters is not None:
             filters = answer.filters
             absorbed.append(
                 Absorbed(at.node.name, filters.path, len(at.index), out.facts[at.node.name].shape[at.start])
             )
-        if isinstance(answer, Step) and answer.note:
+        if isinstance(answer, Propagation) and answer.note:
             notes.append(f"{at.node.name}: {answer.note}")
     report = NarrowedTap(
         tap=tap,
@@ -240,7 +240,7 @@ class _Rewriter:
     cursor: dict[fx.Node, fx.Node] = field(default_factory=dict)
     at: fx.Node | None = None
 
-    def emit(self, answers: Mapping[Cut, Step | Wall], wanted: Cut) -> fx.Node:
+    def emit(self, answers: Mapping[Cut, Propagation | Blocked], wanted: Cut) -> fx.Node:
         """Make all selections, inputs first; returns the node of the wanted one."""
         order = {node: k for k, node in enumerate(self.graph_module.graph.nodes)}
         for cut in sorted(answers, key=lambda c: (order[c.node], c.width)):
@@ -248,14 +248,14 @@ class _Rewriter:
                 self.made[cut] = self._make(cut, answers[cut])
         return self.made[wanted]
 
-    def _make(self, cut: Cut, answer: Step | Wall) -> fx.Node:
+    def _make(self, cut: Cut, answer: Propagation | Blocked) -> fx.Node:
         self.at = cut.node
-        if isinstance(answer, Wall):
+        if isinstance(answer, Blocked):
             new = index_select(self, cut.node, cut.start, cut.stop, cut.index)
         else:
             new = answer.emit(self, [self.made[c] for c in (*(part.cut for part in answer.parts), *answer.weights)])
         if new is not cut.node and new.name not in self.facts:
-            self._derive(new, cut, free=isinstance(answer, Wall))
+            self._derive(new, cut, free=isinstance(answer, Blocked))
         return new
 
     def _derive(self, new: fx.Node, cut: Cut, *, free: bool) -> None:
@@ -319,18 +319,18 @@ class _Rewriter:
         """See `Emitter`."""
         return self._add(lambda graph: graph.call_method(name, args, kwargs))
 
-    def module(self, wish: str, module: nn.Module, *args: Any, **kwargs: Any) -> fx.Node:
+    def module(self, wanted: str, module: nn.Module, *args: Any, **kwargs: Any) -> fx.Node:
         """See `Emitter`."""
-        name = add_module(self.graph_module, wish, module)
+        name = add_module(self.graph_module, wanted, module)
         return self._add(lambda graph: graph.call_module(name, args, kwargs))
 
     def item(self, node: fx.Node, key: int) -> fx.Node:
         """See `Emitter`."""
         return self.function(operator.getitem, node, key)
 
-    def tensor(self, wish: str, tensor: Tensor) -> fx.Node:
+    def tensor(self, wanted: str, tensor: Tensor) -> fx.Node:
         """See `Emitter`."""
-        name = add_tensor(self.graph_module, wish, tensor)
+        name = add_tensor(self.graph_module, wanted, tensor)
         return self._add(lambda graph: graph.get_attr(name))
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from indistill_fx.errors import PruneError
 from indistill_fx.passes.channels.rules import consult
-from indistill_fx.passes.channels.selection import Cut, Filters, Index, Step
+from indistill_fx.passes.channels.selection import Cut, Filters, Index, Propagation
 from indistill_fx.passes.pruning.criteria import Criterion, Scorer, best, scorer_of, statistics, unsound
 from indistill_fx.traced import NodeFacts, TracedModel
 
@@ -43,7 +43,7 @@ def producers(cut: Cut, facts: Mapping[str, NodeFacts]) -> list[tuple[Filters, L
     while ways:
         at, links = ways.pop()
         step = consult(at, facts)
-        if not isinstance(step, Step):
+        if not isinstance(step, Propagation):
             continue
         if step.filters is not None:
             rows = links[0], tuple(step.filters.rows[k] for k in links[1])

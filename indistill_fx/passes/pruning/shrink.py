@@ -41,7 +41,7 @@ class ShrunkLayer:
 
 @dataclass(frozen=True, slots=True)
 class Frozen:
-    """Channels that no wish could remove: how many, and why."""
+    """Channels that no request could remove: how many, and why."""
 
     channels: int
     reason: str
@@ -98,10 +98,10 @@ def shrink(
         The smaller model; its `graph_module` owns its parameters, can be trained, saved and exported.
 
     Raises:
-        ConfigError: no wish, or one out of range.
-        PruneError: a wish that cannot be met, and the layer that blocks it.
+        ConfigError: no request, or one out of range.
+        PruneError: a request that cannot be met, and the layer that blocks it.
     """
-    _check_wishes(widths, ratio, macs, params, round_to)
+    _check_requests(widths, ratio, macs, params, round_to)
     for tap, width in (widths or {}).items():
         check_width(model, tap, width)
     found = couple(model.graph_module, model.facts)
@@ -123,7 +123,7 @@ def shrink(
     )
 
 
-def _check_wishes(
+def _check_requests(
     widths: Mapping[str, int] | None,
     ratio: float | None,
     macs: float | None,

@@ -285,9 +285,9 @@ class _Inserter:
         """A call of a function."""
         return self.graph_module.graph.call_function(target, args, kwargs)
 
-    def tensor(self, wish: str, tensor: Tensor) -> fx.Node:
+    def tensor(self, wanted: str, tensor: Tensor) -> fx.Node:
         """A new parameter or buffer."""
-        return self.graph_module.graph.get_attr(add_tensor(self.graph_module, wish, tensor))
+        return self.graph_module.graph.get_attr(add_tensor(self.graph_module, wanted, tensor))
 
 
 def _fix_pad(work: Rewriting, call: Call, node: fx.Node) -> None:

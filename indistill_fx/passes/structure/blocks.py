@@ -1,11 +1,11 @@
 """The blocks of a network, found in its dataflow: no name, class or container of a module is looked at.
 
 Rules, in order:
-  1. A block mixes positions, then transforms them. A step that mixes (see `steps`) opens a block. A pointwise join after a join (the
+  1. A block mixes positions, then transforms them. A layer that mixes (see `layers`) opens a block. A pointwise merge after a merge (the
      MLP after the attention), a pointwise unit after depthwise work (a separable convolution), and a pointwise unit that reads a
      concatenation and fuses it, to a sixth of its width or more, belong to the block before them. Other pointwise units (the
      expansion before a head, a squeeze, a transition with a norm first) belong to none. Where the input has no positions, all mix.
-  2. The block's output is the last tensor of the chain behind it: through activations, channel shuffles, norms of units, pooling of
+  2. The block's output is the last tensor of the chain after it: through activations, channel shuffles, norms of units, pooling of
      stride one. Not through the norm after a sum, which opens the next block, unless the network norms each sum before anybody else
      reads it (post-norm); nor through activations after a sum, where most sums are read by several before any activation
      (pre-activation). Windows are laid out as a map again, where the next layers do so. Dropout and identity make no tensor of their own.
@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 
 from indistill_fx.graph.ops import UNARY
 from indistill_fx.passes.structure.dominators import Flow
-from indistill_fx.passes.structure.layers import POOLS, STRIDED_POOLS, Form, Look, Step
+from indistill_fx.passes.structure.layers import POOLS, STRIDED_POOLS, Form, Layer, Look
 from indistill_fx.traced import TracedModel
 
 IDLE = frozenset(
@@ -56,10 +56,10 @@ class Block:
         output: the tensor that the next block reads.
         pre_activation: the tensor that the block's last activation reads; `output` where none follows.
         last_conv: the last convolution or linear layer before `output`.
-        start: the result of the block's last step.
-        form: what the block is: a join, a separable convolution, any other unit.
+        start: the result of the block's last layer.
+        form: what the block is: a merge, a separable convolution, any other unit.
         dilation: the largest of its convolutions.
-        octaves: halvings of the output's sides since the input.
+        level: halvings of the output's sides since the input.
         depth: share of the network's MACs spent up to the output.
     """
 
@@ -69,12 +69,12 @@ class Block:
     start: str
     form: Form
     dilation: int
-    octaves: float
+    level: float
     depth: float
 
 
 def find_blocks(traced: TracedModel, flow: Flow) -> tuple[Block, ...]:
-    """The blocks on the trunk, in order.
+    """The blocks on the main path, in order.
 
     Args:
         traced: the model.
@@ -84,90 +84,88 @@ def find_blocks(traced: TracedModel, flow: Flow) -> tuple[Block, ...]:
         The blocks.
     """
     look = Look(traced, flow)
-    steps = list(look.steps())
-    joins = [step for step in steps if step.form == "join"]
-    closing = _closing_steps(steps, look)
-    post_norm = _norms_sums(joins[:-1], look)
-    pooled = not joins and _pools_every([step.place for step in closing], look)
-    early = _reads_sums(joins[:-1], look)
-    found = [_block(step, look, post_norm=post_norm, early=early, pooled=pooled) for step in closing]
-    last = flow.trunk[-1]
+    layers = list(look.layers())
+    merges = [layer for layer in layers if layer.form == "merge"]
+    closing = _closing_layers(layers, look)
+    post_norm = _norms_sums(merges[:-1], look)
+    pooled = not merges and _pools_every([layer.place for layer in closing], look)
+    early = _reads_sums(merges[:-1], look)
+    found = [_block(layer, look, post_norm=post_norm, early=early, pooled=pooled) for layer in closing]
+    last = flow.main_path[-1]
     return tuple(b for b in found if b is not None and (len(flow.ends) > 1 or last not in (b.start, b.output)))
 
 
-def _closing_steps(steps: Sequence[Step], look: Look) -> list[Step]:
-    """The last step of every block, with what the first one says of the block."""
-    closing: list[Step] = []
+def _closing_layers(layers: Sequence[Layer], look: Look) -> list[Layer]:
+    """The last layer of every block, with what the first one says of the block."""
+    closing: list[Layer] = []
     open_for_more = False
-    for step in steps:
-        if step.mixes:
-            closing.append(step)
+    for layer in layers:
+        if layer.mixes:
+            closing.append(layer)
             open_for_more = True
-        elif open_for_more and _completes(step, closing[-1], look):
-            open_for_more = closing[-1].concatenates and step.form == "unit"
+        elif open_for_more and _completes(layer, closing[-1], look):
+            open_for_more = closing[-1].concatenates and layer.form == "unit"
             closing[-1] = replace(
-                closing[-1], place=step.place, last_conv=step.last_conv, bare=False, is_sum=step.is_sum
+                closing[-1], place=layer.place, last_conv=layer.last_conv, bare=False, is_sum=layer.is_sum
             )
     return closing
 
 
-def _completes(step: Step, block: Step, look: Look) -> bool:
-    """Whether a pointwise step belongs to the block before it."""
-    nodes = [look.flow.trunk[place] for place in (block.place, step.place)]
+def _completes(layer: Layer, block: Layer, look: Look) -> bool:
+    """Whether a pointwise layer belongs to the block before it."""
+    nodes = [look.flow.main_path[place] for place in (block.place, layer.place)]
     if not look.flat and not look.flow.on_one_level(*nodes):
         return False
-    if step.form == "join":
-        return block.form == "join" or block.bare
-    directly = not any(_norms(name, look) for name in look.flow.trunk[block.place + 1 : step.place])
-    return block.bare or (block.concatenates and directly and block.width * _FUSED <= step.width <= block.width)
+    if layer.form == "merge":
+        return block.form == "merge" or block.bare
+    directly = not any(_norms(name, look) for name in look.flow.main_path[block.place + 1 : layer.place])
+    return block.bare or (block.concatenates and directly and block.width * _FUSED <= layer.width <= block.width)
 
 
-def _norms_sums(joins: Sequence[Step], look: Look) -> bool:
-    """Whether most of these joins are normed before anybody else reads them, and the norm's result is what many read."""
-    readers = [look.flow.readers[look.flow.trunk[step.place]] for step in joins]
+def _norms_sums(merges: Sequence[Layer], look: Look) -> bool:
+    """Whether most of these merges are normed before anybody else reads them, and the norm's result is what many read."""
+    readers = [look.flow.readers[look.flow.main_path[layer.place]] for layer in merges]
     alone = [names[0] for names in readers if len(names) == 1]
     normed = [name for name in alone if "norm" in look.operation(name) and len(look.flow.readers[name]) > 1]
     return 2 * len(normed) > len(readers)
 
 
-def _reads_sums(joins: Sequence[Step], look: Look) -> bool:
-    """Whether most of these joins are read as they are, by a shortcut and by a branch that begins with an activation."""
-    readers = [look.flow.readers[look.flow.trunk[step.place]] for step in joins]
+def _reads_sums(merges: Sequence[Layer], look: Look) -> bool:
+    """Whether most of these merges are read as they are, by a shortcut and by a branch that begins with an activation."""
+    readers = [look.flow.readers[look.flow.main_path[layer.place]] for layer in merges]
     plain = [names for names in readers if len(names) > 1 and any(look.operation(n) in _ACTIVATIONS for n in names)]
     return 2 * len(plain) > len(readers)
 
 
 def _pools_every(places: Sequence[int], look: Look) -> bool:
-    """Whether there are several units, and pooling that leaves a map behind each."""
+    """Whether there are several units, and pooling that leaves a map after each."""
     if len(places) < 2:
         return False
-    spans = [look.flow.trunk[a:b] for a, b in zip(places, [*places[1:], len(look.flow.trunk)], strict=True)]
-    pools = [
-        any(look.operation(name) in STRIDED_POOLS and name in look.flow.octaves for name in span) for span in spans
-    ]
+    spans = [look.flow.main_path[a:b] for a, b in zip(places, [*places[1:], len(look.flow.main_path)], strict=True)]
+    pools = [any(look.operation(name) in STRIDED_POOLS and name in look.flow.levels for name in span) for span in spans]
     return all(pools)
 
 
-def _block(step: Step, look: Look, *, post_norm: bool, early: bool, pooled: bool) -> Block | None:
-    """Follow the chain behind a step to the block's output; None where there are no positions left."""
-    octaves, start = look.flow.octaves, look.flow.trunk[step.place]
-    if start not in octaves and not look.flat:
+def _block(layer: Layer, look: Look, *, post_norm: bool, early: bool, pooled: bool) -> Block | None:
+    """Follow the chain after a layer to the block's output; None where there are no positions left."""
+    levels, start = look.flow.levels, look.flow.main_path[layer.place]
+    if start not in levels and not look.flat:
         return None
-    level, form, output, read = octaves.get(start, 0.0), look.facts[start], start, None
+    level, form, output, read = levels.get(start, 0.0), look.facts[start], start, None
     norms_left, pools_left = int(post_norm), int(pooled)
-    for name in look.flow.trunk[step.place + 1 :]:
+    for name in look.flow.main_path[layer.place + 1 :]:
         operation, known = look.operation(name), look.facts.get(name)
         if known is None or look.works(name) or look.is_busy(name):
             break
-        if step.is_sum and _norms(name, look):
+        if layer.is_sum and _norms(name, look):
             if not norms_left:
                 read = read or _normed_before_activation(name, look)
                 break
             norms_left -= 1
-        if early and step.is_sum and operation in _ACTIVATIONS:
+        if early and layer.is_sum and operation in _ACTIVATIONS:
             break
         if operation in POOLS:
-            if name not in octaves and not look.flat:
+            if name not in levels and not look.flat:
                 break
             if not look.flat and not look.flow.on_one_level(start, name):
                 if not pools_left:
@@ -182,11 +180,11 @@ def _block(step: Step, look: Look, *, post_norm: bool, early: bool, pooled: bool
     return Block(
         output=output,
         pre_activation=read or output,
-        last_conv=step.last_conv,
+        last_conv=layer.last_conv,
         start=start,
-        form=step.form,
-        dilation=step.dilation,
-        octaves=octaves.get(output, level),
+        form=layer.form,
+        dilation=layer.dilation,
+        level=levels.get(output, level),
         depth=look.flow.depth[start],
     )
 

@@ -1,12 +1,12 @@
-"""The information flow of a graph: which tensors carry what the input told, and which of them every path goes through.
+"""The information flow of a graph: which tensors carry information from the input, and which of them every path goes through.
 
 Rules, in order:
-  1. Information starts at the main input: of several inputs the one with the longest trunk (the ids, not the attention mask).
+  1. Information starts at the main input: of several inputs the one with the longest main path (the ids, not the attention mask).
   2. It flows along tensors. Sizes, constants, masks (boolean tensors) and indices carry none: they say where, not what.
   3. It ends at the main output; in a model that returns maps of several resolutions (a feature pyramid) at each of them.
-  4. The trunk are the nodes that dominate an end: every path from the input to that end passes through them.
+  4. The main path are the nodes that dominate an end: every path from the input to that end passes through them.
   5. A branch that goes to a lower resolution than both of its ends and costs a good part of the whole (the inside of a U-Net) is a
-     network of its own: its trunk is inserted between the two.
+     network of its own: its main path is inserted between the two.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from indistill_fx.graph.ops import attribute, op_name
 from indistill_fx.traced import NodeFacts, TracedModel
 
 SAME_LEVEL = 0.7
-"""Sizes less than so many octaves apart are one level: a valid convolution does not halve, a stride of two does."""
+"""Sizes less than so many halvings apart are one level: a valid convolution does not halve, a stride of two does."""
 
 _INNER, _INNER_OF_SUM = 0.05, 0.25
 """Share of all MACs that makes a branch a network of its own; more if it ends in a residual sum: attention may work at half size."""
@@ -62,32 +62,30 @@ class Flow:
     """The information flow of one model. All mappings are in graph order and hold the nodes between the input and an end.
 
     Attributes:
-        trunk: names of the nodes that dominate the main end, from the input to it.
-        regions: per node of the trunk, the nodes between it and the node of the trunk before it; empty where the two are neighbours.
+        main_path: names of the nodes that dominate the main end, from the input to it.
+        regions: per node of the main path, the nodes between it and the one before it on that path; empty where the two are neighbours.
         ends: names of the ends: the main output, or the features of a pyramid.
         inputs: per node, the nodes it reads information from.
         readers: the same, the other way round.
         depth: per node, the share of all MACs spent before it and in it.
-        octaves: per node that is a map or tokens, how often its sides were halved since the input.
+        levels: per node that is a map or tokens, how often its sides were halved since the input.
     """
 
-    trunk: Names
+    main_path: Names
     regions: Mapping[str, Names]
     ends: Names
     inputs: Mapping[str, Names]
     readers: Mapping[str, Names]
     depth: Mapping[str, float]
-    octaves: Mapping[str, float]
+    levels: Mapping[str, float]
 
     def on_one_level(self, one: str, other: str) -> bool:
         """Whether two nodes have positions, and about as many."""
-        return (
-            one in self.octaves and other in self.octaves and abs(self.octaves[one] - self.octaves[other]) <= SAME_LEVEL
-        )
+        return one in self.levels and other in self.levels and abs(self.levels[one] - self.levels[other]) <= SAME_LEVEL
 
 
 def information_flow(traced: TracedModel) -> Flow:
-    """Find trunk and ends.
+    """Find main path and ends.
 
     Args:
         traced: the model.
@@ -110,7 +108,7 @@ def information_flow(traced: TracedModel) -> Flow:
             where=traced.logits,
             hint="Name the main output with logits=.",
         )
-    return max(flows, key=lambda flow: len(flow.trunk))
+    return max(flows, key=lambda flow: len(flow.main_path))
 
 
 def _from(source: str, traced: TracedModel, ends: Names) -> Flow | None:
@@ -123,26 +121,26 @@ def _from(source: str, traced: TracedModel, ends: Names) -> Flow | None:
     for name in reversed(inputs):
         if name in needed:
             needed.update(inputs[name])
-    inputs = {name: told for name, told in inputs.items() if name in needed}
+    inputs = {name: sources for name, sources in inputs.items() if name in needed}
     readers: nx.DiGraph[str] = nx.DiGraph()
     readers.add_nodes_from(inputs)
-    readers.add_edges_from((other, name) for name, told in inputs.items() for other in told)
+    readers.add_edges_from((other, name) for name, sources in inputs.items() for other in sources)
     above = nx.immediate_dominators(readers, source)
-    octaves = _octaves(traced, inputs, source)
+    levels = _levels(traced, inputs, source)
     macs = list(accumulate(traced.facts[name].macs if name in traced.facts else 0 for name in inputs))
     depth = {name: done / max(1, macs[-1]) for name, done in zip(inputs, macs, strict=True)}
     order = {name: k for k, name in enumerate(inputs)}
     chain = max((_chain(source, end, above) for end in ends), key=len)
     sums = {node.name for node in traced.graph_module.graph.nodes if op_name(node) == "add"}
-    trunk, inner = _with_inner(chain, inputs, above, depth, octaves, sums)
+    path, inner = _with_inner(chain, inputs, above, depth, levels, sums)
     return Flow(
-        trunk=trunk,
-        regions={b: () if b in inner else _between(a, b, inputs, order) for a, b in pairwise(trunk)},
+        main_path=path,
+        regions={b: () if b in inner else _between(a, b, inputs, order) for a, b in pairwise(path)},
         ends=ends,
         inputs=inputs,
         readers={name: tuple(readers.successors(name)) for name in inputs},
         depth=depth,
-        octaves=octaves,
+        levels=levels,
     )
 
 
@@ -153,9 +151,9 @@ def _reached(source: str, traced: TracedModel) -> dict[str, Names]:
         if node.op == "output" or not _carries(node, traced.facts):
             continue
         read = tensor_nodes(node.args[0]) if op_name(node) in _READS_FIRST_ONLY and node.args else node.all_input_nodes
-        told = tuple(dict.fromkeys(other.name for other in read if other.name in inputs))
-        if told:
-            inputs[node.name] = told
+        sources = tuple(dict.fromkeys(other.name for other in read if other.name in inputs))
+        if sources:
+            inputs[node.name] = sources
     return inputs
 
 
@@ -177,22 +175,22 @@ def _with_inner(
     inputs: Mapping[str, Names],
     above: Mapping[str, str],
     depth: Mapping[str, float],
-    octaves: Mapping[str, float],
+    levels: Mapping[str, float],
     sums: set[str],
 ) -> tuple[Names, set[str]]:
-    """The chain with the trunks of its inner networks inserted, and the nodes where such a network ends."""
-    trunk, closing = [chain[0]], set()
+    """The chain with the main paths of its inner networks inserted, and the nodes where such a network ends."""
+    path, closing = [chain[0]], set()
     for a, b in pairwise(chain):
         branches = [_chain(a, other, above) for other in inputs[b] if other != a]
         branch = max(branches, key=len, default=())
-        below = max(octaves.get(a, inf), octaves.get(b, inf)) + SAME_LEVEL
+        below = max(levels.get(a, inf), levels.get(b, inf)) + SAME_LEVEL
         least = _INNER_OF_SUM if b in sums and a in inputs[b] else _INNER
-        if branch and depth[b] - depth[a] >= least and any(octaves.get(name, 0.0) > below for name in branch):
-            inside, more = _with_inner(branch, inputs, above, depth, octaves, sums)
-            trunk.extend(inside[1:])
+        if branch and depth[b] - depth[a] >= least and any(levels.get(name, 0.0) > below for name in branch):
+            inside, more = _with_inner(branch, inputs, above, depth, levels, sums)
+            path.extend(inside[1:])
             closing |= {b, *more}
-        trunk.append(b)
-    return tuple(trunk), closing
+        path.append(b)
+    return tuple(path), closing
 
 
 def _between(a: str, b: str, inputs: Mapping[str, Names], order: Mapping[str, int]) -> Names:
@@ -219,7 +217,7 @@ def _ends(traced: TracedModel) -> Names:
     return tuple(sizes.values())
 
 
-def _octaves(traced: TracedModel, names: Mapping[str, Names], source: str) -> dict[str, float]:
+def _levels(traced: TracedModel, names: Mapping[str, Names], source: str) -> dict[str, float]:
     """How often the sides were halved: log2 of the positions lost, per axis of space of the input. Windows count together."""
     facts = traced.facts
     space, batch = facts[source].space, facts[source].shape[facts[source].batch_axis or 0]

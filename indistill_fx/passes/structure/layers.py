@@ -1,6 +1,6 @@
-"""The steps of a network: the nodes of the trunk at which work is done, and what kind of work it is.
+"""The layers of a network: the nodes of the main path at which work is done, and what kind of work it is.
 
-A *join* adds or concatenates branches with work in them: a residual sum, an inception or dense concatenation. A *unit* has weights of
+A *merge* adds or concatenates branches with work in them: a residual sum, an inception or dense concatenation. A *unit* has weights of
 its own: a convolution, a linear layer, an opaque module. Both either *mix* (positions see one another) or are pointwise.
 """
 
@@ -21,24 +21,24 @@ from indistill_fx.traced import TracedModel
 
 STRIDED_POOLS = frozenset(("max_pool", "avg_pool", "lp_pool"))
 POOLS = STRIDED_POOLS | {"adaptive_avg_pool", "adaptive_max_pool"}
-_JOINS = frozenset(("add", "sub", "cat", "stack", "sum"))
-Form = Literal["join", "separable", "unit"]
+_MERGES = frozenset(("add", "sub", "cat", "stack", "sum"))
+Form = Literal["merge", "separable", "unit"]
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
-    """A node of the trunk with work in it or in its region.
+class Layer:
+    """A node of the main path with work in it or in its region.
 
     Attributes:
-        place: in the trunk.
-        form: a join, a depthwise convolution, any other unit.
+        place: in the main path.
+        form: a merge, a depthwise convolution, any other unit.
         mixes: positions see one another.
-        bare: all its work is depthwise: a pointwise unit behind it completes it.
-        concatenates: it is a concatenation, which a pointwise unit behind it fuses.
+        bare: all its work is depthwise: a pointwise unit after it completes it.
+        concatenates: it is a concatenation, which a pointwise unit after it fuses.
         dilation: the largest of its convolutions.
         last_conv: its last convolution or linear layer.
         width: its channels; 0 where it has none.
-        is_sum: its node is a join.
+        is_sum: its node is a merge.
     """
 
     place: int
@@ -63,7 +63,7 @@ class Look:
     def __init__(self, traced: TracedModel, flow: Flow):
         self.flow, self.facts = flow, traced.facts
         self.nodes = {node.name: node for node in traced.graph_module.graph.nodes}
-        self.flat = not traced.facts[flow.trunk[0]].space
+        self.flat = not traced.facts[flow.main_path[0]].space
 
     def operation(self, name: str) -> str:
         """The operation of a node."""
@@ -74,41 +74,41 @@ class Look:
         return name in self.facts and self.facts[name].macs > 0
 
     def is_busy(self, name: str) -> bool:
-        """Whether there is work, or pooling, in the branches that meet at a node of the trunk: else they are an activation written out."""
+        """Whether there is work, or pooling, in the branches that meet at a node: else they are an activation written out."""
         return any(self.works(other) or self.operation(other) in POOLS for other in self.flow.regions[name])
 
     def is_picture(self, name: str) -> bool:
         """Whether the tensor is a map in the proportions of the input: neither tokens nor windows. Tokens of whole samples count too."""
-        known, batch = self.facts[name], self.facts[self.flow.trunk[0]]
+        known, batch = self.facts[name], self.facts[self.flow.main_path[0]]
         if known.kind == "tokens":
             return known.batch_axis is not None and known.shape[known.batch_axis] == batch.shape[batch.batch_axis or 0]
         return known.kind == "map" and known.stride is not None and max(known.stride) < 1.2 * min(known.stride)
 
-    def steps(self) -> Iterator[Step]:
-        """The nodes of the trunk with work in them or in their region, in order."""
-        for place, (before, name) in enumerate(pairwise(self.flow.trunk), 1):
+    def layers(self) -> Iterator[Layer]:
+        """The nodes of the main path with work in them or in their region, in order."""
+        for place, (before, name) in enumerate(pairwise(self.flow.main_path), 1):
             if name not in self.facts:
                 continue
             working = [other for other in self.flow.regions[name] if self.works(other)]
             rows = self._rows(before) or self._rows(name)
-            joins = self.operation(name) in _JOINS and self.is_busy(name)
-            if not joins and not self.works(name) and (not working or self.operation(name) == "mul"):
+            merges = self.operation(name) in _MERGES and self.is_busy(name)
+            if not merges and not self.works(name) and (not working or self.operation(name) == "mul"):
                 continue  # nothing is done here, or a gate opens and closes
-            doing = working if joins else [name]
+            doing = working if merges else [name]
             mixing = any(self._mixes(other, rows) for other in (*self.flow.regions[name], name)) or (
-                bool(working) and not joins
+                bool(working) and not merges
             )
             bare = bool(doing) and all(map(self._is_depthwise, doing))
-            yield Step(
+            yield Layer(
                 place=place,
-                form="join" if joins else "separable" if bare else "unit",
+                form="merge" if merges else "separable" if bare else "unit",
                 mixes=self.flat or mixing,
                 bare=bare,
-                concatenates=joins and self.operation(name) == "cat",
+                concatenates=merges and self.operation(name) == "cat",
                 dilation=max(map(self._dilation, doing), default=1),
-                last_conv=self._last_of_main_branch(name) if joins else name,
+                last_conv=self._last_of_main_branch(name) if merges else name,
                 width=self.facts[name].channels if self.facts[name].channel_axis is not None else 0,
-                is_sum=joins,
+                is_sum=merges,
             )
 
     def _rows(self, name: str) -> int:
@@ -128,14 +128,14 @@ class Look:
             return rows > 0 and prod(self.facts[name].shape[:-1]) != rows
         return True
 
-    def _last_of_main_branch(self, join: str) -> str:
+    def _last_of_main_branch(self, merge: str) -> str:
         """The last node with work in the branch that does most of it: not in the shortcut."""
-        best = (0, join)
-        for end in self.flow.inputs[join]:
-            branch, behind = list[str](), {end}
-            for name in reversed(self.flow.regions[join]):
-                if name in behind:
-                    behind.update(self.flow.inputs[name])
+        best = (0, merge)
+        for end in self.flow.inputs[merge]:
+            branch, needed = list[str](), {end}
+            for name in reversed(self.flow.regions[merge]):
+                if name in needed:
+                    needed.update(self.flow.inputs[name])
                     branch += [name] if self.works(name) else []
             if branch:
                 best = max(best, (sum(self.facts[name].macs for name in branch), branch[0]))

@@ -1,11 +1,11 @@
-"""The spine of a network: the tensors that hold all the information, and the stages they fall into.
+"""The main path of a network: the tensors that hold all the information, and the stages they fall into.
 
 Rules, in order:
-  1. The spine are the trunk's nodes: every path from the input to the main output passes through them.
+  1. The main path are the nodes that every path from the input to the main output passes through them.
   2. A stage is a run of blocks at one resolution; its exit is its last block. Where both width and dilation change, a stage begins too:
      in a dilated network that is where the stride has been taken out.
-  3. In a network of joins, plain convolutions before the first join of a run lead to it (a stem, a downsampling). The first run, if
-     without joins, is the stem, and so are cheap ones of plain convolutions behind it (below half of an even share).
+  3. In a network of merges, plain convolutions before the first merge of a run lead to it (a stem, a downsampling). The first run, if
+     without merges, is the stem, and so are cheap ones of plain convolutions after it (below half of an even share).
   4. In a plain chain whose last run has twice (three times, …) the units of the run before, that run is two (three, …) stages: the
      pooling between them was left out because the input is small.
   5. The outputs of a feature pyramid are stages of their own, except those that only repeat another one.
@@ -24,8 +24,8 @@ from indistill_fx.traced import NodeFacts, TracedModel
 
 
 @dataclass(frozen=True, slots=True)
-class SpineNode:
-    """One tensor of the spine.
+class PathNode:
+    """One tensor of the main path.
 
     Attributes:
         node: its name in the graph.
@@ -33,8 +33,8 @@ class SpineNode:
         op: the operation that makes it.
         facts: what is known of it.
         depth: share of the MACs spent before it and in it, 0 to 1.
-        octaves: how often the input's sides were halved on the way; None where there are no positions.
-        stage: index of the stage it belongs to, or leads to; None behind the last.
+        level: how often the input's sides were halved on the way; None where there are no positions.
+        stage: index of the stage it belongs to, or leads to; None after the last.
         is_block_exit: a block's output.
         is_stage_exit: a stage's output.
     """
@@ -44,14 +44,14 @@ class SpineNode:
     op: str
     facts: NodeFacts
     depth: float
-    octaves: float | None
+    level: float | None
     stage: int | None
     is_block_exit: bool
     is_stage_exit: bool
 
 
 @dataclass(frozen=True, slots=True)
-class Stage:
+class NetworkStage:
     """A run of blocks at one resolution, or an output of a pyramid.
 
     Attributes:
@@ -72,41 +72,41 @@ class Stage:
         return self.blocks[-1]
 
 
-def spine(traced: TracedModel) -> tuple[SpineNode, ...]:
-    """The spine of a model, from the input to the output.
+def main_path(traced: TracedModel) -> tuple[PathNode, ...]:
+    """The main path of a model, from the input to the output.
 
     Args:
         traced: the model.
 
     Returns:
-        The nodes of the trunk whose value is one tensor.
+        The nodes of the main path whose value is one tensor.
     """
     flow = information_flow(traced)
     blocks = find_blocks(traced, flow)
     found = find_stages(traced, flow, blocks)
     operations = {node.name: op_name(node) for node in traced.graph_module.graph.nodes if node.name in flow.inputs}
     exits, outputs = {stage.exit.output: stage.index for stage in found}, {block.output for block in blocks}
-    stage, told = None, []
-    for name in reversed(flow.trunk):
+    stage, found_nodes = None, []
+    for name in reversed(flow.main_path):
         stage = exits.get(name, stage)
         if name in traced.facts:
-            told.append(
-                SpineNode(
+            found_nodes.append(
+                PathNode(
                     node=name,
                     tap=traced.tap_name(name),
                     op=operations[name],
                     facts=traced.facts[name],
                     depth=flow.depth[name],
-                    octaves=flow.octaves.get(name),
+                    level=flow.levels.get(name),
                     stage=stage,
                     is_block_exit=name in outputs,
                     is_stage_exit=name in exits,
                 )
             )
-    return tuple(reversed(told))
+    return tuple(reversed(found_nodes))
 
 
-def stages(traced: TracedModel) -> tuple[Stage, ...]:
+def stages(traced: TracedModel) -> tuple[NetworkStage, ...]:
     """The stages of a model, from the input to the output.
 
     Args:
@@ -119,7 +119,7 @@ def stages(traced: TracedModel) -> tuple[Stage, ...]:
     return find_stages(traced, flow, find_blocks(traced, flow))
 
 
-def find_stages(traced: TracedModel, flow: Flow, blocks: Sequence[Block]) -> tuple[Stage, ...]:
+def find_stages(traced: TracedModel, flow: Flow, blocks: Sequence[Block]) -> tuple[NetworkStage, ...]:
     """Group blocks into stages.
 
     Args:
@@ -131,7 +131,7 @@ def find_stages(traced: TracedModel, flow: Flow, blocks: Sequence[Block]) -> tup
         The stages, in the order in which the graph computes their exits.
     """
     runs = _runs(traced, flow, blocks)
-    if any(block.form == "join" for block in blocks):
+    if any(block.form == "merge" for block in blocks):
         runs = [_without_lead(run) for run in _without_stem(runs)]
         if len(flow.ends) > 1:
             runs = _before_outputs(runs, flow)
@@ -143,17 +143,17 @@ def find_stages(traced: TracedModel, flow: Flow, blocks: Sequence[Block]) -> tup
     order = {name: k for k, name in enumerate(flow.inputs)}
     found.sort(key=lambda entry: order[entry[0][-1].output])
     depths = [0.0, *(own[-1].depth for own, _ in found)]
-    return tuple(Stage(k, own, depths[k + 1] - depths[k], is_output) for k, (own, is_output) in enumerate(found))
+    return tuple(NetworkStage(k, own, depths[k + 1] - depths[k], is_output) for k, (own, is_output) in enumerate(found))
 
 
 def _runs(traced: TracedModel, flow: Flow, blocks: Sequence[Block]) -> list[list[Block]]:
     """Blocks between two changes of resolution (or of width, where convolutions are dilated)."""
-    sized = [name for name in flow.trunk if name in flow.octaves]
-    level, levels = 0, dict.fromkeys(sized[:1], 0)
+    sized = [name for name in flow.main_path if name in flow.levels]
+    number, numbers = 0, dict.fromkeys(sized[:1], 0)
     for before, name in pairwise(sized):
-        level += abs(flow.octaves[name] - flow.octaves[before]) > SAME_LEVEL
-        levels[name] = level
-    runs = [list(run) for _, run in groupby(blocks, key=lambda block: levels.get(block.start, 0))]
+        number += abs(flow.levels[name] - flow.levels[before]) > SAME_LEVEL
+        numbers[name] = number
+    runs = [list(run) for _, run in groupby(blocks, key=lambda block: numbers.get(block.start, 0))]
     return [part for run in runs for part in _by_dilation(traced, run)]
 
 
@@ -174,8 +174,8 @@ def _dilation(run: Sequence[Block]) -> int:
 
 
 def _without_stem(runs: Sequence[list[Block]]) -> Sequence[list[Block]]:
-    """The runs without what leads to the first join: the first run, and cheap ones behind it, where they hold no join."""
-    first = next(k for k, run in enumerate(runs) if any(block.form == "join" for block in run))
+    """The runs without what leads to the first merge: the first run, and cheap ones after it, where they hold no merge."""
+    first = next(k for k, run in enumerate(runs) if any(block.form == "merge" for block in run))
     depths = [0.0, *(run[-1].depth for run in runs)]
     plain = [k for k in range(1, first) if all(block.form == "unit" for block in runs[k])]
     stem = {0, *(k for k in plain if depths[k + 1] - depths[k] < 0.5 / len(runs))} if first else set()
@@ -183,23 +183,23 @@ def _without_stem(runs: Sequence[list[Block]]) -> Sequence[list[Block]]:
 
 
 def _without_lead(run: Sequence[Block]) -> list[Block]:
-    """The run without the plain convolutions that lead to its first join."""
-    first = next((k for k, block in enumerate(run) if block.form == "join"), 0)
+    """The run without the plain convolutions that lead to its first merge."""
+    first = next((k for k, block in enumerate(run) if block.form == "merge"), 0)
     return [block for block in run[:first] if block.form == "separable"] + list(run[first:])
 
 
 def _before_outputs(runs: Sequence[list[Block]], flow: Flow) -> list[list[Block]]:
-    """The runs without the plain convolutions behind the trunk's first output: further outputs of a pyramid, made from that one."""
-    place = {name: k for k, name in enumerate(flow.trunk)}
+    """The runs without the plain convolutions after the main path's first output: further outputs of a pyramid, made from that one."""
+    place = {name: k for k, name in enumerate(flow.main_path)}
     first = min((place[end] for end in flow.ends if end in place), default=len(place))
-    joins = [place[block.output] for run in runs for block in run if block.form != "unit"]
-    last = max(first, *joins)
+    merges = [place[block.output] for run in runs for block in run if block.form != "unit"]
+    last = max(first, *merges)
     kept = [[block for block in run if place[block.output] <= last] for run in runs]
     return [run for run in kept if run]
 
 
 def _without_tail(run: Sequence[Block]) -> list[Block]:
-    """The run without the plain convolutions that lead from its last join to an output."""
+    """The run without the plain convolutions that lead from its last merge to an output."""
     last = max((k for k, block in enumerate(run) if block.form != "unit"), default=-1)
     return list(run[: last + 1])
 
@@ -218,5 +218,5 @@ def _outputs(traced: TracedModel, flow: Flow, known: set[str]) -> list[Block]:
             alone = origin not in known and (origin == end or origin not in flow.ends)
             origin = flow.inputs[origin][0]
         if alone and origin not in known and (origin == end or origin not in flow.ends):
-            found.append(Block(end, end, end, end, "unit", 1, flow.octaves.get(end, 0.0), flow.depth[end]))
+            found.append(Block(end, end, end, end, "unit", 1, flow.levels.get(end, 0.0), flow.depth[end]))
     return found

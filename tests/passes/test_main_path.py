@@ -1,4 +1,4 @@
-"""The spine: which tensors hold all the information, which of them end blocks and stages."""
+"""The main path: which tensors hold all the information, which of them end blocks and stages."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from indistill_fx.passes.capture.trace import trace
 from indistill_fx.passes.structure.dominators import information_flow
-from indistill_fx.passes.structure.stages import spine, stages
+from indistill_fx.passes.structure.stages import main_path, stages
 from indistill_fx.traced import TracedModel
 
 
@@ -45,30 +45,30 @@ def exits(model: TracedModel) -> list[str]:
     return [model.tap_name(stage.exit.output) for stage in stages(model)]
 
 
-def test_every_path_goes_through_the_spine() -> None:
+def test_every_path_goes_through_the_main_path() -> None:
     model = traced(conv(3, 8), Residual(conv(8, 8)), conv(8, 16, stride=2), Residual(conv(16, 16)), *head(16))
-    names = [node.tap for node in spine(model)]
+    names = [node.tap for node in main_path(model)]
     assert names == [":input", "0.0", "0.1", "0", "1:add", "1", "2.0", "2.1", "2", "3:add", "3", "4", "5", "6"]
     assert not any(name.startswith(("1.branch", "3.branch")) for name in names)
 
 
-def test_depth_grows_to_one_and_octaves_count_halvings() -> None:
+def test_depth_grows_to_one_and_levels_count_halvings() -> None:
     model = traced(conv(3, 8), Residual(conv(8, 8)), conv(8, 16, stride=2), Residual(conv(16, 16)), *head(16))
-    nodes = spine(model)
+    nodes = main_path(model)
     depths = [node.depth for node in nodes]
     assert depths == sorted(depths)
     assert depths[0] == 0
     assert depths[-1] == 1
-    assert {node.tap: node.octaves for node in nodes}["1"] == 0
-    assert {node.tap: node.octaves for node in nodes}["3"] == 1
-    assert {node.tap: node.octaves for node in nodes}["6"] is None
+    assert {node.tap: node.level for node in nodes}["1"] == 0
+    assert {node.tap: node.level for node in nodes}["3"] == 1
+    assert {node.tap: node.level for node in nodes}["6"] is None
 
 
 def test_exits_are_marked_and_stages_numbered() -> None:
     model = traced(
         conv(3, 8), Residual(conv(8, 8)), Residual(conv(8, 8)), conv(8, 16, stride=2), Residual(conv(16, 16)), *head(16)
     )
-    nodes = {node.tap: node for node in spine(model)}
+    nodes = {node.tap: node for node in main_path(model)}
     assert [tap for tap, node in nodes.items() if node.is_stage_exit] == ["2", "4"]
     assert [tap for tap, node in nodes.items() if node.is_block_exit and not node.is_stage_exit] == ["0", "1", "3"]
     assert [nodes[tap].stage for tap in ("0", "2", "3", "4", "7")] == [0, 0, 1, 1, None]
@@ -109,8 +109,8 @@ def test_a_shape_or_a_mask_is_no_path_of_information() -> None:
 
     model = trace(Masked(), (torch.randint(1, 9, (2, 6)), torch.ones(2, 6)))
     flow = information_flow(model)
-    assert flow.trunk[0] == "ids"
-    assert [name for name in flow.trunk if name.startswith("add")] == ["add", "add_1"]
+    assert flow.main_path[0] == "ids"
+    assert [name for name in flow.main_path if name.startswith("add")] == ["add", "add_1"]
 
 
 def test_the_activation_after_a_sum_belongs_to_the_block_and_the_norm_before_the_next_does_not() -> None:
@@ -273,7 +273,7 @@ def test_a_pyramids_outputs_are_stages_of_their_own() -> None:
     ]
 
 
-def test_further_outputs_behind_a_pyramids_last_one_are_no_stages_of_the_trunk() -> None:
+def test_further_outputs_behind_a_pyramids_last_one_are_no_stages_of_the_main_path() -> None:
     class Retina(Pyramid):
         def __init__(self) -> None:
             super().__init__()
@@ -286,8 +286,8 @@ def test_further_outputs_behind_a_pyramids_last_one_are_no_stages_of_the_trunk()
             return {**found, "7": self.p7(found["6"].relu())}
 
     found = stages(model := trace(Retina(), torch.randn(2, 3, 64, 64)))
-    trunk, outputs = ([s for s in found if s.is_output is which] for which in (False, True))
-    assert [model.tap_name(stage.exit.output) for stage in trunk] == ["down.0", "down.1", "down.2"]
+    on_path, outputs = ([s for s in found if s.is_output is which] for which in (False, True))
+    assert [model.tap_name(stage.exit.output) for stage in on_path] == ["down.0", "down.1", "down.2"]
     assert {model.tap_name(stage.exit.output) for stage in outputs} == {"outer.0", "outer.1", "outer.2", "p6", "p7"}
 
 
@@ -352,7 +352,7 @@ def test_windows_are_a_map_again_where_the_block_ends() -> None:
     assert model.facts_of("3").shape == (2, 8, 16, 16)
 
 
-def test_the_inside_of_a_u_net_is_on_the_spine() -> None:
+def test_the_inside_of_a_u_net_is_on_the_main_path() -> None:
     class Hourglass(nn.Module):
         def __init__(self) -> None:
             super().__init__()
