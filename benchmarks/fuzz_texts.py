@@ -37,7 +37,7 @@ from indistill_fx.loading.spec import parse_input, parse_spec
 from indistill_fx.plan import AlignmentPlan, ModelStamp, Pair
 from indistill_fx.runs.directory import STUDENT
 from indistill_fx.runs.load import is_run, load_run
-from indistill_fx.runs.signature import seal
+from indistill_fx.runs.signature import sign
 from indistill_fx.system.terminal import printable
 
 LIMIT_SECONDS = 60  # what is called a hang; imports are within it
@@ -128,7 +128,7 @@ def run_case(dice: random.Random, folder: Path) -> str:
     named = dice.choice((spec, spec, *SPECS))
     told = {
         "status": "done",
-        "about": {"model": named, "input_size": [1, 8, 8], "seal": seal(spec), "classes": ["a", "b"]},
+        "about": {"model": named, "input_size": [1, 8, 8], "seal": sign(parse_spec(spec)), "classes": ["a", "b"]},
         "resumed": 1,
     }
     text = json.dumps(mutate_tree(told, dice))

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from indistill_fx.errors import ConfigError, nearest
-from indistill_fx.system.files import read_bounded
+from indistill_fx.errors import ConfigError, TrainError, nearest
+from indistill_fx.system.files import read_bounded, replace_file
 from indistill_fx.traced import TracedModel
 
 Adapter = Literal["none", "pool", "tokens_to_map"]
@@ -107,19 +106,16 @@ class AlignmentPlan(_Frozen):
             ConfigError: the place cannot be written.
         """
         target = Path(path)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        text = self.model_dump_json(indent=2) + "\n"
         try:
-            temporary.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
-            os.replace(temporary, target)
-        except OSError as error:
+            replace_file(target, lambda draft: draft.write_text(text, encoding="utf-8"))
+        except TrainError as error:
+            cause = error.__cause__
             raise ConfigError(
-                f"The plan cannot be written to {target}: {error.strerror}.",
+                f"The plan cannot be written to {target}: {getattr(cause, 'strerror', None) or cause}.",
                 where=str(target),
                 hint="Give another path with -o.",
             ) from error
-        finally:
-            with suppress(OSError):  # a disk that may not be written refuses this too
-                temporary.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> AlignmentPlan:

@@ -15,6 +15,7 @@ FileKind = Literal["torch", "torch-legacy", "export", "safetensors"]
 
 _MAGIC_LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _HEAD = 4096
+_LONGEST_HEADER = 100_000_000  # bytes, as the safetensors library has it
 _UNREADABLE = (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error)
 
 # What the file may start with -> what it is, what to do.
@@ -162,8 +163,8 @@ def count_safetensors(path: Path) -> int:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         try:
-            return len(json.loads(file.read(length)).keys() - {"__metadata__"})
-        except (ValueError, AttributeError) as error:
+            return len(json.loads(file.read(min(length, _LONGEST_HEADER))).keys() - {"__metadata__"})
+        except (ValueError, AttributeError, RecursionError) as error:
             raise damaged(str(path), str(error)) from error
 
 

@@ -78,7 +78,7 @@ def load_source(spec: str, *, trust: Sequence[str] = ()) -> Source:
     """
     _require_packages(trust)
     parsed = parse_spec(spec)
-    with _trusted_importable() if trust else nullcontext():
+    with _importable(trust):
         source = _load_place(parsed, trust)
         if parsed.weights:
             from indistill_fx.loading.state_dicts import load_weights
@@ -88,10 +88,11 @@ def load_source(spec: str, *, trust: Sequence[str] = ()) -> Source:
     return source
 
 
-def _trusted_importable() -> AbstractContextManager[None]:
-    from indistill_fx.loading.user_models import working_directory_importable
+def _importable(trust: Sequence[str]) -> AbstractContextManager[None]:
+    """Trusted packages that are not installed are looked for in the working directory."""
+    from indistill_fx.loading.user_models import is_installed, working_directory_importable
 
-    return working_directory_importable()
+    return nullcontext() if all(map(is_installed, trust)) else working_directory_importable()
 
 
 def _load_place(parsed: Spec, trust: Sequence[str]) -> Source:
@@ -152,7 +153,9 @@ def _load_module_file(path: Path, text: str, trust: Sequence[str]) -> Source:
         raise ConfigError(f"`{label}` holds a {type(module).__name__}, not a module.", where=label)
     notes = rehearsal.describe_trusted()
     if isinstance(module, nn.DataParallel):
-        module, notes = module.module, (*notes, "taken out of its DataParallel wrapper")
+        module, notes = vars(module)["_modules"].get("module"), (*notes, "taken out of its DataParallel wrapper")
+        if module is None:
+            raise ConfigError(f"`{label}` holds a DataParallel wrapper with nothing in it.", where=label)
     return _with_facts(Source(module, text, "module file", notes=notes), describe_timm(module))
 
 

@@ -10,6 +10,7 @@ from typing import Any, TypeGuard
 from torch import nn
 
 from indistill_fx.errors import ConfigError, FrontendError, nearest
+from indistill_fx.loading.spec import is_input_size
 
 Normalisation = tuple[tuple[float, ...], tuple[float, ...]]
 
@@ -193,11 +194,13 @@ def describe_timm(module: nn.Module) -> InputFacts:
     if isinstance(first, str) and first in dict(module.named_modules()):
         channels = getattr(module.get_submodule(first), "in_channels", channels)
     mean, deviation = config.get("mean"), config.get("std")
-    normalisation = (tuple(mean), tuple(deviation)) if mean and deviation else None
-    return InputFacts((channels, *edges), normalisation)
+    normalisation = (tuple(mean), tuple(deviation)) if _are_numbers(mean) and _are_numbers(deviation) else None
+    return InputFacts((channels, *edges), normalisation) if is_input_size([channels, *edges]) else InputFacts()
+
+
+def _are_numbers(value: Any) -> TypeGuard[Sequence[float]]:
+    return isinstance(value, (tuple, list)) and bool(value) and all(isinstance(item, (int, float)) for item in value)
 
 
 def _is_shape(value: Any) -> TypeGuard[Sequence[int]]:
-    return (
-        isinstance(value, (tuple, list)) and bool(value) and all(isinstance(item, int) and item > 0 for item in value)
-    )
+    return is_input_size(value)

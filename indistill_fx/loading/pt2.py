@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from indistill_fx.errors import ConfigError
 from indistill_fx.loading.file_kinds import damaged, open_zip
+from indistill_fx.loading.operators import may_be_called
 from indistill_fx.loading.safe_pickle import load_rehearsed, rehearse
 
 _ENTRY = re.compile(
@@ -233,8 +234,7 @@ def _check_operator(target: str, trust: Sequence[str]) -> None:
                 importlib.import_module(namespace)  # registers them
             found = getattr(getattr(torch.ops, namespace), name, None)
             found = getattr(found, overload[0], None) if overload else found
-            schema = getattr(found, "_schema", None)
-            if schema is not None and not any("file" in argument.name for argument in schema.arguments):
+            if found is not None and may_be_called(namespace, name, found):
                 return
     raise _UnfitError(f"calls {target[:80]!r}, which is no tensor operation known here")
 

@@ -7,8 +7,11 @@ torch's own weights-only unpickler, which is told of exactly the names the rehea
 from __future__ import annotations
 
 import functools
+import io
+import re
 import sys
-from collections.abc import Sequence
+import zipfile
+from collections.abc import Mapping, Sequence
 from typing import Any, BinaryIO
 
 from torch import Tensor, nn
@@ -21,6 +24,8 @@ from indistill_fx.loading.pickle_scan import Rehearsal, go_through
 _LEGACY_MAGIC, _LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 # Module trees are walked by recursion and without memory, in torch too (`Module.train`).
 _DEEPEST, _MOST_VISITS = 200, 50_000
+_EMPTY = nn.Module()
+_NAME = re.compile(r"[A-Za-z_]\w{0,250}|\d{1,9}", re.ASCII)
 # Names that say how an honest file came to be refused.
 _HINTS = {
     "__main__.": "It was defined in a script: name that, as in script.py:make_model@weights.safetensors.",
@@ -85,7 +90,7 @@ def load_rehearsed(file: BinaryIO, label: str, rehearsal: Rehearsal) -> Any:
 
     try:
         with torch.serialization.safe_globals(_allow(rehearsal)):
-            loaded = torch.load(file, map_location="cpu", weights_only=True)
+            loaded = torch.load(_checked_parts(file, label), map_location="cpu", weights_only=True)
     except Exception as error:
         said, _, _ = str(error).partition("\n\nCheck the documentation")  # its advice is to load without care
         reason = said.strip().rpartition("\n")[2]
@@ -93,6 +98,20 @@ def load_rehearsed(file: BinaryIO, label: str, rehearsal: Rehearsal) -> Any:
     if isinstance(loaded, nn.Module) and (fault := _find_fault(loaded)):
         raise damaged(label, fault)
     return loaded
+
+
+def _checked_parts(file: BinaryIO, label: str) -> BinaryIO:
+    """The file, in memory; an archive is written anew from its checked entries, so that torch reads those and no others."""
+    if file.read(2) != b"PK":
+        file.seek(0)
+        return file
+    file.seek(0)
+    copied = io.BytesIO()
+    with zipfile.ZipFile(copied, "w") as new, open_zip(file, label) as old:
+        for entry in old.infolist():
+            new.writestr(entry.filename, old.read(entry))
+    copied.seek(0)
+    return copied
 
 
 def _allow(rehearsal: Rehearsal) -> list[Any]:
@@ -177,6 +196,28 @@ def _hint_foreign(foreign: Sequence[str]) -> str:
     return f"If you trust its origin: {asked}. Or name the code: package.module:make_model@weights.safetensors."
 
 
+def _is_name(name: object) -> bool:
+    """Whether the name of a part is an identifier or a number: torch.fx writes names into source, and other tools into paths."""
+    return isinstance(name, str) and bool(_NAME.fullmatch(name))
+
+
+def _own_fault(module: nn.Module, state: Mapping[str, Any]) -> str:
+    """What a module holds that would run or hide something: hooks, or an attribute in the place of a method."""
+    for name, made in vars(_EMPTY).items():
+        held = state.get(name, made)
+        if isinstance(made, dict) and not isinstance(held, dict):
+            return f"has no proper {name}"
+        if "hook" in name and held:
+            return f"has {name}"
+    for name, value in state.items():
+        if any(name in state[registry] for registry in ("_modules", "_parameters", "_buffers")):
+            return f"has an attribute {name!r} in the place of a part of that name"
+        # timm's FasterNet chooses one of its own methods as its forward.
+        if callable(getattr(nn.Module, name, None)) and getattr(value, "__self__", None) is not module:
+            return f"has an attribute {name!r} in the place of a method"
+    return ""
+
+
 def _find_fault(module: nn.Module) -> str:
     """What makes a loaded module unfit to be walked, or nothing.
 
@@ -196,10 +237,15 @@ def _find_fault(module: nn.Module) -> str:
                 value is None or isinstance(value, legal) for value in held.values()
             ):
                 return f"a {kind} in it has no proper {registry[1:]}"
-            if not all(isinstance(name, str) and name for name in held):
-                return f"a {kind} in it has {registry[1:]} without a name"
+            for name in held:
+                if not _is_name(name):
+                    return f"a {kind} in it calls one of its {registry[1:]} {str(name)[:60]!r}, which is no identifier or number"
+                if hasattr(_EMPTY, name):
+                    return f"a {kind} in it calls one of its {registry[1:]} {name!r}, which hides what every module has"
         if not isinstance(state.get("training"), bool):
             return f"a {kind} in it has no training flag"
+        if fault := _own_fault(current, state):
+            return f"a {kind} in it {fault}"
         if id(current) in above or len(above) > _DEEPEST:
             return f"a {kind} in it holds itself, or is nested too deeply"
         above = above | {id(current)}

@@ -118,7 +118,15 @@ def parse_input(text: str) -> tuple[int, ...]:
     if not size or 0 in size:
         hint = "Write the shape of one sample, without the batch, as 3x224x224: channels, height, width."
         raise ConfigError(f"{text!r} is no input shape.", where="--input", got=text, expected="CxHxW", hint=hint)
-    if math.prod(size) > _LARGEST_INPUT:
+    if not is_input_size(size):
         hint = f"At most {_LARGEST_INPUT:,} elements are taken."
         raise ConfigError(f"An input of {text} would not fit in memory.", where="--input", got=text, hint=hint)
     return size
+
+
+def is_input_size(value: object) -> bool:
+    """Whether a value, perhaps from a file, is the size of an input that fits in memory."""
+    if not isinstance(value, (tuple, list)) or not 0 < len(value) <= 16:
+        return False
+    whole = all(isinstance(n, int) and not isinstance(n, bool) and 0 < n <= _LARGEST_INPUT for n in value)
+    return whole and math.prod(value) <= _LARGEST_INPUT

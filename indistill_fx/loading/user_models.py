@@ -6,7 +6,8 @@ import inspect
 import sys
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def build_by_factory(place: str, name: str, arguments: Mapping[str, Any]) -> nn.
         FrontendError: the code fails, or makes no module; names file and line.
     """
     spec = f"{place}:{name}"
-    with working_directory_importable():
+    with nullcontext() if place.endswith(".py") or is_installed(place) else working_directory_importable():
         factory = _import(place, spec)
         _require_callable(factory, spec, arguments)
         try:
@@ -109,13 +110,19 @@ def _place_of(factory: Any, spec: str) -> str:
     return f"{code.co_filename}:{code.co_firstlineno}" if code is not None else spec
 
 
+def is_installed(package: str) -> bool:
+    """Whether Python finds a package without the working directory's help; nothing is imported."""
+    top = package.partition(".")[0]
+    return top in sys.modules or PathFinder.find_spec(top, sys.path) is not None
+
+
 @contextmanager
 def working_directory_importable() -> Iterator[None]:
-    """Let imports find the working directory, as for `python script.py` run there; a console script does not."""
+    """Let imports find what is in the working directory and nowhere else: it comes last, so that no file there stands in for a library."""
     here = str(Path.cwd())
     added = here not in sys.path
     if added:
-        sys.path.insert(0, here)
+        sys.path.append(here)
     try:
         yield
     finally:

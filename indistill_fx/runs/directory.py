@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 
 from indistill_fx.errors import ConfigError, TrainError
 from indistill_fx.runs.checkpoint import SCHEMA, check_schema
-from indistill_fx.system.files import read_bounded, read_lines, replace_file, save_json
+from indistill_fx.system.files import clear_drafts, read_bounded, read_lines, replace_file, save_json
 
 LAST = "checkpoints/last.safetensors"
 BEST = "checkpoints/best.safetensors"
@@ -87,6 +87,8 @@ class RunDirectory:
             )
         if self.resumes:
             check_schema(self.told().get("schema_version", 1), self.path / "run.json")
+        for folder in (self.path, self.path / "checkpoints"):
+            clear_drafts(folder)
         if self._tensorboard:
             self._board = _tensorboard(self.path / "tensorboard")
 

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from indistill_fx.errors import ConfigError, TrainError
 from indistill_fx.loading.load import Source, load_source
-from indistill_fx.loading.spec import Spec, parse_spec
+from indistill_fx.loading.spec import Spec, is_input_size, parse_spec
 from indistill_fx.loading.state_dicts import load_weights
 from indistill_fx.runs.directory import BEST, EXPORT, LAST, MOST_BYTES, STUDENT
-from indistill_fx.runs.signature import is_sealed, seal
+from indistill_fx.runs.signature import is_signed, sign
 from indistill_fx.system.files import read_bounded, save_json
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def absolute(spec: str) -> str:
 def about(model: str, data: str, input_size: tuple[int, ...], **more: Any) -> dict[str, Any]:
     """What a run must keep so that its model can be built again: the `about` of `distill` and `train`."""
     spec = absolute(model)
-    return {"model": spec, "seal": seal(spec), "data": data, "input_size": list(input_size), **more}
+    return {"model": spec, "seal": sign(parse_spec(spec)), "data": data, "input_size": list(input_size), **more}
 
 
 def runs_code(spec: Spec) -> bool:
@@ -107,7 +107,7 @@ def load_run(path: str | os.PathLike[str], *, trust: Sequence[str] = (), best: b
     try:
         told = json.loads(read_bounded(home / "run.json", MOST_BYTES))
         kept = told["about"]
-        spec, size = str(kept["model"]), tuple(int(n) for n in kept["input_size"])
+        spec, size = str(kept["model"]), tuple(kept["input_size"])
         classes = tuple(str(name) for name in kept.get("classes") or ())
         mean, std = (tuple(float(x) for x in part) for part in kept.get("normalisation") or ((), ()))
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -116,11 +116,18 @@ def load_run(path: str | os.PathLike[str], *, trust: Sequence[str] = (), best: b
             where=str(home),
             hint=f"Give the model and the weights: MODEL@{home / STUDENT}.",
         ) from error
+    if not is_input_size(size):
+        raise ConfigError(
+            f"{home / 'run.json'} says that an input has the size {str(size)[:60]}, which cannot be.",
+            where=str(home),
+            got=str(size)[:60],
+            hint=f"Give the model and the weights: MODEL@{home / STUDENT}.",
+        )
     weights = home / (BEST if best else STUDENT)
-    if runs_code(parse_spec(spec)) and not is_sealed(spec, kept.get("seal")):
+    if runs_code(parse_spec(spec)) and not is_signed(parse_spec(spec), kept.get("seal")):
         raise ConfigError(
             f"{home / 'run.json'} says that {spec!r} makes the model. That is code, and this user did not start the run with "
-            "it on this machine, so it was not run.",
+            "it as it is now on this machine, so it was not run.",
             where=str(home),
             got=spec,
             hint=f"If you trust that code, name it yourself: MODEL@{weights} with your own models.py:make for MODEL.",

@@ -1,8 +1,9 @@
 """Which code a run directory may name: what this user started a run with, on this machine, and nothing else.
 
-run.json says which model was trained, and `evaluate`, `export` and `bench` take a run directory as a model. That model may be
-the user's own code, `models.py:make`. But a run directory may come from anybody, and a spec can name any function there is:
-`subprocess:call?args=…`. So the spec is sealed when a run is started, with a key that only this user has.
+run.json says which model was trained, and `evaluate`, `export` and `bench` take a run directory as a model. That model may be the
+user's own code, `models.py:make`. But a run directory may come from anybody, and a spec can name any function there is:
+`subprocess:call?args=…`. So when a run is started the spec is signed, together with the path and the content of the file that it
+names, with a key that only this user has. A signature that is copied beside other code, or code that changed, is none.
 """
 
 from __future__ import annotations
@@ -11,26 +12,49 @@ import hashlib
 import hmac
 import os
 import secrets
+import sys
+from collections.abc import Sequence
 from contextlib import suppress
+from importlib.machinery import PathFinder
 from pathlib import Path
+
+from indistill_fx.loading.spec import Spec
 
 _BYTES = 32
 
 
-def seal(spec: str) -> str | None:
+def sign(spec: Spec) -> str | None:
     """Proof that this user named the spec; None where no key can be kept, for example without a home directory."""
     key = _key(make=True)
     return None if key is None else _digest(key, spec)
 
 
-def is_sealed(spec: str, proof: object) -> bool:
-    """Whether `proof` is this user's for this spec."""
+def is_signed(spec: Spec, proof: object) -> bool:
+    """Whether `proof` is this user's for this spec and the code that it names as that is now."""
     key = _key(make=False)
     return key is not None and isinstance(proof, str) and hmac.compare_digest(_bytes(proof), _bytes(_digest(key, spec)))
 
 
-def _digest(key: bytes, spec: str) -> str:
-    return hmac.new(key, _bytes(spec), hashlib.sha256).hexdigest()
+def code_of(place: str) -> Path | None:
+    """The file that `file.py` or `package.module` names; found without importing anything, and None where there is none."""
+    if place.endswith(".py"):
+        return Path(place).resolve() if Path(place).is_file() else None
+    searched: Sequence[str] | None = [*sys.path, str(Path.cwd())]
+    name = ""
+    for part in place.split("."):
+        name = f"{name}.{part}".lstrip(".")
+        found = PathFinder.find_spec(name, searched)
+        if found is None:
+            return None
+        searched = found.submodule_search_locations
+    return Path(found.origin).resolve() if found is not None and found.origin else None
+
+
+def _digest(key: bytes, spec: Spec) -> str:
+    file = code_of(spec.place) if spec.name else None
+    content = file.read_bytes() if file is not None else b""
+    told = [spec.text, str(file), hashlib.sha256(content).hexdigest()]
+    return hmac.new(key, _bytes("\0".join(told)), hashlib.sha256).hexdigest()
 
 
 def _bytes(text: str) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import stat
 import tempfile
 from collections.abc import Callable, Iterator
@@ -14,6 +15,8 @@ from typing import Any
 from safetensors import SafetensorError
 
 from indistill_fx.errors import ConfigError, TrainError
+
+_DRAFT = ".draft"
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
@@ -26,8 +29,9 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         TrainError: the disk is full, or the place cannot be written; what lay at `path` is still there.
     """
-    draft = path.with_name(f".{path.name}.draft")
+    draft = None
     try:
+        draft = new_draft(path)
         write(draft)
         _sync(draft)
         os.replace(draft, path)
@@ -39,8 +43,27 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
             hint="The last checkpoint there is still good: free some space and go on with resume=True (--resume).",
         ) from error
     finally:
-        with suppress(OSError):  # a disk that may not be written refuses this too
-            draft.unlink(missing_ok=True)
+        if draft is not None:
+            with suppress(OSError):  # a disk that may not be written refuses this too
+                draft.unlink(missing_ok=True)
+
+
+def new_draft(path: Path) -> Path:
+    """A new empty file beside `path`, under a name that nobody can foresee; it is made, so no link of that name is followed.
+
+    Raises:
+        OSError: the place cannot be written.
+    """
+    draft = path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}{_DRAFT}")
+    os.close(os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_NOFOLLOW", 0), 0o666))
+    return draft
+
+
+def clear_drafts(folder: Path) -> None:
+    """Remove what killed processes left of their drafts; for a folder that nobody else writes just now."""
+    for entry in folder.glob(f".*{_DRAFT}"):
+        with suppress(OSError):
+            entry.unlink()
 
 
 def save_json(path: Path, value: Any) -> None:

@@ -51,12 +51,16 @@ def _from_file(path: Path) -> ModuleType:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[key] = module
-    sys.path.insert(0, str(path.parent))  # so that the file finds its neighbours, as when it is run
+    sys.path.append(
+        str(path.parent)
+    )  # so that the file finds its neighbours; last, so that they stand in for no library
     try:
         spec.loader.exec_module(module)
     except BaseException:
         del sys.modules[key]
         raise
     finally:
-        sys.path.remove(str(path.parent))
+        sys.path.reverse()
+        sys.path.remove(str(path.parent))  # the last one
+        sys.path.reverse()
     return module

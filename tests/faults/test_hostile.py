@@ -22,10 +22,11 @@ from indistill_fx.cli.common import console
 from indistill_fx.data.image_folders import decode, list_images, read_image
 from indistill_fx.errors import ConfigError
 from indistill_fx.loading.load import load
+from indistill_fx.loading.spec import parse_spec
 from indistill_fx.plan import AlignmentPlan
 from indistill_fx.report import run_page
 from indistill_fx.runs.load import about, load_run
-from indistill_fx.runs.signature import seal
+from indistill_fx.runs.signature import sign
 from indistill_fx.system.terminal import SafeConsole, printable
 from tests.faults.harness import Victims, run
 
@@ -86,8 +87,8 @@ def test_the_same_code_is_run_when_this_user_started_the_run_with_it(tmp_path: P
 
 
 def test_a_seal_is_for_one_spec_and_its_key_is_private(tmp_path: Path) -> None:
-    first = seal("a.py:make")
-    assert first == seal("a.py:make") != seal("b.py:make")
+    first = sign(parse_spec("a.py:make"))
+    assert first == sign(parse_spec("a.py:make")) != sign(parse_spec("b.py:make"))
     key = tmp_path / "home" / ".local" / "state" / "indistill-fx" / "key"
     assert key.stat().st_mode & 0o777 == 0o600
     assert [path.name for path in key.parent.iterdir()] == ["key"]

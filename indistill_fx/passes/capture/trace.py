@@ -11,6 +11,7 @@ Rules, in order:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -57,6 +58,8 @@ _METHODS: dict[str, Method] = {
 }
 _MUCH = 0.2
 
+_ENDS_A_STRING = re.compile(r"[\"'\\\x00-\x1f\x7f]")
+
 
 def trace(
     module: nn.Module,
@@ -87,6 +90,7 @@ def trace(
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     kwargs = dict(example_kwargs or {})
     _require_code(module)
+    _require_names(module)
     with untouched(module), weights_kept(module) as put_back, mode(module, training=role == "student"):
         reference = Reference(module, inputs, kwargs, gradients=role == "student", put_back=put_back)
         method, captured, known, refused = _capture(reference, leaves, logits, own_flags=role == "teacher")
@@ -109,6 +113,19 @@ def trace(
         example_kwargs=kwargs,
         logits=known.logits,
     )
+
+
+def _require_names(module: nn.Module) -> None:
+    """Refuse names that torch.fx, which writes them into source between quotation marks, would turn into code."""
+    for name, _ in (*module.named_modules(), *module.named_parameters(), *module.named_buffers()):
+        if _ENDS_A_STRING.search(name):
+            raise FrontendError(
+                f"A part of the model is called {name[:80]!r}, which cannot be written into a graph.",
+                where=name[:80],
+                got=name[:80],
+                expected="a name without quotation marks, backslashes and control characters",
+                hint="Give that part another name where the model is made.",
+            )
 
 
 def _require_code(module: nn.Module) -> None:

@@ -1,0 +1,207 @@
+"""Files that attack: names that are code, archives that two readers read differently, libraries that lie beside data, copied signatures."""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import indistill_fx as ifx
+from indistill_fx.cli import run as run_cli
+from indistill_fx.loading.operators import may_be_called
+from indistill_fx.runs.load import about, load_run
+from indistill_fx.system.files import clear_drafts, replace_file, save_json
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def network() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 2))
+
+
+def renamed(module: nn.Module, registry: str, old: str, new: str) -> nn.Module:
+    held = vars(module)[registry]
+    vars(module)[registry] = {new if name == old else name: value for name, value in held.items()}
+    return module
+
+
+CODE = 'x" if getattr(__import__("os"), "system")("touch canary") else "y'
+NAMES = [CODE, "a.b", "a b", "", "a\nb", "\x1b[2J", "é", "1x", "x" * 300, "9" * 12]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("registry", ["_modules", "_parameters", "_buffers"])
+def test_names_in_a_file_are_identifiers_or_numbers(here, registry, name):
+    model = network()
+    if registry == "_modules":
+        renamed(model, registry, "1", name)
+    else:
+        vars(model[0])[registry] = {**vars(model[0])[registry], name: nn.Parameter(torch.ones(1))}
+    torch.save(model, "evil.pt")
+    with pytest.raises(ifx.ConfigError, match="no identifier or number"):
+        ifx.load("evil.pt")
+    assert run_cli(["inspect", "evil.pt", "--input", "3x8x8"]) == 2
+    assert not Path("canary").exists()
+
+
+@pytest.mark.parametrize("name", ["forward", "train", "eval", "_forward_hooks", "to", "state_dict", "training"])
+def test_no_name_hides_what_every_module_has(here, name):
+    torch.save(renamed(network(), "_modules", "1", name), "evil.pt")
+    with pytest.raises(ifx.ConfigError, match="hides what every module has"):
+        ifx.load("evil.pt")
+
+
+def test_no_attribute_stands_in_the_place_of_a_method_and_no_hook_comes_along(here):
+    model = network()
+    model[1].__dict__["state_dict"] = 5
+    torch.save(model, "evil.pt")
+    with pytest.raises(ifx.ConfigError, match=r"in the place of a method|could change what its code does"):
+        ifx.load("evil.pt")
+    model = network()
+    model[1]._forward_hooks[0] = nn.functional.relu
+    torch.save(model, "evil.pt")
+    with pytest.raises(ifx.ConfigError, match="hangs hooks into modules"):
+        ifx.load("evil.pt")
+    model = network()
+    model[1].__dict__["_forward_pre_hooks"] = 5
+    torch.save(model, "evil.pt")
+    with pytest.raises(ifx.ConfigError, match="hangs hooks into modules"):
+        ifx.load("evil.pt")
+
+
+def test_an_honest_file_still_loads(here):
+    model = nn.Sequential(network(), nn.ModuleDict({"left": nn.ReLU(), "right_2": nn.GELU()})["left"])
+    torch.save(model, "sound.pt")
+    assert torch.equal(ifx.load("sound.pt")(torch.ones(1, 3, 8, 8)), model(torch.ones(1, 3, 8, 8)))
+
+
+@pytest.mark.parametrize("name", [CODE, 'a"b', "a\\b", "a\nb"])
+def test_a_module_made_in_memory_with_a_name_that_is_code_is_not_traced(here, name):
+    with pytest.raises(ifx.FrontendError, match="cannot be written into a graph"):
+        ifx.trace(renamed(network(), "_modules", "1", name), torch.ones(2, 3, 8, 8))
+    assert not Path("canary").exists()
+
+
+def test_what_is_checked_is_what_is_loaded(here):
+    """A second directory behind a zip64 locator: one reader sees the honest pickle, another one the evil one."""
+    torch.save(network(), "sound.pt")
+    evil = network()
+    renamed(evil, "_modules", "1", CODE)
+    torch.save(evil, "evil.pt")
+    sound, other = Path("sound.pt").read_bytes(), Path("evil.pt").read_bytes()
+    end = sound.rindex(b"PK\x05\x06")
+    count, _, _ = struct.unpack("<HLL", sound[end + 10 : end + 20])
+    at = other.rindex(b"PK\x05\x06")
+    size64, start64 = struct.unpack("<LL", other[at + 12 : at + 20])
+    record = b"PK\x06\x06" + struct.pack(
+        "<QHHLLQQQQ", 44, 45, 45, 0, 0, count, count, size64, len(sound[:end]) + start64
+    )
+    two = sound[:end] + other[:at] + record
+    two += b"PK\x06\x07" + struct.pack("<LQL", 0, len(sound[:end]) + at, 1) + sound[end:]
+    Path("two.pt").write_bytes(two)
+    with pytest.raises(ifx.ConfigError):
+        ifx.load("two.pt")
+    assert not Path("canary").exists()
+
+
+def test_torch_reads_an_archive_written_from_the_checked_entries(here, monkeypatch):
+    torch.save(network(), "sound.pt")
+    seen = []
+    original = torch.load
+    monkeypatch.setattr(torch, "load", lambda file, **options: seen.append(file) or original(file, **options))
+    ifx.load("sound.pt")
+    assert isinstance(seen[0], io.BytesIO)
+    assert zipfile.ZipFile("sound.pt").namelist() == zipfile.ZipFile(seen[0]).namelist()
+
+
+LIBRARIES = ("pydantic", "timm", "statistics", "wandb", "yaml")
+
+
+@pytest.mark.parametrize("program", [["-m", "indistill_fx"], ["-c", "from indistill_fx.cli import main; main()"]])
+def test_nothing_is_imported_from_where_data_lie(here, program):
+    torch.save(network(), "sound.pt")
+    for name in LIBRARIES:
+        Path(f"{name}.py").write_text(f"open('canary-{name}', 'w').close()\n")
+    path = "" if program[0] == "-m" else "import sys; sys.path.pop(0); "
+    arguments = [program[0], path + program[1] if path else program[1]]
+    done = subprocess.run(
+        [sys.executable, *arguments, "inspect", "sound.pt", "--input", "3x8x8", "--trust", "torchvision"],
+        capture_output=True, text=True, check=False, env={"PYTHONPATH": str(Path(ifx.__file__).parents[1]), "PATH": ""},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert not list(here.glob("canary*"))
+
+
+def test_the_users_own_file_finds_its_neighbours_but_they_are_no_libraries(here):
+    Path("models.py").write_text(
+        "import parts, statistics\nfrom torch import nn\ndef make(): return nn.Linear(parts.WIDTH, 2)\n"
+    )
+    Path("parts.py").write_text("WIDTH = 3\n")
+    Path("statistics.py").write_text("open('canary', 'w').close()\n")
+    assert ifx.load("models.py:make").in_features == 3
+    assert not Path("canary").exists()
+
+
+def test_a_signature_is_of_the_code_and_not_of_its_name(here, monkeypatch):
+    monkeypatch.setenv("HOME", str(here / "home"))
+    Path("models.py").write_text("from torch import nn\ndef make(): return nn.Linear(3, 2)\n")
+    told = {"status": "done", "about": about("models.py:make", "digits", (3,))}
+    Path("run").mkdir()
+    Path("run/run.json").write_text(json.dumps(told))
+    from safetensors.torch import save_file
+
+    save_file(nn.Linear(3, 2).state_dict(), "run/student.safetensors")
+    assert load_run("run").module.in_features == 3
+    Path("models.py").write_text(
+        "open('canary', 'w').close()\nfrom torch import nn\ndef make(): return nn.Linear(3, 2)\n"
+    )
+    with pytest.raises(ifx.ConfigError, match="as it is now on this machine"):
+        load_run("run")
+    Path("elsewhere").mkdir()
+    Path("elsewhere/models.py").write_text("open('canary', 'w').close()\n")
+    told["about"]["model"] = str(here / "elsewhere/models.py:make")
+    Path("run/run.json").write_text(json.dumps(told))
+    with pytest.raises(ifx.ConfigError, match="was not run"):
+        load_run("run")
+    assert not Path("canary").exists()
+
+
+def test_drafts_follow_no_link_and_leave_nothing(here):
+    Path("mine").write_text("mine")
+    for name in (".export.json.draft", ".plan.json.draft"):
+        Path(name).symlink_to("mine")
+    save_json(Path("export.json"), {"a": 1})
+    seen = []
+    replace_file(Path("plan.json"), lambda draft: (seen.append(draft.name), draft.write_text("{}")))
+    replace_file(Path("plan.json"), lambda draft: (seen.append(draft.name), draft.write_text("{}")))
+    assert Path("mine").read_text() == "mine" and len(set(seen)) == 2
+    assert not Path("export.json").is_symlink()
+    clear_drafts(here)
+    assert sorted(path.name for path in here.iterdir()) == ["export.json", "mine", "plan.json"]
+
+
+OPERATORS = {
+    True: "conv2d.default batch_norm.default add_.Tensor relu.default scaled_dot_product_attention.default view.default to.dtype",
+    False: "_print.default segment_reduce.default _sparse_coo_tensor_unsafe.default set_.source_Tensor resize_.default from_file.default "
+    "record_stream.default _test_check_tensor.default",
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "allowed"), [(name, yes) for yes, names in OPERATORS.items() for name in names.split()]
+)
+def test_operators_that_a_program_may_call(name, allowed):
+    packet, _, overload = name.partition(".")
+    assert may_be_called("aten", packet, getattr(getattr(torch.ops.aten, packet), overload)) is allowed
