@@ -138,3 +138,27 @@ def test_the_student_of_a_stage_runs_it():
     stages = ifx.compile_stages(*pair, ifx.align(*pair, example_inputs=x), example_inputs=x)
     for stage in stages:
         assert order(stage.student)[1:6] == ["channels_last", "conv1", "bn1", "max_pool_channels_last", "relu"]
+
+
+class Functional(nn.Module):
+    """Poolings in every way in which people call them."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x):
+        x = nn.functional.max_pool2d(nn.functional.relu(self.conv(x)), kernel_size=2)
+        x = nn.functional.max_pool2d(x, (2, 1), 2, ceil_mode=True)
+        return nn.functional.max_pool2d(x, (1, 2), padding=(0, 1)).mean((2, 3))
+
+
+def test_functional_poolings():
+    module, x = seeded(Functional).double().train(), images(4, 17).double()
+    taps = [":max_pool", ":max_pool_1", ":max_pool_2"]
+    graph = cut(ifx.trace(module, x, role="student"), taps).value
+    result = stem_channels_last(graph)
+    assert len(result.report.done) == 3
+    before, after = graph(x)[0], result.value(x)[0]
+    for tap in taps:
+        torch.testing.assert_close(after[tap], before[tap], rtol=1e-12, atol=1e-12)

@@ -81,4 +81,4 @@ def test_the_student_of_a_stage_runs_it():
         teacher, student, ifx.align(teacher, student, example_inputs=images(2, 32)), example_inputs=images(2, 32)
     )
     nodes = [node.name for node in stages[0].student.graph.nodes]
-    assert nodes.index("relu") > nodes.index("max_pool_by_maxima")
+    assert nodes.index("relu") > nodes.index("max_pool_channels_last")

@@ -5,8 +5,8 @@ processor can at once, ten times faster forward. So a chain convolution → norm
 brought into that layout once, at its beginning, and out of it behind the pooling. Values are those of the same layers in another
 order of summation.
 
-Only stock 2-d poolings that `pool_by_maxima` leaves; on other devices, and under torch.compile, which lays tensors out by itself, the
-stock operation runs and nothing is moved.
+Only stock 2-d poolings. On other devices, and under torch.compile, which lays tensors out by itself, the stock operation runs and
+nothing is moved.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _FREE = UNARY - _RANDOM - {"contiguous"} | {"batch_norm"}
 
 
 def stem_channels_last(graph_module: fx.GraphModule) -> PassResult[fx.GraphModule, Rewrite]:
-    """Run max-poolings, and the chains that lead to them, channels last; after `pool_by_maxima`."""
+    """Run max-poolings, and the chains that lead to them, channels last."""
     if not any(pooling_of(node, graph_module) for node in graph_module.graph.nodes):
         return PassResult(graph_module, Rewrite())
     new, _ = copy_graph(graph_module)

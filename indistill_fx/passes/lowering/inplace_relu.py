@@ -18,13 +18,12 @@ from torch.nn import functional as F
 from indistill_fx.graph.edit import copy_graph
 from indistill_fx.graph.ops import attribute, op_name
 from indistill_fx.passes.contract import PassResult, Rewrite
-from indistill_fx.passes.lowering.channels_last import max_pool_channels_last
-from indistill_fx.passes.lowering.max_pool import max_pool_by_maxima
+from indistill_fx.passes.lowering.channels_last import channels_last, max_pool_channels_last
 
 _LAYERS = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d,
 )  # fmt: skip
-_FUNCTIONS = (max_pool_by_maxima, max_pool_channels_last)
+_FUNCTIONS = (max_pool_channels_last,)
 
 
 def inplace_relu(graph_module: fx.GraphModule) -> PassResult[fx.GraphModule, Rewrite]:
@@ -74,6 +73,9 @@ def _may_be_overwritten(source: fx.Node, graph_module: fx.GraphModule) -> bool:
         return type(module) in _LAYERS and not _hooked(module)
     if source.op != "call_function":
         return False
+    if source.target is channels_last:  # which may give the very tensor it was given
+        origin = source.args[0]
+        return isinstance(origin, fx.Node) and len(origin.users) == 1 and _may_be_overwritten(origin, graph_module)
     return source.target in _FUNCTIONS or (op_name(source) == "add" and len(source.all_input_nodes) == 2)
 
 

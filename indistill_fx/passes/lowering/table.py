@@ -14,7 +14,7 @@ from indistill_fx.passes.contract import Pass
 from indistill_fx.passes.lowering.channels_last import stem_channels_last
 from indistill_fx.passes.lowering.fused_conv import fuse_convolutions
 from indistill_fx.passes.lowering.inplace_relu import inplace_relu
-from indistill_fx.passes.lowering.max_pool import pool_by_maxima, relu_after_pool
+from indistill_fx.passes.lowering.max_pool import relu_after_pool
 from indistill_fx.target import Kind
 from indistill_fx.traced import NodeFacts, Role
 
@@ -34,13 +34,10 @@ class Lowerings:
 
 LOWERINGS: Mapping[Kind, Lowerings] = {
     "cpu": Lowerings(
-        teacher=("pool_by_maxima", "fuse_convolutions"),
-        student=("relu_after_pool", "pool_by_maxima", "stem_channels_last", "inplace_relu"),
+        teacher=("fuse_convolutions",),
+        student=("relu_after_pool", "stem_channels_last", "inplace_relu"),
     ),
-    "cpu reduced": Lowerings(
-        teacher=("pool_by_maxima",),
-        student=("relu_after_pool", "pool_by_maxima", "stem_channels_last", "inplace_relu"),
-    ),
+    "cpu reduced": Lowerings(student=("relu_after_pool", "stem_channels_last", "inplace_relu")),
     "cpu compiled": Lowerings(),
     "cuda": Lowerings(),
     "cuda compiled": Lowerings(),
@@ -58,7 +55,6 @@ def lowering_passes(lowerings: Lowerings, role: Role, facts: Mapping[str, NodeFa
     """
     known: dict[str, Pass] = {
         "relu_after_pool": ("relu_after_pool", relu_after_pool),
-        "pool_by_maxima": ("pool_by_maxima", pool_by_maxima),
         "fuse_convolutions": ("fuse_convolutions", partial(fuse_convolutions, facts=facts)),
         "stem_channels_last": ("stem_channels_last", stem_channels_last),
         "inplace_relu": ("inplace_relu", inplace_relu),
