@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from indistill_fx.errors import ConfigError
+from indistill_fx.graph.names import is_plain, is_plain_path, reserved
 from indistill_fx.loading.file_kinds import damaged, open_zip
 from indistill_fx.loading.operators import may_be_called
 from indistill_fx.loading.safe_pickle import load_rehearsed, rehearse
@@ -63,8 +64,7 @@ _CONTAINERS = (
 )
 
 _FREE = re.compile(r"[\w.+\-]*")  # versions, devices, dialects
-_IDENTIFIER = re.compile(r"\w*")
-_PATH = re.compile(r"[\w.\-/: ]*")  # parameters and modules: nothing that could end a string in generated source
+_PATH = re.compile(r"[\w.\-/: ]*")  # of modules, which are only shown
 _SYMBOL = re.compile(r"[a-z]{1,4}\d{1,5}")
 _LONGEST = 2000
 
@@ -163,7 +163,8 @@ class _UnfitError(Exception):
 
 def _check_payloads(config: Any, name: str, sizes: dict[str, int]) -> None:
     folder = name.rpartition("/")[0]
-    for payload in config["config"].values():
+    for path, payload in config["config"].items():
+        _require_path(path)
         if payload["use_pickle"] or not re.fullmatch(r"(weight|tensor)_\d+", payload["path_name"]):
             raise _UnfitError(f"has a pickled object among its {folder.rpartition('/')[2]}")
         lengths = [size.get("as_int") for size in payload["tensor_meta"]["sizes"]]
@@ -208,12 +209,15 @@ def _check_text(value: str, key: str, trust: Sequence[str]) -> None:
             _check_structure(json.loads(value)[1] if value else {})
         case "as_string" | "as_strings":
             pass  # written into the source by `repr`
-        case "name" | "as_name" | "forward_arg_names":
-            _require(value, _IDENTIFIER, "name")
+        case "name" | "as_name" | "forward_arg_names" | "user_input_name":
+            if value and not is_plain(value):
+                raise _UnfitError(f"has a name {value[:60]!r}")
         case "nn_module_stack":
             _require(re.sub(r"[;,@\[\]()']|<locals>", "", value), _PATH, "module path")
-        case "fqn" | "parameter_name" | "buffer_name" | "tensor_constant_name" | "user_input_name":
-            _require(value, _PATH, "name")
+        case "parameter_name" | "buffer_name" | "tensor_constant_name":
+            _require_path(value)
+        case "fqn":
+            _require(value, _PATH, "module path")
         case _:
             _require(value, _FREE, key)
 
@@ -221,6 +225,12 @@ def _check_text(value: str, key: str, trust: Sequence[str]) -> None:
 def _require(value: str, pattern: re.Pattern[str], what: str) -> None:
     if not pattern.fullmatch(value):
         raise _UnfitError(f"has a {what} {value[:60]!r}")
+
+
+def _require_path(path: str) -> None:
+    """Parameters and buffers are set on modules by their path: it may not hide what a graph module has of its own."""
+    if not is_plain_path(path) or not reserved().isdisjoint(path.split(".")):
+        raise _UnfitError(f"has a parameter or buffer by the name {path[:60]!r}")
 
 
 def _check_operator(target: str, trust: Sequence[str]) -> None:

@@ -8,24 +8,20 @@ from __future__ import annotations
 
 import functools
 import io
-import re
 import sys
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, BinaryIO
 
-from torch import Tensor, nn
+from torch import nn
 
 from indistill_fx.errors import ConfigError
 from indistill_fx.loading.allow_list import get_attribute
 from indistill_fx.loading.file_kinds import SAVE_AGAIN, damaged, open_zip
+from indistill_fx.loading.module_check import find_fault
 from indistill_fx.loading.pickle_scan import Rehearsal, go_through
 
 _LEGACY_MAGIC, _LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
-# Module trees are walked by recursion and without memory, in torch too (`Module.train`).
-_DEEPEST, _MOST_VISITS = 200, 50_000
-_EMPTY = nn.Module()
-_NAME = re.compile(r"[A-Za-z_]\w{0,250}|\d{1,9}", re.ASCII)
 # Names that say how an honest file came to be refused.
 _HINTS = {
     "__main__.": "It was defined in a script: name that, as in script.py:make_model@weights.safetensors.",
@@ -95,7 +91,7 @@ def load_rehearsed(file: BinaryIO, label: str, rehearsal: Rehearsal) -> Any:
         said, _, _ = str(error).partition("\n\nCheck the documentation")  # its advice is to load without care
         reason = said.strip().rpartition("\n")[2]
         raise damaged(label, f"{type(error).__name__}: {reason}") from error
-    if isinstance(loaded, nn.Module) and (fault := _find_fault(loaded)):
+    if isinstance(loaded, nn.Module) and (fault := find_fault(loaded, functools.partial(_is_trusted, rehearsal))):
         raise damaged(label, fault)
     return loaded
 
@@ -112,6 +108,10 @@ def _checked_parts(file: BinaryIO, label: str) -> BinaryIO:
             new.writestr(entry.filename, old.read(entry))
     copied.seek(0)
     return copied
+
+
+def _is_trusted(rehearsal: Rehearsal, kind: type) -> bool:
+    return any(named.value is kind for named in rehearsal.named.values() if named.role == "trusted")
 
 
 def _allow(rehearsal: Rehearsal) -> list[Any]:
@@ -194,60 +194,3 @@ def _hint_foreign(foreign: Sequence[str]) -> str:
         return "Models and weights need none of this; if it is a training checkpoint, ask for its weights alone."
     asked = " ".join(f"--trust {package}" for package in sorted(packages))
     return f"If you trust its origin: {asked}. Or name the code: package.module:make_model@weights.safetensors."
-
-
-def _is_name(name: object) -> bool:
-    """Whether the name of a part is an identifier or a number: torch.fx writes names into source, and other tools into paths."""
-    return isinstance(name, str) and bool(_NAME.fullmatch(name))
-
-
-def _own_fault(module: nn.Module, state: Mapping[str, Any]) -> str:
-    """What a module holds that would run or hide something: hooks, or an attribute in the place of a method."""
-    for name, made in vars(_EMPTY).items():
-        held = state.get(name, made)
-        if isinstance(made, dict) and not isinstance(held, dict):
-            return f"has no proper {name}"
-        if "hook" in name and held:
-            return f"has {name}"
-    for name, value in state.items():
-        if any(name in state[registry] for registry in ("_modules", "_parameters", "_buffers")):
-            return f"has an attribute {name!r} in the place of a part of that name"
-        # timm's FasterNet chooses one of its own methods as its forward.
-        if callable(getattr(nn.Module, name, None)) and getattr(value, "__self__", None) is not module:
-            return f"has an attribute {name!r} in the place of a method"
-    return ""
-
-
-def _find_fault(module: nn.Module) -> str:
-    """What makes a loaded module unfit to be walked, or nothing.
-
-    A damaged name can leave a module without its registries; a crafted file can put a module into itself, or into so
-    many others that walking them never ends.
-    """
-    ahead: list[tuple[nn.Module, frozenset[int]]] = [(module, frozenset())]
-    for _ in range(_MOST_VISITS):
-        if not ahead:
-            return ""
-        current, above = ahead.pop()
-        state = vars(current)
-        kind = type(current).__name__
-        for registry, legal in (("_parameters", Tensor), ("_buffers", Tensor), ("_modules", nn.Module)):
-            held = state.get(registry)
-            if not isinstance(held, dict) or not all(
-                value is None or isinstance(value, legal) for value in held.values()
-            ):
-                return f"a {kind} in it has no proper {registry[1:]}"
-            for name in held:
-                if not _is_name(name):
-                    return f"a {kind} in it calls one of its {registry[1:]} {str(name)[:60]!r}, which is no identifier or number"
-                if hasattr(_EMPTY, name):
-                    return f"a {kind} in it calls one of its {registry[1:]} {name!r}, which hides what every module has"
-        if not isinstance(state.get("training"), bool):
-            return f"a {kind} in it has no training flag"
-        if fault := _own_fault(current, state):
-            return f"a {kind} in it {fault}"
-        if id(current) in above or len(above) > _DEEPEST:
-            return f"a {kind} in it holds itself, or is nested too deeply"
-        above = above | {id(current)}
-        ahead += [(child, above) for child in state["_modules"].values() if child is not None]
-    return "it holds too many modules"

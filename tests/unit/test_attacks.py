@@ -38,7 +38,7 @@ def renamed(module: nn.Module, registry: str, old: str, new: str) -> nn.Module:
 
 
 CODE = 'x" if getattr(__import__("os"), "system")("touch canary") else "y'
-NAMES = [CODE, "a.b", "a b", "", "a\nb", "\x1b[2J", "é", "1x", "x" * 300, "9" * 12]
+NAMES = [CODE, "a.b", "a b", "", "a\nb", "\x1b[2J", "\uff46", "1x", "x" * 300, "9" * 12]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -85,13 +85,6 @@ def test_an_honest_file_still_loads(here):
     model = nn.Sequential(network(), nn.ModuleDict({"left": nn.ReLU(), "right_2": nn.GELU()})["left"])
     torch.save(model, "sound.pt")
     assert torch.equal(ifx.load("sound.pt")(torch.ones(1, 3, 8, 8)), model(torch.ones(1, 3, 8, 8)))
-
-
-@pytest.mark.parametrize("name", [CODE, 'a"b', "a\\b", "a\nb"])
-def test_a_module_made_in_memory_with_a_name_that_is_code_is_not_traced(here, name):
-    with pytest.raises(ifx.FrontendError, match="cannot be written into a graph"):
-        ifx.trace(renamed(network(), "_modules", "1", name), torch.ones(2, 3, 8, 8))
-    assert not Path("canary").exists()
 
 
 def test_what_is_checked_is_what_is_loaded(here):

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from indistill_fx.graph.names import writable_paths
+
 _THROUGH = (
     nn.Transformer,
     nn.TransformerEncoder,
@@ -101,10 +103,16 @@ def assemble(graph: fx.Graph, targets: Mapping[str, Any], class_name: str) -> fx
     """A GraphModule whose modules, parameters and buffers are the very objects given, under the names given.
 
     `fx.GraphModule` does this too, but registers a buffer anew on a module that already has it, which changes the caller's module.
+    Names that cannot be written into the graph's source stand under others; `meta["renamed"]` holds them, new to old.
     """
     graph_module = fx.GraphModule(nn.Module(), fx.Graph(), class_name=class_name)
+    paths = writable_paths(targets)
+    for node in graph.nodes:
+        if node.op in ("call_module", "get_attr"):
+            node.target = paths[str(node.target)]
+    graph_module.meta["renamed"] = {new: old for old, new in paths.items() if new != old}
     for path in sorted(targets, key=lambda path: path.count(".")):
-        *parents, name = path.split(".")
+        *parents, name = paths[path].split(".")
         home: nn.Module = graph_module
         for parent in parents:
             if not hasattr(home, parent):

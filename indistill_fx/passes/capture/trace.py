@@ -5,13 +5,13 @@ Rules, in order:
   2. The capture methods are tried in order; a refused one and its reason are in the report. A graph in which modules kept as
      one node do more than a fifth of the work is only taken if `torch.export`, the last method, has no better one.
   3. In-place operations are made out of place, so that a later one cannot overwrite a tensor that a tap holds.
-  4. The graph is compared with the module on two batch sizes before it is returned; a student's also in what it trains: the
+  4. A name that cannot be written into the graph's source stands there as another; the report says which.
+  5. The graph is compared with the module on two batch sizes before it is returned; a student's also in what it trains: the
      gradients of all parameters, and the buffers.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -58,8 +58,6 @@ _METHODS: dict[str, Method] = {
 }
 _MUCH = 0.2
 
-_ENDS_A_STRING = re.compile(r"[\"'\\\x00-\x1f\x7f]")
-
 
 def trace(
     module: nn.Module,
@@ -90,7 +88,6 @@ def trace(
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     kwargs = dict(example_kwargs or {})
     _require_code(module)
-    _require_names(module)
     with untouched(module), weights_kept(module) as put_back, mode(module, training=role == "student"):
         reference = Reference(module, inputs, kwargs, gradients=role == "student", put_back=put_back)
         method, captured, known, refused = _capture(reference, leaves, logits, own_flags=role == "teacher")
@@ -100,7 +97,7 @@ def trace(
         leaves=captured.leaves,
         specialisations=captured.specialisations,
         checked=known.checked,
-        notes=(*captured.notes, *known.notes),
+        notes=(*captured.notes, *_renamed(captured), *known.notes),
     )
     return TracedModel(
         graph_module=captured.graph_module,
@@ -115,19 +112,6 @@ def trace(
     )
 
 
-def _require_names(module: nn.Module) -> None:
-    """Refuse names that torch.fx, which writes them into source between quotation marks, would turn into code."""
-    for name, _ in (*module.named_modules(), *module.named_parameters(), *module.named_buffers()):
-        if _ENDS_A_STRING.search(name):
-            raise FrontendError(
-                f"A part of the model is called {name[:80]!r}, which cannot be written into a graph.",
-                where=name[:80],
-                got=name[:80],
-                expected="a name without quotation marks, backslashes and control characters",
-                hint="Give that part another name where the model is made.",
-            )
-
-
 def _require_code(module: nn.Module) -> None:
     if isinstance(module, torch.jit.ScriptModule):
         raise FrontendError(
@@ -137,6 +121,16 @@ def _require_code(module: nn.Module) -> None:
             expected="the nn.Module it was compiled from",
             hint="Give the module it was compiled from; its weights are in program.state_dict().",
         )
+
+
+def _renamed(captured: Captured) -> tuple[str, ...]:
+    pairs: dict[str, str] = {}
+    for new, old in captured.graph_module.meta["renamed"].items():
+        news, olds = new.split("."), old.split(".")
+        while news[-1] == olds[-1]:
+            del news[-1], olds[-1]
+        pairs[".".join(olds)] = ".".join(news)
+    return tuple(f"{old!r} stands in the graph as `{new}`" for old, new in pairs.items())
 
 
 def _capture(
@@ -214,7 +208,7 @@ def _functional(
 
 
 def _with_leaves(captured: Captured, given_up: Sequence[str]) -> Captured:
-    called = {str(node.target) for node in captured.graph_module.graph.nodes if node.op == "call_module"}
+    called = {_path(node) for node in captured.graph_module.graph.nodes if node.op == "call_module"}
     leaves = dict.fromkeys((*captured.leaves, *(path for path in given_up if path in called)))
     return Captured(captured.graph_module, captured.outputs, tuple(leaves), captured.specialisations, captured.notes)
 
@@ -231,13 +225,17 @@ def _give_own_flags(graph_module: fx.GraphModule) -> None:
     graph_module.eval()
 
 
+def _path(node: fx.Node) -> str:
+    """The path in the traced module of what a node calls."""
+    target, owner = str(node.target), node.graph.owning_module
+    return str(owner.meta["renamed"].get(target, target)) if owner is not None else target
+
+
 def leaf_share(captured: Captured, known: Known) -> float:
     """The share of the work that is done in modules kept as one node because their code could not be traced."""
     total = sum(facts.macs for facts in known.facts.values())
     kept = set(captured.leaves)
-    whole = [
-        node for node in captured.graph_module.graph.nodes if node.op == "call_module" and str(node.target) in kept
-    ]
+    whole = [node for node in captured.graph_module.graph.nodes if node.op == "call_module" and _path(node) in kept]
     names = {node.name for node in whole} | {
         user.name for node in whole if node.name not in known.facts for user in node.users
     }
