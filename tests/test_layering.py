@@ -24,7 +24,7 @@ FLOORS = [
     "passes",
     "stages evaluation report",
     "training",
-    "demo",
+    "compress demo",
     "cli",
     "__main__",
 ]

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from rich.table import Table
-    from torch import nn
 
     from indistill_fx.passes.pruning.shrink import ShrinkReport
     from indistill_fx.traced import TracedModel
@@ -45,7 +44,13 @@ if TYPE_CHECKING:
 )
 @click.option("--round-to", type=click.IntRange(min=1), help="Keep multiples of so many channels.")
 @click.option("--layers", is_flag=True, help="Show every layer, not only the stages.")
-@click.option("-o", "--output", required=True, metavar="FILE", help="The .pt2 file to write.")
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    metavar="DIR/|FILE",
+    help="A directory for student.py and student.safetensors: the network as source code. Or a .pt2 file to write.",
+)
 @common.input_option
 @common.logits_option
 @common.trust_option
@@ -66,11 +71,11 @@ def command(
 
     \b
     Examples:
+      indistill-fx prune torchvision:resnet18 --ratio 0.5 -o small/
       indistill-fx prune torchvision:resnet18 --ratio 0.5 -o small.pt2
       indistill-fx prune teacher.pt --width layer1=32 --input 3x32x32 -o small.pt2
       indistill-fx prune teacher.pt --plan plan.json -o narrowed.pt2
     """
-    from indistill_fx.deploy.save_pt2 import save_program
     from indistill_fx.errors import ConfigError
 
     if plan_file and (others := [f"--{name.replace('_', '-').rstrip('s')}" for name, wish in wishes.items() if wish]):
@@ -84,8 +89,31 @@ def command(
     traced = common.trace_model(source, common.example_for((source,), input_size, size), "teacher", logits=logits)
     ranking: dict[str, Any] = {"criterion": criterion, "loader": loader}
     smaller = _narrowed(traced, plan_file, ranking) if plan_file else _shrunk(traced, layers, **wishes, **ranking)
-    save_program(smaller, traced.example_inputs, output)
-    common.console().print(f"Written to {output}.", soft_wrap=True)
+    _save(smaller, output)
+
+
+def _save(smaller: TracedModel, output: str) -> None:
+    """As source code into a directory, where that can be written, else as a program."""
+    import os
+    from pathlib import Path
+
+    from indistill_fx.compress.write_source import source_of
+    from indistill_fx.deploy.save_pt2 import save_program
+    from indistill_fx.errors import ExportError
+
+    out, target = common.console(), Path(output)
+    if output.endswith(("/", os.sep)) or target.is_dir():
+        try:
+            source = source_of(smaller)
+        except ExportError as error:
+            out.print(f"No source code: {error} The result is an exported program instead.", soft_wrap=True)
+            target.mkdir(parents=True, exist_ok=True)
+            target = target / "student.pt2"
+        else:
+            out.print(f"Written to {target}. Load it as {source.save(target)}", soft_wrap=True, highlight=False)
+            return
+    save_program(smaller.graph_module, smaller.example_inputs, target)
+    out.print(f"Written to {target}.", soft_wrap=True)
 
 
 def _data(spec: str | None, batches: int) -> tuple[Iterable[object] | None, tuple[int, ...] | None]:
@@ -100,7 +128,7 @@ def _data(spec: str | None, batches: int) -> tuple[Iterable[object] | None, tupl
     return islice(opened.train_plain, batches), opened.input_size
 
 
-def _narrowed(traced: TracedModel, plan_file: str, ranking: dict[str, Any]) -> nn.Module:
+def _narrowed(traced: TracedModel, plan_file: str, ranking: dict[str, Any]) -> TracedModel:
     from rich.text import Text
 
     from indistill_fx.cli.tables import count, plain_table
@@ -117,10 +145,11 @@ def _narrowed(traced: TracedModel, plan_file: str, ranking: dict[str, Any]) -> n
         places = ", ".join(dict.fromkeys(stop.node for stop in tap.stopped)) or "weights only"
         table.add_row(Text(tap.tap), f"{len(tap.kept)} of {tap.of}", *less, Text(places))
     common.console().print(table)
-    return instrument(result.value, [pair.teacher for pair in plan.pairs])
+    graph = instrument(result.value, [pair.teacher for pair in plan.pairs])
+    return result.value.with_graph(graph, facts=result.value.facts, aliases=result.value.aliases)
 
 
-def _shrunk(traced: TracedModel, layers: bool, *, widths: tuple[str, ...], **wishes: Any) -> nn.Module:
+def _shrunk(traced: TracedModel, layers: bool, *, widths: tuple[str, ...], **wishes: Any) -> TracedModel:
     from rich.text import Text
 
     from indistill_fx.cli.tables import count
@@ -141,7 +170,7 @@ def _shrunk(traced: TracedModel, layers: bool, *, widths: tuple[str, ...], **wis
     out.print(table)
     for frozen in result.report.frozen:
         out.print(Text(f"Stayed whole: {frozen.channels} channels, {frozen.reason}"))
-    return result.value.graph_module
+    return result.value
 
 
 def _layers(report: ShrinkReport) -> Table:

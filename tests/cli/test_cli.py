@@ -193,6 +193,29 @@ def test_prune_gives_a_model_that_loads(here, capsys):
     )
 
 
+def test_prune_writes_source_code_into_a_directory(here, capsys):
+    code, out, _ = told(
+        capsys, "prune", "models.py:make?width=16", "--ratio", "0.5", "--input", "1x8x8", "-o", "small/"
+    )
+    assert code == 0
+    assert "small/student.py:Student@small/student.safetensors" in out
+    module = ifx.load("small/student.py:Student@small/student.safetensors")
+    assert module.state_dict().keys() == ifx.load("models.py:make").state_dict().keys()
+
+
+def test_prune_names_what_has_no_source_code_and_gives_a_program_instead(here, capsys):
+    (here / "strange.py").write_text(
+        "import torch\nfrom torch import fx, nn\n\n@fx.wrap\ndef bend(x):\n    return x.sin()\n\n"
+        "class Strange(nn.Module):\n    def forward(self, x):\n        return bend(x)\n\n"
+        "def make():\n    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4), Strange())\n"
+    )
+    code, out, _ = told(capsys, "prune", "strange.py:make", "--ratio", "0.5", "--input", "4", "-o", "small/")
+    assert code == 0
+    assert "`bend` cannot be written as source code: it calls `bend` of `strange`" in out
+    assert sorted(path.name for path in (here / "small").iterdir()) == ["student.pt2"]
+    assert ifx.load("small/student.pt2")(torch.randn(3, 4)).shape == (3, 4)
+
+
 def test_prune_tells_widths_cost_and_time(here, capsys):
     wide = ("prune", "models.py:make?width=16", "--input", "1x8x8", "-o", "small.pt2")
     code, out, _ = told(capsys, *wide, "--ratio", "0.5")

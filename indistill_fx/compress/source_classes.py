@@ -1,0 +1,196 @@
+"""From blocks to classes: blocks that differ in literals only share a class, and the literals become its arguments."""
+
+from __future__ import annotations
+
+import keyword
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from indistill_fx.compress.source_pieces import Block, Construct, Line, Literal, Piece
+
+_WIDE = 100
+_TAB = "    "
+
+
+@dataclass(eq=False)
+class _Class:
+    """A class: its blocks, and per block the arguments that make it."""
+
+    name: str
+    blocks: list[Block]
+    arguments: dict[Block, dict[str, str]] = field(default_factory=dict)
+    columns: dict[int, str] = field(default_factory=dict)
+
+
+def class_texts(root: Block) -> list[str]:
+    """The source of all classes, each before those that use it; the last is the network's."""
+    found = _Classes()
+    groups: dict[object, list[Block]] = {}
+    for block in _inside(root):
+        groups.setdefault(_key(block), []).append(block)
+    for blocks in sorted(groups.values(), key=lambda own: _height(own[0])):
+        found.add(blocks)
+    return [found.text(group) for group in found.classes]
+
+
+def _inside(block: Block) -> Iterator[Block]:
+    for line in (*block.setup, *block.forward):
+        for piece in _flat(line):
+            if isinstance(piece, Block):
+                yield from _inside(piece)
+    yield block
+
+
+def _flat(line: Line) -> Iterator[str | Literal | Block]:
+    for piece in line:
+        if isinstance(piece, Construct):
+            for argument in piece.arguments:
+                yield from _flat(argument)
+        else:
+            yield piece
+
+
+def _height(block: Block) -> int:
+    inner = [_height(piece) for line in block.setup for piece in _flat(line) if isinstance(piece, Block)]
+    return max(inner, default=-1) + 1
+
+
+def _key(piece: Piece | Line) -> object:
+    """What two blocks of one class have in common."""
+    if isinstance(piece, Literal):
+        return "literal", piece.keyword
+    if isinstance(piece, Construct):
+        return piece.name, piece.brackets, tuple(map(_key, piece.arguments))
+    if isinstance(piece, Block):
+        return piece.wish, piece.base, tuple(map(_key, piece.setup)), tuple(map(_key, piece.forward))
+    return piece if isinstance(piece, str) else tuple(map(_key, piece))
+
+
+class _Classes:
+    def __init__(self) -> None:
+        self.classes: list[_Class] = []
+        self.of: dict[Block, _Class] = {}
+        self.names = {"nn", "torch", "F", "Tensor", "Parts", "HeadAttention", "math", "operator"}
+
+    def add(self, blocks: list[Block]) -> None:
+        """Make one class of blocks that share their code; those inside have theirs already."""
+        name, count = blocks[0].wish, 1
+        while name in self.names:
+            count += 1
+            name = f"{blocks[0].wish}{count}"
+        self.names.add(name)
+        group = _Class(name, blocks)
+        rows = [self._literals(block) for block in blocks]
+        columns = list(zip(*rows, strict=True))
+        names: dict[tuple[str, ...], str] = {}
+        taken = _taken(blocks[0])
+        for k, column in enumerate(columns):
+            values = tuple(entry.text for entry in column)
+            if len(set(values)) == 1:
+                continue
+            widths = all(text.isdecimal() and int(text) > 2 for text in values)
+            if widths and values in names:
+                group.columns[k] = names[values]
+                continue
+            group.columns[k] = wish = _free(_best_name(columns, values) if widths else column[0].name, taken)
+            taken.add(wish)
+            if widths:
+                names[values] = wish
+        for block, row in zip(blocks, rows, strict=True):
+            group.arguments[block] = {arg: row[k].text for k, arg in group.columns.items()}
+            self.of[block] = group
+        self.classes.append(group)
+
+    def _literals(self, block: Block) -> list[Literal]:
+        found: list[Literal] = []
+        for line in (*block.setup, *block.forward):
+            for piece in _flat(line):
+                if isinstance(piece, Literal):
+                    found.append(piece)
+                elif isinstance(piece, Block):
+                    inner = self.of[piece].arguments[piece]
+                    found += [Literal(text, name, name) for name, text in inner.items()]
+        return found
+
+    def text(self, group: _Class) -> str:
+        """The source of a class."""
+        counter = iter(range(10**9))
+        block = group.blocks[0]
+        setup = [self._line(line, group, counter, "") for line in block.setup]
+        kept: dict[str, None] = {}
+
+        def remember(name: str) -> str:
+            kept[name] = None
+            return f"self.{name}"
+
+        forward = [self._line(line, group, counter, "", remember) for line in block.forward]
+        arguments = "".join(f", {name}" for name in dict.fromkeys(group.columns.values()))
+        base = "" if block.base != "nn.Module" else "super().__init__()"
+        lines = [f"class {group.name}({block.base}):", f"{_TAB}def __init__(self{arguments}):"]
+        if len(lines[1]) > 110:
+            inner = ",\n".join(f"{_TAB * 2}{name}" for name in ("self", *dict.fromkeys(group.columns.values())))
+            lines[1] = f"{_TAB}def __init__(\n{inner},\n{_TAB}):"
+        body = [*([base] if base else []), *(f"self.{name} = {name}" for name in kept), *setup]
+        lines += [_indented(line, 2) for line in body]
+        if forward:
+            lines += ["", _indented(forward[0], 1), *(_indented(line, 2) for line in forward[1:])]
+        return "\n".join(lines) + "\n"
+
+    def _line(
+        self, line: Line, group: _Class, counter: Iterator[int], indent: str, own: Callable[[str], str] = str
+    ) -> str:
+        return "".join(self._piece(piece, group, counter, own) for piece in line)
+
+    def _piece(self, piece: Piece, group: _Class, counter: Iterator[int], own: Callable[[str], str]) -> str:
+        if isinstance(piece, str):
+            return piece
+        if isinstance(piece, Literal):
+            name = group.columns.get(next(counter))
+            text = own(name) if name is not None else piece.text
+            if name is None and piece.keyword and text == piece.default:
+                return ""
+            return f"{piece.keyword}={text}" if piece.keyword else text
+        if isinstance(piece, Construct):
+            parts = [self._line(argument, group, counter, "", own) for argument in piece.arguments]
+            return _call(piece.name, [part for part in parts if part], piece.brackets)
+        inner = self.of[piece]
+        parts = []
+        for name, text in inner.arguments[piece].items():
+            outer = group.columns.get(next(counter))
+            parts.append(f"{name}={own(outer) if outer is not None else text}")
+        return _call(inner.name, parts, ("(", ")"))
+
+
+def _call(name: str, parts: list[str], brackets: tuple[str, str]) -> str:
+    """A call on one line, or with a line for every argument where it would be long or an argument is a call itself."""
+    flat = f"{name}{brackets[0]}{', '.join(parts)}{brackets[1]}"
+    nested = sum("(" in part and not part.startswith("(") for part in parts) > 1
+    if not nested and len(flat) <= _WIDE and "\n" not in flat:
+        return flat
+    inner = "".join(f"{_indented(part, 1)},\n" for part in parts)
+    return f"{name}{brackets[0]}\n{inner}{brackets[1]}"
+
+
+def _indented(text: str, times: int) -> str:
+    return "\n".join(f"{_TAB * times}{line}" for line in text.split("\n"))
+
+
+def _taken(block: Block) -> set[str]:
+    """Names that an argument must not have: those of the block's own layers, and of values in `forward`."""
+    heads = [line[0] for line in block.setup if isinstance(line[0], str)]
+    names = {head.removeprefix("self.").partition(" ")[0] for head in heads}
+    return names | {"self", "x", "training", "forward"}
+
+
+def _best_name(columns: list[tuple[Literal, ...]], values: tuple[str, ...]) -> str:
+    """Of the literals that always are the same number, the one that says what it is: what a layer makes, rather than what reads it."""
+    same = [column[0].name for column in columns if tuple(entry.text for entry in column) == values]
+    return next((name for name in same if name.endswith("_out")), same[0])
+
+
+def _free(wish: str, taken: set[str]) -> str:
+    name, count = wish, 1
+    while name in taken or not name.isidentifier() or keyword.iskeyword(name):
+        count += 1
+        name = f"{wish}_{count}" if wish.isidentifier() and not keyword.iskeyword(wish) else f"value_{count}"
+    return name

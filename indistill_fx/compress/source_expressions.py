@@ -1,0 +1,197 @@
+"""Nodes as Python expressions."""
+
+from __future__ import annotations
+
+import builtins
+import inspect
+import math
+import operator
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from indistill_fx.compress.source_pieces import Imports, Line, Literal, Piece, literal, numbers, unwritable
+
+Name = Callable[[fx.Node], Line]
+"""A node's value in code."""
+
+_INFIX: Mapping[Any, str] = {
+    operator.add: "+", operator.sub: "-", operator.mul: "*", operator.truediv: "/", operator.floordiv: "//",
+    operator.mod: "%", operator.pow: "**", operator.matmul: "@", operator.and_: "&", operator.or_: "|",
+    operator.xor: "^", operator.eq: "==", operator.ne: "!=", operator.lt: "<", operator.le: "<=", operator.gt: ">",
+    operator.ge: ">=", operator.lshift: "<<", operator.rshift: ">>",
+}  # fmt: skip
+_PREFIX: Mapping[Any, str] = {operator.neg: "-", operator.invert: "~", operator.not_: "not ", operator.pos: "+"}
+_INPLACE: Mapping[Any, str] = {
+    operator.iadd: "+=", operator.isub: "-=", operator.imul: "*=", operator.itruediv: "/=", operator.ipow: "**=",
+    operator.iand: "&=", operator.ior: "|=",
+}  # fmt: skip
+
+
+def expression(node: fx.Node, name: Name, module: Line, imports: Imports) -> Line:
+    """The code of one node.
+
+    Args:
+        node: a call.
+        name: what other nodes' values are called.
+        module: the layer it calls, if it calls one.
+        imports: told what the code needs.
+
+    Raises:
+        ExportError: it has no code.
+    """
+    argument = _Arguments(node, name)
+    if node.op == "call_module":
+        return (*module, *argument.call(node.args, node.kwargs))
+    if node.op == "call_method":
+        return (*argument.atom(node.args[0]), f".{node.target}", *argument.call(node.args[1:], node.kwargs))
+    target: Any = node.target
+    if target is getattr and len(node.args) == 2:
+        return (*argument.atom(node.args[0]), f".{node.args[1]}")
+    if target is operator.getitem:
+        return (*argument.atom(node.args[0]), "[", *argument.key(node.args[1]), "]")
+    if target in _INFIX and len(node.args) == 2 and not node.kwargs:
+        return (*argument.atom(node.args[0]), f" {_INFIX[target]} ", *argument.atom(node.args[1]))
+    if target in _PREFIX and len(node.args) == 1:
+        return (_PREFIX[target], *argument.atom(node.args[0]))
+    return (function_name(node, target, imports), *argument.call(node.args, node.kwargs))
+
+
+def function_name(node: fx.Node, target: Any, imports: Imports) -> str:
+    """How a function is called in the generated file.
+
+    Raises:
+        ExportError: it is the user's own, or has no name.
+    """
+    if isinstance(target, torch._ops.OpOverload):
+        return f"torch.ops.{target.namespace}.{target._schema.name.split('::')[1]}.{target._overloadname}"
+    name = str(getattr(target, "__name__", ""))
+    for home, told in (
+        (F, "F"),
+        (torch, "torch"),
+        (torch.Tensor, "torch.Tensor"),
+        (math, "math"),
+        (operator, "operator"),
+    ):
+        if name and getattr(home, name, None) is target:
+            if home in (math, operator):
+                imports.lines.add(f"import {told}")
+            return f"{told}.{name}"
+    if target is getattr(builtins, name, None):
+        return name
+    if target in _INPLACE:
+        return f"operator.{name}"
+    home_name = str(getattr(target, "__module__", ""))
+    if home_name.startswith("indistill_fx."):
+        imports.own[name] = target
+        return name
+    found = getattr(sys.modules.get(home_name), name, None)
+    if (
+        home_name.split(".")[0] in ("torch", "torchvision", "timm")
+        and inspect.unwrap(found or target) is inspect.unwrap(target)
+        and found
+    ):
+        imports.lines.add(f"from {home_name} import {name}")
+        return name
+    raise unwritable(
+        node.name, f"it calls `{name or target}` of `{home_name or 'nowhere'}`, which is no function of PyTorch"
+    )
+
+
+class _Arguments:
+    """Arguments of one node as code."""
+
+    def __init__(self, node: fx.Node, name: Name):
+        self.node, self.name = node, name
+        try:
+            known = dict(inspect.signature(node.target).parameters) if callable(node.target) else {}
+        except ValueError:  # builtins have none
+            known = {}
+        self.names = tuple(known)
+        self.defaults = {key: parameter.default for key, parameter in known.items()}
+
+    def call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Line:
+        parts = [self.value(arg, self.names[k] if k < len(self.names) else "") for k, arg in enumerate(args)]
+        parts += [
+            (f"{key}=", *self.value(arg, key))
+            for key, arg in kwargs.items()
+            if not (type(arg) in (bool, type(None)) and self.defaults.get(key, inspect.Parameter.empty) is arg)
+        ]
+        return ("(", *_joined(parts), ")")
+
+    def value(self, value: Any, keyword: str) -> Line:
+        if isinstance(value, fx.Node):
+            return self.name(value)
+        if isinstance(value, (tuple, list)) and not isinstance(value, torch.Size) and any(map(_has_node, value)):
+            inner = _joined([self.value(v, keyword) for v in value])
+            opening, closing = "()" if isinstance(value, tuple) else "[]"
+            return (opening, *inner, "," if isinstance(value, tuple) and len(value) == 1 else "", closing)
+        if isinstance(value, dict):
+            pairs = [(f"{literal(key)}: ", *self.value(v, keyword)) for key, v in value.items()]
+            return ("{", *_joined(pairs), "}")
+        if isinstance(value, slice):
+            return ("slice(", *_joined([self.value(v, keyword) for v in (value.start, value.stop, value.step)]), ")")
+        wish = (keyword or str(getattr(self.node.target, "__name__", self.node.target))).strip("_")
+        if (
+            isinstance(value, (tuple, list))
+            and not isinstance(value, torch.Size)
+            and value
+            and all(type(v) is int for v in value)
+        ):
+            opening, closing = "()" if isinstance(value, tuple) else "[]"
+            return (
+                opening,
+                *numbers(value, wish),
+                "," if isinstance(value, tuple) and len(value) == 1 else "",
+                closing,
+            )
+        try:
+            text = literal(value)
+        except ValueError as error:
+            raise unwritable(self.node.name, f"an argument of it is {error}") from error
+        return (Literal(text, wish),)
+
+    def atom(self, value: Any) -> Line:
+        """A value that something can be joined to without parentheses."""
+        line = self.value(value, "value")
+        plain = "".join(piece if isinstance(piece, str) else "0" for piece in line)
+        return ("(", *line, ")") if " " in _outside(plain) else line
+
+    def key(self, value: Any) -> Line:
+        if isinstance(value, tuple):
+            parts = [self.key(v) if isinstance(v, slice) else self.value(v, "index") for v in value]
+            return (*_joined(parts), "," if len(parts) == 1 else "") if parts else ("()",)
+        if isinstance(value, slice):
+            ends = [() if v is None else self.value(v, "index") for v in (value.start, value.stop)]
+            step: Line = () if value.step is None else (":", *self.value(value.step, "index"))
+            return (*ends[0], ":", *ends[1], *step)
+        return self.value(value, "index")
+
+
+def _outside(text: str) -> str:
+    """A text without what stands in brackets."""
+    depth, kept = 0, []
+    for letter in text:
+        depth -= letter in ")]}"
+        if not depth:
+            kept.append(letter)
+        depth += letter in "([{"
+    return "".join(kept)
+
+
+def _has_node(value: Any) -> bool:
+    return bool(fx.node.map_arg(value, lambda n: n) is not None) and any(
+        isinstance(leaf, fx.Node)
+        for leaf in torch.utils._pytree.tree_leaves(value, is_leaf=lambda v: isinstance(v, fx.Node))
+    )
+
+
+def _joined(parts: list[Line]) -> Line:
+    line: list[Piece] = []
+    for k, part in enumerate(parts):
+        line += [", ", *part] if k else part
+    return tuple(line)

@@ -1,0 +1,202 @@
+"""The lines of a block's `forward`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Container, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from indistill_fx.compress.source_expressions import expression
+from indistill_fx.compress.source_pieces import Imports, Line, Piece
+from indistill_fx.compress.source_scopes import Body, Places, Scope
+from indistill_fx.graph.edit import output_node
+
+_NAMES = ("x", "y", "z", "u", "v", "w", "s", "t", "a", "b", "c", "d")
+
+
+@dataclass(frozen=True)
+class Network:
+    """What is written: the graph, where its parts stand, the names of the nodes that hold one tensor, and what the code needs."""
+
+    graph_module: fx.GraphModule
+    places: Places
+    tensors: Container[str]
+    imports: Imports
+
+
+class Forward:
+    """Writes one body: names values, so that a value's name is free again after its last use."""
+
+    def __init__(self, network: Network, scope: Scope, body: Body, inputs: Iterable[fx.Node]):
+        self.network, self.scope, self.body, self.inputs = network, scope, body, list(inputs)
+        self.names: dict[fx.Node, str] = {}
+        self.inline: dict[fx.Node, Line] = {}
+        self.last = self._last_uses()
+
+    def lines(self, result: Any) -> list[Line]:
+        """The lines of `forward`; `result` is what the network returns, None for a block."""
+        if self.scope.path:
+            for node in self.inputs:
+                self.names[node] = self._free()
+            head = ", ".join(self.names.values())
+        else:
+            self.names.update((node, str(node.target).lstrip("*")) for node in self.inputs)
+            head = ", ".join(_parameter(node) for node in self.inputs)
+        lines: list[Line] = [(f"def forward(self, {head}):",)]
+        for k, step in enumerate(self.body.steps):
+            lines += self._step(k, step)
+        own = commas([self._value(node) for node in self.body.outputs]) if result is None else ()
+        values = self._structure(result) if result is not None else own
+        lines = _with_loops(lines)
+        if len(values) == 1 and lines[-1][0] == f"{values[0]} = ":
+            return [*lines[:-1], ("return ", *lines[-1][1:])]
+        return [*lines, ("return ", *values)]
+
+    def _step(self, k: int, step: fx.Node | tuple[Scope, Body]) -> list[Line]:
+        if isinstance(step, fx.Node):
+            module = self._self(self.network.places.modules[step]) if step in self.network.places.modules else ""
+            code = expression(step, self._value, (module,), self.network.imports)
+            if self._inlined(step):
+                self.inline[step] = code
+                return []
+            name = self._name(step, [step], k)
+            return [((f"{name[0]} = " if step.users else ""), *code)]
+        scope, body = step
+        values = [self._value(node) for node in body.inputs]
+        code = (self._self(scope.path), "(", *commas(values), ")")
+        if not body.outputs:
+            return [code]
+        return [(f"{', '.join(self._name(step, body.outputs, k))} = ", *code)]
+
+    def _inlined(self, node: fx.Node) -> bool:
+        """Sizes, and entries of tuples, are written where they are read."""
+        if node not in self.last or node in self.body.outputs:
+            return False
+        if node.op == "call_function" and node.target is getattr:
+            return True
+        reads = node.all_input_nodes
+        small = (
+            node.op == "call_function"
+            and getattr(node.target, "__name__", "") == "getitem"
+            and isinstance(node.args[1], int)
+        )
+        source = node.args[0] if small else None
+        if isinstance(source, fx.Node) and not self._is_tensor(source):
+            return True
+        return not reads and node.op == "call_function" and not self._is_tensor(node)
+
+    def _is_tensor(self, node: fx.Node) -> bool:
+        return node.name in self.network.tensors
+
+    def _value(self, node: fx.Node) -> Line:
+        if node in self.inline:
+            return self.inline[node]
+        if node.op == "get_attr" and node not in self.names:
+            return (self._self(self.network.places.tensors[str(node.target)]),)
+        return (self.names[node],)
+
+    def _self(self, path: str) -> str:
+        """`self.layers[0].conv`."""
+        return self_path(relative(path, self.scope))
+
+    def _structure(self, value: Any) -> Line:
+        if isinstance(value, fx.Node):
+            return self._value(value)
+        if isinstance(value, (tuple, list)):
+            opening, closing = "()" if isinstance(value, tuple) else "[]"
+            trailing = "," if isinstance(value, tuple) and len(value) == 1 else ""
+            return (opening, *commas([self._structure(v) for v in value]), trailing, closing)
+        if isinstance(value, dict):
+            return ("{", *commas([(f'"{key}": ', *self._structure(v)) for key, v in value.items()]), "}")
+        return (repr(value),)
+
+    def _last_uses(self) -> dict[fx.Node, int]:
+        """The step that last reads each node, through what is written inline."""
+        last: dict[fx.Node, int] = {}
+        steps = self.body.steps
+        for k, step in enumerate(steps):
+            for source in step.all_input_nodes if isinstance(step, fx.Node) else step[1].inputs:
+                last[source] = k
+        for node in (*self.body.outputs, *output_node(self.network.graph_module.graph).all_input_nodes):
+            last[node] = len(steps)
+        self.last = last
+        for step in reversed(steps):
+            if isinstance(step, fx.Node) and step in last and self._inlined(step):
+                for source in step.all_input_nodes:
+                    last[source] = max(last.get(source, 0), last[step])
+        return last
+
+    def _name(self, step: Any, results: list[fx.Node], k: int) -> list[str]:
+        """Names for what a step gives: those of what it reads for the last time, then free ones."""
+        dying = [n for n, name in self.names.items() if self.last.get(n, -1) <= k]
+        reads = step.all_input_nodes if isinstance(step, fx.Node) else step[1].inputs
+        order = sorted(dying, key=lambda n: reads.index(n) if n in reads else len(reads))
+        free = [self.names.pop(node) for node in order]
+        names = []
+        for node in results:
+            name = free.pop(0) if free else self._free()
+            self.names[node] = name
+            names.append(name)
+        return names
+
+    def _free(self) -> str:
+        taken = set(self.names.values())
+        numbered = (f"x{k}" for k in range(1, 10_000))
+        return next(name for name in (*_NAMES, *numbered) if name not in taken)
+
+
+_CALL = re.compile(r"(\w+) = (self[\w.]*)\[(\d+)\]\((\w+)\)")
+
+
+def _with_loops(lines: list[Line]) -> list[Line]:
+    """`x = self.blocks[0](x)`, `x = self.blocks[1](x)`, … as a loop, where it goes over the whole list."""
+    plain = ["".join(piece if isinstance(piece, str) else "#" for piece in line) for line in lines]
+    found = [_CALL.fullmatch(line) for line in plain]
+    text = "".join(plain)
+    result: list[Line] = []
+    k = 0
+    while k < len(lines):
+        first, end = found[k], k
+        while first and end < len(lines) and (call := found[end]) and call[2] == first[2] and int(call[3]) == end - k:
+            if not first[1] == call[1] == call[4]:
+                break
+            end += 1
+        if first and end - k > 2 and text.count(f"{first[2]}[") == end - k:
+            result += [(f"for block in {first[2]}:",), (f"    {first[1]} = block({first[1]})",)]
+            k = end
+        else:
+            result.append(lines[k])
+            k += 1
+    return result
+
+
+def self_path(path: str) -> str:
+    """`self.layers[0].conv` for `layers.0.conv`."""
+    first, *rest = path.split(".")
+    begin = f"self.{first}" if first.isidentifier() else f'getattr(self, "{first}")'
+    return begin + "".join(f".{part}" if part.isidentifier() else f"[{_key(part)}]" for part in rest)
+
+
+def _key(part: str) -> str:
+    """An index where it is a number, else a text."""
+    return part if part.isdecimal() else f'"{part}"'
+
+
+def _parameter(node: fx.Node) -> str:
+    return str(node.target) if not node.args else f"{node.target}={node.args[0]!r}"
+
+
+def relative(path: str, scope: Scope) -> str:
+    """A path as its scope sees it."""
+    return path.removeprefix(f"{scope.path}.") if scope.path else path
+
+
+def commas(values: Iterable[Line]) -> Line:
+    """Values with commas between."""
+    line: list[Piece] = []
+    for k, value in enumerate(values):
+        line += [", ", *value] if k else value
+    return tuple(line)

@@ -1,0 +1,224 @@
+"""What generated code is made of: text, literals that may become arguments, and calls of constructors.
+
+Two blocks share a class if their code differs in literals only. So code is kept as pieces until all blocks are known.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from indistill_fx.errors import ExportError
+from indistill_fx.graph.attention import HeadAttention
+
+
+def unwritable(where: str, what: str) -> ExportError:
+    """The error for a construct that has no source code."""
+    return ExportError(f"`{where}` cannot be written as source code: {what}.", where=where)
+
+
+@dataclass(frozen=True, slots=True)
+class Literal:
+    """A literal in code.
+
+    Attributes:
+        text: as Python writes it.
+        name: what an argument that replaces it would be called.
+        keyword: of the call it belongs to, if it is given by keyword.
+        default: the text that need not be written.
+    """
+
+    text: str
+    name: str
+    keyword: str = ""
+    default: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Construct:
+    """A call of a constructor: its name in code, its arguments, and the brackets around them."""
+
+    name: str
+    arguments: tuple[Line, ...]
+    brackets: tuple[str, str] = ("(", ")")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Block:
+    """A block's code: a class to be, with the lines of its `__init__` and of its `forward`.
+
+    Attributes:
+        wish: the class's name, if it is free.
+        setup: lines of `__init__`; of a Sequential, the one that calls its parent's.
+        forward: lines of `forward`, its head included; none where the parent's will do.
+        base: the parent class.
+    """
+
+    wish: str
+    setup: tuple[Line, ...]
+    forward: tuple[Line, ...]
+    base: str = "nn.Module"
+
+
+Piece: TypeAlias = "str | Literal | Construct | Block"
+Line: TypeAlias = "tuple[Piece, ...]"
+
+
+@dataclass
+class Imports:
+    """What the generated file needs from elsewhere: lines of import, and functions and classes of ours whose source goes into it."""
+
+    lines: set[str] = field(default_factory=set)
+    own: dict[str, Any] = field(default_factory=dict)
+
+
+def literal(value: Any) -> str:
+    """A plain value as code.
+
+    Raises:
+        ValueError: it has no literal form.
+    """
+    if isinstance(value, torch.Size):
+        value = tuple(value)
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return f'float("{value}")'
+    if value is None or value is Ellipsis or isinstance(value, (bool, int, float)):
+        return "..." if value is Ellipsis else repr(value)
+    if isinstance(value, str):
+        quoted = repr(value)
+        return f'"{quoted[1:-1]}"' if '"' not in value else quoted
+    if isinstance(value, (torch.dtype, torch.layout, torch.memory_format)):
+        return str(value)
+    if isinstance(value, torch.device):
+        return f'torch.device("{value}")'
+    if isinstance(value, tuple):
+        return f"({', '.join(map(literal, value))}{',' if len(value) == 1 else ''})"
+    if isinstance(value, list):
+        return f"[{', '.join(map(literal, value))}]"
+    raise ValueError(f"a {type(value).__name__}")
+
+
+def numbers(values: Sequence[int], name: str) -> Line:
+    """Numbers with commas between, each of which may become an argument."""
+    pieces: list[Piece] = []
+    for k, value in enumerate(values):
+        pieces += [", "] * bool(k) + [Literal(literal(value), name if len(values) == 1 else f"{name}_{k}")]
+    return tuple(pieces)
+
+
+def tensor_value(name: str, tensor: Tensor) -> Line:
+    """The code of a parameter or buffer of zeros; its values come from the weights."""
+    kind = "" if tensor.dtype == torch.get_default_dtype() else f", dtype={tensor.dtype}"
+    shape = numbers(list(tensor.shape), f"{name}_size") or ("()",)
+    zeros: Line = ("torch.zeros(", *shape, f"{kind})")
+    return ("nn.Parameter(", *zeros, ")") if isinstance(tensor, nn.Parameter) else zeros
+
+
+def constructor(path: str, name: str, module: nn.Module, imports: Imports) -> Construct:
+    """The call that makes a layer like this one.
+
+    Args:
+        path: where it stands, for errors.
+        name: under which it stands in its block, from which arguments get their names.
+        module: the layer.
+        imports: told what the call needs.
+
+    Raises:
+        ExportError: the layer is none of PyTorch's, or its constructor cannot make one like it.
+    """
+    if isinstance(module, HeadAttention):
+        return _head_attention(path, name, module, imports)
+    kind = type(module)
+    if getattr(nn, kind.__name__, None) is not kind:
+        raise unwritable(path, f"it is a {kind.__module__}.{kind.__qualname__}, which is no layer of torch.nn")
+    arguments = _arguments(module)
+    shown = _compact(kind, arguments, module)
+    if shown is None:
+        raise unwritable(path, f"nn.{kind.__name__} has no arguments that make one like it")
+    defaults = {key: p.default for key, p in inspect.signature(kind.__init__).parameters.items()}
+    pieces: list[Line] = []
+    positional = True
+    for key, value in shown.items():
+        default = None if defaults[key] is inspect.Parameter.empty else _text(path, defaults[key])
+        positional = positional and default is None
+        wish = f"{name}_{key.removesuffix('_channels').removesuffix('_features')}"
+        pieces.append((Literal(_text(path, value), wish, "" if positional else key, default),))
+    return Construct(f"nn.{kind.__name__}", tuple(pieces))
+
+
+def _text(path: str, value: Any) -> str:
+    try:
+        return literal(value)
+    except ValueError as error:
+        raise unwritable(path, f"an argument of it is {error}") from error
+
+
+def _head_attention(path: str, name: str, module: HeadAttention, imports: Imports) -> Construct:
+    imports.own["HeadAttention"] = HeadAttention
+    parts: list[Line] = [
+        (constructor(f"{path}.{part}", f"{name}_{part}", getattr(module, part), imports),)
+        for part in ("query", "key", "value", "out")
+    ]
+    for key, default in (("heads", None), ("dropout", "0.0"), ("batch_first", "True")):
+        parts.append((Literal(literal(getattr(module, key)), f"{name}_{key}", key, default),))
+    return Construct("HeadAttention", tuple(parts))
+
+
+_GIVEN: Mapping[str, Any] = {
+    "bias": lambda m: m.in_proj_bias is not None if isinstance(m, nn.MultiheadAttention) else _flag(m.bias),
+    "add_bias_kv": lambda m: m.bias_k is not None,
+}
+"""Arguments that a module keeps in another form."""
+_LEFT_OUT = ("self", "device", "dtype", "args", "kwargs", "_weight", "_freeze", "min_value", "max_value", "init")
+
+
+def _flag(bias: Any) -> bool:
+    return bias if isinstance(bias, bool) else bias is not None
+
+
+def _arguments(module: nn.Module) -> dict[str, Any]:
+    """The constructor's arguments, read off the module."""
+    found = {}
+    for key, parameter in inspect.signature(type(module).__init__).parameters.items():
+        if key in _LEFT_OUT or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            continue
+        if key in _GIVEN:
+            found[key] = _GIVEN[key](module)
+        elif hasattr(module, key):
+            found[key] = getattr(module, key)
+    return found
+
+
+def _compact(kind: type[nn.Module], arguments: Mapping[str, Any], module: nn.Module) -> dict[str, Any] | None:
+    """The arguments, (3, 3) and (3,) written as 3 where that makes the same; None where they do not make a module like it."""
+    plain = {key: value[0] if _repeats(value) else value for key, value in arguments.items()}
+    for wish in (plain, dict(arguments)):
+        if _makes(kind, wish, module):
+            return wish
+    return None
+
+
+def _repeats(value: Any) -> bool:
+    return isinstance(value, tuple) and len(value) > 0 and all(type(v) is int and v == value[0] for v in value)
+
+
+def _makes(kind: type[nn.Module], arguments: Mapping[str, Any], module: nn.Module) -> bool:
+    try:
+        with torch.device("meta"):
+            made = kind(**arguments)
+    except Exception:  # the constructor refuses them, whatever it raises
+        return False
+    sizes = [[(name, tuple(t.shape)) for name, t in m.state_dict().items()] for m in (made, module)]
+    return sizes[0] == sizes[1] and _plain(made) == _plain(module)
+
+
+def _plain(module: nn.Module) -> dict[str, Any]:
+    """What a module keeps besides tensors, flags and hooks."""
+    kinds = (bool, int, float, str, tuple, list, type(None))
+    found = {k: v for k, v in module.__dict__.items() if isinstance(v, kinds) and not k.startswith("_")}
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in found.items() if k != "training"}

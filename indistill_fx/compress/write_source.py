@@ -1,0 +1,183 @@
+"""A network as source code: `student.py` with a class `Student`, and its weights beside it. Plain PyTorch, nothing of ours.
+
+Rules, in order:
+  1. A module of the original becomes a class again where its nodes stand together and all its calls do the same.
+  2. Modules that differ in numbers only share a class, and the numbers become its arguments.
+  3. What was written is run: it must give the graph's outputs to the bit, from the weights that are saved with it.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import types
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from indistill_fx.compress.source_blocks import Writer
+from indistill_fx.compress.source_classes import class_texts
+from indistill_fx.compress.source_pieces import Imports, unwritable
+from indistill_fx.compress.source_scopes import Dissolve, scopes_of
+from indistill_fx.errors import ConfigError, ExportError
+from indistill_fx.graph.module_state import mode
+from indistill_fx.system.files import write
+from indistill_fx.traced import TracedModel
+
+SOURCE, WEIGHTS = "student.py", "student.safetensors"
+
+
+@dataclass(frozen=True)
+class StudentSource:
+    """A network as source code.
+
+    Attributes:
+        text: of `student.py`.
+        state: weights and buffers by the names they have in `Student`.
+    """
+
+    text: str
+    state: dict[str, Tensor]
+
+    def build(self) -> nn.Module:
+        """A new `Student` with these weights, in train mode."""
+        home = types.ModuleType("student")
+        exec(compile(self.text, SOURCE, "exec"), home.__dict__)
+        student: nn.Module = home.Student()
+        student.load_state_dict(self.state)
+        return student
+
+    def save(self, directory: Path) -> str:
+        """Write both files, the weights first.
+
+        Args:
+            directory: it is made if need be.
+
+        Returns:
+            The model spec that loads them.
+
+        Raises:
+            ConfigError: they cannot be written.
+        """
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"Cannot make the directory `{directory}`: {error.strerror or error}.",
+                where=str(directory),
+                hint="Give a path that may be written.",
+            ) from error
+        own = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in self.state.items()}
+        write(directory / WEIGHTS, save(own))
+        write(directory / SOURCE, self.text)
+        return f"{directory / SOURCE}:Student@{directory / WEIGHTS}"
+
+
+def source_of(model: TracedModel) -> StudentSource:
+    """Write a network as source code, and prove it.
+
+    Args:
+        model: any traced network, shrunk or not; it is not changed.
+
+    Returns:
+        The source and the weights.
+
+    Raises:
+        ExportError: a construct has no source code; it is named.
+    """
+    graph_module, dissolved = model.graph_module, set[str]()
+    while True:
+        root, places = scopes_of(graph_module, dissolved)
+        writer = Writer(graph_module, places, model.facts)
+        try:
+            block = writer.root(root)
+            break
+        except Dissolve as found:
+            if not found.path or found.path in dissolved:
+                raise unwritable(found.path or "the network", "its layers do not stand where their names say") from None
+            dissolved.add(found.path)
+    state = {name: tensor.detach().clone() for name, tensor in writer.state.items()}
+    classes = "\n\n".join(class_texts(block))
+    text = _head(model) + _imports(writer.imports, classes) + "\n\n" + classes
+    source = StudentSource(text, state)
+    _prove(source, model)
+    return source
+
+
+def _head(model: TracedModel) -> str:
+    parameters = sum(parameter.numel() for parameter in model.graph_module.parameters())
+    sizes = [tuple(value.shape[1:]) for value in model.example_inputs if isinstance(value, Tensor)]
+    told = ", ".join("x".join(map(str, size)) for size in sizes)
+    return (
+        f'"""Student: {parameters:,} parameters, {model.macs:,} multiply-accumulates a sample of {told}.\n\n'
+        f'    student = Student()\n    student.load_state_dict(safetensors.torch.load_file("{WEIGHTS}"))\n"""\n\n'
+    )
+
+
+def _imports(imports: Imports, classes: str) -> str:
+    """Import lines, and the source of classes and functions of ours with all that they name."""
+    own: dict[str, str] = {}
+    todo = list(imports.own.items())
+    lines = {"from torch import nn", *imports.lines}
+    while todo:
+        name, thing = todo.pop(0)
+        if name in own:
+            continue
+        home = inspect.getmodule(thing)
+        text = inspect.getsource(thing)
+        own[name] = text
+        for used in sorted({node.id for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Name)}):
+            found = getattr(home, used, None)
+            if getattr(found, "__module__", None) == getattr(home, "__name__", "") and used not in own:
+                todo.append((used, found))
+            elif found is not None and used == "math":
+                lines.add("import math")
+            elif found is not None and used in ("Sequence", "Mapping"):
+                lines.add(f"from collections.abc import {used}")
+            elif used == "Tensor":
+                lines.add("from torch import Tensor, nn")
+    code = classes + "".join(own.values())
+    if "torch." in code:
+        lines.add("import torch")
+    if "F." in code:
+        lines.add("import torch.nn.functional as F")
+    if "from torch import Tensor, nn" in lines:
+        lines.discard("from torch import nn")
+    plain = sorted((line for line in lines if "torch" not in line), key=lambda line: (line.startswith("from"), line))
+    torches = sorted((line for line in lines if "torch" in line), key=lambda line: (line.startswith("from"), line))
+    future = "from __future__ import annotations\n\n" if own else ""
+    head = future + "".join(f"{line}\n" for line in plain) + ("\n" if plain else "")
+    body = "".join(f"\n\n{text}" for text in reversed(own.values()))
+    return head + "".join(f"{line}\n" for line in torches) + body
+
+
+def _prove(source: StudentSource, model: TracedModel) -> None:
+    """Run what was written, and the graph.
+
+    Raises:
+        ExportError: they differ, or it does not run.
+    """
+    inputs = tuple(v.detach().clone() if isinstance(v, Tensor) else v for v in model.example_inputs)
+    device = next(iter(source.state.values()), torch.zeros(())).device
+    try:
+        student = source.build().to(device).eval()
+        with torch.random.fork_rng(), torch.no_grad(), mode(model.graph_module, training=False):
+            expected = model.graph_module(*inputs, **model.example_kwargs)
+            got = student(*inputs, **model.example_kwargs)
+    except ExportError:
+        raise
+    except Exception as error:  # whatever the generated code raises
+        raise unwritable("the network", f"its source code does not run: {type(error).__name__}: {error}") from error
+    for one, other in zip(_tensors(expected), _tensors(got), strict=True):
+        if not torch.equal(one, other):
+            difference = float((one.double() - other.double()).abs().max())
+            raise unwritable("the network", f"its source code computes something else (differs by {difference:.1e})")
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]

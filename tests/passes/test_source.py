@@ -1,0 +1,191 @@
+"""Networks as source code: what is written computes the same, in both modes, and needs nothing of ours."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import indistill_fx as ifx
+from indistill_fx.compress.write_source import source_of
+from tests.nets import Cnn32, Overwritten, PreActivation, Residual, TinyTransformer, images, seeded, unsettle
+
+
+def traced(module: nn.Module, inputs: Tensor, *, ratio: float | None = None) -> ifx.TracedModel:
+    model = ifx.trace(unsettle(module), (inputs,), role="teacher")
+    return model if ratio is None else ifx.shrink(model, ratio=ratio).value
+
+
+def results(module: nn.Module, inputs: Tensor, *, training: bool) -> list[Tensor]:
+    """The output; in train mode the gradients of all parameters and of the input too, ordered by shape and sum, and the statistics."""
+    module = copy.deepcopy(module)
+    for part in module.modules():
+        part.training = training
+    for parameter in module.parameters():
+        parameter.requires_grad_()
+    x = inputs.clone().requires_grad_()
+    torch.manual_seed(0)
+    output = module(x)
+    if not training:
+        return [output.detach()]
+    output.square().sum().backward()
+    grads = [p.grad for p in module.parameters() if p.grad is not None]
+    rest = sorted([*grads, *(b.double() for b in module.buffers())], key=lambda t: (tuple(t.shape), float(t.sum())))
+    return [output.detach(), x.grad, *rest]
+
+
+def assert_same(model: ifx.TracedModel, inputs: Tensor) -> str:
+    source = source_of(model)
+    student = source.build()
+    for training in (False, True):
+        expected = results(model.graph_module, inputs, training=training)
+        for one, other in zip(expected, results(student, inputs, training=training), strict=True):
+            assert torch.equal(one, other)
+    return source.text
+
+
+@pytest.mark.parametrize("make", [Cnn32, Residual, Overwritten, PreActivation])
+@pytest.mark.parametrize("ratio", [None, 0.5])
+def test_outputs_and_gradients_are_the_graphs(make, ratio):
+    size = 32 if make is Cnn32 else 16
+    assert_same(traced(seeded(make), images(4, size), ratio=ratio), images(5, size, seed=1))
+
+
+@pytest.mark.parametrize("ratio", [None, 0.5])
+def test_a_transformer_too(ratio):
+    model = seeded(TinyTransformer)
+    assert_same(traced(model, images(3, 16), ratio=ratio), images(4, 16, seed=1))
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("resnet18", 32), ("mobilenet_v3_small", 32), ("shufflenet_v2_x0_5", 32), ("swin_t", 32), ("squeezenet1_1", 33)],
+)
+def test_torchvision(name, size):
+    import torchvision
+
+    torch.manual_seed(0)
+    model = traced(torchvision.models.get_model(name, num_classes=7), images(2, size), ratio=0.5)
+    assert_same(model, images(4, size, seed=1))
+
+
+def test_blocks_of_one_structure_share_a_class_and_names_stay():
+    import torchvision
+
+    source = source_of(traced(torchvision.models.resnet18(num_classes=7), images(2, 32), ratio=0.5))
+    assert [line for line in source.text.splitlines() if line.startswith("class ")] == [
+        "class BasicBlock(nn.Module):",
+        "class BasicBlock2(nn.Module):",
+        "class Student(nn.Module):",
+    ]
+    original = torchvision.models.resnet18(num_classes=7).state_dict()
+    assert source.state.keys() == original.keys()
+    assert "        self.conv1 = nn.Conv2d(3, 32, 7, stride=2, padding=3, bias=False)\n" in source.text
+
+
+def test_weights_that_are_one_stay_one():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.norm = nn.Linear(6, 6), nn.LayerNorm(6)
+            self.head = nn.Linear(6, 6)
+            self.head.weight = self.embed.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.tanh(self.norm(self.embed(x))))
+
+    student = source_of(traced(Tied(), torch.randn(3, 6))).build()
+    assert student.head.weight is student.embed.weight
+    assert_same(traced(Tied(), torch.randn(3, 6)), torch.randn(4, 6))
+
+
+class Twice(nn.Module):
+    """A block called twice, and one whose calls differ, which cannot be a class."""
+
+    class Inner(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(4, 4, 3, padding=1)
+
+        def forward(self, x: Tensor, bend: bool = False) -> Tensor:
+            return F.relu(self.conv(x)) if bend else self.conv(x)
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.other = self.Inner(), self.Inner()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inner(x) + x
+        x = self.inner(x) * 2
+        return self.other(self.other(x) - 1, bend=True).mean((2, 3))
+
+
+def test_blocks_called_twice():
+    text = assert_same(traced(Twice(), images(3, 8, channels=4)), images(4, 8, channels=4, seed=1))
+    assert "self.inner(x)" in text
+    assert "self.other.conv(" in text
+
+
+@given(
+    widths=st.lists(st.integers(1, 6), min_size=1, max_size=4),
+    stride=st.integers(1, 2),
+    split=st.booleans(),
+    power=st.floats(0.1, 3),
+)
+@settings(max_examples=20, deadline=None)
+def test_random_chains_of_blocks(widths, stride, split, power):
+    class Part(nn.Module):
+        def __init__(self, cin: int, cout: int):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(cin, 2 * cout, 3, stride, 1), nn.BatchNorm2d(2 * cout)
+            self.register_buffer("scale", torch.tensor(power))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.norm(self.conv(x))
+            if split:
+                a, b = y.chunk(2, 1)
+                return a * torch.sigmoid(b) * self.scale
+            return F.gelu(y[:, : y.shape[1] // 2]) + y[:, ::2] * power
+
+    parts = [Part(cin, cout) for cin, cout in zip([3, *widths], widths, strict=False)]
+    model = nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], 2))
+    torch.manual_seed(0)
+    text = assert_same(traced(model, images(3, 8)), images(4, 8, seed=1))
+    assert text.count("class Part") == 1
+
+
+def test_it_loads_without_this_package(tmp_path):
+    source = source_of(traced(seeded(TinyTransformer), images(2, 16), ratio=0.5))
+    spec = source.save(tmp_path / "small")
+    code = (
+        "import sys, torch; sys.modules['indistill_fx'] = None; sys.path.insert(0, '.')\n"
+        "from safetensors.torch import load_file\nfrom student import Student\n"
+        "model = Student()\nmodel.load_state_dict(load_file('student.safetensors'))\n"
+        "print(model.eval()(torch.ones(1, 3, 16, 16)).sum().item())"
+    )
+    told = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path / "small", capture_output=True, text=True, check=True
+    )
+    loaded = ifx.load(spec).eval()
+    assert float(told.stdout) == pytest.approx(loaded(torch.ones(1, 3, 16, 16)).sum().item(), rel=1e-5)
+    assert "indistill" not in source.text
+
+
+class Strange(nn.Module):
+    """Its norm is no layer of torch.nn, and a graph keeps it whole."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tensor([float(v) for v in x.detach().sum((1,)).tolist()])[:, None] * x
+
+
+def test_what_cannot_be_written_is_named():
+    model = nn.Sequential(nn.Linear(4, 4), Strange(), nn.Linear(4, 2))
+    with pytest.raises(ifx.ExportError, match=r"`1` cannot be written as source code: it is a .*Strange"):
+        source_of(traced(model, torch.randn(3, 4)))
