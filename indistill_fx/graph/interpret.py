@@ -41,12 +41,13 @@ def run_looking(graph_module: fx.GraphModule, look: Look, *args: Any, instead: I
     return _Looking(graph_module, look, instead).run(*args)
 
 
-def run_part(node: fx.Node, needed: Container[fx.Node]) -> Any:
+def run_part(node: fx.Node, needed: Container[fx.Node], known: Mapping[fx.Node, Any]) -> Any:
     """The value of a node that depends on no input.
 
     Args:
         node: in a graph that a GraphModule owns.
         needed: the node and all that it is computed from.
+        known: values of some of these.
     """
     owner = node.graph.owning_module
     assert owner is not None
@@ -54,7 +55,7 @@ def run_part(node: fx.Node, needed: Container[fx.Node]) -> Any:
     with torch.no_grad():
         for other in node.graph.nodes:
             if other in needed:
-                run.env[other] = run.run_node(other)
+                run.env[other] = known[other] if other in known else run.run_node(other)
     return run.env[node]
 
 

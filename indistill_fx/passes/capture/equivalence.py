@@ -108,14 +108,16 @@ class Reference:
         inputs, kwargs = batch_of(given, size, example_size=self.example)
         return inputs, kwargs
 
-    def shapes(self, size: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The example with another batch size, as tensors without data."""
+    def shapes(self, size: int, *, factor: int = 1) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The example with another batch size, as tensors without data; pictures (or ids) are `factor` times as high and wide (or long)."""
 
         def empty(leaf: Any) -> Any:
             if not isinstance(leaf, Tensor):
                 return leaf
-            grown = leaf.dim() and leaf.shape[0] == self.example
-            return torch.empty((size, *leaf.shape[1:]) if grown else leaf.shape, dtype=leaf.dtype, device="meta")
+            batch = [size] if leaf.dim() and leaf.shape[0] == self.example else list(leaf.shape[:1])
+            channels = leaf.shape[1:2] if leaf.is_floating_point() else ()
+            rest = [n * factor for n in leaf.shape[1 + len(channels) :]]
+            return torch.empty((*batch, *channels, *rest), dtype=leaf.dtype, device="meta")
 
         inputs, kwargs = tree_map(empty, (self.inputs, dict(self.kwargs)))
         return inputs, kwargs

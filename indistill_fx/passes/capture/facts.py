@@ -23,13 +23,15 @@ from indistill_fx.graph.interpret import run_looking
 from indistill_fx.graph.ops import UNARY, attribute, op_name
 from indistill_fx.passes.capture.channel_axis import channel_axes
 from indistill_fx.passes.capture.equivalence import Reference, plain_attention
+from indistill_fx.passes.capture.static_values import count_of, fold_static, has_sizes, static_axes
 from indistill_fx.traced import Kind, NodeFacts
 
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """Facts per node, the node of the main output, and the comparisons made."""
+    """The graph with its static values written in, facts per node, the node of the main output, and the comparisons made."""
 
+    graph_module: fx.GraphModule
     facts: dict[str, NodeFacts]
     logits: str
     checked: tuple[tuple[int, float], ...]
@@ -43,6 +45,18 @@ class _Seen:
     shape: tuple[int, ...]
     dtype: torch.dtype
     macs: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """What one run showed: of every node's tensor, and how many tensors there are in a node's tuple."""
+
+    seen: dict[str, _Seen]
+    counts: dict[str, int]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: seen.shape for name, seen in self.seen.items()}
 
 
 class _MacCounter(TorchDispatchMode):
@@ -71,6 +85,7 @@ class _Observed(nn.Module):
         super().__init__()
         self.graph_module = graph_module
         self.seen: dict[str, _Seen] = {}
+        self.counts: dict[str, int] = {}
 
     def forward(self, *args: Any) -> None:
         counter, counted = _MacCounter(), 0
@@ -82,8 +97,11 @@ class _Observed(nn.Module):
             if isinstance(value, Tensor):
                 macs += sum(untold.pop(source, 0) for source in node.all_input_nodes)
                 self.seen[node.name] = _Seen(tuple(value.shape), value.dtype, macs)
-            elif macs:  # a tuple: its work is counted at the first of its parts
+                return
+            if macs:  # a tuple: its work is counted at the first of its parts
                 untold[node] = macs
+            if (count := count_of(value)) is not None:
+                self.counts[node.name] = count
 
         with counter:
             run_looking(self.graph_module, note, *args, instead=_like_input)
@@ -149,29 +167,62 @@ def infer_facts(
     checked = reference.compare(graph_module, small=size_free)
     sizes = [size for size, _ in checked]
     runs = [_observe(graph_module, reference, size) for size in sizes]
-    facts = _assemble(graph_module, runs, sizes, reference.example)
-    return Known(facts, _logits_node(graph_module, facts, logits), checked, reference.notes)
+    if has_sizes(graph_module, runs[0].shapes):
+        graph_module, changed = _fold(graph_module, runs, reference)
+        if changed:
+            checked = reference.compare(graph_module, small=size_free)
+            runs = [_observe(graph_module, reference, size) for size in sizes]
+    facts = _assemble(graph_module, [run.seen for run in runs], sizes, reference.example)
+    return Known(graph_module, facts, _logits_node(graph_module, facts, logits), checked, reference.notes)
 
 
-def _observe(graph_module: fx.GraphModule, reference: Reference, size: int) -> dict[str, _Seen]:
+def _fold(graph_module: fx.GraphModule, runs: list[_Run], reference: Reference) -> tuple[fx.GraphModule, bool]:
+    """Write what is static into the graph; see `static_values`."""
+    shapes = [run.shapes for run in runs]
+    other = _other_picture(graph_module, reference)
+    channels = None
+    if other is None:
+        dtypes = {name: seen.dtype for name, seen in runs[0].seen.items()}
+        channels = channel_axes(graph_module, shapes[0], dtypes)
+    else:
+        shapes.append(other.shapes)
+    counted = [*runs, *filter(None, [other])]
+    counts = {name: n for name, n in runs[0].counts.items() if all(run.counts.get(name) == n for run in counted)}
+    return fold_static(graph_module, static_axes(shapes, channels), counts)
+
+
+def _other_picture(graph_module: fx.GraphModule, reference: Reference) -> _Run | None:
+    """A run at another size of the picture, without data; None if the graph accepts none."""
+    for factor in (2, 3):
+        try:
+            return _run_without_data(graph_module, *reference.shapes(2, factor=factor))
+        except Exception:
+            continue
+    return None
+
+
+def _observe(graph_module: fx.GraphModule, reference: Reference, size: int) -> _Run:
     """What each node's tensor is like: from tensors without data, or where operations refuse those, from a real run."""
-    observed = _Observed(graph_module)
-    own = {name: tensor for name, tensor in (*observed.named_parameters(), *observed.named_buffers())}
     try:
-        inputs, kwargs = reference.shapes(size)
-        with torch.no_grad(), plain_attention(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            torch.func.functional_call(observed, tree_map(_without_data, own), (*inputs, *kwargs.values()))
+        return _run_without_data(graph_module, *reference.shapes(size))
     except Exception:  # whatever an operation says to tensors without data
-        observed.seen.clear()
+        observed = _Observed(graph_module)
         torch.manual_seed(0)
         inputs, kwargs = reference.batch(size)
-        written = {
-            name: tensor.clone() if not isinstance(tensor, nn.Parameter) else tensor for name, tensor in own.items()
-        }
+        parameters = {name: tensor for name, tensor in observed.named_parameters()}
+        written = {name: tensor.clone() for name, tensor in observed.named_buffers()}
         with torch.no_grad(), plain_attention():
-            torch.func.functional_call(observed, written, (*inputs, *kwargs.values()))
-    return observed.seen
+            torch.func.functional_call(observed, {**parameters, **written}, (*inputs, *kwargs.values()))
+        return _Run(observed.seen, observed.counts)
+
+
+def _run_without_data(graph_module: fx.GraphModule, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _Run:
+    observed = _Observed(graph_module)
+    own = {name: tensor for name, tensor in (*observed.named_parameters(), *observed.named_buffers())}
+    with torch.no_grad(), plain_attention(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.func.functional_call(observed, tree_map(_without_data, own), (*inputs, *kwargs.values()))
+    return _Run(observed.seen, observed.counts)
 
 
 def _without_data(leaf: Any) -> Any:

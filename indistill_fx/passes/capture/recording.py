@@ -55,7 +55,7 @@ def capture_leaves(
         runs = [_record(module, inputs, kwargs, known, size=size, give_up_submodules=True) for size in (2, 3)]
         frozen = _changed_decisions(runs[0].book.decisions, runs[1].book.decisions)
         if not frozen:
-            return runs[0].captured(already=given_up)
+            return runs[0].captured((*given_up, *runs[0].given_up))
         for decision in frozen:
             if not decision.module:
                 raise FrontendError(

@@ -48,6 +48,10 @@ def _expression(frame: FrameType) -> str:
     return line.encode()[start:stop].decode(errors="replace").strip() or line.strip()
 
 
+class UnhashableSizeError(TypeError):
+    """Code that keeps things by size (a cache, a dictionary) must not keep a stand-in: it would be found there after the trace."""
+
+
 class Decision(NamedTuple):
     """What the example input decided: in which module, where in its code, which expression, and how."""
 
@@ -138,7 +142,7 @@ class Size:
         return float(self.plain())
 
     def __hash__(self) -> int:
-        return hash(self.plain())
+        raise UnhashableSizeError("unhashable type: a size of the input, while its shapes are recorded")
 
     def __repr__(self) -> str:
         return repr(self.value)

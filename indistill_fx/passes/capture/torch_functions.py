@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from indistill_fx.errors import FrontendError
 from indistill_fx.graph.ops import writes_first
-from indistill_fx.passes.capture.symbolic_sizes import Size, current_place
+from indistill_fx.passes.capture.symbolic_sizes import Size, current_place, value_of
 
 SHAPES = frozenset({"shape", "size", "numel", "nelement", "__len__"})
 """Tensor attributes and methods that tell sizes."""
@@ -90,18 +91,24 @@ def is_wrapped(tensor: Tensor) -> bool:
     return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
 
 
-def plain(value: Any) -> Any:
+def decided(value: Any) -> Any:
+    """Sizes replaced by their ints, in nested arguments; each is a decision."""
+    return plain(value, number=Size.plain)
+
+
+def plain(value: Any, *, number: Callable[[Size], Any] = value_of) -> Any:
     """Sizes replaced by their ints, in nested arguments."""
     if isinstance(value, Size):
-        return value.value
+        return number(value)
     if isinstance(value, slice):
-        return slice(plain(value.start), plain(value.stop), plain(value.step))
+        return slice(*(plain(part, number=number) for part in (value.start, value.stop, value.step)))
     if isinstance(value, tuple):
-        return type(value)(*map(plain, value)) if hasattr(value, "_fields") else tuple(map(plain, value))
+        entries = [plain(entry, number=number) for entry in value]
+        return type(value)(*entries) if hasattr(value, "_fields") else tuple(entries)
     if isinstance(value, list):
-        return [plain(entry) for entry in value]
+        return [plain(entry, number=number) for entry in value]
     if type(value) is dict:
-        return {key: plain(entry) for key, entry in value.items()}
+        return {key: plain(entry, number=number) for key, entry in value.items()}
     return value
 
 

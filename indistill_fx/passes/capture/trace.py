@@ -13,12 +13,14 @@ Rules, in order:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from indistill_fx.errors import ConfigError, FrontendError
+from indistill_fx.graph.caches import caches_kept
 from indistill_fx.graph.module_state import mode, shadow, untouched, weights_kept
 from indistill_fx.graph.ops import attribute
 from indistill_fx.passes.capture.captured import Captured
@@ -88,7 +90,12 @@ def trace(
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     kwargs = dict(example_kwargs or {})
     _require_code(module)
-    with untouched(module), weights_kept(module) as put_back, mode(module, training=role == "student"):
+    with (
+        untouched(module),
+        caches_kept(module),
+        weights_kept(module) as put_back,
+        mode(module, training=role == "student"),
+    ):
         reference = Reference(module, inputs, kwargs, gradients=role == "student", put_back=put_back)
         method, captured, known, refused = _capture(reference, leaves, logits, own_flags=role == "teacher")
     report = TraceReport(
@@ -100,9 +107,9 @@ def trace(
         notes=(*captured.notes, *_renamed(captured), *known.notes),
     )
     return TracedModel(
-        graph_module=captured.graph_module,
+        graph_module=known.graph_module,
         facts=known.facts,
-        aliases=name_taps(captured, known.facts),
+        aliases=name_taps(replace(captured, graph_module=known.graph_module), known.facts),
         report=report,
         role=role,
         module=module,
@@ -195,7 +202,7 @@ def _functional(
     """Capture and rule 3; if patient, a module whose writes cannot be made functional becomes a leaf."""
     given_up: tuple[str, ...] = ()
     while True:
-        with untouched(module):  # the code may keep a stand-in for a tensor in an attribute
+        with untouched(module), caches_kept(module):  # the code may keep a stand-in for a tensor or a size
             captured = capture(module, inputs, kwargs, (*leaves, *given_up))
         try:
             captured = functionalize(captured)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from indistill_fx.graph.edit import with_tensors
+from indistill_fx.graph.edit import tensor_nodes, with_tensors
 from indistill_fx.graph.interpret import run_part
 from indistill_fx.graph.ops import attribute, op_name
 from indistill_fx.passes.channels.selection import (
@@ -87,6 +87,30 @@ SIGNATURES: dict[str, str] = {
 }
 """Positional argument names of the functional and method forms; a star takes all that follow."""
 
+_NUMBERS = (
+    "dim",
+    "dims",
+    "axis",
+    "dim0",
+    "dim1",
+    "axis0",
+    "axis1",
+    "source",
+    "destination",
+    "start_dim",
+    "end_dim",
+    "groups",
+    "num_groups",
+    "normalized_shape",
+    "chunks",
+    "split_size",
+    "sizes",
+    "upscale_factor",
+    "downscale_factor",
+    "num_heads",
+    "window_size",
+    "keepdim",
+)
 _ATEN = {"self": "input", "size": "shape", "split_sizes": "split_size", "p": "input_p"}
 
 
@@ -126,8 +150,14 @@ class Call:
         """The value of a weight: a parameter or buffer of the model, or what the graph computes from these alone."""
         value = self.get(name)
         if isinstance(value, fx.Node):
-            value = _constant(value)
+            value = _constant(value, self.facts)
         return value if isinstance(value, Tensor) else None
+
+    @property
+    def computed(self) -> str | None:
+        """The name of a number that says what the operation does with its axes, if it is computed when the graph runs."""
+        named = ((name, self.arguments[name]) for name in _NUMBERS if name in self.arguments)
+        return next((name for name, value in named if tensor_nodes(value)), None)
 
     @property
     def path(self) -> str:
@@ -247,19 +277,27 @@ _DEEP = 40
 """Weights that take more operations than this to compute are not looked at."""
 
 
-def _constant(node: fx.Node) -> Any:
-    """The value of a node that depends on parameters and buffers only; None if it depends on more."""
+def _constant(node: fx.Node, facts: Mapping[str, NodeFacts]) -> Any:
+    """The value of a node that depends on parameters and buffers only (and on an input's type); None if it depends on more."""
     if node.op == "get_attr":
         return attribute(_owner(node), str(node.target))
     needed, ways = {node: None}, [node]
+    types: dict[fx.Node, Any] = {}
     while ways:
-        for source in ways.pop().all_input_nodes:
+        way = ways.pop()
+        if way.op == "placeholder":
+            return None
+        if way.target is getattr and way.args[1] in ("dtype", "device"):  # not what the tensor holds
+            source = tensor_nodes(way.args[0])[0]
+            types[way] = torch.device("cpu") if way.args[1] == "device" else facts[source.name].dtype
+            continue
+        for source in way.all_input_nodes:
             if source not in needed:
                 needed[source] = None
                 ways.append(source)
-    if len(needed) > _DEEP or any(n.op == "placeholder" for n in needed):
+    if len(needed) > _DEEP:
         return None
-    return run_part(node, needed)
+    return run_part(node, needed, types)
 
 
 def _owner(node: fx.Node) -> nn.Module:

@@ -220,7 +220,8 @@ def taken(call: Call) -> tuple[Key, dict[int, Index]] | None:
         if call.op == "index_select":
             chosen = call.constant("index")
             return None if chosen is None else ((slice(None),) * len(shape), {dim: tuple(chosen.tolist())})
-        key = _full_key((*[slice(None)] * dim, _entry(call)), len(shape))
+        entry = _entry(call)
+        key = None if entry is None else _full_key((*[slice(None)] * dim, entry), len(shape))
     if key is None or not all(_plain(entry) for entry in key):
         return None
     entries, axis = {}, 0
@@ -236,7 +237,7 @@ def _entry(call: Call) -> Any:
         return call.get("index")
     if call.op == "narrow":
         start, length = call.get("start"), call.get("length")
-        return slice(start, start + length) if isinstance(start, int) and isinstance(length, int) else ...
+        return slice(start, start + length) if isinstance(start, int) and isinstance(length, int) else None
     return slice(call.get("start"), call.get("end"), call.get("step"))
 
 

@@ -84,6 +84,8 @@ def consult(cut: Cut, facts: Mapping[str, NodeFacts]) -> Propagation | Blocked:
     if call.module is not None and (call.module._forward_pre_hooks or call.module._forward_hooks):
         return Blocked("the module has hooks, which may do anything")
     rule = RULES.get(call.op)
+    if rule is not None and call.computed is not None:
+        return Blocked(f"its {call.computed} is computed from sizes that the input can change")
     if rule is None:
         return Blocked(f"no channel rule for {call.op}")
     return rule(call, cut)

@@ -150,7 +150,7 @@ def follow(found: Coupling, call: Call, summed: Iterable[Units | None] = ()) -> 
     read: set[Axis] = set()
     steps: dict[int, Propagation] = {}
     for axis, size in enumerate(known.shape):
-        if size > 1 and axis != known.batch_axis:
+        if (size > 1 or axis == known.channel_axis) and axis != known.batch_axis:
             step = consult(Cut(node, axis, axis + 1, tuple(range(size))), found.facts)
             if isinstance(step, Propagation):
                 steps[axis] = step

@@ -54,6 +54,8 @@ def _read(found: Coupling, call: Call) -> set[Axis] | None:
     """Carry units through a node; the axes of its inputs that this covers, None where there is nothing to cover."""
     if call.module is not None and (call.module._forward_pre_hooks or call.module._forward_hooks):
         return set()
+    if call.computed is not None:
+        return set()
     coupler = COUPLERS.get(call.op)
     if coupler is not None:
         return coupler(found, call)
@@ -62,7 +64,9 @@ def _read(found: Coupling, call: Call) -> set[Axis] | None:
     if call.op == "unbind":  # drops its axis; the parts tell about the others
         dim, rank = call.get("dim", 0), len(call.shape(call.input) or ())
         return {(call.input.name, axis) for axis in range(rank) if axis != axis_of(dim, rank)}
-    return None if call.op in _TELLS_SIZES or call.op in PARTS else set()
+    if call.op in PARTS:
+        return None if all(isinstance(user.args[1], int) for user in call.node.users if len(user.args) > 1) else set()
+    return None if call.op in _TELLS_SIZES else set()
 
 
 def _find_shuffles(found: Coupling, graph_module: fx.GraphModule) -> None:

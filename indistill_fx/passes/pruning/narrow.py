@@ -132,9 +132,9 @@ def narrow(
             out.facts[new.name] = replace(
                 out.facts[new.name], kind=known.kind, channel_axis=known.channel_axis, stride=known.stride
             )
-    for name, new in renamed.items():
-        aliases[new.name] = aliases[name]
-        aliases[name] = (f"{aliases[new.name][0]}:whole",)
+    aliases.update({name: (f"{teacher.aliases[name][0]}:whole",) for name in renamed})
+    for name, new in renamed.items():  # the channels of several taps may be one node, or a node that was there before
+        aliases[new.name] = (*aliases.get(new.name, ()), *teacher.aliases[name])
     graph_module.graph.lint()
     graph_module.recompile()
     return PassResult(teacher.with_graph(graph_module, facts=out.facts, aliases=aliases), NarrowReport(tuple(reports)))

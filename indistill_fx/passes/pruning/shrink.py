@@ -4,6 +4,7 @@ Rules, in order:
   1. Channels that must go together are found over the whole graph (`couple`); what no rule covers is frozen, and reported.
   2. Which go: by `widths`, `ratio`, or a budget of `macs` or `params` (`budget`).
   3. Weights of makers and readers are sliced, and the arguments that name sizes rewritten (`rewrite`).
+  4. The smaller network is run beside the original whose readers ignore the removed channels, and compared (`verified`).
 
 Keeps: the smaller network computes what the original computes when every reader ignores the channels removed (norms over channels and
 means are those of the channels that stay). Outputs keep their width.
@@ -25,6 +26,7 @@ from indistill_fx.passes.pruning.find_dependencies import couple
 from indistill_fx.passes.pruning.groups import Classes, Cost, Mask, classify, refill
 from indistill_fx.passes.pruning.rank import check_width
 from indistill_fx.passes.pruning.slice_network import Rewriting, new_facts, rewrite
+from indistill_fx.passes.pruning.verified import verify_smaller
 from indistill_fx.traced import TracedModel
 
 
@@ -100,6 +102,7 @@ def shrink(
     Raises:
         ConfigError: no request, or one out of range.
         PruneError: a request that cannot be met, and the layer that blocks it.
+        PassError: the smaller network computes something else than the original without the channels: a mistake of ours.
     """
     _check_requests(widths, ratio, macs, params, round_to)
     for tap, width in (widths or {}).items():
@@ -118,9 +121,10 @@ def shrink(
         stay = _within_budget(classes, cost, stay, settled, macs, params, round_to)
     stay = refill(found, classes, stay)
     work = rewrite(model.graph_module, found, lambda units: stay[classes.of[units]])
-    return PassResult(
-        _smaller(model, work, cost.macs_of_nodes(stay)), _report(model, work, found, classes, stay, cost, scorer)
-    )
+    report = _report(model, work, found, classes, stay, cost, scorer)
+    if report.axes:
+        verify_smaller(model, work.new, report.axes)
+    return PassResult(_smaller(model, work, cost.macs_of_nodes(stay)), report)
 
 
 def _check_requests(

@@ -1,0 +1,225 @@
+"""The graph of a recorded run while it is written: nodes, and which tensors and sizes they stand for."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from indistill_fx.errors import FrontendError
+from indistill_fx.passes.capture.captured import Captured, assemble, tensor_names, tensors
+from indistill_fx.passes.capture.symbolic_sizes import Book, Size
+from indistill_fx.passes.capture.torch_functions import SHAPES, is_wrapped
+
+_PLAIN = (
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    range,
+    torch.dtype,
+    torch.device,
+    torch.layout,
+    torch.memory_format,
+    torch.Generator,
+)
+
+
+class RecordedGraph:
+    """Nodes by tensor, in the order in which they were computed.
+
+    Args:
+        module: what runs.
+    """
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+        self.names = tensor_names(module)
+        self.graph = fx.Graph()
+        self.book = Book(self.create)
+        self.order: list[fx.Node] = []
+        self.nodes = WeakTensorKeyDictionary()
+        self.tracked: list[tuple[ref[Tensor], fx.Node | None]] = []
+        self.targets: dict[str, Any] = {}
+        self.stack: dict[str, tuple[str, type]] = {}
+        self.outputs: list[tuple[str, fx.Node, fx.Node]] = []
+        self.of_input: set[fx.Node] = set()
+        self.of_sizes: set[fx.Node] = set()
+        self.of_state: set[fx.Node] = set()
+        self.functions: dict[str, str] = {}
+        self.grad = False
+        self.first: Tensor | None = None
+        self.first_node: fx.Node | None = None
+
+    def create(self, op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
+        """A new node, at the end of the graph."""
+        node = self.graph.create_node(op, target, args, kwargs)
+        node.meta["nn_module_stack"] = dict(self.stack)
+        self.order.append(node)
+        sources = node.all_input_nodes
+        if op == "placeholder":
+            self.of_input.add(node)
+        elif target in SHAPES:
+            self.of_sizes.add(node)
+        else:
+            for family in (self.of_input, self.of_sizes, self.of_state):
+                if not family.isdisjoint(sources):
+                    family.add(node)
+        return node
+
+    def argument(self, value: Any) -> Any:
+        """A value as an argument of a node."""
+        if isinstance(value, Tensor):
+            return self.node_of(value)
+        if isinstance(value, Size):
+            return value.emit()
+        if isinstance(value, torch.device) and self.first is not None and value == self.first.device:
+            return self._device_node()
+        if value is None or value is ... or isinstance(value, _PLAIN):
+            return value
+        if isinstance(value, slice):
+            return slice(*map(self.argument, (value.start, value.stop, value.step)))
+        if isinstance(value, PackedSequence):  # its constructor looks at the tensors, so it must run with the graph
+            return self.create("call_function", PackedSequence, tuple(map(self.argument, value)), {})
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return type(value)(*map(self.argument, value))
+        if isinstance(value, (tuple, list)):
+            return (list if isinstance(value, list) else tuple)(map(self.argument, value))
+        if is_dataclass(value) and not isinstance(value, type):
+            entries = {field.name: self.argument(getattr(value, field.name)) for field in fields(value)}
+            return self.create(
+                "call_function", type(value), (), {key: entry for key, entry in entries.items() if entry is not None}
+            )
+        if isinstance(value, Mapping):
+            return {key: self.argument(entry) for key, entry in value.items()}
+        if type(value).__module__.startswith("torch") and not isinstance(value, nn.Module):
+            return value
+        raise FrontendError(
+            f"{self.here()} passes a {type(value).__name__}, which no graph can hold",
+            hint="Pass and return tensors, or dicts, tuples or dataclasses of them; for a Hugging Face model, set use_cache=False.",
+        )
+
+    def placeholders(self, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """One placeholder for each argument."""
+        names = [name for name in inspect.signature(self.module.forward).parameters if name != "self"]
+        names += [f"input_{k}" for k in range(len(names), len(inputs))]
+        for name, value in (*zip(names, inputs, strict=False), *kwargs.items()):
+            node = self.create("placeholder", name, (), {})
+            self.track(value, node)
+        self.first = next(iter(tensors((inputs, kwargs))), None)
+        self.first_node = None if self.first is None else self.node_of(self.first)
+
+    def node_of(self, tensor: Tensor) -> fx.Node:
+        """The node that stands for a tensor; parameters, buffers and constants get one when they are first used."""
+        node: fx.Node | None = self.nodes.get(tensor)
+        if node is not None and not node._erased:
+            return node
+        if is_wrapped(tensor):
+            raise FrontendError(f"{self.here()} computes inside vmap or grad")
+        name = self.names.get(id(tensor), "")
+        constant = not name
+        if constant:
+            name = f"_tensor_constant{sum(key.startswith('_tensor_constant') for key in self.targets)}"
+        self.targets[name] = tensor.detach().clone() if constant else tensor
+        node = self.create("get_attr", name, (), {})
+        if not constant:
+            self.of_state.add(node)
+        self._remember(tensor, node)
+        return node
+
+    def _device_node(self) -> fx.Node:
+        """The device of the first input: tensors made in the forward follow it when the graph is moved."""
+        first = self.first_node
+        assert first is not None
+        found = next((user for user in first.users if user.target is getattr and user.args[1] == "device"), None)
+        if found is None:
+            with self.graph.inserting_after(first):
+                found = self.create("call_function", getattr, (first, "device"), {})
+            self.of_input.discard(found)
+        return found
+
+    def _remember(self, tensor: Tensor, node: fx.Node) -> None:
+        self.tracked.append((ref(tensor), self.nodes.get(tensor)))
+        self.nodes[tensor] = node
+
+    def track(self, value: Any, node: fx.Node) -> None:
+        """Make `node` stand for a result; the tensors inside a tuple, dict or dataclass get nodes of their own."""
+        if isinstance(value, Tensor):
+            if self.grad and not torch.is_grad_enabled() and value.is_floating_point() and node.op != "placeholder":
+                node = self.create("call_method", "detach", (node,), {})
+            self._remember(value, node)
+            return
+        entries: list[tuple[Callable[..., Any], Any, Any]] = []
+        if isinstance(value, Mapping):
+            entries = [(operator.getitem, key, entry) for key, entry in value.items()]
+        elif isinstance(value, (tuple, list)):
+            entries = [(operator.getitem, key, entry) for key, entry in enumerate(value)]
+        elif is_dataclass(value) and not isinstance(value, type):
+            entries = [(getattr, field.name, getattr(value, field.name)) for field in fields(value)]
+        for access, key, entry in entries:
+            if tensors(entry):
+                self.track(entry, self.create("call_function", access, (node, key), {}))
+
+    def mark(self) -> tuple[int, int, int, int]:
+        """How far the recording has come."""
+        return len(self.order), len(self.tracked), len(self.outputs), len(self.book.decisions)
+
+    def roll_back(self, mark: tuple[int, int, int, int]) -> None:
+        """Take back all that was recorded since the mark."""
+        nodes, tracked, outputs, decisions = mark
+        for reference, node in reversed(self.tracked[tracked:]):
+            tensor = reference()
+            if tensor is None:
+                continue
+            if node is None:
+                self.nodes.pop(tensor, None)
+            else:
+                self.nodes[tensor] = node
+        for node in reversed(self.order[nodes:]):
+            self.graph.erase_node(node)
+        del self.order[nodes:], self.tracked[tracked:], self.outputs[outputs:], self.book.decisions[decisions:]
+
+    def here(self) -> str:
+        """The module whose code runs, for messages."""
+        return f"`{self.book.module}`" if self.book.module else f"the forward of {type(self.module).__name__}"
+
+    def captured(self, leaves: Sequence[str] = ()) -> Captured:
+        """The recorded graph over the module's own parts.
+
+        Args:
+            leaves: modules that were kept as one node.
+        """
+        for node in reversed(self.order):
+            if node.target in (operator.getitem, getattr) and not node.users:
+                self.graph.erase_node(node)
+        position = {node: k for k, node in enumerate(self.graph.nodes, 1)}
+        outputs = [
+            (name, node.name, _position(last, position)) for name, node, last in self.outputs if not node._erased
+        ]
+        used = {str(node.target) for node in self.graph.nodes if node.op in ("get_attr", "call_module")}
+        targets = {name: value for name, value in self.targets.items() if name in used}
+        return Captured(
+            assemble(self.graph, targets, type(self.module).__name__),
+            tuple(outputs),
+            leaves=(
+                *(leaf for leaf in leaves if leaf in used),
+                *(self.functions[name] for name in self.functions if name in used),
+            ),
+            specialisations=tuple(
+                dict.fromkeys(str(decision) for decision in self.book.decisions if decision.reported)
+            ),
+        )
+
+
+def _position(last: fx.Node, positions: Mapping[fx.Node, int]) -> int:
+    return positions.get(last, len(positions))

@@ -1,0 +1,209 @@
+"""The reference that `shrink` is checked against: the original network, whose every reader ignores the channels that were removed.
+
+Readers get zeros in place of removed channels, which is the same as zeroing their columns. (Zeroing the makers' rows would not do:
+a bias or a norm behind them makes something of the zeros.) Norms and means are taken over the channels that stay. Nothing is sliced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, fx
+
+from indistill_fx.passes.channels.attention import free_heads, letters, operands_of, with_projections
+from indistill_fx.passes.channels.call import Call, axis_of, read_call
+from indistill_fx.traced import NodeFacts, TracedModel
+
+
+class HasAxes(Protocol):
+    """What `shrink` reports."""
+
+    @property
+    def axes(self) -> Mapping[tuple[str, int | str], tuple[int, ...]]:
+        """The entries that stay, per node and axis that lost some."""
+
+
+class Masked(fx.Interpreter):
+    """Runs a graph with removed channels masked wherever channels are mixed.
+
+    Args:
+        model: the original, as it was given to `shrink`.
+        axes: the entries that stay, per node and axis that lost some (`ShrinkReport.axes`).
+    """
+
+    def __init__(self, model: TracedModel, axes: Mapping[tuple[str, int | str], tuple[int, ...]]):
+        super().__init__(model.graph_module)
+        self.axes = axes
+        self.facts: Mapping[str, NodeFacts] = model.facts
+
+    def mask(self, node: Any, axis: int, value: Tensor) -> Tensor:
+        """Ones for entries that stay along an axis, zeros for the others; shaped to multiply the tensor."""
+        kept = self.axes.get((node.name, axis))
+        if kept is None:
+            return value.new_ones(())
+        ones = torch.zeros(value.shape[axis], dtype=value.dtype, device=value.device)
+        ones[list(kept)] = 1
+        return ones.view([-1 if k == axis else 1 for k in range(value.dim())])
+
+    def run_node(self, n: fx.Node) -> Any:
+        """The node's value, by the masked form of its operation if it mixes channels."""
+        if not n.op.startswith("call"):
+            return super().run_node(n)
+        call = read_call(n, self.facts)
+        changed = {
+            source: self._silenced(call, source)
+            for source in n.all_input_nodes
+            if isinstance(self.env.get(source), Tensor)
+        }
+        before = {source: self.env[source] for source in changed}
+        try:
+            self.env.update(changed)
+            own = _MIXING.get(call.op)
+            mixing = own is not None and self._loses_any(n)
+            return own(self, call) if own is not None and mixing else super().run_node(n)
+        finally:
+            self.env.update(before)
+
+    def _loses_any(self, node: fx.Node) -> bool:
+        names = {node.name, str(node.target), *(source.name for source in node.all_input_nodes)}
+        return any(name in names for name, _ in self.axes)
+
+    def _silenced(self, call: Call, source: fx.Node) -> Tensor:
+        """A reader's operand with zeros in place of removed channels."""
+        value: Tensor = self.env[source]
+        for axis in _read_axes(call, source, value.dim()):
+            value = value * self.mask(source, axis, value)
+        return value
+
+
+def _read_axes(call: Call, source: fx.Node, rank: int) -> list[int]:
+    """The axes of an operand that the operation sums over."""
+    if call.op in ("conv", "conv_transpose") and source is call.input:
+        return [1]
+    if (call.op == "linear" and source is call.input) or call.op in (
+        "multihead_attention",
+        "head_attention",
+        "shifted_window_attention",
+    ):
+        return [rank - 1] if source.op != "get_attr" else []
+    if call.op in ("matmul", "bmm"):
+        return [rank - 1] if source is operands_of(call)[0] else [max(rank - 2, 0)]
+    if call.op == "einsum" and (parsed := letters(call)) is not None:
+        name = parsed[0][parsed[2].index(source)]
+        return [k for k, letter in enumerate(name) if letter not in parsed[1]]
+    return []
+
+
+def _moments(x: Tensor, mask: Tensor, dims: list[int], eps: float) -> Tensor:
+    weight = mask.expand_as(x)
+    count = weight.sum(dims, keepdim=True)
+    mean = (x * weight).sum(dims, keepdim=True) / count
+    var = ((x - mean).square() * weight).sum(dims, keepdim=True) / count
+    return (x - mean) / (var + eps).sqrt()
+
+
+def _layer_norm(run: Masked, call: Call) -> Tensor:
+    x: Tensor = run.env[call.input]
+    axes = len(call.get("normalized_shape"))
+    dims = list(range(x.dim() - axes, x.dim()))
+    mask = x.new_ones(())
+    for axis in dims:
+        mask = mask * run.mask(call.input, axis, x)
+    return _affine(run, call, _moments(x, mask, dims, float(call.get("eps", 1e-5))), 0)
+
+
+def _group_norm(run: Masked, call: Call) -> Tensor:
+    x: Tensor = run.env[call.input]
+    groups = int(call.get("num_groups"))
+    mask = run.mask(call.input, 1, x).expand_as(x).unflatten(1, (groups, -1))
+    grouped = x.unflatten(1, (groups, -1))
+    y = _moments(grouped, mask, list(range(2, grouped.dim())), float(call.get("eps", 1e-5))).flatten(1, 2)
+    return _affine(run, call, y, x.dim() - 2)
+
+
+def _affine(run: Masked, call: Call, x: Tensor, spaces: int) -> Tensor:
+    weight, bias = (run.env[v] if isinstance(v := call.get(name), fx.Node) else v for name in ("weight", "bias"))
+    if weight is not None:
+        x = x * weight.view(*weight.shape, *[1] * spaces)
+    return x if bias is None else x + bias.view(*bias.shape, *[1] * spaces)
+
+
+def _mean(run: Masked, call: Call) -> Tensor:
+    x: Tensor = run.env[call.input]
+    dims, mask = call.get("dim"), x.new_ones(())
+    given = [axis_of(d, x.dim()) for d in ([dims] if isinstance(dims, int) else dims or range(x.dim()))]
+    for axis in given:
+        mask = mask * run.mask(call.input, axis, x)
+    weight = mask.expand_as(x)
+    keep = bool(call.get("keepdim", False))
+    if call.op in ("amax", "amin"):
+        sign = 1 if call.op == "amax" else -1
+        return sign * (sign * x).masked_fill(weight == 0, -torch.inf).amax(given, keepdim=keep)
+    if call.op in ("var", "std"):
+        return _spread(call, x, weight, given, keep)
+    total = (x * weight).sum(given, keepdim=keep)
+    return total if call.op == "sum" else total / weight.sum(given, keepdim=keep)
+
+
+def _spread(call: Call, x: Tensor, weight: Tensor, dims: list[int], keep: bool) -> Tensor:
+    count = weight.sum(dims, keepdim=True)
+    mean = (x * weight).sum(dims, keepdim=True) / count
+    lost = float(call.get("correction", 1.0 if call.get("unbiased", True) else 0.0))
+    var = ((x - mean).square() * weight).sum(dims, keepdim=keep) / (
+        count if keep else count.amax(dims) if dims else count
+    ).sub(lost)
+    return var.sqrt() if call.op == "std" else var
+
+
+def _attention(run: Masked, call: Call) -> Any:
+    free = free_heads(call.module)  # type: ignore[arg-type]
+    args, kwargs = run.fetch_args_kwargs_from_env(call.node)
+    kept = run.axes.get((call.path, "heads"))
+    if free is None or kept is None:
+        return call.module(*args, **kwargs)  # type: ignore[misc]
+    out = torch.nn.Linear(free.out.in_features, free.out.out_features, free.out.bias is not None).to(free.out.weight)
+    columns = torch.zeros(free.heads, free.head_dim).to(free.out.weight)
+    columns[list(kept)] = 1
+    with torch.no_grad():
+        out.weight.copy_(free.out.weight * columns.flatten())
+        if free.out.bias is not None:
+            out.bias.copy_(free.out.bias)
+    return with_projections(free, out=out)(*args, **kwargs)
+
+
+def _windows(run: Masked, call: Call) -> Any:
+    args, kwargs = run.fetch_args_kwargs_from_env(call.node)
+    kept = run.axes.get((call.node.name, "heads"))
+    place, weight = call.places["proj_weight"], run.env[call.get("proj_weight")]
+    if kept is not None:
+        columns = torch.zeros(int(call.get("num_heads")), weight.shape[1] // int(call.get("num_heads"))).to(weight)
+        columns[list(kept)] = 1
+        weight = weight * columns.flatten()
+    named = dict(kwargs)
+    ordered = list(args)
+    if isinstance(place, int):
+        ordered[place] = weight
+    else:
+        named[place] = weight
+    return call.node.target(*ordered, **named)  # type: ignore[operator]
+
+
+_MIXING = {
+    "layer_norm": _layer_norm,
+    "group_norm": _group_norm,
+    **dict.fromkeys(("mean", "sum", "amax", "amin", "var", "std"), _mean),
+    "multihead_attention": _attention,
+    "head_attention": _attention,
+    "shifted_window_attention": _windows,
+}
+
+
+def run_masked(model: TracedModel, report: HasAxes, *inputs: Any) -> Any:
+    """The output of the original on these inputs, as if the channels that `shrink` removed were not there."""
+    with torch.no_grad():
+        return Masked(model, report.axes).run(*inputs)
+
+
+__all__ = ["Masked", "run_masked"]

@@ -1,0 +1,93 @@
+"""Run a smaller network beside the original whose readers ignore what was removed, before it is handed out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves, tree_map
+
+from indistill_fx.errors import PassError
+from indistill_fx.graph.edit import batch_of, batch_size
+from indistill_fx.graph.module_state import evaluating
+from indistill_fx.passes.pruning.masked import Masked
+from indistill_fx.traced import TracedModel
+
+_TOLERANCE = 1e-3
+"""Of the largest value, in single precision: rounding stays far below it, a wrong slice far above."""
+_ROWS = 2
+_CROPS = (64, 128)
+
+
+def verify_smaller(model: TracedModel, smaller: fx.GraphModule, axes: Any) -> None:
+    """Compare on the example, in eval mode. Both networks are left as they were.
+
+    Args:
+        model: the original.
+        smaller: what is left of it.
+        axes: the entries that stay, per node and axis (see `ShrinkReport`).
+
+    Raises:
+        PassError: the smaller network fails or computes something else, which is a mistake of ours.
+    """
+    with evaluating(model.graph_module), evaluating(smaller):
+        for inputs in _examples(model):
+            with suppress(Exception):  # a picture that is too small for the original says nothing
+                torch.manual_seed(0)
+                model.graph_module(*inputs)
+                break
+        torch.manual_seed(0)
+        expected = Masked(model, axes).run(*inputs)
+        try:
+            torch.manual_seed(0)
+            got = smaller(*inputs)
+        except Exception as error:
+            raise PassError(
+                f"The smaller network does not run: {type(error).__name__}: {error}.", where="shrink", hint=_HINT
+            ) from error
+    worst = max((_gap(a, b) for a, b in zip(_tensors(expected), _tensors(got), strict=True)), default=0.0)
+    if not worst <= _TOLERANCE:
+        raise PassError(
+            f"The smaller network is off by {worst:.1e} of the largest value from the original without the channels removed.",
+            where="shrink",
+            got=worst,
+            expected=_TOLERANCE,
+            hint=_HINT,
+        )
+
+
+_HINT = "This is a mistake of indistill-fx: please report the model. Widths for single layers may avoid it."
+
+
+def _examples(model: TracedModel) -> Iterator[tuple[Any, ...]]:
+    """The example's arguments with few rows: pictures cropped where no size of theirs has decided anything, then as they are."""
+    given = (*model.example_inputs, *model.example_kwargs.values())
+    given = batch_of(given, min(_ROWS, batch_size(given)), example_size=batch_size(given))
+    pictures = [leaf for leaf in tree_leaves(given) if isinstance(leaf, Tensor)]
+    if model.report.method == "symbolic" and all(
+        leaf.dim() == 4 and min(leaf.shape[2:]) > max(_CROPS) for leaf in pictures
+    ):
+        for crop in _CROPS:
+            yield tree_map(lambda leaf, n=crop: leaf[:, :, :n, :n] if isinstance(leaf, Tensor) else leaf, given)
+    yield given
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def _gap(expected: Tensor, got: Tensor) -> float:
+    if expected.shape != got.shape:
+        return float("inf")
+    if expected.is_complex():
+        expected, got = torch.view_as_real(expected), torch.view_as_real(got)
+    a, b = expected.double(), got.double()
+    finite = a.isfinite()
+    if not torch.equal(finite, b.isfinite()):
+        return float("inf")
+    if not bool(finite.any()):
+        return 0.0
+    return float((a - b)[finite].abs().max() / a[finite].abs().max().clamp_min(1e-30))
