@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +51,11 @@ class Inputs:
             model = inner
         return Inputs.of_function(model.forward)
 
+    def without(self, names: Container[str]) -> Inputs:
+        """The same but for some arguments, which do not come from the batch."""
+        own, required = (tuple(n for n in some if n not in names) for some in (self.names, self.required))
+        return Inputs(own, required, self.anything)
+
     @staticmethod
     def of_function(function: Callable[..., Any]) -> Inputs:
         """Of any function, by its signature."""
@@ -73,6 +78,10 @@ class Call:
     def __call__(self, model: Callable[..., Any]) -> Any:
         """The model's output for this batch."""
         return model(*self.args, **self.kwargs)
+
+    def plus(self, more: Mapping[str, Any]) -> Call:
+        """The same with further arguments."""
+        return Call(self.args, {**self.kwargs, **more}) if more else self
 
     def tensors(self, names: Sequence[str]) -> dict[str, Tensor]:
         """The arguments by name, in order."""

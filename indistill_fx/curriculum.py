@@ -10,6 +10,8 @@ from typing import Any, Literal
 from indistill_fx.errors import ConfigError, nearest
 
 Unit = Literal["epochs", "steps"]
+TOGETHER = "all segments"
+"""Name of the one stage in which the teacher feeds all segments; no layer can have it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,9 @@ class Curriculum:
         progress: see `patience`.
         layers: student taps to warm up, in this order; None: every pair, shallow to deep.
         penultimate: length of a last stage for the penultimate vectors (the plan's `embedding`); 0: none, as in the paper.
+        feed: what a segment between two pairs begins with: `student`: the student's own features, so that pairs are trained one after
+            the other. `teacher`: the teacher's narrowed ones, so that all segments are independent and train in one stage of
+            `a + 1` epochs, or of the one length given.
         keep: weight of the penultimate vectors' feature loss in the main stage, in units of the main loss (`MainLoss.unit`);
             0: the main loss alone, as in the paper.
 
@@ -82,6 +87,7 @@ class Curriculum:
     layers: Sequence[str] | None = None
     penultimate: int = 0
     keep: float = 0.0
+    feed: Literal["student", "teacher"] = "student"
 
     def __post_init__(self) -> None:
         lengths = [self.lengths] if isinstance(self.lengths, int) else self.lengths or []
@@ -100,6 +106,8 @@ class Curriculum:
         rates = [self.learning_rate] if isinstance(self.learning_rate, (int, float)) else self.learning_rate
         if any(not (math.isfinite(rate) and rate > 0) for rate in rates):
             raise _wrong(f"A curriculum's learning rate is {self.learning_rate}.", hint="Give numbers above 0.")
+        if self.feed not in ("student", "teacher"):
+            raise _wrong(f"A curriculum's feed is {self.feed!r}.", hint="Legal: student, teacher.")
         if not (math.isfinite(self.keep) and self.keep >= 0):
             raise _wrong(f"A curriculum's keep is {self.keep}.", hint="Give 0, or a small weight such as 0.3.")
 
@@ -128,15 +136,17 @@ class Curriculum:
             for length, rate, optimizer in zip(lengths, rates, optimizers, strict=True)
         )
 
-    @staticmethod
-    def _check_count(what: str, values: Sequence[Any], count: int) -> None:
+    def _check_count(self, what: str, values: Sequence[Any], count: int) -> None:
         if len(values) != count:
+            together = self.feed == "teacher"
+            of = "the one stage in which the teacher feeds all segments" if together else f"{count} pairs"
             raise _wrong(
-                f"The curriculum gives {len(values)} {what} for {count} pairs.", hint="Give one per pair, or none."
+                f"The curriculum gives {len(values)} {what} for {of}.",
+                hint="Give one." if together else "Give one per pair, or none.",
             )
 
     def chosen(self, layers: Sequence[str], penultimate: str | None = None) -> dict[str, Budget]:
-        """The budgets of the layers that are trained at all, in the order of training.
+        """The budgets of the layers that are trained at all, in the order of training; with `feed="teacher"` of `TOGETHER` instead.
 
         Args:
             layers: the student's taps of all pairs, shallow to deep.
@@ -146,12 +156,16 @@ class Curriculum:
             ConfigError: `layers` of the curriculum names one that is not there, or a sequence has another length.
         """
         last = penultimate if self.penultimate else None
+        order = list(self.order(layers))
+        if self.feed == "teacher":
+            layers = order = [TOGETHER] if order else []
         schedule = self.schedule(len(layers), penultimate=last is not None)
         budgets = dict(zip((*layers, *([last] if last is not None else [])), schedule, strict=True))
-        order = list(self._order(layers)) + ([last] if last is not None else [])
+        order += [last] if last is not None else []
         return {layer: budgets[layer] for layer in order if budgets[layer].length}
 
-    def _order(self, known: Sequence[str]) -> Sequence[str]:
+    def order(self, known: Sequence[str]) -> Sequence[str]:
+        """Which of the student's taps are warmed up, in the order of training."""
         if self.layers is None:
             return known
         for layer in self.layers:

@@ -19,7 +19,7 @@ _SECTIONS = {
     "Data and models": (*training.SECTIONS["Data and models"], "plan_file"),
     "The warm-up": (
         "warmup", "warmup_steps", "no_warmup", "layers", "warmup_loss", "warmup_lr", "warmup_optimizer", "patience",
-        "penultimate", "keep",
+        "penultimate", "keep", "feed",
     ),
     "The main stage": ("main", "main_options"),
     "Ways of training": ("recipe", "compare", "assistant", "assistant_epochs"),
@@ -116,6 +116,12 @@ def _use_recipe(context: click.Context, parameter: click.Parameter, name: str) -
     metavar="WEIGHT",
     type=float,
     help="Add the penultimate vectors' warm-up loss to the main loss, with this weight. [default: 0]",
+)
+@click.option(
+    "--feed",
+    type=click.Choice(["student", "teacher"]),
+    help="What a segment between two pairs begins with. student: its own features, so pairs come one after the other. teacher: the"
+    " teacher's narrowed ones, so all segments train in one stage. [default: student]",
 )
 @click.option(
     "--assistant",
@@ -245,6 +251,7 @@ def _curriculum(options: dict[str, Any]) -> Curriculum:
         "patience": options["patience"],
         "penultimate": options["penultimate"],
         "keep": options["keep"],
+        "feed": options["feed"],
     }
     if options["no_warmup"]:
         wishes |= {"lengths": [], "penultimate": 0}

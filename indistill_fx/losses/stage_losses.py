@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,38 @@ class FeatureLoss(nn.Module):
         """The loss of the pair's two features."""
         value: Tensor = self.loss(student.features[self.key], teacher.features[self.key])
         return value
+
+
+class SegmentsLoss(nn.Module):
+    """The sum of a loss over all pairs, in the form of a main loss.
+
+    Args:
+        loss: of one pair.
+        keys: of the pairs.
+
+    Attributes:
+        recent: each pair's loss, a moving mean over about fifty steps.
+    """
+
+    recent: Tensor
+
+    def __init__(self, loss: nn.Module, keys: Sequence[str]):
+        super().__init__()
+        self.loss, self.keys = loss, tuple(keys)
+        self.register_buffer("recent", torch.full((len(self.keys),), -1.0), persistent=False)
+
+    def forward(self, student: Outputs, teacher: Outputs, labels: Tensor | None) -> Tensor:
+        """The sum over the pairs."""
+        values = torch.stack([self.loss(student.features[key], teacher.features[key]) for key in self.keys])
+        now = values.detach().to(self.recent.dtype)
+        self.recent.copy_(torch.where(self.recent < 0, now, torch.lerp(self.recent, now, 0.02)))
+        return values.sum()
+
+    @property
+    def said(self) -> str:
+        """The loss of every segment, as it was of late."""
+        each = ", ".join(f"{key} {value:.3g}" for key, value in zip(self.keys, self.recent.tolist(), strict=True))
+        return f"loss by segment: {each}"
 
 
 class KeptFeature(nn.Module):

@@ -7,6 +7,7 @@ from functools import partial
 
 from torch import fx
 
+from indistill_fx.errors import MatchError
 from indistill_fx.passes.contract import (
     Pass,
     PassRecord,
@@ -19,6 +20,7 @@ from indistill_fx.passes.contract import (
 )
 from indistill_fx.passes.extract.adapt import adapt, layout_of
 from indistill_fx.passes.extract.dedupe import dedupe
+from indistill_fx.passes.extract.feed import fed_name, feed
 from indistill_fx.passes.extract.fold import fold
 from indistill_fx.passes.extract.instrument import cut
 from indistill_fx.passes.lowering.table import Lowerings, lowering_passes
@@ -81,6 +83,40 @@ def student_half(
             *lowering_passes(lowerings, "student", student.facts),
         ],
     )
+
+
+def fed_student_half(
+    student: TracedModel, teacher: TracedModel, pairs: Sequence[Pair], *, lowerings: Lowerings
+) -> Half:
+    """The student as segments, each of which begins at an input of its own (see `feed`).
+
+    Args:
+        student: traced.
+        teacher: traced and narrowed.
+        pairs: shallow to deep.
+        lowerings: of the target.
+
+    Raises:
+        MatchError: the teacher's feature of a pair cannot take the place of the student's.
+    """
+    taps = [pair.student for pair in pairs]
+    begun = run_passes(student, [("cut", partial(cut, taps=taps))])
+    with unchanged(begun.value, by="feed"):
+        result = feed(begun.value, taps)
+    signature = (*signature_of(begun.value), *(fed_name(number) for number in range(len(taps) - 1)))
+    verify(result.value, after="feed", signature=signature)
+    text = begun.report[-1].after, graph_text(result.value)
+    record = PassRecord("feed", result.report.done, result.report.skipped, *text)
+    adapters = _adapters(pairs, student, teacher, side="student", narrowed=True)
+    half = run_passes(result.value, [*adapters, *lowering_passes(lowerings, "student", student.facts)])
+    for pair, made in zip(pairs[:-1], half.report, strict=False):
+        if made.done:
+            raise MatchError(
+                f"The teacher's `{pair.teacher}` cannot take the place of the student's `{pair.student}`: {made.done[0]}.",
+                where=pair.student,
+                hint="Leave the pair out (layers=[…]), or warm up one by one (feed='student').",
+            )
+    return PassResult(half.value, (*begun.report, record, *half.report))
 
 
 def whole_teacher(model: TracedModel, *, lowerings: Lowerings) -> Half:

@@ -8,18 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from indistill_fx.curriculum import Budget, Curriculum
+from indistill_fx.curriculum import TOGETHER, Budget, Curriculum
 from indistill_fx.errors import ConfigError
 from indistill_fx.graph.edit import depends_on_input, output_node
 from indistill_fx.losses.base import EMBEDDING
 from indistill_fx.losses.registry import main_loss, warmup_loss
-from indistill_fx.losses.stage_losses import FeatureLoss, keeping
+from indistill_fx.losses.stage_losses import FeatureLoss, SegmentsLoss, keeping
 from indistill_fx.passes.align import align
 from indistill_fx.passes.capture.trace import as_traced
-from indistill_fx.passes.contract import signature_of
+from indistill_fx.passes.contract import PassRecord, signature_of
+from indistill_fx.passes.extract.feed import fed_name
 from indistill_fx.passes.lowering.table import LOWERINGS, Lowerings
-from indistill_fx.passes.pipeline import narrowed_teacher, student_half, teacher_half
-from indistill_fx.plan import AlignmentPlan
+from indistill_fx.passes.pipeline import fed_student_half, narrowed_teacher, student_half, teacher_half
+from indistill_fx.plan import AlignmentPlan, Pair
 from indistill_fx.stages.stage import Stage, StageReport
 from indistill_fx.target import Target
 from indistill_fx.traced import TracedModel
@@ -104,7 +105,8 @@ def warmup_plan(plan: AlignmentPlan, curriculum: Curriculum) -> tuple[AlignmentP
 def _warmup_stages(
     teacher: TracedModel, student: TracedModel, plan: AlignmentPlan, curriculum: Curriculum, lowerings: Lowerings
 ) -> list[Stage]:
-    plan, budgets = warmup_plan(plan, curriculum)
+    given = plan
+    plan, budgets = warmup_plan(given, curriculum)
     if not budgets:
         return []
     loss = warmup_loss(curriculum.loss)
@@ -112,8 +114,14 @@ def _warmup_stages(
     result = narrowed_teacher(teacher, plan) if narrowed else None
     slim, before = (result.value, (result.report,)) if result is not None else (teacher, ())
     pairs = {pair.student: pair for pair in plan.pairs}
+    embedding = plan.pairs[-1].student if plan is not given else None
     stages = []
     for layer, budget in budgets.items():
+        if layer == TOGETHER:
+            chosen = set(curriculum.order(list(pairs)))
+            together = [pair for tap, pair in pairs.items() if tap in chosen and tap != embedding]
+            stages.append(_fed_stage(slim, student, together, curriculum, budget, lowerings, before))
+            continue
         own = teacher_half(slim, student, [pairs[layer]], [], narrowed=narrowed, lowerings=lowerings)
         other = student_half(student, slim, [pairs[layer]], [], narrowed=narrowed, lowerings=lowerings)
         stages.append(
@@ -130,6 +138,39 @@ def _warmup_stages(
             )
         )
     return stages
+
+
+def _fed_stage(
+    slim: TracedModel,
+    student: TracedModel,
+    pairs: Sequence[Pair],
+    curriculum: Curriculum,
+    budget: Budget,
+    lowerings: Lowerings,
+    before: Sequence[PassRecord],
+) -> Stage:
+    """All segments in one stage: the teacher's narrowed features are what they begin with, and what they must give."""
+    loss = warmup_loss(curriculum.loss)
+    if not getattr(loss, "needs_equal_widths", True):
+        raise ConfigError(
+            f"The loss `{curriculum.loss}` leaves the teacher's features as wide as they are, so they cannot feed the student.",
+            where="feed",
+            hint="Take mse or cosine, or feed='student'.",
+        )
+    own = teacher_half(slim, student, pairs, [], narrowed=True, lowerings=lowerings)
+    other = fed_student_half(student, slim, pairs, lowerings=lowerings)
+    return Stage(
+        name=TOGETHER,
+        student=other.value,
+        teacher=own.value,
+        criterion=SegmentsLoss(loss, [pair.student for pair in pairs]),
+        pairs=pairs,
+        budget=budget,
+        dtypes=_dtypes(student),
+        macs=(_macs(slim, own.value), _macs(student, other.value)),
+        report=StageReport((*before, *own.report), other.report),
+        fed={fed_name(number): pair.teacher for number, pair in enumerate(pairs[:-1])},
+    )
 
 
 def joint_teachers(

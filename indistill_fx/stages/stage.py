@@ -58,6 +58,7 @@ class Stage(nn.Module):
         dtypes: the inputs' dtypes by name, where they are to be checked.
         macs: multiply-accumulates of one sample: (teacher's half, student's half), forward.
         report: what each pass did to the two halves, and what it skipped and why.
+        fed: inputs of the student's graph that the teacher's features fill: input → the teacher's tap.
     """
 
     def __init__(
@@ -74,13 +75,15 @@ class Stage(nn.Module):
         dtypes: Mapping[str, torch.dtype] | None = None,
         macs: tuple[int, int] = (0, 0),
         report: StageReport | None = None,
+        fed: Mapping[str, str] | None = None,
     ):
         super().__init__()
         self.name, self.pairs, self.embedding, self.logits, self.budget = name, tuple(pairs), embedding, logits, budget
         self.student, self.teacher, self.criterion = student, teacher, criterion
         self.macs, self.report = macs, report or StageReport()
-        self._inputs = signature_of(student)
-        self._takes = [Inputs.of(half) for half in (student, teacher) if half is not None]
+        self._fed = dict(fed or {})
+        self._inputs = tuple(name for name in signature_of(student) if name not in self._fed)
+        self._takes = [Inputs.of(half).without(self._fed) for half in (student, teacher) if half is not None]
         self._dtypes = tuple((dtypes or {}).get(name) for name in self._inputs)
         self._cached = False
 
@@ -117,6 +120,7 @@ class Stage(nn.Module):
             budget=self.budget,
             macs=(0, self.macs[1]),
             report=StageReport(student=self.report.student),
+            fed=self._fed,
         )
         new._dtypes, new._cached = self._dtypes, self.teacher is not None
         return new
@@ -140,13 +144,15 @@ class Stage(nn.Module):
         parts = split(batch, *self._takes, where=f"Stage `{self.name}`")
         check_inputs(parts, self._inputs, self._dtypes, self.student, stage=self.name)
         teacher = Outputs(None, None, {}, parts.indices)
+        known: Mapping[str, Tensor] = {}
         if self._cached:
-            teacher = self._outputs(self._given(parts), 0, parts.indices)
+            known = self._given(parts)
         elif self.teacher is not None:
             with torch.no_grad():
-                features, _ = parts.calls[1](self.teacher)
-            teacher = self._outputs(features, 0, parts.indices)
-        features, _ = parts.calls[0](self.student)
+                known, _ = parts.calls[1](self.teacher)
+        if known:
+            teacher = self._outputs(known, 0, parts.indices)
+        features, _ = parts.calls[0].plus({name: known[tap] for name, tap in self._fed.items()})(self.student)
         loss: Tensor = self.criterion(self._outputs(features, 1, parts.indices), teacher, parts.labels)
         return loss
 

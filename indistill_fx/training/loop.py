@@ -201,8 +201,6 @@ class Engine:
             state.best, state.best_epoch = accuracy, state.epoch
             self._save_best()
 
-    # What follows serves the loop above.
-
     def _batches(self, leg: Leg) -> Iterator[tuple[int, Any]]:
         if self._used_up(leg):  # stopped by a signal between the last step and the end of the epoch
             return
@@ -227,6 +225,8 @@ class Engine:
         epochs = [EpochRecord(**entry) for entry in state.history if entry["stage"] == leg.name]
         if state.epoch < leg.budget.length and leg.budget.unit == "epochs":
             self._note(leg, f"ended after {state.epoch} of {leg.budget.length} epochs: the loss stood still")
+        if said := getattr(getattr(leg.module, "criterion", None), "said", ""):
+            self._note(leg, said)
         seconds = sum(epoch.seconds for epoch in epochs)
         accuracy = "" if epochs[-1].accuracy is None else f", accuracy {epochs[-1].accuracy:.2%}"
         losses = " → ".join(f"{epoch.loss:.4g}" for epoch in dict.fromkeys((epochs[0], epochs[-1])))
