@@ -24,7 +24,7 @@ FLOORS = [
     "passes",
     "stages evaluation report",
     "training",
-    "compress demo",
+    "compression demo",
     "cli",
     "__main__",
 ]

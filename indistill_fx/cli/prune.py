@@ -97,7 +97,7 @@ def _save(smaller: TracedModel, output: str) -> None:
     import os
     from pathlib import Path
 
-    from indistill_fx.compress.write_source import source_of
+    from indistill_fx.compression.write_source import source_of
     from indistill_fx.deploy.save_pt2 import save_program
     from indistill_fx.errors import ExportError
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import indistill_fx as ifx
-from indistill_fx.compress.write_source import source_of
+from indistill_fx.compression.write_source import source_of
 from tests.nets import Cnn32, Overwritten, PreActivation, Residual, TinyTransformer, images, seeded, unsettle
 
 

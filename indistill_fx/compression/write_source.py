@@ -20,10 +20,10 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from indistill_fx.compress.source_blocks import Writer
-from indistill_fx.compress.source_classes import class_texts
-from indistill_fx.compress.source_pieces import Imports, unwritable
-from indistill_fx.compress.source_scopes import Dissolve, scopes_of
+from indistill_fx.compression.source_blocks import Writer
+from indistill_fx.compression.source_classes import class_texts
+from indistill_fx.compression.source_pieces import Imports, unwritable
+from indistill_fx.compression.source_scopes import Dissolve, scopes_of
 from indistill_fx.errors import ConfigError, ExportError
 from indistill_fx.graph.module_state import mode
 from indistill_fx.system.files import write

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import fx
 
-from indistill_fx.compress.source_expressions import expression
-from indistill_fx.compress.source_pieces import Imports, Line, Piece
-from indistill_fx.compress.source_scopes import Body, Places, Scope
+from indistill_fx.compression.source_expressions import expression
+from indistill_fx.compression.source_pieces import Imports, Line, Piece
+from indistill_fx.compression.source_scopes import Body, Places, Scope
 from indistill_fx.graph.edit import output_node
 
 _NAMES = ("x", "y", "z", "u", "v", "w", "s", "t", "a", "b", "c", "d")

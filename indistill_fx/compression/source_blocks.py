@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from indistill_fx.compress.source_forward import Forward, Network, relative, self_path
-from indistill_fx.compress.source_pieces import Block, Construct, Imports, Line, Piece, constructor, tensor_value
-from indistill_fx.compress.source_scopes import Body, Dissolve, Places, Scope, below
+from indistill_fx.compression.source_forward import Forward, Network, relative, self_path
+from indistill_fx.compression.source_pieces import Block, Construct, Imports, Line, Piece, constructor, tensor_value
+from indistill_fx.compression.source_scopes import Body, Dissolve, Places, Scope, below
 from indistill_fx.graph.edit import output_node
 from indistill_fx.graph.ops import attribute
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from indistill_fx.compress.source_pieces import Imports, Line, Literal, Piece, literal, numbers, unwritable
+from indistill_fx.compression.source_pieces import Imports, Line, Literal, Piece, literal, numbers, unwritable
 
 Name = Callable[[fx.Node], Line]
 """A node's value in code."""

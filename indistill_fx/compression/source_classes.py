@@ -6,7 +6,7 @@ import keyword
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from indistill_fx.compress.source_pieces import Block, Construct, Line, Literal, Piece
+from indistill_fx.compression.source_pieces import Block, Construct, Line, Literal, Piece
 
 _WIDE = 100
 _TAB = "    "
