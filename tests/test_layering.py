@@ -22,7 +22,7 @@ FLOORS = [
     "passes.capture passes.structure passes.channels passes.lowering losses runs",
     "passes.pairing passes.pruning passes.extract",
     "passes",
-    "stages evaluation report",
+    "stages evaluation report training.parallel",
     "training",
     "compression demo",
     "cli",

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from indistill_fx.curriculum import Curriculum
+    from indistill_fx.data.dataset import Data
 
 
 _SECTIONS = {
@@ -165,42 +166,42 @@ def command(teacher: str, student: str, **options: Any) -> None:
     source, pupil = (
         common.open_model(spec, options["trust"], seed=options["seed"]).module for spec in (teacher, student)
     )
-    job = training.open_job(options, with_indices=loss == "crd")
+    data = training.open_training_data(options)
     shared: dict[str, Any] = {
         "curriculum": _curriculum(options),
         "plan": AlignmentPlan.load(options["plan_file"]) if options["plan_file"] else None,
         "main": loss,
-        "main_options": _main_options(options["main_options"]) | ({"samples": job.samples} if loss == "crd" else {}),
-        "val_loader": job.data.test,
-        "example_inputs": job.example,
+        "main_options": _main_options(options["main_options"]),
+        "val_loader": data.test,
+        "example_inputs": common.example_for((), None, data.input_size),
         "logits": options["logits"],
         "resume": options["resume"],
         "feature_cache": options["feature_cache"],
-        "about": about(student, options["data"], job.data.input_size, teacher=teacher, **about_data(job.data)),
-        **job.settings,
+        "about": about(student, options["data"], data.input_size, teacher=teacher, **about_data(data)),
+        **training.settings_of(options),
     }
     if options["assistant"] is not None:
-        source = _assisted(source, pupil, teacher, job, shared, options)
+        source = _assisted(source, pupil, teacher, data, shared, options)
         shared["about"]["teacher"] = f"{out}/step-1"
         out = f"{out}/step-2"
     shared["run_dir"] = out
-    train, epochs = job.data.train, options["epochs"]
+    train, epochs = data.train, options["epochs"]
     if options["compare"]:
 
         def announce(arm: str) -> None:
             common.say(f"{arm}:")
 
         arms = compare(source, pupil, train, main_epochs=epochs, announce=announce, **shared)
-        training.tell_arms({name: arm.record for name, arm in arms.items()}, out)
+        training.print_arms({name: arm.record for name, arm in arms.items()}, out)
     else:
-        training.tell_run(distill(source, pupil, train, epochs=epochs, **shared), out)
+        training.print_run(distill(source, pupil, train, epochs=epochs, **shared), out)
 
 
 def _assisted(
     source: nn.Module,
     pupil: nn.Module,
     teacher: str,
-    job: training.Job,
+    data: Data,
     shared: dict[str, Any],
     options: dict[str, Any],
 ) -> nn.Module:
@@ -210,26 +211,26 @@ def _assisted(
     from indistill_fx.deploy.save_pt2 import save_program
     from indistill_fx.runs.load import about, about_data
     from indistill_fx.training.chain import distill_chain, shrunk_assistant
-    from indistill_fx.training.processes import is_main_process
+    from indistill_fx.training.parallel.processes import is_main_process
     from indistill_fx.training.recipes import RECIPES
 
     spec, place = options["assistant"], Path(options["output"]) / "step-1"
     if spec == "auto":
-        assistant, told = shrunk_assistant(source, pupil, job.example, logits=options["logits"])
+        assistant, described = shrunk_assistant(source, pupil, shared["example_inputs"], logits=options["logits"])
         spec = str(place.resolve() / "assistant.pt2")
-        common.say(f"Assistant: {told}")
+        common.say(f"Assistant: {described}")
     else:
         assistant = common.open_model(spec, options["trust"], seed=options["seed"]).module
     own: dict[str, Any] = {"epochs": options["epochs"]}
     own |= RECIPES[options["recipe"]].assistant
     if options["assistant_epochs"] is not None:
         own["epochs"] = options["assistant_epochs"]
-    own["about"] = about(spec, options["data"], job.data.input_size, teacher=teacher, **about_data(job.data))
+    own["about"] = about(spec, options["data"], data.input_size, teacher=teacher, **about_data(data))
     shared = {**shared, "plan": None}  # the plan given is for the student
-    (record,) = distill_chain([source, assistant], job.data.train, steps=[own], run_dir=options["output"], **shared)
+    (record,) = distill_chain([source, assistant], data.train, steps=[own], run_dir=options["output"], **shared)
     if options["assistant"] == "auto" and is_main_process():
-        save_program(assistant, (job.example,), spec)  # with which `export` and `evaluate` load step-1
-    training.tell_run(record, str(place))
+        save_program(assistant, (shared["example_inputs"],), spec)  # with which `export` and `evaluate` load step-1
+    training.print_run(record, str(place))
     return assistant
 
 
@@ -243,7 +244,7 @@ def _curriculum(options: dict[str, Any]) -> Curriculum:
     if len(lengths) > 1:
         names = " and ".join(f"--{name.replace('_', '-')}" for name in lengths)
         raise ConfigError(f"{names} answer one question.", where=names, hint="Give one of them.")
-    wishes: dict[str, Any] = {
+    asked: dict[str, Any] = {
         "loss": options["warmup_loss"],
         "layers": options["layers"],
         "learning_rate": _one_or_all(options["warmup_lr"]),
@@ -254,13 +255,13 @@ def _curriculum(options: dict[str, Any]) -> Curriculum:
         "feed": options["feed"],
     }
     if options["no_warmup"]:
-        wishes |= {"lengths": [], "penultimate": 0}
+        asked |= {"lengths": [], "penultimate": 0}
     elif options["warmup_steps"]:
-        wishes |= {"lengths": options["warmup_steps"], "unit": "steps", "penultimate": options["penultimate"] or 0}
+        asked |= {"lengths": options["warmup_steps"], "unit": "steps", "penultimate": options["penultimate"] or 0}
     elif options["warmup"]:
-        wishes["lengths"] = options["warmup"]
+        asked["lengths"] = options["warmup"]
     base: Curriculum = RECIPES[options["recipe"]].student["curriculum"]
-    return replace(base, **{name: value for name, value in wishes.items() if value is not None})
+    return replace(base, **{name: value for name, value in asked.items() if value is not None})
 
 
 def _one_or_all(values: list[Any] | None) -> Any:

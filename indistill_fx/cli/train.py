@@ -27,16 +27,16 @@ def command(model: str, **options: Any) -> None:
     from indistill_fx.training.supervised import train
 
     source = common.open_model(model, options["trust"], seed=options["seed"])
-    job = training.open_job(options)
+    data = training.open_training_data(options)
     record = train(
         source.module,
-        job.data.train,
-        val_loader=job.data.test,
+        data.train,
+        val_loader=data.test,
         logits=options["logits"],
         run_dir=options["output"],
         resume=options["resume"],
         epochs=options["epochs"],
-        about=about(model, options["data"], job.data.input_size, **about_data(job.data)),
-        **job.settings,
+        about=about(model, options["data"], data.input_size, **about_data(data)),
+        **training.settings_of(options),
     )
-    training.tell_run(record, options["output"])
+    training.print_run(record, options["output"])

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from indistill_fx.cli.common import Command, console, device_option, example_for, logits_option, trust_option
+from indistill_fx.cli.common import Command, console, logits_option, trust_option
 from indistill_fx.errors import ConfigError
+from indistill_fx.training.settings import Settings, about, hints
 
 if TYPE_CHECKING:
     from indistill_fx.data.dataset import Data
@@ -76,60 +76,33 @@ class Names(click.ParamType[list[str]]):
         return value.split(",") if isinstance(value, str) else value
 
 
+def _setting(name: str) -> Callable[[Command], Command]:
+    """An option of `Settings` on the command line."""
+    default, hint, known = getattr(Settings(), name), hints()[name], about(name)
+    flag = f"--{known.flag or name.replace('_', '-')}"
+    if hint is bool:
+        both = f"{flag}/--no-{flag.removeprefix('--')}" if default else flag
+        return click.option(both, name, is_flag=True, default=default, show_default=default, help=known.help)
+    (kind, *rest) = [part for part in get_args(hint) if part is not type(None)] or [hint]
+    choices = get_args(kind) or (kind, *rest)
+    if isinstance(choices[0], str):
+        shape: Any = click.Choice([str(choice) for choice in choices])
+    elif get_args(hint) == (int,):
+        shape = Numbers()
+    else:
+        shape = click.IntRange(min=int(known.least or 0)) if kind is int else float
+    shown = default not in (None, ())
+    return click.option(
+        flag, name, default=default, show_default=shown, type=shape, metavar=known.metavar, help=known.help
+    )
+
+
 _TRAINING: tuple[Callable[[Command], Command], ...] = (
     click.option(
         "--epochs", default=20, show_default=True, type=click.IntRange(min=0), help="Epochs of the main stage."
     ),
     click.option("--batch-size", default=128, show_default=True, type=click.IntRange(min=1)),
-    click.option(
-        "--lr", "learning_rate", default=1e-3, show_default=True, type=float, help="Learning rate of the main stage."
-    ),
-    click.option(
-        "--optimizer",
-        default="adam",
-        show_default=True,
-        type=click.Choice(["adam", "adamw", "sgd"]),
-        help="Of the main stage.",
-    ),
-    click.option("--momentum", default=0.9, show_default=True, type=float, help="Of sgd."),
-    click.option("--weight-decay", default=0.0, show_default=True, type=float, help="Of the main stage."),
-    click.option(
-        "--schedule",
-        default="constant",
-        show_default=True,
-        type=click.Choice(["constant", "step", "cosine"]),
-        help="Of the main stage's learning rate, epoch by epoch.",
-    ),
-    click.option(
-        "--milestones",
-        metavar="15,18",
-        type=Numbers(),
-        default=(),
-        help="Main epochs after which `step` multiplies the rate by gamma.",
-    ),
-    click.option("--gamma", default=0.1, show_default=True, type=float, help="Factor of `step`."),
-    click.option("--clip-norm", type=float, help="Scale gradients down to this norm."),
-    click.option(
-        "--accumulate", default=1, show_default=True, type=click.IntRange(min=1), help="Batches per optimiser step."
-    ),
-    click.option(
-        "--mixed-precision",
-        type=click.Choice(["no", "bf16", "fp16"]),
-        help="[default: what `accelerate launch` says, else no]",
-    ),
-    click.option("--compile", "compile", is_flag=True, help="torch.compile every stage."),
-    device_option,
-    click.option(
-        "--sync-batch-norm/--no-sync-batch-norm",
-        default=True,
-        show_default=True,
-        help="With several processes: batch-norm statistics over the whole batch.",
-    ),
-    click.option(
-        "--shard",
-        is_flag=True,
-        help="With several processes: spread teacher, student and optimiser over them (FSDP), to save memory.",
-    ),
+    *(_setting(name) for name in hints()),
     click.option(
         "--workers", default=0, show_default=True, type=click.IntRange(min=0), help="Processes that read large images."
     ),
@@ -137,29 +110,15 @@ _TRAINING: tuple[Callable[[Command], Command], ...] = (
     click.option("--no-augment", is_flag=True, help="Leave training images as they are."),
     click.option("--cache", metavar="DIR", help="Keep decoded small images here for the next time."),
     logits_option,
-    click.option(
-        "--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Of fresh weights, batches and noise."
-    ),
-    click.option(
-        "--checkpoint-every",
-        "checkpoint_every_steps",
-        metavar="STEPS",
-        type=click.IntRange(min=1),
-        help="Checkpoints within epochs too. [default: after an epoch]",
-    ),
-    click.option("--tensorboard", is_flag=True, help="Write metrics for TensorBoard too."),
     click.option("--resume", is_flag=True, help="Go on with the run in RUN_DIR, or begin if there is none."),
     trust_option,
 )
 
 SECTIONS: dict[str, tuple[str, ...]] = {
     "Data and models": ("data", "batch_size", "workers", "limit", "cache", "logits", "trust"),
-    "Training": (
-        "epochs", "learning_rate", "optimizer", "momentum", "weight_decay", "schedule", "milestones", "gamma", "clip_norm",
-        "accumulate", "mixed_precision", "compile", "device", "sync_batch_norm", "shard", "seed",
-    ),
-    "The run": ("output", "resume", "checkpoint_every_steps", "tensorboard"),
-}  # fmt: skip
+    "Training": ("epochs", *(name for name in hints() if about(name).changes_result)),
+    "The run": ("output", "resume", *(name for name in hints() if not about(name).changes_result)),
+}
 
 
 def training_options(command: Command) -> Command:
@@ -169,39 +128,20 @@ def training_options(command: Command) -> Command:
     return command
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
-    """Data, example inputs and settings of a training command."""
-
-    data: Data
-    example: Any
-    settings: dict[str, Any]
-
-    @property
-    def samples(self) -> int:
-        """How many training samples there are."""
-        return sum(len(labels) for _, labels, *_ in self.data.train_plain)
-
-
-_SETTINGS = (
-    "learning_rate optimizer momentum weight_decay schedule milestones gamma clip_norm accumulate mixed_precision compile "
-    "device sync_batch_norm shard seed checkpoint_every_steps tensorboard"
-).split()
-
-
-def open_job(options: dict[str, Any], *, with_indices: bool = False) -> Job:
-    """Open the data of a training command and gather its settings."""
+def open_training_data(options: Mapping[str, Any]) -> Data:
+    """The data of a training command."""
     from indistill_fx.data.open import open_data
 
     named = {name: options[name] for name in ("batch_size", "workers", "seed", "limit", "cache")}
-    data = open_data(
-        options["data"], **named, augment=not options["no_augment"], with_indices=with_indices, progress=True
-    )
-    settings = {name: options[name] for name in _SETTINGS}
-    return Job(data, example_for((), None, data.input_size), settings)
+    return open_data(options["data"], **named, augment=not options["no_augment"], progress=True)
 
 
-def tell_run(record: RunRecord, run_dir: str) -> None:
+def settings_of(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those options of a training command that are `Settings`."""
+    return {name: options[name] for name in hints()}
+
+
+def print_run(record: RunRecord, run_dir: str) -> None:
     """The summary at a run's end."""
     from indistill_fx.cli.tables import plain_table
 
@@ -233,7 +173,7 @@ def tell_run(record: RunRecord, run_dir: str) -> None:
     out.print(f"All of it is in {run_dir}; try `indistill-fx export {run_dir} -o student.onnx`.", soft_wrap=True)
 
 
-def tell_arms(records: dict[str, RunRecord], run_dir: str) -> None:
+def print_arms(records: dict[str, RunRecord], run_dir: str) -> None:
     """The table at a comparison's end."""
     from indistill_fx.cli.tables import plain_table
 

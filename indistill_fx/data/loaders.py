@@ -102,6 +102,11 @@ class EpochLoader(ABC):
         return f"nobody can tell whether a {type(self).__name__} draws at random"
 
     @property
+    def numbered(self) -> bool:
+        """Whether it knows its samples by number: `samples` and `indexed` say."""
+        return False
+
+    @property
     def samples(self) -> int:
         """How many samples there are."""
         raise self._unknown()
@@ -169,6 +174,11 @@ class _IndexedLoader(EpochLoader):
             raise ConfigError(f"batch size is {batch_size}.", where="batch_size", got=batch_size, expected="at least 1")
         self.count, self.batch_size, self.shuffle, self.with_indices = count, batch_size, shuffle, with_indices
         self.drop_last = shuffle and count >= batch_size
+
+    @property
+    def numbered(self) -> bool:
+        """By number, yes."""
+        return True
 
     @property
     def samples(self) -> int:

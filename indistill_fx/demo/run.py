@@ -25,7 +25,7 @@ from indistill_fx.passes.capture.trace import trace
 from indistill_fx.runs.load import about, about_data, keep_export
 from indistill_fx.runs.record import RunRecord
 from indistill_fx.training.compare import compare
-from indistill_fx.training.processes import is_main_process
+from indistill_fx.training.parallel.processes import is_main_process
 from indistill_fx.training.supervised import train
 
 TEACHER_EPOCHS = 12

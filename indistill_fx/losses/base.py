@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,30 @@ class Outputs(NamedTuple):
     indices: Tensor | None = None
 
 
-class MainLoss(nn.Module):
+class Criterion(nn.Module):
+    """What a stage minimises: (student `Outputs`, teacher `Outputs`, labels) → scalar. It says what it reads.
+
+    Attributes:
+        needs: which of the teacher's `logits`, `embedding`, `features` are read.
+        needs_indices: whether batches must carry sample indices.
+        needs_samples: whether its constructor takes `samples`, the size of the training set.
+        weight_labels: of the supervised loss; 0: neither the labels nor, for their sake, the student's logits are read.
+        unit: how large the loss typically is, in which the weight of what a `Curriculum` adds to it counts.
+    """
+
+    needs: frozenset[str] = frozenset()
+    needs_indices: bool = False
+    needs_samples: bool = False
+    weight_labels: float = 1.0
+    unit: float = 1.0
+
+    @property
+    def summary(self) -> str:
+        """What is to be told of it when its stage is over."""
+        return ""
+
+
+class MainLoss(Criterion):
     """`weight_labels` * the task's supervised loss + `weight` * the method's own term, in full precision even under autocast.
 
     A method gives `term` and says in class attributes what it reads, so that only those taps are compiled in. The
@@ -38,12 +61,9 @@ class MainLoss(nn.Module):
     teacher.
 
     Attributes:
-        needs: which of the teacher's `logits`, `embedding`, `features` are read.
-        needs_indices: whether batches must carry sample indices.
         needs_shapes: whether the constructor takes `student_shapes` and `teacher_shapes` (there are weights to train).
         by_class: whether the term takes a softmax over the outputs, so that the task's must be classes.
         task: what the labels mean; set by `main_loss`.
-        unit: how large the loss typically is, in which the weight of what a `Curriculum` adds to it counts.
 
     Args:
         weight: of the method's term.
@@ -53,12 +73,9 @@ class MainLoss(nn.Module):
         ConfigError: a weight is negative, or both are 0.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset()
-    needs_indices: ClassVar[bool] = False
-    needs_shapes: ClassVar[bool] = False
-    by_class: ClassVar[bool] = False
+    needs_shapes: bool = False
+    by_class: bool = False
     task: Task = Classification()
-    unit: ClassVar[float] = 1.0
 
     def __init__(self, *, weight: float, weight_labels: float):
         super().__init__()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -47,9 +46,10 @@ class CRDLoss(MainLoss):
         only the sample itself is left out. Under DDP each process keeps its own bank (`broadcast_buffers=False`).
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"embedding"})
-    needs_indices: ClassVar[bool] = True
-    needs_shapes: ClassVar[bool] = True
+    needs: frozenset[str] = frozenset({"embedding"})
+    needs_indices: bool = True
+    needs_samples: bool = True
+    needs_shapes: bool = True
     bank_student: Tensor
     bank_teacher: Tensor
     bank_labels: Tensor

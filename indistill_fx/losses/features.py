@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +30,7 @@ class ATLoss(MainLoss):
         weight_labels: of the cross-entropy.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"features"})
+    needs: frozenset[str] = frozenset({"features"})
 
     def __init__(self, *, power: float = 2.0, weight: float = 1000.0, weight_labels: float = 1.0):
         super().__init__(weight=weight, weight_labels=weight_labels)
@@ -65,8 +64,8 @@ class FitNetLoss(MainLoss):
         Romero et al., "FitNets: Hints for Thin Deep Nets", arXiv:1412.6550; regressor and weight 100 by RepDistiller.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"features"})
-    needs_shapes: ClassVar[bool] = True
+    needs: frozenset[str] = frozenset({"features"})
+    needs_shapes: bool = True
 
     def __init__(
         self,
@@ -117,8 +116,8 @@ class VIDLoss(MainLoss):
         arXiv:1904.05835; form and weight 1 by RepDistiller.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"features"})
-    needs_shapes: ClassVar[bool] = True
+    needs: frozenset[str] = frozenset({"features"})
+    needs_shapes: bool = True
 
     def __init__(
         self,

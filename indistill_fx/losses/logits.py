@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +42,7 @@ class KDLoss(MainLoss):
         0.9 / 0.1 are those of mdistiller and RepDistiller for CIFAR (ImageNet: T 1, 0.5 / 0.5).
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"logits"})
+    needs: frozenset[str] = frozenset({"logits"})
 
     def __init__(
         self, *, temperature: float = 4.0, weight: float = 0.9, weight_labels: float = 0.1, standardize: bool = False
@@ -81,8 +80,8 @@ class DKDLoss(MainLoss):
         in steps and off by default.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"logits"})
-    by_class: ClassVar[bool] = True
+    needs: frozenset[str] = frozenset({"logits"})
+    by_class: bool = True
     step: Tensor
 
     def __init__(
@@ -139,8 +138,8 @@ class DISTLoss(MainLoss):
         torchdistill's official ImageNet recipe (cross-entropy 1, term 2, beta = gamma = 1, tau = 1).
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"logits"})
-    by_class: ClassVar[bool] = True
+    needs: frozenset[str] = frozenset({"logits"})
+    by_class: bool = True
 
     def __init__(
         self,
@@ -186,8 +185,8 @@ class MLKDLoss(MainLoss):
         of every sample instead of a weak and a strong one, and no selection of samples by the teacher's confidence.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"logits"})
-    by_class: ClassVar[bool] = True
+    needs: frozenset[str] = frozenset({"logits"})
+    by_class: bool = True
 
     def __init__(
         self,
@@ -239,8 +238,8 @@ class CWDLoss(MainLoss):
         equation 5; T 4 and weight 3 as the authors take for logits.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"logits"})
-    by_class: ClassVar[bool] = True
+    needs: frozenset[str] = frozenset({"logits"})
+    by_class: bool = True
 
     def __init__(self, *, temperature: float = 4.0, weight: float = 3.0, weight_labels: float = 1.0):
         super().__init__(weight=weight, weight_labels=weight_labels)

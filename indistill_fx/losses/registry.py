@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from indistill_fx.errors import ConfigError, nearest
 from indistill_fx.losses.base import EMBEDDING as EMBEDDING
+from indistill_fx.losses.base import Criterion
 from indistill_fx.losses.base import MainLoss as MainLoss
 from indistill_fx.losses.base import Outputs as Outputs
 from indistill_fx.losses.contrastive import CRDLoss
@@ -46,31 +47,53 @@ MAIN_LOSSES: dict[str, type[MainLoss]] = {
     "reviewkd": ReviewKDLoss,
 }
 
+Built = TypeVar("Built")
+
 _EVERYTHING = frozenset({"logits", "embedding", "features"})
 
 
-class UserLoss(nn.Module):
-    """A user's own loss: a function or module; its attributes (`needs`, …) are read where it has them.
+class UserLoss(Criterion):
+    """A main loss of the user's own: a function or module. What it reads is said by its attributes of a `Criterion`'s names.
 
-    Attributes:
-        needs_equal_widths: for the warm-up; True unless it says otherwise.
-        needs: for the main stage; everything unless it says otherwise.
-        needs_indices: False unless it says otherwise.
+    Args:
+        function: (student `Outputs`, teacher `Outputs`, labels) → scalar. Without attributes it is taken to read everything but
+            indices.
+        options: its keyword arguments.
     """
 
     def __init__(self, function: Callable[..., Tensor], options: Mapping[str, Any]):
         super().__init__()
         self.function, self.options = function, dict(options)
-        self.needs_equal_widths: bool = getattr(function, "needs_equal_widths", True)
-        self.needs: frozenset[str] = frozenset(getattr(function, "needs", _EVERYTHING))
-        self.needs_indices: bool = getattr(function, "needs_indices", False)
+        self.needs = frozenset(getattr(function, "needs", _EVERYTHING))
+        self.needs_indices = bool(getattr(function, "needs_indices", False))
+        self.weight_labels = float(getattr(function, "weight_labels", 1.0))
+        self.unit = float(getattr(function, "unit", 1.0))
 
-    def forward(self, *values: Any) -> Tensor:
+    def forward(self, student: Outputs, teacher: Outputs, labels: Tensor | None = None) -> Tensor:
         """The user's scalar."""
-        return self.function(*values, **self.options)
+        return self.function(student, teacher, labels, **self.options)
 
 
-def warmup_loss(loss: str | Callable[..., Tensor], **options: Any) -> nn.Module:
+class UserWarmup(WarmupLoss):
+    """A warm-up loss of the user's own.
+
+    Args:
+        function: (student feature, teacher feature) → scalar. It wants equal widths unless its attribute `needs_equal_widths`
+            is False.
+        options: its keyword arguments.
+    """
+
+    def __init__(self, function: Callable[..., Tensor], options: Mapping[str, Any]):
+        super().__init__()
+        self.function, self.options = function, dict(options)
+        self.needs_equal_widths = bool(getattr(function, "needs_equal_widths", True))
+
+    def forward(self, student_feature: Tensor, teacher_feature: Tensor) -> Tensor:
+        """The user's scalar."""
+        return self.function(student_feature, teacher_feature, **self.options)
+
+
+def warmup_loss(loss: str | Callable[..., Tensor], **options: Any) -> WarmupLoss:
     """The warm-up loss of that name, of `file.py:name`, or the one given.
 
     Args:
@@ -79,14 +102,14 @@ def warmup_loss(loss: str | Callable[..., Tensor], **options: Any) -> nn.Module:
         options: the loss's own keyword arguments.
 
     Returns:
-        A module (student feature, teacher feature) -> scalar with an attribute `needs_equal_widths`.
+        A module (student feature, teacher feature) -> scalar.
 
     Raises:
         ConfigError: an unknown name or option; the message lists the legal ones.
     """
     if isinstance(loss, str) and loss in WARMUP_LOSSES:
         return _built(WARMUP_LOSSES[loss], loss, options)
-    return _users(loss, WARMUP_LOSSES, "warm-up loss", options, attribute="needs_equal_widths")
+    return UserWarmup(*_users(loss, WARMUP_LOSSES, "warm-up loss", options))
 
 
 def main_loss(
@@ -96,7 +119,7 @@ def main_loss(
     teacher_shapes: Mapping[str, tuple[int, ...]] | None = None,
     task: Task | None = None,
     **options: Any,
-) -> nn.Module:
+) -> Criterion:
     """The main loss of that name, of `file.py:name`, or the one given.
 
     Args:
@@ -108,14 +131,13 @@ def main_loss(
         options: the loss's own keyword arguments.
 
     Returns:
-        A module (student `Outputs`, teacher `Outputs`, labels) -> scalar with attributes `needs`, `needs_indices`. Its
-        own parameters, if any, train with the student.
+        A module (student `Outputs`, teacher `Outputs`, labels) -> scalar. Its own parameters, if any, train with the student.
 
     Raises:
         ConfigError: an unknown name or option (the message lists the legal ones), or a loss that does not fit the task.
     """
     if not isinstance(loss, str) or loss not in MAIN_LOSSES:
-        return _users(loss, MAIN_LOSSES, "main loss", options, attribute="needs")
+        return UserLoss(*_users(loss, MAIN_LOSSES, "main loss", options))
     kind = MAIN_LOSSES[loss]
     if kind.needs_shapes:
         options = {"student_shapes": student_shapes or {}, "teacher_shapes": teacher_shapes or {}, **options}
@@ -123,9 +145,21 @@ def main_loss(
         _require_fit(kind, loss, task)
         if not task.labelled:
             options = {"weight_labels": 0.0, **options}
-    built: MainLoss = _built(kind, loss, options)  # type: ignore[assignment]
+    built = _built(kind, loss, options)
     built.task = task or built.task
     return built
+
+
+def asked_of_the_data(loss: str | Callable[..., Tensor]) -> frozenset[str]:
+    """Which of `indices` (in every batch) and `samples` (their number) a main loss asks of the data, known before it is built.
+
+    Raises:
+        ConfigError: an unknown name.
+    """
+    kind: Any = (
+        MAIN_LOSSES[loss] if isinstance(loss, str) and loss in MAIN_LOSSES else _object(loss, MAIN_LOSSES, "main loss")
+    )
+    return frozenset(what for what in ("indices", "samples") if getattr(kind, f"needs_{what}", False))
 
 
 def _require_fit(kind: type[MainLoss], name: str, task: Task) -> None:
@@ -146,7 +180,7 @@ def _require_fit(kind: type[MainLoss], name: str, task: Task) -> None:
         )
 
 
-def _built(kind: Callable[..., nn.Module], name: str, options: Mapping[str, Any]) -> nn.Module:
+def _built(kind: Callable[..., Built], name: str, options: Mapping[str, Any]) -> Built:
     legal = inspect.signature(kind).parameters
     unknown = [option for option in options if option not in legal]
     absent = [key for key, value in legal.items() if value.default is value.empty and key not in options]
@@ -160,27 +194,26 @@ def _built(kind: Callable[..., nn.Module], name: str, options: Mapping[str, Any]
 
 
 def _users(
-    loss: str | Callable[..., Tensor],
-    known: Mapping[str, Any],
-    what: str,
-    options: Mapping[str, Any],
-    *,
-    attribute: str,
-) -> nn.Module:
-    if isinstance(loss, str):
-        if ":" not in loss:
-            raise ConfigError(
-                f"{loss!r} is no {what}.",
-                where=what,
-                got=loss,
-                expected=sorted(known),
-                hint=f"{nearest(loss, known)} Legal: {', '.join(known)}, or file.py:name for your own.",
-            )
-        loss = load_object(loss)
-    if isinstance(loss, type):
-        loss, options = _built(loss, loss.__name__, options), {}
-    if not callable(loss):
-        raise ConfigError(f"A {what} must be a name or callable, not {type(loss).__name__}.", where=what, got=loss)
-    if isinstance(loss, nn.Module) and hasattr(loss, attribute) and not options:
+    loss: str | Callable[..., Tensor], known: Mapping[str, Any], what: str, options: Mapping[str, Any]
+) -> tuple[Callable[..., Tensor], Mapping[str, Any]]:
+    """A loss of the user's own, and the options that are still to be given to it."""
+    found = _object(loss, known, what)
+    if isinstance(found, type):
+        found, options = _built(found, found.__name__, options), {}
+    if not callable(found):
+        raise ConfigError(f"A {what} must be a name or callable, not {type(found).__name__}.", where=what, got=found)
+    return found, options
+
+
+def _object(loss: Any, known: Mapping[str, Any], what: str) -> Any:
+    if not isinstance(loss, str):
         return loss
-    return UserLoss(loss, options)
+    if ":" not in loss:
+        raise ConfigError(
+            f"{loss!r} is no {what}.",
+            where=what,
+            got=loss,
+            expected=sorted(known),
+            hint=f"{nearest(loss, known)} Legal: {', '.join(known)}, or file.py:name for your own.",
+        )
+    return load_object(loss)

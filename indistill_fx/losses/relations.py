@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,8 +18,8 @@ class PKTLoss(MainLoss):
         weight_labels: of the cross-entropy; the authors use none.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"embedding"})
-    unit: ClassVar[float] = 1e-3
+    needs: frozenset[str] = frozenset({"embedding"})
+    unit: float = 1e-3
 
     def __init__(self, *, weight: float = 1.0, weight_labels: float = 0.0):
         super().__init__(weight=weight, weight_labels=weight_labels)
@@ -45,7 +43,7 @@ class PKTKLLoss(MainLoss):
         arXiv:1803.10837; weight 30000 by RepDistiller.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"embedding"})
+    needs: frozenset[str] = frozenset({"embedding"})
 
     def __init__(self, *, weight: float = 30000.0, weight_labels: float = 1.0):
         super().__init__(weight=weight, weight_labels=weight_labels)
@@ -68,7 +66,7 @@ class SPLoss(MainLoss):
         Tung, Mori, "Similarity-Preserving Knowledge Distillation", ICCV 2019, arXiv:1907.09682; weight by RepDistiller.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"features"})
+    needs: frozenset[str] = frozenset({"features"})
 
     def __init__(self, *, hint: str | None = None, weight: float = 3000.0, weight_labels: float = 1.0):
         super().__init__(weight=weight, weight_labels=weight_labels)
@@ -99,7 +97,7 @@ class RKDLoss(MainLoss):
         Squared distances are kept above 1e-12, and those of a sample to itself are 0, as there.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"embedding"})
+    needs: frozenset[str] = frozenset({"embedding"})
 
     def __init__(self, *, distance: float = 25.0, angle: float = 50.0, weight: float = 1.0, weight_labels: float = 1.0):
         super().__init__(weight=weight, weight_labels=weight_labels)

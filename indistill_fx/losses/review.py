@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -38,8 +36,8 @@ class ReviewKDLoss(MainLoss):
         resized to the teacher's size where they differ.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"features"})
-    needs_shapes: ClassVar[bool] = True
+    needs: frozenset[str] = frozenset({"features"})
+    needs_shapes: bool = True
 
     def __init__(
         self,

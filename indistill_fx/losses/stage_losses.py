@@ -6,21 +6,23 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from indistill_fx.curriculum import Curriculum
 from indistill_fx.errors import ConfigError
-from indistill_fx.losses.base import Outputs, required
+from indistill_fx.losses.base import Criterion, Outputs, required
 from indistill_fx.losses.registry import warmup_loss
+from indistill_fx.losses.warmup import WarmupLoss
 from indistill_fx.plan import AlignmentPlan, Pair
 
 
-class FeatureLoss(nn.Module):
+class FeatureLoss(Criterion):
     """A loss on one pair of features, in the form of a main loss."""
 
-    def __init__(self, loss: nn.Module, key: str):
+    def __init__(self, loss: WarmupLoss, key: str):
         super().__init__()
         self.loss, self.key = loss, key
+        self.needs, self.weight_labels = frozenset({"features"}), 0.0
 
     def forward(self, student: Outputs, teacher: Outputs, labels: Tensor | None) -> Tensor:
         """The loss of the pair's two features."""
@@ -28,7 +30,7 @@ class FeatureLoss(nn.Module):
         return value
 
 
-class SegmentsLoss(nn.Module):
+class SegmentsLoss(Criterion):
     """The sum of a loss over all pairs, in the form of a main loss.
 
     Args:
@@ -41,9 +43,10 @@ class SegmentsLoss(nn.Module):
 
     recent: Tensor
 
-    def __init__(self, loss: nn.Module, keys: Sequence[str]):
+    def __init__(self, loss: WarmupLoss, keys: Sequence[str]):
         super().__init__()
         self.loss, self.keys = loss, tuple(keys)
+        self.needs, self.weight_labels = frozenset({"features"}), 0.0
         self.register_buffer("recent", torch.full((len(self.keys),), -1.0), persistent=False)
 
     def forward(self, student: Outputs, teacher: Outputs, labels: Tensor | None) -> Tensor:
@@ -54,13 +57,13 @@ class SegmentsLoss(nn.Module):
         return values.sum()
 
     @property
-    def said(self) -> str:
+    def summary(self) -> str:
         """The loss of every segment, as it was of late."""
         each = ", ".join(f"{key} {value:.3g}" for key, value in zip(self.keys, self.recent.tolist(), strict=True))
         return f"loss by segment: {each}"
 
 
-class KeptFeature(nn.Module):
+class KeptFeature(Criterion):
     """A main loss plus the penultimate vectors' warm-up loss.
 
     Args:
@@ -73,15 +76,17 @@ class KeptFeature(nn.Module):
 
     kept: Tensor | None
 
-    def __init__(self, main: nn.Module, loss: nn.Module, weight: float, pair: Pair):
+    def __init__(self, main: Criterion, loss: WarmupLoss, weight: float, pair: Pair):
         super().__init__()
         self.main, self.loss, self.weight = main, loss, weight
-        kept = pair.kept if getattr(loss, "needs_equal_widths", True) else None
+        self.needs, self.needs_indices = main.needs | {"embedding"}, main.needs_indices
+        self.weight_labels, self.unit = main.weight_labels, main.unit
+        kept = pair.kept if loss.needs_equal_widths else None
         self.register_buffer("kept", torch.tensor(kept) if kept is not None else None, persistent=False)
-        self.equal = kept is None and bool(getattr(loss, "needs_equal_widths", True))
+        self.equal = kept is None and loss.needs_equal_widths
 
     @property
-    def told(self) -> str:
+    def described(self) -> str:
         """What is added, in words."""
         return f"{self.weight:.3g} times the loss of the penultimate vectors"
 
@@ -96,7 +101,7 @@ class KeptFeature(nn.Module):
         return value
 
 
-def keeping(criterion: nn.Module, curriculum: Curriculum, plan: AlignmentPlan) -> KeptFeature:
+def keeping(criterion: Criterion, curriculum: Curriculum, plan: AlignmentPlan) -> KeptFeature:
     """The main loss with what the curriculum keeps in it.
 
     Raises:
@@ -111,10 +116,10 @@ def keeping(criterion: nn.Module, curriculum: Curriculum, plan: AlignmentPlan) -
             expected=0,
         )
     widths = [math.prod(shape[1:]) for shape in (pair.teacher_shape, pair.student_shape)]
-    if getattr(loss, "needs_equal_widths", True) and pair.kept is None and widths[0] > widths[1]:
+    if loss.needs_equal_widths and pair.kept is None and widths[0] > widths[1]:
         raise ConfigError(
             f"The plan does not say which channels of the teacher's penultimate vector `{pair.teacher}` are kept.",
             where=pair.teacher,
             hint="An earlier version made it: make it again with `align`, or leave keep at 0.",
         )
-    return KeptFeature(criterion, loss, curriculum.keep * getattr(criterion, "unit", 1.0), pair)
+    return KeptFeature(criterion, loss, curriculum.keep * criterion.unit, pair)

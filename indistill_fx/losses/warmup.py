@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,7 +18,7 @@ class WarmupLoss(nn.Module):
         needs_equal_widths: whether the teacher must be narrowed to the student's width first.
     """
 
-    needs_equal_widths: ClassVar[bool]
+    needs_equal_widths: bool
 
     def distance(self, student: Tensor, teacher: Tensor) -> Tensor:
         """The scalar, of full-precision tensors."""
@@ -39,7 +37,7 @@ class MSEWarmup(WarmupLoss):
         The warm-up of Sarridis et al., "InDistill", arXiv:2205.10003.
     """
 
-    needs_equal_widths: ClassVar[bool] = True
+    needs_equal_widths: bool = True
 
     def distance(self, student: Tensor, teacher: Tensor) -> Tensor:
         """See the class."""
@@ -53,7 +51,7 @@ class CosineWarmup(WarmupLoss):
     Blind to each sample's scale, which a following batch norm restores only on average. A vector of zeros has cosine 0.
     """
 
-    needs_equal_widths: ClassVar[bool] = True
+    needs_equal_widths: bool = True
 
     def distance(self, student: Tensor, teacher: Tensor) -> Tensor:
         """See the class."""
@@ -68,7 +66,7 @@ class ATWarmup(WarmupLoss):
         power: p.
     """
 
-    needs_equal_widths: ClassVar[bool] = False
+    needs_equal_widths: bool = False
 
     def __init__(self, *, power: float = 2.0):
         super().__init__()
@@ -82,7 +80,7 @@ class ATWarmup(WarmupLoss):
 class PKTWarmup(WarmupLoss):
     """Probabilistic knowledge transfer on the flattened features; see `pkt_divergence`."""
 
-    needs_equal_widths: ClassVar[bool] = False
+    needs_equal_widths: bool = False
 
     def distance(self, student: Tensor, teacher: Tensor) -> Tensor:
         """See the class."""

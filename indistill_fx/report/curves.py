@@ -25,16 +25,16 @@ def charts_of(runs: Sequence[Run]) -> list[Chart]:
     ]
     if charts[0].curves:
         charts[0] = Chart(charts[0].title, charts[0].across, (*charts[0].curves, *_teachers(runs)), percent=True)
-    for stage in dict.fromkeys(leg.name for run in runs for leg in run.legs):
+    for stage in dict.fromkeys(phase.name for run in runs for phase in run.phases):
         curves = [
             Curve(
                 run.name,
-                tuple((float(e.epoch), e.loss) for e in leg.epochs if e.loss is not None),
+                tuple((float(e.epoch), e.loss) for e in phase.epochs if e.loss is not None),
                 colour=number,
             )
             for number, run in enumerate(runs)
-            for leg in run.legs
-            if leg.name == stage
+            for phase in run.phases
+            if phase.name == stage
         ]
         title = f"Loss, main stage{' (each run has its own loss)' if len(curves) > 1 else ''}"
         charts.append(

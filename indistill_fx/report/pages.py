@@ -96,7 +96,7 @@ def run_page(run_dir: str | os.PathLike[str]) -> str:
     plan = next((run.plan for run in reversed(runs) if run.plan is not None), None)
     view = _view(see_plan(plan)) if plan is not None else None
     epochs = max(len(run.epochs) for run in runs)
-    shares = {run.name: [max(leg.planned or 0, len(leg.epochs), 1) for leg in run.legs] for run in runs}
+    shares = {run.name: [max(phase.planned or 0, len(phase.epochs), 1) for phase in run.phases] for run in runs}
     name = os.path.basename(os.path.abspath(run_dir))
     return _render(
         "run.html.j2",
@@ -121,7 +121,7 @@ def run_page(run_dir: str | os.PathLike[str]) -> str:
 
 def _missing(run: Run) -> Sequence[str]:
     """A run on labels alone lacks no plan."""
-    lonely = run.status == "done" and all(leg.name == "main" for leg in run.legs)
+    lonely = run.status == "done" and all(phase.name == "main" for phase in run.phases)
     return [line for line in run.missing if not (lonely and line.startswith("plan.json is not there"))]
 
 

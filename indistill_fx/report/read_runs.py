@@ -17,7 +17,8 @@ from indistill_fx.plan import AlignmentPlan
 from indistill_fx.runs.directory import EXPORT, MOST_BYTES, STUDENT
 from indistill_fx.system.files import read_bounded, read_lines, require_regular
 
-_SCHEDULED = re.compile(r"^(?P<stage>.*): (?P<length>\d+) (?P<unit>epoch|step)s?\b")
+_SCHEDULED = re.compile(r"^(?P<stage>.*): (?:at most )?(?P<length>\d+) (?P<unit>epoch|step)s?\b")
+"""A line of the schedule of 0.1.0, which wrote nothing but lines."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +35,8 @@ class Epoch:
 
 
 @dataclass(frozen=True, slots=True)
-class Leg:
-    """One stage of the schedule.
+class Phase:
+    """One phase of the run.
 
     Attributes:
         name: the student's tap, or `main`.
@@ -80,7 +81,7 @@ class Run:
         name: of its directory.
         status: done, running, stopped, failed; `unknown` where nothing says.
         told: run.json.
-        legs: the stages in order.
+        phases: in order.
         plan: if there is one.
         weights: bytes of the trained student; None if there is none.
         parameters: numbers stored in it, statistics of norms included.
@@ -94,7 +95,7 @@ class Run:
     name: str
     status: str
     told: Mapping[str, Any]
-    legs: tuple[Leg, ...]
+    phases: tuple[Phase, ...]
     plan: AlignmentPlan | None
     weights: int | None
     parameters: int | None
@@ -107,7 +108,7 @@ class Run:
     @property
     def epochs(self) -> tuple[Epoch, ...]:
         """Of all stages."""
-        return tuple(epoch for leg in self.legs for epoch in leg.epochs)
+        return tuple(epoch for phase in self.phases for epoch in phase.epochs)
 
     @property
     def accuracy(self) -> float | None:
@@ -127,7 +128,7 @@ class Run:
     @property
     def seconds(self) -> float:
         """Spent training."""
-        return sum(leg.seconds for leg in self.legs)
+        return sum(phase.seconds for phase in self.phases)
 
 
 def read_runs(path: str | os.PathLike[str]) -> tuple[Run, ...]:
@@ -181,14 +182,14 @@ def read_run(home: Path, *, name: str | None = None) -> Run:
     weights = home / STUDENT
     if not weights.is_file():
         missing.append(f"{STUDENT} is not there: the run has not finished, or it was moved.")
-    schedule = [str(line) for line in _list(told.get("schedule"))]
-    if told and not schedule:
+    planned = _planned(told)
+    if told and not planned:
         missing.append("run.json has no schedule; the stages are those of the metrics.")
     return Run(
         name=name or home.resolve().name,
         status=str(told.get("status", "unknown")),
         told=told,
-        legs=_legs(schedule, epochs),
+        phases=_phases(planned, epochs),
         plan=plan,
         weights=weights.stat().st_size if weights.is_file() else None,
         parameters=_stored(weights),
@@ -325,17 +326,28 @@ def _teacher_export(spec: object) -> dict[str, float]:
     return _export(place.parent if place.name == STUDENT else place)
 
 
-def _legs(schedule: Sequence[str], epochs: Sequence[Epoch]) -> tuple[Leg, ...]:
-    planned: dict[str, tuple[int | None, str, str]] = {}
-    for line in schedule:
-        match = _SCHEDULED.match(line)
-        if match:
-            planned[match["stage"]] = (int(match["length"]), match["unit"], line)
+def _planned(told: Mapping[str, Any]) -> dict[str, tuple[int | None, str, str]]:
+    """Length, unit and words of every phase that run.json plans, by name."""
+    lines = [str(line) for line in _list(told.get("schedule"))]
+    found: dict[str, tuple[int | None, str, str]] = {}
+    for entry in _list(told.get("phases")):
+        name, length = _dict(entry).get("name"), _number(_dict(entry).get("length"))
+        if isinstance(name, str) and length is not None:
+            unit = "step" if entry.get("unit") == "steps" else "epoch"
+            found[name] = (int(length), unit, next((line for line in lines if line.startswith(f"{name}: ")), name))
+    if found:
+        return found
+    matches = [(_SCHEDULED.match(line), line) for line in lines]
+    return {match["stage"]: (int(match["length"]), match["unit"], line) for match, line in matches if match}
+
+
+def _phases(planned: Mapping[str, tuple[int | None, str, str]], epochs: Sequence[Epoch]) -> tuple[Phase, ...]:
+    found = dict(planned)
     for epoch in epochs:
-        planned.setdefault(epoch.stage, (None, "epoch", epoch.stage))
+        found.setdefault(epoch.stage, (None, "epoch", epoch.stage))
     return tuple(
-        Leg(name, length, unit, text, tuple(epoch for epoch in epochs if epoch.stage == name))
-        for name, (length, unit, text) in planned.items()
+        Phase(name, length, unit, text, tuple(epoch for epoch in epochs if epoch.stage == name))
+        for name, (length, unit, text) in found.items()
     )
 
 

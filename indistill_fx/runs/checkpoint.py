@@ -79,12 +79,15 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         ) from error
 
 
-def model_tensors(student: nn.Module, stage: nn.Module | None) -> dict[str, Tensor]:
-    """Everything that training writes: the student's tensors and those of the stage's loss. Not the teacher's.
+def model_tensors(
+    student: nn.Module, stage: nn.Module | None, *, without: nn.Module | None = None
+) -> dict[str, Tensor]:
+    """Everything that training writes: the student's tensors and those of the stage's loss.
 
     Args:
         student: the module being trained.
         stage: the stage under way; None between stages.
+        without: a part of the stage that training does not write: the teacher.
 
     Returns:
         The live tensors by name, each once.
@@ -92,8 +95,9 @@ def model_tensors(student: nn.Module, stage: nn.Module | None) -> dict[str, Tens
     found = {f"student/{name}": tensor for name, tensor in _named(student)}
     if stage is not None:
         known = {id(tensor) for tensor in found.values()}
+        known |= {id(tensor) for _, tensor in _named(without)} if without is not None else set()
         for name, tensor in _named(stage):
-            if id(tensor) not in known and not name.startswith("teacher."):
+            if id(tensor) not in known:
                 found[f"stage/{name}"] = tensor
     return found
 

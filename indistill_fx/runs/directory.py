@@ -52,7 +52,7 @@ class RunDirectory:
         self.path, self.writes = Path(path), writes
         self._resume, self._tensorboard = resume, tensorboard
         self._lock = FileLock(self.path / ".lock")
-        self._story: dict[str, Any] = {}
+        self._report: dict[str, Any] = {}
         self._board: Any = None
 
     def __enter__(self) -> RunDirectory:
@@ -86,7 +86,7 @@ class RunDirectory:
                 hint="Go on with it by resume=True (--resume), or give another directory.",
             )
         if self.resumes:
-            check_schema(self.told().get("schema_version", 1), self.path / "run.json")
+            check_schema(self.reported().get("schema_version", 1), self.path / "run.json")
         for folder in (self.path, self.path / "checkpoints"):
             clear_drafts(folder)
         if self._tensorboard:
@@ -98,10 +98,10 @@ class RunDirectory:
         if not self.writes:
             return
         try:
-            if error is not None and self._story and self._story.get("status") == "running":
+            if error is not None and self._report and self._report.get("status") == "running":
                 stopped = isinstance(error, (KeyboardInterrupt, SystemExit))
-                self._story["error"] = str(error)
-                self.tell(status="stopped" if stopped else "failed")
+                self._report["error"] = str(error)
+                self.report(status="stopped" if stopped else "failed")
         except TrainError:
             pass  # the disk is full: the error on its way says more
         finally:
@@ -119,30 +119,30 @@ class RunDirectory:
         """Whether a run is to go on from a checkpoint that is here."""
         return self._resume and self.has_checkpoint
 
-    def tell(self, **story: Any) -> None:
+    def report(self, **facts: Any) -> None:
         """Add to run.json.
 
         Raises:
             TrainError: it cannot be written.
         """
         if self.writes:
-            self._story |= story | {"updated": datetime.now(UTC).isoformat(timespec="seconds")}
-            save_json(self.path / "run.json", self._story)
+            self._report |= facts | {"updated": datetime.now(UTC).isoformat(timespec="seconds")}
+            save_json(self.path / "run.json", self._report)
 
-    def begin(self, *, resumed: bool, **story: Any) -> None:
+    def begin(self, *, resumed: bool, **facts: Any) -> None:
         """Start run.json, or go on with the one that is there.
 
         Raises:
             TrainError: it cannot be written.
         """
-        before = self.told() if resumed else {}
+        before = self.reported() if resumed else {}
         started = before.get("started", datetime.now(UTC).isoformat(timespec="seconds"))
-        self._story = {"schema_version": SCHEMA, "command": sys.argv, "started": started, **before, **story}
-        self._story.pop("error", None)
+        self._report = {"schema_version": SCHEMA, "command": sys.argv, "started": started, **before, **facts}
+        self._report.pop("error", None)
         times = before.get("resumed", 0)
-        self.tell(status="running", resumed=(times if isinstance(times, int) else 0) + int(resumed))
+        self.report(status="running", resumed=(times if isinstance(times, int) else 0) + int(resumed))
 
-    def told(self) -> dict[str, Any]:
+    def reported(self) -> dict[str, Any]:
         """What run.json says; nothing where it cannot be read: the checkpoint alone decides how a run goes on."""
         try:
             found = json.loads(read_bounded(self.path / "run.json", MOST_BYTES))

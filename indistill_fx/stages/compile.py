@@ -110,7 +110,7 @@ def _warmup_stages(
     if not budgets:
         return []
     loss = warmup_loss(curriculum.loss)
-    narrowed = bool(getattr(loss, "needs_equal_widths", True))
+    narrowed = loss.needs_equal_widths
     result = narrowed_teacher(teacher, plan) if narrowed else None
     slim, before = (result.value, (result.report,)) if result is not None else (teacher, ())
     pairs = {pair.student: pair for pair in plan.pairs}
@@ -151,7 +151,7 @@ def _fed_stage(
 ) -> Stage:
     """All segments in one stage: the teacher's narrowed features are what they begin with, and what they must give."""
     loss = warmup_loss(curriculum.loss)
-    if not getattr(loss, "needs_equal_widths", True):
+    if not loss.needs_equal_widths:
         raise ConfigError(
             f"The loss `{curriculum.loss}` leaves the teacher's features as wide as they are, so they cannot feed the student.",
             where="feed",
@@ -197,8 +197,8 @@ def joint_teachers(
     bare = [tap for stage in shared if stage.budget is None for tap in stage.teacher_taps]
     if len(shared) < 2:
         return [([stage], stage.teacher) for stage in stages if stage.teacher is not None]
-    # The warm-up's losses all want equal widths, or none does; which, shows in the first.
-    narrowed = bool(getattr(warm[0].criterion.loss, "needs_equal_widths", True)) if warm else False
+    losses = [stage.criterion.loss for stage in warm if isinstance(stage.criterion, FeatureLoss | SegmentsLoss)]
+    narrowed = any(loss.needs_equal_widths for loss in losses)  # all of them, or none
     slim = narrowed_teacher(teacher, plan).value if narrowed else teacher
     graph = teacher_half(slim, student, pairs, bare, narrowed=narrowed, lowerings=LOWERINGS[target.kind]).value
     return [(shared, graph), *(([stage], stage.teacher) for stage in alone if stage.teacher is not None)]
@@ -232,9 +232,7 @@ def _main_stage(
         for role, known in zip(("student", "teacher"), shapes, strict=True):
             known[EMBEDDING] = getattr(plan.embedding, f"{role}_shape")
     criterion = main_loss(main, student_shapes=shapes[0], teacher_shapes=shapes[1], **options)
-    needs: frozenset[str] = criterion.needs  # type: ignore[assignment]
-    wants_labels = getattr(criterion, "weight_labels", 1)
-    if "embedding" in needs and plan.embedding is None:
+    if "embedding" in criterion.needs and plan.embedding is None:
         raise ConfigError(
             "The main loss compares penultimate vectors, and the plan has none.",
             where="embedding",
@@ -242,11 +240,11 @@ def _main_stage(
         )
     if curriculum.keep:
         criterion = keeping(criterion, curriculum, plan)
-        needs |= {"embedding"}
+    needs = criterion.needs
     pairs = plan.pairs if "features" in needs else ()
     embedding = plan.embedding if "embedding" in needs else None
     teacher_logits = teacher.tap_name(teacher.logits) if "logits" in needs else None
-    student_logits = student.tap_name(student.logits) if "logits" in needs or wants_labels else None
+    student_logits = student.tap_name(student.logits) if "logits" in needs or criterion.weight_labels else None
     teacher_taps = [tap for tap in (embedding and embedding.teacher, teacher_logits) if tap]
     student_taps = [tap for tap in (embedding and embedding.student, student_logits) if tap]
     own = teacher_half(teacher, student, pairs, teacher_taps, narrowed=False, lowerings=lowerings) if needs else None

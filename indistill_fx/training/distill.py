@@ -17,6 +17,7 @@ from indistill_fx.curriculum import Budget, Curriculum
 from indistill_fx.data.loaders import EpochLoader
 from indistill_fx.data.user_loaders import repeatable
 from indistill_fx.errors import ConfigError
+from indistill_fx.losses.registry import asked_of_the_data
 from indistill_fx.losses.stage_losses import KeptFeature
 from indistill_fx.passes.align import align
 from indistill_fx.passes.capture.trace import trace
@@ -27,12 +28,13 @@ from indistill_fx.stages.compile import compile_stages, joint_teachers, warmup_p
 from indistill_fx.stages.stage import Stage
 from indistill_fx.traced import Role, TracedModel
 from indistill_fx.training.feature_cache import FeatureStore, Joint, cache_features, cacheable
-from indistill_fx.training.processes import target_of
+from indistill_fx.training.optimizers import check_optimizer
+from indistill_fx.training.parallel.processes import target_of
 from indistill_fx.training.recipes import DEFAULT_CURRICULUM
-from indistill_fx.training.settings import Options, Settings, check_optimizer
-from indistill_fx.training.state import Leg
+from indistill_fx.training.settings import Options, Settings
+from indistill_fx.training.state import Phase
 from indistill_fx.training.supervised import check_epochs, model_facts
-from indistill_fx.training.trainer import Job, Work
+from indistill_fx.training.trainer import Setup, Trainer
 
 
 def distill(
@@ -86,9 +88,7 @@ def distill(
         about: further facts to be kept in run.json, such as the specs of models and data.
         feature_cache: a folder for the teacher's features, which are then computed once and not in every epoch. Only for loaders of
             `open_data` without augmentation. What it takes on disk is said before it starts.
-        options: see `Settings`: seed, learning_rate, optimizer, weight_decay, momentum, schedule, milestones, gamma,
-            clip_norm, accumulate, mixed_precision, compile, device, sync_batch_norm, shard,
-            checkpoint_every_steps, log_every_steps, tensorboard.
+        options: those of `Settings`.
 
     Returns:
         The record.
@@ -101,11 +101,11 @@ def distill(
     settings, curriculum = Settings.of(options), curriculum or DEFAULT_CURRICULUM
     check_epochs(epochs)
     loader = repeatable(train_loader, settings.seed, "train loader")
-    loader = cacheable(loader) if feature_cache is not None else loader
+    loader, main_options = _with_what_is_asked(main, main_options or {}, loader, cached=feature_cache is not None)
     modules = [model.module if isinstance(model, TracedModel) else model for model in (teacher, student)]
 
-    def set_up(directory: RunDirectory | None, accelerator: Accelerator) -> Work:
-        target = target_of(accelerator, settings, modules[1])
+    def set_up(directory: RunDirectory | None, accelerator: Accelerator) -> Setup:
+        target = target_of(accelerator, modules[1], compiled=settings.compile)
         models = traced_pair(teacher, student, loader, example_inputs=example_inputs, logits=logits)
         kept = directory.path / "plan.json" if directory is not None and directory.resumes else None
         chosen = plan or (AlignmentPlan.load(kept) if kept is not None and kept.exists() else align(*models))
@@ -118,15 +118,15 @@ def distill(
         if feature_cache is not None:
             joint = partial(joint_teachers, *models, warm, target=target)
             stores = _cached(stages, loader, feature_cache, joint, accelerator, progress)
-        return Work(
-            legs=_legs(stages, epochs, settings, stores),
+        return Setup(
+            phases=_phases(stages, epochs, settings, stores),
             check=label_check(classes, *(Inputs.of(model.graph_module) for model in models)),
             save=lambda where: chosen.save(where.path / "plan.json") if where.writes else None,
             models={model.role: model_facts(model.module) | {"macs": model.macs} for model in models},
             remarks=_remarks(curriculum, chosen),
         )
 
-    return Job(
+    return Trainer(
         student=modules[1],
         teacher=modules[0],
         loader=loader,
@@ -138,6 +138,19 @@ def distill(
         logits=logits,
         about=about,
     ).run(set_up)
+
+
+def _with_what_is_asked(
+    main: str | Callable[..., Tensor] | None, options: Mapping[str, Any], loader: EpochLoader, *, cached: bool
+) -> tuple[EpochLoader, Mapping[str, Any]]:
+    """The loader with sample indices, and the main loss's options with their number, where they are asked for and the loader knows."""
+    asked = asked_of_the_data(main) if main is not None else frozenset()
+    loader = cacheable(loader) if cached else loader
+    if not loader.numbered:
+        return loader, options
+    if "samples" in asked:
+        options = {"samples": loader.samples, **options}
+    return loader.indexed() if "indices" in asked else loader, options
 
 
 def _remarks(curriculum: Curriculum, plan: AlignmentPlan) -> tuple[str, ...]:
@@ -207,17 +220,19 @@ def _cached(
     return [found.get(id(stage)) for stage in stages]
 
 
-def _legs(stages: Sequence[Stage], epochs: int, settings: Settings, stores: Sequence[FeatureStore | None]) -> list[Leg]:
+def _phases(
+    stages: Sequence[Stage], epochs: int, settings: Settings, stores: Sequence[FeatureStore | None]
+) -> list[Phase]:
     budget = Budget(epochs, "epochs", settings.learning_rate, settings.optimizer)
     warm = [stage.name for stage in stages if stage.budget is not None]
-    legs = []
+    phases = []
     for stage, store in zip(stages, stores, strict=True):
         if stage.budget is not None:
             check_optimizer(stage.budget.optimizer or settings.optimizer)
         main = stage.budget is None
         module = stage.without_teacher() if store is not None else stage
-        legs.append(
-            Leg(
+        phases.append(
+            Phase(
                 "main stage" if main and "main" in warm else stage.name,  # a layer may be called main
                 module,
                 stage.budget or budget,
@@ -225,10 +240,10 @@ def _legs(stages: Sequence[Stage], epochs: int, settings: Settings, stores: Sequ
                 tap="" if main else ", ".join(pair.teacher for pair in stage.pairs),
                 cost=module.macs[0] + 3 * module.macs[1],  # the backward pass costs two forward passes
                 attach=store.attach if store is not None else None,
-                also=stage.criterion.told if isinstance(stage.criterion, KeptFeature) else "",
+                also=stage.criterion.described if isinstance(stage.criterion, KeptFeature) else "",
             )
         )
-    return legs
+    return phases
 
 
 def _check_classes(teacher: TracedModel, student: TracedModel, stages: Sequence[Stage]) -> int | None:

@@ -1,30 +1,32 @@
-"""How a run is trained: the options that `distill`, `train`, `compare` and `distill_chain` share."""
+"""How a run is trained: each option's type, default, range and meaning stand here, once; the command line reads them from here.
+
+Only `Options` says names and types a second time, because a type checker cannot derive keyword arguments from a dataclass; a test
+holds the two together.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, TypedDict
-
-import torch
-from torch import nn
+from dataclasses import asdict, dataclass, field, fields
+from functools import cache
+from numbers import Integral, Real
+from typing import Any, Literal, TypedDict, get_args, get_type_hints
 
 from indistill_fx.errors import ConfigError, nearest
 
 OptimizerName = Literal["adam", "adamw", "sgd"]
 ScheduleName = Literal["constant", "step", "cosine"]
-Precision = Literal["no", "fp16", "bf16"]
+Precision = Literal["no", "bf16", "fp16"]
 
 
 class Options(TypedDict, total=False):
     """The keyword arguments that become `Settings`; see there."""
 
-    seed: int
     learning_rate: float
     optimizer: OptimizerName
-    weight_decay: float
     momentum: float
+    weight_decay: float
     schedule: ScheduleName
     milestones: Sequence[int]
     gamma: float
@@ -35,74 +37,122 @@ class Options(TypedDict, total=False):
     device: Literal["auto", "cpu"]
     sync_batch_norm: bool
     shard: bool
+    seed: int
     checkpoint_every_steps: int | None
     log_every_steps: int
     tensorboard: bool
+
+
+@dataclass(frozen=True, slots=True)
+class About:
+    """What is to be known of an option beside its name, type and default.
+
+    Attributes:
+        help: what it means, in a line or two.
+        flag: its name on the command line, if that is not its own with hyphens.
+        metavar: what stands for its value there.
+        above: what a number must be greater than.
+        least: the smallest number it may be.
+        changes_result: whether a run under another value is another run.
+    """
+
+    help: str
+    flag: str = ""
+    metavar: str | None = None
+    above: float | None = None
+    least: float | None = None
+    changes_result: bool = True
+
+
+def _about(help: str, **more: Any) -> dict[str, About]:
+    return {"about": About(help, **more)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """How a run is trained.
 
-    Attributes:
-        seed: of everything random in the model and the loss; a loader of `open_data` has its own.
-        learning_rate: of the main stage.
-        optimizer: of the main stage: `adam`, `adamw` or `sgd`. The warm-up's is the curriculum's.
-        weight_decay: of the main stage.
-        momentum: of `sgd`.
-        schedule: of the main stage's learning rate, epoch by epoch: `constant`; `step`: times `gamma` at every one of
-            `milestones`; `cosine`: 0.5 * (1 + cos(pi * epoch / epochs)).
-        milestones: main epochs (counted from 0) at which `step` lowers the rate.
-        gamma: factor of `step`.
-        clip_norm: gradients are scaled down to this L2 norm; None: not.
-        accumulate: batches per optimiser step; the gradient is their mean.
-        mixed_precision: `bf16` or `fp16`; None: whatever `accelerate launch` says, else full precision.
-        compile: torch.compile every stage. Where that fails the stage runs as it is, and the record says so.
-        device: `auto` is Accelerate's choice; `cpu`.
-        sync_batch_norm: with several processes, batch norms take their statistics over the whole batch, not over each
-            process's share of it. False: as fast as DDP alone; the statistics kept are the first process's.
-        shard: with several processes, parameters (the teacher's too), gradients and optimiser state are spread over
-            them between steps, by torch's `fully_shard` (FSDP2), instead of each process having all (DDP). So does
-            `accelerate launch --use_fsdp`.
-        checkpoint_every_steps: optimiser steps between checkpoints; there is one after an epoch too, unless it would take
-            more than a twentieth of the time.
-        log_every_steps: optimiser steps between lines in metrics.jsonl; of several processes these tell the first one's loss.
-        tensorboard: write the metrics for TensorBoard too.
+    Raises:
+        ConfigError: a value that is not legal, or two that contradict each other.
     """
 
-    seed: int = 0
-    learning_rate: float = 1e-3
-    optimizer: OptimizerName = "adam"
-    weight_decay: float = 0.0
-    momentum: float = 0.9
-    schedule: ScheduleName = "constant"
-    milestones: Sequence[int] = ()
-    gamma: float = 0.1
-    clip_norm: float | None = None
-    accumulate: int = 1
-    mixed_precision: Precision | None = None
-    compile: bool = False
-    device: Literal["auto", "cpu"] = "auto"
-    sync_batch_norm: bool = True
-    shard: bool = False
-    checkpoint_every_steps: int | None = None
-    log_every_steps: int = 50
-    tensorboard: bool = False
+    learning_rate: float = field(default=1e-3, metadata=_about("Learning rate of the main stage.", flag="lr", above=0))
+    optimizer: OptimizerName = field(
+        default="adam", metadata=_about("Of the main stage; the warm-up's is the curriculum's.")
+    )
+    momentum: float = field(default=0.9, metadata=_about("Of sgd.", least=0))
+    weight_decay: float = field(default=0.0, metadata=_about("Of the main stage.", least=0))
+    schedule: ScheduleName = field(
+        default="constant",
+        metadata=_about(
+            "Of the main stage's learning rate, epoch by epoch. step: times gamma at every one of the milestones; cosine: times"
+            " (1 + cos(pi * epoch / epochs)) / 2."
+        ),
+    )
+    milestones: Sequence[int] = field(
+        default=(), metadata=_about("Main epochs after which `step` multiplies the rate by gamma.", metavar="15,18")
+    )
+    gamma: float = field(default=0.1, metadata=_about("Factor of `step`.", above=0))
+    clip_norm: float | None = field(default=None, metadata=_about("Scale gradients down to this L2 norm.", above=0))
+    accumulate: int = field(
+        default=1, metadata=_about("Batches per optimiser step; the gradient is their mean.", least=1)
+    )
+    mixed_precision: Precision | None = field(
+        default=None, metadata=_about("[default: what `accelerate launch` says, else no]")
+    )
+    compile: bool = field(
+        default=False,
+        metadata=_about("torch.compile every stage. Where that fails the stage runs as it is, and is noted."),
+    )
+    device: Literal["auto", "cpu"] = field(default="auto", metadata=_about("auto: an accelerator if there is one."))
+    sync_batch_norm: bool = field(
+        default=True,
+        metadata=_about(
+            "With several processes: batch-norm statistics over the whole batch. Without: as fast as DDP alone, and the"
+            " statistics kept are the first process's."
+        ),
+    )
+    shard: bool = field(
+        default=False,
+        metadata=_about(
+            "With several processes: spread teacher, student and optimiser over them (FSDP2), to save memory. So does"
+            " `accelerate launch --use_fsdp`."
+        ),
+    )
+    seed: int = field(
+        default=0,
+        metadata=_about(
+            "Of fresh weights, batches and noise. In Python, a loader of `open_data` has a seed of its own.", least=0
+        ),
+    )
+    checkpoint_every_steps: int | None = field(
+        default=None,
+        metadata=_about(
+            "Checkpoints within epochs too, after so many optimiser steps. [default: after an epoch, unless that took more than a"
+            " twentieth of the time]",
+            flag="checkpoint-every",
+            metavar="STEPS",
+            least=1,
+            changes_result=False,
+        ),
+    )
+    log_every_steps: int = field(
+        default=50,
+        metadata=_about(
+            "Optimiser steps between lines in metrics.jsonl; of several processes these tell the first one's loss.",
+            flag="log-every",
+            metavar="STEPS",
+            least=1,
+            changes_result=False,
+        ),
+    )
+    tensorboard: bool = field(
+        default=False, metadata=_about("Write metrics for TensorBoard too.", changes_result=False)
+    )
 
     def __post_init__(self) -> None:
-        check_optimizer(self.optimizer)
-        _choice("schedule", self.schedule, SCHEDULES)
-        _choice("mixed_precision", self.mixed_precision, (None, "no", "fp16", "bf16"))
-        _choice("device", self.device, ("auto", "cpu"))
-        for name in ("learning_rate", "gamma"):
-            _require(name, getattr(self, name), lambda v: math.isfinite(v) and v > 0, "a number above 0")
-        for name in ("weight_decay", "momentum"):
-            _require(name, getattr(self, name), lambda v: math.isfinite(v) and v >= 0, "a number, 0 or more")
-        for name in ("accumulate", "log_every_steps"):
-            _require(name, getattr(self, name), lambda v: v >= 1, "an integer, 1 or more")
-        for name in ("clip_norm", "checkpoint_every_steps"):
-            _require(name, getattr(self, name), lambda v: v is None or v > 0, "a number above 0, or None")
-        _require("seed", self.seed, lambda v: 0 <= v < 1 << 63, "an integer, 0 or more")
+        for name, hint in hints().items():
+            _check(name, getattr(self, name), hint, about(name))
         if (self.schedule == "step") != bool(self.milestones):
             raise ConfigError(
                 f"schedule={self.schedule!r} with milestones={list(self.milestones)}.",
@@ -117,7 +167,7 @@ class Settings:
         Raises:
             ConfigError: an unknown or an illegal one.
         """
-        legal = [field.name for field in fields(cls)]
+        legal = list(hints())
         for name in options:
             if name not in legal:
                 raise ConfigError(
@@ -140,53 +190,32 @@ class Settings:
         return asdict(self) | {"milestones": list(self.milestones)}
 
 
+@cache
+def hints() -> dict[str, Any]:
+    """Every option's type, in order."""
+    found = get_type_hints(Settings)
+    return {entry.name: found[entry.name] for entry in fields(Settings)}
+
+
+def about(name: str) -> About:
+    """What is to be known of an option."""
+    found: About = next(entry.metadata["about"] for entry in fields(Settings) if entry.name == name)
+    return found
+
+
 SCHEDULES: dict[str, Callable[[Settings, int, int], float]] = {
     "constant": lambda settings, epoch, epochs: 1.0,
     "step": lambda settings, epoch, epochs: settings.gamma ** sum(epoch >= at for at in settings.milestones),
     "cosine": lambda settings, epoch, epochs: 0.5 * (1 + math.cos(math.pi * epoch / epochs)),
 }
 
-OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
-    "adam": torch.optim.Adam,
-    "adamw": torch.optim.AdamW,
-    "sgd": torch.optim.SGD,
-}
 
-
-def check_optimizer(name: str) -> None:
-    """Refuse an unknown name.
+def require_choice(name: str, value: object, legal: Sequence[object]) -> None:
+    """Refuse a value that is none of the legal ones.
 
     Raises:
-        ConfigError: lists the legal ones.
+        ConfigError: lists them.
     """
-    _choice("optimizer", name, OPTIMIZERS)
-
-
-def make_optimizer(
-    name: str,
-    parameters: Sequence[nn.Parameter],
-    *,
-    learning_rate: float,
-    weight_decay: float,
-    momentum: float,
-    sharded: bool = False,
-) -> torch.optim.Optimizer:
-    """The optimiser of that name, fused where torch can (for a small model its step is most of the overhead).
-
-    Raises:
-        ConfigError: an unknown name.
-    """
-    check_optimizer(name)
-    extra: dict[str, Any] = {"momentum": momentum} if name == "sgd" else {}
-    fused = not sharded and all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
-    kind: Any = OPTIMIZERS[name]
-    optimizer: torch.optim.Optimizer = kind(
-        parameters, lr=learning_rate, weight_decay=weight_decay, fused=fused, **extra
-    )
-    return optimizer
-
-
-def _choice(name: str, value: object, legal: Any) -> None:
     if value not in legal:
         names = [str(choice) for choice in legal]
         raise ConfigError(
@@ -194,10 +223,28 @@ def _choice(name: str, value: object, legal: Any) -> None:
         )
 
 
-def _require(name: str, value: Any, holds: Callable[[Any], bool], expected: str) -> None:
-    try:
-        fine = holds(value)
-    except TypeError:
-        fine = False
+def _check(name: str, value: object, hint: Any, option: About) -> None:
+    """Refuse a value that its type or its range does not allow."""
+    parts = get_args(hint) if type(None) in get_args(hint) else (hint,)
+    if value is None and type(None) in parts:
+        return
+    kind = parts[0]
+    if choices := get_args(kind):
+        if isinstance(choices[0], str):
+            require_choice(name, value, choices)
+            return
+        fine = isinstance(value, Sequence) and all(isinstance(entry, Integral) and int(entry) >= 0 for entry in value)
+        expected = "a list of integers, each 0 or more"
+    elif kind is bool:
+        fine, expected = isinstance(value, bool), "True or False"
+    else:
+        whole = kind is int
+        number = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
+        low = -math.inf if option.least is None else option.least
+        size = float(value) if number else math.nan  # type: ignore[arg-type]
+        fine = low <= size < 2**63 and (option.above is None or size > option.above)
+        bound = f" above {option.above:g}" if option.above is not None else f", {low:g} or more"
+        expected = f"{'an integer' if whole else 'a number'}{bound}"
     if not fine:
+        expected += ", or None" if len(parts) > 1 else ""
         raise ConfigError(f"{name} is {value!r}; it must be {expected}.", where=name, got=value, expected=expected)

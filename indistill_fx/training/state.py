@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,13 @@ from torch import nn
 
 from indistill_fx.curriculum import Budget
 from indistill_fx.errors import ConfigError
+from indistill_fx.losses.base import Criterion
+from indistill_fx.stages.stage import Stage
 
 
 @dataclass(frozen=True, slots=True)
-class Leg:
-    """One stage of a run.
+class Phase:
+    """One part of a run, from its first to its last epoch: a stage of the warm-up, or the main stage.
 
     Attributes:
         name: the student's tap, or `main`.
@@ -23,7 +25,7 @@ class Leg:
         budget: how long and how.
         main: whether the run's learning rate schedule applies, and validation after every epoch.
         tap: what progress shows beside the name: the teacher's layer.
-        cost: of one step, in any unit that is the same for all legs; tells the time left.
+        cost: of one step, in any unit that is the same for all phases; tells the time left.
         attach: puts the teacher's features, from a cache, into a batch; None: the module computes them.
         also: what is added to the main loss, in words.
     """
@@ -37,9 +39,26 @@ class Leg:
     attach: Callable[[Any], Any] | None = None
     also: str = ""
 
+    @property
+    def teacher(self) -> nn.Module | None:
+        """The frozen half of a stage: it is neither saved, nor are its norms synchronised."""
+        return self.module.teacher if isinstance(self.module, Stage) else None
+
+    @property
+    def summary(self) -> str:
+        """What the loss tells when the phase is over; empty for most."""
+        criterion = self.module.criterion if isinstance(self.module, Stage) else None
+        return criterion.summary if isinstance(criterion, Criterion) else ""
+
     def given(self, batch: Any) -> Any:
         """The batch as the module wants it."""
         return batch if self.attach is None else self.attach(batch)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for run.json: name, budget, and whether it is the main stage."""
+        return {"name": self.name, "main": self.main, **asdict(self.budget)} | (
+            {"also": self.also} if self.also else {}
+        )
 
 
 @dataclass(slots=True)
@@ -47,7 +66,7 @@ class State:
     """Where a run stands; with the tensors, all that a checkpoint holds.
 
     Attributes:
-        leg: index of the stage under way.
+        phase: index of the phase under way; `leg` in files.
         epoch: finished epochs of it.
         batch: batches done in the epoch under way.
         steps: optimiser steps of the stage.
@@ -64,7 +83,7 @@ class State:
         notes: by stage.
     """
 
-    leg: int = 0
+    phase: int = 0
     epoch: int = 0
     batch: int = 0
     steps: int = 0
@@ -87,13 +106,19 @@ class State:
         Raises:
             ConfigError: it is none.
         """
-        known = {field.name: field for field in fields(cls)}
-        wrong = [name for name in saved if name not in known] + [
-            name for name, value in saved.items() if name in known and not _fits(name, value)
-        ]
+        known = {_IN_FILES.get(field.name, field.name): field.name for field in fields(cls)}
+        wrong = [name for name, value in saved.items() if name not in known or not _fits(name, value)]
         if wrong:
             raise _unfit(path, f"its state has no fitting {wrong[0]!r}")
-        return cls(**saved)
+        return cls(**{known[name]: value for name, value in saved.items()})
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for a checkpoint."""
+        return {_IN_FILES.get(name, name): value for name, value in asdict(self).items()}
+
+
+_IN_FILES = {"phase": "leg"}
+"""Names of 0.1.0 that files keep."""
 
 
 def require_same_run(asked: Mapping[str, Any], saved: Mapping[str, Any], path: Path) -> None:

@@ -19,8 +19,8 @@ from indistill_fx.evaluation.accuracy import select_logits
 from indistill_fx.graph.module_state import evaluating
 from indistill_fx.runs.record import RunRecord
 from indistill_fx.training.settings import Options, Settings
-from indistill_fx.training.state import Leg
-from indistill_fx.training.trainer import Job, Work
+from indistill_fx.training.state import Phase
+from indistill_fx.training.trainer import Setup, Trainer
 
 
 def train(
@@ -63,9 +63,9 @@ def train(
     loader = repeatable(train_loader, settings.seed, "train loader")
     budget = Budget(epochs, "epochs", settings.learning_rate, settings.optimizer)
     supervised = Supervised(module, logits)
-    leg = Leg("main", supervised, budget, main=True)
+    phase = Phase("main", supervised, budget, main=True)
     models = {"student": model_facts(module)}
-    return Job(
+    return Trainer(
         student=module,
         teacher=None,
         loader=loader,
@@ -77,8 +77,8 @@ def train(
         logits=logits,
         about=about,
     ).run(
-        lambda directory, accelerator: Work(
-            legs=[leg], check=label_check(_class_count(supervised, loader), Inputs.of(module)), models=models
+        lambda directory, accelerator: Setup(
+            phases=[phase], check=label_check(_class_count(supervised, loader), Inputs.of(module)), models=models
         )
     )
 

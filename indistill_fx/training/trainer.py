@@ -22,27 +22,27 @@ from indistill_fx.runs.directory import LAST, STUDENT, RunDirectory
 from indistill_fx.runs.record import EpochRecord, RunRecord, StageRecord, environment
 from indistill_fx.system.allocator import freed_memory_kept
 from indistill_fx.system.random_state import own_randomness
-from indistill_fx.training.loop import Engine
-from indistill_fx.training.processes import make_accelerator, noticing_dead_peers
+from indistill_fx.system.signals import StopRequest
+from indistill_fx.training.loop import TrainingLoop
+from indistill_fx.training.parallel.processes import make_accelerator, noticing_dead_peers
 from indistill_fx.training.progress import Reporter
-from indistill_fx.training.settings import Settings
-from indistill_fx.training.signals import StopRequest
-from indistill_fx.training.state import Leg, State
+from indistill_fx.training.settings import Settings, about
+from indistill_fx.training.state import Phase, State
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Work:
+class Setup:
     """What is to be trained.
 
     Attributes:
-        legs: the stages, in order; those of length 0 are left out.
+        phases: the stages, in order; those of length 0 are left out.
         check: looks at every batch of the run's first epoch and raises if one cannot be right: (number, batch).
         save: writes what belongs to the run into its directory, before training.
         models: for run.json: role → name, parameters, and MACs where they are known.
         remarks: said with the schedule.
     """
 
-    legs: list[Leg]
+    phases: list[Phase]
     check: Callable[[int, Any], None]
     save: Callable[[RunDirectory], None] = lambda directory: None
     models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -50,7 +50,7 @@ class Work:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
+class Trainer:
     """One run.
 
     Attributes:
@@ -77,7 +77,7 @@ class Job:
     logits: str | int | None
     about: Mapping[str, Any] | None
 
-    def run(self, set_up: Callable[[RunDirectory | None, Accelerator], Work]) -> RunRecord:
+    def run(self, set_up: Callable[[RunDirectory | None, Accelerator], Setup]) -> RunRecord:
         """Do it.
 
         Args:
@@ -89,15 +89,15 @@ class Job:
             Interrupted: a signal arrived; a checkpoint was saved.
         """
         forget_sources()  # of earlier runs
-        accelerator = make_accelerator(self.settings)
+        accelerator = make_accelerator(cpu=self.settings.device == "cpu", precision=self.settings.mixed_precision)
         directory = self._directory(accelerator)
         teacher = digest(self.teacher) if self.teacher is not None else None
         with own_randomness(self.settings.seed):
-            work = set_up(directory, accelerator)
+            setup = set_up(directory, accelerator)
             with directory or nullcontext():
                 on_cpu = accelerator.device.type == "cpu"
                 with noticing_dead_readers(), _as_found(self.student), freed_memory_kept(enabled=on_cpu):
-                    state, accuracy = self._train(work, directory, accelerator, teacher)
+                    state, accuracy = self._train(setup, directory, accelerator, teacher)
                 if self.teacher is not None and digest(self.teacher) != teacher:
                     raise PassError("Training changed the teacher, which is a defect of ours.", where="teacher")
                 return self._finish(state, accuracy, directory, accelerator)
@@ -113,20 +113,20 @@ class Job:
         return None
 
     def _train(
-        self, work: Work, directory: RunDirectory | None, accelerator: Accelerator, teacher: str | None
+        self, setup: Setup, directory: RunDirectory | None, accelerator: Accelerator, teacher: str | None
     ) -> tuple[State, float | None]:
         """Where the run stands in the end, and the teacher's accuracy."""
-        legs = [leg for leg in work.legs if leg.budget.length]
-        identity = self._identity(legs, teacher, accelerator)
+        phases = [phase for phase in setup.phases if phase.budget.length]
+        identity = self._identity(phases, teacher, accelerator)
         shown = self.progress and accelerator.is_main_process
-        costs = {leg.name: leg.cost for leg in legs}
+        costs = {phase.name: phase.cost for phase in phases}
         with (
-            Reporter(shown=shown, steps=self._steps(legs), costs=costs) as reporter,
+            Reporter(shown=shown, steps=self._steps(phases), costs=costs) as reporter,
             StopRequest(enabled=bool(directory)) as stop,
         ):
-            engine = Engine(
+            loop = TrainingLoop(
                 student=self.student,
-                legs=legs,
+                phases=phases,
                 loader=self.loader,
                 settings=self.settings,
                 accelerator=accelerator,
@@ -134,56 +134,58 @@ class Job:
                 reporter=reporter,
                 stop=stop,
                 validate=self._validate if self.val_loader is not None else None,
-                check=work.check,
+                check=setup.check,
                 identity=identity,
             )
             resumed = directory is not None and directory.resumes
             if directory is not None and resumed:
-                engine.resume(directory.path / LAST)
-                directory.rewind(engine.state.epochs, engine.state.all_steps)
-                reporter.say(f"Resumed after {engine.state.all_steps} steps.")
-                _recall(reporter, engine.state, legs)
+                loop.resume(directory.path / LAST)
+                directory.rewind(loop.state.epochs, loop.state.all_steps)
+                reporter.say(f"Resumed after {loop.state.all_steps} steps.")
+                _recall(reporter, loop.state, phases)
             accuracy = self._teacher_accuracy(directory if resumed else None, accelerator, reporter)
             if accuracy is not None:
                 reporter.teacher(accuracy)
-            schedule = [*(f"{leg.name}: {self._told(leg)}" for leg in legs), *work.remarks]
+            schedule = [*(f"{phase.name}: {self._described(phase)}" for phase in phases), *setup.remarks]
             reporter.say("\n".join(schedule))
             accelerator.wait_for_everyone()  # until all have seen whether there is something to resume
             if directory is not None:
-                work.save(directory)
+                setup.save(directory)
                 directory.begin(
                     resumed=resumed,
                     about=dict(self.about or {}),
-                    models=work.models,
+                    models=setup.models,
                     settings=self.settings.to_json(),
                     schedule=schedule,
+                    phases=[phase.to_json() for phase in phases],
                     teacher_accuracy=accuracy,
                     environment=environment(str(accelerator.device), accelerator.num_processes),
                 )
             with noticing_dead_peers(accelerator):
-                engine.run()
-        return engine.state, accuracy
+                loop.run()
+        return loop.state, accuracy
 
-    def _steps(self, legs: list[Leg]) -> dict[str, int]:
+    def _steps(self, phases: list[Phase]) -> dict[str, int]:
         per_epoch = -(-len(self.loader) // self.settings.accumulate)
-        return {leg.name: leg.budget.length * (per_epoch if leg.budget.unit == "epochs" else 1) for leg in legs}
+        return {
+            phase.name: phase.budget.length * (per_epoch if phase.budget.unit == "epochs" else 1) for phase in phases
+        }
 
-    def _told(self, leg: Leg) -> str:
-        main = self.settings.describe() if leg.main else ""
-        return f"{leg.budget}{main}{f', plus {leg.also}' if leg.also else ''}"
+    def _described(self, phase: Phase) -> str:
+        main = self.settings.describe() if phase.main else ""
+        return f"{phase.budget}{main}{f', plus {phase.also}' if phase.also else ''}"
 
-    def _identity(self, legs: list[Leg], teacher: str | None, accelerator: Accelerator) -> dict[str, Any]:
+    def _identity(self, phases: list[Phase], teacher: str | None, accelerator: Accelerator) -> dict[str, Any]:
         """What two runs must have in common for one to go on where the other stopped."""
-        free = ("checkpoint_every_steps", "log_every_steps", "tensorboard")
         found = {
-            "schedule": [(leg.name, asdict(leg.budget)) for leg in legs],
+            "schedule": [(phase.name, asdict(phase.budget)) for phase in phases],
             "teacher": teacher,
             "batches": len(self.loader),
             "data seed": self.loader.seed,
             "processes": accelerator.num_processes,
-            "features": "cached" if any(leg.attach for leg in legs) else None,
-            "what is added to the main loss": "".join(leg.also for leg in legs),
-            **{name: value for name, value in self.settings.to_json().items() if name not in free},
+            "features": "cached" if any(phase.attach for phase in phases) else None,
+            "what is added to the main loss": "".join(phase.also for phase in phases),
+            **{name: value for name, value in self.settings.to_json().items() if about(name).changes_result},
         }
         plain: dict[str, Any] = json.loads(json.dumps(found))
         return plain
@@ -198,7 +200,7 @@ class Job:
         """Measured before anything is trained; a resumed run has it from its first time."""
         if self.teacher is None or self.val_loader is None or not accelerator.is_main_process:
             return None
-        known: float | None = before.told().get("teacher_accuracy") if before is not None else None
+        known: float | None = before.reported().get("teacher_accuracy") if before is not None else None
         if known is not None:
             return known
         found = evaluate(self.teacher, self.val_loader, logits=self.logits)
@@ -233,18 +235,18 @@ class Job:
             files=directory.files() if directory is not None else {},
         )
         if directory is not None:
-            directory.tell(status="done", result=record.to_json())
+            directory.report(status="done", result=record.to_json())
         return record
 
 
-def _recall(reporter: Reporter, state: State, legs: list[Leg]) -> None:
+def _recall(reporter: Reporter, state: State, phases: list[Phase]) -> None:
     """Tell what was done before the run was resumed."""
     steps: dict[str, int] = {}
     for entry in state.history:
         steps[entry["stage"]] = steps.get(entry["stage"], 0) + entry["steps"]
         reporter.epoch(entry["stage"], steps[entry["stage"]], entry["loss"], entry["accuracy"])
-    for leg in legs[: state.leg]:
-        reporter.close(leg.name, f"{leg.name}: done before")
+    for phase in phases[: state.phase]:
+        reporter.close(phase.name, f"{phase.name}: done before")
 
 
 def _stage_record(name: str, epochs: tuple[EpochRecord, ...], state: State) -> StageRecord:

@@ -106,7 +106,7 @@ def asked(monkeypatch) -> list[dict[str, Any]]:
         "indistill_fx.training.distill.distill",
     ):  # chain first: it imports the other
         monkeypatch.setattr(place, lambda teacher, student, loader, **options: found.append(options))
-    monkeypatch.setattr("indistill_fx.cli.training.tell_run", lambda record, place: None)
+    monkeypatch.setattr("indistill_fx.cli.training.print_run", lambda record, place: None)
     return found
 
 
@@ -117,7 +117,7 @@ def test_the_papers_recipe(here, asked):
     assert same.items() <= student.items() and same.items() <= assistant.items()
     assert student["epochs"] == 58 and student["schedule"] == "step" and student["milestones"] == [48]
     assert assistant["epochs"] == 50 and assistant["schedule"] == "constant" and not assistant["milestones"]
-    lengths = [(leg.length, leg.learning_rate, leg.optimizer) for leg in student["curriculum"].schedule(3)]
+    lengths = [(phase.length, phase.learning_rate, phase.optimizer) for phase in student["curriculum"].schedule(3)]
     assert lengths == [(3, 1e-3, "adam"), (4, 1e-3, "adam"), (5, 1e-3, "adam")]
     assert student["curriculum"].loss == "mse"
     assert not assistant["curriculum"].chosen(["3", "7"])
@@ -158,8 +158,8 @@ def test_what_is_given_beside_a_recipe_wins(here, asked):
     assert run(["distill", *PAIR, *QUICK, "-o", "run", "--recipe", "paper", *given]) == 0
     (student,) = asked
     assert (student["main"], student["epochs"], student["schedule"]) == ("kd", 1, "cosine")
-    assert [leg.learning_rate for leg in student["curriculum"].schedule(2)] == [1e-2, 1e-2]
-    assert [leg.length for leg in student["curriculum"].schedule(2)] == [3, 4]
+    assert [phase.learning_rate for phase in student["curriculum"].schedule(2)] == [1e-2, 1e-2]
+    assert [phase.length for phase in student["curriculum"].schedule(2)] == [3, 4]
     assert student["learning_rate"] == 1e-3
 
 

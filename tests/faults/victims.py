@@ -12,8 +12,8 @@ import torch
 from indistill_fx.errors import ConfigError
 from indistill_fx.runs import checkpoint
 from indistill_fx.runs import directory as record
+from indistill_fx.system.signals import Interrupted
 from indistill_fx.training import loop as engine
-from indistill_fx.training.signals import Interrupted
 from tests.faults.harness import run
 
 

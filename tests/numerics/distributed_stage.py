@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import indistill_fx as ifx
-from indistill_fx.training.processes import let_threads_finish
+from indistill_fx.training.parallel.processes import let_threads_finish
 from tests.nets import Cnn32, images, seeded
 
 

@@ -26,8 +26,8 @@ from indistill_fx.data.loaders import FlipAndCrop, MemoryLoader
 from indistill_fx.data.user_loaders import repeatable
 from indistill_fx.runs.record import RunRecord
 from indistill_fx.training.settings import Settings
-from indistill_fx.training.state import Leg
-from indistill_fx.training.trainer import Job, Work
+from indistill_fx.training.state import Phase
+from indistill_fx.training.trainer import Setup, Trainer
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SIZE, BATCH = 40, 8
@@ -123,16 +123,16 @@ class Cutting(nn.Module):
 
 def train(student: Student, loader: Any, countdown: int = 10**9, **options: Any) -> RunRecord:
     budget, left = options.pop("budget", Budget(2)), [countdown]
-    legs = [
-        Leg("first", Cutting(Warm(student), left), budget),
-        Leg("main", Cutting(Main(student), left), Budget(3), main=True),
+    phases = [
+        Phase("first", Cutting(Warm(student), left), budget),
+        Phase("main", Cutting(Main(student), left), Budget(3), main=True),
     ]
     run_dir, resume = options.pop("run_dir", None), options.pop("resume", False)
-    return Job(
+    return Trainer(
         student=student, teacher=None, loader=repeatable(loader, 0, "train loader"), val_loader=None,
         settings=Settings.of({"learning_rate": 0.01, **options}), run_dir=run_dir, resume=resume, progress=False,
         logits=None, about=None,
-    ).run(lambda directory, accelerator: Work(legs=legs, check=label_check(3)))  # fmt: skip
+    ).run(lambda directory, accelerator: Setup(phases=phases, check=label_check(3)))  # fmt: skip
 
 
 def equal(left: nn.Module, right: nn.Module) -> bool:

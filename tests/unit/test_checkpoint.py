@@ -11,7 +11,7 @@ from torch import nn
 
 from indistill_fx.errors import ConfigError, TrainError
 from indistill_fx.runs import checkpoint
-from indistill_fx.training.settings import make_optimizer
+from indistill_fx.training.optimizers import make_optimizer
 
 
 def stepped(name: str, seed: int, steps: int = 3) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -69,7 +69,7 @@ def test_tied_weights_are_stored_once_and_exported_under_every_name(tmp_path):
 def test_the_stages_own_tensors_are_kept_and_the_teachers_are_not():
     student = nn.Linear(2, 2)
     stage = nn.ModuleDict({"student": student, "teacher": nn.Linear(2, 2), "criterion": nn.BatchNorm1d(2)})
-    names = checkpoint.model_tensors(student, stage)
+    names = checkpoint.model_tensors(student, stage, without=stage["teacher"])
     assert {name for name in names if name.startswith("student/")} == {"student/weight", "student/bias"}
     assert {name.split(".")[0] for name in names if name.startswith("stage/")} == {"stage/criterion"}
 

@@ -20,10 +20,10 @@ from indistill_fx.curriculum import Budget
 from indistill_fx.data.user_loaders import repeatable
 from indistill_fx.errors import ConfigError, TrainError
 from indistill_fx.runs.record import RunRecord
+from indistill_fx.system.signals import Interrupted
 from indistill_fx.training.settings import Settings
-from indistill_fx.training.signals import Interrupted
-from indistill_fx.training.state import Leg
-from indistill_fx.training.trainer import Job, Work
+from indistill_fx.training.state import Phase
+from indistill_fx.training.trainer import Setup, Trainer
 
 
 class Student(nn.Module):
@@ -69,10 +69,10 @@ def batches(count: int = 5, size: int = 8) -> list[tuple[Tensor, Tensor]]:
 
 
 def run(
-    student: nn.Module, *legs: Leg, loader: Any = None, run_dir: Any = None, resume: bool = False, **options: Any
+    student: nn.Module, *phases: Phase, loader: Any = None, run_dir: Any = None, resume: bool = False, **options: Any
 ) -> RunRecord:
     settings = Settings.of({"learning_rate": 0.05, "optimizer": "sgd", "momentum": 0.0, **options})
-    return Job(
+    return Trainer(
         student=student,
         teacher=None,
         loader=repeatable(batches() if loader is None else loader, 0, "train loader"),
@@ -83,7 +83,7 @@ def run(
         progress=False,
         logits=None,
         about=None,
-    ).run(lambda directory, accelerator: Work(legs=list(legs), check=label_check(3)))
+    ).run(lambda directory, accelerator: Setup(phases=list(phases), check=label_check(3)))
 
 
 def weights(module: nn.Module) -> dict[str, Tensor]:
@@ -96,7 +96,7 @@ def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
 
 def test_an_epoch_is_what_a_plain_loop_does():
     student, twin = Student(), Student()
-    record = run(student, Leg("main", Whole(student), Budget(2), main=True))
+    record = run(student, Phase("main", Whole(student), Budget(2), main=True))
     optimizer, losses = torch.optim.SGD(twin.parameters(), lr=0.05), []
     for _ in range(2):
         for x, y in batches():
@@ -115,7 +115,7 @@ def test_each_stage_trains_its_own_parameters_only_and_the_student_is_left_as_it
     student = Student().eval()
     student.norm.train()
     before, flags = weights(student), [part.training for part in student.modules()]
-    record = run(student, Leg("first", Early(student), Budget(2)))
+    record = run(student, Phase("first", Early(student), Budget(2)))
     after = weights(student)
     changed = {name for name in after if not torch.equal(after[name], before[name])}
     assert changed == {"first.weight", "first.bias"}
@@ -132,10 +132,10 @@ def test_a_norm_that_the_models_own_train_keeps_frozen_stays_frozen():
             return self
 
     student = Frozen()
-    run(student, Leg("main", Whole(student), Budget(1), main=True))
+    run(student, Phase("main", Whole(student), Budget(1), main=True))
     assert torch.equal(student.norm.running_mean, torch.zeros(8)) and not torch.equal(student.norm.bias, torch.zeros(8))
     control = Student()
-    run(control, Leg("main", Whole(control), Budget(1), main=True))
+    run(control, Phase("main", Whole(control), Budget(1), main=True))
     assert not torch.equal(control.norm.running_mean, torch.zeros(8))
 
 
@@ -143,7 +143,7 @@ def test_accumulation_takes_the_mean_over_the_batches_there_are():
     student, twin = Student(), Student()
     for module in (student, twin):
         module.norm = nn.Identity()
-    record = run(student, Leg("main", Whole(student), Budget(1), main=True), accumulate=2)
+    record = run(student, Phase("main", Whole(student), Budget(1), main=True), accumulate=2)
     assert record.steps == 3  # 2 + 2 + 1 batches
     optimizer, given = torch.optim.SGD(twin.parameters(), lr=0.05), batches()
     for group in (given[:2], given[2:4], given[4:]):
@@ -156,7 +156,7 @@ def test_accumulation_takes_the_mean_over_the_batches_there_are():
 def test_clipping_limits_the_step():
     student = Student()
     before = weights(student)
-    run(student, Leg("main", Whole(student), Budget(1), main=True), loader=batches(1), clip_norm=1e-3)
+    run(student, Phase("main", Whole(student), Budget(1), main=True), loader=batches(1), clip_norm=1e-3)
     moved = sum(float((after.detach() - before[name]).square().sum()) for name, after in student.named_parameters())
     assert math.sqrt(moved) == pytest.approx(0.05 * 1e-3, rel=1e-3)
 
@@ -171,31 +171,34 @@ def test_clipping_limits_the_step():
 )
 def test_the_main_stages_learning_rate_follows_the_schedule(options, rates):
     student = Student()
-    legs = Leg("first", Early(student), Budget(1, learning_rate=0.3)), Leg("main", Whole(student), Budget(4), main=True)
-    record = run(student, *legs, **options)
+    phases = (
+        Phase("first", Early(student), Budget(1, learning_rate=0.3)),
+        Phase("main", Whole(student), Budget(4), main=True),
+    )
+    record = run(student, *phases, **options)
     assert [epoch.learning_rate for epoch in record.epochs] == pytest.approx([0.3, *rates])
 
 
 def test_a_budget_in_steps_is_kept_to_the_step():
     student = Student()
-    record = run(student, Leg("first", Early(student), Budget(7, "steps")), Leg("main", Whole(student), Budget(1)))
+    record = run(student, Phase("first", Early(student), Budget(7, "steps")), Phase("main", Whole(student), Budget(1)))
     assert [(stage.steps, stage.epochs) for stage in record.stages] == [(7, 2), (5, 1)]
     assert [epoch.steps for epoch in record.epochs] == [5, 2, 5]
 
 
 def test_a_stage_of_length_0_is_left_out():
     student = Student()
-    record = run(student, Leg("first", Early(student), Budget(0)), Leg("main", Whole(student), Budget(1)))
+    record = run(student, Phase("first", Early(student), Budget(0)), Phase("main", Whole(student), Budget(1)))
     assert [stage.name for stage in record.stages] == ["main"]
 
 
 def test_a_plateau_ends_a_stage_early_and_says_so():
     student = Student()
     stuck = Budget(9, learning_rate=1e-12, patience=2)
-    record = run(student, Leg("first", Early(student), stuck), Leg("main", Whole(student), Budget(1)))
+    record = run(student, Phase("first", Early(student), stuck), Phase("main", Whole(student), Budget(1)))
     assert record.stages[0].epochs == 3
     assert record.stages[0].notes == ("ended after 3 of 9 epochs: the loss stood still",)
-    moving = run(Student(), Leg("first", Early(student), Budget(4, learning_rate=0.01, patience=2)))
+    moving = run(Student(), Phase("first", Early(student), Budget(4, learning_rate=0.01, patience=2)))
     assert moving.stages[0].epochs == 4 and moving.stages[0].notes == ()
 
 
@@ -216,18 +219,18 @@ class At(nn.Module):
 def test_a_loss_that_is_not_finite_stops_before_it_does_harm(tmp_path, value):
     student = Student()
     stage = At(Whole(student), 7, lambda loss: loss * value)
-    legs = Leg("layer1", Early(student), Budget(1)), Leg("main", stage, Budget(3), main=True)
+    phases = Phase("layer1", Early(student), Budget(1)), Phase("main", stage, Budget(3), main=True)
     with pytest.raises(
         TrainError, match=r"stage `main`, epoch 2, step 3: the loss is (nan|inf).*checkpoint is good"
     ) as caught:
-        run(student, *legs, run_dir=tmp_path / "run", checkpoint_every_steps=1)
+        run(student, *phases, run_dir=tmp_path / "run", checkpoint_every_steps=1)
     assert caught.value.where == "stage `main`, epoch 2, step 3"
     assert all(torch.isfinite(tensor).all() for tensor in weights(student).values())
     stage.calls = 99
-    record = run(student, *legs, run_dir=tmp_path / "run", resume=True, checkpoint_every_steps=1)
+    record = run(student, *phases, run_dir=tmp_path / "run", resume=True, checkpoint_every_steps=1)
     assert record.steps == 20
     twin = Student()
-    run(twin, Leg("layer1", Early(twin), Budget(1)), Leg("main", Whole(twin), Budget(3), main=True))
+    run(twin, Phase("layer1", Early(twin), Budget(1)), Phase("main", Whole(twin), Budget(3), main=True))
     assert same(weights(student), weights(twin))
 
 
@@ -244,7 +247,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path):
     student = Student()
     stage = At(Whole(student), 4, Poison.apply)
     with pytest.raises(TrainError, match=r"stage `main`, epoch 1, step 5: `first.weight` is not finite"):
-        run(student, Leg("main", stage, Budget(3), main=True), run_dir=tmp_path / "run", checkpoint_every_steps=1)
+        run(student, Phase("main", stage, Budget(3), main=True), run_dir=tmp_path / "run", checkpoint_every_steps=1)
     from indistill_fx.runs.checkpoint import load_checkpoint, not_finite
 
     tensors, saved = load_checkpoint(tmp_path / "run" / "checkpoints" / "last.safetensors")
@@ -254,7 +257,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path):
 def test_a_mask_of_minus_infinity_is_no_fault(tmp_path):
     student = Student()
     student.register_buffer("mask", torch.tensor([0.0, -math.inf]))
-    assert run(student, Leg("main", Whole(student), Budget(1), main=True), run_dir=tmp_path / "run").steps == 5
+    assert run(student, Phase("main", Whole(student), Budget(1), main=True), run_dir=tmp_path / "run").steps == 5
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -263,17 +266,21 @@ def test_a_signal_saves_and_stops_and_the_run_goes_on_to_the_same_bits(tmp_path,
     student, twin = Student(), Student()
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     stage = At(Whole(student), call, lambda loss: (os.kill(os.getpid(), number), loss)[1])
-    leg = Leg("main", stage, Budget(2), main=True)
+    phase = Phase("main", stage, Budget(2), main=True)
     with pytest.raises(Interrupted, match=r"Stopped in stage `main`.*last.safetensors.*--resume") as caught:
-        run(student, leg, run_dir=tmp_path / "run", optimizer="adam")
+        run(student, phase, run_dir=tmp_path / "run", optimizer="adam")
     assert isinstance(caught.value, KeyboardInterrupt) and caught.value.number == number
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
     assert stage.calls == call + 1
     fresh = Student(seed=5)
     resumed = run(
-        fresh, Leg("main", Whole(fresh), Budget(2), main=True), run_dir=tmp_path / "run", resume=True, optimizer="adam"
+        fresh,
+        Phase("main", Whole(fresh), Budget(2), main=True),
+        run_dir=tmp_path / "run",
+        resume=True,
+        optimizer="adam",
     )
-    alone = run(twin, Leg("main", Whole(twin), Budget(2), main=True), optimizer="adam")
+    alone = run(twin, Phase("main", Whole(twin), Budget(2), main=True), optimizer="adam")
     assert same(weights(fresh), weights(twin))
     assert resumed.stages[0].losses == alone.stages[0].losses and resumed.steps == alone.steps == 10
     assert resumed.digest == alone.digest
@@ -283,9 +290,9 @@ def test_a_signal_after_the_last_step_of_a_budget_in_steps_trains_no_further(tmp
     student, twin = Student(), Student()
     stage = At(Early(student), 2, lambda loss: (os.kill(os.getpid(), signal.SIGINT), loss)[1])
     with pytest.raises(Interrupted):
-        run(student, Leg("first", stage, Budget(3, "steps")), run_dir=tmp_path / "run")
-    assert run(student, Leg("first", stage, Budget(3, "steps")), run_dir=tmp_path / "run", resume=True).steps == 3
-    run(twin, Leg("first", Early(twin), Budget(3, "steps")))
+        run(student, Phase("first", stage, Budget(3, "steps")), run_dir=tmp_path / "run")
+    assert run(student, Phase("first", stage, Budget(3, "steps")), run_dir=tmp_path / "run", resume=True).steps == 3
+    run(twin, Phase("first", Early(twin), Budget(3, "steps")))
     assert same(weights(student), weights(twin))
 
 
@@ -308,11 +315,11 @@ def test_a_second_ctrl_c_quits_at_once(tmp_path):
 
     student = Student()
     with pytest.raises(KeyboardInterrupt) as caught:
-        run(student, Leg("main", At(Whole(student), 1, twice), Budget(2), main=True), run_dir=tmp_path / "run")
+        run(student, Phase("main", At(Whole(student), 1, twice), Budget(2), main=True), run_dir=tmp_path / "run")
     assert not isinstance(caught.value, Interrupted)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert (
-        run(student, Leg("main", Whole(student), Budget(2), main=True), run_dir=tmp_path / "run", resume=True).steps
+        run(student, Phase("main", Whole(student), Budget(2), main=True), run_dir=tmp_path / "run", resume=True).steps
         == 10
     )
 
@@ -324,21 +331,21 @@ def test_the_global_random_state_is_left_alone_and_has_no_say():
         np.random.seed(seed)
         student = nn.Sequential(Student(), nn.Dropout(0.5))
         before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
-        run(student, Leg("main", Whole(student), Budget(1), main=True))
+        run(student, Phase("main", Whole(student), Budget(1), main=True))
         after = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
         assert torch.equal(before[0], after[0]) and before[1:] == after[1:]
         return weights(student)
 
     assert same(outcome(1), outcome(2))
     other = nn.Sequential(Student(), nn.Dropout(0.5))
-    run(other, Leg("main", Whole(other), Budget(1), main=True), seed=7)
+    run(other, Phase("main", Whole(other), Budget(1), main=True), seed=7)
     assert not same(weights(other), outcome(1))  # the run's own seed has
 
 
 def test_bfloat16_trains_and_leaves_full_precision_weights():
     student, twin = Student(), Student()
-    run(student, Leg("main", Whole(student), Budget(2), main=True), mixed_precision="bf16")
-    run(twin, Leg("main", Whole(twin), Budget(2), main=True))
+    run(student, Phase("main", Whole(student), Budget(2), main=True), mixed_precision="bf16")
+    run(twin, Phase("main", Whole(twin), Budget(2), main=True))
     assert all(parameter.dtype == torch.float32 for parameter in student.parameters())
     assert not torch.equal(student.first.weight, twin.first.weight)
     torch.testing.assert_close(student.first.weight, twin.first.weight, atol=0.01, rtol=0.1)
@@ -356,9 +363,9 @@ def test_a_stage_that_cannot_be_compiled_runs_as_it_is_and_says_so(monkeypatch):
 
     monkeypatch.setattr(torch, "compile", refuse)
     student, twin = Student(), Student()
-    record = run(student, Leg("main", Whole(student), Budget(1), main=True), compile=True)
+    record = run(student, Phase("main", Whole(student), Budget(1), main=True), compile=True)
     assert record.stages[0].notes == ("not compiled: no compiler here",)
-    run(twin, Leg("main", Whole(twin), Budget(1), main=True))
+    run(twin, Phase("main", Whole(twin), Budget(1), main=True))
     assert same(weights(student), weights(twin))
 
 
@@ -366,7 +373,7 @@ def test_labels_out_of_range_are_named_before_the_step():
     student, wrong = Student(), batches()
     wrong[2][1][3] = 3
     with pytest.raises(ConfigError, match=r"Label 3 in batch 3 is out of range: the model has 3 classes"):
-        run(student, Leg("main", Whole(student), Budget(1), main=True), loader=wrong)
+        run(student, Phase("main", Whole(student), Budget(1), main=True), loader=wrong)
 
 
 @pytest.mark.parametrize(
@@ -375,16 +382,22 @@ def test_labels_out_of_range_are_named_before_the_step():
 )
 def test_a_run_is_not_resumed_with_other_options(tmp_path, change, said):
     student = Student()
-    run(student, Leg("main", Whole(student), Budget(1), main=True), run_dir=tmp_path / "run")
+    run(student, Phase("main", Whole(student), Budget(1), main=True), run_dir=tmp_path / "run")
     with pytest.raises(ConfigError, match=said):
-        run(student, Leg("main", Whole(student), Budget(1), main=True), run_dir=tmp_path / "run", resume=True, **change)
+        run(
+            student,
+            Phase("main", Whole(student), Budget(1), main=True),
+            run_dir=tmp_path / "run",
+            resume=True,
+            **change,
+        )
 
 
 def test_a_finished_run_resumed_gives_its_weights_and_record_back(tmp_path):
     student = Student()
-    done = run(student, Leg("main", Whole(student), Budget(2), main=True), run_dir=tmp_path / "run")
+    done = run(student, Phase("main", Whole(student), Budget(2), main=True), run_dir=tmp_path / "run")
     other = Student(seed=3)
-    again = run(other, Leg("main", Whole(other), Budget(2), main=True), run_dir=tmp_path / "run", resume=True)
+    again = run(other, Phase("main", Whole(other), Budget(2), main=True), run_dir=tmp_path / "run", resume=True)
     assert same(weights(other), weights(student))
     assert again.epochs == done.epochs and again.digest == done.digest
 
@@ -398,4 +411,4 @@ def test_loaders_that_cannot_be_repeated_are_refused():
 def test_without_a_directory_nothing_can_be_saved():
     student = Student()
     with pytest.raises(ConfigError, match="Without a run directory"):
-        run(student, Leg("main", Whole(student), Budget(1)), resume=True)
+        run(student, Phase("main", Whole(student), Budget(1)), resume=True)

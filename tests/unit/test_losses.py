@@ -13,7 +13,7 @@ from torch import nn
 
 from indistill_fx.errors import ConfigError
 from indistill_fx.losses import EMBEDDING, Outputs
-from indistill_fx.losses.registry import MAIN_LOSSES, WARMUP_LOSSES, main_loss, warmup_loss
+from indistill_fx.losses.registry import MAIN_LOSSES, WARMUP_LOSSES, asked_of_the_data, main_loss, warmup_loss
 
 B, C = 6, 5
 
@@ -583,3 +583,12 @@ def test_broken_user_code_is_named(tmp_path: Path):
     file.write_text("import nothing_of_this_name\n")
     with pytest.raises(ConfigError, match="cannot be imported: ModuleNotFoundError"):
         main_loss(f"{file}:loss")
+
+
+def test_a_loss_says_what_it_asks_of_the_data(tmp_path: Path):
+    file = tmp_path / "mine.py"
+    file.write_text("def loss(student, teacher, labels): ...\nloss.needs_indices = True\n")
+    assert asked_of_the_data("crd") == {"indices", "samples"}
+    assert asked_of_the_data("kd") == asked_of_the_data(F.l1_loss) == frozenset()
+    assert asked_of_the_data(f"{file}:loss") == {"indices"}
+    assert main_loss(f"{file}:loss").needs_indices and not main_loss(F.l1_loss).needs_indices

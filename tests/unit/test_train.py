@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import indistill_fx as ifx
+from indistill_fx.data.loaders import MemoryLoader
 from indistill_fx.errors import TrainError
 from indistill_fx.graph.module_state import digest
 from indistill_fx.passes.align import align
+from indistill_fx.report.read_runs import read_runs
 from indistill_fx.training.chain import distill_chain
 from indistill_fx.training.compare import compare
 from indistill_fx.training.distill import distill
@@ -154,6 +156,36 @@ def test_a_loss_with_weights_of_its_own_trains_them_and_resumes(tmp_path, teache
     hook.remove()
     handle.remove()
     assert run(stopped, run_dir=tmp_path / "run", resume=True).digest == record.digest
+
+
+def test_a_loss_gets_indices_and_their_number_from_a_loader_that_knows_them(teacher):
+    images, labels = samples()
+    data = MemoryLoader(
+        (images * 20 + 128).to(torch.uint8), labels, mean=(0.5,), std=(0.2,), batch_size=16, shuffle=True
+    )
+    record = distill(
+        teacher, net(4, 8), data, main="crd", main_options={"negatives": 8}, curriculum=ifx.Curriculum(lengths=[]),
+        epochs=1, progress=False,
+    )  # fmt: skip
+    assert record.steps == 6 and not data.with_indices
+
+
+def test_a_schedule_is_kept_as_data_and_a_stage_with_patience_keeps_its_planned_length(tmp_path, teacher):
+    curriculum = ifx.Curriculum(lengths=[2, 3], patience=1, progress=0.99)
+    distill(teacher, net(4, 8), loader(), curriculum=curriculum, epochs=1, run_dir=tmp_path / "run", progress=False)
+    told = json.loads((tmp_path / "run/run.json").read_text())
+    assert [(phase["name"], phase["length"], phase["patience"], phase["main"]) for phase in told["phases"]] == [
+        ("0", 2, 1, False),
+        ("1", 3, 1, False),
+        ("main", 1, None, True),
+    ]
+    (run,) = read_runs(tmp_path / "run")
+    assert [(phase.name, phase.planned, phase.unit) for phase in run.phases] == [
+        ("0", 2, "epoch"),
+        ("1", 3, "epoch"),
+        ("main", 1, "epoch"),
+    ]
+    assert run.phases[1].text.startswith("1: at most 3 epochs")
 
 
 def test_a_resumed_run_keeps_its_plan(tmp_path, teacher):

@@ -17,23 +17,27 @@ from torch import nn
 
 from indistill_fx.errors import ConfigError, TrainError
 from indistill_fx.target import Target
-from indistill_fx.training.settings import Settings
 
 _FSDP = "ACCELERATE_USE_FSDP"
 
 
-def make_accelerator(settings: Settings) -> Accelerator:
+def make_accelerator(*, cpu: bool, precision: str | None) -> Accelerator:
     """Accelerate's view of devices and processes: one object a run, which everything in it is handed.
+
+    Args:
+        cpu: stay on the CPU although there is an accelerator.
+        precision: `no`, `bf16` or `fp16`; None: whatever `accelerate launch` says.
 
     Raises:
         ConfigError: a launcher asks for a way of training in which a stage cannot share the student's parameters.
     """
-    wanted = settings.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    wanted = precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != wanted:
         AcceleratorState._reset_state()  # one precision per process otherwise, and a process may train twice
     with _own_sharding():
         accelerator = Accelerator(
-            cpu=settings.device == "cpu",
+            # Without an accelerator Accelerate forms a group of processes only if it is told that the CPU is meant.
+            cpu=cpu or not torch.accelerator.is_available(),
             mixed_precision=wanted,
             # Without synced batch norms each process keeps its own statistics; those of the first are saved.
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
@@ -51,14 +55,14 @@ def make_accelerator(settings: Settings) -> Accelerator:
     return accelerator
 
 
-def target_of(accelerator: Accelerator, settings: Settings, student: nn.Module) -> Target:
+def target_of(accelerator: Accelerator, student: nn.Module, *, compiled: bool) -> Target:
     """What a run's stages are lowered for.
 
     Raises:
         ConfigError: the device cannot compute in that precision.
     """
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, Target.of(student).dtype)
-    return Target(str(accelerator.device), dtype, settings.compile)
+    return Target(str(accelerator.device), dtype, compiled)
 
 
 def let_threads_finish() -> None:
@@ -93,9 +97,9 @@ def noticing_dead_peers(accelerator: Accelerator) -> Iterator[None]:
         ) from error
 
 
-def sharding_asked(settings: Settings) -> bool:
-    """Whether parameters are to be spread over processes: by the run's own option, or by `accelerate launch --use_fsdp`."""
-    return settings.shard or os.environ.get(_FSDP, "false").lower() == "true"
+def launched_for_sharding() -> bool:
+    """Whether `accelerate launch --use_fsdp` asks that parameters be spread over processes."""
+    return os.environ.get(_FSDP, "false").lower() == "true"
 
 
 @contextmanager
@@ -120,7 +124,8 @@ def mean_over_processes(accelerator: Accelerator, value: float) -> float:
     """The mean of what the processes have; all must call it alike."""
     if accelerator.num_processes == 1:
         return value
-    own = torch.tensor(value, dtype=torch.float32, device=accelerator.device)
+    wide = torch.float32 if accelerator.device.type == "mps" else torch.float64
+    own = torch.tensor(value, dtype=wide, device=accelerator.device)
     return float(accelerator.reduce(own, "mean"))
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from indistill_fx.training.signals import Interrupted
+from indistill_fx.system.signals import Interrupted
 
 
 class Shards:
@@ -26,15 +26,15 @@ class Shards:
     alike: with any other, this one would wait for the others for good.
 
     Args:
-        stage: on its device, with the weights to begin with. Its teacher, if it has one, is gathered for its own forward only.
+        stage: on its device, with the weights to begin with.
+        teacher: the frozen half of it, if it has one; gathered for its own forward only.
     """
 
-    def __init__(self, stage: nn.Module):
-        teacher = getattr(stage, "teacher", None)
-        frozen = {id(parameter) for parameter in teacher.parameters()} if isinstance(teacher, nn.Module) else set()
+    def __init__(self, stage: nn.Module, teacher: nn.Module | None = None):
+        frozen = {id(parameter) for parameter in teacher.parameters()} if teacher is not None else set()
         found = [(owner, name, own) for owner in stage.modules() for name, own in owner._parameters.items()]
         self._own = [(owner, name, own) for owner, name, own in found if own is not None and id(own) not in frozen]
-        if isinstance(teacher, nn.Module) and frozen:
+        if teacher is not None and frozen:
             fully_shard(teacher)
         fully_shard(stage)
         self._spread = [(owner, name, owner.get_parameter(name)) for owner, name, _ in self._own]

@@ -36,11 +36,15 @@ def batch_norms_synced(module: nn.Module) -> Iterator[None]:
             del norm.forward
 
 
-def unsynced_batch_norms(module: nn.Module) -> int:
-    """How many batch norms of a stage are computed by other code than torch.nn's, which `batch_norms_synced` leaves alone."""
-    parts = [
-        part for name, part in module.named_modules() if not name.startswith("teacher")
-    ]  # a teacher's are in eval mode
+def unsynced_batch_norms(module: nn.Module, *, without: nn.Module | None = None) -> int:
+    """How many batch norms of a stage are computed by other code than torch.nn's, which `batch_norms_synced` leaves alone.
+
+    Args:
+        module: the stage.
+        without: a part of it that does not count: the teacher, whose norms are in eval mode.
+    """
+    left_out = set(without.modules()) if without is not None else set()
+    parts = [part for part in module.modules() if part not in left_out]
     own = [part for part in parts if isinstance(part, _BatchNorm) and not _can_sync(part)]
     graphs = [part.graph for part in parts if isinstance(part, fx.GraphModule)]
     calls = [node for graph in graphs for node in graph.nodes if node.op == "call_function"]

@@ -1,0 +1,138 @@
+"""The checkpoint of a run: written between any two steps, read back, and put into the phase that goes on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from indistill_fx.runs.checkpoint import (
+    load_checkpoint,
+    model_tensors,
+    not_finite,
+    optimizer_tensors,
+    restore_model,
+    restore_optimizer,
+    save_checkpoint,
+    save_tensors,
+    state_tensors,
+)
+from indistill_fx.runs.directory import BEST, LAST, RunDirectory
+from indistill_fx.training.parallel.fsdp import Shards, gathered, spread_optimizer
+from indistill_fx.training.state import Phase, State, check_parts, require_same_run
+
+_SHARE = 20
+"""Checkpoints at the ends of epochs leave so many times their own duration between them."""
+
+
+class Saver:
+    """Keeps a run's checkpoint, and knows what one read back still has to restore.
+
+    Args:
+        student: the module whose weights the run trains.
+        accelerator: the run's.
+        directory: where checkpoints go; None: nowhere.
+        identity: what makes the run this run; a checkpoint of another is refused.
+
+    Attributes:
+        shards: of the phase under way, where it is spread over processes.
+        resumed: whether there is a checkpoint read that waits for its phase.
+    """
+
+    def __init__(
+        self, student: nn.Module, accelerator: Accelerator, directory: RunDirectory | None, identity: Mapping[str, Any]
+    ):
+        self.shards: Shards | None = None
+        self._student, self._accelerator = student, accelerator
+        self._directory, self._identity = directory, dict(identity)
+        self._read: tuple[dict[str, Tensor], dict[str, Any]] | None = None
+        self._saved_at, self._took = 0.0, 0.0
+        self._infinite = set(not_finite(model_tensors(student, None)))  # masks of -inf, for example, are meant
+
+    @property
+    def resumed(self) -> bool:
+        """Whether a checkpoint was read, and its run goes on within a phase."""
+        return self._read is not None
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time for a checkpoint at the end of an epoch."""
+        return time.monotonic() - self._saved_at > _SHARE * self._took
+
+    def whole(self) -> AbstractContextManager[None]:
+        """Within the block the student's tensors can be read, sharded or not."""
+        return nullcontext() if self.shards is None else self.shards.whole()
+
+    def read(self, path: Path) -> State:
+        """Where the run of a checkpoint stands; its tensors are put into the student, or kept for the phase that goes on.
+
+        Raises:
+            ConfigError: it is unreadable, or of another run; names what differs.
+        """
+        tensors, saved = load_checkpoint(path)
+        saved = check_parts(saved, path)
+        require_same_run(self._identity, saved["identity"], path)
+        state = State.read(saved["state"], path)
+        self._read = (tensors, saved)
+        if saved["optimizer"] is None:  # between two phases
+            restore_model(model_tensors(self._student, None), tensors)
+            self._read = None if state == State() else self._read
+        return state
+
+    def restore_phase(self, phase: Phase) -> None:
+        """Write what was read into the tensors of the phase that goes on."""
+        if self._read is not None and self._read[1]["optimizer"] is not None:
+            restore_model(model_tensors(self._student, phase.module, without=phase.teacher), self._read[0])
+
+    def restore_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Give the phase's optimiser the state that was read, and forget what was."""
+        if self._read is None:
+            return
+        tensors, saved = self._read
+        self._read = None
+        if saved["optimizer"] is None:
+            return
+        if self.shards is not None:
+            tensors = spread_optimizer(tensors, optimizer.param_groups[0]["params"])
+        restore_optimizer(optimizer, tensors, saved["optimizer"])
+        if self._accelerator.scaler is not None and saved["scaler"]:
+            self._accelerator.scaler.load_state_dict(saved["scaler"])
+
+    def save(self, state: State, phase: Phase | None, optimizer: Any) -> str | None:
+        """Write everything; between two phases there is neither a module nor an optimiser worth saving.
+
+        Returns:
+            The name of a tensor that is not finite, and then nothing is written; else None.
+
+        Raises:
+            TrainError: the disk is full.
+        """
+        began = time.monotonic()
+        with self.whole():
+            module, teacher = (phase.module, phase.teacher) if phase is not None else (None, None)
+            tensors, values = model_tensors(self._student, module, without=teacher), None
+            if phase is not None:
+                entries, values = optimizer_tensors(optimizer)
+                tensors |= {name: gathered(tensor) for name, tensor in entries.items()}
+            bad = [name for name in not_finite(tensors) if name not in self._infinite]
+            if bad:
+                return bad[0].partition("/")[2]
+            if self._directory is not None and self._directory.writes:
+                scaler = self._accelerator.scaler.state_dict() if self._accelerator.scaler is not None else None
+                parts = {"identity": self._identity, "state": state.to_json(), "optimizer": values, "scaler": scaler}
+                save_checkpoint(self._directory.path / LAST, tensors, parts)
+                self._saved_at = time.monotonic()
+                self._took = self._saved_at - began
+        return None
+
+    def save_best(self, accuracy: float, epoch: int) -> None:
+        """Write the student's weights as the best there were."""
+        if self._directory is not None and self._directory.writes:
+            header = {"accuracy": str(accuracy), "epoch": str(epoch)}
+            save_tensors(self._directory.path / BEST, state_tensors(self._student), header)

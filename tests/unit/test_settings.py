@@ -1,0 +1,50 @@
+"""Options are declared once: the keyword arguments, the command line and run.json follow."""
+
+from __future__ import annotations
+
+from typing import get_type_hints
+
+import click
+import pytest
+
+from indistill_fx.cli import train
+from indistill_fx.errors import ConfigError
+from indistill_fx.training.settings import Options, Settings, about, hints
+
+
+def test_the_keyword_arguments_are_the_settings():
+    assert get_type_hints(Options) == hints()
+
+
+def test_the_command_line_has_every_option_with_its_default_and_its_text():
+    shown = {option.name: option for option in train.command.params if isinstance(option, click.Option)}
+    for name in hints():
+        default = shown[name].get_default(click.Context(train.command))
+        assert default == getattr(Settings(), name), name
+        assert shown[name].help == about(name).help
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"learning_rate": 0}, "learning_rate is 0; it must be a number above 0"),
+        ({"learning_rate": float("nan")}, "a number above 0"),
+        ({"learning_rate": "fast"}, "a number above 0"),
+        ({"momentum": -0.1}, "a number, 0 or more"),
+        ({"accumulate": 1.5}, "an integer, 1 or more"),
+        ({"accumulate": True}, "an integer, 1 or more"),
+        ({"clip_norm": 0}, "a number above 0, or None"),
+        ({"checkpoint_every_steps": 0}, "an integer, 1 or more, or None"),
+        ({"seed": 1 << 63}, "an integer, 0 or more"),
+        ({"compile": "yes"}, "True or False"),
+        ({"schedule": "step", "milestones": [-1]}, "a list of integers"),
+        ({"optimizer": "adm"}, "Nearest: adam"),
+        ({"mixed_precision": "fp8"}, "mixed_precision is 'fp8'"),
+        ({"milestones": [3]}, "no other schedule reads them"),
+        ({"lerning_rate": 1.0}, "Nearest: learning_rate"),
+    ],
+)
+def test_an_illegal_value_is_refused(options, message):
+    with pytest.raises(ConfigError) as error:
+        Settings.of(options)
+    assert message in str(error.value)
