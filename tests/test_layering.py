@@ -16,7 +16,8 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "indistill_fx"
 FLOORS = [
     "errors version",
-    "system graph batch target",
+    "system",
+    "graph batch target",
     "traced curriculum",
     "plan loading data deploy passes.contract",
     "passes.capture passes.structure passes.channels passes.lowering losses runs",

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import random
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from indistill_fx.graph.edit import with_tensors
+from indistill_fx.system.random_state import randomness_kept
 
 
 def shadow(module: nn.Module, *, training: bool, memo: dict[nn.Module, nn.Module] | None = None) -> nn.Module:
@@ -109,12 +107,8 @@ def untouched(module: nn.Module) -> Iterator[None]:
     """
     plain = (part for part in module.modules() if not _is_compiled(part))
     parts = [(part, dict(part.__dict__), [dict(part.__dict__[r]) for r in _REGISTRIES]) for part in plain]
-    python_state = random.getstate()
-    numpy_random: Any = getattr(sys.modules.get("numpy"), "random", None)
-    numpy_state = numpy_random.get_state() if numpy_random else None
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     try:
-        with buffers_kept(module), torch.random.fork_rng(devices):
+        with buffers_kept(module), randomness_kept():
             yield
     finally:
         for part, own, registries in parts:
@@ -123,9 +117,6 @@ def untouched(module: nn.Module) -> Iterator[None]:
                 own[name].update(entries)
             part.__dict__.clear()
             part.__dict__.update(own)
-        random.setstate(python_state)
-        if numpy_random:
-            numpy_random.set_state(numpy_state)
 
 
 def _is_compiled(part: nn.Module) -> bool:

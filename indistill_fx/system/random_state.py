@@ -80,14 +80,20 @@ def reseed(*key: int) -> None:
 
 
 @contextmanager
-def own_randomness(seed: int) -> Iterator[None]:
-    """Within the block the global generators are seeded; after it they are as they were."""
-    python, numpy = random.getstate(), np.random.get_state()
+def randomness_kept() -> Iterator[None]:
+    """After the block the global generators, also those of devices in use, are as they were."""
+    before = random_states()
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     try:
         with torch.random.fork_rng(devices):
-            reseed(seed)
             yield
     finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
+        set_random_states(before)
+
+
+@contextmanager
+def own_randomness(seed: int) -> Iterator[None]:
+    """Within the block the global generators are seeded; after it they are as they were."""
+    with randomness_kept():
+        reseed(seed)
+        yield
