@@ -30,8 +30,8 @@ from kills import network
 from indistill_fx.curriculum import Curriculum
 from indistill_fx.data.dataset import Data
 from indistill_fx.data.open import open_data
-from indistill_fx.training.distill import distill
 from indistill_fx.system.signals import Interrupted
+from indistill_fx.training.distill import distill
 
 
 def measure() -> tuple[float, int, int]:

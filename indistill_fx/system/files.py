@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import secrets
@@ -163,6 +164,17 @@ def read_lines(path: str | os.PathLike[str], limit: int = 1 << 20) -> Iterator[s
     with open(path, encoding="utf-8", errors="replace") as file:
         while line := file.readline(limit):
             yield line
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's content.
+
+    Raises:
+        OSError: it cannot be read, or is no file.
+    """
+    require_regular(path)
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def require_regular(path: str | os.PathLike[str]) -> None:

@@ -30,10 +30,12 @@ from indistill_fx.data.loaders import EpochLoader
 from indistill_fx.errors import ConfigError
 from indistill_fx.graph.module_state import digest
 from indistill_fx.stages.stage import Stage
+from indistill_fx.system.files import file_digest, read_bounded, save_json
 from indistill_fx.system.terminal import followed
 
-_FORMAT = "features 1"
+_FORMAT = "features 2"
 _INDEX = "features.json"
+_LARGEST_INDEX = 1 << 20
 Joint = Callable[[Sequence[Stage]], list[tuple[list[Stage], fx.GraphModule]]]
 
 
@@ -47,10 +49,9 @@ class FeatureStore:
 
     def __init__(self, folder: Path, inputs: Sequence[str]):
         self.folder, self._inputs = folder, tuple(inputs)
-        index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
         self.features = {
             tap: _mapped(folder / entry["file"], entry["shape"], getattr(torch, entry["dtype"]), shared=False)
-            for tap, entry in index.items()
+            for tap, entry in _read_index(folder).items()
         }
 
     def attach(self, batch: Any) -> dict[str, Any]:
@@ -102,7 +103,7 @@ def cache_features(
     folders = [root / _key(stage.teacher, told) if stage.teacher is not None else None for stage in stages]
     with FileLock(root / ".lock"):
         missing = [
-            stage for stage, folder in zip(stages, folders, strict=True) if folder and not (folder / _INDEX).exists()
+            stage for stage, folder in zip(stages, folders, strict=True) if folder and not _is_whole(folder, stage, say)
         ]
         for stage, folder in zip(stages, folders, strict=True):
             if folder is not None and stage not in missing:
@@ -183,10 +184,53 @@ def _files(part: Path, taps: Mapping[str, tuple[Tensor, str]], samples: int) -> 
 def _close(part: Path, taps: Mapping[str, Tensor]) -> None:
     """Write, last of all, what makes the folder whole."""
     index = {
-        tap: {"file": f"{k}.bin", "shape": list(values.shape), "dtype": str(values.dtype).partition(".")[2]}
+        tap: {
+            "file": f"{k}.bin",
+            "shape": list(values.shape),
+            "dtype": str(values.dtype).partition(".")[2],
+            "digest": file_digest(part / f"{k}.bin"),
+        }
         for k, (tap, values) in enumerate(taps.items())
     }
-    (part / _INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
+    save_json(part / _INDEX, {"taps": index, "digest": _index_digest(index)})
+
+
+def _index_digest(index: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    """What a folder says that it holds.
+
+    Raises:
+        ValueError: it was changed since it was written.
+    """
+    told = json.loads(read_bounded(folder / _INDEX, _LARGEST_INDEX))
+    if not isinstance(told, dict) or told.get("digest") != _index_digest(told.get("taps", {})):
+        raise ValueError("its index was changed")
+    found: dict[str, Any] = told["taps"]
+    return found
+
+
+def _is_whole(folder: Path, stage: Stage, say: Callable[[str], None]) -> bool:
+    """Whether a folder holds what was written into it; one that does not is said, and removed."""
+    if not folder.exists():
+        return False
+    fault = _fault_of(folder)
+    if fault:
+        say(f"{stage.name}: the cached features in {folder} are damaged ({fault}) and are computed anew")
+        shutil.rmtree(folder, ignore_errors=True)
+    return not fault
+
+
+def _fault_of(folder: Path) -> str:
+    try:
+        for tap, entry in _read_index(folder).items():
+            if file_digest(folder / entry["file"]) != entry["digest"]:
+                return f"those of `{tap}` were changed"
+    except (OSError, ValueError, RecursionError) as error:
+        return str(error.strerror or error) if isinstance(error, OSError) else str(error)
+    return ""
 
 
 def _run(

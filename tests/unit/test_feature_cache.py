@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -159,3 +161,35 @@ def test_an_interrupted_fill_leaves_nothing_that_looks_done(tmp_path):
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
     handle.remove()
     assert cache_features(stages, loader(), tmp_path)[0].features["pool"].shape == (40, 8, 15, 15)
+
+
+def damaged(how: str, folder: Path) -> None:
+    file, index = next(folder.glob("*.bin")), folder / "features.json"
+    content = bytearray(file.read_bytes())
+    if how == "one bit":
+        content[5] ^= 4
+        file.write_bytes(content)
+    elif how == "cut short":
+        os.truncate(file, len(content) // 2)
+    elif how == "emptied":
+        os.truncate(file, 0)
+    elif how == "gone":
+        file.unlink()
+    elif how == "index torn":
+        index.write_text(index.read_text()[:40])
+    else:
+        index.write_text(index.read_text().replace("float32", "float16"))
+
+
+@pytest.mark.parametrize("how", ["one bit", "cut short", "emptied", "gone", "index torn", "index of another type"])
+def test_damaged_features_are_named_and_computed_anew(tmp_path, how):
+    stages = compiled(*pair())[2]
+    before = cache_features(stages, loader(), tmp_path)
+    expected = {tap: value.clone() for tap, value in before[0].features.items()}
+    folder = before[0].folder
+    damaged(how, folder)
+    told: list[str] = []
+    again = cache_features(compiled(*pair())[2], loader(), tmp_path, say=told.append)
+    said = [line for line in told if "are damaged (" in line]
+    assert len(said) == 1 and f"in {folder} are damaged" in said[0] and "computed anew" in said[0]
+    assert all(torch.equal(again[0].features[tap], expected[tap]) for tap in expected)
