@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._pytree import tree_leaves, tree_map
 
-from indistill_fx.graph.ops import is_inplace
+from indistill_fx.graph.ops import attribute, is_inplace
 
 _MOST_SOURCES = 500
 _SLICE, _LAYER = (
@@ -130,6 +130,9 @@ def sweep(graph_module: fx.GraphModule) -> fx.GraphModule:
 
 
 def _writes_alive(node: fx.Node) -> bool:
+    owner = node.graph.owning_module
+    if node.op == "call_module" and owner is not None and getattr(attribute(owner, str(node.target)), "writes", False):
+        return True
     return is_inplace(node) and bool(node.all_input_nodes) and len(node.all_input_nodes[0].users) > 1
 
 

@@ -33,11 +33,11 @@ def mode(module: nn.Module, *, training: bool) -> Iterator[None]:
     before = [(child, child.training) for child in module.modules()]
     try:
         for child, _ in before:
-            child.__dict__["training"] = training
+            child.training = training
         yield
     finally:
         for child, flag in before:
-            child.__dict__["training"] = flag
+            child.training = flag
 
 
 def digest(module: nn.Module) -> str:
@@ -130,7 +130,5 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
     The flags are written directly: the module of a loaded `torch.export` archive refuses `.eval()`.
     """
-    with untouched(module), torch.no_grad():
-        for part in module.modules():
-            part.training = False
+    with untouched(module), mode(module, training=False), torch.no_grad():
         yield

@@ -70,7 +70,7 @@ _WORDS = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 UNARY = frozenset(
     "relu relu6 leaky_relu prelu rrelu elu selu celu gelu silu mish sigmoid tanh hardtanh hardswish hardsigmoid softplus softsign "
     "log_sigmoid threshold dropout alpha_dropout identity clone contiguous detach abs neg exp log sqrt rsqrt square float half to "
-    "type_as clamp clamp_min clamp_max pow stochastic_depth drop_path".split()
+    "type_as clamp clamp_min clamp_max pow stochastic_depth drop_path only_in_training".split()
 )
 """Elementwise operations on one tensor: every entry of the output depends on the entry at the same place alone."""
 

@@ -183,7 +183,10 @@ class Reference:
             raise FrontendError(
                 f"with batch size {size} the graph differs from the module by {worst:.1e} of the largest value"
             )
-        for name, buffer in own.buffers.items():
+        names = {id(buffer): name for name, buffer in self.module.named_buffers()}
+        shared = {own_name: names.get(id(buffer), own_name) for own_name, buffer in graph_module.named_buffers()}
+        for own_name, buffer in own.buffers.items():
+            name = shared.get(own_name, own_name)
             if name in run.buffers and not _difference(run.buffers[name], buffer) <= _TOLERANCE:
                 raise FrontendError(f"with batch size {size} the graph leaves another value in the buffer `{name}`")
         self._compare_gradients(run, own)

@@ -94,7 +94,8 @@ def _source(view: fx.Node) -> fx.Node | None:
 
 
 def _base(node: fx.Node) -> fx.Node:
-    while (source := _source(node)) is not None:
+    """The tensor whose storage a node's value shares, through views and the writes that stay (`buffer.mul_(0.9).add_(x)`)."""
+    while (source := _written(node) if is_inplace(node) else _source(node)) is not None:
         node = source
     return node
 

@@ -7,7 +7,7 @@ Rules, in order:
   3. In-place operations are made out of place, so that a later one cannot overwrite a tensor that a tap holds.
   4. A name that cannot be written into the graph's source stands there as another; the report says which.
   5. The graph is compared with the module on two batch sizes before it is returned; a student's also in what it trains: the
-     gradients of all parameters, and the buffers.
+     gradients of all parameters, and the buffers; and in eval mode, which is another one where code asks for it (see `both_modes`).
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from indistill_fx.errors import ConfigError, FrontendError
 from indistill_fx.graph.caches import caches_kept
 from indistill_fx.graph.module_state import mode, shadow, untouched, weights_kept
 from indistill_fx.graph.ops import attribute
+from indistill_fx.passes.capture.both_modes import merge_modes, noticing_flags
 from indistill_fx.passes.capture.captured import Captured
-from indistill_fx.passes.capture.equivalence import Reference
+from indistill_fx.passes.capture.equivalence import Reference, plain_attention
 from indistill_fx.passes.capture.exported import capture_exported
 from indistill_fx.passes.capture.facts import Known, infer_facts
 from indistill_fx.passes.capture.functionalize import functionalize
@@ -150,7 +151,9 @@ def _capture(
     coarse: tuple[str, Captured, Known] | None = None
     for method, capture in _METHODS.items():
         try:
-            captured = _functional(capture, module, inputs, kwargs, leaves, patient=method == "leaves")
+            captured = _functional(
+                capture, module, inputs, kwargs, leaves, patient=method == "leaves", both=not own_flags
+            )
             reference.put_back()
             if own_flags:
                 _give_own_flags(captured.graph_module)
@@ -198,11 +201,42 @@ def _functional(
     leaves: Sequence[str],
     *,
     patient: bool,
+    both: bool,
 ) -> Captured:
-    """Capture and rule 3; if patient, a module whose writes cannot be made functional becomes a leaf."""
+    """Capture and rule 3, of a student in both modes; if patient, a module whose writes cannot be made functional becomes a leaf."""
+    with noticing_flags() as noticed:
+        captured = _in_mode(capture, module, inputs, kwargs, leaves, patient=patient)
+    if not both or not noticed:
+        return captured
+    classes = ", ".join(dict.fromkeys(noticed))
+    try:
+        with mode(module, training=False):
+            other = _in_mode(capture, module, inputs, kwargs, leaves, patient=patient)
+        merged = merge_modes(captured, other, module)
+        with mode(module, training=False):
+            Reference(module, inputs, kwargs).compare(merged.graph_module)
+    except FrontendError as error:
+        note = f"in eval mode the graph computes what train mode does where the code of {classes} asks for the mode: {error.message}"
+        return replace(captured, notes=(*captured.notes, note))
+    return merged
+
+
+def _in_mode(
+    capture: Method,
+    module: nn.Module,
+    inputs: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    leaves: Sequence[str],
+    *,
+    patient: bool,
+) -> Captured:
     given_up: tuple[str, ...] = ()
     while True:
-        with untouched(module), caches_kept(module):  # the code may keep a stand-in for a tensor or a size
+        with (
+            untouched(module),
+            caches_kept(module),
+            plain_attention(),
+        ):  # the code may keep a stand-in for a tensor or a size
             captured = capture(module, inputs, kwargs, (*leaves, *given_up))
         try:
             captured = functionalize(captured)

@@ -104,7 +104,6 @@ _NUMBERS = (
     "normalized_shape",
     "chunks",
     "split_size",
-    "sizes",
     "upscale_factor",
     "downscale_factor",
     "num_heads",

@@ -33,6 +33,7 @@ IDLE = frozenset(
         "detach",
         "stochastic_depth",
         "drop_path",
+        "only_in_training",
         "to",
         "float",
         "half",

@@ -1,0 +1,332 @@
+"""A student's graph in both modes: what its code decides by `self.training` is decided anew each time the graph runs.
+
+Rules, in order:
+  1. Where code outside torch.nn's own layers reads `training`, the module is captured in eval mode too, by the same method.
+  2. The two graphs are laid side by side. Where only a number differs (`F.dropout(x, p, self.training)`), the graph chooses it by the
+     flag of the module whose code it is, which it reads from that very module.
+  3. Where operations differ (stochastic depth, a norm written by hand), both ways become one node that takes the one or the other.
+  4. Graphs that cannot be brought together, or that return different things, stay as they were in train mode, and the report says so.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from difflib import SequenceMatcher
+from typing import Any
+from unittest.mock import patch
+
+from torch import Tensor, fx, nn
+
+from indistill_fx.errors import FrontendError
+from indistill_fx.graph.edit import tensor_nodes
+from indistill_fx.graph.ops import BINARY, UNARY, attribute, is_inplace, op_name
+from indistill_fx.passes.capture.captured import Captured, assemble, is_leaf
+
+_MAKERS = frozenset(
+    "size getattr getitem new_empty new_ones new_zeros rand rand_like randn_like bernoulli empty ones dim".split()
+)
+
+
+class Flag(nn.Module):
+    """The training flag of one of the user's modules, read and written where it stands.
+
+    Args:
+        of: that module; None (a copy): the flag is this module's own.
+    """
+
+    def __init__(self, of: nn.Module | None):
+        self.__dict__["of"] = of
+        super().__init__()
+
+    @property
+    def training(self) -> bool:
+        """Of the user's module."""
+        of = self.__dict__["of"]
+        return bool(self.__dict__.get("own", True) if of is None else of.training)
+
+    @training.setter
+    def training(self, flag: bool) -> None:
+        of = self.__dict__["of"]
+        if of is None or "_parameters" not in self.__dict__:  # the second: torch sets it while it makes the module
+            self.__dict__["own"] = flag
+        else:
+            of.training = flag
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Flag:
+        new = Flag(None)
+        new.training = self.training
+        return new
+
+    def forward(self) -> bool:
+        """Whether the module is in train mode."""
+        return self.training
+
+
+class ByMode(nn.Module):
+    """Two ways to compute the same tensors: in train mode and in eval mode.
+
+    Args:
+        flag: which mode it is.
+        trained: takes the inputs, returns a tuple.
+        evaluated: likewise.
+        writes: whether one of them writes buffers, so that it must run even where nobody reads its result.
+    """
+
+    def __init__(self, flag: Flag, trained: fx.GraphModule, evaluated: fx.GraphModule, *, writes: bool):
+        super().__init__()
+        self.flag, self.trained, self.evaluated, self.writes = flag, trained, evaluated, writes
+
+    def forward(self, *inputs: Tensor) -> Any:
+        """The tensors; one alone if there is only one."""
+        found = (self.trained if self.flag() else self.evaluated)(*inputs)
+        return found[0] if len(found) == 1 else found
+
+
+class OnlyInTraining(ByMode):
+    """An elementwise operation of train mode that hands its input on in eval mode, such as stochastic depth."""
+
+
+def choose(training: bool, trained: Any, evaluated: Any) -> Any:
+    """One of two values, by the mode."""
+    return trained if training else evaluated
+
+
+@contextmanager
+def noticing_flags() -> Iterator[list[str]]:
+    """Note the classes of the modules, other than torch.nn's own layers, whose `training` is read inside the block."""
+    noticed: list[str] = []
+
+    def read(module: nn.Module) -> bool:
+        if not is_leaf(module):
+            noticed.append(type(module).__name__)
+        return bool(module.__dict__["training"])
+
+    def write(module: nn.Module, flag: bool) -> None:
+        module.__dict__["training"] = flag
+
+    with patch.object(nn.Module, "training", property(read, write), create=True):
+        yield noticed
+
+
+def merge_modes(trained: Captured, evaluated: Captured, module: nn.Module) -> Captured:
+    """Rules 2 and 3: the graph of train mode, with what eval mode does otherwise.
+
+    Raises:
+        FrontendError: the two graphs cannot be brought together.
+    """
+    return _Merge(trained, evaluated, module).run()
+
+
+Pairs = tuple[tuple[fx.Node, fx.Node], ...]
+"""Nodes of the two graphs that stand in one place."""
+
+
+@dataclass
+class _Region:
+    """Nodes that one of the graphs has and the other has not, between two places that both have.
+
+    Attributes:
+        trained: of the graph of train mode.
+        evaluated: of the other.
+        results: what is read of it further on: the value of train mode and that of eval mode.
+    """
+
+    trained: list[fx.Node]
+    evaluated: list[fx.Node]
+    results: dict[tuple[fx.Node, fx.Node], int] = field(default_factory=dict)
+
+
+class _Merge:
+    """One new graph from two."""
+
+    def __init__(self, trained: Captured, evaluated: Captured, module: nn.Module):
+        self.trained, self.evaluated, self.module = trained, evaluated, module
+        self.same: dict[fx.Node, fx.Node] = {}
+        self.region_of: dict[fx.Node, _Region] = {}
+        self.graph = fx.Graph()
+        self.new: dict[fx.Node, fx.Node] = {}
+        self.made: dict[int, list[fx.Node]] = {}
+        self.flags: dict[str, Flag] = {}
+        self.modules: dict[str, nn.Module] = {}
+
+    def run(self) -> Captured:
+        parts = self._lay_side_by_side()
+        for part in parts:
+            if not isinstance(part, _Region):
+                self._find_results(part)
+        for part in parts:
+            if isinstance(part, _Region):
+                self._write_region(part)
+            else:
+                for own, other in part:
+                    self._write(own, other)
+        self.graph.lint()
+        graph_module = self.trained.graph_module
+        targets = {
+            str(n.target): attribute(graph_module, str(n.target))
+            for n in self.new
+            if n.op in ("get_attr", "call_module")
+        }
+        names = {own.name: new.name for own, new in self.new.items()}
+        outputs = [(tap, names[node], place) for tap, node, place in self.trained.outputs if node in names]
+        return replace(
+            self.trained,
+            graph_module=assemble(self.graph, {**targets, **self.modules}, type(graph_module).__name__),
+            outputs=tuple(outputs),
+        )
+
+    def _lay_side_by_side(self) -> list[Pairs | _Region]:
+        own, other = (list(captured.graph_module.graph.nodes) for captured in (self.trained, self.evaluated))
+        matcher = SequenceMatcher(None, list(map(_key, own)), list(map(_key, other)), autojunk=False)
+        parts: list[Pairs | _Region] = []
+        for kind, a, b, c, d in matcher.get_opcodes():
+            if kind == "equal":
+                parts.append(tuple(zip(own[a:b], other[c:d], strict=True)))
+                self.same.update((there, here) for here, there in zip(own[a:b], other[c:d], strict=True))
+            else:
+                region = _Region(own[a:b], other[c:d])
+                parts.append(region)
+                self.region_of.update(dict.fromkeys((*region.trained, *region.evaluated), region))
+        return parts
+
+    def _find_results(self, pairs: Pairs) -> None:
+        for own, other in pairs:
+            given = tensor_nodes((own.args, own.kwargs)), tensor_nodes((other.args, other.kwargs))
+            if len(given[0]) != len(given[1]):
+                raise FrontendError(f"`{own.name}` reads different things in the two modes")
+            for a, b in zip(*given, strict=True):
+                if self.same.get(b) is not a:
+                    region = self.region_of.get(a) or self.region_of.get(b)
+                    if region is None or any(self.region_of.get(node, region) is not region for node in (a, b)):
+                        raise FrontendError(f"`{own.name}` reads tensors of different places in the two modes")
+                    region.results.setdefault((a, b), len(region.results))
+
+    def _write(self, own: fx.Node, other: fx.Node) -> None:
+        args = self._merged(own.args, other.args, own)
+        kwargs = self._merged(own.kwargs, other.kwargs, own)
+        self.new[own] = self.graph.create_node(own.op, own.target, args, kwargs, name=own.name)
+        self.new[own].meta = dict(own.meta)
+
+    def _merged(self, own: Any, other: Any, reader: fx.Node) -> Any:
+        """The argument of train mode where eval mode has the same; else what chooses between the two."""
+        if isinstance(own, fx.Node):
+            if self.same.get(other) is own:
+                return self.new[own]
+            region = self.region_of.get(own) or self.region_of[other]
+            return self.made[id(region)][region.results[own, other]]
+        if isinstance(own, (tuple, list)) and type(own) is type(other) and len(own) == len(other):
+            entries = [self._merged(a, b, reader) for a, b in zip(own, other, strict=True)]
+            return type(own)(*entries) if hasattr(own, "_fields") else type(own)(entries)
+        if isinstance(own, Mapping) and isinstance(other, Mapping) and own.keys() == other.keys():
+            return {key: self._merged(own[key], other[key], reader) for key in own}
+        if isinstance(own, slice) and isinstance(other, slice):
+            ends = (self._merged(getattr(own, end), getattr(other, end), reader) for end in ("start", "stop", "step"))
+            return slice(*ends)
+        if type(own) is type(other) and own == other:
+            return own
+        if isinstance(own, (tuple, list, Mapping)) or reader.op == "output":
+            raise FrontendError(f"`{reader.name}` reads different things in the two modes")
+        flag = self._read_flag(_module_of([reader]))
+        return flag if own is True and other is False else self.graph.call_function(choose, (flag, own, other))
+
+    def _read_flag(self, path: str) -> fx.Node:
+        self._flag(path)
+        return self.graph.call_module(_flag_name(path))
+
+    def _flag(self, path: str) -> Flag:
+        if path not in self.flags:
+            self.flags[path] = self.modules[_flag_name(path)] = Flag(attribute(self.module, path))
+        return self.flags[path]
+
+    def _write_region(self, region: _Region) -> None:
+        """Rule 3."""
+        sides = (region.trained, self.trained), (region.evaluated, self.evaluated)
+        own_code = (*region.trained, *region.evaluated)
+        for k, (side, _) in enumerate(sides):
+            results = [result[k] for result in region.results]
+            side[:0] = [node for node in results if node.op == "get_attr" and node not in side]
+            self._take_along(side)
+        nodes = (*region.trained, *region.evaluated)
+        read = [source for node in nodes for source in node.all_input_nodes]
+        read += [node for result in region.results for node in result]
+        inputs = list(dict.fromkeys(self._outside(node) for node in read if node not in nodes))
+        if not region.results and not any(is_inplace(node) or node.op == "get_attr" for node in nodes):
+            return
+        made = [self._side(side, captured, inputs, region, k) for k, (side, captured) in enumerate(sides)]
+        kind = OnlyInTraining if self._passes_on(region) else ByMode
+        path = _module_of(own_code)
+        name = f"by_mode_{len(self.made)}"
+        self.modules[name] = kind(self._flag(path), *made, writes=any(map(is_inplace, nodes)))
+        node = self.graph.call_module(name, tuple(self.new[source] for source in inputs))
+        node.meta = {"nn_module_stack": _common_stack(own_code)}
+        count = len(region.results)
+        self.made[id(region)] = (
+            [node] if count == 1 else [self.graph.call_function(operator.getitem, (node, k)) for k in range(count)]
+        )
+
+    def _take_along(self, side: list[fx.Node]) -> None:
+        """Weights, and what the nodes read of earlier places of this graph alone (sizes, mostly), are computed again among them."""
+        todo = list(side)
+        while todo:
+            for source in todo.pop().all_input_nodes:
+                alone = source in self.region_of and source.op != "placeholder" and not is_inplace(source)
+                if source not in side and (alone or source.op == "get_attr"):
+                    side.append(source)
+                    todo.append(source)
+        order = {node: k for k, node in enumerate(side[0].graph.nodes)} if side else {}
+        side.sort(key=order.__getitem__)
+
+    def _outside(self, node: fx.Node) -> fx.Node:
+        own = self.same.get(node, node)
+        if own not in self.new:
+            raise FrontendError(f"`{node.name}` stands elsewhere in the two modes")
+        return own
+
+    def _side(
+        self, nodes: list[fx.Node], captured: Captured, inputs: list[fx.Node], region: _Region, which: int
+    ) -> fx.GraphModule:
+        graph = fx.Graph()
+        places = {own: graph.placeholder(own.name) for own in inputs}
+        memo: dict[fx.Node, fx.Node] = {}
+
+        def inner(node: fx.Node) -> fx.Node:
+            return memo[node] if node in memo else places[self.same.get(node, node)]
+
+        for node in nodes:
+            memo[node] = graph.node_copy(node, inner)
+        graph.output(tuple(inner(result[which]) for result in region.results))
+        names = {str(node.target) for node in nodes if node.op in ("get_attr", "call_module")}
+        return assemble(graph, {name: attribute(captured.graph_module, name) for name in names}, "Way")
+
+    def _passes_on(self, region: _Region) -> bool:
+        """Whether eval mode hands on the tensor of which train mode changes each entry alone."""
+        if region.evaluated or len(region.results) != 1:
+            return False
+        (_, handed_on), *_ = region.results
+        read = {source for node in region.trained for source in node.all_input_nodes} - {*region.trained}
+        simple = UNARY | BINARY | _MAKERS
+        return read == {self.same.get(handed_on)} and all(
+            node.op in ("call_function", "call_method") and op_name(node) in simple for node in region.trained
+        )
+
+
+def _key(node: fx.Node) -> tuple[object, ...]:
+    return node.op, str(node.target), tuple(map(str, node.meta.get("nn_module_stack", {}))), len(node.all_input_nodes)
+
+
+def _common_stack(nodes: Iterable[fx.Node]) -> dict[str, Any]:
+    """The module calls that all nodes stand in."""
+    stacks = [node.meta.get("nn_module_stack", {}) for node in nodes]
+    return {call: value for call, value in stacks[0].items() if all(call in stack for stack in stacks)}
+
+
+def _module_of(nodes: Iterable[fx.Node]) -> str:
+    """Path of the innermost module whose code all nodes are."""
+    return next(reversed([str(call).partition("@")[0] for call in _common_stack(nodes)]), "")
+
+
+def _flag_name(path: str) -> str:
+    return f"training_{path.replace('.', '_')}" if path else "training_flag"

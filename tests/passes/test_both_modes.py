@@ -1,0 +1,141 @@
+"""A student's graph keeps the meaning of train() and eval(), whatever its code does with the flag."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from indistill_fx.passes.capture.exported import capture_exported
+from indistill_fx.passes.capture.recording import capture_leaves, capture_shapes
+from indistill_fx.passes.capture.symbolic import capture_symbolic
+from indistill_fx.passes.capture.trace import trace
+from indistill_fx.passes.pruning.shrink import shrink
+
+
+class Functional(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(x, 0.5, self.training)
+
+
+class DropPath(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        mask = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(0.5)
+        return x * mask.div_(0.5)
+
+
+class Norm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.rand(8))
+        self.weight = nn.Parameter(torch.rand(8) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            mean = x.mean((0, 2, 3))
+            with torch.no_grad():
+                self.mean.mul_(0.9).add_(0.1 * mean.detach())
+        else:
+            mean = self.mean
+        return (x - mean.view(1, -1, 1, 1)) * self.weight.view(1, -1, 1, 1)
+
+
+class Number(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(x, 0.5 if self.training else 0.0) * (2.0 if self.training else 3.0)
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.one(x) if self.training else self.two(x)  # type: ignore[no-any-return]
+
+
+class Net(nn.Module):
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.a, self.bn, self.inner = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), inner
+        self.b, self.fc = nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn(self.a(x)))
+        y = y + self.inner(self.b(y))
+        return F.dropout(self.fc(y.mean((2, 3))), 0.3, training=self.training)
+
+
+INNER = [Functional, DropPath, Norm, Number, Layer]
+CAPTURES = [capture_symbolic, capture_shapes, capture_leaves, capture_exported]
+
+
+def both(graph: nn.Module, module: nn.Module, x: Tensor) -> None:
+    torch.manual_seed(3)
+    expected = copy.deepcopy(module)(x)
+    torch.manual_seed(3)
+    assert torch.allclose(graph(x), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("capture", CAPTURES)
+@pytest.mark.parametrize("make", INNER)
+def test_a_students_graph_follows_the_mode(make, capture, monkeypatch):
+    monkeypatch.setattr(importlib.import_module("indistill_fx.passes.capture.trace"), "_METHODS", {"only": capture})
+    torch.manual_seed(0)
+    module, x = Net(make()), torch.randn(4, 3, 6, 6)
+    model = trace(module, x, role="student")
+    graph = model.graph_module
+    assert not [note for note in model.report.notes if "eval mode" in note]
+    assert module.training
+    both(copy.deepcopy(graph).train(), module, x)
+    module.eval()  # by the user's module
+    both(graph, module, x)
+    assert torch.equal(graph(x), graph(x))
+    module.train()
+    graph.eval()  # by the graph
+    assert not any(part.training for part in graph.modules())
+    module.eval()
+    both(graph, module, x)
+    graph.train()
+    both(copy.deepcopy(graph).train(), module.train(), x)
+
+
+def test_modules_set_to_eval_by_themselves_stay_so():
+    module = Net(Functional())
+    module.inner.eval()
+    model = trace(module, torch.randn(2, 3, 6, 6), role="student")
+    assert not module.inner.training and module.training
+    x = torch.randn(4, 3, 6, 6)
+    torch.manual_seed(0)
+    expected = module(x)
+    torch.manual_seed(0)
+    assert torch.allclose(model.graph_module(x), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("make", [Functional, DropPath, Number])
+def test_a_smaller_network_has_flags_of_its_own(make):
+    torch.manual_seed(0)
+    module, x = Net(make()), torch.randn(4, 3, 6, 6)
+    result = shrink(trace(module, x, role="student"), ratio=0.5)
+    assert result.report.widths["b"] == (8, 4)
+    small = result.value.graph_module
+    small.eval()
+    assert torch.equal(small(x), small(x)) and module.training
+    small.train()
+    assert not torch.equal(small(x), small(x))
+
+
+def test_graphs_that_return_different_things_are_reported():
+    class Auxiliary(Net):
+        def forward(self, x):
+            y = self.bn(self.a(x)).mean((2, 3))
+            return (self.fc(y), y) if self.training else self.fc(y)
+
+    model = trace(Auxiliary(Functional()), torch.randn(2, 3, 6, 6), role="student")
+    assert any("in eval mode the graph computes what train mode does" in note for note in model.report.notes)
