@@ -27,7 +27,7 @@ from torch import nn
 
 from indistill_fx.errors import ConfigError
 from indistill_fx.loading.model_zoos import build_timm, build_torchvision
-from indistill_fx.loading.safe_pickle import load_rehearsed, rehearse
+from indistill_fx.loading.safe_pickle import open_saved
 
 
 def count_parameters(build: Callable[[], nn.Module]) -> int:
@@ -52,12 +52,12 @@ def round_trip(build: Callable[[], nn.Module]) -> dict[str, Any]:
     file.seek(0)
     start = time.perf_counter()
     try:
-        rehearsal = rehearse(file, "model.pt")
-        rehearsed = time.perf_counter()
-        loaded = load_rehearsed(file, "model.pt", rehearsal)
+        with open_saved(file, "model.pt") as saved:
+            scanned = time.perf_counter()
+            loaded = saved.make(saved.root)
     except ConfigError as error:
         return {"ok": False, "reason": str(error)}
-    seconds = {"rehearse": round(rehearsed - start, 4), "load": round(time.perf_counter() - rehearsed, 4)}
+    seconds = {"scan": round(scanned - start, 4), "load": round(time.perf_counter() - scanned, 4)}
     own, back = model.state_dict(), loaded.state_dict()
     same = own.keys() == back.keys() and all(torch.equal(own[key], back[key]) for key in own)
     flags = [part.training for part in model.modules()] == [part.training for part in loaded.modules()]

@@ -1,16 +1,19 @@
 """What a model file may name: the allow-list of the restricted loader.
 
 A pickle can do nothing but combine the objects it names, so everything hangs on which names are answered and what each
-may be used for. A name is answered by its role:
+may be used for. The uses:
 
   module    an `nn.Module` class of torch.nn, torchvision or timm: made empty and filled, never called while loading
   plain     a listed class that only holds numbers
-  call      a listed function that rebuilds a tensor or a container; `unpickle.py` checks the arguments of every call
+  call      a listed function that rebuilds a tensor or a container; `pickle_make.py` checks the arguments of every call
   function  a listed pure tensor function, held as an attribute (an activation), never called while loading
-  storage, dtype, type   what tensors are made of
+  enum      an enumeration of an allowed package
+  constant  a dtype, layout, memory format or quantisation scheme of torch
+  graph     torch.fx's maker of graph modules, which is never called: `graph_source.py` reads the source as data
+  storage, type   what tensors are made of
   trusted   anything of a package the user trusts
   missing   a class of an allowed package that the installed version does not have
-  foreign   everything else: refused
+  foreign   everything else: never made
 
 Only the allowed packages are ever imported; a name from the file is not enough to make Python import a module.
 """
@@ -19,21 +22,45 @@ from __future__ import annotations
 
 import _compat_pickle
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, Literal
+
+import torch
+from torch import nn
 
 from indistill_fx.errors import ConfigError
 
-Role = Literal["module", "plain", "call", "function", "storage", "dtype", "type", "trusted", "missing", "foreign"]
+Use = Literal[
+    "module",
+    "plain",
+    "call",
+    "function",
+    "enum",
+    "constant",
+    "graph",
+    "storage",
+    "type",
+    "trusted",
+    "missing",
+    "foreign",
+]
 
 # Audited: no constructor, `__setstate__` or `forward` of these packages' modules opens, fetches, imports or evaluates
 # anything (benchmarks/fuzz_loading.py --audit repeats the search).
-MODULE_PACKAGES = ("torch.nn", "torch.ao.nn", "torch.ao.quantization.stubs", "torchvision", "timm")
+MODULE_PACKAGES = (
+    *("torch.nn", "torch.ao.nn", "torch.ao.quantization.stubs", "torch.optim.swa_utils", "torchvision", "timm"),
+)
 
 _PLAIN = frozenset(
-    f"torchvision.models.detection._utils.{name}"
-    for name in ("BalancedPositiveNegativeSampler", "BoxCoder", "BoxLinearCoder", "Matcher", "SSDMatcher")
+    (
+        *(
+            f"torchvision.models.detection._utils.{name}"
+            for name in ("BalancedPositiveNegativeSampler", "BoxCoder", "BoxLinearCoder", "Matcher", "SSDMatcher")
+        ),
+        "timm.models._features.FeatureInfo",
+    )
 )
 
 CALLS = frozenset(
@@ -43,15 +70,21 @@ CALLS = frozenset(
         "torch._utils._rebuild_tensor_v3",
         "torch._utils._rebuild_parameter",
         "torch._utils._rebuild_parameter_with_state",
+        "torch._utils._rebuild_qtensor",
+        "torch._utils._rebuild_sparse_tensor",
+        "torch._utils._rebuild_meta_tensor_no_storage",
         "torch._tensor._rebuild_from_type_v2",
+        "torch.serialization._get_layout",
         "torch.Size",
+        "torch.ScriptObject",
         "torch.device",
         "collections.OrderedDict",
         "collections.Counter",
         "builtins.set",
+        "builtins.frozenset",
+        "builtins.complex",
         "builtins.getattr",
         "functools.partial",
-        "timm.layers.format.Format",
         "_codecs.encode",
     )
 )
@@ -72,14 +105,24 @@ FUNCTIONS: dict[str, tuple[str, ...]] = {
     "torchvision.models.optical_flow.raft": ("_pass_through_h",),
 }
 
-# Bytes per element of the storages torch.save writes.
-ITEM_BYTES = {
-    **dict.fromkeys(("DoubleStorage", "LongStorage", "ComplexFloatStorage"), 8),
-    **dict.fromkeys(("FloatStorage", "IntStorage", "QInt32Storage"), 4),
-    **dict.fromkeys(("HalfStorage", "ShortStorage", "BFloat16Storage"), 2),
-    **dict.fromkeys(("CharStorage", "ByteStorage", "BoolStorage", "QInt8Storage", "QUInt8Storage"), 1),
-    "ComplexDoubleStorage": 16,
-    "UntypedStorage": 1,
+# What the storages that torch.save writes are made of.
+STORAGES: dict[str, torch.dtype] = {
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+    "ComplexFloatStorage": torch.complex64,
+    "ComplexDoubleStorage": torch.complex128,
+    "QInt32Storage": torch.qint32,
+    "QInt8Storage": torch.qint8,
+    "QUInt8Storage": torch.quint8,
+    "UntypedStorage": torch.uint8,
 }
 
 _TYPES = frozenset(("torch.Tensor", "torch.nn.parameter.Parameter", "torch._C._VariableFunctionsClass"))
@@ -87,10 +130,10 @@ _TYPES = frozenset(("torch.Tensor", "torch.nn.parameter.Parameter", "torch._C._V
 
 @dataclass(frozen=True, slots=True)
 class Named:
-    """A global named by a pickle: its dotted path, the role it may play, and what it stands for."""
+    """A global named by a pickle: its dotted path, what it may be used for, and what it stands for."""
 
     path: str
-    role: Role
+    use: Use
     value: Any = None
 
 
@@ -103,7 +146,7 @@ def resolve(module: str, name: str, trust: Sequence[str]) -> Named:
         trust: packages the user trusts.
 
     Returns:
-        The global with its role; `foreign` when it is on no list.
+        The global and its use; `foreign` when it is on no list.
     """
     if (module, name) in _compat_pickle.NAME_MAPPING:  # protocol 2 writes Python 2's names
         module, name = _compat_pickle.NAME_MAPPING[module, name]
@@ -111,15 +154,17 @@ def resolve(module: str, name: str, trust: Sequence[str]) -> Named:
     path = f"{module}.{name}"
     if path in CALLS:
         return Named(path, "call")
-    if module in ("torch", "torch.storage") and name in ITEM_BYTES:
-        return Named(path, "storage", ITEM_BYTES[name])
+    if module in ("torch", "torch.storage") and name in STORAGES:
+        return Named(path, "storage", name)
+    if path == "torch.fx.graph_module.reduce_graph_module":
+        return Named(path, "graph")
     if path in _TYPES:
         return Named(path, "type")
     if name in FUNCTIONS.get(module, ()):
         found = _look_up(module, name)
         return Named(path, "function" if callable(found) else "missing", found)
-    if module == "torch" and (dtype := _dtype(name)) is not None:
-        return Named(path, "dtype", dtype)
+    if module == "torch" and (constant := _constant(name)) is not None:
+        return Named(path, "constant", constant)
     if _within(module, trust):
         return Named(path, "trusted", _import_trusted(module, name))
     if path in _PLAIN or _within(module, MODULE_PACKAGES):
@@ -128,16 +173,17 @@ def resolve(module: str, name: str, trust: Sequence[str]) -> Named:
 
 
 def _resolve_class(module: str, name: str) -> Named:
-    from torch import nn
-
     path, found = f"{module}.{name}", _look_up(module, name)
     if found is None:
         return Named(path, "missing")
     if path in _PLAIN:
         return Named(path, "plain", found)
     # where it is defined counts: a package may import others' classes (torch.fx.GraphModule runs its own source)
-    if isinstance(found, type) and issubclass(found, nn.Module) and _within(found.__module__, MODULE_PACKAGES):
-        return Named(path, "module", found)
+    if isinstance(found, type) and _within(found.__module__, MODULE_PACKAGES):
+        if issubclass(found, nn.Module):
+            return Named(path, "module", found)
+        if issubclass(found, Enum):
+            return Named(path, "enum", found)
     return Named(path, "foreign")
 
 
@@ -166,26 +212,6 @@ def _look_up(module: str, name: str) -> Any:
         return None
 
 
-def _dtype(name: str) -> Any:
-    import torch
-
+def _constant(name: str) -> Any:
     found = vars(torch).get(name)
-    return found if isinstance(found, torch.dtype) else None
-
-
-def get_attribute(owner: object, name: str) -> Callable[..., Any]:
-    """Stand in for `getattr` while a pickle is loaded: a module's own `forward…` method, or a listed torch function.
-
-    Models that choose between two forwards hold one as a bound method; `torch.relu` pickles as an attribute of a class.
-
-    Raises:
-        AttributeError: any other owner or name.
-    """
-    import torch
-    from torch import nn
-
-    if isinstance(owner, nn.Module) and name.startswith("forward") and callable(getattr(type(owner), name, None)):
-        return getattr(type(owner), name).__get__(owner)  # type: ignore[no-any-return]
-    if owner is torch._C._VariableFunctionsClass and name in FUNCTIONS["torch"]:  # type: ignore[attr-defined]
-        return getattr(torch, name)  # type: ignore[no-any-return]
-    raise AttributeError(f"{name!r} of {type(owner).__name__} is not on the list")
+    return found if isinstance(found, (torch.dtype, torch.layout, torch.memory_format, torch.qscheme)) else None

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from indistill_fx.errors import ConfigError
 from indistill_fx.loading.spec import MODEL_FORMS, Spec, exists, parse_spec
@@ -141,22 +141,59 @@ def _load_module_file(path: Path, text: str, trust: Sequence[str]) -> Source:
     from torch import nn
 
     from indistill_fx.loading.model_zoos import describe_timm
-    from indistill_fx.loading.safe_pickle import load_rehearsed, rehearse
+    from indistill_fx.loading.safe_pickle import open_saved
 
     label = str(path)
-    with path.open("rb") as file:
-        rehearsal = rehearse(file, label, trust=trust)
-        if not rehearsal.is_module:
-            raise _only_weights(path, rehearsal.tensors)
-        module = load_rehearsed(file, label, rehearsal)
+    with path.open("rb") as file, open_saved(file, label, trust=trust) as saved:
+        described, notes = _find_module(saved.root)
+        if described is None:
+            tensors = _count_tensors(saved.root)
+            if not tensors:
+                saved.make(saved.root)  # says what in it is on no list
+            raise _only_weights(path, tensors)
+        module = saved.make(described)
+        notes = (*notes, *saved.describe_trusted(described))
     if not isinstance(module, nn.Module):
         raise ConfigError(f"`{label}` holds a {type(module).__name__}, not a module.", where=label)
-    notes = rehearsal.describe_trusted()
-    if isinstance(module, nn.DataParallel):
-        module, notes = vars(module)["_modules"].get("module"), (*notes, "taken out of its DataParallel wrapper")
-        if module is None:
-            raise ConfigError(f"`{label}` holds a DataParallel wrapper with nothing in it.", where=label)
-    return _with_facts(Source(module, text, "module file", notes=notes), describe_timm(module))
+    module, unwrapped = _unwrap(module, label)
+    return _with_facts(Source(module, text, "module file", notes=(*notes, *unwrapped)), describe_timm(module))
+
+
+def _find_module(root: Any) -> tuple[Any, tuple[str, ...]]:
+    """The description of a module in what a file holds: all of it, or an entry of a checkpoint; None if there is none."""
+    from indistill_fx.loading.pickle_scan import Made, entries
+    from indistill_fx.loading.state_dicts import WRAPPERS
+
+    if isinstance(root, Made) and root.is_module:
+        return root, ()
+    found = entries(root) or {}
+    for key in WRAPPERS:
+        held = found.get(key)
+        if isinstance(held, Made) and not held.is_tensor and entries(held) is None:
+            return held, (f"the model was taken from {key!r} of the checkpoint",)
+    return None, ()
+
+
+def _count_tensors(root: Any) -> int:
+    """How many tensors a checkpoint holds, in itself and in the mappings one level down."""
+    from indistill_fx.loading.pickle_scan import Made, entries
+
+    held = [*(entries(root) or {}).values()]
+    held += [item for value in held for item in (entries(value) or {}).values()]
+    return sum(isinstance(item, Made) and item.is_tensor for item in held)
+
+
+def _unwrap(module: nn.Module, label: str) -> tuple[nn.Module, tuple[str, ...]]:
+    """The model inside of a wrapper that only matters while training."""
+    from torch import nn
+    from torch.optim.swa_utils import AveragedModel
+
+    if not isinstance(module, (nn.DataParallel, AveragedModel)):
+        return module, ()
+    wrapper, inner = type(module).__name__, vars(module)["_modules"].get("module")
+    if inner is None:
+        raise ConfigError(f"`{label}` holds a {wrapper} wrapper with nothing in it.", where=label)
+    return inner, (f"taken out of its {wrapper} wrapper",)
 
 
 def _build_by_name(parsed: Spec) -> Source:

@@ -32,7 +32,7 @@ from indistill_fx.errors import ConfigError
 from indistill_fx.graph.names import is_plain, is_plain_path, reserved
 from indistill_fx.loading.file_kinds import damaged, open_zip
 from indistill_fx.loading.operators import may_be_called
-from indistill_fx.loading.safe_pickle import load_rehearsed, rehearse
+from indistill_fx.loading.safe_pickle import open_saved
 
 _ENTRY = re.compile(
     r"archive_format|archive_version|byteorder|\.data/(version|serialization_id)|\.format_version|\.storage_alignment"
@@ -300,8 +300,9 @@ def _is_arithmetic(node: ast.AST) -> bool:
 def _load_examples(content: bytes, label: str) -> tuple[Tensor, ...] | None:
     if not content:
         return None
-    file, label = io.BytesIO(content), f"{label} (its example inputs)"
-    match load_rehearsed(file, label, rehearse(file, label)):
+    with open_saved(io.BytesIO(content), f"{label} (its example inputs)") as saved:
+        examples = saved.make(saved.root)
+    match examples:
         case (tuple(arguments), dict(keywords)) if not keywords and all(isinstance(item, Tensor) for item in arguments):
             return arguments
     return None

@@ -1,25 +1,26 @@
-"""Load what torch.save wrote without running anything of it.
+"""Files of torch.save, opened without running anything of them.
 
-Two guards, independent of one another: the pickle is gone through on stand-ins (`rehearse.py`), then it is loaded by
-torch's own weights-only unpickler, which is told of exactly the names the rehearsal met and allowed.
+The structure of a file is read once, into memory, as a description (`pickle_scan.py`); what is wanted of it is made from that
+description (`pickle_make.py`), and the bytes of its tensors are read from the entries it names. No second reader sees the file.
 """
 
 from __future__ import annotations
 
-import functools
 import io
 import sys
-import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, BinaryIO
 
+import torch
 from torch import nn
 
 from indistill_fx.errors import ConfigError
-from indistill_fx.loading.allow_list import get_attribute
+from indistill_fx.loading.allow_list import Named
 from indistill_fx.loading.file_kinds import SAVE_AGAIN, damaged, open_zip
 from indistill_fx.loading.module_check import find_fault
-from indistill_fx.loading.pickle_scan import Rehearsal, go_through
+from indistill_fx.loading.pickle_make import MALICIOUS, Maker, UnfitError
+from indistill_fx.loading.pickle_scan import Scan, Storage, go_through, walk
 
 _LEGACY_MAGIC, _LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 # Names that say how an honest file came to be refused.
@@ -27,143 +28,171 @@ _HINTS = {
     "__main__.": "It was defined in a script: name that, as in script.py:make_model@weights.safetensors.",
     "torch.fx.": "A GraphModule is pickled as source code: save it by torch.export.save(program, 'model.pt2').",
     "torch._dynamo.": "A compiled model is not picklable as such: save the model that was compiled, model._orig_mod.",
+    "torch.nn.utils.": "Take off what hangs there before the model is saved: torch.nn.utils.remove_weight_norm and others.",
+    "torch.nn.parameter.Uninitialized": "It was never run: run it once on an example, so that its lazy layers get their sizes.",
+    "torch.jit.": "A scripted part cannot be read: save the module it was made from.",
 }
 
+Read = Callable[[Storage], torch.UntypedStorage]
 
-def rehearse(file: BinaryIO, label: str, *, trust: Sequence[str] = ()) -> Rehearsal:
-    """Go through a file of torch.save on stand-ins; refuse it if it would do anything but make modules and tensors.
+
+class SavedFile:
+    """What a file of torch.save describes, and the means to make it.
 
     Args:
-        file: the file, opened; read from its beginning and rewound.
+        label: how to call the file in errors.
+        scan: of its pickle.
+        read: gives the bytes of a storage.
+    """
+
+    def __init__(self, label: str, scan: Scan, read: Read):
+        self.label, self.scan, self._read = label, scan, read
+
+    @property
+    def root(self) -> Any:
+        """The described object that the file ends in."""
+        return self.scan.root
+
+    def make(self, wanted: Any) -> Any:
+        """The value of a description; tensors are on the CPU, training flags as they were saved.
+
+        Args:
+            wanted: the root, or a part of it. Nothing else of the file is made.
+
+        Raises:
+            ConfigError: it names what is on no list, would do what no file of torch.save does, or makes no sense.
+        """
+        named = self.require_names(wanted)
+        try:
+            made = Maker(self.scan, self._read).make(wanted)
+        except ConfigError:
+            raise
+        except UnfitError as error:
+            raise _refuse(self.label, str(error), error.hint) from error
+        except Exception as error:  # any bytes at all may come here
+            raise damaged(self.label, f"{type(error).__name__}: {error}") from error
+        trusted = {part.value for part in named.values() if part.use == "trusted"}
+        if isinstance(made, nn.Module) and (fault := find_fault(made, lambda kind: kind in trusted)):
+            raise damaged(self.label, fault)
+        return made
+
+    def require_names(self, wanted: Any) -> dict[str, Named]:
+        """The globals that a part of the file names, by path.
+
+        Raises:
+            ConfigError: one of them is on no list, or the installed library does not have it.
+        """
+        named = {part.path: part for part in walk(wanted) if isinstance(part, Named)}
+        _refuse_names(named, self.label)
+        return named
+
+    def describe_trusted(self, wanted: Any) -> tuple[str, ...]:
+        """One note per trusted package that a part of the file makes use of, with what it uses."""
+        used: dict[str, list[str]] = {}
+        for part in walk(wanted):
+            if isinstance(part, Named) and part.use == "trusted":
+                used.setdefault(part.path.partition(".")[0], []).append(part.path)
+        return tuple(f"trusted package {package}: {', '.join(sorted(set(paths)))}" for package, paths in used.items())
+
+
+@contextmanager
+def open_saved(file: BinaryIO, label: str, *, trust: Sequence[str] = ()) -> Iterator[SavedFile]:
+    """Read what a file of torch.save describes.
+
+    Args:
+        file: the file, opened; it has to stay open as long as something is made.
         label: how to call it in errors.
         trust: packages whose classes and functions it may name.
 
-    Returns:
-        What the file would make.
-
     Raises:
-        ConfigError: the file is damaged, declares more data than it has, or names what is not on the list.
+        ConfigError: the file is damaged, declares more data than it has, or does what no file of torch.save does.
     """
     try:
         is_zip = file.read(2) == b"PK"
         file.seek(0)
-        rehearsal = _rehearse_zip(file, label, trust) if is_zip else _rehearse_legacy(file, label, trust)
+        saved = SavedFile(label, *(_scan_zip if is_zip else _scan_legacy)(file, label, trust))
     except ConfigError:
         raise
     except Exception as error:  # any bytes at all may come here
         raise damaged(label, f"its pickle makes no sense ({type(error).__name__}: {error})") from error
-    finally:
-        file.seek(0)
-    _refuse_names(rehearsal, label)
-    if rehearsal.problems:
-        raise ConfigError(
-            f"`{label}` was refused, and nothing in it was run: it {'; it '.join(rehearsal.problems[:3])}.",
-            where=label,
-            got=rehearsal.problems[0],
-            hint="No file of torch.save(model, path) does this: it is damaged or malicious. Do not load it elsewhere.",
-        )
-    if rehearsal.is_legacy_module:
+    if saved.scan.problems:
+        raise _refuse(label, "; it ".join(saved.scan.problems[:3]), MALICIOUS)
+    if saved.scan.is_legacy_module:
         what = f"`{label}` is a whole module in the format before PyTorch 1.6, which cannot be loaded safely."
         raise ConfigError(what, where=label, hint=SAVE_AGAIN)
-    return rehearsal
+    yield saved
 
 
-def load_rehearsed(file: BinaryIO, label: str, rehearsal: Rehearsal) -> Any:
-    """Load a file that passed `rehearse`, by torch's weights-only unpickler with that file's own names allowed.
+def _scan_zip(file: BinaryIO, label: str, trust: Sequence[str]) -> tuple[Scan, Read]:
+    archive, scan = open_zip(file, label), Scan()
+    found = {entry.filename: entry for entry in archive.infolist()}
+    folder = archive.namelist()[0].partition("/")[0]
+    scan.root = go_through(io.BytesIO(archive.read(f"{folder}/data.pkl")), scan, trust=trust)
+    for key, storage in scan.storages.items():
+        entry = found.get(f"{folder}/data/{key}")
+        there = entry.file_size if entry is not None else 0
+        if there != storage.declared:
+            raise damaged(label, f"it declares {storage.declared:,} bytes for storage {key} and has {there:,}")
+    order = f"{folder}/byteorder"
+    foreign = order in found and archive.read(order).decode() != sys.byteorder
 
-    Args:
-        file: the same file, at its beginning.
-        label: how to call it in errors.
-        rehearsal: what `rehearse` returned for it.
+    def read(storage: Storage) -> torch.UntypedStorage:
+        if not storage.declared:
+            return torch.UntypedStorage(0)
+        with archive.open(f"{folder}/data/{storage.key}") as stream:
+            return _read_storage(stream, storage, swap=foreign)
 
-    Returns:
-        The object in the file; tensors are on the CPU, training flags as they were saved.
-
-    Raises:
-        ConfigError: torch cannot load it all the same, or a module in it is no tree of modules and tensors.
-    """
-    import torch
-
-    try:
-        with torch.serialization.safe_globals(_allow(rehearsal)):
-            loaded = torch.load(_checked_parts(file, label), map_location="cpu", weights_only=True)
-    except Exception as error:
-        said, _, _ = str(error).partition("\n\nCheck the documentation")  # its advice is to load without care
-        reason = said.strip().rpartition("\n")[2]
-        raise damaged(label, f"{type(error).__name__}: {reason}") from error
-    if isinstance(loaded, nn.Module) and (fault := find_fault(loaded, functools.partial(_is_trusted, rehearsal))):
-        raise damaged(label, fault)
-    return loaded
+    return scan, read
 
 
-def _checked_parts(file: BinaryIO, label: str) -> BinaryIO:
-    """The file, in memory; an archive is written anew from its checked entries, so that torch reads those and no others."""
-    if file.read(2) != b"PK":
-        file.seek(0)
-        return file
-    file.seek(0)
-    copied = io.BytesIO()
-    with zipfile.ZipFile(copied, "w") as new, open_zip(file, label) as old:
-        for entry in old.infolist():
-            new.writestr(entry.filename, old.read(entry))
-    copied.seek(0)
-    return copied
-
-
-def _is_trusted(rehearsal: Rehearsal, kind: type) -> bool:
-    return any(named.value is kind for named in rehearsal.named.values() if named.role == "trusted")
-
-
-def _allow(rehearsal: Rehearsal) -> list[Any]:
-    """The names of a rehearsal with the objects they stand for, as `safe_globals` wants them."""
-    import torch
-
-    objects: dict[str, Any] = {
-        "builtins.getattr": get_attribute,
-        "functools.partial": functools.partial,
-        "torch._C._VariableFunctionsClass": torch._C._VariableFunctionsClass,  # type: ignore[attr-defined]
-    }
-    if "timm.layers.format.Format" in rehearsal.named:
-        from timm.layers.format import Format
-
-        objects["timm.layers.format.Format"] = Format
-    roles = ("module", "plain", "function", "trusted")
-    objects |= {path: named.value for path, named in rehearsal.named.items() if named.role in roles}
-    return [(objects[path], path) for path in rehearsal.named if path in objects]
-
-
-def _rehearse_zip(file: BinaryIO, label: str, trust: Sequence[str]) -> Rehearsal:
-    archive, rehearsal = open_zip(file, label), Rehearsal()
-    sizes = {entry.filename: entry.file_size for entry in archive.infolist()}
-    folder = archive.namelist()[0].partition("/")[0]  # torch goes by the first entry too
-    with archive.open(f"{folder}/data.pkl") as stream:
-        rehearsal.root = go_through(stream, rehearsal, trust=trust)
-    for key, declared in rehearsal.storages.items():
-        there = sizes.get(f"{folder}/data/{key}", 0)
-        if there != declared:
-            raise damaged(label, f"it declares {declared:,} bytes for storage {key} and has {there:,}")
-    return rehearsal
-
-
-def _rehearse_legacy(file: BinaryIO, label: str, trust: Sequence[str]) -> Rehearsal:
-    """The format before 1.6: five pickles one after the other, then the size and bytes of each storage."""
-    rehearsal = Rehearsal()
-    magic, protocol, _ = (go_through(file, Rehearsal()) for _ in range(3))
+def _scan_legacy(file: BinaryIO, label: str, trust: Sequence[str]) -> tuple[Scan, Read]:
+    """The format before 1.6: five pickles one after the other, then the number of elements and the bytes of each storage."""
+    scan, content = Scan(), io.BytesIO(file.read())
+    magic, protocol, system = (go_through(content, Scan()) for _ in range(3))
     if (magic, protocol) != (_LEGACY_MAGIC, _LEGACY_PROTOCOL):
         raise damaged(label, "its first numbers are not those of torch.save")
-    rehearsal.root = go_through(file, rehearsal, trust=trust)
-    keys = go_through(file, Rehearsal())
-    if set(keys) != set(rehearsal.storages):
+    scan.root = go_through(content, scan, trust=trust)
+    keys = go_through(content, Scan())
+    if {*keys} != {*scan.storages}:
         raise damaged(label, "the storages it lists are not those it uses")
-    declared, start = sum(rehearsal.storages.values()) + 8 * len(keys), file.tell()
-    there = file.seek(0, 2) - start
+    declared, start = sum(storage.declared for storage in scan.storages.values()) + 8 * len(keys), content.tell()
+    there = content.seek(0, 2) - start
     if there < declared:
         raise damaged(label, f"it declares {declared:,} bytes of data and has {there:,}")
-    return rehearsal
+    places: dict[str, int] = {}
+    for key in keys:
+        places[key] = start + 8
+        start += 8 + scan.storages[key].declared
+    foreign = system.get("little_endian", True) != (sys.byteorder == "little")
+
+    def read(storage: Storage) -> torch.UntypedStorage:
+        content.seek(places[storage.key])
+        return _read_storage(content, storage, swap=foreign)
+
+    return scan, read
 
 
-def _refuse_names(rehearsal: Rehearsal, label: str) -> None:
-    foreign = sorted(path for path, named in rehearsal.named.items() if named.role == "foreign")
+def _read_storage(stream: Any, storage: Storage, *, swap: bool) -> torch.UntypedStorage:
+    target = torch.empty(storage.declared, dtype=torch.uint8)
+    view, at = memoryview(target.numpy().data), 0
+    while at < len(view):
+        count = stream.readinto(view[at:])
+        if not count:
+            raise EOFError(f"storage {storage.key} ends early")
+        at += count
+    untyped = target.untyped_storage()
+    if swap:
+        untyped.byteswap(storage.dtype)
+    return untyped
+
+
+def _refuse(label: str, problem: str, hint: str) -> ConfigError:
+    what = f"`{label}` was refused, and nothing in it was run: it {problem}."
+    return ConfigError(what, where=label, got=problem, hint=hint)
+
+
+def _refuse_names(names: Mapping[str, Named], label: str) -> None:
+    foreign = sorted(path for path, named in names.items() if named.use == "foreign")
     if foreign:
         more = f" and {len(foreign) - 5} more" if len(foreign) > 5 else ""
         raise ConfigError(
@@ -174,7 +203,7 @@ def _refuse_names(rehearsal: Rehearsal, label: str) -> None:
             expected="modules of torch.nn, torchvision and timm",
             hint=_hint_foreign(foreign),
         )
-    missing = sorted(path for path, named in rehearsal.named.items() if named.role == "missing")
+    missing = sorted(path for path, named in names.items() if named.use == "missing")
     if missing:
         package = missing[0].partition(".")[0]
         raise ConfigError(

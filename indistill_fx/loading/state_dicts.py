@@ -10,10 +10,15 @@ from torch import Tensor, nn
 
 from indistill_fx.errors import ConfigError
 from indistill_fx.loading.file_kinds import damaged, recognise
-from indistill_fx.loading.safe_pickle import load_rehearsed, rehearse
+from indistill_fx.loading.pickle_scan import Made, entries
+from indistill_fx.loading.safe_pickle import SavedFile, open_saved
 
 # What training scripts put a state dict under, and what wrappers put before its keys.
-_WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "weights", "params", "student")
+WRAPPERS = (
+    *("state_dict", "model_state_dict", "model", "net", "weights", "params", "student"),
+    *("module", "network", "state_dict_ema", "model_ema", "ema"),
+)
+"""Keys that training scripts put a model or its weights under, the likeliest first."""
 _PREFIXES = ("module.", "_orig_mod.", "model.")
 _SHOWN = 5
 
@@ -63,14 +68,43 @@ def read_state_dict(path: Path, *, trust: Sequence[str] = ()) -> tuple[dict[str,
         raise ConfigError(
             f"`{label}` is a whole exported model, not weights.", where=label, hint=f"Name it alone: {label}."
         )
-    with path.open("rb") as file:
-        rehearsal = rehearse(file, label, trust=trust)
-        if rehearsal.is_module:
-            what = f"`{label}` is a whole module, not a state dict."
-            raise ConfigError(what, where=label, hint=f"Name it alone, without a model before it: {label}.")
-        loaded = load_rehearsed(file, label, rehearsal)
-    state, notes = _unwrap(loaded, label)
-    return state, (*notes, *rehearsal.describe_trusted())
+    with path.open("rb") as file, open_saved(file, label, trust=trust) as saved:
+        return _read_saved(saved)
+
+
+def _read_saved(saved: SavedFile) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """The tensors of a checkpoint. Whatever lies beside them, such as a script's arguments, is not made."""
+    label, held = saved.label, saved.root
+    notes: tuple[str, ...] = ()
+    if isinstance(held, Made) and held.is_module and entries(held) is None:
+        saved.require_names(held)
+        what = f"`{label}` is a whole module, not a state dict."
+        raise ConfigError(what, where=label, hint=f"Name it alone, without a model before it: {label}.")
+    found = entries(held)
+    if found is None:
+        saved.require_names(held)
+        raise ConfigError(f"`{label}` holds {_say(held)}, not a state dict.", where=label)
+    for key in WRAPPERS:
+        inner = entries(found.get(key))
+        if inner is not None:
+            found, notes = inner, (f"weights: taken from {key!r} of the checkpoint",)
+            break
+    others = [str(key)[:60] for key, value in found.items() if not (isinstance(key, str) and _may_be_tensor(value))]
+    if others or not found:
+        saved.require_names(found)
+        raise _no_state_dict(label, others)
+    state = saved.make(found)
+    if odd := [key for key, value in state.items() if not isinstance(value, Tensor)]:
+        raise _no_state_dict(label, odd)
+    return state, (*notes, *saved.describe_trusted(found))
+
+
+def _may_be_tensor(value: Any) -> bool:
+    return isinstance(value, Made) and (value.is_tensor or value.is_module)
+
+
+def _say(value: Any) -> str:
+    return f"a {value.path or 'call'}" if isinstance(value, Made) else f"a {type(value).__name__}"
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -83,27 +117,15 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise damaged(str(path), f"{type(error).__name__}: {error}") from error
 
 
-def _unwrap(loaded: Any, label: str) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    if not isinstance(loaded, Mapping):
-        raise ConfigError(f"`{label}` holds a {type(loaded).__name__}, not a state dict.", where=label)
-    for key in _WRAPPERS:
-        if isinstance(loaded.get(key), Mapping):
-            return _unwrap_plain(loaded[key], label), (f"weights: taken from {key!r} of the checkpoint",)
-    return _unwrap_plain(loaded, label), ()
-
-
-def _unwrap_plain(state: Mapping[Any, Any], label: str) -> dict[str, Tensor]:
-    others = [str(key)[:60] for key, value in state.items() if not (isinstance(key, str) and isinstance(value, Tensor))]
-    if others or not state:
-        raise ConfigError(
-            f"`{label}` is no state dict: {', '.join(others[:_SHOWN]) or 'it is empty'} "
-            f"{'is' if len(others) == 1 else 'are' if others else 'and'} no tensor{'s' if len(others) > 1 else ''}.",
-            where=label,
-            got=others,
-            expected=f"tensors by name, or such a mapping under one of {', '.join(_WRAPPERS)}",
-            hint="Save the weights alone: torch.save(model.state_dict(), path).",
-        )
-    return dict(state)
+def _no_state_dict(label: str, others: Sequence[str]) -> ConfigError:
+    return ConfigError(
+        f"`{label}` is no state dict: {', '.join(others[:_SHOWN]) or 'it is empty'} "
+        f"{'is' if len(others) == 1 else 'are' if others else 'and'} no tensor{'s' if len(others) > 1 else ''}.",
+        where=label,
+        got=others,
+        expected=f"tensors by name, or such a mapping under one of {', '.join(WRAPPERS)}",
+        hint="Save the weights alone: torch.save(model.state_dict(), path).",
+    )
 
 
 def _require_match(state: Mapping[str, Tensor], own: Mapping[str, Any], name: str, path: Path) -> None:

@@ -32,8 +32,8 @@ from torch import nn
 
 from indistill_fx.errors import ConfigError
 from indistill_fx.loading.load import load, load_source
-from indistill_fx.loading.pickle_scan import Rehearsal
-from indistill_fx.loading.safe_pickle import load_rehearsed
+from indistill_fx.loading.pickle_make import Maker, UnfitError
+from indistill_fx.loading.safe_pickle import open_saved
 
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 
@@ -426,11 +426,15 @@ def test_archives_within_archives_are_refused(tmp_path: Path, canary: Path) -> N
     assert not canary.exists()
 
 
-def test_both_guards_stand_alone(tmp_path: Path, canary: Path) -> None:
-    """Without the rehearsal's verdict, torch's unpickler still refuses what is on no list."""
+def test_making_refuses_what_the_names_let_pass(tmp_path: Path, canary: Path) -> None:
+    """Two guards: without the verdict on names, nothing is made that is on no list."""
     path = as_zip(tmp_path / "evil.pt", written(touch(canary)))
-    with path.open("rb") as file, pytest.raises(ConfigError, match="posix"):
-        load_rehearsed(file, "evil.pt", Rehearsal())
+    with (
+        path.open("rb") as file,
+        open_saved(file, "evil.pt") as saved,
+        pytest.raises(UnfitError, match=r"posix\.system"),
+    ):
+        Maker(saved.scan, lambda storage: torch.UntypedStorage(0)).make(saved.root)
     assert not canary.exists()
 
 

@@ -167,7 +167,7 @@ def test_honest_files_that_are_refused_get_a_way_out(here: Path, monkeypatch: py
     torch.save(torch.fx.symbolic_trace(nn.ReLU()), "graph.pt")
     with pytest.raises(ConfigError, match=r"torch\.fx\..*torch\.export\.save"):
         load("graph.pt")
-    torch.save({"state_dict": {}, "args": argparse.Namespace(lr=1)}, "checkpoint.pt")
+    torch.save({"weight": torch.ones(1), "args": argparse.Namespace(lr=1)}, "checkpoint.pt")
     with pytest.raises(ConfigError, match=r"argparse\.Namespace.*ask for its weights alone"):
         load("nets:make@checkpoint.pt")
     monkeypatch.setattr(load("nets:make").__class__, "__module__", "__main__")
