@@ -18,12 +18,13 @@ _NUMBER = re.compile(r"[0-9]{1,9}")
 
 
 def is_plain(name: str) -> bool:
-    """Whether a name is an identifier or a number: nothing that could be more than a name.
+    """Whether a name is an identifier or a number, or some joined by hyphens (RegNet's `block4-0`): nothing that could be more.
 
     Python reads some letters as others (a wide f as an f); names with such letters are not plain.
     """
-    is_identifier = len(name) <= _LONGEST and name.isidentifier() and unicodedata.is_normalized("NFKC", name)
-    return is_identifier or bool(_NUMBER.fullmatch(name))
+    if len(name) > _LONGEST or not unicodedata.is_normalized("NFKC", name):
+        return False
+    return all(part.isidentifier() or _NUMBER.fullmatch(part) for part in name.split("-"))
 
 
 def is_plain_path(path: str) -> bool:
