@@ -42,7 +42,14 @@ class ATLoss(MainLoss):
         return torch.stack(losses).sum()
 
 
-class FitNetLoss(MainLoss):
+class MapLoss(MainLoss):
+    """A loss on pairs of feature maps, with layers of its own that are made for their shapes."""
+
+    needs: frozenset[str] = frozenset({"features"})
+    needs_shapes: bool = True
+
+
+class FitNetLoss(MapLoss):
     """Hint regression: mean squared error between r(f_s) and f_t at one pair.
 
     r: a convolution that brings the student's width and resolution to the teacher's (3x3 stride 2 if twice as large,
@@ -63,9 +70,6 @@ class FitNetLoss(MainLoss):
     Source:
         Romero et al., "FitNets: Hints for Thin Deep Nets", arXiv:1412.6550; regressor and weight 100 by RepDistiller.
     """
-
-    needs: frozenset[str] = frozenset({"features"})
-    needs_shapes: bool = True
 
     def __init__(
         self,
@@ -95,7 +99,7 @@ class FitNetLoss(MainLoss):
         return F.mse_loss(regressed, teacher.features[self.hint])
 
 
-class VIDLoss(MainLoss):
+class VIDLoss(MapLoss):
     """Variational information: over pairs, the sum of mean(0.5 * ((m(f_s) - f_t)^2 / v + log v)).
 
     m: three 1x1 convolutions without bias, ReLU between, the teacher's width throughout; v = softplus(a) + 1e-5, one a
@@ -115,9 +119,6 @@ class VIDLoss(MainLoss):
         Ahn, Hu, Damianou, Lawrence, Dai, "Variational Information Distillation for Knowledge Transfer", CVPR 2019,
         arXiv:1904.05835; form and weight 1 by RepDistiller.
     """
-
-    needs: frozenset[str] = frozenset({"features"})
-    needs_shapes: bool = True
 
     def __init__(
         self,

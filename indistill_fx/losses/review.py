@@ -6,14 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from indistill_fx.losses.base import MainLoss, Outputs, same_shape
-from indistill_fx.losses.features import Shapes, map_names
+from indistill_fx.losses.base import Outputs, same_shape
+from indistill_fx.losses.features import MapLoss, Shapes, map_names
 
 _LEVELS = (4, 2, 1)
 """Side lengths to which `context_loss` pools maps, after comparing them whole."""
 
 
-class ReviewKDLoss(MainLoss):
+class ReviewKDLoss(MapLoss):
     """Sum over pairs of `context_loss(r_i, f_t_i)`, with r_i the student's features from layer i on, fused from deep to shallow.
 
     From the deepest layer up: x = norm(conv1x1(f_s)); where something deeper has been fused, y = that, resized to x, and x = a_x x +
@@ -35,9 +35,6 @@ class ReviewKDLoss(MainLoss):
         runs. Deviations: the pairs of the plan only, without the pooled penultimate vector as a further layer; the student's map is
         resized to the teacher's size where they differ.
     """
-
-    needs: frozenset[str] = frozenset({"features"})
-    needs_shapes: bool = True
 
     def __init__(
         self,

@@ -178,7 +178,7 @@ class Reference:
             raise FrontendError(f"the graph fails with batch size {size}: {own}")
         if [leaf.shape for leaf in run.outputs] != [leaf.shape for leaf in own.outputs]:
             raise FrontendError(f"with batch size {size} the graph's outputs have other shapes than the module's")
-        worst = max((_difference(a, b) for a, b in zip(run.outputs, own.outputs, strict=True)), default=0.0)
+        worst = max((relative_difference(a, b) for a, b in zip(run.outputs, own.outputs, strict=True)), default=0.0)
         if not worst <= _TOLERANCE:
             raise FrontendError(
                 f"with batch size {size} the graph differs from the module by {worst:.1e} of the largest value"
@@ -187,7 +187,7 @@ class Reference:
         shared = {own_name: names.get(id(buffer), own_name) for own_name, buffer in graph_module.named_buffers()}
         for own_name, buffer in own.buffers.items():
             name = shared.get(own_name, own_name)
-            if name in run.buffers and not _difference(run.buffers[name], buffer) <= _TOLERANCE:
+            if name in run.buffers and not relative_difference(run.buffers[name], buffer) <= _TOLERANCE:
                 raise FrontendError(f"with batch size {size} the graph leaves another value in the buffer `{name}`")
         self._compare_gradients(run, own)
         return worst
@@ -245,7 +245,7 @@ def _gradients(module: nn.Module, outputs: list[Tensor]) -> dict[nn.Parameter, T
     return {parameter: gradient for parameter, gradient in zip(trained, found, strict=True) if gradient is not None}
 
 
-def _difference(expected: Tensor, got: Tensor) -> float:
+def relative_difference(expected: Tensor, got: Tensor) -> float:
     """Largest difference relative to the largest finite value; NaN and infinity must stand at the same places."""
     if not expected.numel():
         return 0.0

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from indistill_fx.errors import PassError
 from indistill_fx.graph.edit import batch_of, batch_size
 from indistill_fx.graph.module_state import evaluating
+from indistill_fx.passes.capture.equivalence import relative_difference
 from indistill_fx.passes.pruning.masked import Masked
 from indistill_fx.traced import TracedModel
 
@@ -80,14 +81,4 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 def _gap(expected: Tensor, got: Tensor) -> float:
-    if expected.shape != got.shape:
-        return float("inf")
-    if expected.is_complex():
-        expected, got = torch.view_as_real(expected), torch.view_as_real(got)
-    a, b = expected.double(), got.double()
-    finite = a.isfinite()
-    if not torch.equal(finite, b.isfinite()):
-        return float("inf")
-    if not bool(finite.any()):
-        return 0.0
-    return float((a - b)[finite].abs().max() / a[finite].abs().max().clamp_min(1e-30))
+    return relative_difference(expected, got) if expected.shape == got.shape else float("inf")
