@@ -1,4 +1,4 @@
-"""Max-poolings: what each does, and the ReLU that is cheaper behind it."""
+"""What a max-pooling does, in whatever form the model's author wrote it."""
 
 from __future__ import annotations
 
@@ -7,40 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from indistill_fx.graph.edit import copy_graph
 from indistill_fx.graph.ops import attribute, op_name
-from indistill_fx.passes.contract import PassResult, Rewrite
-
-
-def relu_after_pool(graph_module: fx.GraphModule) -> PassResult[fx.GraphModule, Rewrite]:
-    """Take a ReLU behind the max-pooling that follows it, where it mostly has a quarter of the entries.
-
-    max(relu(a), relu(b)) = relu(max(a, b)), exactly. The gradient is the same too: where a window's maximum is above 0 it is at the
-    same place, the first of equal ones; elsewhere both orders let nothing through. A value that others read stays where it is.
-    """
-    if not any(_movable_relu(node, graph_module) for node in graph_module.graph.nodes):
-        return PassResult(graph_module, Rewrite())
-    new, _ = copy_graph(graph_module)
-    done = []
-    for pool in list(new.graph.nodes):
-        relu = _movable_relu(pool, new)
-        if relu is None:
-            continue
-        pool.update_arg(0, relu.args[0])
-        pool.replace_all_uses_with(relu)
-        pool.append(relu)  # moves it
-        relu.update_arg(0, pool)
-        done.append(f"{relu.name}: moved behind {pool.name}")
-    new.recompile()
-    return PassResult(new, Rewrite(done=tuple(done)))
-
-
-def _movable_relu(pool: fx.Node, graph_module: fx.GraphModule) -> fx.Node | None:
-    relu = pool.args[0] if pooling_of(pool, graph_module) is not None else None
-    if isinstance(relu, fx.Node) and op_name(relu) == "relu" and len(relu.users) == 1 and len(relu.args) == 1:
-        return relu
-    return None
-
 
 _NAMES = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
 _DEFAULTS = {"stride": None, "padding": 0, "dilation": 1, "ceil_mode": False, "return_indices": False}

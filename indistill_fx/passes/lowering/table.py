@@ -13,8 +13,6 @@ from functools import partial
 from indistill_fx.passes.contract import Pass
 from indistill_fx.passes.lowering.channels_last import stem_channels_last
 from indistill_fx.passes.lowering.fused_conv import fuse_convolutions
-from indistill_fx.passes.lowering.inplace_relu import inplace_relu
-from indistill_fx.passes.lowering.max_pool import relu_after_pool
 from indistill_fx.target import Kind
 from indistill_fx.traced import NodeFacts, Role
 
@@ -35,9 +33,9 @@ class Lowerings:
 LOWERINGS: Mapping[Kind, Lowerings] = {
     "cpu": Lowerings(
         teacher=("fuse_convolutions",),
-        student=("relu_after_pool", "stem_channels_last", "inplace_relu"),
+        student=("stem_channels_last",),
     ),
-    "cpu reduced": Lowerings(student=("relu_after_pool", "stem_channels_last", "inplace_relu")),
+    "cpu reduced": Lowerings(student=("stem_channels_last",)),
     "cpu compiled": Lowerings(),
     "cuda": Lowerings(),
     "cuda compiled": Lowerings(),
@@ -54,9 +52,7 @@ def lowering_passes(lowerings: Lowerings, role: Role, facts: Mapping[str, NodeFa
         facts: of the model it was cut from.
     """
     known: dict[str, Pass] = {
-        "relu_after_pool": ("relu_after_pool", relu_after_pool),
         "fuse_convolutions": ("fuse_convolutions", partial(fuse_convolutions, facts=facts)),
         "stem_channels_last": ("stem_channels_last", stem_channels_last),
-        "inplace_relu": ("inplace_relu", inplace_relu),
     }
     return [known[name] for name in (lowerings.teacher if role == "teacher" else lowerings.student)]
