@@ -46,11 +46,11 @@ def round_of(data: Data, place: Path) -> int:
     """A run that is stopped half way and resumed; returns optimiser steps."""
     import signal
 
-    from indistill_fx.training import loop as engine
+    from indistill_fx.training import loop
 
-    original = engine.Engine._step
+    original = loop.TrainingLoop._step
 
-    def step(self: engine.Engine, *args: Any) -> None:
+    def step(self: loop.TrainingLoop, *args: Any) -> None:
         original(self, *args)
         if self.state.all_steps == 14:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -63,13 +63,13 @@ def round_of(data: Data, place: Path) -> int:
         )  # fmt: skip
         return record.steps
 
-    engine.Engine._step = step  # type: ignore[method-assign]
+    loop.TrainingLoop._step = step  # type: ignore[method-assign]
     try:
         go()
     except Interrupted:
         pass
     finally:
-        engine.Engine._step = original  # type: ignore[method-assign]
+        loop.TrainingLoop._step = original  # type: ignore[method-assign]
     return go()
 
 

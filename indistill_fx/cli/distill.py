@@ -176,6 +176,7 @@ def command(teacher: str, student: str, **options: Any) -> None:
         "example_inputs": common.example_for((), None, data.input_size),
         "logits": options["logits"],
         "resume": options["resume"],
+        "allow_changed": options["allow_changed"],
         "feature_cache": options["feature_cache"],
         "about": about(student, options["data"], data.input_size, teacher=teacher, **about_data(data)),
         **training.settings_of(options),

@@ -35,6 +35,7 @@ def command(model: str, **options: Any) -> None:
         logits=options["logits"],
         run_dir=options["output"],
         resume=options["resume"],
+        allow_changed=options["allow_changed"],
         epochs=options["epochs"],
         about=about(model, options["data"], data.input_size, **about_data(data)),
         **training.settings_of(options),

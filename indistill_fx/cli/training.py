@@ -111,13 +111,21 @@ _TRAINING: tuple[Callable[[Command], Command], ...] = (
     click.option("--cache", metavar="DIR", help="Keep decoded small images here for the next time."),
     logits_option,
     click.option("--resume", is_flag=True, help="Go on with the run in RUN_DIR, or begin if there is none."),
+    click.option(
+        "--allow-changed",
+        "allow_changed",
+        multiple=True,
+        metavar="NAME",
+        help="With --resume: what may be other than when the run began, such as main-loss, data or batch-size. Everything else that"
+        " decides the result is refused by its name.",
+    ),
     trust_option,
 )
 
 SECTIONS: dict[str, tuple[str, ...]] = {
     "Data and models": ("data", "batch_size", "workers", "limit", "cache", "logits", "trust"),
     "Training": ("epochs", *(name for name in hints() if about(name).changes_result)),
-    "The run": ("output", "resume", *(name for name in hints() if not about(name).changes_result)),
+    "The run": ("output", "resume", "allow_changed", *(name for name in hints() if not about(name).changes_result)),
 }
 
 

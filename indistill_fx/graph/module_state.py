@@ -53,6 +53,20 @@ def digest(module: nn.Module) -> str:
     return total.hexdigest()
 
 
+def settings_of(module: nn.Module) -> list[tuple[str, str, object]]:
+    """A module's plain settings: (path, attribute, value) of every public number, text and tuple but the training flag."""
+    return [
+        (name, attribute, value)
+        for name, part in module.named_modules()
+        for attribute, value in sorted(vars(part).items())
+        if _is_plain(value) and not attribute.startswith("_") and attribute != "training"
+    ]
+
+
+def _is_plain(value: object) -> bool:
+    return isinstance(value, bool | int | float | str) or (isinstance(value, tuple) and all(map(_is_plain, value)))
+
+
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
 
 

@@ -79,7 +79,7 @@ class RunDirectory:
         return self
 
     def _open(self) -> None:
-        if not self._resume and (self.path / "run.json").exists():
+        if not self._resume and ((self.path / "run.json").exists() or self.has_checkpoint):
             raise ConfigError(
                 f"{self.path} already holds a run.",
                 where=str(self.path),
@@ -139,6 +139,7 @@ class RunDirectory:
         started = before.get("started", datetime.now(UTC).isoformat(timespec="seconds"))
         self._report = {"schema_version": SCHEMA, "command": sys.argv, "started": started, **before, **facts}
         self._report.pop("error", None)
+        self._report.pop("result", None)  # of a finished run that is given more epochs
         times = before.get("resumed", 0)
         self.report(status="running", resumed=(times if isinstance(times, int) else 0) + int(resumed))
 

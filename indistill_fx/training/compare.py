@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
@@ -48,6 +48,7 @@ def compare(
     val_loader: Iterable[Any] | None = None,
     logits: str | int | None = None,
     resume: bool = False,
+    allow_changed: Sequence[str] = (),
     progress: bool = True,
     about: Mapping[str, Any] | None = None,
     feature_cache: str | os.PathLike[str] | None = None,
@@ -71,6 +72,7 @@ def compare(
         val_loader: see `distill`.
         logits: see `distill`.
         resume: see `distill`; arms that are done are read back.
+        allow_changed: see `distill`.
         progress: see `distill`.
         about: see `distill`.
         feature_cache: see `distill`.
@@ -85,7 +87,7 @@ def compare(
     """
     curriculum = curriculum or DEFAULT_CURRICULUM
     teacher, traced = traced_pair(teacher, student, train_loader, example_inputs=example_inputs, logits=logits)
-    plan = plan or align(teacher, traced)
+    plan = plan or (_kept_plan(run_dir) if resume else None) or align(teacher, traced)
     warmup = _epochs_of(curriculum, plan)
     milestones = options.get("milestones", ())
     if main_epochs is not None:
@@ -114,6 +116,7 @@ def compare(
             logits=logits,
             run_dir=Path(run_dir) / arm if run_dir is not None else None,
             resume=resume,
+            allow_changed=allow_changed,
             progress=progress,
             about=about,
             feature_cache=feature_cache,
@@ -121,6 +124,12 @@ def compare(
         )
         done[arm] = Arm(pupil, record)
     return done
+
+
+def _kept_plan(run_dir: str | os.PathLike[str] | None) -> AlignmentPlan | None:
+    """The plan of arms that were begun; made anew it might be another, because it follows from the first batch."""
+    path = Path(run_dir) / "labels" / "plan.json" if run_dir is not None else None
+    return AlignmentPlan.load(path) if path is not None and path.exists() else None
 
 
 def _later_by(epochs: int, milestones: Iterable[int], options: Options) -> Options:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -28,6 +29,7 @@ from indistill_fx.stages.compile import compile_stages, joint_teachers, warmup_p
 from indistill_fx.stages.stage import Stage
 from indistill_fx.traced import Role, TracedModel
 from indistill_fx.training.feature_cache import FeatureStore, Joint, cache_features, cacheable
+from indistill_fx.training.identity import code_digest, described_loss
 from indistill_fx.training.optimizers import check_optimizer
 from indistill_fx.training.parallel.processes import target_of
 from indistill_fx.training.recipes import DEFAULT_CURRICULUM
@@ -52,6 +54,7 @@ def distill(
     logits: str | int | None = None,
     run_dir: str | os.PathLike[str] | None = None,
     resume: bool = False,
+    allow_changed: Sequence[str] = (),
     progress: bool = True,
     about: Mapping[str, Any] | None = None,
     feature_cache: str | os.PathLike[str] | None = None,
@@ -83,7 +86,9 @@ def distill(
         example_inputs: to trace plain modules with; by default taken from the first batch.
         logits: key or place of the logits in the models' output, if it has several entries.
         run_dir: where to keep checkpoints, metrics, plan and result; None: nowhere.
-        resume: go on with the run in `run_dir`; begin if there is none yet.
+        resume: go on with the run in `run_dir`; begin if there is none yet. A finished run that is asked for more epochs has them.
+        allow_changed: names of what may be other than when the run began (`main loss`, `data`, `batch size`, `code of the student`, …);
+            everything else that decides the result is refused by its name. run.json tells what was changed.
         progress: show on standard error how it is getting on.
         about: further facts to be kept in run.json, such as the specs of models and data.
         feature_cache: a folder for the teacher's features, which are then computed once and not in every epoch. Only for loaders of
@@ -124,6 +129,7 @@ def distill(
             save=lambda where: chosen.save(where.path / "plan.json") if where.writes else None,
             models={model.role: model_facts(model.module) | {"macs": model.macs} for model in models},
             remarks=_remarks(curriculum, chosen),
+            identity=_identity(*models, chosen, curriculum, main, main_options),
         )
 
     return Trainer(
@@ -134,6 +140,7 @@ def distill(
         settings=settings,
         run_dir=run_dir,
         resume=resume,
+        allow_changed=allow_changed,
         progress=progress,
         logits=logits,
         about=about,
@@ -159,6 +166,25 @@ def _remarks(curriculum: Curriculum, plan: AlignmentPlan) -> tuple[str, ...]:
         return ()
     why = "the plan has none" if plan.embedding is None else "a pair has them"
     return (f"penultimate vectors: no stage of their own, {why}",)
+
+
+def _identity(
+    teacher: TracedModel,
+    student: TracedModel,
+    plan: AlignmentPlan,
+    curriculum: Curriculum,
+    main: str | Callable[..., Tensor] | None,
+    options: Mapping[str, Any],
+) -> dict[str, Any]:
+    warm = bool(warmup_plan(plan, curriculum)[1] or curriculum.keep)
+    return {
+        "main loss": described_loss(main, options),
+        "warm-up loss": described_loss(curriculum.loss, {}) if warm else None,
+        "warm-up feed": curriculum.feed if warm else None,
+        "plan": hashlib.sha256(plan.model_dump_json().encode()).hexdigest()[:16],
+        "code of the teacher": code_digest(teacher.graph_module),
+        "code of the student": code_digest(student.graph_module),
+    }
 
 
 def traced_pair(

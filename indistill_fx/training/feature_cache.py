@@ -28,7 +28,7 @@ from torch import Tensor, fx
 from indistill_fx.batch import Inputs, split, with_features
 from indistill_fx.data.loaders import EpochLoader
 from indistill_fx.errors import ConfigError
-from indistill_fx.graph.module_state import digest
+from indistill_fx.graph.module_state import digest, settings_of
 from indistill_fx.stages.stage import Stage
 from indistill_fx.system.files import file_digest, read_bounded, save_json
 from indistill_fx.system.terminal import followed
@@ -293,10 +293,4 @@ def _teacher(stage: Stage) -> fx.GraphModule:
 
 def _key(graph: fx.GraphModule, told: str) -> str:
     """Digest of the graph's code, of its layers' settings and of its tensors."""
-    settings = [
-        (name, attribute, value)
-        for name, module in graph.named_modules()
-        for attribute, value in sorted(vars(module).items())
-        if isinstance(value, (bool, int, float, str, tuple)) and not attribute.startswith("_")
-    ]
-    return hashlib.sha256(f"{told}\n{graph.code}\n{settings}\n{digest(graph)}".encode()).hexdigest()[:24]
+    return hashlib.sha256(f"{told}\n{graph.code}\n{settings_of(graph)}\n{digest(graph)}".encode()).hexdigest()[:24]

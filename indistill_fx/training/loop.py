@@ -11,7 +11,7 @@ import math
 import signal
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -72,12 +72,12 @@ class TrainingLoop:
         identity: Mapping[str, Any],
     ):
         self.state = State()
-        self._student, self._phases, self._settings = student, phases, settings
+        self._student, self.phases, self._settings = student, phases, settings
         self._directory, self._reporter, self._stop = directory, reporter, stop
         self._accelerator = accelerator
         self._validate, self._check = validate, check
         self._loader = loader.shard(accelerator.process_index, accelerator.num_processes)
-        self._saver = Saver(student, accelerator, directory, identity)
+        self._saver = Saver(student, phases, accelerator, directory, identity)
         self._pending: list[Tensor] = []
         self._since = time.monotonic()
         # Reading a loss waits for the device; a CPU is never behind, so there every step is checked before it is taken.
@@ -92,8 +92,8 @@ class TrainingLoop:
         """
         if not self._saver.resumed:
             self._save(None, None)
-        for index in range(self.state.phase, len(self._phases)):
-            self._train_phase(index, self._phases[index])
+        for index in range(self.state.phase, len(self.phases)):
+            self._train_phase(index, self.phases[index])
 
     def _train_phase(self, index: int, phase: Phase) -> None:
         together = self._settings.sync_batch_norm and self._accelerator.num_processes > 1
@@ -164,8 +164,9 @@ class TrainingLoop:
         over = self._finished(phase)
         if over:
             self._next_phase(phase)
-        if self.state.phase == len(self._phases) or first_says(self._accelerator, self._saver.due):
-            self._save(None if over else phase, optimizer)
+        if self.state.phase == len(self.phases) or first_says(self._accelerator, self._saver.due):
+            # At the very end too with the optimiser: the run may be given more epochs.
+            self._save(None if over and self.state.phase < len(self.phases) else phase, optimizer)
         self._since = time.monotonic()
 
     def _record_epoch(self, phase: Phase, rate: float) -> None:
@@ -293,13 +294,14 @@ class TrainingLoop:
         where = f"stage `{stage}`, epoch {self.state.epoch + 1}, step {self.state.batch if batch is None else batch}"
         return not_finite_error(where, what, kept=kept)
 
-    def resume(self, path: Path) -> None:
-        """Go on from a checkpoint.
+    def resume(self, path: Path, allowed: Sequence[str]) -> dict[str, tuple[Any, Any]]:
+        """Go on from a checkpoint; tells what is other than it was (see `Saver.read`).
 
         Raises:
             ConfigError: it is unreadable, or of another run; names what differs.
         """
-        self.state = self._saver.read(path)
+        self.state, found = self._saver.read(path, allowed)
+        return found
 
     def _save(self, phase: Phase | None, optimizer: Any) -> None:
         if phase is not None:
@@ -309,7 +311,7 @@ class TrainingLoop:
             self._tick()
         bad = self._saver.save(self.state, phase, optimizer)
         if bad is not None:
-            name = phase.name if phase else self._phases[max(self.state.phase - 1, 0)].name
+            name = phase.name if phase else self.phases[max(self.state.phase - 1, 0)].name
             raise self._failed(name, f"`{bad}` is not finite")
 
     def _asked_to_stop(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,9 @@ from indistill_fx.runs.checkpoint import (
     state_tensors,
 )
 from indistill_fx.runs.directory import BEST, LAST, RunDirectory
+from indistill_fx.training.identity import changes
 from indistill_fx.training.parallel.fsdp import Shards, gathered, spread_optimizer
-from indistill_fx.training.state import Phase, State, check_parts, require_same_run
+from indistill_fx.training.state import Phase, State, check_parts, placed
 
 _SHARE = 20
 """Checkpoints at the ends of epochs leave so many times their own duration between them."""
@@ -36,6 +37,7 @@ class Saver:
 
     Args:
         student: the module whose weights the run trains.
+        phases: of the run, in order.
         accelerator: the run's.
         directory: where checkpoints go; None: nowhere.
         identity: what makes the run this run; a checkpoint of another is refused.
@@ -46,10 +48,15 @@ class Saver:
     """
 
     def __init__(
-        self, student: nn.Module, accelerator: Accelerator, directory: RunDirectory | None, identity: Mapping[str, Any]
+        self,
+        student: nn.Module,
+        phases: Sequence[Phase],
+        accelerator: Accelerator,
+        directory: RunDirectory | None,
+        identity: Mapping[str, Any],
     ):
         self.shards: Shards | None = None
-        self._student, self._accelerator = student, accelerator
+        self._student, self._phases, self._accelerator = student, phases, accelerator
         self._directory, self._identity = directory, dict(identity)
         self._read: tuple[dict[str, Tensor], dict[str, Any]] | None = None
         self._saved_at, self._took = 0.0, 0.0
@@ -69,21 +76,30 @@ class Saver:
         """Within the block the student's tensors can be read, sharded or not."""
         return nullcontext() if self.shards is None else self.shards.whole()
 
-    def read(self, path: Path) -> State:
+    def read(self, path: Path, allowed: Sequence[str]) -> tuple[State, dict[str, tuple[Any, Any]]]:
         """Where the run of a checkpoint stands; its tensors are put into the student, or kept for the phase that goes on.
+
+        Args:
+            path: the checkpoint.
+            allowed: what may differ from the run it is of (see `identity.changes`).
+
+        Returns:
+            The state, and what does differ.
 
         Raises:
             ConfigError: it is unreadable, or of another run; names what differs.
         """
         tensors, saved = load_checkpoint(path)
         saved = check_parts(saved, path)
-        require_same_run(self._identity, saved["identity"], path)
-        state = State.read(saved["state"], path)
+        found = changes(self._identity, saved["identity"], path, allowed=allowed)
+        before = State.read(saved["state"], path)
+        state = placed(before, saved["phases"] or [phase.name for phase in self._phases], self._phases, path)
         self._read = (tensors, saved)
-        if saved["optimizer"] is None:  # between two phases
-            restore_model(model_tensors(self._student, None), tensors)
-            self._read = None if state == State() else self._read
-        return state
+        if saved["optimizer"] is None or state.phase == len(self._phases):  # between two phases, or at the end
+            own = {name: tensor for name, tensor in tensors.items() if name.startswith("student/")}
+            restore_model(model_tensors(self._student, None), own)
+            self._read = None if state == State() else (tensors, saved | {"optimizer": None})
+        return state, found
 
     def restore_phase(self, phase: Phase) -> None:
         """Write what was read into the tensors of the phase that goes on."""
@@ -91,10 +107,8 @@ class Saver:
             restore_model(model_tensors(self._student, phase.module, without=phase.teacher), self._read[0])
 
     def restore_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        """Give the phase's optimiser the state that was read, and forget what was."""
-        if self._read is None:
-            return
-        tensors, saved = self._read
+        """Give the phase's optimiser the state that was read, if there is one, and forget what was."""
+        tensors, saved = self._read or ({}, {"optimizer": None})
         self._read = None
         if saved["optimizer"] is None:
             return
@@ -126,6 +140,7 @@ class Saver:
             if self._directory is not None and self._directory.writes:
                 scaler = self._accelerator.scaler.state_dict() if self._accelerator.scaler is not None else None
                 parts = {"identity": self._identity, "state": state.to_json(), "optimizer": values, "scaler": scaler}
+                parts["phases"] = [entry.name for entry in self._phases]
                 save_checkpoint(self._directory.path / LAST, tensors, parts)
                 self._saved_at = time.monotonic()
                 self._took = self._saved_at - began

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -121,21 +121,37 @@ _IN_FILES = {"phase": "leg"}
 """Names of 0.1.0 that files keep."""
 
 
-def require_same_run(asked: Mapping[str, Any], saved: Mapping[str, Any], path: Path) -> None:
-    """Refuse a checkpoint of another run than the one that is to go on.
+def placed(state: State, before: Sequence[str], phases: Sequence[Phase], path: Path) -> State:
+    """The state of a checkpoint among the phases of the run that goes on, which may be others than they were.
+
+    A finished run whose main stage is to have more epochs stands in that stage again.
+
+    Args:
+        state: of the checkpoint.
+        before: names of the phases of its run.
+        phases: those now.
+        path: the checkpoint.
 
     Raises:
-        ConfigError: names what differs. An option newer than the checkpoint does not count.
+        ConfigError: the phase it stands in is gone.
     """
-    for key, expected in asked.items():
-        if saved.get(key, expected) != expected:
+    names = [phase.name for phase in phases]
+    if state.phase < len(before):
+        name = before[state.phase]
+        if name not in names:
             raise ConfigError(
-                f"{path} is of another run: {key} is {saved.get(key)} there and {expected} here.",
-                where=key,
-                got=expected,
-                expected=saved.get(key),
-                hint="Resume with the options the run was started with, or start anew in another directory.",
+                f"{path} stands in stage `{name}`, which is none of the run's now ({', '.join(names)}).",
+                where=name,
+                hint="Resume with the stages the run was started with, or start anew in another directory.",
             )
+        state = replace(state, phase=names.index(name))
+        budget = phases[state.phase].budget
+        over = budget.unit == "epochs" and state.epoch >= budget.length
+        return replace(state, phase=len(names), epoch=0, steps=0) if over and phases[state.phase].main else state
+    done = [entry for entry in state.history if phases and entry["stage"] == names[-1]]
+    if phases and phases[-1].main and len(done) < phases[-1].budget.length:
+        return replace(state, phase=len(names) - 1, epoch=len(done), steps=sum(entry["steps"] for entry in done))
+    return replace(state, phase=len(names))
 
 
 def check_parts(saved: Mapping[str, Any], path: Path) -> dict[str, Any]:
@@ -144,7 +160,7 @@ def check_parts(saved: Mapping[str, Any], path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: one that may not is.
     """
-    parts = {"optimizer": None, "scaler": None, **saved}
+    parts = {"optimizer": None, "scaler": None, "phases": None, **saved}
     if not all(isinstance(parts.get(name), dict) for name in ("identity", "state")):
         raise _unfit(path, "it does not say of which run it is, or where that stood")
     if not all(parts[name] is None or isinstance(parts[name], dict) for name in ("optimizer", "scaler")):

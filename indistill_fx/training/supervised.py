@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Unpack
 
 import torch
@@ -18,6 +18,7 @@ from indistill_fx.errors import ConfigError
 from indistill_fx.evaluation.accuracy import select_logits
 from indistill_fx.graph.module_state import evaluating
 from indistill_fx.runs.record import RunRecord
+from indistill_fx.training.identity import code_digest
 from indistill_fx.training.settings import Options, Settings
 from indistill_fx.training.state import Phase
 from indistill_fx.training.trainer import Setup, Trainer
@@ -32,6 +33,7 @@ def train(
     logits: str | int | None = None,
     run_dir: str | os.PathLike[str] | None = None,
     resume: bool = False,
+    allow_changed: Sequence[str] = (),
     progress: bool = True,
     about: Mapping[str, Any] | None = None,
     **options: Unpack[Options],
@@ -46,6 +48,7 @@ def train(
         logits: see `distill`.
         run_dir: see `distill`.
         resume: see `distill`.
+        allow_changed: see `distill`.
         progress: see `distill`.
         about: see `distill`.
         options: see `Settings`.
@@ -73,12 +76,16 @@ def train(
         settings=settings,
         run_dir=run_dir,
         resume=resume,
+        allow_changed=allow_changed,
         progress=progress,
         logits=logits,
         about=about,
     ).run(
         lambda directory, accelerator: Setup(
-            phases=[phase], check=label_check(_class_count(supervised, loader), Inputs.of(module)), models=models
+            phases=[phase],
+            check=label_check(_class_count(supervised, loader), Inputs.of(module)),
+            models=models,
+            identity={"code of the student": code_digest(module)},
         )
     )
 

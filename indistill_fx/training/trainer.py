@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from accelerate import Accelerator
@@ -23,10 +22,11 @@ from indistill_fx.runs.record import EpochRecord, RunRecord, StageRecord, enviro
 from indistill_fx.system.allocator import freed_memory_kept
 from indistill_fx.system.random_state import own_randomness
 from indistill_fx.system.signals import StopRequest
+from indistill_fx.training.identity import identity_of
 from indistill_fx.training.loop import TrainingLoop
 from indistill_fx.training.parallel.processes import make_accelerator, noticing_dead_peers
 from indistill_fx.training.progress import Reporter
-from indistill_fx.training.settings import Settings, about
+from indistill_fx.training.settings import Settings
 from indistill_fx.training.state import Phase, State
 
 
@@ -40,6 +40,7 @@ class Setup:
         save: writes what belongs to the run into its directory, before training.
         models: for run.json: role → name, parameters, and MACs where they are known.
         remarks: said with the schedule.
+        identity: what makes the run this run, beside settings, data and stages (see `identity`).
     """
 
     phases: list[Phase]
@@ -47,6 +48,7 @@ class Setup:
     save: Callable[[RunDirectory], None] = lambda directory: None
     models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     remarks: Sequence[str] = ()
+    identity: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +63,7 @@ class Trainer:
         settings: how.
         run_dir: where the run is kept; None: nowhere.
         resume: go on with the run in `run_dir`, if there is one.
+        allow_changed: what may then be other than it was.
         progress: show how it is getting on.
         logits: which entry of a model's output the logits are, if it has several.
         about: further facts for run.json.
@@ -73,6 +76,7 @@ class Trainer:
     settings: Settings
     run_dir: str | os.PathLike[str] | None
     resume: bool
+    allow_changed: Sequence[str]
     progress: bool
     logits: str | int | None
     about: Mapping[str, Any] | None
@@ -103,6 +107,13 @@ class Trainer:
                 return self._finish(state, accuracy, directory, accelerator)
 
     def _directory(self, accelerator: Accelerator) -> RunDirectory | None:
+        if self.allow_changed and not self.resume:
+            raise ConfigError(
+                "allow_changed says what may be other than it was when a run is resumed, and this one is not.",
+                where="allow_changed",
+                got=list(self.allow_changed),
+                hint="Give resume=True (--resume), or leave it out.",
+            )
         if self.run_dir is not None:
             writes, board = accelerator.is_main_process, self.settings.tensorboard
             return RunDirectory(self.run_dir, resume=self.resume, writes=writes, tensorboard=board)
@@ -117,7 +128,8 @@ class Trainer:
     ) -> tuple[State, float | None]:
         """Where the run stands in the end, and the teacher's accuracy."""
         phases = [phase for phase in setup.phases if phase.budget.length]
-        identity = self._identity(phases, teacher, accelerator)
+        more = ({"teacher": teacher} if teacher is not None else {}) | dict(setup.identity)
+        identity = identity_of(phases, self.loader, self.settings, more)
         shown = self.progress and accelerator.is_main_process
         costs = {phase.name: phase.cost for phase in phases}
         with (
@@ -138,11 +150,7 @@ class Trainer:
                 identity=identity,
             )
             resumed = directory is not None and directory.resumes
-            if directory is not None and resumed:
-                loop.resume(directory.path / LAST)
-                directory.rewind(loop.state.epochs, loop.state.all_steps)
-                reporter.say(f"Resumed after {loop.state.all_steps} steps.")
-                _recall(reporter, loop.state, phases)
+            changed = self._resume(loop, directory, reporter) if directory is not None and resumed else []
             accuracy = self._teacher_accuracy(directory if resumed else None, accelerator, reporter)
             if accuracy is not None:
                 reporter.teacher(accuracy)
@@ -153,6 +161,7 @@ class Trainer:
                 setup.save(directory)
                 directory.begin(
                     resumed=resumed,
+                    changes=changed,
                     about=dict(self.about or {}),
                     models=setup.models,
                     settings=self.settings.to_json(),
@@ -165,6 +174,20 @@ class Trainer:
                 loop.run()
         return loop.state, accuracy
 
+    def _resume(self, loop: TrainingLoop, directory: RunDirectory, reporter: Reporter) -> list[Any]:
+        """Go on from the last checkpoint; all that is other than it was, for run.json."""
+        found = loop.resume(directory.path / LAST, self.allow_changed)
+        directory.rewind(loop.state.epochs, loop.state.all_steps)
+        reporter.say(f"Resumed after {loop.state.all_steps} steps.")
+        for name, (before, now) in found.items():
+            reporter.say(f"Changed since the run began: {name}, from {before} to {now}.")
+        _recall(reporter, loop.state, loop.phases)
+        earlier = directory.reported().get("changes")
+        new = [
+            {"after_steps": loop.state.all_steps, "what": name, "from": a, "to": b} for name, (a, b) in found.items()
+        ]
+        return (earlier if isinstance(earlier, list) else []) + new
+
     def _steps(self, phases: list[Phase]) -> dict[str, int]:
         per_epoch = -(-len(self.loader) // self.settings.accumulate)
         return {
@@ -174,21 +197,6 @@ class Trainer:
     def _described(self, phase: Phase) -> str:
         main = self.settings.describe() if phase.main else ""
         return f"{phase.budget}{main}{f', plus {phase.also}' if phase.also else ''}"
-
-    def _identity(self, phases: list[Phase], teacher: str | None, accelerator: Accelerator) -> dict[str, Any]:
-        """What two runs must have in common for one to go on where the other stopped."""
-        found = {
-            "schedule": [(phase.name, asdict(phase.budget)) for phase in phases],
-            "teacher": teacher,
-            "batches": len(self.loader),
-            "data seed": self.loader.seed,
-            "processes": accelerator.num_processes,
-            "features": "cached" if any(phase.attach for phase in phases) else None,
-            "what is added to the main loss": "".join(phase.also for phase in phases),
-            **{name: value for name, value in self.settings.to_json().items() if about(name).changes_result},
-        }
-        plain: dict[str, Any] = json.loads(json.dumps(found))
-        return plain
 
     def _validate(self) -> tuple[float, float]:
         found = evaluate(self.student, self.val_loader or (), logits=self.logits)
@@ -239,7 +247,7 @@ class Trainer:
         return record
 
 
-def _recall(reporter: Reporter, state: State, phases: list[Phase]) -> None:
+def _recall(reporter: Reporter, state: State, phases: Sequence[Phase]) -> None:
     """Tell what was done before the run was resumed."""
     steps: dict[str, int] = {}
     for entry in state.history:

@@ -158,7 +158,7 @@ def test_weights_that_are_not_finite_are_never_saved_over_good_ones(place: Path)
 
     module = network()
     with pytest.raises(TrainError, match=r"is not finite|the loss is"):
-        run(place, module=Poisoned(module))
+        run(place, module=Poisoned(module), allow_changed=["code of the student"])
     assert steps_saved(place) >= 8
 
 

@@ -33,23 +33,23 @@ def fill(place: Path) -> Path:
 def test_a_disk_that_fills_up_during_training(tmp_path: Path) -> None:
     with disk(tmp_path / "disk", 400):
         place, steps = tmp_path / "disk" / "run", [0]
-        from indistill_fx.training import loop as engine
+        from indistill_fx.training import loop
 
-        original = engine.Engine._step
+        original = loop.TrainingLoop._step
         ballast: list[Path] = []
 
-        def step(self: engine.Engine, *args: object) -> None:
+        def step(self: loop.TrainingLoop, *args: object) -> None:
             steps[0] += 1
             if steps[0] == 6:
                 ballast.append(fill(tmp_path / "disk"))
             original(self, *args)
 
-        engine.Engine._step = step  # type: ignore[method-assign]
+        loop.TrainingLoop._step = step  # type: ignore[method-assign]
         try:
             with pytest.raises(TrainError, match=r"No space left on device.*last checkpoint there is still good"):
                 run(place)
         finally:
-            engine.Engine._step = original  # type: ignore[method-assign]
+            loop.TrainingLoop._step = original  # type: ignore[method-assign]
         assert steps_saved(place) == 5
         ballast[0].unlink()
         finishes_as_if_nothing_happened(place)

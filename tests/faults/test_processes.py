@@ -38,14 +38,14 @@ SCRIPT = """
 import os, signal, sys
 import torch
 from tests.faults.harness import run
-from indistill_fx.training import loop as engine
+from indistill_fx.training import loop
 
-original = engine.Engine._step
+original = loop.TrainingLoop._step
 def step(self, *args):
     if self.state.all_steps == 6 and int(os.environ["RANK"]) == int(sys.argv[2]):
         os.kill(os.getpid(), signal.SIGKILL)
     original(self, *args)
-engine.Engine._step = step
+loop.TrainingLoop._step = step
 torch.set_num_threads(1)
 from pathlib import Path
 from indistill_fx.errors import IndistillError

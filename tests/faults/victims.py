@@ -13,7 +13,7 @@ from indistill_fx.errors import ConfigError
 from indistill_fx.runs import checkpoint
 from indistill_fx.runs import directory as record
 from indistill_fx.system.signals import Interrupted
-from indistill_fx.training import loop as engine
+from indistill_fx.training import loop
 from tests.faults.harness import run
 
 
@@ -84,14 +84,14 @@ def waiting(place: str, pipe: str) -> None:
 
 
 def gone_after_eight_steps(place: str) -> None:
-    original = engine.Engine._step
+    original = loop.TrainingLoop._step
 
-    def step(self: engine.Engine, *args: Any) -> None:
+    def step(self: loop.TrainingLoop, *args: Any) -> None:
         if self.state.all_steps == 8:
             os._exit(5)
         original(self, *args)
 
-    engine.Engine._step = step  # type: ignore[method-assign]
+    loop.TrainingLoop._step = step  # type: ignore[method-assign]
     run(Path(place))
 
 

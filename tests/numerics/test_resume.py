@@ -130,7 +130,7 @@ def train(student: Student, loader: Any, countdown: int = 10**9, **options: Any)
     run_dir, resume = options.pop("run_dir", None), options.pop("resume", False)
     return Trainer(
         student=student, teacher=None, loader=repeatable(loader, 0, "train loader"), val_loader=None,
-        settings=Settings.of({"learning_rate": 0.01, **options}), run_dir=run_dir, resume=resume, progress=False,
+        settings=Settings.of({"learning_rate": 0.01, **options}), run_dir=run_dir, resume=resume, allow_changed=(), progress=False,
         logits=None, about=None,
     ).run(lambda directory, accelerator: Setup(phases=phases, check=label_check(3)))  # fmt: skip
 

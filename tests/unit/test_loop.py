@@ -80,6 +80,7 @@ def run(
         settings=settings,
         run_dir=run_dir,
         resume=resume,
+        allow_changed=(),
         progress=False,
         logits=None,
         about=None,

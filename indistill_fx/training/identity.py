@@ -1,0 +1,208 @@
+"""What makes a run this run and not another: gathered when it starts, compared when it is resumed.
+
+Everything that decides the result is in it, under names that a person can read: a resume under another loss, other data or other code is
+refused by that name, or asked for by it (`allow_changed`, `--allow-changed`).
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import inspect
+import json
+import os
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from indistill_fx.data.image_folders import ImageFiles
+from indistill_fx.data.loaders import EpochLoader, MemoryLoader
+from indistill_fx.data.user_loaders import ForeignLoader
+from indistill_fx.errors import ConfigError, nearest
+from indistill_fx.graph.module_state import settings_of
+from indistill_fx.system.user_code import load_object
+from indistill_fx.training.settings import Settings, about
+from indistill_fx.training.state import Phase
+
+_MOST_BYTES = 1 << 28
+"""Of one tensor in memory that are read for a digest; of a larger one, rows at equal distances."""
+
+
+def identity_of(
+    phases: Sequence[Phase], loader: EpochLoader, settings: Settings, more: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The identity of a run, as plain values.
+
+    Args:
+        phases: in order.
+        loader: training batches.
+        settings: of the run.
+        more: what only the caller knows: models, losses, plan.
+    """
+    main = next((phase for phase in phases if phase.main), None)
+    found = {
+        **more,
+        "warm-up": [f"{phase.name}: {phase.budget}" for phase in phases if not phase.main],
+        "epochs": main.budget.length if main is not None else None,
+        "batches": len(loader),
+        **_data(loader),
+        "features": "cached" if any(phase.attach for phase in phases) else None,
+        "what is added to the main loss": "".join(phase.also for phase in phases),
+        **{name: value for name, value in settings.to_json().items() if about(name).changes_result},
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(found))
+    return plain
+
+
+def changes(
+    asked: Mapping[str, Any], saved: Mapping[str, Any], path: Path, *, allowed: Sequence[str] = ()
+) -> dict[str, tuple[Any, Any]]:
+    """What differs between a run that is to go on and the one a checkpoint is of, all of it allowed: name → (saved, asked).
+
+    More epochs need no permission, where they do not change the learning rate of those before. What the checkpoint does not know,
+    because an earlier version wrote it, does not count.
+
+    Args:
+        asked: the identity of the run that is to go on.
+        saved: that of the checkpoint.
+        path: the checkpoint.
+        allowed: names that may differ.
+
+    Raises:
+        ConfigError: something else differs; names it. Or `allowed` has a name that there is not.
+    """
+    known = {_plain(name): name for name in asked}
+    for name in allowed:
+        if _plain(name) not in known:
+            raise ConfigError(
+                f"There is nothing called {name!r} that may change when a run is resumed.",
+                where="allow_changed",
+                got=name,
+                expected=list(asked),
+                hint=nearest(name, list(asked)),
+            )
+    found = {name: (saved[name], value) for name, value in asked.items() if saved.get(name, value) != value}
+    free = {known[_plain(name)] for name in allowed}
+    longer = "epochs" in found and None not in found["epochs"] and found["epochs"][1] > found["epochs"][0]
+    if longer and asked["schedule"] != "cosine":
+        free.add("epochs")
+    refused = [name for name in found if name not in free]
+    if refused:
+        name = refused[0]
+        before, now = found[name]
+        others = f" So do: {', '.join(refused[1:])}." if refused[1:] else ""
+        because = " (a cosine's learning rates follow from it)" if name == "epochs" and longer else ""
+        raise ConfigError(
+            f"{path} is of another run: {name} is {_shown(before)} there and {_shown(now)} here{because}.{others}",
+            where=name,
+            got=now,
+            expected=before,
+            hint="Resume with what the run was started with, start anew in another directory, or ask for the change: "
+            f"allow_changed=[{name!r}] (--allow-changed {_plain(name).replace(' ', '-')}).",
+        )
+    return found
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("-", " ").replace("_", " ")
+
+
+def _shown(value: object) -> str:
+    text = "; ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return text if len(text) <= 120 else f"{text[:117]}…"
+
+
+def described_loss(loss: str | Callable[..., Any] | None, options: Mapping[str, Any]) -> str | None:
+    """A loss with its options, and a digest of its code where it is the user's own."""
+    if loss is None:
+        return None
+    name = loss if isinstance(loss, str) else getattr(loss, "__qualname__", type(loss).__qualname__)
+    if not isinstance(loss, str) or ":" in loss:
+        found = load_object(loss) if isinstance(loss, str) else loss
+        name = f"{name.rpartition(':')[2]} (code {code_digest(found)})"
+    return ", ".join([name, *(f"{key}={value!r}" for key, value in sorted(options.items()))])
+
+
+def code_digest(thing: Any) -> str:
+    """Digest of the source of a function or a class, or of an object's class and settings. Comments and layout do not count."""
+    total = hashlib.sha256()
+    if isinstance(thing, fx.GraphModule):
+        total.update(thing.code.encode())
+    if isinstance(thing, nn.Module):
+        total.update(repr(settings_of(thing)).encode())
+        classes = sorted(
+            {type(part) for part in thing.modules()}, key=lambda kind: f"{kind.__module__}.{kind.__qualname__}"
+        )
+        for kind in classes:
+            total.update(
+                f"{kind.__qualname__} {'' if kind.__module__.startswith('torch.') else _source(kind)}\n".encode()
+            )
+    else:
+        total.update(_source(thing).encode())
+    return total.hexdigest()[:16]
+
+
+def _source(thing: Any) -> str:
+    try:
+        text = textwrap.dedent(inspect.getsource(thing))
+    except (OSError, TypeError):  # typed in, or made by code
+        code = getattr(thing, "__code__", None)
+        return f"{code.co_code!r} {code.co_names}" if code is not None else type(thing).__qualname__
+    try:
+        return ast.dump(ast.parse(text))
+    except SyntaxError:  # a lambda in the middle of a call
+        return text
+
+
+def _data(loader: EpochLoader) -> dict[str, Any]:
+    own = loader.loader if isinstance(loader, ForeignLoader) else loader
+    total = hashlib.sha256()
+    if isinstance(own, MemoryLoader):
+        total.update(own.fingerprint().encode())
+        _update(total, own.labels)
+    elif isinstance(own, list | tuple):
+        _update(total, own[:])
+    else:
+        _update_by_dataset(total, getattr(own, "dataset", None))
+    return {
+        "batch size": getattr(own, "batch_size", None),
+        "data": total.hexdigest()[:16],
+        "data seed": loader.seed,
+        "augmentation": loader.randomness,
+    }
+
+
+def _update_by_dataset(total: Any, dataset: Any) -> None:
+    """By what is known without reading samples: lists of files, tensors in memory, classes, numbers."""
+    if isinstance(dataset, ImageFiles):
+        listing = dataset.listing
+        for file in listing.files:  # not where they lie, nor when they were written: data are copied about
+            total.update(f"{os.path.relpath(file, listing.folder)} {os.path.getsize(file)}\n".encode())
+        _update(total, (listing.labels, listing.classes, repr(dataset.transform)))
+        return
+    while dataset is not None:
+        count = len(dataset) if hasattr(dataset, "__len__") else None
+        total.update(f"{type(dataset).__qualname__} {count}".encode())
+        for name in ("tensors", "data", "targets", "labels", "samples", "classes", "indices"):
+            _update(total, getattr(dataset, name, None))
+        dataset = getattr(dataset, "dataset", None)  # of a Subset
+
+
+def _update(total: Any, value: object) -> None:
+    if isinstance(value, Tensor) or type(value).__module__ == "numpy":
+        tensor = torch.as_tensor(value).detach().cpu()
+        rows = tensor[:: max(1, -(-tensor.nbytes // _MOST_BYTES))] if tensor.ndim else tensor
+        total.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        total.update(rows.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    elif isinstance(value, Mapping):
+        _update(total, list(value.items()))
+    elif isinstance(value, list | tuple):
+        flat = all(isinstance(entry, str | int | float) for entry in value)
+        for entry in [repr(value)] if flat else value:
+            _update(total, entry)
+    elif isinstance(value, str | int | float | bool):
+        total.update(repr(value).encode())
