@@ -88,18 +88,16 @@ def compare(
     curriculum = curriculum or DEFAULT_CURRICULUM
     teacher, traced = traced_pair(teacher, student, train_loader, example_inputs=example_inputs, logits=logits)
     plan = plan or (_kept_plan(run_dir) if resume else None) or align(teacher, traced)
-    warmup = _epochs_of(curriculum, plan)
-    milestones = options.get("milestones", ())
+    warmup, milestones = _epochs_of(curriculum, plan), options.get("milestones", ())
     if main_epochs is not None:
         epochs, milestones = main_epochs + warmup, [at + warmup for at in milestones]
     _check_room(warmup, epochs)
-    arms: dict[str, tuple[str | Callable[..., Tensor], Mapping[str, Any] | None, Curriculum, int]] = {
-        "labels": ("labels", None, NO_WARMUP, 0),
-        main if isinstance(main, str) and ":" not in main else "main": (main, main_options, NO_WARMUP, 0),
-        "indistill": (main, main_options, curriculum, warmup),
-    }
     done = {}
-    for arm, (loss, loss_options, warm, before) in arms.items():
+    for arm, loss, loss_options, warm, before in (
+        ("labels", "labels", None, NO_WARMUP, 0),
+        (main if isinstance(main, str) and ":" not in main else "main", main, main_options, NO_WARMUP, 0),
+        ("indistill", main, main_options, curriculum, warmup),
+    ):
         announce(arm)
         pupil = copy.deepcopy(student)
         record = distill(

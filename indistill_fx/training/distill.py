@@ -6,6 +6,7 @@ import hashlib
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Unpack
 
@@ -103,38 +104,29 @@ def distill(
         TrainError: a loss is not finite, or the disk is full; the last checkpoint is good.
         Interrupted: SIGINT or SIGTERM while `run_dir` is given; a checkpoint was saved. A KeyboardInterrupt.
     """
-    settings, curriculum = Settings.of(options), curriculum or DEFAULT_CURRICULUM
+    settings = Settings.of(options)
     check_epochs(epochs)
     loader = repeatable(train_loader, settings.seed, "train loader")
     loader, main_options = _with_what_is_asked(main, main_options or {}, loader, cached=feature_cache is not None)
-    modules = [model.module if isinstance(model, TracedModel) else model for model in (teacher, student)]
-
-    def set_up(directory: RunDirectory | None, accelerator: Accelerator) -> Setup:
-        target = target_of(accelerator, modules[1], compiled=settings.compile)
-        models = traced_pair(teacher, student, loader, example_inputs=example_inputs, logits=logits)
-        kept = directory.path / "plan.json" if directory is not None and directory.resumes else None
-        chosen = plan or (AlignmentPlan.load(kept) if kept is not None and kept.exists() else align(*models))
-        warm, _ = warmup_plan(chosen, curriculum)
-        stages = compile_stages(
-            *models, chosen, curriculum=curriculum, main=main, main_options=main_options, target=target
-        )
-        classes = _check_classes(*models, [stage for stage in stages if stage.budget is None])
-        stores: list[FeatureStore | None] = [None] * len(stages)
-        if feature_cache is not None:
-            joint = partial(joint_teachers, *models, warm, target=target)
-            stores = _cached(stages, loader, feature_cache, joint, accelerator, progress)
-        return Setup(
-            phases=_phases(stages, epochs, settings, stores),
-            check=label_check(classes, *(Inputs.of(model.graph_module) for model in models)),
-            save=lambda where: chosen.save(where.path / "plan.json") if where.writes else None,
-            models={model.role: model_facts(model.module) | {"macs": model.macs} for model in models},
-            remarks=_remarks(curriculum, chosen),
-            identity=_identity(*models, chosen, curriculum, main, main_options),
-        )
-
+    distillation = Distillation(
+        teacher=teacher,
+        student=student,
+        loader=loader,
+        plan=plan,
+        curriculum=curriculum or DEFAULT_CURRICULUM,
+        main=main,
+        main_options=main_options,
+        epochs=epochs,
+        example_inputs=example_inputs,
+        logits=logits,
+        feature_cache=feature_cache,
+        settings=settings,
+        progress=progress,
+    )
+    teacher_module, student_module = distillation.modules
     return Trainer(
-        student=modules[1],
-        teacher=modules[0],
+        student=student_module,
+        teacher=teacher_module,
         loader=loader,
         val_loader=val_loader,
         settings=settings,
@@ -144,7 +136,80 @@ def distill(
         progress=progress,
         logits=logits,
         about=about,
-    ).run(set_up)
+    ).run(distillation.set_up)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Distillation:
+    """What `distill` was asked for; see there. `set_up` makes a run's phases of it."""
+
+    teacher: nn.Module | TracedModel
+    student: nn.Module | TracedModel
+    loader: EpochLoader
+    plan: AlignmentPlan | None
+    curriculum: Curriculum
+    main: str | Callable[..., Tensor] | None
+    main_options: Mapping[str, Any]
+    epochs: int
+    example_inputs: Any
+    logits: str | int | None
+    feature_cache: str | os.PathLike[str] | None
+    settings: Settings
+    progress: bool
+
+    @property
+    def modules(self) -> tuple[nn.Module, nn.Module]:
+        """The user's own teacher and student."""
+        models = (self.teacher, self.student)
+        first, second = (model.module if isinstance(model, TracedModel) else model for model in models)
+        return first, second
+
+    def set_up(self, directory: RunDirectory | None, accelerator: Accelerator) -> Setup:
+        """The stages, compiled for the accelerator's device.
+
+        Args:
+            directory: the run's; its plan is taken again when the run is resumed.
+            accelerator: the run's.
+        """
+        target = target_of(accelerator, self.modules[1], compiled=self.settings.compile)
+        models = traced_pair(
+            self.teacher, self.student, self.loader, example_inputs=self.example_inputs, logits=self.logits
+        )
+        plan = self.plan or _kept_plan(directory) or align(*models)
+        stages = compile_stages(
+            *models, plan, curriculum=self.curriculum, main=self.main, main_options=self.main_options, target=target
+        )
+        classes = _check_classes(*models, [stage for stage in stages if stage.budget is None])
+        stores: list[FeatureStore | None] = [None] * len(stages)
+        if self.feature_cache is not None:
+            warm, _ = warmup_plan(plan, self.curriculum)
+            joint = partial(joint_teachers, *models, warm, target=target)
+            stores = _cached(stages, self.loader, self.feature_cache, joint, accelerator, self.progress)
+        return Setup(
+            phases=_phases(stages, self.epochs, self.settings, stores),
+            check=label_check(classes, *(Inputs.of(model.graph_module) for model in models)),
+            save=lambda where: plan.save(where.path / "plan.json") if where.writes else None,
+            models={model.role: model_facts(model.module) | {"macs": model.macs} for model in models},
+            remarks=_remarks(self.curriculum, plan),
+            identity=self._identity(*models, plan),
+        )
+
+    def _identity(self, teacher: TracedModel, student: TracedModel, plan: AlignmentPlan) -> dict[str, Any]:
+        warm = bool(warmup_plan(plan, self.curriculum)[1] or self.curriculum.keep)
+        return {
+            "main loss": described_loss(self.main, self.main_options),
+            "warm-up loss": described_loss(self.curriculum.loss, {}) if warm else None,
+            "warm-up feed": self.curriculum.feed if warm else None,
+            "plan": hashlib.sha256(plan.model_dump_json().encode()).hexdigest()[:16],
+            "code of the teacher": code_digest(teacher.graph_module),
+            "code of the student": code_digest(student.graph_module),
+        }
+
+
+def _kept_plan(directory: RunDirectory | None) -> AlignmentPlan | None:
+    """That of a run that is resumed."""
+    path = directory.path / "plan.json" if directory is not None and directory.resumes else None
+    return AlignmentPlan.load(path) if path is not None and path.exists() else None
 
 
 def _with_what_is_asked(
@@ -166,25 +231,6 @@ def _remarks(curriculum: Curriculum, plan: AlignmentPlan) -> tuple[str, ...]:
         return ()
     why = "the plan has none" if plan.embedding is None else "a pair has them"
     return (f"penultimate vectors: no stage of their own, {why}",)
-
-
-def _identity(
-    teacher: TracedModel,
-    student: TracedModel,
-    plan: AlignmentPlan,
-    curriculum: Curriculum,
-    main: str | Callable[..., Tensor] | None,
-    options: Mapping[str, Any],
-) -> dict[str, Any]:
-    warm = bool(warmup_plan(plan, curriculum)[1] or curriculum.keep)
-    return {
-        "main loss": described_loss(main, options),
-        "warm-up loss": described_loss(curriculum.loss, {}) if warm else None,
-        "warm-up feed": curriculum.feed if warm else None,
-        "plan": hashlib.sha256(plan.model_dump_json().encode()).hexdigest()[:16],
-        "code of the teacher": code_digest(teacher.graph_module),
-        "code of the student": code_digest(student.graph_module),
-    }
 
 
 def traced_pair(
