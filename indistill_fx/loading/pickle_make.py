@@ -23,7 +23,7 @@ from indistill_fx.loading.pickle_scan import Made, Scan, Storage, walk
 from indistill_fx.loading.quantised import INTEGERS, fill_convolution, pack, quantise
 
 # An expanded tensor shows more elements than it stores; beyond this, taken together, they are an attack on whoever copies them.
-_MOST_EXPANDED = 1 << 28
+MOST_EXPANDED = 1 << 28
 _MOST_VIEWS = 8
 _MOST_DIMENSIONS = 64
 _NOTHING = object()
@@ -243,8 +243,8 @@ class Maker:
                     self.shown += shown
                     # many views of one storage are honest (tied weights), elements without end are not
                     few = (
-                        shown <= max(elements, _MOST_EXPANDED)
-                        and self.shown <= _MOST_VIEWS * self.stored + _MOST_EXPANDED
+                        shown <= max(elements, MOST_EXPANDED)
+                        and self.shown <= _MOST_VIEWS * self.stored + MOST_EXPANDED
                     )
                     if (shown == 0 or last < elements) and few:
                         return offset, size, stride
@@ -265,7 +265,7 @@ class Maker:
 
     def _sparse(self, layout: Any, parts: tuple[Any, ...]) -> Tensor:
         size = parts[2 if layout is torch.sparse_coo else 3]
-        if not all(type(length) is int and length >= 0 for length in size) or math.prod(size) > _MOST_EXPANDED:
+        if not all(type(length) is int and length >= 0 for length in size) or math.prod(size) > MOST_EXPANDED:
             raise UnfitError(f"has a sparse tensor of size {str(tuple(size))[:60]}")
         match layout, parts:
             case torch.sparse_coo, (Tensor() as indices, Tensor() as values, _, *coalesced):

@@ -18,6 +18,7 @@ import importlib
 import io
 import json
 import logging
+import math
 import re
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -27,11 +28,13 @@ from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
+from torch._export.serde.serialize import _SERIALIZE_TO_TORCH_DTYPE
 
 from indistill_fx.errors import ConfigError
 from indistill_fx.graph.names import is_plain, is_plain_path, reserved
 from indistill_fx.loading.file_kinds import damaged, open_zip
 from indistill_fx.loading.operators import may_be_called
+from indistill_fx.loading.pickle_make import MOST_EXPANDED
 from indistill_fx.loading.safe_pickle import open_saved
 
 _ENTRY = re.compile(
@@ -151,10 +154,22 @@ def _check_entry(name: str, content: bytes, sizes: dict[str, int], trust: Sequen
     if not _ENTRY.fullmatch(name):
         raise _UnfitError(f"holds {name!r}, which is neither weights nor the program")
     if name == _PROGRAM:
-        return json.dumps(_check_program(json.loads(content), trust)).encode()
+        return json.dumps(_on_cpu(_check_program(json.loads(content), trust))).encode()
     if name.endswith("_config.json"):
-        _check_payloads(json.loads(content), name, sizes)
+        config = json.loads(content)
+        _check_payloads(config, name, sizes)
+        return json.dumps(_on_cpu(config)).encode()
     return content
+
+
+def _on_cpu(value: Any) -> Any:
+    """A copy with every device the CPU: the archive may come from a machine with others."""
+    if isinstance(value, dict):
+        return {
+            key: {"type": "cpu", "index": None} if key in ("device", "as_device") and item else _on_cpu(item)
+            for key, item in value.items()
+        }
+    return [_on_cpu(item) for item in value] if isinstance(value, list) else value
 
 
 class _UnfitError(Exception):
@@ -167,9 +182,20 @@ def _check_payloads(config: Any, name: str, sizes: dict[str, int]) -> None:
         _require_path(path)
         if payload["use_pickle"] or not re.fullmatch(r"(weight|tensor)_\d+", payload["path_name"]):
             raise _UnfitError(f"has a pickled object among its {folder.rpartition('/')[2]}")
-        lengths = [size.get("as_int") for size in payload["tensor_meta"]["sizes"]]
-        if sizes[f"{folder}/{payload['path_name']}"] == 0 and 0 not in lengths:
-            raise ValueError(f"{payload['path_name']} has no data")
+        _require_fit(payload["tensor_meta"], sizes[f"{folder}/{payload['path_name']}"], path)
+
+
+def _require_fit(meta: Any, stored: int, path: str) -> None:
+    """A view lies within its bytes; torch would enlarge them until it does."""
+    size, stride = ([length["as_int"] for length in meta[key]] for key in ("sizes", "strides"))
+    offset, dtype = meta["storage_offset"]["as_int"], _SERIALIZE_TO_TORCH_DTYPE[meta["dtype"]]
+    numbers = (offset, *size, *stride)
+    if len(size) != len(stride) or not all(type(number) is int and 0 <= number < 1 << 63 for number in numbers):
+        raise _UnfitError(f"has a tensor {path[:60]!r} of a size that cannot be")
+    last = offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
+    shown, elements = math.prod(size), stored // dtype.itemsize
+    if shown and (last >= elements or shown > max(elements, MOST_EXPANDED)):
+        raise _UnfitError(f"declares a tensor {path[:60]!r} of {shown:,} elements and has {elements:,}")
 
 
 def _check_program(program: Any, trust: Sequence[str]) -> Any:
