@@ -190,7 +190,8 @@ def hostile_programs(canary: str) -> Iterator[tuple[str, Make]]:
         altered(replaced(weights, '{"as_int": 144}', '{"as_int": 1000000000000}'), program=True),
     )
     yield "a weight that hides forward", altered(replaced(weights, '"4.weight"', '"forward"'), program=True)
-    yield "a name that is code", altered(replaced(model, '"relu"', f'"relu = __import__(\'os\').system(\'touch {canary}\'); y"'), program=True)  # fmt: skip
+    named = f'"relu = __import__("os").system("touch {canary}"); y"'.replace('("', "('").replace('")', "')")
+    yield "a name that is code", altered(replaced(model, '"relu"', named), program=True)
     yield (
         "a library",
         altered(lambda entries: entries.update({"data/aotinductor/model/a.so": b"\x7fELF"}), program=True),
