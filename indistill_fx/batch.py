@@ -214,11 +214,16 @@ def tensors_of(batch: Any) -> list[Tensor]:
     return [value for value in values if isinstance(value, Tensor)]
 
 
+def count_of(batch: Any) -> int:
+    """How many samples a batch has: the length of its first tensor."""
+    return next((len(value) for value in tensors_of(batch) if value.ndim), 0)
+
+
 def samples_of(batch: Any, part: slice) -> Any:
     """Some samples of a batch, in the batch's own form; entries that are no tensors or lists of samples stay as they are."""
     if isinstance(batch, Tensor):
         return batch[part]
-    count = next((len(value) for value in tensors_of(batch) if value.ndim), 0)
+    count = count_of(batch)
 
     def cut(value: Any) -> Any:
         sized = isinstance(value, (Tensor, list, tuple)) and (not isinstance(value, Tensor) or value.ndim)

@@ -1,4 +1,4 @@
-"""What opened data are: loaders, class names, input size and normalisation."""
+"""A data set, ready to train and test on, and what it was asked for."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from indistill_fx.data.loaders import EpochLoader
-
-Normalisation = tuple[tuple[float, ...], tuple[float, ...]]
+from indistill_fx.data.normalisation import Figures, Normalisation
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,9 +17,11 @@ class Data:
         train: shuffled and augmented.
         train_plain: the training set in order and unaugmented: the database of retrieval, the data of calibration.
         test: the test set in order.
-        classes: their names by label; empty where a user's loaders do not tell.
+        classes: their names by label; empty where a user's loaders do not say.
         input_size: of one sample: (channels, height, width).
         normalisation: mean and std per channel of values in [0, 1]; None where a user's loaders do it their way.
+        labelled: whether the test set has labels, so that accuracy can be measured.
+        notes: what was decided or changed on the way, in sentences.
     """
 
     train: EpochLoader
@@ -29,17 +30,23 @@ class Data:
     classes: tuple[str, ...]
     input_size: tuple[int, ...]
     normalisation: Normalisation | None
+    labelled: bool = True
+    notes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DataOptions:
-    """What `open_data` was asked for."""
+    """What `open_data` was asked for; see there."""
 
     batch_size: int
     workers: int
     seed: int
     limit: int | None
-    size: int | None
+    size: tuple[int, int] | None
+    model_size: tuple[int, int] | None
+    channels: int | None
+    mean: Figures | None
+    std: Figures | None
     cache: Path | None
     download: bool
     augment: bool

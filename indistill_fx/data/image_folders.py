@@ -1,59 +1,110 @@
-"""Folders of images: listed, checked, decoded once into memory (optionally kept in a cache), or read one by one."""
+"""Folders of pictures: which files are samples, of which classes, and how one is read."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
-import warnings
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from indistill_fx.data.pictures import read_head, read_picture
 from indistill_fx.errors import ConfigError
-from indistill_fx.system.files import require_regular
-from indistill_fx.system.terminal import followed
 
-_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-"""What an image file may be, whatever its name says. Not EPS, for example: Pillow has Ghostscript run that."""
+_LOOKED_AT = 20_000
+"""Of how many pictures of a split the size and depth are looked at before anything is decoded: some seconds."""
 
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """Image files of one split, with labels that count the class folders in alphabetical order."""
+    """Image files of one split, with labels that count the class folders in alphabetical order.
+
+    Attributes:
+        folder: of the split.
+        files: their paths.
+        labels: int64 (files,); None where there are no class folders.
+        classes: their names; empty where there are no class folders.
+    """
 
     folder: Path
     files: tuple[str, ...]
-    labels: Tensor
+    labels: Tensor | None
     classes: tuple[str, ...]
 
     def limited(self, count: int | None) -> Listing:
         """Only so many, as evenly over the classes as they come, the same ones every time."""
-        kept = spread(self.labels, count)
-        return Listing(self.folder, tuple(self.files[i] for i in kept.tolist()), self.labels[kept], self.classes)
+        kept = spread(self.ranked_by, count)
+        labels = self.labels[kept] if self.labels is not None else None
+        return Listing(self.folder, tuple(self.files[i] for i in kept.tolist()), labels, self.classes)
+
+    @property
+    def ranked_by(self) -> Tensor:
+        """Labels; where there are none, one class of all."""
+        return self.labels if self.labels is not None else torch.zeros(len(self.files), dtype=torch.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """What the pictures of a set have in common.
+
+    Attributes:
+        height: of most of them, in pixels.
+        width: likewise.
+        mixed: whether there are others.
+        deep: whether some have 16 bits a channel.
+    """
+
+    height: int
+    width: int
+    mixed: bool
+    deep: bool
+
+    @staticmethod
+    def of(listings: Iterable[Listing]) -> Form:
+        """Of the pictures' heads, of the first 20,000 of each split, spread over the classes.
+
+        Raises:
+            ConfigError: one cannot be read.
+        """
+        files = [file for listing in listings for file in listing.limited(_LOOKED_AT).files]
+        heads = [read_head(file) for file in files]
+        sizes = Counter((head.height, head.width) for head in heads)
+        (height, width), _ = max(sizes.items(), key=lambda item: (item[1], item[0]))
+        return Form(height, width, len(sizes) > 1, any(head.deep for head in heads))
 
 
 class ImageFiles(Dataset[Any]):
-    """Index -> (transformed image, label); the ConfigError that names the file where it cannot be read.
+    """Index -> (transformed picture, label); the ConfigError that names the file where it cannot be read.
 
     Args:
         listing: the files.
-        transform: of a PIL image.
+        transform: of what `read_picture` gives.
+        channels: 3 or 1.
+        deep: whether pictures have 16 bits a channel.
         randomness: what the transform draws at random; None: nothing.
     """
 
-    def __init__(self, listing: Listing, transform: Callable[[Any], Tensor], *, randomness: str | None = None):
-        self.listing, self.transform, self.randomness = listing, transform, randomness
+    def __init__(
+        self,
+        listing: Listing,
+        transform: Callable[[Any], Tensor],
+        *,
+        channels: int = 3,
+        deep: bool = False,
+        randomness: str | None = None,
+    ):
+        self.listing, self.transform, self.channels, self.deep = listing, transform, channels, deep
+        self.randomness = randomness
 
     def fingerprint(self) -> str:
         """Digest of the files' names, sizes and times, and of the transform."""
-        total = hashlib.sha256(repr(self.transform).encode())
+        total = hashlib.sha256(repr((self.transform, self.channels, self.deep)).encode())
         for file in self.listing.files:
             found = os.stat(file)
             total.update(f"{file}\0{found.st_size}\0{found.st_mtime_ns}\n".encode())
@@ -62,16 +113,53 @@ class ImageFiles(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.listing.files)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int] | ConfigError:
+    def __getitem__(self, index: int) -> tuple[Tensor, int | None] | ConfigError:
         try:
-            image = read_image(self.listing.files[index])
+            image = read_picture(self.listing.files[index], channels=self.channels, deep=self.deep)
         except ConfigError as error:
             return error
-        return self.transform(image), int(self.listing.labels[index])
+        labels = self.listing.labels
+        return self.transform(image), int(labels[index]) if labels is not None else None
+
+
+def list_splits(folder: Path) -> tuple[Listing, Listing]:
+    """The training and the test pictures of a folder: train/ and test/ (or val/), each with a folder for every class.
+
+    A folder without class folders is an unlabelled set. Where there is no test/ beside it, or no train/ either, the test pictures are
+    the training ones.
+
+    Raises:
+        ConfigError: no such folder, a split or class is absent or empty, or the splits differ in their classes.
+    """
+    if not folder.is_dir():
+        raise ConfigError(f"There is no folder {str(folder)!r} (looked in {Path.cwd()}).", where=str(folder))
+    name = next((name for name in ("test", "val") if (folder / name).is_dir()), None)
+    if not (folder / "train").is_dir():
+        if name is None and not _visible_folders(folder) and _pictures_in(folder):
+            alone = list_images(folder)
+            return alone, alone
+        raise _absent(folder, "train")
+    train = list_images(folder / "train")
+    if name is None:
+        if train.labels is None:
+            return train, train
+        raise _absent(folder, "test")
+    test = list_images(folder / name)
+    if train.labels is not None and test.labels is not None and train.classes != test.classes:
+        alone_in_one = sorted(set(train.classes) ^ set(test.classes))
+        raise ConfigError(
+            f"{str(folder)!r}: train/ and {name}/ differ in their classes; only one has {', '.join(alone_in_one[:8])}.",
+            where=str(folder),
+            got=alone_in_one,
+            hint="Labels count the class folders in order, so both splits need the same ones.",
+        )
+    return train, test
 
 
 def list_images(folder: Path) -> Listing:
-    """The images under `folder`/<class>/, sorted by class and name.
+    """The images under `folder`/<class>/, sorted by class and name; those in `folder` itself where there are no class folders.
+
+    Hidden files and folders (`._x.jpg`, `.ipynb_checkpoints/`, `__MACOSX/`) are passed over.
 
     Args:
         folder: one split.
@@ -80,23 +168,33 @@ def list_images(folder: Path) -> Listing:
         Its listing.
 
     Raises:
-        ConfigError: there are no class folders, or one has no images.
+        ConfigError: there is nothing, a class folder has no images, or there are images beside class folders.
     """
-    from torchvision.datasets.folder import IMG_EXTENSIONS
-
-    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
-    if not classes:
+    classes, loose = _visible_folders(folder), _pictures_in(folder)
+    if not classes and not loose:
         raise ConfigError(
             f"{str(folder)!r} has no class folders.",
             where=str(folder),
             expected="folder/<class>/<image>",
             hint="Put the images of each class in a folder of its own.",
         )
+    if not classes:
+        return Listing(folder, tuple(loose), None, ())
+    if loose:
+        raise ConfigError(
+            f"{str(folder)!r} has class folders and images beside them, such as {Path(loose[0]).name!r}.",
+            where=str(folder),
+            got=loose[0],
+            expected="folder/<class>/<image>, or images only",
+            hint="Put every image in the folder of its class.",
+        )
     files: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
-        found = sorted(file for file in map(str, (folder / name).rglob("*")) if file.lower().endswith(IMG_EXTENSIONS))
+        found = _pictures_in(folder / name, below=True)
         if not found:
+            from torchvision.datasets.folder import IMG_EXTENSIONS
+
             raise ConfigError(
                 f"Class folder {str(folder / name)!r} has no images.",
                 where=str(folder / name),
@@ -106,75 +204,6 @@ def list_images(folder: Path) -> Listing:
         files += found
         labels += [label] * len(found)
     return Listing(folder, tuple(files), torch.tensor(labels), tuple(classes))
-
-
-def read_image(path: str) -> Any:
-    """The file as an RGB PIL image.
-
-    Raises:
-        ConfigError: it is no image, broken, or of more pixels than Pillow takes for harmless (89 million); the message
-            names the file.
-    """
-    from PIL import Image
-
-    try:
-        require_regular(path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=_FORMATS) as image:
-                return image.convert("RGB")
-    except Exception as error:  # any bytes at all may come here
-        reason = str(error) or type(error).__name__
-        raise ConfigError(
-            f"Image {path!r} cannot be read: {reason}.",
-            where=path,
-            got=reason,
-            hint="Replace or remove it.",
-        ) from error
-
-
-def decode(
-    listing: Listing, size: tuple[int, int], *, resize: bool, cache: Path | None = None, progress: bool = False
-) -> Tensor:
-    """All images as one uint8 tensor (count, 3, height, width).
-
-    Args:
-        listing: the files.
-        size: height and width.
-        resize: bring images of another size to it; else they are refused.
-        cache: a folder that keeps the result for the next time; it is found again as long as no file changed.
-        progress: show a bar where standard error is a terminal.
-
-    Returns:
-        The images, in the listing's order.
-
-    Raises:
-        ConfigError: an image is broken, or of another size.
-    """
-    if cache is None:
-        return _decoded(listing, size, resize=resize, progress=progress)
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file, save_file
-
-    place = cache / f"{_digest(listing, size)}.safetensors"
-    if place.is_file():
-        try:
-            return _fitting(load_file(place)["images"], len(listing.files), size)
-        except (SafetensorError, KeyError, ValueError, OSError) as error:
-            raise ConfigError(
-                f"Cache {str(place)!r} is broken: {error}.", where=str(place), hint="Remove it."
-            ) from error
-    images = _decoded(listing, size, resize=resize, progress=progress)
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as folder:  # renamed only when whole
-            save_file({"images": images}, Path(folder, "images"))
-            Path(folder, "images").replace(place)
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(
-            f"Cache {str(place)!r} cannot be written: {error}.", where=str(cache), hint="Give another folder, or none."
-        ) from error
-    return images
 
 
 def spread(labels: Tensor, count: int | None) -> Tensor:
@@ -196,35 +225,34 @@ def rank_in_class(labels: Tensor) -> Tensor:
     return ranks
 
 
-def _decoded(listing: Listing, size: tuple[int, int], *, resize: bool, progress: bool) -> Tensor:
-    from PIL import Image
-
-    images = np.empty((len(listing.files), *size, 3), np.uint8)
-    for i, path in enumerate(followed(listing.files, f"Decoding {listing.folder}", shown=progress)):
-        image = read_image(path)
-        if image.size != size[::-1]:
-            if not resize:
-                raise ConfigError(
-                    f"Image {path!r} is {image.height}x{image.width}, but the first one is {size[0]}x{size[1]}.",
-                    where=path,
-                    got=(image.height, image.width),
-                    expected=size,
-                    hint="Give a size to bring all images to it.",
-                )
-            image = image.resize(size[::-1], Image.Resampling.BILINEAR)
-        images[i] = image
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+def _visible_folders(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not _is_hidden(entry.name))
 
 
-def _fitting(images: Tensor, count: int, size: tuple[int, int]) -> Tensor:
-    if images.dtype != torch.uint8 or images.shape != (count, 3, *size):
-        raise ValueError("it holds other images")
-    return images
+def _pictures_in(folder: Path, *, below: bool = False) -> list[str]:
+    """Image files by their names, sorted; `below`: in folders within it too."""
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    inside = folder.rglob("*") if below else folder.iterdir()
+    return sorted(
+        str(path)
+        for path in inside
+        if path.name.lower().endswith(IMG_EXTENSIONS)
+        and not any(_is_hidden(part) for part in path.relative_to(folder).parts)
+        and (below or not path.is_dir())
+    )
 
 
-def _digest(listing: Listing, size: tuple[int, int]) -> str:
-    digest = hashlib.sha256(repr((size, str(listing.folder.resolve()))).encode())
-    for path in listing.files:
-        status = os.stat(path)
-        digest.update(f"{path.removeprefix(str(listing.folder))}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
-    return digest.hexdigest()[:32]
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def _absent(folder: Path, name: str) -> ConfigError:
+    found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
+    return ConfigError(
+        f"{str(folder)!r} has no {name}/; there is {found}.",
+        where=str(folder),
+        got=found,
+        expected="train/<class>/ and test/<class>/ (or val/<class>/)",
+        hint="Give the folder that holds both splits.",
+    )

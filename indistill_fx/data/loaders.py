@@ -7,66 +7,19 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import re
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from indistill_fx.errors import ConfigError, TrainError
-from indistill_fx.system.random_state import generator_from, seed_from
-
-_UNTIL_TOLD = 1.0
-"""Seconds for the news of a process's end to arrive."""
-
-
-@contextmanager
-def noticing_dead_readers() -> Iterator[None]:
-    """Within the block, the end of a process that reads data is told as such.
-
-    Torch tells it by an exception out of a signal's handler, at whatever place the program is then: reading a batch, but also
-    in the middle of a step or of writing a checkpoint.
-
-    Raises:
-        TrainError: a reading process ended.
-    """
-    try:
-        yield
-    except (RuntimeError, ConnectionError, EOFError) as error:
-        told = str(_of_a_worker(error)).strip()
-        if not re.search(r"DataLoader worker \(pid", told):
-            raise
-        raise TrainError(
-            f"A process that reads the data has died: {told.splitlines()[0]}",
-            where="data",
-            hint="Often memory ran out: take fewer workers or smaller batches. The last checkpoint is good: go on with "
-            "resume=True (--resume).",
-        ) from error
-
-
-def _of_a_worker(error: Exception) -> Exception:
-    """What torch says of a process that has died, where the first thing seen of it was its connection that ended.
-
-    Better said here than while a run's end is being written.
-    """
-    if isinstance(error, RuntimeError):
-        return error
-    try:
-        time.sleep(_UNTIL_TOLD)
-    except RuntimeError as later:
-        return later
-    return error
-
-
-Loader = TypeVar("Loader", bound="EpochLoader")
-Indexed = TypeVar("Indexed", bound="_IndexedLoader")
+from indistill_fx.data.augment import FlipAndCrop
+from indistill_fx.data.normalisation import Normaliser
+from indistill_fx.data.readers import Readers, noticing_dead_readers
+from indistill_fx.errors import ConfigError
+from indistill_fx.system.random_state import generator_from
 
 
 class EpochLoader(ABC):
@@ -75,12 +28,17 @@ class EpochLoader(ABC):
     Attributes:
         seed: of order and augmentation.
         epoch: which epoch the next iteration is.
+        least: batches of fewer samples, counted over all processes, are left out.
+        left_out: how many were, so far.
+        remarks: what a run should say of the loader, in sentences.
     """
 
     def __init__(self, *, seed: int):
         if seed < 0:
             raise ConfigError(f"seed is {seed}.", where="seed", got=seed, expected="an integer >= 0")
         self.seed, self.epoch, self.rank, self.world, self._skipped = seed, 0, 0, 1, 0
+        self.least, self.left_out = 1, 0
+        self.remarks: tuple[str, ...] = ()
 
     def set_epoch(self, epoch: int) -> None:
         """Let the next iteration be that of this epoch, from its start."""
@@ -90,11 +48,33 @@ class EpochLoader(ABC):
         """Leave out the first batches of the next iteration (only of that one)."""
         self._skipped = batches
 
-    def shard(self: Loader, rank: int, world: int) -> Loader:
+    def shard(self, rank: int, world: int) -> Self:
         """A loader of every `world`-th sample of each of these batches: together the processes see the same batches."""
         part = copy.copy(self)
         part.rank, part.world = rank, world
         return part
+
+    def at_least(self, samples: int) -> Self:
+        """A loader without the batches that have fewer samples: a batch norm cannot train on one.
+
+        Raises:
+            ConfigError: no batch is left.
+        """
+        part = copy.copy(self)
+        part.least = samples
+        if part.length == 0:
+            raise ConfigError(
+                f"No batch has {samples} samples, and with fewer this model cannot be trained (batch norms, or processes that "
+                "would get none).",
+                where="batch_size",
+                expected=f"batches of at least {samples}",
+                hint="Take larger batches, or more samples.",
+            )
+        return part
+
+    def to(self, device: torch.device | str) -> Self:
+        """A loader that prepares its batches on this device, if it can; their values are the same."""
+        return self
 
     @property
     def randomness(self) -> str | None:
@@ -111,7 +91,12 @@ class EpochLoader(ABC):
         """How many samples there are."""
         raise self._unknown()
 
-    def indexed(self: Loader, *, in_order: bool = False) -> Loader:
+    @property
+    @abstractmethod
+    def length(self) -> int | None:
+        """Batches in a whole epoch; None: nobody knows before its end."""
+
+    def indexed(self, *, in_order: bool = False) -> Self:
         """The same loader with sample indices; `in_order`: every sample once, for one process. Only where `randomness` is None."""
         raise self._unknown()
 
@@ -122,9 +107,10 @@ class EpochLoader(ABC):
     def _unknown(self) -> ConfigError:
         return ConfigError(f"A {type(self).__name__} does not know its samples by number.", where="loader")
 
-    @abstractmethod
     def __len__(self) -> int:
-        """Batches in a whole epoch."""
+        if self.length is None:
+            raise TypeError(f"nobody knows how many batches an epoch of this {type(self).__name__} has")
+        return self.length
 
     @abstractmethod
     def _batches(self, skipped: int) -> Iterator[Any]: ...
@@ -135,32 +121,15 @@ class EpochLoader(ABC):
             yield from self._batches(skipped)
 
 
-@dataclass(frozen=True, slots=True)
-class FlipAndCrop:
-    """Each image shifted by up to `padding` pixels (zeros come in), and half of them mirrored.
+def with_last(batches: Iterator[Any]) -> Iterator[tuple[Any, bool]]:
+    """Each batch, and whether it is the last one: read one ahead, because a loader may not know."""
+    ahead = next(batches, _END)
+    while ahead is not _END:
+        batch, ahead = ahead, next(batches, _END)
+        yield batch, ahead is _END
 
-    The transforms of torchvision.transforms.v2 draw once for a whole batch of tensors; this draws for every image.
-    """
 
-    padding: int = 4
-    flip: bool = True
-
-    def draw(self, count: int, generator: torch.Generator) -> Tensor:
-        """Row shift, column shift, mirror: (count, 3)."""
-        shifts = torch.randint(2 * self.padding + 1, (count, 2), generator=generator)
-        mirrored = torch.randint(2, (count, 1), generator=generator) * int(self.flip)
-        return torch.cat((shifts, mirrored), 1)
-
-    def apply(self, images: Tensor, draws: Tensor) -> Tensor:
-        """The augmented images (batch, channels, height, width)."""
-        count, channels, height, width = images.shape
-        padded = F.pad(images, [self.padding] * 4)
-        columns = torch.arange(width).expand(count, -1)
-        columns = torch.where(draws[:, 2:] == 1, width - 1 - columns, columns) + draws[:, 1:2]
-        rows = torch.arange(height) + draws[:, :1]
-        places = rows[:, :, None] * padded.shape[3] + columns[:, None, :]
-        places = places.flatten(1)[:, None].expand(-1, channels, -1)
-        return padded.flatten(2).gather(2, places).view_as(images)
+_END = object()
 
 
 class _IndexedLoader(EpochLoader):
@@ -174,6 +143,7 @@ class _IndexedLoader(EpochLoader):
             raise ConfigError(f"batch size is {batch_size}.", where="batch_size", got=batch_size, expected="at least 1")
         self.count, self.batch_size, self.shuffle, self.with_indices = count, batch_size, shuffle, with_indices
         self.drop_last = shuffle and count >= batch_size
+        self.device = torch.device("cpu")
 
     @property
     def numbered(self) -> bool:
@@ -185,48 +155,66 @@ class _IndexedLoader(EpochLoader):
         """How many samples there are."""
         return self.count
 
-    def indexed(self: Indexed, *, in_order: bool = False) -> Indexed:
+    @property
+    def length(self) -> int:
+        """Batches in a whole epoch."""
+        return self._planned - self._too_small
+
+    def indexed(self, *, in_order: bool = False) -> Self:
         """The same loader with sample indices in its batches; `in_order`: every sample once, for one process."""
         part = copy.copy(self)
         part.with_indices = True
         if in_order:
-            part.shuffle, part.drop_last, part.rank, part.world, part._skipped = False, False, 0, 1, 0
+            part.shuffle, part.drop_last, part.rank, part.world, part._skipped, part.least = False, False, 0, 1, 0, 1
         return part
 
-    def __len__(self) -> int:
+    @property
+    def _planned(self) -> int:
         return self.count // self.batch_size if self.drop_last else -(-self.count // self.batch_size)
+
+    @property
+    def _too_small(self) -> int:
+        """How many of the planned batches have fewer than `least` samples: the last one, or all."""
+        if self.batch_size < self.least:
+            return self._planned
+        return int(not self.drop_last and 0 < self.count % self.batch_size < self.least)
 
     def _plan(self, skipped: int) -> Iterator[tuple[int, Tensor]]:
         """Number and sample indices of every batch still to come."""
         order = torch.arange(self.count)
         if self.shuffle:
             order = torch.randperm(self.count, generator=generator_from(self.seed, self.epoch))
-        for number in range(skipped, len(self)):
+        self.left_out += self._too_small
+        for number in range(skipped, self.length):
             yield number, order[number * self.batch_size : (number + 1) * self.batch_size]
+
+    def _batch(self, images: Tensor, labels: Tensor | None, indices: Tensor) -> tuple[Tensor | None, ...]:
+        return (images, labels, indices) if self.with_indices else (images, labels)
 
 
 class MemoryLoader(_IndexedLoader):
     """Batches out of one tensor of images; no workers, because on small images they cost more than they give.
 
-    Training loaders (`shuffle`) leave out the incomplete last batch, a different one in every epoch.
+    Training loaders (`shuffle`) leave out the incomplete last batch, a different one in every epoch. On a GPU the images lie there as
+    they are, a byte a value, and what is drawn on the CPU is done there.
 
     Args:
-        images: uint8 (count, channels, height, width).
-        labels: int64 (count,).
+        images: uint8, or uint16 of deep pictures (count, channels, height, width).
+        labels: int64 (count,), or None.
         mean: per channel, of values in [0, 1].
         std: likewise.
         peak: the pixel value that stands for 1.
         batch_size: samples per batch.
         seed: of order and augmentation.
         shuffle: a new order in every epoch.
-        augment: applied to uint8 batches; None for none.
+        augment: applied to batches before they are normalised; None for none.
         with_indices: batches carry the sample indices too.
     """
 
     def __init__(
         self,
         images: Tensor,
-        labels: Tensor,
+        labels: Tensor | None,
         *,
         mean: tuple[float, ...],
         std: tuple[float, ...],
@@ -238,8 +226,22 @@ class MemoryLoader(_IndexedLoader):
         with_indices: bool = False,
     ):
         super().__init__(len(images), batch_size=batch_size, seed=seed, shuffle=shuffle, with_indices=with_indices)
-        self.images, self.labels, self.peak, self.augment = images, labels, peak, augment
-        self._mean, self._std = (torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
+        self.images, self.labels, self.augment = images, labels, augment
+        self._normalise = Normaliser((mean, std), peak)
+        self._held = {torch.device("cpu"): images}
+
+    def to(self, device: torch.device | str) -> Self:
+        """Images lie on the device if they take no more than half of its free memory; batches are made there in any case."""
+        device = torch.device(device)
+        if device == self.device:
+            return self
+        part = copy.copy(self)
+        part.device, part._normalise = device, self._normalise.to(device)
+        if device not in self._held and _has_room(device, self.images):
+            # GPUs know few operations on uint16
+            self._held[device] = (self.images.int() if self.images.dtype == torch.uint16 else self.images).to(device)
+        part.images = self._held.get(device, self._held[torch.device("cpu")])
+        return part
 
     @property
     def randomness(self) -> str | None:
@@ -248,30 +250,31 @@ class MemoryLoader(_IndexedLoader):
 
     def fingerprint(self) -> str:
         """Digest of images and normalisation."""
-        told = f"{self.images.dtype} {tuple(self.images.shape)} {self.peak} {self._mean.tolist()} {self._std.tolist()}"
-        total = hashlib.sha256(told.encode())
-        total.update(self.images.contiguous().numpy().data)
+        total = hashlib.sha256(f"{self.images.dtype} {tuple(self.images.shape)} {self._normalise}".encode())
+        total.update(self.images.cpu().contiguous().numpy().data)
         return total.hexdigest()
 
-    def _batches(self, skipped: int) -> Iterator[tuple[Tensor, ...]]:
+    def _batches(self, skipped: int) -> Iterator[tuple[Tensor | None, ...]]:
         for number, whole in self._plan(skipped):
             part = slice(self.rank, None, self.world)
             indices = whole[part]
-            images = self.images[indices]
+            images = self.images[indices.to(self.images.device)].to(self.device, non_blocking=True)
             if self.augment is not None:
                 draws = self.augment.draw(len(whole), generator_from(self.seed, self.epoch, number))
-                images = self.augment.apply(images, draws[part])
-            images = images.float().div_(self.peak).sub_(self._mean).div_(self._std)
-            batch = images, self.labels[indices]
-            yield (*batch, indices) if self.with_indices else batch
+                images = self.augment.apply(images, draws[part].to(self.device))
+            labels = self.labels[indices].to(self.device) if self.labels is not None else None
+            yield self._batch(self._normalise(images), labels, indices)
 
 
 class DiskLoader(_IndexedLoader):
-    """Batches read from disk by a torch DataLoader; each sample's augmentation follows from (seed, epoch, index).
+    """Batches read from disk by processes of torch; each sample's augmentation follows from (seed, epoch, index).
+
+    Pixels travel as they are, a byte a value: out of the reading processes, and to a GPU, where they are normalised.
 
     Args:
         dataset: index -> (image, label); drawn randomness comes from torch's global generator. A sample that cannot be
             read is returned as the ConfigError that says so.
+        normalise: of a batch's images; None: the dataset has done it.
         batch_size: samples per batch.
         workers: processes that read; 0 reads in this one.
         seed: of order and augmentation.
@@ -283,6 +286,7 @@ class DiskLoader(_IndexedLoader):
         self,
         dataset: Dataset[Any],
         *,
+        normalise: Normaliser | None = None,
         batch_size: int = 128,
         workers: int = 0,
         seed: int = 0,
@@ -291,51 +295,46 @@ class DiskLoader(_IndexedLoader):
     ):
         count: int = len(dataset)  # type: ignore[arg-type]
         super().__init__(count, batch_size=batch_size, seed=seed, shuffle=shuffle, with_indices=with_indices)
-        self.dataset, self.workers = dataset, workers
+        self.dataset, self._normalise = dataset, normalise
+        self._readers = Readers(dataset, workers=workers, seed=seed)
+
+    def to(self, device: torch.device | str) -> Self:
+        """Batches go to the device from page-locked memory, and are normalised there."""
+        device = torch.device(device)
+        if device == self.device:
+            return self
+        part = copy.copy(self)
+        part.device = device
+        part._normalise = self._normalise.to(device) if self._normalise is not None else None
+        return part
 
     @property
     def randomness(self) -> str | None:
         """What the dataset says of itself; without a word of it, it may be random."""
         unknown = f"nobody can tell whether a {type(self.dataset).__name__} draws at random"
-        told: str | None = getattr(self.dataset, "randomness", unknown)
-        return told
+        known: str | None = getattr(self.dataset, "randomness", unknown)
+        return known
 
     def fingerprint(self) -> str:
-        """The dataset's own."""
+        """The dataset's own, and the normalisation."""
         digest: str = self.dataset.fingerprint()  # type: ignore[attr-defined]
-        return digest
+        return hashlib.sha256(f"{digest} {self._normalise}".encode()).hexdigest()
 
-    def _batches(self, skipped: int) -> Iterator[tuple[Tensor, ...]]:
-        parts = [whole[self.rank :: self.world].tolist() for _, whole in self._plan(skipped)]
-        loader = DataLoader(
-            _Reseeded(self.dataset, self.seed, self.epoch),
-            batch_sampler=parts,
-            num_workers=self.workers,
-            collate_fn=_collated,
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),
-        )
-        for part, batch in zip(parts, loader, strict=True):
+    def _batches(self, skipped: int) -> Iterator[tuple[Tensor | None, ...]]:
+        parts = [whole[self.rank :: self.world] for _, whole in self._plan(skipped)]
+        plan = [[(self.epoch, index) for index in part.tolist()] for part in parts]
+        read = self._readers.read(plan, pinned=self.device.type == "cuda")
+        for indices, batch in zip(parts, read, strict=True):
             if isinstance(batch, ConfigError):
                 raise batch
-            yield (*batch, torch.tensor(part)) if self.with_indices else batch
+            images, labels = (
+                part.to(self.device, non_blocking=True) if isinstance(part, Tensor) else part for part in batch
+            )
+            yield self._batch(self._normalise(images) if self._normalise else images, labels, indices)
 
 
-class _Reseeded(Dataset[Any]):
-    """A dataset whose sample i is read with a random state that follows from (seed, epoch, i)."""
-
-    def __init__(self, dataset: Dataset[Any], seed: int, epoch: int):
-        self.dataset, self.seed, self.epoch = dataset, seed, epoch
-
-    def __getitem__(self, index: int) -> Any:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed_from(self.seed, self.epoch, index))
-            return self.dataset[index]
-
-
-def _collated(samples: list[Any]) -> Any:
-    failed = next((sample for sample in samples if isinstance(sample, ConfigError)), None)
-    if failed is not None:
-        return failed
-    images, labels = zip(*samples, strict=True)
-    return torch.stack(images), torch.tensor(labels)
+def _has_room(device: torch.device, images: Tensor) -> bool:
+    if device.type != "cuda":
+        return True
+    free, _ = torch.cuda.mem_get_info(device)
+    return images.numel() * images.element_size() <= free // 2

@@ -1,29 +1,36 @@
-"""Loaders of the user's own: checked, and made to give the same batches again in the same epoch."""
+"""Loaders of the user's own, by `file.py:make_loaders`: what the function is given, and what it must return."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import torch
+from torch import Tensor
 
-from indistill_fx.batch import inputs_and_labels, samples_of
+from indistill_fx.batch import inputs_and_labels
 from indistill_fx.data.dataset import Data, DataOptions
+from indistill_fx.data.foreign import repeatable
 from indistill_fx.data.loaders import EpochLoader
 from indistill_fx.errors import ConfigError
-from indistill_fx.system.random_state import OwnRandomness, seed_from
 from indistill_fx.system.user_code import load_object
+
+_ALWAYS = ("batch_size", "seed", "workers", "limit", "augment")
+_PICTURES = ("size", "channels", "mean", "std", "cache")
 
 
 def open_user_loaders(spec: str, options: DataOptions) -> Data:
-    """The loaders that a function of the user's own (`file.py:make_loaders`) returns."""
+    """The loaders that a function of the user's own returns.
+
+    Raises:
+        ConfigError: it is no function, has no parameter for something that was asked for, returns no loaders, or batches without
+            inputs or with labels beyond the classes.
+    """
     function = load_object(spec)
     if not callable(function):
         raise ConfigError(f"{spec!r} is no function.", where=spec, got=type(function).__name__, expected="a function")
-    offered = {key: getattr(options, key) for key in ("batch_size", "workers", "seed", "limit", "augment")}
-    wanted = inspect.signature(function).parameters
-    result = function(**{key: value for key, value in offered.items() if key in wanted})
+    given, notes = _arguments(spec, inspect.signature(function).parameters, options)
+    result = function(**given)
     if isinstance(result, Data):
         return result
     if isinstance(result, (tuple, list)) and len(result) == 2:
@@ -35,113 +42,70 @@ def open_user_loaders(spec: str, options: DataOptions) -> Data:
             got=type(result).__name__,
             expected="(train, test), a dict with train and test, or Data",
         )
-    loaders = {key: _checked(spec, key, result[key], options.seed) for key in ("train", "test")}
-    plain = result.get("train_plain")
-    loaders["train_plain"] = loaders["train"] if plain is None else _checked(spec, "train_plain", plain, options.seed)
+    loaders = {
+        key: repeatable(loader, options.seed, f"{key} loader of {spec!r}")
+        for key in ("train", "test", "train_plain")
+        if (loader := result.get(key)) is not None
+    }
     classes = tuple(result.get("classes", getattr(getattr(result["train"], "dataset", None), "classes", ())))
-    size = _first_batch(spec, loaders["test"], classes)
-    return Data(loaders["train"], loaders["train_plain"], loaders["test"], classes, size, None)
+    _first_batch(spec, "train", loaders["train"], classes)
+    size, labels = _first_batch(spec, "test", loaders["test"], classes)
+    plain = loaders.get("train_plain", loaders["train"])
+    return Data(
+        loaders["train"], plain, loaders["test"], classes, size, None, labelled=labels is not None, notes=notes
+    )
 
 
-def _checked(spec: str, key: str, loader: Any, seed: int) -> EpochLoader:
-    if isinstance(loader, EpochLoader):
-        return loader
-    if not hasattr(loader, "__iter__") or not hasattr(loader, "__len__") or hasattr(loader, "__next__"):
-        raise ConfigError(
-            f"{spec!r}: the {key} loader is a {type(loader).__name__}, which cannot be iterated once per epoch.",
-            where=spec,
-            got=type(loader).__name__,
-            expected="an iterable with a length, such as torch.utils.data.DataLoader",
+def _arguments(
+    spec: str, parameters: Mapping[str, inspect.Parameter], options: DataOptions
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """What the function is given; and what it has no parameter for, in words."""
+    anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    asked = {name: value for name in _PICTURES if (value := getattr(options, name)) is not None}
+    for name in asked:
+        if name not in parameters and not anything:
+            raise ConfigError(
+                f"{spec!r} has no parameter `{name}`, and its loaders prepare pictures their own way.",
+                where=name,
+                got=asked[name],
+                hint=f"Leave --{name} out, or give the function a parameter `{name}`.",
+            )
+    offered = {name: getattr(options, name) for name in _ALWAYS} | asked
+    left_out = [
+        f"{spec} has no parameter `{name}`, so {meaning} is its own choice."
+        for name, wanted, meaning in (
+            ("limit", options.limit is not None, "how many samples there are"),
+            ("workers", options.workers > 0, "how many processes read"),
+            ("augment", not options.augment, "what is drawn at random"),
         )
-    if len(loader) == 0:
-        raise ConfigError(f"{spec!r}: the {key} loader has no batches.", where=spec, got=0, expected="at least 1")
-    return ForeignLoader(loader, seed=seed)
+        if wanted and name not in parameters and not anything
+    ]
+    return {name: value for name, value in offered.items() if name in parameters or anything}, tuple(left_out)
 
 
-def _first_batch(spec: str, loader: EpochLoader, classes: tuple[str, ...]) -> tuple[int, ...]:
-    """The size of one input; a ConfigError where the batch is not inputs and labels."""
+def _first_batch(
+    spec: str, key: str, loader: EpochLoader, classes: tuple[str, ...]
+) -> tuple[tuple[int, ...], Tensor | None]:
+    """The size of one input, and the labels of the first batch; a ConfigError where it cannot be right."""
     batch = next(iter(loader))
     found, labels = inputs_and_labels(batch)
     inputs = next(iter(found.values()), None)
-    if inputs is None or labels is None or labels.dtype != torch.int64 or labels.ndim != 1:
+    if inputs is None:
         raise ConfigError(
-            f"{spec!r}: a batch of the test loader is a {type(batch).__name__} without inputs and int64 labels.",
+            f"{spec!r}: a batch of the {key} loader is a {type(batch).__name__} without inputs that are tensors.",
             where=spec,
             got=type(batch).__name__,
-            expected="(inputs, labels) or a dict with labels, of tensors; labels int64 (batch,)",
+            expected="(inputs, labels), or a dict of inputs by name with labels, of tensors",
         )
-    worst = int(labels.max()) if int(labels.min()) >= 0 else int(labels.min())
-    if worst < 0 or (classes and worst >= len(classes)):
-        raise ConfigError(
-            f"{spec!r}: label {worst} is out of range.", where=spec, got=worst, expected=f"0 to {len(classes) - 1}"
-        )
-    return tuple(inputs.shape[1:])
-
-
-def repeatable(loader: Iterable[Any], seed: int, what: str) -> EpochLoader:
-    """The loader if its epochs can be repeated, else wrapped so that they can.
-
-    Raises:
-        ConfigError: it can be iterated only once, has no length, or no batches.
-    """
-    if isinstance(loader, EpochLoader):
-        return loader
-    if hasattr(loader, "__next__") or not hasattr(loader, "__iter__") or not hasattr(loader, "__len__"):
-        raise ConfigError(
-            f"The {what} is a {type(loader).__name__}, which cannot be gone through once per epoch.",
-            where=what,
-            got=type(loader).__name__,
-            expected="an iterable with a length",
-            hint="Give a torch.utils.data.DataLoader, a list of batches, or a loader of ifx.data.open_data.",
-        )
-    wrapped = ForeignLoader(loader, seed=seed)
-    if not len(wrapped):
-        raise ConfigError(f"The {what} has no batches.", where=what, got=0, expected="at least 1")
-    return wrapped
-
-
-class ForeignLoader(EpochLoader):
-    """A user's own loader made repeatable: its randomness (torch, numpy, random) is seeded by (seed, epoch).
-
-    Skipped batches are read and dropped; a shard is cut out of each whole batch.
-
-    Args:
-        loader: anything with a length that can be iterated again and again.
-        seed: of its randomness.
-    """
-
-    def __init__(self, loader: Iterable[Any], *, seed: int = 0):
-        super().__init__(seed=seed)
-        self.loader = loader
-
-    def __len__(self) -> int:
-        return len(self.loader)  # type: ignore[arg-type]
-
-    def _batches(self, skipped: int) -> Iterator[Any]:
-        parts = (self.loader, getattr(self.loader, "sampler", None), getattr(self.loader, "batch_sampler", None))
-        for tell in (getattr(part, "set_epoch", None) for part in parts):
-            if tell is not None:
-                tell(self.epoch)
-        for number, part in enumerate(parts):
-            generator = getattr(part, "generator", None)
-            if isinstance(generator, torch.Generator):
-                generator.manual_seed(seed_from(self.seed, self.epoch, number))
-        randomness = OwnRandomness(seed_from(self.seed, self.epoch))
-        with randomness.lent():
-            iterator = iter(self.loader)
-        for number in range(len(self)):
-            with randomness.lent():
-                batch = next(iterator, _END)
-            if batch is _END:
-                raise ConfigError(
-                    f"The loader says it has {len(self)} batches and ended after {number}.",
-                    where="loader",
-                    got=number,
-                    expected=len(self),
-                    hint="Let its __len__ say how many batches an epoch has.",
-                )
-            if number >= skipped:
-                yield batch if self.world == 1 else samples_of(batch, slice(self.rank, None, self.world))
-
-
-_END = object()
+    if labels is not None and classes and labels.ndim <= 2 and not labels.is_floating_point() and labels.numel():
+        low, high = (int(value) for value in labels.aminmax())
+        wrong = low if low < 0 else high
+        if low < 0 or high >= len(classes):
+            raise ConfigError(
+                f"{spec!r}: label {wrong} of the {key} loader is out of range.",
+                where=spec,
+                got=wrong,
+                expected=f"0 to {len(classes) - 1}",
+                hint="Let labels count the classes from 0.",
+            )
+    return tuple(inputs.shape[1:]), labels

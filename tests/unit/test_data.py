@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from indistill_fx.data import open as data_module
 from indistill_fx.data.dataset import Data
 from indistill_fx.data.image_folders import rank_in_class, spread
-from indistill_fx.data.loaders import DiskLoader, FlipAndCrop, MemoryLoader
+from indistill_fx.data.augment import FlipAndCrop
+from indistill_fx.data.loaders import DiskLoader, MemoryLoader
 from indistill_fx.data.open import open_data
 from indistill_fx.data.user_loaders import ForeignLoader
 from indistill_fx.errors import ConfigError

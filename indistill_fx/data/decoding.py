@@ -1,0 +1,122 @@
+"""Small pictures, decoded once into memory, and kept on disk for the next time where a cache is given."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from indistill_fx.data.image_folders import Listing
+from indistill_fx.data.pictures import read_picture
+from indistill_fx.errors import ConfigError
+from indistill_fx.system.terminal import followed
+
+_FORMAT = "pictures 2"
+
+
+@dataclass(frozen=True, slots=True)
+class Pictures:
+    """Decoded pictures.
+
+    Attributes:
+        values: uint8, or uint16 of deep ones: (count, channels, height, width), in the listing's order.
+        resized: how many had another size.
+    """
+
+    values: Tensor
+    resized: int
+
+
+def decode(
+    listing: Listing,
+    size: tuple[int, int],
+    *,
+    channels: int = 3,
+    deep: bool = False,
+    cache: Path | None = None,
+    progress: bool = False,
+) -> Pictures:
+    """All pictures in one tensor; those of another size are resized.
+
+    Args:
+        listing: the files.
+        size: height and width.
+        channels: 3 or 1.
+        deep: keep 16 bits a channel.
+        cache: a folder that keeps the result for the next time; it is found again as long as no file changed.
+        progress: show a bar where standard error is a terminal.
+
+    Raises:
+        ConfigError: an image is broken, or the cache is.
+    """
+    if cache is None:
+        return _decoded(listing, size, channels, deep, progress)
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file, save_file
+
+    place = cache / f"{_digest(listing, (size, channels, deep))}.safetensors"
+    if place.is_file():
+        try:
+            return _fitting(load_file(place), (len(listing.files), channels, *size))
+        except (SafetensorError, KeyError, ValueError, OSError) as error:
+            raise ConfigError(
+                f"Cache {str(place)!r} is broken: {error}.", where=str(place), hint="Remove it."
+            ) from error
+    found = _decoded(listing, size, channels, deep, progress)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as folder:  # renamed only when whole
+            save_file({"images": found.values, "resized": torch.tensor(found.resized)}, Path(folder, "images"))
+            Path(folder, "images").replace(place)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(
+            f"Cache {str(place)!r} cannot be written: {error}.", where=str(cache), hint="Give another folder, or none."
+        ) from error
+    return found
+
+
+def _decoded(listing: Listing, size: tuple[int, int], channels: int, deep: bool, progress: bool) -> Pictures:
+    from PIL import Image
+
+    values = np.empty((len(listing.files), channels, *size), np.uint16 if deep else np.uint8)
+    resized = 0
+    for i, path in enumerate(followed(listing.files, f"Decoding {listing.folder}", shown=progress)):
+        picture = read_picture(path, channels=channels, deep=deep)
+        found = tuple(picture.shape[1:]) if isinstance(picture, Tensor) else picture.size[::-1]
+        resized += found != size
+        if isinstance(picture, Tensor):
+            values[i] = (picture if found == size else _resized(picture, size)).numpy()
+            continue
+        if found != size:
+            picture = picture.resize(size[::-1], Image.Resampling.BILINEAR)
+        pixels = np.asarray(picture)
+        values[i] = pixels if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+    return Pictures(torch.from_numpy(values), resized)
+
+
+def _resized(picture: Tensor, size: tuple[int, int]) -> Tensor:
+    from torchvision.transforms.v2.functional import resize
+
+    found: Tensor = resize(picture, list(size), antialias=True)
+    return found.round().clamp(0, 65535)
+
+
+def _fitting(kept: dict[str, Tensor], shape: tuple[int, ...]) -> Pictures:
+    images = kept["images"]
+    if images.dtype not in (torch.uint8, torch.uint16) or images.shape != shape:
+        raise ValueError("it holds other images")
+    return Pictures(images, int(kept["resized"]))
+
+
+def _digest(listing: Listing, form: object) -> str:
+    digest = hashlib.sha256(repr((_FORMAT, form, str(listing.folder.resolve()))).encode())
+    for path in listing.files:
+        status = os.stat(path)
+        digest.update(f"{path.removeprefix(str(listing.folder))}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
+    return digest.hexdigest()[:32]

@@ -1,0 +1,202 @@
+"""Loaders of the user's own, made to give the same batches again in the same epoch, and each process its share once."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Iterable, Iterator
+from typing import Any, Self
+
+import torch
+import torch.distributed
+from torch.utils.data import DataLoader, IterableDataset
+
+from indistill_fx.batch import count_of, samples_of, tensors_of
+from indistill_fx.data.loaders import EpochLoader
+from indistill_fx.data.readers import reading_by_key
+from indistill_fx.errors import ConfigError
+from indistill_fx.system.random_state import OwnRandomness, seed_from
+
+
+def repeatable(loader: Iterable[Any], seed: int, what: str) -> EpochLoader:
+    """The loader if its epochs can be repeated, else wrapped so that they can.
+
+    Raises:
+        ConfigError: it can be iterated only once, or has no batches.
+    """
+    if isinstance(loader, EpochLoader):
+        return loader
+    if hasattr(loader, "__next__") or not hasattr(loader, "__iter__"):
+        raise ConfigError(
+            f"The {what} is a {type(loader).__name__}, which cannot be gone through once per epoch.",
+            where=what,
+            got=type(loader).__name__,
+            expected="an iterable that starts anew each time",
+            hint="Give a torch.utils.data.DataLoader, a list of batches, or a loader of ifx.data.open_data.",
+        )
+    wrapped = ForeignLoader(loader, seed=seed)
+    if wrapped.length == 0:
+        raise ConfigError(f"The {what} has no batches.", where=what, got=0, expected="at least 1")
+    return wrapped
+
+
+def require_whole(loader: Iterable[Any] | None, what: str) -> None:
+    """Refuse a loader that gives this process only its share: validation is the first process's work, on everything.
+
+    Raises:
+        ConfigError: its sampler shares the samples out among several processes.
+    """
+    loader = loader.loader if isinstance(loader, ForeignLoader) else loader
+    if (shares := _shares(loader)) is not None and shares > 1:
+        raise ConfigError(
+            f"The {what} shares its samples out among {shares} processes, but one process validates, and would see its share only.",
+            where=what,
+            got=f"a sampler for {shares} processes",
+            hint="Give it without a distributed sampler.",
+        )
+
+
+class ForeignLoader(EpochLoader):
+    """A user's own loader made repeatable: its randomness (torch, numpy, random) is seeded by (seed, epoch).
+
+    Skipped batches are read and dropped. A shard is cut out of each whole batch, unless the loader shares its samples out already
+    (a DistributedSampler, Accelerate's loaders, streams that split by process). Processes that live on over epochs
+    (`persistent_workers`) draw for each sample what follows from (seed, epoch, index).
+
+    Args:
+        loader: anything that can be iterated again and again.
+        seed: of its randomness.
+    """
+
+    def __init__(self, loader: Iterable[Any], *, seed: int = 0):
+        super().__init__(seed=seed)
+        self.loader = loader
+        self._shared = False
+        self._by_key = reading_by_key(loader, seed)
+
+    @property
+    def length(self) -> int | None:
+        """As the loader says; a stream of torch's DataLoader only guesses, and its end counts."""
+        if isinstance(self.loader, DataLoader) and isinstance(self.loader.dataset, IterableDataset):
+            return None
+        try:
+            return len(self.loader)  # type: ignore[arg-type]
+        except (TypeError, NotImplementedError):
+            return None
+
+    def shard(self, rank: int, world: int) -> Self:
+        """See `EpochLoader`; a loader that shares its samples out already stays as it is.
+
+        Raises:
+            ConfigError: it shares them out among another number of processes.
+        """
+        part = super().shard(rank, world)
+        part._shared = world > 1 and self._shares_already(world)
+        if part._shared:
+            part.remarks = (*self.remarks, "The train loader shares its samples out among the processes by itself.")
+        return part
+
+    def _shares_already(self, world: int) -> bool:
+        shares = _shares(self.loader)
+        if shares is not None and shares > 1:
+            if shares != world:
+                raise ConfigError(
+                    f"The train loader shares its samples out among {shares} processes, but the run has {world}.",
+                    where="train loader",
+                    got=shares,
+                    expected=world,
+                    hint="Let its sampler count the processes of this run, or give the loader without a distributed sampler.",
+                )
+            return True
+        if isinstance(self.loader, DataLoader) and not isinstance(self.loader.dataset, IterableDataset):
+            return False
+        return _first_batches_differ(self)
+
+    def _batches(self, skipped: int) -> Iterator[Any]:
+        randomness = OwnRandomness(seed_from(self.seed, self.epoch))
+        with randomness.lent():
+            iterator = iter(self._of_this_epoch())
+        number, expected = 0, self.length
+        while expected is None or number < expected:
+            with randomness.lent():
+                batch = next(iterator, _END)
+            if batch is _END:
+                break
+            number += 1
+            if count_of(batch) * (self.world if self._shared else 1) < self.least:
+                self.left_out += 1
+                continue
+            if skipped:
+                skipped -= 1
+                continue
+            whole = self.world == 1 or self._shared
+            yield batch if whole else samples_of(batch, slice(self.rank, None, self.world))
+        if number < (expected or 1):
+            raise ConfigError(
+                f"The loader says it has {expected} batches and ended after {number}."
+                if expected
+                else "The loader has no batches.",
+                where="loader",
+                got=number,
+                expected=expected or "at least 1",
+                hint="Let its __len__ say how many batches an epoch has." if expected else "",
+            )
+
+    def _of_this_epoch(self) -> Iterable[Any]:
+        for tell in (getattr(part, "set_epoch", None) for part in _parts(self.loader)):
+            if tell is not None:
+                tell(self.epoch)
+        for number, part in enumerate(_parts(self.loader)):
+            generator = getattr(part, "generator", None)
+            if isinstance(generator, torch.Generator):
+                generator.manual_seed(seed_from(self.seed, self.epoch, number))
+        if self._by_key is not None:
+            return self._by_key.epoch(self.epoch)
+        if getattr(self.loader, "persistent_workers", False):
+            fresh: Any = copy.copy(self.loader)  # a stream's processes would go on drawing where they stopped
+            fresh._iterator = None
+            return fresh  # type: ignore[no-any-return]
+        return self.loader
+
+
+_END = object()
+
+
+def _parts(loader: Any) -> tuple[Any, ...]:
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    samplers = (getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
+    return (loader, *dict.fromkeys(samplers), getattr(loader, "dataset", None))
+
+
+def _shares(loader: Any) -> int | None:
+    """Among how many processes the loader's samplers share the samples out, if they say so."""
+    for part in _parts(loader):
+        for name in ("num_replicas", "num_processes"):  # torch's and Hugging Face's; Accelerate's
+            if isinstance(count := getattr(part, name, None), int):
+                return count
+    return None
+
+
+def _first_batches_differ(loader: ForeignLoader) -> bool:
+    """Whether every process gets other samples; without a process group they are taken for the same."""
+    if not torch.distributed.is_initialized():
+        return False
+    found: list[str | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, _digest(next(iter(loader))))
+    kinds = len(set(found))
+    if kinds not in (1, len(found)):
+        raise ConfigError(
+            "Of the processes' first batches some are the same and some differ.",
+            where="train loader",
+            got=f"{kinds} different ones in {len(found)} processes",
+            expected="the same in all, or another one in each",
+            hint="Let the loader give every process everything (each then takes its share of a batch), or each its own part.",
+        )
+    return kinds > 1
+
+
+def _digest(batch: Any) -> str:
+    total = hashlib.sha256()
+    for value in tensors_of(batch):
+        total.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return total.hexdigest()

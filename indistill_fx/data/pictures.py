@@ -1,0 +1,172 @@
+"""One picture from a file, as it was taken: upright, in as many channels as asked for, with all its bits."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from indistill_fx.errors import ConfigError
+from indistill_fx.system.files import require_regular
+
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+"""What an image file may be, whatever its name says. Not EPS, for example: Pillow has Ghostscript run that."""
+
+_ORIENTATION, _SIDEWAYS = 0x0112, 5
+"""EXIF's tag, and its first value that exchanges height and width."""
+
+DEEP_PEAK = 65535.0
+"""White in pictures of 16 bits a channel."""
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What a picture's file says of it before it is decoded.
+
+    Attributes:
+        height: of the upright picture, in pixels.
+        width: likewise.
+        deep: whether it has 16 bits a channel.
+    """
+
+    height: int
+    width: int
+    deep: bool
+
+
+def read_head(path: str) -> Head:
+    """Size and depth of a picture.
+
+    Raises:
+        ConfigError: see `read_picture`.
+    """
+    with _opened(path) as image:
+        height, width = image.height, image.width
+        if _orientation(image) >= _SIDEWAYS:
+            height, width = width, height
+        return Head(height, width, _is_deep(image))
+
+
+def read_picture(path: str, *, channels: int = 3, deep: bool = False) -> Any:
+    """The picture, turned upright by its EXIF tag. Palettes, CMYK and others become plain channels; transparency is left out.
+
+    Args:
+        path: of the file.
+        channels: 3 for RGB; 1 for grey.
+        deep: whether it belongs to a set with 16 bits a channel.
+
+    Returns:
+        A PIL image; of a deep set a float32 tensor (channels, height, width) of values from 0 to 65535 (8-bit pictures times 257).
+
+    Raises:
+        ConfigError: it is no picture, broken, of more pixels than Pillow takes for harmless (89 million), of values whose range
+            nobody can tell, or of 16 bits in a set that is not deep; the message names the file.
+    """
+    with _opened(path) as image:
+        if not _is_deep(image):
+            plain = _upright(image).convert("RGB" if channels == 3 else "L")
+            return _as_tensor(np.asarray(plain)) * 257.0 if deep else plain
+        if deep:
+            return _in_channels(_deep_values(image, path), channels)
+    raise ConfigError(
+        f"Image {path!r} has 16 bits a channel, but the others have 8.",
+        where=path,
+        got="16 bits",
+        expected="8 bits",
+        hint="Convert it, or the others, so that all have the same depth.",
+    )
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[Any]:
+    from PIL import Image
+
+    try:
+        require_regular(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=_FORMATS) as image:
+                yield image
+    except ConfigError:
+        raise
+    except Exception as error:  # any bytes at all may come here
+        reason = str(error) or type(error).__name__
+        raise ConfigError(
+            f"Image {path!r} cannot be read: {reason}.",
+            where=path,
+            got=reason,
+            hint="Replace or remove it.",
+        ) from error
+
+
+def _is_deep(image: Any) -> bool:
+    """Whether it has 16 bits a channel.
+
+    Pillow gives 16-bit grey as I;16, or as I where the format says that white is 65535; of 16-bit colours it would keep 8 bits.
+
+    Raises:
+        ValueError: its values have no known range.
+    """
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        return True
+    if image.mode in ("I", "F"):
+        raise ValueError(
+            f"it has {'floating-point' if image.mode == 'F' else '32-bit'} values, and which of them is white nobody can tell; "
+            "save it with 8 or 16 bits a channel"
+        )
+    for tile in getattr(image, "tile", ()):
+        arguments = tile[3] if isinstance(tile[3], tuple) else (tile[3],)
+        if any(isinstance(argument, str) and ";16" in argument for argument in arguments):
+            return True
+        if image.format == "PPM" and any(isinstance(argument, int) and argument > 255 for argument in arguments):
+            return True
+    return False
+
+
+def _deep_values(image: Any, path: str) -> Tensor:
+    """(channels, height, width), float32, of a deep picture as it is stored, upright."""
+    if image.mode.startswith("I"):
+        return _as_tensor(np.asarray(_upright(image)))
+    if image.format != "PNG":
+        raise ValueError(f"a {image.format} of 16-bit colours would lose half of its bits; save it as PNG")
+    from torchvision.io import ImageReadMode, decode_png
+
+    data = torch.frombuffer(bytearray(Path(path).read_bytes()), dtype=torch.uint8)
+    values: Tensor = decode_png(data, ImageReadMode.UNCHANGED, apply_exif_orientation=True)
+    return values.float()
+
+
+def _in_channels(values: Tensor, channels: int) -> Tensor:
+    """Grey repeated or colours weighed (ITU-R 601, as Pillow does), without transparency."""
+    colours = values[: 1 if len(values) <= 2 else 3]
+    if len(colours) == channels:
+        return colours
+    if channels == 3:
+        return colours.expand(3, -1, -1).clone()
+    return (colours * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(0, keepdim=True)
+
+
+def _as_tensor(pixels: Any) -> Tensor:
+    values = torch.from_numpy(pixels.astype(np.float32))
+    return values[None] if values.ndim == 2 else values.permute(2, 0, 1)
+
+
+def _orientation(image: Any) -> int:
+    try:
+        return int(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # a damaged tag says nothing
+        return 1
+
+
+def _upright(image: Any) -> Any:
+    from PIL import ImageOps
+
+    image.load()  # a PNG may carry the tag behind its pixels
+    return ImageOps.exif_transpose(image) if 1 < _orientation(image) <= 8 else image
