@@ -123,7 +123,7 @@ class ForeignLoader(EpochLoader):
             if batch is _END:
                 break
             number += 1
-            if count_of(batch) * (self.world if self._shared else 1) < self.least:
+            if 0 < count_of(batch) * (self.world if self._shared else 1) < self.least:
                 self.left_out += 1
                 continue
             if skipped:

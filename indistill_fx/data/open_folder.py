@@ -48,7 +48,9 @@ def open_folder(place: str, options: DataOptions) -> Data:
     small = max(options.size or own) <= SMALL
     size = options.size or (own if small else options.model_size or LARGE)
     default = _known_figures(train.classes, own)
-    notes: tuple[str, ...] = () if train.labels is not None else (f"{train.folder} has no class folders: its pictures have no labels.",)
+    notes: tuple[str, ...] = (
+        () if train.labels is not None else (f"{train.folder} has no class folders: its pictures have no labels.",)
+    )
     count = len(train.files) + len(test.files)
     if small and count * channels * size[0] * size[1] * (2 if form.deep else 1) <= MEMORY:
         decoded = [

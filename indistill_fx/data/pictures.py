@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -67,14 +66,14 @@ def read_picture(path: str, *, channels: int = 3, deep: bool = False) -> Any:
 
     Raises:
         ConfigError: it is no picture, broken, of more pixels than Pillow takes for harmless (89 million), of values whose range
-            nobody can tell, or of 16 bits in a set that is not deep; the message names the file.
+            nobody can tell, of 16-bit colours, or of 16 bits in a set that is not deep; the message names the file.
     """
     with _opened(path) as image:
         if not _is_deep(image):
             plain = _upright(image).convert("RGB" if channels == 3 else "L")
             return _as_tensor(np.asarray(plain)) * 257.0 if deep else plain
         if deep:
-            return _in_channels(_deep_values(image, path), channels)
+            return _as_tensor(np.asarray(_upright(image))).expand(channels, -1, -1)
     raise ConfigError(
         f"Image {path!r} has 16 bits a channel, but the others have 8.",
         where=path,
@@ -107,12 +106,10 @@ def _opened(path: str) -> Iterator[Any]:
 
 
 def _is_deep(image: Any) -> bool:
-    """Whether it has 16 bits a channel.
-
-    Pillow gives 16-bit grey as I;16, or as I where the format says that white is 65535; of 16-bit colours it would keep 8 bits.
+    """Whether it is grey of 16 bits, which Pillow gives as I;16, or as I where the format says that white is 65535.
 
     Raises:
-        ValueError: its values have no known range.
+        ValueError: its values have no known range, or Pillow would read half of their bits.
     """
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         return True
@@ -121,36 +118,16 @@ def _is_deep(image: Any) -> bool:
             f"it has {'floating-point' if image.mode == 'F' else '32-bit'} values, and which of them is white nobody can tell; "
             "save it with 8 or 16 bits a channel"
         )
-    for tile in getattr(image, "tile", ()):
-        arguments = tile[3] if isinstance(tile[3], tuple) else (tile[3],)
-        if any(isinstance(argument, str) and ";16" in argument for argument in arguments):
-            return True
-        if image.format == "PPM" and any(isinstance(argument, int) and argument > 255 for argument in arguments):
-            return True
+    for _, _, _, stored in getattr(image, "tile", ()):
+        for argument in stored if isinstance(stored, tuple) else (stored,):
+            deep = (
+                ";16" in argument if isinstance(argument, str) else image.format == "PPM" and int(argument or 0) > 255
+            )
+            if deep:
+                raise ValueError(
+                    "it has colours of 16 bits, of which only 8 could be read; save it with 8 bits a channel, or as grey of 16"
+                )
     return False
-
-
-def _deep_values(image: Any, path: str) -> Tensor:
-    """(channels, height, width), float32, of a deep picture as it is stored, upright."""
-    if image.mode.startswith("I"):
-        return _as_tensor(np.asarray(_upright(image)))
-    if image.format != "PNG":
-        raise ValueError(f"a {image.format} of 16-bit colours would lose half of its bits; save it as PNG")
-    from torchvision.io import ImageReadMode, decode_png
-
-    data = torch.frombuffer(bytearray(Path(path).read_bytes()), dtype=torch.uint8)
-    values: Tensor = decode_png(data, ImageReadMode.UNCHANGED, apply_exif_orientation=True)
-    return values.float()
-
-
-def _in_channels(values: Tensor, channels: int) -> Tensor:
-    """Grey repeated or colours weighed (ITU-R 601, as Pillow does), without transparency."""
-    colours = values[: 1 if len(values) <= 2 else 3]
-    if len(colours) == channels:
-        return colours
-    if channels == 3:
-        return colours.expand(3, -1, -1).clone()
-    return (colours * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(0, keepdim=True)
 
 
 def _as_tensor(pixels: Any) -> Tensor:
@@ -159,6 +136,8 @@ def _as_tensor(pixels: Any) -> Tensor:
 
 
 def _orientation(image: Any) -> int:
+    if image.format == "PNG" and not {"exif", "Raw profile type exif"} & image.info.keys():
+        return 1  # Pillow would decode the pixels to look behind them
     try:
         return int(image.getexif().get(_ORIENTATION, 1))
     except Exception:  # a damaged tag says nothing

@@ -60,7 +60,7 @@ class Readers:
     def _loader(self, plan: _Plan, pinned: bool, *, persistent: bool) -> DataLoader[Any]:
         return DataLoader(
             _Reseeded(self.dataset, self.seed),
-            batch_sampler=plan,  # type: ignore[arg-type]  # typed for indices, but keys may be anything
+            batch_sampler=plan,
             num_workers=self.workers,
             collate_fn=_collated,
             pin_memory=pinned,
@@ -83,7 +83,7 @@ class ByKey:
         self._sampler = _InEpoch(loader.batch_sampler)
         self._loader: DataLoader[Any] = DataLoader(
             _Reseeded(loader.dataset, seed),
-            batch_sampler=self._sampler,  # type: ignore[arg-type]
+            batch_sampler=self._sampler,
             num_workers=loader.num_workers,
             collate_fn=loader.collate_fn,
             pin_memory=loader.pin_memory,

@@ -16,6 +16,8 @@ from indistill_fx.errors import ConfigError
 from indistill_fx.system.user_code import load_object
 
 _ALWAYS = ("batch_size", "seed", "workers", "limit", "augment")
+_IGNORED = -100
+"""The label of a sample that does not count, as in `torch.nn.functional.cross_entropy`."""
 _PICTURES = ("size", "channels", "mean", "std", "cache")
 
 
@@ -51,9 +53,7 @@ def open_user_loaders(spec: str, options: DataOptions) -> Data:
     _first_batch(spec, "train", loaders["train"], classes)
     size, labels = _first_batch(spec, "test", loaders["test"], classes)
     plain = loaders.get("train_plain", loaders["train"])
-    return Data(
-        loaders["train"], plain, loaders["test"], classes, size, None, labelled=labels is not None, notes=notes
-    )
+    return Data(loaders["train"], plain, loaders["test"], classes, size, None, labelled=labels is not None, notes=notes)
 
 
 def _arguments(
@@ -97,15 +97,23 @@ def _first_batch(
             got=type(batch).__name__,
             expected="(inputs, labels), or a dict of inputs by name with labels, of tensors",
         )
-    if labels is not None and classes and labels.ndim <= 2 and not labels.is_floating_point() and labels.numel():
-        low, high = (int(value) for value in labels.aminmax())
-        wrong = low if low < 0 else high
-        if low < 0 or high >= len(classes):
-            raise ConfigError(
-                f"{spec!r}: label {wrong} of the {key} loader is out of range.",
-                where=spec,
-                got=wrong,
-                expected=f"0 to {len(classes) - 1}",
-                hint="Let labels count the classes from 0.",
-            )
+    _check_classes(spec, key, labels, classes)
     return tuple(inputs.shape[1:]), labels
+
+
+def _check_classes(spec: str, key: str, labels: Tensor | None, classes: tuple[str, ...]) -> None:
+    if labels is None or labels.is_floating_point() or labels.numel() != len(labels):
+        return  # what other labels mean is the task's to say
+    known = labels[labels != _IGNORED].long()
+    if not known.numel():
+        return
+    low, high = (int(value) for value in known.aminmax())
+    if low < 0 or (classes and high >= len(classes)):
+        wrong = low if low < 0 else high
+        raise ConfigError(
+            f"{spec!r}: label {wrong} is out of range, in the first batch of the {key} loader.",
+            where=spec,
+            got=wrong,
+            expected=f"0 to {len(classes) - 1}" if classes else "0 or more",
+            hint="Let labels count the classes from 0.",
+        )

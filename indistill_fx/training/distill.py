@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from indistill_fx.batch import Inputs, label_check, split
 from indistill_fx.curriculum import Budget, Curriculum
+from indistill_fx.data.foreign import repeatable
 from indistill_fx.data.loaders import EpochLoader
-from indistill_fx.data.user_loaders import repeatable
 from indistill_fx.errors import ConfigError
 from indistill_fx.losses.registry import asked_of_the_data
 from indistill_fx.losses.stage_losses import KeptFeature

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from indistill_fx.batch import Inputs, label_check, split
 from indistill_fx.curriculum import Budget
-from indistill_fx.data.user_loaders import repeatable
+from indistill_fx.data.foreign import repeatable
 from indistill_fx.errors import ConfigError
 from indistill_fx.evaluation.accuracy import select_logits
 from indistill_fx.graph.module_state import evaluating

@@ -11,7 +11,8 @@ from typing import Any
 from accelerate import Accelerator
 from torch import nn
 
-from indistill_fx.data.loaders import EpochLoader, noticing_dead_readers
+from indistill_fx.data.loaders import EpochLoader
+from indistill_fx.data.readers import noticing_dead_readers
 from indistill_fx.errors import ConfigError, PassError
 from indistill_fx.evaluation.accuracy import evaluate
 from indistill_fx.graph.edit import forget_sources

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import indistill_fx as ifx
-from indistill_fx.data.image_folders import decode, list_images
+from indistill_fx.data.decoding import decode
+from indistill_fx.data.image_folders import list_images
 from indistill_fx.deploy.save_pt2 import save_program
 from indistill_fx.errors import ConfigError, ExportError, IndistillError, TrainError
 from indistill_fx.plan import AlignmentPlan, ModelStamp
@@ -82,7 +83,7 @@ def cached(path: Path) -> None:
         (folder / kind).mkdir(parents=True, exist_ok=True)
         for n in range(4):
             Image.new("RGB", (32, 32), (n, n, n)).save(folder / kind / f"{n}.png")
-    decode(list_images(folder), (32, 32), resize=False, cache=path.parent)
+    decode(list_images(folder), (32, 32), cache=path.parent)
 
 
 WRITERS: dict[str, Callable[[Path], object]] = {

@@ -19,7 +19,9 @@ from torch import nn
 
 from indistill_fx.cli import run as run_cli
 from indistill_fx.cli.common import console
-from indistill_fx.data.image_folders import decode, list_images, read_image
+from indistill_fx.data.decoding import decode
+from indistill_fx.data.image_folders import list_images
+from indistill_fx.data.pictures import read_picture
 from indistill_fx.errors import ConfigError
 from indistill_fx.loading.load import load
 from indistill_fx.loading.spec import parse_spec
@@ -161,7 +163,7 @@ def test_an_image_that_is_none_is_refused_before_it_takes_memory(name: str, tmp_
     path = tmp_path / "image.png"
     path.write_bytes(content)
     with pytest.raises(ConfigError, match=reason) as caught:
-        read_image(str(path))
+        read_picture(str(path))
     assert caught.value.where == str(path)
 
 
@@ -176,12 +178,12 @@ def test_a_cache_of_other_images_is_refused(tmp_path: Path) -> None:
     (tmp_path / "images" / "a").mkdir(parents=True)
     Image.new("RGB", (8, 8)).save(tmp_path / "images" / "a" / "0.png")
     listing = list_images(tmp_path / "images")
-    decode(listing, (8, 8), resize=False, cache=tmp_path / "cache")
+    decode(listing, (8, 8), cache=tmp_path / "cache")
     (found,) = (tmp_path / "cache").iterdir()
     for tensors in ({"images": torch.zeros(9, 3, 8, 8, dtype=torch.uint8)}, {"other": torch.zeros(1)}):
         save_file(tensors, found)
         with pytest.raises(ConfigError, match="is broken"):
-            decode(listing, (8, 8), resize=False, cache=tmp_path / "cache")
+            decode(listing, (8, 8), cache=tmp_path / "cache")
 
 
 NASTY = "layer\x1b[2J\x1b]0;owned\x07\x9b31m\u202egnp\r[bold]x[/]\ud800"

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from indistill_fx.data.user_loaders import repeatable
+from indistill_fx.data.foreign import repeatable
 from indistill_fx.errors import ConfigError, TrainError
 from indistill_fx.runs import directory as record
 from indistill_fx.runs.directory import LAST
@@ -153,7 +153,7 @@ def test_a_connection_that_ends_is_a_dead_worker_only_if_torch_says_so(
         if later:
             raise RuntimeError("DataLoader worker (pid 5) is killed by signal: Killed.")
 
-    monkeypatch.setattr("indistill_fx.data.loaders.time.sleep", news)
+    monkeypatch.setattr("indistill_fx.data.readers.time.sleep", news)
     loader = repeatable(Broken([0]), 0, "train loader")
     if later:
         with pytest.raises(TrainError, match=r"has died: DataLoader worker \(pid 5\)"):

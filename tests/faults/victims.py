@@ -107,9 +107,9 @@ def reads_a_run(place: str) -> None:
 
 
 def reads_an_image(path: str) -> None:
-    from indistill_fx.data.image_folders import read_image
+    from indistill_fx.data.pictures import read_picture
 
     try:
-        read_image(path)
+        read_picture(path)
     except ConfigError:
         os._exit(6)

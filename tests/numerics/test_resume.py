@@ -22,8 +22,9 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler, WeightedRandomS
 
 from indistill_fx.batch import label_check
 from indistill_fx.curriculum import Budget
-from indistill_fx.data.loaders import FlipAndCrop, MemoryLoader
-from indistill_fx.data.user_loaders import repeatable
+from indistill_fx.data.augment import FlipAndCrop
+from indistill_fx.data.foreign import repeatable
+from indistill_fx.data.loaders import MemoryLoader
 from indistill_fx.runs.record import RunRecord
 from indistill_fx.training.settings import Settings
 from indistill_fx.training.state import Phase

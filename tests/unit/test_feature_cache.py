@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 import indistill_fx as ifx
-from indistill_fx.data.loaders import FlipAndCrop, MemoryLoader
+from indistill_fx.data.augment import FlipAndCrop
+from indistill_fx.data.loaders import MemoryLoader
 from indistill_fx.data.open import open_data
 from indistill_fx.stages.compile import joint_teachers
 from indistill_fx.target import Target

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from indistill_fx.batch import label_check
 from indistill_fx.curriculum import Budget
-from indistill_fx.data.user_loaders import repeatable
+from indistill_fx.data.foreign import repeatable
 from indistill_fx.errors import ConfigError, TrainError
 from indistill_fx.runs.record import RunRecord
 from indistill_fx.system.signals import Interrupted
