@@ -141,7 +141,8 @@ def split(batch: Any, *models: Inputs, where: str) -> Parts:
     for name, value in (("labels", labels), (INDICES, indices)):
         if value is not None and not isinstance(value, Tensor):
             raise _unfit(where, name, f"of type {type(value).__name__}", "a tensor", "Let the loader yield tensors.")
-    return Parts(tuple(_by_name(entries, model, batch, where) for model in models), labels, indices, features)
+    calls = tuple(_by_name(entries, model, batch, where) for model in models)
+    return Parts(calls, _as_class_numbers(labels), indices, features)
 
 
 def _names_tell(entries: Mapping[str, Any], models: Sequence[Inputs]) -> bool:
@@ -190,7 +191,15 @@ def _by_order(batch: Any, models: Sequence[Inputs], where: str) -> Parts:
         raise _unfit(where, "labels", f"of type {type(labels).__name__}", "a tensor", "Let the loader yield tensors.")
     numbers = isinstance(indices, Tensor) and indices.ndim == 1 and not indices.is_floating_point()
     calls = tuple(Call(tuple(values[: len(model.required)])) for model in models)
-    return Parts(calls, labels, indices if numbers else None)
+    return Parts(calls, _as_class_numbers(labels), indices if numbers else None)
+
+
+def _as_class_numbers(labels: Tensor | None) -> Tensor | None:
+    """Whole numbers of any width as int64, a column (batch, 1) of them as (batch,); other labels stay as they are."""
+    if labels is None or labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        return labels
+    labels = labels.long()
+    return labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
 
 
 def inputs_and_labels(batch: Any) -> tuple[dict[str, Tensor], Tensor | None]:
@@ -265,7 +274,17 @@ def label_check(classes: int | None, *models: Inputs) -> Callable[[int, Any], No
 
     def check(number: int, batch: Any) -> None:
         labels = split(batch, *models, where=f"Batch {number + 1}").labels
-        if classes is None or labels is None or not labels.numel() or labels.is_floating_point():
+        if classes is None or labels is None or not labels.numel():
+            return
+        if labels.is_floating_point() and labels.ndim == 1 and classes > 1:
+            raise ConfigError(
+                f"Labels in batch {number + 1} are {labels.dtype} numbers, but the model has {classes} classes.",
+                where="labels",
+                got=str(labels.dtype),
+                expected="class numbers (batch,) of whole numbers, or probabilities (batch, classes)",
+                hint="Convert them: labels.long().",
+            )
+        if labels.is_floating_point():
             return
         low, high = (int(value) for value in labels.aminmax())
         if low < 0 or high >= classes:

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from indistill_fx.data.foreign import ForeignLoader
 from indistill_fx.data.image_folders import ImageFiles
 from indistill_fx.data.loaders import EpochLoader, MemoryLoader
-from indistill_fx.data.user_loaders import ForeignLoader
 from indistill_fx.errors import ConfigError, nearest
 from indistill_fx.graph.module_state import settings_of
 from indistill_fx.system.user_code import load_object
@@ -48,7 +48,7 @@ def identity_of(
         **more,
         "warm-up": [f"{phase.name}: {phase.budget}" for phase in phases if not phase.main],
         "epochs": main.budget.length if main is not None else None,
-        "batches": len(loader),
+        "batches": loader.length,
         **_data(loader),
         "features": "cached" if any(phase.attach for phase in phases) else None,
         "what is added to the main loss": "".join(phase.also for phase in phases),

@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
-from indistill_fx.data.loaders import EpochLoader
+from indistill_fx.data.loaders import EpochLoader, with_last
 from indistill_fx.errors import TrainError
 from indistill_fx.runs.directory import LAST, RunDirectory
 from indistill_fx.runs.record import EpochRecord
@@ -45,7 +45,7 @@ class TrainingLoop:
     Args:
         student: the module whose weights the stages train.
         phases: the stages, in order.
-        loader: the whole run's batches; every process takes its share of each.
+        loader: this process's share of the whole run's batches.
         settings: how.
         accelerator: the run's.
         directory: where checkpoints and metrics go; None: nowhere.
@@ -76,7 +76,7 @@ class TrainingLoop:
         self._directory, self._reporter, self._stop = directory, reporter, stop
         self._accelerator = accelerator
         self._validate, self._check = validate, check
-        self._loader = loader.shard(accelerator.process_index, accelerator.num_processes)
+        self._loader = loader.to(accelerator.device)
         self._saver = Saver(student, phases, accelerator, directory, identity)
         self._pending: list[Tensor] = []
         self._since = time.monotonic()
@@ -114,8 +114,8 @@ class TrainingLoop:
 
     def _train_epoch(self, phase: Phase, module: nn.Module, optimizer: Any) -> None:
         settings, group = self._settings, 0
-        for index, batch in self._batches(phase):
-            boundary = (index + 1) % settings.accumulate == 0 or index + 1 == len(self._loader)
+        for index, batch, last in self._batches(phase):
+            boundary = last or (index + 1) % settings.accumulate == 0
             reseed(settings.seed, self.state.epochs, index, self._accelerator.process_index)
             with nullcontext() if boundary else self._accelerator.no_sync(module):
                 loss = module(batch)
@@ -190,16 +190,18 @@ class TrainingLoop:
 
     # What follows serves the loop above.
 
-    def _batches(self, phase: Phase) -> Iterator[tuple[int, Any]]:
+    def _batches(self, phase: Phase) -> Iterator[tuple[int, Any, bool]]:
         if self._used_up(phase):  # stopped by a signal between the last step and the end of the epoch
             return
         self._loader.set_epoch(self.state.epochs)
         self._loader.skip(self.state.batch)
         device = self._accelerator.device
-        for index, batch in enumerate(self._loader, start=self.state.batch):
+        for index, (batch, last) in enumerate(with_last(iter(self._loader)), start=self.state.batch):
             if self.state.epochs == 0:
                 self._check(index, batch)
-            yield index, send_to_device(phase.given(batch), device, non_blocking=True)
+            yield index, send_to_device(phase.given(batch), device, non_blocking=True), last
+        if self._loader.left_out and self.state.epoch == 0:
+            self._note(phase, f"a batch of fewer than {self._loader.least} samples is left out: batch norms need them")
 
     def _used_up(self, phase: Phase) -> bool:
         return phase.budget.unit == "steps" and self.state.steps >= phase.budget.length

@@ -31,14 +31,14 @@ class Seen:
     """What is known of a stage.
 
     Attributes:
-        total: its optimiser steps, at most.
+        total: its optimiser steps, at most; None: nobody knows before its first epoch ends.
         step: those done.
         losses: of its finished epochs, and last the running one's.
         ended: epochs finished.
         over: whether it is.
     """
 
-    total: int
+    total: int | None
     step: int = 0
     losses: list[float] = field(default_factory=list)
     ended: int = 0
@@ -97,14 +97,15 @@ class Board:
             "".join(sign if sign.isprintable() else "\ufffd" for sign in name),
             style="bold" if runs else "" if stage.over else "dim",
         )
-        bar = ProgressBar(total=max(stage.total, 1), completed=stage.total if stage.over else stage.step, width=14)
+        total = stage.total if stage.total is not None else stage.step
+        bar = ProgressBar(total=max(total, 1), completed=total if stage.over else stage.step, width=14)
         ends = dict.fromkeys(f"{value:.4g}" for value in (*stage.losses[: int(width >= _WIDE)], *stage.losses[-1:]))
         told = Text(f"loss {' → '.join(ends)}" if ends else "", style="" if runs else "dim")
         cells: list[Text | ProgressBar] = [
             mark,
             title,
             bar,
-            Text(f"{stage.step}/{stage.total}", style="" if runs else "dim"),
+            Text(f"{stage.step}/{'?' if stage.total is None else stage.total}", style="" if runs else "dim"),
         ]
         return [*cells, told, Text(spark(stage.losses, 16), style="cyan")][: 6 if width >= _WIDE else 5]
 
@@ -117,11 +118,11 @@ class Board:
         return [Text("  " + " · ".join(parts), no_wrap=True, overflow="ellipsis")] if parts else []
 
 
-def board(steps: Mapping[str, int]) -> Board:
+def board(steps: Mapping[str, int | None]) -> Board:
     """A dashboard before the first stage.
 
     Args:
-        steps: optimiser steps of each stage in order, at most.
+        steps: optimiser steps of each stage in order, at most; None: not known.
     """
     return Board({name: Seen(total) for name, total in steps.items()})
 
@@ -158,7 +159,7 @@ class Reporter:
         self,
         *,
         shown: bool,
-        steps: Mapping[str, int],
+        steps: Mapping[str, int | None],
         console: Console | None = None,
         costs: Mapping[str, float] | None = None,
     ):
@@ -225,7 +226,8 @@ class Reporter:
             self._draw()
         else:
             self.say(
-                f"{self._board.running}{self._tap}: step {step} of {stage.total}, epoch {epoch}, loss {loss:.4g}, {pace}"
+                f"{self._board.running}{self._tap}: step {step}{'' if stage.total is None else f' of {stage.total}'}, "
+                f"epoch {epoch}, loss {loss:.4g}, {pace}"
             )
 
     def epoch(self, stage: str, step: int, loss: float, accuracy: float | None) -> None:
@@ -256,8 +258,12 @@ class Reporter:
     def _left(self, step: int, rate: float) -> str:
         """Time left, as if a later stage's step took as much longer than this one's as it costs more."""
         names, stages, running = list(self._board.stages), self._board.stages, self._board.running
-        later = sum(stages[name].total * self._costs[name] for name in names[names.index(running) + 1 :])
-        own = stages[running].total - step
+        totals = {name: stages[name].total for name in names[names.index(running) :]}
+        known = {name: total for name, total in totals.items() if total is not None}
+        if len(known) < len(totals):
+            return "nobody knows how long an epoch is"
+        own = known.pop(running) - step
+        later = sum(total * self._costs[name] for name, total in known.items())
         seconds = round((own + later / max(self._costs[running], 1e-9)) / max(rate, 1e-9))
         if seconds < 90:
             return f"about {seconds} s left"

@@ -11,6 +11,7 @@ from typing import Any
 from accelerate import Accelerator
 from torch import nn
 
+from indistill_fx.data.foreign import require_whole
 from indistill_fx.data.loaders import EpochLoader
 from indistill_fx.data.readers import noticing_dead_readers
 from indistill_fx.errors import ConfigError, PassError
@@ -94,6 +95,7 @@ class Trainer:
             Interrupted: a signal arrived; a checkpoint was saved.
         """
         forget_sources()  # of earlier runs
+        require_whole(self.val_loader, "validation loader")
         accelerator = make_accelerator(cpu=self.settings.device == "cpu", precision=self.settings.mixed_precision)
         directory = self._directory(accelerator)
         teacher = digest(self.teacher) if self.teacher is not None else None
@@ -131,6 +133,8 @@ class Trainer:
         phases = [phase for phase in setup.phases if phase.budget.length]
         more = ({"teacher": teacher} if teacher is not None else {}) | dict(setup.identity)
         identity = identity_of(phases, self.loader, self.settings, more)
+        least = _least_samples(self.student, accelerator.num_processes, together=self.settings.sync_batch_norm)
+        loader = self.loader.at_least(least).shard(accelerator.process_index, accelerator.num_processes)
         shown = self.progress and accelerator.is_main_process
         costs = {phase.name: phase.cost for phase in phases}
         with (
@@ -140,7 +144,7 @@ class Trainer:
             loop = TrainingLoop(
                 student=self.student,
                 phases=phases,
-                loader=self.loader,
+                loader=loader,
                 settings=self.settings,
                 accelerator=accelerator,
                 directory=directory,
@@ -155,7 +159,8 @@ class Trainer:
             accuracy = self._teacher_accuracy(directory if resumed else None, accelerator, reporter)
             if accuracy is not None:
                 reporter.teacher(accuracy)
-            schedule = [*(f"{phase.name}: {self._described(phase)}" for phase in phases), *setup.remarks]
+            schedule = [f"{phase.name}: {self._described(phase)}" for phase in phases]
+            schedule += [*setup.remarks, *loader.remarks]
             reporter.say("\n".join(schedule))
             accelerator.wait_for_everyone()  # until all have seen whether there is something to resume
             if directory is not None:
@@ -189,11 +194,13 @@ class Trainer:
         ]
         return (earlier if isinstance(earlier, list) else []) + new
 
-    def _steps(self, phases: list[Phase]) -> dict[str, int]:
-        per_epoch = -(-len(self.loader) // self.settings.accumulate)
-        return {
-            phase.name: phase.budget.length * (per_epoch if phase.budget.unit == "epochs" else 1) for phase in phases
+    def _steps(self, phases: list[Phase]) -> dict[str, int | None]:
+        batches = self.loader.length
+        per_epoch = None if batches is None else -(-batches // self.settings.accumulate)
+        lengths = {
+            phase.name: (phase.budget.length, 1 if phase.budget.unit == "steps" else per_epoch) for phase in phases
         }
+        return {name: None if steps is None else length * steps for name, (length, steps) in lengths.items()}
 
     def _described(self, phase: Phase) -> str:
         main = self.settings.describe() if phase.main else ""
@@ -246,6 +253,12 @@ class Trainer:
         if directory is not None:
             directory.report(status="done", result=record.to_json())
         return record
+
+
+def _least_samples(student: nn.Module, processes: int, *, together: bool) -> int:
+    """How many samples a batch needs: one for each process; two where a batch norm takes its statistics."""
+    norms = any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in student.modules())
+    return max(processes, 2) if norms and together else processes * (2 if norms else 1)
 
 
 def _recall(reporter: Reporter, state: State, phases: Sequence[Phase]) -> None:
