@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from indistill_fx.cli import common
+from indistill_fx.cli import common, pictures
 
 if TYPE_CHECKING:
+    from indistill_fx.loading.load import Source
     from indistill_fx.passes.contract import PassResult
     from indistill_fx.passes.pairing.match import MatchReport
     from indistill_fx.plan import AlignmentPlan
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 @click.option(
     "--data", metavar="DATA", help="For --similarity: digits, cifar10, imagefolder:DIR or file.py:make_loaders."
 )
+@pictures.picture_options
 @click.option(
     "--batches",
     default=16,
@@ -91,7 +93,7 @@ def command(teacher: str, student: str, input_size: str | None, trust: tuple[str
         edited = [(pair.teacher, pair.student) for pair in plan.pairs]
         matching.update(fixed=[*edited, *matching["fixed"]], pairs=len(edited) + len(matching["fixed"]))
     sources = common.open_model(teacher, trust), common.open_model(student, trust)
-    matching["similarity"], seen = _similarity(options["similarity"], options["data"], options["batches"])
+    matching["similarity"], seen = _similarity(options, sources)
     example = common.example_for(sources, input_size, None if input_size else seen)
     teacher_source, student_source = sources
     traced = (
@@ -124,20 +126,20 @@ def _fixed(pairs: tuple[str, ...]) -> list[tuple[str, str]]:
     return found
 
 
-def _similarity(wanted: str | None, data: str | None, batches: int) -> tuple[Any, tuple[int, ...] | None]:
+def _similarity(options: dict[str, Any], sources: tuple[Source, Source]) -> tuple[Any, tuple[int, ...] | None]:
     """What measures similarity on data, and the size of a sample; nothing where it is not asked for."""
     from indistill_fx.errors import ConfigError
 
-    if (wanted is None) != (data is None):
+    data, batches = options["data"], options["batches"]
+    if (options["similarity"] is None) != (data is None):
         raise ConfigError(
             "--similarity and --data go together.", where="--similarity", hint="Write --similarity cka --data DATA."
         )
     if data is None:
         return None, None
-    from indistill_fx.data.open import open_data
     from indistill_fx.passes.pairing.cka import cka
 
-    opened = open_data(data, batch_size=64, limit=64 * batches, progress=True)
+    opened = pictures.open_pictures(data, options, *reversed(sources), batch_size=64, limit=64 * batches, progress=True)
     return cka(opened.train_plain, batches=batches), opened.input_size
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from indistill_fx.cli import common
+from indistill_fx.cli import common, pictures
 
 if TYPE_CHECKING:
     from indistill_fx.data.dataset import Data
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     "--samples", default=512, show_default=True, type=click.IntRange(min=1), help="Of DATA, spread over the classes."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@pictures.picture_options
 @common.input_option
 @common.trust_option
 def command(
@@ -35,6 +36,7 @@ def command(
     as_json: bool,
     input_size: str | None,
     trust: tuple[str, ...],
+    **options: Any,
 ) -> int:
     """Prove a deployed ONNX FILE again: readable, same inputs, graph, weights and outputs as the model.
 
@@ -50,11 +52,11 @@ def command(
 
     from rich.text import Text
 
-    from indistill_fx.data.open import open_data
     from indistill_fx.deploy.check_onnx import check_onnx
 
     source = common.open_model(against, trust)
-    some = open_data(data, batch_size=256, augment=False, limit=samples) if data else None
+    more: dict[str, Any] = {"batch_size": 256, "augment": False, "limit": samples}
+    some = pictures.open_pictures(data, options, source, **more) if data else None
     report = check_onnx(
         file,
         source.module,

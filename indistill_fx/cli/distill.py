@@ -163,16 +163,15 @@ def command(teacher: str, student: str, **options: Any) -> None:
     from indistill_fx.training.distill import distill
 
     out, loss = options["output"], options["main"]
-    source, pupil = (
-        common.open_model(spec, options["trust"], seed=options["seed"]).module for spec in (teacher, student)
-    )
-    data = training.open_training_data(options)
+    models = [common.open_model(spec, options["trust"], seed=options["seed"]) for spec in (teacher, student)]
+    source, pupil = (model.module for model in models)
+    data = training.open_training_data(options, *reversed(models))
     shared: dict[str, Any] = {
         "curriculum": _curriculum(options),
         "plan": AlignmentPlan.load(options["plan_file"]) if options["plan_file"] else None,
         "main": loss,
         "main_options": _main_options(options["main_options"]),
-        "val_loader": data.test,
+        "val_loader": data.test if data.labelled else None,
         "example_inputs": common.example_for((), None, data.input_size),
         "logits": options["logits"],
         "resume": options["resume"],

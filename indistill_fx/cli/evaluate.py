@@ -6,12 +6,13 @@ from typing import Any
 
 import click
 
-from indistill_fx.cli import common
+from indistill_fx.cli import common, pictures
 
 
 @click.command(name="evaluate")
 @click.argument("model")
 @common.data_option
+@pictures.picture_options
 @common.input_option
 @common.trust_option
 @common.logits_option
@@ -58,12 +59,12 @@ def command(
     import torch
     from accelerate.utils import send_to_device
 
-    from indistill_fx.data.open import open_data
     from indistill_fx.evaluation.accuracy import evaluate
     from indistill_fx.evaluation.retrieval import evaluate_retrieval
 
     source = common.open_model(model, trust)
-    opened = open_data(data, progress=True, **options)
+    more = {name: options[name] for name in ("limit", "workers", "cache", "batch_size")}
+    opened = pictures.open_pictures(data, options, source, progress=True, **more)
     if device == "auto" and (found := torch.accelerator.current_accelerator(check_available=True)) is not None:
         source.module.to(found)
     result = asdict(evaluate(source.module, opened.test, logits=logits, progress=True))

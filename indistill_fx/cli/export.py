@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from indistill_fx.cli import common
+from indistill_fx.cli import common, pictures
 
 if TYPE_CHECKING:
     from indistill_fx.data.dataset import Data
@@ -69,6 +69,7 @@ if TYPE_CHECKING:
     help="Largest difference allowed, as a share of the output's range.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@pictures.picture_options
 @common.input_option
 @common.trust_option
 def command(
@@ -91,7 +92,6 @@ def command(
       indistill-fx export runs/first -o student.onnx
       indistill-fx export runs/first -o student.onnx --int8 --data imagefolder:cifar10
     """
-    from indistill_fx.data.open import open_data
     from indistill_fx.deploy.export_onnx import export_onnx
     from indistill_fx.errors import ConfigError
     from indistill_fx.runs.load import is_run, keep_export
@@ -101,7 +101,8 @@ def command(
             "--int8 has no data to calibrate and measure on.", where="--int8", hint="Give it: --data DATA."
         )
     source = common.open_model(model, trust)
-    some = open_data(data, batch_size=256, augment=False, limit=samples) if data else None
+    more: dict[str, Any] = {"batch_size": 256, "augment": False}
+    some = pictures.open_pictures(data, options, source, limit=samples, **more) if data else None
     normalisation = (some.normalisation if some else None) or source.normalisation
     if options["preprocess"] and normalisation is None:
         raise ConfigError(
@@ -130,7 +131,8 @@ def command(
         _tell(report, classes)
     small = None
     if int8 and some is not None and data is not None:
-        small = _quantize(Path(output), some, data, samples, options)
+        whole = pictures.open_pictures(data, options, source, **more)
+        small = _quantize(Path(output), some, whole, samples, options)
         if kept:
             lost = keep_export(model, int8_size=small.size_int8, int8_accuracy=small.accuracy_int8)
     if as_json:
@@ -145,15 +147,14 @@ def _names(text: str | None) -> list[str] | None:
     return [name.strip() for name in text.split(",")] if text else None
 
 
-def _quantize(source: Path, some: Data, data: str, samples: int, options: dict[str, Any]) -> QuantizeReport:
-    from indistill_fx.data.open import open_data
+def _quantize(source: Path, some: Data, whole: Data, samples: int, options: dict[str, Any]) -> QuantizeReport:
     from indistill_fx.deploy.quantize import quantize_onnx
 
     dynamic = options["dynamic"]
     return quantize_onnx(
         source,
         source.with_suffix(".int8.onnx"),
-        evaluation=open_data(data, batch_size=256, augment=False).test,
+        evaluation=whole.test,
         calibration=common.first_batches(some.train_plain, samples),
         method="auto" if dynamic is None else "dynamic" if dynamic else "static",
         calibrate=options["calibrate"],

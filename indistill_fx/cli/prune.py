@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from indistill_fx.cli import common
+from indistill_fx.cli import common, pictures
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from rich.table import Table
 
+    from indistill_fx.loading.load import Source
     from indistill_fx.passes.pruning.shrink import ShrinkReport
     from indistill_fx.traced import TracedModel
 
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     metavar="DIR/|FILE",
     help="A directory for student.py and student.safetensors: the network as source code. Or a .pt2 file to write.",
 )
+@pictures.picture_options
 @common.input_option
 @common.logits_option
 @common.trust_option
@@ -78,6 +80,7 @@ def command(
     """
     from indistill_fx.errors import ConfigError
 
+    asked = {name: wishes.pop(name) for name in pictures.NAMES}
     if plan_file and (others := [f"--{name.replace('_', '-').rstrip('s')}" for name, wish in wishes.items() if wish]):
         raise ConfigError(
             f"--plan names the layers and their widths; {', '.join(others)} would name them again.",
@@ -85,7 +88,7 @@ def command(
             hint="Give one of them.",
         )
     source = common.open_model(model, trust)
-    loader, size = _data(data, batches)
+    loader, size = _data(data, batches, asked, source)
     traced = common.trace_model(source, common.example_for((source,), input_size, size), "teacher", logits=logits)
     ranking: dict[str, Any] = {"criterion": criterion, "loader": loader}
     smaller = _narrowed(traced, plan_file, ranking) if plan_file else _shrunk(traced, layers, **wishes, **ranking)
@@ -116,15 +119,15 @@ def _save(smaller: TracedModel, output: str) -> None:
     out.print(f"Written to {target}.", soft_wrap=True)
 
 
-def _data(spec: str | None, batches: int) -> tuple[Iterable[object] | None, tuple[int, ...] | None]:
+def _data(
+    spec: str | None, batches: int, asked: dict[str, Any], source: Source
+) -> tuple[Iterable[object] | None, tuple[int, ...] | None]:
     """The first batches of the data, as evaluation sees them, and the size of its pictures."""
     from itertools import islice
 
-    from indistill_fx.data.open import open_data
-
     if spec is None:
         return None, None
-    opened = open_data(spec)
+    opened = pictures.open_pictures(spec, asked, source)
     return islice(opened.train_plain, batches), opened.input_size
 
 

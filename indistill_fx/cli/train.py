@@ -27,11 +27,11 @@ def command(model: str, **options: Any) -> None:
     from indistill_fx.training.supervised import train
 
     source = common.open_model(model, options["trust"], seed=options["seed"])
-    data = training.open_training_data(options)
+    data = training.open_training_data(options, source)
     record = train(
         source.module,
         data.train,
-        val_loader=data.test,
+        val_loader=data.test if data.labelled else None,
         logits=options["logits"],
         run_dir=options["output"],
         resume=options["resume"],

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 
 from indistill_fx.cli.common import Command, console, logits_option, trust_option
+from indistill_fx.cli.pictures import open_pictures, picture_options
 from indistill_fx.errors import ConfigError
 from indistill_fx.training.settings import Settings, about, hints
 
 if TYPE_CHECKING:
     from indistill_fx.data.dataset import Data
+    from indistill_fx.loading.load import Source
     from indistill_fx.runs.record import RunRecord
 
 
@@ -106,6 +108,7 @@ _TRAINING: tuple[Callable[[Command], Command], ...] = (
     click.option(
         "--workers", default=0, show_default=True, type=click.IntRange(min=0), help="Processes that read large images."
     ),
+    picture_options,
     click.option("--limit", type=click.IntRange(min=1), help="Use only so many samples of each split."),
     click.option("--no-augment", is_flag=True, help="Leave training images as they are."),
     click.option("--cache", metavar="DIR", help="Keep decoded small images here for the next time."),
@@ -123,7 +126,19 @@ _TRAINING: tuple[Callable[[Command], Command], ...] = (
 )
 
 SECTIONS: dict[str, tuple[str, ...]] = {
-    "Data and models": ("data", "batch_size", "workers", "limit", "cache", "logits", "trust"),
+    "Data and models": (
+        "data",
+        "batch_size",
+        "size",
+        "channels",
+        "mean",
+        "std",
+        "workers",
+        "limit",
+        "cache",
+        "logits",
+        "trust",
+    ),
     "Training": ("epochs", *(name for name in hints() if about(name).changes_result)),
     "The run": ("output", "resume", "allow_changed", *(name for name in hints() if not about(name).changes_result)),
 }
@@ -136,12 +151,11 @@ def training_options(command: Command) -> Command:
     return command
 
 
-def open_training_data(options: Mapping[str, Any]) -> Data:
-    """The data of a training command."""
-    from indistill_fx.data.open import open_data
-
+def open_training_data(options: Mapping[str, Any], *models: Source) -> Data:
+    """The data of a training command, for models of which the first is trained."""
     named = {name: options[name] for name in ("batch_size", "workers", "seed", "limit", "cache")}
-    return open_data(options["data"], **named, augment=not options["no_augment"], progress=True)
+    augment = not options["no_augment"]
+    return open_pictures(options["data"], options, *models, **named, augment=augment, progress=True)
 
 
 def settings_of(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -80,7 +80,7 @@ class ByKey:
     """
 
     def __init__(self, loader: DataLoader[Any], seed: int):
-        self._sampler = _InEpoch(loader.batch_sampler)
+        self._sampler = _InEpoch(loader.batch_sampler, seed)
         self._loader: DataLoader[Any] = DataLoader(
             _Reseeded(loader.dataset, seed),
             batch_sampler=self._sampler,
@@ -110,13 +110,15 @@ def reading_by_key(loader: Any, seed: int) -> ByKey | None:
 
 
 class _InEpoch:
-    """A batch sampler whose indices carry the epoch."""
+    """A batch sampler whose indices carry the epoch; its order follows from (seed, epoch)."""
 
-    def __init__(self, sampler: Any):
-        self.sampler, self.epoch = sampler, 0
+    def __init__(self, sampler: Any, seed: int):
+        self.sampler, self.seed, self.epoch = sampler, seed, 0
 
     def __iter__(self) -> Iterator[list[Key]]:
-        return ([(self.epoch, index) for index in indices] for indices in self.sampler)
+        with OwnRandomness(seed_from(self.seed, self.epoch)).lent():
+            batches = list(self.sampler)
+        return iter([[(self.epoch, index) for index in indices] for indices in batches])
 
     def __len__(self) -> int:
         return len(self.sampler)

@@ -1,0 +1,127 @@
+"""How pictures are prepared: options of every command that opens data, and what follows from the models where they are not given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from indistill_fx.cli.common import Command, say
+from indistill_fx.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from indistill_fx.data.dataset import Data
+    from indistill_fx.loading.load import Source
+
+
+class _Size(click.ParamType[tuple[int, int]]):
+    """A side, or height and width: 96, 96x160."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Height and width."""
+        if not isinstance(value, str):
+            return value
+        sides = value.lower().split("x")
+        if len(sides) > 2 or not all(side.isdigit() and int(side) for side in sides):
+            raise ConfigError(
+                f"--size {value!r} is no size.", where="--size", got=value, hint="Write it as 96, or 96x160."
+            )
+        return int(sides[0]), int(sides[-1])
+
+
+class _Figures(click.ParamType[Any]):
+    """A word, or a number for every channel."""
+
+    name = "figures"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The word, or the numbers."""
+        if not isinstance(value, str):
+            return value
+        try:
+            return tuple(float(part) for part in value.split(","))
+        except ValueError:
+            return value
+
+
+NAMES = ("size", "channels", "mean", "std")
+_OPTIONS = (
+    click.option(
+        "--size",
+        type=_Size(),
+        metavar="96|96x160",
+        help="Bring pictures to this size. [default: their own up to 64 pixels, above that the model's]",
+    ),
+    click.option("--channels", type=click.Choice(["1", "3"]), help="Grey or RGB. [default: what the model takes]"),
+    click.option(
+        "--mean",
+        type=_Figures(),
+        metavar="auto|NAME|A,B,C",
+        help="Normalise by this mean of values from 0 to 1. A word stands for mean and std: auto measures them; imagenet, cifar10,"
+        " cifar100, half. [default: the run's, or the data's own]",
+    ),
+    click.option("--std", type=_Figures(), metavar="A,B,C", help="Normalise by this standard deviation."),
+)
+
+
+def picture_options(command: Command) -> Command:
+    """--size, --channels, --mean, --std."""
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
+
+
+def open_pictures(spec: str, options: Mapping[str, Any], *sources: Source, **more: Any) -> Data:
+    """The data, prepared as the options say, else as a run was trained, else as the models' form asks; notes are said.
+
+    Args:
+        spec: of the data.
+        options: those of `picture_options`; others are not read.
+        sources: the models, the one that the data must fit first.
+        more: of `open_data`.
+    """
+    from indistill_fx.data.open import open_data
+
+    asked: dict[str, Any] = {name: options.get(name) for name in NAMES}
+    asked["channels"] = int(asked["channels"]) if asked["channels"] is not None else None
+    arguments: dict[str, Any] = asked | _wanted(spec, asked, sources) | more
+    data = open_data(spec, **arguments)
+    for note in data.notes:
+        say(note)
+    return data
+
+
+def _wanted(spec: str, asked: Mapping[str, Any], sources: tuple[Source, ...]) -> dict[str, Any]:
+    """What the models say of what was not asked for."""
+    from indistill_fx.runs.load import is_run
+
+    kind = spec.partition(":")[0]
+    found: dict[str, Any] = {}
+    run = next((source for source in sources if is_run(source.spec)), None)
+    if kind not in ("digits", "cifar10", "cifar100", "imagefolder"):
+        return found
+    if run is not None and run.normalisation is not None and asked["mean"] is None and asked["std"] is None:
+        found["mean"], found["std"] = run.normalisation
+    if kind != "imagefolder":
+        return found
+    if asked["channels"] is None:
+        channels = {count for source in sources if (count := _channels_of(source.module)) is not None}
+        found["channels"] = channels.pop() if len(channels) == 1 else None
+    sizes = [source.input_size for source in sources if source.input_size is not None and len(source.input_size) == 3]
+    found["model_size"] = sizes[0][1:] if sizes else None
+    if run is not None and run.input_size is not None and len(run.input_size) == 3 and asked["size"] is None:
+        found["size"] = run.input_size[1:]
+    return found
+
+
+def _channels_of(module: nn.Module) -> int | None:
+    """Channels of the pictures a model takes, by its first convolution."""
+    from torch import nn
+
+    first = next((part for part in module.modules() if isinstance(part, nn.Conv2d)), None)
+    return first.in_channels if first is not None and first.in_channels in (1, 3) else None

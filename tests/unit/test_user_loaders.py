@@ -1,0 +1,128 @@
+"""Loaders of the user's own: streams, shared ones, small last batches, labels of any width; and readers that live on."""
+
+import os
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
+
+import indistill_fx as ifx
+from indistill_fx.data.augment import FlipAndCrop
+from indistill_fx.data.foreign import ForeignLoader, repeatable
+from indistill_fx.data.loaders import DiskLoader, MemoryLoader
+from indistill_fx.errors import ConfigError
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter([(torch.full((3, 8, 8), float(i)), i % 5) for i in range(10)])
+
+
+def net(*, norm=False):
+    torch.manual_seed(0)
+    layers = [nn.Flatten(), nn.Linear(192, 8), *([nn.BatchNorm1d(8)] if norm else []), nn.ReLU(), nn.Linear(8, 5)]
+    return nn.Sequential(*layers)
+
+
+def test_a_stream_without_a_length_trains_every_batch():
+    loader = DataLoader(Stream(), batch_size=4)
+    record = ifx.train(net(), loader, epochs=2, accumulate=2, device="cpu", progress=False)
+    assert record.steps == 4, "batches of 4, 4 and 2; the last one ends a group of one"
+    assert repeatable(loader, 0, "train loader").length is None
+
+
+def test_a_loader_that_shares_its_samples_out_is_not_cut_again():
+    data = TensorDataset(torch.arange(16))
+    seen = []
+    for rank in range(2):
+        sampler = DistributedSampler(data, num_replicas=2, rank=rank)
+        part = ForeignLoader(DataLoader(data, batch_size=4, sampler=sampler)).shard(rank, 2)
+        seen += [int(value) for (batch,) in part for value in batch]
+        assert "shares its samples out" in part.remarks[0]
+    assert sorted(seen) == list(range(16))
+    with pytest.raises(ConfigError, match="among 2 processes, but the run has 3"):
+        ForeignLoader(DataLoader(data, sampler=DistributedSampler(data, num_replicas=2, rank=0))).shard(0, 3)
+
+
+def test_validation_on_a_share_is_refused():
+    data = TensorDataset(torch.randn(8, 3, 8, 8), torch.zeros(8, dtype=torch.int64))
+    share = DataLoader(data, sampler=DistributedSampler(data, num_replicas=2, rank=0))
+    with pytest.raises(ConfigError, match="shares its samples out among 2 processes, but one process validates"):
+        ifx.train(net(), DataLoader(data), val_loader=share, epochs=1, device="cpu", progress=False)
+
+
+def test_a_last_batch_of_one_is_left_out_where_there_are_batch_norms():
+    data = TensorDataset(torch.randn(9, 3, 8, 8), torch.arange(9) % 5)
+    record = ifx.train(net(norm=True), DataLoader(data, 4), epochs=1, device="cpu", progress=False)
+    assert record.steps == 2
+    assert record.stages[0].notes == ("a batch of fewer than 2 samples is left out: batch norms need them",)
+    assert ifx.train(net(), DataLoader(data, 4), epochs=1, device="cpu", progress=False).steps == 3
+    ours = MemoryLoader(torch.zeros(9, 3, 8, 8).byte(), torch.zeros(9).long(), mean=(0,), std=(1,), batch_size=4)
+    assert len(list(ours.at_least(2))) == 2
+    with pytest.raises(ConfigError, match="No batch has 5 samples"):
+        ours.at_least(5)
+
+
+@pytest.mark.parametrize("change", [lambda y: y.int(), lambda y: y[:, None], lambda y: y.to(torch.uint8)])
+def test_whole_number_labels_of_any_width(change):
+    x, y = torch.randn(8, 3, 8, 8), torch.arange(8) % 5
+    found = [
+        ifx.train(net(), [(x, labels)], val_loader=[(x, labels)], epochs=2, device="cpu", progress=False)
+        for labels in (y, change(y))
+    ]
+    assert found[0].digest == found[1].digest
+    assert found[0].accuracy == found[1].accuracy
+
+
+def test_labels_that_are_no_classes_are_refused_before_the_first_step():
+    with pytest.raises(ConfigError, match=r"Labels in batch 1 are torch.float32 numbers, but the model has 5 classes"):
+        ifx.train(net(), [(torch.randn(8, 3, 8, 8), torch.rand(8))], epochs=1, device="cpu", progress=False)
+
+
+class Noisy(TensorDataset):
+    randomness = "drawn"
+
+    def __getitem__(self, index):
+        draws = torch.rand(()) + random.random() + np.random.rand()
+        return torch.stack([draws.float(), torch.tensor(float(os.getpid()))]), int(super().__getitem__(index)[0])
+
+
+@pytest.mark.parametrize("kind", ["ours", "the user's"])
+def test_readers_live_on_and_draw_the_same(kind):
+    data = Noisy(torch.arange(12))
+
+    def make():
+        if kind == "ours":
+            return DiskLoader(data, batch_size=4, workers=1, shuffle=True)
+        loader = DataLoader(data, 4, shuffle=True, num_workers=1, persistent_workers=True)
+        return ForeignLoader(loader)
+
+    def epoch(loader, number):
+        loader.set_epoch(number)
+        values, labels = (torch.cat(parts) for parts in zip(*loader, strict=True))
+        return values[:, 0], set(values[:, 1].tolist()), labels
+
+    loader = make()
+    first, second = epoch(loader, 0), epoch(loader, 1)
+    assert first[1] == second[1], "the same process"
+    assert not torch.equal(first[0], second[0])
+    again = epoch(make(), 1)
+    assert torch.equal(again[0], second[0])
+    assert torch.equal(again[2], second[2])
+
+
+def test_batches_are_made_where_they_are_wanted_by_the_same_arithmetic():
+    images, labels = torch.randint(256, (20, 3, 8, 8)).byte(), torch.arange(20)
+    loader = MemoryLoader(
+        images, labels, mean=(0.1,) * 3, std=(0.3,) * 3, batch_size=4, shuffle=True, augment=FlipAndCrop()
+    )
+    moved, there = next(iter(loader.to("meta")))
+    assert (moved.device.type, moved.dtype, moved.shape) == ("meta", torch.float32, (4, 3, 8, 8))
+    assert there.device.type == "meta"
+    assert loader.to("cpu") is loader
+    plain = MemoryLoader(images, labels, mean=(0.1,) * 3, std=(0.3,) * 3, batch_size=20)
+    mean, std = (torch.full((3, 1, 1), value) for value in (0.1, 0.3))
+    assert torch.equal(next(iter(plain))[0], images.float().div_(255.0).sub_(mean).div_(std))
