@@ -55,7 +55,7 @@ class Target:
                 f"The device {self.device!r} cannot compute in {str(self.dtype).removeprefix('torch.')}.",
                 where="dtype",
                 got=self.dtype,
-                hint="Take float32 (--precision no), or another device.",
+                hint="Take float32 (--mixed-precision no), or another device.",
             )
 
     @property

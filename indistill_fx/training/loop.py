@@ -12,7 +12,7 @@ import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from indistill_fx.runs.directory import LAST, RunDirectory
 from indistill_fx.runs.record import EpochRecord
 from indistill_fx.system.random_state import reseed
 from indistill_fx.system.signals import Interrupted, StopRequest
+from indistill_fx.training.memory import noticing_full_memory
 from indistill_fx.training.nonfinite import first_not_finite, not_finite_error
 from indistill_fx.training.optimizers import make_optimizer
 from indistill_fx.training.parallel.fsdp import Shards
@@ -117,13 +118,14 @@ class TrainingLoop:
         for index, batch, last in self._batches(phase):
             boundary = last or (index + 1) % settings.accumulate == 0
             reseed(settings.seed, self.state.epochs, index, self._accelerator.process_index)
-            with nullcontext() if boundary else self._accelerator.no_sync(module):
+            with self._noticing(phase, batch), nullcontext() if boundary else self._accelerator.no_sync(module):
                 loss = module(batch)
                 self._watch(phase, loss, batch)
                 self._accelerator.backward(loss)
             group += 1
             if boundary:
-                self._step(optimizer, group)
+                with self._noticing(phase, batch):  # an optimiser takes memory of its own at its first step
+                    self._step(optimizer, group)
                 group = 0
                 self._after_step(phase, optimizer)
                 if self._used_up(phase):
@@ -270,6 +272,10 @@ class TrainingLoop:
         module, note = compiled(phase.module, trial)
         self._note(phase, note)
         return module
+
+    def _noticing(self, phase: Phase, batch: Any) -> AbstractContextManager[None]:
+        kept = self._directory is not None and self._directory.has_checkpoint
+        return noticing_full_memory(phase.name, batch, accumulate=self._settings.accumulate, kept=kept)
 
     def _watch(self, phase: Phase, loss: Tensor, batch: Any) -> None:
         self._pending.append(loss.detach())

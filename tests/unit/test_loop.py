@@ -21,6 +21,7 @@ from indistill_fx.data.foreign import repeatable
 from indistill_fx.errors import ConfigError, TrainError
 from indistill_fx.runs.record import RunRecord
 from indistill_fx.system.signals import Interrupted
+from indistill_fx.training.memory import noticing_full_memory
 from indistill_fx.training.settings import Settings
 from indistill_fx.training.state import Phase
 from indistill_fx.training.trainer import Setup, Trainer
@@ -214,6 +215,37 @@ class At(nn.Module):
         loss = self.stage(batch)
         self.calls += 1
         return self.act(loss) if self.calls == self.call + 1 else loss
+
+
+def no_memory(loss: Tensor) -> Tensor:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def test_a_full_device_is_named_with_what_would_fit_and_the_run_goes_on(tmp_path):
+    student = Student()
+    stage = At(Whole(student), 7, no_memory)
+    phase = Phase("main", stage, Budget(3), main=True)
+    options = {"run_dir": tmp_path / "run", "checkpoint_every_steps": 1}
+    with pytest.raises(
+        TrainError, match=r"no memory left for stage `main` with batches of 8\..*checkpoint is good"
+    ) as caught:
+        run(student, phase, **options)
+    assert caught.value.hint == "Take smaller batches and more of them a step: of 4, with --accumulate 2."
+    stage.calls = 99
+    assert run(student, phase, resume=True, **options).steps == 15
+    twin = Student()
+    run(twin, Phase("main", Whole(twin), Budget(3), main=True))
+    assert same(weights(student), weights(twin))
+
+
+def test_a_single_sample_that_does_not_fit_is_not_halved():
+    with (
+        pytest.raises(TrainError, match="batches of 1") as caught,
+        noticing_full_memory("main", (torch.randn(1, 6), torch.zeros(1)), accumulate=1, kept=False),
+    ):
+        no_memory(torch.zeros(()))
+    assert caught.value.hint == "Take a smaller student, smaller inputs, or --mixed-precision bf16."
+    assert "checkpoint" not in str(caught.value)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

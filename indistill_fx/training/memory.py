@@ -1,0 +1,39 @@
+"""What is said when a device has no memory left."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from indistill_fx.batch import tensors_of
+from indistill_fx.errors import TrainError
+
+
+@contextmanager
+def noticing_full_memory(stage: str, batch: Any, *, accumulate: int, kept: bool) -> Iterator[None]:
+    """Within the block, a device that runs out of memory is an error that says what would fit.
+
+    Args:
+        stage: the name of the stage that trains.
+        batch: what it trains on.
+        accumulate: batches per optimiser step, as the run has it.
+        kept: whether there is a checkpoint to go on from.
+
+    Raises:
+        TrainError: the device is out of memory; names stage and batch size.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        size = next((len(value) for value in tensors_of(batch) if value.ndim), 0)
+        smaller = f"Take smaller batches and more of them a step: of {size // 2}, with --accumulate {2 * accumulate}."
+        again = " The last checkpoint is good." if kept else ""
+        raise TrainError(
+            f"The device has no memory left for stage `{stage}` with batches of {size}.{again}",
+            where=stage,
+            got=size,
+            hint=smaller if size > 1 else "Take a smaller student, smaller inputs, or --mixed-precision bf16.",
+        ) from error
