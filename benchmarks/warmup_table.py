@@ -47,6 +47,8 @@ def pair(row: dict[str, Any]) -> list[str]:
     total = [f"**{row[f'speedup_{kind}']:.2f}**" if f"speedup_{kind}" in row else "" for kind in kinds]
     lines += [f"| curriculum |  | {' | '.join(total)} |  |  |", ""]
     lines += lowerings(row)
+    if "note" in row:
+        lines += [f"({row['note'][0].upper()}{row['note'][1:]}.)", ""]
     if "compile_seconds" in row["stages"][0]:
         seconds = ", ".join(f"{stage['compile_seconds']:.0f}" for stage in row["stages"])
         even = row.get("break_even_steps")
