@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from indistill_fx.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from indistill_fx.compression.compress import compress as compress
     from indistill_fx.curriculum import Curriculum as Curriculum
     from indistill_fx.data.open import open_data as open_data
     from indistill_fx.deploy.check_onnx import check_onnx as check_onnx
@@ -67,6 +68,7 @@ _HOMES: dict[str, str] = {
     "check_onnx": "deploy.check_onnx",
     "compare": "training.compare",
     "compile_stages": "stages.compile",
+    "compress": "compression.compress",
     "distill": "training.distill",
     "distill_chain": "training.chain",
     "evaluate": "evaluation.accuracy",

@@ -19,6 +19,7 @@ _COMMANDS: dict[str, str] = {
     "align": "Pair the layers of a teacher and a student.",
     "inspect": "Show a model's layers: main path, stages, widths, MACs.",
     "prune": "Remove channels from a network.",
+    "compress": "Make a smaller student of a teacher alone, as source code, and train it.",
     "distill": "Distil a teacher into a student: warm-up, then the main loss.",
     "train": "Train a model on labels alone.",
     "evaluate": "Measure accuracy, and retrieval on request.",

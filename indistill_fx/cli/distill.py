@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from indistill_fx.curriculum import Curriculum
     from indistill_fx.data.dataset import Data
+    from indistill_fx.plan import AlignmentPlan
 
 
 _SECTIONS = {
@@ -51,15 +52,15 @@ def _use_recipe(context: click.Context, parameter: click.Parameter, name: str) -
 @click.option("--plan", "plan_file", metavar="FILE", help="Pairs from a file made by `align`. [default: align now]")
 @click.option(
     "--recipe",
-    type=click.Choice(["default", "retrieval", "paper"]),
+    type=click.Choice(["default", "retrieval", "compress", "paper"]),
     default="default",
     show_default=True,
     is_eager=True,
     callback=_use_recipe,
     help="Where the options not given come from. default: one epoch of MSE for every pair and three for the penultimate vectors,"
     " then 20 of KD. retrieval: 12 for the penultimate vectors, then PKT for 18 epochs at 1e-3 and 3 at 1e-4,"
-    " which trains no classifier. paper: 3, 4, 5, … epochs of MSE, then PKT for 48 epochs at 1e-3 and 10 at 1e-4; an assistant by"
-    " 50 epochs of PKT.",
+    " which trains no classifier. compress: for a student made of the teacher, 3 epochs for all segments at once, fed by the teacher,"
+    " then 17 of KD. paper: 3, 4, 5, … epochs of MSE, then PKT for 48 epochs at 1e-3 and 10 at 1e-4; an assistant by 50 epochs of PKT.",
 )
 @click.option(
     "--main",
@@ -166,13 +167,16 @@ def command(teacher: str, student: str, **options: Any) -> None:
     models = [common.open_model(spec, options["trust"], seed=options["seed"]) for spec in (teacher, student)]
     source, pupil = (model.module for model in models)
     data = training.open_training_data(options, *reversed(models))
+    example = common.example_for((), None, data.input_size)
+    given = options["plan_file"]
+    plan = AlignmentPlan.load(given) if given else _plan_beside(student, source, example)
     shared: dict[str, Any] = {
         "curriculum": _curriculum(options),
-        "plan": AlignmentPlan.load(options["plan_file"]) if options["plan_file"] else None,
+        "plan": plan,
         "main": loss,
-        "main_options": _main_options(options["main_options"]),
+        "main_options": main_options(options["main_options"]),
         "val_loader": data.test if data.labelled else None,
-        "example_inputs": common.example_for((), None, data.input_size),
+        "example_inputs": example,
         "logits": options["logits"],
         "resume": options["resume"],
         "allow_changed": options["allow_changed"],
@@ -195,6 +199,27 @@ def command(teacher: str, student: str, **options: Any) -> None:
         training.print_arms({name: arm.record for name, arm in arms.items()}, out)
     else:
         training.print_run(distill(source, pupil, train, epochs=epochs, **shared), out)
+
+
+def _plan_beside(student: str, teacher: nn.Module, example: Any) -> AlignmentPlan | None:
+    """The plan that `prune` or `compress` left beside a student's source code, if it was made of this teacher."""
+    from pathlib import Path
+
+    from indistill_fx.loading.spec import parse_spec
+    from indistill_fx.passes.capture.trace import trace
+    from indistill_fx.plan import AlignmentPlan
+
+    place = Path(parse_spec(student).place)
+    file = place.with_name("plan.json")
+    if place.name != "student.py" or not file.exists():
+        return None
+    plan = AlignmentPlan.load(file)
+    if plan.teacher.fingerprint != trace(teacher, example, role="teacher").fingerprint:
+        return None
+    common.say(
+        f"{place} was made of this teacher: {file} says which channels it has. `--recipe compress` is made for that."
+    )
+    return plan
 
 
 def _assisted(
@@ -268,7 +293,7 @@ def _one_or_all(values: list[Any] | None) -> Any:
     return values[0] if values is not None and len(values) == 1 else values
 
 
-def _main_options(pairs: tuple[str, ...]) -> dict[str, Any]:
+def main_options(pairs: tuple[str, ...]) -> dict[str, Any]:
     """Values as Python would read them, else as text."""
     from ast import literal_eval
 

@@ -37,9 +37,9 @@ if TYPE_CHECKING:
     "--criterion",
     default="l1",
     show_default=True,
-    help="How channels are ranked: l1, l2, bn_scale, geometric_median, random; activation and taylor need --data.",
+    help="How channels are ranked: l1, l2, bn_scale, geometric_median, isomorphic, random; activation, taylor, fisher need --data.",
 )
-@click.option("--data", metavar="DATA", help="For these two: digits, cifar10, imagefolder:DIR or file.py:make_loaders.")
+@click.option("--data", metavar="DATA", help="For these: digits, cifar10, imagefolder:DIR or file.py:make_loaders.")
 @click.option(
     "--batches", default=32, show_default=True, type=click.IntRange(min=1), help="How many batches of it are looked at."
 )
@@ -91,18 +91,26 @@ def command(
     loader, size = _data(data, batches, asked, source)
     traced = common.trace_model(source, common.example_for((source,), input_size, size), "teacher", logits=logits)
     ranking: dict[str, Any] = {"criterion": criterion, "loader": loader}
-    smaller = _narrowed(traced, plan_file, ranking) if plan_file else _shrunk(traced, layers, **wishes, **ranking)
-    _save(smaller, output)
+    if plan_file:
+        _save(_narrowed(traced, plan_file, ranking), output)
+    else:
+        smaller, report = _shrunk(traced, layers, **wishes, **ranking)
+        _save(smaller, output, traced, report)
 
 
-def _save(smaller: TracedModel, output: str) -> None:
-    """As source code into a directory, where that can be written, else as a program."""
+def _save(
+    smaller: TracedModel, output: str, original: TracedModel | None = None, report: ShrinkReport | None = None
+) -> None:
+    """As source code into a directory, where that can be written, else as a program; with the plan of which channels it has."""
     import os
+    from contextlib import suppress
     from pathlib import Path
 
+    from indistill_fx.compression.correspond import plan_of
     from indistill_fx.compression.write_source import source_of
     from indistill_fx.deploy.save_pt2 import save_program
-    from indistill_fx.errors import ExportError
+    from indistill_fx.errors import ExportError, MatchError
+    from indistill_fx.passes.capture.trace import trace
 
     out, target = common.console(), Path(output)
     if output.endswith(("/", os.sep)) or target.is_dir():
@@ -114,6 +122,10 @@ def _save(smaller: TracedModel, output: str) -> None:
             target = target / "student.pt2"
         else:
             out.print(f"Written to {target}. Load it as {source.save(target)}", soft_wrap=True, highlight=False)
+            if original is not None and report is not None:
+                student = trace(source.build(), original.example_inputs, role="student")
+                with suppress(MatchError):  # nothing to pair, and so nothing to warm up
+                    plan_of(original, student, report.axes).save(target / "plan.json")
             return
     save_program(smaller.graph_module, smaller.example_inputs, target)
     out.print(f"Written to {target}.", soft_wrap=True)
@@ -152,7 +164,9 @@ def _narrowed(traced: TracedModel, plan_file: str, ranking: dict[str, Any]) -> T
     return result.value.with_graph(graph, facts=result.value.facts, aliases=result.value.aliases)
 
 
-def _shrunk(traced: TracedModel, layers: bool, *, widths: tuple[str, ...], **wishes: Any) -> TracedModel:
+def _shrunk(
+    traced: TracedModel, layers: bool, *, widths: tuple[str, ...], **wishes: Any
+) -> tuple[TracedModel, ShrinkReport]:
     from rich.text import Text
 
     from indistill_fx.cli.tables import count
@@ -173,7 +187,7 @@ def _shrunk(traced: TracedModel, layers: bool, *, widths: tuple[str, ...], **wis
     out.print(table)
     for frozen in result.report.frozen:
         out.print(Text(f"Stayed whole: {frozen.channels} channels, {frozen.reason}"))
-    return result.value
+    return result.value, result.report
 
 
 def _layers(report: ShrinkReport) -> Table:

@@ -251,13 +251,13 @@ def traced_pair(
     traced = []
     for model, role in roles:
         if not isinstance(model, TracedModel):
-            example_inputs = _example(loader, model) if example_inputs is None else example_inputs
+            example_inputs = example_of(loader, model) if example_inputs is None else example_inputs
             model = trace(model, example_inputs, role=role, logits=logits)
         traced.append(model)
     return traced[0], traced[1]
 
 
-def _example(loader: Iterable[Any], module: nn.Module) -> Any:
+def example_of(loader: Iterable[Any], module: nn.Module) -> Any:
     """A few samples of the first batch, as positional arguments of the module."""
     inputs = Inputs.of(module)
     call = split(next(iter(loader)), inputs, where=f"{type(module).__name__}").calls[0]

@@ -50,6 +50,17 @@ RECIPES: dict[str, Recipe] = {
         },
         assistant={"curriculum": NO_WARMUP, "epochs": 33, "milestones": [30]},
     ),
+    # For a student made of the teacher: its segments first, fed by the teacher, then KD (docs/compress.md).
+    "compress": Recipe(
+        "For a student made of the teacher: 3 epochs of MSE for all segments at once, fed by the teacher, then KD for 17, cosine.",
+        student={
+            "main": "kd",
+            "epochs": 17,
+            "curriculum": Curriculum(feed="teacher", lengths=3),
+            "schedule": "cosine",
+        },
+        assistant={"curriculum": NO_WARMUP},
+    ),
     # Source: Sarridis et al., "InDistill", arXiv:2205.10003, section 4, and the authors' code: 60 epochs at 1e-3 and 10 at
     # 1e-4, the warm-up's 12 counted; batches of 128. Deviations: the curriculum's own (see there), and the warm-up takes
     # 3 + 4 + … epochs of however many pairs there are before the 58.

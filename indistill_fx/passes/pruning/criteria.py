@@ -7,6 +7,8 @@
     random             a fixed random order
     activation         mean absolute activation on data
     taylor             mean absolute sum of gradient x activation; needs labels (Molchanov et al., arXiv:1611.06440)
+    fisher             mean squared gradient of the model's own log-likelihood by a factor on the channel; needs data, no labels (`fisher`)
+    isomorphic         fisher where there is a loader, else L2, ranked among layers of one structure only (Fang et al., ECCV 2024)
     your own           a function of weights (rows, inputs, *kernel) -> scores (rows,)
 
 The highest scores are kept.
@@ -58,7 +60,9 @@ WEIGHTS: dict[str, Criterion] = {"l1": l1, "l2": l2, "geometric_median": geometr
 """Criteria that look at a layer's weights alone."""
 DATA = ("activation", "taylor")
 """Criteria that look at data."""
-NAMES = (*WEIGHTS, "bn_scale", *DATA)
+UNITS = ("fisher", "isomorphic")
+"""Criteria of the channels that go together, wherever they are read; `shrink` knows them."""
+NAMES = (*WEIGHTS, "bn_scale", *DATA, *UNITS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +151,9 @@ def scorer_of(
         raise ConfigError(
             f"There is no criterion `{criterion}`.", where="criterion", got=criterion, hint=nearest(criterion, NAMES)
         )
-    if criterion not in DATA:
+    if criterion == "isomorphic" or (criterion == "fisher" and loader is not None):
+        return Scorer(criterion, l2, model, False, {})
+    if criterion not in DATA and criterion != "fisher":
         return Scorer(criterion, WEIGHTS.get(criterion, l1), model, criterion == "bn_scale", {})
     if loader is None:
         raise ConfigError(
@@ -199,16 +205,7 @@ def _gradients(
         _, seen = run_keeping(model.graph_module, {*axes, model.logits}, *leaves)
         watched = {name: value for name, value in seen.items() if value.requires_grad}
         scores = seen[model.logits].float()
-        if labels.shape not in (scores.shape[:1] + scores.shape[2:], scores.shape):  # classes, or probabilities
-            raise ConfigError(
-                f"The criterion `taylor` takes the gradient of the cross-entropy, and labels of shape {tuple(labels.shape)} do not go "
-                f"with the output `{model.logits}` of shape {tuple(scores.shape)}.",
-                where="loader",
-                got=tuple(labels.shape),
-                expected=tuple(scores.shape[:1] + scores.shape[2:]),
-                hint="Give a class for every row (and place) of the output, or take another criterion.",
-            )
-        loss = F.cross_entropy(scores, labels)
+        loss = _cross_entropy(scores, labels, model.logits)
         grads = torch.autograd.grad(loss, list(watched.values()), allow_unused=True)
     found = {}
     for (name, value), grad in zip(watched.items(), grads, strict=True):
@@ -219,6 +216,21 @@ def _gradients(
             each = product.sum(places, keepdim=True) if places else product
             found[name] = each.abs().sum(_others(each, axes[name])).cpu()
     return found
+
+
+def _cross_entropy(scores: Tensor, labels: Tensor, output: str) -> Tensor:
+    shape = tuple(labels.shape)
+    legal = tuple(scores.shape[:1] + scores.shape[2:]), tuple(scores.shape)  # classes, or probabilities
+    if shape not in legal:
+        raise ConfigError(
+            f"The criterion `taylor` takes the gradient of the cross-entropy, and labels of shape {shape} do not go "
+            f"with the output `{output}` of shape {tuple(scores.shape)}.",
+            where="loader",
+            got=shape,
+            expected=legal[0],
+            hint="Give a class for every row (and place) of the output, or take another criterion.",
+        )
+    return F.cross_entropy(scores, labels)
 
 
 def _others(value: Tensor, axis: int) -> list[int]:

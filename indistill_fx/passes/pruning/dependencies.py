@@ -62,6 +62,7 @@ class Coupling:
         shuffles: reshapes that end a mere permutation of one axis, and the tensor, axis and order it is.
         vanished: nodes that only serve a shuffle.
         heads: axes made by taking an axis apart that products sum over: the width of a head, not the heads.
+        ops: what each node computes.
     """
 
     facts: Mapping[str, NodeFacts]
@@ -75,6 +76,7 @@ class Coupling:
     heads: set[Axis] = field(default_factory=set)
     shuffles: dict[str, Cut] = field(default_factory=dict)
     vanished: set[str] = field(default_factory=set)
+    ops: dict[str, str] = field(default_factory=dict)
     count: int = 0
 
     def fresh(self, size: int) -> Units:

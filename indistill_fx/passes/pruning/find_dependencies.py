@@ -26,6 +26,7 @@ def couple(graph_module: fx.GraphModule, facts: Mapping[str, NodeFacts]) -> Coup
     found.heads |= _head_axes(graph_module, facts)
     _find_shuffles(found, graph_module)
     for node in graph_module.graph.nodes:
+        found.ops[node.name] = op_name(node)
         if node.op == "output":
             for source in node.all_input_nodes:
                 found.freeze_all(source, "an output of the network")

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import prod
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from indistill_fx.passes.pruning.criteria import Scorer
+from indistill_fx.passes.pruning.criteria import UNITS, Scorer
 from indistill_fx.passes.pruning.dependencies import Coupling, Made, Units
+from indistill_fx.passes.pruning.fisher import fisher_scores
 
 Mask = NDArray[np.bool_]
 
@@ -42,8 +44,8 @@ class Classes:
     reasons: Mapping[int, str]
 
 
-def classify(found: Coupling, scorer: Scorer) -> Classes:
-    """Join tied units to classes, score these and put them into groups.
+def classify(found: Coupling, scorer: Scorer, loader: Iterable[Any] | None = None) -> Classes:
+    """Join tied units to classes, score these and put them into groups; `loader` is for the criteria that score classes by data.
 
     Raises:
         PruneError: a layer's weights are not numbers.
@@ -69,7 +71,35 @@ def classify(found: Coupling, scorer: Scorer) -> Classes:
     free = first >= 0
     free[list(reasons)] = False
     groups = _groups(np.flatnonzero(free), first, each, list(paths))
-    return Classes(of, total / np.maximum(times, 1), groups, reasons)
+    known = Classes(of, total / np.maximum(times, 1), groups, reasons)
+    if scorer.name in UNITS and loader is not None:
+        known = replace(known, scores=fisher_scores(scorer.model, found, of, loader, instead=known.scores))
+    return replace(known, scores=_isomorphic(found, known)) if scorer.name == "isomorphic" else known
+
+
+def _isomorphic(found: Coupling, classes: Classes) -> NDArray[np.float64]:
+    """Scores as ranks among the groups of one structure, in (0, 1], so that a budget takes as much of every structure.
+
+    Source: Fang et al., "Isomorphic Pruning for Vision Models", ECCV 2024. Deviation: two groups are of one structure if their channels
+    stand at the same operations, as many times.
+    """
+    group_of = np.full(len(classes.scores), -1)
+    for k, group in enumerate(classes.groups):
+        group_of[group.classes] = k
+    places: list[list[tuple[str, int | str]]] = [[] for _ in classes.groups]
+    for (node, axis), units in found.axes.items():
+        for k in np.unique(group_of[classes.of[units]]).tolist():
+            if k >= 0:
+                places[k].append((found.ops.get(node, node), axis))
+    kinds: dict[object, list[int]] = {}
+    for k, own in enumerate(places):
+        kinds.setdefault(tuple(sorted(map(str, own))), []).append(k)
+    scores = classes.scores.copy()
+    for members in kinds.values():
+        pool = np.concatenate([classes.groups[k].classes for k in members])
+        order = np.argsort(np.argsort(classes.scores[pool], kind="stable"), kind="stable")
+        scores[pool] = (order + 1) / len(pool)
+    return scores
 
 
 def _join(found: Coupling) -> Units:
@@ -91,7 +121,9 @@ def _join(found: Coupling) -> Units:
 
 def _scores(made: Made, scorer: Scorer) -> NDArray[np.float64]:
     scores = scorer(made.node, made.path, made.weight)
-    return (scores / scores.mean().clamp_min(1e-30)).numpy()
+    if scorer.name != "isomorphic":  # which compares layers of one structure as they are
+        scores = scores / scores.mean().clamp_min(1e-30)
+    return scores.numpy()
 
 
 def _groups(free: Units, first: Units, each: Units, paths: Sequence[str]) -> tuple[Group, ...]:

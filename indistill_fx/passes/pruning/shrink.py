@@ -107,21 +107,61 @@ def shrink(
     _check_requests(widths, ratio, macs, params, round_to)
     for tap, width in (widths or {}).items():
         check_width(model, tap, width)
-    found = couple(model.graph_module, model.facts)
-    scorer = scorer_of(criterion, model, loader, {made.node: made.axis for made in found.made if made.node})
-    classes = classify(found, scorer)
+    known = analyse(model, criterion=criterion, loader=loader)
+    found, classes, cost = known.found, known.classes, known.cost
     stay = np.ones(len(classes.scores), dtype=bool)
     settled = np.zeros(len(stay), dtype=bool)
     if widths:
         stay, settled = by_widths(classes, found, model, widths, stay)
     if ratio is not None:
         stay = even_out(classes, found, by_ratio(classes, stay, ratio, round_to, settled), ratio, round_to, settled)
-    cost = Cost(found, classes.of)
     if macs is not None or params is not None:
         stay = _within_budget(classes, cost, stay, settled, macs, params, round_to)
+    return keep_classes(model, known, stay)
+
+
+@dataclass(frozen=True, slots=True)
+class Analysis:
+    """What of a network goes together, what it is worth, and what it costs.
+
+    Attributes:
+        found: units and what ties them.
+        classes: of units that go together, with their scores, in groups.
+        cost: as a function of the classes that stay.
+        scorer: by which they were scored.
+    """
+
+    found: Coupling
+    classes: Classes
+    cost: Cost
+    scorer: Scorer
+
+    def axes(self, stay: Mask) -> dict[tuple[str, int | str], tuple[int, ...]]:
+        """The entries that stay, per node and axis that loses some."""
+        masks = ((place, stay[self.classes.of[units]]) for place, units in self.found.axes.items())
+        return {place: tuple(np.flatnonzero(mask).tolist()) for place, mask in masks if not mask.all()}
+
+
+def analyse(
+    model: TracedModel, *, criterion: str | Criterion = "l1", loader: Iterable[object] | None = None
+) -> Analysis:
+    """Find what goes together and score it; arguments as in `shrink`."""
+    found = couple(model.graph_module, model.facts)
+    scorer = scorer_of(criterion, model, loader, {made.node: made.axis for made in found.made if made.node})
+    classes = classify(found, scorer, loader)
+    return Analysis(found, classes, Cost(found, classes.of), scorer)
+
+
+def keep_classes(model: TracedModel, known: Analysis, stay: Mask) -> PassResult[TracedModel, ShrinkReport]:
+    """The smaller network of the classes that stay, compared with the original's masked run.
+
+    Raises:
+        PassError: they differ: a mistake of ours.
+    """
+    found, classes, cost = known.found, known.classes, known.cost
     stay = refill(found, classes, stay)
     work = rewrite(model.graph_module, found, lambda units: stay[classes.of[units]])
-    report = _report(model, work, found, classes, stay, cost, scorer)
+    report = _report(model, work, found, classes, stay, cost, known.scorer)
     if report.axes:
         verify_smaller(model, work.new, report.axes)
     return PassResult(_smaller(model, work, cost.macs_of_nodes(stay)), report)
@@ -215,4 +255,4 @@ def _report(
     )
 
 
-__all__ = ["Frozen", "PruneError", "ShrinkReport", "ShrunkLayer", "shrink"]
+__all__ = ["Analysis", "Frozen", "PruneError", "ShrinkReport", "ShrunkLayer", "analyse", "keep_classes", "shrink"]

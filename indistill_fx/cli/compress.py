@@ -1,0 +1,158 @@
+"""`indistill-fx compress`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from indistill_fx.cli import common, training
+
+if TYPE_CHECKING:
+    from indistill_fx.compression.make_student import Step
+
+_SECTIONS = {
+    "The budget": ("macs", "params", "size_mb", "latency_ms", "on", "threads", "batch"),
+    "The widths": ("criterion", "round_to", "samples"),
+    "The warm-up": ("warmup", "feed", "stages", "no_warmup"),
+    "The main stage": ("main", "main_options"),
+    "Data and models": (*training.SECTIONS["Data and models"], "input_size"),
+    "Training": training.SECTIONS["Training"],
+    "The run": (*training.SECTIONS["The run"], "no_export"),
+}
+
+
+def _use_recipe(context: click.Context, parameter: click.Parameter, value: str) -> str:
+    """The recipe's values become the defaults of the other options."""
+    from indistill_fx.training.recipes import RECIPES
+
+    context.default_map = {**RECIPES["compress"].student, "curriculum": None}
+    return value
+
+
+@click.command(name="compress", cls=training.Grouped, sections=_SECTIONS)
+@click.argument("teacher", is_eager=True, callback=_use_recipe)
+@common.data_option
+@click.option("-o", "--output", required=True, metavar="RUN_DIR", help="Where the student and all else goes.")
+@click.option("--macs", type=float, help="Work that may stay: a share up to 1, or a number of multiply-accumulates.")
+@click.option("--params", type=float, help="Parameters that may stay: a share up to 1, or a number.")
+@click.option("--size-mb", type=float, help="Megabytes that the weights may take.")
+@click.option("--latency-ms", type=float, help="Milliseconds that one call may take, measured on the target.")
+@click.option(
+    "--on",
+    type=click.Choice(["onnxruntime", "torch", "torch-compile"]),
+    default="onnxruntime",
+    show_default=True,
+    help="The target of --latency-ms.",
+)
+@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Of the target.")
+@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Samples a call on the target.")
+@click.option(
+    "--criterion",
+    default="l1",
+    show_default=True,
+    help="Which channels of a layer go first: l1, l2, bn_scale, geometric_median, activation, taylor, fisher, isomorphic, random.",
+)
+@click.option("--round-to", type=click.IntRange(min=1), help="Keep multiples of so many channels.")
+@click.option(
+    "--samples",
+    type=click.IntRange(min=1),
+    default=256,
+    show_default=True,
+    help="Training samples, without their labels, that sensitivities are measured and weights repaired on.",
+)
+@click.option("--warmup", metavar="EPOCHS", type=training.Numbers(), help="Of the stage, or of each. [default: 3]")
+@click.option(
+    "--feed",
+    type=click.Choice(["teacher", "student"]),
+    default="teacher",
+    show_default=True,
+    help="teacher: all segments in one stage. student: one pair after the other (with --warmup 1,2,3).",
+)
+@click.option("--stages", is_flag=True, help="A pair for every stage only, not for every block.")
+@click.option("--no-warmup", is_flag=True, help="Only the main loss.")
+@click.option("--main", default="kd", show_default=True, help="As for distill.")
+@click.option("--main-option", "main_options", multiple=True, metavar="NAME=VALUE", help="Of the main loss.")
+@click.option("--no-export", is_flag=True, help="Write no student.onnx.")
+@common.input_option
+@training.training_options
+def command(teacher: str, **options: Any) -> None:
+    """Make a smaller student of TEACHER and train it: choose widths, shrink, repair, warm up, distil, export.
+
+    RUN_DIR gets student.py (class Student: plain PyTorch, yours to edit), student.safetensors and student.onnx. An interrupted run goes
+    on with --resume. After every step a line tells accuracy, MACs, parameters and, for --latency-ms, the time.
+
+    \b
+    Examples:
+      indistill-fx compress teacher.pt --data imagefolder:cifar10 --macs 0.5 -o runs/half
+      indistill-fx compress torchvision:resnet50 --data imagefolder:flowers --latency-ms 20 --threads 2 -o runs/fast
+    """
+    from indistill_fx.cli.distill import main_options
+    from indistill_fx.compression.compress import compress
+    from indistill_fx.runs.load import about_data
+
+    source = common.open_model(teacher, options["trust"], seed=options["seed"])
+    data = training.open_training_data(options, source)
+    made = compress(
+        source.module,
+        data.train,
+        run_dir=options["output"],
+        calibration_loader=data.train_plain,
+        every_block=not options["stages"],
+        curriculum=_curriculum(options),
+        main=options["main"],
+        main_options=main_options(options["main_options"]),
+        epochs=options["epochs"],
+        val_loader=data.test if data.labelled else None,
+        example_inputs=common.example_for((source,), options["input_size"], data.input_size),
+        logits=options["logits"],
+        export=not options["no_export"],
+        resume=options["resume"],
+        about={"teacher": teacher, "data": options["data"], **about_data(data)},
+        say=common.say,
+        **{name: options[name] for name in _REQUEST},
+        **training.settings_of(options),
+    )
+    _tell(made.steps)
+    out = common.console()
+    if made.spec:
+        out.print(f"The student: {made.spec}", soft_wrap=True, highlight=False)
+    out.print(f"All of it is in {options['output']}.", soft_wrap=True)
+
+
+_REQUEST = "macs params size_mb latency_ms on threads batch criterion round_to samples".split()
+
+
+def _curriculum(options: dict[str, Any]) -> Any:
+    """The recipe's, with what was asked for in its place."""
+    from indistill_fx.errors import ConfigError
+    from indistill_fx.training.recipes import NO_WARMUP, RECIPES
+
+    if options["no_warmup"]:
+        if options["warmup"]:
+            raise ConfigError(
+                "--warmup and --no-warmup answer one question.", where="--warmup", hint="Give one of them."
+            )
+        return NO_WARMUP
+    own = replace(RECIPES["compress"].student["curriculum"], feed=options["feed"])
+    lengths = options["warmup"]
+    if lengths:
+        own = replace(own, lengths=lengths[0] if len(lengths) == 1 else lengths)
+    elif options["feed"] == "student":
+        own = replace(own, lengths=1)
+    return own
+
+
+def _tell(steps: tuple[Step, ...]) -> None:
+    from indistill_fx.cli.tables import count, plain_table
+
+    timed = any(step.latency_ms is not None for step in steps)
+    numbers = ("accuracy", "MACs", "parameters", "divergence", *(("ms",) if timed else ()))
+    table = plain_table("step", *numbers, numbers=numbers)
+    for step in steps:
+        row = [f"{step.accuracy:.2%}" if step.accuracy is not None else "", count(step.macs), count(step.parameters)]
+        row += [f"{step.divergence:.3g}" if step.divergence is not None else ""]
+        row += [f"{step.latency_ms:.3g}" if step.latency_ms is not None else ""] if timed else []
+        table.add_row(step.name, *row)
+    common.console().print(table)

@@ -1,0 +1,308 @@
+"""`compress`: from a teacher alone to a trained student in a directory of its own.
+
+Rules, in order:
+  1. Widths: sensitivities measured on a few batches, then an allocation under the budget (`make_student`).
+  2. The teacher is shrunk to them, and the student repaired; whichever repair brings its outputs nearest to the teacher's is kept.
+  3. The student is written as source code, with the plan of which channels it has.
+  4. `distill`: the warm-up, then the main loss. 5. ONNX.
+
+An interrupted run goes on: what steps 1 to 3 wrote is read again, and training resumes as any run does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Unpack
+
+import torch
+from torch import Tensor, nn
+
+from indistill_fx.compression.correspond import plan_of
+from indistill_fx.compression.latency import Clock, Runtime
+from indistill_fx.compression.make_student import Budget, Measure, Step, Untrained, calibration, make_student
+from indistill_fx.compression.write_source import SOURCE, source_of
+from indistill_fx.curriculum import Curriculum
+from indistill_fx.errors import ConfigError, ExportError
+from indistill_fx.evaluation.accuracy import evaluate
+from indistill_fx.graph.module_state import digest
+from indistill_fx.loading.load import load
+from indistill_fx.loading.spec import parse_spec
+from indistill_fx.passes.capture.trace import trace
+from indistill_fx.passes.pruning.criteria import Criterion
+from indistill_fx.plan import AlignmentPlan
+from indistill_fx.runs.checkpoint import save_tensors, state_tensors
+from indistill_fx.runs.directory import STUDENT
+from indistill_fx.runs.load import about as about_model
+from indistill_fx.runs.load import keep_export
+from indistill_fx.runs.record import RunRecord
+from indistill_fx.runs.signature import is_signed, sign
+from indistill_fx.system.files import read_bounded, save_json
+from indistill_fx.traced import TracedModel
+from indistill_fx.training.distill import distill, example_of
+from indistill_fx.training.recipes import RECIPES
+from indistill_fx.training.settings import Options
+
+STORY, START = "compress.json", "start.safetensors"
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """What `compress` made.
+
+    Attributes:
+        student: the trained student.
+        plan: which of the teacher's channels it has at every pair.
+        record: of the training.
+        steps: where the student stood after each step.
+        spec: the model spec that loads it; empty where it has no source code.
+    """
+
+    student: nn.Module
+    plan: AlignmentPlan
+    record: RunRecord
+    steps: tuple[Step, ...]
+    spec: str
+
+
+def compress(
+    teacher: nn.Module | TracedModel,
+    train_loader: Iterable[Any],
+    *,
+    run_dir: str | os.PathLike[str],
+    macs: float | None = None,
+    params: float | None = None,
+    size_mb: float | None = None,
+    latency_ms: float | None = None,
+    on: Runtime = "onnxruntime",
+    threads: int = 1,
+    batch: int = 1,
+    criterion: str | Criterion = "l1",
+    round_to: int | None = None,
+    samples: int = 256,
+    calibration_loader: Iterable[Any] | None = None,
+    every_block: bool = True,
+    curriculum: Curriculum | None = None,
+    main: str | Callable[..., Tensor] | None = None,
+    main_options: Mapping[str, Any] | None = None,
+    epochs: int | None = None,
+    val_loader: Iterable[Any] | None = None,
+    example_inputs: Any = None,
+    logits: str | int | None = None,
+    export: bool = True,
+    resume: bool = False,
+    progress: bool = True,
+    about: Mapping[str, Any] | None = None,
+    say: Callable[[str], None] = lambda text: None,
+    **options: Unpack[Options],
+) -> Compressed:
+    """Make a smaller student of a teacher, and train it.
+
+    Args:
+        teacher: traced, or a plain module; it is not changed.
+        train_loader: see `distill`.
+        run_dir: where everything goes: student.py, plan.json, the training's files, student.safetensors, student.onnx, compress.json.
+        macs: budget: a part up to 1, or multiply-accumulates of one sample. Exactly one budget is given.
+        params: budget: a part up to 1, or a number of parameters.
+        size_mb: budget: bytes of the weights, in 10^6.
+        latency_ms: budget: one call's time on the target, which is measured.
+        on: the target's runtime: `onnxruntime`, `torch` or `torch-compile`.
+        threads: of the target.
+        batch: samples a call on the target.
+        criterion: which channels of a group go first; see `passes.pruning.criteria`.
+        round_to: keep multiples of so many channels.
+        samples: to measure sensitivities and repair on.
+        calibration_loader: where they come from; by default the training loader.
+        every_block: a pair for every block, else one a stage.
+        curriculum: the warm-up; by default the recipe's (`RECIPES["compress"]`).
+        main: main loss; likewise.
+        main_options: of the main loss.
+        epochs: of the main stage; likewise.
+        val_loader: to measure accuracy on after the steps, and see `distill`.
+        example_inputs: to trace a plain module with; by default from the first batch.
+        logits: see `distill`.
+        export: write student.onnx too.
+        resume: go on with what is in `run_dir`, or begin.
+        progress: see `distill`.
+        about: see `distill`.
+        say: told every step in a line.
+        options: see `distill`.
+
+    Returns:
+        The student, the plan, the record and the steps.
+
+    Raises:
+        ConfigError: budget, data, teacher, options or directory are at fault.
+        PruneError: the budget cannot be met, or nothing can go.
+        TrainError: see `distill`.
+    """
+    budget = Budget(macs=macs, params=params, size_mb=size_mb, latency_ms=latency_ms)
+    clock, home = Clock(on, threads, batch), Path(run_dir)
+    source = teacher.module if isinstance(teacher, TracedModel) else teacher
+    example = example_of(train_loader, source) if example_inputs is None else example_inputs
+    model = teacher if isinstance(teacher, TracedModel) else trace(teacher, example, role="teacher", logits=logits)
+    request = {"budget": asdict(budget), "clock": asdict(clock), "criterion": str(criterion), "round_to": round_to}
+    request |= {"samples": samples, "every_block": every_block}
+    identity = {"request": json.loads(json.dumps(request)), "teacher": digest(source)}
+    accuracy = None if val_loader is None else lambda module: evaluate(module, val_loader, logits=logits).accuracy
+    made = _before(home, identity, model) if resume else None
+    if made is None:
+        _check_free(home, resume)
+        _check_teacher(source, val_loader, logits)
+        batches = calibration(train_loader if calibration_loader is None else calibration_loader, samples)
+        measure = Measure(batches, accuracy, clock if latency_ms is not None else None, say)
+        untrained = make_student(model, budget, measure, criterion=criterion, round_to=round_to)
+        made = _write(home, model, untrained, identity, every_block, say)
+    given = {"curriculum": curriculum, "main": main, "main_options": main_options, "epochs": epochs}
+    settings: dict[str, Any] = {**RECIPES["compress"].student, **options}
+    settings |= {name: value for name, value in given.items() if value is not None}
+    settings |= {"val_loader": val_loader, "example_inputs": example, "logits": logits, "resume": resume}
+    told = _about(made, model, about or {})
+    record = distill(
+        model, made.traced, train_loader, plan=made.plan, run_dir=home, progress=progress, about=told, **settings
+    )
+    return _finished(home, model, made, record, accuracy, identity, export, say)
+
+
+@dataclass(frozen=True)
+class _Made:
+    student: nn.Module
+    traced: TracedModel
+    plan: AlignmentPlan
+    steps: tuple[Step, ...]
+    spec: str
+
+
+def _about(made: _Made, model: TracedModel, told: Mapping[str, Any]) -> dict[str, Any]:
+    """What the run keeps so that its student can be built again."""
+    if not made.spec:
+        return dict(told)
+    size = tuple(next(value for value in model.example_inputs if isinstance(value, Tensor)).shape[1:])
+    rest = {key: value for key, value in told.items() if key != "data"}
+    return about_model(made.spec, str(told.get("data", "")), size, **rest)
+
+
+def _check_free(home: Path, resume: bool) -> None:
+    if not resume and any((home / name).exists() for name in (STORY, "run.json")):
+        raise ConfigError(
+            f"{home} already holds a run.",
+            where=str(home),
+            hint="Go on with it by resume=True (--resume), or give another directory.",
+        )
+
+
+def _check_teacher(teacher: nn.Module, loader: Iterable[Any] | None, logits: str | int | None) -> None:
+    found = evaluate(teacher, loader, logits=logits) if loader is not None else None
+    if found is not None and found.no_better_than_chance:
+        raise ConfigError(
+            f"The teacher classifies no better than chance: {found.accuracy:.1%} of {found.count} samples, {found.classes} classes.",
+            where="teacher",
+            got=found.accuracy,
+            hint="Load its trained weights (MODEL@weights.safetensors), and check that data and model have the same classes.",
+        )
+
+
+def _before(home: Path, identity: Mapping[str, Any], model: TracedModel) -> _Made | None:
+    """What an interrupted run had made; None where that must be made again."""
+    try:
+        told = json.loads(read_bounded(home / STORY, 1 << 26))
+        steps = tuple(Step(**step) for step in told["steps"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if told.get("identity") != identity:
+        raise ConfigError(
+            f"{home} holds another compression: of another teacher, budget or settings.",
+            where=str(home),
+            hint="Go on with what it was started with, or give another directory.",
+        )
+    spec = f"{home / SOURCE}:Student"
+    if not (home / SOURCE).exists() or not is_signed(parse_spec(spec), told.get("seal")):
+        return None
+    student = load(f"{spec}@{home / START}")
+    traced = trace(student, model.example_inputs, role="student")
+    return _Made(student, traced, AlignmentPlan.load(home / "plan.json"), steps[: told["made"]], spec)
+
+
+def _write(
+    home: Path,
+    model: TracedModel,
+    untrained: Untrained,
+    identity: Mapping[str, Any],
+    every_block: bool,
+    say: Callable[[str], None],
+) -> _Made:
+    """The student as source code, its weights, the plan, and what was found."""
+    spec = ""
+    student: nn.Module = untrained.model.graph_module
+    try:
+        source = source_of(untrained.model)
+    except ExportError as error:
+        say(f"No source code: {error} The result will be an exported program.")
+        home.mkdir(parents=True, exist_ok=True)
+        traced = replace(untrained.model, role="student")
+    else:
+        source.save(home)
+        os.replace(home / STUDENT, home / START)  # student.safetensors is the trained one's
+        spec, student = f"{home / SOURCE}:Student", source.build()
+        traced = trace(student, model.example_inputs, role="student")
+    plan = plan_of(model, traced, untrained.shrunk.axes, every_block=every_block)
+    plan.save(home / "plan.json")
+    curves = [asdict(curve) for curve in untrained.curves]
+    repaired = asdict(untrained.repaired) if untrained.repaired is not None else None
+    widths = {path: list(pair) for path, pair in untrained.shrunk.widths.items()}
+    _save(
+        home,
+        identity,
+        untrained.steps,
+        len(untrained.steps),
+        spec,
+        widths=widths,
+        sensitivity=curves,
+        repaired=repaired,
+    )
+    say(f"{len(plan.pairs)} pairs; widths, sensitivities and repairs are in {home / STORY}")
+    return _Made(student, traced, plan, untrained.steps, spec)
+
+
+def _save(home: Path, identity: Mapping[str, Any], steps: Iterable[Step], made: int, spec: str, **more: Any) -> None:
+    seal = sign(parse_spec(spec)) if spec else None
+    own = {"identity": dict(identity), "seal": seal, "made": made, "steps": [asdict(step) for step in steps]}
+    save_json(home / STORY, own | more)
+
+
+def _finished(
+    home: Path,
+    model: TracedModel,
+    made: _Made,
+    record: RunRecord,
+    accuracy: Callable[[nn.Module], float] | None,
+    identity: Mapping[str, Any],
+    export: bool,
+    say: Callable[[str], None],
+) -> Compressed:
+    last = made.steps[-1]
+    student = made.student
+    with torch.no_grad():
+        final = accuracy(student) if accuracy is not None else None
+    steps = (*made.steps, Step("trained", last.macs, last.parameters, None, final, last.latency_ms))
+    say(str(steps[-1]))
+    example = tuple(v[:1] if isinstance(v, Tensor) and v.dim() else v for v in model.example_inputs)
+    if not made.spec:
+        from indistill_fx.deploy.save_pt2 import save_program
+
+        save_program(student, model.example_inputs, home / "student.pt2")
+        save_tensors(home / STUDENT, state_tensors(student))
+    if export:
+        from indistill_fx.deploy.export_onnx import export_onnx
+
+        told = export_onnx(student, home / "student.onnx", example)
+        keep_export(home, parameters=last.parameters, macs=last.macs, size=(home / "student.onnx").stat().st_size)
+        say(f"student.onnx written, {getattr(told, 'size', (home / 'student.onnx').stat().st_size):,} bytes")
+    story = json.loads(read_bounded(home / STORY, 1 << 26))
+    more = {key: story[key] for key in ("widths", "sensitivity", "repaired")}
+    _save(home, identity, steps, len(made.steps), made.spec, **more)
+    spec = f"{made.spec}@{home / STUDENT}" if made.spec else ""
+    return Compressed(student, made.plan, record, steps, spec)

@@ -1,0 +1,59 @@
+"""The plan between a teacher and what was made of it: the kept channels are those that `shrink` kept; nothing ranks them again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from indistill_fx.errors import MatchError
+from indistill_fx.passes.pairing.match import match
+from indistill_fx.plan import AlignmentPlan, Layers, ModelStamp, Pair
+from indistill_fx.traced import TracedModel
+
+Axes = Mapping[tuple[str, int | str], Sequence[int]]
+
+
+def plan_of(teacher: TracedModel, student: TracedModel, axes: Axes, *, every_block: bool = True) -> AlignmentPlan:
+    """Pair every block's exit (or every stage's) with the one of the same name.
+
+    Args:
+        teacher: as it was given to `shrink`.
+        student: traced from its source code, or from its graph.
+        axes: the entries that stayed (`ShrinkReport.axes`).
+        every_block: a pair for every block, else one a stage.
+
+    Raises:
+        MatchError: the two have no layer of one name.
+    """
+    found = match(teacher, teacher, every_block=every_block)
+    pairs = [made for pair in found.value if (made := _pair(pair, teacher, student, axes)) is not None]
+    if not pairs:
+        raise MatchError("The student has no layer under the name it has in the teacher.", where="plan")
+    last = found.report.embedding
+    return AlignmentPlan(
+        teacher=ModelStamp.of(teacher),
+        student=ModelStamp.of(student),
+        pairs=tuple(pairs),
+        embedding=_pair(last, teacher, student, axes) if last is not None else None,
+        layers=Layers(teacher=teacher.layers, student=student.layers),
+    )
+
+
+def _pair(pair: Pair, teacher: TracedModel, student: TracedModel, axes: Axes) -> Pair | None:
+    """The teacher's layer and the student's of that name; None where it has none."""
+    tap = pair.teacher
+    if tap not in student.taps:
+        return None
+    facts = teacher.facts_of(tap), student.facts_of(tap)
+    axis = facts[0].channel_axis
+    kept = axes.get((teacher.node(tap).name, axis)) if axis is not None else None
+    if axis is None or facts[1].channel_axis != axis or facts[1].channels != len(kept or range(facts[0].channels)):
+        return None
+    return pair.model_copy(
+        update={
+            "student": tap,
+            "student_shape": facts[1].shape,
+            "kept": tuple(kept) if kept is not None else None,
+            "reason": "the student was made of the teacher",
+            "score": 1.0,
+        }
+    )

@@ -1,0 +1,122 @@
+"""How long a network takes where it is to run."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from indistill_fx.deploy.bench import bench
+from indistill_fx.errors import ConfigError
+
+Runtime = Literal["onnxruntime", "torch", "torch-compile"]
+RUNTIMES: tuple[Runtime, ...] = ("onnxruntime", "torch", "torch-compile")
+
+
+@dataclass(frozen=True, slots=True)
+class Clock:
+    """A target on which networks are timed.
+
+    Attributes:
+        on: the runtime.
+        threads: it may use.
+        batch: samples a call.
+        seconds: to spend on one measurement, about.
+    """
+
+    on: Runtime = "onnxruntime"
+    threads: int = 1
+    batch: int = 1
+    seconds: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.on not in RUNTIMES:
+            raise ConfigError(f"There is no runtime {self.on!r}.", where="on", got=self.on, expected=list(RUNTIMES))
+
+    def ms(self, module: nn.Module, example_inputs: tuple[Any, ...]) -> float:
+        """Median milliseconds of one call, as `bench` measures it.
+
+        Raises:
+            ExportError: the runtime cannot take the network.
+        """
+        inputs = tuple(value[:1] if isinstance(value, Tensor) and value.dim() else value for value in example_inputs)
+        wanted = {"onnxruntime": "onnxruntime fp32", "torch": "torch eager", "torch-compile": "torch.compile"}[self.on]
+        with tempfile.TemporaryDirectory() as folder:
+            contestant: Any = module
+            if self.on == "onnxruntime":
+                from indistill_fx.deploy.export_onnx import export_onnx
+
+                contestant = Path(folder) / "candidate.onnx"
+                export_onnx(module, contestant, inputs)
+            report = bench(
+                {"candidate": contestant},
+                inputs,
+                batches=(self.batch,),
+                threads=(self.threads,),
+                compile=self.on == "torch-compile",
+                seconds=self.seconds,
+            )
+        found = [row.median_ms for row in report.rows if row.runtime == wanted]
+        if not found:
+            raise ConfigError(
+                f"The network cannot be timed by {self.on}: {'; '.join(report.notes) or 'it gave no timing'}.",
+                where="on",
+                got=self.on,
+                hint="Take another runtime.",
+            )
+        return found[0]
+
+    def __str__(self) -> str:
+        return f"{self.on}, {self.threads} thread{'s' * (self.threads > 1)}, batch {self.batch}"
+
+
+def bisect(
+    measure: Callable[[float], float], most: float, *, smallest: float, tolerance: float = 0.03, tries: int = 8
+) -> float:
+    """The largest share of the work whose measured time is within a budget.
+
+    Args:
+        measure: share of the work → milliseconds.
+        most: milliseconds.
+        smallest: share that a network can be brought down to.
+        tolerance: a time this close below the budget ends the search.
+        tries: measurements at most.
+
+    Raises:
+        ConfigError: even the smallest takes longer; says how long.
+    """
+    low, high = smallest, 1.0
+    least = measure(low)
+    if least > most:
+        raise ConfigError(
+            f"The smallest this network can be made takes {least:.3g} ms, and {most:.3g} are asked for.",
+            where="latency",
+            got=most,
+            expected=f"{least:.3g} ms or more",
+            hint="Give more time, more threads, or another runtime.",
+        )
+    whole = measure(high)
+    if whole <= most:
+        return high
+    times = {low: least, high: whole}
+    for _ in range(tries):
+        inside = (most * (1 - tolerance / 2) - times[low]) / max(times[high] - times[low], 1e-9)
+        share = low + (high - low) * min(0.9, max(0.1, inside))
+        times[share] = measure(share)
+        if times[share] <= most:
+            low = share
+            if times[share] >= most * (1 - tolerance):
+                break
+        else:
+            high = share
+    return low
+
+
+def threads_here() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0))

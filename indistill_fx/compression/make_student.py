@@ -1,0 +1,238 @@
+"""From a teacher to a student that has not been trained yet: widths, shrinking, repair, each told by what it costs and what it is worth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from indistill_fx.compression.allocate import allocate
+from indistill_fx.compression.latency import Clock, bisect
+from indistill_fx.compression.repair import Repaired, repair
+from indistill_fx.compression.sensitivity import Curve, divergence, sensitivities
+from indistill_fx.errors import ConfigError
+from indistill_fx.graph.interpret import run_keeping
+from indistill_fx.graph.module_state import evaluating
+from indistill_fx.passes.contract import PassResult
+from indistill_fx.passes.pruning.criteria import Criterion
+from indistill_fx.passes.pruning.groups import Mask
+from indistill_fx.passes.pruning.shrink import Analysis, ShrinkReport, analyse, keep_classes
+from indistill_fx.traced import TracedModel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """How small the student must be; exactly one is given.
+
+    Attributes:
+        macs: a part up to 1, or multiply-accumulates of one sample.
+        params: a part up to 1, or a number of parameters.
+        size_mb: of the parameters' and buffers' bytes, in 10^6.
+        latency_ms: of one call on the clock's target.
+    """
+
+    macs: float | None = None
+    params: float | None = None
+    size_mb: float | None = None
+    latency_ms: float | None = None
+
+    def __post_init__(self) -> None:
+        given = {name: value for name, value in asdict(self).items() if value is not None}
+        if len(given) != 1:
+            raise ConfigError(
+                f"{len(given)} budgets are given: {', '.join(given) or 'none'}.",
+                where="budget",
+                hint="Give one of macs, params, size_mb and latency_ms.",
+            )
+        if not all(value > 0 and np.isfinite(value) for value in given.values()):
+            raise ConfigError(f"A budget is a number above 0: {given}.", where="budget", got=given)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Where the student stands after a step.
+
+    Attributes:
+        name: of the step.
+        macs: multiply-accumulates of one sample.
+        parameters: their number.
+        divergence: KL of the outputs from the teacher's, on the calibration batches; None where it is not measured.
+        accuracy: on the validation data; None where there are none.
+        latency_ms: on the clock's target; None where it is not measured.
+    """
+
+    name: str
+    macs: int
+    parameters: int
+    divergence: float | None = None
+    accuracy: float | None = None
+    latency_ms: float | None = None
+
+    def __str__(self) -> str:
+        parts = [f"{self.macs:,} MACs, {self.parameters:,} parameters"]
+        parts += [f"accuracy {self.accuracy:.2%}"] if self.accuracy is not None else []
+        parts += [f"divergence {self.divergence:.3g}"] if self.divergence is not None else []
+        parts += [f"{self.latency_ms:.3g} ms"] if self.latency_ms is not None else []
+        return f"{self.name}: {', '.join(parts)}"
+
+
+@dataclass(frozen=True)
+class Untrained:
+    """A student that has not been trained.
+
+    Attributes:
+        model: its graph.
+        shrunk: what went.
+        curves: sensitivities by which the widths were chosen.
+        repaired: what was repaired.
+        steps: teacher, shrunk, each repair.
+    """
+
+    model: TracedModel
+    shrunk: ShrinkReport
+    curves: Sequence[Curve]
+    repaired: Repaired | None
+    steps: tuple[Step, ...]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """How a step is measured: on these calibration batches, by this accuracy, on this clock."""
+
+    batches: Sequence[Any]
+    accuracy: Callable[[nn.Module], float] | None = None
+    clock: Clock | None = None
+    say: Callable[[str], None] = field(default=lambda text: None)
+
+    def step(self, name: str, teacher: TracedModel, model: TracedModel, latency_ms: float | None = None) -> Step:
+        """Measure a step, and tell it."""
+        graph = model.graph_module
+        found = Step(
+            name,
+            model.macs,
+            sum(parameter.numel() for parameter in graph.parameters()),
+            self.divergence(teacher, model) if model is not teacher else None,
+            self.accuracy(graph) if self.accuracy is not None else None,
+            latency_ms,
+        )
+        self.say(str(found))
+        return found
+
+    def divergence(self, teacher: TracedModel, model: TracedModel) -> float:
+        """Mean over the calibration batches."""
+        moved = []
+        with evaluating(teacher.graph_module), evaluating(model.graph_module):
+            for batch in self.batches:
+                inputs, _ = teacher.inputs_in(batch, where="The calibration")
+                outputs = [run_keeping(m.graph_module, [m.logits], *inputs)[1][m.logits] for m in (teacher, model)]
+                moved.append(divergence(teacher, outputs[0].float(), outputs[1].float()))
+        return float(np.mean(moved))
+
+
+def make_student(
+    teacher: TracedModel,
+    budget: Budget,
+    measure: Measure,
+    *,
+    criterion: str | Criterion = "l1",
+    round_to: int | None = None,
+) -> Untrained:
+    """Choose widths, shrink, repair.
+
+    Args:
+        teacher: traced; it is not changed.
+        budget: how small.
+        measure: calibration batches, and how steps are told.
+        criterion: which channels of a group go first.
+        round_to: keep multiples of so many channels.
+
+    Raises:
+        ConfigError: the budget or the data are at fault.
+        PruneError: the budget cannot be met, or nothing can go.
+    """
+    clock = measure.clock if budget.latency_ms is not None else None
+    before = clock.ms(teacher.graph_module, teacher.example_inputs) if clock is not None else None
+    steps = [measure.step("teacher", teacher, teacher, before)]
+    known = analyse(teacher, criterion=criterion, loader=measure.batches if criterion != "l1" else None)
+    curves = sensitivities(teacher, known, measure.batches[:1])
+    result, after = _shrunk(teacher, known, curves, budget, clock, round_to)
+    steps.append(measure.step("shrunk", teacher, result.value, after))
+    best, repaired = result.value, None
+    for name, wishes in (("norms estimated anew", {"readers": False}), ("readers fitted", {"norms": False})):
+        made = repair(teacher, result.value, result.report.axes, measure.batches, **wishes)
+        steps.append(measure.step(name, teacher, made.value, after))
+        known_best = steps[-1].divergence or 0.0
+        if known_best < min(step.divergence or 0.0 for step in steps[1:-1]):
+            best, repaired = made.value, made.report
+    for parameter in best.graph_module.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    return Untrained(best, result.report, curves, repaired, tuple(steps))
+
+
+def _shrunk(
+    teacher: TracedModel,
+    known: Analysis,
+    curves: Sequence[Curve],
+    budget: Budget,
+    clock: Clock | None,
+    round_to: int | None,
+) -> tuple[PassResult[TracedModel, ShrinkReport], float | None]:
+    """The network within the budget; and its time, where that is the budget."""
+    whole = np.ones(len(known.classes.scores), dtype=bool)
+    if clock is None or budget.latency_ms is None:
+        cost, most = _cost(teacher, known, budget, whole)
+        return keep_classes(teacher, known, allocate(known, curves, cost, most, round_to=round_to)), None
+    macs = known.cost.macs(whole)
+    made: dict[float, tuple[PassResult[TracedModel, ShrinkReport], float]] = {}
+
+    def time_of(share: float) -> float:
+        stay = whole if share >= 1 else allocate(known, curves, known.cost.macs, share * macs, round_to=round_to)
+        result = keep_classes(teacher, known, stay)
+        made[share] = result, clock.ms(result.value.graph_module, teacher.example_inputs)
+        return made[share][1]
+
+    share = bisect(time_of, budget.latency_ms, smallest=_smallest(known, curves, round_to) / macs * 1.001)
+    return made[share]
+
+
+def _smallest(known: Analysis, curves: Sequence[Curve], round_to: int | None) -> float:
+    """Multiply-accumulates of the smallest network there is."""
+    from indistill_fx.errors import PruneError
+
+    try:
+        allocate(known, curves, known.cost.macs, 0, round_to=round_to)
+    except PruneError as error:
+        if isinstance(error.expected, (int, float)):
+            return float(error.expected)
+        raise
+    return 0.0
+
+
+def _cost(teacher: TracedModel, known: Analysis, budget: Budget, whole: Mask) -> tuple[Callable[[Mask], float], float]:
+    if budget.macs is not None:
+        return known.cost.macs, budget.macs * known.cost.macs(whole) if budget.macs <= 1 else budget.macs
+    if budget.params is not None:
+        return known.cost.params, budget.params * known.cost.params(whole) if budget.params <= 1 else budget.params
+    tensors: Mapping[int, torch.Tensor] = {id(t): t for t in teacher.graph_module.parameters()}
+    each = max((t.element_size() for t in tensors.values()), default=4)
+    rest = sum(t.numel() * t.element_size() for t in teacher.graph_module.buffers())
+    return known.cost.params, ((budget.size_mb or 0) * 1e6 - rest) / each
+
+
+def calibration(loader: Iterable[Any], samples: int) -> list[Any]:
+    """The first batches of a loader, up to so many samples."""
+    from indistill_fx.batch import samples_of, tensors_of
+
+    found: list[Any] = []
+    count = 0
+    for batch in loader:
+        size = next((len(value) for value in tensors_of(batch) if value.ndim), 0)
+        found.append(samples_of(batch, slice(0, samples - count)) if count + size > samples else batch)
+        count += size
+        if count >= samples:
+            break
+    return found

@@ -1,0 +1,136 @@
+"""What each group of channels is worth: how far the outputs move when some of it is not there.
+
+Measured by running the original with the channels masked wherever they are read, so no network is built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from indistill_fx.errors import ConfigError
+from indistill_fx.graph.module_state import evaluating
+from indistill_fx.passes.pruning.budget import FLOOR
+from indistill_fx.passes.pruning.groups import Group
+from indistill_fx.passes.pruning.masked import Masked
+from indistill_fx.passes.pruning.shrink import Analysis
+from indistill_fx.traced import TracedModel
+
+LEVELS = (0.75, 0.5, 0.25, FLOOR)
+"""Shares of a group at which it is measured."""
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """A group's sensitivity.
+
+    Attributes:
+        path: the first layer that makes the channels.
+        counts: how many of its channels stay, descending; the first is all.
+        rises: of the divergence of the outputs, in nats a sample, at each count; the first is 0. Never falls.
+    """
+
+    path: str
+    counts: tuple[int, ...]
+    rises: tuple[float, ...]
+
+    def at(self, count: float) -> float:
+        """The rise if so many channels stay; between measured counts on the lower convex hull."""
+        return float(np.interp(count, self.counts[::-1], self.rises[::-1]))
+
+
+def sensitivities(model: TracedModel, known: Analysis, batches: Iterable[Any]) -> list[Curve]:
+    """Measure every group that may lose channels.
+
+    Args:
+        model: traced; it is not changed.
+        known: its analysis; of a group, the channels with the lowest scores are masked first.
+        batches: a few, in any form a loader gives; labels are not looked at.
+
+    Returns:
+        One curve for each of `known.classes.groups`.
+
+    Raises:
+        ConfigError: no batches, or none that go with the model.
+    """
+    inputs = [model.inputs_in(batch, where="The sensitivity")[0] for batch in batches]
+    if not inputs:
+        raise ConfigError("There are no batches to measure sensitivities on.", where="loader", hint="Give some data.")
+    curves = []
+    with evaluating(model.graph_module):
+        whole = [masked_logits(model, {}, given) for given in inputs]
+        for group in known.classes.groups:
+            counts, rises = [len(group.classes)], [0.0]
+            for level in LEVELS:
+                count = max(1, round(level * len(group.classes)))
+                if count < counts[-1]:
+                    axes = known.axes(without(known, group, count))
+                    moved = [
+                        divergence(model, one, masked_logits(model, axes, given))
+                        for one, given in zip(whole, inputs, strict=True)
+                    ]
+                    counts.append(count)
+                    rises.append(max(rises[-1], float(np.mean(moved))))
+            curves.append(_convex(group.path, counts, rises))
+    return curves
+
+
+def without(known: Analysis, group: Group, count: int) -> Any:
+    """All classes but those of a group with the lowest scores, so that `count` of it stay."""
+    stay = np.ones(len(known.classes.scores), dtype=bool)
+    order = np.argsort(-known.classes.scores[group.classes], kind="stable")
+    stay[group.classes[order[count:]]] = False
+    return stay
+
+
+def divergence(model: TracedModel, one: Tensor, other: Tensor) -> float:
+    """How far two outputs are apart: KL(one || other) of classes, in nats a sample; of what is no map of classes the relative square."""
+    axis = model.facts[model.logits].channel_axis
+    if axis is None or one.shape[axis] < 2:
+        return float((one - other).square().mean() / one.var().clamp_min(1e-12))
+    one, other = one.movedim(axis, -1).log_softmax(-1), other.movedim(axis, -1).log_softmax(-1)
+    return float(F.kl_div(other, one, log_target=True, reduction="none").sum(-1).mean())
+
+
+def masked_logits(
+    model: TracedModel, axes: Mapping[tuple[str, int | str], tuple[int, ...]], inputs: Sequence[Any]
+) -> Tensor:
+    """The main output of a masked run, in single precision."""
+    run = _Watched(model, axes)
+    run.run(*inputs)
+    return run.logits.float()
+
+
+class _Watched(Masked):
+    """A masked run that keeps the main output."""
+
+    def __init__(self, model: TracedModel, axes: Mapping[tuple[str, int | str], tuple[int, ...]]):
+        super().__init__(model, axes)
+        self.wanted, self.logits = model.logits, torch.zeros(())
+
+    def run_node(self, n: fx.Node) -> Any:
+        """As for every masked run."""
+        value = super().run_node(n)
+        if n.name == self.wanted:
+            self.logits = value
+        return value
+
+
+def _convex(path: str, counts: Sequence[int], rises: Sequence[float]) -> Curve:
+    """The lower convex hull, so that an allocation by slopes finds the best."""
+    hull: list[tuple[int, float]] = []
+    for point in zip(counts, rises, strict=True):
+        while len(hull) > 1 and _above(hull[-2], hull[-1], point):
+            hull.pop()
+        hull.append(point)
+    return Curve(path, tuple(count for count, _ in hull), tuple(rise for _, rise in hull))
+
+
+def _above(a: tuple[int, float], b: tuple[int, float], c: tuple[int, float]) -> bool:
+    return (b[1] - a[1]) * (a[0] - c[0]) >= (c[1] - a[1]) * (a[0] - b[0])

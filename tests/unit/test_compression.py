@@ -1,0 +1,332 @@
+"""From a teacher to a student: criteria, widths, repair, plan, and the whole road."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import indistill_fx as ifx
+from indistill_fx.compression.allocate import allocate
+from indistill_fx.compression.correspond import plan_of
+from indistill_fx.compression.latency import bisect
+from indistill_fx.compression.make_student import Budget, Measure, calibration, make_student
+from indistill_fx.compression.repair import repair
+from indistill_fx.compression.sensitivity import masked_logits, sensitivities, without
+from indistill_fx.compression.write_source import source_of
+from indistill_fx.passes.pruning.shrink import analyse, keep_classes
+from tests.nets import Cnn32, Residual, TinyTransformer, images, seeded, unsettle
+
+
+def teacher_of(make=Residual, size=16, *args) -> ifx.TracedModel:
+    return ifx.trace(unsettle(seeded(make, *args)), (images(4, size),), role="teacher")
+
+
+def outputs(model: ifx.TracedModel, x: torch.Tensor) -> torch.Tensor:
+    for part in model.graph_module.modules():
+        part.training = False
+    with torch.no_grad():
+        return model.graph_module(x)
+
+
+@pytest.mark.parametrize("criterion", ["fisher", "isomorphic"])
+@pytest.mark.parametrize(("make", "size"), [(Residual, 16), (Cnn32, 32), (TinyTransformer, 16)])
+def test_criteria_of_units_meet_budgets_without_labels(criterion, make, size):
+    model = teacher_of(make, size)
+    before = [p.detach().clone() for p in model.graph_module.parameters()]
+    small = ifx.shrink(model, macs=0.5, criterion=criterion, loader=[images(8, size, seed=3)])
+    assert small.report.macs[1] <= 0.5 * small.report.macs[0]
+    assert all(torch.equal(a, b) for a, b in zip(before, model.graph_module.parameters(), strict=True))
+
+
+def test_fisher_finds_the_channels_that_nobody_reads():
+    """Half of a layer's channels are read with zeros: they must go, though their filters are the largest."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.Flatten(), nn.LazyLinear(4))
+    x = images(16, 8)
+    model(x)
+    with torch.no_grad():
+        model[2].weight[:, ::2] = 0
+        model[0].weight[::2] *= 10
+    traced = ifx.trace(model, (x[:2],), role="teacher")
+    kept = {
+        c: ifx.shrink(traced, widths={"0": 4}, criterion=c, loader=[x]).report.layers[0].kept for c in ("l1", "fisher")
+    }
+    assert kept == {"l1": (0, 2, 4, 6), "fisher": (1, 3, 5, 7)}
+
+
+def test_isomorphic_takes_as_much_of_every_structure():
+    """Two blocks of one structure, of which the one has filters a thousand times as large."""
+
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem = nn.Conv2d(3, 8, 3, padding=1)
+            self.a, self.b = (
+                nn.Sequential(nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 8, 3, padding=1)) for _ in "ab"
+            )
+            self.head = nn.Linear(8, 4)
+
+        def forward(self, x):
+            x = self.stem(x)
+            x = x + self.a(x)
+            x = x + self.b(x)
+            return self.head(x.mean((2, 3)))
+
+    torch.manual_seed(0)
+    model = Two()
+    with torch.no_grad():
+        model.b[0].weight.mul_(100)
+    widths = {
+        c: ifx.shrink(ifx.trace(model, (images(),), role="teacher"), macs=0.6, criterion=c).report.widths
+        for c in ("l2", "isomorphic")
+    }
+    assert widths["l2"]["b.0"][1] < 16  # each layer's scores are brought to mean 1
+    assert widths["isomorphic"]["a.0"][1] < widths["isomorphic"]["b.0"][1] == 16
+
+
+def test_a_sensitivity_is_the_divergence_of_the_shrunk_network():
+    """Masked and really removed: the same outputs."""
+    model = teacher_of()
+    known = analyse(model)
+    x = images(6, seed=2)
+    for group in known.classes.groups:
+        stay = without(known, group, len(group.classes) // 2)
+        small = keep_classes(model, known, stay).value
+        assert torch.allclose(masked_logits(model, known.axes(stay), (x,)), outputs(small, x), atol=1e-5)
+    curves = sensitivities(model, known, [x])
+    assert [curve.path for curve in curves] == [group.path for group in known.classes.groups]
+    assert all(np.all(np.diff(curve.rises) >= 0) and curve.rises[0] == 0 for curve in curves)
+    assert all(curve.at(curve.counts[-1]) == curve.rises[-1] for curve in curves)
+
+
+def test_widths_go_where_they_are_worth_most():
+    """A group whose channels nobody needs loses them first."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(4)
+    )
+    x = images(16, 8)
+    model(x)
+    with torch.no_grad():
+        model[2].weight.mul_(0.001)  # what the first layer makes hardly matters; the second layer's bias does the work
+        model[2].bias.normal_()
+    traced = ifx.trace(model, (x[:2],), role="teacher")
+    known = analyse(traced)
+    whole = np.ones(len(known.classes.scores), dtype=bool)
+    stay = allocate(known, sensitivities(traced, known, [x]), known.cost.macs, 0.5 * known.cost.macs(whole))
+    counts = {group.path: int(stay[group.classes].sum()) for group in known.classes.groups}
+    assert counts["0"] < counts["2"]
+    assert known.cost.macs(stay) <= 0.5 * known.cost.macs(whole)
+    rounded = allocate(
+        known, sensitivities(traced, known, [x]), known.cost.macs, 0.6 * known.cost.macs(whole), round_to=8
+    )
+    assert {int(rounded[group.classes].sum()) % 8 for group in known.classes.groups} == {0}
+
+
+def test_a_budget_that_cannot_be_met_says_what_can():
+    model = teacher_of()
+    known = analyse(model)
+    curves = sensitivities(model, known, [images(4)])
+    with pytest.raises(
+        ifx.PruneError, match=r"The smallest this network can be made is [\d,]+, and 1 are asked for.*Frozen are"
+    ):
+        allocate(known, curves, known.cost.macs, 1)
+
+
+def test_least_squares_restores_what_a_linear_network_can():
+    """Channels that are sums of others: without them, the readers' weights can make up for it exactly."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 6, 3, padding=1), nn.Flatten(), nn.Linear(6 * 64, 5)
+    )
+    with torch.no_grad():
+        model[0].weight[4:] = model[0].weight[:4] * 0.5
+        model[0].bias[4:] = model[0].bias[:4] * 0.5
+    x = images(32, 8)
+    traced = ifx.trace(model, (x[:2],), role="teacher")
+    small = ifx.shrink(traced, widths={"0": 4})
+    assert small.report.layers[0].kept == (0, 1, 2, 3)
+    fixed = repair(traced, small.value, small.report.axes, [x[:16], x[16:]])
+    before, after = (float((outputs(m, x) - outputs(traced, x)).square().mean()) for m in (small.value, fixed.value))
+    assert after < 1e-3 * before
+    assert fixed.report.readers.keys() >= {"1"}
+    assert fixed.report.readers["1"][1] < 1e-3 * fixed.report.readers["1"][0]
+
+
+@pytest.mark.parametrize(("make", "size"), [(Residual, 16), (Cnn32, 32), (TinyTransformer, 16)])
+def test_repair_brings_outputs_nearer_and_leaves_both_networks_alone(make, size):
+    model = teacher_of(make, size)
+    small = ifx.shrink(model, ratio=0.6)
+    states = [{k: v.clone() for k, v in m.graph_module.state_dict().items()} for m in (model, small.value)]
+    x = images(32, size, seed=5)
+    fixed = repair(model, small.value, small.report.axes, [x[:16], x[16:]], norms=False)
+    target = outputs(model, x)
+    before, after = (float((outputs(m, x) - target).square().mean()) for m in (small.value, fixed.value))
+    assert after < 0.7 * before
+    for state, m in zip(states, (model, small.value), strict=True):
+        assert all(torch.equal(state[k], v) for k, v in m.graph_module.state_dict().items())
+
+
+def test_norms_take_the_statistics_of_what_arrives():
+    model = teacher_of()
+    small = ifx.shrink(model, ratio=0.5)
+    x = images(16, seed=7)
+    fixed = repair(model, small.value, small.report.axes, [x], readers=False)
+    norm = next(m for m in fixed.value.graph_module.modules() if isinstance(m, nn.BatchNorm2d))
+    conv = next(m for m in fixed.value.graph_module.modules() if isinstance(m, nn.Conv2d))
+    with torch.no_grad():
+        made = conv(x)
+    assert torch.allclose(norm.running_mean, made.mean((0, 2, 3)), atol=1e-5)
+    assert torch.allclose(norm.running_var, made.var((0, 2, 3)), rtol=1e-4)
+    assert fixed.report.norms and not fixed.report.readers
+
+
+@pytest.mark.parametrize(("make", "size"), [(Residual, 16), (TinyTransformer, 16)])
+def test_the_plan_keeps_what_shrink_kept(make, size):
+    model = teacher_of(make, size)
+    small = ifx.shrink(model, ratio=0.5)
+    student = ifx.trace(source_of(small.value).build(), model.example_inputs, role="student")
+    plan = plan_of(model, student, small.report.axes)
+    plan.check(model, student)
+    for pair in plan.pairs:
+        known = model.facts_of(pair.teacher)
+        assert pair.teacher == pair.student
+        kept = small.report.axes.get((model.node(pair.teacher).name, known.channel_axis))
+        assert pair.kept == (None if kept is None else tuple(kept))
+        assert student.facts_of(pair.student).channels == len(pair.kept or range(known.channels))
+    assert any(pair.kept for pair in plan.pairs)
+
+
+def test_bisection_ends_below_the_budget():
+    asked = []
+
+    def time_of(share: float) -> float:
+        asked.append(share)
+        return 1 + 9 * share**1.5
+
+    share = bisect(time_of, 5.0, smallest=0.05)
+    assert 5 * 0.97 <= time_of(share) <= 5
+    assert len(asked) < 10
+    assert bisect(time_of, 50, smallest=0.05) == 1.0
+    with pytest.raises(ifx.ConfigError, match=r"takes 1.1 ms, and 0.5 are asked for"):
+        bisect(time_of, 0.5, smallest=0.05)
+
+
+def test_budgets_and_calibration():
+    with pytest.raises(ifx.ConfigError, match="2 budgets are given: macs, params"):
+        Budget(macs=0.5, params=0.5)
+    with pytest.raises(ifx.ConfigError, match="0 budgets are given"):
+        Budget()
+    batches = [(images(4, seed=k), torch.zeros(4)) for k in range(5)]
+    assert [len(x) for x, _ in calibration(batches, 10)] == [4, 4, 2]
+    model = teacher_of()
+    size = sum(t.numel() * 4 for t in (*model.graph_module.parameters(), *model.graph_module.buffers())) / 1e6
+    made = make_student(model, Budget(size_mb=0.4 * size), Measure([images(16)]))
+    own = sum(t.numel() * 4 for t in (*made.model.graph_module.parameters(), *made.model.graph_module.buffers())) / 1e6
+    assert own <= 0.4 * size
+    assert [step.name for step in made.steps] == ["teacher", "shrunk", "norms estimated anew", "readers fitted"]
+    assert made.steps[3].divergence < made.steps[1].divergence
+
+
+def data_of(count=4):
+    torch.manual_seed(0)
+    return [(images(8, seed=k), torch.arange(8) % 5) for k in range(count)]
+
+
+def test_the_whole_road_and_back(tmp_path):
+    model = unsettle(seeded(Residual))
+    said: list[str] = []
+    arguments = dict(
+        macs=0.4, run_dir=tmp_path / "run", epochs=1, progress=False, device="cpu", samples=16, say=said.append
+    )
+    made = ifx.compress(model, data_of(), **arguments)
+    assert [step.name for step in made.steps][-1] == "trained"
+    assert made.steps[1].macs <= 0.4 * made.steps[0].macs
+    assert (tmp_path / "run" / "student.onnx").exists()
+    loaded = ifx.load(made.spec)
+    assert all(torch.equal(v, loaded.state_dict()[k]) for k, v in made.student.state_dict().items())
+    assert any(line.startswith("readers fitted: ") for line in said)
+    story = json.loads((tmp_path / "run" / "compress.json").read_text())
+    assert story["widths"] and story["sensitivity"]
+    again = ifx.compress(model, data_of(), **arguments, resume=True)
+    assert all(torch.equal(v, again.student.state_dict()[k]) for k, v in made.student.state_dict().items())
+    with pytest.raises(ifx.ConfigError, match="already holds a run"):
+        ifx.compress(model, data_of(), **arguments)
+    with pytest.raises(ifx.ConfigError, match="holds another compression"):
+        ifx.compress(model, data_of(), **{**arguments, "macs": 0.3}, resume=True)
+
+
+def test_an_interrupted_road_ends_with_the_same_bits(tmp_path):
+    """Stopped in the middle of training by a failing loader; then gone on with."""
+    model = unsettle(seeded(Residual))
+
+    class Breaks(list):
+        left = 9
+
+        def __iter__(self):
+            for batch in super().__iter__():
+                Breaks.left -= 1
+                if Breaks.left == 0:
+                    raise KeyboardInterrupt
+                yield batch
+
+    arguments = dict(
+        macs=0.4, epochs=2, progress=False, device="cpu", samples=16, calibration_loader=data_of(2), export=False
+    )
+    arguments |= {"example_inputs": images(4)}
+    whole = ifx.compress(model, data_of(), run_dir=tmp_path / "whole", **arguments)
+    with pytest.raises(KeyboardInterrupt):
+        ifx.compress(model, Breaks(data_of()), run_dir=tmp_path / "parts", **arguments)
+    said: list[str] = []
+    made = ifx.compress(model, data_of(), run_dir=tmp_path / "parts", resume=True, say=said.append, **arguments)
+    assert not any(line.startswith("shrunk") for line in said)  # not made again
+    assert all(torch.equal(v, made.student.state_dict()[k]) for k, v in whole.student.state_dict().items())
+
+
+def test_what_has_no_source_code_is_trained_all_the_same(tmp_path):
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU())
+            self.head = nn.Linear(8, 5)
+
+        def forward(self, x):
+            return bent(self.head(self.layers(x).mean((2, 3))))
+
+    said: list[str] = []
+    made = ifx.compress(
+        seeded(Odd), data_of(), macs=0.5, run_dir=tmp_path / "run", epochs=1, progress=False, device="cpu", samples=16,
+        say=said.append, export=False,
+    )  # fmt: skip
+    assert made.spec == ""
+    assert any("`bent` cannot be written as source code" in line for line in said)
+    again = ifx.load(str(tmp_path / "run" / "student.pt2"))
+    x = images(3)
+    with torch.no_grad():
+        assert torch.allclose(again(x), outputs_of(made.student, x), atol=1e-6)
+
+
+@torch.fx.wrap
+def bent(x: torch.Tensor) -> torch.Tensor:
+    return x.sin()
+
+
+def outputs_of(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    for part in module.modules():
+        part.training = False
+    return module(x)
+
+
+def test_a_teacher_no_better_than_chance_is_refused(tmp_path):
+    data = [(images(50, seed=k), torch.arange(50) % 5) for k in range(4)]
+    with pytest.raises(ifx.ConfigError, match="classifies no better than chance"):
+        ifx.compress(seeded(Residual), data, macs=0.5, run_dir=tmp_path / "run", val_loader=data)
+    assert not (tmp_path / "run").exists()
+
+
+def test_nothing_to_remove(tmp_path):
+    with pytest.raises(ifx.PruneError, match="Nothing in this network can go"):
+        ifx.compress(nn.Sequential(nn.Flatten(), nn.Linear(768, 5)), data_of(), macs=0.5, run_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
