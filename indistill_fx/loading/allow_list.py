@@ -9,7 +9,7 @@ may be used for. The uses:
   function  a listed pure tensor function, held as an attribute (an activation), never called while loading
   enum      an enumeration of an allowed package
   constant  a dtype, layout, memory format or quantisation scheme of torch
-  graph     torch.fx's maker of graph modules, which is never called: `graph_source.py` reads the source as data
+  graph     torch.fx's maker of graph modules, which would run source from the file: never called, and refused
   storage, type   what tensors are made of
   trusted   anything of a package the user trusts
   missing   a class of an allowed package that the installed version does not have
