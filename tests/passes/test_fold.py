@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.utils.prune
 
 import indistill_fx as ifx
 from indistill_fx.graph.module_state import digest
@@ -58,3 +59,31 @@ def test_folded_graph_has_parameters_of_its_own():
     assert all(p.requires_grad for p in module.parameters())
     own = {id(p) for p in module.parameters()}
     assert not any(id(p) in own for p in folded.parameters())
+
+
+def test_a_layer_whose_hook_makes_its_weight_is_left_alone():
+    """torch.nn.utils.prune computes weight_orig * mask before every call, and would undo a fold."""
+    module = seeded(Residual).double().eval()
+    for layer in [part for part in module.modules() if isinstance(part, torch.nn.Conv2d)]:
+        torch.nn.utils.prune.l1_unstructured(layer, "weight", 0.5)
+    x = images(2).double()
+    traced = ifx.trace(module, x)
+    expected = ifx.instrument(traced, ["layer1", "layer3"])(x)[0]
+    features, output = fold(ifx.instrument(traced, ["layer1", "layer3"])).value(x)
+    torch.testing.assert_close(output, module(x), rtol=1e-12, atol=1e-12)
+    for tap, value in expected.items():
+        torch.testing.assert_close(features[tap], value, rtol=1e-12, atol=1e-12)
+
+
+def test_a_stage_of_a_pruned_teacher_has_the_plain_features():
+    teacher, student = seeded(Residual, 16).eval(), seeded(Residual)
+    for layer in [part for part in teacher.modules() if isinstance(part, torch.nn.Conv2d)]:
+        torch.nn.utils.prune.l1_unstructured(layer, "weight", 0.5)
+    x = images(2)
+    plan = ifx.align(teacher, student, example_inputs=x)
+    stages = ifx.compile_stages(teacher, student, plan, example_inputs=x, main=None)
+    stage = next(one for one in stages if one.pairs[0].teacher == "layer1")
+    with torch.no_grad():
+        got = stage.teacher(x)[0]["layer1"]
+        expected = teacher.layer1(teacher.stem(x))[:, list(stage.pairs[0].kept)]
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)

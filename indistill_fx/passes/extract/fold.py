@@ -71,6 +71,8 @@ def _fold_norm(node: fx.Node, graph_module: fx.GraphModule) -> str | None:
     if len(source.users) > 1:
         return f"`{source.name}` is read by others too"
     norm, layer = attribute(graph_module, str(node.target)), attribute(graph_module, str(source.target))
+    if layer._forward_hooks or layer._forward_pre_hooks:  # torch.nn.utils.prune makes the weight anew before every call
+        return f"`{source.name}` has hooks"
     if norm.training or norm.running_mean is None:
         return "it normalises by the batch"
     kind = op_name(source)

@@ -122,7 +122,11 @@ def _fits(node: fx.Node, graph_module: fx.GraphModule) -> bool:
     layer = attribute(graph_module, str(node.target))
     if type(layer) is not nn.Conv2d or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
         return False
-    return not any(parameter.requires_grad for parameter in layer.parameters()) and not layer._forward_hooks
+    return (
+        not any(parameter.requires_grad for parameter in layer.parameters())
+        and not layer._forward_hooks
+        and not layer._forward_pre_hooks
+    )
 
 
 def _only_reader(node: fx.Node) -> fx.Node | None:
