@@ -32,7 +32,8 @@ def pair_of(name: str) -> tuple[nn.Module, nn.Module, torch.Tensor]:
 
 @pytest.mark.parametrize("name", ["chain", "residual"])
 def test_warmup_losses_and_gradients_equal_the_hook_baseline(name):
-    teacher, student, x = pair_of(name)
+    # In float64: in float32 the gradient of a bias before a norm is the rounding of one order of summation or another.
+    teacher, student, x = (part.double() for part in pair_of(name))
     plan = ifx.align(teacher, student, example_inputs=x)
     assert len(plan.pairs) == 3
     assert all(len(pair.kept) == pair.student_shape[1] for pair in plan.pairs)

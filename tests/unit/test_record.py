@@ -96,7 +96,7 @@ def test_run_json_tells_how_the_run_ended(tmp_path):
     assert story()["status"] == "stopped" and story()["resumed"] == 1 and story()["started"] == started
     with RunDirectory(tmp_path / "run", resume=True) as directory:
         directory.begin(resumed=True)
-        directory.tell(status="done")
+        directory.report(status="done")
     assert story()["status"] == "done" and "error" not in story() and story()["settings"] == {"seed": 3}
 
 
