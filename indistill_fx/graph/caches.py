@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FunctionType, ModuleType
@@ -9,7 +10,8 @@ from typing import Any
 
 from torch import nn
 
-_LIBRARIES = ("torch", "numpy", "builtins", "functools", "math", "typing", "collections", "operator", "itertools", "re")
+_LIBRARIES = {"torch", "numpy", *sys.stdlib_module_names}
+"""Their caches are their own business: restoring `sys.modules`, say, would have modules imported twice."""
 Container = dict[Any, Any] | list[Any] | set[Any]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import sys
 
 import pytest
 import torch
@@ -130,3 +131,19 @@ def test_code_that_looks_things_up_by_size_is_traced_and_the_size_is_a_decision(
     assert any("shape" in line for line in model.report.specialisations)
     x = torch.randn(5, 3, 8, 8)
     assert torch.equal(model.graph_module(x), module(x))
+
+
+class AsksThePython(nn.Module):
+    """As transformers' masks do: it looks at what is loaded, and loads more on the way."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if "colorsys" not in sys.modules:
+            importlib.import_module("colorsys")
+        return x * 2.0
+
+
+def test_what_python_itself_keeps_is_not_put_back():
+    """sys.modules was, so that what a forward imported was imported twice: torch.export failed on transformers' models."""
+    sys.modules.pop("colorsys", None)
+    trace(AsksThePython(), torch.randn(2, 3))
+    assert "colorsys" in sys.modules
