@@ -38,6 +38,15 @@ def printable(text: str) -> str:
     return _COMMANDS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
+def one_line(text: str) -> str:
+    r"""The text as `printable` gives it, and on one line: a name that holds a line break forges no line of ours.
+
+    >>> one_line("a\nerror: b")
+    'a\\u000aerror: b'
+    """
+    return printable(text).replace("\n", "\\u000a")
+
+
 class SafeConsole(Console):
     """A console that takes no markup, and whose texts hold no commands to the terminal but its own."""
 

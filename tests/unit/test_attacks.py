@@ -203,3 +203,18 @@ OPERATORS = {
 def test_operators_that_a_program_may_call(name, allowed):
     packet, _, overload = name.partition(".")
     assert may_be_called("aten", packet, getattr(getattr(torch.ops.aten, packet), overload)) is allowed
+
+
+def test_names_in_a_plan_neither_command_the_terminal_nor_forge_a_line(here, capsys):
+    torch.save(network(), "sound.pt")
+    assert run_cli(["align", "sound.pt", "sound.pt", "--input", "3x8x8", "-o", "plan.json"]) == 0
+    plan = json.loads(Path("plan.json").read_text())
+    plan["teacher"] |= {"name": "\x1b]0;owned\x07", "fingerprint": "0"}
+    plan["layers"]["teacher"] = {"a\nerror: all is lost": "Conv2d", "\x1b[2J": "Conv2d"}
+    Path("evil.json").write_text(json.dumps(plan))
+    for option in ("--plan", "--diff"):
+        capsys.readouterr()
+        assert run_cli(["align", "sound.pt", "sound.pt", "--input", "3x8x8", option, "evil.json"]) == 0
+        shown = "".join(capsys.readouterr())
+        assert "\\u001b]0;owned" in shown
+        assert "\x1b]" not in shown and "\x07" not in shown and "\nerror: all is lost" not in shown

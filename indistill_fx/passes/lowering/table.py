@@ -35,6 +35,7 @@ LOWERINGS: Mapping[Kind, Lowerings] = {
         teacher=("fuse_convolutions",),
         student=("stem_channels_last",),
     ),
+    # Other dtypes than float32: not measured by themselves; what of float32's list can run in them.
     "cpu reduced": Lowerings(student=("stem_channels_last",)),
     "cpu compiled": Lowerings(),
     "cuda": Lowerings(),
