@@ -230,18 +230,34 @@ def count_of(batch: Any) -> int:
 
 def samples_of(batch: Any, part: slice) -> Any:
     """Some samples of a batch, in the batch's own form; entries that are no tensors or lists of samples stay as they are."""
-    if isinstance(batch, Tensor):
-        return batch[part]
     count = count_of(batch)
 
     def cut(value: Any) -> Any:
         sized = isinstance(value, (Tensor, list, tuple)) and (not isinstance(value, Tensor) or value.ndim)
         return value[part] if sized and len(value) == count else value
 
+    return _rebuilt(batch, cut)
+
+
+def stand_in(batch: Any) -> Any:
+    """One sample of zeros in the form of a batch that has none."""
+
+    def filled(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: filled(entry) for key, entry in value.items()}
+        empty = isinstance(value, Tensor) and value.ndim and not len(value)
+        return value.new_zeros((1, *value.shape[1:])) if empty else value
+
+    return _rebuilt(batch, filled)
+
+
+def _rebuilt(batch: Any, change: Callable[[Any], Any]) -> Any:
+    if isinstance(batch, Tensor):
+        return change(batch)
     entries = named(batch)
     if entries is None:
-        return type(batch)(cut(value) for value in batch)
-    changed = {name: cut(value) for name, value in entries.items()}
+        return type(batch)(change(value) for value in batch)
+    changed = {name: change(value) for name, value in entries.items()}
     if isinstance(batch, tuple):
         return type(batch)(**changed)
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):

@@ -21,6 +21,7 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
+from indistill_fx.batch import count_of, stand_in
 from indistill_fx.data.loaders import EpochLoader, with_last
 from indistill_fx.errors import TrainError
 from indistill_fx.runs.directory import LAST, RunDirectory
@@ -31,8 +32,8 @@ from indistill_fx.training.memory import noticing_full_memory
 from indistill_fx.training.nonfinite import first_not_finite, not_finite_error
 from indistill_fx.training.optimizers import make_optimizer
 from indistill_fx.training.parallel.fsdp import Shards
-from indistill_fx.training.parallel.processes import first_says, launched_for_sharding, mean_over_processes
-from indistill_fx.training.parallel.sync_batch_norm import batch_norms_synced, unsynced_batch_norms
+from indistill_fx.training.parallel.processes import first_says, launched_for_sharding, mean_over_processes, weighted
+from indistill_fx.training.parallel.sync_batch_norm import Share, batch_norms_synced, unsynced_batch_norms
 from indistill_fx.training.progress import Reporter
 from indistill_fx.training.saver import Saver
 from indistill_fx.training.settings import Settings
@@ -80,6 +81,7 @@ class TrainingLoop:
         self._loader = loader.to(accelerator.device)
         self._saver = Saver(student, phases, accelerator, directory, identity)
         self._pending: list[Tensor] = []
+        self._share = Share()
         self._since = time.monotonic()
         # Reading a loss waits for the device; a CPU is never behind, so there every step is checked before it is taken.
         self._check_every = 1 if accelerator.device.type == "cpu" else 50
@@ -98,7 +100,7 @@ class TrainingLoop:
 
     def _train_phase(self, index: int, phase: Phase) -> None:
         together = self._settings.sync_batch_norm and self._accelerator.num_processes > 1
-        with batch_norms_synced(phase.module) if together else nullcontext():
+        with batch_norms_synced(phase.module) if together else nullcontext(Share()) as self._share:
             if together and (alone := unsynced_batch_norms(phase.module, without=phase.teacher)):
                 self._note(
                     phase, f"{alone} batch norms are not torch.nn's: each process has its own statistics for them"
@@ -118,8 +120,11 @@ class TrainingLoop:
         for index, batch, last in self._batches(phase):
             boundary = last or (index + 1) % settings.accumulate == 0
             reseed(settings.seed, self.state.epochs, index, self._accelerator.process_index)
+            samples = count_of(batch)
+            self._share.counts = samples > 0 or self._accelerator.num_processes == 1
             with self._noticing(phase, batch), nullcontext() if boundary else self._accelerator.no_sync(module):
-                loss = module(batch)
+                loss = module(batch if self._share.counts else stand_in(batch))
+                loss = weighted(self._accelerator, loss, samples)
                 self._watch(phase, loss, batch)
                 self._accelerator.backward(loss)
             group += 1

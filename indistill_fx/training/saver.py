@@ -98,6 +98,10 @@ class Saver:
         if saved["optimizer"] is None or state.phase == len(self._phases):  # between two phases, or at the end
             own = {name: tensor for name, tensor in tensors.items() if name.startswith("student/")}
             restore_model(model_tensors(self._student, None), own)
+            if state.epoch:
+                state.notes.setdefault(self._phases[state.phase].name, []).append(
+                    "goes on with a new optimiser: the checkpoint has none"
+                )
             self._read = None if state == State() else (tensors, saved | {"optimizer": None})
         return state, found
 

@@ -17,6 +17,7 @@ from indistill_fx.data.foreign import repeatable
 from indistill_fx.errors import ConfigError
 from indistill_fx.evaluation.accuracy import select_logits
 from indistill_fx.graph.module_state import evaluating
+from indistill_fx.losses.base import widened
 from indistill_fx.runs.record import RunRecord
 from indistill_fx.training.identity import code_digest
 from indistill_fx.training.settings import Options, Settings
@@ -111,7 +112,7 @@ class Supervised(nn.Module):
     def forward(self, batch: Any) -> Tensor:
         """The loss of a batch (inputs, labels, …), or of a dict of inputs by name with `labels`."""
         scores, labels = self.scores(batch)
-        return F.cross_entropy(scores.float(), labels)
+        return F.cross_entropy(widened(scores), labels)
 
     def scores(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Logits and labels of a batch."""

@@ -87,3 +87,60 @@ def test_two_processes_equal_one(tmp_path):
         assert losses[1] == pytest.approx(losses[0], rel=1e-5)
         assert told["result"]["accuracy"] == story["result"]["accuracy"]
         assert told["resumed"] == (2 if kind == "fsdp" else 0)
+
+
+ODD = """
+import sys
+import torch
+from torch import nn
+from indistill_fx.training.supervised import train
+
+place, cut = sys.argv[1], int(sys.argv[2])
+torch.set_num_threads(1)
+torch.set_default_dtype(torch.float64)
+
+class Breaking(list):
+    epochs = 0
+
+    def __iter__(self):
+        self.epochs += 1
+        if self.epochs > cut:
+            raise OSError("the disk went away")
+        return super().__iter__()
+
+for name, sizes, norm in (("norms", (5, 4, 2), nn.BatchNorm1d(8)), ("plain", (5, 5, 1), nn.Identity())):
+    torch.manual_seed(0)
+    batches = Breaking((torch.randn(n, 6), torch.randint(4, (n,))) for n in sizes)
+    net = nn.Sequential(nn.Linear(6, 8), norm, nn.Tanh(), nn.Linear(8, 4))
+    try:
+        train(
+            net, batches, epochs=4, optimizer="sgd", learning_rate=0.5, momentum=0.0, run_dir=f"{place}/{name}", resume=True,
+            progress=False, checkpoint_every_steps=1, device="cpu",
+        )
+    except OSError:
+        pass
+"""
+
+
+def test_batches_that_do_not_divide_and_a_resume_by_another_number_of_processes(tmp_path):
+    """With three processes, a batch of two or one leaves some of them with nothing; in float64 the weights are those of one process."""
+    script = tmp_path / "work.py"
+    script.write_text(ODD)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
+    for launcher, place, cut in (
+        ([sys.executable], "one", "99"),
+        (torchrun, "three", "99"),
+        (torchrun, "both", "3"),
+        ([sys.executable], "both", "99"),
+    ):
+        command = [*launcher, str(script), str(tmp_path / place), cut]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((tmp_path / "both/plain/run.json").read_text())["resumed"] == 1
+    for name in ("norms", "plain"):
+        one = load_file(tmp_path / "one" / name / "student.safetensors")
+        for place in ("three", "both"):
+            found = load_file(tmp_path / place / name / "student.safetensors")
+            for key, tensor in one.items():
+                torch.testing.assert_close(found[key], tensor, rtol=0, atol=1e-10)

@@ -13,7 +13,7 @@ import torch.distributed
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, broadcast_object_list
-from torch import nn
+from torch import Tensor, nn
 
 from indistill_fx.errors import ConfigError, TrainError
 from indistill_fx.target import Target
@@ -118,6 +118,17 @@ def _own_sharding() -> Iterator[None]:
 def is_main_process() -> bool:
     """Whether this is the process that writes and speaks."""
     return bool(PartialState().is_main_process)
+
+
+def weighted(accelerator: Accelerator, mean: Tensor, samples: int) -> Tensor:
+    """A mean over this process's samples, so weighted that the mean over processes is that over all samples.
+
+    All must call it alike, also those that have no samples.
+    """
+    if accelerator.num_processes == 1:
+        return mean
+    everyone = accelerator.reduce(torch.tensor(samples, device=accelerator.device), "sum")
+    return mean * (samples * accelerator.num_processes / everyone.clamp(min=1)).to(mean.dtype)
 
 
 def mean_over_processes(accelerator: Accelerator, value: float) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,20 +18,34 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
+@dataclass(slots=True)
+class Share:
+    """What one process has of the batch at hand.
+
+    Attributes:
+        counts: whether its samples do: False for a sample of zeros that stands for none.
+    """
+
+    counts: bool = True
+
+
 @contextmanager
-def batch_norms_synced(module: nn.Module) -> Iterator[None]:
+def batch_norms_synced(module: nn.Module) -> Iterator[Share]:
     """Within the block, every batch norm in train mode takes its statistics over all processes' inputs.
 
     All processes must call the module alike. In eval mode nothing is exchanged.
 
     Args:
         module: its batch norms are changed back when the block ends.
+
+    Yields:
+        To be told, before every call, whether this process's samples count.
     """
-    norms = [part for part in module.modules() if _can_sync(part)]
+    norms, share = [part for part in module.modules() if _can_sync(part)], Share()
     for norm in norms:
-        norm.forward = partial(_synced_batch_norm, norm)
+        norm.forward = partial(_synced_batch_norm, norm, share)
     try:
-        yield
+        yield share
     finally:
         for norm in norms:
             del norm.forward
@@ -55,19 +70,19 @@ def _can_sync(part: nn.Module) -> bool:
     return isinstance(part, _BatchNorm) and type(part).forward is _BatchNorm.forward
 
 
-def _synced_batch_norm(norm: Any, x: Tensor) -> Tensor:
+def _synced_batch_norm(norm: Any, share: Share, x: Tensor) -> Tensor:
     if not norm.training:
         return _BatchNorm.forward(norm, x)
     norm._check_input_dim(x)
     axes = [axis for axis in range(x.dim()) if axis != 1]
     shape = [1, -1] + [1] * (x.dim() - 2)
     wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-    own = torch.full((1,), x.numel() // x.shape[1], dtype=wide.dtype, device=x.device)
+    own = torch.full((1,), share.counts * x.numel() // x.shape[1], dtype=wide.dtype, device=x.device)
     own_mean = wide.mean(axes) if x.numel() else wide.sum(axes)
     totals = _summed(torch.cat((own_mean * own, own)))
     count, mean = totals[-1], totals[:-1] / totals[-1]
     # Squares about the common mean, not sums of squares: those would lose the digits of a small variance.
-    variance = _summed((wide - mean.view(shape)).square().sum(axes)) / count
+    variance = _summed(share.counts * (wide - mean.view(shape)).square().sum(axes)) / count
     _remember(norm, mean.detach(), variance.detach(), count.detach())
     scale = torch.rsqrt(variance + norm.eps)
     out = (wide - mean.view(shape)) * scale.view(shape)
