@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from indistill_fx.batch import count_of, samples_of, tensors_of
 from indistill_fx.data.loaders import EpochLoader
-from indistill_fx.data.readers import reading_by_key
+from indistill_fx.data.readers import leaving_signals_to_us, reading_by_key
 from indistill_fx.errors import ConfigError
 from indistill_fx.system.random_state import OwnRandomness, seed_from
 
@@ -114,8 +114,9 @@ class ForeignLoader(EpochLoader):
 
     def _batches(self, skipped: int) -> Iterator[Any]:
         randomness = OwnRandomness(seed_from(self.seed, self.epoch))
-        with randomness.lent():
-            iterator = iter(self._of_this_epoch())
+        loader = self._of_this_epoch()
+        with randomness.lent(), leaving_signals_to_us(loader):
+            iterator = iter(loader)
         number, expected = 0, self.length
         while expected is None or number < expected:
             with randomness.lent():

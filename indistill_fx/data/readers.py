@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from indistill_fx.errors import ConfigError, TrainError
 from indistill_fx.system.random_state import OwnRandomness, seed_from
+from indistill_fx.system.signals import left_to_the_parent
 
 Key = tuple[int, int]
 """Epoch and index of a sample."""
@@ -65,6 +66,7 @@ class Readers:
             collate_fn=_collated,
             pin_memory=pinned,
             persistent_workers=persistent,
+            worker_init_fn=left_to_the_parent,
             generator=torch.Generator(),
         )
 
@@ -154,6 +156,32 @@ def _collated(samples: list[Any]) -> Any:
         return failed
     images, labels = zip(*samples, strict=True)
     return torch.stack(images), None if labels[0] is None else torch.tensor(labels)
+
+
+@contextmanager
+def leaving_signals_to_us(loader: Any) -> Iterator[None]:
+    """Within the block, the processes that a DataLoader of the user's own starts leave signals to this one."""
+    if not isinstance(loader, DataLoader) or not loader.num_workers:
+        yield
+        return
+    own = loader.worker_init_fn
+    loader.worker_init_fn = _LeavingSignals(own)
+    try:
+        yield
+    finally:
+        loader.worker_init_fn = own
+
+
+class _LeavingSignals:
+    """The user's `worker_init_fn`, after `left_to_the_parent`; a class, because processes may be started afresh."""
+
+    def __init__(self, own: Callable[[int], None] | None):
+        self.own = own
+
+    def __call__(self, number: int) -> None:
+        left_to_the_parent()
+        if self.own is not None:
+            self.own(number)
 
 
 @contextmanager

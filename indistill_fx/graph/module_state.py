@@ -53,6 +53,26 @@ def digest(module: nn.Module) -> str:
     return total.hexdigest()
 
 
+def uncompiled(module: nn.Module) -> nn.Module:
+    """The user's own module, where torch.compile has wrapped it: its layers have the names that the user gave them."""
+    while isinstance(inner := module._modules.get("_orig_mod"), nn.Module):
+        module = inner
+    return module
+
+
+def left_in_eval(model: nn.Module) -> list[nn.Module]:
+    """The parts of a model that its user has put into eval mode, and that stay there while the model trains.
+
+    Of a model in train mode, all that are in eval mode. One that is in eval mode as a whole came so from a file; of it, the batch norms
+    whose parameters are frozen.
+    """
+    parts = [part for part in model.modules() if not part.training]
+    if model.training:
+        return parts
+    norms = [part for part in parts if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.affine]
+    return [norm for norm in norms if not any(parameter.requires_grad for parameter in norm.parameters())]
+
+
 def settings_of(module: nn.Module) -> list[tuple[str, str, object]]:
     """A module's plain settings: (path, attribute, value) of every public number, text and tuple but the training flag."""
     return [

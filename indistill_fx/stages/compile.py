@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from indistill_fx.passes.lowering.table import LOWERINGS, Lowerings
 from indistill_fx.passes.pipeline import fed_student_half, narrowed_teacher, student_half, teacher_half
 from indistill_fx.plan import AlignmentPlan, Pair
 from indistill_fx.stages.stage import Stage, StageReport
+from indistill_fx.stages.teacher_guard import refuse_changes
 from indistill_fx.target import Target
 from indistill_fx.traced import TracedModel
 
@@ -41,7 +43,9 @@ def compile_stages(
     """Compile teacher and student into the stages of training: one per pair, shallow to deep, then the main stage.
 
     Every stage's graphs end at what its loss reads; nothing behind is computed or held. In the warm-up the teacher is narrowed to the
-    student's widths (unless the loss works across widths).
+    student's widths (unless the loss works across widths). A pair up to which the student is frozen gets no stage, with a warning.
+
+    The stages stand for the teacher as it is now; one whose weights change afterwards is refused at the next step.
 
     Args:
         teacher: traced, or a plain module with `example_inputs`.
@@ -55,8 +59,40 @@ def compile_stages(
         lowerings: which rewrites for speed run, instead of the target's own (`passes.lowering.table`); for measuring them.
 
     Raises:
-        ConfigError: the plan does not fit, an unknown loss, or a stage without trainable parameters.
+        ConfigError: the plan does not fit, an unknown loss, or nothing of the student can be trained.
     """
+    stages, frozen = compile_trainable(
+        teacher,
+        student,
+        plan,
+        curriculum=curriculum,
+        main=main,
+        main_options=main_options,
+        example_inputs=example_inputs,
+        target=target,
+        lowerings=lowerings,
+    )
+    for name in frozen:
+        warnings.warn(f"Stage `{name}` is left out: {_FROZEN}.", stacklevel=2)
+    return stages
+
+
+_FROZEN = "no parameter of the student up to there requires a gradient"
+
+
+def compile_trainable(
+    teacher: nn.Module | TracedModel,
+    student: nn.Module | TracedModel,
+    plan: AlignmentPlan | None = None,
+    *,
+    curriculum: Curriculum | None = None,
+    main: str | Callable[..., Tensor] | None = "kd",
+    main_options: Mapping[str, Any] | None = None,
+    example_inputs: Any = None,
+    target: Target | None = None,
+    lowerings: Lowerings | None = None,
+) -> tuple[list[Stage], tuple[str, ...]]:
+    """`compile_stages`, and the names of the warm-up stages that it leaves out because nothing in them could be trained."""
     if lowerings is None:
         lowerings = LOWERINGS[
             (target or Target.of(student.module if isinstance(student, TracedModel) else student)).kind
@@ -66,19 +102,27 @@ def compile_stages(
     plan = align(teacher, student) if plan is None else plan
     plan.check(teacher, student)
     curriculum = curriculum or Curriculum()
-    stages = _warmup_stages(teacher, student, plan, curriculum, lowerings)
+    warm = _warmup_stages(teacher, student, plan, curriculum, lowerings)
+    stages = [stage for stage in warm if _trains(stage)]
     if main is not None:
         stages.append(_main_stage(teacher, student, plan, main, main_options or {}, curriculum, lowerings))
-    for stage in stages:
+    guard = refuse_changes(teacher.module)
+    for stage in stages or warm:
         _check_halves(stage)
-    return stages
+        if stage.teacher is not None:
+            stage.teacher.register_forward_pre_hook(guard)
+    return stages, tuple(stage.name for stage in warm if stage not in stages)
+
+
+def _trains(stage: Stage) -> bool:
+    return any(parameter.requires_grad for parameter in stage.student.parameters())
 
 
 def _check_halves(stage: Stage) -> None:
     """Refuse a stage that could not train anything, or has nothing to learn from."""
-    if not any(parameter.requires_grad for parameter in stage.student.parameters()):
+    if not _trains(stage):
         raise ConfigError(
-            f"Stage `{stage.name}` has nothing to train: no parameter of the student up to there requires a gradient.",
+            f"Stage `{stage.name}` has nothing to train: {_FROZEN}.",
             where=stage.name,
             hint="Choose a deeper layer for the pair, or unfreeze the student.",
         )

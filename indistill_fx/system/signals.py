@@ -1,11 +1,15 @@
-"""Ctrl-C and SIGTERM: the first asks the run to save and stop, the second quits at once."""
+"""Signals: one that asks a run to stop saves and stops it, a queue's notice saves it; processes that serve a run leave them to it."""
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType, TracebackType
 from typing import Any
+
+_STOP = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+_SAVE = [signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []
 
 
 class Interrupted(KeyboardInterrupt):
@@ -22,24 +26,34 @@ class Interrupted(KeyboardInterrupt):
 
 
 class StopRequest:
-    """Within the block, SIGINT and SIGTERM set `number` instead of ending the program.
+    """Within the block, SIGINT, SIGTERM and SIGHUP set `number` instead of ending the program, and SIGUSR1 sets `save`.
 
-    A first signal also puts the program's own handlers back, so that a second one ends it as usual. Outside the main
-    thread, where Python allows no handlers, nothing is changed.
+    A first signal that asks to stop also puts the program's own handlers back, so that a second one ends it as usual. A signal that the
+    program ignores (SIGHUP under nohup) stays ignored, and a handler of its own for SIGUSR1 stays. Outside the main thread, where
+    Python allows no handlers, nothing is changed.
 
     Args:
         enabled: whether to do anything at all.
+
+    Attributes:
+        number: the signal that asked to stop; None: none did.
+        save: whether SIGUSR1 arrived; whoever saves sets it back.
     """
 
     def __init__(self, *, enabled: bool = True):
         self.number: int | None = None
+        self.save = False
         self._enabled = enabled
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
         if self._enabled and threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._note)
+            for number in _STOP:
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._stop)
+            for number in _SAVE:
+                if signal.getsignal(number) is signal.SIG_DFL:
+                    self._before[number] = signal.signal(number, self._save)
         return self
 
     def __exit__(
@@ -47,11 +61,34 @@ class StopRequest:
     ) -> None:
         self._restore()
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _stop(self, number: int, frame: FrameType | None) -> None:
         self.number = number
         self._restore()
+
+    def _save(self, number: int, frame: FrameType | None) -> None:
+        self.save = True
 
     def _restore(self) -> None:
         while self._before:
             number, handler = self._before.popitem()
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def left_to_the_parent(_: int = 0) -> None:
+    """For a process that serves another (a DataLoader's `worker_init_fn`): signals to the whole group are its parent's business.
+
+    A queue, a service manager or a terminal sends its signal to every process of a run. The run finishes its step and saves, and needs its
+    readers for that. SIGTERM from the parent itself ends the process; without a parent torch ends it.
+    """
+    if not hasattr(signal, "sigwaitinfo"):
+        return
+    parent, signals = os.getppid(), {*_STOP, *_SAVE}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+
+    def wait() -> None:
+        while True:
+            told = signal.sigwaitinfo(signals)
+            if told.si_signo == signal.SIGTERM and told.si_pid == parent:
+                os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()

@@ -19,6 +19,7 @@ from indistill_fx.curriculum import Budget, Curriculum
 from indistill_fx.data.foreign import repeatable
 from indistill_fx.data.loaders import EpochLoader
 from indistill_fx.errors import ConfigError
+from indistill_fx.graph.module_state import uncompiled
 from indistill_fx.losses.registry import asked_of_the_data
 from indistill_fx.losses.stage_losses import KeptFeature
 from indistill_fx.passes.align import align
@@ -26,7 +27,7 @@ from indistill_fx.passes.capture.trace import trace
 from indistill_fx.plan import AlignmentPlan
 from indistill_fx.runs.directory import RunDirectory
 from indistill_fx.runs.record import RunRecord
-from indistill_fx.stages.compile import compile_stages, joint_teachers, warmup_plan
+from indistill_fx.stages.compile import compile_trainable, joint_teachers, warmup_plan
 from indistill_fx.stages.stage import Stage
 from indistill_fx.traced import Role, TracedModel
 from indistill_fx.training.feature_cache import FeatureStore, Joint, cache_features, cacheable
@@ -161,7 +162,7 @@ class Distillation:
     def modules(self) -> tuple[nn.Module, nn.Module]:
         """The user's own teacher and student."""
         models = (self.teacher, self.student)
-        first, second = (model.module if isinstance(model, TracedModel) else model for model in models)
+        first, second = (model.module if isinstance(model, TracedModel) else uncompiled(model) for model in models)
         return first, second
 
     def set_up(self, directory: RunDirectory | None, accelerator: Accelerator) -> Setup:
@@ -176,7 +177,7 @@ class Distillation:
             self.teacher, self.student, self.loader, example_inputs=self.example_inputs, logits=self.logits
         )
         plan = self.plan or _kept_plan(directory) or align(*models)
-        stages = compile_stages(
+        stages, frozen = compile_trainable(
             *models, plan, curriculum=self.curriculum, main=self.main, main_options=self.main_options, target=target
         )
         classes = _check_classes(*models, [stage for stage in stages if stage.budget is None])
@@ -190,7 +191,10 @@ class Distillation:
             check=label_check(classes, *(Inputs.of(model.graph_module) for model in models)),
             save=lambda where: plan.save(where.path / "plan.json") if where.writes else None,
             models={model.role: model_facts(model.module) | {"macs": model.macs} for model in models},
-            remarks=_remarks(self.curriculum, plan),
+            remarks=(
+                *(f"{name}: left out, the student is frozen up to there" for name in frozen),
+                *_remarks(self.curriculum, plan),
+            ),
             identity=self._identity(*models, plan),
         )
 
@@ -252,7 +256,7 @@ def traced_pair(
     for model, role in roles:
         if not isinstance(model, TracedModel):
             example_inputs = example_of(loader, model) if example_inputs is None else example_inputs
-            model = trace(model, example_inputs, role=role, logits=logits)
+            model = trace(uncompiled(model), example_inputs, role=role, logits=logits)
         traced.append(model)
     return traced[0], traced[1]
 

@@ -17,6 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from indistill_fx.batch import count_of, stand_in
 from indistill_fx.data.loaders import EpochLoader, with_last
 from indistill_fx.errors import TrainError
+from indistill_fx.graph.module_state import left_in_eval
 from indistill_fx.runs.directory import LAST, RunDirectory
 from indistill_fx.runs.record import EpochRecord
 from indistill_fx.system.random_state import reseed
@@ -81,6 +83,7 @@ class TrainingLoop:
         self._loader = loader.to(accelerator.device)
         self._saver = Saver(student, phases, accelerator, directory, identity)
         self._pending: list[Tensor] = []
+        self._in_eval = left_in_eval(student)
         self._share = Share()
         self._since = time.monotonic()
         # Reading a loss waits for the device; a CPU is never behind, so there every step is checked before it is taken.
@@ -158,9 +161,12 @@ class TrainingLoop:
         if state.all_steps % settings.log_every_steps == 0:
             rate = float(optimizer.param_groups[0]["lr"])
             self._log("step", stage=phase.name, epoch=state.epoch + 1, loss=self._mean_loss(), learning_rate=rate)
-        stop = self._asked_to_stop()
-        if stop or (settings.checkpoint_every_steps and state.all_steps % settings.checkpoint_every_steps == 0):
+        stop, save = self._asked()
+        every = settings.checkpoint_every_steps
+        if stop or save or (every and state.all_steps % every == 0):
             self._save(phase, optimizer)
+        if save and not stop:
+            self._reporter.say(f"Saved after {state.all_steps} steps, as a signal asked.")
         if stop:
             raise self._interrupted(phase)
 
@@ -245,6 +251,8 @@ class TrainingLoop:
         self._accelerator.free_memory()  # else it would unscale the gradients of the last stage's optimiser too
         phase.module.train()
         self._student.train()  # last, so that a model's own train(), which may keep a norm frozen, has the say
+        for part in self._in_eval:
+            part.training = False
         phase.module.to(self._accelerator.device)
         self._saver.restore_phase(phase)
         if (settings.shard or launched_for_sharding()) and self._accelerator.num_processes > 1:
@@ -327,13 +335,14 @@ class TrainingLoop:
             name = phase.name if phase else self.phases[max(self.state.phase - 1, 0)].name
             raise self._failed(name, f"`{bad}` is not finite")
 
-    def _asked_to_stop(self) -> bool:
-        """Whether a signal arrived, in any of the processes: they stop after the same step."""
-        if self._accelerator.num_processes == 1:
-            return self._stop.number is not None
-        if self._stop.number is not None:
-            self._accelerator.set_trigger()
-        return bool(self._accelerator.check_trigger())
+    def _asked(self) -> tuple[bool, bool]:
+        """Whether a signal asks to stop, or to save and go on, in any of the processes: they do so after the same step."""
+        asked = [self._stop.number is not None, self._stop.save]
+        self._stop.save = False
+        if self._accelerator.num_processes > 1:
+            found = torch.tensor([int(one) for one in asked], device=self._accelerator.device)
+            asked = [bool(count) for count in self._accelerator.reduce(found, "sum").tolist()]
+        return asked[0], asked[1]
 
     def _interrupted(self, phase: Phase) -> Interrupted:
         place = f"stage `{phase.name}`, epoch {self.state.epoch + 1}, step {self.state.batch}"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import isfinite
 from types import TracebackType
@@ -173,7 +174,8 @@ class Reporter:
         if self._shown and self._console.is_terminal and not self._console.is_dumb_terminal:
             # Redrawn from `step`, not by a thread of its own, which would take its time from the training.
             self._live = Live(console=self._console, auto_refresh=False, vertical_overflow="crop")
-            self._live.start()
+            with self._costing_no_work():
+                self._live.start()
         return self
 
     def __exit__(
@@ -182,14 +184,25 @@ class Reporter:
         if self._live is not None:
             self._board.pace = ""  # what it says of the time left is over; the rest stays to be read
             self._draw()
-            self._live.stop()
+        if self._live is not None:
+            with self._costing_no_work():
+                self._live.stop()
 
     def say(self, text: str) -> None:
         """A line that stays."""
-        if self._live is not None:
-            self._live.console.print(text, markup=False)
-        elif self._shown:
-            print(printable(text), file=sys.stderr, flush=True)
+        with self._costing_no_work():
+            if self._live is not None:
+                self._live.console.print(text, markup=False)
+            elif self._shown and sys.stderr is not None:  # without one, `print` would take the standard output
+                print(printable(text), file=sys.stderr, flush=True)
+
+    @contextmanager
+    def _costing_no_work(self) -> Iterator[None]:
+        """Within the block, a standard error that is closed or full ends the progress, not the run."""
+        try:
+            yield
+        except (OSError, ValueError):
+            self._shown, self._live = False, None
 
     def teacher(self, accuracy: float) -> None:
         """The teacher was measured."""
@@ -252,8 +265,9 @@ class Reporter:
             self._draw()
 
     def _draw(self) -> None:
-        if self._live is not None:
-            self._live.update(self._board.draw(self._console.width), refresh=True)
+        with self._costing_no_work():
+            if self._live is not None:
+                self._live.update(self._board.draw(self._console.width), refresh=True)
 
     def _left(self, step: int, rate: float) -> str:
         """Time left, as if a later stage's step took as much longer than this one's as it costs more."""

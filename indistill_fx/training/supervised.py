@@ -16,7 +16,7 @@ from indistill_fx.curriculum import Budget
 from indistill_fx.data.foreign import repeatable
 from indistill_fx.errors import ConfigError
 from indistill_fx.evaluation.accuracy import select_logits
-from indistill_fx.graph.module_state import evaluating
+from indistill_fx.graph.module_state import evaluating, uncompiled
 from indistill_fx.losses.base import widened
 from indistill_fx.runs.record import RunRecord
 from indistill_fx.training.identity import code_digest
@@ -68,9 +68,9 @@ def train(
     budget = Budget(epochs, "epochs", settings.learning_rate, settings.optimizer)
     supervised = Supervised(module, logits)
     phase = Phase("main", supervised, budget, main=True)
-    models = {"student": model_facts(module)}
+    models = {"student": model_facts(uncompiled(module))}
     return Trainer(
-        student=module,
+        student=uncompiled(module),
         teacher=None,
         loader=loader,
         val_loader=val_loader,
@@ -86,7 +86,7 @@ def train(
             phases=[phase],
             check=label_check(_class_count(supervised, loader), Inputs.of(module)),
             models=models,
-            identity={"code of the student": code_digest(module)},
+            identity={"code of the student": code_digest(uncompiled(module))},
         )
     )
 

@@ -134,6 +134,9 @@ class Trainer:
         more = ({"teacher": teacher} if teacher is not None else {}) | dict(setup.identity)
         identity = identity_of(phases, self.loader, self.settings, more)
         least = _least_samples(self.student, accelerator.num_processes, together=self.settings.sync_batch_norm)
+        least = (
+            max(least, accelerator.num_processes) if self.loader.numbered else least
+        )  # they read no share of nothing
         loader = self.loader.at_least(least).shard(accelerator.process_index, accelerator.num_processes)
         shown = self.progress and accelerator.is_main_process
         costs = {phase.name: phase.cost for phase in phases}
@@ -256,9 +259,9 @@ class Trainer:
 
 
 def _least_samples(student: nn.Module, processes: int, *, together: bool) -> int:
-    """How many samples a batch needs: one for each process; two where a batch norm takes its statistics."""
+    """How many samples a batch needs: two where a batch norm takes its statistics, in every process if each takes its own."""
     norms = any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in student.modules())
-    return max(processes, 2) if norms and together else processes * (2 if norms else 1)
+    return (2 if together else 2 * processes) if norms else 1
 
 
 def _recall(reporter: Reporter, state: State, phases: Sequence[Phase]) -> None:

@@ -46,7 +46,7 @@ def batches() -> list[tuple[Tensor, Tensor]]:
 
 def run(student: nn.Module, teacher: nn.Module | None = None, **options: Any) -> Any:
     options = {"curriculum": ifx.Curriculum(lengths=1), "epochs": 1, "learning_rate": 0.05} | options
-    return distill(teacher or Net(16), student, batches(), progress=False, device="cpu", **options)
+    return distill(Net(16) if teacher is None else teacher, student, batches(), progress=False, device="cpu", **options)
 
 
 def state(part: nn.Module) -> list[Tensor]:
@@ -66,7 +66,7 @@ def test_a_frozen_stem_stays_frozen_its_pair_is_left_out_and_the_rest_is_trained
     record = run(student, run_dir=tmp_path)
     assert same(before[0], state(student.stem))  # the statistics of its norm too
     assert not same(before[1], state(student.body)) and not same(before[2], state(student.head))
-    assert [stage.name for stage in record.stages] == ["body.3", "main"] or len(record.stages) == 2
+    assert [stage.name for stage in record.stages] == ["body.2", "main"]
     told = json.loads((tmp_path / "run.json").read_text())
     assert any("left out, the student is frozen up to there" in line for line in told["schedule"])
     assert not student.stem.training and student.body.training

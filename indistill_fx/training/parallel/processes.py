@@ -127,8 +127,9 @@ def weighted(accelerator: Accelerator, mean: Tensor, samples: int) -> Tensor:
     """
     if accelerator.num_processes == 1:
         return mean
-    everyone = accelerator.reduce(torch.tensor(samples, device=accelerator.device), "sum")
-    return mean * (samples * accelerator.num_processes / everyone.clamp(min=1)).to(mean.dtype)
+    everyone: Tensor = accelerator.reduce(torch.tensor(samples, device=accelerator.device), "sum")
+    share: Tensor = samples * accelerator.num_processes / everyone.clamp(min=1)
+    return mean * share.to(mean.dtype)
 
 
 def mean_over_processes(accelerator: Accelerator, value: float) -> float:

@@ -1,0 +1,122 @@
+"""Signals to a whole group of processes, notices that ask to save, and a standard error that nobody reads: no work is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.faults.harness import EPOCHS, ROOT, STEPS, finishes_as_if_nothing_happened, steps_saved
+
+SCRIPT = """
+import os, sys
+import torch
+from torch.utils.data import DataLoader, Dataset
+from pathlib import Path
+from indistill_fx.data.loaders import DiskLoader
+from indistill_fx.runs.directory import RunDirectory
+from indistill_fx.system.signals import Interrupted
+from indistill_fx.training import loop
+from indistill_fx.training.supervised import train
+from tests.faults.harness import loader, network, run
+
+place, kind, number, target = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4]
+torch.set_num_threads(1)
+
+class Samples(Dataset):
+    randomness = None
+
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, index):
+        return torch.full((1, 6, 6), float(index)), index % 3
+
+def step(self, *args):
+    original(self, *args)
+    if self.state.all_steps == 7:
+        os.kill(os.getpid(), number) if target == "self" else os.killpg(os.getpgrp(), number)
+
+original = loop.TrainingLoop._step
+loop.TrainingLoop._step = step
+data = {
+    "memory": loader,
+    "ours": lambda: DiskLoader(Samples(), batch_size=8, workers=2),
+    "theirs": lambda: DataLoader(Samples(), batch_size=8, num_workers=2),
+    "theirs, living on": lambda: DataLoader(Samples(), batch_size=8, num_workers=2, persistent_workers=True),
+}[kind]()
+try:
+    train(network(), data, epochs=3, run_dir=place)
+except Interrupted as stopped:
+    sys.exit(40 if stopped.number == number else 4)
+"""
+
+
+def ends_with(place: Path, kind: str, number: int, target: str = "group", **pipes: Any) -> int:
+    script = place.with_name("work.py")
+    script.write_text(SCRIPT)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(script), str(place), kind, str(int(number)), target]
+    return subprocess.run(
+        command, env=environment, start_new_session=True, timeout=120, check=False, **({"stderr": subprocess.DEVNULL} | pipes)
+    ).returncode  # fmt: skip
+
+
+def story(place: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((place / "run.json").read_text())
+    return found
+
+
+@pytest.mark.parametrize("kind", ["ours", "theirs", "theirs, living on"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_group_spares_the_readers_until_the_step_is_saved(
+    number: int, kind: str, tmp_path: Path
+) -> None:
+    place = tmp_path / "run"
+    assert ends_with(place, kind, number) == 40
+    assert steps_saved(place) == 7 and story(place)["status"] == "stopped"
+
+
+def test_a_terminal_that_goes_away_saves_too(tmp_path: Path) -> None:
+    place = tmp_path / "run"
+    assert ends_with(place, "memory", signal.SIGHUP) == 40
+    assert steps_saved(place) == 7 and story(place)["status"] == "stopped"
+    finishes_as_if_nothing_happened(place)
+
+
+def test_a_hang_up_that_is_ignored_stays_ignored(tmp_path: Path) -> None:
+    """As under nohup."""
+    place = tmp_path / "run"
+    preexec = lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)  # noqa: E731
+    assert ends_with(place, "memory", signal.SIGHUP, preexec_fn=preexec) == 0
+    assert story(place)["status"] == "done"
+
+
+def test_a_notice_saves_and_goes_on(tmp_path: Path) -> None:
+    place = tmp_path / "run"
+    with (tmp_path / "err").open("w") as err:
+        assert ends_with(place, "ours", signal.SIGUSR1, stderr=err) == 0
+    assert "Saved after 7 steps, as a signal asked." in (tmp_path / "err").read_text()
+    assert story(place)["status"] == "done" and story(place)["result"]["steps"] == STEPS
+
+
+@pytest.mark.parametrize("how", ["closed", "full", "a pipe nobody reads"])
+def test_a_standard_error_that_takes_nothing_costs_no_work(how: str, tmp_path: Path) -> None:
+    place = tmp_path / "run"
+    if how == "closed":
+        done = ends_with(place, "memory", 0, stderr=None, preexec_fn=lambda: os.close(2))
+    elif how == "full":
+        with open("/dev/full", "w") as err:
+            done = ends_with(place, "memory", 0, stderr=err)
+    else:
+        reading, writing = os.pipe()
+        os.close(reading)
+        done = ends_with(place, "memory", 0, stderr=writing)
+        os.close(writing)
+    assert done == 0 and len(story(place)["result"]["epochs"]) == EPOCHS
