@@ -33,7 +33,8 @@ from safetensors.torch import save_file
 from indistill_fx.cli import run
 from indistill_fx.cli.training import Numbers
 from indistill_fx.errors import IndistillError
-from indistill_fx.loading.spec import parse_input, parse_spec
+from indistill_fx.loading.inputs import parse_input
+from indistill_fx.loading.spec import parse_spec
 from indistill_fx.plan import AlignmentPlan, ModelStamp, Pair
 from indistill_fx.runs.directory import STUDENT
 from indistill_fx.runs.load import is_run, load_run

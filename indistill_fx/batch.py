@@ -26,6 +26,10 @@ FEATURES = "teacher_features"
 """Name of the teacher's features in a batch of a stage that has no teacher of its own."""
 
 
+Sizes = tuple[int | None, ...]
+"""Of a tensor; None for an axis of any size."""
+
+
 @dataclass(frozen=True, slots=True)
 class Inputs:
     """What a model's forward takes.
@@ -34,11 +38,13 @@ class Inputs:
         names: of its arguments, in order.
         required: those without a default; of a model whose arguments all have one, the first.
         anything: whether it takes further arguments by any name.
+        owner: whose they are, for messages.
     """
 
     names: tuple[str, ...]
     required: tuple[str, ...]
     anything: bool = False
+    owner: str = ""
 
     @staticmethod
     def of(model: nn.Module) -> Inputs:
@@ -46,15 +52,16 @@ class Inputs:
         if isinstance(model, fx.GraphModule):
             nodes = [node for node in model.graph.nodes if node.op == "placeholder"]
             names = tuple(str(node.target) for node in nodes)
-            return Inputs(names, tuple(str(node.target) for node in nodes if not node.args) or names[:1])
+            required = tuple(str(node.target) for node in nodes if not node.args) or names[:1]
+            return Inputs(names, required, owner=type(model).__name__)
         while isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):  # torch.compile's wrapper
             model = inner
-        return Inputs.of_function(model.forward)
+        return dataclasses.replace(Inputs.of_function(model.forward), owner=type(model).__name__)
 
     def without(self, names: Container[str]) -> Inputs:
         """The same but for some arguments, which do not come from the batch."""
         own, required = (tuple(n for n in some if n not in names) for some in (self.names, self.required))
-        return Inputs(own, required, self.anything)
+        return dataclasses.replace(self, names=own, required=required)
 
     @staticmethod
     def of_function(function: Callable[..., Any]) -> Inputs:
@@ -82,6 +89,35 @@ class Call:
     def plus(self, more: Mapping[str, Any]) -> Call:
         """The same with further arguments."""
         return Call(self.args, {**self.kwargs, **more}) if more else self
+
+    @staticmethod
+    def of_example(example: Any, model: Inputs, *, where: str) -> Call:
+        """Example inputs as a call.
+
+        Args:
+            example: a tensor; the arguments in order; or tensors by name, of which the model gets what it takes.
+            model: what it takes.
+            where: who asks, for messages.
+
+        Raises:
+            ConfigError: by name, an input is missing.
+        """
+        if isinstance(example, Call):
+            return example
+        if isinstance(example, Tensor):
+            return Call((example,))
+        entries = named(example)
+        if entries is None or (isinstance(example, tuple) and not _names_tell(entries, (model,))):
+            return Call(tuple(example))
+        return _by_name(entries, model, example, where)
+
+    def to(self, device: torch.device) -> Call:
+        """The same with its tensors on a device."""
+
+        def moved(value: Any) -> Any:
+            return value.to(device) if isinstance(value, Tensor) else value
+
+        return Call(tuple(map(moved, self.args)), {name: moved(value) for name, value in self.kwargs.items()})
 
     def tensors(self, names: Sequence[str]) -> dict[str, Tensor]:
         """The arguments by name, in order."""
@@ -140,7 +176,7 @@ def split(batch: Any, *models: Inputs, where: str) -> Parts:
     indices, features = entries.get(INDICES), entries.get(FEATURES)
     for name, value in (("labels", labels), (INDICES, indices)):
         if value is not None and not isinstance(value, Tensor):
-            raise _unfit(where, name, f"of type {type(value).__name__}", "a tensor", "Let the loader yield tensors.")
+            raise unfit(where, name, f"of type {type(value).__name__}", "a tensor", "Let the loader yield tensors.")
     calls = tuple(_by_name(entries, model, batch, where) for model in models)
     return Parts(calls, _as_class_numbers(labels), indices, features)
 
@@ -160,12 +196,14 @@ def _by_name(entries: Mapping[str, Any], model: Inputs, batch: Any, where: str) 
             where=missing[0],
             got=list(entries),
             expected=list(model.required),
-            hint=f"Let the loader yield {_listed(model.required)} by name, or in order: a tuple of inputs, then the labels.",
+            hint=f"{model.owner or 'The model'} takes {_listed(model.names)}: let the loader yield them by name, or in order as a tuple: "
+            "the inputs, then the labels.",
         )
     for name, value in chosen.items():
         if not isinstance(value, Tensor) and name in model.required:
-            raise _unfit(where, name, f"of type {type(value).__name__}", "a tensor", "Let the loader yield tensors.")
-    return Call((), {name: value for name, value in chosen.items() if isinstance(value, Tensor)})
+            raise unfit(where, name, f"of type {type(value).__name__}", "a tensor", "Let the loader yield tensors.")
+    order = (*(name for name in model.names if name in chosen), *(name for name in chosen if name not in model.names))
+    return Call((), {name: chosen[name] for name in order if isinstance(chosen[name], Tensor)})
 
 
 def _by_order(batch: Any, models: Sequence[Inputs], where: str) -> Parts:
@@ -183,12 +221,10 @@ def _by_order(batch: Any, models: Sequence[Inputs], where: str) -> Parts:
     for model in models:
         for name, value in zip(model.required, values, strict=False):
             if not isinstance(value, Tensor):
-                raise _unfit(
-                    where, name, f"of type {type(value).__name__}", "a tensor", "Let the loader yield tensors."
-                )
+                raise unfit(where, name, f"of type {type(value).__name__}", "a tensor", "Let the loader yield tensors.")
     labels, indices = (*values[count:], None, None)[:2]
     if labels is not None and not isinstance(labels, Tensor):
-        raise _unfit(where, "labels", f"of type {type(labels).__name__}", "a tensor", "Let the loader yield tensors.")
+        raise unfit(where, "labels", f"of type {type(labels).__name__}", "a tensor", "Let the loader yield tensors.")
     numbers = isinstance(indices, Tensor) and indices.ndim == 1 and not indices.is_floating_point()
     calls = tuple(Call(tuple(values[: len(model.required)])) for model in models)
     return Parts(calls, _as_class_numbers(labels), indices if numbers else None)
@@ -280,80 +316,8 @@ def with_features(batch: Any, model: Inputs, look_up: Callable[[Tensor], Mapping
     return inputs | {LABELS[0]: parts.labels, INDICES: parts.indices, FEATURES: look_up(parts.indices)}
 
 
-def label_check(classes: int | None, *models: Inputs) -> Callable[[int, Any], None]:
-    """A check that a batch's labels are classes.
-
-    Args:
-        classes: number of them; None: unknown, so anything goes.
-        models: what they take; of none, that is one input.
-    """
-
-    def check(number: int, batch: Any) -> None:
-        labels = split(batch, *models, where=f"Batch {number + 1}").labels
-        if classes is None or labels is None or not labels.numel():
-            return
-        if labels.is_floating_point() and labels.ndim == 1 and classes > 1:
-            raise ConfigError(
-                f"Labels in batch {number + 1} are {labels.dtype} numbers, but the model has {classes} classes.",
-                where="labels",
-                got=str(labels.dtype),
-                expected="class numbers (batch,) of whole numbers, or probabilities (batch, classes)",
-                hint="Convert them: labels.long().",
-            )
-        if labels.is_floating_point():
-            return
-        low, high = (int(value) for value in labels.aminmax())
-        if low < 0 or high >= classes:
-            wrong = low if low < 0 else high
-            raise ConfigError(
-                f"Label {wrong} in batch {number + 1} is out of range: the model has {classes} classes.",
-                where="labels",
-                got=wrong,
-                expected=f"0 to {classes - 1}",
-                hint="Check that model and data have the same classes.",
-            )
-
-    return check
-
-
-def check_inputs(
-    parts: Parts, names: Sequence[str], dtypes: Sequence[torch.dtype | None], student: nn.Module, *, stage: str
-) -> None:
-    """Refuse inputs of another device than the student's, or of a dtype it was not made for.
-
-    Args:
-        parts: of the batch; the first call is the student's.
-        names: of the model's inputs.
-        dtypes: what the model was traced with, input by input; None where that is unknown. A floating one stands for the dtype
-            that the student's parameters have now.
-        student: its first floating parameter tells device and dtype.
-        stage: its name, for the message.
-
-    Raises:
-        ConfigError: names the stage and the argument.
-    """
-    anchor = next((p for p in student.parameters() if p.is_floating_point()), None)
-    if anchor is None or type(anchor) not in (Tensor, nn.Parameter):  # sharded: lies elsewhere until it is used
-        return
-    where, inputs = f"Stage `{stage}`", parts.calls[0].tensors(names)
-    for name, value in (*inputs.items(), ("labels", parts.labels)):
-        if value is not None and value.device != anchor.device:
-            hint = f"Move the batch: batch.to({str(anchor.device)!r}), or the stage: stage.to({str(value.device)!r})."
-            raise _unfit(where, name, f"on {value.device}", f"on {anchor.device}, where the student is", hint)
-    if torch.is_autocast_enabled(anchor.device.type):
-        return
-    for name, dtype in zip(names, dtypes, strict=True):
-        value = inputs.get(name)
-        if dtype is None or value is None:
-            continue
-        wanted = anchor.dtype if dtype.is_floating_point else dtype
-        fits = value.dtype == wanted if wanted.is_floating_point else not value.is_floating_point()
-        if not fits:
-            hint = f"Convert it: {name}.to({wanted}), or train under torch.autocast (mixed_precision)."
-            raise _unfit(where, name, str(value.dtype), str(wanted), hint)
-
-
-def _unfit(where: str, name: str, got: str, expected: str, hint: str) -> ConfigError:
+def unfit(where: str, name: str, got: str, expected: str, hint: str) -> ConfigError:
+    """The error for an entry of a batch that is not what it has to be."""
     return ConfigError(
         f"{where}: `{name}` of the batch is {got}, not {expected}.",
         where=name,

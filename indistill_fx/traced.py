@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
 
-from indistill_fx.batch import Inputs, split
+from indistill_fx.batch import Call, Inputs, split
 from indistill_fx.errors import ConfigError, nearest
 from indistill_fx.graph.ops import op_name
 
@@ -74,6 +74,7 @@ class TraceReport:
         specialisations: decisions that the example input took (`models.py:31: h == 64`).
         checked: (batch size, largest difference to the module relative to the largest value) for each size compared.
         notes: anything else the reader should know.
+        fixed: sizes of inputs that the graph works for alone, by input; None for an axis of any size.
     """
 
     method: str
@@ -82,6 +83,7 @@ class TraceReport:
     specialisations: tuple[str, ...] = ()
     checked: tuple[tuple[int, float], ...] = ()
     notes: tuple[str, ...] = ()
+    fixed: Mapping[str, tuple[int | None, ...]] = field(default_factory=dict)
 
     @property
     def rung(self) -> str:
@@ -151,19 +153,35 @@ class TracedModel:
         """Facts of the tensor that a tap names."""
         return self.facts[self.node(tap).name]
 
+    @property
+    def example(self) -> Call:
+        """The example call."""
+        return Call(self.example_inputs, self.example_kwargs)
+
+    @property
+    def example_values(self) -> tuple[Any, ...]:
+        """The example call as the graph takes it: everything in order."""
+        return (*self.example_inputs, *self.example_kwargs.values())
+
+    @cached_property
+    def inputs(self) -> Inputs:
+        """What a batch has to hold for the model: those arguments of the example call that are tensors, or are made of tensors."""
+        names = Inputs.of(self.graph_module).names
+        own = tuple(n for n, value in zip(names, self.example_values, strict=True) if not _is_constant(value))
+        return Inputs(own, own, owner=type(self.module).__name__)
+
     def inputs_in(self, batch: Any, *, where: str) -> tuple[tuple[Any, ...], Tensor | None]:
-        """The arguments of one forward call that a batch holds, on the model's device, in order; and the labels, if there are any.
+        """The arguments of one call of the graph that a batch holds, on the model's device, in order; and the labels, if there are any.
 
         Raises:
             ConfigError: the batch has not the model's inputs; says which is missing.
         """
-        signature = Inputs.of(self.graph_module)
-        count = len(self.example_inputs)
-        own = Inputs(signature.names[:count], signature.names[:count] if count else signature.required)
-        parts = split(batch, own, where=where)
+        parts = split(batch, self.inputs, where=where)
         device = next((parameter.device for parameter in self.graph_module.parameters()), torch.device("cpu"))
-        given = [value.to(device) for value in parts.calls[0].tensors(own.names).values()]
-        return (*given, *self.example_kwargs.values()), parts.labels.to(device) if parts.labels is not None else None
+        found = parts.calls[0].to(device).tensors(self.inputs.names)
+        names = Inputs.of(self.graph_module).names
+        given = [found.get(name, value) for name, value in zip(names, self.example_values, strict=True)]
+        return tuple(given), parts.labels.to(device) if parts.labels is not None else None
 
     @property
     def macs(self) -> int:
@@ -200,3 +218,7 @@ class TracedModel:
     ) -> TracedModel:
         """The same model with another graph."""
         return replace(self, graph_module=graph_module, facts=facts, aliases=aliases)
+
+
+def _is_constant(value: Any) -> bool:
+    return value is None or isinstance(value, (bool, int, float, str))

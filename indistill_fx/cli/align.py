@@ -9,6 +9,7 @@ import click
 from indistill_fx.cli import common, pictures
 
 if TYPE_CHECKING:
+    from indistill_fx.data.dataset import Data
     from indistill_fx.loading.load import Source
     from indistill_fx.passes.contract import PassResult
     from indistill_fx.passes.pairing.match import MatchReport
@@ -47,7 +48,9 @@ if TYPE_CHECKING:
 @click.option("--plan", metavar="FILE", help="Take the pairs of this (edited) plan; shapes and channels are made anew.")
 @click.option("--similarity", type=click.Choice(["cka"]), help="Also weigh how alike the layers are on --data.")
 @click.option(
-    "--data", metavar="DATA", help="For --similarity: digits, cifar10, imagefolder:DIR or file.py:make_loaders."
+    "--data",
+    metavar="DATA",
+    help="What the models will be trained on: says what inputs look like. digits, cifar10, imagefolder:DIR or file.py:make_loaders.",
 )
 @pictures.picture_options
 @click.option(
@@ -70,7 +73,7 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Instead of the table: both halves of every stage as text, and what each pass of the compiler changes in them.",
 )
-def command(teacher: str, student: str, input_size: str | None, trust: tuple[str, ...], **options: Any) -> None:
+def command(teacher: str, student: str, inputs: tuple[str, ...], trust: tuple[str, ...], **options: Any) -> None:
     """Pair the layers of TEACHER and STUDENT by the structure of their graphs.
 
     The plan (-o) is a file to read, edit and review; `distill --plan` takes it. After editing, `align … --plan plan.json -o plan.json`
@@ -84,6 +87,7 @@ def command(teacher: str, student: str, input_size: str | None, trust: tuple[str
       indistill-fx align timm:vit_large_patch16_224 timm:vit_tiny_patch16_224 --html plan.html
     """
     from indistill_fx.passes.align import align_traced
+    from indistill_fx.passes.pairing.cka import cka
     from indistill_fx.plan import AlignmentPlan
     from indistill_fx.system.terminal import one_line
 
@@ -94,8 +98,10 @@ def command(teacher: str, student: str, input_size: str | None, trust: tuple[str
         edited = [(pair.teacher, pair.student) for pair in plan.pairs]
         matching.update(fixed=[*edited, *matching["fixed"]], pairs=len(edited) + len(matching["fixed"]))
     sources = common.open_model(teacher, trust), common.open_model(student, trust)
-    matching["similarity"], seen = _similarity(options, sources)
-    example = common.example_for(sources, input_size, None if input_size else seen)
+    data = _data(options, sources)
+    if options["similarity"] and data is not None:
+        matching["similarity"] = cka(data.train_plain, batches=options["batches"])
+    example = common.example_for(sources, inputs, data)
     teacher_source, student_source = sources
     traced = (
         common.trace_model(teacher_source, example, "teacher", logits=options["logits"]),
@@ -127,21 +133,22 @@ def _fixed(pairs: tuple[str, ...]) -> list[tuple[str, str]]:
     return found
 
 
-def _similarity(options: dict[str, Any], sources: tuple[Source, Source]) -> tuple[Any, tuple[int, ...] | None]:
-    """What measures similarity on data, and the size of a sample; nothing where it is not asked for."""
+def _data(options: dict[str, Any], sources: tuple[Source, Source]) -> Data | None:
+    """The data, so much of them as is looked at."""
     from indistill_fx.errors import ConfigError
 
-    data, batches = options["data"], options["batches"]
-    if (options["similarity"] is None) != (data is None):
+    if options["data"] is None and options["similarity"] is not None:
         raise ConfigError(
-            "--similarity and --data go together.", where="--similarity", hint="Write --similarity cka --data DATA."
+            "--similarity and --data go together: layers are compared on data.",
+            where="--similarity",
+            hint="Write --similarity cka --data DATA.",
         )
-    if data is None:
-        return None, None
-    from indistill_fx.passes.pairing.cka import cka
-
-    opened = pictures.open_pictures(data, options, *reversed(sources), batch_size=64, limit=64 * batches, progress=True)
-    return cka(opened.train_plain, batches=batches), opened.input_size
+    if options["data"] is None:
+        return None
+    limit = 64 * options["batches"]
+    return pictures.open_pictures(
+        options["data"], options, *reversed(sources), batch_size=64, limit=limit, progress=True
+    )
 
 
 def _show(

@@ -21,7 +21,7 @@ def command(
     threads: tuple[int, ...],
     compiled: bool,
     as_json: bool,
-    input_size: str | None,
+    inputs: tuple[str, ...],
     trust: tuple[str, ...],
 ) -> None:
     """Time MODELS (specs, run directories, .onnx files) side by side on this CPU; `speed` is relative to the first.
@@ -36,8 +36,8 @@ def command(
     from indistill_fx.deploy.bench import bench, example_of
 
     sources = {spec: common.open_model(spec, trust) for spec in models if not spec.endswith(".onnx")}
-    known = sources or input_size
-    example = common.example_for(tuple(sources.values()), input_size) if known else example_of(models[0])
+    known = sources or inputs
+    example = common.example_for(tuple(sources.values()), inputs) if known else example_of(models[0])
     report = bench(
         {spec: sources[spec].module if spec in sources else spec for spec in models},
         example,

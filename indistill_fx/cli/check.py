@@ -34,7 +34,7 @@ def command(
     data: str | None,
     samples: int,
     as_json: bool,
-    input_size: str | None,
+    inputs: tuple[str, ...],
     trust: tuple[str, ...],
     **options: Any,
 ) -> int:
@@ -60,8 +60,8 @@ def command(
     report = check_onnx(
         file,
         source.module,
-        common.example_for((source,), input_size, some.input_size if some else None),
-        real_inputs=common.first_inputs(some.test, samples) if some else None,
+        common.example_for((source,), inputs, some),
+        real_inputs=common.first_inputs(some.test, samples, source.module) if some else None,
         metadata=_expected(source, some),
     )
     if as_json:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -12,6 +12,7 @@ from indistill_fx.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from torch import nn
 
     from indistill_fx.data.dataset import Data
     from indistill_fx.loading.load import Source
@@ -22,9 +23,11 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 input_option = click.option(
     "--input",
-    "input_size",
-    metavar="CxHxW",
-    help="Shape of one input sample, such as 3x32x32. [default: what the model or the data says]",
+    "inputs",
+    multiple=True,
+    metavar="SHAPE",
+    help="Shape of one input sample, such as 3x32x32; several inputs by name, whole numbers with their range: "
+    "input_ids:int64[0..30521]x128. [default: what the data or the model say]",
 )
 trust_option = click.option(
     "--trust",
@@ -88,28 +91,63 @@ def open_model(spec: str, trust: tuple[str, ...], *, seed: int = 0) -> Source:
     return source
 
 
-def example_for(sources: tuple[Source, ...], wanted: str | None, default: tuple[int, ...] | None = None) -> Any:
-    """Example inputs: of the shape asked for, else of the shape that the data or the models know.
+def example_for(sources: tuple[Source, ...], asked: Sequence[str] = (), data: Data | None = None) -> Any:
+    """Example inputs for some models: as asked for, else like the data's first sample, else of the shape that the models know.
+
+    Returns:
+        A tensor, or several: in order, or by name where the data have names.
 
     Raises:
         ConfigError: nobody knows the shape.
     """
-    import torch
+    from indistill_fx.loading.inputs import example_inputs
 
-    from indistill_fx.loading.spec import parse_input
-
-    if wanted is None and default is None:
-        known = next((source.example_inputs for source in sources if source.example_inputs is not None), None)
-        if known is not None:
-            return known
-    sizes = [source.input_size for source in sources if source.input_size is not None]
-    size = parse_input(wanted) if wanted else default or (sizes[0] if sizes else None)
+    if asked:
+        return example_inputs(asked)
+    if data is not None:
+        return _example_of_data(sources, data)
+    known = next((source.example_inputs for source in sources if source.example_inputs is not None), None)
+    known = known or next((own for source in sources if (own := _dummy_inputs(source.module))), None)
+    if known is not None:
+        return known
+    size = next((source.input_size for source in sources if source.input_size is not None), None)
     if size is None:
         raise ConfigError(
             f"The input shape of {' and '.join(source.spec for source in sources)} is not known.",
             where="--input",
-            hint="Give it: --input 3x224x224.",
+            hint="Give it, --input 3x224x224, or the data: --data DATA.",
         )
+    return _random(size)
+
+
+def _dummy_inputs(module: nn.Module) -> Any:
+    """What a model of Hugging Face's transformers offers to be traced with, by name; None of others."""
+    found = getattr(module, "dummy_inputs", None)
+    if not isinstance(found, dict) or not found:
+        return None
+    shown = ", ".join(f"{name} {'x'.join(map(str, value.shape[1:]))}" for name, value in found.items())
+    say(f"Inputs as {type(module).__name__} itself offers them: {shown}. Others: --input or --data.")
+    return found
+
+
+def _example_of_data(sources: tuple[Source, ...], data: Data) -> Any:
+    """Random numbers of a picture's size; where a batch holds anything else than one tensor of numbers, its first samples."""
+    from indistill_fx.batch import Inputs, named, samples_of, split
+
+    if data.normalisation is not None:
+        return _random(data.input_size)
+    batch = samples_of(next(iter(data.test)), slice(2))
+    if (entries := named(batch)) is not None and not isinstance(batch, tuple):
+        return entries
+    calls = split(batch, *(Inputs.of(source.module) for source in sources), where="The model").calls
+    longest = max((call.args for call in calls), key=len)
+    plain = len(longest) == 1 and longest[0].is_floating_point()
+    return _random(tuple(longest[0].shape[1:])) if plain else longest
+
+
+def _random(size: tuple[int, ...]) -> Any:
+    import torch
+
     return torch.randn(1, *size, generator=torch.Generator().manual_seed(0))
 
 
@@ -140,14 +178,17 @@ def first_batches(loader: Any, samples: int) -> list[Any]:
     return found
 
 
-def first_inputs(loader: Any, samples: int) -> Any:
-    """The inputs of the first so many samples: a tensor, or several where a sample has several inputs."""
+def first_inputs(loader: Any, samples: int, module: nn.Module) -> Any:
+    """The inputs of the first so many samples as a model takes them: a tensor, several in order, or by name."""
     import torch
 
-    from indistill_fx.batch import inputs_and_labels
+    from indistill_fx.batch import Inputs, split
 
-    inputs = [list(inputs_and_labels(batch)[0].values()) for batch in first_batches(loader, samples)]
-    whole = [torch.cat(parts) for parts in zip(*inputs, strict=True)]
+    own = Inputs.of(module)
+    calls = [split(batch, own, where=own.owner).calls[0] for batch in first_batches(loader, samples)]
+    if calls[0].kwargs:
+        return {name: torch.cat([call.kwargs[name] for call in calls]) for name in calls[0].kwargs}
+    whole = [torch.cat(parts) for parts in zip(*(call.args for call in calls), strict=True)]
     return whole[0] if len(whole) == 1 else whole
 
 

@@ -164,10 +164,10 @@ def command(teacher: str, student: str, **options: Any) -> None:
     from indistill_fx.training.distill import distill
 
     out, loss = options["output"], options["main"]
-    models = [common.open_model(spec, options["trust"], seed=options["seed"]) for spec in (teacher, student)]
-    source, pupil = (model.module for model in models)
-    data = training.open_training_data(options, *reversed(models))
-    example = common.example_for((), None, data.input_size)
+    sources = tuple(common.open_model(spec, options["trust"], seed=options["seed"]) for spec in (teacher, student))
+    source, pupil = (one.module for one in sources)
+    data = training.open_training_data(options, *reversed(sources))
+    example = common.example_for(sources, (), data)
     given = options["plan_file"]
     plan = AlignmentPlan.load(given) if given else _plan_beside(student, source, example)
     shared: dict[str, Any] = {
@@ -233,6 +233,7 @@ def _assisted(
     """The assistant, trained: the teacher of the second step."""
     from pathlib import Path
 
+    from indistill_fx.batch import Call, Inputs
     from indistill_fx.deploy.save_pt2 import save_program
     from indistill_fx.runs.load import about, about_data
     from indistill_fx.training.chain import distill_chain, shrunk_assistant
@@ -254,7 +255,9 @@ def _assisted(
     shared = {**shared, "plan": None}  # the plan given is for the student
     (record,) = distill_chain([source, assistant], data.train, steps=[own], run_dir=options["output"], **shared)
     if options["assistant"] == "auto" and is_main_process():
-        save_program(assistant, (shared["example_inputs"],), spec)  # with which `export` and `evaluate` load step-1
+        takes = Inputs.of(assistant)
+        example = Call.of_example(shared["example_inputs"], takes, where="The assistant").tensors(takes.names)
+        save_program(assistant, tuple(example.values()), spec)  # with which `export` and `evaluate` load step-1
     training.print_run(record, str(place))
     return assistant
 

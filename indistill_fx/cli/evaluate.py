@@ -36,7 +36,7 @@ from indistill_fx.cli import common, pictures
 def command(
     model: str,
     data: str,
-    input_size: str | None,
+    inputs: tuple[str, ...],
     trust: tuple[str, ...],
     retrieval: bool,
     k: int,
@@ -69,7 +69,7 @@ def command(
         source.module.to(found)
     result = asdict(evaluate(source.module, opened.test, logits=logits, progress=True))
     if retrieval or tap:
-        example = common.example_for((source,), input_size, opened.input_size)
+        example = common.example_for((source,), inputs, opened)
         place = next((p.device for p in source.module.parameters()), torch.device("cpu"))
         traced = common.trace_model(source, send_to_device(example, place), "teacher", logits=logits)
         result["retrieval"] = asdict(evaluate_retrieval(traced, opened, k=k, tap=tap, progress=True))

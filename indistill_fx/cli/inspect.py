@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(
     model: str,
-    input_size: str | None,
+    inputs: tuple[str, ...],
     logits: str | int | None,
     trust: tuple[str, ...],
     everything: bool,
@@ -56,7 +56,7 @@ def command(
     from indistill_fx.passes.structure.stages import main_path
 
     source = common.open_model(model, trust)
-    traced = common.trace_model(source, common.example_for((source,), input_size), "teacher", logits=logits)
+    traced = common.trace_model(source, common.example_for((source,), inputs), "teacher", logits=logits)
     nodes = main_path(traced)
     if as_json:
         rows = [{**asdict(node), "facts": {**asdict(node.facts), "dtype": str(node.facts.dtype)}} for node in nodes]
@@ -69,7 +69,7 @@ def command(
     parameters = sum(parameter.numel() for parameter in source.module.parameters())
     out.print(
         Text(
-            f"{model}: {count(parameters)} parameters, {count(traced.macs)} MACs for an input of {_inputs(traced.example_inputs)}"
+            f"{model}: {count(parameters)} parameters, {count(traced.macs)} MACs for an input of {_inputs(traced.example_values)}"
         )
     )
     out.print(

@@ -10,11 +10,8 @@ import click
 from indistill_fx.cli import common, pictures
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from rich.table import Table
 
-    from indistill_fx.loading.load import Source
     from indistill_fx.passes.pruning.shrink import ShrinkReport
     from indistill_fx.traced import TracedModel
 
@@ -59,7 +56,7 @@ if TYPE_CHECKING:
 def command(
     model: str,
     output: str,
-    input_size: str | None,
+    inputs: tuple[str, ...],
     logits: str | int | None,
     trust: tuple[str, ...],
     plan_file: str | None,
@@ -78,6 +75,8 @@ def command(
       indistill-fx prune teacher.pt --width layer1=32 --input 3x32x32 -o small.pt2
       indistill-fx prune teacher.pt --plan plan.json -o narrowed.pt2
     """
+    from itertools import islice
+
     from indistill_fx.errors import ConfigError
 
     asked = {name: wishes.pop(name) for name in pictures.NAMES}
@@ -88,8 +87,9 @@ def command(
             hint="Give one of them.",
         )
     source = common.open_model(model, trust)
-    loader, size = _data(data, batches, asked, source)
-    traced = common.trace_model(source, common.example_for((source,), input_size, size), "teacher", logits=logits)
+    opened = pictures.open_pictures(data, asked, source) if data else None
+    traced = common.trace_model(source, common.example_for((source,), inputs, opened), "teacher", logits=logits)
+    loader = islice(opened.train_plain, batches) if opened else None
     ranking: dict[str, Any] = {"criterion": criterion, "loader": loader}
     if plan_file:
         _save(_narrowed(traced, plan_file, ranking), output)
@@ -127,20 +127,8 @@ def _save(
                 with suppress(MatchError):  # nothing to pair, and so nothing to warm up
                     plan_of(original, student, report.axes).save(target / "plan.json")
             return
-    save_program(smaller.graph_module, smaller.example_inputs, target)
+    save_program(smaller.graph_module, smaller.example_values, target)
     out.print(f"Written to {target}.", soft_wrap=True)
-
-
-def _data(
-    spec: str | None, batches: int, asked: dict[str, Any], source: Source
-) -> tuple[Iterable[object] | None, tuple[int, ...] | None]:
-    """The first batches of the data, as evaluation sees them, and the size of its pictures."""
-    from itertools import islice
-
-    if spec is None:
-        return None, None
-    opened = pictures.open_pictures(spec, asked, source)
-    return islice(opened.train_plain, batches), opened.input_size
 
 
 def _narrowed(traced: TracedModel, plan_file: str, ranking: dict[str, Any]) -> TracedModel:
@@ -171,14 +159,15 @@ def _shrunk(
 
     from indistill_fx.cli.tables import count
     from indistill_fx.deploy.bench import measure
+    from indistill_fx.graph.edit import batch_size
     from indistill_fx.passes.pruning.shrink import shrink
 
     result = shrink(traced, widths=_widths(widths), **wishes)
     table = _layers(result.report) if layers else _stages(traced, result.value)
     graphs = {"before": traced.graph_module, "after": result.value.graph_module}
-    calls = {name: partial(graph, *traced.example_inputs) for name, graph in graphs.items()}
+    calls = {name: partial(graph, *traced.example_values) for name, graph in graphs.items()}
     times = measure(calls)
-    batch = len(traced.example_inputs[0])
+    batch = batch_size(traced.example_values)
     table.add_section()
     for name, values in (("parameters", result.report.parameters), ("MACs", result.report.macs)):
         table.add_row(name, count(values[0]), count(values[1]))

@@ -42,7 +42,7 @@ from indistill_fx.runs.record import RunRecord
 from indistill_fx.runs.signature import is_signed, sign
 from indistill_fx.system.files import read_bounded, save_json
 from indistill_fx.traced import TracedModel
-from indistill_fx.training.distill import distill, example_of
+from indistill_fx.training.distill import distill, examples_of
 from indistill_fx.training.recipes import RECIPES
 from indistill_fx.training.settings import Options
 
@@ -142,7 +142,7 @@ def compress(
     budget = Budget(macs=macs, params=params, size_mb=size_mb, latency_ms=latency_ms)
     clock, home = Clock(on, threads, batch), Path(run_dir)
     source = teacher.module if isinstance(teacher, TracedModel) else teacher
-    example = example_of(train_loader, source) if example_inputs is None else example_inputs
+    example = examples_of(train_loader, source)[0] if example_inputs is None else example_inputs
     model = teacher if isinstance(teacher, TracedModel) else trace(teacher, example, role="teacher", logits=logits)
     request = {"budget": asdict(budget), "clock": asdict(clock), "criterion": str(criterion), "round_to": round_to}
     request |= {"samples": samples, "every_block": every_block}

@@ -111,7 +111,7 @@ def source_of(model: TracedModel) -> StudentSource:
 
 def _head(model: TracedModel) -> str:
     parameters = sum(parameter.numel() for parameter in model.graph_module.parameters())
-    sizes = [tuple(value.shape[1:]) for value in model.example_inputs if isinstance(value, Tensor)]
+    sizes = [tuple(value.shape[1:]) for value in model.example_values if isinstance(value, Tensor)]
     told = ", ".join("x".join(map(str, size)) for size in sizes)
     return (
         f'"""Student: {parameters:,} parameters, {model.macs:,} multiply-accumulates a sample of {told}.\n\n'

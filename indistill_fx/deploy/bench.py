@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from statistics import median, quantiles
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from indistill_fx.deploy.onnx_session import (
     KINDS,
+    Given,
     as_inputs,
     feed,
     file_size,
@@ -129,7 +131,7 @@ def _time(call: Call) -> float:
 
 def bench(
     contestants: Mapping[str, Contestant],
-    example_inputs: Tensor | Sequence[Tensor],
+    example_inputs: Given,
     *,
     batches: Sequence[int] = (1, 32),
     threads: Sequence[int] | None = None,
@@ -140,7 +142,7 @@ def bench(
 
     Args:
         contestants: by name, a module or the path of an ONNX file; the order of the rows is theirs.
-        example_inputs: a tensor or several; random ones like them are used. A file with built-in preprocessing gets
+        example_inputs: a tensor, several in order, or by name; random ones like them are used. A file with built-in preprocessing gets
             the pixels they stand for.
         batches: batch sizes.
         threads: numbers of threads; None is one and all.
@@ -154,7 +156,8 @@ def bench(
         ConfigError: nothing to time, or a file that is not there.
         ExportError: a file that onnxruntime cannot load.
     """
-    inputs = as_inputs(example_inputs)
+    names = tuple(example_inputs) if isinstance(example_inputs, Mapping) else ()
+    inputs = as_inputs(tuple(example_inputs.values()) if isinstance(example_inputs, Mapping) else example_inputs)
     if not contestants:
         raise ConfigError("Nothing to time: give at least one module or ONNX file.", where="contestants")
     for name, value in contestants.items():
@@ -168,7 +171,7 @@ def bench(
                 stack.enter_context(evaluating(value))
         for count in threads or sorted({1, len(os.sched_getaffinity(0))}):
             with _threads(count):
-                runners = _runners(contestants, count, compile)
+                runners = _runners(contestants, names, count, compile)
                 for batch in batches:
                     rows += _cells(runners, random_inputs(inputs, batch), count, seconds, notes)
     order = {name: i for i, name in enumerate(contestants)}
@@ -218,16 +221,18 @@ class _Runner:
     prepare: Callable[[Sequence[Tensor]], Call]
 
 
-def _runners(contestants: Mapping[str, Contestant], threads: int, compiled: bool) -> list[_Runner]:
+def _runners(
+    contestants: Mapping[str, Contestant], names: Sequence[str], threads: int, compiled: bool
+) -> list[_Runner]:
     import onnx
 
     runners = []
     for name, value in contestants.items():
         if isinstance(value, nn.Module):
             size = sum(t.numel() * t.element_size() for t in (*value.parameters(), *value.buffers()))
-            runners.append(_Runner(name, "torch eager", size, _torch_call(value)))
+            runners.append(_Runner(name, "torch eager", size, _torch_call(value, names)))
             if compiled:
-                runners.append(_Runner(name, "torch.compile", size, _torch_call(torch.compile(value))))
+                runners.append(_Runner(name, "torch.compile", size, _torch_call(torch.compile(value), names)))
         else:
             quantised = is_quantised(onnx.load(str(value), load_external_data=False))
             runtime = "onnxruntime int8" if quantised else "onnxruntime fp32"
@@ -235,8 +240,10 @@ def _runners(contestants: Mapping[str, Contestant], threads: int, compiled: bool
     return runners
 
 
-def _torch_call(module: Callable[..., object]) -> Callable[[Sequence[Tensor]], Call]:
-    return lambda inputs: lambda: module(*inputs)
+def _torch_call(module: Callable[..., object], names: Sequence[str]) -> Callable[[Sequence[Tensor]], Call]:
+    if names:
+        return lambda inputs: partial(module, **dict(zip(names, inputs, strict=True)))
+    return lambda inputs: partial(module, *inputs)
 
 
 def _onnx_call(path: str | PathLike[str], threads: int) -> Callable[[Sequence[Tensor]], Call]:

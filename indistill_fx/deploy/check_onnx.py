@@ -17,9 +17,10 @@ from indistill_fx.deploy.metadata import weights_digest
 from indistill_fx.deploy.onnx_capture import Deployed, capture
 from indistill_fx.deploy.onnx_session import (
     KINDS,
-    as_inputs,
+    Given,
     file_size,
     first_lines,
+    inputs_of,
     is_quantised,
     named_outputs,
     open_session,
@@ -71,13 +72,13 @@ class CheckReport:
 def check_onnx(
     path: str | PathLike[str],
     module: nn.Module,
-    example_inputs: Tensor | Sequence[Tensor],
+    example_inputs: Given,
     *,
     opset: int | None = None,
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
     metadata: Mapping[str, str] | None = None,
-    real_inputs: Tensor | Sequence[Tensor] | None = None,
+    real_inputs: Given | None = None,
     tolerance: float = 1e-4,
     agreement: float = 0.95,
     batch_sizes: Sequence[int] = (1, 7, 64),
@@ -111,8 +112,8 @@ def check_onnx(
     file = Path(path)
     if not file.is_file():
         raise ConfigError(f"There is no file `{file}`.", where=str(file), hint="Give the path of an .onnx file.")
-    inputs = as_inputs(example_inputs)
-    real = None if real_inputs is None else as_inputs(real_inputs, where="real_inputs")
+    names, inputs = inputs_of(module, example_inputs)
+    real = inputs_of(module, real_inputs, where="real_inputs")[1] if real_inputs is not None else None
     try:
         model = _read(file)
         session = open_session(file)
@@ -135,7 +136,7 @@ def check_onnx(
             inputs, batch_sizes = tuple(_resize(x, fixed) for x in inputs), (fixed,)
             notes.append(f"The file's batch size is fixed to {fixed}; it was compared at that size only.")
         with evaluating(module):
-            deployed = Deployed(module, built_in)
+            deployed = Deployed(module, built_in, names)
             deployed.training = False
             proof = prove(
                 session, deployed, inputs, batch_sizes=batch_sizes, tolerance=_SANE if quantised else tolerance,

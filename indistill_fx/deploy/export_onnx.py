@@ -17,7 +17,15 @@ from torch.utils.module_tracker import ModuleTracker
 from indistill_fx.deploy.bench import measure
 from indistill_fx.deploy.metadata import of_module
 from indistill_fx.deploy.onnx_capture import Deployed, capture
-from indistill_fx.deploy.onnx_session import as_inputs, feed, first_lines, named_outputs, open_session, random_inputs
+from indistill_fx.deploy.onnx_session import (
+    Given,
+    feed,
+    first_lines,
+    inputs_of,
+    named_outputs,
+    open_session,
+    random_inputs,
+)
 from indistill_fx.deploy.parity import Parity, Proof, RealParity, prove, rounding
 from indistill_fx.deploy.preprocess import Pair, Preprocess
 from indistill_fx.errors import ConfigError, ExportError
@@ -63,7 +71,7 @@ class ExportReport:
 def export_onnx(
     module: nn.Module,
     path: str | PathLike[str],
-    example_inputs: Tensor | Sequence[Tensor],
+    example_inputs: Given,
     *,
     opset: int | None = None,
     dynamic_batch: bool = True,
@@ -72,7 +80,7 @@ def export_onnx(
     output_names: Sequence[str] | None = None,
     metadata: Mapping[str, str] | None = None,
     preprocess: Pair | Preprocess | None = None,
-    real_inputs: Tensor | Sequence[Tensor] | None = None,
+    real_inputs: Given | None = None,
     tolerance: float = 1e-4,
     batch_sizes: Sequence[int] = (1, 7, 64),
     external_data: bool | None = None,
@@ -88,7 +96,8 @@ def export_onnx(
     Args:
         module: the trained module; tensors in; a tensor, or any nesting of dicts and tuples of tensors, out.
         path: the file to write; an older file stays unless the new one is proven.
-        example_inputs: a tensor, or several; their first dimension is the batch.
+        example_inputs: a tensor, several in order, or by name, of which the module gets those that its forward takes; their first
+            dimension is the batch.
         opset: the ONNX operator set; None is the exporter's own choice.
         dynamic_batch: the file takes any batch size; False fixes that of the example.
         dynamic_size: the file takes any height and width (fully convolutional models).
@@ -111,17 +120,17 @@ def export_onnx(
         ExportError: the exporter cannot, the module is random in eval mode, or the file disagrees; nothing is left.
     """
     built_in = Preprocess.make(preprocess)
-    inputs = as_inputs(example_inputs)
-    real = None if real_inputs is None else as_inputs(real_inputs, where="real_inputs")
+    names, inputs = inputs_of(module, example_inputs)
+    real = inputs_of(module, real_inputs, where="real_inputs")[1] if real_inputs is not None else None
     if built_in:
         inputs = _as_pixels(built_in, inputs)
         real = _as_pixels(built_in, real) if real else None
     target = Path(path)
     with staged(target) as draft, evaluating(module):
-        deployed = Deployed(module, built_in)
+        deployed = Deployed(module, built_in, names)
         deployed.training = False
         found = _repeatable_outputs(deployed, inputs)
-        ins = tuple(input_names or _input_names(module, len(inputs)))
+        ins = tuple(input_names or names or _input_names(module, len(inputs)))
         outs = tuple(output_names or found)
         _require_names(ins, outs, len(inputs), found)
         program = capture(
@@ -186,8 +195,8 @@ def _require_names(ins: Sequence[str], outs: Sequence[str], inputs: int, found: 
 def _repeatable_outputs(deployed: Deployed, inputs: Sequence[Tensor]) -> tuple[str, ...]:
     """The outputs' names, after two runs that agree."""
     try:
-        first = named_outputs(_call(deployed, inputs))
-        second = named_outputs(_call(deployed, inputs))
+        first = named_outputs(deployed.outputs(*inputs))
+        second = named_outputs(deployed.outputs(*inputs))
     except Exception as error:
         shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
         raise ConfigError(
@@ -215,12 +224,6 @@ def _repeatable_outputs(deployed: Deployed, inputs: Sequence[Tensor]) -> tuple[s
     return tuple(first)
 
 
-def _call(deployed: Deployed, inputs: Sequence[Tensor]) -> object:
-    """The user's own structure of outputs, on what the user's module sees."""
-    seen = deployed.from_pixels(inputs[0]) if deployed.from_pixels is not None else inputs[0]
-    return deployed.module(seen, *inputs[1:])
-
-
 def _random_operations(deployed: Deployed, inputs: Sequence[Tensor]) -> str:
     found: dict[str, None] = {}
     tracker = ModuleTracker()
@@ -233,7 +236,7 @@ def _random_operations(deployed: Deployed, inputs: Sequence[Tensor]) -> str:
             return func(*args, **(kwargs or {}))
 
     with tracker, Watch():  # type: ignore[no-untyped-call]
-        _call(deployed, inputs)
+        deployed.outputs(*inputs)
     return "drawn by " + ", ".join(found) if found else "no random operation of torch was seen, so it keeps a state"
 
 

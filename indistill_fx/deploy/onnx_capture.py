@@ -35,18 +35,28 @@ _HINTS = (
 
 
 class Deployed(nn.Module):
-    """The module as it is deployed: a flat tuple of tensors out, and pixels in if preprocessing is asked for."""
+    """The module as it is deployed: a flat tuple of tensors out, and pixels in if preprocessing is asked for.
 
-    def __init__(self, module: nn.Module, preprocess: Preprocess | None):
+    Args:
+        module: the user's.
+        preprocess: what turns pixels into its first input; None: it takes that itself.
+        names: of its arguments, where the inputs go by name.
+    """
+
+    def __init__(self, module: nn.Module, preprocess: Preprocess | None, names: Sequence[str] = ()):
         super().__init__()
-        self.module = module
+        self.module, self.names = module, tuple(names)
         self.from_pixels = FromPixels(preprocess) if preprocess else None
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Run the module; what is not a tensor is left out."""
+        return tuple(named_outputs(self.outputs(*inputs)).values())
+
+    def outputs(self, *inputs: Tensor) -> Any:
+        """The module's own structure of outputs."""
         if self.from_pixels is not None:
             inputs = (self.from_pixels(inputs[0]), *inputs[1:])
-        return tuple(named_outputs(self.module(*inputs)).values())
+        return self.module(**dict(zip(self.names, inputs, strict=True))) if self.names else self.module(*inputs)
 
 
 def capture(

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from indistill_fx.batch import Call, Inputs
 from indistill_fx.deploy.preprocess import Preprocess
 from indistill_fx.errors import ConfigError, ExportError
 
@@ -29,6 +30,8 @@ KINDS = {
     "tensor(bool)": torch.bool,
 }
 Array: TypeAlias = npt.NDArray[Any]
+Given: TypeAlias = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
+"""Inputs of a model: one, several in order, or by name."""
 
 
 def as_inputs(example_inputs: Tensor | Sequence[Tensor], *, where: str = "example_inputs") -> tuple[Tensor, ...]:
@@ -45,6 +48,20 @@ def as_inputs(example_inputs: Tensor | Sequence[Tensor], *, where: str = "exampl
         shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
         raise ConfigError(f"`{where}` must share their first (batch) dimension; got shapes {shapes}.", where=where)
     return inputs
+
+
+def inputs_of(
+    module: nn.Module, given: Given, *, where: str = "example_inputs"
+) -> tuple[tuple[str, ...], tuple[Tensor, ...]]:
+    """The names of a module's arguments, none where the inputs go by their place, and the inputs.
+
+    Raises:
+        ConfigError: as `as_inputs`; or, by name, one is missing.
+    """
+    if not isinstance(given, Mapping):
+        return (), as_inputs(given, where=where)
+    kwargs = Call.of_example(given, Inputs.of(module), where=f"`{where}`").kwargs
+    return tuple(kwargs), as_inputs(tuple(kwargs.values()), where=where)
 
 
 def random_inputs(

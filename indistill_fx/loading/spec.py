@@ -29,7 +29,8 @@ MODEL_FORMS = (
     "model.pt, model.pt2, models.py:make_model, package.module:make_model, torchvision:resnet18 or timm:resnet10t"
 )
 _MODEL_SUFFIXES = (".pt", ".pth", ".pt2", ".bin", ".ckpt")
-_LARGEST_INPUT = 1 << 28  # elements: 1 GiB in float32
+LARGEST_INPUT = 1 << 28
+"""Elements of one input: 1 GiB in float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,30 +104,9 @@ def exists(path: Path) -> bool:
         return False
 
 
-def parse_input(text: str) -> tuple[int, ...]:
-    """The shape of one input sample, as options give it.
-
-    Raises:
-        ConfigError: it is no shape.
-
-    >>> parse_input("3x32x32")
-    (3, 32, 32)
-    """
-    parts = text.strip().lower().split("x")
-    digits = all(part.isascii() and part.isdigit() and len(part) < 10 for part in parts)
-    size = tuple(map(int, parts)) if digits else ()
-    if not size or 0 in size:
-        hint = "Write the shape of one sample, without the batch, as 3x224x224: channels, height, width."
-        raise ConfigError(f"{text!r} is no input shape.", where="--input", got=text, expected="CxHxW", hint=hint)
-    if not is_input_size(size):
-        hint = f"At most {_LARGEST_INPUT:,} elements are taken."
-        raise ConfigError(f"An input of {text} would not fit in memory.", where="--input", got=text, hint=hint)
-    return size
-
-
 def is_input_size(value: object) -> bool:
     """Whether a value, perhaps from a file, is the size of an input that fits in memory."""
     if not isinstance(value, (tuple, list)) or not 0 < len(value) <= 16:
         return False
-    whole = all(isinstance(n, int) and not isinstance(n, bool) and 0 < n <= _LARGEST_INPUT for n in value)
-    return whole and math.prod(value) <= _LARGEST_INPUT
+    whole = all(isinstance(n, int) and not isinstance(n, bool) and 0 < n <= LARGEST_INPUT for n in value)
+    return whole and math.prod(value) <= LARGEST_INPUT

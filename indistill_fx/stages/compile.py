@@ -177,6 +177,7 @@ def _warmup_stages(
                 pairs=[pairs[layer]],
                 budget=budget,
                 dtypes=_dtypes(student),
+                fixed=(student.report.fixed, slim.report.fixed),
                 macs=(_macs(slim, own.value), _macs(student, other.value)),
                 report=StageReport((*before, *own.report), other.report),
             )
@@ -211,6 +212,7 @@ def _fed_stage(
         pairs=pairs,
         budget=budget,
         dtypes=_dtypes(student),
+        fixed=(student.report.fixed, slim.report.fixed),
         macs=(_macs(slim, own.value), _macs(student, other.value)),
         report=StageReport((*before, *own.report), other.report),
         fed={fed_name(number): pair.teacher for number, pair in enumerate(pairs[:-1])},
@@ -302,6 +304,7 @@ def _main_stage(
         embedding=embedding,
         logits=(teacher_logits, student_logits),
         dtypes=_dtypes(student),
+        fixed=(student.report.fixed, teacher.report.fixed),
         macs=(_macs(teacher, own.value if own is not None else None), _macs(student, other.value)),
         report=StageReport(own.report if own is not None else (), other.report),
     )

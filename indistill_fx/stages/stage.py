@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from indistill_fx.batch import Inputs, Parts, check_inputs, split
+from indistill_fx.batch import Inputs, Parts, Sizes, split
 from indistill_fx.curriculum import Budget
 from indistill_fx.errors import TrainError
 from indistill_fx.losses.base import Outputs
 from indistill_fx.passes.contract import PassRecord, signature_of
 from indistill_fx.plan import Pair
+from indistill_fx.stages.checks import check_inputs, check_sizes
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,7 @@ class Stage(nn.Module):
         macs: multiply-accumulates of one sample: (teacher's half, student's half), forward.
         report: what each pass did to the two halves, and what it skipped and why.
         fed: inputs of the student's graph that the teacher's features fill: input → the teacher's tap.
+        fixed: sizes of the inputs that the graphs work for alone: the student's, then the teacher's.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class Stage(nn.Module):
         macs: tuple[int, int] = (0, 0),
         report: StageReport | None = None,
         fed: Mapping[str, str] | None = None,
+        fixed: Sequence[Mapping[str, Sizes]] = (),
     ):
         super().__init__()
         self.name, self.pairs, self.embedding, self.logits, self.budget = name, tuple(pairs), embedding, logits, budget
@@ -85,6 +88,7 @@ class Stage(nn.Module):
         self._inputs = tuple(name for name in signature_of(student) if name not in self._fed)
         self._takes = [Inputs.of(half).without(self._fed) for half in (student, teacher) if half is not None]
         self._dtypes = tuple((dtypes or {}).get(name) for name in self._inputs)
+        self._fixed = tuple(fixed)
         self._cached = False
 
     def train(self, mode: bool = True) -> Stage:
@@ -121,6 +125,7 @@ class Stage(nn.Module):
             macs=(0, self.macs[1]),
             report=StageReport(student=self.report.student),
             fed=self._fed,
+            fixed=self._fixed[:1],
         )
         new._dtypes, new._cached = self._dtypes, self.teacher is not None
         return new
@@ -143,6 +148,8 @@ class Stage(nn.Module):
         """
         parts = split(batch, *self._takes, where=f"Stage `{self.name}`")
         check_inputs(parts, self._inputs, self._dtypes, self.student, stage=self.name)
+        for role, call, sizes in zip(("student", "teacher"), parts.calls, self._fixed, strict=False):
+            check_sizes(call, sizes, where=f"Stage `{self.name}`", role=role)
         teacher = Outputs(None, None, {}, parts.indices)
         known: Mapping[str, Tensor] = {}
         if self._cached:

@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from indistill_fx.batch import Inputs, label_check, split
+from indistill_fx.batch import Call, Inputs, samples_of, split
 from indistill_fx.curriculum import Budget, Curriculum
 from indistill_fx.data.foreign import repeatable
 from indistill_fx.data.loaders import EpochLoader
@@ -27,6 +27,7 @@ from indistill_fx.passes.capture.trace import trace
 from indistill_fx.plan import AlignmentPlan
 from indistill_fx.runs.directory import RunDirectory
 from indistill_fx.runs.record import RunRecord
+from indistill_fx.stages.checks import label_check
 from indistill_fx.stages.compile import compile_trainable, joint_teachers, warmup_plan
 from indistill_fx.stages.stage import Stage
 from indistill_fx.traced import Role, TracedModel
@@ -85,7 +86,7 @@ def distill(
         main_options: keyword arguments of the main loss.
         epochs: of the main stage.
         val_loader: batches to validate on after every main epoch; the teacher is measured on them first.
-        example_inputs: to trace plain modules with; by default taken from the first batch.
+        example_inputs: to trace plain modules with; by name, each gets what it takes; by default taken from the first batch.
         logits: key or place of the logits in the models' output, if it has several entries.
         run_dir: where to keep checkpoints, metrics, plan and result; None: nowhere.
         resume: go on with the run in `run_dir`; begin if there is none yet. A finished run that is asked for more epochs has them.
@@ -188,7 +189,7 @@ class Distillation:
             stores = _cached(stages, self.loader, self.feature_cache, joint, accelerator, self.progress)
         return Setup(
             phases=_phases(stages, self.epochs, self.settings, stores),
-            check=label_check(classes, *(Inputs.of(model.graph_module) for model in models)),
+            check=label_check(classes, *(model.inputs for model in models)),
             save=lambda where: plan.save(where.path / "plan.json") if where.writes else None,
             models={model.role: model_facts(model.module) | {"macs": model.macs} for model in models},
             remarks=(
@@ -252,21 +253,23 @@ def traced_pair(
         FrontendError: a model cannot be traced.
     """
     roles: tuple[tuple[nn.Module | TracedModel, Role], ...] = ((teacher, "teacher"), (student, "student"))
-    traced = []
-    for model, role in roles:
-        if not isinstance(model, TracedModel):
-            example_inputs = example_of(loader, model) if example_inputs is None else example_inputs
-            model = trace(uncompiled(model), example_inputs, role=role, logits=logits)
-        traced.append(model)
+    examples: Sequence[Any] = (example_inputs, example_inputs)
+    if example_inputs is None and not all(isinstance(model, TracedModel) for model, _ in roles):
+        examples = examples_of(loader, teacher, student)
+    traced = [
+        model if isinstance(model, TracedModel) else trace(uncompiled(model), example, role=role, logits=logits)
+        for (model, role), example in zip(roles, examples, strict=True)
+    ]
     return traced[0], traced[1]
 
 
-def example_of(loader: Iterable[Any], module: nn.Module) -> Any:
-    """A few samples of the first batch, as positional arguments of the module."""
-    inputs = Inputs.of(module)
-    call = split(next(iter(loader)), inputs, where=f"{type(module).__name__}").calls[0]
-    device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
-    return tuple(value[:4].to(device) for value in call.tensors(inputs.names).values())
+def examples_of(loader: Iterable[Any], *models: nn.Module | TracedModel) -> Sequence[Call]:
+    """A few samples of the first batch as each model takes them."""
+    inputs = [model.inputs if isinstance(model, TracedModel) else Inputs.of(model) for model in models]
+    parts = split(samples_of(next(iter(loader)), slice(4)), *inputs, where="The training")
+    modules = [model.module if isinstance(model, TracedModel) else model for model in models]
+    devices = [next((p.device for p in module.parameters()), torch.device("cpu")) for module in modules]
+    return [call.to(device) for call, device in zip(parts.calls, devices, strict=True)]
 
 
 def _cached(

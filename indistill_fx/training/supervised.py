@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
-from indistill_fx.batch import Inputs, label_check, split
+from indistill_fx.batch import Inputs, split
 from indistill_fx.curriculum import Budget
 from indistill_fx.data.foreign import repeatable
 from indistill_fx.errors import ConfigError
@@ -19,6 +19,7 @@ from indistill_fx.evaluation.accuracy import select_logits
 from indistill_fx.graph.module_state import evaluating, uncompiled
 from indistill_fx.losses.base import widened
 from indistill_fx.runs.record import RunRecord
+from indistill_fx.stages.checks import label_check
 from indistill_fx.training.identity import code_digest
 from indistill_fx.training.settings import Options, Settings
 from indistill_fx.training.state import Phase

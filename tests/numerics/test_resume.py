@@ -20,12 +20,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, RandomSampler, WeightedRandomSampler
 
-from indistill_fx.batch import label_check
 from indistill_fx.curriculum import Budget
 from indistill_fx.data.augment import FlipAndCrop
 from indistill_fx.data.foreign import repeatable
 from indistill_fx.data.loaders import MemoryLoader
 from indistill_fx.runs.record import RunRecord
+from indistill_fx.stages.checks import label_check
 from indistill_fx.training.settings import Settings
 from indistill_fx.training.state import Phase
 from indistill_fx.training.trainer import Setup, Trainer

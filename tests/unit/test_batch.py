@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import indistill_fx as ifx
-from indistill_fx.batch import FEATURES, Inputs, inputs_and_labels, label_check, samples_of, split, with_features
+from indistill_fx.batch import FEATURES, Inputs, inputs_and_labels, samples_of, split, with_features
 from indistill_fx.evaluation.accuracy import evaluate
+from indistill_fx.stages.checks import label_check
 from indistill_fx.training.supervised import Supervised
 
 A, B, Y, NUMBERS = torch.randn(6, 3), torch.randn(6, 4), torch.arange(6) % 2, torch.arange(6)

@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from indistill_fx.batch import label_check
 from indistill_fx.curriculum import Budget
 from indistill_fx.data.foreign import repeatable
 from indistill_fx.errors import ConfigError, TrainError
 from indistill_fx.runs.record import RunRecord
+from indistill_fx.stages.checks import label_check
 from indistill_fx.system.signals import Interrupted
 from indistill_fx.training.memory import noticing_full_memory
 from indistill_fx.training.settings import Settings

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ class Captured:
         leaves: modules kept as one node because their code could not be traced.
         specialisations: decisions taken by the example input.
         notes: anything else for the report.
+        fixed: sizes of inputs that the graph was captured for and works for alone, by input; None for an axis of any size.
     """
 
     graph_module: fx.GraphModule
@@ -37,6 +38,7 @@ class Captured:
     leaves: tuple[str, ...] = ()
     specialisations: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    fixed: Mapping[str, tuple[int | None, ...]] = field(default_factory=dict)
 
 
 def is_leaf(module: nn.Module) -> bool:

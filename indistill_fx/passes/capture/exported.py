@@ -1,7 +1,7 @@
 """The fourth capture method: `torch.export`, and the way back from its flat graph to one over the module's own parts.
 
 Rules, in order:
-  1. The batch is dynamic; all other sizes are those of the example.
+  1. The batch is dynamic, and the lengths of sequences of whole numbers where the code allows it; other sizes are the example's.
   2. Parameters and buffers are the module's own objects, under their own names, so that training the graph trains the module.
   3. The operations that one leaf module made (`aten.conv2d` of a `Conv2d`) become a call of that module again: it follows `train()`
      and `eval()`, and every pass knows it. What other code made stays as ATen operations, in the mode it was exported in.
@@ -51,26 +51,41 @@ def capture_exported(
     """
     size = 2
     inputs, kwargs = batch_of((inputs, dict(kwargs)), size, example_size=batch_size((inputs, kwargs)))
-    program = _export(module, inputs, kwargs, size)
+    try:
+        program = _export(module, inputs, kwargs, size, lengths=True)
+    except FrontendError:
+        program = _export(module, inputs, kwargs, size, lengths=False)
     if any(_writes_view(node) for node in program.graph.nodes):
         with _quiet():
             program = program.run_decompositions({})
-    graph, targets = _rebuild(program, module, inputs, kwargs)
+    graph, targets, fixed = _rebuild(program, module, inputs, kwargs)
     stacks = _stacks(graph, module)
     outputs = _raise_modules(graph, targets, stacks, module, frozenset(leaves))
     used = {str(node.target) for node in graph.nodes if node.op in ("get_attr", "call_module")}
     graph_module = assemble(
         graph, {name: value for name, value in targets.items() if name in used}, type(module).__name__
     )
-    note = "exported: sizes other than the batch are fixed, and so is the mode of operations outside torch.nn modules"
-    return Captured(graph_module, outputs, leaves=tuple(leaf for leaf in leaves if leaf in used), notes=(note,))
+    shown = ", ".join(
+        f"`{name}` to {'x'.join('any' if n is None else str(n) for n in axes)}" for name, axes in fixed.items()
+    )
+    note = f"exported: the mode of operations outside torch.nn modules is fixed{', and so are the sizes of ' if shown else ''}{shown}"
+    kept = tuple(leaf for leaf in leaves if leaf in used)
+    return Captured(graph_module, outputs, leaves=kept, notes=(note,), fixed=fixed)
 
 
-def _export(module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], size: int) -> ExportedProgram:
+def _export(
+    module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], size: int, *, lengths: bool
+) -> ExportedProgram:
+    """With an open batch and, where `lengths` of sequences are open too, those of whole numbers and of what goes beside them."""
     shapes = ShapesCollection()
-    for leaf in {id(leaf): leaf for leaf in tree_leaves((inputs, kwargs)) if isinstance(leaf, Tensor)}.values():
+    leaves = {id(leaf): leaf for leaf in tree_leaves((inputs, kwargs)) if isinstance(leaf, Tensor)}.values()
+    sequences = {leaf.shape for leaf in leaves if not leaf.is_floating_point() and leaf.dim() > 1} if lengths else set()
+    for leaf in leaves:
         if leaf.dim() and leaf.shape[0] == size:
-            shapes[leaf] = {0: Dim.DYNAMIC}
+            open_lengths = {axis: Dim.AUTO for axis in range(1, leaf.dim())} if leaf.shape in sequences else {}
+            shapes[leaf] = {0: Dim.DYNAMIC, **open_lengths}
+    if lengths and not sequences:
+        raise FrontendError("there are no sequences")
     try:
         with _quiet(), torch.no_grad():
             dynamic = shapes.dynamic_shapes(module, inputs, dict(kwargs))
@@ -101,17 +116,20 @@ def _quiet() -> Iterator[None]:
 
 def _rebuild(
     program: ExportedProgram, module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> tuple[fx.Graph, dict[str, Any]]:
-    """The exported graph with the module's signature, its own tensors (rule 2), and its outputs in their own structure."""
+) -> tuple[fx.Graph, dict[str, Any], dict[str, tuple[int | None, ...]]]:
+    """The exported graph with the module's signature, its own tensors (rule 2), its outputs in their own structure; and fixed sizes."""
     graph, memo = fx.Graph(), dict[fx.Node, fx.Node]()
-    targets: dict[str, Any] = {}
+    targets, fixed = dict[str, Any](), dict[str, tuple[int | None, ...]]()
     specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
     given = iter(_arguments(graph, module, inputs, kwargs))
     for node in program.graph.nodes:
         if node.op == "placeholder":
             spec = specs[node.name]
             if spec.kind is InputKind.USER_INPUT:
-                memo[node] = next(given)
+                memo[node] = own = next(given)
+                axes = _sizes(node)
+                if any(n is not None for n in axes) and own.op == "placeholder":
+                    fixed[str(own.target)] = axes
                 continue
             name = str(spec.target)
             targets[name] = _own_tensor(program, module, name)
@@ -125,7 +143,13 @@ def _rebuild(
             memo[node] = graph.node_copy(node, memo.__getitem__)
         elif not _is_check(node):
             memo[node] = graph.node_copy(node, memo.__getitem__)
-    return graph, targets
+    return graph, targets, fixed
+
+
+def _sizes(node: fx.Node) -> tuple[int | None, ...]:
+    """Sizes of an input of an exported program, None where it takes any."""
+    value = node.meta.get("val")
+    return tuple(n if isinstance(n, int) else None for n in value.shape) if isinstance(value, Tensor) else ()
 
 
 def _arguments(graph: fx.Graph, module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[fx.Node]:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from indistill_fx.batch import Call, Inputs
 from indistill_fx.errors import ConfigError, FrontendError
 from indistill_fx.graph.caches import caches_kept
 from indistill_fx.graph.module_state import mode, shadow, untouched, weights_kept
@@ -39,7 +40,7 @@ def as_traced(model: nn.Module | TracedModel, example_inputs: Any, *, role: Role
     """The traced model; a plain module is traced with `example_inputs`.
 
     Raises:
-        ConfigError: a plain module without example inputs.
+        ConfigError: a plain module without example inputs, or one of them is missing.
     """
     if isinstance(model, TracedModel):
         return model
@@ -64,7 +65,7 @@ _MUCH = 0.2
 
 def trace(
     module: nn.Module,
-    example_inputs: Tensor | Sequence[Any],
+    example_inputs: Tensor | Sequence[Any] | Mapping[str, Any] | Call,
     *,
     role: Role = "teacher",
     example_kwargs: Mapping[str, Any] | None = None,
@@ -75,7 +76,8 @@ def trace(
 
     Args:
         module: any PyTorch model. It is not changed.
-        example_inputs: a tensor or a sequence of positional arguments, batch first; shapes are taken from it.
+        example_inputs: a tensor, a sequence of positional arguments, or tensors by name, of which the model gets those that its forward
+            takes; batch first. Shapes are taken from it.
         role: `teacher` (eval mode, shares tensors but no flags with the module) or `student` (train mode, the graph calls the
             module's own leaf modules, so that training the graph trains the module).
         example_kwargs: keyword arguments of the forward call.
@@ -88,8 +90,8 @@ def trace(
     Raises:
         FrontendError: no method can trace it, or its forward fails on the example input.
     """
-    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
-    kwargs = dict(example_kwargs or {})
+    call = Call.of_example(example_inputs, Inputs.of(module), where="The example").plus(example_kwargs or {})
+    inputs, kwargs = call.args, dict(call.kwargs)
     _require_code(module)
     with (
         untouched(module),
@@ -106,6 +108,7 @@ def trace(
         specialisations=captured.specialisations,
         checked=known.checked,
         notes=(*captured.notes, *_renamed(captured), *known.notes),
+        fixed=captured.fixed,
     )
     return TracedModel(
         graph_module=known.graph_module,
@@ -251,7 +254,7 @@ def _in_mode(
 def _with_leaves(captured: Captured, given_up: Sequence[str]) -> Captured:
     called = {_path(node) for node in captured.graph_module.graph.nodes if node.op == "call_module"}
     leaves = dict.fromkeys((*captured.leaves, *(path for path in given_up if path in called)))
-    return Captured(captured.graph_module, captured.outputs, tuple(leaves), captured.specialisations, captured.notes)
+    return replace(captured, leaves=tuple(leaves))
 
 
 def _give_own_flags(graph_module: fx.GraphModule) -> None:

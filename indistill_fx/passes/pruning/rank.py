@@ -88,7 +88,7 @@ def rank_taps(
         visible = [(filters, filters.weight, links) for filters, links in producers(whole, teacher.facts)]
         ranked = _by_producers(scorer, len(whole.index), [(f, w, links) for f, w, links in visible if w is not None])
         if ranked is None:
-            scores = statistics(teacher, {node: axis}, [teacher.example_inputs])[node]
+            scores = statistics(teacher, {node: axis}, [teacher.example.tensors(teacher.inputs.names)])[node]
             ranked = Ranking(
                 scores, "activation on the example inputs, for no filters that make its channels are visible"
             )

@@ -65,7 +65,7 @@ _HINT = "This is a mistake of indistill-fx: please report the model. Widths for 
 
 def _examples(model: TracedModel) -> Iterator[tuple[Any, ...]]:
     """The example's arguments with few rows: pictures cropped where no size of theirs has decided anything, then as they are."""
-    given = (*model.example_inputs, *model.example_kwargs.values())
+    given = model.example_values
     given = batch_of(given, min(_ROWS, batch_size(given)), example_size=batch_size(given))
     pictures = [leaf for leaf in tree_leaves(given) if isinstance(leaf, Tensor)]
     if model.report.method == "symbolic" and all(

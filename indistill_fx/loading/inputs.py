@@ -1,0 +1,107 @@
+"""Example inputs by their description: `3x32x32`, `pixel_values:3x224x224`, `input_ids:int64[0..30521]x128`, `mask:boolx128`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from indistill_fx.errors import ConfigError
+from indistill_fx.loading.spec import LARGEST_INPUT, is_input_size
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_WHOLE = ("int64", "int32", "int16", "int8", "uint8", "bool")
+_REAL = ("float32", "float64", "float16", "bfloat16")
+_FORM = re.compile(
+    r"(?:(?P<name>[A-Za-z_]\w*):)?"
+    rf"(?:(?P<dtype>{'|'.join((*_WHOLE, *_REAL))})(?:\[(?P<low>-?\d{{1,9}})\.\.(?P<high>-?\d{{1,9}})\])?(?:x|$))?"
+    r"(?P<shape>\d{1,9}(?:x\d{1,9})*)?",
+    re.ASCII,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class InputForm:
+    """What one input of a model looks like.
+
+    Attributes:
+        name: in the forward's signature; empty where it goes by its place.
+        dtype: as torch writes it.
+        low: the lowest value of whole numbers.
+        high: the highest one.
+        shape: of one sample, without the batch.
+    """
+
+    name: str
+    dtype: str
+    low: int
+    high: int
+    shape: tuple[int, ...]
+
+
+def parse_input(text: str) -> InputForm:
+    """One input, as options give it: [NAME:][DTYPE[LOW..HIGH]x]SHAPE.
+
+    Raises:
+        ConfigError: it has another form, or is too large.
+
+    >>> parse_input("3x32x32").shape
+    (3, 32, 32)
+    >>> parse_input("input_ids:int64[0..99]x12")
+    InputForm(name='input_ids', dtype='int64', low=0, high=99, shape=(12,))
+    """
+    name, colon, rest = text.strip().rpartition(":")
+    found = _FORM.fullmatch(name + colon + rest.lower())
+    dtype = (found["dtype"] or "float32") if found else ""
+    shape = tuple(map(int, found["shape"].split("x"))) if found and found["shape"] else ()
+    ranged = found is not None and found["low"] is not None
+    low, high = (int(found["low"]), int(found["high"])) if found and ranged else (0, 1)
+    fits = found is not None and (shape or found["dtype"]) and 0 not in shape and not text.strip().endswith("x")
+    if not fits or low > high or (ranged and dtype in _REAL) or (dtype == "bool" and (low < 0 or high > 1)):
+        hint = (
+            "Write the shape of one sample, without the batch, as 3x224x224: channels, height, width. Several inputs are named: "
+            "--input input_ids:int64[0..30521]x128 --input attention_mask:int64[1..1]x128."
+        )
+        raise ConfigError(f"{text!r} is no input shape.", where="--input", got=text, expected="CxHxW", hint=hint)
+    if shape and not is_input_size(shape):
+        hint = f"At most {LARGEST_INPUT:,} elements are taken."
+        raise ConfigError(f"An input of {text} would not fit in memory.", where="--input", got=text, hint=hint)
+    return InputForm(found["name"] or "" if found else "", dtype, low, high, shape)
+
+
+def example_inputs(texts: Sequence[str]) -> Tensor | tuple[Tensor, ...] | dict[str, Tensor]:
+    """Example inputs as options describe them: random numbers that follow from a fixed seed, one sample.
+
+    Returns:
+        A tensor for one input without a name, a tuple for several, a dictionary where they have names.
+
+    Raises:
+        ConfigError: a form that is none, a name given twice, or names for some inputs only.
+    """
+    import torch
+
+    forms = [parse_input(text) for text in texts]
+    names = [form.name for form in forms]
+    if any(names) and (not all(names) or len(set(names)) < len(names)):
+        twice = next((name for name in names if names.count(name) > 1 and name), "")
+        what = f"the input {twice!r} twice" if twice else "names for some inputs only"
+        hint = "Name every input once: --input input_ids:int64[0..99]x12 --input pixel_values:3x224x224."
+        raise ConfigError(f"--input gives {what}.", where="--input", got=list(texts), hint=hint)
+    generator = torch.Generator().manual_seed(0)
+    tensors = [_example(form, generator) for form in forms]
+    if all(names):
+        return dict(zip(names, tensors, strict=True))
+    return tensors[0] if len(tensors) == 1 else tuple(tensors)
+
+
+def _example(form: InputForm, generator: object) -> Tensor:
+    import torch
+
+    dtype: torch.dtype = getattr(torch, form.dtype)
+    assert isinstance(generator, torch.Generator)
+    if form.dtype in _REAL:
+        return torch.randn(1, *form.shape, generator=generator).to(dtype)
+    return torch.randint(form.low, form.high + 1, (1, *form.shape), generator=generator).to(dtype)

@@ -1,0 +1,107 @@
+"""Whether a batch is what a stage was compiled for: labels that are classes, inputs of its device, dtypes and sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from indistill_fx.batch import Call, Inputs, Parts, Sizes, split, unfit
+from indistill_fx.errors import ConfigError
+
+
+def label_check(classes: int | None, *models: Inputs) -> Callable[[int, Any], None]:
+    """A check that a batch's labels are classes.
+
+    Args:
+        classes: number of them; None: unknown, so anything goes.
+        models: what they take; of none, that is one input.
+    """
+
+    def check(number: int, batch: Any) -> None:
+        labels = split(batch, *models, where=f"Batch {number + 1}").labels
+        if classes is None or labels is None or not labels.numel():
+            return
+        if labels.is_floating_point() and labels.ndim == 1 and classes > 1:
+            raise ConfigError(
+                f"Labels in batch {number + 1} are {labels.dtype} numbers, but the model has {classes} classes.",
+                where="labels",
+                got=str(labels.dtype),
+                expected="class numbers (batch,) of whole numbers, or probabilities (batch, classes)",
+                hint="Convert them: labels.long().",
+            )
+        if labels.is_floating_point():
+            return
+        low, high = (int(value) for value in labels.aminmax())
+        if low < 0 or high >= classes:
+            wrong = low if low < 0 else high
+            raise ConfigError(
+                f"Label {wrong} in batch {number + 1} is out of range: the model has {classes} classes.",
+                where="labels",
+                got=wrong,
+                expected=f"0 to {classes - 1}",
+                hint="Check that model and data have the same classes.",
+            )
+
+    return check
+
+
+def check_inputs(
+    parts: Parts, names: Sequence[str], dtypes: Sequence[torch.dtype | None], student: nn.Module, *, stage: str
+) -> None:
+    """Refuse inputs of another device than the student's, or of a dtype it was not made for.
+
+    Args:
+        parts: of the batch; the first call is the student's.
+        names: of the model's inputs.
+        dtypes: what the model was traced with, input by input; None where that is unknown. A floating one stands for the dtype
+            that the student's parameters have now.
+        student: its first floating parameter tells device and dtype.
+        stage: its name, for the message.
+
+    Raises:
+        ConfigError: names the stage and the argument.
+    """
+    anchor = next((p for p in student.parameters() if p.is_floating_point()), None)
+    if anchor is None or type(anchor) not in (Tensor, nn.Parameter):  # sharded: lies elsewhere until it is used
+        return
+    where, inputs = f"Stage `{stage}`", parts.calls[0].tensors(names)
+    for name, value in (*inputs.items(), ("labels", parts.labels)):
+        if value is not None and value.device != anchor.device:
+            hint = f"Move the batch: batch.to({str(anchor.device)!r}), or the stage: stage.to({str(value.device)!r})."
+            raise unfit(where, name, f"on {value.device}", f"on {anchor.device}, where the student is", hint)
+    if torch.is_autocast_enabled(anchor.device.type):
+        return
+    for name, dtype in zip(names, dtypes, strict=True):
+        value = inputs.get(name)
+        if dtype is None or value is None:
+            continue
+        wanted = anchor.dtype if dtype.is_floating_point else dtype
+        fits = value.dtype == wanted if wanted.is_floating_point else not value.is_floating_point()
+        if not fits:
+            hint = f"Convert it: {name}.to({wanted}), or train under torch.autocast (mixed_precision)."
+            raise unfit(where, name, str(value.dtype), str(wanted), hint)
+
+
+def check_sizes(call: Call, fixed: Mapping[str, Sizes], *, where: str, role: str) -> None:
+    """Refuse inputs of another size than the one that a graph was captured for, where it works for that alone.
+
+    Args:
+        call: of the model.
+        fixed: sizes by input; None for an axis of any size.
+        where: who asks, for the message.
+        role: `teacher` or `student`.
+
+    Raises:
+        ConfigError: names the input and both sizes.
+    """
+    found = call.tensors(tuple(fixed)) if call.kwargs else dict(zip(fixed, call.args, strict=False))
+    for name, sizes in fixed.items():
+        value = found.get(name)
+        if value is None or all(n in (None, size) for n, size in zip(sizes, value.shape, strict=False)):
+            continue
+        got, expected = ("x".join("any" if n is None else str(n) for n in shape) for shape in (value.shape, sizes))
+        hint = "Bring all batches to one size (pad them), and give that size: --input, example_inputs=…."
+        raise unfit(where, name, f"{got} in size", f"{expected}, for which alone the {role} could be captured", hint)
