@@ -80,6 +80,8 @@ def command(
     from indistill_fx.errors import ConfigError
 
     asked = {name: wishes.pop(name) for name in pictures.NAMES}
+    from indistill_fx.compression.compress import in_both_modes
+
     if plan_file and (others := [f"--{name.replace('_', '-').rstrip('s')}" for name, wish in wishes.items() if wish]):
         raise ConfigError(
             f"--plan names the layers and their widths; {', '.join(others)} would name them again.",
@@ -94,15 +96,22 @@ def command(
     if plan_file:
         _save(_narrowed(traced, plan_file, ranking), output)
     else:
-        smaller, report = _shrunk(traced, layers, **wishes, **ranking)
+        basis = in_both_modes(traced, logits) if _is_directory(output) else traced
+        smaller, report = _shrunk(basis, layers, **wishes, **ranking)
         _save(smaller, output, traced, report)
+
+
+def _is_directory(output: str) -> bool:
+    import os
+    from pathlib import Path
+
+    return output.endswith(("/", os.sep)) or Path(output).is_dir()
 
 
 def _save(
     smaller: TracedModel, output: str, original: TracedModel | None = None, report: ShrinkReport | None = None
 ) -> None:
     """As source code into a directory, where that can be written, else as a program; with the plan of which channels it has."""
-    import os
     from contextlib import suppress
     from pathlib import Path
 
@@ -113,7 +122,7 @@ def _save(
     from indistill_fx.passes.capture.trace import trace
 
     out, target = common.console(), Path(output)
-    if output.endswith(("/", os.sep)) or target.is_dir():
+    if _is_directory(output):
         try:
             source = source_of(smaller)
         except ExportError as error:

@@ -26,7 +26,7 @@ from indistill_fx.compression.latency import Clock, Runtime
 from indistill_fx.compression.make_student import Budget, Measure, Step, Untrained, calibration, make_student
 from indistill_fx.compression.write_source import SOURCE, source_of
 from indistill_fx.curriculum import Curriculum
-from indistill_fx.errors import ConfigError, ExportError
+from indistill_fx.errors import ConfigError, ExportError, FrontendError
 from indistill_fx.evaluation.accuracy import evaluate
 from indistill_fx.graph.module_state import digest
 from indistill_fx.loading.load import load
@@ -154,7 +154,7 @@ def compress(
         _check_teacher(source, val_loader, logits)
         batches = calibration(train_loader if calibration_loader is None else calibration_loader, samples)
         measure = Measure(batches, accuracy, clock if latency_ms is not None else None, say)
-        untrained = make_student(model, budget, measure, criterion=criterion, round_to=round_to)
+        untrained = make_student(in_both_modes(model, logits), budget, measure, criterion=criterion, round_to=round_to)
         made = _write(home, model, untrained, identity, every_block, say)
     given = {"curriculum": curriculum, "main": main, "main_options": main_options, "epochs": epochs}
     settings: dict[str, Any] = {**RECIPES["compress"].student, **options}
@@ -183,6 +183,22 @@ def _about(made: _Made, model: TracedModel, told: Mapping[str, Any]) -> dict[str
     size = tuple(next(value for value in model.example_inputs if isinstance(value, Tensor)).shape[1:])
     rest = {key: value for key, value in told.items() if key != "data"}
     return about_model(made.spec, str(told.get("data", "")), size, **rest)
+
+
+def in_both_modes(teacher: TracedModel, logits: str | int | None = None) -> TracedModel:
+    """The teacher traced as a student is, so that what its code does by `self.training` stays in what is made of it.
+
+    Where the two modes cannot be brought together it is the teacher as it was traced: in eval mode.
+    """
+    try:
+        found = trace(teacher.module, teacher.example_inputs, role="student", logits=logits)
+    except FrontendError:
+        return teacher
+    return teacher if any(note.startswith("in eval mode") for note in found.report.notes) else found
+
+
+def _device(model: TracedModel) -> torch.device:
+    return next((p.device for p in model.graph_module.parameters()), torch.device("cpu"))
 
 
 def _check_free(home: Path, resume: bool) -> None:
@@ -221,7 +237,7 @@ def _before(home: Path, identity: Mapping[str, Any], model: TracedModel) -> _Mad
     spec = f"{home / SOURCE}:Student"
     if not (home / SOURCE).exists() or not is_signed(parse_spec(spec), told.get("seal")):
         return None
-    student = load(f"{spec}@{home / START}")
+    student = load(f"{spec}@{home / START}").to(_device(model))
     traced = trace(student, model.example_inputs, role="student")
     return _Made(student, traced, AlignmentPlan.load(home / "plan.json"), steps[: told["made"]], spec)
 
@@ -246,7 +262,7 @@ def _write(
     else:
         source.save(home)
         os.replace(home / STUDENT, home / START)  # student.safetensors is the trained one's
-        spec, student = f"{home / SOURCE}:Student", source.build()
+        spec, student = f"{home / SOURCE}:Student", source.build().to(_device(model))
         traced = trace(student, model.example_inputs, role="student")
     plan = plan_of(model, traced, untrained.shrunk.axes, every_block=every_block)
     plan.save(home / "plan.json")

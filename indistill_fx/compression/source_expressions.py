@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from indistill_fx.compression.source_pieces import Imports, Line, Literal, Piece, literal, numbers, unwritable
+from indistill_fx.passes.capture.both_modes import choose
 
 Name = Callable[[fx.Node], Line]
 """A node's value in code."""
@@ -50,6 +51,9 @@ def expression(node: fx.Node, name: Name, module: Line, imports: Imports) -> Lin
     if node.op == "call_method":
         return (*argument.atom(node.args[0]), f".{node.target}", *argument.call(node.args[1:], node.kwargs))
     target: Any = node.target
+    if target is choose:
+        flag, own, other = (argument.value(value, "value") for value in node.args)
+        return ("(", *own, " if ", *flag, " else ", *other, ")")
     if target is getattr and len(node.args) == 2:
         return (*argument.atom(node.args[0]), f".{node.args[1]}")
     if target is operator.getitem:

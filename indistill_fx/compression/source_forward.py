@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from torch import fx
 
 from indistill_fx.compression.source_expressions import expression
-from indistill_fx.compression.source_pieces import Imports, Line, Piece
-from indistill_fx.compression.source_scopes import Body, Places, Scope
+from indistill_fx.compression.source_pieces import Imports, Line, Piece, unwritable
+from indistill_fx.compression.source_scopes import Body, Places, Scope, reads_flag
 from indistill_fx.graph.edit import output_node
+from indistill_fx.graph.ops import attribute
+from indistill_fx.passes.capture.both_modes import ByMode
 
 _NAMES = ("x", "y", "z", "u", "v", "w", "s", "t", "a", "b", "c", "d")
 
@@ -57,6 +60,10 @@ class Forward:
 
     def _step(self, k: int, step: fx.Node | tuple[Scope, Body]) -> list[Line]:
         if isinstance(step, fx.Node):
+            if step.op == "call_module" and isinstance(
+                way := attribute(self.network.graph_module, str(step.target)), ByMode
+            ):
+                return self._both_ways(k, step, way)
             module = self._self(self.network.places.modules[step]) if step in self.network.places.modules else ""
             code = expression(step, self._value, (module,), self.network.imports)
             if self._inlined(step):
@@ -70,6 +77,39 @@ class Forward:
         if not body.outputs:
             return [code]
         return [(f"{', '.join(self._name(step, body.outputs, k))} = ", *code)]
+
+    def _both_ways(self, k: int, step: fx.Node, way: ByMode) -> list[Line]:
+        """What is computed one way in train mode and another way in eval mode."""
+        given = [self._value(arg) for arg in step.args if isinstance(arg, fx.Node)]
+        sides = [self._side(step, side, given) for side in (way.trained, way.evaluated)]
+        name = self._name(step, [step], k)[0]
+        lines: list[Line] = []
+        for head, (inner, results) in zip(("if self.training:", "else:"), sides, strict=True):
+            own = results[0] if len(results) == 1 else ("(", *commas(results), ")")
+            body = [*inner, (f"{name} = ", *own)] if own != (name,) else inner
+            if body or head != "else:":
+                lines += [(head,), *(("    ", *line) for line in body or [("pass",)])]
+        return lines
+
+    def _side(self, step: fx.Node, side: fx.GraphModule, given: list[Line]) -> tuple[list[Line], list[Line]]:
+        """The lines of one way, and its results."""
+        values: dict[fx.Node, Line] = {}
+        lines: list[Line] = []
+        results: list[Line] = []
+        taken, places = set(self.names.values()), iter(given)
+        for node in side.graph.nodes:
+            if node.op == "placeholder":
+                values[node] = next(places)
+            elif node.op == "output":
+                results = [values[result] for result in node.args[0]]
+            elif node.op in ("call_function", "call_method"):
+                name = next(name for name in self._fresh() if name not in taken)
+                taken.add(name)
+                lines.append((f"{name} = ", *expression(node, values.__getitem__, (), self.network.imports)))
+                values[node] = (name,)
+            else:
+                raise unwritable(step.name, "it has other layers in train mode than in eval mode")
+        return lines, results
 
     def _inlined(self, node: fx.Node) -> bool:
         """Sizes, and entries of tuples, are written where they are read."""
@@ -92,6 +132,8 @@ class Forward:
         return node.name in self.network.tensors
 
     def _value(self, node: fx.Node) -> Line:
+        if reads_flag(node):
+            return ("self.training",)
         if node in self.inline:
             return self.inline[node]
         if node.op == "get_attr" and node not in self.names:
@@ -144,8 +186,10 @@ class Forward:
 
     def _free(self) -> str:
         taken = set(self.names.values())
-        numbered = (f"x{k}" for k in range(1, 10_000))
-        return next(name for name in (*_NAMES, *numbered) if name not in taken)
+        return next(name for name in self._fresh() if name not in taken)
+
+    def _fresh(self) -> Iterator[str]:
+        return chain(_NAMES, (f"x{k}" for k in range(1, 10_000)))
 
 
 _CALL = re.compile(r"(\w+) = (self[\w.]*)\[(\d+)\]\((\w+)\)")

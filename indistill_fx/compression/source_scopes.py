@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from indistill_fx.graph.edit import output_node
-from indistill_fx.graph.ops import is_inplace, op_name
+from indistill_fx.graph.ops import attribute, is_inplace, op_name
+from indistill_fx.passes.capture.both_modes import ByMode, Flag
 
 
 @dataclass(eq=False)
@@ -74,6 +75,12 @@ class Places:
     tensors: Mapping[str, str]
 
 
+def reads_flag(node: fx.Node) -> bool:
+    """Whether a node is the training flag of the module that it is read in."""
+    owner = node.graph.owning_module
+    return node.op == "call_module" and owner is not None and isinstance(attribute(owner, str(node.target)), Flag)
+
+
 def live_nodes(graph: fx.Graph) -> list[fx.Node]:
     """The nodes that do something: read by the output, or writing; without assertions."""
     last = output_node(graph)
@@ -93,7 +100,7 @@ def places_of(graph_module: fx.GraphModule, nodes: Sequence[fx.Node]) -> Places:
     before: list[tuple[str, str, str]] = []
     taken: dict[str, str] = {}
     for node in nodes:
-        if not node.op.startswith("call"):
+        if not node.op.startswith("call") or reads_flag(node):
             continue
         own = node.meta.get("nn_module_stack")
         entries = (
@@ -102,7 +109,7 @@ def places_of(graph_module: fx.GraphModule, nodes: Sequence[fx.Node]) -> Places:
             else [(p, key, getattr(c, "__name__", str(c).rpartition(".")[2])) for key, (p, c) in own.items()]
         )
         entries = [entry for entry in entries if entry[0]]
-        if node.op == "call_module":
+        if node.op == "call_module" and not isinstance(attribute(graph_module, str(node.target)), ByMode):
             path = entries.pop()[0] if own is not None and entries else str(node.target)
             if taken.setdefault(path, str(node.target)) != str(node.target):
                 path = str(node.target)
@@ -142,7 +149,7 @@ def scopes_of(graph_module: fx.GraphModule, dissolved: set[str]) -> tuple[Scope,
     """
     nodes = live_nodes(graph_module.graph)
     places = places_of(graph_module, nodes)
-    calls = [node for node in nodes if node.op.startswith("call")]
+    calls = [node for node in nodes if node.op.startswith("call") and not reads_flag(node)]
     while True:
         try:
             root = Scope("", "Student")
@@ -192,7 +199,7 @@ def _connect(body: Body, scope: Scope, places: Places) -> None:
     own = set(members)
     inputs: dict[fx.Node, None] = {}
     for node in members:
-        inputs.update((source, None) for source in node.all_input_nodes if source not in own)
+        inputs.update((n, None) for n in node.all_input_nodes if n not in own and not reads_flag(n))
     body.inputs = [n for n in inputs if n.op != "get_attr" or not below(places.tensors[str(n.target)], scope.path)]
     body.outputs = [node for node in members if any(user not in own for user in node.users)]
     for step in body.steps:

@@ -189,3 +189,34 @@ def test_what_cannot_be_written_is_named():
     model = nn.Sequential(nn.Linear(4, 4), Strange(), nn.Linear(4, 2))
     with pytest.raises(ifx.ExportError, match=r"`1` cannot be written as source code: it is a .*Strange"):
         source_of(traced(model, torch.randn(3, 4)))
+
+
+class Dropping(nn.Module):
+    """Stochastic depth and functional dropout: what is computed depends on the mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.head = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.dropout(self.one(x), 0.3, self.training)
+        y = self.two(x)
+        if self.training:
+            y = y * y.new_empty(y.shape[0], 1).bernoulli_(0.7) / 0.7
+        return self.head(x + y)
+
+
+def test_a_students_graph_keeps_both_modes():
+    model = ifx.trace(Dropping(), (torch.randn(3, 6),), role="student")
+    source = source_of(model)
+    assert "self.training" in source.text
+    student, x = source.build(), torch.randn(5, 6)
+    for training in (True, False):
+        outputs = []
+        for module in (model.module, student):
+            for part in module.modules():
+                part.training = training
+            torch.manual_seed(3)
+            with torch.no_grad():
+                outputs.append(module(x))
+        assert torch.equal(*outputs)

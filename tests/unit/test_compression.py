@@ -308,6 +308,29 @@ def test_what_has_no_source_code_is_trained_all_the_same(tmp_path):
         assert torch.allclose(again(x), outputs_of(made.student, x), atol=1e-6)
 
 
+def test_what_depends_on_the_mode_still_does(tmp_path):
+    class Dropping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8, 5)
+
+        def forward(self, x):
+            x = nn.functional.dropout(self.two(self.one(x).relu()).relu().mean((2, 3)), 0.5, self.training)
+            return self.head(x)
+
+    made = ifx.compress(
+        seeded(Dropping), data_of(), macs=0.5, run_dir=tmp_path / "run", epochs=1, progress=False, device="cpu", samples=16,
+        export=False,
+    )  # fmt: skip
+    assert "training=self.training" in (tmp_path / "run" / "student.py").read_text()
+    x = images(4)
+    with torch.no_grad():
+        student = made.student.eval()
+        assert torch.equal(student(x), student(x))
+        student.train()
+        assert not torch.equal(student(x), student(x))
+
+
 @torch.fx.wrap
 def bent(x: torch.Tensor) -> torch.Tensor:
     return x.sin()

@@ -1,0 +1,362 @@
+"""Does `compress` pay? Networks for CIFAR-10 cut to a share of their work, arm by arm, all for the same number of epochs.
+
+    python benchmarks/compress.py run --net resnet56 --macs 0.476 0.4 --data imagefolder:DIR --reference DIR --out OUT \
+        --arms ours tp kd --epochs 20 --batch-size 256 --optimizer sgd --lr 0.05 --weight-decay 5e-4 --minutes 5
+    python benchmarks/compress.py run --net assistant --macs 0.35 --limit 5000 --seeds 0 1 2 --data imagefolder:DIR --out OUT --device cpu
+    python benchmarks/compress.py repair --net resnet20 resnet56 assistant --macs 0.5 --data … --out OUT     before any training
+    python benchmarks/compress.py table OUT [OUT …] --json benchmarks/results/compress.json --into docs/compress.md
+
+Arms, most telling first: `ours` (compress: sensitivities, repair, segments fed by the teacher, KD); `steps` (the same, pair after pair);
+`kd` (the same student, KD alone); `unlabelled` (ours, with the teacher's answers alone); `tp` (Torch-Pruning 1.6, uniform L1 to the same
+work, then labels; without that package our own uniform L1); `l1kd` (that one, by KD); `freshkd` and `fresh` (our student's shape from
+fresh weights, by KD and by labels). Arms that are done are skipped, interrupted ones go on; every arm's result is written at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import time
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+from resnet_cifar import resnet20, resnet56
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import indistill_fx as ifx
+from indistill_fx.compression.correspond import plan_of
+from indistill_fx.compression.make_student import Budget, Measure, calibration, make_student
+from indistill_fx.compression.write_source import source_of
+from indistill_fx.curriculum import Curriculum
+from indistill_fx.data.dataset import Data
+from indistill_fx.data.open import open_data
+from indistill_fx.evaluation.accuracy import evaluate
+
+ARMS = ("ours", "tp", "kd", "steps", "unlabelled", "l1kd", "freshkd", "fresh")
+NO_WARMUP = Curriculum(lengths=[])
+
+
+def teacher_of(options: argparse.Namespace, net: str) -> nn.Module:
+    """The published network; the paper's assistant is trained once, on all images with labels."""
+    if net != "assistant":
+        file = Path(options.reference) / f"cifar10_{net}.safetensors"
+        return {"resnet20": resnet20, "resnet56": resnet56}[net](str(file)).eval()
+    spec = importlib.util.spec_from_file_location(
+        "paper", Path(__file__).parent.parent / "examples" / "paper_cifar10.py"
+    )
+    assert spec is not None and spec.loader is not None
+    paper = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(paper)
+    model: nn.Module = paper.Cnn32()
+    file = Path(options.out) / "assistant.safetensors"
+    if not file.exists():
+        data = open_data(options.data, batch_size=128, cache=options.cache)
+        ifx.train(
+            model, data.train, epochs=15, schedule="cosine", val_loader=data.test, progress=False,
+            run_dir=Path(options.out) / "assistant", resume=True, device=options.device,
+        )  # fmt: skip
+        save_file({name: t.contiguous() for name, t in model.cpu().state_dict().items()}, file)
+    model.load_state_dict(load_file(file))
+    return model.eval()
+
+
+def device_of(options: argparse.Namespace) -> torch.device:
+    """Where it runs."""
+    return torch.device("cuda" if options.device == "auto" and torch.cuda.is_available() else "cpu")
+
+
+def traced_teacher(options: argparse.Namespace, net: str) -> ifx.TracedModel:
+    """The teacher on its device, traced."""
+    device = device_of(options)
+    return ifx.trace(teacher_of(options, net).to(device), (torch.randn(2, 3, 32, 32, device=device),), role="teacher")
+
+
+def uniform(teacher: ifx.TracedModel, macs: float) -> tuple[nn.Module, str]:
+    """The same share of every layer gone, by L1: by Torch-Pruning where it is installed, else by our own shrink."""
+    try:
+        import torch_pruning as tp
+    except ImportError:
+        low, high = 0.05, 1.0
+        for _ in range(12):
+            middle = (low + high) / 2
+            share = ifx.shrink(teacher, ratio=middle).report
+            low, high = (middle, high) if share.macs[1] <= macs * share.macs[0] else (low, middle)
+        small = ifx.shrink(teacher, ratio=low).value.graph_module
+        return small.requires_grad_(), "our uniform L1"
+    import copy
+
+    example, low, high = teacher.example_inputs[0][:1], 0.0, 0.95
+    best: nn.Module | None = None
+    whole, _ = tp.utils.count_ops_and_params(copy.deepcopy(teacher.module), example)
+    for _ in range(12):
+        middle = (low + high) / 2
+        model = copy.deepcopy(teacher.module).eval()
+        last = [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
+        pruner = tp.pruner.MagnitudePruner(
+            model,
+            example,
+            importance=tp.importance.MagnitudeImportance(p=1),
+            pruning_ratio=middle,
+            ignored_layers=[last],
+        )
+        pruner.step()
+        ops, _ = tp.utils.count_ops_and_params(model, example)
+        if ops <= macs * whole:
+            best, high = model, middle
+        else:
+            low = middle
+    assert best is not None
+    return best, f"Torch-Pruning {version('torch-pruning')}, uniform L1"
+
+
+def made_of(teacher: ifx.TracedModel, macs: float, data: Data, options: argparse.Namespace) -> tuple[Any, Any]:
+    """Our student before training."""
+    batches = calibration(data.train, options.samples)
+    made = make_student(
+        teacher, Budget(macs=macs), Measure(batches, lambda m: evaluate(m, data.test).accuracy, say=print)
+    )
+    return made, source_of(made.model)
+
+
+def train_arm(
+    arm: str, teacher: ifx.TracedModel, macs: float, data: Data, seed: int, options: argparse.Namespace, where: Path
+) -> dict[str, Any]:
+    """One arm; its row of the table."""
+    began = time.time()
+    settings: dict[str, Any] = {
+        "val_loader": data.test, "progress": False, "seed": seed, "run_dir": where / "run", "resume": True,
+        "optimizer": options.optimizer, "learning_rate": options.lr, "weight_decay": options.weight_decay,
+        "schedule": "cosine", "device": options.device, "compile": options.compile,
+    }  # fmt: skip
+    epochs, warm = options.epochs, min(options.warmup, options.epochs - 1)
+    how, steps = "", []
+    if arm in ("tp", "l1kd"):
+        student, how = uniform(teacher, macs)
+    else:
+        made, source = made_of(teacher, macs, data, options)
+        student, steps = source.build().to(device_of(options)), [asdict(step) for step in made.steps]
+        torch.manual_seed(seed)
+        if arm.startswith("fresh"):
+            for part in student.modules():
+                if hasattr(part, "reset_parameters"):
+                    part.reset_parameters()
+    before = evaluate(student, data.test).accuracy
+    parameters = sum(p.numel() for p in student.parameters())
+    if arm in ("tp", "fresh"):
+        record = ifx.train(student, data.train, epochs=epochs, **settings)
+    elif arm in ("l1kd", "freshkd"):
+        traced = ifx.trace(student, teacher.example_inputs, role="student")
+        record = ifx.distill(teacher, traced, data.train, curriculum=NO_WARMUP, epochs=epochs, **settings)
+    else:
+        traced = ifx.trace(student, teacher.example_inputs, role="student")
+        plan = plan_of(teacher, traced, made.shrunk.axes, every_block=arm != "steps")
+        curriculum, main = Curriculum(feed="teacher", lengths=warm), epochs - warm
+        if arm == "steps":
+            lengths = [*range(1, len(plan.pairs) + 1)]
+            curriculum, main = Curriculum(lengths=lengths), epochs - sum(lengths)
+        if arm == "kd":
+            curriculum, main = NO_WARMUP, epochs
+        labels = {"main_options": {"weight_labels": 0}} if arm == "unlabelled" else {}
+        record = ifx.distill(
+            teacher, traced, data.train, plan=plan, curriculum=curriculum, epochs=main, **labels, **settings
+        )
+    return {
+        "arm": arm, "how": how, "parameters": parameters, "before": before, "accuracy": record.accuracy, "best": record.best_accuracy,
+        "by epoch": [epoch.accuracy for epoch in record.epochs], "seconds": round(time.time() - began, 1),
+        "training seconds": round(record.seconds, 1), "steps": steps,
+    }  # fmt: skip
+
+
+def run(options: argparse.Namespace) -> None:
+    """All arms that are not done yet, until the minutes are over."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    began, longest = time.time(), 0.0
+    out = Path(options.out)
+    out.mkdir(parents=True, exist_ok=True)
+    for seed in options.seeds:
+        data = open_data(
+            options.data, batch_size=options.batch_size, seed=seed, limit=options.limit, cache=options.cache
+        )
+        if options.limit:  # all test images
+            data = with_test(data, open_data(options.data, batch_size=500, cache=options.cache))
+        for net in options.net:
+            teacher = traced_teacher(options, net)
+            accuracy = evaluate(teacher.module, data.test).accuracy
+            for macs in options.macs:
+                for arm in options.arms:
+                    name = f"{net}-{macs:g}-{options.limit or 'all'}-{options.epochs}-{options.optimizer}-{seed}-{arm}"
+                    if (out / f"{name}.json").exists():
+                        continue
+                    if options.minutes and time.time() - began + longest > 60 * options.minutes:
+                        print(f"{name}: no time left")
+                        continue
+                    start = time.time()
+                    row = train_arm(arm, teacher, macs, data, seed, options, out / name)
+                    longest = max(longest, time.time() - start)
+                    row |= {
+                        "net": net,
+                        "macs": macs,
+                        "images": options.limit or 50_000,
+                        "seed": seed,
+                        "teacher": accuracy,
+                    }
+                    row |= {"epochs": options.epochs, "warmup": options.warmup, "batch": options.batch_size}
+                    row |= {
+                        "optimizer": options.optimizer,
+                        "lr": options.lr,
+                        "weight_decay": options.weight_decay,
+                        **told(),
+                    }
+                    (out / f"{name}.json").write_text(json.dumps(row, indent=1))
+                    print(
+                        f"{name}: before {row['before']:.2%}, {row['accuracy']:.2%}, {row['seconds']:.0f} s", flush=True
+                    )
+
+
+def with_test(data: Data, other: Data) -> Data:
+    """The training data of the one, the test data of the other."""
+    from dataclasses import replace
+
+    return replace(data, test=other.test)
+
+
+def told() -> dict[str, Any]:
+    """Where and when."""
+    found = {}
+    for name in ("torch", "indistill-fx", "torch-pruning"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return {"versions": found, "device": device, "date": datetime.now(UTC).isoformat(timespec="seconds")}
+
+
+def repairs(options: argparse.Namespace) -> None:
+    """Accuracy before any training: after shrinking, with norms anew, with readers fitted; by uniform L1 and by our widths."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    out = Path(options.out)
+    out.mkdir(parents=True, exist_ok=True)
+    data = open_data(options.data, batch_size=128, cache=options.cache)
+    rows = []
+    for net in options.net:
+        teacher = traced_teacher(options, net)
+        for macs in options.macs:
+            small, how = uniform(teacher, macs)
+            made, _ = made_of(teacher, macs, data, options)
+            rows.append(
+                {
+                    "net": net,
+                    "macs": macs,
+                    "uniform": evaluate(small, data.test).accuracy,
+                    "uniform by": how,
+                    "steps": [asdict(step) for step in made.steps],
+                    "samples": options.samples,
+                    **told(),
+                }
+            )
+            (out / "repair.json").write_text(json.dumps(rows, indent=1))
+
+
+def table(options: argparse.Namespace) -> None:
+    """Mean and deviation over the seeds of every arm, as JSON and as a table."""
+    folders = [Path(out) for out in options.out]
+    rows = [json.loads(path.read_text()) for out in folders for path in sorted(out.glob("*-*.json"))]
+    files = [out / "repair.json" for out in folders if (out / "repair.json").exists()]
+    repaired = [row for file in files for row in json.loads(file.read_text())]
+    text = "\n".join([*arm_lines(rows), *repair_lines(repaired)]).strip() + "\n"
+    print(text)
+    if options.json:
+        Path(options.json).write_text(json.dumps({"arms": rows, "repair": repaired}, indent=1) + "\n")
+    if options.into:
+        page = Path(options.into)
+        begin, end = "<!-- compress: made by benchmarks/compress.py table -->", "<!-- compress: end -->"
+        head, _, rest = page.read_text().partition(begin)
+        page.write_text(head + begin + "\n" + text + end + rest.partition(end)[2])
+
+
+def arm_lines(rows: list[dict[str, Any]]) -> list[str]:
+    """A table for every network, share and number of images."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["net"], row["macs"], row["images"], row["epochs"], row["optimizer"]), []).append(row)
+    lines: list[str] = []
+    for (net, macs, images, epochs, optimizer), own in sorted(groups.items()):
+        teacher = f"teacher {own[0]['teacher']:.2%}"
+        lines += [
+            "",
+            f"{net}, {macs:.0%} of its MACs, {images:,} images, {epochs} epochs in all ({optimizer}), {teacher}:",
+        ]
+        lines += ["", "| arm | before training | test accuracy | seeds | s a run |", "|---|---|---|---|---|"]
+        for arm in ARMS:
+            found = [row for row in own if row["arm"] == arm]
+            if found:
+                figures = [100 * row["accuracy"] for row in found]
+                spread = f" ± {stdev(figures):.2f}" if len(figures) > 1 else ""
+                how = f" ({found[0]['how']})" if found[0]["how"] else ""
+                before, seconds = (mean(row[key] for row in found) for key in ("before", "seconds"))
+                cells = (f"{100 * before:.2f}", f"{mean(figures):.2f}{spread}", str(len(found)), f"{seconds:.0f}")
+                lines.append(f"| {arm}{how} | {' | '.join(cells)} |")
+    return lines
+
+
+def repair_lines(rows: list[dict[str, Any]]) -> list[str]:
+    """What the repairs give before any training."""
+    if not rows:
+        return []
+    lines = ["", "Before any training, no labels:", ""]
+    lines += ["| network | MACs | uniform L1 | our widths | norms anew | readers fitted |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        steps = {step["name"]: step["accuracy"] for step in row["steps"]}
+        cells = [row["uniform"], steps["shrunk"], steps["norms estimated anew"], steps["readers fitted"]]
+        lines.append(f"| {row['net']} | {row['macs']:.0%} | {' | '.join(f'{100 * cell:.2f}' for cell in cells)} |")
+    return lines
+
+
+def main() -> None:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    for name, function in (("run", run), ("repair", repairs)):
+        one = commands.add_parser(name)
+        one.set_defaults(call=function)
+        one.add_argument("--net", nargs="+", default=["resnet20"], choices=["resnet20", "resnet56", "assistant"])
+        one.add_argument("--macs", nargs="+", type=float, default=[0.5])
+        one.add_argument("--data", required=True)
+        one.add_argument("--reference", default="/work/shared/reference")
+        one.add_argument("--cache")
+        one.add_argument("--out", required=True)
+        one.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
+        one.add_argument("--seeds", nargs="+", type=int, default=[0])
+        one.add_argument("--limit", type=int)
+        one.add_argument("--samples", type=int, default=512)
+        one.add_argument("--epochs", type=int, default=20)
+        one.add_argument("--warmup", type=int, default=3)
+        one.add_argument("--batch-size", type=int, default=128)
+        one.add_argument("--optimizer", default="adam")
+        one.add_argument("--lr", type=float, default=1e-3)
+        one.add_argument("--weight-decay", type=float, default=0.0)
+        one.add_argument("--device", default="auto")
+        one.add_argument("--compile", action="store_true")
+        one.add_argument("--threads", type=int)
+        one.add_argument("--minutes", type=float)
+    one = commands.add_parser("table")
+    one.set_defaults(call=table)
+    one.add_argument("out", nargs="+")
+    one.add_argument("--json")
+    one.add_argument("--into")
+    options = parser.parse_args()
+    options.call(options)
+
+
+if __name__ == "__main__":
+    main()
