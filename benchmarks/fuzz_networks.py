@@ -34,6 +34,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,12 @@ class Case:
             with torch.no_grad():
                 wanted = self._silently(module, x)
                 same(self._silently(traced.graph_module, x, module), wanted, role)
+            if role == "student":
+                module.eval()
+                with torch.no_grad():
+                    wanted = self._silently(module, x)
+                    same(self._silently(traced.graph_module, x, module), wanted, "student in eval mode")
+                module.train()
             found.append(traced)
         self.teacher, self.student = found
         self.values = values_of(self.teacher, self.x)
@@ -238,8 +245,6 @@ class Case:
         for stage, pair in zip(stages, self.plan.pairs, strict=False):
             stage.train()
             got = self._gradients(module, lambda stage=stage: stage(x))
-            own = values_of(self.student, x)  # sets no statistics back: the copy below is what is compared
-            del own
             wanted = self._gradients(module, lambda pair=pair: self._reference(pair, teacher_side, x))
             same(got[0], wanted[0], f"loss of {stage.name}", 1e-7)
             for name, value in wanted[1].items():
@@ -275,7 +280,8 @@ class Case:
         if pair.kept is not None:
             wanted = wanted.index_select(facts[0].channel_axis, torch.tensor(pair.kept))
         feature = values_of(self.student, x)[own]
-        return F.mse_loss(*alike(feature, wanted, facts[1], facts[0]))
+        sides = [_batch_first(*side) for side in ((feature, facts[1]), (wanted, facts[0]))]
+        return F.mse_loss(*alike(sides[0][0], sides[1][0], sides[0][1], sides[1][1]))
 
     def _export(self) -> None:
         """After a few steps of training in float32, as a user would, where torch itself can train the network."""
@@ -310,6 +316,13 @@ def _channels(facts: NodeFacts | None) -> int:
 def values_of(model: TracedModel, x: Tensor) -> dict[str, Tensor]:
     """Every tensor of the whole graph."""
     return run_keeping(model.graph_module, [node.name for node in model.graph_module.graph.nodes], x)[1]
+
+
+def _batch_first(value: Tensor, facts: NodeFacts) -> tuple[Tensor, NodeFacts]:
+    batch, channels = facts.batch_axis or 0, facts.channel_axis or 0
+    moved = [facts.shape[batch], *facts.shape[:batch], *facts.shape[batch + 1 :]]
+    axis = channels + (channels < batch)
+    return value.movedim(batch, 0), replace(facts, shape=tuple(moved), batch_axis=0, channel_axis=axis)
 
 
 def alike(own: Tensor, other: Tensor, own_facts: NodeFacts, other_facts: NodeFacts) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,9 @@
 
 A network is a stem, two or three stages of random blocks, and a head. Blocks are residual, concatenating, grouped,
 depthwise, shared, in place, gated, attending (three spellings), channels last, reshaping, shuffling, splitting,
-upsampling, and functional. Batch norms and layer scales hold random values, so that no check passes on zeros and ones.
+upsampling, functional; they read sizes from tensors, hand on lists of parts, ask for the mode, put the length first,
+write slices, or have weight norms, spectral norms and masks. Batch norms and layer scales hold random values, so that
+no check passes on zeros and ones.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
+import torch.nn.utils.prune
 from torch import Tensor, nn
 
 
@@ -28,6 +31,7 @@ class Recipe:
     blocks: tuple[tuple[str, ...], ...]
     size: tuple[int, int] = (16, 16)
     control: bool = field(default=False)
+    inner: str = field(default="")
 
 
 class Block(nn.Module):
@@ -69,6 +73,12 @@ class Block(nn.Module):
             delattr(self, name)
         for name in [name for name, _ in self.named_parameters(recurse=False) if name not in used]:
             delattr(self, name)
+        if kind == "weight norm":
+            nn.utils.parametrizations.weight_norm(self.conv)
+        elif kind == "spectral norm":
+            nn.utils.parametrizations.spectral_norm(self.conv)
+        elif kind == "pruned":
+            nn.utils.prune.ln_structured(self.conv, "weight", 0.5, n=1, dim=0)
 
     def forward(self, x: Tensor) -> Tensor:
         """What the kind says."""
@@ -205,6 +215,60 @@ def _swapped(b: Block, x: Tensor) -> Tensor:
     return torch.maximum(x, y) - y.mean((2, 3), keepdim=True)
 
 
+def _computed_sizes(b: Block, x: Tensor) -> Tensor:
+    y = b.conv(x)
+    n, c = y.size(0), y.shape[1]
+    y = torch.cat([y.narrow(1, c // 2, c - c // 2), y[:, : y.size(1) // 2]], y.dim() - 3)
+    y = F.group_norm(y, y.shape[1] // 2 if c % 2 == 0 else 1)
+    return b.act(y).view(n, c, -1).reshape(x.shape[0], x.shape[1], *x.shape[-2:]) + x
+
+
+def _parts_reversed(b: Block, x: Tensor) -> Tensor:
+    return b.act(torch.cat(b.conv(x).split(x.shape[1] // 2, dim=1)[::-1], 1)) + x
+
+
+def _parts_stacked(b: Block, x: Tensor) -> Tensor:
+    y = torch.stack(b.conv(x).chunk(2, 1)).amax(0)
+    return x + torch.cat([y, *b.conv(x).chunk(2, 1)[1:]], 1)
+
+
+def _stochastic_depth(b: Block, x: Tensor) -> Tensor:
+    y = b.act(b.conv(x))
+    if not b.training:
+        return x + y
+    mask = y.new_empty((y.shape[0],) + (1,) * (y.ndim - 1)).bernoulli_(0.8)
+    return x + y * mask.div_(0.8)
+
+
+def _functional_dropout(b: Block, x: Tensor) -> Tensor:
+    y = F.dropout(b.conv(x), 0.2, b.training)
+    return x + F.dropout(b.act(y), p=0.1 if b.training else 0.0)
+
+
+def _norm_by_hand(b: Block, x: Tensor) -> Tensor:
+    y = b.conv(x)
+    mean = y.mean((0, 2, 3), keepdim=True) if b.training else 0.1 * b.scale
+    return b.act((y - mean) * b.scale) + x
+
+
+def _length_first(b: Block, x: Tensor) -> Tensor:
+    tokens = b.layer_norm(x.flatten(2).permute(2, 0, 1))  # (length, batch, channels)
+    tokens = tokens + b.down(b.act(b.up(tokens)))
+    return tokens.permute(1, 2, 0).reshape(x.shape)
+
+
+def _written_slice(b: Block, x: Tensor) -> Tensor:
+    y, fold = b.conv(x), x.shape[1] // 4
+    out = torch.zeros_like(y)
+    out[:, :, :-1] = y[:, :, 1:]
+    out[:, :fold] = y[:, :fold]
+    return x + out
+
+
+def _inner_difference(b: Block, x: Tensor) -> Tensor:
+    return x - b.squeeze(b.act(b.middle_norm(b.expand(x))))
+
+
 BLOCKS: dict[str, Callable[[Block, Tensor], Tensor]] = {
     "residual": _residual,
     "grouped residual": _residual,
@@ -227,6 +291,18 @@ BLOCKS: dict[str, Callable[[Block, Tensor], Tensor]] = {
     "einsum": _einsum,
     "dead": _dead,
     "swapped": _swapped,
+    "computed sizes": _computed_sizes,
+    "parts reversed": _parts_reversed,
+    "parts stacked": _parts_stacked,
+    "stochastic depth": _stochastic_depth,
+    "functional dropout": _functional_dropout,
+    "norm by hand": _norm_by_hand,
+    "length first": _length_first,
+    "written slice": _written_slice,
+    "inner difference": _inner_difference,
+    "weight norm": _residual,
+    "spectral norm": _residual,
+    "pruned": _residual,
 }
 _USES = {
     "residual": "conv norm act",
@@ -250,6 +326,18 @@ _USES = {
     "einsum": "proj act",
     "dead": "narrow conv act",
     "swapped": "conv",
+    "computed sizes": "conv act",
+    "parts reversed": "conv act",
+    "parts stacked": "conv",
+    "stochastic depth": "conv act",
+    "functional dropout": "conv act",
+    "norm by hand": "conv act scale",
+    "length first": "layer_norm up down act",
+    "written slice": "conv",
+    "inner difference": "expand middle_norm squeeze act",
+    "weight norm": "conv norm act",
+    "spectral norm": "conv norm act",
+    "pruned": "conv norm act",
 }
 
 
@@ -294,6 +382,7 @@ class Net(nn.Module):
             parts: list[nn.Module] = [Down(recipe.downs[k], widths[max(k - 1, 0)], widths[k])]
             parts += [Block(kind, widths[k], dice) for kind in kinds]
             self.stages.append(nn.Sequential(*parts))
+        self.shortcut = nn.Conv2d(widths[0], widths[0], 2, 2) if recipe.inner else nn.Identity()
         self.norm = nn.LayerNorm(widths[-1]) if recipe.head == "tokens" else nn.Identity()
         self.head = nn.Linear(widths[-1] * (2 if recipe.head == "both" else 1), 5)
 
@@ -302,8 +391,11 @@ class Net(nn.Module):
         x = self.stem_norm(self.stem(x))
         if self.recipe.control and x.shape[2] > 4:
             x = F.relu(x)
-        for stage in self.stages:
+        whole = x
+        for k, stage in enumerate(self.stages):
             x = stage(x)
+            if k == 0 and self.recipe.inner:  # the blocks stand inside one long sum
+                x = x + self.shortcut(whole) if self.recipe.inner == "sum" else self.shortcut(whole) - x
         if self.recipe.head == "tokens":
             x = self.norm(x.flatten(2).transpose(1, 2)).mean(1)
         elif self.recipe.head == "both":
@@ -338,6 +430,7 @@ def _recipe(
         downs=like.downs if like else tuple(dice.choice(("stride", "pool", "unshuffle", "merge")) for _ in range(count)),
         blocks=blocks,
         control=dice.random() < 0.2,
+        inner=dice.choice(("", "", "", "sum", "difference")),
     )  # fmt: skip
 
 

@@ -142,7 +142,7 @@ def _adapters(pairs: Sequence[Pair], own: TracedModel, other: TracedModel, *, si
     for pair in pairs:
         tap, partner = (pair.teacher, pair.student) if side == "teacher" else (pair.student, pair.teacher)
         layouts = layout_of(own.facts_of(tap)), layout_of(other.facts_of(partner))
-        alike = (layouts[0].kind, layouts[0].channels_first) == (layouts[1].kind, layouts[1].channels_first)
+        alike = layouts[0].form == layouts[1].form and not layouts[0].batch_axis
         if narrowed or not alike:
             apply = partial(adapt, tap=tap, own=layouts[0], other=layouts[1], may_slice=narrowed and side == "student")
             passes.append((f"adapt {tap}", apply))

@@ -22,6 +22,7 @@ from torch import Tensor, fx, nn
 from indistill_fx.batch import Call, Inputs
 from indistill_fx.errors import ConfigError, FrontendError
 from indistill_fx.graph.caches import caches_kept
+from indistill_fx.graph.computed_weights import write_out_weights
 from indistill_fx.graph.module_state import mode, shadow, untouched, weights_kept
 from indistill_fx.graph.ops import attribute
 from indistill_fx.passes.capture.both_modes import merge_modes, noticing_flags
@@ -258,14 +259,19 @@ def _with_leaves(captured: Captured, given_up: Sequence[str]) -> Captured:
 
 
 def _give_own_flags(graph_module: fx.GraphModule) -> None:
-    """Replace the leaf modules by copies in eval mode that share the tensors: the caller may train the module meanwhile."""
+    """Replace the leaf modules by copies in eval mode that share the tensors: the caller may train the module meanwhile.
+
+    Weights that are computed anew at every call (weight norm, spectral norm, masks of pruning) are written out.
+    """
     memo: dict[nn.Module, nn.Module] = {}
     paths = {str(node.target) for node in graph_module.graph.nodes if node.op == "call_module"}
     for path in sorted(
         paths, key=lambda path: path.count(".")
     ):  # the outer ones first: a leaf may stand inside another
         home, _, name = path.rpartition(".")
-        setattr(attribute(graph_module, home), name, shadow(attribute(graph_module, path), training=False, memo=memo))
+        own = shadow(attribute(graph_module, path), training=False, memo=memo)
+        write_out_weights(own)
+        setattr(attribute(graph_module, home), name, own)
     graph_module.eval()
 
 

@@ -11,6 +11,7 @@ from math import prod
 
 import torch
 
+from indistill_fx.graph.computed_weights import why_opaque
 from indistill_fx.graph.ops import BINARY, UNARY
 from indistill_fx.passes.channels import attention, elementwise, joining, layout, norms, producers, space
 from indistill_fx.passes.channels.call import Call, read_call
@@ -81,8 +82,8 @@ def consult(cut: Cut, facts: Mapping[str, NodeFacts]) -> Propagation | Blocked:
     if node.op == "placeholder":
         return Blocked("an input of the network")
     call = read_call(node, facts)
-    if call.module is not None and (call.module._forward_pre_hooks or call.module._forward_hooks):
-        return Blocked("the module has hooks, which may do anything")
+    if call.module is not None and (reason := why_opaque(call.module)) is not None:
+        return Blocked(reason)
     rule = RULES.get(call.op)
     if rule is not None and call.computed is not None:
         return Blocked(f"its {call.computed} is computed from sizes that the input can change")

@@ -1,6 +1,7 @@
 """Bring the two features of a pair to one shape, by nodes of the graph.
 
 Rules, in order, on each side as far as it needs them:
+  0. The batch comes first.
   1. Channels-last maps and token sequences are laid out channels first where the other side is not laid out the same way.
   2. Tokens against a map: leading extra tokens (class, distillation) are dropped and the rest laid out as the map they came from.
   3. The larger of two maps (or sequences) is average-pooled to the size of the smaller, per axis.
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from math import isqrt
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
@@ -31,12 +33,19 @@ class Layout:
     channels_first: bool
     space: tuple[int, ...]
     kind: str
+    batch_axis: int = 0
+
+    @property
+    def form(self) -> tuple[str, bool, int]:
+        """What two features must have in common to be compared entry by entry, sizes apart."""
+        return self.kind, self.channels_first, self.batch_axis
 
 
 def layout_of(facts: NodeFacts, *, channels: int | None = None) -> Layout:
     """The layout of a tensor; `channels` replaces its width (after narrowing)."""
-    first = facts.channel_axis == 1
-    return Layout(channels if channels is not None else facts.channels, first, facts.space, facts.kind)
+    batch = facts.batch_axis or 0
+    first = facts.channel_axis is not None and facts.channel_axis + (facts.channel_axis < batch) == 1
+    return Layout(channels if channels is not None else facts.channels, first, facts.space, facts.kind, batch)
 
 
 def adapt(
@@ -68,6 +77,8 @@ def adapt(
         told.append(say)
 
     space = own.space
+    if own.batch_axis:
+        call(torch.movedim, own.batch_axis, 0, say="batch first")
     if (own.kind, own.channels_first) != (other.kind, other.channels_first) or space != other.space:
         if not own.channels_first and own.kind in ("map", "tokens"):
             rank = len(space) + 2
@@ -86,7 +97,7 @@ def adapt(
         if space != target:
             call(_POOL[len(target)], target, say=f"pooled {'x'.join(map(str, space))} to {'x'.join(map(str, target))}")
     if may_slice and own.channels > other.channels:
-        first = told[:1] == ["channels first"] or own.channels_first or own.kind == "vector"
+        first = "channels first" in told or own.channels_first or own.kind == "vector"
         call(
             _first_channels,
             other.channels,

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from torch import fx
 
+from indistill_fx.graph.computed_weights import why_opaque
 from indistill_fx.graph.ops import op_name
 from indistill_fx.passes.channels.attention import letters, operands_of
 from indistill_fx.passes.channels.call import Call, axis_of, read_call
@@ -48,14 +49,20 @@ def _visit(found: Coupling, node: fx.Node) -> None:
             if (source.name, axis) in read:
                 continue
             if (source.name, axis) in found.axes or found.is_tied(source, axis):
-                found.freeze(found.of(source, axis), f"`{node.name}` ({call.op}) reads them in a way no rule covers")
+                found.freeze(found.of(source, axis), _why(call))
+
+
+def _why(call: Call) -> str:
+    reason = why_opaque(call.module) if call.module is not None else None
+    if reason is None and call.computed is not None:
+        reason = f"its {call.computed} is computed from sizes that the input can change"
+    does = "reads them in a way no rule covers" if reason is None else f"reads them, and {reason}"
+    return f"`{call.path if call.module is not None else call.node.name}` ({call.op}) {does}"
 
 
 def _read(found: Coupling, call: Call) -> set[Axis] | None:
     """Carry units through a node; the axes of its inputs that this covers, None where there is nothing to cover."""
-    if call.module is not None and (call.module._forward_pre_hooks or call.module._forward_hooks):
-        return set()
-    if call.computed is not None:
+    if call.computed is not None or (call.module is not None and why_opaque(call.module) is not None):
         return set()
     coupler = COUPLERS.get(call.op)
     if coupler is not None:

@@ -1,0 +1,76 @@
+"""Weights that torch computes anew at every call: weight norm, spectral norm, other parametrisations, and the masks of pruning."""
+
+from __future__ import annotations
+
+import warnings
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # deprecated by torch, and still in use
+    from torch.nn.utils.weight_norm import WeightNorm
+
+_COMPUTING = (WeightNorm, SpectralNorm, BasePruningMethod)
+
+
+def why_opaque(module: nn.Module) -> str | None:
+    """Why nothing can be said of what a module computes, beyond its class: a hook, or weights that are computed anew; else None."""
+    if is_parametrized(module):
+        return f"its {', '.join(module.parametrizations)} is computed anew at every call (a parametrisation)"  # type: ignore[arg-type]
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    names = dict.fromkeys(getattr(hook, "__qualname__", type(hook).__name__) for hook in hooks)
+    return f"it has hooks ({', '.join(names)}), which may do anything" if hooks else None
+
+
+def write_out_weights(module: nn.Module) -> None:
+    """Replace, in place, weights that are computed anew by parameters of their present value.
+
+    Args:
+        module: a module tree that nobody else holds; its tensors, and the dictionaries of its hooks, may be shared with another.
+    """
+    for part in module.modules():
+        if isinstance(part, torch.jit.ScriptModule):
+            continue
+        with torch.no_grad():
+            if is_parametrized(part):
+                _write_out_parametrised(part)
+            hooks = part._forward_pre_hooks
+            ours = {key: hook for key, hook in hooks.items() if isinstance(hook, _COMPUTING)}
+            part._forward_pre_hooks = OrderedDict((key, hook) for key, hook in hooks.items() if key not in ours)
+            for hook in ours.values():
+                _write_out_hooked(part, hook)
+
+
+def _write_out_parametrised(part: nn.Module) -> None:
+    lists: Any = part.parametrizations
+    values = {name: (getattr(part, name).detach().clone(), _trains(lists[name])) for name in lists}
+    part.__class__ = type(part).__mro__[1]
+    del part._modules["parametrizations"]
+    for name, (value, trains) in values.items():
+        part._parameters[name] = nn.Parameter(value, requires_grad=trains)
+
+
+def _write_out_hooked(part: nn.Module, hook: Any) -> None:
+    name = str(hook._tensor_name) if isinstance(hook, BasePruningMethod) else str(hook.name)
+    if isinstance(hook, BasePruningMethod):
+        value: Tensor = hook.apply_mask(part)
+    else:
+        value = hook.compute_weight(part, False) if isinstance(hook, SpectralNorm) else hook.compute_weight(part)
+    made_of = [key for key in part._parameters if key.startswith(f"{name}_")]
+    trains = any(weight.requires_grad for key in made_of if (weight := part._parameters[key]) is not None)
+    for key in made_of:
+        del part._parameters[key]
+    for key in [key for key in part._buffers if key.startswith(f"{name}_")]:
+        del part._buffers[key]
+    part.__dict__.pop(name, None)
+    part._parameters[name] = nn.Parameter(value.detach().clone(), requires_grad=trains)
+
+
+def _trains(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
