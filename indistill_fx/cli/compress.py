@@ -105,7 +105,7 @@ def command(teacher: str, **options: Any) -> None:
         main_options=main_options(options["main_options"]),
         epochs=options["epochs"],
         val_loader=data.test if data.labelled else None,
-        example_inputs=common.example_for((source,), options["input_size"], data.input_size),
+        example_inputs=common.example_for((source,), options["input_size"], data),
         logits=options["logits"],
         export=not options["no_export"],
         resume=options["resume"],
