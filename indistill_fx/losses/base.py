@@ -156,3 +156,9 @@ def _detached(values: Outputs) -> Outputs:
         {name: value.detach() for name, value in values.features.items()},
         values.indices,
     )
+
+
+def unfit_shape(loss: str, what: str, tensor: Tensor, expected: str, hint: str) -> ConfigError:
+    """The error for a tensor with other axes than a loss compares: what the loss does and what it was given."""
+    shape = tuple(tensor.shape)
+    return ConfigError(f"{loss} {what} {shape}.", where=loss, got=shape, expected=expected, hint=hint)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from indistill_fx.errors import ConfigError
-from indistill_fx.losses.base import EMBEDDING, MainLoss, Outputs, same_shape
+from indistill_fx.losses.base import EMBEDDING, MainLoss, Outputs, same_shape, unfit_shape
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -167,12 +167,12 @@ def attention_loss(student: Tensor, teacher: Tensor, *, power: float = 2.0) -> T
         height and width are each brought to the smaller of the two (there only heights are compared).
     """
     if min(student.ndim, teacher.ndim) < 3:
-        raise ConfigError(
-            f"at compares attention over space, but a feature is a vector of shape {tuple(student.shape)}.",
-            where="at",
-            got=tuple(student.shape),
-            expected="(batch, channels, *space)",
-            hint="Pair feature maps, or use pkt or mse for vectors.",
+        raise unfit_shape(
+            "at",
+            "compares attention over space, but a feature is a vector",
+            student,
+            "(batch, channels, *space)",
+            "Pair feature maps, or use pkt or mse for vectors.",
         )
     maps = pooled_to_smaller(student, teacher)
     a_s, a_t = (F.normalize(f.abs().pow(power).mean(1).flatten(1), dim=1) for f in maps)

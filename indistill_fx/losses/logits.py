@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from indistill_fx.errors import ConfigError
-from indistill_fx.losses.base import MainLoss, Outputs, required
+from indistill_fx.losses.base import MainLoss, Outputs, required, unfit_shape
 from indistill_fx.losses.positions import are_classes, as_rows, counted, mean_over, standardized
 
 
@@ -203,12 +203,12 @@ class MLKDLoss(MainLoss):
         """See the class."""
         z_s, z_t = _paired_logits(student, teacher, standardize=self.standardize)
         if z_s.ndim != 2:
-            raise ConfigError(
-                f"mlkd relates the samples of a batch, but the logits {tuple(z_s.shape)} have positions.",
-                where="mlkd",
-                got=tuple(z_s.shape),
-                expected="(batch, classes)",
-                hint="Take kd or cwd for dense outputs.",
+            raise unfit_shape(
+                "mlkd",
+                "relates the samples of a batch, but the logits have positions",
+                z_s,
+                "(batch, classes)",
+                "Take kd or cwd for dense outputs.",
             )
         levels = []
         for temperature in self.temperatures:
@@ -249,12 +249,12 @@ class CWDLoss(MainLoss):
         """See the class."""
         z_s, z_t = _paired_logits(student, teacher)
         if z_s.ndim < 3:
-            raise ConfigError(
-                f"cwd compares maps, but the logits {tuple(z_s.shape)} have no positions.",
-                where="cwd",
-                got=tuple(z_s.shape),
-                expected="(batch, classes, *positions)",
-                hint="Take kd for a classifier of whole pictures.",
+            raise unfit_shape(
+                "cwd",
+                "compares maps, but the logits have no positions",
+                z_s,
+                "(batch, classes, *positions)",
+                "Take kd for a classifier of whole pictures.",
             )
         mask = counted(labels, z_s)
         maps = [(z / self.temperature).flatten(2) for z in (z_s, z_t)]

@@ -27,6 +27,12 @@ from indistill_fx.stages.teacher_guard import refuse_changes
 from indistill_fx.target import Target
 from indistill_fx.traced import TracedModel
 
+_FROZEN = "no parameter of the student up to there requires a gradient"
+
+
+def _warn(line: str) -> None:
+    warnings.warn(line, stacklevel=3)
+
 
 def compile_stages(
     teacher: nn.Module | TracedModel,
@@ -39,6 +45,7 @@ def compile_stages(
     example_inputs: Any = None,
     target: Target | None = None,
     lowerings: Lowerings | None = None,
+    say: Callable[[str], None] = _warn,
 ) -> list[Stage]:
     """Compile teacher and student into the stages of training: one per pair, shallow to deep, then the main stage.
 
@@ -57,42 +64,11 @@ def compile_stages(
         example_inputs: for plain modules.
         target: what the stages are lowered for; where the student lies, eager, if None.
         lowerings: which rewrites for speed run, instead of the target's own (`passes.lowering.table`); for measuring them.
+        say: what is called with a line about every stage that is left out; a Python warning if not given.
 
     Raises:
         ConfigError: the plan does not fit, an unknown loss, or nothing of the student can be trained.
     """
-    stages, frozen = compile_trainable(
-        teacher,
-        student,
-        plan,
-        curriculum=curriculum,
-        main=main,
-        main_options=main_options,
-        example_inputs=example_inputs,
-        target=target,
-        lowerings=lowerings,
-    )
-    for name in frozen:
-        warnings.warn(f"Stage `{name}` is left out: {_FROZEN}.", stacklevel=2)
-    return stages
-
-
-_FROZEN = "no parameter of the student up to there requires a gradient"
-
-
-def compile_trainable(
-    teacher: nn.Module | TracedModel,
-    student: nn.Module | TracedModel,
-    plan: AlignmentPlan | None = None,
-    *,
-    curriculum: Curriculum | None = None,
-    main: str | Callable[..., Tensor] | None = "kd",
-    main_options: Mapping[str, Any] | None = None,
-    example_inputs: Any = None,
-    target: Target | None = None,
-    lowerings: Lowerings | None = None,
-) -> tuple[list[Stage], tuple[str, ...]]:
-    """`compile_stages`, and the names of the warm-up stages that it leaves out because nothing in them could be trained."""
     if lowerings is None:
         lowerings = LOWERINGS[
             (target or Target.of(student.module if isinstance(student, TracedModel) else student)).kind
@@ -111,7 +87,10 @@ def compile_trainable(
         _check_halves(stage)
         if stage.teacher is not None:
             stage.teacher.register_forward_pre_hook(guard)
-    return stages, tuple(stage.name for stage in warm if stage not in stages)
+    for stage in warm:
+        if stage not in stages:
+            say(f"{stage.name}: left out, {_FROZEN}")
+    return stages
 
 
 def _trains(stage: Stage) -> bool:

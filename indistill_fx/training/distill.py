@@ -28,7 +28,7 @@ from indistill_fx.plan import AlignmentPlan
 from indistill_fx.runs.directory import RunDirectory
 from indistill_fx.runs.record import RunRecord
 from indistill_fx.stages.checks import label_check
-from indistill_fx.stages.compile import compile_trainable, joint_teachers, warmup_plan
+from indistill_fx.stages.compile import compile_stages, joint_teachers, warmup_plan
 from indistill_fx.stages.stage import Stage
 from indistill_fx.traced import Role, TracedModel
 from indistill_fx.training.feature_cache import FeatureStore, Joint, cache_features, cacheable
@@ -178,8 +178,15 @@ class Distillation:
             self.teacher, self.student, self.loader, example_inputs=self.example_inputs, logits=self.logits
         )
         plan = self.plan or _kept_plan(directory) or align(*models)
-        stages, frozen = compile_trainable(
-            *models, plan, curriculum=self.curriculum, main=self.main, main_options=self.main_options, target=target
+        remarks: list[str] = []
+        stages = compile_stages(
+            *models,
+            plan,
+            curriculum=self.curriculum,
+            main=self.main,
+            main_options=self.main_options,
+            target=target,
+            say=remarks.append,
         )
         classes = _check_classes(*models, [stage for stage in stages if stage.budget is None])
         stores: list[FeatureStore | None] = [None] * len(stages)
@@ -192,10 +199,7 @@ class Distillation:
             check=label_check(classes, *(model.inputs for model in models)),
             save=lambda where: plan.save(where.path / "plan.json") if where.writes else None,
             models={model.role: model_facts(model.module) | {"macs": model.macs} for model in models},
-            remarks=(
-                *(f"{name}: left out, the student is frozen up to there" for name in frozen),
-                *_remarks(self.curriculum, plan),
-            ),
+            remarks=(*remarks, *_remarks(self.curriculum, plan)),
             identity=self._identity(*models, plan),
         )
 

@@ -18,7 +18,7 @@ from indistill_fx.errors import FrontendError
 from indistill_fx.graph.ops import writes_first
 from indistill_fx.passes.capture.captured import is_leaf, returned, tensors
 from indistill_fx.passes.capture.recorded_graph import RecordedGraph
-from indistill_fx.passes.capture.symbolic_sizes import UnhashableSizeError, current_place, new_size
+from indistill_fx.passes.capture.symbolic_sizes import UnhashableSizeError, new_size
 from indistill_fx.passes.capture.torch_functions import (
     DATA,
     SHAPES,
@@ -28,6 +28,7 @@ from indistill_fx.passes.capture.torch_functions import (
     decided,
     name_of,
     plain,
+    refused_line,
     refused_write,
     writes_itself,
 )
@@ -140,13 +141,10 @@ class Recorder(RecordedGraph, TorchFunctionMode):
             node = self.nodes.get(tensor)
             of_sizes |= node in self.of_sizes
             if id(tensor) in self.names or node in self.of_input or node in self.of_state:
-                place, expression = current_place()
-                raise FrontendError(
-                    f"{self.here()} decides by the data at {place}: `{expression}`",
-                    where=place,
-                    got=expression,
+                raise refused_line(
+                    f"{self.here()} decides by the data",
                     expected="code that computes the same operations for all data of a shape",
-                    hint="Use torch.where, or move that line into a submodule of its own, which then stays one node in the graph.",
+                    instead="Use torch.where",
                 )
         result = func(*plain(args), **plain(kwargs))
         if of_sizes:

@@ -76,13 +76,22 @@ def writes_itself(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> b
 
 def refused_write(here: str, parameter: str) -> FrontendError:
     """The error for code that writes a parameter: a graph would not, or would break autograd."""
+    return refused_line(
+        f"{here} writes its parameter `{parameter}`",
+        expected="a forward that leaves parameters to the optimiser",
+        instead="Compute another tensor from it",
+    )
+
+
+def refused_line(what: str, *, expected: str, instead: str) -> FrontendError:
+    """The error for the line of the user's code that is being run: what it does, and what to do instead."""
     place, expression = current_place()
     return FrontendError(
-        f"{here} writes its parameter `{parameter}` at {place}: `{expression}`",
+        f"{what} at {place}: `{expression}`",
         where=place,
         got=expression,
-        expected="a forward that leaves parameters to the optimiser",
-        hint="Compute another tensor from it, or move that line into a submodule of its own, which then stays one node in the graph.",
+        expected=expected,
+        hint=f"{instead}, or move that line into a submodule of its own, which then stays one node in the graph.",
     )
 
 

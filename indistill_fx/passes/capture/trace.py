@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -155,9 +156,8 @@ def _capture(
     coarse: tuple[str, Captured, Known] | None = None
     for method, capture in _METHODS.items():
         try:
-            captured = _functional(
-                capture, module, inputs, kwargs, leaves, patient=method == "leaves", both=not own_flags
-            )
+            once = partial(_in_mode, capture, module, inputs, kwargs, leaves, patient=method == "leaves")
+            captured = once() if own_flags else _both_modes(once, reference)
             reference.put_back()
             if own_flags:
                 _give_own_flags(captured.graph_module)
@@ -197,28 +197,20 @@ def _capture(
     ) from reason
 
 
-def _functional(
-    capture: Method,
-    module: nn.Module,
-    inputs: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    leaves: Sequence[str],
-    *,
-    patient: bool,
-    both: bool,
-) -> Captured:
-    """Capture and rule 3, of a student in both modes; if patient, a module whose writes cannot be made functional becomes a leaf."""
+def _both_modes(once: Callable[[], Captured], reference: Reference) -> Captured:
+    """Captured in train mode; where the code asks for the mode, together with what it does in eval mode."""
+    module = reference.module
     with noticing_flags() as noticed:
-        captured = _in_mode(capture, module, inputs, kwargs, leaves, patient=patient)
-    if not both or not noticed:
+        captured = once()
+    if not noticed:
         return captured
     classes = ", ".join(dict.fromkeys(noticed))
     try:
         with mode(module, training=False):
-            other = _in_mode(capture, module, inputs, kwargs, leaves, patient=patient)
+            other = once()
         merged = merge_modes(captured, other, module)
         with mode(module, training=False):
-            Reference(module, inputs, kwargs).compare(merged.graph_module)
+            Reference(module, reference.inputs, reference.kwargs).compare(merged.graph_module)
     except FrontendError as error:
         note = f"in eval mode the graph computes what train mode does where the code of {classes} asks for the mode: {error.message}"
         return replace(captured, notes=(*captured.notes, note))
@@ -234,6 +226,7 @@ def _in_mode(
     *,
     patient: bool,
 ) -> Captured:
+    """Capture and rule 3; if patient, a module whose writes cannot be made functional becomes a leaf."""
     given_up: tuple[str, ...] = ()
     while True:
         with (

@@ -109,12 +109,8 @@ def _rows_of_transposed(
 
 def linear(call: Call, cut: Cut) -> Propagation | Blocked:
     """Rows of the weight on the last axis; every other axis is the input's."""
-    last = len(call.output_shape) - 1
-    if cut.start < last:
-        if cut.stop > last:
-            return Blocked("the features of a linear layer are merged with other axes here")
-        below = Cut(call.input, cut.start, cut.stop, cut.index)
-        return Propagation(again(call, [below]), (Part(below),))
+    if cut.start < len(call.output_shape) - 1:
+        return _on_other_axes(call, cut, "a linear layer")
     filters = weight_filters(call, cut.index)
     return slice_weights(
         call, {"weight": (0, cut.index), "bias": (0, cut.index)}, filters=filters, out_features=len(cut.index)
@@ -123,12 +119,8 @@ def linear(call: Call, cut: Cut) -> Propagation | Blocked:
 
 def embedding(call: Call, cut: Cut) -> Propagation | Blocked:
     """Columns of the table on the last axis; every other axis is the input's."""
-    last = len(call.output_shape) - 1
-    if cut.start < last:
-        if cut.stop > last:
-            return Blocked("the features of an embedding are merged with other axes here")
-        below = Cut(call.input, cut.start, cut.stop, cut.index)
-        return Propagation(again(call, [below]), (Part(below),))
+    if cut.start < len(call.output_shape) - 1:
+        return _on_other_axes(call, cut, "an embedding")
     filters = weight_filters(call, cut.index, rows_axis=1)
     return slice_weights(call, {"weight": (1, cut.index)}, filters=filters, embedding_dim=len(cut.index))
 
@@ -155,3 +147,11 @@ def used_groups(index: Index, size: int) -> list[int] | None:
     groups = list(dict.fromkeys(k // size for k in index))
     whole = tuple(group * size + k for group in groups for k in range(size))
     return groups if whole == index else None
+
+
+def _on_other_axes(call: Call, cut: Cut, layer: str) -> Propagation | Blocked:
+    """A selection on axes that a layer works along, before its last one: it is the input's."""
+    if cut.stop > len(call.output_shape) - 1:
+        return Blocked(f"the features of {layer} are merged with other axes here")
+    below = Cut(call.input, cut.start, cut.stop, cut.index)
+    return Propagation(again(call, [below]), (Part(below),))
