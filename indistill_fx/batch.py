@@ -196,7 +196,7 @@ def _by_name(entries: Mapping[str, Any], model: Inputs, batch: Any, where: str) 
             where=missing[0],
             got=list(entries),
             expected=list(model.required),
-            hint=f"{model.owner or 'The model'} takes {_listed(model.names)}: let the loader yield them by name, or in order as a tuple: "
+            hint=f"{model.owner or 'The model'} takes {_listed(model.names)}. Let the loader yield them by name, or in order as a tuple: "
             "the inputs, then the labels.",
         )
     for name, value in chosen.items():

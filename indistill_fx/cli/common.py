@@ -115,7 +115,7 @@ def example_for(sources: tuple[Source, ...], asked: Sequence[str] = (), data: Da
         raise ConfigError(
             f"The input shape of {' and '.join(source.spec for source in sources)} is not known.",
             where="--input",
-            hint="Give it, --input 3x224x224, or the data: --data DATA.",
+            hint="Give the shape (--input 3x224x224) or the data (--data DATA).",
         )
     return _random(size)
 

@@ -279,7 +279,7 @@ BAD = [
     (["align", "torchvision:resnet81", "models.py:make"], "Nearest: resnet18"),
     (["align", "models.py:mak", "models.py:make"], "Nearest: make"),
     (["align", "models.py:fails", "models.py:make", "--input", "1x8x8"], "no such width"),
-    (["align", "models.py:make", "models.py:make"], "Give it: --input"),
+    (["align", "models.py:make", "models.py:make"], "Give the shape (--input"),
     (["align", "models.py:make", "models.py:make", "--input", "8by8"], "is no input shape"),
     (["align", "models.py:make", "models.py:make", "--input", "3x8x8"], "fails on the example input"),
     (["align", "models.py:make", "models.py:vector", "--input", "1x8x8"], "no kind of layer in common"),
