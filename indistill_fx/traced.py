@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -125,6 +126,16 @@ class TracedModel:
             for name in names:
                 found.setdefault(name, node)
         return found
+
+    @cached_property
+    def input_nodes(self) -> tuple[str, ...]:
+        """The nodes that hold the tensors the model is given: its placeholders, or their parts where a list or dict of tensors is given."""
+        parts: dict[fx.Node, None] = {}
+        for node in self.graph_module.graph.nodes:
+            first = node.args[0] if node.target is operator.getitem else None
+            if node.op == "placeholder" or (first in parts and first.name not in self.facts):
+                parts[node] = None
+        return tuple(node.name for node in parts if node.name in self.facts)
 
     def node(self, tap: str) -> fx.Node:
         """The node that a tap names.

@@ -144,6 +144,8 @@ class _Merge:
 
     def __init__(self, trained: Captured, evaluated: Captured, module: nn.Module):
         self.trained, self.evaluated, self.module = trained, evaluated, module
+        self.names = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
+        self.weights: dict[fx.Node, str] = {}
         self.same: dict[fx.Node, fx.Node] = {}
         self.region_of: dict[fx.Node, _Region] = {}
         self.graph = fx.Graph()
@@ -166,7 +168,7 @@ class _Merge:
         self.graph.lint()
         graph_module = self.trained.graph_module
         targets = {
-            str(n.target): attribute(graph_module, str(n.target))
+            str(n.target): attribute(self.module if n in self.weights else graph_module, str(n.target))
             for n in self.new
             if n.op in ("get_attr", "call_module")
         }
@@ -179,7 +181,11 @@ class _Merge:
         )
 
     def _lay_side_by_side(self) -> list[Pairs | _Region]:
-        own, other = (list(captured.graph_module.graph.nodes) for captured in (self.trained, self.evaluated))
+        self._match_weights()
+        own, other = (
+            [node for node in captured.graph_module.graph.nodes if node not in self.weights]
+            for captured in (self.trained, self.evaluated)
+        )
         matcher = SequenceMatcher(None, list(map(_key, own)), list(map(_key, other)), autojunk=False)
         parts: list[Pairs | _Region] = []
         for kind, a, b, c, d in matcher.get_opcodes():
@@ -192,13 +198,31 @@ class _Merge:
                 self.region_of.update(dict.fromkeys((*region.trained, *region.evaluated), region))
         return parts
 
+    def _match_weights(self) -> None:
+        """Parameters and buffers are the module's, wherever and by which graph they are read."""
+        first: dict[str, fx.Node] = {}
+        for captured in (self.trained, self.evaluated):
+            for node in captured.graph_module.graph.nodes:
+                name = str(node.target)
+                if node.op == "get_attr" and name in self.names:
+                    self.weights[node] = name
+                    self.same[node] = first.setdefault(name, node)
+
+    def _at(self, own: fx.Node) -> fx.Node:
+        """The new node for one of the old graphs; weights are read where they are first needed."""
+        own = self.same.get(own, own) if own in self.weights else own
+        if own in self.weights and own not in self.new:
+            self.new[own] = self.graph.get_attr(self.weights[own])
+            self.new[own].meta = dict(own.meta)
+        return self.new[own]
+
     def _find_results(self, pairs: Pairs) -> None:
         for own, other in pairs:
             given = tensor_nodes((own.args, own.kwargs)), tensor_nodes((other.args, other.kwargs))
             if len(given[0]) != len(given[1]):
                 raise FrontendError(f"`{own.name}` reads different things in the two modes")
             for a, b in zip(*given, strict=True):
-                if self.same.get(b) is not a:
+                if self.same.get(b) is not self.same.get(a, a):
                     region = self.region_of.get(a) or self.region_of.get(b)
                     if region is None or any(self.region_of.get(node, region) is not region for node in (a, b)):
                         raise FrontendError(f"`{own.name}` reads tensors of different places in the two modes")
@@ -213,8 +237,8 @@ class _Merge:
     def _merged(self, own: Any, other: Any, reader: fx.Node) -> Any:
         """The argument of train mode where eval mode has the same; else what chooses between the two."""
         if isinstance(own, fx.Node):
-            if self.same.get(other) is own:
-                return self.new[own]
+            if self.same.get(other) is self.same.get(own, own):
+                return self._at(own)
             region = self.region_of.get(own) or self.region_of[other]
             return self.made[id(region)][region.results[own, other]]
         if isinstance(own, (tuple, list)) and type(own) is type(other) and len(own) == len(other):
@@ -245,22 +269,20 @@ class _Merge:
         """Rule 3."""
         sides = (region.trained, self.trained), (region.evaluated, self.evaluated)
         own_code = (*region.trained, *region.evaluated)
-        for k, (side, _) in enumerate(sides):
-            results = [result[k] for result in region.results]
-            side[:0] = [node for node in results if node.op == "get_attr" and node not in side]
+        for side, _ in sides:
             self._take_along(side)
         nodes = (*region.trained, *region.evaluated)
         read = [source for node in nodes for source in node.all_input_nodes]
         read += [node for result in region.results for node in result]
         inputs = list(dict.fromkeys(self._outside(node) for node in read if node not in nodes))
-        if not region.results and not any(is_inplace(node) or node.op == "get_attr" for node in nodes):
+        if not region.results and not any(is_inplace(node) or node in self.weights for node in (*nodes, *read)):
             return
         made = [self._side(side, captured, inputs, region, k) for k, (side, captured) in enumerate(sides)]
         kind = OnlyInTraining if self._passes_on(region) else ByMode
         path = _module_of(own_code)
         name = f"by_mode_{len(self.made)}"
         self.modules[name] = kind(self._flag(path), *made, writes=any(map(is_inplace, nodes)))
-        node = self.graph.call_module(name, tuple(self.new[source] for source in inputs))
+        node = self.graph.call_module(name, tuple(self._at(source) for source in inputs))
         node.meta = {"nn_module_stack": _common_stack(own_code)}
         count = len(region.results)
         self.made[id(region)] = (
@@ -268,12 +290,12 @@ class _Merge:
         )
 
     def _take_along(self, side: list[fx.Node]) -> None:
-        """Weights, and what the nodes read of earlier places of this graph alone (sizes, mostly), are computed again among them."""
+        """What the nodes read of earlier places of this graph alone (sizes, mostly) is computed again among them."""
         todo = list(side)
         while todo:
             for source in todo.pop().all_input_nodes:
                 alone = source in self.region_of and source.op != "placeholder" and not is_inplace(source)
-                if source not in side and (alone or source.op == "get_attr"):
+                if source not in side and alone:
                     side.append(source)
                     todo.append(source)
         order = {node: k for k, node in enumerate(side[0].graph.nodes)} if side else {}
@@ -281,7 +303,7 @@ class _Merge:
 
     def _outside(self, node: fx.Node) -> fx.Node:
         own = self.same.get(node, node)
-        if own not in self.new:
+        if own not in self.new and own not in self.weights:
             raise FrontendError(f"`{node.name}` stands elsewhere in the two modes")
         return own
 

@@ -6,6 +6,7 @@ axis is the batch.
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -236,13 +237,12 @@ def _assemble(
     axes = {name: _batch_axis(seen.shape, last[name].shape, sizes) for name, seen in first.items() if name in last}
     shapes = {name: _at_batch(first[name].shape, axis, sizes[0], example) for name, axis in axes.items()}
     channels = channel_axes(graph_module, shapes, {name: seen.dtype for name, seen in first.items()})
+    given = {n for n in graph_module.graph.nodes if n.op == "placeholder"}
+    for node in graph_module.graph.nodes:  # the parts of lists of inputs
+        if node.target is operator.getitem and node.args[0] in given and node.args[0].name not in shapes:
+            given.add(node)
     space = next(
-        (
-            shape[2:]
-            for n in graph_module.graph.nodes
-            if n.op == "placeholder" and len(shape := shapes.get(n.name, ())) > 2
-        ),
-        (),
+        (shape[2:] for n in graph_module.graph.nodes if n in given and len(shape := shapes.get(n.name, ())) > 2), ()
     )
     facts = {}
     for node in graph_module.graph.nodes:

@@ -119,14 +119,10 @@ def match(
     else:
         places = sides[0].exits(), sides[1].exits()
     table = _weigh_all(sides, places, similarity)
-    cells = best_path(
-        [[_gain(table[i][j], t, s, kept, sides) for j, s in enumerate(places[1])] for i, t in enumerate(places[0])]
-    )
+    gains = [[_gain(table[i][j], t, s, kept, sides) for j, s in enumerate(places[1])] for i, t in enumerate(places[0])]
+    cells = _best_cells(gains, places)
     if not cells and not kept:
-        raise MatchError(
-            f"The teacher ({_listed(sides[0])}) and the student ({_listed(sides[1])}) have no kind of layer in common.",
-            hint='Distil the logits alone: main="kd", without a warm-up.',
-        )
+        raise _nothing_fits(sides, places, table)
     free = [_choose(places[0][i], places[1][j], table[i][j]) for i, j in cells]
     if similarity is None or not blockwise:
         free = _spread(sides, cells, free, kept, wanted=pairs, blockwise=blockwise)
@@ -141,6 +137,41 @@ def match(
         explained=explain(sides, chosen, found, places, table),
     )
     return PassResult(found, report)
+
+
+def _best_cells(gains: Sequence[Sequence[float]], places: _Places) -> list[tuple[int, int]]:
+    """Rule 2: stages in the order of the graph, outputs of pyramids in the order of their strides, whichever was computed first."""
+    found: list[tuple[int, int]] = []
+    for is_output in (False, True):
+        rows, columns = (
+            sorted(
+                (k for k, place in enumerate(side) if place.is_output == is_output),
+                key=lambda k, side=side: side[k].level if is_output else k,  # type: ignore[misc]
+            )
+            for side in places
+        )
+        path = best_path([[gains[i][j] for j in columns] for i in rows])
+        found += [(rows[i], columns[j]) for i, j in path]
+    return sorted(found)
+
+
+def _nothing_fits(sides: _Sides, places: _Places, table: Sequence[Sequence[Evidence | None]]) -> MatchError:
+    hint = 'Name a pair with fixed= (--pair TEACHER_LAYER=STUDENT_LAYER), or distil the logits alone: main="kd", without a warm-up.'
+    listed = f"The stages of the teacher ({_listed(sides[0])}) and of the student ({_listed(sides[1])})"
+    without = [side.traced.role for side, own in zip(sides, places, strict=True) if not own]
+    scored = [(table[i][j], t, s) for i, t in enumerate(places[0]) for j, s in enumerate(places[1])]
+    best = max(((e.score, t, s) for e, t, s in scored if e is not None), key=lambda entry: entry[0], default=None)
+    if without:
+        return MatchError(
+            f"No stages were found in the {' and in the '.join(without)}, so nothing can be paired.", hint=hint
+        )
+    if best is None:
+        return MatchError(f"{listed} have no kind of layer in common.", hint=hint)
+    names = [side.traced.tap_name(place.node) for side, place in zip(sides, best[1:], strict=True)]
+    return MatchError(
+        f"{listed} do not fit: the best two, `{names[0]}` and `{names[1]}`, score {best[0]:.2f}, and a pair needs more than {_FLOOR}.",
+        hint=hint,
+    )
 
 
 def _all_blocks(side: Candidates) -> list[Place]:
@@ -167,6 +198,8 @@ def _gain(evidence: Evidence | None, teacher: Place, student: Place, kept: Seque
 
 def _cross(sides: _Sides, one: tuple[Place, Place], other: tuple[Place, Place]) -> bool:
     """Whether two pairs cross, or share a layer."""
+    if all(place.is_output for place in (*one, *other)):
+        return one[0].node == other[0].node or one[1].node == other[1].node
     ahead = [side.order[a.node] - side.order[b.node] for side, a, b in zip(sides, one, other, strict=True)]
     return ahead[0] * ahead[1] <= 0
 

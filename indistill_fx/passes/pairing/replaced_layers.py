@@ -11,8 +11,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from indistill_fx.graph.ops import op_name
 from indistill_fx.passes.pairing.candidates import Candidates
 from indistill_fx.passes.pairing.score import Chosen, Place, weigh, words
+from indistill_fx.passes.structure.blocks import IDLE
 
 _Sides = tuple[Candidates, Candidates]
 
@@ -76,9 +78,11 @@ def _handed_on(side: Candidates, number: int) -> str | None:
     if number + 1 >= len(side.stages):
         return None
     block = side.stages[number + 1].blocks[0]
+    nodes = {node.name: node for node in side.traced.graph_module.graph.nodes}
     if block.form != "merge" or block.start not in side.flow.main_path:
         return None
-    node = side.flow.main_path[side.flow.main_path.index(block.start) - 1]
+    before = side.flow.main_path[: side.flow.main_path.index(block.start)]
+    node = next((name for name in reversed(before) if op_name(nodes[name]) not in IDLE), before[0])
     return node if node in side.traced.facts and node != side.flow.main_path[0] else None
 
 

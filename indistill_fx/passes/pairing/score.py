@@ -8,13 +8,15 @@ score = 0.4 resolution + 0.3 depth + 0.3 order, each between 0 and 1:
   order       1 less the difference of the relative positions among the stages.
 
 Similarity measured on data, where there is any, counts as much as the three together. Layers that cannot be brought to one form (a map
-of an image and tokens of a text, a map and a vector, an output of a pyramid and a stage of a main path) have no score.
+of an image and tokens of a text, a map and a vector, an output of a pyramid and a stage of a main path) have no score. Outputs of
+pyramids go together by their stride alone.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from indistill_fx.passes.structure.dominators import SAME_LEVEL
 from indistill_fx.traced import NodeFacts
 
 RESOLUTION, DEPTH, ORDER = 0.4, 0.3, 0.3
@@ -118,8 +120,10 @@ def weigh(teacher: Place, student: Place, *, similarity: float | None = None) ->
     if not comparable(teacher, student):
         return None
     from_input, from_last = abs(teacher.level - student.level), abs(teacher.from_last - student.from_last)
+    if teacher.is_output and from_input > SAME_LEVEL:
+        return None
     return Evidence(
-        resolution=max(0.5**from_input, FROM_LAST * 0.5**from_last),
+        resolution=0.5**from_input if teacher.is_output else max(0.5**from_input, FROM_LAST * 0.5**from_last),
         depth=1 - abs(teacher.depth - student.depth),
         order=1 - abs(teacher.order - student.order),
         similarity=similarity,

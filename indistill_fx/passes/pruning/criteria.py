@@ -189,6 +189,12 @@ def statistics(
     return {name: value / samples for name, value in total.items()}
 
 
+def on_example(model: TracedModel, axes: Mapping[str, int]) -> dict[str, Tensor]:
+    """Mean absolute activation of the channels of some nodes on the example inputs."""
+    with mode(model.graph_module, training=False):
+        return _activations(model, axes, model.example_values)
+
+
 def _activations(model: TracedModel, axes: Mapping[str, int], inputs: tuple[Any, ...]) -> dict[str, Tensor]:
     with torch.no_grad():
         _, found = run_keeping(model.graph_module, axes, *inputs)

@@ -20,7 +20,7 @@ from torch import Tensor
 from indistill_fx.errors import PruneError
 from indistill_fx.passes.channels.rules import consult
 from indistill_fx.passes.channels.selection import Cut, Filters, Index, Propagation
-from indistill_fx.passes.pruning.criteria import Criterion, Scorer, best, scorer_of, statistics, unsound
+from indistill_fx.passes.pruning.criteria import Criterion, Scorer, best, on_example, scorer_of, unsound
 from indistill_fx.traced import NodeFacts, TracedModel
 
 Links = tuple[Index, Index]
@@ -88,7 +88,7 @@ def rank_taps(
         visible = [(filters, filters.weight, links) for filters, links in producers(whole, teacher.facts)]
         ranked = _by_producers(scorer, len(whole.index), [(f, w, links) for f, w, links in visible if w is not None])
         if ranked is None:
-            scores = statistics(teacher, {node: axis}, [teacher.example.tensors(teacher.inputs.names)])[node]
+            scores = on_example(teacher, {node: axis})[node]
             ranked = Ranking(
                 scores, "activation on the example inputs, for no filters that make its channels are visible"
             )

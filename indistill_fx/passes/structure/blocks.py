@@ -127,8 +127,16 @@ def _norms_sums(merges: Sequence[Layer], look: Look) -> bool:
     """Whether most of these merges are normed before anybody else reads them, and the norm's result is what many read."""
     readers = [look.flow.readers[look.flow.main_path[layer.place]] for layer in merges]
     alone = [names[0] for names in readers if len(names) == 1]
-    normed = [name for name in alone if "norm" in look.operation(name) and len(look.flow.readers[name]) > 1]
+    normed = [name for name in alone if "norm" in look.operation(name) and _many_read(name, look)]
     return 2 * len(normed) > len(readers)
+
+
+def _many_read(norm: str, look: Look) -> bool:
+    """Whether several read the norm's result, or that of the activation after it."""
+    readers = look.flow.readers[norm]
+    while len(readers) == 1 and look.operation(readers[0]) in _ACTIVATIONS:
+        readers = look.flow.readers[readers[0]]
+    return len(readers) > 1
 
 
 def _reads_sums(merges: Sequence[Layer], look: Look) -> bool:

@@ -5,8 +5,9 @@ Rules, in order:
   2. It flows along tensors. Sizes, constants, masks (boolean tensors) and indices carry none: they say where, not what.
   3. It ends at the main output; in a model that returns maps of several resolutions (a feature pyramid) at each of them.
   4. The main path are the nodes that dominate an end: every path from the input to that end passes through them.
-  5. A branch that goes to a lower resolution than both of its ends and costs a good part of the whole (the inside of a U-Net) is a
-     network of its own: its main path is inserted between the two.
+  5. Some branches are networks of their own, whose main path is inserted between their ends: one that goes to a lower resolution than both
+     ends and costs a good part of the whole (the inside of a U-Net); and one beside a bare shortcut that does at least half of all work,
+     in several merges or a long chain of layers (`x - net(x)`, the body of a restorer).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch import fx
 
 from indistill_fx.errors import MatchError
 from indistill_fx.graph.edit import output_node, tensor_nodes
-from indistill_fx.graph.ops import attribute, op_name
+from indistill_fx.graph.ops import BINARY, UNARY, attribute, op_name
 from indistill_fx.traced import NodeFacts, TracedModel
 
 SAME_LEVEL = 0.7
@@ -30,6 +31,9 @@ SAME_LEVEL = 0.7
 
 _INNER, _INNER_OF_SUM = 0.05, 0.25
 """Share of all MACs that makes a branch a network of its own; more if it ends in a residual sum: attention may work at half size."""
+
+_MOST, _LONG = 0.5, 8
+"""Share of all MACs, and number of layers, of a network inside one sum."""
 
 _NO_INFORMATION = frozenset(
     (
@@ -51,6 +55,12 @@ _READS_FIRST_ONLY = frozenset(
         "type_as",
     )
 )
+_ASSEMBLES = (
+    UNARY
+    | BINARY
+    | {"view", "reshape", "permute", "transpose", "flatten", "cat", "stack", "with_item", "getitem", "softmax"}
+)
+"""Operations that put the outputs of the levels of a detector together."""
 _SUMMARIES = frozenset(
     "adaptive_avg_pool adaptive_max_pool avg_pool max_pool lp_pool mean sum amax amin max min std var logsumexp".split()
 )
@@ -100,8 +110,7 @@ def information_flow(traced: TracedModel) -> Flow:
         Dominators by networkx: Cooper, Harvey, Kennedy, "A simple, fast dominance algorithm", 2001.
     """
     ends = _ends(traced)
-    sources = [node for node in traced.graph_module.graph.nodes if node.op == "placeholder"]
-    flows = [flow for source in sources if (flow := _from(source.name, traced, ends)) is not None]
+    flows = [flow for source in traced.input_nodes if (flow := _from(source, traced, ends)) is not None]
     if not flows:
         raise MatchError(
             f"In the {traced.role} no path of tensors leads from an input to the output `{traced.logits}`.",
@@ -131,8 +140,12 @@ def _from(source: str, traced: TracedModel, ends: Names) -> Flow | None:
     depth = {name: done / max(1, macs[-1]) for name, done in zip(inputs, macs, strict=True)}
     order = {name: k for k, name in enumerate(inputs)}
     chain = max((_chain(source, end, above) for end in ends), key=len)
-    sums = {node.name for node in traced.graph_module.graph.nodes if op_name(node) == "add"}
-    path, inner = _with_inner(chain, inputs, above, depth, levels, sums)
+    nodes = traced.graph_module.graph.nodes
+    kinds = _Kinds(
+        frozenset(node.name for node in nodes if op_name(node) in ("add", "sub")),
+        frozenset(name for name in inputs if name in traced.facts and traced.facts[name].macs),
+    )
+    path, inner = _with_inner(chain, inputs, above, depth, levels, kinds)
     return Flow(
         main_path=path,
         regions={b: () if b in inner else _between(a, b, inputs, order) for a, b in pairwise(path)},
@@ -150,8 +163,7 @@ def _reached(source: str, traced: TracedModel) -> dict[str, Names]:
     for node in traced.graph_module.graph.nodes:
         if node.op == "output" or not _carries(node, traced.facts):
             continue
-        read = tensor_nodes(node.args[0]) if op_name(node) in _READS_FIRST_ONLY and node.args else node.all_input_nodes
-        sources = tuple(dict.fromkeys(other.name for other in read if other.name in inputs))
+        sources = tuple(dict.fromkeys(other.name for other in _read(node) if other.name in inputs))
         if sources:
             inputs[node.name] = sources
     return inputs
@@ -160,6 +172,11 @@ def _reached(source: str, traced: TracedModel) -> dict[str, Names]:
 def _carries(node: fx.Node, facts: Mapping[str, NodeFacts]) -> bool:
     known = facts.get(node.name)
     return (known is None or known.dtype != torch.bool) and op_name(node) not in _NO_INFORMATION
+
+
+def _read(node: fx.Node) -> list[fx.Node]:
+    """The nodes that a node reads information from."""
+    return tensor_nodes(node.args[0]) if op_name(node) in _READS_FIRST_ONLY and node.args else node.all_input_nodes
 
 
 def _chain(source: str, end: str, above: Mapping[str, str]) -> Names:
@@ -176,21 +193,36 @@ def _with_inner(
     above: Mapping[str, str],
     depth: Mapping[str, float],
     levels: Mapping[str, float],
-    sums: set[str],
+    kinds: _Kinds,
 ) -> tuple[Names, set[str]]:
     """The chain with the main paths of its inner networks inserted, and the nodes where such a network ends."""
     path, closing = [chain[0]], set()
     for a, b in pairwise(chain):
         branches = [_chain(a, other, above) for other in inputs[b] if other != a]
         branch = max(branches, key=len, default=())
+        share = depth[b] - depth[a]
+        bare = b in kinds.sums and a in inputs[b]
         below = max(levels.get(a, inf), levels.get(b, inf)) + SAME_LEVEL
-        least = _INNER_OF_SUM if b in sums and a in inputs[b] else _INNER
-        if branch and depth[b] - depth[a] >= least and any(levels.get(name, 0.0) > below for name in branch):
-            inside, more = _with_inner(branch, inputs, above, depth, levels, sums)
+        lower = share >= (_INNER_OF_SUM if bare else _INNER) and any(levels.get(name, 0.0) > below for name in branch)
+        if branch and (lower or (bare and share >= _MOST and kinds.is_network(branch[1:], inputs))):
+            inside, more = _with_inner(branch, inputs, above, depth, levels, kinds)
             path.extend(inside[1:])
             closing |= {b, *more}
         path.append(b)
     return tuple(path), closing
+
+
+@dataclass(frozen=True, slots=True)
+class _Kinds:
+    """Which nodes add or subtract, and which work with weights."""
+
+    sums: frozenset[str]
+    works: frozenset[str]
+
+    def is_network(self, chain: Sequence[str], inputs: Mapping[str, Names]) -> bool:
+        """Whether a chain has several merges, or many layers and none."""
+        merges = sum(name in self.sums and len(inputs[name]) > 1 for name in chain)
+        return merges > 1 or (not merges and sum(name in self.works for name in chain) >= _LONG)
 
 
 def _between(a: str, b: str, inputs: Mapping[str, Names], order: Mapping[str, int]) -> Names:
@@ -206,15 +238,34 @@ def _between(a: str, b: str, inputs: Mapping[str, Names], order: Mapping[str, in
 
 
 def _ends(traced: TracedModel) -> Names:
-    """The main output; or, where it is a map, one output per resolution."""
-    if traced.facts[traced.logits].kind != "map":
+    """The main output; or one map per resolution, of the outputs where they are maps, and of those that they are put together from."""
+    nodes = {node.name: node for node in traced.graph_module.graph.nodes}
+    main = _maps_of(nodes[traced.logits], traced)
+    if not main:
         return (traced.logits,)
-    outputs = (traced.logits, *(node.name for node in tensor_nodes(output_node(traced.graph_module.graph).args)))
+    outputs = [nodes[traced.logits], *tensor_nodes(output_node(traced.graph_module.graph).args)]
     sizes: dict[tuple[int, ...], str] = {}
-    for name in outputs:
-        if name in traced.facts and traced.facts[name].kind == "map":
-            sizes.setdefault(traced.facts[name].space, name)
-    return tuple(sizes.values())
+    for node in (*main, *(found for output in outputs for found in _maps_of(output, traced))):
+        sizes.setdefault(traced.facts[node.name].space, node.name)
+    if traced.facts[traced.logits].kind == "map" and len(sizes) == 1:
+        return (traced.logits,)
+    return tuple(sizes.values()) if len(sizes) > 1 else (traced.logits,)
+
+
+def _maps_of(output: fx.Node, traced: TracedModel) -> list[fx.Node]:
+    """The maps that an output is put together from without work: itself if it is one, those of every level where levels are flattened."""
+    axes = {len(traced.facts[name].space) for name in traced.input_nodes}
+    found, todo, seen = [], [output], {output}
+    while todo:
+        node = todo.pop()
+        known = traced.facts.get(node.name)
+        if known is not None and known.kind == "map" and len(known.space) in axes:
+            found.append(node)
+        elif (known is None or not known.macs) and node.op.startswith("call") and op_name(node) in _ASSEMBLES:
+            fresh = [source for source in _read(node) if source not in seen and _carries(source, traced.facts)]
+            seen.update(fresh)
+            todo += fresh
+    return sorted(found)
 
 
 def _levels(traced: TracedModel, names: Mapping[str, Names], source: str) -> dict[str, float]:

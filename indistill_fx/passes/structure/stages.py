@@ -158,11 +158,13 @@ def _runs(traced: TracedModel, flow: Flow, blocks: Sequence[Block]) -> list[list
 
 
 def _by_dilation(traced: TracedModel, run: Sequence[Block]) -> list[list[Block]]:
-    """The run cut where both width and dilation change."""
+    """The run cut where both width and dilation change; plain convolutions that lead to a merge stay with it."""
+    merges = any(block.form == "merge" for block in run)
     parts: list[list[Block]] = []
     for _, same in groupby(run, key=lambda block: traced.facts[block.output].channels):
         part = list(same)
-        if parts and _dilation(parts[-1]) == _dilation(part):
+        leads = merges and bool(parts) and all(block.form == "unit" for block in parts[-1])
+        if parts and (leads or _dilation(parts[-1]) == _dilation(part)):
             parts[-1] += part
         else:
             parts.append(part)
