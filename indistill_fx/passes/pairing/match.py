@@ -22,6 +22,7 @@ from indistill_fx.passes.pairing.candidates import TENSORS, Candidates, Taps, lo
 from indistill_fx.passes.pairing.replaced_layers import moved, stems
 from indistill_fx.passes.pairing.runners_up import Explained, explain
 from indistill_fx.passes.pairing.score import Chosen, Evidence, Place, comparable, weigh, words
+from indistill_fx.passes.structure.stages import NetworkStage
 from indistill_fx.plan import Pair
 from indistill_fx.traced import TracedModel
 
@@ -218,7 +219,7 @@ def _spread(
     wanted: int | None,
     blockwise: bool,
 ) -> list[Chosen]:
-    """Pair blocks inside the paired stages, evenly spaced and ending with the last."""
+    """Pair blocks inside the paired stages, evenly spaced and ending with the last; the layers after the last merge with one another."""
     stages = [(sides[0].stages[i], sides[1].stages[j]) for i, j in cells]
     limits = [min(len(t.blocks), len(s.blocks)) for t, s in stages]
     counts = limits if blockwise and wanted is None else [1] * len(cells)
@@ -237,7 +238,8 @@ def _spread(
     found: list[Chosen] = []
     for (teacher, student), count, last in zip(stages, counts, exits, strict=True):
         places = sides[0].blocks(teacher), sides[1].blocks(student)
-        steps = [[floor((k + 1) * len(own) / count + 0.5) - 1 for k in range(count)] for own in places]
+        tail = min(count - 1, _tail(teacher), _tail(student))
+        steps = [_evenly(len(own) - tail, count - tail) + list(range(len(own) - tail, len(own))) for own in places]
         inner = [(places[0][i], places[1][j]) for i, j in list(zip(*steps, strict=True))[:-1]]
         found += [_choose(t, s, weigh(t, s), "block") for t, s in inner if _gain(weigh(t, s), t, s, kept, sides) > -1]
         found.append(last)
@@ -247,7 +249,18 @@ def _spread(
 def _thin(free: list[Chosen], wanted: int | None, kept: int) -> list[Chosen]:
     """As many as are wanted, evenly spaced and ending with the last."""
     count = len(free) if wanted is None else max(0, min(len(free), wanted - kept))
-    return [free[floor((k + 1) * len(free) / count + 0.5) - 1] for k in range(count)]
+    return [free[k] for k in _evenly(len(free), count)]
+
+
+def _evenly(length: int, count: int) -> list[int]:
+    """So many places of a list, evenly spaced and ending with the last."""
+    return [floor((k + 1) * length / count + 0.5) - 1 for k in range(count)]
+
+
+def _tail(stage: NetworkStage) -> int:
+    """How many layers follow the stage's last merge: what closes the body of a restorer, and its upsampling."""
+    merges = [k for k, block in enumerate(stage.blocks) if block.form == "merge"]
+    return len(stage.blocks) - 1 - merges[-1] if merges else 0
 
 
 def _fixed(sides: _Sides, fixed: Sequence[tuple[str, str]]) -> list[Chosen]:

@@ -32,7 +32,7 @@ SAME_LEVEL = 0.7
 _INNER, _INNER_OF_SUM = 0.05, 0.25
 """Share of all MACs that makes a branch a network of its own; more if it ends in a residual sum: attention may work at half size."""
 
-_MOST, _LONG = 0.5, 8
+_MOST, _LONG = 0.5, 6
 """Share of all MACs, and number of layers, of a network inside one sum."""
 
 _NO_INFORMATION = frozenset(
