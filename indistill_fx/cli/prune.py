@@ -185,6 +185,11 @@ def _shrunk(
     out.print(table)
     for frozen in result.report.frozen:
         out.print(Text(f"Stayed whole: {frozen.channels} channels, {frozen.reason}"))
+    if approximate := result.report.approximate:
+        more = f", and {len(approximate) - 5} more" if len(approximate) > 5 else ""
+        out.print(
+            Text(f"Not exact, for they are taken over the channels that stay: {', '.join(approximate[:5])}{more}")
+        )
     return result.value, result.report
 
 

@@ -62,6 +62,8 @@ _BY_NAME: dict[str, str] = {
         f"upsample_{kind}": "interpolate"
         for kind in ("nearest1d", "nearest2d", "nearest3d", "linear1d", "bilinear2d", "bicubic2d", "trilinear3d")
     },
+    "linalg_vector_norm": "vector_norm",
+    "linalg_norm": "norm",
     "alias": "identity",
     "hard_swish": "hardswish",
 }

@@ -22,6 +22,7 @@ from indistill_fx.errors import FrontendError
 from indistill_fx.graph.edit import output_node, tensor_nodes
 from indistill_fx.graph.interpret import run_looking
 from indistill_fx.graph.ops import UNARY, attribute, op_name
+from indistill_fx.graph.per_sample import write_per_sample
 from indistill_fx.passes.capture.channel_axis import channel_axes
 from indistill_fx.passes.capture.equivalence import Reference, plain_attention
 from indistill_fx.passes.capture.static_values import count_of, fold_static, has_sizes, static_axes
@@ -70,6 +71,10 @@ class _MacCounter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         packet = func._overloadpacket
+        if str(packet) == "torchvision.deform_conv2d":  # each place by the filters, as in a convolution
+            result = func(*args, **kwargs)
+            self.macs += result.numel() * args[1][0].numel()
+            return result
         if packet not in _FLOPS:
             with self:
                 parts = func.decompose(*args, **kwargs)
@@ -169,8 +174,9 @@ def infer_facts(
     sizes = [size for size, _ in checked]
     runs = [_observe(graph_module, reference, size) for size in sizes]
     if has_sizes(graph_module, runs[0].shapes):
-        graph_module, changed = _fold(graph_module, runs, reference)
-        if changed:
+        graph_module, per_sample = write_per_sample(graph_module, [run.shapes for run in runs], sizes)
+        graph_module, folded = _fold(graph_module, runs, reference)
+        if per_sample or folded:
             checked = reference.compare(graph_module, small=size_free)
             runs = [_observe(graph_module, reference, size) for size in sizes]
     facts = _assemble(graph_module, [run.seen for run in runs], sizes, reference.example)

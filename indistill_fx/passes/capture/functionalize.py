@@ -155,6 +155,11 @@ def _make_functional(writer: fx.Node, graph_module: fx.GraphModule, copies: dict
         writer.target = with_item
     elif writer.op == "call_method":
         name = str(writer.target).rstrip("_")
+        if name in ("copy", "fill", "zero"):
+            writer.op, writer.target = "call_function", with_item
+            everywhere: Any = ...
+            writer.args = (writer.args[0], everywhere, writer.args[1] if name != "zero" else 0)
+            return
         if hasattr(Tensor, name):
             writer.target = name
         else:

@@ -55,9 +55,15 @@ def product(call: Call, cut: Cut, ends: dict[int, list[fx.Node]], every: list[An
         return Blocked("the axes of a product are merged here")
     operands = ends.get(cut.start, every)
     wanted = call.output_shape[cut.start : cut.stop]
-    if any((call.shape(n) or ())[cut.start : cut.stop] != wanted for n in operands):
+    sizes = [(call.shape(n) or ())[cut.start : cut.stop] for n in operands]
+    alike = [cut.start not in ends and all(n == 1 for n in own) for own in sizes]
+    if any(own != wanted and not same for own, same in zip(sizes, alike, strict=True)):
         return Blocked("the operands of a product broadcast here")
-    cuts = [Cut(n, cut.start, cut.stop, cut.index) for n in operands]
+    cuts = [
+        Cut(n, cut.start, cut.stop, cut.index)
+        for n, own, same in zip(operands, sizes, alike, strict=True)
+        if own == wanted or not same
+    ]
     return Propagation(again(call, cuts), tuple(Part(c) for c in cuts))
 
 

@@ -34,6 +34,8 @@ _WINDOWS = (
 SIGNATURES: dict[str, str] = {
     "conv": "input weight bias stride padding dilation groups",
     "conv_transpose": "input weight bias stride padding output_padding groups dilation",
+    "deform_conv2d": "input offset weight bias stride padding dilation mask",
+    "conv_per_sample": "input weight groups",
     "linear": "input weight bias",
     "bilinear": "input1 input2 weight bias",
     "embedding": "input weight",
@@ -54,6 +56,11 @@ SIGNATURES: dict[str, str] = {
     "slice": "input dim start end step",
     "index_select": "input dim index",
     "getitem": "input key",
+    "with_item": "input key value",
+    **dict.fromkeys("zeros ones empty".split(), "*shape"),
+    **dict.fromkeys("new_zeros new_ones new_empty".split(), "input *shape"),
+    "full": "shape fill_value",
+    "new_full": "input shape fill_value",
     "transpose": "input dim0 dim1",
     "movedim": "input source destination",
     "permute": "input *dims",
@@ -61,6 +68,7 @@ SIGNATURES: dict[str, str] = {
     "reshape": "input *shape",
     "expand": "input *shape",
     "repeat": "input *repeats",
+    "repeat_interleave": "input repeats dim",
     "flatten": "input start_dim end_dim",
     "unflatten": "input dim sizes",
     "squeeze": "input dim",
@@ -84,6 +92,7 @@ SIGNATURES: dict[str, str] = {
     "channel_shuffle": "input groups",
     **dict.fromkeys("mean sum amax amin max min prod logsumexp".split(), "input dim keepdim"),
     **dict.fromkeys(("var", "std"), "input dim unbiased keepdim"),
+    **dict.fromkeys(("norm", "vector_norm"), "input p dim keepdim"),
 }
 """Positional argument names of the functional and method forms; a star takes all that follow."""
 
@@ -152,6 +161,13 @@ class Call:
             value = _constant(value, self.facts)
         return value if isinstance(value, Tensor) else None
 
+    def weight(self, node: Any) -> nn.Parameter | None:
+        """The parameter that a node reads; None if it reads none."""
+        value = (
+            attribute(_owner(node), str(node.target)) if isinstance(node, fx.Node) and node.op == "get_attr" else None
+        )
+        return value if isinstance(value, nn.Parameter) else None
+
     @property
     def computed(self) -> str | None:
         """The name of a number that says what the operation does with its axes, if it is computed when the graph runs."""
@@ -173,7 +189,7 @@ def read_call(node: fx.Node, facts: Mapping[str, NodeFacts]) -> Call:
     """The uniform view of a node."""
     op = op_name(node)
     module = attribute(_owner(node), str(node.target)) if node.op == "call_module" else None
-    schema = getattr(node.target, "_schema", None)
+    schema = getattr(node.target, "_schema", None) or getattr(getattr(node.target, "default", None), "_schema", None)
     if module is not None:
         names = ["input", *(f"input_{k}" for k in range(1, len(node.args)))]
     elif schema is not None:

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from indistill_fx.passes.channels import attention
-from indistill_fx.passes.channels.call import Call, again, axis_of, index_select, read_call, source
+from indistill_fx.passes.channels.call import Call, again, axis_of, index_select, read_call, source, untouched
 from indistill_fx.passes.channels.selection import Blocked, Cut, Emitter, Index, Part, Propagation
 
 
@@ -42,10 +42,13 @@ def cat(call: Call, cut: Cut) -> Propagation | Blocked:
 
 
 def _operands(call: Call) -> tuple[list[fx.Node], list[tuple[int, ...]] | None]:
+    """What is joined, without the empty tensors of one axis that loops begin with, and the shapes; None if something is no tensor."""
     given = call.arguments.get("tensors", call.arguments.get("input"))
-    operands = [n for n in given if isinstance(n, fx.Node)] if isinstance(given, (list, tuple)) else []
-    shapes = [shape for n in operands if (shape := call.shape(n)) is not None]
-    return operands, shapes if operands and len(shapes) == len(given) else None
+    nodes = [n for n in given if isinstance(n, fx.Node)] if isinstance(given, (list, tuple)) else []
+    known = [(n, shape) for n in nodes if (shape := call.shape(n)) is not None]
+    joined = [(n, shape) for n, shape in known if shape != (0,)]
+    complete = bool(joined) and len(known) == len(given)
+    return [n for n, _ in joined], [shape for _, shape in joined] if complete else None
 
 
 def _shares(operands: Sequence[fx.Node], sizes: Sequence[int], cut: Cut) -> tuple[Part, ...]:
@@ -154,7 +157,7 @@ def slicing(call: Call, cut: Cut) -> Propagation | Blocked:
     """An indexed tensor; `select`, `narrow`, `slice` and `index_select` are ways to write an index."""
     parsed = taken(call)
     if parsed is None:
-        return _looked_up(call, cut)
+        return _looked_up(call, cut) if call.op == "getitem" else _sliced_elsewhere(call, cut)
     key, entries = parsed
     axis, output, places = 0, 0, {}
     for place, entry in enumerate(key):
@@ -180,10 +183,19 @@ def slicing(call: Call, cut: Cut) -> Propagation | Blocked:
     return Propagation(lambda out, new: index_by(out, new[0], new_key, moved), (part,))
 
 
+def _sliced_elsewhere(call: Call, cut: Cut) -> Propagation | Blocked:
+    """`narrow` and `slice` by computed numbers, along another axis."""
+    dim = call.get("dim", 0)
+    dim = axis_of(dim, len(call.output_shape)) if isinstance(dim, int) else cut.start
+    if call.op not in ("narrow", "slice") or cut.start <= dim < cut.stop:
+        return Blocked("it is indexed by tensors or by computed numbers")
+    return untouched(call, cut, dim=dim if dim < cut.start else dim - cut.width + 1)
+
+
 def _looked_up(call: Call, cut: Cut) -> Propagation | Blocked:
     """A table indexed by one tensor on one axis, whole on the others: these are the table's."""
     shape, key = call.shape(call.input), call.get("key", call.get("index"))
-    entries = _full_key(key if isinstance(key, tuple) else (key,), len(shape)) if shape is not None else None
+    entries = full_key(key if isinstance(key, tuple) else (key,), len(shape)) if shape is not None else None
     places = [k for k, entry in enumerate(entries or ()) if entry != slice(None)]
     looked = call.shape(entries[places[0]]) if entries is not None and len(places) == 1 else None
     if shape is None or looked is None or call.facts[entries[places[0]].name].dtype == torch.bool:  # type: ignore[index]
@@ -209,9 +221,9 @@ def taken(call: Call) -> tuple[Key, dict[int, Index]] | None:
     shape = call.shape(call.input)
     if shape is None:
         return None
-    if call.op == "getitem":
+    if call.op in ("getitem", "with_item"):
         given = call.get("key")
-        key = _full_key(given if isinstance(given, tuple) else (given,), len(shape))
+        key = full_key(given if isinstance(given, tuple) else (given,), len(shape))
     else:
         dim = call.get("dim", 0)
         if not isinstance(dim, int):
@@ -221,7 +233,7 @@ def taken(call: Call) -> tuple[Key, dict[int, Index]] | None:
             chosen = call.constant("index")
             return None if chosen is None else ((slice(None),) * len(shape), {dim: tuple(chosen.tolist())})
         entry = _entry(call)
-        key = None if entry is None else _full_key((*[slice(None)] * dim, entry), len(shape))
+        key = None if entry is None else full_key((*[slice(None)] * dim, entry), len(shape))
     if key is None or not all(_plain(entry) for entry in key):
         return None
     entries, axis = {}, 0
@@ -262,7 +274,7 @@ def _by_numbers(entry: slice) -> bool:
     return not any(isinstance(v, fx.Node) for v in (entry.start, entry.stop, entry.step))
 
 
-def _full_key(key: tuple[Any, ...], rank: int) -> tuple[Any, ...] | None:
+def full_key(key: Key, rank: int) -> tuple[Any, ...] | None:
     """The key with Ellipsis and missing entries written out."""
     named = sum(1 for entry in key if entry is not None and entry is not Ellipsis)
     if sum(1 for entry in key if entry is Ellipsis) > 1 or named > rank:

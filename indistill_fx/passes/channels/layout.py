@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from indistill_fx.passes.channels.call import Call, again, axis_of, source
+from indistill_fx.passes.channels.call import Call, again, axis_of, source, untouched
 from indistill_fx.passes.channels.selection import (
     Blocked,
     Cut,
@@ -168,6 +168,19 @@ def repeat(call: Call, cut: Cut) -> Propagation | Blocked:
     below = Cut(call.input, axis, axis + 1, tuple(k % size for k in cut.index))
     times = [1 if k == axis else n for k, n in enumerate(given)]
     return Propagation(lambda out, new: out.method("repeat", new[0], *times), (Part(below),))
+
+
+def repeat_interleave(call: Call, cut: Cut) -> Propagation | Blocked:
+    """Each entry of one axis stands as many times one after the other; the other axes pass."""
+    times, dim = call.get("repeats"), call.get("dim")
+    if not isinstance(times, int) or not isinstance(dim, int):
+        return Blocked("the repetitions are computed, or of all axes")
+    dim = axis_of(dim, len(call.output_shape))
+    if not cut.start <= dim < cut.stop:
+        return untouched(call, cut, dim=dim if dim < cut.start else dim - cut.width + 1)
+    if cut.width > 1:
+        return Blocked("repetition of merged axes")
+    return Propagation(source, (Part(Cut(call.input, dim, dim + 1, tuple(k // times for k in cut.index))),))
 
 
 def contiguous(call: Call, cut: Cut) -> Propagation | Blocked:

@@ -29,6 +29,25 @@ def conv(call: Call, cut: Cut) -> Propagation | Blocked:
     return _grouped(call, cut.index, groups, inputs // groups, outputs // groups, transposed=transposed)
 
 
+def deformed(call: Call, cut: Cut) -> Propagation | Blocked:
+    """Filters are rows of the weight, as in a convolution without groups."""
+    weight = call.constant("weight")
+    if (cut.start, cut.stop) != (1, 2) or weight is None or weight.shape[1] != _inputs(call):
+        return Blocked("a deformable convolution mixes the axes of space, or has groups")
+    named = {"weight": (0, cut.index), "bias": (0, cut.index)}
+    return slice_weights(call, named, filters=weight_filters(call, cut.index))
+
+
+def per_sample(call: Call, cut: Cut) -> Propagation | Blocked:
+    """Each sample's own filters, selected like the channels they make; a filter of one channel goes with the channel it reads."""
+    groups, channels = int(call.get("groups", 1)), _inputs(call)
+    if (cut.start, cut.stop) != (1, 2) or groups not in (1, channels) or (1 < groups != call.output_shape[1]):
+        return Blocked("a convolution with filters of each sample's own mixes the axes of space, or has groups")
+    operands = [call.get("weight")] if groups == 1 else [call.input, call.get("weight")]
+    cuts = [Cut(n, 1, 2, cut.index) for n in operands]
+    return Propagation(again(call, cuts, groups=1 if groups == 1 else len(cut.index)), tuple(Part(c) for c in cuts))
+
+
 def _inputs(call: Call) -> int:
     shape = call.shape(call.input)
     return shape[1] if shape else 0

@@ -13,23 +13,29 @@ import torch
 
 from indistill_fx.graph.computed_weights import why_opaque
 from indistill_fx.graph.ops import BINARY, UNARY
-from indistill_fx.passes.channels import attention, elementwise, joining, layout, norms, producers, space
+from indistill_fx.passes.channels import attention, elementwise, joining, layout, norms, producers, space, writing
 from indistill_fx.passes.channels.call import Call, read_call
 from indistill_fx.passes.channels.selection import Blocked, Cut, Part, Propagation
 from indistill_fx.traced import NodeFacts
 
 Rule = Callable[[Call, Cut], Propagation | Blocked]
 
+FILLED = tuple("zeros ones full empty new_zeros new_ones new_full new_empty".split())
+"""Operations that make a tensor of one value, of any size."""
+
 RULES: dict[str, Rule] = {
     **dict.fromkeys(UNARY | BINARY, elementwise.elementwise),
     **dict.fromkeys(
         "where masked_fill eq ne lt le gt ge logical_and logical_or logical_not lerp addcmul addcdiv erf sin cos floor ceil round "
-        "sign nan_to_num tanhshrink softshrink hardshrink expand_as zeros_like ones_like remainder reciprocal expm1 log1p".split(),
+        "sign nan_to_num tanhshrink softshrink hardshrink expand_as zeros_like ones_like full_like empty_like copy "
+        "remainder reciprocal expm1 log1p".split(),
         elementwise.elementwise,
     ),
     "prelu": elementwise.prelu,
     "conv": producers.conv,
     "conv_transpose": producers.conv,
+    "deform_conv2d": producers.deformed,
+    "conv_per_sample": producers.per_sample,
     "linear": producers.linear,
     "embedding": producers.embedding,
     "get_attr": producers.constant,
@@ -47,7 +53,7 @@ RULES: dict[str, Rule] = {
         "pad constant_pad_nd zero_pad2d constant_pad2d reflection_pad2d replication_pad2d reflection_pad1d zero_pad1d".split(),
         space.pad,
     ),
-    **dict.fromkeys("mean sum amax amin var std prod logsumexp".split(), space.reduction),
+    **dict.fromkeys("mean sum amax amin var std prod logsumexp norm vector_norm".split(), space.reduction),
     **dict.fromkeys(("roll", "flip"), space.shift),
     "pixel_shuffle": space.pixel_shuffle,
     "pixel_unshuffle": space.pixel_unshuffle,
@@ -63,10 +69,13 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys("permute transpose movedim t mt".split(), layout.permute),
     "expand": layout.expand,
     "repeat": layout.repeat,
+    "repeat_interleave": layout.repeat_interleave,
     "cat": joining.cat,
     "stack": joining.stack,
     "getitem": joining.getitem,
     **dict.fromkeys("select narrow slice index_select".split(), joining.slicing),
+    "with_item": writing.written,
+    **dict.fromkeys(FILLED, writing.filled),
 }
 """Operation -> rule. The whole of what the passes know of channels."""
 

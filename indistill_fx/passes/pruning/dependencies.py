@@ -20,7 +20,7 @@ from torch import Tensor, fx
 
 from indistill_fx.graph.ops import attribute, op_name
 from indistill_fx.passes.channels.call import Call
-from indistill_fx.passes.channels.rules import consult
+from indistill_fx.passes.channels.rules import FILLED, consult
 from indistill_fx.passes.channels.selection import Cut, Propagation
 from indistill_fx.traced import NodeFacts
 
@@ -62,7 +62,8 @@ class Coupling:
         shuffles: reshapes that end a mere permutation of one axis, and the tensor, axis and order it is.
         vanished: nodes that only serve a shuffle.
         heads: axes made by taking an axis apart that products sum over: the width of a head, not the heads.
-        ops: what each node computes.
+        ops: what each node computes, for those that were looked at.
+        mixing: nodes that compute something over channels, such as a mean or a norm, and these channels.
     """
 
     facts: Mapping[str, NodeFacts]
@@ -77,6 +78,7 @@ class Coupling:
     shuffles: dict[str, Cut] = field(default_factory=dict)
     vanished: set[str] = field(default_factory=set)
     ops: dict[str, str] = field(default_factory=dict)
+    mixing: list[tuple[str, Units]] = field(default_factory=list)
     count: int = 0
 
     def fresh(self, size: int) -> Units:
@@ -96,6 +98,11 @@ class Coupling:
         """Units that must stay."""
         if units is not None and len(units):
             self.frozen.append((units, reason))
+
+    def note_mixing(self, call: Call, units: Units | None) -> None:
+        """Note that an operation computes something over channels: over those that stay, it is something else."""
+        if units is not None:
+            self.mixing.append((call.node.name, units))
 
     def of(self, value: Any, axis: int) -> Units | None:
         """Units along an axis of a node's tensor, or of a parameter."""
@@ -163,7 +170,7 @@ def follow(found: Coupling, call: Call, summed: Iterable[Units | None] = ()) -> 
         for part in steps[axis].parts:
             read |= {(part.cut.node.name, k) for k in range(part.cut.start, part.cut.stop)}
         units = _arriving(
-            found, steps[axis], known.shape[axis], f"`{node.name}` ({call.op}) joins them with fixed channels"
+            found, steps[axis], known.shape[axis], node, f"`{node.name}` ({call.op}) joins them with fixed channels"
         )
         if units is not None:
             found.axes[node.name, axis] = units
@@ -185,11 +192,14 @@ def _unsplit(name: str, shape: Sequence[int], steps: Mapping[int, Propagation], 
     return carried
 
 
-def _arriving(found: Coupling, step: Propagation, size: int, reason: str) -> Units | None:
+def _arriving(found: Coupling, step: Propagation, size: int, reader: fx.Node, reason: str) -> Units | None:
     """The units of an output axis: those of the part that first makes each place; what else makes it is tied to them."""
     flats = [_flat_units(found, part.cut) for part in step.parts]
     if all(flat is None for flat in flats):
         return None
+    flats = [
+        _lent(found, part.cut, reader) if flat is None else flat for part, flat in zip(step.parts, flats, strict=True)
+    ]
     own, mine = [], []
     for part, flat in zip(step.parts, flats, strict=True):
         if flat is not None and part.links is None and len(step.parts) == 1 and _is_everything(part.cut.index, flat):
@@ -206,6 +216,32 @@ def _arriving(found: Coupling, step: Propagation, size: int, reason: str) -> Uni
     units[made] = source[first]
     found.pairs.append((units[places], source))
     return units
+
+
+def _lent(found: Coupling, cut: Cut, reader: fx.Node) -> Units | None:
+    """Units for an axis whose entries are all alike (expanded, or of a tensor of one value): it takes those of what it is joined with.
+
+    None if it is no such axis, or if somebody has read it already.
+    """
+    chain: list[fx.Node] = [reader]
+    places: list[Axis] = []
+    while cut.width == 1 and all(user in chain or user.name not in found.ops for user in cut.node.users):
+        size = found.facts[cut.node.name].shape[cut.start]
+        if cut.index != tuple(range(size)) or cut.start == found.facts[cut.node.name].batch_axis:
+            return None
+        chain.append(cut.node)
+        places.append((cut.node.name, cut.start))
+        step = consult(cut, found.facts)
+        if not isinstance(step, Propagation) or step.filters is not None or len(step.parts) > 1:
+            return None
+        if not step.parts:
+            units = found.fresh(size) if op_name(cut.node) in (*FILLED, "expand") else None
+            found.axes.update(dict.fromkeys(places, units) if units is not None else {})
+            return units
+        if step.parts[0].links is not None:
+            return None
+        cut = step.parts[0].cut
+    return None
 
 
 def _is_everything(index: Sequence[int], flat: Units) -> bool:

@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 import numpy as np
-from torch import fx, nn
+from torch import fx
 
-from indistill_fx.graph.attention import HeadAttention
 from indistill_fx.graph.ops import op_name
-from indistill_fx.passes.channels.attention import free_heads, letters, operands_of
 from indistill_fx.passes.channels.call import Call, axis_of
+from indistill_fx.passes.channels.joining import taken
+from indistill_fx.passes.channels.rules import FILLED
+from indistill_fx.passes.pruning import attention_dependencies, recurrent
 from indistill_fx.passes.pruning.dependencies import Axis, Coupling, Made, Units, follow
 
 Coupler = Callable[[Coupling, Call], "set[Axis] | None"]
@@ -97,9 +98,45 @@ def channel_norm(found: Coupling, call: Call) -> set[Axis]:
     given = found.of(call.input, 1)
     if call.op == "group_norm":
         _tie_groups(found, given, int(call.get("num_groups")))
+        found.note_mixing(call, given)
     for name in ("weight", "bias", "running_mean", "running_var"):
         found.tie_weight(call, name, 0, given)
     return _finish(found, call, {1: given}, [], {(call.input.name, 1)})
+
+
+def deformed(found: Coupling, call: Call) -> set[Axis]:
+    """As a convolution; where it looks, and how much it counts, is fixed."""
+    given, inputs = found.of(call.input, 1), (call.shape(call.input) or (0, 0))[1]
+    weight = call.constant("weight")
+    offsets = (call.shape(call.get("offset")) or (0, 0))[1]
+    if weight is None or weight.shape[1] != inputs or offsets != 2 * weight[0, 0].numel():
+        return set()  # groups, of channels or of places to look at
+    made = found.fresh(call.output_shape[1])
+    found.tie_weight(call, "weight", 1, given)
+    found.tie_weight(call, "weight", 0, made)
+    found.tie_weight(call, "bias", 0, made)
+    found.made.append(Made(call.node.name, 1, call.path, weight, made))
+    return _finish(found, call, {1: made}, [given], {(call.input.name, 1)})
+
+
+def per_sample(found: Coupling, call: Call) -> set[Axis]:
+    """Filters of each sample's own: what they read is tied to the channels; without groups their number is the output's width."""
+    weight, groups = call.get("weight"), int(call.get("groups", 1))
+    given = found.of(call.input, 1)
+    read: set[Axis] = {(call.input.name, 1), (weight.name, 1), (weight.name, 2)}
+    if groups == 1:
+        found.tie(given, found.of(weight, 2), f"`{call.node.name}` sums over them together with a fixed axis")
+        return _finish(found, call, {1: found.of(weight, 1)}, [given], read)
+    return follow(found, call) | {(weight.name, 2)}
+
+
+def normalized(found: Coupling, call: Call) -> set[Axis]:
+    """`normalize`: all axes pass, one by convention: the norm of fewer channels is the norm of those that stay."""
+    dim, rank = call.get("dim", 1), len(call.output_shape)
+    axes = {axis: found.of(call.input, axis) for axis in range(rank)}
+    if isinstance(dim, int):
+        found.note_mixing(call, axes[axis_of(dim, rank)])
+    return _finish(found, call, axes, [], {(call.input.name, axis) for axis in range(rank)})
 
 
 def layer_norm(found: Coupling, call: Call) -> set[Axis]:
@@ -108,6 +145,7 @@ def layer_norm(found: Coupling, call: Call) -> set[Axis]:
     normalized = len(shape) if isinstance(shape, (tuple, list)) else 1
     axes = {axis: found.of(call.input, axis) for axis in range(rank)}
     for k in range(normalized):
+        found.note_mixing(call, axes[rank - normalized + k])
         found.tie_weight(call, "weight", k, axes[rank - normalized + k])
         found.tie_weight(call, "bias", k, axes[rank - normalized + k])
     return _finish(found, call, axes, [], {(call.input.name, axis) for axis in range(rank)})
@@ -127,161 +165,9 @@ def reduction(found: Coupling, call: Call) -> set[Axis]:
     dims, rank = call.get("dim"), len(call.shape(call.input) or ())
     given = [dims] if isinstance(dims, int) else dims if isinstance(dims, (tuple, list)) else []
     reduced = {(call.input.name, axis_of(d, rank)) for d in given if isinstance(d, int)}
+    for _, axis in reduced if call.op != "sum" else ():
+        found.note_mixing(call, found.of(call.input, axis))
     return follow(found, call) | reduced if call.node.name in found.facts else set()
-
-
-def product(found: Coupling, call: Call) -> set[Axis]:
-    """The axis summed over is the same on both sides."""
-    left, right = operands_of(call)
-    ranks = [len(call.shape(n) or ()) for n in (left, right)]
-    if 0 in ranks:
-        return set()
-    ends = (left, ranks[0] - 1), (right, max(ranks[1] - 2, 0))
-    units = found.tie(
-        found.of(*ends[0]), found.of(*ends[1]), f"`{call.node.name}` sums over them together with a fixed axis"
-    )
-    return follow(found, call, [units]) | {(n.name, axis) for n, axis in ends}
-
-
-def einsum(found: Coupling, call: Call) -> set[Axis]:
-    """As a product, by letters."""
-    parsed = letters(call)
-    if parsed is None:
-        return set()
-    names, output, nodes = parsed
-    read: set[Axis] = set()
-    summed: list[Units | None] = []
-    for letter in dict.fromkeys("".join(names)):
-        if letter not in output:
-            ends = [(n, name.index(letter)) for name, n in zip(names, nodes, strict=True) if letter in name]
-            units = found.of(*ends[0])
-            for end in ends[1:]:
-                units = found.tie(
-                    units, found.of(*end), f"`{call.node.name}` sums over them together with a fixed axis"
-                )
-            summed.append(units)
-            read |= {(n.name, axis) for n, axis in ends}
-    return follow(found, call, summed) | read
-
-
-def fused(found: Coupling, call: Call) -> set[Axis]:
-    """Heads are units; the width of a head stays, and with it the scale of the softmax."""
-    query, key, value = (call.get(name) for name in ("query", "key", "value"))
-    rank = len(call.shape(key) or ())
-    if rank < 2:
-        return set()
-    found.tie(found.of(key, rank - 2), found.of(value, rank - 2), "attention looks at a sequence")
-    read = {(key.name, rank - 2), (value.name, rank - 2)}
-    for source in (query, key):
-        found.freeze(found.of(source, rank - 1), "the width of a head")
-    return follow(found, call) | read
-
-
-def attention_module(found: Coupling, call: Call) -> set[Axis] | None:
-    """`nn.MultiheadAttention`: columns of the three input projections, heads, rows of the output projection."""
-    module = call.module
-    sources = [
-        call.arguments.get(name, call.arguments.get(f"input_{k}")) for k, name in enumerate(("query", "key", "value"))
-    ]
-    sources[0] = call.arguments.get("query", call.arguments.get("input"))
-    free = free_heads(module) if isinstance(module, (nn.MultiheadAttention, HeadAttention)) else None
-    masked = any(
-        isinstance(call.arguments.get(name), fx.Node)
-        for name in ("attn_mask", "input_4", "key_padding_mask", "input_3")
-    )
-    if free is None or masked or any(len(call.shape(n) or ()) != 3 for n in sources):
-        return set()
-    path, inner = call.path, free.out.in_features
-    known = {name: found.axes.get((path, name)) for name in ("heads", "out")}
-    heads = known["heads"] if known["heads"] is not None else found.fresh(free.heads)
-    made = known["out"] if known["out"] is not None else found.fresh(free.out.out_features)
-    found.axes[path, "heads"], found.axes[path, "out"] = heads, made
-    rows = np.repeat(heads, inner // free.heads)
-    results = [user for user in call.node.users if user.args[1:] == (1,) and user.users]
-    found.freeze(heads if results else None, "the weights of the attention are read")
-    result = next((user.name for user in call.node.users if user.args[1:] == (0,)), call.node.name)
-    sizes = [call.shape(n) or () for n in sources]
-    lengths = [shape[1 if free.batch_first else 0] for shape in sizes]
-    for name, source, length in zip(("query", "key", "value"), sources, lengths, strict=True):
-        given = found.of(source, 2)
-        column = f"{name} columns"
-        earlier = found.axes.get((path, column))
-        if earlier is not None or (path, column) in found.axes:
-            found.tie(earlier, given, f"`{path}` is called again on fixed channels")
-        elif given is not None:
-            found.axes[path, column] = given
-        else:
-            found.axes[path, column] = found.fresh(getattr(free, name).in_features)
-            found.freeze(found.axes[path, column], f"`{path}` reads fixed channels")
-        layer = getattr(free, name)
-        found.made.append(Made("", 0, f"{path}.{name}", layer.weight, rows))
-        found.work.append(
-            (result, length * layer.in_features * inner, tuple(u for u in (given, heads) if u is not None))
-        )
-    found.made.append(Made(result, 2, f"{path}.out_proj", free.out.weight, made))
-    found.work.append((result, 2 * lengths[0] * lengths[1] * inner, (heads,)))
-    found.work.append((result, lengths[0] * inner * free.out.out_features, (heads, made)))
-    for user in call.node.users:
-        if user.args[1:] == (0,):
-            found.axes[user.name, 2] = made
-    return (
-        {(n.name, axis) for n in sources for axis in range(3)}
-        if not _sequence_units(found, sources)
-        else {(n.name, 2) for n in sources}
-    )
-
-
-def _sequence_units(found: Coupling, sources: list[fx.Node]) -> bool:
-    return any(found.of(n, axis) is not None for n in sources for axis in (0, 1))
-
-
-def windows(found: Coupling, call: Call) -> set[Axis]:
-    """Torchvision's window attention: columns of qkv, heads, rows of the projection."""
-    count, qkv, proj = call.get("num_heads"), call.get("qkv_weight"), call.get("proj_weight")
-    inner = (call.shape(qkv) or (0,))[0] // 3
-    heads, last = found.fresh(int(count)), len(call.output_shape) - 1
-    why = "window attention reads fixed channels"
-    read: set[Axis] = {(call.input.name, last), (qkv.name, 1), (qkv.name, 0), (proj.name, 0), (proj.name, 1)}
-    given = found.tie(found.of(call.input, last), found.of(qkv, 1), why)
-    rows = np.tile(np.repeat(heads, inner // int(count)), 3)
-    made = found.of(proj, 0)
-    found.tie(found.of(qkv, 0), rows, why)
-    found.tie(found.of(proj, 1), rows[:inner], why)
-    for name, axis, units in (
-        ("qkv_bias", 0, rows),
-        ("proj_bias", 0, made),
-        ("relative_position_bias", 1, heads),
-        ("logit_scale", 0, heads),
-    ):
-        value = call.get(name)
-        if isinstance(value, fx.Node):
-            found.tie(found.of(value, axis), units, why)
-            read.add((value.name, axis))
-    for path, units in (("qkv_weight", rows), ("proj_weight", made)):
-        weight = call.constant(path)
-        if weight is not None and units is not None:
-            found.made.append(
-                Made(call.node.name if path == "proj_weight" else "", last, f"{call.path}.{path}", weight, units)
-            )
-    if made is not None:
-        found.axes[call.node.name, last] = made
-    found.axes[call.node.name, "heads"] = heads
-    _count_windows(found, call, inner, given, heads, made)
-    return read
-
-
-def _count_windows(
-    found: Coupling, call: Call, inner: int, given: Units | None, heads: Units, made: Units | None
-) -> None:
-    """Two projections, and what is left of the work is the attention itself."""
-    shape, macs = call.output_shape, found.facts[call.node.name].macs
-    (wh, ww), places = call.get("window_size"), 1
-    for size, window in zip(shape[1:3], (wh, ww), strict=True):
-        places *= -(-size // window) * window
-    channels = (call.shape(call.input) or (0,))[-1]
-    first, last = places * channels * 3 * inner, places * inner * shape[-1]
-    for cost, units in ((first, (given, heads)), (last, (heads, made)), (macs - first - last, (heads,))):
-        found.work.append((call.node.name, cost, tuple(u for u in units if u is not None)))
 
 
 def channel_shuffle(found: Coupling, call: Call) -> set[Axis]:
@@ -325,6 +211,27 @@ def follows_first(found: Coupling, call: Call) -> set[Axis]:
     return follow(found, call) | others
 
 
+def filled(found: Coupling, call: Call) -> set[Axis]:
+    """A tensor of one value: of another tensor it reads the type alone."""
+    return {(n.name, axis) for n in call.node.all_input_nodes for axis in range(len(call.shape(n) or ()))}
+
+
+def taken_by_number(found: Coupling, call: Call) -> set[Axis]:
+    """Slices are followed; a channel that is taken by its number must stay."""
+    shape = call.shape(call.input)
+    parsed = taken(call) if shape is not None else None
+    if call.node.name not in found.facts:
+        return set()
+    read = follow(found, call)
+    axes = [] if parsed is None else [entry for entry in parsed[0] if entry is not None]
+    for axis, entry in enumerate(axes):
+        units = found.of(call.input, axis) if isinstance(entry, int) else None
+        if units is not None:
+            found.freeze(units[[entry]], f"`{call.node.name}` takes it by its number")
+            read.add((call.input.name, axis))
+    return read
+
+
 COUPLERS: dict[str, Coupler] = {
     "conv": conv,
     "conv_transpose": conv,
@@ -335,13 +242,19 @@ COUPLERS: dict[str, Coupler] = {
     "group_norm": channel_norm,
     "layer_norm": layer_norm,
     "prelu": prelu,
-    **dict.fromkeys("mean sum amax amin var std logsumexp".split(), reduction),
-    **dict.fromkeys(("matmul", "bmm"), product),
-    "einsum": einsum,
-    "scaled_dot_product_attention": fused,
-    "multihead_attention": attention_module,
-    "head_attention": attention_module,
-    **dict.fromkeys(("shifted_window_attention", "window_attention"), windows),
+    **dict.fromkeys("mean sum amax amin var std norm vector_norm".split(), reduction),
+    "normalize": normalized,
+    "deform_conv2d": deformed,
+    "conv_per_sample": per_sample,
+    **dict.fromkeys(("getitem", "select"), taken_by_number),
+    **dict.fromkeys(FILLED, filled),
+    **dict.fromkeys(("matmul", "bmm"), attention_dependencies.product),
+    "einsum": attention_dependencies.einsum,
+    "scaled_dot_product_attention": attention_dependencies.fused,
+    "multihead_attention": attention_dependencies.attention_module,
+    "head_attention": attention_dependencies.attention_module,
+    **dict.fromkeys(("shifted_window_attention", "window_attention"), attention_dependencies.windows),
+    **dict.fromkeys(recurrent.NAMES, recurrent.couple_recurrent),
     "channel_shuffle": channel_shuffle,
     **dict.fromkeys(("view", "reshape"), reshape),
     **dict.fromkeys(("type_as", "to"), follows_first),

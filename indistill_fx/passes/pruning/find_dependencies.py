@@ -20,6 +20,8 @@ _TELLS_SIZES = frozenset(
     "size shape getattr dim numel ndimension len is_floating_point is_cuda device dtype assert".split()
 )
 
+_READS_MAPS = frozenset("conv conv_transpose batch_norm max_pool avg_pool adaptive_avg_pool interpolate".split())
+
 
 def couple(graph_module: fx.GraphModule, facts: Mapping[str, NodeFacts]) -> Coupling:
     """Find the units of a graph and what ties them."""
@@ -131,18 +133,19 @@ def _shuffle(found: Coupling, node: fx.Node, order: Cut) -> None:
 
 
 def _head_axes(graph_module: fx.GraphModule, facts: Mapping[str, NodeFacts]) -> set[Axis]:
-    """Axes made by a reshape that products sum over, or that values hand on: the width of a head."""
+    """Axes made by a reshape that hold no channels: the width of a head, that products sum over or hand on, and a map's sides."""
     found: set[Axis] = set()
     for node in graph_module.graph.nodes:
-        if node.op in ("call_function", "call_method") and node.name in facts:
-            call = read_call(node, facts)
-            for source, axis in _ends(call):
+        if node.op.startswith("call") and node.name in facts:
+            for source, axis in _ends(read_call(node, facts)):
                 found |= _split_axes(source, axis, facts)
     return found
 
 
 def _ends(call: Call) -> list[tuple[fx.Node, int]]:
-    """The axes a product sums over, and the last of its right operand."""
+    """The axes a product sums over, the rows of its left operand and the last of its right one; of a map, the axes of space."""
+    if call.op in _READS_MAPS:
+        return [(call.input, axis) for axis in range(2, len(call.shape(call.input) or ()))]
     if call.op == "scaled_dot_product_attention":
         return [
             (n, len(call.shape(n) or ()) - 1)
@@ -154,7 +157,7 @@ def _ends(call: Call) -> list[tuple[fx.Node, int]]:
         ranks = [len(call.shape(n) or ()) for n in (left, right)]
         if min(ranks) < 3:
             return []
-        return [(left, ranks[0] - 1), (right, ranks[1] - 2), (right, ranks[1] - 1)]
+        return [(left, ranks[0] - 1), (left, ranks[0] - 2), (right, ranks[1] - 2), (right, ranks[1] - 1)]
     if call.op == "einsum" and (parsed := letters(call)) is not None:
         names, output, nodes = parsed
         summed = [
@@ -183,6 +186,6 @@ def _split_axes(node: fx.Node, axis: int, facts: Mapping[str, NodeFacts]) -> set
         for part in step.parts:
             if len(part.cut.index) > size and len(step.parts) == 1:
                 found.add((at.name, k))
-            elif part.cut.width == 1:
-                ways.append((part.cut.node, part.cut.start))
+            else:
+                ways += [(part.cut.node, axis) for axis in range(part.cut.start, part.cut.stop)]
     return found

@@ -14,6 +14,7 @@ from torch import Tensor, fx
 
 from indistill_fx.passes.channels.attention import free_heads, letters, operands_of, with_projections
 from indistill_fx.passes.channels.call import Call, axis_of, read_call
+from indistill_fx.passes.pruning.recurrent import NAMES, silent
 from indistill_fx.traced import NodeFacts, TracedModel
 
 
@@ -80,12 +81,13 @@ class Masked(fx.Interpreter):
 
 def _read_axes(call: Call, source: fx.Node, rank: int) -> list[int]:
     """The axes of an operand that the operation sums over."""
-    if call.op in ("conv", "conv_transpose") and source is call.input:
+    if call.op in ("conv", "conv_transpose", "deform_conv2d", "conv_per_sample") and source is call.input:
         return [1]
     if (call.op == "linear" and source is call.input) or call.op in (
         "multihead_attention",
         "head_attention",
         "shifted_window_attention",
+        *NAMES,
     ):
         return [rank - 1] if source.op != "get_attr" else []
     if call.op in ("matmul", "bmm"):
@@ -173,6 +175,26 @@ def _attention(run: Masked, call: Call) -> Any:
     return with_projections(free, out=out)(*args, **kwargs)
 
 
+def _recurrent(run: Masked, call: Call) -> Any:
+    args, kwargs = run.fetch_args_kwargs_from_env(call.node)
+    kept = run.axes.get((call.path, "hidden"))
+    module = call.module if kept is None else silent(call.module, kept)  # type: ignore[arg-type]
+    return module(*args, **kwargs)  # type: ignore[misc]
+
+
+def _normalize(run: Masked, call: Call) -> Tensor:
+    """The operation on zeros in place of what is removed."""
+    args, kwargs = run.fetch_args_kwargs_from_env(call.node)
+    x: Tensor = run.env[call.input]
+    dims = call.get("dim", 1 if call.op == "normalize" else None)
+    for axis in [dims] if isinstance(dims, int) else dims or range(x.dim()):
+        x = x * run.mask(call.input, axis_of(axis, x.dim()), x)
+    args = (x, *args[1:])
+    if call.node.op == "call_method":
+        return getattr(x, str(call.node.target))(*args[1:], **kwargs)  # type: ignore[no-any-return]
+    return call.node.target(*args, **kwargs)  # type: ignore[operator,no-any-return]
+
+
 def _windows(run: Masked, call: Call) -> Any:
     args, kwargs = run.fetch_args_kwargs_from_env(call.node)
     kept = run.axes.get((call.node.name, "heads"))
@@ -197,6 +219,8 @@ _MIXING = {
     "multihead_attention": _attention,
     "head_attention": _attention,
     "shifted_window_attention": _windows,
+    **dict.fromkeys(NAMES, _recurrent),
+    **dict.fromkeys(("normalize", "norm", "vector_norm"), _normalize),
 }
 
 

@@ -25,7 +25,8 @@ from indistill_fx.passes.pruning.dependencies import Coupling, Units
 from indistill_fx.passes.pruning.find_dependencies import couple
 from indistill_fx.passes.pruning.groups import Classes, Cost, Mask, classify, refill
 from indistill_fx.passes.pruning.rank import check_width
-from indistill_fx.passes.pruning.slice_network import Rewriting, new_facts, rewrite
+from indistill_fx.passes.pruning.rewriting import Rewriting
+from indistill_fx.passes.pruning.slice_network import new_facts, rewrite
 from indistill_fx.passes.pruning.verified import verify_smaller
 from indistill_fx.traced import TracedModel
 
@@ -57,6 +58,8 @@ class ShrinkReport:
         layers: layers that make channels, in the order of the graph; of those with nothing removed, all channels are kept.
         axes: entries that stay, per node and axis that lost some; `heads` of an attention layer.
         frozen: channels that could not go.
+        approximate: operations over channels some of which went (means, norms): taken over those that stay they are something else than
+            before, however little the channels were worth. Each as `layer4:mean (mean)`.
         macs: of one sample, before and after.
         parameters: before and after.
     """
@@ -64,6 +67,7 @@ class ShrinkReport:
     layers: tuple[ShrunkLayer, ...]
     axes: Mapping[tuple[str, int | str], tuple[int, ...]]
     frozen: tuple[Frozen, ...]
+    approximate: tuple[str, ...]
     macs: tuple[int, int]
     parameters: tuple[int, int]
 
@@ -250,6 +254,13 @@ def _report(
         layers=tuple(layers.values()),
         axes={place: tuple(kept.tolist()) for place, kept in work.keep.items()},
         frozen=tuple(Frozen(len(np.unique(units)), reason) for reason, units in reasons.items()),
+        approximate=tuple(
+            dict.fromkeys(
+                f"{model.tap_name(node)} ({found.ops[node]})"
+                for node, units in found.mixing
+                if not stay[classes.of[units]].all()
+            )
+        ),
         macs=(cost.macs(whole), cost.macs(stay)),
         parameters=(params[0], params[1]),
     )

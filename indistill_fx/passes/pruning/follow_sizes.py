@@ -1,0 +1,245 @@
+"""How the arguments of operations follow the channels that are left: sizes, slices, splits, places that are written into."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import fx
+
+from indistill_fx.graph.attention import window_attention
+from indistill_fx.passes.channels.call import Call, axis_of, read_call
+from indistill_fx.passes.channels.joining import index_by, split_begins, taken
+from indistill_fx.passes.channels.rules import FILLED
+from indistill_fx.passes.channels.writing import places, whole_key
+from indistill_fx.passes.pruning.dependency_rules import shape_lender
+from indistill_fx.passes.pruning.rewriting import Inserter, Rewriting, take_place
+
+
+def _set(node: fx.Node, call: Call, name: str, value: Any) -> None:
+    place = call.places.get(name)
+    if isinstance(place, int):
+        node.args = (*node.args[:place], value, *node.args[place + 1 :])
+    elif place is not None:
+        node.kwargs = {**node.kwargs, place: value}
+
+
+def _fix_conv(work: Rewriting, call: Call, node: fx.Node) -> None:
+    before = (call.shape(call.input) or (0, 0))[1]
+    if call.module is None and call.get("groups") == before and before > 1:
+        _set(node, call, "groups", work.size(call.input, 1))
+
+
+def _fix_layer_norm(work: Rewriting, call: Call, node: fx.Node) -> None:
+    shape = call.get("normalized_shape")
+    if call.module is None and isinstance(shape, (tuple, list)) and work.touched(call.node):
+        rank = len(work.facts[call.node.name].shape)
+        _set(
+            node, call, "normalized_shape", tuple(work.size(call.node, axis) for axis in range(rank - len(shape), rank))
+        )
+
+
+def _fix_sizes(work: Rewriting, call: Call, node: fx.Node) -> None:
+    """View, reshape, expand: the sizes of axes that lost channels."""
+    given = call.arguments.get("shape")
+    if not work.touched(call.node) or not isinstance(given, tuple) or shape_lender(call) is not None:
+        return  # of `reshape_as`, the tensor that lends the shape has lost the same
+    sizes: list[Any] = list(node.args[1] if isinstance(node.args[1], (tuple, list)) else node.args[1:])
+    rank = len(work.facts[call.node.name].shape)
+    if len(sizes) == 1 < rank:  # a computed tuple of sizes
+        with work.new.graph.inserting_before(node):
+            sizes = [work.new.graph.call_function(operator.getitem, (sizes[0], k)) for k in range(rank)]
+    shift = rank - len(sizes)
+    sizes = [
+        n if n == -1 or work.kept(call.node, k + shift) is None else work.size(call.node, k + shift)
+        for k, n in enumerate(sizes)
+    ]
+    node.args = (node.args[0], *sizes) if node.op == "call_method" else (node.args[0], tuple(sizes))
+
+
+def _fix_unflatten(work: Rewriting, call: Call, node: fx.Node) -> None:
+    sizes, dim = call.get("sizes", call.get("unflattened_size")), call.get("dim")
+    if not work.touched(call.node) or not isinstance(sizes, (tuple, list)) or not isinstance(dim, int):
+        return
+    first = axis_of(dim, len(call.shape(call.input) or ()))
+    new = tuple(
+        work.size(call.node, first + k) if n != -1 and work.kept(call.node, first + k) is not None else n
+        for k, n in enumerate(sizes)
+    )
+    new = fx.map_arg(new, lambda n: work.nodes[n.name])  # sizes may be computed, by nodes of the old graph
+    if call.module is not None:
+        work.new.get_submodule(str(call.node.target)).unflattened_size = new  # type: ignore[assignment]
+    else:
+        _set(node, call, "sizes", new)
+
+
+def _fix_split(work: Rewriting, call: Call, node: fx.Node) -> None:
+    """Chunks and splits along channels: the sizes that are left of each part."""
+    shape, dim = call.shape(call.input), call.get("dim", 0)
+    if shape is None or not isinstance(dim, int):
+        return
+    dim = axis_of(dim, len(shape))
+    kept = work.kept(call.input, dim)
+    if kept is None:
+        return
+    part = next((user.name for user in call.node.users if user.name in work.facts), None)
+    own = shape[dim] if part is None else work.facts[part].shape[dim]
+    begins = [*split_begins(call, shape[dim], own), shape[dim]]
+    sizes = [int(((kept >= low) & (kept < high)).sum()) for low, high in pairwise(begins)]
+    node.op, node.target = "call_function", torch.split
+    node.args, node.kwargs = (node.args[0], sizes), {"dim": dim}
+
+
+def _fix_slice(work: Rewriting, call: Call, node: fx.Node) -> None:
+    """Slices of channels: those of the kept ones that were taken, then the rest of the key."""
+    parsed = taken(call)
+    if parsed is None:
+        return
+    key, entries = _renumbered(work, call, parsed[0]), parsed[1]
+    kept = {axis: work.kept(call.input, axis) for axis in entries}
+    key = fx.map_arg(key, lambda n: work.nodes[n.name])
+    if all(k is None for k in kept.values()) and key == parsed[0]:
+        return
+    places = {axis: {int(k): j for j, k in enumerate(own)} for axis, own in kept.items() if own is not None}
+    left = {
+        axis: tuple(places[axis][k] for k in own if k in places[axis]) if axis in places else own
+        for axis, own in entries.items()
+    }
+    with work.new.graph.inserting_before(node):
+        new = index_by(Inserter(work.new), node.args[0], key, left)  # type: ignore[arg-type]
+    take_place(work, node, new)
+
+
+def _renumbered(work: Rewriting, call: Call, key: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A key whose numbers count the entries that are left."""
+    new, axis = [], 0
+    for entry in key:
+        kept = work.kept(call.input, axis) if isinstance(entry, int) else None
+        size = (call.shape(call.input) or ())[axis] if kept is not None else 0
+        new.append(entry if kept is None else kept.tolist().index(entry % size))
+        axis += 0 if entry is None else 1
+    return tuple(new)
+
+
+def _fix_write(work: Rewriting, call: Call, node: fx.Node) -> None:
+    """Writes into channels: into those of the kept ones that were written."""
+    parsed = taken(call)
+    if parsed is None:
+        return
+    key: list[Any] = list(whole_key(call))
+    changed = False
+    new = Inserter(work.new)
+    for axis, entry in enumerate(key):
+        kept = work.kept(call.node, axis)
+        own = (entry,) if isinstance(entry, int) else parsed[1].get(axis)
+        if kept is None or own is None:
+            continue
+        left = tuple(j for j, k in enumerate(kept.tolist()) if k in own)
+        if not left:  # nothing is written any more
+            node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+            return
+        with work.new.graph.inserting_before(node):
+            key[axis], changed = left[0] if isinstance(entry, int) else places(new, left), True  # type: ignore[arg-type]
+    if changed:
+        value = node.args[2]
+        key = fx.map_arg(key, lambda n: work.nodes.get(n.name, n))
+        node.args = (node.args[0], tuple(key), value)
+
+
+def _fix_filled(work: Rewriting, call: Call, node: fx.Node) -> None:
+    """A tensor of one value, of the sizes that are left."""
+    sizes = call.arguments.get("shape")
+    if not work.touched(call.node) or not isinstance(sizes, (tuple, list)):
+        return
+    left = [n if work.kept(call.node, axis) is None else work.size(call.node, axis) for axis, n in enumerate(sizes)]
+    left = fx.map_arg(left, lambda n: work.nodes[n.name])
+    if "shape" in call.places:
+        _set(node, call, "shape", tuple(left))
+    else:
+        node.args = (*(n for n in node.args[:1] if "input" in call.arguments), *left)
+
+
+def _fix_pad(work: Rewriting, call: Call, node: fx.Node) -> None:
+    """Padding of channels: by what is left of the padded ones."""
+    sizes, rank = call.get("pad", call.get("padding")), len(work.facts[call.node.name].shape)
+    if call.module is not None or not isinstance(sizes, (tuple, list)) or not work.touched(call.node):
+        return
+    new = list(sizes)
+    for k in range(len(sizes) // 2):
+        axis = rank - 1 - k
+        kept = work.kept(call.node, axis)
+        if kept is not None and (sizes[2 * k] or sizes[2 * k + 1]):
+            size = (call.shape(call.input) or ())[axis]
+            new[2 * k], new[2 * k + 1] = int((kept < sizes[2 * k]).sum()), int((kept >= sizes[2 * k] + size).sum())
+    if new != list(sizes):
+        _set(node, call, "pad", tuple(new))
+
+
+def _fix_size(work: Rewriting, call: Call, node: fx.Node) -> None:
+    """A number of channels read off a tensor stays the original's: it may be a scale, and sizes are rewritten where they are used."""
+    dim = call.get("dim", call.arguments.get("argument_1"))
+    if isinstance(dim, int) and work.touched(call.input):
+        axis = axis_of(dim, len(call.shape(call.input) or ()))
+        if work.kept(call.input, axis) is not None:
+            _pin(node, (call.shape(call.input) or ())[axis])
+
+
+def _fix_getitem(work: Rewriting, call: Call, node: fx.Node) -> None:
+    maker = call.input
+    if maker.name in work.facts:
+        _fix_slice(work, call, node)
+        return
+    if (
+        maker.op in ("call_method", "call_function")
+        and call.node.name not in work.facts
+        and isinstance(call.get("key"), int)
+    ):
+        source = read_call(maker, work.facts)
+        whole = (
+            (source.op == "size" and len(maker.args) == 1)
+            or source.op == "shape"
+            or (source.op == "getattr" and maker.args[1] == "shape")
+        )
+        if whole and isinstance(maker.args[0], fx.Node) and maker.args[0].name in work.facts:
+            shape = work.facts[maker.args[0].name].shape
+            axis = axis_of(call.get("key"), len(shape))
+            if work.kept(maker.args[0], axis) is not None:
+                _pin(node, shape[axis])
+
+
+def _pin(node: fx.Node, value: int) -> None:
+    for user in list(node.users):
+        user.args = fx.map_arg(user.args, lambda n: value if n is node else n)
+        user.kwargs = fx.map_arg(user.kwargs, lambda n: value if n is node else n)
+
+
+def _fix_windows(work: Rewriting, call: Call, node: fx.Node) -> None:
+    known = work.facts[call.node.name]
+    heads = work.keep.get((call.node.name, "heads"))
+    if heads is None and not work.touched(call.node) and work.kept(call.input, len(known.shape) - 1) is None:
+        return
+    node.target = window_attention
+    if heads is not None:
+        _set(node, call, "num_heads", len(heads))
+
+
+FIXES: dict[str, Callable[[Rewriting, Call, fx.Node], None]] = {
+    "conv": _fix_conv,
+    "conv_transpose": _fix_conv,
+    "conv_per_sample": _fix_conv,
+    "layer_norm": _fix_layer_norm,
+    **dict.fromkeys(("view", "reshape", "expand"), _fix_sizes),
+    "unflatten": _fix_unflatten,
+    **dict.fromkeys(("chunk", "split", "split_with_sizes", "tensor_split"), _fix_split),
+    **dict.fromkeys(("narrow", "slice", "index_select", "select"), _fix_slice),
+    "getitem": _fix_getitem,
+    "with_item": _fix_write,
+    **dict.fromkeys(FILLED, _fix_filled),
+    **dict.fromkeys(("pad", "constant_pad_nd"), _fix_pad),
+    "size": _fix_size,
+    **dict.fromkeys(("shifted_window_attention", "window_attention"), _fix_windows),
+}
+"""Operation -> how its arguments follow the channels that are left."""

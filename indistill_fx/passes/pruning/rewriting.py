@@ -1,0 +1,86 @@
+"""A smaller network while it is being written: the old graph, what stays of it, and the new graph's nodes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, fx, nn
+
+from indistill_fx.graph.edit import add_tensor
+from indistill_fx.graph.ops import attribute
+from indistill_fx.passes.channels.selection import sliced
+from indistill_fx.passes.pruning.dependencies import Coupling, Units
+
+Keep = Mapping[tuple[str, int | str], NDArray[np.int64]]
+"""The entries that stay, per node and axis; axes that stay whole have no entry."""
+
+
+class Rewriting:
+    """One network being written: the old graph, what stays, and the new graph's nodes by name."""
+
+    def __init__(self, old: fx.GraphModule, found: Coupling, stays: Callable[[Units], NDArray[np.bool_]]):
+        self.old, self.found, self.facts = old, found, found.facts
+        self.keep = {place: kept for place, units in found.axes.items() if (kept := _kept(stays(units))) is not None}
+        self.weights = {key: kept for key, units in found.weights.items() if (kept := _kept(stays(units))) is not None}
+        axes: dict[int, dict[int, NDArray[np.int64]]] = {}
+        for (tensor, axis), kept in self.weights.items():
+            axes.setdefault(tensor, {})[axis] = kept
+        memo: dict[int, Any] = {t: _sliced_parameter(found.tensors[t], own) for t, own in axes.items()}
+        self.new = copy.deepcopy(old, memo)
+        self.nodes = {node.name: node for node in self.new.graph.nodes}
+        self.done: set[str] = set()
+
+    def kept(self, node: Any, axis: int) -> NDArray[np.int64] | None:
+        """The entries that stay of an axis; None if all."""
+        if isinstance(node, fx.Node) and node.op == "get_attr":
+            return self.weights.get((id(attribute(self.old, str(node.target))), axis))
+        return self.keep.get((node.name, axis)) if isinstance(node, fx.Node) else None
+
+    def size(self, node: fx.Node, axis: int) -> int:
+        """The new size of an axis."""
+        kept = self.kept(node, axis)
+        return self.facts[node.name].shape[axis] if kept is None else len(kept)
+
+    def touched(self, node: fx.Node) -> bool:
+        """Whether the tensor loses anything."""
+        known = self.facts.get(node.name)
+        return known is not None and any(self.kept(node, axis) is not None for axis in range(len(known.shape)))
+
+
+def take_place(work: Rewriting, old: fx.Node, new: fx.Node) -> None:
+    """Let a node of the new graph stand for another one, under its name."""
+    old.replace_all_uses_with(new)
+    new.meta.update({key: value for key, value in old.meta.items() if key == "nn_module_stack"})
+    work.new.graph.erase_node(old)
+    new.name = old.name
+    work.nodes[old.name] = new
+
+
+def _kept(stays: NDArray[np.bool_]) -> NDArray[np.int64] | None:
+    return None if stays.all() else np.flatnonzero(stays)
+
+
+def _sliced_parameter(tensor: Tensor, axes: Mapping[int, NDArray[np.int64]]) -> Tensor:
+    new = tensor
+    for axis, kept in axes.items():
+        new = sliced(new, axis, kept.tolist())
+    return nn.Parameter(new.detach(), requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
+
+
+class Inserter:
+    """Puts nodes where the graph's cursor stands: the part of `Emitter` that indexing needs."""
+
+    def __init__(self, graph_module: fx.GraphModule):
+        self.graph_module = graph_module
+
+    def function(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        """A call of a function."""
+        return self.graph_module.graph.call_function(target, args, kwargs)
+
+    def tensor(self, wanted: str, tensor: Tensor) -> fx.Node:
+        """A new parameter or buffer."""
+        return self.graph_module.graph.get_attr(add_tensor(self.graph_module, wanted, tensor))
