@@ -86,6 +86,11 @@ class Call:
         """The model's output for this batch."""
         return model(*self.args, **self.kwargs)
 
+    @property
+    def first(self) -> Tensor | None:
+        """The first argument that is a tensor."""
+        return next((value for value in (*self.args, *self.kwargs.values()) if isinstance(value, Tensor)), None)
+
     def plus(self, more: Mapping[str, Any]) -> Call:
         """The same with further arguments."""
         return Call(self.args, {**self.kwargs, **more}) if more else self
@@ -178,7 +183,7 @@ def split(batch: Any, *models: Inputs, where: str) -> Parts:
         if value is not None and not isinstance(value, Tensor):
             raise unfit(where, name, f"of type {type(value).__name__}", "a tensor", "Let the loader yield tensors.")
     calls = tuple(_by_name(entries, model, batch, where) for model in models)
-    return Parts(calls, _as_class_numbers(labels), indices, features)
+    return Parts(calls, _widened(labels), indices, features)
 
 
 def _names_tell(entries: Mapping[str, Any], models: Sequence[Inputs]) -> bool:
@@ -227,15 +232,14 @@ def _by_order(batch: Any, models: Sequence[Inputs], where: str) -> Parts:
         raise unfit(where, "labels", f"of type {type(labels).__name__}", "a tensor", "Let the loader yield tensors.")
     numbers = isinstance(indices, Tensor) and indices.ndim == 1 and not indices.is_floating_point()
     calls = tuple(Call(tuple(values[: len(model.required)])) for model in models)
-    return Parts(calls, _as_class_numbers(labels), indices if numbers else None)
+    return Parts(calls, _widened(labels), indices if numbers else None)
 
 
-def _as_class_numbers(labels: Tensor | None) -> Tensor | None:
-    """Whole numbers of any width as int64, a column (batch, 1) of them as (batch,); other labels stay as they are."""
+def _widened(labels: Tensor | None) -> Tensor | None:
+    """Whole numbers of any width as int64; other labels, and all shapes, stay as they are: what labels mean is the task's."""
     if labels is None or labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         return labels
-    labels = labels.long()
-    return labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
+    return labels.long()
 
 
 def inputs_and_labels(batch: Any) -> tuple[dict[str, Tensor], Tensor | None]:

@@ -23,7 +23,7 @@ FLOORS = [
     "passes.capture passes.structure passes.channels passes.lowering losses runs",
     "passes.pairing passes.pruning passes.extract",
     "passes",
-    "stages evaluation report training.parallel",
+    "stages evaluation report training.parallel training.options",
     "training",
     "compression demo",
     "cli",

@@ -55,6 +55,12 @@ logits_option = click.option(
     type=_Entry(),
     help="Which entry of a dict (key) or tuple (place, from 0) the class scores are, where a model returns several.",
 )
+task_option = click.option(
+    "--task",
+    metavar="TASK",
+    help="What the labels mean: classification, multilabel, regression, segmentation, language, embedding or file.py:task."
+    " [default: what the first batch leaves no doubt about]",
+)
 device_option = click.option(
     "--device",
     default="auto",

@@ -81,7 +81,7 @@ def command(teacher: str, **options: Any) -> None:
     """Make a smaller student of TEACHER and train it: choose widths, shrink, repair, warm up, distil, export.
 
     RUN_DIR gets student.py (class Student: plain PyTorch, yours to edit), student.safetensors and student.onnx. An interrupted run goes
-    on with --resume. After every step a line tells accuracy, MACs, parameters and, for --latency-ms, the time.
+    on with --resume. After every step a line tells how good it is, MACs, parameters and, for --latency-ms, the time.
 
     \b
     Examples:
@@ -107,6 +107,7 @@ def command(teacher: str, **options: Any) -> None:
         val_loader=data.test if data.labelled else None,
         example_inputs=common.example_for((source,), options["input_size"], data),
         logits=options["logits"],
+        task=options["task"],
         export=not options["no_export"],
         resume=options["resume"],
         about={"teacher": teacher, "data": options["data"], **about_data(data)},
@@ -148,10 +149,11 @@ def _tell(steps: tuple[Step, ...]) -> None:
     from indistill_fx.cli.tables import count, plain_table
 
     timed = any(step.latency_ms is not None for step in steps)
-    numbers = ("accuracy", "MACs", "parameters", "divergence", *(("ms",) if timed else ()))
+    metric = next((step.metric for step in steps if step.shown), "accuracy")
+    numbers = (metric, "MACs", "parameters", "divergence", *(("ms",) if timed else ()))
     table = plain_table("step", *numbers, numbers=numbers)
     for step in steps:
-        row = [f"{step.accuracy:.2%}" if step.accuracy is not None else "", count(step.macs), count(step.parameters)]
+        row = [step.shown, count(step.macs), count(step.parameters)]
         row += [f"{step.divergence:.3g}" if step.divergence is not None else ""]
         row += [f"{step.latency_ms:.3g}" if step.latency_ms is not None else ""] if timed else []
         table.add_row(step.name, *row)

@@ -178,6 +178,7 @@ def command(teacher: str, student: str, **options: Any) -> None:
         "val_loader": data.test if data.labelled else None,
         "example_inputs": example,
         "logits": options["logits"],
+        "task": options["task"],
         "resume": options["resume"],
         "allow_changed": options["allow_changed"],
         "feature_cache": options["feature_cache"],

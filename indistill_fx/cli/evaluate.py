@@ -16,6 +16,7 @@ from indistill_fx.cli import common, pictures
 @common.input_option
 @common.trust_option
 @common.logits_option
+@common.task_option
 @common.device_option
 @click.option("--limit", type=click.IntRange(min=1), help="Use only so many samples of each split.")
 @click.option(
@@ -43,6 +44,7 @@ def command(
     tap: str | None,
     as_json: bool,
     logits: str | int | None,
+    task: str | None,
     device: str,
     **options: Any,
 ) -> None:
@@ -67,7 +69,8 @@ def command(
     opened = pictures.open_pictures(data, options, source, progress=True, **more)
     if device == "auto" and (found := torch.accelerator.current_accelerator(check_available=True)) is not None:
         source.module.to(found)
-    result = asdict(evaluate(source.module, opened.test, logits=logits, progress=True))
+    measured = evaluate(source.module, opened.test, task=task, logits=logits, progress=True)
+    result = asdict(measured)
     if retrieval or tap:
         example = common.example_for((source,), inputs, opened)
         place = next((p.device for p in source.module.parameters()), torch.device("cpu"))
@@ -77,8 +80,12 @@ def command(
         click.echo(json.dumps(result, indent=2))
         return
     out = common.console()
-    out.print(
-        f"{model} on {data}: accuracy {100 * result['accuracy']:.2f}%, loss {result['loss']:.4f} on {result['count']:,} samples"
-    )
+    told = f"{measured.metric.title} {measured.metric.text(measured.value)}, loss {measured.loss:.4f}"
+    out.print(f"{model} on {data}: {told} on {measured.count:,} samples")
+    for name, value in measured.metrics.items():
+        if name != measured.metric.name:
+            out.print(f"  {name.replace('_', ' ')}: {value:.4f}")
+    if task is None:
+        common.say(f"Task: {measured.task}, by the first batch's labels.")
     for name, value in result.get("retrieval", {}).items():
         out.print(f"  {name}: {100 * value:.2f}" if isinstance(value, float) else f"  {name}: {value}")

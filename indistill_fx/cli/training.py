@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from indistill_fx.cli.common import Command, console, logits_option, trust_option
+from indistill_fx.cli.common import Command, console, logits_option, task_option, trust_option
 from indistill_fx.cli.pictures import open_pictures, picture_options
 from indistill_fx.errors import ConfigError
-from indistill_fx.training.settings import Settings, about, hints
+from indistill_fx.training.options.settings import Settings, about, hints
 
 if TYPE_CHECKING:
     from indistill_fx.data.dataset import Data
@@ -113,6 +113,7 @@ _TRAINING: tuple[Callable[[Command], Command], ...] = (
     click.option("--no-augment", is_flag=True, help="Leave training images as they are."),
     click.option("--cache", metavar="DIR", help="Keep decoded small images here for the next time."),
     logits_option,
+    task_option,
     click.option("--resume", is_flag=True, help="Go on with the run in RUN_DIR, or begin if there is none."),
     click.option(
         "--allow-changed",
@@ -137,6 +138,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
         "limit",
         "cache",
         "logits",
+        "task",
         "trust",
     ),
     "Training": ("epochs", *(name for name in hints() if about(name).changes_result)),
@@ -184,14 +186,15 @@ def print_run(record: RunRecord, run_dir: str) -> None:
     for stage in record.stages:
         for note in stage.notes:
             out.print(f"{stage.name}: {note}")
-    if record.accuracy is not None:
-        teacher = f", teacher {100 * record.teacher_accuracy:.2f}%" if record.teacher_accuracy is not None else ""
-        best = (
-            f" (best {100 * record.best_accuracy:.2f}% after epoch {record.best_epoch})"
-            if record.best_accuracy is not None
-            else ""
-        )
-        out.print(f"Test accuracy {100 * record.accuracy:.2f}%{best}{teacher}.")
+    metric = record.metric
+    if record.value is not None:
+        teacher = f", teacher {metric.text(record.teacher_value)}" if record.teacher_value is not None else ""
+        best = f" (best {metric.text(record.best)} after epoch {record.best_epoch})" if record.best is not None else ""
+        out.print(f"Test {metric.title} {metric.text(record.value)}{best}{teacher}.")
+        others = {name: value for name, value in (record.metrics or {}).items() if name != metric.name}
+        if others:
+            told = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in others.items())
+            out.print(f"Also {told}.")
     out.print(f"All of it is in {run_dir}; try `indistill-fx export {run_dir} -o student.onnx`.", soft_wrap=True)
 
 
@@ -199,18 +202,18 @@ def print_arms(records: dict[str, RunRecord], run_dir: str) -> None:
     """The table at a comparison's end."""
     from indistill_fx.cli.tables import plain_table
 
-    numbers = ("accuracy", "best", "last loss", "epochs", "seconds")
+    first = next(iter(records.values()))
+    metric = first.metric
+    numbers = (metric.title, "best", "last loss", "epochs", "seconds")
     table = plain_table("trained by", *numbers, numbers=numbers)
     for name, record in records.items():
-        accuracy, best = (
-            f"{100 * value:.2f}%" if value is not None else "" for value in (record.accuracy, record.best_accuracy)
-        )
+        value, best = (metric.text(one) if one is not None else "" for one in (record.value, record.best))
         table.add_row(
-            name, accuracy, best, f"{record.epochs[-1].loss:.4g}", str(len(record.epochs)), f"{record.seconds:.0f}"
+            name, value, best, f"{record.epochs[-1].loss:.4g}", str(len(record.epochs)), f"{record.seconds:.0f}"
         )
     out = console()
-    teacher = next(iter(records.values())).teacher_accuracy
-    out.print(table, f"Teacher: {100 * teacher:.2f}%" if teacher is not None else "")
+    teacher = first.teacher_value
+    out.print(table, f"Teacher: {metric.text(teacher)}" if teacher is not None else "")
     out.print(
         f"A run directory for each is in {run_dir}; try `indistill-fx export {run_dir}/indistill -o student.onnx`.",
         soft_wrap=True,

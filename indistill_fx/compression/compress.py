@@ -15,6 +15,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -23,14 +24,15 @@ from torch import Tensor, nn
 
 from indistill_fx.compression.correspond import plan_of
 from indistill_fx.compression.latency import Clock, Runtime
-from indistill_fx.compression.make_student import Budget, Measure, Step, Untrained, calibration, make_student
+from indistill_fx.compression.make_student import Budget, Measure, Step, Untrained, calibration, make_student, measured
 from indistill_fx.compression.write_source import SOURCE, source_of
 from indistill_fx.curriculum import Curriculum
 from indistill_fx.errors import ConfigError, ExportError, FrontendError
-from indistill_fx.evaluation.accuracy import evaluate
+from indistill_fx.evaluation.accuracy import Evaluation, evaluate
 from indistill_fx.graph.module_state import digest
 from indistill_fx.loading.load import load
 from indistill_fx.loading.spec import parse_spec
+from indistill_fx.losses.task import Task
 from indistill_fx.passes.capture.trace import trace
 from indistill_fx.passes.pruning.criteria import Criterion
 from indistill_fx.plan import AlignmentPlan
@@ -43,8 +45,8 @@ from indistill_fx.runs.signature import is_signed, sign
 from indistill_fx.system.files import read_bounded, save_json
 from indistill_fx.traced import TracedModel
 from indistill_fx.training.distill import distill, examples_of
+from indistill_fx.training.options.settings import Options
 from indistill_fx.training.recipes import RECIPES
-from indistill_fx.training.settings import Options
 
 STORY, START = "compress.json", "start.safetensors"
 
@@ -88,6 +90,7 @@ def compress(
     curriculum: Curriculum | None = None,
     main: str | Callable[..., Tensor] | None = None,
     main_options: Mapping[str, Any] | None = None,
+    task: str | Task | None = None,
     epochs: int | None = None,
     val_loader: Iterable[Any] | None = None,
     example_inputs: Any = None,
@@ -120,8 +123,9 @@ def compress(
         curriculum: the warm-up; by default the recipe's (`RECIPES["compress"]`).
         main: main loss; likewise.
         main_options: of the main loss.
+        task: see `distill`.
         epochs: of the main stage; likewise.
-        val_loader: to measure accuracy on after the steps, and see `distill`.
+        val_loader: to measure on after the steps, and see `distill`.
         example_inputs: to trace a plain module with; by default from the first batch.
         logits: see `distill`.
         export: write student.onnx too.
@@ -147,24 +151,24 @@ def compress(
     request = {"budget": asdict(budget), "clock": asdict(clock), "criterion": str(criterion), "round_to": round_to}
     request |= {"samples": samples, "every_block": every_block}
     identity = {"request": json.loads(json.dumps(request)), "teacher": digest(source)}
-    accuracy = None if val_loader is None else lambda module: evaluate(module, val_loader, logits=logits).accuracy
+    judge = None if val_loader is None else partial(evaluate, loader=val_loader, task=task, logits=logits)
     made = _before(home, identity, model) if resume else None
     if made is None:
         _check_free(home, resume)
-        _check_teacher(source, val_loader, logits)
+        _check_teacher(source, judge)
         batches = calibration(train_loader if calibration_loader is None else calibration_loader, samples)
-        measure = Measure(batches, accuracy, clock if latency_ms is not None else None, say)
+        measure = Measure(batches, judge, clock if latency_ms is not None else None, say)
         untrained = make_student(in_both_modes(model, logits), budget, measure, criterion=criterion, round_to=round_to)
         made = _write(home, model, untrained, identity, every_block, say)
     given = {"curriculum": curriculum, "main": main, "main_options": main_options, "epochs": epochs}
     settings: dict[str, Any] = {**RECIPES["compress"].student, **options}
     settings |= {name: value for name, value in given.items() if value is not None}
-    settings |= {"val_loader": val_loader, "example_inputs": example, "logits": logits, "resume": resume}
+    settings |= {"val_loader": val_loader, "task": task, "example_inputs": example, "logits": logits, "resume": resume}
     told = _about(made, model, about or {})
     record = distill(
         model, made.traced, train_loader, plan=made.plan, run_dir=home, progress=progress, about=told, **settings
     )
-    return _finished(home, model, made, record, accuracy, identity, export, say)
+    return _finished(home, model, made, record, judge, identity, export, say)
 
 
 @dataclass(frozen=True)
@@ -210,11 +214,11 @@ def _check_free(home: Path, resume: bool) -> None:
         )
 
 
-def _check_teacher(teacher: nn.Module, loader: Iterable[Any] | None, logits: str | int | None) -> None:
-    found = evaluate(teacher, loader, logits=logits) if loader is not None else None
+def _check_teacher(teacher: nn.Module, judge: Callable[[nn.Module], Evaluation] | None) -> None:
+    found = judge(teacher) if judge is not None else None
     if found is not None and found.no_better_than_chance:
         raise ConfigError(
-            f"The teacher classifies no better than chance: {found.accuracy:.1%} of {found.count} samples, {found.classes} classes.",
+            f"The teacher classifies no better than chance: {found.value:.1%} of {found.count} samples, {found.classes} classes.",
             where="teacher",
             got=found.accuracy,
             hint="Load its trained weights (MODEL@weights.safetensors), and check that data and model have the same classes.",
@@ -294,16 +298,15 @@ def _finished(
     model: TracedModel,
     made: _Made,
     record: RunRecord,
-    accuracy: Callable[[nn.Module], float] | None,
+    judge: Callable[[nn.Module], Evaluation] | None,
     identity: Mapping[str, Any],
     export: bool,
     say: Callable[[str], None],
 ) -> Compressed:
     last = made.steps[-1]
     student = made.student
-    with torch.no_grad():
-        final = accuracy(student) if accuracy is not None else None
-    steps = (*made.steps, Step("trained", last.macs, last.parameters, None, final, last.latency_ms))
+    told = measured(judge(student)) if judge is not None else {}
+    steps = (*made.steps, Step("trained", last.macs, last.parameters, latency_ms=last.latency_ms, **told))
     say(str(steps[-1]))
     example = tuple(v[:1] if isinstance(v, Tensor) and v.dim() else v for v in model.example_inputs)
     if not made.spec:
@@ -314,9 +317,9 @@ def _finished(
     if export:
         from indistill_fx.deploy.export_onnx import export_onnx
 
-        told = export_onnx(student, home / "student.onnx", example)
+        exported = export_onnx(student, home / "student.onnx", example)
         keep_export(home, parameters=last.parameters, macs=last.macs, size=(home / "student.onnx").stat().st_size)
-        say(f"student.onnx written, {getattr(told, 'size', (home / 'student.onnx').stat().st_size):,} bytes")
+        say(f"student.onnx written, {getattr(exported, 'size', (home / 'student.onnx').stat().st_size):,} bytes")
     story = json.loads(read_bounded(home / STORY, 1 << 26))
     more = {key: story[key] for key in ("widths", "sensitivity", "repaired")}
     _save(home, identity, steps, len(made.steps), made.spec, **more)

@@ -15,6 +15,7 @@ from indistill_fx.compression.latency import Clock, bisect
 from indistill_fx.compression.repair import Repaired, repair
 from indistill_fx.compression.sensitivity import Curve, divergence, sensitivities
 from indistill_fx.errors import ConfigError
+from indistill_fx.evaluation.accuracy import Evaluation
 from indistill_fx.graph.interpret import run_keeping
 from indistill_fx.graph.module_state import evaluating
 from indistill_fx.passes.contract import PassResult
@@ -61,8 +62,10 @@ class Step:
         macs: multiply-accumulates of one sample.
         parameters: their number.
         divergence: KL of the outputs from the teacher's, on the calibration batches; None where it is not measured.
-        accuracy: on the validation data; None where there are none.
+        accuracy: on the validation data; None where there are none, or the task has none.
         latency_ms: on the clock's target; None where it is not measured.
+        metric: which of the task's metrics decides what is best.
+        shown: its value as people write it; empty where it was not measured.
     """
 
     name: str
@@ -71,13 +74,20 @@ class Step:
     divergence: float | None = None
     accuracy: float | None = None
     latency_ms: float | None = None
+    metric: str = "accuracy"
+    shown: str = ""
 
     def __str__(self) -> str:
         parts = [f"{self.macs:,} MACs, {self.parameters:,} parameters"]
-        parts += [f"accuracy {self.accuracy:.2%}"] if self.accuracy is not None else []
+        parts += [f"{self.metric} {self.shown}"] if self.shown else []
         parts += [f"divergence {self.divergence:.3g}"] if self.divergence is not None else []
         parts += [f"{self.latency_ms:.3g} ms"] if self.latency_ms is not None else []
         return f"{self.name}: {', '.join(parts)}"
+
+
+def measured(found: Evaluation) -> dict[str, Any]:
+    """An evaluation as a step tells it."""
+    return {"accuracy": found.accuracy, "metric": found.metric.title, "shown": found.metric.text(found.value)}
 
 
 @dataclass(frozen=True)
@@ -101,24 +111,20 @@ class Untrained:
 
 @dataclass(frozen=True)
 class Measure:
-    """How a step is measured: on these calibration batches, by this accuracy, on this clock."""
+    """How a step is measured: on these calibration batches, on the validation data, on this clock; and by which task."""
 
     batches: Sequence[Any]
-    accuracy: Callable[[nn.Module], float] | None = None
+    evaluate: Callable[[nn.Module], Evaluation] | None = None
     clock: Clock | None = None
     say: Callable[[str], None] = field(default=lambda text: None)
 
     def step(self, name: str, teacher: TracedModel, model: TracedModel, latency_ms: float | None = None) -> Step:
         """Measure a step, and tell it."""
         graph = model.graph_module
-        found = Step(
-            name,
-            model.macs,
-            sum(parameter.numel() for parameter in graph.parameters()),
-            self.divergence(teacher, model) if model is not teacher else None,
-            self.accuracy(graph) if self.accuracy is not None else None,
-            latency_ms,
-        )
+        parameters = sum(parameter.numel() for parameter in graph.parameters())
+        apart = self.divergence(teacher, model) if model is not teacher else None
+        told = measured(self.evaluate(graph)) if self.evaluate is not None else {}
+        found = Step(name, model.macs, parameters, apart, latency_ms=latency_ms, **told)
         self.say(str(found))
         return found
 

@@ -1,70 +1,138 @@
-"""How good a trained model is: accuracy and loss on a test set."""
+"""How good a trained model is: its task's metrics and loss on a test set."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from indistill_fx.batch import Inputs, split
 from indistill_fx.errors import ConfigError
 from indistill_fx.graph.module_state import evaluating
+from indistill_fx.losses.base import widened
+from indistill_fx.losses.choose_task import choose_task
+from indistill_fx.losses.task import Classification, Task
+from indistill_fx.runs.record import MetricFacts
 from indistill_fx.system.terminal import followed
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Accuracy (0 to 1), mean cross-entropy, number of samples and of classes of a test set."""
+    """How good a model is on a test set.
 
-    accuracy: float
+    Attributes:
+        accuracy: 0 to 1; None where the task has none.
+        loss: the task's supervised loss, a mean over samples and positions.
+        count: number of samples.
+        classes: outputs of the model: classes, labels, values, the vocabulary.
+        task: what the labels mean.
+        metrics: all of the task's, by name; the first one decides what is best.
+        metric: that one.
+    """
+
+    accuracy: float | None
     loss: float
     count: int
     classes: int
+    task: str = "classification"
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    metric: MetricFacts = field(default_factory=MetricFacts)
+
+    @property
+    def value(self) -> float:
+        """The metric that decides; the loss where there is none."""
+        return self.metrics.get(self.metric.name, self.loss)
 
     @property
     def no_better_than_chance(self) -> bool:
-        """Whether it is within five points of what guessing one of the classes gets."""
-        return self.accuracy < 1 / self.classes + 0.05
+        """Whether a classifier's accuracy is within five points of what guessing one of the classes gets."""
+        return self.accuracy is not None and self.accuracy < 1 / self.classes + 0.05
 
 
 def evaluate(
     module: nn.Module,
     loader: Iterable[Any],
     *,
+    task: str | Task | None = None,
     device: torch.device | str | None = None,
     logits: str | int | None = None,
     progress: bool = False,
 ) -> Evaluation:
-    """Classify a whole test set in eval mode, without gradients; the module is left as it was found.
+    """Measure a module on a whole test set in eval mode, without gradients; the module is left as it was found.
 
     Args:
-        module: inputs -> logits (batch, classes).
+        module: inputs -> logits (batch, classes), or what else the task reads.
         loader: batches (inputs, labels, …), or dicts of inputs by name with `labels`.
+        task: what the labels mean: a name, `file.py:task` or a `Task`; None: what the first batch leaves no doubt about.
         device: where to compute; the default is where the module lies. The module is not moved.
         logits: which entry of a dict (key) or tuple (place) the logits are.
         progress: show a bar where standard error is a terminal.
 
     Returns:
-        Accuracy, loss, count, classes.
+        Metrics, loss, count, classes.
 
     Raises:
-        ConfigError: no batches, no logits, or a label beyond the classes.
+        ConfigError: no batches, no logits, or labels that are none of the task's.
     """
-    correct, loss, count, classes = 0, 0.0, 0, 0
-    for outputs, labels in _outputs(module, loader, device, progress):
-        scores = select_logits(outputs, logits)
-        _check_labels(labels, scores)
-        loss += F.cross_entropy(scores.float(), labels, reduction="sum").item()
-        correct += int((scores.argmax(1) == labels).sum())
+    loss, count, counted, classes = 0.0, 0, 0, 0
+    metrics: dict[str, Metric] = {}
+    chosen: Task | None = None
+    for outputs, labels, inputs in _outputs(module, loader, device, progress):
+        scores = widened(select_logits(outputs, logits))
+        if chosen is None:
+            chosen = choose_task(task, scores, labels, inputs)
+            if not chosen.labelled:
+                raise _unmeasured(chosen)
+        scores, known = chosen.prepare(scores, labels)
+        assert known is not None
+        chosen.check(scores, known)
+        if not metrics:
+            metrics = {name: metric.to(scores.device) for name, metric in chosen.metrics(scores.shape[1]).items()}
+        total, over = chosen.total(scores, known)
+        loss, counted = loss + total.item(), counted + over
+        for metric in metrics.values():
+            chosen.measure(metric, scores, known)
         count, classes = count + len(labels), scores.shape[1]
-    if not count:
+    if chosen is None:
         raise ConfigError("The loader has no batches to evaluate on.", where="loader", got=0, expected="at least 1")
-    return Evaluation(correct / count, loss / count, count, classes)
+    values = {name: float(metric.compute()) for name, metric in metrics.items()}
+    accuracy, facts = values.get("accuracy"), deciding_metric(chosen, classes)
+    return Evaluation(accuracy, loss / max(counted, 1), count, classes, chosen.name, values, facts)
+
+
+def deciding_metric(task: Task, outputs: int) -> MetricFacts:
+    """The first of a task's metrics for models of so many outputs; of a task without any, its loss.
+
+    Raises:
+        ConfigError: a task of the user's own does not say which way is up.
+    """
+    name, metric = next(iter(task.metrics(outputs).items()), ("loss", None))
+    if metric is None:
+        return MetricFacts(name, higher_is_better=False, share=False)
+    if metric.higher_is_better is None:
+        raise ConfigError(
+            f"Metric `{name}` of task `{task.name}` does not say which way is up.",
+            where=name,
+            expected="True or False",
+            hint="Set `higher_is_better` in its class, or put another metric first.",
+        )
+    return MetricFacts(name, metric.higher_is_better, metric.plot_upper_bound == 1.0)
+
+
+def _unmeasured(task: Task) -> ConfigError:
+    return ConfigError(
+        f"Task `{task.name}` reads no labels, so there is nothing to measure by them.",
+        where="task",
+        got=task.name,
+        hint="Name the task that the labels are of (--task), or measure features: --retrieval.",
+    )
 
 
 def embed(
@@ -86,7 +154,8 @@ def embed(
     Returns:
         Features (count, width), flattened per sample, and labels (count,), both on the CPU.
     """
-    batches = [(f.flatten(1).cpu(), labels.cpu()) for f, labels in _outputs(module, loader, device, progress)]
+    found = _outputs(module, loader, device, progress)
+    batches = [(f.flatten(1).cpu(), Classification().read(labels).cpu()) for f, labels, _ in found]
     if not batches:
         raise ConfigError("The loader has no batches to embed.", where="loader", got=0, expected="at least 1")
     features, labels = zip(*batches, strict=True)
@@ -102,10 +171,10 @@ def select_logits(outputs: Any, logits: str | int | None = None) -> Tensor:
             student of which only one returns several.
 
     Returns:
-        (batch, classes).
+        (batch, …): what it means is the task's.
 
     Raises:
-        ConfigError: there is no such entry, or it is no (batch, classes) tensor.
+        ConfigError: there is no such entry, or it is no tensor.
     """
     value = outputs
     if logits is not None and not isinstance(outputs, Tensor):
@@ -113,7 +182,7 @@ def select_logits(outputs: Any, logits: str | int | None = None) -> Tensor:
             value = outputs[logits]
         except (KeyError, IndexError, TypeError):
             value = getattr(outputs, str(logits), None)
-    if isinstance(value, Tensor) and value.ndim == 2:
+    if isinstance(value, Tensor) and value.ndim:
         return value
     shown = (
         f"a dict of {', '.join(map(str, outputs))}" if isinstance(outputs, Mapping) else f"a {type(outputs).__name__}"
@@ -123,14 +192,15 @@ def select_logits(outputs: Any, logits: str | int | None = None) -> Tensor:
         f"The model gives {shown}, " + ("not logits." if logits is None else f"in which {logits!r} is not the logits."),
         where="logits",
         got=type(value).__name__,
-        expected="a tensor (batch, classes)",
+        expected="a tensor (batch, …)",
         hint="Say which entry holds the logits: logits=KEY (--logits KEY).",
     )
 
 
 def _outputs(
     module: nn.Module | Callable[..., Any], loader: Iterable[Any], device: torch.device | str | None, progress: bool
-) -> Iterator[tuple[Any, Tensor]]:
+) -> Iterator[tuple[Any, Tensor, Tensor | None]]:
+    """Of every batch: what the module gives, the labels, and the first input."""
     owner = module if isinstance(module, nn.Module) else getattr(module, "__self__", None)
     owner = owner if isinstance(owner, nn.Module) else nn.Module()
     if device is None:
@@ -146,16 +216,4 @@ def _outputs(
                     got=type(batch).__name__,
                     hint="Let the loader yield (inputs, labels), or a dict of inputs by name with `labels`.",
                 )
-            yield parts.calls[0](module), parts.labels
-
-
-def _check_labels(labels: Tensor, scores: Tensor) -> None:
-    wrong = labels[(labels < 0) | (labels >= scores.shape[1])]
-    if len(wrong):
-        raise ConfigError(
-            f"Label {int(wrong[0])} is out of range: the model has {scores.shape[1]} classes.",
-            where="labels",
-            got=int(wrong[0]),
-            expected=f"0 to {scores.shape[1] - 1}",
-            hint="Check that model and data have the same classes.",
-        )
+            yield parts.calls[0](module), parts.labels, parts.calls[0].first

@@ -18,7 +18,7 @@ from indistill_fx.losses.features import ATLoss, FitNetLoss, VIDLoss
 from indistill_fx.losses.logits import CWDLoss, DISTLoss, DKDLoss, KDLoss, LabelsLoss, MLKDLoss
 from indistill_fx.losses.relations import PKTKLLoss, PKTLoss, RKDLoss, SPLoss
 from indistill_fx.losses.review import ReviewKDLoss
-from indistill_fx.losses.task import Task
+from indistill_fx.losses.task import Classification, Task
 from indistill_fx.losses.warmup import ATWarmup, CosineWarmup, MSEWarmup, PKTWarmup, WarmupLoss
 from indistill_fx.system.user_code import load_object
 
@@ -59,11 +59,12 @@ class UserLoss(Criterion):
         function: (student `Outputs`, teacher `Outputs`, labels) → scalar. Without attributes it is taken to read everything but
             indices.
         options: its keyword arguments.
+        task: what the labels mean; the function gets them as the task reads them.
     """
 
-    def __init__(self, function: Callable[..., Tensor], options: Mapping[str, Any]):
+    def __init__(self, function: Callable[..., Tensor], options: Mapping[str, Any], task: Task):
         super().__init__()
-        self.function, self.options = function, dict(options)
+        self.function, self.options, self.task = function, dict(options), task
         self.needs = frozenset(getattr(function, "needs", _EVERYTHING))
         self.needs_indices = bool(getattr(function, "needs_indices", False))
         self.weight_labels = float(getattr(function, "weight_labels", 1.0))
@@ -71,7 +72,7 @@ class UserLoss(Criterion):
 
     def forward(self, student: Outputs, teacher: Outputs, labels: Tensor | None = None) -> Tensor:
         """The user's scalar."""
-        return self.function(student, teacher, labels, **self.options)
+        return self.function(student, teacher, None if labels is None else self.task.read(labels), **self.options)
 
 
 class UserWarmup(WarmupLoss):
@@ -127,7 +128,7 @@ def main_loss(
         student_shapes: pair name -> shape with the batch axis, and `EMBEDDING` -> the penultimate vector's; read by
             losses with weights of their own (fitnet, vid, crd).
         teacher_shapes: likewise.
-        task: what the labels mean; classification if None. A loss of the user's own reads labels as they come.
+        task: what the labels mean; classification if None.
         options: the loss's own keyword arguments.
 
     Returns:
@@ -137,7 +138,7 @@ def main_loss(
         ConfigError: an unknown name or option (the message lists the legal ones), or a loss that does not fit the task.
     """
     if not isinstance(loss, str) or loss not in MAIN_LOSSES:
-        return UserLoss(*_users(loss, MAIN_LOSSES, "main loss", options))
+        return UserLoss(*_users(loss, MAIN_LOSSES, "main loss", options), task or Classification())
     kind = MAIN_LOSSES[loss]
     if kind.needs_shapes:
         options = {"student_shapes": student_shapes or {}, "teacher_shapes": teacher_shapes or {}, **options}

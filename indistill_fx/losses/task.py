@@ -6,17 +6,15 @@ Whatever reads logits (the losses, validation, export) asks the task, and nothin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from indistill_fx.errors import ConfigError, nearest
+from indistill_fx.errors import ConfigError
 from indistill_fx.losses.positions import IGNORED, are_classes, counted, mean_over
-from indistill_fx.system.user_code import load_object
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
@@ -37,6 +35,10 @@ class Task:
     by_class: ClassVar[bool] = False
     labelled: ClassVar[bool] = True
 
+    def read(self, labels: Tensor) -> Tensor:
+        """Labels of a batch in the task's own form, whoever reads them then: a loss of the user's own, or `prepare`."""
+        return labels
+
     def prepare(self, logits: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Logits as (batch, outputs, *positions), and the labels that go with them."""
         return logits, labels
@@ -52,6 +54,14 @@ class Task:
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The supervised loss, a scalar: a mean over samples and positions, of prepared logits and labels."""
         raise NotImplementedError
+
+    def total(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, int]:
+        """The supervised loss as a sum, and over how many it is, for a mean over several batches."""
+        return self.loss(logits, labels) * len(labels), len(labels)
+
+    def decisions(self, logits: Tensor) -> Tensor | None:
+        """What prepared logits say in the end, in whole numbers, such as class numbers (batch, *positions); None where values are all."""
+        return None
 
     def divergence(self, student: Tensor, teacher: Tensor, labels: Tensor | None, temperature: float) -> Tensor:
         """How far the student's prepared logits are from the teacher's, a scalar; what `kd` minimises."""
@@ -76,15 +86,26 @@ class Classification(Task):
     name: ClassVar[str] = "classification"
     by_class: ClassVar[bool] = True
 
+    def read(self, labels: Tensor) -> Tensor:
+        """Class numbers as int64, a column (batch, 1) of them as (batch,)."""
+        if labels.is_floating_point():
+            return labels
+        return (labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels).long()
+
+    def prepare(self, logits: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """See `read`."""
+        return logits, self.read(labels) if labels is not None else None
+
     def check(self, logits: Tensor, labels: Tensor) -> None:
         """See `Task`."""
-        if logits.ndim < 2 or not are_classes(labels, logits):
+        if not are_classes(labels, logits):
+            _check_probabilities(labels)
             return
         known = labels[labels != IGNORED]
         if known.numel() and not 0 <= int(known.min()) <= int(known.max()) < logits.shape[1]:
             wrong = int(known.min()) if int(known.min()) < 0 else int(known.max())
             raise ConfigError(
-                f"A label is {wrong}, but the model has {logits.shape[1]} classes, 0 to {logits.shape[1] - 1}.",
+                f"Label {wrong} is out of range: the model has {logits.shape[1]} classes.",
                 where="labels",
                 got=wrong,
                 expected=f"0 to {logits.shape[1] - 1}, or {IGNORED} for what does not count",
@@ -93,10 +114,20 @@ class Classification(Task):
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy; `IGNORED` does not count, and where nothing counts it is 0."""
-        if counted(labels, logits) is None:
+        mask = counted(labels, logits)
+        if mask is None:
             return F.cross_entropy(logits, labels)
-        mask = labels != IGNORED
         return F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORED) / mask.sum().clamp(min=1)
+
+    def total(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, int]:
+        """See `Task`."""
+        mask = counted(labels, logits)
+        positions = logits.numel() // logits.shape[1] if mask is None else int(mask.sum())
+        return F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORED), positions
+
+    def decisions(self, logits: Tensor) -> Tensor | None:
+        """The largest class."""
+        return logits.argmax(1)
 
     def divergence(self, student: Tensor, teacher: Tensor, labels: Tensor | None, temperature: float) -> Tensor:
         """See the class."""
@@ -106,9 +137,9 @@ class Classification(Task):
 
     def metrics(self, outputs: int) -> dict[str, Metric]:
         """Accuracy."""
-        from torchmetrics.classification import MulticlassAccuracy
+        from indistill_fx.losses.metrics import Accuracy
 
-        return {"accuracy": MulticlassAccuracy(outputs, average="micro", ignore_index=IGNORED)}
+        return {"accuracy": Accuracy()}
 
     def measure(self, metric: Metric, logits: Tensor, labels: Tensor) -> None:
         """Probabilities count as their largest class."""
@@ -122,22 +153,20 @@ class Segmentation(Classification):
     name: ClassVar[str] = "segmentation"
     void: int = 255
 
-    def prepare(self, logits: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def read(self, labels: Tensor) -> Tensor:
         """The void label becomes `IGNORED`; labels (batch, 1, height, width) lose their axis of one."""
-        if labels is None or labels.is_floating_point():
-            return logits, labels
-        if labels.ndim == logits.ndim and labels.shape[1] == 1:
-            labels = labels[:, 0]
-        return logits, labels.long().masked_fill(labels == self.void, IGNORED)
+        if labels.is_floating_point():
+            return labels
+        labels = labels[:, 0] if labels.ndim == 4 and labels.shape[1] == 1 else labels
+        return labels.long().masked_fill(labels == self.void, IGNORED)
 
     def metrics(self, outputs: int) -> dict[str, Metric]:
         """Mean intersection over union, and accuracy over pixels."""
-        from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
+        from torchmetrics.classification import MulticlassJaccardIndex
 
-        return {
-            "mean_iou": MulticlassJaccardIndex(outputs, ignore_index=IGNORED),
-            "pixel_accuracy": MulticlassAccuracy(outputs, average="micro", ignore_index=IGNORED),
-        }
+        from indistill_fx.losses.metrics import Accuracy
+
+        return {"mean_iou": MulticlassJaccardIndex(outputs, ignore_index=IGNORED), "pixel_accuracy": Accuracy()}
 
 
 @dataclass(frozen=True)
@@ -151,6 +180,10 @@ class Language(Classification):
 
     name: ClassVar[str] = "language"
     shift: bool = True
+
+    def read(self, labels: Tensor) -> Tensor:
+        """As int64."""
+        return labels.long()
 
     def prepare(self, logits: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """(batch, vocabulary, length)."""
@@ -174,14 +207,16 @@ class Language(Classification):
 class MultiLabel(Task):
     """Any number of labels a sample: logits (batch, labels, *positions), labels 0 or 1 (or probabilities) of the same shape.
 
+    Where there is one label, (batch,) is as good as (batch, 1).
+
     The divergence is T^2 times the mean over all labels of the KL of Bernoulli(sigmoid(z_t / T)) from Bernoulli(sigmoid(z_s / T)).
     """
 
     name: ClassVar[str] = "multilabel"
 
     def prepare(self, logits: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Labels in the logits' dtype."""
-        return logits, labels.to(logits.dtype) if labels is not None else None
+        """Labels in the logits' dtype; (batch,) is one label a sample."""
+        return _with_column(logits, labels)
 
     def check(self, logits: Tensor, labels: Tensor) -> None:
         """See `Task`."""
@@ -199,6 +234,10 @@ class MultiLabel(Task):
         """Binary cross-entropy, the mean over samples and labels."""
         return F.binary_cross_entropy_with_logits(logits, labels)
 
+    def decisions(self, logits: Tensor) -> Tensor | None:
+        """Which labels are more likely than not."""
+        return (logits > 0).long()
+
     def divergence(self, student: Tensor, teacher: Tensor, labels: Tensor | None, temperature: float) -> Tensor:
         """See the class."""
         z_s, z_t = student / temperature, teacher / temperature
@@ -208,8 +247,15 @@ class MultiLabel(Task):
 
     def metrics(self, outputs: int) -> dict[str, Metric]:
         """Mean average precision over labels, and macro F1 at probability 1/2."""
-        from torchmetrics.classification import MultilabelAveragePrecision, MultilabelF1Score
+        from torchmetrics.classification import (
+            BinaryAveragePrecision,
+            BinaryF1Score,
+            MultilabelAveragePrecision,
+            MultilabelF1Score,
+        )
 
+        if outputs == 1:
+            return {"average_precision": BinaryAveragePrecision(), "f1": BinaryF1Score()}
         return {"mean_average_precision": MultilabelAveragePrecision(outputs), "f1": MultilabelF1Score(outputs)}
 
     def measure(self, metric: Metric, logits: Tensor, labels: Tensor) -> None:
@@ -228,13 +274,7 @@ class Regression(Task):
 
     def prepare(self, logits: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Labels in the outputs' dtype; one value a sample as (batch, 1)."""
-        if logits.ndim == 1:
-            logits = logits[:, None]
-        if labels is None:
-            return logits, None
-        if labels.ndim == logits.ndim - 1 and logits.shape[1] == 1:
-            labels = labels.unsqueeze(1)
-        return logits, labels.to(logits.dtype)
+        return _with_column(logits, labels)
 
     def check(self, logits: Tensor, labels: Tensor) -> None:
         """See `Task`."""
@@ -280,87 +320,16 @@ class Embedding(Task):
         return {}
 
 
-TASKS: Mapping[str, Callable[[], Task]] = {
-    "classification": Classification,
-    "multilabel": MultiLabel,
-    "regression": Regression,
-    "segmentation": Segmentation,
-    "language": Language,
-    "embedding": Embedding,
-}
-
-
-def task_of(task: str | Task) -> Task:
-    """The task of that name, of `file.py:task`, or the one given.
-
-    Raises:
-        ConfigError: an unknown name, or something that is no `Task`; lists the known ones.
-    """
-    if isinstance(task, str) and task in TASKS:
-        return TASKS[task]()
-    if isinstance(task, str) and ":" not in task:
+def _check_probabilities(labels: Tensor) -> None:
+    sums = labels.sum(1)
+    if not bool((labels >= 0).all()) or not torch.allclose(sums, torch.ones_like(sums), atol=1e-2):
         raise ConfigError(
-            f"{task!r} is no task.",
-            where="task",
-            got=task,
-            expected=sorted(TASKS),
-            hint=f"{nearest(task, TASKS)} Known: {', '.join(TASKS)}, or file.py:task for your own.",
+            "Labels that are numbers of every class must be probabilities, but a sample's do not sum to 1.",
+            where="labels",
+            got=sums.flatten()[0].item(),
+            expected="class numbers, or probabilities that sum to 1",
+            hint="Any number of labels a sample is --task multilabel, measured values are --task regression.",
         )
-    found: Any = load_object(task) if isinstance(task, str) else task
-    found = found() if isinstance(found, type) else found
-    if not isinstance(found, Task):
-        raise ConfigError(
-            f"A task must be a `Task`, not a {type(found).__name__}.",
-            where="task",
-            got=type(found).__name__,
-            hint="Derive a class from indistill_fx.Task.",
-        )
-    return found
-
-
-def infer_task(logits: Tensor, labels: Tensor | None) -> Task:
-    """The task that a model's output and the labels of one batch leave no doubt about.
-
-    Rules, in order:
-      1. No labels: embedding.
-      2. Class numbers (batch,) and logits (batch, classes): classification. A column (batch, 1) of them too.
-      3. Class numbers (batch, height, width) and logits (batch, classes, height, width): segmentation.
-      4. Class numbers (batch, length) and logits (batch, length, vocabulary): language.
-      5. Floating-point labels of the logits' shape: classification if every row sums to 1, multilabel if all are 0 or 1, else regression;
-         whole numbers of 0 and 1 of that shape are multilabel too.
-      6. Floating-point labels (batch,) and one output a sample: regression.
-
-    Raises:
-        ConfigError: none of them.
-    """
-    if labels is None:
-        return Embedding()
-    classes = not labels.is_floating_point()
-    if classes and logits.ndim == 2 and labels.numel() == len(logits):
-        return Classification()
-    if classes and logits.ndim == 4 and labels.shape == logits.shape[:1] + logits.shape[2:]:
-        return Segmentation()
-    if classes and logits.ndim == 3 and labels.shape == logits.shape[:2]:
-        return Language()
-    if labels.shape == logits.shape:
-        binary = bool(((labels == 0) | (labels == 1)).all())
-        if not classes and logits.ndim == 2 and logits.shape[1] > 1:
-            sums = labels.sum(1)
-            if torch.allclose(sums, torch.ones_like(sums), atol=1e-4) and bool((labels >= 0).all()):
-                return Classification()
-        if binary:
-            return MultiLabel()
-        if not classes:
-            return Regression()
-    if not classes and labels.numel() == logits.numel() == len(logits):
-        return Regression()
-    raise ConfigError(
-        f"Labels of shape {tuple(labels.shape)} ({str(labels.dtype).removeprefix('torch.')}) and outputs of shape "
-        f"{tuple(logits.shape)} are of no task that can be told from them.",
-        where="labels",
-        got=tuple(labels.shape),
-        hint=f"Name it with task=… (--task): {', '.join(TASKS)}, or file.py:task for your own.",
-    )
 
 
 def _same_shape(task: Task, logits: Tensor, labels: Tensor) -> None:
@@ -372,3 +341,14 @@ def _same_shape(task: Task, logits: Tensor, labels: Tensor) -> None:
             expected=tuple(logits.shape),
             hint="Let the loader give one value for each output, or name another task (--task).",
         )
+
+
+def _with_column(logits: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Logits (batch,) as (batch, 1), and labels in their dtype, with such an axis of one where the logits have it."""
+    if logits.ndim == 1:
+        logits = logits[:, None]
+    if labels is None:
+        return logits, None
+    if labels.ndim == logits.ndim - 1 and logits.shape[1] == 1:
+        labels = labels.unsqueeze(1)
+    return logits, labels.to(logits.dtype)

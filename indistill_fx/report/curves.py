@@ -18,13 +18,9 @@ def charts_of(runs: Sequence[Run]) -> list[Chart]:
         runs: to compare; or one.
     """
     charts = [
-        Chart(
-            "Validation accuracy", "epoch of the whole run", _over_run(runs, lambda epoch: epoch.accuracy), percent=True
-        ),
+        *_metric_charts(runs),
         Chart("Validation loss", "epoch of the whole run", _over_run(runs, lambda epoch: epoch.val_loss)),
     ]
-    if charts[0].curves:
-        charts[0] = Chart(charts[0].title, charts[0].across, (*charts[0].curves, *_teachers(runs)), percent=True)
     for stage in dict.fromkeys(phase.name for run in runs for phase in run.phases):
         curves = [
             Curve(
@@ -43,19 +39,32 @@ def charts_of(runs: Sequence[Run]) -> list[Chart]:
     return [chart for chart in charts if any(curve.points for curve in chart.curves)]
 
 
+def _metric_charts(runs: Sequence[Run]) -> list[Chart]:
+    """One for every metric that decides in some of the runs."""
+    charts = []
+    for metric in dict.fromkeys(run.metric for run in runs):
+        own = [run if run.metric == metric else None for run in runs]
+        curves = _over_run(own, lambda epoch: epoch.value)
+        if curves:
+            levels = _teachers([run for run in own if run is not None])
+            title = f"Validation {metric.title}"
+            charts.append(Chart(title, "epoch of the whole run", (*curves, *levels), percent=metric.share))
+    return charts
+
+
 def _teachers(runs: Sequence[Run]) -> list[Curve]:
     """A level for every teacher; those of a chain differ."""
     levels: dict[float, list[str]] = {}
     for run in runs:
-        if run.teacher_accuracy is not None:
-            levels.setdefault(run.teacher_accuracy, []).append(run.name)
+        if run.teacher_value is not None:
+            levels.setdefault(run.teacher_value, []).append(run.name)
     if len(levels) == 1:
         name = "the distilled runs' teacher" if len(runs) > 1 else "teacher"
         return [Curve(name, ((1.0, next(iter(levels))),), level=True)]
     return [Curve(f"teacher of {', '.join(names)}", ((1.0, level),), level=True) for level, names in levels.items()]
 
 
-def _over_run(runs: Sequence[Run], value: Callable[[Epoch], float | None]) -> tuple[Curve, ...]:
+def _over_run(runs: Sequence[Run | None], value: Callable[[Epoch], float | None]) -> tuple[Curve, ...]:
     curves = [
         Curve(
             run.name,
@@ -63,6 +72,7 @@ def _over_run(runs: Sequence[Run], value: Callable[[Epoch], float | None]) -> tu
             colour=number,
         )
         for number, run in enumerate(runs)
+        if run is not None
     ]
     return tuple(curve for curve in curves if curve.points)
 

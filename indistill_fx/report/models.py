@@ -29,13 +29,19 @@ class ModelRow:
         label: the run's name, or `teacher`.
         role: teacher, assistant or student.
         model: its class; empty if unknown.
-        cells: one per column of `COLUMNS`.
+        cells: one per column of `columns`.
     """
 
     label: str
     role: str
     model: str
     cells: tuple[str, ...]
+
+
+def columns(runs: Sequence[Run]) -> tuple[str, ...]:
+    """Names of the cells: `COLUMNS`, with the metric that decides in its place."""
+    titles = dict.fromkeys(run.metric.title for run in runs)
+    return (" / ".join(titles).capitalize(), *COLUMNS[1:])
 
 
 def role_of(run: Run, runs: Sequence[Run]) -> str:
@@ -46,7 +52,7 @@ def role_of(run: Run, runs: Sequence[Run]) -> str:
       2. A run called `teacher` that had none is a teacher; every other model is a student.
     """
     own = run.student
-    taught = run.teacher is not None or run.teacher_accuracy is not None
+    taught = run.teacher is not None or run.teacher_value is not None
     if own is not None and own != run.teacher and any(other.teacher == own for other in runs if other is not run):
         return "assistant" if taught else "teacher"
     return "teacher" if run.name == "teacher" and not taught else "student"
@@ -59,7 +65,7 @@ def model_rows(runs: Sequence[Run]) -> list[ModelRow]:
     seen: list[ModelFacts | None] = []
     for run in runs:
         foreign = run.teacher not in trained if run.teacher else all(role_of(r, runs) == "student" for r in runs)
-        if (run.teacher or run.teacher_accuracy is not None) and foreign and run.teacher not in seen:
+        if (run.teacher or run.teacher_value is not None) and foreign and run.teacher not in seen:
             seen.append(run.teacher)
             rows.append(_foreign(run))
     return rows + [_own(run, runs) for run in runs]
@@ -77,7 +83,7 @@ def _foreign(run: Run) -> ModelRow:
     facts = run.teacher
     told = run.teacher_export
     cells = (
-        numbers.percent(run.teacher_accuracy),
+        numbers.measured(run.teacher_value, share=run.metric.share),
         "–",
         numbers.short(facts.parameters if facts else None),
         numbers.short(facts.macs if facts else told.get("macs")),
@@ -93,8 +99,8 @@ def _own(run: Run, runs: Sequence[Run]) -> ModelRow:
     as_teacher = next((other.teacher for other in runs if facts is not None and other.teacher == facts), None)
     macs = next((f.macs for f in (facts, as_teacher) if f is not None and f.macs is not None), run.export.get("macs"))
     cells = (
-        numbers.percent(run.accuracy),
-        numbers.percent(run.best),
+        numbers.measured(run.value, share=run.metric.share),
+        numbers.measured(run.best, share=run.metric.share),
         numbers.short(facts.parameters if facts else run.parameters),
         numbers.short(macs),
         numbers.size(run.weights),

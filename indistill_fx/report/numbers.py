@@ -26,6 +26,15 @@ def percent(value: float | None, digits: int = 2) -> str:
     return "–" if value is None else f"{100 * value:.{digits}f}%"
 
 
+def measured(value: float | None, *, share: bool) -> str:
+    """A metric's value.
+
+    >>> measured(0.98592, share=True), measured(0.98592, share=False), measured(None, share=True)
+    ('98.59%', '0.9859', '–')
+    """
+    return percent(value) if share else "–" if value is None else f"{value:.4g}"
+
+
 def size(value: float | None) -> str:
     """Bytes.
 

@@ -22,7 +22,7 @@ from indistill_fx.plan import AlignmentPlan
 from indistill_fx.report import numbers
 from indistill_fx.report.alignment_view import Alignment, Match, see, see_plan
 from indistill_fx.report.curves import charts_of, curves_svg
-from indistill_fx.report.models import COLUMNS, model_rows, note, role_of
+from indistill_fx.report.models import columns, model_rows, note, role_of
 from indistill_fx.report.palette import GRADES, PAGE, grade
 from indistill_fx.report.pictures import kept_svg
 from indistill_fx.report.read_runs import Run, read_runs
@@ -113,7 +113,7 @@ def run_page(run_dir: str | os.PathLike[str]) -> str:
         limit=_LINES,
         cut=f"Of every run the first {_LINES} epochs; metrics.jsonl has all." if epochs > _LINES else "",
         models=model_rows(runs),
-        model_columns=COLUMNS,
+        model_columns=columns(runs),
         model_note=note(runs),
         plan_text=plan.model_dump_json(indent=2) if plan is not None else "",
     )
@@ -154,13 +154,18 @@ def _data(alignment: Alignment) -> dict[str, Any]:
 
 def _tiles(runs: Sequence[Run]) -> list[dict[str, str]]:
     students = [run for run in runs if role_of(run, runs) == "student"] or runs
-    best = max((run.accuracy for run in students if run.accuracy is not None), default=None)
-    names = ", ".join(run.name for run in students if best is not None and run.accuracy == best)
-    teacher = next((run.teacher_accuracy for run in runs if run.teacher_accuracy is not None), None)
+    metric = students[0].metric
+    alike = [run for run in students if run.metric == metric and run.value is not None]
+    choose = max if metric.higher_is_better else min
+    best = choose((run.value for run in alike if run.value is not None), default=None)
+    names = ", ".join(run.name for run in alike if run.value == best)
+    teacher = next((run.teacher_value for run in runs if run.metric == metric and run.teacher_value is not None), None)
     known = [run.weights for run in students if run.weights is not None]
     tiles = {
-        ("accuracy" if len(runs) == 1 else f"best student's accuracy: {names or 'none'}"): (numbers.percent(best)),
-        "teacher's accuracy": numbers.percent(teacher),
+        (metric.title if len(runs) == 1 else f"best student's {metric.title}: {names or 'none'}"): numbers.measured(
+            best, share=metric.share
+        ),
+        f"teacher's {metric.title}": numbers.measured(teacher, share=metric.share),
         "epochs trained": str(sum(len(run.epochs) for run in runs)),
         "spent training": numbers.duration(sum(run.seconds for run in runs)),
         "student's weights on disk": numbers.size(min(known)) if known else "–",

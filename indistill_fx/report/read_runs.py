@@ -15,6 +15,7 @@ from typing import Any
 from indistill_fx.errors import ConfigError
 from indistill_fx.plan import AlignmentPlan
 from indistill_fx.runs.directory import EXPORT, MOST_BYTES, STUDENT
+from indistill_fx.runs.record import MetricFacts
 from indistill_fx.system.files import read_bounded, read_lines, require_regular
 
 _SCHEDULED = re.compile(r"^(?P<stage>.*): (?:at most )?(?P<length>\d+) (?P<unit>epoch|step)s?\b")
@@ -23,14 +24,14 @@ _SCHEDULED = re.compile(r"^(?P<stage>.*): (?:at most )?(?P<length>\d+) (?P<unit>
 
 @dataclass(frozen=True, slots=True)
 class Epoch:
-    """One line of metrics.jsonl; None: not measured, or not a number."""
+    """One line of metrics.jsonl, with the deciding metric's value; None: not measured, or not a number."""
 
     stage: str
     epoch: int
     loss: float | None
     learning_rate: float | None
     seconds: float | None
-    accuracy: float | None
+    value: float | None
     val_loss: float | None
 
 
@@ -81,6 +82,7 @@ class Run:
         name: of its directory.
         status: done, running, stopped, failed; `unknown` where nothing says.
         told: run.json.
+        metric: which of the task's metrics decides what is best.
         phases: in order.
         plan: if there is one.
         weights: bytes of the trained student; None if there is none.
@@ -95,6 +97,7 @@ class Run:
     name: str
     status: str
     told: Mapping[str, Any]
+    metric: MetricFacts
     phases: tuple[Phase, ...]
     plan: AlignmentPlan | None
     weights: int | None
@@ -111,19 +114,21 @@ class Run:
         return tuple(epoch for phase in self.phases for epoch in phase.epochs)
 
     @property
-    def accuracy(self) -> float | None:
-        """The last one measured."""
-        return next((epoch.accuracy for epoch in reversed(self.epochs) if epoch.accuracy is not None), None)
+    def value(self) -> float | None:
+        """The metric as it was last measured."""
+        return next((epoch.value for epoch in reversed(self.epochs) if epoch.value is not None), None)
 
     @property
     def best(self) -> float | None:
-        """The largest accuracy measured."""
-        return max((epoch.accuracy for epoch in self.epochs if epoch.accuracy is not None), default=None)
+        """The best value measured."""
+        choose = max if self.metric.higher_is_better else min
+        return choose((epoch.value for epoch in self.epochs if epoch.value is not None), default=None)
 
     @property
-    def teacher_accuracy(self) -> float | None:
+    def teacher_value(self) -> float | None:
         """Measured before training."""
-        return _number(self.told.get("teacher_accuracy"))
+        found = _number(_dict(self.told.get("teacher_metrics")).get(self.metric.name))
+        return _number(self.told.get("teacher_accuracy")) if found is None and self.metric == MetricFacts() else found
 
     @property
     def seconds(self) -> float:
@@ -175,7 +180,8 @@ def read_run(home: Path, *, name: str | None = None) -> Run:
         name: what to call it; default: its own name.
     """
     told, missing = _told(home)
-    epochs, more = _epochs(home, told)
+    metric = _metric(told)
+    epochs, more = _epochs(home, told, metric)
     missing += more
     plan, more = _plan(home)
     missing += more + _unfinished(told)
@@ -189,6 +195,7 @@ def read_run(home: Path, *, name: str | None = None) -> Run:
         name=name or home.resolve().name,
         status=str(told.get("status", "unknown")),
         told=told,
+        metric=metric,
         phases=_phases(planned, epochs),
         plan=plan,
         weights=weights.stat().st_size if weights.is_file() else None,
@@ -234,7 +241,16 @@ def _unfinished(told: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _epochs(home: Path, told: Mapping[str, Any]) -> tuple[list[Epoch], list[str]]:
+def _metric(told: Mapping[str, Any]) -> MetricFacts:
+    """As run.json has it; accuracy, which 0.1.0 knew alone, where it has none that can be read."""
+    found = _dict(told.get("metric"))
+    flags = [found.get(name) for name in ("higher_is_better", "share")]
+    if not isinstance(found.get("name"), str) or not all(isinstance(flag, bool) for flag in flags):
+        return MetricFacts()
+    return MetricFacts(found["name"], bool(flags[0]), bool(flags[1]))
+
+
+def _epochs(home: Path, told: Mapping[str, Any], metric: MetricFacts) -> tuple[list[Epoch], list[str]]:
     missing: list[str] = []
     torn = odd = 0
     found: dict[tuple[str, int], Epoch] = {}
@@ -247,13 +263,13 @@ def _epochs(home: Path, told: Mapping[str, Any]) -> tuple[list[Epoch], list[str]
                 continue
             if isinstance(entry, dict) and entry.get("kind") == "step":
                 continue
-            epoch = _epoch(entry)
+            epoch = _epoch(entry, metric)
             odd += epoch is None
             if epoch is not None:
                 found[epoch.stage, epoch.epoch] = epoch
     except OSError as error:
         missing.append(f"metrics.jsonl cannot be read ({error.strerror}).")
-        entries = [_epoch(entry) for entry in _list(_dict(told.get("result")).get("epochs"))]
+        entries = [_epoch(entry, metric) for entry in _list(_dict(told.get("result")).get("epochs"))]
         found = {(epoch.stage, epoch.epoch): epoch for epoch in entries if epoch is not None}
         missing += ["The curves are those of run.json."] if found else ["There are no curves."]
     for count, what in ((torn, "are torn"), (odd, "have another form")):
@@ -265,14 +281,15 @@ def _epochs(home: Path, told: Mapping[str, Any]) -> tuple[list[Epoch], list[str]
     return list(found.values()), missing
 
 
-def _epoch(entry: object) -> Epoch | None:
+def _epoch(entry: object, metric: MetricFacts) -> Epoch | None:
     if not isinstance(entry, dict) or not isinstance(entry.get("stage"), str):
         return None
     number = _number(entry.get("epoch"))
     if number is None:
         return None
-    names = ("loss", "learning_rate", "seconds", "accuracy", "val_loss")
-    return Epoch(entry["stage"], int(number), *(_number(entry.get(name)) for name in names))
+    loss, rate, seconds, val_loss = (_number(entry.get(n)) for n in ("loss", "learning_rate", "seconds", "val_loss"))
+    values = _dict(entry.get("metrics")) or {"accuracy": entry.get("accuracy")}
+    return Epoch(entry["stage"], int(number), loss, rate, seconds, _number(values.get(metric.name)), val_loss)
 
 
 def _number(value: object) -> float | None:

@@ -14,6 +14,34 @@ import torch
 
 
 @dataclass(frozen=True, slots=True)
+class MetricFacts:
+    """The metric that decides what is best.
+
+    Attributes:
+        name: of it.
+        higher_is_better: which way is up.
+        share: whether its values are shares, written in per cent.
+    """
+
+    name: str = "accuracy"
+    higher_is_better: bool = True
+    share: bool = True
+
+    @property
+    def title(self) -> str:
+        """The name in words."""
+        return self.name.replace("_", " ")
+
+    def better(self, value: float, than: float | None) -> bool:
+        """Whether a value is better than the best so far, if there is one."""
+        return than is None or (value > than if self.higher_is_better else value < than)
+
+    def text(self, value: float) -> str:
+        """A value as people write it."""
+        return f"{value:.2%}" if self.share else f"{value:.4g}"
+
+
+@dataclass(frozen=True, slots=True)
 class EpochRecord:
     """One epoch.
 
@@ -24,8 +52,9 @@ class EpochRecord:
         loss: mean over the batches.
         learning_rate: of the epoch.
         seconds: spent training, without evaluation.
-        accuracy: on the validation data, where it was measured.
-        val_loss: likewise, cross-entropy.
+        accuracy: on the validation data, where it was measured and the task has it.
+        val_loss: likewise, the task's supervised loss.
+        metrics: all of the task's, by name.
     """
 
     stage: str
@@ -36,6 +65,16 @@ class EpochRecord:
     seconds: float
     accuracy: float | None = None
     val_loss: float | None = None
+    metrics: Mapping[str, float] | None = None
+
+    @property
+    def measured(self) -> Mapping[str, float] | None:
+        """All metrics; 0.1.0 knew the accuracy alone. None: nothing was measured."""
+        return self.metrics or ({"accuracy": self.accuracy} if self.accuracy is not None else None)
+
+    def value(self, metric: MetricFacts) -> float | None:
+        """One metric's value."""
+        return (self.measured or {}).get(metric.name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,15 +108,20 @@ class RunRecord:
     Attributes:
         stages: in the order trained.
         epochs: of all stages.
-        teacher_accuracy: measured before anything was trained; None without validation data or teacher.
-        accuracy: of the student in the end; None without validation data.
+        teacher_accuracy: measured before anything was trained; None without validation data or teacher, or if the task has none.
+        accuracy: of the student in the end; likewise.
         best_accuracy: over the main epochs; its weights are in `files["best"]`.
-        best_epoch: the main epoch it was measured after, from 1.
+        best_epoch: the main epoch after which the best was measured, from 1.
         steps: optimiser steps in all.
         seconds: spent training in all.
         digest: of the student's weights, buffers and flags: equal for equal runs.
         environment: versions, machine, device, processes.
         files: `run`, `metrics`, `plan`, `last`, `best`, `student` → path, for those that exist.
+        task: what the labels mean.
+        metric: which of the task's metrics decides what is best.
+        metrics: all of them, of the student in the end; None without validation data.
+        teacher_metrics: likewise, of the teacher.
+        best: the deciding metric's best value over the main epochs.
     """
 
     stages: tuple[StageRecord, ...]
@@ -91,6 +135,21 @@ class RunRecord:
     digest: str
     environment: Mapping[str, Any]
     files: Mapping[str, str] = field(default_factory=dict)
+    task: str = "classification"
+    metric: MetricFacts = field(default_factory=MetricFacts)
+    metrics: Mapping[str, float] | None = None
+    teacher_metrics: Mapping[str, float] | None = None
+    best: float | None = None
+
+    @property
+    def value(self) -> float | None:
+        """The deciding metric of the student in the end."""
+        return (self.metrics or {}).get(self.metric.name)
+
+    @property
+    def teacher_value(self) -> float | None:
+        """The deciding metric of the teacher."""
+        return (self.teacher_metrics or {}).get(self.metric.name)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for `json.dump`."""

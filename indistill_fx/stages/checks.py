@@ -1,4 +1,4 @@
-"""Whether a batch is what a stage was compiled for: labels that are classes, inputs of its device, dtypes and sizes."""
+"""Whether a batch is what a stage was compiled for: labels of its task, inputs of its device, dtypes and sizes."""
 
 from __future__ import annotations
 
@@ -10,40 +10,42 @@ from torch import Tensor, nn
 
 from indistill_fx.batch import Call, Inputs, Parts, Sizes, split, unfit
 from indistill_fx.errors import ConfigError
+from indistill_fx.losses.task import Task
 
 
-def label_check(classes: int | None, *models: Inputs) -> Callable[[int, Any], None]:
-    """A check that a batch's labels are classes.
+def label_check(task: Task, logits_of: Callable[[Any], Tensor | None], *models: Inputs) -> Callable[[int, Any], None]:
+    """A check that a batch's labels are of the task.
 
     Args:
-        classes: number of them; None: unknown, so anything goes.
+        task: what they mean.
+        logits_of: the student's outputs for a batch, or None where they cannot be had; asked once for every form (sizes without the
+            batch) that labels come in.
         models: what they take; of none, that is one input.
     """
+    known: dict[torch.Size, torch.Size] = {}
 
     def check(number: int, batch: Any) -> None:
         labels = split(batch, *models, where=f"Batch {number + 1}").labels
-        if classes is None or labels is None or not labels.numel():
+        if labels is None or not labels.numel() or not task.labelled:
             return
-        if labels.is_floating_point() and labels.ndim == 1 and classes > 1:
-            raise ConfigError(
-                f"Labels in batch {number + 1} are {labels.dtype} numbers, but the model has {classes} classes.",
-                where="labels",
-                got=str(labels.dtype),
-                expected="class numbers (batch,) of whole numbers, or probabilities (batch, classes)",
-                hint="Convert them: labels.long().",
-            )
-        if labels.is_floating_point():
+        form = labels.shape[1:]
+        if form not in known and (found := logits_of(batch)) is not None:
+            known[form] = found.shape[1:]
+        if form not in known:
             return
-        low, high = (int(value) for value in labels.aminmax())
-        if low < 0 or high >= classes:
-            wrong = low if low < 0 else high
+        stand_in = torch.zeros(1, device=labels.device).expand(len(labels), *known[form])  # takes no memory
+        try:
+            logits, prepared = task.prepare(stand_in, labels)
+            assert prepared is not None
+            task.check(logits, prepared)
+        except ConfigError as error:
             raise ConfigError(
-                f"Label {wrong} in batch {number + 1} is out of range: the model has {classes} classes.",
-                where="labels",
-                got=wrong,
-                expected=f"0 to {classes - 1}",
-                hint="Check that model and data have the same classes.",
-            )
+                f"Labels of batch {number + 1}: {error.message}",
+                where=error.where,
+                got=error.got,
+                expected=error.expected,
+                hint=error.hint,
+            ) from error
 
     return check
 

@@ -13,8 +13,10 @@ from indistill_fx.curriculum import TOGETHER, Budget, Curriculum
 from indistill_fx.errors import ConfigError
 from indistill_fx.graph.edit import depends_on_input, output_node
 from indistill_fx.losses.base import EMBEDDING
+from indistill_fx.losses.choose_task import task_of
 from indistill_fx.losses.registry import main_loss, warmup_loss
 from indistill_fx.losses.stage_losses import FeatureLoss, SegmentsLoss, keeping
+from indistill_fx.losses.task import Task
 from indistill_fx.passes.align import align
 from indistill_fx.passes.capture.trace import as_traced
 from indistill_fx.passes.contract import PassRecord, signature_of
@@ -46,6 +48,7 @@ def compile_stages(
     target: Target | None = None,
     lowerings: Lowerings | None = None,
     say: Callable[[str], None] = _warn,
+    task: str | Task | None = None,
 ) -> list[Stage]:
     """Compile teacher and student into the stages of training: one per pair, shallow to deep, then the main stage.
 
@@ -65,6 +68,7 @@ def compile_stages(
         target: what the stages are lowered for; where the student lies, eager, if None.
         lowerings: which rewrites for speed run, instead of the target's own (`passes.lowering.table`); for measuring them.
         say: what is called with a line about every stage that is left out; a Python warning if not given.
+        task: what the labels mean: a name, `file.py:task` or a `Task`; classification if None.
 
     Raises:
         ConfigError: the plan does not fit, an unknown loss, or nothing of the student can be trained.
@@ -81,7 +85,8 @@ def compile_stages(
     warm = _warmup_stages(teacher, student, plan, curriculum, lowerings)
     stages = [stage for stage in warm if _trains(stage)]
     if main is not None:
-        stages.append(_main_stage(teacher, student, plan, main, main_options or {}, curriculum, lowerings))
+        options = {**(main_options or {}), "task": task_of(task) if task is not None else None}
+        stages.append(_main_stage(teacher, student, plan, main, options, curriculum, lowerings))
     guard = refuse_changes(teacher.module)
     for stage in stages or warm:
         _check_halves(stage)

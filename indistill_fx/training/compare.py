@@ -13,14 +13,15 @@ from torch import Tensor, nn
 
 from indistill_fx.curriculum import Curriculum
 from indistill_fx.errors import ConfigError
+from indistill_fx.losses.task import Task
 from indistill_fx.passes.align import align
 from indistill_fx.plan import AlignmentPlan
 from indistill_fx.runs.record import RunRecord
 from indistill_fx.stages.compile import warmup_plan
 from indistill_fx.traced import TracedModel
 from indistill_fx.training.distill import distill, traced_pair
+from indistill_fx.training.options.settings import Options
 from indistill_fx.training.recipes import DEFAULT_CURRICULUM, NO_WARMUP
-from indistill_fx.training.settings import Options
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,7 @@ def compare(
     plan: AlignmentPlan | None = None,
     main: str | Callable[..., Tensor] = "kd",
     main_options: Mapping[str, Any] | None = None,
+    task: str | Task | None = None,
     run_dir: str | os.PathLike[str] | None = None,
     announce: Callable[[str], None] = lambda arm: None,
     example_inputs: Any = None,
@@ -66,6 +68,7 @@ def compare(
         plan: see `distill`.
         main: the main loss of the second and third arm.
         main_options: of `main`.
+        task: see `distill`.
         run_dir: every arm has its own directory in it, by its name; None: nowhere.
         announce: told the name of each arm before it begins.
         example_inputs: see `distill`.
@@ -93,11 +96,8 @@ def compare(
         epochs, milestones = main_epochs + warmup, [at + warmup for at in milestones]
     _check_room(warmup, epochs)
     done = {}
-    for arm, loss, loss_options, warm, before in (
-        ("labels", "labels", None, NO_WARMUP, 0),
-        (main if isinstance(main, str) and ":" not in main else "main", main, main_options, NO_WARMUP, 0),
-        ("indistill", main, main_options, curriculum, warmup),
-    ):
+    named = main if isinstance(main, str) and ":" not in main else "main"
+    for arm, loss, loss_options, warm, before in _ways(named, main, main_options, curriculum, warmup):
         announce(arm)
         pupil = copy.deepcopy(student)
         record = distill(
@@ -108,6 +108,7 @@ def compare(
             curriculum=warm,
             main=loss,
             main_options=loss_options,
+            task=task,
             epochs=epochs - before,
             val_loader=val_loader,
             example_inputs=example_inputs,
@@ -122,6 +123,17 @@ def compare(
         )
         done[arm] = Arm(pupil, record)
     return done
+
+
+def _ways(
+    named: str, main: Any, options: Mapping[str, Any] | None, curriculum: Curriculum, warmup: int
+) -> Sequence[tuple[str, Any, Mapping[str, Any] | None, Curriculum, int]]:
+    """Name, main loss, its options, warm-up and the epochs of that, of every arm."""
+    return (
+        ("labels", "labels", None, NO_WARMUP, 0),
+        (named, main, options, NO_WARMUP, 0),
+        ("indistill", main, options, curriculum, warmup),
+    )
 
 
 def _kept_plan(run_dir: str | os.PathLike[str] | None) -> AlignmentPlan | None:

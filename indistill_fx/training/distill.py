@@ -6,7 +6,7 @@ import hashlib
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Unpack
 
@@ -22,23 +22,24 @@ from indistill_fx.errors import ConfigError
 from indistill_fx.graph.module_state import uncompiled
 from indistill_fx.losses.registry import asked_of_the_data
 from indistill_fx.losses.stage_losses import KeptFeature
+from indistill_fx.losses.task import Task
 from indistill_fx.passes.align import align
 from indistill_fx.passes.capture.trace import trace
 from indistill_fx.plan import AlignmentPlan
 from indistill_fx.runs.directory import RunDirectory
 from indistill_fx.runs.record import RunRecord
-from indistill_fx.stages.checks import label_check
 from indistill_fx.stages.compile import compile_stages, joint_teachers, warmup_plan
 from indistill_fx.stages.stage import Stage
 from indistill_fx.traced import Role, TracedModel
 from indistill_fx.training.feature_cache import FeatureStore, Joint, cache_features, cacheable
 from indistill_fx.training.identity import code_digest, described_loss
-from indistill_fx.training.optimizers import check_optimizer
+from indistill_fx.training.options.optimizers import check_optimizer
+from indistill_fx.training.options.settings import Options, Settings
 from indistill_fx.training.parallel.processes import target_of
 from indistill_fx.training.recipes import DEFAULT_CURRICULUM
-from indistill_fx.training.settings import Options, Settings
 from indistill_fx.training.state import Phase
 from indistill_fx.training.supervised import check_epochs, model_facts
+from indistill_fx.training.task import RunTask, task_of_run
 from indistill_fx.training.trainer import Setup, Trainer
 
 
@@ -51,6 +52,7 @@ def distill(
     curriculum: Curriculum | None = None,
     main: str | Callable[..., Tensor] | None = "kd",
     main_options: Mapping[str, Any] | None = None,
+    task: str | Task | None = None,
     epochs: int = 20,
     val_loader: Iterable[Any] | None = None,
     example_inputs: Any = None,
@@ -84,8 +86,10 @@ def distill(
         main: the main loss: a name, `file.py:loss`, or a function (student, teacher, labels) → scalar; None: warm-up
             only.
         main_options: keyword arguments of the main loss.
+        task: what the labels mean: `classification`, `multilabel`, `regression`, `segmentation`, `language`, `embedding`,
+            `file.py:task` or a `Task`; None: what the first batch leaves no doubt about.
         epochs: of the main stage.
-        val_loader: batches to validate on after every main epoch; the teacher is measured on them first.
+        val_loader: batches to validate on after every main epoch, by the task's metrics; the teacher is measured on them first.
         example_inputs: to trace plain modules with; by name, each gets what it takes; by default taken from the first batch.
         logits: key or place of the logits in the models' output, if it has several entries.
         run_dir: where to keep checkpoints, metrics, plan and result; None: nowhere.
@@ -118,6 +122,8 @@ def distill(
         curriculum=curriculum or DEFAULT_CURRICULUM,
         main=main,
         main_options=main_options,
+        task=task,
+        validated=val_loader is not None,
         epochs=epochs,
         example_inputs=example_inputs,
         logits=logits,
@@ -152,6 +158,8 @@ class Distillation:
     curriculum: Curriculum
     main: str | Callable[..., Tensor] | None
     main_options: Mapping[str, Any]
+    task: str | Task | None
+    validated: bool
     epochs: int
     example_inputs: Any
     logits: str | int | None
@@ -178,6 +186,7 @@ class Distillation:
             self.teacher, self.student, self.loader, example_inputs=self.example_inputs, logits=self.logits
         )
         plan = self.plan or _kept_plan(directory) or align(*models)
+        task = self._task(*models)
         remarks: list[str] = []
         stages = compile_stages(
             *models,
@@ -187,8 +196,12 @@ class Distillation:
             main_options=self.main_options,
             target=target,
             say=remarks.append,
+            task=task.task,
         )
-        classes = _check_classes(*models, [stage for stage in stages if stage.budget is None])
+        main = [stage for stage in stages if stage.budget is None]
+        _check_classes(*models, main)
+        if not any(stage.logits[1] is not None for stage in main):  # nobody reads labels
+            task = replace(task, check=lambda number, batch: None)
         stores: list[FeatureStore | None] = [None] * len(stages)
         if self.feature_cache is not None:
             warm, _ = warmup_plan(plan, self.curriculum)
@@ -196,11 +209,23 @@ class Distillation:
             stores = _cached(stages, self.loader, self.feature_cache, joint, accelerator, self.progress)
         return Setup(
             phases=_phases(stages, self.epochs, self.settings, stores),
-            check=label_check(classes, *(model.inputs for model in models)),
+            task=task,
             save=lambda where: plan.save(where.path / "plan.json") if where.writes else None,
             models={model.role: model_facts(model.module) | {"macs": model.macs} for model in models},
             remarks=(*remarks, *_remarks(self.curriculum, plan)),
             identity=self._identity(*models, plan),
+        )
+
+    def _task(self, teacher: TracedModel, student: TracedModel) -> RunTask:
+        ours = isinstance(self.main, str) and ":" not in self.main
+        return task_of_run(
+            self.task,
+            self.loader,
+            student.module,
+            teacher.inputs,
+            student.inputs,
+            logits=self.logits,
+            required=self.validated or ours,
         )
 
     def _identity(self, teacher: TracedModel, student: TracedModel, plan: AlignmentPlan) -> dict[str, Any]:
@@ -329,8 +354,8 @@ def _phases(
     return phases
 
 
-def _check_classes(teacher: TracedModel, student: TracedModel, stages: Sequence[Stage]) -> int | None:
-    """The student's number of classes, where labels are read.
+def _check_classes(teacher: TracedModel, student: TracedModel, stages: Sequence[Stage]) -> None:
+    """Refuse models that the main loss cannot compare.
 
     Raises:
         ConfigError: the main loss compares logits of different numbers of classes.
@@ -345,7 +370,6 @@ def _check_classes(teacher: TracedModel, student: TracedModel, stages: Sequence[
                 expected=other,
                 hint="Give both the same classes, or take a main loss that reads features only, such as pkt.",
             )
-    return count if any(stage.logits[1] is not None for stage in stages) else None
 
 
 def _channels(model: TracedModel) -> int | None:

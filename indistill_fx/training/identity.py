@@ -24,8 +24,9 @@ from indistill_fx.data.image_folders import ImageFiles
 from indistill_fx.data.loaders import EpochLoader, MemoryLoader
 from indistill_fx.errors import ConfigError, nearest
 from indistill_fx.graph.module_state import settings_of
+from indistill_fx.losses.task import Task
 from indistill_fx.system.user_code import load_object
-from indistill_fx.training.settings import Settings, about
+from indistill_fx.training.options.settings import Settings, about
 from indistill_fx.training.state import Phase
 
 _MOST_BYTES = 1 << 28
@@ -125,6 +126,13 @@ def described_loss(loss: str | Callable[..., Any] | None, options: Mapping[str, 
         found = load_object(loss) if isinstance(loss, str) else loss
         name = f"{name.rpartition(':')[2]} (code {code_digest(found)})"
     return ", ".join([name, *(f"{key}={value!r}" for key, value in sorted(options.items()))])
+
+
+def described_task(task: Task) -> str:
+    """A task with all its settings, and a digest of its code where it is the user's own."""
+    own = not type(task).__module__.startswith("indistill_fx.")
+    settings = "".join(f", {name}={value!r}" for name, value in sorted(vars(task).items()))
+    return f"{task.name}{settings}" + (f" (code {code_digest(type(task))})" if own else "")
 
 
 def code_digest(thing: Any) -> str:

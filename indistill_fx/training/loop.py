@@ -25,20 +25,21 @@ from torch import Tensor, nn
 from indistill_fx.batch import count_of, stand_in
 from indistill_fx.data.loaders import EpochLoader, with_last
 from indistill_fx.errors import TrainError
+from indistill_fx.evaluation.accuracy import Evaluation
 from indistill_fx.graph.module_state import left_in_eval
 from indistill_fx.runs.directory import LAST, RunDirectory
-from indistill_fx.runs.record import EpochRecord
+from indistill_fx.runs.record import EpochRecord, MetricFacts
 from indistill_fx.system.random_state import reseed
 from indistill_fx.system.signals import Interrupted, StopRequest
 from indistill_fx.training.memory import noticing_full_memory
 from indistill_fx.training.nonfinite import first_not_finite, not_finite_error
-from indistill_fx.training.optimizers import make_optimizer
+from indistill_fx.training.options.optimizers import make_optimizer
+from indistill_fx.training.options.settings import Settings
 from indistill_fx.training.parallel.fsdp import Shards
 from indistill_fx.training.parallel.processes import first_says, launched_for_sharding, mean_over_processes, weighted
 from indistill_fx.training.parallel.sync_batch_norm import Share, batch_norms_synced, unsynced_batch_norms
 from indistill_fx.training.progress import Reporter
 from indistill_fx.training.saver import Saver
-from indistill_fx.training.settings import Settings
 from indistill_fx.training.state import Phase, State
 from indistill_fx.training.torch_compile import compiled
 
@@ -55,8 +56,9 @@ class TrainingLoop:
         directory: where checkpoints and metrics go; None: nowhere.
         reporter: told of every step.
         stop: asked after every step.
-        validate: the student's (accuracy, loss) on the validation data; None: no validation.
+        validate: measures the student on the validation data; None: no validation.
         check: looks at every batch of the run's first epoch, and raises if one cannot be right.
+        metric: which of the metrics decides what is best.
         identity: what makes the run this run; a checkpoint of another is refused.
     """
 
@@ -71,15 +73,16 @@ class TrainingLoop:
         directory: RunDirectory | None,
         reporter: Reporter,
         stop: StopRequest,
-        validate: Callable[[], tuple[float, float]] | None,
+        validate: Callable[[], Evaluation] | None,
         check: Callable[[int, Any], None],
+        metric: MetricFacts,
         identity: Mapping[str, Any],
     ):
         self.state = State()
         self._student, self.phases, self._settings = student, phases, settings
         self._directory, self._reporter, self._stop = directory, reporter, stop
         self._accelerator = accelerator
-        self._validate, self._check = validate, check
+        self._validate, self._check, self.metric = validate, check, metric
         self._loader = loader.to(accelerator.device)
         self._saver = Saver(student, phases, accelerator, directory, identity)
         self._pending: list[Tensor] = []
@@ -186,20 +189,20 @@ class TrainingLoop:
         state = self.state
         loss = mean_over_processes(self._accelerator, self._mean_loss())
         measured = phase.main and self._validate is not None and self._accelerator.is_main_process
-        accuracy, val_loss = self._validate() if measured and self._validate else (None, None)
-        record = EpochRecord(
-            phase.name, state.epoch + 1, state.epoch_steps, loss, rate, state.seconds, accuracy, val_loss
-        )
+        found = self._validate() if measured and self._validate else None
+        told = (found.accuracy, found.loss, found.metrics or {self.metric.name: found.loss}) if found else ()
+        record = EpochRecord(phase.name, state.epoch + 1, state.epoch_steps, loss, rate, state.seconds, *told)
         state.history.append(asdict(record))
         state.epoch, state.epochs = state.epoch + 1, state.epochs + 1
         state.batch, state.epoch_steps, state.loss_sum, state.seconds = 0, 0, 0.0, 0.0
         fell = state.lowest is None or loss < state.lowest * (1 - phase.budget.progress)
         state.lowest, state.stale = (loss, 0) if fell else (state.lowest, state.stale + 1)
         self._log("epoch", **asdict(record))
-        self._reporter.epoch(phase.name, state.steps, loss, accuracy)
-        if accuracy is not None and (state.best is None or accuracy > state.best):
-            state.best, state.best_epoch = accuracy, state.epoch
-            self._saver.save_best(accuracy, state.epoch)
+        value = record.value(self.metric)
+        self._reporter.epoch(phase.name, state.steps, loss, value)
+        if value is not None and self.metric.better(value, state.best):
+            state.best, state.best_epoch = value, state.epoch
+            self._saver.save_best(self.metric.name, value, state.epoch)
 
     # What follows serves the loop above.
 
@@ -232,10 +235,11 @@ class TrainingLoop:
         if summary := phase.summary:
             self._note(phase, summary)
         seconds = sum(epoch.seconds for epoch in epochs)
-        accuracy = "" if epochs[-1].accuracy is None else f", accuracy {epochs[-1].accuracy:.2%}"
-        losses = " → ".join(f"{epoch.loss:.4g}" for epoch in dict.fromkeys((epochs[0], epochs[-1])))
+        value = epochs[-1].value(self.metric)
+        told = "" if value is None else f", {self.metric.title} {self.metric.text(value)}"
+        losses = " → ".join(f"{epoch.loss:.4g}" for epoch in (epochs[0], *epochs[1:][-1:]))
         count = f"{len(epochs)} epoch{'s' if len(epochs) > 1 else ''}, {state.steps} steps"
-        self._reporter.close(phase.name, f"{phase.name}: {count}, {seconds:.1f} s, loss {losses}{accuracy}")
+        self._reporter.close(phase.name, f"{phase.name}: {count}, {seconds:.1f} s, loss {losses}{told}")
         state.phase, state.epoch, state.steps, state.lowest, state.stale = state.phase + 1, 0, 0, None, 0
 
     def _set_rate(self, phase: Phase, optimizer: Any) -> None:

@@ -16,6 +16,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from indistill_fx.runs.record import MetricFacts
 from indistill_fx.system.terminal import SafeConsole, printable
 
 _LINES = 8
@@ -58,15 +59,17 @@ class Board:
         stages: in order.
         running: name of the one that is; empty before the first.
         pace: steps a second, and the time left, in words.
-        accuracies: of the student, as they were measured.
-        teacher: its accuracy.
+        values: of the deciding metric, the student's, as they were measured.
+        teacher: likewise, the teacher's.
+        metric: that metric.
     """
 
     stages: dict[str, Seen]
     running: str = ""
     pace: str = ""
-    accuracies: list[float] = field(default_factory=list)
+    values: list[float] = field(default_factory=list)
     teacher: float | None = None
+    metric: MetricFacts = field(default_factory=MetricFacts)
 
     def draw(self, width: int) -> Group:
         """The dashboard for a terminal of so many columns."""
@@ -112,20 +115,23 @@ class Board:
 
     def _foot(self) -> list[Text]:
         parts = [self.pace] if self.pace else []
-        if self.accuracies:
-            parts.append(f"accuracy {self.accuracies[-1]:.2%}, best {max(self.accuracies):.2%}")
+        metric = self.metric
+        if self.values:
+            best = (max if metric.higher_is_better else min)(self.values)
+            parts.append(f"{metric.title} {metric.text(self.values[-1])}, best {metric.text(best)}")
         if self.teacher is not None:
-            parts.append(f"teacher {self.teacher:.2%}")
+            parts.append(f"teacher {metric.text(self.teacher)}")
         return [Text("  " + " · ".join(parts), no_wrap=True, overflow="ellipsis")] if parts else []
 
 
-def board(steps: Mapping[str, int | None]) -> Board:
+def board(steps: Mapping[str, int | None], metric: MetricFacts | None = None) -> Board:
     """A dashboard before the first stage.
 
     Args:
         steps: optimiser steps of each stage in order, at most; None: not known.
+        metric: what the student is measured by; by default accuracy.
     """
-    return Board({name: Seen(total) for name, total in steps.items()})
+    return Board({name: Seen(total) for name, total in steps.items()}, metric=metric or MetricFacts())
 
 
 def spark(values: Sequence[float], width: int) -> str:
@@ -154,6 +160,7 @@ class Reporter:
         steps: optimiser steps of each stage in order, at most.
         console: where to; default: standard error.
         costs: of a step of each stage, in any unit; by default all cost the same.
+        metric: the one that decides what is best; by default accuracy.
     """
 
     def __init__(
@@ -163,8 +170,9 @@ class Reporter:
         steps: Mapping[str, int | None],
         console: Console | None = None,
         costs: Mapping[str, float] | None = None,
+        metric: MetricFacts | None = None,
     ):
-        self._shown, self._board = shown, board(steps)
+        self._shown, self._board = shown, board(steps, metric)
         self._costs, self._tap = dict.fromkeys(steps, 1.0) | dict(costs or {}), ""
         self._console = console or SafeConsole(stderr=True)
         self._live: Live | None = None
@@ -204,10 +212,10 @@ class Reporter:
         except (OSError, ValueError):
             self._shown, self._live = False, None
 
-    def teacher(self, accuracy: float) -> None:
+    def teacher(self, value: float) -> None:
         """The teacher was measured."""
-        self._board.teacher = accuracy
-        self.say(f"Teacher's accuracy: {accuracy:.2%}")
+        self._board.teacher = value
+        self.say(f"Teacher's {self._board.metric.title}: {self._board.metric.text(value)}")
 
     def open(self, stage: str, step: int, *, tap: str = "") -> None:
         """Begin a stage, or go on with it at a step.
@@ -243,16 +251,16 @@ class Reporter:
                 f"epoch {epoch}, loss {loss:.4g}, {pace}"
             )
 
-    def epoch(self, stage: str, step: int, loss: float, accuracy: float | None) -> None:
-        """An epoch is over, now or before the run was resumed."""
+    def epoch(self, stage: str, step: int, loss: float, value: float | None) -> None:
+        """An epoch is over, now or before the run was resumed; the deciding metric's value, where it was measured."""
         seen = self._board.stages.get(stage)
         if seen is None:
             return
         seen.step = step
         seen.note(loss)
         seen.ended += 1
-        if accuracy is not None:
-            self._board.accuracies.append(accuracy)
+        if value is not None:
+            self._board.values.append(value)
         if self._board.running:
             self._draw()
 

@@ -150,8 +150,8 @@ class Saver:
                 self._took = self._saved_at - began
         return None
 
-    def save_best(self, accuracy: float, epoch: int) -> None:
+    def save_best(self, metric: str, value: float, epoch: int) -> None:
         """Write the student's weights as the best there were."""
         if self._directory is not None and self._directory.writes:
-            header = {"accuracy": str(accuracy), "epoch": str(epoch)}
+            header = {metric: str(value), "epoch": str(epoch)}
             save_tensors(self._directory.path / BEST, state_tensors(self._student), header)

@@ -77,7 +77,7 @@ class State:
         seconds: spent training in the epoch under way.
         lowest: the plateau rule's lowest epoch loss.
         stale: epochs since.
-        best: highest validation accuracy.
+        best: best value of the deciding metric.
         best_epoch: the main epoch it was measured after.
         history: every finished epoch, as `EpochRecord`.
         notes: by stage.

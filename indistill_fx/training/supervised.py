@@ -6,9 +6,6 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Unpack
 
-import torch
-import torch.nn.functional as F
-from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from indistill_fx.batch import Inputs, split
@@ -16,13 +13,14 @@ from indistill_fx.curriculum import Budget
 from indistill_fx.data.foreign import repeatable
 from indistill_fx.errors import ConfigError
 from indistill_fx.evaluation.accuracy import select_logits
-from indistill_fx.graph.module_state import evaluating, uncompiled
+from indistill_fx.graph.module_state import uncompiled
 from indistill_fx.losses.base import widened
+from indistill_fx.losses.task import Classification, Task
 from indistill_fx.runs.record import RunRecord
-from indistill_fx.stages.checks import label_check
 from indistill_fx.training.identity import code_digest
-from indistill_fx.training.settings import Options, Settings
+from indistill_fx.training.options.settings import Options, Settings
 from indistill_fx.training.state import Phase
+from indistill_fx.training.task import task_of_run
 from indistill_fx.training.trainer import Setup, Trainer
 
 
@@ -30,6 +28,7 @@ def train(
     module: nn.Module,
     train_loader: Iterable[Any],
     *,
+    task: str | Task | None = None,
     epochs: int = 20,
     val_loader: Iterable[Any] | None = None,
     logits: str | int | None = None,
@@ -40,11 +39,12 @@ def train(
     about: Mapping[str, Any] | None = None,
     **options: Unpack[Options],
 ) -> RunRecord:
-    """Train a module on labels, by cross-entropy: a teacher, or a baseline. The rest is as in `distill`.
+    """Train a module on labels, by the task's supervised loss: a teacher, or a baseline. The rest is as in `distill`.
 
     Args:
         module: inputs → logits. Trained in place; it need not be traceable.
         train_loader: batches (inputs, labels, …), or dicts of inputs by name with `labels`.
+        task: see `distill`.
         epochs: how many.
         val_loader: see `distill`.
         logits: see `distill`.
@@ -67,8 +67,15 @@ def train(
     check_epochs(epochs)
     loader = repeatable(train_loader, settings.seed, "train loader")
     budget = Budget(epochs, "epochs", settings.learning_rate, settings.optimizer)
-    supervised = Supervised(module, logits)
-    phase = Phase("main", supervised, budget, main=True)
+    found = task_of_run(task, loader, module, Inputs.of(module), logits=logits)
+    if not found.task.labelled:
+        raise ConfigError(
+            f"`train` learns from labels, and task `{found.task.name}` has none.",
+            where="task",
+            got=found.task.name,
+            hint="Distil the model instead, by a loss on features.",
+        )
+    phase = Phase("main", Supervised(module, logits, found.task), budget, main=True)
     models = {"student": model_facts(uncompiled(module))}
     return Trainer(
         student=uncompiled(module),
@@ -85,7 +92,7 @@ def train(
     ).run(
         lambda directory, accelerator: Setup(
             phases=[phase],
-            check=label_check(_class_count(supervised, loader), Inputs.of(module)),
+            task=found,
             models=models,
             identity={"code of the student": code_digest(uncompiled(module))},
         )
@@ -98,25 +105,21 @@ def model_facts(module: nn.Module) -> dict[str, Any]:
 
 
 class Supervised(nn.Module):
-    """Cross-entropy with the labels as one module: batch → loss.
+    """The task's supervised loss as one module: batch → loss.
 
     Args:
         module: inputs → logits.
         logits: which entry of a dict (key) or tuple (place) the logits are.
+        task: what the labels mean.
     """
 
-    def __init__(self, module: nn.Module, logits: str | int | None = None):
+    def __init__(self, module: nn.Module, logits: str | int | None = None, task: Task | None = None):
         super().__init__()
-        self.module, self.logits = module, logits
+        self.module, self.logits, self.task = module, logits, task or Classification()
         self._inputs = Inputs.of(module)
 
     def forward(self, batch: Any) -> Tensor:
         """The loss of a batch (inputs, labels, …), or of a dict of inputs by name with `labels`."""
-        scores, labels = self.scores(batch)
-        return F.cross_entropy(widened(scores), labels)
-
-    def scores(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """Logits and labels of a batch."""
         parts = split(batch, self._inputs, where=type(self.module).__name__)
         if parts.labels is None:
             raise ConfigError(
@@ -125,7 +128,11 @@ class Supervised(nn.Module):
                 got=type(batch).__name__,
                 hint="Let the loader yield (inputs, labels), or a dict of inputs by name with `labels`.",
             )
-        return select_logits(parts.calls[0](self.module), self.logits), parts.labels
+        logits, labels = self.task.prepare(
+            widened(select_logits(parts.calls[0](self.module), self.logits)), parts.labels
+        )
+        assert labels is not None
+        return self.task.loss(logits, labels)
 
 
 def check_epochs(epochs: int) -> None:
@@ -136,10 +143,3 @@ def check_epochs(epochs: int) -> None:
     """
     if epochs < 0:
         raise ConfigError(f"epochs is {epochs}.", where="epochs", got=epochs, expected="0 or more")
-
-
-def _class_count(supervised: Supervised, loader: Iterable[Any]) -> int:
-    """Asked of the module itself, on the first batch, so that it is known before the first step."""
-    device = next((parameter.device for parameter in supervised.parameters()), torch.device("cpu"))
-    with evaluating(supervised):
-        return int(supervised.scores(send_to_device(next(iter(loader)), device))[0].shape[1])

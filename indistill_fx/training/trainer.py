@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 from accelerate import Accelerator
@@ -15,21 +16,22 @@ from indistill_fx.data.foreign import require_whole
 from indistill_fx.data.loaders import EpochLoader
 from indistill_fx.data.readers import noticing_dead_readers
 from indistill_fx.errors import ConfigError, PassError
-from indistill_fx.evaluation.accuracy import evaluate
+from indistill_fx.evaluation.accuracy import Evaluation, evaluate
 from indistill_fx.graph.edit import forget_sources
 from indistill_fx.graph.module_state import digest
 from indistill_fx.runs.checkpoint import save_tensors, state_tensors
 from indistill_fx.runs.directory import LAST, STUDENT, RunDirectory
-from indistill_fx.runs.record import EpochRecord, RunRecord, StageRecord, environment
+from indistill_fx.runs.record import EpochRecord, MetricFacts, RunRecord, StageRecord, environment
 from indistill_fx.system.allocator import freed_memory_kept
 from indistill_fx.system.random_state import own_randomness
 from indistill_fx.system.signals import StopRequest
-from indistill_fx.training.identity import identity_of
+from indistill_fx.training.identity import described_task, identity_of
 from indistill_fx.training.loop import TrainingLoop
+from indistill_fx.training.options.settings import Settings
 from indistill_fx.training.parallel.processes import make_accelerator, noticing_dead_peers
 from indistill_fx.training.progress import Reporter
-from indistill_fx.training.settings import Settings
 from indistill_fx.training.state import Phase, State
+from indistill_fx.training.task import RunTask
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +40,7 @@ class Setup:
 
     Attributes:
         phases: the stages, in order; those of length 0 are left out.
-        check: looks at every batch of the run's first epoch and raises if one cannot be right: (number, batch).
+        task: what the labels mean, and their check.
         save: writes what belongs to the run into its directory, before training.
         models: for run.json: role → name, parameters, and MACs where they are known.
         remarks: said with the schedule.
@@ -46,7 +48,7 @@ class Setup:
     """
 
     phases: list[Phase]
-    check: Callable[[int, Any], None]
+    task: RunTask
     save: Callable[[RunDirectory], None] = lambda directory: None
     models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     remarks: Sequence[str] = ()
@@ -104,10 +106,10 @@ class Trainer:
             with directory or nullcontext():
                 on_cpu = accelerator.device.type == "cpu"
                 with noticing_dead_readers(), _as_found(self.student), freed_memory_kept(enabled=on_cpu):
-                    state, accuracy = self._train(setup, directory, accelerator, teacher)
+                    state, taught = self._train(setup, directory, accelerator, teacher)
                 if self.teacher is not None and digest(self.teacher) != teacher:
                     raise PassError("Training changed the teacher, which is a defect of ours.", where="teacher")
-                return self._finish(state, accuracy, directory, accelerator)
+                return self._finish(state, setup.task, taught, directory, accelerator)
 
     def _directory(self, accelerator: Accelerator) -> RunDirectory | None:
         if self.allow_changed and not self.resume:
@@ -128,10 +130,11 @@ class Trainer:
 
     def _train(
         self, setup: Setup, directory: RunDirectory | None, accelerator: Accelerator, teacher: str | None
-    ) -> tuple[State, float | None]:
-        """Where the run stands in the end, and the teacher's accuracy."""
+    ) -> tuple[State, Mapping[str, float] | None]:
+        """Where the run stands in the end, and the teacher's metrics."""
         phases = [phase for phase in setup.phases if phase.budget.length]
         more = ({"teacher": teacher} if teacher is not None else {}) | dict(setup.identity)
+        more["task"] = described_task(setup.task.task)
         identity = identity_of(phases, self.loader, self.settings, more)
         least = _least_samples(self.student, accelerator.num_processes, together=self.settings.sync_batch_norm)
         least = (
@@ -141,7 +144,7 @@ class Trainer:
         shown = self.progress and accelerator.is_main_process
         costs = {phase.name: phase.cost for phase in phases}
         with (
-            Reporter(shown=shown, steps=self._steps(phases), costs=costs) as reporter,
+            Reporter(shown=shown, steps=self._steps(phases), costs=costs, metric=setup.task.metric) as reporter,
             StopRequest(enabled=bool(directory)) as stop,
         ):
             loop = TrainingLoop(
@@ -153,18 +156,19 @@ class Trainer:
                 directory=directory,
                 reporter=reporter,
                 stop=stop,
-                validate=self._validate if self.val_loader is not None else None,
-                check=setup.check,
+                validate=partial(self._measured, self.student, setup.task) if self._validates(setup) else None,
+                check=setup.task.check,
+                metric=setup.task.metric or MetricFacts(),
                 identity=identity,
             )
             resumed = directory is not None and directory.resumes
             changed = self._resume(loop, directory, reporter) if directory is not None and resumed else []
-            accuracy = self._teacher_accuracy(directory if resumed else None, accelerator, reporter)
-            if accuracy is not None:
-                reporter.teacher(accuracy)
+            taught = self._teacher_metrics(setup, directory if resumed else None, accelerator, reporter)
             schedule = [f"{phase.name}: {self._described(phase)}" for phase in phases]
             schedule += [*setup.remarks, *loader.remarks]
-            reporter.say("\n".join(schedule))
+            if self.val_loader is not None and not self._validates(setup):
+                schedule.append("no validation: nothing says what the labels mean")
+            reporter.say("\n".join([*([setup.task.said] if setup.task.said else []), *schedule]))
             accelerator.wait_for_everyone()  # until all have seen whether there is something to resume
             if directory is not None:
                 setup.save(directory)
@@ -176,12 +180,15 @@ class Trainer:
                     settings=self.settings.to_json(),
                     schedule=schedule,
                     phases=[phase.to_json() for phase in phases],
-                    teacher_accuracy=accuracy,
+                    task=setup.task.task.name,
+                    metric=asdict(setup.task.metric) if setup.task.metric is not None else None,
+                    teacher_metrics=taught,
+                    teacher_accuracy=(taught or {}).get("accuracy"),
                     environment=environment(str(accelerator.device), accelerator.num_processes),
                 )
             with noticing_dead_peers(accelerator):
                 loop.run()
-        return loop.state, accuracy
+        return loop.state, taught
 
     def _resume(self, loop: TrainingLoop, directory: RunDirectory, reporter: Reporter) -> list[Any]:
         """Go on from the last checkpoint; all that is other than it was, for run.json."""
@@ -190,7 +197,7 @@ class Trainer:
         reporter.say(f"Resumed after {loop.state.all_steps} steps.")
         for name, (before, now) in found.items():
             reporter.say(f"Changed since the run began: {name}, from {before} to {now}.")
-        _recall(reporter, loop.state, loop.phases)
+        _recall(reporter, loop.state, loop.phases, loop.metric)
         earlier = directory.reported().get("changes")
         new = [
             {"after_steps": loop.state.all_steps, "what": name, "from": a, "to": b} for name, (a, b) in found.items()
@@ -209,49 +216,68 @@ class Trainer:
         main = self.settings.describe() if phase.main else ""
         return f"{phase.budget}{main}{f', plus {phase.also}' if phase.also else ''}"
 
-    def _validate(self) -> tuple[float, float]:
-        found = evaluate(self.student, self.val_loader or (), logits=self.logits)
-        return found.accuracy, found.loss
+    def _validates(self, setup: Setup) -> bool:
+        return self.val_loader is not None and setup.task.metric is not None
 
-    def _teacher_accuracy(
-        self, before: RunDirectory | None, accelerator: Accelerator, reporter: Reporter
-    ) -> float | None:
-        """Measured before anything is trained; a resumed run has it from its first time."""
-        if self.teacher is None or self.val_loader is None or not accelerator.is_main_process:
+    def _measured(self, module: nn.Module, task: RunTask) -> Evaluation:
+        return evaluate(module, self.val_loader or (), task=task.task, logits=self.logits)
+
+    def _teacher_metrics(
+        self, setup: Setup, before: RunDirectory | None, accelerator: Accelerator, reporter: Reporter
+    ) -> Mapping[str, float] | None:
+        """Measured before anything is trained; a resumed run has them from its first time."""
+        metric = setup.task.metric
+        if self.teacher is None or not self._validates(setup) or not accelerator.is_main_process or metric is None:
             return None
-        known: float | None = before.reported().get("teacher_accuracy") if before is not None else None
-        if known is not None:
-            return known
-        found = evaluate(self.teacher, self.val_loader, logits=self.logits)
-        if found.no_better_than_chance:
-            reporter.say(
-                f"The teacher classifies no better than chance ({found.classes} classes): are its trained weights loaded?"
-                " Where only its features are compared, as by pkt, it needs no classifier."
-            )
-        return found.accuracy
+        told = before.reported() if before is not None else {}
+        known = told.get("teacher_metrics") or {"accuracy": told.get("teacher_accuracy")}
+        if isinstance(known, dict) and isinstance(known.get(metric.name), int | float):
+            found: Mapping[str, float] = known
+        else:
+            measured = self._measured(self.teacher, setup.task)
+            found = measured.metrics or {metric.name: measured.loss}
+            if measured.no_better_than_chance:
+                reporter.say(
+                    f"The teacher classifies no better than chance ({measured.classes} classes): are its trained weights loaded?"
+                    " Where only its features are compared, as by pkt, it needs no classifier."
+                )
+        reporter.teacher(found[metric.name])
+        return found
 
     def _finish(
-        self, state: State, teacher_accuracy: float | None, directory: RunDirectory | None, accelerator: Accelerator
+        self,
+        state: State,
+        task: RunTask,
+        taught: Mapping[str, float] | None,
+        directory: RunDirectory | None,
+        accelerator: Accelerator,
     ) -> RunRecord:
         epochs = tuple(EpochRecord(**entry) for entry in state.history)
-        accuracy = epochs[-1].accuracy if epochs else None
-        if accuracy is None and self.val_loader is not None and accelerator.is_main_process:
-            accuracy = self._validate()[0]
+        metric = task.metric or MetricFacts()
+        metrics = epochs[-1].measured if epochs else None
+        if metrics is None and self.val_loader is not None and task.metric is not None and accelerator.is_main_process:
+            measured = self._measured(self.student, task)
+            metrics = measured.metrics or {metric.name: measured.loss}
         if directory is not None and directory.writes:
             save_tensors(directory.path / STUDENT, state_tensors(self.student))
         names = dict.fromkeys(epoch.stage for epoch in epochs)
         record = RunRecord(
             stages=tuple(_stage_record(name, epochs, state) for name in names),
             epochs=epochs,
-            teacher_accuracy=teacher_accuracy,
-            accuracy=accuracy,
-            best_accuracy=state.best,
+            teacher_accuracy=(taught or {}).get("accuracy"),
+            accuracy=(metrics or {}).get("accuracy"),
+            best_accuracy=state.best if metric.name == "accuracy" else None,
             best_epoch=state.best_epoch,
             steps=state.all_steps,
             seconds=sum(epoch.seconds for epoch in epochs),
             digest=digest(self.student),
             environment=environment(str(accelerator.device), accelerator.num_processes),
             files=directory.files() if directory is not None else {},
+            task=task.task.name,
+            metric=metric,
+            metrics=metrics,
+            teacher_metrics=taught,
+            best=state.best,
         )
         if directory is not None:
             directory.report(status="done", result=record.to_json())
@@ -264,12 +290,12 @@ def _least_samples(student: nn.Module, processes: int, *, together: bool) -> int
     return (2 if together else 2 * processes) if norms else 1
 
 
-def _recall(reporter: Reporter, state: State, phases: Sequence[Phase]) -> None:
+def _recall(reporter: Reporter, state: State, phases: Sequence[Phase], metric: MetricFacts) -> None:
     """Tell what was done before the run was resumed."""
     steps: dict[str, int] = {}
     for entry in state.history:
         steps[entry["stage"]] = steps.get(entry["stage"], 0) + entry["steps"]
-        reporter.epoch(entry["stage"], steps[entry["stage"]], entry["loss"], entry["accuracy"])
+        reporter.epoch(entry["stage"], steps[entry["stage"]], entry["loss"], EpochRecord(**entry).value(metric))
     for phase in phases[: state.phase]:
         reporter.close(phase.name, f"{phase.name}: done before")
 

@@ -13,8 +13,8 @@ import indistill_fx as ifx
 from indistill_fx.cli import run
 from indistill_fx.data.open import open_data
 from indistill_fx.evaluation.accuracy import evaluate
+from indistill_fx.training.options.settings import Options, Settings
 from indistill_fx.training.recipes import RECIPES
-from indistill_fx.training.settings import Options, Settings
 
 MODELS = """
 from torch import nn

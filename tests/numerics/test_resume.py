@@ -24,14 +24,19 @@ from indistill_fx.curriculum import Budget
 from indistill_fx.data.augment import FlipAndCrop
 from indistill_fx.data.foreign import repeatable
 from indistill_fx.data.loaders import MemoryLoader
-from indistill_fx.runs.record import RunRecord
+from indistill_fx.losses.task import Classification
+from indistill_fx.runs.record import MetricFacts, RunRecord
 from indistill_fx.stages.checks import label_check
-from indistill_fx.training.settings import Settings
+from indistill_fx.training.options.settings import Settings
 from indistill_fx.training.state import Phase
+from indistill_fx.training.task import RunTask
 from indistill_fx.training.trainer import Setup, Trainer
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SIZE, BATCH = 40, 8
+
+
+CLASSES = RunTask(Classification(), MetricFacts(), "", label_check(Classification(), lambda batch: torch.zeros(1, 3)))
 
 
 class Student(nn.Module):
@@ -133,7 +138,7 @@ def train(student: Student, loader: Any, countdown: int = 10**9, **options: Any)
         student=student, teacher=None, loader=repeatable(loader, 0, "train loader"), val_loader=None,
         settings=Settings.of({"learning_rate": 0.01, **options}), run_dir=run_dir, resume=resume, allow_changed=(), progress=False,
         logits=None, about=None,
-    ).run(lambda directory, accelerator: Setup(phases=phases, check=label_check(3)))  # fmt: skip
+    ).run(lambda directory, accelerator: Setup(phases=phases, task=CLASSES))  # fmt: skip
 
 
 def equal(left: nn.Module, right: nn.Module) -> bool:

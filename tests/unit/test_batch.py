@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import indistill_fx as ifx
 from indistill_fx.batch import FEATURES, Inputs, inputs_and_labels, samples_of, split, with_features
 from indistill_fx.evaluation.accuracy import evaluate
+from indistill_fx.losses.task import Classification
 from indistill_fx.stages.checks import label_check
 from indistill_fx.training.supervised import Supervised
 
@@ -136,8 +137,10 @@ def test_what_does_not_fit_is_named(batch, message):
 
 def test_labels_out_of_range_are_found_in_every_form():
     for batch in ((A, B, Y + 1), {"a": A, "b": B, "label": Y + 1}):
-        with pytest.raises(ifx.ConfigError, match="Label 2 in batch 1 is out of range: the model has 2 classes"):
-            label_check(2, Inputs.of(Two()))(0, batch)
+        with pytest.raises(
+            ifx.ConfigError, match="Labels of batch 1: Label 2 is out of range: the model has 2 classes"
+        ):
+            label_check(Classification(), lambda batch: torch.zeros(1, 2), Inputs.of(Two()))(0, batch)
 
 
 def test_cached_features_travel_in_the_batch():

@@ -11,7 +11,7 @@ from torch import nn
 
 from indistill_fx.errors import ConfigError, TrainError
 from indistill_fx.runs import checkpoint
-from indistill_fx.training.optimizers import make_optimizer
+from indistill_fx.training.options.optimizers import make_optimizer
 
 
 def stepped(name: str, seed: int, steps: int = 3) -> tuple[nn.Module, torch.optim.Optimizer]:

@@ -18,13 +18,17 @@ from torch import Tensor, nn
 from indistill_fx.curriculum import Budget
 from indistill_fx.data.foreign import repeatable
 from indistill_fx.errors import ConfigError, TrainError
-from indistill_fx.runs.record import RunRecord
+from indistill_fx.losses.task import Classification
+from indistill_fx.runs.record import MetricFacts, RunRecord
 from indistill_fx.stages.checks import label_check
 from indistill_fx.system.signals import Interrupted
 from indistill_fx.training.memory import noticing_full_memory
-from indistill_fx.training.settings import Settings
+from indistill_fx.training.options.settings import Settings
 from indistill_fx.training.state import Phase
+from indistill_fx.training.task import RunTask
 from indistill_fx.training.trainer import Setup, Trainer
+
+CLASSES = RunTask(Classification(), MetricFacts(), "", label_check(Classification(), lambda batch: torch.zeros(1, 3)))
 
 
 class Student(nn.Module):
@@ -85,7 +89,7 @@ def run(
         progress=False,
         logits=None,
         about=None,
-    ).run(lambda directory, accelerator: Setup(phases=list(phases), check=label_check(3)))
+    ).run(lambda directory, accelerator: Setup(phases=list(phases), task=CLASSES))
 
 
 def weights(module: nn.Module) -> dict[str, Tensor]:
@@ -405,7 +409,7 @@ def test_a_stage_that_cannot_be_compiled_runs_as_it_is_and_says_so(monkeypatch):
 def test_labels_out_of_range_are_named_before_the_step():
     student, wrong = Student(), batches()
     wrong[2][1][3] = 3
-    with pytest.raises(ConfigError, match=r"Label 3 in batch 3 is out of range: the model has 3 classes"):
+    with pytest.raises(ConfigError, match=r"Labels of batch 3: Label 3 is out of range: the model has 3 classes"):
         run(student, Phase("main", Whole(student), Budget(1), main=True), loader=wrong)
 
 

@@ -90,7 +90,7 @@ def test_it_fits_the_terminal_whatever_the_names(width):
     found = board({"[red]" + "n" * 500: 5, "é✨🦜\x1b[31m": 100_000, "main": 3})
     for stage in found.stages.values():
         stage.losses = [1e-9, math.nan, math.inf, 1e30]
-    found.running, found.teacher, found.accuracies, found.pace = "main", 0.5, [0.1], "epoch 1 · about 3 h left"
+    found.running, found.teacher, found.values, found.pace = "main", 0.5, [0.1], "epoch 1 · about 3 h left"
     lines = drawn(found, width)
     assert len(lines) == 4 and (width < 40 or "[red]n" in lines[0])
     assert all(len(line) <= width for line in lines) and "\x1b" not in "".join(lines)

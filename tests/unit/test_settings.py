@@ -9,7 +9,7 @@ import pytest
 
 from indistill_fx.cli import train
 from indistill_fx.errors import ConfigError
-from indistill_fx.training.settings import Options, Settings, about, hints
+from indistill_fx.training.options.settings import Options, Settings, about, hints
 
 
 def test_the_keyword_arguments_are_the_settings():

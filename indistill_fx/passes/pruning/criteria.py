@@ -28,6 +28,7 @@ from indistill_fx.errors import ConfigError, PruneError, nearest
 from indistill_fx.graph.interpret import run_keeping
 from indistill_fx.graph.module_state import mode
 from indistill_fx.graph.ops import op_name
+from indistill_fx.losses.task import Classification
 from indistill_fx.passes.channels.call import read_call
 from indistill_fx.traced import TracedModel
 
@@ -211,7 +212,7 @@ def _gradients(
         _, seen = run_keeping(model.graph_module, {*axes, model.logits}, *leaves)
         watched = {name: value for name, value in seen.items() if value.requires_grad}
         scores = seen[model.logits].float()
-        loss = _cross_entropy(scores, labels, model.logits)
+        loss = _cross_entropy(scores, Classification().read(labels), model.logits)
         grads = torch.autograd.grad(loss, list(watched.values()), allow_unused=True)
     found = {}
     for (name, value), grad in zip(watched.items(), grads, strict=True):

@@ -8,7 +8,7 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
-from indistill_fx.training.settings import OptimizerName, require_choice
+from indistill_fx.training.options.settings import OptimizerName, require_choice
 
 _OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,

@@ -1,0 +1,137 @@
+"""Which task it is: by name, from the user's own file, or by what labels and outputs look like."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from indistill_fx.errors import ConfigError, nearest
+from indistill_fx.losses.positions import IGNORED
+from indistill_fx.losses.task import (
+    Classification,
+    Embedding,
+    Language,
+    MultiLabel,
+    Regression,
+    Segmentation,
+    Task,
+)
+from indistill_fx.system.user_code import load_object
+
+TASKS: Mapping[str, Callable[[], Task]] = {
+    "classification": Classification,
+    "multilabel": MultiLabel,
+    "regression": Regression,
+    "segmentation": Segmentation,
+    "language": Language,
+    "embedding": Embedding,
+}
+
+
+def task_of(task: str | Task) -> Task:
+    """The task of that name, of `file.py:task`, or the one given.
+
+    Raises:
+        ConfigError: an unknown name, or something that is no `Task`; lists the known ones.
+    """
+    if isinstance(task, str) and task in TASKS:
+        return TASKS[task]()
+    if isinstance(task, str) and ":" not in task:
+        raise ConfigError(
+            f"{task!r} is no task.",
+            where="task",
+            got=task,
+            expected=sorted(TASKS),
+            hint=f"{nearest(task, TASKS)} Known: {', '.join(TASKS)}, or file.py:task for your own.",
+        )
+    found: Any = load_object(task) if isinstance(task, str) else task
+    found = found() if isinstance(found, type) else found
+    if not isinstance(found, Task):
+        raise ConfigError(
+            f"A task must be a `Task`, not a {type(found).__name__}.",
+            where="task",
+            got=type(found).__name__,
+            hint="Derive a class from indistill_fx.Task.",
+        )
+    return found
+
+
+def choose_task(task: str | Task | None, logits: Tensor, labels: Tensor | None, inputs: Tensor | None = None) -> Task:
+    """The task as named, else inferred. One named `language` is told from the tokens whether its labels are shifted already.
+
+    Args:
+        task: see `task_of`; None: see `infer_task`.
+        logits: a model's output for a batch.
+        labels: of the batch.
+        inputs: the batch's first input.
+
+    Raises:
+        ConfigError: an unknown name, or nothing can be inferred.
+    """
+    if task == Language.name and labels is not None and inputs is not None:
+        return Language(shift=_are_the_inputs(labels, inputs))
+    return task_of(task) if task is not None else infer_task(logits, labels, inputs)
+
+
+def infer_task(logits: Tensor, labels: Tensor | None, inputs: Tensor | None = None) -> Task:
+    """The task that a model's output and the labels of one batch leave no doubt about.
+
+    Rules, in order:
+      1. No labels: embedding.
+      2. Class numbers (batch,) and logits (batch, classes): classification. A column (batch, 1) of them too.
+      3. Class numbers (batch, length) and logits (batch, length, vocabulary): language; the labels are still to be shifted if they
+         are the inputs themselves.
+      4. Class numbers (batch, *positions), also (batch, 1, *positions), and logits (batch, classes, *positions): segmentation.
+      5. Floating-point labels of the logits' shape: classification if every row sums to 1, multilabel if all are 0 or 1, else regression;
+         whole numbers of 0 and 1 of that shape are multilabel too. Of one output, its axis may be missing in the labels.
+
+    Raises:
+        ConfigError: none of them, or two.
+    """
+    if labels is None:
+        return Embedding()
+    numbers = not labels.is_floating_point() and labels.dtype != torch.bool
+    if numbers and logits.ndim == 2 and logits.shape[1] > 1 and labels.numel() == len(labels) == len(logits):
+        return Classification()
+    tokens = logits.ndim == 3 and labels.shape == logits.shape[:2]
+    places = logits.shape[:1] + logits.shape[2:]
+    flat = labels[:, 0] if labels.ndim == logits.ndim == 4 and labels.shape[1] == 1 else labels
+    dense = logits.ndim > 2 and flat.shape == places
+    if numbers and tokens and not dense:
+        return Language(shift=inputs is None or _are_the_inputs(labels, inputs))
+    if numbers and dense and not tokens and logits.shape[1] > 1:
+        return Segmentation()
+    one = labels.numel() == logits.numel() and (logits.ndim == 1 or (logits.shape[1] == 1 and labels.shape == places))
+    if labels.shape == logits.shape or one:
+        found = _by_values(logits, labels)
+        if found is not None:
+            return found
+    raise ConfigError(
+        f"Labels of shape {tuple(labels.shape)} ({str(labels.dtype).removeprefix('torch.')}) and outputs of shape "
+        f"{tuple(logits.shape)} are of no task that can be told from them.",
+        where="labels",
+        got=tuple(labels.shape),
+        hint=f"Name it with task=… (--task): {', '.join(TASKS)}, or file.py:task for your own. Class numbers must be whole: labels.long().",
+    )
+
+
+def _by_values(logits: Tensor, labels: Tensor) -> Task | None:
+    """Of labels that have a value for every output."""
+    if labels.is_floating_point() and logits.ndim == 2 and logits.shape[1] > 1:
+        sums = labels.sum(1)
+        if torch.allclose(sums, torch.ones_like(sums), atol=1e-4) and bool((labels >= 0).all()):
+            return Classification()
+    if bool(((labels == 0) | (labels == 1)).all()):
+        return MultiLabel()
+    return Regression() if labels.is_floating_point() else None
+
+
+def _are_the_inputs(labels: Tensor, inputs: Tensor) -> bool:
+    """Whether the labels that count are the tokens at their own place: then it is the next one that is to be foretold."""
+    if labels.shape != inputs.shape or inputs.is_floating_point():
+        return False
+    counted = labels != IGNORED
+    return bool((labels == inputs)[counted].all())

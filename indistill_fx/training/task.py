@@ -1,0 +1,100 @@
+"""Which task a run has: as named, or by what the student says to the first batch. And the check of its labels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from indistill_fx.batch import Inputs, split
+from indistill_fx.errors import ConfigError
+from indistill_fx.evaluation.accuracy import deciding_metric, select_logits
+from indistill_fx.graph.module_state import evaluating
+from indistill_fx.losses.choose_task import choose_task, task_of
+from indistill_fx.losses.task import Classification, Task
+from indistill_fx.runs.record import MetricFacts
+from indistill_fx.stages.checks import label_check
+
+
+@dataclass(frozen=True, slots=True)
+class RunTask:
+    """What the labels of a run mean.
+
+    Attributes:
+        task: the task.
+        metric: which of its metrics decides what is best; None where nothing can be measured.
+        said: how it is known, in a line.
+        check: looks at a batch, by its number, and raises if its labels are none of the task's.
+    """
+
+    task: Task
+    metric: MetricFacts | None
+    said: str
+    check: Callable[[int, Any], None]
+
+
+def task_of_run(
+    task: str | Task | None,
+    loader: Iterable[Any],
+    module: nn.Module,
+    *models: Inputs,
+    logits: str | int | None = None,
+    required: bool = True,
+) -> RunTask:
+    """What the labels of a run mean.
+
+    Args:
+        task: see `losses.choose_task.task_of`; None: what the first batch leaves no doubt about.
+        loader: training batches.
+        module: the student, where it lies.
+        models: what the run's models take, the student last.
+        logits: which entry of the student's output the logits are.
+        required: whether anything reads the labels by their task; if not, a task that cannot be told is none to be named.
+
+    Raises:
+        ConfigError: an unknown name, or the task must be known and cannot be told.
+    """
+    batch = next(iter(loader))
+    parts = split(batch, *models, where="The training")
+    named = task_of(task) if task is not None else None
+    if parts.labels is None or (named is not None and not named.labelled):
+        said = f"Task: {named.name}, as asked." if named is not None else ""
+        return RunTask(named or Classification(), None, said, lambda number, batch: None)
+
+    def logits_of(batch: Any) -> Tensor | None:
+        anchor = next(module.parameters(), None)
+        if anchor is not None and type(anchor) not in (Tensor, nn.Parameter):
+            return None  # sharded: one process cannot ask alone
+        device = anchor.device if anchor is not None else torch.device("cpu")
+        call = split(send_to_device(batch, device), *models, where="The training").calls[-1]
+        with evaluating(module):
+            outputs = call(module)
+        if logits is None and not isinstance(outputs, Tensor):
+            return next(leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor))  # as tracing does
+        return select_logits(outputs, logits)
+
+    outputs = logits_of(batch)
+    assert outputs is not None
+    labels = parts.labels.to(outputs.device)
+    first = parts.calls[-1].first
+    try:
+        chosen = choose_task(task if isinstance(task, str) else named, outputs, labels, first)
+    except ConfigError:
+        if required or task is not None:
+            raise
+        return RunTask(Classification(), None, "", lambda number, batch: None)
+    prepared, _ = chosen.prepare(outputs, labels)
+    how = "as asked" if task is not None else "by the first batch's labels"
+    metric = deciding_metric(chosen, prepared.shape[1] if prepared.ndim > 1 else 1)
+    return RunTask(chosen, metric, f"Task: {described(chosen)}, {how}.", label_check(chosen, logits_of, *models))
+
+
+def described(task: Task) -> str:
+    """A task's name, and what of its settings is not the default."""
+    own = {name: value for name, value in vars(task).items() if getattr(type(task), name, None) != value}
+    return task.name + "".join(f", {name} {value}" for name, value in own.items())

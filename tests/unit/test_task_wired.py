@@ -1,0 +1,250 @@
+"""Tasks through training, validation, evaluation and the command line, on small real models."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import indistill_fx as ifx
+from indistill_fx.cli import run
+from indistill_fx.curriculum import Curriculum
+from indistill_fx.errors import ConfigError
+from indistill_fx.losses.choose_task import choose_task, infer_task
+from indistill_fx.losses.task import Classification, Language, MultiLabel, Regression, Segmentation
+from indistill_fx.training.task import described
+
+QUIET = {"progress": False, "device": "cpu", "curriculum": Curriculum(lengths=[])}
+
+
+def drawn(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def net(outputs: int, seed: int = 0) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return nn.Sequential(
+            nn.Conv2d(1, 4, 3, 2, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, outputs)
+        )  # fmt: skip
+
+
+def dense(seed: int = 0) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return nn.Sequential(
+            nn.Conv2d(1, 4, 3, 1, 1),
+            nn.ReLU(),
+            nn.Conv2d(4, 4, 3, 2, 1),
+            nn.BatchNorm2d(4),
+            nn.ReLU(),
+            nn.Conv2d(4, 3, 1),
+        )
+
+
+def pictures(count: int = 12, seed: int = 1) -> Tensor:
+    return torch.randn(count, 1, 8, 8, generator=drawn(seed))
+
+
+def of_task(name: str) -> tuple[nn.Module, nn.Module, tuple[Tensor, Tensor]]:
+    x = pictures()
+    if name == "multilabel":
+        return net(3), net(3, 5), (x, (torch.rand(12, 3, generator=drawn(2)) < 0.5).float())
+    if name == "one label":
+        return net(1), net(1, 5), (x, torch.arange(12).remainder(2)[:, None])
+    if name == "regression":
+        return net(1), net(1, 5), (x, torch.randn(12, 1, generator=drawn(2)))
+    return dense(0), dense(5), (x, torch.randint(3, (12, 4, 4), generator=drawn(2)))
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "metric"),
+    [
+        ("multilabel", "multilabel", "mean_average_precision"),
+        ("one label", "multilabel", "average_precision"),
+        ("regression", "regression", "rmse"),
+        ("segmentation", "segmentation", "mean_iou"),
+    ],
+)
+def test_every_way_of_training_knows_the_task(name, task, metric, tmp_path):
+    teacher, student, batch = of_task(name)
+    record = ifx.distill(teacher, student, [batch], epochs=3, val_loader=[batch], run_dir=tmp_path / "run", **QUIET)
+    assert (record.task, record.metric.name, record.accuracy) == (task, metric, None)
+    assert record.metrics == ifx.evaluate(student, [batch]).metrics
+    assert record.teacher_metrics == ifx.evaluate(teacher, [batch], task=task).metrics
+    told = json.loads((tmp_path / "run/run.json").read_text())
+    assert (told["task"], told["metric"]["name"]) == (task, metric)
+    values = [epoch.metrics[metric] for epoch in record.epochs]
+    assert record.best == (max if record.metric.higher_is_better else min)(values)
+    assert record.best_epoch == values.index(record.best) + 1
+    again = ifx.distill(
+        teacher, student, [batch], epochs=3, val_loader=[batch], run_dir=tmp_path / "run", resume=True, **QUIET
+    )
+    assert again.digest == record.digest
+    model = net(batch[1].shape[1]) if name != "segmentation" else dense()
+    trained = ifx.train(model, [batch], epochs=2, val_loader=[batch], progress=False, device="cpu")
+    assert (trained.task, trained.metric.name) == (task, metric)
+    arms = ifx.compare(
+        teacher,
+        student,
+        [batch],
+        epochs=3,
+        val_loader=[batch],
+        **QUIET | {"curriculum": Curriculum(lengths=1, penultimate=0)},
+    )
+    assert {arm.record.metric.name for arm in arms.values()} == {metric}
+    path = tmp_path / "page.html"
+    assert run(["report", str(tmp_path / "run"), "-o", str(path)]) == 0
+    assert metric.replace("_", " ") in path.read_text()
+
+
+def test_the_loss_is_the_tasks_own():
+    teacher, student, (x, y) = of_task("regression")
+    stage = ifx.compile_stages(
+        teacher.eval(), student, example_inputs=x, task="regression", curriculum=Curriculum(lengths=[])
+    )[-1].eval()
+    own, other = student.eval()(x), teacher(x)
+    assert stage((x, y)).item() == pytest.approx(
+        (0.9 * F.mse_loss(own, other) + 0.1 * F.mse_loss(own, y)).item(), rel=1e-6
+    )
+
+
+def test_columns_of_whole_numbers_reach_a_loss_of_ones_own_as_the_task_reads_them():
+    seen = []
+
+    def loss(student, teacher, labels):
+        seen.append(labels.shape)
+        return student.logits.square().mean()
+
+    teacher, student, batch = of_task("one label")
+    ifx.distill(teacher, student, [batch], main=loss, epochs=1, **QUIET)
+    ifx.distill(net(3), net(3, 1), [(batch[0], torch.arange(12)[:, None] % 3)], main=loss, epochs=1, **QUIET)
+    assert seen == [torch.Size([12, 1]), torch.Size([12])]
+
+
+def test_a_task_of_ones_own_from_a_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.py").write_text(
+        "import torch\nfrom torch import nn\nfrom torchmetrics.regression import MeanAbsoluteError\n"
+        "from indistill_fx.losses.task import Regression\n"
+        "class Doses(Regression):\n"
+        "    name = 'doses'\n"
+        "    def loss(self, logits, labels):\n        return (logits - labels).abs().mean()\n"
+        "    def metrics(self, outputs):\n        return {'error': MeanAbsoluteError()}\n"
+        "def make(): return nn.Sequential(nn.Flatten(), nn.Linear(64, 1))\n"
+        "def data():\n    torch.manual_seed(0)\n    x = torch.randn(16, 1, 8, 8)\n    some = [(x, x.mean((1, 2, 3)))]\n"
+        "    return some, some\n"
+    )
+    common = ("--data", "own.py:data", "--task", "own.py:Doses")
+    assert run(["train", "own.py:make", *common, "--epochs", "2", "-o", "t", "--device", "cpu"]) == 0
+    told = json.loads((tmp_path / "t/run.json").read_text())
+    assert told["task"] == "doses" and not told["metric"]["higher_is_better"]
+    epochs = [json.loads(line) for line in (tmp_path / "t/metrics.jsonl").read_text().splitlines()]
+    values = [line["metrics"]["error"] for line in epochs if line["kind"] == "epoch"]
+    assert told["result"]["best"] == min(values)
+    assert "Test error" in capsys.readouterr().out
+    assert run(["evaluate", "t", *common, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["metrics"]["error"] == values[-1]
+
+
+BAD = [
+    ("multilabel", {"task": "classification"}, "must be probabilities, but a sample's do not sum to 1"),
+    ("regression", {"task": "multilabel"}, "multilabel reads labels from 0 to 1"),
+    ("regression", {"main": "dkd"}, "Loss 'dkd' compares classes that exclude each other"),
+    ("multilabel", {"task": "multilable"}, "Nearest: multilabel"),
+    ("segmentation", {"task": "regression"}, "regression reads labels of the outputs' shape (12, 3, 4, 4)"),
+    ("segmentation", {"main": "labels", "task": "embedding"}, "needs labels"),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "message"), BAD)
+def test_labels_that_do_not_fit_are_refused_before_the_first_step(name, options, message):
+    teacher, student, batch = of_task(name)
+    before = {key: value.clone() for key, value in student.state_dict().items()}
+    with pytest.raises(ConfigError) as error:
+        ifx.distill(teacher, student, [batch], epochs=1, **QUIET, **options)
+    assert message in str(error.value)
+    assert all(torch.equal(value, before[key]) for key, value in student.state_dict().items())
+
+
+def test_a_void_label_out_of_range_names_its_batch():
+    teacher, student, (x, y) = of_task("segmentation")
+    wrong = y.clone()
+    wrong[0, 0, 0] = 3
+    void = y.clone()
+    void[0, 0] = 255
+    with pytest.raises(ConfigError, match="Labels of batch 3: Label 3 is out of range: the model has 3 classes"):
+        ifx.distill(teacher, student, [(x, y), (x, void), (x, wrong)], epochs=1, **QUIET)
+
+
+def test_labels_of_other_sizes_are_checked_against_outputs_of_their_own_size():
+    teacher, student, (x, y) = of_task("segmentation")
+    wide = torch.randn(4, 1, 8, 12), torch.full((4, 4, 6), 7)
+    with pytest.raises(ConfigError, match="Labels of batch 2: Label 7"):
+        ifx.distill(teacher, student, [(x, y), wide], epochs=1, **QUIET)
+
+
+def test_a_loss_of_ones_own_may_read_labels_of_no_task():
+    teacher, student, (x, _) = of_task("regression")
+
+    def boxes(student, teacher, labels):
+        return student.logits.mean() * labels.mean()
+
+    record = ifx.distill(teacher, student, [(x, torch.rand(12, 5, 4))], main=boxes, epochs=1, **QUIET)
+    assert record.metrics is None
+    with pytest.raises(ConfigError, match="of no task that can be told"):
+        ifx.distill(
+            teacher,
+            student,
+            [(x, torch.rand(12, 5, 4))],
+            main=boxes,
+            val_loader=[(x, torch.rand(12, 5, 4))],
+            epochs=1,
+            **QUIET,
+        )
+
+
+def test_what_is_inferred():
+    logits = torch.zeros(4, 3)
+    assert infer_task(logits, torch.tensor([[0], [1], [2], [0]])) == Classification()
+    assert infer_task(torch.zeros(4, 1), torch.tensor([[0], [1], [1], [0]])) == MultiLabel()
+    assert infer_task(torch.zeros(4, 1), torch.tensor([0, 1, 1, 0])) == MultiLabel()
+    assert infer_task(torch.zeros(4, 1), torch.tensor([0.5, 1, 1, 0])) == Regression()
+    assert infer_task(torch.zeros(4, 3, 5), torch.zeros(4, 5, dtype=torch.long)) == Segmentation()
+    assert infer_task(torch.zeros(4, 3, 5, 6), torch.zeros(4, 1, 5, 6, dtype=torch.long)) == Segmentation()
+    for logits, labels in (
+        (torch.zeros(4, 5, 5), torch.zeros(4, 5, dtype=torch.long)),  # tokens, or places of a line?
+        (torch.zeros(4, 1), torch.tensor([0, 7, 2, 1])),  # whole numbers of one output
+        (torch.zeros(4, 3), torch.tensor([0.0, 1, 2, 1])),
+        (torch.zeros(4, 2), torch.tensor([True, False, True, False])),
+    ):
+        with pytest.raises(ConfigError, match="of no task that can be told"):
+            infer_task(logits, labels)
+
+
+@pytest.mark.parametrize("named", [None, "language"])
+def test_tokens_tell_whether_their_labels_are_still_to_be_shifted(named):
+    tokens = torch.randint(9, (4, 6), generator=drawn(0))
+    logits = torch.zeros(4, 6, 9)
+    labels = tokens.clone()
+    labels[:, :2] = -100
+    assert choose_task(named, logits, labels, tokens) == Language(shift=True)
+    assert choose_task(named, logits, tokens.roll(-1, 1), tokens) == Language(shift=False)
+    assert described(Language(shift=False)) == "language, shift False"
+
+
+def test_classification_is_measured_as_it_was():
+    """To the bit: the share of right ones, and the mean cross-entropy, summed batch by batch."""
+    model = net(3).eval()
+    batches = [(pictures(n, n), torch.arange(n) % 3) for n in (7, 5)]
+    found = ifx.evaluate(model, batches)
+    with torch.no_grad():
+        scores = [model(x) for x, _ in batches]
+    right = sum(int((z.argmax(1) == y).sum()) for z, (_, y) in zip(scores, batches, strict=True))
+    loss = sum(F.cross_entropy(z, y, reduction="sum").item() for z, (_, y) in zip(scores, batches, strict=True))
+    assert (found.accuracy, found.loss, found.count, found.classes) == (right / 12, loss / 12, 12, 3)
+    for z, (_, y) in zip(scores, batches, strict=True):
+        assert Classification().loss(z, y).item() == F.cross_entropy(z, y).item()
