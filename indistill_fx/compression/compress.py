@@ -36,13 +36,14 @@ from indistill_fx.losses.task import Task
 from indistill_fx.passes.capture.trace import trace
 from indistill_fx.passes.pruning.criteria import Criterion
 from indistill_fx.plan import AlignmentPlan
-from indistill_fx.runs.checkpoint import save_tensors, state_tensors
+from indistill_fx.runs.checkpoint import state_tensors
 from indistill_fx.runs.directory import STUDENT
 from indistill_fx.runs.load import about as about_model
 from indistill_fx.runs.load import keep_export
 from indistill_fx.runs.record import RunRecord
 from indistill_fx.runs.signature import is_signed, sign
 from indistill_fx.system.files import read_bounded, save_json
+from indistill_fx.system.tensor_files import save_tensors
 from indistill_fx.traced import TracedModel
 from indistill_fx.training.distill import distill, examples_of
 from indistill_fx.training.options.settings import Options

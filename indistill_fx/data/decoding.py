@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from indistill_fx.data.image_folders import Listing
 from indistill_fx.data.pictures import read_picture
-from indistill_fx.errors import ConfigError
+from indistill_fx.errors import ConfigError, TrainError
+from indistill_fx.system.files import clear_drafts
+from indistill_fx.system.tensor_files import load_tensors, save_tensors
 from indistill_fx.system.terminal import followed
 
-_FORMAT = "pictures 2"
+_FORMAT = "pictures 3"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,10 +29,12 @@ class Pictures:
     Attributes:
         values: uint8, or uint16 of deep ones: (count, channels, height, width), in the listing's order.
         resized: how many had another size.
+        note: what was found of a cache that was damaged; else empty.
     """
 
     values: Tensor
     resized: int
+    note: str = ""
 
 
 def decode(
@@ -53,30 +57,27 @@ def decode(
         progress: show a bar where standard error is a terminal.
 
     Raises:
-        ConfigError: an image is broken, or the cache is.
+        ConfigError: an image is broken, or the cache cannot be written. A damaged cache is said, and made anew.
     """
     if cache is None:
         return _decoded(listing, size, channels, deep, progress)
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file, save_file
-
-    place = cache / f"{_digest(listing, (size, channels, deep))}.safetensors"
-    if place.is_file():
-        try:
-            return _fitting(load_file(place), (len(listing.files), channels, *size))
-        except (SafetensorError, KeyError, ValueError, OSError) as error:
-            raise ConfigError(
-                f"Cache {str(place)!r} is broken: {error}.", where=str(place), hint="Remove it."
-            ) from error
-    found = _decoded(listing, size, channels, deep, progress)
+    place, note = cache / f"{_digest(listing, (size, channels, deep))}.safetensors", ""
+    try:
+        return _kept(place, (len(listing.files), channels, *size))
+    except FileNotFoundError:
+        pass
+    except (KeyError, ValueError, RuntimeError, OSError) as error:
+        note = f"The decoded pictures in {place} were damaged ({error}) and were decoded anew."
+    found = replace(_decoded(listing, size, channels, deep, progress), note=note)
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as folder:  # renamed only when whole
-            save_file({"images": found.values, "resized": torch.tensor(found.resized)}, Path(folder, "images"))
-            Path(folder, "images").replace(place)
-    except (OSError, SafetensorError) as error:
+        with FileLock(cache / ".lock"):
+            clear_drafts(cache)
+            save_tensors(place, {"images": found.values, "resized": torch.tensor(found.resized)}, {"format": _FORMAT})
+    except (OSError, TrainError) as error:
+        reason = error.__cause__ or error
         raise ConfigError(
-            f"Cache {str(place)!r} cannot be written: {error}.", where=str(cache), hint="Give another folder, or none."
+            f"Cache {str(place)!r} cannot be written: {reason}.", where=str(cache), hint="Give another folder, or none."
         ) from error
     return found
 
@@ -107,8 +108,17 @@ def _resized(picture: Tensor, size: tuple[int, int]) -> Tensor:
     return found.round().clamp(0, 65535)
 
 
-def _fitting(kept: dict[str, Tensor], shape: tuple[int, ...]) -> Pictures:
+def _kept(place: Path, shape: tuple[int, ...]) -> Pictures:
+    """What was kept there.
+
+    Raises:
+        OSError: nothing, or it cannot be read.
+        ValueError: it was changed since, or is something else.
+    """
+    kept, header = load_tensors(place)
     images = kept["images"]
+    if header != {"format": _FORMAT}:
+        raise ValueError("its header was changed")
     if images.dtype not in (torch.uint8, torch.uint16) or images.shape != shape:
         raise ValueError("it holds other images")
     return Pictures(images, int(kept["resized"]))

@@ -131,7 +131,7 @@ def list_splits(folder: Path) -> tuple[Listing, Listing]:
     Raises:
         ConfigError: no such folder, a split or class is absent or empty, or the splits differ in their classes.
     """
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise ConfigError(f"There is no folder {str(folder)!r} (looked in {Path.cwd()}).", where=str(folder))
     name = next((name for name in ("test", "val") if (folder / name).is_dir()), None)
     if not (folder / "train").is_dir():

@@ -58,6 +58,7 @@ def open_folder(place: str, options: DataOptions) -> Data:
             for split in (train, test)
         ]
         resized = sum(pictures.resized for pictures in decoded)
+        notes += tuple(pictures.note for pictures in decoded if pictures.note)
         if resized and options.size is None:
             notes += (
                 f"{resized:,} of {count:,} pictures were not {size[0]}x{size[1]} as most are, and were resized to it.",

@@ -161,7 +161,7 @@ def bench(
     if not contestants:
         raise ConfigError("Nothing to time: give at least one module or ONNX file.", where="contestants")
     for name, value in contestants.items():
-        if not isinstance(value, nn.Module) and not Path(value).is_file():
+        if not isinstance(value, nn.Module) and not os.path.isfile(value):
             raise ConfigError(f"`{name}`: there is no file `{value}`.", where=name)
     rows: list[BenchRow] = []
     notes: list[str] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -110,7 +111,7 @@ def check_onnx(
         ConfigError: there is no such file, or the inputs are at fault.
     """
     file = Path(path)
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise ConfigError(f"There is no file `{file}`.", where=str(file), hint="Give the path of an .onnx file.")
     names, inputs = inputs_of(module, example_inputs)
     real = inputs_of(module, real_inputs, where="real_inputs")[1] if real_inputs is not None else None

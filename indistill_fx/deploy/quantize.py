@@ -169,7 +169,7 @@ def _open_float(source: Path) -> tuple[onnxruntime.InferenceSession, bool]:
     """The file, and whether there is attention in it."""
     import onnx
 
-    _require(source.is_file(), f"There is no file `{source}`.", str(source))
+    _require(os.path.isfile(source), f"There is no file `{source}`.", str(source))
     try:
         model = onnx.load(str(source), load_external_data=False)
     except Exception as error:

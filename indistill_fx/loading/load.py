@@ -5,6 +5,7 @@ Nothing of a model file is run, unless it names a package that the user trusts; 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from indistill_fx.errors import ConfigError
-from indistill_fx.loading.spec import MODEL_FORMS, Spec, exists, parse_spec
+from indistill_fx.loading.spec import MODEL_FORMS, Spec, parse_spec
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -116,7 +117,7 @@ def _load_file(parsed: Spec, trust: Sequence[str]) -> Source:
     from indistill_fx.loading.file_kinds import count_safetensors, recognise
 
     path = Path(parsed.place)
-    if not exists(path) and path.name == parsed.place and not path.suffix:
+    if not os.path.exists(path) and path.name == parsed.place and not path.suffix:
         hint = f"A constructor is named with its library: torchvision:{path} or timm:{path}."
         raise ConfigError(f"There is no file `{path}`.", where=parsed.text, expected=MODEL_FORMS, hint=hint)
     kind = recognise(path)

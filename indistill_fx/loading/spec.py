@@ -14,21 +14,19 @@ from __future__ import annotations
 
 import ast
 import math
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from indistill_fx.errors import ConfigError
-
-if TYPE_CHECKING:
-    pass
-
 
 MODEL_FORMS = (
     "model.pt, model.pt2, models.py:make_model, package.module:make_model, torchvision:resnet18 or timm:resnet10t"
 )
 _MODEL_SUFFIXES = (".pt", ".pth", ".pt2", ".bin", ".ckpt")
+_IN_A_FILE = re.compile(r"(?P<place>.*?\.py):(?P<name>\w*)(?:(?P<mark>\?)(?P<query>.*))?", re.DOTALL)
 LARGEST_INPUT = 1 << 28
 """Elements of one input: 1 GiB in float32."""
 
@@ -57,17 +55,12 @@ def parse_spec(text: str) -> Spec:
         raise ConfigError(
             "The model spec is empty.", where="model", got=text, expected=MODEL_FORMS, hint=f"Write {MODEL_FORMS}."
         )
-    if exists(Path(text)):
+    if os.path.exists(text):  # False also where a name is too long, or holds a zero byte, which pathlib raises for
         return Spec(text, text)
-    left, at, weights = text.rpartition("@")
-    if at and (":" in left or left.endswith(_MODEL_SUFFIXES)):
-        if not weights:
-            raise ConfigError(f"{text!r} names no weights after '@'.", where=text, hint=f"Write {left}@weights.pt.")
-    else:
-        left, weights = text, ""
-    constructor, mark, query = left.partition("?")
-    by_library = constructor.startswith(("torchvision:", "timm:"))
-    place, colon, name = constructor.partition(":") if by_library else constructor.rpartition(":")
+    left, weights = _split_weights(text)
+    if os.path.exists(left):
+        return Spec(text, left, weights=weights)
+    place, colon, name, mark, query = _split_constructor(left)
     if not colon:
         if mark:
             hint = f"Arguments are for constructors: {MODEL_FORMS}."
@@ -76,6 +69,27 @@ def parse_spec(text: str) -> Spec:
     if not place or not name:
         raise ConfigError(f"{text!r} names no model.", where=text, expected=MODEL_FORMS, hint=f"Write {MODEL_FORMS}.")
     return Spec(text, place, name, _parse_arguments(query, text) if mark else {}, weights)
+
+
+def _split_weights(text: str) -> tuple[str, str]:
+    """Model and weights. Folders may have an `@` in their names, so a file that is there decides."""
+    parts = [(text[:k], text[k + 1 :]) for k, character in enumerate(text) if character == "@"]
+    parts = [(left, weights) for left, weights in parts if ":" in left or left.endswith(_MODEL_SUFFIXES)]
+    if not parts:
+        return text, ""
+    left, weights = next((part for part in parts if part[1] and os.path.exists(part[1])), parts[-1])
+    if not weights:
+        raise ConfigError(f"{text!r} names no weights after '@'.", where=text, hint=f"Write {left}@weights.pt.")
+    return left, weights
+
+
+def _split_constructor(text: str) -> tuple[str, str, str, str, str]:
+    """Place, colon, name, question mark, arguments. Folders may have a `?` in their names, so a `.py` before it decides."""
+    found = None if text.startswith(("torchvision:", "timm:")) else _IN_A_FILE.fullmatch(text)
+    if found is not None:
+        return found["place"], ":", found["name"], found["mark"] or "", found["query"] or ""
+    constructor, mark, query = text.partition("?")
+    return *constructor.partition(":"), mark, query
 
 
 def _parse_arguments(query: str, text: str) -> dict[str, Any]:
@@ -94,14 +108,6 @@ def _parse_arguments(query: str, text: str) -> dict[str, Any]:
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             arguments[key] = value
     return arguments
-
-
-def exists(path: Path) -> bool:
-    """Whether the path is there; no name is too odd to be asked for."""
-    try:
-        return path.exists()
-    except (OSError, ValueError):  # too long, or with a zero byte
-        return False
 
 
 def is_input_size(value: object) -> bool:

@@ -12,6 +12,7 @@ from indistill_fx.errors import ConfigError
 from indistill_fx.loading.file_kinds import damaged, recognise
 from indistill_fx.loading.pickle_scan import Made, entries
 from indistill_fx.loading.safe_pickle import SavedFile, open_saved
+from indistill_fx.system.tensor_files import load_tensors
 
 # What training scripts put a state dict under, and what wrappers put before its keys.
 WRAPPERS = (
@@ -108,13 +109,10 @@ def _say(value: Any) -> str:
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     try:
-        return load_file(path)
-    except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
-        raise damaged(str(path), f"{type(error).__name__}: {error}") from error
+        return load_tensors(path)[0]
+    except (OSError, ValueError) as error:
+        raise damaged(str(path), str(error)) from error
 
 
 def _no_state_dict(label: str, others: Sequence[str]) -> ConfigError:

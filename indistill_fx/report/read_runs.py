@@ -146,7 +146,7 @@ def read_runs(path: str | os.PathLike[str]) -> tuple[Run, ...]:
         ConfigError: there is no run in it.
     """
     home = Path(path)
-    if not home.is_dir():
+    if not os.path.isdir(home):
         raise ConfigError(f"{home} is not a directory.", where=str(home), hint="Give the -o of a `distill` or `train`.")
     if _is_run(home):
         return (read_run(home),)

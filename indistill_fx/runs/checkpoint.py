@@ -11,12 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from indistill_fx.errors import ConfigError
-from indistill_fx.system.files import replace_file, require_regular
+from indistill_fx.system.tensor_files import DamagedFileError, load_tensors, save_tensors
 
 SCHEMA = 1
 """Version of run directories: of run.json and of the state in a checkpoint. Later versions read earlier ones."""
@@ -38,16 +36,6 @@ def check_schema(version: object, path: Path) -> None:
         )
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file, all of it or nothing. Tensors that share memory are written one by one.
-
-    Raises:
-        TrainError: the place cannot be written.
-    """
-    own = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-    replace_file(path, lambda draft: save_file(own, draft, metadata=dict(header or {})))
-
-
 def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
     """Write tensors and state as one file.
 
@@ -61,22 +49,24 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and the state of a checkpoint.
 
     Raises:
-        ConfigError: no such file, not a checkpoint of ours, or one of a later version.
+        ConfigError: no such file, not a checkpoint of ours, one that was changed since it was written (names what), or one of a
+            later version.
     """
     try:
-        require_regular(path)
-        with safe_open(path, framework="pt") as file:
-            state = dict(json.loads((file.metadata() or {})["state"]))
-            check_schema(state.pop("schema_version", 1), path)
-            return {name: file.get_tensor(name) for name in file.keys()}, state  # noqa: SIM118
-    except ConfigError:
-        raise
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
+        tensors, header = load_tensors(path)
+        if header.keys() != {"state"}:
+            raise DamagedFileError(
+                f"its header has {', '.join(sorted(header)) or 'nothing'} where it should have a state"
+            )
+        state = dict(json.loads(header["state"]))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ConfigError(
-            f"{path} is no checkpoint of a run: {error}.",
+            f"{path} is no checkpoint of a run: {str(error).rstrip('.')}.",
             where=str(path),
             hint="Start the run anew in another directory.",
         ) from error
+    check_schema(state.pop("schema_version", 1), path)
+    return tensors, state
 
 
 def model_tensors(

@@ -79,7 +79,7 @@ class RunDirectory:
         return self
 
     def _open(self) -> None:
-        if not self._resume and ((self.path / "run.json").exists() or self.has_checkpoint):
+        if not self._resume and (os.path.exists(self.path / "run.json") or self.has_checkpoint):
             raise ConfigError(
                 f"{self.path} already holds a run.",
                 where=str(self.path),
@@ -112,7 +112,7 @@ class RunDirectory:
     @property
     def has_checkpoint(self) -> bool:
         """Whether there is one."""
-        return (self.path / LAST).exists()
+        return os.path.exists(self.path / LAST)
 
     @property
     def resumes(self) -> bool:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from indistill_fx.errors import ConfigError, TrainError
 from indistill_fx.loading.load import Source, load_source
@@ -28,17 +29,17 @@ _FETCHING = ("pretrained", "checkpoint", "weights", "cache")
 
 def is_run(spec: str) -> bool:
     """Whether a spec is a run directory."""
-    return Path(spec).is_dir() and (Path(spec) / "run.json").exists()
+    return os.path.exists(Path(spec) / "run.json")
 
 
 def absolute(spec: str) -> str:
     """A model spec that means the same from any working directory: files in it by their full path."""
     parsed = parse_spec(spec)
     place, at, weights = parsed.place, "@" if parsed.weights else "", parsed.weights
-    if not Path(place).exists() and not weights:
+    if not os.path.exists(place) and not weights:
         return spec
     head = spec.removesuffix(f"@{weights}") if weights else spec
-    if Path(place).exists():
+    if os.path.exists(place):
         head = str(Path(place).resolve()) + head.removeprefix(place)
     return f"{head}{at}{Path(weights).resolve() if weights else ''}"
 
@@ -86,9 +87,31 @@ def about_data(data: Data) -> dict[str, Any]:
 
 def run_fingerprint(path: str | os.PathLike[str]) -> str:
     """Which run it was: when it started, and the digest of what it ended with."""
-    told = json.loads(read_bounded(Path(path) / "run.json", MOST_BYTES))
-    digest = (told.get("result") or {}).get("digest", "")
-    return f"{told.get('started', '?')} {digest[:16]}".strip()
+    try:
+        told = _object(json.loads(read_bounded(Path(path) / "run.json", MOST_BYTES)))
+    except (OSError, ValueError, RecursionError):
+        return "?"
+    started, digest = told.get("started"), _object(told.get("result")).get("digest")
+    begun = started if isinstance(started, str) else "?"
+    return f"{begun[:40]} {digest[:16] if isinstance(digest, str) else ''}".strip()
+
+
+def _object(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _figures(value: object) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Mean and standard deviation per channel.
+
+    Raises:
+        ValueError: they cannot be.
+    """
+    if value is None:
+        return None
+    mean, std = (tuple(float(number) for number in part) for part in cast("Any", value))
+    if len(mean) != len(std) or not all(map(math.isfinite, mean + std)) or not all(number > 0 for number in std):
+        raise ValueError("its normalisation cannot be")
+    return (mean, std) if mean else None
 
 
 def load_run(path: str | os.PathLike[str], *, trust: Sequence[str] = (), best: bool = False) -> Source:
@@ -107,10 +130,12 @@ def load_run(path: str | os.PathLike[str], *, trust: Sequence[str] = (), best: b
     try:
         told = json.loads(read_bounded(home / "run.json", MOST_BYTES))
         kept = told["about"]
-        spec, size = str(kept["model"]), tuple(kept["input_size"])
+        spec, size = kept["model"], tuple(kept["input_size"])
+        if not isinstance(spec, str):
+            raise TypeError("the model is no text")
         classes = tuple(str(name) for name in kept.get("classes") or ())
-        mean, std = (tuple(float(x) for x in part) for part in kept.get("normalisation") or ((), ()))
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        normalisation = _figures(kept.get("normalisation"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ConfigError(
             f"{home / 'run.json'} does not say which model was trained.",
             where=str(home),
@@ -144,7 +169,7 @@ def load_run(path: str | os.PathLike[str], *, trust: Sequence[str] = (), best: b
         spec=str(home),
         input_size=size,
         example_inputs=None,
-        normalisation=(mean, std) if mean else source.normalisation,
+        normalisation=normalisation or source.normalisation,
         classes=classes,
         notes=(*source.notes, *notes),
     )

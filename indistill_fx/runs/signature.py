@@ -38,7 +38,7 @@ def is_signed(spec: Spec, proof: object) -> bool:
 def code_of(place: str) -> Path | None:
     """The file that `file.py` or `package.module` names; found without importing anything, and None where there is none."""
     if place.endswith(".py"):
-        return Path(place).resolve() if Path(place).is_file() else None
+        return Path(place).resolve() if os.path.isfile(place) else None
     searched: Sequence[str] | None = [*sys.path, str(Path.cwd())]
     name = ""
     for part in place.split("."):

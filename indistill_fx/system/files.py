@@ -103,7 +103,7 @@ def write(path: str | os.PathLike[str], content: str | bytes) -> None:
 @contextmanager
 def staged(target: Path) -> Iterator[Path]:
     """A place for the draft beside the target; what lies there moves to the target's name if the block succeeds."""
-    if target.is_dir() or not target.name:
+    if os.path.isdir(target) or not target.name:
         raise ConfigError(f"Cannot write `{target}`: it is a directory.", where=str(target), hint="Name a file in it.")
     try:
         holder = tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -41,7 +42,7 @@ def load_object(spec: str) -> Any:
 
 
 def _from_file(path: Path) -> ModuleType:
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ConfigError(f"There is no file {str(path)!r} (looked in {Path.cwd()}).", where=str(path))
     path = path.resolve()
     key = f"{path.stem}@{path}"  # no importable name; one file is one module however often it is named

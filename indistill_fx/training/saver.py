@@ -20,10 +20,10 @@ from indistill_fx.runs.checkpoint import (
     restore_model,
     restore_optimizer,
     save_checkpoint,
-    save_tensors,
     state_tensors,
 )
 from indistill_fx.runs.directory import BEST, LAST, RunDirectory
+from indistill_fx.system.tensor_files import save_tensors
 from indistill_fx.training.identity import changes
 from indistill_fx.training.parallel.fsdp import Shards, gathered, spread_optimizer
 from indistill_fx.training.state import Phase, State, check_parts, placed

@@ -169,12 +169,46 @@ def check_parts(saved: Mapping[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _fits(name: str, value: object) -> bool:
-    if name in ("history", "notes"):
-        return isinstance(value, list if name == "history" else dict)
+    if name == "history":
+        return isinstance(value, list) and all(map(_is_epoch, value))
+    if name == "notes":
+        return isinstance(value, dict) and all(
+            isinstance(lines, list) and all(isinstance(line, str) for line in lines) for lines in value.values()
+        )
     if name in ("lowest", "best", "best_epoch") and value is None:
         return True
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and (name in ("lowest", "best", "loss_sum", "seconds") or (isinstance(value, int) and value >= 0))
+    return is_number(value) and (
+        name in ("lowest", "best", "loss_sum", "seconds") or (isinstance(value, int) and value >= 0)
+    )
+
+
+def _is_epoch(entry: object) -> bool:
+    """Whether an entry has what `EpochRecord` takes."""
+    if not isinstance(entry, dict) or not _NEEDED <= entry.keys() <= _NEEDED | {"accuracy", "val_loss", "metrics"}:
+        return False
+    metrics = entry.get("metrics") or {}
+    if not isinstance(metrics, dict) or not isinstance(entry["stage"], str):
+        return False
+    measured = [entry.get("accuracy"), entry.get("val_loss"), *metrics.values()]
+    whole = all(
+        isinstance(entry[name], int) and is_number(entry[name]) and entry[name] >= 0 for name in ("epoch", "steps")
+    )
+    return (
+        whole
+        and all(is_number(entry[name]) for name in _NEEDED - {"stage"})
+        and all(value is None or is_number(value) for value in measured)
+    )
+
+
+_NEEDED = {"stage", "epoch", "steps", "loss", "learning_rate", "seconds"}
+
+
+_MOST = 1 << 100
+
+
+def is_number(value: object) -> bool:
+    """Whether a value from a file is a number that one of ours can be; not a number is none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -_MOST < value < _MOST
 
 
 def _unfit(path: Path, why: str) -> ConfigError:

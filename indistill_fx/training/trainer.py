@@ -19,18 +19,19 @@ from indistill_fx.errors import ConfigError, PassError
 from indistill_fx.evaluation.accuracy import Evaluation, evaluate
 from indistill_fx.graph.edit import forget_sources
 from indistill_fx.graph.module_state import digest
-from indistill_fx.runs.checkpoint import save_tensors, state_tensors
+from indistill_fx.runs.checkpoint import state_tensors
 from indistill_fx.runs.directory import LAST, STUDENT, RunDirectory
 from indistill_fx.runs.record import EpochRecord, MetricFacts, RunRecord, StageRecord, environment
 from indistill_fx.system.allocator import freed_memory_kept
 from indistill_fx.system.random_state import own_randomness
 from indistill_fx.system.signals import StopRequest
+from indistill_fx.system.tensor_files import save_tensors
 from indistill_fx.training.identity import described_task, identity_of
 from indistill_fx.training.loop import TrainingLoop
 from indistill_fx.training.options.settings import Settings
 from indistill_fx.training.parallel.processes import make_accelerator, noticing_dead_peers
 from indistill_fx.training.progress import Reporter
-from indistill_fx.training.state import Phase, State
+from indistill_fx.training.state import Phase, State, is_number
 from indistill_fx.training.task import RunTask
 
 
@@ -231,7 +232,7 @@ class Trainer:
             return None
         told = before.reported() if before is not None else {}
         known = told.get("teacher_metrics") or {"accuracy": told.get("teacher_accuracy")}
-        if isinstance(known, dict) and isinstance(known.get(metric.name), int | float):
+        if isinstance(known, dict) and all(map(is_number, known.values())) and metric.name in known:
             found: Mapping[str, float] = known
         else:
             measured = self._measured(self.teacher, setup.task)

@@ -69,7 +69,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "another optimiser": (lambda p: rewritten(p, lambda s: s["optimizer"].update({"99/step": 1})), "another optimiser"),
     "another run": (lambda p: rewritten(p, lambda s: s["identity"].update(seed=5)), "of another run: seed is 5"),
     "a tensor less": (
-        lambda p: save_file({k: v for k, v in load_file(p).items() if "weight" not in k}, p, metadata=header(p)),
+        lambda p: save_file({k: v for k, v in load_file(p).items() if "weight" not in k}, p, metadata={"state": header(p)["state"]}),
         "another model",
     ),
 }  # fmt: skip

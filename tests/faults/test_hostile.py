@@ -172,18 +172,26 @@ def test_a_pipe_among_the_images_is_not_waited_for(tmp_path: Path, victims: Vict
     assert victims.run("reads_an_image", tmp_path / "image.png", seconds=30) == 6
 
 
-def test_a_cache_of_other_images_is_refused(tmp_path: Path) -> None:
+def test_a_cache_of_other_images_is_made_anew(tmp_path: Path) -> None:
     from PIL import Image
 
     (tmp_path / "images" / "a").mkdir(parents=True)
     Image.new("RGB", (8, 8)).save(tmp_path / "images" / "a" / "0.png")
     listing = list_images(tmp_path / "images")
-    decode(listing, (8, 8), cache=tmp_path / "cache")
-    (found,) = (tmp_path / "cache").iterdir()
+    good = decode(listing, (8, 8), cache=tmp_path / "cache")
+    (found,) = (tmp_path / "cache").glob("*.safetensors")
     for tensors in ({"images": torch.zeros(9, 3, 8, 8, dtype=torch.uint8)}, {"other": torch.zeros(1)}):
         save_file(tensors, found)
-        with pytest.raises(ConfigError, match="is broken"):
-            decode(listing, (8, 8), cache=tmp_path / "cache")
+        again = decode(listing, (8, 8), cache=tmp_path / "cache")
+        assert torch.equal(again.values, good.values)
+        assert "were damaged" in again.note
+    flipped = bytearray(found.read_bytes())
+    flipped[-1] ^= 4
+    found.write_bytes(flipped)
+    again = decode(listing, (8, 8), cache=tmp_path / "cache")
+    assert torch.equal(again.values, good.values)
+    assert "`images` was changed" in again.note
+    assert not decode(listing, (8, 8), cache=tmp_path / "cache").note
 
 
 NASTY = "layer\x1b[2J\x1b]0;owned\x07\x9b31m\u202egnp\r[bold]x[/]\ud800"

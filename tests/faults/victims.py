@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from indistill_fx.errors import ConfigError
-from indistill_fx.runs import checkpoint
 from indistill_fx.runs import directory as record
+from indistill_fx.system import tensor_files
 from indistill_fx.system.signals import Interrupted
 from indistill_fx.training import loop
 from tests.faults.harness import run
@@ -34,13 +34,13 @@ def _dying(function: Any, at: int, number: int = signal.SIGKILL, before: bool = 
 
 
 def killed_in_saving(place: str, name: str, before: bool) -> None:
-    home = checkpoint if name == "save_file" else os
+    home = tensor_files if name == "save_file" else os
     setattr(home, name, _dying(getattr(home, name), 8, before=before))
     run(Path(place))
 
 
 def killed_with_half_a_draft(place: str) -> None:
-    whole, calls = checkpoint.save_file, [0]
+    whole, calls = tensor_files.save_file, [0]
 
     def torn(tensors: Any, path: Path, **options: Any) -> None:
         whole(tensors, path, **options)
@@ -49,7 +49,7 @@ def killed_with_half_a_draft(place: str) -> None:
             os.truncate(path, path.stat().st_size // 2)
             os.kill(os.getpid(), signal.SIGKILL)
 
-    checkpoint.save_file = torn  # type: ignore[assignment]
+    tensor_files.save_file = torn  # type: ignore[assignment]
     run(Path(place))
 
 

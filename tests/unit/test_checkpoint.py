@@ -11,6 +11,7 @@ from torch import nn
 
 from indistill_fx.errors import ConfigError, TrainError
 from indistill_fx.runs import checkpoint
+from indistill_fx.system import tensor_files
 from indistill_fx.training.options.optimizers import make_optimizer
 
 
@@ -59,7 +60,7 @@ def test_tied_weights_are_stored_once_and_exported_under_every_name(tmp_path):
     module = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     module[1].weight = module[0].weight
     assert sorted(checkpoint.model_tensors(module, None)) == ["student/0.bias", "student/0.weight", "student/1.bias"]
-    checkpoint.save_tensors(tmp_path / "student.safetensors", checkpoint.state_tensors(module))
+    tensor_files.save_tensors(tmp_path / "student.safetensors", checkpoint.state_tensors(module))
 
     fresh = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     fresh.load_state_dict(load_file(tmp_path / "student.safetensors"))
@@ -83,7 +84,7 @@ def test_a_disk_that_fills_up_leaves_the_last_checkpoint_and_nothing_else(tmp_pa
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(
-        *{"save_file": (checkpoint, "save_file"), "fsync": (os, "fsync"), "replace": (os, "replace")}[fails], full
+        *{"save_file": (tensor_files, "save_file"), "fsync": (os, "fsync"), "replace": (os, "replace")}[fails], full
     )
     with pytest.raises(TrainError, match=r"No space left on device.*last checkpoint there is still good"):
         checkpoint.save_checkpoint(path, {"x": torch.zeros(3)}, {"step": 2})
@@ -97,7 +98,7 @@ def test_anything_else_is_no_checkpoint(tmp_path):
     path = tmp_path / "x.safetensors"
     with pytest.raises(ConfigError, match="no checkpoint"):
         checkpoint.load_checkpoint(path)
-    checkpoint.save_tensors(path, {"x": torch.ones(2)})
+    tensor_files.save_tensors(path, {"x": torch.ones(2)})
     with pytest.raises(ConfigError, match="no checkpoint"):
         checkpoint.load_checkpoint(path)
     whole = path.read_bytes()

@@ -1,0 +1,79 @@
+"""Tensors on disk: safetensors files, written whole or not at all, that carry a digest of every tensor and of their header."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from indistill_fx.system.files import replace_file, require_regular
+
+_DIGESTS = "sha256"
+"""Entry of a file's header: the digest of each tensor by name, and under the empty name that of the header's other entries."""
+
+
+class DamagedFileError(ValueError):
+    """A file was changed since it was written, or is none of its kind."""
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file, all of it or nothing. Tensors that share memory are written one by one.
+
+    Raises:
+        TrainError: the place cannot be written.
+    """
+    own = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    told = dict(header or {})
+    digests = {"": _text_digest(told)} | {name: _digest(tensor) for name, tensor in own.items()}
+    replace_file(path, lambda draft: save_file(own, draft, metadata=told | {_DIGESTS: json.dumps(digests)}))
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a safetensors file, and compare what it holds with its digests, if it has any: other programs' and those of 0.1.0 have none.
+
+    Returns:
+        The tensors by name, on the CPU, and the header's other entries.
+
+    Raises:
+        OSError: it cannot be read.
+        DamagedFileError: it is no such file, or a tensor or its header was changed; names which.
+    """
+    require_regular(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            told = dict(file.metadata() or {})
+            tensors = {name: file.get_tensor(name) for name in file.offset_keys()}
+    except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise DamagedFileError(str(error) or type(error).__name__) from error
+    digests = told.pop(_DIGESTS, None)
+    if digests is not None and (changed := list(_changed(tensors, told, digests))):
+        more = f" and {len(changed) - 1} more" if changed[1:] else ""
+        raise DamagedFileError(f"{changed[0]}{more} was changed since it was written")
+    return tensors, told
+
+
+def _changed(tensors: Mapping[str, Tensor], told: Mapping[str, str], digests: str) -> Iterable[str]:
+    try:
+        known = json.loads(digests)
+    except (ValueError, RecursionError):
+        known = None
+    if not isinstance(known, dict) or known.get("") != _text_digest(told) or len(known) != len(tensors) + 1:
+        yield "its header"
+        return
+    yield from (f"`{name}`" for name, tensor in tensors.items() if known.get(name) != _digest(tensor))
+
+
+def _text_digest(told: Mapping[str, str]) -> str:
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+def _digest(tensor: Tensor) -> str:
+    found = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()

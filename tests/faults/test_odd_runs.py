@@ -1,0 +1,159 @@
+"""Run directories whose entries have other types than ours, and names that no file system likes: read, or refused with a sentence."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from indistill_fx.cli import run as run_cli
+from indistill_fx.demo import DigitsStudent
+from indistill_fx.errors import ConfigError, IndistillError
+from indistill_fx.loading.spec import parse_spec
+from indistill_fx.report.read_runs import read_runs
+from indistill_fx.runs.directory import LAST, STUDENT
+from indistill_fx.runs.load import load_run, run_fingerprint
+from indistill_fx.system.tensor_files import load_tensors, save_tensors
+from tests.faults.harness import run
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "0.1.0" / "run"
+ODD: tuple[Any, ...] = (None, True, -1, 10**400, float("nan"), "x\x1b[2J\n", "", [], [[]], [1, "a"], {}, {"a": [{}]})
+ABOUT = {
+    "model": "indistill_fx.demo:DigitsStudent",
+    "seal": "x",
+    "data": "digits",
+    "input_size": [1, 8, 8],
+    "classes": [str(number) for number in range(10)],
+    "normalisation": [[0.5], [0.5]],
+}
+MORE = {
+    "about": ABOUT,
+    "result": {"digest": "ab", "epochs": []},
+    "phases": [{"name": "main", "length": 3, "unit": "epochs"}],
+}
+
+
+def changed(value: Any) -> Iterator[Any]:
+    """The value with each of its parts, one after the other, replaced by something odd."""
+    yield from ODD
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in parts:
+        for other in changed(part):
+            yield {**value, key: other} if isinstance(value, dict) else [*value[:key], other, *value[key + 1 :]]
+
+
+def test_a_run_json_of_any_types_is_read_or_refused(tmp_path: Path) -> None:
+    place = Path(shutil.copytree(GOLDEN, tmp_path / "run"))
+    told = json.loads((place / "run.json").read_text()) | MORE
+    del told["settings"], told["environment"]["versions"]["torch"]
+    torch.manual_seed(0)
+    save_tensors(place / STUDENT, DigitsStudent().state_dict())
+    outcomes = {"read": 0, "refused": 0}
+    for one in changed(told):
+        (place / "run.json").write_text(json.dumps(one))
+        assert read_runs(place)
+        assert isinstance(run_fingerprint(place), str)
+        if isinstance(one, dict) and one.get("about") == ABOUT:
+            continue  # `load_run` reads nothing else
+        try:
+            load_run(place)
+            outcomes["read"] += 1
+        except ConfigError as error:
+            assert str(place) in str(error) or one["about"]["model"] in ("", "x\x1b[2J\n")
+            outcomes["refused"] += 1
+    assert min(outcomes.values()) > 20
+
+
+@pytest.mark.parametrize("entry", ["resumed", "teacher_accuracy", "changes", "started", "status", "schema_version"])
+@pytest.mark.parametrize("odd", ["x", [], {}, -1.5], ids=repr)
+def test_a_run_is_resumed_whatever_its_run_json_holds(entry: str, odd: Any, tmp_path: Path) -> None:
+    place = Path(shutil.copytree(GOLDEN, tmp_path / "run"))
+    told = json.loads((place / "run.json").read_text())
+    (place / "run.json").write_text(json.dumps(told | {entry: odd}))
+    if (entry == "schema_version" and odd != -1.5) or entry == "schema_version":
+        with pytest.raises(ConfigError, match="later version"):
+            run(place)
+        return
+    assert run(place).steps
+    assert json.loads((place / "run.json").read_text())["status"] == "done"
+
+
+def test_a_checkpoint_whose_state_has_any_types_is_refused(tmp_path: Path) -> None:
+    place = Path(shutil.copytree(GOLDEN, tmp_path / "run"))
+    tensors, header = load_tensors(place / LAST)
+    whole = json.loads(header["state"])
+    refused = 0
+    for key in ("history", "notes", "leg", "steps", "lowest", "best", "seconds"):
+        for odd in (*ODD[1:], [{"stage": "main"}], {"main": "x"}, [whole["state"]["history"][0] | {"loss": "x"}]):
+            if odd in ([], {}) or (odd == -1 and key in ("lowest", "best", "seconds")):
+                continue
+            state = whole | {"state": whole["state"] | {key: odd}}
+            save_tensors(place / LAST, tensors, {"state": json.dumps(state)})
+            with pytest.raises(ConfigError, match="no checkpoint of a run"):
+                run(place)
+            refused += 1
+    assert refused > 60
+
+
+LONG = "x" * 300
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["inspect", LONG],
+        ["inspect", f"{LONG}.pt"],
+        ["inspect", f"{LONG}.py:make"],
+        ["inspect", f"torchvision:resnet18@{LONG}.pt"],
+        ["evaluate", LONG, "--data", "digits"],
+        ["evaluate", "indistill_fx.demo:DigitsStudent", "--data", f"imagefolder:{LONG}"],
+        ["evaluate", "indistill_fx.demo:DigitsStudent", "--data", f"{LONG}.py:make"],
+        ["report", LONG],
+        ["report", ".", "-o", LONG],
+        ["check", f"{LONG}.onnx", "indistill_fx.demo:DigitsStudent"],
+        ["bench", f"{LONG}.onnx"],
+        ["export", "indistill_fx.demo:DigitsStudent", "--input", "1x8x8", "-o", f"{LONG}.onnx"],
+        ["prune", "indistill_fx.demo:DigitsStudent", "--input", "1x8x8", "--ratio", "0.5", "-o", LONG],
+        ["align", "indistill_fx.demo:DigitsTeacher", "indistill_fx.demo:DigitsStudent", "--input", "1x8x8", "-o", LONG],
+        ["train", "indistill_fx.demo:DigitsStudent", "--data", "digits", "--limit", "20", "--epochs", "1", "-o", LONG],
+    ],
+    ids=lambda command: " ".join(command).replace(LONG, "LONG"),
+)
+def test_names_that_are_too_long_are_refused_with_a_sentence(
+    command: list[str], tmp_path: Path, monkeypatch, capfd
+) -> None:
+    shutil.copytree(GOLDEN, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    assert run_cli(command) == 2
+    assert len(capfd.readouterr().err.strip().splitlines()) >= 1
+
+
+@pytest.mark.parametrize("folder", ["why? not", "me@work", "a:b", "50% off & more", "ü漢字", "-x", "{}", "[bold]"])
+def test_folders_may_have_any_names(folder: str, tmp_path: Path, monkeypatch) -> None:
+    home = tmp_path / folder
+    home.mkdir()
+    (home / "models.py").write_text("from indistill_fx.demo import DigitsStudent as make\n")
+    save_tensors(home / "w.safetensors", DigitsStudent().state_dict())
+    torch.save(DigitsStudent(), home / "model.pt")
+    found = parse_spec(f"{home}/models.py:make?widths=(4,4)@{home}/w.safetensors")
+    assert (found.place, found.name, found.weights) == (f"{home}/models.py", "make", f"{home}/w.safetensors")
+    assert found.arguments == {"widths": (4, 4)}
+    assert parse_spec(f"{home}/model.pt").place == f"{home}/model.pt"
+    run_dir = str(home / "run")
+    monkeypatch.chdir(home)
+    train = ["train", "models.py:make", "--data", "digits", "--limit", "40", "--epochs", "1"]
+    assert run_cli([*train, "-o", run_dir]) == 0
+    assert run_cli(["evaluate", run_dir, "--data", "digits", "--limit", "40"]) == 0
+    assert run_cli(["inspect", f"{home}/models.py:make@{home}/w.safetensors", "--input", "1x8x8"]) == 0
+    assert run_cli(["report", run_dir, "-o", str(home / "page.html")]) == 0
+
+
+def test_other_names_with_zero_bytes_are_refused(tmp_path: Path) -> None:
+    for spec in ("a\0b", "a\0b.pt", "a\0.py:make"):
+        with pytest.raises(IndistillError):
+            load_run(spec) if spec == "a\0b" else parse_spec(spec) and run_fingerprint(spec) == "?" and load_run(spec)
