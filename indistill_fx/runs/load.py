@@ -96,6 +96,12 @@ def run_fingerprint(path: str | os.PathLike[str]) -> str:
     return f"{begun[:40]} {digest[:16] if isinstance(digest, str) else ''}".strip()
 
 
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"it is a {type(value).__name__}")
+    return value
+
+
 def _object(value: object) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
@@ -130,9 +136,7 @@ def load_run(path: str | os.PathLike[str], *, trust: Sequence[str] = (), best: b
     try:
         told = json.loads(read_bounded(home / "run.json", MOST_BYTES))
         kept = told["about"]
-        spec, size = kept["model"], tuple(kept["input_size"])
-        if not isinstance(spec, str):
-            raise TypeError("the model is no text")
+        spec, size = _text(kept["model"]), tuple(kept["input_size"])
         classes = tuple(str(name) for name in kept.get("classes") or ())
         normalisation = _figures(kept.get("normalisation"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
