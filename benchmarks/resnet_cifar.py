@@ -3,6 +3,7 @@
     benchmarks/resnet_cifar.py:resnet56?file=FILE.safetensors
 
 They were trained on images normalised by ImageNet's figures; here they take images normalised by CIFAR-10's, as our loaders give them.
+With `bare=True` they take what they were trained on: `--mean imagenet`.
 """
 
 from __future__ import annotations
@@ -40,8 +41,9 @@ class ResNet(nn.Module):
     scale: Tensor
     shift: Tensor
 
-    def __init__(self, blocks: int):
+    def __init__(self, blocks: int, bare: bool = False):
         super().__init__()
+        self.bare = bare
         (mean, std), (own_mean, own_std) = (tuple(map(torch.tensor, figures)) for figures in (_IMAGENET, _CIFAR10))
         self.register_buffer("scale", (own_std / std).view(3, 1, 1), persistent=False)
         self.register_buffer("shift", ((own_mean - mean) / std).view(3, 1, 1), persistent=False)
@@ -55,20 +57,26 @@ class ResNet(nn.Module):
         self.linear = nn.Linear(64, 10)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(batch, 3, 32, 32), normalised by CIFAR-10's figures → (batch, 10)."""
-        x = F.relu(self.bn1(self.conv1(x * self.scale + self.shift)))
+        """(batch, 3, 32, 32), normalised by CIFAR-10's figures, or by ImageNet's for a bare one → (batch, 10)."""
+        x = x if self.bare else x * self.scale + self.shift
+        x = F.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
         return self.linear(x.mean((2, 3)))
 
 
-def resnet20(file: str | None = None) -> nn.Module:
+def resnet20(file: str | None = None, bare: bool = False) -> nn.Module:
     """9 blocks."""
-    return _loaded(ResNet(3), file)
+    return _loaded(ResNet(3, bare), file)
 
 
-def resnet56(file: str | None = None) -> nn.Module:
+def resnet32(file: str | None = None, bare: bool = False) -> nn.Module:
+    """15 blocks."""
+    return _loaded(ResNet(5, bare), file)
+
+
+def resnet56(file: str | None = None, bare: bool = False) -> nn.Module:
     """27 blocks."""
-    return _loaded(ResNet(9), file)
+    return _loaded(ResNet(9, bare), file)
 
 
 def _loaded(model: ResNet, file: str | None) -> nn.Module:

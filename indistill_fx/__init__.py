@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from indistill_fx.errors import TrainError as TrainError
     from indistill_fx.errors import VerifyError as VerifyError
     from indistill_fx.evaluation.accuracy import evaluate as evaluate
+    from indistill_fx.graph.view import View as View
     from indistill_fx.loading.load import load as load
     from indistill_fx.losses.task import Task as Task
     from indistill_fx.passes.align import align as align
@@ -64,6 +65,7 @@ _HOMES: dict[str, str] = {
     "TracedModel": "traced",
     "TrainError": "errors",
     "VerifyError": "errors",
+    "View": "graph.view",
     "align": "passes.align",
     "check_onnx": "deploy.check_onnx",
     "compare": "training.compare",

@@ -118,11 +118,15 @@ class Call:
 
     def to(self, device: torch.device) -> Call:
         """The same with its tensors on a device."""
+        return self.changed(lambda tensor: tensor.to(device))
 
-        def moved(value: Any) -> Any:
-            return value.to(device) if isinstance(value, Tensor) else value
+    def changed(self, change: Callable[[Tensor], Tensor]) -> Call:
+        """The same with each of its tensors changed."""
 
-        return Call(tuple(map(moved, self.args)), {name: moved(value) for name, value in self.kwargs.items()})
+        def new(value: Any) -> Any:
+            return change(value) if isinstance(value, Tensor) else value
+
+        return Call(tuple(map(new, self.args)), {name: new(value) for name, value in self.kwargs.items()})
 
     def tensors(self, names: Sequence[str]) -> dict[str, Tensor]:
         """The arguments by name, in order."""

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from indistill_fx.errors import ConfigError, TrainError, nearest
+from indistill_fx.graph.view import View
 from indistill_fx.system.files import read_bounded, replace_file
 from indistill_fx.traced import TracedModel
 
@@ -89,6 +90,7 @@ class AlignmentPlan(_Frozen):
         embedding: the penultimate vectors, for relational losses and the warm-up's end; None if one of the models has none.
         unmatched: stages without a partner, and why.
         layers: what the layers of both models were; a plan without them can only tell that a model changed.
+        view: what the teacher sees of a batch that was made for the student; None: the batch as it is, as far as the plan knows.
     """
 
     schema_version: Literal[1] = 1
@@ -98,6 +100,7 @@ class AlignmentPlan(_Frozen):
     embedding: Pair | None = None
     unmatched: tuple[str, ...] = ()
     layers: Layers = Layers()
+    view: View | None = None
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON, at once or not at all.

@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from indistill_fx.batch import Call, Inputs, split
 from indistill_fx.errors import ConfigError, nearest
 from indistill_fx.graph.ops import op_name
+from indistill_fx.graph.view import View
 
 Role = Literal["teacher", "student"]
 Kind = Literal["map", "tokens", "vector", "other"]
@@ -106,6 +107,7 @@ class TracedModel:
         example_inputs: positional arguments of one forward call.
         example_kwargs: keyword arguments of one forward call.
         logits: name of the node that holds the main output.
+        view: what a teacher sees of a batch that was made for the student; None: the batch as it is. The example is what it sees.
     """
 
     graph_module: fx.GraphModule
@@ -117,6 +119,7 @@ class TracedModel:
     example_inputs: tuple[Any, ...]
     example_kwargs: Mapping[str, Any]
     logits: str
+    view: View | None = None
 
     @cached_property
     def taps(self) -> dict[str, str]:
@@ -189,7 +192,8 @@ class TracedModel:
         """
         parts = split(batch, self.inputs, where=where)
         device = next((parameter.device for parameter in self.graph_module.parameters()), torch.device("cpu"))
-        found = parts.calls[0].to(device).tensors(self.inputs.names)
+        call = parts.calls[0].to(device)
+        found = (call.changed(self.view.apply) if self.view is not None else call).tensors(self.inputs.names)
         names = Inputs.of(self.graph_module).names
         given = [found.get(name, value) for name, value in zip(names, self.example_values, strict=True)]
         return tuple(given), parts.labels.to(device) if parts.labels is not None else None

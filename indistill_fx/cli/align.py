@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     help="What the models will be trained on: says what inputs look like. digits, cifar10, imagefolder:DIR or file.py:make_loaders.",
 )
 @pictures.picture_options
+@pictures.teacher_options
 @click.option(
     "--batches",
     default=16,
@@ -101,11 +102,11 @@ def command(teacher: str, student: str, inputs: tuple[str, ...], trust: tuple[st
     data = _data(options, sources)
     if options["similarity"] and data is not None:
         matching["similarity"] = cka(data.train_plain, batches=options["batches"])
-    example = common.example_for(sources, inputs, data)
-    teacher_source, student_source = sources
+    example = common.example_for(sources[::-1], inputs, data)
+    view, plan = pictures.teacher_view(options, sources[0], data, plan)
     traced = (
-        common.trace_model(teacher_source, example, "teacher", logits=options["logits"]),
-        common.trace_model(student_source, example, "student", logits=options["logits"]),
+        common.trace_model(sources[0], example, "teacher", logits=options["logits"], view=view),
+        common.trace_model(sources[1], example, "student", logits=options["logits"]),
     )
     for line in plan.drift(*traced) if plan else ():
         common.say(one_line(f"{options['plan']}: {line}"))
@@ -147,7 +148,7 @@ def _data(options: dict[str, Any], sources: tuple[Source, Source]) -> Data | Non
         return None
     limit = 64 * options["batches"]
     return pictures.open_pictures(
-        options["data"], options, *reversed(sources), batch_size=64, limit=limit, progress=True
+        options["data"], options, *reversed(sources), training=True, batch_size=64, limit=limit, progress=True
     )
 
 

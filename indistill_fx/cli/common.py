@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from indistill_fx.data.dataset import Data
+    from indistill_fx.graph.view import View
     from indistill_fx.loading.load import Source
     from indistill_fx.traced import Role, TracedModel
 
@@ -157,11 +158,21 @@ def _random(size: tuple[int, ...]) -> Any:
     return torch.randn(1, *size, generator=torch.Generator().manual_seed(0))
 
 
-def trace_model(source: Source, example: Any, role: Role, *, logits: str | int | None = None) -> TracedModel:
-    """Trace a loaded model, and say which method traced it when it was not the first."""
-    from indistill_fx.passes.capture.trace import trace
+def trace_model(
+    source: Source, example: Any, role: Role, *, logits: str | int | None = None, view: View | None = None
+) -> TracedModel:
+    """Trace a loaded model, and say which method traced it when it was not the first.
 
-    traced = trace(source.module, example, role=role, logits=logits)
+    Args:
+        source: the model.
+        example: inputs as the student takes them.
+        role: see `trace`.
+        logits: see `trace`.
+        view: what a teacher sees of them.
+    """
+    from indistill_fx.passes.capture.trace import as_traced
+
+    traced = as_traced(source.module, example, role=role, logits=logits, view=view)
     if traced.report.method != "symbolic":
         say(f"{source.spec}: traced by `{traced.report.method}`")
     for line in (*traced.report.specialisations, *traced.report.notes):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from indistill_fx.cli import common, training
+from indistill_fx.cli import common, pictures, training
 
 if TYPE_CHECKING:
     from torch import nn
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 _SECTIONS = {
-    "Data and models": (*training.SECTIONS["Data and models"], "plan_file"),
+    "Data and models": (*training.SECTIONS["Data and models"], "plan_file", *pictures.TEACHER_NAMES),
     "The warm-up": (
         "warmup", "warmup_steps", "no_warmup", "layers", "warmup_loss", "warmup_lr", "warmup_optimizer", "patience",
         "penultimate", "keep", "feed",
@@ -144,6 +144,7 @@ def _use_recipe(context: click.Context, parameter: click.Parameter, name: str) -
     metavar="DIR",
     help="Keep the teacher's features here instead of computing them in every epoch; needs --no-augment on images.",
 )
+@pictures.teacher_options
 @training.training_options
 def command(teacher: str, student: str, **options: Any) -> None:
     """Distil TEACHER into STUDENT: the warm-up layer by layer, then the main loss.
@@ -170,6 +171,7 @@ def command(teacher: str, student: str, **options: Any) -> None:
     example = common.example_for(sources, (), data)
     given = options["plan_file"]
     plan = AlignmentPlan.load(given) if given else _plan_beside(student, source, example)
+    view, plan = pictures.teacher_view(options, sources[0], data, plan, directly=options["assistant"] is None)
     shared: dict[str, Any] = {
         "curriculum": _curriculum(options),
         "plan": plan,
@@ -177,6 +179,7 @@ def command(teacher: str, student: str, **options: Any) -> None:
         "main_options": main_options(options["main_options"]),
         "val_loader": data.test if data.labelled else None,
         "example_inputs": example,
+        "teacher_view": view,
         "logits": options["logits"],
         "task": options["task"],
         "resume": options["resume"],
@@ -187,7 +190,7 @@ def command(teacher: str, student: str, **options: Any) -> None:
     }
     if options["assistant"] is not None:
         source = _assisted(source, pupil, teacher, data, shared, options)
-        shared["about"]["teacher"] = f"{out}/step-1"
+        shared["about"]["teacher"], shared["teacher_view"] = f"{out}/step-1", None
         out = f"{out}/step-2"
     shared["run_dir"] = out
     train, epochs = data.train, options["epochs"]
@@ -207,7 +210,7 @@ def _plan_beside(student: str, teacher: nn.Module, example: Any) -> AlignmentPla
     from pathlib import Path
 
     from indistill_fx.loading.spec import parse_spec
-    from indistill_fx.passes.capture.trace import trace
+    from indistill_fx.passes.capture.trace import as_traced
     from indistill_fx.plan import AlignmentPlan
 
     place = Path(parse_spec(student).place)
@@ -215,7 +218,7 @@ def _plan_beside(student: str, teacher: nn.Module, example: Any) -> AlignmentPla
     if place.name != "student.py" or not file.exists():
         return None
     plan = AlignmentPlan.load(file)
-    if plan.teacher.fingerprint != trace(teacher, example, role="teacher").fingerprint:
+    if plan.teacher.fingerprint != as_traced(teacher, example, role="teacher").fingerprint:
         return None
     common.say(
         f"{place} was made of this teacher: {file} says which channels it has. `--recipe compress` is made for that."

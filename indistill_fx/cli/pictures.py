@@ -1,8 +1,9 @@
-"""How pictures are prepared: options of every command that opens data, and what follows from the models where they are not given."""
+"""How pictures are prepared, for the model that is trained and for its teacher: options, and what follows from the models without them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -14,7 +15,9 @@ if TYPE_CHECKING:
     from torch import nn
 
     from indistill_fx.data.dataset import Data
+    from indistill_fx.graph.view import View
     from indistill_fx.loading.load import Source
+    from indistill_fx.plan import AlignmentPlan
 
 
 class _Size(click.ParamType[tuple[int, int]]):
@@ -76,28 +79,110 @@ def picture_options(command: Command) -> Command:
     return command
 
 
-def open_pictures(spec: str, options: Mapping[str, Any], *sources: Source, **more: Any) -> Data:
-    """The data, prepared as the options say, else as a run was trained, else as the models' form asks; notes are said.
+class _Classes(click.ParamType[Any]):
+    """Names or numbers, or a file of them: one a line, or a list in JSON."""
+
+    name = "classes"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The list; of whole numbers, if all of them are."""
+        from indistill_fx.data.class_names import read_classes
+
+        return read_classes(value) if isinstance(value, str) else value
+
+
+_TEACHERS = (
+    click.option(
+        "--teacher-size",
+        type=_Size(),
+        metavar="224|96x160",
+        help="Resize the teacher's pictures to this size. [default: what its weights are known to want, else the student's]",
+    ),
+    click.option(
+        "--teacher-mean",
+        type=_Figures(),
+        metavar="data|NAME|A,B,C",
+        help="What the teacher's pictures are normalised by; a word stands for mean and std, as with --mean; data: as the student's."
+        " [default: what its weights are known to want, else the student's]",
+    ),
+    click.option("--teacher-std", type=_Figures(), metavar="A,B,C", help="Likewise the standard deviation."),
+    click.option(
+        "--teacher-classes",
+        type=_Classes(),
+        metavar="FILE|A,B|3,0",
+        help="Where the teacher's classes are not the student's: the names of all its outputs, in order, or the number of its output for"
+        " every class of the data; a file has one a line.",
+    ),
+)
+TEACHER_NAMES = ("teacher_size", "teacher_mean", "teacher_std", "teacher_classes")
+
+
+def teacher_options(command: Command) -> Command:
+    """--teacher-size, --teacher-mean, --teacher-std, --teacher-classes."""
+    for option in reversed(_TEACHERS):
+        command = option(command)
+    return command
+
+
+def teacher_view(
+    options: Mapping[str, Any],
+    teacher: Source,
+    data: Data | None,
+    plan: AlignmentPlan | None = None,
+    *,
+    directly: bool = True,
+) -> tuple[View, AlignmentPlan | None]:
+    """What the teacher sees of the data, which is said; and the plan with it.
+
+    Args:
+        options: those of `teacher_options`; others are not read.
+        teacher: the model.
+        data: what the student is trained on, if that is known.
+        plan: whose view counts for what the options do not say.
+        directly: whether the plan is of this teacher, and not of an assistant between it and the student.
+    """
+    from indistill_fx.graph.view import View
+    from indistill_fx.stages.teacher_view import ViewOptions, teacher_view
+
+    asked = ViewOptions(**{name.removeprefix("teacher_"): options[name] for name in TEACHER_NAMES})
+    own = plan if directly else None
+    view, notes = teacher_view(teacher, data, asked, own.view if own is not None else None)
+    for note in notes:
+        say(note)
+    return view or View(), own.model_copy(update={"view": view}) if own is not None else plan
+
+
+def open_pictures(spec: str, options: Mapping[str, Any], *sources: Source, training: bool = False, **more: Any) -> Data:
+    """The data, prepared as the options say, else as a run was trained, else as the first model wants; notes are said.
 
     Args:
         spec: of the data.
         options: those of `picture_options`; others are not read.
         sources: the models, the one that the data must fit first.
+        training: whether that one is to be trained on them; then what a factory's network might want does not count.
         more: of `open_data`.
+
+    Raises:
+        ConfigError: see `open_data`; or a model's classes are the data's in another order.
     """
     from indistill_fx.data.open import open_data
+    from indistill_fx.stages.teacher_view import check_class_order
 
     asked: dict[str, Any] = {name: options.get(name) for name in NAMES}
     asked["channels"] = int(asked["channels"]) if asked["channels"] is not None else None
-    arguments: dict[str, Any] = asked | _wanted(spec, asked, sources) | more
+    known = tuple(
+        replace(one, wanted_normalisation=None) if training and one.kind == "factory" else one for one in sources
+    )
+    arguments: dict[str, Any] = asked | _wanted(spec, asked, known) | more
     data = open_data(spec, **arguments)
-    for note in data.notes:
+    different = check_class_order(sources[0], data.classes) if sources else None
+    for note in (*data.notes, *((different,) if different else ())):
         say(note)
     return data
 
 
 def _wanted(spec: str, asked: Mapping[str, Any], sources: tuple[Source, ...]) -> dict[str, Any]:
-    """What the models say of what was not asked for."""
+    """What the models say of what was not asked for: runs of all kinds of pictures, others of folders."""
     from indistill_fx.runs.load import is_run
 
     kind = spec.partition(":")[0]
@@ -109,6 +194,10 @@ def _wanted(spec: str, asked: Mapping[str, Any], sources: tuple[Source, ...]) ->
         found["mean"], found["std"] = run.normalisation
     if kind != "imagefolder":
         return found
+    own = sources[0].wanted_normalisation if sources else None
+    if run is None and own is not None and asked["mean"] is None and asked["std"] is None:
+        found["mean"], found["std"] = own
+        say(f"Pictures are prepared as {sources[0].spec} wants them.")
     if asked["channels"] is None:
         channels = {count for source in sources if (count := _channels_of(source.module)) is not None}
         found["channels"] = channels.pop() if len(channels) == 1 else None

@@ -157,7 +157,7 @@ def open_training_data(options: Mapping[str, Any], *models: Source) -> Data:
     """The data of a training command, for models of which the first is trained."""
     named = {name: options[name] for name in ("batch_size", "workers", "seed", "limit", "cache")}
     augment = not options["no_augment"]
-    return open_pictures(options["data"], options, *models, **named, augment=augment, progress=True)
+    return open_pictures(options["data"], options, *models, **named, training=True, augment=augment, progress=True)
 
 
 def settings_of(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ class Data:
         test: the test set in order.
         classes: their names by label; empty where a user's loaders do not say.
         input_size: of one sample: (channels, height, width).
-        normalisation: mean and std per channel of values in [0, 1]; None where a user's loaders do it their way.
+        normalisation: mean and std per channel of values in [0, 1]; None where a user's loaders do not say.
         labelled: whether the test set has labels, so that accuracy can be measured.
         notes: what was decided or changed on the way, in sentences.
     """

@@ -43,8 +43,9 @@ def open_data(
     Args:
         spec: `digits` (scikit-learn's 8x8 digits; every fifth of each class is a test sample), `cifar10`, `cifar100`
             (with `:DIR` to say where they lie), `imagefolder:DIR` (train/<class>/ and test/ or val/), or `file.py:name`
-            of a function that returns (train, test), a dict with `train`, `test` and perhaps `train_plain` and
-            `classes`, or `Data`; it is given those of batch_size, workers, seed, limit and augment that it has parameters for.
+            of a function that returns (train, test), a dict with `train`, `test` and perhaps `train_plain`,
+            `classes` and `normalisation` (mean and std), or `Data`; it is given those of batch_size, workers, seed, limit and
+            augment that it has parameters for.
         batch_size: samples per batch.
         workers: processes that read images too large for memory.
         seed: of order and augmentation.

@@ -12,6 +12,7 @@ from indistill_fx.batch import inputs_and_labels
 from indistill_fx.data.dataset import Data, DataOptions
 from indistill_fx.data.foreign import repeatable
 from indistill_fx.data.loaders import EpochLoader
+from indistill_fx.data.normalisation import Normalisation
 from indistill_fx.errors import ConfigError
 from indistill_fx.system.user_code import load_object
 
@@ -53,7 +54,28 @@ def open_user_loaders(spec: str, options: DataOptions) -> Data:
     _first_batch(spec, "train", loaders["train"], classes)
     size, labels = _first_batch(spec, "test", loaders["test"], classes)
     plain = loaders.get("train_plain", loaders["train"])
-    return Data(loaders["train"], plain, loaders["test"], classes, size, None, labelled=labels is not None, notes=notes)
+    figures = _figures(spec, result.get("normalisation"))
+    return Data(
+        loaders["train"], plain, loaders["test"], classes, size, figures, labelled=labels is not None, notes=notes
+    )
+
+
+def _figures(spec: str, told: Any) -> Normalisation | None:
+    """What the function says that its pictures are normalised by."""
+    if told is None:
+        return None
+    try:
+        mean, std = (tuple(float(value) for value in part) for part in told)
+    except (TypeError, ValueError):
+        mean, std = (), ()
+    if not mean or len(mean) != len(std) or min(std) <= 0:
+        raise ConfigError(
+            f"{spec!r} says that its pictures are normalised by {str(told)[:60]}.",
+            where=spec,
+            got=str(told)[:60],
+            expected="`normalisation`: (mean, std), a number for every channel each, of values from 0 to 1",
+        )
+    return mean, std
 
 
 def _arguments(

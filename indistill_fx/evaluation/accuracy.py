@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from indistill_fx.batch import Inputs, split
 from indistill_fx.errors import ConfigError
 from indistill_fx.graph.module_state import evaluating
+from indistill_fx.graph.view import View
 from indistill_fx.losses.base import widened
 from indistill_fx.losses.choose_task import choose_task
 from indistill_fx.losses.task import Classification, Task
@@ -63,6 +64,7 @@ def evaluate(
     task: str | Task | None = None,
     device: torch.device | str | None = None,
     logits: str | int | None = None,
+    view: View | None = None,
     progress: bool = False,
 ) -> Evaluation:
     """Measure a module on a whole test set in eval mode, without gradients; the module is left as it was found.
@@ -73,6 +75,7 @@ def evaluate(
         task: what the labels mean: a name, `file.py:task` or a `Task`; None: what the first batch leaves no doubt about.
         device: where to compute; the default is where the module lies. The module is not moved.
         logits: which entry of a dict (key) or tuple (place) the logits are.
+        view: what the module sees of the batches, and which of its outputs are the classes; None: all of it as it is.
         progress: show a bar where standard error is a terminal.
 
     Returns:
@@ -84,8 +87,9 @@ def evaluate(
     loss, count, counted, classes = 0.0, 0, 0, 0
     metrics: dict[str, Metric] = {}
     chosen: Task | None = None
-    for outputs, labels, inputs in _outputs(module, loader, device, progress):
+    for outputs, labels, inputs in _outputs(module, loader, device, progress, view):
         scores = widened(select_logits(outputs, logits))
+        scores = view.chosen(scores) if view is not None else scores
         if chosen is None:
             chosen = choose_task(task, scores, labels, inputs)
             if not chosen.labelled:
@@ -198,7 +202,11 @@ def select_logits(outputs: Any, logits: str | int | None = None) -> Tensor:
 
 
 def _outputs(
-    module: nn.Module | Callable[..., Any], loader: Iterable[Any], device: torch.device | str | None, progress: bool
+    module: nn.Module | Callable[..., Any],
+    loader: Iterable[Any],
+    device: torch.device | str | None,
+    progress: bool,
+    view: View | None = None,
 ) -> Iterator[tuple[Any, Tensor, Tensor | None]]:
     """Of every batch: what the module gives, the labels, and the first input."""
     owner = module if isinstance(module, nn.Module) else getattr(module, "__self__", None)
@@ -216,4 +224,5 @@ def _outputs(
                     got=type(batch).__name__,
                     hint="Let the loader yield (inputs, labels), or a dict of inputs by name with `labels`.",
                 )
-            yield parts.calls[0](module), parts.labels, parts.calls[0].first
+            call = parts.calls[0].changed(view.apply) if view is not None else parts.calls[0]
+            yield call(module), parts.labels, call.first

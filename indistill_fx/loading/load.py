@@ -18,7 +18,7 @@ from indistill_fx.loading.spec import MODEL_FORMS, Spec, parse_spec
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from indistill_fx.loading.model_zoos import InputFacts
+    from indistill_fx.loading.input_facts import InputFacts, Normalisation
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,9 @@ class Source:
         kind: `module file`, `exported program`, `factory`, `torchvision` or `timm`.
         example_inputs: inputs the source has, batch included.
         input_size: the shape of one input sample, such as (3, 224, 224).
-        normalisation: mean and standard deviation per channel that its inputs are normalised by.
+        normalisation: mean and standard deviation per channel that its inputs are normalised by, as its library does.
+        wanted_size: height and width that it wants, because its weights were made for them or because it takes no others.
+        wanted_normalisation: mean and standard deviation that its weights want; None where that is not known.
         classes: their names by label, if the source knows them.
         notes: what was trusted, unwrapped or dropped on the way.
     """
@@ -41,7 +43,9 @@ class Source:
     kind: str
     example_inputs: tuple[Tensor, ...] | None = None
     input_size: tuple[int, ...] | None = None
-    normalisation: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    normalisation: Normalisation | None = None
+    wanted_size: tuple[int, int] | None = None
+    wanted_normalisation: Normalisation | None = None
     classes: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -101,9 +105,11 @@ def _load_place(parsed: Spec, trust: Sequence[str]) -> Source:
         return _load_file(parsed, trust)
     if parsed.place in ("torchvision", "timm"):
         return _build_by_name(parsed)
+    from indistill_fx.loading.input_facts import describe_module
     from indistill_fx.loading.user_models import build_by_factory
 
-    return Source(build_by_factory(parsed.place, parsed.name, parsed.arguments), parsed.text, "factory")
+    module = build_by_factory(parsed.place, parsed.name, parsed.arguments)
+    return _with_facts(Source(module, parsed.text, "factory"), describe_module(module))
 
 
 def _require_packages(trust: Sequence[str]) -> None:
@@ -141,7 +147,7 @@ def _load_exported(path: Path, text: str, trust: Sequence[str]) -> Source:
 def _load_module_file(path: Path, text: str, trust: Sequence[str]) -> Source:
     from torch import nn
 
-    from indistill_fx.loading.model_zoos import describe_timm
+    from indistill_fx.loading.input_facts import describe_module
     from indistill_fx.loading.safe_pickle import open_saved
 
     label = str(path)
@@ -157,7 +163,7 @@ def _load_module_file(path: Path, text: str, trust: Sequence[str]) -> Source:
     if not isinstance(module, nn.Module):
         raise ConfigError(f"`{label}` holds a {type(module).__name__}, not a module.", where=label)
     module, unwrapped = _unwrap(module, label)
-    return _with_facts(Source(module, text, "module file", notes=(*notes, *unwrapped)), describe_timm(module))
+    return _with_facts(Source(module, text, "module file", notes=(*notes, *unwrapped)), describe_module(module))
 
 
 def _find_module(root: Any) -> tuple[Any, tuple[str, ...]]:
@@ -198,19 +204,30 @@ def _unwrap(module: nn.Module, label: str) -> tuple[nn.Module, tuple[str, ...]]:
 
 
 def _build_by_name(parsed: Spec) -> Source:
-    from indistill_fx.loading.model_zoos import build_timm, build_torchvision, describe_timm, describe_torchvision
+    from indistill_fx.loading.input_facts import describe_module, describe_torchvision
+    from indistill_fx.loading.model_zoos import build_timm, build_torchvision
 
     if parsed.place == "timm":
         module = build_timm(parsed.name, parsed.arguments)
-        facts = describe_timm(module)
+        own = bool(parsed.arguments.get("pretrained")) and not parsed.weights
+        facts = describe_module(module, pretrained=own)
+        if not own and not parsed.weights:  # drawn at random: these weights want nothing
+            facts = replace(facts, wanted_normalisation=None)
     else:
         module = build_torchvision(parsed.name, parsed.arguments)
-        facts = describe_torchvision(parsed.name, module)
+        facts = describe_torchvision(parsed.name, {} if parsed.weights else parsed.arguments, module)
     return _with_facts(Source(module, parsed.text, parsed.place), facts)
 
 
 def _with_facts(source: Source, facts: InputFacts) -> Source:
-    return replace(source, input_size=facts.size, normalisation=facts.normalisation)
+    return replace(
+        source,
+        input_size=facts.size,
+        normalisation=facts.normalisation,
+        wanted_size=facts.wanted_size,
+        wanted_normalisation=facts.wanted_normalisation,
+        classes=facts.classes,
+    )
 
 
 def _only_weights(path: Path, tensors: int) -> ConfigError:

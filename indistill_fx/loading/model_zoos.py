@@ -1,18 +1,14 @@
-"""Models by name: torchvision's and timm's constructors, with what these libraries know of their inputs."""
+"""Models by name: torchvision's and timm's constructors."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeGuard
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import nn
 
 from indistill_fx.errors import ConfigError, FrontendError, nearest
-from indistill_fx.loading.spec import is_input_size
-
-Normalisation = tuple[tuple[float, ...], tuple[float, ...]]
 
 # Arguments that keep a constructor from downloading a backbone nobody asked for, or from warning of its own default.
 _QUIET: dict[str, Any] = {"weights_backbone": None}
@@ -20,14 +16,6 @@ _QUIET_BY_NAME: dict[str, dict[str, Any]] = {
     "googlenet": {"init_weights": True},
     "inception_v3": {"init_weights": True},
 }
-
-
-@dataclass(frozen=True, slots=True)
-class InputFacts:
-    """What a library knows of a model's input: the shape of one sample, and the mean and deviation for normalising."""
-
-    size: tuple[int, ...] | None = None
-    normalisation: Normalisation | None = None
 
 
 def build_torchvision(name: str, arguments: Mapping[str, Any]) -> nn.Module:
@@ -160,47 +148,3 @@ def _list_arguments(builder: Callable[..., nn.Module], quiet: dict[str, Any]) ->
             if parameter.default is not parameter.empty:
                 found[f"{name}={parameter.default!r}"] = None
     return list(found)
-
-
-def describe_torchvision(name: str, module: nn.Module) -> InputFacts:
-    """What torchvision's weight metadata say of a model's input. Nothing is downloaded."""
-    import torchvision
-
-    try:
-        preset = torchvision.models.get_model_weights(name).DEFAULT.transforms()
-    except (ValueError, AttributeError):
-        return InputFacts()
-    mean, deviation = getattr(preset, "mean", None), getattr(preset, "std", None)
-    normalisation = (tuple(mean), tuple(deviation)) if mean and deviation else None
-    if "Video" in type(preset).__name__:
-        return InputFacts(None, normalisation)  # how many frames is not said
-    edges = getattr(preset, "crop_size", None) or getattr(preset, "resize_size", None)
-    # the default weights of some ViTs are for larger images than the default model
-    edge = getattr(module, "image_size", None) or (edges[0] if edges else None)
-    return InputFacts((3, edge, edge) if isinstance(edge, int) else None, normalisation)
-
-
-def describe_timm(module: nn.Module) -> InputFacts:
-    """What a timm model's own configuration says of its input; nothing for other modules."""
-    config = getattr(module, "pretrained_cfg", None)
-    size = config.get("input_size") if isinstance(config, dict) else None
-    if not isinstance(config, dict) or not _is_shape(size):
-        return InputFacts()
-    channels, *edges = size
-    image = getattr(getattr(module, "patch_embed", None), "img_size", None)
-    if _is_shape(image):
-        edges = list(image)
-    first = config.get("first_conv")
-    if isinstance(first, str) and first in dict(module.named_modules()):
-        channels = getattr(module.get_submodule(first), "in_channels", channels)
-    mean, deviation = config.get("mean"), config.get("std")
-    normalisation = (tuple(mean), tuple(deviation)) if _are_numbers(mean) and _are_numbers(deviation) else None
-    return InputFacts((channels, *edges), normalisation) if is_input_size([channels, *edges]) else InputFacts()
-
-
-def _are_numbers(value: Any) -> TypeGuard[Sequence[float]]:
-    return isinstance(value, (tuple, list)) and bool(value) and all(isinstance(item, (int, float)) for item in value)
-
-
-def _is_shape(value: Any) -> TypeGuard[Sequence[int]]:
-    return is_input_size(value)

@@ -8,6 +8,7 @@ from torch import nn
 
 from indistill_fx.passes.capture.trace import as_traced
 from indistill_fx.passes.contract import PassResult, unchanged
+from indistill_fx.passes.extract.view import view_between
 from indistill_fx.passes.pairing.match import MatchReport, match
 from indistill_fx.passes.pruning.narrow import choose_channels
 from indistill_fx.plan import AlignmentPlan, Layers, ModelStamp, Pair
@@ -48,6 +49,7 @@ def align_traced(
     teacher: TracedModel, student: TracedModel, *, criterion: str = "l1", loader: Any = None, **matching: Any
 ) -> PassResult[AlignmentPlan, MatchReport]:
     """`align` for traced models, with the matcher's report: evidence and runners-up of every pair."""
+    view = view_between(teacher, student)
     with unchanged(teacher, by="match"), unchanged(student, by="match"):
         found = match(teacher, student, **matching)
     last = found.report.embedding
@@ -63,6 +65,7 @@ def align_traced(
         embedding=pairs[-1] if last is not None else None,
         unmatched=found.report.unmatched,
         layers=Layers(teacher=teacher.layers, student=student.layers),
+        view=view,
     )
     return PassResult(plan, found.report)
 

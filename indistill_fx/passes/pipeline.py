@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
+import torch
 from torch import fx
 
 from indistill_fx.errors import MatchError
@@ -23,6 +24,7 @@ from indistill_fx.passes.extract.dedupe import dedupe
 from indistill_fx.passes.extract.feed import fed_name, feed
 from indistill_fx.passes.extract.fold import fold
 from indistill_fx.passes.extract.instrument import cut
+from indistill_fx.passes.extract.view import deliver, see
 from indistill_fx.passes.lowering.table import Lowerings, lowering_passes
 from indistill_fx.passes.pruning.narrow import narrow
 from indistill_fx.plan import AlignmentPlan, Pair
@@ -56,8 +58,10 @@ def teacher_half(
         teacher,
         [
             ("cut", partial(cut, taps=outputs)),
+            *_seeing(teacher),
             ("dedupe", dedupe),
             *_adapters(pairs, teacher, student, side="teacher", narrowed=narrowed),
+            *_delivering(teacher, student),
             ("fold", fold),
             *lowering_passes(lowerings, "teacher", teacher.facts),
         ],
@@ -134,6 +138,24 @@ def narrowed_teacher(teacher: TracedModel, plan: AlignmentPlan) -> PassResult[Tr
     skipped = [f"{one.node}: {one.reason}" for tap in result.report.taps for one in tap.stopped]
     text = graph_text(teacher.graph_module), graph_text(result.value.graph_module)
     return PassResult(result.value, PassRecord("narrow", tuple(done), tuple(skipped), *text))
+
+
+def _seeing(teacher: TracedModel) -> list[Pass]:
+    """What brings a batch into the form that the teacher wants, where it sees another one than the student."""
+    view = teacher.view
+    return [("see", partial(see, view=view, facts=teacher.facts))] if view is not None else []
+
+
+def _delivering(teacher: TracedModel, student: TracedModel) -> list[Pass]:
+    """What brings the teacher's values into the student's dtype, and its logits to the student's classes."""
+    view = teacher.view
+    if view is None or (view.dtype is None and view.classes is None):
+        return []
+    weight = next((p for p in student.module.parameters() if p.is_floating_point()), None)
+    dtype = weight.dtype if weight is not None else torch.float32
+    axis = teacher.facts[teacher.logits].channel_axis
+    classes = {teacher.tap_name(teacher.logits): (1 if axis is None else axis, view.classes)} if view.classes else {}
+    return [("deliver", partial(deliver, dtype=dtype, classes=classes))]
 
 
 def _adapters(pairs: Sequence[Pair], own: TracedModel, other: TracedModel, *, side: Role, narrowed: bool) -> list[Pass]:

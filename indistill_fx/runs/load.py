@@ -174,6 +174,8 @@ def load_run(path: str | os.PathLike[str], *, trust: Sequence[str] = (), best: b
         input_size=size,
         example_inputs=None,
         normalisation=normalisation or source.normalisation,
+        wanted_size=(size[1], size[2]) if len(size) == 3 else None,
+        wanted_normalisation=normalisation,
         classes=classes,
         notes=(*source.notes, *notes),
     )

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from indistill_fx.batch import Call, Inputs, Parts, Sizes, split, unfit
 from indistill_fx.errors import ConfigError
+from indistill_fx.graph.view import View
 from indistill_fx.losses.task import Task
+from indistill_fx.traced import TracedModel
 
 
 def label_check(task: Task, logits_of: Callable[[Any], Tensor | None], *models: Inputs) -> Callable[[int, Any], None]:
@@ -107,3 +109,48 @@ def check_sizes(call: Call, fixed: Mapping[str, Sizes], *, where: str, role: str
         got, expected = ("x".join("any" if n is None else str(n) for n in shape) for shape in (value.shape, sizes))
         hint = "Bring all batches to one size (pad them), and give that size: --input, example_inputs=…."
         raise unfit(where, name, f"{got} in size", f"{expected}, for which alone the {role} could be captured", hint)
+
+
+def check_classes(
+    teacher: TracedModel, student: TracedModel, view: View | None, compared: Sequence[tuple[str | None, str | None]]
+) -> bool:
+    """Whether the teacher's outputs, as its view chooses them, are as many as the student's; by the facts of both, if they tell.
+
+    Args:
+        teacher: traced.
+        student: traced.
+        view: the teacher's, which may say which of its outputs are the student's classes.
+        compared: the logits that main stages read, the teacher's and the student's.
+
+    Raises:
+        ConfigError: the main loss compares logits of different classes, or the view names outputs that there are not.
+    """
+    count, outputs = (_channels(model) for model in (student, teacher))
+    other, strangers = outputs, False
+    if view is not None and view.classes is not None and outputs is not None:
+        if max(view.classes, default=0) >= outputs:
+            raise ConfigError(
+                f"Output {max(view.classes)} of the teacher is to be a class of the student, and the teacher has {outputs} outputs.",
+                where="teacher classes",
+                got=max(view.classes),
+                expected=f"0 to {outputs - 1}",
+                hint="Give the teacher's output for every class of the student, counted from 0 (--teacher-classes).",
+            )
+        other, strangers = len(view.classes), not view.classes
+    for logits in compared:
+        if None not in (*logits, count, other) and count != other:
+            which = "none of the teacher's is one of the student's, and " if strangers else ""
+            raise ConfigError(
+                f"The teacher has {outputs} classes and the student {count}; {which}the main loss compares them.",
+                where="classes",
+                got=count,
+                expected=other,
+                hint="Say which outputs of the teacher are the student's classes (--teacher-classes, View(classes=…)), or take a main loss "
+                "that reads features only, such as pkt.",
+            )
+    return None in (count, other) or count == other
+
+
+def _channels(model: TracedModel) -> int | None:
+    facts = model.facts[model.logits]
+    return facts.channels if facts.channel_axis is not None else None

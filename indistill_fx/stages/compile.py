@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from indistill_fx.passes.align import align
 from indistill_fx.passes.capture.trace import as_traced
 from indistill_fx.passes.contract import PassRecord, signature_of
 from indistill_fx.passes.extract.feed import fed_name
+from indistill_fx.passes.extract.view import view_between
 from indistill_fx.passes.lowering.table import LOWERINGS, Lowerings
 from indistill_fx.passes.pipeline import fed_student_half, narrowed_teacher, student_half, teacher_half
 from indistill_fx.plan import AlignmentPlan, Pair
@@ -81,6 +83,7 @@ def compile_stages(
     student = as_traced(student, example_inputs, role="student")
     plan = align(teacher, student) if plan is None else plan
     plan.check(teacher, student)
+    teacher = seeing(teacher, student, plan)
     curriculum = curriculum or Curriculum()
     warm = _warmup_stages(teacher, student, plan, curriculum, lowerings)
     stages = [stage for stage in warm if _trains(stage)]
@@ -100,6 +103,15 @@ def compile_stages(
 
 def _trains(stage: Stage) -> bool:
     return any(parameter.requires_grad for parameter in stage.student.parameters())
+
+
+def seeing(teacher: TracedModel, student: TracedModel, plan: AlignmentPlan) -> TracedModel:
+    """The teacher with its view of the student's batches: as the plan says, else as the inputs differ that the two were traced with."""
+    view = view_between(teacher, student, plan.view)
+    fixed = teacher.report.fixed
+    if view is not None and view.size is not None:  # pictures of any size are brought to it
+        fixed = {name: sizes for name, sizes in fixed.items() if len(sizes) != 4}
+    return replace(teacher, view=view, report=replace(teacher.report, fixed=fixed))
 
 
 def _check_halves(stage: Stage) -> None:
@@ -219,6 +231,7 @@ def joint_teachers(
         (stages, graph) for each graph; its features are named as in the stages. All warm-up stages share one, and so does a main
         stage that reads none of their taps but logits and the penultimate vector.
     """
+    teacher = seeing(teacher, student, plan)
     warm = [stage for stage in stages if stage.budget is not None]
     pairs = [pair for stage in warm for pair in stage.pairs]
     narrow = {pair.teacher for pair in pairs}

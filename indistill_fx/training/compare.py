@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from indistill_fx.curriculum import Curriculum
 from indistill_fx.errors import ConfigError
+from indistill_fx.graph.view import View
 from indistill_fx.losses.task import Task
 from indistill_fx.passes.align import align
 from indistill_fx.plan import AlignmentPlan
@@ -47,6 +48,7 @@ def compare(
     run_dir: str | os.PathLike[str] | None = None,
     announce: Callable[[str], None] = lambda arm: None,
     example_inputs: Any = None,
+    teacher_view: View | None = None,
     val_loader: Iterable[Any] | None = None,
     logits: str | int | None = None,
     resume: bool = False,
@@ -72,6 +74,7 @@ def compare(
         run_dir: every arm has its own directory in it, by its name; None: nowhere.
         announce: told the name of each arm before it begins.
         example_inputs: see `distill`.
+        teacher_view: see `distill`.
         val_loader: see `distill`.
         logits: see `distill`.
         resume: see `distill`; arms that are done are read back.
@@ -89,8 +92,10 @@ def compare(
         ConfigError: the warm-up leaves nothing of `epochs`, or is in steps; else as `distill`.
     """
     curriculum = curriculum or DEFAULT_CURRICULUM
-    teacher, traced = traced_pair(teacher, student, train_loader, example_inputs=example_inputs, logits=logits)
-    plan = plan or (_kept_plan(run_dir) if resume else None) or align(teacher, traced)
+    plan = plan or (_kept_plan(run_dir) if resume else None)
+    view = teacher_view if teacher_view is not None or plan is None else plan.view
+    models = traced_pair(teacher, student, train_loader, example_inputs=example_inputs, logits=logits, view=view)
+    plan, teacher = plan or align(*models), models[0]
     warmup, milestones = _epochs_of(curriculum, plan), options.get("milestones", ())
     if main_epochs is not None:
         epochs, milestones = main_epochs + warmup, [at + warmup for at in milestones]
@@ -112,6 +117,7 @@ def compare(
             epochs=epochs - before,
             val_loader=val_loader,
             example_inputs=example_inputs,
+            teacher_view=teacher_view,
             logits=logits,
             run_dir=Path(run_dir) / arm if run_dir is not None else None,
             resume=resume,

@@ -18,19 +18,20 @@ from indistill_fx.batch import Call, Inputs, samples_of, split
 from indistill_fx.curriculum import Budget, Curriculum
 from indistill_fx.data.foreign import repeatable
 from indistill_fx.data.loaders import EpochLoader
-from indistill_fx.errors import ConfigError
 from indistill_fx.graph.module_state import uncompiled
+from indistill_fx.graph.view import View
 from indistill_fx.losses.registry import asked_of_the_data
 from indistill_fx.losses.stage_losses import KeptFeature
 from indistill_fx.losses.task import Task
 from indistill_fx.passes.align import align
-from indistill_fx.passes.capture.trace import trace
+from indistill_fx.passes.capture.trace import as_traced
 from indistill_fx.plan import AlignmentPlan
 from indistill_fx.runs.directory import RunDirectory
 from indistill_fx.runs.record import RunRecord
-from indistill_fx.stages.compile import compile_stages, joint_teachers, warmup_plan
+from indistill_fx.stages.checks import check_classes
+from indistill_fx.stages.compile import compile_stages, joint_teachers, seeing, warmup_plan
 from indistill_fx.stages.stage import Stage
-from indistill_fx.traced import Role, TracedModel
+from indistill_fx.traced import TracedModel
 from indistill_fx.training.feature_cache import FeatureStore, Joint, cache_features, cacheable
 from indistill_fx.training.identity import code_digest, described_loss
 from indistill_fx.training.options.optimizers import check_optimizer
@@ -56,6 +57,7 @@ def distill(
     epochs: int = 20,
     val_loader: Iterable[Any] | None = None,
     example_inputs: Any = None,
+    teacher_view: View | None = None,
     logits: str | int | None = None,
     run_dir: str | os.PathLike[str] | None = None,
     resume: bool = False,
@@ -91,6 +93,8 @@ def distill(
         epochs: of the main stage.
         val_loader: batches to validate on after every main epoch, by the task's metrics; the teacher is measured on them first.
         example_inputs: to trace plain modules with; by name, each gets what it takes; by default taken from the first batch.
+        teacher_view: what the teacher sees of a batch: another size, normalisation or dtype, and which of its outputs are the student's
+            classes; None: as the plan says. In which dtype and size traced models are to be fed is found out.
         logits: key or place of the logits in the models' output, if it has several entries.
         run_dir: where to keep checkpoints, metrics, plan and result; None: nowhere.
         resume: go on with the run in `run_dir`; begin if there is none yet. A finished run that is asked for more epochs has them.
@@ -126,6 +130,7 @@ def distill(
         validated=val_loader is not None,
         epochs=epochs,
         example_inputs=example_inputs,
+        teacher_view=teacher_view,
         logits=logits,
         feature_cache=feature_cache,
         settings=settings,
@@ -162,6 +167,7 @@ class Distillation:
     validated: bool
     epochs: int
     example_inputs: Any
+    teacher_view: View | None
     logits: str | int | None
     feature_cache: str | os.PathLike[str] | None
     settings: Settings
@@ -182,12 +188,20 @@ class Distillation:
             accelerator: the run's.
         """
         target = target_of(accelerator, self.modules[1], compiled=self.settings.compile)
+        plan = self.plan or _kept_plan(directory)
         models = traced_pair(
-            self.teacher, self.student, self.loader, example_inputs=self.example_inputs, logits=self.logits
+            self.teacher,
+            self.student,
+            self.loader,
+            example_inputs=self.example_inputs,
+            logits=self.logits,
+            view=self.teacher_view if self.teacher_view is not None or plan is None else plan.view,
         )
-        plan = self.plan or _kept_plan(directory) or align(*models)
-        task = self._task(*models)
         remarks: list[str] = []
+        plan = plan or align(*models)
+        plan = plan.model_copy(update={"view": models[0].view})
+        plan = plan.model_copy(update={"view": seeing(*models, plan).view})
+        task = self._task(*models)
         stages = compile_stages(
             *models,
             plan,
@@ -199,7 +213,7 @@ class Distillation:
             task=task.task,
         )
         main = [stage for stage in stages if stage.budget is None]
-        _check_classes(*models, main)
+        same_classes = check_classes(*models, plan.view, [stage.logits for stage in main])
         if not any(stage.logits[1] is not None for stage in main):  # nobody reads labels
             task = replace(task, check=lambda number, batch: None)
         stores: list[FeatureStore | None] = [None] * len(stages)
@@ -213,6 +227,8 @@ class Distillation:
             save=lambda where: plan.save(where.path / "plan.json") if where.writes else None,
             models={model.role: model_facts(model.module) | {"macs": model.macs} for model in models},
             remarks=(*remarks, *_remarks(self.curriculum, plan)),
+            view=plan.view,
+            same_classes=same_classes,
             identity=self._identity(*models, plan),
         )
 
@@ -234,7 +250,8 @@ class Distillation:
             "main loss": described_loss(self.main, self.main_options),
             "warm-up loss": described_loss(self.curriculum.loss, {}) if warm else None,
             "warm-up feed": self.curriculum.feed if warm else None,
-            "plan": hashlib.sha256(plan.model_dump_json().encode()).hexdigest()[:16],
+            "plan": hashlib.sha256(plan.model_dump_json(exclude={"view"}).encode()).hexdigest()[:16],
+            "what the teacher sees": str(plan.view or "") or None,
             "code of the teacher": code_digest(teacher.graph_module),
             "code of the student": code_digest(student.graph_module),
         }
@@ -260,11 +277,12 @@ def _with_what_is_asked(
 
 
 def _remarks(curriculum: Curriculum, plan: AlignmentPlan) -> tuple[str, ...]:
-    """Why the penultimate vectors get no stage of their own, where they were to have one."""
+    """What the teacher sees, and why the penultimate vectors get no stage of their own, where they were to have one."""
+    seen = (f"teacher: {plan.view}",) if plan.view is not None else ()
     if not curriculum.penultimate or plan.with_penultimate() is not plan:
-        return ()
+        return seen
     why = "the plan has none" if plan.embedding is None else "a pair has them"
-    return (f"penultimate vectors: no stage of their own, {why}",)
+    return (*seen, f"penultimate vectors: no stage of their own, {why}")
 
 
 def traced_pair(
@@ -274,6 +292,7 @@ def traced_pair(
     *,
     example_inputs: Any = None,
     logits: str | int | None = None,
+    view: View | None = None,
 ) -> tuple[TracedModel, TracedModel]:
     """Both models traced, with inputs from the loader's first batch if no others are given.
 
@@ -281,15 +300,12 @@ def traced_pair(
         ConfigError: the loader's batches hold no inputs.
         FrontendError: a model cannot be traced.
     """
-    roles: tuple[tuple[nn.Module | TracedModel, Role], ...] = ((teacher, "teacher"), (student, "student"))
     examples: Sequence[Any] = (example_inputs, example_inputs)
-    if example_inputs is None and not all(isinstance(model, TracedModel) for model, _ in roles):
+    if example_inputs is None and not (isinstance(teacher, TracedModel) and isinstance(student, TracedModel)):
         examples = examples_of(loader, teacher, student)
-    traced = [
-        model if isinstance(model, TracedModel) else trace(uncompiled(model), example, role=role, logits=logits)
-        for (model, role), example in zip(roles, examples, strict=True)
-    ]
-    return traced[0], traced[1]
+    first = as_traced(teacher, examples[0], role="teacher", logits=logits, view=view)
+    first = replace(first, view=View.combined(view, first.view))
+    return first, as_traced(student, examples[1], role="student", logits=logits)
 
 
 def examples_of(loader: Iterable[Any], *models: nn.Module | TracedModel) -> Sequence[Call]:
@@ -352,26 +368,3 @@ def _phases(
             )
         )
     return phases
-
-
-def _check_classes(teacher: TracedModel, student: TracedModel, stages: Sequence[Stage]) -> None:
-    """Refuse models that the main loss cannot compare.
-
-    Raises:
-        ConfigError: the main loss compares logits of different numbers of classes.
-    """
-    count, other = (_channels(model) for model in (student, teacher))
-    for stage in stages:
-        if None not in (*stage.logits, count, other) and count != other:
-            raise ConfigError(
-                f"The teacher has {other} classes and the student {count}, and the main loss compares them.",
-                where="classes",
-                got=count,
-                expected=other,
-                hint="Give both the same classes, or take a main loss that reads features only, such as pkt.",
-            )
-
-
-def _channels(model: TracedModel) -> int | None:
-    facts = model.facts[model.logits]
-    return facts.channels if facts.channel_axis is not None else None

@@ -19,6 +19,7 @@ from indistill_fx.errors import ConfigError, PassError
 from indistill_fx.evaluation.accuracy import Evaluation, evaluate
 from indistill_fx.graph.edit import forget_sources
 from indistill_fx.graph.module_state import digest
+from indistill_fx.graph.view import View
 from indistill_fx.runs.checkpoint import state_tensors
 from indistill_fx.runs.directory import LAST, STUDENT, RunDirectory
 from indistill_fx.runs.record import EpochRecord, MetricFacts, RunRecord, StageRecord, environment
@@ -46,6 +47,8 @@ class Setup:
         models: for run.json: role → name, parameters, and MACs where they are known.
         remarks: said with the schedule.
         identity: what makes the run this run, beside settings, data and stages (see `identity`).
+        view: what the teacher sees of the batches; None: all of it as it is.
+        same_classes: whether the teacher's outputs, as the view chooses them, are the student's classes, so that it can be measured.
     """
 
     phases: list[Phase]
@@ -54,6 +57,8 @@ class Setup:
     models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     remarks: Sequence[str] = ()
     identity: Mapping[str, Any] = field(default_factory=dict)
+    view: View | None = None
+    same_classes: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,6 +174,8 @@ class Trainer:
             schedule += [*setup.remarks, *loader.remarks]
             if self.val_loader is not None and not self._validates(setup):
                 schedule.append("no validation: nothing says what the labels mean")
+            elif self.val_loader is not None and not setup.same_classes:
+                schedule.append("the teacher is not measured: its classes are not the student's")
             reporter.say("\n".join([*([setup.task.said] if setup.task.said else []), *schedule]))
             accelerator.wait_for_everyone()  # until all have seen whether there is something to resume
             if directory is not None:
@@ -220,22 +227,23 @@ class Trainer:
     def _validates(self, setup: Setup) -> bool:
         return self.val_loader is not None and setup.task.metric is not None
 
-    def _measured(self, module: nn.Module, task: RunTask) -> Evaluation:
-        return evaluate(module, self.val_loader or (), task=task.task, logits=self.logits)
+    def _measured(self, module: nn.Module, task: RunTask, view: View | None = None) -> Evaluation:
+        return evaluate(module, self.val_loader or (), task=task.task, logits=self.logits, view=view)
 
     def _teacher_metrics(
         self, setup: Setup, before: RunDirectory | None, accelerator: Accelerator, reporter: Reporter
     ) -> Mapping[str, float] | None:
         """Measured before anything is trained; a resumed run has them from its first time."""
         metric = setup.task.metric
-        if self.teacher is None or not self._validates(setup) or not accelerator.is_main_process or metric is None:
+        asked = self.teacher is not None and setup.same_classes and self._validates(setup)
+        if self.teacher is None or not asked or not accelerator.is_main_process or metric is None:
             return None
         told = before.reported() if before is not None else {}
         known = told.get("teacher_metrics") or {"accuracy": told.get("teacher_accuracy")}
         if isinstance(known, dict) and all(map(is_number, known.values())) and metric.name in known:
             found: Mapping[str, float] = known
         else:
-            measured = self._measured(self.teacher, setup.task)
+            measured = self._measured(self.teacher, setup.task, setup.view)
             found = measured.metrics or {metric.name: measured.loss}
             if measured.no_better_than_chance:
                 reporter.say(

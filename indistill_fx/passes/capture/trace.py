@@ -24,8 +24,9 @@ from indistill_fx.batch import Call, Inputs
 from indistill_fx.errors import ConfigError, FrontendError
 from indistill_fx.graph.caches import caches_kept
 from indistill_fx.graph.computed_weights import write_out_weights
-from indistill_fx.graph.module_state import mode, shadow, untouched, weights_kept
+from indistill_fx.graph.module_state import mode, shadow, uncompiled, untouched, weights_kept
 from indistill_fx.graph.ops import attribute
+from indistill_fx.graph.view import View
 from indistill_fx.passes.capture.both_modes import merge_modes, noticing_flags
 from indistill_fx.passes.capture.captured import Captured
 from indistill_fx.passes.capture.equivalence import Reference, plain_attention
@@ -38,8 +39,22 @@ from indistill_fx.passes.capture.tap_names import name_taps
 from indistill_fx.traced import Role, TracedModel, TraceReport
 
 
-def as_traced(model: nn.Module | TracedModel, example_inputs: Any, *, role: Role) -> TracedModel:
+def as_traced(
+    model: nn.Module | TracedModel,
+    example_inputs: Any,
+    *,
+    role: Role,
+    logits: str | int | None = None,
+    view: View | None = None,
+) -> TracedModel:
     """The traced model; a plain module is traced with `example_inputs`.
+
+    Args:
+        model: traced, or a plain module.
+        example_inputs: as the student takes them.
+        role: see `trace`.
+        logits: see `trace`.
+        view: what a teacher sees of them. A teacher of another dtype sees them in that.
 
     Raises:
         ConfigError: a plain module without example inputs, or one of them is missing.
@@ -52,7 +67,31 @@ def as_traced(model: nn.Module | TracedModel, example_inputs: Any, *, role: Role
             where="example_inputs",
             hint=f"Give example_inputs=…, or {role}=ifx.trace({role}, example_inputs, role={role!r}).",
         )
-    return trace(model, example_inputs, role=role)
+    model = uncompiled(model)
+    call = Call.of_example(example_inputs, Inputs.of(model), where=f"The {role}")
+    if role == "student":
+        return trace(model, call, role=role, logits=logits)
+    own = View.combined(view, View(dtype=_other_dtype(model, call)))
+    seen = call.changed(own.apply) if own is not None else call
+    try:
+        return replace(trace(model, seen, role=role, logits=logits), view=own)
+    except FrontendError as error:
+        if error.where != "forward" or (own is not None and own.size is not None):
+            raise
+        hint = (
+            "If the teacher takes pictures of another size than the student, say which: --teacher-size (View(size=…))."
+        )
+        raise FrontendError(error.message, where=error.where, got=error.got, hint=f"{error.hint} {hint}") from error
+
+
+def _other_dtype(model: nn.Module, call: Call) -> str | None:
+    """The dtype of a model's weights, where it is another one than that of its inputs."""
+    weight = next((p for p in model.parameters() if p.is_floating_point()), None)
+    values = (*call.args, *call.kwargs.values())
+    real = next((v for v in values if isinstance(v, Tensor) and v.is_floating_point()), None)
+    if weight is None or real is None or weight.dtype == real.dtype:
+        return None
+    return str(weight.dtype).removeprefix("torch.")
 
 
 Method = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any], Sequence[str]], Captured]

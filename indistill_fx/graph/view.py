@@ -1,0 +1,139 @@
+"""How a teacher sees a batch made for a student: of another size, by other figures, in another dtype, with other classes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor
+
+_Side = Annotated[int, Field(ge=1, lt=1 << 16)]
+_Number = Annotated[float, Field(allow_inf_nan=False)]
+_Means = Annotated[tuple[_Number, ...], Field(min_length=1, max_length=1 << 16)]
+_Deviations = Annotated[tuple[Annotated[_Number, Field(gt=0)], ...], Field(min_length=1, max_length=1 << 16)]
+_Classes = Annotated[tuple[Annotated[int, Field(ge=0, lt=1 << 31)], ...], Field(max_length=1 << 20)]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Figures(_Frozen):
+    """What pictures are normalised by: mean and standard deviation of every channel, of values from 0 to 1."""
+
+    mean: _Means
+    std: _Deviations
+
+    @model_validator(mode="after")
+    def _as_many(self) -> Figures:
+        if len(self.mean) != len(self.std):
+            raise ValueError("mean and std have one number each for every channel")
+        return self
+
+    def __str__(self) -> str:
+        mean, std = (", ".join(f"{number:.4g}" for number in numbers) for numbers in (self.mean, self.std))
+        return f"mean {mean} and std {std}"
+
+
+class Rescaling(_Frozen):
+    """From pictures normalised by some figures to pictures normalised by others."""
+
+    given: Figures
+    wanted: Figures
+
+    @model_validator(mode="after")
+    def _same_channels(self) -> Rescaling:
+        if len(self.given.mean) != len(self.wanted.mean):
+            raise ValueError("the figures given and those wanted are of as many channels")
+        return self
+
+    @property
+    def scale(self) -> Tensor:
+        """What a channel is multiplied by, (channels, 1, 1)."""
+        given, wanted = (_column(figures.std) for figures in (self.given, self.wanted))
+        return (given / wanted).float()
+
+    @property
+    def shift(self) -> Tensor:
+        """What is then added to it, (channels, 1, 1)."""
+        given, wanted = (_column(figures.mean) for figures in (self.given, self.wanted))
+        return ((given - wanted) / _column(self.wanted.std)).float()
+
+
+class View(_Frozen):
+    """How a teacher sees a batch that was made for the student. Pictures are (batch, channels, height, width), of real numbers.
+
+    Attributes:
+        size: height and width that pictures are brought to; None: as they are.
+        rescaling: from the figures that the batch is normalised by to those that the teacher wants; None: as they are.
+        dtype: what real numbers are then cast to, as torch writes it; None: as they are.
+        classes: the teacher's outputs in the order of the student's classes; None: they have the same; empty: they have none in common.
+    """
+
+    size: tuple[_Side, _Side] | None = None
+    rescaling: Rescaling | None = None
+    dtype: Annotated[str, Field(pattern="^(float(16|32|64)|bfloat16)$")] | None = None
+    classes: _Classes | None = None
+
+    @staticmethod
+    def combined(*views: View | None) -> View | None:
+        """What the first of them says, then what only the second says, and so on; None where none of them says anything."""
+        said: dict[str, object] = {}
+        for view in views:
+            for name in View.model_fields:
+                if view is not None and getattr(view, name) is not None:
+                    said.setdefault(name, getattr(view, name))
+        return View.model_construct(**said) if said else None  # type: ignore[arg-type]
+
+    def apply(self, value: Tensor) -> Tensor:
+        """An input as the teacher sees it."""
+        if not value.is_floating_point():
+            return value
+        if value.ndim == 4 and self.size is not None:
+            value = resized(value, self.size)
+        if value.ndim == 4 and self.rescaling is not None:
+            scale, shift = (factors.to(value.device) for factors in (self.rescaling.scale, self.rescaling.shift))
+            value = rescaled(value, scale, shift)
+        return value.to(getattr(torch, self.dtype)) if self.dtype else value
+
+    def chosen(self, logits: Tensor) -> Tensor:
+        """Logits (batch, outputs) of the teacher as those of the student's classes."""
+        return logits if self.classes is None else logits[:, list(self.classes)]
+
+    def __str__(self) -> str:
+        """In words; empty where nothing is changed."""
+        words = [f"resized to {'x'.join(map(str, self.size))}"] if self.size is not None else []
+        if self.rescaling is not None:
+            words.append(f"normalised by {self.rescaling.wanted} instead of {self.rescaling.given}")
+        words += [f"in {self.dtype}"] if self.dtype else []
+        said = [f"sees inputs {', '.join(words)}"] if words else []
+        if self.classes is not None:
+            said.append(
+                f"its outputs {_shortened(self.classes)} are the student's classes" if self.classes else _STRANGERS
+            )
+        return "; ".join(said)
+
+
+_STRANGERS = "it has no classes in common with the student"
+
+
+def resized(pictures: Tensor, size: tuple[int, int]) -> Tensor:
+    """Pictures of another height and width: bilinear, each pixel a mean over what it covers."""
+    return F.interpolate(pictures, size=size, mode="bilinear", antialias=True)
+
+
+def rescaled(pictures: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """Each channel times scale plus shift, both (channels, 1, 1)."""
+    return torch.addcmul(shift.to(pictures.dtype), pictures, scale.to(pictures.dtype))
+
+
+def _column(numbers: Sequence[float]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.float64).view(-1, 1, 1)
+
+
+def _shortened(numbers: Sequence[int]) -> str:
+    shown = ", ".join(map(str, numbers[:6]))
+    return f"{shown}, … ({len(numbers)} in all)" if len(numbers) > 6 else shown

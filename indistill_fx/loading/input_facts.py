@@ -1,0 +1,121 @@
+"""What is known of a model's input: by torchvision's weights, by timm's `pretrained_cfg`, by what a package has published.
+
+What a model *can* be fed with is one thing, and what its weights *want* another: a library's usual figures say nothing of weights that came
+from elsewhere. So the two are kept apart, and nothing is wanted that is not known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeGuard
+
+from torch import nn
+
+from indistill_fx.loading.spec import is_input_size
+
+Normalisation = tuple[tuple[float, ...], tuple[float, ...]]
+
+_TF_LITE: Normalisation = ((127 / 255,) * 3, (128 / 255,) * 3)
+
+
+@dataclass(frozen=True, slots=True)
+class InputFacts:
+    """What is known of a model's input.
+
+    Attributes:
+        size: a shape of one sample that it can be fed with.
+        normalisation: mean and deviation per channel that its library uses for it.
+        wanted_size: height and width that it wants, because its weights were made for them or because it takes no others.
+        wanted_normalisation: that of its weights.
+        classes: names of its outputs.
+    """
+
+    size: tuple[int, ...] | None = None
+    normalisation: Normalisation | None = None
+    wanted_size: tuple[int, int] | None = None
+    wanted_normalisation: Normalisation | None = None
+    classes: tuple[str, ...] = ()
+
+
+def describe_torchvision(name: str, arguments: Mapping[str, Any], module: nn.Module) -> InputFacts:
+    """What torchvision's weight metadata say. Nothing is downloaded.
+
+    Args:
+        name: of the model.
+        arguments: with which it was built; weights of torchvision among them are its own.
+        module: the model.
+    """
+    import torchvision
+
+    try:
+        weights = torchvision.models.get_model_weights(name)
+        preset = weights.DEFAULT.transforms()
+    except (ValueError, AttributeError):
+        return InputFacts()
+    named = "DEFAULT" if arguments.get("pretrained") else str(arguments.get("weights") or "").rpartition(".")[2]
+    own = weights[named] if named else None
+    preset = own.transforms() if own is not None else preset
+    mean, deviation = getattr(preset, "mean", None), getattr(preset, "std", None)
+    normalisation = (tuple(mean), tuple(deviation)) if mean and deviation else None
+    if "Video" in type(preset).__name__:
+        return InputFacts(None, normalisation)  # how many frames is not said
+    edges = getattr(preset, "crop_size", None) or getattr(preset, "resize_size", None)
+    # the default weights of some ViTs are for larger images than the default model
+    only = getattr(module, "image_size", None)
+    edge = only or (edges[0] if edges else None)
+    if not isinstance(edge, int):
+        return InputFacts(None, normalisation)
+    classes = tuple(own.meta.get("categories", ())) if own is not None else ()
+    return InputFacts(
+        (3, edge, edge),
+        normalisation,
+        wanted_size=(edge, edge) if only or own is not None else None,
+        wanted_normalisation=normalisation if own is not None else None,
+        classes=classes if len(classes) == arguments.get("num_classes", len(classes)) else (),
+    )
+
+
+def describe_module(module: nn.Module, *, pretrained: bool = False) -> InputFacts:
+    """What a model itself says of its input, or the package that its class is from: of timm's models their `pretrained_cfg`.
+
+    Args:
+        module: any model.
+        pretrained: whether it has the weights that its library has for it.
+    """
+    if (
+        type(module).__module__.partition(".")[0] == "efficientnet_lite_pytorch"
+    ):  # as its weights of TensorFlow Lite were trained
+        edge = getattr(module, "input_image_size", None)
+        size = (edge, edge) if isinstance(edge, int) else None
+        return InputFacts((3, *size) if size else None, _TF_LITE, size, _TF_LITE)
+    return _by_configuration(module, pretrained)
+
+
+def _by_configuration(module: nn.Module, pretrained: bool) -> InputFacts:
+    config = getattr(module, "pretrained_cfg", None)
+    size = config.get("input_size") if isinstance(config, dict) else None
+    if not isinstance(config, dict) or not _is_shape(size):
+        return InputFacts()
+    channels, *edges = size
+    only = getattr(getattr(module, "patch_embed", None), "img_size", None)
+    if _is_shape(only):
+        edges = list(only)
+    first = config.get("first_conv")
+    if isinstance(first, str) and first in dict(module.named_modules()):
+        channels = getattr(module.get_submodule(first), "in_channels", channels)
+    mean, deviation = config.get("mean"), config.get("std")
+    normalisation = (tuple(mean), tuple(deviation)) if _are_numbers(mean) and _are_numbers(deviation) else None
+    if not is_input_size([channels, *edges]):
+        return InputFacts()
+    fixed = pretrained or _is_shape(only)
+    wanted = (edges[0], edges[1]) if fixed and len(edges) == 2 else None
+    return InputFacts((channels, *edges), normalisation, wanted, normalisation)
+
+
+def _are_numbers(value: Any) -> TypeGuard[Sequence[float]]:
+    return isinstance(value, (tuple, list)) and bool(value) and all(isinstance(item, (int, float)) for item in value)
+
+
+def _is_shape(value: Any) -> TypeGuard[Sequence[int]]:
+    return is_input_size(value)

@@ -1,0 +1,146 @@
+"""What a teacher sees: the difference between a batch made for the student and what the teacher wants, as nodes of the teacher's graph.
+
+Rules, in order:
+  1. Pictures (real numbers of four axes) are resized, then rescaled channel by channel; all real numbers are cast to the teacher's dtype.
+  2. What the teacher delivers is cast to the student's dtype.
+  3. Of its logits, those are delivered that stand for the student's classes, in the student's order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from indistill_fx.errors import ConfigError
+from indistill_fx.graph.edit import copy_graph, output_node, sweep
+from indistill_fx.graph.view import View, rescaled, resized
+from indistill_fx.passes.contract import PassResult, Rewrite
+from indistill_fx.traced import NodeFacts, TracedModel
+
+
+def view_between(teacher: TracedModel, student: TracedModel, asked: View | None = None) -> View | None:
+    """The teacher's view of the student's batches: its own, then what differs between the inputs that the two were traced with.
+
+    Args:
+        teacher: traced, with inputs as it sees them.
+        student: traced.
+        asked: what else is asked for, such as a plan's view.
+
+    Raises:
+        ConfigError: the pictures of the two have other numbers of channels, or the teacher was traced with pictures of another size than
+            is asked for.
+    """
+    own, other = _pictures(teacher), _pictures(student)
+    found: dict[str, Any] = {}
+    if len(own) == len(other) == 1:
+        (first,), (second,) = own, other
+        if first.shape[1] != second.shape[1]:
+            raise ConfigError(
+                f"The teacher takes pictures of {first.shape[1]} channels and the student of {second.shape[1]}.",
+                where="channels",
+                got=first.shape[1],
+                expected=second.shape[1],
+                hint="Give both pictures of the same channels (--channels), or put a convolution before the student.",
+            )
+        if first.shape[2:] != second.shape[2:]:
+            found["size"] = tuple(first.shape[2:])
+    dtypes = [next((value.dtype for value in _reals(model)), None) for model in (teacher, student)]
+    if None not in dtypes and dtypes[0] != dtypes[1]:
+        found["dtype"] = str(dtypes[0]).removeprefix("torch.")
+    if asked is not None and asked.size is not None and own and asked.size != tuple(own[0].shape[2:]):
+        raise ConfigError(
+            f"The teacher is to see pictures of {_sides(asked.size)}, and it was traced with {_sides(own[0].shape[2:])}.",
+            where="size",
+            got=tuple(own[0].shape[2:]),
+            expected=asked.size,
+            hint="Align anew with that size, or trace the teacher with pictures of it.",
+        )
+    return View.combined(teacher.view, View(**found), asked)
+
+
+def _sides(size: Sequence[int]) -> str:
+    return "x".join(map(str, size))
+
+
+def _reals(model: TracedModel) -> list[Tensor]:
+    return [value for value in model.example_values if isinstance(value, Tensor) and value.is_floating_point()]
+
+
+def _pictures(model: TracedModel) -> list[Tensor]:
+    return [value for value in _reals(model) if value.ndim == 4]
+
+
+def see(
+    graph_module: fx.GraphModule, view: View, facts: Mapping[str, NodeFacts]
+) -> PassResult[fx.GraphModule, Rewrite]:
+    """Rule 1.
+
+    Args:
+        graph_module: the teacher's.
+        view: what it sees.
+        facts: of the model it was cut from.
+    """
+    new, _ = copy_graph(graph_module)
+    graph, done = new.graph, list[str]()
+    inputs = [node for node in graph.nodes if node.op == "placeholder" and node.users and node.name in facts]
+    first = next(node for node in graph.nodes if node.op != "placeholder")
+    with graph.inserting_before(first):
+        factors: tuple[fx.Node, ...] = ()
+        if view.rescaling is not None:
+            scale, shift = view.rescaling.scale, view.rescaling.shift
+            factors = _constant(new, "view_scale", scale), _constant(new, "view_shift", shift)
+        for node in inputs:
+            known, readers, value = facts[node.name], list(node.users), node
+            if not known.dtype.is_floating_point:
+                continue
+            if len(known.shape) == 4 and view.size is not None:
+                value = graph.call_function(resized, (value, view.size))
+                done.append(f"{node.target}: resized to {_sides(view.size)}")
+            if len(known.shape) == 4 and view.rescaling is not None:
+                value = graph.call_function(rescaled, (value, *factors))
+                done.append(f"{node.target}: normalised by {view.rescaling.wanted}")
+            if view.dtype is not None:
+                value = graph.call_method("to", (value, getattr(torch, view.dtype)))
+                done.append(f"{node.target}: cast to {view.dtype}")
+            for reader in readers:
+                reader.replace_input_with(node, value)
+    return PassResult(sweep(new), Rewrite(done=tuple(done)))
+
+
+def deliver(
+    graph_module: fx.GraphModule, dtype: torch.dtype, classes: Mapping[str, tuple[int, Sequence[int]]]
+) -> PassResult[fx.GraphModule, Rewrite]:
+    """Rules 2 and 3.
+
+    Args:
+        graph_module: the teacher's half, whose output is (features by tap, None).
+        dtype: the student's.
+        classes: by tap, the axis of its classes and those that are delivered.
+    """
+    new, _ = copy_graph(graph_module)
+    output, done = output_node(new.graph), list[str]()
+    parts: Any = output.args[0]
+    delivered = dict(parts[0])
+    with new.graph.inserting_before(output):
+        for tap, node in delivered.items():
+            if tap in classes:
+                axis, chosen = classes[tap]
+                index = _constant(new, "view_classes", torch.tensor(chosen))
+                node = new.graph.call_function(torch.index_select, (node, axis, index))
+                done.append(f"{tap}: {len(chosen)} classes in the student's order")
+            delivered[tap] = new.graph.call_method("to", (node, dtype))
+    output.args = ((delivered, *parts[1:]),)
+    done.append(f"delivered in {str(dtype).removeprefix('torch.')}")
+    return PassResult(sweep(new), Rewrite(done=tuple(done)))
+
+
+def _constant(graph_module: fx.GraphModule, name: str, value: Tensor) -> fx.Node:
+    graph_module.register_buffer(name, value.to(_device(graph_module)), persistent=False)
+    return graph_module.graph.get_attr(name)
+
+
+def _device(graph_module: fx.GraphModule) -> torch.device:
+    return next((parameter.device for parameter in graph_module.parameters()), torch.device("cpu"))
