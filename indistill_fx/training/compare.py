@@ -20,7 +20,7 @@ from indistill_fx.plan import AlignmentPlan
 from indistill_fx.runs.record import RunRecord
 from indistill_fx.stages.compile import warmup_plan
 from indistill_fx.traced import TracedModel
-from indistill_fx.training.distill import distill, traced_pair
+from indistill_fx.training.distill import distill, traced_pair, view_of
 from indistill_fx.training.options.settings import Options
 from indistill_fx.training.recipes import DEFAULT_CURRICULUM, NO_WARMUP
 
@@ -93,21 +93,18 @@ def compare(
     """
     curriculum = curriculum or DEFAULT_CURRICULUM
     plan = plan or (_kept_plan(run_dir) if resume else None)
-    view = teacher_view if teacher_view is not None or plan is None else plan.view
-    models = traced_pair(teacher, student, train_loader, example_inputs=example_inputs, logits=logits, view=view)
-    plan, teacher = plan or align(*models), models[0]
+    seen = view_of(teacher_view, plan)
+    models = traced_pair(teacher, student, train_loader, example_inputs=example_inputs, logits=logits, view=seen)
+    plan = plan or align(*models)
     warmup, milestones = _epochs_of(curriculum, plan), options.get("milestones", ())
     if main_epochs is not None:
         epochs, milestones = main_epochs + warmup, [at + warmup for at in milestones]
-    _check_room(warmup, epochs)
-    done = {}
-    named = main if isinstance(main, str) and ":" not in main else "main"
-    for arm, loss, loss_options, warm, before in _ways(named, main, main_options, curriculum, warmup):
+    done: dict[str, Arm] = {}
+    for arm, loss, loss_options, warm, before in _ways(main, main_options, curriculum, warmup, epochs):
         announce(arm)
-        pupil = copy.deepcopy(student)
         record = distill(
-            teacher,
-            pupil,
+            models[0],
+            pupil := copy.deepcopy(student),
             train_loader,
             plan=plan,
             curriculum=warm,
@@ -132,9 +129,11 @@ def compare(
 
 
 def _ways(
-    named: str, main: Any, options: Mapping[str, Any] | None, curriculum: Curriculum, warmup: int
+    main: Any, options: Mapping[str, Any] | None, curriculum: Curriculum, warmup: int, epochs: int
 ) -> Sequence[tuple[str, Any, Mapping[str, Any] | None, Curriculum, int]]:
     """Name, main loss, its options, warm-up and the epochs of that, of every arm."""
+    _check_room(warmup, epochs)
+    named = main if isinstance(main, str) and ":" not in main else "main"
     return (
         ("labels", "labels", None, NO_WARMUP, 0),
         (named, main, options, NO_WARMUP, 0),

@@ -195,7 +195,7 @@ class Distillation:
             self.loader,
             example_inputs=self.example_inputs,
             logits=self.logits,
-            view=self.teacher_view if self.teacher_view is not None or plan is None else plan.view,
+            view=view_of(self.teacher_view, plan),
         )
         remarks: list[str] = []
         plan = plan or align(*models)
@@ -283,6 +283,11 @@ def _remarks(curriculum: Curriculum, plan: AlignmentPlan) -> tuple[str, ...]:
         return seen
     why = "the plan has none" if plan.embedding is None else "a pair has them"
     return (*seen, f"penultimate vectors: no stage of their own, {why}")
+
+
+def view_of(asked: View | None, plan: AlignmentPlan | None) -> View | None:
+    """The teacher's view that was asked for, else the plan's."""
+    return asked if asked is not None or plan is None else plan.view
 
 
 def traced_pair(

@@ -170,12 +170,7 @@ class Trainer:
             resumed = directory is not None and directory.resumes
             changed = self._resume(loop, directory, reporter) if directory is not None and resumed else []
             taught = self._teacher_metrics(setup, directory if resumed else None, accelerator, reporter)
-            schedule = [f"{phase.name}: {self._described(phase)}" for phase in phases]
-            schedule += [*setup.remarks, *loader.remarks]
-            if self.val_loader is not None and not self._validates(setup):
-                schedule.append("no validation: nothing says what the labels mean")
-            elif self.val_loader is not None and not setup.same_classes:
-                schedule.append("the teacher is not measured: its classes are not the student's")
+            schedule = self._schedule(setup, phases, loader)
             reporter.say("\n".join([*([setup.task.said] if setup.task.said else []), *schedule]))
             accelerator.wait_for_everyone()  # until all have seen whether there is something to resume
             if directory is not None:
@@ -197,6 +192,16 @@ class Trainer:
             with noticing_dead_peers(accelerator):
                 loop.run()
         return loop.state, taught
+
+    def _schedule(self, setup: Setup, phases: Sequence[Phase], loader: EpochLoader) -> list[str]:
+        """What will be done, and what is to be known of it, in lines."""
+        lines = [f"{phase.name}: {self._described(phase)}" for phase in phases]
+        lines += [*setup.remarks, *loader.remarks]
+        if self.val_loader is not None and not self._validates(setup):
+            lines.append("no validation: nothing says what the labels mean")
+        elif self.val_loader is not None and self.teacher is not None and not setup.same_classes:
+            lines.append("the teacher is not measured: its classes are not the student's")
+        return lines
 
     def _resume(self, loop: TrainingLoop, directory: RunDirectory, reporter: Reporter) -> list[Any]:
         """Go on from the last checkpoint; all that is other than it was, for run.json."""
