@@ -1,0 +1,135 @@
+"""Tasks beside classification: what the teacher reaches, the student alone, by KD, and with the warm-up before it, at equal epochs.
+
+    python benchmarks/tasks.py --json benchmarks/results/tasks.json [--jobs segmentation,gpt] [--seeds 0,1,2]
+    python benchmarks/tasks.py --table benchmarks/results/tasks.json          the results as Markdown
+
+The jobs are those of examples/, on their small real data. For each seed a teacher is trained on labels, and one and the same initial
+student in three ways for as many epochs in all (`indistill_fx.compare`). A job that is done is not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import indistill_fx as ifx
+from examples import multilabel, segmentation, texts
+from indistill_fx.curriculum import Curriculum
+from indistill_fx.runs.record import environment
+from indistill_fx.system.files import save_json
+
+
+@dataclass(frozen=True)
+class Job:
+    """One line of the table; epochs are the teacher's, and every student's in all."""
+
+    teacher: Callable[[], nn.Module]
+    student: Callable[[], nn.Module]
+    loaders: Callable[..., tuple[Any, Any]]
+    epochs: tuple[int, int]
+    logits: str | None = None
+
+
+JOBS = {
+    "segmentation": Job(segmentation.make_teacher, segmentation.make_student, segmentation.make_loaders, (30, 30)),
+    "multilabel": Job(multilabel.make_teacher, multilabel.make_student, multilabel.make_loaders, (30, 30)),
+    "bert": Job(texts.bert_teacher, texts.bert_student, texts.bert_loaders, (15, 15), "logits"),
+    "gpt": Job(texts.gpt_teacher, texts.gpt_student, texts.gpt_loaders, (15, 15), "logits"),
+}
+WAYS = {"teacher": "teacher", "labels": "student alone", "kd": "KD", "indistill": "warm-up + KD"}
+
+
+def measure(job: Job, seed: int) -> dict[str, Any]:
+    """One seed: the metric of each way, and seconds."""
+    torch.manual_seed(seed)
+    teacher, student = job.teacher(), job.student()
+    train, test = job.loaders(seed=seed)
+    shared: dict[str, Any] = {
+        "val_loader": test,
+        "logits": job.logits,
+        "seed": seed,
+        "device": "cpu",
+        "progress": False,
+    }
+    shared |= {"learning_rate": 3e-3, "schedule": "cosine"}
+    began = time.monotonic()
+    taught = ifx.train(teacher, train, epochs=job.epochs[0], **shared)
+    arms = ifx.compare(
+        teacher,
+        copy.deepcopy(student),
+        train,
+        epochs=job.epochs[1],
+        curriculum=Curriculum(lengths=1, penultimate=0),
+        **shared,
+    )
+    found = {"teacher": taught, **{name: arm.record for name, arm in arms.items()}}
+    return {
+        "seed": seed,
+        "task": taught.task,
+        "metric": taught.metric.name,
+        "higher_is_better": taught.metric.higher_is_better,
+        "share": taught.metric.share,
+        "last": {name: record.value for name, record in found.items()},
+        "best": {name: record.best for name, record in found.items()},
+        "parameters": [sum(p.numel() for p in model.parameters()) for model in (teacher, student)],
+        "seconds": time.monotonic() - began,
+    }
+
+
+def table(results: dict[str, Any]) -> str:
+    """As Markdown: mean and standard deviation over the seeds, in the end of the training."""
+    lines = ["| job | task | metric | " + " | ".join(WAYS.values()) + " |", "|---|---|---|" + "---|" * len(WAYS)]
+    for name, runs in results["jobs"].items():
+        cells = []
+        for way in WAYS:
+            values = [run["last"][way] * (100 if run["share"] else 1) for run in runs]
+            spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.2f}{spread}")
+        first = runs[0]
+        arrow = "higher" if first["higher_is_better"] else "lower"
+        unit = ", %" if first["share"] else ""
+        title = f"{first['metric'].replace('_', ' ')} ({arrow} is better{unit})"
+        lines.append(f"| {name} | {first['task']} | {title} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure what is not there yet."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/tasks.json"))
+    parser.add_argument("--table", type=Path)
+    parser.add_argument("--jobs", default=",".join(JOBS))
+    parser.add_argument("--seeds", default="0,1,2")
+    asked = parser.parse_args()
+    if asked.table:
+        print(table(json.loads(asked.table.read_text())))
+        return
+    results = json.loads(asked.json.read_text()) if asked.json.exists() else {"jobs": {}}
+    for seed in map(int, asked.seeds.split(",")):
+        for name in asked.jobs.split(","):
+            runs = results["jobs"].setdefault(name, [])
+            if any(run["seed"] == seed for run in runs):
+                continue
+            runs.append(measure(JOBS[name], seed))
+            results |= {"date": datetime.now(UTC).isoformat(timespec="seconds"), "environment": environment("cpu", 1)}
+            results["epochs"] = {key: job.epochs for key, job in JOBS.items()}
+            save_json(asked.json, results)
+            print(name, seed, json.dumps(runs[-1]["last"]), f"{runs[-1]['seconds']:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
