@@ -45,10 +45,10 @@ class Job:
 
 
 JOBS = {
-    "segmentation": Job(segmentation.make_teacher, segmentation.make_student, segmentation.make_loaders, (30, 30)),
-    "multilabel": Job(multilabel.make_teacher, multilabel.make_student, multilabel.make_loaders, (30, 30)),
-    "bert": Job(texts.bert_teacher, texts.bert_student, texts.bert_loaders, (15, 15), "logits"),
-    "gpt": Job(texts.gpt_teacher, texts.gpt_student, texts.gpt_loaders, (15, 15), "logits"),
+    "segmentation": Job(segmentation.make_teacher, segmentation.make_student, segmentation.make_loaders, (20, 20)),
+    "multilabel": Job(multilabel.make_teacher, multilabel.make_student, multilabel.make_loaders, (20, 20)),
+    "bert": Job(texts.bert_teacher, texts.bert_student, texts.bert_loaders, (8, 10), "logits"),
+    "gpt": Job(texts.gpt_teacher, texts.gpt_student, texts.gpt_loaders, (8, 10), "logits"),
 }
 WAYS = {"teacher": "teacher", "labels": "student alone", "kd": "KD", "indistill": "warm-up + KD"}
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @pictures.picture_options
 @common.input_option
+@common.task_option
 @common.trust_option
 def command(
     file: str,
@@ -63,6 +64,7 @@ def command(
         common.example_for((source,), inputs, some),
         real_inputs=common.first_inputs(some.test, samples, source.module) if some else None,
         metadata=_expected(source, some),
+        decisions=common.decisions_of(common.task_of_data(options["task"], source, some) if some is not None else None),
     )
     if as_json:
         click.echo(json.dumps(asdict(report) | {"agrees": report.agrees}, indent=2, default=str))
@@ -73,7 +75,8 @@ def command(
     for line in report.notes:
         out.print(line, soft_wrap=True)
     if report.real is not None and report.real.agreement is not None:
-        out.print(f"{100 * report.real.agreement:.2f}% of {report.real.rows} samples get the same class.")
+        whose = "samples get the same class" if report.real.per_class else "samples' decisions are the same"
+        out.print(f"{100 * report.real.agreement:.2f}% of {report.real.rows} {whose}.")
     if report.agrees:
         out.print(
             f"{file} computes what {against} computes: largest difference {report.max_abs:.1e}, opset {report.opset}."

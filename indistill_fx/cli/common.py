@@ -12,11 +12,12 @@ from indistill_fx.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from torch import nn
+    from torch import Tensor, nn
 
     from indistill_fx.data.dataset import Data
     from indistill_fx.graph.view import View
     from indistill_fx.loading.load import Source
+    from indistill_fx.losses.task import Task
     from indistill_fx.traced import Role, TracedModel
 
 
@@ -220,6 +221,36 @@ def deployment_facts(spec: str, source: Source, data: Data | None) -> dict[str, 
         classes=(data.classes if data else ()) or source.classes,
         normalisation=(data.normalisation if data else None) or source.normalisation,
     )
+
+
+def task_of_data(task: str | None, source: Source, data: Data) -> Task | None:
+    """The task as named, or by what the model says to the first test batch; None where that cannot be told, or there are no labels."""
+    import torch
+    from torch.utils._pytree import tree_leaves
+
+    from indistill_fx.batch import Inputs, split
+    from indistill_fx.graph.module_state import evaluating
+    from indistill_fx.losses.choose_task import choose_task
+
+    parts = split(next(iter(data.test)), Inputs.of(source.module), where="The model")
+    with evaluating(source.module), torch.no_grad():
+        outputs = parts.calls[0](source.module)
+    scores = next(leaf for leaf in tree_leaves(outputs) if isinstance(leaf, torch.Tensor))
+    if parts.labels is None and task is None:
+        return None
+    try:
+        found = choose_task(task, scores, parts.labels, parts.calls[0].first)
+    except ConfigError:
+        if task is not None:
+            raise
+        return None
+    say(f"Task: {found.name}, {'as asked' if task is not None else 'by the labels of the first batch'}.")
+    return found
+
+
+def decisions_of(task: Task | None) -> Callable[[Tensor], Tensor | None] | None:
+    """What a model's output says in the end, by its task."""
+    return None if task is None else lambda output: task.decisions(task.prepare(output, None)[0])
 
 
 def class_name(classes: tuple[str, ...], label: int) -> str:

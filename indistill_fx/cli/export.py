@@ -71,6 +71,7 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @pictures.picture_options
 @common.input_option
+@common.task_option
 @common.trust_option
 def command(
     model: str,
@@ -100,9 +101,21 @@ def command(
         raise ConfigError(
             "--int8 has no data to calibrate and measure on.", where="--int8", hint="Give it: --data DATA."
         )
+    if options["task"] and data is None:
+        raise ConfigError(
+            "--task says what labels mean, and there are none.", where="--task", hint="Give the data: --data DATA."
+        )
     source = common.open_model(model, trust)
     more: dict[str, Any] = {"batch_size": 256, "augment": False}
     some = pictures.open_pictures(data, options, source, limit=samples, **more) if data else None
+    task = common.task_of_data(options["task"], source, some) if some is not None else None
+    if int8 and task is not None and task.name != "classification":
+        raise ConfigError(
+            f"--int8 is accepted by its accuracy, and task {task.name!r} has none.",
+            where="--int8",
+            got=task.name,
+            hint="Leave it out: the float file is compared by what the task reads of it.",
+        )
     normalisation = (some.normalisation if some else None) or source.normalisation
     if options["preprocess"] and normalisation is None:
         raise ConfigError(
@@ -123,6 +136,7 @@ def command(
         real_inputs=common.first_inputs(some.test, samples, source.module) if some else None,
         metadata=common.deployment_facts(model, source, some),
         tolerance=options["tolerance"],
+        decisions=common.decisions_of(task),
     )
     kept = is_run(model)
     lost = keep_export(model, path=str(report.path), size=report.size, latency_ms=report.latency_ms) if kept else None
@@ -181,7 +195,8 @@ def _tell(report: ExportReport, classes: tuple[str, ...]) -> None:
             f"({check.max_rel:.1e} of its range)"
         )
     if report.real is not None and report.real.agreement is not None:
-        out.print(f"  real data: {100 * report.real.agreement:.2f}% of {report.real.rows} samples get the same class")
+        whose = "samples get the same class" if report.real.per_class else "samples' decisions are the same"
+        out.print(f"  real data: {100 * report.real.agreement:.2f}% of {report.real.rows} {whose}")
         below = sorted((share, label) for label, share in report.real.per_class.items() if share < 1)
         for share, label in below[:5]:
             out.print(f"    {common.class_name(classes, label)}: {100 * share:.2f}%")

@@ -27,7 +27,7 @@ from indistill_fx.deploy.onnx_session import (
     open_session,
 )
 from indistill_fx.deploy.onnx_weights import SHOWN, wrong_int8_weights, wrong_weights
-from indistill_fx.deploy.parity import Parity, Proof, RealParity, prove
+from indistill_fx.deploy.parity import Decisions, Parity, Proof, RealParity, prove
 from indistill_fx.deploy.preprocess import Preprocess
 from indistill_fx.errors import ConfigError, IndistillError
 from indistill_fx.graph.module_state import evaluating
@@ -83,6 +83,7 @@ def check_onnx(
     tolerance: float = 1e-4,
     agreement: float = 0.95,
     batch_sizes: Sequence[int] = (1, 7, 64),
+    decisions: Decisions | None = None,
 ) -> CheckReport:
     """Compare a file with the module: readable, valid, same inputs, same graph and weights, same outputs.
 
@@ -103,6 +104,7 @@ def check_onnx(
         tolerance: the largest difference allowed, as a share of the output's range; not for int8 files.
         agreement: the least share of `real_inputs` an int8 file must give the class that the module gives.
         batch_sizes: to compare at, if the file's batch is open.
+        decisions: as for `export_onnx`.
 
     Returns:
         The report; a file at fault is a difference in it, not an exception.
@@ -141,7 +143,7 @@ def check_onnx(
             deployed.training = False
             proof = prove(
                 session, deployed, inputs, batch_sizes=batch_sizes, tolerance=_SANE if quantised else tolerance,
-                real_inputs=real,
+                real_inputs=real, decisions=decisions,
             )  # fmt: skip
             differences += proof.failures
             differences += _wrong_graph(model, deployed, inputs, session, notes)

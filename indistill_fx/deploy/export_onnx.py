@@ -26,7 +26,7 @@ from indistill_fx.deploy.onnx_session import (
     open_session,
     random_inputs,
 )
-from indistill_fx.deploy.parity import Parity, Proof, RealParity, prove, rounding
+from indistill_fx.deploy.parity import Decisions, Parity, Proof, RealParity, prove, rounding
 from indistill_fx.deploy.preprocess import Pair, Preprocess
 from indistill_fx.errors import ConfigError, ExportError
 from indistill_fx.graph.module_state import evaluating
@@ -84,6 +84,7 @@ def export_onnx(
     tolerance: float = 1e-4,
     batch_sizes: Sequence[int] = (1, 7, 64),
     external_data: bool | None = None,
+    decisions: Decisions | None = None,
 ) -> ExportReport:
     """Export the module in eval mode; the file appears under its name only once it is proven.
 
@@ -111,6 +112,8 @@ def export_onnx(
         tolerance: the largest difference allowed, as a share of the output's range.
         batch_sizes: to prove at; with a fixed batch only that one is.
         external_data: weights in a second file, `<name>.data`; None does so above 1.5 GB (ONNX ends at 2 GB).
+        decisions: what the first output says in the end (first output → whole numbers, or None), compared on `real_inputs`; by
+            default the largest class of the first (N, classes) output.
 
     Returns:
         The report.
@@ -142,7 +145,7 @@ def export_onnx(
         _require_valid(draft)
         session = open_session(draft)
         proof = prove(
-            session, deployed, inputs, tolerance=tolerance, real_inputs=real,
+            session, deployed, inputs, tolerance=tolerance, real_inputs=real, decisions=decisions,
             batch_sizes=batch_sizes if dynamic_batch else (len(inputs[0]),),
             sizes=_other_sizes(inputs) if dynamic_size else (),
         )  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 
 _SMALLEST_SCALE = 1e-2  # outputs that are nearly all zero have no scale of their own
+Decisions: TypeAlias = Callable[[Tensor], Tensor | None]  # an output → whole numbers, or None where values are all
 Values: TypeAlias = dict[str, tuple[Array, Array]]  # per output: torch's, onnxruntime's
 
 
@@ -33,13 +34,14 @@ class Parity(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class RealParity:
-    """The comparison on real inputs; the agreement of the largest class is that of the first (N, classes) output.
+    """The comparison on real inputs.
 
     Attributes:
         rows: how many samples were compared.
         parity: the largest differences per output; `batch_size` is the number of rows.
-        agreement: share of rows for which both name the same class, or None if no output has classes.
-        per_class: the same, for the rows torch gives to each class.
+        agreement: share of the decisions that are the same: classes of samples, of pixels, labels on or off; None where the values
+            themselves are what counts.
+        per_class: the same, for the rows torch gives to each class, where there is one a sample.
     """
 
     rows: int
@@ -79,6 +81,7 @@ def prove(
     tolerance: float,
     sizes: Sequence[tuple[int, int]] = (),
     real_inputs: Sequence[Tensor] | None = None,
+    decisions: Decisions | None = None,
 ) -> Proof:
     """Run both on the same inputs and compare every output.
 
@@ -90,6 +93,7 @@ def prove(
         tolerance: the largest difference allowed, as a share of the output's range.
         sizes: heights and widths to try as well, at the smallest batch size that is more than one.
         real_inputs: compared too, whole, in pieces of the largest batch size.
+        decisions: what the first output says in the end; by default the largest class of the first (N, classes) output.
     """
     rows: list[Parity] = []
     failures: list[str] = []
@@ -108,7 +112,7 @@ def prove(
         failed_on = inputs if failures and failed_on is None else failed_on
     real = None
     if real_inputs is not None:
-        real = _on_real(session, module, real_inputs, max(batch_sizes), tolerance, failures)
+        real = _on_real(session, module, real_inputs, max(batch_sizes), tolerance, failures, decisions)
     return Proof(tuple(rows), real, tuple(failures), failed_on)
 
 
@@ -190,6 +194,7 @@ def _on_real(
     chunk: int,
     tolerance: float,
     failures: list[str],
+    decisions: Decisions | None,
 ) -> RealParity:
     total, rows = len(inputs[0]), list[Parity]()
     fixed = isinstance(session.get_inputs()[0].shape[0], int)
@@ -204,8 +209,22 @@ def _on_real(
         values[name] = (ours, theirs)
     _compare(values, total, tolerance, f"on {total} real inputs", rows, failures)
     for ours, theirs in values.values():
-        if ours.ndim == 2 and ours.shape[1] > 1 and ours.shape == theirs.shape:
-            classes, same = ours.argmax(1), ours.argmax(1) == theirs.argmax(1)
-            per_class = {int(c): float(same[classes == c].mean()) for c in np.unique(classes)}
+        found = decided(ours, theirs, decisions)
+        if found is not None:
+            classes, same = found[0], found[0] == found[1]
+            labels = np.unique(classes) if classes.ndim == 1 else ()
+            per_class = {int(c): float(same[classes == c].mean()) for c in labels}
             return RealParity(total, tuple(rows), float(same.mean()), per_class)
+        if decisions is not None:
+            break
     return RealParity(total, tuple(rows), None, {})
+
+
+def decided(ours: Array, theirs: Array, decisions: Decisions | None) -> tuple[Array, Array] | None:
+    """What both sides say in the end; None where nothing is said, or their shapes differ. See `prove`."""
+    if ours.shape != theirs.shape:
+        return None
+    if decisions is None:
+        return (ours.argmax(1), theirs.argmax(1)) if ours.ndim == 2 and ours.shape[1] > 1 else None
+    found = [decisions(torch.from_numpy(np.ascontiguousarray(side))) for side in (ours, theirs)]
+    return None if found[0] is None or found[1] is None else (found[0].numpy(), found[1].numpy())

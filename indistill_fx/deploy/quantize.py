@@ -223,7 +223,14 @@ def _classify(session: onnxruntime.InferenceSession, batches: Iterable[Batch]) -
         _require(piece.labels is not None, "Evaluation batches need labels: (inputs, labels).", "evaluation")
         scores = next((y for y in session.run(None, piece.arrays) if y.ndim == 2 and y.shape[1] > 1), None)
         _require(scores is not None, "No output of the file has shape (N, classes), so it has no accuracy.", "path")
-        labels.append(piece.labels)
+        known = piece.labels
+        assert known is not None
+        known = known[:, 0] if known.ndim == 2 and known.shape[1] == 1 else known
+        whole = known.ndim == 1 and np.issubdtype(known.dtype, np.integer)
+        _require(
+            whole, "int8 files are judged by their accuracy, and these labels are not one class a sample.", "evaluation"
+        )
+        labels.append(known)
         classes.append(np.asarray(scores).argmax(1)[: piece.rows])
     _require(bool(labels), "The evaluation data is empty, so the loss of accuracy cannot be measured.", "evaluation")
     return np.concatenate([one for one in labels if one is not None]), np.concatenate(classes)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import indistill_fx as ifx
 from indistill_fx.cli import run
 from indistill_fx.curriculum import Curriculum
+from indistill_fx.deploy.parity import decided
 from indistill_fx.errors import ConfigError
 from indistill_fx.losses.choose_task import choose_task, infer_task
 from indistill_fx.losses.task import Classification, Language, MultiLabel, Regression, Segmentation
@@ -252,3 +253,27 @@ def test_classification_is_measured_as_it_was():
     assert (found.accuracy, found.loss, found.count, found.classes) == (right / 12, loss / 12, 12, 3)
     for z, (_, y) in zip(scores, batches, strict=True):
         assert Classification().loss(z, y).item() == F.cross_entropy(z, y).item()
+
+
+def test_export_compares_what_the_task_reads(tmp_path, monkeypatch, capsys):
+    ours = torch.randn(6, 3, 4, 4, generator=drawn(0)).numpy()
+    theirs = ours.copy()
+    theirs[0, :, 0, 0] = -ours[0, :, 0, 0]  # another class at one of 96 pixels
+    dense = decided(ours, theirs, lambda y: Segmentation().decisions(y))
+    assert dense is not None and (dense[0] != dense[1]).sum() == 1
+    labels = decided(ours[:, :, 0, 0], theirs[:, :, 0, 0], lambda y: MultiLabel().decisions(y))
+    assert labels is not None and (labels[0] != labels[1]).sum() == 3
+    assert decided(ours, theirs, lambda y: Regression().decisions(y)) is None
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.py").write_text(
+        "import torch\nfrom torch import nn\n"
+        "def make(): return nn.Sequential(nn.Flatten(), nn.Linear(64, 3))\n"
+        "def data():\n    x = torch.randn(16, 1, 8, 8)\n    some = [(x, (torch.rand(16, 3) < 0.5).float())]\n    return some, some\n"
+    )
+    export = ["export", "own.py:make", "-o", "out.onnx", "--data", "own.py:data"]
+    assert run([*export, "--int8"]) == 2
+    assert "task 'multilabel' has none" in capsys.readouterr().err
+    assert run([*export, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["real"]["agreement"] == 1
+    assert run(["export", "own.py:make", "-o", "out.onnx", "--input", "1x8x8", "--task", "multilabel"]) == 2
+    assert "--task says what labels mean, and there are none" in capsys.readouterr().err
