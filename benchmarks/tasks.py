@@ -41,14 +41,17 @@ class Job:
     student: Callable[[], nn.Module]
     loaders: Callable[..., tuple[Any, Any]]
     epochs: tuple[int, int]
+    learning_rate: float
     logits: str | None = None
 
 
 JOBS = {
-    "segmentation": Job(segmentation.make_teacher, segmentation.make_student, segmentation.make_loaders, (20, 20)),
-    "multilabel": Job(multilabel.make_teacher, multilabel.make_student, multilabel.make_loaders, (20, 20)),
-    "bert": Job(texts.bert_teacher, texts.bert_student, texts.bert_loaders, (8, 10), "logits"),
-    "gpt": Job(texts.gpt_teacher, texts.gpt_student, texts.gpt_loaders, (8, 10), "logits"),
+    "segmentation": Job(
+        segmentation.make_teacher, segmentation.make_student, segmentation.make_loaders, (15, 20), 1e-2
+    ),
+    "multilabel": Job(multilabel.make_teacher, multilabel.make_student, multilabel.make_loaders, (15, 20), 1e-2),
+    "bert": Job(texts.bert_teacher, texts.bert_student, texts.bert_loaders, (6, 8), 3e-3, "logits"),
+    "gpt": Job(texts.gpt_teacher, texts.gpt_student, texts.gpt_loaders, (6, 8), 3e-3, "logits"),
 }
 WAYS = {"teacher": "teacher", "labels": "student alone", "kd": "KD", "indistill": "warm-up + KD"}
 
@@ -65,7 +68,7 @@ def measure(job: Job, seed: int) -> dict[str, Any]:
         "device": "cpu",
         "progress": False,
     }
-    shared |= {"learning_rate": 3e-3, "schedule": "cosine"}
+    shared |= {"learning_rate": job.learning_rate, "schedule": "cosine"}
     began = time.monotonic()
     taught = ifx.train(teacher, train, epochs=job.epochs[0], **shared)
     arms = ifx.compare(

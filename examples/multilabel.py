@@ -34,7 +34,7 @@ def make_teacher() -> nn.Module:
 
 def make_student() -> nn.Module:
     """A narrow one."""
-    return network(4)
+    return network(8)
 
 
 def make_loaders(batch_size: int = 64, seed: int = 0, limit: int | None = None) -> tuple[DataLoader, DataLoader]:

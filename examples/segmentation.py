@@ -52,7 +52,7 @@ def make_teacher() -> nn.Module:
 
 def make_student() -> nn.Module:
     """A narrow one."""
-    return UNet(3)
+    return UNet(6)
 
 
 def make_loaders(batch_size: int = 64, seed: int = 0, limit: int | None = None) -> tuple[DataLoader, DataLoader]:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from indistill_fx.data.dataset import Data
     from indistill_fx.deploy.export_onnx import ExportReport
     from indistill_fx.deploy.quantize import QuantizeReport
+    from indistill_fx.losses.task import Task
 
 
 @click.command(name="export")
@@ -97,25 +98,13 @@ def command(
     from indistill_fx.errors import ConfigError
     from indistill_fx.runs.load import is_run, keep_export
 
-    if int8 and data is None:
-        raise ConfigError(
-            "--int8 has no data to calibrate and measure on.", where="--int8", hint="Give it: --data DATA."
-        )
-    if options["task"] and data is None:
-        raise ConfigError(
-            "--task says what labels mean, and there are none.", where="--task", hint="Give the data: --data DATA."
-        )
+    _require_data(data, int8, options["task"])
     source = common.open_model(model, trust)
     more: dict[str, Any] = {"batch_size": 256, "augment": False}
     some = pictures.open_pictures(data, options, source, limit=samples, **more) if data else None
     task = common.task_of_data(options["task"], source, some) if some is not None else None
-    if int8 and task is not None and task.name != "classification":
-        raise ConfigError(
-            f"--int8 is accepted by its accuracy, and task {task.name!r} has none.",
-            where="--int8",
-            got=task.name,
-            hint="Leave it out: the float file is compared by what the task reads of it.",
-        )
+    if int8:
+        _require_accuracy(task)
     normalisation = (some.normalisation if some else None) or source.normalisation
     if options["preprocess"] and normalisation is None:
         raise ConfigError(
@@ -155,6 +144,28 @@ def command(
         _tell_int8(small, classes)
     if lost:
         common.say(lost)
+
+
+def _require_data(data: str | None, int8: bool, task: str | None) -> None:
+    from indistill_fx.errors import ConfigError
+
+    hint = "Give the data: --data DATA."
+    if int8 and data is None:
+        raise ConfigError("--int8 has no data to calibrate and measure on.", where="--int8", hint=hint)
+    if task and data is None:
+        raise ConfigError("--task says what labels mean, and there are none.", where="--task", hint=hint)
+
+
+def _require_accuracy(task: Task | None) -> None:
+    from indistill_fx.errors import ConfigError
+
+    if task is not None and task.name != "classification":
+        raise ConfigError(
+            f"--int8 is accepted by its accuracy, and task {task.name!r} has none.",
+            where="--int8",
+            got=task.name,
+            hint="Leave it out: the float file is compared by what the task reads of it.",
+        )
 
 
 def _names(text: str | None) -> list[str] | None:
