@@ -64,7 +64,7 @@ def command(
         common.example_for((source,), inputs, some),
         real_inputs=common.first_inputs(some.test, samples, source.module) if some else None,
         metadata=_expected(source, some),
-        decisions=common.decisions_of(common.task_of_data(options["task"], source, some) if some is not None else None),
+        decisions=common.decisions_of(common.task_of_data(options["task"], source, some)),
     )
     if as_json:
         click.echo(json.dumps(asdict(report) | {"agrees": report.agrees}, indent=2, default=str))

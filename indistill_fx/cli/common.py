@@ -223,8 +223,8 @@ def deployment_facts(spec: str, source: Source, data: Data | None) -> dict[str, 
     )
 
 
-def task_of_data(task: str | None, source: Source, data: Data) -> Task | None:
-    """The task as named, or by what the model says to the first test batch; None where that cannot be told, or there are no labels."""
+def task_of_data(task: str | None, source: Source, data: Data | None) -> Task | None:
+    """The task as named, or by what the model says to the first test batch; None where that cannot be told, or there are no data or labels."""
     import torch
     from torch.utils._pytree import tree_leaves
 
@@ -232,6 +232,8 @@ def task_of_data(task: str | None, source: Source, data: Data) -> Task | None:
     from indistill_fx.graph.module_state import evaluating
     from indistill_fx.losses.choose_task import choose_task
 
+    if data is None:
+        return None
     parts = split(next(iter(data.test)), Inputs.of(source.module), where="The model")
     with evaluating(source.module), torch.no_grad():
         outputs = parts.calls[0](source.module)

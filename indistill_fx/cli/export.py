@@ -102,9 +102,8 @@ def command(
     source = common.open_model(model, trust)
     more: dict[str, Any] = {"batch_size": 256, "augment": False}
     some = pictures.open_pictures(data, options, source, limit=samples, **more) if data else None
-    task = common.task_of_data(options["task"], source, some) if some is not None else None
-    if int8:
-        _require_accuracy(task)
+    task = common.task_of_data(options["task"], source, some)
+    _require_accuracy(task, int8)
     normalisation = (some.normalisation if some else None) or source.normalisation
     if options["preprocess"] and normalisation is None:
         raise ConfigError(
@@ -156,10 +155,10 @@ def _require_data(data: str | None, int8: bool, task: str | None) -> None:
         raise ConfigError("--task says what labels mean, and there are none.", where="--task", hint=hint)
 
 
-def _require_accuracy(task: Task | None) -> None:
+def _require_accuracy(task: Task | None, int8: bool) -> None:
     from indistill_fx.errors import ConfigError
 
-    if task is not None and task.name != "classification":
+    if int8 and task is not None and task.name != "classification":
         raise ConfigError(
             f"--int8 is accepted by its accuracy, and task {task.name!r} has none.",
             where="--int8",
