@@ -283,6 +283,22 @@ def samples_of(batch: Any, part: slice) -> Any:
     return _rebuilt(batch, cut)
 
 
+def replaced(batch: Any, new: Mapping[int, Tensor]) -> Any:
+    """The batch with other tensors in the places of some, which are named by their `id`."""
+    return _rebuilt(batch, lambda value: new.get(id(value), value))
+
+
+def with_labels(batch: Any, labels: Tensor, *models: Inputs) -> Any:
+    """The batch with other labels; see `split`."""
+    entries = named(batch)
+    if entries is not None and isinstance(batch, tuple) and not _names_tell(entries, models):
+        entries = None
+    if entries is not None:
+        return {**entries, next(name for name in LABELS if name in entries): labels}
+    count = max((len(model.required) for model in models), default=1)
+    return type(batch)((*batch[:count], labels, *batch[count + 1 :]))
+
+
 def stand_in(batch: Any) -> Any:
     """One sample of zeros in the form of a batch that has none."""
 

@@ -195,6 +195,8 @@ def print_run(record: RunRecord, run_dir: str) -> None:
         if others:
             told = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in others.items())
             out.print(f"Also {told}.")
+    if record.average is not None:
+        out.print(f"Moving average of the weights: {metric.title} {metric.text(record.average[metric.name])}.")
     out.print(f"All of it is in {run_dir}; try `indistill-fx export {run_dir} -o student.onnx`.", soft_wrap=True)
 
 

@@ -52,6 +52,11 @@ class Evaluation:
         return self.metrics.get(self.metric.name, self.loss)
 
     @property
+    def values(self) -> Mapping[str, float]:
+        """All metrics; the loss alone where there are none."""
+        return self.metrics or {self.metric.name: self.loss}
+
+    @property
     def no_better_than_chance(self) -> bool:
         """Whether a classifier's accuracy is within five points of what guessing one of the classes gets."""
         return self.accuracy is not None and self.accuracy < 1 / self.classes + 0.05

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -25,6 +25,7 @@ from indistill_fx.system.files import clear_drafts, read_bounded, read_lines, re
 LAST = "checkpoints/last.safetensors"
 BEST = "checkpoints/best.safetensors"
 STUDENT = "student.safetensors"
+AVERAGE = "student_average.safetensors"
 EXPORT = "export.json"
 
 MOST_BYTES = 64 << 20
@@ -42,18 +43,20 @@ class RunDirectory:
         path: made if absent.
         resume: go on with the run that is in it (if there is one).
         writes: whether this process writes; under DDP only one does.
-        tensorboard: write metrics for TensorBoard too.
+        trackers: names of the loggers that get the numbers of metrics.jsonl too.
 
     Raises:
         ConfigError: it holds a run and `resume` is false, another process uses it, or it cannot be made.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, resume: bool, writes: bool = True, tensorboard: bool = False):
+    def __init__(
+        self, path: str | os.PathLike[str], *, resume: bool, writes: bool = True, trackers: Sequence[str] = ()
+    ):
         self.path, self.writes = Path(path), writes
-        self._resume, self._tensorboard = resume, tensorboard
+        self._resume, self._asked = resume, tuple(trackers)
         self._lock = FileLock(self.path / ".lock")
         self._report: dict[str, Any] = {}
-        self._board: Any = None
+        self._trackers: list[Any] = []
 
     def __enter__(self) -> RunDirectory:
         if not self.writes:
@@ -89,8 +92,7 @@ class RunDirectory:
             check_schema(self.reported().get("schema_version", 1), self.path / "run.json")
         for folder in (self.path, self.path / "checkpoints"):
             clear_drafts(folder)
-        if self._tensorboard:
-            self._board = _tensorboard(self.path / "tensorboard")
+        self._trackers = [_tracker(name, self.path) for name in self._asked]
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -105,8 +107,8 @@ class RunDirectory:
         except TrainError:
             pass  # the disk is full: the error on its way says more
         finally:
-            if self._board is not None:
-                self._board.close()
+            for tracker in self._trackers:
+                tracker.finish()
             self._lock.release()
 
     @property
@@ -152,7 +154,7 @@ class RunDirectory:
         return found if isinstance(found, dict) else {}
 
     def log(self, entry: Mapping[str, Any]) -> None:
-        """Add a line to metrics.jsonl. `epochs` and `step` are the run's place; numbers go to TensorBoard.
+        """Add a line to metrics.jsonl. `epochs` and `step` are the run's place; numbers go to the trackers.
 
         Raises:
             TrainError: it cannot be written.
@@ -166,10 +168,11 @@ class RunDirectory:
             raise TrainError(
                 f"{self.path / 'metrics.jsonl'} cannot be written: {error}.", where=str(self.path)
             ) from error
-        if self._board is not None:
-            for name, value in entry.items():
-                if isinstance(value, float):
-                    self._board.add_scalar(f"{entry['kind']}/{name}", value, entry["step"])
+        parts = {f"{name}/": value for name, value in entry.items() if isinstance(value, Mapping)}
+        flat = {prefix + name: value for prefix, part in {"": entry, **parts}.items() for name, value in part.items()}
+        numbers = {f"{entry['kind']}/{name}": value for name, value in flat.items() if isinstance(value, float)}
+        for tracker in self._trackers:
+            tracker.log(numbers, step=entry["step"])
 
     def rewind(self, epochs: int, step: int) -> None:
         """Drop the lines of metrics.jsonl that lie behind a checkpoint: they will be written again."""
@@ -193,15 +196,22 @@ class RunDirectory:
     def files(self) -> dict[str, str]:
         """What there is to find."""
         names = {"run": "run.json", "plan": "plan.json", "metrics": "metrics.jsonl"}
-        names |= {"last": LAST, "best": BEST, "student": STUDENT}
+        names |= {"last": LAST, "best": BEST, "student": STUDENT, "average": AVERAGE}
         return {key: str(self.path / name) for key, name in names.items() if (self.path / name).exists()}
 
 
-def _tensorboard(path: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
+def _tracker(name: str, home: Path) -> Any:
+    """Accelerate's tracker of that name, for a run in a directory."""
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    if name not in {str(getattr(kind, "value", kind)) for kind in get_available_trackers()}:
         raise ConfigError(
-            "TensorBoard is not installed.", where="tensorboard", hint="pip install 'indistill-fx[tensorboard]'"
-        ) from error
-    return SummaryWriter(path)
+            f"The tracker {name!r} is not installed.",
+            where="tracker",
+            got=name,
+            hint="pip install 'indistill-fx[tensorboard]'" if name == "tensorboard" else f"pip install {name}",
+        )
+    kind: Any = LOGGER_TYPE_TO_CLASS[name]
+    tracker = kind(name, logging_dir=home) if name == "tensorboard" else kind(home.resolve().name)
+    tracker.start()
+    return tracker

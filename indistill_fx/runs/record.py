@@ -55,6 +55,7 @@ class EpochRecord:
         accuracy: on the validation data, where it was measured and the task has it.
         val_loss: likewise, the task's supervised loss.
         metrics: all of the task's, by name.
+        average: likewise, of the moving average of the student's weights.
     """
 
     stage: str
@@ -66,6 +67,7 @@ class EpochRecord:
     accuracy: float | None = None
     val_loss: float | None = None
     metrics: Mapping[str, float] | None = None
+    average: Mapping[str, float] | None = None
 
     @property
     def measured(self) -> Mapping[str, float] | None:
@@ -116,12 +118,13 @@ class RunRecord:
         seconds: spent training in all.
         digest: of the student's weights, buffers and flags: equal for equal runs.
         environment: versions, machine, device, processes.
-        files: `run`, `metrics`, `plan`, `last`, `best`, `student` → path, for those that exist.
+        files: `run`, `metrics`, `plan`, `last`, `best`, `student`, `average` → path, for those that exist.
         task: what the labels mean.
         metric: which of the task's metrics decides what is best.
         metrics: all of them, of the student in the end; None without validation data.
         teacher_metrics: likewise, of the teacher.
         best: the deciding metric's best value over the main epochs.
+        average: all metrics of the moving average of the student's weights, in the end; its weights are in `files["average"]`.
     """
 
     stages: tuple[StageRecord, ...]
@@ -140,6 +143,7 @@ class RunRecord:
     metrics: Mapping[str, float] | None = None
     teacher_metrics: Mapping[str, float] | None = None
     best: float | None = None
+    average: Mapping[str, float] | None = None
 
     @property
     def value(self) -> float | None:

@@ -34,6 +34,7 @@ from indistill_fx.stages.stage import Stage
 from indistill_fx.traced import TracedModel
 from indistill_fx.training.feature_cache import FeatureStore, Joint, cache_features, cacheable
 from indistill_fx.training.identity import code_digest, described_loss
+from indistill_fx.training.options.mixing import make_mixing
 from indistill_fx.training.options.optimizers import check_optimizer
 from indistill_fx.training.options.settings import Options, Settings
 from indistill_fx.training.parallel.processes import target_of
@@ -230,7 +231,18 @@ class Distillation:
             view=plan.view,
             same_classes=same_classes,
             identity=self._identity(*models, plan),
+            mix=self._mixing(task, *models),
         )
+
+    def _mixing(self, task: RunTask, *models: TracedModel) -> Callable[[Any], Any] | None:
+        found = make_mixing(self.settings, task.task.name, task.outputs, *(model.inputs for model in models))
+        if self.feature_cache is not None and (self.settings.mixup or self.settings.cutmix):
+            raise ConfigError(
+                "The feature cache has the teacher's features of pictures as they are, and mixup or cutmix makes others.",
+                where="feature_cache",
+                hint="Leave one of them out.",
+            )
+        return found
 
     def _task(self, teacher: TracedModel, student: TracedModel) -> RunTask:
         ours = isinstance(self.main, str) and ":" not in self.main
@@ -370,6 +382,7 @@ def _phases(
                 cost=module.macs[0] + 3 * module.macs[1],  # the backward pass costs two forward passes
                 attach=store.attach if store is not None else None,
                 also=stage.criterion.described if isinstance(stage.criterion, KeptFeature) else "",
+                early_stopping=settings.early_stopping if main else None,
             )
         )
     return phases

@@ -13,7 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from indistill_fx.system.random_state import reseed
 from indistill_fx.system.signals import Interrupted, StopRequest
 from indistill_fx.training.memory import noticing_full_memory
 from indistill_fx.training.nonfinite import first_not_finite, not_finite_error
+from indistill_fx.training.options.averaging import make_average
 from indistill_fx.training.options.optimizers import make_optimizer
 from indistill_fx.training.options.settings import Settings
 from indistill_fx.training.parallel.fsdp import Shards
@@ -56,9 +57,10 @@ class TrainingLoop:
         directory: where checkpoints and metrics go; None: nowhere.
         reporter: told of every step.
         stop: asked after every step.
-        validate: measures the student on the validation data; None: no validation.
+        validate: measures a module on the validation data; None: no validation.
         check: looks at every batch of the run's first epoch, and raises if one cannot be right.
         metric: which of the metrics decides what is best.
+        mix: what is done to batches of the main stage before they are learnt from; None: nothing.
         identity: what makes the run this run; a checkpoint of another is refused.
     """
 
@@ -73,9 +75,10 @@ class TrainingLoop:
         directory: RunDirectory | None,
         reporter: Reporter,
         stop: StopRequest,
-        validate: Callable[[], Evaluation] | None,
+        validate: Callable[[nn.Module], Evaluation] | None,
         check: Callable[[int, Any], None],
         metric: MetricFacts,
+        mix: Callable[[Any], Any] | None = None,
         identity: Mapping[str, Any],
     ):
         self.state = State()
@@ -84,7 +87,8 @@ class TrainingLoop:
         self._accelerator = accelerator
         self._validate, self._check, self.metric = validate, check, metric
         self._loader = loader.to(accelerator.device)
-        self._saver = Saver(student, phases, accelerator, directory, identity)
+        self._mix, self.average = mix, make_average(student, settings.average, accelerator.device)
+        self._saver = Saver(student, phases, accelerator, directory, identity, self.average)
         self._pending: list[Tensor] = []
         self._in_eval = left_in_eval(student)
         self._share = Share()
@@ -128,6 +132,7 @@ class TrainingLoop:
             reseed(settings.seed, self.state.epochs, index, self._accelerator.process_index)
             samples = count_of(batch)
             self._share.counts = samples > 0 or self._accelerator.num_processes == 1
+            batch = self._mix(batch) if self._mix is not None and phase.main and samples else batch
             with self._noticing(phase, batch), nullcontext() if boundary else self._accelerator.no_sync(module):
                 loss = module(batch if self._share.counts else stand_in(batch))
                 loss = weighted(self._accelerator, loss, samples)
@@ -135,8 +140,11 @@ class TrainingLoop:
                 self._accelerator.backward(loss)
             group += 1
             if boundary:
+                self._set_rate(phase, optimizer)
                 with self._noticing(phase, batch):  # an optimiser takes memory of its own at its first step
                     self._step(optimizer, group)
+                if self.average is not None and phase.main:
+                    self.average.update_parameters(self._student)
                 group = 0
                 self._after_step(phase, optimizer)
                 if self._used_up(phase):
@@ -189,9 +197,12 @@ class TrainingLoop:
         state = self.state
         loss = mean_over_processes(self._accelerator, self._mean_loss())
         measured = phase.main and self._validate is not None and self._accelerator.is_main_process
-        found = self._validate() if measured and self._validate else None
-        told = (found.accuracy, found.loss, found.metrics or {self.metric.name: found.loss}) if found else ()
-        record = EpochRecord(phase.name, state.epoch + 1, state.epoch_steps, loss, rate, state.seconds, *told)
+        found = self._validate(self._student) if measured and self._validate else None
+        record = EpochRecord(phase.name, state.epoch + 1, state.epoch_steps, loss, rate, state.seconds)
+        if found and self._validate:
+            average = self._validate(self.average.module).values if self.average else None
+            told = {"accuracy": found.accuracy, "val_loss": found.loss, "metrics": found.values, "average": average}
+            record = replace(record, **told)
         state.history.append(asdict(record))
         state.epoch, state.epochs = state.epoch + 1, state.epochs + 1
         state.batch, state.epoch_steps, state.loss_sum, state.seconds = 0, 0, 0.0, 0.0
@@ -225,13 +236,18 @@ class TrainingLoop:
     def _finished(self, phase: Phase) -> bool:
         if phase.budget.patience is not None and self.state.stale >= phase.budget.patience:
             return True
+        if phase.early_stopping and first_says(
+            self._accelerator, phase.stands_still(self.state.epoch, self.state.best_epoch)
+        ):
+            return True
         return self._used_up(phase) or (phase.budget.unit == "epochs" and self.state.epoch >= phase.budget.length)
 
     def _next_phase(self, phase: Phase) -> None:
         state = self.state
         epochs = [EpochRecord(**entry) for entry in state.history if entry["stage"] == phase.name]
         if state.epoch < phase.budget.length and phase.budget.unit == "epochs":
-            self._note(phase, f"ended after {state.epoch} of {phase.budget.length} epochs: the loss stood still")
+            what = self.metric.title if phase.main else "loss"
+            self._note(phase, f"ended after {state.epoch} of {phase.budget.length} epochs: the {what} stood still")
         if summary := phase.summary:
             self._note(phase, summary)
         seconds = sum(epoch.seconds for epoch in epochs)
@@ -245,7 +261,7 @@ class TrainingLoop:
     def _set_rate(self, phase: Phase, optimizer: Any) -> None:
         rate = phase.budget.learning_rate or self._settings.learning_rate
         if phase.main:
-            rate = self._settings.rate(self.state.epoch, phase.budget.length)
+            rate = self._settings.rate(self.state.epoch, phase.budget.length, self.state.steps)
         for group in optimizer.param_groups:
             group["lr"] = rate
 
@@ -268,6 +284,8 @@ class TrainingLoop:
             learning_rate=budget.learning_rate or settings.learning_rate,
             weight_decay=settings.weight_decay if phase.main else 0.0,
             momentum=settings.momentum,
+            nesterov=settings.nesterov and phase.main,
+            decay_norms=settings.decay_norms,
             sharded=self._saver.shards is not None,
         )
         self._saver.restore_optimizer(optimizer)

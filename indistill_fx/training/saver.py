@@ -41,6 +41,7 @@ class Saver:
         accelerator: the run's.
         directory: where checkpoints go; None: nowhere.
         identity: what makes the run this run; a checkpoint of another is refused.
+        average: a moving average of the student's weights, saved too.
 
     Attributes:
         shards: of the phase under way, where it is spread over processes.
@@ -54,10 +55,12 @@ class Saver:
         accelerator: Accelerator,
         directory: RunDirectory | None,
         identity: Mapping[str, Any],
+        average: nn.Module | None = None,
     ):
         self.shards: Shards | None = None
         self._student, self._phases, self._accelerator = student, phases, accelerator
         self._directory, self._identity = directory, dict(identity)
+        self._average = {f"average/{name}": value for name, value in (average.state_dict() if average else {}).items()}
         self._read: tuple[dict[str, Tensor], dict[str, Any]] | None = None
         self._saved_at, self._took = 0.0, 0.0
         self._infinite = set(not_finite(model_tensors(student, None)))  # masks of -inf, for example, are meant
@@ -91,9 +94,11 @@ class Saver:
         """
         tensors, saved = load_checkpoint(path)
         saved = check_parts(saved, path)
+        average = {name: tensors.pop(name) for name in list(tensors) if name.startswith("average/")}
         found = changes(self._identity, saved["identity"], path, allowed=allowed)
         before = State.read(saved["state"], path)
         state = placed(before, saved["phases"] or [phase.name for phase in self._phases], self._phases, path)
+        restore_model(self._average, average)
         self._read = (tensors, saved)
         if saved["optimizer"] is None or state.phase == len(self._phases):  # between two phases, or at the end
             own = {name: tensor for name, tensor in tensors.items() if name.startswith("student/")}
@@ -134,7 +139,7 @@ class Saver:
         began = time.monotonic()
         with self.whole():
             module, teacher = (phase.module, phase.teacher) if phase is not None else (None, None)
-            tensors, values = model_tensors(self._student, module, without=teacher), None
+            tensors, values = model_tensors(self._student, module, without=teacher) | self._average, None
             if phase is not None:
                 entries, values = optimizer_tensors(optimizer)
                 tensors |= {name: gathered(tensor) for name, tensor in entries.items()}

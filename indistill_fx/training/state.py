@@ -28,6 +28,7 @@ class Phase:
         cost: of one step, in any unit that is the same for all phases; tells the time left.
         attach: puts the teacher's features, from a cache, into a batch; None: the module computes them.
         also: what is added to the main loss, in words.
+        early_stopping: it ends when so many epochs have not bettered the deciding metric; None: never.
     """
 
     name: str
@@ -38,6 +39,11 @@ class Phase:
     cost: float = 1.0
     attach: Callable[[Any], Any] | None = None
     also: str = ""
+    early_stopping: int | None = None
+
+    def stands_still(self, epochs: int, best: int | None) -> bool:
+        """Whether it ends early after so many epochs, of which that one was the best."""
+        return self.early_stopping is not None and best is not None and epochs - best >= self.early_stopping
 
     @property
     def teacher(self) -> nn.Module | None:
@@ -149,7 +155,8 @@ def placed(state: State, before: Sequence[str], phases: Sequence[Phase], path: P
         over = budget.unit == "epochs" and state.epoch >= budget.length
         return replace(state, phase=len(names), epoch=0, steps=0) if over and phases[state.phase].main else state
     done = [entry for entry in state.history if phases and entry["stage"] == names[-1]]
-    if phases and phases[-1].main and len(done) < phases[-1].budget.length:
+    still = bool(phases) and phases[-1].stands_still(len(done), state.best_epoch)
+    if phases and phases[-1].main and len(done) < phases[-1].budget.length and not still:
         return replace(state, phase=len(names) - 1, epoch=len(done), steps=sum(entry["steps"] for entry in done))
     return replace(state, phase=len(names))
 
@@ -184,12 +191,12 @@ def _fits(name: str, value: object) -> bool:
 
 def _is_epoch(entry: object) -> bool:
     """Whether an entry has what `EpochRecord` takes."""
-    if not isinstance(entry, dict) or not _NEEDED <= entry.keys() <= _NEEDED | {"accuracy", "val_loss", "metrics"}:
+    if not isinstance(entry, dict) or not _NEEDED <= entry.keys() <= _NEEDED | _MEASURED:
         return False
-    metrics = entry.get("metrics") or {}
-    if not isinstance(metrics, dict) or not isinstance(entry["stage"], str):
+    metrics, average = (entry.get(name) or {} for name in ("metrics", "average"))
+    if not isinstance(metrics, dict) or not isinstance(average, dict) or not isinstance(entry["stage"], str):
         return False
-    measured = [entry.get("accuracy"), entry.get("val_loss"), *metrics.values()]
+    measured = [entry.get("accuracy"), entry.get("val_loss"), *metrics.values(), *average.values()]
     whole = all(
         isinstance(entry[name], int) and is_number(entry[name]) and entry[name] >= 0 for name in ("epoch", "steps")
     )
@@ -200,6 +207,7 @@ def _is_epoch(entry: object) -> bool:
     )
 
 
+_MEASURED = {"accuracy", "val_loss", "metrics", "average"}
 _NEEDED = {"stage", "epoch", "steps", "loss", "learning_rate", "seconds"}
 
 

@@ -18,6 +18,7 @@ from indistill_fx.losses.base import widened
 from indistill_fx.losses.task import Classification, Task
 from indistill_fx.runs.record import RunRecord
 from indistill_fx.training.identity import code_digest
+from indistill_fx.training.options.mixing import make_mixing
 from indistill_fx.training.options.settings import Options, Settings
 from indistill_fx.training.state import Phase
 from indistill_fx.training.task import task_of_run
@@ -75,7 +76,9 @@ def train(
             got=found.task.name,
             hint="Distil the model instead, by a loss on features.",
         )
-    phase = Phase("main", Supervised(module, logits, found.task), budget, main=True)
+    supervised = Supervised(module, logits, found.task)
+    phase = Phase("main", supervised, budget, main=True, early_stopping=settings.early_stopping)
+    mix = make_mixing(settings, found.task.name, found.outputs, Inputs.of(module))
     models = {"student": model_facts(uncompiled(module))}
     return Trainer(
         student=uncompiled(module),
@@ -93,6 +96,7 @@ def train(
         lambda directory, accelerator: Setup(
             phases=[phase],
             task=found,
+            mix=mix,
             models=models,
             identity={"code of the student": code_digest(uncompiled(module))},
         )

@@ -30,12 +30,14 @@ class RunTask:
         metric: which of its metrics decides what is best; None where nothing can be measured.
         said: how it is known, in a line.
         check: looks at a batch, by its number, and raises if its labels are none of the task's.
+        outputs: how many outputs (classes, labels, values) the student has at one position; 0: not known.
     """
 
     task: Task
     metric: MetricFacts | None
     said: str
     check: Callable[[int, Any], None]
+    outputs: int = 0
 
 
 def task_of_run(
@@ -90,8 +92,9 @@ def task_of_run(
         return RunTask(Classification(), None, "", lambda number, batch: None)
     prepared, _ = chosen.prepare(outputs, labels)
     how = "as asked" if task is not None else "by the first batch's labels"
-    metric = deciding_metric(chosen, prepared.shape[1] if prepared.ndim > 1 else 1)
-    return RunTask(chosen, metric, f"Task: {described(chosen)}, {how}.", label_check(chosen, logits_of, *models))
+    count = prepared.shape[1] if prepared.ndim > 1 else 1
+    check = label_check(chosen, logits_of, *models)
+    return RunTask(chosen, deciding_metric(chosen, count), f"Task: {described(chosen)}, {how}.", check, count)
 
 
 def described(task: Task) -> str:

@@ -21,7 +21,7 @@ from indistill_fx.graph.edit import forget_sources
 from indistill_fx.graph.module_state import digest
 from indistill_fx.graph.view import View
 from indistill_fx.runs.checkpoint import state_tensors
-from indistill_fx.runs.directory import LAST, STUDENT, RunDirectory
+from indistill_fx.runs.directory import AVERAGE, LAST, STUDENT, RunDirectory
 from indistill_fx.runs.record import EpochRecord, MetricFacts, RunRecord, StageRecord, environment
 from indistill_fx.system.allocator import freed_memory_kept
 from indistill_fx.system.random_state import own_randomness
@@ -49,6 +49,7 @@ class Setup:
         identity: what makes the run this run, beside settings, data and stages (see `identity`).
         view: what the teacher sees of the batches; None: all of it as it is.
         same_classes: whether the teacher's outputs, as the view chooses them, are the student's classes, so that it can be measured.
+        mix: what is done to batches of the main stage before they are learnt from; None: nothing.
     """
 
     phases: list[Phase]
@@ -59,6 +60,7 @@ class Setup:
     identity: Mapping[str, Any] = field(default_factory=dict)
     view: View | None = None
     same_classes: bool = True
+    mix: Callable[[Any], Any] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,10 +114,10 @@ class Trainer:
             with directory or nullcontext():
                 on_cpu = accelerator.device.type == "cpu"
                 with noticing_dead_readers(), _as_found(self.student), freed_memory_kept(enabled=on_cpu):
-                    state, taught = self._train(setup, directory, accelerator, teacher)
+                    loop, taught = self._train(setup, directory, accelerator, teacher)
                 if self.teacher is not None and digest(self.teacher) != teacher:
                     raise PassError("Training changed the teacher, which is a defect of ours.", where="teacher")
-                return self._finish(state, setup.task, taught, directory, accelerator)
+                return self._finish(loop, setup.task, taught, directory, accelerator)
 
     def _directory(self, accelerator: Accelerator) -> RunDirectory | None:
         if self.allow_changed and not self.resume:
@@ -126,9 +128,9 @@ class Trainer:
                 hint="Give resume=True (--resume), or leave it out.",
             )
         if self.run_dir is not None:
-            writes, board = accelerator.is_main_process, self.settings.tensorboard
-            return RunDirectory(self.run_dir, resume=self.resume, writes=writes, tensorboard=board)
-        if self.resume or self.settings.checkpoint_every_steps or self.settings.tensorboard:
+            writes, trackers = accelerator.is_main_process, self.settings.trackers
+            return RunDirectory(self.run_dir, resume=self.resume, writes=writes, trackers=trackers)
+        if self.resume or self.settings.checkpoint_every_steps or self.settings.trackers:
             raise ConfigError(
                 "Without a run directory nothing can be saved or resumed.", where="run_dir", hint="Give run_dir=…."
             )
@@ -136,8 +138,9 @@ class Trainer:
 
     def _train(
         self, setup: Setup, directory: RunDirectory | None, accelerator: Accelerator, teacher: str | None
-    ) -> tuple[State, Mapping[str, float] | None]:
-        """Where the run stands in the end, and the teacher's metrics."""
+    ) -> tuple[TrainingLoop, Mapping[str, float] | None]:
+        """The loop at its end, and the teacher's metrics."""
+        self._require_validation(setup)
         phases = [phase for phase in setup.phases if phase.budget.length]
         more = ({"teacher": teacher} if teacher is not None else {}) | dict(setup.identity)
         more["task"] = described_task(setup.task.task)
@@ -162,9 +165,10 @@ class Trainer:
                 directory=directory,
                 reporter=reporter,
                 stop=stop,
-                validate=partial(self._measured, self.student, setup.task) if self._validates(setup) else None,
+                validate=partial(self._measured, setup.task) if self._validates(setup) else None,
                 check=setup.task.check,
                 metric=setup.task.metric or MetricFacts(),
+                mix=setup.mix,
                 identity=identity,
             )
             resumed = directory is not None and directory.resumes
@@ -191,7 +195,22 @@ class Trainer:
                 )
             with noticing_dead_peers(accelerator):
                 loop.run()
-        return loop.state, taught
+        return loop, taught
+
+    def _require_validation(self, setup: Setup) -> None:
+        """Refuse options that something else is missing for."""
+        if self.settings.early_stopping is not None and not self._validates(setup):
+            raise ConfigError(
+                "early_stopping goes by the validation data, and there are none that can be measured.",
+                where="early_stopping",
+                hint="Give val_loader=…, or leave it out.",
+            )
+        if self.settings.average and self.settings.shard:
+            raise ConfigError(
+                "A moving average is kept whole, and shard=True spreads the weights over the processes.",
+                where="average",
+                hint="Give one of them.",
+            )
 
     def _schedule(self, setup: Setup, phases: Sequence[Phase], loader: EpochLoader) -> list[str]:
         """What will be done, and what is to be known of it, in lines."""
@@ -232,7 +251,7 @@ class Trainer:
     def _validates(self, setup: Setup) -> bool:
         return self.val_loader is not None and setup.task.metric is not None
 
-    def _measured(self, module: nn.Module, task: RunTask, view: View | None = None) -> Evaluation:
+    def _measured(self, task: RunTask, module: nn.Module, view: View | None = None) -> Evaluation:
         return evaluate(module, self.val_loader or (), task=task.task, logits=self.logits, view=view)
 
     def _teacher_metrics(
@@ -248,8 +267,8 @@ class Trainer:
         if isinstance(known, dict) and all(map(is_number, known.values())) and metric.name in known:
             found: Mapping[str, float] = known
         else:
-            measured = self._measured(self.teacher, setup.task, setup.view)
-            found = measured.metrics or {metric.name: measured.loss}
+            measured = self._measured(setup.task, self.teacher, setup.view)
+            found = measured.values
             if measured.no_better_than_chance:
                 reporter.say(
                     f"The teacher classifies no better than chance ({measured.classes} classes): are its trained weights loaded?"
@@ -260,20 +279,22 @@ class Trainer:
 
     def _finish(
         self,
-        state: State,
+        loop: TrainingLoop,
         task: RunTask,
         taught: Mapping[str, float] | None,
         directory: RunDirectory | None,
         accelerator: Accelerator,
     ) -> RunRecord:
+        state = loop.state
         epochs = tuple(EpochRecord(**entry) for entry in state.history)
         metric = task.metric or MetricFacts()
         metrics = epochs[-1].measured if epochs else None
         if metrics is None and self.val_loader is not None and task.metric is not None and accelerator.is_main_process:
-            measured = self._measured(self.student, task)
-            metrics = measured.metrics or {metric.name: measured.loss}
+            metrics = self._measured(task, self.student).values
         if directory is not None and directory.writes:
             save_tensors(directory.path / STUDENT, state_tensors(self.student))
+            if loop.average is not None:
+                save_tensors(directory.path / AVERAGE, state_tensors(loop.average.module))
         names = dict.fromkeys(epoch.stage for epoch in epochs)
         record = RunRecord(
             stages=tuple(_stage_record(name, epochs, state) for name in names),
@@ -292,6 +313,7 @@ class Trainer:
             metrics=metrics,
             teacher_metrics=taught,
             best=state.best,
+            average=epochs[-1].average if epochs else None,
         )
         if directory is not None:
             directory.report(status="done", result=record.to_json())

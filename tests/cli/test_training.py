@@ -122,7 +122,7 @@ def test_the_papers_recipe(here, asked):
     assert student["curriculum"].loss == "mse"
     assert not assistant["curriculum"].chosen(["3", "7"])
     settings = Settings.of({name: value for name, value in student.items() if name in Options.__annotations__})
-    assert [settings.rate(epoch, 58) for epoch in (0, 47, 48, 57)] == [
+    assert [settings.rate(epoch, 58, 0) for epoch in (0, 47, 48, 57)] == [
         1e-3,
         1e-3,
         pytest.approx(1e-4),
@@ -143,7 +143,7 @@ def test_the_recipe_for_retrieval(here, asked):
     for options, epochs in ((student, 21), (assistant, 33)):
         settings = Settings.of({name: value for name, value in options.items() if name in Options.__annotations__})
         assert options["epochs"] == epochs
-        rates = [settings.rate(epoch, epochs) for epoch in range(epochs)]
+        rates = [settings.rate(epoch, epochs, 0) for epoch in range(epochs)]
         assert rates == pytest.approx([1e-3] * (epochs - 3) + [1e-4] * 3)
 
 

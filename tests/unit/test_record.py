@@ -121,7 +121,7 @@ def test_processes_that_do_not_write_leave_nothing(tmp_path):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_tensorboard_gets_the_numbers(tmp_path):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    with RunDirectory(tmp_path / "run", resume=False, tensorboard=True) as directory:
+    with RunDirectory(tmp_path / "run", resume=False, trackers=("tensorboard",)) as directory:
         directory.log({"kind": "epoch", "epochs": 1, "step": 7, "loss": 0.25, "stage": "main"})
     found = events.EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     found.Reload()

@@ -33,18 +33,25 @@ def make_optimizer(
     learning_rate: float,
     weight_decay: float,
     momentum: float,
+    nesterov: bool = False,
+    decay_norms: bool = True,
     sharded: bool = False,
 ) -> torch.optim.Optimizer:
     """The optimiser of that name, fused where torch can (for a small model its step is most of the overhead).
+
+    Without `decay_norms` a second group has what is not decayed: parameters of one axis, which are norms' and biases.
 
     Raises:
         ConfigError: an unknown name.
     """
     check_optimizer(name)
-    extra: dict[str, Any] = {"momentum": momentum} if name == "sgd" else {}
+    extra: dict[str, Any] = {"momentum": momentum, "nesterov": nesterov} if name == "sgd" else {}
     fused = not sharded and all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
     kind: Any = _OPTIMIZERS[name]
-    optimizer: torch.optim.Optimizer = kind(
-        parameters, lr=learning_rate, weight_decay=weight_decay, fused=fused, **extra
-    )
+    groups: Any = parameters
+    if weight_decay and not decay_norms:
+        flat = [parameter for parameter in parameters if parameter.ndim <= 1]
+        groups = [{"params": [p for p in parameters if p.ndim > 1]}, {"params": flat, "weight_decay": 0.0}]
+        groups = [group for group in groups if group["params"]]
+    optimizer: torch.optim.Optimizer = kind(groups, lr=learning_rate, weight_decay=weight_decay, fused=fused, **extra)
     return optimizer

@@ -15,6 +15,7 @@ from typing import Any, Literal, TypedDict, get_args, get_type_hints
 
 from indistill_fx.errors import ConfigError, nearest
 
+TrackerName = Literal["tensorboard", "wandb", "mlflow"]
 OptimizerName = Literal["adam", "adamw", "sgd"]
 ScheduleName = Literal["constant", "step", "cosine"]
 Precision = Literal["no", "bf16", "fp16"]
@@ -26,10 +27,18 @@ class Options(TypedDict, total=False):
     learning_rate: float
     optimizer: OptimizerName
     momentum: float
+    nesterov: bool
     weight_decay: float
+    decay_norms: bool
     schedule: ScheduleName
     milestones: Sequence[int]
     gamma: float
+    rise_steps: int
+    label_smoothing: float
+    mixup: float
+    cutmix: float
+    average: float
+    early_stopping: int | None
     clip_norm: float | None
     accumulate: int
     mixed_precision: Precision | None
@@ -41,6 +50,7 @@ class Options(TypedDict, total=False):
     checkpoint_every_steps: int | None
     log_every_steps: int
     tensorboard: bool
+    tracker: TrackerName | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +63,7 @@ class About:
         metavar: what stands for its value there.
         above: what a number must be greater than.
         least: the smallest number it may be.
+        below: what a number must be less than.
         changes_result: whether a run under another value is another run.
     """
 
@@ -61,6 +72,7 @@ class About:
     metavar: str | None = None
     above: float | None = None
     least: float | None = None
+    below: float | None = None
     changes_result: bool = True
 
 
@@ -81,7 +93,9 @@ class Settings:
         default="adam", metadata=_about("Of the main stage; the warm-up's is the curriculum's.")
     )
     momentum: float = field(default=0.9, metadata=_about("Of sgd.", least=0))
+    nesterov: bool = field(default=False, metadata=_about("Nesterov's momentum, for sgd."))
     weight_decay: float = field(default=0.0, metadata=_about("Of the main stage.", least=0))
+    decay_norms: bool = field(default=True, metadata=_about("Weight decay on norms and biases too."))
     schedule: ScheduleName = field(
         default="constant",
         metadata=_about(
@@ -93,6 +107,46 @@ class Settings:
         default=(), metadata=_about("Main epochs after which `step` multiplies the rate by gamma.", metavar="15,18")
     )
     gamma: float = field(default=0.1, metadata=_about("Factor of `step`.", above=0))
+    rise_steps: int = field(
+        default=0,
+        metadata=_about(
+            "Learning-rate warm-up: over so many optimiser steps of the main stage the rate rises linearly to the schedule's.",
+            flag="lr-warmup",
+            metavar="STEPS",
+            least=0,
+        ),
+    )
+    label_smoothing: float = field(
+        default=0.0,
+        metadata=_about("Share of a label spread evenly over all classes, in the main stage.", least=0, below=1),
+    )
+    mixup: float = field(
+        default=0.0,
+        metadata=_about("Mix pictures and labels pairwise, in the main stage, by shares from Beta(a, a).", least=0),
+    )
+    cutmix: float = field(
+        default=0.0,
+        metadata=_about(
+            "Paste a box of one picture into another, likewise; with mixup, a batch gets one of both.", least=0
+        ),
+    )
+    average: float = field(
+        default=0.0,
+        metadata=_about(
+            "Keep a moving average of the student's weights in the main stage, with this decay (0.999); it is measured and saved beside"
+            " the student.",
+            flag="moving-average",
+            metavar="DECAY",
+            least=0,
+            below=1,
+        ),
+    )
+    early_stopping: int | None = field(
+        default=None,
+        metadata=_about(
+            "End the main stage when so many epochs have not bettered the deciding metric.", metavar="EPOCHS", least=1
+        ),
+    )
     clip_norm: float | None = field(default=None, metadata=_about("Scale gradients down to this L2 norm.", above=0))
     accumulate: int = field(
         default=1, metadata=_about("Batches per optimiser step; the gradient is their mean.", least=1)
@@ -146,8 +200,9 @@ class Settings:
             changes_result=False,
         ),
     )
-    tensorboard: bool = field(
-        default=False, metadata=_about("Write metrics for TensorBoard too.", changes_result=False)
+    tensorboard: bool = field(default=False, metadata=_about("As --tracker tensorboard.", changes_result=False))
+    tracker: TrackerName | None = field(
+        default=None, metadata=_about("Send metrics to this logger too, by Accelerate.", changes_result=False)
     )
 
     def __post_init__(self) -> None:
@@ -158,6 +213,13 @@ class Settings:
                 f"schedule={self.schedule!r} with milestones={list(self.milestones)}.",
                 where="schedule",
                 hint="`step` lowers the learning rate at the epochs in milestones, and no other schedule reads them.",
+            )
+
+        if self.nesterov and (self.optimizer != "sgd" or not self.momentum):
+            raise ConfigError(
+                f"nesterov=True with optimizer={self.optimizer!r} and momentum={self.momentum}.",
+                where="nesterov",
+                hint="It is a kind of momentum, and sgd's alone (optimizer='sgd').",
             )
 
     @classmethod
@@ -175,15 +237,24 @@ class Settings:
                 )
         return cls(**options)
 
-    def rate(self, epoch: int, epochs: int) -> float:
-        """The main stage's learning rate in an epoch (from 0) of so many."""
-        return self.learning_rate * SCHEDULES[self.schedule](self, epoch, max(epochs, 1))
+    def rate(self, epoch: int, epochs: int, step: int) -> float:
+        """The main stage's learning rate in an epoch (from 0) of so many, for the step after so many."""
+        rise = min(1.0, (step + 1) / self.rise_steps) if self.rise_steps else 1.0
+        return self.learning_rate * SCHEDULES[self.schedule](self, epoch, max(epochs, 1)) * rise
+
+    @property
+    def trackers(self) -> tuple[TrackerName, ...]:
+        """The loggers asked for."""
+        asked: list[TrackerName] = ["tensorboard"] if self.tensorboard else []
+        return tuple(dict.fromkeys(asked + ([self.tracker] if self.tracker else [])))
 
     def describe(self) -> str:
         """The main stage's schedule, as an addition to its budget."""
+        more = f", rising over {self.rise_steps} steps" if self.rise_steps else ""
+        more += f", ends after {self.early_stopping} without a better metric" if self.early_stopping else ""
         if self.schedule == "step":
-            return f", times {self.gamma:g} from epoch {', '.join(str(at + 1) for at in self.milestones)}"
-        return "" if self.schedule == "constant" else f", {self.schedule}"
+            return f", times {self.gamma:g} from epoch {', '.join(str(at + 1) for at in self.milestones)}{more}"
+        return more if self.schedule == "constant" else f", {self.schedule}{more}"
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for `json.dump`."""
@@ -242,8 +313,11 @@ def _check(name: str, value: object, hint: Any, option: About) -> None:
         number = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
         low = -math.inf if option.least is None else option.least
         size = float(value) if number else math.nan  # type: ignore[arg-type]
-        fine = low <= size < 2**63 and (option.above is None or size > option.above)
+        fine = low <= size < (2**63 if option.below is None else option.below) and (
+            option.above is None or size > option.above
+        )
         bound = f" above {option.above:g}" if option.above is not None else f", {low:g} or more"
+        bound += f", less than {option.below:g}" if option.below is not None else ""
         expected = f"{'an integer' if whole else 'a number'}{bound}"
     if not fine:
         expected += ", or None" if len(parts) > 1 else ""
