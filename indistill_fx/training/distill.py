@@ -18,6 +18,7 @@ from indistill_fx.batch import Call, Inputs, samples_of, split
 from indistill_fx.curriculum import Budget, Curriculum
 from indistill_fx.data.foreign import repeatable
 from indistill_fx.data.loaders import EpochLoader
+from indistill_fx.errors import ConfigError
 from indistill_fx.graph.module_state import uncompiled
 from indistill_fx.graph.view import View
 from indistill_fx.losses.registry import asked_of_the_data

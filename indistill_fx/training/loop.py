@@ -201,7 +201,12 @@ class TrainingLoop:
         record = EpochRecord(phase.name, state.epoch + 1, state.epoch_steps, loss, rate, state.seconds)
         if found and self._validate:
             average = self._validate(self.average.module).values if self.average else None
-            told = {"accuracy": found.accuracy, "val_loss": found.loss, "metrics": found.values, "average": average}
+            told: dict[str, Any] = {
+                "accuracy": found.accuracy,
+                "val_loss": found.loss,
+                "metrics": found.values,
+                "average": average,
+            }
             record = replace(record, **told)
         state.history.append(asdict(record))
         state.epoch, state.epochs = state.epoch + 1, state.epochs + 1
