@@ -30,8 +30,6 @@ def command(
     Example:
       indistill-fx bench runs/teacher runs/first student.onnx student.int8.onnx
     """
-    import json
-
     from indistill_fx.cli.tables import plain_table
     from indistill_fx.deploy.bench import bench, example_of
 
@@ -46,7 +44,7 @@ def command(
         compile=compiled,
     )
     if as_json:
-        click.echo(json.dumps(report.to_json(), indent=2))
+        common.say_json(report.to_json())
         return
     numbers = ("batch", "threads", "median ms", "p95 ms", "speed", "MiB")
     table = plain_table("model", "runtime", *numbers, numbers=numbers)

@@ -48,7 +48,6 @@ def command(
       indistill-fx check student.onnx --against runs/first
       indistill-fx check student.int8.onnx --against runs/first --data imagefolder:cifar10
     """
-    import json
     from dataclasses import asdict
 
     from rich.text import Text
@@ -67,7 +66,7 @@ def command(
         decisions=common.decisions_of(common.task_of_data(options["task"], source, some)),
     )
     if as_json:
-        click.echo(json.dumps(asdict(report) | {"agrees": report.agrees}, indent=2, default=str))
+        common.say_json(asdict(report) | {"agrees": report.agrees})
         return 0 if report.agrees else 2
     out = common.console()
     for line in report.differences:

@@ -86,6 +86,14 @@ def say(text: str) -> None:
     click.echo(printable(text), err=True)
 
 
+def say_json(value: Any) -> None:
+    """An answer as JSON on standard output."""
+    from indistill_fx.system.files import json_text
+    from indistill_fx.system.terminal import printable
+
+    click.echo(printable(json_text(value, indent=2, default=str)))
+
+
 def open_model(spec: str, trust: tuple[str, ...], *, seed: int = 0) -> Source:
     """Load a spec, and say aloud what was trusted or changed on the way. What a factory draws at random follows from the seed."""
     from indistill_fx.loading.load import load_source

@@ -55,7 +55,6 @@ def command(
       indistill-fx evaluate runs/first --data digits
       indistill-fx evaluate models.py:make_student@student.safetensors --data imagefolder:cifar10 --retrieval
     """
-    import json
     from dataclasses import asdict
 
     import torch
@@ -77,7 +76,7 @@ def command(
         traced = common.trace_model(source, send_to_device(example, place), "teacher", logits=logits)
         result["retrieval"] = asdict(evaluate_retrieval(traced, opened, k=k, tap=tap, progress=True))
     if as_json:
-        click.echo(json.dumps(result, indent=2))
+        common.say_json(result)
         return
     out = common.console()
     told = f"{measured.metric.title} {measured.metric.text(measured.value)}, loss {measured.loss:.4f}"

@@ -187,13 +187,12 @@ def _quantize(source: Path, some: Data, whole: Data, samples: int, options: dict
 
 
 def _print_json(report: ExportReport, small: QuantizeReport | None) -> None:
-    import json
     from dataclasses import asdict
 
     told = asdict(report) | {"parity": [row._asdict() for row in report.parity]}
     if report.real is not None:
         told["real"]["parity"] = [row._asdict() for row in report.real.parity]
-    click.echo(json.dumps(told | {"int8": asdict(small) if small else None}, indent=2, default=str))
+    common.say_json(told | {"int8": asdict(small) if small else None})
 
 
 def _tell(report: ExportReport, classes: tuple[str, ...]) -> None:

@@ -47,7 +47,6 @@ def command(
       indistill-fx inspect torchvision:mobilenet_v2
       indistill-fx inspect torchvision:resnet18 --passes | less
     """
-    import json
     from dataclasses import asdict
 
     from rich.text import Text
@@ -63,7 +62,7 @@ def command(
         rows = [
             {"octaves" if key == "level" else key: row[key] for key in row} for row in rows
         ]  # the name it has in files
-        click.echo(json.dumps({"macs": traced.macs, "fingerprint": traced.fingerprint, "spine": rows}, indent=2))
+        common.say_json({"macs": traced.macs, "fingerprint": traced.fingerprint, "spine": rows})
         return
     out = common.console()
     parameters = sum(parameter.numel() for parameter in source.module.parameters())

@@ -87,7 +87,7 @@ def evaluate(
         Metrics, loss, count, classes.
 
     Raises:
-        ConfigError: no batches, no logits, or labels that are none of the task's.
+        ConfigError: no batches, no logits, logits that are NaN, or labels that are none of the task's.
     """
     loss, count, counted, classes = 0.0, 0, 0, 0
     metrics: dict[str, Metric] = {}
@@ -95,6 +95,8 @@ def evaluate(
     for outputs, labels, inputs in _outputs(module, loader, device, progress, view):
         scores = widened(select_logits(outputs, logits))
         scores = view.chosen(scores) if view is not None else scores
+        if bool(scores.isnan().any()):
+            raise _not_a_number(module, count)
         if chosen is None:
             chosen = choose_task(task, scores, labels, inputs)
             if not chosen.labelled:
@@ -133,6 +135,16 @@ def deciding_metric(task: Task, outputs: int) -> MetricFacts:
             hint="Set `higher_is_better` in its class, or put another metric first.",
         )
     return MetricFacts(name, metric.higher_is_better, metric.plot_upper_bound == 1.0)
+
+
+def _not_a_number(module: nn.Module, count: int) -> ConfigError:
+    return ConfigError(
+        f"{type(module).__name__} gives NaN for a sample after the first {count}: any measure of that would be of nothing.",
+        where="logits",
+        got="NaN",
+        expected="numbers",
+        hint="Look at its weights and at the data's normalisation; what is not finite in a model is named before it is trained.",
+    )
 
 
 def _unmeasured(task: Task) -> ConfigError:

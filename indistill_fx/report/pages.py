@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import shlex
@@ -27,6 +26,7 @@ from indistill_fx.report.palette import GRADES, PAGE, grade
 from indistill_fx.report.pictures import kept_svg
 from indistill_fx.report.read_runs import Run, read_runs
 from indistill_fx.report.svg import legible
+from indistill_fx.system.files import json_text
 from indistill_fx.traced import TracedModel
 
 _LINES = 2000
@@ -253,5 +253,5 @@ def _flat(values: object) -> list[tuple[str, str]]:
         if isinstance(value, dict):
             found += [(f"{key}.{inner}", text) for inner, text in _flat(value)]
         else:
-            found.append((str(key), value if isinstance(value, str) else json.dumps(value)))
+            found.append((str(key), value if isinstance(value, str) else json_text(value)))
     return found

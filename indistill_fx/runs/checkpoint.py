@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from indistill_fx.errors import ConfigError
+from indistill_fx.system.files import json_text
 from indistill_fx.system.tensor_files import DamagedFileError, load_tensors, save_tensors
 
 SCHEMA = 1
@@ -42,7 +43,7 @@ def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], state: Mapping[st
     Raises:
         TrainError: the place cannot be written.
     """
-    save_tensors(path, tensors, {"state": json.dumps({"schema_version": SCHEMA, **state})})
+    save_tensors(path, tensors, {"state": json_text({"schema_version": SCHEMA, **state})})
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 
 from indistill_fx.errors import ConfigError, TrainError
 from indistill_fx.runs.checkpoint import SCHEMA, check_schema
-from indistill_fx.system.files import clear_drafts, read_bounded, read_lines, replace_file, save_json
+from indistill_fx.system.files import clear_drafts, json_text, read_bounded, read_lines, replace_file, save_json
 
 LAST = "checkpoints/last.safetensors"
 BEST = "checkpoints/best.safetensors"
@@ -163,7 +163,7 @@ class RunDirectory:
             return
         try:
             with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(entry) + "\n")
+                file.write(json_text(entry) + "\n")
         except OSError as error:
             raise TrainError(
                 f"{self.path / 'metrics.jsonl'} cannot be written: {error}.", where=str(self.path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import secrets
 import stat
@@ -73,7 +74,27 @@ def save_json(path: Path, value: Any) -> None:
     Raises:
         TrainError: the place cannot be written.
     """
-    replace_file(path, lambda draft: draft.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8"))
+    replace_file(path, lambda draft: draft.write_text(json_text(value, indent=2) + "\n", encoding="utf-8"))
+
+
+def json_text(value: Any, *, indent: int | None = None, default: Callable[[Any], Any] | None = None) -> str:
+    """JSON of plain values; `default` makes plain what is none. What is not a finite number is null: JSON has no word for it.
+
+    >>> json_text({"loss": float("nan")})
+    '{"loss": null}'
+    """
+    try:
+        return json.dumps(value, indent=indent, allow_nan=False, default=default)
+    except ValueError:
+        return json.dumps(_finite(value), indent=indent, allow_nan=False, default=default)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _sync(path: Path) -> None:

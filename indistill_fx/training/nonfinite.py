@@ -7,12 +7,52 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.parameter import is_lazy
 
 from indistill_fx.batch import Inputs, split, tensors_of
-from indistill_fx.errors import TrainError
+from indistill_fx.errors import ConfigError, TrainError
 from indistill_fx.graph.edit import layer_of
 from indistill_fx.graph.interpret import run_looking
 from indistill_fx.stages.stage import Stage
+
+
+def require_finite(model: nn.Module, role: str) -> None:
+    """Refuse a model that cannot compute anything: weights that are not finite, or buffers that hold NaN.
+
+    Infinite buffers are meant where they are masks, or the bounds of an observer that has seen nothing; the statistics of norms are not.
+
+    Args:
+        model: whose tensors are looked at.
+        role: teacher or student, for the message.
+
+    Raises:
+        ConfigError: it is one; names the tensors.
+    """
+    found = [
+        f"{prefix}{'.' if prefix else ''}{name}"
+        for prefix, part in model.named_modules()
+        for name, tensor in (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False))
+        if _unusable(tensor, whole=isinstance(tensor, nn.Parameter) or hasattr(part, "track_running_stats"))
+    ]
+    if found:
+        more = f" and {len(found) - 3} more" if found[3:] else ""
+        names = ", ".join(f"`{name}`" for name in found[:3])
+        raise ConfigError(
+            f"The {role}'s {names}{more} {'is' if len(found) == 1 else 'are'} not finite, so nothing it computes can be right.",
+            where=found[0],
+            got="NaN or infinity",
+            expected="finite numbers",
+            hint="Load weights of a training that went well, or look at how they were converted (float16 ends at 65504).",
+        )
+
+
+def _unusable(tensor: Tensor, *, whole: bool) -> bool:
+    if is_lazy(tensor) or tensor.is_quantized or tensor.is_meta:
+        return False
+    if not tensor.is_floating_point() and not tensor.is_complex():
+        return False
+    values = tensor.detach().coalesce().values() if tensor.is_sparse else tensor.detach()
+    return not bool(values.isfinite().all()) if whole else bool(values.isnan().any())
 
 
 def first_not_finite(stage: nn.Module, batch: Any) -> str:

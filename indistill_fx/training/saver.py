@@ -143,7 +143,7 @@ class Saver:
             if phase is not None:
                 entries, values = optimizer_tensors(optimizer)
                 tensors |= {name: gathered(tensor) for name, tensor in entries.items()}
-            bad = [name for name in not_finite(tensors) if name not in self._infinite]
+            bad = [name for name in not_finite(tensors) if name not in self._infinite or tensors[name].isnan().any()]
             if bad:
                 return bad[0].partition("/")[2]
             if self._directory is not None and self._directory.writes:

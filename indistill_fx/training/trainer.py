@@ -29,6 +29,7 @@ from indistill_fx.system.signals import StopRequest
 from indistill_fx.system.tensor_files import save_tensors
 from indistill_fx.training.identity import described_task, identity_of
 from indistill_fx.training.loop import TrainingLoop
+from indistill_fx.training.nonfinite import require_finite
 from indistill_fx.training.options.settings import Settings
 from indistill_fx.training.parallel.processes import make_accelerator, noticing_dead_peers
 from indistill_fx.training.progress import Reporter
@@ -108,6 +109,9 @@ class Trainer:
         require_whole(self.val_loader, "validation loader")
         accelerator = make_accelerator(cpu=self.settings.device == "cpu", precision=self.settings.mixed_precision)
         directory = self._directory(accelerator)
+        for model, role in ((self.teacher, "teacher"), (self.student, "student")):
+            if model is not None:
+                require_finite(model, role)
         teacher = digest(self.teacher) if self.teacher is not None else None
         with own_randomness(self.settings.seed):
             setup = set_up(directory, accelerator)
