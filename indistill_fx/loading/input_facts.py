@@ -6,6 +6,7 @@ from elsewhere. So the two are kept apart, and nothing is wanted that is not kno
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
@@ -114,7 +115,11 @@ def _by_configuration(module: nn.Module, pretrained: bool) -> InputFacts:
 
 
 def _are_numbers(value: Any) -> TypeGuard[Sequence[float]]:
-    return isinstance(value, (tuple, list)) and bool(value) and all(isinstance(item, (int, float)) for item in value)
+    return (
+        isinstance(value, (tuple, list))
+        and bool(value)
+        and all(isinstance(item, (int, float)) and math.isfinite(item) for item in value)
+    )
 
 
 def _is_shape(value: Any) -> TypeGuard[Sequence[int]]:
