@@ -332,7 +332,7 @@ def main() -> None:
         one.add_argument("--net", nargs="+", default=["resnet20"], choices=["resnet20", "resnet56", "assistant"])
         one.add_argument("--macs", nargs="+", type=float, default=[0.5])
         one.add_argument("--data", required=True)
-        one.add_argument("--reference", default="/work/shared/reference")
+        one.add_argument("--reference", default="../shared/reference")
         one.add_argument("--cache")
         one.add_argument("--out", required=True)
         one.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
