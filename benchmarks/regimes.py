@@ -1,0 +1,287 @@
+"""Where does the warm-up pay? Labels, KD and warm-up + KD at equal epochs, over images, kind and size of the student, and epochs.
+
+    python benchmarks/regimes.py run --out OUT [--seeds 0 1 2] [--minutes 30]       goes on where it stopped
+    python benchmarks/regimes.py table OUT --json benchmarks/results/regimes.json --into docs/results.md --svg docs/pictures/regimes.svg
+
+scikit-learn's digits whole (1,437 to train with, 360 to test on; a residual teacher, trained once on all of them). Students: `pruned`:
+the teacher cut to a share of its MACs by `compress` (its weights, repaired); `fresh`: the same networks with new weights; `other`: a
+plain chain of three convolutions of the same MACs. Ways: `labels`; `kd`; `curriculum`: pair after pair in half of the epochs, lengths
+rising, then KD; `fed`: all segments at once, fed by the teacher, in a quarter of the epochs, then KD. All ways of a cell begin with the
+same weights and see the same batches; every way's result is written at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from itertools import pairwise, product
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import indistill_fx as ifx
+from indistill_fx.compression.correspond import plan_of
+from indistill_fx.compression.make_student import Budget, Measure, calibration, make_student
+from indistill_fx.compression.write_source import source_of
+from indistill_fx.curriculum import Curriculum
+from indistill_fx.data.dataset import Data
+from indistill_fx.data.open import open_data
+from indistill_fx.demo.networks import DigitsStudent, DigitsTeacher
+from indistill_fx.evaluation.accuracy import evaluate
+from indistill_fx.runs.record import environment
+
+WAYS = ("labels", "kd", "curriculum", "fed")
+KINDS = ("pruned", "fresh", "other")
+SHARES = (0.5, 0.25, 0.1, 0.03)
+EPOCHS = {100: (30, 120), 400: (10, 40), 1437: (4, 16)}
+"""Of all stages together; about 60 and 240 steps for 100 images, 70 and 280 for 400, 92 and 368 for all."""
+RATE = 3e-3
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One place on the map, one seed."""
+
+    images: int
+    kind: str
+    share: float
+    epochs: int
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.images}-{self.kind}-{self.share:g}-{self.epochs}-{self.seed}"
+
+
+@dataclass(frozen=True)
+class Start:
+    """A student before training, and its pairs."""
+
+    student: nn.Module
+    plan: ifx.AlignmentPlan
+
+
+def teacher_of(out: Path, data: Data) -> nn.Module:
+    """Trained once on all images."""
+    torch.manual_seed(0)
+    model, file = DigitsTeacher(), out / "teacher.safetensors"
+    if not file.exists():
+        ifx.train(model, data.train, epochs=12, schedule="cosine", learning_rate=5e-3, progress=False, device="cpu")
+        save_file(model.state_dict(), file)
+    model.load_state_dict(load_file(file))
+    return model.eval()
+
+
+def chain_of(macs: float, x: Tensor) -> nn.Module:
+    """The chain whose MACs come nearest."""
+    found = {w: ifx.trace(DigitsStudent((w, 2 * w, 4 * w)), x).macs for w in range(2, 80)}
+    width = min(found, key=lambda w: abs(found[w] - macs))
+    return DigitsStudent((width, 2 * width, 4 * width))
+
+
+def start_of(cell: Cell, teacher: ifx.TracedModel, data: Data) -> Start:
+    """The student of a cell; the pruned ones are made with the cell's own images, without their labels."""
+    x = teacher.example_inputs[0]
+    torch.manual_seed(cell.seed)
+    if cell.kind == "other":
+        student = chain_of(cell.share * teacher.macs, x)
+        return Start(student, ifx.align(teacher.module, student, example_inputs=x))
+    made = make_student(teacher, Budget(macs=cell.share), Measure(calibration(data.train_plain, 256)))
+    student = source_of(made.model).build()
+    if cell.kind == "fresh":
+        for part in student.modules():
+            if hasattr(part, "reset_parameters"):
+                part.reset_parameters()
+    return Start(student, plan_of(teacher, ifx.trace(student, x, role="student"), made.shrunk.axes))
+
+
+def curriculum_of(way: str, epochs: int, pairs: int) -> tuple[Curriculum, int]:
+    """The warm-up of a way, and the epochs that are left for the main stage."""
+    if way == "fed":
+        warm = max(1, epochs // 4)
+        return Curriculum(feed="teacher", lengths=warm), epochs - warm
+    if way == "kd":
+        return Curriculum(lengths=[]), epochs
+    total = pairs * (pairs + 1) / 2
+    ends = [round(epochs / 2 * k * (k + 1) / 2 / total) for k in range(pairs + 1)]
+    lengths = [b - a for a, b in pairwise(ends)]
+    return Curriculum(lengths=lengths), epochs - sum(lengths)
+
+
+def accuracy_of(way: str, cell: Cell, start: Start, teacher: ifx.TracedModel, data: Data) -> dict[str, Any]:
+    """Train one way; its accuracy on all test images."""
+    student = copy.deepcopy(start.student)
+    began = time.perf_counter()
+    shared: dict[str, Any] = {
+        "progress": False, "seed": cell.seed, "device": "cpu", "learning_rate": RATE, "schedule": "cosine"
+    }  # fmt: skip
+    if way == "labels":
+        ifx.train(student, data.train, epochs=cell.epochs, **shared)
+    else:
+        curriculum, main = curriculum_of(way, cell.epochs, len(start.plan.pairs))
+        x = teacher.example_inputs[0]
+        ifx.distill(
+            teacher.module, student, data.train, plan=start.plan, curriculum=curriculum, epochs=main, example_inputs=x,
+            **shared,
+        )  # fmt: skip
+    return {"accuracy": evaluate(student, data.test).accuracy, "seconds": round(time.perf_counter() - began, 2)}
+
+
+def cells(options: argparse.Namespace) -> Iterator[Cell]:
+    """Seed by seed, so that a map cut short is whole for the first seeds."""
+    for seed, images, kind, share in product(options.seeds, EPOCHS, options.kinds, SHARES):
+        for epochs in EPOCHS[images]:
+            yield Cell(images, kind, share, epochs, seed)
+
+
+def run(options: argparse.Namespace) -> None:
+    """All that is not measured yet, until the minutes are over."""
+    torch.set_num_threads(options.threads)
+    out, end = Path(options.out), time.monotonic() + 60 * options.minutes
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / "rows.jsonl"
+    lines = file.read_text().splitlines() if file.exists() else []
+    done = {(row["cell"], row["way"]) for row in map(json.loads, lines)}
+    whole = open_data("digits", batch_size=64)
+    teacher = ifx.trace(teacher_of(out, whole), next(iter(whole.train_plain))[0][:2], role="teacher")
+    best = evaluate(teacher.module, whole.test).accuracy
+    for cell in cells(options):
+        left = [way for way in options.ways if (str(cell), way) not in done]
+        if not left:
+            continue
+        data = replace(open_data("digits", batch_size=64, seed=cell.seed, limit=cell.images), test=whole.test)
+        start = start_of(cell, teacher, data)
+        before = evaluate(start.student, whole.test).accuracy
+        for way in left:
+            if time.monotonic() > end:
+                return
+            row = {"cell": str(cell), "way": way, **vars(cell), "teacher": best, "before": before}
+            row |= accuracy_of(way, cell, start, teacher, data)
+            with file.open("a") as sink:
+                sink.write(json.dumps(row) + "\n")
+        print(cell, flush=True)
+
+
+def table(options: argparse.Namespace) -> None:
+    """The map as JSON, as a table and as a picture."""
+    rows = [json.loads(line) for line in (Path(options.out) / "rows.jsonl").read_text().splitlines()]
+    places = sorted(
+        {(r["images"], r["kind"], r["share"], r["epochs"]) for r in rows},
+        key=lambda p: (p[0], KINDS.index(p[1]), -p[2], p[3]),
+    )
+    found = {place: by_way(place, rows) for place in places}
+    text = "\n".join(lines_of(found, rows)) + "\n"
+    print(text)
+    if options.json:
+        facts = {"command": "python benchmarks/regimes.py run", "date": datetime.now(UTC).isoformat(timespec="seconds")}
+        kept = {**facts, "environment": environment(), "rate": RATE, "rows": rows}
+        Path(options.json).write_text(json.dumps(kept, indent=1) + "\n")
+    if options.into:
+        page = Path(options.into)
+        begin, close = "<!-- made by benchmarks/regimes.py table -->", "<!-- regimes: end -->"
+        head, _, rest = page.read_text().partition(begin)
+        page.write_text(head + begin + "\n" + text + close + rest.partition(close)[2])
+    if options.svg:
+        Path(options.svg).write_text(heat_map(found))
+
+
+Place = tuple[int, str, float, int]
+Found = dict[Place, dict[str, list[float]]]
+
+
+def by_way(place: Place, rows: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
+    """Accuracies in percent, way by way, over the seeds that have them all."""
+    own = [r for r in rows if (r["images"], r["kind"], r["share"], r["epochs"]) == place]
+    seeds = [s for s in sorted({r["seed"] for r in own}) if {r["way"] for r in own if r["seed"] == s} >= set(WAYS)]
+    return {
+        way: [100 * r["accuracy"] for s in seeds for r in own if r["seed"] == s and r["way"] == way] for way in WAYS
+    }
+
+
+def lines_of(found: Found, rows: Sequence[dict[str, Any]]) -> list[str]:
+    """A row a place."""
+    lines = [
+        "| images | student | MACs | epochs | before | labels | KD | curriculum + KD | fed + KD | best gain over KD | seeds |"
+    ]
+    lines += ["|" + "---|" * 11]
+    for place, ways in found.items():
+        if not ways["kd"]:
+            continue
+        images, kind, share, epochs = place
+        own = [100 * r["before"] for r in rows if (r["images"], r["kind"], r["share"], r["epochs"]) == place]
+        cells = [f"{mean(v):.1f}" + (f" ± {stdev(v):.1f}" if len(v) > 1 else "") for v in ways.values()]
+        gain = max(mean(ways[way]) for way in ("curriculum", "fed")) - mean(ways["kd"])
+        seeds = len(ways["kd"])
+        lines.append(
+            f"| {images:,} | {kind} | {share:.0%} | {epochs} | {mean(own):.1f} | {' | '.join(cells)} | {gain:+.1f} | {seeds} |"
+        )
+    return lines
+
+
+def heat_map(found: Found) -> str:
+    """Rows: kind and size; columns: images and epochs; colour and figure: the better warm-up + KD minus KD, in points."""
+    columns = [(images, epochs) for images, both in EPOCHS.items() for epochs in both]
+    rows = list(product(KINDS, SHARES))
+    wide, high, left, top = 92, 26, 150, 46
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + wide * len(columns)} {top + high * len(rows) + 8}"'
+        ' font-family="sans-serif" font-size="12">',
+        "<title>Warm-up + KD minus KD, points of test accuracy</title>",
+        '<rect width="100%" height="100%" fill="white"/>',
+    ]
+    for k, (images, epochs) in enumerate(columns):
+        x = left + wide * (k + 0.5)
+        parts.append(f'<text x="{x}" y="18" text-anchor="middle">{images:,} images</text>')
+        parts.append(f'<text x="{x}" y="36" text-anchor="middle">{epochs} epochs</text>')
+    for j, (kind, share) in enumerate(rows):
+        y = top + high * j
+        parts.append(f'<text x="{left - 8}" y="{y + 17}" text-anchor="end">{kind}, {share:.0%} of MACs</text>')
+        for k, (images, epochs) in enumerate(columns):
+            ways = found.get((images, kind, share, epochs))
+            if not ways or not ways["kd"]:
+                continue
+            gain = max(mean(ways[way]) for way in ("curriculum", "fed")) - mean(ways["kd"])
+            strength = min(abs(gain) / 15, 1.0)
+            hue = (30, 110, 60) if gain > 0 else (170, 50, 40)
+            colour = ",".join(str(round(255 + (part - 255) * strength)) for part in hue)
+            ink = "white" if strength > 0.6 else "black"
+            x = left + wide * k
+            parts.append(f'<rect x="{x}" y="{y}" width="{wide - 2}" height="{high - 2}" fill="rgb({colour})"/>')
+            parts.append(
+                f'<text x="{x + wide / 2 - 1}" y="{y + 16}" text-anchor="middle" fill="{ink}">{gain:+.1f}</text>'
+            )
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def main() -> None:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    one = commands.add_parser("run")
+    one.set_defaults(call=run)
+    one.add_argument("--out", required=True)
+    one.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    one.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
+    one.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
+    one.add_argument("--minutes", type=float, default=1e6)
+    one.add_argument("--threads", type=int, default=1)
+    one = commands.add_parser("table")
+    one.set_defaults(call=table)
+    one.add_argument("out")
+    one.add_argument("--json")
+    one.add_argument("--into")
+    one.add_argument("--svg")
+    options = parser.parse_args()
+    options.call(options)
+
+
+if __name__ == "__main__":
+    main()
