@@ -4,10 +4,11 @@
     python benchmarks/regimes.py table OUT --json benchmarks/results/regimes.json --into docs/results.md --svg docs/pictures/regimes.svg
 
 scikit-learn's digits whole (1,437 to train with, 360 to test on; a residual teacher, trained once on all of them). Students: `pruned`:
-the teacher cut to a share of its MACs by `compress` (its weights, repaired); `fresh`: the same networks with new weights; `other`: a
-plain chain of three convolutions of the same MACs. Ways: `labels`; `kd`; `curriculum`: pair after pair in half of the epochs, lengths
-rising, then KD; `fed`: all segments at once, fed by the teacher, in a quarter of the epochs, then KD. All ways of a cell begin with the
-same weights and see the same batches; every way's result is written at once.
+the teacher cut to a share of its MACs by `compress` (its weights, repaired); `cut`: by `prune`, not repaired; `fresh`: the networks of
+`pruned` with new weights; `other`: a plain chain of three convolutions of the same MACs, which no teacher can feed (`fed` is left out).
+Ways: `labels`; `kd`; `curriculum`: pair after pair in half of the epochs, lengths rising, then KD; `fed`: all segments at once, fed by
+the teacher, in a quarter of the epochs, then KD. All ways of a cell begin with the same weights and see the same batches; every way's
+result is written at once.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from indistill_fx.evaluation.accuracy import evaluate
 from indistill_fx.runs.record import environment
 
 WAYS = ("labels", "kd", "curriculum", "fed")
-KINDS = ("pruned", "fresh", "other")
+KINDS = ("pruned", "cut", "fresh", "other")
 SHARES = (0.5, 0.25, 0.1, 0.03)
 EPOCHS = {100: (30, 120), 400: (10, 40), 1437: (4, 16)}
 """Of all stages together; about 60 and 240 steps for 100 images, 70 and 280 for 400, 92 and 368 for all."""
@@ -94,6 +95,10 @@ def start_of(cell: Cell, teacher: ifx.TracedModel, data: Data) -> Start:
     if cell.kind == "other":
         student = chain_of(cell.share * teacher.macs, x)
         return Start(student, ifx.align(teacher.module, student, example_inputs=x))
+    if cell.kind == "cut":
+        shrunk = ifx.shrink(teacher, macs=cell.share)
+        student = source_of(shrunk.value).build()
+        return Start(student, plan_of(teacher, ifx.trace(student, x, role="student"), shrunk.report.axes))
     made = make_student(teacher, Budget(macs=cell.share), Measure(calibration(data.train_plain, 256)))
     student = source_of(made.model).build()
     if cell.kind == "fresh":
@@ -101,6 +106,11 @@ def start_of(cell: Cell, teacher: ifx.TracedModel, data: Data) -> Start:
             if hasattr(part, "reset_parameters"):
                 part.reset_parameters()
     return Start(student, plan_of(teacher, ifx.trace(student, x, role="student"), made.shrunk.axes))
+
+
+def ways_of(kind: str) -> tuple[str, ...]:
+    """The ways that a kind of student can be trained in."""
+    return WAYS[:-1] if kind == "other" else WAYS
 
 
 def curriculum_of(way: str, epochs: int, pairs: int) -> tuple[Curriculum, int]:
@@ -154,7 +164,7 @@ def run(options: argparse.Namespace) -> None:
     teacher = ifx.trace(teacher_of(out, whole), next(iter(whole.train_plain))[0][:2], role="teacher")
     best = evaluate(teacher.module, whole.test).accuracy
     for cell in cells(options):
-        left = [way for way in options.ways if (str(cell), way) not in done]
+        left = [way for way in ways_of(cell.kind) if way in options.ways and (str(cell), way) not in done]
         if not left:
             continue
         data = replace(open_data("digits", batch_size=64, seed=cell.seed, limit=cell.images), test=whole.test)
@@ -200,10 +210,16 @@ Found = dict[Place, dict[str, list[float]]]
 def by_way(place: Place, rows: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
     """Accuracies in percent, way by way, over the seeds that have them all."""
     own = [r for r in rows if (r["images"], r["kind"], r["share"], r["epochs"]) == place]
-    seeds = [s for s in sorted({r["seed"] for r in own}) if {r["way"] for r in own if r["seed"] == s} >= set(WAYS)]
+    ways = ways_of(place[1])
+    seeds = [s for s in sorted({r["seed"] for r in own}) if {r["way"] for r in own if r["seed"] == s} >= set(ways)]
     return {
-        way: [100 * r["accuracy"] for s in seeds for r in own if r["seed"] == s and r["way"] == way] for way in WAYS
+        way: [100 * r["accuracy"] for s in seeds for r in own if r["seed"] == s and r["way"] == way] for way in ways
     }
+
+
+def gain_of(ways: dict[str, list[float]]) -> float:
+    """The better warm-up + KD minus KD, in points."""
+    return max(mean(ways[way]) for way in ("curriculum", "fed") if way in ways) - mean(ways["kd"])
 
 
 def lines_of(found: Found, rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -218,7 +234,8 @@ def lines_of(found: Found, rows: Sequence[dict[str, Any]]) -> list[str]:
         images, kind, share, epochs = place
         own = [100 * r["before"] for r in rows if (r["images"], r["kind"], r["share"], r["epochs"]) == place]
         cells = [f"{mean(v):.1f}" + (f" ± {stdev(v):.1f}" if len(v) > 1 else "") for v in ways.values()]
-        gain = max(mean(ways[way]) for way in ("curriculum", "fed")) - mean(ways["kd"])
+        cells += ["–"] * (len(WAYS) - len(ways))
+        gain = gain_of(ways)
         seeds = len(ways["kd"])
         lines.append(
             f"| {images:,} | {kind} | {share:.0%} | {epochs} | {mean(own):.1f} | {' | '.join(cells)} | {gain:+.1f} | {seeds} |"
@@ -248,7 +265,7 @@ def heat_map(found: Found) -> str:
             ways = found.get((images, kind, share, epochs))
             if not ways or not ways["kd"]:
                 continue
-            gain = max(mean(ways[way]) for way in ("curriculum", "fed")) - mean(ways["kd"])
+            gain = gain_of(ways)
             strength = min(abs(gain) / 15, 1.0)
             hue = (30, 110, 60) if gain > 0 else (170, 50, 40)
             colour = ",".join(str(round(255 + (part - 255) * strength)) for part in hue)

@@ -1,38 +1,57 @@
-"""The whole way on scikit-learn's digits: a teacher, one student trained in three ways, a comparison, an ONNX file.
+"""The whole way on scikit-learn's digits: a teacher, a student made of it, a hundred labelled images, a comparison, an ONNX file.
 
-The three students start from the same weights and seed and get the same number of epochs in all, the warm-up counted.
+The story: somebody has a trained network and few images of their own, and needs a network a twentieth of its size. Five students of one
+shape are trained on those images, for the same number of epochs in all: from new weights by labels and by knowledge distillation (KD), and,
+from the teacher's weights as `compress` cuts and repairs them, by labels, by KD, and by the warm-up and KD.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from indistill_fx.compression.correspond import plan_of
+from indistill_fx.compression.make_student import Budget, Measure, calibration, make_student
+from indistill_fx.compression.write_source import source_of
 from indistill_fx.curriculum import Curriculum
 from indistill_fx.data.dataset import Data
 from indistill_fx.data.open import open_data
-from indistill_fx.demo.networks import DigitsStudent, DigitsTeacher
+from indistill_fx.demo.networks import DigitsTeacher
 from indistill_fx.deploy.export_onnx import ExportReport, export_onnx
 from indistill_fx.deploy.metadata import of_source
-from indistill_fx.passes.align import align
+from indistill_fx.evaluation.accuracy import evaluate
 from indistill_fx.passes.capture.trace import trace
+from indistill_fx.plan import AlignmentPlan
 from indistill_fx.runs.load import about, about_data, keep_export
 from indistill_fx.runs.record import RunRecord
-from indistill_fx.training.compare import compare
+from indistill_fx.traced import TracedModel
+from indistill_fx.training.compare import Arm, compare
+from indistill_fx.training.distill import distill
 from indistill_fx.training.parallel.processes import is_main_process
+from indistill_fx.training.recipes import NO_WARMUP
 from indistill_fx.training.supervised import train
 
 TEACHER_EPOCHS = 12
-STUDENT_EPOCHS = 18
-WARMUP = (1, 2, 3)
+IMAGES = 100
+MACS = 0.05
+STUDENT_EPOCHS = 60
+WARMUP = 30
 LEARNING_RATE = 5e-3
-NAMES = {"teacher": "teacher", "labels": "cross-entropy", "kd": "KD", "indistill": "InDistill + KD"}
+NAMES = {
+    "teacher": "teacher, all 1,437 images",
+    "scratch-labels": "new weights: labels",
+    "scratch-kd": "new weights: KD",
+    "labels": "compressed: labels",
+    "kd": "compressed: KD",
+    "indistill": "compressed: warm-up + KD",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +66,18 @@ class Row:
     export: ExportReport
 
 
+@dataclass(frozen=True, slots=True)
+class Small:
+    """The student before training: with the teacher's weights, with new ones, its pairs, and where its source code is."""
+
+    cut: nn.Module
+    fresh: nn.Module
+    plan: AlignmentPlan
+    spec: str
+
+
 def run_demo(out: Path, *, seed: int = 0, progress: bool = True, say: Callable[[str], None] = print) -> list[Row]:
-    """Train, compare, export.
+    """Train, compress, compare, export.
 
     Args:
         out: folder for plan, runs, metrics and ONNX files.
@@ -63,50 +92,76 @@ def run_demo(out: Path, *, seed: int = 0, progress: bool = True, say: Callable[[
         ConfigError: `out` holds a demo already.
     """
     data = open_data("digits", batch_size=64, seed=seed)
+    few = replace(open_data("digits", batch_size=64, seed=seed, limit=IMAGES), test=data.test)
     torch.manual_seed(seed)
-    teacher, initial = DigitsTeacher(), DigitsStudent()
+    teacher = DigitsTeacher()
     shared: dict[str, Any] = {"val_loader": data.test, "seed": seed, "progress": progress, "device": "cpu"}
-    say(f"1. Teacher: {TEACHER_EPOCHS} epochs on labels.")
+    say(f"1. A teacher: {TEACHER_EPOCHS} epochs on all {data.train.samples:,} images.")
     kept = about("indistill_fx.demo:DigitsTeacher", "digits", data.input_size, **about_data(data))
     record = train(teacher, data.train, epochs=TEACHER_EPOCHS, run_dir=out / "teacher", about=kept, **shared)
     x = next(iter(data.train_plain))[0][:2]
-    plan = align(teacher, initial, example_inputs=x)
-    if is_main_process():
-        plan.save(out / "plan.json")
     say(
-        "2. Alignment: "
-        + ", ".join(
-            f"{pair.teacher} ↔ {pair.student} ({len(pair.kept or ())} of {pair.teacher_shape[1]})"
-            for pair in plan.pairs
-        )
+        f"2. A student made of it, with {MACS:.0%} of its multiply-accumulates, from {IMAGES} images without their labels:"
     )
+    traced = trace(teacher, x, role="teacher")
+    small = _compressed(traced, few, out, seed, lambda line: say(f"   {line}"))
     say(
-        f"3. The same student three ways, {STUDENT_EPOCHS} epochs each, of which {sum(WARMUP)} of warm-up in the third."
+        f"3. Five ways to train it on those {IMAGES} images, {STUDENT_EPOCHS} epochs each; the last has {WARMUP} of warm-up."
     )
-    arms = compare(
-        teacher,
-        initial,
-        data.train,
-        plan=plan,
-        curriculum=Curriculum(lengths=WARMUP, learning_rate=LEARNING_RATE),
-        epochs=STUDENT_EPOCHS,
-        example_inputs=x,
-        run_dir=out,
-        learning_rate=LEARNING_RATE,
-        schedule="cosine",
-        announce=lambda arm: say(f"   {NAMES[arm]}:"),
-        about=about("indistill_fx.demo:DigitsStudent", "digits", data.input_size, **about_data(data)),
-        **shared,
-    )
+    arms = _trained(traced, small, few, out, say, shared)
     if not is_main_process():
         return []
     say("4. Export to ONNX, compared with the modules.")
-    trained = {"teacher": (teacher, record), **{arm: (done.student, done.record) for arm, done in arms.items()}}
-    rows = [_finish(name, model, record, data, out, x) for name, (model, record) in trained.items()]
+    models = {"teacher": (teacher, record), **{arm: (done.student, done.record) for arm, done in arms.items()}}
+    rows = [_finish(name, model, record, data, out, x) for name, (model, record) in models.items()]
     (out / "demo.json").write_text(
         json.dumps({row.name: {"accuracy": row.accuracy, "seconds": row.seconds} for row in rows}, indent=2) + "\n"
     )
     return rows
+
+
+def _compressed(teacher: TracedModel, few: Data, out: Path, seed: int, say: Callable[[str], None]) -> Small:
+    """Choose widths, cut, repair, and write the student as source code."""
+    measure = Measure(calibration(few.train_plain, IMAGES), lambda model: evaluate(model, few.test).accuracy, say=say)
+    made = make_student(teacher, Budget(macs=MACS), measure)
+    source = source_of(made.model)
+    source.save(out / "student")
+    cut, fresh = source.build(), source.build()
+    torch.manual_seed(seed)
+    for part in fresh.modules():
+        if callable(reset := getattr(part, "reset_parameters", None)):
+            reset()
+    plan = plan_of(teacher, trace(cut, teacher.example_inputs, role="student"), made.shrunk.axes)
+    if is_main_process():
+        plan.save(out / "plan.json")
+    return Small(cut, fresh, plan, f"{out / 'student' / 'student.py'}:Student")
+
+
+def _trained(
+    teacher: TracedModel, small: Small, few: Data, out: Path, say: Callable[[str], None], shared: dict[str, Any]
+) -> dict[str, Arm]:
+    """The five ways, by name."""
+    told = about(small.spec, "digits", few.input_size, **about_data(few))
+    rates: dict[str, Any] = {"learning_rate": LEARNING_RATE, "schedule": "cosine"}
+    common: dict[str, Any] = {"plan": small.plan, "example_inputs": teacher.example_inputs[0], "about": told, **shared, **rates}
+    arms = {}
+    for main in ("labels", "kd"):
+        name = f"scratch-{main}"
+        say(f"   {NAMES[name]}:")
+        own: dict[str, Any] = {"curriculum": NO_WARMUP, "main": main, "epochs": STUDENT_EPOCHS, "run_dir": out / name}
+        student = copy.deepcopy(small.fresh)
+        arms[name] = Arm(student, distill(teacher, student, few.train, **own, **common))
+    warmup = Curriculum(feed="teacher", lengths=WARMUP, learning_rate=LEARNING_RATE)
+    return arms | compare(
+        teacher,
+        small.cut,
+        few.train,
+        curriculum=warmup,
+        epochs=STUDENT_EPOCHS,
+        run_dir=out,
+        announce=lambda arm: say(f"   {NAMES[arm]}:"),
+        **common,
+    )
 
 
 def _finish(name: str, model: nn.Module, record: RunRecord, data: Data, out: Path, x: Tensor) -> Row:
