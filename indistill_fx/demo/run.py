@@ -143,7 +143,13 @@ def _trained(
     """The five ways, by name."""
     told = about(small.spec, "digits", few.input_size, **about_data(few))
     rates: dict[str, Any] = {"learning_rate": LEARNING_RATE, "schedule": "cosine"}
-    common: dict[str, Any] = {"plan": small.plan, "example_inputs": teacher.example_inputs[0], "about": told, **shared, **rates}
+    common: dict[str, Any] = {
+        "plan": small.plan,
+        "example_inputs": teacher.example_inputs[0],
+        "about": told,
+        **shared,
+        **rates,
+    }
     arms = {}
     for main in ("labels", "kd"):
         name = f"scratch-{main}"
