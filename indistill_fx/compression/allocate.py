@@ -1,7 +1,7 @@
 """Widths under a budget: take channels where they are worth least for what they cost.
 
 Rules, in order:
-  1. A step takes a sixteenth of a group (or a multiple of `round_to` channels), the lowest scores first; at least a tenth stays.
+  1. A step takes a sixteenth of a group (or a multiple of `round_to` channels), the lowest scores first; a part of it, `floor`, stays.
   2. The next step is the one whose rise of the divergence, by its group's curve, is smallest for the cost it saves.
   3. Steps are taken until the network is within the budget; the last one is then made as small as still fits.
 """
@@ -23,7 +23,13 @@ _STEPS = 16
 
 
 def allocate(
-    known: Analysis, curves: Sequence[Curve], cost: Callable[[Mask], float], most: float, *, round_to: int | None = None
+    known: Analysis,
+    curves: Sequence[Curve],
+    cost: Callable[[Mask], float],
+    most: float,
+    *,
+    floor: float = FLOOR,
+    round_to: int | None = None,
 ) -> Mask:
     """The classes that stay.
 
@@ -32,13 +38,14 @@ def allocate(
         curves: of its groups.
         cost: of a network with these classes, such as `known.cost.macs`.
         most: it may cost.
+        floor: part of every group that stays in any case.
         round_to: channels of every group are a multiple of this.
 
     Raises:
         PruneError: even the smallest network costs more; says how much, and what is frozen and why.
     """
     groups, classes = known.classes.groups, known.classes
-    least = [rounded(max(1, ceil(FLOOR * len(group.classes))), group, round_to) for group in groups]
+    least = [rounded(max(1, ceil(floor * len(group.classes))), group, round_to) for group in groups]
     counts = [len(group.classes) for group in groups]
     ranks = [np.argsort(-classes.scores[group.classes], kind="stable") for group in groups]
 
@@ -90,8 +97,8 @@ def _too_small(smallest: float, most: float, classes: Classes) -> PruneError:
     if not classes.groups:
         return PruneError(f"Nothing in this network can go.{frozen}", where="budget", hint="Prune another model.")
     return PruneError(
-        f"The smallest this network can be made is {smallest:,.0f}, and {most:,.0f} are asked for: every layer keeps at least a "
-        f"tenth of its channels, and outputs stay whole.{frozen}",
+        f"The smallest this network can be made is {smallest:,.0f}, and {most:,.0f} are asked for: every layer keeps at least "
+        f"{FLOOR:.0%} of its channels, and outputs stay whole.{frozen}",
         where="budget",
         got=most,
         expected=smallest,

@@ -85,7 +85,7 @@ def compress(
     batch: int = 1,
     criterion: str | Criterion = "l1",
     round_to: int | None = None,
-    samples: int = 256,
+    samples: int = 1024,
     calibration_loader: Iterable[Any] | None = None,
     every_block: bool = True,
     curriculum: Curriculum | None = None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -14,15 +14,21 @@ from indistill_fx.compression.allocate import allocate
 from indistill_fx.compression.latency import Clock, bisect
 from indistill_fx.compression.repair import Repaired, repair
 from indistill_fx.compression.sensitivity import Curve, divergence, sensitivities
-from indistill_fx.errors import ConfigError
+from indistill_fx.errors import ConfigError, PruneError
 from indistill_fx.evaluation.accuracy import Evaluation
 from indistill_fx.graph.interpret import run_keeping
 from indistill_fx.graph.module_state import evaluating
 from indistill_fx.passes.contract import PassResult
+from indistill_fx.passes.pruning.budget import FLOOR
 from indistill_fx.passes.pruning.criteria import Criterion
 from indistill_fx.passes.pruning.groups import Mask
 from indistill_fx.passes.pruning.shrink import Analysis, ShrinkReport, analyse, keep_classes
 from indistill_fx.traced import TracedModel
+
+_FLOORS = (FLOOR, 0.3, 0.5)
+"""Parts of every group of channels that stay in any case, tried one after the other."""
+_FOR_CURVES = 4
+"""Batches that sensitivities are measured on; repairs take all of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,8 +170,10 @@ def make_student(
     before = clock.ms(teacher.graph_module, teacher.example_inputs) if clock is not None else None
     steps = [measure.step("teacher", teacher, teacher, before)]
     known = analyse(teacher, criterion=criterion, loader=measure.batches if criterion != "l1" else None)
-    curves = sensitivities(teacher, known, measure.batches[:1])
-    result, after = _shrunk(teacher, known, curves, budget, clock, round_to)
+    curves = sensitivities(teacher, known, measure.batches[:_FOR_CURVES])
+    result, after = _best_widths(
+        teacher, measure, lambda floor: _shrunk(teacher, known, curves, budget, clock, round_to, floor)
+    )
     steps.append(measure.step("shrunk", teacher, result.value, after))
     best, repaired = result.value, None
     for name, wishes in (("norms estimated anew", {"readers": False}), ("readers fitted", {"norms": False})):
@@ -179,6 +187,36 @@ def make_student(
     return Untrained(best, result.report, curves, repaired, tuple(steps))
 
 
+Shrunk = tuple[PassResult[TracedModel, ShrinkReport], float | None]
+"""A smaller network, and its time where that is the budget."""
+
+
+def _best_widths(teacher: TracedModel, measure: Measure, shrunk: Callable[[float], Shrunk]) -> Shrunk:
+    """Of some allocations the one that comes nearest to the teacher after its repair, on held-out batches.
+
+    A sensitivity is measured for one group at a time and before any repair, so by itself it may empty a layer whose loss shows only
+    together with others'. Allocations that leave every group a larger part are tried beside it.
+    """
+    held = max(1, len(measure.batches) // 4)
+    fit = measure.batches[:-held] or measure.batches
+    found: dict[float, tuple[float, Shrunk]] = {}
+    for floor in _FLOORS:
+        try:
+            made = shrunk(floor)
+        except PruneError:
+            if not found:
+                raise
+            break
+        repaired = repair(teacher, made[0].value, made[0].report.axes, fit, norms=False).value
+        found[floor] = replace(measure, batches=measure.batches[-held:]).divergence(teacher, repaired), made
+    best = min(found, key=lambda floor: found[floor][0])
+    tried = ", ".join(f"{value:.3g} with {floor:.0%}" for floor, (value, _) in found.items())
+    measure.say(
+        f"widths: at least {best:.0%} of every group stays (divergence after repair, held-out batches: {tried})"
+    )
+    return found[best][1]
+
+
 def _shrunk(
     teacher: TracedModel,
     known: Analysis,
@@ -186,31 +224,31 @@ def _shrunk(
     budget: Budget,
     clock: Clock | None,
     round_to: int | None,
-) -> tuple[PassResult[TracedModel, ShrinkReport], float | None]:
-    """The network within the budget; and its time, where that is the budget."""
+    floor: float,
+) -> Shrunk:
+    """The network within the budget that leaves every group so large a part."""
     whole = np.ones(len(known.classes.scores), dtype=bool)
     if clock is None or budget.latency_ms is None:
         cost, most = _cost(teacher, known, budget, whole)
-        return keep_classes(teacher, known, allocate(known, curves, cost, most, round_to=round_to)), None
+        return keep_classes(teacher, known, allocate(known, curves, cost, most, floor=floor, round_to=round_to)), None
     macs = known.cost.macs(whole)
     made: dict[float, tuple[PassResult[TracedModel, ShrinkReport], float]] = {}
 
     def time_of(share: float) -> float:
-        stay = whole if share >= 1 else allocate(known, curves, known.cost.macs, share * macs, round_to=round_to)
+        most = share * macs
+        stay = whole if share >= 1 else allocate(known, curves, known.cost.macs, most, floor=floor, round_to=round_to)
         result = keep_classes(teacher, known, stay)
         made[share] = result, clock.ms(result.value.graph_module, teacher.example_inputs)
         return made[share][1]
 
-    share = bisect(time_of, budget.latency_ms, smallest=_smallest(known, curves, round_to) / macs * 1.001)
+    share = bisect(time_of, budget.latency_ms, smallest=_smallest(known, curves, round_to, floor) / macs * 1.001)
     return made[share]
 
 
-def _smallest(known: Analysis, curves: Sequence[Curve], round_to: int | None) -> float:
+def _smallest(known: Analysis, curves: Sequence[Curve], round_to: int | None, floor: float) -> float:
     """Multiply-accumulates of the smallest network there is."""
-    from indistill_fx.errors import PruneError
-
     try:
-        allocate(known, curves, known.cost.macs, 0, round_to=round_to)
+        allocate(known, curves, known.cost.macs, 0, floor=floor, round_to=round_to)
     except PruneError as error:
         if isinstance(error.expected, (int, float)):
             return float(error.expected)

@@ -26,8 +26,10 @@ from indistill_fx.passes.channels.call import Call, read_call
 from indistill_fx.passes.contract import PassResult
 from indistill_fx.traced import TracedModel
 
-_PULL = 0.01
-"""Weight of the pull towards the old weights, in parts of the mean square of what arrives."""
+_PULLS = (0.001, 0.01, 0.03, 0.1, 0.3, 1.0)
+"""Weights of the pull towards the old weights, in parts of the mean square of what arrives: the best one on held-out samples is taken."""
+_HELD_OUT = 4
+"""One of so many samples of every batch is held out while the pull is chosen."""
 _ROWS = 1 << 16
 """Positions of one batch that a layer's fit looks at, at most."""
 
@@ -38,7 +40,8 @@ class Repaired:
 
     Attributes:
         norms: layers with new statistics.
-        readers: layers with new weights, and the mean squared error of their outputs before and after, relative to the outputs' own.
+        readers: layers with new weights, and the mean squared error of their outputs before and after, relative to the outputs' own
+            square, on a quarter of the samples that was held out.
         skipped: layers that were left, and why.
     """
 
@@ -164,9 +167,7 @@ class _SideBySide:
         done.add(id(weight))
         axis = self.facts[call.node.name].channel_axis
         kept = self.axes.get((call.node.name, axis)) if axis is not None else None
-        size = weight[0].numel() + (bias is not None)
-        gram, cross = (weight.new_zeros(size, n, dtype=torch.float64) for n in (size, len(weight)))
-        power, rows = weight.new_zeros((), dtype=torch.float64), 0
+        sums = [_Sums(weight[0].numel() + (bias is not None), weight) for _ in range(2)]  # to fit with, and held out
         for large, small in zip(self.large, self.small, strict=True):
             x, y = _rows(call, small.env[call.input], bias is not None), large.value(call.node.name)
             y = y if kept is None else y.index_select(axis or 0, torch.tensor(kept, device=y.device))
@@ -174,25 +175,52 @@ class _SideBySide:
             if len(x) > _ROWS:
                 pick = torch.linspace(0, len(x) - 1, _ROWS, device=x.device).long()
                 x, y = x[pick], y[pick]
-            gram += (x.T @ x).double()
-            cross += (x.T @ y).double()
-            power, rows = power + y.double().square().sum(), rows + len(x)
+            first = len(x) - len(x) // _HELD_OUT  # rows are in the order of the samples
+            sums[0].add(x[:first], y[:first])
+            sums[1].add(x[first:], y[first:])
         before = torch.cat([weight.flatten(1), *([bias[:, None]] if bias is not None else [])], 1).double().T
-        pull = _PULL * gram.diagonal().mean().clamp_min(1e-12)
-        eye = torch.eye(size, dtype=gram.dtype, device=gram.device)
-        after = torch.linalg.solve(gram + pull * eye, cross + pull * before)
-        errors = [
-            float((power - 2 * (w * cross).sum() + (w * (gram @ w)).sum()) / power.clamp_min(1e-30))
-            for w in (before, after)
-        ]
-        if not bool(after.isfinite().all()) or errors[1] >= errors[0]:
+        pull = min(_PULLS, key=lambda pull: sums[1].error(sums[0].fit(before, pull)))
+        errors = sums[1].error(before), sums[1].error(sums[0].fit(before, pull))
+        after = (sums[0] + sums[1]).fit(before, pull)
+        if not bool(after.isfinite().all()) or not errors[1] < errors[0]:
             return "its weights are the best already"
         flat = after.T
         weight.copy_(flat[:, : weight[0].numel()].reshape(weight.shape))
         if bias is not None:
             bias.copy_(flat[:, -1])
-        fitted[call.path] = errors[0], errors[1]
+        fitted[call.path] = errors
         return ""
+
+
+class _Sums:
+    """What a fit by least squares needs to know of the rows x and what is to come out, y: x'x, x'y, y'y."""
+
+    def __init__(self, size: int, weight: Tensor):
+        self.gram, self.cross = (weight.new_zeros(size, n, dtype=torch.float64) for n in (size, len(weight)))
+        self.power = weight.new_zeros((), dtype=torch.float64)
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        self.gram += (x.T @ x).double()
+        self.cross += (x.T @ y).double()
+        self.power += y.double().square().sum()
+
+    def __add__(self, other: _Sums) -> _Sums:
+        both = copy.copy(self)
+        both.gram, both.cross = self.gram + other.gram, self.cross + other.cross
+        both.power = self.power + other.power
+        return both
+
+    def fit(self, old: Tensor, pull: float) -> Tensor:
+        """The weights (inputs, outputs) with the least squared error, pulled towards old ones."""
+        weight = pull * self.gram.diagonal().mean().clamp_min(1e-12)
+        eye = torch.eye(len(self.gram), dtype=self.gram.dtype, device=self.gram.device)
+        fitted: Tensor = torch.linalg.solve(self.gram + weight * eye, self.cross + weight * old)
+        return fitted
+
+    def error(self, weights: Tensor) -> float:
+        """Mean squared error relative to the outputs' own square."""
+        rest = self.power - 2 * (weights * self.cross).sum() + (weights * (self.gram @ weights)).sum()
+        return float(rest / self.power.clamp_min(1e-30))
 
 
 def _rows(call: Call, x: Tensor, ones: bool) -> Tensor:
