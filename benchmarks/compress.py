@@ -119,9 +119,7 @@ def uniform(teacher: ifx.TracedModel, macs: float) -> tuple[nn.Module, str]:
 def made_of(teacher: ifx.TracedModel, macs: float, data: Data, options: argparse.Namespace) -> tuple[Any, Any]:
     """Our student before training."""
     batches = calibration(data.train, options.samples)
-    made = make_student(
-        teacher, Budget(macs=macs), Measure(batches, lambda m: evaluate(m, data.test).accuracy, say=print)
-    )
+    made = make_student(teacher, Budget(macs=macs), Measure(batches, lambda m: evaluate(m, data.test), say=print))
     return made, source_of(made.model)
 
 

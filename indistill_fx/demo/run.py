@@ -122,7 +122,7 @@ def run_demo(out: Path, *, seed: int = 0, progress: bool = True, say: Callable[[
 
 def _compressed(teacher: TracedModel, few: Data, out: Path, seed: int, say: Callable[[str], None]) -> Small:
     """Choose widths, cut, repair, and write the student as source code."""
-    measure = Measure(calibration(few.train_plain, IMAGES), lambda model: evaluate(model, few.test).accuracy, say=say)
+    measure = Measure(calibration(few.train_plain, IMAGES), lambda model: evaluate(model, few.test), say=say)
     made = make_student(teacher, Budget(macs=MACS), measure)
     source = source_of(made.model)
     source.save(out / "student")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -228,6 +229,25 @@ def test_budgets_and_calibration():
     assert own <= 0.4 * size
     assert [step.name for step in made.steps] == ["teacher", "shrunk", "norms estimated anew", "readers fitted"]
     assert made.steps[3].divergence < made.steps[1].divergence
+
+
+def test_widths_that_sensitivities_get_wrong_are_found_out_after_repair(monkeypatch):
+    """Curves that call a layer worthless: the allocation alone would all but empty it."""
+    model = teacher_of()
+
+    def misleading(teacher, known, batches):
+        first, *rest = sensitivities(teacher, known, batches)
+        return [replace(first, rises=tuple(0.0 for _ in first.rises)), *rest]
+
+    batches = [images(32, seed=k) for k in range(4)]
+    said: list[str] = []
+    monkeypatch.setattr("indistill_fx.compression.make_student.sensitivities", misleading)
+    made = make_student(model, Budget(macs=0.5), Measure(batches, say=said.append))
+    monkeypatch.setattr("indistill_fx.compression.make_student._FLOORS", (0.1,))
+    alone = make_student(model, Budget(macs=0.5), Measure(batches))
+    assert made.shrunk.widths != alone.shrunk.widths
+    assert made.steps[-1].divergence < alone.steps[-1].divergence
+    assert "widths: at least" in said[1]
 
 
 def data_of(count=4):
