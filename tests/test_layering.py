@@ -25,7 +25,8 @@ FLOORS = [
     "passes",
     "stages evaluation report training.parallel training.options",
     "training",
-    "compression demo",
+    "compression",
+    "demo",
     "cli",
     "__main__",
 ]
