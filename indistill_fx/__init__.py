@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from indistill_fx.passes.align import align as align
     from indistill_fx.passes.capture.trace import trace as trace
     from indistill_fx.passes.contract import PassResult as PassResult
+    from indistill_fx.passes.ensemble import ensemble as ensemble
     from indistill_fx.passes.extract.instrument import instrument as instrument
     from indistill_fx.passes.pruning.narrow import narrow as narrow
     from indistill_fx.passes.pruning.shrink import shrink as shrink
@@ -73,6 +74,7 @@ _HOMES: dict[str, str] = {
     "compress": "compression.compress",
     "distill": "training.distill",
     "distill_chain": "training.chain",
+    "ensemble": "passes.ensemble",
     "evaluate": "evaluation.accuracy",
     "export_onnx": "deploy.export_onnx",
     "instrument": "passes.extract.instrument",

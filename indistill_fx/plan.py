@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
@@ -319,14 +320,22 @@ def _change(name: str, before: Pair, after: Pair) -> str:
     return f"{name.replace('_', ' ')} {a} → {b}"
 
 
+def member_of(tap: str) -> str:
+    """Which of several teachers a layer is of: `teachers.1` of `teachers.1.layer3`; empty where there is one teacher."""
+    found = re.match(r"teachers\.\d+(?=\.)", tap)
+    return found[0] if found else ""
+
+
 def _check_order(pairs: tuple[Pair, ...], teacher: TracedModel, student: TracedModel) -> None:
     orders = [{node.name: k for k, node in enumerate(model.graph_module.graph.nodes)} for model in (teacher, student)]
-    for first, second in pairwise(pairs):
-        places = [
-            [order[model.node(getattr(pair, role)).name] for pair in (first, second)]
-            for order, model, role in zip(orders, (teacher, student), ("teacher", "student"), strict=True)
-        ]
-        if any(a >= b for a, b in places):
+    couples = [(first, second, "student") for first, second in pairwise(pairs)]
+    for name in dict.fromkeys(member_of(pair.teacher) for pair in pairs):  # of several teachers, each by itself
+        own = [pair for pair in pairs if member_of(pair.teacher) == name]
+        couples += [(first, second, "teacher") for first, second in pairwise(own)]
+    for first, second, role in couples:
+        model, order = (teacher, orders[0]) if role == "teacher" else (student, orders[1])
+        places = [order[model.node(getattr(pair, role)).name] for pair in (first, second)]
+        if places[0] >= places[1]:
             raise ConfigError(
                 f"The pairs `{first.teacher}` ↔ `{first.student}` and `{second.teacher}` ↔ `{second.student}` cross or repeat a layer.",
                 where=second.teacher,

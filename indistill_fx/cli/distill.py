@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 _SECTIONS = {
-    "Data and models": (*training.SECTIONS["Data and models"], "plan_file", *pictures.TEACHER_NAMES),
+    "Data and models": (*training.SECTIONS["Data and models"], "more_teachers", "plan_file", *pictures.TEACHER_NAMES),
     "The warm-up": (
         "warmup", "warmup_steps", "no_warmup", "layers", "warmup_loss", "warmup_lr", "warmup_optimizer", "patience",
         "penultimate", "keep", "feed",
@@ -48,6 +49,14 @@ def _use_recipe(context: click.Context, parameter: click.Parameter, name: str) -
     required=True,
     metavar="RUN_DIR",
     help="Where plan, checkpoints, metrics and the trained student go.",
+)
+@click.option(
+    "--teacher",
+    "more_teachers",
+    multiple=True,
+    metavar="SPEC[=WEIGHT]",
+    help="A further teacher, with the weight of its logits; may be given several times, and TEACHER may have a weight too. Alike where"
+    " none is given.",
 )
 @click.option("--plan", "plan_file", metavar="FILE", help="Pairs from a file made by `align`. [default: align now]")
 @click.option(
@@ -165,10 +174,13 @@ def command(teacher: str, student: str, **options: Any) -> None:
     from indistill_fx.training.distill import distill
 
     out, loss = options["output"], options["main"]
+    given_teachers = _teachers(teacher, options)
+    teacher = next(iter(given_teachers))
     sources = tuple(common.open_model(spec, options["trust"], seed=options["seed"]) for spec in (teacher, student))
     source, pupil = (one.module for one in sources)
     data = training.open_training_data(options, *reversed(sources))
     example = common.example_for(sources, (), data)
+    source = _together(source, given_teachers, example, options)
     given = options["plan_file"]
     plan = AlignmentPlan.load(given) if given else _plan_beside(student, source, example)
     view, plan = pictures.teacher_view(options, sources[0], data, plan, directly=options["assistant"] is None)
@@ -185,7 +197,9 @@ def command(teacher: str, student: str, **options: Any) -> None:
         "resume": options["resume"],
         "allow_changed": options["allow_changed"],
         "feature_cache": options["feature_cache"],
-        "about": about(student, options["data"], data.input_size, teacher=teacher, **about_data(data)),
+        "about": about(
+            student, options["data"], data.input_size, teacher=", ".join(given_teachers), **about_data(data)
+        ),
         **training.settings_of(options),
     }
     if options["assistant"] is not None:
@@ -203,6 +217,49 @@ def command(teacher: str, student: str, **options: Any) -> None:
         training.print_arms({name: arm.record for name, arm in arms.items()}, out)
     else:
         training.print_run(distill(source, pupil, train, epochs=epochs, **shared), out)
+
+
+def _teachers(first: str, options: dict[str, Any]) -> dict[str, float]:
+    """Every teacher's spec with its weight, in order; weights are read only where there are several."""
+    from indistill_fx.errors import ConfigError
+
+    if not options["more_teachers"]:
+        return {first: 1.0}
+    found: dict[str, float] = {}
+    for text in (first, *options["more_teachers"]):
+        spec, equals, number = text.rpartition("=")
+        named = "?" in spec and "=" not in re.split("[?&]", spec)[-1]  # then it is an argument of a constructor
+        try:
+            weight = float(number) if equals and not named else None
+        except ValueError:
+            weight = None
+        spec, weight = (text, 1.0) if weight is None else (spec, weight)
+        if spec in found:
+            raise ConfigError(
+                f"The teacher {spec!r} is given twice.", where="--teacher", hint="Give it a weight: SPEC=2."
+            )
+        found[spec] = weight
+    return found
+
+
+def _together(first: nn.Module, teachers: dict[str, float], example: Any, options: dict[str, Any]) -> nn.Module:
+    """The teachers as one module."""
+    from indistill_fx.errors import ConfigError
+    from indistill_fx.passes.ensemble import ensemble
+
+    if len(teachers) == 1:
+        return first
+    if options["assistant"] == "auto":
+        raise ConfigError(
+            "--assistant auto shrinks the teacher, and there are several.",
+            where="--assistant",
+            hint="Name the assistant: --assistant SPEC.",
+        )
+    others = [common.open_model(spec, options["trust"], seed=options["seed"]).module for spec in list(teachers)[1:]]
+    made = ensemble([first, *others], list(teachers.values()), example_inputs=example, logits=options["logits"])
+    for number, (spec, share) in enumerate(zip(teachers, made.meta["teachers"]["weights"], strict=True)):
+        common.say(f"teachers.{number}: {spec}, {share:.4g} of the logits")
+    return made
 
 
 def _plan_beside(student: str, teacher: nn.Module, example: Any) -> AlignmentPlan | None:

@@ -8,6 +8,7 @@ from torch import nn
 
 from indistill_fx.passes.capture.trace import as_traced
 from indistill_fx.passes.contract import PassResult, unchanged
+from indistill_fx.passes.ensemble import align_members, is_ensemble, traced_members
 from indistill_fx.passes.extract.view import view_between
 from indistill_fx.passes.pairing.match import MatchReport, match
 from indistill_fx.passes.pruning.narrow import choose_channels
@@ -42,6 +43,12 @@ def align(
     """
     teacher = as_traced(teacher, example_inputs, role="teacher")
     student = as_traced(student, example_inputs, role="student")
+    if is_ensemble(teacher.module):
+        chosen = [
+            align_traced(own, student, criterion=criterion, loader=loader, **matching).value
+            for own in traced_members(teacher)
+        ]
+        return align_members(teacher, student, chosen)
     return align_traced(teacher, student, criterion=criterion, loader=loader, **matching).value
 
 

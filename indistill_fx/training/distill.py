@@ -80,7 +80,7 @@ def distill(
     `persistent_workers` and random transforms do not).
 
     Args:
-        teacher: traced, or a plain module.
+        teacher: traced, or a plain module; several are one by `ensemble`.
         student: likewise.
         train_loader: batches (inputs, labels) or (inputs, labels, indices), or dicts of inputs by name with `labels`
             and `indices`.

@@ -1,0 +1,188 @@
+"""Several teachers as one module: each computes its logits, and their weighted mean is the teacher's.
+
+Whatever reads a teacher (tracing, plan, stages, cache, checkpoints) reads this one like any other; its layers are named by whose they
+are, `teachers.0.layer1`.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from indistill_fx.batch import Call, Inputs
+from indistill_fx.errors import ConfigError, IndistillError, MatchError
+from indistill_fx.graph.module_state import evaluating, uncompiled
+from indistill_fx.passes.capture.trace import as_traced
+from indistill_fx.plan import AlignmentPlan, Layers, ModelStamp, Pair, member_of
+from indistill_fx.traced import TracedModel
+
+
+def ensemble(
+    teachers: Sequence[nn.Module],
+    weights: Sequence[float] | None = None,
+    *,
+    example_inputs: Any,
+    logits: str | int | None = None,
+) -> fx.GraphModule:
+    """Several teachers as one; `distill` takes it as its teacher.
+
+    Args:
+        teachers: two or more, with the same outputs. They stay as they are.
+        weights: of their logits, above 0; only their ratios count. Alike if None.
+        example_inputs: for one of them; they take the same inputs, in order or by name.
+        logits: which entry of their outputs the logits are, where they have several.
+
+    Returns:
+        A module whose output is sum_i weights_i * logits_i / sum_i weights_i.
+
+    Raises:
+        ConfigError: fewer than two teachers, weights that are none, or teachers whose outputs are no tensors of one shape.
+    """
+    weights = [1.0] * len(teachers) if weights is None else list(weights)
+    teachers = [uncompiled(teacher) for teacher in teachers]
+    if len(teachers) < 2 or len(weights) != len(teachers) or not all(weight > 0 for weight in weights):
+        raise ConfigError(
+            f"{len(teachers)} teachers with the weights {weights}.",
+            where="teachers",
+            got=weights,
+            expected="two teachers or more, and a weight above 0 for each",
+        )
+    names, places = _inputs(teachers, example_inputs)
+    _check_outputs(teachers, example_inputs, logits)
+    graph = fx.Graph()
+    given = [graph.placeholder(name) for name in names]
+    outputs = []
+    for number in range(len(teachers)):
+        kwargs = dict(zip(places[number], given, strict=True))
+        value = graph.call_module(f"teachers.{number}", (), kwargs)
+        outputs.append(value if logits is None else graph.call_function(operator.getitem, (value, logits)))
+    shares = [weight / sum(weights) for weight in weights]
+    parts = [graph.call_function(operator.mul, (out, share)) for out, share in zip(outputs, shares, strict=True)]
+    total = parts[0]
+    for part in parts[1:]:
+        total = graph.call_function(operator.add, (total, part))
+    graph.output(total)
+    root = nn.Module()
+    root.teachers = nn.ModuleList(teachers)
+    made = fx.GraphModule(root, graph, class_name="Ensemble")
+    made.meta["teachers"] = {"weights": shares, "logits": logits, "inputs": places}
+    return made
+
+
+def is_ensemble(module: nn.Module) -> bool:
+    """Whether it is one of `ensemble`'s."""
+    return isinstance(module, fx.GraphModule) and "teachers" in module.meta
+
+
+def align_members(teacher: TracedModel, student: TracedModel, plans: Sequence[AlignmentPlan]) -> AlignmentPlan:
+    """One plan of several teachers: every layer of the student learns from the teacher whose layer goes best with it.
+
+    Args:
+        teacher: the ensemble, traced.
+        student: traced.
+        plans: one for each teacher and the student, in order; of layers of equal score the first teacher's is taken.
+    """
+    best: dict[str, Pair] = {}
+    for number, plan in enumerate(plans):
+        for pair in plan.pairs:
+            own = pair.model_copy(update={"teacher": f"teachers.{number}.{pair.teacher}"})
+            known = own.teacher in teacher.taps and teacher.facts_of(own.teacher).shape[1:] == pair.teacher_shape[1:]
+            if known and (pair.student not in best or pair.score > best[pair.student].score):
+                best[pair.student] = own
+    order = {node.name: place for place, node in enumerate(student.graph_module.graph.nodes)}
+    chosen = sorted(best.values(), key=lambda pair: order[student.node(pair.student).name])
+    vectors = [(number, plan.embedding) for number, plan in enumerate(plans) if plan.embedding is not None]
+    last = max(vectors, key=lambda entry: entry[1].score, default=None)
+    named = (
+        last[1].model_copy(update={"teacher": f"teachers.{last[0]}.{last[1].teacher}"}) if last is not None else None
+    )
+    return AlignmentPlan(
+        teacher=ModelStamp.of(teacher),
+        student=ModelStamp.of(student),
+        pairs=tuple(_in_order(chosen, teacher)),
+        embedding=named if named is not None and named.teacher in teacher.taps else None,
+        unmatched=tuple(f"teachers.{number}: {line}" for number, plan in enumerate(plans) for line in plan.unmatched),
+        layers=Layers(teacher=teacher.layers, student=student.layers),
+    )
+
+
+def traced_members(teacher: TracedModel) -> list[TracedModel]:
+    """The teachers of an ensemble, each traced by itself."""
+    told = teacher.module.meta["teachers"]
+    values = teacher.example_values
+    return [
+        as_traced(
+            member,
+            Call((), dict(zip(names, values, strict=True))),
+            role="teacher",
+            logits=told["logits"],
+            view=teacher.view,
+        )
+        for member, names in zip(teacher.module.get_submodule("teachers").children(), told["inputs"], strict=True)
+    ]
+
+
+def _in_order(pairs: Sequence[Pair], teacher: TracedModel) -> list[Pair]:
+    """Without pairs that would cross another one of the same teacher."""
+    order = {node.name: place for place, node in enumerate(teacher.graph_module.graph.nodes)}
+    reached: dict[str, int] = {}
+    kept = []
+    for pair in pairs:
+        place = order[teacher.node(pair.teacher).name]
+        if place > reached.get(member_of(pair.teacher), -1):
+            reached[member_of(pair.teacher)] = place
+            kept.append(pair)
+    if not kept:
+        raise MatchError("None of the teachers has a kind of layer in common with the student.")
+    return kept
+
+
+def _inputs(teachers: Sequence[nn.Module], example: Any) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Names of the inputs of all of them together, and of each."""
+    takes = [Inputs.of(teacher) for teacher in teachers]
+    calls = [Call.of_example(example, own, where=f"Teacher {number}") for number, own in enumerate(takes)]
+    names = [tuple(call.tensors(own.names)) for call, own in zip(calls, takes, strict=True)]
+    if len({len(own) for own in names}) > 1:
+        raise ConfigError(
+            "The teachers take different inputs: " + "; ".join(", ".join(own) for own in names) + ".",
+            where="teachers",
+            got=[list(own) for own in names],
+            hint="Several teachers see the same inputs.",
+        )
+    return names[0], names
+
+
+def _check_outputs(teachers: Sequence[nn.Module], example: Any, logits: str | int | None) -> None:
+    shapes = []
+    for number, teacher in enumerate(teachers):
+        device = next((parameter.device for parameter in teacher.parameters()), torch.device("cpu"))
+        call = Call.of_example(example, Inputs.of(teacher), where=f"Teacher {number}").to(device)
+        with evaluating(teacher), torch.no_grad():
+            try:
+                found = call(teacher)
+                found = found if logits is None else found[logits]
+            except IndistillError:
+                raise
+            except Exception as error:
+                raise ConfigError(
+                    f"Teacher {number} fails on the example inputs: {type(error).__name__}: {error}.", where="teachers"
+                ) from error
+        if not isinstance(found, Tensor):
+            raise ConfigError(
+                f"Teacher {number} gives a {type(found).__name__}, and the logits of several teachers are averaged.",
+                where="teachers",
+                got=type(found).__name__,
+                hint="Say which entry holds the logits: logits=KEY (--logits KEY).",
+            )
+        shapes.append(tuple(found.shape))
+    if len(set(shapes)) > 1:
+        raise ConfigError(
+            f"The teachers' outputs have different shapes: {', '.join(map(str, shapes))}.",
+            where="teachers",
+            got=shapes,
+            hint="Their logits are averaged: give teachers of the same classes.",
+        )

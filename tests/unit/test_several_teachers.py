@@ -1,0 +1,160 @@
+"""Several teachers: their weighted mean, whose layers are learnt, and that a run with them goes on to the same bits."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import indistill_fx as ifx
+from indistill_fx.cli import run
+from indistill_fx.cli.distill import _teachers
+from indistill_fx.curriculum import Curriculum
+from indistill_fx.errors import ConfigError
+from indistill_fx.losses import Outputs, main_loss
+from indistill_fx.plan import AlignmentPlan, member_of
+
+
+def net(width: int, classes: int = 3, seed: int = 0) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = nn.Sequential(
+            nn.Conv2d(1, width, 3, 2, 1), nn.BatchNorm2d(width), nn.ReLU(),
+            nn.Conv2d(width, 2 * width, 3, 2, 1), nn.BatchNorm2d(2 * width), nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2 * width, classes),
+        )  # fmt: skip
+        for part in model:
+            if isinstance(part, nn.BatchNorm2d):
+                nn.init.normal_(part.running_mean)
+                nn.init.uniform_(part.running_var, 0.5, 2.0)
+    return model.eval()
+
+
+def batch(count: int = 8) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(count, 1, 8, 8, generator=generator), torch.randint(3, (count,), generator=generator)
+
+
+def test_two_teachers_of_weight_one_half_equal_the_average():
+    x, y = batch()
+    first, second = net(6).double(), net(8, seed=1).double()
+    student, x = net(4, seed=2).double(), x.double()
+    stages = {
+        name: ifx.compile_stages(ifx.ensemble([first, second], weights, example_inputs=x), student, example_inputs=x,
+                                 curriculum=Curriculum(lengths=[]))[-1].eval()
+        for name, weights in {"half": [0.5, 0.5], "none": None, "three to one": [3, 1]}.items()
+    }  # fmt: skip
+    with torch.no_grad():
+        logits = first(x), second(x)
+        for name, shares in {"half": (0.5, 0.5), "none": (0.5, 0.5), "three to one": (0.75, 0.25)}.items():
+            mean = shares[0] * logits[0] + shares[1] * logits[1]
+            expected = main_loss("kd")(Outputs(student(x), None, {}), Outputs(mean, None, {}), y).item()
+            assert stages[name]((x, y)).item() == pytest.approx(expected, rel=1e-12), name
+    assert stages["half"]((x, y)).item() != pytest.approx(stages["three to one"]((x, y)).item(), rel=1e-6)
+
+
+def test_each_pair_says_whose_layer_it_is_and_the_best_is_chosen():
+    x, _ = batch()
+    shallow = nn.Sequential(
+        nn.Conv2d(1, 5, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 3)
+    ).eval()
+    both = ifx.ensemble([shallow, net(6)], example_inputs=x)
+    plan = ifx.align(both, net(4, seed=2), example_inputs=x)
+    singles = [ifx.align(teacher, net(4, seed=2), example_inputs=x) for teacher in (shallow, net(6))]
+    for pair in plan.pairs:
+        scores = [next((own.score for own in single.pairs if own.student == pair.student), -1.0) for single in singles]
+        number = scores.index(max(scores))
+        assert member_of(pair.teacher) == f"teachers.{number}"
+        own = next(own for own in singles[number].pairs if own.student == pair.student)
+        assert pair == own.model_copy(update={"teacher": f"teachers.{number}.{own.teacher}"})
+    assert len(plan.pairs) == 2
+    mixed = plan.model_copy(update={"pairs": plan.pairs[::-1]})
+    with pytest.raises(ConfigError, match="cross or repeat a layer"):
+        ifx.compile_stages(both, net(4, seed=2), mixed, example_inputs=x)
+
+
+def test_a_warm_up_stage_compares_the_layer_of_the_teacher_that_it_names():
+    x, y = batch()
+    teachers, student = [net(6), net(8, seed=1)], net(4, seed=2)
+    both = ifx.ensemble(teachers, example_inputs=x)
+    plan = ifx.align(both, student, example_inputs=x)
+    other = plan.pairs[1].model_copy(
+        update={"teacher": plan.pairs[1].teacher.replace("teachers.0", "teachers.1"), "teacher_shape": (8, 16, 2, 2)}
+    )
+    plan = plan.model_copy(update={"pairs": (plan.pairs[0], other)})
+    stages = ifx.compile_stages(both, student, plan, example_inputs=x, curriculum=Curriculum(lengths=1, penultimate=0))
+    with torch.no_grad():
+        for stage, teacher in zip(stages[:2], teachers, strict=True):
+            pair = stage.pairs[0]
+            depth = int(pair.teacher.rpartition(".")[2]) + 1
+            own = teacher[:depth](x)[:, list(pair.kept)]
+            expected = nn.functional.mse_loss(student[: int(pair.student) + 1](x), own).item()
+            assert stage.eval()((x, y)).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_run_with_several_teachers_goes_on(tmp_path):
+    x, y = batch()
+    options = {"epochs": 2, "val_loader": [(x, y)], "progress": False, "device": "cpu"}
+    digests = []
+    for name in ("whole", "torn"):
+        both, student = ifx.ensemble([net(6), net(8, seed=1)], [1, 3], example_inputs=x), net(4, seed=2)
+        record = ifx.distill(
+            both, student, [(x, y)], run_dir=tmp_path / name, **options | ({"epochs": 1} if name == "torn" else {})
+        )
+        if name == "torn":
+            other = ifx.ensemble([net(6), net(8, seed=1)], [1, 1], example_inputs=x)
+            with pytest.raises(ConfigError, match="of another run"):
+                ifx.distill(other, net(4, seed=2), [(x, y)], run_dir=tmp_path / name, resume=True, **options)
+            student = net(4, seed=2)
+            record = ifx.distill(both, student, [(x, y)], run_dir=tmp_path / name, resume=True, **options)
+        digests.append(record.digest)
+    assert digests[0] == digests[1]
+    kept = AlignmentPlan.load(tmp_path / "whole/plan.json")
+    assert {member_of(pair.teacher) for pair in kept.pairs} <= {"teachers.0", "teachers.1"}
+    assert record.teacher_metrics == ifx.evaluate(both, [(x, y)]).metrics
+
+
+def test_unfit_teachers_are_refused():
+    x, _ = batch()
+    for teachers, options, message in (
+        ([net(4)], {}, "1 teachers with the weights"),
+        ([net(4), net(4)], {"weights": [1, -1]}, "a weight above 0"),
+        ([net(4), net(4, classes=4)], {}, "different shapes"),
+    ):
+        with pytest.raises(ConfigError) as error:
+            ifx.ensemble(teachers, example_inputs=x, **options)
+        assert message in f"{error.value} {error.value.expected}"
+
+
+def test_from_the_shell(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.py").write_text(
+        "import torch\nfrom tests.unit.test_several_teachers import net, batch\n"
+        "def one(): return net(6)\ndef two(width=8): return net(width, seed=1)\ndef small(): return net(4, seed=2)\n"
+        "def wrong(): return net(6, classes=5)\ndef data(): return [batch()], [batch()]\n"
+    )
+    common = ("own.py:small", "--data", "own.py:data", "--device", "cpu", "--epochs", "1", "-o")
+    assert run(["distill", "own.py:one=3", *common, "run", "--teacher", "own.py:two?width=10"]) == 0
+    told = capsys.readouterr().err
+    assert "teachers.0: own.py:one, 0.75 of the logits" in told and "teachers.1: own.py:two?width=10, 0.25" in told
+    story = json.loads((tmp_path / "run/run.json").read_text())
+    assert story["about"]["teacher"] == "own.py:one, own.py:two?width=10"
+    assert run(["distill", "own.py:one", *common, "bad", "--teacher", "own.py:wrong"]) == 2
+    assert "different shapes" in capsys.readouterr().err
+    assert run(["evaluate", "run", "--data", "own.py:data"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("first", "more", "found"),
+    [
+        ("a.pt", (), {"a.pt": 1.0}),
+        ("a.pt=2", ("b.pt",), {"a.pt": 2.0, "b.pt": 1.0}),
+        ("a.pt", ("m.py:f?n=10",), {"a.pt": 1.0, "m.py:f?n=10": 1.0}),
+        ("a.pt", ("m.py:f?n=10=0.5",), {"a.pt": 1.0, "m.py:f?n=10": 0.5}),
+        ("m.py:f?n=10", (), {"m.py:f?n=10": 1.0}),
+    ],
+)
+def test_weights_are_told_from_arguments(first, more, found):
+    assert _teachers(first, {"more_teachers": more}) == found
