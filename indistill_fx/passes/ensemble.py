@@ -57,7 +57,7 @@ def ensemble(
     given = [graph.placeholder(name) for name in names]
     outputs = []
     for number in range(len(teachers)):
-        kwargs = dict(zip(places[number], given, strict=True))
+        kwargs: dict[str, Any] = dict(zip(places[number], given, strict=True))
         value = graph.call_module(f"teachers.{number}", (), kwargs)
         outputs.append(value if logits is None else graph.call_function(operator.getitem, (value, logits)))
     shares = [weight / sum(weights) for weight in weights]
@@ -112,7 +112,7 @@ def align_members(teacher: TracedModel, student: TracedModel, plans: Sequence[Al
 
 def traced_members(teacher: TracedModel) -> list[TracedModel]:
     """The teachers of an ensemble, each traced by itself."""
-    told = teacher.module.meta["teachers"]
+    told = _told(teacher.module)
     values = teacher.example_values
     return [
         as_traced(
@@ -124,6 +124,12 @@ def traced_members(teacher: TracedModel) -> list[TracedModel]:
         )
         for member, names in zip(teacher.module.get_submodule("teachers").children(), told["inputs"], strict=True)
     ]
+
+
+def _told(module: nn.Module) -> dict[str, Any]:
+    assert isinstance(module, fx.GraphModule)
+    found: dict[str, Any] = module.meta["teachers"]
+    return found
 
 
 def _in_order(pairs: Sequence[Pair], teacher: TracedModel) -> list[Pair]:
