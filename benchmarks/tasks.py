@@ -47,7 +47,7 @@ class Job:
 
 JOBS = {
     "segmentation": Job(
-        segmentation.make_teacher, segmentation.make_student, segmentation.make_loaders, (15, 20), 1e-2
+        segmentation.make_teacher, segmentation.make_student, segmentation.make_loaders, (20, 60), 1e-2
     ),
     "multilabel": Job(multilabel.make_teacher, multilabel.make_student, multilabel.make_loaders, (20, 40), 1e-2),
     "bert": Job(texts.bert_teacher, texts.bert_student, texts.bert_loaders, (15, 15), 3e-3, "logits"),

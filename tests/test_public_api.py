@@ -17,7 +17,7 @@ GOLDEN = Path(__file__).parent / "golden" / "public_api.txt"
 CONTRACT = (
     "AlignmentPlan ConfigError Curriculum ExportError FrontendError IndistillError MatchError Pair PassError "
     "PassResult PruneError Stage Target Task TracedModel TrainError VerifyError View __version__ "
-    "align check_onnx compare compile_stages compress distill distill_chain evaluate export_onnx instrument load narrow open_data "
+    "align check_onnx compare compile_stages compress distill distill_chain ensemble evaluate export_onnx instrument load narrow open_data "
     "quantize_onnx shrink trace train"
 ).split()
 
