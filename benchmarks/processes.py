@@ -1,9 +1,9 @@
-"""The demo by one process and by two under torchrun, with the same global batches: how far do they end apart?
+"""A teacher and three students by one process and by two under torchrun, with the same global batches: how far do they end apart?
 
     python benchmarks/processes.py --json benchmarks/results/processes.json
 
 Both runs start from the same weights and see the same batches; batch norms take their statistics over both processes. What is left is
-rounding, in another order. In float32, the demo as it is, a ReLU whose input is all but zero sooner or later opens in one run and not in
+rounding, in another order. In float32 a ReLU whose input is all but zero sooner or later opens in one run and not in
 the other, and from there the runs part. In float64 the same training of the same networks shows that nothing else is left.
 """
 
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from indistill_fx.curriculum import Curriculum
 from indistill_fx.data.open import open_data
-from indistill_fx.demo import run as demo
+from indistill_fx.demo.networks import DigitsStudent, DigitsTeacher
 from indistill_fx.runs.directory import STUDENT
 from indistill_fx.runs.record import environment
 from indistill_fx.training.compare import compare
@@ -51,15 +51,16 @@ class Double(nn.Module):
         return scores
 
 
-def train_in_float64(place: Path) -> None:
-    """What the demo trains, with its settings, in float64."""
+def train_all(place: Path, precision: str) -> None:
+    """Digits: a teacher, and a chain on labels, by KD, and by warm-up and KD."""
     data = open_data("digits", batch_size=64, seed=0)
     torch.manual_seed(0)
-    teacher, student = Double(demo.DigitsTeacher()), Double(demo.DigitsStudent())
+    networks = DigitsTeacher(), DigitsStudent()
+    teacher, student = (Double(one) if precision == "float64" else one for one in networks)
     shared: dict[str, Any] = {"val_loader": data.test, "seed": 0, "progress": False, "device": "cpu"}
-    train(teacher, data.train, epochs=demo.TEACHER_EPOCHS, run_dir=place / "teacher", **shared)
-    curriculum = Curriculum(lengths=demo.WARMUP, learning_rate=demo.LEARNING_RATE)
-    shared |= {"learning_rate": demo.LEARNING_RATE, "schedule": "cosine", "epochs": demo.STUDENT_EPOCHS}
+    train(teacher, data.train, epochs=12, run_dir=place / "teacher", **shared)
+    curriculum = Curriculum(lengths=(1, 2, 3), learning_rate=5e-3)
+    shared |= {"learning_rate": 5e-3, "schedule": "cosine", "epochs": 18}
     compare(teacher, student, data.train, curriculum=curriculum, run_dir=place, **shared)
 
 
@@ -96,12 +97,14 @@ def main() -> None:
     """Run both ways in both precisions, compare, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--float64", type=Path, metavar="DIR", help="only train what the demo trains, in this process")
+    parser.add_argument("--float32", type=Path, metavar="DIR", help="only train, in this process")
+    parser.add_argument("--float64", type=Path, metavar="DIR", help="likewise, in float64")
     options = parser.parse_args()
-    if options.float64:
-        train_in_float64(options.float64)
-        return
-    ways = {"float32": ["-m", "indistill_fx", "demo", "-o"], "float64": [__file__, "--float64"]}
+    for precision in ("float32", "float64"):
+        if place := getattr(options, precision):
+            train_all(place, precision)
+            return
+    ways = {precision: [__file__, f"--{precision}"] for precision in ("float32", "float64")}
     arms = {}
     for precision, command in ways.items():
         with tempfile.TemporaryDirectory() as folder:

@@ -27,7 +27,7 @@ _COMMANDS: dict[str, str] = {
     "report": "Show a run, or several, on one page: schedule, curves, models, kept channels.",
     "bench": "Time models and ONNX files side by side.",
     "check": "Prove a deployed ONNX file again.",
-    "demo": "The whole way on data that ships with scikit-learn, in about a minute and a half.",
+    "demo": "The whole way on data that ships with scikit-learn, in about a minute.",
 }
 
 
