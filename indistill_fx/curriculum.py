@@ -72,8 +72,9 @@ class Curriculum:
         keep: weight of the penultimate vectors' feature loss in the main stage, in units of the main loss (`MainLoss.unit`);
             0: the main loss alone, as in the paper.
 
-    >>> [budget.length for budget in Curriculum().schedule(3)]
-    [3, 4, 5]
+    Examples:
+        >>> [budget.length for budget in Curriculum().schedule(3)]
+        [3, 4, 5]
     """
 
     a: int = 2
