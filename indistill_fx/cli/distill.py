@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from indistill_fx.cli import common, pictures, training
+from indistill_fx.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import nn
 
     from indistill_fx.curriculum import Curriculum
     from indistill_fx.data.dataset import Data
+    from indistill_fx.loading.load import Source
     from indistill_fx.plan import AlignmentPlan
 
 
@@ -174,16 +177,16 @@ def command(teacher: str, student: str, **options: Any) -> None:
     from indistill_fx.training.distill import distill
 
     out, loss = options["output"], options["main"]
-    given_teachers = _teachers(teacher, options)
-    teacher = next(iter(given_teachers))
-    sources = tuple(common.open_model(spec, options["trust"], seed=options["seed"]) for spec in (teacher, student))
-    source, pupil = (one.module for one in sources)
-    data = training.open_training_data(options, *reversed(sources))
-    example = common.example_for(sources, (), data)
-    source = _together(source, given_teachers, example, options)
+    shares = _teachers(teacher, options)
+    teacher = next(iter(shares))
+    *teachers, last = (common.open_model(spec, options["trust"], seed=options["seed"]) for spec in (*shares, student))
+    pupil = last.module
+    data = training.open_training_data(options, last, *teachers)
+    example = common.example_for((*teachers, last), (), data)
+    source = _together(teachers, shares, example, options)
     given = options["plan_file"]
     plan = AlignmentPlan.load(given) if given else _plan_beside(student, source, example)
-    view, plan = pictures.teacher_view(options, sources[0], data, plan, directly=options["assistant"] is None)
+    view, plan = pictures.teacher_view(options, teachers, data, plan, directly=options["assistant"] is None)
     shared: dict[str, Any] = {
         "curriculum": _curriculum(options),
         "plan": plan,
@@ -197,9 +200,7 @@ def command(teacher: str, student: str, **options: Any) -> None:
         "resume": options["resume"],
         "allow_changed": options["allow_changed"],
         "feature_cache": options["feature_cache"],
-        "about": about(
-            student, options["data"], data.input_size, teacher=", ".join(given_teachers), **about_data(data)
-        ),
+        "about": about(student, options["data"], data.input_size, teacher=", ".join(shares), **about_data(data)),
         **training.settings_of(options),
     }
     if options["assistant"] is not None:
@@ -221,8 +222,6 @@ def command(teacher: str, student: str, **options: Any) -> None:
 
 def _teachers(first: str, options: dict[str, Any]) -> dict[str, float]:
     """Every teacher's spec with its weight, in order; weights are read only where there are several."""
-    from indistill_fx.errors import ConfigError
-
     if not options["more_teachers"]:
         return {first: 1.0}
     found: dict[str, float] = {}
@@ -242,22 +241,21 @@ def _teachers(first: str, options: dict[str, Any]) -> dict[str, float]:
     return found
 
 
-def _together(first: nn.Module, teachers: dict[str, float], example: Any, options: dict[str, Any]) -> nn.Module:
+def _together(teachers: Sequence[Source], shares: dict[str, float], example: Any, options: dict[str, Any]) -> nn.Module:
     """The teachers as one module."""
-    from indistill_fx.errors import ConfigError
     from indistill_fx.passes.ensemble import ensemble
 
     if len(teachers) == 1:
-        return first
+        return teachers[0].module
     if options["assistant"] == "auto":
         raise ConfigError(
             "--assistant auto shrinks the teacher, and there are several.",
             where="--assistant",
             hint="Name the assistant: --assistant SPEC.",
         )
-    others = [common.open_model(spec, options["trust"], seed=options["seed"]).module for spec in list(teachers)[1:]]
-    made = ensemble([first, *others], list(teachers.values()), example_inputs=example, logits=options["logits"])
-    for number, (spec, share) in enumerate(zip(teachers, made.meta["teachers"]["weights"], strict=True)):
+    modules = [one.module for one in teachers]
+    made = ensemble(modules, list(shares.values()), example_inputs=example, logits=options["logits"])
+    for number, (spec, share) in enumerate(zip(shares, made.meta["teachers"]["weights"], strict=True)):
         common.say(f"teachers.{number}: {spec}, {share:.4g} of the logits")
     return made
 
@@ -323,16 +321,21 @@ def _assisted(
     return assistant
 
 
+_OF_THE_WARM_UP = ("layers", "warmup_loss", "warmup_lr", "warmup_optimizer", "patience", "feed")
+
+
 def _curriculum(options: dict[str, Any]) -> Curriculum:
     """The recipe's, with what was asked for in its place."""
-    from indistill_fx.errors import ConfigError
     from indistill_fx.training.recipes import RECIPES
 
+    if options["assistant_epochs"] is not None and options["assistant"] is None:
+        raise ConfigError("--assistant-epochs is for --assistant, which is not given.", where="--assistant-epochs")
     lengths = [name for name in ("warmup", "warmup_steps", "no_warmup") if options[name]]
-    lengths += ["penultimate"] if options["no_warmup"] and options["penultimate"] else []
+    if options["no_warmup"]:  # then nothing else that is asked of a warm-up can be had
+        lengths += [name for name in ("penultimate", *_OF_THE_WARM_UP) if options[name]]
     if len(lengths) > 1:
         names = " and ".join(f"--{name.replace('_', '-')}" for name in lengths)
-        raise ConfigError(f"{names} answer one question.", where=names, hint="Give one of them.")
+        raise ConfigError(f"{names} do not go together.", where=names, hint="Give one of them.")
     asked: dict[str, Any] = {
         "loss": options["warmup_loss"],
         "layers": options["layers"],
@@ -360,8 +363,6 @@ def _one_or_all(values: list[Any] | None) -> Any:
 def main_options(pairs: tuple[str, ...]) -> dict[str, Any]:
     """Values as Python would read them, else as text."""
     from ast import literal_eval
-
-    from indistill_fx.errors import ConfigError
 
     found: dict[str, Any] = {}
     for pair in pairs:

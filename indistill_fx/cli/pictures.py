@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -126,7 +126,7 @@ def teacher_options(command: Command) -> Command:
 
 def teacher_view(
     options: Mapping[str, Any],
-    teacher: Source,
+    teachers: Sequence[Source],
     data: Data | None,
     plan: AlignmentPlan | None = None,
     *,
@@ -136,7 +136,7 @@ def teacher_view(
 
     Args:
         options: those of `teacher_options`; others are not read.
-        teacher: the model.
+        teachers: the model, or several that see the same.
         data: what the student is trained on, if that is known.
         plan: whose view counts for what the options do not say.
         directly: whether the plan is of this teacher, and not of an assistant between it and the student.
@@ -146,8 +146,17 @@ def teacher_view(
 
     asked = ViewOptions(**{name.removeprefix("teacher_"): options[name] for name in TEACHER_NAMES})
     own = plan if directly else None
-    view, notes = teacher_view(teacher, data, asked, own.view if own is not None else None)
-    for note in notes:
+    found = [teacher_view(one, data, asked, own.view if own is not None else None) for one in teachers]
+    view = found[0][0]
+    for one, (other, _) in zip(teachers, found, strict=True):
+        if other != view:
+            raise ConfigError(
+                f"The teachers want to see different things. {teachers[0].spec}: {view or 'as the student'}. {one.spec}:"
+                f" {other or 'as the student'}.",
+                where="--teacher",
+                hint="Say what all of them see: --teacher-size, --teacher-mean, --teacher-std, --teacher-classes; or distil from one.",
+            )
+    for note in dict.fromkeys(note for _, notes in found for note in notes):
         say(note)
     return view or View(), own.model_copy(update={"view": view}) if own is not None else plan
 

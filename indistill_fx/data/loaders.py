@@ -82,6 +82,11 @@ class EpochLoader(ABC):
         return f"nobody can tell whether a {type(self).__name__} draws at random"
 
     @property
+    def normalisation(self) -> str | None:
+        """What pixels are normalised by, in words; None where that is the dataset's own business."""
+        return None
+
+    @property
     def numbered(self) -> bool:
         """Whether it knows its samples by number: `samples` and `indexed` say."""
         return False
@@ -248,6 +253,11 @@ class MemoryLoader(_IndexedLoader):
         """The augmentation, if there is one."""
         return f"training images are augmented by {self.augment}" if self.augment is not None else None
 
+    @property
+    def normalisation(self) -> str:
+        """Mean, std and peak."""
+        return str(self._normalise)
+
     def fingerprint(self) -> str:
         """Digest of images and normalisation."""
         total = hashlib.sha256(f"{self.images.dtype} {tuple(self.images.shape)} {self._normalise}".encode())
@@ -314,6 +324,11 @@ class DiskLoader(_IndexedLoader):
         unknown = f"nobody can tell whether a {type(self.dataset).__name__} draws at random"
         known: str | None = getattr(self.dataset, "randomness", unknown)
         return known
+
+    @property
+    def normalisation(self) -> str | None:
+        """Mean, std and peak, where the dataset has not done it."""
+        return str(self._normalise) if self._normalise is not None else None
 
     def fingerprint(self) -> str:
         """The dataset's own, and the normalisation."""

@@ -48,6 +48,10 @@ class Normaliser:
     def __repr__(self) -> str:
         return f"Normaliser({self.mean.flatten().tolist()}, {self.std.flatten().tolist()}, {self.peak.item()})"
 
+    def __str__(self) -> str:
+        mean, std = (", ".join(f"{value:.6g}" for value in part.flatten().tolist()) for part in (self.mean, self.std))
+        return f"mean {mean} and std {std}, of values up to {self.peak.item():g}"
+
     def to(self, device: torch.device | str) -> Normaliser:
         """The same for pixels on this device."""
         moved = copy.copy(self)

@@ -126,7 +126,16 @@ def _digits(place: str, options: DataOptions) -> Data:
     test = rank_in_class(labels) % 5 == 4
     classes = tuple(str(digit) for digit in range(10))
     train_split, test_split = (Split(images[part], labels[part]) for part in (~test, test))
-    return hold(train_split, test_split, classes, _DIGITS, options, peak=16.0, augment=None)
+    notes = _without_cache(options)
+    return hold(train_split, test_split, classes, _DIGITS, options, peak=16.0, augment=None, notes=notes)
+
+
+def _without_cache(options: DataOptions) -> tuple[str, ...]:
+    return (
+        ("These pictures are not decoded, so there is nothing to keep: --cache has no effect.",)
+        if options.cache
+        else ()
+    )
 
 
 def _cifar(place: str, options: DataOptions, name: Literal["CIFAR10", "CIFAR100"], figures: Normalisation) -> Data:
@@ -146,7 +155,8 @@ def _cifar(place: str, options: DataOptions, name: Literal["CIFAR10", "CIFAR100"
             ) from error
         images = torch.from_numpy(dataset.data).permute(0, 3, 1, 2).contiguous()
         splits.append(Split(images, torch.tensor(dataset.targets)))
-    return hold(splits[0], splits[1], tuple(dataset.classes), figures, options, augment=FlipAndCrop())
+    classes, notes = tuple(dataset.classes), _without_cache(options)
+    return hold(splits[0], splits[1], classes, figures, options, augment=FlipAndCrop(), notes=notes)
 
 
 def _cifar10(place: str, options: DataOptions) -> Data:

@@ -104,8 +104,8 @@ def _rescaling(
         )
         if teacher.normalisation is None or not _equal(in_channels(teacher.normalisation, channels), given):
             notes.append(
-                f"What pictures {teacher.spec} was trained on is not known{usual}: it sees them normalised as the student does, by"
-                f" {_shown(given)}. If it wants others: --teacher-mean and --teacher-std."
+                f"{teacher.spec}: what its pictures were normalised by is not known{usual}; it sees the student's, by {_shown(given)}."
+                " Others: --teacher-mean, --teacher-std."
             )
         return None
     figures = in_channels(figures, channels)

@@ -96,7 +96,7 @@ def compare(
     seen = view_of(teacher_view, plan)
     models = traced_pair(teacher, student, train_loader, example_inputs=example_inputs, logits=logits, view=seen)
     plan = plan or align(*models)
-    warmup, milestones = _epochs_of(curriculum, plan), options.get("milestones", ())
+    warmup, milestones = _epochs_of(curriculum, plan, options), options.get("milestones", ())
     if main_epochs is not None:
         epochs, milestones = main_epochs + warmup, [at + warmup for at in milestones]
     done: dict[str, Arm] = {}
@@ -165,8 +165,10 @@ def _check_room(warmup: int, epochs: int) -> None:
         )
 
 
-def _epochs_of(curriculum: Curriculum, plan: AlignmentPlan) -> int:
+def _epochs_of(curriculum: Curriculum, plan: AlignmentPlan, options: Options) -> int:
     """How many the warm-up takes in all."""
-    if curriculum.unit != "epochs":
-        raise ConfigError("To compare at equal epochs the curriculum must be in epochs.", where="curriculum")
+    if curriculum.unit != "epochs" or options.get("main_steps") is not None:
+        raise ConfigError(
+            "To compare at equal epochs the warm-up and the main stage must be in epochs.", where="curriculum"
+        )
     return sum(budget.length for budget in warmup_plan(plan, curriculum)[1].values())

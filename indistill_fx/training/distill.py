@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from indistill_fx.batch import Call, Inputs, samples_of, split
-from indistill_fx.curriculum import Budget, Curriculum
+from indistill_fx.curriculum import Curriculum
 from indistill_fx.data.foreign import repeatable
 from indistill_fx.data.loaders import EpochLoader
 from indistill_fx.errors import ConfigError
@@ -365,7 +365,7 @@ def _cached(
 def _phases(
     stages: Sequence[Stage], epochs: int, settings: Settings, stores: Sequence[FeatureStore | None]
 ) -> list[Phase]:
-    budget = Budget(epochs, "epochs", settings.learning_rate, settings.optimizer)
+    budget = settings.main_budget(epochs)
     warm = [stage.name for stage in stages if stage.budget is not None]
     phases = []
     for stage, store in zip(stages, stores, strict=True):

@@ -48,7 +48,7 @@ def identity_of(
     found = {
         **more,
         "warm-up": [f"{phase.name}: {phase.budget}" for phase in phases if not phase.main],
-        "epochs": main.budget.length if main is not None else None,
+        "epochs": main.budget.length if main is not None and main.budget.unit == "epochs" else None,
         "batches": loader.length,
         **_data(loader),
         "features": "cached" if any(phase.attach for phase in phases) else None,
@@ -170,13 +170,13 @@ def _data(loader: EpochLoader) -> dict[str, Any]:
     own = loader.loader if isinstance(loader, ForeignLoader) else loader
     total = hashlib.sha256()
     if isinstance(own, MemoryLoader):
-        total.update(own.fingerprint().encode())
-        _update(total, own.labels)
+        _update(total, (own.images, own.labels))
     elif isinstance(own, list | tuple):
         _update(total, own[:])
     else:
         _update_by_dataset(total, getattr(own, "dataset", None))
     return {
+        "normalisation": loader.normalisation,
         "batch size": getattr(own, "batch_size", None),
         "data": total.hexdigest()[:16],
         "data seed": loader.seed,

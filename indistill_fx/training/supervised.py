@@ -9,7 +9,6 @@ from typing import Any, Unpack
 from torch import Tensor, nn
 
 from indistill_fx.batch import Inputs, split
-from indistill_fx.curriculum import Budget
 from indistill_fx.data.foreign import repeatable
 from indistill_fx.errors import ConfigError
 from indistill_fx.evaluation.accuracy import select_logits
@@ -67,7 +66,6 @@ def train(
     settings = Settings.of(options)
     check_epochs(epochs)
     loader = repeatable(train_loader, settings.seed, "train loader")
-    budget = Budget(epochs, "epochs", settings.learning_rate, settings.optimizer)
     found = task_of_run(task, loader, module, Inputs.of(module), logits=logits)
     if not found.task.labelled:
         raise ConfigError(
@@ -76,7 +74,7 @@ def train(
             got=found.task.name,
             hint="Distil the model instead, by a loss on features.",
         )
-    supervised = Supervised(module, logits, found.task)
+    supervised, budget = Supervised(module, logits, found.task), settings.main_budget(epochs)
     phase = Phase("main", supervised, budget, main=True, early_stopping=settings.early_stopping)
     mix = make_mixing(settings, found.task.name, found.outputs, Inputs.of(module))
     models = {"student": model_facts(uncompiled(module))}

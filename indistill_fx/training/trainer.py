@@ -36,6 +36,11 @@ from indistill_fx.training.progress import Reporter
 from indistill_fx.training.state import Phase, State, is_number
 from indistill_fx.training.task import RunTask
 
+_NO_END = (
+    "the loader does not say how many batches an epoch has, so an epoch lasts until it ends; if it never does, give lengths in steps"
+    ' (main_steps, --main-steps; Curriculum(unit="steps"), --warmup-steps)'
+)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
@@ -220,6 +225,9 @@ class Trainer:
         """What will be done, and what is to be known of it, in lines."""
         lines = [f"{phase.name}: {self._described(phase)}" for phase in phases]
         lines += [*setup.remarks, *loader.remarks]
+        lines += self.settings.unused([phase.budget for phase in phases], loader.world)
+        if loader.length is None and any(phase.budget.unit == "epochs" for phase in phases):
+            lines.append(_NO_END)
         if self.val_loader is not None and not self._validates(setup):
             lines.append("no validation: nothing says what the labels mean")
         elif self.val_loader is not None and self.teacher is not None and not setup.same_classes:

@@ -225,8 +225,12 @@ def test_options_of_the_main_loss(here):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--warmup", "1,1", "--no-warmup"], "--warmup and --no-warmup answer one question"),
-        (["--no-warmup", "--penultimate", "2"], "--no-warmup and --penultimate answer one question"),
+        (["--warmup", "1,1", "--no-warmup"], "--warmup and --no-warmup do not go together"),
+        (["--no-warmup", "--penultimate", "2"], "--no-warmup and --penultimate do not go together"),
+        (["--no-warmup", "--warmup-lr", "0.1"], "--no-warmup and --warmup-lr do not go together"),
+        (["--assistant-epochs", "2"], "--assistant-epochs is for --assistant"),
+        (["--mixed-precision", "fp16", "--device", "cpu"], "A CPU does not train in fp16"),
+        (["--main-steps", "3", "--schedule", "cosine"], "schedule='cosine' goes by epochs"),
         (["--warmup-steps", "1,1", "--patience", "2"], "plateau rule compares epochs"),
         (["--warmup-lr", "fast"], "--warmup-lr 'fast' is no list of numbers"),
         (["--warmup-lr", "1e-3,1e-3,1e-3,1e-3"], "4 learning rates for 3 pairs"),

@@ -139,7 +139,7 @@ def test_a_plan_with_a_view_is_made_for_other_data_anew(told):
 
 def test_what_is_not_known_is_said(told):
     code, text = told(*distill("models.py:unknown"))
-    assert code == 0 and "What pictures models.py:unknown was trained on is not known" in text, text
+    assert code == 0 and "models.py:unknown: what its pictures were normalised by is not known" in text, text
     code, text = told(*distill("models.py:unknown", "--teacher-mean", "data", out="other"))
     assert code == 0 and "not known" not in text, text
 
@@ -188,3 +188,12 @@ def test_a_run_as_teacher_knows_its_own_classes_and_figures(told):
     assert (
         code == 2 and "the same classes in another order: class 0 is 'cat' to the model and 'dog' in the data" in text
     ), text
+
+
+def test_several_teachers_see_the_same_or_are_refused(told):
+    code, text = told(*distill("models.py:teacher", "--teacher", "models.py:unknown"))
+    assert (
+        code == 2 and "The teachers want to see different things. models.py:teacher: sees inputs normalised by" in text
+    ), text
+    code, text = told(*distill("models.py:teacher", "--teacher", "models.py:unknown", "--teacher-mean", "half"))
+    assert code == 0 and "models.py:unknown: sees inputs normalised by mean 0.5" in text, text

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -44,7 +45,7 @@ class PowerCutError(Exception):
     pass
 
 
-def loader(cut: int = 10**9, count: int = 64, batch: int = 16, seed: int = 0) -> MemoryLoader:
+def loader(cut: int = 10**9, count: int = 64, batch: int = 16, seed: int = 0, mean: float = 0.5) -> MemoryLoader:
     images = torch.randint(256, (count, 3, 16, 16), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
     left = [cut]
 
@@ -57,7 +58,7 @@ def loader(cut: int = 10**9, count: int = 64, batch: int = 16, seed: int = 0) ->
                 yield one
 
     labels = torch.arange(count) % 5
-    return Cut(images, labels, mean=(0.5,) * 3, std=(0.2,) * 3, batch_size=batch, shuffle=True)
+    return Cut(images, labels, mean=(mean,) * 3, std=(0.2,) * 3, batch_size=batch, shuffle=True)
 
 
 def run(place: Path | None, data: Any = None, student: nn.Module | None = None, **options: Any) -> nn.Module:
@@ -88,6 +89,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "batch size": {"data": loader(batch=15)},
     "data": {"data": loader(seed=7)},
     "data ": {"data": loader(count=65)},
+    "normalisation": {"data": loader(mean=0.4)},
     "code of the student": {"student": Net(4, sign=-3.0)},
     "code of the student ": {"student": Turned(4)},
 }
@@ -100,6 +102,31 @@ def test_a_resume_under_another_is_refused_by_name(broken_off: Path, what: str) 
         run(broken_off, resume=True, **CHANGES[what])
     assert f"--allow-changed {what.strip().replace(' ', '-').replace('_', '-')}" in str(error.value)
     assert (broken_off / LAST).read_bytes() == before
+
+
+def test_pictures_on_disk_normalised_by_other_figures_are_another_run(tmp_path: Path) -> None:
+    """The files are the same, and what the network sees is not."""
+    for split in ("train", "test"):
+        for number in range(4):
+            (tmp_path / split / f"c{number % 2}").mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (72, 72), (60 * number,) * 3).save(tmp_path / split / f"c{number % 2}" / f"{number}.png")
+
+    def go(epochs: int, **figures: Any) -> None:
+        opened = ifx.open_data(f"imagefolder:{tmp_path}", batch_size=2, size=72, **figures)
+        train(
+            Net(4),
+            opened.train,
+            epochs=epochs,
+            progress=False,
+            device="cpu",
+            run_dir=tmp_path / "run",
+            resume=epochs > 1,
+        )
+
+    go(1)
+    with pytest.raises(ConfigError, match=r"normalisation is mean 0\.485.* there and mean 0\.5.* here"):
+        go(2, mean="half")
+    go(2)
 
 
 def test_what_is_as_it_was_goes_on_and_a_change_that_is_asked_for_is_told(broken_off: Path, capsys: Any) -> None:

@@ -8,6 +8,7 @@ import click
 import pytest
 
 from indistill_fx.cli import train
+from indistill_fx.curriculum import Budget
 from indistill_fx.errors import ConfigError
 from indistill_fx.training.options.settings import Options, Settings, about, hints
 
@@ -41,6 +42,8 @@ def test_the_command_line_has_every_option_with_its_default_and_its_text():
         ({"optimizer": "adm"}, "Nearest: adam"),
         ({"mixed_precision": "fp8"}, "mixed_precision is 'fp8'"),
         ({"milestones": [3]}, "no other schedule reads them"),
+        ({"main_steps": 0}, "an integer, 1 or more, or None"),
+        ({"main_steps": 3, "schedule": "cosine"}, "goes by epochs, and the main stage is to have 3 steps"),
         ({"lerning_rate": 1.0}, "Nearest: learning_rate"),
     ],
 )
@@ -48,3 +51,15 @@ def test_an_illegal_value_is_refused(options, message):
     with pytest.raises(ConfigError) as error:
         Settings.of(options)
     assert message in str(error.value)
+
+
+def test_what_has_no_effect_is_said():
+    budgets = [Budget(3, "epochs", 1e-3, "adam")]
+    assert Settings(shard=True, momentum=0.5, gamma=0.2).unused(budgets, 1) == [
+        "shard has no effect: there is one process",
+        "momentum has no effect: it is sgd's, and the stages have adam",
+        "gamma has no effect: the schedule is constant, and only step reads it",
+    ]
+    told = Settings(shard=True, momentum=0.5, gamma=0.2, schedule="step", milestones=[1])
+    assert told.unused([*budgets, Budget(3, "epochs", 1e-3, "sgd")], 2) == []
+    assert Settings().unused(budgets, 1) == []

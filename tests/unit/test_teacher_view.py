@@ -59,7 +59,11 @@ def test_the_same_needs_no_view():
 
 def test_what_is_not_known_is_said_and_not_assumed():
     view, (note,) = teacher_view(source(), data(), ViewOptions())
-    assert view is None and "What pictures teacher.pt was trained on is not known: it sees them" in note
+    assert (
+        view is None
+        and "teacher.pt: what its pictures were normalised by is not known; it sees the student's, by mean 0.485"
+        in note
+    )
     view, (note,) = teacher_view(source(normalisation=HALF), data(), ViewOptions())
     assert view is None and "with its library's own weights it would be mean 0.5" in note
     view, (note,) = teacher_view(source(wanted_normalisation=HALF), data(None), ViewOptions())

@@ -1,5 +1,6 @@
 """Loaders of the user's own: streams, shared ones, small last batches, labels of any width; and readers that live on."""
 
+import itertools
 import os
 import random
 
@@ -32,6 +33,35 @@ def test_a_stream_without_a_length_trains_every_batch():
     record = ifx.train(net(), loader, epochs=2, accumulate=2, device="cpu", progress=False)
     assert record.steps == 4, "batches of 4, 4 and 2; the last one ends a group of one"
     assert repeatable(loader, 0, "train loader").length is None
+
+
+class Endless(IterableDataset):
+    def __iter__(self):
+        for i in itertools.count():
+            yield torch.full((3, 8, 8), float(i % 7)), i % 5
+
+
+def test_a_stream_without_an_end_is_trained_for_so_many_steps(tmp_path, capsys):
+    """In epochs it would never come to its first end."""
+    stream = DataLoader(Endless(), batch_size=4)
+    options = {"device": "cpu", "run_dir": tmp_path, "checkpoint_every_steps": 2}
+    record = ifx.train(net(), stream, main_steps=5, **options)
+    assert record.steps == 5 and [stage.name for stage in record.stages] == ["main"]
+    assert "main: 5 steps" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="main_steps is 5 there and 6 here"):
+        ifx.train(net(), stream, main_steps=6, resume=True, **options)
+    teacher, student = (
+        nn.Sequential(nn.Conv2d(3, n, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(n, 5))
+        for n in (8, 4)
+    )
+    short = ifx.Curriculum(lengths=2, unit="steps")
+    record = ifx.distill(teacher, student, stream, curriculum=short, main_steps=3, device="cpu", progress=False)
+    assert [stage.steps for stage in record.stages] == [2] * (len(record.stages) - 1) + [3]
+
+
+def test_of_a_stream_without_a_length_epochs_are_explained(tmp_path):
+    ifx.train(net(), DataLoader(Stream(), batch_size=4), epochs=1, device="cpu", progress=False, run_dir=tmp_path)
+    assert "--main-steps" in (tmp_path / "run.json").read_text()
 
 
 def test_a_loader_that_shares_its_samples_out_is_not_cut_again():
@@ -78,7 +108,9 @@ def test_whole_number_labels_of_any_width(change):
 
 
 def test_labels_that_are_no_classes_are_refused_before_the_first_step():
-    with pytest.raises(ConfigError, match=r"Labels in batch 1 are torch.float32 numbers, but the model has 5 classes"):
+    with pytest.raises(
+        ConfigError, match=r"Labels of shape \(8,\) \(float32\) .* Class numbers must be whole: labels.long\(\)"
+    ):
         ifx.train(net(), [(torch.randn(8, 3, 8, 8), torch.rand(8))], epochs=1, device="cpu", progress=False)
 
 

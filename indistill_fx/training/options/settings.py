@@ -13,6 +13,7 @@ from functools import cache
 from numbers import Integral, Real
 from typing import Any, Literal, TypedDict, get_args, get_type_hints
 
+from indistill_fx.curriculum import Budget, Unit
 from indistill_fx.errors import ConfigError, nearest
 
 TrackerName = Literal["tensorboard", "wandb", "mlflow"]
@@ -25,6 +26,7 @@ class Options(TypedDict, total=False):
     """The keyword arguments that become `Settings`; see there."""
 
     learning_rate: float
+    main_steps: int | None
     optimizer: OptimizerName
     momentum: float
     nesterov: bool
@@ -89,6 +91,14 @@ class Settings:
     """
 
     learning_rate: float = field(default=1e-3, metadata=_about("Learning rate of the main stage.", flag="lr", above=0))
+    main_steps: int | None = field(
+        default=None,
+        metadata=_about(
+            "Optimiser steps of the main stage, instead of its epochs: for loaders that never end.",
+            metavar="STEPS",
+            least=1,
+        ),
+    )
     optimizer: OptimizerName = field(
         default="adam", metadata=_about("Of the main stage; the warm-up's is the curriculum's.")
     )
@@ -208,6 +218,14 @@ class Settings:
     def __post_init__(self) -> None:
         for name, hint in hints().items():
             _check(name, getattr(self, name), hint, about(name))
+        if self.main_steps is not None and self.schedule != "constant":
+            raise ConfigError(
+                f"schedule={self.schedule!r} goes by epochs, and the main stage is to have {self.main_steps} steps.",
+                where="schedule",
+                got=self.schedule,
+                expected="constant",
+                hint="Give the main stage epochs, or leave the schedule out.",
+            )
         if (self.schedule == "step") != bool(self.milestones):
             raise ConfigError(
                 f"schedule={self.schedule!r} with milestones={list(self.milestones)}.",
@@ -221,6 +239,23 @@ class Settings:
                 where="nesterov",
                 hint="It is a kind of momentum, and sgd's alone (optimizer='sgd').",
             )
+
+    def unused(self, budgets: Sequence[Budget], processes: int) -> list[str]:
+        """What was asked for and has no effect in a run of these stages and so many processes, in sentences."""
+        defaults, optimizers = Settings(), {budget.optimizer or self.optimizer for budget in budgets}
+        found = []
+        if self.shard and processes == 1:
+            found.append("shard has no effect: there is one process")
+        if self.momentum != defaults.momentum and "sgd" not in optimizers:
+            found.append(f"momentum has no effect: it is sgd's, and the stages have {', '.join(sorted(optimizers))}")
+        if self.gamma != defaults.gamma and self.schedule != "step":
+            found.append(f"gamma has no effect: the schedule is {self.schedule}, and only step reads it")
+        return found
+
+    def main_budget(self, epochs: int) -> Budget:
+        """The main stage's length, as asked for in steps, else so many epochs; and how it is trained."""
+        unit: Unit = "epochs" if self.main_steps is None else "steps"
+        return Budget(self.main_steps or epochs, unit, self.learning_rate, self.optimizer)
 
     @classmethod
     def of(cls, options: Options) -> Settings:

@@ -29,7 +29,8 @@ def make_accelerator(*, cpu: bool, precision: str | None) -> Accelerator:
         precision: `no`, `bf16` or `fp16`; None: whatever `accelerate launch` says.
 
     Raises:
-        ConfigError: a launcher asks for a way of training in which a stage cannot share the student's parameters.
+        ConfigError: a launcher asks for a way of training in which a stage cannot share the student's parameters, or the device does not
+            compute in that precision.
     """
     wanted = precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != wanted:
@@ -41,6 +42,14 @@ def make_accelerator(*, cpu: bool, precision: str | None) -> Accelerator:
             mixed_precision=wanted,
             # Without synced batch norms each process keeps its own statistics; those of the first are saved.
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        )
+    if wanted == "fp16" and accelerator.device.type == "cpu":  # Accelerate would leave it out without a word
+        raise ConfigError(
+            "A CPU does not train in fp16.",
+            where="mixed_precision",
+            got="fp16",
+            expected="bf16 or no",
+            hint="Take mixed_precision='bf16' (--mixed-precision bf16), or leave it out.",
         )
     refused = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
     if accelerator.distributed_type in refused:
