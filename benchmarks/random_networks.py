@@ -269,6 +269,33 @@ def _inner_difference(b: Block, x: Tensor) -> Tensor:
     return x - b.squeeze(b.act(b.middle_norm(b.expand(x))))
 
 
+def _across(b: Block, x: Tensor) -> Tensor:
+    n, c, h, w = x.shape
+    y = b.layer_norm(x.flatten(2).transpose(1, 2))
+    q, k, v = b.qkv(y).transpose(1, 2).reshape(n, 3, 2, c // 2, h * w).unbind(1)
+    scores = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1)
+    mixed = (scores.softmax(-1) @ v).reshape(n, c, h * w)
+    return x + b.proj(mixed.transpose(1, 2)).transpose(1, 2).reshape(x.shape)
+
+
+def _shared_keys(b: Block, x: Tensor) -> Tensor:
+    n, c, h, w = x.shape
+    y = b.layer_norm(x.flatten(2).transpose(1, 2))
+    q, k, v = b.qkv(y).chunk(3, -1)
+    q = q.unflatten(-1, (2, c // 2)).transpose(1, 2)
+    k, v = k[..., : c // 2].unsqueeze(1), v[..., c // 2 :].unsqueeze(1)
+    mixed = F.scaled_dot_product_attention(q, k.expand(n, 2, h * w, c // 2), v.expand(n, 2, h * w, c // 2))
+    return x + b.proj(mixed.transpose(1, 2).flatten(2)).transpose(1, 2).reshape(x.shape)
+
+
+def _per_sample(b: Block, x: Tensor) -> Tensor:
+    n, c = x.shape[:2]
+    kernel = F.adaptive_avg_pool2d(b.conv(x), 3)
+    whole = F.pad(x, (1, 1, 1, 1)).reshape(1, n * c, x.size(2) + 2, x.size(3) + 2)
+    out = F.conv2d(whole, kernel.reshape(n * c, 1, 3, 3), groups=n * c)
+    return x + b.act(out.view(n, c, out.size(2), out.size(3)))
+
+
 BLOCKS: dict[str, Callable[[Block, Tensor], Tensor]] = {
     "residual": _residual,
     "grouped residual": _residual,
@@ -300,6 +327,9 @@ BLOCKS: dict[str, Callable[[Block, Tensor], Tensor]] = {
     "length first": _length_first,
     "written slice": _written_slice,
     "inner difference": _inner_difference,
+    "across": _across,
+    "shared keys": _shared_keys,
+    "per sample": _per_sample,
     "weight norm": _residual,
     "spectral norm": _residual,
     "pruned": _residual,
@@ -335,6 +365,9 @@ _USES = {
     "length first": "layer_norm up down act",
     "written slice": "conv",
     "inner difference": "expand middle_norm squeeze act",
+    "across": "layer_norm qkv proj",
+    "shared keys": "layer_norm qkv proj",
+    "per sample": "conv act",
     "weight norm": "conv norm act",
     "spectral norm": "conv norm act",
     "pruned": "conv norm act",
