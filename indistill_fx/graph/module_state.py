@@ -94,22 +94,30 @@ _REGISTRIES = ("_parameters", "_buffers", "_modules")
 def weights_kept(module: nn.Module) -> Iterator[Callable[[], None]]:
     """Put the values of all parameters back when the block ends; what it gives puts them back at once.
 
-    Some forward passes write parameters (`self.weight.data = normalize(self.weight)`), which no version counter tells.
+    Some forward passes write parameters (`self.weight.data = normalize(self.weight)`), which no version counter tells. So values are
+    compared, until the first two calls have found none written, and once more in the end.
     """
-    weights = [(weight, weight.data, weight.detach().clone()) for weight in module.parameters()]
+    weights = [(weight, weight.data, weight._version, weight.detach().clone()) for weight in module.parameters()]
+    calls, writes = 0, False
 
-    def put_back() -> None:
+    def put_back(*, last: bool = False) -> None:
+        nonlocal calls, writes
+        calls += 1
+        trusted = calls > 2 and not writes and not last
         with torch.no_grad():
-            for weight, data, before in weights:
+            for weight, data, version, before in weights:
                 if weight.data_ptr() != data.data_ptr() or weight.shape != before.shape:
-                    weight.data = data
+                    weight.data, writes = data, True
+                if weight._version == version and trusted:
+                    continue
                 if not torch.equal(weight, before):
+                    writes = True
                     weight.data.copy_(before)
 
     try:
         yield put_back
     finally:
-        put_back()
+        put_back(last=True)
 
 
 @contextmanager

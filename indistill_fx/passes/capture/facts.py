@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -170,17 +171,27 @@ def infer_facts(
         FrontendError: the module fails on the example (where="forward"), or graph and module disagree.
     """
     reference = reference or Reference(module, inputs, kwargs, gradients=False)
-    checked = reference.compare(graph_module, small=size_free)
-    sizes = [size for size, _ in checked]
-    runs = [_observe(graph_module, reference, size) for size in sizes]
+    checked, runs = _prove(graph_module, reference, size_free=size_free)
+    sizes = reference.sizes
     if has_sizes(graph_module, runs[0].shapes):
         graph_module, per_sample = write_per_sample(graph_module, [run.shapes for run in runs], sizes)
         graph_module, folded = _fold(graph_module, runs, reference)
         if per_sample or folded:
-            checked = reference.compare(graph_module, small=size_free)
-            runs = [_observe(graph_module, reference, size) for size in sizes]
+            checked, runs = _prove(graph_module, reference, size_free=size_free)
     facts = _assemble(graph_module, [run.seen for run in runs], sizes, reference.example)
     return Known(graph_module, facts, _logits_node(graph_module, facts, logits), checked, reference.notes)
+
+
+def _prove(
+    graph_module: fx.GraphModule, reference: Reference, *, size_free: bool
+) -> tuple[tuple[tuple[int, float], ...], list[_Run]]:
+    """The graph compared with the module, and its runs without data at two batch sizes."""
+    if size_free:
+        with suppress(Exception):  # a module that takes some batch sizes alone
+            checked = reference.compare(graph_module, small=True)
+            return checked, [_run_without_data(graph_module, *reference.shapes(size)) for size in reference.sizes]
+        reference.forget_sizes()
+    return reference.compare(graph_module), [_observe(graph_module, reference, size) for size in reference.sizes]
 
 
 def _fold(graph_module: fx.GraphModule, runs: list[_Run], reference: Reference) -> tuple[fx.GraphModule, bool]:
@@ -237,7 +248,7 @@ def _without_data(leaf: Any) -> Any:
 
 
 def _assemble(
-    graph_module: fx.GraphModule, runs: list[dict[str, _Seen]], sizes: list[int], example: int
+    graph_module: fx.GraphModule, runs: list[dict[str, _Seen]], sizes: Sequence[int], example: int
 ) -> dict[str, NodeFacts]:
     first, last = runs[0], runs[-1]
     axes = {name: _batch_axis(seen.shape, last[name].shape, sizes) for name, seen in first.items() if name in last}
@@ -273,7 +284,7 @@ def _assemble(
     return facts
 
 
-def _batch_axis(shape: tuple[int, ...], other: tuple[int, ...], sizes: list[int]) -> int | None:
+def _batch_axis(shape: tuple[int, ...], other: tuple[int, ...], sizes: Sequence[int]) -> int | None:
     if len(sizes) == 1:
         return 0 if shape and shape[0] == sizes[0] else None
     return next((axis for axis, (a, b) in enumerate(zip(shape, other, strict=False)) if a != b), None)
