@@ -21,7 +21,7 @@ _SIZES = (2, 3)
 _TOLERANCE = 1e-5
 _GRADIENT_TOLERANCE = 1e-4
 _SMALL = (40, 64)  # the first costs least; some networks need a multiple of 32
-_LARGE = 128
+_LARGE = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +139,7 @@ class Reference:
         Raises:
             FrontendError: they differ, or the graph fails.
         """
-        for crop in _SMALL if small and self._croppable() else ():
+        for crop in (_SMALL if self._croppable() else (0,)) if small else ():
             with suppress(FrontendError):  # the module may treat small pictures otherwise
                 found = (_SIZES[0], self._difference(graph_module, _SIZES[0], crop))
                 self._sizes = _SIZES

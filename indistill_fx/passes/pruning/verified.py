@@ -20,7 +20,7 @@ from indistill_fx.traced import TracedModel
 _TOLERANCE = 1e-3
 """Of the largest value, in single precision: rounding stays far below it, a wrong slice far above."""
 _ROWS = 2
-_CROPS = (64, 128)
+_CROPS = (40, 64, 128)
 
 
 def verify_smaller(model: TracedModel, smaller: fx.GraphModule, axes: Any) -> None:
@@ -68,10 +68,9 @@ def _examples(model: TracedModel) -> Iterator[tuple[Any, ...]]:
     given = model.example_values
     given = batch_of(given, min(_ROWS, batch_size(given)), example_size=batch_size(given))
     pictures = [leaf for leaf in tree_leaves(given) if isinstance(leaf, Tensor)]
-    if model.report.method == "symbolic" and all(
-        leaf.dim() == 4 and min(leaf.shape[2:]) > max(_CROPS) for leaf in pictures
-    ):
-        for crop in _CROPS:
+    if model.report.method == "symbolic" and all(leaf.dim() == 4 for leaf in pictures):
+        side = min((n for leaf in pictures for n in leaf.shape[2:]), default=0)
+        for crop in (n for n in _CROPS if n < side):
             yield tree_map(lambda leaf, n=crop: leaf[:, :, :n, :n] if isinstance(leaf, Tensor) else leaf, given)
     yield given
 
