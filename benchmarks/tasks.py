@@ -47,10 +47,10 @@ class Job:
 
 JOBS = {
     "segmentation": Job(
-        segmentation.make_teacher, segmentation.make_student, segmentation.make_loaders, (20, 60), 1e-2
+        segmentation.make_teacher, segmentation.make_student, segmentation.make_loaders, (15, 20), 1e-2
     ),
-    "multilabel": Job(multilabel.make_teacher, multilabel.make_student, multilabel.make_loaders, (20, 40), 1e-2),
-    "bert": Job(texts.bert_teacher, texts.bert_student, texts.bert_loaders, (15, 15), 3e-3, "logits"),
+    "multilabel": Job(multilabel.make_teacher, multilabel.make_student, multilabel.make_loaders, (15, 20), 1e-2),
+    "bert": Job(texts.bert_teacher, texts.bert_student, texts.bert_loaders, (6, 8), 3e-3, "logits"),
     "gpt": Job(texts.gpt_teacher, texts.gpt_student, texts.gpt_loaders, (6, 8), 3e-3, "logits"),
 }
 WAYS = {"teacher": "teacher", "labels": "student alone", "kd": "KD", "indistill": "warm-up + KD"}

@@ -81,3 +81,28 @@ def test_commands_in_the_readme_exist():
     assert {"align", "distill", "evaluate", "export", "inspect", "prune", "train", "bench", "check"} <= commands
     for command in commands:
         assert run([command, "--help"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("place", "job", "logits", "task"),
+    [
+        ("segmentation", "make", (), "segmentation"),
+        ("multilabel", "make", (), "multilabel"),
+        ("texts", "bert", ("--logits", "logits"), "classification"),
+        ("texts", "gpt", ("--logits", "logits"), "language"),
+    ],
+)
+def test_jobs_of_other_tasks_from_the_shell(place, job, logits, task, tmp_path, monkeypatch):
+    """As their pages say, on a few samples: train, distil by the recipe, evaluate."""
+    if place == "texts":
+        pytest.importorskip("transformers", reason="the text jobs are transformers' models")
+    monkeypatch.chdir(tmp_path)
+    file = ROOT / f"examples/{place}.py"
+    common = ["--data", f"{file}:{job}_loaders", *logits, "--limit", "32", "--device", "cpu"]
+    assert run(["train", f"{file}:{job}_teacher", *common, "--epochs", "1", "-o", "t"]) == 0
+    teacher, student = f"{file}:{job}_teacher@t/student.safetensors", f"{file}:{job}_student"
+    assert run(["distill", teacher, student, *common, "--epochs", "1", "--penultimate", "0", "-o", "s"]) == 0
+    told = json.loads((tmp_path / "s/run.json").read_text())
+    assert told["task"] == task and told["result"]["metrics"].keys() == told["result"]["teacher_metrics"].keys()
+    assert any(not phase["main"] for phase in told["phases"])  # its layers were paired
+    assert run(["evaluate", "s", *common]) == 0
