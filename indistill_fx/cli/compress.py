@@ -17,7 +17,7 @@ _SECTIONS = {
     "The widths": ("criterion", "round_to", "samples"),
     "The warm-up": ("warmup", "feed", "stages", "no_warmup"),
     "The main stage": ("main", "main_options"),
-    "Data and models": (*training.SECTIONS["Data and models"], "input_size"),
+    "Data and models": (*training.SECTIONS["Data and models"], "inputs"),
     "Training": training.SECTIONS["Training"],
     "The run": (*training.SECTIONS["The run"], "no_export"),
 }
@@ -58,7 +58,7 @@ def _use_recipe(context: click.Context, parameter: click.Parameter, value: str) 
 @click.option(
     "--samples",
     type=click.IntRange(min=1),
-    default=256,
+    default=1024,
     show_default=True,
     help="Training samples, without their labels, that sensitivities are measured and weights repaired on.",
 )
@@ -105,7 +105,7 @@ def command(teacher: str, **options: Any) -> None:
         main_options=main_options(options["main_options"]),
         epochs=options["epochs"],
         val_loader=data.test if data.labelled else None,
-        example_inputs=common.example_for((source,), options["input_size"], data),
+        example_inputs=common.example_for((source,), options["inputs"], data),
         logits=options["logits"],
         task=options["task"],
         export=not options["no_export"],

@@ -1,0 +1,38 @@
+"""`compress` from the shell: a trained model in, a student of its own source code out, which every other command takes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from indistill_fx.cli import run
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    home = tmp_path_factory.mktemp("teacher") / "run"
+    command = ["train", "indistill_fx.demo:DigitsStudent", "--data", "digits", "--epochs", "3", "--lr", "0.01"]
+    assert run([*command, "--device", "cpu", "-o", str(home)]) == 0
+    return home
+
+
+def test_a_trained_model_becomes_a_smaller_one(teacher, tmp_path, capsys):
+    home = tmp_path / "half"
+    command = ["compress", str(teacher), "--data", "digits", "--macs", "0.5", "--epochs", "1", "--warmup", "1"]
+    assert run([*command, "--samples", "64", "--device", "cpu", "-o", str(home)]) == 0
+    said = capsys.readouterr().out
+    assert "readers fitted" in said and f"{home}/student.py:Student@" in said
+    steps = {step["name"]: step for step in json.loads((home / "compress.json").read_text())["steps"]}
+    assert steps["trained"]["macs"] <= 0.5 * steps["teacher"]["macs"]
+    assert steps["readers fitted"]["divergence"] < steps["shrunk"]["divergence"]
+    assert run(["evaluate", str(home), "--data", "digits", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["accuracy"] == pytest.approx(steps["trained"]["accuracy"])
+    assert run(["inspect", f"{home}/student.py:Student@{home}/student.safetensors", "--input", "1x8x8"]) == 0
+
+
+def test_a_budget_that_cannot_be_met_is_refused_before_training(teacher, tmp_path, capsys):
+    command = ["compress", str(teacher), "--data", "digits", "--macs", "0.001", "--samples", "32", "-o"]
+    assert run([*command, str(tmp_path / "none")]) == 2
+    assert "The smallest this network can be made is" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
