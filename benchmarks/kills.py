@@ -103,14 +103,14 @@ def trial(folder: Path, kills: int, seed: int, work: Callable[[Path], None] = ru
         work: trains in a run directory; called again it goes on.
 
     Returns:
-        kills, runs, unreadable checkpoints, and runs whose weights differ in any bit.
+        kills, runs, unreadable checkpoints, runs whose weights differ in any bit, and drafts left when runs were done.
     """
     moments = random.Random(seed)
     began = time.monotonic()
     assert in_child(lambda: work(folder / "alone"), kill_after=None)
     length = time.monotonic() - began
     alone = load_file(folder / "alone" / STUDENT)
-    done = runs = unreadable = different = 0
+    done = runs = unreadable = different = leftovers = 0
     steps = []
     while done < kills:
         place = folder / f"run-{runs}"
@@ -128,9 +128,10 @@ def trial(folder: Path, kills: int, seed: int, work: Callable[[Path], None] = ru
         weights = load_file(place / STUDENT)
         same = weights.keys() == alone.keys() and all(torch.equal(weights[name], alone[name]) for name in alone)
         different += not same
+        leftovers += len(list(place.rglob("*.draft")))
         runs += 1
     return {
-        "kills": done, "runs": runs, "unreadable": unreadable, "different": different, "resumed_at_steps": steps,
+        "kills": done, "runs": runs, "unreadable": unreadable, "different": different, "leftovers": leftovers, "resumed_at_steps": steps,
         "seconds_of_a_run": round(length, 2),
     }  # fmt: skip
 
@@ -151,7 +152,7 @@ def main() -> None:
     print(json.dumps(result))
     if options.json:
         Path(options.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    sys.exit(1 if result["unreadable"] or result["different"] else 0)
+    sys.exit(1 if result["unreadable"] or result["different"] or result["leftovers"] else 0)
 
 
 if __name__ == "__main__":
