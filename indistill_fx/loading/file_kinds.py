@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import json
-import os
 import struct
 import zipfile
 from pathlib import Path
@@ -71,17 +70,17 @@ def recognise(path: Path) -> FileKind:
 
 
 def _require_file(path: Path) -> None:
-    if os.path.isdir(path):
+    if path.is_dir():
         suffixes = (".pt", ".pth", ".pt2", ".safetensors")
         files = sorted(entry.name for entry in path.iterdir() if entry.suffix in suffixes)
         hint = f"It holds {', '.join(files[:5])}." if files else "Name a file in it."
         raise ConfigError(f"`{path}` is a directory, not a model file.", where=str(path), hint=hint)
-    if not os.path.exists(path):
+    if not path.exists():
         folder = path.parent
-        names = [entry.name for entry in folder.iterdir()] if os.path.isdir(folder) else []
-        hint = nearest(path.name, names) if os.path.isdir(folder) else f"There is no directory `{folder}` either."
+        names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+        hint = nearest(path.name, names) if folder.is_dir() else f"There is no directory `{folder}` either."
         raise ConfigError(f"There is no file `{path}` (looked from {Path.cwd()}).", where=str(path), hint=hint)
-    if not os.path.isfile(path):
+    if not path.is_file():
         raise ConfigError(f"`{path}` is no regular file.", where=str(path))
     if path.stat().st_size == 0:
         raise ConfigError(f"`{path}` is empty.", where=str(path), got="0 bytes", hint="Copy or download it again.")

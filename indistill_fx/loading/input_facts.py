@@ -13,7 +13,7 @@ from typing import Any, TypeGuard
 
 from torch import nn
 
-from indistill_fx.loading.spec import is_input_size
+from indistill_fx.loading.spec import LARGEST_IN_A_FILE, is_input_size
 
 Normalisation = tuple[tuple[float, ...], tuple[float, ...]]
 
@@ -107,7 +107,7 @@ def _by_configuration(module: nn.Module, pretrained: bool) -> InputFacts:
         channels = getattr(module.get_submodule(first), "in_channels", channels)
     mean, deviation = config.get("mean"), config.get("std")
     normalisation = (tuple(mean), tuple(deviation)) if _are_numbers(mean) and _are_numbers(deviation) else None
-    if not is_input_size([channels, *edges]):
+    if not is_input_size([channels, *edges], most=LARGEST_IN_A_FILE):
         return InputFacts()
     fixed = pretrained or _is_shape(only)
     wanted = (edges[0], edges[1]) if fixed and len(edges) == 2 else None
@@ -123,4 +123,4 @@ def _are_numbers(value: Any) -> TypeGuard[Sequence[float]]:
 
 
 def _is_shape(value: Any) -> TypeGuard[Sequence[int]]:
-    return is_input_size(value)
+    return is_input_size(value, most=LARGEST_IN_A_FILE)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from indistill_fx.errors import ConfigError, FrontendError, nearest
+from indistill_fx.errors import ConfigError, FrontendError, IndistillError, nearest
 
 # Arguments that keep a constructor from downloading a backbone nobody asked for, or from warning of its own default.
 _QUIET: dict[str, Any] = {"weights_backbone": None}
@@ -108,6 +108,8 @@ def _build(
 ) -> nn.Module:
     try:
         return builder(**quiet | given)
+    except IndistillError:
+        raise
     except Exception as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".rstrip(".")
         if downloads and not isinstance(error, TypeError):

@@ -70,6 +70,8 @@ _FREE = re.compile(r"[\w.+\-]*")  # versions, devices, dialects
 _PATH = re.compile(r"[\w.\-/: ]*")  # of modules, which are only shown
 _SYMBOL = re.compile(r"[a-z]{1,4}\d{1,5}")
 _LONGEST = 2000
+_LARGEST_EXPRESSION = 128
+"""Degree and terms of a shape expression: sympy multiplies it out."""
 
 
 def load_exported(path: Path, *, trust: Sequence[str] = ()) -> tuple[nn.Module, tuple[Tensor, ...] | None]:
@@ -296,7 +298,8 @@ def _check_expression(text: str) -> None:
         len(text) > _LONGEST
         or not text.isascii()
         or "\n" in text
-        or not _is_arithmetic(ast.parse(text, mode="eval").body)
+        or not _is_arithmetic(tree := ast.parse(text, mode="eval").body)
+        or max(_extent(tree)) > _LARGEST_EXPRESSION
     ):
         raise _UnfitError(f"has a shape expression {text[:60]!r}")
 
@@ -321,6 +324,25 @@ def _is_arithmetic(node: ast.AST) -> bool:
         case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]):
             return name in _SYMBOLIC and all(map(_is_arithmetic, arguments))
     return False
+
+
+def _extent(node: ast.AST) -> tuple[int, int]:
+    """Degree of an expression, and the most terms it has when sympy multiplies it out."""
+    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name) or node.func.id in ("Integer", "Float"):
+        return 0, 1
+    parts = [_extent(part) for part in node.args]
+    degrees, terms = [degree for degree, _ in parts], [count for _, count in parts]
+    match node.func.id:
+        case "Symbol":
+            return 1, 1
+        case "Add":
+            return max(degrees, default=0), sum(terms)
+        case "Mul":
+            return sum(degrees), math.prod(terms)
+        case "Pow":
+            power = node.args[1].args[0].value  # type: ignore[attr-defined]
+            return degrees[0] * power, terms[0] ** power
+    return max(degrees, default=0), sum(terms)
 
 
 def _load_examples(content: bytes, label: str) -> tuple[Tensor, ...] | None:

@@ -29,6 +29,8 @@ _MODEL_SUFFIXES = (".pt", ".pth", ".pt2", ".bin", ".ckpt")
 _IN_A_FILE = re.compile(r"(?P<place>.*?\.py):(?P<name>\w*)(?:(?P<mark>\?)(?P<query>.*))?", re.DOTALL)
 LARGEST_INPUT = 1 << 28
 """Elements of one input: 1 GiB in float32."""
+LARGEST_IN_A_FILE = 1 << 26
+"""Where a file asks for them and not the user: 256 MiB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,9 +112,9 @@ def _parse_arguments(query: str, text: str) -> dict[str, Any]:
     return arguments
 
 
-def is_input_size(value: object) -> bool:
+def is_input_size(value: object, *, most: int = LARGEST_INPUT) -> bool:
     """Whether a value, perhaps from a file, is the size of an input that fits in memory."""
     if not isinstance(value, (tuple, list)) or not 0 < len(value) <= 16:
         return False
-    whole = all(isinstance(n, int) and not isinstance(n, bool) and 0 < n <= LARGEST_INPUT for n in value)
-    return whole and math.prod(value) <= LARGEST_INPUT
+    whole = all(isinstance(n, int) and not isinstance(n, bool) and 0 < n <= most for n in value)
+    return whole and math.prod(value) <= most

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from indistill_fx.errors import ConfigError
 from indistill_fx.loading.file_kinds import damaged, recognise
 from indistill_fx.loading.pickle_scan import Made, entries
 from indistill_fx.loading.safe_pickle import SavedFile, open_saved
+from indistill_fx.system.files import require_regular
 from indistill_fx.system.tensor_files import load_tensors
 
 # What training scripts put a state dict under, and what wrappers put before its keys.
@@ -112,6 +114,22 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_tensors(path)[0]
     except (OSError, ValueError) as error:
+        raise damaged(str(path), str(error)) from error
+
+
+def count_numbers(path: Path) -> int:
+    """How many numbers a safetensors file holds; only its header is read.
+
+    Raises:
+        ConfigError: it is none, or damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        require_regular(path)
+        with safe_open(path, framework="np") as file:
+            return sum(math.prod(file.get_slice(name).get_shape()) for name in file.offset_keys())
+    except (OSError, SafetensorError) as error:
         raise damaged(str(path), str(error)) from error
 
 

@@ -8,16 +8,22 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
-from math import isfinite, prod
+from itertools import islice
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from indistill_fx.errors import ConfigError
+from indistill_fx.loading.state_dicts import count_numbers
 from indistill_fx.plan import AlignmentPlan
 from indistill_fx.runs.directory import EXPORT, MOST_BYTES, STUDENT
 from indistill_fx.runs.record import MetricFacts
-from indistill_fx.system.files import read_bounded, read_lines, require_regular
+from indistill_fx.system.files import read_bounded, read_lines
 
+MOST_METRICS = 256 << 20
+"""Bytes of metrics.jsonl that are read: two million lines."""
+MOST_STAGES = 1000
+"""That a page shows."""
 _SCHEDULED = re.compile(r"^(?P<stage>.*): (?:at most )?(?P<length>\d+) (?P<unit>epoch|step)s?\b")
 """A line of the schedule of 0.1.0, which wrote nothing but lines."""
 
@@ -189,6 +195,8 @@ def read_run(home: Path, *, name: str | None = None) -> Run:
     if not weights.is_file():
         missing.append(f"{STUDENT} is not there: the run has not finished, or it was moved.")
     planned = _planned(told)
+    if (count := len({*planned, *(epoch.stage for epoch in epochs)})) > MOST_STAGES:
+        missing.append(f"Of {count:,} stages the first {MOST_STAGES:,} are shown.")
     if told and not planned:
         missing.append("run.json has no schedule; the stages are those of the metrics.")
     return Run(
@@ -255,7 +263,7 @@ def _epochs(home: Path, told: Mapping[str, Any], metric: MetricFacts) -> tuple[l
     torn = odd = 0
     found: dict[tuple[str, int], Epoch] = {}
     try:
-        for line in read_lines(home / "metrics.jsonl"):
+        for line in read_lines(home / "metrics.jsonl", most=MOST_METRICS):
             try:
                 entry = json.loads(line)
             except (ValueError, RecursionError):
@@ -346,36 +354,39 @@ def _teacher_export(spec: object) -> dict[str, float]:
 def _planned(told: Mapping[str, Any]) -> dict[str, tuple[int | None, str, str]]:
     """Length, unit and words of every phase that run.json plans, by name."""
     lines = [str(line) for line in _list(told.get("schedule"))]
+    texts = {start: line for line in reversed(lines) for start in _beginnings(line)}
     found: dict[str, tuple[int | None, str, str]] = {}
     for entry in _list(told.get("phases")):
         name, length = _dict(entry).get("name"), _number(_dict(entry).get("length"))
         if isinstance(name, str) and length is not None:
             unit = "step" if entry.get("unit") == "steps" else "epoch"
-            found[name] = (int(length), unit, next((line for line in lines if line.startswith(f"{name}: ")), name))
+            found[name] = (int(length), unit, texts.get(name, name))
     if found:
         return found
     matches = [(_SCHEDULED.match(line), line) for line in lines]
     return {match["stage"]: (int(match["length"]), match["unit"], line) for match, line in matches if match}
 
 
+def _beginnings(line: str) -> list[str]:
+    """What may be a stage's name in a line of the schedule: names may hold `: ` themselves."""
+    parts = line[:4096].split(": ")
+    return [": ".join(parts[:k]) for k in range(1, min(len(parts), 8))]
+
+
 def _phases(planned: Mapping[str, tuple[int | None, str, str]], epochs: Sequence[Epoch]) -> tuple[Phase, ...]:
-    found = dict(planned)
+    trained: dict[str, list[Epoch]] = {}
     for epoch in epochs:
-        found.setdefault(epoch.stage, (None, "epoch", epoch.stage))
+        trained.setdefault(epoch.stage, []).append(epoch)
+    found = {name: (None, "epoch", name) for name in trained} | dict(planned)
+    found = {name: found[name] for name in (*planned, *trained)}
     return tuple(
-        Phase(name, length, unit, text, tuple(epoch for epoch in epochs if epoch.stage == name))
-        for name, (length, unit, text) in found.items()
+        Phase(name, length, unit, text, tuple(trained.get(name, ())))
+        for name, (length, unit, text) in islice(found.items(), MOST_STAGES)
     )
 
 
 def _stored(path: Path) -> int | None:
-    """How many numbers a safetensors file holds."""
-    from safetensors import SafetensorError, safe_open
-
     try:
-        require_regular(path)
-        with safe_open(path, framework="np") as file:
-            total: int = sum(prod(file.get_slice(name).get_shape()) for name in file.offset_keys())
-            return total
-    except (OSError, SafetensorError):
+        return count_numbers(path)
+    except ConfigError:
         return None

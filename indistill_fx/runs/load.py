@@ -6,14 +6,16 @@ import json
 import math
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from indistill_fx.errors import ConfigError, TrainError
+from indistill_fx.loading.bounded import Bounded
 from indistill_fx.loading.load import Source, load_source
-from indistill_fx.loading.spec import Spec, is_input_size, parse_spec
-from indistill_fx.loading.state_dicts import load_weights
+from indistill_fx.loading.spec import LARGEST_IN_A_FILE, Spec, is_input_size, parse_spec
+from indistill_fx.loading.state_dicts import count_numbers, load_weights
 from indistill_fx.runs.directory import BEST, EXPORT, LAST, MOST_BYTES, STUDENT
 from indistill_fx.runs.signature import is_signed, sign
 from indistill_fx.system.files import read_bounded, save_json
@@ -145,7 +147,7 @@ def load_run(path: str | os.PathLike[str], *, trust: Sequence[str] = (), best: b
             where=str(home),
             hint=f"Give the model and the weights: MODEL@{home / STUDENT}.",
         ) from error
-    if not is_input_size(size):
+    if not is_input_size(size, most=LARGEST_IN_A_FILE):
         raise ConfigError(
             f"{home / 'run.json'} says that an input has the size {str(size)[:60]}, which cannot be.",
             where=str(home),
@@ -166,7 +168,9 @@ def load_run(path: str | os.PathLike[str], *, trust: Sequence[str] = (), best: b
         raise ConfigError(
             f"The run in {home} has no {weights.name}; {reached}.", where=str(home), hint="Finish it with --resume."
         )
-    source = load_source(spec, trust=trust)
+    own = runs_code(parse_spec(spec))
+    with nullcontext() if own else Bounded(str(home / "run.json"), count_numbers(weights)):
+        source = load_source(spec, trust=trust)
     notes = load_weights(source.module, weights)
     return replace(
         source,

@@ -175,13 +175,15 @@ def read_bounded(path: str | os.PathLike[str], limit: int) -> str:
     return content.decode("utf-8")
 
 
-def read_lines(path: str | os.PathLike[str], limit: int = 1 << 20) -> Iterator[str]:
+def read_lines(path: str | os.PathLike[str], limit: int = 1 << 20, *, most: int | None = None) -> Iterator[str]:
     """The lines of a file; one longer than the limit comes in pieces.
 
     Raises:
-        OSError: it cannot be read, or is no file.
+        OSError: it cannot be read, is no file, or has more than `most` bytes.
     """
     require_regular(path)
+    if most is not None and os.path.getsize(path) > most:
+        raise TooLargeError(27, f"it is larger than {most >> 20} MiB", str(path))
     with open(path, encoding="utf-8", errors="replace") as file:
         while line := file.readline(limit):
             yield line

@@ -1,0 +1,116 @@
+"""Sizes that a file asks for are bounded before memory is taken, and reading stays linear."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+import indistill_fx as ifx
+from indistill_fx.loading.pt2 import _check_expression, _UnfitError
+from indistill_fx.loading.state_dicts import count_numbers
+from indistill_fx.report.read_runs import MOST_STAGES, read_run
+from indistill_fx.runs.load import load_run
+from indistill_fx.system.tensor_files import save_tensors
+
+
+def run_of(place: Path, spec: str, size: list[int], weights: nn.Module) -> Path:
+    place.mkdir()
+    (place / "run.json").write_text(json.dumps({"status": "done", "about": {"model": spec, "input_size": size}}))
+    save_tensors(place / "student.safetensors", weights.state_dict())
+    return place
+
+
+HUGE = [
+    "torchvision:resnet18?num_classes=3000000",
+    "torchvision:squeezenet1_1?num_classes=10000000",
+    "torchvision:mobilenet_v3_small?num_classes=100000000",
+    "timm:resnet10t?num_classes=3000000",
+    "torchvision:vit_b_16?num_classes=9000000",
+]
+
+
+@pytest.mark.parametrize("spec", HUGE)
+def test_a_run_that_asks_for_a_huge_model_is_refused_before_memory_is_taken(tmp_path, spec):
+    place = run_of(tmp_path / "run", spec, [3, 32, 32], nn.Linear(2, 2))
+    code = f"import sys; from indistill_fx.cli import run; sys.exit(run(['inspect', {str(place)!r}]))"
+    bound = 3 << 30  # of address space: torch alone maps more than two
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_DATA, (bound, bound))
+
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False, preexec_fn=limit
+    )
+    assert done.returncode == 2, done.stderr[-500:]
+    assert "far more numbers than the 6 of its weights" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "torchvision:resnet18?num_classes=7",
+        "torchvision:swin_t?num_classes=7",
+        "torchvision:googlenet?aux_logits=False",
+    ],
+)
+def test_honest_runs_are_within_the_bound(tmp_path, spec):
+    model = ifx.load(spec)
+    place = run_of(tmp_path / "run", spec, [3, 64, 64], model)
+    assert count_numbers(place / "student.safetensors") == sum(t.numel() for t in model.state_dict().values())
+    found = load_run(place).module.state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("size", [[3, 1 << 14, 1 << 14], [1 << 27], [2] * 17, [0, 3], [3, -1, 2], [1e3, 2], [True, 3]])
+def test_inputs_that_a_file_asks_for_fit_in_memory(tmp_path, size):
+    place = run_of(tmp_path / "run", "torchvision:resnet18", size, torchvision.models.resnet18())
+    with pytest.raises(ifx.ConfigError, match="an input has the size"):
+        load_run(place)
+
+
+X, Y = "Symbol('s0', positive=True, integer=True)", "Symbol('s1', positive=True, integer=True)"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"Pow(Add({', '.join([X, Y] * 10)}), Integer(8))",
+        f"Mul({', '.join([f'Add({X}, {Y})'] * 12)})",
+        f"Mul({', '.join([f'Pow({X}, Integer(8))'] * 25)}, Pow(Add({X}, {Y}), Integer(8)))",
+    ],
+    ids=["a power of a sum", "a product of sums", "terms and degree"],
+)
+def test_shape_expressions_are_bounded_in_degree_and_terms(text):
+    with pytest.raises(_UnfitError, match="shape expression"):
+        _check_expression(text)
+
+
+def test_shape_expressions_of_real_programs_are_within_the_bound():
+    _check_expression(X)
+    _check_expression(f"Add(Integer(1), FloorDiv(Add({X}, Integer(-1)), Integer(2)))")
+    _check_expression(f"Mul(Integer(3), Pow(Add({X}, {Y}), Integer(2)), {Y})")
+
+
+def test_twenty_thousand_stages_are_read_and_the_first_thousand_shown(tmp_path):
+    count = 20_000
+    names = [f"layer{k}: a" for k in range(count)]
+    told = {
+        "schedule": [f"{name}: 1 epoch" for name in names],
+        "phases": [{"name": name, "length": 1} for name in names],
+    }
+    (tmp_path / "run.json").write_text(json.dumps(told))
+    line = {"kind": "epoch", "epoch": 1, "loss": 1.0, "epochs": 1, "step": 1}
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line | {"stage": name}) + "\n" for name in names))
+    found = read_run(tmp_path)
+    assert len(found.phases) == MOST_STAGES
+    assert found.phases[7].text == "layer7: a: 1 epoch"
+    assert found.phases[7].epochs[0].loss == 1.0
+    assert f"Of {count:,} stages the first {MOST_STAGES:,} are shown." in found.missing
