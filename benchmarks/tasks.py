@@ -16,7 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ class Job:
     epochs: tuple[int, int]
     learning_rate: float
     logits: str | None = None
+    main_options: dict[str, float] = field(default_factory=dict)
 
 
 JOBS = {
@@ -53,6 +54,7 @@ JOBS = {
     "bert": Job(texts.bert_teacher, texts.bert_student, texts.bert_loaders, (6, 8), 3e-3, "logits"),
     "gpt": Job(texts.gpt_teacher, texts.gpt_student, texts.gpt_loaders, (6, 8), 3e-3, "logits"),
 }
+JOBS["segmentation, temperature 1"] = replace(JOBS["segmentation"], main_options={"temperature": 1.0})
 WAYS = {"teacher": "teacher", "labels": "student alone", "kd": "KD", "indistill": "warm-up + KD"}
 
 
@@ -71,6 +73,7 @@ def measure(job: Job, seed: int) -> dict[str, Any]:
     shared |= {"learning_rate": job.learning_rate, "schedule": "cosine"}
     began = time.monotonic()
     taught = ifx.train(teacher, train, epochs=job.epochs[0], **shared)
+    shared["main_options"] = job.main_options
     arms = ifx.compare(
         teacher,
         copy.deepcopy(student),

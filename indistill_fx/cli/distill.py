@@ -27,7 +27,7 @@ _SECTIONS = {
         "warmup", "warmup_steps", "no_warmup", "layers", "warmup_loss", "warmup_lr", "warmup_optimizer", "patience",
         "penultimate", "keep", "feed",
     ),
-    "The main stage": ("main", "main_options"),
+    "The main stage": ("main", "main_options", "main_weights"),
     "Ways of training": ("recipe", "compare", "assistant", "assistant_epochs"),
     "Training": training.SECTIONS["Training"],
     "The run": training.SECTIONS["The run"],
@@ -86,6 +86,12 @@ def _use_recipe(context: click.Context, parameter: click.Parameter, name: str) -
     multiple=True,
     metavar="NAME=VALUE",
     help="Of the main loss, such as temperature=2; may be given several times.",
+)
+@click.option(
+    "--main-weights",
+    metavar="STEP:FACTOR,…",
+    help="Factor of the main loss's weight at steps of the main stage, linear between them: 0:0,500:1 brings it in over 500 steps,"
+    " 0:1,2000:0 takes it out. [default: 1 throughout]",
 )
 @click.option(
     "--warmup", metavar="3,4,5", type=training.Numbers(), help="Epochs of every stage. [default: the recipe's]"
@@ -191,7 +197,7 @@ def command(teacher: str, student: str, **options: Any) -> None:
         "curriculum": _curriculum(options),
         "plan": plan,
         "main": loss,
-        "main_options": main_options(options["main_options"]),
+        "main_options": main_options(options["main_options"]) | _over_time(options["main_weights"]),
         "val_loader": data.test if data.labelled else None,
         "example_inputs": example,
         "teacher_view": view,
@@ -358,6 +364,24 @@ def _curriculum(options: dict[str, Any]) -> Curriculum:
 
 def _one_or_all(values: list[Any] | None) -> Any:
     return values[0] if values is not None and len(values) == 1 else values
+
+
+def _over_time(text: str | None) -> dict[str, Any]:
+    """`0:0,500:1` as an option of the main loss."""
+    from indistill_fx.errors import ConfigError
+
+    if not text:
+        return {}
+    try:
+        pairs = [part.split(":") for part in text.split(",")]
+        return {"over_time": tuple((int(step), float(factor)) for step, factor in pairs)}
+    except ValueError:
+        raise ConfigError(
+            f"--main-weights {text!r} is no list of STEP:FACTOR.",
+            where="--main-weights",
+            got=text,
+            hint="Write --main-weights 0:0,500:1.",
+        ) from None
 
 
 def main_options(pairs: tuple[str, ...]) -> dict[str, Any]:

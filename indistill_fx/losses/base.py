@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -64,6 +66,8 @@ class MainLoss(Criterion):
         needs_shapes: whether the constructor takes `student_shapes` and `teacher_shapes` (there are weights to train).
         by_class: whether the term takes a softmax over the outputs, so that the task's must be classes.
         task: what the labels mean; set by `main_loss`.
+        over_time: (training step, factor of `weight`) in ascending order, and between them linearly; set by `vary`.
+        seen: training steps so far, where the weight varies.
 
     Args:
         weight: of the method's term.
@@ -76,6 +80,8 @@ class MainLoss(Criterion):
     needs_shapes: bool = False
     by_class: bool = False
     task: Task = Classification()
+    over_time: tuple[tuple[int, float], ...] = ()
+    seen: Tensor
 
     def __init__(self, *, weight: float, weight_labels: float):
         super().__init__()
@@ -103,11 +109,45 @@ class MainLoss(Criterion):
             student, labels = self._prepared(student, labels)
             parts = []
             if self.weight:
-                parts.append(self.weight * self.term(student, teacher, labels))
+                parts.append(self._weight_now() * self.term(student, teacher, labels))
             if self.weight_labels:
                 loss = self.task.loss(required(student.logits, "student logits"), required(labels, "labels"))
                 parts.append(self.weight_labels * loss)
             return parts[0] if len(parts) == 1 else parts[0] + parts[1]
+
+    def vary(self, points: Sequence[tuple[int, float]]) -> None:
+        """Let the term's weight go through factors of `weight`, by training steps.
+
+        Raises:
+            ConfigError: no points, steps that do not rise from 0 or more, or a negative factor.
+        """
+        steps = [step for step, _ in points]
+        fine = bool(points) and steps[0] >= 0 and all(a < b for a, b in pairwise(steps))
+        if not fine or not self.weight or any(factor < 0 for _, factor in points):
+            raise ConfigError(
+                f"{type(self).__name__}: the weights over time {list(points)} are none.",
+                where="main_weights",
+                got=list(points),
+                expected="steps in ascending order, each with a factor of 0 or more, for a loss that has a weight",
+                hint="Write --main-weights 0:0,500:1 (from nothing to the whole weight over 500 steps).",
+            )
+        self.over_time = tuple((int(step), float(factor)) for step, factor in points)
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+
+    def _weight_now(self) -> float | Tensor:
+        """The term's weight in this step; counts it, in training."""
+        if not self.over_time:
+            return self.weight
+        step = self.seen.double()
+        (before, factor), *rest = self.over_time
+        now = torch.full_like(step, factor)
+        for at, goal in rest:
+            share = ((step - before) / (at - before)).clamp(0, 1)
+            now = torch.where(step >= before, factor + (goal - factor) * share, now)
+            before, factor = at, goal
+        if self.training:
+            self.seen += 1
+        return self.weight * now.float()
 
     def _prepared(self, values: Outputs, labels: Tensor | None) -> tuple[Outputs, Tensor | None]:
         if values.logits is None:

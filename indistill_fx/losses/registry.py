@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -119,6 +119,7 @@ def main_loss(
     student_shapes: Mapping[str, tuple[int, ...]] | None = None,
     teacher_shapes: Mapping[str, tuple[int, ...]] | None = None,
     task: Task | None = None,
+    over_time: Sequence[tuple[int, float]] | None = None,
     **options: Any,
 ) -> Criterion:
     """The main loss of that name, of `file.py:name`, or the one given.
@@ -129,6 +130,8 @@ def main_loss(
             losses with weights of their own (fitnet, vid, crd).
         teacher_shapes: likewise.
         task: what the labels mean; classification if None.
+        over_time: (training step, factor of the loss's weight) in ascending order; between them it goes linearly. Not for losses of the
+            user's own.
         options: the loss's own keyword arguments.
 
     Returns:
@@ -138,6 +141,12 @@ def main_loss(
         ConfigError: an unknown name or option (the message lists the legal ones), or a loss that does not fit the task.
     """
     if not isinstance(loss, str) or loss not in MAIN_LOSSES:
+        if over_time:
+            raise ConfigError(
+                "A loss of your own weighs itself; weights over time are for those that have a weight.",
+                where="main_weights",
+                expected=list(MAIN_LOSSES),
+            )
         return UserLoss(*_users(loss, MAIN_LOSSES, "main loss", options), task or Classification())
     kind = MAIN_LOSSES[loss]
     if kind.needs_shapes:
@@ -148,6 +157,8 @@ def main_loss(
             options = {"weight_labels": 0.0, **options}
     built = _built(kind, loss, options)
     built.task = task or built.task
+    if over_time:
+        built.vary(over_time)
     return built
 
 

@@ -1,0 +1,78 @@
+"""Weights over time: the factor of every step by numpy's interpolation, on any loss, and that a resumed run knows its step."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import indistill_fx as ifx
+from indistill_fx.cli.distill import _over_time
+from indistill_fx.curriculum import Curriculum
+from indistill_fx.errors import ConfigError
+from indistill_fx.losses import Outputs, main_loss
+
+
+def outputs(seed: int) -> Outputs:
+    generator = torch.Generator().manual_seed(seed)
+    return Outputs(torch.randn(6, 4, generator=generator), torch.randn(6, 5, generator=generator), {})
+
+
+@pytest.mark.parametrize("name", ["kd", "dkd", "dist", "pkt", "mlkd"])
+@pytest.mark.parametrize("points", [((0, 0.0), (4, 1.0)), ((2, 1.0), (5, 0.25), (6, 2.0)), ((0, 0.5),)])
+def test_the_weight_of_every_step(name, points):
+    labels = torch.arange(6) % 4
+    plain, varied = main_loss(name), main_loss(name, over_time=points)
+    both = plain(outputs(0), outputs(1), labels).item()
+    only = main_loss(name, weight_labels=0.0)(outputs(0), outputs(1), labels).item()
+    steps = [step for step, _ in points]
+    for step in range(9):
+        factor = np.interp(step, steps, [factor for _, factor in points])
+        assert varied(outputs(0), outputs(1), labels).item() == pytest.approx(both - only + factor * only, rel=1e-5)
+    varied.eval()
+    before = varied.seen.item()
+    varied(outputs(0), outputs(1), labels)
+    assert varied.seen.item() == before  # only training steps count
+
+
+def test_what_are_no_weights_is_refused():
+    for points in [((3, 1.0), (2, 1.0)), ((-1, 1.0),), ((0, -1.0),)]:
+        with pytest.raises(ConfigError, match="are none"):
+            main_loss("kd", over_time=points)
+    with pytest.raises(ConfigError, match="A loss of your own weighs itself"):
+        main_loss(lambda student, teacher, labels: labels, over_time=((0, 1.0),))
+    with pytest.raises(ConfigError, match="are none"):
+        main_loss("labels", over_time=((0, 1.0),))
+    with pytest.raises(ConfigError, match="is no list of STEP:FACTOR"):
+        _over_time("1,2")
+    assert _over_time("0:0,500:1") == {"over_time": ((0, 0.0), (500, 1.0))}
+
+
+def net(seed: int) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return nn.Sequential(
+            nn.Conv2d(1, 4, 3, 2, 1), nn.ReLU(), nn.Conv2d(4, 8, 3, 2, 1), nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3),
+        )  # fmt: skip
+
+
+def test_a_resumed_run_knows_its_step(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    batch: tuple[Tensor, Tensor] = torch.randn(8, 1, 8, 8, generator=generator), torch.arange(8) % 3
+    options = {
+        "main_options": {"over_time": ((0, 0.0), (5, 1.0))},
+        "curriculum": Curriculum(lengths=[]),
+        "progress": False,
+        "device": "cpu",
+    }
+    whole, torn, plain = net(1), net(1), net(1)
+    ifx.distill(net(0), whole, [batch] * 2, epochs=3, run_dir=tmp_path / "whole", **options)
+    ifx.distill(net(0), torn, [batch] * 2, epochs=1, run_dir=tmp_path / "torn", **options)
+    torn = net(1)
+    ifx.distill(net(0), torn, [batch] * 2, epochs=3, run_dir=tmp_path / "torn", resume=True, **options)
+    ifx.distill(net(0), plain, [batch] * 2, epochs=3, **options | {"main_options": {}})
+    for key, value in whole.state_dict().items():
+        assert torch.equal(value, torn.state_dict()[key])
+    assert not torch.equal(whole[0].weight, plain[0].weight)
