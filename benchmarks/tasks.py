@@ -54,7 +54,7 @@ JOBS = {
     "bert": Job(texts.bert_teacher, texts.bert_student, texts.bert_loaders, (6, 8), 3e-3, "logits"),
     "gpt": Job(texts.gpt_teacher, texts.gpt_student, texts.gpt_loaders, (6, 8), 3e-3, "logits"),
 }
-JOBS["segmentation, temperature 1"] = replace(JOBS["segmentation"], main_options={"temperature": 1.0})
+JOBS["segmentation at T 1"] = replace(JOBS["segmentation"], main_options={"temperature": 1.0})
 WAYS = {"teacher": "teacher", "labels": "student alone", "kd": "KD", "indistill": "warm-up + KD"}
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from indistill_fx.cli import common, pictures, training
+from indistill_fx.cli import common, pictures, teachers, training
 from indistill_fx.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -17,7 +15,6 @@ if TYPE_CHECKING:
 
     from indistill_fx.curriculum import Curriculum
     from indistill_fx.data.dataset import Data
-    from indistill_fx.loading.load import Source
     from indistill_fx.plan import AlignmentPlan
 
 
@@ -183,7 +180,7 @@ def command(teacher: str, student: str, **options: Any) -> None:
     from indistill_fx.training.distill import distill
 
     out, loss = options["output"], options["main"]
-    shares = _teachers(teacher, options)
+    shares = teachers.named(teacher, options)
     teacher = next(iter(shares))
     *teachers, last = (common.open_model(spec, options["trust"], seed=options["seed"]) for spec in (*shares, student))
     pupil = last.module
@@ -224,46 +221,6 @@ def command(teacher: str, student: str, **options: Any) -> None:
         training.print_arms({name: arm.record for name, arm in arms.items()}, out)
     else:
         training.print_run(distill(source, pupil, train, epochs=epochs, **shared), out)
-
-
-def _teachers(first: str, options: dict[str, Any]) -> dict[str, float]:
-    """Every teacher's spec with its weight, in order; weights are read only where there are several."""
-    if not options["more_teachers"]:
-        return {first: 1.0}
-    found: dict[str, float] = {}
-    for text in (first, *options["more_teachers"]):
-        spec, equals, number = text.rpartition("=")
-        named = "?" in spec and "=" not in re.split("[?&]", spec)[-1]  # then it is an argument of a constructor
-        try:
-            weight = float(number) if equals and not named else None
-        except ValueError:
-            weight = None
-        spec, weight = (text, 1.0) if weight is None else (spec, weight)
-        if spec in found:
-            raise ConfigError(
-                f"The teacher {spec!r} is given twice.", where="--teacher", hint="Give it a weight: SPEC=2."
-            )
-        found[spec] = weight
-    return found
-
-
-def _together(teachers: Sequence[Source], shares: dict[str, float], example: Any, options: dict[str, Any]) -> nn.Module:
-    """The teachers as one module."""
-    from indistill_fx.passes.ensemble import ensemble
-
-    if len(teachers) == 1:
-        return teachers[0].module
-    if options["assistant"] == "auto":
-        raise ConfigError(
-            "--assistant auto shrinks the teacher, and there are several.",
-            where="--assistant",
-            hint="Name the assistant: --assistant SPEC.",
-        )
-    modules = [one.module for one in teachers]
-    made = ensemble(modules, list(shares.values()), example_inputs=example, logits=options["logits"])
-    for number, (spec, share) in enumerate(zip(shares, made.meta["teachers"]["weights"], strict=True)):
-        common.say(f"teachers.{number}: {spec}, {share:.4g} of the logits")
-    return made
 
 
 def _plan_beside(student: str, teacher: nn.Module, example: Any) -> AlignmentPlan | None:
