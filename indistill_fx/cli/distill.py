@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from indistill_fx.cli import common, pictures, teachers, training
+from indistill_fx.cli import common, pictures, training
+from indistill_fx.cli.teachers import shares_of, together
 from indistill_fx.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -180,13 +181,13 @@ def command(teacher: str, student: str, **options: Any) -> None:
     from indistill_fx.training.distill import distill
 
     out, loss = options["output"], options["main"]
-    shares = teachers.named(teacher, options)
+    shares = shares_of(teacher, options)
     teacher = next(iter(shares))
     *teachers, last = (common.open_model(spec, options["trust"], seed=options["seed"]) for spec in (*shares, student))
     pupil = last.module
     data = training.open_training_data(options, last, *teachers)
     example = common.example_for((*teachers, last), (), data)
-    source = _together(teachers, shares, example, options)
+    source = together(teachers, shares, example, options)
     given = options["plan_file"]
     plan = AlignmentPlan.load(given) if given else _plan_beside(student, source, example)
     view, plan = pictures.teacher_view(options, teachers, data, plan, directly=options["assistant"] is None)

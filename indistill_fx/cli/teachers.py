@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from indistill_fx.cli import common
+from indistill_fx.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from indistill_fx.loading.load import Source
 
-def named(first: str, options: dict[str, Any]) -> dict[str, float]:
+
+def shares_of(first: str, options: dict[str, Any]) -> dict[str, float]:
     """Every teacher's spec with its weight, in order; weights are read only where there are several."""
     if not options["more_teachers"]:
         return {first: 1.0}

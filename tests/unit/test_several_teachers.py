@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import indistill_fx as ifx
 from indistill_fx.cli import run
-from indistill_fx.cli.teachers import named
+from indistill_fx.cli.teachers import shares_of
 from indistill_fx.curriculum import Curriculum
 from indistill_fx.errors import ConfigError
 from indistill_fx.losses import Outputs, main_loss
@@ -157,4 +157,4 @@ def test_from_the_shell(tmp_path, monkeypatch, capsys):
     ],
 )
 def test_weights_are_told_from_arguments(first, more, found):
-    assert named(first, {"more_teachers": more}) == found
+    assert shares_of(first, {"more_teachers": more}) == found
