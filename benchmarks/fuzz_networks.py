@@ -46,6 +46,7 @@ from torch import Tensor, nn
 
 import indistill_fx as ifx
 from indistill_fx.errors import IndistillError
+from indistill_fx.graph.computed_weights import left_behind
 from indistill_fx.graph.interpret import run_keeping
 from indistill_fx.graph.module_state import digest
 from indistill_fx.passes.extract.instrument import cut
@@ -285,7 +286,7 @@ class Case:
 
     def _export(self) -> None:
         """After a few steps of training in float32, as a user would, where torch itself can train the network."""
-        module = copy.deepcopy(self.modules[1]).float().train()
+        module = copy.deepcopy(self.modules[1], dict(left_behind(self.modules[1]))).float().train()
         optimizer = torch.optim.SGD(module.parameters(), 1e-3)
         for step in range(2):
             try:

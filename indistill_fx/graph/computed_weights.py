@@ -19,6 +19,15 @@ with warnings.catch_warnings():
 _COMPUTING = (WeightNorm, SpectralNorm, BasePruningMethod)
 
 
+def left_behind(module: nn.Module) -> dict[int, Tensor]:
+    """What a deep copy is to hold in place of weights that the last forward pass computed with gradients: their values, by identity.
+
+    Torch refuses to copy such tensors. The copy computes them anew when it runs.
+    """
+    held = (value for part in module.modules() for value in vars(part).values() if isinstance(value, Tensor))
+    return {id(tensor): tensor.detach().clone() for tensor in held if not tensor.is_leaf}
+
+
 def why_opaque(module: nn.Module) -> str | None:
     """Why nothing can be said of what a module computes, beyond its class: a hook, or weights that are computed anew; else None."""
     if is_parametrized(module):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.nn.utils.prune
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -338,3 +339,16 @@ def test_ties_are_connected_components(count: int, ties: list[tuple[int, int]]) 
     graph.add_nodes_from(range(count))
     numbers = {k: n for n, part in enumerate(sorted(nx.connected_components(graph), key=min)) for k in part}
     assert _join(found).tolist() == [numbers[k] for k in range(count)]
+
+
+def test_a_student_with_masks_shrinks_after_it_has_run_with_gradients() -> None:
+    module = nn.Sequential(
+        nn.Conv2d(3, 8, 3, 1, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, 1, 1), nn.Flatten(), nn.Linear(512, 4)
+    )
+    torch.nn.utils.prune.random_unstructured(module[2], "weight", 0.3)
+    x = torch.randn(2, 3, 8, 8)
+    module(x).sum().backward()
+    model = trace(module, x, role="student")
+    module(x).sum().backward()  # the mask's result is part of a graph of gradients, which torch does not copy
+    result = shrink(model, ratio=0.5)
+    assert result.report.widths["0"] == (8, 8) and "hooks (" in result.report.frozen[0].reason

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
+from indistill_fx.graph.computed_weights import left_behind
 from indistill_fx.graph.edit import add_tensor
 from indistill_fx.graph.ops import attribute
 from indistill_fx.passes.channels.selection import sliced
@@ -29,7 +30,8 @@ class Rewriting:
         axes: dict[int, dict[int, NDArray[np.int64]]] = {}
         for (tensor, axis), kept in self.weights.items():
             axes.setdefault(tensor, {})[axis] = kept
-        memo: dict[int, Any] = {t: _sliced_parameter(found.tensors[t], own) for t, own in axes.items()}
+        memo: dict[int, Any] = left_behind(old)
+        memo |= {t: _sliced_parameter(found.tensors[t], own) for t, own in axes.items()}
         self.new = copy.deepcopy(old, memo)
         self.nodes = {node.name: node for node in self.new.graph.nodes}
         self.done: set[str] = set()
