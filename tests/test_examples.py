@@ -106,3 +106,28 @@ def test_jobs_of_other_tasks_from_the_shell(place, job, logits, task, tmp_path, 
     assert told["task"] == task and told["result"]["metrics"].keys() == told["result"]["teacher_metrics"].keys()
     assert any(not phase["main"] for phase in told["phases"])  # its layers were paired
     assert run(["evaluate", "s", *common]) == 0
+
+
+# WebDataset leaves a shard open when nobody reads on, as after a look at the first batch.
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("kind", ["hugging_face", "web_dataset"])
+def test_loaders_of_hugging_face_and_of_web_dataset(kind, tmp_path, monkeypatch, capsys):
+    """A tiny data set, offline: trained, distilled and measured, with a teacher that wants other figures."""
+    for package in ("datasets", "webdataset"):
+        pytest.importorskip(package, reason=f"needs {package}, which `pip install -e '.[dev]'` brings")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    file = ROOT / "examples/other_loaders.py"
+    subprocess.run([sys.executable, str(file)], check=True, capture_output=True)
+    data, quick = ["--data", f"{file}:{kind}"], ["--device", "cpu", "--batch-size", "16"]
+    assert (
+        run(["train", f"{file}:network?width=12", *data, *quick, "--epochs", "6", "--lr", "0.01", "-o", "taught"]) == 0
+    )
+    warm = ["--warmup", "1,1", "--penultimate", "0", "--epochs", "2", "--teacher-mean", "imagenet"]
+    models = [f"{file}:network?width=12@taught/student.safetensors", f"{file}:network"]
+    assert run(["distill", *models, *data, *quick, *warm, "-o", "run"]) == 0
+    assert "normalised by mean 0.485" in " ".join(capsys.readouterr().err.split())
+    assert run(["evaluate", "taught", *data, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["count"] == 16 and found["accuracy"] == 1.0

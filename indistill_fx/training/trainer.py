@@ -264,7 +264,10 @@ class Trainer:
         return self.val_loader is not None and setup.task.metric is not None
 
     def _measured(self, task: RunTask, module: nn.Module, view: View | None = None) -> Evaluation:
-        return evaluate(module, self.val_loader or (), task=task.task, logits=self.logits, view=view)
+        data = (
+            self.val_loader if self.val_loader is not None else ()
+        )  # a stream has no length, so it is neither true nor false
+        return evaluate(module, data, task=task.task, logits=self.logits, view=view)
 
     def _teacher_metrics(
         self, setup: Setup, before: RunDirectory | None, accelerator: Accelerator, reporter: Reporter

@@ -30,7 +30,15 @@ def net(*, norm=False):
 
 def test_a_stream_without_a_length_trains_every_batch():
     loader = DataLoader(Stream(), batch_size=4)
-    record = ifx.train(net(), loader, epochs=2, accumulate=2, device="cpu", progress=False)
+    record = ifx.train(
+        net(),
+        loader,
+        val_loader=repeatable(loader, 0, "test loader"),
+        epochs=2,
+        accumulate=2,
+        device="cpu",
+        progress=False,
+    )
     assert record.steps == 4, "batches of 4, 4 and 2; the last one ends a group of one"
     assert repeatable(loader, 0, "train loader").length is None
 
