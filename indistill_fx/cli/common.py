@@ -81,9 +81,9 @@ def console() -> Console:
 
 def say(text: str) -> None:
     """A line on standard error. Names in it may come from a file of somebody else."""
-    from indistill_fx.system.terminal import printable
+    from indistill_fx.system.terminal import one_line
 
-    click.echo(printable(text), err=True)
+    click.echo(one_line(text), err=True)
 
 
 def say_json(value: Any) -> None:

@@ -5,15 +5,19 @@ from __future__ import annotations
 import re
 from xml.etree import ElementTree
 
+from indistill_fx.system.terminal import printable
+
 _ILLEGAL = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+_TURNING = re.compile("[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 SANS = "system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', sans-serif"
 MONO = "ui-monospace, 'SF Mono', Menlo, 'DejaVu Sans Mono', monospace"
 
 
 def legible(text: str) -> str:
-    """The text without characters that neither XML nor a screen can show."""
-    return _ILLEGAL.sub("\ufffd", text)
+    """The text without characters that neither XML nor a screen can show; marks of direction are written out, as on the terminal."""
+    return _TURNING.sub(lambda found: printable(found[0]), _ILLEGAL.sub("\ufffd", text))
 
 
 def shorten(text: str, length: int) -> str:
