@@ -309,6 +309,11 @@ def _finished(
     told = measured(judge(student)) if judge is not None else {}
     steps = (*made.steps, Step("trained", last.macs, last.parameters, latency_ms=last.latency_ms, **told))
     say(str(steps[-1]))
+    best = max(made.steps[1:], key=lambda step: step.accuracy or 0.0)
+    if steps[-1].accuracy is not None and steps[-1].accuracy < (best.accuracy or 0.0):
+        say(
+            f"Training made it worse than it was before ({best.name}: {best.shown}). Try a lower --lr, or more --epochs."
+        )
     example = tuple(v[:1] if isinstance(v, Tensor) and v.dim() else v for v in model.example_inputs)
     if not made.spec:
         from indistill_fx.deploy.save_pt2 import save_program

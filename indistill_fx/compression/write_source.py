@@ -3,7 +3,8 @@
 Rules, in order:
   1. A module of the original becomes a class again where its nodes stand together and all its calls do the same.
   2. Modules that differ in numbers only share a class, and the numbers become its arguments.
-  3. What was written is run: it must give the graph's outputs to the bit, from the weights that are saved with it.
+  3. What no output needs is left out, checks of sizes too: it would be handed from class to class for nothing.
+  4. What was written is run: it must give the graph's outputs to the bit, from the weights that are saved with it.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from indistill_fx.compression.source_classes import class_texts
 from indistill_fx.compression.source_pieces import Imports, unwritable
 from indistill_fx.compression.source_scopes import Dissolve, scopes_of
 from indistill_fx.errors import ConfigError, ExportError
+from indistill_fx.graph.edit import copy_graph, sweep
 from indistill_fx.graph.module_state import mode
 from indistill_fx.system.files import write
 from indistill_fx.traced import TracedModel
@@ -90,7 +92,7 @@ def source_of(model: TracedModel) -> StudentSource:
     Raises:
         ExportError: a construct has no source code; it is named.
     """
-    graph_module, dissolved = model.graph_module, set[str]()
+    graph_module, dissolved = sweep(copy_graph(model.graph_module)[0]), set[str]()
     while True:
         root, places = scopes_of(graph_module, dissolved)
         writer = Writer(graph_module, places, model.facts)

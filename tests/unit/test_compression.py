@@ -250,6 +250,23 @@ def test_widths_that_sensitivities_get_wrong_are_found_out_after_repair(monkeypa
     assert "widths: at least" in said[1]
 
 
+def test_a_vision_transformer_is_paired_block_by_block():
+    """Its code checks sizes and drops a second output: neither may be handed out of a block, or the block's name is no tensor's."""
+    from torchvision.models import VisionTransformer
+
+    torch.manual_seed(0)
+    vit = VisionTransformer(
+        image_size=8, patch_size=4, num_layers=3, num_heads=4, hidden_dim=16, mlp_dim=32, num_classes=5
+    )
+    x = torch.randn(2, 3, 8, 8)
+    teacher = ifx.trace(vit, (x,), role="teacher")
+    shrunk = ifx.shrink(teacher, ratio=0.4)
+    source = source_of(shrunk.value)
+    assert "_assert" not in source.text and "return y, z" not in source.text
+    plan = plan_of(teacher, ifx.trace(source.build(), (x,), role="student"), shrunk.report.axes)
+    assert [pair.student for pair in plan.pairs][-3:] == [f"encoder.layers.encoder_layer_{k}" for k in range(3)]
+
+
 def data_of(count=4):
     torch.manual_seed(0)
     return [(images(8, seed=k), torch.arange(8) % 5) for k in range(count)]
