@@ -46,6 +46,12 @@ def load_weights(module: nn.Module, path: Path, *, trust: Sequence[str] = ()) ->
         if state and all(key.startswith(prefix) for key in state) and not any(key.startswith(prefix) for key in own):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
             notes = (*notes, f"weights: dropped {prefix!r} before every key")
+    counters = {name: own[name] for name in own.keys() - state.keys() if name.endswith("num_batches_tracked")}
+    if counters and state:  # as of before torch 0.4.1, and of files that leave out what no inference reads
+        state, notes = (
+            state | counters,
+            (*notes, f"weights: without the step counters of {len(counters)} batch norms, which start anew"),
+        )
     _require_match(state, own, type(module).__name__, path)
     module.load_state_dict(state)
     return notes

@@ -28,6 +28,7 @@ from indistill_fx.errors import ConfigError, FrontendError, IndistillError
 from indistill_fx.loading.inputs import parse_input
 from indistill_fx.loading.load import load, load_source
 from indistill_fx.loading.spec import parse_spec
+from indistill_fx.loading.state_dicts import load_weights
 
 FACTORIES = """
     import torch
@@ -563,3 +564,14 @@ def test_loading_is_not_paid_for_by_importing() -> None:
     script = "import sys; import indistill_fx.loading.load; print([m for m in ('torch', 'torchvision', 'timm') if m in sys.modules])"
     shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert shown.stdout.strip() == "[]"
+
+
+def test_weights_without_the_counters_of_batch_norms_are_loaded_and_that_is_said(tmp_path: Path) -> None:
+    norm = nn.BatchNorm2d(3)
+    nn.init.normal_(norm.weight)
+    torch.save(
+        {name: value for name, value in norm.state_dict().items() if "num_batches" not in name}, tmp_path / "w.pt"
+    )
+    fresh = nn.BatchNorm2d(3)
+    (note,) = load_weights(fresh, tmp_path / "w.pt")
+    assert torch.equal(fresh.weight, norm.weight) and "step counters of 1 batch norms" in note
