@@ -10,7 +10,7 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
-from indistill_fx.batch import Inputs, split
+from indistill_fx.batch import Call, Inputs, split
 from indistill_fx.errors import ConfigError
 from indistill_fx.graph.module_state import evaluating
 from indistill_fx.graph.view import View
@@ -242,4 +242,23 @@ def _outputs(
                     hint="Let the loader yield (inputs, labels), or a dict of inputs by name with `labels`.",
                 )
             call = parts.calls[0].changed(view.apply) if view is not None else parts.calls[0]
-            yield call(module), parts.labels, call.first
+            yield _called(module, call), parts.labels, call.first
+
+
+def _called(module: nn.Module | Callable[..., Any], call: Call) -> Any:
+    """The model's outputs; inputs that it cannot take are the data's fault, not ours."""
+    try:
+        return call(module)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        shapes = ", ".join(
+            str(tuple(value.shape)) for value in (*call.args, *call.kwargs.values()) if isinstance(value, Tensor)
+        )
+        name = type(module).__name__ if isinstance(module, nn.Module) else getattr(module, "__qualname__", "The model")
+        raise ConfigError(
+            f"{name} cannot take inputs of shape {shapes}: {str(error).partition(chr(10))[0].rstrip('.')}.",
+            where="inputs",
+            got=shapes,
+            hint="Bring pictures to what the model was made for (--size, --channels), or name another data set.",
+        ) from error

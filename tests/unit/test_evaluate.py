@@ -229,3 +229,9 @@ def test_retrieval_with_a_traced_models_penultimate_vector():
     assert found.map_cosine == pytest.approx(expected.map_cosine, rel=1e-4)
     assert found.precision_euclidean == pytest.approx(expected.precision_euclidean, rel=1e-2)
     assert same(before, state(model))
+
+
+def test_inputs_that_the_model_cannot_take_are_refused_by_their_shape():
+    grey = [(torch.zeros(2, 1, 8, 8), torch.zeros(2, dtype=torch.long))]
+    with pytest.raises(ConfigError, match=r"Conv2d cannot take inputs of shape \(2, 1, 8, 8\): .*--size, --channels"):
+        evaluate(nn.Conv2d(3, 4, 3), grey)
