@@ -71,9 +71,9 @@ def command(
             f"{model}: {count(parameters)} parameters, {count(traced.macs)} MACs for an input of {_inputs(traced.example_values)}"
         )
     )
-    out.print(
-        f"Traced by `{traced.report.method}`; equal to the module at batch sizes {', '.join(str(n) for n, _ in traced.report.checked)}."
-    )
+    sizes = [str(size) for size, _ in traced.report.checked]
+    at = f"batch size{'s' if len(sizes) > 1 else ''} {', '.join(sizes)}"
+    out.print(f"Traced by `{traced.report.method}`; equal to the module at {at}.")
     if passes:
         _show_passes(out, traced)
         return

@@ -348,7 +348,8 @@ def test_progress_is_plain_lines_where_there_is_no_terminal(capsys, teacher):
     distill(teacher, net(6, 8), loader(), curriculum=QUICK, epochs=1, val_loader=loader(False))
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("Teacher's accuracy: ")
-    assert lines[3] == "main: 1 epoch, adam, learning rate 0.001"
+    assert lines[1].startswith("Task: classification")
+    assert lines[4] == "main: 1 epoch, adam, learning rate 0.001"
     assert lines[-1].startswith("main: 1 epoch, 6 steps, ") and "accuracy" in lines[-1]
     distill(teacher, net(6, 8), loader(), curriculum=QUICK, epochs=1, progress=False)
     assert capsys.readouterr().err == ""
