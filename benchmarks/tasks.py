@@ -48,7 +48,12 @@ class Job:
 
 JOBS = {
     "segmentation": Job(
-        segmentation.make_teacher, segmentation.make_student, segmentation.make_loaders, (15, 20), 1e-2
+        segmentation.make_teacher,
+        segmentation.make_student,
+        segmentation.make_loaders,
+        (15, 20),
+        1e-2,
+        main_options={"temperature": 4.0},  # what kd takes elsewhere
     ),
     "multilabel": Job(multilabel.make_teacher, multilabel.make_student, multilabel.make_loaders, (15, 20), 1e-2),
     "bert": Job(texts.bert_teacher, texts.bert_student, texts.bert_loaders, (6, 8), 3e-3, "logits"),

@@ -155,6 +155,8 @@ def main_loss(
         _require_fit(kind, loss, task)
         if not task.labelled:
             options = {"weight_labels": 0.0, **options}
+        if loss == "kd" and task.temperature is not None:
+            options = {"temperature": task.temperature, **options}
     built = _built(kind, loss, options)
     built.task = task or built.task
     if over_time:

@@ -29,11 +29,13 @@ class Task:
         by_class: whether the outputs at one position are classes that exclude each other; losses that take a softmax over them
             need that.
         labelled: whether there are labels at all.
+        temperature: of `kd` for this task, where none is given; None: the loss's own.
     """
 
     name: ClassVar[str]
     by_class: ClassVar[bool] = False
     labelled: ClassVar[bool] = True
+    temperature: ClassVar[float | None] = None
 
     def read(self, labels: Tensor) -> Tensor:
         """Labels of a batch in the task's own form, whoever reads them then: a loss of the user's own, or `prepare`."""
@@ -151,6 +153,7 @@ class Segmentation(Classification):
     """One class a pixel: logits (batch, classes, height, width), labels (batch, height, width); 255, the usual void label, is ignored."""
 
     name: ClassVar[str] = "segmentation"
+    temperature: ClassVar[float | None] = 1.0
     void: int = 255
 
     def read(self, labels: Tensor) -> Tensor:

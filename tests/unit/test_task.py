@@ -195,3 +195,9 @@ def test_tasks_by_name_and_of_the_users_own(tmp_path: Path):
     assert task_of(f"{file}:Own").name == "own"
     with pytest.raises(ConfigError, match="must be a `Task`, not a int"):
         task_of(f"{file}:number")
+
+
+def test_kd_of_a_segmentation_has_a_temperature_of_its_own_and_the_users_wins():
+    assert main_loss("kd", task=Segmentation()).temperature == 1.0
+    assert main_loss("kd", task=Classification()).temperature == 4.0
+    assert main_loss("kd", task=Segmentation(), temperature=2.0).temperature == 2.0
