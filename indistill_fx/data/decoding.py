@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -76,6 +77,9 @@ def decode(
             save_tensors(place, {"images": found.values, "resized": torch.tensor(found.resized)}, {"format": _FORMAT})
     except (OSError, TrainError) as error:
         reason = error.__cause__ or error
+        if not any(cache.glob("*.safetensors")):
+            with suppress(OSError):
+                (cache / ".lock").unlink()  # nothing was kept, so nothing is left
         raise ConfigError(
             f"Cache {str(place)!r} cannot be written: {reason}.", where=str(cache), hint="Give another folder, or none."
         ) from error

@@ -106,6 +106,10 @@ def evaluate(
         chosen.check(scores, known)
         if not metrics:
             metrics = {name: metric.to(scores.device) for name, metric in chosen.metrics(scores.shape[1]).items()}
+            for (
+                metric
+            ) in metrics.values():  # the loader has all samples: nothing is to be gathered from other processes
+                metric.distributed_available_fn = _alone
         total, over = chosen.total(scores, known)
         loss, counted = loss + total.item(), counted + over
         for metric in metrics.values():
@@ -116,6 +120,10 @@ def evaluate(
     values = {name: float(metric.compute()) for name, metric in metrics.items()}
     accuracy, facts = values.get("accuracy"), deciding_metric(chosen, classes)
     return Evaluation(accuracy, loss / max(counted, 1), count, classes, chosen.name, values, facts)
+
+
+def _alone() -> bool:
+    return False
 
 
 def deciding_metric(task: Task, outputs: int) -> MetricFacts:
