@@ -87,3 +87,19 @@ def nearest(name: str, legal: Iterable[str], *, count: int = 3) -> str:
     if close:
         return f"Nearest: {', '.join(close)}."
     return f"Legal: {', '.join(legal)}." if len(legal) <= 12 else ""
+
+
+def unknown(where: str, name: str, what: str, known: Iterable[str], *, legal: str) -> ConfigError:
+    """The error for a name that is none of the known ones.
+
+    Args:
+        where: what was being named: `task`.
+        name: as given.
+        what: what it would have to be: `task`, `data set`.
+        known: the names that there are.
+        legal: how one may be written, for the hint.
+    """
+    names = sorted(known)
+    return ConfigError(
+        f"{name!r} is no {what}.", where=where, got=name, expected=names, hint=f"{nearest(name, names)} Legal: {legal}."
+    )

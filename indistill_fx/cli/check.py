@@ -24,11 +24,7 @@ if TYPE_CHECKING:
 @click.option(
     "--samples", default=512, show_default=True, type=click.IntRange(min=1), help="Of DATA, spread over the classes."
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@pictures.picture_options
-@common.input_option
-@common.task_option
-@common.trust_option
+@pictures.compared_options
 def command(
     file: str,
     against: str,

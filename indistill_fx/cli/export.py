@@ -69,11 +69,7 @@ if TYPE_CHECKING:
     type=float,
     help="Largest difference allowed, as a share of the output's range.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@pictures.picture_options
-@common.input_option
-@common.task_option
-@common.trust_option
+@pictures.compared_options
 def command(
     model: str,
     output: str,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from indistill_fx.cli import common
 from indistill_fx.cli.common import Command, say
 from indistill_fx.errors import ConfigError
 
@@ -75,6 +76,14 @@ _OPTIONS = (
 def picture_options(command: Command) -> Command:
     """--size, --channels, --mean, --std."""
     for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
+
+
+def compared_options(command: Command) -> Command:
+    """What a file and a model are compared on, and how it is told: --json, pictures, --input, --task, --trust."""
+    own = (click.option("--json", "as_json", is_flag=True, help="Print JSON."), picture_options)
+    for option in reversed((*own, common.input_option, common.task_option, common.trust_option)):
         command = option(command)
     return command
 

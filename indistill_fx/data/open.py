@@ -15,7 +15,7 @@ from indistill_fx.data.in_memory import Split, hold
 from indistill_fx.data.normalisation import PUBLISHED, Figures, Normalisation
 from indistill_fx.data.open_folder import open_folder
 from indistill_fx.data.user_loaders import open_user_loaders
-from indistill_fx.errors import ConfigError, nearest
+from indistill_fx.errors import ConfigError, unknown
 
 _DIGITS: Normalisation = ((0.3053,), (0.3760,))
 
@@ -90,13 +90,8 @@ def open_data(
     if kind in _SPECS:
         return _SPECS[kind](place, options)
     if not place:
-        raise ConfigError(
-            f"{spec!r} is no data set.",
-            where="data",
-            got=spec,
-            expected=sorted(_SPECS),
-            hint=f"{nearest(spec, _SPECS)} Legal: digits, cifar10, cifar100, imagefolder:DIR, file.py:make_loaders.",
-        )
+        legal = "digits, cifar10, cifar100, imagefolder:DIR, file.py:make_loaders"
+        raise unknown("data", spec, "data set", _SPECS, legal=legal)
     return open_user_loaders(spec, options)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from indistill_fx.errors import ConfigError, nearest
+from indistill_fx.errors import ConfigError, unknown
 from indistill_fx.losses.positions import IGNORED
 from indistill_fx.losses.task import (
     Classification,
@@ -40,13 +40,7 @@ def task_of(task: str | Task) -> Task:
     if isinstance(task, str) and task in TASKS:
         return TASKS[task]()
     if isinstance(task, str) and ":" not in task:
-        raise ConfigError(
-            f"{task!r} is no task.",
-            where="task",
-            got=task,
-            expected=sorted(TASKS),
-            hint=f"{nearest(task, TASKS)} Known: {', '.join(TASKS)}, or file.py:task for your own.",
-        )
+        raise unknown("task", task, "task", TASKS, legal=f"{', '.join(TASKS)}, or file.py:task for your own")
     found: Any = load_object(task) if isinstance(task, str) else task
     found = found() if isinstance(found, type) else found
     if not isinstance(found, Task):

@@ -336,12 +336,13 @@ def _check_probabilities(labels: Tensor) -> None:
 
 
 def _same_shape(task: Task, logits: Tensor, labels: Tensor) -> None:
-    if logits.shape != labels.shape:
+    expected, got = tuple(logits.shape), tuple(labels.shape)
+    if got != expected:
         raise ConfigError(
-            f"{task.name} reads labels of the outputs' shape {tuple(logits.shape)}, but these have {tuple(labels.shape)}.",
+            f"{task.name} reads labels of the outputs' shape {expected}, but these have {got}.",
             where="labels",
-            got=tuple(labels.shape),
-            expected=tuple(logits.shape),
+            got=got,
+            expected=expected,
             hint="Let the loader give one value for each output, or name another task (--task).",
         )
 
