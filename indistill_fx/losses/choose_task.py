@@ -43,14 +43,10 @@ def task_of(task: str | Task) -> Task:
         raise unknown("task", task, "task", TASKS, legal=f"{', '.join(TASKS)}, or file.py:task for your own")
     found: Any = load_object(task) if isinstance(task, str) else task
     found = found() if isinstance(found, type) else found
-    if not isinstance(found, Task):
-        raise ConfigError(
-            f"A task must be a `Task`, not a {type(found).__name__}.",
-            where="task",
-            got=type(found).__name__,
-            hint="Derive a class from indistill_fx.Task.",
-        )
-    return found
+    if isinstance(found, Task):
+        return found
+    kind, hint = type(found).__name__, "Derive a class from indistill_fx.Task."
+    raise ConfigError(f"A task must be a `Task`, not a {kind}.", where="task", got=kind, hint=hint)
 
 
 def choose_task(task: str | Task | None, logits: Tensor, labels: Tensor | None, inputs: Tensor | None = None) -> Task:
