@@ -45,7 +45,7 @@ STUDENT_EPOCHS = 60
 WARMUP = 30
 LEARNING_RATE = 5e-3
 NAMES = {
-    "teacher": "teacher, all 1,437 images",
+    "teacher": "teacher, all images",
     "scratch-labels": "new weights: labels",
     "scratch-kd": "new weights: KD",
     "labels": "compressed: labels",
