@@ -10,7 +10,7 @@ from torch import nn
 
 from indistill_fx.errors import ConfigError
 
-Kind = Literal["cpu", "cpu reduced", "cpu compiled", "cuda", "cuda compiled", "other"]
+Kind = Literal["cpu", "cpu reduced", "cpu compiled", "cuda", "cuda reduced", "cuda compiled", "other"]
 """Targets that are lowered alike; the keys of `passes.lowering.table`."""
 
 
@@ -41,7 +41,7 @@ class Target:
                 where="device",
                 got=self.device,
                 expected=here,
-                hint=f"This machine has: {', '.join(here)}.",
+                hint=f"This machine has: {', '.join(here)}.{_why_no_cuda() if device and device.type == 'cuda' else ''}",
             )
         if self.dtype not in _DTYPES:
             raise ConfigError(
@@ -63,7 +63,8 @@ class Target:
         """Which targets it is lowered like."""
         device = torch.device(self.device).type
         if device == "cuda":
-            return "cuda compiled" if self.compiled else "cuda"
+            reduced = self.dtype in (torch.bfloat16, torch.float16)
+            return "cuda compiled" if self.compiled else "cuda reduced" if reduced else "cuda"
         if device != "cpu":
             return "other"
         if self.compiled:
@@ -78,6 +79,30 @@ class Target:
 
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def chosen_device(name: str) -> torch.device:
+    """The device of that name; of `auto` an accelerator, if there is one, else the CPU.
+
+    Raises:
+        ConfigError: there is no such device; names what is there.
+    """
+    if name != "auto":
+        return torch.device(Target(name).device)
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def _why_no_cuda() -> str:
+    """What torch has to say where it can use no GPU of NVIDIA's: built without CUDA, no driver, or one that is too old."""
+    if torch.cuda.is_available():
+        return ""
+    if torch.version.cuda is None:
+        return " This torch is built without CUDA."
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return f" torch says: {' '.join(str(error).split())}"
+    return ""
 
 
 def available_devices() -> list[str]:

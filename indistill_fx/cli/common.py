@@ -67,8 +67,8 @@ device_option = click.option(
     "--device",
     default="auto",
     show_default=True,
-    type=click.Choice(["auto", "cpu"]),
-    help="auto: an accelerator if there is one.",
+    metavar="DEVICE",
+    help="cpu, cuda, cuda:1 or mps; auto: an accelerator if there is one.",
 )
 
 

@@ -180,6 +180,7 @@ def command(teacher: str, student: str, **options: Any) -> None:
     from indistill_fx.training.compare import compare
     from indistill_fx.training.distill import distill
 
+    settings = training.settings_of(options)  # what cannot be is said before anything is loaded
     out, loss = options["output"], options["main"]
     shares = shares_of(teacher, options)
     teacher = next(iter(shares))
@@ -205,7 +206,7 @@ def command(teacher: str, student: str, **options: Any) -> None:
         "allow_changed": options["allow_changed"],
         "feature_cache": options["feature_cache"],
         "about": about(student, options["data"], data.input_size, teacher=", ".join(shares), **about_data(data)),
-        **training.settings_of(options),
+        **settings,
     }
     if options["assistant"] is not None:
         source = _assisted(source, pupil, teacher, data, shared, options)

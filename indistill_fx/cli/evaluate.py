@@ -57,22 +57,21 @@ def command(
     """
     from dataclasses import asdict
 
-    import torch
     from accelerate.utils import send_to_device
 
     from indistill_fx.evaluation.accuracy import evaluate
     from indistill_fx.evaluation.retrieval import evaluate_retrieval
+    from indistill_fx.target import chosen_device
 
+    place = chosen_device(device)
     source = common.open_model(model, trust)
     more = {name: options[name] for name in ("limit", "workers", "cache", "batch_size")}
     opened = pictures.open_pictures(data, options, source, progress=True, **more)
-    if device == "auto" and (found := torch.accelerator.current_accelerator(check_available=True)) is not None:
-        source.module.to(found)
+    source.module.to(place)
     measured = evaluate(source.module, opened.test, task=task, logits=logits, progress=True)
     result = asdict(measured)
     if retrieval or tap:
         example = common.example_for((source,), inputs, opened)
-        place = next((p.device for p in source.module.parameters()), torch.device("cpu"))
         traced = common.trace_model(source, send_to_device(example, place), "teacher", logits=logits)
         result["retrieval"] = asdict(evaluate_retrieval(traced, opened, k=k, tap=tap, progress=True))
     if as_json:

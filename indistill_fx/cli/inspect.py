@@ -97,11 +97,11 @@ def command(
 
 def _show_passes(out: Console, traced: TracedModel) -> None:
     from indistill_fx.cli.tables import passes_lines
-    from indistill_fx.passes.lowering.table import LOWERINGS
+    from indistill_fx.passes.lowering.table import lowerings_for
     from indistill_fx.passes.pipeline import whole_teacher
     from indistill_fx.target import Target
 
-    half = whole_teacher(traced, lowerings=LOWERINGS[Target.of(traced.module).kind])
+    half = whole_teacher(traced, lowerings=lowerings_for(Target.of(traced.module)))
     for line in passes_lines("traced", half.report):
         out.print(line, soft_wrap=True)
 

@@ -26,6 +26,7 @@ def command(model: str, **options: Any) -> None:
     from indistill_fx.runs.load import about, about_data
     from indistill_fx.training.supervised import train
 
+    settings = training.settings_of(options)  # what cannot be is said before anything is loaded
     source = common.open_model(model, options["trust"], seed=options["seed"])
     data = training.open_training_data(options, source)
     record = train(
@@ -39,6 +40,6 @@ def command(model: str, **options: Any) -> None:
         allow_changed=options["allow_changed"],
         epochs=options["epochs"],
         about=about(model, options["data"], data.input_size, **about_data(data)),
-        **training.settings_of(options),
+        **settings,
     )
     training.print_run(record, options["output"])

@@ -91,6 +91,8 @@ def _setting(name: str) -> Callable[[Command], Command]:
         shape: Any = click.Choice([str(choice) for choice in choices])
     elif get_args(hint) == (int,):
         shape = Numbers()
+    elif kind is str:
+        shape = str
     else:
         shape = click.IntRange(min=int(known.least or 0)) if kind is int else float
     shown = default not in (None, ())
@@ -161,8 +163,14 @@ def open_training_data(options: Mapping[str, Any], *models: Source) -> Data:
 
 
 def settings_of(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Those options of a training command that are `Settings`."""
-    return {name: options[name] for name in hints()}
+    """Those options of a training command that are `Settings`.
+
+    Raises:
+        ConfigError: they cannot be: a device that is not there, two that contradict each other.
+    """
+    found = {name: options[name] for name in hints()}
+    Settings(**found)
+    return found
 
 
 def print_run(record: RunRecord, run_dir: str) -> None:

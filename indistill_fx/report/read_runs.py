@@ -16,6 +16,7 @@ from typing import Any
 from indistill_fx.errors import ConfigError
 from indistill_fx.loading.state_dicts import count_numbers
 from indistill_fx.plan import AlignmentPlan
+from indistill_fx.report.work import NO_WORK, Work
 from indistill_fx.runs.directory import EXPORT, MOST_BYTES, STUDENT
 from indistill_fx.runs.record import MetricFacts
 from indistill_fx.system.files import read_bounded, read_lines
@@ -39,6 +40,7 @@ class Epoch:
     seconds: float | None
     value: float | None
     val_loss: float | None
+    work: Work = NO_WORK
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,11 @@ class Phase:
     def seconds(self) -> float:
         """Spent training."""
         return sum(epoch.seconds or 0.0 for epoch in self.epochs)
+
+    @property
+    def work(self) -> Work:
+        """Of all epochs."""
+        return Work.of_all(epoch.work for epoch in self.epochs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,7 +304,8 @@ def _epoch(entry: object, metric: MetricFacts) -> Epoch | None:
         return None
     loss, rate, seconds, val_loss = (_number(entry.get(n)) for n in ("loss", "learning_rate", "seconds", "val_loss"))
     values = _dict(entry.get("metrics")) or {"accuracy": entry.get("accuracy")}
-    return Epoch(entry["stage"], int(number), loss, rate, seconds, _number(values.get(metric.name)), val_loss)
+    work = Work(seconds, *(_number(entry.get(name)) for name in ("samples", "waiting", "peak_memory")))
+    return Epoch(entry["stage"], int(number), loss, rate, seconds, _number(values.get(metric.name)), val_loss, work)
 
 
 def _number(value: object) -> float | None:

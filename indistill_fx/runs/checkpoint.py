@@ -142,7 +142,8 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Tens
     Raises:
         ConfigError: it is of other parameters.
     """
-    shapes = [p.shape for group in optimizer.param_groups for p in group["params"]]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    shapes = [p.shape for p in parameters]
     state: dict[int, dict[str, Any]] = {}
     entries = {name.removeprefix("optimizer/"): t for name, t in saved.items() if name.startswith("optimizer/")}
     for name, value in (*entries.items(), *values.items()):
@@ -154,8 +155,15 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Tens
                 where=name,
                 hint="Resume with the options the run was started with.",
             )
-        state.setdefault(int(index), {})[key] = value
+        state.setdefault(int(index), {})[key] = _laid_out_as(parameters[int(index)], value)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _laid_out_as(parameter: Tensor, value: Any) -> Any:
+    """The same value in the layout of its parameter, without which fused optimisers take none; files hold the usual layout."""
+    if not isinstance(value, Tensor) or value.shape != parameter.shape or value.stride() == parameter.stride():
+        return value
+    return torch.empty_like(parameter, dtype=value.dtype, device=value.device).copy_(value)
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:

@@ -56,6 +56,9 @@ class EpochRecord:
         val_loss: likewise, the task's supervised loss.
         metrics: all of the task's, by name.
         average: likewise, of the moving average of the student's weights.
+        samples: that were learnt from, by all processes together; None: an earlier version did not count them.
+        waiting: seconds, of those above, in which the program waited for the next batch; likewise.
+        peak_memory: the most bytes that the device held, a CPU's process since it began; None where nobody can tell.
     """
 
     stage: str
@@ -68,6 +71,9 @@ class EpochRecord:
     val_loss: float | None = None
     metrics: Mapping[str, float] | None = None
     average: Mapping[str, float] | None = None
+    samples: int | None = None
+    waiting: float | None = None
+    peak_memory: int | None = None
 
     @property
     def measured(self) -> Mapping[str, float] | None:

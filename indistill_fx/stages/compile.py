@@ -23,7 +23,7 @@ from indistill_fx.passes.capture.trace import as_traced
 from indistill_fx.passes.contract import PassRecord, signature_of
 from indistill_fx.passes.extract.feed import fed_name
 from indistill_fx.passes.extract.view import view_between
-from indistill_fx.passes.lowering.table import LOWERINGS, Lowerings
+from indistill_fx.passes.lowering.table import Lowerings, lowerings_for
 from indistill_fx.passes.pipeline import fed_student_half, narrowed_teacher, student_half, teacher_half
 from indistill_fx.plan import AlignmentPlan, Pair
 from indistill_fx.stages.stage import Stage, StageReport
@@ -75,10 +75,8 @@ def compile_stages(
     Raises:
         ConfigError: the plan does not fit, an unknown loss, or nothing of the student can be trained.
     """
-    if lowerings is None:
-        lowerings = LOWERINGS[
-            (target or Target.of(student.module if isinstance(student, TracedModel) else student)).kind
-        ]
+    target = target or Target.of(student.module if isinstance(student, TracedModel) else student)
+    lowerings = lowerings_for(target) if lowerings is None else replace(lowerings, dtype=target.dtype)
     teacher = as_traced(teacher, example_inputs, role="teacher")
     student = as_traced(student, example_inputs, role="student")
     plan = align(teacher, student) if plan is None else plan
@@ -243,7 +241,7 @@ def joint_teachers(
     losses = [stage.criterion.loss for stage in warm if isinstance(stage.criterion, FeatureLoss | SegmentsLoss)]
     narrowed = any(loss.needs_equal_widths for loss in losses)  # all of them, or none
     slim = narrowed_teacher(teacher, plan).value if narrowed else teacher
-    graph = teacher_half(slim, student, pairs, bare, narrowed=narrowed, lowerings=LOWERINGS[target.kind]).value
+    graph = teacher_half(slim, student, pairs, bare, narrowed=narrowed, lowerings=lowerings_for(target)).value
     return [(shared, graph), *(([stage], stage.teacher) for stage in alone if stage.teacher is not None)]
 
 

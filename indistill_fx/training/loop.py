@@ -14,19 +14,21 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
-from torch import Tensor, nn
+from torch import nn
 
-from indistill_fx.batch import count_of, stand_in
+from indistill_fx.batch import count_of
 from indistill_fx.data.loaders import EpochLoader, with_last
 from indistill_fx.errors import TrainError
 from indistill_fx.evaluation.accuracy import Evaluation
 from indistill_fx.graph.module_state import left_in_eval
+from indistill_fx.passes.lowering.layout import laid_out
 from indistill_fx.runs.directory import LAST, RunDirectory
 from indistill_fx.runs.record import EpochRecord, MetricFacts
 from indistill_fx.system.random_state import reseed
@@ -36,12 +38,15 @@ from indistill_fx.training.nonfinite import first_not_finite, not_finite_error
 from indistill_fx.training.options.averaging import make_average
 from indistill_fx.training.options.optimizers import make_optimizer
 from indistill_fx.training.options.settings import Settings
+from indistill_fx.training.parallel.devices import forget_peak, peak_memory
 from indistill_fx.training.parallel.fsdp import Shards
-from indistill_fx.training.parallel.processes import first_says, launched_for_sharding, mean_over_processes, weighted
+from indistill_fx.training.parallel.processes import first_says, launched_for_sharding, mean_over_processes
 from indistill_fx.training.parallel.sync_batch_norm import Share, batch_norms_synced, unsynced_batch_norms
 from indistill_fx.training.progress import Reporter
 from indistill_fx.training.saver import Saver
 from indistill_fx.training.state import Phase, State
+from indistill_fx.training.step.losses import Losses
+from indistill_fx.training.step.step import Step
 from indistill_fx.training.torch_compile import compiled
 
 
@@ -89,12 +94,11 @@ class TrainingLoop:
         self._loader = loader.to(accelerator.device)
         self._mix, self.average = mix, make_average(student, settings.average, accelerator.device)
         self._saver = Saver(student, phases, accelerator, directory, identity, self.average)
-        self._pending: list[Tensor] = []
+        self._losses = Losses(accelerator.device)
         self._in_eval = left_in_eval(student)
         self._share = Share()
+        self._sharded = (settings.shard or launched_for_sharding()) and accelerator.num_processes > 1
         self._since = time.monotonic()
-        # Reading a loss waits for the device; a CPU is never behind, so there every step is checked before it is taken.
-        self._check_every = 1 if accelerator.device.type == "cpu" else 50
 
     def run(self) -> None:
         """Train every stage from where the state stands.
@@ -112,20 +116,20 @@ class TrainingLoop:
         together = self._settings.sync_batch_norm and self._accelerator.num_processes > 1
         with batch_norms_synced(phase.module) if together else nullcontext(Share()) as self._share:
             if together and (alone := unsynced_batch_norms(phase.module, without=phase.teacher)):
-                self._note(
-                    phase, f"{alone} batch norms are not torch.nn's: each process has its own statistics for them"
-                )
-            module, optimizer = self._prepare(phase)
-            self._reporter.open(phase.name, self.state.steps, tap=phase.tap)
-            with self._saver.shards or nullcontext():
-                while self.state.phase == index:
-                    self._set_rate(phase, optimizer)
-                    self._train_epoch(phase, module, optimizer)
-                    self._close_epoch(phase, optimizer)
+                self._note(phase, f"{alone} batch norms are not torch.nn's: each process has its own statistics")
+            half = phase.channels_last if not self._sharded else None
+            with laid_out(half) if half is not None else nullcontext():
+                step = self._prepare(phase)
+                self._reporter.open(phase.name, self.state.steps, tap=phase.tap)
+                with self._saver.shards or nullcontext():
+                    while self.state.phase == index:
+                        self._set_rate(phase, step.optimizer)
+                        self._train_epoch(phase, step)
+                        self._close_epoch(phase, step.optimizer)
             self._saver.shards = None
-        self._accelerator.unwrap_model(module, keep_fp32_wrapper=False)
+        self._accelerator.unwrap_model(step.module, keep_fp32_wrapper=False)
 
-    def _train_epoch(self, phase: Phase, module: nn.Module, optimizer: Any) -> None:
+    def _train_epoch(self, phase: Phase, step: Step) -> None:
         settings, group = self._settings, 0
         for index, batch, last in self._batches(phase):
             boundary = last or (index + 1) % settings.accumulate == 0
@@ -133,41 +137,25 @@ class TrainingLoop:
             samples = count_of(batch)
             self._share.counts = samples > 0 or self._accelerator.num_processes == 1
             batch = self._mix(batch) if self._mix is not None and phase.main and samples else batch
-            with self._noticing(phase, batch), nullcontext() if boundary else self._accelerator.no_sync(module):
-                loss = module(batch if self._share.counts else stand_in(batch))
-                loss = weighted(self._accelerator, loss, samples)
-                self._watch(phase, loss, batch)
-                self._accelerator.backward(loss)
+            with self._noticing(phase, batch), nullcontext() if boundary else self._accelerator.no_sync(step.module):
+                loss = step.learn(batch, samples)
+            self.state.batch += 1
+            self._look(phase, self._losses.add(loss), batch)
             group += 1
-            if boundary:
-                self._set_rate(phase, optimizer)
+            if boundary:  # at an epoch's end there may be fewer batches in the group
+                self._set_rate(phase, step.optimizer)
                 with self._noticing(phase, batch):  # an optimiser takes memory of its own at its first step
-                    self._step(optimizer, group)
-                if self.average is not None and phase.main:
-                    self.average.update_parameters(self._student)
+                    step.update(group)
                 group = 0
-                self._after_step(phase, optimizer)
+                self._after_step(phase, step.optimizer)
                 if self._used_up(phase):
                     break
-        self._read_losses(phase)
-
-    def _step(self, optimizer: Any, group: int) -> None:
-        parameters = [parameter for entry in optimizer.param_groups for parameter in entry["params"]]
-        if group > 1:  # the mean over the batches there were: at an epoch's end they may be fewer
-            for parameter in parameters:
-                if parameter.grad is not None:
-                    parameter.grad.div_(group)
-        if self._settings.clip_norm is not None:
-            self._accelerator.clip_grad_norm_(parameters, self._settings.clip_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        self.state.steps += 1
-        self.state.all_steps += 1
-        self.state.epoch_steps += 1
+        self._look(phase, self._losses.rest())
 
     def _after_step(self, phase: Phase, optimizer: Any) -> None:
-        """Report; save if it is time; stop if asked."""
+        """Count; report; save if it is time; stop if asked."""
         state, settings = self.state, self._settings
+        state.steps, state.all_steps, state.epoch_steps = state.steps + 1, state.all_steps + 1, state.epoch_steps + 1
         self._reporter.step(state.steps, state.epoch + 1, self._mean_loss())
         if state.all_steps % settings.log_every_steps == 0:
             rate = float(optimizer.param_groups[0]["lr"])
@@ -198,7 +186,11 @@ class TrainingLoop:
         loss = mean_over_processes(self._accelerator, self._mean_loss())
         measured = phase.main and self._validate is not None and self._accelerator.is_main_process
         found = self._validate(self._student) if measured and self._validate else None
-        record = EpochRecord(phase.name, state.epoch + 1, state.epoch_steps, loss, rate, state.seconds)
+        samples = round(mean_over_processes(self._accelerator, state.samples) * self._accelerator.num_processes)
+        record = EpochRecord(
+            phase.name, state.epoch + 1, state.epoch_steps, loss, rate, state.seconds,
+            samples=samples, waiting=state.waiting, peak_memory=peak_memory(self._accelerator.device),
+        )  # fmt: skip
         if found and self._validate:
             average = self._validate(self.average.module).values if self.average else None
             told: dict[str, Any] = {
@@ -210,7 +202,8 @@ class TrainingLoop:
             record = replace(record, **told)
         state.history.append(asdict(record))
         state.epoch, state.epochs = state.epoch + 1, state.epochs + 1
-        state.batch, state.epoch_steps, state.loss_sum, state.seconds = 0, 0, 0.0, 0.0
+        state.batch, state.epoch_steps, state.loss_sum = 0, 0, 0.0
+        state.seconds, state.samples, state.waiting = 0.0, 0, 0.0
         fell = state.lowest is None or loss < state.lowest * (1 - phase.budget.progress)
         state.lowest, state.stale = (loss, 0) if fell else (state.lowest, state.stale + 1)
         self._log("epoch", **asdict(record))
@@ -228,12 +221,27 @@ class TrainingLoop:
         self._loader.set_epoch(self.state.epochs)
         self._loader.skip(self.state.batch)
         device = self._accelerator.device
-        for index, (batch, last) in enumerate(with_last(iter(self._loader)), start=self.state.batch):
+        forget_peak(device)
+        for index, (batch, last) in enumerate(self._awaited(with_last(iter(self._loader))), start=self.state.batch):
             if self.state.epochs == 0:
                 self._check(index, batch)
             yield index, send_to_device(phase.given(batch), device, non_blocking=True), last
         if self._loader.left_out and self.state.epoch == 0:
             self._note(phase, f"a batch of fewer than {self._loader.least} samples is left out: batch norms need them")
+
+    def _awaited(self, batches: Iterator[tuple[Any, bool]]) -> Iterator[tuple[Any, bool]]:
+        """The same, with the time spent waiting for each on record."""
+        while True:
+            began = time.monotonic()
+            found = next(batches, None)
+            waited = time.monotonic() - began
+            self.state.waiting += waited
+            if found is None:
+                return
+            samples = count_of(found[0])
+            self.state.samples += samples
+            self._reporter.batch(samples * self._accelerator.num_processes, waited)
+            yield found
 
     def _used_up(self, phase: Phase) -> bool:
         return phase.budget.unit == "steps" and self.state.steps >= phase.budget.length
@@ -270,8 +278,8 @@ class TrainingLoop:
         for group in optimizer.param_groups:
             group["lr"] = rate
 
-    def _prepare(self, phase: Phase) -> tuple[nn.Module, Any]:
-        """The stage on the device, in train mode, wrapped for processes and precision; and its optimiser."""
+    def _prepare(self, phase: Phase) -> Step:
+        """The stage on the device, in train mode, wrapped for processes and precision; with its optimiser."""
         settings, budget = self._settings, phase.budget
         self._accelerator.free_memory()  # else it would unscale the gradients of the last stage's optimiser too
         phase.module.train()
@@ -280,7 +288,7 @@ class TrainingLoop:
             part.training = False
         phase.module.to(self._accelerator.device)
         self._saver.restore_phase(phase)
-        if (settings.shard or launched_for_sharding()) and self._accelerator.num_processes > 1:
+        if self._sharded:
             self._saver.shards = Shards(phase.module, phase.teacher)
         # Parameters are moved in place, so the optimiser's are the student's wherever it was.
         optimizer = make_optimizer(
@@ -301,7 +309,14 @@ class TrainingLoop:
             sharded = self._saver.shards is not None  # then it is not wrapped again: `evaluation_mode` leaves DDP out
             prepared = self._accelerator.prepare_model(module, evaluation_mode=sharded)
         self._since = time.monotonic()
-        return prepared, self._accelerator.prepare_optimizer(optimizer)
+        average = partial(self.average.update_parameters, self._student) if self.average and phase.main else None
+        return Step(
+            self._accelerator,
+            prepared,
+            self._accelerator.prepare_optimizer(optimizer),
+            clip_norm=settings.clip_norm,
+            after_update=average,
+        )
 
     def _compiled(self, phase: Phase) -> nn.Module:
         def trial(stage: nn.Module) -> Any:
@@ -317,25 +332,18 @@ class TrainingLoop:
         kept = self._directory is not None and self._directory.has_checkpoint
         return noticing_full_memory(phase.name, batch, accumulate=self._settings.accumulate, kept=kept)
 
-    def _watch(self, phase: Phase, loss: Tensor, batch: Any) -> None:
-        self._pending.append(loss.detach())
-        self.state.batch += 1
-        if len(self._pending) >= self._check_every:
-            self._read_losses(phase, batch)
-
-    def _read_losses(self, phase: Phase, batch: Any = None) -> None:
-        first = self.state.batch - len(self._pending) + 1
-        for number, loss in enumerate(self._pending, start=first):
-            value = float(loss)
+    def _look(self, phase: Phase, losses: list[float], batch: Any = None) -> None:
+        """Add up losses that are known by now; refuse one that is not finite. On a CPU that is before its step is taken."""
+        first = self.state.batch - self._losses.unread - len(losses) + 1
+        for number, value in enumerate(losses, start=first):
             if not math.isfinite(value):
                 known = batch is not None and number == self.state.batch and self._saver.shards is None
                 origin = first_not_finite(phase.module, batch) if known else ""  # of the last batch only
                 raise self._failed(phase.name, f"the loss is {value}{f', {origin}' if origin else ''}", number)
             self.state.loss_sum += value
-        self._pending.clear()
 
     def _mean_loss(self) -> float:
-        return self.state.loss_sum / max(self.state.batch - len(self._pending), 1)
+        return self.state.loss_sum / max(self.state.batch - self._losses.unread, 1)
 
     def _failed(self, stage: str, what: str, batch: int | None = None) -> TrainError:
         kept = self._directory is not None and self._directory.has_checkpoint
@@ -353,7 +361,7 @@ class TrainingLoop:
 
     def _save(self, phase: Phase | None, optimizer: Any) -> None:
         if phase is not None:
-            self._read_losses(phase)
+            self._look(phase, self._losses.rest())
             if self.state.batch:  # within an epoch all processes save; a resumed one starts from what is saved here
                 self.state.loss_sum = mean_over_processes(self._accelerator, self.state.loss_sum)
             self._tick()

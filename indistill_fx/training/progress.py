@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import isfinite
@@ -62,6 +62,7 @@ class Board:
         values: of the deciding metric, the student's, as they were measured.
         teacher: likewise, the teacher's.
         metric: that metric.
+        memory: the most bytes held so far; None: not known.
     """
 
     stages: dict[str, Seen]
@@ -70,6 +71,7 @@ class Board:
     values: list[float] = field(default_factory=list)
     teacher: float | None = None
     metric: MetricFacts = field(default_factory=MetricFacts)
+    memory: int | None = None
 
     def draw(self, width: int) -> Group:
         """The dashboard for a terminal of so many columns."""
@@ -121,6 +123,8 @@ class Board:
             parts.append(f"{metric.title} {metric.text(self.values[-1])}, best {metric.text(best)}")
         if self.teacher is not None:
             parts.append(f"teacher {metric.text(self.teacher)}")
+        if self.memory is not None:
+            parts.append(f"memory up to {self.memory / 2**30:.2f} GiB")
         return [Text("  " + " · ".join(parts), no_wrap=True, overflow="ellipsis")] if parts else []
 
 
@@ -148,6 +152,15 @@ def spark(values: Sequence[float], width: int) -> str:
     return "".join(_BLOCKS[round((value - low) / span * (len(_BLOCKS) - 1))] for value in known)
 
 
+def throughput(samples: int, seconds: float, waited: float) -> str:
+    """How fast data are learnt from, in words.
+
+    >>> throughput(1200, 10.0, 0.5)
+    '120 samples/s, 5% of the time waiting for data'
+    """
+    return f"{samples / max(seconds, 1e-9):.3g} samples/s, {min(waited / max(seconds, 1e-9), 1):.0%} of the time waiting for data"
+
+
 _LINE_SECONDS = 5.0
 _BOARD_SECONDS = 0.25
 
@@ -161,6 +174,7 @@ class Reporter:
         console: where to; default: standard error.
         costs: of a step of each stage, in any unit; by default all cost the same.
         metric: the one that decides what is best; by default accuracy.
+        memory: the most bytes held so far; None: not known.
     """
 
     def __init__(
@@ -171,12 +185,14 @@ class Reporter:
         console: Console | None = None,
         costs: Mapping[str, float] | None = None,
         metric: MetricFacts | None = None,
+        memory: Callable[[], int | None] = lambda: None,
     ):
         self._shown, self._board = shown, board(steps, metric)
         self._costs, self._tap = dict.fromkeys(steps, 1.0) | dict(costs or {}), ""
         self._console = console or SafeConsole(stderr=True)
         self._live: Live | None = None
         self._since, self._since_step, self._last = 0.0, 0, 0.0
+        self._samples, self._waited, self._memory = 0, 0.0, memory
 
     def __enter__(self) -> Reporter:
         if self._shown and self._console.is_terminal and not self._console.is_dumb_terminal:
@@ -229,7 +245,13 @@ class Reporter:
         self._board.running, self._since_step = stage, step
         self._board.stages[stage].step = step
         self._since = self._last = time.monotonic()
+        self._samples, self._waited = 0, 0.0
         self._draw()
+
+    def batch(self, samples: int, waited: float) -> None:
+        """A batch of so many samples has arrived, after so many seconds of waiting."""
+        self._samples += samples
+        self._waited += waited
 
     def step(self, step: int, epoch: int, loss: float) -> None:
         """An optimiser step is done. Cheap: most calls only look at the clock."""
@@ -240,10 +262,11 @@ class Reporter:
         stage = self._board.stages[self._board.running]
         stage.step = step
         stage.note(loss)
-        rate = (step - self._since_step) / max(now - self._since, 1e-9)
-        pace = f"{rate:.3g} steps/s, {self._left(step, rate)}"
+        seconds = max(now - self._since, 1e-9)
+        rate = (step - self._since_step) / seconds
+        pace = f"{rate:.3g} steps/s, {self._left(step, rate)}, {throughput(self._samples, seconds, self._waited)}"
         if self._live is not None:
-            self._board.pace = f"epoch {epoch}{self._tap} · {pace}"
+            self._board.pace, self._board.memory = f"epoch {epoch}{self._tap} · {pace}", self._memory()
             self._draw()
         else:
             self.say(

@@ -51,6 +51,13 @@ class Phase:
         return self.module.teacher if isinstance(self.module, Stage) else None
 
     @property
+    def channels_last(self) -> nn.Module | None:
+        """The student's half, if it was lowered to run channels last: its weights are to lie so while it trains."""
+        report = self.module.report.student if isinstance(self.module, Stage) else ()
+        rewritten = any(record.name == "channels_last" and record.done for record in report)
+        return self.module.student if isinstance(self.module, Stage) and rewritten else None
+
+    @property
     def summary(self) -> str:
         """What the loss tells when the phase is over; empty for most."""
         criterion = self.module.criterion if isinstance(self.module, Stage) else None
@@ -81,6 +88,8 @@ class State:
         loss_sum: of the batches done in the epoch under way.
         epoch_steps: optimiser steps of the epoch under way.
         seconds: spent training in the epoch under way.
+        samples: learnt from in the epoch under way, by this process.
+        waiting: seconds of the epoch under way in which it waited for batches.
         lowest: the plateau rule's lowest epoch loss.
         stale: epochs since.
         best: best value of the deciding metric.
@@ -98,6 +107,8 @@ class State:
     loss_sum: float = 0.0
     epoch_steps: int = 0
     seconds: float = 0.0
+    samples: int = 0
+    waiting: float = 0.0
     lowest: float | None = None
     stale: int = 0
     best: float | None = None
@@ -185,7 +196,7 @@ def _fits(name: str, value: object) -> bool:
     if name in ("lowest", "best", "best_epoch") and value is None:
         return True
     return is_number(value) and (
-        name in ("lowest", "best", "loss_sum", "seconds") or (isinstance(value, int) and value >= 0)
+        name in ("lowest", "best", "loss_sum", "seconds", "waiting") or (isinstance(value, int) and value >= 0)
     )
 
 
@@ -196,7 +207,7 @@ def _is_epoch(entry: object) -> bool:
     metrics, average = (entry.get(name) or {} for name in ("metrics", "average"))
     if not isinstance(metrics, dict) or not isinstance(average, dict) or not isinstance(entry["stage"], str):
         return False
-    measured = [entry.get("accuracy"), entry.get("val_loss"), *metrics.values(), *average.values()]
+    measured = [*(entry.get(name) for name in _MEASURED - {"metrics", "average"}), *metrics.values(), *average.values()]
     whole = all(
         isinstance(entry[name], int) and is_number(entry[name]) and entry[name] >= 0 for name in ("epoch", "steps")
     )
@@ -207,7 +218,7 @@ def _is_epoch(entry: object) -> bool:
     )
 
 
-_MEASURED = {"accuracy", "val_loss", "metrics", "average"}
+_MEASURED = {"accuracy", "val_loss", "metrics", "average", "samples", "waiting", "peak_memory"}
 _NEEDED = {"stage", "epoch", "steps", "loss", "learning_rate", "seconds"}
 
 

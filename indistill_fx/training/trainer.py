@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch import nn
 
@@ -31,6 +32,7 @@ from indistill_fx.training.identity import described_task, identity_of
 from indistill_fx.training.loop import TrainingLoop
 from indistill_fx.training.nonfinite import require_finite
 from indistill_fx.training.options.settings import Settings
+from indistill_fx.training.parallel.devices import computing_on, device_facts, peak_memory
 from indistill_fx.training.parallel.processes import make_accelerator, noticing_dead_peers
 from indistill_fx.training.progress import Reporter
 from indistill_fx.training.state import Phase, State, is_number
@@ -112,7 +114,7 @@ class Trainer:
         """
         forget_sources()  # of earlier runs
         require_whole(self.val_loader, "validation loader")
-        accelerator = make_accelerator(cpu=self.settings.device == "cpu", precision=self.settings.mixed_precision)
+        accelerator = make_accelerator(device=self.settings.device, precision=self.settings.mixed_precision)
         directory = self._directory(accelerator)
         for model, role in ((self.teacher, "teacher"), (self.student, "student")):
             if model is not None:
@@ -122,7 +124,12 @@ class Trainer:
             setup = set_up(directory, accelerator)
             with directory or nullcontext():
                 on_cpu = accelerator.device.type == "cpu"
-                with noticing_dead_readers(), _as_found(self.student), freed_memory_kept(enabled=on_cpu):
+                with (
+                    computing_on(accelerator.device, self.settings.tf32),
+                    noticing_dead_readers(),
+                    _as_found(self.student),
+                    freed_memory_kept(enabled=on_cpu),
+                ):
                     loop, taught = self._train(setup, directory, accelerator, teacher)
                 if self.teacher is not None and digest(self.teacher) != teacher:
                     raise PassError("Training changed the teacher, which is a defect of ours.", where="teacher")
@@ -159,10 +166,8 @@ class Trainer:
             max(least, accelerator.num_processes) if self.loader.numbered else least
         )  # they read no share of nothing
         loader = self.loader.at_least(least).shard(accelerator.process_index, accelerator.num_processes)
-        shown = self.progress and accelerator.is_main_process
-        costs = {phase.name: phase.cost for phase in phases}
         with (
-            Reporter(shown=shown, steps=self._steps(phases), costs=costs, metric=setup.task.metric) as reporter,
+            self._reporter(phases, setup.task.metric, accelerator) as reporter,
             StopRequest(enabled=bool(directory)) as stop,
         ):
             loop = TrainingLoop(
@@ -183,7 +188,7 @@ class Trainer:
             resumed = directory is not None and directory.resumes
             changed = self._resume(loop, directory, reporter) if directory is not None and resumed else []
             taught = self._teacher_metrics(setup, directory if resumed else None, accelerator, reporter)
-            schedule = self._schedule(setup, phases, loader)
+            schedule = self._schedule(setup, phases, loader, accelerator.device)
             reporter.say("\n".join([*([setup.task.said] if setup.task.said else []), *schedule]))
             accelerator.wait_for_everyone()  # until all have seen whether there is something to resume
             if directory is not None:
@@ -200,11 +205,24 @@ class Trainer:
                     metric=asdict(setup.task.metric) if setup.task.metric is not None else None,
                     teacher_metrics=taught,
                     teacher_accuracy=(taught or {}).get("accuracy"),
-                    environment=environment(str(accelerator.device), accelerator.num_processes),
+                    environment=self._environment(accelerator),
                 )
             with noticing_dead_peers(accelerator):
                 loop.run()
         return loop, taught
+
+    def _reporter(self, phases: Sequence[Phase], metric: MetricFacts | None, accelerator: Accelerator) -> Reporter:
+        return Reporter(
+            shown=self.progress and accelerator.is_main_process,
+            steps=self._steps(phases),
+            costs={phase.name: phase.cost for phase in phases},
+            metric=metric,
+            memory=partial(peak_memory, accelerator.device),
+        )
+
+    def _environment(self, accelerator: Accelerator) -> dict[str, Any]:
+        device = accelerator.device
+        return environment(str(device), accelerator.num_processes) | device_facts(device, self.settings.tf32)
 
     def _require_validation(self, setup: Setup) -> None:
         """Refuse options that something else is missing for."""
@@ -221,11 +239,11 @@ class Trainer:
                 hint="Give one of them.",
             )
 
-    def _schedule(self, setup: Setup, phases: Sequence[Phase], loader: EpochLoader) -> list[str]:
+    def _schedule(self, setup: Setup, phases: Sequence[Phase], loader: EpochLoader, device: torch.device) -> list[str]:
         """What will be done, and what is to be known of it, in lines."""
         lines = [f"{phase.name}: {self._described(phase)}" for phase in phases]
         lines += [*setup.remarks, *loader.remarks]
-        lines += self.settings.unused([phase.budget for phase in phases], loader.world)
+        lines += self.settings.unused([phase.budget for phase in phases], loader.world, device.type)
         if loader.length is None and any(phase.budget.unit == "epochs" for phase in phases):
             lines.append(_NO_END)
         if self.val_loader is not None and not self._validates(setup):
@@ -248,7 +266,7 @@ class Trainer:
         ]
         return (earlier if isinstance(earlier, list) else []) + new
 
-    def _steps(self, phases: list[Phase]) -> dict[str, int | None]:
+    def _steps(self, phases: Sequence[Phase]) -> dict[str, int | None]:
         batches = self.loader.length
         per_epoch = None if batches is None else -(-batches // self.settings.accumulate)
         lengths = {
@@ -321,7 +339,7 @@ class Trainer:
             steps=state.all_steps,
             seconds=sum(epoch.seconds for epoch in epochs),
             digest=digest(self.student),
-            environment=environment(str(accelerator.device), accelerator.num_processes),
+            environment=self._environment(accelerator),
             files=directory.files() if directory is not None else {},
             task=task.task.name,
             metric=metric,

@@ -1,12 +1,13 @@
-"""Run what follows a frozen convolution inside it: bias, residual sum and ReLU, channels last.
+"""Run what follows a frozen convolution inside it: bias, residual sum and ReLU.
 
-On a CPU the sum and the ReLU are passes over memory of their own, and oneDNN brings every feature map into its own layout and
-back. One call does all of it, and with channels last nothing has to be brought anywhere.
+The sum and the ReLU are passes over memory of their own. On a CPU oneDNN also brings every feature map into its own layout and back;
+one call does all of it, and with channels last nothing has to be brought anywhere. On a GPU cuDNN has one call for the same.
 
 Rules, in order:
   1. Only 2-d convolutions with zero padding whose value nobody else reads; the graph must be frozen (a teacher's).
   2. relu(convolution) and relu(convolution + other) become one node, other being of the same shape.
-  3. A convolution that neither applies to becomes such a node as well, so that the layout stays the same along the graph.
+  3. A convolution that neither applies to becomes such a node as well, so that the layout stays the same along the graph; cuDNN's call
+     always ends in a ReLU, so there it stays as it is.
   4. Outputs are laid out as the student's.
 
 On other devices, in other dtypes and under autocast the same node runs the stock operations.
@@ -15,15 +16,15 @@ On other devices, in other dtypes and under autocast the same node runs the stoc
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from indistill_fx.graph.edit import add_module, copy_graph, output_node, stand_in
+from indistill_fx.graph.edit import add_module, copy_graph, stand_in
 from indistill_fx.graph.ops import attribute, op_name
 from indistill_fx.passes.contract import PassResult, Rewrite
+from indistill_fx.passes.lowering.layout import plain_outputs
 from indistill_fx.traced import NodeFacts
 
 
@@ -43,10 +44,13 @@ class FusedConv(nn.Module):
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
         """The value, (batch, channels, height, width)."""
-        if not self._applies(x):
-            result = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
-            result = result if other is None else result + other
-            return F.relu(result) if self.relu else result
+        if self._applies(x):
+            return self._fused(x, other)
+        result = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        result = result if other is None else result + other
+        return F.relu(result) if self.relu else result
+
+    def _fused(self, x: Tensor, other: Tensor | None) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
         end = "relu" if self.relu else None
         shape = (self.padding, self.stride, self.dilation, self.groups)
@@ -71,14 +75,40 @@ class FusedConv(nn.Module):
         return f"stride={self.stride}, padding={self.padding}, groups={self.groups}, relu={self.relu}"
 
 
+class CudnnConv(FusedConv):
+    """The same by cuDNN: a frozen convolution, perhaps plus another tensor, and a ReLU. Other groups than one run the stock operations."""
+
+    def _fused(self, x: Tensor, other: Tensor | None) -> Tensor:
+        shape = (self.stride, self.padding, self.dilation, self.groups)
+        if other is None:
+            fused: Tensor = torch.cudnn_convolution_relu(x, self.weight, self.bias, *shape)
+        else:
+            fused = torch.cudnn_convolution_add_relu(x, self.weight, other, None, self.bias, *shape)
+        return fused
+
+    def _applies(self, x: Tensor) -> bool:
+        if not x.is_cuda or x.dtype != self.weight.dtype or x.dtype not in _OF_CUDNN or torch.compiler.is_compiling():
+            return False
+        return (
+            self.relu
+            and self.groups == 1
+            and torch.backends.cudnn.enabled
+            and not (torch.is_grad_enabled() and x.requires_grad)
+        )
+
+
+_OF_CUDNN = (torch.float32, torch.float16, torch.bfloat16)
+
+
 def fuse_convolutions(
-    graph_module: fx.GraphModule, facts: Mapping[str, NodeFacts]
+    graph_module: fx.GraphModule, facts: Mapping[str, NodeFacts], kind: type[FusedConv] = FusedConv
 ) -> PassResult[fx.GraphModule, Rewrite]:
     """Take sums and ReLUs into the frozen convolutions before them.
 
     Args:
         graph_module: after `fold`.
         facts: of the model it was cut from; tell which sums are of equal shapes.
+        kind: whose call it is to be: oneDNN's, or with `CudnnConv` cuDNN's.
     """
     if not any(_fits(node, graph_module) for node in graph_module.graph.nodes):
         return PassResult(graph_module, Rewrite())
@@ -95,6 +125,8 @@ def fuse_convolutions(
                 other, last = added, total
         end = _only_reader(last)
         relu = _is_relu(end)
+        if kind is CudnnConv and not relu:
+            continue
         taken = [] if last is node else [last]
         taken += [end] if relu and end is not None else []
         done.append(
@@ -102,7 +134,7 @@ def fuse_convolutions(
             if not taken
             else f"{node.name}: one call with {', '.join(o.name for o in taken)}"
         )
-        stand_in(node, add_module(new, f"{node.target}_fused", FusedConv(layer, relu=relu)))
+        stand_in(node, add_module(new, f"{node.target}_fused", kind(layer, relu=relu)))
         if other is not None:
             node.args, node.kwargs = (node.args[0], other), {}
             last.prepend(node)
@@ -110,7 +142,7 @@ def fuse_convolutions(
             old.replace_all_uses_with(node)
         for old in reversed(taken):
             new.graph.erase_node(old)
-    _plain_outputs(new)
+    plain_outputs(new)
     new.delete_all_unused_submodules()
     new.recompile()
     return PassResult(new, Rewrite(done=tuple(done)))
@@ -149,15 +181,3 @@ def _other(total: fx.Node, node: fx.Node, facts: Mapping[str, NodeFacts]) -> fx.
         return None
     shapes = [facts[part.name].shape if part.name in facts else None for part in (node, others[0])]
     return others[0] if shapes[0] is not None and shapes[0] == shapes[1] else None
-
-
-def _plain_outputs(graph_module: fx.GraphModule) -> None:
-    """Rule 4."""
-    output = output_node(graph_module.graph)
-    outputs: Any = output.args[0]
-    features, result = outputs
-    plain = {}
-    for tap, value in features.items():
-        with graph_module.graph.inserting_before(output):
-            plain[tap] = graph_module.graph.call_method("contiguous", (value,))
-    output.args = ((plain, result),)

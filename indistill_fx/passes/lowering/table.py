@@ -1,33 +1,46 @@
 """Which rewrites run for which target: one literal table.
 
-A rewrite stands where it was measured to pay (`benchmarks/warmup.py --lowerings`, docs/performance.md), and nowhere else. Guards inside the
-rewritten operations are only a fallback, for a stage that is moved after it was compiled.
+For a CPU a rewrite stands where it was measured to pay (`benchmarks/warmup.py --lowerings`, docs/performance.md), and nowhere else. For
+a GPU nothing of it has been measured (`benchmarks/gpu.py --lowerings` does): what stands there takes work out of every step or is what
+everybody does, and `fuse_cudnn`, of which neither can be said, stands nowhere. Guards inside the rewritten operations are only a
+fallback, for a stage that is moved after it was compiled.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
+import torch
+
 from indistill_fx.passes.contract import Pass
+from indistill_fx.passes.lowering.cast_weights import cast_weights
 from indistill_fx.passes.lowering.channels_last import stem_channels_last
-from indistill_fx.passes.lowering.fused_conv import fuse_convolutions
-from indistill_fx.target import Kind
+from indistill_fx.passes.lowering.fused_conv import CudnnConv, fuse_convolutions
+from indistill_fx.passes.lowering.layout import keep_channels_last
+from indistill_fx.target import Kind, Target
 from indistill_fx.traced import NodeFacts, Role
 
 
 @dataclass(frozen=True, slots=True)
 class Lowerings:
-    """Names of the rewrites of each half, in the order in which they run."""
+    """Names of the rewrites of each half, in the order in which they run.
+
+    Attributes:
+        teacher: of the teacher's half.
+        student: of the student's half.
+        dtype: what the target computes in; None: not known.
+    """
 
     teacher: tuple[str, ...] = ()
     student: tuple[str, ...] = ()
+    dtype: torch.dtype | None = None
 
     def without(self, name: str) -> Lowerings:
         """All but one."""
         teacher, student = (tuple(n for n in names if n != name) for names in (self.teacher, self.student))
-        return Lowerings(teacher, student)
+        return Lowerings(teacher, student, self.dtype)
 
 
 LOWERINGS: Mapping[Kind, Lowerings] = {
@@ -39,9 +52,20 @@ LOWERINGS: Mapping[Kind, Lowerings] = {
     "cpu reduced": Lowerings(student=("stem_channels_last",)),
     "cpu compiled": Lowerings(),
     "cuda": Lowerings(),
-    "cuda compiled": Lowerings(),
+    # bfloat16 and float16: tensor cores want channels last.
+    "cuda reduced": Lowerings(
+        teacher=("channels_last", "cast_weights"),
+        student=("channels_last",),
+    ),
+    # torch.compile lays tensors out by itself.
+    "cuda compiled": Lowerings(teacher=("cast_weights",)),
     "other": Lowerings(),
 }
+
+
+def lowerings_for(target: Target) -> Lowerings:
+    """The target's own, for its dtype."""
+    return replace(LOWERINGS[target.kind], dtype=target.dtype)
 
 
 def lowering_passes(lowerings: Lowerings, role: Role, facts: Mapping[str, NodeFacts]) -> list[Pass]:
@@ -53,6 +77,9 @@ def lowering_passes(lowerings: Lowerings, role: Role, facts: Mapping[str, NodeFa
         facts: of the model it was cut from.
     """
     known: dict[str, Pass] = {
+        "cast_weights": ("cast_weights", partial(cast_weights, dtype=lowerings.dtype)),
+        "channels_last": ("channels_last", partial(keep_channels_last, frozen=role == "teacher")),
+        "fuse_cudnn": ("fuse_cudnn", partial(fuse_convolutions, facts=facts, kind=CudnnConv)),
         "fuse_convolutions": ("fuse_convolutions", partial(fuse_convolutions, facts=facts)),
         "stem_channels_last": ("stem_channels_last", stem_channels_last),
     }

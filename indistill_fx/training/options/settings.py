@@ -20,6 +20,8 @@ TrackerName = Literal["tensorboard", "wandb", "mlflow"]
 OptimizerName = Literal["adam", "adamw", "sgd"]
 ScheduleName = Literal["constant", "step", "cosine"]
 Precision = Literal["no", "bf16", "fp16"]
+Tf32 = Literal["off", "convolutions", "all"]
+CompileMode = Literal["default", "max-autotune"]
 
 
 class Options(TypedDict, total=False):
@@ -45,7 +47,9 @@ class Options(TypedDict, total=False):
     accumulate: int
     mixed_precision: Precision | None
     compile: bool
-    device: Literal["auto", "cpu"]
+    compile_mode: CompileMode
+    device: str
+    tf32: Tf32
     sync_batch_norm: bool
     shard: bool
     seed: int
@@ -168,7 +172,21 @@ class Settings:
         default=False,
         metadata=_about("torch.compile every stage. Where that fails the stage runs as it is, and is noted."),
     )
-    device: Literal["auto", "cpu"] = field(default="auto", metadata=_about("auto: an accelerator if there is one."))
+    compile_mode: CompileMode = field(
+        default="default",
+        metadata=_about("Of --compile. max-autotune: tries several kernels for every operation, which takes minutes."),
+    )
+    device: str = field(
+        default="auto",
+        metadata=_about("cpu, cuda, cuda:1 or mps; auto: an accelerator if there is one.", metavar="DEVICE"),
+    )
+    tf32: Tf32 = field(
+        default="convolutions",
+        metadata=_about(
+            "What NVIDIA GPUs compute float32 numbers of in TF32, with 10 bits of fraction: faster, and less exact. all: matrix products"
+            " too."
+        ),
+    )
     sync_batch_norm: bool = field(
         default=True,
         metadata=_about(
@@ -239,9 +257,11 @@ class Settings:
                 where="nesterov",
                 hint="It is a kind of momentum, and sgd's alone (optimizer='sgd').",
             )
+        if self.device != "auto":
+            check_device(self.device, self.mixed_precision)
 
-    def unused(self, budgets: Sequence[Budget], processes: int) -> list[str]:
-        """What was asked for and has no effect in a run of these stages and so many processes, in sentences."""
+    def unused(self, budgets: Sequence[Budget], processes: int, device: str = "cpu") -> list[str]:
+        """What was asked for and has no effect in a run of these stages, so many processes and that kind of device, in sentences."""
         defaults, optimizers = Settings(), {budget.optimizer or self.optimizer for budget in budgets}
         found = []
         if self.shard and processes == 1:
@@ -250,6 +270,10 @@ class Settings:
             found.append(f"momentum has no effect: it is sgd's, and the stages have {', '.join(sorted(optimizers))}")
         if self.gamma != defaults.gamma and self.schedule != "step":
             found.append(f"gamma has no effect: the schedule is {self.schedule}, and only step reads it")
+        if self.tf32 != defaults.tf32 and device != "cuda":
+            found.append(f"tf32 has no effect: it is of NVIDIA GPUs, and the device is {device}")
+        if self.compile_mode != defaults.compile_mode and not self.compile:
+            found.append("compile_mode has no effect: nothing is compiled (compile, --compile)")
         return found
 
     def main_budget(self, epochs: int) -> Budget:
@@ -294,6 +318,20 @@ class Settings:
     def to_json(self) -> dict[str, Any]:
         """Plain values for `json.dump`."""
         return asdict(self) | {"milestones": list(self.milestones)}
+
+
+def check_device(device: str, precision: Precision | None) -> None:
+    """Refuse a device that is not there, or cannot compute in that precision.
+
+    Raises:
+        ConfigError: names what there is.
+    """
+    import torch  # not with the module: the command line reads the options from it before it does anything
+
+    from indistill_fx.target import Target
+
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    Target(device, dtypes.get(precision or "no", torch.float32))
 
 
 @cache
@@ -341,6 +379,8 @@ def _check(name: str, value: object, hint: Any, option: About) -> None:
             return
         fine = isinstance(value, Sequence) and all(isinstance(entry, Integral) and int(entry) >= 0 for entry in value)
         expected = "a list of integers, each 0 or more"
+    elif kind is str:
+        fine, expected = isinstance(value, str) and bool(value), "a name"
     elif kind is bool:
         fine, expected = isinstance(value, bool), "True or False"
     else:

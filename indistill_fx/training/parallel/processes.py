@@ -12,36 +12,51 @@ import torch
 import torch.distributed
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, broadcast_object_list
+from accelerate.utils import AutocastKwargs, DistributedDataParallelKwargs, DistributedType, broadcast_object_list
 from torch import Tensor, nn
 
 from indistill_fx.errors import ConfigError, TrainError
-from indistill_fx.target import Target
+from indistill_fx.target import Target, chosen_device
 
-_FSDP = "ACCELERATE_USE_FSDP"
+_FSDP, _DEVICE = "ACCELERATE_USE_FSDP", "ACCELERATE_TORCH_DEVICE"
 
 
-def make_accelerator(*, cpu: bool, precision: str | None) -> Accelerator:
+def make_accelerator(*, device: str, precision: str | None) -> Accelerator:
     """Accelerate's view of devices and processes: one object a run, which everything in it is handed.
 
     Args:
-        cpu: stay on the CPU although there is an accelerator.
+        device: as torch writes it; `auto`: an accelerator if there is one.
         precision: `no`, `bf16` or `fp16`; None: whatever `accelerate launch` says.
 
     Raises:
-        ConfigError: a launcher asks for a way of training in which a stage cannot share the student's parameters, or the device does not
-            compute in that precision.
+        ConfigError: a launcher asks for a way of training in which a stage cannot share the student's parameters, the device does not
+            compute in that precision, or one device is named for several processes.
     """
     wanted = precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    place, launched = chosen_device(device), int(os.environ.get("LOCAL_RANK", -1)) != -1
+    if launched and place.index is not None and place.type != "cpu":
+        raise ConfigError(
+            f"Device {device!r} is one device, and every process of a launch has its own.",
+            where="device",
+            got=device,
+            expected=f"auto, {place.type} or cpu",
+            hint=f"Give device={place.type!r} (--device {place.type}); CUDA_VISIBLE_DEVICES says which ones.",
+        )
+    named = None if launched or device == "auto" or place.type == "cpu" else str(place)
+    if not launched:
+        _forget_other_devices(place)
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != wanted:
         AcceleratorState._reset_state()  # one precision per process otherwise, and a process may train twice
-    with _own_sharding():
+    # In a recorded step no cast may be read that was made before it.
+    autocast = AutocastKwargs(cache_enabled=place.type != "cuda")
+    sharding = "false" if launched_for_sharding() else None  # Accelerate would wrap the student's layers for good
+    with _in_environment(_FSDP, sharding), _in_environment(_DEVICE, named):
         accelerator = Accelerator(
             # Without an accelerator Accelerate forms a group of processes only if it is told that the CPU is meant.
-            cpu=cpu or not torch.accelerator.is_available(),
+            cpu=place.type == "cpu",
             mixed_precision=wanted,
             # Without synced batch norms each process keeps its own statistics; those of the first are saved.
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False), autocast],
         )
     if wanted == "fp16" and accelerator.device.type == "cpu":  # Accelerate would leave it out without a word
         raise ConfigError(
@@ -62,6 +77,20 @@ def make_accelerator(*, cpu: bool, precision: str | None) -> Accelerator:
         atexit.unregister(let_threads_finish)  # once, however often a process trains
         atexit.register(let_threads_finish)
     return accelerator
+
+
+def _forget_other_devices(place: torch.device) -> None:
+    """Let Accelerate, which has one device a process for good, choose anew where an earlier run had another one."""
+    if not PartialState._shared_state or PartialState().num_processes > 1:
+        return
+    if _indexed(PartialState().device) != _indexed(place):
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def _indexed(device: torch.device) -> str:
+    if device.type in ("cpu", "mps"):
+        return device.type
+    return f"{device.type}:{torch.accelerator.current_device_index() if device.index is None else device.index}"
 
 
 def target_of(accelerator: Accelerator, student: nn.Module, *, compiled: bool) -> Target:
@@ -112,16 +141,18 @@ def launched_for_sharding() -> bool:
 
 
 @contextmanager
-def _own_sharding() -> Iterator[None]:
-    """Within the block Accelerate does not see that FSDP is asked for: it would wrap the student's layers for good."""
-    asked = os.environ.get(_FSDP)
-    if asked is not None:
-        os.environ[_FSDP] = "false"
+def _in_environment(name: str, value: str | None) -> Iterator[None]:
+    """Within the block an environment variable, by which alone Accelerate can be told something, has this value; None: its own."""
+    before = os.environ.get(name)
+    if value is not None:
+        os.environ[name] = value
     try:
         yield
     finally:
-        if asked is not None:
-            os.environ[_FSDP] = asked
+        if before is not None:
+            os.environ[name] = before
+        else:
+            os.environ.pop(name, None)
 
 
 def is_main_process() -> bool:

@@ -1,0 +1,1 @@
+"""One optimiser step, and what is read of it."""

@@ -1,0 +1,174 @@
+"""Which device a run is on, what is said where it is not there, and what it costs: samples a second, waiting, memory."""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import nullcontext
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, PartialState
+from torch import nn
+
+import indistill_fx as ifx
+import indistill_fx.target as targets
+from indistill_fx.cli import run
+from indistill_fx.report.work import Work
+from indistill_fx.training.options.settings import Settings
+from indistill_fx.training.parallel import devices, processes
+from indistill_fx.training.step.losses import Losses
+
+CPU = torch.device("cpu")
+
+
+def batches(count: int = 4) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return [(torch.randn(6, 4), torch.randint(3, (6,))) for _ in range(count)]
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:1", "mps", "abacus"])
+def test_a_device_that_is_not_there_is_one_paragraph_before_anything_is_read(device, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    common = ["--data", "nowhere.py:data", "--device", device]
+    for command in (
+        ["train", "demo", "-o", "run"],
+        ["distill", "demo", "demo", "-o", "run"],
+        ["evaluate", "demo"],
+    ):
+        assert run([*command, *common]) == 2
+        told = capfd.readouterr().err
+        assert f"There is no device '{device}' here." in told and "This machine has: cpu." in told
+        assert "Traceback" not in told
+    with pytest.raises(ifx.ConfigError, match=f"There is no device '{device}' here"):
+        ifx.train(nn.Linear(4, 3), batches(), device=device)
+
+
+@pytest.mark.parametrize(
+    ("version", "message"),
+    [(None, "This torch is built without CUDA."), ("13.0", "torch says: The driver on your system is too old.")],
+)
+def test_why_there_is_no_cuda_is_said(version, message, monkeypatch):
+    def too_old() -> None:
+        raise RuntimeError("The driver on\n your system is too old.")
+
+    monkeypatch.setattr(torch.version, "cuda", version)
+    monkeypatch.setattr(torch.cuda, "init", too_old)
+    with pytest.raises(ifx.ConfigError, match="no device 'cuda:0'") as caught:
+        ifx.Target("cuda:0")
+    assert message in str(caught.value)
+
+
+def test_a_dtype_that_the_device_cannot_compute_is_refused_with_the_settings(monkeypatch):
+    monkeypatch.setattr(targets, "available_devices", lambda: ["cpu", "cuda:0"])
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
+    with pytest.raises(ifx.ConfigError, match="'cuda' cannot compute in bfloat16"):
+        Settings(device="cuda", mixed_precision="bf16")
+    assert Settings(device="cuda").device == "cuda"
+
+
+def test_accelerate_is_told_the_device_and_nothing_stays_in_the_environment(monkeypatch):
+    seen: list[tuple[str | None, bool]] = []
+
+    class StoppedError(Exception):
+        pass
+
+    def accelerator(**options: object) -> None:
+        seen.append((os.environ.get("ACCELERATE_TORCH_DEVICE"), bool(options["cpu"])))
+        raise StoppedError
+
+    monkeypatch.delenv("ACCELERATE_TORCH_DEVICE", raising=False)
+    monkeypatch.setattr(targets, "available_devices", lambda: ["cpu", "cuda:0", "cuda:1"])
+    monkeypatch.setattr(processes, "Accelerator", accelerator)
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
+    for device in ("cuda:1", "cpu", "auto"):
+        with pytest.raises(StoppedError):
+            processes.make_accelerator(device=device, precision=None)
+    assert seen == [("cuda:1", False), (None, True), (None, True)]
+    assert "ACCELERATE_TORCH_DEVICE" not in os.environ
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(ifx.ConfigError, match="every process of a launch has its own"):
+        processes.make_accelerator(device="cuda:1", precision=None)
+
+
+def test_a_run_on_another_device_lets_accelerate_choose_anew(monkeypatch):
+    processes.make_accelerator(device="cpu", precision=None)
+    monkeypatch.setattr(PartialState(), "device", torch.device("cuda:1"))
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
+    accelerator = processes.make_accelerator(device="cpu", precision=None)
+    assert accelerator.device == CPU == AcceleratorState().device
+
+
+def test_what_has_no_effect_on_a_cpu_is_said():
+    asked = Settings(tf32="all", compile_mode="max-autotune")
+    assert asked.unused([], 1) == [
+        "tf32 has no effect: it is of NVIDIA GPUs, and the device is cpu",
+        "compile_mode has no effect: nothing is compiled (compile, --compile)",
+    ]
+    assert Settings(tf32="all", compile=True, compile_mode="max-autotune").unused([], 1, "cuda") == []
+
+
+@pytest.mark.parametrize("tf32", ["off", "convolutions", "all"])
+def test_tf32_is_as_asked_within_a_run_and_as_before_after_it(tf32, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    with devices.computing_on(torch.device("cuda:0"), tf32):
+        assert torch.backends.cudnn.allow_tf32 is (tf32 != "off")
+        assert torch.backends.cuda.matmul.allow_tf32 is (tf32 == "all")
+    assert (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32) == before
+
+
+def test_a_run_tells_samples_waiting_and_memory(tmp_path, capsys):
+    record = ifx.train(nn.Linear(4, 3), batches(), epochs=2, run_dir=tmp_path, device="cpu", log_every_steps=1)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    found = [line for line in lines if line["kind"] == "epoch"]
+    assert [line["samples"] for line in found] == [24, 24] == [epoch.samples for epoch in record.epochs]
+    assert all(0 <= line["waiting"] <= line["seconds"] for line in found)
+    assert all(line["peak_memory"] > 50e6 for line in found)
+    assert "tf32" not in record.environment
+    assert run(["report", str(tmp_path), "-o", str(tmp_path / "page.html")]) == 0
+    assert "samples/s" in (tmp_path / "page.html").read_text()
+
+
+def test_a_phase_sums_up_its_epochs():
+    assert str(Work.of_all([Work(), Work(2.0, 100, 0.5, 2**20), Work(2.0, 300, 0.5, 2**21)])) == (
+        "100 samples/s, 25% of the time waiting for data, memory up to 2.0 MiB"
+    )
+    assert str(Work.of_all([Work(2.0, 100, 0.5)])).endswith("memory not available")
+    assert str(Work.of_all([Work(1.0), Work()])) == ""
+
+
+def test_losses_on_a_cpu_are_known_at_once():
+    losses = Losses(CPU)
+    assert [losses.add(torch.tensor(float(k))) for k in range(3)] == [[0.0], [1.0], [2.0]]
+    assert losses.unread == 0 and losses.rest() == []
+
+
+def test_losses_elsewhere_are_taken_in_order_when_they_have_arrived():
+    """By a stand-in for the copy to the host, which arrives when the test says so."""
+    arrived: list[bool] = []
+    waits = 0
+
+    def send(values: torch.Tensor):
+        known, number = values.tolist(), len(arrived)
+        arrived.append(False)
+
+        def arriving(wait: bool) -> list[float] | None:
+            nonlocal waits
+            waits += wait and not arrived[number]
+            return known if wait or arrived[number] else None
+
+        return arriving
+
+    losses = Losses(torch.device("cuda"), every=2, send=send)
+    assert losses.add(torch.tensor(0.0)) == [] and arrived == []
+    assert losses.add(torch.tensor(1.0)) == [] and arrived == [False] and losses.unread == 2
+    assert losses.add(torch.tensor(2.0)) == [] and losses.unread == 3
+    assert losses.add(torch.tensor(3.0)) == []
+    arrived[1] = True  # the second pair cannot overtake the first
+    assert losses.add(torch.tensor(4.0)) == [] and losses.unread == 5
+    arrived[0] = True
+    assert losses.add(torch.tensor(5.0)) == [0.0, 1.0, 2.0, 3.0] and losses.unread == 2
+    assert losses.add(torch.tensor(6.0)) == []
+    assert waits == 0
+    assert losses.rest() == [4.0, 5.0, 6.0] and waits == 2
+    assert losses.unread == 0 and losses.rest() == []
