@@ -192,7 +192,7 @@ def table(options: argparse.Namespace) -> None:
     print(text)
     if options.json:
         facts = {"command": "python benchmarks/regimes.py run", "date": datetime.now(UTC).isoformat(timespec="seconds")}
-        kept = {**facts, "environment": environment(), "rate": RATE, "rows": rows}
+        kept = {**facts, "environment": environment("cpu", 1), "rate": RATE, "rows": rows}
         Path(options.json).write_text(json.dumps(kept, indent=1) + "\n")
     if options.into:
         page = Path(options.into)

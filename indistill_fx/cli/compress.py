@@ -18,6 +18,7 @@ _SECTIONS = {
     "The warm-up": ("warmup", "feed", "stages", "no_warmup"),
     "The main stage": ("main", "main_options"),
     "Data and models": (*training.SECTIONS["Data and models"], "inputs"),
+    "After it": ("qat",),
     "Training": training.SECTIONS["Training"],
     "The run": (*training.SECTIONS["The run"], "no_export"),
 }
@@ -74,6 +75,7 @@ def _use_recipe(context: click.Context, parameter: click.Parameter, value: str) 
 @click.option("--no-warmup", is_flag=True, help="Only the main loss.")
 @click.option("--main", default="kd", show_default=True, help="As for distill.")
 @click.option("--main-option", "main_options", multiple=True, metavar="NAME=VALUE", help="Of the main loss.")
+@training.qat_option
 @click.option("--no-export", is_flag=True, help="Write no student.onnx.")
 @common.input_option
 @training.training_options
@@ -90,36 +92,45 @@ def command(teacher: str, **options: Any) -> None:
     """
     from indistill_fx.cli.distill import main_options
     from indistill_fx.compression.compress import compress
-    from indistill_fx.runs.load import about_data
+    from indistill_fx.runs.load import about, about_data
 
     source = common.open_model(teacher, options["trust"], seed=options["seed"])
     data = training.open_training_data(options, source)
+    shared: dict[str, Any] = {
+        "run_dir": options["output"],
+        "main": options["main"],
+        "main_options": main_options(options["main_options"]),
+        "val_loader": data.test if data.labelled else None,
+        "example_inputs": common.example_for((source,), options["inputs"], data),
+        "logits": options["logits"],
+        "task": options["task"],
+        "resume": options["resume"],
+        "about": {"teacher": teacher, "data": options["data"], **about_data(data)},
+        **training.settings_of(options),
+    }
     made = compress(
         source.module,
         data.train,
-        run_dir=options["output"],
         calibration_loader=data.train_plain,
         every_block=not options["stages"],
         curriculum=_curriculum(options),
-        main=options["main"],
-        main_options=main_options(options["main_options"]),
         epochs=options["epochs"],
-        val_loader=data.test if data.labelled else None,
-        example_inputs=common.example_for((source,), options["inputs"], data),
-        logits=options["logits"],
-        task=options["task"],
         export=not options["no_export"],
-        resume=options["resume"],
-        about={"teacher": teacher, "data": options["data"], **about_data(data)},
         say=common.say,
         **{name: options[name] for name in _REQUEST},
-        **training.settings_of(options),
+        **shared,
     )
     _tell(made.steps)
     out = common.console()
     if made.spec:
         out.print(f"The student: {made.spec}", soft_wrap=True, highlight=False)
     out.print(f"All of it is in {options['output']}.", soft_wrap=True)
+    if options["qat"] and not made.spec:
+        out.print("--qat was left out: it starts from the student's source code, and there is none.", soft_wrap=True)
+    elif options["qat"]:
+        own = about(made.spec.partition("@")[0], options["data"], data.input_size)
+        settings = {**shared, "about": {**shared["about"], **own}, "plan": made.plan}
+        training.for_int8(source.module, made.student, data.train, settings, options["qat"])
 
 
 _REQUEST = "macs params size_mb latency_ms on threads batch criterion round_to samples".split()

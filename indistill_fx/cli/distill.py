@@ -26,7 +26,7 @@ _SECTIONS = {
         "penultimate", "keep", "feed",
     ),
     "The main stage": ("main", "main_options", "main_weights"),
-    "Ways of training": ("recipe", "compare", "assistant", "assistant_epochs"),
+    "Ways of training": ("recipe", "compare", "assistant", "assistant_epochs", "qat"),
     "Training": training.SECTIONS["Training"],
     "The run": training.SECTIONS["The run"],
 }  # fmt: skip
@@ -155,6 +155,7 @@ def _use_recipe(context: click.Context, parameter: click.Parameter, name: str) -
     is_flag=True,
     help="Also train the student on labels alone and by the main loss alone, for as many epochs in all.",
 )
+@training.qat_option
 @click.option(
     "--feature-cache",
     metavar="DIR",
@@ -214,6 +215,12 @@ def command(teacher: str, student: str, **options: Any) -> None:
         out = f"{out}/step-2"
     shared["run_dir"] = out
     train, epochs = data.train, options["epochs"]
+    if options["compare"] and options["qat"]:
+        raise ConfigError(
+            "--compare trains several students, and --qat goes on with one.",
+            where="--qat",
+            hint="Leave one of them out.",
+        )
     if options["compare"]:
 
         def announce(arm: str) -> None:
@@ -221,8 +228,10 @@ def command(teacher: str, student: str, **options: Any) -> None:
 
         arms = compare(source, pupil, train, main_epochs=epochs, announce=announce, **shared)
         training.print_arms({name: arm.record for name, arm in arms.items()}, out)
-    else:
-        training.print_run(distill(source, pupil, train, epochs=epochs, **shared), out)
+        return
+    training.print_run(distill(source, pupil, train, epochs=epochs, **shared), out)
+    if options["qat"]:
+        training.for_int8(source, pupil, train, shared, options["qat"])
 
 
 def _plan_beside(student: str, teacher: nn.Module, example: Any) -> AlignmentPlan | None:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from indistill_fx.cli.common import Command, console, logits_option, task_option, trust_option
+from indistill_fx.cli.common import Command, console, logits_option, say, task_option, trust_option
 from indistill_fx.cli.pictures import open_pictures, picture_options
 from indistill_fx.errors import ConfigError
 from indistill_fx.training.options.settings import Settings, about, hints
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from indistill_fx.data.dataset import Data
     from indistill_fx.loading.load import Source
     from indistill_fx.runs.record import RunRecord
@@ -153,6 +155,31 @@ def training_options(command: Command) -> Command:
     for option in reversed(_TRAINING):
         command = option(command)
     return command
+
+
+qat_option = click.option(
+    "--qat",
+    type=click.IntRange(min=1),
+    metavar="EPOCHS",
+    help="Then train on for so many epochs as the int8 file will compute, into RUN_DIR/int8: for students of which `export --int8`"
+    " loses too much.",
+)
+
+
+def for_int8(
+    teacher: nn.Module, student: nn.Module, loader: Iterable[Any], settings: Mapping[str, Any], epochs: int
+) -> None:
+    """The quantisation-aware run behind another one, with its settings."""
+    from indistill_fx.training.chain import INT8, distill_for_int8
+
+    out = f"{settings['run_dir']}/{INT8}"
+    say(f"Quantisation-aware, for {epochs} more epoch{'s' * (epochs != 1)}, into {out}:")
+    print_run(distill_for_int8(teacher, student, loader, epochs=epochs, **settings), out)
+    console().print(
+        f"The int8 file: indistill-fx export {out} -o student.onnx --int8 --data {settings['about']['data']}",
+        soft_wrap=True,
+        highlight=False,
+    )
 
 
 def open_training_data(options: Mapping[str, Any], *models: Source) -> Data:

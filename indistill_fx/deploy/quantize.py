@@ -146,7 +146,7 @@ def quantize_onnx(
                 f"`{target}` was not written: int8 has {report.accuracy_int8:.2%} accuracy on {len(labels)} samples, "
                 f"fp32 {report.accuracy_fp32:.2%}; the drop of {report.drop:.2%} is more than {max_drop:.2%}.",
                 where=str(target), got=report.drop, expected=max_drop,
-                hint="Try more calibration data, another `calibrate` (entropy, percentile), or a larger max_drop.",
+                hint="Try more calibration data, another `calibrate` (entropy, percentile), or train for int8: `distill … --qat 3`.",
             )  # fmt: skip
         _write_down(draft, report)
         report = replace(report, size_int8=file_size(draft))

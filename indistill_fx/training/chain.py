@@ -14,7 +14,9 @@ from indistill_fx.errors import ConfigError
 from indistill_fx.passes.capture.trace import trace
 from indistill_fx.passes.pruning.shrink import shrink
 from indistill_fx.runs.record import RunRecord
+from indistill_fx.traced import TracedModel
 from indistill_fx.training.distill import distill
+from indistill_fx.training.recipes import NO_WARMUP
 
 
 def distill_chain(
@@ -61,6 +63,47 @@ def distill_chain(
         )
         for number, ((teacher, student), own) in enumerate(zip(pairs, steps, strict=True), start=1)
     ]
+
+
+INT8 = "int8"
+"""Directory of the quantisation-aware run in the one it follows."""
+
+
+def distill_for_int8(
+    teacher: nn.Module | TracedModel,
+    student: nn.Module | TracedModel,
+    train_loader: Iterable[Any],
+    *,
+    epochs: int,
+    run_dir: str | os.PathLike[str],
+    **options: Any,
+) -> RunRecord:
+    """Quantisation-aware distillation: train a trained student on, by the teacher's outputs, as its int8 file will compute.
+
+    Args:
+        teacher: see `distill`.
+        student: with its trained weights; it is trained in place. Its batch norms keep their statistics, as they have them in the file.
+        train_loader: see `distill`.
+        epochs: how long.
+        run_dir: of the run that trained the student; this one's directory is `int8` in it, and exports like any other.
+        options: see `distill`; there is no warm-up, and the learning rate falls to 0 (cosine).
+
+    Returns:
+        The record.
+
+    Raises:
+        ConfigError: see `distill`.
+    """
+    own = {"curriculum": NO_WARMUP, "int8": True, "schedule": "cosine", "run_dir": Path(run_dir) / INT8}
+    module = student.module if isinstance(student, TracedModel) else student
+    flags = [(part, part.training) for part in module.modules()]
+    for part in module.train().modules():
+        part.training = not isinstance(part, nn.modules.batchnorm._BatchNorm)
+    try:
+        return distill(teacher, student, train_loader, epochs=epochs, **{**options, **own})
+    finally:
+        for part, flag in flags:
+            part.training = flag
 
 
 def shrunk_assistant(

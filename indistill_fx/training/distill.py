@@ -26,6 +26,7 @@ from indistill_fx.losses.stage_losses import KeptFeature
 from indistill_fx.losses.task import Task
 from indistill_fx.passes.align import align
 from indistill_fx.passes.capture.trace import as_traced
+from indistill_fx.passes.lowering.fake_quantize import fake_quantize
 from indistill_fx.plan import AlignmentPlan
 from indistill_fx.runs.directory import RunDirectory
 from indistill_fx.runs.record import RunRecord
@@ -67,6 +68,7 @@ def distill(
     progress: bool = True,
     about: Mapping[str, Any] | None = None,
     feature_cache: str | os.PathLike[str] | None = None,
+    int8: bool = False,
     **options: Unpack[Options],
 ) -> RunRecord:
     """Distil a teacher into a student: the warm-up layer by layer, then the main loss.
@@ -106,6 +108,8 @@ def distill(
         about: further facts to be kept in run.json, such as the specs of models and data.
         feature_cache: a folder for the teacher's features, which are then computed once and not in every epoch. Only for loaders of
             `open_data` without augmentation. What it takes on disk is said before it starts.
+        int8: train the student as its int8 file will compute (`fake_quantize`): for students that lose too much when they are exported
+            to int8. Begin with trained weights. Validation measures them in floats, as they are saved.
         options: those of `Settings`.
 
     Returns:
@@ -123,6 +127,7 @@ def distill(
     distillation = Distillation(
         teacher=teacher,
         student=student,
+        int8=int8,
         loader=loader,
         plan=plan,
         curriculum=curriculum or DEFAULT_CURRICULUM,
@@ -160,6 +165,7 @@ class Distillation:
 
     teacher: nn.Module | TracedModel
     student: nn.Module | TracedModel
+    int8: bool
     loader: EpochLoader
     plan: AlignmentPlan | None
     curriculum: Curriculum
@@ -201,6 +207,9 @@ class Distillation:
         )
         remarks: list[str] = []
         plan = plan or align(*models)
+        if self.int8:
+            models, rounded = _as_int8(*models)
+            remarks.append(rounded)
         plan = plan.model_copy(update={"view": models[0].view})
         plan = plan.model_copy(update={"view": seeing(*models, plan).view})
         task = self._task(*models)
@@ -268,6 +277,13 @@ class Distillation:
             "code of the teacher": code_digest(teacher.graph_module),
             "code of the student": code_digest(student.graph_module),
         }
+
+
+def _as_int8(teacher: TracedModel, student: TracedModel) -> tuple[tuple[TracedModel, TracedModel], str]:
+    """The pair with a student that computes as its int8 file will, and a line that says so."""
+    result = fake_quantize(student)
+    floats = f"; in floats: {', '.join(result.report.skipped)}" if result.report.skipped else ""
+    return (teacher, result.value), f"int8: {len(result.report.done)} layers and what they read are rounded{floats}"
 
 
 def _kept_plan(directory: RunDirectory | None) -> AlignmentPlan | None:
