@@ -143,10 +143,9 @@ def distill(
         settings=settings,
         progress=progress,
     )
-    teacher_module, student_module = distillation.modules
     return Trainer(
-        student=student_module,
-        teacher=teacher_module,
+        student=distillation.modules[1],
+        teacher=distillation.modules[0],
         loader=loader,
         val_loader=val_loader,
         settings=settings,
@@ -208,8 +207,10 @@ class Distillation:
         remarks: list[str] = []
         plan = plan or align(*models)
         if self.int8:
-            models, rounded = _as_int8(*models)
-            remarks.append(rounded)
+            rounded = fake_quantize(models[1])
+            models = (models[0], rounded.value)
+            remarks.append(f"int8: {len(rounded.report.done)} layers and what they read are rounded")
+            remarks += [f"int8: {line}" for line in rounded.report.skipped]
         plan = plan.model_copy(update={"view": models[0].view})
         plan = plan.model_copy(update={"view": seeing(*models, plan).view})
         task = self._task(*models)
@@ -277,13 +278,6 @@ class Distillation:
             "code of the teacher": code_digest(teacher.graph_module),
             "code of the student": code_digest(student.graph_module),
         }
-
-
-def _as_int8(teacher: TracedModel, student: TracedModel) -> tuple[tuple[TracedModel, TracedModel], str]:
-    """The pair with a student that computes as its int8 file will, and a line that says so."""
-    result = fake_quantize(student)
-    floats = f"; in floats: {', '.join(result.report.skipped)}" if result.report.skipped else ""
-    return (teacher, result.value), f"int8: {len(result.report.done)} layers and what they read are rounded{floats}"
 
 
 def _kept_plan(directory: RunDirectory | None) -> AlignmentPlan | None:
