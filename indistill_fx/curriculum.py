@@ -112,6 +112,12 @@ class Curriculum:
         if not (math.isfinite(self.keep) and self.keep >= 0):
             raise _wrong(f"A curriculum's keep is {self.keep}.", hint="Give 0, or a small weight such as 0.3.")
 
+    @property
+    def wants_pairs(self) -> bool:
+        """Whether any pair is warmed up; if none is, the models need not have layers that go together."""
+        lengths = [self.lengths] if isinstance(self.lengths, int) else self.lengths
+        return lengths is None or any(lengths)
+
     def schedule(self, count: int, *, penultimate: bool = False) -> tuple[Budget, ...]:
         """The budgets of `count` stages, shallow to deep, and with `penultimate` of the one behind them.
 

@@ -115,6 +115,12 @@ _TRAINING: tuple[Callable[[Command], Command], ...] = (
     picture_options,
     click.option("--limit", type=click.IntRange(min=1), help="Use only so many samples of each split."),
     click.option("--no-augment", is_flag=True, help="Leave training images as they are."),
+    click.option(
+        "--randaugment",
+        type=int,
+        metavar="MAGNITUDE",
+        help="Two operations of RandAugment on every training image, after shift and mirror, of this magnitude: 0 to 30, 9 is usual.",
+    ),
     click.option("--cache", metavar="DIR", help="Keep decoded small images here for the next time."),
     logits_option,
     task_option,
@@ -185,8 +191,8 @@ def for_int8(
 def open_training_data(options: Mapping[str, Any], *models: Source) -> Data:
     """The data of a training command, for models of which the first is trained."""
     named = {name: options[name] for name in ("batch_size", "workers", "seed", "limit", "cache")}
-    augment = not options["no_augment"]
-    return open_pictures(options["data"], options, *models, **named, training=True, augment=augment, progress=True)
+    named |= {"augment": not options["no_augment"], "randaugment": options["randaugment"]}
+    return open_pictures(options["data"], options, *models, **named, training=True, progress=True)
 
 
 def settings_of(options: Mapping[str, Any]) -> dict[str, Any]:

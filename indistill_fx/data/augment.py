@@ -1,12 +1,30 @@
-"""Random shifts and mirrors of small images, drawn apart from being done: the same draws give the same images on every device."""
+"""What is done at random to small images, drawn apart from being done: the same draws give the same images on every device."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from indistill_fx.errors import ConfigError
+from indistill_fx.system.random_state import OwnRandomness
+
+STRONGEST = 30
+"""RandAugment's magnitudes are 0 to 30."""
+
+
+class Augmentation(Protocol):
+    """Done to batches of images before they are normalised."""
+
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """What is done to each image: (count, numbers)."""
+
+    def apply(self, images: Tensor, draws: Tensor) -> Tensor:
+        """The augmented images (batch, channels, height, width); both on one device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,3 +53,63 @@ class FlipAndCrop:
         places = rows[:, :, None] * padded.shape[3] + columns[:, None, :]
         places = places.flatten(1)[:, None].expand(-1, channels, -1)
         return padded.flatten(2).gather(2, places).view_as(images)
+
+
+@dataclass(frozen=True, slots=True)
+class ShiftAndRandAugment:
+    """`FlipAndCrop`, then RandAugment with draws of its own for every image.
+
+    Source: Cubuk et al., "RandAugment", arXiv:1909.13719, as torchvision.transforms.v2 has it: two operations of this magnitude.
+    """
+
+    magnitude: int
+    shift: FlipAndCrop = FlipAndCrop()
+    operations: Callable[[Any], Any] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "operations", rand_augment(self.magnitude))
+
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """The shift's three, and a seed: (count, 4)."""
+        seeds = torch.randint(2**31, (count, 1), generator=generator)
+        return torch.cat((self.shift.draw(count, generator), seeds), 1)
+
+    def apply(self, images: Tensor, draws: Tensor) -> Tensor:
+        """The augmented images, uint8 (batch, channels, height, width); both on one device."""
+        done = []
+        for image, seed in zip(self.shift.apply(images, draws[:, :3]), draws[:, 3].tolist(), strict=True):
+            with OwnRandomness(seed).lent():
+                done.append(self.operations(image))
+        return torch.stack(done)
+
+
+def rand_augment(magnitude: int) -> Callable[[Any], Any]:
+    """RandAugment as torchvision has it, for a picture or a tensor of one.
+
+    Raises:
+        ConfigError: no such magnitude.
+    """
+    from torchvision.transforms import v2
+
+    if not 0 <= magnitude <= STRONGEST:
+        raise ConfigError(
+            f"RandAugment's magnitude is {magnitude}, and there are those from 0 to {STRONGEST}.",
+            where="randaugment",
+            got=magnitude,
+            expected=f"0 to {STRONGEST}",
+            hint="9 is usual.",
+        )
+    transform: Callable[[Any], Any] = v2.RandAugment(magnitude=magnitude)
+    return transform
+
+
+def of_small_images(augment: bool, magnitude: int | None) -> Augmentation | None:
+    """What is done to training images that are held in memory.
+
+    Args:
+        augment: whether anything is.
+        magnitude: RandAugment's; None: shifts and mirrors only.
+    """
+    if not augment:
+        return None
+    return FlipAndCrop() if magnitude is None else ShiftAndRandAugment(magnitude)

@@ -50,5 +50,6 @@ class DataOptions:
     cache: Path | None
     download: bool
     augment: bool
+    randaugment: int | None
     with_indices: bool
     progress: bool

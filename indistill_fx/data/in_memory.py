@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from indistill_fx.data.augment import FlipAndCrop
+from indistill_fx.data.augment import Augmentation
 from indistill_fx.data.dataset import Data, DataOptions
 from indistill_fx.data.image_folders import spread
 from indistill_fx.data.loaders import MemoryLoader
@@ -53,7 +53,7 @@ def hold(
     options: DataOptions,
     *,
     peak: float = 255.0,
-    augment: FlipAndCrop | None,
+    augment: Augmentation | None,
     notes: tuple[str, ...] = (),
 ) -> Data:
     """A data set of two splits.
@@ -94,7 +94,7 @@ def hold(
             batch_size=options.batch_size,
             seed=options.seed,
             shuffle=training,
-            augment=augment if training and options.augment else None,
+            augment=augment if training else None,
             with_indices=training and options.with_indices,
         )
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from indistill_fx.data.augment import FlipAndCrop
+from indistill_fx.data.augment import Augmentation
 from indistill_fx.data.normalisation import Normaliser
 from indistill_fx.data.readers import Readers, noticing_dead_readers
 from indistill_fx.errors import ConfigError
@@ -227,7 +227,7 @@ class MemoryLoader(_IndexedLoader):
         batch_size: int = 128,
         seed: int = 0,
         shuffle: bool = False,
-        augment: FlipAndCrop | None = None,
+        augment: Augmentation | None = None,
         with_indices: bool = False,
     ):
         super().__init__(len(images), batch_size=batch_size, seed=seed, shuffle=shuffle, with_indices=with_indices)

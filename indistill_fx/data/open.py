@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from indistill_fx.data.augment import FlipAndCrop
+from indistill_fx.data.augment import of_small_images, rand_augment
 from indistill_fx.data.dataset import Data, DataOptions
 from indistill_fx.data.image_folders import rank_in_class
 from indistill_fx.data.in_memory import Split, hold
@@ -35,6 +35,7 @@ def open_data(
     cache: str | Path | None = None,
     download: bool = True,
     augment: bool = True,
+    randaugment: int | None = None,
     with_indices: bool = False,
     progress: bool = False,
 ) -> Data:
@@ -61,6 +62,7 @@ def open_data(
         download: fetch what is absent (cifar10, cifar100).
         augment: training images up to 64 pixels are shifted by up to 4 and mirrored, larger ones cropped at random (8%
             to 100% of the area) and mirrored; digits are left as they are.
+        randaugment: after that, two operations of RandAugment (torchvision.transforms.v2) of this magnitude, 0 to 30.
         with_indices: training batches carry sample indices (crd reads them).
         progress: show a bar while images are decoded, on a terminal.
 
@@ -68,7 +70,8 @@ def open_data(
         The loaders and what is known of the data.
 
     Raises:
-        ConfigError: an unknown spec; no such folder; a split, class or image that is absent, empty or broken.
+        ConfigError: an unknown spec; no such folder; a split, class or image that is absent, empty or broken; RandAugment of what is no
+            picture of 8 bits, or without augmentation.
     """
     options = DataOptions(
         batch_size=batch_size,
@@ -83,16 +86,36 @@ def open_data(
         cache=Path(cache) if cache else None,
         download=download,
         augment=augment,
+        randaugment=randaugment,
         with_indices=with_indices,
         progress=progress,
     )
     kind, _, place = spec.partition(":")
+    _check_randaugment(kind, options)
     if kind in _SPECS:
         return _SPECS[kind](place, options)
     if not place:
         legal = "digits, cifar10, cifar100, imagefolder:DIR, file.py:make_loaders"
         raise unknown("data", spec, "data set", _SPECS, legal=legal)
     return open_user_loaders(spec, options)
+
+
+def _check_randaugment(kind: str, options: DataOptions) -> None:
+    if options.randaugment is None:
+        return
+    rand_augment(options.randaugment)
+    reasons = {
+        "no picture is to be augmented": not options.augment,
+        "the digits are left as they are": kind == "digits",
+        "loaders of one's own prepare pictures their own way": kind not in _SPECS,
+    }
+    for reason in (reason for reason, holds in reasons.items() if holds):
+        raise ConfigError(
+            f"RandAugment was asked for, and {reason}.",
+            where="randaugment",
+            got=options.randaugment,
+            hint="Leave --randaugment out, or take torchvision.transforms.v2.RandAugment in the loaders themselves.",
+        )
 
 
 def _edges(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
@@ -151,7 +174,8 @@ def _cifar(place: str, options: DataOptions, name: Literal["CIFAR10", "CIFAR100"
         images = torch.from_numpy(dataset.data).permute(0, 3, 1, 2).contiguous()
         splits.append(Split(images, torch.tensor(dataset.targets)))
     classes, notes = tuple(dataset.classes), _without_cache(options)
-    return hold(splits[0], splits[1], classes, figures, options, augment=FlipAndCrop(), notes=notes)
+    augment = of_small_images(options.augment, options.randaugment)
+    return hold(splits[0], splits[1], classes, figures, options, augment=augment, notes=notes)
 
 
 def _cifar10(place: str, options: DataOptions) -> Data:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from indistill_fx.data.augment import FlipAndCrop
+from indistill_fx.data.augment import of_small_images, rand_augment
 from indistill_fx.data.dataset import Data, DataOptions
 from indistill_fx.data.decoding import decode
 from indistill_fx.data.image_folders import Form, ImageFiles, Listing, list_splits
@@ -44,6 +44,14 @@ def open_folder(place: str, options: DataOptions) -> Data:
         raise ConfigError("`imagefolder` needs its folder.", where="data", expected="imagefolder:DIR")
     train, test = (listing.limited(options.limit) for listing in list_splits(Path(place)))
     form = Form.of((train, test))
+    if form.deep and options.randaugment is not None:
+        raise ConfigError(
+            f"RandAugment was asked for, and pictures in {place!r} have 16 bits a channel; it knows 8.",
+            where="randaugment",
+            got="16 bits",
+            expected="8 bits",
+            hint="Leave --randaugment out, or convert the pictures.",
+        )
     own, channels, peak = (form.height, form.width), options.channels or 3, DEEP_PEAK if form.deep else 255.0
     small = max(options.size or own) <= SMALL
     size = options.size or (own if small else options.model_size or LARGE)
@@ -64,9 +72,8 @@ def open_folder(place: str, options: DataOptions) -> Data:
                 f"{resized:,} of {count:,} pictures were not {size[0]}x{size[1]} as most are, and were resized to it.",
             )
         held = Split(decoded[0].values, train.labels), Split(decoded[1].values, test.labels)
-        return hold(
-            *held, train.classes or test.classes, default, options, peak=peak, augment=FlipAndCrop(), notes=notes
-        )
+        augment = of_small_images(options.augment, options.randaugment)
+        return hold(*held, train.classes or test.classes, default, options, peak=peak, augment=augment, notes=notes)
     if options.size is None and size != own:
         notes += (
             f"Pictures ({own[0]}x{own[1]}{' and others' * form.mixed}) are resized and cropped to {size[0]}x{size[1]}.",
@@ -92,7 +99,7 @@ def _on_disk(
 ) -> Data:
     train, test = splits
     small = max(size) <= SMALL
-    varied, plain = _transforms(size, small)
+    varied, plain = _transforms(size, small, options.randaugment)
     peak = DEEP_PEAK if deep else 255.0
 
     def files(listing: Listing, transform: Callable[[Any], Tensor], drawn: str | None = None) -> ImageFiles:
@@ -117,25 +124,29 @@ def _on_disk(
         )
 
     drawn = f"training images are {'shifted' if small else 'cropped'} and mirrored at random"
+    drawn += f", then RandAugment of magnitude {options.randaugment}" if options.randaugment is not None else ""
     training = files(train, varied, drawn) if options.augment else files(train, plain)
     loaders = loader(training, True), loader(files(train, plain), False), loader(files(test, plain), False)
     classes, labelled = train.classes or test.classes, test.labels is not None
     return Data(*loaders, classes, (channels, *size), figures, labelled=labelled, notes=notes)
 
 
-def _transforms(size: tuple[int, int], small: bool) -> tuple[Callable[[Any], Tensor], Callable[[Any], Tensor]]:
+def _transforms(
+    size: tuple[int, int], small: bool, magnitude: int | None
+) -> tuple[Callable[[Any], Tensor], Callable[[Any], Tensor]]:
     """Training and test transforms of pictures read one by one, to tensors of pixels."""
     from torchvision.transforms import v2
 
     pixels = v2.PILToTensor()  # deep pictures are tensors already
+    strong = [] if magnitude is None else [rand_augment(magnitude)]
     if small:
         fit = v2.Resize(size)
         return (
-            v2.Compose([fit, v2.RandomCrop(size, padding=4), v2.RandomHorizontalFlip(), pixels]),
+            v2.Compose([fit, v2.RandomCrop(size, padding=4), v2.RandomHorizontalFlip(), *strong, pixels]),
             v2.Compose([fit, pixels]),
         )
     edge = round(max(size) * 256 / 224)
     return (
-        v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), pixels]),
+        v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), *strong, pixels]),
         v2.Compose([v2.Resize(edge), v2.CenterCrop(size), pixels]),
     )

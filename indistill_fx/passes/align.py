@@ -33,7 +33,7 @@ def align(
         example_inputs: a tensor or tuple, batch first.
         criterion: how channels are ranked (see `passes.criteria`).
         loader: batches, for criteria that look at data.
-        matching: options of `match`: pairs, every_block, taps, fixed, similarity.
+        matching: options of `match`: pairs, every_block, taps, fixed, similarity, required.
 
     Returns:
         The plan, shallow to deep.
@@ -48,7 +48,7 @@ def align(
             align_traced(own, student, criterion=criterion, loader=loader, **matching).value
             for own in traced_members(teacher)
         ]
-        return align_members(teacher, student, chosen)
+        return align_members(teacher, student, chosen, required=matching.get("required", True))
     return align_traced(teacher, student, criterion=criterion, loader=loader, **matching).value
 
 

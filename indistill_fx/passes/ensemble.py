@@ -78,13 +78,16 @@ def is_ensemble(module: nn.Module) -> bool:
     return isinstance(module, fx.GraphModule) and "teachers" in module.meta
 
 
-def align_members(teacher: TracedModel, student: TracedModel, plans: Sequence[AlignmentPlan]) -> AlignmentPlan:
+def align_members(
+    teacher: TracedModel, student: TracedModel, plans: Sequence[AlignmentPlan], *, required: bool = True
+) -> AlignmentPlan:
     """One plan of several teachers: every layer of the student learns from the teacher whose layer goes best with it.
 
     Args:
         teacher: the ensemble, traced.
         student: traced.
         plans: one for each teacher and the student, in order; of layers of equal score the first teacher's is taken.
+        required: whether having no pairs is an error.
     """
     best: dict[str, Pair] = {}
     for number, plan in enumerate(plans):
@@ -94,6 +97,8 @@ def align_members(teacher: TracedModel, student: TracedModel, plans: Sequence[Al
             if known and (pair.student not in best or pair.score > best[pair.student].score):
                 best[pair.student] = own
     order = {node.name: place for place, node in enumerate(student.graph_module.graph.nodes)}
+    if required and not best:
+        raise MatchError("None of the teachers has a kind of layer in common with the student.")
     chosen = sorted(best.values(), key=lambda pair: order[student.node(pair.student).name])
     vectors = [(number, plan.embedding) for number, plan in enumerate(plans) if plan.embedding is not None]
     last = max(vectors, key=lambda entry: entry[1].score, default=None)
@@ -142,8 +147,6 @@ def _in_order(pairs: Sequence[Pair], teacher: TracedModel) -> list[Pair]:
         if place > reached.get(member_of(pair.teacher), -1):
             reached[member_of(pair.teacher)] = place
             kept.append(pair)
-    if not kept:
-        raise MatchError("None of the teachers has a kind of layer in common with the student.")
     return kept
 
 

@@ -213,5 +213,11 @@ def _tracker(name: str, home: Path) -> Any:
         )
     kind: Any = LOGGER_TYPE_TO_CLASS[name]
     tracker = kind(name, logging_dir=home) if name == "tensorboard" else kind(home.resolve().name)
-    tracker.start()
+    try:
+        tracker.start()
+    except Exception as error:  # a program of others' that may want accounts, servers and databases
+        first = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+        raise ConfigError(
+            f"The tracker {name!r} cannot begin: {first}", where="tracker", got=name, hint="Set it up, or leave it out."
+        ) from error
     return tracker

@@ -79,10 +79,10 @@ def compile_stages(
     lowerings = lowerings_for(target) if lowerings is None else replace(lowerings, dtype=target.dtype)
     teacher = as_traced(teacher, example_inputs, role="teacher")
     student = as_traced(student, example_inputs, role="student")
-    plan = align(teacher, student) if plan is None else plan
+    curriculum = curriculum or Curriculum()
+    plan = align(teacher, student, required=curriculum.wants_pairs) if plan is None else plan
     plan.check(teacher, student)
     teacher = seeing(teacher, student, plan)
-    curriculum = curriculum or Curriculum()
     warm = _warmup_stages(teacher, student, plan, curriculum, lowerings)
     stages = [stage for stage in warm if _trains(stage)]
     if main is not None:
@@ -278,6 +278,12 @@ def _main_stage(
             "The main loss compares penultimate vectors, and the plan has none.",
             where="embedding",
             hint="Take `kd`, which reads logits only.",
+        )
+    if "features" in criterion.needs and not plan.pairs:
+        raise ConfigError(
+            "The main loss compares features of pairs, and no layers of the two models go together.",
+            where="main",
+            hint="Name a pair (--pair TEACHER_LAYER=STUDENT_LAYER), or take `kd`, which reads logits only.",
         )
     if curriculum.keep:
         criterion = keeping(criterion, curriculum, plan)

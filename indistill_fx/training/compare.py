@@ -95,7 +95,7 @@ def compare(
     plan = plan or (_kept_plan(run_dir) if resume else None)
     seen = view_of(teacher_view, plan)
     models = traced_pair(teacher, student, train_loader, example_inputs=example_inputs, logits=logits, view=seen)
-    plan = plan or align(*models)
+    plan = plan or align(*models, required=curriculum.wants_pairs)
     warmup, milestones = _epochs_of(curriculum, plan, options), options.get("milestones", ())
     if main_epochs is not None:
         epochs, milestones = main_epochs + warmup, [at + warmup for at in milestones]

@@ -205,7 +205,7 @@ class Distillation:
             view=view_of(self.teacher_view, plan),
         )
         remarks: list[str] = []
-        plan = plan or align(*models)
+        plan = plan or align(*models, required=self.curriculum.wants_pairs)
         if self.int8:
             rounded = fake_quantize(models[1])
             models = (models[0], rounded.value)

@@ -34,6 +34,9 @@ class Several(nn.Module):
 
 def several(width=4):
     return Several(width)
+
+def linear():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
 """
 QUICK = ["--data", "digits", "--limit", "100", "--batch-size", "50"]
 PAIR = ["models.py:make?width=8", "models.py:make"]
@@ -95,6 +98,18 @@ def test_the_warm_up_is_what_was_asked_for(here, capsys, options, schedule):
     assert story("run")["schedule"] == schedule
     shown = capsys.readouterr().err
     assert shown.index("Teacher's accuracy") < shown.index("\n".join(schedule)) < shown.index("loss")
+
+
+def test_models_without_layers_in_common_are_distilled_by_their_logits(here, capsys):
+    models = ["models.py:make", "models.py:linear"]
+    assert run(["distill", *models, *QUICK, "-o", "refused"]) == 2
+    assert "without a warm-up (--no-warmup)" in " ".join(capsys.readouterr().err.split())
+    told("distill", *models, *QUICK, "-o", "run", "--epochs", "1", "--no-warmup")
+    assert story("run")["schedule"] == ["main: 1 epoch, adam, learning rate 0.001"]
+    assert json.loads((here / "run/plan.json").read_text())["pairs"] == []
+    told("distill", *models, "--teacher", "models.py:make?width=8", *QUICK, "-o", "two", "--epochs", "1", "--no-warmup")
+    assert run(["distill", *models, *QUICK, "-o", "at", "--no-warmup", "--main", "at"]) == 2
+    assert "no layers of the two models go together" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.fixture

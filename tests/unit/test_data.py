@@ -12,7 +12,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
 from indistill_fx.data import open_folder
-from indistill_fx.data.augment import FlipAndCrop
+from indistill_fx.data.augment import FlipAndCrop, ShiftAndRandAugment
 from indistill_fx.data.dataset import Data
 from indistill_fx.data.foreign import ForeignLoader
 from indistill_fx.data.image_folders import rank_in_class, spread
@@ -76,11 +76,15 @@ def foreign(seed=0, **options):
     return ForeignLoader(DataLoader(dataset, batch_size=8, shuffle=True, **options), seed=seed)
 
 
-@pytest.fixture(params=["memory", "disk", "foreign", "foreign with a generator"])
+@pytest.fixture(
+    params=["memory", "disk", "memory by RandAugment", "disk by RandAugment", "foreign", "foreign with a generator"]
+)
 def make(request, small):
     return {
         "memory": memory,
         "disk": lambda **options: disk(small, **options),
+        "memory by RandAugment": lambda **options: memory(augment=ShiftAndRandAugment(9), **options),
+        "disk by RandAugment": lambda **options: disk(small, randaugment=9, **options),
         "foreign": foreign,
         "foreign with a generator": lambda **options: foreign(generator=torch.Generator(), **options),
     }[request.param]
@@ -171,6 +175,46 @@ def test_flip_and_crop_is_padding_slicing_and_mirroring(padding, height, width, 
     for i, (row, column, mirrored) in enumerate(draws.tolist()):
         expected = padded[i, :, row : row + height, column : column + width]
         assert np.array_equal(found[i].numpy(), expected[:, :, ::-1] if mirrored else expected)
+
+
+def test_randaugment_is_what_torchvision_does_with_the_seed_of_the_image():
+    from torchvision.transforms import v2
+
+    images = torch.randint(256, (6, 3, 12, 12), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    augment = ShiftAndRandAugment(9)
+    draws = augment.draw(6, torch.Generator().manual_seed(1))
+    found = augment.apply(images, draws)
+    shifted = FlipAndCrop().apply(images, draws[:, :3])
+    with torch.random.fork_rng([]):
+        for image, seed, own in zip(shifted, draws[:, 3].tolist(), found, strict=True):
+            torch.manual_seed(seed)
+            assert torch.equal(v2.RandAugment(magnitude=9)(image), own)
+    assert not torch.equal(found, shifted)
+    assert torch.equal(augment.apply(images[1::2], draws[1::2]), found[1::2])
+
+
+def test_randaugment_is_part_of_what_a_run_is(small):
+    spec = f"imagefolder:{small}"
+    plain, strong = open_data(spec).train, open_data(spec, randaugment=5).train
+    assert plain.randomness == "training images are augmented by FlipAndCrop(padding=4, flip=True)"
+    assert "magnitude=5" in strong.randomness and open_data(spec, randaugment=5).train_plain.randomness is None
+    assert "magnitude 5" in open_data(spec, randaugment=5, size=80).train.randomness
+    assert not equal(listed(plain), listed(strong))
+
+
+@pytest.mark.parametrize(
+    ("spec", "more", "message"),
+    [
+        ("digits", {}, "the digits are left as they are"),
+        ("{folder}", {"augment": False}, "no picture is to be augmented"),
+        ("{folder}", {"randaugment": 31}, "there are those from 0 to 30. 9 is usual."),
+        ("own.py:make_loaders", {}, "prepare pictures their own way"),
+    ],
+)
+def test_randaugment_that_cannot_be_is_refused(spec, more, message, small):
+    with pytest.raises(ConfigError) as refused:
+        open_data(spec.format(folder=f"imagefolder:{small}"), **({"randaugment": 9} | more))
+    assert message in str(refused.value)
 
 
 def test_augmentation_draws_for_every_image():

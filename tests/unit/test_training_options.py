@@ -190,6 +190,18 @@ def test_what_cannot_be_is_refused_before_training(tmp_path):
             ifx.train(Net(), [(x, labels)], **common, **options)
 
 
+def test_a_tracker_that_cannot_begin_is_reported(tmp_path, monkeypatch):
+    from accelerate.tracking import TensorBoardTracker
+
+    def refuses(self: object) -> None:
+        raise RuntimeError("api_key not configured\nand more")
+
+    monkeypatch.setattr(TensorBoardTracker, "start", refuses)
+    directory = RunDirectory(tmp_path / "run", resume=False, trackers=("tensorboard",))
+    with pytest.raises(ifx.ConfigError, match="The tracker 'tensorboard' cannot begin: api_key not configured"):
+        directory.__enter__()
+
+
 def test_a_tracker_gets_the_metrics(tmp_path):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     with RunDirectory(tmp_path / "run", resume=False, trackers=("tensorboard",)) as directory:

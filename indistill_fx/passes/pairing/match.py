@@ -89,6 +89,7 @@ def match(
     taps: Taps = "block",
     fixed: Sequence[tuple[str, str]] = (),
     similarity: Similarity | None = None,
+    required: bool = True,
 ) -> PassResult[tuple[Pair, ...], MatchReport]:
     """Pair layers.
 
@@ -100,12 +101,13 @@ def match(
         taps: which tensor of a block: its output, what its last activation reads, or its last convolution.
         fixed: (teacher tap, student tap) pairs to keep.
         similarity: measured on data, see `Similarity` and `cka`.
+        required: whether having no pairs is an error.
 
     Returns:
         The pairs, shallow to deep, without kept channels; and the report.
 
     Raises:
-        MatchError: nothing can be paired.
+        MatchError: nothing can be paired, and pairs are required.
         ConfigError: an option is at fault, a fixed pair names no layer or cannot be compared, or two of them cross.
     """
     if taps not in TENSORS:
@@ -123,7 +125,9 @@ def match(
     gains = [[_gain(table[i][j], t, s, kept, sides) for j, s in enumerate(places[1])] for i, t in enumerate(places[0])]
     cells = _best_cells(gains, places)
     if not cells and not kept:
-        raise _nothing_fits(sides, places, table)
+        if required:
+            raise _nothing_fits(sides, places, table)
+        return PassResult((), MatchReport(_embedding(sides), _unmatched(sides, [], [], []), ()))
     free = [_choose(places[0][i], places[1][j], table[i][j]) for i, j in cells]
     if similarity is None or not blockwise:
         free = _spread(sides, cells, free, kept, wanted=pairs, blockwise=blockwise)
@@ -157,7 +161,10 @@ def _best_cells(gains: Sequence[Sequence[float]], places: _Places) -> list[tuple
 
 
 def _nothing_fits(sides: _Sides, places: _Places, table: Sequence[Sequence[Evidence | None]]) -> MatchError:
-    hint = 'Name a pair with fixed= (--pair TEACHER_LAYER=STUDENT_LAYER), or distil the logits alone: main="kd", without a warm-up.'
+    hint = (
+        "Name a pair with fixed= (--pair TEACHER_LAYER=STUDENT_LAYER), or distil the logits alone: "
+        'main="kd" without a warm-up (--no-warmup).'
+    )
     listed = f"The stages of the teacher ({_listed(sides[0])}) and of the student ({_listed(sides[1])})"
     without = [side.traced.role for side, own in zip(sides, places, strict=True) if not own]
     scored = [(table[i][j], t, s) for i, t in enumerate(places[0]) for j, s in enumerate(places[1])]
