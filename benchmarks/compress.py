@@ -1,13 +1,13 @@
 """Does `compress` pay? Networks for CIFAR-10 cut to a share of their work, arm by arm, all for the same number of epochs.
 
     python benchmarks/compress.py run --net resnet56 --macs 0.476 0.4 --data imagefolder:DIR --reference DIR --out OUT \
-        --arms ours tp kd --epochs 20 --batch-size 256 --optimizer sgd --lr 0.05 --weight-decay 5e-4 --minutes 5
+        --arms joint tp kd --epochs 20 --batch-size 256 --optimizer sgd --lr 0.05 --weight-decay 5e-4 --minutes 5
     python benchmarks/compress.py run --net assistant --macs 0.35 --limit 5000 --seeds 0 1 2 --data imagefolder:DIR --out OUT --device cpu
     python benchmarks/compress.py repair --net resnet20 resnet56 assistant --macs 0.5 --data … --out OUT     before any training
     python benchmarks/compress.py table OUT [OUT …] --json benchmarks/results/compress.json --into docs/compress.md
 
-Arms, most telling first: `ours` (compress: sensitivities, repair, segments fed by the teacher, KD); `steps` (the same, pair after pair);
-`kd` (the same student, KD alone); `unlabelled` (ours, with the teacher's answers alone); `tp` (Torch-Pruning 1.6, uniform L1 to the same
+Arms, most telling first: `joint` (what `compress` does: sensitivities, repair, all pairs at once, KD); `fed` (the same, but segments fed
+by the teacher) and `steps` (pair after pair); `kd` (the same student, KD alone); `unlabelled` (joint, with the teacher's answers alone); `tp` (Torch-Pruning 1.6, uniform L1 to the same
 work, then labels; without that package our own uniform L1); `l1kd` (that one, by KD); `freshkd` and `fresh` (our student's shape from
 fresh weights, by KD and by labels). Arms that are done are skipped, interrupted ones go on; every arm's result is written at once.
 """
@@ -39,7 +39,7 @@ from indistill_fx.data.dataset import Data
 from indistill_fx.data.open import open_data
 from indistill_fx.evaluation.accuracy import evaluate
 
-ARMS = ("ours", "tp", "kd", "steps", "unlabelled", "l1kd", "freshkd", "fresh")
+ARMS = ("joint", "tp", "kd", "fed", "steps", "unlabelled", "l1kd", "freshkd", "fresh")
 NO_WARMUP = Curriculum(lengths=[])
 
 
@@ -155,10 +155,13 @@ def train_arm(
     else:
         traced = ifx.trace(student, teacher.example_inputs, role="student")
         plan = plan_of(teacher, traced, made.shrunk.axes, every_block=arm != "steps")
-        curriculum, main = Curriculum(feed="teacher", lengths=warm), epochs - warm
+        rate = options.lr if options.optimizer == "adam" else 1e-3
+        curriculum, main = Curriculum(together=True, lengths=warm, learning_rate=rate), epochs - warm
+        if arm == "fed":
+            curriculum = Curriculum(feed="teacher", lengths=warm, learning_rate=rate)
         if arm == "steps":
             lengths = [*range(1, len(plan.pairs) + 1)]
-            curriculum, main = Curriculum(lengths=lengths), epochs - sum(lengths)
+            curriculum, main = Curriculum(lengths=lengths, learning_rate=rate), epochs - sum(lengths)
         if arm == "kd":
             curriculum, main = NO_WARMUP, epochs
         labels = {"main_options": {"weight_labels": 0}} if arm == "unlabelled" else {}
@@ -190,7 +193,9 @@ def run(options: argparse.Namespace) -> None:
             accuracy = evaluate(teacher.module, data.test).accuracy
             for macs in options.macs:
                 for arm in options.arms:
-                    name = f"{net}-{macs:g}-{options.limit or 'all'}-{options.epochs}-{options.optimizer}-{seed}-{arm}"
+                    how = f"{options.limit or 'all'}-{options.epochs}-{options.optimizer}-{options.lr:g}"
+                    warm = f"-{options.warmup}" if arm in ("joint", "fed", "unlabelled") else ""
+                    name = f"{net}-{macs:g}-{how}-{seed}-{arm}{warm}"
                     if (out / f"{name}.json").exists():
                         continue
                     if options.minutes and time.time() - began + longest > 60 * options.minutes:
@@ -338,7 +343,7 @@ def main() -> None:
         one.add_argument("--limit", type=int)
         one.add_argument("--samples", type=int, default=512)
         one.add_argument("--epochs", type=int, default=20)
-        one.add_argument("--warmup", type=int, default=3)
+        one.add_argument("--warmup", type=int, default=6)
         one.add_argument("--batch-size", type=int, default=128)
         one.add_argument("--optimizer", default="adam")
         one.add_argument("--lr", type=float, default=1e-3)

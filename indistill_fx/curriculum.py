@@ -10,8 +10,8 @@ from typing import Any, Literal
 from indistill_fx.errors import ConfigError, nearest
 
 Unit = Literal["epochs", "steps"]
-TOGETHER = "all segments"
-"""Name of the one stage in which the teacher feeds all segments; no layer can have it."""
+SEGMENTS, PAIRS = "all segments", "all pairs"
+"""Names of the one stage in which the teacher feeds all segments, or in which the student learns all pairs; no layer can have them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +69,8 @@ class Curriculum:
         feed: what a segment between two pairs begins with: `student`: the student's own features, so that pairs are trained one after
             the other. `teacher`: the teacher's narrowed ones, so that all segments are independent and train in one stage of
             `a + 1` epochs, or of the one length given.
+        together: with `feed="student"`: all pairs in one stage of such a length, too; every pair's loss is taken relative to that of the
+            teacher's mean feature, so that none drowns the others.
         keep: weight of the penultimate vectors' feature loss in the main stage, in units of the main loss (`MainLoss.unit`);
             0: the main loss alone, as in the paper.
 
@@ -89,6 +91,7 @@ class Curriculum:
     penultimate: int = 0
     keep: float = 0.0
     feed: Literal["student", "teacher"] = "student"
+    together: bool = False
 
     def __post_init__(self) -> None:
         lengths = [self.lengths] if isinstance(self.lengths, int) else self.lengths or []
@@ -145,15 +148,19 @@ class Curriculum:
 
     def _check_count(self, what: str, values: Sequence[Any], count: int) -> None:
         if len(values) != count:
-            together = self.feed == "teacher"
-            of = "the one stage in which the teacher feeds all segments" if together else f"{count} pairs"
+            of = f"the one stage of {self.one_stage}" if self.one_stage else f"{count} pairs"
             raise _wrong(
                 f"The curriculum gives {len(values)} {what} for {of}.",
-                hint="Give one." if together else "Give one per pair, or none.",
+                hint="Give one." if self.one_stage else "Give one per pair, or none.",
             )
 
+    @property
+    def one_stage(self) -> str | None:
+        """The name of the one stage that all pairs are trained in; None where each has its own."""
+        return SEGMENTS if self.feed == "teacher" else PAIRS if self.together else None
+
     def chosen(self, layers: Sequence[str], penultimate: str | None = None) -> dict[str, Budget]:
-        """The budgets of the layers that are trained at all, in the order of training; with `feed="teacher"` of `TOGETHER` instead.
+        """The budgets of the layers that are trained at all, in the order of training; or of `one_stage`.
 
         Args:
             layers: the student's taps of all pairs, shallow to deep.
@@ -164,8 +171,8 @@ class Curriculum:
         """
         last = penultimate if self.penultimate else None
         order = list(self.order(layers))
-        if self.feed == "teacher":
-            layers = order = [TOGETHER] if order else []
+        if self.one_stage:
+            layers = order = [self.one_stage] if order else []
         schedule = self.schedule(len(layers), penultimate=last is not None)
         budgets = dict(zip((*layers, *([last] if last is not None else [])), schedule, strict=True))
         order += [last] if last is not None else []

@@ -23,7 +23,7 @@ _SECTIONS = {
     "Data and models": (*training.SECTIONS["Data and models"], "more_teachers", "plan_file", *pictures.TEACHER_NAMES),
     "The warm-up": (
         "warmup", "warmup_steps", "no_warmup", "layers", "warmup_loss", "warmup_lr", "warmup_optimizer", "patience",
-        "penultimate", "keep", "feed",
+        "penultimate", "keep", "feed", "together",
     ),
     "The main stage": ("main", "main_options", "main_weights"),
     "Ways of training": ("recipe", "compare", "assistant", "assistant_epochs", "qat"),
@@ -140,6 +140,11 @@ def _use_recipe(context: click.Context, parameter: click.Parameter, name: str) -
     type=click.Choice(["student", "teacher"]),
     help="What a segment between two pairs begins with. student: its own features, so pairs come one after the other. teacher: the"
     " teacher's narrowed ones, so all segments train in one stage. [default: student]",
+)
+@click.option(
+    "--together",
+    is_flag=True,
+    help="All pairs in one stage, from the student's own features.",
 )
 @click.option(
     "--assistant",
@@ -295,7 +300,7 @@ def _assisted(
     return assistant
 
 
-_OF_THE_WARM_UP = ("layers", "warmup_loss", "warmup_lr", "warmup_optimizer", "patience", "feed")
+_OF_THE_WARM_UP = ("layers", "warmup_loss", "warmup_lr", "warmup_optimizer", "patience", "feed", "together")
 
 
 def _curriculum(options: dict[str, Any]) -> Curriculum:
@@ -319,6 +324,7 @@ def _curriculum(options: dict[str, Any]) -> Curriculum:
         "penultimate": options["penultimate"],
         "keep": options["keep"],
         "feed": options["feed"],
+        "together": options["together"] or None,
     }
     if options["no_warmup"]:
         asked |= {"lengths": [], "penultimate": 0}

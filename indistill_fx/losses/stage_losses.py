@@ -30,12 +30,14 @@ class FeatureLoss(Criterion):
         return value
 
 
-class SegmentsLoss(Criterion):
-    """The sum of a loss over all pairs, in the form of a main loss.
+class PairsLoss(Criterion):
+    """The sum of a loss over several pairs, in the form of a main loss.
 
     Args:
         loss: of one pair.
         keys: of the pairs.
+        relative: divide each pair's loss by what a student would have that always gives the teacher's mean feature, and take the mean
+            over the pairs. Where pairs share weights, the one with the largest numbers would decide otherwise.
 
     Attributes:
         recent: each pair's loss, a moving mean over about fifty steps.
@@ -43,24 +45,32 @@ class SegmentsLoss(Criterion):
 
     recent: Tensor
 
-    def __init__(self, loss: WarmupLoss, keys: Sequence[str]):
+    def __init__(self, loss: WarmupLoss, keys: Sequence[str], *, relative: bool = False):
         super().__init__()
-        self.loss, self.keys = loss, tuple(keys)
+        self.loss, self.keys, self.relative = loss, tuple(keys), relative
         self.needs, self.weight_labels = frozenset({"features"}), 0.0
         self.register_buffer("recent", torch.full((len(self.keys),), -1.0), persistent=False)
 
     def forward(self, student: Outputs, teacher: Outputs, labels: Tensor | None) -> Tensor:
-        """The sum over the pairs."""
-        values = torch.stack([self.loss(student.features[key], teacher.features[key]) for key in self.keys])
+        """The sum, or the relative mean, over the pairs."""
+        values = torch.stack([self._of_pair(student.features[key], teacher.features[key]) for key in self.keys])
         now = values.detach().to(self.recent.dtype)
         self.recent.copy_(torch.where(self.recent < 0, now, torch.lerp(self.recent, now, 0.02)))
-        return values.sum()
+        return values.mean() if self.relative else values.sum()
+
+    def _of_pair(self, student: Tensor, teacher: Tensor) -> Tensor:
+        value: Tensor = self.loss(student, teacher)
+        if not self.relative:
+            return value
+        with torch.no_grad():
+            constant: Tensor = self.loss(teacher.mean(0, keepdim=True).expand_as(teacher), teacher)
+        return value / torch.where(constant > 0, constant, torch.ones_like(constant))  # 0 for a batch of one
 
     @property
     def summary(self) -> str:
-        """The loss of every segment, as it was of late."""
+        """The loss of every pair, as it was of late."""
         each = ", ".join(f"{key} {value:.3g}" for key, value in zip(self.keys, self.recent.tolist(), strict=True))
-        return f"loss by segment: {each}"
+        return f"loss by pair: {each}" if self.relative else f"loss by segment: {each}"
 
 
 class KeptFeature(Criterion):

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from indistill_fx.curriculum import TOGETHER, Budget, Curriculum
+from indistill_fx.curriculum import PAIRS, SEGMENTS, Budget, Curriculum
 from indistill_fx.errors import ConfigError
 from indistill_fx.graph.edit import depends_on_input, output_node
 from indistill_fx.losses.base import EMBEDDING
 from indistill_fx.losses.choose_task import task_of
 from indistill_fx.losses.registry import main_loss, warmup_loss
-from indistill_fx.losses.stage_losses import FeatureLoss, SegmentsLoss, keeping
+from indistill_fx.losses.stage_losses import FeatureLoss, PairsLoss, keeping
 from indistill_fx.losses.task import Task
 from indistill_fx.passes.align import align
 from indistill_fx.passes.capture.trace import as_traced
@@ -155,20 +155,23 @@ def _warmup_stages(
     embedding = plan.pairs[-1].student if plan is not given else None
     stages = []
     for layer, budget in budgets.items():
-        if layer == TOGETHER:
-            chosen = set(curriculum.order(list(pairs)))
-            together = [pair for tap, pair in pairs.items() if tap in chosen and tap != embedding]
+        chosen = set(curriculum.order(list(pairs)))
+        together = [pair for tap, pair in pairs.items() if tap in chosen and tap != embedding]
+        if layer == SEGMENTS:
             stages.append(_fed_stage(slim, student, together, curriculum, budget, lowerings, before))
             continue
-        own = teacher_half(slim, student, [pairs[layer]], [], narrowed=narrowed, lowerings=lowerings)
-        other = student_half(student, slim, [pairs[layer]], [], narrowed=narrowed, lowerings=lowerings)
+        learned = together if layer == PAIRS else [pairs[layer]]
+        one = warmup_loss(curriculum.loss)
+        keys = [pair.student for pair in learned]
+        own = teacher_half(slim, student, learned, [], narrowed=narrowed, lowerings=lowerings)
+        other = student_half(student, slim, learned, [], narrowed=narrowed, lowerings=lowerings)
         stages.append(
             Stage(
                 name=layer,
                 student=other.value,
                 teacher=own.value,
-                criterion=FeatureLoss(warmup_loss(curriculum.loss), layer),
-                pairs=[pairs[layer]],
+                criterion=PairsLoss(one, keys, relative=True) if layer == PAIRS else FeatureLoss(one, layer),
+                pairs=learned,
                 budget=budget,
                 dtypes=_dtypes(student),
                 fixed=(student.report.fixed, slim.report.fixed),
@@ -199,10 +202,10 @@ def _fed_stage(
     own = teacher_half(slim, student, pairs, [], narrowed=True, lowerings=lowerings)
     other = fed_student_half(student, slim, pairs, lowerings=lowerings)
     return Stage(
-        name=TOGETHER,
+        name=SEGMENTS,
         student=other.value,
         teacher=own.value,
-        criterion=SegmentsLoss(loss, [pair.student for pair in pairs]),
+        criterion=PairsLoss(loss, [pair.student for pair in pairs]),
         pairs=pairs,
         budget=budget,
         dtypes=_dtypes(student),
@@ -238,7 +241,7 @@ def joint_teachers(
     bare = [tap for stage in shared if stage.budget is None for tap in stage.teacher_taps]
     if len(shared) < 2:
         return [([stage], stage.teacher) for stage in stages if stage.teacher is not None]
-    losses = [stage.criterion.loss for stage in warm if isinstance(stage.criterion, FeatureLoss | SegmentsLoss)]
+    losses = [stage.criterion.loss for stage in warm if isinstance(stage.criterion, FeatureLoss | PairsLoss)]
     narrowed = any(loss.needs_equal_widths for loss in losses)  # all of them, or none
     slim = narrowed_teacher(teacher, plan).value if narrowed else teacher
     graph = teacher_half(slim, student, pairs, bare, narrowed=narrowed, lowerings=lowerings_for(target)).value

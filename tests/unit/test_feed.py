@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import indistill_fx as ifx
-from indistill_fx.curriculum import TOGETHER, Curriculum
+from indistill_fx.curriculum import PAIRS, SEGMENTS, Curriculum
 from tests.nets import Cnn32, Residual, TinyTransformer, images, seeded, unsettle
 
 FED = Curriculum(feed="teacher")
@@ -29,11 +29,11 @@ def pair_of(make=Residual, size=16, **kwargs):
 def test_one_stage_for_all_pairs_with_a_plus_one_epochs():
     teacher, student = pair_of()
     stages = ifx.compile_stages(teacher, student, curriculum=FED)
-    assert [stage.name for stage in stages] == [TOGETHER, "main"]
+    assert [stage.name for stage in stages] == [SEGMENTS, "main"]
     assert stages[0].budget.length == 3
     assert len(stages[0].pairs) > 1
     assert stages[0].inputs == stages[1].inputs
-    lengths = [Curriculum(feed="teacher", lengths=n).chosen(["a", "b"])[TOGETHER].length for n in (6, [4])]
+    lengths = [Curriculum(feed="teacher", lengths=n).chosen(["a", "b"])[SEGMENTS].length for n in (6, [4])]
     assert lengths == [6, 4]
     assert Curriculum(feed="teacher", lengths=0).chosen(["a", "b"]) == {}
     with pytest.raises(ifx.ConfigError, match="3 lengths for the one stage"):
@@ -82,6 +82,44 @@ def test_a_perfect_student_has_no_loss(make, size):
         assert float(stages[0].eval()(images(5, size, seed=1))) < 1e-9
 
 
+def test_all_pairs_in_one_stage_from_the_students_own_features():
+    """The mean of the pairs' losses, each relative to that of the teacher's mean feature; by hand in float64."""
+    teacher = unsettle(seeded(Cnn32)).eval().double()
+    small = unsettle(seeded(Cnn32, (8, 16, 32), 64, seed=1), seed=1).double()
+    x, example = images(6, 32, seed=2).double(), images(2, 32).double()
+    plan = ifx.align(teacher, small, example_inputs=example)
+    joint = Curriculum(together=True)
+    stages = ifx.compile_stages(teacher, small, plan, curriculum=joint, example_inputs=example)
+    assert [(stage.name, stage.budget and stage.budget.length) for stage in stages] == [(PAIRS, 3), ("main", None)]
+    by_hand = copy.deepcopy(small).train()
+    loss = stages[0].train()(x)
+    loss.backward()
+
+    def features(net: nn.Module) -> list[torch.Tensor]:
+        found = [x]
+        for k in (1, 2, 3):
+            found.append(net.pool(F.relu(getattr(net, f"conv{k}_bn")(getattr(net, f"conv{k}")(found[-1])))))
+        return found[1:]
+
+    wanted = torch.zeros((), dtype=torch.float64)
+    with torch.no_grad():
+        goals = [t[:, pair.kept] for t, pair in zip(features(teacher), plan.pairs, strict=True)]
+    for own, goal in zip(features(by_hand), goals, strict=True):
+        wanted = wanted + F.mse_loss(own, goal) / (goal - goal.mean(0)).square().mean() / 3
+    wanted.backward()
+    assert torch.allclose(loss, wanted, rtol=1e-12)
+    for (name, one), other in zip(small.named_parameters(), by_hand.parameters(), strict=True):
+        assert (one.grad is None) == (other.grad is None), name
+        if one.grad is not None and other.grad is not None:
+            assert torch.allclose(one.grad, other.grad, rtol=1e-9, atol=1e-12), name
+
+
+def test_a_batch_of_one_has_a_loss_too():
+    teacher, student = pair_of()
+    stage = ifx.compile_stages(teacher, student, curriculum=Curriculum(together=True))[0].eval()
+    assert torch.isfinite(stage(images(1)))
+
+
 def test_it_trains_and_says_the_loss_of_every_segment(tmp_path):
     teacher, student = pair_of()
     data = [(images(8, seed=k), torch.arange(8) % 5) for k in range(3)]
@@ -90,7 +128,7 @@ def test_it_trains_and_says_the_loss_of_every_segment(tmp_path):
         teacher, student, data, curriculum=Curriculum(feed="teacher", lengths=4), epochs=1, progress=False, device="cpu"
     )
     stage = record.stages[0]
-    assert stage.name == TOGETHER
+    assert stage.name == SEGMENTS
     assert stage.losses[-1] < stage.losses[0]
     assert stage.notes[-1].startswith("loss by segment: ")
     assert any(not torch.equal(a, b) for a, b in zip(before.parameters(), student.module.parameters(), strict=True))
