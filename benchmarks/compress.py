@@ -7,9 +7,10 @@
     python benchmarks/compress.py table OUT [OUT …] --json benchmarks/results/compress.json --into docs/compress.md
 
 Arms, most telling first: `joint` (what `compress` does: sensitivities, repair, all pairs at once, KD); `fed` (the same, but segments fed
-by the teacher) and `steps` (pair after pair); `kd` (the same student, KD alone); `unlabelled` (joint, with the teacher's answers alone); `tp` (Torch-Pruning 1.6, uniform L1 to the same
-work, then labels; without that package our own uniform L1); `l1kd` (that one, by KD); `freshkd` and `fresh` (our student's shape from
-fresh weights, by KD and by labels). Arms that are done are skipped, interrupted ones go on; every arm's result is written at once.
+by the teacher) and `steps` (pair after pair); `kd` (the same student, KD alone); `unlabelled` (joint, with the teacher's answers
+alone); `tp` (Torch-Pruning 1.6, uniform L1 to the same work, then labels; without that package our own uniform L1); `l1kd` (that one,
+by KD); `freshkd` and `fresh` (our student's shape from fresh weights, by KD and by labels). Arms that are done are skipped,
+interrupted ones go on; every arm's result is written at once.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@
 scikit-learn's digits whole (1,442 to train with, 355 to test on; a residual teacher, trained once on all of them). Students: `pruned`:
 the teacher cut to a share of its MACs by `compress` (its weights, repaired); `cut`: by `prune`, not repaired; `fresh`: the networks of
 `pruned` with new weights; `other`: a plain chain of three convolutions of the same MACs, which no teacher can feed (`fed` is left out).
-Ways: `labels`; `kd`; `curriculum`: pair after pair in half of the epochs, lengths rising, then KD; `fed`: all segments at once, fed by
-the teacher, in a quarter of the epochs, then KD. All ways of a cell begin with the same weights and see the same batches; every way's
+Ways: `labels`; `kd`; `curriculum`: pair after pair in half of the epochs, lengths rising, then KD; `joint`: all pairs at once, from
+the student's own features, in half of the epochs, then KD; `fed`: all segments at once, fed by the teacher, in a quarter of the epochs, then KD. All ways of a cell begin with the same weights and see the same batches; every way's
 result is written at once.
 """
 
@@ -40,7 +40,9 @@ from indistill_fx.demo.networks import DigitsStudent, DigitsTeacher
 from indistill_fx.evaluation.accuracy import evaluate
 from indistill_fx.runs.record import environment
 
-WAYS = ("labels", "kd", "curriculum", "fed")
+WAYS = ("labels", "kd", "curriculum", "joint", "fed")
+MAIN = WAYS[:-1]
+"""Measured in every cell and for every seed; `fed` is for comparison."""
 KINDS = ("pruned", "cut", "fresh", "other")
 SHARES = (0.5, 0.25, 0.1, 0.03)
 EPOCHS = {100: (30, 120), 400: (10, 40), 1442: (4, 16)}
@@ -117,13 +119,15 @@ def curriculum_of(way: str, epochs: int, pairs: int) -> tuple[Curriculum, int]:
     """The warm-up of a way, and the epochs that are left for the main stage."""
     if way == "fed":
         warm = max(1, epochs // 4)
-        return Curriculum(feed="teacher", lengths=warm), epochs - warm
+        return Curriculum(feed="teacher", lengths=warm, learning_rate=RATE), epochs - warm
+    if way == "joint":
+        return Curriculum(together=True, lengths=epochs // 2, learning_rate=RATE), epochs - epochs // 2
     if way == "kd":
         return Curriculum(lengths=[]), epochs
     total = pairs * (pairs + 1) / 2
     ends = [round(epochs / 2 * k * (k + 1) / 2 / total) for k in range(pairs + 1)]
     lengths = [b - a for a, b in pairwise(ends)]
-    return Curriculum(lengths=lengths), epochs - sum(lengths)
+    return Curriculum(lengths=lengths, learning_rate=RATE), epochs - sum(lengths)
 
 
 def accuracy_of(way: str, cell: Cell, start: Start, teacher: ifx.TracedModel, data: Data) -> dict[str, Any]:
@@ -147,7 +151,7 @@ def accuracy_of(way: str, cell: Cell, start: Start, teacher: ifx.TracedModel, da
 
 def cells(options: argparse.Namespace) -> Iterator[Cell]:
     """Seed by seed, so that a map cut short is whole for the first seeds."""
-    for seed, images, kind, share in product(options.seeds, EPOCHS, options.kinds, SHARES):
+    for seed, images, kind, share in product(options.seeds, EPOCHS, options.kinds, options.shares):
         for epochs in EPOCHS[images]:
             yield Cell(images, kind, share, epochs, seed)
 
@@ -288,6 +292,7 @@ def main() -> None:
     one.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     one.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
     one.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
+    one.add_argument("--shares", nargs="+", type=float, default=list(SHARES))
     one.add_argument("--minutes", type=float, default=1e6)
     one.add_argument("--threads", type=int, default=1)
     one = commands.add_parser("table")
