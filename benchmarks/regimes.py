@@ -7,8 +7,8 @@ scikit-learn's digits whole (1,442 to train with, 355 to test on; a residual tea
 the teacher cut to a share of its MACs by `compress` (its weights, repaired); `cut`: by `prune`, not repaired; `fresh`: the networks of
 `pruned` with new weights; `other`: a plain chain of three convolutions of the same MACs, which no teacher can feed (`fed` is left out).
 Ways: `labels`; `kd`; `curriculum`: pair after pair in half of the epochs, lengths rising, then KD; `joint`: all pairs at once, from
-the student's own features, in half of the epochs, then KD; `fed`: all segments at once, fed by the teacher, in a quarter of the epochs, then KD. All ways of a cell begin with the same weights and see the same batches; every way's
-result is written at once.
+the student's own features, in half of the epochs, then KD; `fed`: all segments at once, fed by the teacher, in a quarter of the epochs,
+then KD. All ways of a cell begin with the same weights and see the same batches; every way's result is written at once.
 """
 
 from __future__ import annotations
