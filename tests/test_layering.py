@@ -18,7 +18,7 @@ FLOORS = [
     "errors version",
     "system",
     "graph batch target",
-    "traced curriculum",
+    "traced curriculum loading.onnx",
     "plan loading data deploy passes.contract",
     "passes.capture passes.structure passes.channels passes.lowering losses runs",
     "passes.pairing passes.pruning passes.extract",

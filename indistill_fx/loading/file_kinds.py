@@ -11,7 +11,7 @@ from typing import BinaryIO, Literal
 
 from indistill_fx.errors import ConfigError, nearest
 
-FileKind = Literal["torch", "torch-legacy", "export", "safetensors"]
+FileKind = Literal["torch", "torch-legacy", "export", "safetensors", "onnx"]
 
 _MAGIC_LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _HEAD = 4096
@@ -24,7 +24,6 @@ _SIGNATURES: tuple[tuple[bytes, str, str], ...] = (
     (b"\x89HDF", "an HDF5 file (Keras?)", "Only PyTorch models can be read."),
     (b"\x1f\x8b", "a gzip archive", "Unpack it first."),
     (b"\x93NUMPY", "a numpy array", "Save the model by torch.save(model, path)."),
-    (b"\x08", "probably an ONNX model", "ONNX files can be exported here, not read; name the PyTorch model."),
     (b"\x80", "a plain pickle, not written by torch.save", "Save the model by torch.save(model, path)."),
 )
 SAVE_AGAIN = "Save it again with a current PyTorch: torch.save(model, path)."
@@ -37,7 +36,7 @@ def recognise(path: Path) -> FileKind:
         path: what the user named.
 
     Returns:
-        `torch` (a zip of torch.save), `torch-legacy` (torch.save before 1.6), `export` (a `.pt2`) or `safetensors`.
+        `torch` (a zip of torch.save), `torch-legacy` (torch.save before 1.6), `export` (a `.pt2`), `safetensors` or `onnx`.
 
     Raises:
         ConfigError: there is no such file, or it is of a kind that cannot be read; says which and what to do.
@@ -56,6 +55,8 @@ def recognise(path: Path) -> FileKind:
         return "torch-legacy"
     if _is_safetensors(head, path.stat().st_size):
         return "safetensors"
+    if head.startswith(b"\x08"):  # the version, which comes first
+        return "onnx"
     if head[257:262] == b"ustar":
         raise _refuse(path, "a tar archive (PyTorch before 0.1.10, or .tar of files)", SAVE_AGAIN)
     for signature, what, hint in _SIGNATURES:
@@ -65,7 +66,7 @@ def recognise(path: Path) -> FileKind:
         first = text.strip().splitlines()[0][:60] if text.strip() else ""
         raise _refuse(path, f"a text file that begins with {first!r}", "For Python code write file.py:make_model.")
     raise _refuse(
-        path, "no model file, or its beginning is damaged", "Legal are .pt, .pth, .pt2 and .safetensors files."
+        path, "no model file, or its beginning is damaged", "Legal are .pt, .pth, .pt2, .onnx and .safetensors files."
     )
 
 

@@ -28,7 +28,7 @@ class Source:
     Args:
         module: the model, with the training flags its source gave it.
         spec: the string it was loaded from.
-        kind: `module file`, `exported program`, `factory`, `torchvision` or `timm`.
+        kind: `module file`, `exported program`, `ONNX file`, `factory`, `torchvision` or `timm`.
         example_inputs: inputs the source has, batch included.
         input_size: the shape of one input sample, such as (3, 224, 224).
         normalisation: mean and standard deviation per channel that its inputs are normalised by, as its library does.
@@ -103,6 +103,8 @@ def _importable(trust: Sequence[str]) -> AbstractContextManager[None]:
 def _load_place(parsed: Spec, trust: Sequence[str]) -> Source:
     if not parsed.name:
         return _load_file(parsed, trust)
+    if parsed.place == "onnxruntime":
+        return _load_onnx(Path(parsed.name), parsed, black_box=True)
     if parsed.place in ("torchvision", "timm"):
         return _build_by_name(parsed)
     from indistill_fx.loading.input_facts import describe_module
@@ -129,6 +131,8 @@ def _load_file(parsed: Spec, trust: Sequence[str]) -> Source:
     kind = recognise(path)
     if kind == "safetensors":
         raise _only_weights(path, count_safetensors(path))
+    if kind == "onnx":
+        return _load_onnx(path, parsed)
     if kind == "export":
         return _load_exported(path, parsed.text, trust)
     return _load_module_file(path, parsed.text, trust)
@@ -142,6 +146,24 @@ def _load_exported(path: Path, text: str, trust: Sequence[str]) -> Source:
     size = tuple(inputs[0].shape[1:]) if inputs is not None and len(inputs) == 1 and inputs[0].dim() > 1 else None
     note = f"an exported program: it stays in the {mode} mode it was exported in"
     return Source(module, text, "exported program", example_inputs=inputs, input_size=size, notes=(note,))
+
+
+def _load_onnx(path: Path, parsed: Spec, *, black_box: bool = False) -> Source:
+    from indistill_fx.loading.onnx_models import load_black_box, load_onnx
+
+    if parsed.weights:
+        hint = "Its weights are in the file."
+        raise ConfigError(f"No weights can be loaded into the ONNX file `{path}`.", where=parsed.text, hint=hint)
+    made = (load_black_box if black_box else load_onnx)(path, parsed.arguments)
+    return Source(
+        made.module,
+        parsed.text,
+        "ONNX file",
+        example_inputs=made.example_inputs,
+        input_size=made.input_size,
+        wanted_size=made.fixed_size,
+        notes=made.notes,
+    )
 
 
 def _load_module_file(path: Path, text: str, trust: Sequence[str]) -> Source:

@@ -2,6 +2,8 @@
 
     model.pt, model.pth                       a module saved whole by torch.save
     model.pt2                                 a program saved by torch.export.save
+    model.onnx, model.onnx?input=3x320x320    an ONNX file, converted; for this input size
+    onnxruntime:model.onnx?taps=NAME,NAME     an ONNX file as a black box, with tensors of it that can be learned
     models.py:make, package.module:make       a factory or a class in the user's own code
     torchvision:resnet18, timm:resnet10t      a constructor by name
     …?num_classes=10&width=16                 arguments, for the last two rows
@@ -22,9 +24,8 @@ from typing import Any
 
 from indistill_fx.errors import ConfigError
 
-MODEL_FORMS = (
-    "model.pt, model.pt2, models.py:make_model, package.module:make_model, torchvision:resnet18 or timm:resnet10t"
-)
+MODEL_FORMS = "model.pt, model.pt2, model.onnx, models.py:make_model, package.module:make_model, torchvision:resnet18 or timm:resnet10t"
+_RUNTIME = "onnxruntime:"
 _MODEL_SUFFIXES = (".pt", ".pth", ".pt2", ".bin", ".ckpt")
 _IN_A_FILE = re.compile(r"(?P<place>.*?\.py):(?P<name>\w*)(?:(?P<mark>\?)(?P<query>.*))?", re.DOTALL)
 LARGEST_INPUT = 1 << 28
@@ -59,11 +60,13 @@ def parse_spec(text: str) -> Spec:
         )
     if os.path.exists(text):  # False also where a name is too long, or holds a zero byte, which pathlib raises for
         return Spec(text, text)
-    left, weights = _split_weights(text)
+    left, weights = _split_weights(text) if not text.startswith(_RUNTIME) else (text, "")
     if os.path.exists(left):
         return Spec(text, left, weights=weights)
     place, colon, name, mark, query = _split_constructor(left)
     if not colon:
+        if mark and place.endswith(".onnx"):
+            return Spec(text, place, arguments=_parse_arguments(query, text), weights=weights)
         if mark:
             hint = f"Arguments are for constructors: {MODEL_FORMS}."
             raise ConfigError(f"{text!r} gives arguments to a file.", where=text, got=query, hint=hint)
@@ -87,7 +90,7 @@ def _split_weights(text: str) -> tuple[str, str]:
 
 def _split_constructor(text: str) -> tuple[str, str, str, str, str]:
     """Place, colon, name, question mark, arguments. Folders may have a `?` in their names, so a `.py` before it decides."""
-    found = None if text.startswith(("torchvision:", "timm:")) else _IN_A_FILE.fullmatch(text)
+    found = None if text.startswith(("torchvision:", "timm:", _RUNTIME)) else _IN_A_FILE.fullmatch(text)
     if found is not None:
         return found["place"], ":", found["name"], found["mark"] or "", found["query"] or ""
     constructor, mark, query = text.partition("?")

@@ -77,6 +77,10 @@ def read_state_dict(path: Path, *, trust: Sequence[str] = ()) -> tuple[dict[str,
         raise ConfigError(
             f"`{label}` is a whole exported model, not weights.", where=label, hint=f"Name it alone: {label}."
         )
+    if kind == "onnx":
+        raise ConfigError(
+            f"`{label}` is a whole ONNX model, not weights.", where=label, hint=f"Name it alone: {label}."
+        )
     with path.open("rb") as file, open_saved(file, label, trust=trust) as saved:
         return _read_saved(saved)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from indistill_fx.graph.names import writable_paths
+from indistill_fx.graph.opaque import Opaque
 
 _THROUGH = (
     nn.Transformer,
@@ -43,7 +44,7 @@ class Captured:
 
 def is_leaf(module: nn.Module) -> bool:
     """Whether a module is one operation: those of torch.nn, but not its containers and its transformers, which hold whole networks."""
-    if isinstance(module, torch.jit.ScriptModule):
+    if isinstance(module, (torch.jit.ScriptModule, Opaque)):
         return True
     if isinstance(module, (nn.Sequential, *_THROUGH)):
         return False

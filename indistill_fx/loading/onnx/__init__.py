@@ -1,0 +1,1 @@
+"""From an ONNX file to a torch.fx graph by a table of operators, compared with onnxruntime; or to a module that onnxruntime runs."""

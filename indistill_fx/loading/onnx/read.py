@@ -1,0 +1,192 @@
+"""Read an ONNX file safely: no code, no paths out of its folder, and no size believed before it is checked."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from onnx import inliner, numpy_helper
+from torch import Tensor
+
+from indistill_fx.errors import ConfigError
+
+LARGEST_FILE = (1 << 31) - 1
+"""Bytes of a file and the weights beside it together: what one message of protobuf can hold."""
+MOST_NODES = 50_000
+
+_DTYPES: dict[int, torch.dtype] = {
+    onnx.TensorProto.FLOAT: torch.float32,
+    onnx.TensorProto.DOUBLE: torch.float64,
+    onnx.TensorProto.FLOAT16: torch.float16,
+    onnx.TensorProto.INT64: torch.int64,
+    onnx.TensorProto.INT32: torch.int32,
+    onnx.TensorProto.INT16: torch.int16,
+    onnx.TensorProto.INT8: torch.int8,
+    onnx.TensorProto.UINT8: torch.uint8,
+    onnx.TensorProto.BOOL: torch.bool,
+}
+
+
+def read_onnx(path: Path) -> onnx.ModelProto:
+    """The model of a file, whole: weights kept beside it are in it, functions of its own are written out.
+
+    Raises:
+        ConfigError: it is damaged, too large, or its weights lie elsewhere than beside it.
+    """
+    if path.stat().st_size > LARGEST_FILE:
+        raise _refused(path, f"has {path.stat().st_size:,} bytes; at most {LARGEST_FILE:,} are read")
+    try:
+        model = onnx.load_model_from_string(path.read_bytes())
+    except Exception as error:  # protobuf has its own kinds of errors
+        raise _refused(path, f"is damaged, or no ONNX file ({type(error).__name__})") from error
+    if not model.graph.node or not model.graph.output:
+        raise _refused(path, "holds no network")
+    if any(_has_sparse(graph) for graph in _graphs(model)):
+        raise _refused(path, "has sparse weights, which are not read here")
+    del model.training_info[:], model.metadata_props[:]
+    _bring_in_weights(model, path)
+    if model.functions:
+        if _written_out(model) > MOST_NODES:
+            raise _refused(path, f"has more than {MOST_NODES:,} operators, its functions written out")
+        model = inliner.inline_local_functions(model)
+    if sum(1 for _ in nodes_of(model.graph)) > MOST_NODES:
+        raise _refused(path, f"has more than {MOST_NODES:,} operators")
+    return model
+
+
+def nodes_of(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    """All nodes of a graph, those of its inner graphs too."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs):
+                yield from nodes_of(inner)
+
+
+def dtype_of(number: int, where: str) -> torch.dtype:
+    """Torch's dtype for ONNX's.
+
+    Raises:
+        ConfigError: torch has none that this package uses.
+    """
+    if number not in _DTYPES:
+        name = onnx.TensorProto.DataType.Name(number) if number in onnx.TensorProto.DataType.values() else str(number)
+        raise ConfigError(f"`{where}` is of the type {name}, which is not read here.", where=where, got=name)
+    return _DTYPES[number]
+
+
+def tensor_of(proto: onnx.TensorProto, where: str) -> Tensor:
+    """A constant of the file as a tensor of its own memory.
+
+    Raises:
+        ConfigError: its numbers are fewer or more than its shape says, or of an unknown type.
+    """
+    dtype_of(proto.data_type, where)
+    try:
+        array = numpy_helper.to_array(proto)
+        return torch.from_numpy(array.copy()).reshape(tuple(proto.dims))
+    except (ValueError, TypeError, RuntimeError) as error:
+        shape = "x".join(map(str, proto.dims))
+        raise ConfigError(
+            f"The constant `{where}` of the ONNX file is damaged: its numbers do not fill {shape}.",
+            where=where,
+            hint="Copy or download the file again.",
+        ) from error
+
+
+def attributes_of(node: onnx.NodeProto) -> dict[str, Any]:
+    """A node's attributes: numbers, texts, lists, tensors; inner graphs as they are."""
+    found = {}
+    for attribute in node.attribute:
+        value = onnx.helper.get_attribute_value(attribute)
+        if isinstance(value, bytes):
+            value = value.decode("utf-8", "replace")
+        elif isinstance(value, onnx.TensorProto):
+            value = tensor_of(value, f"{node.op_type} {node.name}")
+        found[attribute.name] = value
+    return found
+
+
+def _bring_in_weights(model: onnx.ModelProto, path: Path) -> None:
+    """Read the weights that lie beside the file into it, each within its file's bounds."""
+    total = path.stat().st_size
+    folder = path.parent.resolve()
+    for tensor in _tensors(model):
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            continue
+        told = {entry.key: entry.value for entry in tensor.external_data}
+        name = told.get("location", "")
+        beside = folder / name
+        if not name or Path(name).is_absolute() or beside.resolve().parent != folder or not beside.resolve().is_file():
+            raise _refused(path, f"has weights in {name!r}, and only files beside it are read")
+        size = beside.stat().st_size
+        start, length = (_number(told.get(key)) for key in ("offset", "length"))
+        start = start or 0
+        length = size - start if length is None else length
+        if start < 0 or length < 0 or start + length > size:
+            raise _refused(path, f"has weights in {name!r} that end behind that file's {size:,} bytes")
+        total += length
+        if total > LARGEST_FILE:
+            raise _refused(path, f"has more than {LARGEST_FILE:,} bytes, the weights beside it counted")
+        with beside.open("rb") as file:
+            file.seek(start)
+            tensor.raw_data = file.read(length)
+        del tensor.external_data[:]
+        tensor.data_location = onnx.TensorProto.DEFAULT
+
+
+def _graphs(model: onnx.ModelProto) -> Iterator[onnx.GraphProto | onnx.FunctionProto]:
+    """The network, the file's own functions, and the graphs inside of their nodes."""
+    todo: list[onnx.GraphProto | onnx.FunctionProto] = [model.graph, *model.functions]
+    while todo:
+        graph = todo.pop()
+        yield graph
+        attributes = [attribute for node in graph.node for attribute in node.attribute]
+        todo += [inner for own in attributes for inner in (own.g, *own.graphs) if inner.ByteSize()]
+
+
+def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    for graph in _graphs(model):
+        yield from getattr(graph, "initializer", ())
+        for attribute in (attribute for node in graph.node for attribute in node.attribute):
+            yield from (tensor for tensor in (attribute.t, *attribute.tensors) if tensor.ByteSize())
+
+
+def _has_sparse(graph: onnx.GraphProto | onnx.FunctionProto) -> bool:
+    sparse = (onnx.AttributeProto.SPARSE_TENSOR, onnx.AttributeProto.SPARSE_TENSORS)
+    return bool(getattr(graph, "sparse_initializer", ())) or any(
+        attribute.type in sparse for node in graph.node for attribute in node.attribute
+    )
+
+
+def _number(text: str | None) -> int | None:
+    if text is None:
+        return None
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 19 else -1
+
+
+def _written_out(model: onnx.ModelProto) -> int:
+    """How many nodes there are once the file's own functions are written out; counting ends where they are too many."""
+    bodies = {(function.domain, function.name): function for function in model.functions}
+    sizes: dict[tuple[str, str], int] = {}
+
+    def size(key: tuple[str, str], depth: int) -> int:
+        if depth > 100:
+            return MOST_NODES + 1
+        if key not in sizes:
+            calls = Counter((node.domain, node.op_type) for node in bodies[key].node)
+            sizes[key] = sum(n * (size(call, depth + 1) if call in bodies else 1) for call, n in calls.items())
+        return min(sizes[key], MOST_NODES + 1)
+
+    calls = Counter((node.domain, node.op_type) for node in nodes_of(model.graph))
+    return sum(n * (size(call, 0) if call in bodies else 1) for call, n in calls.items())
+
+
+def _refused(path: Path, why: str) -> ConfigError:
+    return ConfigError(
+        f"`{path}` {why}.", where=str(path), expected="an ONNX model", hint="Copy, download or export it again."
+    )

@@ -1,0 +1,125 @@
+"""onnxruntime on a model that was read and checked: sessions, runs, and whether a converted graph computes the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import onnx
+import torch
+from torch import Tensor, fx
+
+from indistill_fx.errors import ConfigError
+from indistill_fx.loading.onnx.convert import OnnxInput
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+TOLERANCE = 1e-4
+"""Largest difference of an output to onnxruntime's, relative to the output's largest value."""
+
+
+def open_session(model: onnx.ModelProto, where: str) -> onnxruntime.InferenceSession:
+    """A session on the CPU, from memory: what was checked is what runs.
+
+    Raises:
+        ConfigError: onnxruntime refuses the model.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    try:
+        return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's own kinds
+        text = " ".join(str(error).split())[:300].rstrip(".")
+        raise ConfigError(f"onnxruntime refuses `{where}`: {text}.", where=where, got=text) from error
+
+
+def run_session(session: onnxruntime.InferenceSession, inputs: Sequence[Tensor], batch: int | None) -> list[Tensor]:
+    """The outputs of a batch, in the file's order; a file fixed to a number of samples runs so many at a time.
+
+    Args:
+        session: of `open_session`.
+        inputs: in the file's order, batch first.
+        batch: how many samples the file is fixed to; None: any.
+    """
+    arrays = [value.detach().cpu().contiguous() for value in inputs]
+    count = len(arrays[0])
+    step = batch or count
+    parts: list[list[Tensor]] = []
+    for start in range(0, count, step):
+        rows = [_filled(array[start : start + step], step) for array in arrays]
+        given = {own.name: row.numpy() for own, row in zip(session.get_inputs(), rows, strict=True)}
+        left = min(step, count - start)
+        parts.append([torch.from_numpy(array)[:left] for array in session.run(None, given)])
+    return [torch.cat(own) if len(own) > 1 else own[0] for own in zip(*parts, strict=True)]
+
+
+def _filled(rows: Tensor, count: int) -> Tensor:
+    """The last rows, with the last one repeated until there are enough."""
+    return torch.cat([rows, rows[-1:].expand(count - len(rows), *rows.shape[1:])]) if len(rows) < count else rows
+
+
+def example_of(inputs: Sequence[OnnxInput], count: int, *, other: bool = False) -> tuple[Tensor, ...]:
+    """Random inputs, the same ones every time: normally distributed numbers, whole ones 0 or 1."""
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for own in inputs:
+        shape = (count, *(own.other if other else own.shape))
+        if own.dtype.is_floating_point:
+            found.append(torch.randn(shape, generator=generator).to(own.dtype))
+        else:
+            found.append(torch.randint(0, 2, shape, generator=generator).to(own.dtype))
+    return tuple(found)
+
+
+def compare(module: fx.GraphModule, model: onnx.ModelProto, inputs: Sequence[OnnxInput], where: str) -> float:
+    """Run both on two batches of random numbers, of another size of the free axes the second time.
+
+    Returns:
+        The largest difference, relative to the largest value of its output.
+
+    Raises:
+        ConfigError: it is above the tolerance, or shapes differ.
+    """
+    session = open_session(model, where)
+    worst = 0.0
+    for count, other in ((2, False), (3, True)):
+        given = example_of(inputs, count, other=other)
+        try:
+            wanted = run_session(session, given, inputs[0].batch)
+        except Exception as error:
+            text = " ".join(str(error).split())[:300].rstrip(".")
+            raise ConfigError(f"onnxruntime fails to run `{where}`: {text}.", where=where, got=text) from error
+        with torch.no_grad():
+            result: Any = module(*given)
+        made = list(result.values()) if isinstance(result, dict) else [result]
+        for output, own, theirs in zip(session.get_outputs(), made, wanted, strict=True):
+            worst = max(worst, _difference(own, theirs, output.name, where))
+    return worst
+
+
+def _difference(own: Tensor, theirs: Tensor, name: str, where: str) -> float:
+    hint = f"Let onnxruntime run it as it is: onnxruntime:{where}, with ?taps=NAME,NAME for tensors inside (a teacher only)."
+    if own.shape != theirs.shape:
+        raise ConfigError(
+            f"`{where}`, converted, gives its output `{name}` the shape {tuple(own.shape)}, and onnxruntime {tuple(theirs.shape)}.",
+            where=where,
+            hint=hint,
+        )
+    wanted = theirs.double()
+    largest = float(wanted.abs().max()) if wanted.numel() else 0.0
+    difference = float((own.double() - wanted).abs().max()) / max(largest, 1e-12) if wanted.numel() else 0.0
+    if not difference <= TOLERANCE:
+        raise ConfigError(
+            f"`{where}`, converted, does not compute what onnxruntime does: its output `{name}` differs by {difference:.2g} of its"
+            f" largest value (tolerance {TOLERANCE:.0e}).",
+            where=where,
+            got=difference,
+            expected=TOLERANCE,
+            hint=hint,
+        )
+    return difference
