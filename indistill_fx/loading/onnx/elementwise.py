@@ -117,7 +117,7 @@ def of_several(op: Op, build: Builder) -> Any:
     """Sum, Mean, Min and Max of any number of tensors."""
     values = [build.tensor(op.required(number)) for number in range(len(op.inputs))]
     if op.kind in ("Min", "Max"):
-        function = torch.minimum if op.kind == "Min" else torch.maximum
+        function: Callable[..., Any] = torch.minimum if op.kind == "Min" else torch.maximum
         return reduce(lambda a, b: build.call(function, a, b), values)
     total = reduce(lambda a, b: build.call(operator.add, a, b), values)
     return build.call(operator.truediv, total, len(values)) if op.kind == "Mean" else total

@@ -130,7 +130,7 @@ def resize(op: Op, build: Builder) -> Any:
     if "axes" in op.attributes or op.get("antialias", 0) or op.get("keep_aspect_ratio_policy", "stretch") != "stretch":
         raise Undecided("resizes in a way that torch has no form for")
     given = lengths or scales
-    if not given or x.dim != len(given) or any(not _kept(x, axis, given, scales is not None) for axis in (0, 1)):
+    if not given or x.dim != len(given) or any(not _kept(build, x, axis, given, scales is not None) for axis in (0, 1)):
         raise Undecided("resizes other axes than those of space")
     more: dict[str, Any] = {"align_corners": corners} if mode not in ("nearest", "nearest-exact") else {}
     if lengths is not None:
@@ -161,13 +161,13 @@ def _form(op: Op) -> tuple[str, bool]:
     raise Undecided(f"resizes by {mode} with {place}, which torch has no form for")
 
 
-def _kept(x: Traced, axis: int, given: Sequence[Any], scaled: bool) -> bool:
+def _kept(build: Builder, x: Traced, axis: int, given: Sequence[Any], scaled: bool) -> bool:
     if scaled:
         return bool(given[axis] == 1)
     length: Any = given[axis]
     if isinstance(length, Size):
         return bool(length.samples == tuple(sample.shape[axis] for sample in x.samples))
-    return bool(x.fixed(axis) == length)
+    return bool(x.fixed(axis) == length or (axis == 0 and length == build.batch))
 
 
 def _traced(op: Op) -> Traced:

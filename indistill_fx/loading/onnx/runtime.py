@@ -48,14 +48,25 @@ def run_session(session: onnxruntime.InferenceSession, inputs: Sequence[Tensor],
     """
     arrays = [value.detach().cpu().contiguous() for value in inputs]
     count = len(arrays[0])
-    step = batch or count
+    if batch is None:
+        return _run(session, arrays)
     parts: list[list[Tensor]] = []
-    for start in range(0, count, step):
-        rows = [_filled(array[start : start + step], step) for array in arrays]
-        given = {own.name: row.numpy() for own, row in zip(session.get_inputs(), rows, strict=True)}
-        left = min(step, count - start)
-        parts.append([torch.from_numpy(array)[:left] for array in session.run(None, given)])
+    for start in range(0, count, batch):
+        rows = [_filled(array[start : start + batch], batch) for array in arrays]
+        made = _run(session, rows)
+        if (odd := next((value for value in made if not value.dim() or len(value) != batch), None)) is not None:
+            raise ConfigError(
+                f"The ONNX file is made for a batch of {batch}, and a tensor asked of it has the shape {tuple(odd.shape)}.",
+                where="batch",
+                hint="Export it for any number of samples (dynamic axes).",
+            )
+        parts.append([value[: count - start] for value in made])
     return [torch.cat(own) if len(own) > 1 else own[0] for own in zip(*parts, strict=True)]
+
+
+def _run(session: onnxruntime.InferenceSession, rows: Sequence[Tensor]) -> list[Tensor]:
+    given = {own.name: row.numpy() for own, row in zip(session.get_inputs(), rows, strict=True)}
+    return [torch.from_numpy(array) for array in session.run(None, given)]
 
 
 def _filled(rows: Tensor, count: int) -> Tensor:
@@ -91,6 +102,8 @@ def compare(module: fx.GraphModule, model: onnx.ModelProto, inputs: Sequence[Onn
         given = example_of(inputs, count, other=other)
         try:
             wanted = run_session(session, given, inputs[0].batch)
+        except ConfigError:
+            raise
         except Exception as error:
             text = " ".join(str(error).split())[:300].rstrip(".")
             raise ConfigError(f"onnxruntime fails to run `{where}`: {text}.", where=where, got=text) from error
