@@ -26,7 +26,7 @@ from indistill_fx.errors import ConfigError
 
 MODEL_FORMS = "model.pt, model.pt2, model.onnx, models.py:make_model, package.module:make_model, torchvision:resnet18 or timm:resnet10t"
 _RUNTIME = "onnxruntime:"
-_MODEL_SUFFIXES = (".pt", ".pth", ".pt2", ".bin", ".ckpt")
+_MODEL_SUFFIXES = (".pt", ".pth", ".pt2", ".onnx", ".bin", ".ckpt")
 _IN_A_FILE = re.compile(r"(?P<place>.*?\.py):(?P<name>\w*)(?:(?P<mark>\?)(?P<query>.*))?", re.DOTALL)
 LARGEST_INPUT = 1 << 28
 """Elements of one input: 1 GiB in float32."""

@@ -29,6 +29,8 @@ def scalar(number: float) -> np.ndarray:
     return np.array(number, dtype=np.float32)
 
 
+FLOORED = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
+CORNERS = {"coordinate_transformation_mode": "align_corners"}
 X = "x"  # the input: (batch, 6, 8, 8) unless a case says otherwise
 # operator, inputs (X, or a constant), attributes, and what differs from the usual: shape, opset, kind of the input, outputs
 CASES: list[tuple[str, list[Any], dict[str, Any], dict[str, Any]]] = [
@@ -104,9 +106,9 @@ CASES: list[tuple[str, list[Any], dict[str, Any], dict[str, Any]]] = [
     ("Pad", [X, whole(0, 0, 1, 2, 0, 0, 0, 1)], {"mode": "reflect"}, {}),
     ("Pad", [X, whole(0, 0, 1, 2, 0, 0, 0, 1)], {"mode": "edge"}, {}),
     ("Pad", [X], {"pads": [0, 1, 0, 0, 0, 1, 0, 0], "value": 0.3}, {"opset": 10}),
-    ("Resize", [X, None, np.array([1, 1, 2, 2], np.float32)], {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}, {}),
+    ("Resize", [X, None, np.array([1, 1, 2, 2], np.float32)], {"mode": "nearest", **FLOORED}, {}),
     ("Resize", [X, None, np.array([1, 1, 2, 2], np.float32)], {"mode": "linear"}, {}),
-    ("Resize", [X, None, None, whole(2, 6, 12, 5)], {"mode": "linear", "coordinate_transformation_mode": "align_corners"}, {"batch": 2}),
+    ("Resize", [X, None, None, whole(2, 6, 12, 5)], {"mode": "linear", **CORNERS}, {"batch": 2}),
     ("Resize", [X, None, np.array([1, 1, 2, 2], np.float32)], {"mode": "cubic"}, {}),
     ("Resize", [X, None, np.array([1, 1, 2, 2], np.float32)], {"mode": "nearest"}, {}),
     ("Upsample", [X, np.array([1, 1, 2, 3], np.float32)], {"mode": "nearest"}, {"opset": 9}),

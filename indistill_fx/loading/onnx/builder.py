@@ -260,12 +260,17 @@ class Builder:
 
     def _place(self, wanted: str, module: nn.Module | None) -> str:
         """A free path like the one wanted, with the module in it."""
-        parts = [writable(part) if part not in reserved() else f"{part}_" for part in wanted.split(".") if part]
+        parts = [writable(part) if part not in reserved() else f"{part}_" for part in wanted.split(".") if part][-20:]
         parts = [part if is_plain_path(part) else "layer" for part in parts] or ["layer"]
         parts[0] = f"layer{parts[0]}" if parts[0].isdigit() and len(parts) == 1 else parts[0]
-        base, number = ".".join(parts)[-200:].lstrip("."), 1
+        path = ""
+        for part in parts[:-1]:
+            path = f"{path}.{part}" if path else part
+            while path in self._paths:  # a layer, which holds no others
+                path += "_"
+        base, number = f"{path}.{parts[-1]}" if path else parts[-1], 1
         path = base
-        while self._taken(path):
+        while path in self._paths or any(other.startswith(f"{path}.") for other in self._paths):
             number += 1
             path = f"{base}_{number}"
         self._paths.add(path)
@@ -273,13 +278,6 @@ class Builder:
             *parents, name = path.split(".")
             self._home(parents).add_module(name, module)
         return path
-
-    def _taken(self, path: str) -> bool:
-        """Whether it is the path of a layer or a constant, leads through one, or to a place that holds some."""
-        ends = [path[:k] for k, sign in enumerate(path) if sign == "."]
-        if path in self._paths or any(end in self._paths for end in ends):
-            return True
-        return any(other.startswith(f"{path}.") for other in self._paths)
 
     def _home(self, parents: Sequence[str]) -> nn.Module:
         home = self.root

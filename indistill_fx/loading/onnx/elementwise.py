@@ -108,7 +108,12 @@ def comparison(op: Op, build: Builder) -> Any:
     """Comparisons and logic."""
     a, b = _operands(op, build)
     if not isinstance(a, (Tensor, Traced)):  # torch compares a tensor with a number, not a number with a tensor
-        turned = {"Greater": torch.lt, "GreaterOrEqual": torch.le, "Less": torch.gt, "LessOrEqual": torch.ge}
+        turned: dict[str, Callable[..., Any]] = {
+            "Greater": torch.lt,
+            "GreaterOrEqual": torch.le,
+            "Less": torch.gt,
+            "LessOrEqual": torch.ge,
+        }
         return build.call(turned.get(op.kind, COMPARISONS[op.kind]), b, a)
     return build.call(COMPARISONS[op.kind], a, b)
 

@@ -95,8 +95,17 @@ def transpose(op: Op, build: Builder) -> Any:
 
 
 def concat(op: Op, build: Builder) -> Any:
-    """Concat."""
-    parts = [build.tensor(op.required(number)) for number in range(len(op.inputs))]
+    """Concat; a constant beside a batch that the file fixes to one sample is the same for every sample."""
+    parts: list[Any] = [build.tensor(op.required(number)) for number in range(len(op.inputs))]
+    first = next((part for part in parts if isinstance(part, Traced)), None)
+    if first is not None and build.batch == 1 and first.fixed(0) is None:  # a token that was made for one sample
+        rows = build.size(first, 0)
+        parts = [
+            build.call(Tensor.expand, part, rows, *part.shape[1:])
+            if isinstance(part, Tensor) and len(part) == 1
+            else part
+            for part in parts
+        ]
     return parts[0] if len(parts) == 1 else build.call(torch.cat, parts, int(op.get("axis", 0)))
 
 

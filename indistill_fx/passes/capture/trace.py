@@ -25,6 +25,7 @@ from indistill_fx.errors import ConfigError, FrontendError
 from indistill_fx.graph.caches import caches_kept
 from indistill_fx.graph.computed_weights import write_out_weights
 from indistill_fx.graph.module_state import mode, shadow, uncompiled, untouched, weights_kept
+from indistill_fx.graph.opaque import Opaque
 from indistill_fx.graph.ops import attribute
 from indistill_fx.graph.view import View
 from indistill_fx.passes.capture.both_modes import merge_modes, noticing_flags
@@ -134,6 +135,8 @@ def trace(
     call = Call.of_example(example_inputs, Inputs.of(module), where="The example").plus(example_kwargs or {})
     inputs, kwargs = call.args, dict(call.kwargs)
     _require_code(module)
+    if role == "student":
+        _require_gradients(module)
     with (
         untouched(module),
         caches_kept(module),
@@ -172,6 +175,17 @@ def _require_code(module: nn.Module) -> None:
             got=str(module.original_name),
             expected="the nn.Module it was compiled from",
             hint="Give the module it was compiled from; its weights are in program.state_dict().",
+        )
+
+
+def _require_gradients(module: nn.Module) -> None:
+    if any(isinstance(part, Opaque) for part in module.modules()) and not any(True for _ in module.parameters()):
+        raise ConfigError(
+            "The student is a black box, which has no weights to train and no gradients.",
+            where="student",
+            got=type(module).__name__,
+            expected="a PyTorch model",
+            hint="Black boxes are teachers. An ONNX file that can be converted is a model like any other: name it alone.",
         )
 
 
