@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from indistill_fx.errors import ConfigError
+from indistill_fx.loading.file_kinds import recognise
 from indistill_fx.loading.spec import MODEL_FORMS, Spec, parse_spec
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ def _require_packages(trust: Sequence[str]) -> None:
 
 
 def _load_file(parsed: Spec, trust: Sequence[str]) -> Source:
-    from indistill_fx.loading.file_kinds import count_safetensors, recognise
+    from indistill_fx.loading.file_kinds import count_safetensors
 
     path = Path(parsed.place)
     if not os.path.exists(path) and path.name == parsed.place and not path.suffix:
@@ -149,12 +150,22 @@ def _load_exported(path: Path, text: str, trust: Sequence[str]) -> Source:
 
 
 def _load_onnx(path: Path, parsed: Spec, *, black_box: bool = False) -> Source:
-    from indistill_fx.loading.onnx_models import load_black_box, load_onnx
+    from indistill_fx.loading.inputs import parse_input
+    from indistill_fx.loading.onnx.models import convert_file, run_file
 
     if parsed.weights:
         hint = "Its weights are in the file."
         raise ConfigError(f"No weights can be loaded into the ONNX file `{path}`.", where=parsed.text, hint=hint)
-    made = (load_black_box if black_box else load_onnx)(path, parsed.arguments)
+    legal = ("input", "taps") if black_box else ("input",)
+    if unknown := next((name for name in parsed.arguments if name not in legal), None):
+        hint = f"Legal: {', '.join(legal)}."
+        raise ConfigError(f"An ONNX file takes no argument {unknown!r}.", where=parsed.text, got=unknown, hint=hint)
+    if (kind := recognise(path)) != "onnx":
+        raise ConfigError(f"`{path}` is no ONNX file.", where=parsed.text, got=kind)
+    size = parsed.arguments.get("input")
+    shape = parse_input(str(size)).shape if size is not None else None
+    taps = [name for name in str(parsed.arguments.get("taps", "")).split(",") if name]
+    made = run_file(path, taps, shape) if black_box else convert_file(path, shape)
     return Source(
         made.module,
         parsed.text,

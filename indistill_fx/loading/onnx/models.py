@@ -1,18 +1,20 @@
-"""ONNX files as models: converted to a graph of PyTorch's layers, or run by onnxruntime as they are (`spec` has the forms)."""
+"""ONNX files as models: converted to a graph of PyTorch's layers, or run by onnxruntime as they are (`loading.spec` has the forms)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
 from indistill_fx.errors import ConfigError
-from indistill_fx.loading.file_kinds import recognise
-from indistill_fx.loading.inputs import parse_input
-from indistill_fx.loading.spec import LARGEST_IN_A_FILE, is_input_size
+from indistill_fx.loading.onnx.black_box import black_box
+from indistill_fx.loading.onnx.builder import LARGEST_CONSTANT
+from indistill_fx.loading.onnx.convert import OnnxInput, convert, inputs_of
+from indistill_fx.loading.onnx.read import read_onnx
+from indistill_fx.loading.onnx.runtime import TOLERANCE, compare, example_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,19 +36,18 @@ class OnnxModel:
     notes: tuple[str, ...]
 
 
-def load_onnx(path: Path, arguments: Mapping[str, Any]) -> OnnxModel:
+def convert_file(path: Path, shape: tuple[int, ...] | None = None) -> OnnxModel:
     """Convert an ONNX file, and compare the result with onnxruntime on two random batches.
+
+    Args:
+        path: the file.
+        shape: of one sample of its first input, where it leaves that open.
 
     Raises:
         ConfigError: the file is damaged, has an operator without a rule (named), or the two differ.
     """
-    from indistill_fx.loading.onnx.convert import convert
-    from indistill_fx.loading.onnx.read import read_onnx
-    from indistill_fx.loading.onnx.runtime import TOLERANCE, compare
-
-    _require_arguments(path, arguments, "input")
     model = read_onnx(path)
-    inputs = _inputs(model, arguments)
+    inputs = _bounded(inputs_of(model, shape))
     module = convert(model, inputs, str(path))
     difference = compare(module, model, inputs, str(path))
     note = f"converted from ONNX; its outputs differ from onnxruntime's by {difference:.1g} of the largest (at most {TOLERANCE:.0e})"
@@ -55,21 +56,19 @@ def load_onnx(path: Path, arguments: Mapping[str, Any]) -> OnnxModel:
     return _described(module, inputs, notes)
 
 
-def load_black_box(path: Path, arguments: Mapping[str, Any]) -> OnnxModel:
+def run_file(path: Path, taps: Sequence[str], shape: tuple[int, ...] | None = None) -> OnnxModel:
     """An ONNX file that onnxruntime runs.
+
+    Args:
+        path: the file.
+        taps: names of tensors in it that can be learned.
+        shape: see `convert_file`.
 
     Raises:
         ConfigError: the file is damaged, onnxruntime refuses it, or it has no tensor of a name in `taps`.
     """
-    from indistill_fx.loading.onnx.black_box import black_box
-    from indistill_fx.loading.onnx.read import read_onnx
-
-    _require_arguments(path, arguments, "input", "taps")
-    if (kind := recognise(path)) != "onnx":
-        raise ConfigError(f"`{path}` is no ONNX file.", where=str(path), got=kind)
     model = read_onnx(path)
-    inputs = _inputs(model, arguments)
-    taps = [name for name in str(arguments.get("taps", "")).split(",") if name]
+    inputs = _bounded(inputs_of(model, shape))
     module = black_box(model, inputs, taps, str(path))
     notes = ["run by onnxruntime on the CPU, without gradients; its work is not counted"]
     if not taps:
@@ -81,35 +80,18 @@ def load_black_box(path: Path, arguments: Mapping[str, Any]) -> OnnxModel:
     return _described(module, inputs, tuple(notes))
 
 
-def _require_arguments(path: Path, arguments: Mapping[str, Any], *legal: str) -> None:
-    unknown = next((name for name in arguments if name not in legal), None)
-    if unknown is not None:
-        raise ConfigError(
-            f"An ONNX file takes no argument {unknown!r}.",
-            where=str(path),
-            got=unknown,
-            expected=", ".join(legal),
-            hint=f"Legal: {', '.join(legal)}.",
-        )
-
-
-def _inputs(model: Any, arguments: Mapping[str, Any]) -> Any:
-    from indistill_fx.loading.onnx.convert import inputs_of
-
-    asked = arguments.get("input")
-    inputs = inputs_of(model, parse_input(str(asked)).shape if asked is not None else None)
+def _bounded(inputs: Sequence[OnnxInput]) -> Sequence[OnnxInput]:
     for own in inputs:
-        if not all(is_input_size((own.batch or 1, *shape), most=LARGEST_IN_A_FILE) for shape in (own.shape, own.other)):
-            size = "x".join(map(str, (own.batch or 1, *own.shape)))
+        shape = (own.batch or 1, *own.shape)
+        if 0 in shape or max(math.prod(shape), math.prod((own.batch or 1, *own.other))) > LARGEST_CONSTANT:
+            size = "x".join(map(str, shape))
             raise ConfigError(
                 f"The input `{own.name}` of the ONNX file is too large: {size}.", where=own.name, got=size
             )
     return inputs
 
 
-def _described(module: nn.Module, inputs: Any, notes: tuple[str, ...]) -> OnnxModel:
-    from indistill_fx.loading.onnx.runtime import example_of
-
+def _described(module: nn.Module, inputs: Sequence[OnnxInput], notes: tuple[str, ...]) -> OnnxModel:
     own = inputs[0]
     single = len(inputs) == 1 and own.dtype.is_floating_point
     pictures = len(own.shape) == 3 and own.shape == own.other
