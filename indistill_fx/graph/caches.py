@@ -26,7 +26,7 @@ def caches_kept(module: nn.Module) -> Iterator[None]:
         module: whose forward runs inside the block.
     """
     containers, functions = _reachable(module)
-    contents = [(container, container.copy()) for container in containers]
+    contents = [(container, container.copy() if container else ()) for container in containers]
     misses = [(function, function.cache_info().misses) for function in functions]
     try:
         yield

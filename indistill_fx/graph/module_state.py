@@ -30,7 +30,7 @@ def shadow(module: nn.Module, *, training: bool, memo: dict[nn.Module, nn.Module
 @contextmanager
 def mode(module: nn.Module, *, training: bool) -> Iterator[None]:
     """Set train or eval mode, and put every flag back as it was, whatever happens. Flags are written without calling `train()`."""
-    before = [(child, child.training) for child in module.modules()]
+    before = [(child, child.training) for child in parts_of(module)]
     try:
         for child, _ in before:
             child.training = training
@@ -87,6 +87,18 @@ def _is_plain(value: object) -> bool:
     return isinstance(value, bool | int | float | str) or (isinstance(value, tuple) and all(map(_is_plain, value)))
 
 
+def parts_of(module: nn.Module) -> list[nn.Module]:
+    """What `module.modules()` gives, in its order; several times faster on deep networks."""
+    found: dict[int, nn.Module] = {}
+    todo = [module]
+    while todo:
+        part = todo.pop()
+        if id(part) not in found:
+            found[id(part)] = part
+            todo += [child for child in reversed(part._modules.values()) if child is not None]
+    return list(found.values())
+
+
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
 
 
@@ -123,8 +135,10 @@ def weights_kept(module: nn.Module) -> Iterator[Callable[[], None]]:
 @contextmanager
 def buffers_kept(module: nn.Module) -> Iterator[None]:
     """Put all buffers back when the block ends: the tensors, and their values."""
-    registries = [(part._buffers, dict(part._buffers)) for part in module.modules() if not _is_compiled(part)]
-    values = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
+    parts = parts_of(module)
+    registries = [(part._buffers, dict(part._buffers)) for part in parts if not _is_compiled(part)]
+    buffers = {id(buffer): buffer for part in parts for buffer in part._buffers.values() if buffer is not None}
+    values = [(buffer, buffer.detach().clone()) for buffer in buffers.values()]
     try:
         yield
     finally:
@@ -147,7 +161,7 @@ def untouched(module: nn.Module) -> Iterator[None]:
     Args:
         module: the module whose forward will run, or be traced, inside the block.
     """
-    plain = (part for part in module.modules() if not _is_compiled(part))
+    plain = (part for part in parts_of(module) if not _is_compiled(part))
     parts = [(part, dict(part.__dict__), [dict(part.__dict__[r]) for r in _REGISTRIES]) for part in plain]
     try:
         with buffers_kept(module), randomness_kept():

@@ -101,13 +101,18 @@ def op_name(node: fx.Node) -> str:
         owner = node.graph.owning_module
         if owner is None:
             raise RuntimeError(f"node {node.name} stands in a graph without a module")
-        name = type(attribute(owner, str(node.target))).__name__
-        if name in _BY_CLASS:
-            return _BY_CLASS[name]
-        return _COMPACT.get(name.lower(), _WORDS.sub("_", name).lower())
+        return module_op(attribute(owner, str(node.target)))
     if node.op in ("call_function", "call_method"):
         return _function_name(node.target)
     return node.op
+
+
+def module_op(module: nn.Module) -> str:
+    """The canonical name of what a module does (see `op_name`)."""
+    name = type(module).__name__
+    if name in _BY_CLASS:
+        return _BY_CLASS[name]
+    return _COMPACT.get(name.lower(), _WORDS.sub("_", name).lower())
 
 
 def with_item(tensor: Tensor, index: Any, value: Any) -> Tensor:

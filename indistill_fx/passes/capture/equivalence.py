@@ -100,9 +100,15 @@ class Reference:
             )
         return self._sizes
 
-    def forget_sizes(self) -> None:
-        """Find the batch sizes to compare anew, by running the module."""
-        self._sizes = ()
+    @contextmanager
+    def any_size(self) -> Iterator[None]:
+        """Within the block, take it that the module accepts batches of two sizes; if the block fails, find out by running it."""
+        self._sizes = _SIZES
+        try:
+            yield
+        except BaseException:
+            self._sizes = ()
+            raise
 
     def batch(self, size: int, crop: int = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The example with another batch size, pictures cropped to `crop` pixels if that is given."""
@@ -126,12 +132,12 @@ class Reference:
         inputs, kwargs = tree_map(empty, (self.inputs, dict(self.kwargs)))
         return inputs, kwargs
 
-    def compare(self, graph_module: nn.Module, *, small: bool = False) -> tuple[tuple[int, float], ...]:
+    def compare(self, graph_module: nn.Module, *, size_free: bool = False) -> tuple[tuple[int, float], ...]:
         """Run the graph beside the module, with the same seed: outputs and, in train mode, buffers must agree.
 
         Args:
             graph_module: takes the module's arguments, keyword arguments too, in order.
-            small: large pictures may be cropped, and one batch size is enough; for graphs that no size of the example has decided.
+            size_free: no size of the example has decided anything in the graph, so one batch size is enough, of cropped pictures.
 
         Returns:
             (batch size, largest difference relative to the largest value) per batch size compared.
@@ -139,11 +145,11 @@ class Reference:
         Raises:
             FrontendError: they differ, or the graph fails.
         """
-        for crop in (_SMALL if self._croppable() else (0,)) if small else ():
+        for crop in _SMALL if size_free and self._croppable() else ():
             with suppress(FrontendError):  # the module may treat small pictures otherwise
-                found = (_SIZES[0], self._difference(graph_module, _SIZES[0], crop))
-                self._sizes = _SIZES
-                return (found,)
+                return ((_SIZES[0], self._difference(graph_module, _SIZES[0], crop)),)
+        if size_free:
+            return ((_SIZES[0], self._difference(graph_module, _SIZES[0])),)
         return tuple((size, self._difference(graph_module, size)) for size in self.sizes)
 
     def _croppable(self) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,11 +86,11 @@ class _MacCounter(TorchDispatchMode):
 
 
 class _Observed(nn.Module):
-    """Runs a graph node by node and notes shapes and MACs. Wraps the graph so that its tensors can be swapped for others."""
+    """Runs a graph node by node and notes shapes, and MACs if asked. Wraps the graph so that its tensors can be swapped for others."""
 
-    def __init__(self, graph_module: fx.GraphModule):
+    def __init__(self, graph_module: fx.GraphModule, *, macs: bool):
         super().__init__()
-        self.graph_module = graph_module
+        self.graph_module, self.macs = graph_module, macs
         self.seen: dict[str, _Seen] = {}
         self.counts: dict[str, int] = {}
 
@@ -110,7 +110,7 @@ class _Observed(nn.Module):
             if (count := count_of(value)) is not None:
                 self.counts[node.name] = count
 
-        with counter:
+        with counter if self.macs else nullcontext():
             run_looking(self.graph_module, note, *args, instead=_like_input)
 
 
@@ -171,27 +171,39 @@ def infer_facts(
         FrontendError: the module fails on the example (where="forward"), or graph and module disagree.
     """
     reference = reference or Reference(module, inputs, kwargs, gradients=False)
-    checked, runs = _prove(graph_module, reference, size_free=size_free)
-    sizes = reference.sizes
+    if size_free:
+        with suppress(Exception), reference.any_size():  # a module may take some batch sizes alone
+            new, facts = _found(graph_module, reference)
+            checked = reference.compare(new, size_free=True)
+            return Known(new, facts, _logits_node(new, facts, logits), checked, reference.notes)
+    new, facts = _found(graph_module, reference)
+    checked = reference.compare(new)
+    return Known(new, facts, _logits_node(new, facts, logits), checked, reference.notes)
+
+
+def _found(graph_module: fx.GraphModule, reference: Reference) -> tuple[fx.GraphModule, dict[str, NodeFacts]]:
+    """The graph with its static values written in, and its facts."""
+    runs = _runs(graph_module, reference)
     if has_sizes(graph_module, runs[0].shapes):
-        graph_module, per_sample = write_per_sample(graph_module, [run.shapes for run in runs], sizes)
+        graph_module, per_sample = write_per_sample(graph_module, [run.shapes for run in runs], reference.sizes)
         graph_module, folded = _fold(graph_module, runs, reference)
         if per_sample or folded:
-            checked, runs = _prove(graph_module, reference, size_free=size_free)
-    facts = _assemble(graph_module, [run.seen for run in runs], sizes, reference.example)
-    return Known(graph_module, facts, _logits_node(graph_module, facts, logits), checked, reference.notes)
+            runs = _runs(graph_module, reference)
+    return graph_module, _assemble(graph_module, [run.seen for run in runs], reference.sizes, reference.example)
 
 
-def _prove(
-    graph_module: fx.GraphModule, reference: Reference, *, size_free: bool
-) -> tuple[tuple[tuple[int, float], ...], list[_Run]]:
-    """The graph compared with the module, and its runs without data at two batch sizes."""
-    if size_free:
-        with suppress(Exception):  # a module that takes some batch sizes alone
-            checked = reference.compare(graph_module, small=True)
-            return checked, [_run_without_data(graph_module, *reference.shapes(size)) for size in reference.sizes]
-        reference.forget_sizes()
-    return reference.compare(graph_module), [_observe(graph_module, reference, size) for size in reference.sizes]
+def _runs(graph_module: fx.GraphModule, reference: Reference) -> list[_Run]:
+    """What each node's tensor is like at the batch sizes that the module takes.
+
+    Raises:
+        FrontendError: the graph fails.
+    """
+    sizes = reference.sizes
+    try:
+        return [_observe(graph_module, reference, size, macs=size == sizes[0]) for size in sizes]
+    except Exception:
+        reference.compare(graph_module)  # says what is wrong
+        raise
 
 
 def _fold(graph_module: fx.GraphModule, runs: list[_Run], reference: Reference) -> tuple[fx.GraphModule, bool]:
@@ -213,18 +225,18 @@ def _other_picture(graph_module: fx.GraphModule, reference: Reference) -> _Run |
     """A run at another size of the picture, without data; None if the graph accepts none."""
     for factor in (2, 3):
         try:
-            return _run_without_data(graph_module, *reference.shapes(2, factor=factor))
+            return _run_without_data(graph_module, *reference.shapes(2, factor=factor), macs=False)
         except Exception:
             continue
     return None
 
 
-def _observe(graph_module: fx.GraphModule, reference: Reference, size: int) -> _Run:
+def _observe(graph_module: fx.GraphModule, reference: Reference, size: int, *, macs: bool) -> _Run:
     """What each node's tensor is like: from tensors without data, or where operations refuse those, from a real run."""
     try:
-        return _run_without_data(graph_module, *reference.shapes(size))
+        return _run_without_data(graph_module, *reference.shapes(size), macs=macs)
     except Exception:  # whatever an operation says to tensors without data
-        observed = _Observed(graph_module)
+        observed = _Observed(graph_module, macs=macs)
         torch.manual_seed(0)
         inputs, kwargs = reference.batch(size)
         parameters = {name: tensor for name, tensor in observed.named_parameters()}
@@ -234,8 +246,10 @@ def _observe(graph_module: fx.GraphModule, reference: Reference, size: int) -> _
         return _Run(observed.seen, observed.counts)
 
 
-def _run_without_data(graph_module: fx.GraphModule, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _Run:
-    observed = _Observed(graph_module)
+def _run_without_data(
+    graph_module: fx.GraphModule, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], *, macs: bool = True
+) -> _Run:
+    observed = _Observed(graph_module, macs=macs)
     own = {name: tensor for name, tensor in (*observed.named_parameters(), *observed.named_buffers())}
     with torch.no_grad(), plain_attention(), warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from indistill_fx.graph.edit import tensor_nodes, with_tensors
 from indistill_fx.graph.interpret import run_part
-from indistill_fx.graph.ops import attribute, op_name
+from indistill_fx.graph.ops import attribute, module_op, op_name
 from indistill_fx.passes.channels.selection import (
     Cut,
     Emit,
@@ -187,8 +187,8 @@ class Call:
 
 def read_call(node: fx.Node, facts: Mapping[str, NodeFacts]) -> Call:
     """The uniform view of a node."""
-    op = op_name(node)
     module = attribute(_owner(node), str(node.target)) if node.op == "call_module" else None
+    op = op_name(node) if module is None else module_op(module)
     schema = getattr(node.target, "_schema", None) or getattr(getattr(node.target, "default", None), "_schema", None)
     if module is not None:
         names = ["input", *(f"input_{k}" for k in range(1, len(node.args)))]

@@ -135,10 +135,11 @@ def _shuffle(found: Coupling, node: fx.Node, order: Cut) -> None:
 def _head_axes(graph_module: fx.GraphModule, facts: Mapping[str, NodeFacts]) -> set[Axis]:
     """Axes made by a reshape that hold no channels: the width of a head, that products sum over or hand on, and a map's sides."""
     found: set[Axis] = set()
+    seen: set[tuple[fx.Node, int]] = set()
     for node in graph_module.graph.nodes:
         if node.op.startswith("call") and node.name in facts:
             for source, axis in _ends(read_call(node, facts)):
-                found |= _split_axes(source, axis, facts)
+                found |= _split_axes(source, axis, facts, seen)
     return found
 
 
@@ -170,10 +171,10 @@ def _ends(call: Call) -> list[tuple[fx.Node, int]]:
     return []
 
 
-def _split_axes(node: fx.Node, axis: int, facts: Mapping[str, NodeFacts]) -> set[Axis]:
-    """Follow an axis up to where a reshape made it from a longer one."""
+def _split_axes(node: fx.Node, axis: int, facts: Mapping[str, NodeFacts], seen: set[tuple[fx.Node, int]]) -> set[Axis]:
+    """Follow an axis up to where a reshape made it from a longer one; not past what others have `seen`."""
     found: set[Axis] = set()
-    ways, seen = [(node, axis)], set()
+    ways = [(node, axis)]
     while ways:
         at, k = way = ways.pop()
         if way in seen or at.name not in facts:

@@ -37,6 +37,7 @@ class Masked(fx.Interpreter):
     def __init__(self, model: TracedModel, axes: Mapping[tuple[str, int | str], tuple[int, ...]]):
         super().__init__(model.graph_module)
         self.axes = axes
+        self.losing = {name for name, _ in axes}
         self.facts: Mapping[str, NodeFacts] = model.facts
 
     def mask(self, node: Any, axis: int, value: Tensor) -> Tensor:
@@ -69,13 +70,14 @@ class Masked(fx.Interpreter):
 
     def _loses_any(self, node: fx.Node) -> bool:
         names = {node.name, str(node.target), *(source.name for source in node.all_input_nodes)}
-        return any(name in names for name, _ in self.axes)
+        return not names.isdisjoint(self.losing)
 
     def _silenced(self, call: Call, source: fx.Node) -> Tensor:
         """A reader's operand with zeros in place of removed channels."""
         value: Tensor = self.env[source]
         for axis in _read_axes(call, source, value.dim()):
-            value = value * self.mask(source, axis, value)
+            mask = self.mask(source, axis, value)
+            value = value * mask if mask.dim() else value
         return value
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
 from indistill_fx.graph.computed_weights import left_behind
+from indistill_fx.graph.copying import deep_copy
 from indistill_fx.graph.edit import add_tensor
 from indistill_fx.graph.ops import attribute
 from indistill_fx.passes.channels.selection import sliced
@@ -32,7 +32,7 @@ class Rewriting:
             axes.setdefault(tensor, {})[axis] = kept
         memo: dict[int, Any] = left_behind(old)
         memo |= {t: _sliced_parameter(found.tensors[t], own) for t, own in axes.items()}
-        self.new = copy.deepcopy(old, memo)
+        self.new = deep_copy(old, memo)
         self.nodes = {node.name: node for node in self.new.graph.nodes}
         self.done: set[str] = set()
 

@@ -21,7 +21,7 @@ from indistill_fx.errors import ConfigError, PruneError
 from indistill_fx.passes.contract import PassResult
 from indistill_fx.passes.pruning.budget import by_budget, by_ratio, by_widths, even_out
 from indistill_fx.passes.pruning.criteria import Criterion, Scorer, scorer_of
-from indistill_fx.passes.pruning.dependencies import Coupling, Units
+from indistill_fx.passes.pruning.dependencies import Coupling
 from indistill_fx.passes.pruning.find_dependencies import couple
 from indistill_fx.passes.pruning.groups import Classes, Cost, Mask, classify, refill
 from indistill_fx.passes.pruning.rank import check_width
@@ -241,19 +241,17 @@ def _report(
         each = len(mask) // len(np.unique(classes.of[made.units]))
         kept, by = tuple(np.flatnonzero(mask).tolist()), scorer.basis(made.node, len(mask))[0]
         layers.setdefault(made.path, ShrunkLayer(made.path, kept, len(mask), each, by))
-    reasons: dict[str, Units] = {}
+    reasons: dict[str, set[int]] = {}
     for made in found.made:
         for k in np.unique(classes.of[made.units]).tolist():
             if k in classes.reasons:
-                reasons[classes.reasons[k]] = np.append(
-                    reasons.get(classes.reasons[k], np.array([], dtype=np.int64)), k
-                )
+                reasons.setdefault(classes.reasons[k], set()).add(k)
     params = [sum(p.numel() for p in graph.parameters()) for graph in (model.graph_module, work.new)]
     whole = np.ones(len(stay), dtype=bool)
     return ShrinkReport(
         layers=tuple(layers.values()),
         axes={place: tuple(kept.tolist()) for place, kept in work.keep.items()},
-        frozen=tuple(Frozen(len(np.unique(units)), reason) for reason, units in reasons.items()),
+        frozen=tuple(Frozen(len(members), reason) for reason, members in reasons.items()),
         approximate=tuple(
             dict.fromkeys(
                 f"{model.tap_name(node)} ({found.ops[node]})"
