@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 _SECTIONS = {
     "The budget": ("macs", "params", "size_mb", "latency_ms", "on", "threads", "batch"),
     "The widths": ("criterion", "round_to", "samples"),
-    "The warm-up": ("warmup", "feed", "stages", "no_warmup"),
+    "The warm-up": ("warmup", "feed", "one_by_one", "stages", "no_warmup"),
     "The main stage": ("main", "main_options"),
     "Data and models": (*training.SECTIONS["Data and models"], "inputs"),
     "After it": ("qat",),
@@ -63,13 +63,16 @@ def _use_recipe(context: click.Context, parameter: click.Parameter, value: str) 
     show_default=True,
     help="Training samples, without their labels, that sensitivities are measured and weights repaired on.",
 )
-@click.option("--warmup", metavar="EPOCHS", type=training.Numbers(), help="Of the stage, or of each. [default: 3]")
+@click.option("--warmup", metavar="EPOCHS", type=training.Numbers(), help="Of the stage, or of each. [default: 6]")
 @click.option(
     "--feed",
     type=click.Choice(["teacher", "student"]),
-    default="teacher",
+    default="student",
     show_default=True,
-    help="teacher: all segments in one stage. student: one pair after the other (with --warmup 1,2,3).",
+    help="What a segment between two pairs begins with: the student's own feature, or the teacher's.",
+)
+@click.option(
+    "--one-by-one", is_flag=True, help="One pair after the other (with --warmup 1,2,3), not all in one stage."
 )
 @click.option("--stages", is_flag=True, help="A pair for every stage only, not for every block.")
 @click.option("--no-warmup", is_flag=True, help="Only the main loss.")
@@ -147,11 +150,17 @@ def _curriculum(options: dict[str, Any]) -> Any:
                 "--warmup and --no-warmup answer one question.", where="--warmup", hint="Give one of them."
             )
         return NO_WARMUP
-    own = replace(RECIPES["compress"].student["curriculum"], feed=options["feed"])
+    if options["one_by_one"] and options["feed"] == "teacher":
+        raise ConfigError(
+            "Segments that the teacher feeds are independent, so they all train in one stage.",
+            where="--one-by-one",
+            hint="Leave it out, or take --feed student.",
+        )
+    own = replace(RECIPES["compress"].student["curriculum"], feed=options["feed"], together=not options["one_by_one"])
     lengths = options["warmup"]
     if lengths:
         own = replace(own, lengths=lengths[0] if len(lengths) == 1 else lengths)
-    elif options["feed"] == "student":
+    elif options["one_by_one"]:
         own = replace(own, lengths=1)
     return own
 

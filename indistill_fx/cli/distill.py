@@ -69,8 +69,8 @@ def _use_recipe(context: click.Context, parameter: click.Parameter, name: str) -
     callback=_use_recipe,
     help="Where the options not given come from. default: one epoch of MSE for every pair and three for the penultimate vectors,"
     " then 20 of KD. retrieval: 12 for the penultimate vectors, then PKT for 18 epochs at 1e-3 and 3 at 1e-4,"
-    " which trains no classifier. compress: for a student made of the teacher, 3 epochs for all segments at once, fed by the teacher,"
-    " then 17 of KD. paper: 3, 4, 5, … epochs of MSE, then PKT for 48 epochs at 1e-3 and 10 at 1e-4; an assistant by 50 epochs of PKT.",
+    " which trains no classifier. compress: for a student made of the teacher, 6 epochs for all pairs at once,"
+    " then 14 of KD. paper: 3, 4, 5, … epochs of MSE, then PKT for 48 epochs at 1e-3 and 10 at 1e-4; an assistant by 50 epochs of PKT.",
 )
 @click.option(
     "--main",

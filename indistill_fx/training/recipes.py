@@ -50,13 +50,13 @@ RECIPES: dict[str, Recipe] = {
         },
         assistant={"curriculum": NO_WARMUP, "epochs": 33, "milestones": [30]},
     ),
-    # For a student made of the teacher: its segments first, fed by the teacher, then KD (docs/compress.md).
+    # For a student made of the teacher: all pairs at once, then KD (docs/compress.md).
     "compress": Recipe(
-        "For a student made of the teacher: 3 epochs of MSE for all segments at once, fed by the teacher, then KD for 17, cosine.",
+        "For a student made of the teacher: 6 epochs of MSE for all pairs at once, then KD for 14, cosine.",
         student={
             "main": "kd",
-            "epochs": 17,
-            "curriculum": Curriculum(feed="teacher", lengths=3),
+            "epochs": 14,
+            "curriculum": Curriculum(together=True, lengths=6),
             "schedule": "cosine",
         },
         assistant={"curriculum": NO_WARMUP},
