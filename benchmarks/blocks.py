@@ -2,10 +2,11 @@
 
     python benchmarks/blocks.py --json benchmarks/results/blocks.json [--seeds 0 1 2] [--macs 0.3] [--images 400]
 
-scikit-learn's digits as 16 patches of 2x2; teacher: torchvision's VisionTransformer, 12 blocks of 4 heads and width 64, trained once a seed
-on all 1,442 images. Student: the teacher cut by `compress` (heads and MLP widths go). Ways: `kd`: KD alone; `joint`: all pairs at once, from
-the student's own features; `fed`: all blocks at once, each fed by the teacher; `steps`: pair after pair, one epoch each; `curriculum`: the paper's
-3, 4, … 14 epochs. The first four have the same epochs in all; the curriculum has its 102, and the main epochs of the others.
+scikit-learn's digits as 16 patches of 2x2; teacher: torchvision's VisionTransformer, 12 blocks of 4 heads and width 64, trained once
+a seed on all 1,442 images. Student: the teacher cut by `compress` (heads and MLP widths go). Ways: `kd`: KD alone; `joint`: all pairs
+at once, from the student's own features; `fed`: all blocks at once, each fed by the teacher; `steps`: pair after pair, one epoch each;
+`curriculum`: the paper's 3, 4, … 14 epochs. The first four have the same epochs in all; the curriculum has its 102, and the main
+epochs of the others.
 """
 
 from __future__ import annotations
