@@ -18,14 +18,19 @@ class IndistillError(Exception):
         message: one paragraph: what is wrong, where.
         where: the place: a layer, a file, an option.
         got: the value found there.
-        expected: what would have been right.
+        expected: what would have been right; stands at the end of the text where there is no hint.
         hint: the next thing to try.
     """
 
     def __init__(self, message: str, *, where: str = "", got: object = None, expected: object = None, hint: str = ""):
         self.message, self.where, self.got, self.expected, self.hint = message, where, got, expected, hint
-        sentence = message if not hint or message.rstrip().endswith((".", "!", "?", ":")) else f"{message}."
-        super().__init__(f"{sentence} {hint}".strip())
+        remedy = hint or (f"Expected: {_listed(expected)}." if expected is not None else "")
+        sentence = message if not remedy or message.rstrip().endswith((".", "!", "?", ":")) else f"{message}."
+        super().__init__(f"{sentence} {remedy}".strip())
+
+
+def _listed(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple, set, frozenset)) else str(value)
 
 
 class ConfigError(IndistillError, ValueError):

@@ -308,7 +308,11 @@ def _curriculum(options: dict[str, Any]) -> Curriculum:
     from indistill_fx.training.recipes import RECIPES
 
     if options["assistant_epochs"] is not None and options["assistant"] is None:
-        raise ConfigError("--assistant-epochs is for --assistant, which is not given.", where="--assistant-epochs")
+        raise ConfigError(
+            "--assistant-epochs is for --assistant, which is not given.",
+            where="--assistant-epochs",
+            hint="Give --assistant SPEC or auto, or leave it out.",
+        )
     lengths = [name for name in ("warmup", "warmup_steps", "no_warmup") if options[name]]
     if options["no_warmup"]:  # then nothing else that is asked of a warm-up can be had
         lengths += [name for name in ("penultimate", *_OF_THE_WARM_UP) if options[name]]

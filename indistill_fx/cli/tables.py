@@ -87,7 +87,11 @@ def _runners_up(report: MatchReport, number: int) -> RenderableType:
     from indistill_fx.errors import ConfigError
 
     if number > len(report.explained):
-        raise ConfigError(f"There is no pair {number}; the plan has {len(report.explained)}.", where="--explain")
+        raise ConfigError(
+            f"There is no pair {number}; the plan has {len(report.explained)}.",
+            where="--explain",
+            hint="Give the number of a pair as the table shows it.",
+        )
     explained = report.explained[number - 1]
     table = plain_table("teacher", "student", "score", "why it lost", numbers=("score",))
     for pair, evidence, why in explained.runners_up:

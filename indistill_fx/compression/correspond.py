@@ -27,7 +27,11 @@ def plan_of(teacher: TracedModel, student: TracedModel, axes: Axes, *, every_blo
     found = match(teacher, teacher, every_block=every_block)
     pairs = [made for pair in found.value if (made := _pair(pair, teacher, student, axes)) is not None]
     if not pairs:
-        raise MatchError("The student has no layer under the name it has in the teacher.", where="plan")
+        raise MatchError(
+            "The student has no layer under the name it has in the teacher.",
+            where="plan",
+            hint="Pair the two by `indistill-fx align` and give the plan.",
+        )
     last = found.report.embedding
     return AlignmentPlan(
         teacher=ModelStamp.of(teacher),

@@ -56,7 +56,12 @@ class Budget:
                 hint="Give one of macs, params, size_mb and latency_ms.",
             )
         if not all(value > 0 and np.isfinite(value) for value in given.values()):
-            raise ConfigError(f"A budget is a number above 0: {given}.", where="budget", got=given)
+            raise ConfigError(
+                f"A budget is a number above 0: {given}.",
+                where="budget",
+                got=given,
+                hint="Give a share such as 0.5, or a number.",
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,11 @@ from indistill_fx.graph.attention import HeadAttention
 
 def unwritable(where: str, what: str) -> ExportError:
     """The error for a construct that has no source code."""
-    return ExportError(f"`{where}` cannot be written as source code: {what}.", where=where)
+    return ExportError(
+        f"`{where}` cannot be written as source code: {what}.",
+        where=where,
+        hint="Write an exported program instead: -o student.pt2.",
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -132,7 +132,11 @@ def list_splits(folder: Path) -> tuple[Listing, Listing]:
         ConfigError: no such folder, a split or class is absent or empty, or the splits differ in their classes.
     """
     if not os.path.isdir(folder):
-        raise ConfigError(f"There is no folder {str(folder)!r} (looked in {Path.cwd()}).", where=str(folder))
+        raise ConfigError(
+            f"There is no folder {str(folder)!r} (looked in {Path.cwd()}).",
+            where=str(folder),
+            hint="Check the path; it is taken from the working directory.",
+        )
     name = next((name for name in ("test", "val") if (folder / name).is_dir()), None)
     if not (folder / "train").is_dir():
         if name is None and not _visible_folders(folder) and _pictures_in(folder):

@@ -110,7 +110,11 @@ class EpochLoader(ABC):
         raise self._unknown()
 
     def _unknown(self) -> ConfigError:
-        return ConfigError(f"A {type(self).__name__} does not know its samples by number.", where="loader")
+        return ConfigError(
+            f"A {type(self).__name__} does not know its samples by number.",
+            where="loader",
+            hint="Use a loader of open_data, or one whose batches carry indices.",
+        )
 
     def __len__(self) -> int:
         if self.length is None:

@@ -137,7 +137,12 @@ def _digits(place: str, options: DataOptions) -> Data:
     from sklearn.datasets import load_digits
 
     if place:
-        raise ConfigError(f"`digits` ships with scikit-learn and takes no {place!r}.", where="data", got=place)
+        raise ConfigError(
+            f"`digits` ships with scikit-learn and takes no {place!r}.",
+            where="data",
+            got=place,
+            hint="Write --data digits.",
+        )
     bundled = load_digits()
     images = torch.from_numpy(bundled.images).to(torch.uint8)[:, None]
     labels = torch.from_numpy(bundled.target).long()

@@ -159,10 +159,14 @@ def bench(
     names = tuple(example_inputs) if isinstance(example_inputs, Mapping) else ()
     inputs = as_inputs(tuple(example_inputs.values()) if isinstance(example_inputs, Mapping) else example_inputs)
     if not contestants:
-        raise ConfigError("Nothing to time: give at least one module or ONNX file.", where="contestants")
+        raise ConfigError(
+            "Nothing to time: give at least one module or ONNX file.",
+            where="contestants",
+            hint="Name a model spec, a run directory or an .onnx file.",
+        )
     for name, value in contestants.items():
         if not isinstance(value, nn.Module) and not os.path.isfile(value):
-            raise ConfigError(f"`{name}`: there is no file `{value}`.", where=name)
+            raise ConfigError(f"`{name}`: there is no file `{value}`.", where=name, hint="Check the path.")
     rows: list[BenchRow] = []
     notes: list[str] = []
     with ExitStack() as stack:

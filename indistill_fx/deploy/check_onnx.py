@@ -168,18 +168,22 @@ def _read(file: Path) -> onnx.ModelProto:
 
     size = file.stat().st_size
     if not size:
-        raise ConfigError(f"`{file}` is empty")
+        raise ConfigError(f"`{file}` is empty", where=str(file), hint="Export it again.")
     try:
         model = onnx.load(str(file))
     except Exception as error:
         raise ConfigError(
             f"`{file}` ({size} bytes) cannot be read as ONNX: it is truncated, damaged or another kind of file, or its "
-            f"weights file is missing ({first_lines(error)})"
+            f"weights file is missing ({first_lines(error)})",
+            where=str(file),
+            hint="Copy it again, with its .data file if it has one, or export it again.",
         ) from error
     try:
         onnx.checker.check_model(str(file), full_check=True)
     except Exception as error:
-        raise ConfigError(f"`{file}` ({size} bytes) is not valid ONNX: {first_lines(error)}") from error
+        raise ConfigError(
+            f"`{file}` ({size} bytes) is not valid ONNX: {first_lines(error)}", where=str(file), hint="Export it again."
+        ) from error
     return model
 
 

@@ -208,7 +208,11 @@ def _repeatable_outputs(deployed: Deployed, inputs: Sequence[Tensor]) -> tuple[s
             where="example_inputs", hint="Check their number, shapes and types.",
         ) from error  # fmt: skip
     if not first:
-        raise ExportError(f"`{type(deployed.module).__name__}` returns no tensor, so there is nothing to export.")
+        raise ExportError(
+            f"`{type(deployed.module).__name__}` returns no tensor, so there is nothing to export.",
+            where="output",
+            hint="Let its forward return a tensor, or a dict or tuple with tensors.",
+        )
     for name, value in first.items():
         if value.is_complex():
             raise ExportError(
@@ -249,7 +253,9 @@ def _other_sizes(inputs: Sequence[Tensor]) -> tuple[tuple[int, int], ...]:
         if x.dim() == 4:
             height, width = x.shape[1:3] if x.dtype == torch.uint8 else x.shape[2:4]
             return ((height + 32, width + 64),)
-    raise ConfigError("`dynamic_size` needs an image input (N, C, H, W); there is none.", where="dynamic_size")
+    raise ConfigError(
+        "`dynamic_size` needs an image input (N, C, H, W); there is none.", where="dynamic_size", hint="Leave it out."
+    )
 
 
 def _write(program: ONNXProgram, draft: Path, metadata: Mapping[str, str], external_data: bool | None) -> None:
@@ -258,7 +264,11 @@ def _write(program: ONNXProgram, draft: Path, metadata: Mapping[str, str], exter
     try:
         program.save(draft, external_data=external_data)
     except OSError as error:
-        raise ExportError(f"Cannot write `{draft.parent.parent / draft.name}`: {error}.", where=str(draft)) from error
+        raise ExportError(
+            f"Cannot write `{draft.parent.parent / draft.name}`: {error}.",
+            where=str(draft),
+            hint="Free some space, or name another place.",
+        ) from error
 
 
 def _require_valid(draft: Path) -> None:
@@ -268,7 +278,9 @@ def _require_valid(draft: Path) -> None:
         onnx.checker.check_model(str(draft), full_check=True)
     except Exception as error:
         raise ExportError(
-            f"The exported graph is not valid ONNX: {first_lines(error)}", hint="This is a defect of the exporter."
+            f"The exported graph is not valid ONNX: {first_lines(error)}",
+            hint="This is a defect of the exporter.",
+            where="export",
         ) from error
 
 

@@ -103,10 +103,14 @@ def capture(
     except Exception as error:
         reason, hint = explain(error)
         raise ExportError(
-            f"torch cannot export `{type(deployed.module).__name__}` to ONNX: {reason}", hint=hint
+            f"torch cannot export `{type(deployed.module).__name__}` to ONNX: {reason}", hint=hint, where="export"
         ) from error
     if program is None:
-        raise ExportError(f"torch returned no ONNX program for `{type(deployed.module).__name__}`.")
+        raise ExportError(
+            f"torch returned no ONNX program for `{type(deployed.module).__name__}`.",
+            where="export",
+            hint="Try another --opset, or another version of torch.",
+        )
     _keep_constants(program.model)
     _require_opset(program.model, opset)
     _require_open(program.model, shapes, inputs)

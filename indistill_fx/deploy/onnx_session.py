@@ -43,10 +43,18 @@ def as_inputs(example_inputs: Tensor | Sequence[Tensor], *, where: str = "exampl
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     if not inputs or not all(isinstance(x, Tensor) and x.dim() for x in inputs):
         got = ", ".join(type(x).__name__ if not isinstance(x, Tensor) else "a scalar" for x in inputs) or "nothing"
-        raise ConfigError(f"`{where}` must be one or more tensors with a batch dimension; got {got}.", where=where)
+        raise ConfigError(
+            f"`{where}` must be one or more tensors with a batch dimension; got {got}.",
+            where=where,
+            hint="Give tensors whose first axis is the batch.",
+        )
     if len({len(x) for x in inputs}) > 1:
         shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
-        raise ConfigError(f"`{where}` must share their first (batch) dimension; got shapes {shapes}.", where=where)
+        raise ConfigError(
+            f"`{where}` must share their first (batch) dimension; got shapes {shapes}.",
+            where=where,
+            hint="Give as many samples in each.",
+        )
     return inputs
 
 
@@ -130,14 +138,22 @@ def open_session(path: str | PathLike[str], *, threads: int | None = None) -> on
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:
-        raise ExportError(f"onnxruntime cannot load `{path}`: {first_lines(error)}", where=str(path)) from error
+        raise ExportError(
+            f"onnxruntime cannot load `{path}`: {first_lines(error)}",
+            where=str(path),
+            hint="Export the file again, or update onnxruntime.",
+        ) from error
 
 
 def feed(session: onnxruntime.InferenceSession, inputs: Sequence[Tensor]) -> dict[str, Array]:
     """The tensors by the names of the session's inputs, in order; as pixels if preprocessing is built in."""
     names = [i.name for i in session.get_inputs()]
     if len(names) != len(inputs):
-        raise ConfigError(f"The file has {len(names)} inputs ({', '.join(names)}); {len(inputs)} were given.")
+        raise ConfigError(
+            f"The file has {len(names)} inputs ({', '.join(names)}); {len(inputs)} were given.",
+            where="inputs",
+            hint="Give one tensor for each of the file's inputs, in that order.",
+        )
     if built_in := Preprocess.from_metadata(session.get_modelmeta().custom_metadata_map):
         inputs = [built_in.to_pixels(inputs[0]), *inputs[1:]]
     return {name: x.detach().cpu().numpy() for name, x in zip(names, inputs, strict=True)}

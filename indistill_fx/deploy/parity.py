@@ -136,7 +136,11 @@ def _run(session: onnxruntime.InferenceSession, module: nn.Module, inputs: Seque
     expected = named_outputs(module(*inputs))
     names = [o.name for o in session.get_outputs()]
     if len(names) != len(expected):
-        raise ExportError(f"the file has {len(names)} outputs ({', '.join(names)}), the module {len(expected)}")
+        raise ExportError(
+            f"the file has {len(names)} outputs ({', '.join(names)}), the module {len(expected)}",
+            where="outputs",
+            hint="Compare the file with the module that it was exported from.",
+        )
     got = session.run(None, feed(session, inputs))
     ours = [x.detach().cpu().numpy() for x in expected.values()]
     return {name: (a, np.asarray(b)) for name, a, b in zip(names, ours, got, strict=True)}

@@ -37,6 +37,7 @@ class Preprocess:
                 f"`preprocess` wants (mean, std) with one mean and one positive standard deviation per channel; "
                 f"got {mean} and {std}.",
                 where="preprocess",
+                hint="Give ((m, …), (s, …)) of values from 0 to 1.",
             )
         return Preprocess(mean, std)
 

@@ -132,7 +132,11 @@ def quantize_onnx(
         except (ConfigError, ExportError):
             raise
         except Exception as error:
-            raise ExportError(f"onnxruntime cannot quantise `{source}`: {first_lines(error)}") from error
+            raise ExportError(
+                f"onnxruntime cannot quantise `{source}`: {first_lines(error)}",
+                where=str(source),
+                hint="Try the other method: --dynamic or --static.",
+            ) from error
         for part in draft.parent.glob("prepared*"):
             part.unlink()
         _, after = _classify(open_session(draft), evaluation)
@@ -160,9 +164,9 @@ def _per_class(labels: Array, before: Array, after: Array) -> dict[int, tuple[fl
     }
 
 
-def _require(condition: bool, message: str, where: str) -> None:
+def _require(condition: bool, message: str, where: str, hint: str = "") -> None:
     if not condition:
-        raise ConfigError(message, where=where)
+        raise ConfigError(message, where=where, hint=hint)
 
 
 def _open_float(source: Path) -> tuple[onnxruntime.InferenceSession, bool]:
@@ -173,7 +177,11 @@ def _open_float(source: Path) -> tuple[onnxruntime.InferenceSession, bool]:
     try:
         model = onnx.load(str(source), load_external_data=False)
     except Exception as error:
-        raise ConfigError(f"`{source}` cannot be read as ONNX: {first_lines(error)}", where=str(source)) from error
+        raise ConfigError(
+            f"`{source}` cannot be read as ONNX: {first_lines(error)}",
+            where=str(source),
+            hint="Give a file that `export` wrote.",
+        ) from error
     _require(not is_quantised(model), f"`{source}` is quantised already; give the float file.", str(source))
     return open_session(source), _has_attention(model)
 

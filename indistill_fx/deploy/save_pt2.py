@@ -49,6 +49,7 @@ def save_program(module: nn.Module, example_inputs: tuple[Any, ...], path: str |
                 raise ExportError(
                     f"torch.export cannot capture the model: {type(error).__name__}: {str(error).splitlines()[0]}",
                     where=str(target),
+                    hint="Save the weights alone, and load them with the model's code: file.py:make@weights.safetensors.",
                 ) from error
         content = io.BytesIO()  # given a file, torch ends the whole process when the disk is full
         torch.export.save(program, content)

@@ -145,11 +145,18 @@ def _check_retrieval(query: Tensor, query_labels: Tensor, database: Tensor, data
         raise ConfigError(
             f"Queries {tuple(query.shape)} and database {tuple(database.shape)} are not vectors of one width.",
             where="retrieval",
+            hint="Give tensors of shape (samples, width), as `embed` makes them.",
         )
     if not 1 <= k <= len(database):
-        raise ConfigError(f"k is {k}, but the database has {len(database)} samples.", where="k", got=k)
+        raise ConfigError(
+            f"k is {k}, but the database has {len(database)} samples.", where="k", got=k, hint="Give a smaller k."
+        )
     if not (query.isfinite().all() and database.isfinite().all()):
-        raise ConfigError("A feature is not finite, so nothing can be ranked by it.", where="retrieval")
+        raise ConfigError(
+            "A feature is not finite, so nothing can be ranked by it.",
+            where="retrieval",
+            hint="Check the model: its weights, or the inputs it was given, are damaged.",
+        )
     alone = query_labels[~torch.isin(query_labels, database_labels)]
     if len(alone):
         raise ConfigError(

@@ -48,7 +48,12 @@ def recognise(path: Path) -> FileKind:
     except (OSError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError(f"`{path}` cannot be read: {error}.", where=str(path), got=str(error)) from error
+        raise ConfigError(
+            f"`{path}` cannot be read: {error}.",
+            where=str(path),
+            got=str(error),
+            hint="Check that it is there and that you may read it.",
+        ) from error
     if head.startswith(b"PK"):
         return _recognise_zip(path)
     if head.startswith(_MAGIC_LEGACY):
@@ -82,7 +87,9 @@ def _require_file(path: Path) -> None:
         hint = nearest(path.name, names) if folder.is_dir() else f"There is no directory `{folder}` either."
         raise ConfigError(f"There is no file `{path}` (looked from {Path.cwd()}).", where=str(path), hint=hint)
     if not path.is_file():
-        raise ConfigError(f"`{path}` is no regular file.", where=str(path))
+        raise ConfigError(
+            f"`{path}` is no regular file.", where=str(path), hint="Give a file, not a folder or a device."
+        )
     if path.stat().st_size == 0:
         raise ConfigError(f"`{path}` is empty.", where=str(path), got="0 bytes", hint="Copy or download it again.")
 

@@ -194,7 +194,11 @@ def _load_module_file(path: Path, text: str, trust: Sequence[str]) -> Source:
         module = saved.make(described)
         notes = (*notes, *saved.describe_trusted(described))
     if not isinstance(module, nn.Module):
-        raise ConfigError(f"`{label}` holds a {type(module).__name__}, not a module.", where=label)
+        raise ConfigError(
+            f"`{label}` holds a {type(module).__name__}, not a module.",
+            where=label,
+            hint="Name a function or class that gives a torch.nn.Module.",
+        )
     module, unwrapped = _unwrap(module, label)
     return _with_facts(Source(module, text, "module file", notes=(*notes, *unwrapped)), describe_module(module))
 
@@ -232,7 +236,11 @@ def _unwrap(module: nn.Module, label: str) -> tuple[nn.Module, tuple[str, ...]]:
         return module, ()
     wrapper, inner = type(module).__name__, vars(module)["_modules"].get("module")
     if inner is None:
-        raise ConfigError(f"`{label}` holds a {wrapper} wrapper with nothing in it.", where=label)
+        raise ConfigError(
+            f"`{label}` holds a {wrapper} wrapper with nothing in it.",
+            where=label,
+            hint="Save the module that was wrapped.",
+        )
     return inner, (f"taken out of its {wrapper} wrapper",)
 
 

@@ -96,7 +96,11 @@ def _read_saved(saved: SavedFile) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     found = entries(held)
     if found is None:
         saved.require_names(held)
-        raise ConfigError(f"`{label}` holds {_say(held)}, not a state dict.", where=label)
+        raise ConfigError(
+            f"`{label}` holds {_say(held)}, not a state dict.",
+            where=label,
+            hint="Give a file of weights: torch.save(model.state_dict(), …) or safetensors.",
+        )
     for key in WRAPPERS:
         inner = entries(found.get(key))
         if inner is not None:

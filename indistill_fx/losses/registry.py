@@ -215,7 +215,12 @@ def _users(
     if isinstance(found, type):
         found, options = _built(found, found.__name__, options), {}
     if not callable(found):
-        raise ConfigError(f"A {what} must be a name or callable, not {type(found).__name__}.", where=what, got=found)
+        raise ConfigError(
+            f"A {what} must be a name or callable, not {type(found).__name__}.",
+            where=what,
+            got=found,
+            hint="Give a name, `file.py:loss`, or a function.",
+        )
     return found, options
 
 

@@ -98,7 +98,11 @@ def align_members(
                 best[pair.student] = own
     order = {node.name: place for place, node in enumerate(student.graph_module.graph.nodes)}
     if required and not best:
-        raise MatchError("None of the teachers has a kind of layer in common with the student.")
+        raise MatchError(
+            "None of the teachers has a kind of layer in common with the student.",
+            where="teachers",
+            hint="Distil without a warm-up: --no-warmup.",
+        )
     chosen = sorted(best.values(), key=lambda pair: order[student.node(pair.student).name])
     vectors = [(number, plan.embedding) for number, plan in enumerate(plans) if plan.embedding is not None]
     last = max(vectors, key=lambda entry: entry[1].score, default=None)
@@ -178,7 +182,9 @@ def _check_outputs(teachers: Sequence[nn.Module], example: Any, logits: str | in
                 raise
             except Exception as error:
                 raise ConfigError(
-                    f"Teacher {number} fails on the example inputs: {type(error).__name__}: {error}.", where="teachers"
+                    f"Teacher {number} fails on the example inputs: {type(error).__name__}: {error}.",
+                    where="teachers",
+                    hint="Give example inputs that every teacher takes.",
                 ) from error
         if not isinstance(found, Tensor):
             raise ConfigError(

@@ -72,7 +72,9 @@ class RunDirectory:
             ) from error
         except OSError as error:
             raise ConfigError(
-                f"{self.path} cannot be used for a run: {error.strerror or error}.", where=str(self.path)
+                f"{self.path} cannot be used for a run: {error.strerror or error}.",
+                where=str(self.path),
+                hint="Name another directory, or make it writable.",
             ) from error
         try:
             self._open()
@@ -166,7 +168,9 @@ class RunDirectory:
                 file.write(json_text(entry) + "\n")
         except OSError as error:
             raise TrainError(
-                f"{self.path / 'metrics.jsonl'} cannot be written: {error}.", where=str(self.path)
+                f"{self.path / 'metrics.jsonl'} cannot be written: {error}.",
+                where=str(self.path),
+                hint="Free some space, then go on with --resume.",
             ) from error
         parts = {f"{name}/": value for name, value in entry.items() if isinstance(value, Mapping)}
         flat = {prefix + name: value for prefix, part in {"": entry, **parts}.items() for name, value in part.items()}

@@ -34,7 +34,12 @@ def load_object(spec: str) -> Any:
         raise
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
-        raise ConfigError(f"{place!r} cannot be imported: {reason}.", where=place, got=reason) from error
+        raise ConfigError(
+            f"{place!r} cannot be imported: {reason}.",
+            where=place,
+            got=reason,
+            hint="Import it in Python first, to see what fails.",
+        ) from error
     if not hasattr(module, name):
         names = [key for key in vars(module) if not key.startswith("_")]
         raise ConfigError(f"{place!r} has no {name!r}.", where=spec, got=name, hint=nearest(name, names))
@@ -43,7 +48,11 @@ def load_object(spec: str) -> Any:
 
 def _from_file(path: Path) -> ModuleType:
     if not os.path.isfile(path):
-        raise ConfigError(f"There is no file {str(path)!r} (looked in {Path.cwd()}).", where=str(path))
+        raise ConfigError(
+            f"There is no file {str(path)!r} (looked in {Path.cwd()}).",
+            where=str(path),
+            hint="Check the path; it is taken from the working directory.",
+        )
     path = path.resolve()
     key = f"{path.stem}@{path}"  # no importable name; one file is one module however often it is named
     if key in sys.modules:

@@ -169,6 +169,8 @@ def _epochs_of(curriculum: Curriculum, plan: AlignmentPlan, options: Options) ->
     """How many the warm-up takes in all."""
     if curriculum.unit != "epochs" or options.get("main_steps") is not None:
         raise ConfigError(
-            "To compare at equal epochs the warm-up and the main stage must be in epochs.", where="curriculum"
+            "To compare at equal epochs the warm-up and the main stage must be in epochs.",
+            where="curriculum",
+            hint="Give lengths in epochs, not in steps.",
         )
     return sum(budget.length for budget in warmup_plan(plan, curriculum)[1].values())

@@ -92,6 +92,7 @@ def adapt(
             raise MatchError(
                 f"`{tap}`: a {own.kind} of size {space} and a {other.kind} of size {other.space} have no common form.",
                 where=tap,
+                hint="Pair it with another layer, or leave the pair out.",
             )
         target = tuple(map(min, space, partner))
         if space != target:

@@ -171,14 +171,17 @@ def _nothing_fits(sides: _Sides, places: _Places, table: Sequence[Sequence[Evide
     best = max(((e.score, t, s) for e, t, s in scored if e is not None), key=lambda entry: entry[0], default=None)
     if without:
         return MatchError(
-            f"No stages were found in the {' and in the '.join(without)}, so nothing can be paired.", hint=hint
+            f"No stages were found in the {' and in the '.join(without)}, so nothing can be paired.",
+            hint=hint,
+            where="plan",
         )
     if best is None:
-        return MatchError(f"{listed} have no kind of layer in common.", hint=hint)
+        return MatchError(f"{listed} have no kind of layer in common.", hint=hint, where="plan")
     names = [side.traced.tap_name(place.node) for side, place in zip(sides, best[1:], strict=True)]
     return MatchError(
         f"{listed} do not fit: the best two, `{names[0]}` and `{names[1]}`, score {best[0]:.2f}, and a pair needs more than {_FLOOR}.",
         hint=hint,
+        where="plan",
     )
 
 
