@@ -80,10 +80,17 @@ class Names(click.ParamType[list[str]]):
         return value.split(",") if isinstance(value, str) else value
 
 
+def _or_auto(context: click.Context, option: click.Parameter, value: bool | None) -> bool | str:
+    return "auto" if value is None else value
+
+
 def _setting(name: str) -> Callable[[Command], Command]:
     """An option of `Settings` on the command line."""
     default, hint, known = getattr(Settings(), name), hints()[name], about(name)
     flag = f"--{known.flag or name.replace('_', '-')}"
+    if set(get_args(hint)) == {"auto", True, False}:
+        both = f"{flag}/--no-{flag.removeprefix('--')}"
+        return click.option(both, name, is_flag=True, default=None, callback=_or_auto, help=known.help)
     if hint is bool:
         both = f"{flag}/--no-{flag.removeprefix('--')}" if default else flag
         return click.option(both, name, is_flag=True, default=default, show_default=default, help=known.help)

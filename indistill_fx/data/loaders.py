@@ -8,14 +8,16 @@ from __future__ import annotations
 import copy
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from indistill_fx.data.augment import Augmentation
+from indistill_fx.data.augment import Augmentation, FlipAndCrop
+from indistill_fx.data.held import HeldImages
 from indistill_fx.data.normalisation import Normaliser
 from indistill_fx.data.readers import Readers, noticing_dead_readers
 from indistill_fx.errors import ConfigError
@@ -139,6 +141,8 @@ def with_last(batches: Iterator[Any]) -> Iterator[tuple[Any, bool]]:
 
 
 _END = object()
+_AT_ONCE = 64
+"""Of so many batches the places and draws are sent together."""
 
 
 class _IndexedLoader(EpochLoader):
@@ -205,7 +209,8 @@ class MemoryLoader(_IndexedLoader):
     """Batches out of one tensor of images; no workers, because on small images they cost more than they give.
 
     Training loaders (`shuffle`) leave out the incomplete last batch, a different one in every epoch. On a GPU the images lie there as
-    they are, a byte a value, and what is drawn on the CPU is done there.
+    they are, a byte a value; what is drawn on the CPU goes there for many batches at once, so that none of them waits for the last. Where
+    they do not fit, or more is done to them than to be shifted and mirrored, batches are made on the CPU.
 
     Args:
         images: uint8, or uint16 of deep pictures (count, channels, height, width).
@@ -237,19 +242,20 @@ class MemoryLoader(_IndexedLoader):
         super().__init__(len(images), batch_size=batch_size, seed=seed, shuffle=shuffle, with_indices=with_indices)
         self.images, self.labels, self.augment = images, labels, augment
         self._normalise = Normaliser((mean, std), peak)
-        self._held = {torch.device("cpu"): images}
+        self._held: dict[torch.device, HeldImages] = {}
 
     def to(self, device: torch.device | str) -> Self:
-        """Images lie on the device if they take no more than half of its free memory; batches are made there in any case."""
+        """Images lie on the device if they take no more than half of its free memory; batches end there in any case."""
         device = torch.device(device)
         if device == self.device:
             return self
         part = copy.copy(self)
         part.device, part._normalise = device, self._normalise.to(device)
-        if device not in self._held and _has_room(device, self.images):
-            # GPUs know few operations on uint16
-            self._held[device] = (self.images.int() if self.images.dtype == torch.uint16 else self.images).to(device)
-        part.images = self._held.get(device, self._held[torch.device("cpu")])
+        shiftable = self.augment is None or isinstance(self.augment, FlipAndCrop)
+        if device.type != "cpu" and device not in self._held and shiftable:
+            shift = self.augment if isinstance(self.augment, FlipAndCrop) else None
+            if HeldImages.fit(device, self.images, shift):
+                self._held[device] = HeldImages(self.images, self.labels, device, shift)
         return part
 
     @property
@@ -269,15 +275,35 @@ class MemoryLoader(_IndexedLoader):
         return total.hexdigest()
 
     def _batches(self, skipped: int) -> Iterator[tuple[Tensor | None, ...]]:
+        held = self._held.get(self.device)
+        yield from self._on_host(skipped) if held is None else self._on_device(held, skipped)
+
+    def _on_host(self, skipped: int) -> Iterator[tuple[Tensor | None, ...]]:
         for number, whole in self._plan(skipped):
-            part = slice(self.rank, None, self.world)
-            indices = whole[part]
-            images = self.images[indices.to(self.images.device)].to(self.device, non_blocking=True)
+            indices = whole[self.rank :: self.world]
+            images = self.images[indices]
             if self.augment is not None:
-                draws = self.augment.draw(len(whole), generator_from(self.seed, self.epoch, number))
-                images = self.augment.apply(images, draws[part].to(self.device))
-            labels = self.labels[indices].to(self.device) if self.labels is not None else None
-            yield self._batch(self._normalise(images), labels, indices)
+                images = self.augment.apply(images, self._draws(number, whole))
+            labels = _sent(self.labels[indices], self.device) if self.labels is not None else None
+            yield self._batch(self._normalise(_sent(images, self.device)), labels, indices)
+
+    def _on_device(self, held: HeldImages, skipped: int) -> Iterator[tuple[Tensor | None, ...]]:
+        planned = self._plan(skipped)
+        while block := list(islice(planned, _AT_ONCE)):
+            shares = [whole[self.rank :: self.world] for _, whole in block]
+            counts = [len(share) for share in shares]
+            places = _sent(torch.cat(shares), self.device).split(counts)
+            draws: Sequence[Tensor | None] = [None] * len(block)
+            if self.augment is not None:
+                draws = _sent(torch.cat([self._draws(*entry) for entry in block]), self.device).split(counts)
+            for indices, samples, draw in zip(shares, places, draws, strict=True):
+                labels = held.labels[samples] if held.labels is not None else None
+                yield self._batch(self._normalise(held.pictures(samples, draw)), labels, indices)
+
+    def _draws(self, number: int, whole: Tensor) -> Tensor:
+        """What this process's share of a batch is augmented by, drawn for all of it."""
+        assert self.augment is not None
+        return self.augment.draw(len(whole), generator_from(self.seed, self.epoch, number))[self.rank :: self.world]
 
 
 class DiskLoader(_IndexedLoader):
@@ -352,8 +378,6 @@ class DiskLoader(_IndexedLoader):
             yield self._batch(self._normalise(images) if self._normalise else images, labels, indices)
 
 
-def _has_room(device: torch.device, images: Tensor) -> bool:
-    if device.type != "cuda":
-        return True
-    free, _ = torch.cuda.mem_get_info(device)
-    return images.numel() * images.element_size() <= free // 2
+def _sent(values: Tensor, device: torch.device) -> Tensor:
+    """The values on the device; to a GPU from page-locked memory, which it reads when it comes to it."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)

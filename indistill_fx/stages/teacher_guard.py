@@ -38,7 +38,7 @@ def refuse_changes(teacher: nn.Module) -> Callable[[nn.Module, Any], None]:
 
     def check(half: nn.Module, inputs: Any) -> None:
         nonlocal calls
-        if torch.compiler.is_compiling() or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()):
+        if torch.compiler.is_compiling() or _must_not_wait():
             return
         moved = [name for name, tensor in tensors.items() if _version(tensor) != seen[name][0]]
         if calls % _EVERY == 0 or all(tensors[name].device.type == "cpu" for name in probes):
@@ -51,6 +51,13 @@ def refuse_changes(teacher: nn.Module) -> Callable[[nn.Module, Any], None]:
             seen[name] = (_version(tensors[name]), now)
 
     return check
+
+
+def _must_not_wait() -> bool:
+    """Whether a CUDA graph is being recorded, or somebody looks for what would be in the way of that."""
+    return torch.cuda.is_initialized() and (
+        torch.cuda.is_current_stream_capturing() or torch.cuda.get_sync_debug_mode() > 0
+    )
 
 
 def _version(tensor: Tensor) -> int:

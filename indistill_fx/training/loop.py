@@ -45,9 +45,11 @@ from indistill_fx.training.parallel.sync_batch_norm import Share, batch_norms_sy
 from indistill_fx.training.progress import Reporter
 from indistill_fx.training.saver import Saver
 from indistill_fx.training.state import Phase, State
+from indistill_fx.training.step.cuda_graph import CudaRecorder
 from indistill_fx.training.step.losses import Losses
+from indistill_fx.training.step.recorded import why_not_recorded
 from indistill_fx.training.step.step import Step
-from indistill_fx.training.torch_compile import compiled
+from indistill_fx.training.step.torch_compile import compiled
 
 
 class TrainingLoop:
@@ -97,6 +99,7 @@ class TrainingLoop:
         self._losses = Losses(accelerator.device)
         self._in_eval = left_in_eval(student)
         self._share = Share()
+        self._records = why_not_recorded(settings, accelerator.device.type, accelerator.num_processes) is None
         self._sharded = (settings.shard or launched_for_sharding()) and accelerator.num_processes > 1
         self._since = time.monotonic()
 
@@ -123,9 +126,8 @@ class TrainingLoop:
                 self._reporter.open(phase.name, self.state.steps, tap=phase.tap)
                 with self._saver.shards or nullcontext():
                     while self.state.phase == index:
-                        self._set_rate(phase, step.optimizer)
                         self._train_epoch(phase, step)
-                        self._close_epoch(phase, step.optimizer)
+                        self._close_epoch(phase, step)
             self._saver.shards = None
         self._accelerator.unwrap_model(step.module, keep_fp32_wrapper=False)
 
@@ -137,48 +139,48 @@ class TrainingLoop:
             samples = count_of(batch)
             self._share.counts = samples > 0 or self._accelerator.num_processes == 1
             batch = self._mix(batch) if self._mix is not None and phase.main and samples else batch
+            step.set_rate(self._rate(phase))
             with self._noticing(phase, batch), nullcontext() if boundary else self._accelerator.no_sync(step.module):
-                loss = step.learn(batch, samples)
+                loss = step.learn(batch, samples) if step.recorded is None else step.recorded(batch)
             self.state.batch += 1
             self._look(phase, self._losses.add(loss), batch)
             group += 1
-            if boundary:  # at an epoch's end there may be fewer batches in the group
-                self._set_rate(phase, step.optimizer)
-                with self._noticing(phase, batch):  # an optimiser takes memory of its own at its first step
-                    step.update(group)
+            if boundary:
+                if step.recorded is None:  # else it is done
+                    with self._noticing(phase, batch):  # an optimiser takes memory of its own at its first step
+                        step.update(group)  # at an epoch's end there may be fewer batches in the group
                 group = 0
-                self._after_step(phase, step.optimizer)
+                self._after_step(phase, step)
                 if self._used_up(phase):
                     break
         self._look(phase, self._losses.rest())
 
-    def _after_step(self, phase: Phase, optimizer: Any) -> None:
+    def _after_step(self, phase: Phase, step: Step) -> None:
         """Count; report; save if it is time; stop if asked."""
         state, settings = self.state, self._settings
         state.steps, state.all_steps, state.epoch_steps = state.steps + 1, state.all_steps + 1, state.epoch_steps + 1
         self._reporter.step(state.steps, state.epoch + 1, self._mean_loss())
         if state.all_steps % settings.log_every_steps == 0:
-            rate = float(optimizer.param_groups[0]["lr"])
-            self._log("step", stage=phase.name, epoch=state.epoch + 1, loss=self._mean_loss(), learning_rate=rate)
+            self._log("step", stage=phase.name, epoch=state.epoch + 1, loss=self._mean_loss(), learning_rate=step.rate)
         stop, save = self._asked()
         every = settings.checkpoint_every_steps
         if stop or save or (every and state.all_steps % every == 0):
-            self._save(phase, optimizer)
+            self._save(phase, step.optimizer)
         if save and not stop:
             self._reporter.say(f"Saved after {state.all_steps} steps, as a signal asked.")
         if stop:
             raise self._interrupted(phase)
 
-    def _close_epoch(self, phase: Phase, optimizer: Any) -> None:
+    def _close_epoch(self, phase: Phase, step: Step) -> None:
         self._tick()
         with self._saver.whole() if phase.main and self._validate is not None else nullcontext():
-            self._record_epoch(phase, float(optimizer.param_groups[0]["lr"]))
+            self._record_epoch(phase, self._rate(phase) if step.rate is None else step.rate)
         over = self._finished(phase)
         if over:
-            self._next_phase(phase)
+            self._next_phase(phase, step)
         if self.state.phase == len(self.phases) or first_says(self._accelerator, self._saver.due):
             # At the very end too with the optimiser: the run may be given more epochs.
-            self._save(None if over and self.state.phase < len(self.phases) else phase, optimizer)
+            self._save(None if over and self.state.phase < len(self.phases) else phase, step.optimizer)
         self._since = time.monotonic()
 
     def _record_epoch(self, phase: Phase, rate: float) -> None:
@@ -255,28 +257,21 @@ class TrainingLoop:
             return True
         return self._used_up(phase) or (phase.budget.unit == "epochs" and self.state.epoch >= phase.budget.length)
 
-    def _next_phase(self, phase: Phase) -> None:
+    def _next_phase(self, phase: Phase, step: Step) -> None:
         state = self.state
-        epochs = [EpochRecord(**entry) for entry in state.history if entry["stage"] == phase.name]
         if state.epoch < phase.budget.length and phase.budget.unit == "epochs":
             what = self.metric.title if phase.main else "loss"
             self._note(phase, f"ended after {state.epoch} of {phase.budget.length} epochs: the {what} stood still")
-        if summary := phase.summary:
-            self._note(phase, summary)
-        seconds = sum(epoch.seconds for epoch in epochs)
-        value = epochs[-1].value(self.metric)
-        told = "" if value is None else f", {self.metric.title} {self.metric.text(value)}"
-        losses = " → ".join(f"{epoch.loss:.4g}" for epoch in (epochs[0], *epochs[1:][-1:]))
-        count = f"{len(epochs)} epoch{'s' if len(epochs) > 1 else ''}, {state.steps} steps"
-        self._reporter.close(phase.name, f"{phase.name}: {count}, {seconds:.1f} s, loss {losses}{told}")
+        for text in (phase.summary, step.recorded.note if step.recorded is not None else ""):
+            if text:
+                self._note(phase, text)
+        self._reporter.close(phase.name, state.summary_of(phase, self.metric))
         state.phase, state.epoch, state.steps, state.lowest, state.stale = state.phase + 1, 0, 0, None, 0
 
-    def _set_rate(self, phase: Phase, optimizer: Any) -> None:
-        rate = phase.budget.learning_rate or self._settings.learning_rate
+    def _rate(self, phase: Phase) -> float:
         if phase.main:
-            rate = self._settings.rate(self.state.epoch, phase.budget.length, self.state.steps)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+            return self._settings.rate(self.state.epoch, phase.budget.length, self.state.steps)
+        return phase.budget.learning_rate or self._settings.learning_rate
 
     def _prepare(self, phase: Phase) -> Step:
         """The stage on the device, in train mode, wrapped for processes and precision; with its optimiser."""
@@ -299,7 +294,8 @@ class TrainingLoop:
             momentum=settings.momentum,
             nesterov=settings.nesterov and phase.main,
             decay_norms=settings.decay_norms,
-            sharded=self._saver.shards is not None,
+            sharded=self._sharded,
+            recordable=self._records,
         )
         self._saver.restore_optimizer(optimizer)
         module = self._compiled(phase) if settings.compile else phase.module
@@ -316,6 +312,7 @@ class TrainingLoop:
             self._accelerator.prepare_optimizer(optimizer),
             clip_norm=settings.clip_norm,
             after_update=average,
+            recorder=CudaRecorder(self._accelerator.device) if self._records else None,
         )
 
     def _compiled(self, phase: Phase) -> nn.Module:
@@ -324,7 +321,7 @@ class TrainingLoop:
             with self._accelerator.autocast():
                 return stage(send_to_device(phase.given(next(iter(self._loader))), self._accelerator.device))
 
-        module, note = compiled(phase.module, trial)
+        module, note = compiled(phase.module, trial, self._settings.compile_mode)
         self._note(phase, note)
         return module
 

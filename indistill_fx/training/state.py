@@ -12,6 +12,7 @@ from torch import nn
 from indistill_fx.curriculum import Budget
 from indistill_fx.errors import ConfigError
 from indistill_fx.losses.base import Criterion
+from indistill_fx.runs.record import EpochRecord, MetricFacts
 from indistill_fx.stages.stage import Stage
 
 
@@ -128,6 +129,16 @@ class State:
         if wrong:
             raise _unfit(path, f"its state has no fitting {wrong[0]!r}")
         return cls(**{known[name]: value for name, value in saved.items()})
+
+    def summary_of(self, phase: Phase, metric: MetricFacts) -> str:
+        """A line on the phase that has just ended."""
+        epochs = [EpochRecord(**entry) for entry in self.history if entry["stage"] == phase.name]
+        seconds = sum(epoch.seconds for epoch in epochs)
+        value = epochs[-1].value(metric)
+        told = "" if value is None else f", {metric.title} {metric.text(value)}"
+        losses = " → ".join(f"{epoch.loss:.4g}" for epoch in (epochs[0], *epochs[1:][-1:]))
+        count = f"{len(epochs)} epoch{'s' if len(epochs) > 1 else ''}, {self.steps} steps"
+        return f"{phase.name}: {count}, {seconds:.1f} s, loss {losses}{told}"
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""

@@ -36,6 +36,7 @@ from indistill_fx.training.parallel.devices import computing_on, device_facts, p
 from indistill_fx.training.parallel.processes import make_accelerator, noticing_dead_peers
 from indistill_fx.training.progress import Reporter
 from indistill_fx.training.state import Phase, State, is_number
+from indistill_fx.training.step.recorded import why_not_recorded
 from indistill_fx.training.task import RunTask
 
 _NO_END = (
@@ -222,7 +223,9 @@ class Trainer:
 
     def _environment(self, accelerator: Accelerator) -> dict[str, Any]:
         device = accelerator.device
-        return environment(str(device), accelerator.num_processes) | device_facts(device, self.settings.tf32)
+        found = environment(str(device), accelerator.num_processes) | device_facts(device, self.settings.tf32)
+        unrecorded = why_not_recorded(self.settings, device.type, accelerator.num_processes)
+        return found | {"graphs": f"off: {unrecorded}" if unrecorded is not None else "on"}
 
     def _require_validation(self, setup: Setup) -> None:
         """Refuse options that something else is missing for."""

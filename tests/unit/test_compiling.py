@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import indistill_fx as ifx
-from indistill_fx.training import torch_compile as compiling
+from indistill_fx.training.step import torch_compile as compiling
 from tests.nets import Cnn32, seeded
 
 COUNT = 10  # more than the compiler's limit for one function

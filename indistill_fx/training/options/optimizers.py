@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import Any, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from indistill_fx.training.options.settings import OptimizerName, require_choice
+from indistill_fx.training.options.option import require_choice
+from indistill_fx.training.options.settings import OptimizerName
 
 _OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,
@@ -36,10 +37,12 @@ def make_optimizer(
     nesterov: bool = False,
     decay_norms: bool = True,
     sharded: bool = False,
+    recordable: bool = False,
 ) -> torch.optim.Optimizer:
     """The optimiser of that name, fused where torch can (for a small model its step is most of the overhead).
 
-    Without `decay_norms` a second group has what is not decayed: parameters of one axis, which are norms' and biases.
+    Without `decay_norms` a second group has what is not decayed: parameters of one axis, which are norms' and biases. One that is
+    `recordable` has its learning rate as a tensor beside the parameters, and all else that changes: a recorded step reads it there.
 
     Raises:
         ConfigError: an unknown name.
@@ -53,5 +56,9 @@ def make_optimizer(
         flat = [parameter for parameter in parameters if parameter.ndim <= 1]
         groups = [{"params": [p for p in parameters if p.ndim > 1]}, {"params": flat, "weight_decay": 0.0}]
         groups = [group for group in groups if group["params"]]
-    optimizer: torch.optim.Optimizer = kind(groups, lr=learning_rate, weight_decay=weight_decay, fused=fused, **extra)
+    rate: float | Tensor = learning_rate
+    if recordable:
+        rate = torch.tensor(learning_rate, dtype=torch.float32, device=parameters[0].device)
+        extra |= {"capturable": True} if name != "sgd" else {}
+    optimizer: torch.optim.Optimizer = kind(groups, lr=rate, weight_decay=weight_decay, fused=fused, **extra)
     return optimizer

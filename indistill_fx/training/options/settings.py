@@ -10,11 +10,11 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
-from numbers import Integral, Real
-from typing import Any, Literal, TypedDict, get_args, get_type_hints
+from typing import Any, Literal, TypedDict, get_type_hints
 
 from indistill_fx.curriculum import Budget, Unit
 from indistill_fx.errors import ConfigError, nearest
+from indistill_fx.training.options.option import About, check_value, described
 
 TrackerName = Literal["tensorboard", "wandb", "mlflow"]
 OptimizerName = Literal["adam", "adamw", "sgd"]
@@ -22,6 +22,7 @@ ScheduleName = Literal["constant", "step", "cosine"]
 Precision = Literal["no", "bf16", "fp16"]
 Tf32 = Literal["off", "convolutions", "all"]
 CompileMode = Literal["default", "max-autotune"]
+Graphs = Literal["auto", True, False]
 
 
 class Options(TypedDict, total=False):
@@ -50,6 +51,7 @@ class Options(TypedDict, total=False):
     compile_mode: CompileMode
     device: str
     tf32: Tf32
+    graphs: Graphs
     sync_batch_norm: bool
     shard: bool
     seed: int
@@ -57,33 +59,6 @@ class Options(TypedDict, total=False):
     log_every_steps: int
     tensorboard: bool
     tracker: TrackerName | None
-
-
-@dataclass(frozen=True, slots=True)
-class About:
-    """What is to be known of an option beside its name, type and default.
-
-    Attributes:
-        help: what it means, in a line or two.
-        flag: its name on the command line, if that is not its own with hyphens.
-        metavar: what stands for its value there.
-        above: what a number must be greater than.
-        least: the smallest number it may be.
-        below: what a number must be less than.
-        changes_result: whether a run under another value is another run.
-    """
-
-    help: str
-    flag: str = ""
-    metavar: str | None = None
-    above: float | None = None
-    least: float | None = None
-    below: float | None = None
-    changes_result: bool = True
-
-
-def _about(help: str, **more: Any) -> dict[str, About]:
-    return {"about": About(help, **more)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,36 +69,38 @@ class Settings:
         ConfigError: a value that is not legal, or two that contradict each other.
     """
 
-    learning_rate: float = field(default=1e-3, metadata=_about("Learning rate of the main stage.", flag="lr", above=0))
+    learning_rate: float = field(
+        default=1e-3, metadata=described("Learning rate of the main stage.", flag="lr", above=0)
+    )
     main_steps: int | None = field(
         default=None,
-        metadata=_about(
+        metadata=described(
             "Optimiser steps of the main stage, instead of its epochs: for loaders that never end.",
             metavar="STEPS",
             least=1,
         ),
     )
     optimizer: OptimizerName = field(
-        default="adam", metadata=_about("Of the main stage; the warm-up's is the curriculum's.")
+        default="adam", metadata=described("Of the main stage; the warm-up's is the curriculum's.")
     )
-    momentum: float = field(default=0.9, metadata=_about("Of sgd.", least=0))
-    nesterov: bool = field(default=False, metadata=_about("Nesterov's momentum, for sgd."))
-    weight_decay: float = field(default=0.0, metadata=_about("Of the main stage.", least=0))
-    decay_norms: bool = field(default=True, metadata=_about("Weight decay on norms and biases too."))
+    momentum: float = field(default=0.9, metadata=described("Of sgd.", least=0))
+    nesterov: bool = field(default=False, metadata=described("Nesterov's momentum, for sgd."))
+    weight_decay: float = field(default=0.0, metadata=described("Of the main stage.", least=0))
+    decay_norms: bool = field(default=True, metadata=described("Weight decay on norms and biases too."))
     schedule: ScheduleName = field(
         default="constant",
-        metadata=_about(
+        metadata=described(
             "Of the main stage's learning rate, epoch by epoch. step: times gamma at every one of the milestones; cosine: times"
             " (1 + cos(pi * epoch / epochs)) / 2."
         ),
     )
     milestones: Sequence[int] = field(
-        default=(), metadata=_about("Main epochs after which `step` multiplies the rate by gamma.", metavar="15,18")
+        default=(), metadata=described("Main epochs after which `step` multiplies the rate by gamma.", metavar="15,18")
     )
-    gamma: float = field(default=0.1, metadata=_about("Factor of `step`.", above=0))
+    gamma: float = field(default=0.1, metadata=described("Factor of `step`.", above=0))
     rise_steps: int = field(
         default=0,
-        metadata=_about(
+        metadata=described(
             "Learning-rate warm-up: over so many optimiser steps of the main stage the rate rises linearly to the schedule's.",
             flag="lr-warmup",
             metavar="STEPS",
@@ -132,21 +109,21 @@ class Settings:
     )
     label_smoothing: float = field(
         default=0.0,
-        metadata=_about("Share of a label spread evenly over all classes, in the main stage.", least=0, below=1),
+        metadata=described("Share of a label spread evenly over all classes, in the main stage.", least=0, below=1),
     )
     mixup: float = field(
         default=0.0,
-        metadata=_about("Mix pictures and labels pairwise, in the main stage, by shares from Beta(a, a).", least=0),
+        metadata=described("Mix pictures and labels pairwise, in the main stage, by shares from Beta(a, a).", least=0),
     )
     cutmix: float = field(
         default=0.0,
-        metadata=_about(
+        metadata=described(
             "Paste a box of one picture into another, likewise; with mixup, a batch gets one of both.", least=0
         ),
     )
     average: float = field(
         default=0.0,
-        metadata=_about(
+        metadata=described(
             "Keep a moving average of the student's weights in the main stage, with this decay (0.999); it is measured and saved beside"
             " the student.",
             flag="moving-average",
@@ -157,59 +134,68 @@ class Settings:
     )
     early_stopping: int | None = field(
         default=None,
-        metadata=_about(
+        metadata=described(
             "End the main stage when so many epochs have not bettered the deciding metric.", metavar="EPOCHS", least=1
         ),
     )
-    clip_norm: float | None = field(default=None, metadata=_about("Scale gradients down to this L2 norm.", above=0))
+    clip_norm: float | None = field(default=None, metadata=described("Scale gradients down to this L2 norm.", above=0))
     accumulate: int = field(
-        default=1, metadata=_about("Batches per optimiser step; the gradient is their mean.", least=1)
+        default=1, metadata=described("Batches per optimiser step; the gradient is their mean.", least=1)
     )
     mixed_precision: Precision | None = field(
-        default=None, metadata=_about("[default: what `accelerate launch` says, else no]")
+        default=None, metadata=described("[default: what `accelerate launch` says, else no]")
     )
     compile: bool = field(
         default=False,
-        metadata=_about("torch.compile every stage. Where that fails the stage runs as it is, and is noted."),
+        metadata=described("torch.compile every stage. Where that fails the stage runs as it is, and is noted."),
     )
     compile_mode: CompileMode = field(
         default="default",
-        metadata=_about("Of --compile. max-autotune: tries several kernels for every operation, which takes minutes."),
+        metadata=described(
+            "Of --compile. max-autotune: tries several kernels for every operation, which takes minutes."
+        ),
     )
     device: str = field(
         default="auto",
-        metadata=_about("cpu, cuda, cuda:1 or mps; auto: an accelerator if there is one.", metavar="DEVICE"),
+        metadata=described("cpu, cuda, cuda:1 or mps; auto: an accelerator if there is one.", metavar="DEVICE"),
     )
     tf32: Tf32 = field(
         default="convolutions",
-        metadata=_about(
+        metadata=described(
             "What NVIDIA GPUs compute float32 numbers of in TF32, with 10 bits of fraction: faster, and less exact. all: matrix products"
             " too."
         ),
     )
+    graphs: Graphs = field(
+        default="auto",
+        metadata=described(
+            "Record steps as CUDA graphs, and replay them. auto: where that can be; the record says where not, and why.",
+            changes_result=False,
+        ),
+    )
     sync_batch_norm: bool = field(
         default=True,
-        metadata=_about(
+        metadata=described(
             "With several processes: batch-norm statistics over the whole batch. Without: as fast as DDP alone, and the"
             " statistics kept are the first process's."
         ),
     )
     shard: bool = field(
         default=False,
-        metadata=_about(
+        metadata=described(
             "With several processes: spread teacher, student and optimiser over them (FSDP2), to save memory. So does"
             " `accelerate launch --use_fsdp`."
         ),
     )
     seed: int = field(
         default=0,
-        metadata=_about(
+        metadata=described(
             "Of fresh weights, batches and noise. In Python, a loader of `open_data` has a seed of its own.", least=0
         ),
     )
     checkpoint_every_steps: int | None = field(
         default=None,
-        metadata=_about(
+        metadata=described(
             "Checkpoints within epochs too, after so many optimiser steps. [default: after an epoch, unless that took more than a"
             " twentieth of the time]",
             flag="checkpoint-every",
@@ -220,7 +206,7 @@ class Settings:
     )
     log_every_steps: int = field(
         default=50,
-        metadata=_about(
+        metadata=described(
             "Optimiser steps between lines in metrics.jsonl; of several processes these tell the first one's loss.",
             flag="log-every",
             metavar="STEPS",
@@ -228,14 +214,14 @@ class Settings:
             changes_result=False,
         ),
     )
-    tensorboard: bool = field(default=False, metadata=_about("As --tracker tensorboard.", changes_result=False))
+    tensorboard: bool = field(default=False, metadata=described("As --tracker tensorboard.", changes_result=False))
     tracker: TrackerName | None = field(
-        default=None, metadata=_about("Send metrics to this logger too, by Accelerate.", changes_result=False)
+        default=None, metadata=described("Send metrics to this logger too, by Accelerate.", changes_result=False)
     )
 
     def __post_init__(self) -> None:
         for name, hint in hints().items():
-            _check(name, getattr(self, name), hint, about(name))
+            check_value(name, getattr(self, name), hint, about(name))
         if self.main_steps is not None and self.schedule != "constant":
             raise ConfigError(
                 f"schedule={self.schedule!r} goes by epochs, and the main stage is to have {self.main_steps} steps.",
@@ -272,6 +258,8 @@ class Settings:
             found.append(f"gamma has no effect: the schedule is {self.schedule}, and only step reads it")
         if self.tf32 != defaults.tf32 and device != "cuda":
             found.append(f"tf32 has no effect: it is of NVIDIA GPUs, and the device is {device}")
+        if self.graphs is True and device != "cuda":
+            found.append(f"graphs has no effect: it is of NVIDIA GPUs, and the device is {device}")
         if self.compile_mode != defaults.compile_mode and not self.compile:
             found.append("compile_mode has no effect: nothing is compiled (compile, --compile)")
         return found
@@ -352,48 +340,3 @@ SCHEDULES: dict[str, Callable[[Settings, int, int], float]] = {
     "step": lambda settings, epoch, epochs: settings.gamma ** sum(epoch >= at for at in settings.milestones),
     "cosine": lambda settings, epoch, epochs: 0.5 * (1 + math.cos(math.pi * epoch / epochs)),
 }
-
-
-def require_choice(name: str, value: object, legal: Sequence[object]) -> None:
-    """Refuse a value that is none of the legal ones.
-
-    Raises:
-        ConfigError: lists them.
-    """
-    if value not in legal:
-        names = [str(choice) for choice in legal]
-        raise ConfigError(
-            f"{name} is {value!r}.", where=name, got=value, expected=names, hint=nearest(str(value), names)
-        )
-
-
-def _check(name: str, value: object, hint: Any, option: About) -> None:
-    """Refuse a value that its type or its range does not allow."""
-    parts = get_args(hint) if type(None) in get_args(hint) else (hint,)
-    if value is None and type(None) in parts:
-        return
-    kind = parts[0]
-    if choices := get_args(kind):
-        if isinstance(choices[0], str):
-            require_choice(name, value, choices)
-            return
-        fine = isinstance(value, Sequence) and all(isinstance(entry, Integral) and int(entry) >= 0 for entry in value)
-        expected = "a list of integers, each 0 or more"
-    elif kind is str:
-        fine, expected = isinstance(value, str) and bool(value), "a name"
-    elif kind is bool:
-        fine, expected = isinstance(value, bool), "True or False"
-    else:
-        whole = kind is int
-        number = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
-        low = -math.inf if option.least is None else option.least
-        size = float(value) if number else math.nan  # type: ignore[arg-type]
-        fine = low <= size < (2**63 if option.below is None else option.below) and (
-            option.above is None or size > option.above
-        )
-        bound = f" above {option.above:g}" if option.above is not None else f", {low:g} or more"
-        bound += f", less than {option.below:g}" if option.below is not None else ""
-        expected = f"{'an integer' if whole else 'a number'}{bound}"
-    if not fine:
-        expected += ", or None" if len(parts) > 1 else ""
-        raise ConfigError(f"{name} is {value!r}; it must be {expected}.", where=name, got=value, expected=expected)

@@ -10,17 +10,25 @@ from torch import Tensor, nn
 
 from indistill_fx.batch import stand_in
 from indistill_fx.training.parallel.processes import weighted
+from indistill_fx.training.step.recorded import RecordedStep, Recorder
 
 
 class Step:
     """The steps of one stage.
 
-    Args:
-        accelerator: the run's.
+    Attributes:
         module: batch → scalar loss, as Accelerate prepared it.
         optimizer: likewise.
+        rate: its learning rate, as it was last set.
+        recorded: all of a step at once, which is recorded as soon as it can be; None: nothing is recorded.
+
+    Args:
+        accelerator: the run's.
+        module: see above.
+        optimizer: see above.
         clip_norm: L2 norm that gradients are scaled down to; None: they stay as they are.
         after_update: called after every update: the moving average.
+        recorder: where to record steps; None: they run as they are.
     """
 
     def __init__(
@@ -31,9 +39,29 @@ class Step:
         *,
         clip_norm: float | None = None,
         after_update: Callable[[], None] | None = None,
+        recorder: Recorder | None = None,
     ):
         self.accelerator, self.module, self.optimizer = accelerator, module, optimizer
         self._clip_norm, self._after_update = clip_norm, after_update
+        self.rate: float | None = None
+        self.recorded = RecordedStep(self.whole, recorder, module) if recorder is not None else None
+
+    def set_rate(self, rate: float) -> None:
+        """Let the next update have this learning rate. One that lies on the device, for a recording, is overwritten there."""
+        if rate == self.rate:
+            return
+        self.rate = rate
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+
+    def whole(self, batch: Any) -> Tensor:
+        """Learn from a batch, in one process, and update; returns its loss. No gradients are left."""
+        loss = self.learn(batch, 1)
+        self.update()
+        return loss
 
     def learn(self, batch: Any, samples: int) -> Tensor:
         """Add the gradients of a batch to those there are; returns its loss.

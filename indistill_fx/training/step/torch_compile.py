@@ -11,22 +11,27 @@ import torch
 from torch import nn
 
 from indistill_fx.stages.stage import Stage
+from indistill_fx.training.options.settings import CompileMode
 
 # All stages share one `forward`, and the compiler counts by function: without this it gives up at the ninth stage of a process.
 _OWN_COUNT = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
 
+_MODES = {"default": None, "max-autotune": "max-autotune-no-cudagraphs"}
 
-def compiled(stage: nn.Module, trial: Callable[[Any], Any]) -> tuple[nn.Module, str]:
+
+def compiled(stage: nn.Module, trial: Callable[[Any], Any], mode: CompileMode = "default") -> tuple[nn.Module, str]:
     """The stage compiled, if a trial on one batch goes through; else as it is. Buffers and gradients are as before.
 
     Args:
         stage: batch → loss.
         trial: calls the compiled stage on a batch, and returns the loss.
+        mode: how hard the compiler tries. In none does it record CUDA graphs: that is the run's own business (`recorded`).
 
     Returns:
         The module to train, and a note on how it went.
     """
-    found: Any = torch.compile(stage, fullgraph=isinstance(stage, Stage), **_OWN_COUNT)  # type: ignore[call-overload]
+    options: dict[str, Any] = {"fullgraph": isinstance(stage, Stage), "mode": _MODES[mode], **_OWN_COUNT}
+    found: Any = torch.compile(stage, **options)
     buffers = [(buffer, buffer.clone()) for buffer in stage.buffers()]
     began = time.monotonic()
     try:

@@ -1,0 +1,111 @@
+"""Recording steps as CUDA graphs. This is all of the recorded step that needs a GPU, and so all of it that a CPU's tests never run.
+
+Memory: what a recorded step makes on its way lies in a pool of its own as long as the graph lives, and every replay writes into it anew.
+Streams: steps run and are recorded on one stream beside torch's current one; each waits for the other, so that nothing overtakes.
+Random numbers: torch hands seed and offset of the device's generator to every replay, so a seed set before one counts as for a step that
+runs as it is.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from indistill_fx.errors import TrainError
+
+_WAITS = "called a synchronizing CUDA operation"
+"""How torch's warning begins."""
+
+
+class CudaRecorder:
+    """Records on one GPU.
+
+    Args:
+        device: which; it must be torch's current one.
+    """
+
+    def __init__(self, device: torch.device):
+        self._device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+        self._stream = torch.cuda.Stream(self._device)
+
+    def beside(self, run: Callable[[], Tensor]) -> Tensor:
+        """See `Recorder`. Autograd binds its nodes to the stream they are first used on, so that is to be the recording's."""
+        current = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(current)
+        try:
+            with torch.cuda.stream(self._stream), warnings.catch_warnings():
+                warnings.filterwarnings(
+                    "ignore", ".*capturable=True"
+                )  # an optimiser that can be recorded runs unrecorded here
+                found = run()
+        finally:
+            current.wait_stream(self._stream)
+        found.record_stream(current)  # read there, and only then may its memory be used again
+        return found
+
+    @contextmanager
+    def waiting(self) -> Iterator[list[str]]:
+        """See `Recorder`. By torch's debug mode, which knows most operations that wait, not all."""
+        found: list[str] = []
+        before = torch.cuda.get_sync_debug_mode()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                yield found
+            finally:
+                torch.cuda.set_sync_debug_mode(before)
+        found += [f"{one.filename}:{one.lineno}" for one in caught if str(one.message).startswith(_WAITS)]
+
+    def host_draws(self) -> object:
+        """See `Recorder`."""
+        numpy = np.random.get_state(legacy=False)
+        return torch.get_rng_state().numpy().tobytes(), random.getstate(), repr(numpy)
+
+    def record(self, run: Callable[[], None]) -> Callable[[], None]:
+        """See `Recorder`.
+
+        Other threads may go on meanwhile (those that read data pin memory); only what this one does is held to the rules of a recording.
+        """
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
+        fresh = torch.Generator(self._device)
+        gc.collect()
+        collecting = gc.isenabled()
+        gc.disable()  # what is freed in a recording could be another one
+        try:
+            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+                run()
+        except Exception as error:
+            self._leave(current, fresh)
+            raise _failed(error) from error
+        finally:
+            if collecting:
+                gc.enable()
+        return graph.replay
+
+    def _leave(self, current: torch.cuda.Stream, fresh: torch.Generator) -> None:
+        """After a recording that broke off, torch still has its stream for the current one, and its generator refuses to be seeded."""
+        torch.cuda.set_stream(current)
+        torch.cuda.default_generators[self._device.index].graphsafe_set_state(fresh.graphsafe_get_state())
+
+
+def _failed(error: BaseException) -> Exception:
+    """The first error is the cause: a recording that ends after one raises another."""
+    first = error
+    while first.__context__ is not None:
+        first = first.__context__
+    if isinstance(first, torch.OutOfMemoryError):
+        return first
+    text = " ".join(str(first).split())[:300]
+    return TrainError(
+        f"The step could not be recorded as a CUDA graph: {text}",
+        where="graphs",
+        hint="Run without (graphs=False, --no-graphs); with resume=True (--resume) it goes on from the last checkpoint.",
+    )

@@ -1,0 +1,158 @@
+"""A training step that is recorded once and replayed: the arithmetic of a small network takes less time than asking for it.
+
+Rules, in order:
+  1. The first steps on batches of one form run as they are, where they will be recorded: they are steps of the run like any other, and make
+     what lasts, such as the optimiser's state.
+  2. The last of these is watched. A step that waits for the device, draws random numbers on the host, or changes Python state of its
+     modules cannot be recorded: replayed, it would not do that again. It is named, and the stage goes on unrecorded.
+  3. Then the step is recorded on a batch that stays in its place, and replayed on every batch of that form, which is copied over it.
+  4. Batches of another form (the last one of an epoch may be smaller) run as they are. A stage whose batches have ever new forms is not
+     recorded.
+
+Nothing of it is known to be a GPU's: that is the recorder's, so that a test can put another one in its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from indistill_fx.training.options.settings import Settings
+from indistill_fx.training.step.host_state import changed_in, host_state
+from indistill_fx.training.step.static_batch import Form, form_of, overwrite, static_copy
+
+WARM_UP = 3
+"""Steps that run as they are before the recording."""
+_MOST_FORMS = 16
+"""Forms of batches; with more before any has come often enough nothing is recorded."""
+
+
+class Recorder(Protocol):
+    """Where steps are recorded."""
+
+    def beside(self, run: Callable[[], Tensor]) -> Tensor:
+        """Run it as it is, where it would be recorded; whatever comes after sees what it did."""
+
+    def waiting(self) -> AbstractContextManager[list[str]]:
+        """Within the block it is noted where the program waits for the device; known after the block."""
+
+    def host_draws(self) -> object:
+        """The state of the host's random number generators, to be compared with a later one."""
+
+    def record(self, run: Callable[[], None]) -> Callable[[], None]:
+        """Record what it does on the device, without doing it; returns what does it.
+
+        Raises:
+            TrainError: it cannot be recorded, although nothing was seen that is in the way.
+        """
+
+
+def why_not_recorded(settings: Settings, device: str, processes: int) -> str | None:
+    """What is known beforehand to be in the way of recording the steps of a run; None: nothing.
+
+    Args:
+        settings: of the run.
+        device: its kind.
+        processes: how many train together.
+    """
+    if settings.graphs is False:
+        return "as asked for"
+    if device != "cuda":
+        return f"the device is a {device}"
+    if processes > 1:
+        return "the processes exchange gradients in every step"
+    return "a step has several batches (accumulate)" if settings.accumulate > 1 else None
+
+
+class RecordedStep:
+    """The step of one stage.
+
+    Args:
+        work: batch → loss (): forward, backward and update. It leaves no gradients.
+        recorder: where it is recorded.
+        watched: the modules that it runs.
+
+    Attributes:
+        reason: why it is not recorded; empty as long as it may be.
+        others: how many steps ran as they are after the recording, their batches being of another form.
+    """
+
+    def __init__(self, work: Callable[[Any], Tensor], recorder: Recorder, watched: nn.Module):
+        self._work, self._recorder, self._watched = work, recorder, watched
+        self._form: Form | None = None
+        self._ran: dict[Form, int] = {}
+        self._static: Any = None
+        self._loss: Tensor | None = None
+        self._replay: Callable[[], None] | None = None
+        self.reason, self.others = "", 0
+
+    @property
+    def note(self) -> str:
+        """How it went, in words."""
+        if self.reason:
+            return f"not recorded as a CUDA graph: {self.reason}"
+        if self._replay is None:
+            return "not recorded as a CUDA graph: it had too few steps"
+        count = f"{self.others} step{'s' if self.others > 1 else ''}"
+        more = f"; {count} on batches of another shape ran as they are" if self.others else ""
+        return f"recorded as a CUDA graph after {WARM_UP} steps{more}"
+
+    def __call__(self, batch: Any) -> Tensor:
+        """Take the step; returns the batch's loss (), in memory of its own."""
+        if self.reason:
+            return self._work(batch)
+        form = form_of(batch)
+        if self._replay is not None and form != self._form:
+            self.others += 1
+            return self._work(batch)
+        if self._replay is None and not self._ready(form):
+            return self._warmed_up(batch, form)
+        if self._replay is None:
+            self._record(batch, form)
+        overwrite(self._static, batch)
+        assert self._replay is not None and self._loss is not None
+        self._replay()
+        return self._loss.clone()
+
+    def _ready(self, form: Form) -> bool:
+        return self._ran.get(form, 0) >= WARM_UP
+
+    def _warmed_up(self, batch: Any, form: Form) -> Tensor:
+        """Rules 1 and 2."""
+        self._ran[form] = self._ran.get(form, 0) + 1
+        if len(self._ran) > _MOST_FORMS:
+            self.reason = "the batches have ever new shapes, or hold other things than tensors"
+            return self._work(batch)
+        if self._ran[form] < WARM_UP:
+            return self._run_beside(batch)
+        state, draws = host_state(self._watched), self._recorder.host_draws()
+        with self._recorder.waiting() as waits:
+            loss = self._run_beside(batch)
+        changed = changed_in(state, host_state(self._watched))
+        if waits:
+            self.reason = f"the step waits for the device, at {waits[0]}"
+        elif self._recorder.host_draws() != draws:
+            self.reason = "the step draws random numbers on the host"
+        elif changed:
+            more = f" and {len(changed) - 1} more" if changed[1:] else ""
+            self.reason = f"the step changes Python state: `{changed[0]}`{more}"
+        return loss
+
+    def _run_beside(self, batch: Any) -> Tensor:
+        loss = self._recorder.beside(lambda: self._work(batch))
+        self._loss = torch.zeros_like(loss)
+        return loss
+
+    def _record(self, batch: Any, form: Form) -> None:
+        """Rule 3."""
+        self._form, self._static, loss = form, static_copy(batch), self._loss
+        assert loss is not None
+
+        def run() -> None:
+            loss.copy_(self._work(self._static))
+
+        self._replay = self._recorder.record(run)

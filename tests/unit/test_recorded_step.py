@@ -1,0 +1,365 @@
+"""Recorded steps, with a tape in the place of a CUDA graph: the bits of steps that run as they are; what cannot be recorded is named."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import indistill_fx as ifx
+from indistill_fx.system.random_state import reseed
+from indistill_fx.training.options.averaging import make_average
+from indistill_fx.training.options.optimizers import make_optimizer
+from indistill_fx.training.options.settings import Settings
+from indistill_fx.training.parallel.processes import make_accelerator
+from indistill_fx.training.step.host_state import changed_in, host_state
+from indistill_fx.training.step.recorded import WARM_UP, RecordedStep, why_not_recorded
+from indistill_fx.training.step.static_batch import form_of, overwrite, static_copy
+from indistill_fx.training.step.step import Step
+from tests.nets import Cnn32, images, seeded
+from tests.tape import Tape
+
+CPU = torch.device("cpu")
+RATE = 2.0**-8  # a number of float32, in which a recorded optimiser has its rate
+
+
+class Net(nn.Module):
+    """A norm with statistics, dropout that draws on the device, and room for something that cannot be recorded."""
+
+    def __init__(self, habit: str = "") -> None:
+        super().__init__()
+        self.first, self.norm, self.drop = nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.3)
+        self.last, self.habit = nn.Linear(8, 3), habit
+        self.register_buffer("center", torch.zeros(8))
+        self.calls, self.seen = 0, []
+
+    def forward(self, batch: Any) -> Tensor:
+        x, labels = batch["x"], batch["labels"]
+        x = self.drop(F.relu(self.norm(self.first(x))))
+        if self.habit == "reads" and x.mean().item() > 1e9:
+            return x.sum()
+        if self.habit == "counts":
+            self.calls += 1
+        if self.habit == "lists":
+            self.seen.append(1)
+        if self.habit == "rebinds":
+            self.center = 0.9 * self.center + 0.1 * x.mean(0).detach()
+        if self.habit == "writes":
+            self.center.lerp_(x.mean(0).detach(), 0.1)
+        if self.habit == "draws":
+            x = x * random.random()
+        return F.cross_entropy(self.last(x + self.center), labels)
+
+
+def batch(number: int, size: int = 5) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(number)
+    return {
+        "x": torch.randn(size, 6, generator=generator),
+        "labels": torch.randint(3, (size,), generator=generator),
+    }
+
+
+def scaled(accelerator: Any, monkeypatch: pytest.MonkeyPatch) -> torch.amp.GradScaler:
+    """Give the accelerator what it has for fp16 on a GPU: a scaler that grows often."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=16.0, growth_interval=2)
+    monkeypatch.setattr(accelerator, "scaler", scaler)
+    monkeypatch.setattr(accelerator, "native_amp", True, raising=False)
+    monkeypatch.setattr(type(accelerator), "mixed_precision", property(lambda self: "fp16"))
+    return scaler
+
+
+@pytest.mark.parametrize("clip", [None, 0.05])
+def test_a_scaler_grows_shrinks_and_skips_steps_in_replays(clip, monkeypatch):
+    """The gradients of batch 7 are infinite at the scale that there is by then: its step is skipped in the recording too."""
+    found = []
+    for recorder in (Tape(), None):
+        net = seeded(lambda: nn.Linear(6, 3))
+        accelerator = make_accelerator(device="cpu", precision=None)
+        with monkeypatch.context() as patch:
+            scaler = scaled(accelerator, patch)
+            made = make_optimizer(
+                "adam", list(net.parameters()), learning_rate=RATE, weight_decay=0, momentum=0, recordable=True
+            )
+            loss_of = _Loss(net)
+            step = Step(accelerator, loss_of, accelerator.prepare_optimizer(made), clip_norm=clip, recorder=recorder)
+            scales, weights = [], []
+            for number in range(12):
+                given = batch(number)
+                given["x"] = given["x"] * (1e38 if number == 7 else 1)
+                loss = step.whole(given) if recorder is None else step.recorded(given)
+                scales.append((scaler.get_scale(), float(loss)))
+                weights.append(net.weight.detach().clone())
+        found.append((scales, weights))
+    assert found[0][0] == found[1][0]
+    assert all(torch.equal(one, other) for one, other in zip(found[0][1], found[1][1], strict=True))
+    only = [scale for scale, _ in found[0][0]]
+    assert only[7] < only[6] and only[5] > only[3] and torch.equal(found[0][1][6], found[0][1][7])
+
+
+class _Loss(nn.Module):
+    def __init__(self, net: nn.Module):
+        super().__init__()
+        self.net = net
+
+    def forward(self, batch: Any) -> Tensor:
+        return self.net(batch["x"]).square().mean()
+
+
+def trained(
+    recorder: Tape | None,
+    *,
+    optimizer: str = "adam",
+    habit: str = "",
+    sizes: tuple[int, ...] = (5,) * 12,
+    clip: float | None = 0.5,
+) -> tuple[list[float], dict[str, Tensor], Step]:
+    """Losses, weights and average after so many steps at a rate that rises, each drawing what follows from its number."""
+    net = seeded(lambda: Net(habit)).train()
+    average = make_average(net, 0.75, CPU)
+    accelerator = make_accelerator(device="cpu", precision=None)
+    made = make_optimizer(
+        optimizer,
+        list(net.parameters()),
+        learning_rate=RATE,
+        weight_decay=0.125,
+        momentum=0.5,
+        decay_norms=False,
+        recordable=True,
+    )
+    step = Step(
+        accelerator, net, accelerator.prepare_optimizer(made), clip_norm=clip,
+        after_update=lambda: average.update_parameters(net), recorder=recorder,
+    )  # fmt: skip
+    losses = []
+    for number, size in enumerate(sizes):
+        step.set_rate(RATE * min(1 + number // 2, 4))
+        reseed(0, 0, number, 0)
+        torch.randn(number)  # a draw of the loop's own before the step, such as mixup's
+        given = batch(number, size)
+        losses.append(float(step.whole(given) if step.recorded is None else step.recorded(given)))
+        assert all(parameter.grad is None for parameter in net.parameters())
+    tensors = {**net.state_dict(), **{f"average.{name}": value for name, value in average.state_dict().items()}}
+    return losses, {name: value.clone() for name, value in tensors.items()}, step
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
+@pytest.mark.parametrize("clip", [None, 0.05])
+@pytest.mark.parametrize("habit", ["", "writes"])
+def test_replayed_steps_have_the_bits_of_steps_that_run(optimizer, clip, habit):
+    """Rates, clipping, dropout, statistics, moments and the moving average; buffers that are written in place."""
+    tape = Tape()
+    losses, tensors, step = trained(tape, optimizer=optimizer, clip=clip, habit=habit)
+    expected, plain, _ = trained(None, optimizer=optimizer, clip=clip, habit=habit)
+    assert (tape.eager, tape.recordings, tape.replays) == (WARM_UP, 1, 12 - WARM_UP)
+    assert losses == expected and len(set(losses)) == 12
+    for name, value in plain.items():
+        assert torch.equal(tensors[name], value), name
+    assert step.recorded is not None and step.recorded.note == "recorded as a CUDA graph after 3 steps"
+
+
+def test_smaller_batches_run_as_they_are_between_replays():
+    sizes, tape = (5, 5, 3, 5, 5, 3, 5, 3, 5, 5), Tape()
+    losses, tensors, step = trained(tape, sizes=sizes)
+    expected, plain, _ = trained(None, sizes=sizes)
+    assert losses == expected
+    assert all(torch.equal(tensors[name], value) for name, value in plain.items())
+    assert tape.recordings == 1 and step.recorded is not None and step.recorded.others == 2
+    assert step.recorded.note.endswith("2 steps on batches of another shape ran as they are")
+
+
+@pytest.mark.parametrize(
+    ("habit", "reason"),
+    [
+        ("reads", "the step waits for the device, at own.py:7"),
+        ("counts", "the step changes Python state: `calls`"),
+        ("lists", "the step changes Python state: `seen`"),
+        ("rebinds", "the step changes Python state: `center`"),
+        ("draws", "the step draws random numbers on the host"),
+    ],
+)
+def test_what_cannot_be_recorded_is_named_and_runs_as_it_is(habit, reason):
+    tape = Tape()
+    losses, tensors, step = trained(tape, habit=habit)
+    expected, plain, _ = trained(None, habit=habit)
+    assert step.recorded is not None and step.recorded.reason == reason
+    assert step.recorded.note == f"not recorded as a CUDA graph: {reason}"
+    assert losses == expected and tape.recordings == 0 and tape.eager == WARM_UP
+    assert all(torch.equal(tensors[name], value) for name, value in plain.items())
+
+
+def test_the_tape_goes_wrong_where_a_graph_would(monkeypatch):
+    """Negative control: a rebound buffer that nobody watched for stands still in the recording."""
+    monkeypatch.setattr("indistill_fx.training.step.recorded.changed_in", lambda before, after: [])
+    tape = Tape()
+    losses, _, _ = trained(tape, habit="rebinds")
+    expected, _, _ = trained(None, habit="rebinds")
+    assert tape.recordings == 1 and losses[: WARM_UP + 1] == expected[: WARM_UP + 1] and losses != expected
+
+
+def test_ever_new_shapes_are_not_recorded():
+    tape = Tape()
+    _, _, step = trained(tape, sizes=tuple(range(2, 22)))
+    assert step.recorded is not None and step.recorded.reason.startswith("the batches have ever new shapes")
+    assert tape.recordings == 0
+
+
+def test_few_steps_are_not_recorded():
+    _, _, step = trained(Tape(), sizes=(5, 5))
+    assert step.recorded is not None and step.recorded.note.endswith("it had too few steps")
+
+
+def test_an_error_in_a_step_leaves_the_recorded_step_as_it_was():
+    def work(batch: Tensor) -> Tensor:
+        if batch.sum() > 100:
+            raise RuntimeError("no memory")
+        return batch.mean()
+
+    step = RecordedStep(work, Tape(), nn.Identity())
+    with pytest.raises(RuntimeError, match="no memory"):
+        step(torch.full((3,), 1000.0))
+    assert step(torch.ones(3)) == 1
+
+
+def test_a_loss_is_in_memory_of_its_own():
+    step = RecordedStep(lambda batch: batch.mean(), Tape(), nn.Identity())
+    losses = [step(torch.full((3,), float(number))) for number in range(WARM_UP + 4)]
+    assert [loss.item() for loss in losses] == [*range(WARM_UP + 4)]
+
+
+@dataclasses.dataclass
+class Given:
+    x: Tensor
+    name: str
+
+
+def test_forms_and_copies_of_batches():
+    x = torch.randn(2, 3, 4, 4)
+    alike = [
+        (x, (x, x)),
+        ([x, torch.arange(2)], 1),
+        ({"x": x, "teacher_features": {"layer": x}}, {"a": 1}),
+        Given(x, "one"),
+        x,
+    ]
+    for value in alike:
+        static = static_copy(value)
+        assert form_of(static) == form_of(value) and hash(form_of(value)) == hash(form_of(static))
+    static = static_copy({"x": x, "inner": [x]})
+    overwrite(static, {"x": x + 1, "inner": [x + 2]})
+    assert torch.equal(static["x"], x + 1) and torch.equal(static["inner"][0], x + 2)
+    different = [
+        x, x[:1], x.double(), x.to(memory_format=torch.channels_last), (x,), [x], {"x": x}, {"y": x}, (x, 1), (x, 2), (x, True),
+        Given(x, "one"), Given(x, "two"),
+    ]  # fmt: skip
+    assert len({form_of(value) for value in different}) == len(different)
+    thing = object()
+    assert form_of((x, thing)) != form_of((x, thing))  # nobody knows what is in it
+
+
+def test_what_changes_beside_tensors():
+    net = Net()
+    net.inner = nn.ModuleList([nn.Linear(2, 2)])
+    net.weights, net.table, net.nan = [torch.zeros(2)], {"a": {"b": 1}}, float("nan")
+    assert changed_in(host_state(net), host_state(net)) == []
+
+    def after(change) -> list[str]:
+        before = host_state(net)
+        change()
+        return changed_in(before, host_state(net))
+
+    assert after(lambda: net.norm.running_mean.add_(1)) == []
+    assert after(lambda: net.weights[0].add_(1)) == []
+    assert after(lambda: net.weights.__setitem__(0, torch.ones(2))) == ["weights"]
+    assert after(lambda: net.table["a"].update(b=2)) == ["table"]
+    assert after(lambda: setattr(net, "new", 1)) == ["new"]
+    assert after(lambda: delattr(net, "new")) == ["new"]
+    assert after(lambda: setattr(net.inner[0], "training", False)) == ["inner.0.training"]
+    assert after(lambda: setattr(net.last.weight, "data", torch.ones(3, 8))) == ["last.weight"]
+
+
+def test_what_is_known_beforehand():
+    assert why_not_recorded(Settings(), "cuda", 1) is None
+    assert why_not_recorded(Settings(graphs=True), "cpu", 1) == "the device is a cpu"
+    assert why_not_recorded(Settings(graphs=False), "cuda", 1) == "as asked for"
+    assert why_not_recorded(Settings(), "cuda", 2) == "the processes exchange gradients in every step"
+    assert why_not_recorded(Settings(accumulate=2), "cuda", 1) == "a step has several batches (accumulate)"
+
+
+@pytest.fixture
+def on_a_tape(monkeypatch):
+    """As on a GPU, with tapes for graphs."""
+    tapes: list[Tape] = []
+
+    def recorder(device: torch.device) -> Tape:
+        tapes.append(Tape())
+        return tapes[-1]
+
+    monkeypatch.setattr("indistill_fx.training.loop.CudaRecorder", recorder)
+    monkeypatch.setattr(
+        "indistill_fx.stages.teacher_guard._must_not_wait", lambda: True
+    )  # as while a graph is recorded
+    original = why_not_recorded
+    monkeypatch.setattr(
+        "indistill_fx.training.loop.why_not_recorded",
+        lambda settings, device, processes: original(settings, "cuda", processes),
+    )
+    return tapes
+
+
+def run(student: nn.Module, **options: Any) -> ifx.RunRecord:
+    teacher = seeded(lambda: Cnn32((16, 32, 64), 128))
+    data = [(images(6, 32, seed=k), torch.arange(6) + k % 3) for k in range(6)]
+    data.append((images(4, 32, seed=9), torch.arange(4)))
+    given: dict[str, Any] = {
+        "epochs": 2, "curriculum": ifx.Curriculum(lengths=[1, 1, 1], learning_rate=RATE), "learning_rate": RATE, "rise_steps": 8,
+        "clip_norm": 0.5, "average": 0.75, "label_smoothing": 0.125, "progress": False, "device": "cpu", "val_loader": data[:2],
+    }  # fmt: skip
+    return ifx.distill(teacher, student, data, **{**given, **options})
+
+
+def test_a_run_is_recorded_once_a_stage_and_ends_with_the_bits_of_one_that_is_not(on_a_tape, tmp_path):
+    recorded, plain = seeded(Cnn32), seeded(Cnn32)
+    record = run(recorded, run_dir=tmp_path / "recorded", mixed_precision="bf16")
+    expected = run(plain, graphs=False, mixed_precision="bf16")
+    assert [stage.notes for stage in record.stages] == [
+        (f"recorded as a CUDA graph after 3 steps; {count} on batches of another shape ran as they are",)
+        for count in ("1 step", "1 step", "1 step", "2 steps")
+    ]
+    assert [(tape.eager, tape.recordings) for tape in on_a_tape] == [(3, 1)] * 4
+    assert [tape.replays for tape in on_a_tape] == [3, 3, 3, 9]
+    assert [epoch.loss for epoch in record.epochs] == [epoch.loss for epoch in expected.epochs]
+    for name, value in plain.state_dict().items():
+        assert torch.equal(recorded.state_dict()[name], value), name
+    assert record.metrics == expected.metrics and record.average == expected.average
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+def test_a_recorded_run_is_resumed_with_or_without_recording(graphs, on_a_tape, tmp_path, monkeypatch):
+    from indistill_fx.training.loop import TrainingLoop
+
+    whole, again, count, original = seeded(Cnn32), seeded(Cnn32), [0], TrainingLoop._after_step
+    run(whole)
+
+    def stopping(loop, phase, step) -> None:
+        original(loop, phase, step)
+        count[0] += 1
+        if count[0] == 26:
+            raise RuntimeError("pulled the plug")
+
+    monkeypatch.setattr(TrainingLoop, "_after_step", stopping)
+    with pytest.raises(RuntimeError, match="pulled the plug"):
+        run(seeded(Cnn32), run_dir=tmp_path, checkpoint_every_steps=1)
+    run(again, run_dir=tmp_path, checkpoint_every_steps=1, resume=True, graphs=graphs)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+
+
+def test_on_a_cpu_the_record_says_why_nothing_is_recorded():
+    record = run(seeded(Cnn32), epochs=0)
+    assert record.environment["graphs"] == "off: the device is a cpu"
+    assert Settings(graphs=True).unused([], 1) == ["graphs has no effect: it is of NVIDIA GPUs, and the device is cpu"]
