@@ -80,8 +80,12 @@ class Names(click.ParamType[list[str]]):
         return value.split(",") if isinstance(value, str) else value
 
 
-def _or_auto(context: click.Context, option: click.Parameter, value: bool | None) -> bool | str:
-    return "auto" if value is None else value
+class _OrAuto(click.types.BoolParamType):
+    """On, off, or `auto` where neither was asked for."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """True, False or `auto`."""
+        return value if value == "auto" else super().convert(value, param, ctx)
 
 
 def _setting(name: str) -> Callable[[Command], Command]:
@@ -90,7 +94,7 @@ def _setting(name: str) -> Callable[[Command], Command]:
     flag = f"--{known.flag or name.replace('_', '-')}"
     if set(get_args(hint)) == {"auto", True, False}:
         both = f"{flag}/--no-{flag.removeprefix('--')}"
-        return click.option(both, name, is_flag=True, default=None, callback=_or_auto, help=known.help)
+        return click.option(both, name, is_flag=True, default=default, type=_OrAuto(), help=known.help)
     if hint is bool:
         both = f"{flag}/--no-{flag.removeprefix('--')}" if default else flag
         return click.option(both, name, is_flag=True, default=default, show_default=default, help=known.help)

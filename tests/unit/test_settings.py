@@ -25,6 +25,12 @@ def test_the_command_line_has_every_option_with_its_default_and_its_text():
         assert shown[name].help == about(name).help
 
 
+@pytest.mark.parametrize(("asked", "value"), [([], "auto"), (["--graphs"], True), (["--no-graphs"], False)])
+def test_the_flags_of_an_option_with_three_values(asked, value):
+    context = train.command.make_context("train", ["model", "--data", "digits", "-o", "run", *asked])
+    assert context.params["graphs"] is value or context.params["graphs"] == value == "auto"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -44,6 +50,11 @@ def test_the_command_line_has_every_option_with_its_default_and_its_text():
         ({"milestones": [3]}, "no other schedule reads them"),
         ({"main_steps": 0}, "an integer, 1 or more, or None"),
         ({"main_steps": 3, "schedule": "cosine"}, "goes by epochs, and the main stage is to have 3 steps"),
+        ({"graphs": 1}, "graphs is '1'"),
+        ({"graphs": "on"}, "graphs is 'on'"),
+        ({"tf32": "some"}, "tf32 is 'some'"),
+        ({"device": 0}, "device is 0; it must be a name"),
+        ({"compile_mode": "fast"}, "compile_mode is 'fast'"),
         ({"lerning_rate": 1.0}, "Nearest: learning_rate"),
     ],
 )

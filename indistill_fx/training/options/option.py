@@ -60,7 +60,7 @@ def check_value(name: str, value: object, hint: Any, option: About) -> None:
     kind = parts[0]
     if choices := get_args(kind):
         if isinstance(choices[0], str):
-            require_choice(name, value, choices)
+            require_choice(name, value if type(value) in map(type, choices) else repr(value), choices)
             return
         fine = isinstance(value, Sequence) and all(isinstance(entry, Integral) and int(entry) >= 0 for entry in value)
         expected = "a list of integers, each 0 or more"
