@@ -26,7 +26,7 @@ _COMMANDS: dict[str, str] = {
     "export": "Export a model to ONNX, with proof that it computes the same.",
     "report": "Show a run, or several, on one page: schedule, curves, models, kept channels.",
     "bench": "Time models and ONNX files side by side.",
-    "check": "Prove a deployed ONNX file again.",
+    "check": "Check that a deployed ONNX file is still the model it came from.",
     "demo": "The whole way on data that ships with scikit-learn, in about a minute.",
 }
 

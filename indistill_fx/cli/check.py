@@ -35,7 +35,7 @@ def command(
     trust: tuple[str, ...],
     **options: Any,
 ) -> int:
-    """Prove a deployed ONNX FILE again: readable, same inputs, graph, weights and outputs as the model.
+    """Check that a deployed ONNX FILE is still the model: it can be read, and has the same inputs, graph, weights and outputs.
 
     Exit code 2 if anything differs. The weights of an int8 file are compared up to rounding, its classes on DATA.
 

@@ -28,8 +28,8 @@ input_option = click.option(
     "inputs",
     multiple=True,
     metavar="SHAPE",
-    help="Shape of one input sample, such as 3x32x32; several inputs by name, whole numbers with their range: "
-    "input_ids:int64[0..30521]x128. [default: what the data or the model say]",
+    help="Shape of one input sample, such as 3x32x32. For several inputs give the name of each, and for integers their range: "
+    "input_ids:int64[0..30521]x128. [default: taken from the data or the model]",
 )
 trust_option = click.option(
     "--trust",
@@ -55,13 +55,13 @@ logits_option = click.option(
     "--logits",
     metavar="KEY",
     type=_Entry(),
-    help="Which entry of a dict (key) or tuple (place, from 0) the class scores are, where a model returns several.",
+    help="Where the class scores are if the model returns several outputs: a key of its dict, or an index (from 0) into its tuple.",
 )
 task_option = click.option(
     "--task",
     metavar="TASK",
     help="What the labels mean: classification, multilabel, regression, segmentation, language, embedding or file.py:task."
-    " [default: what the first batch leaves no doubt about]",
+    " [default: inferred from the labels of the first batch]",
 )
 device_option = click.option(
     "--device",

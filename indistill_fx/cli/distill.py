@@ -56,8 +56,8 @@ def _use_recipe(context: click.Context, parameter: click.Parameter, name: str) -
     "more_teachers",
     multiple=True,
     metavar="SPEC[=WEIGHT]",
-    help="A further teacher, with the weight of its logits; may be given several times, and TEACHER may have a weight too. Alike where"
-    " none is given.",
+    help="A further teacher and the weight of its logits; repeatable, and TEACHER may have a weight too. Without weights all count"
+    " equally.",
 )
 @click.option("--plan", "plan_file", metavar="FILE", help="Pairs from a file made by `align`. [default: align now]")
 @click.option(
@@ -149,8 +149,8 @@ def _use_recipe(context: click.Context, parameter: click.Parameter, name: str) -
 @click.option(
     "--assistant",
     metavar="SPEC|auto",
-    help="Distil TEACHER into this model first, and then this model into STUDENT. auto: TEACHER without so many of its"
-    " channels that its work lies half-way (geometrically) to the student's.",
+    help="Distil TEACHER into this model first, and then this model into STUDENT. auto: TEACHER pruned until its"
+    " MACs are the geometric mean of TEACHER's and STUDENT's.",
 )
 @click.option(
     "--assistant-epochs", type=click.IntRange(min=0), help="Of the assistant's main stage. [default: the recipe's]"
@@ -158,7 +158,7 @@ def _use_recipe(context: click.Context, parameter: click.Parameter, name: str) -
 @click.option(
     "--compare",
     is_flag=True,
-    help="Also train the student on labels alone and by the main loss alone, for as many epochs in all.",
+    help="Also train the same student on labels alone and by the main loss alone, for the same number of epochs.",
 )
 @training.qat_option
 @click.option(

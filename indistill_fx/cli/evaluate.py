@@ -20,9 +20,13 @@ from indistill_fx.cli import common, pictures
 @common.device_option
 @click.option("--limit", type=click.IntRange(min=1), help="Use only so many samples of each split.")
 @click.option(
-    "--workers", default=0, show_default=True, type=click.IntRange(min=0), help="Processes that read large images."
+    "--workers",
+    default=0,
+    show_default=True,
+    type=click.IntRange(min=0),
+    help="Worker processes that read large images.",
 )
-@click.option("--cache", metavar="DIR", help="Keep decoded small images here for the next time.")
+@click.option("--cache", metavar="DIR", help="Cache decoded small images in this folder.")
 @click.option("--batch-size", default=256, show_default=True, type=click.IntRange(min=1))
 @click.option(
     "--retrieval",

@@ -59,17 +59,17 @@ _OPTIONS = (
         "--size",
         type=_Size(),
         metavar="96|96x160",
-        help="Bring pictures to this size. [default: their own up to 64 pixels, above that the model's]",
+        help="Resize images to this size. [default: their own up to 64 pixels; above that, the model's]",
     ),
     click.option("--channels", type=click.Choice(["1", "3"]), help="Grey or RGB. [default: what the model takes]"),
     click.option(
         "--mean",
         type=_Figures(),
         metavar="auto|NAME|A,B,C",
-        help="Normalise by this mean of values from 0 to 1. A word stands for mean and std: auto measures them; imagenet, cifar10,"
+        help="Normalise images with this mean (of values from 0 to 1). A word sets mean and std: auto measures them; imagenet, cifar10,"
         " cifar100, half. [default: the run's, or the data's own]",
     ),
-    click.option("--std", type=_Figures(), metavar="A,B,C", help="Normalise by this standard deviation."),
+    click.option("--std", type=_Figures(), metavar="A,B,C", help="Normalise images with this standard deviation."),
 )
 
 
@@ -105,16 +105,18 @@ _TEACHERS = (
         "--teacher-size",
         type=_Size(),
         metavar="224|96x160",
-        help="Resize the teacher's pictures to this size. [default: what its weights are known to want, else the student's]",
+        help="Resize the teacher's images to this size. [default: what its weights are known to want, else the student's]",
     ),
     click.option(
         "--teacher-mean",
         type=_Figures(),
         metavar="data|NAME|A,B,C",
-        help="What the teacher's pictures are normalised by; a word stands for mean and std, as with --mean; data: as the student's."
+        help="What the teacher's images are normalised with. A word sets mean and std, as with --mean; data: as the student's."
         " [default: what its weights are known to want, else the student's]",
     ),
-    click.option("--teacher-std", type=_Figures(), metavar="A,B,C", help="Likewise the standard deviation."),
+    click.option(
+        "--teacher-std", type=_Figures(), metavar="A,B,C", help="The standard deviation to go with --teacher-mean."
+    ),
     click.option(
         "--teacher-classes",
         type=_Classes(),

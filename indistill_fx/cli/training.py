@@ -121,7 +121,11 @@ _TRAINING: tuple[Callable[[Command], Command], ...] = (
     click.option("--batch-size", default=128, show_default=True, type=click.IntRange(min=1)),
     *(_setting(name) for name in hints()),
     click.option(
-        "--workers", default=0, show_default=True, type=click.IntRange(min=0), help="Processes that read large images."
+        "--workers",
+        default=0,
+        show_default=True,
+        type=click.IntRange(min=0),
+        help="Worker processes that read large images.",
     ),
     picture_options,
     click.option("--limit", type=click.IntRange(min=1), help="Use only so many samples of each split."),
@@ -132,7 +136,7 @@ _TRAINING: tuple[Callable[[Command], Command], ...] = (
         metavar="MAGNITUDE",
         help="Two operations of RandAugment on every training image, after shift and mirror, of this magnitude: 0 to 30, 9 is usual.",
     ),
-    click.option("--cache", metavar="DIR", help="Keep decoded small images here for the next time."),
+    click.option("--cache", metavar="DIR", help="Cache decoded small images in this folder."),
     logits_option,
     task_option,
     click.option("--resume", is_flag=True, help="Go on with the run in RUN_DIR, or begin if there is none."),
@@ -178,8 +182,8 @@ qat_option = click.option(
     "--qat",
     type=click.IntRange(min=1),
     metavar="EPOCHS",
-    help="Then train on for so many epochs as the int8 file will compute, into RUN_DIR/int8: for students of which `export --int8`"
-    " loses too much.",
+    help="Afterwards, train this many more epochs with weights and activations rounded as in an int8 file, into RUN_DIR/int8: for students"
+    " that lose too much with `export --int8`.",
 )
 
 
