@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import re
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -31,6 +33,19 @@ def test_the_python_of_a_guide_runs(guide, tmp_path):
             capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
+
+
+def test_how_it_works_prints_what_it_says():
+    """Each block of text is what the Python above it prints."""
+    page = (ROOT / "docs/how_it_works.md").read_text(encoding="utf-8")
+    home: dict[str, object] = {}
+    compared = 0
+    for code, text in re.findall(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", page, flags=re.S):
+        with redirect_stdout(io.StringIO()) as printed:
+            exec(compile(code, "how_it_works.md", "exec"), home)
+        assert printed.getvalue() == text
+        compared += bool(text)
+    assert compared == 8
 
 
 def test_every_public_name_is_in_the_reference():
