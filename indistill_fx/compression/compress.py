@@ -48,6 +48,7 @@ from indistill_fx.traced import TracedModel
 from indistill_fx.training.distill import distill, examples_of
 from indistill_fx.training.options.settings import Options
 from indistill_fx.training.recipes import RECIPES
+from indistill_fx.training.task import task_of_run
 
 STORY, START = "compress.json", "start.safetensors"
 
@@ -158,7 +159,9 @@ def compress(
         _check_free(home, resume)
         _check_teacher(source, judge)
         batches = calibration(train_loader if calibration_loader is None else calibration_loader, samples)
-        measure = Measure(batches, judge, clock if latency_ms is not None else None, say)
+        found = task_of_run(task, train_loader, source, model.inputs, logits=logits, required=False)
+        by = found.task if found.said else None  # what cannot be told is compared by the outputs' form
+        measure = Measure(batches, judge, clock if latency_ms is not None else None, say, by)
         untrained = make_student(in_both_modes(model, logits), budget, measure, criterion=criterion, round_to=round_to)
         made = _write(home, model, untrained, identity, every_block, say)
     given = {"curriculum": curriculum, "main": main, "main_options": main_options, "epochs": epochs}

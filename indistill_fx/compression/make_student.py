@@ -18,6 +18,7 @@ from indistill_fx.errors import ConfigError, PruneError
 from indistill_fx.evaluation.accuracy import Evaluation
 from indistill_fx.graph.interpret import run_keeping
 from indistill_fx.graph.module_state import evaluating
+from indistill_fx.losses.task import Task
 from indistill_fx.passes.contract import PassResult
 from indistill_fx.passes.pruning.budget import FLOOR
 from indistill_fx.passes.pruning.criteria import Criterion
@@ -72,7 +73,7 @@ class Step:
         name: of the step.
         macs: multiply-accumulates of one sample.
         parameters: their number.
-        divergence: KL of the outputs from the teacher's, on the calibration batches; None where it is not measured.
+        divergence: of the outputs from the teacher's, as the task compares them, on the calibration batches; None where it is not measured.
         accuracy: on the validation data; None where there are none, or the task has none.
         latency_ms: on the clock's target; None where it is not measured.
         metric: which of the task's metrics decides what is best.
@@ -128,6 +129,7 @@ class Measure:
     evaluate: Callable[[nn.Module], Evaluation] | None = None
     clock: Clock | None = None
     say: Callable[[str], None] = field(default=lambda text: None)
+    task: Task | None = None
 
     def step(self, name: str, teacher: TracedModel, model: TracedModel, latency_ms: float | None = None) -> Step:
         """Measure a step, and tell it."""
@@ -146,7 +148,7 @@ class Measure:
             for batch in self.batches:
                 inputs, _ = teacher.inputs_in(batch, where="The calibration")
                 outputs = [run_keeping(m.graph_module, [m.logits], *inputs)[1][m.logits] for m in (teacher, model)]
-                moved.append(divergence(teacher, outputs[0].float(), outputs[1].float()))
+                moved.append(divergence(teacher, outputs[0].float(), outputs[1].float(), self.task))
         return float(np.mean(moved))
 
 
@@ -175,7 +177,7 @@ def make_student(
     before = clock.ms(teacher.graph_module, teacher.example_inputs) if clock is not None else None
     steps = [measure.step("teacher", teacher, teacher, before)]
     known = analyse(teacher, criterion=criterion, loader=measure.batches if criterion != "l1" else None)
-    curves = sensitivities(teacher, known, measure.batches[:_FOR_CURVES])
+    curves = sensitivities(teacher, known, measure.batches[:_FOR_CURVES], measure.task)
     result, after = _best_widths(
         teacher, measure, lambda floor: _shrunk(teacher, known, curves, budget, clock, round_to, floor)
     )

@@ -16,6 +16,7 @@ from torch import Tensor, fx
 
 from indistill_fx.errors import ConfigError
 from indistill_fx.graph.module_state import evaluating
+from indistill_fx.losses.task import Task
 from indistill_fx.passes.pruning.budget import FLOOR
 from indistill_fx.passes.pruning.groups import Group
 from indistill_fx.passes.pruning.masked import Masked
@@ -33,7 +34,7 @@ class Curve:
     Attributes:
         path: the first layer that makes the channels.
         counts: how many of its channels stay, descending; the first is all.
-        rises: of the divergence of the outputs, in nats a sample, at each count; the first is 0. Never falls.
+        rises: of the divergence of the outputs at each count, in the unit of `divergence`; the first is 0. Never falls.
     """
 
     path: str
@@ -45,13 +46,14 @@ class Curve:
         return float(np.interp(count, self.counts[::-1], self.rises[::-1]))
 
 
-def sensitivities(model: TracedModel, known: Analysis, batches: Iterable[Any]) -> list[Curve]:
+def sensitivities(model: TracedModel, known: Analysis, batches: Iterable[Any], task: Task | None = None) -> list[Curve]:
     """Measure every group that may lose channels.
 
     Args:
         model: traced; it is not changed.
         known: its analysis; of a group, the channels with the lowest scores are masked first.
         batches: a few, in any form a loader gives; labels are not looked at.
+        task: how outputs are compared; see `divergence`.
 
     Returns:
         One curve for each of `known.classes.groups`.
@@ -72,7 +74,7 @@ def sensitivities(model: TracedModel, known: Analysis, batches: Iterable[Any]) -
                 if count < counts[-1]:
                     axes = known.axes(without(known, group, count))
                     moved = [
-                        divergence(model, one, masked_logits(model, axes, given))
+                        divergence(model, one, masked_logits(model, axes, given), task)
                         for one, given in zip(whole, inputs, strict=True)
                     ]
                     counts.append(count)
@@ -89,8 +91,15 @@ def without(known: Analysis, group: Group, count: int) -> Any:
     return stay
 
 
-def divergence(model: TracedModel, one: Tensor, other: Tensor) -> float:
-    """How far two outputs are apart: KL(one || other) of classes, in nats a sample; of what is no map of classes the relative square."""
+def divergence(model: TracedModel, one: Tensor, other: Tensor, task: Task | None = None) -> float:
+    """How far the model's outputs `other` are from `one`.
+
+    By the task: the KL of classes in nats a position, of labels in nats a label, or the mean square of values. Where the task is not
+    known, the KL over the channel axis, and the relative square where there is none.
+    """
+    if task is not None:
+        (moved, _), (whole, _) = task.prepare(other, None), task.prepare(one, None)
+        return float(task.divergence(moved, whole, None, 1.0))
     axis = model.facts[model.logits].channel_axis
     if axis is None or one.shape[axis] < 2:
         return float((one - other).square().mean() / one.var().clamp_min(1e-12))

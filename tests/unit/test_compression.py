@@ -16,8 +16,9 @@ from indistill_fx.compression.correspond import plan_of
 from indistill_fx.compression.latency import bisect
 from indistill_fx.compression.make_student import Budget, Measure, calibration, make_student
 from indistill_fx.compression.repair import repair
-from indistill_fx.compression.sensitivity import masked_logits, sensitivities, without
+from indistill_fx.compression.sensitivity import divergence, masked_logits, sensitivities, without
 from indistill_fx.compression.write_source import source_of
+from indistill_fx.losses.task import Classification, MultiLabel, Regression
 from indistill_fx.passes.pruning.shrink import analyse, keep_classes
 from tests.nets import Cnn32, Residual, TinyTransformer, images, seeded, unsettle
 
@@ -101,6 +102,38 @@ def test_a_sensitivity_is_the_divergence_of_the_shrunk_network():
     assert [curve.path for curve in curves] == [group.path for group in known.classes.groups]
     assert all(np.all(np.diff(curve.rises) >= 0) and curve.rises[0] == 0 for curve in curves)
     assert all(curve.at(curve.counts[-1]) == curve.rises[-1] for curve in curves)
+
+
+@pytest.mark.parametrize("task", [MultiLabel(), Regression(), Classification()])
+def test_the_task_says_how_far_outputs_moved(task):
+    """By hand in float64. Of labels and values a softmax would see nothing of what moves all of them alike."""
+    model = teacher_of()
+    one = 3 * torch.randn(6, 10, generator=torch.Generator().manual_seed(0))
+    other = one + 1
+    p, q = (torch.sigmoid(z.double()) for z in (one, other))
+    by_hand = {
+        "multilabel": (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).mean().item(),
+        "regression": 1.0,
+        "classification": 0.0,
+    }
+    assert divergence(model, one, other, task) == pytest.approx(by_hand[task.name], rel=1e-4, abs=1e-6)
+    assert divergence(model, one, other) == pytest.approx(0, abs=1e-6)
+
+
+def test_compress_compares_outputs_by_the_task_of_its_labels(tmp_path, monkeypatch):
+    seen = []
+
+    def noticed(model, one, other, task=None):
+        seen.append(type(task))
+        return divergence(model, one, other, task)
+
+    monkeypatch.setattr("indistill_fx.compression.make_student.divergence", noticed)
+    monkeypatch.setattr("indistill_fx.compression.sensitivity.divergence", noticed)
+    torch.manual_seed(0)
+    data = [(images(16, seed=k), torch.rand(16, 5) * (k + 1)) for k in range(2)]
+    quick = {"epochs": 1, "curriculum": ifx.Curriculum(lengths=[]), "main": "kd", "progress": False, "export": False}
+    made = ifx.compress(Residual(), data, run_dir=tmp_path / "run", macs=0.5, samples=32, **quick)
+    assert set(seen) == {Regression} and made.record.task == "regression"
 
 
 def test_widths_go_where_they_are_worth_most():
@@ -235,7 +268,7 @@ def test_widths_that_sensitivities_get_wrong_are_found_out_after_repair(monkeypa
     """Curves that call a layer worthless: the allocation alone would all but empty it."""
     model = teacher_of()
 
-    def misleading(teacher, known, batches):
+    def misleading(teacher, known, batches, task):
         first, *rest = sensitivities(teacher, known, batches)
         return [replace(first, rises=tuple(0.0 for _ in first.rises)), *rest]
 
