@@ -9,7 +9,7 @@
 Arms, most telling first: `joint` (what `compress` does: sensitivities, repair, all pairs at once, KD); `fed` (the same, but segments fed
 by the teacher) and `steps` (pair after pair); `kd` (the same student, KD alone); `unlabelled` (joint, with the teacher's answers
 alone); `tp` (Torch-Pruning 1.6, uniform L1 to the same work, then labels; without that package our own uniform L1); `l1kd` (that one,
-by KD); `freshkd` and `fresh` (our student's shape from fresh weights, by KD and by labels). Arms that are done are skipped,
+by KD); `freshjoint`, `freshkd` and `fresh` (our student's shape from new weights: joint, by KD, by labels). Arms that are done are skipped,
 interrupted ones go on; every arm's result is written at once.
 """
 
@@ -40,7 +40,7 @@ from indistill_fx.data.dataset import Data
 from indistill_fx.data.open import open_data
 from indistill_fx.evaluation.accuracy import evaluate
 
-ARMS = ("joint", "tp", "kd", "fed", "steps", "unlabelled", "l1kd", "freshkd", "fresh")
+ARMS = ("joint", "tp", "kd", "fed", "steps", "unlabelled", "l1kd", "freshjoint", "freshkd", "fresh")
 NO_WARMUP = Curriculum(lengths=[])
 
 
