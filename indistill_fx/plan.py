@@ -19,6 +19,8 @@ from indistill_fx.traced import TracedModel
 Adapter = Literal["none", "pool", "tokens_to_map"]
 """How two features are brought to one shape: not at all; the larger map pooled to the smaller; tokens laid out as a map, then pooled."""
 
+MADE = "the student was made of the teacher"
+"""Reason of the pairs of a student that `prune` or `compress` made: its channels are some of the teacher's."""
 LARGEST = 64 << 20
 """Bytes a plan file may have; a million pairs, which no pair of models has, would be several hundred."""
 

@@ -67,8 +67,8 @@ def _use_recipe(context: click.Context, parameter: click.Parameter, name: str) -
     show_default=True,
     is_eager=True,
     callback=_use_recipe,
-    help="Where the options not given come from. default: one epoch of MSE for every pair and three for the penultimate vectors,"
-    " then 20 of KD. retrieval: 12 for the penultimate vectors, then PKT for 18 epochs at 1e-3 and 3 at 1e-4,"
+    help="Where the options not given come from. default: the warm-up that pays for such a pair (the run"
+    " says which and why), then 20 epochs of KD. retrieval: 12 for the penultimate vectors, then PKT for 18 epochs at 1e-3 and 3 at 1e-4,"
     " which trains no classifier. compress: for a student made of the teacher, 6 epochs for all pairs at once,"
     " then 14 of KD. paper: 3, 4, 5, … epochs of MSE, then PKT for 48 epochs at 1e-3 and 10 at 1e-4; an assistant by 50 epochs of PKT.",
 )
@@ -127,7 +127,7 @@ def _use_recipe(context: click.Context, parameter: click.Parameter, name: str) -
     "--penultimate",
     metavar="EPOCHS",
     type=click.IntRange(min=0),
-    help="Epochs (or steps) of a last stage, for the penultimate vectors; 0: none. [default: the recipe's; 0 with --warmup-steps]",
+    help="Epochs (or steps) of a last stage, for the penultimate vectors; 0: none. [default: the recipe's, else 3; 0 with --warmup-steps]",
 )
 @click.option(
     "--keep",
@@ -303,9 +303,9 @@ def _assisted(
 _OF_THE_WARM_UP = ("layers", "warmup_loss", "warmup_lr", "warmup_optimizer", "patience", "feed", "together")
 
 
-def _curriculum(options: dict[str, Any]) -> Curriculum:
-    """The recipe's, with what was asked for in its place."""
-    from indistill_fx.training.recipes import RECIPES
+def _curriculum(options: dict[str, Any]) -> Curriculum | None:
+    """The recipe's, with what was asked for in its place; None: `distill` chooses."""
+    from indistill_fx.training.recipes import DEFAULT_CURRICULUM, RECIPES
 
     if options["assistant_epochs"] is not None and options["assistant"] is None:
         raise ConfigError(
@@ -336,8 +336,11 @@ def _curriculum(options: dict[str, Any]) -> Curriculum:
         asked |= {"lengths": options["warmup_steps"], "unit": "steps", "penultimate": options["penultimate"] or 0}
     elif options["warmup"]:
         asked["lengths"] = options["warmup"]
-    base: Curriculum = RECIPES[options["recipe"]].student["curriculum"]
-    return replace(base, **{name: value for name, value in asked.items() if value is not None})
+    asked = {name: value for name, value in asked.items() if value is not None}
+    base: Curriculum | None = RECIPES[options["recipe"]].student["curriculum"]
+    if base is None and not asked:
+        return None
+    return replace(base or DEFAULT_CURRICULUM, **asked)
 
 
 def _one_or_all(values: list[Any] | None) -> Any:

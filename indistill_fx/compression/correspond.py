@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from indistill_fx.errors import MatchError
 from indistill_fx.passes.pairing.match import match
-from indistill_fx.plan import AlignmentPlan, Layers, ModelStamp, Pair
+from indistill_fx.plan import MADE, AlignmentPlan, Layers, ModelStamp, Pair
 from indistill_fx.traced import TracedModel
 
 Axes = Mapping[tuple[str, int | str], Sequence[int]]
@@ -57,7 +57,7 @@ def _pair(pair: Pair, teacher: TracedModel, student: TracedModel, axes: Axes) ->
             "student": tap,
             "student_shape": facts[1].shape,
             "kept": tuple(kept) if kept is not None else None,
-            "reason": "the student was made of the teacher",
+            "reason": MADE,
             "score": 1.0,
         }
     )

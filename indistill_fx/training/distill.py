@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -34,13 +33,13 @@ from indistill_fx.stages.checks import check_classes
 from indistill_fx.stages.compile import compile_stages, joint_teachers, seeing, warmup_plan
 from indistill_fx.stages.stage import Stage
 from indistill_fx.traced import TracedModel
-from indistill_fx.training.feature_cache import FeatureStore, Joint, cache_features, cacheable
+from indistill_fx.training.feature_cache import FeatureStore, cacheable, stores_of
 from indistill_fx.training.identity import code_digest, described_loss
 from indistill_fx.training.options.mixing import make_mixing
 from indistill_fx.training.options.optimizers import check_optimizer
 from indistill_fx.training.options.settings import Options, Settings
 from indistill_fx.training.parallel.processes import target_of
-from indistill_fx.training.recipes import DEFAULT_CURRICULUM
+from indistill_fx.training.recipes import DEFAULT_CURRICULUM, default_curriculum, kept_curriculum
 from indistill_fx.training.state import Phase
 from indistill_fx.training.supervised import check_epochs, model_facts
 from indistill_fx.training.task import RunTask, task_of_run
@@ -87,8 +86,8 @@ def distill(
         train_loader: batches (inputs, labels) or (inputs, labels, indices), or dicts of inputs by name with `labels`
             and `indices`.
         plan: the pairs; that of the run resumed, else made by `align`, if None.
-        curriculum: the warm-up; `Curriculum(lengths=[])` is none, `Curriculum()` the paper's. By default that of
-            `RECIPES["default"]`.
+        curriculum: the warm-up; `Curriculum(lengths=[])` is none, `Curriculum()` the paper's. By default what pays for such a pair
+            (`default_curriculum`), and a line says which and why.
         main: the main loss: a name, `file.py:loss`, or a function (student, teacher, labels) → scalar; None: warm-up
             only.
         main_options: keyword arguments of the main loss.
@@ -130,7 +129,7 @@ def distill(
         int8=int8,
         loader=loader,
         plan=plan,
-        curriculum=curriculum or DEFAULT_CURRICULUM,
+        curriculum=curriculum,
         main=main,
         main_options=main_options,
         task=task,
@@ -167,7 +166,7 @@ class Distillation:
     int8: bool
     loader: EpochLoader
     plan: AlignmentPlan | None
-    curriculum: Curriculum
+    curriculum: Curriculum | None
     main: str | Callable[..., Tensor] | None
     main_options: Mapping[str, Any]
     task: str | Task | None
@@ -205,7 +204,9 @@ class Distillation:
             view=view_of(self.teacher_view, plan),
         )
         remarks: list[str] = []
-        plan = plan or align(*models, required=self.curriculum.wants_pairs)
+        plan = plan or align(*models, required=self.curriculum is not None and self.curriculum.wants_pairs)
+        curriculum, why = self._warmup(*models, plan, directory)
+        remarks += [why] if why else []
         if self.int8:
             rounded = fake_quantize(models[1])
             models = (models[0], rounded.value)
@@ -217,7 +218,7 @@ class Distillation:
         stages = compile_stages(
             *models,
             plan,
-            curriculum=self.curriculum,
+            curriculum=curriculum,
             main=self.main,
             main_options=self.main_options,
             target=target,
@@ -230,18 +231,18 @@ class Distillation:
             task = replace(task, check=lambda number, batch: None)
         stores: list[FeatureStore | None] = [None] * len(stages)
         if self.feature_cache is not None:
-            warm, _ = warmup_plan(plan, self.curriculum)
+            warm, _ = warmup_plan(plan, curriculum)
             joint = partial(joint_teachers, *models, warm, target=target)
-            stores = _cached(stages, self.loader, self.feature_cache, joint, accelerator, self.progress)
+            stores = stores_of(stages, self.loader, self.feature_cache, joint, accelerator, self.progress)
         return Setup(
             phases=_phases(stages, self.epochs, self.settings, stores),
             task=task,
             save=lambda where: plan.save(where.path / "plan.json") if where.writes else None,
             models={model.role: model_facts(model.module) | {"macs": model.macs} for model in models},
-            remarks=(*remarks, *_remarks(self.curriculum, plan)),
+            remarks=(*remarks, *_remarks(curriculum, plan)),
             view=plan.view,
             same_classes=same_classes,
-            identity=self._identity(*models, plan),
+            identity=self._identity(*models, plan, curriculum),
             mix=self._mixing(task, *models),
         )
 
@@ -267,12 +268,26 @@ class Distillation:
             required=self.validated or ours,
         )
 
-    def _identity(self, teacher: TracedModel, student: TracedModel, plan: AlignmentPlan) -> dict[str, Any]:
-        warm = bool(warmup_plan(plan, self.curriculum)[1] or self.curriculum.keep)
+    def _warmup(
+        self, teacher: TracedModel, student: TracedModel, plan: AlignmentPlan, directory: RunDirectory | None
+    ) -> tuple[Curriculum, str]:
+        """The curriculum asked for; else that of the run resumed, or what fits the pair, and a line that says why."""
+        if self.curriculum is not None:
+            return self.curriculum, ""
+        budget = self.settings.main_budget(self.epochs)
+        if self.main is None or not budget.length:  # then there is nothing but the warm-up
+            return DEFAULT_CURRICULUM, ""
+        kept = kept_curriculum(directory.path) if directory is not None and directory.resumes else None
+        return kept or default_curriculum(teacher, student, plan, budget, self.loader.length)
+
+    def _identity(
+        self, teacher: TracedModel, student: TracedModel, plan: AlignmentPlan, curriculum: Curriculum
+    ) -> dict[str, Any]:
+        warm = bool(warmup_plan(plan, curriculum)[1] or curriculum.keep)
         return {
             "main loss": described_loss(self.main, self.main_options),
-            "warm-up loss": described_loss(self.curriculum.loss, {}) if warm else None,
-            "warm-up feed": self.curriculum.feed if warm else None,
+            "warm-up loss": described_loss(curriculum.loss, {}) if warm else None,
+            "warm-up feed": curriculum.feed if warm else None,
             "plan": hashlib.sha256(plan.model_dump_json(exclude={"view"}).encode()).hexdigest()[:16],
             "what the teacher sees": str(plan.view or "") or None,
             "code of the teacher": code_digest(teacher.graph_module),
@@ -343,33 +358,6 @@ def examples_of(loader: Iterable[Any], *models: nn.Module | TracedModel) -> Sequ
     modules = [model.module if isinstance(model, TracedModel) else model for model in models]
     devices = [next((p.device for p in module.parameters()), torch.device("cpu")) for module in modules]
     return [call.to(device) for call, device in zip(parts.calls, devices, strict=True)]
-
-
-def _cached(
-    stages: Sequence[Stage],
-    loader: EpochLoader,
-    directory: str | os.PathLike[str],
-    joint: Joint,
-    accelerator: Accelerator,
-    progress: bool,
-) -> list[FeatureStore | None]:
-    """The features of all stages with a length: filled by one process of each machine, then read by all."""
-    wanted = [stage for stage in stages if stage.budget is None or stage.budget.length]
-    fill = partial(
-        cache_features,
-        wanted,
-        loader,
-        directory,
-        joint=joint,
-        precision=accelerator.mixed_precision,
-        autocast=accelerator.autocast,
-        device=accelerator.device,
-    )
-    shown = progress and accelerator.is_main_process
-    with accelerator.local_main_process_first():
-        stores = fill(say=(lambda text: print(text, file=sys.stderr, flush=True)) if shown else lambda text: None)
-    found = {id(stage): store for stage, store in zip(wanted, stores, strict=True)}
-    return [found.get(id(stage)) for stage in stages]
 
 
 def _phases(

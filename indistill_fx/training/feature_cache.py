@@ -15,12 +15,15 @@ import json
 import math
 import os
 import shutil
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from filelock import FileLock
 from torch import Tensor, fx
@@ -294,3 +297,30 @@ def _teacher(stage: Stage) -> fx.GraphModule:
 def _key(graph: fx.GraphModule, told: str) -> str:
     """Digest of the graph's code, of its layers' settings and of its tensors."""
     return hashlib.sha256(f"{told}\n{graph.code}\n{settings_of(graph)}\n{digest(graph)}".encode()).hexdigest()[:24]
+
+
+def stores_of(
+    stages: Sequence[Stage],
+    loader: EpochLoader,
+    directory: str | os.PathLike[str],
+    joint: Joint,
+    accelerator: Accelerator,
+    progress: bool,
+) -> list[FeatureStore | None]:
+    """The features of all stages with a length, by the graphs of `joint`: filled by one process of each machine, then read by all."""
+    wanted = [stage for stage in stages if stage.budget is None or stage.budget.length]
+    fill = partial(
+        cache_features,
+        wanted,
+        loader,
+        directory,
+        joint=joint,
+        precision=accelerator.mixed_precision,
+        autocast=accelerator.autocast,
+        device=accelerator.device,
+    )
+    shown = progress and accelerator.is_main_process
+    with accelerator.local_main_process_first():
+        stores = fill(say=(lambda text: print(text, file=sys.stderr, flush=True)) if shown else lambda text: None)
+    found = {id(stage): store for stage, store in zip(wanted, stores, strict=True)}
+    return [found.get(id(stage)) for stage in stages]

@@ -1,15 +1,23 @@
 """Whole ways of training by name: arguments of `distill`, and of the run that makes an assistant.
 
 ifx.distill(teacher, student, loader, **RECIPES["paper"].student)
+
+And `default_curriculum`: the warm-up that is taken where nobody asks for one.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from indistill_fx.curriculum import Curriculum
+from indistill_fx.curriculum import PAIRS, Budget, Curriculum
+from indistill_fx.graph.ops import op_name
+from indistill_fx.plan import MADE, AlignmentPlan
+from indistill_fx.system.files import read_bounded
+from indistill_fx.traced import TracedModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +37,12 @@ class Recipe:
 
 NO_WARMUP = Curriculum(lengths=[])
 DEFAULT_CURRICULUM = Curriculum(lengths=1, penultimate=3)
+"""Where a warm-up is asked for, but not which: what paid best for KD on the paper's pair, early on and in the end (docs/results.md)."""
 
 RECIPES: dict[str, Recipe] = {
-    # The penultimate vectors, and short stages: what paid best for KD on the paper's pair, early on and in the end (docs/results.md).
     "default": Recipe(
-        "An epoch of MSE a pair and three for the penultimate vectors, then KD; an assistant learns by KD alone.",
-        student={"main": "kd", "epochs": 20, "curriculum": DEFAULT_CURRICULUM},
+        "The warm-up that pays for such a pair, then KD; an assistant learns by KD alone.",
+        student={"main": "kd", "epochs": 20, "curriculum": None},
         assistant={"curriculum": NO_WARMUP},
     ),
     # What paid best for PKT on the paper's pair, at equal epochs in all and at equal main epochs (docs/results.md).
@@ -80,3 +88,58 @@ RECIPES: dict[str, Recipe] = {
         assistant={"curriculum": NO_WARMUP, "epochs": 50, "schedule": "constant", "milestones": []},
     ),
 }
+
+
+_LEAST_STEPS = 30
+_LEAST_STEPS_SMALL, _SMALL = 100, 0.2
+"""Optimiser steps of a warm-up below which it lost to KD; more of them for students of less than this share of the teacher's MACs."""
+
+
+def default_curriculum(
+    teacher: TracedModel, student: TracedModel, plan: AlignmentPlan, main: Budget, batches: int | None
+) -> tuple[Curriculum, str]:
+    """The warm-up that pays for such a pair, by the map of docs/results.md.
+
+    A student of the teacher's own kind (the same operations, in other widths) can hold the teacher's features, and learns all
+    pairs at once for half as long as the main stage; one of another kind cannot, and has none.
+
+    Args:
+        teacher: traced.
+        student: traced.
+        plan: their pairs.
+        main: length of the main stage.
+        batches: of an epoch; None: not known.
+
+    Returns:
+        The curriculum, and a line that says why.
+    """
+    share = student.macs / max(teacher.macs, 1)
+    length = main.length // 2
+    steps = length if main.unit == "steps" else length * batches if batches is not None else None
+    made = any(pair.reason == MADE for pair in plan.pairs)
+    least = _LEAST_STEPS_SMALL if share < _SMALL and not made else _LEAST_STEPS
+    if not plan.pairs:
+        return NO_WARMUP, "no warm-up: the two have no layers that can be paired"
+    if not made and _operations(teacher) != _operations(student):
+        return NO_WARMUP, f"no warm-up: the student is of another kind, with {100 * share:.2g}% of the teacher's MACs"
+    if steps is not None and steps < least:
+        return NO_WARMUP, f"no warm-up: half of the main stage is {steps} steps, and one pays from {least} on"
+    kind = "was made of the teacher" if made else "is of the teacher's kind"
+    return Curriculum(together=True, lengths=length, unit=main.unit), f"warm-up: the student {kind}"
+
+
+def _operations(model: TracedModel) -> list[str]:
+    return [op_name(node) for node in model.graph_module.graph.nodes]
+
+
+def kept_curriculum(run_dir: Path) -> tuple[Curriculum, str] | None:
+    """What `default_curriculum` had chosen for the run in a directory; None where that cannot be read."""
+    try:
+        phases = json.loads(read_bounded(run_dir / "run.json", 1 << 26))["phases"]
+        lengths = {phase["name"]: (phase["length"], phase["unit"]) for phase in phases if not phase["main"]}
+        if not lengths:
+            return NO_WARMUP, ""
+        length, unit = lengths[PAIRS]
+        return Curriculum(together=True, lengths=length, unit=unit), ""
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
