@@ -100,13 +100,50 @@ def test_the_warm_up_is_what_was_asked_for(here, capsys, options, schedule):
     assert shown.index("Teacher's accuracy") < shown.index("\n".join(schedule)) < shown.index("loss")
 
 
+def test_the_warm_up_that_nobody_asked_for_follows_from_the_pair(here):
+    """One of the teacher's kind learns all pairs at once; there must be steps enough, and a resumed run keeps its own."""
+    told("distill", *PAIR, *QUICK, "-o", "short", "--epochs", "20")
+    assert story("short")["schedule"] == [
+        "main: 20 epochs, adam, learning rate 0.001",
+        "no warm-up: half of the main stage is 20 steps, and one pays from 30 on",
+    ]
+    told("distill", *PAIR, *QUICK, "-o", "long", "--epochs", "30")
+    assert story("long")["schedule"] == [
+        "all pairs: 15 epochs, adam, learning rate 0.001",
+        "main: 30 epochs, adam, learning rate 0.001",
+        "warm-up: the student is of the teacher's kind",
+    ]
+    told("distill", *PAIR, *QUICK, "-o", "long", "--epochs", "32", "--resume")
+    assert story("long")["schedule"][:2] == [
+        "all pairs: 15 epochs, adam, learning rate 0.001",
+        "main: 32 epochs, adam, learning rate 0.001",
+    ]
+    told("distill", *PAIR, *QUICK, "-o", "steps", "--main-steps", "60")
+    assert story("steps")["schedule"][0] == "all pairs: 30 steps, adam, learning rate 0.001"
+    told(
+        "distill",
+        "indistill_fx.demo:DigitsTeacher",
+        "indistill_fx.demo:DigitsStudent",
+        *QUICK,
+        "-o",
+        "other",
+        "--epochs",
+        "1",
+    )
+    assert (
+        story("other")["schedule"][1] == "no warm-up: the student is of another kind, with 0.4% of the teacher's MACs"
+    )
+
+
 def test_models_without_layers_in_common_are_distilled_by_their_logits(here, capsys):
     models = ["models.py:make", "models.py:linear"]
-    assert run(["distill", *models, *QUICK, "-o", "refused"]) == 2
+    assert run(["distill", *models, *QUICK, "-o", "refused", "--warmup", "1"]) == 2
     assert "without a warm-up (--no-warmup)" in " ".join(capsys.readouterr().err.split())
     told("distill", *models, *QUICK, "-o", "run", "--epochs", "1", "--no-warmup")
     assert story("run")["schedule"] == ["main: 1 epoch, adam, learning rate 0.001"]
     assert json.loads((here / "run/plan.json").read_text())["pairs"] == []
+    told("distill", *models, *QUICK, "-o", "chosen", "--epochs", "1")
+    assert story("chosen")["schedule"][1:] == ["no warm-up: the two have no layers that can be paired"]
     told("distill", *models, "--teacher", "models.py:make?width=8", *QUICK, "-o", "two", "--epochs", "1", "--no-warmup")
     assert run(["distill", *models, *QUICK, "-o", "at", "--no-warmup", "--main", "at"]) == 2
     assert "no layers of the two models go together" in " ".join(capsys.readouterr().err.split())
