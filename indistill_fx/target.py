@@ -92,6 +92,12 @@ def chosen_device(name: str) -> torch.device:
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
+def old_driver() -> str:
+    """What torch says of a driver of NVIDIA's that is too old for it; empty where there is none, or it is not."""
+    told = _why_no_cuda()
+    return told.strip() if "driver" in told and "too old" in told else ""
+
+
 def _why_no_cuda() -> str:
     """What torch has to say where it can use no GPU of NVIDIA's: built without CUDA, no driver, or one that is too old."""
     if torch.cuda.is_available():

@@ -37,3 +37,21 @@ def noticing_full_memory(stage: str, batch: Any, *, accumulate: int, kept: bool)
             got=size,
             hint=smaller if size > 1 else "Take a smaller student, smaller inputs, or --mixed-precision bf16.",
         ) from error
+
+
+@contextmanager
+def noticing_full_memory_elsewhere() -> Iterator[None]:
+    """Within the block, a device that runs out of memory outside of a training step is an error too.
+
+    Raises:
+        TrainError: it did.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise TrainError(
+            "The device has no memory left outside of a training step: for tracing, the teacher's features or validation.",
+            where="device",
+            hint="Take smaller batches (--batch-size), --mixed-precision bf16, or --no-graphs: a recorded step keeps the memory it ran in."
+            " The last checkpoint, if there is one, is good.",
+        ) from error

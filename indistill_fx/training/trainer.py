@@ -24,12 +24,13 @@ from indistill_fx.graph.view import View
 from indistill_fx.runs.checkpoint import state_tensors
 from indistill_fx.runs.directory import AVERAGE, LAST, STUDENT, RunDirectory
 from indistill_fx.runs.record import EpochRecord, MetricFacts, RunRecord, StageRecord, environment
-from indistill_fx.system.allocator import freed_memory_kept
 from indistill_fx.system.random_state import own_randomness
 from indistill_fx.system.signals import StopRequest
 from indistill_fx.system.tensor_files import save_tensors
+from indistill_fx.target import old_driver
 from indistill_fx.training.identity import described_task, identity_of
 from indistill_fx.training.loop import TrainingLoop
+from indistill_fx.training.memory import noticing_full_memory_elsewhere
 from indistill_fx.training.nonfinite import require_finite
 from indistill_fx.training.options.settings import Settings
 from indistill_fx.training.parallel.devices import computing_on, device_facts, peak_memory
@@ -121,16 +122,14 @@ class Trainer:
             if model is not None:
                 require_finite(model, role)
         teacher = digest(self.teacher) if self.teacher is not None else None
-        with own_randomness(self.settings.seed):
+        with (
+            own_randomness(self.settings.seed),
+            computing_on(accelerator.device, self.settings.tf32),
+            noticing_full_memory_elsewhere(),
+        ):
             setup = set_up(directory, accelerator)
             with directory or nullcontext():
-                on_cpu = accelerator.device.type == "cpu"
-                with (
-                    computing_on(accelerator.device, self.settings.tf32),
-                    noticing_dead_readers(),
-                    _as_found(self.student),
-                    freed_memory_kept(enabled=on_cpu),
-                ):
+                with noticing_dead_readers(), _as_found(self.student):
                     loop, taught = self._train(setup, directory, accelerator, teacher)
                 if self.teacher is not None and digest(self.teacher) != teacher:
                     raise PassError("Training changed the teacher, which is a defect of ours.", where="teacher")
@@ -245,6 +244,9 @@ class Trainer:
     def _schedule(self, setup: Setup, phases: Sequence[Phase], loader: EpochLoader, device: torch.device) -> list[str]:
         """What will be done, and what is to be known of it, in lines."""
         lines = [f"{phase.name}: {self._described(phase)}" for phase in phases]
+        lines += [
+            f"the GPU is not used: {why}" for why in [old_driver() if self.settings.device == "auto" else ""] if why
+        ]
         lines += [*setup.remarks, *loader.remarks]
         lines += self.settings.unused([phase.budget for phase in phases], loader.world, device.type)
         if loader.length is None and any(phase.budget.unit == "epochs" for phase in phases):

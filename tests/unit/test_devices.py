@@ -15,6 +15,7 @@ import indistill_fx as ifx
 import indistill_fx.target as targets
 from indistill_fx.cli import run
 from indistill_fx.report.work import Work
+from indistill_fx.training.memory import noticing_full_memory_elsewhere
 from indistill_fx.training.options.settings import Settings
 from indistill_fx.training.parallel import devices, processes
 from indistill_fx.training.step.losses import Losses
@@ -56,6 +57,29 @@ def test_why_there_is_no_cuda_is_said(version, message, monkeypatch):
     with pytest.raises(ifx.ConfigError, match="no device 'cuda:0'") as caught:
         ifx.Target("cuda:0")
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("says", "noted"),
+    [("The NVIDIA driver on your system is too old (found version 11040).", True), ("Found no NVIDIA driver.", False)],
+)
+def test_a_driver_that_is_too_old_is_said_where_a_gpu_would_be_taken(says, noted, monkeypatch, tmp_path):
+    def refuses() -> None:
+        raise RuntimeError(says)
+
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "init", refuses)
+    ifx.train(nn.Linear(4, 3), batches(), epochs=1, run_dir=tmp_path, progress=False)
+    schedule = json.loads((tmp_path / "run.json").read_text())["schedule"]
+    assert (f"the GPU is not used: torch says: {says}" in schedule) is noted
+
+
+def test_no_memory_outside_of_a_step_is_said():
+    with (
+        pytest.raises(ifx.TrainError, match=r"no memory left outside of a training step(.|\n)*--no-graphs"),
+        noticing_full_memory_elsewhere(),
+    ):
+        raise torch.OutOfMemoryError("full")
 
 
 def test_a_dtype_that_the_device_cannot_compute_is_refused_with_the_settings(monkeypatch):

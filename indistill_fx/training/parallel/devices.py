@@ -10,19 +10,21 @@ from typing import Any
 
 import torch
 
+from indistill_fx.system.allocator import freed_memory_kept
 from indistill_fx.training.options.settings import Tf32
 
 
 @contextmanager
 def computing_on(device: torch.device, tf32: Tf32) -> Iterator[None]:
-    """Within the block the device is torch's current one of its kind, and a GPU computes float32 as asked.
+    """Within the block the device is torch's current one of its kind: a GPU computes float32 as asked, a CPU keeps freed memory.
 
     Args:
         device: of the run.
         tf32: what NVIDIA GPUs compute in TF32: nothing, convolutions (torch's default), or matrix products too.
     """
     if device.type != "cuda":
-        yield
+        with freed_memory_kept(enabled=device.type == "cpu"):
+            yield
         return
     convolutions, products = torch.backends.cudnn, torch.backends.cuda.matmul
     with ExitStack() as stack, warnings.catch_warnings():
