@@ -28,7 +28,7 @@ def refuse_changes(teacher: nn.Module) -> Callable[[nn.Module, Any], None]:
 
     Returns:
         The hook. It raises a ConfigError that names the first weight that is other than it was. What torch.compile has compiled does not
-        call it.
+        call it, nor does a recorded step; `distill` compares the whole teacher at its end.
     """
     tensors = {name: tensor for name, tensor in (*teacher.named_parameters(), *teacher.named_buffers())}
     seen = {name: (_version(tensor), _checksum(tensor)) for name, tensor in tensors.items()}

@@ -128,7 +128,7 @@ class TrainingLoop:
                     while self.state.phase == index:
                         self._train_epoch(phase, step)
                         self._close_epoch(phase, step)
-            self._saver.shards = None
+            self._saver.shards, step.recorded = None, None  # a recording keeps its memory as long as it lives
         self._accelerator.unwrap_model(step.module, keep_fp32_wrapper=False)
 
     def _train_epoch(self, phase: Phase, step: Step) -> None:

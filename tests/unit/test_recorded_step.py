@@ -370,6 +370,7 @@ def test_the_calls_of_a_recording(cuda):
     [
         (RuntimeError("cannot copy\nnow"), TrainError, r"recorded as a CUDA graph: cannot copy now(.|\n)*--no-graphs"),
         (torch.OutOfMemoryError("full"), torch.OutOfMemoryError, "full"),
+        (KeyboardInterrupt("now"), KeyboardInterrupt, "now"),
     ],
 )
 def test_a_recording_that_breaks_off_says_why_and_leaves_torch_usable(error, kind, message, cuda):

@@ -75,16 +75,23 @@ class CudaRecorder:
         Other threads may go on meanwhile (those that read data pin memory); only what this one does is held to the rules of a recording.
         """
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
-        fresh = torch.Generator(self._device)
+        fresh, first = torch.Generator(self._device), list[BaseException]()
         gc.collect()
         collecting = gc.isenabled()
         gc.disable()  # what is freed in a recording could be another one
         try:
             with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
-                run()
-        except Exception as error:
+                try:
+                    run()
+                except BaseException as error:
+                    first.append(error)  # the end of a recording that has failed raises another
+                    raise
+        except BaseException as error:
             self._leave(current, fresh)
-            raise _failed(error) from error
+            cause = first[0] if first else error
+            if isinstance(cause, torch.OutOfMemoryError) or not isinstance(cause, Exception):
+                raise cause from None
+            raise _failed(cause) from cause
         finally:
             if collecting:
                 gc.enable()
@@ -96,16 +103,9 @@ class CudaRecorder:
         torch.cuda.default_generators[self._device.index].graphsafe_set_state(fresh.graphsafe_get_state())
 
 
-def _failed(error: BaseException) -> Exception:
-    """The first error is the cause: a recording that ends after one raises another."""
-    first = error
-    while first.__context__ is not None:
-        first = first.__context__
-    if isinstance(first, torch.OutOfMemoryError):
-        return first
-    text = " ".join(str(first).split())[:300]
+def _failed(cause: Exception) -> TrainError:
     return TrainError(
-        f"The step could not be recorded as a CUDA graph: {text}",
+        f"The step could not be recorded as a CUDA graph: {' '.join(str(cause).split())[:300]}",
         where="graphs",
         hint="Run without (graphs=False, --no-graphs); with resume=True (--resume) it goes on from the last checkpoint.",
     )
