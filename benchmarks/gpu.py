@@ -38,7 +38,6 @@ from benchmarks.gpu_ways import PAIRS, Row, correctness, data_on_and_off, eager,
 from benchmarks.warmup_ways import HookBaseline
 from indistill_fx.data.augment import FlipAndCrop
 from indistill_fx.data.loaders import MemoryLoader
-from indistill_fx.passes.lowering.layout import laid_out
 from indistill_fx.passes.lowering.table import LOWERINGS, Lowerings
 from indistill_fx.target import Target
 from indistill_fx.training.recipes import RECIPES
@@ -86,14 +85,12 @@ class Measured:
     def ours(self, *, compiled: bool = False, lowerings: Lowerings | None = None) -> ifx.Stage:
         """Our stage; its student's weights lie as the trainer would lay them."""
         mine = copy.deepcopy(self.student).train()
+        mine = mine.to(memory_format=torch.channels_last) if self.last else mine
         stages = ifx.compile_stages(
             self.teacher, mine, self.plan, main=None, example_inputs=self.x[:2],
             target=Target(self.device, self.dtype, compiled), lowerings=lowerings,
         )  # fmt: skip
-        stage = stages[self.number - 1].train()
-        if self.last:
-            laid_out(stage.student).__enter__()  # for good: the copy is nobody else's
-        return stage
+        return stages[self.number - 1].train()
 
     def hooks(self) -> nn.Module:
         """The plain way."""
@@ -131,8 +128,8 @@ class Measured:
         """Milliseconds, peak memory and seconds to the second step of each way."""
         steps: dict[str, Callable[[], Any]] = {}
         cuda, row = self.device.startswith("cuda"), self.row
+        torch._dynamo.reset()  # once: it would let go of what the ways before have compiled
         for key, make in makers.items():
-            torch._dynamo.reset()
             try:
                 before = 0
                 if cuda:

@@ -129,7 +129,7 @@ def exact() -> Iterator[None]:
 
 
 def correctness(device: str, tiny: bool) -> list[Row]:
-    """Loss and gradients of every stage of the paper's pair beside float64 on the CPU, TF32 off; and those of every rewrite in float32."""
+    """Loss and gradients of every stage of the paper's pair beside float64 on the CPU, TF32 off."""
     rows = []
     torch.manual_seed(0)
     teacher, student = paper()
