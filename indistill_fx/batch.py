@@ -46,6 +46,11 @@ class Inputs:
     anything: bool = False
     owner: str = ""
 
+    @property
+    def by_number(self) -> bool:
+        """Whether it takes nothing but the samples' places in the data set: it has saved outputs."""
+        return self.required == (INDICES,)
+
     @staticmethod
     def of(model: nn.Module) -> Inputs:
         """Of a module, by its forward's signature; of a graph, by its placeholders."""
@@ -109,6 +114,8 @@ class Call:
         """
         if isinstance(example, Call):
             return example
+        if model.by_number:
+            return Call((torch.arange(2),))
         if isinstance(example, Tensor):
             return Call((example,))
         entries = named(example)
@@ -217,7 +224,8 @@ def _by_name(entries: Mapping[str, Any], model: Inputs, batch: Any, where: str) 
 
 def _by_order(batch: Any, models: Sequence[Inputs], where: str) -> Parts:
     values: Sequence[Any] = (batch,) if isinstance(batch, Tensor) else batch
-    count = max((len(model.required) for model in models), default=1)
+    plain = [model for model in models if not model.by_number]
+    count = max((len(model.required) for model in plain), default=1)
     if not isinstance(values, (tuple, list)) or len(values) < count:
         names = next(model.required for model in models if len(model.required) == count)
         raise ConfigError(
@@ -227,7 +235,7 @@ def _by_order(batch: Any, models: Sequence[Inputs], where: str) -> Parts:
             expected=f"inputs {', '.join(names)}, then labels",
             hint=f"Let the loader yield a tuple of tensors ({', '.join(names)}, labels) or a dict with these names.",
         )
-    for model in models:
+    for model in plain:
         for name, value in zip(model.required, values, strict=False):
             if not isinstance(value, Tensor):
                 raise unfit(where, name, f"of type {type(value).__name__}", "a tensor", "Let the loader yield tensors.")
@@ -235,7 +243,10 @@ def _by_order(batch: Any, models: Sequence[Inputs], where: str) -> Parts:
     if labels is not None and not isinstance(labels, Tensor):
         raise unfit(where, "labels", f"of type {type(labels).__name__}", "a tensor", "Let the loader yield tensors.")
     numbers = isinstance(indices, Tensor) and indices.ndim == 1 and not indices.is_floating_point()
-    calls = tuple(Call(tuple(values[: len(model.required)])) for model in models)
+    if len(plain) < len(models) and not numbers:
+        hint = "Saved outputs go by the samples' numbers; give a loader of `open_data`."
+        raise unfit(where, INDICES, "absent", "(batch,) whole numbers", hint)
+    calls = tuple(Call((indices,) if model.by_number else tuple(values[: len(model.required)])) for model in models)
     return Parts(calls, _widened(labels), indices if numbers else None)
 
 

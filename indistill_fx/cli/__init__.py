@@ -22,6 +22,7 @@ _COMMANDS: dict[str, str] = {
     "compress": "Make a smaller student of a teacher alone, as source code, and train it.",
     "distill": "Distil a teacher into a student: warm-up, then the main loss.",
     "train": "Train a model on labels alone.",
+    "save-outputs": "Keep a teacher's logits and features of a data set, to distil from without it.",
     "evaluate": "Measure accuracy, and retrieval on request.",
     "export": "Export a model to ONNX, with proof that it computes the same.",
     "report": "Show a run, or several, on one page: schedule, curves, models, kept channels.",
@@ -40,7 +41,7 @@ class _LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _COMMANDS:
             return None
-        command: click.Command = import_module(f"indistill_fx.cli.{cmd_name}").command
+        command: click.Command = import_module(f"indistill_fx.cli.{cmd_name.replace('-', '_')}").command
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -60,6 +61,9 @@ def app(context: click.Context, debug: bool) -> None:
     \b
       model.pt                      a pickled nn.Module, loaded without running code from the file
       model.pt2                     a torch.export archive
+      model.onnx                    an ONNX file, converted to PyTorch's layers
+      onnxruntime:model.onnx        one that onnxruntime runs, as a teacher; ?taps=NAME,NAME for tensors inside
+      saved:DIR                     as a teacher: what `save-outputs` kept
       models.py:make_student        a factory or class in your own code (also pkg.models:make_student)
       torchvision:resnet18          a constructor by name; ?num_classes=10 for arguments
       timm:resnet10t                the same for timm

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -98,10 +99,14 @@ def open_model(spec: str, trust: tuple[str, ...], *, seed: int = 0) -> Source:
     """Load a spec, and say aloud what was trusted or changed on the way. What a factory draws at random follows from the seed."""
     from indistill_fx.loading.load import load_source
     from indistill_fx.runs.load import is_run, load_run
+    from indistill_fx.runs.saved_outputs import is_saved_outputs, load_outputs
     from indistill_fx.system.random_state import own_randomness
 
-    with own_randomness(seed):
-        source = load_run(spec, trust=trust) if is_run(spec) else load_source(spec, trust=trust)
+    if is_saved_outputs(spec):
+        source = load_outputs(spec)
+    else:
+        with own_randomness(seed):
+            source = load_run(spec, trust=trust) if is_run(spec) else load_source(spec, trust=trust)
     for note in source.notes:
         say(f"{spec}: {note}")
     return source
@@ -155,7 +160,8 @@ def _example_of_data(sources: tuple[Source, ...], data: Data) -> Any:
     batch = samples_of(next(iter(data.test)), slice(2))
     if (entries := named(batch)) is not None and not isinstance(batch, tuple):
         return entries
-    calls = split(batch, *(Inputs.of(source.module) for source in sources), where="The model").calls
+    takes = [own for own in (Inputs.of(source.module) for source in sources) if not own.by_number]
+    calls = split(batch, *takes, where="The model").calls
     longest = max((call.args for call in calls), key=len)
     plain = len(longest) == 1 and longest[0].is_floating_point()
     return _random(tuple(longest[0].shape[1:])) if plain else longest
@@ -266,3 +272,43 @@ def decisions_of(task: Task | None) -> Callable[[Tensor], Tensor | None] | None:
 def class_name(classes: tuple[str, ...], label: int) -> str:
     """The class's name, or its number."""
     return classes[label] if label < len(classes) else str(label)
+
+
+def shares_of(first: str, options: dict[str, Any]) -> dict[str, float]:
+    """Every teacher's spec with its weight, in order; weights are read only where there are several."""
+    if not options["more_teachers"]:
+        return {first: 1.0}
+    found: dict[str, float] = {}
+    for text in (first, *options["more_teachers"]):
+        spec, equals, number = text.rpartition("=")
+        named = "?" in spec and "=" not in re.split("[?&]", spec)[-1]  # then it is an argument of a constructor
+        try:
+            weight = float(number) if equals and not named else None
+        except ValueError:
+            weight = None
+        spec, weight = (text, 1.0) if weight is None else (spec, weight)
+        if spec in found:
+            raise ConfigError(
+                f"The teacher {spec!r} is given twice.", where="--teacher", hint="Give it a weight: SPEC=2."
+            )
+        found[spec] = weight
+    return found
+
+
+def together(teachers: Sequence[Source], shares: dict[str, float], example: Any, options: dict[str, Any]) -> nn.Module:
+    """The teachers as one module."""
+    from indistill_fx.passes.ensemble import ensemble
+
+    if len(teachers) == 1:
+        return teachers[0].module
+    if options["assistant"] == "auto":
+        raise ConfigError(
+            "--assistant auto shrinks the teacher, and there are several.",
+            where="--assistant",
+            hint="Name the assistant: --assistant SPEC.",
+        )
+    modules = [one.module for one in teachers]
+    made = ensemble(modules, list(shares.values()), example_inputs=example, logits=options["logits"])
+    for number, (spec, share) in enumerate(zip(shares, made.meta["teachers"]["weights"], strict=True)):
+        say(f"teachers.{number}: {spec}, {share:.4g} of the logits")
+    return made

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from indistill_fx.cli import common, pictures, training
-from indistill_fx.cli.teachers import shares_of, together
 from indistill_fx.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -188,13 +187,13 @@ def command(teacher: str, student: str, **options: Any) -> None:
 
     settings = training.settings_of(options)  # what cannot be is said before anything is loaded
     out, loss = options["output"], options["main"]
-    shares = shares_of(teacher, options)
+    shares = common.shares_of(teacher, options)
     teacher = next(iter(shares))
     *teachers, last = (common.open_model(spec, options["trust"], seed=options["seed"]) for spec in (*shares, student))
     pupil = last.module
     data = training.open_training_data(options, last, *teachers)
     example = common.example_for((*teachers, last), (), data)
-    source = together(teachers, shares, example, options)
+    source = common.together(teachers, shares, example, options)
     given = options["plan_file"]
     plan = AlignmentPlan.load(given) if given else _plan_beside(student, source, example)
     view, plan = pictures.teacher_view(options, teachers, data, plan, directly=options["assistant"] is None)

@@ -155,6 +155,13 @@ def teacher_view(
     from indistill_fx.graph.view import View
     from indistill_fx.stages.teacher_view import ViewOptions, teacher_view
 
+    if any(one.kind == "saved outputs" for one in teachers):
+        given = [name for name in TEACHER_NAMES if options[name]]
+        if given:
+            flag = f"--{given[0].replace('_', '-')}"
+            hint = "Give it to `save-outputs`."
+            raise ConfigError(f"{flag} comes too late for saved outputs.", where=flag, hint=hint)
+        return View(), plan
     asked = ViewOptions(**{name.removeprefix("teacher_"): options[name] for name in TEACHER_NAMES})
     own = plan if directly else None
     found = [teacher_view(one, data, asked, own.view if own is not None else None) for one in teachers]

@@ -42,10 +42,11 @@ from indistill_fx.runs.load import about as about_model
 from indistill_fx.runs.load import keep_export
 from indistill_fx.runs.record import RunRecord
 from indistill_fx.runs.signature import is_signed, sign
+from indistill_fx.stages.traced_pair import examples_of
 from indistill_fx.system.files import read_bounded, save_json
 from indistill_fx.system.tensor_files import save_tensors
 from indistill_fx.traced import TracedModel
-from indistill_fx.training.distill import distill, examples_of
+from indistill_fx.training.distill import distill
 from indistill_fx.training.options.settings import Options
 from indistill_fx.training.recipes import RECIPES
 from indistill_fx.training.task import task_of_run

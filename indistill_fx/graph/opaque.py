@@ -6,4 +6,10 @@ from torch import nn
 
 
 class Opaque(nn.Module):
-    """One node in every graph: what it computes is not PyTorch's business, and has no gradients."""
+    """One node in every graph: what it computes is not PyTorch's business, and has no gradients.
+
+    Attributes:
+        channel_axis: of its output, where it is known and no graph around it tells; else None.
+    """
+
+    channel_axis: int | None = None

@@ -19,8 +19,9 @@ from indistill_fx.passes.align import align
 from indistill_fx.plan import AlignmentPlan
 from indistill_fx.runs.record import RunRecord
 from indistill_fx.stages.compile import warmup_plan
+from indistill_fx.stages.traced_pair import traced_pair, view_of
 from indistill_fx.traced import TracedModel
-from indistill_fx.training.distill import distill, traced_pair, view_of
+from indistill_fx.training.distill import distill
 from indistill_fx.training.options.settings import Options
 from indistill_fx.training.recipes import DEFAULT_CURRICULUM, NO_WARMUP
 

@@ -9,33 +9,32 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Unpack
 
-import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from indistill_fx.batch import Call, Inputs, samples_of, split
 from indistill_fx.curriculum import Curriculum
 from indistill_fx.data.foreign import repeatable
 from indistill_fx.data.loaders import EpochLoader
-from indistill_fx.errors import ConfigError
+from indistill_fx.data.same_samples import same_samples
 from indistill_fx.graph.module_state import uncompiled
 from indistill_fx.graph.view import View
 from indistill_fx.losses.registry import asked_of_the_data
 from indistill_fx.losses.stage_losses import KeptFeature
 from indistill_fx.losses.task import Task
 from indistill_fx.passes.align import align
-from indistill_fx.passes.capture.trace import as_traced
 from indistill_fx.passes.lowering.fake_quantize import fake_quantize
 from indistill_fx.plan import AlignmentPlan
 from indistill_fx.runs.directory import RunDirectory
 from indistill_fx.runs.record import RunRecord
+from indistill_fx.runs.saved_outputs import check_outputs
 from indistill_fx.stages.checks import check_classes
 from indistill_fx.stages.compile import compile_stages, joint_teachers, seeing, warmup_plan
 from indistill_fx.stages.stage import Stage
+from indistill_fx.stages.traced_pair import traced_pair, view_of
 from indistill_fx.traced import TracedModel
-from indistill_fx.training.feature_cache import FeatureStore, cacheable, stores_of
+from indistill_fx.training.feature_cache import FeatureStore, stores_of
 from indistill_fx.training.identity import code_digest, described_loss
-from indistill_fx.training.options.mixing import make_mixing
+from indistill_fx.training.options.mixing import check_unmixed, make_mixing
 from indistill_fx.training.options.optimizers import check_optimizer
 from indistill_fx.training.options.settings import Options, Settings
 from indistill_fx.training.parallel.processes import target_of
@@ -122,6 +121,9 @@ def distill(
     settings = Settings.of(options)
     check_epochs(epochs)
     loader = repeatable(train_loader, settings.seed, "train loader")
+    loader = check_outputs(
+        teacher.module if isinstance(teacher, TracedModel) else teacher, loader, cached=feature_cache is not None
+    )
     loader, main_options = _with_what_is_asked(main, main_options or {}, loader, cached=feature_cache is not None)
     distillation = Distillation(
         teacher=teacher,
@@ -248,12 +250,8 @@ class Distillation:
 
     def _mixing(self, task: RunTask, *models: TracedModel) -> Callable[[Any], Any] | None:
         found = make_mixing(self.settings, task.task.name, task.outputs, *(model.inputs for model in models))
-        if self.feature_cache is not None and (self.settings.mixup or self.settings.cutmix):
-            raise ConfigError(
-                "The feature cache has the teacher's features of pictures as they are, and mixup or cutmix makes others.",
-                where="feature_cache",
-                hint="Leave one of them out.",
-            )
+        if self.feature_cache is not None or models[0].inputs.by_number:
+            check_unmixed(self.settings)
         return found
 
     def _task(self, teacher: TracedModel, student: TracedModel) -> RunTask:
@@ -306,7 +304,7 @@ def _with_what_is_asked(
 ) -> tuple[EpochLoader, Mapping[str, Any]]:
     """The loader with sample indices, and the main loss's options with their number, where they are asked for and the loader knows."""
     asked = asked_of_the_data(main) if main is not None else frozenset()
-    loader = cacheable(loader) if cached else loader
+    loader = same_samples(loader, "The feature cache") if cached else loader
     if not loader.numbered:
         return loader, options
     if "samples" in asked:
@@ -321,43 +319,6 @@ def _remarks(curriculum: Curriculum, plan: AlignmentPlan) -> tuple[str, ...]:
         return seen
     why = "the plan has none" if plan.embedding is None else "a pair has them"
     return (*seen, f"penultimate vectors: no stage of their own, {why}")
-
-
-def view_of(asked: View | None, plan: AlignmentPlan | None) -> View | None:
-    """The teacher's view that was asked for, else the plan's."""
-    return asked if asked is not None or plan is None else plan.view
-
-
-def traced_pair(
-    teacher: nn.Module | TracedModel,
-    student: nn.Module | TracedModel,
-    loader: Iterable[Any],
-    *,
-    example_inputs: Any = None,
-    logits: str | int | None = None,
-    view: View | None = None,
-) -> tuple[TracedModel, TracedModel]:
-    """Both models traced, with inputs from the loader's first batch if no others are given.
-
-    Raises:
-        ConfigError: the loader's batches hold no inputs.
-        FrontendError: a model cannot be traced.
-    """
-    examples: Sequence[Any] = (example_inputs, example_inputs)
-    if example_inputs is None and not (isinstance(teacher, TracedModel) and isinstance(student, TracedModel)):
-        examples = examples_of(loader, teacher, student)
-    first = as_traced(teacher, examples[0], role="teacher", logits=logits, view=view)
-    first = replace(first, view=View.combined(view, first.view))
-    return first, as_traced(student, examples[1], role="student", logits=logits)
-
-
-def examples_of(loader: Iterable[Any], *models: nn.Module | TracedModel) -> Sequence[Call]:
-    """A few samples of the first batch as each model takes them."""
-    inputs = [model.inputs if isinstance(model, TracedModel) else Inputs.of(model) for model in models]
-    parts = split(samples_of(next(iter(loader)), slice(4)), *inputs, where="The training")
-    modules = [model.module if isinstance(model, TracedModel) else model for model in models]
-    devices = [next((p.device for p in module.parameters()), torch.device("cpu")) for module in modules]
-    return [call.to(device) for call, device in zip(parts.calls, devices, strict=True)]
 
 
 def _phases(

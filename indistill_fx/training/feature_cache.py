@@ -30,6 +30,7 @@ from torch import Tensor, fx
 
 from indistill_fx.batch import Inputs, split, with_features
 from indistill_fx.data.loaders import EpochLoader
+from indistill_fx.data.same_samples import same_samples
 from indistill_fx.errors import ConfigError
 from indistill_fx.graph.module_state import digest, settings_of
 from indistill_fx.stages.stage import Stage
@@ -99,7 +100,7 @@ def cache_features(
     Raises:
         ConfigError: the data are random, or the disk has not the space.
     """
-    data = cacheable(loader).indexed(in_order=True)
+    data = same_samples(loader, "The feature cache").indexed(in_order=True)
     root = Path(directory)
     root.mkdir(parents=True, exist_ok=True)
     told = f"{_FORMAT} {loader.fingerprint()} {precision}"
@@ -121,23 +122,6 @@ def cache_features(
         FeatureStore(folder, stage.inputs) if folder is not None else None
         for stage, folder in zip(stages, folders, strict=True)
     ]
-
-
-def cacheable(loader: EpochLoader) -> EpochLoader:
-    """The loader with sample indices in its batches, if the teacher's features of its samples can be kept.
-
-    Raises:
-        ConfigError: they may differ from epoch to epoch.
-    """
-    if loader.randomness is not None:
-        raise ConfigError(
-            f"The feature cache needs samples that are the same in every epoch, and {loader.randomness}.",
-            where="feature cache",
-            got=loader.randomness,
-            expected="data without random transforms",
-            hint="Turn augmentation off (--no-augment, open_data(augment=False)), or train without the cache.",
-        )
-    return loader.indexed()
 
 
 def _fill(
@@ -251,7 +235,7 @@ def _run(
 
 def _indices(batch: Any, stage: Stage) -> Tensor:
     found = split(batch, Inputs(stage.inputs, stage.inputs), where="The feature cache").indices
-    assert found is not None, "a cacheable loader gives indices"
+    assert found is not None, "`same_samples` gives indices"
     return found
 
 

@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from indistill_fx.batch import Inputs
 from indistill_fx.data.foreign import require_whole
 from indistill_fx.data.loaders import EpochLoader
 from indistill_fx.data.readers import noticing_dead_readers
@@ -253,6 +254,8 @@ class Trainer:
             lines.append(_NO_END)
         if self.val_loader is not None and not self._validates(setup):
             lines.append("no validation: nothing says what the labels mean")
+        elif self.val_loader is not None and self.teacher is not None and not self._can_be_measured:
+            lines.append("the teacher is not measured: it has outputs of the training data alone")
         elif self.val_loader is not None and self.teacher is not None and not setup.same_classes:
             lines.append("the teacher is not measured: its classes are not the student's")
         return lines
@@ -286,6 +289,10 @@ class Trainer:
     def _validates(self, setup: Setup) -> bool:
         return self.val_loader is not None and setup.task.metric is not None
 
+    @property
+    def _can_be_measured(self) -> bool:
+        return self.teacher is not None and not Inputs.of(self.teacher).by_number
+
     def _measured(self, task: RunTask, module: nn.Module, view: View | None = None) -> Evaluation:
         data = (
             self.val_loader if self.val_loader is not None else ()
@@ -297,7 +304,7 @@ class Trainer:
     ) -> Mapping[str, float] | None:
         """Measured before anything is trained; a resumed run has them from its first time."""
         metric = setup.task.metric
-        asked = self.teacher is not None and setup.same_classes and self._validates(setup)
+        asked = self._can_be_measured and setup.same_classes and self._validates(setup)
         if self.teacher is None or not asked or not accelerator.is_main_process or metric is None:
             return None
         told = before.reported() if before is not None else {}

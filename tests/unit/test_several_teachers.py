@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import indistill_fx as ifx
 from indistill_fx.cli import run
-from indistill_fx.cli.teachers import shares_of
+from indistill_fx.cli.common import shares_of
 from indistill_fx.curriculum import Curriculum
 from indistill_fx.errors import ConfigError
 from indistill_fx.losses import Outputs, main_loss

@@ -19,7 +19,7 @@ from indistill_fx.errors import ConfigError
 from indistill_fx.graph.view import Figures, Rescaling, View
 from indistill_fx.loading.load import Source, load_source
 from indistill_fx.stages.teacher_view import ViewOptions, check_class_order, class_map, teacher_view
-from indistill_fx.training.distill import traced_pair
+from indistill_fx.stages.traced_pair import traced_pair
 
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 IMAGENET = PUBLISHED["imagenet"]

@@ -22,6 +22,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 from indistill_fx.errors import FrontendError
 from indistill_fx.graph.edit import output_node, tensor_nodes
 from indistill_fx.graph.interpret import run_looking
+from indistill_fx.graph.opaque import Opaque
 from indistill_fx.graph.ops import UNARY, attribute, op_name
 from indistill_fx.graph.per_sample import write_per_sample
 from indistill_fx.passes.capture.channel_axis import channel_axes
@@ -279,7 +280,8 @@ def _assemble(
     for node in graph_module.graph.nodes:
         if node.name not in axes:
             continue
-        shape, axis, seen = shapes[node.name], channels[node.name], first[node.name]
+        shape, axis, seen = shapes[node.name], _told_axis(node, graph_module), first[node.name]
+        axis = channels[node.name] if axis is None else axis
         kind = _kind(shape, axes[node.name], axis)
         own = tuple(n for k, n in enumerate(shape) if k not in (axes[node.name], axis))
         facts[node.name] = NodeFacts(
@@ -314,6 +316,12 @@ def _kind(shape: tuple[int, ...], batch_axis: int | None, channel_axis: int | No
         return "other"
     kinds: dict[int, Kind] = {2: "vector", 3: "tokens", 4: "map", 5: "map"}
     return kinds.get(len(shape), "other")
+
+
+def _told_axis(node: fx.Node, graph_module: fx.GraphModule) -> int | None:
+    """What a black box itself says of its channels."""
+    part = attribute(graph_module, str(node.target)) if node.op == "call_module" else None
+    return part.channel_axis if isinstance(part, Opaque) else None
 
 
 def _parameters(node: fx.Node, graph_module: fx.GraphModule) -> int:

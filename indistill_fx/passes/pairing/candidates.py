@@ -74,8 +74,10 @@ class Candidates:
         return Place(node, self.traced.facts[node], level, last - level, depth, depth, 1.0, self.source, False)
 
     @property
-    def source(self) -> tuple[int, bool]:
-        """Form of the input: axes of space, and whether it holds numbers."""
+    def source(self) -> tuple[int, bool] | None:
+        """Form of the input: axes of space, and whether it holds numbers; None of saved outputs, which go by the samples' numbers."""
+        if self.traced.inputs.by_number:
+            return None
         facts = self.traced.facts[self.flow.main_path[0]]
         return len(facts.space), facts.dtype.is_floating_point
 

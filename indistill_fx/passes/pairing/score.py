@@ -53,7 +53,7 @@ class Place:
         depth: share of MACs spent so far.
         order: relative position among the stages; 1 is the last.
         weight: how much of a stage it is, 0 to 1.
-        source: form of the model's input: axes of space, and whether it holds numbers (not ids).
+        source: form of the model's input: axes of space, and whether it holds numbers (not ids); None where nobody knows.
         is_output: an output of a feature pyramid.
     """
 
@@ -64,7 +64,7 @@ class Place:
     depth: float
     order: float
     weight: float
-    source: tuple[int, bool]
+    source: tuple[int, bool] | None
     is_output: bool
 
     @property
@@ -135,7 +135,7 @@ def comparable(teacher: Place, student: Place) -> bool:
     kinds = {teacher.facts.kind, student.facts.kind}
     if "other" in kinds or (len(kinds) > 1 and "vector" in kinds) or teacher.is_output != student.is_output:
         return False
-    return kinds == {"vector"} or teacher.source == student.source
+    return kinds == {"vector"} or teacher.source is None or teacher.source == student.source
 
 
 def words(teacher: Place, student: Place, evidence: Evidence) -> list[str]:

@@ -62,6 +62,20 @@ def make_mixing(settings: Settings, task: str, outputs: int, *models: Inputs) ->
     return mixed
 
 
+def check_unmixed(settings: Settings) -> None:
+    """Refuse what makes pictures that a teacher has not seen, where what it said of its pictures is kept.
+
+    Raises:
+        ConfigError: mixup or CutMix is asked for.
+    """
+    if settings.mixup or settings.cutmix:
+        raise ConfigError(
+            "What the teacher said is kept of pictures as they are, and mixup or cutmix makes others.",
+            where="mixup" if settings.mixup else "cutmix",
+            hint="Leave one of them out: mixup and cutmix, or the feature cache and saved outputs.",
+        )
+
+
 def _mix(names: Sequence[str], settings: Settings, x: Tensor, labels: Tensor, outputs: int) -> tuple[Tensor, Tensor]:
     from torchvision.transforms import v2
 

@@ -1,0 +1,64 @@
+"""`indistill-fx save-outputs`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from indistill_fx.cli import common, pictures
+
+
+@click.command(name="save-outputs")
+@click.argument("teacher")
+@common.data_option
+@click.option(
+    "-o", "--output", required=True, metavar="DIR", help="Where they go; a teacher of `distill` as saved:DIR."
+)
+@click.option(
+    "--tap",
+    "taps",
+    multiple=True,
+    metavar="LAYER",
+    help="Keep this layer's features too; may be given several times. `inspect` lists the layers.",
+)
+@pictures.picture_options
+@pictures.teacher_options
+@click.option("--limit", type=click.IntRange(min=1), help="Use only so many samples.")
+@click.option("--batch-size", default=256, show_default=True, type=click.IntRange(min=1))
+@click.option(
+    "--workers", default=0, show_default=True, type=click.IntRange(min=0), help="Processes that read large images."
+)
+@click.option("--cache", metavar="DIR", help="Keep decoded small images here for the next time.")
+@common.logits_option
+@common.trust_option
+def command(teacher: str, data: str, output: str, taps: tuple[str, ...], **options: Any) -> None:
+    """Run TEACHER once over the training set of DATA, as it is without augmentation, and keep its logits.
+
+    `distill saved:DIR STUDENT --no-augment` then learns from them without the teacher. Data of another digest, or fewer samples
+    than there are, are refused there: give both commands the same data, size and normalisation.
+
+    \b
+    Examples:
+      indistill-fx save-outputs teacher.onnx --data imagefolder:cifar10 -o outputs
+      indistill-fx distill saved:outputs models.py:make_student --data imagefolder:cifar10 --no-augment --no-warmup -o runs/saved
+    """
+    from indistill_fx.evaluation.save_outputs import save_outputs
+    from indistill_fx.runs.saved_outputs import FILE
+
+    source = common.open_model(teacher, options["trust"])
+    named = {name: options[name] for name in ("limit", "workers", "cache", "batch_size")}
+    opened = pictures.open_pictures(data, options, source, augment=False, progress=True, **named)
+    view, _ = pictures.teacher_view(options, (source,), opened)
+    folder = save_outputs(
+        source.module,
+        opened.train,
+        output,
+        taps=taps,
+        logits=options["logits"],
+        view=view,
+        about=teacher,
+        progress=True,
+    )
+    size = (folder / FILE).stat().st_size / (1 << 20)
+    common.say(f"{len(taps) + 1} tensors of {opened.train.samples} samples, {size:.1f} MiB, are in {folder}.")

@@ -1,0 +1,89 @@
+"""Let a teacher say once what it has to say of every sample of a data set, and keep it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from indistill_fx.batch import Inputs, split
+from indistill_fx.data.foreign import repeatable
+from indistill_fx.data.same_samples import same_samples
+from indistill_fx.errors import ConfigError
+from indistill_fx.graph.view import View
+from indistill_fx.passes.capture.trace import as_traced
+from indistill_fx.passes.extract.instrument import instrument
+from indistill_fx.runs.saved_outputs import LOGITS, write_outputs
+from indistill_fx.stages.traced_pair import examples_of
+from indistill_fx.system.terminal import followed
+from indistill_fx.traced import TracedModel
+
+
+def save_outputs(
+    teacher: nn.Module | TracedModel,
+    loader: Iterable[Any],
+    directory: str | os.PathLike[str],
+    *,
+    taps: Sequence[str] = (),
+    logits: str | int | None = None,
+    view: View | None = None,
+    about: str = "",
+    progress: bool = False,
+) -> Path:
+    """Run a teacher once over a data set, and write its logits and features to a folder; `saved:DIR` is a teacher then.
+
+    Args:
+        teacher: traced, or a plain module.
+        loader: a training loader of `open_data`, without augmentation.
+        directory: the folder; a file of outputs that is there is replaced.
+        taps: names of the features to be kept, as `inspect` shows them.
+        logits: which entry of its output the logits are, where it has several.
+        view: what it sees of a batch that was made for the student.
+        about: what the teacher is called.
+        progress: show a bar, on a terminal.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ConfigError: samples that may differ from epoch to epoch, a name that is no tap, logits that are no tensor for every sample.
+        TrainError: the place cannot be written.
+    """
+    own = repeatable(loader, 0, "loader")
+    data = same_samples(own, "Saving outputs").indexed(in_order=True)
+    example = None if isinstance(teacher, TracedModel) else examples_of(data, teacher)[0]
+    traced = as_traced(teacher, example, role="teacher", logits=logits, view=view)
+    named = {LOGITS: traced.logits, **{tap: traced.node(tap).name for tap in taps}}
+    wanted = {name: traced.tap_name(node) for name, node in named.items()}
+    graph = instrument(traced, tuple(dict.fromkeys(wanted.values()))).eval()
+    found: dict[str, Tensor] = {}
+    for batch in followed(data, "teacher's outputs", shown=progress):
+        given, _ = traced.inputs_in(batch, where="Saving outputs")
+        indices = split(batch, Inputs.of(traced.graph_module), where="Saving outputs").indices
+        assert indices is not None, "`same_samples` gives indices"
+        with torch.no_grad():
+            features, _ = graph(*given)
+        for name, tap in wanted.items():
+            _keep(found, name, features[tap].detach().cpu(), indices.cpu(), own.samples)
+    axes = {name: traced.facts_of(tap).channel_axis for name, tap in wanted.items()}
+    write_outputs(
+        Path(directory), found, axes=axes, data=own.fingerprint(), teacher=about or type(traced.module).__name__
+    )
+    return Path(directory)
+
+
+def _keep(found: dict[str, Tensor], name: str, rows: Tensor, indices: Tensor, samples: int) -> None:
+    if not rows.dim() or len(rows) != len(indices):
+        shape = tuple(rows.shape)
+        raise ConfigError(
+            f"`{name}` of the teacher has the shape {shape} for {len(indices)} samples, and no row for each.",
+            where=name,
+            got=shape,
+        )
+    if name not in found:
+        found[name] = rows.new_empty((samples, *rows.shape[1:]))
+    found[name][indices] = rows

@@ -1,0 +1,161 @@
+"""What a teacher said of every sample of a data set, in a folder: a teacher that looks up instead of computing.
+
+The folder has one file, `outputs.safetensors`: the logits and any features, a row for every sample, and in its header the digest of the
+data that they belong to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from indistill_fx.batch import INDICES
+from indistill_fx.data.loaders import EpochLoader
+from indistill_fx.data.same_samples import same_samples
+from indistill_fx.errors import ConfigError
+from indistill_fx.graph.names import writable
+from indistill_fx.graph.opaque import Opaque
+from indistill_fx.loading.load import Source
+from indistill_fx.runs.checkpoint import load_checkpoint, save_checkpoint
+
+FILE = "outputs.safetensors"
+LOGITS = "logits"
+_SPEC = "saved:"
+_MAKE = "`indistill-fx save-outputs TEACHER --data DATA -o DIR` makes them."
+
+
+class SavedTensor(Opaque):
+    """Rows of a table by the samples' numbers.
+
+    Args:
+        rows: (samples, …).
+        channel_axis: of them.
+    """
+
+    rows: Tensor
+
+    def __init__(self, rows: Tensor, channel_axis: int | None = None):
+        super().__init__()
+        self.channel_axis = channel_axis
+        self.register_buffer("rows", rows, persistent=False)
+
+    def forward(self, indices: Tensor) -> Tensor:
+        """The rows (batch, …) of samples (batch,)."""
+        return self.rows.index_select(0, indices.to(self.rows.device))
+
+
+def write_outputs(
+    folder: Path, tensors: Mapping[str, Tensor], *, axes: Mapping[str, int | None], data: str, teacher: str
+) -> None:
+    """Write a folder of outputs.
+
+    Args:
+        folder: made if it is not there.
+        tensors: `logits` and features by name, each (samples, …).
+        axes: which axis of each its channels are on.
+        data: digest of the samples.
+        teacher: whose they are, for people.
+
+    Raises:
+        TrainError: the place cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    samples = len(next(iter(tensors.values())))
+    save_checkpoint(folder / FILE, tensors, {"data": data, "samples": samples, "teacher": teacher, "axes": dict(axes)})
+
+
+def is_saved_outputs(spec: str) -> bool:
+    """Whether a spec names saved outputs: `saved:DIR`."""
+    return spec.startswith(_SPEC)
+
+
+def load_outputs(spec: str) -> Source:
+    """Saved outputs as a teacher: a graph from the samples' numbers to the logits, every feature a module of its name.
+
+    Args:
+        spec: `saved:DIR`.
+
+    Raises:
+        ConfigError: the folder has none, or they are damaged.
+    """
+    folder = Path(spec.removeprefix(_SPEC))
+    if not (folder / FILE).is_file():
+        raise ConfigError(f"`{folder}` has no saved outputs.", where=spec, expected=FILE, hint=_MAKE)
+    tensors, told = load_checkpoint(folder / FILE)
+    samples = told.get("samples")
+    if LOGITS not in tensors or any(not value.dim() or len(value) != samples for value in tensors.values()):
+        raise ConfigError(f"`{folder}` has no logits of all its samples.", where=spec, hint=_MAKE)
+    about = {"data": str(told.get("data")), "samples": samples, "folder": str(folder)}
+    module = _as_module(tensors, _axes(tensors, told.get("axes")), about)
+    features = [name for name in tensors if name != LOGITS]
+    note = f"outputs of {told.get('teacher')} for {samples} samples"
+    return Source(
+        module, spec, "saved outputs", notes=(f"{note}, features of {', '.join(features)}" if features else note,)
+    )
+
+
+def _axes(tensors: Mapping[str, Tensor], told: object) -> dict[str, int]:
+    """Those axes of channels that a file names rightly."""
+    named = told if isinstance(told, dict) else {}
+    found = {name: named.get(name) for name in tensors}
+    return {name: axis for name, axis in found.items() if type(axis) is int and 0 < axis < tensors[name].dim()}
+
+
+def _as_module(tensors: Mapping[str, Tensor], axes: Mapping[str, int], told: Mapping[str, Any]) -> fx.GraphModule:
+    graph, root = fx.Graph(), nn.Module()
+    indices = graph.placeholder(INDICES)
+    for name in (*(name for name in tensors if name != LOGITS), LOGITS):
+        *parents, last = (writable(part) for part in name.split("."))
+        home = root
+        for parent in parents:
+            if parent not in home._modules:
+                home.add_module(parent, nn.Module())
+            home = home.get_submodule(parent)
+        home.add_module(last, SavedTensor(tensors[name], axes.get(name)))
+        node = graph.call_module(".".join((*parents, last)), (indices,))
+    graph.output(node)
+    made = fx.GraphModule(root, graph, class_name="SavedOutputs")
+    made.meta["saved outputs"] = dict(told)
+    return made.eval()
+
+
+def check_outputs(module: nn.Module, loader: EpochLoader, *, cached: bool = False) -> EpochLoader:
+    """The loader with sample indices, where a teacher that has saved outputs needs them; any other loader as it is.
+
+    Args:
+        module: the teacher.
+        loader: of the training data.
+        cached: whether a feature cache is asked for too, which such a teacher has no use for.
+
+    Raises:
+        ConfigError: the outputs are of other data, or of fewer samples; or samples differ from epoch to epoch.
+    """
+    told = module.meta.get("saved outputs") if isinstance(module, fx.GraphModule) else None
+    if told is None:
+        return loader
+    if cached:
+        raise ConfigError(
+            "Saved outputs need no feature cache.", where="feature cache", hint="Leave --feature-cache out."
+        )
+    indexed = same_samples(loader, "A teacher that has saved outputs")
+    wanted, folder = loader.samples, told["folder"]
+    if told["samples"] != wanted:
+        raise ConfigError(
+            f"`{folder}` has outputs of {told['samples']} samples, and the training data have {wanted}.",
+            where="teacher",
+            got=told["samples"],
+            expected=wanted,
+            hint=f"Save them anew for these data, or give the --limit they were saved with. {_MAKE}",
+        )
+    if told["data"] != loader.fingerprint():
+        raise ConfigError(
+            f"`{folder}` has outputs of other data: other samples, or samples of another size, order or normalisation.",
+            where="teacher",
+            got=told["data"][:16],
+            expected="the digest of the training data",
+            hint=f"Give the data and the options they were saved with, or save them anew. {_MAKE}",
+        )
+    return indexed
