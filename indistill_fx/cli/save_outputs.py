@@ -43,8 +43,8 @@ def command(teacher: str, data: str, output: str, taps: tuple[str, ...], **optio
       indistill-fx save-outputs teacher.onnx --data imagefolder:cifar10 -o outputs
       indistill-fx distill saved:outputs models.py:make_student --data imagefolder:cifar10 --no-augment --no-warmup -o runs/saved
     """
-    from indistill_fx.evaluation.save_outputs import save_outputs
     from indistill_fx.runs.saved_outputs import FILE
+    from indistill_fx.training.save_outputs import save_outputs
 
     source = common.open_model(teacher, options["trust"])
     named = {name: options[name] for name in ("limit", "workers", "cache", "batch_size")}

@@ -121,10 +121,8 @@ def distill(
     settings = Settings.of(options)
     check_epochs(epochs)
     loader = repeatable(train_loader, settings.seed, "train loader")
-    loader = check_outputs(
-        teacher.module if isinstance(teacher, TracedModel) else teacher, loader, cached=feature_cache is not None
-    )
-    loader, main_options = _with_what_is_asked(main, main_options or {}, loader, cached=feature_cache is not None)
+    loader = _known_samples(teacher, loader, cached=feature_cache is not None)
+    loader, main_options = _with_what_is_asked(main, main_options or {}, loader)
     distillation = Distillation(
         teacher=teacher,
         student=student,
@@ -229,6 +227,9 @@ class Distillation:
         )
         main = [stage for stage in stages if stage.budget is None]
         same_classes = check_classes(*models, plan.view, [stage.logits for stage in main])
+        unmeasured = "" if same_classes else "its classes are not the student's"
+        if models[0].inputs.by_number:
+            unmeasured = "it has outputs of the training data alone"
         if not any(stage.logits[1] is not None for stage in main):  # nobody reads labels
             task = replace(task, check=lambda number, batch: None)
         stores: list[FeatureStore | None] = [None] * len(stages)
@@ -243,7 +244,7 @@ class Distillation:
             models={model.role: model_facts(model.module) | {"macs": model.macs} for model in models},
             remarks=(*remarks, *_remarks(curriculum, plan)),
             view=plan.view,
-            same_classes=same_classes,
+            unmeasured=unmeasured,
             identity=self._identity(*models, plan, curriculum),
             mix=self._mixing(task, *models),
         )
@@ -299,12 +300,17 @@ def _kept_plan(directory: RunDirectory | None) -> AlignmentPlan | None:
     return AlignmentPlan.load(path) if path is not None and path.exists() else None
 
 
+def _known_samples(teacher: nn.Module | TracedModel, loader: EpochLoader, *, cached: bool) -> EpochLoader:
+    """The loader with sample indices where what the teacher said of a sample is looked up: in a cache, or in its saved outputs."""
+    loader = check_outputs(teacher.module if isinstance(teacher, TracedModel) else teacher, loader, cached=cached)
+    return same_samples(loader, "The feature cache") if cached else loader
+
+
 def _with_what_is_asked(
-    main: str | Callable[..., Tensor] | None, options: Mapping[str, Any], loader: EpochLoader, *, cached: bool
+    main: str | Callable[..., Tensor] | None, options: Mapping[str, Any], loader: EpochLoader
 ) -> tuple[EpochLoader, Mapping[str, Any]]:
     """The loader with sample indices, and the main loss's options with their number, where they are asked for and the loader knows."""
     asked = asked_of_the_data(main) if main is not None else frozenset()
-    loader = same_samples(loader, "The feature cache") if cached else loader
     if not loader.numbered:
         return loader, options
     if "samples" in asked:

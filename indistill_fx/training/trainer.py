@@ -13,7 +13,6 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from indistill_fx.batch import Inputs
 from indistill_fx.data.foreign import require_whole
 from indistill_fx.data.loaders import EpochLoader
 from indistill_fx.data.readers import noticing_dead_readers
@@ -59,7 +58,7 @@ class Setup:
         remarks: said with the schedule.
         identity: what makes the run this run, beside settings, data and stages (see `identity`).
         view: what the teacher sees of the batches; None: all of it as it is.
-        same_classes: whether the teacher's outputs, as the view chooses them, are the student's classes, so that it can be measured.
+        unmeasured: why the teacher cannot be measured; empty where it can.
         mix: what is done to batches of the main stage before they are learnt from; None: nothing.
     """
 
@@ -70,7 +69,7 @@ class Setup:
     remarks: Sequence[str] = ()
     identity: Mapping[str, Any] = field(default_factory=dict)
     view: View | None = None
-    same_classes: bool = True
+    unmeasured: str = ""
     mix: Callable[[Any], Any] | None = None
 
 
@@ -254,10 +253,8 @@ class Trainer:
             lines.append(_NO_END)
         if self.val_loader is not None and not self._validates(setup):
             lines.append("no validation: nothing says what the labels mean")
-        elif self.val_loader is not None and self.teacher is not None and not self._can_be_measured:
-            lines.append("the teacher is not measured: it has outputs of the training data alone")
-        elif self.val_loader is not None and self.teacher is not None and not setup.same_classes:
-            lines.append("the teacher is not measured: its classes are not the student's")
+        elif self.val_loader is not None and self.teacher is not None and setup.unmeasured:
+            lines.append(f"the teacher is not measured: {setup.unmeasured}")
         return lines
 
     def _resume(self, loop: TrainingLoop, directory: RunDirectory, reporter: Reporter) -> list[Any]:
@@ -289,10 +286,6 @@ class Trainer:
     def _validates(self, setup: Setup) -> bool:
         return self.val_loader is not None and setup.task.metric is not None
 
-    @property
-    def _can_be_measured(self) -> bool:
-        return self.teacher is not None and not Inputs.of(self.teacher).by_number
-
     def _measured(self, task: RunTask, module: nn.Module, view: View | None = None) -> Evaluation:
         data = (
             self.val_loader if self.val_loader is not None else ()
@@ -304,7 +297,7 @@ class Trainer:
     ) -> Mapping[str, float] | None:
         """Measured before anything is trained; a resumed run has them from its first time."""
         metric = setup.task.metric
-        asked = self._can_be_measured and setup.same_classes and self._validates(setup)
+        asked = self.teacher is not None and not setup.unmeasured and self._validates(setup)
         if self.teacher is None or not asked or not accelerator.is_main_process or metric is None:
             return None
         told = before.reported() if before is not None else {}

@@ -11,8 +11,8 @@ from indistill_fx.cli import run
 from indistill_fx.curriculum import Curriculum
 from indistill_fx.data.open import open_data
 from indistill_fx.errors import ConfigError
-from indistill_fx.evaluation.save_outputs import save_outputs
 from indistill_fx.runs.saved_outputs import FILE, load_outputs
+from indistill_fx.training.save_outputs import save_outputs
 from tests.nets import unsettle
 
 
