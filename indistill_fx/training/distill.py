@@ -120,8 +120,7 @@ def distill(
     """
     settings = Settings.of(options)
     check_epochs(epochs)
-    loader = repeatable(train_loader, settings.seed, "train loader")
-    loader = _known_samples(teacher, loader, cached=feature_cache is not None)
+    loader = _known_samples(teacher, repeatable(train_loader, settings.seed, "train loader"), feature_cache)
     loader, main_options = _with_what_is_asked(main, main_options or {}, loader)
     distillation = Distillation(
         teacher=teacher,
@@ -300,10 +299,12 @@ def _kept_plan(directory: RunDirectory | None) -> AlignmentPlan | None:
     return AlignmentPlan.load(path) if path is not None and path.exists() else None
 
 
-def _known_samples(teacher: nn.Module | TracedModel, loader: EpochLoader, *, cached: bool) -> EpochLoader:
+def _known_samples(teacher: nn.Module | TracedModel, loader: EpochLoader, cache: object) -> EpochLoader:
     """The loader with sample indices where what the teacher said of a sample is looked up: in a cache, or in its saved outputs."""
-    loader = check_outputs(teacher.module if isinstance(teacher, TracedModel) else teacher, loader, cached=cached)
-    return same_samples(loader, "The feature cache") if cached else loader
+    loader = check_outputs(
+        teacher.module if isinstance(teacher, TracedModel) else teacher, loader, cached=cache is not None
+    )
+    return same_samples(loader, "The feature cache") if cache is not None else loader
 
 
 def _with_what_is_asked(
