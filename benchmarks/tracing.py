@@ -40,7 +40,7 @@ _SAMPLE = (
 _SIZES = (2, 3)
 
 
-def sweep(models: list[ZooModel], path: Path | None, *, limit: float) -> dict[str, Any]:
+def sweep(models: list[ZooModel], path: Path | None, *, limit: float, minutes: float = 1e6) -> dict[str, Any]:
     """Trace every model in a process of its own; results that are in the file already are kept, failures tried again."""
     import timm  # noqa: F401  imported once, before the forks
 
@@ -49,9 +49,13 @@ def sweep(models: list[ZooModel], path: Path | None, *, limit: float) -> dict[st
     record.update(
         versions=_versions(), date=datetime.now(UTC).isoformat(timespec="seconds"), command=" ".join(sys.argv)
     )
+    end = time.monotonic() + 60 * minutes
     for model in models:
         if results.get(model.id, {}).get("ok"):
             continue
+        if time.monotonic() > end:
+            print(f"{minutes} minutes are over; the same command goes on.")
+            break
         start = time.perf_counter()
         results[model.id] = _in_process(model, limit) | {"seconds": round(time.perf_counter() - start, 1)}
         print(_line(model.id, results[model.id]), flush=True)
@@ -304,6 +308,8 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--sample", action="store_true")
     parser.add_argument("--only", default="")
+    parser.add_argument("--order", type=Path, help="an earlier record: what took least there comes first")
+    parser.add_argument("--minutes", type=float, default=1e6, help="start no more models after that")
     parser.add_argument("--limit", type=float, default=900.0, help="seconds per model")
     options = parser.parse_args()
     if options.what == "one":
@@ -315,9 +321,13 @@ def main() -> int:
         return 0
     if options.what == "sweep":
         chosen = [model for model in zoo() if options.only in model.id and (not options.sample or model.id in _SAMPLE)]
-        record = sweep(chosen, options.json, limit=options.limit)
-        bad = [model.id for model in chosen if not record["models"][model.id]["ok"]]
-        print(f"{len(chosen) - len(bad)} of {len(chosen)} traced" + (f"; not: {', '.join(bad)}" if bad else ""))
+        if options.order:
+            took = {name: row.get("seconds", 0.0) for name, row in json.loads(options.order.read_text())["models"].items()}
+            chosen.sort(key=lambda model: took.get(model.id, 1e6))
+        record = sweep(chosen, options.json, limit=options.limit, minutes=options.minutes)
+        run = [model.id for model in chosen if model.id in record["models"]]
+        bad = [name for name in run if not record["models"][name]["ok"]]
+        print(f"{len(run) - len(bad)} of {len(run)} traced" + (f"; not: {', '.join(bad)}" if bad else ""))
         return 1 if bad else 0
     measured = {"ratio": ratio, "chain": chain}[options.what]()
     if options.json:

@@ -144,7 +144,7 @@ def constructor(path: str, name: str, module: nn.Module, imports: Imports) -> Co
     shown = _compact(kind, arguments, module)
     if shown is None:
         raise unwritable(path, f"nn.{kind.__name__} has no arguments that make one like it")
-    defaults = {key: p.default for key, p in inspect.signature(kind.__init__).parameters.items()}
+    defaults = {key: parameter.default for key, parameter in _parameters(kind).items()}
     pieces: list[Line] = []
     positional = True
     for key, value in shown.items():
@@ -188,7 +188,7 @@ def _flag(bias: Any) -> bool:
 def _arguments(module: nn.Module) -> dict[str, Any]:
     """The constructor's arguments, read off the module."""
     found = {}
-    for key, parameter in inspect.signature(type(module).__init__).parameters.items():
+    for key, parameter in _parameters(type(module)).items():
         if key in _LEFT_OUT or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
         if key in _GIVEN:
@@ -196,6 +196,18 @@ def _arguments(module: nn.Module) -> dict[str, Any]:
         elif hasattr(module, key):
             found[key] = getattr(module, key)
     return found
+
+
+def _parameters(kind: type[nn.Module]) -> Mapping[str, inspect.Parameter]:
+    """What a layer's constructor takes; recurrent layers hand theirs on to their base."""
+    if not issubclass(kind, nn.RNNBase):
+        return inspect.signature(kind.__init__).parameters
+    known = dict(inspect.signature(nn.RNNBase.__init__).parameters)
+    for key in ("mode", *(() if kind is nn.LSTM else ("proj_size",))):
+        del known[key]
+    if kind is nn.RNN:
+        known["nonlinearity"] = inspect.Parameter("nonlinearity", inspect.Parameter.KEYWORD_ONLY, default="tanh")
+    return known
 
 
 def _compact(kind: type[nn.Module], arguments: Mapping[str, Any], module: nn.Module) -> dict[str, Any] | None:
@@ -217,7 +229,7 @@ def _makes(kind: type[nn.Module], arguments: Mapping[str, Any], module: nn.Modul
             made = kind(**arguments)
     except Exception:  # the constructor refuses them, whatever it raises
         return False
-    sizes = [[(name, tuple(t.shape)) for name, t in m.state_dict().items()] for m in (made, module)]
+    sizes = [{name: tuple(t.shape) for name, t in m.state_dict().items()} for m in (made, module)]
     return sizes[0] == sizes[1] and _plain(made) == _plain(module)
 
 

@@ -139,6 +139,11 @@ def normalized(found: Coupling, call: Call) -> set[Axis]:
     return _finish(found, call, axes, [], {(call.input.name, axis) for axis in range(rank)})
 
 
+def softmax(found: Coupling, call: Call) -> set[Axis]:
+    """All axes pass, one by convention: what stays is shared out among the channels that stay."""
+    return normalized(found, call) if isinstance(call.get("dim"), int) else follow(found, call)
+
+
 def layer_norm(found: Coupling, call: Call) -> set[Axis]:
     """All axes pass: the norm of fewer channels is the norm of those that stay."""
     rank, shape = len(call.output_shape), call.get("normalized_shape")
@@ -244,6 +249,7 @@ COUPLERS: dict[str, Coupler] = {
     "prelu": prelu,
     **dict.fromkeys("mean sum amax amin var std norm vector_norm".split(), reduction),
     "normalize": normalized,
+    "softmax": softmax,
     "deform_conv2d": deformed,
     "conv_per_sample": per_sample,
     **dict.fromkeys(("getitem", "select"), taken_by_number),

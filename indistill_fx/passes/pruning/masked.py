@@ -197,6 +197,14 @@ def _normalize(run: Masked, call: Call) -> Tensor:
     return call.node.target(*args, **kwargs)  # type: ignore[operator,no-any-return]
 
 
+def _softmax(run: Masked, call: Call) -> Tensor:
+    """Removed channels get no share."""
+    x: Tensor = run.env[call.input]
+    axis = axis_of(int(call.get("dim")), x.dim())
+    mask = run.mask(call.input, axis, x)
+    return x.masked_fill(mask == 0, -torch.inf).softmax(axis)
+
+
 def _windows(run: Masked, call: Call) -> Any:
     args, kwargs = run.fetch_args_kwargs_from_env(call.node)
     kept = run.axes.get((call.node.name, "heads"))
@@ -216,6 +224,7 @@ def _windows(run: Masked, call: Call) -> Any:
 
 _MIXING = {
     "layer_norm": _layer_norm,
+    "softmax": _softmax,
     "group_norm": _group_norm,
     **dict.fromkeys(("mean", "sum", "amax", "amin", "var", "std"), _mean),
     "multihead_attention": _attention,

@@ -1,0 +1,222 @@
+"""Networks as people write them, each a way of its own to say a usual thing: traced in both modes, narrowed, halved, written as source code."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+
+import pytest
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations
+
+from indistill_fx.compression.write_source import source_of
+from indistill_fx.passes.capture.trace import trace
+from indistill_fx.passes.pruning.shrink import shrink
+from tests.nets import unsettle
+from tests.passes.test_more_networks import Maps, Recurrent, Way, halved, narrowed, traced
+
+WIDTH = 16
+
+
+@functools.lru_cache(maxsize=None)
+def grid(height: int, width: int) -> Tensor:
+    sides = torch.linspace(-1, 1, height), torch.linspace(-1, 1, width)
+    return torch.stack(torch.meshgrid(*sides, indexing="ij"))
+
+
+class Places(nn.Module):
+    """Coordinates out of a cache, keyed by the size of the map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Conv2d(WIDTH + 2, WIDTH, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        where = grid(x.shape[2], x.shape[3])[None].to(x.dtype).expand(x.shape[0], -1, -1, -1)
+        return self.mix(torch.cat([x, where], 1))  # type: ignore[no-any-return]
+
+
+class Halves(nn.Module):
+    """Half of the channels are worked on, then all are shuffled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Conv2d(WIDTH // 2, WIDTH // 2, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        half = x.shape[1] // 2
+        x = torch.cat([self.one(x[:, :half]), x[:, half:]], 1)
+        b, c, h, w = x.shape
+        return x.reshape(b, 2, c // 2, h, w).transpose(1, 2).reshape(b, c, h, w)
+
+
+class Body(nn.Module):
+    """Blocks inside a long sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(WIDTH, WIDTH, 3, 1, 1), nn.PReLU(WIDTH), nn.Conv2d(WIDTH, WIDTH, 3, 1, 1))
+            for _ in range(2)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x
+        for block in self.blocks:
+            y = y + 0.1 * block(y)
+        return x - y
+
+
+class Steps(nn.Module):
+    """A list of parts, each added to the last one's result (Res2Net), joined in the other order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(4, 4, 3, 1, 1) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = list(torch.split(x, 4, 1))
+        found = [parts[0]]
+        for conv, part in zip(self.convs, parts[1:], strict=True):
+            found.append(conv(part + found[-1]))
+        return torch.cat(found[::-1], dim=1)
+
+
+class Depth(nn.Module):
+    """Stochastic depth and dropout by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Conv2d(WIDTH, WIDTH, 3, 1, 1) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for k, block in enumerate(self.blocks):
+            gone = 0.3 * (k + 1) / len(self.blocks)
+            if self.training:
+                stays = (torch.rand(x.shape[0], 1, 1, 1, device=x.device) >= gone).to(x.dtype)
+                x = x + block(x) * stays / (1 - gone)
+            else:
+                x = x + block(x)
+        return F.dropout2d(x, 0.1, self.training)
+
+
+class Norm(nn.Module):
+    """A batch norm by hand, statistics of its own in eval mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.shift = nn.Parameter(torch.rand(WIDTH) + 0.5), nn.Parameter(torch.randn(WIDTH))
+        self.register_buffer("mean", torch.randn(WIDTH))
+        self.register_buffer("var", torch.rand(WIDTH) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False)
+            with torch.no_grad():
+                self.mean.mul_(0.9).add_(0.1 * mean.detach())
+                self.var.mul_(0.9).add_(0.1 * var.detach())
+        else:
+            mean, var = self.mean, self.var
+        x = (x - mean[None, :, None, None]) * torch.rsqrt(var + 1e-5)[None, :, None, None]
+        return x * self.scale[:, None, None] + self.shift[:, None, None]
+
+
+class Heads(nn.Module):
+    """Attention on maps in einops' words."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Conv2d(WIDTH, 3 * WIDTH, 1, bias=False), nn.Conv2d(WIDTH, WIDTH, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (rearrange(t, "b (h d) y x -> b h (y x) d", h=4) for t in self.qkv(x).chunk(3, 1))
+        seen = torch.einsum("bhid,bhjd->bhij", q, k).mul(q.shape[-1] ** -0.5).softmax(-1)
+        found = torch.einsum("bhij,bhjd->bhid", seen, v)
+        return x + self.out(rearrange(found, "b h (y x) d -> b (h d) y x", y=x.shape[2]))  # type: ignore[no-any-return]
+
+
+class Chosen(nn.Module):
+    """Two branches, and a softmax that says how much of each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.near, self.far = nn.Conv2d(WIDTH, WIDTH, 3, 1, 1), nn.Conv2d(WIDTH, WIDTH, 5, 1, 2)
+        self.down, self.up = nn.Linear(WIDTH, 8), nn.Linear(8, 2 * WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        both = torch.stack([self.near(x), self.far(x)], 1)
+        share = self.up(self.down(both.sum(1).mean((2, 3))).relu()).view(x.shape[0], 2, -1).softmax(1)
+        return (both * share[..., None, None]).sum(1)
+
+
+def share_of_channels(x: Tensor) -> Tensor:
+    return x * x.mean((2, 3)).softmax(1)[:, :, None, None]
+
+
+def unit_length(x: Tensor) -> Tensor:
+    return x / (x.norm(dim=1, keepdim=True) + 1e-6)
+
+
+def normed() -> nn.Module:
+    found = Maps(nn.Sequential(parametrizations.weight_norm(nn.Conv2d(WIDTH, WIDTH, 3, 1, 1)), nn.ELU()))
+    parametrizations.spectral_norm(found.b)
+    return found
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "places": lambda: Maps(Places()),
+    "halves": lambda: Maps(Halves()),
+    "body": lambda: Maps(Body()),
+    "steps": lambda: Maps(Steps()),
+    "depth": lambda: Maps(Depth()),
+    "norm": lambda: Maps(Norm()),
+    "heads": lambda: Maps(Heads()),
+    "chosen": lambda: Maps(Chosen()),
+    "share of channels": lambda: Maps(Way(share_of_channels)),
+    "unit length": lambda: Maps(Way(unit_length)),
+    "weight norm": normed,
+    "lstm": lambda: Recurrent(nn.LSTM),
+    "gru": lambda: Recurrent(nn.GRU, both=True, states=True),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_narrowed_and_halved(name: str) -> None:
+    model, x = traced(NETWORKS[name])
+    narrowed(model, x)
+    report = halved(model, x)
+    assert report.parameters[1] < 0.45 * report.parameters[0], report.frozen
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_written_as_source_code(name: str) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 16, 16)
+    small = shrink(trace(unsettle(NETWORKS[name]()).eval(), x), ratio=0.5).value
+    assert torch.equal(source_of(small).build().eval()(x), small.graph_module.eval()(x))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_students_graph_computes_the_same_in_both_modes(name: str) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    module = unsettle(NETWORKS[name]()).double().train()
+    graph = trace(module, x, role="student").graph_module
+    for training in (True, False):
+        module.train(training)
+        before = copy.deepcopy(module.state_dict())
+        found = []
+        for part in (module, graph):
+            torch.manual_seed(1)
+            found.append(part(x).detach())
+            module.load_state_dict(before)
+        assert torch.allclose(*found, rtol=1e-9, atol=1e-9), training
+
+
+def test_what_a_softmax_says_of_fewer_channels_is_reported() -> None:
+    model, _ = traced(NETWORKS["share of channels"])
+    assert any("softmax" in line for line in shrink(model, ratio=0.5).report.approximate)
