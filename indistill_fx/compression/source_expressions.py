@@ -72,7 +72,9 @@ def function_name(node: fx.Node, target: Any, imports: Imports) -> str:
         ExportError: it is the user's own, or has no name.
     """
     if isinstance(target, torch._ops.OpOverload):
-        return f"torch.ops.{target.namespace}.{target._schema.name.split('::')[1]}.{target._overloadname}"
+        return f"{_packet_name(target._schema.name, imports)}.{target._overloadname}"
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return _packet_name(target._qualified_op_name, imports)
     name = str(getattr(target, "__name__", ""))
     for home, told in (
         (F, "F"),
@@ -104,6 +106,14 @@ def function_name(node: fx.Node, target: Any, imports: Imports) -> str:
     raise unwritable(
         node.name, f"it calls `{name or target}` of `{home_name or 'nowhere'}`, which is no function of PyTorch"
     )
+
+
+def _packet_name(name: str, imports: Imports) -> str:
+    """How an operator of torch, or of a library that registers operators with torch, is called."""
+    namespace, _, own = name.partition("::")
+    if namespace == "torchvision":
+        imports.lines.add("import torchvision")
+    return f"torch.ops.{namespace}.{own}"
 
 
 class _Arguments:

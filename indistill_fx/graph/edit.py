@@ -16,9 +16,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 from indistill_fx.graph.ops import attribute, is_inplace
 
 _MOST_SOURCES = 500
-_SLICE, _LAYER = (
+_SLICE, _LAYER, _PLACE = (
     "indistill_fx slice",
     "indistill_fx layer",
+    "indistill_fx place",
 )  # keys of fx nodes' meta, which only the functions here read
 
 
@@ -66,6 +67,23 @@ def stand_in(node: fx.Node, target: str) -> None:
     """Make a node call another module, which stands for the layer it called before (see `layer_of`)."""
     node.meta.setdefault(_LAYER, str(node.target))
     node.target = target
+
+
+def mark_place(node: fx.Node, place: str) -> None:
+    """Note where in the model's code a node was made, such as `models.py:31: x.shape[2]`; copies of it say so too."""
+    node.meta[_PLACE] = place
+
+
+def place_of(value: object) -> str | None:
+    """Where the first of the nodes that some arguments are computed from was made, if that was noted."""
+    todo, seen = tensor_nodes(value), set[fx.Node]()
+    while todo:
+        node = todo.pop(0)
+        if _PLACE in node.meta:
+            return str(node.meta[_PLACE])
+        seen.add(node)
+        todo += [source for source in node.all_input_nodes if source not in seen]
+    return None
 
 
 def layer_of(node: fx.Node) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -185,3 +186,27 @@ def test_a_smaller_network_that_computes_something_else_is_not_handed_out(monkey
     monkeypatch.setitem(slice_network.FIXES, "split", lambda *_: None)  # as if nobody had thought of it
     with pytest.raises(PassError, match="The smaller network"):
         shrink(model, ratio=0.5)
+
+
+class ByHeight(nn.Module):
+    """As many groups as the picture has rows."""
+
+    def __init__(self, decide: bool):
+        super().__init__()
+        self.a, self.b, self.decide = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 4, 1), decide
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        if self.decide and x.shape[1] > 100:
+            return x
+        return self.b(F.group_norm(x, x.shape[2] // 2))
+
+
+@pytest.mark.parametrize("decide", [False, True])
+def test_a_size_that_the_input_can_change_is_told_with_its_line(decide: bool) -> None:
+    model = trace(ByHeight(decide), torch.randn(2, 3, 8, 8))
+    assert model.report.method == ("shapes" if decide else "symbolic")
+    report = shrink(model, ratio=0.5).report
+    (reason,) = [frozen.reason for frozen in report.frozen if "sizes that the input can change" in frozen.reason]
+    line = next(k for k, text in enumerate(Path(__file__).read_text().splitlines(), 1) if "x.shape[2] // 2" in text)
+    assert f"test_static_values.py:{line}: " in reason and "x.shape[2]" in reason

@@ -12,6 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
+from torchvision.ops import DeformConv2d
 
 from indistill_fx.compression.write_source import source_of
 from indistill_fx.passes.capture.trace import trace
@@ -153,6 +154,18 @@ class Chosen(nn.Module):
         return (both * share[..., None, None]).sum(1)
 
 
+class Looking(nn.Module):
+    """A deformable convolution in groups, of channels and of places to look at."""
+
+    def __init__(self, groups: int, places: int):
+        super().__init__()
+        self.where = nn.Conv2d(WIDTH, 2 * 9 * places, 3, padding=1)
+        self.conv = DeformConv2d(WIDTH, WIDTH, 3, padding=1, groups=groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x, self.where(x))  # type: ignore[no-any-return]
+
+
 def share_of_channels(x: Tensor) -> Tensor:
     return x * x.mean((2, 3)).softmax(1)[:, :, None, None]
 
@@ -179,6 +192,9 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "share of channels": lambda: Maps(Way(share_of_channels)),
     "unit length": lambda: Maps(Way(unit_length)),
     "weight norm": normed,
+    "deformable, two groups": lambda: Maps(Looking(2, 1)),
+    "deformable, two places": lambda: Maps(Looking(1, 2)),
+    "deformable, both": lambda: Maps(Looking(4, 2)),
     "lstm": lambda: Recurrent(nn.LSTM),
     "gru": lambda: Recurrent(nn.GRU, both=True, states=True),
 }

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from indistill_fx.errors import FrontendError
 from indistill_fx.graph.ops import attribute
 from indistill_fx.passes.capture.captured import Captured, assemble, is_leaf, returned, tensor_names
+from indistill_fx.passes.capture.symbolic_sizes import note_place
 
 
 class _Tracer(fx.Tracer):
@@ -66,6 +67,12 @@ class _Tracer(fx.Tracer):
 
     def _part(self, node: fx.Node, key: Any) -> fx.Node:
         return self.create_node("call_function", operator.getitem, (node, key), {})
+
+    def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any) -> fx.Node:
+        """As every tracer; nodes that read a size tell where in the code that is."""
+        node = super().create_node(kind, target, args, kwargs, *rest, **named)
+        reads = target == "size" if kind == "call_method" else target is getattr and args[1:] == ("shape",)
+        return note_place(node) if reads else node
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -20,11 +20,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
+from indistill_fx.graph.edit import mark_place
+
 _OURS = str(Path(__file__).parent)
 _BETWEEN = (
     _OURS,
     str(Path(torch.__file__)),
     str(Path(torch.__file__).parent / "_"),
+    str(Path(torch.__file__).parent / "fx"),
+    str(Path(torch.__file__).parent / "nn" / "functional.py"),
     str(Path(torch.__file__).parent / "overrides.py"),
 )
 
@@ -37,6 +41,12 @@ def current_place() -> tuple[str, str]:
     if frame is None:
         return "unknown place", ""
     return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}", _expression(frame)
+
+
+def note_place(node: fx.Node) -> fx.Node:
+    """Let a node tell where in the model's code it is being made."""
+    mark_place(node, ": ".join(filter(None, current_place())))
+    return node
 
 
 def _expression(frame: FrameType) -> str:
@@ -124,7 +134,7 @@ class Size:
         if self._made is None or self._made._erased:
             args = tuple(arg.emit() if isinstance(arg, Size) else arg for arg in self.args)
             op = "call_method" if isinstance(self.target, str) else "call_function"
-            self._made = self.book.create(op, self.target, args, {})
+            self._made = note_place(self.book.create(op, self.target, args, {}))
         return self._made
 
     def plain(self) -> Any:

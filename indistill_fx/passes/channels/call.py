@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from indistill_fx.graph.edit import tensor_nodes, with_tensors
+from indistill_fx.graph.edit import place_of, tensor_nodes, with_tensors
 from indistill_fx.graph.interpret import run_part
 from indistill_fx.graph.ops import attribute, module_op, op_name
 from indistill_fx.passes.channels.selection import (
@@ -173,6 +173,15 @@ class Call:
         """The name of a number that says what the operation does with its axes, if it is computed when the graph runs."""
         named = ((name, self.arguments[name]) for name in _NUMBERS if name in self.arguments)
         return next((name for name, value in named if tensor_nodes(value)), None)
+
+    @property
+    def why_computed(self) -> str | None:
+        """Why nothing can be said of an operation one of whose numbers is computed, and the code that reads the size; else None."""
+        name = self.computed
+        if name is None:
+            return None
+        place = place_of(self.arguments[name])
+        return f"its {name} is computed from sizes that the input can change" + (f" ({place})" if place else "")
 
     @property
     def path(self) -> str:

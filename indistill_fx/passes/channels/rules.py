@@ -94,8 +94,8 @@ def consult(cut: Cut, facts: Mapping[str, NodeFacts]) -> Propagation | Blocked:
     if call.module is not None and (reason := why_opaque(call.module)) is not None:
         return Blocked(reason)
     rule = RULES.get(call.op)
-    if rule is not None and call.computed is not None:
-        return Blocked(f"its {call.computed} is computed from sizes that the input can change")
+    if rule is not None and (reason := call.why_computed) is not None:
+        return Blocked(reason)
     if rule is None:
         return Blocked(f"no channel rule for {call.op}")
     return rule(call, cut)

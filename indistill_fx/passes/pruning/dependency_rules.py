@@ -105,14 +105,19 @@ def channel_norm(found: Coupling, call: Call) -> set[Axis]:
 
 
 def deformed(found: Coupling, call: Call) -> set[Axis]:
-    """As a convolution; where it looks, and how much it counts, is fixed."""
+    """As a convolution; where it looks, and how much it counts, is fixed. Groups, also of places to look at, lose the same channels."""
     given, inputs = found.of(call.input, 1), (call.shape(call.input) or (0, 0))[1]
     weight = call.constant("weight")
-    offsets = (call.shape(call.get("offset")) or (0, 0))[1]
-    if weight is None or weight.shape[1] != inputs or offsets != 2 * weight[0, 0].numel():
-        return set()  # groups, of channels or of places to look at
-    made = found.fresh(call.output_shape[1])
-    found.tie_weight(call, "weight", 1, given)
+    if weight is None:
+        return set()
+    groups, outputs = inputs // weight.shape[1], call.output_shape[1]
+    places = (call.shape(call.get("offset")) or (0, 0))[1] // (2 * weight[0, 0].numel())
+    if groups == inputs > 1:
+        return set()  # one filter for each channel, wherever it looks
+    for count in {groups, places} - {1}:
+        _tie_groups(found, given, count)
+    made = np.tile(found.fresh(outputs // groups), groups)
+    found.tie_weight(call, "weight", 1, None if given is None else given[: inputs // groups])
     found.tie_weight(call, "weight", 0, made)
     found.tie_weight(call, "bias", 0, made)
     found.made.append(Made(call.node.name, 1, call.path, weight, made))

@@ -56,8 +56,7 @@ def _visit(found: Coupling, node: fx.Node) -> None:
 
 def _why(call: Call) -> str:
     reason = why_opaque(call.module) if call.module is not None else None
-    if reason is None and call.computed is not None:
-        reason = f"its {call.computed} is computed from sizes that the input can change"
+    reason = reason or call.why_computed
     does = "reads them in a way no rule covers" if reason is None else f"reads them, and {reason}"
     return f"`{call.path if call.module is not None else call.node.name}` ({call.op}) {does}"
 
