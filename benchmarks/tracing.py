@@ -322,7 +322,9 @@ def main() -> int:
     if options.what == "sweep":
         chosen = [model for model in zoo() if options.only in model.id and (not options.sample or model.id in _SAMPLE)]
         if options.order:
-            took = {name: row.get("seconds", 0.0) for name, row in json.loads(options.order.read_text())["models"].items()}
+            took = {
+                name: row.get("seconds", 0.0) for name, row in json.loads(options.order.read_text())["models"].items()
+            }
             chosen.sort(key=lambda model: took.get(model.id, 1e6))
         record = sweep(chosen, options.json, limit=options.limit, minutes=options.minutes)
         run = [model.id for model in chosen if model.id in record["models"]]

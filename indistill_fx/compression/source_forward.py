@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
+import torch
 from torch import fx
 
 from indistill_fx.compression.source_expressions import expression
-from indistill_fx.compression.source_pieces import Imports, Line, Piece, unwritable
+from indistill_fx.compression.source_pieces import Imports, Line, Literal, Piece, unwritable
 from indistill_fx.compression.source_scopes import Body, Places, Scope, reads_flag
 from indistill_fx.graph.edit import output_node
 from indistill_fx.graph.ops import attribute
@@ -38,10 +39,13 @@ class Forward:
         self.names: dict[fx.Node, str] = {}
         self.inline: dict[fx.Node, Line] = {}
         self.last = self._last_uses()
+        self.joined = self._joined()
 
     def lines(self, result: Any) -> list[Line]:
         """The lines of `forward`; `result` is what the network returns, None for a block."""
-        if self.scope.path:
+        if self.joined is not None:
+            head = "*features"
+        elif self.scope.path:
             for node in self.inputs:
                 self.names[node] = self._free()
             head = ", ".join(self.names.values())
@@ -64,6 +68,9 @@ class Forward:
                 way := attribute(self.network.graph_module, str(step.target)), ByMode
             ):
                 return self._both_ways(k, step, way)
+            if step is self.joined:
+                dim = Literal(str(step.args[1] if len(step.args) > 1 else step.kwargs.get("dim", 0)), "dim")
+                return [(f"{self._name(step, [step], k)[0]} = ", "torch.cat(features, ", dim, ")")]
             module = self._self(self.network.places.modules[step]) if step in self.network.places.modules else ""
             code = expression(step, self._value, (module,), self.network.imports)
             if self._inlined(step):
@@ -77,6 +84,21 @@ class Forward:
         if not body.outputs:
             return [code]
         return [(f"{', '.join(self._name(step, body.outputs, k))} = ", *code)]
+
+    def _joined(self) -> fx.Node | None:
+        """The concatenation of all that a block is given, if that is all it does with it: then it takes any number (DenseNet)."""
+        first = self.body.steps[0] if self.scope.path and self.body.steps else None
+        if (
+            not isinstance(first, fx.Node)
+            or first.target is not torch.cat
+            or not isinstance(first.args[0], (list, tuple))
+        ):
+            return None
+        steps = self.body.steps[1:]
+        later = {n for step in steps for n in (step.all_input_nodes if isinstance(step, fx.Node) else step[1].inputs)}
+        dim = first.args[1] if len(first.args) > 1 else first.kwargs.get("dim", 0)
+        alone = later.isdisjoint(self.inputs) and list(first.args[0]) == self.inputs and isinstance(dim, int)
+        return first if alone and all(self._is_tensor(node) for node in self.inputs) else None
 
     def _both_ways(self, k: int, step: fx.Node, way: ByMode) -> list[Line]:
         """What is computed one way in train mode and another way in eval mode."""

@@ -6,6 +6,7 @@ does not is dissolved: its nodes belong to the module around it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -133,7 +134,11 @@ def _tensor_paths(
             if len(set(level)) > 1:
                 break
             common = level[0]
-        name = f"{common}.{target}" if common and "." not in target else target
+        first = re.sub(
+            r"_\d+$", "", target
+        )  # numbers tell tensors at the root apart; in scopes they would make classes of one differ
+        own = first if hasattr(graph_module, first) else target
+        name = f"{common}.{own}" if common and "." not in target else target
         while name in paths.values() or (name != target and hasattr(graph_module, name)):
             name += "_"
         paths[target] = name

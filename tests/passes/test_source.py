@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torchvision.models.densenet import DenseNet
+from torchvision.models.shufflenetv2 import ShuffleNetV2
 
 import indistill_fx as ifx
 from indistill_fx.compression.write_source import source_of
@@ -220,3 +222,15 @@ def test_a_students_graph_keeps_both_modes():
             with torch.no_grad():
                 outputs.append(module(x))
         assert torch.equal(*outputs)
+
+
+def test_blocks_that_read_any_number_of_features_share_a_class():
+    model = DenseNet(growth_rate=8, block_config=(3, 2), num_init_features=16, num_classes=5)
+    text = assert_same(traced(model, images(2, 32), ratio=0.5), images(3, 32, seed=1))
+    assert text.count("class _DenseLayer") == 1 and "torch.cat(features, 1)" in text
+
+
+def test_blocks_that_reorder_their_channels_share_a_class():
+    model = ShuffleNetV2([2, 2, 2], [16, 32, 64, 64, 128], num_classes=5)
+    text = assert_same(traced(model, images(2, 32), ratio=0.5), images(3, 32, seed=1))
+    assert text.count("class InvertedResidual") == 2 and '"kept"' in text

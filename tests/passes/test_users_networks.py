@@ -1,4 +1,4 @@
-"""Networks as people write them, each a way of its own to say a usual thing: traced in both modes, narrowed, halved, written as source code."""
+"""Networks as people write them, each a usual thing in words of its own: traced in both modes, narrowed, halved, written as source."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.passes.test_more_networks import Maps, Recurrent, Way, halved, narrow
 WIDTH = 16
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def grid(height: int, width: int) -> Tensor:
     sides = torch.linspace(-1, 1, height), torch.linspace(-1, 1, width)
     return torch.stack(torch.meshgrid(*sides, indexing="ij"))
