@@ -1,7 +1,7 @@
 """Where does the warm-up pay? Labels, KD and warm-up + KD at equal epochs, over images, kind and size of the student, and epochs.
 
     python benchmarks/regimes.py run --out OUT [--seeds 0 1 2] [--minutes 30]       goes on where it stopped
-    python benchmarks/regimes.py table OUT --json benchmarks/results/regimes.json --into docs/results.md --svg docs/pictures/regimes.svg
+    python benchmarks/regimes.py table OUT [OUT …] --json benchmarks/results/regimes.json --into docs/results.md --svg FILE
 
 scikit-learn's digits whole (1,442 to train with, 355 to test on; a residual teacher, trained once on all of them). Students: `pruned`:
 the teacher cut to a share of its MACs by `compress` (its weights, repaired); `cut`: by `prune`, not repaired; `fresh`: the networks of
@@ -39,6 +39,7 @@ from indistill_fx.data.open import open_data
 from indistill_fx.demo.networks import DigitsStudent, DigitsTeacher
 from indistill_fx.evaluation.accuracy import evaluate
 from indistill_fx.runs.record import environment
+from indistill_fx.training.recipes import least_steps
 
 WAYS = ("labels", "kd", "curriculum", "joint", "fed")
 MAIN = WAYS[:-1]
@@ -48,6 +49,7 @@ SHARES = (0.5, 0.25, 0.1, 0.03)
 EPOCHS = {100: (30, 120), 400: (10, 40), 1442: (4, 16)}
 """Of all stages together; about 60 and 240 steps for 100 images, 70 and 280 for 400, 92 and 368 for all."""
 RATE = 3e-3
+BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -164,14 +166,14 @@ def run(options: argparse.Namespace) -> None:
     file = out / "rows.jsonl"
     lines = file.read_text().splitlines() if file.exists() else []
     done = {(row["cell"], row["way"]) for row in map(json.loads, lines)}
-    whole = open_data("digits", batch_size=64)
+    whole = open_data("digits", batch_size=BATCH)
     teacher = ifx.trace(teacher_of(out, whole), next(iter(whole.train_plain))[0][:2], role="teacher")
     best = evaluate(teacher.module, whole.test).accuracy
     for cell in cells(options):
         left = [way for way in ways_of(cell.kind) if way in options.ways and (str(cell), way) not in done]
         if not left:
             continue
-        data = replace(open_data("digits", batch_size=64, seed=cell.seed, limit=cell.images), test=whole.test)
+        data = replace(open_data("digits", batch_size=BATCH, seed=cell.seed, limit=cell.images), test=whole.test)
         start = start_of(cell, teacher, data)
         before = evaluate(start.student, whole.test).accuracy
         for way in left:
@@ -186,7 +188,7 @@ def run(options: argparse.Namespace) -> None:
 
 def table(options: argparse.Namespace) -> None:
     """The map as JSON, as a table and as a picture."""
-    rows = [json.loads(line) for line in (Path(options.out) / "rows.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for out in options.out for line in (Path(out) / "rows.jsonl").read_text().splitlines()]
     places = sorted(
         {(r["images"], r["kind"], r["share"], r["epochs"]) for r in rows},
         key=lambda p: (p[0], KINDS.index(p[1]), -p[2], p[3]),
@@ -214,48 +216,70 @@ Found = dict[Place, dict[str, list[float]]]
 def by_way(place: Place, rows: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
     """Accuracies in percent, way by way, over the seeds that have them all."""
     own = [r for r in rows if (r["images"], r["kind"], r["share"], r["epochs"]) == place]
-    ways = ways_of(place[1])
-    seeds = [s for s in sorted({r["seed"] for r in own}) if {r["way"] for r in own if r["seed"] == s} >= set(ways)]
+    seeds = [s for s in sorted({r["seed"] for r in own}) if {r["way"] for r in own if r["seed"] == s} >= set(MAIN)]
     return {
-        way: [100 * r["accuracy"] for s in seeds for r in own if r["seed"] == s and r["way"] == way] for way in ways
+        way: [100 * r["accuracy"] for s in seeds for r in own if r["seed"] == s and r["way"] == way] for way in MAIN
     }
 
 
 def gain_of(ways: dict[str, list[float]]) -> float:
-    """The better warm-up + KD minus KD, in points."""
-    return max(mean(ways[way]) for way in ("curriculum", "fed") if way in ways) - mean(ways["kd"])
+    """All pairs at once + KD minus KD, in points."""
+    return mean(ways["joint"]) - mean(ways["kd"])
+
+
+def by_default(place: Place) -> bool:
+    """Whether `distill` warms up there (with half of the epochs, as here)."""
+    images, kind, share, epochs = place
+    steps = epochs // 2 * -(-images // BATCH)
+    return kind != "other" and steps >= least_steps(share, made=kind == "pruned")
 
 
 def lines_of(found: Found, rows: Sequence[dict[str, Any]]) -> list[str]:
-    """A row a place."""
+    """A row a place, and what the default gains and loses."""
     lines = [
-        "| images | student | MACs | epochs | before | labels | KD | curriculum + KD | fed + KD | best gain over KD | seeds |"
+        "| images | student | MACs | epochs | before | labels | KD | curriculum + KD | joint + KD | joint over KD | default | seeds |"
     ]
-    lines += ["|" + "---|" * 11]
+    lines += ["|" + "---|" * 12]
+    gains = []
     for place, ways in found.items():
         if not ways["kd"]:
             continue
         images, kind, share, epochs = place
         own = [100 * r["before"] for r in rows if (r["images"], r["kind"], r["share"], r["epochs"]) == place]
         cells = [f"{mean(v):.1f}" + (f" ± {stdev(v):.1f}" if len(v) > 1 else "") for v in ways.values()]
-        cells += ["–"] * (len(WAYS) - len(ways))
-        gain = gain_of(ways)
-        seeds = len(ways["kd"])
+        gain, seeds, warm = gain_of(ways), len(ways["kd"]), by_default(place)
+        gains += [(gain, place)] if warm else []
         lines.append(
-            f"| {images:,} | {kind} | {share:.0%} | {epochs} | {mean(own):.1f} | {' | '.join(cells)} | {gain:+.1f} | {seeds} |"
+            f"| {images:,} | {kind} | {share:.0%} | {epochs} | {mean(own):.1f} | {' | '.join(cells)} | {gain:+.1f} |"
+            f" {'joint' if warm else 'KD'} | {seeds} |"
         )
+    if gains:
+        worst, most = min(gains), max(gains)
+        lines += [
+            "",
+            f"Where `distill` warms up by default ({len(gains)} cells): {mean(g for g, _ in gains):+.1f} points on the mean;",
+        ]
+        lines += [
+            f"the worst is {worst[0]:+.1f} ({described(worst[1])}), the best {most[0]:+.1f} ({described(most[1])})."
+        ]
     return lines
 
 
+def described(place: Place) -> str:
+    """A place in words."""
+    images, kind, share, epochs = place
+    return f"{images:,} images, {kind}, {share:.0%} of the MACs, {epochs} epochs"
+
+
 def heat_map(found: Found) -> str:
-    """Rows: kind and size; columns: images and epochs; colour and figure: the better warm-up + KD minus KD, in points."""
+    """Rows: kind and size; columns: images and epochs; colour and figure: joint + KD minus KD, in points."""
     columns = [(images, epochs) for images, both in EPOCHS.items() for epochs in both]
     rows = list(product(KINDS, SHARES))
     wide, high, left, top = 92, 26, 150, 46
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + wide * len(columns)} {top + high * len(rows) + 8}"'
         ' font-family="sans-serif" font-size="12">',
-        "<title>Warm-up + KD minus KD, points of test accuracy</title>",
+        "<title>Warm-up (all pairs at once) + KD minus KD, points of test accuracy</title>",
         '<rect width="100%" height="100%" fill="white"/>',
     ]
     for k, (images, epochs) in enumerate(columns):
@@ -297,7 +321,7 @@ def main() -> None:
     one.add_argument("--threads", type=int, default=1)
     one = commands.add_parser("table")
     one.set_defaults(call=table)
-    one.add_argument("out")
+    one.add_argument("out", nargs="+")
     one.add_argument("--json")
     one.add_argument("--into")
     one.add_argument("--svg")

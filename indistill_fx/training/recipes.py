@@ -117,7 +117,7 @@ def default_curriculum(
     length = main.length // 2
     steps = length if main.unit == "steps" else length * batches if batches is not None else None
     made = any(pair.reason == MADE for pair in plan.pairs)
-    least = _LEAST_STEPS_SMALL if share < _SMALL and not made else _LEAST_STEPS
+    least = least_steps(share, made=made)
     if not plan.pairs:
         return NO_WARMUP, "no warm-up: the two have no layers that can be paired"
     if not made and _operations(teacher) != _operations(student):
@@ -126,6 +126,11 @@ def default_curriculum(
         return NO_WARMUP, f"no warm-up: half of the main stage is {steps} steps, and one pays from {least} on"
     kind = "was made of the teacher" if made else "is of the teacher's kind"
     return Curriculum(together=True, lengths=length, unit=main.unit), f"warm-up: the student {kind}"
+
+
+def least_steps(share: float, *, made: bool) -> int:
+    """How many optimiser steps a warm-up needs to pay, for a student with this share of the teacher's MACs; made of it, or new."""
+    return _LEAST_STEPS_SMALL if share < _SMALL and not made else _LEAST_STEPS
 
 
 def _operations(model: TracedModel) -> list[str]:
