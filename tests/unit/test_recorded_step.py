@@ -34,6 +34,9 @@ CPU = torch.device("cpu")
 RATE = 2.0**-8  # a number of float32, in which a recorded optimiser has its rate
 
 
+COUNTED: list[int] = []
+
+
 class Net(nn.Module):
     """A norm with statistics, dropout that draws on the device, and room for something that cannot be recorded."""
 
@@ -57,6 +60,13 @@ class Net(nn.Module):
             self.center = 0.9 * self.center + 0.1 * x.mean(0).detach()
         if self.habit == "writes":
             self.center.lerp_(x.mean(0).detach(), 0.1)
+        if self.habit == "ramps":  # by a count that lies in no module
+            COUNTED.append(1)
+            x = x * (1 / len(COUNTED))
+        if self.habit == "sizes":
+            x = x * (1 / len(x))
+        if self.habit == "branches" and len(COUNTED.append(1) or COUNTED) % 2:
+            x = x.relu()
         if self.habit == "draws":
             x = x * random.random()
         return F.cross_entropy(self.last(x + self.center), labels)
@@ -125,6 +135,7 @@ def trained(
     clip: float | None = 0.5,
 ) -> tuple[list[float], dict[str, Tensor], Step]:
     """Losses, weights and average after so many steps at a rate that rises, each drawing what follows from its number."""
+    COUNTED.clear()
     net = seeded(lambda: Net(habit)).train()
     average = make_average(net, 0.75, CPU)
     accelerator = make_accelerator(device="cpu", precision=None)
@@ -186,6 +197,8 @@ def test_smaller_batches_run_as_they_are_between_replays():
         ("lists", "the step changes Python state: `seen`"),
         ("rebinds", "the step changes Python state: `center`"),
         ("draws", "the step draws random numbers on the host"),
+        ("ramps", "the step computes with other numbers each time, first in `aten.mul.Tensor`"),
+        ("branches", "the step computes with other numbers each time, first in `aten.relu.default`"),
     ],
 )
 def test_what_cannot_be_recorded_is_named_and_runs_as_it_is(habit, reason):
@@ -229,6 +242,13 @@ def test_an_error_in_a_step_leaves_the_recorded_step_as_it_was():
     with pytest.raises(RuntimeError, match="no memory"):
         step(torch.full((3,), 1000.0))
     assert step(torch.ones(3)) == 1
+
+
+def test_of_two_forms_in_turns_each_is_compared_with_itself():
+    sizes, tape = (5, 3) * 6, Tape()
+    losses, _, step = trained(tape, sizes=sizes, habit="sizes")
+    assert step.recorded is not None and step.recorded.reason == "" and tape.recordings == 1
+    assert losses == trained(None, sizes=sizes, habit="sizes")[0]
 
 
 def test_a_loss_is_in_memory_of_its_own():
@@ -398,6 +418,16 @@ def test_where_the_program_waits_is_known_by_torchs_warnings(cuda):
         warnings.warn_explicit("called a synchronizing CUDA operation (here)", UserWarning, "model.py", 12)
         warnings.warn_explicit("Synchronization debug mode is a prototype feature", UserWarning, "torch.py", 1)
     assert found == ["model.py:12"] and calls == ["debug warn", "debug 0"]
+
+    def warns() -> Tensor:
+        warnings.warn_explicit("called a synchronizing CUDA operation", UserWarning, "model.py", 13)
+        warnings.warn_explicit("This instance was constructed with capturable=True or", UserWarning, "adam.py", 1)
+        return torch.ones(())
+
+    recorder = CudaRecorder(torch.device("cuda:0"))
+    with recorder.waiting() as found:  # a step that is watched runs beside
+        recorder.beside(warns)
+    assert found == ["model.py:13"]
 
 
 def test_what_the_host_draws_is_seen(cuda):

@@ -3,8 +3,9 @@
 Rules, in order:
   1. The first steps on batches of one form run as they are, where they will be recorded: they are steps of the run like any other, and make
      what lasts, such as the optimiser's state.
-  2. The last of these is watched. A step that waits for the device, draws random numbers on the host, or changes Python state of its
-     modules cannot be recorded: replayed, it would not do that again. It is named, and the stage goes on unrecorded.
+  2. The last of these are watched. A step that waits for the device, draws random numbers on the host, changes Python state of its
+     modules, or computes with other numbers than the one before (a weight that follows a count) cannot be recorded: replayed, it would not
+     do that again. It is named, and the stage goes on unrecorded. Of what torch.compile has made the numbers are not seen.
   3. Then the step is recorded on a batch that stays in its place, and replayed on every batch of that form, which is copied over it.
   4. Batches of another form (the last one of an epoch may be smaller) run as they are. A stage whose batches have ever new forms is not
      recorded.
@@ -15,13 +16,14 @@ Nothing of it is known to be a GPU's: that is the recorder's, so that a test can
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from indistill_fx.training.options.settings import Settings
+from indistill_fx.training.step.calls import Call, calls_noted, first_difference
 from indistill_fx.training.step.host_state import changed_in, host_state
 from indistill_fx.training.step.static_batch import Form, form_of, overwrite, static_copy
 
@@ -85,6 +87,7 @@ class RecordedStep:
         self._work, self._recorder, self._watched = work, recorder, watched
         self._form: Form | None = None
         self._ran: dict[Form, int] = {}
+        self._calls: dict[Form, list[Call]] = {}
         self._static: Any = None
         self._loss: Tensor | None = None
         self._replay: Callable[[], None] | None = None
@@ -127,11 +130,16 @@ class RecordedStep:
         if len(self._ran) > _MOST_FORMS:
             self.reason = "the batches have ever new shapes, or hold other things than tensors"
             return self._work(batch)
-        if self._ran[form] < WARM_UP:
+        if self._ran[form] < WARM_UP - 1:
             return self._run_beside(batch)
+        noting = nullcontext(list[Call]()) if hasattr(self._watched, "_orig_mod") else calls_noted()
+        if self._ran[form] < WARM_UP:
+            with noting as self._calls[form]:
+                return self._run_beside(batch)
         state, draws = host_state(self._watched), self._recorder.host_draws()
-        with self._recorder.waiting() as waits:
+        with self._recorder.waiting() as waits, noting as calls:
             loss = self._run_beside(batch)
+        differs = first_difference(self._calls.pop(form), calls)
         changed = changed_in(state, host_state(self._watched))
         if waits:
             self.reason = f"the step waits for the device, at {waits[0]}"
@@ -140,6 +148,8 @@ class RecordedStep:
         elif changed:
             more = f" and {len(changed) - 1} more" if changed[1:] else ""
             self.reason = f"the step changes Python state: `{changed[0]}`{more}"
+        elif differs is not None:
+            self.reason = f"the step computes with other numbers each time, first in `{differs}`"
         return loss
 
     def _run_beside(self, batch: Any) -> Tensor:
