@@ -163,7 +163,7 @@ def _use_recipe(context: click.Context, parameter: click.Parameter, name: str) -
 @click.option(
     "--feature-cache",
     metavar="DIR",
-    help="Keep the teacher's features here instead of computing them in every epoch; needs --no-augment on images.",
+    help="Keep the teacher's features here instead of computing them in every epoch; of images it needs --no-augment, or --views N.",
 )
 @pictures.teacher_options
 @training.training_options

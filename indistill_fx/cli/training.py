@@ -136,6 +136,13 @@ _TRAINING: tuple[Callable[[Command], Command], ...] = (
         metavar="MAGNITUDE",
         help="Two operations of RandAugment on every training image, after shift and mirror, of this magnitude: 0 to 30, 9 is usual.",
     ),
+    click.option(
+        "--views",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="Augment every training image in so many fixed ways, one after the other, an epoch each. With --feature-cache the teacher"
+        " computes each of them once.",
+    ),
     click.option("--cache", metavar="DIR", help="Cache decoded small images in this folder."),
     logits_option,
     task_option,
@@ -206,7 +213,7 @@ def for_int8(
 def open_training_data(options: Mapping[str, Any], *models: Source) -> Data:
     """The data of a training command, for models of which the first is trained."""
     named = {name: options[name] for name in ("batch_size", "workers", "seed", "limit", "cache")}
-    named |= {"augment": not options["no_augment"], "randaugment": options["randaugment"]}
+    named |= {"augment": not options["no_augment"], "randaugment": options["randaugment"], "views": options["views"]}
     return open_pictures(options["data"], options, *models, **named, training=True, progress=True)
 
 

@@ -163,6 +163,14 @@ class ForeignLoader(EpochLoader):
 _END = object()
 
 
+def with_last(batches: Iterator[Any]) -> Iterator[tuple[Any, bool]]:
+    """Each batch, and whether it is the last one: read one ahead, because a loader may not know."""
+    ahead = next(batches, _END)
+    while ahead is not _END:
+        batch, ahead = ahead, next(batches, _END)
+        yield batch, ahead is _END
+
+
 def _parts(loader: Any) -> tuple[Any, ...]:
     batch_sampler = getattr(loader, "batch_sampler", None)
     samplers = (getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))

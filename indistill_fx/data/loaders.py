@@ -14,12 +14,11 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from indistill_fx.data.augment import Augmentation, FlipAndCrop
 from indistill_fx.data.held import HeldImages
 from indistill_fx.data.normalisation import Normaliser
-from indistill_fx.data.readers import Readers, noticing_dead_readers
+from indistill_fx.data.readers import noticing_dead_readers
 from indistill_fx.errors import ConfigError
 from indistill_fx.system.random_state import generator_from
 
@@ -107,8 +106,30 @@ class EpochLoader(ABC):
         """The same loader with sample indices; `in_order`: every sample once, for one process. Only where `randomness` is None."""
         raise self._unknown()
 
+    @property
+    def views(self) -> int:
+        """In how many fixed ways every sample is seen, one after the other, an epoch each; 0: anew in every epoch, or never changed."""
+        return 0
+
+    def in_views(self, views: int) -> Self:
+        """A loader that draws what is random once for so many epochs, and shows the same pictures again after them.
+
+        Raises:
+            ConfigError: it draws nothing, or nobody can tell what it draws.
+        """
+        raise ConfigError(
+            f"Fixed views are for augmented pictures of `open_data`, not for a {type(self).__name__}.",
+            where="views",
+            got=views,
+            hint="Leave --views out.",
+        )
+
+    def by_view(self) -> Self:
+        """A loader whose indices count the samples of all views: sample `i` of view `v` is `v * samples + i`."""
+        raise self._unknown()
+
     def fingerprint(self) -> str:
-        """Digest of the samples as they are delivered; only where `randomness` is None."""
+        """Digest of the samples as they are delivered; only where `randomness` is None, or there are fixed views."""
         raise self._unknown()
 
     def _unknown(self) -> ConfigError:
@@ -132,20 +153,11 @@ class EpochLoader(ABC):
             yield from self._batches(skipped)
 
 
-def with_last(batches: Iterator[Any]) -> Iterator[tuple[Any, bool]]:
-    """Each batch, and whether it is the last one: read one ahead, because a loader may not know."""
-    ahead = next(batches, _END)
-    while ahead is not _END:
-        batch, ahead = ahead, next(batches, _END)
-        yield batch, ahead is _END
-
-
-_END = object()
 _AT_ONCE = 64
 """Of so many batches the places and draws are sent together."""
 
 
-class _IndexedLoader(EpochLoader):
+class IndexedLoader(EpochLoader):
     """A loader that knows its samples by number, and so can skip and shard before it reads them."""
 
     def __init__(
@@ -156,6 +168,7 @@ class _IndexedLoader(EpochLoader):
             raise ConfigError(f"batch size is {batch_size}.", where="batch_size", got=batch_size, expected="at least 1")
         self.count, self.batch_size, self.shuffle, self.with_indices = count, batch_size, shuffle, with_indices
         self.drop_last = shuffle and count >= batch_size
+        self._views, self._by_view = 0, False
         self.device = torch.device("cpu")
 
     @property
@@ -182,6 +195,41 @@ class _IndexedLoader(EpochLoader):
         return part
 
     @property
+    def views(self) -> int:
+        """See `EpochLoader`."""
+        return self._views
+
+    def in_views(self, views: int) -> Self:
+        """See `EpochLoader`."""
+        if self.randomness is None or self.unknown or views < 1:
+            why = self.unknown or "nothing is drawn at random here" if views > 0 else f"there cannot be {views} of them"
+            hint = "Leave --views out, or --no-augment."
+            raise ConfigError(f"Fixed views were asked for, and {why}.", where="views", got=views, hint=hint)
+        part = copy.copy(self)
+        part._views = views
+        return part
+
+    @property
+    def unknown(self) -> str:
+        """Why nobody knows what is drawn; empty where it is known."""
+        return ""
+
+    def by_view(self) -> Self:
+        """See `EpochLoader`."""
+        part = copy.copy(self)
+        part._by_view = True
+        return part
+
+    @property
+    def _drawn_for(self) -> int:
+        """The epoch that random draws are made for: the view's."""
+        return self.epoch % self._views if self._views else self.epoch
+
+    @property
+    def _seen(self) -> str:
+        return f" in {self._views} fixed views" if self._views else ""
+
+    @property
     def _planned(self) -> int:
         return self.count // self.batch_size if self.drop_last else -(-self.count // self.batch_size)
 
@@ -202,10 +250,12 @@ class _IndexedLoader(EpochLoader):
             yield number, order[number * self.batch_size : (number + 1) * self.batch_size]
 
     def _batch(self, images: Tensor, labels: Tensor | None, indices: Tensor) -> tuple[Tensor | None, ...]:
-        return (images, labels, indices) if self.with_indices else (images, labels)
+        if not self.with_indices:
+            return images, labels
+        return images, labels, indices + self._drawn_for * self.count if self._by_view and self._views else indices
 
 
-class MemoryLoader(_IndexedLoader):
+class MemoryLoader(IndexedLoader):
     """Batches out of one tensor of images; no workers, because on small images they cost more than they give.
 
     Training loaders (`shuffle`) leave out the incomplete last batch, a different one in every epoch. On a GPU the images lie there as
@@ -261,7 +311,7 @@ class MemoryLoader(_IndexedLoader):
     @property
     def randomness(self) -> str | None:
         """The augmentation, if there is one."""
-        return f"training images are augmented by {self.augment}" if self.augment is not None else None
+        return f"training images are augmented by {self.augment}{self._seen}" if self.augment is not None else None
 
     @property
     def normalisation(self) -> str:
@@ -272,6 +322,8 @@ class MemoryLoader(_IndexedLoader):
         """Digest of images and normalisation."""
         total = hashlib.sha256(f"{self.images.dtype} {tuple(self.images.shape)} {self._normalise}".encode())
         total.update(self.images.cpu().contiguous().numpy().data)
+        if self._views:
+            total.update(f"{self.augment} {self._views} {self.seed}".encode())
         return total.hexdigest()
 
     def _batches(self, skipped: int) -> Iterator[tuple[Tensor | None, ...]]:
@@ -303,79 +355,11 @@ class MemoryLoader(_IndexedLoader):
     def _draws(self, number: int, whole: Tensor) -> Tensor:
         """What this process's share of a batch is augmented by, drawn for all of it."""
         assert self.augment is not None
-        return self.augment.draw(len(whole), generator_from(self.seed, self.epoch, number))[self.rank :: self.world]
-
-
-class DiskLoader(_IndexedLoader):
-    """Batches read from disk by processes of torch; each sample's augmentation follows from (seed, epoch, index).
-
-    Pixels travel as they are, a byte a value: out of the reading processes, and to a GPU, where they are normalised.
-
-    Args:
-        dataset: index -> (image, label); drawn randomness comes from torch's global generator. A sample that cannot be
-            read is returned as the ConfigError that says so.
-        normalise: of a batch's images; None: the dataset has done it.
-        batch_size: samples per batch.
-        workers: processes that read; 0 reads in this one.
-        seed: of order and augmentation.
-        shuffle: a new order in every epoch.
-        with_indices: batches carry the sample indices too.
-    """
-
-    def __init__(
-        self,
-        dataset: Dataset[Any],
-        *,
-        normalise: Normaliser | None = None,
-        batch_size: int = 128,
-        workers: int = 0,
-        seed: int = 0,
-        shuffle: bool = False,
-        with_indices: bool = False,
-    ):
-        count: int = len(dataset)  # type: ignore[arg-type]
-        super().__init__(count, batch_size=batch_size, seed=seed, shuffle=shuffle, with_indices=with_indices)
-        self.dataset, self._normalise = dataset, normalise
-        self._readers = Readers(dataset, workers=workers, seed=seed)
-
-    def to(self, device: torch.device | str) -> Self:
-        """Batches go to the device from page-locked memory, and are normalised there."""
-        device = torch.device(device)
-        if device == self.device:
-            return self
-        part = copy.copy(self)
-        part.device = device
-        part._normalise = self._normalise.to(device) if self._normalise is not None else None
-        return part
-
-    @property
-    def randomness(self) -> str | None:
-        """What the dataset says of itself; without a word of it, it may be random."""
-        unknown = f"nobody can tell whether a {type(self.dataset).__name__} draws at random"
-        known: str | None = getattr(self.dataset, "randomness", unknown)
-        return known
-
-    @property
-    def normalisation(self) -> str | None:
-        """Mean, std and peak, where the dataset has not done it."""
-        return str(self._normalise) if self._normalise is not None else None
-
-    def fingerprint(self) -> str:
-        """The dataset's own, and the normalisation."""
-        digest: str = self.dataset.fingerprint()  # type: ignore[attr-defined]
-        return hashlib.sha256(f"{digest} {self._normalise}".encode()).hexdigest()
-
-    def _batches(self, skipped: int) -> Iterator[tuple[Tensor | None, ...]]:
-        parts = [whole[self.rank :: self.world] for _, whole in self._plan(skipped)]
-        plan = [[(self.epoch, index) for index in part.tolist()] for part in parts]
-        read = self._readers.read(plan, pinned=self.device.type == "cuda")
-        for indices, batch in zip(parts, read, strict=True):
-            if isinstance(batch, ConfigError):
-                raise batch
-            images, labels = (
-                part.to(self.device, non_blocking=True) if isinstance(part, Tensor) else part for part in batch
-            )
-            yield self._batch(self._normalise(images) if self._normalise else images, labels, indices)
+        if self._views:  # for every sample by its number: the batches of two epochs of one view differ
+            draws = self.augment.draw(self.count, generator_from(self.seed, self._drawn_for))[whole]
+        else:
+            draws = self.augment.draw(len(whole), generator_from(self.seed, self.epoch, number))
+        return draws[self.rank :: self.world]
 
 
 def _sent(values: Tensor, device: torch.device) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -10,6 +11,7 @@ import torch
 
 from indistill_fx.data.augment import of_small_images, rand_augment
 from indistill_fx.data.dataset import Data, DataOptions
+from indistill_fx.data.foreign import repeatable
 from indistill_fx.data.image_folders import rank_in_class
 from indistill_fx.data.in_memory import Split, hold
 from indistill_fx.data.normalisation import PUBLISHED, Figures, Normalisation
@@ -36,6 +38,7 @@ def open_data(
     download: bool = True,
     augment: bool = True,
     randaugment: int | None = None,
+    views: int | None = None,
     with_indices: bool = False,
     progress: bool = False,
 ) -> Data:
@@ -63,6 +66,8 @@ def open_data(
         augment: training images up to 64 pixels are shifted by up to 4 and mirrored, larger ones cropped at random (8%
             to 100% of the area) and mirrored; digits are left as they are.
         randaugment: after that, two operations of RandAugment (torchvision.transforms.v2) of this magnitude, 0 to 30.
+        views: draw what is random in training images so many times and no more: epoch e shows view e modulo that. None: anew in every
+            epoch.
         with_indices: training batches carry sample indices (crd reads them).
         progress: show a bar while images are decoded, on a terminal.
 
@@ -93,11 +98,15 @@ def open_data(
     kind, _, place = spec.partition(":")
     _check_randaugment(kind, options)
     if kind in _SPECS:
-        return _SPECS[kind](place, options)
+        return _in_views(_SPECS[kind](place, options), views)
     if not place:
         legal = "digits, cifar10, cifar100, imagefolder:DIR, file.py:make_loaders"
         raise unknown("data", spec, "data set", _SPECS, legal=legal)
-    return open_user_loaders(spec, options)
+    return _in_views(open_user_loaders(spec, options), views)
+
+
+def _in_views(data: Data, views: int | None) -> Data:
+    return data if views is None else replace(data, train=repeatable(data.train, 0, "train loader").in_views(views))
 
 
 def _check_randaugment(kind: str, options: DataOptions) -> None:

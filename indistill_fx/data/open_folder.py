@@ -11,9 +11,9 @@ from torch import Tensor
 from indistill_fx.data.augment import of_small_images, rand_augment
 from indistill_fx.data.dataset import Data, DataOptions
 from indistill_fx.data.decoding import decode
+from indistill_fx.data.disk_loader import DiskLoader
 from indistill_fx.data.image_folders import Form, ImageFiles, Listing, list_splits
 from indistill_fx.data.in_memory import Split, hold
-from indistill_fx.data.loaders import DiskLoader
 from indistill_fx.data.normalisation import PUBLISHED, Normalisation, Normaliser, choose, measured
 from indistill_fx.data.pictures import DEEP_PEAK
 from indistill_fx.errors import ConfigError

@@ -6,22 +6,26 @@ from indistill_fx.data.loaders import EpochLoader
 from indistill_fx.errors import ConfigError
 
 
-def same_samples(loader: EpochLoader, what: str) -> EpochLoader:
+def same_samples(loader: EpochLoader, what: str, *, views: bool = False) -> EpochLoader:
     """The loader with sample indices in its batches.
 
     Args:
         loader: of a training set.
         what: who needs samples that are the same in every epoch, as a sentence begins.
+        views: whether fixed views of every sample do too; then indices count the samples of all views.
 
     Raises:
         ConfigError: they may differ from epoch to epoch.
     """
+    if views and loader.views:
+        return loader.indexed().by_view()
     if loader.randomness is not None:
+        others = ", take fixed views (--views 4, open_data(views=4))" if views else ""
         raise ConfigError(
             f"{what} needs samples that are the same in every epoch, and {loader.randomness}.",
             where=what.lower().removeprefix("the "),
             got=loader.randomness,
             expected="data without random transforms",
-            hint="Turn augmentation off (--no-augment, open_data(augment=False)), or do without.",
+            hint=f"Turn augmentation off (--no-augment, open_data(augment=False)){others}, or do without.",
         )
     return loader.indexed()

@@ -304,7 +304,7 @@ def _known_samples(teacher: nn.Module | TracedModel, loader: EpochLoader, cache:
     loader = check_outputs(
         teacher.module if isinstance(teacher, TracedModel) else teacher, loader, cached=cache is not None
     )
-    return same_samples(loader, "The feature cache") if cache is not None else loader
+    return same_samples(loader, "The feature cache", views=True) if cache is not None else loader
 
 
 def _with_what_is_asked(

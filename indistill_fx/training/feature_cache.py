@@ -4,8 +4,8 @@ A stage's features are kept under a key of everything they follow from: the stag
 the tap, the kept channels and the folding), the data with its transform, and the precision. Nothing is ever stale: what differs has
 another key. One forward pass of the teacher over the data serves all stages that are missing.
 
-Refused where a sample may look different from epoch to epoch. What it will take is said, and compared with the free space, before it
-starts.
+Refused where a sample may look different from epoch to epoch, but for fixed views, whose features are kept one view after the other.
+What it will take is said, and compared with the free space, before it starts.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from accelerate.utils import send_to_device
 from filelock import FileLock
 from torch import Tensor, fx
 
-from indistill_fx.batch import Inputs, split, with_features
+from indistill_fx.batch import INDICES, Inputs, split, with_features
 from indistill_fx.data.loaders import EpochLoader
 from indistill_fx.data.same_samples import same_samples
 from indistill_fx.errors import ConfigError
@@ -49,10 +49,11 @@ class FeatureStore:
     Args:
         folder: one that `cache_features` has filled.
         inputs: names of the model's inputs, for the batches it makes.
+        samples: how many there are; of fixed views there are so many rows for each.
     """
 
-    def __init__(self, folder: Path, inputs: Sequence[str]):
-        self.folder, self._inputs = folder, tuple(inputs)
+    def __init__(self, folder: Path, inputs: Sequence[str], samples: int):
+        self.folder, self._inputs, self._samples = folder, tuple(inputs), samples
         self.features = {
             tap: _mapped(folder / entry["file"], entry["shape"], getattr(torch, entry["dtype"]), shared=False)
             for tap, entry in _read_index(folder).items()
@@ -68,7 +69,8 @@ class FeatureStore:
         def look_up(indices: Tensor) -> dict[str, Tensor]:
             return {tap: values.index_select(0, indices.cpu()) for tap, values in self.features.items()}
 
-        return with_features(batch, Inputs(self._inputs, self._inputs), look_up)
+        made = with_features(batch, Inputs(self._inputs, self._inputs), look_up)
+        return made | {INDICES: made[INDICES] % self._samples}
 
 
 def cache_features(
@@ -86,7 +88,7 @@ def cache_features(
 
     Args:
         stages: from `compile_stages`.
-        loader: the training loader; its samples must look the same in every epoch.
+        loader: the training loader; its samples must look the same in every epoch, or be seen in fixed views.
         directory: where features are kept; may be shared by runs, models and data sets.
         joint: graphs that compute several stages' features at once (see `stage.joint_teachers`); by default one after the other.
         precision: name of the arithmetic, which is part of the key.
@@ -100,7 +102,7 @@ def cache_features(
     Raises:
         ConfigError: the data are random, or the disk has not the space.
     """
-    data = same_samples(loader, "The feature cache").indexed(in_order=True)
+    data = same_samples(loader, "The feature cache", views=True).indexed(in_order=True)
     root = Path(directory)
     root.mkdir(parents=True, exist_ok=True)
     told = f"{_FORMAT} {loader.fingerprint()} {precision}"
@@ -119,7 +121,7 @@ def cache_features(
                 [([(s, by_stage[id(s)]) for s in group], graph) for group, graph in plans], data, autocast, device, say
             )
     return [
-        FeatureStore(folder, stage.inputs) if folder is not None else None
+        FeatureStore(folder, stage.inputs, loader.samples) if folder is not None else None
         for stage, folder in zip(stages, folders, strict=True)
     ]
 
@@ -139,16 +141,20 @@ def _fill(
         found = _run(graph, first, group[0][0], autocast, device)
         for stage, folder in group:
             sizes[folder] = {tap: (found[tap][0], stage.name) for tap in stage.teacher_taps}
-    _estimate(sizes, data.samples, next(iter(sizes)).parent, say)
+    views = max(data.views, 1)
+    rows = data.samples * views
+    _estimate(sizes, rows, next(iter(sizes)).parent, say)
     for group, graph in plans:
         parts = {folder: folder.with_name(f"{folder.name}.part") for _, folder in group}
         try:
-            files = {folder: _files(part, sizes[folder], data.samples) for folder, part in parts.items()}
-            for batch in followed(data, "teacher's features", shown=True):
-                found = _run(graph, batch, group[0][0], autocast, device)
-                for taps in files.values():
-                    for tap, values in taps.items():
-                        values.index_copy_(0, _indices(batch, group[0][0]), found[tap].to("cpu"))
+            files = {folder: _files(part, sizes[folder], rows) for folder, part in parts.items()}
+            for view in range(views):
+                data.set_epoch(view)
+                for batch in followed(data, "teacher's features", shown=True):
+                    found = _run(graph, batch, group[0][0], autocast, device)
+                    for taps in files.values():
+                        for tap, values in taps.items():
+                            values.index_copy_(0, _indices(batch, group[0][0]), found[tap].to("cpu"))
             for folder, part in parts.items():
                 _close(part, files.pop(folder))
                 part.replace(folder)

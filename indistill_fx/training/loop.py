@@ -24,7 +24,8 @@ from accelerate.utils import send_to_device
 from torch import nn
 
 from indistill_fx.batch import count_of
-from indistill_fx.data.loaders import EpochLoader, with_last
+from indistill_fx.data.foreign import with_last
+from indistill_fx.data.loaders import EpochLoader
 from indistill_fx.errors import TrainError
 from indistill_fx.evaluation.accuracy import Evaluation
 from indistill_fx.graph.module_state import left_in_eval

@@ -79,7 +79,7 @@ import os, signal, sys
 import torch
 from torch.utils.data import DataLoader, Dataset
 from indistill_fx.errors import TrainError
-from indistill_fx.data.loaders import DiskLoader
+from indistill_fx.data.disk_loader import DiskLoader
 from indistill_fx.training.supervised import train
 from tests.faults.harness import network
 

@@ -19,7 +19,7 @@ import os, sys
 import torch
 from torch.utils.data import DataLoader, Dataset
 from pathlib import Path
-from indistill_fx.data.loaders import DiskLoader
+from indistill_fx.data.disk_loader import DiskLoader
 from indistill_fx.runs.directory import RunDirectory
 from indistill_fx.system.signals import Interrupted
 from indistill_fx.training import loop

@@ -14,9 +14,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from indistill_fx.data import open_folder
 from indistill_fx.data.augment import FlipAndCrop, ShiftAndRandAugment
 from indistill_fx.data.dataset import Data
+from indistill_fx.data.disk_loader import DiskLoader
 from indistill_fx.data.foreign import ForeignLoader
 from indistill_fx.data.image_folders import rank_in_class, spread
-from indistill_fx.data.loaders import DiskLoader, MemoryLoader
+from indistill_fx.data.loaders import MemoryLoader
 from indistill_fx.data.open import open_data
 from indistill_fx.errors import ConfigError
 

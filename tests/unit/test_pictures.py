@@ -12,7 +12,8 @@ from PIL import Image
 
 from indistill_fx.data import open_folder
 from indistill_fx.data.dataset import Data
-from indistill_fx.data.loaders import DiskLoader, MemoryLoader
+from indistill_fx.data.disk_loader import DiskLoader
+from indistill_fx.data.loaders import MemoryLoader
 from indistill_fx.data.normalisation import PUBLISHED
 from indistill_fx.data.open import open_data
 from indistill_fx.data.pictures import read_head, read_picture

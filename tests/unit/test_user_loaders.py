@@ -12,8 +12,9 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Te
 
 import indistill_fx as ifx
 from indistill_fx.data.augment import FlipAndCrop
+from indistill_fx.data.disk_loader import DiskLoader
 from indistill_fx.data.foreign import ForeignLoader, repeatable
-from indistill_fx.data.loaders import DiskLoader, MemoryLoader
+from indistill_fx.data.loaders import MemoryLoader
 from indistill_fx.errors import ConfigError
 
 
