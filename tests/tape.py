@@ -77,12 +77,14 @@ class Tape:
             if value.layout is torch.strided and 0 not in value.stride()
         ]
         state = torch.get_rng_state()
-        with _Operations(note):
-            run()
-        with torch.no_grad():
-            for value, saved in before:
-                value.detach().copy_(saved)
-        torch.set_rng_state(state)
+        try:
+            with _Operations(note):
+                run()
+        finally:
+            with torch.no_grad():
+                for value, saved in before:
+                    value.detach().copy_(saved)
+            torch.set_rng_state(state)
         return lambda: self._replay(operations)
 
     @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import inspect
 import random
 import warnings
 from contextlib import nullcontext
@@ -24,7 +25,7 @@ from indistill_fx.training.options.settings import Settings
 from indistill_fx.training.parallel.processes import make_accelerator
 from indistill_fx.training.step.cuda_graph import CudaRecorder
 from indistill_fx.training.step.host_state import changed_in, host_state
-from indistill_fx.training.step.recorded import WARM_UP, RecordedStep, why_not_recorded
+from indistill_fx.training.step.recorded import WARM_UP, NotRecordedError, RecordedStep, why_not_recorded
 from indistill_fx.training.step.static_batch import form_of, overwrite, static_copy
 from indistill_fx.training.step.step import Step
 from tests.nets import Cnn32, images, seeded
@@ -388,20 +389,63 @@ def test_the_calls_of_a_recording(cuda):
 @pytest.mark.parametrize(
     ("error", "kind", "message"),
     [
-        (RuntimeError("cannot copy\nnow"), TrainError, r"recorded as a CUDA graph: cannot copy now(.|\n)*--no-graphs"),
+        (RuntimeError("cannot copy\nnow"), NotRecordedError, "^cannot copy now$"),
         (torch.OutOfMemoryError("full"), torch.OutOfMemoryError, "full"),
         (KeyboardInterrupt("now"), KeyboardInterrupt, "now"),
     ],
 )
-def test_a_recording_that_breaks_off_says_why_and_leaves_torch_usable(error, kind, message, cuda):
+def test_a_recording_that_breaks_off_says_why_and_leaves_torch_usable(error, kind, message, cuda, monkeypatch):
     calls, _ = cuda
 
     def fails() -> None:
         raise error
 
+    monkeypatch.setattr(CudaRecorder, "_usable", lambda self: True)
     with pytest.raises(kind, match=message):
         CudaRecorder(torch.device("cuda:0")).record(fails)
     assert calls == ["begin thread_local", "end", "stream back", "generator fresh"] and gc.isenabled()
+
+
+def test_where_the_device_does_nothing_any_more_the_run_ends_with_a_sentence(cuda, monkeypatch):
+    def refuses(seed: int) -> None:
+        raise RuntimeError("Offset increment outside graph capture encountered unexpectedly.")
+
+    monkeypatch.setattr(torch.cuda, "manual_seed", refuses)
+    with pytest.raises(TrainError, match=r"nothing can be done on the GPU any more: 1 / 0(.|\n)*--no-graphs"):
+        CudaRecorder(torch.device("cuda:0")).record(lambda: _raise(RuntimeError("1 / 0")))
+
+
+def _raise(error: Exception) -> None:
+    raise error
+
+
+class BreakingOff(Tape):
+    """Where a recording ends with an error after its backward pass."""
+
+    def record(self, run):
+        def broken() -> None:
+            run()
+            raise NotRecordedError("a capture failed")
+
+        return super().record(broken)
+
+
+@pytest.mark.parametrize("clip", [None, 0.05])
+def test_a_recording_that_breaks_off_costs_no_step(clip, monkeypatch):
+    original = Step.update
+    monkeypatch.setattr(Step, "update", lambda self, batches=1: original(self, batches) if not _recording() else None)
+    tape = BreakingOff()
+    losses, tensors, step = trained(tape, clip=clip)
+    expected, plain, _ = trained(None, clip=clip)
+    assert losses == expected and tape.recordings == 1 and tape.replays == 0
+    assert all(torch.equal(tensors[name], value) for name, value in plain.items())
+    assert step.recorded is not None
+    assert step.recorded.note == "not recorded as a CUDA graph: it could not be: a capture failed"
+
+
+def _recording() -> bool:
+    """Whether a tape runs: its update is left out, so that gradients stay behind."""
+    return any(frame.function == "broken" for frame in inspect.stack())
 
 
 def test_what_runs_beside_is_waited_for_even_if_it_fails(cuda):

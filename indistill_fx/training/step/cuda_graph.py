@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from indistill_fx.errors import TrainError
+from indistill_fx.training.step.recorded import NotRecordedError
 
 _WAITS = "called a synchronizing CUDA operation"
 """How torch's warning begins."""
@@ -91,11 +92,20 @@ class CudaRecorder:
             cause = first[0] if first else error
             if isinstance(cause, torch.OutOfMemoryError) or not isinstance(cause, Exception):
                 raise cause from None
-            raise _failed(cause) from cause
+            text = " ".join(str(cause).split())[:300]
+            raise NotRecordedError(text) if self._usable() else _failed(text) from cause
         finally:
             if collecting:
                 gc.enable()
         return graph.replay
+
+    def _usable(self) -> bool:
+        """Whether the device still computes and draws."""
+        try:
+            torch.cuda.manual_seed(0)  # every step seeds anew
+            return bool(torch.rand(2, device=self._device).add(1).sum() > 0)
+        except RuntimeError:
+            return False
 
     def _leave(self, current: torch.cuda.Stream, fresh: torch.Generator) -> None:
         """After a recording that broke off, torch still has its stream for the current one, and its generator refuses to be seeded."""
@@ -103,9 +113,9 @@ class CudaRecorder:
         torch.cuda.default_generators[self._device.index].graphsafe_set_state(fresh.graphsafe_get_state())
 
 
-def _failed(cause: Exception) -> TrainError:
+def _failed(text: str) -> TrainError:
     return TrainError(
-        f"The step could not be recorded as a CUDA graph: {' '.join(str(cause).split())[:300]}",
+        f"The step could not be recorded as a CUDA graph, and nothing can be done on the GPU any more: {text}",
         where="graphs",
         hint="Run without (graphs=False, --no-graphs); with resume=True (--resume) it goes on from the last checkpoint.",
     )

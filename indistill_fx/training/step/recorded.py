@@ -33,6 +33,10 @@ _MOST_FORMS = 16
 """Forms of batches; with more before any has come often enough nothing is recorded."""
 
 
+class NotRecordedError(Exception):
+    """A step cannot be recorded; says why."""
+
+
 class Recorder(Protocol):
     """Where steps are recorded."""
 
@@ -49,7 +53,8 @@ class Recorder(Protocol):
         """Record what it does on the device, without doing it; returns what does it.
 
         Raises:
-            TrainError: it cannot be recorded, although nothing was seen that is in the way.
+            NotRecordedError: it cannot be recorded, although nothing was seen that is in the way; the device is as it was.
+            TrainError: it cannot, and nothing can be done on the device any more.
         """
 
 
@@ -77,14 +82,21 @@ class RecordedStep:
         work: batch → loss (): forward, backward and update. It leaves no gradients.
         recorder: where it is recorded.
         watched: the modules that it runs.
+        undo: lets go of what `work` leaves behind where it breaks off: its gradients.
 
     Attributes:
         reason: why it is not recorded; empty as long as it may be.
         others: how many steps ran as they are after the recording, their batches being of another form.
     """
 
-    def __init__(self, work: Callable[[Any], Tensor], recorder: Recorder, watched: nn.Module):
-        self._work, self._recorder, self._watched = work, recorder, watched
+    def __init__(
+        self,
+        work: Callable[[Any], Tensor],
+        recorder: Recorder,
+        watched: nn.Module,
+        undo: Callable[[], None] = lambda: None,
+    ):
+        self._work, self._recorder, self._watched, self._undo = work, recorder, watched, undo
         self._form: Form | None = None
         self._ran: dict[Form, int] = {}
         self._calls: dict[Form, list[Call]] = {}
@@ -115,7 +127,12 @@ class RecordedStep:
         if self._replay is None and not self._ready(form):
             return self._warmed_up(batch, form)
         if self._replay is None:
-            self._record(batch, form)
+            try:
+                self._record(batch, form)
+            except NotRecordedError as error:
+                self.reason, self._static = f"it could not be: {error}", None
+                self._undo()
+                return self._work(batch)
         overwrite(self._static, batch)
         assert self._replay is not None and self._loss is not None
         self._replay()

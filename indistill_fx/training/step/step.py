@@ -44,7 +44,7 @@ class Step:
         self.accelerator, self.module, self.optimizer = accelerator, module, optimizer
         self._clip_norm, self._after_update = clip_norm, after_update
         self.rate: float | None = None
-        self.recorded = RecordedStep(self.whole, recorder, module) if recorder is not None else None
+        self.recorded = RecordedStep(self.whole, recorder, module, self._undo) if recorder is not None else None
 
     def set_rate(self, rate: float) -> None:
         """Let the next update have this learning rate. One that lies on the device, for a recording, is overwritten there."""
@@ -62,6 +62,13 @@ class Step:
         loss = self.learn(batch, 1)
         self.update()
         return loss
+
+    def _undo(self) -> None:
+        """After a step that broke off: no gradients are left, and the scaler counts anew."""
+        self.optimizer.zero_grad()
+        scaler = self.accelerator.scaler
+        if scaler is not None:
+            scaler._per_optimizer_states.clear()  # a new one is made for whoever asks; nothing public does this
 
     def learn(self, batch: Any, samples: int) -> Tensor:
         """Add the gradients of a batch to those there are; returns its loss.
