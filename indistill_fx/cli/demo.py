@@ -13,7 +13,7 @@ from indistill_fx.cli import common
 def command(output: str | None, seed: int) -> None:
     """The whole way on data that ships with scikit-learn: a teacher, a student made of it, distillation, ONNX, a comparison.
 
-    The student has a twentieth of the teacher's multiply-accumulates and a hundred labelled images. It is trained in five ways, for the
+    The student has a twentieth of the teacher's multiply-accumulates and a hundred labelled images. It is trained in six ways, for the
     same number of epochs: from new weights by labels and by knowledge distillation (KD), and compressed from the teacher by labels, by
     KD, and by the InDistill warm-up followed by KD. It needs no network and takes about a minute on two cores.
     """
