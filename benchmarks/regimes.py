@@ -274,7 +274,7 @@ def described(place: Place) -> str:
 def heat_map(found: Found) -> str:
     """Rows: kind and size; columns: images and epochs; colour and figure: joint + KD minus KD, in points."""
     columns = [(images, epochs) for images, both in EPOCHS.items() for epochs in both]
-    rows = list(product(KINDS, SHARES))
+    rows = [row for row in product(KINDS, SHARES) if any(place[1:3] == row for place in found)]
     wide, high, left, top = 92, 26, 150, 46
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + wide * len(columns)} {top + high * len(rows) + 8}"'
