@@ -310,11 +310,14 @@ def test_what_changes_beside_tensors():
 
 
 def test_what_is_known_beforehand():
-    assert why_not_recorded(Settings(), "cuda", 1) is None
+    assert why_not_recorded(Settings(graphs="auto"), "cuda", 1) is None
+    assert why_not_recorded(Settings(), "cuda", 1) == "not asked for"  # off until it has run on a GPU
     assert why_not_recorded(Settings(graphs=True), "cpu", 1) == "the device is a cpu"
-    assert why_not_recorded(Settings(graphs=False), "cuda", 1) == "as asked for"
-    assert why_not_recorded(Settings(), "cuda", 2) == "the processes exchange gradients in every step"
-    assert why_not_recorded(Settings(accumulate=2), "cuda", 1) == "a step has several batches (accumulate)"
+    assert why_not_recorded(Settings(graphs=False), "cuda", 1) == "not asked for"
+    assert why_not_recorded(Settings(graphs="auto"), "cuda", 2) == "the processes exchange gradients in every step"
+    assert (
+        why_not_recorded(Settings(graphs="auto", accumulate=2), "cuda", 1) == "a step has several batches (accumulate)"
+    )
 
 
 class Stream:
@@ -511,6 +514,7 @@ def run(student: nn.Module, **options: Any) -> ifx.RunRecord:
     given: dict[str, Any] = {
         "epochs": 2, "curriculum": ifx.Curriculum(lengths=[0, 1, 0], learning_rate=RATE), "learning_rate": RATE, "rise_steps": 8,
         "clip_norm": 0.5, "average": 0.75, "label_smoothing": 0.125, "progress": False, "device": "cpu", "val_loader": data[:2],
+        "graphs": "auto",
     }  # fmt: skip
     return ifx.distill(teacher, student, data, **{**given, **options})
 

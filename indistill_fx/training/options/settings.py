@@ -167,9 +167,10 @@ class Settings:
         ),
     )
     graphs: Graphs = field(
-        default="auto",
+        default=False,
         metadata=described(
-            "Record steps as CUDA graphs, and replay them. auto: where that can be; the record says where not, and why.",
+            "Record steps as CUDA graphs and replay them, where that can be; run.json says where not, and why. Off by default until it"
+            " has been measured on a GPU.",
             changes_result=False,
         ),
     )

@@ -67,7 +67,7 @@ def why_not_recorded(settings: Settings, device: str, processes: int) -> str | N
         processes: how many train together.
     """
     if settings.graphs is False:
-        return "as asked for"
+        return "not asked for"
     if device != "cuda":
         return f"the device is a {device}"
     if processes > 1:
