@@ -40,6 +40,7 @@ class Criterion(nn.Module):
         needs_indices: whether batches must carry sample indices.
         needs_samples: whether its constructor takes `samples`, the size of the training set.
         weight_labels: of the supervised loss; 0: neither the labels nor, for their sake, the student's logits are read.
+        one_size: whether it is given the features of a pair in one size, the larger map or sequence average-pooled; else as they are.
         unit: how large the loss typically is, in which the weight of what a `Curriculum` adds to it counts.
     """
 
@@ -47,6 +48,7 @@ class Criterion(nn.Module):
     needs_indices: bool = False
     needs_samples: bool = False
     weight_labels: float = 1.0
+    one_size: bool = False
     unit: float = 1.0
 
     @property

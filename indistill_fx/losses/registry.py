@@ -57,7 +57,7 @@ class UserLoss(Criterion):
 
     Args:
         function: (student `Outputs`, teacher `Outputs`, labels) → scalar. Without attributes it is taken to read everything but
-            indices.
+            indices, and is given the features of a pair in one size, of each model's own width.
         options: its keyword arguments.
         task: what the labels mean; the function gets them as the task reads them.
     """
@@ -68,6 +68,7 @@ class UserLoss(Criterion):
         self.needs = frozenset(getattr(function, "needs", _EVERYTHING))
         self.needs_indices = bool(getattr(function, "needs_indices", False))
         self.weight_labels = float(getattr(function, "weight_labels", 1.0))
+        self.one_size = bool(getattr(function, "one_size", True))
         self.unit = float(getattr(function, "unit", 1.0))
 
     def forward(self, student: Outputs, teacher: Outputs, labels: Tensor | None = None) -> Tensor:

@@ -41,6 +41,7 @@ def teacher_half(
     taps: Sequence[str],
     *,
     narrowed: bool,
+    one_size: bool = False,
     lowerings: Lowerings,
 ) -> Half:
     """The teacher's part of a stage: cut at its taps, folded, frozen.
@@ -51,6 +52,7 @@ def teacher_half(
         pairs: the pairs whose features are compared.
         taps: further taps (logits, penultimate vector), delivered as they are.
         narrowed: whether the widths of the pairs have been made equal.
+        one_size: whether the two features of a pair are to have one size though their widths differ.
         lowerings: of the target.
     """
     outputs = [*dict.fromkeys((*(pair.teacher for pair in pairs), *taps))]
@@ -60,7 +62,7 @@ def teacher_half(
             ("cut", partial(cut, taps=outputs)),
             *_seeing(teacher),
             ("dedupe", dedupe),
-            *_adapters(pairs, teacher, student, side="teacher", narrowed=narrowed),
+            *_adapters(pairs, teacher, student, side="teacher", narrowed=narrowed, one_size=one_size),
             *_delivering(teacher, student),
             ("fold", fold),
             *lowering_passes(lowerings, "teacher", teacher.facts),
@@ -75,6 +77,7 @@ def student_half(
     taps: Sequence[str],
     *,
     narrowed: bool,
+    one_size: bool = False,
     lowerings: Lowerings,
 ) -> Half:
     """The student's part of a stage: cut at its taps; it calls the user's own layers. Arguments as in `teacher_half`."""
@@ -83,7 +86,7 @@ def student_half(
         student,
         [
             ("cut", partial(cut, taps=outputs)),
-            *_adapters(pairs, student, teacher, side="student", narrowed=narrowed),
+            *_adapters(pairs, student, teacher, side="student", narrowed=narrowed, one_size=one_size),
             *lowering_passes(lowerings, "student", student.facts),
         ],
     )
@@ -158,14 +161,16 @@ def _delivering(teacher: TracedModel, student: TracedModel) -> list[Pass]:
     return [("deliver", partial(deliver, dtype=dtype, classes=classes))]
 
 
-def _adapters(pairs: Sequence[Pair], own: TracedModel, other: TracedModel, *, side: Role, narrowed: bool) -> list[Pass]:
+def _adapters(
+    pairs: Sequence[Pair], own: TracedModel, other: TracedModel, *, side: Role, narrowed: bool, one_size: bool = False
+) -> list[Pass]:
     """One pass a pair whose two features have to be brought to one shape."""
     passes: list[Pass] = []
     for pair in pairs:
         tap, partner = (pair.teacher, pair.student) if side == "teacher" else (pair.student, pair.teacher)
         layouts = layout_of(own.facts_of(tap)), layout_of(other.facts_of(partner))
         alike = layouts[0].form == layouts[1].form and not layouts[0].batch_axis
-        if narrowed or not alike:
+        if narrowed or not alike or (one_size and layouts[0].space != layouts[1].space):
             apply = partial(adapt, tap=tap, own=layouts[0], other=layouts[1], may_slice=narrowed and side == "student")
             passes.append((f"adapt {tap}", apply))
     return passes

@@ -288,6 +288,7 @@ def _main_stage(
             where="main",
             hint="Name a pair (--pair TEACHER_LAYER=STUDENT_LAYER), or take `kd`, which reads logits only.",
         )
+    one_size = criterion.one_size
     if curriculum.keep:
         criterion = keeping(criterion, curriculum, plan)
     needs = criterion.needs
@@ -297,8 +298,9 @@ def _main_stage(
     student_logits = student.tap_name(student.logits) if "logits" in needs or criterion.weight_labels else None
     teacher_taps = [tap for tap in (embedding and embedding.teacher, teacher_logits) if tap]
     student_taps = [tap for tap in (embedding and embedding.student, student_logits) if tap]
-    own = teacher_half(teacher, student, pairs, teacher_taps, narrowed=False, lowerings=lowerings) if needs else None
-    other = student_half(student, teacher, pairs, student_taps, narrowed=False, lowerings=lowerings)
+    how: dict[str, Any] = {"narrowed": False, "one_size": one_size, "lowerings": lowerings}
+    own = teacher_half(teacher, student, pairs, teacher_taps, **how) if needs else None
+    other = student_half(student, teacher, pairs, student_taps, **how)
     return Stage(
         name="main",
         student=other.value,
