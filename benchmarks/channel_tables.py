@@ -21,8 +21,27 @@ def tables(records: dict[str, Any]) -> str:
         versions = ", ".join(f"{k} {v}" for k, v in record["versions"].items())
         missing = record.get("missing", [])
         also = f"\n\nNot run yet, {len(missing)}: {', '.join(missing)}." if missing else ""
+        also += older(record)
         parts.append(f"{makers[record['task']](record)}{also}\n\n({name}, {record['date']}; {versions})")
     return "\n\n".join(parts)
+
+
+def older(record: Any) -> str:
+    """Which rows were measured on the record's last day, and which before; rows say so themselves."""
+    models = record.get("models", {})
+    new, old = (sorted(name for name in models if _is_new(record, name) is wanted) for wanted in (True, False))
+    if not new or not old:
+        return ""
+    told = (
+        f"rows of earlier days: {', '.join(old)}"
+        if len(old) < len(new)
+        else f"these: {', '.join(new)}; the others earlier"
+    )
+    return f"\n\nMeasured on {record['date'][:10]}: {len(new)} of {len(models)}; {told}."
+
+
+def _is_new(record: Any, name: str) -> bool:
+    return bool(record["models"][name].get("date") == record["date"][:10])
 
 
 def _narrow(record: Any) -> str:
@@ -69,10 +88,15 @@ def _shrink(record: Any) -> str:
         f"(largest difference {max((m['difference'] for m in right.values()), default=0):.0e}; with two kept columns swapped at least "
         f"{min((m['control'] for m in right.values()), default=0):.0e}).",
     ]
+    gone = [1 - m["macs"][1] / m["macs"][0] for m in models.values() if "macs" in m]
+    lines.append(
+        f"Of the multiply-accumulates {statistics.median(gone):.1%} go in the median, {min(gone):.1%} at least."
+    )
     lines += [f"\n- {key}: {_why(m)}" for key, m in models.items() if not m.get("ok")]
     others = {k: m["torch_pruning"] for k, m in models.items() if "torch_pruning" in m}
     if others:
-        lines += ["", *_beside(right, others)]
+        new = {k: m for k, m in right.items() if _is_new(record, k)}
+        lines += ["", *_beside(new or right, others)]
     return "\n".join(lines)
 
 
@@ -93,7 +117,7 @@ def _beside(right: Models, others: Models) -> list[str]:
         ratios = {k: ours[k] / others[k]["seconds"] for k in both}
         alone = statistics.median(m["shrink_seconds"] / others[k]["seconds"] for k, m in both.items())
         lines += [
-            f"CPU time, ours / Torch-Pruning's, over the {len(both)} models that both finish: median "
+            f"CPU time, ours / Torch-Pruning's, over the {len(both)} models of the last day that both finish: median "
             f"{statistics.median(ratios.values()):.2f} with tracing and its checks, {alone:.2f} for analysis and shrinking alone.",
             "",
             "| model | trace s | shrink s | Torch-Pruning s | its time / ours | without our trace |",

@@ -54,7 +54,7 @@ def run_all(task: str, models: list[ZooModel], path: Path | None, options: argpa
         done = results.get(model.id, {})
         if all(name in done if name else "family" in done for name in steps) and not _again(done, options):
             continue
-        found = {"family": model.family}
+        found = {"family": model.family, "date": record["date"][:10]}
         for name, step in steps.items():
             limit = options.limit / 4 if name and model.family in _ENDLESS else options.limit
             one = _in_process(step, model, limit, options.memory)

@@ -2,6 +2,8 @@
 
     python benchmarks/source_code.py torchvision:resnet18 timm:vit_tiny_patch16_224 … --out benchmarks/results/source_code.json
     python benchmarks/source_code.py --zoo --out benchmarks/results/source_code.json         one of every family (minutes)
+    python benchmarks/source_code.py SPEC --add --out benchmarks/results/source_code.json    these anew, the others as they are there
+    python benchmarks/source_code.py --table benchmarks/results/source_code.json             as Markdown
 
 For each: outputs in eval mode and outputs and gradients in train mode, to the bit; lines, beside those of the original's own model file.
 """
@@ -92,16 +94,45 @@ def results(module: nn.Module, x: Tensor) -> list[Tensor]:
     return found
 
 
+def table(record: dict[str, Any]) -> str:
+    """The results as Markdown: one line for each network, halved."""
+    rows = record["rows"]
+    lines = [
+        f"{sum(row['ok'] for row in rows)} of {len(rows)} equal to the bit, whole and halved: outputs in both modes, gradients.",
+        "",
+        "| network, halved | equal tensors | lines | its original's file |",
+        "|---|---|---|---|",
+    ]
+    for row in rows:
+        if row["ratio"]:
+            told = (
+                f"{row['equal']} | {row['lines']} | {row['original lines'] or '-'}"
+                if row["ok"]
+                else f"{row.get('error', 'differs')} | |"
+            )
+            lines.append(f"| {row['spec']} | {told} |")
+    return "\n".join(
+        [*lines, "", f"({record['date'][:10]}; {', '.join(f'{k} {v}' for k, v in record['versions'].items())})"]
+    )
+
+
 def main() -> None:
     """Check, print a line for each, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("specs", nargs="*")
     parser.add_argument("--zoo", action="store_true")
     parser.add_argument("--out")
+    parser.add_argument("--add", action="store_true", help="keep the rows of other networks that are in the file")
+    parser.add_argument("--table", type=Path)
     options = parser.parse_args()
+    if options.table:
+        print(table(json.loads(options.table.read_text())))
+        return
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     rows = []
+    if options.add:
+        rows = [row for row in json.loads(Path(options.out).read_text())["rows"] if row["spec"] not in options.specs]
     for spec in [*options.specs, *(ZOO if options.zoo else [])]:
         for ratio in (0.5, None):
             try:

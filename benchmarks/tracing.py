@@ -5,6 +5,7 @@
     python benchmarks/tracing.py sweep --only timm:swin             those whose name contains this
     python benchmarks/tracing.py ratio --json …                     ResNet-50 beside symbolic_trace + ShapeProp
     python benchmarks/tracing.py chain --json …                     chains of 100, 1,000 and 10,000 nodes
+    python benchmarks/tracing.py start --json …                     `align` of two ResNets from the shell, beside its imports
     python benchmarks/tracing.py table benchmarks/results/tracing.json            the results as Markdown
 
 Every model runs in a process of its own under a time limit, in eval mode (as a teacher) and train mode (as a student). The traced
@@ -16,6 +17,8 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import resource
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -25,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from channel_tables import older
 from torch import Tensor, fx, nn
 from zoo import ZooModel, zoo
 
@@ -57,7 +61,8 @@ def sweep(models: list[ZooModel], path: Path | None, *, limit: float, minutes: f
             print(f"{minutes} minutes are over; the same command goes on.")
             break
         start = time.perf_counter()
-        results[model.id] = _in_process(model, limit) | {"seconds": round(time.perf_counter() - start, 1)}
+        seconds = {"seconds": round(time.perf_counter() - start, 1), "date": record["date"][:10]}
+        results[model.id] = _in_process(model, limit) | seconds
         print(_line(model.id, results[model.id]), flush=True)
         if path:
             path.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
@@ -188,6 +193,26 @@ def ratio() -> dict[str, Any]:
     return found
 
 
+def start() -> dict[str, Any]:
+    """Seconds of the processor that a fresh process takes, the median of three: for `align`, and for the imports it cannot do without."""
+    commands = {
+        "import torch": ["-c", "import torch"],
+        "import torch, torchvision": ["-c", "import torch, torchvision"],
+        "align": ["-m", "indistill_fx", "align", "torchvision:resnet50", "torchvision:resnet18"],
+    }
+    found = {}
+    for name, arguments in commands.items():
+        times = []
+        for _ in range(3):
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
+            subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL)
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        found[name] = round(sorted(times)[1], 2)
+        print(name, found[name], flush=True)
+    return found
+
+
 def chain(lengths: tuple[int, ...] = (100, 1_000, 10_000)) -> dict[str, Any]:
     """Time of tracing chains of operations, per node; by kind of chain, since each goes through other code."""
     found: dict[str, Any] = {}
@@ -278,7 +303,7 @@ def table(record: dict[str, Any]) -> str:
             share = max(part["leaf_share"] for part in parts)
             special = max(part["specialisations"] for part in parts)
             lines.append(f"| `{name}` | {parts[0]['rung']} | {parts[1]['rung']} | {share:.1%} | {special} |")
-    return "\n".join([*lines, *_timings(record)])
+    return "\n".join([*lines, older(record), *_timings(record)])
 
 
 def _timings(record: dict[str, Any]) -> list[str]:
@@ -294,6 +319,9 @@ def _timings(record: dict[str, Any]) -> list[str]:
         lines += ["", f"| chain of | {' | '.join(f'{n} nodes' for n in lengths)} |", "|---" * (len(lengths) + 1) + "|"]
         for name, row in record["chain"].items():
             lines.append(f"| {name} | {' | '.join(f'{ms:.2f} ms a node' for ms in row['ms_per_node'].values())} |")
+    if "start" in record:
+        told = ", ".join(f"`{name}` {seconds:.1f} s" for name, seconds in record["start"].items())
+        lines += ["", f"A fresh process, seconds of the processor: {told}."]
     return lines
 
 
@@ -303,7 +331,7 @@ def _counts(values: list[str]) -> list[tuple[str, int]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("sweep", "one", "ratio", "chain", "table"))
+    parser.add_argument("what", choices=("sweep", "one", "ratio", "chain", "start", "table"))
     parser.add_argument("name", nargs="?", help="model of `one`, file of `table`")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--sample", action="store_true")
@@ -331,7 +359,7 @@ def main() -> int:
         bad = [name for name in run if not record["models"][name]["ok"]]
         print(f"{len(run) - len(bad)} of {len(run)} traced" + (f"; not: {', '.join(bad)}" if bad else ""))
         return 1 if bad else 0
-    measured = {"ratio": ratio, "chain": chain}[options.what]()
+    measured = {"ratio": ratio, "chain": chain, "start": start}[options.what]()
     if options.json:
         record = json.loads(options.json.read_text()) if options.json.exists() else {}
         record.update({options.what: measured, "versions": _versions()})
