@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import subprocess
 import sys
@@ -23,16 +24,28 @@ def test_the_site_builds_without_a_warning(tmp_path):
     assert "ifx" in (tmp_path / "site/reference/python/index.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.stem)
-def test_the_python_of_a_guide_runs(guide, tmp_path):
-    blocks = re.findall(r"```python\n(.*?)```", guide.read_text(encoding="utf-8"), flags=re.S)
+def test_a_guide_runs_as_it_stands(guide, tmp_path):
+    """Its blocks of Python and of sh, in order and in one folder beside examples/; `# name.py` says where Python is kept."""
+    text = guide.read_text(encoding="utf-8")
+    for package in sorted(set(re.findall(r"^(?:from|import) (lightning|transformers)", text, flags=re.M))):
+        pytest.importorskip(package, reason=f"needs {package}, which `pip install -e '.[dev]'` brings")
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/indistill-fx").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m indistill_fx "$@"\n')
+    (tmp_path / "bin/indistill-fx").chmod(0o755)
+    given = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
+    given |= {"HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    blocks = re.findall(r"```(python|sh)\n(.*?)```", text, flags=re.S)
     assert blocks
-    for block in blocks:
-        done = subprocess.run(
-            [sys.executable, "-c", block], cwd=tmp_path, env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
+    for number, (kind, block) in enumerate(blocks):
+        name = re.match(r"# (\w+\.py)\n", block)
+        file = tmp_path / (name[1] if name else f"block-{number}")
+        file.write_text(block, encoding="utf-8")
+        command = [sys.executable, str(file)] if kind == "python" else ["bash", "-e", str(file)]
+        done = subprocess.run(command, cwd=tmp_path, env=given, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{block}\n{done.stdout[-1000:]}\n{done.stderr[-2000:]}"
 
 
 def test_how_it_works_prints_what_it_says():
