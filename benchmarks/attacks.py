@@ -2,9 +2,9 @@
 
     python benchmarks/attacks.py [--json FILE]
 
-Every file is given to `indistill-fx inspect` in a process of its own (forked, 60 s, 2 GiB beyond what torch itself takes), in an empty
-folder with a home of its own. Counted of hostile files: code run (a canary lies there), files written elsewhere, exit code 1 ("our
-fault"), a crash, too long or too much memory. Counted of honest files: refused.
+Every file is given to `indistill-fx inspect`, or to what else reads it, in a process of its own (forked, 60 s of a processor, 2 GiB
+beyond what torch itself takes), in an empty folder with a home of its own. Counted of hostile files: code run (a canary lies there),
+files written elsewhere, exit code 1 ("our fault"), a crash, too long or too much memory. Counted of honest files: refused.
 Whole models of torchvision and timm: benchmarks/load_sweep.py.
 """
 
@@ -21,12 +21,14 @@ import pickle
 import platform
 import resource
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -34,10 +36,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-SECONDS, BYTES = 60, 2 << 30
+SECONDS, BYTES, WAITED = 60, 2 << 30, 600
+"""Of the processor, of memory beyond torch's own, and of the clock, for a machine with other work."""
 Make = Callable[[Path], list[str]]
 """Writes a file into a folder; returns the arguments for the command line."""
 
@@ -245,9 +249,69 @@ def hostile_runs(canary: str) -> Iterator[tuple[str, Make]]:
         yield f"a run of {spec[:30]!r}", make
 
 
+def pictures_of(content: Callable[[bytes], bytes], *, name: str = "0.png", size: int = 0) -> Make:
+    """A folder of pictures, one of which was changed, under a model that is measured on them."""
+
+    def make(folder: Path) -> list[str]:
+        sound = io.BytesIO()
+        Image.new("RGB", (8, 8)).save(sound, {"png": "PNG", "gif": "GIF", "webp": "WEBP"}[name.rpartition(".")[2]])
+        for split in ("train", "test"):
+            for label in "ab":
+                place = folder / "data" / split / label
+                place.mkdir(parents=True)
+                (place / f"1{name}").write_bytes(sound.getvalue())
+        with open(folder / "data" / "test" / "a" / name, "wb") as file:
+            file.write(content(sound.getvalue()))
+            file.truncate(max(size, file.tell()))
+        torch.save(network(), folder / "file.pt")
+        return ["evaluate", str(folder / "file.pt"), "--data", f"imagefolder:{folder / 'data'}"]
+
+    return make
+
+
+def _with_chunk(kind: bytes, data: bytes, times: int = 1) -> Callable[[bytes], bytes]:
+    chunk = struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    return lambda png: png[:33] + times * chunk + png[33:]
+
+
+def hostile_sizes(canary: str) -> Iterator[tuple[str, Make]]:
+    """What is small on the disk and large in memory."""
+    many = {f"w{k}": torch.ones(1).expand(1 << 26) for k in range(512)}
+    yield "512 tensors expanded to 64 million elements", saved(many, beside="torchvision:squeezenet1_1")
+    yield "as many as buffers of a module", saved(lambda _: with_attribute("_buffers", dict(many)))
+    squeezed = zlib.compress(bytes(1 << 30), 9)
+    yield "a gibibyte of text in a PNG", pictures_of(_with_chunk(b"zTXt", b"Comment\0\0" + squeezed))
+    yield "a gibibyte of profile in a PNG", pictures_of(_with_chunk(b"iCCP", b"profile\0\0" + squeezed))
+    small = b"Comment\0\0" + zlib.compress(bytes(1 << 20), 9)
+    yield "a thousand texts of a mebibyte in a PNG", pictures_of(_with_chunk(b"zTXt", small, 1000))
+    yield "8 GiB of nothing behind a WebP", pictures_of(lambda webp: webp, name="0.webp", size=8 << 30)
+    comment = b"!\xfe" + (b"\xff" + bytes(255)) * 40_000 + b"\0"
+    yield "10 MB of comment in a GIF", pictures_of(lambda gif: gif[:781] + comment + gif[781:], name="0.gif")
+    for name, line in (("run.json", b'{"a": "'), ("metrics.jsonl", b'{"kind": "epoch", "stage": "')):
+
+        def endless(folder: Path, name: str = name, line: bytes = line) -> list[str]:
+            (folder / "run").mkdir()
+            (folder / "run" / "run.json").write_text("{}")
+            with open(folder / "run" / name, "wb") as file:
+                file.write(line)
+                file.truncate(8 << 30)
+            return ["report", str(folder / "run"), "-o", str(folder / "page.html")]
+
+        yield f"8 GiB in one line of {name}", endless
+
+    def stages(folder: Path) -> list[str]:
+        (folder / "run").mkdir()
+        (folder / "run" / "run.json").write_text("{}")
+        lines = (json.dumps({"kind": "epoch", "stage": f"s{k}", "epoch": 1, "loss": 1.0}) for k in range(100_000))
+        (folder / "run" / "metrics.jsonl").write_text("\n".join(lines))
+        return ["report", str(folder / "run"), "-o", str(folder / "page.html")]
+
+    yield "100,000 stages in metrics.jsonl", stages
+
+
 def hostile(canary: str) -> dict[str, Make]:
     """All hostile files, by name; each would make the canary if it ran."""
-    kinds = (hostile_pickles, hostile_programs, hostile_archives, hostile_runs)
+    kinds = (hostile_pickles, hostile_programs, hostile_archives, hostile_runs, hostile_sizes)
     return {name: make for kind in kinds for name, make in kind(canary)}
 
 
@@ -323,7 +387,10 @@ def honest() -> dict[str, Make]:
         warnings.simplefilter("ignore")
         made["quantised linear layers"] = saved(quantise(net()))
         recurrent = saved(quantise(nn.Sequential(nn.LSTM(3, 4)), {nn.LSTM}))
-        made["quantised recurrent layers"] = lambda folder: [*recurrent(folder)[:-1], "5x3"]
+        made["quantised recurrent layers"] = lambda folder: [
+            "load",
+            recurrent(folder)[1],
+        ]  # it gives no one tensor to inspect
     return made
 
 
@@ -337,7 +404,8 @@ def run_one(make: Make, folder: Path, canary: Path) -> dict[str, Any]:
         arguments = make(files)
     except Exception as error:  # torch itself does not write it
         return {"outcome": "not made", "said": f"{type(error).__name__}: {error}"[:200]}
-    before, start = sorted(folder.rglob("*")), time.monotonic()
+    before, start = {str(path) for path in folder.rglob("*")}, time.monotonic()
+    asked = [arguments[k + 1] for k, argument in enumerate(arguments) if argument == "-o"]
     child = os.fork()
     if not child:
         _load(arguments, work, home, folder.with_suffix(".said"))
@@ -345,20 +413,21 @@ def run_one(make: Make, folder: Path, canary: Path) -> dict[str, Any]:
         done, status, usage = os.wait4(child, os.WNOHANG)
         if done:
             break
-        if time.monotonic() - start > SECONDS:
+        if time.monotonic() - start > WAITED:
             os.kill(child, signal.SIGKILL)
         time.sleep(0.02)
     seconds = time.monotonic() - start
     ran, written = (
         canary.exists(),
-        [str(path.relative_to(folder)) for path in sorted(folder.rglob("*")) if path not in before],
+        [str(path.relative_to(folder)) for path in sorted(folder.rglob("*")) if str(path) not in {*before, *asked}],
     )
     canary.unlink(missing_ok=True)
     said = folder.with_suffix(".said").read_text(errors="replace")[:300] if folder.with_suffix(".said").exists() else ""
     outcome = {0: "loaded", 2: "refused", 1: "our fault"}.get(os.waitstatus_to_exitcode(status), "crashed")
-    if seconds > SECONDS:
+    computed = usage.ru_utime + usage.ru_stime
+    if seconds > WAITED or computed > SECONDS:
         outcome = "hung"
-    return {"outcome": outcome, "ran": ran, "written": written, "seconds": round(seconds, 2), "said": said,
+    return {"outcome": outcome, "ran": ran, "written": written, "seconds": round(computed, 2), "said": said,
             "peak_mib": usage.ru_maxrss >> 10}  # fmt: skip
 
 
@@ -367,17 +436,31 @@ def _load(arguments: list[str], work: Path, home: Path, said: Path) -> None:
     code = 1
     try:
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_CPU, (SECONDS + 1, SECONDS + 2))
         resource.setrlimit(resource.RLIMIT_AS, (used + BYTES, used + BYTES))
         os.environ["HOME"] = str(home)
         os.chdir(work)
         from indistill_fx.cli import run
+        from indistill_fx.loading.load import load_source
 
         err = io.StringIO()
         with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
-            code = run(arguments)
+            code = run(arguments) if arguments[0] != "load" else 2 * (load_source(arguments[1]) is None)
         said.write_text(err.getvalue())
     finally:
         os._exit(code)
+
+
+def import_first(folder: Path) -> None:
+    """Load sound files in this process, so that no fork has to import what loading needs."""
+    from indistill_fx.cli import run
+
+    folder.mkdir()
+    sound = [saved(network()), beside(), altered(lambda _: None, program=True), pictures_of(lambda content: content)]
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+        for number, make in enumerate(sound):
+            (folder / str(number)).mkdir()
+            run(make(folder / str(number)))
 
 
 def count(makes: dict[str, Make], top: Path, canary: Path, *, show: bool = False) -> dict[str, dict[str, Any]]:
@@ -404,6 +487,7 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         canary = Path(name, "canary")
+        import_first(Path(name, "sound"))
         evil = count(hostile(str(canary)), Path(name, "hostile"), canary, show=True)
         good = count(honest(), Path(name, "honest"), canary, show=True)
     wrong, refused = faults(evil, may_be_refused=True), faults(good, may_be_refused=False)

@@ -10,8 +10,11 @@ is an `IndistillError`; everything else that is raised, more than 60 s for one i
 from __future__ import annotations
 
 import argparse
+import contextlib
+import hashlib
 import io
 import json
+import os
 import random
 import re
 import shutil
@@ -52,6 +55,8 @@ def readers() -> dict[str, tuple[Reader, Callable[[], list[bytes]]]]:
     """By name: what reads a file, and sound files to start from."""
     import torch
 
+    from indistill_fx.data.decoding import decode
+    from indistill_fx.data.image_folders import Listing
     from indistill_fx.data.pictures import read_head, read_picture
     from indistill_fx.loading.inputs import parse_input
     from indistill_fx.loading.load import load_source
@@ -61,6 +66,8 @@ def readers() -> dict[str, tuple[Reader, Callable[[], list[bytes]]]]:
     from indistill_fx.report.read_runs import read_runs
     from indistill_fx.runs.checkpoint import load_checkpoint
     from indistill_fx.runs.load import load_run, run_fingerprint
+    from indistill_fx.system.tensor_files import save_tensors
+    from indistill_fx.training.feature_cache import FeatureStore, fault_of, index_digest
     from indistill_fx.training.state import State, check_parts
 
     def whole(path: Path) -> object:
@@ -92,6 +99,45 @@ def readers() -> dict[str, tuple[Reader, Callable[[], list[bytes]]]]:
     def picture(path: Path) -> object:
         read_head(str(path))
         return read_picture(str(path))
+
+    def features(path: Path) -> object:
+        """As found; and with the right digest of what it says, which is where a damaged file never comes to."""
+        (path.parent / "0.bin").write_bytes(bytes(96))
+        index = path.rename(path.with_name("features.json"))
+        with contextlib.suppress(ValueError, RecursionError, AttributeError):
+            taps = json.loads(index.read_bytes()).get("taps")
+            if index.stat().st_size % 2:
+                index.write_text(json.dumps({"taps": taps, "digest": index_digest(taps)}))
+        return fault_of(path.parent) or FeatureStore(path.parent, ["x"]).features
+
+    def feature_index() -> list[bytes]:
+        digest = hashlib.sha256(bytes(96)).hexdigest()
+        taps = {"layer1": {"file": "0.bin", "shape": [2, 3, 2, 2], "dtype": "float32", "digest": digest}}
+        whole = json.dumps({"taps": taps, "digest": index_digest(taps)}).encode()
+        return [whole, whole + b" "]
+
+    names: list[str] = []
+
+    def cached_pictures(path: Path) -> object:
+        """Bytes in the place of the cache, whose name stays the same; a damaged one is made anew."""
+        cache, shown = path.parent / "cache", path.parent / "0.png"
+        shown.write_bytes(pictures()[0])
+        os.utime(shown, (0, 0))
+        listing = Listing(path.parent, (str(shown),), None, ())
+        if not names:
+            decode(listing, (4, 4), cache=cache)
+            names.append(next(cache.glob("*.safetensors")).name)
+        cache.mkdir(exist_ok=True)
+        path.replace(cache / names[0])
+        return decode(listing, (4, 4), cache=cache)
+
+    def picture_cache() -> list[bytes]:
+        from safetensors.torch import save as to_bytes
+
+        held = {"images": torch.zeros(1, 3, 4, 4, dtype=torch.uint8), "resized": torch.tensor(0)}
+        with tempfile.TemporaryDirectory() as folder:
+            save_tensors(Path(folder, "a"), held, {"format": "pictures 3"})
+            return [Path(folder, "a").read_bytes(), to_bytes(held, {"format": "pictures 3"})]
 
     def text(parse: Callable[[str], object]) -> Reader:
         return lambda path: parse(path.read_bytes().decode("utf-8", "replace"))
@@ -142,6 +188,8 @@ def readers() -> dict[str, tuple[Reader, Callable[[], list[bytes]]]]:
         "metrics": (metrics, lambda: [(GOLDEN / "run" / "metrics.jsonl").read_bytes()]),
         "checkpoint": (checkpoint, lambda: [(GOLDEN / "run" / "checkpoints" / "last.safetensors").read_bytes()]),
         "picture": (picture, pictures),
+        "picture cache": (cached_pictures, picture_cache),
+        "feature cache": (features, feature_index),
         "spec": (text(parse_spec), lambda: [spec.encode() for spec in specs]),
         "input": (text(parse_input), lambda: [shape.encode() for shape in inputs]),
     }
@@ -250,7 +298,7 @@ NAMES = (
         "checkpoint",
         "picture",
     ),
-    *("spec", "input"),
+    *("picture cache", "feature cache", "spec", "input"),
 )
 
 

@@ -23,10 +23,10 @@ from typing import Any
 import torch
 
 from indistill_fx.demo.run import run_demo
-from indistill_fx.loading.load import load
 from indistill_fx.passes.align import align_traced
 from indistill_fx.passes.capture.trace import trace
 from indistill_fx.report import alignment_page, alignment_svg, charts_of, curves_svg, read_runs, run_page, see, write
+from indistill_fx.runs.load import load
 from tests.browser.conftest import start
 from tests.browser.screenshots import main as take_screenshots
 

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from indistill_fx.errors import VerifyError as VerifyError
     from indistill_fx.evaluation.accuracy import evaluate as evaluate
     from indistill_fx.graph.view import View as View
-    from indistill_fx.loading.load import load as load
     from indistill_fx.losses.task import Task as Task
     from indistill_fx.passes.align import align as align
     from indistill_fx.passes.capture.trace import trace as trace
@@ -39,6 +38,7 @@ if TYPE_CHECKING:
     from indistill_fx.passes.pruning.shrink import shrink as shrink
     from indistill_fx.plan import AlignmentPlan as AlignmentPlan
     from indistill_fx.plan import Pair as Pair
+    from indistill_fx.runs.load import load as load
     from indistill_fx.stages.compile import compile_stages as compile_stages
     from indistill_fx.stages.stage import Stage as Stage
     from indistill_fx.target import Target as Target
@@ -78,7 +78,7 @@ _HOMES: dict[str, str] = {
     "evaluate": "evaluation.accuracy",
     "export_onnx": "deploy.export_onnx",
     "instrument": "passes.extract.instrument",
-    "load": "loading.load",
+    "load": "runs.load",
     "narrow": "passes.pruning.narrow",
     "open_data": "data.open",
     "quantize_onnx": "deploy.quantize",

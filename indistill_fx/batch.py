@@ -2,7 +2,7 @@
 
 A batch is one tensor of inputs; a sequence of the inputs in order, then the labels, then the sample indices; or entries by name: a
 mapping of any kind, a dataclass, a named tuple. By name, every model gets the inputs that its signature asks for, and what nobody asks
-for (file names, masks of another model) is left alone.
+for (file names, masks of another model) is left alone. A model of one input gets the only one that there is, whatever its name.
 """
 
 from __future__ import annotations
@@ -206,6 +206,9 @@ def _by_name(entries: Mapping[str, Any], model: Inputs, batch: Any, where: str) 
     free = {name: value for name, value in entries.items() if name not in special}
     chosen = {name: value for name, value in free.items() if name in model.names or model.anything}
     missing = [name for name in model.required if name not in chosen]
+    only = [value for value in free.values() if isinstance(value, Tensor)]
+    if missing and not chosen and len(model.required) == len(only) == 1:
+        return Call((), {missing[0]: only[0]})
     if missing:
         raise ConfigError(
             f"{where} got a batch it cannot read: {_described(batch)}. It has no `{missing[0]}`.",
@@ -274,7 +277,8 @@ def inputs_and_labels(batch: Any) -> tuple[dict[str, Tensor], Tensor | None]:
 def tensors_of(batch: Any) -> list[Tensor]:
     """All tensors that stand in a batch, whatever they are."""
     entries = named(batch)
-    values = [batch] if isinstance(batch, Tensor) else batch if entries is None else entries.values()
+    whole = isinstance(batch, Tensor) or not isinstance(batch, (tuple, list, Mapping))
+    values = entries.values() if entries is not None else [batch] if whole else batch
     return [value for value in values if isinstance(value, Tensor)]
 
 
@@ -327,7 +331,7 @@ def _rebuilt(batch: Any, change: Callable[[Any], Any]) -> Any:
         return change(batch)
     entries = named(batch)
     if entries is None:
-        return type(batch)(change(value) for value in batch)
+        return type(batch)(change(value) for value in batch) if isinstance(batch, (tuple, list)) else batch
     changed = {name: change(value) for name, value in entries.items()}
     if isinstance(batch, tuple):
         return type(batch)(**changed)

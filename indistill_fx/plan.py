@@ -94,6 +94,7 @@ class AlignmentPlan(_Frozen):
         unmatched: stages without a partner, and why.
         layers: what the layers of both models were; a plan without them can only tell that a model changed.
         view: what the teacher sees of a batch that was made for the student; None: the batch as it is, as far as the plan knows.
+        views: of several teachers, what each of them sees.
     """
 
     schema_version: Literal[1] = 1
@@ -104,6 +105,13 @@ class AlignmentPlan(_Frozen):
     unmatched: tuple[str, ...] = ()
     layers: Layers = Layers()
     view: View | None = None
+    views: Annotated[tuple[View | None, ...], Field(max_length=1000)] = ()
+
+    @property
+    def described_views(self) -> tuple[str, ...]:
+        """What a teacher sees that is other than the batch, in words, a line each."""
+        seen = {"teacher": self.view} | {f"teachers.{number}": view for number, view in enumerate(self.views)}
+        return tuple(f"{name}: {view}" for name, view in seen.items() if view is not None and str(view))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON, at once or not at all.

@@ -103,7 +103,8 @@ def command(teacher: str, student: str, inputs: tuple[str, ...], trust: tuple[st
     if options["similarity"] and data is not None:
         matching["similarity"] = cka(data.train_plain, batches=options["batches"])
     example = common.example_for(sources[::-1], inputs, data)
-    view, plan = pictures.teacher_view(options, sources[:1], data, plan)
+    (view,) = pictures.teacher_views(options, sources[:1], data, (plan.view,) if plan is not None else ())
+    plan = plan.model_copy(update={"view": view}) if plan is not None else None
     traced = (
         common.trace_model(sources[0], example, "teacher", logits=options["logits"], view=view),
         common.trace_model(sources[1], example, "student", logits=options["logits"]),

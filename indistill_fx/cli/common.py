@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from indistill_fx.graph.view import View
     from indistill_fx.loading.load import Source
     from indistill_fx.losses.task import Task
+    from indistill_fx.plan import AlignmentPlan
     from indistill_fx.traced import Role, TracedModel
 
 
@@ -97,8 +98,7 @@ def say_json(value: Any) -> None:
 
 def open_model(spec: str, trust: tuple[str, ...], *, seed: int = 0) -> Source:
     """Load a spec, and say aloud what was trusted or changed on the way. What a factory draws at random follows from the seed."""
-    from indistill_fx.loading.load import load_source
-    from indistill_fx.runs.load import is_run, load_run
+    from indistill_fx.runs.load import open_source
     from indistill_fx.runs.saved_outputs import is_saved_outputs, load_outputs
     from indistill_fx.system.random_state import own_randomness
 
@@ -106,7 +106,7 @@ def open_model(spec: str, trust: tuple[str, ...], *, seed: int = 0) -> Source:
         source = load_outputs(spec)
     else:
         with own_randomness(seed):
-            source = load_run(spec, trust=trust) if is_run(spec) else load_source(spec, trust=trust)
+            source = open_source(spec, trust=trust)
     for note in source.notes:
         say(f"{spec}: {note}")
     return source
@@ -295,8 +295,14 @@ def shares_of(first: str, options: dict[str, Any]) -> dict[str, float]:
     return found
 
 
-def together(teachers: Sequence[Source], shares: dict[str, float], example: Any, options: dict[str, Any]) -> nn.Module:
-    """The teachers as one module."""
+def together(
+    teachers: Sequence[Source],
+    shares: dict[str, float],
+    example: Any,
+    views: Sequence[View | None],
+    options: dict[str, Any],
+) -> nn.Module:
+    """The teachers as one module; several with their views in it."""
     from indistill_fx.passes.ensemble import ensemble
 
     if len(teachers) == 1:
@@ -307,8 +313,27 @@ def together(teachers: Sequence[Source], shares: dict[str, float], example: Any,
             where="--assistant",
             hint="Name the assistant: --assistant SPEC.",
         )
-    modules = [one.module for one in teachers]
-    made = ensemble(modules, list(shares.values()), example_inputs=example, logits=options["logits"])
+    modules, weights = [one.module for one in teachers], list(shares.values())
+    made = ensemble(modules, weights, example_inputs=example, logits=options["logits"], views=views)
     for number, (spec, share) in enumerate(zip(shares, made.meta["teachers"]["weights"], strict=True)):
         say(f"teachers.{number}: {spec}, {share:.4g} of the logits")
     return made
+
+
+def plan_beside(student: str, teacher: nn.Module, example: Any) -> AlignmentPlan | None:
+    """The plan that `prune` or `compress` left beside a student's source code, if it was made of this teacher."""
+    from pathlib import Path
+
+    from indistill_fx.loading.spec import parse_spec
+    from indistill_fx.passes.capture.trace import as_traced
+    from indistill_fx.plan import AlignmentPlan
+
+    place = Path(parse_spec(student).place)
+    file = place.with_name("plan.json")
+    if place.name != "student.py" or not file.exists():
+        return None
+    plan = AlignmentPlan.load(file)
+    if plan.teacher.fingerprint != as_traced(teacher, example, role="teacher").fingerprint:
+        return None
+    say(f"{place} was made of this teacher: {file} says which channels it has. `--recipe compress` is made for that.")
+    return plan

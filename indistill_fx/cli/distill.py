@@ -11,10 +11,14 @@ from indistill_fx.cli import common, pictures, training
 from indistill_fx.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import nn
 
     from indistill_fx.curriculum import Curriculum
     from indistill_fx.data.dataset import Data
+    from indistill_fx.graph.view import View
+    from indistill_fx.loading.load import Source
     from indistill_fx.plan import AlignmentPlan
 
 
@@ -180,7 +184,6 @@ def command(teacher: str, student: str, **options: Any) -> None:
       indistill-fx distill teacher.pt models.py:make_student --data imagefolder:cifar10 -o runs/first
       indistill-fx distill teacher.pt models.py:make_student --data cifar10 -o runs/paper --recipe paper --assistant auto
     """
-    from indistill_fx.plan import AlignmentPlan
     from indistill_fx.runs.load import about, about_data
     from indistill_fx.training.compare import compare
     from indistill_fx.training.distill import distill
@@ -193,10 +196,7 @@ def command(teacher: str, student: str, **options: Any) -> None:
     pupil = last.module
     data = training.open_training_data(options, last, *teachers)
     example = common.example_for((*teachers, last), (), data)
-    source = common.together(teachers, shares, example, options)
-    given = options["plan_file"]
-    plan = AlignmentPlan.load(given) if given else _plan_beside(student, source, example)
-    view, plan = pictures.teacher_view(options, teachers, data, plan, directly=options["assistant"] is None)
+    source, view, plan = _teacher(teachers, student, data, example, shares, options)
     shared: dict[str, Any] = {
         "curriculum": _curriculum(options),
         "plan": plan,
@@ -238,27 +238,6 @@ def command(teacher: str, student: str, **options: Any) -> None:
         training.for_int8(source, pupil, train, shared, options["qat"])
 
 
-def _plan_beside(student: str, teacher: nn.Module, example: Any) -> AlignmentPlan | None:
-    """The plan that `prune` or `compress` left beside a student's source code, if it was made of this teacher."""
-    from pathlib import Path
-
-    from indistill_fx.loading.spec import parse_spec
-    from indistill_fx.passes.capture.trace import as_traced
-    from indistill_fx.plan import AlignmentPlan
-
-    place = Path(parse_spec(student).place)
-    file = place.with_name("plan.json")
-    if place.name != "student.py" or not file.exists():
-        return None
-    plan = AlignmentPlan.load(file)
-    if plan.teacher.fingerprint != as_traced(teacher, example, role="teacher").fingerprint:
-        return None
-    common.say(
-        f"{place} was made of this teacher: {file} says which channels it has. `--recipe compress` is made for that."
-    )
-    return plan
-
-
 def _assisted(
     source: nn.Module,
     pupil: nn.Module,
@@ -297,6 +276,29 @@ def _assisted(
         save_program(assistant, tuple(example.values()), spec)  # with which `export` and `evaluate` load step-1
     training.print_run(record, str(place))
     return assistant
+
+
+def _teacher(
+    teachers: Sequence[Source],
+    student: str,
+    data: Data,
+    example: Any,
+    shares: dict[str, float],
+    options: dict[str, Any],
+) -> tuple[nn.Module, View, AlignmentPlan | None]:
+    """The teacher, or several as one; what it sees of the data; and the plan that is given, if any."""
+    from indistill_fx.graph.view import View
+    from indistill_fx.plan import AlignmentPlan
+
+    given, directly = options["plan_file"], options["assistant"] is None  # an assistant's student has the plan
+    plan = AlignmentPlan.load(given) if given else None
+    if len(teachers) == 1:
+        module = teachers[0].module
+        plan = plan or common.plan_beside(student, module, example)
+        (view,) = pictures.teacher_views(options, teachers, data, (plan.view,) if plan and directly else ())
+        return module, view or View(), plan.model_copy(update={"view": view}) if plan and directly else plan
+    views = pictures.teacher_views(options, teachers, data, plan.views if plan and directly else ())
+    return common.together(teachers, shares, example, views, options), View(), plan
 
 
 _OF_THE_WARM_UP = ("layers", "warmup_loss", "warmup_lr", "warmup_optimizer", "patience", "feed", "together")

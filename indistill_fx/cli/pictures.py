@@ -13,12 +13,9 @@ from indistill_fx.cli.common import Command, say
 from indistill_fx.errors import ConfigError
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from indistill_fx.data.dataset import Data
     from indistill_fx.graph.view import View
     from indistill_fx.loading.load import Source
-    from indistill_fx.plan import AlignmentPlan
 
 
 class _Size(click.ParamType[tuple[int, int]]):
@@ -100,83 +97,103 @@ class _Classes(click.ParamType[Any]):
         return read_classes(value) if isinstance(value, str) else value
 
 
+_EACH = " Once for all teachers, or once for each, in their order."
 _TEACHERS = (
     click.option(
         "--teacher-size",
         type=_Size(),
+        multiple=True,
         metavar="224|96x160",
-        help="Resize the teacher's images to this size. [default: what its weights are known to want, else the student's]",
+        help="Resize the teacher's images to this size. [default: what its weights are known to want, else the student's]"
+        + _EACH,
+    ),
+    click.option(
+        "--teacher-channels",
+        type=click.Choice(["1", "3"]),
+        multiple=True,
+        help="Bring the teacher's images to grey or RGB. [default: what it takes]" + _EACH,
     ),
     click.option(
         "--teacher-mean",
         type=_Figures(),
+        multiple=True,
         metavar="data|NAME|A,B,C",
         help="What the teacher's images are normalised with. A word sets mean and std, as with --mean; data: as the student's."
-        " [default: what its weights are known to want, else the student's]",
+        " [default: what its weights are known to want, else the student's]" + _EACH,
     ),
     click.option(
-        "--teacher-std", type=_Figures(), metavar="A,B,C", help="The standard deviation to go with --teacher-mean."
+        "--teacher-std",
+        type=_Figures(),
+        multiple=True,
+        metavar="A,B,C",
+        help="The standard deviation to go with --teacher-mean." + _EACH,
     ),
     click.option(
         "--teacher-classes",
         type=_Classes(),
+        multiple=True,
         metavar="FILE|A,B|3,0",
         help="Where the teacher's classes are not the student's: the names of all its outputs, in order, or the number of its output for"
-        " every class of the data; a file has one a line.",
+        " every class of the data; a file has one a line." + _EACH,
     ),
 )
-TEACHER_NAMES = ("teacher_size", "teacher_mean", "teacher_std", "teacher_classes")
+TEACHER_NAMES = ("teacher_size", "teacher_channels", "teacher_mean", "teacher_std", "teacher_classes")
 
 
 def teacher_options(command: Command) -> Command:
-    """--teacher-size, --teacher-mean, --teacher-std, --teacher-classes."""
+    """--teacher-size, --teacher-channels, --teacher-mean, --teacher-std, --teacher-classes."""
     for option in reversed(_TEACHERS):
         command = option(command)
     return command
 
 
-def teacher_view(
-    options: Mapping[str, Any],
-    teachers: Sequence[Source],
-    data: Data | None,
-    plan: AlignmentPlan | None = None,
-    *,
-    directly: bool = True,
-) -> tuple[View, AlignmentPlan | None]:
-    """What the teacher sees of the data, which is said; and the plan with it.
+def teacher_views(
+    options: Mapping[str, Any], teachers: Sequence[Source], data: Data | None, planned: Sequence[View | None] = ()
+) -> list[View | None]:
+    """What each teacher sees of the data, which is said.
 
     Args:
         options: those of `teacher_options`; others are not read.
-        teachers: the model, or several that see the same.
+        teachers: one or several.
         data: what the student is trained on, if that is known.
-        plan: whose view counts for what the options do not say.
-        directly: whether the plan is of this teacher, and not of an assistant between it and the student.
+        planned: by a plan, for each of them; it counts for what the options do not say.
+
+    Raises:
+        ConfigError: an option is given neither once nor once for each teacher; or see `stages.teacher_view`.
     """
-    from indistill_fx.graph.view import View
     from indistill_fx.stages.teacher_view import ViewOptions, teacher_view
 
     if any(one.kind == "saved outputs" for one in teachers):
-        given = [name for name in TEACHER_NAMES if options[name]]
-        if given:
+        if given := [name for name in TEACHER_NAMES if options[name]]:
             flag = f"--{given[0].replace('_', '-')}"
-            hint = "Give it to `save-outputs`."
-            raise ConfigError(f"{flag} comes too late for saved outputs.", where=flag, hint=hint)
-        return View(), plan
-    asked = ViewOptions(**{name.removeprefix("teacher_"): options[name] for name in TEACHER_NAMES})
-    own = plan if directly else None
-    found = [teacher_view(one, data, asked, own.view if own is not None else None) for one in teachers]
-    view = found[0][0]
-    for one, (other, _) in zip(teachers, found, strict=True):
-        if other != view:
             raise ConfigError(
-                f"The teachers want to see different things. {teachers[0].spec}: {view or 'as the student'}. {one.spec}:"
-                f" {other or 'as the student'}.",
-                where="--teacher",
-                hint="Say what all of them see: --teacher-size, --teacher-mean, --teacher-std, --teacher-classes; or distil from one.",
+                f"{flag} comes too late for saved outputs.", where=flag, hint="Give it to `save-outputs`."
             )
-    for note in dict.fromkeys(note for _, notes in found for note in notes):
-        say(note)
-    return view or View(), own.model_copy(update={"view": view}) if own is not None else plan
+        return [None] * len(teachers)
+    asked = {name: _for_each(name, options[name], len(teachers)) for name in TEACHER_NAMES}
+    asked["teacher_channels"] = [int(count) if count else None for count in asked["teacher_channels"]]
+    plans = list(planned) if len(planned) == len(teachers) else [None] * len(teachers)
+    views = []
+    for number, (teacher, own) in enumerate(zip(teachers, plans, strict=True)):
+        own_options = {name.removeprefix("teacher_"): values[number] for name, values in asked.items()}
+        view, notes = teacher_view(teacher, data, ViewOptions(**own_options), own)
+        views.append(view)
+        for note in notes:
+            say(note)
+    return views
+
+
+def _for_each(name: str, values: Sequence[Any], teachers: int) -> list[Any]:
+    """An option's value for every teacher."""
+    if len(values) not in (0, 1, teachers):
+        option = f"--{name.replace('_', '-')}"
+        raise ConfigError(
+            f"{option} is given {len(values)} times, and there {'is one teacher' if teachers == 1 else f'are {teachers} teachers'}.",
+            where=option,
+            got=len(values),
+            expected="once" if teachers == 1 else f"once, or {teachers} times in the order of the teachers",
+        )
+    return list(values) if len(values) == teachers else [values[0] if values else None] * teachers
 
 
 def open_pictures(spec: str, options: Mapping[str, Any], *sources: Source, training: bool = False, **more: Any) -> Data:
@@ -210,6 +227,7 @@ def open_pictures(spec: str, options: Mapping[str, Any], *sources: Source, train
 
 def _wanted(spec: str, asked: Mapping[str, Any], sources: tuple[Source, ...]) -> dict[str, Any]:
     """What the models say of what was not asked for: runs of all kinds of pictures, others of folders."""
+    from indistill_fx.loading.input_facts import picture_channels
     from indistill_fx.runs.load import is_run
 
     kind = spec.partition(":")[0]
@@ -226,18 +244,10 @@ def _wanted(spec: str, asked: Mapping[str, Any], sources: tuple[Source, ...]) ->
         found["mean"], found["std"] = own
         say(f"Pictures are prepared as {sources[0].spec} wants them.")
     if asked["channels"] is None:
-        channels = {count for source in sources if (count := _channels_of(source.module)) is not None}
-        found["channels"] = channels.pop() if len(channels) == 1 else None
+        channels = [count for source in sources if (count := picture_channels(source.module)) is not None]
+        found["channels"] = channels[0] if channels else None
     sizes = [source.input_size for source in sources if source.input_size is not None and len(source.input_size) == 3]
     found["model_size"] = sizes[0][1:] if sizes else None
     if run is not None and run.input_size is not None and len(run.input_size) == 3 and asked["size"] is None:
         found["size"] = run.input_size[1:]
     return found
-
-
-def _channels_of(module: nn.Module) -> int | None:
-    """Channels of the pictures a model takes, by its first convolution."""
-    from torch import nn
-
-    first = next((part for part in module.modules() if isinstance(part, nn.Conv2d)), None)
-    return first.in_channels if first is not None and first.in_channels in (1, 3) else None

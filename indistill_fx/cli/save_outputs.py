@@ -49,7 +49,7 @@ def command(teacher: str, data: str, output: str, taps: tuple[str, ...], **optio
     source = common.open_model(teacher, options["trust"])
     named = {name: options[name] for name in ("limit", "workers", "cache", "batch_size")}
     opened = pictures.open_pictures(data, options, source, augment=False, progress=True, **named)
-    view, _ = pictures.teacher_view(options, (source,), opened)
+    (view,) = pictures.teacher_views(options, (source,), opened)
     folder = save_outputs(
         source.module,
         opened.train,

@@ -70,7 +70,7 @@ def alignment_table(
             )
         )
     parts += [Text(f"Not paired: {line}") for line in plan.unmatched]
-    parts += [Text(f"Teacher: {plan.view}.")] if plan.view is not None else []
+    parts += [Text(f"{line[0].upper()}{line[1:]}.") for line in plan.described_views]
     used = {word for pair in plan.pairs for word in pair.reason.split(", ")}
     parts.append(
         Text(

@@ -30,7 +30,6 @@ from indistill_fx.curriculum import Curriculum
 from indistill_fx.errors import ConfigError, ExportError, FrontendError
 from indistill_fx.evaluation.accuracy import Evaluation, evaluate
 from indistill_fx.graph.module_state import digest
-from indistill_fx.loading.load import load
 from indistill_fx.loading.spec import parse_spec
 from indistill_fx.losses.task import Task
 from indistill_fx.passes.capture.trace import trace
@@ -39,7 +38,7 @@ from indistill_fx.plan import AlignmentPlan
 from indistill_fx.runs.checkpoint import state_tensors
 from indistill_fx.runs.directory import STUDENT
 from indistill_fx.runs.load import about as about_model
-from indistill_fx.runs.load import keep_export
+from indistill_fx.runs.load import keep_export, load
 from indistill_fx.runs.record import RunRecord
 from indistill_fx.runs.signature import is_signed, sign
 from indistill_fx.stages.traced_pair import examples_of

@@ -47,6 +47,7 @@ class DiskLoader(IndexedLoader):
         count: int = len(dataset)  # type: ignore[arg-type]
         super().__init__(count, batch_size=batch_size, seed=seed, shuffle=shuffle, with_indices=with_indices)
         self.dataset, self._normalise = dataset, normalise
+        self.figures = normalise.figures if normalise is not None else None
         self._readers = Readers(dataset, workers=workers, seed=seed)
 
     def to(self, device: torch.device | str) -> Self:

@@ -124,7 +124,11 @@ class ForeignLoader(EpochLoader):
             if batch is _END:
                 break
             number += 1
-            if 0 < count_of(batch) * (self.world if self._shared else 1) < self.least:
+            count = count_of(batch) * (self.world if self._shared else 1)
+            empty = (
+                not count and not self._shared and bool(tensors_of(batch))
+            )  # of a shared one, this process has no part
+            if empty or 0 < count < self.least:
                 self.left_out += 1
                 continue
             if skipped:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from indistill_fx.data.augment import Augmentation, FlipAndCrop
 from indistill_fx.data.held import HeldImages
-from indistill_fx.data.normalisation import Normaliser
+from indistill_fx.data.normalisation import Normalisation, Normaliser
 from indistill_fx.data.readers import noticing_dead_readers
 from indistill_fx.errors import ConfigError
 from indistill_fx.system.random_state import generator_from
@@ -32,6 +32,7 @@ class EpochLoader(ABC):
         least: batches of fewer samples, counted over all processes, are left out.
         left_out: how many were, so far.
         remarks: what a run should say of the loader, in sentences.
+        figures: mean and std per channel of values in [0, 1] that pictures are normalised by; None where nobody says.
     """
 
     def __init__(self, *, seed: int):
@@ -40,6 +41,7 @@ class EpochLoader(ABC):
         self.seed, self.epoch, self.rank, self.world, self._skipped = seed, 0, 0, 1, 0
         self.least, self.left_out = 1, 0
         self.remarks: tuple[str, ...] = ()
+        self.figures: Normalisation | None = None
 
     def set_epoch(self, epoch: int) -> None:
         """Let the next iteration be that of this epoch, from its start."""
@@ -292,6 +294,7 @@ class MemoryLoader(IndexedLoader):
         super().__init__(len(images), batch_size=batch_size, seed=seed, shuffle=shuffle, with_indices=with_indices)
         self.images, self.labels, self.augment = images, labels, augment
         self._normalise = Normaliser((mean, std), peak)
+        self.figures = mean, std
         self._held: dict[torch.device, HeldImages] = {}
 
     def to(self, device: torch.device | str) -> Self:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,10 @@ from indistill_fx.system.files import require_regular
 
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """What an image file may be, whatever its name says. Not EPS, for example: Pillow has Ghostscript run that."""
+
+_MOST_BYTES = 512 << 20
+"""Of a picture's file: 89 million pixels of four bytes, and their metadata. Pillow reads metadata whole; compressed text of a PNG to 1 MiB
+a piece, 64 MiB in all."""
 
 _ORIENTATION, _SIDEWAYS = 0x0112, 5
 """EXIF's tag, and its first value that exchanges height and width."""
@@ -89,6 +94,7 @@ def _opened(path: str) -> Iterator[Any]:
 
     try:
         require_regular(path)
+        _require_size(path)
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=_FORMATS) as image:
@@ -103,6 +109,11 @@ def _opened(path: str) -> Iterator[Any]:
             got=reason,
             hint="Replace or remove it.",
         ) from error
+
+
+def _require_size(path: str) -> None:
+    if (size := os.path.getsize(path)) > _MOST_BYTES:
+        raise ValueError(f"the file has {size:,} bytes, more than any picture of 89 million pixels needs")
 
 
 def _is_deep(image: Any) -> bool:

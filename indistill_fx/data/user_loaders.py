@@ -55,6 +55,8 @@ def open_user_loaders(spec: str, options: DataOptions) -> Data:
     size, labels = _first_batch(spec, "test", loaders["test"], classes)
     plain = loaders.get("train_plain", loaders["train"])
     figures = _figures(spec, result.get("normalisation"))
+    for loader in loaders.values():
+        loader.figures = figures
     return Data(
         loaders["train"], plain, loaders["test"], classes, size, figures, labelled=labels is not None, notes=notes
     )

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
+from indistill_fx.system.terminal import one_line
 from indistill_fx.version import __version__
 
 Normalisation = tuple[Sequence[float], Sequence[float]]
@@ -34,7 +35,7 @@ def of_module(module: nn.Module) -> dict[str, str]:
     import onnx
 
     return {
-        "model_class": type(module).__qualname__,
+        "model_class": one_line(type(module).__qualname__),
         "weights": weights_digest(module),
         "indistill_fx": __version__,
         "torch": str(torch.__version__),
@@ -60,4 +61,4 @@ def of_source(
         "mean": json.dumps(list(normalisation[0])) if normalisation else "",
         "std": json.dumps(list(normalisation[1])) if normalisation else "",
     }
-    return {key: value for key, value in told.items() if value}
+    return {key: one_line(value) for key, value in told.items() if value}

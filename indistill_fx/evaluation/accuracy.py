@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import send_to_device
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from indistill_fx.batch import Call, Inputs, split
 from indistill_fx.errors import ConfigError
@@ -253,8 +253,18 @@ def _outputs(
             yield _called(module, call), parts.labels, call.first
 
 
+_MADE_FOR_OTHERS = (
+    "If it was made for other inputs, bring pictures to those (--size, --channels), or name another data set."
+)
+_CAPTURED = " It is a graph that was captured: if the model it was captured from takes these, the fault is ours; please report it."
+
+
 def _called(module: nn.Module | Callable[..., Any], call: Call) -> Any:
-    """The model's outputs; inputs that it cannot take are the data's fault, not ours."""
+    """The model's outputs.
+
+    Raises:
+        ConfigError: the model fails. Of a graph it is said that the fault may be ours: its author wrote another program.
+    """
     try:
         return call(module)
     except torch.OutOfMemoryError:
@@ -265,8 +275,8 @@ def _called(module: nn.Module | Callable[..., Any], call: Call) -> Any:
         )
         name = type(module).__name__ if isinstance(module, nn.Module) else getattr(module, "__qualname__", "The model")
         raise ConfigError(
-            f"{name} cannot take inputs of shape {shapes}: {str(error).partition(chr(10))[0].rstrip('.')}.",
+            f"{name} fails on inputs of shape {shapes}: {str(error).partition(chr(10))[0].rstrip('.')}.",
             where="inputs",
             got=shapes,
-            hint="Bring pictures to what the model was made for (--size, --channels), or name another data set.",
+            hint=_MADE_FOR_OTHERS + (_CAPTURED if isinstance(module, fx.GraphModule) else ""),
         ) from error

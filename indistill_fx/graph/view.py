@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -68,12 +68,15 @@ class View(_Frozen):
 
     Attributes:
         size: height and width that pictures are brought to; None: as they are.
-        rescaling: from the figures that the batch is normalised by to those that the teacher wants; None: as they are.
+        channels: how many channels pictures are brought to: grey becomes three alike, or RGB becomes its luma; None: as they are.
+        rescaling: from the figures that the batch is normalised by to those that the teacher wants, of three channels where channels
+            change; None: as they are.
         dtype: what real numbers are then cast to, as torch writes it; None: as they are.
         classes: the teacher's outputs in the order of the student's classes; None: they have the same; empty: they have none in common.
     """
 
     size: tuple[_Side, _Side] | None = None
+    channels: Literal[1, 3] | None = None
     rescaling: Rescaling | None = None
     dtype: Annotated[str, Field(pattern="^(float(16|32|64)|bfloat16)$")] | None = None
     classes: _Classes | None = None
@@ -94,9 +97,13 @@ class View(_Frozen):
             return value
         if value.ndim == 4 and self.size is not None:
             value = resized(value, self.size)
+        if value.ndim == 4 and self.channels == 3:
+            value = coloured(value)
         if value.ndim == 4 and self.rescaling is not None:
             scale, shift = (factors.to(value.device) for factors in (self.rescaling.scale, self.rescaling.shift))
             value = rescaled(value, scale, shift)
+        if value.ndim == 4 and self.channels == 1:
+            value = grey(value)
         return value.to(getattr(torch, self.dtype)) if self.dtype else value
 
     def chosen(self, logits: Tensor) -> Tensor:
@@ -106,6 +113,7 @@ class View(_Frozen):
     def __str__(self) -> str:
         """In words; empty where nothing is changed."""
         words = [f"resized to {'x'.join(map(str, self.size))}"] if self.size is not None else []
+        words += [_CHANNELS[self.channels]] if self.channels is not None else []
         if self.rescaling is not None:
             words.append(f"normalised by {self.rescaling.wanted} instead of {self.rescaling.given}")
         words += [f"in {self.dtype}"] if self.dtype else []
@@ -117,12 +125,24 @@ class View(_Frozen):
         return "; ".join(said)
 
 
+_CHANNELS = {1: "in grey", 3: "with their grey in three channels"}
 _STRANGERS = "it has no classes in common with the student"
 
 
 def resized(pictures: Tensor, size: tuple[int, int]) -> Tensor:
     """Pictures of another height and width: bilinear, each pixel a mean over what it covers."""
     return F.interpolate(pictures, size=size, mode="bilinear", antialias=True)
+
+
+def coloured(pictures: Tensor) -> Tensor:
+    """Grey pictures (batch, 1, height, width) in three channels alike; those of three as they are."""
+    return pictures.expand(-1, 3, -1, -1)
+
+
+def grey(pictures: Tensor) -> Tensor:
+    """The luma of RGB pictures (batch, 3, height, width), (batch, 1, height, width): 0.299 R + 0.587 G + 0.114 B (ITU-R BT.601)."""
+    red, green, blue = pictures[:, 0:1], pictures[:, 1:2], pictures[:, 2:3]
+    return 0.299 * red + 0.587 * green + 0.114 * blue
 
 
 def rescaled(pictures: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

@@ -9,10 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any, Literal, TypeGuard
+from weakref import WeakKeyDictionary
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from indistill_fx.batch import Call
+from indistill_fx.graph.module_state import evaluating
 from indistill_fx.loading.spec import LARGEST_IN_A_FILE, is_input_size
 
 Normalisation = tuple[tuple[float, ...], tuple[float, ...]]
@@ -37,6 +41,21 @@ class InputFacts:
     wanted_size: tuple[int, int] | None = None
     wanted_normalisation: Normalisation | None = None
     classes: tuple[str, ...] = ()
+
+
+_KNOWN: WeakKeyDictionary[nn.Module, InputFacts] = WeakKeyDictionary()
+"""Of models that were loaded here, which do not carry what their source knows."""
+
+
+def remember(module: nn.Module, facts: InputFacts) -> None:
+    """Keep what a model's source knows of its input, for as long as the model lives."""
+    _KNOWN[module] = facts
+
+
+def facts_of(module: nn.Module) -> InputFacts:
+    """What is known of a model's input: by the source it was loaded from, else by the model itself."""
+    known = _KNOWN.get(module)
+    return known if known is not None else describe_module(module)
 
 
 def describe_torchvision(name: str, arguments: Mapping[str, Any], module: nn.Module) -> InputFacts:
@@ -91,6 +110,38 @@ def describe_module(module: nn.Module, *, pretrained: bool = False) -> InputFact
         size = (edge, edge) if isinstance(edge, int) else None
         return InputFacts((3, *size) if size else None, _TF_LITE, size, _TF_LITE)
     return _by_configuration(module, pretrained)
+
+
+def picture_channels(module: nn.Module) -> Literal[1, 3] | None:
+    """Channels of the pictures that a model takes, by its first convolution; None where that is neither grey nor RGB."""
+    first = next((part for part in module.modules() if isinstance(part, nn.Conv2d)), None)
+    channels = first.in_channels if first is not None else None
+    return 1 if channels == 1 else 3 if channels == 3 else None
+
+
+def other_channels(module: nn.Module, call: Call) -> Literal[1, 3] | None:
+    """Channels that a model takes instead of those of a picture that it fails on; None where it takes it, or nothing is known.
+
+    Args:
+        module: any model.
+        call: inputs as the batch has them.
+    """
+    values = (*call.args, *call.kwargs.values())
+    pictures = [
+        value for value in values if isinstance(value, Tensor) and value.is_floating_point() and value.ndim == 4
+    ]
+    wanted = picture_channels(module)
+    if len(pictures) != 1 or wanted is None or {wanted, pictures[0].shape[1]} != {1, 3}:
+        return None
+    weight = next(module.parameters(), torch.zeros(()))
+    with evaluating(module), torch.no_grad():
+        try:
+            call.to(weight.device).changed(
+                lambda value: value.to(weight.dtype) if value.is_floating_point() else value
+            )(module)
+        except Exception:  # any model's own
+            return wanted
+    return None
 
 
 def _by_configuration(module: nn.Module, pretrained: bool) -> InputFacts:

@@ -51,23 +51,6 @@ class Source:
     notes: tuple[str, ...] = ()
 
 
-def load(spec: str, *, trust: Sequence[str] = ()) -> nn.Module:
-    """Load a model.
-
-    Args:
-        spec: where it comes from; see this module's head.
-        trust: packages whose classes a model file may name. Only for files you trust: such code is run.
-
-    Returns:
-        The module, with the training flags its source gave it.
-
-    Raises:
-        ConfigError: the spec or the file is at fault.
-        FrontendError: the user's factory fails, or pretrained weights cannot be downloaded.
-    """
-    return load_source(spec, trust=trust).module
-
-
 def load_source(spec: str, *, trust: Sequence[str] = ()) -> Source:
     """Load a model together with what its source knows of it.
 
@@ -261,6 +244,9 @@ def _build_by_name(parsed: Spec) -> Source:
 
 
 def _with_facts(source: Source, facts: InputFacts) -> Source:
+    from indistill_fx.loading.input_facts import remember
+
+    remember(source.module, facts)
     return replace(
         source,
         input_size=facts.size,

@@ -179,25 +179,28 @@ class _UnfitError(Exception):
 
 
 def _check_payloads(config: Any, name: str, sizes: dict[str, int]) -> None:
-    folder = name.rpartition("/")[0]
+    folder, expanded = name.rpartition("/")[0], 0
     for path, payload in config["config"].items():
         _require_path(path)
         if payload["use_pickle"] or not re.fullmatch(r"(weight|tensor)_\d+", payload["path_name"]):
             raise _UnfitError(f"has a pickled object among its {folder.rpartition('/')[2]}")
-        _require_fit(payload["tensor_meta"], sizes[f"{folder}/{payload['path_name']}"], path)
+        expanded += _require_fit(payload["tensor_meta"], sizes[f"{folder}/{payload['path_name']}"], path)
+        if expanded > MOST_EXPANDED:
+            raise _UnfitError(f"has tensors that together show {expanded:,} elements more than are stored")
 
 
-def _require_fit(meta: Any, stored: int, path: str) -> None:
-    """A view lies within its bytes; torch would enlarge them until it does."""
+def _require_fit(meta: Any, stored: int, path: str) -> int:
+    """How many elements a view shows that are not stored. It lies within its bytes; torch would enlarge them until it does."""
     size, stride = ([length["as_int"] for length in meta[key]] for key in ("sizes", "strides"))
     offset, dtype = meta["storage_offset"]["as_int"], _SERIALIZE_TO_TORCH_DTYPE[meta["dtype"]]
     numbers = (offset, *size, *stride)
     if len(size) != len(stride) or not all(type(number) is int and 0 <= number < 1 << 63 for number in numbers):
         raise _UnfitError(f"has a tensor {path[:60]!r} of a size that cannot be")
     last = offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
-    shown, elements = math.prod(size), stored // dtype.itemsize
+    shown, elements = int(math.prod(size)), int(stored // dtype.itemsize)
     if shown and (last >= elements or shown > max(elements, MOST_EXPANDED)):
         raise _UnfitError(f"declares a tensor {path[:60]!r} of {shown:,} elements and has {elements:,}")
+    return max(0, shown - elements)
 
 
 def _check_program(program: Any, trust: Sequence[str]) -> Any:

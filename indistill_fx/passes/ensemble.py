@@ -16,7 +16,10 @@ from torch import Tensor, fx, nn
 from indistill_fx.batch import Call, Inputs
 from indistill_fx.errors import ConfigError, IndistillError, MatchError
 from indistill_fx.graph.module_state import evaluating, uncompiled
+from indistill_fx.graph.view import View
+from indistill_fx.loading.input_facts import other_channels
 from indistill_fx.passes.capture.trace import as_traced
+from indistill_fx.passes.extract.view import as_seen
 from indistill_fx.plan import AlignmentPlan, Layers, ModelStamp, Pair, member_of
 from indistill_fx.traced import TracedModel
 
@@ -27,6 +30,7 @@ def ensemble(
     *,
     example_inputs: Any,
     logits: str | int | None = None,
+    views: Sequence[View | None] | None = None,
 ) -> fx.GraphModule:
     """Several teachers as one; `distill` takes it as its teacher.
 
@@ -35,12 +39,15 @@ def ensemble(
         weights: of their logits, above 0; only their ratios count. Alike if None.
         example_inputs: for one of them; they take the same inputs, in order or by name.
         logits: which entry of their outputs the logits are, where they have several.
+        views: what each of them sees of a batch that was made for the student; None: the batch as it is, but that a teacher which takes
+            RGB alone sees grey pictures in three channels, and the other way round.
 
     Returns:
         A module whose output is sum_i weights_i * logits_i / sum_i weights_i.
 
     Raises:
-        ConfigError: fewer than two teachers, weights that are none, or teachers whose outputs are no tensors of one shape.
+        ConfigError: fewer than two teachers, weights that are none, other than one view for each, or teachers whose outputs are no
+            tensors of one shape.
     """
     weights = [1.0] * len(teachers) if weights is None else list(weights)
     teachers = [uncompiled(teacher) for teacher in teachers]
@@ -51,31 +58,45 @@ def ensemble(
             got=weights,
             expected="two teachers or more, and a weight above 0 for each",
         )
-    names, places = _inputs(teachers, example_inputs)
-    _check_outputs(teachers, example_inputs, logits)
+    names, places, values = _inputs(teachers, example_inputs)
+    views = _views(teachers, places, values, views)
+    _check_outputs(teachers, places, values, views, logits)
+    root = nn.Module()
+    root.teachers = nn.ModuleList(teachers)
     graph = fx.Graph()
     given = [graph.placeholder(name) for name in names]
     outputs = []
-    for number in range(len(teachers)):
-        kwargs: dict[str, Any] = dict(zip(places[number], given, strict=True))
+    for number, view in enumerate(views):
+        inputs = list(zip(given, values, strict=True))
+        seen = as_seen(root, graph, inputs, view, f"view_{number}") if view is not None else given
+        kwargs: dict[str, Any] = dict(zip(places[number], seen, strict=True))
         value = graph.call_module(f"teachers.{number}", (), kwargs)
-        outputs.append(value if logits is None else graph.call_function(operator.getitem, (value, logits)))
+        value = value if logits is None else graph.call_function(operator.getitem, (value, logits))
+        if view is not None and view.classes is not None:
+            root.register_buffer(f"view_{number}_classes", torch.tensor(view.classes), persistent=False)
+            chosen = graph.get_attr(f"view_{number}_classes")
+            value = graph.call_function(torch.index_select, (value, 1, chosen))
+        outputs.append(value)
     shares = [weight / sum(weights) for weight in weights]
     parts = [graph.call_function(operator.mul, (out, share)) for out, share in zip(outputs, shares, strict=True)]
     total = parts[0]
     for part in parts[1:]:
         total = graph.call_function(operator.add, (total, part))
     graph.output(total)
-    root = nn.Module()
-    root.teachers = nn.ModuleList(teachers)
     made = fx.GraphModule(root, graph, class_name="Ensemble")
-    made.meta["teachers"] = {"weights": shares, "logits": logits, "inputs": places}
+    made.meta["teachers"] = {"weights": shares, "logits": logits, "inputs": places, "views": tuple(views)}
     return made
 
 
 def is_ensemble(module: nn.Module) -> bool:
     """Whether it is one of `ensemble`'s."""
     return isinstance(module, fx.GraphModule) and "teachers" in module.meta
+
+
+def member_views(module: nn.Module) -> tuple[View | None, ...]:
+    """What each teacher of an ensemble sees; empty for any other module, and where all see the batch as it is."""
+    views: tuple[View | None, ...] = _told(module)["views"] if is_ensemble(module) else ()
+    return views if any(view is not None for view in views) else ()
 
 
 def align_members(
@@ -116,6 +137,7 @@ def align_members(
         embedding=named if named is not None and named.teacher in teacher.taps else None,
         unmatched=tuple(f"teachers.{number}: {line}" for number, plan in enumerate(plans) for line in plan.unmatched),
         layers=Layers(teacher=teacher.layers, student=student.layers),
+        views=member_views(teacher.module),
     )
 
 
@@ -129,9 +151,11 @@ def traced_members(teacher: TracedModel) -> list[TracedModel]:
             Call((), dict(zip(names, values, strict=True))),
             role="teacher",
             logits=told["logits"],
-            view=teacher.view,
+            view=View.combined(view, teacher.view),
         )
-        for member, names in zip(teacher.module.get_submodule("teachers").children(), told["inputs"], strict=True)
+        for member, names, view in zip(
+            teacher.module.get_submodule("teachers").children(), told["inputs"], told["views"], strict=True
+        )
     ]
 
 
@@ -154,8 +178,8 @@ def _in_order(pairs: Sequence[Pair], teacher: TracedModel) -> list[Pair]:
     return kept
 
 
-def _inputs(teachers: Sequence[nn.Module], example: Any) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Names of the inputs of all of them together, and of each."""
+def _inputs(teachers: Sequence[nn.Module], example: Any) -> tuple[tuple[str, ...], list[tuple[str, ...]], list[Tensor]]:
+    """Names of the inputs of all of them together, and of each; and the inputs."""
     takes = [Inputs.of(teacher) for teacher in teachers]
     calls = [Call.of_example(example, own, where=f"Teacher {number}") for number, own in enumerate(takes)]
     names = [tuple(call.tensors(own.names)) for call, own in zip(calls, takes, strict=True)]
@@ -166,14 +190,42 @@ def _inputs(teachers: Sequence[nn.Module], example: Any) -> tuple[tuple[str, ...
             got=[list(own) for own in names],
             hint="Several teachers see the same inputs.",
         )
-    return names[0], names
+    return names[0], names, list(calls[0].tensors(names[0]).values())
 
 
-def _check_outputs(teachers: Sequence[nn.Module], example: Any, logits: str | int | None) -> None:
+def _views(
+    teachers: Sequence[nn.Module],
+    places: Sequence[Sequence[str]],
+    values: Sequence[Tensor],
+    asked: Sequence[View | None] | None,
+) -> list[View | None]:
+    """What each of them sees: as asked for, and pictures in the channels that it takes."""
+    asked = [None] * len(teachers) if asked is None else list(asked)
+    if len(asked) != len(teachers):
+        raise ConfigError(
+            f"{len(teachers)} teachers with {len(asked)} views.", where="views", got=len(asked), expected=len(teachers)
+        )
+    found = []
+    for teacher, names, view in zip(teachers, places, asked, strict=True):
+        call = Call((), dict(zip(names, values, strict=True)))
+        call = call.changed(view.apply) if view is not None else call
+        channels = other_channels(teacher, call) if view is None or view.channels is None else None
+        found.append(View.combined(view, View(channels=channels)))
+    return found
+
+
+def _check_outputs(
+    teachers: Sequence[nn.Module],
+    places: Sequence[Sequence[str]],
+    values: Sequence[Tensor],
+    views: Sequence[View | None],
+    logits: str | int | None,
+) -> None:
     shapes = []
-    for number, teacher in enumerate(teachers):
+    for number, (teacher, names, view) in enumerate(zip(teachers, places, views, strict=True)):
         device = next((parameter.device for parameter in teacher.parameters()), torch.device("cpu"))
-        call = Call.of_example(example, Inputs.of(teacher), where=f"Teacher {number}").to(device)
+        call = Call((), dict(zip(names, values, strict=True)))
+        call = (call.changed(view.apply) if view is not None else call).to(device)
         with evaluating(teacher), torch.no_grad():
             try:
                 found = call(teacher)
@@ -193,6 +245,9 @@ def _check_outputs(teachers: Sequence[nn.Module], example: Any, logits: str | in
                 got=type(found).__name__,
                 hint="Say which entry holds the logits: logits=KEY (--logits KEY).",
             )
+        if view is not None and view.classes is not None:
+            _check_classes(number, view.classes, found)
+            found = view.chosen(found)
         shapes.append(tuple(found.shape))
     if len(set(shapes)) > 1:
         raise ConfigError(
@@ -200,4 +255,17 @@ def _check_outputs(teachers: Sequence[nn.Module], example: Any, logits: str | in
             where="teachers",
             got=shapes,
             hint="Their logits are averaged: give teachers of the same classes.",
+        )
+
+
+def _check_classes(number: int, classes: Sequence[int], logits: Tensor) -> None:
+    """Refuse a map of classes that cannot be averaged with other teachers' logits."""
+    if not classes or max(classes) >= logits.shape[1]:
+        wrong = f"has {logits.shape[1]} outputs, not {max(classes) + 1}" if classes else "has no class of the student's"
+        raise ConfigError(
+            f"Teacher {number} {wrong}, and the logits of several teachers are averaged.",
+            where="teacher classes",
+            got=list(classes)[:20],
+            expected=f"outputs from 0 to {logits.shape[1] - 1}, one for each class of the student",
+            hint="Say which of its outputs are the student's classes (--teacher-classes, View(classes=…)), or leave it out.",
         )

@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 from indistill_fx.errors import ConfigError, TrainError
 from indistill_fx.runs.checkpoint import SCHEMA, check_schema
 from indistill_fx.system.files import clear_drafts, json_text, read_bounded, read_lines, replace_file, save_json
+from indistill_fx.system.terminal import one_line
 
 LAST = "checkpoints/last.safetensors"
 BEST = "checkpoints/best.safetensors"
@@ -174,7 +175,9 @@ class RunDirectory:
             ) from error
         parts = {f"{name}/": value for name, value in entry.items() if isinstance(value, Mapping)}
         flat = {prefix + name: value for prefix, part in {"": entry, **parts}.items() for name, value in part.items()}
-        numbers = {f"{entry['kind']}/{name}": value for name, value in flat.items() if isinstance(value, float)}
+        numbers = {
+            one_line(f"{entry['kind']}/{name}"): value for name, value in flat.items() if isinstance(value, float)
+        }
         for tracker in self._trackers:
             tracker.log(numbers, step=entry["step"])
 
@@ -216,7 +219,7 @@ def _tracker(name: str, home: Path) -> Any:
             hint="pip install 'indistill-fx[tensorboard]'" if name == "tensorboard" else f"pip install {name}",
         )
     kind: Any = LOGGER_TYPE_TO_CLASS[name]
-    tracker = kind(name, logging_dir=home) if name == "tensorboard" else kind(home.resolve().name)
+    tracker = kind(name, logging_dir=home) if name == "tensorboard" else kind(one_line(home.resolve().name))
     try:
         tracker.start()
     except Exception as error:  # a program of others' that may want accounts, servers and databases

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from indistill_fx.errors import ConfigError, TrainError
 from indistill_fx.loading.bounded import Bounded
+from indistill_fx.loading.input_facts import InputFacts, remember
 from indistill_fx.loading.load import Source, load_source
 from indistill_fx.loading.spec import LARGEST_IN_A_FILE, Spec, is_input_size, parse_spec
 from indistill_fx.loading.state_dicts import count_numbers, load_weights
@@ -21,6 +22,8 @@ from indistill_fx.runs.signature import is_signed, sign
 from indistill_fx.system.files import read_bounded, save_json
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from indistill_fx.data.dataset import Data
 
 
@@ -122,6 +125,29 @@ def _figures(value: object) -> tuple[tuple[float, ...], tuple[float, ...]] | Non
     return (mean, std) if mean else None
 
 
+def load(spec: str, *, trust: Sequence[str] = ()) -> nn.Module:
+    """Load a model.
+
+    Args:
+        spec: `model.pt`, `program.pt2`, `models.py:make`, `torchvision:NAME`, `timm:NAME`, each with `@weights` if need be; or the
+            directory of a finished run, for the model that was trained in it.
+        trust: packages whose classes a model file may name. Only for files you trust: such code is run.
+
+    Returns:
+        The module, with the training flags its source gave it.
+
+    Raises:
+        ConfigError: the spec, the file or the run is at fault.
+        FrontendError: the user's factory fails, or pretrained weights cannot be downloaded.
+    """
+    return open_source(spec, trust=trust).module
+
+
+def open_source(spec: str, *, trust: Sequence[str] = ()) -> Source:
+    """The model of a spec or of a run directory, with what is known of it; arguments and errors as of `load`."""
+    return load_run(spec, trust=trust) if is_run(spec) else load_source(spec, trust=trust)
+
+
 def load_run(path: str | os.PathLike[str], *, trust: Sequence[str] = (), best: bool = False) -> Source:
     """The trained model of a run directory.
 
@@ -174,13 +200,15 @@ def load_run(path: str | os.PathLike[str], *, trust: Sequence[str] = (), best: b
     with Bounded(str(home / "run.json"), count_numbers(weights)) if library else nullcontext():
         source = load_source(spec, trust=trust)
     notes = load_weights(source.module, weights)
+    wanted = (size[1], size[2]) if len(size) == 3 else None
+    remember(source.module, InputFacts(size, normalisation, wanted, normalisation, classes))
     return replace(
         source,
         spec=str(home),
         input_size=size,
         example_inputs=None,
         normalisation=normalisation or source.normalisation,
-        wanted_size=(size[1], size[2]) if len(size) == 3 else None,
+        wanted_size=wanted,
         wanted_normalisation=normalisation,
         classes=classes,
         notes=(*source.notes, *notes),

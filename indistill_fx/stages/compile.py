@@ -109,6 +109,8 @@ def seeing(teacher: TracedModel, student: TracedModel, plan: AlignmentPlan) -> T
     fixed = teacher.report.fixed
     if view is not None and view.size is not None:  # pictures of any size are brought to it
         fixed = {name: sizes for name, sizes in fixed.items() if len(sizes) != 4}
+    if view is not None and view.channels is not None:
+        fixed = {name: (sizes[0], None, *sizes[2:]) if len(sizes) == 4 else sizes for name, sizes in fixed.items()}
     return replace(teacher, view=view, report=replace(teacher.report, fixed=fixed))
 
 

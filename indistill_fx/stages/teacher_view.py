@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
+import torch
+from torch import Tensor, nn
+
+from indistill_fx.batch import Call
 from indistill_fx.data.dataset import Data
 from indistill_fx.data.normalisation import Figures as Asked
 from indistill_fx.data.normalisation import Normalisation, choose, in_channels
 from indistill_fx.errors import ConfigError, nearest
 from indistill_fx.graph.view import Figures, Rescaling, View
+from indistill_fx.loading.input_facts import facts_of, other_channels
 from indistill_fx.loading.load import Source
 
 AS_GIVEN = "data"
@@ -18,25 +24,69 @@ _SAME = 1e-4
 """Figures that differ by less are the same, published with other roundings."""
 
 
+class Given(NamedTuple):
+    """What is known of the data that a student is trained on; `Data` says as much, and more.
+
+    Attributes:
+        input_size: of one sample: (channels, height, width).
+        normalisation: mean and std per channel; None where nobody says.
+        classes: their names by label, if they have any.
+    """
+
+    input_size: tuple[int, ...]
+    normalisation: Normalisation | None = None
+    classes: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ViewOptions:
     """What was asked for.
 
     Attributes:
         size: height and width of the teacher's pictures.
+        channels: of the teacher's pictures, 1 or 3.
         mean: figures as in `open_data`, or `data`: those of the data.
         std: likewise.
         classes: the teacher's outputs for the data's classes, in their order; or the names of all of the teacher's outputs, in order.
     """
 
     size: tuple[int, int] | None = None
+    channels: Literal[1, 3] | None = None
     mean: Asked | None = None
     std: Asked | None = None
     classes: Sequence[int] | Sequence[str] | None = None
 
 
+def known_view(
+    teacher: nn.Module, example: Call, normalisation: Normalisation | None
+) -> tuple[View | None, tuple[str, ...]]:
+    """The view by what is known of a model and of pictures alone, and what is to be said of it; none where there is no one picture.
+
+    Args:
+        teacher: a module.
+        example: inputs, as the student gets them.
+        normalisation: what the pictures are normalised by, if that is known.
+    """
+    values = (*example.args, *example.kwargs.values())
+    shapes = [
+        value.shape for value in values if isinstance(value, Tensor) and value.is_floating_point() and value.ndim == 4
+    ]
+    if len(shapes) != 1:
+        return None, ()
+    facts = facts_of(teacher)
+    source = Source(
+        teacher,
+        type(teacher).__name__,
+        "module",
+        normalisation=facts.normalisation,
+        wanted_size=facts.wanted_size,
+        wanted_normalisation=facts.wanted_normalisation,
+    )
+    return teacher_view(source, Given(tuple(shapes[0][1:]), normalisation), ViewOptions())
+
+
 def teacher_view(
-    teacher: Source, data: Data | None, asked: ViewOptions, planned: View | None = None
+    teacher: Source, data: Data | Given | None, asked: ViewOptions, planned: View | None = None
 ) -> tuple[View | None, tuple[str, ...]]:
     """The view, and what is to be said of it.
 
@@ -50,10 +100,13 @@ def teacher_view(
         ConfigError: figures are asked for, and those of the data are not known; classes do not fit.
     """
     notes: list[str] = []
+    size = _size(teacher, data, asked, planned)
+    channels = _channels(teacher, data, asked, planned, size)
     view = View.combined(
         View(
-            size=_size(teacher, data, asked, planned),
-            rescaling=_rescaling(teacher, data, asked, planned, notes),
+            size=size,
+            channels=channels,
+            rescaling=_rescaling(teacher, data, asked, planned, channels, notes),
             classes=_classes(teacher, data, asked, planned, notes),
         ),
         View(dtype=planned.dtype) if planned is not None else None,
@@ -63,7 +116,9 @@ def teacher_view(
     return view, tuple(notes)
 
 
-def _size(teacher: Source, data: Data | None, asked: ViewOptions, planned: View | None) -> tuple[int, int] | None:
+def _size(
+    teacher: Source, data: Data | Given | None, asked: ViewOptions, planned: View | None
+) -> tuple[int, int] | None:
     given = data.input_size[1:] if data is not None and len(data.input_size) == 3 else None
     size = asked.size or (planned.size if planned is not None else None)
     if size is None and given is not None:
@@ -71,11 +126,29 @@ def _size(teacher: Source, data: Data | None, asked: ViewOptions, planned: View 
     return size if size != given else None
 
 
+def _channels(
+    teacher: Source, data: Data | Given | None, asked: ViewOptions, planned: View | None, size: tuple[int, int] | None
+) -> Literal[1, 3] | None:
+    given = data.input_size[0] if data is not None and len(data.input_size) == 3 else None
+    channels = asked.channels or (planned.channels if planned is not None else None)
+    if channels is None and data is not None and len(data.input_size) == 3:
+        shape = (2, data.input_size[0], *(size or data.input_size[1:]))
+        channels = other_channels(teacher.module, Call((torch.zeros(shape),), {}))
+    return channels if channels != given else None
+
+
 def _rescaling(
-    teacher: Source, data: Data | None, asked: ViewOptions, planned: View | None, notes: list[str]
+    teacher: Source,
+    data: Data | Given | None,
+    asked: ViewOptions,
+    planned: View | None,
+    changed: int | None,
+    notes: list[str],
 ) -> Rescaling | None:
     given = data.normalisation if data is not None else None
     channels = data.input_size[0] if data is not None and len(data.input_size) == 3 else 3
+    if changed is not None and given is not None:  # then pictures are rescaled while they have three
+        channels, given = 3, in_channels(given, 3)
     explicit = asked.mean is not None or asked.std is not None
     wanted = planned.rescaling.wanted if planned is not None and planned.rescaling is not None else None
     figures: Normalisation | None = (wanted.mean, wanted.std) if wanted is not None else teacher.wanted_normalisation
@@ -105,7 +178,7 @@ def _rescaling(
         if teacher.normalisation is None or not _equal(in_channels(teacher.normalisation, channels), given):
             notes.append(
                 f"{teacher.spec}: what its pictures were normalised by is not known{usual}; it sees the student's, by {_shown(given)}."
-                " Others: --teacher-mean, --teacher-std."
+                " Others: --teacher-mean, --teacher-std (in Python: teacher_view)."
             )
         return None
     figures = in_channels(figures, channels)
@@ -113,7 +186,7 @@ def _rescaling(
 
 
 def _classes(
-    teacher: Source, data: Data | None, asked: ViewOptions, planned: View | None, notes: list[str]
+    teacher: Source, data: Data | Given | None, asked: ViewOptions, planned: View | None, notes: list[str]
 ) -> tuple[int, ...] | None:
     wanted = data.classes if data is not None else ()
     given = tuple(asked.classes or ())

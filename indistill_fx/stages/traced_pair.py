@@ -1,8 +1,8 @@
-"""Teacher and student traced, with inputs from the data where no others are given."""
+"""Teacher and student of a run, traced with inputs from the loader's first batch; the teacher with its view of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,9 +10,13 @@ import torch
 from torch import nn
 
 from indistill_fx.batch import Call, Inputs, samples_of, split
+from indistill_fx.errors import ConfigError
+from indistill_fx.graph.module_state import uncompiled
 from indistill_fx.graph.view import View
 from indistill_fx.passes.capture.trace import as_traced
+from indistill_fx.passes.ensemble import is_ensemble
 from indistill_fx.plan import AlignmentPlan
+from indistill_fx.stages.teacher_view import known_view
 from indistill_fx.traced import TracedModel
 
 
@@ -29,16 +33,35 @@ def traced_pair(
     example_inputs: Any = None,
     logits: str | int | None = None,
     view: View | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> tuple[TracedModel, TracedModel]:
     """Both models traced, with inputs from the loader's first batch if no others are given.
 
+    A plain teacher without a view sees pictures as its weights are known to want them, where the loader says how its own are normalised.
+
+    Args:
+        teacher: traced, or a plain module.
+        student: likewise.
+        loader: of the batches.
+        example_inputs: as the student takes them.
+        logits: see `trace`.
+        view: what the teacher sees.
+        say: told what is known, and what not, of pictures that teacher and loader know.
+
     Raises:
-        ConfigError: the loader's batches hold no inputs.
+        ConfigError: the loader's batches hold no inputs, or the two share what is to be trained.
         FrontendError: a model cannot be traced.
     """
+    modules = [model.module if isinstance(model, TracedModel) else model for model in (teacher, student)]
+    require_apart(*modules)
     examples: Sequence[Any] = (example_inputs, example_inputs)
     if example_inputs is None and not (isinstance(teacher, TracedModel) and isinstance(student, TracedModel)):
         examples = examples_of(loader, teacher, student)
+    if view is None and not isinstance(teacher, TracedModel) and not is_ensemble(teacher):
+        call = Call.of_example(examples[0], Inputs.of(uncompiled(teacher)), where="The teacher")
+        view, notes = known_view(uncompiled(teacher), call, getattr(loader, "figures", None))
+        for note in notes:
+            say(note)
     first = as_traced(teacher, examples[0], role="teacher", logits=logits, view=view)
     first = replace(first, view=View.combined(view, first.view))
     return first, as_traced(student, examples[1], role="student", logits=logits)
@@ -54,3 +77,23 @@ def examples_of(loader: Iterable[Any], *models: nn.Module | TracedModel) -> Sequ
     modules = [model.module if isinstance(model, TracedModel) else model for model in models]
     devices = [next((p.device for p in module.parameters()), torch.device("cpu")) for module in modules]
     return [call.to(device) for call, device in zip(calls, devices, strict=True)]
+
+
+def require_apart(teacher: nn.Module, student: nn.Module) -> None:
+    """Refuse a student whose training would change its teacher.
+
+    Raises:
+        ConfigError: a parameter of the student that is trained is the teacher's too.
+    """
+    own = {
+        p.untyped_storage().data_ptr(): name for name, p in teacher.named_parameters() if p.numel() and not p.is_meta
+    }
+    trained = [(name, p) for name, p in student.named_parameters() if p.requires_grad and p.numel() and not p.is_meta]
+    for name, parameter in trained:
+        known = own.get(parameter.untyped_storage().data_ptr())
+        if known is not None:
+            raise ConfigError(
+                f"`{name}` of the student is `{known}` of the teacher, so that training would change the teacher.",
+                where=name,
+                hint="Give the student a copy (copy.deepcopy), or freeze what the two share (requires_grad_(False)).",
+            )

@@ -94,8 +94,8 @@ def compare(
     """
     curriculum = curriculum or DEFAULT_CURRICULUM
     plan = plan or (_kept_plan(run_dir) if resume else None)
-    seen = view_of(teacher_view, plan)
-    models = traced_pair(teacher, student, train_loader, example_inputs=example_inputs, logits=logits, view=seen)
+    shared: dict[str, Any] = {"example_inputs": example_inputs, "logits": logits}
+    models = traced_pair(teacher, student, train_loader, view=view_of(teacher_view, plan), say=announce, **shared)
     plan = plan or align(*models, required=curriculum.wants_pairs)
     warmup, milestones = _epochs_of(curriculum, plan, options), options.get("milestones", ())
     if main_epochs is not None:
@@ -114,9 +114,8 @@ def compare(
             task=task,
             epochs=epochs - before,
             val_loader=val_loader,
-            example_inputs=example_inputs,
             teacher_view=teacher_view,
-            logits=logits,
+            **shared,
             run_dir=Path(run_dir) / arm if run_dir is not None else None,
             resume=resume,
             allow_changed=allow_changed,

@@ -22,6 +22,7 @@ from indistill_fx.losses.registry import asked_of_the_data
 from indistill_fx.losses.stage_losses import KeptFeature
 from indistill_fx.losses.task import Task
 from indistill_fx.passes.align import align
+from indistill_fx.passes.ensemble import member_views
 from indistill_fx.passes.lowering.fake_quantize import fake_quantize
 from indistill_fx.plan import AlignmentPlan
 from indistill_fx.runs.directory import RunDirectory
@@ -96,7 +97,8 @@ def distill(
         val_loader: batches to validate on after every main epoch, by the task's metrics; the teacher is measured on them first.
         example_inputs: to trace plain modules with; by name, each gets what it takes; by default taken from the first batch.
         teacher_view: what the teacher sees of a batch: another size, normalisation or dtype, and which of its outputs are the student's
-            classes; None: as the plan says. In which dtype and size traced models are to be fed is found out.
+            classes; None: as the plan says, else as its weights are known to want (see `ifx.load`; timm's `pretrained_cfg`), which is
+            said. In which dtype and size traced models are to be fed is found out.
         logits: key or place of the logits in the models' output, if it has several entries.
         run_dir: where to keep checkpoints, metrics, plan and result; None: nowhere.
         resume: go on with the run in `run_dir`; begin if there is none yet. A finished run that is asked for more epochs has them.
@@ -194,6 +196,7 @@ class Distillation:
         """
         target = target_of(accelerator, self.modules[1], compiled=self.settings.compile)
         plan = self.plan or _kept_plan(directory)
+        remarks: list[str] = []
         models = traced_pair(
             self.teacher,
             self.student,
@@ -201,8 +204,8 @@ class Distillation:
             example_inputs=self.example_inputs,
             logits=self.logits,
             view=view_of(self.teacher_view, plan),
+            say=remarks.append,
         )
-        remarks: list[str] = []
         plan = plan or align(*models, required=self.curriculum is not None and self.curriculum.wants_pairs)
         curriculum, why = self._warmup(*models, plan, directory)
         remarks += [why] if why else []
@@ -211,7 +214,7 @@ class Distillation:
             models = (models[0], rounded.value)
             remarks.append(f"int8: {len(rounded.report.done)} layers and what they read are rounded")
             remarks += [f"int8: {line}" for line in rounded.report.skipped]
-        plan = plan.model_copy(update={"view": models[0].view})
+        plan = plan.model_copy(update={"view": models[0].view, "views": member_views(models[0].module)})
         plan = plan.model_copy(update={"view": seeing(*models, plan).view})
         task = self._task(*models)
         stages = compile_stages(
@@ -286,8 +289,8 @@ class Distillation:
             "main loss": described_loss(self.main, self.main_options),
             "warm-up loss": described_loss(curriculum.loss, {}) if warm else None,
             "warm-up feed": curriculum.feed if warm else None,
-            "plan": hashlib.sha256(plan.model_dump_json(exclude={"view"}).encode()).hexdigest()[:16],
-            "what the teacher sees": str(plan.view or "") or None,
+            "plan": hashlib.sha256(plan.model_dump_json(exclude={"view", "views"}).encode()).hexdigest()[:16],
+            "what the teacher sees": "; ".join(plan.described_views).removeprefix("teacher: ") or None,
             "code of the teacher": code_digest(teacher.graph_module),
             "code of the student": code_digest(student.graph_module),
         }
@@ -321,7 +324,7 @@ def _with_what_is_asked(
 
 def _remarks(curriculum: Curriculum, plan: AlignmentPlan) -> tuple[str, ...]:
     """What the teacher sees, and why the penultimate vectors get no stage of their own, where they were to have one."""
-    seen = (f"teacher: {plan.view}",) if plan.view is not None else ()
+    seen = plan.described_views
     if not curriculum.penultimate or plan.with_penultimate() is not plan:
         return seen
     why = "the plan has none" if plan.embedding is None else "a pair has them"

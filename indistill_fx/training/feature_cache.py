@@ -20,12 +20,13 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from filelock import FileLock
+from pydantic import BaseModel, Field
 from torch import Tensor, fx
 
 from indistill_fx.batch import INDICES, Inputs, split, with_features
@@ -55,7 +56,7 @@ class FeatureStore:
     def __init__(self, folder: Path, inputs: Sequence[str], samples: int):
         self.folder, self._inputs, self._samples = folder, tuple(inputs), samples
         self.features = {
-            tap: _mapped(folder / entry["file"], entry["shape"], getattr(torch, entry["dtype"]), shared=False)
+            tap: _mapped(folder / entry.file, entry.shape, getattr(torch, entry.dtype), shared=False)
             for tap, entry in _read_index(folder).items()
         }
 
@@ -174,6 +175,15 @@ def _files(part: Path, taps: Mapping[str, tuple[Tensor, str]], samples: int) -> 
     }
 
 
+class _Entry(BaseModel):
+    """What a folder says of one tap's features."""
+
+    file: Annotated[str, Field(pattern=r"^[0-9]{1,6}\.bin$")]
+    shape: Annotated[tuple[Annotated[int, Field(ge=0, lt=1 << 48)], ...], Field(max_length=16)]
+    dtype: Annotated[str, Field(pattern="^(float(16|32|64)|bfloat16|u?int(8|16|32|64)|bool)$")]
+    digest: str
+
+
 def _close(part: Path, taps: Mapping[str, Tensor]) -> None:
     """Write, last of all, what makes the folder whole."""
     index = {
@@ -185,44 +195,48 @@ def _close(part: Path, taps: Mapping[str, Tensor]) -> None:
         }
         for k, (tap, values) in enumerate(taps.items())
     }
-    save_json(part / _INDEX, {"taps": index, "digest": _index_digest(index)})
+    save_json(part / _INDEX, {"taps": index, "digest": index_digest(index)})
 
 
-def _index_digest(index: Mapping[str, Any]) -> str:
+def index_digest(index: Mapping[str, Any]) -> str:
+    """Digest of what an index says of its taps."""
     return hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()
 
 
-def _read_index(folder: Path) -> dict[str, Any]:
+def _read_index(folder: Path) -> dict[str, _Entry]:
     """What a folder says that it holds.
 
     Raises:
-        ValueError: it was changed since it was written.
+        OSError: it cannot be read.
+        ValueError: it was changed since it was written, or is no index.
     """
     told = json.loads(read_bounded(folder / _INDEX, _LARGEST_INDEX))
-    if not isinstance(told, dict) or told.get("digest") != _index_digest(told.get("taps", {})):
+    taps = told.get("taps") if isinstance(told, dict) else None
+    if not isinstance(taps, dict) or told.get("digest") != index_digest(taps):
         raise ValueError("its index was changed")
-    found: dict[str, Any] = told["taps"]
-    return found
+    return {tap: _Entry.model_validate(entry) for tap, entry in taps.items()}
 
 
 def _is_whole(folder: Path, stage: Stage, say: Callable[[str], None]) -> bool:
     """Whether a folder holds what was written into it; one that does not is said, and removed."""
     if not folder.exists():
         return False
-    fault = _fault_of(folder)
+    fault = fault_of(folder)
     if fault:
         say(f"{stage.name}: the cached features in {folder} are damaged ({fault}) and are computed anew")
         shutil.rmtree(folder, ignore_errors=True)
     return not fault
 
 
-def _fault_of(folder: Path) -> str:
+def fault_of(folder: Path) -> str:
+    """How a folder of features is damaged; empty where it is whole."""
     try:
         for tap, entry in _read_index(folder).items():
-            if file_digest(folder / entry["file"]) != entry["digest"]:
+            needed = math.prod(entry.shape) * getattr(torch, entry.dtype).itemsize
+            if (folder / entry.file).stat().st_size != needed or file_digest(folder / entry.file) != entry.digest:
                 return f"those of `{tap}` were changed"
     except (OSError, ValueError, RecursionError) as error:
-        return str(error.strerror or error) if isinstance(error, OSError) else str(error)
+        return str(error.strerror or error) if isinstance(error, OSError) else str(error).partition("\n")[0]
     return ""
 
 

@@ -138,10 +138,10 @@ class Supervised(nn.Module):
 
 
 def check_epochs(epochs: int) -> None:
-    """Refuse a negative number.
+    """Refuse what is no number of epochs.
 
     Raises:
-        ConfigError: it is negative.
+        ConfigError: it is negative, or no whole number.
     """
-    if epochs < 0:
-        raise ConfigError(f"epochs is {epochs}.", where="epochs", got=epochs, expected="0 or more")
+    if not isinstance(epochs, int) or epochs < 0:
+        raise ConfigError(f"epochs is {epochs}.", where="epochs", got=epochs, expected="a whole number, 0 or more")

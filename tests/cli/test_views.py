@@ -6,8 +6,10 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+import indistill_fx as ifx
 from indistill_fx.cli import run
 from indistill_fx.graph.view import View
 from indistill_fx.plan import AlignmentPlan
@@ -190,10 +192,59 @@ def test_a_run_as_teacher_knows_its_own_classes_and_figures(told):
     ), text
 
 
-def test_several_teachers_see_the_same_or_are_refused(told):
+def test_each_of_several_teachers_sees_what_it_wants(told):
     code, text = told(*distill("models.py:teacher", "--teacher", "models.py:unknown"))
-    assert (
-        code == 2 and "The teachers want to see different things. models.py:teacher: sees inputs normalised by" in text
-    ), text
-    code, text = told(*distill("models.py:teacher", "--teacher", "models.py:unknown", "--teacher-mean", "half"))
-    assert code == 0 and "models.py:unknown: sees inputs normalised by mean 0.5" in text, text
+    assert code == 0, text
+    assert "teachers.0: sees inputs normalised by mean 0.5" in text and "models.py:unknown: what its pictures" in text
+    first, second = AlignmentPlan.load("run/plan.json").views
+    assert first is not None and first.rescaling is not None and second is None
+    code, text = told(
+        *distill("models.py:teacher", "--teacher", "models.py:unknown", "--resume", "--teacher-mean", "data")
+    )
+    assert code == 2 and "what the teacher sees" in text, text
+    each = ["--teacher-mean", "data", "--teacher-mean", "half", "--teacher-size", "48"]
+    code, text = told(*distill("models.py:teacher", "--teacher", "models.py:unknown", *each, out="b"))
+    assert code == 0, text
+    first, second = AlignmentPlan.load("b/plan.json").views
+    assert first == View(size=(48, 48))
+    assert second is not None and second.size == (48, 48) and second.rescaling is not None
+    code, text = told(*distill("models.py:teacher", "--teacher", "models.py:unknown", *each, *each[:2], out="c"))
+    assert code == 2 and "--teacher-mean is given 3 times, and there are 2 teachers" in text, text
+
+
+def test_grey_pictures_beside_a_teacher_of_rgb(told, here):
+    for path in here.glob("data/*/*/*.png"):
+        Image.open(path).convert("L").save(path)
+    (here / "models.py").write_text(
+        MODELS + "\ndef grey():\n    made = net(8)\n    made[0] = nn.Conv2d(1, 8, 3, 2, 1)\n    return made\n"
+    )
+    asked = ["align", "models.py:teacher", "models.py:grey", "--data", "imagefolder:data", "-o", "plan.json"]
+    code, text = told(*asked)
+    assert code == 0 and "with their grey in three channels, normalised by mean 0.5" in text, text
+    view = view_of("plan.json")
+    assert view is not None and view.channels == 3 and view.rescaling is not None
+    quick = distill("models.py:teacher", "--plan", "plan.json")
+    quick[2] = "models.py:grey"
+    code, text = told(*quick)
+    assert code == 0 and view_of("run/plan.json") == view, text
+    code, text = told(*quick, "--resume")
+    assert code == 0, text
+    code, text = told(*asked[:-1], "other.json", "--teacher-channels", "3", "--teacher-mean", "data")
+    assert code == 0 and view_of("other.json") == View(channels=3), text
+
+
+def test_from_python_a_teacher_sees_what_its_weights_are_known_to_want(told, here):
+    told("train", "models.py:unknown", "--data", "imagefolder:data", "--mean", "half", "--epochs", "1", "-o", "taught")
+    data = ifx.open_data("imagefolder:data", batch_size=4, augment=False)
+    teacher, student = ifx.load("taught"), ifx.load("models.py:student")
+    for model, out in ((teacher, "a"), (ifx.load("models.py:teacher"), "b")):
+        ifx.distill(model, student, data.train, epochs=1, run_dir=out, progress=False, device="cpu")
+        view = view_of(f"{out}/plan.json")
+        assert view is not None and view.rescaling is not None and view.rescaling.wanted.mean == (0.5,) * 3
+        assert view.rescaling.given.mean == data.normalisation[0]
+    ifx.distill(teacher, student, data.train, epochs=1, run_dir="c", teacher_view=View(), progress=False, device="cpu")
+    assert view_of("c/plan.json") is None  # what is asked for goes first
+    loader = [(torch.randn(4, 3, 32, 32), torch.arange(4) % 2)]
+    ifx.distill(teacher, student, loader, epochs=1, run_dir="d", device="cpu")
+    assert view_of("d/plan.json") is None
+    assert "wants pictures normalised by mean 0.5" in told()[1]

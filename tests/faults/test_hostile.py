@@ -23,11 +23,10 @@ from indistill_fx.data.decoding import decode
 from indistill_fx.data.image_folders import list_images
 from indistill_fx.data.pictures import read_picture
 from indistill_fx.errors import ConfigError
-from indistill_fx.loading.load import load
 from indistill_fx.loading.spec import parse_spec
 from indistill_fx.plan import AlignmentPlan
 from indistill_fx.report import run_page
-from indistill_fx.runs.load import about, load_run
+from indistill_fx.runs.load import about, load, load_run
 from indistill_fx.runs.signature import sign
 from indistill_fx.system.terminal import SafeConsole, printable
 from tests.faults.harness import Victims, run

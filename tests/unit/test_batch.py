@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import indistill_fx as ifx
 from indistill_fx.batch import FEATURES, Inputs, inputs_and_labels, samples_of, split, with_features
+from indistill_fx.errors import ConfigError
 from indistill_fx.evaluation.accuracy import evaluate
 from indistill_fx.losses.task import Classification
 from indistill_fx.stages.checks import label_check
@@ -157,3 +158,15 @@ def test_without_a_model():
     assert inputs_and_labels((A, Y)) == ({"0": A}, Y)
     inputs, labels = inputs_and_labels({"a": A, "file": ["x"], "target": Y, "b": B})
     assert list(inputs) == ["a", "b"] and labels is Y
+
+
+def test_a_model_of_one_input_gets_the_only_one_whatever_its_name():
+    """As `pixel_values` of Hugging Face's data sets for a model of torchvision; not where another input is meant, or there are two."""
+    one = Inputs(("x", "mask"), ("x",))
+    named_tuple = namedtuple("Sample", "image target path")(A, Y, ["a", "b"])
+    for batch in ({"pixel_values": A, "labels": Y}, named_tuple):
+        parts = split(batch, one, where="Test")
+        assert parts.calls[0].kwargs == {"x": A} and parts.labels is not None
+    for batch in ({"mask": A, "labels": Y}, {"pixel_values": A, "depth": A, "labels": Y}, {"path": ["a"], "labels": Y}):
+        with pytest.raises(ConfigError, match="It has no `x`"):
+            split(batch, one, where="Test")

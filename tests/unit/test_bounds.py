@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import json
 import resource
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
 import torch
 import torchvision
+from PIL import Image
 from torch import nn
 
 import indistill_fx as ifx
-from indistill_fx.loading.pt2 import _check_expression, _UnfitError
-from indistill_fx.loading.state_dicts import count_numbers
+from indistill_fx.data.pictures import read_head, read_picture
+from indistill_fx.loading.pt2 import _check_expression, _check_payloads, _UnfitError
+from indistill_fx.loading.state_dicts import count_numbers, load_weights
 from indistill_fx.report.read_runs import MOST_STAGES, read_run
 from indistill_fx.runs.load import load_run
 from indistill_fx.system.tensor_files import save_tensors
@@ -97,6 +102,52 @@ def test_shape_expressions_of_real_programs_are_within_the_bound():
     _check_expression(X)
     _check_expression(f"Add(Integer(1), FloorDiv(Add({X}, Integer(-1)), Integer(2)))")
     _check_expression(f"Mul(Integer(3), Pow(Add({X}, {Y}), Integer(2)), {Y})")
+
+
+def test_metadata_of_pictures_are_bounded(tmp_path):
+    """A gibibyte of text in a kilobyte of PNG; a sparse file that Pillow would read whole; a long comment is read and not kept."""
+    black = Image.new("L", (4, 4))
+    sound = io.BytesIO()
+    black.save(sound, "PNG")
+    squeezed = zlib.compress(bytes(64 << 20), 9)
+    for kind, head in ((b"zTXt", b"Comment\0\0"), (b"iTXt", b"Comment\0\1\0\0\0"), (b"iCCP", b"profile\0\0")):
+        text = kind + head + squeezed
+        chunk = struct.pack(">I", len(text) - 4) + text + struct.pack(">I", zlib.crc32(text))
+        (tmp_path / "text.png").write_bytes(sound.getvalue()[:33] + chunk + sound.getvalue()[33:])
+        with pytest.raises(ifx.ConfigError, match=r"cannot be read: .*(too large|Decompressed)"):
+            read_picture(str(tmp_path / "text.png"))
+    black.save(tmp_path / "sparse.webp", "WEBP")
+    with open(tmp_path / "sparse.webp", "r+b") as file:
+        file.truncate(8 << 30)
+    with pytest.raises(ifx.ConfigError, match="more than any picture"):
+        read_head(str(tmp_path / "sparse.webp"))
+    black.save(tmp_path / "long.gif", comment=b"x" * 200_000)
+    assert read_picture(str(tmp_path / "long.gif")).size == (4, 4)
+
+
+def test_expanded_tensors_are_bounded_in_their_sum(tmp_path):
+    """Each of them is within the bound, and together they are not: whoever copies them would take 64 GiB."""
+    many = [torch.ones(1).expand(1 << 26) for _ in range(256)]
+    torch.save({"state_dict": {f"w{k}": tensor for k, tensor in enumerate(many)}}, tmp_path / "many.pt")
+    with pytest.raises(ifx.ConfigError, match="declares a tensor"):
+        load_weights(nn.Linear(1, 1), tmp_path / "many.pt")
+    config = {
+        f"w{k}": {
+            "use_pickle": False,
+            "path_name": f"weight_{k}",
+            "tensor_meta": {
+                "dtype": 7,
+                "sizes": [{"as_int": 1 << 26}],
+                "strides": [{"as_int": 0}],
+                "storage_offset": {"as_int": 0},
+            },
+        }
+        for k in range(256)
+    }
+    stored = {f"data/weights/weight_{k}": 4 for k in range(256)}
+    with pytest.raises(_UnfitError, match="together show"):
+        _check_payloads({"config": config}, "data/weights/model_weights_config.json", stored)
+    _check_payloads({"config": dict(list(config.items())[:4])}, "data/weights/model_weights_config.json", stored)
 
 
 def test_twenty_thousand_stages_are_read_and_the_first_thousand_shown(tmp_path):

@@ -233,5 +233,14 @@ def test_retrieval_with_a_traced_models_penultimate_vector():
 
 def test_inputs_that_the_model_cannot_take_are_refused_by_their_shape():
     grey = [(torch.zeros(2, 1, 8, 8), torch.zeros(2, dtype=torch.long))]
-    with pytest.raises(ConfigError, match=r"Conv2d cannot take inputs of shape \(2, 1, 8, 8\): .*--size, --channels"):
+    with pytest.raises(
+        ConfigError, match=r"Conv2d fails on inputs of shape \(2, 1, 8, 8\): .*--size, --channels"
+    ) as told:
         evaluate(nn.Conv2d(3, 4, 3), grey)
+    assert "captured" not in str(told.value)
+
+
+def test_of_a_captured_graph_it_is_said_that_the_fault_may_be_ours():
+    graph = trace(nn.Conv2d(3, 4, 3), torch.randn(2, 3, 8, 8)).graph_module
+    with pytest.raises(ConfigError, match="if the model it was captured from takes these, the fault is ours"):
+        evaluate(graph, [(torch.zeros(2, 1, 8, 8), torch.zeros(2, dtype=torch.long))])

@@ -13,6 +13,7 @@ from indistill_fx.cli import run
 from indistill_fx.cli.common import shares_of
 from indistill_fx.curriculum import Curriculum
 from indistill_fx.errors import ConfigError
+from indistill_fx.graph.view import Figures, Rescaling, View
 from indistill_fx.losses import Outputs, main_loss
 from indistill_fx.plan import AlignmentPlan, member_of
 
@@ -158,3 +159,40 @@ def test_from_the_shell(tmp_path, monkeypatch, capsys):
 )
 def test_weights_are_told_from_arguments(first, more, found):
     assert shares_of(first, {"more_teachers": more}) == found
+
+
+def test_each_teacher_sees_what_it_wants():
+    """One other figures and a larger picture, one RGB, one its classes in another order; their mean is that of each by itself."""
+    x, y = batch()
+    rgb = net(7, seed=3)
+    rgb[0] = nn.Conv2d(3, 7, 3, 2, 1)  # type: ignore[index]
+    teachers = [net(6), net(8, classes=4, seed=1), rgb]
+    one = tuple(Figures(mean=(mean,), std=(std,)) for mean, std in ((0.3, 0.2), (0.5, 0.5)))
+    bridge = View(size=(16, 16), rescaling=Rescaling(given=one[0], wanted=one[1]))
+    both = ifx.ensemble(teachers, [1, 1, 2], example_inputs=x, views=[bridge, View(classes=(3, 0, 1)), None])
+    large = nn.functional.interpolate(x, size=(16, 16), mode="bilinear", antialias=True)
+    with torch.no_grad():
+        own = (
+            teachers[0]((large * 0.2 + 0.3 - 0.5) / 0.5),
+            teachers[1](x)[:, [3, 0, 1]],
+            rgb(x.expand(-1, 3, -1, -1)),
+        )
+        expected = (own[0] + own[1] + 2 * own[2]) / 4
+        torch.testing.assert_close(both(x), expected)
+        student = net(4, seed=2)
+        plan = ifx.align(both, student, example_inputs=x)
+        assert plan.views == (bridge, View(classes=(3, 0, 1)), View(channels=3))
+        stages = ifx.compile_stages(both, student, plan, example_inputs=x)
+        assert stages[-1].teacher is not None
+        torch.testing.assert_close(stages[-1].teacher(x)[0][stages[-1].logits[0]], expected, rtol=1e-4, atol=1e-5)
+    record = ifx.distill(both, student, [(x, y)], val_loader=[(x, y)], epochs=1, progress=False, device="cpu")
+    assert record.teacher_accuracy == (expected.argmax(1) == y).float().mean().item()
+
+
+@pytest.mark.parametrize(
+    ("views", "why"), [([None], "2 teachers with 1 views"), ([View(classes=(0, 1, 3)), None], "Teacher 0 has 3 outputs, not 4"),
+                       ([View(classes=()), None], "Teacher 0 has no class of the student's")],
+)  # fmt: skip
+def test_views_that_cannot_be_are_refused(views, why):
+    with pytest.raises(ConfigError, match=why):
+        ifx.ensemble([net(6), net(8, seed=1)], example_inputs=batch()[0], views=views)

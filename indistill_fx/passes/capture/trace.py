@@ -28,6 +28,7 @@ from indistill_fx.graph.module_state import mode, shadow, uncompiled, untouched,
 from indistill_fx.graph.opaque import Opaque
 from indistill_fx.graph.ops import attribute
 from indistill_fx.graph.view import View
+from indistill_fx.loading.input_facts import other_channels
 from indistill_fx.passes.capture.both_modes import merge_modes, noticing_flags
 from indistill_fx.passes.capture.captured import Captured
 from indistill_fx.passes.capture.equivalence import Reference, plain_attention
@@ -55,7 +56,8 @@ def as_traced(
         example_inputs: as the student takes them.
         role: see `trace`.
         logits: see `trace`.
-        view: what a teacher sees of them. A teacher of another dtype sees them in that.
+        view: what a teacher sees of them. A teacher of another dtype sees them in that; one that takes RGB alone sees grey pictures in
+            three channels, and the other way round.
 
     Raises:
         ConfigError: a plain module without example inputs, or one of them is missing.
@@ -70,9 +72,12 @@ def as_traced(
         )
     model = uncompiled(model)
     call = Call.of_example(example_inputs, Inputs.of(model), where=f"The {role}")
+    _require_numbers(call, role)
     if role == "student":
         return trace(model, call, role=role, logits=logits)
-    own = View.combined(view, View(dtype=_other_dtype(model, call)))
+    given = call.changed(view.apply) if view is not None else call
+    channels = other_channels(model, given) if view is None or view.channels is None else None
+    own = View.combined(view, View(dtype=_other_dtype(model, call), channels=channels))
     seen = call.changed(own.apply) if own is not None else call
     try:
         return replace(trace(model, seen, role=role, logits=logits), view=own)
@@ -83,6 +88,19 @@ def as_traced(
             "If the teacher takes pictures of another size than the student, say which: --teacher-size (View(size=…))."
         )
         raise FrontendError(error.message, where=error.where, got=error.got, hint=f"{error.hint} {hint}") from error
+
+
+def _require_numbers(call: Call, role: Role) -> None:
+    """Refuse NaN, with which nothing can be compared; a mask may be infinite."""
+    for value in (*call.args, *call.kwargs.values()):
+        if isinstance(value, Tensor) and value.is_floating_point() and bool(value.isnan().any()):
+            raise ConfigError(
+                f"The first batch, or the example input, of the {role} holds NaN.",
+                where="inputs",
+                got="NaN",
+                expected="numbers",
+                hint="Look at what the loader yields: a division by a standard deviation of 0, or a file that was read wrongly.",
+            )
 
 
 def _other_dtype(model: nn.Module, call: Call) -> str | None:

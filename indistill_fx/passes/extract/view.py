@@ -1,7 +1,8 @@
 """What a teacher sees: the difference between a batch made for the student and what the teacher wants, as nodes of the teacher's graph.
 
 Rules, in order:
-  1. Pictures (real numbers of four axes) are resized, then rescaled channel by channel; all real numbers are cast to the teacher's dtype.
+  1. Pictures (real numbers of four axes) are resized, brought to three channels, rescaled channel by channel, brought to one channel; all
+     real numbers are cast to the teacher's dtype.
   2. What the teacher delivers is cast to the student's dtype.
   3. Of its logits, those are delivered that stand for the student's classes, in the student's order.
 """
@@ -12,11 +13,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from indistill_fx.errors import ConfigError
 from indistill_fx.graph.edit import copy_graph, output_node, sweep
-from indistill_fx.graph.view import View, rescaled, resized
+from indistill_fx.graph.view import View, coloured, grey, rescaled, resized
 from indistill_fx.passes.contract import PassResult, Rewrite
 from indistill_fx.traced import NodeFacts, TracedModel
 
@@ -30,21 +31,23 @@ def view_between(teacher: TracedModel, student: TracedModel, asked: View | None 
         asked: what else is asked for, such as a plan's view.
 
     Raises:
-        ConfigError: the pictures of the two have other numbers of channels, or the teacher was traced with pictures of another size than
-            is asked for.
+        ConfigError: the pictures of the two have other numbers of channels than 1 and 3, or the teacher was traced with pictures of another
+            size than is asked for.
     """
     own, other = _pictures(teacher), _pictures(student)
     found: dict[str, Any] = {}
     if len(own) == len(other) == 1:
         (first,), (second,) = own, other
         if first.shape[1] != second.shape[1]:
-            raise ConfigError(
-                f"The teacher takes pictures of {first.shape[1]} channels and the student of {second.shape[1]}.",
-                where="channels",
-                got=first.shape[1],
-                expected=second.shape[1],
-                hint="Give both pictures of the same channels (--channels), or put a convolution before the student.",
-            )
+            found["channels"] = first.shape[1]
+            if {first.shape[1], second.shape[1]} != {1, 3}:
+                raise ConfigError(
+                    f"The teacher takes pictures of {first.shape[1]} channels and the student of {second.shape[1]}.",
+                    where="channels",
+                    got=first.shape[1],
+                    expected=second.shape[1],
+                    hint="Only grey and RGB can be brought to each other: put a convolution before the student.",
+                )
         if first.shape[2:] != second.shape[2:]:
             found["size"] = tuple(first.shape[2:])
     dtypes = [next((value.dtype for value in _reals(model)), None) for model in (teacher, student)]
@@ -88,26 +91,64 @@ def see(
     inputs = [node for node in graph.nodes if node.op == "placeholder" and node.users and node.name in facts]
     first = next(node for node in graph.nodes if node.op != "placeholder")
     with graph.inserting_before(first):
-        factors: tuple[fx.Node, ...] = ()
-        if view.rescaling is not None:
-            scale, shift = view.rescaling.scale, view.rescaling.shift
-            factors = _constant(new, "view_scale", scale), _constant(new, "view_shift", shift)
+        factors = _factors(new, graph, view, "view", _device(new))
         for node in inputs:
-            known, readers, value = facts[node.name], list(node.users), node
-            if not known.dtype.is_floating_point:
-                continue
-            if len(known.shape) == 4 and view.size is not None:
-                value = graph.call_function(resized, (value, view.size))
-                done.append(f"{node.target}: resized to {_sides(view.size)}")
-            if len(known.shape) == 4 and view.rescaling is not None:
-                value = graph.call_function(rescaled, (value, *factors))
-                done.append(f"{node.target}: normalised by {view.rescaling.wanted}")
-            if view.dtype is not None:
-                value = graph.call_method("to", (value, getattr(torch, view.dtype)))
-                done.append(f"{node.target}: cast to {view.dtype}")
-            for reader in readers:
-                reader.replace_input_with(node, value)
+            known, readers = facts[node.name], list(node.users)
+            if known.dtype.is_floating_point:
+                value, how = _seen(graph, node, view, factors, picture=len(known.shape) == 4)
+                done += [f"{node.target}: {line}" for line in how]
+                for reader in readers:
+                    reader.replace_input_with(node, value)
     return PassResult(sweep(new), Rewrite(done=tuple(done)))
+
+
+def as_seen(
+    root: nn.Module, graph: fx.Graph, inputs: Sequence[tuple[fx.Node, Tensor]], view: View, name: str
+) -> list[fx.Node]:
+    """Inputs as one of several teachers sees them, in a graph that is being made.
+
+    Args:
+        root: of the module that it will be; constants go there.
+        graph: the graph.
+        inputs: each with an example of its values.
+        view: the teacher's.
+        name: what its constants are called by.
+    """
+    factors = _factors(root, graph, view, name, _device(root))
+    return [
+        _seen(graph, node, view, factors, picture=value.ndim == 4)[0] if value.is_floating_point() else node
+        for node, value in inputs
+    ]
+
+
+def _factors(root: nn.Module, graph: fx.Graph, view: View, name: str, device: torch.device) -> tuple[fx.Node, ...]:
+    if view.rescaling is None:
+        return ()
+    factors = {f"{name}_scale": view.rescaling.scale, f"{name}_shift": view.rescaling.shift}
+    return tuple(_constant(root, graph, name, value, device) for name, value in factors.items())
+
+
+def _seen(
+    graph: fx.Graph, value: fx.Node, view: View, factors: tuple[fx.Node, ...], *, picture: bool
+) -> tuple[fx.Node, list[str]]:
+    """An input of real numbers as a teacher sees it, and what was done, in words."""
+    done = []
+    if picture and view.size is not None:
+        value = graph.call_function(resized, (value, view.size))
+        done.append(f"resized to {_sides(view.size)}")
+    if picture and view.channels == 3:
+        value = graph.call_function(coloured, (value,))
+        done.append("grey in three channels")
+    if picture and view.rescaling is not None:
+        value = graph.call_function(rescaled, (value, *factors))
+        done.append(f"normalised by {view.rescaling.wanted}")
+    if picture and view.channels == 1:
+        value = graph.call_function(grey, (value,))
+        done.append("RGB in grey")
+    if view.dtype is not None:
+        value = graph.call_method("to", (value, getattr(torch, view.dtype)))
+        done.append(f"cast to {view.dtype}")
+    return value, done
 
 
 def deliver(
@@ -128,7 +169,7 @@ def deliver(
         for tap, node in delivered.items():
             if tap in classes:
                 axis, chosen = classes[tap]
-                index = _constant(new, "view_classes", torch.tensor(chosen))
+                index = _constant(new, new.graph, "view_classes", torch.tensor(chosen), _device(new))
                 node = new.graph.call_function(torch.index_select, (node, axis, index))
                 done.append(f"{tap}: {len(chosen)} classes in the student's order")
             delivered[tap] = new.graph.call_method("to", (node, dtype))
@@ -137,10 +178,10 @@ def deliver(
     return PassResult(sweep(new), Rewrite(done=tuple(done)))
 
 
-def _constant(graph_module: fx.GraphModule, name: str, value: Tensor) -> fx.Node:
-    graph_module.register_buffer(name, value.to(_device(graph_module)), persistent=False)
-    return graph_module.graph.get_attr(name)
+def _constant(root: nn.Module, graph: fx.Graph, name: str, value: Tensor, device: torch.device) -> fx.Node:
+    root.register_buffer(name, value.to(device), persistent=False)
+    return graph.get_attr(name)
 
 
-def _device(graph_module: fx.GraphModule) -> torch.device:
-    return next((parameter.device for parameter in graph_module.parameters()), torch.device("cpu"))
+def _device(module: nn.Module) -> torch.device:
+    return next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
