@@ -292,13 +292,14 @@ def arm_lines(rows: list[dict[str, Any]]) -> list[str]:
     """A table for every network, share and number of images."""
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
-        groups.setdefault((row["net"], row["macs"], row["images"], row["epochs"], row["optimizer"]), []).append(row)
+        key = (row["net"], row["macs"], row["images"], row["epochs"], row["optimizer"], row["lr"])
+        groups.setdefault(key, []).append(row)
     lines: list[str] = []
-    for (net, macs, images, epochs, optimizer), own in sorted(groups.items()):
+    for (net, macs, images, epochs, optimizer, rate), own in sorted(groups.items()):
         teacher = f"teacher {own[0]['teacher']:.2%}"
         lines += [
             "",
-            f"{net}, {macs:.0%} of its MACs, {images:,} images, {epochs} epochs in all ({optimizer}), {teacher}:",
+            f"{net}, {macs:.0%} of its MACs, {images:,} images, {epochs} epochs in all ({optimizer}, {rate:g}), {teacher}:",
         ]
         lines += ["", "| arm | before training | test accuracy | seeds | s a run |", "|---|---|---|---|---|"]
         for arm in ARMS:
@@ -307,6 +308,11 @@ def arm_lines(rows: list[dict[str, Any]]) -> list[str]:
                 figures = [100 * row["accuracy"] for row in found]
                 spread = f" ± {stdev(figures):.2f}" if len(figures) > 1 else ""
                 how = f" ({found[0]['how']})" if found[0]["how"] else ""
+                how += (
+                    f", {found[0]['warmup']} epochs of warm-up"
+                    if arm in ("joint", "fed", "unlabelled", "freshjoint")
+                    else ""
+                )
                 before, seconds = (mean(row[key] for row in found) for key in ("before", "seconds"))
                 cells = (f"{100 * before:.2f}", f"{mean(figures):.2f}{spread}", str(len(found)), f"{seconds:.0f}")
                 lines.append(f"| {arm}{how} | {' | '.join(cells)} |")
