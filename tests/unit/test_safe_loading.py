@@ -31,9 +31,10 @@ import torch.hub
 from torch import nn
 
 from indistill_fx.errors import ConfigError
-from indistill_fx.loading.load import load, load_source
+from indistill_fx.loading.load import load_source
 from indistill_fx.loading.pickle_make import Maker, UnfitError
 from indistill_fx.loading.safe_pickle import open_saved
+from indistill_fx.runs.load import load
 
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 

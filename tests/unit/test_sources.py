@@ -26,9 +26,10 @@ from torch import Tensor, nn
 
 from indistill_fx.errors import ConfigError, FrontendError, IndistillError
 from indistill_fx.loading.inputs import parse_input
-from indistill_fx.loading.load import load, load_source
+from indistill_fx.loading.load import load_source
 from indistill_fx.loading.spec import parse_spec
 from indistill_fx.loading.state_dicts import load_weights
+from indistill_fx.runs.load import load
 
 FACTORIES = """
     import torch
