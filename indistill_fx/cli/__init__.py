@@ -19,16 +19,16 @@ _COMMANDS: dict[str, str] = {
     "align": "Pair the layers of a teacher and a student.",
     "inspect": "Show a model's layers: main path, stages, widths, MACs.",
     "prune": "Remove channels from a network.",
-    "compress": "Make a smaller student of a teacher alone, as source code, and train it.",
+    "compress": "Make a smaller student from a teacher alone, as source code, and train it.",
     "distill": "Distil a teacher into a student: warm-up, then the main loss.",
     "train": "Train a model on labels alone.",
-    "save-outputs": "Keep a teacher's logits and features of a data set, to distil from without it.",
-    "evaluate": "Measure accuracy, and retrieval on request.",
-    "export": "Export a model to ONNX, with proof that it computes the same.",
+    "save-outputs": "Save a teacher's logits and features for a data set, to distil without the teacher.",
+    "evaluate": "Measure accuracy, and optionally retrieval.",
+    "export": "Export a model to ONNX and verify that the file computes the same.",
     "report": "Show a run, or several, on one page: schedule, curves, models, kept channels.",
     "bench": "Time models and ONNX files side by side.",
-    "check": "Check that a deployed ONNX file is still the model it came from.",
-    "demo": "The whole way on data that ships with scikit-learn, in about a minute.",
+    "check": "Check that a deployed ONNX file still matches the model it came from.",
+    "demo": "Run every step on data that ships with scikit-learn, in about a minute.",
 }
 
 
@@ -62,8 +62,8 @@ def app(context: click.Context, debug: bool) -> None:
       model.pt                      a pickled nn.Module, loaded without running code from the file
       model.pt2                     a torch.export archive
       model.onnx                    an ONNX file, converted to PyTorch's layers
-      onnxruntime:model.onnx        one that onnxruntime runs, as a teacher; ?taps=NAME,NAME for tensors inside
-      saved:DIR                     as a teacher: what `save-outputs` kept
+      onnxruntime:model.onnx        an ONNX file run by onnxruntime (teacher only); ?taps=NAME,NAME exposes inner tensors
+      saved:DIR                     outputs saved by `save-outputs` (teacher only)
       models.py:make_student        a factory or class in your own code (also pkg.models:make_student)
       torchvision:resnet18          a constructor by name; ?num_classes=10 for arguments
       timm:resnet10t                the same for timm

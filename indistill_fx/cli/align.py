@@ -27,30 +27,30 @@ if TYPE_CHECKING:
     "-o", "--output", metavar="FILE", type=click.Path(dir_okay=False), help="Write the plan to this JSON file."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON instead of the table.")
-@click.option(
-    "--html", metavar="FILE", type=click.Path(dir_okay=False), help="Write a page to look at, in one HTML file."
-)
+@click.option("--html", metavar="FILE", type=click.Path(dir_okay=False), help="Write the alignment as one HTML page.")
 @click.option("--svg", metavar="FILE", type=click.Path(dir_okay=False), help="Write the picture as SVG.")
 @click.option("--png", metavar="FILE", type=click.Path(dir_okay=False), help="Write the picture as PNG.")
 @click.option("--mermaid", is_flag=True, help="Print the pairs as a Mermaid chart for Markdown, instead of the table.")
-@click.option("--pairs", type=click.IntRange(min=1), help="How many pairs. [default: one per common stage]")
+@click.option("--pairs", type=click.IntRange(min=1), help="Number of pairs. [default: one per common stage]")
 @click.option("--every-block", is_flag=True, help="Pair the blocks within stages too (12 → 6 blocks pair uniformly).")
 @click.option(
     "--taps",
     type=click.Choice(["block", "pre-activation", "last-conv"]),
     default="block",
     show_default=True,
-    help="Where in a block the tap sits.",
+    help="Which point of a block is the tap.",
 )
 @click.option(
     "--pair", "fixed", multiple=True, metavar="LAYER=LAYER", help="Keep this pair, teacher's layer first. Repeatable."
 )
-@click.option("--plan", metavar="FILE", help="Take the pairs of this (edited) plan; shapes and channels are made anew.")
-@click.option("--similarity", type=click.Choice(["cka"]), help="Also weigh how alike the layers are on --data.")
+@click.option("--plan", metavar="FILE", help="Use the pairs of this (edited) plan; shapes and channels are recomputed.")
+@click.option(
+    "--similarity", type=click.Choice(["cka"]), help="Also weigh how similar the layers' features are on --data."
+)
 @click.option(
     "--data",
     metavar="DATA",
-    help="What the models will be trained on: says what inputs look like. digits, cifar10, imagefolder:DIR or file.py:make_loaders.",
+    help="Data the models will be trained on, for the shape of the inputs: digits, cifar10, imagefolder:DIR or file.py:make_loaders.",
 )
 @pictures.picture_options
 @pictures.teacher_options
@@ -59,7 +59,7 @@ if TYPE_CHECKING:
     default=16,
     show_default=True,
     type=click.IntRange(min=1),
-    help="For --similarity: so many of 64 samples.",
+    help="For --similarity: number of batches of 64 samples.",
 )
 @click.option("--criterion", default="l1", show_default=True, help="How the teacher's channels are ranked.")
 @click.option("--diff", metavar="FILE", help="Also list what changed since this earlier plan.")
@@ -72,7 +72,7 @@ if TYPE_CHECKING:
 @click.option(
     "--passes",
     is_flag=True,
-    help="Instead of the table: both halves of every stage as text, and what each pass of the compiler changes in them.",
+    help="Print, instead of the table, both graphs of every stage as text, and what each compiler pass changes in them.",
 )
 def command(teacher: str, student: str, inputs: tuple[str, ...], trust: tuple[str, ...], **options: Any) -> None:
     """Pair the layers of TEACHER and STUDENT by the structure of their graphs.

@@ -19,10 +19,14 @@ if TYPE_CHECKING:
     "--against", required=True, metavar="MODEL", help="What the file should compute: a spec or a run directory."
 )
 @click.option(
-    "--data", metavar="DATA", help="Also compare on this data's test set, and the file's class names with its."
+    "--data", metavar="DATA", help="Also compare on this data's test set, and compare its class names with the file's."
 )
 @click.option(
-    "--samples", default=512, show_default=True, type=click.IntRange(min=1), help="Of DATA, spread over the classes."
+    "--samples",
+    default=512,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Number of samples of DATA, spread over the classes.",
 )
 @pictures.compared_options
 def command(
@@ -35,9 +39,9 @@ def command(
     trust: tuple[str, ...],
     **options: Any,
 ) -> int:
-    """Check that a deployed ONNX FILE is still the model: it can be read, and has the same inputs, graph, weights and outputs.
+    """Check that a deployed ONNX FILE still matches the model: it can be read, and has the same inputs, graph, weights and outputs.
 
-    Exit code 2 if anything differs. The weights of an int8 file are compared up to rounding, its classes on DATA.
+    Exit code 2 if anything differs. For an int8 file, weights are compared up to rounding, and predicted classes on DATA.
 
     \b
     Example:

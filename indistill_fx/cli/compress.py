@@ -18,7 +18,7 @@ _SECTIONS = {
     "The warm-up": ("warmup", "feed", "one_by_one", "stages", "no_warmup"),
     "The main stage": ("main", "main_options"),
     "Data and models": (*training.SECTIONS["Data and models"], "inputs"),
-    "After it": ("qat",),
+    "After training": ("qat",),
     "Training": training.SECTIONS["Training"],
     "The run": (*training.SECTIONS["The run"], "no_export"),
 }
@@ -35,11 +35,13 @@ def _use_recipe(context: click.Context, parameter: click.Parameter, value: str) 
 @click.command(name="compress", cls=training.Grouped, sections=_SECTIONS)
 @click.argument("teacher", is_eager=True, callback=_use_recipe)
 @common.data_option
-@click.option("-o", "--output", required=True, metavar="RUN_DIR", help="Where the student and all else goes.")
-@click.option("--macs", type=float, help="Work that may stay: a share up to 1, or a number of multiply-accumulates.")
-@click.option("--params", type=float, help="Parameters that may stay: a share up to 1, or a number.")
-@click.option("--size-mb", type=float, help="Megabytes that the weights may take.")
-@click.option("--latency-ms", type=float, help="Milliseconds that one call may take, measured on the target.")
+@click.option("-o", "--output", required=True, metavar="RUN_DIR", help="Directory for the student and everything else.")
+@click.option(
+    "--macs", type=float, help="Budget of multiply-accumulates: a share of the teacher's up to 1, or a number."
+)
+@click.option("--params", type=float, help="Budget of parameters: a share of the teacher's up to 1, or a number.")
+@click.option("--size-mb", type=float, help="Budget for the weights, in megabytes.")
+@click.option("--latency-ms", type=float, help="Budget for one call on the target, in milliseconds; it is measured.")
 @click.option(
     "--on",
     type=click.Choice(["onnxruntime", "torch", "torch-compile"]),
@@ -47,46 +49,50 @@ def _use_recipe(context: click.Context, parameter: click.Parameter, value: str) 
     show_default=True,
     help="The target of --latency-ms.",
 )
-@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Of the target.")
-@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Samples a call on the target.")
+@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="CPU threads on the target.")
+@click.option(
+    "--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Batch size of a call on the target."
+)
 @click.option(
     "--criterion",
     default="l1",
     show_default=True,
-    help="Which channels of a layer go first: l1, l2, bn_scale, geometric_median, activation, taylor, fisher, isomorphic, random.",
+    help="How to choose the channels to remove: l1, l2, bn_scale, geometric_median, activation, taylor, fisher, isomorphic, random.",
 )
-@click.option("--round-to", type=click.IntRange(min=1), help="Keep multiples of so many channels.")
+@click.option("--round-to", type=click.IntRange(min=1), help="Keep a multiple of this many channels.")
 @click.option(
     "--samples",
     type=click.IntRange(min=1),
     default=1024,
     show_default=True,
-    help="Training samples, without their labels, that sensitivities are measured and weights repaired on.",
+    help="Number of training samples (without labels) for measuring sensitivities and repairing weights.",
 )
-@click.option("--warmup", metavar="EPOCHS", type=training.Numbers(), help="Of the stage, or of each. [default: 6]")
+@click.option(
+    "--warmup", metavar="EPOCHS", type=training.Numbers(), help="Epochs of the one stage, or of each. [default: 6]"
+)
 @click.option(
     "--feed",
     type=click.Choice(["teacher", "student"]),
     default="student",
     show_default=True,
-    help="What a segment between two pairs begins with: the student's own feature, or the teacher's.",
+    help="Input of each segment between two pairs: the student's own feature, or the teacher's.",
 )
 @click.option(
-    "--one-by-one", is_flag=True, help="One pair after the other (with --warmup 1,2,3), not all in one stage."
+    "--one-by-one", is_flag=True, help="Train one pair after another (with --warmup 1,2,3), not all in one stage."
 )
-@click.option("--stages", is_flag=True, help="A pair for every stage only, not for every block.")
-@click.option("--no-warmup", is_flag=True, help="Only the main loss.")
-@click.option("--main", default="kd", show_default=True, help="As for distill.")
-@click.option("--main-option", "main_options", multiple=True, metavar="NAME=VALUE", help="Of the main loss.")
+@click.option("--stages", is_flag=True, help="One pair for every network stage, not for every block.")
+@click.option("--no-warmup", is_flag=True, help="Skip the warm-up; train with the main loss only.")
+@click.option("--main", default="kd", show_default=True, help="Main loss; `distill --help` lists them.")
+@click.option("--main-option", "main_options", multiple=True, metavar="NAME=VALUE", help="Option of the main loss.")
 @training.qat_option
-@click.option("--no-export", is_flag=True, help="Write no student.onnx.")
+@click.option("--no-export", is_flag=True, help="Do not write student.onnx.")
 @common.input_option
 @training.training_options
 def command(teacher: str, **options: Any) -> None:
     """Make a smaller student of TEACHER and train it: choose widths, shrink, repair, warm up, distil, export.
 
-    RUN_DIR gets student.py (class Student: plain PyTorch, yours to edit), student.safetensors and student.onnx. An interrupted run goes
-    on with --resume. After every step a line tells how good it is, MACs, parameters and, for --latency-ms, the time.
+    RUN_DIR gets student.py (class Student: plain PyTorch, yours to edit), student.safetensors and student.onnx. Use --resume to
+    continue an interrupted run. After every step a line shows the metric, MACs, parameters and, with --latency-ms, the latency.
 
     \b
     Examples:

@@ -11,11 +11,11 @@ from indistill_fx.cli import common
 @click.option("-o", "--output", metavar="DIR", help="Where everything goes. [default: a new folder runs/demo-N]")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0))
 def command(output: str | None, seed: int) -> None:
-    """The whole way on data that ships with scikit-learn: a teacher, a student made of it, distillation, ONNX, a comparison.
+    """Run every step on data that ships with scikit-learn: a teacher, a student made from it, distillation, ONNX, a comparison.
 
     The student has a twentieth of the teacher's multiply-accumulates and a hundred labelled images. It is trained in six ways, for the
-    same number of epochs: from new weights by labels and by knowledge distillation (KD), and compressed from the teacher by labels, by
-    KD, and by the InDistill warm-up followed by KD. It needs no network and takes about a minute on two cores.
+    same number of epochs: with labels, with knowledge distillation (KD), and with the InDistill warm-up followed by KD; each from fresh
+    weights and compressed from the teacher. The demo needs no network connection and takes about a minute on two cores.
     """
     from itertools import count
     from pathlib import Path

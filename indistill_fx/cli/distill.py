@@ -52,14 +52,14 @@ def _use_recipe(context: click.Context, parameter: click.Parameter, name: str) -
     "--output",
     required=True,
     metavar="RUN_DIR",
-    help="Where plan, checkpoints, metrics and the trained student go.",
+    help="Directory for plan, checkpoints, metrics and the trained student.",
 )
 @click.option(
     "--teacher",
     "more_teachers",
     multiple=True,
     metavar="SPEC[=WEIGHT]",
-    help="A further teacher and the weight of its logits; repeatable, and TEACHER may have a weight too. Without weights all count"
+    help="Another teacher and the weight of its logits; repeatable. TEACHER may have a weight too. Without weights all teachers count"
     " equally.",
 )
 @click.option("--plan", "plan_file", metavar="FILE", help="Pairs from a file made by `align`. [default: align now]")
@@ -70,10 +70,11 @@ def _use_recipe(context: click.Context, parameter: click.Parameter, name: str) -
     show_default=True,
     is_eager=True,
     callback=_use_recipe,
-    help="Where the options not given come from. default: the warm-up that pays for such a pair (the run"
-    " says which and why), then 20 epochs of KD. retrieval: 12 for the penultimate vectors, then PKT for 18 epochs at 1e-3 and 3 at 1e-4,"
-    " which trains no classifier. compress: for a student made of the teacher, 6 epochs for all pairs at once,"
-    " then 14 of KD. paper: 3, 4, 5, … epochs of MSE, then PKT for 48 epochs at 1e-3 and 10 at 1e-4; an assistant by 50 epochs of PKT.",
+    help="Defaults for the options that are not given. default: the warm-up that pays for such a pair (the run says"
+    " which and why), then 20 epochs of KD. retrieval: 12 epochs for the penultimate vectors, then PKT for 18 epochs at 1e-3 and 3 at 1e-4;"
+    " this trains no classifier. compress: for a student made from the teacher, 6 epochs for all pairs at once,"
+    " then 14 of KD. paper: 3, 4, 5, … epochs of MSE, then PKT for 48 epochs at 1e-3 and 10 at 1e-4; an assistant is trained with 50 epochs"
+    " of PKT.",
 )
 @click.option(
     "--main",
@@ -86,26 +87,29 @@ def _use_recipe(context: click.Context, parameter: click.Parameter, name: str) -
     "main_options",
     multiple=True,
     metavar="NAME=VALUE",
-    help="Of the main loss, such as temperature=2; may be given several times.",
+    help="Option of the main loss, such as temperature=2; repeatable.",
 )
 @click.option(
     "--main-weights",
     metavar="STEP:FACTOR,…",
-    help="Factor of the main loss's weight at steps of the main stage, linear between them: 0:0,500:1 brings it in over 500 steps,"
-    " 0:1,2000:0 takes it out. [default: 1 throughout]",
+    help="Factor on the main loss's weight at given steps of the main stage, linear in between: 0:0,500:1 fades it in over 500 steps,"
+    " 0:1,2000:0 fades it out over 2000. [default: 1 throughout]",
 )
 @click.option(
-    "--warmup", metavar="3,4,5", type=training.Numbers(), help="Epochs of every stage. [default: the recipe's]"
+    "--warmup", metavar="3,4,5", type=training.Numbers(), help="Epochs of each warm-up stage. [default: the recipe's]"
 )
 @click.option(
-    "--warmup-steps", metavar="500,700", type=training.Numbers(), help="Optimiser steps of every stage instead."
+    "--warmup-steps",
+    metavar="500,700",
+    type=training.Numbers(),
+    help="Optimiser steps of each warm-up stage, instead of epochs.",
 )
-@click.option("--no-warmup", is_flag=True, help="Only the main loss.")
+@click.option("--no-warmup", is_flag=True, help="Skip the warm-up; train with the main loss only.")
 @click.option(
     "--layers",
     metavar="B,A",
     type=training.Names(),
-    help="Only these student layers, in this order. [default: all pairs]",
+    help="Warm up only these student layers, in this order. [default: all pairs]",
 )
 @click.option("--warmup-loss", metavar="LOSS", help="mse, cosine, at, pkt or file.py:loss. [default: mse]")
 @click.option(
@@ -124,13 +128,14 @@ def _use_recipe(context: click.Context, parameter: click.Parameter, name: str) -
     "--patience",
     metavar="EPOCHS",
     type=click.IntRange(min=1),
-    help="End a stage before its length is used up, when so many epochs have not lowered its loss by 1%.",
+    help="End a warm-up stage early if its loss has not fallen by 1% in this many epochs.",
 )
 @click.option(
     "--penultimate",
     metavar="EPOCHS",
     type=click.IntRange(min=0),
-    help="Epochs (or steps) of a last stage, for the penultimate vectors; 0: none. [default: the recipe's, else 3; 0 with --warmup-steps]",
+    help="Epochs (or steps) of a last warm-up stage, for the penultimate vectors; 0: none. [default: the recipe's, else 3; 0 with"
+    " --warmup-steps]",
 )
 @click.option(
     "--keep",
@@ -141,13 +146,13 @@ def _use_recipe(context: click.Context, parameter: click.Parameter, name: str) -
 @click.option(
     "--feed",
     type=click.Choice(["student", "teacher"]),
-    help="What a segment between two pairs begins with. student: its own features, so pairs come one after the other. teacher: the"
-    " teacher's narrowed ones, so all segments train in one stage. [default: student]",
+    help="Input of each segment between two pairs. student: the student's own features, so pairs are trained one after another. teacher:"
+    " the teacher's narrowed features, so all segments train in one stage. [default: student]",
 )
 @click.option(
     "--together",
     is_flag=True,
-    help="All pairs in one stage, from the student's own features.",
+    help="Train all pairs in one stage, on the student's own features.",
 )
 @click.option(
     "--assistant",
@@ -156,27 +161,30 @@ def _use_recipe(context: click.Context, parameter: click.Parameter, name: str) -
     " MACs are the geometric mean of TEACHER's and STUDENT's.",
 )
 @click.option(
-    "--assistant-epochs", type=click.IntRange(min=0), help="Of the assistant's main stage. [default: the recipe's]"
+    "--assistant-epochs",
+    type=click.IntRange(min=0),
+    help="Epochs of the assistant's main stage. [default: the recipe's]",
 )
 @click.option(
     "--compare",
     is_flag=True,
-    help="Also train the same student on labels alone and by the main loss alone, for the same number of epochs.",
+    help="Also train the same student on labels alone and with the main loss alone, for the same number of epochs.",
 )
 @training.qat_option
 @click.option(
     "--feature-cache",
     metavar="DIR",
-    help="Keep the teacher's features here instead of computing them in every epoch; of images it needs --no-augment, or --views N.",
+    help="Cache the teacher's features in this folder instead of computing them in every epoch. With images this needs"
+    " --no-augment or --views N.",
 )
 @pictures.teacher_options
 @training.training_options
 def command(teacher: str, student: str, **options: Any) -> None:
     """Distil TEACHER into STUDENT: the warm-up layer by layer, then the main loss.
 
-    An interrupted run (Ctrl-C, a kill, a power cut) goes on with --resume. The trained student is
+    Use --resume to continue an interrupted run (Ctrl-C, a kill, a power cut). The trained student is
     RUN_DIR/student.safetensors; `evaluate` and `export` take RUN_DIR itself. With --assistant there are two runs:
-    RUN_DIR/step-1 (the assistant) and RUN_DIR/step-2 (the student). Several processes: `torchrun --nproc-per-node N
+    RUN_DIR/step-1 (the assistant) and RUN_DIR/step-2 (the student). For several processes: `torchrun --nproc-per-node N
     -m indistill_fx distill …`.
 
     \b

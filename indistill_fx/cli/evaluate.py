@@ -18,7 +18,7 @@ from indistill_fx.cli import common, pictures
 @common.logits_option
 @common.task_option
 @common.device_option
-@click.option("--limit", type=click.IntRange(min=1), help="Use only so many samples of each split.")
+@click.option("--limit", type=click.IntRange(min=1), help="Use only this many samples of each split.")
 @click.option(
     "--workers",
     default=0,
@@ -31,10 +31,15 @@ from indistill_fx.cli import common, pictures
 @click.option(
     "--retrieval",
     is_flag=True,
-    help="Also retrieve training images by test images on the penultimate features: mAP and precision.",
+    help="Also retrieve training images with test images as queries, by penultimate features: mAP and precision.",
 )
 @click.option(
-    "-k", "k", default=100, show_default=True, type=click.IntRange(min=1), help="Depth of the precision, P@k."
+    "-k",
+    "k",
+    default=100,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Number of retrieved images for the precision P@k.",
 )
 @click.option("--tap", metavar="LAYER", help="Retrieve with this layer's features. [default: the penultimate vector]")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")

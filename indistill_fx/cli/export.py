@@ -29,12 +29,12 @@ if TYPE_CHECKING:
     default=512,
     show_default=True,
     type=click.IntRange(min=1),
-    help="Of DATA, spread over the classes: how many to compare on, and how many to calibrate on.",
+    help="Number of samples of DATA, spread over the classes, to compare on and to calibrate on.",
 )
 @click.option(
     "--int8",
     is_flag=True,
-    help="Also write FILE with .int8.onnx, calibrated on the training set of DATA.",
+    help="Also write an int8 file, named with .int8.onnx, calibrated on the training set of DATA.",
 )
 @click.option(
     "--dynamic/--static",
@@ -50,7 +50,11 @@ if TYPE_CHECKING:
     help="With --int8: how ranges of activations are chosen.",
 )
 @click.option(
-    "--max-drop", default=1.0, show_default=True, type=float, help="With --int8: accuracy points that may be lost."
+    "--max-drop",
+    default=1.0,
+    show_default=True,
+    type=float,
+    help="With --int8: largest loss of accuracy allowed, in points.",
 )
 @click.option(
     "--preprocess",
@@ -83,7 +87,7 @@ def command(
 ) -> None:
     """Export MODEL (a spec or a run directory of `distill` or `train`) to ONNX.
 
-    The file is compared with the module at batch sizes 1, 7 and 64; if they disagree no file is left.
+    The file is compared with the module at batch sizes 1, 7 and 64; if they disagree, no file is written.
 
     \b
     Examples:

@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     "--all",
     "everything",
     is_flag=True,
-    help="All tensors, not only the main path, with every name that `--plan` files may use for them.",
+    help="Show all tensors, not only the main path, with every name that a plan file may use for them.",
 )
 @click.option(
     "--passes",
     is_flag=True,
-    help="The graph as text, and what each pass of the compiler changes in it where MODEL is a teacher.",
+    help="Print the graph as text, and what each compiler pass changes in it if MODEL is a teacher.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(

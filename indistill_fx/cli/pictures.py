@@ -56,9 +56,9 @@ _OPTIONS = (
         "--size",
         type=_Size(),
         metavar="96|96x160",
-        help="Resize images to this size. [default: their own up to 64 pixels; above that, the model's]",
+        help="Resize images to this size. [default: the images' own size up to 64 pixels; above that, the model's]",
     ),
-    click.option("--channels", type=click.Choice(["1", "3"]), help="Grey or RGB. [default: what the model takes]"),
+    click.option("--channels", type=click.Choice(["1", "3"]), help="1: grey, 3: RGB. [default: what the model takes]"),
     click.option(
         "--mean",
         type=_Figures(),
@@ -104,22 +104,22 @@ _TEACHERS = (
         type=_Size(),
         multiple=True,
         metavar="224|96x160",
-        help="Resize the teacher's images to this size. [default: what its weights are known to want, else the student's]"
+        help="Resize the teacher's images to this size. [default: the size its weights were trained for, if known; else the student's]"
         + _EACH,
     ),
     click.option(
         "--teacher-channels",
         type=click.Choice(["1", "3"]),
         multiple=True,
-        help="Bring the teacher's images to grey or RGB. [default: what it takes]" + _EACH,
+        help="Convert the teacher's images to 1 (grey) or 3 (RGB) channels. [default: what it takes]" + _EACH,
     ),
     click.option(
         "--teacher-mean",
         type=_Figures(),
         multiple=True,
         metavar="data|NAME|A,B,C",
-        help="What the teacher's images are normalised with. A word sets mean and std, as with --mean; data: as the student's."
-        " [default: what its weights are known to want, else the student's]" + _EACH,
+        help="Normalise the teacher's images with this mean. A word sets mean and std, as with --mean; data: the student's values."
+        " [default: the values its weights were trained with, if known; else the student's]" + _EACH,
     ),
     click.option(
         "--teacher-std",
@@ -133,8 +133,8 @@ _TEACHERS = (
         type=_Classes(),
         multiple=True,
         metavar="FILE|A,B|3,0",
-        help="Where the teacher's classes are not the student's: the names of all its outputs, in order, or the number of its output for"
-        " every class of the data; a file has one a line." + _EACH,
+        help="If the teacher's classes differ from the student's: the names of all its outputs, in order; or, for every class of the data,"
+        " the index of the teacher's output. A file has one per line." + _EACH,
     ),
 )
 TEACHER_NAMES = ("teacher_size", "teacher_channels", "teacher_mean", "teacher_std", "teacher_classes")

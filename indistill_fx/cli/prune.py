@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 @click.command(name="prune")
 @click.argument("model")
 @click.option(
-    "--width", "widths", multiple=True, metavar="LAYER=N", help="Channels of a layer; may be given several times."
+    "--width", "widths", multiple=True, metavar="LAYER=N", help="Number of channels to keep in a layer; repeatable."
 )
-@click.option("--ratio", type=float, help="Share of every layer's channels that stays.")
-@click.option("--macs", type=float, help="Work that may stay: a share up to 1, or a number.")
-@click.option("--params", type=float, help="Parameters that may stay: a share up to 1, or a number.")
+@click.option("--ratio", type=float, help="Share of every layer's channels to keep.")
+@click.option("--macs", type=float, help="Budget of multiply-accumulates: a share up to 1, or a number.")
+@click.option("--params", type=float, help="Budget of parameters: a share up to 1, or a number.")
 @click.option(
     "--plan",
     "plan_file",
@@ -37,11 +37,13 @@ if TYPE_CHECKING:
     show_default=True,
     help="How channels are ranked: l1, l2, bn_scale, geometric_median, isomorphic, random; activation, taylor, fisher need --data.",
 )
-@click.option("--data", metavar="DATA", help="For these: digits, cifar10, imagefolder:DIR or file.py:make_loaders.")
 @click.option(
-    "--batches", default=32, show_default=True, type=click.IntRange(min=1), help="How many batches of it are looked at."
+    "--data", metavar="DATA", help="Data for these criteria: digits, cifar10, imagefolder:DIR or file.py:make_loaders."
 )
-@click.option("--round-to", type=click.IntRange(min=1), help="Keep multiples of so many channels.")
+@click.option(
+    "--batches", default=32, show_default=True, type=click.IntRange(min=1), help="Number of batches of DATA to use."
+)
+@click.option("--round-to", type=click.IntRange(min=1), help="Keep a multiple of this many channels.")
 @click.option("--layers", is_flag=True, help="Show every layer, not only the stages.")
 @click.option(
     "-o",
@@ -67,7 +69,7 @@ def command(
     layers: bool,
     **wishes: Any,
 ) -> None:
-    """Remove channels from MODEL, consumers included: a smaller network of its own.
+    """Remove channels from MODEL, and from the layers that read them. The result is an independent, smaller network.
 
     \b
     Examples:

@@ -15,8 +15,8 @@ import click
 def command(run: str, output: str | None, svg: str | None, png: str | None) -> None:
     """Show what a run did: schedule, curves, models, kept channels, environment; one HTML file that loads nothing.
 
-    RUN_DIR is the -o of `distill`, `train` or `demo`. The runs in a folder are compared. Of an unfinished or damaged run the page
-    shows what there is and says what is missing.
+    RUN_DIR is the -o of `distill`, `train` or `demo`. Give a folder of runs to compare them. If a run is unfinished or damaged, the page
+    shows what it can read and says what is missing.
 
     \b
     Examples:

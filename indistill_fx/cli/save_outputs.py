@@ -13,30 +13,34 @@ from indistill_fx.cli import common, pictures
 @click.argument("teacher")
 @common.data_option
 @click.option(
-    "-o", "--output", required=True, metavar="DIR", help="Where they go; a teacher of `distill` as saved:DIR."
+    "-o",
+    "--output",
+    required=True,
+    metavar="DIR",
+    help="Folder to write; use it as a teacher for `distill` with saved:DIR.",
 )
 @click.option(
     "--tap",
     "taps",
     multiple=True,
     metavar="LAYER",
-    help="Keep this layer's features too; may be given several times. `inspect` lists the layers.",
+    help="Save this layer's features too; repeatable. `inspect` lists the layers.",
 )
 @pictures.picture_options
 @pictures.teacher_options
-@click.option("--limit", type=click.IntRange(min=1), help="Use only so many samples.")
+@click.option("--limit", type=click.IntRange(min=1), help="Use only this many samples.")
 @click.option("--batch-size", default=256, show_default=True, type=click.IntRange(min=1))
 @click.option(
     "--workers", default=0, show_default=True, type=click.IntRange(min=0), help="Processes that read large images."
 )
-@click.option("--cache", metavar="DIR", help="Keep decoded small images here for the next time.")
+@click.option("--cache", metavar="DIR", help="Cache decoded small images in this folder.")
 @common.logits_option
 @common.trust_option
 def command(teacher: str, data: str, output: str, taps: tuple[str, ...], **options: Any) -> None:
-    """Run TEACHER once over the training set of DATA, as it is without augmentation, and keep its logits.
+    """Run TEACHER once over the training set of DATA, without augmentation, and save its logits.
 
-    `distill saved:DIR STUDENT --no-augment` then learns from them without the teacher. Data of another digest, or fewer samples
-    than there are, are refused there: give both commands the same data, size and normalisation.
+    `distill saved:DIR STUDENT --no-augment` then distils from them without the teacher. It refuses data with another
+    digest, or with another number of samples: give both commands the same data, size and normalisation.
 
     \b
     Examples:

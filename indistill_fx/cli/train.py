@@ -13,7 +13,7 @@ from indistill_fx.cli import common, training
 @click.argument("model")
 @common.data_option
 @click.option(
-    "-o", "--output", required=True, metavar="RUN_DIR", help="Where checkpoints, metrics and the trained model go."
+    "-o", "--output", required=True, metavar="RUN_DIR", help="Directory for checkpoints, metrics and the trained model."
 )
 @training.training_options
 def command(model: str, **options: Any) -> None:

@@ -128,32 +128,32 @@ _TRAINING: tuple[Callable[[Command], Command], ...] = (
         help="Worker processes that read large images.",
     ),
     picture_options,
-    click.option("--limit", type=click.IntRange(min=1), help="Use only so many samples of each split."),
+    click.option("--limit", type=click.IntRange(min=1), help="Use only this many samples of each split."),
     click.option("--no-augment", is_flag=True, help="Leave training images as they are."),
     click.option(
         "--randaugment",
         type=int,
         metavar="MAGNITUDE",
-        help="Two operations of RandAugment on every training image, after shift and mirror, of this magnitude: 0 to 30, 9 is usual.",
+        help="Apply two RandAugment operations of this magnitude (0 to 30, usually 9) to every training image, after shift and flip.",
     ),
     click.option(
         "--views",
         type=click.IntRange(min=1),
         metavar="N",
-        help="Augment every training image in so many fixed ways, one after the other, an epoch each. With --feature-cache the teacher"
-        " computes each of them once.",
+        help="Augment every training image in this many fixed ways, one per epoch in turn. With --feature-cache the teacher computes"
+        " each of them once.",
     ),
     click.option("--cache", metavar="DIR", help="Cache decoded small images in this folder."),
     logits_option,
     task_option,
-    click.option("--resume", is_flag=True, help="Go on with the run in RUN_DIR, or begin if there is none."),
+    click.option("--resume", is_flag=True, help="Continue the run in RUN_DIR, or start one if there is none."),
     click.option(
         "--allow-changed",
         "allow_changed",
         multiple=True,
         metavar="NAME",
-        help="With --resume: what may be other than when the run began, such as main-loss, data or batch-size. Everything else that"
-        " decides the result is refused by its name.",
+        help="With --resume: a setting that may differ from the start of the run, such as main-loss, data or batch-size; repeatable. Any"
+        " other change that affects the result is refused by name.",
     ),
     trust_option,
 )
@@ -190,7 +190,7 @@ qat_option = click.option(
     type=click.IntRange(min=1),
     metavar="EPOCHS",
     help="Afterwards, train this many more epochs with weights and activations rounded as in an int8 file, into RUN_DIR/int8: for students"
-    " that lose too much with `export --int8`.",
+    " that lose too much accuracy with `export --int8`.",
 )
 
 

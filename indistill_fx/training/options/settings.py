@@ -75,33 +75,36 @@ class Settings:
     main_steps: int | None = field(
         default=None,
         metadata=described(
-            "Optimiser steps of the main stage, instead of its epochs: for loaders that never end.",
+            "Optimiser steps of the main stage, instead of epochs: for endless loaders.",
             metavar="STEPS",
             least=1,
         ),
     )
     optimizer: OptimizerName = field(
-        default="adam", metadata=described("Of the main stage; the warm-up's is the curriculum's.")
+        default="adam", metadata=described("Optimiser of the main stage; the warm-up has its own.")
     )
-    momentum: float = field(default=0.9, metadata=described("Of sgd.", least=0))
-    nesterov: bool = field(default=False, metadata=described("Nesterov's momentum, for sgd."))
-    weight_decay: float = field(default=0.0, metadata=described("Of the main stage.", least=0))
-    decay_norms: bool = field(default=True, metadata=described("Weight decay on norms and biases too."))
+    momentum: float = field(default=0.9, metadata=described("Momentum of sgd.", least=0))
+    nesterov: bool = field(default=False, metadata=described("Use Nesterov momentum with sgd."))
+    weight_decay: float = field(default=0.0, metadata=described("Weight decay of the main stage.", least=0))
+    decay_norms: bool = field(default=True, metadata=described("Apply weight decay to norms and biases too."))
     schedule: ScheduleName = field(
         default="constant",
         metadata=described(
-            "Of the main stage's learning rate, epoch by epoch. step: times gamma at every one of the milestones; cosine: times"
+            "Learning-rate schedule of the main stage, by epoch. step: multiplied by gamma at each milestone; cosine: multiplied by"
             " (1 + cos(pi * epoch / epochs)) / 2."
         ),
     )
     milestones: Sequence[int] = field(
-        default=(), metadata=described("Main epochs after which `step` multiplies the rate by gamma.", metavar="15,18")
+        default=(),
+        metadata=described(
+            "Epochs of the main stage after which `step` multiplies the learning rate by gamma.", metavar="15,18"
+        ),
     )
-    gamma: float = field(default=0.1, metadata=described("Factor of `step`.", above=0))
+    gamma: float = field(default=0.1, metadata=described("Factor of the schedule `step`.", above=0))
     rise_steps: int = field(
         default=0,
         metadata=described(
-            "Learning-rate warm-up: over so many optimiser steps of the main stage the rate rises linearly to the schedule's.",
+            "Learning-rate warm-up: the rate rises linearly to the schedule's over this many optimiser steps of the main stage.",
             flag="lr-warmup",
             metavar="STEPS",
             least=0,
@@ -109,23 +112,29 @@ class Settings:
     )
     label_smoothing: float = field(
         default=0.0,
-        metadata=described("Share of a label spread evenly over all classes, in the main stage.", least=0, below=1),
+        metadata=described(
+            "In the main stage, the share of each label that is spread evenly over all classes.", least=0, below=1
+        ),
     )
     mixup: float = field(
         default=0.0,
-        metadata=described("Mix pictures and labels pairwise, in the main stage, by shares from Beta(a, a).", least=0),
+        metadata=described(
+            "In the main stage, mix pairs of images and their labels with shares from Beta(a, a); this sets a.", least=0
+        ),
     )
     cutmix: float = field(
         default=0.0,
         metadata=described(
-            "Paste a box of one picture into another, likewise; with mixup, a batch gets one of both.", least=0
+            "In the main stage, paste a box of one image into another, with its area from Beta(a, a); this sets a. With"
+            " mixup too, each batch gets one of the two.",
+            least=0,
         ),
     )
     average: float = field(
         default=0.0,
         metadata=described(
-            "Keep a moving average of the student's weights in the main stage, with this decay (0.999); it is measured and saved beside"
-            " the student.",
+            "Keep a moving average of the student's weights in the main stage, with this decay (such as 0.999). It is evaluated and saved"
+            " with the student.",
             flag="moving-average",
             metavar="DECAY",
             least=0,
@@ -135,7 +144,9 @@ class Settings:
     early_stopping: int | None = field(
         default=None,
         metadata=described(
-            "End the main stage when so many epochs have not bettered the deciding metric.", metavar="EPOCHS", least=1
+            "End the main stage when the deciding metric has not improved for this many epochs.",
+            metavar="EPOCHS",
+            least=1,
         ),
     )
     clip_norm: float | None = field(default=None, metadata=described("Scale gradients down to this L2 norm.", above=0))
@@ -147,12 +158,14 @@ class Settings:
     )
     compile: bool = field(
         default=False,
-        metadata=described("torch.compile every stage. Where that fails the stage runs as it is, and is noted."),
+        metadata=described(
+            "Compile every stage with torch.compile. If that fails, the stage runs uncompiled, with a note."
+        ),
     )
     compile_mode: CompileMode = field(
         default="default",
         metadata=described(
-            "Of --compile. max-autotune: tries several kernels for every operation, which takes minutes."
+            "Mode of --compile. max-autotune tries several kernels for every operation, which takes minutes."
         ),
     )
     device: str = field(
@@ -162,43 +175,43 @@ class Settings:
     tf32: Tf32 = field(
         default="convolutions",
         metadata=described(
-            "What NVIDIA GPUs compute float32 numbers of in TF32, with 10 bits of fraction: faster, and less exact. all: matrix products"
+            "Which float32 operations NVIDIA GPUs compute in TF32, with a 10-bit mantissa: faster, but less exact. all: matrix products"
             " too."
         ),
     )
     graphs: Graphs = field(
         default=False,
         metadata=described(
-            "Record steps as CUDA graphs and replay them, where that can be; run.json says where not, and why. Off by default until it"
-            " has been measured on a GPU.",
+            "Record training steps as CUDA graphs and replay them, where possible; run.json says where not, and why. Off by default until"
+            " this has been measured on a GPU.",
             changes_result=False,
         ),
     )
     sync_batch_norm: bool = field(
         default=True,
         metadata=described(
-            "With several processes: batch-norm statistics over the whole batch. Without: as fast as DDP alone, and the"
-            " statistics kept are the first process's."
+            "With several processes: compute batch-norm statistics over the whole batch. Without it: as fast as DDP alone, but the"
+            " saved statistics are those of the first process."
         ),
     )
     shard: bool = field(
         default=False,
         metadata=described(
-            "With several processes: spread teacher, student and optimiser over them (FSDP2), to save memory. So does"
-            " `accelerate launch --use_fsdp`."
+            "With several processes: shard teacher, student and optimiser across them (FSDP2), to save memory."
+            " `accelerate launch --use_fsdp` does the same."
         ),
     )
     seed: int = field(
         default=0,
         metadata=described(
-            "Of fresh weights, batches and noise. In Python, a loader of `open_data` has a seed of its own.", least=0
+            "Seed for fresh weights, batches and noise. In Python, a loader from `open_data` has its own seed.", least=0
         ),
     )
     checkpoint_every_steps: int | None = field(
         default=None,
         metadata=described(
-            "Checkpoints within epochs too, after so many optimiser steps. [default: after an epoch, unless that took more than a"
-            " twentieth of the time]",
+            "Also write a checkpoint within epochs, every this many optimiser steps. [default: after each epoch, unless saving takes"
+            " more than a twentieth of the time]",
             flag="checkpoint-every",
             metavar="STEPS",
             least=1,
@@ -208,16 +221,18 @@ class Settings:
     log_every_steps: int = field(
         default=50,
         metadata=described(
-            "Optimiser steps between lines in metrics.jsonl; of several processes these tell the first one's loss.",
+            "Optimiser steps between lines in metrics.jsonl. With several processes the loss is that of the first one.",
             flag="log-every",
             metavar="STEPS",
             least=1,
             changes_result=False,
         ),
     )
-    tensorboard: bool = field(default=False, metadata=described("As --tracker tensorboard.", changes_result=False))
+    tensorboard: bool = field(
+        default=False, metadata=described("The same as --tracker tensorboard.", changes_result=False)
+    )
     tracker: TrackerName | None = field(
-        default=None, metadata=described("Send metrics to this logger too, by Accelerate.", changes_result=False)
+        default=None, metadata=described("Also send metrics to this logger, through Accelerate.", changes_result=False)
     )
 
     def __post_init__(self) -> None:
