@@ -121,7 +121,8 @@ def default_curriculum(
     if not plan.pairs:
         return NO_WARMUP, "no warm-up: the two have no layers that can be paired"
     if not made and _operations(teacher) != _operations(student):
-        return NO_WARMUP, f"no warm-up: the student is of another kind, with {100 * share:.2g}% of the teacher's MACs"
+        size = f", with {100 * share:.2g}% of the teacher's MACs" if share <= 1 else ""  # of a black box there are none
+        return NO_WARMUP, f"no warm-up: the student is of another kind{size}"
     if steps is not None and steps < least:
         return NO_WARMUP, f"no warm-up: half of the main stage is {steps} steps, and one pays from {least} on"
     kind = "was made of the teacher" if made else "is of the teacher's kind"

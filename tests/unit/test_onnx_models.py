@@ -223,6 +223,17 @@ def test_a_black_box_without_taps_teaches_its_logits(tmp_path):
     assert record.epochs[-1].loss == pytest.approx(reference.epochs[-1].loss, rel=1e-4)
 
 
+def test_one_grey_picture_tells_the_axes_of_a_black_box(tmp_path):
+    """One sample of one channel: the axis of the batch and that of the channels look alike."""
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5)).eval()
+    path, grey = tmp_path / "grey.onnx", torch.randn(2, 1, 8, 8)
+    shapes = ({0: torch.export.Dim("batch")},)
+    torch.onnx.export(net, (grey,), str(path), dynamo=True, verbose=False, dynamic_shapes=shapes)
+    traced = ifx.trace(ifx.load(f"onnxruntime:{path}"), grey[:1], role="teacher")
+    facts = traced.facts[traced.logits]
+    assert (facts.kind, facts.batch_axis, facts.channel_axis) == ("vector", 0, 1)
+
+
 def test_a_black_box_is_no_student(tmp_path):
     box = ifx.load(f"onnxruntime:{exported(Conv, tmp_path / 't.onnx')}")
     with pytest.raises(ConfigError, match="is a black box"):

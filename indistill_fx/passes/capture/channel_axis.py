@@ -21,6 +21,8 @@ _FIRST = frozenset(
 _LAST = frozenset("linear embedding layer_norm multihead_attention".split())
 _RESHAPES = frozenset("view reshape flatten unflatten squeeze unsqueeze".split())
 _KEEPS_PARTS = frozenset("contiguous clone dropout identity".split())
+_USUAL = {2: 1, 3: 2, 4: 1, 5: 1}
+"""The axis of channels by the number of axes, where nothing else tells."""
 Shape = tuple[int, ...]
 
 
@@ -90,7 +92,7 @@ def _axis(node: fx.Node, shapes: Mapping[str, Shape], axes: Mapping[str, int | N
         return rank - 1
     source = _main_source(node, shapes, axes)
     if source is None:
-        return {2: 1, 3: 2, 4: 1, 5: 1}.get(rank)
+        return _USUAL.get(rank)
     before, axis = shapes[source.name], axes[source.name]
     if axis is None:
         return None if rank > 2 else 1
@@ -98,7 +100,9 @@ def _axis(node: fx.Node, shapes: Mapping[str, Shape], axes: Mapping[str, int | N
         order = _order(node, rank)
         return order.index(axis) if order else None
     if name in _RESHAPES or len(before) != rank:
-        return _through_reshape(before, shape, axis)
+        found = _through_reshape(before, shape, axis)
+        # With one sample and one channel their axes look alike: whatever a black box makes of them, the first is the batch's.
+        return _USUAL.get(rank) if found == 0 and axis > 0 and prod(before) != prod(shape) else found
     return axis
 
 
