@@ -144,7 +144,9 @@ def _load_onnx(path: Path, parsed: Spec, *, black_box: bool = False) -> Source:
         hint = f"Legal: {', '.join(legal)}."
         raise ConfigError(f"An ONNX file takes no argument {unknown!r}.", where=parsed.text, got=unknown, hint=hint)
     if (kind := recognise(path)) != "onnx":
-        raise ConfigError(f"`{path}` is no ONNX file.", where=parsed.text, got=kind)
+        raise ConfigError(
+            f"`{path}` is no ONNX file.", where=parsed.text, got=kind, hint="Name a file that an ONNX exporter wrote."
+        )
     size = parsed.arguments.get("input")
     shape = parse_input(str(size)).shape if size is not None else None
     taps = [name for name in str(parsed.arguments.get("taps", "")).split(",") if name]

@@ -83,6 +83,7 @@ def _keep(found: dict[str, Tensor], name: str, rows: Tensor, indices: Tensor, sa
             f"`{name}` of the teacher has the shape {shape} for {len(indices)} samples, and no row for each.",
             where=name,
             got=shape,
+            hint="Name a tap whose first axis is the batch.",
         )
     if name not in found:
         found[name] = rows.new_empty((samples, *rows.shape[1:]))

@@ -83,7 +83,11 @@ def black_box(model: onnx.ModelProto, inputs: Sequence[OnnxInput], taps: Sequenc
         raise ConfigError(f"`{where}` computes no tensor `{unknown}`.", where=unknown, got=unknown, hint=hint)
     missing = next((name for name in outputs if name not in made), None)
     if missing is not None:
-        raise ConfigError(f"The output `{missing}` of `{where}` is computed by none of its operators.", where=where)
+        raise ConfigError(
+            f"The output `{missing}` of `{where}` is computed by none of its operators.",
+            where=where,
+            hint="Export the file again.",
+        )
     wanted = sorted(dict.fromkeys((*taps, *outputs)), key=made.__getitem__)
     kinds = _kinds(model)
     graph, root = fx.Graph(), torch.nn.Module()
@@ -92,7 +96,11 @@ def black_box(model: onnx.ModelProto, inputs: Sequence[OnnxInput], taps: Sequenc
     for name in wanted:
         part, begins = _part(model, name, known, made, kinds)
         if not begins:
-            raise ConfigError(f"The tensor `{name}` of `{where}` does not follow from its input.", where=name)
+            raise ConfigError(
+                f"The tensor `{name}` of `{where}` does not follow from its input.",
+                where=name,
+                hint="Name a tensor that does, as Netron shows it.",
+            )
         path = _free(name, root)
         root.add_module(path, OnnxPart(part, [dtypes[one] for one in begins], inputs[0].batch, where))
         known[name] = graph.call_module(path, tuple(known[one] for one in begins))

@@ -128,7 +128,11 @@ def convert(model: onnx.ModelProto, inputs: Sequence[OnnxInput], where: str) -> 
     for output in model.graph.output:
         value = scope.get(output.name)
         if not isinstance(value, Traced):
-            raise ConfigError(f"The output `{output.name}` of `{where}` does not follow from its input.", where=where)
+            raise ConfigError(
+                f"The output `{output.name}` of `{where}` does not follow from its input.",
+                where=where,
+                hint="Export the model again with all that it computes from its inputs.",
+            )
         results[output.name] = value.node
     build.graph.output(results if len(results) > 1 else next(iter(results.values())))
     made = fx.GraphModule(build.root, build.graph, class_name="FromOnnx")
@@ -183,6 +187,7 @@ class _Conversion:
             raise ConfigError(
                 f"`{self.where}` is damaged: its node {_named(node)} reads `{missing}`, which nothing before it makes.",
                 where=self.where,
+                hint="Export the file again.",
             )
         inputs = tuple(scope[name] if name else None for name in node.input)
         outputs = sum(bool(name) for name in node.output)

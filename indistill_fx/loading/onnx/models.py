@@ -86,7 +86,10 @@ def _bounded(inputs: Sequence[OnnxInput]) -> Sequence[OnnxInput]:
         if 0 in shape or max(math.prod(shape), math.prod((own.batch or 1, *own.other))) > LARGEST_CONSTANT:
             size = "x".join(map(str, shape))
             raise ConfigError(
-                f"The input `{own.name}` of the ONNX file is too large: {size}.", where=own.name, got=size
+                f"The input `{own.name}` of the ONNX file is too large: {size}.",
+                where=own.name,
+                got=size,
+                hint="Give a smaller input: --input 3x224x224.",
             )
     return inputs
 

@@ -75,7 +75,12 @@ def dtype_of(number: int, where: str) -> torch.dtype:
     """
     if number not in _DTYPES:
         name = onnx.TensorProto.DataType.Name(number) if number in onnx.TensorProto.DataType.values() else str(number)
-        raise ConfigError(f"`{where}` is of the type {name}, which is not read here.", where=where, got=name)
+        raise ConfigError(
+            f"`{where}` is of the type {name}, which is not read here.",
+            where=where,
+            got=name,
+            hint="Convert these weights to float32, or run the file as a black box: onnxruntime:FILE.",
+        )
     return _DTYPES[number]
 
 

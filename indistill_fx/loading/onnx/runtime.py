@@ -35,7 +35,12 @@ def open_session(model: onnx.ModelProto, where: str) -> onnxruntime.InferenceSes
         return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's own kinds
         text = " ".join(str(error).split())[:300].rstrip(".")
-        raise ConfigError(f"onnxruntime refuses `{where}`: {text}.", where=where, got=text) from error
+        raise ConfigError(
+            f"onnxruntime refuses `{where}`: {text}.",
+            where=where,
+            got=text,
+            hint="Export the file again, or update onnxruntime.",
+        ) from error
 
 
 def run_session(session: onnxruntime.InferenceSession, inputs: Sequence[Tensor], batch: int | None) -> list[Tensor]:
@@ -106,7 +111,12 @@ def compare(module: fx.GraphModule, model: onnx.ModelProto, inputs: Sequence[Onn
             raise
         except Exception as error:
             text = " ".join(str(error).split())[:300].rstrip(".")
-            raise ConfigError(f"onnxruntime fails to run `{where}`: {text}.", where=where, got=text) from error
+            raise ConfigError(
+                f"onnxruntime fails to run `{where}`: {text}.",
+                where=where,
+                got=text,
+                hint="Check that the inputs are what the file takes.",
+            ) from error
         with torch.no_grad():
             result: Any = module(*given)
         made = list(result.values()) if isinstance(result, dict) else [result]
