@@ -48,12 +48,12 @@ def round_of(data: Data, place: Path) -> int:
 
     from indistill_fx.training import loop
 
-    original = loop.TrainingLoop._step
+    original = loop.TrainingLoop._after_step
 
     def step(self: loop.TrainingLoop, *args: Any) -> None:
-        original(self, *args)
-        if self.state.all_steps == 14:
+        if self.state.all_steps == 13:  # the fourteenth is about to be counted
             os.kill(os.getpid(), signal.SIGTERM)
+        original(self, *args)
 
     def go() -> int:
         torch.manual_seed(0)
@@ -63,13 +63,13 @@ def round_of(data: Data, place: Path) -> int:
         )  # fmt: skip
         return record.steps
 
-    loop.TrainingLoop._step = step  # type: ignore[method-assign]
+    loop.TrainingLoop._after_step = step  # type: ignore[method-assign]
     try:
         go()
     except Interrupted:
         pass
     finally:
-        loop.TrainingLoop._step = original  # type: ignore[method-assign]
+        loop.TrainingLoop._after_step = original  # type: ignore[method-assign]
     return go()
 
 

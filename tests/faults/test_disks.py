@@ -36,7 +36,7 @@ def test_a_disk_that_fills_up_during_training(tmp_path: Path) -> None:
         place, steps = tmp_path / "disk" / "run", [0]
         from indistill_fx.training import loop
 
-        original = loop.TrainingLoop._step
+        original = loop.TrainingLoop._after_step
         ballast: list[Path] = []
 
         def step(self: loop.TrainingLoop, *args: object) -> None:
@@ -45,12 +45,12 @@ def test_a_disk_that_fills_up_during_training(tmp_path: Path) -> None:
                 ballast.append(fill(tmp_path / "disk"))
             original(self, *args)
 
-        loop.TrainingLoop._step = step  # type: ignore[method-assign]
+        loop.TrainingLoop._after_step = step  # type: ignore[method-assign]
         try:
             with pytest.raises(TrainError, match=r"No space left on device.*last checkpoint there is still good"):
                 run(place)
         finally:
-            loop.TrainingLoop._step = original  # type: ignore[method-assign]
+            loop.TrainingLoop._after_step = original  # type: ignore[method-assign]
         assert steps_saved(place) == 5
         ballast[0].unlink()
         finishes_as_if_nothing_happened(place)

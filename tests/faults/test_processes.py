@@ -40,12 +40,12 @@ import torch
 from tests.faults.harness import run
 from indistill_fx.training import loop
 
-original = loop.TrainingLoop._step
+original = loop.TrainingLoop._after_step
 def step(self, *args):
     if self.state.all_steps == 6 and int(os.environ["RANK"]) == int(sys.argv[2]):
         os.kill(os.getpid(), signal.SIGKILL)
     original(self, *args)
-loop.TrainingLoop._step = step
+loop.TrainingLoop._after_step = step
 torch.set_num_threads(1)
 from pathlib import Path
 from indistill_fx.errors import IndistillError

@@ -39,12 +39,12 @@ class Samples(Dataset):
         return torch.full((1, 6, 6), float(index)), index % 3
 
 def step(self, *args):
-    original(self, *args)
-    if self.state.all_steps == 7:
+    if self.state.all_steps == 6:  # the seventh is about to be counted
         os.kill(os.getpid(), number) if target == "self" else os.killpg(os.getpgrp(), number)
+    original(self, *args)
 
-original = loop.TrainingLoop._step
-loop.TrainingLoop._step = step
+original = loop.TrainingLoop._after_step
+loop.TrainingLoop._after_step = step
 data = {
     "memory": loader,
     "ours": lambda: DiskLoader(Samples(), batch_size=8, workers=2),

@@ -84,14 +84,14 @@ def waiting(place: str, pipe: str) -> None:
 
 
 def gone_after_eight_steps(place: str) -> None:
-    original = loop.TrainingLoop._step
+    original = loop.TrainingLoop._after_step
 
     def step(self: loop.TrainingLoop, *args: Any) -> None:
         if self.state.all_steps == 8:
             os._exit(5)
         original(self, *args)
 
-    loop.TrainingLoop._step = step  # type: ignore[method-assign]
+    loop.TrainingLoop._after_step = step  # type: ignore[method-assign]
     run(Path(place))
 
 
