@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -95,7 +97,8 @@ def compare(
     curriculum = curriculum or DEFAULT_CURRICULUM
     plan = plan or (_kept_plan(run_dir) if resume else None)
     shared: dict[str, Any] = {"example_inputs": example_inputs, "logits": logits}
-    models = traced_pair(teacher, student, train_loader, view=view_of(teacher_view, plan), say=announce, **shared)
+    say = partial(print, file=sys.stderr, flush=True) if progress else lambda line: None
+    models = traced_pair(teacher, student, train_loader, view=view_of(teacher_view, plan), say=say, **shared)
     plan = plan or align(*models, required=curriculum.wants_pairs)
     warmup, milestones = _epochs_of(curriculum, plan, options), options.get("milestones", ())
     if main_epochs is not None:

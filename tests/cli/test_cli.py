@@ -367,7 +367,7 @@ def test_debug_shows_the_traceback(here, capsys):
 
 
 def test_our_own_fault_is_code_1(here, capsys, monkeypatch):
-    monkeypatch.setattr("indistill_fx.loading.load.load_source", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr("indistill_fx.cli.common.open_model", lambda *a, **k: 1 / 0)
     code, _, err = told(capsys, "inspect", "models.py:make")
     assert code == 1
     assert "our fault" in err

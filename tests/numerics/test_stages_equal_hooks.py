@@ -114,7 +114,11 @@ def test_a_stage_holds_only_what_it_computes():
 
 @pytest.mark.parametrize(
     ("batch", "message"),
-    [("text", "a str"), ([], "a list of "), ({"image": torch.zeros(1)}, "a dict of image")],
+    [
+        ("text", "a str"),
+        ([], "a list of "),
+        ({"image": torch.zeros(1), "mask": torch.zeros(1)}, "a dict of image, mask"),
+    ],
 )
 def test_a_batch_that_cannot_be_read(batch, message):
     teacher, student, x = pair_of("chain")
