@@ -157,7 +157,7 @@ class AlignmentPlan(_Frozen):
                 f"{path} is not an alignment plan: {place}: {first['msg']}.",
                 where=place,
                 got=first.get("input"),
-                hint="Mend that field or make the plan anew.",
+                hint="Fix that field, or make the plan anew with `align`.",
             ) from error
 
     def check(self, teacher: TracedModel, student: TracedModel) -> None:

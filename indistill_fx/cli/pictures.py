@@ -227,6 +227,7 @@ def open_pictures(spec: str, options: Mapping[str, Any], *sources: Source, train
 
 def _wanted(spec: str, asked: Mapping[str, Any], sources: tuple[Source, ...]) -> dict[str, Any]:
     """What the models say of what was not asked for: runs of all kinds of pictures, others of folders."""
+    from indistill_fx.data.normalisation import in_channels
     from indistill_fx.loading.input_facts import picture_channels
     from indistill_fx.runs.load import is_run
 
@@ -235,8 +236,11 @@ def _wanted(spec: str, asked: Mapping[str, Any], sources: tuple[Source, ...]) ->
     run = next((source for source in sources if is_run(source.spec)), None)
     if kind not in ("digits", "cifar10", "cifar100", "imagefolder"):
         return found
+    known = [count for source in sources if (count := picture_channels(source.module)) is not None]
+    channels = asked["channels"] or (known[0] if known else None)
     if run is not None and run.normalisation is not None and asked["mean"] is None and asked["std"] is None:
-        found["mean"], found["std"] = run.normalisation
+        figures = run.normalisation  # of the run's own pictures, which may be coloured where these are grey
+        found["mean"], found["std"] = in_channels(figures, channels) if channels in (1, 3) else figures
     if kind != "imagefolder":
         return found
     own = sources[0].wanted_normalisation if sources else None
@@ -244,8 +248,7 @@ def _wanted(spec: str, asked: Mapping[str, Any], sources: tuple[Source, ...]) ->
         found["mean"], found["std"] = own
         say(f"Pictures are prepared as {sources[0].spec} wants them.")
     if asked["channels"] is None:
-        channels = [count for source in sources if (count := picture_channels(source.module)) is not None]
-        found["channels"] = channels[0] if channels else None
+        found["channels"] = channels
     sizes = [source.input_size for source in sources if source.input_size is not None and len(source.input_size) == 3]
     found["model_size"] = sizes[0][1:] if sizes else None
     if run is not None and run.input_size is not None and len(run.input_size) == 3 and asked["size"] is None:

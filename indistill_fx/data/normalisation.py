@@ -145,7 +145,7 @@ def _figures(name: str, wanted: Figures, place: int, measured: Normalisation, ch
             f"The {name} has {len(numbers)} numbers, but the pictures have {channels} channel{'s' * (channels > 1)}.",
             where=name,
             got=numbers,
-            expected=f"1 or {channels} numbers",
+            expected="1 number" if channels == 1 else f"1 or {channels} numbers",
         )
     return numbers * channels if len(numbers) == 1 else numbers
 

@@ -94,11 +94,14 @@ def distill_for_int8(
     Raises:
         ConfigError: see `distill`.
     """
-    own = {"curriculum": NO_WARMUP, "int8": True, "schedule": "cosine", "run_dir": Path(run_dir) / INT8}
+    own = {"curriculum": NO_WARMUP, "int8": True, "run_dir": Path(run_dir) / INT8}
+    own |= {"schedule": "cosine", "main_steps": None}  # its length is its own
     module = student.module if isinstance(student, TracedModel) else student
     flags = [(part, part.training) for part in module.modules()]
-    for part in module.train().modules():
-        part.training = not isinstance(part, nn.modules.batchnorm._BatchNorm)
+    if not module.training:
+        module.train()
+    for part in module.modules():
+        part.training = part.training and not isinstance(part, nn.modules.batchnorm._BatchNorm)
     try:
         return distill(teacher, student, train_loader, epochs=epochs, **{**options, **own})
     finally:

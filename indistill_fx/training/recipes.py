@@ -100,8 +100,9 @@ def default_curriculum(
 ) -> tuple[Curriculum, str]:
     """The warm-up that pays for such a pair, by the map of docs/results.md.
 
-    A student of the teacher's own kind (the same operations, in other widths) can hold the teacher's features, and learns all
-    pairs at once for half as long as the main stage; one of another kind cannot, and has none.
+    A student of the teacher's own kind (the same convolutions, linear layers and attentions in the same order, in any widths) can
+    hold the teacher's features, and learns all pairs at once for half as long as the main stage; one of another kind cannot, and has
+    none.
 
     Args:
         teacher: traced.
@@ -120,11 +121,11 @@ def default_curriculum(
     least = least_steps(share, made=made)
     if not plan.pairs:
         return NO_WARMUP, "no warm-up: the two have no layers that can be paired"
-    if not made and _operations(teacher) != _operations(student):
+    if not made and _work(teacher) != _work(student):
         size = f", with {100 * share:.2g}% of the teacher's MACs" if share <= 1 else ""  # of a black box there are none
         return NO_WARMUP, f"no warm-up: the student is of another kind{size}"
-    if steps is not None and steps < least:
-        return NO_WARMUP, f"no warm-up: half of the main stage is {steps} steps, and one pays from {least} on"
+    if length == 0 or (steps is not None and steps < least):
+        return NO_WARMUP, f"no warm-up: half of the main stage is {steps or 0} steps, and one pays from {least} on"
     kind = "was made of the teacher" if made else "is of the teacher's kind"
     return Curriculum(together=True, lengths=length, unit=main.unit), f"warm-up: the student {kind}"
 
@@ -134,8 +135,10 @@ def least_steps(share: float, *, made: bool) -> int:
     return _LEAST_STEPS_SMALL if share < _SMALL and not made else _LEAST_STEPS
 
 
-def _operations(model: TracedModel) -> list[str]:
-    return [op_name(node) for node in model.graph_module.graph.nodes]
+def _work(model: TracedModel) -> list[str]:
+    """The operations that do arithmetic, in order; dropout and the like differ between the teacher's mode and the student's."""
+    nodes = model.graph_module.graph.nodes
+    return [op_name(node) for node in nodes if node.name in model.facts and model.facts[node.name].macs]
 
 
 def kept_curriculum(run_dir: Path) -> tuple[Curriculum, str] | None:

@@ -11,10 +11,12 @@ import torch
 
 import indistill_fx as ifx
 from indistill_fx.cli import run
+from indistill_fx.curriculum import Budget
 from indistill_fx.data.open import open_data
 from indistill_fx.evaluation.accuracy import evaluate
+from indistill_fx.graph.ops import op_name
 from indistill_fx.training.options.settings import Options, Settings
-from indistill_fx.training.recipes import RECIPES
+from indistill_fx.training.recipes import NO_WARMUP, RECIPES, default_curriculum
 
 MODELS = """
 from torch import nn
@@ -133,6 +135,36 @@ def test_the_warm_up_that_nobody_asked_for_follows_from_the_pair(here):
     assert (
         story("other")["schedule"][1] == "no warm-up: the student is of another kind, with 0.4% of the teacher's MACs"
     )
+
+
+def test_a_student_is_of_the_teachers_kind_though_their_modes_differ():
+    """Dropout and stochastic depth, as functions, are other operations in a student's graph than in a teacher's."""
+    import torchvision
+
+    def net(growth: int) -> torch.nn.Module:
+        return torchvision.models.DenseNet(growth, (2, 2), 2 * growth, drop_rate=0.1, num_classes=10)
+
+    x = torch.randn(2, 3, 32, 32)
+    models = ifx.trace(net(8), x, role="teacher"), ifx.trace(net(4), x, role="student")
+    ops = [[op_name(node) for node in model.graph_module.graph.nodes] for model in models]
+    assert ops[0] != ops[1]
+    curriculum, why = default_curriculum(*models, ifx.align(*models), Budget(20), 10)
+    assert (
+        curriculum == ifx.Curriculum(together=True, lengths=10)
+        and why == "warm-up: the student is of the teacher's kind"
+    )
+    curriculum, why = default_curriculum(*models, ifx.align(*models), Budget(1), None)
+    assert curriculum == NO_WARMUP and why.startswith("no warm-up: half of the main stage is 0 steps")
+
+
+def test_quantisation_aware_training_follows_a_run_and_exports(here, capsys):
+    told("distill", *PAIR, *QUICK, "-o", "run", "--main-steps", "2", "--qat", "1")
+    assert "int8: 3 layers and what they read are rounded" in story("run/int8")["schedule"]
+    assert "indistill-fx export run/int8 -o student.onnx --int8 --data digits" in capsys.readouterr().out
+    told("export", "run/int8", "-o", "student.onnx", "--int8", "--data", "digits", "--max-drop", "100")
+    assert (here / "student.int8.onnx").exists()
+    assert run(["distill", *PAIR, *QUICK, "-o", "both", "--compare", "--qat", "1"]) == 2
+    assert "--qat goes on with one" in " ".join(capsys.readouterr().err.split())
 
 
 def test_models_without_layers_in_common_are_distilled_by_their_logits(here, capsys):

@@ -233,6 +233,28 @@ def test_grey_pictures_beside_a_teacher_of_rgb(told, here):
     assert code == 0 and view_of("other.json") == View(channels=3), text
 
 
+def test_a_run_on_coloured_pictures_teaches_a_student_of_grey_ones_and_back(told, here):
+    """The run's figures of three channels are brought to one, and the other way round."""
+    (here / "models.py").write_text(
+        MODELS + "\ndef grey():\n    made = net(8)\n    made[0] = nn.Conv2d(1, 8, 3, 2, 1)\n    return made\n"
+    )
+    code, text = told("train", "models.py:unknown", "--data", "imagefolder:data", "--epochs", "1", "-o", "coloured")
+    assert code == 0, text
+    for path in here.glob("data/*/*/*.png"):
+        Image.open(path).convert("L").save(path)
+    quick = distill("coloured", out="grey")
+    quick[2] = "models.py:grey"
+    code, text = told(*quick)
+    assert code == 0, text
+    assert "with their grey in three channels, normalised by mean 0.485, 0.456, 0.406" in text
+    code, text = told(*distill("grey", out="back"))
+    assert code == 0 and "sees inputs in grey" in text, text
+    code, text = told(
+        "train", "models.py:grey", "--data", "imagefolder:data", "--mean", "0.1,0.2,0.3", "--std", "1", "-o", "x"
+    )
+    assert code == 2 and "the pictures have 1 channel. Expected: 1 number." in text, text
+
+
 def test_from_python_a_teacher_sees_what_its_weights_are_known_to_want(told, here):
     told("train", "models.py:unknown", "--data", "imagefolder:data", "--mean", "half", "--epochs", "1", "-o", "taught")
     data = ifx.open_data("imagefolder:data", batch_size=4, augment=False)

@@ -118,6 +118,17 @@ def test_training_repairs_what_rounding_breaks(trained: Separable, data: Data, t
     assert int8_of(net, data, tmp_path / "after").accuracy_int8 > before - 0.08
 
 
+def test_what_the_user_has_put_into_eval_mode_stays_there(data: Data, tmp_path: Path) -> None:
+    net = Separable().train()
+    net.depth.eval()
+    seen: list[tuple[bool, bool, bool]] = []
+    net.point[2].register_forward_pre_hook(lambda *_: seen.append((net.depth.training, net.stem[1].training, net.training)))
+    shared = {"run_dir": tmp_path, "progress": False, "example_inputs": EXAMPLE}
+    distill_for_int8(Separable(), net, data.train, epochs=1, **shared)
+    assert set(seen[-2:]) == {(False, False, True)}
+    assert net.training and not net.depth.training and net.stem[1].training  # as it was given
+
+
 def test_it_goes_on_to_the_same_bits(data: Data, tmp_path: Path) -> None:
     """The ranges of activations are part of a checkpoint."""
     start = Separable().state_dict()
