@@ -104,21 +104,21 @@ def test_the_warm_up_is_what_was_asked_for(here, capsys, options, schedule):
 
 def test_the_warm_up_that_nobody_asked_for_follows_from_the_pair(here):
     """One of the teacher's kind learns all pairs at once; there must be steps enough, and a resumed run keeps its own."""
-    told("distill", *PAIR, *QUICK, "-o", "short", "--epochs", "20")
+    told("distill", *PAIR, *QUICK, "-o", "short", "--epochs", "14")
     assert story("short")["schedule"] == [
-        "main: 20 epochs, adam, learning rate 0.001",
-        "no warm-up: half of the main stage is 20 steps, and one pays from 30 on",
+        "main: 14 epochs, adam, learning rate 0.001",
+        "no warm-up: half of the main stage is 14 steps, and one pays from 15 on",
     ]
-    told("distill", *PAIR, *QUICK, "-o", "long", "--epochs", "30")
+    told("distill", *PAIR, *QUICK, "-o", "long", "--epochs", "16")
     assert story("long")["schedule"] == [
-        "all pairs: 15 epochs, adam, learning rate 0.001",
-        "main: 30 epochs, adam, learning rate 0.001",
+        "all pairs: 8 epochs, adam, learning rate 0.001",
+        "main: 16 epochs, adam, learning rate 0.001",
         "warm-up: the student is of the teacher's kind",
     ]
-    told("distill", *PAIR, *QUICK, "-o", "long", "--epochs", "32", "--resume")
+    told("distill", *PAIR, *QUICK, "-o", "long", "--epochs", "18", "--resume")
     assert story("long")["schedule"][:2] == [
-        "all pairs: 15 epochs, adam, learning rate 0.001",
-        "main: 32 epochs, adam, learning rate 0.001",
+        "all pairs: 8 epochs, adam, learning rate 0.001",
+        "main: 18 epochs, adam, learning rate 0.001",
     ]
     told("distill", *PAIR, *QUICK, "-o", "steps", "--main-steps", "60")
     assert story("steps")["schedule"][0] == "all pairs: 30 steps, adam, learning rate 0.001"

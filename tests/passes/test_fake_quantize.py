@@ -122,7 +122,9 @@ def test_what_the_user_has_put_into_eval_mode_stays_there(data: Data, tmp_path: 
     net = Separable().train()
     net.depth.eval()
     seen: list[tuple[bool, bool, bool]] = []
-    net.point[2].register_forward_pre_hook(lambda *_: seen.append((net.depth.training, net.stem[1].training, net.training)))
+    net.point[2].register_forward_pre_hook(
+        lambda *_: seen.append((net.depth.training, net.stem[1].training, net.training))
+    )
     shared = {"run_dir": tmp_path, "progress": False, "example_inputs": EXAMPLE}
     distill_for_int8(Separable(), net, data.train, epochs=1, **shared)
     assert set(seen[-2:]) == {(False, False, True)}

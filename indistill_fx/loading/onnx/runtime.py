@@ -34,13 +34,13 @@ def open_session(model: onnx.ModelProto, where: str) -> onnxruntime.InferenceSes
     try:
         return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's own kinds
-        text = " ".join(str(error).split())[:300].rstrip(".")
-        raise ConfigError(
-            f"onnxruntime refuses `{where}`: {text}.",
-            where=where,
-            got=text,
-            hint="Export the file again, or update onnxruntime.",
-        ) from error
+        raise _failure("refuses", where, error, "Export the file again, or update onnxruntime.") from error
+
+
+def _failure(how: str, where: str, error: Exception, hint: str) -> ConfigError:
+    """What onnxruntime says of a file, in one line."""
+    text = " ".join(str(error).split())[:300].rstrip(".")
+    return ConfigError(f"onnxruntime {how} `{where}`: {text}.", where=where, got=text, hint=hint)
 
 
 def run_session(session: onnxruntime.InferenceSession, inputs: Sequence[Tensor], batch: int | None) -> list[Tensor]:
@@ -110,13 +110,7 @@ def compare(module: fx.GraphModule, model: onnx.ModelProto, inputs: Sequence[Onn
         except ConfigError:
             raise
         except Exception as error:
-            text = " ".join(str(error).split())[:300].rstrip(".")
-            raise ConfigError(
-                f"onnxruntime fails to run `{where}`: {text}.",
-                where=where,
-                got=text,
-                hint="Check that the inputs are what the file takes.",
-            ) from error
+            raise _failure("fails to run", where, error, "Check that the inputs are what the file takes.") from error
         with torch.no_grad():
             result: Any = module(*given)
         made = list(result.values()) if isinstance(result, dict) else [result]

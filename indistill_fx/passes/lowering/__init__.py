@@ -1,1 +1,1 @@
-"""Rewrites for speed, which leave every value as it is."""
+"""Rewrites for a target: for speed, which leave every value as it is, and for int8, which rounds as the file will."""
