@@ -196,6 +196,12 @@ def command(teacher: str, student: str, **options: Any) -> None:
     from indistill_fx.training.compare import compare
     from indistill_fx.training.distill import distill
 
+    if options["compare"] and options["qat"]:
+        raise ConfigError(
+            "--compare trains several students, and --qat goes on with one.",
+            where="--qat",
+            hint="Leave one of them out.",
+        )
     settings = training.settings_of(options)  # what cannot be is said before anything is loaded
     out, loss = options["output"], options["main"]
     shares = common.shares_of(teacher, options)
@@ -227,12 +233,6 @@ def command(teacher: str, student: str, **options: Any) -> None:
         out = f"{out}/step-2"
     shared["run_dir"] = out
     train, epochs = data.train, options["epochs"]
-    if options["compare"] and options["qat"]:
-        raise ConfigError(
-            "--compare trains several students, and --qat goes on with one.",
-            where="--qat",
-            hint="Leave one of them out.",
-        )
     if options["compare"]:
 
         def announce(arm: str) -> None:
