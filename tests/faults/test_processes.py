@@ -75,20 +75,23 @@ def test_a_rank_that_dies_ends_the_others_with_a_message(tmp_path: Path) -> None
 
 
 READING = """
-import os, signal, sys
+import os, signal, sys, time
+from pathlib import Path
 import torch
 from torch.utils.data import DataLoader, Dataset
 from indistill_fx.errors import TrainError
 from indistill_fx.data.disk_loader import DiskLoader
 from indistill_fx.training.supervised import train
-from tests.faults.harness import network
+from tests.faults.harness import network, steps_saved
 
 class Deadly(Dataset):
     "The worker that reads one of the samples is killed, as by the kernel when memory runs out."
     def __len__(self):
         return 40
     def __getitem__(self, index):
-        if index == 30 and torch.utils.data.get_worker_info() is not None:
+        if index == (30 if sys.argv[3] == "later" else 0) and torch.utils.data.get_worker_info() is not None:
+            while sys.argv[3] == "later" and steps_saved(Path(sys.argv[1])) < 1:
+                time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGKILL)
         return torch.zeros(1, 6, 6) + index, index % 3
 
@@ -103,17 +106,20 @@ except TrainError as error:
 """
 
 
-@pytest.mark.parametrize("whose", ["ours", "torch's"])
-def test_a_worker_that_dies_is_told_and_the_checkpoint_is_good(whose: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("whose", "when"), [("ours", "later"), ("torch's", "later"), ("ours", "at once")])
+def test_a_worker_that_dies_is_told_and_the_checkpoint_is_good(whose: str, when: str, tmp_path: Path) -> None:
     script = tmp_path / "work.py"
     script.write_text(READING)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     place = tmp_path / "run"
-    command = [sys.executable, str(script), str(place), whose]
+    command = [sys.executable, str(script), str(place), whose, when]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2, done.stderr[-3000:]
     assert re.search(r"told: .*process that reads the data has died: DataLoader worker \(pid", done.stderr, re.DOTALL)
     assert "--resume" in done.stderr
+    if when == "at once":  # while the data are looked at, before the run begins
+        assert not (place / "run.json").exists()
+        return
     assert 1 <= steps_saved(place) <= 3
     told = json.loads((place / "run.json").read_text())
     assert told["status"] == "failed" and "has died" in told["error"]
