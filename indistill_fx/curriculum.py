@@ -45,10 +45,10 @@ class Budget:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Curriculum:
-    """Layer after layer, shallow to deep; layer l of 1..L gets `a + l` epochs.
+    """The warm-up's schedule: layer after layer, shallow to deep; layer l of 1..L is trained for `a + l` epochs.
 
-    Where a sequence is given, it has one entry per pair of the plan, shallow to deep, whatever `layers` says. A learning rate
-    or optimiser more is that of the penultimate vectors, which else have the last one given.
+    A sequence has one entry per pair of the plan, shallow to deep, whatever `layers` says. One more learning rate or optimiser is that
+    of the penultimate vectors, which otherwise use the last one given.
 
     Source: Sarridis et al., "InDistill", arXiv:2205.10003, section 3.3 (`a = 2`, Adam, learning rate 1e-3, mean squared
     error). Deviation: one optimiser per stage; the authors' code makes a new one every epoch.
@@ -61,22 +61,29 @@ class Curriculum:
         loss: the feature loss, by name (`mse`, `cosine`, `at`, `pkt`).
         learning_rate: of the stages' optimisers: one for all, or one per pair.
         optimizer: `adam`, `adamw` or `sgd`: one for all, or one per pair.
-        patience: plateau rule: a stage ends before its length is used up when its epoch loss has not fallen by
-            `progress` (relative) for so many epochs; None: every stage uses its whole length.
+        patience: plateau rule: a stage ends early when its epoch loss has not fallen by `progress` (relative) for this many epochs;
+            None: every stage uses its whole length.
         progress: see `patience`.
         layers: student taps to warm up, in this order; None: every pair, shallow to deep.
         penultimate: length of a last stage for the penultimate vectors (the plan's `embedding`); 0: none, as in the paper.
         feed: what a segment between two pairs begins with: `student`: the student's own features, so that pairs are trained one after
             the other. `teacher`: the teacher's narrowed ones, so that all segments are independent and train in one stage of
             `a + 1` epochs, or of the one length given.
-        together: with `feed="student"`: all pairs in one stage of such a length, too; every pair's loss is taken relative to that of the
-            teacher's mean feature, so that none drowns the others.
+        together: with `feed="student"`: also train all pairs in one stage of that length; each pair's loss is divided by that of the
+            teacher's mean feature, so that no pair dominates.
         keep: weight of the penultimate vectors' feature loss in the main stage, in units of the main loss (`MainLoss.unit`);
             0: the main loss alone, as in the paper.
 
+    Raises:
+        ConfigError: a number is out of range, or a name is unknown.
+
     Examples:
-        >>> [budget.length for budget in Curriculum().schedule(3)]
+        >>> import indistill_fx as ifx
+        >>> [budget.length for budget in ifx.Curriculum().schedule(3)]
         [3, 4, 5]
+        >>> print(ifx.Curriculum(lengths=[1, 2], learning_rate=0.01).describe(["layer1", "layer2"]))
+        layer1: 1 epoch, adam, learning rate 0.01
+        layer2: 2 epochs, adam, learning rate 0.01
     """
 
     a: int = 2
@@ -97,7 +104,7 @@ class Curriculum:
         lengths = [self.lengths] if isinstance(self.lengths, int) else self.lengths or []
         if min((self.a, self.penultimate, *lengths)) < 0:
             told = f"a={self.a}, lengths={self.lengths}, penultimate={self.penultimate}"
-            raise _wrong(f"A curriculum cannot have stages of negative length ({told}).")
+            raise _wrong(f"A curriculum cannot have stages of negative length ({told}).", hint="Give 0 or more.")
         if self.unit not in ("epochs", "steps"):
             raise _wrong(f"A curriculum's unit is {self.unit!r}.", hint="Legal: epochs, steps.")
         if self.unit == "steps" and self.lengths is None:
@@ -122,7 +129,14 @@ class Curriculum:
         return lengths is None or any(lengths)
 
     def schedule(self, count: int, *, penultimate: bool = False) -> tuple[Budget, ...]:
-        """The budgets of `count` stages, shallow to deep, and with `penultimate` of the one behind them.
+        """The budgets of `count` stages, shallow to deep.
+
+        Args:
+            count: how many pairs there are.
+            penultimate: add the budget of the stage for the penultimate vectors.
+
+        Returns:
+            One budget per stage.
 
         Raises:
             ConfigError: a sequence has another number of entries.
@@ -160,14 +174,17 @@ class Curriculum:
         return SEGMENTS if self.feed == "teacher" else PAIRS if self.together else None
 
     def chosen(self, layers: Sequence[str], penultimate: str | None = None) -> dict[str, Budget]:
-        """The budgets of the layers that are trained at all, in the order of training; or of `one_stage`.
+        """The budgets of the layers that are trained at all, in the order of training; or that of `one_stage`.
 
         Args:
             layers: the student's taps of all pairs, shallow to deep.
             penultimate: the student's tap of the penultimate vectors, if there are such and no pair has them.
 
+        Returns:
+            Name of the stage → budget.
+
         Raises:
-            ConfigError: `layers` of the curriculum names one that is not there, or a sequence has another length.
+            ConfigError: `layers` of the curriculum names one that is in no pair, or a sequence has another number of entries.
         """
         last = penultimate if self.penultimate else None
         order = list(self.order(layers))
@@ -179,7 +196,17 @@ class Curriculum:
         return {layer: budgets[layer] for layer in order if budgets[layer].length}
 
     def order(self, known: Sequence[str]) -> Sequence[str]:
-        """Which of the student's taps are warmed up, in the order of training."""
+        """Which of the student's taps are warmed up, in the order of training.
+
+        Args:
+            known: the student's taps of all pairs, shallow to deep.
+
+        Returns:
+            Some or all of them.
+
+        Raises:
+            ConfigError: `layers` names one that is in no pair, or one twice.
+        """
         if self.layers is None:
             return known
         for layer in self.layers:
@@ -190,11 +217,21 @@ class Curriculum:
         return self.layers
 
     def describe(self, layers: Sequence[str]) -> str:
-        """The schedule for these student taps (those of the plan's pairs, shallow to deep), a line each.
+        """The schedule in words.
 
-        >>> print(Curriculum(layers=["b", "a"]).describe(["a", "b"]))
-        b: 4 epochs, adam, learning rate 0.001
-        a: 3 epochs, adam, learning rate 0.001
+        Args:
+            layers: the student's taps of the plan's pairs, shallow to deep.
+
+        Returns:
+            One line per stage.
+
+        Raises:
+            ConfigError: as `chosen`.
+
+        Examples:
+            >>> print(Curriculum(layers=["b", "a"]).describe(["a", "b"]))
+            b: 4 epochs, adam, learning rate 0.001
+            a: 3 epochs, adam, learning rate 0.001
         """
         return "\n".join(f"{layer}: {budget}" for layer, budget in self.chosen(layers).items())
 

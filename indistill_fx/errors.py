@@ -12,14 +12,22 @@ from difflib import get_close_matches
 
 
 class IndistillError(Exception):
-    """Base of all errors raised on purpose.
+    """Base of all errors raised on purpose. The text says what is wrong, where, and what to do.
 
     Args:
         message: one paragraph: what is wrong, where.
         where: the place: a layer, a file, an option.
         got: the value found there.
-        expected: what would have been right; stands at the end of the text where there is no hint.
+        expected: what would have been right; stands at the end of the text if there is no hint.
         hint: the next thing to try.
+
+    Examples:
+        >>> import indistill_fx as ifx
+        >>> try:
+        ...     ifx.open_data("digit")
+        ... except ifx.IndistillError as error:
+        ...     print(error.where, type(error).__name__)
+        data ConfigError
     """
 
     def __init__(self, message: str, *, where: str = "", got: object = None, expected: object = None, hint: str = ""):
@@ -34,31 +42,106 @@ def _listed(value: object) -> str:
 
 
 class ConfigError(IndistillError, ValueError):
-    """An option, a spec string, a plan or a file given by the user is at fault."""
+    """An option, a spec string, a plan or a file given by the user is at fault.
+
+    Examples:
+        >>> import indistill_fx as ifx
+        >>> ifx.Curriculum(unit="hours")
+        Traceback (most recent call last):
+        indistill_fx.errors.ConfigError: A curriculum's unit is 'hours'. Legal: epochs, steps.
+    """
 
 
 class FrontendError(IndistillError):
-    """A model cannot be loaded as, or traced to, a graph."""
+    """A model cannot be loaded, or cannot be traced into a graph.
+
+    Examples:
+        >>> import torch
+        >>> import indistill_fx as ifx
+        >>> from indistill_fx.demo import DigitsTeacher
+        >>> try:
+        ...     ifx.trace(DigitsTeacher(), torch.randn(2, 3, 8, 8))  # it takes one channel
+        ... except ifx.FrontendError as error:
+        ...     print(error.where)
+        forward
+    """
 
 
 class MatchError(IndistillError):
-    """Teacher and student have no layers that can be paired."""
+    """Teacher and student have no layers that can be paired.
+
+    Examples:
+        >>> import torch
+        >>> from torch import nn
+        >>> import indistill_fx as ifx
+        >>> from indistill_fx.demo import DigitsTeacher
+        >>> student = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+        >>> try:
+        ...     ifx.align(DigitsTeacher(), student, example_inputs=torch.randn(2, 1, 8, 8))
+        ... except ifx.MatchError as error:
+        ...     print(error.hint.split(",")[0])
+        Name a pair with fixed= (--pair TEACHER_LAYER=STUDENT_LAYER)
+    """
 
 
 class PruneError(IndistillError):
-    """Channels cannot be removed as asked; names the coupled group and the layer that blocks it."""
+    """Channels cannot be removed as asked; names the group of channels and the layer that blocks it.
+
+    Examples:
+        >>> import torch
+        >>> import indistill_fx as ifx
+        >>> from indistill_fx.demo import DigitsTeacher
+        >>> traced = ifx.trace(DigitsTeacher(), torch.randn(2, 1, 8, 8))
+        >>> try:
+        ...     ifx.narrow(traced, widths={"layer1": 64})
+        ... except ifx.PruneError as error:
+        ...     print(error)
+        `layer1`: asked for 64 of its 32 channels. Give a width from 1 to 32.
+    """
 
 
 class TrainError(IndistillError):
-    """Training cannot go on; names epoch, step and tap."""
+    """Training cannot continue; names epoch, step and tap.
+
+    Examples:
+        >>> import torch
+        >>> import indistill_fx as ifx
+        >>> from indistill_fx.demo import DigitsTeacher
+        >>> batches = [(torch.full((4, 1, 8, 8), float("nan")), torch.arange(4))]
+        >>> try:
+        ...     ifx.train(DigitsTeacher(), batches, epochs=1, progress=False)
+        ... except ifx.TrainError as error:
+        ...     print(error.where)
+        stage `main`, epoch 1, step 1
+    """
 
 
 class ExportError(IndistillError):
-    """An export failed or does not agree with the module; names the output and the largest difference."""
+    """An export failed or disagrees with the module; names the output and the largest difference.
+
+    Examples:
+        >>> import torch
+        >>> from torch import nn
+        >>> import indistill_fx as ifx
+        >>> class Noisy(nn.Module):
+        ...     def forward(self, x):
+        ...         return x + torch.rand_like(x)
+        >>> try:
+        ...     ifx.export_onnx(Noisy(), "noisy.onnx", torch.randn(2, 3))
+        ... except ifx.ExportError as error:
+        ...     print(str(error).split(":")[0])
+        `Noisy` is random in eval mode
+    """
 
 
 class PassError(IndistillError):
-    """A pass broke its own contract: a defect of ours, never of the input."""
+    """A pass broke its own contract: a bug of indistill-fx, never of the input. Please report it.
+
+    Examples:
+        >>> import indistill_fx as ifx
+        >>> issubclass(ifx.PassError, ifx.IndistillError)
+        True
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +157,19 @@ class Violation:
 
 
 class VerifyError(IndistillError):
-    """A graph breaks invariants; holds all of them, not only the first."""
+    """A graph breaks rules that every graph must keep; lists all of them, not only the first. A bug of indistill-fx.
+
+    Args:
+        message: the pass, and the graph.
+        violations: each broken rule; kept in the attribute `violations`.
+
+    Examples:
+        >>> import indistill_fx as ifx
+        >>> from indistill_fx.errors import Violation
+        >>> print(ifx.VerifyError("After pass `cut`:", [Violation("relu", "has no users", "one user")]))
+        After pass `cut`:
+          `relu`: has no users; expected one user
+    """
 
     def __init__(self, message: str, violations: Iterable[Violation]):
         self.violations = tuple(violations)

@@ -34,17 +34,26 @@ class _Frozen(BaseModel):
 
 
 class Pair(_Frozen):
-    """One teacher layer and one student layer that belong together.
+    """One teacher layer and one student layer that correspond.
 
     Attributes:
         teacher: tap name in the teacher (`layer3`).
         student: tap name in the student.
-        teacher_shape: shape of the teacher's tensor, batch first, before narrowing.
+        teacher_shape: shape of the teacher's tensor before narrowing, batch first.
         student_shape: shape of the student's tensor, batch first.
         kept: the teacher's channels that are compared, ascending; None: all of them, or as many as the student has if it is wider.
         adapter: how the two are brought to one shape.
         score: how well they fit, between 0 and 1.
         reason: why they were paired.
+
+    Examples:
+        >>> import torch
+        >>> import indistill_fx as ifx
+        >>> from indistill_fx.demo import DigitsStudent, DigitsTeacher
+        >>> plan = ifx.align(DigitsTeacher(), DigitsStudent(), example_inputs=torch.randn(2, 1, 8, 8))
+        >>> pair = plan.pairs[0]
+        >>> pair.teacher, pair.teacher_shape, pair.student, pair.student_shape
+        ('layer1', (2, 32, 8, 8), 'blocks.0', (2, 6, 8, 8))
     """
 
     teacher: Name
@@ -83,18 +92,33 @@ class Layers(_Frozen):
 
 
 class AlignmentPlan(_Frozen):
-    """Pairs of layers, shallow to deep.
+    """Pairs of layers, shallow to deep: a file to read, edit and review.
 
     Attributes:
         schema_version: of this file format.
-        teacher: the model the plan was made for.
-        student: the model the plan was made for.
+        teacher: the model that the plan was made for.
+        student: the model that the plan was made for.
         pairs: the pairs to warm up, shallow to deep.
-        embedding: the penultimate vectors, for relational losses and the warm-up's end; None if one of the models has none.
+        embedding: the pair of penultimate vectors, which relational losses compare; None if one of the models has none.
         unmatched: stages without a partner, and why.
-        layers: what the layers of both models were; a plan without them can only tell that a model changed.
-        view: what the teacher sees of a batch that was made for the student; None: the batch as it is, as far as the plan knows.
-        views: of several teachers, what each of them sees.
+        layers: what the layers of both models were; without them, `drift` can say that a model changed, but not how.
+        view: how the teacher sees a batch that was made for the student; None: the batch as it is.
+        views: likewise, of each of several teachers.
+
+    Examples:
+        >>> import tempfile
+        >>> import torch
+        >>> import indistill_fx as ifx
+        >>> from indistill_fx.demo import DigitsStudent, DigitsTeacher
+        >>> plan = ifx.align(DigitsTeacher(), DigitsStudent(), example_inputs=torch.randn(2, 1, 8, 8))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     plan.save(f"{folder}/plan.json")
+        ...     read = ifx.AlignmentPlan.load(f"{folder}/plan.json")
+        >>> read == plan
+        True
+        >>> fewer = plan.model_copy(update={"pairs": plan.pairs[1:]})
+        >>> plan.diff(fewer)
+        ('- layer1 ↔ blocks.0',)
     """
 
     schema_version: Literal[1] = 1
@@ -114,10 +138,13 @@ class AlignmentPlan(_Frozen):
         return tuple(f"{name}: {view}" for name, view in seen.items() if view is not None and str(view))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the plan as JSON, at once or not at all.
+        """Write the plan as JSON. The file is written completely or not at all.
+
+        Args:
+            path: the file; an older one is replaced.
 
         Raises:
-            ConfigError: the place cannot be written.
+            ConfigError: nothing can be written there.
         """
         target = Path(path)
         text = self.model_dump_json(indent=2) + "\n"
@@ -135,8 +162,14 @@ class AlignmentPlan(_Frozen):
     def load(cls, path: str | os.PathLike[str]) -> AlignmentPlan:
         """Read a plan.
 
+        Args:
+            path: a file that `save` wrote, perhaps edited since.
+
+        Returns:
+            The plan.
+
         Raises:
-            ConfigError: no such file, not JSON, or not a plan; names the field at fault.
+            ConfigError: there is no such file, it is not JSON, or it is not a plan; the message names the wrong field.
         """
         try:
             return cls.model_validate_json(read_bounded(path, LARGEST))
@@ -163,9 +196,12 @@ class AlignmentPlan(_Frozen):
     def check(self, teacher: TracedModel, student: TracedModel) -> None:
         """Make sure that the plan fits the two models.
 
+        Args:
+            teacher: traced.
+            student: traced.
+
         Raises:
-            ConfigError: a layer is missing or has another shape, kept channels do not exist, or pairs cross; says of every layer how
-                it changed.
+            ConfigError: a layer is missing or has another shape, kept channels do not exist, or pairs cross; the message says what changed.
         """
         wrong = [
             *_misfits(teacher, [(pair.teacher, pair.teacher_shape) for pair in self._all_pairs]),
@@ -184,13 +220,16 @@ class AlignmentPlan(_Frozen):
         _check_order(self.pairs, teacher, student)
 
     def drift(self, teacher: TracedModel, student: TracedModel) -> tuple[str, ...]:
-        """Whether the models' structures are those that the plan was made for: one sentence for each that is not, with what changed.
+        """How the structures of the models differ from those that the plan was made for.
 
-        A plan whose layers are all still there is good for a changed model; this says that it has been changed.
+        A plan still fits a changed model if all its layers are still there; this says that the model has changed.
 
         Args:
             teacher: traced.
             student: traced.
+
+        Returns:
+            One sentence for each model that has changed, with what changed.
         """
         found = []
         for stamp, model, before in (
@@ -206,10 +245,13 @@ class AlignmentPlan(_Frozen):
         return tuple(found)
 
     def diff(self, other: AlignmentPlan) -> tuple[str, ...]:
-        """What changed from this plan to another, one line each: `-` a pair gone, `+` a pair come, `~` a pair that is different now.
+        """What changed from this plan to another.
 
         Args:
             other: the later plan.
+
+        Returns:
+            One line each: `- pair` was removed, `+ pair` was added, `~ pair` is different.
         """
         lines = [
             f"~ {role}: {a.name} {a.fingerprint} → {b.name} {b.fingerprint}"
@@ -228,7 +270,11 @@ class AlignmentPlan(_Frozen):
         return tuple(lines)
 
     def with_penultimate(self) -> AlignmentPlan:
-        """The plan with the penultimate vectors as the last pair; the plan itself where there are none, or a pair has them."""
+        """The plan with the penultimate vectors as the last pair; the plan itself if there are none, or a pair has them already.
+
+        Returns:
+            A plan.
+        """
         last = self.embedding
         if last is None or any(last.teacher == pair.teacher or last.student == pair.student for pair in self.pairs):
             return self

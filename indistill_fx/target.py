@@ -21,10 +21,15 @@ class Target:
     Attributes:
         device: as torch writes it: `cpu`, `cuda`, `cuda:1`, `mps`.
         dtype: what matrix products and convolutions are computed in: float32, float64, bfloat16 or float16.
-        compiled: whether `torch.compile` takes the stage afterwards; it then lays out and fuses by itself.
+        compiled: whether `torch.compile` follows; it then lays out and fuses by itself.
 
     Raises:
-        ConfigError: there is no such device, or it cannot compute in that dtype; names what is there.
+        ConfigError: there is no such device, or it cannot compute in that dtype; the message lists what there is.
+
+    Examples:
+        >>> import indistill_fx as ifx
+        >>> ifx.Target().kind, ifx.Target(compiled=True).kind
+        ('cpu', 'cpu compiled')
     """
 
     device: str = "cpu"
@@ -73,7 +78,14 @@ class Target:
 
     @staticmethod
     def of(module: nn.Module) -> Target:
-        """Where a module lies, eager, in the dtype of its weights."""
+        """The target of a module: its device, eager, in the dtype of its weights.
+
+        Args:
+            module: any module.
+
+        Returns:
+            A target.
+        """
         weight = next((p for p in module.parameters() if p.dtype in _DTYPES), None)
         return Target() if weight is None else Target(str(weight.device), weight.dtype)
 

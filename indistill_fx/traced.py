@@ -95,19 +95,31 @@ class TraceReport:
 
 @dataclass(frozen=True)
 class TracedModel:
-    """A model as a graph. Made by `trace`; passes return new ones and never change one.
+    """A model as a graph. `trace` makes it; passes return new ones and never change one.
 
     Attributes:
         graph_module: the graph. A student's leaf modules are the caller's own objects; a teacher's share only the tensors.
-        facts: per node name, for nodes whose value is one tensor.
-        aliases: node name -> names of the tap at that node, as people write them, the outermost module first.
+        facts: node name → facts, for nodes whose value is one tensor.
+        aliases: node name → names of the tap at that node, as people write them, the outermost module first.
         report: how the trace came about.
         role: teachers are traced in eval mode, students in train mode.
         module: the caller's module.
-        example_inputs: positional arguments of one forward call.
+        example_inputs: positional arguments of one forward call; as the teacher sees them, if there is a `view`.
         example_kwargs: keyword arguments of one forward call.
         logits: name of the node that holds the main output.
-        view: what a teacher sees of a batch that was made for the student; None: the batch as it is. The example is what it sees.
+        view: how a teacher sees a batch that was made for the student; None: the batch as it is.
+
+    Examples:
+        >>> import torch
+        >>> import indistill_fx as ifx
+        >>> from indistill_fx.demo import DigitsStudent
+        >>> traced = ifx.trace(DigitsStudent(), torch.randn(2, 1, 8, 8), role="student")
+        >>> for name, layer in traced.layers.items():
+        ...     print(name, "is", layer)
+        blocks.0.0 is conv 6x8x8, 54 parameters
+        blocks.1.0 is conv 12x4x4, 648 parameters
+        blocks.2.0 is conv 24x2x2, 2592 parameters
+        fc is linear 10, 250 parameters
     """
 
     graph_module: fx.GraphModule
@@ -143,8 +155,14 @@ class TracedModel:
     def node(self, tap: str) -> fx.Node:
         """The node that a tap names.
 
+        Args:
+            tap: a name in `taps`.
+
+        Returns:
+            The node of `graph_module`.
+
         Raises:
-            ConfigError: no tensor of that name; offers the nearest names.
+            ConfigError: no tensor has that name; the message offers the nearest names.
         """
         taps = self.taps
         if tap not in taps:
@@ -160,11 +178,28 @@ class TracedModel:
         return {node.name: node for node in self.graph_module.graph.nodes}
 
     def tap_name(self, node: fx.Node | str) -> str:
-        """The name people would use for a node's tensor: the outermost module whose output it is, else `module:node`."""
+        """The name people would use for a node's tensor: the outermost module whose output it is, else `module:node`.
+
+        Args:
+            node: of `graph_module`, or its name.
+
+        Returns:
+            A key of `taps`.
+        """
         return self.aliases[node if isinstance(node, str) else node.name][0]
 
     def facts_of(self, tap: str) -> NodeFacts:
-        """Facts of the tensor that a tap names."""
+        """Facts of the tensor that a tap names.
+
+        Args:
+            tap: a name in `taps`.
+
+        Returns:
+            Its shape, dtype, channel axis, multiply-accumulates and so on.
+
+        Raises:
+            ConfigError: no tensor has that name.
+        """
         return self.facts[self.node(tap).name]
 
     @property
@@ -185,10 +220,17 @@ class TracedModel:
         return Inputs(own, own, owner=type(self.module).__name__)
 
     def inputs_in(self, batch: Any, *, where: str) -> tuple[tuple[Any, ...], Tensor | None]:
-        """The arguments of one call of the graph that a batch holds, on the model's device, in order; and the labels, if there are any.
+        """The arguments of one call of the graph that a batch holds, and its labels.
+
+        Args:
+            batch: as a data loader gives it, made for the student.
+            where: the place that an error names.
+
+        Returns:
+            The arguments in order, on the model's device; the labels, or None.
 
         Raises:
-            ConfigError: the batch has not the model's inputs; says which is missing.
+            ConfigError: the batch lacks an input of the model; the message says which.
         """
         parts = split(batch, self.inputs, where=where)
         device = next((parameter.device for parameter in self.graph_module.parameters()), torch.device("cpu"))
@@ -231,7 +273,16 @@ class TracedModel:
     def with_graph(
         self, graph_module: fx.GraphModule, *, facts: Mapping[str, NodeFacts], aliases: Mapping[str, tuple[str, ...]]
     ) -> TracedModel:
-        """The same model with another graph."""
+        """The same model with another graph.
+
+        Args:
+            graph_module: the graph.
+            facts: of its nodes, by name.
+            aliases: of its nodes, by name.
+
+        Returns:
+            A new traced model; this one is not changed.
+        """
         return replace(self, graph_module=graph_module, facts=facts, aliases=aliases)
 
 

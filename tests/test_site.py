@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import os
 import re
@@ -61,9 +62,41 @@ def test_how_it_works_prints_what_it_says():
     assert compared == 8
 
 
+REFERENCE = ROOT / "docs/reference/python.md"
+SETTINGS = re.compile(
+    r"(?<=<!-- settings: made by `python -m tests.test_site` -->\n)(.*?)(?=<!-- settings: end -->)", re.S
+)
+
+
+def settings_table() -> str:
+    """The options of training, from the place where each is declared."""
+    from indistill_fx.training.options.settings import Settings
+
+    lines = ["| option | default | meaning |", "|---|---|---|"]
+    for field in dataclasses.fields(Settings):
+        about = field.metadata["about"]
+        flag = f" On the command line `--{about.flag}`." if about.flag else ""
+        text = about.help.replace("[default: ", "Default: ").replace("]", ".").replace("|", "\\|")
+        lines.append(f"| `{field.name}` | `{field.default!r}` | {text}{flag} |")
+    return "\n".join(lines) + "\n"
+
+
 def test_every_public_name_is_in_the_reference():
     import indistill_fx as ifx
 
-    page = (ROOT / "docs/reference/python.md").read_text(encoding="utf-8")
-    listed = set(re.findall(r"::: indistill_fx\.[\w.]*\.(\w+)$", page, flags=re.M))
-    assert listed == set(ifx.__all__) - {"__version__"}
+    named, returned = REFERENCE.read_text(encoding="utf-8").split("## What functions return")
+    returned, errors = returned.split("## Passes and errors")
+    found = [re.findall(r"::: indistill_fx\.[\w.]*\.(\w+)$", part, flags=re.M) for part in (named + errors, returned)]
+    assert sorted(found[0]) == sorted(set(ifx.__all__) - {"__version__"})
+    assert len(found[1]) == 16
+
+
+def test_every_option_of_training_is_in_the_reference():
+    """After a change that is meant: `python -m tests.test_site`."""
+    assert SETTINGS.findall(REFERENCE.read_text(encoding="utf-8")) == [settings_table()]
+
+
+if __name__ == "__main__":
+    REFERENCE.write_text(
+        SETTINGS.sub(lambda _: settings_table(), REFERENCE.read_text(encoding="utf-8")), encoding="utf-8"
+    )

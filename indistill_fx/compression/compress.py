@@ -104,46 +104,58 @@ def compress(
     say: Callable[[str], None] = lambda text: None,
     **options: Unpack[Options],
 ) -> Compressed:
-    """Make a smaller student of a teacher, and train it.
+    """Make a smaller student from a teacher alone, and train it.
 
     Args:
         teacher: traced, or a plain module; it is not changed.
-        train_loader: see `distill`.
-        run_dir: where everything goes: student.py, plan.json, the training's files, student.safetensors, student.onnx, compress.json.
-        macs: budget: a part up to 1, or multiply-accumulates of one sample. Exactly one budget is given.
-        params: budget: a part up to 1, or a number of parameters.
-        size_mb: budget: bytes of the weights, in 10^6.
-        latency_ms: budget: one call's time on the target, which is measured.
+        train_loader: batches, as for `distill`.
+        run_dir: the folder for all results: student.py, plan.json, the training's files, student.safetensors, student.onnx, compress.json.
+        macs: budget: a share up to 1, or a number of multiply-accumulates of one sample. Give exactly one budget.
+        params: budget: a share up to 1, or a number of parameters.
+        size_mb: budget: size of the weights in megabytes (10^6 bytes).
+        latency_ms: budget: milliseconds of one call on the target, as measured.
         on: the target's runtime: `onnxruntime`, `torch` or `torch-compile`.
-        threads: of the target.
-        batch: samples a call on the target.
-        criterion: which channels of a group go first; see `passes.pruning.criteria`.
-        round_to: keep multiples of so many channels.
-        samples: to measure sensitivities and repair on.
-        calibration_loader: where they come from; by default the training loader.
-        every_block: a pair for every block, else one a stage.
-        curriculum: the warm-up; by default the recipe's (`RECIPES["compress"]`).
-        main: main loss; likewise.
-        main_options: of the main loss.
-        task: see `distill`.
-        epochs: of the main stage; likewise.
-        val_loader: to measure on after the steps, and see `distill`.
-        example_inputs: to trace a plain module with; by default from the first batch.
-        logits: see `distill`.
-        export: write student.onnx too.
-        resume: go on with what is in `run_dir`, or begin.
-        progress: see `distill`.
-        about: see `distill`.
-        say: told every step in a line.
-        options: see `distill`.
+        threads: threads of the target.
+        batch: samples per call on the target.
+        criterion: which channels of a group are removed first: a name, or a function of weights, as for `shrink`.
+        round_to: keep a multiple of this number of channels.
+        samples: how many training samples sensitivities are measured on, and the student is repaired on.
+        calibration_loader: the loader that these samples come from; None: the training loader.
+        every_block: pair every block; False: one pair per network stage.
+        curriculum: the warm-up; None: that of the recipe `compress`.
+        main: the main loss; None: that of the recipe.
+        main_options: keyword arguments of the main loss.
+        task: what the labels mean, as for `distill`.
+        epochs: of the main stage; None: as in the recipe.
+        val_loader: batches to measure on after every step, and to validate on, as for `distill`.
+        example_inputs: to trace a plain module with; None: taken from the first batch.
+        logits: key or index of the logits, as for `distill`.
+        export: also write student.onnx.
+        resume: continue what is in `run_dir`, or begin.
+        progress: show progress on standard error.
+        about: further facts to keep in run.json.
+        say: called with one line about every step.
+        options: the options of training, listed under `Settings`.
 
     Returns:
-        The student, the plan, the record and the steps.
+        The student, the plan, the record of the training, and what each step cost.
 
     Raises:
         ConfigError: budget, data, teacher, options or directory are at fault.
-        PruneError: the budget cannot be met, or nothing can go.
-        TrainError: see `distill`.
+        PruneError: the budget cannot be met, or no channel can be removed.
+        TrainError: a loss is not finite, or the disk is full.
+
+    Examples:
+        >>> import tempfile
+        >>> import indistill_fx as ifx
+        >>> from indistill_fx.demo import DigitsTeacher
+        >>> data = ifx.open_data("digits", limit=64, batch_size=32)
+        >>> teacher = DigitsTeacher(widths=(8, 8, 8))
+        >>> short = dict(epochs=1, samples=32, curriculum=ifx.Curriculum(lengths=1), export=False)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     made = ifx.compress(teacher, data.train, run_dir=folder, macs=0.5, **short)
+        >>> made.steps[-1].macs < 0.5 * made.steps[0].macs
+        True
     """
     budget = Budget(macs=macs, params=params, size_mb=size_mb, latency_ms=latency_ms)
     clock, home = Clock(on, threads, batch), Path(run_dir)

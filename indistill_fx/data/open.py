@@ -42,41 +42,48 @@ def open_data(
     with_indices: bool = False,
     progress: bool = False,
 ) -> Data:
-    """The data set a spec names.
+    """Open the data set that a spec names.
 
     Args:
         spec: `digits` (scikit-learn's 8x8 digits; every fifth of each class is a test sample), `cifar10`, `cifar100`
-            (with `:DIR` to say where they lie), `imagefolder:DIR` (train/<class>/ and test/ or val/), or `file.py:name`
+            (`cifar10:DIR` says which folder they are in), `imagefolder:DIR` (train/<class>/ and test/ or val/), or `file.py:name`
             of a function that returns (train, test), a dict with `train`, `test` and perhaps `train_plain`,
             `classes` and `normalisation` (mean and std), or `Data`; it is given those of batch_size, workers, seed, limit and
             augment that it has parameters for.
         batch_size: samples per batch.
-        workers: processes that read images too large for memory.
+        workers: number of processes that read images too large for memory.
         seed: of order and augmentation.
-        limit: only so many samples of each split, spread evenly over the classes, the same whatever the seed.
-        size: bring images to this height and width (a number is both); the default is their own up to 64 pixels (of several, the one
-            that most have), above that what the model takes.
-        channels: 3 for RGB, 1 for grey; the default is 3 for folders, else what the set has.
+        limit: use only this many samples of each split, spread evenly over the classes, the same for every seed.
+        size: resize images to this height and width in pixels (one number is both). None: their own up to 64 pixels (if they differ, the
+            one that most have), above that what the model takes.
+        channels: 3 for RGB, 1 for grey; None: 3 for folders, else what the set has.
         mean: of every channel, of values from 0 to 1: numbers, `auto` to measure mean and std on the training set, or `imagenet`,
-            `cifar10`, `cifar100`, `half` (all 0.5). The default is the set's own; of folders ImageNet's, unless it is CIFAR-10.
-        std: likewise; needless where mean is a word.
-        model_size: what larger images are brought to, if no size is given; 224x224 if that is not given either.
+            `cifar10`, `cifar100`, `half` (all 0.5). None: the set's own; for folders ImageNet's, unless the folder is CIFAR-10.
+        std: likewise; not needed if `mean` is a word.
+        model_size: what larger images are resized to if no size is given; None: 224x224.
         cache: a folder that keeps decoded small images for the next time.
-        download: fetch what is absent (cifar10, cifar100).
-        augment: training images up to 64 pixels are shifted by up to 4 and mirrored, larger ones cropped at random (8%
+        download: download the set if it is missing (cifar10, cifar100).
+        augment: training images up to 64 pixels are shifted by up to 4 pixels and mirrored, larger ones cropped at random (8%
             to 100% of the area) and mirrored; digits are left as they are.
         randaugment: after that, two operations of RandAugment (torchvision.transforms.v2) of this magnitude, 0 to 30.
-        views: draw what is random in training images so many times and no more: epoch e shows view e modulo that. None: anew in every
-            epoch.
-        with_indices: training batches carry sample indices (crd reads them).
+        views: draw this many augmented versions of every image and no more: epoch e shows version e modulo that. None: new ones in
+            every epoch.
+        with_indices: training batches also carry sample indices (the loss `crd` reads them).
         progress: show a bar while images are decoded, on a terminal.
 
     Returns:
-        The loaders and what is known of the data.
+        The loaders, and what is known of the data. Batches are images (batch, channels, height, width), normalised, and labels (batch,).
 
     Raises:
-        ConfigError: an unknown spec; no such folder; a split, class or image that is absent, empty or broken; RandAugment of what is no
-            picture of 8 bits, or without augmentation.
+        ConfigError: the spec is unknown; there is no such folder; a split, class or image is missing, empty or broken; or RandAugment is
+            asked for without augmentation, or for images that do not have 8 bits per channel.
+
+    Examples:
+        >>> import indistill_fx as ifx
+        >>> data = ifx.open_data("digits", batch_size=32)
+        >>> images, labels = next(iter(data.train))
+        >>> images.shape, labels.shape, data.classes[:3]
+        (torch.Size([32, 1, 8, 8]), torch.Size([32]), ('0', '1', '2'))
     """
     options = DataOptions(
         batch_size=batch_size,

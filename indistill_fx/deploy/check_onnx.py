@@ -85,32 +85,46 @@ def check_onnx(
     batch_sizes: Sequence[int] = (1, 7, 64),
     decisions: Decisions | None = None,
 ) -> CheckReport:
-    """Compare a file with the module: readable, valid, same inputs, same graph and weights, same outputs.
+    """Compare a file with a module: is the file readable and valid, and are inputs, graph, weights and outputs the same?
 
     Graph and weights are compared with a fresh export of the module, because the exporter folds (batch norm into
-    convolutions, for one). Preprocessing that the file says is built in is put before the module too. The weights of an
-    int8 file must be the nearest numbers of their scale to the module's; its outputs are judged by the classes it
+    convolutions, for one). If the file says that preprocessing is built in, it is put before the module too. The weights of an
+    int8 file must be the module's, rounded to the nearest step of their scale; its outputs are judged by the classes it
     gives to `real_inputs`.
 
     Args:
         path: the file.
         module: what it should compute.
         example_inputs: as for `export_onnx`; normalised float images even if the file takes pixels.
-        opset: expected; None takes the file's.
-        input_names: expected; None takes the file's.
-        output_names: expected; None takes the file's.
-        metadata: entries the file must have; a value that differs, or is absent, is a difference.
+        opset: expected; None: the file's.
+        input_names: expected; None: the file's.
+        output_names: expected; None: the file's.
+        metadata: entries the file must have; one that is missing or has another value is a difference.
         real_inputs: data to compare on as well.
         tolerance: the largest difference allowed, as a share of the output's range; not for int8 files.
-        agreement: the least share of `real_inputs` an int8 file must give the class that the module gives.
-        batch_sizes: to compare at, if the file's batch is open.
+        agreement: for int8 files, the least share of `real_inputs` that must get the class that the module gives.
+        batch_sizes: sizes to compare at, if the file takes any batch size.
         decisions: as for `export_onnx`.
 
     Returns:
-        The report; a file at fault is a difference in it, not an exception.
+        The report. A wrong file is a difference in it, not an exception.
 
     Raises:
         ConfigError: there is no such file, or the inputs are at fault.
+
+    Examples:
+        >>> import tempfile
+        >>> import torch
+        >>> import indistill_fx as ifx
+        >>> from indistill_fx.demo import DigitsStudent
+        >>> x = torch.randn(2, 1, 8, 8)
+        >>> mine, another = DigitsStudent(), DigitsStudent()
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     report = ifx.export_onnx(mine, f"{folder}/student.onnx", x)
+        ...     same = ifx.check_onnx(report.path, mine, x)
+        ...     different = ifx.check_onnx(report.path, another, x)
+        >>> same.agrees, different.agrees
+        (True, False)
     """
     file = Path(path)
     if not os.path.isfile(file):

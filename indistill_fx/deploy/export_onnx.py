@@ -89,38 +89,49 @@ def export_onnx(
     """Export the module in eval mode; the file appears under its name only once it is proven.
 
     Rules, in order:
-      1. Everything that can be known before the export (names, path, a forward that runs and repeats) is checked first.
-      2. What was asked to be dynamic is dynamic in the file, or the export fails.
-      3. onnx.checker and onnxruntime accept the file, and every output agrees with torch at every batch size.
-      4. The caller's module and the random state are as before, whatever happens.
+
+    1. Everything that can be known before the export (names, path, a forward that runs and repeats) is checked first.
+    2. What was asked to be dynamic is dynamic in the file, or the export fails.
+    3. onnx.checker and onnxruntime accept the file, and every output agrees with torch at every batch size.
+    4. The caller's module and the random state are as before, whatever happens.
 
     Args:
         module: the trained module; tensors in; a tensor, or any nesting of dicts and tuples of tensors, out.
         path: the file to write; an older file stays unless the new one is proven.
         example_inputs: a tensor, several in order, or by name, of which the module gets those that its forward takes; their first
             dimension is the batch.
-        opset: the ONNX operator set; None is the exporter's own choice.
-        dynamic_batch: the file takes any batch size; False fixes that of the example.
-        dynamic_size: the file takes any height and width (fully convolutional models).
-        input_names: default: `input`, or the forward's parameter names if there are several.
-        output_names: default: the keys of dicts, else `output`, `output_0`, ….
-        metadata: texts to store in the file besides the model's class, the digest of its weights and versions; for
-            example `provenance.of_source(classes=…, normalisation=…)`.
+        opset: the ONNX operator set; None: the exporter's own choice.
+        dynamic_batch: the file takes any batch size; False: only that of the example.
+        dynamic_size: the file takes any height and width (for fully convolutional models).
+        input_names: None: `input`, or the forward's parameter names if there are several.
+        output_names: None: the keys of dicts, else `output`, `output_0`, ….
+        metadata: texts to store in the file besides the model's class, the digest of its weights and the versions; for
+            example `metadata.of_source(classes=…, normalisation=…)`.
         preprocess: (mean, std) to build in; the file then takes uint8 pixels (N, H, W, C). `example_inputs` and
             `real_inputs` stay normalised float images.
         real_inputs: data to compare on as well, like `example_inputs`.
         tolerance: the largest difference allowed, as a share of the output's range.
-        batch_sizes: to prove at; with a fixed batch only that one is.
-        external_data: weights in a second file, `<name>.data`; None does so above 1.5 GB (ONNX ends at 2 GB).
-        decisions: what the first output says in the end (first output → whole numbers, or None), compared on `real_inputs`; by
-            default the largest class of the first (N, classes) output.
+        batch_sizes: sizes to prove at; with a fixed batch, only that one is used.
+        external_data: write the weights to a second file, `<name>.data`; None: only above 1.5 GB (ONNX ends at 2 GB).
+        decisions: function from the first output to whole numbers (or None), which are compared on `real_inputs`; None: the
+            largest class of the first output, if that is (N, classes).
 
     Returns:
-        The report.
+        The report: differences per batch size, size in bytes, latency in milliseconds.
 
     Raises:
         ConfigError: names, inputs or path are at fault.
-        ExportError: the exporter cannot, the module is random in eval mode, or the file disagrees; nothing is left.
+        ExportError: the module cannot be exported, is random in eval mode, or the file disagrees; no file is left.
+
+    Examples:
+        >>> import tempfile
+        >>> import torch
+        >>> import indistill_fx as ifx
+        >>> from indistill_fx.demo import DigitsStudent
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     report = ifx.export_onnx(DigitsStudent(), f"{folder}/student.onnx", torch.randn(2, 1, 8, 8))
+        >>> report.input_names, report.output_names, report.max_abs < 1e-4
+        (('input',), ('output',), True)
     """
     built_in = Preprocess.make(preprocess)
     names, inputs = inputs_of(module, example_inputs)

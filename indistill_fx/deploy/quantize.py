@@ -88,26 +88,39 @@ def quantize_onnx(
     """Write an int8 version of a float ONNX classifier if it loses no more than `max_drop` of accuracy.
 
     Static quantisation puts QuantizeLinear/DequantizeLinear pairs around the operations (QDQ) and needs real data to
-    choose the ranges; it is the one for convolutional networks. Dynamic needs none; it is the one for transformers.
+    choose the ranges; use it for convolutional networks. Dynamic quantisation needs none; use it for transformers.
 
     Args:
         path: the float file.
         out: the file to write; an older one stays if the new one is not good enough.
-        evaluation: batches (inputs…, labels), for the accuracies; passed over once per file, so no iterator.
-        calibration: batches of inputs, labels may follow; needed for `static`.
-        method: static, dynamic, or auto: dynamic if the file has attention, else static.
+        evaluation: batches (inputs…, labels) for the accuracies; read once per file, so an iterator is not enough.
+        calibration: batches of inputs, perhaps with labels; needed for `static`.
+        method: `static`, `dynamic`, or `auto`: dynamic if the file has attention, else static.
         calibrate: how the range of an activation is chosen from the calibration data.
         per_channel: one scale per output channel of a weight.
-        reduce_range: weights use 7 of their 8 bits. x86 processors without VNNI add products of 8 bits up in 16, which
-            overflows without a sign; a file made this way gives the same classes on all of them.
-        max_drop: the largest loss of accuracy accepted, 0.01 is one point.
+        reduce_range: weights use 7 of their 8 bits. x86 processors without VNNI add up products of 8 bits in 16 bits, which can
+            overflow; a file made this way gives the same classes on all of them.
+        max_drop: the largest loss of accuracy accepted, as a share: 0.01 is one point.
 
     Returns:
-        Accuracies and sizes of both.
+        Accuracies (shares, 0 to 1) and sizes (bytes) of both files.
 
     Raises:
-        ConfigError: an option, missing data, or a file that is none or is quantised already.
-        ExportError: onnxruntime cannot quantise it, or the accuracy falls too far; nothing is left.
+        ConfigError: an option is at fault, data are missing, or the file is unreadable or already quantised.
+        ExportError: onnxruntime cannot quantise it, or the accuracy falls too far; no file is left.
+
+    Examples:
+        >>> import tempfile
+        >>> import torch
+        >>> import indistill_fx as ifx
+        >>> from indistill_fx.demo import DigitsStudent
+        >>> data = ifx.open_data("digits", limit=100)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = ifx.export_onnx(DigitsStudent(), f"{folder}/student.onnx", torch.randn(2, 1, 8, 8))
+        ...     both = dict(calibration=data.train_plain, evaluation=data.test, max_drop=1.0)
+        ...     report = ifx.quantize_onnx(f"{folder}/student.onnx", f"{folder}/int8.onnx", **both)
+        >>> report.method, report.size_int8 < report.size_fp32
+        ('static', True)
     """
     source, target = Path(path), Path(out)
     for option, value, legal in (("method", method, _METHODS), ("calibrate", calibrate, _CALIBRATIONS)):

@@ -64,15 +64,24 @@ class Rescaling(_Frozen):
 
 
 class View(_Frozen):
-    """How a teacher sees a batch that was made for the student. Pictures are (batch, channels, height, width), of real numbers.
+    """How a teacher sees a batch that was made for the student. Pictures are tensors of real numbers, (batch, channels, height, width).
 
     Attributes:
-        size: height and width that pictures are brought to; None: as they are.
-        channels: how many channels pictures are brought to: grey becomes three alike, or RGB becomes its luma; None: as they are.
-        rescaling: from the figures that the batch is normalised by to those that the teacher wants, of three channels where channels
-            change; None: as they are.
-        dtype: what real numbers are then cast to, as torch writes it; None: as they are.
-        classes: the teacher's outputs in the order of the student's classes; None: they have the same; empty: they have none in common.
+        size: height and width in pixels that pictures are resized to; None: as they are.
+        channels: how many channels pictures get: 3 copies grey into three equal channels, 1 takes the luma of RGB; None: as they are.
+        rescaling: from the mean and standard deviation that the batch is normalised by to those that the teacher wants; of three channels
+            if `channels` changes their number; None: as they are.
+        dtype: what real numbers are cast to last, as torch writes it; None: as they are.
+        classes: the teacher's outputs in the order of the student's classes; None: both have the same; empty: they have none in common.
+
+    Examples:
+        >>> import torch
+        >>> import indistill_fx as ifx
+        >>> view = ifx.View(size=(16, 16), channels=3)
+        >>> print(view)
+        sees inputs resized to 16x16, with their grey in three channels
+        >>> view.apply(torch.randn(4, 1, 8, 8)).shape
+        torch.Size([4, 3, 16, 16])
     """
 
     size: tuple[_Side, _Side] | None = None
@@ -83,7 +92,14 @@ class View(_Frozen):
 
     @staticmethod
     def combined(*views: View | None) -> View | None:
-        """What the first of them says, then what only the second says, and so on; None where none of them says anything."""
+        """One view of several: each entry is taken from the first view that has it.
+
+        Args:
+            views: the first one has precedence; None says nothing.
+
+        Returns:
+            The view; None if no view says anything.
+        """
         said: dict[str, object] = {}
         for view in views:
             for name in View.model_fields:
@@ -92,7 +108,14 @@ class View(_Frozen):
         return View.model_construct(**said) if said else None  # type: ignore[arg-type]
 
     def apply(self, value: Tensor) -> Tensor:
-        """An input as the teacher sees it."""
+        """An input as the teacher sees it.
+
+        Args:
+            value: pictures (batch, channels, height, width), or any other tensor; whole numbers stay as they are.
+
+        Returns:
+            A tensor with the same batch.
+        """
         if not value.is_floating_point():
             return value
         if value.ndim == 4 and self.size is not None:
@@ -107,7 +130,14 @@ class View(_Frozen):
         return value.to(getattr(torch, self.dtype)) if self.dtype else value
 
     def chosen(self, logits: Tensor) -> Tensor:
-        """Logits (batch, outputs) of the teacher as those of the student's classes."""
+        """The teacher's logits for the student's classes.
+
+        Args:
+            logits: of the teacher, (batch, outputs).
+
+        Returns:
+            (batch, classes of the student).
+        """
         return logits if self.classes is None else logits[:, list(self.classes)]
 
     def __str__(self) -> str:

@@ -24,12 +24,30 @@ if TYPE_CHECKING:
 class Task:
     """What labels mean. Derive from it for a task of your own, and name it `file.py:task`.
 
+    Methods take `labels` (None if there are none) and `logits`, of the `student` and the `teacher` where they compare two. All but `read`
+    and `prepare` take them *prepared*: logits as (batch, outputs, *positions), and labels as `prepare` returns them.
+
     Attributes:
         name: of the task.
         by_class: whether the outputs at one position are classes that exclude each other; losses that take a softmax over them
             need that.
         labelled: whether there are labels at all.
-        temperature: of `kd` for this task, where none is given; None: the loss's own.
+        temperature: of the loss `kd` for this task if none is given; None: the loss's own.
+
+    Examples:
+        >>> import torch
+        >>> from torch.nn.functional import l1_loss
+        >>> from torchmetrics import MeanAbsoluteError
+        >>> import indistill_fx as ifx
+        >>> class Ages(ifx.Task):
+        ...     name = "ages"
+        ...     check = lambda self, logits, labels: None  # raise a ConfigError for labels that are wrong
+        ...     loss = lambda self, logits, labels: l1_loss(logits, labels)
+        ...     divergence = lambda self, student, teacher, labels, temperature: l1_loss(student, teacher)
+        ...     metrics = lambda self, outputs: {"years off": MeanAbsoluteError()}
+        >>> batches = [(torch.randn(4, 3), torch.rand(4, 1))]
+        >>> ifx.evaluate(torch.nn.Linear(3, 1), batches, task=Ages()).metric.name
+        'years off'
     """
 
     name: ClassVar[str]
@@ -38,7 +56,7 @@ class Task:
     temperature: ClassVar[float | None] = None
 
     def read(self, labels: Tensor) -> Tensor:
-        """Labels of a batch in the task's own form, whoever reads them then: a loss of the user's own, or `prepare`."""
+        """Labels of a batch, as the loader gives them, in the task's own form: for `prepare`, or for a loss of your own."""
         return labels
 
     def prepare(self, logits: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -46,35 +64,35 @@ class Task:
         return logits, labels
 
     def check(self, logits: Tensor, labels: Tensor) -> None:
-        """Refuse labels that do not fit, both as `prepare` gives them. Reads values, so it is for the first batch and validation.
+        """Refuse labels that do not fit. It reads values, so it runs on the first batch and in validation only.
 
         Raises:
-            ConfigError: form or values are none of this task.
+            ConfigError: form or values are not those of this task.
         """
         raise NotImplementedError
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """The supervised loss, a scalar: a mean over samples and positions, of prepared logits and labels."""
+        """The supervised loss, a scalar: the mean over samples and positions."""
         raise NotImplementedError
 
     def total(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, int]:
-        """The supervised loss as a sum, and over how many it is, for a mean over several batches."""
+        """The supervised loss as a sum, and the number of values in it, for a mean over several batches."""
         return self.loss(logits, labels) * len(labels), len(labels)
 
     def decisions(self, logits: Tensor) -> Tensor | None:
-        """What prepared logits say in the end, in whole numbers, such as class numbers (batch, *positions); None where values are all."""
+        """What the model decides, in whole numbers, such as class numbers (batch, *positions); None if the outputs are values."""
         return None
 
     def divergence(self, student: Tensor, teacher: Tensor, labels: Tensor | None, temperature: float) -> Tensor:
-        """How far the student's prepared logits are from the teacher's, a scalar; what `kd` minimises."""
+        """How far the student's logits, divided by `temperature`, are from the teacher's, a scalar; what `kd` minimises."""
         raise NotImplementedError
 
     def metrics(self, outputs: int) -> dict[str, Metric]:
-        """Fresh metrics by name for models of so many outputs; the first decides what is best."""
+        """New metrics (of torchmetrics) by name, for models of this many `outputs`; the first decides which epoch was best."""
         raise NotImplementedError
 
     def measure(self, metric: Metric, logits: Tensor, labels: Tensor) -> None:
-        """Update one of `metrics` with prepared logits and labels."""
+        """Update a `metric` with a batch."""
         metric.update(logits, labels)
 
 

@@ -30,16 +30,29 @@ def align(
     Args:
         teacher: traced, or a plain module (then `example_inputs` is needed).
         student: likewise.
-        example_inputs: a tensor or tuple, batch first.
-        criterion: how channels are ranked (see `passes.criteria`).
+        example_inputs: a tensor, a tuple, or tensors by name; the first dimension is the batch.
+        criterion: how channels are ranked: `l1`, `l2`, `geometric_median`, `bn_scale`, `random`, or by data `activation`, `taylor`.
         loader: batches, for criteria that look at data.
-        matching: options of `match`: pairs, every_block, taps, fixed, similarity, required.
+        matching: options of the matching: `pairs` (how many), `every_block`, `taps`, `fixed` (pairs to keep), `similarity`, `required`.
 
     Returns:
-        The plan, shallow to deep.
+        The plan; its pairs run from shallow to deep.
 
     Raises:
-        MatchError: the models have nothing in common that could be paired.
+        ConfigError: an option is at fault, or `example_inputs` is missing.
+        FrontendError: a model cannot be traced.
+        MatchError: the models have no layers that can be paired.
+
+    Examples:
+        >>> import torch
+        >>> import indistill_fx as ifx
+        >>> from indistill_fx.demo import DigitsStudent, DigitsTeacher
+        >>> plan = ifx.align(DigitsTeacher(), DigitsStudent(), example_inputs=torch.randn(2, 1, 8, 8))
+        >>> for pair in plan.pairs:
+        ...     print(pair.teacher, pair.student, len(pair.kept), pair.reason)
+        layer1 blocks.0 6 resolution
+        layer2 blocks.1 12 resolution, depth
+        layer3 blocks.2 24 resolution, depth, last
     """
     teacher = as_traced(teacher, example_inputs, role="teacher")
     student = as_traced(student, example_inputs, role="student")

@@ -28,7 +28,21 @@ Graph = TracedModel | fx.GraphModule
 
 @dataclass(frozen=True, slots=True)
 class PassResult(Generic[Value, Report]):
-    """The new value a pass made, and its report: what changed, why, and what was skipped and why."""
+    """What a pass returns.
+
+    Attributes:
+        value: the new value.
+        report: what changed and why, and what was skipped and why.
+
+    Examples:
+        >>> import torch
+        >>> import indistill_fx as ifx
+        >>> from indistill_fx.demo import DigitsTeacher
+        >>> traced = ifx.trace(DigitsTeacher(), torch.randn(2, 1, 8, 8))
+        >>> result = ifx.narrow(traced, widths={"layer1": 4})
+        >>> result.value.facts_of("layer1").shape, len(result.report.kept["layer1"])
+        ((2, 4, 8, 8), 4)
+    """
 
     value: Value
     report: Report

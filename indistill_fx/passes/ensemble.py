@@ -32,22 +32,31 @@ def ensemble(
     logits: str | int | None = None,
     views: Sequence[View | None] | None = None,
 ) -> fx.GraphModule:
-    """Several teachers as one; `distill` takes it as its teacher.
+    """Combine several teachers into one, which `distill` takes as its teacher.
 
     Args:
-        teachers: two or more, with the same outputs. They stay as they are.
-        weights: of their logits, above 0; only their ratios count. Alike if None.
-        example_inputs: for one of them; they take the same inputs, in order or by name.
-        logits: which entry of their outputs the logits are, where they have several.
-        views: what each of them sees of a batch that was made for the student; None: the batch as it is, but that a teacher which takes
-            RGB alone sees grey pictures in three channels, and the other way round.
+        teachers: two or more, with the same outputs. They are not changed.
+        weights: of their logits, above 0; only their ratios count. None: all equal.
+        example_inputs: for one of them; they take the same inputs, in order or by name. The first dimension is the batch.
+        logits: key or index of the logits, for teachers that return several outputs.
+        views: how each of them sees a batch that was made for the student. None: the batch as it is, except that a teacher that takes only
+            RGB sees grey pictures in three channels, and one that takes only grey sees the luma of RGB.
 
     Returns:
         A module whose output is sum_i weights_i * logits_i / sum_i weights_i.
 
     Raises:
-        ConfigError: fewer than two teachers, weights that are none, other than one view for each, or teachers whose outputs are no
-            tensors of one shape.
+        ConfigError: there are fewer than two teachers, weights or views do not match them, or their outputs are not tensors of one shape.
+
+    Examples:
+        >>> import torch
+        >>> import indistill_fx as ifx
+        >>> from indistill_fx.demo import DigitsTeacher
+        >>> x = torch.randn(2, 1, 8, 8)
+        >>> one, other = DigitsTeacher().eval(), DigitsTeacher().eval()
+        >>> both = ifx.ensemble([one, other], weights=[3, 1], example_inputs=x)
+        >>> torch.allclose(both(x), 0.75 * one(x) + 0.25 * other(x), atol=1e-5)
+        True
     """
     weights = [1.0] * len(teachers) if weights is None else list(weights)
     teachers = [uncompiled(teacher) for teacher in teachers]

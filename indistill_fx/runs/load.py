@@ -129,16 +129,22 @@ def load(spec: str, *, trust: Sequence[str] = ()) -> nn.Module:
     """Load a model.
 
     Args:
-        spec: `model.pt`, `program.pt2`, `models.py:make`, `torchvision:NAME`, `timm:NAME`, each with `@weights` if need be; or the
-            directory of a finished run, for the model that was trained in it.
-        trust: packages whose classes a model file may name. Only for files you trust: such code is run.
+        spec: `model.pt`, `program.pt2`, `model.onnx`, `models.py:make`, `torchvision:NAME` or `timm:NAME`, each with `@weights` if needed;
+            or the directory of a finished run, for the model that was trained there.
+        trust: packages whose classes a model file may name. Their code is run, so name only packages of files that you trust.
 
     Returns:
-        The module, with the training flags its source gave it.
+        The module, with the training flags that its source gave it.
 
     Raises:
         ConfigError: the spec, the file or the run is at fault.
-        FrontendError: the user's factory fails, or pretrained weights cannot be downloaded.
+        FrontendError: your own function fails, or pretrained weights cannot be downloaded.
+
+    Examples:
+        >>> import indistill_fx as ifx
+        >>> model = ifx.load("torchvision:resnet18?num_classes=10")
+        >>> model.fc.out_features
+        10
     """
     return open_source(spec, trust=trust).module
 

@@ -54,26 +54,43 @@ def compile_stages(
 ) -> list[Stage]:
     """Compile teacher and student into the stages of training: one per pair, shallow to deep, then the main stage.
 
-    Every stage's graphs end at what its loss reads; nothing behind is computed or held. In the warm-up the teacher is narrowed to the
-    student's widths (unless the loss works across widths). A pair up to which the student is frozen gets no stage, with a warning.
+    Each stage's graphs end at what its loss reads; nothing after it is computed or kept in memory. In the warm-up the teacher is narrowed
+    to the student's widths (unless the loss works across widths). A pair up to which the student is frozen gets no stage, with a warning.
 
-    The stages stand for the teacher as it is now; one whose weights change afterwards is refused at the next step.
+    The stages use the teacher's weights as they are now; a stage refuses its next step if they have changed.
 
     Args:
         teacher: traced, or a plain module with `example_inputs`.
         student: likewise. Its own layers and parameters are in the stages.
-        plan: the pairs; made by `align` if None.
+        plan: the pairs; None: made by `align`.
         curriculum: lengths and loss of the warm-up.
         main: the main loss: a name, `file.py:loss`, a function or module (student, teacher, labels) → scalar; None: warm-up only.
         main_options: keyword arguments of the main loss.
-        example_inputs: for plain modules.
-        target: what the stages are lowered for; where the student lies, eager, if None.
+        example_inputs: for plain modules; the first dimension is the batch.
+        target: what the stages are lowered for; None: eager, on the student's device.
         lowerings: which rewrites for speed run, instead of the target's own (`passes.lowering.table`); for measuring them.
-        say: what is called with a line about every stage that is left out; a Python warning if not given.
-        task: what the labels mean: a name, `file.py:task` or a `Task`; classification if None.
+        say: called with a line about every stage that is left out; by default a Python warning.
+        task: what the labels mean: a name, `file.py:task` or a `Task`; None: classification.
+
+    Returns:
+        The stages in the order of training. Each is a module: batch → loss, a scalar.
 
     Raises:
-        ConfigError: the plan does not fit, an unknown loss, or nothing of the student can be trained.
+        ConfigError: the plan does not fit, the loss is unknown, or nothing in the student can be trained.
+        MatchError: no `plan` is given, and no layers can be paired.
+        FrontendError: a plain module cannot be traced.
+
+    Examples:
+        >>> import torch
+        >>> import indistill_fx as ifx
+        >>> from indistill_fx.demo import DigitsStudent, DigitsTeacher
+        >>> x, labels = torch.randn(4, 1, 8, 8), torch.tensor([3, 1, 4, 1])
+        >>> student = DigitsStudent()
+        >>> stages = ifx.compile_stages(DigitsTeacher(), student, example_inputs=x)
+        >>> for stage in stages:
+        ...     stage([x, labels]).backward()
+        >>> [stage.name for stage in stages]
+        ['blocks.0', 'blocks.1', 'blocks.2', 'main']
     """
     target = target or Target.of(student.module if isinstance(student, TracedModel) else student)
     lowerings = lowerings_for(target) if lowerings is None else replace(lowerings, dtype=target.dtype)

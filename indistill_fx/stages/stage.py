@@ -45,22 +45,33 @@ class StageReport:
 
 
 class Stage(nn.Module):
-    """One stage: teacher graph, student graph, loss.
+    """One stage of training as a module: batch → loss. `compile_stages` makes it.
 
     Args:
         name: `layer1` (the student's tap) or `main`.
         student: graph from the inputs to (features by tap name, None).
-        teacher: the same for the teacher, frozen; None where the loss asks nothing of it.
+        teacher: the same for the teacher, frozen; None if the loss does not need it.
         criterion: (student Outputs, teacher Outputs, labels) → scalar.
         pairs: the pairs whose features are compared; in `Outputs` they are keyed by the student's tap name.
         embedding: the pair of penultimate vectors, if the loss reads it.
         logits: the pair of main outputs, if the loss reads them: (teacher's tap or None, student's tap or None).
         budget: how long the curriculum trains it; None for the main stage.
-        dtypes: the inputs' dtypes by name, where they are to be checked.
-        macs: multiply-accumulates of one sample: (teacher's half, student's half), forward.
+        dtypes: the inputs' dtypes by name, if they are to be checked.
+        macs: multiply-accumulates of one sample, forward: (teacher's half, student's half).
         report: what each pass did to the two halves, and what it skipped and why.
         fed: inputs of the student's graph that the teacher's features fill: input → the teacher's tap.
-        fixed: sizes of the inputs that the graphs work for alone: the student's, then the teacher's.
+        fixed: the only input sizes for which the graphs are right, if there are such: the student's, then the teacher's.
+
+    Examples:
+        >>> import torch
+        >>> import indistill_fx as ifx
+        >>> from indistill_fx.demo import DigitsStudent, DigitsTeacher
+        >>> x, labels = torch.randn(4, 1, 8, 8), torch.tensor([3, 1, 4, 1])
+        >>> stage = ifx.compile_stages(DigitsTeacher(), DigitsStudent(), example_inputs=x)[0]
+        >>> stage.name, str(stage.budget), stage.teacher_taps
+        ('blocks.0', '3 epochs, adam, learning rate 0.001', ('layer1',))
+        >>> stage([x, labels]).shape
+        torch.Size([])
     """
 
     def __init__(
@@ -92,7 +103,14 @@ class Stage(nn.Module):
         self._cached = False
 
     def train(self, mode: bool = True) -> Stage:
-        """Set the mode of the student's half and of the loss; the teacher stays in eval mode."""
+        """Set the mode of the student's half and of the loss; the teacher stays in eval mode.
+
+        Args:
+            mode: True: training; False: evaluation.
+
+        Returns:
+            This stage.
+        """
         super().train(mode)
         if self.teacher is not None:
             self.teacher.train(False)
@@ -112,7 +130,11 @@ class Stage(nn.Module):
         return tuple(dict.fromkeys(tap for tap in taps if tap))
 
     def without_teacher(self) -> Stage:
-        """The same stage over the same student, which expects the teacher's features in the batch (see `feature_cache`)."""
+        """The same stage over the same student, which expects the teacher's features in the batch (see `feature_cache`).
+
+        Returns:
+            A new stage.
+        """
         new = Stage(
             name=self.name,
             student=self.student,

@@ -27,23 +27,32 @@ def distill_chain(
     run_dir: str | os.PathLike[str] | None = None,
     **options: Any,
 ) -> list[RunRecord]:
-    """Distil every model into the next.
+    """Distil every model into the next: a teacher into an assistant, the assistant into a student.
 
     Args:
         models: the teacher, then one or more assistants, then the student. All but the first are trained in place.
-        train_loader: see `distill`.
-        steps: per step, arguments of `distill` that differ from `options`. The paper's own way, with one assistant, is
+        train_loader: batches, as for `distill`.
+        steps: for each step, arguments of `distill` that differ from `options`. The paper's own way, with one assistant, is
             `[{"main": "pkt", "curriculum": Curriculum(lengths=[])}, {}]`: the assistant learns without a warm-up.
-        run_dir: step k has its directory `step-k` in it, from 1; None: nowhere.
-        options: see `distill`. With `resume=True`, steps that are done are read back and the first other one goes on.
+        run_dir: step k has its folder `step-k` in it, counted from 1; None: nothing is written.
+        options: arguments of `distill`. With `resume=True`, finished steps are read back and the first unfinished one continues.
 
     Returns:
         One record per step.
 
     Raises:
-        ConfigError: fewer than two models, or another number of steps; else as `distill`.
+        ConfigError: there are fewer than two models, or the number of steps is wrong; otherwise as `distill`.
 
     Source: Sarridis et al., "InDistill", arXiv:2205.10003: the auxiliary teacher.
+
+    Examples:
+        >>> import indistill_fx as ifx
+        >>> from indistill_fx.demo import DigitsStudent, DigitsTeacher
+        >>> data = ifx.open_data("digits", limit=64, batch_size=32)
+        >>> models = [DigitsTeacher(), DigitsStudent(widths=(8, 16, 32)), DigitsStudent()]
+        >>> records = ifx.distill_chain(models, data.train, epochs=1, curriculum=ifx.Curriculum(lengths=[]), progress=False)
+        >>> [record.steps for record in records]
+        [2, 2]
     """
     pairs = list(pairwise(models))
     steps = [{}] * len(pairs) if steps is None else steps

@@ -61,38 +61,50 @@ def compare(
     feature_cache: str | os.PathLike[str] | None = None,
     **options: Unpack[Options],
 ) -> dict[str, Arm]:
-    """Train copies of one student three ways, from the same weights and seed, each for the same number of epochs in all.
+    """Train copies of one student in three ways, from the same weights and seed, each for the same number of epochs in all.
 
     Args:
-        teacher: see `distill`.
-        student: its copies are trained; it stays as it is.
-        train_loader: see `distill`.
-        epochs: of every arm in all. The warm-up's are taken off its main stage.
-        main_epochs: of the third arm's main stage, instead: every arm gets these and the warm-up's in all.
+        teacher: traced, or a plain module.
+        student: its copies are trained; it is not changed.
+        train_loader: batches, as for `distill`.
+        epochs: total of each arm. The warm-up's epochs are taken from its main stage.
+        main_epochs: instead of `epochs`: length of the third arm's main stage; every arm then gets these plus the warm-up's.
         curriculum: the warm-up of the third arm, in epochs.
-        plan: see `distill`.
+        plan: as for `distill`.
         main: the main loss of the second and third arm.
-        main_options: of `main`.
-        task: see `distill`.
-        run_dir: every arm has its own directory in it, by its name; None: nowhere.
-        announce: told the name of each arm before it begins.
-        example_inputs: see `distill`.
-        teacher_view: see `distill`.
-        val_loader: see `distill`.
-        logits: see `distill`.
-        resume: see `distill`; arms that are done are read back.
-        allow_changed: see `distill`.
-        progress: see `distill`.
-        about: see `distill`.
-        feature_cache: see `distill`.
-        options: see `Settings`. `milestones` count an arm's epochs from its beginning; with `main_epochs`, the third
-            arm's main epochs, and the other arms' milestones are as many epochs before their end.
+        main_options: keyword arguments of `main`.
+        task: as for `distill`.
+        run_dir: every arm has its own folder in it, named after the arm; None: nothing is written.
+        announce: called with the name of each arm before it begins.
+        example_inputs: as for `distill`.
+        teacher_view: as for `distill`.
+        val_loader: as for `distill`.
+        logits: as for `distill`.
+        resume: as for `distill`; arms that are finished are read back.
+        allow_changed: as for `distill`.
+        progress: as for `distill`.
+        about: as for `distill`.
+        feature_cache: as for `distill`.
+        options: the options of training, listed under `Settings`. `milestones` count an arm's epochs from its beginning; with
+            `main_epochs` they count the third arm's main epochs, and for the other arms are as many epochs before the end.
 
     Returns:
-        The arms by name, in this order: `labels`, `main` (by the main loss's own name, such as `kd`), `indistill`.
+        Arm by name, in this order: `labels`, the main loss's own name (such as `kd`), `indistill`.
 
     Raises:
-        ConfigError: the warm-up leaves nothing of `epochs`, or is in steps; else as `distill`.
+        ConfigError: the warm-up takes all of `epochs`, or is in steps; otherwise as `distill`.
+
+    Examples:
+        >>> import indistill_fx as ifx
+        >>> from indistill_fx.demo import DigitsStudent, DigitsTeacher
+        >>> data = ifx.open_data("digits", limit=64, batch_size=32)
+        >>> short = dict(epochs=4, curriculum=ifx.Curriculum(lengths=1), progress=False)
+        >>> arms = ifx.compare(DigitsTeacher(), DigitsStudent(), data.train, **short)
+        >>> for name, arm in arms.items():
+        ...     print(name, [stage.epochs for stage in arm.record.stages])
+        labels [4]
+        kd [4]
+        indistill [1, 1, 1, 1]
     """
     curriculum = curriculum or DEFAULT_CURRICULUM
     plan = plan or (_kept_plan(run_dir) if resume else None)

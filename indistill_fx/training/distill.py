@@ -73,52 +73,61 @@ def distill(
     """Distil a teacher into a student: the warm-up layer by layer, then the main loss.
 
     The student's own module is trained, in place. It ends where it was (device, training flags), with the last epoch's
-    weights. The teacher is not touched. Under `torchrun` every process calls this; each takes its share of every batch.
+    weights. The teacher is not changed. Under `torchrun` every process calls this; each takes its share of every batch.
 
-    The same call with `resume=True` goes on after an interruption, in the middle of an epoch if need be, and on a CPU
-    ends with the same bits. That holds for loaders of `open_data`, and for any other whose batches depend on nothing
-    but the global random state and its own `generator` at the epoch's start (which those of a DataLoader with
+    The same call with `resume=True` continues after an interruption, in the middle of an epoch if need be, and on a CPU the
+    result is bit-identical. That holds for loaders of `open_data`, and for any other whose batches depend on nothing
+    but the global random state and its own `generator` at the start of the epoch (which those of a DataLoader with
     `persistent_workers` and random transforms do not).
 
     Args:
-        teacher: traced, or a plain module; several are one by `ensemble`.
+        teacher: traced, or a plain module; combine several into one with `ensemble`.
         student: likewise.
         train_loader: batches (inputs, labels) or (inputs, labels, indices), or dicts of inputs by name with `labels`
-            and `indices`.
-        plan: the pairs; that of the run resumed, else made by `align`, if None.
-        curriculum: the warm-up; `Curriculum(lengths=[])` is none, `Curriculum()` the paper's. By default what pays for such a pair
-            (`default_curriculum`), and a line says which and why.
-        main: the main loss: a name, `file.py:loss`, or a function (student, teacher, labels) → scalar; None: warm-up
-            only.
+            and `indices`; the first dimension is the batch.
+        plan: the pairs; None: those of the run that is resumed, else those that `align` finds.
+        curriculum: the warm-up; `Curriculum(lengths=[])` is none, `Curriculum()` the paper's; None: what was measured to help such pairs,
+            or none; a line says which, and why.
+        main: the main loss: a name, `file.py:loss`, or a function (student, teacher, labels) → scalar; None: warm-up only.
         main_options: keyword arguments of the main loss.
         task: what the labels mean: `classification`, `multilabel`, `regression`, `segmentation`, `language`, `embedding`,
             `file.py:task` or a `Task`; None: what the first batch leaves no doubt about.
-        epochs: of the main stage.
+        epochs: length of the main stage.
         val_loader: batches to validate on after every main epoch, by the task's metrics; the teacher is measured on them first.
-        example_inputs: to trace plain modules with; by name, each gets what it takes; by default taken from the first batch.
-        teacher_view: what the teacher sees of a batch: another size, normalisation or dtype, and which of its outputs are the student's
-            classes; None: as the plan says, else as its weights are known to want (see `ifx.load`; timm's `pretrained_cfg`), which is
-            said. In which dtype and size traced models are to be fed is found out.
-        logits: key or place of the logits in the models' output, if it has several entries.
-        run_dir: where to keep checkpoints, metrics, plan and result; None: nowhere.
-        resume: go on with the run in `run_dir`; begin if there is none yet. A finished run that is asked for more epochs has them.
-        allow_changed: names of what may be other than when the run began (`main loss`, `data`, `batch size`, `code of the student`, …);
-            everything else that decides the result is refused by its name. run.json tells what was changed.
-        progress: show on standard error how it is getting on.
-        about: further facts to be kept in run.json, such as the specs of models and data.
+        example_inputs: to trace plain modules with; by name, each model gets what it takes; None: taken from the first batch.
+        teacher_view: how the teacher sees a batch: another size, normalisation or dtype, and which of its outputs are the student's
+            classes. None: as in the plan, else as known for its weights (see `load`; timm's `pretrained_cfg`), with a line that says so.
+            The dtype and size that a traced model needs are found without being asked for.
+        logits: key or index of the logits, for models that return several outputs.
+        run_dir: folder for checkpoints, metrics, plan and result; None: nothing is written.
+        resume: continue the run in `run_dir`; begin if there is none. A finished run that is asked for more epochs trains them.
+        allow_changed: what may differ from when the run began, by name (`main loss`, `data`, `batch size`, `code of the student`, …);
+            any other change that affects the result is refused, with its name. run.json records what was changed.
+        progress: show progress on standard error.
+        about: further facts to keep in run.json, such as the specs of models and data.
         feature_cache: a folder for the teacher's features, which are then computed once and not in every epoch. Only for loaders of
-            `open_data` without augmentation. What it takes on disk is said before it starts.
-        int8: train the student as its int8 file will compute (`fake_quantize`): for students that lose too much when they are exported
-            to int8. Begin with trained weights. Validation measures them in floats, as they are saved.
-        options: those of `Settings`.
+            `open_data` without augmentation. The space it takes on disk is reported before it starts.
+        int8: train the student as its int8 file will compute (quantisation-aware training): for students that lose too much when exported
+            to int8. Begin with trained weights. Validation measures the float weights, which are what is saved.
+        options: the options of training, listed under `Settings`.
 
     Returns:
-        The record.
+        The record of the run.
 
     Raises:
         ConfigError: options, models, plan, data or directory are at fault.
+        MatchError: no `plan` is given, a warm-up is asked for, and no layers can be paired.
         TrainError: a loss is not finite, or the disk is full; the last checkpoint is good.
-        Interrupted: SIGINT or SIGTERM while `run_dir` is given; a checkpoint was saved. A KeyboardInterrupt.
+        Interrupted: SIGINT or SIGTERM while `run_dir` is given; a checkpoint was saved. It is a KeyboardInterrupt.
+
+    Examples:
+        >>> import indistill_fx as ifx
+        >>> from indistill_fx.demo import DigitsStudent, DigitsTeacher
+        >>> data = ifx.open_data("digits", limit=64, batch_size=32)
+        >>> student = DigitsStudent()
+        >>> record = ifx.distill(DigitsTeacher(), student, data.train, epochs=2, curriculum=ifx.Curriculum(lengths=1), progress=False)
+        >>> [(stage.name, stage.epochs) for stage in record.stages]
+        [('blocks.0', 1), ('blocks.1', 1), ('blocks.2', 1), ('main', 2)]
     """
     settings = Settings.of(options)
     check_epochs(epochs)

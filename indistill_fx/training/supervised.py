@@ -39,21 +39,21 @@ def train(
     about: Mapping[str, Any] | None = None,
     **options: Unpack[Options],
 ) -> RunRecord:
-    """Train a module on labels, by the task's supervised loss: a teacher, or a baseline. The rest is as in `distill`.
+    """Train a module on labels, with the task's supervised loss: a teacher, or a baseline.
 
     Args:
         module: inputs → logits. Trained in place; it need not be traceable.
-        train_loader: batches (inputs, labels, …), or dicts of inputs by name with `labels`.
-        task: see `distill`.
+        train_loader: batches (inputs, labels, …), or dicts of inputs by name with `labels`; the first dimension is the batch.
+        task: what the labels mean, as for `distill`.
         epochs: how many.
-        val_loader: see `distill`.
-        logits: see `distill`.
-        run_dir: see `distill`.
-        resume: see `distill`.
-        allow_changed: see `distill`.
-        progress: see `distill`.
-        about: see `distill`.
-        options: see `Settings`.
+        val_loader: batches to validate on after every epoch.
+        logits: key or index of the logits, for models that return several outputs.
+        run_dir: folder for checkpoints, metrics and result; None: nothing is written.
+        resume: continue the run in `run_dir`; begin if there is none.
+        allow_changed: what may differ from when the run began, as for `distill`.
+        progress: show progress on standard error.
+        about: further facts to keep in run.json.
+        options: the options of training, listed under `Settings`.
 
     Returns:
         The record; its one stage is called `main`.
@@ -61,7 +61,15 @@ def train(
     Raises:
         ConfigError: options, data or directory are at fault.
         TrainError: a loss is not finite, or the disk is full; the last checkpoint is good.
-        Interrupted: SIGINT or SIGTERM while `run_dir` is given; a checkpoint was saved.
+        Interrupted: SIGINT or SIGTERM while `run_dir` is given; a checkpoint was saved. It is a KeyboardInterrupt.
+
+    Examples:
+        >>> import indistill_fx as ifx
+        >>> from indistill_fx.demo import DigitsTeacher
+        >>> data = ifx.open_data("digits", limit=64, batch_size=32)
+        >>> record = ifx.train(DigitsTeacher(), data.train, epochs=2, val_loader=data.test, progress=False)
+        >>> record.steps, sorted(record.metrics)
+        (4, ['accuracy'])
     """
     settings = Settings.of(options)
     check_epochs(epochs)

@@ -137,7 +137,7 @@ def trace(
     Args:
         module: any PyTorch model. It is not changed.
         example_inputs: a tensor, a sequence of positional arguments, or tensors by name, of which the model gets those that its forward
-            takes; batch first. Shapes are taken from it.
+            takes. The first dimension is the batch; all other shapes are taken from the example.
         role: `teacher` (eval mode, shares tensors but no flags with the module) or `student` (train mode, the graph calls the
             module's own leaf modules, so that training the graph trains the module).
         example_kwargs: keyword arguments of the forward call.
@@ -148,7 +148,16 @@ def trace(
         The traced model. Its graph takes the positional arguments, then the values of the keyword arguments in the order given here.
 
     Raises:
+        ConfigError: the example inputs, `leaves` or `logits` do not fit the module.
         FrontendError: no method can trace it, or its forward fails on the example input.
+
+    Examples:
+        >>> import torch
+        >>> import indistill_fx as ifx
+        >>> from indistill_fx.demo import DigitsTeacher
+        >>> traced = ifx.trace(DigitsTeacher(), torch.randn(2, 1, 8, 8))
+        >>> traced.macs, traced.facts_of("layer2").shape
+        (6182144, (2, 64, 4, 4))
     """
     call = Call.of_example(example_inputs, Inputs.of(module), where="The example").plus(example_kwargs or {})
     inputs, kwargs = call.args, dict(call.kwargs)

@@ -15,17 +15,27 @@ from indistill_fx.traced import TracedModel
 
 
 def instrument(traced: TracedModel, taps: Sequence[str]) -> fx.GraphModule:
-    """A graph from the model's inputs to (features, output).
+    """Make a graph that returns chosen features along with the model's output.
 
     Args:
-        traced: a traced (or narrowed) model. Not changed; the new graph shares its leaf modules.
+        traced: a traced (or narrowed) model. It is not changed; the new graph shares its leaf modules.
         taps: names of tensors, as in `traced.taps`.
 
     Returns:
-        A GraphModule: inputs → (dict of tap name → tensor as it is at that place, the model's own output).
+        A GraphModule: inputs → (dict of tap name → the tensor as it is at that place, the model's own output).
 
     Raises:
-        ConfigError: a name that is no tap; offers the nearest.
+        ConfigError: a name is not a tap; the message offers the nearest.
+
+    Examples:
+        >>> import torch
+        >>> import indistill_fx as ifx
+        >>> from indistill_fx.demo import DigitsTeacher
+        >>> x = torch.randn(2, 1, 8, 8)
+        >>> tapped = ifx.instrument(ifx.trace(DigitsTeacher(), x), ["layer1", "layer3"])
+        >>> features, logits = tapped(x)
+        >>> features["layer3"].shape, logits.shape
+        (torch.Size([2, 128, 2, 2]), torch.Size([2, 10]))
     """
     return _with_outputs(traced, taps, keep_output=True)
 

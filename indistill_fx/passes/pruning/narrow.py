@@ -98,22 +98,35 @@ def narrow(
     criterion: str | Criterion = "l1",
     loader: Iterable[object] | None = None,
 ) -> PassResult[TracedModel, NarrowReport]:
-    """Narrow taps of a model.
+    """Reduce chosen taps of a model to some of their channels; the features at those channels stay exactly the same.
 
     Args:
         teacher: the traced model; it is not changed.
         plan: pairs of layers; each teacher layer is narrowed to the pair's `kept`, else to the student's width.
-        widths: tap -> number of channels; overrides the plan.
-        kept: tap -> channels; overrides the plan and `widths`.
-        criterion: which channels are kept where only a width is given: a name, or a function of weights (rows, inputs, *kernel).
+        widths: tap → number of channels; takes precedence over the plan.
+        kept: tap → channels; takes precedence over the plan and `widths`.
+        criterion: which channels are kept where only a width is given: a name (`l1`, `l2`, `geometric_median`, `bn_scale`,
+            `random`, `activation`, `taylor`), or a function of weights (rows, inputs, *kernel) that returns a score per row.
         loader: batches for the criteria that look at data.
 
     Returns:
-        The model whose taps, under all their names, are narrow; and what was absorbed where.
+        The model whose taps, under all their names, are narrow; the report says which channels were kept and which weights were sliced.
 
     Raises:
-        ConfigError: no tap of that name, or no criterion of that name.
-        PruneError: a width or a channel the layer does not have, or two requests for one tensor.
+        ConfigError: there is no tap or criterion of that name.
+        PruneError: the layer has fewer channels, or two requests name the same tensor.
+
+    Examples:
+        >>> import torch
+        >>> import indistill_fx as ifx
+        >>> from indistill_fx.demo import DigitsTeacher
+        >>> x = torch.randn(2, 1, 8, 8)
+        >>> traced = ifx.trace(DigitsTeacher(), x)
+        >>> narrowed = ifx.narrow(traced, kept={"layer2": [3, 5, 8]})
+        >>> before, _ = ifx.instrument(traced, ["layer2"])(x)
+        >>> after, _ = ifx.instrument(narrowed.value, ["layer2"])(x)
+        >>> torch.allclose(after["layer2"], before["layer2"][:, [3, 5, 8]], atol=1e-5)
+        True
     """
     chosen = _requests(teacher, plan, dict(widths or {}), dict(kept or {}), criterion, loader)
     graph_module, nodes = copy_graph(teacher.graph_module)

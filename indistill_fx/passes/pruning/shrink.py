@@ -88,25 +88,38 @@ def shrink(
     round_to: int | None = None,
     loader: Iterable[object] | None = None,
 ) -> PassResult[TracedModel, ShrinkReport]:
-    """Make a smaller network.
+    """Make a smaller network by removing channels everywhere, including from the layers that read them.
 
     Args:
         model: the traced model; it is not changed.
-        widths: tap -> number of channels; the other layers keep theirs unless `ratio` or a budget is given too.
-        ratio: part of every layer's channels that stays.
-        macs: work that may stay: a part up to 1, or a number of multiply-accumulates of one sample.
-        params: parameters that may stay: a part up to 1, or a number.
-        criterion: which channels stay: a name, or a function of weights (rows, inputs, *kernel).
+        widths: tap → number of channels; the other layers keep theirs unless `ratio` or a budget is given too.
+        ratio: share of every layer's channels that stays, between 0 and 1.
+        macs: budget of work: a share up to 1, or a number of multiply-accumulates of one sample.
+        params: budget of parameters: a share up to 1, or a number.
+        criterion: which channels stay: a name (`l1`, `l2`, `geometric_median`, `bn_scale`, `random`, `activation`, `taylor`, `fisher`,
+            `isomorphic`), or a function of weights
+            (rows, inputs, *kernel) that returns a score per row.
         round_to: keep a multiple of this number of channels (8 for fast kernels), rounding up.
         loader: batches for the criteria that look at data.
 
     Returns:
-        The smaller model; its `graph_module` owns its parameters, can be trained, saved and exported.
+        The smaller model; its `graph_module` owns its parameters and can be trained, saved and exported.
 
     Raises:
-        ConfigError: no request, or one out of range.
-        PruneError: a request that cannot be met, and the layer that blocks it.
-        PassError: the smaller network computes something else than the original without the channels: a mistake of ours.
+        ConfigError: nothing is asked for, or a number is out of range.
+        PruneError: the request cannot be met; the message names the layer that blocks it.
+        PassError: the smaller network does not compute what the original does without the channels. This is a bug; please report it.
+
+    Examples:
+        >>> import torch
+        >>> import indistill_fx as ifx
+        >>> from indistill_fx.demo import DigitsTeacher
+        >>> x = torch.randn(2, 1, 8, 8)
+        >>> small = ifx.shrink(ifx.trace(DigitsTeacher(), x), ratio=0.5)
+        >>> small.report.widths["layer1.0.conv1"]
+        (32, 16)
+        >>> small.value.graph_module(x).shape
+        torch.Size([2, 10])
     """
     _check_requests(widths, ratio, macs, params, round_to)
     for tap, width in (widths or {}).items():
