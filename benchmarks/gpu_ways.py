@@ -20,6 +20,7 @@ from indistill_fx.data.loaders import MemoryLoader
 from indistill_fx.target import Target
 from indistill_fx.training.options.optimizers import make_optimizer
 from indistill_fx.training.step.cuda_graph import CudaRecorder
+from indistill_fx.training.step.proof import Snapshot, state_of
 from indistill_fx.training.step.recorded import WARM_UP, RecordedStep, Recorder
 
 Row = dict[str, Any]
@@ -64,6 +65,14 @@ class RunAgain:
         """Nobody draws."""
         return None
 
+    def device_draws(self) -> Tensor:
+        """The CPU's."""
+        return torch.get_rng_state()
+
+    def draw_again(self, state: Tensor) -> None:
+        """The CPU's."""
+        torch.set_rng_state(state)
+
     def record(self, run: Callable[[], None]) -> Callable[[], None]:
         """Itself."""
         return run
@@ -74,8 +83,10 @@ def recorder(device: str) -> Recorder:
     return CudaRecorder(torch.device(device)) if device.startswith("cuda") else RunAgain()
 
 
-def work_of(loss_of: nn.Module, dtype: torch.dtype, *, recordable: bool) -> Callable[[Tensor], Tensor]:
-    """One training step as a function batch → loss; it leaves no gradients."""
+def work_of(
+    loss_of: nn.Module, dtype: torch.dtype, *, recordable: bool
+) -> tuple[Callable[[Tensor], Tensor], Callable[[], Snapshot]]:
+    """One training step as a function batch → loss, which leaves no gradients; and what copies the state that it changes."""
     optimizer = make_optimizer(
         "adam",
         [parameter for parameter in loss_of.parameters() if parameter.requires_grad],
@@ -93,12 +104,12 @@ def work_of(loss_of: nn.Module, dtype: torch.dtype, *, recordable: bool) -> Call
         optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
-    return work
+    return work, lambda: Snapshot(state_of(loss_of, optimizer))
 
 
 def eager(loss_of: nn.Module, x: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:
     """A step on one batch."""
-    work = work_of(loss_of, dtype, recordable=False)
+    work, _ = work_of(loss_of, dtype, recordable=False)
     return lambda: work(x)
 
 
@@ -108,8 +119,9 @@ def recorded(loss_of: nn.Module, x: Tensor, dtype: torch.dtype) -> Callable[[], 
     Raises:
         RuntimeError: it is not recorded; says why.
     """
-    step = RecordedStep(work_of(loss_of, dtype, recordable=True), recorder(str(x.device)), loss_of)
-    for _ in range(WARM_UP + 1):
+    work, snapshot = work_of(loss_of, dtype, recordable=True)
+    step = RecordedStep(work, recorder(str(x.device)), loss_of, snapshot=snapshot)
+    for _ in range(WARM_UP + 2):  # it is recorded in the last but one, and proves itself in the last
         step(x)
     if step.reason:
         raise RuntimeError(step.reason)
@@ -170,8 +182,8 @@ def graphs_on_and_off(device: str, steps: int) -> Row:
                 target=Target(device),
             )  # fmt: skip
             stage = stages[number].train()
-            work = work_of(stage, torch.float32, recordable=True)
-            step = RecordedStep(work, recorder(device), stage) if record else work
+            work, snapshot = work_of(stage, torch.float32, recordable=True)
+            step = RecordedStep(work, recorder(device), stage, snapshot=snapshot) if record else work
             with exact():
                 losses.append([float(step(batch.to(device))) for batch in batches])
             if isinstance(step, RecordedStep) and step.reason:

@@ -62,6 +62,12 @@ class Tape:
         """Torch's generator of the CPU is the device's own here."""
         return random.getstate(), repr(np.random.get_state(legacy=False))
 
+    def device_draws(self) -> Tensor:
+        return torch.get_rng_state()
+
+    def draw_again(self, state: Tensor) -> None:
+        torch.set_rng_state(state)
+
     def record(self, run: Callable[[], None]) -> Callable[[], None]:
         self.recordings += 1
         operations: list[tuple[Any, ...]] = []

@@ -313,6 +313,7 @@ class TrainingLoop:
             self._accelerator.prepare_optimizer(optimizer),
             clip_norm=settings.clip_norm,
             after_update=average,
+            average=self.average,
             recorder=CudaRecorder(self._accelerator.device) if self._records else None,
         )
 

@@ -25,7 +25,7 @@ def test_the_command_line_has_every_option_with_its_default_and_its_text():
         assert shown[name].help == about(name).help
 
 
-@pytest.mark.parametrize(("asked", "value"), [([], False), (["--graphs"], True), (["--no-graphs"], False)])
+@pytest.mark.parametrize(("asked", "value"), [([], "auto"), (["--graphs"], True), (["--no-graphs"], False)])
 def test_the_flags_of_an_option_with_three_values(asked, value):
     context = train.command.make_context("train", ["model", "--data", "digits", "-o", "run", *asked])
     assert context.params["graphs"] is value

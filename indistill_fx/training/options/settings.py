@@ -180,10 +180,10 @@ class Settings:
         ),
     )
     graphs: Graphs = field(
-        default=False,
+        default="auto",
         metadata=described(
-            "Record training steps as CUDA graphs and replay them, where possible; run.json says where not, and why. Off by default until"
-            " this has been measured on a GPU.",
+            "Record training steps as CUDA graphs and replay them, where possible; run.json says where not, and why. The first replay is"
+            " compared with the step as it is.",
             changes_result=False,
         ),
     )

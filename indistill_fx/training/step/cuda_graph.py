@@ -70,6 +70,14 @@ class CudaRecorder:
         numpy = np.random.get_state(legacy=False)
         return torch.get_rng_state().numpy().tobytes(), random.getstate(), repr(numpy)
 
+    def device_draws(self) -> Tensor:
+        """See `Recorder`."""
+        return torch.cuda.get_rng_state(self._device)
+
+    def draw_again(self, state: Tensor) -> None:
+        """See `Recorder`."""
+        torch.cuda.set_rng_state(state, self._device)
+
     def record(self, run: Callable[[], None]) -> Callable[[], None]:
         """See `Recorder`.
 

@@ -6,8 +6,10 @@ Rules, in order:
   2. The last of these are watched. A step that waits for the device, draws random numbers on the host, changes Python state of its
      modules, or computes with other numbers than the one before (a weight that follows a count) cannot be recorded: replayed, it would not
      do that again. It is named, and the stage goes on unrecorded. Of what torch.compile has made the numbers are not seen.
-  3. Then the step is recorded on a batch that stays in its place, and replayed on every batch of that form, which is copied over it.
-  4. Batches of another form (the last one of an epoch may be smaller) run as they are. A stage whose batches have ever new forms is not
+  3. Then the step is recorded on a batch that stays in its place, and replayed on every later batch of that form, which is copied over it.
+  4. The first replay has to prove itself: the step is taken again as it is, from the same state and with the same random numbers. That
+     one counts. Where the replay led elsewhere, the stage goes on unrecorded.
+  5. Batches of another form (the last one of an epoch may be smaller) run as they are. A stage whose batches have ever new forms is not
      recorded.
 
 Nothing of it is known to be a GPU's: that is the recorder's, so that a test can put another one in its place.
@@ -25,6 +27,7 @@ from torch import Tensor, nn
 from indistill_fx.training.options.settings import Settings
 from indistill_fx.training.step.calls import Call, calls_noted, first_difference
 from indistill_fx.training.step.host_state import changed_in, host_state
+from indistill_fx.training.step.proof import Snapshot
 from indistill_fx.training.step.static_batch import Form, form_of, overwrite, static_copy
 
 WARM_UP = 3
@@ -48,6 +51,12 @@ class Recorder(Protocol):
 
     def host_draws(self) -> object:
         """The state of the host's random number generators, to be compared with a later one."""
+
+    def device_draws(self) -> Tensor:
+        """The state of the device's random number generator."""
+
+    def draw_again(self, state: Tensor) -> None:
+        """Set the device's random number generator to a state that it had."""
 
     def record(self, run: Callable[[], None]) -> Callable[[], None]:
         """Record what it does on the device, without doing it; returns what does it.
@@ -83,6 +92,7 @@ class RecordedStep:
         recorder: where it is recorded.
         watched: the modules that it runs.
         undo: lets go of what `work` leaves behind where it breaks off: its gradients.
+        snapshot: copies the state that `work` changes; None: it changes none.
 
     Attributes:
         reason: why it is not recorded; empty as long as it may be.
@@ -95,8 +105,10 @@ class RecordedStep:
         recorder: Recorder,
         watched: nn.Module,
         undo: Callable[[], None] = lambda: None,
+        snapshot: Callable[[], Snapshot] = lambda: Snapshot({}),
     ):
         self._work, self._recorder, self._watched, self._undo = work, recorder, watched, undo
+        self._snapshot, self._proved = snapshot, False
         self._form: Form | None = None
         self._ran: dict[Form, int] = {}
         self._calls: dict[Form, list[Call]] = {}
@@ -133,10 +145,29 @@ class RecordedStep:
                 self.reason, self._static = f"it could not be: {error}", None
                 self._undo()
                 return self._work(batch)
+            return self._recorder.beside(lambda: self._work(batch))
+        return self._replayed(batch) if self._proved else self._proven(batch)
+
+    def _replayed(self, batch: Any) -> Tensor:
         overwrite(self._static, batch)
         assert self._replay is not None and self._loss is not None
         self._replay()
         return self._loss.clone()
+
+    def _proven(self, batch: Any) -> Tensor:
+        """Rule 4."""
+        before, draws = self._snapshot(), self._recorder.device_draws()
+        replayed = self._replayed(batch)
+        led_to = self._snapshot()
+        before.restore()
+        self._recorder.draw_again(draws)
+        loss = self._recorder.beside(lambda: self._work(batch))
+        same = torch.isclose(replayed, loss, rtol=1e-3, atol=1e-6, equal_nan=True)
+        differs = before.first_difference(led_to) if same else "loss"
+        if differs is not None:
+            self.reason, self._static, self._replay = f"replayed, it changed the {differs} otherwise", None, None
+        self._proved = True
+        return loss
 
     def _ready(self, form: Form) -> bool:
         return self._ran.get(form, 0) >= WARM_UP

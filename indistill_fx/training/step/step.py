@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from indistill_fx.batch import stand_in
 from indistill_fx.training.parallel.processes import weighted
+from indistill_fx.training.step.proof import Snapshot, state_of
 from indistill_fx.training.step.recorded import RecordedStep, Recorder
 
 
@@ -28,6 +29,7 @@ class Step:
         optimizer: see above.
         clip_norm: L2 norm that gradients are scaled down to; None: they stay as they are.
         after_update: called after every update: the moving average.
+        average: what that changes.
         recorder: where to record steps; None: they run as they are.
     """
 
@@ -39,12 +41,15 @@ class Step:
         *,
         clip_norm: float | None = None,
         after_update: Callable[[], None] | None = None,
+        average: nn.Module | None = None,
         recorder: Recorder | None = None,
     ):
         self.accelerator, self.module, self.optimizer = accelerator, module, optimizer
-        self._clip_norm, self._after_update = clip_norm, after_update
+        self._clip_norm, self._after_update, self._average = clip_norm, after_update, average
         self.rate: float | None = None
-        self.recorded = RecordedStep(self.whole, recorder, module, self._undo) if recorder is not None else None
+        self.recorded: RecordedStep | None = None
+        if recorder is not None:
+            self.recorded = RecordedStep(self.whole, recorder, module, self._undo, self._snapshot)
 
     def set_rate(self, rate: float) -> None:
         """Let the next update have this learning rate. One that lies on the device, for a recording, is overwritten there."""
@@ -69,6 +74,9 @@ class Step:
         scaler = self.accelerator.scaler
         if scaler is not None:
             scaler._per_optimizer_states.clear()  # a new one is made for whoever asks; nothing public does this
+
+    def _snapshot(self) -> Snapshot:
+        return Snapshot(state_of(self.module, self.optimizer, self._average), self.accelerator.scaler)
 
     def learn(self, batch: Any, samples: int) -> Tensor:
         """Add the gradients of a batch to those there are; returns its loss.

@@ -1,0 +1,86 @@
+"""Whether a recorded step does what the step does as it is: both are taken from one state, and what they change is compared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
+
+State = Mapping[str, Sequence[Tensor]]
+"""The tensors that a step changes, by what they are: weights, moments, …"""
+
+_TOLERANCE = 0.1
+"""Share of the change of a kind of tensors, as an L2 norm: operations of a GPU that add in no fixed order come nowhere near it."""
+
+
+def state_of(module: nn.Module, optimizer: Any, average: nn.Module | None = None) -> State:
+    """What a training step changes.
+
+    Args:
+        module: batch → loss.
+        optimizer: of its parameters.
+        average: a moving average of them; None: there is none.
+    """
+    return {
+        "weights": [parameter for parameter in module.parameters() if parameter.requires_grad],
+        "buffers": list(module.buffers()),
+        "optimiser's state": [
+            value for own in optimizer.state.values() for value in own.values() if isinstance(value, Tensor)
+        ],
+        "moving average": list(average.state_dict().values()) if average is not None else [],
+    }
+
+
+class Snapshot:
+    """A copy of the state of a step on the host, so that it takes no memory of the device.
+
+    Args:
+        state: the tensors themselves.
+        scaler: of float16 gradients; None: there is none.
+    """
+
+    def __init__(self, state: State, scaler: GradScaler | None = None):
+        self._state, self._scaler = state, scaler
+        self._scale = scaler.state_dict() if scaler is not None else {}
+        self._values = {kind: [_on_host(tensor) for tensor in tensors] for kind, tensors in state.items()}
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Bring the tensors back to what they were, in place."""
+        for kind, tensors in self._state.items():
+            for tensor, value in zip(tensors, self._values[kind], strict=True):
+                tensor.copy_(value)
+        if self._scaler is not None:
+            self._scaler.load_state_dict(self._scale)
+
+    @torch.no_grad()
+    def first_difference(self, other: Snapshot) -> str | None:
+        """The first kind of tensors that have changed otherwise than to those of another snapshot; None: there is none.
+
+        Args:
+            other: where another way led from this snapshot.
+        """
+        for kind, tensors in self._state.items():
+            change = difference = 0.0
+            for now, before, found in zip(tensors, self._values[kind], other._values[kind], strict=True):
+                own = _on_host(now)
+                if own.numel() == 1 or not own.is_floating_point():  # counters
+                    if not torch.equal(own, found):
+                        return kind
+                    continue
+                change += _square(own, before)
+                difference += _square(own, found)
+            if not difference <= _TOLERANCE**2 * change:
+                return kind
+        return None
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)
+
+
+def _square(one: Tensor, other: Tensor) -> float:
+    return float((one.double() - other.double()).square().nan_to_num(nan=0.0, posinf=0.0).sum())
