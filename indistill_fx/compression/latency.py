@@ -12,7 +12,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from indistill_fx.deploy.bench import bench
-from indistill_fx.errors import ConfigError
+from indistill_fx.errors import ConfigError, PruneError
 
 Runtime = Literal["onnxruntime", "torch", "torch-compile"]
 RUNTIMES: tuple[Runtime, ...] = ("onnxruntime", "torch", "torch-compile")
@@ -88,12 +88,12 @@ def bisect(
         tries: measurements at most.
 
     Raises:
-        ConfigError: even the smallest takes longer; says how long.
+        PruneError: even the smallest takes longer; says how long.
     """
     low, high = smallest, 1.0
     least = measure(low)
     if least > most:
-        raise ConfigError(
+        raise PruneError(
             f"The smallest this network can be made takes {least:.3g} ms, and {most:.3g} are asked for.",
             where="latency",
             got=most,

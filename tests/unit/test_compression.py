@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from torch import nn
 import indistill_fx as ifx
 from indistill_fx.compression.allocate import allocate
 from indistill_fx.compression.correspond import plan_of
-from indistill_fx.compression.latency import bisect
+from indistill_fx.compression.latency import Clock, bisect
 from indistill_fx.compression.make_student import Budget, Measure, calibration, make_student
 from indistill_fx.compression.repair import repair
 from indistill_fx.compression.sensitivity import divergence, masked_logits, sensitivities, without
@@ -244,8 +245,23 @@ def test_bisection_ends_below_the_budget():
     assert 5 * 0.97 <= time_of(share) <= 5
     assert len(asked) < 10
     assert bisect(time_of, 50, smallest=0.05) == 1.0
-    with pytest.raises(ifx.ConfigError, match=r"takes 1.1 ms, and 0.5 are asked for"):
+    with pytest.raises(ifx.PruneError, match=r"takes 1.1 ms, and 0.5 are asked for"):
         bisect(time_of, 0.5, smallest=0.05)
+
+
+def test_a_time_that_only_narrow_layers_reach_is_reached():
+    """Of the allocations that are tried, those that leave every layer a larger part cannot be as quick as is asked for."""
+
+    class ByWork(Clock):
+        def ms(self, module: nn.Module, example_inputs: tuple[Any, ...]) -> float:
+            return ifx.trace(module, example_inputs).macs / whole
+
+    model = teacher_of()
+    whole, said = model.macs, []
+    made = make_student(model, Budget(latency_ms=0.15), Measure([images(16)], clock=ByWork(), say=said.append))
+    assert 0.15 * 0.97 <= made.steps[-1].latency_ms <= 0.15
+    (tried,) = [line for line in said if line.startswith("widths: ")]
+    assert "with 10%" in tried and "with 50%" not in tried
 
 
 def test_budgets_and_calibration():
