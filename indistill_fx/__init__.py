@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from indistill_fx.passes.extract.instrument import instrument as instrument
     from indistill_fx.passes.pruning.narrow import narrow as narrow
     from indistill_fx.passes.pruning.shrink import shrink as shrink
+    from indistill_fx.passes.reuse import reuse_classifier as reuse_classifier
     from indistill_fx.plan import AlignmentPlan as AlignmentPlan
     from indistill_fx.plan import Pair as Pair
     from indistill_fx.runs.load import load as load
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from indistill_fx.training.chain import distill_chain as distill_chain
     from indistill_fx.training.compare import compare as compare
     from indistill_fx.training.distill import distill as distill
+    from indistill_fx.training.save_outputs import save_outputs as save_outputs
     from indistill_fx.training.supervised import train as train
 
 _HOMES: dict[str, str] = {
@@ -82,6 +84,8 @@ _HOMES: dict[str, str] = {
     "narrow": "passes.pruning.narrow",
     "open_data": "data.open",
     "quantize_onnx": "deploy.quantize",
+    "reuse_classifier": "passes.reuse",
+    "save_outputs": "training.save_outputs",
     "shrink": "passes.pruning.shrink",
     "trace": "passes.capture.trace",
     "train": "training.supervised",

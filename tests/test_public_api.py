@@ -18,7 +18,7 @@ CONTRACT = (
     "AlignmentPlan ConfigError Curriculum ExportError FrontendError IndistillError MatchError Pair PassError "
     "PassResult PruneError Stage Target Task TracedModel TrainError VerifyError View __version__ "
     "align check_onnx compare compile_stages compress distill distill_chain ensemble evaluate export_onnx instrument load narrow open_data "
-    "quantize_onnx shrink trace train"
+    "quantize_onnx reuse_classifier save_outputs shrink trace train"
 ).split()
 
 

@@ -99,14 +99,10 @@ def say_json(value: Any) -> None:
 def open_model(spec: str, trust: tuple[str, ...], *, seed: int = 0) -> Source:
     """Load a spec, and say aloud what was trusted or changed on the way. What a factory draws at random follows from the seed."""
     from indistill_fx.runs.load import open_source
-    from indistill_fx.runs.saved_outputs import is_saved_outputs, load_outputs
     from indistill_fx.system.random_state import own_randomness
 
-    if is_saved_outputs(spec):
-        source = load_outputs(spec)
-    else:
-        with own_randomness(seed):
-            source = open_source(spec, trust=trust)
+    with own_randomness(seed):
+        source = open_source(spec, trust=trust)
     for note in source.notes:
         say(f"{spec}: {note}")
     return source

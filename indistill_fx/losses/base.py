@@ -41,6 +41,7 @@ class Criterion(nn.Module):
         needs_samples: whether its constructor takes `samples`, the size of the training set.
         weight_labels: of the supervised loss; 0: neither the labels nor, for their sake, the student's logits are read.
         one_size: whether it is given the features of a pair in one size, the larger map or sequence average-pooled; else as they are.
+        ends_frozen: whether it is for students that end in frozen layers, which it does not train.
         unit: how large the loss typically is, in which the weight of what a `Curriculum` adds to it counts.
     """
 
@@ -49,6 +50,7 @@ class Criterion(nn.Module):
     needs_samples: bool = False
     weight_labels: float = 1.0
     one_size: bool = False
+    ends_frozen: bool = False
     unit: float = 1.0
 
     @property

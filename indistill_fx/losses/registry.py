@@ -17,6 +17,7 @@ from indistill_fx.losses.contrastive import CRDLoss
 from indistill_fx.losses.features import ATLoss, FitNetLoss, VIDLoss
 from indistill_fx.losses.logits import CWDLoss, DISTLoss, DKDLoss, KDLoss, LabelsLoss, MLKDLoss
 from indistill_fx.losses.relations import PKTKLLoss, PKTLoss, RKDLoss, SPLoss
+from indistill_fx.losses.reuse import SimKDLoss
 from indistill_fx.losses.review import ReviewKDLoss
 from indistill_fx.losses.task import Classification, Task
 from indistill_fx.losses.warmup import ATWarmup, CosineWarmup, MSEWarmup, PKTWarmup, WarmupLoss
@@ -45,6 +46,7 @@ MAIN_LOSSES: dict[str, type[MainLoss]] = {
     "fitnet": FitNetLoss,
     "vid": VIDLoss,
     "reviewkd": ReviewKDLoss,
+    "simkd": SimKDLoss,
 }
 
 Built = TypeVar("Built")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -14,6 +15,19 @@ from indistill_fx.passes.pairing.match import MatchReport, match
 from indistill_fx.passes.pruning.narrow import choose_channels
 from indistill_fx.plan import AlignmentPlan, Layers, ModelStamp, Pair
 from indistill_fx.traced import TracedModel
+
+
+@dataclass(frozen=True, slots=True)
+class ReusedAfter:
+    """What a student of `reuse_classifier` says of itself: its `projector` makes the teacher's feature at this layer.
+
+    Args:
+        tap: of the teacher.
+        shape: of a sample there.
+    """
+
+    tap: str
+    shape: tuple[int, ...]
 
 
 def align(
@@ -69,11 +83,16 @@ def align_traced(
     teacher: TracedModel, student: TracedModel, *, criterion: str = "l1", loader: Any = None, **matching: Any
 ) -> PassResult[AlignmentPlan, MatchReport]:
     """`align` for traced models, with the matcher's report: evidence and runners-up of every pair."""
-    view = view_between(teacher, student)
+    view, projected = view_between(teacher, student), _projected(teacher, student)
+    if projected:
+        matching["fixed"] = [*projected, *(matching.get("fixed") or ())]
     with unchanged(teacher, by="match"), unchanged(student, by="match"):
         found = match(teacher, student, **matching)
-    last = found.report.embedding
-    pairs = (*found.value, last) if last is not None else found.value
+    chosen, last = found.value, found.report.embedding
+    if projected:  # layers inside the projector are nobody's partners
+        named = {student.node(tap) for _, tap in matching["fixed"]}
+        chosen = tuple(pair for pair in chosen if student.node(pair.student) in named)
+    pairs = (*chosen, last) if last is not None else chosen
     widths = {pair.teacher: width for pair in pairs if (width := _narrower(pair, teacher, student)) is not None}
     with unchanged(teacher, by="choose_channels"):
         kept = choose_channels(teacher, widths, criterion=criterion, loader=loader)
@@ -81,13 +100,21 @@ def align_traced(
     plan = AlignmentPlan(
         teacher=ModelStamp.of(teacher),
         student=ModelStamp.of(student),
-        pairs=pairs[: len(found.value)],
+        pairs=pairs[: len(chosen)],
         embedding=pairs[-1] if last is not None else None,
         unmatched=found.report.unmatched,
         layers=Layers(teacher=teacher.layers, student=student.layers),
         view=view,
     )
     return PassResult(plan, found.report)
+
+
+def _projected(teacher: TracedModel, student: TracedModel) -> list[tuple[str, str]]:
+    """The pair that a student which reuses this teacher's classifier has by its making."""
+    told = getattr(student.module, "meta", {}).get("reuses")
+    if not isinstance(told, ReusedAfter) or told.tap not in teacher.taps:
+        return []
+    return [(told.tap, "projector")] if teacher.facts_of(told.tap).shape[1:] == told.shape else []
 
 
 def _narrower(pair: Pair, teacher: TracedModel, student: TracedModel) -> int | None:

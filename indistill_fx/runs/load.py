@@ -18,6 +18,7 @@ from indistill_fx.loading.load import Source, load_source
 from indistill_fx.loading.spec import LARGEST_IN_A_FILE, Spec, is_input_size, parse_spec
 from indistill_fx.loading.state_dicts import count_numbers, load_weights
 from indistill_fx.runs.directory import BEST, EXPORT, LAST, MOST_BYTES, STUDENT
+from indistill_fx.runs.saved_outputs import is_saved_outputs, load_outputs
 from indistill_fx.runs.signature import is_signed, sign
 from indistill_fx.system.files import read_bounded, save_json
 
@@ -130,7 +131,7 @@ def load(spec: str, *, trust: Sequence[str] = ()) -> nn.Module:
 
     Args:
         spec: `model.pt`, `program.pt2`, `model.onnx`, `models.py:make`, `torchvision:NAME` or `timm:NAME`, each with `@weights` if needed;
-            or the directory of a finished run, for the model that was trained there.
+            the directory of a finished run, for the model that was trained there; or `saved:DIR`, what `save_outputs` wrote, as a teacher.
         trust: packages whose classes a model file may name. Their code is run, so name only packages of files that you trust.
 
     Returns:
@@ -150,7 +151,9 @@ def load(spec: str, *, trust: Sequence[str] = ()) -> nn.Module:
 
 
 def open_source(spec: str, *, trust: Sequence[str] = ()) -> Source:
-    """The model of a spec or of a run directory, with what is known of it; arguments and errors as of `load`."""
+    """The model of a spec, of a run directory or of saved outputs, with what is known of it; arguments and errors as of `load`."""
+    if is_saved_outputs(spec):
+        return load_outputs(spec)
     return load_run(spec, trust=trust) if is_run(spec) else load_source(spec, trust=trust)
 
 

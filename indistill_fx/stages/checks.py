@@ -52,6 +52,30 @@ def label_check(task: Task, logits_of: Callable[[Any], Tensor | None], *models: 
     return check
 
 
+def require_frozen_end(student: nn.Module, half: nn.Module, tap: str) -> None:
+    """Refuse a student with layers behind a stage's last tap that would train, and that the stage's loss never reaches.
+
+    Args:
+        student: whole.
+        half: its graph in the stage, which ends at the tap.
+        tap: the last one.
+
+    Raises:
+        ConfigError: names a parameter that would stay as it is.
+    """
+    reached = {id(parameter) for parameter in half.parameters()}
+    left = [name for name, p in student.named_parameters() if p.requires_grad and id(p) not in reached]
+    if left:
+        raise ConfigError(
+            f"The loss trains the student up to `{tap}` only, and `{left[0]}` after it would keep its first values.",
+            where="main",
+            got=left[0],
+            expected="a student that ends in its teacher's own classifier",
+            hint="Make one with indistill_fx.reuse_classifier(teacher, student), or give the loss weight_labels (--main-option "
+            "weight_labels=1).",
+        )
+
+
 def check_inputs(
     parts: Parts, names: Sequence[str], dtypes: Sequence[torch.dtype | None], student: nn.Module, *, stage: str
 ) -> None:

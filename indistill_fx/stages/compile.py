@@ -25,7 +25,9 @@ from indistill_fx.passes.extract.feed import fed_name
 from indistill_fx.passes.extract.view import view_between
 from indistill_fx.passes.lowering.table import Lowerings, lowerings_for
 from indistill_fx.passes.pipeline import fed_student_half, narrowed_teacher, student_half, teacher_half
+from indistill_fx.passes.reuse import require_same_classifier
 from indistill_fx.plan import AlignmentPlan, Pair
+from indistill_fx.stages.checks import require_frozen_end
 from indistill_fx.stages.stage import Stage, StageReport
 from indistill_fx.stages.teacher_guard import refuse_changes
 from indistill_fx.target import Target
@@ -307,7 +309,7 @@ def _main_stage(
             where="main",
             hint="Name a pair (--pair TEACHER_LAYER=STUDENT_LAYER), or take `kd`, which reads logits only.",
         )
-    one_size = criterion.one_size
+    one_size, ends_frozen = criterion.one_size, criterion.ends_frozen and not criterion.weight_labels
     if curriculum.keep:
         criterion = keeping(criterion, curriculum, plan)
     needs = criterion.needs
@@ -320,6 +322,9 @@ def _main_stage(
     how: dict[str, Any] = {"narrowed": False, "one_size": one_size, "lowerings": lowerings}
     own = teacher_half(teacher, student, pairs, teacher_taps, **how) if needs else None
     other = student_half(student, teacher, pairs, student_taps, **how)
+    if ends_frozen:
+        require_frozen_end(student.module, other.value, pairs[-1].student)
+        require_same_classifier(teacher, student)
     return Stage(
         name="main",
         student=other.value,

@@ -12,7 +12,6 @@ from indistill_fx.curriculum import Curriculum
 from indistill_fx.data.open import open_data
 from indistill_fx.errors import ConfigError
 from indistill_fx.runs.saved_outputs import FILE, load_outputs
-from indistill_fx.training.save_outputs import save_outputs
 from tests.nets import unsettle
 
 
@@ -40,7 +39,7 @@ def digits(**more):
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved") / "outputs"
-    save_outputs(net(), digits().train, folder, taps=["deep"], about="net.pt")
+    ifx.save_outputs(net(), digits().train, folder, taps=["deep"], about="net.pt")
     return folder
 
 
@@ -58,7 +57,7 @@ def test_kd_from_saved_logits_has_the_losses_of_kd_from_the_teacher(saved):
     none = Curriculum(lengths=[])
     records = [
         ifx.distill(teacher, net(4).train(), digits().train, curriculum=none, epochs=2, val_loader=digits().test)
-        for teacher in (net(), load_outputs(f"saved:{saved}").module)
+        for teacher in (net(), ifx.load(f"saved:{saved}"))
     ]
     losses = [[epoch.loss for epoch in record.epochs] for record in records]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
@@ -68,7 +67,7 @@ def test_kd_from_saved_logits_has_the_losses_of_kd_from_the_teacher(saved):
 
 def test_a_warm_up_learns_from_saved_features(saved):
     once, losses = Curriculum(lengths=1), []
-    for teacher in (net(), load_outputs(f"saved:{saved}").module):
+    for teacher in (net(), ifx.load(f"saved:{saved}")):
         student, x = net(4).train(), next(iter(digits().test))[0][:2]
         traced = ifx.trace(student, x, role="student")
         source = ifx.trace(teacher, torch.arange(2) if losses else x)
@@ -84,7 +83,7 @@ def test_what_does_not_fit_is_refused_before_training(saved, tmp_path):
     none = Curriculum(lengths=[])
 
     def refusal(data, **more) -> str:
-        teacher = load_outputs(f"saved:{saved}").module
+        teacher = ifx.load(f"saved:{saved}")
         with pytest.raises(ConfigError) as caught:
             ifx.distill(teacher, net(4).train(), data, curriculum=none, epochs=1, **more)
         return str(caught.value)
@@ -104,7 +103,7 @@ def test_what_does_not_fit_is_refused_before_training(saved, tmp_path):
     with pytest.raises(ConfigError, match=r"changed|damaged"):
         load_outputs(f"saved:{tmp_path}")
     with pytest.raises(ConfigError, match=r"no layer named `deeep`.*deep"):
-        save_outputs(net(), digits().train, tmp_path / "other", taps=["deeep"])
+        ifx.save_outputs(net(), digits().train, tmp_path / "other", taps=["deeep"])
 
 
 def test_from_the_shell(tmp_path, capsys, monkeypatch):
