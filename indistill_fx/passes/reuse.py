@@ -106,7 +106,8 @@ def reuse_classifier(
     device = next((parameter.device for parameter in root.student.parameters()), torch.device("cpu"))
     root.to(device)
     graph = fx.Graph()
-    inputs = {node.target: graph.placeholder(node.target) for node in _placeholders(root.student)}
+    names = [str(node.target) for node in _placeholders(root.student)]
+    inputs: dict[str, Any] = {name: graph.placeholder(name) for name in names}
     feature = graph.call_module("student", (), inputs)
     graph.output(graph.call_module("classifier", (graph.call_module("projector", (feature,)),)))
     made = fx.GraphModule(root, graph, class_name="ReusedClassifier")
