@@ -126,6 +126,47 @@ def hostile_pickles(canary: str) -> Iterator[tuple[str, Make]]:
         yield f"an attribute that hides {name}", saved(with_attribute(name, 5))
 
 
+class Written:
+    """Pickles as a graph module with source code of one's choice."""
+
+    def __init__(self, body: str, imports: str = "import torch"):
+        module = nn.Module()
+        module.conv = nn.Conv2d(3, 4, 3)
+        code = body if "def " in body else f"def forward(self, x):\n    {body}\n    return y\n"
+        self.made = {**vars(module), "_code": code}, imports
+
+    def __reduce__(self) -> Any:
+        return torch.fx.graph_module.reduce_graph_module, self.made
+
+
+def hostile_graphs(canary: str) -> Iterator[tuple[str, Make]]:
+    """Graph modules, which torch would load by running the source in them."""
+    run = f"__import__('os').system('touch {canary}')"
+    for name, code in {
+        "a call": f"y = {run}",
+        "a nested call": f"y = torch.relu({run})",
+        "an imported function": f"y = system('touch {canary}')",
+        "os by way of torch": f"y = torch.os.system('touch {canary}')",
+        "torch.load": f"y = torch.load({canary!r}, weights_only=False)",
+        "torch.save": f"y = torch.save(x, {canary!r})",
+        "an operator that makes files": f"y = torch.from_file({canary!r}, shared=True, size=4)",
+        "an operator without checks": "y = torch.segment_reduce(x, 'max', unsafe=True)",
+        "a method that writes": f"y = x.numpy().tofile({canary!r})",
+        "dunder attributes": "y = x.__class__.__mro__",
+        "a part by code": f'y = getattr(self, "conv\\"); {run}; (\\"")(x)',
+        "a hook hung": "y = self.conv.register_forward_hook(print)",
+        "a default": f"def forward(self, x=({run})):\n    return x",
+        "a decorator": f"@(lambda f: {run})\ndef forward(self, x):\n    return x",
+        "code before it": f"{run}\ndef forward(self, x):\n    return x",
+        "a loop without end": "def forward(self, x):\n    while True: pass\n    return x",
+        "brackets without end": f"y = {'(' * 10**5}{')' * 10**5}",
+        "attributes without end": f"y = x{'.T' * 10**5}",
+        "3 MB of operands": f"y = ({'x, ' * 10**6})",
+    }.items():
+        yield f"a graph with {name}", saved(Written(code, "import torch\nfrom os import system as system"))
+    yield "a graph with an import that runs", saved(Written("y = self.conv(x)", f"import torch\n{run}"))
+
+
 def altered(edit: Callable[[dict[str, bytes]], Any], *, program: bool = False) -> Make:
     """An archive of torch.save or torch.export, one of whose entries was changed."""
 
@@ -311,7 +352,7 @@ def hostile_sizes(canary: str) -> Iterator[tuple[str, Make]]:
 
 def hostile(canary: str) -> dict[str, Make]:
     """All hostile files, by name; each would make the canary if it ran."""
-    kinds = (hostile_pickles, hostile_programs, hostile_archives, hostile_runs, hostile_sizes)
+    kinds = (hostile_pickles, hostile_graphs, hostile_programs, hostile_archives, hostile_runs, hostile_sizes)
     return {name: make for kind in kinds for name, make in kind(canary)}
 
 
@@ -334,6 +375,8 @@ class AttributeDict(dict):  # type: ignore[type-arg]
 def honest() -> dict[str, Make]:
     """One honest file of every kind that people save."""
     import timm
+    import torchvision
+    from torchvision.models.feature_extraction import create_feature_extractor
 
     net, quantise = network, torch.ao.quantization.quantize_dynamic
     optimiser = torch.optim.Adam(net().parameters())
@@ -370,6 +413,10 @@ def honest() -> dict[str, Make]:
         "a sparse buffer": saved(with_attribute("mask", torch.eye(3).to_sparse())),
         "a sparse buffer, CSR": saved(with_attribute("mask", torch.eye(3).to_sparse_csr())),
         "quantised tensor": saved(with_attribute("q", torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8))),
+        "a traced module": saved(torch.fx.symbolic_trace(net())),
+        "torchvision's feature extractor": saved(
+            lambda _: create_feature_extractor(torchvision.models.shufflenet_v2_x0_5(), {"stage2": "a", "stage4": "b"})
+        ),
         "features_only": saved(timm.create_model("resnet10t", features_only=True)),
         "an exported program": altered(lambda _: None, program=True),
         "a program on cuda": altered(

@@ -9,7 +9,7 @@ may be used for. The uses:
   function  a listed pure tensor function, held as an attribute (an activation), never called while loading
   enum      an enumeration of an allowed package
   constant  a dtype, layout, memory format or quantisation scheme of torch
-  graph     torch.fx's maker of graph modules, which would run source from the file: never called, and refused
+  graph     torch.fx's maker of graph modules, which would run source from the file: never called; `graph_code.py` reads that source
   storage, type   what tensors are made of
   trusted   anything of a package the user trusts
   missing   a class of an allowed package that the installed version does not have
@@ -105,6 +105,38 @@ FUNCTIONS: dict[str, tuple[str, ...]] = {
     "torchvision.models.optical_flow.raft": ("_pass_through_h",),
 }
 
+# What the graph of a pickled graph module may use beside the operators that a saved program may call (`operators.py`): functions and
+# methods that only compute tensors and sizes from their arguments.
+_COMPUTES = tuple(
+    "reshape narrow cumprod cummax cummin hsplit vsplit dsplit tensor_split logcumsumexp masked_select unique addmv addbmm allclose dist "
+    "numel is_floating_point".split()
+)
+GRAPH_FUNCTIONS: dict[str, tuple[str, ...]] = {
+    "builtins": ("len",),
+    "torch": (*_COMPUTES, "_assert", "stack", "real", "imag", "complex", "polar"),
+    "torch.functional": _COMPUTES,
+    "torch.nn.functional": tuple(
+        "interpolate pad unfold fold grid_sample affine_grid softmin multi_head_attention_forward dropout1d dropout2d dropout3d upsample "
+        "upsample_bilinear upsample_nearest lp_pool1d lp_pool2d lp_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d "
+        "adaptive_max_pool1d_with_indices adaptive_max_pool2d_with_indices adaptive_max_pool3d_with_indices fractional_max_pool2d "
+        "fractional_max_pool3d max_unpool1d conv_tbc gumbel_softmax local_response_norm logsigmoid normalize softsign tanhshrink "
+        "cross_entropy".split()
+    ),
+    "torchvision.ops.stochastic_depth": ("stochastic_depth",),
+    "torchvision.models.swin_transformer": (
+        *(
+            "shifted_window_attention",
+            "shifted_window_attention_3d",
+            "_patch_merging_pad",
+            "_get_relative_position_bias",
+        ),
+    ),
+}
+GRAPH_METHODS = frozenset(
+    (*_COMPUTES, *"size dim ndimension nelement float half double bfloat16 int long bool byte short char type".split())
+) | {"contiguous", "is_contiguous", "cpu", "tolist"}
+GRAPH_ATTRIBUTES = frozenset("shape ndim dtype device layout T mT H mH real imag requires_grad".split())
+
 # What the storages that torch.save writes are made of.
 STORAGES: dict[str, torch.dtype] = {
     "DoubleStorage": torch.float64,
@@ -161,9 +193,9 @@ def resolve(module: str, name: str, trust: Sequence[str]) -> Named:
     if path in _TYPES:
         return Named(path, "type")
     if name in FUNCTIONS.get(module, ()):
-        found = _look_up(module, name)
+        found = look_up(module, name)
         return Named(path, "function" if callable(found) else "missing", found)
-    if module == "torch" and (constant := _constant(name)) is not None:
+    if module == "torch" and (constant := constant_of_torch(path)) is not None:
         return Named(path, "constant", constant)
     if _within(module, trust):
         return Named(path, "trusted", _import_trusted(module, name))
@@ -173,7 +205,7 @@ def resolve(module: str, name: str, trust: Sequence[str]) -> Named:
 
 
 def _resolve_class(module: str, name: str) -> Named:
-    path, found = f"{module}.{name}", _look_up(module, name)
+    path, found = f"{module}.{name}", look_up(module, name)
     if found is None:
         return Named(path, "missing")
     if path in _PLAIN:
@@ -203,7 +235,8 @@ def _import_trusted(module: str, name: str) -> Any:
         ) from error
 
 
-def _look_up(module: str, name: str) -> Any:
+def look_up(module: str, name: str) -> Any:
+    """What a module of an allowed package has by that name; None if it has nothing."""
     if not all(part.isidentifier() for part in module.split(".")):
         return None
     try:
@@ -212,6 +245,8 @@ def _look_up(module: str, name: str) -> Any:
         return None
 
 
-def _constant(name: str) -> Any:
-    found = vars(torch).get(name)
+def constant_of_torch(path: str) -> Any:
+    """The dtype, layout, memory format or quantisation scheme by a dotted path; None if it is none."""
+    module, _, name = path.rpartition(".")
+    found = vars(torch).get(name) if module == "torch" else None
     return found if isinstance(found, (torch.dtype, torch.layout, torch.memory_format, torch.qscheme)) else None

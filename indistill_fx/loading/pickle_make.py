@@ -16,9 +16,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from indistill_fx.loading.allow_list import FUNCTIONS, Named
+from indistill_fx.loading.graph_code import UnreadableError, read_graph
+from indistill_fx.loading.module_check import find_fault
 from indistill_fx.loading.pickle_scan import Made, Scan, Storage, walk
 from indistill_fx.loading.quantised import INTEGERS, fill_convolution, pack, quantise
 
@@ -30,6 +32,7 @@ _NOTHING = object()
 
 
 _HOOKS = "Take them off before the model is saved, weight_norm by torch.nn.utils.remove_weight_norm, or name the code that makes it."
+GRAPH_HINT = "If it is your own, save it by torch.export.save(torch.export.export(model, inputs), 'model.pt2')."
 MALICIOUS = "No file of torch.save(model, path) does this: it is damaged or malicious. Do not load it elsewhere."
 
 
@@ -145,6 +148,8 @@ class Maker:
                 return kind.value(arguments[0])
             if kind.path == "torch.ScriptObject" and not target.called and arguments == ():
                 return _NOTHING  # its state makes it
+            if kind.use == "graph" and target.called:
+                return self._graph_module(*arguments)
             if kind.use == "call" and target.called:
                 made = self._call(kind.path, arguments)
                 if made is not _NOTHING:
@@ -152,6 +157,18 @@ class Maker:
         how = "calls" if target.called else "makes"
         given = ", ".join(map(name_of, arguments)) if isinstance(arguments, tuple) else name_of(arguments)
         raise UnfitError(f"{how} {name_of(kind)}({given})")
+
+    def _graph_module(self, body: Mapping[str, Any], imports: str) -> fx.GraphModule:
+        """A graph module, its graph read from the source code in the file."""
+        root, held = nn.Module(), {name: self.value(part) for name, part in body.items()}
+        code = held.pop("_code", None) or held.pop("code")
+        vars(root).update(held)
+        if fault := find_fault(root):
+            raise UnfitError(f"holds a graph module of which {fault}")
+        try:
+            return fx.GraphModule(root, read_graph(code, imports, root))
+        except UnreadableError as error:
+            raise UnfitError(f"has a graph module with source code {error}", GRAPH_HINT) from error
 
     def _call(self, path: str, arguments: tuple[Any, ...]) -> Any:
         """What a listed call makes; nothing if these are not the arguments torch.save writes."""

@@ -32,6 +32,7 @@ _OPCODES = (
     *(pickle.STACK_GLOBAL, pickle.ADDITEMS, pickle.FROZENSET, pickle.POP, pickle.POP_MARK),
 )
 _STANDARD: dict[int, Callable[[Any], None]] = {code[0]: pickle._Unpickler.dispatch[code[0]] for code in _OPCODES}
+GRAPH_PARTS = ("_code", "code", "training", "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 _TENSORS = ("torch._utils._rebuild_", "torch._tensor._rebuild_")
 
 
@@ -186,6 +187,8 @@ class _Reader(pickle._Unpickler):
             plain = _rebuild_plain(kind.path, arguments)
             if plain is not None:
                 return plain
+            if kind.use == "graph":
+                arguments = _needed_of_graph(arguments)
         made = Made(kind, arguments, called)
         self.scan.steps.append(("make", made, None))
         return made
@@ -267,6 +270,14 @@ class _Reader(pickle._Unpickler):
         pickle.ADDITEMS[0]: _load_additems,
         pickle.FROZENSET[0]: _load_frozenset,
     }
+
+
+def _needed_of_graph(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Of a graph module only its source, its parts and its flag; torch's other notes, such as the graph's own nodes, are left out."""
+    match arguments:
+        case (dict(body), str(imports)):
+            return {name: body[name] for name in GRAPH_PARTS if name in body}, imports
+    return arguments
 
 
 def _require_plain(keys: Iterable[Any]) -> None:

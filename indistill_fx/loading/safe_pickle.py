@@ -19,14 +19,14 @@ from indistill_fx.errors import ConfigError
 from indistill_fx.loading.allow_list import Named
 from indistill_fx.loading.file_kinds import SAVE_AGAIN, damaged, open_zip
 from indistill_fx.loading.module_check import find_fault
-from indistill_fx.loading.pickle_make import MALICIOUS, Maker, UnfitError
+from indistill_fx.loading.pickle_make import GRAPH_HINT, MALICIOUS, Maker, UnfitError
 from indistill_fx.loading.pickle_scan import Scan, Storage, go_through, walk
 
 _LEGACY_MAGIC, _LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 # Names that say how an honest file came to be refused.
 _HINTS = {
     "__main__.": "It was defined in a script: name that, as in script.py:make_model@weights.safetensors.",
-    "torch.fx.": "A GraphModule is pickled as source code: save it by torch.export.save(program, 'model.pt2').",
+    "torch.fx.": GRAPH_HINT,
     "torch._dynamo.": "A compiled model is not picklable as such: save the model that was compiled, model._orig_mod.",
     "torch.nn.utils.": "Take off what hangs there before the model is saved: torch.nn.utils.remove_weight_norm and others.",
     "torch.nn.parameter.Uninitialized": "It was never run: run it once on an example, so that its lazy layers get their sizes.",

@@ -11,9 +11,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-import torchvision
-from torch import nn
-from torchvision.models.feature_extraction import create_feature_extractor
+from torch import fx, nn
 
 import indistill_fx as ifx
 from indistill_fx.errors import ConfigError
@@ -93,9 +91,11 @@ def test_models_of_other_makes(name, tmp_path):
     torch.testing.assert_close(found, expected)
 
 
-def test_a_graph_module_is_source_code_and_is_refused_with_what_to_do(tmp_path):
-    """torchvision's feature extractor is pickled as code that unpickling would run; it is not called damaged."""
-    torch.save(create_feature_extractor(torchvision.models.resnet18(), ["layer1"]), tmp_path / "model.pt")
-    with pytest.raises(ConfigError, match=r"pickled as source code: save it by torch\.export\.save") as told:
+def test_a_graph_that_calls_the_users_own_function_is_refused_with_what_to_do(tmp_path):
+    """It is not called damaged."""
+    graph = fx.Graph()
+    graph.output(graph.call_function(read_state_dict, (graph.placeholder("x"),)))
+    torch.save(fx.GraphModule(nn.Module(), graph), tmp_path / "model.pt")
+    with pytest.raises(ConfigError, match=r"save it by torch\.export\.save") as told:
         ifx.load(str(tmp_path / "model.pt"))
     assert "damaged" not in str(told.value)
