@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from indistill_fx.errors import ConfigError, TrainError
-from indistill_fx.loading.bounded import Bounded
 from indistill_fx.loading.input_facts import InputFacts, remember
 from indistill_fx.loading.load import Source, load_source
 from indistill_fx.loading.spec import LARGEST_IN_A_FILE, Spec, is_input_size, parse_spec
 from indistill_fx.loading.state_dicts import count_numbers, load_weights
+from indistill_fx.runs.bounded import Bounded
 from indistill_fx.runs.directory import BEST, EXPORT, LAST, MOST_BYTES, STUDENT
 from indistill_fx.runs.saved_outputs import is_saved_outputs, load_outputs
 from indistill_fx.runs.signature import is_signed, sign
