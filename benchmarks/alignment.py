@@ -275,7 +275,7 @@ def table(path: Path) -> None:
     record = json.loads(path.read_text())
     for what, title in (("cases", "Human pairings"), ("pairings", "Our own pairings")):
         results = record.get(what, {}).get("results", {})
-        print(f"\n### {title}, {record.get(what, {}).get('date', 'not run')}\n")
+        print(f"\n### {title}, {record.get(what, {}).get('date', 'not run')[:10]}\n")
         print("| case | places | exact | site | shape | contradictions |\n|---|---|---|---|---|---|")
         for name, row in results.items():
             recalls = " | ".join(f"{row[measure]:.2f}" for measure in ("recall_exact", "recall_site", "recall_shape"))

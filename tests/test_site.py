@@ -34,8 +34,9 @@ def test_a_guide_runs_as_it_stands(guide, tmp_path):
         pytest.importorskip(package, reason=f"needs {package}, which `pip install -e '.[dev]'` brings")
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     (tmp_path / "bin").mkdir()
-    (tmp_path / "bin/indistill-fx").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m indistill_fx "$@"\n')
-    (tmp_path / "bin/indistill-fx").chmod(0o755)
+    for command, runs in (("indistill-fx", "-m indistill_fx"), ("python", "")):
+        (tmp_path / "bin" / command).write_text(f'#!/bin/sh\nexec "{sys.executable}" {runs} "$@"\n')
+        (tmp_path / "bin" / command).chmod(0o755)
     given = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
     given |= {"HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     blocks = re.findall(r"```(python|sh)\n(.*?)```", text, flags=re.S)

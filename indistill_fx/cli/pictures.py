@@ -220,7 +220,9 @@ def open_pictures(spec: str, options: Mapping[str, Any], *sources: Source, train
     arguments: dict[str, Any] = asked | _wanted(spec, asked, known) | more
     data = open_data(spec, **arguments)
     different = check_class_order(sources[0], data.classes) if sources else None
-    for note in (*data.notes, *((different,) if different else ())):
+    limited = options.get("limit") is not None  # else the limit is the command's own, in `more`
+    notes = [note for note in data.notes if limited or "no parameter `limit`" not in note]
+    for note in (*notes, *((different,) if different else ())):
         say(note)
     return data
 

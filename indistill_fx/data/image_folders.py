@@ -258,5 +258,5 @@ def _absent(folder: Path, name: str) -> ConfigError:
         where=str(folder),
         got=found,
         expected="train/<class>/ and test/<class>/ (or val/<class>/)",
-        hint="Give the folder that holds both splits.",
+        hint=f"Give the folder that holds both splits. If there is only one, move part of it: {name}/<class>/ for each class.",
     )

@@ -222,4 +222,7 @@ def _hint_foreign(foreign: Sequence[str]) -> str:
     if packages & {"torch", "numpy", *sys.stdlib_module_names}:
         return "Models and weights need none of this; if it is a training checkpoint, ask for its weights alone."
     asked = " ".join(f"--trust {package}" for package in sorted(packages))
-    return f"If you trust its origin: {asked}. Or name the code: package.module:make_model@weights.safetensors."
+    return (
+        f"If you trust its origin, add {asked}. Or save only the weights, torch.save(model.state_dict(), 'weights.pt'), and name the "
+        "code: models.py:Net@weights.pt."
+    )

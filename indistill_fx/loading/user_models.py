@@ -84,8 +84,14 @@ def _require_callable(factory: Any, spec: str, arguments: Mapping[str, Any]) -> 
             f"{spec} cannot be called with {', '.join(arguments) or 'no arguments'}: {error}.",
             where=_place_of(factory, spec),
             got=dict(arguments),
-            hint=f"It takes {signature}; give arguments as {spec}?name=value.",
+            hint=f"It takes {signature}; give arguments as '{spec}?{_needed(signature)}'.",
         ) from error
+
+
+def _needed(signature: inspect.Signature) -> str:
+    """How the arguments without a default are written in a spec."""
+    needed = [name for name, parameter in signature.parameters.items() if parameter.default is parameter.empty]
+    return "&".join(f"{name}=…" for name in needed) or "name=value"
 
 
 def _failed(error: BaseException, who: str, spec: str) -> FrontendError:

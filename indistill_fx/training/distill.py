@@ -357,7 +357,7 @@ def _phases(
                 module,
                 stage.budget or budget,
                 main=main,
-                tap="" if main else ", ".join(pair.teacher for pair in stage.pairs),
+                tap="" if main else _shortened([pair.teacher for pair in stage.pairs]),
                 cost=module.macs[0] + 3 * module.macs[1],  # the backward pass costs two forward passes
                 attach=store.attach if store is not None else None,
                 also=stage.criterion.described if isinstance(stage.criterion, KeptFeature) else "",
@@ -365,3 +365,7 @@ def _phases(
             )
         )
     return phases
+
+
+def _shortened(taps: Sequence[str]) -> str:
+    return ", ".join(taps) if len(taps) <= 3 else f"{len(taps)} of the teacher's layers"

@@ -137,7 +137,7 @@ class State:
         value = epochs[-1].value(metric)
         told = "" if value is None else f", {metric.title} {metric.text(value)}"
         losses = " → ".join(f"{epoch.loss:.4g}" for epoch in (epochs[0], *epochs[1:][-1:]))
-        count = f"{len(epochs)} epoch{'s' if len(epochs) > 1 else ''}, {self.steps} steps"
+        count = f"{len(epochs)} epoch{'s' if len(epochs) > 1 else ''}, {self.steps} step{'s' if self.steps != 1 else ''}"
         return f"{phase.name}: {count}, {seconds:.1f} s, loss {losses}{told}"
 
     def to_json(self) -> dict[str, Any]:
