@@ -14,7 +14,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     from indistill_fx.cli import app
 
     parts = [_section("indistill-fx", app, None)]
-    top = click.Context(app, info_name="indistill-fx", terminal_width=100, max_content_width=100)
+    top = click.Context(app, info_name="indistill-fx", terminal_width=80, max_content_width=80)
     for name in app.list_commands(top):
         command = app.get_command(top, name)
         assert command is not None
@@ -24,5 +24,5 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 def _section(title: str, command: click.Command, parent: click.Context | None) -> str:
     name = title.split()[-1]
-    context = click.Context(command, parent, name, terminal_width=100, max_content_width=100)
+    context = click.Context(command, parent, name, terminal_width=80, max_content_width=80)
     return f"## {title}\n\n```text\n{command.get_help(context)}\n```"

@@ -137,12 +137,16 @@ class State:
         value = epochs[-1].value(metric)
         told = "" if value is None else f", {metric.title} {metric.text(value)}"
         losses = " → ".join(f"{epoch.loss:.4g}" for epoch in (epochs[0], *epochs[1:][-1:]))
-        count = f"{len(epochs)} epoch{'s' if len(epochs) > 1 else ''}, {self.steps} step{'s' if self.steps != 1 else ''}"
+        count = f"{_counted(len(epochs), 'epoch')}, {_counted(self.steps, 'step')}"
         return f"{phase.name}: {count}, {seconds:.1f} s, loss {losses}{told}"
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""
         return {_IN_FILES.get(name, name): value for name, value in asdict(self).items()}
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 _IN_FILES = {"phase": "leg"}
