@@ -1,6 +1,7 @@
 """Coverage-guided fuzzing (atheris, libFuzzer) of everything that reads a file or a text from outside: no crash, no hang, no fault of ours.
 
     python benchmarks/fuzz_readers.py --minutes 30 [--reader module …] [--json FILE]
+    python benchmarks/fuzz_readers.py --json FILE --add FILE…
 
 For each reader one process of its own starts from sound files and follows what reaches new lines of ours. Archives are also
 taken apart, mutated within one entry, and put together anew, so that their checksums do not stop it at the door. A refusal
@@ -172,7 +173,13 @@ def readers() -> dict[str, tuple[Reader, Callable[[], list[bytes]]]]:
     specs = ["torchvision:resnet18?num_classes=10@w.pt", "models.py:make?width=(1,2)", "a@b.pt", "C:\\m.pt"]
     inputs = ["3x32x32", "input_ids:int64[0..30521]x128", "mask:boolx8"]
     return {
-        "module": (whole, lambda: [saved(lambda f: torch.save(model(), f))]),
+        "module": (
+            whole,
+            lambda: [
+                saved(lambda f: torch.save(model(), f)),
+                saved(lambda f: torch.save(torch.fx.symbolic_trace(model()), f)),
+            ],
+        ),
         "legacy module": (
             whole,
             lambda: [saved(lambda f: torch.save(model(), f, _use_new_zipfile_serialization=False))],
@@ -285,6 +292,20 @@ def trial(name: str, seconds: int, keep: Path | None) -> dict[str, Any]:
     return {"reader": name, "seconds": seconds_taken, "inputs": int(inputs[1]) if inputs else None, "faults": faults}
 
 
+def add(found: list[dict[str, Any]], path: Path) -> None:
+    """Write results to a file, added to those of earlier sittings in it: seconds and inputs are summed, faults kept."""
+    from indistill_fx.runs.record import environment
+
+    held = {one["reader"]: one for one in json.loads(path.read_text())["readers"]} if path.exists() else {}
+    for one in found:
+        before = held.get(one["reader"], {"seconds": 0, "inputs": 0, "faults": {}})
+        sums = {key: before[key] + (one[key] or 0) for key in ("seconds", "inputs")}
+        held[one["reader"]] = {"reader": one["reader"], **sums, "faults": before["faults"] | one["faults"]}
+    told = {"command": " ".join(sys.argv), "date": datetime.now(UTC).isoformat(timespec="seconds")}
+    whole = {**told, "environment": environment("cpu", 1), "readers": list(held.values())}
+    path.write_text(json.dumps(whole, indent=2) + "\n")
+
+
 NAMES = (
     *(
         "module",
@@ -307,13 +328,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=1.0, help="for each reader")
     parser.add_argument("--reader", action="append", choices=NAMES, help="only this one; may be repeated")
-    parser.add_argument("--json", metavar="FILE", help="also write the result here")
+    parser.add_argument("--json", metavar="FILE", help="also add the result to what is in this file")
+    parser.add_argument("--add", metavar="FILE", nargs="+", help="do not fuzz: add what these files hold")
     parser.add_argument("--keep", metavar="DIR", help="copy inputs that failed here")
     for hidden in ("--child", "--seconds", "--place"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         fuzz(options.child, int(options.seconds), Path(options.place))
+    if options.add:
+        for path in map(Path, options.add):
+            add(json.loads(path.read_text())["readers"], Path(options.json))
+        return
     if options.keep:
         Path(options.keep).mkdir(parents=True, exist_ok=True)
     found = []
@@ -321,12 +347,7 @@ def main() -> None:
         found.append(trial(name, round(60 * options.minutes), Path(options.keep) if options.keep else None))
         print(json.dumps(found[-1]), flush=True)
         if options.json:
-            from indistill_fx.runs.record import environment
-
-            told = {"command": " ".join(sys.argv), "date": datetime.now(UTC).isoformat(timespec="seconds")}
-            Path(options.json).write_text(
-                json.dumps({**told, "environment": environment("cpu", 1), "readers": found}, indent=2) + "\n"
-            )
+            add(found[-1:], Path(options.json))
     sys.exit(1 if any(one["faults"] or not one["inputs"] for one in found) else 0)
 
 

@@ -85,7 +85,7 @@ class RunDirectory:
         return self
 
     def _open(self) -> None:
-        if not self._resume and (os.path.exists(self.path / "run.json") or self.has_checkpoint):
+        if not self._resume and self._is_taken():
             raise ConfigError(
                 f"{self.path} already holds a run.",
                 where=str(self.path),
@@ -113,6 +113,17 @@ class RunDirectory:
             for tracker in self._trackers:
                 tracker.finish()
             self._lock.release()
+
+    def clear(self) -> None:
+        """Drop the checkpoint of a run that failed before its first step, so that it can be started again here."""
+        if self.writes:
+            (self.path / LAST).unlink(missing_ok=True)
+
+    def _is_taken(self) -> bool:
+        """Whether a new run would write over one; not over one that failed before it had anything to show."""
+        if self.has_checkpoint or os.path.exists(self.path / "metrics.jsonl"):
+            return True
+        return os.path.exists(self.path / "run.json") and self.reported().get("status") != "failed"
 
     @property
     def has_checkpoint(self) -> bool:

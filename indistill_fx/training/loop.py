@@ -113,8 +113,9 @@ class TrainingLoop:
         """
         if not self._saver.resumed:
             self._save(None, None)
-        for index in range(self.state.phase, len(self.phases)):
-            self._train_phase(index, self.phases[index])
+        with self._saver.started(self.state):
+            for index in range(self.state.phase, len(self.phases)):
+                self._train_phase(index, self.phases[index])
 
     def _train_phase(self, index: int, phase: Phase) -> None:
         together = self._settings.sync_batch_norm and self._accelerator.num_processes > 1

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from indistill_fx.errors import IndistillError
 from indistill_fx.runs.checkpoint import (
     load_checkpoint,
     model_tensors,
@@ -154,6 +155,16 @@ class Saver:
                 self._saved_at = time.monotonic()
                 self._took = self._saved_at - began
         return None
+
+    @contextmanager
+    def started(self, state: State) -> Iterator[None]:
+        """Within the block an error before the first step drops the checkpoint: the run can be started again in its directory."""
+        try:
+            yield
+        except IndistillError:
+            if not state.all_steps and self._directory is not None:
+                self._directory.clear()
+            raise
 
     def save_best(self, metric: str, value: float, epoch: int) -> None:
         """Write the student's weights as the best there were."""

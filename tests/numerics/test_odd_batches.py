@@ -70,3 +70,14 @@ def test_epochs_are_whole_numbers(epochs):
 def test_what_is_no_batch_is_refused(batch):
     with pytest.raises(ConfigError):
         distill(net(8), net(4), [batch])
+
+
+def test_a_run_whose_first_batch_is_refused_can_be_started_again_in_its_directory(tmp_path):
+    """It left a begun run, which the same command, its data mended, refused to write over."""
+    out_of_range = [(X, torch.full((6,), 7))]
+    with pytest.raises(ConfigError, match="label"):
+        distill(net(8), net(4), out_of_range, run_dir=tmp_path / "run", curriculum=Curriculum(lengths=[]))
+    distill(net(8), net(4), [(X, Y)], run_dir=tmp_path / "run")
+    assert '"status": "done"' in (tmp_path / "run" / "run.json").read_text()
+    with pytest.raises(ConfigError, match="already holds a run"):
+        distill(net(8), net(4), [(X, Y)], run_dir=tmp_path / "run")
