@@ -3,10 +3,10 @@
     python benchmarks/blocks.py --json benchmarks/results/blocks.json [--seeds 0 1 2] [--macs 0.3] [--images 400]
 
 scikit-learn's digits as 16 patches of 2x2; teacher: torchvision's VisionTransformer, 12 blocks of 4 heads and width 64, trained once
-a seed on all 1,442 images. Student: the teacher cut by `compress` (heads and MLP widths go). Ways: `kd`: KD alone; `joint`: all pairs
-at once, from the student's own features; `fed`: all blocks at once, each fed by the teacher; `steps`: pair after pair, one epoch each;
-`curriculum`: the paper's 3, 4, … epochs. The first four have the same epochs in all; the curriculum has its own, and the main epochs
-of the others.
+a seed on all 1,442 images. Student: the teacher cut by `compress` (heads and MLP widths go). Ways: `kd`: KD alone; `short`: all pairs
+at once, from the student's own features, for three tenths of the epochs, which is what `compress` does; `joint`: the same for as many
+epochs as there are pairs; `fed`: all blocks at once, each fed by the teacher; `steps`: pair after pair, one epoch each; `curriculum`: the
+paper's 3, 4, … epochs. All but the last have the same epochs in all; the curriculum has its own, and the main epochs of `joint`.
 """
 
 from __future__ import annotations
@@ -51,9 +51,10 @@ def transformer() -> nn.Module:
 
 def ways(epochs: int, pairs: int) -> dict[str, tuple[Curriculum, int]]:
     """The warm-up of every way, and the epochs of its main stage."""
-    rest = epochs - pairs
+    rest, short = epochs - pairs, round(0.3 * epochs)
     return {
         "kd": (NO_WARMUP, epochs),
+        "short": (Curriculum(together=True, lengths=short, learning_rate=RATE), epochs - short),
         "joint": (Curriculum(together=True, lengths=pairs, learning_rate=RATE), rest),
         "fed": (Curriculum(feed="teacher", lengths=pairs, learning_rate=RATE), rest),
         "steps": (Curriculum(lengths=[1] * pairs, learning_rate=RATE), rest),
@@ -77,6 +78,8 @@ def rows_of(seed: int, options: argparse.Namespace, data: Data) -> list[dict[str
     facts["before"] = evaluate(start, data.test).accuracy
     rows = []
     for way, (curriculum, main) in ways(options.epochs, len(plan.pairs)).items():
+        if way not in options.ways:
+            continue
         student, began = copy.deepcopy(start), time.perf_counter()
         ifx.distill(
             traced, student, few.train, plan=plan, curriculum=curriculum, epochs=main, learning_rate=RATE,
@@ -96,6 +99,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=400)
     parser.add_argument("--epochs", type=int, default=36)
     parser.add_argument("--teacher-epochs", type=int, default=30)
+    parser.add_argument("--ways", nargs="+", default=[*ways(36, 13)], choices=[*ways(36, 13)])
     parser.add_argument("--json")
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -83,7 +83,7 @@ def command(
     from indistill_fx.errors import ConfigError
 
     asked = {name: wishes.pop(name) for name in pictures.NAMES}
-    from indistill_fx.compression.compress import in_both_modes
+    from indistill_fx.compression.basis import in_both_modes
 
     if plan_file and (others := [f"--{name.replace('_', '-').rstrip('s')}" for name, wish in wishes.items() if wish]):
         raise ConfigError(
@@ -99,7 +99,8 @@ def command(
     if plan_file:
         _save(_narrowed(traced, plan_file, ranking), output)
     else:
-        basis = in_both_modes(traced, logits) if _is_directory(output) else traced
+        said = partial(common.console().print, soft_wrap=True)
+        basis = in_both_modes(traced, logits, said) if _is_directory(output) else traced
         smaller, report = _shrunk(basis, layers, **wishes, **ranking)
         _save(smaller, output, traced, report)
 
@@ -133,7 +134,7 @@ def _save(
         else:
             out.print(f"Written to {target}. Load it as {source.save(target)}", soft_wrap=True, highlight=False)
             if original is not None and report is not None:
-                student = trace(source.build(), original.example_inputs, role="student")
+                student = trace(source.build(), original.example, role="student")
                 with suppress(MatchError):  # nothing to pair, and so nothing to warm up
                     plan_of(original, student, report.axes).save(target / "plan.json")
             return

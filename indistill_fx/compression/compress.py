@@ -22,12 +22,13 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
+from indistill_fx.compression.basis import in_both_modes
 from indistill_fx.compression.correspond import plan_of
 from indistill_fx.compression.latency import Clock, Runtime
 from indistill_fx.compression.make_student import Budget, Measure, Step, Untrained, calibration, make_student, measured
 from indistill_fx.compression.write_source import SOURCE, source_of
 from indistill_fx.curriculum import Curriculum
-from indistill_fx.errors import ConfigError, ExportError, FrontendError
+from indistill_fx.errors import ConfigError, ExportError
 from indistill_fx.evaluation.accuracy import Evaluation, evaluate
 from indistill_fx.graph.module_state import digest
 from indistill_fx.loading.spec import parse_spec
@@ -174,7 +175,9 @@ def compress(
         found = task_of_run(task, train_loader, source, model.inputs, logits=logits, required=False)
         by = found.task if found.said else None  # what cannot be told is compared by the outputs' form
         measure = Measure(batches, judge, clock if latency_ms is not None else None, say, by)
-        untrained = make_student(in_both_modes(model, logits), budget, measure, criterion=criterion, round_to=round_to)
+        untrained = make_student(
+            in_both_modes(model, logits, say), budget, measure, criterion=criterion, round_to=round_to
+        )
         made = _write(home, model, untrained, identity, every_block, say)
     given = {"curriculum": curriculum, "main": main, "main_options": main_options, "epochs": epochs}
     settings: dict[str, Any] = {**RECIPES["compress"].student, **options}
@@ -200,21 +203,9 @@ def _about(made: _Made, model: TracedModel, told: Mapping[str, Any]) -> dict[str
     """What the run keeps so that its student can be built again."""
     if not made.spec:
         return dict(told)
-    size = tuple(next(value for value in model.example_inputs if isinstance(value, Tensor)).shape[1:])
+    size = tuple(next(value for value in model.example_values if isinstance(value, Tensor)).shape[1:])
     rest = {key: value for key, value in told.items() if key != "data"}
     return about_model(made.spec, str(told.get("data", "")), size, **rest)
-
-
-def in_both_modes(teacher: TracedModel, logits: str | int | None = None) -> TracedModel:
-    """The teacher traced as a student is, so that what its code does by `self.training` stays in what is made of it.
-
-    Where the two modes cannot be brought together it is the teacher as it was traced: in eval mode.
-    """
-    try:
-        found = trace(teacher.module, teacher.example_inputs, role="student", logits=logits)
-    except FrontendError:
-        return teacher
-    return teacher if any(note.startswith("in eval mode") for note in found.report.notes) else found
 
 
 def _device(model: TracedModel) -> torch.device:
@@ -258,7 +249,7 @@ def _before(home: Path, identity: Mapping[str, Any], model: TracedModel) -> _Mad
     if not (home / SOURCE).exists() or not is_signed(parse_spec(spec), told.get("seal")):
         return None
     student = load(f"{spec}@{home / START}").to(_device(model))
-    traced = trace(student, model.example_inputs, role="student")
+    traced = trace(student, model.example, role="student")
     return _Made(student, traced, AlignmentPlan.load(home / "plan.json"), steps[: told["made"]], spec)
 
 
@@ -283,7 +274,7 @@ def _write(
         source.save(home)
         os.replace(home / STUDENT, home / START)  # student.safetensors is the trained one's
         spec, student = f"{home / SOURCE}:Student", source.build().to(_device(model))
-        traced = trace(student, model.example_inputs, role="student")
+        traced = trace(student, model.example, role="student")
     plan = plan_of(model, traced, untrained.shrunk.axes, every_block=every_block)
     plan.save(home / "plan.json")
     curves = [asdict(curve) for curve in untrained.curves]
@@ -299,7 +290,8 @@ def _write(
         sensitivity=curves,
         repaired=repaired,
     )
-    say(f"{len(plan.pairs)} pairs; widths, sensitivities and repairs are in {home / STORY}")
+    count = len(plan.pairs)
+    say(f"{count} pair{'s' * (count != 1)}; widths, sensitivities and repairs are in {home / STORY}")
     return _Made(student, traced, plan, untrained.steps, spec)
 
 
@@ -329,11 +321,11 @@ def _finished(
         say(
             f"Training made it worse than it was before ({best.name}: {best.shown}). Try a lower --lr, or more --epochs."
         )
-    example = tuple(v[:1] if isinstance(v, Tensor) and v.dim() else v for v in model.example_inputs)
+    example = tuple(v[:1] if isinstance(v, Tensor) and v.dim() else v for v in model.example_values)
     if not made.spec:
         from indistill_fx.deploy.save_pt2 import save_program
 
-        save_program(student, model.example_inputs, home / "student.pt2")
+        save_program(student, model.example_values, home / "student.pt2")
         save_tensors(home / STUDENT, state_tensors(student))
     if export:
         from indistill_fx.deploy.export_onnx import export_onnx

@@ -174,7 +174,7 @@ def make_student(
         PruneError: the budget cannot be met, or nothing can go.
     """
     clock = measure.clock if budget.latency_ms is not None else None
-    before = clock.ms(teacher.graph_module, teacher.example_inputs) if clock is not None else None
+    before = clock.ms(teacher.graph_module, teacher.example_values) if clock is not None else None
     steps = [measure.step("teacher", teacher, teacher, before)]
     known = analyse(teacher, criterion=criterion, loader=measure.batches if criterion != "l1" else None)
     curves = sensitivities(teacher, known, measure.batches[:_FOR_CURVES], measure.task)
@@ -245,7 +245,7 @@ def _shrunk(
         most = share * macs
         stay = whole if share >= 1 else allocate(known, curves, known.cost.macs, most, floor=floor, round_to=round_to)
         result = keep_classes(teacher, known, stay)
-        made[share] = result, clock.ms(result.value.graph_module, teacher.example_inputs)
+        made[share] = result, clock.ms(result.value.graph_module, teacher.example_values)
         return made[share][1]
 
     share = bisect(time_of, budget.latency_ms, smallest=_smallest(known, curves, round_to, floor) / macs * 1.001)

@@ -164,13 +164,13 @@ def _prove(source: StudentSource, model: TracedModel) -> None:
     Raises:
         ExportError: they differ, or it does not run.
     """
-    inputs = tuple(v.detach().clone() if isinstance(v, Tensor) else v for v in model.example_inputs)
+    inputs = tuple(v.detach().clone() if isinstance(v, Tensor) else v for v in model.example_values)
     device = next(iter(source.state.values()), torch.zeros(())).device
     try:
         student = source.build().to(device).eval()
         with torch.random.fork_rng(), torch.no_grad(), mode(model.graph_module, training=False):
-            expected = model.graph_module(*inputs, **model.example_kwargs)
-            got = student(*inputs, **model.example_kwargs)
+            expected = model.graph_module(*inputs)
+            got = student(*inputs)
     except ExportError:
         raise
     except Exception as error:  # whatever the generated code raises

@@ -28,6 +28,11 @@ def left_behind(module: nn.Module) -> dict[int, Tensor]:
     return {id(tensor): tensor.detach().clone() for tensor in held if not tensor.is_leaf}
 
 
+def is_computed(part: nn.Module) -> bool:
+    """Whether a module computes one of its own weights anew at every call."""
+    return is_parametrized(part) or any(isinstance(hook, _COMPUTING) for hook in part._forward_pre_hooks.values())
+
+
 def why_opaque(module: nn.Module) -> str | None:
     """Why nothing can be said of what a module computes, beyond its class: a hook, or weights that are computed anew; else None."""
     if is_parametrized(module):

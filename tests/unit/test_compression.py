@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from torch import nn
@@ -439,3 +440,87 @@ def test_nothing_to_remove(tmp_path):
     with pytest.raises(ifx.PruneError, match="Nothing in this network can go"):
         ifx.compress(nn.Sequential(nn.Flatten(), nn.Linear(768, 5)), data_of(), macs=0.5, run_dir=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+class _TwoInputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.table, self.mix, self.last = (
+            nn.Conv2d(3, 12, 3, 2),
+            nn.Linear(6, 12),
+            nn.Linear(12, 24),
+            nn.Linear(24, 3),
+        )
+
+    def forward(self, image, table):
+        return self.last(self.mix(self.conv(image).relu().mean((2, 3)) + self.table(table).tanh()).relu())
+
+
+class _Depth(nn.Module):
+    """Stochastic depth written by hand; `other` reads the batch size of another tensor, which no rule sees through."""
+
+    def __init__(self, other: bool):
+        super().__init__()
+        self.first, self.last, self.other = nn.Conv2d(3, 24, 3, 2, 1), nn.Linear(24, 5), other
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(24, 24, 3, padding=1), nn.BatchNorm2d(24)) for _ in range(2)
+        )
+
+    def forward(self, x):
+        x = self.first(x)
+        for block in self.blocks:
+            y = block(x).relu()
+            if self.training:
+                count = (x if self.other else y).shape[0]
+                y = y * torch.bernoulli(torch.full((count, 1, 1, 1), 0.5)) / 0.5
+            x = x + y
+        return self.last(x.mean((2, 3)))
+
+
+def _normed() -> nn.Module:
+    parametrizations = nn.utils.parametrizations
+    return nn.Sequential(
+        parametrizations.weight_norm(nn.Conv2d(3, 24, 3, 2)), nn.ReLU(), parametrizations.spectral_norm(nn.Conv2d(24, 24, 3)),
+        nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 5),
+    )  # fmt: skip
+
+
+def _compressed(model: nn.Module, batches: list, folder, said: list[str]) -> ifx.Compressed:
+    return ifx.compress(
+        model, batches, run_dir=folder, macs=0.5, epochs=1, progress=False, device="cpu", samples=16, say=said.append
+    )
+
+
+def test_inputs_by_name(tmp_path):
+    x = images(4, 16)
+    batches = [{"image": x, "table": torch.randn(4, 6), "labels": torch.arange(4) % 3, "file": ["a"] * 4}] * 2
+    made = _compressed(seeded(_TwoInputs), batches, tmp_path, [])
+    given = {name: batches[0][name] for name in ("image", "table")}
+    made.student.eval()
+    loaded = ifx.load(made.spec).eval()
+    assert torch.equal(loaded(**given), made.student(**given)) and made.steps[-1].macs <= 0.5 * made.steps[0].macs
+    session = onnxruntime.InferenceSession(tmp_path / "student.onnx")
+    assert [entry.name for entry in session.get_inputs()] == ["image", "table"]
+
+
+def test_weights_that_are_computed_anew_become_plain_ones(tmp_path):
+    said: list[str] = []
+    model = seeded(_normed)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    made = _compressed(model, [(images(4, 16), torch.arange(4))] * 2, tmp_path, said)
+    assert set(made.student.state_dict()) == {f"{k}.{name}" for k in (0, 2, 6) for name in ("weight", "bias")}
+    assert made.steps[-1].macs <= 0.5 * made.steps[0].macs and "are plain parameters of the student" in said[0]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_stochastic_depth_by_hand_stays_where_it_lets_channels_go(other, tmp_path):
+    said: list[str] = []
+    made = _compressed(unsettle(seeded(_Depth, other)), [(images(4, 16), torch.arange(4))] * 2, tmp_path, said)
+    assert made.steps[-1].macs <= 0.5 * made.steps[0].macs
+    student, x = made.student.train(), images(8, 16)
+    for part in student.modules():
+        part.training = part.training and not isinstance(part, nn.BatchNorm2d)
+    torch.manual_seed(0)
+    random = not torch.equal(student(x), student(x))
+    assert random is not other and ("as the teacher does in eval mode" in said[0]) is other

@@ -26,7 +26,8 @@ from indistill_fx.graph.ops import BINARY, UNARY, attribute, is_inplace, op_name
 from indistill_fx.passes.capture.captured import Captured, assemble, is_leaf
 
 _MAKERS = frozenset(
-    "size getattr getitem new_empty new_ones new_zeros rand rand_like randn_like bernoulli empty ones dim".split()
+    "size getattr getitem dim empty empty_like full full_like ones ones_like zeros zeros_like new_empty new_full new_ones new_zeros"
+    " rand rand_like randn randn_like bernoulli".split()
 )
 
 

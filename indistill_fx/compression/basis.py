@@ -1,0 +1,58 @@
+"""What a student is made of: the teacher, traced so that what its code does in train mode stays where it can."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import numpy as np
+
+from indistill_fx.errors import FrontendError
+from indistill_fx.graph.computed_weights import is_computed, left_behind, write_out_weights
+from indistill_fx.passes.capture.trace import trace
+from indistill_fx.passes.pruning.shrink import Analysis, analyse
+from indistill_fx.traced import TracedModel
+
+
+def in_both_modes(
+    teacher: TracedModel, logits: str | int | None = None, say: Callable[[str], None] = lambda text: None
+) -> TracedModel:
+    """The teacher traced as a student is, so that what its code does by `self.training` stays in what is made of it.
+
+    Rules, in order:
+      1. Weights that are computed anew at every call (weight norm, spectral norm, masks) become parameters of their present value.
+      2. Where the two modes cannot be brought together, or where train mode keeps work from going that eval mode lets go, it is the teacher
+         as it was traced: in eval mode.
+
+    Args:
+        teacher: as it was traced.
+        logits: key or index of the main output.
+        say: called with a line where rule 2 holds.
+    """
+    module = teacher.module
+    if any(map(is_computed, module.modules())):
+        module = copy.deepcopy(module, left_behind(module))
+        write_out_weights(module)
+        say(
+            "Weights that the teacher computes anew at every call (weight norm, spectral norm, masks) are plain parameters of the student."
+        )
+    try:
+        found = trace(module, teacher.example, role="student", logits=logits)
+    except FrontendError:
+        return teacher
+    if any(note.startswith("in eval mode") for note in found.report.notes):
+        return teacher
+    both, alone = analyse(found), analyse(teacher)
+    if _fixed_macs(both) <= _fixed_macs(alone):
+        return found
+    say(
+        "The student computes as the teacher does in eval mode: what its code does in train mode alone would keep more channels."
+    )
+    return teacher
+
+
+def _fixed_macs(known: Analysis) -> int:
+    """Multiply-accumulates of what stays in any case."""
+    stay = np.zeros(len(known.classes.scores), dtype=bool)
+    stay[[*known.classes.reasons]] = True
+    return known.cost.macs(stay)
