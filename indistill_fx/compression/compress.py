@@ -175,18 +175,15 @@ def compress(
         found = task_of_run(task, train_loader, source, model.inputs, logits=logits, required=False)
         by = found.task if found.said else None  # what cannot be told is compared by the outputs' form
         measure = Measure(batches, judge, clock if latency_ms is not None else None, say, by)
-        untrained = make_student(
-            in_both_modes(model, logits, say), budget, measure, criterion=criterion, round_to=round_to
-        )
+        basis = in_both_modes(model, logits, say)
+        untrained = make_student(basis, budget, measure, criterion=criterion, round_to=round_to)
         made = _write(home, model, untrained, identity, every_block, say)
     given = {"curriculum": curriculum, "main": main, "main_options": main_options, "epochs": epochs}
     settings: dict[str, Any] = {**RECIPES["compress"].student, **options}
     settings |= {name: value for name, value in given.items() if value is not None}
     settings |= {"val_loader": val_loader, "task": task, "example_inputs": example, "logits": logits, "resume": resume}
-    told = _about(made, model, about or {})
-    record = distill(
-        model, made.traced, train_loader, plan=made.plan, run_dir=home, progress=progress, about=told, **settings
-    )
+    settings |= {"plan": made.plan, "run_dir": home, "progress": progress, "about": _about(made, model, about or {})}
+    record = distill(model, made.traced, train_loader, **settings)
     return _finished(home, model, made, record, judge, identity, export, say)
 
 

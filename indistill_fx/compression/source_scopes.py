@@ -116,6 +116,8 @@ def places_of(graph_module: fx.GraphModule, nodes: Sequence[fx.Node]) -> Places:
                 path = str(node.target)
             modules[node] = path
         stacks[node] = before = entries
+    layers = {*modules.values()}  # what is taken out of a layer's result, as of an attention's, was noted within it
+    stacks = {node: [entry for entry in entries if entry[0] not in layers] for node, entries in stacks.items()}
     return Places(stacks, modules, _tensor_paths(graph_module, nodes, stacks))
 
 

@@ -176,6 +176,39 @@ def test_equals_masked(name: str) -> None:
     assert widths(small)["head"] == 5
 
 
+class MaskedAttention(nn.Module):
+    """Tokens of 16 features; masks of the padding, of later tokens, and maybe one for each head."""
+
+    def __init__(self, each_head: bool):
+        super().__init__()
+        self.stem, self.attention = nn.Linear(6, 16), nn.MultiheadAttention(16, 4, batch_first=True)
+        self.head, self.each_head = nn.Linear(16, 5), each_head
+        self.register_buffer("later", torch.ones(9, 9, dtype=torch.bool).triu(1))
+
+    def forward(self, x: Tensor, padding: Tensor) -> Tensor:
+        tokens = self.stem(x)
+        mask = self.later
+        if self.each_head:
+            mask = torch.stack([mask, mask & False, mask, mask]).repeat(x.shape[0], 1, 1)
+        return self.head(self.attention(tokens, tokens, tokens, padding, need_weights=False, attn_mask=mask)[0])
+
+
+@pytest.mark.parametrize("each_head", [False, True])
+def test_attention_with_masks(each_head: bool) -> None:
+    """Padding and order are no business of the channels; where every head has a mask of its own, all heads stay."""
+    torch.manual_seed(0)
+    module = MaskedAttention(each_head).double().eval()
+    inputs = torch.randn(3, 9, 6, dtype=torch.float64), torch.arange(9).expand(3, 9) > torch.tensor([[6], [8], [3]])
+    traced = trace(module, inputs)
+    result = shrink(traced, ratio=0.5)
+    with torch.no_grad():
+        got = result.value.graph_module(*inputs)
+    assert (got - run_masked(traced, result.report, *inputs)).abs().max() < 1e-12
+    attention = result.value.graph_module.get_submodule("attention")
+    assert (attention.heads, attention.query.in_features) == (4 if each_head else 2, 8)
+    assert not torch.equal(got[2], result.value.graph_module(inputs[0], torch.zeros_like(inputs[1]))[2])
+
+
 @pytest.mark.parametrize("channels", [1, 3, 7, 16])
 def test_asking_for_n_gives_n(channels: int) -> None:
     net = nn.Sequential(nn.Conv2d(3, channels, 1), nn.ReLU(), nn.Conv2d(channels, 2, 1))

@@ -524,3 +524,15 @@ def test_stochastic_depth_by_hand_stays_where_it_lets_channels_go(other, tmp_pat
     torch.manual_seed(0)
     random = not torch.equal(student(x), student(x))
     assert random is not other and ("as the teacher does in eval mode" in said[0]) is other
+
+
+def test_a_transformer_encoder_of_torchs_is_written_as_source():
+    """What is taken out of an attention's result was noted within the attention."""
+    layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True, norm_first=True)
+    model = nn.Sequential(
+        nn.Linear(6, 16), nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(16, 5)
+    )
+    x = torch.randn(2, 7, 6)
+    small = ifx.shrink(ifx.trace(model, (x,), role="student"), macs=0.5).value
+    student = source_of(small).build().eval()
+    assert torch.equal(student(x), outputs(small, x)) and student.get_submodule("1.layers.1.self_attn").query

@@ -82,11 +82,7 @@ def attention_module(found: Coupling, call: Call) -> set[Axis] | None:
     ]
     sources[0] = call.arguments.get("query", call.arguments.get("input"))
     free = free_heads(module) if isinstance(module, (nn.MultiheadAttention, HeadAttention)) else None
-    masked = any(
-        isinstance(call.arguments.get(name), fx.Node)
-        for name in ("attn_mask", "input_4", "key_padding_mask", "input_3")
-    )
-    if free is None or masked or any(len(call.shape(n) or ()) != 3 for n in sources):
+    if free is None or any(len(call.shape(n) or ()) != 3 for n in sources):
         return set()
     path, inner = call.path, free.out.in_features
     known = {name: found.axes.get((path, name)) for name in ("heads", "out")}
@@ -96,6 +92,8 @@ def attention_module(found: Coupling, call: Call) -> set[Axis] | None:
     rows = np.repeat(heads, inner // free.heads)
     results = [user for user in call.node.users if user.args[1:] == (1,) and user.users]
     found.freeze(heads if results else None, "the weights of the attention are read")
+    mask = call.arguments.get("attn_mask", call.arguments.get("input_5"))
+    found.freeze(heads if len(call.shape(mask) or ()) == 3 else None, "every head has a mask of its own")
     result = next((user.name for user in call.node.users if user.args[1:] == (0,)), call.node.name)
     sizes = [call.shape(n) or () for n in sources]
     lengths = [shape[1 if free.batch_first else 0] for shape in sizes]
