@@ -261,7 +261,7 @@ def _widened(labels: Tensor | None) -> Tensor | None:
 
 
 def inputs_and_labels(batch: Any) -> tuple[dict[str, Tensor], Tensor | None]:
-    """The tensors of a batch that are inputs as far as anybody can tell without a model, by name, and the labels.
+    """The tensors of a batch that are inputs as far as can be known without a model, by name, and the labels.
 
     A sequence is one input and its labels; its input has the name of its place, `0`.
     """

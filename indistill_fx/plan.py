@@ -214,7 +214,7 @@ class AlignmentPlan(_Frozen):
             raise ConfigError(
                 f"The plan does not fit: {'; '.join(text for _, text in found)}.",
                 where=found[0][0],
-                hint=f"Use the models and --input it was made for{' (' + '; '.join(stale) + ')' if stale else ''}, mend the names, "
+                hint=f"Use the models and --input it was made for{' (' + '; '.join(stale) + ')' if stale else ''}, correct the names, "
                 "or make it anew with `indistill-fx align`.",
             )
         _check_order(self.pairs, teacher, student)
@@ -307,7 +307,7 @@ def _not_json(path: str | os.PathLike[str], reason: object) -> ConfigError:
 
 
 _TOLD = 4
-"""So many changed layers are named; of the rest only their number is told."""
+"""So many changed layers are named; of the rest only their number is given."""
 
 
 def _changed_layers(before: dict[str, str], after: dict[str, str]) -> str:
@@ -321,7 +321,7 @@ def _changed_layers(before: dict[str, str], after: dict[str, str]) -> str:
     ]
     told += [f"`{name}` is new: {after[name]}" for name in after if name not in before]
     if not told:
-        return "no layer with weights, but what lies between them"
+        return "no layer with weights, but operations between them"
     rest = f"; and {len(told) - _TOLD} more" if len(told) > _TOLD else ""
     return "; ".join(told[:_TOLD]) + rest
 

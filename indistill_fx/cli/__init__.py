@@ -81,7 +81,7 @@ def app(context: click.Context, debug: bool) -> None:
 
 def main() -> None:
     """Run the command line; exit code 0: done, 2: the input is at fault, 1: our fault."""
-    if os.environ.get("RANK", "0") != "0":  # under torchrun the first process speaks for all; errors are told by each
+    if os.environ.get("RANK", "0") != "0":  # under torchrun only the first prints; each reports errors
         sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
     sys.exit(run(sys.argv[1:]))
 
@@ -107,7 +107,7 @@ def run(arguments: list[str]) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return 0
-    except Exception as error:  # the last line of defence: tell it as ours
+    except Exception as error:  # the last line of defence: report it as our fault
         if debug:
             raise
         click.echo(

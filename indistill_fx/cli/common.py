@@ -234,7 +234,7 @@ def deployment_facts(spec: str, source: Source, data: Data | None) -> dict[str, 
 
 
 def task_of_data(task: str | None, source: Source, data: Data | None) -> Task | None:
-    """The task as named, or by what the model says to the first test batch; None where there is nothing to tell it by."""
+    """The task as named, or by what the model says to the first test batch; None if nothing shows it."""
     import torch
     from torch.utils._pytree import tree_leaves
 

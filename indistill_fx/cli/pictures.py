@@ -78,7 +78,7 @@ def picture_options(command: Command) -> Command:
 
 
 def compared_options(command: Command) -> Command:
-    """What a file and a model are compared on, and how it is told: --json, pictures, --input, --task, --trust."""
+    """What a file and a model are compared on, and how the result is shown: --json, pictures, --input, --task, --trust."""
     own = (click.option("--json", "as_json", is_flag=True, help="Print JSON."), picture_options)
     for option in reversed((*own, common.input_option, common.task_option, common.trust_option)):
         command = option(command)

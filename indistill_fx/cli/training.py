@@ -197,7 +197,7 @@ qat_option = click.option(
 def for_int8(
     teacher: nn.Module, student: nn.Module, loader: Iterable[Any], settings: Mapping[str, Any], epochs: int
 ) -> None:
-    """The quantisation-aware run behind another one, with its settings."""
+    """The quantisation-aware run after another one, with its settings."""
     from indistill_fx.training.chain import INT8, distill_for_int8
 
     out = f"{settings['run_dir']}/{INT8}"

@@ -173,7 +173,7 @@ def compress(
         _check_teacher(source, judge)
         batches = calibration(train_loader if calibration_loader is None else calibration_loader, samples)
         found = task_of_run(task, train_loader, source, model.inputs, logits=logits, required=False)
-        by = found.task if found.said else None  # what cannot be told is compared by the outputs' form
+        by = found.task if found.said else None  # a task that is not known is compared by the outputs' form
         measure = Measure(batches, judge, clock if latency_ms is not None else None, say, by)
         basis = in_both_modes(model, logits, say)
         untrained = make_student(basis, budget, measure, criterion=criterion, round_to=round_to)

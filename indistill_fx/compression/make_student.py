@@ -1,4 +1,4 @@
-"""From a teacher to a student that has not been trained yet: widths, shrinking, repair, each told by what it costs and what it is worth."""
+"""From a teacher to a student that has not been trained yet: widths, shrinking, repair; each step reports its cost and gain."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ class Step:
 
 
 def measured(found: Evaluation) -> dict[str, Any]:
-    """An evaluation as a step tells it."""
+    """An evaluation as a step reports it."""
     return {"accuracy": found.accuracy, "metric": found.metric.title, "shown": found.metric.text(found.value)}
 
 
@@ -132,7 +132,7 @@ class Measure:
     task: Task | None = None
 
     def step(self, name: str, teacher: TracedModel, model: TracedModel, latency_ms: float | None = None) -> Step:
-        """Measure a step, and tell it."""
+        """Measure a step, and report it."""
         graph = model.graph_module
         parameters = sum(parameter.numel() for parameter in graph.parameters())
         apart = self.divergence(teacher, model) if model is not teacher else None
@@ -165,7 +165,7 @@ def make_student(
     Args:
         teacher: traced; it is not changed.
         budget: how small.
-        measure: calibration batches, and how steps are told.
+        measure: calibration batches, and how steps are reported.
         criterion: which channels of a group go first.
         round_to: keep multiples of so many channels.
 

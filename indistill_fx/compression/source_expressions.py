@@ -40,7 +40,7 @@ def expression(node: fx.Node, name: Name, module: Line, imports: Imports) -> Lin
         node: a call.
         name: what other nodes' values are called.
         module: the layer it calls, if it calls one.
-        imports: told what the code needs.
+        imports: collects what the code needs.
 
     Raises:
         ExportError: it has no code.

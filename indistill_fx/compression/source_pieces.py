@@ -57,7 +57,7 @@ class Block:
     """A block's code: a class to be, with the lines of its `__init__` and of its `forward`.
 
     Attributes:
-        wish: the class's name, if it is free.
+        wanted: the class's name, if it is free.
         setup: lines of `__init__`; of a Sequential, the one that calls its parent's.
         forward: lines of `forward`, its head included; none where the parent's will do.
         base: the parent class.
@@ -130,7 +130,7 @@ def constructor(path: str, name: str, module: nn.Module, imports: Imports) -> Co
         path: where it stands, for errors.
         name: under which it stands in its block, from which arguments get their names.
         module: the layer.
-        imports: told what the call needs.
+        imports: collects what the call needs.
 
     Raises:
         ExportError: the layer is none of PyTorch's, or its constructor cannot make one like it.

@@ -57,7 +57,7 @@ class Dissolve(Exception):  # noqa: N818
 
 
 def below(path: str, scope: str) -> bool:
-    """Whether a path lies in a scope."""
+    """Whether a path is in a scope."""
     return not scope or path.startswith(f"{scope}.")
 
 
@@ -138,7 +138,7 @@ def _tensor_paths(
             common = level[0]
         first = re.sub(
             r"_\d+$", "", target
-        )  # numbers tell tensors at the root apart; in scopes they would make classes of one differ
+        )  # numbers distinguish tensors at the root; in scopes they would make classes of one differ
         own = first if hasattr(graph_module, first) else target
         name = f"{common}.{own}" if common and "." not in target else target
         while name in paths.values() or (name != target and hasattr(graph_module, name)):

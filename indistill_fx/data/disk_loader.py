@@ -1,4 +1,4 @@
-"""A loader of samples that lie on disk, read by processes of their own."""
+"""A loader of samples on disk, read by processes of their own."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class DiskLoader(IndexedLoader):
     def unknown(self) -> str:
         """That nobody knows, of a dataset that does not say it."""
         known = hasattr(self.dataset, "randomness")
-        return "" if known else f"nobody can tell whether a {type(self.dataset).__name__} draws at random"
+        return "" if known else f"it is not known whether a {type(self.dataset).__name__} draws at random"
 
     @property
     def normalisation(self) -> str | None:

@@ -15,7 +15,7 @@ class HeldImages:
     Args:
         images: uint8, or uint16, which is held as int32 (count, channels, height, width).
         labels: (count,), or None.
-        device: where they are to lie.
+        device: where they are to be.
         shift: what is drawn of them; None: they are read as they are.
     """
 

@@ -82,7 +82,7 @@ class EpochLoader(ABC):
     @property
     def randomness(self) -> str | None:
         """Why a sample may look different from epoch to epoch; None: it never does."""
-        return f"nobody can tell whether a {type(self).__name__} draws at random"
+        return f"it is not known whether a {type(self).__name__} draws at random"
 
     @property
     def normalisation(self) -> str | None:
@@ -117,7 +117,7 @@ class EpochLoader(ABC):
         """A loader that draws what is random once for so many epochs, and shows the same pictures again after them.
 
         Raises:
-            ConfigError: it draws nothing, or nobody can tell what it draws.
+            ConfigError: it draws nothing, or what it draws cannot be known.
         """
         raise ConfigError(
             f"Fixed views are for augmented pictures of `open_data`, not for a {type(self).__name__}.",
@@ -260,7 +260,7 @@ class IndexedLoader(EpochLoader):
 class MemoryLoader(IndexedLoader):
     """Batches out of one tensor of images; no workers, because on small images they cost more than they give.
 
-    Training loaders (`shuffle`) leave out the incomplete last batch, a different one in every epoch. On a GPU the images lie there as
+    Training loaders (`shuffle`) leave out the incomplete last batch, a different one in every epoch. On a GPU the images are kept there as
     they are, a byte a value; what is drawn on the CPU goes there for many batches at once, so that none of them waits for the last. Where
     they do not fit, or more is done to them than to be shifted and mirrored, batches are made on the CPU.
 
@@ -298,7 +298,7 @@ class MemoryLoader(IndexedLoader):
         self._held: dict[torch.device, HeldImages] = {}
 
     def to(self, device: torch.device | str) -> Self:
-        """Images lie on the device if they take no more than half of its free memory; batches end there in any case."""
+        """Images are kept on the device if they take no more than half of its free memory; batches end there in any case."""
         device = torch.device(device)
         if device == self.device:
             return self

@@ -71,7 +71,7 @@ def read_picture(path: str, *, channels: int = 3, deep: bool = False) -> Any:
 
     Raises:
         ConfigError: it is no picture, broken, of more pixels than Pillow takes for harmless (89 million), of values whose range
-            nobody can tell, of 16-bit colours, or of 16 bits in a set that is not deep; the message names the file.
+            cannot be known, of 16-bit colours, or of 16 bits in a set that is not deep; the message names the file.
     """
     with _opened(path) as image:
         if not _is_deep(image):
@@ -126,7 +126,7 @@ def _is_deep(image: Any) -> bool:
         return True
     if image.mode in ("I", "F"):
         raise ValueError(
-            f"it has {'floating-point' if image.mode == 'F' else '32-bit'} values, and which of them is white nobody can tell; "
+            f"it has {'floating-point' if image.mode == 'F' else '32-bit'} values, and which of them is white is not known; "
             "save it with 8 or 16 bits a channel"
         )
     for _, _, _, stored in getattr(image, "tile", ()):
@@ -148,7 +148,7 @@ def _as_tensor(pixels: Any) -> Tensor:
 
 def _orientation(image: Any) -> int:
     if image.format == "PNG" and not {"exif", "Raw profile type exif"} & image.info.keys():
-        return 1  # Pillow would decode the pixels to look behind them
+        return 1  # Pillow would decode the pixels to look after them
     try:
         return int(image.getexif().get(_ORIENTATION, 1))
     except Exception:  # a damaged tag says nothing
@@ -158,5 +158,5 @@ def _orientation(image: Any) -> int:
 def _upright(image: Any) -> Any:
     from PIL import ImageOps
 
-    image.load()  # a PNG may carry the tag behind its pixels
+    image.load()  # a PNG may carry the tag after its pixels
     return ImageOps.exif_transpose(image) if 1 < _orientation(image) <= 8 else image

@@ -127,7 +127,7 @@ class _InEpoch:
 
 
 class _Plan:
-    """A batch sampler that gives what it was last told."""
+    """A batch sampler that gives what was last set."""
 
     def __init__(self, batches: list[list[Key]] | None = None):
         self.batches = batches or []

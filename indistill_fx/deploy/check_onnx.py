@@ -248,7 +248,7 @@ def _wrong_metadata(told: Mapping[str, str], expected: Mapping[str, str]) -> Ite
 
 
 def _wrong_classes(proof: Proof, agreement: float, notes: list[str]) -> Iterator[str]:
-    """An int8 file beside the float module: how far outputs are off is told, the classes are judged."""
+    """An int8 file beside the float module: the difference of outputs is reported, the classes are judged."""
     worst = max((row.max_rel for row in proof.parity), default=0.0)
     notes.append(f"The file is quantised: on random inputs its outputs are off by up to {worst:.1%} of their range.")
     if proof.real is None or proof.real.agreement is None:

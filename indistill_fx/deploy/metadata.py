@@ -1,4 +1,4 @@
-"""What a deployed file tells of itself: which model, which weights, which run, which versions, and how to feed and read it."""
+"""What a deployed file says about itself: which model, which weights, which run, which versions, and how to feed and read it."""
 
 from __future__ import annotations
 

@@ -119,7 +119,7 @@ def prove(
 def rounding(module: nn.Module, inputs: Sequence[Tensor]) -> float | None:
     """How far torch itself is off in the module's precision, as a share of the output's range; None if unknown.
 
-    The reference is a copy in float64, so this tells a faulty file from a module that amplifies rounding.
+    The reference is a copy in float64, so this distinguishes a faulty file from a module that amplifies rounding.
     """
     try:
         exact = copy.deepcopy(module).double()

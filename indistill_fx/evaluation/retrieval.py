@@ -36,7 +36,7 @@ def evaluate_retrieval(
     """Retrieve training images by test images with one layer's features; see `retrieval`.
 
     Args:
-        model: traced; it is left as it was found, and nothing behind the tap is computed.
+        model: traced; it is left as it was found, and nothing after the tap is computed.
         data: its test set gives the queries, its plain training set the database.
         k: precision is taken among the first k.
         tap: whose features; the default is the penultimate vector.
@@ -95,7 +95,7 @@ def retrieval(
         2018.
         Deviation: the authors' code (and InDistill's, hence its published figures) interpolates over the first ranks
         only, as many as its batch has queries (128). `interpolate=False` comes within 0.2 points of those figures; on
-        CIFAR-10 they lie 0.2 to 0.9 points below the interpolated ones.
+        CIFAR-10 they are 0.2 to 0.9 points below the interpolated ones.
     """
     _check_retrieval(query, query_labels, database, database_labels, k)
     query, database = (x if x.dtype == torch.float64 else x.float() for x in (query, database))

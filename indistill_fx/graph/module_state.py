@@ -106,7 +106,7 @@ _REGISTRIES = ("_parameters", "_buffers", "_modules")
 def weights_kept(module: nn.Module) -> Iterator[Callable[[], None]]:
     """Put the values of all parameters back when the block ends; what it gives puts them back at once.
 
-    Some forward passes write parameters (`self.weight.data = normalize(self.weight)`), which no version counter tells. So values are
+    Some forward passes write parameters (`self.weight.data = normalize(self.weight)`), which no version counter shows. So values are
     compared, until the first two calls have found none written, and once more in the end.
     """
     weights = [(weight, weight.data, weight._version, weight.detach().clone()) for weight in module.parameters()]
@@ -156,7 +156,7 @@ def untouched(module: nn.Module) -> Iterator[None]:
     """Put flags, buffers, attributes and random state back when the block ends, however it ends.
 
     Parameters keep their identity; their values are `weights_kept`'s business. Attributes count because a forward pass
-    that caches a tensor leaves a fake one behind when it is traced.
+    that caches a tensor leaves a fake one in place when it is traced.
 
     Args:
         module: the module whose forward will run, or be traced, inside the block.

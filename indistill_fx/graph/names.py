@@ -16,7 +16,7 @@ from torch import fx, nn
 _LONGEST = 255
 _NUMBER = re.compile(
     r"[0-9]{1,9}(_[0-9A-Za-z_]*)?"
-)  # also one with more behind a low line: `0_1`, as copies of layers are called
+)  # also one with more after an underscore: `0_1`, as copies of layers are called
 
 
 def is_plain(name: str) -> bool:

@@ -9,7 +9,7 @@ class Opaque(nn.Module):
     """One node in every graph: what it computes is not PyTorch's business, and has no gradients.
 
     Attributes:
-        channel_axis: of its output, where it is known and no graph around it tells; else None.
+        channel_axis: of its output, if it is known and no surrounding graph shows it; else None.
     """
 
     channel_axis: int | None = None

@@ -1,4 +1,4 @@
-"""What kind of file is this? Told by its content, never by its name; and zip archives that mean one thing only."""
+"""What kind of file is this? Decided by its content, never by its name; and zip archives that mean one thing only."""
 
 from __future__ import annotations
 

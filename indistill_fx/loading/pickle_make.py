@@ -2,7 +2,7 @@
 
 1. Module classes are made empty (never called) and filled with data: no entry of their state hides a method.
 2. Listed calls have the arguments torch.save writes; a `functools.partial` holds a listed class or function.
-3. A tensor lies within its storage. torch would enlarge the storage until it does: 10**12 elements from 100 bytes.
+3. A tensor must be within its storage. torch would enlarge the storage until it does: 10**12 elements from 100 bytes.
 4. Objects of a trusted package are made as the pickle says, by their own code.
 5. Everything else is refused, and nothing of it is run.
 """
@@ -233,7 +233,7 @@ class Maker:
         return made.detach()
 
     def _attributes(self, tensor: Any, state: Any) -> Any:
-        """A tensor's own attributes, such as those by which `nn.Buffer` is told; none hides what tensors have."""
+        """A tensor's own attributes, such as those that mark an `nn.Buffer`; none hides what tensors have."""
         attributes = state[0] if isinstance(state, tuple) and len(state) == 2 and not state[1] else state
         if tensor is _NOTHING or not isinstance(attributes, dict):
             return _NOTHING

@@ -190,7 +190,7 @@ def _check_payloads(config: Any, name: str, sizes: dict[str, int]) -> None:
 
 
 def _require_fit(meta: Any, stored: int, path: str) -> int:
-    """How many elements a view shows that are not stored. It lies within its bytes; torch would enlarge them until it does."""
+    """How many elements a view shows that are not stored. It must be within its bytes; torch would enlarge them until it does."""
     size, stride = ([length["as_int"] for length in meta[key]] for key in ("sizes", "strides"))
     offset, dtype = meta["storage_offset"]["as_int"], _SERIALIZE_TO_TORCH_DTYPE[meta["dtype"]]
     numbers = (offset, *size, *stride)

@@ -55,7 +55,7 @@ class Criterion(nn.Module):
 
     @property
     def summary(self) -> str:
-        """What is to be told of it when its stage is over."""
+        """What is reported of it when its stage is over."""
         return ""
 
 

@@ -50,7 +50,7 @@ def task_of(task: str | Task) -> Task:
 
 
 def choose_task(task: str | Task | None, logits: Tensor, labels: Tensor | None, inputs: Tensor | None = None) -> Task:
-    """The task as named, else inferred. One named `language` is told from the tokens whether its labels are shifted already.
+    """The task as named, else inferred. For `language` the tokens show whether labels are shifted already.
 
     Args:
         task: see `task_of`; None: see `infer_task`.
@@ -101,7 +101,7 @@ def infer_task(logits: Tensor, labels: Tensor | None, inputs: Tensor | None = No
             return found
     raise ConfigError(
         f"Labels of shape {tuple(labels.shape)} ({str(labels.dtype).removeprefix('torch.')}) and outputs of shape "
-        f"{tuple(logits.shape)} are of no task that can be told from them.",
+        f"{tuple(logits.shape)} do not show which task they are of.",
         where="labels",
         got=tuple(labels.shape),
         hint=f"Name it with task=… (--task): {', '.join(TASKS)}, or file.py:task for your own. Class numbers must be whole: labels.long().",

@@ -60,7 +60,7 @@ class FitNetLoss(MapLoss):
         student_shapes: pair name -> shape (batch, channels, height, width).
         teacher_shapes: the same names.
         hint: the pair compared; by default the one in the middle (RepDistiller's hint 2 of stem and three stages).
-        relu: end r with a ReLU, as for a teacher's tap behind one.
+        relu: end r with a ReLU, as for a teacher's tap after one.
         weight: of the term.
         weight_labels: of the cross-entropy.
 

@@ -57,7 +57,7 @@ class Row:
         is_exit: a stage's output.
         depth: share of the MACs spent up to it.
         first: place of its first operation.
-        last: place behind its last operation.
+        last: place after its last operation.
         macs: of its operations.
         parameters: of its operations.
     """
@@ -167,7 +167,7 @@ class Alignment:
 
     @property
     def drawn(self) -> tuple[Match, ...]:
-        """The pairs, and the penultimate vectors behind them."""
+        """The pairs, and the penultimate vectors after them."""
         return (*self.matches, *([self.embedding] if self.embedding else []))
 
     @property
@@ -207,7 +207,7 @@ def see(
 
 
 def see_plan(plan: AlignmentPlan) -> Alignment:
-    """What a plan alone tells: the paired layers."""
+    """What a plan alone shows: the paired layers."""
     matches = _matches(plan, None, {})
     teacher = [_planned(match, match.pair.teacher, match.pair.teacher_shape, "t") for match in matches]
     student = [_planned(match, match.pair.student, match.pair.student_shape, "s") for match in matches]
@@ -221,7 +221,7 @@ def see_plan(plan: AlignmentPlan) -> Alignment:
 
 
 def _planned(match: Match, tap: str, shape: Shape, side: str) -> tuple[str, Row]:
-    """A row that only the plan knows, and its resolution. Kept channels tell which axis they count."""
+    """A row that only the plan knows, and its resolution. Kept channels show which axis they count."""
     sizes = shape[1:]
     channels = (sizes[0] if len(sizes) != 2 else sizes[1]) if sizes else 0
     space = "×".join(map(str, sizes[1:])) if len(sizes) != 2 else f"{sizes[0]} tokens"

@@ -236,7 +236,7 @@ def _plain(text: str) -> Markup:
 
 
 def _breakable(name: str) -> Markup:
-    """A model's name that may be broken behind a colon or slash."""
+    """A model's name that may be broken after a colon or slash."""
     return Markup("<wbr>").join(escape(part) for part in re.split(r"(?<=[:/])", legible(name)))
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 @dataclass(frozen=True, slots=True)
 class Palette:
-    """The colours of a picture. `score1` … `score4` go from a weak pair to a strong one, `line1` … tell curves apart."""
+    """The colours of a picture. `score1` … `score4` go from a weak pair to a strong one, `line1` … distinguish curves."""
 
     text: str
     muted: str

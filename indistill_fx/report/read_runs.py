@@ -74,7 +74,7 @@ class Phase:
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What run.json tells about a model; two that have the same name and parameters are taken for one.
+    """What run.json says about a model; two that have the same name and parameters are taken for one.
 
     Attributes:
         name: its class.

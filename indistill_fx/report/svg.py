@@ -99,7 +99,7 @@ class Drawing:
 
 
 def number(value: float) -> str:
-    """At most two digits behind the point.
+    """At most two decimals.
 
     >>> number(3.0), number(2.346)
     ('3', '2.35')

@@ -10,7 +10,7 @@ from indistill_fx.report import numbers
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What an epoch's line tells; None: an earlier version, or a device, does not.
+    """What an epoch's line says; None: an earlier version, or a device, does not.
 
     Attributes:
         seconds: spent training.
@@ -26,7 +26,7 @@ class Work:
 
     @staticmethod
     def of_all(epochs: Iterable[Work]) -> Work:
-        """The sum over those epochs that tell the samples; of the memory, the most."""
+        """The sum over those epochs that record samples; of the memory, the most."""
         known = [epoch for epoch in epochs if epoch.samples is not None and epoch.seconds is not None]
         if not known:
             return Work()

@@ -1,4 +1,4 @@
-"""A run's directory: it tells the whole story of a run, and belongs to one process at a time.
+"""A run's directory: it holds the whole story of a run, and belongs to one process at a time.
 
 run.json (command, versions, models, settings, schedule, environment, status, result), plan.json, metrics.jsonl,
 checkpoints/last.safetensors and best.safetensors, student.safetensors, tensorboard/ where asked for, and export.json once it
@@ -193,7 +193,7 @@ class RunDirectory:
             tracker.log(numbers, step=entry["step"])
 
     def rewind(self, epochs: int, step: int) -> None:
-        """Drop the lines of metrics.jsonl that lie behind a checkpoint: they will be written again."""
+        """Drop the lines of metrics.jsonl after a checkpoint: they will be written again."""
         path = self.path / "metrics.jsonl"
         if not self.writes or not path.exists():
             return

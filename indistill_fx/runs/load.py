@@ -1,4 +1,4 @@
-"""Run directories as models: what `distill` and `train` left behind, loaded again."""
+"""Run directories as models: what `distill` and `train` wrote, loaded again."""
 
 from __future__ import annotations
 

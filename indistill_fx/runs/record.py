@@ -58,7 +58,7 @@ class EpochRecord:
         average: likewise, of the moving average of the student's weights.
         samples: that were learnt from, by all processes together; None: an earlier version did not count them.
         waiting: seconds, of those above, in which the program waited for the next batch; likewise.
-        peak_memory: the most bytes that the device held, a CPU's process since it began; None where nobody can tell.
+        peak_memory: the most bytes that the device held, a CPU's process since it began; None if it cannot be known.
     """
 
     stage: str

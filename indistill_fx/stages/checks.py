@@ -86,14 +86,14 @@ def check_inputs(
         names: of the model's inputs.
         dtypes: what the model was traced with, input by input; None where that is unknown. A floating one stands for the dtype
             that the student's parameters have now.
-        student: its first floating parameter tells device and dtype.
+        student: its first floating parameter gives device and dtype.
         stage: its name, for the message.
 
     Raises:
         ConfigError: names the stage and the argument.
     """
     anchor = next((p for p in student.parameters() if p.is_floating_point()), None)
-    if anchor is None or type(anchor) not in (Tensor, nn.Parameter):  # sharded: lies elsewhere until it is used
+    if anchor is None or type(anchor) not in (Tensor, nn.Parameter):  # sharded: is elsewhere until it is used
         return
     where, inputs = f"Stage `{stage}`", parts.calls[0].tensors(names)
     for name, value in (*inputs.items(), ("labels", parts.labels)):
@@ -138,7 +138,7 @@ def check_sizes(call: Call, fixed: Mapping[str, Sizes], *, where: str, role: str
 def check_classes(
     teacher: TracedModel, student: TracedModel, view: View | None, compared: Sequence[tuple[str | None, str | None]]
 ) -> bool:
-    """Whether the teacher's outputs, as its view chooses them, are as many as the student's; by the facts of both, if they tell.
+    """Whether the teacher's outputs, as its view chooses them, are as many as the student's; by the facts of both, if they show it.
 
     Args:
         teacher: traced.

@@ -46,7 +46,7 @@ def traced_pair(
         example_inputs: as the student takes them.
         logits: see `trace`.
         view: what the teacher sees.
-        say: told what is known, and what not, of pictures that teacher and loader know.
+        say: called with what is known, and what is not, of pictures that teacher and loader know.
 
     Raises:
         ConfigError: the loader's batches hold no inputs, or the two share what is to be trained.

@@ -123,7 +123,7 @@ def write(path: str | os.PathLike[str], content: str | bytes) -> None:
 
 @contextmanager
 def staged(target: Path) -> Iterator[Path]:
-    """A place for the draft beside the target; what lies there moves to the target's name if the block succeeds."""
+    """A place for the draft beside the target; what is there moves to the target's name if the block succeeds."""
     if os.path.isdir(target) or not target.name:
         raise ConfigError(f"Cannot write `{target}`: it is a directory.", where=str(target), hint="Name a file in it.")
     try:

@@ -95,7 +95,7 @@ def cache_features(
         precision: name of the arithmetic, which is part of the key.
         autocast: makes its context.
         device: where the teacher runs.
-        say: told what is read and what will be computed, and how large it is.
+        say: called with what is read, what will be computed, and how large it is.
 
     Returns:
         A store for each stage; None for a stage that asks nothing of the teacher.

@@ -188,7 +188,7 @@ def _update_by_dataset(total: Any, dataset: Any) -> None:
     """By what is known without reading samples: lists of files, tensors in memory, classes, numbers."""
     if isinstance(dataset, ImageFiles):
         listing = dataset.listing
-        for file in listing.files:  # not where they lie, nor when they were written: data are copied about
+        for file in listing.files:  # not where they are, nor when they were written: data are copied about
             total.update(f"{os.path.relpath(file, listing.folder)} {os.path.getsize(file)}\n".encode())
         _update(total, (listing.labels, listing.classes, repr(dataset.transform)))
         return

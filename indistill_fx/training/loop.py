@@ -63,7 +63,7 @@ class TrainingLoop:
         settings: how.
         accelerator: the run's.
         directory: where checkpoints and metrics go; None: nowhere.
-        reporter: told of every step.
+        reporter: called for every step.
         stop: asked after every step.
         validate: measures a module on the validation data; None: no validation.
         check: looks at every batch of the run's first epoch, and raises if one cannot be right.
@@ -351,7 +351,7 @@ class TrainingLoop:
         return not_finite_error(where, what, kept=kept)
 
     def resume(self, path: Path, allowed: Sequence[str]) -> dict[str, tuple[Any, Any]]:
-        """Go on from a checkpoint; tells what is other than it was (see `Saver.read`).
+        """Go on from a checkpoint; says what differs (see `Saver.read`).
 
         Raises:
             ConfigError: it is unreadable, or of another run; names what differs.

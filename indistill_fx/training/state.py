@@ -26,7 +26,7 @@ class Phase:
         budget: how long and how.
         main: whether the run's learning rate schedule applies, and validation after every epoch.
         tap: what progress shows beside the name: the teacher's layer.
-        cost: of one step, in any unit that is the same for all phases; tells the time left.
+        cost: of one step, in any unit that is the same for all phases; used for the time left.
         attach: puts the teacher's features, from a cache, into a batch; None: the module computes them.
         also: what is added to the main loss, in words.
         early_stopping: it ends when so many epochs have not bettered the deciding metric; None: never.
@@ -53,14 +53,14 @@ class Phase:
 
     @property
     def channels_last(self) -> nn.Module | None:
-        """The student's half, if it was lowered to run channels last: its weights are to lie so while it trains."""
+        """The student's half, if it was lowered to run channels last: its weights stay so while it trains."""
         report = self.module.report.student if isinstance(self.module, Stage) else ()
         rewritten = any(record.name == "channels_last" and record.done for record in report)
         return self.module.student if isinstance(self.module, Stage) and rewritten else None
 
     @property
     def summary(self) -> str:
-        """What the loss tells when the phase is over; empty for most."""
+        """What the loss reports when the phase is over; empty for most."""
         criterion = self.module.criterion if isinstance(self.module, Stage) else None
         return criterion.summary if isinstance(criterion, Criterion) else ""
 

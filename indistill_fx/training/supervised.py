@@ -110,7 +110,7 @@ def train(
 
 
 def model_facts(module: nn.Module) -> dict[str, Any]:
-    """What run.json tells about a model."""
+    """What run.json says about a model."""
     return {"name": type(module).__name__, "parameters": sum(parameter.numel() for parameter in module.parameters())}
 
 

@@ -53,13 +53,13 @@ def task_of_run(
     Args:
         task: see `losses.choose_task.task_of`; None: what the first batch leaves no doubt about.
         loader: training batches.
-        module: the student, where it lies.
+        module: the student, on its device.
         models: what the run's models take, the student last.
         logits: which entry of the student's output the logits are.
-        required: whether anything reads the labels by their task; if not, a task that cannot be told is none to be named.
+        required: whether anything reads the labels by their task; if not, a task that cannot be inferred need not be named.
 
     Raises:
-        ConfigError: an unknown name, or the task must be known and cannot be told.
+        ConfigError: an unknown name, or the task must be known and cannot be inferred.
     """
     batch = next(iter(loader))
     parts = split(batch, *models, where="The training")

@@ -365,7 +365,7 @@ def _least_samples(student: nn.Module, processes: int, *, together: bool) -> int
 
 
 def _recall(reporter: Reporter, state: State, phases: Sequence[Phase], metric: MetricFacts) -> None:
-    """Tell what was done before the run was resumed."""
+    """Report what was done before the run was resumed."""
     steps: dict[str, int] = {}
     for entry in state.history:
         steps[entry["stage"]] = steps.get(entry["stage"], 0) + entry["steps"]

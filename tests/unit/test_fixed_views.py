@@ -170,7 +170,7 @@ def test_views_of_what_does_not_vary_are_refused():
         open_data("digits", views=4)
     with pytest.raises(ConfigError, match="there cannot be 0 of them"):
         loader().in_views(0)
-    with pytest.raises(ConfigError, match="nobody can tell whether a TensorDataset draws at random"):
+    with pytest.raises(ConfigError, match="it is not known whether a TensorDataset draws at random"):
         DiskLoader(torch.utils.data.TensorDataset(torch.zeros(4, 3))).in_views(2)
     with pytest.raises(ConfigError, match="take fixed views"):
         ifx.distill(net(), net(4).train(), loader(views=0), curriculum=Curriculum(lengths=[]), feature_cache="cache")

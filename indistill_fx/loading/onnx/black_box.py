@@ -147,7 +147,7 @@ def _reads(node: onnx.NodeProto) -> list[str]:
 
 
 def _kinds(model: onnx.ModelProto) -> dict[str, int]:
-    """The type of every tensor that onnx can tell."""
+    """The type of every tensor that onnx can infer."""
     try:
         graph = onnx.shape_inference.infer_shapes(model).graph
     except Exception:  # a file that it cannot follow; then tensors are taken to be real numbers

@@ -133,7 +133,7 @@ class Builder:
         return self._returned(node, samples)
 
     def make(self, function: Callable[..., Any], *args: Any, dtype: torch.dtype) -> Any:
-        """A new tensor, where the input lies: `torch.full`, `torch.arange`."""
+        """A new tensor, on the input's device: `torch.full`, `torch.arange`."""
         if not any(isinstance(leaf, Size) for leaf in _leaves(args)):
             return self._compute(function, args, {"dtype": dtype})
         first = next(node for node in self.graph.nodes if node.op == "placeholder")
@@ -212,7 +212,7 @@ class Builder:
         return found
 
     def _compute(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """On the meta device first, which tells how large it will be."""
+        """On the meta device first, which shows how large it will be."""
         own_args, own_kwargs = _map((args, kwargs), lambda leaf: leaf.to("meta") if isinstance(leaf, Tensor) else leaf)
         try:
             with torch.device("meta"):

@@ -2,7 +2,7 @@
 
 Rules, in order:
   1. The first axis of every input is the batch, and may be of any length; where the file fixes it, the comparison with onnxruntime
-     tells whether other lengths compute the same.
+     shows whether other lengths compute the same.
   2. Every operator is put into the graph by the rule that `table` has for it; one without a rule ends it, and is named.
   3. What follows from constants and fixed sizes alone is computed at once; sizes of free axes are numbers in the graph.
   4. A product with a constant matrix and the bias added to it are one linear layer.

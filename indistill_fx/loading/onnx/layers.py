@@ -96,7 +96,7 @@ def linear(op: Op, build: Builder, x: Value, matrix: Tensor, bias: Tensor | None
 
 
 def matmul(op: Op, build: Builder) -> Any:
-    """MatMul: with a constant matrix behind it a linear layer, which takes the bias added next as its own (see `convert`)."""
+    """MatMul: with a constant second matrix it is a linear layer, which takes the bias added next as its own (see `convert`)."""
     x, other = build.tensor(op.required(0)), build.tensor(op.required(1))
     if isinstance(x, Traced) and isinstance(other, Tensor) and other.dim() == 2 and other.is_floating_point():
         return linear(op, build, x, build.turned(other), op.constant(2))

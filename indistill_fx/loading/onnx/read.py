@@ -35,7 +35,7 @@ def read_onnx(path: Path) -> onnx.ModelProto:
     """The model of a file, whole: weights kept beside it are in it, functions of its own are written out.
 
     Raises:
-        ConfigError: it is damaged, too large, or its weights lie elsewhere than beside it.
+        ConfigError: it is damaged, too large, or its weights are not in files beside it.
     """
     if path.stat().st_size > LARGEST_FILE:
         raise _refused(path, f"has {path.stat().st_size:,} bytes; at most {LARGEST_FILE:,} are read")
@@ -117,7 +117,7 @@ def attributes_of(node: onnx.NodeProto) -> dict[str, Any]:
 
 
 def _bring_in_weights(model: onnx.ModelProto, path: Path) -> None:
-    """Read the weights that lie beside the file into it, each within its file's bounds."""
+    """Read the weights in files beside it into the model, each within its file's bounds."""
     total = path.stat().st_size
     folder = path.parent.resolve()
     for tensor in _tensors(model):
@@ -133,7 +133,7 @@ def _bring_in_weights(model: onnx.ModelProto, path: Path) -> None:
         start = start or 0
         length = size - start if length is None else length
         if start < 0 or length < 0 or start + length > size:
-            raise _refused(path, f"has weights in {name!r} that end behind that file's {size:,} bytes")
+            raise _refused(path, f"has weights in {name!r} that end after that file's {size:,} bytes")
         total += length
         if total > LARGEST_FILE:
             raise _refused(path, f"has more than {LARGEST_FILE:,} bytes, the weights beside it counted")

@@ -38,7 +38,7 @@ def reshape(op: Op, build: Builder) -> Any:
     if build.batch is not None and wanted and _is(wanted[0], build.batch) and x.fixed(0) is None:
         wanted[0] = build.size(
             x, 0
-        )  # the file was made for so many samples; whether it was meant so, the comparison tells
+        )  # the file was made for so many samples; the comparison shows whether it was meant so
     shapes = [sample.reshape(_at(wanted, number)).shape for number, sample in enumerate(x.samples)]
     return _laid_out(build, x, wanted, shapes)
 

@@ -129,7 +129,7 @@ Sizes: TypeAlias = npt.NDArray[np.object_]
 Value: TypeAlias = Tensor | Traced | Sizes
 
 
-class Undecided(Exception):  # noqa: N818  it is caught where the operator is known, and told as a ConfigError
+class Undecided(Exception):  # noqa: N818  it is caught where the operator is known, and reported as a ConfigError
     """What an operator does depends on what cannot be known while converting."""
 
 

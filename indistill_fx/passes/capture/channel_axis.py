@@ -22,7 +22,7 @@ _LAST = frozenset("linear embedding layer_norm multihead_attention".split())
 _RESHAPES = frozenset("view reshape flatten unflatten squeeze unsqueeze".split())
 _KEEPS_PARTS = frozenset("contiguous clone dropout identity".split())
 _USUAL = {2: 1, 3: 2, 4: 1, 5: 1}
-"""The axis of channels by the number of axes, where nothing else tells."""
+"""The axis of channels by the number of axes, where nothing else shows it."""
 Shape = tuple[int, ...]
 
 

@@ -1,6 +1,6 @@
 """Find the facts of every node by running the graph on two batch sizes, once it has been compared with the module on both.
 
-The runs use tensors without data, which costs nearly nothing. One tells shapes and MACs; the second, with another batch size, which
+The runs use tensors without data, which costs nearly nothing. One gives shapes and MACs; the second, with another batch size, which
 axis is the batch.
 """
 

@@ -44,7 +44,7 @@ def current_place() -> tuple[str, str]:
 
 
 def note_place(node: fx.Node) -> fx.Node:
-    """Let a node tell where in the model's code it is being made."""
+    """Let a node record where in the model's code it is made."""
     mark_place(node, ": ".join(filter(None, current_place())))
     return node
 

@@ -15,7 +15,7 @@ from indistill_fx.graph.ops import writes_first
 from indistill_fx.passes.capture.symbolic_sizes import Size, current_place, value_of
 
 SHAPES = frozenset({"shape", "size", "numel", "nelement", "__len__"})
-"""Tensor attributes and methods that tell sizes."""
+"""Tensor attributes and methods that give sizes."""
 
 DATA = frozenset(
     "item tolist numpy __array__ __bool__ __int__ __float__ __index__ __complex__ __contains__ is_nonzero equal allclose data_ptr".split()

@@ -70,7 +70,7 @@ class Propagation:
         weights: selections of constants that the operation reads as graph nodes (functional and ATen forms).
         emit: makes the node whose value is the selection, from the nodes of `parts` and `weights`, in order.
         filters: set where the operation makes the channels, for ranking them.
-        note: anything the report should tell.
+        note: anything the report should say.
     """
 
     emit: Emit

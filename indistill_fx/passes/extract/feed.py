@@ -2,7 +2,7 @@
 
 Rules, in order:
   1. At every tap but the last the graph gets an input, and what reads the tap reads that input instead.
-  2. A segment must begin at the tap before: none of its layers may lie on a way around it.
+  2. A segment must begin at the tap before: none of its layers may be on a path around it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Make taps outputs of the graph: features without hooks, which survive compile, DDP, autocast and export.
 
-`instrument` keeps the network's own output beside the features; `cut` drops it, and with it everything behind the deepest tap.
+`instrument` keeps the network's own output beside the features; `cut` drops it, and with it everything after the deepest tap.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def instrument(traced: TracedModel, taps: Sequence[str]) -> fx.GraphModule:
 
 
 def cut(traced: TracedModel, taps: Sequence[str]) -> PassResult[fx.GraphModule, Rewrite]:
-    """A graph from the model's inputs to (features, None), which holds nothing behind the deepest tap.
+    """A graph from the model's inputs to (features, None), which holds nothing after the deepest tap.
 
     Args:
         traced: a traced (or narrowed) model. Not changed; the new graph shares its leaf modules.
@@ -52,7 +52,7 @@ def cut(traced: TracedModel, taps: Sequence[str]) -> PassResult[fx.GraphModule, 
     """
     new = _with_outputs(traced, taps, keep_output=False)
     gone = len(traced.graph_module.graph.nodes) - len(new.graph.nodes)
-    return PassResult(new, Rewrite(done=(f"outputs: {', '.join(taps)}", f"{gone} operations behind them removed")))
+    return PassResult(new, Rewrite(done=(f"outputs: {', '.join(taps)}", f"{gone} operations after them removed")))
 
 
 def _with_outputs(traced: TracedModel, taps: Sequence[str], *, keep_output: bool) -> fx.GraphModule:

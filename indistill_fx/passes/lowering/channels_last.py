@@ -2,7 +2,7 @@
 
 PyTorch's max-pooling on a CPU looks at one channel of one window at a time; with channels last it takes as many channels as the
 processor can at once, ten times faster forward. So a chain convolution → norm → ReLU → max-pooling, the stem of most networks, is
-brought into that layout once, at its beginning, and out of it behind the pooling. Values are those of the same layers in another
+brought into that layout once, at its beginning, and out of it after the pooling. Values are those of the same layers in another
 order of summation.
 
 Only stock 2-d poolings. On other devices, and under torch.compile, which lays tensors out by itself, the stock operation runs and

@@ -2,7 +2,7 @@
 
 Rules, in order:
   1. Weights of convolutions and linear layers are rounded per output channel, symmetrically, to 7 bits: what `quantize_onnx` writes.
-     A batch norm behind the layer scales whole channels, so folding it before or after the rounding is the same.
+     A batch norm after the layer scales whole channels, so folding it before or after the rounding is the same.
   2. What convolutions, linear layers, sums, concatenations and poolings read is rounded to 8 bits without a sign. The range is a
      moving average of what training shows; in eval mode it stands still.
   3. Everything else stays in floats, as do the weights of convolutions that are called as functions.

@@ -107,7 +107,7 @@ def fuse_convolutions(
 
     Args:
         graph_module: after `fold`.
-        facts: of the model it was cut from; tell which sums are of equal shapes.
+        facts: of the model it was cut from; they show which sums are of equal shapes.
         kind: whose call it is to be: oneDNN's, or with `CudnnConv` cuDNN's.
     """
     if not any(_fits(node, graph_module) for node in graph_module.graph.nodes):

@@ -91,7 +91,7 @@ def plain_outputs(graph_module: fx.GraphModule) -> None:
 
 @contextmanager
 def laid_out(module: nn.Module) -> Iterator[None]:
-    """Within the block the weights (out, in, height, width) of a module lie channels last; after it as before.
+    """Within the block the weights (out, in, height, width) of a module are channels last; after it as before.
 
     Parameters stay the same objects, with the same values.
     """

@@ -40,7 +40,7 @@ class Candidates:
 
     @property
     def is_even(self) -> bool:
-        """Whether the whole network is one stage, so that nothing but depth tells its blocks apart."""
+        """Whether the whole network is one stage, so that its blocks differ in depth alone."""
         return sum(not stage.is_output for stage in self.stages) == 1
 
     def exits(self) -> list[Place]:

@@ -70,7 +70,7 @@ def _read(found: Coupling, call: Call) -> set[Axis] | None:
         return coupler(found, call)
     if call.node.name in found.facts:
         return follow(found, call)
-    if call.op == "unbind":  # drops its axis; the parts tell about the others
+    if call.op == "unbind":  # drops its axis; the parts show the others
         dim, rank = call.get("dim", 0), len(call.shape(call.input) or ())
         return {(call.input.name, axis) for axis in range(rank) if axis != axis_of(dim, rank)}
     if call.op in PARTS:

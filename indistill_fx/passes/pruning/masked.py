@@ -1,7 +1,7 @@
 """The reference that `shrink` is checked against: the original network, whose every reader ignores the channels that were removed.
 
 Readers get zeros in place of removed channels, which is the same as zeroing their columns. (Zeroing the makers' rows would not do:
-a bias or a norm behind them makes something of the zeros.) Norms and means are taken over the channels that stay. Nothing is sliced.
+a bias or a norm after them makes something of the zeros.) Norms and means are taken over the channels that stay. Nothing is sliced.
 """
 
 from __future__ import annotations

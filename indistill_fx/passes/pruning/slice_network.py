@@ -67,7 +67,7 @@ _SIZES: dict[str, Callable[[Any], dict[str, Any]]] = {
     "prelu": lambda m: {"num_parameters": m.weight.numel()},
     "layer_norm": lambda m: {"normalized_shape": tuple(m.weight.shape)} if m.weight is not None else {},
 }
-"""Attributes of a module that tell the sizes of its weights."""
+"""Attributes of a module that give the sizes of its weights."""
 
 
 def _resize_module(work: Rewriting, call: Call) -> None:

@@ -286,7 +286,7 @@ def _levels(traced: TracedModel, names: Mapping[str, Names], source: str) -> dic
 
 
 def _summarises(node: fx.Node, facts: Mapping[str, NodeFacts]) -> bool:
-    """Whether a node whose map is 1x1 looked at a whole map: pooling, or a convolution without padding. Behind it are no positions.
+    """Whether a node whose map is 1x1 looked at a whole map: pooling, or a convolution without padding. After it there are no positions.
 
     A map can also be 1x1 because the input is small: the fourth stage of a ResNet on 32x32 images.
     """

@@ -13,7 +13,7 @@ class MovingAverage(AveragedModel):
     Args:
         student: it stays as it is.
         decay: of the average.
-        device: where the copy lies.
+        device: where the copy is kept.
     """
 
     def __init__(self, student: nn.Module, decay: float, device: torch.device):
@@ -47,7 +47,7 @@ def make_average(student: nn.Module, decay: float, device: torch.device) -> Movi
     Args:
         student: it stays as it is.
         decay: 0: no average is wanted.
-        device: where the copy lies.
+        device: where the copy is kept.
     """
     return MovingAverage(student, decay, device) if decay else None
 

@@ -40,7 +40,7 @@ def computing_on(device: torch.device, tf32: Tf32) -> Iterator[None]:
 
 
 def device_facts(device: torch.device, tf32: Tf32) -> dict[str, Any]:
-    """What run.json tells of a GPU: its name, torch's CUDA and cuDNN, and what is computed in TF32; of others nothing."""
+    """What run.json says about a GPU: its name, torch's CUDA and cuDNN, and what is computed in TF32; of others nothing."""
     if device.type != "cuda":
         return {}
     cudnn = torch.backends.cudnn.version()
@@ -48,13 +48,13 @@ def device_facts(device: torch.device, tf32: Tf32) -> dict[str, Any]:
 
 
 def forget_peak(device: torch.device) -> None:
-    """Let the next `peak_memory` be that of the time from now on, where the device can tell."""
+    """Let the next `peak_memory` be that of the time from now on, if the device can say."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """The most bytes held; None where nobody can tell.
+    """The most bytes held; None if it cannot be known.
 
     Of a GPU by torch's tensors since `forget_peak`, of a CPU by the whole process since it began.
     """

@@ -52,7 +52,7 @@ def make_accelerator(*, device: str, precision: str | None) -> Accelerator:
     sharding = "false" if launched_for_sharding() else None  # Accelerate would wrap the student's layers for good
     with _in_environment(_FSDP, sharding), _in_environment(_DEVICE, named):
         accelerator = Accelerator(
-            # Without an accelerator Accelerate forms a group of processes only if it is told that the CPU is meant.
+            # Without an accelerator Accelerate forms a group of processes only if it is asked for the CPU.
             cpu=place.type == "cpu",
             mixed_precision=wanted,
             # Without synced batch norms each process keeps its own statistics; those of the first are saved.
@@ -114,7 +114,7 @@ def let_threads_finish() -> None:
 
 @contextmanager
 def noticing_dead_peers(accelerator: Accelerator) -> Iterator[None]:
-    """Within the block, the end of another process of the run is told as such, not as a broken connection.
+    """Within the block, the end of another process of the run is reported as such, not as a broken connection.
 
     Raises:
         TrainError: another process ended.
@@ -131,7 +131,7 @@ def noticing_dead_peers(accelerator: Accelerator) -> Iterator[None]:
         raise TrainError(
             f"Another of the {accelerator.num_processes} processes of this run has ended: {first[:200]}",
             where=f"process {accelerator.process_index}",
-            hint="What it said last tells why. The last checkpoint is good: launch again with resume=True (--resume).",
+            hint="Its last messages say why. The last checkpoint is good: launch again with resume=True (--resume).",
         ) from error
 
 
@@ -142,7 +142,7 @@ def launched_for_sharding() -> bool:
 
 @contextmanager
 def _in_environment(name: str, value: str | None) -> Iterator[None]:
-    """Within the block an environment variable, by which alone Accelerate can be told something, has this value; None: its own."""
+    """Within the block an environment variable, which is the only way to set this in Accelerate, has this value; None: its own."""
     before = os.environ.get(name)
     if value is not None:
         os.environ[name] = value

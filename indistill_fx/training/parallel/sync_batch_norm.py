@@ -39,7 +39,7 @@ def batch_norms_synced(module: nn.Module) -> Iterator[Share]:
         module: its batch norms are changed back when the block ends.
 
     Yields:
-        To be told, before every call, whether this process's samples count.
+        To be set, before every call: whether this process's samples count.
     """
     norms, share = [part for part in module.modules() if _can_sync(part)], Share()
     for norm in norms:

@@ -1,7 +1,7 @@
 """What a step changes beside tensors: a recording would not do it again.
 
 Seen are the attributes of modules: numbers and words, which tensors stand in them, and what short lists, sets and mappings there hold. Not
-seen is what lies elsewhere: globals, closures, the insides of objects that are no modules.
+seen is what is elsewhere: globals, closures, the insides of objects that are no modules.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def changed_in(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]
 
 
 class _Held:
-    """An object that is told from others by being itself, and is kept alive for that."""
+    """An object that is identified by being itself, and is kept alive for that."""
 
     def __init__(self, value: object, mark: object = None):
         self.value, self.mark = value, mark

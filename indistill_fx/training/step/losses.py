@@ -20,7 +20,7 @@ class Losses:
     arrived; only `rest` waits.
 
     Args:
-        device: where the losses lie.
+        device: where the losses are.
         every: so many are sent together.
         send: begins to bring values (count,) to the host.
     """

@@ -91,7 +91,7 @@ class RecordedStep:
         work: batch → loss (): forward, backward and update. It leaves no gradients.
         recorder: where it is recorded.
         watched: the modules that it runs.
-        undo: lets go of what `work` leaves behind where it breaks off: its gradients.
+        undo: lets go of what `work` leaves where it breaks off: its gradients.
         snapshot: copies the state that `work` changes; None: it changes none.
 
     Attributes:

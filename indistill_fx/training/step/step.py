@@ -52,7 +52,7 @@ class Step:
             self.recorded = RecordedStep(self.whole, recorder, module, self._undo, self._snapshot)
 
     def set_rate(self, rate: float) -> None:
-        """Let the next update have this learning rate. One that lies on the device, for a recording, is overwritten there."""
+        """Let the next update have this learning rate. One on the device, for a recording, is overwritten there."""
         if rate == self.rate:
             return
         self.rate = rate
