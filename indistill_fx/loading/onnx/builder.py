@@ -148,32 +148,38 @@ class Builder:
             self.names[id(new)] = self.names.get(id(matrix), "")
         return self._turned[id(matrix)][1]
 
-    def layer(self, op: Op, make: Callable[[], nn.Module], weights: Mapping[str, Tensor | None], *inputs: Value) -> Any:
+    def constant_at(self, path: str) -> Tensor:
+        """The constant that a `get_attr` node of the graph stands for."""
+        *parents, name = path.split(".")
+        found: Tensor = getattr(self.root.get_submodule(".".join(parents)), name)
+        return found
+
+    def layer(self, op: Op, make: Callable[[], nn.Module], weights: Mapping[str, Tensor | None], *inputs: Any) -> Any:
         """The value of a layer's call; one with the same weights and settings is called a second time.
 
         Args:
             op: whose layer it is; its inputs' names say how it is called.
             make: makes it, on the meta device.
             weights: parameters and buffers by name.
-            inputs: what it is called with.
+            inputs: what it is called with; a tuple for several tensors in one argument.
         """
         with torch.device("meta"):
             module = make().eval()
         samples = []
         for number in range(len(self.counts)):
             with torch.no_grad():
-                samples.append(module(*(_sample(value, number=number) for value in inputs)))
+                samples.append(module(*_map(inputs, partial(_sample, number=number))))
         key = (repr(module), *(id(weights[name]) if weights[name] is not None else 0 for name in sorted(weights)))
         if key not in self._layers:
             for name, tensor in weights.items():
                 if name in module._buffers:
                     module._buffers[name] = tensor
                 elif tensor is not None:
-                    module.register_parameter(name, nn.Parameter(tensor))
+                    setattr(module, name, nn.Parameter(tensor))  # as torch's recurrent layers notice it
             if "num_batches_tracked" in module._buffers:
                 module._buffers["num_batches_tracked"] = torch.tensor(0)
             self._layers[key] = self._place(self._name_of(op, weights), module), weights  # which keeps the identities
-        node = self.graph.call_module(self._layers[key][0], tuple(self._in_graph(value) for value in inputs))
+        node = self.graph.call_module(self._layers[key][0], _map(inputs, self._in_graph))
         return self._returned(node, samples)
 
     def size(self, value: Traced, axis: int) -> Any:
@@ -228,7 +234,7 @@ class Builder:
     def _returned(self, node: fx.Node, samples: Sequence[Any]) -> Any:
         if isinstance(samples[0], (tuple, list)):
             return tuple(
-                Traced(self.graph.call_function(operator.getitem, (node, place)), tuple(parts))
+                self._returned(self.graph.call_function(operator.getitem, (node, place)), parts)
                 for place, parts in enumerate(zip(*samples, strict=True))
             )
         return Traced(node, tuple(samples))

@@ -110,6 +110,8 @@ def attributes_of(node: onnx.NodeProto) -> dict[str, Any]:
         value = onnx.helper.get_attribute_value(attribute)
         if isinstance(value, bytes):
             value = value.decode("utf-8", "replace")
+        elif isinstance(value, list) and value and isinstance(value[0], bytes):
+            value = [text.decode("utf-8", "replace") for text in value]
         elif isinstance(value, onnx.TensorProto):
             value = tensor_of(value, f"{node.op_type} {node.name}")
         found[attribute.name] = value

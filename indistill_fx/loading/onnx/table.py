@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from indistill_fx.loading.onnx import arithmetic_of_sizes, elementwise, layers, pooling, reductions, shapes
+from indistill_fx.loading.onnx import (
+    arithmetic_of_sizes,
+    elementwise,
+    layers,
+    pooling,
+    quantised,
+    recurrent,
+    reductions,
+    shapes,
+)
 from indistill_fx.loading.onnx.builder import Builder, Op
 from indistill_fx.loading.onnx.values import Sizes
 
@@ -31,6 +40,14 @@ RULES: dict[str, Callable[[Op, Builder], Any]] = {
     "InstanceNormalization": layers.instance_norm,
     "GroupNormalization": layers.group_norm,
     "LRN": layers.local_response_norm,
+    **dict.fromkeys(("RNN", "GRU", "LSTM"), recurrent.recurrent),
+    "QuantizeLinear": quantised.quantize,
+    "DequantizeLinear": quantised.dequantize,
+    "DynamicQuantizeLinear": quantised.dynamic_quantize,
+    "QLinearConv": quantised.convolution,
+    "QLinearMatMul": quantised.matmul,
+    "ConvInteger": quantised.whole_convolution,
+    "MatMulInteger": quantised.whole_matmul,
     "MaxPool": pooling.max_pool,
     "AveragePool": pooling.average_pool,
     **dict.fromkeys(("GlobalAveragePool", "GlobalMaxPool"), pooling.global_pool),
