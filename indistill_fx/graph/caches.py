@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FunctionType, ModuleType
@@ -13,10 +14,11 @@ from torch import nn
 _LIBRARIES = {"torch", "numpy", *sys.stdlib_module_names}
 """Their caches are their own business: restoring `sys.modules`, say, would have modules imported twice."""
 Container = dict[Any, Any] | list[Any] | set[Any]
+_CONTAINERS = frozenset({dict, list, set, OrderedDict, defaultdict, Counter})
 
 
 @contextmanager
-def caches_kept(module: nn.Module) -> Iterator[None]:
+def caches_kept(module: nn.Module) -> Iterator[Callable[[], None]]:
     """Restore the caches that a module's code can reach: `lru_cache`d functions, and dictionaries, lists and sets.
 
     Containers get their former contents back, wherever they stand: in attributes of the module's parts, in their classes, or in the files
@@ -24,18 +26,27 @@ def caches_kept(module: nn.Module) -> Iterator[None]:
 
     Args:
         module: whose forward runs inside the block.
+
+    Yields:
+        What restores them at once.
     """
     containers, functions = _reachable(module)
     contents = [(container, container.copy() if container else ()) for container in containers]
-    misses = [(function, function.cache_info().misses) for function in functions]
-    try:
-        yield
-    finally:
+    misses = [function.cache_info().misses for function in functions]
+
+    def put_back() -> None:
         for container, before in contents:
-            _restore(container, before)
-        for function, count in misses:
-            if function.cache_info().misses != count:
+            if container or before:
+                _restore(container, before)
+        for k, function in enumerate(functions):
+            if function.cache_info().misses != misses[k]:
                 function.cache_clear()
+                misses[k] = 0
+
+    try:
+        yield put_back
+    finally:
+        put_back()
 
 
 def _restore(container: Any, before: Any) -> None:
@@ -54,7 +65,7 @@ def _reachable(module: nn.Module) -> tuple[list[Container], list[Any]]:
     todo: list[Any] = []
     for part in module.modules():
         for name, value in part.__dict__.items():
-            if name not in ("_parameters", "_buffers", "_modules"):
+            if type(value) in _CONTAINERS and name not in ("_parameters", "_buffers", "_modules"):
                 _collect(value, containers)
         if id(type(part)) not in seen and not _is_library(type(part).__module__):
             seen.add(id(type(part)))
@@ -79,8 +90,7 @@ def _reachable(module: nn.Module) -> tuple[list[Container], list[Any]]:
 
 def _collect(value: Any, containers: dict[int, Container]) -> None:
     """A container and those inside it."""
-    plain = type(value).__module__ in ("builtins", "collections") and isinstance(value, (dict, list, set))
-    if plain and id(value) not in containers:
+    if type(value) in _CONTAINERS and id(value) not in containers:
         containers[id(value)] = value
         for entry in value.values() if isinstance(value, dict) else value:
             _collect(entry, containers)

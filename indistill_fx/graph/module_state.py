@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from indistill_fx.graph.edit import with_tensors
+from indistill_fx.graph.values import Values
 from indistill_fx.system.random_state import randomness_kept
 
 
@@ -107,24 +108,21 @@ def weights_kept(module: nn.Module) -> Iterator[Callable[[], None]]:
     """Put the values of all parameters back when the block ends; what it gives puts them back at once.
 
     Some forward passes write parameters (`self.weight.data = normalize(self.weight)`), which no version counter shows. So values are
-    compared, until the first two calls have found none written, and once more in the end.
+    compared in the second call, which follows the module's own first run, and at the end; in every call once a write was found.
     """
-    weights = [(weight, weight.data, weight._version, weight.detach().clone()) for weight in module.parameters()]
+    weights = [(weight, weight.data, weight._version) for weight in module.parameters()]
+    values = Values(weight for weight, *_ in weights)
     calls, writes = 0, False
 
     def put_back(*, last: bool = False) -> None:
         nonlocal calls, writes
         calls += 1
-        trusted = calls > 2 and not writes and not last
-        with torch.no_grad():
-            for weight, data, version, before in weights:
-                if weight.data_ptr() != data.data_ptr() or weight.shape != before.shape:
-                    weight.data, writes = data, True
-                if weight._version == version and trusted:
-                    continue
-                if not torch.equal(weight, before):
-                    writes = True
-                    weight.data.copy_(before)
+        for weight, data, version in weights:
+            if weight.data_ptr() != data.data_ptr() or weight.shape != data.shape:
+                weight.data, writes = data, True
+            writes = writes or weight._version != version
+        if writes or last or calls == 2:
+            writes = values.put_back() or writes
 
     try:
         yield put_back
@@ -132,27 +130,41 @@ def weights_kept(module: nn.Module) -> Iterator[Callable[[], None]]:
         put_back(last=True)
 
 
-@contextmanager
-def buffers_kept(module: nn.Module) -> Iterator[None]:
-    """Put all buffers back when the block ends: the tensors, and their values."""
-    parts = parts_of(module)
-    registries = [(part._buffers, dict(part._buffers)) for part in parts if not _is_compiled(part)]
-    buffers = {id(buffer): buffer for part in parts for buffer in part._buffers.values() if buffer is not None}
-    values = [(buffer, buffer.detach().clone()) for buffer in buffers.values()]
-    try:
-        yield
-    finally:
-        for registry, entries in registries:
+class Buffers:
+    """The buffers of a module as they are now."""
+
+    def __init__(self, module: nn.Module):
+        self.module, parts = module, parts_of(module)
+        self._registries = [(part._buffers, dict(part._buffers)) for part in parts if not _is_compiled(part)]
+        buffers = {id(buffer): buffer for part in parts for buffer in part._buffers.values() if buffer is not None}
+        self._ids = frozenset(buffers)
+        self._values = Values(buffers.values())
+
+    def written(self) -> dict[str, Tensor]:
+        """Copies of those that have another value than before, or are other tensors."""
+        same = self._ids - {id(buffer) for buffer, _ in self._values.changed()}
+        return {name: b.detach().clone() for name, b in self.module.named_buffers() if id(b) not in same}
+
+    def put_back(self) -> None:
+        """The tensors, and their values."""
+        for registry, entries in self._registries:
             registry.clear()
             registry.update(entries)
-        with torch.no_grad():
-            for buffer, before in values:
-                if not torch.equal(buffer, before):
-                    buffer.copy_(before)
+        self._values.put_back()
 
 
 @contextmanager
-def untouched(module: nn.Module) -> Iterator[None]:
+def buffers_kept(module: nn.Module) -> Iterator[Buffers]:
+    """Put all buffers back when the block ends."""
+    buffers = Buffers(module)
+    try:
+        yield buffers
+    finally:
+        buffers.put_back()
+
+
+@contextmanager
+def untouched(module: nn.Module) -> Iterator[Callable[[], None]]:
     """Put flags, buffers, attributes and random state back when the block ends, however it ends.
 
     Parameters keep their identity; their values are `weights_kept`'s business. Attributes count because a forward pass
@@ -160,19 +172,28 @@ def untouched(module: nn.Module) -> Iterator[None]:
 
     Args:
         module: the module whose forward will run, or be traced, inside the block.
+
+    Yields:
+        What puts all but the random state back at once.
     """
     plain = (part for part in parts_of(module) if not _is_compiled(part))
     parts = [(part, dict(part.__dict__), [dict(part.__dict__[r]) for r in _REGISTRIES]) for part in plain]
-    try:
-        with buffers_kept(module), randomness_kept():
-            yield
-    finally:
+    buffers = Buffers(module)
+
+    def put_back() -> None:
         for part, own, registries in parts:
             for name, entries in zip(_REGISTRIES, registries, strict=True):
                 own[name].clear()
                 own[name].update(entries)
             part.__dict__.clear()
             part.__dict__.update(own)
+        buffers.put_back()
+
+    with randomness_kept():
+        try:
+            yield put_back
+        finally:
+            put_back()
 
 
 def _is_compiled(part: nn.Module) -> bool:

@@ -6,9 +6,10 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -89,7 +90,11 @@ _COMPACT = {name.replace("_", ""): name for name in (*UNARY, "layer_norm", "grou
 
 def attribute(root: nn.Module, path: str) -> Any:
     """The module, parameter or buffer that a `call_module` or `get_attr` node names, by its dotted path."""
-    return operator.attrgetter(path)(root) if path else root
+    value: Any = root
+    for name in path.split(".") if path else ():
+        children = value.__dict__.get("_modules")  # saves asking torch, which looks everywhere else first
+        value = children[name] if children and name in children else getattr(value, name)
+    return value
 
 
 def op_name(node: fx.Node) -> str:
@@ -109,10 +114,22 @@ def op_name(node: fx.Node) -> str:
 
 def module_op(module: nn.Module) -> str:
     """The canonical name of what a module does (see `op_name`)."""
-    name = type(module).__name__
+    return _class_op(type(module).__name__)
+
+
+@functools.lru_cache(1024)
+def _class_op(name: str) -> str:
     if name in _BY_CLASS:
         return _BY_CLASS[name]
     return _COMPACT.get(name.lower(), _WORDS.sub("_", name).lower())
+
+
+def own_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
+    """What `module.parameters()` gives; faster for a layer without parts."""
+    if module._modules:
+        yield from module.parameters()
+    else:
+        yield from {id(p): p for p in module._parameters.values() if p is not None}.values()
 
 
 def with_item(tensor: Tensor, index: Any, value: Any) -> Tensor:

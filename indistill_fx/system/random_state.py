@@ -64,6 +64,14 @@ def set_random_states(states: list[Any]) -> None:
         put(state)
 
 
+def seed_torch(value: int) -> None:
+    """Seed torch's generators, those of devices too."""
+    if torch.accelerator.is_available():
+        torch.manual_seed(value)
+    else:  # torch.manual_seed asks every kind of device, which takes longer than a small model's optimiser
+        torch.default_generator.manual_seed(value)
+
+
 def reseed(*key: int) -> None:
     """Seed torch (every device), numpy and random by a key.
 
@@ -71,10 +79,7 @@ def reseed(*key: int) -> None:
         key: for example (seed, epoch, batch, process). Different keys give unrelated numbers.
     """
     value = int.from_bytes(hashlib.blake2b(struct.pack(f"{len(key)}q", *key), digest_size=8).digest()) >> 1
-    if torch.accelerator.is_available():
-        torch.manual_seed(value)
-    else:  # torch.manual_seed asks every kind of device, which takes longer than a small model's optimiser
-        torch.default_generator.manual_seed(value)
+    seed_torch(value)
     random.seed(value)
     np.random.seed(value & 0xFFFFFFFF)
 

@@ -16,6 +16,7 @@ from indistill_fx.errors import FrontendError
 from indistill_fx.graph.edit import batch_of, batch_size
 from indistill_fx.graph.module_state import buffers_kept
 from indistill_fx.passes.capture.captured import tensors
+from indistill_fx.system.random_state import seed_torch
 
 _SIZES = (2, 3)
 _TOLERANCE = 1e-5
@@ -26,7 +27,7 @@ _LARGE = 64
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One run of the module: its arguments, the tensors it returned, its buffers afterwards, and gradients by parameter if asked for."""
+    """One run of a module: its arguments, the tensors it returned, the buffers it wrote, and gradients by parameter if asked for."""
 
     inputs: tuple[Any, ...]
     kwargs: Mapping[str, Any]
@@ -55,6 +56,7 @@ class Reference:
         kwargs: example keyword arguments.
         gradients: whether the graph will be trained, so that the gradients of the parameters must agree too.
         put_back: gives the parameters the values they had, called after each run of module or graph.
+        forget: gives attributes, buffers and caches what they had, called after each capture: code may keep a stand-in of a tensor there.
     """
 
     def __init__(
@@ -65,9 +67,10 @@ class Reference:
         *,
         gradients: bool = False,
         put_back: Callable[[], None] = lambda: None,
+        forget: Callable[[], None] = lambda: None,
     ):
         self.module, self.inputs, self.kwargs, self.gradients = module, inputs, kwargs, gradients
-        self.put_back = put_back
+        self.put_back, self.forget = put_back, forget
         self.example = batch_size((inputs, kwargs))
         self.notes: tuple[str, ...] = ()
         self._runs: dict[tuple[int, int], Run | str] = {}
@@ -195,14 +198,21 @@ class Reference:
             raise FrontendError(
                 f"with batch size {size} the graph differs from the module by {worst:.1e} of the largest value"
             )
-        names = {id(buffer): name for name, buffer in self.module.named_buffers()}
-        shared = {own_name: names.get(id(buffer), own_name) for own_name, buffer in graph_module.named_buffers()}
-        for own_name, buffer in own.buffers.items():
-            name = shared.get(own_name, own_name)
-            if name in run.buffers and not relative_difference(run.buffers[name], buffer) <= _TOLERANCE:
-                raise FrontendError(f"with batch size {size} the graph leaves another value in the buffer `{name}`")
+        self._compare_buffers(run, own, graph_module, size)
         self._compare_gradients(run, own)
         return worst
+
+    def _compare_buffers(self, run: Run, own: Run, graph_module: nn.Module, size: int) -> None:
+        if not run.buffers and not own.buffers:
+            return
+        unwritten = dict(self.module.named_buffers())
+        names = {id(buffer): name for name, buffer in unwritten.items()}
+        for own_name, buffer in graph_module.named_buffers():
+            name = names.get(id(buffer), own_name)
+            if name in unwritten and (own_name in own.buffers or name in run.buffers):
+                expected, got = run.buffers.get(name, unwritten[name]), own.buffers.get(own_name, buffer)
+                if not relative_difference(expected, got) <= _TOLERANCE:
+                    raise FrontendError(f"with batch size {size} the graph leaves another value in the buffer `{name}`")
 
     def _wants_gradients(self, size: int) -> bool:
         return self.gradients and size == (
@@ -225,12 +235,12 @@ class Reference:
 
 
 def _run_module(module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], *, gradients: bool) -> Run | str:
-    torch.manual_seed(0)
-    with buffers_kept(module):
+    seed_torch(0)
+    with buffers_kept(module) as kept:
         try:
             with torch.set_grad_enabled(gradients), plain_attention():
                 outputs = tensors(_forward(module)(*inputs, **kwargs))
-            written = {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
+            written = kept.written()
             found = _gradients(module, outputs) if gradients else {}
         except Exception as error:  # the caller's code may raise anything
             return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"

@@ -7,27 +7,22 @@ axis is the batch.
 from __future__ import annotations
 
 import operator
-import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, fx, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
-from torch.utils.flop_counter import flop_registry, sdpa_flop_count
+from torch import fx, nn
 
 from indistill_fx.errors import FrontendError
 from indistill_fx.graph.edit import output_node, tensor_nodes
-from indistill_fx.graph.interpret import run_looking
 from indistill_fx.graph.opaque import Opaque
-from indistill_fx.graph.ops import UNARY, attribute, op_name
+from indistill_fx.graph.ops import attribute, own_parameters
 from indistill_fx.graph.per_sample import write_per_sample
 from indistill_fx.passes.capture.channel_axis import channel_axes
-from indistill_fx.passes.capture.equivalence import Reference, plain_attention
-from indistill_fx.passes.capture.static_values import count_of, fold_static, has_sizes, static_axes
+from indistill_fx.passes.capture.equivalence import Reference
+from indistill_fx.passes.capture.observe import Observed, Observer, Seen
+from indistill_fx.passes.capture.static_values import fold_static, has_sizes, static_axes
 from indistill_fx.traced import Kind, NodeFacts
 
 
@@ -40,111 +35,6 @@ class Known:
     logits: str
     checked: tuple[tuple[int, float], ...]
     notes: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Seen:
-    """What one run showed of a node's tensor."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    macs: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Run:
-    """What one run showed: of every node's tensor, and how many tensors there are in a node's tuple."""
-
-    seen: dict[str, _Seen]
-    counts: dict[str, int]
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: seen.shape for name, seen in self.seen.items()}
-
-
-class _MacCounter(TorchDispatchMode):
-    """Counts multiply-accumulates of all that runs inside it."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.macs = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        packet = func._overloadpacket
-        if str(packet) == "torchvision.deform_conv2d":  # each place by the filters, as in a convolution
-            result = func(*args, **kwargs)
-            self.macs += result.numel() * args[1][0].numel()
-            return result
-        if packet not in _FLOPS:
-            with self:
-                parts = func.decompose(*args, **kwargs)
-            return func(*args, **kwargs) if parts is NotImplemented else parts
-        result = func(*args, **kwargs)
-        self.macs += _FLOPS[packet](*args, **kwargs, out_val=result) // 2
-        return result
-
-
-class _Observed(nn.Module):
-    """Runs a graph node by node and notes shapes, and MACs if asked. Wraps the graph so that its tensors can be swapped for others."""
-
-    def __init__(self, graph_module: fx.GraphModule, *, macs: bool):
-        super().__init__()
-        self.graph_module, self.macs = graph_module, macs
-        self.seen: dict[str, _Seen] = {}
-        self.counts: dict[str, int] = {}
-
-    def forward(self, *args: Any) -> None:
-        counter, counted = _MacCounter(), 0
-        untold: dict[fx.Node, int] = {}
-
-        def note(node: fx.Node, value: Any) -> None:
-            nonlocal counted
-            macs, counted = counter.macs - counted, counter.macs
-            if isinstance(value, Tensor):
-                macs += sum(untold.pop(source, 0) for source in node.all_input_nodes)
-                self.seen[node.name] = _Seen(tuple(value.shape), value.dtype, macs)
-                return
-            if macs:  # a tuple: its work is counted at the first of its parts
-                untold[node] = macs
-            if (count := count_of(value)) is not None:
-                self.counts[node.name] = count
-
-        with counter if self.macs else nullcontext():
-            run_looking(self.graph_module, note, *args, instead=_like_input)
-
-
-def _like_input(node: fx.Node, values: Mapping[fx.Node, Any]) -> Tensor | None:
-    """The first input of an operation that keeps shape and type, instead of its result: on tensors without data both are the same.
-
-    Torch computes the shapes of just these operations in Python, which would take most of the time.
-    """
-    sources = [values.get(source) for source in node.all_input_nodes if source.op != "get_attr"]
-    first = sources[0] if sources else None
-    if not isinstance(first, Tensor) or not first.is_meta or not first.is_floating_point():
-        return None
-    if node.op == "call_module":
-        owner = node.graph.owning_module
-        own = owner is not None and type(attribute(owner, str(node.target))).__module__.startswith("torch.nn.modules")
-        return first if own and op_name(node) in _KEEPING else None
-    if op_name(node) == "add" and len(sources) == 2 and isinstance(sources[1], Tensor):
-        return first if sources[1].shape == first.shape and sources[1].dtype == first.dtype else None
-    return None
-
-
-def _count_attention(query: Any, key: Any, value: Any, *args: Any, out_val: Any = None, **kwargs: Any) -> int:
-    return int(sdpa_flop_count(query.shape, key.shape, value.shape))
-
-
-_KEEPING = (UNARY - {"float", "half", "to", "type_as"}) | {
-    "batch_norm",
-    "layer_norm",
-    "group_norm",
-    "instance_norm",
-    "softmax",
-}
-_FLOPS = {**flop_registry, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _count_attention}
 
 
 def infer_facts(
@@ -184,33 +74,34 @@ def infer_facts(
 
 def _found(graph_module: fx.GraphModule, reference: Reference) -> tuple[fx.GraphModule, dict[str, NodeFacts]]:
     """The graph with its static values written in, and its facts."""
-    runs = _runs(graph_module, reference)
+    observer = Observer(reference)
+    runs = _runs(graph_module, observer)
     if has_sizes(graph_module, runs[0].shapes):
         graph_module, per_sample = write_per_sample(graph_module, [run.shapes for run in runs], reference.sizes)
-        graph_module, folded = _fold(graph_module, runs, reference)
+        graph_module, folded = _fold(graph_module, runs, observer)
         if per_sample or folded:
-            runs = _runs(graph_module, reference)
+            runs = _runs(graph_module, observer)
     return graph_module, _assemble(graph_module, [run.seen for run in runs], reference.sizes, reference.example)
 
 
-def _runs(graph_module: fx.GraphModule, reference: Reference) -> list[_Run]:
+def _runs(graph_module: fx.GraphModule, observer: Observer) -> list[Observed]:
     """What each node's tensor is like at the batch sizes that the module takes.
 
     Raises:
         FrontendError: the graph fails.
     """
-    sizes = reference.sizes
+    sizes = observer.reference.sizes
     try:
-        return [_observe(graph_module, reference, size, macs=size == sizes[0]) for size in sizes]
+        return observer.observe(graph_module, sizes)
     except Exception:
-        reference.compare(graph_module)  # says what is wrong
+        observer.reference.compare(graph_module)  # says what is wrong
         raise
 
 
-def _fold(graph_module: fx.GraphModule, runs: list[_Run], reference: Reference) -> tuple[fx.GraphModule, bool]:
+def _fold(graph_module: fx.GraphModule, runs: list[Observed], observer: Observer) -> tuple[fx.GraphModule, bool]:
     """Write what is static into the graph; see `static_values`."""
     shapes = [run.shapes for run in runs]
-    other = _other_picture(graph_module, reference)
+    other = observer.other_picture(graph_module)
     channels = None
     if other is None:
         dtypes = {name: seen.dtype for name, seen in runs[0].seen.items()}
@@ -222,48 +113,8 @@ def _fold(graph_module: fx.GraphModule, runs: list[_Run], reference: Reference) 
     return fold_static(graph_module, static_axes(shapes, channels), counts)
 
 
-def _other_picture(graph_module: fx.GraphModule, reference: Reference) -> _Run | None:
-    """A run at another size of the picture, without data; None if the graph accepts none."""
-    for factor in (2, 3):
-        try:
-            return _run_without_data(graph_module, *reference.shapes(2, factor=factor), macs=False)
-        except Exception:
-            continue
-    return None
-
-
-def _observe(graph_module: fx.GraphModule, reference: Reference, size: int, *, macs: bool) -> _Run:
-    """What each node's tensor is like: from tensors without data, or where operations refuse those, from a real run."""
-    try:
-        return _run_without_data(graph_module, *reference.shapes(size), macs=macs)
-    except Exception:  # whatever an operation says to tensors without data
-        observed = _Observed(graph_module, macs=macs)
-        torch.manual_seed(0)
-        inputs, kwargs = reference.batch(size)
-        parameters = {name: tensor for name, tensor in observed.named_parameters()}
-        written = {name: tensor.clone() for name, tensor in observed.named_buffers()}
-        with torch.no_grad(), plain_attention():
-            torch.func.functional_call(observed, {**parameters, **written}, (*inputs, *kwargs.values()))
-        return _Run(observed.seen, observed.counts)
-
-
-def _run_without_data(
-    graph_module: fx.GraphModule, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], *, macs: bool = True
-) -> _Run:
-    observed = _Observed(graph_module, macs=macs)
-    own = {name: tensor for name, tensor in (*observed.named_parameters(), *observed.named_buffers())}
-    with torch.no_grad(), plain_attention(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.func.functional_call(observed, tree_map(_without_data, own), (*inputs, *kwargs.values()))
-    return _Run(observed.seen, observed.counts)
-
-
-def _without_data(leaf: Any) -> Any:
-    return torch.empty_like(leaf, device="meta") if isinstance(leaf, Tensor) else leaf
-
-
 def _assemble(
-    graph_module: fx.GraphModule, runs: list[dict[str, _Seen]], sizes: Sequence[int], example: int
+    graph_module: fx.GraphModule, runs: list[dict[str, Seen]], sizes: Sequence[int], example: int
 ) -> dict[str, NodeFacts]:
     first, last = runs[0], runs[-1]
     axes = {name: _batch_axis(seen.shape, last[name].shape, sizes) for name, seen in first.items() if name in last}
@@ -326,7 +177,7 @@ def _told_axis(node: fx.Node, graph_module: fx.GraphModule) -> int | None:
 
 def _parameters(node: fx.Node, graph_module: fx.GraphModule) -> int:
     if node.op == "call_module":
-        return sum(p.numel() for p in attribute(graph_module, str(node.target)).parameters())
+        return sum(p.numel() for p in own_parameters(attribute(graph_module, str(node.target))))
     if node.op == "get_attr":
         value = attribute(graph_module, str(node.target))
         return value.numel() if isinstance(value, nn.Parameter) else 0

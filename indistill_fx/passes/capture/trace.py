@@ -165,12 +165,18 @@ def trace(
     if role == "student":
         _require_gradients(module)
     with (
-        untouched(module),
-        caches_kept(module),
-        weights_kept(module) as put_back,
         mode(module, training=role == "student"),
+        untouched(module) as put_back,
+        caches_kept(module) as empty_caches,
+        weights_kept(module) as put_weights_back,
     ):
-        reference = Reference(module, inputs, kwargs, gradients=role == "student", put_back=put_back)
+
+        def forget() -> None:
+            put_back()
+            empty_caches()
+
+        gradients = role == "student"
+        reference = Reference(module, inputs, kwargs, gradients=gradients, put_back=put_weights_back, forget=forget)
         method, captured, known, refused = _capture(reference, leaves, logits, own_flags=role == "teacher")
     report = TraceReport(
         method=method,
@@ -236,7 +242,7 @@ def _capture(
     coarse: tuple[str, Captured, Known] | None = None
     for method, capture in _METHODS.items():
         try:
-            once = partial(_in_mode, capture, module, inputs, kwargs, leaves, patient=method == "leaves")
+            once = partial(_in_mode, capture, reference, leaves, patient=method == "leaves")
             captured = once() if own_flags else _both_modes(once, reference)
             reference.put_back()
             if own_flags:
@@ -297,24 +303,15 @@ def _both_modes(once: Callable[[], Captured], reference: Reference) -> Captured:
     return merged
 
 
-def _in_mode(
-    capture: Method,
-    module: nn.Module,
-    inputs: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    leaves: Sequence[str],
-    *,
-    patient: bool,
-) -> Captured:
+def _in_mode(capture: Method, reference: Reference, leaves: Sequence[str], *, patient: bool) -> Captured:
     """Capture and rule 3; if patient, a module whose writes cannot be made functional becomes a leaf."""
     given_up: tuple[str, ...] = ()
     while True:
-        with (
-            untouched(module),
-            caches_kept(module),
-            plain_attention(),
-        ):  # the code may keep a stand-in for a tensor or a size
-            captured = capture(module, inputs, kwargs, (*leaves, *given_up))
+        try:
+            with plain_attention():
+                captured = capture(reference.module, reference.inputs, reference.kwargs, (*leaves, *given_up))
+        finally:
+            reference.forget()
         try:
             captured = functionalize(captured)
         except FrontendError as error:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx
 
+from indistill_fx.graph.interpret import Runner
 from indistill_fx.passes.channels.attention import free_heads, letters, operands_of, with_projections
 from indistill_fx.passes.channels.call import Call, axis_of, read_call
 from indistill_fx.passes.pruning.recurrent import NAMES, silent
@@ -26,7 +27,7 @@ class HasAxes(Protocol):
         """The entries that stay, per node and axis that lost some."""
 
 
-class Masked(fx.Interpreter):
+class Masked(Runner):
     """Runs a graph with removed channels masked wherever channels are mixed.
 
     Args:
@@ -49,22 +50,21 @@ class Masked(fx.Interpreter):
         ones[list(kept)] = 1
         return ones.view([-1 if k == axis else 1 for k in range(value.dim())])
 
-    def run_node(self, n: fx.Node) -> Any:
+    def run_node(self, node: fx.Node) -> Any:
         """The node's value, by the masked form of its operation if it mixes channels."""
-        if not n.op.startswith("call"):
-            return super().run_node(n)
-        call = read_call(n, self.facts)
+        if not node.op.startswith("call") or not self._loses_any(node):
+            return super().run_node(node)
+        call = read_call(node, self.facts)
         changed = {
             source: self._silenced(call, source)
-            for source in n.all_input_nodes
+            for source in node.all_input_nodes
             if isinstance(self.env.get(source), Tensor)
         }
         before = {source: self.env[source] for source in changed}
         try:
             self.env.update(changed)
             own = _MIXING.get(call.op)
-            mixing = own is not None and self._loses_any(n)
-            return own(self, call) if own is not None and mixing else super().run_node(n)
+            return own(self, call) if own is not None else super().run_node(node)
         finally:
             self.env.update(before)
 
@@ -163,7 +163,7 @@ def _spread(call: Call, x: Tensor, weight: Tensor, dims: list[int], keep: bool) 
 
 def _attention(run: Masked, call: Call) -> Any:
     free = free_heads(call.module)  # type: ignore[arg-type]
-    args, kwargs = run.fetch_args_kwargs_from_env(call.node)
+    args, kwargs = run.arguments(call.node)
     kept = run.axes.get((call.path, "heads"))
     if free is None or kept is None:
         return call.module(*args, **kwargs)  # type: ignore[misc]
@@ -178,7 +178,7 @@ def _attention(run: Masked, call: Call) -> Any:
 
 
 def _recurrent(run: Masked, call: Call) -> Any:
-    args, kwargs = run.fetch_args_kwargs_from_env(call.node)
+    args, kwargs = run.arguments(call.node)
     kept = run.axes.get((call.path, "hidden"))
     module = call.module if kept is None else silent(call.module, kept)  # type: ignore[arg-type]
     return module(*args, **kwargs)  # type: ignore[misc]
@@ -186,7 +186,7 @@ def _recurrent(run: Masked, call: Call) -> Any:
 
 def _normalize(run: Masked, call: Call) -> Tensor:
     """The operation on zeros in place of what is removed."""
-    args, kwargs = run.fetch_args_kwargs_from_env(call.node)
+    args, kwargs = run.arguments(call.node)
     x: Tensor = run.env[call.input]
     dims = call.get("dim", 1 if call.op == "normalize" else None)
     for axis in [dims] if isinstance(dims, int) else dims or range(x.dim()):
@@ -206,7 +206,7 @@ def _softmax(run: Masked, call: Call) -> Tensor:
 
 
 def _windows(run: Masked, call: Call) -> Any:
-    args, kwargs = run.fetch_args_kwargs_from_env(call.node)
+    args, kwargs = run.arguments(call.node)
     kept = run.axes.get((call.node.name, "heads"))
     place, weight = call.places["proj_weight"], run.env[call.get("proj_weight")]
     if kept is not None:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import fx, nn
 
 from indistill_fx.graph.attention import HeadAttention
-from indistill_fx.graph.ops import attribute
+from indistill_fx.graph.ops import attribute, own_parameters
 from indistill_fx.passes.channels.attention import free_heads, linear
 from indistill_fx.passes.channels.call import Call, index_select, read_call
 from indistill_fx.passes.channels.selection import Cut, sliced
@@ -72,7 +72,7 @@ _SIZES: dict[str, Callable[[Any], dict[str, Any]]] = {
 
 def _resize_module(work: Rewriting, call: Call) -> None:
     """Attributes that follow from the sliced weights."""
-    module: Any = work.new.get_submodule(str(call.node.target))
+    module: Any = attribute(work.new, str(call.node.target))
     if call.op in ("multihead_attention", "head_attention"):
         _replace_attention(work, call)
         return
@@ -146,6 +146,6 @@ def new_facts(work: Rewriting, macs: Mapping[str, int]) -> dict[str, NodeFacts]:
 
 def _parameters(root: fx.GraphModule, node: fx.Node) -> int:
     if node.op == "call_module":
-        return sum(p.numel() for p in root.get_submodule(str(node.target)).parameters())
+        return sum(p.numel() for p in own_parameters(attribute(root, str(node.target))))
     value = attribute(root, str(node.target)) if node.op == "get_attr" else None
     return value.numel() if isinstance(value, nn.Parameter) else 0

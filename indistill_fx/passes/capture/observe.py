@@ -1,0 +1,252 @@
+"""Run a graph node by node and note the shape, dtype and work of every node.
+
+Rules, in order:
+  1. The runs use tensors without data, which cost nearly nothing. Where an operation refuses those, the graph runs for real.
+  2. Torch computes shapes without data in Python, which takes longer than a small network. So an operation that keeps shape and dtype
+     is not run, and a layer that takes each sample alone is run once for layers of its settings on samples of one shape.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count
+
+from indistill_fx.graph.interpret import run_looking
+from indistill_fx.graph.module_state import buffers_kept, parts_of
+from indistill_fx.graph.ops import UNARY, attribute, op_name
+from indistill_fx.passes.capture.equivalence import Reference, plain_attention
+from indistill_fx.passes.capture.static_values import count_of
+from indistill_fx.system.random_state import seed_torch
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What one run showed of a node's tensor; multiply-accumulates are those of the whole batch."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    macs: int
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """What one run showed: of every node's tensor, and how many tensors there are in a node's tuple."""
+
+    seen: dict[str, Seen]
+    counts: dict[str, int]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """By node."""
+        return {name: seen.shape for name, seen in self.seen.items()}
+
+
+class _MacCounter(TorchDispatchMode):
+    """Counts multiply-accumulates of all that runs inside it."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.macs = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        packet = func._overloadpacket
+        if str(packet) == "torchvision.deform_conv2d":  # each place by the filters, as in a convolution
+            result = func(*args, **kwargs)
+            self.macs += result.numel() * args[1][0].numel()
+            return result
+        if packet not in _FLOPS:
+            with self:
+                parts = func.decompose(*args, **kwargs)
+            return func(*args, **kwargs) if parts is NotImplemented else parts
+        result = func(*args, **kwargs)
+        self.macs += _FLOPS[packet](*args, **kwargs, out_val=result) // 2
+        return result
+
+
+def _count_attention(query: Any, key: Any, value: Any, *args: Any, out_val: Any = None, **kwargs: Any) -> int:
+    return int(sdpa_flop_count(query.shape, key.shape, value.shape))
+
+
+_KEEPING = (UNARY - {"float", "half", "to", "type_as"}) | {
+    "batch_norm",
+    "layer_norm",
+    "group_norm",
+    "instance_norm",
+    "softmax",
+}
+_FLOPS = {**flop_registry, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _count_attention}
+_ALONE = frozenset(
+    {nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d}
+)
+"""Layers that take each sample (each entry of the first axis) alone, and whose result their printed settings decide."""
+
+
+@dataclass(slots=True)
+class _Layer:
+    """What a layer makes of samples of one shape."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    macs: int
+    results: dict[int, Tensor]
+
+
+class _Run:
+    """One run.
+
+    Args:
+        graph_module: what runs.
+        layers: what is known of layers of rule 2; written.
+        macs: whether to count them.
+    """
+
+    def __init__(self, graph_module: fx.GraphModule, layers: dict[object, _Layer], *, macs: bool):
+        self.graph_module, self.layers, self.counter = graph_module, layers, _MacCounter() if macs else None
+        self.found = Observed({}, {})
+        self.counted, self.known_macs = 0, 0
+        self.untold: dict[fx.Node, int] = {}
+        self.keys: dict[fx.Node, tuple[object, Tensor]] = {}
+
+    def __call__(self, *args: Any) -> Observed:
+        """Run it on these inputs."""
+        with torch.no_grad(), plain_attention(), self.counter or nullcontext():
+            run_looking(self.graph_module, self._note, *args, instead=self._instead)
+        return self.found
+
+    def _note(self, node: fx.Node, value: Any) -> None:
+        macs = self.known_macs
+        self.known_macs = 0
+        if self.counter is not None:
+            macs += self.counter.macs - self.counted
+            self.counted = self.counter.macs
+        if isinstance(value, Tensor):
+            self._remember(node, value, macs)
+            macs += sum(self.untold.pop(source, 0) for source in node.all_input_nodes)
+            self.found.seen[node.name] = Seen(tuple(value.shape), value.dtype, macs)
+            return
+        if macs:  # a tuple: its work is counted at the first of its parts
+            self.untold[node] = macs
+        if (count := count_of(value)) is not None:
+            self.found.counts[node.name] = count
+
+    def _instead(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Tensor | None:
+        """Rule 2."""
+        sources = [values.get(source) for source in node.all_input_nodes if source.op != "get_attr"]
+        first = sources[0] if sources else None
+        if not isinstance(first, Tensor) or not first.is_meta or not first.is_floating_point():
+            return None
+        if node.op != "call_module":
+            second = sources[1] if op_name(node) == "add" and len(sources) == 2 else None
+            same = isinstance(second, Tensor) and second.shape == first.shape and second.dtype == first.dtype
+            return first if same else None
+        layer = attribute(self.graph_module, str(node.target))
+        if (
+            not type(layer).__module__.startswith("torch.nn.modules")
+            or layer._forward_hooks
+            or layer._forward_pre_hooks
+        ):
+            return None
+        if type(layer) in _ALONE and first.dim() > 1 and len(node.args) == 1 and not node.kwargs:
+            return self._known(node, layer, first)
+        return first if op_name(node) in _KEEPING else None
+
+    def _known(self, node: fx.Node, layer: nn.Module, given: Tensor) -> Tensor | None:
+        """What such a layer made before, of samples of this shape."""
+        weight = layer._parameters.get("weight")
+        key = (type(layer), layer.extra_repr(), given.shape[1:], given.dtype, None if weight is None else weight.dtype)
+        known = self.layers.get(key)
+        if known is None or (self.counter is not None and known.macs < 0):
+            self.keys[node] = key, given
+            return None
+        count = given.shape[0]
+        self.known_macs = known.macs * count
+        if count not in known.results:
+            known.results[count] = torch.empty((count, *known.shape), dtype=known.dtype, device="meta")
+        return known.results[count]
+
+    def _remember(self, node: fx.Node, value: Tensor, macs: int) -> None:
+        if (asked := self.keys.pop(node, None)) is not None and len(value) == len(asked[1]) > 0:
+            key, count = asked[0], len(value)
+            each = macs // count if self.counter is not None else -1
+            self.layers[key] = _Layer(tuple(value.shape[1:]), value.dtype, each, {count: value})
+
+
+class Observer:
+    """Runs graphs on the example, at several batch sizes and at other sizes of the picture.
+
+    Args:
+        reference: whose example that is.
+    """
+
+    def __init__(self, reference: Reference):
+        self.reference = reference
+        self._layers: dict[object, _Layer] = {}
+
+    def observe(self, graph_module: fx.GraphModule, sizes: Sequence[int]) -> list[Observed]:
+        """One run per batch size; multiply-accumulates are counted in the first."""
+        flags = [(size, size == sizes[0]) for size in sizes]
+        try:
+            with _without_data(graph_module):
+                return [self._empty(graph_module, *self.reference.shapes(size), macs=macs) for size, macs in flags]
+        except Exception:  # whatever an operation says to tensors without data
+            return [self._real(graph_module, size, macs=macs) for size, macs in flags]
+
+    def other_picture(self, graph_module: fx.GraphModule) -> Observed | None:
+        """A run at another size of the picture, without data; None if the graph accepts none."""
+        with _without_data(graph_module):
+            for factor in (2, 3):
+                try:
+                    return self._empty(graph_module, *self.reference.shapes(2, factor=factor), macs=False)
+                except Exception:
+                    continue
+        return None
+
+    def _empty(
+        self, graph_module: fx.GraphModule, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], *, macs: bool
+    ) -> Observed:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return _Run(graph_module, self._layers, macs=macs)(*inputs, *kwargs.values())
+
+    def _real(self, graph_module: fx.GraphModule, size: int, *, macs: bool) -> Observed:
+        seed_torch(0)
+        inputs, kwargs = self.reference.batch(size)
+        with buffers_kept(graph_module):
+            return _Run(graph_module, {}, macs=macs)(*inputs, *kwargs.values())
+
+
+@contextmanager
+def _without_data(graph_module: fx.GraphModule) -> Iterator[None]:
+    """Within the block, the parameters and buffers of a graph are tensors without data."""
+    parts = parts_of(graph_module)
+    registries: list[Any] = [registry for part in parts for registry in (part._parameters, part._buffers) if registry]
+    before = [dict(registry) for registry in registries]
+    recurrent = [(part, part._flat_weights) for part in parts if isinstance(part, nn.RNNBase)]
+    memo: dict[int, Tensor] = {}
+
+    def empty(tensor: Tensor | None) -> Tensor | None:
+        if tensor is not None and id(tensor) not in memo:
+            memo[id(tensor)] = torch.empty_like(tensor, device="meta")
+        return None if tensor is None else memo[id(tensor)]
+
+    try:
+        for registry in registries:
+            registry.update({name: empty(tensor) for name, tensor in registry.items()})
+        for part, weights in recurrent:
+            part.__dict__["_flat_weights"] = [empty(weight) for weight in weights]
+        yield
+    finally:
+        for registry, tensors in zip(registries, before, strict=True):
+            registry.clear()
+            registry.update(tensors)
+        for part, weights in recurrent:
+            part.__dict__["_flat_weights"] = weights
