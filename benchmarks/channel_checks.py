@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import random
 import time
 from collections import Counter
@@ -148,6 +149,7 @@ def shrink_one(model: ZooModel) -> dict[str, Any]:
     """Halve a network, run it in both modes, and compare it with the masked original, in float64."""
     model = small_picture(model)
     module, x = model.build(), model.example(2)
+    gc.collect()
     start = time.process_time()
     traced = trace(module, x)
     seen = time.process_time()
@@ -240,6 +242,7 @@ def torch_pruning_one(model: ZooModel) -> dict[str, Any]:
     last = [m for m in module.modules() if isinstance(m, (nn.Linear, nn.Conv2d))][-1]
     heads = [m for m in module.modules() if isinstance(m, nn.Linear) and m.out_features == 1000] or [last]
     before = sum(p.numel() for p in module.parameters())
+    gc.collect()
     start = time.process_time()
     pruner = tp.pruner.MagnitudePruner(
         module, x, importance=tp.importance.MagnitudeImportance(p=1), pruning_ratio=0.5, ignored_layers=heads

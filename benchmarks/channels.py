@@ -9,7 +9,8 @@
 Every model runs in a process of its own with a limit on CPU time and memory; the file is written after each. `--resume` keeps what is
 in the file, `--minutes` starts no more models after that. All comparisons are in float64 with random weights and batch norms
 calibrated on data, and relative to the part of a tensor that depends on the input: a constant cannot pass a test. Pictures are as
-small as a network takes them (64 or 96 pixels where it does not mind). Times are CPU seconds of one thread.
+small as a network takes them (64 or 96 pixels where it does not mind). Times are CPU seconds of one thread, in a new process for each,
+whose garbage (of the imports, 0.2 s) is collected before the clock starts: else who first makes enough objects pays for it.
 """
 
 from __future__ import annotations

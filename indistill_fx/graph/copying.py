@@ -10,19 +10,28 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from indistill_fx.graph.edit import output_node, set_graph
+
 _PLAIN = (int, float, complex, str, bytes, bool, type(None), type, torch.dtype, torch.device)
 
 
 def deep_copy(graph_module: fx.GraphModule, memo: dict[int, Any]) -> fx.GraphModule:
-    """What `copy.deepcopy` gives, several times faster: that spends its time on the dozen empty dictionaries of every layer.
+    """What `copy.deepcopy` gives, but not compiled yet, and several times faster: that spends its time on empty dictionaries of layers.
 
     Args:
         graph_module: is not changed. Gradients are not copied.
         memo: copies that are there already, by identity of the original, as `copy.deepcopy` takes them; written.
     """
-    for child in graph_module.children():
-        _module(child, memo)
-    return copy.deepcopy(graph_module, memo)
+    new = memo[id(graph_module)] = fx.GraphModule(nn.Module(), fx.Graph(), class_name=type(graph_module).__name__)
+    for name, copied in _COPIES.items():
+        new.__dict__[name] = copied(vars(graph_module)[name], memo)
+    new.__dict__["training"] = graph_module.training
+    new.meta = copy.deepcopy(graph_module.meta, memo)
+    graph, nodes = fx.Graph(), dict[fx.Node, fx.Node]()
+    result = graph.graph_copy(graph_module.graph, nodes)
+    graph.output(result).meta = dict(output_node(graph_module.graph).meta)
+    set_graph(new, graph)
+    return new
 
 
 def _module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:

@@ -100,6 +100,8 @@ def _subclasses(parent: type[fx.GraphModule]) -> Iterator[type[fx.GraphModule]]:
 
 def tensor_nodes(value: object) -> list[fx.Node]:
     """The nodes in a nested structure of arguments, in order."""
+    if isinstance(value, (fx.Node, int, float, str, type(None))):
+        return [value] if isinstance(value, fx.Node) else []
     return [leaf for leaf in tree_leaves(value, is_leaf=lambda v: isinstance(v, fx.Node)) if isinstance(leaf, fx.Node)]
 
 
@@ -120,6 +122,12 @@ def depends_on_input(node: fx.Node) -> bool:
                 seen.add(source)
                 todo.append(source)
     return False
+
+
+def set_graph(graph_module: fx.GraphModule, graph: fx.Graph) -> None:
+    """Give a GraphModule a graph that is still to be changed: `recompile()` it then. Its setter compiles it at once."""
+    graph_module._graph = graph
+    graph.owning_module = graph_module
 
 
 def copy_graph(graph_module: fx.GraphModule) -> tuple[fx.GraphModule, dict[str, fx.Node]]:
@@ -210,10 +218,11 @@ def with_tensors(module: nn.Module, tensors: Mapping[str, Tensor | None], **attr
 
 
 def _shallow_copy(module: nn.Module) -> nn.Module:
-    if not is_parametrized(module):
+    own = type(module).__module__.startswith("torch.nn.modules.") and not isinstance(module, nn.RNNBase)
+    if not own and not is_parametrized(module):
         return copy.copy(module)
-    new: nn.Module = type(module).__new__(type(module))  # torch refuses to copy what has a weight or spectral norm
-    new.__dict__.update(module.__dict__)
+    new: nn.Module = type(module).__new__(type(module))  # as `copy` does, but faster, and where torch refuses it:
+    new.__dict__.update(module.__dict__)  # it will not copy what has a weight or spectral norm
     return new
 
 

@@ -33,12 +33,14 @@ def mode(module: nn.Module, *, training: bool) -> Iterator[None]:
     """Set train or eval mode, and put every flag back as it was, whatever happens. Flags are written without calling `train()`."""
     before = [(child, child.training) for child in parts_of(module)]
     try:
-        for child, _ in before:
-            child.training = training
+        for child, flag in before:
+            if flag is not training:
+                child.training = training
         yield
     finally:
         for child, flag in before:
-            child.training = flag
+            if child.training is not flag:
+                child.training = flag
 
 
 def digest(module: nn.Module) -> str:

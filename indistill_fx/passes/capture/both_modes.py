@@ -175,9 +175,11 @@ class _Merge:
         }
         names = {own.name: new.name for own, new in self.new.items()}
         outputs = [(tap, names[node], place) for tap, node, place in self.trained.outputs if node in names]
+        merged = assemble(self.graph, {**targets, **self.modules}, type(graph_module).__name__)
+        merged.recompile()
         return replace(
             self.trained,
-            graph_module=assemble(self.graph, {**targets, **self.modules}, type(graph_module).__name__),
+            graph_module=merged,
             outputs=tuple(outputs),
         )
 
@@ -322,7 +324,9 @@ class _Merge:
             memo[node] = graph.node_copy(node, inner)
         graph.output(tuple(inner(result[which]) for result in region.results))
         names = {str(node.target) for node in nodes if node.op in ("get_attr", "call_module")}
-        return assemble(graph, {name: attribute(captured.graph_module, name) for name in names}, "Way")
+        way = assemble(graph, {name: attribute(captured.graph_module, name) for name in names}, "Way")
+        way.recompile()
+        return way
 
     def _passes_on(self, region: _Region) -> bool:
         """Whether eval mode hands on the tensor of which train mode changes each entry alone."""

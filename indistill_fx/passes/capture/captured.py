@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from indistill_fx.graph.edit import set_graph
 from indistill_fx.graph.names import writable_paths
 from indistill_fx.graph.opaque import Opaque
+from indistill_fx.graph.ops import attribute
 
 _THROUGH = (
     nn.Transformer,
@@ -106,6 +108,7 @@ def assemble(graph: fx.Graph, targets: Mapping[str, Any], class_name: str) -> fx
     """A GraphModule whose modules, parameters and buffers are the very objects given, under the names given.
 
     `fx.GraphModule` does this too, but registers a buffer anew on a module that already has it, which changes the caller's module.
+    The graph is not compiled; `functionalize`, through which every capture goes, does that.
     Names that cannot be written into the graph's source stand under others; `meta["renamed"]` holds them, new to old.
     """
     graph_module = fx.GraphModule(nn.Module(), fx.Graph(), class_name=class_name)
@@ -118,9 +121,9 @@ def assemble(graph: fx.Graph, targets: Mapping[str, Any], class_name: str) -> fx
         *parents, name = paths[path].split(".")
         home: nn.Module = graph_module
         for parent in parents:
-            if not hasattr(home, parent):
+            if parent not in home._modules and not hasattr(home, parent):
                 home.add_module(parent, nn.Module())
-            home = getattr(home, parent)
+            home = attribute(home, parent)
         value = targets[path]
         if getattr(home, name, None) is value:
             continue
@@ -128,5 +131,5 @@ def assemble(graph: fx.Graph, targets: Mapping[str, Any], class_name: str) -> fx
             home.register_buffer(name, value)
         else:
             setattr(home, name, value)
-    graph_module.graph = graph
+    set_graph(graph_module, graph)
     return graph_module

@@ -43,7 +43,7 @@ _FUNCTIONAL = {
 
 
 def functionalize(captured: Captured) -> Captured:
-    """Rewrite the captured graph, which nobody else holds, without in-place operations.
+    """Rewrite the captured graph, which nobody else holds, without in-place operations, and compile it.
 
     Raises:
         FrontendError: a write into a view (rule 4); `where` is the path of the module that does it.
@@ -68,6 +68,7 @@ def functionalize(captured: Captured) -> Captured:
             order[whole] = order[writer]
             _redirect(indexed, whole, order, renamed, since=order[writer])
     if not writers:
+        graph_module.recompile()
         return captured
     outputs = tuple((name, _renamed(node, position, renamed), position) for name, node, position in captured.outputs)
     graph_module.graph.lint()

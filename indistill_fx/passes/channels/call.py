@@ -198,6 +198,8 @@ def read_call(node: fx.Node, facts: Mapping[str, NodeFacts]) -> Call:
     """The uniform view of a node."""
     module = attribute(_owner(node), str(node.target)) if node.op == "call_module" else None
     op = op_name(node) if module is None else module_op(module)
+    if module is not None and len(node.args) == 1 and not node.kwargs:
+        return Call(node, op, module, {"input": node.args[0]}, {"input": 0}, facts)
     schema = getattr(node.target, "_schema", None) or getattr(getattr(node.target, "default", None), "_schema", None)
     if module is not None:
         names = ["input", *(f"input_{k}" for k in range(1, len(node.args)))]

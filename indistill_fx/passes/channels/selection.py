@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
 Index = tuple[int, ...]
@@ -109,11 +111,11 @@ class Emitter(Protocol):
 Emit = Callable[[Emitter, Sequence[fx.Node]], fx.Node]
 
 
-def sliced(tensor: Tensor, axis: int, index: Sequence[int]) -> Tensor:
+def sliced(tensor: Tensor, axis: int, index: Sequence[int] | NDArray[np.int64]) -> Tensor:
     """The entries along an axis as a tensor of its own, with the gradient flag of the original."""
     import torch
 
-    place = torch.tensor(index, dtype=torch.long, device=tensor.device)
+    place = torch.as_tensor(index, dtype=torch.long, device=tensor.device)
     return tensor.detach().index_select(axis, place).requires_grad_(tensor.requires_grad)
 
 

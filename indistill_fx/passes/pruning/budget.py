@@ -41,8 +41,11 @@ def even_out(classes: Classes, found: Coupling, stay: Mask, ratio: float, round_
     for k, group in enumerate(classes.groups):
         group_of[group.classes] = k
     for made in found.made:
-        members, channels = np.unique(classes.of[made.units], return_counts=True)
-        if len(np.unique(group_of[members])) < 2 or (channels != channels[0]).any():
+        of = classes.of[made.units]
+        if len(set(group_of[of].tolist())) < 2:
+            continue
+        members, channels = np.unique(of, return_counts=True)
+        if (channels != channels[0]).any():
             continue
         layer = Group(made.path, members, int(channels[0]))
         target = rounded(max(1, floor(len(members) * ratio + 0.5)), layer, round_to)

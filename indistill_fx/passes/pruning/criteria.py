@@ -37,8 +37,8 @@ Criterion = Callable[[Tensor], Tensor]
 
 
 def l1(weight: Tensor) -> Tensor:
-    """Sum of absolute weights of each filter."""
-    return weight.detach().abs().flatten(1).sum(1, dtype=torch.float64)
+    """Sum of absolute weights of each filter, in their own precision or single, which is three times as fast as in double."""
+    return weight.detach().abs().flatten(1).sum(1, dtype=torch.promote_types(weight.dtype, torch.float32)).double()
 
 
 def l2(weight: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ def classify(found: Coupling, scorer: Scorer, loader: Iterable[Any] | None = Non
     count = int(of.max(initial=-1)) + 1
     reasons: dict[int, str] = {}
     for units, reason in found.frozen:
-        for k in np.unique(of[units]).tolist():
+        for k in set(of[units].tolist()):
             reasons.setdefault(k, reason)
     total, times = np.zeros(count), np.zeros(count)
     paths: dict[str, int] = {}

@@ -69,7 +69,7 @@ def _kept(stays: NDArray[np.bool_]) -> NDArray[np.int64] | None:
 def _sliced_parameter(tensor: Tensor, axes: Mapping[int, NDArray[np.int64]]) -> Tensor:
     new = tensor
     for axis, kept in axes.items():
-        new = sliced(new, axis, kept.tolist())
+        new = sliced(new, axis, kept)
     return nn.Parameter(new.detach(), requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
 
 

@@ -251,12 +251,12 @@ def _report(
     layers: dict[str, ShrunkLayer] = {}
     for made in found.made:
         mask = stay[classes.of[made.units]]
-        each = len(mask) // len(np.unique(classes.of[made.units]))
+        each = len(mask) // len(set(classes.of[made.units].tolist()))
         kept, by = tuple(np.flatnonzero(mask).tolist()), scorer.basis(made.node, len(mask))[0]
         layers.setdefault(made.path, ShrunkLayer(made.path, kept, len(mask), each, by))
     reasons: dict[str, set[int]] = {}
-    for made in found.made:
-        for k in np.unique(classes.of[made.units]).tolist():
+    for made in found.made if classes.reasons else ():
+        for k in set(classes.of[made.units].tolist()):
             if k in classes.reasons:
                 reasons.setdefault(classes.reasons[k], set()).add(k)
     params = [sum(p.numel() for p in graph.parameters()) for graph in (model.graph_module, work.new)]
