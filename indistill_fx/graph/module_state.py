@@ -110,7 +110,8 @@ def weights_kept(module: nn.Module) -> Iterator[Callable[[], None]]:
     """Put the values of all parameters back when the block ends; what it gives puts them back at once.
 
     Some forward passes write parameters (`self.weight.data = normalize(self.weight)`), which no version counter shows. So values are
-    compared in the second call, which follows the module's own first run, and at the end; in every call once a write was found.
+    compared in the second call, which follows the module's own first run (there, the first entries of each), and at the end; in every
+    call once a write was found.
     """
     weights = [(weight, weight.data, weight._version) for weight in module.parameters()]
     values = Values(weight for weight, *_ in weights)
@@ -124,7 +125,9 @@ def weights_kept(module: nn.Module) -> Iterator[Callable[[], None]]:
                 weight.data, writes = data, True
             writes = writes or weight._version != version
         if writes or last or calls == 2:
-            writes = values.put_back() or writes
+            writes = values.put_back(sample=not (writes or last)) or writes
+            if writes and not last:
+                values.put_back()
 
     try:
         yield put_back

@@ -2,8 +2,8 @@
 
 Rules, in order:
   1. The runs use tensors without data, which cost nearly nothing. Where an operation refuses those, the graph runs for real.
-  2. Torch computes shapes without data in Python, which takes longer than a small network. So an operation that keeps shape and dtype
-     is not run, and a layer that takes each sample alone is run once for layers of its settings on samples of one shape.
+  2. Torch computes shapes without data in Python, which takes longer than a small network. So an operation whose result is like one of
+     its inputs is not run, and a layer that takes each sample alone is run once for all of its settings, on samples of one shape.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from indistill_fx.graph.interpret import run_looking
 from indistill_fx.graph.module_state import buffers_kept, parts_of
-from indistill_fx.graph.ops import UNARY, attribute, op_name
+from indistill_fx.graph.ops import BINARY, UNARY, attribute, op_name
 from indistill_fx.passes.capture.equivalence import Reference, plain_attention
 from indistill_fx.passes.capture.static_values import count_of
 from indistill_fx.system.random_state import seed_torch
@@ -145,9 +145,11 @@ class _Run:
         if not isinstance(first, Tensor) or not first.is_meta or not first.is_floating_point():
             return None
         if node.op != "call_module":
-            second = sources[1] if op_name(node) == "add" and len(sources) == 2 else None
-            same = isinstance(second, Tensor) and second.shape == first.shape and second.dtype == first.dtype
-            return first if same else None
+            second = sources[1] if op_name(node) in BINARY and len(sources) == 2 else None
+            if not isinstance(second, Tensor) or second.dtype != first.dtype or not second.is_meta:
+                return None
+            shape = first.shape if first.shape == second.shape else torch.broadcast_shapes(first.shape, second.shape)
+            return next((given for given in (first, second) if given.shape == shape), None)
         layer = attribute(self.graph_module, str(node.target))
         if (
             not type(layer).__module__.startswith("torch.nn.modules")
