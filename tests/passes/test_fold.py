@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.utils.prune
 
 import indistill_fx as ifx
 from indistill_fx.graph.module_state import digest
 from indistill_fx.passes.extract.fold import fold
+from indistill_fx.passes.lowering.fused_conv import fuse_convolutions
 from tests.nets import Overwritten, PreActivation, Residual, images, seeded
 
 
@@ -87,3 +89,24 @@ def test_a_stage_of_a_pruned_teacher_has_the_plain_features():
         got = stage.teacher(x)[0]["layer1"]
         expected = teacher.layer1(teacher.stem(x))[:, list(stage.pairs[0].kept)]
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("hooked", ["0", "1", "2", "3"])
+def test_a_hook_keeps_its_layer_and_is_named(hooked: str) -> None:
+    """Of a convolution, a batch norm, a dropout and a ReLU: whichever is left out, its hook would be lost without a word."""
+    module = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4), torch.nn.Dropout(), torch.nn.ReLU(), torch.nn.Conv2d(4, 4, 1)
+    ).eval()
+    torch.nn.init.uniform_(module[1].running_mean)
+
+    def negates(part, args, out):
+        return -2 * out
+
+    module.get_submodule(hooked).register_forward_hook(negates)
+    traced = ifx.trace(module, images())
+    folded = fold(ifx.instrument(traced, ["4"]))
+    fused = fuse_convolutions(folded.value, traced.facts)
+    for graph in (folded.value, fused.value):
+        torch.testing.assert_close(graph(images())[1], module(images()))
+    told = (*folded.report.skipped, *fused.report.skipped)
+    assert any("negates" in line for line in told)

@@ -1,7 +1,7 @@
 """Make a frozen teacher as cheap as its mathematics: batch norms folded into what they follow, dead operations removed, no gradients.
 
 Rules, in order:
-  1. Operations that do nothing in eval mode (dropout, identity, stochastic depth) are removed.
+  1. Operations that do nothing in eval mode (dropout, identity, stochastic depth) are removed, unless they have hooks.
   2. A batch norm whose only source is a convolution or linear layer that nobody else reads is folded into its weights.
   3. Every parameter becomes a tensor of its own without gradient, so that moving or freezing the graph never touches the caller's model.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
+from indistill_fx.graph.computed_weights import why_opaque
 from indistill_fx.graph.edit import add_module, copy_graph, stand_in, sweep, with_tensors
 from indistill_fx.graph.ops import attribute, op_name
 from indistill_fx.passes.contract import PassResult, Rewrite
@@ -28,9 +29,8 @@ def fold(graph_module: fx.GraphModule) -> PassResult[fx.GraphModule, Rewrite]:
         The new graph; its tensors share storage with the old ones where nothing was folded.
     """
     new, _ = copy_graph(graph_module)
-    removed = _remove_idle(new)
+    removed, kept = _remove_idle(new)
     folded: list[str] = []
-    kept: list[str] = []
     for node in list(new.graph.nodes):
         if op_name(node) != "batch_norm":
             continue
@@ -41,15 +41,20 @@ def fold(graph_module: fx.GraphModule) -> PassResult[fx.GraphModule, Rewrite]:
     return PassResult(new, Rewrite(done=(*(f"{name}: removed" for name in removed), *folded), skipped=tuple(kept)))
 
 
-def _remove_idle(graph_module: fx.GraphModule) -> list[str]:
-    removed = []
+def _remove_idle(graph_module: fx.GraphModule) -> tuple[list[str], list[str]]:
+    """Rule 1: the nodes that were removed, and those that stay for their hooks, with the reason."""
+    removed, hooked = [], []
     for node in list(graph_module.graph.nodes):
         idle = node.op in ("call_module", "call_function") and op_name(node) in _IDLE
-        if idle and node.args and isinstance(node.args[0], fx.Node) and not _active(node, graph_module):
-            node.replace_all_uses_with(node.args[0])
-            graph_module.graph.erase_node(node)
-            removed.append(node.name)
-    return removed
+        if not idle or not node.args or not isinstance(node.args[0], fx.Node) or _active(node, graph_module):
+            continue
+        if node.op == "call_module" and (reason := why_opaque(attribute(graph_module, str(node.target)))):
+            hooked.append(f"{node.name}: {reason}")
+            continue
+        node.replace_all_uses_with(node.args[0])
+        graph_module.graph.erase_node(node)
+        removed.append(node.name)
+    return removed, hooked
 
 
 def _active(node: fx.Node, graph_module: fx.GraphModule) -> bool:
@@ -71,12 +76,13 @@ def _fold_norm(node: fx.Node, graph_module: fx.GraphModule) -> str | None:
     if len(source.users) > 1:
         return f"`{source.name}` is read by others too"
     norm, layer = attribute(graph_module, str(node.target)), attribute(graph_module, str(source.target))
-    if layer._forward_hooks or layer._forward_pre_hooks:  # torch.nn.utils.prune makes the weight anew before every call
-        return f"`{source.name}` has hooks"
+    for own, part in ((source, layer), (node, norm)):  # torch.nn.utils.prune makes the weight anew before every call
+        if (reason := why_opaque(part)) is not None:
+            return f"`{own.name}`: {reason}"
     if norm.training or norm.running_mean is None:
         return "it normalises by the batch"
     kind = op_name(source)
-    if kind not in ("conv", "conv_transpose", "linear") or getattr(layer, "parametrizations", None):
+    if kind not in ("conv", "conv_transpose", "linear"):
         return f"`{source.name}` is a {kind}"
     if kind == "linear":
         weight, bias = fuse_linear_bn_weights(

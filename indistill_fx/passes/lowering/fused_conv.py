@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from indistill_fx.graph.computed_weights import why_opaque
 from indistill_fx.graph.edit import add_module, copy_graph, stand_in
 from indistill_fx.graph.ops import attribute, op_name
 from indistill_fx.passes.contract import PassResult, Rewrite
@@ -110,8 +111,9 @@ def fuse_convolutions(
         facts: of the model it was cut from; they show which sums are of equal shapes.
         kind: whose call it is to be: oneDNN's, or with `CudnnConv` cuDNN's.
     """
+    hooked = tuple(_hooked(node, graph_module) for node in graph_module.graph.nodes if _hooked(node, graph_module))
     if not any(_fits(node, graph_module) for node in graph_module.graph.nodes):
-        return PassResult(graph_module, Rewrite())
+        return PassResult(graph_module, Rewrite(skipped=hooked))
     new, _ = copy_graph(graph_module)
     done: list[str] = []
     convolutions = [node for node in new.graph.nodes if _fits(node, new)]
@@ -145,7 +147,15 @@ def fuse_convolutions(
     plain_outputs(new)
     new.delete_all_unused_submodules()
     new.recompile()
-    return PassResult(new, Rewrite(done=tuple(done)))
+    return PassResult(new, Rewrite(done=tuple(done), skipped=hooked))
+
+
+def _hooked(node: fx.Node, graph_module: fx.GraphModule) -> str:
+    """Why a convolution or ReLU stays as it is although it is one of those: it does something of its own."""
+    if node.op != "call_module" or op_name(node) not in ("conv", "relu"):
+        return ""
+    reason = why_opaque(attribute(graph_module, str(node.target)))
+    return f"`{node.name}`: {reason}" if reason else ""
 
 
 def _fits(node: fx.Node, graph_module: fx.GraphModule) -> bool:
@@ -154,11 +164,7 @@ def _fits(node: fx.Node, graph_module: fx.GraphModule) -> bool:
     layer = attribute(graph_module, str(node.target))
     if type(layer) is not nn.Conv2d or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
         return False
-    return (
-        not any(parameter.requires_grad for parameter in layer.parameters())
-        and not layer._forward_hooks
-        and not layer._forward_pre_hooks
-    )
+    return not any(parameter.requires_grad for parameter in layer.parameters()) and why_opaque(layer) is None
 
 
 def _only_reader(node: fx.Node) -> fx.Node | None:
@@ -169,7 +175,8 @@ def _only_reader(node: fx.Node) -> fx.Node | None:
 def _is_relu(node: fx.Node | None) -> bool:
     if node is None or op_name(node) != "relu" or len(node.all_input_nodes) != 1:
         return False
-    return node.op in ("call_module", "call_function") and len(node.args) == 1
+    own = attribute(node.graph.owning_module, str(node.target)) if node.op == "call_module" else None  # type: ignore[arg-type]
+    return node.op in ("call_module", "call_function") and len(node.args) == 1 and (own is None or not why_opaque(own))
 
 
 def _other(total: fx.Node, node: fx.Node, facts: Mapping[str, NodeFacts]) -> fx.Node | None:

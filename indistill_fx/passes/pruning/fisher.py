@@ -53,6 +53,10 @@ class _Gated(Masked):
         own = own if batch < axis else own.T
         return own.view([value.shape[k] if k in (batch, axis) else 1 for k in range(value.dim())])
 
+    def touches(self, node: fx.Node) -> bool:
+        """Factors may stand everywhere."""
+        return True
+
     def run_node(self, n: fx.Node) -> Any:
         """As for every masked run; the main output is kept."""
         value = super().run_node(n)

@@ -52,7 +52,7 @@ class Masked(Runner):
 
     def run_node(self, node: fx.Node) -> Any:
         """The node's value, by the masked form of its operation if it mixes channels."""
-        if not node.op.startswith("call") or not self._loses_any(node):
+        if not node.op.startswith("call") or not self.touches(node):
             return super().run_node(node)
         call = read_call(node, self.facts)
         changed = {
@@ -64,11 +64,12 @@ class Masked(Runner):
         try:
             self.env.update(changed)
             own = _MIXING.get(call.op)
-            return own(self, call) if own is not None else super().run_node(node)
+            return own(self, call) if own is not None and self.losing else super().run_node(node)
         finally:
             self.env.update(before)
 
-    def _loses_any(self, node: fx.Node) -> bool:
+    def touches(self, node: fx.Node) -> bool:
+        """Whether anything is masked of what a node reads or makes."""
         names = {node.name, str(node.target), *(source.name for source in node.all_input_nodes)}
         return not names.isdisjoint(self.losing)
 
