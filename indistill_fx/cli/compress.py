@@ -137,7 +137,7 @@ def command(teacher: str, **options: Any) -> None:
     if options["qat"] and not made.spec:
         out.print("--qat was left out: it starts from the student's source code, and there is none.", soft_wrap=True)
     elif options["qat"]:
-        own = about(made.spec.partition("@")[0], options["data"], data.input_size)
+        own = about(made.spec.partition("@")[0], options["data"], data.input_size, shared["example_inputs"])
         settings = {**shared, "about": {**shared["about"], **own}, "plan": made.plan}
         training.for_int8(source.module, made.student, data.train, settings, options["qat"])
 

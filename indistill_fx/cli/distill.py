@@ -224,7 +224,9 @@ def command(teacher: str, student: str, **options: Any) -> None:
         "resume": options["resume"],
         "allow_changed": options["allow_changed"],
         "feature_cache": options["feature_cache"],
-        "about": about(student, options["data"], data.input_size, teacher=", ".join(shares), **about_data(data)),
+        "about": about(
+            student, options["data"], data.input_size, example, teacher=", ".join(shares), **about_data(data)
+        ),
         **settings,
     }
     if options["assistant"] is not None:
@@ -275,7 +277,9 @@ def _assisted(
     own |= RECIPES[options["recipe"]].assistant
     if options["assistant_epochs"] is not None:
         own["epochs"] = options["assistant_epochs"]
-    own["about"] = about(spec, options["data"], data.input_size, teacher=teacher, **about_data(data))
+    own["about"] = about(
+        spec, options["data"], data.input_size, shared["example_inputs"], teacher=teacher, **about_data(data)
+    )
     shared = {**shared, "plan": None}  # the plan given is for the student
     (record,) = distill_chain([source, assistant], data.train, steps=[own], run_dir=options["output"], **shared)
     if options["assistant"] == "auto" and is_main_process():

@@ -29,6 +29,7 @@ def command(model: str, **options: Any) -> None:
     settings = training.settings_of(options)  # what cannot be is said before anything is loaded
     source = common.open_model(model, options["trust"], seed=options["seed"])
     data = training.open_training_data(options, source)
+    example = common.example_for((source,), (), data)
     record = train(
         source.module,
         data.train,
@@ -39,7 +40,7 @@ def command(model: str, **options: Any) -> None:
         resume=options["resume"],
         allow_changed=options["allow_changed"],
         epochs=options["epochs"],
-        about=about(model, options["data"], data.input_size, **about_data(data)),
+        about=about(model, options["data"], data.input_size, example, **about_data(data)),
         **settings,
     )
     training.print_run(record, options["output"])

@@ -28,7 +28,7 @@ from indistill_fx.compression.latency import Clock, Runtime
 from indistill_fx.compression.make_student import Budget, Measure, Step, Untrained, calibration, make_student, measured
 from indistill_fx.compression.write_source import SOURCE, source_of
 from indistill_fx.curriculum import Curriculum
-from indistill_fx.errors import ConfigError, ExportError
+from indistill_fx.errors import ConfigError, ExportError, MatchError
 from indistill_fx.evaluation.accuracy import Evaluation, evaluate
 from indistill_fx.graph.module_state import digest
 from indistill_fx.loading.spec import parse_spec
@@ -48,7 +48,7 @@ from indistill_fx.system.tensor_files import save_tensors
 from indistill_fx.traced import TracedModel
 from indistill_fx.training.distill import distill
 from indistill_fx.training.options.settings import Options
-from indistill_fx.training.recipes import RECIPES
+from indistill_fx.training.recipes import NO_WARMUP, RECIPES
 from indistill_fx.training.task import task_of_run
 
 STORY, START = "compress.json", "start.safetensors"
@@ -60,14 +60,14 @@ class Compressed:
 
     Attributes:
         student: the trained student.
-        plan: which of the teacher's channels it has at every pair.
+        plan: which of the teacher's channels it has at every pair; None where no layers could be paired.
         record: of the training.
         steps: where the student stood after each step.
         spec: the model spec that loads it; empty where it has no source code.
     """
 
     student: nn.Module
-    plan: AlignmentPlan
+    plan: AlignmentPlan | None
     record: RunRecord
     steps: tuple[Step, ...]
     spec: str
@@ -181,6 +181,7 @@ def compress(
     given = {"curriculum": curriculum, "main": main, "main_options": main_options, "epochs": epochs}
     settings: dict[str, Any] = {**RECIPES["compress"].student, **options}
     settings |= {name: value for name, value in given.items() if value is not None}
+    settings |= {"curriculum": NO_WARMUP} if made.plan is None else {}
     settings |= {"val_loader": val_loader, "task": task, "example_inputs": example, "logits": logits, "resume": resume}
     settings |= {"plan": made.plan, "run_dir": home, "progress": progress, "about": _about(made, model, about or {})}
     record = distill(model, made.traced, train_loader, **settings)
@@ -191,7 +192,7 @@ def compress(
 class _Made:
     student: nn.Module
     traced: TracedModel
-    plan: AlignmentPlan
+    plan: AlignmentPlan | None
     steps: tuple[Step, ...]
     spec: str
 
@@ -202,7 +203,7 @@ def _about(made: _Made, model: TracedModel, told: Mapping[str, Any]) -> dict[str
         return dict(told)
     size = tuple(next(value for value in model.example_values if isinstance(value, Tensor)).shape[1:])
     rest = {key: value for key, value in told.items() if key != "data"}
-    return about_model(made.spec, str(told.get("data", "")), size, **rest)
+    return about_model(made.spec, str(told.get("data", "")), size, model.example, **rest)
 
 
 def _device(model: TracedModel) -> torch.device:
@@ -247,7 +248,19 @@ def _before(home: Path, identity: Mapping[str, Any], model: TracedModel) -> _Mad
         return None
     student = load(f"{spec}@{home / START}").to(_device(model))
     traced = trace(student, model.example, role="student")
-    return _Made(student, traced, AlignmentPlan.load(home / "plan.json"), steps[: told["made"]], spec)
+    plan = AlignmentPlan.load(home / "plan.json") if (home / "plan.json").exists() else None
+    return _Made(student, traced, plan, steps[: told["made"]], spec)
+
+
+def _plan(
+    model: TracedModel, student: TracedModel, untrained: Untrained, every_block: bool, say: Callable[[str], None]
+) -> AlignmentPlan | None:
+    """What corresponds; None where nothing does, so that there is nothing to warm up."""
+    try:
+        return plan_of(model, student, untrained.shrunk.axes, every_block=every_block)
+    except MatchError:
+        say("No layers can be paired, so there is no warm-up.")
+        return None
 
 
 def _write(
@@ -272,8 +285,9 @@ def _write(
         os.replace(home / STUDENT, home / START)  # student.safetensors is the trained one's
         spec, student = f"{home / SOURCE}:Student", source.build().to(_device(model))
         traced = trace(student, model.example, role="student")
-    plan = plan_of(model, traced, untrained.shrunk.axes, every_block=every_block)
-    plan.save(home / "plan.json")
+    plan = _plan(model, traced, untrained, every_block, say)
+    if plan is not None:
+        plan.save(home / "plan.json")
     curves = [asdict(curve) for curve in untrained.curves]
     repaired = asdict(untrained.repaired) if untrained.repaired is not None else None
     widths = {path: list(pair) for path, pair in untrained.shrunk.widths.items()}
@@ -287,7 +301,7 @@ def _write(
         sensitivity=curves,
         repaired=repaired,
     )
-    count = len(plan.pairs)
+    count = len(plan.pairs) if plan is not None else 0
     say(f"{count} pair{'s' * (count != 1)}; widths, sensitivities and repairs are in {home / STORY}")
     return _Made(student, traced, plan, untrained.steps, spec)
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from indistill_fx.errors import ConfigError
 from indistill_fx.loading.spec import LARGEST_INPUT, is_input_size
@@ -95,6 +95,49 @@ def example_inputs(texts: Sequence[str]) -> Tensor | tuple[Tensor, ...] | dict[s
     if all(names):
         return dict(zip(names, tensors, strict=True))
     return tensors[0] if len(tensors) == 1 else tuple(tensors)
+
+
+def describe_inputs(example: Any) -> list[str]:
+    """Inputs as `example_inputs` reads them: the other way round.
+
+    Args:
+        example: a tensor, several in order, or by name, or a call; the first dimension of each is the batch. Whole numbers are said to lie
+            between the least and the largest that are there.
+
+    Returns:
+        One text for each input; nothing for one tensor of 32-bit numbers, of which the shape says it all, and for what has no such form.
+    """
+    from torch import Tensor
+
+    from indistill_fx.batch import Call
+
+    if isinstance(example, Call):
+        example = (
+            dict(example.kwargs) if example.kwargs and not example.args else (*example.args, *example.kwargs.values())
+        )
+    entries = (
+        example
+        if isinstance(example, Mapping)
+        else dict(enumerate([example] if isinstance(example, Tensor) else example))
+    )
+    texts = []
+    for name, value in entries.items():
+        kind = (
+            str(value.dtype).removeprefix("torch.")
+            if isinstance(value, Tensor) and value.ndim and value.numel()
+            else ""
+        )
+        if kind not in (*_WHOLE, *_REAL):
+            return []
+        span = f"[{int(value.min())}..{int(value.max())}]" if kind in _WHOLE else ""
+        head = f"{name}:" if isinstance(name, str) else ""
+        texts.append(head + "x".join((kind + span, *map(str, value.shape[1:]))))
+    try:
+        for text in texts:
+            parse_input(text)
+    except ConfigError:  # a name or a number that no option takes
+        return []
+    return texts if len(texts) > 1 or not all(text.startswith("float32") for text in texts) else []
 
 
 def _example(form: InputForm, generator: object) -> Tensor:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from indistill_fx.errors import ConfigError, TrainError
 from indistill_fx.loading.input_facts import InputFacts, remember
+from indistill_fx.loading.inputs import describe_inputs, example_inputs, parse_input
 from indistill_fx.loading.load import Source, load_source
 from indistill_fx.loading.spec import LARGEST_IN_A_FILE, Spec, is_input_size, parse_spec
 from indistill_fx.loading.state_dicts import count_numbers, load_weights
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 
 _OURS = ("indistill_fx.demo:DigitsTeacher", "indistill_fx.demo:DigitsStudent")
+_MOST_INPUTS = 64
 _FETCHING = ("pretrained", "checkpoint", "weights", "cache")
 """Arguments of a library's constructors, by how their names begin, that read other files or the network."""
 
@@ -50,10 +52,26 @@ def absolute(spec: str) -> str:
     return f"{head}{at}{Path(weights).resolve() if weights else ''}"
 
 
-def about(model: str, data: str, input_size: tuple[int, ...], **more: Any) -> dict[str, Any]:
-    """What a run must keep so that its model can be built again: the `about` of `distill` and `train`."""
+def about(model: str, data: str, input_size: tuple[int, ...], example: Any = None, **more: Any) -> dict[str, Any]:
+    """What a run must keep so that its model can be built again and run: the `about` of `distill` and `train`.
+
+    Args:
+        model: spec.
+        data: spec.
+        input_size: of one sample.
+        example: inputs, where a size does not say it all.
+        more: further facts.
+    """
     spec = absolute(model)
-    return {"model": spec, "seal": sign(parse_spec(spec)), "data": data, "input_size": list(input_size), **more}
+    inputs = {"inputs": texts} if example is not None and (texts := describe_inputs(example)) else {}
+    return {
+        "model": spec,
+        "seal": sign(parse_spec(spec)),
+        "data": data,
+        "input_size": list(input_size),
+        **inputs,
+        **more,
+    }
 
 
 def runs_code(spec: Spec) -> bool:
@@ -124,6 +142,32 @@ def _figures(value: object) -> tuple[tuple[float, ...], tuple[float, ...]] | Non
     if len(mean) != len(std) or not all(map(math.isfinite, mean + std)) or not all(number > 0 for number in std):
         raise ValueError("its normalisation cannot be")
     return (mean, std) if mean else None
+
+
+def _inputs(texts: Any, home: Path) -> Any:
+    """Example inputs as run.json describes them.
+
+    Raises:
+        ConfigError: it describes none, or too large ones.
+    """
+    if texts is None:
+        return None
+    reason = f"they are not one to {_MOST_INPUTS} short texts, or too large"
+    try:
+        listed = isinstance(texts, list) and 0 < len(texts) <= _MOST_INPUTS and all(map(_short, texts))
+        if listed and sum(math.prod(parse_input(text).shape) for text in texts) <= LARGEST_IN_A_FILE:
+            return example_inputs(texts)
+    except ConfigError as error:
+        reason = error.message.rstrip(".")
+    raise ConfigError(
+        f"{home / 'run.json'} describes inputs that cannot be: {reason}.",
+        where=str(home),
+        hint=f"Give the model and the weights: MODEL@{home / STUDENT}.",
+    )
+
+
+def _short(text: object) -> bool:
+    return isinstance(text, str) and len(text) <= 200
 
 
 def load(spec: str, *, trust: Sequence[str] = ()) -> nn.Module:
@@ -215,7 +259,7 @@ def load_run(path: str | os.PathLike[str], *, trust: Sequence[str] = (), best: b
         source,
         spec=str(home),
         input_size=size,
-        example_inputs=None,
+        example_inputs=_inputs(kept.get("inputs"), home),
         normalisation=normalisation or source.normalisation,
         wanted_size=wanted,
         wanted_normalisation=normalisation,

@@ -36,3 +36,55 @@ def test_a_budget_that_cannot_be_met_is_refused_before_training(teacher, tmp_pat
     assert run([*command, str(tmp_path / "none")]) == 2
     assert "The smallest this network can be made is" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
+
+
+NETS = """
+import torch
+from torch import nn
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words, self.table, self.mix, self.last = nn.Embedding(20, 16), nn.Linear(6, 16), nn.Linear(16, 24), nn.Linear(24, 3)
+
+    def forward(self, words, table):
+        return self.last(self.mix(self.words(words).mean(1) + self.table(table).tanh()).relu())
+
+def make():
+    torch.manual_seed(0)
+    return Two()
+
+def make_loaders():
+    torch.manual_seed(1)
+    net, batches = make().eval(), []
+    for _ in range(3):
+        batch = {"words": torch.randint(20, (8, 5)), "table": torch.randn(8, 6), "name": ["x"] * 8}
+        with torch.no_grad():
+            batch["labels"] = net(batch["words"], batch["table"]).argmax(1)
+        batches.append(batch)
+    return batches, batches[:1]
+"""
+
+
+def test_a_run_knows_its_several_inputs(tmp_path, capsys):
+    (tmp_path / "nets.py").write_text(NETS)
+    home, nets = str(tmp_path / "run"), f"{tmp_path}/nets.py"
+    command = [
+        "compress",
+        f"{nets}:make",
+        "--data",
+        f"{nets}:make_loaders",
+        "--macs",
+        "0.5",
+        "--epochs",
+        "1",
+        "-o",
+        home,
+    ]
+    assert run(command) == 0, capsys.readouterr().err
+    assert "No layers can be paired, so there is no warm-up." in capsys.readouterr().err
+    assert run([*command, "--resume"]) == 0
+    assert run(["export", home, "-o", f"{tmp_path}/out.onnx"]) == 0, capsys.readouterr().err
+    assert run(["inspect", home]) == 0
+    inputs = json.loads((tmp_path / "run" / "run.json").read_text())["about"]["inputs"]
+    assert inputs[1] == "table:float32x6" and inputs[0].startswith("words:int64[")

@@ -30,6 +30,7 @@ ABOUT = {
     "input_size": [1, 8, 8],
     "classes": [str(number) for number in range(10)],
     "normalisation": [[0.5], [0.5]],
+    "inputs": ["words:int64[0..9]x4", "image:3x8"],
 }
 MORE = {
     "about": ABOUT,

@@ -19,6 +19,7 @@ from torch import nn
 
 import indistill_fx as ifx
 from indistill_fx.data.pictures import read_head, read_picture
+from indistill_fx.demo import DigitsStudent
 from indistill_fx.loading.pt2 import _check_expression, _check_payloads, _UnfitError
 from indistill_fx.loading.state_dicts import count_numbers, load_weights
 from indistill_fx.report.read_runs import MOST_STAGES, read_run
@@ -40,6 +41,28 @@ HUGE = [
     "timm:resnet10t?num_classes=3000000",
     "torchvision:vit_b_16?num_classes=9000000",
 ]
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        "3x8",
+        [],
+        ["3x8"] * 65,
+        ["a" * 201 + ":3"],
+        [3],
+        ["4000x4000x8"],
+        ["8x1000x1000"] * 9,
+        ["x:float64x99999x99999"],
+        ["a:3", "3"],
+    ],
+)
+def test_inputs_that_a_run_describes_are_bounded(tmp_path, inputs):
+    about = {"model": "indistill_fx.demo:DigitsStudent", "input_size": [1, 8, 8], "inputs": inputs}
+    (tmp_path / "run.json").write_text(json.dumps({"status": "done", "about": about}))
+    save_tensors(tmp_path / "student.safetensors", DigitsStudent().state_dict())
+    with pytest.raises(ifx.ConfigError, match=r"run\.json describes inputs that cannot be"):
+        load_run(tmp_path)
 
 
 @pytest.mark.parametrize("spec", HUGE)

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
 from transformers.tokenization_utils_base import BatchEncoding
@@ -16,7 +18,7 @@ from transformers.tokenization_utils_base import BatchEncoding
 import indistill_fx as ifx
 from indistill_fx.batch import Call, Inputs
 from indistill_fx.cli import run
-from indistill_fx.loading.inputs import example_inputs, parse_input
+from indistill_fx.loading.inputs import describe_inputs, example_inputs, parse_input
 from indistill_fx.passes.capture.exported import capture_exported
 from indistill_fx.passes.pairing.cka import cka
 
@@ -242,6 +244,41 @@ def test_inputs_are_described_by_name_dtype_range_and_shape(text, expected):
 def test_another_description_is_refused(text):
     with pytest.raises(ifx.ConfigError, match="is no input shape"):
         parse_input(text)
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from([torch.float32, torch.float16, torch.int64, torch.uint8, torch.bool]),
+            st.lists(st.integers(1, 4), max_size=3),
+        ),
+        min_size=1,
+        max_size=3,
+    ),
+    st.booleans(),
+)
+def test_described_inputs_are_made_again(kinds, by_name):
+    """All but one tensor of float32 without a name of its own, of which a run keeps the size."""
+    values = [torch.ones(2, *shape).to(dtype) for dtype, shape in kinds]
+    example = {f"x_{k}": value for k, value in enumerate(values)} if by_name else tuple(values)
+    texts = describe_inputs(example)
+    if len(values) == 1 and values[0].dtype == torch.float32:
+        assert texts == []
+        return
+    made = example_inputs(texts)
+    again = list(made.values()) if isinstance(made, dict) else [made] if isinstance(made, Tensor) else list(made)
+    assert isinstance(made, dict) == by_name and (not by_name or list(made) == list(example))
+    assert [(value.dtype, value.shape[1:]) for value in again] == [(value.dtype, value.shape[1:]) for value in values]
+    assert all(torch.equal(a, b[:1]) for a, b in zip(again, values, strict=True) if not b.is_floating_point())
+
+
+@pytest.mark.parametrize(
+    "example",
+    [{"a b": torch.ones(1, 2, dtype=torch.long)}, torch.full((1, 2), 10**12), (torch.ones(1), 3), torch.ones(())],
+)
+def test_what_no_option_can_say_is_not_described(example):
+    assert describe_inputs(example) == []
 
 
 @pytest.mark.parametrize("texts", [["a:3", "3"], ["a:3", "a:4"]])
