@@ -63,17 +63,17 @@ def reuse_classifier(
     example_inputs: Any = None,
     factor: int = 2,
 ) -> fx.GraphModule:
-    """A student that computes its teacher's last feature, and takes its logits from the teacher's own classifier.
+    """Make a student that computes its teacher's last feature, and takes its logits from the teacher's own classifier.
 
     Train it with `main="simkd"`. What the teacher computes after its layer of the plan's last pair is the classifier: choose
     another pair in the plan to reuse more of the teacher, or less.
 
     Args:
-        teacher: traced, or a plain module with `example_inputs`. It stays as it is.
-        student: likewise. Its own layers are in the new student; those behind the last pair are left out.
-        plan: which layers go together; made by `align` if None.
-        example_inputs: for plain modules, batch first.
-        factor: the teacher's width divided by the width inside of the projector.
+        teacher: traced, or a plain module with `example_inputs`. It is not changed.
+        student: likewise. Its own layers are in the new student; those after the last pair are left out.
+        plan: the pairs; None: made by `align`.
+        example_inputs: for plain modules; the first dimension is the batch.
+        factor: the teacher's width divided by the width inside the projector.
 
     Returns:
         A module from the student's inputs to the teacher's logits: `student`, then `projector`, then `classifier`.
@@ -85,8 +85,16 @@ def reuse_classifier(
     Source:
         Chen, Mei, Zhang, Wang, Feng, Chen, "Knowledge Distillation with the Reused Teacher Classifier", CVPR 2022, arXiv:2203.14001;
         the projector is the authors': 1x1, 3x3 and 1x1 convolutions with batch norm and ReLU. Deviations: a linear layer for
-        vectors; the last ReLU only where the teacher's feature comes out of one; layers before the classifier are reused as the
+        vectors; the last ReLU only if the teacher's feature comes out of one; layers before the classifier are reused as the
         plan says.
+
+    Examples:
+        >>> import torch
+        >>> import indistill_fx as ifx
+        >>> from indistill_fx.demo import DigitsStudent, DigitsTeacher
+        >>> student = ifx.reuse_classifier(DigitsTeacher(), DigitsStudent(), example_inputs=torch.randn(2, 1, 8, 8))
+        >>> [name for name, part in student.named_children()], student(torch.randn(4, 1, 8, 8)).shape
+        (['student', 'projector', 'classifier'], torch.Size([4, 10]))
     """
     own, other = as_traced(teacher, example_inputs, role="teacher"), as_traced(student, example_inputs, role="student")
     plan = align(own, other) if plan is None else plan

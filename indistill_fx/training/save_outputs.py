@@ -34,24 +34,33 @@ def save_outputs(
     about: str = "",
     progress: bool = False,
 ) -> Path:
-    """Run a teacher once over a data set, and write its logits and features to a folder; `saved:DIR` is a teacher then.
+    """Run a teacher once over a data set, and write its logits and features to a folder; `saved:DIR` then names it as a teacher.
 
     Args:
         teacher: traced, or a plain module.
         loader: a training loader of `open_data`, without augmentation.
-        directory: the folder; a file of outputs that is there is replaced.
-        taps: names of the features to be kept, as `inspect` shows them.
-        logits: which entry of its output the logits are, where it has several.
-        view: what it sees of a batch that was made for the student.
-        about: what the teacher is called.
+        directory: the folder; a file of outputs in it is replaced.
+        taps: names of the features to keep, as `inspect` shows them.
+        logits: key or index of the logits, for a teacher that returns several outputs.
+        view: how the teacher sees a batch that was made for the student.
+        about: the teacher's name, for the file.
         progress: show a bar, on a terminal.
 
     Returns:
         The folder.
 
     Raises:
-        ConfigError: samples that may differ from epoch to epoch, a name that is no tap, logits that are no tensor for every sample.
-        TrainError: the place cannot be written.
+        ConfigError: samples may differ from epoch to epoch, a name is not a tap, or the logits are not one tensor with a row per sample.
+        TrainError: nothing can be written there.
+
+    Examples:
+        >>> import tempfile
+        >>> import indistill_fx as ifx
+        >>> from indistill_fx.demo import DigitsTeacher
+        >>> data = ifx.open_data("digits", limit=64, batch_size=32, augment=False)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = ifx.save_outputs(DigitsTeacher(), data.train, folder, taps=["layer3"])
+        ...     teacher = ifx.load(f"saved:{folder}")
     """
     own = repeatable(loader, 0, "loader")
     data = same_samples(own, "Saving outputs").indexed(in_order=True)
