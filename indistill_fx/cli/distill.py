@@ -80,7 +80,7 @@ def _use_recipe(context: click.Context, parameter: click.Parameter, name: str) -
     "--main",
     default="kd",
     show_default=True,
-    help="kd, dkd, dist, pkt, pkt_kl, at, sp, rkd, crd, fitnet, vid, labels or file.py:loss.",
+    help="labels, kd, dkd, dist, mlkd, cwd, pkt, pkt_kl, at, sp, rkd, crd, fitnet, vid, reviewkd, simkd or file.py:loss.",
 )
 @click.option(
     "--main-option",

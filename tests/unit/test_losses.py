@@ -194,6 +194,13 @@ def test_every_loss_is_covered():
     assert set(REFERENCES) | LEARNED | DENSE | ELSEWHERE | {"labels"} == set(MAIN_LOSSES)
 
 
+def test_the_help_names_every_loss():
+    from indistill_fx.cli.distill import command
+
+    said = next(option.help for option in command.params if option.name == "main")
+    assert said == f"{', '.join(MAIN_LOSSES)} or file.py:loss."
+
+
 @pytest.mark.parametrize("name", REFERENCES)
 def test_main_loss_equals_numpy(name):
     reference, weight, weight_labels = REFERENCES[name]
