@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor, fx, nn
 
 from indistill_fx.batch import Call, Inputs, split
-from indistill_fx.errors import ConfigError
+from indistill_fx.errors import ConfigError, IndistillError
 from indistill_fx.graph.module_state import evaluating
 from indistill_fx.graph.view import View
 from indistill_fx.losses.base import widened
@@ -118,16 +119,36 @@ def evaluate(
                 metric
             ) in metrics.values():  # the loader has all samples: nothing is to be gathered from other processes
                 metric.distributed_available_fn = _alone
-        total, over = chosen.total(scores, known)
-        loss, counted = loss + total.item(), counted + over
-        for metric in metrics.values():
-            chosen.measure(metric, scores, known)
+        with _explained(chosen, scores, known):
+            total, over = chosen.total(scores, known)
+            loss, counted = loss + total.item(), counted + over
+            for metric in metrics.values():
+                chosen.measure(metric, scores, known)
         count, classes = count + len(labels), scores.shape[1]
     if chosen is None:
         raise ConfigError("The loader has no batches to evaluate on.", where="loader", got=0, expected="at least 1")
     values = {name: float(metric.compute()) for name, metric in metrics.items()}
     accuracy, facts = values.get("accuracy"), deciding_metric(chosen, classes)
     return Evaluation(accuracy, loss / max(counted, 1), count, classes, chosen.name, values, facts)
+
+
+@contextmanager
+def _explained(task: Task, logits: Tensor, labels: Tensor) -> Iterator[None]:
+    """What fails in a task of the user's own is told as theirs: a metric or a loss that does not fit."""
+    try:
+        yield
+    except (IndistillError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if type(task).__module__.startswith("indistill_fx."):
+            raise
+        raise ConfigError(
+            f"A metric or the loss of task `{task.name}` fails on outputs {tuple(logits.shape)} and labels {tuple(labels.shape)}: "
+            f"{type(error).__name__}: {str(error).partition(chr(10))[0].rstrip('.')}.",
+            where=task.name,
+            got=type(error).__name__,
+            hint="Give the task metrics and a loss for such outputs and labels.",
+        ) from error
 
 
 def _alone() -> bool:

@@ -174,6 +174,11 @@ class Segmentation(Classification):
     temperature: ClassVar[float | None] = 1.0
     void: int = 255
 
+    def check(self, logits: Tensor, labels: Tensor) -> None:
+        """See `Task`."""
+        _require_positions(self, logits, "(batch, classes, height, width)")
+        super().check(logits, labels)
+
     def read(self, labels: Tensor) -> Tensor:
         """The void label becomes `IGNORED`; labels (batch, 1, height, width) lose their axis of one."""
         if labels.is_floating_point():
@@ -201,6 +206,11 @@ class Language(Classification):
 
     name: ClassVar[str] = "language"
     shift: bool = True
+
+    def check(self, logits: Tensor, labels: Tensor) -> None:
+        """See `Task`."""
+        _require_positions(self, logits, "(batch, length, vocabulary)")
+        super().check(logits, labels)
 
     def read(self, labels: Tensor) -> Tensor:
         """As int64."""
@@ -339,6 +349,17 @@ class Embedding(Task):
     def metrics(self, outputs: int) -> dict[str, Metric]:
         """None: the loss on validation data is all there is."""
         return {}
+
+
+def _require_positions(task: Task, logits: Tensor, expected: str) -> None:
+    if logits.ndim < 3:
+        raise ConfigError(
+            f"{task.name} reads outputs {expected}, but the model gives {tuple(logits.shape)}.",
+            where="task",
+            got=tuple(logits.shape),
+            expected=expected,
+            hint="One class a sample is --task classification.",
+        )
 
 
 def _check_probabilities(labels: Tensor) -> None:

@@ -34,7 +34,7 @@ from indistill_fx.stages.stage import Stage
 from indistill_fx.stages.traced_pair import traced_pair, view_of
 from indistill_fx.traced import TracedModel
 from indistill_fx.training.feature_cache import FeatureStore, stores_of
-from indistill_fx.training.identity import code_digest, described_loss
+from indistill_fx.training.identity import code_digest, described_loss, named_loss
 from indistill_fx.training.options.mixing import check_unmixed, make_mixing
 from indistill_fx.training.options.optimizers import check_optimizer
 from indistill_fx.training.options.settings import Options, Settings
@@ -44,6 +44,7 @@ from indistill_fx.training.state import Phase
 from indistill_fx.training.supervised import check_epochs, model_facts
 from indistill_fx.training.task import RunTask, task_of_run
 from indistill_fx.training.trainer import Setup, Trainer
+from indistill_fx.training.trial import require_loss, users_own
 
 
 def distill(
@@ -243,6 +244,7 @@ class Distillation:
             unmeasured = "it has outputs of the training data alone"
         if not any(stage.logits[1] is not None for stage in main):  # nobody reads labels
             task = replace(task, check=lambda number, batch: None)
+        self._try(main, task, late=len(stages) > len(main))
         stores: list[FeatureStore | None] = [None] * len(stages)
         if self.feature_cache is not None:
             warm, _ = warmup_plan(plan, curriculum)
@@ -259,6 +261,14 @@ class Distillation:
             identity=self._identity(*models, plan, curriculum),
             mix=self._mixing(task, *models),
         )
+
+    def _try(self, main: Sequence[Stage], task: RunTask, *, late: bool) -> None:
+        """Let the main stage say now what it would say after the warm-up, or at the first step of a loss that is not ours."""
+        if self.feature_cache is None and (late or users_own(self.main, task.task)):
+            first = next(iter(self.loader))
+            task.check(0, first)
+            for stage in main:
+                require_loss(stage, first, f"The main loss `{named_loss(self.main)}`")
 
     def _mixing(self, task: RunTask, *models: TracedModel) -> Callable[[Any], Any] | None:
         found = make_mixing(self.settings, task.task.name, task.outputs, *(model.inputs for model in models))

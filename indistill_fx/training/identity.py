@@ -117,11 +117,16 @@ def _shown(value: object) -> str:
     return text if len(text) <= 120 else f"{text[:117]}…"
 
 
+def named_loss(loss: str | Callable[..., Any] | None) -> str:
+    """What a loss is called by."""
+    return loss if isinstance(loss, str) else getattr(loss, "__qualname__", type(loss).__qualname__)
+
+
 def described_loss(loss: str | Callable[..., Any] | None, options: Mapping[str, Any]) -> str | None:
     """A loss with its options, and a digest of its code where it is the user's own."""
     if loss is None:
         return None
-    name = loss if isinstance(loss, str) else getattr(loss, "__qualname__", type(loss).__qualname__)
+    name = named_loss(loss)
     if not isinstance(loss, str) or ":" in loss:
         found = load_object(loss) if isinstance(loss, str) else loss
         name = f"{name.rpartition(':')[2]} (code {code_digest(found)})"

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Unpack
 
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from indistill_fx.batch import Inputs, split
@@ -15,6 +16,7 @@ from indistill_fx.evaluation.accuracy import select_logits
 from indistill_fx.graph.module_state import uncompiled
 from indistill_fx.losses.base import widened
 from indistill_fx.losses.task import Classification, Task
+from indistill_fx.runs.directory import RunDirectory
 from indistill_fx.runs.record import RunRecord
 from indistill_fx.training.identity import code_digest
 from indistill_fx.training.options.mixing import make_mixing
@@ -22,6 +24,7 @@ from indistill_fx.training.options.settings import Options, Settings
 from indistill_fx.training.state import Phase
 from indistill_fx.training.task import task_of_run
 from indistill_fx.training.trainer import Setup, Trainer
+from indistill_fx.training.trial import require_loss, users_own
 
 
 def train(
@@ -85,7 +88,14 @@ def train(
     supervised, budget = Supervised(module, logits, found.task), settings.main_budget(epochs)
     phase = Phase("main", supervised, budget, main=True, early_stopping=settings.early_stopping)
     mix = make_mixing(settings, found.task.name, found.outputs, Inputs.of(module))
-    models = {"student": model_facts(uncompiled(module))}
+
+    def set_up(directory: RunDirectory | None, accelerator: Accelerator) -> Setup:
+        if users_own("labels", found.task):
+            require_loss(supervised, next(iter(loader)), f"The loss of task `{found.task.name}`")
+        models = {"student": model_facts(uncompiled(module))}
+        identity = {"code of the student": code_digest(uncompiled(module))}
+        return Setup(phases=[phase], task=found, mix=mix, models=models, identity=identity)
+
     return Trainer(
         student=uncompiled(module),
         teacher=None,
@@ -98,15 +108,7 @@ def train(
         progress=progress,
         logits=logits,
         about=about,
-    ).run(
-        lambda directory, accelerator: Setup(
-            phases=[phase],
-            task=found,
-            mix=mix,
-            models=models,
-            identity={"code of the student": code_digest(uncompiled(module))},
-        )
-    )
+    ).run(set_up)
 
 
 def model_facts(module: nn.Module) -> dict[str, Any]:

@@ -1,0 +1,66 @@
+"""The first batch, before anything trains: whether a loss can be computed at all, however late in a run it comes."""
+
+from __future__ import annotations
+
+import traceback
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+
+from indistill_fx.errors import ConfigError, IndistillError
+from indistill_fx.graph.module_state import evaluating
+from indistill_fx.losses.task import Task
+
+
+def users_own(main: object, task: Task) -> bool:
+    """Whether a main loss or a task is the user's own code."""
+    return not (isinstance(main, str) and ":" not in main) or not type(task).__module__.startswith("indistill_fx.")
+
+
+def require_loss(module: nn.Module, batch: Any, what: str) -> None:
+    """Compute a stage's loss of the first batch in eval mode, and leave everything as it was.
+
+    Args:
+        module: batch → loss.
+        batch: the first.
+        what: the loss, for messages.
+
+    Raises:
+        ConfigError: the loss fails, or is no scalar that follows from what trains.
+    """
+    anchor = next((parameter for parameter in module.parameters() if parameter.requires_grad), None)
+    if anchor is None or type(anchor) not in (Tensor, nn.Parameter):
+        return  # nothing trains, or it is sharded: one process cannot ask alone
+    batch = send_to_device(batch, anchor.device)
+    with evaluating(module), torch.enable_grad():
+        try:
+            loss = module(batch)
+        except (IndistillError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            raise ConfigError(
+                f"{what} fails on the first batch: {type(error).__name__}: {str(error).partition(chr(10))[0].rstrip('.')} "
+                f"({last.filename}:{last.lineno}).",
+                where=what,
+                got=type(error).__name__,
+                hint="Call it on a batch in Python first, to see what fails.",
+            ) from error
+    if not isinstance(loss, Tensor) or loss.ndim or not loss.is_floating_point():
+        shown = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+        raise ConfigError(
+            f"{what} gives {shown}, not one number.",
+            where=what,
+            got=shown,
+            expected="a tensor of shape ()",
+            hint="Let it return a mean or a sum over the batch.",
+        )
+    if not loss.requires_grad:
+        raise ConfigError(
+            f"{what} gives a number that does not follow from the student, so it would train nothing.",
+            where=what,
+            expected="a tensor with a gradient",
+            hint="Compute it from the student's outputs, without detach or item.",
+        )

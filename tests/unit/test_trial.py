@@ -1,0 +1,56 @@
+"""A loss is tried on the first batch and everything is as it was; what cannot be trained by is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from indistill_fx.errors import ConfigError
+from indistill_fx.graph.module_state import digest
+from indistill_fx.training.trial import require_loss
+
+BATCH = torch.ones(4, 3)
+
+
+class Loss(nn.Module):
+    def __init__(self, last):
+        super().__init__()
+        self.net, self.last = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2), nn.Dropout()), last
+        self.register_buffer("calls", torch.zeros(()))
+        self.memory = 0
+
+    def forward(self, batch):
+        self.calls += 1
+        self.memory += 1
+        torch.rand(1)
+        return self.last(self.net(batch))
+
+
+def test_nothing_is_changed():
+    module = Loss(torch.sum)
+    before, state = digest(module), torch.get_rng_state()
+    require_loss(module, BATCH, "It")
+    assert digest(module) == before and module.memory == 0 and torch.equal(torch.get_rng_state(), state)
+    assert all(parameter.grad is None for parameter in module.parameters()) and module.training
+
+
+@pytest.mark.parametrize(
+    ("last", "told"),
+    [
+        (lambda y: y, r"It gives a tensor of shape \(4, 2\), not one number"),
+        (lambda y: 1.0, "It gives a float"),
+        (lambda y: y.sum().detach(), "would train nothing"),
+        (lambda y: y.sum().long(), "not one number"),
+        (lambda y: y[9], r"It fails on the first batch: IndexError: .*test_trial\.py:"),
+    ],
+)
+def test_what_cannot_be_trained_by_is_refused(last, told):
+    with pytest.raises(ConfigError, match=told):
+        require_loss(Loss(last), BATCH, "It")
+
+
+def test_frozen_students_are_left_alone():
+    module = Loss(lambda y: y)
+    module.requires_grad_(False)
+    require_loss(module, BATCH, "It")
