@@ -174,6 +174,29 @@ def unit_length(x: Tensor) -> Tensor:
     return x / (x.norm(dim=1, keepdim=True) + 1e-6)
 
 
+def flipped(x: Tensor) -> Tensor:
+    return x.flip(2, 1) + torch.flip(x, (3,))
+
+
+def largest(x: Tensor) -> Tensor:
+    rows, both = x.max(dim=2, keepdim=True)[0], x.flatten(2).min(-1)
+    return x * rows + both.values[:, :, None, None] * (both.indices > 3).to(x.dtype)[..., None, None]
+
+
+class Patches(nn.Module):
+    """Places of a patch as channels, mixed, and put together again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.back = nn.Conv2d(WIDTH * 4, WIDTH, 1), nn.Conv2d(WIDTH, WIDTH * 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        y = F.unfold(x, 2, stride=2).view(b, c * 4, h // 2, w // 2)
+        y = F.fold(self.back(self.mix(y).relu()).flatten(2), (h, w), 2, stride=2)
+        return x + y
+
+
 def normed() -> nn.Module:
     found = Maps(nn.Sequential(parametrizations.weight_norm(nn.Conv2d(WIDTH, WIDTH, 3, 1, 1)), nn.ELU()))
     parametrizations.spectral_norm(found.b)
@@ -195,6 +218,10 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "deformable, two groups": lambda: Maps(Looking(2, 1)),
     "deformable, two places": lambda: Maps(Looking(1, 2)),
     "deformable, both": lambda: Maps(Looking(4, 2)),
+    "deformable, a filter each": lambda: Maps(Looking(WIDTH, 1)),
+    "flipped": lambda: Maps(Way(flipped)),
+    "largest": lambda: Maps(Way(largest)),
+    "patches": lambda: Maps(Patches()),
     "lstm": lambda: Recurrent(nn.LSTM),
     "gru": lambda: Recurrent(nn.GRU, both=True, states=True),
 }
@@ -236,3 +263,43 @@ def test_a_students_graph_computes_the_same_in_both_modes(name: str) -> None:
 def test_what_a_softmax_says_of_fewer_channels_is_reported() -> None:
     model, _ = traced(NETWORKS["share of channels"])
     assert any("softmax" in line for line in shrink(model, ratio=0.5).report.approximate)
+
+
+class Whole(nn.Module):
+    """Besides its output, what `how` makes of a layer that another one reads."""
+
+    def __init__(self, how: Callable[[Tensor], object]):
+        super().__init__()
+        self.first, self.second, self.last = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 1)
+        self.how = how
+
+    def forward(self, x: Tensor) -> object:
+        x = self.second(self.first(x).relu())
+        return self.last(x), self.how(x)
+
+
+def neighbours(x: Tensor) -> Tensor:
+    """Efficient channel attention: a convolution over channels, of which none may go."""
+    mixed = F.conv1d(x.mean((2, 3))[:, None], torch.ones(1, 1, 3, dtype=x.dtype), padding=1)
+    return mixed[:, 0]
+
+
+FROZEN: dict[str, tuple[Callable[[Tensor], object], str]] = {
+    "parts": (lambda x: x.chunk(2, 1), "an output"),
+    "parts of another axis": (lambda x: x.unbind(-1), "an output"),
+    "maximum and place": (lambda x: x.max(-1), "an output"),
+    "maximum over channels": (lambda x: x.max(1)[0], "max"),
+    "windows": (lambda x: x.unfold(2, 3, 1).mean((1, 3, 4)), "unfold"),
+    "neighbours": (neighbours, "conv"),
+}
+
+
+@pytest.mark.parametrize("name", FROZEN)
+def test_what_cannot_lose_channels_keeps_them_and_says_why(name: str) -> None:
+    how, reason = FROZEN[name]
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    result = shrink(trace(unsettle(Whole(how)).double().eval(), x), ratio=0.5)
+    assert result.report.widths["first"] == (8, 4)
+    assert result.report.widths["second"] == (8, 8)
+    assert any(reason in frozen.reason for frozen in result.report.frozen)

@@ -145,7 +145,37 @@ def _without_axis(below: fx.Node, dim: int, entry: int, cut: Cut) -> Propagation
     return Propagation(lambda out, new: out.function(torch.select, new[0], moved, entry), (part,))
 
 
+def field(call: Call, cut: Cut) -> Propagation | Blocked:
+    """`x.max(-1).values` and `.indices`, as `x.max(-1)[0]` and `[1]`."""
+    source_node, name = call.node.args[0], call.node.args[1]
+    if not isinstance(source_node, fx.Node) or name not in _FIELDS:
+        return Blocked(f"no channel rule for the attribute {name}")
+    maker = read_call(source_node, call.facts)
+    if _PARTS.get(maker.op) is not _extreme:
+        return Blocked(f"one of several results of {maker.op}")
+    return _extreme(maker, cut, _FIELDS.index(str(name)), call)
+
+
+_FIELDS = ("values", "indices")
+
+
+def _extreme(maker: Call, cut: Cut, key: int, call: Call) -> Propagation | Blocked:
+    """A maximum along another axis, or where it stands."""
+    shape, dim = maker.shape(maker.input) or (), maker.get("dim")
+    if not isinstance(dim, int):
+        return Blocked(f"the axis of the {maker.op} is computed")
+    dim = axis_of(dim, len(shape))
+    stay = [axis for axis in range(len(shape)) if axis != dim or len(call.output_shape) == len(shape)]
+    axes = stay[cut.start : cut.stop]
+    if dim in axes or axes != list(range(axes[0], axes[-1] + 1)):
+        return Blocked(f"{maker.op} mixes some of the selected axes")
+    below = Cut(maker.input, axes[0], axes[-1] + 1, cut.index)
+    both = again(maker, [below], dim=dim if dim < axes[0] else dim - cut.width + 1)
+    return Propagation(lambda out, new: out.item(both(out, new), key), (Part(below),))
+
+
 _PARTS = {
+    **dict.fromkeys(("max", "min", "median"), _extreme),
     **dict.fromkeys(("chunk", "split", "split_with_sizes", "tensor_split"), _part_of_split),
     "unbind": _part_of_unbind,
     "multihead_attention": attention.module_output,

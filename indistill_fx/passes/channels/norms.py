@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from indistill_fx.passes.channels.call import Call, again, axis_of, slice_weights
-from indistill_fx.passes.channels.producers import used_groups
-from indistill_fx.passes.channels.selection import Blocked, Cut, Part, Propagation
+from indistill_fx.passes.channels.selection import Blocked, Cut, Part, Propagation, used_groups
 
 
 def per_channel_norm(call: Call, cut: Cut) -> Propagation | Blocked:

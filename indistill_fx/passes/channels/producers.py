@@ -30,12 +30,17 @@ def conv(call: Call, cut: Cut) -> Propagation | Blocked:
 
 
 def deformed(call: Call, cut: Cut) -> Propagation | Blocked:
-    """Filters are rows of the weight, as in a convolution without groups."""
-    weight = call.constant("weight")
-    if (cut.start, cut.stop) != (1, 2) or weight is None or weight.shape[1] != _inputs(call):
+    """Filters are rows of the weight, as in a convolution without groups, or with one filter for each channel."""
+    weight, inputs = call.constant("weight"), _inputs(call)
+    if (cut.start, cut.stop) != (1, 2) or weight is None or weight.shape[1] not in (1, inputs):
         return Blocked("a deformable convolution mixes the axes of space, or has groups")
     named = {"weight": (0, cut.index), "bias": (0, cut.index)}
-    return slice_weights(call, named, filters=weight_filters(call, cut.index))
+    if weight.shape[1] == inputs:
+        return slice_weights(call, named, filters=weight_filters(call, cut.index))
+    if len(weight) != inputs or (call.shape(call.get("offset")) or (0, 0))[1] != 2 * weight[0, 0].numel():
+        return Blocked("a deformable convolution has groups, of filters or of places to look at")
+    part = Part(Cut(call.input, 1, 2, cut.index))
+    return slice_weights(call, named, parts=[part], filters=weight_filters(call, cut.index), groups=len(cut.index))
 
 
 def per_sample(call: Call, cut: Cut) -> Propagation | Blocked:
@@ -155,17 +160,6 @@ def constant(call: Call, cut: Cut) -> Propagation | Blocked:
     if isinstance(value, nn.Parameter):
         new = nn.Parameter(new, requires_grad=value.requires_grad)
     return Propagation(lambda out, _: out.tensor(str(call.node.target), new))
-
-
-def used_groups(index: Index, size: int) -> list[int] | None:
-    """The groups of `size` that an index is made of, if it takes each of them whole and in order.
-
-    >>> used_groups((2, 3, 0, 1), 2), used_groups((0, 2), 2)
-    ([1, 0], None)
-    """
-    groups = list(dict.fromkeys(k // size for k in index))
-    whole = tuple(group * size + k for group in groups for k in range(size))
-    return groups if whole == index else None
 
 
 def _on_other_axes(call: Call, cut: Cut, layer: str) -> Propagation | Blocked:

@@ -128,6 +128,17 @@ def spread(index: Sequence[int], *, size: int, before: int, after: int) -> Index
     return tuple((b * size + i) * after + a for b in range(before) for i in index for a in range(after))
 
 
+def used_groups(index: Index, size: int) -> list[int] | None:
+    """The groups of `size` that an index is made of, if it takes each of them whole and in order.
+
+    >>> used_groups((2, 3, 0, 1), 2), used_groups((0, 2), 2)
+    ([1, 0], None)
+    """
+    groups = list(dict.fromkeys(k // size for k in index))
+    whole = tuple(group * size + k for group in groups for k in range(size))
+    return groups if whole == index else None
+
+
 def group_size(shape: Shape, start: int, stop: int) -> int:
     """Number of entries of the axes start..stop-1 seen as one."""
     return prod(shape[start:stop])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from indistill_fx.passes.channels.call import Call, again, axis_of, untouched
-from indistill_fx.passes.channels.selection import Blocked, Cut, Part, Propagation
+import torch
+
+from indistill_fx.passes.channels.call import Call, again, axis_of, source, untouched
+from indistill_fx.passes.channels.selection import Blocked, Cut, Part, Propagation, used_groups
 
 
 def per_channel_map(call: Call, cut: Cut) -> Propagation | Blocked:
@@ -66,8 +68,25 @@ def reduction(call: Call, cut: Cut) -> Propagation | Blocked:
     return Propagation(again(call, [below], dim=moved[0] if isinstance(dims, int) else moved), (Part(below),))
 
 
+def flip(call: Call, cut: Cut) -> Propagation | Blocked:
+    """The last entry comes first, on the selected axis too: whichever of them stay, they stand the other way round."""
+    dims, rank = call.get("dims"), len(call.output_shape)
+    if not isinstance(dims, (tuple, list)) or not all(isinstance(d, int) for d in dims):
+        return Blocked("the flipped axes are computed")
+    axes = [axis_of(d, rank) for d in dims]
+    inside = [axis for axis in axes if cut.start <= axis < cut.stop]
+    if inside and cut.width > 1:
+        return Blocked("flip moves one of the merged axes")
+    last = call.output_shape[cut.start] - 1
+    below = Cut(call.input, cut.start, cut.stop, tuple(last - k for k in cut.index) if inside else cut.index)
+    moved = tuple(axis if axis < cut.start else axis - cut.width + 1 for axis in axes if axis not in inside)
+    if not moved:
+        return Propagation(source, (Part(below),))
+    return Propagation(lambda out, new: out.function(torch.flip, new[0], moved), (Part(below),))
+
+
 def shift(call: Call, cut: Cut) -> Propagation | Blocked:
-    """Roll and flip of other axes."""
+    """Roll of other axes."""
     dims = call.get("dims")
     rank = len(call.output_shape)
     given = [dims] if isinstance(dims, int) else dims
@@ -85,28 +104,52 @@ def pixel_shuffle(call: Call, cut: Cut) -> Propagation | Blocked:
     r = call.get("upscale_factor")
     if (cut.start, cut.stop) != (1, 2) or not isinstance(r, int):
         return Blocked("pixel shuffle mixes the axes of space")
-    below = Cut(call.input, 1, 2, tuple(k * r * r + j for k in cut.index for j in range(r * r)))
-    return Propagation(
-        again(call, [below]),
-        (Part(below, (tuple(k for k in range(len(cut.index)) for _ in range(r * r)), tuple(range(len(below.index))))),),
-    )
+    return _one_of_many(call, cut, r * r)
 
 
 def pixel_unshuffle(call: Call, cut: Cut) -> Propagation | Blocked:
     """Groups of r*r channels of the output are one channel of the input."""
-    from indistill_fx.passes.channels.producers import used_groups
-
     r = call.get("downscale_factor")
     if (cut.start, cut.stop) != (1, 2) or not isinstance(r, int):
         return Blocked("pixel unshuffle mixes the axes of space")
-    used = used_groups(cut.index, r * r)
+    return _many_of_one(call, cut, r * r)
+
+
+def unfold(call: Call, cut: Cut) -> Propagation | Blocked:
+    """`F.unfold`: the places of a patch, as many as the kernel has, are one channel of the input."""
+    shape = call.shape(call.input) or ()
+    if call.node.op == "call_method" or (cut.start, cut.stop, len(shape)) != (
+        1,
+        2,
+        4,
+    ):  # a tensor's own unfold is another
+        return Blocked("unfold mixes the axes of space")
+    return _many_of_one(call, cut, call.output_shape[1] // shape[1])
+
+
+def fold(call: Call, cut: Cut) -> Propagation | Blocked:
+    """`F.fold`: a channel is made of the places of its patches."""
+    shape = call.shape(call.input) or ()
+    if (cut.start, cut.stop, len(call.output_shape)) != (1, 2, 4):
+        return Blocked("fold mixes the axes of space")
+    return _one_of_many(call, cut, shape[1] // call.output_shape[1])
+
+
+def _one_of_many(call: Call, cut: Cut, count: int) -> Propagation:
+    """Channel c is made of the `count` channels from c*count on."""
+    below = Cut(call.input, 1, 2, tuple(k * count + j for k in cut.index for j in range(count)))
+    own = tuple(k for k in range(len(cut.index)) for _ in range(count))
+    return Propagation(again(call, [below]), (Part(below, (own, tuple(range(len(below.index))))),))
+
+
+def _many_of_one(call: Call, cut: Cut, count: int) -> Propagation | Blocked:
+    """`count` channels, one after the other, are one channel of the input."""
+    used = used_groups(cut.index, count)
     if used is None:
         return Blocked("only a part of the places of a channel is wanted")
     below = Cut(call.input, 1, 2, tuple(used))
-    return Propagation(
-        again(call, [below]),
-        (Part(below, (tuple(range(len(cut.index))), tuple(k // (r * r) for k in range(len(cut.index))))),),
-    )
+    links = tuple(range(len(cut.index))), tuple(k // count for k in range(len(cut.index)))
+    return Propagation(again(call, [below]), (Part(below, links),))
 
 
 def channel_shuffle(call: Call, cut: Cut) -> Propagation | Blocked:

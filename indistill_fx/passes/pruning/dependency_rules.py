@@ -112,12 +112,15 @@ def deformed(found: Coupling, call: Call) -> set[Axis]:
         return set()
     groups, outputs = inputs // weight.shape[1], call.output_shape[1]
     places = (call.shape(call.get("offset")) or (0, 0))[1] // (2 * weight[0, 0].numel())
-    if groups == inputs > 1:
-        return set()  # one filter for each channel, wherever it looks
-    for count in {groups, places} - {1}:
+    for count in {1 if groups == inputs else groups, places} - {1}:
         _tie_groups(found, given, count)
-    made = np.tile(found.fresh(outputs // groups), groups)
-    found.tie_weight(call, "weight", 1, None if given is None else given[: inputs // groups])
+    if groups == inputs > 1:  # one filter for each channel
+        made = found.fresh(outputs) if given is None else np.repeat(given, outputs // groups)
+        if given is None:
+            found.freeze(made, f"`{call.path}` filters each of its fixed channels alone")
+    else:
+        made = np.tile(found.fresh(outputs // groups), groups)
+        found.tie_weight(call, "weight", 1, None if given is None else given[: inputs // groups])
     found.tie_weight(call, "weight", 0, made)
     found.tie_weight(call, "bias", 0, made)
     found.made.append(Made(call.node.name, 1, call.path, weight, made))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 
 from torch import fx
@@ -20,6 +21,8 @@ _TELLS_SIZES = frozenset(
     "size shape getattr dim numel ndimension len is_floating_point is_cuda device dtype assert".split()
 )
 
+_DROPS_AXIS = frozenset("unbind max min median".split())
+"""Operations of several results that go along one axis and leave the others as they are."""
 _READS_MAPS = frozenset("conv conv_transpose batch_norm max_pool avg_pool adaptive_avg_pool interpolate".split())
 
 
@@ -32,7 +35,7 @@ def couple(graph_module: fx.GraphModule, facts: Mapping[str, NodeFacts]) -> Coup
         found.ops[node.name] = op_name(node)
         if node.op == "output":
             for source in node.all_input_nodes:
-                found.freeze_all(source, "an output of the network")
+                _freeze_whole(found, source, "an output of the network")
         elif node.name in found.shuffles:
             _shuffle(found, node, found.shuffles[node.name])
         elif node.op not in ("placeholder", "get_attr") and node.name not in found.vanished:
@@ -47,11 +50,26 @@ def _visit(found: Coupling, node: fx.Node) -> None:
         return
     for source in node.all_input_nodes:
         known = found.facts.get(source.name)
+        several = source.op == "call_module" or found.ops[source.name] in PARTS | _DROPS_AXIS
+        if known is None and several and node.target not in (operator.getitem, getattr):
+            _freeze_whole(found, source, _why(call))
         for axis in range(len(known.shape) if known else 0):
             if (source.name, axis) in read:
                 continue
             if (source.name, axis) in found.axes or found.is_tied(source, axis):
                 found.freeze(found.of(source, axis), _why(call))
+
+
+def _freeze_whole(found: Coupling, node: fx.Node, reason: str) -> None:
+    """All units of a node's tensor must stay; of several results that are handed on together, those of what makes them."""
+    if node.name in found.facts:
+        found.freeze_all(node, reason)
+        return
+    own = [units for (name, _), units in found.axes.items() if name in (node.name, str(node.target))]
+    for units in own:
+        found.freeze(units, reason)
+    for source in () if own else node.all_input_nodes:
+        _freeze_whole(found, source, reason)
 
 
 def _why(call: Call) -> str:
@@ -70,8 +88,9 @@ def _read(found: Coupling, call: Call) -> set[Axis] | None:
         return coupler(found, call)
     if call.node.name in found.facts:
         return follow(found, call)
-    if call.op == "unbind":  # drops its axis; the parts show the others
-        dim, rank = call.get("dim", 0), len(call.shape(call.input) or ())
+    dim = call.get("dim", 0 if call.op == "unbind" else None)
+    if call.op in _DROPS_AXIS and isinstance(dim, int):  # the parts say what becomes of the others
+        rank = len(call.shape(call.input) or ())
         return {(call.input.name, axis) for axis in range(rank) if axis != axis_of(dim, rank)}
     if call.op in PARTS:
         return None if all(isinstance(user.args[1], int) for user in call.node.users if len(user.args) > 1) else set()

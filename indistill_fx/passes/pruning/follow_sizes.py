@@ -230,6 +230,7 @@ FIXES: dict[str, Callable[[Rewriting, Call, fx.Node], None]] = {
     "conv": _fix_conv,
     "conv_transpose": _fix_conv,
     "conv_per_sample": _fix_conv,
+    "deform_conv2d": _fix_conv,
     "layer_norm": _fix_layer_norm,
     **dict.fromkeys(("view", "reshape", "expand"), _fix_sizes),
     "unflatten": _fix_unflatten,
