@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import linecache
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,11 +74,18 @@ def mark_place(node: fx.Node, place: str) -> None:
     node.meta[_PLACE] = place
 
 
-def place_of(value: object) -> str | None:
-    """Where the first of the nodes that some arguments are computed from was made, if that was noted."""
+def place_of(value: object, *, tensors: Container[str] = ()) -> str | None:
+    """Where the first of the nodes that some arguments are computed from was made, if that was noted.
+
+    Args:
+        value: the arguments.
+        tensors: names of nodes that are not looked at, nor what they are computed from.
+    """
     todo, seen = tensor_nodes(value), set[fx.Node]()
     while todo:
         node = todo.pop(0)
+        if node.name in tensors:
+            continue
         if _PLACE in node.meta:
             return str(node.meta[_PLACE])
         seen.add(node)

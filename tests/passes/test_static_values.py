@@ -210,3 +210,24 @@ def test_a_size_that_the_input_can_change_is_told_with_its_line(decide: bool) ->
     (reason,) = [frozen.reason for frozen in report.frozen if "sizes that the input can change" in frozen.reason]
     line = next(k for k, text in enumerate(Path(__file__).read_text().splitlines(), 1) if "x.shape[2] // 2" in text)
     assert f"test_static_values.py:{line}: " in reason and "x.shape[2]" in reason
+
+
+class ByWidth(nn.Module):
+    """Takes as many channels as the picture is wide."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        return self.b(torch.cat([x, x.narrow(1, 0, x.shape[3] // 2)], 1)[:, :8])
+
+
+def test_a_slice_by_a_size_that_the_input_can_change_is_told_with_its_line() -> None:
+    model = trace(ByWidth(), torch.randn(2, 3, 8, 8))
+    line = next(k for k, text in enumerate(Path(__file__).read_text().splitlines(), 1) if "x.shape[3] // 2" in text)
+    told = f"by a size that the input can change (test_static_values.py:{line}: "
+    assert any(told in frozen.reason for frozen in shrink(model, ratio=0.5).report.frozen)
+    (tap,) = narrow(model, kept={":narrow": [0, 2]}).report.taps
+    assert told in tap.stopped[0].reason

@@ -186,6 +186,12 @@ class Call:
         return f"its {name} is computed from sizes that the input can change" + (f" ({place})" if place else "")
 
     @property
+    def why_open(self) -> str:
+        """That a number of its is computed from a size that the input can change, and the code that reads it; else empty."""
+        place = place_of((self.node.args, self.node.kwargs), tensors=self.facts)
+        return f", by a size that the input can change ({place})" if place else ""
+
+    @property
     def path(self) -> str:
         """The module this node stands for, as people name it."""
         if self.module is not None:

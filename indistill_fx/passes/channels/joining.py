@@ -218,7 +218,7 @@ def _sliced_elsewhere(call: Call, cut: Cut) -> Propagation | Blocked:
     dim = call.get("dim", 0)
     dim = axis_of(dim, len(call.output_shape)) if isinstance(dim, int) else cut.start
     if call.op not in ("narrow", "slice") or cut.start <= dim < cut.stop:
-        return Blocked("it is indexed by tensors or by computed numbers")
+        return Blocked(f"it is indexed by tensors or by computed numbers{call.why_open}")
     return untouched(call, cut, dim=dim if dim < cut.start else dim - cut.width + 1)
 
 
@@ -229,7 +229,7 @@ def _looked_up(call: Call, cut: Cut) -> Propagation | Blocked:
     places = [k for k, entry in enumerate(entries or ()) if entry != slice(None)]
     looked = call.shape(entries[places[0]]) if entries is not None and len(places) == 1 else None
     if shape is None or looked is None or call.facts[entries[places[0]].name].dtype == torch.bool:  # type: ignore[index]
-        return Blocked("it is indexed by tensors or by computed numbers")
+        return Blocked(f"it is indexed by tensors or by computed numbers{call.why_open}")
     at, wider = places[0], len(looked) - 1
     if cut.start <= at + wider and cut.stop > at:
         return Blocked("it is looked up along the selected axis")

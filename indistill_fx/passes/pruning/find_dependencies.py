@@ -75,7 +75,7 @@ def _freeze_whole(found: Coupling, node: fx.Node, reason: str) -> None:
 def _why(call: Call) -> str:
     reason = why_opaque(call.module) if call.module is not None else None
     reason = reason or call.why_computed
-    does = "reads them in a way no rule covers" if reason is None else f"reads them, and {reason}"
+    does = f"reads them in a way no rule covers{call.why_open}" if reason is None else f"reads them, and {reason}"
     return f"`{call.path if call.module is not None else call.node.name}` ({call.op}) {does}"
 
 
