@@ -52,6 +52,8 @@ from indistill_fx.training.recipes import NO_WARMUP, RECIPES
 from indistill_fx.training.task import task_of_run
 
 STORY, START = "compress.json", "start.safetensors"
+_KEPT = ("widths", "sensitivity", "repaired")
+"""What compress.json keeps of the student from its making on."""
 
 
 @dataclass(frozen=True)
@@ -234,10 +236,13 @@ def _before(home: Path, identity: Mapping[str, Any], model: TracedModel) -> _Mad
     """What an interrupted run had made; None where that must be made again."""
     try:
         told = json.loads(read_bounded(home / STORY, 1 << 26))
-        steps = tuple(Step(**step) for step in told["steps"])
-    except (OSError, ValueError, KeyError, TypeError):
+        steps, made = tuple(Step(**step) for step in told["steps"]), told["made"]
+        complete = type(made) is int and 0 < made <= len(steps) and {"identity", *_KEPT} <= told.keys()
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
-    if told.get("identity") != identity:
+    if not complete:
+        return None
+    if told["identity"] != identity:
         raise ConfigError(
             f"{home} holds another compression: of another teacher, budget or settings.",
             where=str(home),
@@ -249,7 +254,7 @@ def _before(home: Path, identity: Mapping[str, Any], model: TracedModel) -> _Mad
     student = load(f"{spec}@{home / START}").to(_device(model))
     traced = trace(student, model.example, role="student")
     plan = AlignmentPlan.load(home / "plan.json") if (home / "plan.json").exists() else None
-    return _Made(student, traced, plan, steps[: told["made"]], spec)
+    return _Made(student, traced, plan, steps[:made], spec)
 
 
 def _plan(
@@ -345,7 +350,7 @@ def _finished(
         keep_export(home, parameters=last.parameters, macs=last.macs, size=(home / "student.onnx").stat().st_size)
         say(f"student.onnx written, {getattr(exported, 'size', (home / 'student.onnx').stat().st_size):,} bytes")
     story = json.loads(read_bounded(home / STORY, 1 << 26))
-    more = {key: story[key] for key in ("widths", "sensitivity", "repaired")}
+    more = {key: story[key] for key in _KEPT}
     _save(home, identity, steps, len(made.steps), made.spec, **more)
     spec = f"{made.spec}@{home / STUDENT}" if made.spec else ""
     return Compressed(student, made.plan, record, steps, spec)

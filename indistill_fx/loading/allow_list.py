@@ -124,12 +124,16 @@ GRAPH_FUNCTIONS: dict[str, tuple[str, ...]] = {
     ),
     "torchvision.ops.stochastic_depth": ("stochastic_depth",),
     "torchvision.models.swin_transformer": (
+        *("shifted_window_attention", "_patch_merging_pad", "_get_relative_position_bias"),
+    ),
+    "torchvision.models.video.swin_transformer": (
         *(
-            "shifted_window_attention",
             "shifted_window_attention_3d",
-            "_patch_merging_pad",
-            "_get_relative_position_bias",
+            "_compute_pad_size_3d",
+            "_compute_attention_mask_3d",
+            "_get_window_and_shift_size",
         ),
+        "_get_relative_position_bias",
     ),
 }
 GRAPH_METHODS = frozenset(

@@ -140,7 +140,7 @@ def _figures(value: object) -> tuple[tuple[float, ...], tuple[float, ...]] | Non
         return None
     mean, std = (tuple(float(number) for number in part) for part in cast("Any", value))
     if len(mean) != len(std) or not all(map(math.isfinite, mean + std)) or not all(number > 0 for number in std):
-        raise ValueError("its normalisation cannot be")
+        raise ValueError(f"a mean {str(mean)[:60]} and a standard deviation {str(std)[:60]}")
     return (mean, std) if mean else None
 
 
@@ -218,8 +218,6 @@ def load_run(path: str | os.PathLike[str], *, trust: Sequence[str] = (), best: b
         told = json.loads(read_bounded(home / "run.json", MOST_BYTES))
         kept = told["about"]
         spec, size = _text(kept["model"]), tuple(kept["input_size"])
-        classes = tuple(str(name) for name in kept.get("classes") or ())
-        normalisation = _figures(kept.get("normalisation"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ConfigError(
             f"{home / 'run.json'} does not say which model was trained.",
@@ -233,6 +231,16 @@ def load_run(path: str | os.PathLike[str], *, trust: Sequence[str] = (), best: b
             got=str(size)[:60],
             hint=f"Give the model and the weights: MODEL@{home / STUDENT}.",
         )
+    try:
+        classes = tuple(str(name) for name in kept.get("classes") or ())
+        normalisation = _figures(kept.get("normalisation"))
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
+        raise ConfigError(
+            f"{home / 'run.json'} says what the classes or the figures of its data were, and they cannot be: {error}.",
+            where=str(home),
+            got=str(error),
+            hint=f"Give the model and the weights: MODEL@{home / STUDENT}.",
+        ) from error
     weights = home / (BEST if best else STUDENT)
     if runs_code(parse_spec(spec)) and not is_signed(parse_spec(spec), kept.get("seal")):
         raise ConfigError(

@@ -16,14 +16,14 @@ from indistill_fx.batch import INDICES
 from indistill_fx.data.loaders import EpochLoader
 from indistill_fx.data.same_samples import same_samples
 from indistill_fx.errors import ConfigError
-from indistill_fx.graph.names import writable
+from indistill_fx.graph.names import writable_paths
 from indistill_fx.graph.opaque import Opaque
 from indistill_fx.loading.load import Source
 from indistill_fx.runs.checkpoint import load_checkpoint, save_checkpoint
 
 FILE = "outputs.safetensors"
 LOGITS = "logits"
-_SPEC = "saved:"
+_SPEC, _LONGEST = "saved:", 255
 _MAKE = "`indistill-fx save-outputs TEACHER --data DATA -o DIR` makes them."
 
 
@@ -47,13 +47,26 @@ class SavedTensor(Opaque):
         return self.rows.index_select(0, indices.to(self.rows.device))
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder for outputs, before anything is computed.
+
+    Raises:
+        ConfigError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        what = f"{folder} cannot be made: {error.strerror or error}."
+        raise ConfigError(what, where=str(folder), hint="Name another folder, or make its parent writable.") from error
+
+
 def write_outputs(
     folder: Path, tensors: Mapping[str, Tensor], *, axes: Mapping[str, int | None], data: str, teacher: str
 ) -> None:
     """Write a folder of outputs.
 
     Args:
-        folder: made if it is not there.
+        folder: is there.
         tensors: `logits` and features by name, each (samples, …).
         axes: which axis of each its channels are on.
         data: digest of the samples.
@@ -62,7 +75,6 @@ def write_outputs(
     Raises:
         TrainError: the place cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     samples = len(next(iter(tensors.values())))
     save_checkpoint(folder / FILE, tensors, {"data": data, "samples": samples, "teacher": teacher, "axes": dict(axes)})
 
@@ -88,6 +100,12 @@ def load_outputs(spec: str) -> Source:
     samples = told.get("samples")
     if LOGITS not in tensors or any(not value.dim() or len(value) != samples for value in tensors.values()):
         raise ConfigError(f"`{folder}` has no logits of all its samples.", where=spec, hint=_MAKE)
+    odd = [name for name, value in tensors.items() if len(name) > _LONGEST or not value.is_floating_point()]
+    if odd:
+        what = f"`{folder}` has outputs that no teacher gives: {odd[0][:60]!r}, of the type {tensors[odd[0]].dtype}."
+        raise ConfigError(
+            what, where=spec, got=odd[0][:60], expected="real numbers, by the names of layers", hint=_MAKE
+        )
     about = {"data": str(told.get("data")), "samples": samples, "folder": str(folder)}
     module = _as_module(tensors, _axes(tensors, told.get("axes")), about)
     features = [name for name in tensors if name != LOGITS]
@@ -107,16 +125,17 @@ def _axes(tensors: Mapping[str, Tensor], told: object) -> dict[str, int]:
 def _as_module(tensors: Mapping[str, Tensor], axes: Mapping[str, int], told: Mapping[str, Any]) -> fx.GraphModule:
     graph, root = fx.Graph(), nn.Module()
     indices = graph.placeholder(INDICES)
-    for name in (*(name for name in tensors if name != LOGITS), LOGITS):
-        *parents, last = (writable(part) for part in name.split("."))
+    paths, calls = writable_paths(tensors), {}
+    for name in sorted(tensors, key=lambda name: name.count(".")):  # a layer before its parts, which are put into it
+        *parents, last = paths[name].split(".")
         home = root
         for parent in parents:
             if parent not in home._modules:
                 home.add_module(parent, nn.Module())
             home = home.get_submodule(parent)
         home.add_module(last, SavedTensor(tensors[name], axes.get(name)))
-        node = graph.call_module(".".join((*parents, last)), (indices,))
-    graph.output(node)
+        calls[name] = graph.call_module(paths[name], (indices,))
+    graph.output(calls[LOGITS])
     made = fx.GraphModule(root, graph, class_name="SavedOutputs")
     made.meta["saved outputs"] = dict(told)
     return made.eval()

@@ -151,5 +151,5 @@ def kept_curriculum(run_dir: Path) -> tuple[Curriculum, str] | None:
             return NO_WARMUP, ""
         length, unit = lengths[PAIRS]
         return Curriculum(together=True, lengths=length, unit=unit), ""
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None

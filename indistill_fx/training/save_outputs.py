@@ -17,7 +17,7 @@ from indistill_fx.errors import ConfigError
 from indistill_fx.graph.view import View
 from indistill_fx.passes.capture.trace import as_traced
 from indistill_fx.passes.extract.instrument import instrument
-from indistill_fx.runs.saved_outputs import LOGITS, write_outputs
+from indistill_fx.runs.saved_outputs import LOGITS, make_folder, write_outputs
 from indistill_fx.stages.traced_pair import examples_of
 from indistill_fx.system.terminal import followed
 from indistill_fx.traced import TracedModel
@@ -50,7 +50,8 @@ def save_outputs(
         The folder.
 
     Raises:
-        ConfigError: samples may differ from epoch to epoch, a name is not a tap, or the logits are not one tensor with a row per sample.
+        ConfigError: the folder cannot be made, samples may differ from epoch to epoch, a name is not a tap, or the logits are not one
+            tensor with a row per sample.
         TrainError: nothing can be written there.
 
     Examples:
@@ -62,6 +63,7 @@ def save_outputs(
         ...     _ = ifx.save_outputs(DigitsTeacher(), data.train, folder, taps=["layer3"])
         ...     teacher = ifx.load(f"saved:{folder}")
     """
+    make_folder(Path(directory))
     own = repeatable(loader, 0, "loader")
     data = same_samples(own, "Saving outputs").indexed(in_order=True)
     example = None if isinstance(teacher, TracedModel) else examples_of(data, teacher)[0]

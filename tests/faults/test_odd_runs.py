@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from indistill_fx.cli import run as run_cli
+from indistill_fx.compression import compress
 from indistill_fx.demo import DigitsStudent
 from indistill_fx.errors import ConfigError, IndistillError
 from indistill_fx.loading.spec import parse_spec
@@ -19,6 +20,7 @@ from indistill_fx.report.read_runs import read_runs
 from indistill_fx.runs.directory import LAST, STUDENT
 from indistill_fx.runs.load import load_run, run_fingerprint
 from indistill_fx.system.tensor_files import load_tensors, save_tensors
+from indistill_fx.training.recipes import kept_curriculum
 from tests.faults.harness import run
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "0.1.0" / "run"
@@ -158,3 +160,51 @@ def test_other_names_with_zero_bytes_are_refused(tmp_path: Path) -> None:
     for spec in ("a\0b", "a\0b.pt", "a\0.py:make"):
         with pytest.raises(IndistillError):
             load_run(spec) if spec == "a\0b" else parse_spec(spec) and run_fingerprint(spec) == "?" and load_run(spec)
+
+
+def test_figures_that_cannot_be_are_named(tmp_path: Path) -> None:
+    """It was said that run.json does not say which model was trained."""
+    place = Path(shutil.copytree(GOLDEN, tmp_path / "run"))
+    told = json.loads((place / "run.json").read_text())
+    save_tensors(place / STUDENT, DigitsStudent().state_dict())
+    for odd in ("a", [[0.0], [0.0]], [[float("inf")], [1.0]], [[0.0, 0.0], [1.0]], 5):
+        (place / "run.json").write_text(json.dumps(told | {"about": ABOUT | {"normalisation": odd}}))
+        with pytest.raises(ConfigError, match="what the classes or the figures of its data were, and they cannot be"):
+            load_run(place)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[" * 100_000 + "]" * 100_000,
+        '{"phases": 5}',
+        '{"phases": [5]}',
+        '{"phases": [{"main": 0, "name": [], "length": 1}]}',
+    ],
+    ids=["nested", "a number", "numbers", "a list as a name"],
+)
+def test_the_warm_up_of_a_run_json_that_makes_no_sense_is_chosen_anew(content: str, tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(content)
+    assert kept_curriculum(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        *({"made": "1"}, {"made": 9}, {"made": None}, {"steps": [{"name": "x"}]}, {"steps": 3}),
+        *({"widths": ...}, {"repaired": ...}, "[" * 100_000),
+    ],
+    ids=lambda odd: str(odd)[:30],
+)
+def test_a_story_of_a_compression_that_makes_no_sense_is_begun_anew(odd: Any, tmp_path: Path) -> None:
+    """What was missing was missed after training, by a KeyError."""
+    story: dict[str, Any] = {"identity": {}, "seal": None, "made": 1, "widths": {}, "sensitivity": [], "repaired": None}
+    story["steps"] = [
+        {"name": "x", "macs": 1, "parameters": 1, "divergence": None, "accuracy": None, "latency_ms": None}
+    ]
+    told = {name: value for name, value in (story | odd).items() if value is not ...} if isinstance(odd, dict) else None
+    (tmp_path / compress.STORY).write_text(odd if told is None else json.dumps(told))
+    assert compress._before(tmp_path, {"teacher": "another"}, None) is None
+    (tmp_path / compress.STORY).write_text(json.dumps(story))  # one that makes sense is not
+    with pytest.raises(ConfigError, match="holds another compression"):
+        compress._before(tmp_path, {"teacher": "another"}, None)

@@ -11,7 +11,8 @@ from indistill_fx.cli import run
 from indistill_fx.curriculum import Curriculum
 from indistill_fx.data.open import open_data
 from indistill_fx.errors import ConfigError
-from indistill_fx.runs.saved_outputs import FILE, load_outputs
+from indistill_fx.runs.checkpoint import load_checkpoint, save_checkpoint
+from indistill_fx.runs.saved_outputs import FILE, SavedTensor, load_outputs
 from tests.nets import unsettle
 
 
@@ -104,6 +105,49 @@ def test_what_does_not_fit_is_refused_before_training(saved, tmp_path):
         load_outputs(f"saved:{tmp_path}")
     with pytest.raises(ConfigError, match=r"no layer named `deeep`.*deep"):
         ifx.save_outputs(net(), digits().train, tmp_path / "other", taps=["deeep"])
+
+
+def test_a_layer_and_a_part_of_it_are_kept_in_any_order(tmp_path):
+    """The layer was put over its part: an AttributeError."""
+    ifx.save_outputs(net(), digits().train, tmp_path / "outputs", taps=["stem.0", "stem", "deep", "deep.1"])
+    module = ifx.load(f"saved:{tmp_path / 'outputs'}")
+    features = {name: part.rows for name, part in module.named_modules() if isinstance(part, SavedTensor)}
+    assert features.keys() == {"stem.0", "stem", "deep", "deep.1", "logits"}
+    assert features["stem"].min() >= 0 > features["stem.0"].min()
+    assert torch.equal(module(torch.arange(3)), features["logits"][:3])
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        (".".join("a" * 3000), lambda logits: logits),  # nested beyond Python's recursion
+        ("logits", lambda logits: logits.to(torch.complex64)),
+        ("logits", lambda logits: logits.long()),
+        ("deep", lambda logits: logits > 0),
+    ],
+    ids=["a deep name", "complex", "whole numbers", "truth values"],
+)
+def test_outputs_that_no_teacher_gives_are_refused(saved, tmp_path, name, change):
+    tensors, told = load_checkpoint(saved / FILE)
+    save_checkpoint(tmp_path / FILE, {**tensors, name: change(tensors["logits"])}, told)
+    with pytest.raises(ConfigError, match="has outputs that no teacher gives"):
+        load_outputs(f"saved:{tmp_path}")
+
+
+def test_names_that_are_no_names_are_renamed(saved, tmp_path):
+    tensors, told = load_checkpoint(saved / FILE)
+    odd = dict.fromkeys(("logits.x", "forward", "x y", "x_y", "_x_y_", "__init__", "a..b"), tensors["deep"])
+    save_checkpoint(tmp_path / FILE, {**tensors, **odd}, told)
+    module = load_outputs(f"saved:{tmp_path}").module
+    assert torch.equal(module(torch.arange(3)), tensors["logits"][:3])
+    assert sum(isinstance(part, SavedTensor) for part in module.modules()) == len(tensors) + len(odd)
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_computed(tmp_path):
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / ("z" * 300), tmp_path / "file"):
+        with pytest.raises(ConfigError, match="cannot be made"):
+            ifx.save_outputs(net(), digits().train, place)
 
 
 def test_from_the_shell(tmp_path, capsys, monkeypatch):
