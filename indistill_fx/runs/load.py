@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -170,6 +170,21 @@ def _short(text: object) -> bool:
     return isinstance(text, str) and len(text) <= 200
 
 
+def _told_of_data(
+    kept: Mapping[str, Any], home: Path
+) -> tuple[tuple[str, ...], tuple[tuple[float, ...], tuple[float, ...]] | None]:
+    """Class names and normalisation; an error where they cannot be."""
+    try:
+        return tuple(str(name) for name in kept.get("classes") or ()), _figures(kept.get("normalisation"))
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
+        raise ConfigError(
+            f"{home / 'run.json'} says what the classes or the figures of its data were, and they cannot be: {error}.",
+            where=str(home),
+            got=str(error),
+            hint=f"Give the model and the weights: MODEL@{home / STUDENT}.",
+        ) from error
+
+
 def load(spec: str, *, trust: Sequence[str] = ()) -> nn.Module:
     """Load a model.
 
@@ -231,16 +246,7 @@ def load_run(path: str | os.PathLike[str], *, trust: Sequence[str] = (), best: b
             got=str(size)[:60],
             hint=f"Give the model and the weights: MODEL@{home / STUDENT}.",
         )
-    try:
-        classes = tuple(str(name) for name in kept.get("classes") or ())
-        normalisation = _figures(kept.get("normalisation"))
-    except (ValueError, TypeError, AttributeError, OverflowError) as error:
-        raise ConfigError(
-            f"{home / 'run.json'} says what the classes or the figures of its data were, and they cannot be: {error}.",
-            where=str(home),
-            got=str(error),
-            hint=f"Give the model and the weights: MODEL@{home / STUDENT}.",
-        ) from error
+    classes, normalisation = _told_of_data(kept, home)
     weights = home / (BEST if best else STUDENT)
     if runs_code(parse_spec(spec)) and not is_signed(parse_spec(spec), kept.get("seal")):
         raise ConfigError(
