@@ -158,9 +158,9 @@ def _curriculum(options: dict[str, Any]) -> Any:
         return NO_WARMUP
     if options["one_by_one"] and options["feed"] == "teacher":
         raise ConfigError(
-            "Segments that the teacher feeds are independent, so they all train in one stage.",
+            "--one-by-one and --feed teacher do not go together: segments that begin with the teacher's features all train in one stage.",
             where="--one-by-one",
-            hint="Leave it out, or take --feed student.",
+            hint="Leave one of them out.",
         )
     own = replace(RECIPES["compress"].student["curriculum"], feed=options["feed"], together=not options["one_by_one"])
     lengths = options["warmup"]

@@ -33,7 +33,7 @@ def command(run: str, output: str | None, svg: str | None, png: str | None) -> N
     if svg or png:
         charts = charts_of(read_runs(run))
         if not charts:
-            raise ConfigError(f"{run} has no curves.", where=run, hint="metrics.jsonl holds no finished epoch yet.")
+            raise ConfigError(f"{run} has no curves.", where=run, hint="Wait for the end of its first epoch.")
         picture = curves_svg(charts)
         if svg:
             write(svg, picture)

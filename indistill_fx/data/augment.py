@@ -93,7 +93,7 @@ def rand_augment(magnitude: int) -> Callable[[Any], Any]:
 
     if not 0 <= magnitude <= STRONGEST:
         raise ConfigError(
-            f"RandAugment's magnitude is {magnitude}, and there are those from 0 to {STRONGEST}.",
+            f"RandAugment's magnitude is {magnitude}, but it must be from 0 to {STRONGEST}.",
             where="randaugment",
             got=magnitude,
             expected=f"0 to {STRONGEST}",

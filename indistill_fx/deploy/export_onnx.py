@@ -290,7 +290,7 @@ def _require_valid(draft: Path) -> None:
     except Exception as error:
         raise ExportError(
             f"The exported graph is not valid ONNX: {first_lines(error)}",
-            hint="This is a defect of the exporter.",
+            hint="Try another opset (--opset) or another version of torch, and please report it.",
             where="export",
         ) from error
 

@@ -172,7 +172,7 @@ def placed(state: State, before: Sequence[str], phases: Sequence[Phase], path: P
         name = before[state.phase]
         if name not in names:
             raise ConfigError(
-                f"{path} stands in stage `{name}`, which is none of the run's now ({', '.join(names)}).",
+                f"{path} is in stage `{name}`, which this run does not have ({', '.join(names)}).",
                 where=name,
                 hint="Resume with the stages the run was started with, or start anew in another directory.",
             )

@@ -138,7 +138,7 @@ class Trainer:
     def _directory(self, accelerator: Accelerator) -> RunDirectory | None:
         if self.allow_changed and not self.resume:
             raise ConfigError(
-                "allow_changed says what may be other than it was when a run is resumed, and this one is not.",
+                "allow_changed is for resumed runs, and this run begins anew.",
                 where="allow_changed",
                 got=list(self.allow_changed),
                 hint="Give resume=True (--resume), or leave it out.",

@@ -70,7 +70,7 @@ def check_unmixed(settings: Settings) -> None:
     """
     if settings.mixup or settings.cutmix:
         raise ConfigError(
-            "What the teacher said is kept of pictures as they are, and mixup or cutmix makes others.",
+            "The teacher's outputs are saved for pictures as they are, and mixup and cutmix make new ones.",
             where="mixup" if settings.mixup else "cutmix",
             hint="Leave one of them out: mixup and cutmix, or the feature cache and saved outputs.",
         )
