@@ -20,6 +20,15 @@ def same_samples(loader: EpochLoader, what: str, *, views: bool = False) -> Epoc
     if views and loader.views:
         return loader.indexed().by_view()
     if loader.randomness is not None:
+        if not loader.numbered:
+            raise ConfigError(
+                f"{what} needs samples that are known by number and the same in every epoch, and nobody can tell that of a loader of "
+                "one's own.",
+                where=what.lower().removeprefix("the "),
+                got=type(loader).__name__,
+                expected="a loader of open_data without random transforms",
+                hint="Name data that open_data reads (a folder of images, cifar10, digits), or do without.",
+            )
         others = ", take fixed views (--views 4, open_data(views=4))" if views else ""
         raise ConfigError(
             f"{what} needs samples that are the same in every epoch, and {loader.randomness}.",
