@@ -122,19 +122,17 @@ GRAPH_FUNCTIONS: dict[str, tuple[str, ...]] = {
         "fractional_max_pool3d max_unpool1d conv_tbc gumbel_softmax local_response_norm logsigmoid normalize softsign tanhshrink "
         "cross_entropy".split()
     ),
+    # all that torchvision keeps whole by fx.wrap
     "torchvision.ops.stochastic_depth": ("stochastic_depth",),
-    "torchvision.models.swin_transformer": (
-        *("shifted_window_attention", "_patch_merging_pad", "_get_relative_position_bias"),
+    "torchvision.ops.drop_block": ("drop_block2d", "drop_block3d"),
+    "torchvision.models.swin_transformer": tuple(
+        "shifted_window_attention _patch_merging_pad _get_relative_position_bias".split()
     ),
-    "torchvision.models.video.swin_transformer": (
-        *(
-            "shifted_window_attention_3d",
-            "_compute_pad_size_3d",
-            "_compute_attention_mask_3d",
-            "_get_window_and_shift_size",
-        ),
-        "_get_relative_position_bias",
+    "torchvision.models.video.swin_transformer": tuple(
+        "shifted_window_attention_3d _compute_pad_size_3d _compute_attention_mask_3d _get_window_and_shift_size "
+        "_get_relative_position_bias".split()
     ),
+    "torchvision.models.video.mvit": ("_unsqueeze", "_squeeze", "_add_rel_pos", "_add_shortcut"),
 }
 GRAPH_METHODS = frozenset(
     (*_COMPUTES, *"size dim ndimension nelement float half double bfloat16 int long bool byte short char type".split())

@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from indistill_fx.errors import ConfigError
+from indistill_fx.loading.allow_list import GRAPH_FUNCTIONS
 from indistill_fx.loading.load import load_source
 
 
@@ -83,6 +84,13 @@ def test_functions_of_torchvision_that_are_kept_whole_are_read(tmp_path):
     traced = create_feature_extractor(model, ["features.3", "head"])
     x = torch.randn(1, 3, 32, 32)
     assert torch.equal(reload(traced, tmp_path)(x)["head"], model(x))
+
+
+def test_every_function_that_torchvision_keeps_whole_may_be_called():
+    kept = {(home["__name__"], name) for (_, name), home in fx._symbolic_trace._wrapped_fns_to_patch.items()}
+    kept = {(module, name) for module, name in kept if module.startswith("torchvision.")}
+    assert len(kept) > 10
+    assert [f"{module}.{name}" for module, name in kept if name not in GRAPH_FUNCTIONS.get(module, ())] == []
 
 
 class Written:
