@@ -125,6 +125,8 @@ GRAPH_FUNCTIONS: dict[str, tuple[str, ...]] = {
     # all that torchvision keeps whole by fx.wrap
     "torchvision.ops.stochastic_depth": ("stochastic_depth",),
     "torchvision.ops.drop_block": ("drop_block2d", "drop_block3d"),
+    **{f"torchvision.ops.{name}": (name,) for name in ("roi_align", "roi_pool", "ps_roi_align", "ps_roi_pool")},
+    "torchvision.ops.poolers": ("_filter_input", "_multiscale_roi_align", "_setup_scales"),
     "torchvision.models.swin_transformer": tuple(
         "shifted_window_attention _patch_merging_pad _get_relative_position_bias".split()
     ),
