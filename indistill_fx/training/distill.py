@@ -217,7 +217,8 @@ class Distillation:
             say=remarks.append,
         )
         plan = plan or align(*models, required=self.curriculum is not None and self.curriculum.wants_pairs)
-        curriculum, why = self._warmup(*models, plan, directory)
+        task = self._task(*models)
+        curriculum, why = self._warmup(*models, plan, directory, task.task.name)
         remarks += [why] if why else []
         if self.int8:
             rounded = fake_quantize(models[1])
@@ -226,7 +227,6 @@ class Distillation:
             remarks += [f"int8: {line}" for line in rounded.report.skipped]
         plan = plan.model_copy(update={"view": models[0].view, "views": member_views(models[0].module)})
         plan = plan.model_copy(update={"view": seeing(*models, plan).view})
-        task = self._task(*models)
         stages = compile_stages(
             *models,
             plan,
@@ -289,7 +289,7 @@ class Distillation:
         )
 
     def _warmup(
-        self, teacher: TracedModel, student: TracedModel, plan: AlignmentPlan, directory: RunDirectory | None
+        self, teacher: TracedModel, student: TracedModel, plan: AlignmentPlan, directory: RunDirectory | None, task: str
     ) -> tuple[Curriculum, str]:
         """The curriculum asked for; else that of the run resumed, or what fits the pair, and a line that says why."""
         if self.curriculum is not None:
@@ -298,7 +298,7 @@ class Distillation:
         if self.main is None or not budget.length:  # then there is nothing but the warm-up
             return DEFAULT_CURRICULUM, ""
         kept = kept_curriculum(directory.path) if directory is not None and directory.resumes else None
-        return kept or default_curriculum(teacher, student, plan, budget, self.loader.length)
+        return kept or default_curriculum(teacher, student, plan, budget, self.loader.length, task)
 
     def _identity(
         self, teacher: TracedModel, student: TracedModel, plan: AlignmentPlan, curriculum: Curriculum

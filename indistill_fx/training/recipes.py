@@ -97,13 +97,19 @@ lost with 15 and 30, made no difference with 44, and gained with 60."""
 
 
 def default_curriculum(
-    teacher: TracedModel, student: TracedModel, plan: AlignmentPlan, main: Budget, batches: int | None
+    teacher: TracedModel,
+    student: TracedModel,
+    plan: AlignmentPlan,
+    main: Budget,
+    batches: int | None,
+    task: str = "classification",
 ) -> tuple[Curriculum, str]:
     """The warm-up that pays for such a pair, by the map of docs/results.md.
 
     A student of the teacher's own kind (the same convolutions, linear layers and attentions in the same order, in any widths) can
     hold the teacher's features, and learns all pairs at once for half as long as the main stage; one of another kind cannot, and has
-    none.
+    none. Nor has one of another task than classification, unless it was made of the teacher: there a warm-up was not seen to pay
+    (docs/tasks.md).
 
     Args:
         teacher: traced.
@@ -111,6 +117,7 @@ def default_curriculum(
         plan: their pairs.
         main: length of the main stage.
         batches: of an epoch; None: not known.
+        task: its name.
 
     Returns:
         The curriculum, and a line that says why.
@@ -125,6 +132,8 @@ def default_curriculum(
     if not made and _work(teacher) != _work(student):
         size = f", with {100 * share:.2g}% of the teacher's MACs" if share <= 1 else ""  # of a black box there are none
         return NO_WARMUP, f"no warm-up: the student is of another kind{size}"
+    if not made and task != "classification":
+        return NO_WARMUP, f"no warm-up: it was measured to pay for classification, and the task is {task}"
     if length == 0 or (steps is not None and steps < least):
         return NO_WARMUP, f"no warm-up: half of the main stage is {steps or 0} steps, and one pays from {least} on"
     kind = "was made of the teacher" if made else "is of the teacher's kind"

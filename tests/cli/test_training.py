@@ -153,6 +153,8 @@ def test_a_student_is_of_the_teachers_kind_though_their_modes_differ():
         curriculum == ifx.Curriculum(together=True, lengths=10)
         and why == "warm-up: the student is of the teacher's kind"
     )
+    curriculum, why = default_curriculum(*models, ifx.align(*models), Budget(20), 10, "segmentation")
+    assert curriculum == NO_WARMUP and why.endswith("pay for classification, and the task is segmentation")
     curriculum, why = default_curriculum(*models, ifx.align(*models), Budget(1), None)
     assert curriculum == NO_WARMUP and why.startswith("no warm-up: half of the main stage is 0 steps")
 
