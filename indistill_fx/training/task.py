@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from indistill_fx.errors import ConfigError
 from indistill_fx.evaluation.accuracy import deciding_metric, select_logits
 from indistill_fx.graph.module_state import evaluating
 from indistill_fx.losses.choose_task import choose_task, task_of
-from indistill_fx.losses.task import Classification, Task
+from indistill_fx.losses.positions import IGNORED, are_classes
+from indistill_fx.losses.task import Classification, Segmentation, Task
 from indistill_fx.runs.record import MetricFacts
 from indistill_fx.stages.checks import label_check
 
@@ -90,11 +92,36 @@ def task_of_run(
         if required or task is not None:
             raise
         return RunTask(Classification(), None, "", lambda number, batch: None)
-    prepared, _ = chosen.prepare(outputs, labels)
+    prepared, meant = chosen.prepare(outputs, labels)
+    if meant is not None:
+        _require_labels(chosen, prepared, meant, loader, models)
     how = "as asked" if task is not None else "by the first batch's labels"
     count = prepared.shape[1] if prepared.ndim > 1 else 1
     check = label_check(chosen, logits_of, *models)
     return RunTask(chosen, deciding_metric(chosen, count), f"Task: {described(chosen)}, {how}.", check, count)
+
+
+_LOOKED_AT = 20
+"""Batches, before it is said that none of their labels counts."""
+
+
+def _require_labels(
+    task: Task, outputs: Tensor, labels: Tensor, loader: Iterable[Any], models: Sequence[Inputs]
+) -> None:
+    """Refuse labels of which none counts: a run would learn nothing from them, at a loss of 0."""
+    if not isinstance(task, Classification) or not are_classes(labels, outputs) or bool((labels != IGNORED).any()):
+        return
+    for batch in islice(loader, _LOOKED_AT):
+        found = split(batch, *models, where="The training").labels
+        meant = task.prepare(outputs, found.to(outputs.device))[1] if found is not None else None
+        if meant is not None and not bool(meant.eq(IGNORED).all()):
+            return
+    void = f"{task.void} or {IGNORED}" if isinstance(task, Segmentation) else str(IGNORED)
+    raise ConfigError(
+        f"None of the labels counts: in the first {_LOOKED_AT} batches all are {void}, the label of what is left out.",
+        where="labels",
+        hint="Give the classes as numbers from 0, and keep that label for what is not to be learnt.",
+    )
 
 
 def described(task: Task) -> str:

@@ -277,3 +277,14 @@ def test_export_compares_what_the_task_reads(tmp_path, monkeypatch, capsys):
     assert json.loads(capsys.readouterr().out)["real"]["agreement"] == 1
     assert run(["export", "own.py:make", "-o", "out.onnx", "--input", "1x8x8", "--task", "multilabel"]) == 2
     assert "--task says what labels mean, and there are none" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("void", [255, -100])
+def test_labels_of_which_none_counts_are_refused(void):
+    """A loss of 0 from the first step on would look like success."""
+    net = nn.Conv2d(3, 4, 1)
+    batches = [(torch.randn(2, 3, 6, 6), torch.full((2, 6, 6), void)) for _ in range(3)]
+    with pytest.raises(ifx.ConfigError, match="None of the labels counts"):
+        ifx.train(net, batches, epochs=1, task="segmentation", progress=False)
+    batches[2][1][0, 0, 0] = 1  # a void picture at the beginning is nothing to refuse
+    ifx.train(net, batches, epochs=1, task="segmentation", progress=False)
