@@ -7,6 +7,7 @@ each statement becomes a node, if it has a form that torch.fx writes:
   2. An assignment does one thing: it calls a submodule, a listed function of torch or torchvision, or a method of tensors that computes; it
      applies an operator; or it reads a listed attribute of a value, or a parameter or buffer.
   3. Its operands are names, numbers, strings, dtypes and other constants of torch, devices, slices, and containers of these.
+  4. A name stands for one result, never for a container or a text: a few lines of names within names would be gigabytes when written out.
 
 Everything else is refused.
 """
@@ -16,10 +17,12 @@ from __future__ import annotations
 import ast
 import operator
 from collections.abc import Callable
+from types import NoneType
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._ops import OpOverload
 
 from indistill_fx.graph.names import is_plain, reserved
 from indistill_fx.loading.allow_list import GRAPH_ATTRIBUTES, GRAPH_FUNCTIONS, GRAPH_METHODS, constant_of_torch, look_up
@@ -66,6 +69,8 @@ _IN_PLACE: dict[type[ast.AST], Callable[..., Any]] = {
     ast.BitXor: operator.ixor,
     ast.MatMult: operator.imatmul,
 }
+_TAKEN = frozenset("self getattr torch device inf nan NoneType fx_pytree pytree".split())
+"""What the source that torch.fx writes of a graph uses; an input of such a name would hide it."""
 _CONSTANTS = {"inf": float("inf"), "nan": float("nan"), "Ellipsis": ...}
 
 
@@ -105,14 +110,19 @@ def _is_mark(part: ast.stmt) -> bool:
 
 
 def _imported(text: str) -> dict[str, str]:
-    """The dotted path of each imported name; nothing is imported."""
+    """The dotted path of each imported name; nothing is imported. The last import of a name counts, so all have to be read."""
     found: dict[str, str] = {}
     for part in ast.parse(text).body:
         match part:
             case ast.ImportFrom(module=str(module), names=names, level=0):
                 found |= {name.asname or name.name: f"{module}.{name.name}" for name in names}
-            case ast.Import(names=[ast.alias(name="torch", asname=None)]):
-                found["torch"] = "torch"
+            case ast.Import(names=names):
+                tops = {name.name.partition(".")[0] for name in names if name.asname is None}
+                found |= {name.asname: name.name for name in names if name.asname} | {top: top for top in tops}
+            case ast.Assign(targets=[ast.Name(id=name)]):  # such as `NoneType = type(None)`, for annotations
+                found[name] = ""  # which nothing is called
+            case _:
+                raise UnreadableError(f"that imports by {ast.unparse(part)[:60]!r}")
     return found
 
 
@@ -152,8 +162,10 @@ class _Reader:
                 self._bind(rest.arg, self.graph.placeholder(f"{stars}{_plain(rest.arg)}"))
 
     def _bind(self, name: str, value: Any) -> None:
-        if name == "self" or name in self.imported:
+        if name in _TAKEN or name in self.imported:
             raise UnreadableError(f"that gives {name!r} another meaning")
+        if not isinstance(value, (fx.Node, torch.device, NoneType)):
+            raise UnreadableError(f"that gives {name!r} a value which is no result")
         self.values[_plain(name)] = value
 
     def _statement(self, statement: ast.stmt) -> None:
@@ -170,6 +182,8 @@ class _Reader:
                 self._bind(name, self._operation(value, name))
             case ast.AugAssign(target=ast.Name(id=name) as target, op=op, value=value) if type(op) in _IN_PLACE:
                 parts = self._operand(target), self._operand(value)
+                if list(self.values.values()).count(parts[0]) > 1:  # numbers change for one name only, tensors for all
+                    raise UnreadableError(f"that changes {name!r} in place, which has two names")
                 self._bind(name, self._call(_IN_PLACE[type(op)], parts, name=name))
             case _:
                 raise _unreadable(statement)
@@ -183,6 +197,8 @@ class _Reader:
             case ast.Call(func=function, args=args, keywords=keywords) if not self._is_constant(value):
                 operands = tuple(map(self._operand, args))
                 named = {_plain(word.arg or ""): self._operand(word.value) for word in keywords}
+                if len(named) < len(keywords):
+                    raise _unreadable(value)
                 return self._called(function, operands, named, name)
             case ast.BinOp(left=left, op=op, right=right) | ast.Compare(left=left, ops=[op], comparators=[right]):
                 if type(op) in _BINARY:
@@ -239,7 +255,9 @@ class _Reader:
                 raise UnreadableError(f"that uses {'.'.join(path)[:60]!r}, which is no part of it")
 
     def _meant(self, path: tuple[str, ...]) -> str:
-        """The dotted path with its first name as it was imported."""
+        """The dotted path with its first name as it was imported; nothing if that is a value."""
+        if path[0] in self.values:
+            return ""
         return ".".join((self.imported.get(path[0], f"builtins.{path[0]}"), *path[1:]))
 
     # ---- operands -------------------------------------------------------------------------------------------------------
@@ -273,12 +291,13 @@ class _Reader:
                 return list(map(self._operand, parts))
             case ast.Dict(keys=keys, values=parts) if all(isinstance(key, ast.Constant) for key in keys):
                 return {key.value: self._operand(part) for key, part in zip(keys, parts, strict=True)}  # type: ignore[union-attr]
-            case ast.Call(func=function, args=args) if self._is_constant(value):
-                if _path(function) == ("slice",):
+            case ast.Call(func=function, args=args, keywords=keywords) if self._is_constant(value):
+                if self._meant(_path(function) or ("",)) == "torch.device":
+                    return torch.device("cpu")  # where all tensors of the file go
+                if not keywords:
                     return slice(*map(self._operand, args))
-                return torch.device("cpu")  # where all tensors of the file go
             case ast.Attribute() if self._is_constant(value):
-                return constant_of_torch(".".join(_path(value) or ()))
+                return constant_of_torch(self._meant(_path(value) or ("",)))
         raise _unreadable(value)
 
 
@@ -306,7 +325,7 @@ def _function(path: str) -> Callable[..., Any] | None:
     match path.split("."):
         case ["torch", "ops", "aten", packet, overload]:
             found = getattr(getattr(torch.ops.aten, packet, None), overload, None)
-            return found if found is not None and may_be_called("aten", packet, found) else None
+            return found if isinstance(found, OpOverload) and may_be_called("aten", packet, found) else None
     return None
 
 

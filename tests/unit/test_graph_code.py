@@ -159,6 +159,24 @@ HARMFUL: dict[str, Callable[[str], Written]] = {
     "attributes without end": lambda c: Written("y = x" + ".T" * 100_000 + "\nreturn y"),
     "signs without end": lambda c: Written("y = " + "-" * 100_000 + "1\nreturn y"),
     "a megabyte of code": lambda c: Written("y = (" + "x, " * (1 << 20) + ")\nreturn y"),
+    "names within names": lambda c: Written("y = [x, x]\n" + "y = [y, y]\n" * 40 + "z = torch.cat(y)\nreturn z"),
+    "a text used often": lambda c: Written(f"y = {'a' * 10**5!r}\n" + "z = torch.relu(y)\n" * 10**5 + "return z"),
+    "a list of two names": lambda c: Written("y = [x]\nz = y\ny += [x]\nreturn z"),
+    "a number of two names": lambda c: Written("y = x.size(0)\nz = y\ny += 1\nw = y + z\nreturn w"),
+    "a keyword twice": lambda c: Written("y = torch.add(x, x, alpha=1, alpha=2)\nreturn y"),
+    "a slice by keyword": lambda c: Written("y = x[slice(1, stop=2)]\nreturn y"),
+    "an input called len": lambda c: Written("def forward(self, x, len):\n    y = len(x)\n    return y"),
+    "an input called slice": lambda c: Written("def forward(self, x, slice):\n    y = x[slice(0, 1)]\n    return y"),
+    "an input called torch": lambda c: Written(
+        "def forward(self, x, torch):\n    y = clamp(x, 0.5)\n    return y", "from torch import clamp"
+    ),
+    "an input called getattr": lambda c: Written("def forward(self, x, getattr):\n    return x", ""),
+    "an import as another": lambda c: Written("y = torch.relu(x)\nreturn y", "import torch\nimport os as torch"),
+    "an import in a condition": lambda c: Written(
+        "y = f(x, x)\nreturn y", "from torch import sub as f\nif True:\n    from torch import add as f"
+    ),
+    "an import and an assignment": lambda c: Written("y = f(x)\nreturn y", "from torch import relu as f\nf = print"),
+    "the class of an operator": lambda c: Written("y = torch.ops.aten.add.__class__(x)\nreturn y"),
     "no Python": lambda c: Written("def forward(self, x):\n    return x\0"),
     "a dotless import": lambda c: Written("y = a(x)\nreturn y", "from . import a"),
 }  # fmt: skip
@@ -176,9 +194,15 @@ def test_code_of_another_form_is_refused_and_not_run(name, tmp_path, monkeypatch
         except ConfigError as error:
             assert "graph.pt" in str(error)
         else:  # what is no part of the graph is left out
-            assert name in ("a call while importing", "an annotation", "a hook")
+            assert name in ("an annotation", "a hook")
             assert [node.op for node in loaded.graph.nodes][-1] == "output"
     assert not canary.exists()
+
+
+def test_a_slice_by_another_name_is_a_slice(tmp_path):
+    imports = "from builtins import slice as part"
+    torch.save(Written("y = x[part(1, 3)]\nreturn y", imports), tmp_path / "graph.pt")
+    assert load_source(str(tmp_path / "graph.pt")).module(torch.arange(5)).tolist() == [1, 2]
 
 
 def test_what_hangs_beside_the_graph_is_not_made(tmp_path):
