@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import ast
 import operator
+from collections import Counter
 from collections.abc import Callable
 from types import NoneType
 from typing import Any
@@ -138,6 +139,7 @@ class _Reader:
         self.root, self.imported = root, imported
         self.graph = fx.Graph()
         self.values: dict[str, Any] = {}
+        self.names: Counter[Any] = Counter()  # of each value, how many
 
     def read(self, function: ast.FunctionDef) -> fx.Graph:
         self._inputs(function.args)
@@ -166,6 +168,8 @@ class _Reader:
             raise UnreadableError(f"that gives {name!r} another meaning")
         if not isinstance(value, (fx.Node, torch.device, NoneType)):
             raise UnreadableError(f"that gives {name!r} a value which is no result")
+        self.names[self.values.get(name)] -= 1
+        self.names[value] += 1
         self.values[_plain(name)] = value
 
     def _statement(self, statement: ast.stmt) -> None:
@@ -180,9 +184,11 @@ class _Reader:
                 | ast.AnnAssign(target=ast.Name(id=name), value=ast.expr() as value)
             ):
                 self._bind(name, self._operation(value, name))
-            case ast.AugAssign(target=ast.Name(id=name) as target, op=op, value=value) if type(op) in _IN_PLACE:
-                parts = self._operand(target), self._operand(value)
-                if list(self.values.values()).count(parts[0]) > 1:  # numbers change for one name only, tensors for all
+            case ast.AugAssign(target=ast.Name(id=name), op=op, value=value) if (
+                type(op) in _IN_PLACE and name in self.values
+            ):
+                parts = self.values[name], self._operand(value)
+                if self.names[parts[0]] > 1:  # numbers change for one name only, tensors for all
                     raise UnreadableError(f"that changes {name!r} in place, which has two names")
                 self._bind(name, self._call(_IN_PLACE[type(op)], parts, name=name))
             case _:
