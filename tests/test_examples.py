@@ -127,8 +127,8 @@ def test_crepe_is_distilled_from_the_shell(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("script", "needs", "arguments", "last"),
     [
-        ("lightning_loop", "lightning", ["--epochs", "1", "--limit", "64"], "student: accuracy"),
-        ("hugging_face_trainer", "transformers", ["--epochs", "1", "--limit", "64"], "student: accuracy"),
+        ("lightning_loop", "lightning", ["--epochs", "1", "--limit", "64"], "warm-up + KD: accuracy"),
+        ("hugging_face_trainer", "transformers", ["--epochs", "1", "--limit", "64"], "warm-up + KD: accuracy"),
         ("detection", "torchvision", ["--epochs", "4", "--pictures", "16"], "warm-up before that:"),
     ],
 )
