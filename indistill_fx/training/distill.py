@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Unpack
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
@@ -244,7 +245,8 @@ class Distillation:
             unmeasured = "it has outputs of the training data alone"
         if not any(stage.logits[1] is not None for stage in main):  # nobody reads labels
             task = replace(task, check=lambda number, batch: None)
-        self._try(main, task, late=len(stages) > len(main))
+        mix = self._mixing(task, *models)
+        self._try(main, task, mix, late=len(stages) > len(main))
         stores: list[FeatureStore | None] = [None] * len(stages)
         if self.feature_cache is not None:
             warm, _ = warmup_plan(plan, curriculum)
@@ -259,14 +261,16 @@ class Distillation:
             view=plan.view,
             unmeasured=unmeasured,
             identity=self._identity(*models, plan, curriculum),
-            mix=self._mixing(task, *models),
+            mix=mix,
         )
 
-    def _try(self, main: Sequence[Stage], task: RunTask, *, late: bool) -> None:
+    def _try(self, main: Sequence[Stage], task: RunTask, mix: Callable[[Any], Any] | None, *, late: bool) -> None:
         """Let the main stage say now what it would say after the warm-up, or at the first step of a loss that is not ours."""
         if self.feature_cache is None and (late or users_own(self.main, task.task)):
             first = next(iter(self.loader))
             task.check(0, first)
+            with torch.random.fork_rng(devices=[]):
+                first = mix(first) if mix is not None else first
             for stage in main:
                 require_loss(stage, first, f"The main loss `{named_loss(self.main)}`")
 

@@ -135,7 +135,7 @@ def test_what_is_as_it_was_goes_on_and_a_change_that_is_asked_for_is_told(broken
     run(broken_off, resume=True, main="dist", allow_changed=["main-loss"])
     (change,) = json.loads((broken_off / "run.json").read_text())["changes"]
     assert (change["what"], change["from"], change["to"]) == ("main loss", "kd", "dist")
-    with pytest.raises(ConfigError, match="and this one is not"):
+    with pytest.raises(ConfigError, match="and this run begins anew"):
         run(broken_off.with_name("new"), allow_changed=["data"])
 
 
