@@ -34,9 +34,14 @@ def is_computed(part: nn.Module) -> bool:
 
 
 def why_opaque(module: nn.Module) -> str | None:
-    """Why nothing can be said of what a module computes, beyond its class: a hook, or weights that are computed anew; else None."""
+    """Why nothing can be said of what a module computes, beyond its class; else None.
+
+    It may have a hook, a forward that was set on this module alone, or weights that are computed anew.
+    """
     if is_parametrized(module):
         return f"its {', '.join(module.parametrizations)} is computed anew at every call (a parametrisation)"  # type: ignore[arg-type]
+    if "forward" in vars(module):  # Accelerate and others set one on the layer itself
+        return "its forward was replaced, and may do anything"
     hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
     names = dict.fromkeys(getattr(hook, "__qualname__", type(hook).__name__) for hook in hooks)
     return f"it has hooks ({', '.join(names)}), which may do anything" if hooks else None

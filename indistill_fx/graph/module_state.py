@@ -110,10 +110,10 @@ def weights_kept(module: nn.Module) -> Iterator[Callable[[], None]]:
     """Put the values of all parameters back when the block ends; what it gives puts them back at once.
 
     Some forward passes write parameters (`self.weight.data = normalize(self.weight)`), which no version counter shows. So values are
-    compared in the second call, which follows the module's own first run (there, the first entries of each), and at the end; in every
+    compared in the second call, which follows the module's own first run (there, a sample of each large one), and at the end; in every
     call once a write was found.
     """
-    weights = [(weight, weight.data, weight._version) for weight in module.parameters()]
+    weights = [(weight, weight.data, _version(weight)) for weight in module.parameters()]
     values = Values(weight for weight, *_ in weights)
     calls, writes = 0, False
 
@@ -123,7 +123,7 @@ def weights_kept(module: nn.Module) -> Iterator[Callable[[], None]]:
         for weight, data, version in weights:
             if weight.data_ptr() != data.data_ptr() or weight.shape != data.shape:
                 weight.data, writes = data, True
-            writes = writes or weight._version != version
+            writes = writes or _version(weight) != version
         if writes or last or calls == 2:
             writes = values.put_back(sample=not (writes or last)) or writes
             if writes and not last:
@@ -135,15 +135,21 @@ def weights_kept(module: nn.Module) -> Iterator[Callable[[], None]]:
         put_back(last=True)
 
 
+def _version(tensor: Tensor) -> int:
+    """How often torch has seen it written; made in inference mode, it does not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 class Buffers:
-    """The buffers of a module as they are now."""
+    """The buffers of a module as they are now, and other tensors that its parts hold as attributes."""
 
     def __init__(self, module: nn.Module):
         self.module, parts = module, parts_of(module)
         self._registries = [(part._buffers, dict(part._buffers)) for part in parts if not _is_compiled(part)]
         buffers = {id(buffer): buffer for part in parts for buffer in part._buffers.values() if buffer is not None}
         self._ids = frozenset(buffers)
-        self._values = Values(buffers.values())
+        held = {id(value): value for part in parts for value in vars(part).values() if isinstance(value, Tensor)}
+        self._values = Values({**held, **buffers}.values())
 
     def written(self) -> dict[str, Tensor]:
         """Copies of those that have another value than before, or are other tensors."""

@@ -100,7 +100,8 @@ def attribute(root: nn.Module, path: str) -> Any:
 def op_name(node: fx.Node) -> str:
     """The operation's canonical name: `conv`, `batch_norm`, `relu`, `add`, …; placeholders, attributes and outputs by their fx name.
 
-    A module with no rule of its own is called by its class name in snake case (`my_block`).
+    A module with no rule of its own is called by its class name in snake case, and one whose forward is not torch's by its class name as
+    it is (`MyBlock`), so that a user's `Dropout` is not taken for torch's.
     """
     if node.op == "call_module":
         owner = node.graph.owning_module
@@ -114,7 +115,14 @@ def op_name(node: fx.Node) -> str:
 
 def module_op(module: nn.Module) -> str:
     """The canonical name of what a module does (see `op_name`)."""
-    return _class_op(type(module).__name__)
+    own = type(module)
+    name = _class_op(own.__name__)
+    defined = str(getattr(getattr(own, "forward", None), "__module__", ""))
+    return name if name in _BY_NAME_ALONE or defined.startswith(("torch", "indistill_fx")) else own.__name__
+
+
+_BY_NAME_ALONE = frozenset({"stochastic_depth", "drop_path"})
+"""What torch has no class for, and every library one of its own that does the same."""
 
 
 @functools.lru_cache(1024)

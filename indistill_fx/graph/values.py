@@ -9,6 +9,8 @@ from torch import Tensor
 
 _SMALL = 1 << 14
 """Entries of a tensor that is kept joined with others: a network's statistics are hundreds of tensors, and one comparison."""
+_SAMPLE = 1 << 12
+"""Entries of a larger tensor that a sample looks at, evenly spread: a write of as many adjacent entries as lie between two is found."""
 Group = tuple[list[Tensor], list[torch.Size], Tensor]
 """Tensors, their shapes, and their values end to end."""
 
@@ -17,13 +19,14 @@ class Values:
     """Copies of the values that some tensors have now.
 
     Args:
-        tensors: of any dtype and on any device; each once.
+        tensors: of any dtype and on any device; each once. Those without data have no values.
     """
 
     def __init__(self, tensors: Iterable[Tensor]):
         groups: dict[object, list[Tensor]] = {}
         for tensor in tensors:
-            groups.setdefault(_kind(tensor), []).append(tensor)
+            if not tensor.is_meta:
+                groups.setdefault(_kind(tensor), []).append(tensor)
         with torch.no_grad():
             self._groups: list[Group] = [(group, [t.shape for t in group], _joined(group)) for group in groups.values()]
 
@@ -32,18 +35,16 @@ class Values:
         """The tensors that have another value now, each with the one it had.
 
         Args:
-            sample: look at no more than the first entries of each.
+            sample: of large tensors, look at some entries alone, evenly spread.
         """
         found = []
         for group, shapes, before in self._groups:
             if len(group) == 1:
                 found += [(group[0], before)] if not _equal(group[0], before, sample=sample) else []
-            elif not torch.equal(_joined(group), before):
+            elif not _same(_joined(group), before):
                 parts = before.split([shape.numel() for shape in shapes])
                 old = (part.view(shape) for part, shape in zip(parts, shapes, strict=True))
-                found += [
-                    (tensor, part) for tensor, part in zip(group, old, strict=True) if not torch.equal(tensor, part)
-                ]
+                found += [(tensor, part) for tensor, part in zip(group, old, strict=True) if not _same(tensor, part)]
         return found
 
     def put_back(self, *, sample: bool = False) -> bool:
@@ -51,7 +52,7 @@ class Values:
         changed = self.changed(sample=sample)
         with torch.no_grad():
             for tensor, before in changed:
-                if tensor.shape == before.shape:
+                if (tensor.shape, tensor.dtype) == (before.shape, before.dtype):
                     tensor.data.copy_(before)
                 else:
                     tensor.data = before.clone()
@@ -66,8 +67,13 @@ def _kind(tensor: Tensor) -> object:
 
 def _equal(tensor: Tensor, before: Tensor, *, sample: bool) -> bool:
     if sample and tensor.shape == before.shape and tensor.is_contiguous() and before.is_contiguous():
-        return torch.equal(tensor.view(-1)[:_SMALL], before.view(-1)[:_SMALL])
-    return torch.equal(tensor, before)
+        step = max(tensor.numel() // _SAMPLE, 1)
+        return _same(tensor.view(-1)[::step], before.view(-1)[::step])
+    return _same(tensor, before)
+
+
+def _same(tensor: Tensor, before: Tensor) -> bool:
+    return tensor.dtype == before.dtype and torch.equal(tensor, before)
 
 
 def _joined(group: Sequence[Tensor]) -> Tensor:

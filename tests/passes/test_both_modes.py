@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -139,3 +140,34 @@ def test_graphs_that_return_different_things_are_reported():
 
     model = trace(Auxiliary(Functional()), torch.randn(2, 3, 6, 6), role="student")
     assert any("in eval mode the graph computes what train mode does" in note for note in model.report.notes)
+
+
+class TrainsOtherwise(nn.Module):
+    """In train mode `how` changes what stands between two layers."""
+
+    def __init__(self, how: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.first, self.last, self.how = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return self.last(self.how(x) if self.training else x)
+
+
+@pytest.mark.parametrize(
+    ("how", "alone"),
+    [
+        (lambda x: x * x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(0.9), True),
+        (lambda x: x * torch.rand(x.shape[:2])[:, :, None, None], True),
+        (lambda x: x + x.new_ones(8, 1, 1), False),
+        (lambda x: x * torch.zeros(1, 8, 1, 1, device=x.device), False),
+        (lambda x: x * x[:, :1], False),
+    ],
+)
+def test_channels_go_through_what_changes_each_entry_alone(how: Callable[[Tensor], Tensor], alone: bool) -> None:
+    """A tensor made for all of the channels, or one channel used for all, would be wrong in train mode for those that stay."""
+    x = torch.randn(2, 3, 4, 4)
+    traced = trace(TrainsOtherwise(how), x, role="student")
+    small = shrink(traced, ratio=0.5)
+    assert (small.report.widths["first"] == (8, 4)) is alone
+    assert small.value.graph_module.train()(x).shape == (2, 4, 4, 4)

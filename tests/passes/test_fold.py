@@ -110,3 +110,37 @@ def test_a_hook_keeps_its_layer_and_is_named(hooked: str) -> None:
         torch.testing.assert_close(graph(images())[1], module(images()))
     told = (*folded.report.skipped, *fused.report.skipped)
     assert any("negates" in line for line in told)
+
+
+class Dropout(torch.nn.Module):
+    """A user's own, of the name of torch's."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 0.5
+
+
+class ReLU(torch.nn.ReLU):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) - 1
+
+
+def test_a_class_of_the_name_of_torchs_is_not_taken_for_it() -> None:
+    layers = (torch.nn.Conv2d(3, 4, 3), ReLU(), torch.nn.Conv2d(4, 4, 1), Dropout(), torch.nn.Conv2d(4, 2, 1))
+    module, x = torch.nn.Sequential(*layers).eval(), torch.randn(2, 3, 8, 8)
+    traced = ifx.trace(module, x, leaves=["1", "3"])
+    fused = fuse_convolutions(fold(ifx.instrument(traced, [])).value, traced.facts)
+    torch.testing.assert_close(fused.value(x)[1], module(x))
+    assert ifx.shrink(traced, ratio=0.5).report.axes == {}
+
+
+@pytest.mark.parametrize("replaced", ["0", "1", "2", "3"])
+def test_a_layer_whose_forward_was_replaced_is_left_alone(replaced: str) -> None:
+    layers = (torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU(), torch.nn.Dropout())
+    module, x = torch.nn.Sequential(*layers).eval(), torch.randn(2, 3, 8, 8)
+    module[1].running_mean.normal_()
+    layer = module[int(replaced)]
+    own = layer.forward
+    layer.forward = lambda given: own(given) * 1.5 + 0.3  # as Accelerate does
+    traced = ifx.trace(module, x)
+    fused = fuse_convolutions(fold(ifx.instrument(traced, [])).value, traced.facts)
+    torch.testing.assert_close(fused.value(x)[1], module(x))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import indistill_fx as ifx
 from indistill_fx.errors import FrontendError
+from indistill_fx.graph.interpret import run_looking
 from indistill_fx.graph.module_state import digest, mode
 from indistill_fx.passes.capture.captured import tensors
 from indistill_fx.passes.capture.exported import capture_exported
@@ -668,6 +669,39 @@ def test_facts_of_layers_of_many_kinds():
     mixer = ifx.trace(Mixer(), torch.randn(2, 3, 8, 8))
     assert (mixer.facts["add"].kind, mixer.facts["add"].channel_axis) == ("tokens", 2)
     assert mixer.facts["norm"].parameters == 16
+
+
+class AlmostAlike(nn.Module):
+    """Layers that print alike, or are of one class, and compute other shapes."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.other = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 8, 3)
+        own = self.other.forward
+        self.other.forward = lambda x: F.pad(own(x), (1, 1, 1, 1))
+        self.floor, self.ceil = nn.AvgPool2d(3, 2), nn.AvgPool2d(3, 2, ceil_mode=True)
+        self.alone, self.places = nn.MaxPool2d(2), nn.MaxPool2d(2, return_indices=True)
+        self.relu = nn.ReLU()
+        self.relu.forward = lambda x: torch.cat([x, x], 2)
+
+    def forward(self, x):
+        a, b = self.conv(x), self.relu(self.other(x))
+        a, b = self.floor(a) + self.floor(a), self.ceil(a).mean((2, 3)) + b.mean((2, 3))
+        values = self.places(a)[0]
+        return b + self.alone(a).mean((-1, -2)) + values.mean((-1, -2))
+
+
+def test_layers_that_print_alike_are_not_taken_for_each_other():
+    x = torch.randn(2, 3, 18, 18)
+    traced = ifx.trace(AlmostAlike(), x)
+    shapes = {}
+
+    def look(node, value):
+        if isinstance(value, Tensor):
+            shapes[node.name] = tuple(value.shape)
+
+    run_looking(traced.graph_module, look, x)
+    assert shapes == {name: facts.shape for name, facts in traced.facts.items()}
 
 
 def test_auxiliary_heads_in_train_mode():

@@ -15,6 +15,7 @@ from torch.nn.utils import parametrizations
 from torchvision.ops import DeformConv2d
 
 from indistill_fx.compression.write_source import source_of
+from indistill_fx.passes.capture.exported import capture_exported
 from indistill_fx.passes.capture.trace import trace
 from indistill_fx.passes.pruning.shrink import shrink
 from tests.nets import unsettle
@@ -166,6 +167,17 @@ class Looking(nn.Module):
         return self.conv(x, self.where(x))  # type: ignore[no-any-return]
 
 
+class Standardised(nn.Module):
+    """A convolution whose filters are centred when it runs: over the channels that stay."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.filters = nn.Parameter(torch.randn(WIDTH, WIDTH, 3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.filters - self.filters.mean((1, 2, 3), keepdim=True), None, 1, 1)
+
+
 def share_of_channels(x: Tensor) -> Tensor:
     return x * x.mean((2, 3)).softmax(1)[:, :, None, None]
 
@@ -219,6 +231,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "deformable, two places": lambda: Maps(Looking(1, 2)),
     "deformable, both": lambda: Maps(Looking(4, 2)),
     "deformable, a filter each": lambda: Maps(Looking(WIDTH, 1)),
+    "standardised": lambda: Maps(Standardised()),
     "flipped": lambda: Maps(Way(flipped)),
     "largest": lambda: Maps(Way(largest)),
     "patches": lambda: Maps(Patches()),
@@ -292,6 +305,15 @@ FROZEN: dict[str, tuple[Callable[[Tensor], object], str]] = {
     "windows": (lambda x: x.unfold(2, 3, 1).mean((1, 3, 4)), "unfold"),
     "neighbours": (neighbours, "conv"),
 }
+
+
+def test_windows_along_the_channels_of_an_exported_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tensor's own `unfold`, which torch.export calls as a function, is not `F.unfold`."""
+    monkeypatch.setattr("indistill_fx.passes.capture.trace._METHODS", {"export": capture_exported})
+    model = trace(Whole(lambda x: x.unfold(1, 2, 2).mean(-1)).double().eval(), torch.randn(2, 3, 8, 8).double())
+    assert model.report.method == "export"
+    report = shrink(model, ratio=0.5).report
+    assert any("unfold" in frozen.reason for frozen in report.frozen)
 
 
 @pytest.mark.parametrize("name", FROZEN)

@@ -11,7 +11,7 @@ Rules, in order:
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from difflib import SequenceMatcher
@@ -19,14 +19,16 @@ from typing import Any
 from unittest.mock import patch
 
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
 from indistill_fx.errors import FrontendError
 from indistill_fx.graph.edit import tensor_nodes
 from indistill_fx.graph.ops import BINARY, UNARY, attribute, is_inplace, op_name
 from indistill_fx.passes.capture.captured import Captured, assemble, is_leaf
 
-_MAKERS = frozenset(
-    "size getattr getitem dim empty empty_like full full_like ones ones_like zeros zeros_like new_empty new_full new_ones new_zeros"
+_TELLS = frozenset("size getattr dim".split())
+_MAKERS = _TELLS | frozenset(
+    "getitem empty empty_like full full_like ones ones_like zeros zeros_like new_empty new_full new_ones new_zeros"
     " rand rand_like randn randn_like bernoulli".split()
 )
 
@@ -334,10 +336,21 @@ class _Merge:
             return False
         (_, handed_on), *_ = region.results
         read = {source for node in region.trained for source in node.all_input_nodes} - {*region.trained}
-        simple = UNARY | BINARY | _MAKERS
-        return read == {self.same.get(handed_on)} and all(
-            node.op in ("call_function", "call_method") and op_name(node) in simple for node in region.trained
-        )
+        return read == {self.same.get(handed_on)} and all(_is_simple(node, read) for node in region.trained)
+
+
+def _is_simple(node: fx.Node, read: Container[object]) -> bool:
+    """Whether a node computes each entry alone, or asks for a size, or makes a tensor whose size is no number of its own."""
+    name = op_name(node)
+    if node.op not in ("call_function", "call_method") or name not in UNARY | BINARY | _MAKERS:
+        return False
+    if name == "getitem" and node.args[0] in read:
+        return False
+    tells_size = name in _TELLS or (name == "getitem" and op_name(node.args[0]) in _TELLS)  # type: ignore[arg-type]
+    entrywise = name in UNARY | BINARY
+    return (
+        tells_size or entrywise or not any(isinstance(n, int) and n > 1 for n in tree_leaves((node.args, node.kwargs)))
+    )
 
 
 def _key(node: fx.Node) -> tuple[object, ...]:

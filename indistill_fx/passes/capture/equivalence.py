@@ -221,8 +221,8 @@ class Reference:
 
     def _compare_gradients(self, run: Run, own: Run) -> None:
         names = {parameter: name for name, parameter in self.module.named_parameters()}
-        largest = max((float(gradient.abs().max()) for gradient in run.gradients.values()), default=0.0)
-        for parameter in {**run.gradients, **own.gradients}:
+        largest = max((float(g.abs().max()) for g in run.gradients.values() if g.numel()), default=0.0)
+        for parameter in (parameter for parameter in {**run.gradients, **own.gradients} if parameter.numel()):
             a, b = (side.gradients.get(parameter, torch.zeros(())) for side in (run, own))
             if not float((a - b).abs().max()) <= _GRADIENT_TOLERANCE * max(largest, 1e-30):
                 name = names.get(parameter, "a parameter")

@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
+from indistill_fx.graph.computed_weights import why_opaque
 from indistill_fx.graph.interpret import run_looking
 from indistill_fx.graph.module_state import buffers_kept, parts_of
 from indistill_fx.graph.ops import BINARY, UNARY, attribute, op_name
@@ -87,7 +88,7 @@ _FLOPS = {**flop_registry, torch.ops.aten._scaled_dot_product_flash_attention_fo
 _ALONE = frozenset(
     {nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d}
 )
-"""Layers that take each sample (each entry of the first axis) alone, and whose result their printed settings decide."""
+"""Layers that take each sample (each entry of the first axis) alone, and whose result their constants for torch's compiler decide."""
 
 
 @dataclass(slots=True)
@@ -151,11 +152,7 @@ class _Run:
             shape = first.shape if first.shape == second.shape else torch.broadcast_shapes(first.shape, second.shape)
             return next((given for given in (first, second) if given.shape == shape), None)
         layer = attribute(self.graph_module, str(node.target))
-        if (
-            not type(layer).__module__.startswith("torch.nn.modules")
-            or layer._forward_hooks
-            or layer._forward_pre_hooks
-        ):
+        if not type(layer).__module__.startswith("torch.nn.modules") or why_opaque(layer) is not None:
             return None
         if type(layer) in _ALONE and first.dim() > 1 and len(node.args) == 1 and not node.kwargs:
             return self._known(node, layer, first)
@@ -164,7 +161,10 @@ class _Run:
     def _known(self, node: fx.Node, layer: nn.Module, given: Tensor) -> Tensor | None:
         """What such a layer made before, of samples of this shape."""
         weight = layer._parameters.get("weight")
-        key = (type(layer), layer.extra_repr(), given.shape[1:], given.dtype, None if weight is None else weight.dtype)
+        weights = None if weight is None else (weight.shape, weight.dtype)
+        own: Any = type(layer)
+        settings = repr([getattr(layer, name) for name in own.__constants__])
+        key = (own, settings, given.shape[1:], given.dtype, weights)
         known = self.layers.get(key)
         if known is None or (self.counter is not None and known.macs < 0):
             self.keys[node] = key, given

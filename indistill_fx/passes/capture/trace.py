@@ -162,6 +162,7 @@ def trace(
     call = Call.of_example(example_inputs, Inputs.of(module), where="The example").plus(example_kwargs or {})
     inputs, kwargs = call.args, dict(call.kwargs)
     _require_code(module)
+    _require_data(module)
     if role == "student":
         _require_gradients(module)
     with (
@@ -208,6 +209,18 @@ def _require_code(module: nn.Module) -> None:
             got=str(module.original_name),
             expected="the nn.Module it was compiled from",
             hint="Give the module it was compiled from; its weights are in program.state_dict().",
+        )
+
+
+def _require_data(module: nn.Module) -> None:
+    tensors = (*module.named_parameters(), *module.named_buffers())
+    if (name := next((name for name, tensor in tensors if tensor.is_meta), None)) is not None:
+        raise ConfigError(
+            f"The weights of {type(module).__name__} hold no data: `{name}` is on the device meta.",
+            where=type(module).__name__,
+            got="tensors on the device meta",
+            expected="weights with values",
+            hint="Give the model its weights first: model.to_empty(device='cpu'), then model.load_state_dict(…).",
         )
 
 

@@ -40,6 +40,10 @@ def couple(graph_module: fx.GraphModule, facts: Mapping[str, NodeFacts]) -> Coup
             _shuffle(found, node, found.shuffles[node.name])
         elif node.op not in ("placeholder", "get_attr") and node.name not in found.vanished:
             _visit(found, node)
+    for node in graph_module.graph.find_nodes(op="get_attr"):  # what the walk has tied of parameters
+        known = facts.get(node.name)
+        tied = (axis for axis in range(len(known.shape) if known else 0) if found.is_tied(node, axis))
+        found.axes.update({(node.name, axis): units for axis in tied if (units := found.of(node, axis)) is not None})
     return found
 
 
