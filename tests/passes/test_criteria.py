@@ -133,7 +133,7 @@ def test_opaque_layers_are_ranked_by_activation() -> None:
         scores = net[:2](traced.example_inputs[0]).abs().mean((0, 2, 3))
     assert slim.report.kept["1"] == best(scores, 3)
     assert slim.report.taps[0].chosen_by.startswith("activation on the example inputs")
-    assert [stop.reason for stop in slim.report.taps[0].stopped] == ["no channel rule for opaque"]
+    assert [stop.reason for stop in slim.report.taps[0].stopped] == ["no channel rule for Opaque"]
 
 
 @pytest.mark.parametrize(
