@@ -101,7 +101,7 @@ def command(teacher: str, **options: Any) -> None:
     """
     from indistill_fx.cli.distill import main_options
     from indistill_fx.compression.compress import compress
-    from indistill_fx.runs.load import about, about_data
+    from indistill_fx.runs.load import about_data
 
     source = common.open_model(teacher, options["trust"], seed=options["seed"])
     data = training.open_training_data(options, source)
@@ -137,7 +137,7 @@ def command(teacher: str, **options: Any) -> None:
     if options["qat"] and not made.spec:
         out.print("--qat was left out: it starts from the student's source code, and there is none.", soft_wrap=True)
     elif options["qat"]:
-        own = about(made.spec.partition("@")[0], options["data"], data.input_size, shared["example_inputs"])
+        own = training.kept_of(made.spec.partition("@")[0], made.student, shared["example_inputs"], data, options)
         settings = {**shared, "about": {**shared["about"], **own}, "plan": made.plan}
         training.for_int8(source.module, made.student, data.train, settings, options["qat"])
 

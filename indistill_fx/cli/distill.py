@@ -192,7 +192,6 @@ def command(teacher: str, student: str, **options: Any) -> None:
       indistill-fx distill teacher.pt models.py:make_student --data imagefolder:cifar10 -o runs/first
       indistill-fx distill teacher.pt models.py:make_student --data cifar10 -o runs/paper --recipe paper --assistant auto
     """
-    from indistill_fx.runs.load import about, about_data
     from indistill_fx.training.compare import compare
     from indistill_fx.training.distill import distill
 
@@ -224,9 +223,7 @@ def command(teacher: str, student: str, **options: Any) -> None:
         "resume": options["resume"],
         "allow_changed": options["allow_changed"],
         "feature_cache": options["feature_cache"],
-        "about": about(
-            student, options["data"], data.input_size, example, teacher=", ".join(shares), **about_data(data)
-        ),
+        "about": training.kept_of(student, pupil, example, data, options, teacher=", ".join(shares)),
         **settings,
     }
     if options["assistant"] is not None:
@@ -261,7 +258,6 @@ def _assisted(
 
     from indistill_fx.batch import Call, Inputs
     from indistill_fx.deploy.save_pt2 import save_program
-    from indistill_fx.runs.load import about, about_data
     from indistill_fx.training.chain import distill_chain, shrunk_assistant
     from indistill_fx.training.parallel.processes import is_main_process
     from indistill_fx.training.recipes import RECIPES
@@ -277,9 +273,7 @@ def _assisted(
     own |= RECIPES[options["recipe"]].assistant
     if options["assistant_epochs"] is not None:
         own["epochs"] = options["assistant_epochs"]
-    own["about"] = about(
-        spec, options["data"], data.input_size, shared["example_inputs"], teacher=teacher, **about_data(data)
-    )
+    own["about"] = training.kept_of(spec, assistant, shared["example_inputs"], data, options, teacher=teacher)
     shared = {**shared, "plan": None}  # the plan given is for the student
     (record,) = distill_chain([source, assistant], data.train, steps=[own], run_dir=options["output"], **shared)
     if options["assistant"] == "auto" and is_main_process():

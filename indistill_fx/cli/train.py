@@ -23,7 +23,6 @@ def command(model: str, **options: Any) -> None:
     Example:
       indistill-fx train torchvision:resnet18?num_classes=10 --data cifar10 -o runs/teacher
     """
-    from indistill_fx.runs.load import about, about_data
     from indistill_fx.training.supervised import train
 
     settings = training.settings_of(options)  # what cannot be is said before anything is loaded
@@ -40,7 +39,7 @@ def command(model: str, **options: Any) -> None:
         resume=options["resume"],
         allow_changed=options["allow_changed"],
         epochs=options["epochs"],
-        about=about(model, options["data"], data.input_size, example, **about_data(data)),
+        about=training.kept_of(model, source.module, example, data, options),
         **settings,
     )
     training.print_run(record, options["output"])

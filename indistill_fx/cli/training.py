@@ -217,6 +217,20 @@ def open_training_data(options: Mapping[str, Any], *models: Source) -> Data:
     return open_pictures(options["data"], options, *models, **named, training=True, progress=True)
 
 
+def kept_of(
+    spec: str, module: nn.Module, example: Any, data: Data, options: Mapping[str, Any], **more: str
+) -> dict[str, Any]:
+    """What a run keeps of its model and data, so that `export`, `evaluate` and `bench` can take the run directory.
+
+    Of a batch by name the model gets what it takes; labels and file names stay out.
+    """
+    from indistill_fx.batch import Call, Inputs
+    from indistill_fx.runs.load import about, about_data
+
+    call = Call.of_example(example, Inputs.of(module), where="The example")
+    return about(spec, options["data"], data.input_size, call, **more, **about_data(data))
+
+
 def settings_of(options: Mapping[str, Any]) -> dict[str, Any]:
     """Those options of a training command that are `Settings`.
 

@@ -39,15 +39,14 @@ def in_both_modes(
     try:
         found = trace(module, teacher.example, role="student", logits=logits)
     except FrontendError:
-        return teacher
-    if any(note.startswith("in eval mode") for note in found.report.notes):
-        return teacher
-    both, alone = analyse(found), analyse(teacher)
-    if _fixed_macs(both) <= _fixed_macs(alone):
-        return found
-    say(
-        "The student computes as the teacher does in eval mode: what its code does in train mode alone would keep more channels."
-    )
+        why = "what its code does in train mode cannot be traced"
+    else:
+        apart = any(note.startswith("in eval mode") for note in found.report.notes)
+        why = "its train mode and its eval mode cannot be brought together" if apart else ""
+        if not why and _fixed_macs(analyse(found)) <= _fixed_macs(analyse(teacher)):
+            return found
+        why = why or "what its code does in train mode alone would keep more channels"
+    say(f"The student computes as the teacher does in eval mode: {why}.")
     return teacher
 
 

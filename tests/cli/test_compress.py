@@ -88,3 +88,16 @@ def test_a_run_knows_its_several_inputs(tmp_path, capsys):
     assert run(["inspect", home]) == 0
     inputs = json.loads((tmp_path / "run" / "run.json").read_text())["about"]["inputs"]
     assert inputs[1] == "table:float32x6" and inputs[0].startswith("words:int64[")
+
+
+@pytest.mark.parametrize("command", ["train", "distill"])
+def test_of_batches_by_name_a_run_keeps_what_its_model_takes(command, tmp_path, capsys):
+    """Labels and file names stay out, and `export`, which the run itself advises, needs no --input."""
+    (tmp_path / "nets.py").write_text(NETS)
+    home, nets = tmp_path / "run", f"{tmp_path}/nets.py"
+    models = [f"{nets}:make"] * (2 if command == "distill" else 1)
+    more = ["--no-warmup"] if command == "distill" else []
+    assert run([command, *models, "--data", f"{nets}:make_loaders", "--epochs", "1", *more, "-o", str(home)]) == 0
+    assert run(["export", str(home), "-o", f"{tmp_path}/out.onnx"]) == 0, capsys.readouterr().err
+    inputs = json.loads((home / "run.json").read_text())["about"]["inputs"]
+    assert [text.partition(":")[0] for text in inputs] == ["words", "table"]

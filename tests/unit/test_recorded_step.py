@@ -25,6 +25,7 @@ from indistill_fx.training.options.settings import Settings
 from indistill_fx.training.parallel.processes import make_accelerator
 from indistill_fx.training.step.cuda_graph import CudaRecorder
 from indistill_fx.training.step.host_state import changed_in, host_state
+from indistill_fx.training.step.proof import Snapshot
 from indistill_fx.training.step.recorded import WARM_UP, NotRecordedError, RecordedStep, why_not_recorded
 from indistill_fx.training.step.static_batch import form_of, overwrite, static_copy
 from indistill_fx.training.step.step import Step
@@ -250,6 +251,31 @@ def test_a_replay_that_does_something_else_is_found_at_once_and_counts_for_nothi
     assert step.recorded is not None and step.recorded.reason == f"replayed, it changed the {kind} otherwise"
     assert losses == expected and (tape.recordings, tape.replays) == (1, 1)
     assert all(torch.equal(tensors[key], value) for key, value in plain.items())
+
+
+@pytest.mark.parametrize(
+    ("replayed", "now", "differs"),
+    [
+        ([1.0, 2.5], [1.0, 2.5], False),
+        ([1.0, 2.501], [1.0, 2.5], False),  # sums in another order
+        ([1.0, 2.6], [1.0, 2.5], True),
+        ([1.0, 2.0], [1.0, 2.5], True),  # nothing was done
+        ([1.0, float("nan")], [1.0, 2.5], True),
+        ([1.0, 2.5], [1.0, float("nan")], True),
+        ([1.0, float("inf")], [1.0, float("nan")], True),
+        ([float("nan"), 2.5], [float("nan"), 2.5], False),
+    ],
+)
+def test_what_a_replay_led_to_is_compared_with_what_the_step_does(replayed, now, differs):
+    weight = torch.tensor([1.0, 2.0])
+    state = {"weights": [weight]}
+    before = Snapshot(state)
+    weight.copy_(torch.tensor(replayed))
+    led_to = Snapshot(state)
+    before.restore()
+    assert weight.tolist() == [1.0, 2.0]
+    weight.copy_(torch.tensor(now))
+    assert before.first_difference(led_to) == ("weights" if differs else None)
 
 
 def test_ever_new_shapes_are_not_recorded():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -73,7 +74,7 @@ class Snapshot:
                     continue
                 change += _square(own, before)
                 difference += _square(own, found)
-            if not difference <= _TOLERANCE**2 * change:
+            if difference > _TOLERANCE**2 * change or difference == math.inf:
                 return kind
         return None
 
@@ -83,4 +84,6 @@ def _on_host(tensor: Tensor) -> Tensor:
 
 
 def _square(one: Tensor, other: Tensor) -> float:
-    return float((one.double() - other.double()).square().nan_to_num(nan=0.0, posinf=0.0).sum())
+    """The squared distance; infinite where one of them is not finite and the other is."""
+    gap = torch.where(torch.isclose(one, other, rtol=0, atol=0, equal_nan=True), 0.0, one.double() - other.double())
+    return float(gap.square().nan_to_num(nan=torch.inf, posinf=torch.inf).sum())
