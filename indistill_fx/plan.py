@@ -377,8 +377,8 @@ def _change(name: str, before: Pair, after: Pair) -> str:
 
 
 def member_of(tap: str) -> str:
-    """Which of several teachers a layer is of: `teachers.1` of `teachers.1.layer3`; empty where there is one teacher."""
-    found = re.match(r"teachers\.\d+(?=\.)", tap)
+    """Which of several teachers a layer is of: `teachers.1` of `teachers.1.layer3` and `teachers.1:relu`; empty for one teacher."""
+    found = re.match(r"teachers\.\d+(?=[.:])", tap)
     return found[0] if found else ""
 
 

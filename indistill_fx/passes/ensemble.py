@@ -120,11 +120,14 @@ def align_members(
         required: whether having no pairs is an error.
     """
     best: dict[str, Pair] = {}
+    lost: list[str] = []
     for number, plan in enumerate(plans):
         for pair in plan.pairs:
-            own = pair.model_copy(update={"teacher": f"teachers.{number}.{pair.teacher}"})
+            own = pair.model_copy(update={"teacher": _inside(number, pair.teacher)})
             known = own.teacher in teacher.taps and teacher.facts_of(own.teacher).shape[1:] == pair.teacher_shape[1:]
-            if known and (pair.student not in best or pair.score > best[pair.student].score):
+            if not known:
+                lost.append(f"teachers.{number}: {pair.teacher} (the layer is not found in the graph of all teachers)")
+            elif pair.student not in best or pair.score > best[pair.student].score:
                 best[pair.student] = own
     order = {node.name: place for place, node in enumerate(student.graph_module.graph.nodes)}
     if required and not best:
@@ -136,18 +139,25 @@ def align_members(
     chosen = sorted(best.values(), key=lambda pair: order[student.node(pair.student).name])
     vectors = [(number, plan.embedding) for number, plan in enumerate(plans) if plan.embedding is not None]
     last = max(vectors, key=lambda entry: entry[1].score, default=None)
-    named = (
-        last[1].model_copy(update={"teacher": f"teachers.{last[0]}.{last[1].teacher}"}) if last is not None else None
-    )
+    named = last[1].model_copy(update={"teacher": _inside(last[0], last[1].teacher)}) if last is not None else None
     return AlignmentPlan(
         teacher=ModelStamp.of(teacher),
         student=ModelStamp.of(student),
         pairs=tuple(_in_order(chosen, teacher)),
         embedding=named if named is not None and named.teacher in teacher.taps else None,
-        unmatched=tuple(f"teachers.{number}: {line}" for number, plan in enumerate(plans) for line in plan.unmatched),
+        unmatched=(*_unmatched(plans), *lost),
         layers=Layers(teacher=teacher.layers, student=student.layers),
         views=member_views(teacher.module),
     )
+
+
+def _unmatched(plans: Sequence[AlignmentPlan]) -> list[str]:
+    return [f"teachers.{number}: {line}" for number, plan in enumerate(plans) for line in plan.unmatched]
+
+
+def _inside(number: int, tap: str) -> str:
+    """A teacher's tap by the name that it has in the ensemble: `layer1` and `:relu` as `teachers.0.layer1` and `teachers.0:relu`."""
+    return f"teachers.{number}{'' if tap.startswith(':') else '.'}{tap}"
 
 
 def traced_members(teacher: TracedModel) -> list[TracedModel]:

@@ -76,6 +76,51 @@ def test_each_pair_says_whose_layer_it_is_and_the_best_is_chosen():
         ifx.compile_stages(both, net(4, seed=2), mixed, example_inputs=x)
 
 
+class Plain(nn.Module):
+    """Its activations are functions of its own forward, so no layer names their place: `:relu`."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.one, self.two, self.last = (
+            nn.Conv2d(1, width, 3, 2, 1),
+            nn.Conv2d(width, 2 * width, 3, 2, 1),
+            nn.Linear(2 * width, 3),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.two(self.one(x).relu()).relu()
+        return self.last(x.mean((2, 3)))
+
+
+def test_layers_that_are_functions_of_a_teachers_own_forward_are_paired_too():
+    """And each teacher's order is its own: the first of the one may be computed after the last of the other."""
+    x, y = batch()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        first, second, student = Plain(6).eval(), Plain(8).eval(), Plain(4)
+    both = ifx.ensemble([first, second], [2, 1], example_inputs=x)
+    plan = ifx.align(both, student, example_inputs=x)
+    assert [(pair.teacher, pair.student) for pair in plan.pairs] == [
+        ("teachers.0:relu", ":relu"),
+        ("teachers.0:relu_1", ":relu_1"),
+    ]
+    mixed = plan.pairs[0].model_copy(
+        update={"teacher": "teachers.1:relu", "teacher_shape": (8, 8, 4, 4), "kept": (0, 1, 2, 3)}
+    )
+    stages = ifx.compile_stages(
+        both, student, plan.model_copy(update={"pairs": (mixed, plan.pairs[1])}), example_inputs=x
+    )
+    with torch.no_grad():
+        expected = (second.one(x).relu()[:, :4] - student.one(x).relu()).square().mean()
+        assert stages[0]((x, y)).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert [member_of(tap) for tap in ("teachers.1:relu", "teachers.12.layer1", "teachers.x", ":relu")] == [
+        "teachers.1",
+        "teachers.12",
+        "",
+        "",
+    ]
+
+
 def test_a_warm_up_stage_compares_the_layer_of_the_teacher_that_it_names():
     x, y = batch()
     teachers, student = [net(6), net(8, seed=1)], net(4, seed=2)
