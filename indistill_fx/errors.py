@@ -6,7 +6,8 @@ exits with code 2. Anything else that escapes is a defect of ours (exit code 1).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 
@@ -203,3 +204,32 @@ def unknown(where: str, name: str, what: str, known: Iterable[str], *, legal: st
     return ConfigError(
         f"{name!r} is no {what}.", where=where, got=name, expected=names, hint=f"{nearest(name, names)} Legal: {legal}."
     )
+
+
+def first_lines(error: BaseException, *, limit: int = 300) -> str:
+    """An error's text on one line, cut off after `limit` characters, ending like a sentence."""
+    known = error.strerror if isinstance(error, OSError) else None
+    text = " ".join((known or str(error)).split()) or type(error).__name__
+    return f"{text[: limit - 1]}…" if len(text) > limit else f"{text.rstrip('.')}."
+
+
+@contextmanager
+def instead_of(theirs: type[Exception] | tuple[type[Exception], ...], ours: IndistillError) -> Iterator[None]:
+    """Where a library raises its own error inside, raise ours, with the library's text as the reason. Errors of ours pass.
+
+    Args:
+        theirs: what the library raises.
+        ours: says what was tried; the reason follows after a colon.
+
+    Examples:
+        >>> with instead_of(ValueError, ConfigError("The width cannot be read", where="width", hint="Give a number.")):
+        ...     int("wide")
+        Traceback (most recent call last):
+        indistill_fx.errors.ConfigError: The width cannot be read: invalid literal for int() with base 10: 'wide'. Give a number.
+    """
+    try:
+        yield
+    except IndistillError:
+        raise
+    except theirs as error:
+        raise type(ours)(f"{ours.message}: {first_lines(error)}", where=ours.where, hint=ours.hint) from error

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from indistill_fx.errors import ConfigError, TrainError, nearest
+from indistill_fx.errors import ConfigError, TrainError, instead_of, nearest
 from indistill_fx.graph.view import View
 from indistill_fx.system.files import read_bounded, replace_file
 from indistill_fx.traced import TracedModel
@@ -171,14 +171,10 @@ class AlignmentPlan(_Frozen):
         Raises:
             ConfigError: there is no such file, it is not JSON, or it is not a plan; the message names the wrong field.
         """
+        hint = "`indistill-fx align … -o plan.json` makes one."
         try:
-            return cls.model_validate_json(read_bounded(path, LARGEST))
-        except OSError as error:
-            raise ConfigError(
-                f"The plan {path} cannot be read: {error.strerror}.",
-                where=str(path),
-                hint="`indistill-fx align … -o plan.json` makes one.",
-            ) from error
+            with instead_of(OSError, ConfigError(f"The plan {path} cannot be read", where=str(path), hint=hint)):
+                return cls.model_validate_json(read_bounded(path, LARGEST))
         except UnicodeDecodeError as error:
             raise _not_json(path, error) from error
         except ValidationError as error:

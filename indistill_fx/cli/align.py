@@ -31,15 +31,9 @@ if TYPE_CHECKING:
 @click.option("--svg", metavar="FILE", type=click.Path(dir_okay=False), help="Write the picture as SVG.")
 @click.option("--png", metavar="FILE", type=click.Path(dir_okay=False), help="Write the picture as PNG.")
 @click.option("--mermaid", is_flag=True, help="Print the pairs as a Mermaid chart for Markdown, instead of the table.")
-@click.option("--pairs", type=click.IntRange(min=1), help="Number of pairs. [default: one per common stage]")
+@common.count_option("--pairs", help="Number of pairs. [default: one per common stage]")
 @click.option("--every-block", is_flag=True, help="Pair the blocks within stages too (12 → 6 blocks pair uniformly).")
-@click.option(
-    "--taps",
-    type=click.Choice(["block", "pre-activation", "last-conv"]),
-    default="block",
-    show_default=True,
-    help="Which point of a block is the tap.",
-)
+@common.choice_option("--taps", ["block", "pre-activation", "last-conv"], help="Which point of a block is the tap.")
 @click.option(
     "--pair", "fixed", multiple=True, metavar="LAYER=LAYER", help="Keep this pair, teacher's layer first. Repeatable."
 )
@@ -54,20 +48,11 @@ if TYPE_CHECKING:
 )
 @pictures.picture_options
 @pictures.teacher_options
-@click.option(
-    "--batches",
-    default=16,
-    show_default=True,
-    type=click.IntRange(min=1),
-    help="For --similarity: number of batches of 64 samples.",
-)
+@common.count_option("--batches", default=16, help="For --similarity: number of batches of 64 samples.")
 @click.option("--criterion", default="l1", show_default=True, help="How the teacher's channels are ranked.")
 @click.option("--diff", metavar="FILE", help="Also list what changed since this earlier plan.")
-@click.option(
-    "--explain",
-    type=click.IntRange(min=1),
-    metavar="PAIR",
-    help="Show the runner-up candidates of pair number PAIR, and why they lost.",
+@common.count_option(
+    "--explain", metavar="PAIR", help="Show the runner-up candidates of pair number PAIR, and why they lost."
 )
 @click.option(
     "--passes",
@@ -214,10 +199,13 @@ def _draw(
     """Write the page and the pictures that were asked for."""
     from indistill_fx.report import alignment_page, alignment_svg, see, to_png, write
 
+    if not (html or svg or png):
+        return
+    seen = see(alignment.value, *traced, alignment.report, names=names)
     if html:
-        write(html, alignment_page(alignment.value, *traced, alignment.report, names=names))
+        write(html, alignment_page(alignment.value, seen))
     if svg or png:
-        picture = alignment_svg(see(alignment.value, *traced, alignment.report, names=names))
+        picture = alignment_svg(seen)
         if svg:
             write(svg, picture)
         if png:

@@ -21,13 +21,7 @@ if TYPE_CHECKING:
 @click.option(
     "--data", metavar="DATA", help="Also compare on this data's test set, and compare its class names with the file's."
 )
-@click.option(
-    "--samples",
-    default=512,
-    show_default=True,
-    type=click.IntRange(min=1),
-    help="Number of samples of DATA, spread over the classes.",
-)
+@common.count_option("--samples", default=512, help="Number of samples of DATA, spread over the classes.")
 @pictures.compared_options
 def command(
     file: str,

@@ -25,6 +25,21 @@ if TYPE_CHECKING:
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
+
+def count_option(
+    *names: str, default: int | None = None, metavar: str | None = None, least: int = 1, help: str | None = None
+) -> Callable[[Command], Command]:
+    """An option that takes a whole number from `least` on; its default, if there is one, is shown in the help."""
+    return click.option(
+        *names, default=default, show_default=default is not None, metavar=metavar, type=click.IntRange(min=least), help=help
+    )  # fmt: skip
+
+
+def choice_option(name: str, choices: Sequence[str], *, help: str) -> Callable[[Command], Command]:
+    """An option that takes one of a few words; the first is the default, and is shown in the help."""
+    return click.option(name, type=click.Choice(choices), default=choices[0], show_default=True, help=help)
+
+
 input_option = click.option(
     "--input",
     "inputs",

@@ -42,39 +42,27 @@ def _use_recipe(context: click.Context, parameter: click.Parameter, value: str) 
 @click.option("--params", type=float, help="Budget of parameters: a share of the teacher's up to 1, or a number.")
 @click.option("--size-mb", type=float, help="Budget for the weights, in megabytes.")
 @click.option("--latency-ms", type=float, help="Budget for one call on the target, in milliseconds; it is measured.")
-@click.option(
-    "--on",
-    type=click.Choice(["onnxruntime", "torch", "torch-compile"]),
-    default="onnxruntime",
-    show_default=True,
-    help="The target of --latency-ms.",
-)
-@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="CPU threads on the target.")
-@click.option(
-    "--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Batch size of a call on the target."
-)
+@common.choice_option("--on", ["onnxruntime", "torch", "torch-compile"], help="The target of --latency-ms.")
+@common.count_option("--threads", default=1, help="CPU threads on the target.")
+@common.count_option("--batch", default=1, help="Batch size of a call on the target.")
 @click.option(
     "--criterion",
     default="l1",
     show_default=True,
     help="How to choose the channels to remove: l1, l2, bn_scale, geometric_median, activation, taylor, fisher, isomorphic, random.",
 )
-@click.option("--round-to", type=click.IntRange(min=1), help="Keep a multiple of this many channels.")
-@click.option(
+@common.count_option("--round-to", help="Keep a multiple of this many channels.")
+@common.count_option(
     "--samples",
-    type=click.IntRange(min=1),
     default=1024,
-    show_default=True,
     help="Number of training samples (without labels) for measuring sensitivities and repairing weights.",
 )
 @click.option(
     "--warmup", metavar="EPOCHS", type=training.Numbers(), help="Epochs of the one stage, or of each. [default: 6]"
 )
-@click.option(
+@common.choice_option(
     "--feed",
-    type=click.Choice(["teacher", "student"]),
-    default="student",
-    show_default=True,
+    ["student", "teacher"],
     help="Input of each segment between two pairs: the student's own feature, or the teacher's.",
 )
 @click.option(

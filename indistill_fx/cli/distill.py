@@ -124,16 +124,15 @@ def _use_recipe(context: click.Context, parameter: click.Parameter, name: str) -
     type=training.Names(),
     help="adam, adamw or sgd: one, or one per pair. [default: adam]",
 )
-@click.option(
+@common.count_option(
     "--patience",
     metavar="EPOCHS",
-    type=click.IntRange(min=1),
     help="End a warm-up stage early if its loss has not fallen by 1% in this many epochs.",
 )
-@click.option(
+@common.count_option(
     "--penultimate",
     metavar="EPOCHS",
-    type=click.IntRange(min=0),
+    least=0,
     help="Epochs (or steps) of a last warm-up stage, for the penultimate vectors; 0: none. [default: the recipe's, else 3; 0 with"
     " --warmup-steps]",
 )
@@ -160,10 +159,8 @@ def _use_recipe(context: click.Context, parameter: click.Parameter, name: str) -
     help="Distil TEACHER into this model first, and then this model into STUDENT. auto: TEACHER pruned until its"
     " MACs are the geometric mean of TEACHER's and STUDENT's.",
 )
-@click.option(
-    "--assistant-epochs",
-    type=click.IntRange(min=0),
-    help="Epochs of the assistant's main stage. [default: the recipe's]",
+@common.count_option(
+    "--assistant-epochs", least=0, help="Epochs of the assistant's main stage. [default: the recipe's]"
 )
 @click.option(
     "--compare",

@@ -18,29 +18,16 @@ from indistill_fx.cli import common, pictures
 @common.logits_option
 @common.task_option
 @common.device_option
-@click.option("--limit", type=click.IntRange(min=1), help="Use only this many samples of each split.")
-@click.option(
-    "--workers",
-    default=0,
-    show_default=True,
-    type=click.IntRange(min=0),
-    help="Worker processes that read large images.",
-)
+@common.count_option("--limit", help="Use only this many samples of each split.")
+@common.count_option("--workers", default=0, least=0, help="Worker processes that read large images.")
 @click.option("--cache", metavar="DIR", help="Cache decoded small images in this folder.")
-@click.option("--batch-size", default=256, show_default=True, type=click.IntRange(min=1))
+@common.count_option("--batch-size", default=256)
 @click.option(
     "--retrieval",
     is_flag=True,
     help="Also retrieve training images with test images as queries, by penultimate features: mAP and precision.",
 )
-@click.option(
-    "-k",
-    "k",
-    default=100,
-    show_default=True,
-    type=click.IntRange(min=1),
-    help="Number of retrieved images for the precision P@k.",
-)
+@common.count_option("-k", "k", default=100, help="Number of retrieved images for the precision P@k.")
 @click.option("--tap", metavar="LAYER", help="Retrieve with this layer's features. [default: the penultimate vector]")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(

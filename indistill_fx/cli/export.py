@@ -24,11 +24,9 @@ if TYPE_CHECKING:
     metavar="DATA",
     help="Also compare on this data's test set, and take class names from it; needed by --int8.",
 )
-@click.option(
+@common.count_option(
     "--samples",
     default=512,
-    show_default=True,
-    type=click.IntRange(min=1),
     help="Number of samples of DATA, spread over the classes, to compare on and to calibrate on.",
 )
 @click.option(
@@ -42,11 +40,9 @@ if TYPE_CHECKING:
     help="With --int8: scale activations at run time (for transformers), or by calibration. [default: dynamic if the "
     "model has attention]",
 )
-@click.option(
+@common.choice_option(
     "--calibrate",
-    default="minmax",
-    show_default=True,
-    type=click.Choice(["minmax", "entropy", "percentile"]),
+    ["minmax", "entropy", "percentile"],
     help="With --int8: how ranges of activations are chosen.",
 )
 @click.option(

@@ -97,44 +97,37 @@ class _Classes(click.ParamType[Any]):
         return read_classes(value) if isinstance(value, str) else value
 
 
-_EACH = " Once for all teachers, or once for each, in their order."
+def _teacher_option(name: str, kind: click.ParamType[Any], help: str, metavar: str | None = None) -> Any:
+    each = " Once for all teachers, or once for each, in their order."
+    return click.option(f"--teacher-{name}", type=kind, multiple=True, metavar=metavar, help=help + each)
+
+
 _TEACHERS = (
-    click.option(
-        "--teacher-size",
-        type=_Size(),
-        multiple=True,
-        metavar="224|96x160",
-        help="Resize the teacher's images to this size. [default: the size its weights were trained for, if known; else the student's]"
-        + _EACH,
+    _teacher_option(
+        "size",
+        _Size(),
+        "Resize the teacher's images to this size. [default: the size its weights were trained for, if known; else the student's]",
+        "224|96x160",
     ),
-    click.option(
-        "--teacher-channels",
-        type=click.Choice(["1", "3"]),
-        multiple=True,
-        help="Convert the teacher's images to 1 (grey) or 3 (RGB) channels. [default: what it takes]" + _EACH,
+    _teacher_option(
+        "channels",
+        click.Choice(["1", "3"]),
+        "Convert the teacher's images to 1 (grey) or 3 (RGB) channels. [default: what it takes]",
     ),
-    click.option(
-        "--teacher-mean",
-        type=_Figures(),
-        multiple=True,
-        metavar="data|NAME|A,B,C",
-        help="Normalise the teacher's images with this mean. A word sets mean and std, as with --mean; data: the student's values."
-        " [default: the values its weights were trained with, if known; else the student's]" + _EACH,
+    _teacher_option(
+        "mean",
+        _Figures(),
+        "Normalise the teacher's images with this mean. A word sets mean and std, as with --mean; data: the student's values."
+        " [default: the values its weights were trained with, if known; else the student's]",
+        "data|NAME|A,B,C",
     ),
-    click.option(
-        "--teacher-std",
-        type=_Figures(),
-        multiple=True,
-        metavar="A,B,C",
-        help="The standard deviation to go with --teacher-mean." + _EACH,
-    ),
-    click.option(
-        "--teacher-classes",
-        type=_Classes(),
-        multiple=True,
-        metavar="FILE|A,B|3,0",
-        help="If the teacher's classes differ from the student's: the names of all its outputs, in order; or, for every class of the data,"
-        " the index of the teacher's output. A file has one per line." + _EACH,
+    _teacher_option("std", _Figures(), "The standard deviation to go with --teacher-mean.", "A,B,C"),
+    _teacher_option(
+        "classes",
+        _Classes(),
+        "If the teacher's classes differ from the student's: the names of all its outputs, in order; or, for every class of the data,"
+        " the index of the teacher's output. A file has one per line.",
+        "FILE|A,B|3,0",
     ),
 )
 TEACHER_NAMES = ("teacher_size", "teacher_channels", "teacher_mean", "teacher_std", "teacher_classes")

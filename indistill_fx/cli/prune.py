@@ -40,10 +40,8 @@ if TYPE_CHECKING:
 @click.option(
     "--data", metavar="DATA", help="Data for these criteria: digits, cifar10, imagefolder:DIR or file.py:make_loaders."
 )
-@click.option(
-    "--batches", default=32, show_default=True, type=click.IntRange(min=1), help="Number of batches of DATA to use."
-)
-@click.option("--round-to", type=click.IntRange(min=1), help="Keep a multiple of this many channels.")
+@common.count_option("--batches", default=32, help="Number of batches of DATA to use.")
+@common.count_option("--round-to", help="Keep a multiple of this many channels.")
 @click.option("--layers", is_flag=True, help="Show every layer, not only the stages.")
 @click.option(
     "-o",

@@ -28,11 +28,9 @@ from indistill_fx.cli import common, pictures
 )
 @pictures.picture_options
 @pictures.teacher_options
-@click.option("--limit", type=click.IntRange(min=1), help="Use only this many samples.")
-@click.option("--batch-size", default=256, show_default=True, type=click.IntRange(min=1))
-@click.option(
-    "--workers", default=0, show_default=True, type=click.IntRange(min=0), help="Processes that read large images."
-)
+@common.count_option("--limit", help="Use only this many samples.")
+@common.count_option("--batch-size", default=256)
+@common.count_option("--workers", default=0, least=0, help="Processes that read large images.")
 @click.option("--cache", metavar="DIR", help="Cache decoded small images in this folder.")
 @common.logits_option
 @common.trust_option

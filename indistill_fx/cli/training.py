@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from indistill_fx.cli.common import Command, console, logits_option, say, task_option, trust_option
+from indistill_fx.cli.common import Command, console, count_option, logits_option, say, task_option, trust_option
 from indistill_fx.cli.pictures import open_pictures, picture_options
 from indistill_fx.errors import ConfigError
 from indistill_fx.training.options.settings import Settings, about, hints
@@ -115,20 +115,12 @@ def _setting(name: str) -> Callable[[Command], Command]:
 
 
 _TRAINING: tuple[Callable[[Command], Command], ...] = (
-    click.option(
-        "--epochs", default=20, show_default=True, type=click.IntRange(min=0), help="Epochs of the main stage."
-    ),
-    click.option("--batch-size", default=128, show_default=True, type=click.IntRange(min=1)),
+    count_option("--epochs", default=20, least=0, help="Epochs of the main stage."),
+    count_option("--batch-size", default=128),
     *(_setting(name) for name in hints()),
-    click.option(
-        "--workers",
-        default=0,
-        show_default=True,
-        type=click.IntRange(min=0),
-        help="Worker processes that read large images.",
-    ),
+    count_option("--workers", default=0, least=0, help="Worker processes that read large images."),
     picture_options,
-    click.option("--limit", type=click.IntRange(min=1), help="Use only this many samples of each split."),
+    count_option("--limit", help="Use only this many samples of each split."),
     click.option("--no-augment", is_flag=True, help="Leave training images as they are."),
     click.option(
         "--randaugment",
@@ -136,9 +128,8 @@ _TRAINING: tuple[Callable[[Command], Command], ...] = (
         metavar="MAGNITUDE",
         help="Apply two RandAugment operations of this magnitude (0 to 30, usually 9) to every training image, after shift and flip.",
     ),
-    click.option(
+    count_option(
         "--views",
-        type=click.IntRange(min=1),
         metavar="N",
         help="Augment every training image in this many fixed ways, one per epoch in turn. With --feature-cache the teacher computes"
         " each of them once.",
@@ -185,9 +176,8 @@ def training_options(command: Command) -> Command:
     return command
 
 
-qat_option = click.option(
+qat_option = count_option(
     "--qat",
-    type=click.IntRange(min=1),
     metavar="EPOCHS",
     help="Afterwards, train this many more epochs with weights and activations rounded as in an int8 file, into RUN_DIR/int8: for students"
     " that lose too much accuracy with `export --int8`.",

@@ -25,10 +25,10 @@ from indistill_fx.compression.source_blocks import Writer
 from indistill_fx.compression.source_classes import class_texts
 from indistill_fx.compression.source_pieces import Imports, unwritable
 from indistill_fx.compression.source_scopes import Dissolve, scopes_of
-from indistill_fx.errors import ConfigError, ExportError
+from indistill_fx.errors import ExportError
 from indistill_fx.graph.edit import copy_graph, sweep
 from indistill_fx.graph.module_state import mode
-from indistill_fx.system.files import write
+from indistill_fx.system.files import make_folder, write
 from indistill_fx.traced import TracedModel
 
 SOURCE, WEIGHTS = "student.py", "student.safetensors"
@@ -66,14 +66,7 @@ class StudentSource:
         Raises:
             ConfigError: they cannot be written.
         """
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(
-                f"Cannot make the directory `{directory}`: {error.strerror or error}.",
-                where=str(directory),
-                hint="Give a path that may be written.",
-            ) from error
+        make_folder(directory)
         own = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in self.state.items()}
         write(directory / WEIGHTS, save(own))
         write(directory / SOURCE, self.text)

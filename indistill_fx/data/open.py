@@ -17,7 +17,7 @@ from indistill_fx.data.in_memory import Split, hold
 from indistill_fx.data.normalisation import PUBLISHED, Figures, Normalisation
 from indistill_fx.data.open_folder import open_folder
 from indistill_fx.data.user_loaders import open_user_loaders
-from indistill_fx.errors import ConfigError, unknown
+from indistill_fx.errors import ConfigError, instead_of, unknown
 
 _DIGITS: Normalisation = ((0.3053,), (0.3760,))
 
@@ -183,15 +183,10 @@ def _cifar(place: str, options: DataOptions, name: Literal["CIFAR10", "CIFAR100"
     root = Path(place) if place else Path.home() / ".cache" / "indistill-fx"
     splits = []
     for train in (True, False):
-        try:
+        hint = f"Unpack the python version of {name} there, or give its folder as {name.lower()}:DIR."
+        missing = f"{name} is not under {str(root)!r} and could not be downloaded"
+        with instead_of((RuntimeError, OSError), ConfigError(missing, where=str(root), hint=hint)):
             dataset = getattr(datasets, name)(root, train=train, download=options.download)
-        except (RuntimeError, OSError) as error:
-            raise ConfigError(
-                f"{name} is not under {str(root)!r} and could not be downloaded: {error}.",
-                where=str(root),
-                got=str(error),
-                hint=f"Unpack the python version of {name} there, or give its folder as {name.lower()}:DIR.",
-            ) from error
         images = torch.from_numpy(dataset.data).permute(0, 3, 1, 2).contiguous()
         splits.append(Split(images, torch.tensor(dataset.targets)))
     classes, notes = tuple(dataset.classes), _without_cache(options)

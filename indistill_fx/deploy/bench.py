@@ -26,12 +26,11 @@ from indistill_fx.deploy.onnx_session import (
     as_inputs,
     feed,
     file_size,
-    first_lines,
     is_quantised,
     open_session,
     random_inputs,
 )
-from indistill_fx.errors import ConfigError
+from indistill_fx.errors import ConfigError, first_lines
 from indistill_fx.graph.module_state import evaluating
 
 Call: TypeAlias = Callable[[], object]

@@ -20,7 +20,6 @@ from indistill_fx.deploy.onnx_session import (
     KINDS,
     Given,
     file_size,
-    first_lines,
     inputs_of,
     is_quantised,
     named_outputs,
@@ -29,7 +28,7 @@ from indistill_fx.deploy.onnx_session import (
 from indistill_fx.deploy.onnx_weights import SHOWN, wrong_int8_weights, wrong_weights
 from indistill_fx.deploy.parity import Decisions, Parity, Proof, RealParity, prove
 from indistill_fx.deploy.preprocess import Preprocess
-from indistill_fx.errors import ConfigError, IndistillError
+from indistill_fx.errors import ConfigError, IndistillError, first_lines
 from indistill_fx.graph.module_state import evaluating
 
 if TYPE_CHECKING:

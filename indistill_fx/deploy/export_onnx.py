@@ -20,7 +20,6 @@ from indistill_fx.deploy.onnx_capture import Deployed, capture
 from indistill_fx.deploy.onnx_session import (
     Given,
     feed,
-    first_lines,
     inputs_of,
     named_outputs,
     open_session,
@@ -28,7 +27,7 @@ from indistill_fx.deploy.onnx_session import (
 )
 from indistill_fx.deploy.parity import Decisions, Parity, Proof, RealParity, prove, rounding
 from indistill_fx.deploy.preprocess import Pair, Preprocess
-from indistill_fx.errors import ConfigError, ExportError
+from indistill_fx.errors import ConfigError, ExportError, first_lines, instead_of
 from indistill_fx.graph.module_state import evaluating
 from indistill_fx.system.files import staged
 from indistill_fx.version import __version__
@@ -272,27 +271,17 @@ def _other_sizes(inputs: Sequence[Tensor]) -> tuple[tuple[int, int], ...]:
 def _write(program: ONNXProgram, draft: Path, metadata: Mapping[str, str], external_data: bool | None) -> None:
     program.model.producer_name, program.model.producer_version = "indistill-fx", __version__
     program.model.metadata_props.update({k: str(v) for k, v in metadata.items()})
-    try:
+    target, hint = draft.parent.parent / draft.name, "Free some space, or name another place."
+    with instead_of(OSError, ExportError(f"Cannot write `{target}`", where=str(target), hint=hint)):
         program.save(draft, external_data=external_data)
-    except OSError as error:
-        raise ExportError(
-            f"Cannot write `{draft.parent.parent / draft.name}`: {error}.",
-            where=str(draft),
-            hint="Free some space, or name another place.",
-        ) from error
 
 
 def _require_valid(draft: Path) -> None:
     import onnx
 
-    try:
+    hint = "Try another opset (--opset) or another version of torch, and please report it."
+    with instead_of(Exception, ExportError("The exported graph is not valid ONNX", where="export", hint=hint)):
         onnx.checker.check_model(str(draft), full_check=True)
-    except Exception as error:
-        raise ExportError(
-            f"The exported graph is not valid ONNX: {first_lines(error)}",
-            hint="Try another opset (--opset) or another version of torch, and please report it.",
-            where="export",
-        ) from error
 
 
 def _disagreement(

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from indistill_fx.deploy.onnx_session import first_lines, named_outputs
+from indistill_fx.deploy.onnx_session import named_outputs
 from indistill_fx.deploy.preprocess import FromPixels, Preprocess
-from indistill_fx.errors import ConfigError, ExportError
+from indistill_fx.errors import ConfigError, ExportError, first_lines
 
 if TYPE_CHECKING:
     import onnx_ir

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from indistill_fx.batch import Call, Inputs
 from indistill_fx.deploy.preprocess import Preprocess
-from indistill_fx.errors import ConfigError, ExportError
+from indistill_fx.errors import ConfigError, ExportError, instead_of
 
 if TYPE_CHECKING:
     import onnx
@@ -135,25 +135,18 @@ def open_session(path: str | PathLike[str], *, threads: int | None = None) -> on
     options.intra_op_num_threads = threads or torch.get_num_threads()
     # A pool that spins after its run would slow down whatever is measured next.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    try:
+    hint = "Export the file again, or update onnxruntime."
+    with instead_of(Exception, ExportError(f"onnxruntime cannot load `{path}`", where=str(path), hint=hint)):
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:
-        raise ExportError(
-            f"onnxruntime cannot load `{path}`: {first_lines(error)}",
-            where=str(path),
-            hint="Export the file again, or update onnxruntime.",
-        ) from error
 
 
 def feed(session: onnxruntime.InferenceSession, inputs: Sequence[Tensor]) -> dict[str, Array]:
     """The tensors by the names of the session's inputs, in order; as pixels if preprocessing is built in."""
     names = [i.name for i in session.get_inputs()]
     if len(names) != len(inputs):
-        raise ConfigError(
-            f"The file has {len(names)} inputs ({', '.join(names)}); {len(inputs)} were given.",
-            where="inputs",
-            hint="Give one tensor for each of the file's inputs, in that order.",
-        )
+        what = f"The file has {len(names)} inputs ({', '.join(names)}); {len(inputs)} were given."
+        hint = "Give one tensor for each of the file's inputs, in that order."
+        raise ConfigError(what, where="inputs", hint=hint)
     if built_in := Preprocess.from_metadata(session.get_modelmeta().custom_metadata_map):
         inputs = [built_in.to_pixels(inputs[0]), *inputs[1:]]
     return {name: x.detach().cpu().numpy() for name, x in zip(names, inputs, strict=True)}
@@ -173,9 +166,3 @@ def file_size(path: str | PathLike[str]) -> int:
     graph = onnx.load(str(file), load_external_data=False).graph
     beside = {ExternalDataInfo(tensor).location for tensor in graph.initializer if uses_external_data(tensor)}
     return sum(part.stat().st_size for part in (file, *(file.parent / name for name in beside)))
-
-
-def first_lines(error: BaseException, *, limit: int = 300) -> str:
-    """An error's text on one line, cut off after `limit` characters, ending like a sentence."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return f"{text[: limit - 1]}…" if len(text) > limit else f"{text.rstrip('.')}."

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from indistill_fx.deploy.onnx_session import Array, feed, first_lines, named_outputs, random_inputs
-from indistill_fx.errors import ExportError
+from indistill_fx.deploy.onnx_session import Array, feed, named_outputs, random_inputs
+from indistill_fx.errors import ExportError, first_lines
 
 if TYPE_CHECKING:
     import onnxruntime

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from indistill_fx.batch import Inputs, split
-from indistill_fx.deploy.onnx_session import Array, feed, file_size, first_lines, is_quantised, open_session
-from indistill_fx.errors import ConfigError, ExportError, nearest
+from indistill_fx.deploy.onnx_session import Array, feed, file_size, is_quantised, open_session
+from indistill_fx.errors import ConfigError, ExportError, instead_of, nearest
 from indistill_fx.system.files import staged
 from indistill_fx.version import __version__
 
@@ -134,7 +134,10 @@ def quantize_onnx(
     rows = 0
     with staged(target) as draft, _quiet():
         prepared = draft.with_name("prepared.onnx")
-        try:
+        hint = "Try the other method: --dynamic or --static."
+        with instead_of(
+            Exception, ExportError(f"onnxruntime cannot quantise `{source}`", where=str(source), hint=hint)
+        ):
             _prepare(source, prepared, beside=beside)
             if method == "static":
                 reader = _Reader(session, calibration, held=calibrate != "minmax")
@@ -142,14 +145,6 @@ def quantize_onnx(
                 rows = reader.rows
             else:
                 _quantize_dynamic(prepared, draft, **weights)
-        except (ConfigError, ExportError):
-            raise
-        except Exception as error:
-            raise ExportError(
-                f"onnxruntime cannot quantise `{source}`: {first_lines(error)}",
-                where=str(source),
-                hint="Try the other method: --dynamic or --static.",
-            ) from error
         for part in draft.parent.glob("prepared*"):
             part.unlink()
         _, after = _classify(open_session(draft), evaluation)
@@ -187,14 +182,9 @@ def _open_float(source: Path) -> tuple[onnxruntime.InferenceSession, bool]:
     import onnx
 
     _require(os.path.isfile(source), f"There is no file `{source}`.", str(source))
-    try:
+    hint = "Give a file that `export` wrote."
+    with instead_of(Exception, ConfigError(f"`{source}` cannot be read as ONNX", where=str(source), hint=hint)):
         model = onnx.load(str(source), load_external_data=False)
-    except Exception as error:
-        raise ConfigError(
-            f"`{source}` cannot be read as ONNX: {first_lines(error)}",
-            where=str(source),
-            hint="Give a file that `export` wrote.",
-        ) from error
     _require(not is_quantised(model), f"`{source}` is quantised already; give the float file.", str(source))
     return open_session(source), _has_attention(model)
 

@@ -194,8 +194,9 @@ def see(
         names: of teacher and student; default: their classes.
 
     Raises:
-        ConfigError: the plan names a layer that is not there.
+        ConfigError: the plan does not fit the models.
     """
+    plan.check(teacher, student)
     matches = _matches(plan, report, {pair.teacher: _channels(teacher, pair.teacher) for pair in plan.pairs})
     return Alignment(
         _column(teacher, {match.pair.teacher: match for match in matches}, names and names[0]),

@@ -16,10 +16,9 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from indistill_fx.passes.pairing.match import MatchReport
 from indistill_fx.plan import AlignmentPlan
 from indistill_fx.report import numbers
-from indistill_fx.report.alignment_view import Alignment, Match, see, see_plan
+from indistill_fx.report.alignment_view import Alignment, Match, see_plan
 from indistill_fx.report.curves import charts_of, curves_svg
 from indistill_fx.report.models import columns, model_rows, note, role_of
 from indistill_fx.report.palette import GRADES, PAGE, grade
@@ -27,7 +26,6 @@ from indistill_fx.report.pictures import kept_svg
 from indistill_fx.report.read_runs import Run, read_runs
 from indistill_fx.report.svg import legible
 from indistill_fx.system.files import json_text
-from indistill_fx.traced import TracedModel
 
 _LINES = 2000
 """So many epochs at the most are listed as numbers; the curves have all."""
@@ -44,31 +42,17 @@ class _View:
         return Markup(kept_svg(match.pair.kept or (), match.channels or 1, palette=PAGE))  # drawn by us
 
 
-def alignment_page(
-    plan: AlignmentPlan,
-    teacher: TracedModel,
-    student: TracedModel,
-    match_report: MatchReport | None = None,
-    *,
-    names: tuple[str, str] | None = None,
-) -> str:
+def alignment_page(plan: AlignmentPlan, alignment: Alignment) -> str:
     """Teacher and student side by side with the pairs between them, as one HTML file.
 
     Args:
-        plan: the pairs.
-        teacher: traced.
-        student: traced.
-        match_report: the evidence for the pairs; None where the plan was read from a file.
-        names: of teacher and student; default: their classes.
+        plan: the pairs; its text can be copied from the page.
+        alignment: what `see` makes of it.
 
     Returns:
         The text of the file.
-
-    Raises:
-        ConfigError: the plan does not fit the models.
     """
-    plan.check(teacher, student)
-    view = _view(see(plan, teacher, student, match_report, names=names))
+    view = _view(alignment)
     title = f"{view.alignment.teacher.name} → {view.alignment.student.name}"
     return _render(
         "alignment.html.j2",

@@ -18,7 +18,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from indistill_fx.errors import ConfigError, TrainError
+from indistill_fx.errors import ConfigError, TrainError, instead_of
 from indistill_fx.runs.checkpoint import SCHEMA, check_schema
 from indistill_fx.system.files import clear_drafts, json_text, read_bounded, read_lines, replace_file, save_json
 from indistill_fx.system.terminal import one_line
@@ -62,20 +62,17 @@ class RunDirectory:
     def __enter__(self) -> RunDirectory:
         if not self.writes:
             return self
+        hint = "Name another directory, or make it writable."
+        unusable = ConfigError(f"{self.path} cannot be used for a run", where=str(self.path), hint=hint)
         try:
-            (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
-            self._lock.acquire(timeout=_PATIENCE)
+            with instead_of(OSError, unusable):
+                (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
+                self._lock.acquire(timeout=_PATIENCE)
         except Timeout as error:
             raise ConfigError(
                 f"Another process is running in {self.path}.",
                 where=str(self.path),
                 hint="Wait for it to end, or give another directory.",
-            ) from error
-        except OSError as error:
-            raise ConfigError(
-                f"{self.path} cannot be used for a run: {error.strerror or error}.",
-                where=str(self.path),
-                hint="Name another directory, or make it writable.",
             ) from error
         try:
             self._open()
@@ -175,15 +172,10 @@ class RunDirectory:
         """
         if not self.writes:
             return
-        try:
-            with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json_text(entry) + "\n")
-        except OSError as error:
-            raise TrainError(
-                f"{self.path / 'metrics.jsonl'} cannot be written: {error}.",
-                where=str(self.path),
-                hint="Free some space, then go on with --resume.",
-            ) from error
+        file, hint = self.path / "metrics.jsonl", "Free some space, then go on with --resume."
+        error = TrainError(f"{file} cannot be written", where=str(file), hint=hint)
+        with instead_of(OSError, error), file.open("a", encoding="utf-8") as lines:
+            lines.write(json_text(entry) + "\n")
         parts = {f"{name}/": value for name, value in entry.items() if isinstance(value, Mapping)}
         flat = {prefix + name: value for prefix, part in {"": entry, **parts}.items() for name, value in part.items()}
         numbers = {
@@ -198,10 +190,8 @@ class RunDirectory:
         if not self.writes or not path.exists():
             return
         kept = []
-        try:
+        with instead_of(OSError, ConfigError(f"{path} cannot be read", where=str(path), hint="Move it away.")):
             lines = list(read_lines(path))
-        except OSError as error:
-            raise ConfigError(f"{path} cannot be read: {error}.", where=str(path), hint="Move it away.") from error
         for line in lines:
             try:
                 entry = json.loads(line)

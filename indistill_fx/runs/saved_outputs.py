@@ -47,19 +47,6 @@ class SavedTensor(Opaque):
         return self.rows.index_select(0, indices.to(self.rows.device))
 
 
-def make_folder(folder: Path) -> None:
-    """Make a folder for outputs, before anything is computed.
-
-    Raises:
-        ConfigError: it cannot be made.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        what = f"{folder} cannot be made: {error.strerror or error}."
-        raise ConfigError(what, where=str(folder), hint="Name another folder, or make its parent writable.") from error
-
-
 def write_outputs(
     folder: Path, tensors: Mapping[str, Tensor], *, axes: Mapping[str, int | None], data: str, teacher: str
 ) -> None:

@@ -24,7 +24,7 @@ from indistill_fx.passes.contract import PassRecord, signature_of
 from indistill_fx.passes.extract.feed import fed_name
 from indistill_fx.passes.extract.view import view_between
 from indistill_fx.passes.lowering.table import Lowerings, lowerings_for
-from indistill_fx.passes.pipeline import fed_student_half, narrowed_teacher, student_half, teacher_half
+from indistill_fx.passes.pipeline import Half, fed_student_half, narrowed_teacher, student_half, teacher_half
 from indistill_fx.passes.reuse import require_same_classifier
 from indistill_fx.plan import AlignmentPlan, Pair
 from indistill_fx.stages.checks import require_frozen_end
@@ -186,21 +186,34 @@ def _warmup_stages(
         keys = [pair.student for pair in learned]
         own = teacher_half(slim, student, learned, [], narrowed=narrowed, lowerings=lowerings)
         other = student_half(student, slim, learned, [], narrowed=narrowed, lowerings=lowerings)
-        stages.append(
-            Stage(
-                name=layer,
-                student=other.value,
-                teacher=own.value,
-                criterion=PairsLoss(one, keys, relative=True) if layer == PAIRS else FeatureLoss(one, layer),
-                pairs=learned,
-                budget=budget,
-                dtypes=_dtypes(student),
-                fixed=(student.report.fixed, slim.report.fixed),
-                macs=(_macs(slim, own.value), _macs(student, other.value)),
-                report=StageReport((*before, *own.report), other.report),
-            )
-        )
+        criterion = PairsLoss(one, keys, relative=True) if layer == PAIRS else FeatureLoss(one, layer)
+        about = {"criterion": criterion, "pairs": learned, "budget": budget}
+        stages.append(_stage(layer, slim, student, (own, other), before=before, **about))
     return stages
+
+
+def _stage(
+    name: str,
+    teacher: TracedModel,
+    student: TracedModel,
+    halves: tuple[Half | None, Half],
+    *,
+    before: Sequence[PassRecord] = (),
+    **more: Any,
+) -> Stage:
+    """A stage of two halves and the models they were made of; `more` are further arguments of `Stage`."""
+    own, other = halves
+    graph, report = (own.value, own.report) if own is not None else (None, ())
+    return Stage(
+        name=name,
+        student=other.value,
+        teacher=graph,
+        dtypes=_dtypes(student),
+        fixed=(student.report.fixed, teacher.report.fixed),
+        macs=(_macs(teacher, graph), _macs(student, other.value)),
+        report=StageReport((*before, *report), other.report),
+        **more,
+    )
 
 
 def _fed_stage(
@@ -222,17 +235,15 @@ def _fed_stage(
         )
     own = teacher_half(slim, student, pairs, [], narrowed=True, lowerings=lowerings)
     other = fed_student_half(student, slim, pairs, lowerings=lowerings)
-    return Stage(
-        name=SEGMENTS,
-        student=other.value,
-        teacher=own.value,
+    return _stage(
+        SEGMENTS,
+        slim,
+        student,
+        (own, other),
+        before=before,
         criterion=PairsLoss(loss, [pair.student for pair in pairs]),
         pairs=pairs,
         budget=budget,
-        dtypes=_dtypes(student),
-        fixed=(student.report.fixed, slim.report.fixed),
-        macs=(_macs(slim, own.value), _macs(student, other.value)),
-        report=StageReport((*before, *own.report), other.report),
         fed={fed_name(number): pair.teacher for number, pair in enumerate(pairs[:-1])},
     )
 
@@ -325,16 +336,13 @@ def _main_stage(
     if ends_frozen:
         require_frozen_end(student.module, other.value, pairs[-1].student)
         require_same_classifier(teacher, student)
-    return Stage(
-        name="main",
-        student=other.value,
-        teacher=own.value if own is not None else None,
+    return _stage(
+        "main",
+        teacher,
+        student,
+        (own, other),
         criterion=criterion,
         pairs=pairs,
         embedding=embedding,
         logits=(teacher_logits, student_logits),
-        dtypes=_dtypes(student),
-        fixed=(student.report.fixed, teacher.report.fixed),
-        macs=(_macs(teacher, own.value if own is not None else None), _macs(student, other.value)),
-        report=StageReport(own.report if own is not None else (), other.report),
     )

@@ -16,7 +16,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from indistill_fx.errors import ConfigError, TrainError
+from indistill_fx.errors import ConfigError, TrainError, instead_of
 
 _DRAFT = ".draft"
 
@@ -145,6 +145,17 @@ def staged(target: Path) -> Iterator[Path]:
             f"Cannot write `{target}`: {error.strerror or error}.", where=str(target),
             hint="Free some space, or give another path; an older file there is as it was.",
         ) from error  # fmt: skip
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder for outputs, before anything is computed.
+
+    Raises:
+        ConfigError: it cannot be made.
+    """
+    hint = "Name another folder, or make its parent writable."
+    with instead_of(OSError, ConfigError(f"The folder `{folder}` cannot be made", where=str(folder), hint=hint)):
+        folder.mkdir(parents=True, exist_ok=True)
 
 
 class TooLargeError(OSError):

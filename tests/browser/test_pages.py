@@ -10,7 +10,7 @@ import torch
 
 from indistill_fx.passes.align import align_traced
 from indistill_fx.passes.capture.trace import trace
-from indistill_fx.report import alignment_page, run_page
+from indistill_fx.report import alignment_page, run_page, see
 from tests.report_samples import NASTY, leave_run, network
 
 CONTRAST = """
@@ -41,7 +41,9 @@ def folder(tmp_path_factory):
     x = torch.randn(2, 3, 16, 16)
     models = trace(network(8, 7), x, role="teacher"), trace(network(4, 2), x, role="student")
     found = align_traced(*models)
-    (home / "alignment.html").write_text(alignment_page(found.value, *models, found.report), encoding="utf-8")
+    (home / "alignment.html").write_text(
+        alignment_page(found.value, see(found.value, *models, found.report)), encoding="utf-8"
+    )
     for name in ("labels", "kd", "layer1"):
         leave_run(home / "runs" / name, name=name)
     (home / "run.html").write_text(run_page(home / "runs"), encoding="utf-8")
@@ -222,7 +224,7 @@ def test_resnet152_is_quick_to_write_and_small(chromium, tmp_path):
     models = trace(resnet152(), x, role="teacher"), trace(resnet50(), x, role="student")
     found = align_traced(*models)
     before = time.perf_counter()
-    text = alignment_page(found.value, *models, found.report)
+    text = alignment_page(found.value, see(found.value, *models, found.report))
     assert time.perf_counter() - before < 5
     assert len(text.encode()) < 3_000_000
     (tmp_path / "page.html").write_text(text, encoding="utf-8")

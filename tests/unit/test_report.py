@@ -88,7 +88,7 @@ def check_page(page: str) -> Reader:
 
 
 def test_the_page_has_an_arc_and_a_card_for_every_pair_and_a_row_for_every_block(models, alignment):
-    page = alignment_page(alignment.value, *models, alignment.report)
+    page = alignment_page(alignment.value, see(alignment.value, *models, alignment.report))
     reader = check_page(page)
     arcs = [arc["data-pair"] for arc in reader.classed("arc")]
     assert arcs == ["1", "2", "embedding"]
@@ -113,7 +113,7 @@ def test_every_operation_is_in_exactly_one_row(models, alignment):
 
 def test_a_plan_for_other_models_is_refused(models, alignment):
     with pytest.raises(ConfigError, match="does not fit"):
-        alignment_page(nasty_plan("x"), *models)
+        see(nasty_plan("x"), *models)
 
 
 def test_the_picture_has_an_arc_for_every_pair_and_only_literal_colours(models, alignment):
@@ -141,7 +141,7 @@ def test_a_text_transformer_is_drawn_too():
     x = torch.randint(0, 11, (2, 5))
     found = trace(net, x, role="teacher"), trace(net, x, role="student")
     plan = align_traced(*found)
-    check_page(alignment_page(plan.value, *found, plan.report))
+    check_page(alignment_page(plan.value, see(plan.value, *found, plan.report)))
     assert "5 tokens" in alignment_svg(see(plan.value, *found))
 
 

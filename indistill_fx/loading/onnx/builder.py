@@ -69,6 +69,17 @@ class Op:
             raise Undecided(f"has an input {self.names[number]!r} that is no constant")
         return value
 
+    def required_constant(self, number: int, what: str) -> Tensor:
+        """An input that has to be there and a constant, such as "its weights".
+
+        Raises:
+            Undecided: it is missing, or no constant.
+        """
+        value = self.constant(number)
+        if value is None:
+            raise Undecided(f"lacks {what}")
+        return value
+
     def get(self, name: str, default: T) -> T:
         """An attribute, or its default."""
         found: T = self.attributes.get(name, default)

@@ -24,13 +24,17 @@ def quantize(op: Op, build: Builder) -> Any:
     zero = op.constant(2)
     named = int(op.get("output_dtype", 0))
     dtype = zero.dtype if zero is not None else dtype_of(named, op.name) if named else torch.uint8
-    return _quantized(build.tensor(op.required(0)), _scale(op, 1), zero, dtype, int(op.get("axis", 1)), build)
+    return _quantized(
+        build.tensor(op.required(0)), op.required_constant(1, "its scale"), zero, dtype, int(op.get("axis", 1)), build
+    )
 
 
 def dequantize(op: Op, build: Builder) -> Any:
     """DequantizeLinear: (x - zero) * scale."""
     _refuse_blocks(op)
-    made = _dequantized(op.required(0), _scale(op, 1), op.constant(2), int(op.get("axis", 1)), build)
+    made = _dequantized(
+        op.required(0), op.required_constant(1, "its scale"), op.constant(2), int(op.get("axis", 1)), build
+    )
     if isinstance(made, Tensor):
         _name(made, op, 0, build)
     return made
@@ -51,12 +55,16 @@ def dynamic_quantize(op: Op, build: Builder) -> Any:
 
 def convolution(op: Op, build: Builder) -> Any:
     """QLinearConv: a convolution of dequantised numbers, quantised again."""
-    x = _dequantized(op.required(0), _scale(op, 1), op.constant(2), 1, build)
-    filters = _dequantized(_required(op, 3), _scale(op, 4), op.constant(5), 0, build)
+    x = _dequantized(op.required(0), op.required_constant(1, "its scale"), op.constant(2), 1, build)
+    filters = _dequantized(
+        op.required_constant(3, "its weights"), op.required_constant(4, "its scale"), op.constant(5), 0, build
+    )
     _name(filters, op, 3, build)
     bias = op.constant(8)
     if bias is not None:
-        bias = bias.to(filters.dtype) * (_scale(op, 1) * _scale(op, 4)).reshape(-1)
+        bias = bias.to(filters.dtype) * (
+            op.required_constant(1, "its scale") * op.required_constant(4, "its scale")
+        ).reshape(-1)
         _name(bias, op, 8, build)
     plain = replace(
         op, inputs=(x, filters, bias), names=(op.names[0], op.names[3], op.names[8] if bias is not None else "")
@@ -66,8 +74,8 @@ def convolution(op: Op, build: Builder) -> Any:
 
 def matmul(op: Op, build: Builder) -> Any:
     """QLinearMatMul: a product of dequantised numbers, quantised again."""
-    a = _dequantized(op.required(0), _scale(op, 1), op.constant(2), -2, build)
-    b = _dequantized(op.required(3), _scale(op, 4), op.constant(5), -1, build)
+    a = _dequantized(op.required(0), op.required_constant(1, "its scale"), op.constant(2), -2, build)
+    b = _dequantized(op.required(3), op.required_constant(4, "its scale"), op.constant(5), -1, build)
     if isinstance(b, Tensor):
         _name(b, op, 3, build)
     return _again(layers.matmul(replace(op, inputs=(a, b), names=(op.names[0], op.names[3])), build), op, build)
@@ -88,7 +96,9 @@ def whole_matmul(op: Op, build: Builder) -> Any:
 
 def _again(value: Traced, op: Op, build: Builder) -> Any:
     zero = op.constant(7)
-    return _quantized(value, _scale(op, 6), zero, zero.dtype if zero is not None else torch.uint8, 1, build)
+    return _quantized(
+        value, op.required_constant(6, "its scale"), zero, zero.dtype if zero is not None else torch.uint8, 1, build
+    )
 
 
 def _quantized(x: Any, scale: Tensor, zero: Tensor | None, dtype: torch.dtype, axis: int, build: Builder) -> Any:
@@ -140,20 +150,6 @@ def _along(value: Tensor, x: Any, axis: int) -> Any:
     if value.dim() != 1:
         raise Undecided("has scales in blocks")
     return value.reshape(-1, *[1] * (dim - 1 - axis % dim))
-
-
-def _scale(op: Op, number: int) -> Tensor:
-    found = op.constant(number)
-    if found is None:
-        raise Undecided("lacks its scale")
-    return found
-
-
-def _required(op: Op, number: int) -> Tensor:
-    found = op.constant(number)
-    if found is None:
-        raise Undecided("lacks its weights")
-    return found
 
 
 def _refuse_blocks(op: Op) -> None:

@@ -26,7 +26,8 @@ def recurrent(op: Op, build: Builder) -> Any:
     """
     kind, order = _KINDS[op.kind]
     nonlinearity = _require_plain(op)
-    weights, recurring, bias = _constant(op, 1), _constant(op, 2), op.constant(3)
+    weights, recurring = (op.required_constant(number, "its weights") for number in (1, 2))
+    bias = op.constant(3)
     directions, _, hidden = recurring.shape
     found = _torch_weights(weights, recurring, bias, order, hidden)
     settings: dict[str, Any] = {"bias": bias is not None, "bidirectional": directions == 2}
@@ -109,10 +110,3 @@ def _is_zero(value: Value, build: Builder) -> bool:
     if node.target == "expand" and getattr(node.args[0], "op", "") == "get_attr":
         return not bool(build.constant_at(str(node.args[0].target)).any())  # type: ignore[union-attr]
     return False
-
-
-def _constant(op: Op, number: int) -> Tensor:
-    found = op.constant(number)
-    if found is None:
-        raise Undecided("lacks its weights")
-    return found

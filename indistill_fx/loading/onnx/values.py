@@ -40,6 +40,18 @@ class Traced:
         return lengths.pop() if len(lengths) == 1 else None
 
 
+Operation: TypeAlias = Callable[["Size", Any], Any]
+
+
+def _arithmetic(function: Callable[[Any, Any], Any]) -> tuple[Operation, Operation]:
+    """The two methods of an operator: with the size on the left, and on the right."""
+    return lambda self, other: self._with(function, self, other), lambda self, other: self._with(function, other, self)
+
+
+def _comparison(function: Callable[[Any, Any], Any]) -> Operation:
+    return lambda self, other: self._same(function, other)
+
+
 @dataclass(frozen=True, eq=False)
 class Size:
     """A number in the graph that follows from the input: from its sizes; or the device that it is on.
@@ -66,38 +78,12 @@ class Size:
             raise Undecided("compares a size of the input with a number")
         return answers.pop()
 
-    def __add__(self, other: Any) -> Size:
-        return self._with(operator.add, self, other)
-
-    def __radd__(self, other: Any) -> Size:
-        return self._with(operator.add, other, self)
-
-    def __sub__(self, other: Any) -> Size:
-        return self._with(operator.sub, self, other)
-
-    def __rsub__(self, other: Any) -> Size:
-        return self._with(operator.sub, other, self)
-
-    def __mul__(self, other: Any) -> Size:
-        return self._with(operator.mul, self, other)
-
-    def __rmul__(self, other: Any) -> Size:
-        return self._with(operator.mul, other, self)
-
-    def __floordiv__(self, other: Any) -> Size:
-        return self._with(operator.floordiv, self, other)
-
-    def __rfloordiv__(self, other: Any) -> Size:
-        return self._with(operator.floordiv, other, self)
-
-    def __truediv__(self, other: Any) -> Size:
-        return self._with(operator.truediv, self, other)
-
-    def __rtruediv__(self, other: Any) -> Size:
-        return self._with(operator.truediv, other, self)
-
-    def __mod__(self, other: Any) -> Size:
-        return self._with(operator.mod, self, other)
+    __add__, __radd__ = _arithmetic(operator.add)
+    __sub__, __rsub__ = _arithmetic(operator.sub)
+    __mul__, __rmul__ = _arithmetic(operator.mul)
+    __floordiv__, __rfloordiv__ = _arithmetic(operator.floordiv)
+    __truediv__, __rtruediv__ = _arithmetic(operator.truediv)
+    __mod__, __rmod__ = _arithmetic(operator.mod)
 
     def __neg__(self) -> Size:
         return self._with(operator.neg, self)
@@ -106,20 +92,10 @@ class Size:
         """A function of one number, such as math.floor."""
         return self._with(function, self)
 
+    __lt__, __le__, __gt__, __ge__ = map(_comparison, (operator.lt, operator.le, operator.gt, operator.ge))
+
     def __eq__(self, other: object) -> Any:
         return self._same(operator.eq, other)
-
-    def __lt__(self, other: Any) -> Any:
-        return self._same(operator.lt, other)
-
-    def __le__(self, other: Any) -> Any:
-        return self._same(operator.le, other)
-
-    def __gt__(self, other: Any) -> Any:
-        return self._same(operator.gt, other)
-
-    def __ge__(self, other: Any) -> Any:
-        return self._same(operator.ge, other)
 
     __hash__ = object.__hash__
 
