@@ -49,3 +49,21 @@ def test_what_was_expected_stands_in_for_a_hint() -> None:
     )
     assert str(ConfigError("on is 'x'.", where="on", expected=["a", "b"])) == "on is 'x'. Expected: a, b."
     assert str(ConfigError("on is 'x'.", where="on", expected=["a"], hint="Take a.")) == "on is 'x'. Take a."
+
+
+def test_an_error_of_a_library_becomes_one_of_ours() -> None:
+    ours = ConfigError("`a.txt` cannot be read", where="a.txt", hint="Copy it again.")
+    with pytest.raises(ConfigError) as caught, errors.instead_of(OSError, ours):
+        Path("/no/such/file").read_bytes()
+    assert str(caught.value) == "`a.txt` cannot be read: No such file or directory. Copy it again."
+    assert isinstance(caught.value.__cause__, FileNotFoundError) and caught.value.where == "a.txt"
+
+
+def test_errors_of_ours_and_other_kinds_pass_as_they_are() -> None:
+    ours = ConfigError("It failed", where="here", hint="Do this.")
+    inner = errors.ExportError("Inner.", where="there", hint="Do that.")
+    with pytest.raises(errors.ExportError) as caught, errors.instead_of(Exception, ours):
+        raise inner
+    assert caught.value is inner
+    with pytest.raises(KeyError), errors.instead_of(OSError, ours):
+        {}["missing"]
