@@ -35,7 +35,7 @@ NOT_RUN_HERE = {
     "indistill-fx compress teacher.pt --data imagefolder:cifar10 --latency-ms": "whether 5 ms can be met depends on the machine",
 }
 """Commands that are not run in this file, and why."""
-ELSEWHERE = {ROOT / "docs/how_it_works.md"}
+ELSEWHERE = {ROOT / "docs/how_it_works.md", ROOT / "docs/glossary.md"}
 """Pages whose Python `test_site` runs and compares with what they print."""
 
 MODELS = """

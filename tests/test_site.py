@@ -50,17 +50,24 @@ def test_a_guide_runs_as_it_stands(guide, tmp_path):
         assert done.returncode == 0, f"{block}\n{done.stdout[-1000:]}\n{done.stderr[-2000:]}"
 
 
-def test_how_it_works_prints_what_it_says():
+@pytest.mark.parametrize(("name", "outputs"), [("how_it_works", 8), ("glossary", 11)])
+def test_a_page_prints_what_it_says(name, outputs, tmp_path, monkeypatch):
     """Each block of text is what the Python above it prints."""
-    page = (ROOT / "docs/how_it_works.md").read_text(encoding="utf-8")
+    page = (ROOT / f"docs/{name}.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
     home: dict[str, object] = {}
     compared = 0
     for code, text in re.findall(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", page, flags=re.S):
         with redirect_stdout(io.StringIO()) as printed:
-            exec(compile(code, "how_it_works.md", "exec"), home)
+            exec(compile(code, f"{name}.md", "exec"), home)
         assert printed.getvalue() == text
         compared += bool(text)
-    assert compared == 8
+    assert compared == outputs
+
+
+def test_the_glossary_defines_fifteen_words():
+    words = re.findall(r"^\*\*(.+?)\*\*:", (ROOT / "docs/glossary.md").read_text(encoding="utf-8"), flags=re.M)
+    assert len(words) == len(set(words)) == 15
 
 
 REFERENCE = ROOT / "docs/reference/python.md"
