@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import sys
-from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Callable, Iterator
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FunctionType, ModuleType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 _LIBRARIES = {"torch", "numpy", *sys.stdlib_module_names}
 """Their caches are their own business: restoring `sys.modules`, say, would have modules imported twice."""
-Container = dict[Any, Any] | list[Any] | set[Any]
-_CONTAINERS = frozenset({dict, list, set, OrderedDict, defaultdict, Counter})
+Container = dict[Any, Any] | list[Any] | set[Any] | deque[Any]
+_CONTAINERS = frozenset({dict, list, set, OrderedDict, defaultdict, Counter, deque})
+_SIMPLE = frozenset({type(None), bool, int, float, str, tuple, Tensor})
+OWN_ATTRIBUTES = frozenset(vars(nn.Module()))
+"""What torch itself keeps in every module: registries, hooks, the training flag."""
 
 
 @contextmanager
 def caches_kept(module: nn.Module) -> Iterator[Callable[[], None]]:
     """Restore the caches that a module's code can reach: `lru_cache`d functions, and dictionaries, lists and sets.
 
-    Containers get their former contents back, wherever they stand: in attributes of the module's parts, in their classes, or in the files
-    of its code. An `lru_cache` that was asked for something new is emptied.
+    Containers get their former contents back, be they in the classes of the module's parts or in the files of its code; those in
+    attributes are `State`'s business. An `lru_cache` that was asked for something new is emptied.
 
     Args:
         module: whose forward runs inside the block.
@@ -37,7 +40,7 @@ def caches_kept(module: nn.Module) -> Iterator[Callable[[], None]]:
     def put_back() -> None:
         for container, before in contents:
             if container or before:
-                _restore(container, before)
+                restore(container, before)
         for k, function in enumerate(functions):
             if function.cache_info().misses != misses[k]:
                 function.cache_clear()
@@ -49,12 +52,29 @@ def caches_kept(module: nn.Module) -> Iterator[Callable[[], None]]:
         put_back()
 
 
-def _restore(container: Any, before: Any) -> None:
-    as_before = len(container) == len(before) and all(a is b for a, b in zip(container, before, strict=True))
-    if as_before and not (isinstance(before, dict) and any(container[key] is not before[key] for key in before)):
-        return
-    container.clear()
-    (container.extend if isinstance(container, list) else container.update)(before)
+def as_before(container: Container, before: Any) -> bool:
+    """Whether a container still holds the very objects that its copy `before` does."""
+    if len(container) != len(before) or not all(a is b for a, b in zip(container, before, strict=True)):
+        return False
+    return not isinstance(container, dict) or all(container[key] is before[key] for key in before)
+
+
+def restore(container: Any, before: Any) -> None:
+    """Give a container the contents of its copy `before`."""
+    if not as_before(container, before):
+        container.clear()
+        (container.extend if isinstance(container, (list, deque)) else container.update)(before)
+
+
+def containers_of(parts: Iterable[nn.Module]) -> list[tuple[tuple[nn.Module, str], Container]]:
+    """The containers that stand in attributes of these modules, each with the module and the attribute; those inside them too."""
+    seen = dict[int, Container]()
+    found = list[tuple[tuple[nn.Module, str], Container]]()
+    for part in parts:
+        for name, value in part.__dict__.items():
+            if type(value) not in _SIMPLE and name not in OWN_ATTRIBUTES:
+                found += [((part, name), container) for container in _collect(value, seen)]
+    return found
 
 
 def _reachable(module: nn.Module) -> tuple[list[Container], list[Any]]:
@@ -64,9 +84,6 @@ def _reachable(module: nn.Module) -> tuple[list[Container], list[Any]]:
     seen: set[int] = set()
     todo: list[Any] = []
     for part in module.modules():
-        for name, value in part.__dict__.items():
-            if type(value) in _CONTAINERS and name not in ("_parameters", "_buffers", "_modules"):
-                _collect(value, containers)
         if id(type(part)) not in seen and not _is_library(type(part).__module__):
             seen.add(id(type(part)))
             todo += [
@@ -88,12 +105,23 @@ def _reachable(module: nn.Module) -> tuple[list[Container], list[Any]]:
     return list(containers.values()), list(cached.values())
 
 
-def _collect(value: Any, containers: dict[int, Container]) -> None:
-    """A container and those inside it."""
-    if type(value) in _CONTAINERS and id(value) not in containers:
-        containers[id(value)] = value
-        for entry in value.values() if isinstance(value, dict) else value:
-            _collect(entry, containers)
+def _collect(value: Any, seen: dict[int, Container]) -> list[Container]:
+    """A container that was not seen yet, and those inside it; an object of the user's own class holds what its attributes do."""
+    found, todo = list[Container](), [value]
+    while todo:
+        container = _contents(todo.pop())
+        if container is not None and id(container) not in seen:
+            seen[id(container)] = container
+            found.append(container)
+            todo += container.values() if isinstance(container, dict) else container
+    return found
+
+
+def _contents(value: Any) -> Container | None:
+    if type(value) in _CONTAINERS:
+        return value  # type: ignore[no-any-return]
+    plain = not isinstance(value, (nn.Module, Tensor, type, ModuleType, FunctionType)) and hasattr(value, "__dict__")
+    return vars(value) if plain and not _is_library(type(value).__module__) else None
 
 
 def _function(value: Any) -> FunctionType | None:

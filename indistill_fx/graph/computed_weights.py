@@ -24,7 +24,8 @@ def left_behind(module: nn.Module) -> dict[int, Tensor]:
 
     Torch refuses to copy such tensors. The copy computes them anew when it runs.
     """
-    held = (value for part in module.modules() for value in vars(part).values() if isinstance(value, Tensor))
+    attributes = (value for part in module.modules() for value in (*vars(part).values(), *part._buffers.values()))
+    held = (value for value in attributes if isinstance(value, Tensor))
     return {id(tensor): tensor.detach().clone() for tensor in held if not tensor.is_leaf}
 
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Container, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
+from indistill_fx.graph.caches import OWN_ATTRIBUTES, as_before, containers_of, restore
+from indistill_fx.graph.computed_weights import write_out_weights
 from indistill_fx.graph.edit import with_tensors
-from indistill_fx.graph.values import Values
+from indistill_fx.graph.ops import attribute
+from indistill_fx.graph.values import Values, dense_parts
 from indistill_fx.system.random_state import randomness_kept
 
 
@@ -51,8 +56,10 @@ def digest(module: nn.Module) -> str:
     parameters, buffers = module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)
     tensors: Iterable[tuple[str, Tensor]] = (*parameters, *buffers)
     for name, tensor in tensors:
-        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.requires_grad}".encode())
-        total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        shape = "nested" if tensor.is_nested else tuple(tensor.shape)
+        total.update(f"{name} {tensor.dtype} {shape} {tensor.requires_grad}".encode())
+        for part in () if tensor.is_meta else dense_parts(tensor):
+            total.update(part.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return total.hexdigest()
 
 
@@ -106,8 +113,8 @@ _REGISTRIES = ("_parameters", "_buffers", "_modules")
 
 
 @contextmanager
-def weights_kept(module: nn.Module) -> Iterator[Callable[[], None]]:
-    """Put the values of all parameters back when the block ends; what it gives puts them back at once.
+def weights_kept(module: nn.Module) -> Iterator[Callable[[], bool]]:
+    """Put the values of all parameters back when the block ends; what it gives puts them back at once, and returns whether one was written.
 
     Some forward passes write parameters (`self.weight.data = normalize(self.weight)`), which no version counter shows. So values are
     compared in the second call, which follows the module's own first run (there, a sample of each large one), and at the end; in every
@@ -117,7 +124,7 @@ def weights_kept(module: nn.Module) -> Iterator[Callable[[], None]]:
     values = Values(weight for weight, *_ in weights)
     calls, writes = 0, False
 
-    def put_back(*, last: bool = False) -> None:
+    def put_back(*, last: bool = False) -> bool:
         nonlocal calls, writes
         calls += 1
         for weight, data, version in weights:
@@ -128,6 +135,7 @@ def weights_kept(module: nn.Module) -> Iterator[Callable[[], None]]:
             writes = values.put_back(sample=not (writes or last)) or writes
             if writes and not last:
                 values.put_back()
+        return writes
 
     try:
         yield put_back
@@ -140,42 +148,133 @@ def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-class Buffers:
-    """The buffers of a module as they are now, and other tensors that its parts hold as attributes."""
+class State:
+    """What a module holds at one time, beside its parameters: attributes of its parts, buffers, and what lists and dictionaries hold.
+
+    Args:
+        module: whose forward will run.
+    """
 
     def __init__(self, module: nn.Module):
-        self.module, parts = module, parts_of(module)
-        self._registries = [(part._buffers, dict(part._buffers)) for part in parts if not _is_compiled(part)]
-        buffers = {id(buffer): buffer for part in parts for buffer in part._buffers.values() if buffer is not None}
-        self._ids = frozenset(buffers)
-        held = {id(value): value for part in parts for value in vars(part).values() if isinstance(value, Tensor)}
-        self._values = Values({**held, **buffers}.values())
-
-    def written(self) -> dict[str, Tensor]:
-        """Copies of those that have another value than before, or are other tensors."""
-        same = self._ids - {id(buffer) for buffer, _ in self._values.changed()}
-        return {name: b.detach().clone() for name, b in self.module.named_buffers() if id(b) not in same}
+        self.module = module
+        parts = [part for part in parts_of(module) if not _is_compiled(part)]
+        self._parts = [(part, dict(part.__dict__), [dict(part.__dict__[r]) for r in _REGISTRIES]) for part in parts]
+        self._containers = [(place, held, held.copy() if held else ()) for place, held in containers_of(parts)]
+        self._buffers = {id(b): b for part in parts_of(module) for b in part._buffers.values() if b is not None}
+        held = [value for _, own, _ in self._parts for value in own.values() if isinstance(value, Tensor)]
+        for _, container, _ in self._containers:
+            entries = container.values() if isinstance(container, dict) else container
+            held += [entry for entry in entries if isinstance(entry, Tensor)]
+        loose = {id(tensor): tensor for tensor in held}
+        self._values = Values({**loose, **self._buffers}.values())
 
     def put_back(self) -> None:
-        """The tensors, and their values."""
-        for registry, entries in self._registries:
-            registry.clear()
-            registry.update(entries)
+        """All of it, with the values that it had."""
+        for part, own, registries in self._parts:
+            for name, entries in zip(_REGISTRIES, registries, strict=True):
+                own[name].clear()
+                own[name].update(entries)
+            part.__dict__.clear()
+            part.__dict__.update(own)
+        for _, container, before in self._containers:
+            if container or before:
+                restore(container, before)
         self._values.put_back()
 
+    def written_buffers(self) -> dict[str, Tensor]:
+        """Copies of the buffers that have another value than before, or are other tensors."""
+        same = self._buffers.keys() - {id(buffer) for buffer, _ in self._values.changed()}
+        return {name: b.detach().clone() for name, b in self.module.named_buffers() if id(b) not in same}
+
+    def changed(self) -> list[Change]:
+        """The attributes that are no longer what they were; buffers and parameters apart, and the training flags."""
+        written = {id(tensor) for tensor, _ in self._values.changed()}
+        places = [
+            (part, name)
+            for part, own, _ in self._parts
+            for name in {**own, **part.__dict__}
+            if name not in OWN_ATTRIBUTES and _differs(own.get(name), part.__dict__.get(name), written)
+        ]
+        places += [
+            place
+            for place, held, entries in self._containers
+            if not as_before(held, entries)
+            or any(id(entry) in written for entry in (held.values() if isinstance(held, dict) else held))
+        ]
+        if not places:
+            return []
+        before = {id(part): own for part, own, _ in self._parts}
+        paths = {id(part): path for path, part in self.module.named_modules()}
+        return [
+            Change(paths.get(id(part), ""), name, before[id(part)].get(name)) for part, name in dict.fromkeys(places)
+        ]
+
+
+def _differs(before: object, now: object, written: Container[int]) -> bool:
+    if now is before:
+        return id(before) in written
+    return not (type(now) is type(before) and _is_plain(now) and now == before)
+
+
+class Change(NamedTuple):
+    """An attribute that a forward pass has changed: of which part, its name, and what stood there before."""
+
+    part: str
+    attribute: str
+    before: Any
+
+    @property
+    def name(self) -> str:
+        """The attribute's path in the whole module."""
+        return f"{self.part}.{self.attribute}" if self.part else self.attribute
+
+
+def own_layers(graph_module: fx.GraphModule) -> None:
+    """Replace the layers that a graph calls by copies in eval mode that share the tensors: the caller may train the module meanwhile.
+
+    Weights that are computed anew at every call (weight norm, spectral norm, masks of pruning) are written out.
+    """
+    memo: dict[nn.Module, nn.Module] = {}
+    paths = {str(node.target) for node in graph_module.graph.nodes if node.op == "call_module"}
+    for path in sorted(
+        paths, key=lambda path: path.count(".")
+    ):  # the outer ones first: a leaf may stand inside another
+        home, _, name = path.rpartition(".")
+        own = shadow(attribute(graph_module, path), training=False, memo=memo)
+        write_out_weights(own)
+        setattr(attribute(graph_module, home), name, own)
+    graph_module.eval()
+
+
+def own_state(module: nn.Module, changed: Iterable[Change], written: Iterable[Tensor]) -> None:
+    """Give a module copies of what its forward changes, so that what else holds it does not change with it.
+
+    Args:
+        module: is changed: a graph with parts of its own, which shares attributes and tensors with another module.
+        changed: attributes, by their names in both.
+        written: tensors: parameters, buffers or others.
+    """
+    memo: dict[int, Any] = {}
+    own = {id(tensor): _copied(tensor) for tensor in written}
+    for part in parts_of(module) if own else ():
+        if not _is_compiled(part):
+            registries: tuple[dict[str, Any], ...] = (part._parameters, part._buffers, part.__dict__)
+            for held in registries:
+                held.update({name: own[id(value)] for name, value in held.items() if id(value) in own})
+    for change in changed:
+        with suppress(AttributeError):  # the code of that part is in the graph, which keeps nothing of it
+            held = attribute(module, change.part).__dict__
+            if change.attribute in held:
+                held[change.attribute] = copy.deepcopy(held[change.attribute], memo)
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    new = tensor.detach().clone()
+    return nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
+
 
 @contextmanager
-def buffers_kept(module: nn.Module) -> Iterator[Buffers]:
-    """Put all buffers back when the block ends."""
-    buffers = Buffers(module)
-    try:
-        yield buffers
-    finally:
-        buffers.put_back()
-
-
-@contextmanager
-def untouched(module: nn.Module) -> Iterator[Callable[[], None]]:
+def untouched(module: nn.Module) -> Iterator[State]:
     """Put flags, buffers, attributes and random state back when the block ends, however it ends.
 
     Parameters keep their identity; their values are `weights_kept`'s business. Attributes count because a forward pass
@@ -185,26 +284,20 @@ def untouched(module: nn.Module) -> Iterator[Callable[[], None]]:
         module: the module whose forward will run, or be traced, inside the block.
 
     Yields:
-        What puts all but the random state back at once.
+        The state that is put back; it does not hold the random state.
     """
-    plain = (part for part in parts_of(module) if not _is_compiled(part))
-    parts = [(part, dict(part.__dict__), [dict(part.__dict__[r]) for r in _REGISTRIES]) for part in plain]
-    buffers = Buffers(module)
+    with randomness_kept(), state_kept(module) as state:
+        yield state
 
-    def put_back() -> None:
-        for part, own, registries in parts:
-            for name, entries in zip(_REGISTRIES, registries, strict=True):
-                own[name].clear()
-                own[name].update(entries)
-            part.__dict__.clear()
-            part.__dict__.update(own)
-        buffers.put_back()
 
-    with randomness_kept():
-        try:
-            yield put_back
-        finally:
-            put_back()
+@contextmanager
+def state_kept(module: nn.Module) -> Iterator[State]:
+    """As `untouched`, but for the random state."""
+    state = State(module)
+    try:
+        yield state
+    finally:
+        state.put_back()
 
 
 def _is_compiled(part: nn.Module) -> bool:

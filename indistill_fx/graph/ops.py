@@ -97,6 +97,15 @@ def attribute(root: nn.Module, path: str) -> Any:
     return value
 
 
+def has_attribute(root: nn.Module, path: str) -> bool:
+    """Whether `attribute` finds something."""
+    try:
+        attribute(root, path)
+    except AttributeError:
+        return False
+    return True
+
+
 def op_name(node: fx.Node) -> str:
     """The operation's canonical name: `conv`, `batch_norm`, `relu`, `add`, …; placeholders, attributes and outputs by their fx name.
 

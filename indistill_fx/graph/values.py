@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -12,7 +13,28 @@ _SMALL = 1 << 14
 _SAMPLE = 1 << 12
 """Entries of a larger tensor that a sample looks at, evenly spread: a write of as many adjacent entries as lie between two is found."""
 Group = tuple[list[Tensor], list[torch.Size], Tensor]
-"""Tensors, their shapes, and their values end to end."""
+"""Tensors, their shapes if there are several, and their values end to end."""
+
+
+def dense_parts(tensor: Tensor) -> list[Tensor]:
+    """Dense tensors that together say what a tensor holds, be it sparse, quantised, nested or of another layout.
+
+    >>> [part.tolist() for part in dense_parts(torch.tensor([0.0, 2.0]).to_sparse())]
+    [[[1]], [2.0]]
+    """
+    tensor = tensor.detach()
+    if tensor.is_nested:
+        return [part for entry in tensor.unbind() for part in dense_parts(entry)]
+    if tensor.layout is torch.sparse_coo:
+        tensor = tensor.coalesce()
+        return [tensor.indices(), tensor.values()]
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    if tensor.is_quantized:
+        return [tensor.int_repr(), tensor.dequantize()]
+    return [tensor.resolve_conj().resolve_neg() if tensor.layout is torch.strided else tensor.to_dense()]
 
 
 class Values:
@@ -25,10 +47,12 @@ class Values:
     def __init__(self, tensors: Iterable[Tensor]):
         groups: dict[object, list[Tensor]] = {}
         for tensor in tensors:
-            if not tensor.is_meta:
+            if not tensor.is_meta and _copies(tensor):
                 groups.setdefault(_kind(tensor), []).append(tensor)
         with torch.no_grad():
-            self._groups: list[Group] = [(group, [t.shape for t in group], _joined(group)) for group in groups.values()]
+            self._groups: list[Group] = [
+                (group, [t.shape for t in group] if len(group) > 1 else [], _joined(group)) for group in groups.values()
+            ]
 
     @torch.no_grad()
     def changed(self, *, sample: bool = False) -> list[tuple[Tensor, Tensor]]:
@@ -52,28 +76,56 @@ class Values:
         changed = self.changed(sample=sample)
         with torch.no_grad():
             for tensor, before in changed:
-                if (tensor.shape, tensor.dtype) == (before.shape, before.dtype):
-                    tensor.data.copy_(before)
-                else:
-                    tensor.data = before.clone()
+                _write(tensor, before)
         return bool(changed)
+
+
+def _write(tensor: Tensor, before: Tensor) -> None:
+    """Under `no_grad`; the version counter of a dense tensor does not see it."""
+    if not _is_dense(tensor):
+        with suppress(RuntimeError):  # a layout that cannot be copied into
+            tensor.copy_(before)
+            return
+    elif (tensor.shape, tensor.dtype) == (before.shape, before.dtype):
+        tensor.data.copy_(before)
+        return
+    tensor.data = before.clone()
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    return not tensor.is_nested and tensor.layout is torch.strided and not tensor.is_quantized
+
+
+def _copies(tensor: Tensor) -> bool:
+    """Whether torch can copy the tensor; some quantised ones it cannot."""
+    try:
+        _is_dense(tensor) or tensor.clone()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _kind(tensor: Tensor) -> object:
     """Equal for tensors that may be joined."""
-    plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout is torch.strided and not tensor.is_quantized
+    plain = type(tensor) in (Tensor, torch.nn.Parameter) and _is_dense(tensor)
     return (tensor.dtype, tensor.device) if plain and tensor.numel() <= _SMALL else id(tensor)
 
 
 def _equal(tensor: Tensor, before: Tensor, *, sample: bool) -> bool:
-    if sample and tensor.shape == before.shape and tensor.is_contiguous() and before.is_contiguous():
+    dense = sample and _is_dense(tensor) and _is_dense(before)
+    if dense and tensor.shape == before.shape and tensor.is_contiguous() and before.is_contiguous():
         step = max(tensor.numel() // _SAMPLE, 1)
         return _same(tensor.view(-1)[::step], before.view(-1)[::step])
     return _same(tensor, before)
 
 
 def _same(tensor: Tensor, before: Tensor) -> bool:
-    return tensor.dtype == before.dtype and torch.equal(tensor, before)
+    if tensor.dtype != before.dtype:
+        return False
+    if _is_dense(tensor) and _is_dense(before):
+        return torch.equal(tensor, before)
+    parts, old = dense_parts(tensor), dense_parts(before)
+    return len(parts) == len(old) and all(map(torch.equal, parts, old))
 
 
 def _joined(group: Sequence[Tensor]) -> Tensor:

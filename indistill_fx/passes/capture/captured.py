@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -42,6 +43,17 @@ class Captured:
     specialisations: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     fixed: Mapping[str, tuple[int | None, ...]] = field(default_factory=dict)
+
+    @property
+    def renamed(self) -> tuple[str, ...]:
+        """What the report says of names that stand otherwise in the graph."""
+        pairs: dict[str, str] = {}
+        for new, old in self.graph_module.meta["renamed"].items():
+            news, olds = new.split("."), old.split(".")
+            while news[-1] == olds[-1]:
+                del news[-1], olds[-1]
+            pairs[".".join(olds)] = ".".join(news)
+        return tuple(f"{old!r} stands in the graph as `{new}`" for old, new in pairs.items())
 
 
 def is_leaf(module: nn.Module) -> bool:
@@ -96,10 +108,10 @@ def returned(name: str, result: Any, wanted: type) -> list[tuple[str, Any]]:
     return [(name if len(found) == 1 else f"{name}{place}", leaf) for place, leaf in found] if name else []
 
 
-def tensor_names(module: nn.Module) -> dict[int, str]:
-    """Identity of every parameter and buffer -> its first name."""
+def tensor_names(module: nn.Module, loose: Mapping[str, Tensor] = MappingProxyType({})) -> dict[int, str]:
+    """Identity of every parameter and buffer -> its first name; and of tensors in attributes, by name, that the forward changes."""
     found: dict[int, str] = {}
-    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+    for name, tensor in (*module.named_parameters(), *module.named_buffers(), *loose.items()):
         found.setdefault(id(tensor), name)
     return found
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 
 from indistill_fx.errors import FrontendError
 from indistill_fx.graph.edit import batch_of, batch_size
-from indistill_fx.graph.module_state import buffers_kept
+from indistill_fx.graph.module_state import Change, State, state_kept
 from indistill_fx.passes.capture.captured import tensors
 from indistill_fx.system.random_state import seed_torch
 
@@ -27,12 +27,13 @@ _LARGE = 64
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One run of a module: its arguments, the tensors it returned, the buffers it wrote, and gradients by parameter if asked for."""
+    """One run of a module: its arguments, the tensors it returned, what it wrote, and gradients by parameter if asked for."""
 
     inputs: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     outputs: list[Tensor]
     buffers: dict[str, Tensor]
+    changed: list[Change]
     gradients: dict[nn.Parameter, Tensor]
 
 
@@ -55,8 +56,14 @@ class Reference:
         inputs: example arguments.
         kwargs: example keyword arguments.
         gradients: whether the graph will be trained, so that the gradients of the parameters must agree too.
-        put_back: gives the parameters the values they had, called after each run of module or graph.
+        put_back: gives the parameters the values they had, called after each run of module or graph; returns whether they had others.
         forget: gives attributes, buffers and caches what they had, called after each capture: code may keep a stand-in of a tensor there.
+            Returns the attributes that were others.
+
+    Attributes:
+        changed: attributes of the module that its forward changes, by name, as far as was seen.
+        writes_weights: whether a run has changed a parameter.
+        stateful: submodules that compute another thing at the next call for that reason, where a graph does not.
     """
 
     def __init__(
@@ -66,14 +73,17 @@ class Reference:
         kwargs: Mapping[str, Any],
         *,
         gradients: bool = False,
-        put_back: Callable[[], None] = lambda: None,
-        forget: Callable[[], None] = lambda: None,
+        put_back: Callable[[], bool] = lambda: False,
+        forget: Callable[[], Sequence[Change]] = lambda: (),
     ):
         self.module, self.inputs, self.kwargs, self.gradients = module, inputs, kwargs, gradients
-        self.put_back, self.forget = put_back, forget
+        self._put_back, self._forget = put_back, forget
+        self.writes_weights = False
+        self.changed: dict[str, Change] = {}
+        self.stateful: tuple[str, ...] = ()
         self.example = batch_size((inputs, kwargs))
         self.notes: tuple[str, ...] = ()
-        self._runs: dict[tuple[int, int], Run | str] = {}
+        self._runs: dict[tuple[int, int, int], Run | str] = {}
         self._sizes: tuple[int, ...] = ()
 
     @property
@@ -102,6 +112,33 @@ class Reference:
                 f"the module itself fails with batch size {size} ({failure}); only {self.example} was checked",
             )
         return self._sizes
+
+    def put_back(self) -> None:
+        """Give the parameters the values that they had, and note whether they had others."""
+        self.writes_weights |= self._put_back()
+
+    def forget(self) -> None:
+        """Give attributes, buffers and caches what they had before a capture, and note what that was."""
+        self._note(self._forget())
+
+    def _note(self, changed: Sequence[Change]) -> None:
+        self.changed.update((c.name, c) for c in changed if not c.attribute.startswith("_tensor_constant"))  # fx's own
+
+    def kept(self, graph_module: nn.Module) -> AbstractContextManager[State | None]:
+        """Within the block a graph may run; what its parts then keep for the next call is put back."""
+        return state_kept(graph_module) if self.changed else nullcontext()
+
+    @property
+    def loose(self) -> dict[str, Tensor]:
+        """Tensors that the forward changes although they are no buffers, by the names of their attributes."""
+        return {name: change.before for name, change in self.changed.items() if isinstance(change.before, Tensor)}
+
+    @property
+    def written(self) -> list[Tensor]:
+        """The tensors that the forward changes, parameters (all, if one is), buffers or others."""
+        names = {name for run in self._runs.values() if isinstance(run, Run) for name in run.buffers}
+        buffers = (buffer for name, buffer in self.module.named_buffers() if name in names)
+        return [*buffers, *self.loose.values(), *(self.module.parameters() if self.writes_weights else ())]
 
     @contextmanager
     def any_size(self) -> Iterator[None]:
@@ -148,6 +185,12 @@ class Reference:
         Raises:
             FrontendError: they differ, or the graph fails.
         """
+        checked = self._compare_sizes(graph_module, size_free=size_free)
+        if self.changed:
+            self._compare_calls(graph_module)
+        return checked
+
+    def _compare_sizes(self, graph_module: nn.Module, *, size_free: bool) -> tuple[tuple[int, float], ...]:
         for crop in _SMALL if size_free and self._croppable() else ():
             with suppress(FrontendError):  # the module may treat small pictures otherwise
                 return ((_SIZES[0], self._difference(graph_module, _SIZES[0], crop)),)
@@ -155,16 +198,32 @@ class Reference:
             return ((_SIZES[0], self._difference(graph_module, _SIZES[0])),)
         return tuple((size, self._difference(graph_module, size)) for size in self.sizes)
 
+    def _compare_calls(self, graph_module: nn.Module) -> None:
+        """Two calls in a row must agree, if the first one leaves anything behind."""
+        try:
+            self._difference(graph_module, self.sizes[0], calls=2)
+        except FrontendError as error:
+            names = ", ".join(f"`{name}`" for name in self.changed)
+            owners = dict.fromkeys(change.part for change in self.changed.values())
+            self.stateful = tuple(part for part in owners if part)
+            raise FrontendError(
+                f"the forward keeps {names} from one call to the next, which the graph does not: at the second call, {error.message}",
+                where=next(iter(self.changed)),
+                hint="Keep it in a buffer of a fixed shape (register_buffer), or move the code that changes it into a submodule"
+                " of its own, which then stays one node in the graph.",
+            ) from error
+
     def _croppable(self) -> bool:
         given = tensors((self.inputs, self.kwargs))
         return bool(given) and all(tensor.dim() == 4 and min(tensor.shape[2:]) >= _LARGE for tensor in given)
 
-    def _run(self, size: int, crop: int = 0) -> Run | str:
-        key = (size, crop)
+    def _run(self, size: int, crop: int = 0, calls: int = 1) -> Run | str:
+        key = (size, crop, calls)
         if key not in self._runs:
             inputs, kwargs = self.batch(size, crop)
-            run = self._once(self.module, inputs, kwargs, gradients=self._wants_gradients(size))
-            if isinstance(run, str) and self._wants_gradients(size):
+            gradients = calls == 1 and self._wants_gradients(size)
+            run = self._once(self.module, inputs, kwargs, gradients=gradients, calls=calls)
+            if isinstance(run, str) and gradients:
                 plain = self._once(self.module, inputs, kwargs, gradients=False)
                 if isinstance(plain, Run):
                     self.gradients = False
@@ -173,22 +232,31 @@ class Reference:
                         f"gradients were not compared, the module itself cannot be trained as it is ({run})",
                     )
                 run = plain
+            if isinstance(run, Run):
+                self._note(run.changed)
             self._runs[key] = run
         return self._runs[key]
 
     def _once(
-        self, module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], *, gradients: bool
+        self,
+        module: nn.Module,
+        inputs: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        *,
+        gradients: bool,
+        calls: int = 1,
     ) -> Run | str:
         try:
-            return _run_module(module, inputs, kwargs, gradients=gradients)
+            return _run_module(module, inputs, kwargs, gradients=gradients, calls=calls)
         finally:
             self.put_back()
 
-    def _difference(self, graph_module: nn.Module, size: int, crop: int = 0) -> float:
-        run = self._run(size, crop)
+    def _difference(self, graph_module: nn.Module, size: int, crop: int = 0, calls: int = 1) -> float:
+        run = self._run(size, crop, calls)
         if isinstance(run, str):
             raise FrontendError(f"the module fails with batch size {size}: {run}")
-        own = self._once(graph_module, (*run.inputs, *run.kwargs.values()), {}, gradients=self._wants_gradients(size))
+        gradients = calls == 1 and self._wants_gradients(size)
+        own = self._once(graph_module, (*run.inputs, *run.kwargs.values()), {}, gradients=gradients, calls=calls)
         if isinstance(own, str):
             raise FrontendError(f"the graph fails with batch size {size}: {own}")
         if [leaf.shape for leaf in run.outputs] != [leaf.shape for leaf in own.outputs]:
@@ -234,17 +302,26 @@ class Reference:
         return ", ".join("x".join(map(str, tensor.shape)) for tensor in tensors((self.inputs, self.kwargs)))
 
 
-def _run_module(module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], *, gradients: bool) -> Run | str:
-    seed_torch(0)
-    with buffers_kept(module) as kept:
+def _run_module(
+    module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], *, gradients: bool, calls: int
+) -> Run | str:
+    """The last of so many calls in a row; those before it are on other data."""
+    with state_kept(module) as state:
+        seed_torch(0)
         try:
             with torch.set_grad_enabled(gradients), plain_attention():
+                for _ in range(calls - 1):
+                    _forward(module)(*tree_map(_halved, inputs), **tree_map(_halved, kwargs))
                 outputs = tensors(_forward(module)(*inputs, **kwargs))
-            written = kept.written()
+            written, changed = state.written_buffers(), state.changed()
             found = _gradients(module, outputs) if gradients else {}
         except Exception as error:  # the caller's code may raise anything
             return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-    return Run(inputs, kwargs, [output.detach() for output in outputs], written, found)
+    return Run(inputs, kwargs, [output.detach() for output in outputs], written, changed, found)
+
+
+def _halved(leaf: Any) -> Any:
+    return leaf / 2 if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
 
 
 def _forward(module: nn.Module) -> Callable[..., Any]:

@@ -18,6 +18,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -28,9 +29,9 @@ from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from indistill_fx.errors import FrontendError
 from indistill_fx.graph.edit import batch_of, batch_size
-from indistill_fx.graph.ops import attribute, op_name, writes_first
+from indistill_fx.graph.ops import attribute, has_attribute, op_name, writes_first
 from indistill_fx.passes.capture.captured import Captured, assemble, children, is_leaf
-from indistill_fx.passes.capture.functionalize import VIEWS
+from indistill_fx.passes.capture.functionalize import VIEWS, base_of
 
 _CHECKS = (
     "_assert_scalar",
@@ -42,9 +43,13 @@ _CHECKS = (
 
 
 def capture_exported(
-    module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], leaves: Sequence[str]
+    module: nn.Module,
+    inputs: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    leaves: Sequence[str],
+    _loose: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> Captured:
-    """Export and rebuild.
+    """Export and rebuild. Code that assigns tensors to attributes other than buffers is refused by `torch.export` itself.
 
     Raises:
         FrontendError: `torch.export` refuses the module, or freezes the batch size.
@@ -55,10 +60,11 @@ def capture_exported(
         program = _export(module, inputs, kwargs, size, lengths=True)
     except FrontendError:
         program = _export(module, inputs, kwargs, size, lengths=False)
-    if any(_writes_view(node) for node in program.graph.nodes):
+    if any(_writes_view(node) or _is_functorch(node) for node in program.graph.nodes):
         with _quiet():
             program = program.run_decompositions({})
     graph, targets, fixed = _rebuild(program, module, inputs, kwargs)
+    _refuse_lasting_writes(graph, module)
     stacks = _stacks(graph, module)
     outputs = _raise_modules(graph, targets, stacks, module, frozenset(leaves))
     used = {str(node.target) for node in graph.nodes if node.op in ("get_attr", "call_module")}
@@ -99,6 +105,11 @@ def _writes_view(node: fx.Node) -> bool:
     """Whether it writes into a part of a tensor; torch's own functionalization handles that, at the price of plainer operations."""
     first = node.args[0] if node.args else None
     return isinstance(first, fx.Node) and writes_first(node.op, node.target, node.kwargs) and op_name(first) in VIEWS
+
+
+def _is_functorch(node: fx.Node) -> bool:
+    """Whether it opens or closes a level of `vmap` or `grad`; torch's decompositions leave the operations that these come to."""
+    return str(getattr(node.target, "__module__", "")).startswith("torch._functorch")
 
 
 @contextmanager
@@ -144,6 +155,18 @@ def _rebuild(
         elif not _is_check(node):
             memo[node] = graph.node_copy(node, memo.__getitem__)
     return graph, targets, fixed
+
+
+def _refuse_lasting_writes(graph: fx.Graph, module: nn.Module) -> None:
+    """Code may write into a tensor that lives on after the call; the exported graph has a copy of it."""
+    for node in graph.nodes:
+        written = base_of(node) if writes_first(node.op, node.target, node.kwargs) else node
+        if written is not node and written.op == "get_attr" and not has_attribute(module, str(written.target)):
+            raise FrontendError(
+                "the forward writes into a tensor that lives on after the call, and is no buffer",
+                got=node.name,
+                hint="Keep the tensor with register_buffer.",
+            )
 
 
 def _sizes(node: fx.Node) -> tuple[int | None, ...]:

@@ -55,7 +55,7 @@ def functionalize(captured: Captured) -> Captured:
     copies: dict[str, str] = {}
     for writer in writers:
         target = _written(writer)
-        if target is None or (_base(target).op == "get_attr" and writer.target is not operator.setitem):
+        if target is None or (base_of(target).op == "get_attr" and writer.target is not operator.setitem):
             continue
         indexed = _indexed(target)
         _refuse_views(writer, target, order, indexed)
@@ -94,7 +94,7 @@ def _source(view: fx.Node) -> fx.Node | None:
     return view.all_input_nodes[0] if op_name(view) in VIEWS and view.all_input_nodes else None
 
 
-def _base(node: fx.Node) -> fx.Node:
+def base_of(node: fx.Node) -> fx.Node:
     """The tensor whose storage a node's value shares, through views and the writes that stay (`buffer.mul_(0.9).add_(x)`)."""
     while (source := _written(node) if is_inplace(node) else _source(node)) is not None:
         node = source

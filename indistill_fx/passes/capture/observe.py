@@ -21,7 +21,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from indistill_fx.graph.computed_weights import why_opaque
 from indistill_fx.graph.interpret import run_looking
-from indistill_fx.graph.module_state import buffers_kept, parts_of
+from indistill_fx.graph.module_state import parts_of, state_kept
 from indistill_fx.graph.ops import BINARY, UNARY, attribute, op_name
 from indistill_fx.passes.capture.equivalence import Reference, plain_attention
 from indistill_fx.passes.capture.static_values import count_of
@@ -197,14 +197,14 @@ class Observer:
         """One run per batch size; multiply-accumulates are counted in the first."""
         flags = [(size, size == sizes[0]) for size in sizes]
         try:
-            with _without_data(graph_module):
+            with self.reference.kept(graph_module), _without_data(graph_module):
                 return [self._empty(graph_module, *self.reference.shapes(size), macs=macs) for size, macs in flags]
         except Exception:  # whatever an operation says to tensors without data
             return [self._real(graph_module, size, macs=macs) for size, macs in flags]
 
     def other_picture(self, graph_module: fx.GraphModule) -> Observed | None:
         """A run at another size of the picture, without data; None if the graph accepts none."""
-        with _without_data(graph_module):
+        with self.reference.kept(graph_module), _without_data(graph_module):
             for factor in (2, 3):
                 try:
                     return self._empty(graph_module, *self.reference.shapes(2, factor=factor), macs=False)
@@ -222,7 +222,7 @@ class Observer:
     def _real(self, graph_module: fx.GraphModule, size: int, *, macs: bool) -> Observed:
         seed_torch(0)
         inputs, kwargs = self.reference.batch(size)
-        with buffers_kept(graph_module):
+        with state_kept(graph_module):
             return _Run(graph_module, {}, macs=macs)(*inputs, *kwargs.values())
 
 

@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from indistill_fx.errors import FrontendError
+from indistill_fx.graph.ops import attribute
 from indistill_fx.passes.capture.captured import Captured, assemble, tensor_names, tensors
 from indistill_fx.passes.capture.symbolic_sizes import Book, Size
 from indistill_fx.passes.capture.torch_functions import SHAPES, is_wrapped
@@ -40,17 +41,20 @@ class RecordedGraph:
 
     Args:
         module: what runs.
+        loose: tensors that stand in attributes, are no buffers, and are changed by the code; by name.
     """
 
-    def __init__(self, module: nn.Module):
+    def __init__(self, module: nn.Module, loose: Mapping[str, Tensor]):
         self.module = module
-        self.names = tensor_names(module)
+        self.names = tensor_names(module, loose)
+        self.state = {**dict(module.named_buffers()), **loose}
         self.graph = fx.Graph()
         self.book = Book(self.create)
         self.order: list[fx.Node] = []
         self.nodes = WeakTensorKeyDictionary()
         self.tracked: list[tuple[ref[Tensor], fx.Node | None]] = []
         self.targets: dict[str, Any] = {}
+        self.outside: list[Tensor] = []
         self.stack: dict[str, tuple[str, type]] = {}
         self.outputs: list[tuple[str, fx.Node, fx.Node]] = []
         self.of_input: set[fx.Node] = set()
@@ -131,11 +135,17 @@ class RecordedGraph:
         if constant:
             name = f"_tensor_constant{sum(key.startswith('_tensor_constant') for key in self.targets)}"
         self.targets[name] = tensor.detach().clone() if constant else tensor
+        self.outside += [tensor] if constant else []
         node = self.create("get_attr", name, (), {})
         if not constant:
             self.of_state.add(node)
         self._remember(tensor, node)
         return node
+
+    def is_outside(self, tensor: Tensor) -> bool:
+        """Whether a tensor, or what it is a view of, was there before the run and is neither a parameter nor the module's state."""
+        dense = [other for other in self.outside if other.layout is tensor.layout is torch.strided]
+        return any(other.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr() for other in dense)
 
     def _device_node(self) -> fx.Node:
         """The device of the first input: tensors made in the forward follow it when the graph is moved."""
@@ -169,6 +179,41 @@ class RecordedGraph:
         for access, key, entry in entries:
             if tensors(entry):
                 self.track(entry, self.create("call_function", access, (node, key), {}))
+
+    def write_back(self) -> None:
+        """Write the tensors that the code has assigned to attributes into those that stood there, so that the next call finds them.
+
+        Assigned ones of another shape are caches. What was read before is a copy, which no write changes.
+        """
+        assigned = {}
+        for name, before in self.state.items():
+            now = attribute(self.module, name)
+            node = self.nodes.get(now) if isinstance(now, Tensor) and now is not before else None
+            if node is not None and (now.shape, now.dtype) == (before.shape, before.dtype):
+                assigned[name] = node
+                self.targets[name] = before
+        reads = {
+            node: str(node.target) for node in self.graph.nodes if node.op == "get_attr" and node.target in assigned
+        }
+        copies = {read: self._copied(read) for read in reads}
+        for name, node in assigned.items():
+            value = copies.get(node, node)
+            old = next((read for read in reads if reads[read] == name), None)
+            with self.graph.inserting_after(value):
+                old = old or self.graph.get_attr(name)
+            with self.graph.inserting_after(max(value, copies.get(old, old))):
+                detached = self.graph.call_method("detach", (value,))
+            with self.graph.inserting_after(detached):
+                write = self.graph.call_method("copy_", (old, detached))
+            for new in (old, detached, write):
+                new.meta = {"nn_module_stack": {}, **node.meta, **new.meta}
+
+    def _copied(self, read: fx.Node) -> fx.Node:
+        with self.graph.inserting_after(read):
+            copied = self.graph.call_method("clone", (read,))
+        copied.meta = dict(read.meta)
+        read.replace_all_uses_with(copied, delete_user_cb=lambda user: user is not copied)
+        return copied
 
     def mark(self) -> tuple[int, int, int, int]:
         """How far the recording has come."""

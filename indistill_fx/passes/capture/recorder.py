@@ -43,12 +43,15 @@ class Recorder(RecordedGraph, TorchFunctionMode):
     Args:
         module: the module; its code is run, its weights are not changed, its buffers may be.
         leaves: paths of submodules to keep as one node.
+        loose: tensors that stand in attributes, are no buffers, and are changed by the code; by name.
         give_up_submodules: keep the smallest submodule that cannot be traced as one node, instead of failing.
     """
 
-    def __init__(self, module: nn.Module, leaves: Sequence[str], *, give_up_submodules: bool):
+    def __init__(
+        self, module: nn.Module, leaves: Sequence[str], loose: Mapping[str, Tensor], *, give_up_submodules: bool
+    ):
         TorchFunctionMode.__init__(self)
-        RecordedGraph.__init__(self, module)
+        RecordedGraph.__init__(self, module, loose)
         self.wanted, self.give_up_submodules = frozenset(leaves), give_up_submodules
         self.paths = {id(part): path for path, part in module.named_modules()}
         self.calls: Counter[str] = Counter()
@@ -81,6 +84,7 @@ class Recorder(RecordedGraph, TorchFunctionMode):
             with patch.object(nn.Module, "__call__", call), functions, self:
                 result = self.module(*inputs, **kwargs)
             self.graph.output(self.argument(result))
+            self.write_back()
         except FrontendError:
             raise
         except Exception as error:  # the caller's code may raise anything, the more so on what it does not expect
@@ -116,6 +120,12 @@ class Recorder(RecordedGraph, TorchFunctionMode):
         if isinstance(result, (tuple, list)) and known in self.of_input:
             self.book.decide(len(result), reported=False)
         node = self.create(op, target, self.argument(arguments), self.argument(kwargs))
+        if inplace and source is not None and self.is_outside(source):
+            raise refused_line(
+                f"{self.here()} writes into a tensor that lives on after the call, and is no buffer",
+                expected="state in buffers, or in attributes of the module",
+                instead="Keep the tensor with register_buffer",
+            )
         if inplace and source is not None and self.node_of(source).op == "get_attr":
             self.of_state.update((self.node_of(source), node))
         self.track(result if written is None else written, node)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -31,18 +32,26 @@ from indistill_fx.passes.capture.symbolic_sizes import Decision
 
 
 def capture_shapes(
-    module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], leaves: Sequence[str]
+    module: nn.Module,
+    inputs: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    leaves: Sequence[str],
+    loose: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> Captured:
     """Record one run; all of the module's code must be traceable.
 
     Raises:
         FrontendError: it is not; names the module, file, line and expression.
     """
-    return _record(module, inputs, kwargs, leaves, size=2, give_up_submodules=False).captured()
+    return _record(module, inputs, kwargs, leaves, loose, size=2, give_up_submodules=False).captured()
 
 
 def capture_leaves(
-    module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], leaves: Sequence[str]
+    module: nn.Module,
+    inputs: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    leaves: Sequence[str],
+    loose: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> Captured:
     """Record one run; the smallest submodules whose code cannot be traced, or depends on the batch size, stay one node each.
 
@@ -52,7 +61,7 @@ def capture_leaves(
     given_up: tuple[str, ...] = ()
     while True:
         known = (*leaves, *given_up)
-        runs = [_record(module, inputs, kwargs, known, size=size, give_up_submodules=True) for size in (2, 3)]
+        runs = [_record(module, inputs, kwargs, known, loose, size=size, give_up_submodules=True) for size in (2, 3)]
         frozen = _changed_decisions(runs[0].book.decisions, runs[1].book.decisions)
         if not frozen:
             return runs[0].captured((*given_up, *runs[0].given_up))
@@ -72,13 +81,14 @@ def _record(
     inputs: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     leaves: Sequence[str],
+    loose: Mapping[str, Tensor],
     *,
     size: int,
     give_up_submodules: bool,
 ) -> Recorder:
     example = batch_size((inputs, kwargs))
     batch = batch_of((inputs, dict(kwargs)), size, example_size=example)
-    recorder = Recorder(module, leaves, give_up_submodules=give_up_submodules)
+    recorder = Recorder(module, leaves, loose, give_up_submodules=give_up_submodules)
     torch.manual_seed(0)
     with torch.set_grad_enabled(module.training):
         recorder.run(*tree_map(lambda leaf: _other_data(leaf, size), batch))
@@ -86,10 +96,13 @@ def _record(
 
 
 def _other_data(leaf: Any, size: int) -> Any:
-    """The rows in another order, and not the caller's own tensor: what the graph is compared on must not be what it was recorded on."""
+    """The last row again and again, and not the caller's own tensor: what the graph is compared on must not be what it was recorded on.
+
+    Another order of the rows would not do for code that wants them sorted, by their lengths for example.
+    """
     if not isinstance(leaf, Tensor):
         return leaf
-    return leaf.flip(0) if leaf.dim() and leaf.shape[0] == size else leaf.clone()
+    return leaf[-1:].repeat(size, *[1] * (leaf.dim() - 1)) if leaf.dim() and leaf.shape[0] == size else leaf.clone()
 
 
 def _changed_decisions(first: Sequence[Decision], second: Sequence[Decision]) -> list[Decision]:

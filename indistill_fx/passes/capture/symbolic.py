@@ -6,6 +6,7 @@ import inspect
 import operator
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -19,7 +20,13 @@ from indistill_fx.passes.capture.symbolic_sizes import note_place
 class _Tracer(fx.Tracer):
     """fx's tracer, which also notes the outputs of modules that are not leaves."""
 
-    def __init__(self, module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], leaves: Sequence[str]):
+    def __init__(
+        self,
+        module: nn.Module,
+        inputs: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        leaves: Sequence[str],
+    ):
         super().__init__()
         self.inputs, self.kwargs, self.wanted_leaves = inputs, kwargs, frozenset(leaves)
         self.names = tensor_names(module)
@@ -93,9 +100,13 @@ def _from_one(stack: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def capture_symbolic(
-    module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], leaves: Sequence[str]
+    module: nn.Module,
+    inputs: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    leaves: Sequence[str],
+    _loose: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> Captured:
-    """Trace with symbolic values.
+    """Trace with symbolic values; tensors that are no buffers are constants.
 
     Raises:
         FrontendError: the code asks a symbolic value for something only a concrete one has.

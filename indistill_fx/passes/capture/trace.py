@@ -23,10 +23,8 @@ from torch import Tensor, fx, nn
 from indistill_fx.batch import Call, Inputs
 from indistill_fx.errors import ConfigError, FrontendError
 from indistill_fx.graph.caches import caches_kept
-from indistill_fx.graph.computed_weights import write_out_weights
-from indistill_fx.graph.module_state import mode, shadow, uncompiled, untouched, weights_kept
+from indistill_fx.graph.module_state import Change, mode, own_layers, own_state, uncompiled, untouched, weights_kept
 from indistill_fx.graph.opaque import Opaque
-from indistill_fx.graph.ops import attribute
 from indistill_fx.graph.view import View
 from indistill_fx.loading.input_facts import other_channels
 from indistill_fx.passes.capture.both_modes import merge_modes, noticing_flags
@@ -113,7 +111,7 @@ def _other_dtype(model: nn.Module, call: Call) -> str | None:
     return str(weight.dtype).removeprefix("torch.")
 
 
-Method = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any], Sequence[str]], Captured]
+Method = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any], Sequence[str], Mapping[str, Tensor]], Captured]
 _METHODS: dict[str, Method] = {
     "symbolic": capture_symbolic,
     "shapes": capture_shapes,
@@ -167,14 +165,16 @@ def trace(
         _require_gradients(module)
     with (
         mode(module, training=role == "student"),
-        untouched(module) as put_back,
+        untouched(module) as state,
         caches_kept(module) as empty_caches,
         weights_kept(module) as put_weights_back,
     ):
 
-        def forget() -> None:
-            put_back()
+        def forget() -> list[Change]:
+            changed = state.changed()
+            state.put_back()
             empty_caches()
+            return changed
 
         gradients = role == "student"
         reference = Reference(module, inputs, kwargs, gradients=gradients, put_back=put_weights_back, forget=forget)
@@ -185,7 +185,7 @@ def trace(
         leaves=captured.leaves,
         specialisations=captured.specialisations,
         checked=known.checked,
-        notes=(*captured.notes, *_renamed(captured), *known.notes),
+        notes=(*captured.notes, *captured.renamed, *known.notes, *_not_left(reference, known, captured.leaves)),
         fixed=captured.fixed,
     )
     return TracedModel(
@@ -235,40 +235,40 @@ def _require_gradients(module: nn.Module) -> None:
         )
 
 
-def _renamed(captured: Captured) -> tuple[str, ...]:
-    pairs: dict[str, str] = {}
-    for new, old in captured.graph_module.meta["renamed"].items():
-        news, olds = new.split("."), old.split(".")
-        while news[-1] == olds[-1]:
-            del news[-1], olds[-1]
-        pairs[".".join(olds)] = ".".join(news)
-    return tuple(f"{old!r} stands in the graph as `{new}`" for old, new in pairs.items())
+def _not_left(reference: Reference, known: Known, leaves: Sequence[str]) -> tuple[str, ...]:
+    """What the report says of attributes that the forward changes, and the graph does not or other than the user may think."""
+    kept = {name for name, _ in known.graph_module.named_buffers()}
+    loose = [name for name in reference.changed if name in kept]
+    inside = tuple(f"{leaf}." for leaf in leaves)
+    left = [name for name in reference.changed if name not in kept and not name.startswith(inside)]
+    notes = []
+    if loose:
+        notes.append(f"{_names(loose)}: kept from call to call, but no buffer, so a checkpoint does not hold it")
+    if left:
+        notes.append(f"{_names(left)}: set by the forward, and not by the graph, whose outputs do not depend on it")
+    return tuple(notes)
+
+
+def _names(names: Sequence[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
 
 
 def _capture(
     reference: Reference, leaves: Sequence[str], logits: str | int | None, *, own_flags: bool
 ) -> tuple[str, Captured, Known, list[str]]:
     """Rule 2."""
-    module, inputs, kwargs = reference.module, reference.inputs, reference.kwargs
     refused: list[str] = []
     reason: FrontendError | None = None
     coarse: tuple[str, Captured, Known] | None = None
-    for method, capture in _METHODS.items():
+    for method in _METHODS:
+        attempt = partial(_attempt, method, reference, leaves, logits, own_flags=own_flags)
         try:
-            once = partial(_in_mode, capture, reference, leaves, patient=method == "leaves")
-            captured = once() if own_flags else _both_modes(once, reference)
-            reference.put_back()
-            if own_flags:
-                _give_own_flags(captured.graph_module)
-            known = infer_facts(
-                captured.graph_module,
-                module,
-                inputs,
-                kwargs,
-                logits=logits,
-                reference=reference,
-                size_free=method == "symbolic",
-            )
+            try:
+                captured, known = attempt()
+            except FrontendError:
+                if method != "leaves" or not reference.stateful:
+                    raise
+                captured, known = attempt()  # with those as leaves
         except FrontendError as error:
             if error.where == "forward":
                 raise
@@ -286,14 +286,39 @@ def _capture(
         return *coarse, [line for line in refused if not line.startswith("leaves:")]
     reference.sizes  # noqa: B018  a module that fails on its own says so here
     assert reason is not None
+    name = type(reference.module).__name__
     others = "; ".join(line.rstrip(".") for line in refused if reason.message not in line)
     raise FrontendError(
-        f"{type(module).__name__} cannot be traced: {reason.message.rstrip('.')}."
-        + (f" ({others}.)" if others else ""),
-        where=reason.where or type(module).__name__,
+        f"{name} cannot be traced: {reason.message.rstrip('.')}." + (f" ({others}.)" if others else ""),
+        where=reason.where or name,
         got=reason.got,
         hint=reason.hint or "Keep the part that stops the trace as one node with leaves=[its path].",
     ) from reason
+
+
+def _attempt(
+    method: str, reference: Reference, leaves: Sequence[str], logits: str | int | None, *, own_flags: bool
+) -> tuple[Captured, Known]:
+    """A graph of one method, proved; a teacher's has its own flags and state."""
+    once = partial(_in_mode, _METHODS[method], reference, leaves, patient=method == "leaves")
+    captured = once() if own_flags else _both_modes(once, reference)
+    reference.put_back()
+    graph_module = captured.graph_module
+    if own_flags:
+        own_layers(graph_module)
+    with reference.kept(graph_module):
+        known = infer_facts(
+            graph_module,
+            reference.module,
+            reference.inputs,
+            reference.kwargs,
+            logits=logits,
+            reference=reference,
+            size_free=method == "symbolic",
+        )
+    if own_flags:
+        own_state(known.graph_module, reference.changed.values(), reference.written)
+    return captured, known
 
 
 def _both_modes(once: Callable[[], Captured], reference: Reference) -> Captured:
@@ -309,7 +334,9 @@ def _both_modes(once: Callable[[], Captured], reference: Reference) -> Captured:
             other = once()
         merged = merge_modes(captured, other, module)
         with mode(module, training=False):
-            Reference(module, reference.inputs, reference.kwargs).compare(merged.graph_module)
+            other_mode = Reference(module, reference.inputs, reference.kwargs)
+            other_mode.changed = reference.changed
+            other_mode.compare(merged.graph_module)
     except FrontendError as error:
         note = f"in eval mode the graph computes what train mode does where the code of {classes} asks for the mode: {error.message}"
         return replace(captured, notes=(*captured.notes, note))
@@ -318,13 +345,22 @@ def _both_modes(once: Callable[[], Captured], reference: Reference) -> Captured:
 
 def _in_mode(capture: Method, reference: Reference, leaves: Sequence[str], *, patient: bool) -> Captured:
     """Capture and rule 3; if patient, a module whose writes cannot be made functional becomes a leaf."""
-    given_up: tuple[str, ...] = ()
+    given_up: tuple[str, ...] = reference.stateful if patient else ()
     while True:
+        loose = reference.loose
         try:
             with plain_attention():
-                captured = capture(reference.module, reference.inputs, reference.kwargs, (*leaves, *given_up))
+                module, inputs, kwargs = reference.module, reference.inputs, reference.kwargs
+                captured = capture(module, inputs, kwargs, (*leaves, *given_up), loose)
+        except FrontendError:
+            reference.forget()
+            if reference.loose.keys() == loose.keys():
+                raise
+            continue
         finally:
             reference.forget()
+        if reference.loose.keys() != loose.keys():  # they are the graph's constants; they must be its state
+            continue
         try:
             captured = functionalize(captured)
         except FrontendError as error:
@@ -339,23 +375,6 @@ def _with_leaves(captured: Captured, given_up: Sequence[str]) -> Captured:
     called = {_path(node) for node in captured.graph_module.graph.nodes if node.op == "call_module"}
     leaves = dict.fromkeys((*captured.leaves, *(path for path in given_up if path in called)))
     return replace(captured, leaves=tuple(leaves))
-
-
-def _give_own_flags(graph_module: fx.GraphModule) -> None:
-    """Replace the leaf modules by copies in eval mode that share the tensors: the caller may train the module meanwhile.
-
-    Weights that are computed anew at every call (weight norm, spectral norm, masks of pruning) are written out.
-    """
-    memo: dict[nn.Module, nn.Module] = {}
-    paths = {str(node.target) for node in graph_module.graph.nodes if node.op == "call_module"}
-    for path in sorted(
-        paths, key=lambda path: path.count(".")
-    ):  # the outer ones first: a leaf may stand inside another
-        home, _, name = path.rpartition(".")
-        own = shadow(attribute(graph_module, path), training=False, memo=memo)
-        write_out_weights(own)
-        setattr(attribute(graph_module, home), name, own)
-    graph_module.eval()
 
 
 def _path(node: fx.Node) -> str:

@@ -139,7 +139,7 @@ def refill(found: Coupling, classes: Classes, stay: Mask) -> Mask:
     arrays = {id(units): units for units in (*found.axes.values(), *found.weights.values())}
     for units in arrays.values():
         of = classes.of[units]
-        if not stay[of].any():
+        if len(of) and not stay[of].any():
             stay[of[np.argmax(classes.scores[of])]] = True
     return stay
 
@@ -186,7 +186,7 @@ class Cost:
 
         def share(units: Units) -> float:
             if id(units) not in known:
-                known[id(units)] = float(stay[self.of[units]].mean())
+                known[id(units)] = float(stay[self.of[units]].mean()) if len(units) else 1.0
             return known[id(units)]
 
         return share
