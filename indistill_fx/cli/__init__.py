@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from indistill_fx.errors import IndistillError
-from indistill_fx.system.terminal import printable
+from indistill_fx.system.terminal import paragraph, printable
 
 _COMMANDS: dict[str, str] = {
     "align": "Pair the layers of a teacher and a student.",
@@ -109,10 +109,11 @@ def run(arguments: list[str]) -> int:
         return 0
     except Exception as error:  # the last line of defence: report it as our fault
         if debug:
-            raise
+            _trace(error)
         click.echo(
-            printable(f"indistill-fx failed, and it is our fault: {type(error).__name__}: {error}\n")
-            + "Run the same command with --debug for the traceback, and report it, please.",
+            f"indistill-fx failed, and it is our fault: {type(error).__name__}: {paragraph(str(error))}\n"
+            + ("Report it" if debug else "Run the same command with --debug for the traceback, and report it")
+            + ", please.",
             err=True,
         )
         return 1
@@ -121,7 +122,11 @@ def run(arguments: list[str]) -> int:
 
 def _tell(error: IndistillError, *, debug: bool) -> None:
     if debug:
-        import traceback
+        _trace(error)
+    click.echo(f"Error: {paragraph(str(error))}", err=True)
 
-        traceback.print_exception(error)
-    click.echo(printable(f"Error: {error}"), err=True)
+
+def _trace(error: BaseException) -> None:
+    import traceback
+
+    click.echo(printable("".join(traceback.format_exception(error))), err=True)

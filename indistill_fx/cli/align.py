@@ -75,7 +75,6 @@ def command(teacher: str, student: str, inputs: tuple[str, ...], trust: tuple[st
     from indistill_fx.passes.align import align_traced
     from indistill_fx.passes.pairing.cka import cka
     from indistill_fx.plan import AlignmentPlan
-    from indistill_fx.system.terminal import one_line
 
     earlier = AlignmentPlan.load(options["diff"]) if options["diff"] else None
     matching = {"fixed": _fixed(options["fixed"]), **{name: options[name] for name in ("pairs", "every_block", "taps")}}
@@ -95,7 +94,7 @@ def command(teacher: str, student: str, inputs: tuple[str, ...], trust: tuple[st
         common.trace_model(sources[1], example, "student", logits=options["logits"]),
     )
     for line in plan.drift(*traced) if plan else ():
-        common.say(one_line(f"{options['plan']}: {line}"))
+        common.say(f"{options['plan']}: {line}")
     alignment = align_traced(*traced, criterion=options["criterion"], **matching)
     if options["output"]:
         alignment.value.save(options["output"])
@@ -146,7 +145,7 @@ def _show(
     options: dict[str, Any],
 ) -> None:
     """Pictures, then the plan in the form that was asked for."""
-    from indistill_fx.system.terminal import one_line, printable
+    from indistill_fx.system.terminal import printable
 
     if options["html"] or options["svg"] or options["png"]:
         _draw(alignment, traced, names, html=options["html"], svg=options["svg"], png=options["png"])
@@ -167,7 +166,8 @@ def _show(
     out.print(alignment_table(alignment.value, alignment.report, traced[0], explain=options["explain"]))
     if earlier is not None:
         lines = earlier.diff(alignment.value) or (f"Nothing changed since {options['diff']}.",)
-        out.print("\n".join(map(one_line, lines)), markup=False, soft_wrap=True)
+        for line in lines:
+            out.print(line, soft_wrap=True)
     if options["output"]:
         out.print(
             f"Plan written to {options['output']}; "

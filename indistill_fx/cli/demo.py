@@ -50,10 +50,11 @@ def command(output: str | None, seed: int) -> None:
         " .onnx files, and a folder per training run with its checkpoints and metrics.jsonl.",
         soft_wrap=True,
     )
-    screen.print(
-        f"\nNext: look at the runs      indistill-fx report {out} -o report.html\n"
-        "      compress your own    indistill-fx compress your.pt --data imagefolder:DIR --macs 0.5 -o runs/half\n"
-        "      distil your own pair indistill-fx distill teacher.pt models.py:make_student --data imagefolder:DIR -o runs/first",
-        soft_wrap=True,
-        highlight=False,
-    )
+    steps = {
+        "Next: look at the runs     ": f"report {out} -o report.html",
+        "      compress your own    ": "compress your.pt --data imagefolder:DIR --macs 0.5 -o runs/half",
+        "      distil your own pair ": "distill teacher.pt models.py:make_student --data imagefolder:DIR -o runs/first",
+    }
+    screen.print()
+    for what, how in steps.items():
+        screen.print(f"{what} indistill-fx {how}", soft_wrap=True, highlight=False)

@@ -96,8 +96,8 @@ def _runners_up(report: MatchReport, number: int) -> RenderableType:
     table = plain_table("teacher", "student", "score", "why it lost", numbers=("score",))
     for pair, evidence, why in explained.runners_up:
         table.add_row(Text(pair.teacher), Text(pair.student), f"{evidence.score:.2f}", Text(why))
-    title = Text(f"\nPair {number}, {explained.pair.teacher} ↔ {explained.pair.student}: the candidates that lost")
-    return Group(title, table if explained.runners_up else Text("None: no other candidate was above the floor."))
+    title = Text(f"Pair {number}, {explained.pair.teacher} ↔ {explained.pair.student}: the candidates that lost")
+    return Group("", title, table if explained.runners_up else Text("None: no other candidate was above the floor."))
 
 
 def main_path_table(traced: TracedModel, nodes: Sequence[PathNode]) -> RenderableType:

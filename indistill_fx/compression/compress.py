@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Unpack
 
 import torch
+from pydantic import ConfigDict, TypeAdapter
 from torch import Tensor, nn
 
 from indistill_fx.compression.basis import in_both_modes
@@ -54,6 +55,7 @@ from indistill_fx.training.task import task_of_run
 STORY, START = "compress.json", "start.safetensors"
 _KEPT = ("widths", "sensitivity", "repaired")
 """What compress.json keeps of the student from its making on."""
+_STEPS = TypeAdapter(tuple[Step, ...], config=ConfigDict(allow_inf_nan=False, extra="forbid"))
 
 
 @dataclass(frozen=True)
@@ -197,6 +199,7 @@ class _Made:
     plan: AlignmentPlan | None
     steps: tuple[Step, ...]
     spec: str
+    kept: Mapping[str, Any]
 
 
 def _about(made: _Made, model: TracedModel, told: Mapping[str, Any]) -> dict[str, Any]:
@@ -236,7 +239,7 @@ def _before(home: Path, identity: Mapping[str, Any], model: TracedModel) -> _Mad
     """What an interrupted run had made; None where that must be made again."""
     try:
         told = json.loads(read_bounded(home / STORY, 1 << 26))
-        steps, made = tuple(Step(**step) for step in told["steps"]), told["made"]
+        steps, made = _STEPS.validate_python(told["steps"], strict=False), told["made"]
         complete = type(made) is int and 0 < made <= len(steps) and {"identity", *_KEPT} <= told.keys()
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
@@ -254,7 +257,7 @@ def _before(home: Path, identity: Mapping[str, Any], model: TracedModel) -> _Mad
     student = load(f"{spec}@{home / START}").to(_device(model))
     traced = trace(student, model.example, role="student")
     plan = AlignmentPlan.load(home / "plan.json") if (home / "plan.json").exists() else None
-    return _Made(student, traced, plan, steps[:made], spec)
+    return _Made(student, traced, plan, steps[:made], spec, {key: told[key] for key in _KEPT})
 
 
 def _plan(
@@ -296,19 +299,11 @@ def _write(
     curves = [asdict(curve) for curve in untrained.curves]
     repaired = asdict(untrained.repaired) if untrained.repaired is not None else None
     widths = {path: list(pair) for path, pair in untrained.shrunk.widths.items()}
-    _save(
-        home,
-        identity,
-        untrained.steps,
-        len(untrained.steps),
-        spec,
-        widths=widths,
-        sensitivity=curves,
-        repaired=repaired,
-    )
+    kept = {"widths": widths, "sensitivity": curves, "repaired": repaired}
+    _save(home, identity, untrained.steps, len(untrained.steps), spec, **kept)
     count = len(plan.pairs) if plan is not None else 0
     say(f"{count} pair{'s' * (count != 1)}; widths, sensitivities and repairs are in {home / STORY}")
-    return _Made(student, traced, plan, untrained.steps, spec)
+    return _Made(student, traced, plan, untrained.steps, spec, kept)
 
 
 def _save(home: Path, identity: Mapping[str, Any], steps: Iterable[Step], made: int, spec: str, **more: Any) -> None:
@@ -349,8 +344,6 @@ def _finished(
         exported = export_onnx(student, home / "student.onnx", example)
         keep_export(home, parameters=last.parameters, macs=last.macs, size=(home / "student.onnx").stat().st_size)
         say(f"student.onnx written, {getattr(exported, 'size', (home / 'student.onnx').stat().st_size):,} bytes")
-    story = json.loads(read_bounded(home / STORY, 1 << 26))
-    more = {key: story[key] for key in _KEPT}
-    _save(home, identity, steps, len(made.steps), made.spec, **more)
+    _save(home, identity, steps, len(made.steps), made.spec, **made.kept)
     spec = f"{made.spec}@{home / STUDENT}" if made.spec else ""
     return Compressed(student, made.plan, record, steps, spec)

@@ -26,12 +26,14 @@ from indistill_fx.deploy.onnx_session import (
     as_inputs,
     feed,
     file_size,
+    graph_of,
     is_quantised,
     open_session,
     random_inputs,
 )
 from indistill_fx.errors import ConfigError, first_lines
 from indistill_fx.graph.module_state import evaluating
+from indistill_fx.loading.spec import is_input_size
 
 Call: TypeAlias = Callable[[], object]
 Contestant: TypeAlias = nn.Module | str | PathLike[str]
@@ -196,18 +198,24 @@ def example_of(path: str | PathLike[str]) -> tuple[Tensor, ...]:
     """One sample of random inputs for an ONNX file, by what it says of its inputs.
 
     Raises:
-        ConfigError: a size besides the batch is open.
+        ConfigError: a size besides the batch is open, or the file takes what a tensor cannot be.
+        ExportError: onnxruntime refuses the file.
     """
     found = []
     generator = np.random.default_rng(0)
     for value in open_session(path).get_inputs():
-        first, *rest = value.shape
+        first, *rest = value.shape or [None]
         if not all(isinstance(size, int) for size in rest):
             raise ConfigError(
                 f"`{path}` leaves the size of its input `{value.name}` open: {value.shape}.", where=str(path),
                 hint="Give it: --input 3x224x224.",
             )  # fmt: skip
         shape = (first if isinstance(first, int) else 1, *rest)
+        if value.type not in KINDS or not is_input_size(shape):
+            raise ConfigError(
+                f"The input `{value.name}` of `{path}` cannot be made up: {value.type} {value.shape}.", where=str(path),
+                hint="Export the file again.",
+            )  # fmt: skip
         whole = value.type not in ("tensor(float)", "tensor(double)", "tensor(float16)")
         array = (
             generator.integers(0, 2 if "bool" in value.type else 256, shape) if whole else generator.normal(size=shape)
@@ -227,8 +235,6 @@ class _Runner:
 def _runners(
     contestants: Mapping[str, Contestant], names: Sequence[str], threads: int, compiled: bool
 ) -> list[_Runner]:
-    import onnx
-
     runners = []
     for name, value in contestants.items():
         if isinstance(value, nn.Module):
@@ -237,7 +243,7 @@ def _runners(
             if compiled:
                 runners.append(_Runner(name, "torch.compile", size, _torch_call(torch.compile(value), names)))
         else:
-            quantised = is_quantised(onnx.load(str(value), load_external_data=False))
+            quantised = is_quantised(graph_of(value))
             runtime = "onnxruntime int8" if quantised else "onnxruntime fp32"
             runners.append(_Runner(name, runtime, file_size(value), _onnx_call(value, threads)))
     return runners

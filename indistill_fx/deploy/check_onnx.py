@@ -20,6 +20,7 @@ from indistill_fx.deploy.onnx_session import (
     KINDS,
     Given,
     file_size,
+    graph_of,
     inputs_of,
     is_quantised,
     named_outputs,
@@ -30,6 +31,7 @@ from indistill_fx.deploy.parity import Decisions, Parity, Proof, RealParity, pro
 from indistill_fx.deploy.preprocess import Preprocess
 from indistill_fx.errors import ConfigError, IndistillError, first_lines
 from indistill_fx.graph.module_state import evaluating
+from indistill_fx.loading.spec import LARGEST_INPUT
 
 if TYPE_CHECKING:
     import onnx
@@ -133,15 +135,16 @@ def check_onnx(
     try:
         model = _read(file)
         session = open_session(file)
+        told = {entry.key: entry.value for entry in model.metadata_props}
+        built_in = Preprocess.from_metadata(told)
+        if built_in:
+            inputs = (built_in.to_pixels(inputs[0]), *inputs[1:])
+            real = (built_in.to_pixels(real[0]), *real[1:]) if real else None
     except IndistillError as error:
         return CheckReport(file, (error.message,), size=file.stat().st_size)
     differences = list(_wrong_terms(model, session, opset, input_names, output_names))
-    told = {entry.key: entry.value for entry in model.metadata_props}
     differences += _wrong_metadata(told, metadata or {})
-    built_in, quantised = Preprocess.from_metadata(told), is_quantised(model)
-    if built_in:
-        inputs = (built_in.to_pixels(inputs[0]), *inputs[1:])
-        real = (built_in.to_pixels(real[0]), *real[1:]) if real else None
+    quantised = is_quantised(model)
     wrong_inputs = list(_wrong_inputs(session, inputs))
     proof, notes = Proof((), None, ()), list[str]()
     if wrong_inputs:
@@ -182,6 +185,7 @@ def _read(file: Path) -> onnx.ModelProto:
     size = file.stat().st_size
     if not size:
         raise ConfigError(f"`{file}` is empty", where=str(file), hint="Export it again.")
+    graph_of(file)
     try:
         model = onnx.load(str(file))
     except Exception as error:
@@ -236,6 +240,8 @@ def _wrong_inputs(session: onnxruntime.InferenceSession, inputs: Sequence[Tensor
         )
         if not fits:
             yield f"input `{value.name}` has shape {value.shape} in the file, {list(x.shape)} for the module"
+        elif isinstance(value.shape[0], int) and value.shape[0] * x[0].numel() > LARGEST_INPUT:
+            yield f"input `{value.name}` has a batch of {value.shape[0]:,} in the file, too large to compare"
 
 
 def _wrong_metadata(told: Mapping[str, str], expected: Mapping[str, str]) -> Iterator[str]:

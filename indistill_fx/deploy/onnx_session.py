@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from indistill_fx.batch import Call, Inputs
 from indistill_fx.deploy.preprocess import Preprocess
 from indistill_fx.errors import ConfigError, ExportError, instead_of
+from indistill_fx.system.files import require_regular
 
 if TYPE_CHECKING:
     import onnx
@@ -122,14 +123,35 @@ def named_outputs(result: Any) -> dict[str, Tensor]:
     return free
 
 
+def graph_of(path: str | PathLike[str]) -> onnx.ModelProto:
+    """What an ONNX file holds, without the weights in files beside it.
+
+    Raises:
+        ConfigError: it is no regular file, it is damaged, or its weights are not in files beside it.
+    """
+    import onnx
+
+    from indistill_fx.loading.onnx.read import check_length, weights_beside
+
+    hint = "Give the path of an .onnx file; copy it again, or export it again."
+    with instead_of(Exception, ConfigError(f"`{path}` cannot be read as ONNX", where=str(path), hint=hint)):
+        require_regular(path)
+        model = onnx.load(str(path), load_external_data=False)
+    check_length(model, Path(path))
+    weights_beside(model, Path(path))
+    return model
+
+
 def open_session(path: str | PathLike[str], *, threads: int | None = None) -> onnxruntime.InferenceSession:
     """An onnxruntime session on the CPU that says only what is an error.
 
     Raises:
+        ConfigError: see `graph_of`.
         ExportError: onnxruntime refuses the file.
     """
     import onnxruntime
 
+    graph_of(path)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads or torch.get_num_threads()
@@ -144,12 +166,23 @@ def feed(session: onnxruntime.InferenceSession, inputs: Sequence[Tensor]) -> dic
     """The tensors by the names of the session's inputs, in order; as pixels if preprocessing is built in."""
     names = [i.name for i in session.get_inputs()]
     if len(names) != len(inputs):
-        what = f"The file has {len(names)} inputs ({', '.join(names)}); {len(inputs)} were given."
-        hint = "Give one tensor for each of the file's inputs, in that order."
-        raise ConfigError(what, where="inputs", hint=hint)
-    if built_in := Preprocess.from_metadata(session.get_modelmeta().custom_metadata_map):
+        raise ConfigError(
+            f"The file has {len(names)} inputs ({', '.join(names)}); {len(inputs)} were given.",
+            where="inputs",
+            hint="Give one tensor for each of the file's inputs, in that order.",
+        )
+    if built_in := Preprocess.from_metadata(_metadata_of(session)):
         inputs = [built_in.to_pixels(inputs[0]), *inputs[1:]]
     return {name: x.detach().cpu().numpy() for name, x in zip(names, inputs, strict=True)}
+
+
+def _metadata_of(session: onnxruntime.InferenceSession) -> Mapping[str, str]:
+    hint = "Copy it again, or export it again."
+    with instead_of(
+        UnicodeDecodeError, ConfigError("The ONNX file's metadata are no text", where="metadata", hint=hint)
+    ):
+        found: Mapping[str, str] = session.get_modelmeta().custom_metadata_map
+    return found
 
 
 def is_quantised(model: onnx.ModelProto) -> bool:
@@ -158,11 +191,8 @@ def is_quantised(model: onnx.ModelProto) -> bool:
 
 
 def file_size(path: str | PathLike[str]) -> int:
-    """Bytes of an ONNX file and of the weights it keeps beside it."""
-    import onnx
-    from onnx.external_data_helper import ExternalDataInfo, uses_external_data
+    """Bytes of an ONNX file and of the weights it keeps beside it; errors as of `graph_of`."""
+    from indistill_fx.loading.onnx.read import weights_beside
 
-    file = Path(path)
-    graph = onnx.load(str(file), load_external_data=False).graph
-    beside = {ExternalDataInfo(tensor).location for tensor in graph.initializer if uses_external_data(tensor)}
-    return sum(part.stat().st_size for part in (file, *(file.parent / name for name in beside)))
+    beside = {file for _, file, _, _ in weights_beside(graph_of(path), Path(path))}
+    return sum(part.stat().st_size for part in (Path(path), *beside))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from indistill_fx.errors import ConfigError
 
+_MOST_CHANNELS = 1 << 16
 Pair: TypeAlias = tuple[Sequence[float] | float, Sequence[float] | float]
 
 
@@ -43,18 +45,46 @@ class Preprocess:
 
     @staticmethod
     def from_metadata(metadata: Mapping[str, str]) -> Preprocess | None:
-        """What an exported file's own metadata says is built into it."""
+        """What an exported file's own metadata says is built into it.
+
+        Raises:
+            ConfigError: it says what cannot be.
+        """
         text = metadata.get("preprocess")
-        return Preprocess(*(tuple(json.loads(text)[key]) for key in ("mean", "std"))) if text else None
+        if not text:
+            return None
+        try:
+            mean, std = ([float(number) for number in json.loads(text)[key]] for key in ("mean", "std"))
+            if all(map(math.isfinite, mean + std)) and len(mean) <= _MOST_CHANNELS:
+                return Preprocess.make((mean, std))
+        except (ValueError, TypeError, KeyError, IndexError, OverflowError, RecursionError, ConfigError):
+            pass
+        raise ConfigError(
+            f"The file's metadata say of its preprocessing what cannot be: {text[:100]!r}.",
+            where="preprocess",
+            got=text[:100],
+            hint="Export it again.",
+        )
 
     def metadata(self) -> dict[str, str]:
         """The entry `from_metadata` reads."""
         return {"preprocess": json.dumps({"mean": self.mean, "std": self.std, "input": "uint8 NHWC"})}
 
     def to_pixels(self, images: Tensor) -> Tensor:
-        """Normalised float images (N, C, H, W) as the pixels (N, H, W, C) they came from; pixels pass as they are."""
+        """Normalised float images (N, C, H, W) as the pixels (N, H, W, C) they came from; pixels pass as they are.
+
+        Raises:
+            ConfigError: they are no images of as many channels.
+        """
         if images.dtype == torch.uint8:
             return images
+        if images.ndim != 4 or len(self.mean) not in (1, images.shape[1]):
+            raise ConfigError(
+                f"The file's preprocessing is for pictures of {len(self.mean)} channels, and the inputs are {list(images.shape)}.",
+                where="preprocess",
+                got=list(images.shape),
+                hint="Give the inputs that the file was exported for.",
+            )
         mean, std = (torch.tensor(v, device=images.device).view(1, -1, 1, 1) for v in (self.mean, self.std))
         pixels = ((images.float() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
         return pixels.permute(0, 2, 3, 1).contiguous()

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from indistill_fx.batch import Inputs, split
-from indistill_fx.deploy.onnx_session import Array, feed, file_size, is_quantised, open_session
+from indistill_fx.deploy.onnx_session import Array, feed, file_size, graph_of, is_quantised, open_session
 from indistill_fx.errors import ConfigError, ExportError, instead_of, nearest
 from indistill_fx.system.files import staged
 from indistill_fx.version import __version__
@@ -179,12 +179,8 @@ def _require(condition: bool, message: str, where: str, hint: str = "") -> None:
 
 def _open_float(source: Path) -> tuple[onnxruntime.InferenceSession, bool]:
     """The file, and whether there is attention in it."""
-    import onnx
-
     _require(os.path.isfile(source), f"There is no file `{source}`.", str(source))
-    hint = "Give a file that `export` wrote."
-    with instead_of(Exception, ConfigError(f"`{source}` cannot be read as ONNX", where=str(source), hint=hint)):
-        model = onnx.load(str(source), load_external_data=False)
+    model = graph_of(source)
     _require(not is_quantised(model), f"`{source}` is quantised already; give the float file.", str(source))
     return open_session(source), _has_attention(model)
 

@@ -14,6 +14,8 @@ _Side = Annotated[int, Field(ge=1, lt=1 << 16)]
 _Number = Annotated[float, Field(allow_inf_nan=False)]
 _Means = Annotated[tuple[_Number, ...], Field(min_length=1, max_length=1 << 16)]
 _Deviations = Annotated[tuple[Annotated[_Number, Field(gt=0)], ...], Field(min_length=1, max_length=1 << 16)]
+_MOST_PIXELS = 1 << 24
+"""That a view may resize a picture to: 192 MiB in three channels."""
 _Classes = Annotated[tuple[Annotated[int, Field(ge=0, lt=1 << 31)], ...], Field(max_length=1 << 20)]
 
 
@@ -89,6 +91,12 @@ class View(_Frozen):
     rescaling: Rescaling | None = None
     dtype: Annotated[str, Field(pattern="^(float(16|32|64)|bfloat16)$")] | None = None
     classes: _Classes | None = None
+
+    @model_validator(mode="after")
+    def _fits_in_memory(self) -> View:
+        if self.size is not None and self.size[0] * self.size[1] > _MOST_PIXELS:
+            raise ValueError(f"size is {self.size[0]}x{self.size[1]} pixels, and at most {_MOST_PIXELS:,} are made")
+        return self
 
     @staticmethod
     def combined(*views: View | None) -> View | None:

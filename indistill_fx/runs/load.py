@@ -49,7 +49,7 @@ def absolute(spec: str) -> str:
     head = spec.removesuffix(f"@{weights}") if weights else spec
     if os.path.exists(place):
         head = str(Path(place).resolve()) + head.removeprefix(place)
-    return f"{head}{at}{Path(weights).resolve() if weights else ''}"
+    return f"{head}{at}{Path(weights).resolve() if os.path.exists(weights) else weights}"
 
 
 def about(model: str, data: str, input_size: tuple[int, ...], example: Any = None, **more: Any) -> dict[str, Any]:
@@ -120,6 +120,14 @@ def run_fingerprint(path: str | os.PathLike[str]) -> str:
     return f"{begun[:40]} {digest[:16] if isinstance(digest, str) else ''}".strip()
 
 
+def _by_hand(home: Path, model: str = "MODEL") -> str:
+    """How to name what run.json does not; only weights that are there are named."""
+    there = next((home / name for name in (STUDENT, BEST) if os.path.isfile(home / name)), None)
+    if there is None:
+        return f"It has no weights of a trained model either ({STUDENT}): name another directory."
+    return f"Give the model and the weights: {model}@{there}."
+
+
 def _text(value: object) -> str:
     if not isinstance(value, str):
         raise TypeError(f"it is a {type(value).__name__}")
@@ -162,7 +170,7 @@ def _inputs(texts: Any, home: Path) -> Any:
     raise ConfigError(
         f"{home / 'run.json'} describes inputs that cannot be: {reason}.",
         where=str(home),
-        hint=f"Give the model and the weights: MODEL@{home / STUDENT}.",
+        hint=_by_hand(home),
     )
 
 
@@ -181,7 +189,7 @@ def _told_of_data(
             f"{home / 'run.json'} says what the classes or the figures of its data were, and they cannot be: {error}.",
             where=str(home),
             got=str(error),
-            hint=f"Give the model and the weights: MODEL@{home / STUDENT}.",
+            hint=_by_hand(home),
         ) from error
 
 
@@ -237,14 +245,14 @@ def load_run(path: str | os.PathLike[str], *, trust: Sequence[str] = (), best: b
         raise ConfigError(
             f"{home / 'run.json'} does not say which model was trained.",
             where=str(home),
-            hint=f"Give the model and the weights: MODEL@{home / STUDENT}.",
+            hint=_by_hand(home),
         ) from error
     if not is_input_size(size, most=LARGEST_IN_A_FILE):
         raise ConfigError(
             f"{home / 'run.json'} says that an input has the size {str(size)[:60]}, which cannot be.",
             where=str(home),
             got=str(size)[:60],
-            hint=f"Give the model and the weights: MODEL@{home / STUDENT}.",
+            hint=_by_hand(home),
         )
     classes, normalisation = _told_of_data(kept, home)
     weights = home / (BEST if best else STUDENT)
@@ -254,7 +262,7 @@ def load_run(path: str | os.PathLike[str], *, trust: Sequence[str] = (), best: b
             "it as it is now on this machine, so it was not run.",
             where=str(home),
             got=spec,
-            hint=f"If you trust that code, name it yourself: MODEL@{weights} with your own models.py:make for MODEL.",
+            hint=f"If you trust that code, name it yourself. {_by_hand(home, 'models.py:make')}",
         )
     if not weights.exists():
         reached = f"it has reached {LAST}" if (home / LAST).exists() else "it has no checkpoint"

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
+from rich.text import Text
 
 Item = TypeVar("Item")
 
@@ -47,13 +48,28 @@ def one_line(text: str) -> str:
     return printable(text).replace("\n", "\\u000a")
 
 
+def paragraph(text: str) -> str:
+    r"""The text as `printable` gives it, in one paragraph: line breaks are spaces.
+
+    >>> paragraph("torch says:\nno")
+    'torch says: no'
+    """
+    return printable(" ".join(part for line in text.split("\n") if (part := line.strip())))
+
+
 class SafeConsole(Console):
-    """A console that takes no markup, and whose texts hold no commands to the terminal but its own."""
+    """A console that takes no markup, and whose texts are one line each and hold no commands to the terminal but its own."""
 
     def __init__(self, **options: Any):
         super().__init__(**options, markup=False, highlight=False, emoji=False)
 
+    def render_str(self, text: str, **options: Any) -> Text:
+        """As rich does, on one line."""
+        return super().render_str(one_line(text), **options)
+
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """As rich does, each text made printable."""
+        """As rich does, each text on one line and made printable."""
+        if isinstance(renderable, Text) and "\n" in renderable.plain:
+            renderable = Text(one_line(renderable.plain), style=renderable.style)
         for segment in super().render(renderable, options):
             yield segment if segment.control else Segment(printable(segment.text), segment.style)

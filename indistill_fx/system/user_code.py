@@ -6,8 +6,9 @@ import importlib
 import importlib.util
 import os
 import sys
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 from indistill_fx.errors import ConfigError, IndistillError, nearest
@@ -57,7 +58,7 @@ def _from_file(path: Path) -> ModuleType:
     key = f"{path.stem}@{path}"  # no importable name; one file is one module however often it is named
     if key in sys.modules:
         return sys.modules[key]
-    spec = importlib.util.spec_from_file_location(key, path)
+    spec = importlib.util.spec_from_file_location(key, path, loader=_FromSource(key, str(path)))
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[key] = module
@@ -74,3 +75,10 @@ def _from_file(path: Path) -> ModuleType:
         sys.path.remove(str(path.parent))  # the last one
         sys.path.reverse()
     return module
+
+
+class _FromSource(SourceFileLoader):
+    """Compiles the file itself, never what lies in `__pycache__` beside it: that may have been compiled of something else."""
+
+    def get_code(self, fullname: str) -> CodeType:
+        return self.source_to_code(self.get_data(self.path), self.path)

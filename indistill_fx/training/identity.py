@@ -88,7 +88,9 @@ def changes(
             )
     found = {name: (saved[name], value) for name, value in asked.items() if saved.get(name, value) != value}
     free = {known[_plain(name)] for name in allowed}
-    longer = "epochs" in found and None not in found["epochs"] and found["epochs"][1] > found["epochs"][0]
+    longer = (
+        all(type(length) is int for length in found.get("epochs", [None])) and found["epochs"][1] > found["epochs"][0]
+    )
     if longer and asked["schedule"] != "cosine":
         free.add("epochs")
     refused = [name for name in found if name not in free]

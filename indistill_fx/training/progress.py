@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from indistill_fx.runs.record import MetricFacts
-from indistill_fx.system.terminal import SafeConsole, printable
+from indistill_fx.system.terminal import SafeConsole, one_line
 
 _LINES = 8
 """So many stages at the most are shown; those around the running one."""
@@ -100,7 +100,7 @@ class Board:
         runs = name == self.running and not stage.over
         mark = Text("✓", style="green") if stage.over else Text("▸", style="bold") if runs else Text("·", style="dim")
         title = Text(
-            "".join(sign if sign.isprintable() else "\ufffd" for sign in name),
+            one_line(name),
             style="bold" if runs else "" if stage.over else "dim",
         )
         total = stage.total if stage.total is not None else stage.step
@@ -212,13 +212,14 @@ class Reporter:
             with self._costing_no_work():
                 self._live.stop()
 
-    def say(self, text: str) -> None:
-        """A line that stays."""
+    def say(self, *lines: str) -> None:
+        """Lines that stay."""
         with self._costing_no_work():
-            if self._live is not None:
-                self._live.console.print(text, markup=False)
-            elif self._shown and sys.stderr is not None:  # without one, `print` would take the standard output
-                print(printable(text), file=sys.stderr, flush=True)
+            for line in map(one_line, lines):
+                if self._live is not None:
+                    self._live.console.print(line, markup=False)
+                elif self._shown and sys.stderr is not None:  # without one, `print` would take the standard output
+                    print(line, file=sys.stderr, flush=True)
 
     @contextmanager
     def _costing_no_work(self) -> Iterator[None]:

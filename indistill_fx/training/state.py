@@ -198,6 +198,9 @@ def check_parts(saved: Mapping[str, Any], path: Path) -> dict[str, Any]:
         raise _unfit(path, "it does not say of which run it is, or where that stood")
     if not all(parts[name] is None or isinstance(parts[name], dict) for name in ("optimizer", "scaler")):
         raise _unfit(path, "its optimiser has no state")
+    phases = parts["phases"]
+    if phases is not None and not (isinstance(phases, list) and all(isinstance(name, str) for name in phases)):
+        raise _unfit(path, "it does not say which stages its run has")
     return parts
 
 

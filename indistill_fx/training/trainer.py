@@ -189,7 +189,7 @@ class Trainer:
             changed = self._resume(loop, directory, reporter) if directory is not None and resumed else []
             taught = self._teacher_metrics(setup, directory if resumed else None, accelerator, reporter)
             schedule = self._schedule(setup, phases, loader, accelerator.device)
-            reporter.say("\n".join([*([setup.task.said] if setup.task.said else []), *schedule]))
+            reporter.say(*filter(None, (setup.task.said, *schedule)))
             accelerator.wait_for_everyone()  # until all have seen whether there is something to resume
             if directory is not None:
                 setup.save(directory)

@@ -29,6 +29,7 @@ from indistill_fx.report import run_page
 from indistill_fx.runs.load import about, load, load_run
 from indistill_fx.runs.signature import sign
 from indistill_fx.system.terminal import SafeConsole, printable
+from indistill_fx.training.progress import Reporter
 from tests.faults.harness import Victims, run
 
 
@@ -215,9 +216,26 @@ def test_the_console_shows_names_and_keeps_its_own_colours() -> None:
     table.add_row(NASTY)
     screen.print(NASTY, table, Text(NASTY, style="bold red"))
     assert not any(command in out.getvalue() for command in OBEYED)
-    assert out.getvalue().count("[bold]x[/]") == 2  # a cell is cut to the width its commands did not take
+    assert out.getvalue().count("[bold]x[/]") == 4  # the line, the head, the cell and the bold text
     assert "\x1b[1;31m" in out.getvalue()
     assert isinstance(console(), SafeConsole)
+
+
+def test_a_line_break_in_a_name_forges_no_line(capsys: pytest.CaptureFixture[str]) -> None:
+    from rich.text import Text
+
+    from indistill_fx.cli.tables import plain_table
+
+    out, forged = StringIO(), "a.pt\nForged"
+    screen = SafeConsole(file=out, width=200)
+    table = plain_table(forged)
+    table.add_row(Text(forged))
+    screen.print(forged, table, Text(forged, style="bold red"), f"{forged}.")
+    Reporter(shown=True, steps={}).say(forged)
+    assert run_cli(["inspect", forged]) == 2
+    shown = (out.getvalue() + capsys.readouterr().err).splitlines()
+    assert not [line for line in shown if line.strip().startswith("Forged")]
+    assert sum("Forged" in line for line in shown) == 6
 
 
 def test_an_error_shows_names_and_obeys_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

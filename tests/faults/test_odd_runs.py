@@ -17,9 +17,10 @@ from indistill_fx.demo import DigitsStudent
 from indistill_fx.errors import ConfigError, IndistillError
 from indistill_fx.loading.spec import parse_spec
 from indistill_fx.report.read_runs import read_runs
-from indistill_fx.runs.directory import LAST, STUDENT
-from indistill_fx.runs.load import load_run, run_fingerprint
+from indistill_fx.runs.directory import BEST, LAST, STUDENT
+from indistill_fx.runs.load import absolute, load_run, run_fingerprint
 from indistill_fx.system.tensor_files import load_tensors, save_tensors
+from indistill_fx.training.identity import changes
 from indistill_fx.training.recipes import kept_curriculum
 from tests.faults.harness import run
 
@@ -100,7 +101,19 @@ def test_a_checkpoint_whose_state_has_any_types_is_refused(tmp_path: Path) -> No
             with pytest.raises(ConfigError, match="no checkpoint of a run"):
                 run(place)
             refused += 1
+    for odd in (5, "main", [5], {}):
+        save_tensors(place / LAST, tensors, {"state": json.dumps(whole | {"phases": odd})})
+        with pytest.raises(ConfigError, match="which stages its run has"):
+            run(place)
     assert refused > 60
+
+
+@pytest.mark.parametrize("odd", ["x", [], {"a": 1}, True, None])
+def test_a_checkpoint_of_an_odd_number_of_epochs_is_of_another_run(odd: Any) -> None:
+    asked = {"epochs": 3, "schedule": "constant"}
+    with pytest.raises(ConfigError, match="epochs"):
+        changes(asked, {"epochs": odd}, Path("last.safetensors"))
+    assert changes(asked, {"epochs": 2}, Path("last.safetensors")) == {"epochs": (2, 3)}
 
 
 LONG = "x" * 300
@@ -188,23 +201,51 @@ def test_the_warm_up_of_a_run_json_that_makes_no_sense_is_chosen_anew(content: s
     assert kept_curriculum(tmp_path) is None
 
 
+STEP = {"name": "x", "macs": 1, "parameters": 1, "divergence": None, "accuracy": None, "latency_ms": None}
+
+
 @pytest.mark.parametrize(
     "odd",
     [
         *({"made": "1"}, {"made": 9}, {"made": None}, {"steps": [{"name": "x"}]}, {"steps": 3}),
         *({"widths": ...}, {"repaired": ...}, "[" * 100_000),
+        *(
+            {"steps": [STEP | {name: odd}]}
+            for name, odd in (("macs", "x"), ("accuracy", {}), ("metric", 5), ("shown", []))
+        ),
+        {"steps": [STEP | {"accuracy": float("nan")}]},
     ],
     ids=lambda odd: str(odd)[:30],
 )
 def test_a_story_of_a_compression_that_makes_no_sense_is_begun_anew(odd: Any, tmp_path: Path) -> None:
     """What was missing was missed after training, by a KeyError."""
     story: dict[str, Any] = {"identity": {}, "seal": None, "made": 1, "widths": {}, "sensitivity": [], "repaired": None}
-    story["steps"] = [
-        {"name": "x", "macs": 1, "parameters": 1, "divergence": None, "accuracy": None, "latency_ms": None}
-    ]
+    story["steps"] = [STEP]
     told = {name: value for name, value in (story | odd).items() if value is not ...} if isinstance(odd, dict) else None
     (tmp_path / compress.STORY).write_text(odd if told is None else json.dumps(told))
     assert compress._before(tmp_path, {"teacher": "another"}, None) is None
     (tmp_path / compress.STORY).write_text(json.dumps(story))  # one that makes sense is not
     with pytest.raises(ConfigError, match="holds another compression"):
         compress._before(tmp_path, {"teacher": "another"}, None)
+
+
+@pytest.mark.parametrize(
+    "about", [{}, ABOUT | {"input_size": [0]}, ABOUT | {"classes": 5}, ABOUT | {"model": "a.py:make"}]
+)
+@pytest.mark.parametrize("there", [None, STUDENT, BEST])
+def test_a_hint_names_only_weights_that_are_there(about: dict[str, Any], there: str | None, tmp_path: Path) -> None:
+    place = tmp_path / "run"
+    (place / "checkpoints").mkdir(parents=True)
+    (place / "run.json").write_text(json.dumps({"about": about}))
+    if there is not None:
+        save_tensors(place / there, DigitsStudent().state_dict())
+    with pytest.raises(ConfigError) as caught:
+        load_run(place)
+    if there is None:
+        assert "@" not in str(caught.value) and "no weights of a trained model" in str(caught.value)
+    else:
+        assert f"@{place / there}." in str(caught.value)
+
+
+def test_names_of_weights_with_zero_bytes_stay_as_they_are() -> None:
+    assert absolute("models.py:make@a\0b") == "models.py:make@a\0b"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import marshal
+import os
 import struct
 import subprocess
 import sys
@@ -140,6 +143,25 @@ def test_nothing_is_imported_from_where_data_lie(here, program):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert not list(here.glob("canary*"))
+
+
+@pytest.mark.parametrize("flags", [0b00, 0b01], ids=["of the same date", "never checked"])
+def test_what_lies_compiled_beside_the_users_file_is_not_run(here, flags):
+    """Python would run it in the file's place, and nobody who reads the file would see."""
+    source = "from torch import nn\n\n\ndef make():\n    return nn.Linear(2, 3)\n"
+    Path("models.py").write_text(source)
+    other = compile(f"open('canary', 'w').close()\n{source}", "models.py", "exec")
+    compiled = Path(importlib.util.cache_from_source("models.py"))
+    compiled.parent.mkdir()
+    state = os.stat("models.py")
+    head = importlib.util.MAGIC_NUMBER + flags.to_bytes(4, "little")
+    head += struct.pack("<II", int(state.st_mtime), state.st_size) if not flags else bytes(8)
+    compiled.write_bytes(head + marshal.dumps(other))
+    assert ifx.load("models.py:make").out_features == 3
+    assert not Path("canary").exists()
+    spec = importlib.util.spec_from_file_location("plain", "models.py")
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    assert Path("canary").exists(), "Python itself does run it"
 
 
 def test_the_users_own_file_finds_its_neighbours_but_they_are_no_libraries(here):

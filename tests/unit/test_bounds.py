@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import zlib
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from indistill_fx.data.pictures import read_head, read_picture
 from indistill_fx.demo import DigitsStudent
 from indistill_fx.loading.pt2 import _check_expression, _check_payloads, _UnfitError
 from indistill_fx.loading.state_dicts import count_numbers, load_weights
+from indistill_fx.plan import AlignmentPlan
 from indistill_fx.report.read_runs import MOST_STAGES, read_run
 from indistill_fx.runs.load import load_run
 from indistill_fx.system.tensor_files import save_tensors
@@ -188,3 +190,11 @@ def test_twenty_thousand_stages_are_read_and_the_first_thousand_shown(tmp_path):
     assert found.phases[7].text == "layer7: a: 1 epoch"
     assert found.phases[7].epochs[0].loss == 1.0
     assert f"Of {count:,} stages the first {MOST_STAGES:,} are shown." in found.missing
+
+
+def test_a_plan_cannot_ask_for_pictures_that_fill_the_memory(tmp_path):
+    told = json.loads((Path(__file__).parents[1] / "golden" / "0.1.0" / "plan.json").read_text())
+    for size, fits in (([65535, 65535], False), ([4096, 4096], True)):
+        (tmp_path / "plan.json").write_text(json.dumps(told | {"view": {"size": size}}))
+        with nullcontext() if fits else pytest.raises(ifx.ConfigError, match="at most 16,777,216 are made"):
+            assert AlignmentPlan.load(tmp_path / "plan.json").view.size == tuple(size)

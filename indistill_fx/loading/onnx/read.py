@@ -49,13 +49,25 @@ def read_onnx(path: Path) -> onnx.ModelProto:
         raise _refused(path, "has sparse weights, which are not read here")
     del model.training_info[:], model.metadata_props[:]
     _bring_in_weights(model, path)
+    check_length(model, path)
     if model.functions:
-        if _written_out(model) > MOST_NODES:
-            raise _refused(path, f"has more than {MOST_NODES:,} operators, its functions written out")
-        model = inliner.inline_local_functions(model)
-    if sum(1 for _ in nodes_of(model.graph)) > MOST_NODES:
-        raise _refused(path, f"has more than {MOST_NODES:,} operators")
+        try:
+            model = inliner.inline_local_functions(model)
+        except Exception as error:  # of another compiler's code
+            raise _refused(path, "has functions of its own that are called wrongly") from error
+    if any(own.ref_attr_name for node in nodes_of(model.graph) for own in node.attribute):
+        raise _refused(path, "refers to attributes of a function outside of one")
     return model
+
+
+def check_length(model: onnx.ModelProto, path: Path) -> None:
+    """Refuse a model of too many operators, its own functions written out: a few that call each other can stand for any number.
+
+    Raises:
+        ConfigError: it is one.
+    """
+    if _written_out(model) > MOST_NODES:
+        raise _refused(path, f"has more than {MOST_NODES:,} operators, its functions written out")
 
 
 def nodes_of(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
@@ -118,30 +130,50 @@ def attributes_of(node: onnx.NodeProto) -> dict[str, Any]:
     return found
 
 
-def _bring_in_weights(model: onnx.ModelProto, path: Path) -> None:
-    """Read the weights in files beside it into the model, each within its file's bounds."""
-    total = path.stat().st_size
-    folder = path.parent.resolve()
+def weights_beside(model: onnx.ModelProto, path: Path) -> list[tuple[onnx.TensorProto, Path, int, int]]:
+    """The weights that a model keeps in files beside its own: tensor, file, first byte and number of bytes.
+
+    Raises:
+        ConfigError: one is not in a regular file of the same folder, or not within its bounds.
+    """
+    folder, found = path.parent.resolve(), []
     for tensor in _tensors(model):
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
             continue
         told = {entry.key: entry.value for entry in tensor.external_data}
         name = told.get("location", "")
-        beside = folder / name
-        if not name or Path(name).is_absolute() or beside.resolve().parent != folder or not beside.resolve().is_file():
-            raise _refused(path, f"has weights in {name!r}, and only files beside it are read")
-        size = beside.stat().st_size
+        if not name or not _lies_beside(folder, name):
+            raise _refused(
+                path, f"lacks its weights: {name[:200]!r} is no file beside it, and only such files are read"
+            )
+        size = (folder / name).stat().st_size
         start, length = (_number(told.get(key)) for key in ("offset", "length"))
         start = start or 0
         length = size - start if length is None else length
         if start < 0 or length < 0 or start + length > size:
             raise _refused(path, f"has weights in {name!r} that end after that file's {size:,} bytes")
+        found.append((tensor, folder / name, start, length))
+    return found
+
+
+def _lies_beside(folder: Path, name: str) -> bool:
+    try:
+        beside = (folder / name).resolve()
+        return not Path(name).is_absolute() and beside.parent == folder and beside.is_file()
+    except (OSError, ValueError, RuntimeError):  # too long, a zero byte, links in a circle
+        return False
+
+
+def _bring_in_weights(model: onnx.ModelProto, path: Path) -> None:
+    """Read the weights in files beside it into the model, each within its file's bounds."""
+    total = path.stat().st_size
+    for tensor, file, start, length in weights_beside(model, path):
         total += length
         if total > LARGEST_FILE:
             raise _refused(path, f"has more than {LARGEST_FILE:,} bytes, the weights beside it counted")
-        with beside.open("rb") as file:
-            file.seek(start)
-            tensor.raw_data = file.read(length)
+        with file.open("rb") as content:
+            content.seek(start)
+            tensor.raw_data = content.read(length)
         del tensor.external_data[:]
         tensor.data_location = onnx.TensorProto.DEFAULT
 
