@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import random
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from indistill_fx.deploy.onnx_session import (
     KINDS,
+    LARGEST_INPUT,
     Given,
     as_inputs,
     feed,
@@ -33,7 +35,6 @@ from indistill_fx.deploy.onnx_session import (
 )
 from indistill_fx.errors import ConfigError, first_lines
 from indistill_fx.graph.module_state import evaluating
-from indistill_fx.loading.spec import is_input_size
 
 Call: TypeAlias = Callable[[], object]
 Contestant: TypeAlias = nn.Module | str | PathLike[str]
@@ -211,7 +212,7 @@ def example_of(path: str | PathLike[str]) -> tuple[Tensor, ...]:
                 hint="Give it: --input 3x224x224.",
             )  # fmt: skip
         shape = (first if isinstance(first, int) else 1, *rest)
-        if value.type not in KINDS or not is_input_size(shape):
+        if value.type not in KINDS or not 0 < math.prod(shape) <= LARGEST_INPUT:
             raise ConfigError(
                 f"The input `{value.name}` of `{path}` cannot be made up: {value.type} {value.shape}.", where=str(path),
                 hint="Export the file again.",

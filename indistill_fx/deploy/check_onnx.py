@@ -18,6 +18,7 @@ from indistill_fx.deploy.metadata import weights_digest
 from indistill_fx.deploy.onnx_capture import Deployed, capture
 from indistill_fx.deploy.onnx_session import (
     KINDS,
+    LARGEST_INPUT,
     Given,
     file_size,
     graph_of,
@@ -31,7 +32,6 @@ from indistill_fx.deploy.parity import Decisions, Parity, Proof, RealParity, pro
 from indistill_fx.deploy.preprocess import Preprocess
 from indistill_fx.errors import ConfigError, IndistillError, first_lines
 from indistill_fx.graph.module_state import evaluating
-from indistill_fx.loading.spec import LARGEST_INPUT
 
 if TYPE_CHECKING:
     import onnx

@@ -30,6 +30,8 @@ KINDS = {
     "tensor(uint8)": torch.uint8,
     "tensor(bool)": torch.bool,
 }
+LARGEST_INPUT = 1 << 28
+"""Elements of an input that is made up for a file: 1 GiB in float32."""
 Array: TypeAlias = npt.NDArray[Any]
 Given: TypeAlias = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 """Inputs of a model: one, several in order, or by name."""

@@ -138,7 +138,7 @@ def _object(value: object) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _figures(value: object) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+def _figures(value: object, channels: int | None) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
     """Mean and standard deviation per channel.
 
     Raises:
@@ -149,6 +149,8 @@ def _figures(value: object) -> tuple[tuple[float, ...], tuple[float, ...]] | Non
     mean, std = (tuple(float(number) for number in part) for part in cast("Any", value))
     if len(mean) != len(std) or not all(map(math.isfinite, mean + std)) or not all(number > 0 for number in std):
         raise ValueError(f"a mean {str(mean)[:60]} and a standard deviation {str(std)[:60]}")
+    if mean and channels is not None and len(mean) != channels:
+        raise ValueError(f"a mean of {len(mean)} channels for pictures of {channels}")
     return (mean, std) if mean else None
 
 
@@ -179,11 +181,12 @@ def _short(text: object) -> bool:
 
 
 def _told_of_data(
-    kept: Mapping[str, Any], home: Path
+    kept: Mapping[str, Any], size: tuple[int, ...], home: Path
 ) -> tuple[tuple[str, ...], tuple[tuple[float, ...], tuple[float, ...]] | None]:
     """Class names and normalisation; an error where they cannot be."""
     try:
-        return tuple(str(name) for name in kept.get("classes") or ()), _figures(kept.get("normalisation"))
+        channels = size[0] if len(size) == 3 else None
+        return tuple(str(name) for name in kept.get("classes") or ()), _figures(kept.get("normalisation"), channels)
     except (ValueError, TypeError, AttributeError, OverflowError) as error:
         raise ConfigError(
             f"{home / 'run.json'} says what the classes or the figures of its data were, and they cannot be: {error}.",
@@ -254,7 +257,7 @@ def load_run(path: str | os.PathLike[str], *, trust: Sequence[str] = (), best: b
             got=str(size)[:60],
             hint=_by_hand(home),
         )
-    classes, normalisation = _told_of_data(kept, home)
+    classes, normalisation = _told_of_data(kept, size, home)
     weights = home / (BEST if best else STUDENT)
     if runs_code(parse_spec(spec)) and not is_signed(parse_spec(spec), kept.get("seal")):
         raise ConfigError(

@@ -6,6 +6,7 @@ data that they belong to.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,7 @@ def load_outputs(spec: str) -> Source:
         ConfigError: the folder has none, or they are damaged.
     """
     folder = Path(spec.removeprefix(_SPEC))
-    if not (folder / FILE).is_file():
+    if not os.path.isfile(folder / FILE):  # also where the name is too long to be asked for
         raise ConfigError(f"`{folder}` has no saved outputs.", where=spec, expected=FILE, hint=_MAKE)
     tensors, told = load_checkpoint(folder / FILE)
     samples = told.get("samples")

@@ -130,6 +130,7 @@ LONG = "x" * 300
         ["evaluate", "indistill_fx.demo:DigitsStudent", "--data", f"imagefolder:{LONG}"],
         ["evaluate", "indistill_fx.demo:DigitsStudent", "--data", f"{LONG}.py:make"],
         ["report", LONG],
+        ["distill", f"saved:{LONG}", "indistill_fx.demo:DigitsStudent", "--data", "digits", "-o", "run"],
         ["report", ".", "-o", LONG],
         ["check", f"{LONG}.onnx", "indistill_fx.demo:DigitsStudent"],
         ["bench", f"{LONG}.onnx"],
@@ -180,7 +181,7 @@ def test_figures_that_cannot_be_are_named(tmp_path: Path) -> None:
     place = Path(shutil.copytree(GOLDEN, tmp_path / "run"))
     told = json.loads((place / "run.json").read_text())
     save_tensors(place / STUDENT, DigitsStudent().state_dict())
-    for odd in ("a", [[0.0], [0.0]], [[float("inf")], [1.0]], [[0.0, 0.0], [1.0]], 5):
+    for odd in ("a", [[0.0], [0.0]], [[float("inf")], [1.0]], [[0.0, 0.0], [1.0]], [[0.0, 0.0], [1.0, 1.0]], 5):
         (place / "run.json").write_text(json.dumps(told | {"about": ABOUT | {"normalisation": odd}}))
         with pytest.raises(ConfigError, match="what the classes or the figures of its data were, and they cannot be"):
             load_run(place)
