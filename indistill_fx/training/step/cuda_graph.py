@@ -9,6 +9,7 @@ runs as it is.
 from __future__ import annotations
 
 import gc
+import linecache
 import random
 import warnings
 from collections.abc import Callable, Iterator
@@ -63,7 +64,7 @@ class CudaRecorder:
                 yield found
             finally:
                 torch.cuda.set_sync_debug_mode(before)
-        found += [f"{one.filename}:{one.lineno}" for one in caught if str(one.message).startswith(_WAITS)]
+        found += [_place(one) for one in caught if str(one.message).startswith(_WAITS)]
 
     def host_draws(self) -> object:
         """See `Recorder`."""
@@ -98,9 +99,10 @@ class CudaRecorder:
         except BaseException as error:
             self._leave(current, fresh)
             cause = first[0] if first else error
-            if isinstance(cause, torch.OutOfMemoryError) or not isinstance(cause, Exception):
+            if not isinstance(cause, Exception):
                 raise cause from None
-            text = " ".join(str(cause).split())[:300]
+            full = isinstance(cause, torch.OutOfMemoryError)
+            text = "the GPU has too little memory for it" if full else " ".join(str(cause).split())[:300]
             raise NotRecordedError(text) if self._usable() else _failed(text) from cause
         finally:
             if collecting:
@@ -119,6 +121,12 @@ class CudaRecorder:
         """After a recording that broke off, torch still has its stream for the current one, and its generator refuses to be seeded."""
         torch.cuda.set_stream(current)
         torch.cuda.default_generators[self._device.index].graphsafe_set_state(fresh.graphsafe_get_state())
+
+
+def _place(warning: warnings.WarningMessage) -> str:
+    """Where it waits, with the line itself: that of a graph stands in no file."""
+    line = linecache.getline(warning.filename, warning.lineno).partition(";")[0].strip()
+    return f"{warning.filename}:{warning.lineno}{f' (`{line}`)' if line else ''}"
 
 
 def _failed(text: str) -> TrainError:

@@ -15,6 +15,9 @@ State = Mapping[str, Sequence[Tensor]]
 
 _TOLERANCE = 0.1
 """Share of the change of a kind of tensors, as an L2 norm: operations of a GPU that add in no fixed order come nowhere near it."""
+_ROUGH = 0.5
+"""Likewise where Adam makes a whole step of a gradient that is nothing but rounding, such as that of a bias before a norm. What the
+gradients were is then seen in its moments."""
 
 
 def state_of(module: nn.Module, optimizer: Any, average: nn.Module | None = None) -> State:
@@ -25,14 +28,22 @@ def state_of(module: nn.Module, optimizer: Any, average: nn.Module | None = None
         optimizer: of its parameters.
         average: a moving average of them; None: there is none.
     """
+    entries = [(key, v) for own in optimizer.state.values() for key, v in own.items() if isinstance(v, Tensor)]
     return {
         "weights": [parameter for parameter in module.parameters() if parameter.requires_grad],
         "buffers": list(module.buffers()),
-        "optimiser's state": [
-            value for own in optimizer.state.values() for value in own.values() if isinstance(value, Tensor)
-        ],
+        "optimiser's state": [value for key, value in entries if key != "step"],
+        _COUNTS: [value for key, value in entries if key == "step"],
         "moving average": list(average.state_dict().values()) if average is not None else [],
     }
+
+
+_COUNTS = "optimiser's count of steps"
+
+
+def _tolerance(kind: str, state: State) -> float:
+    """Of Adam and its kin, the state counts steps."""
+    return _ROUGH if kind in ("weights", "moving average") and state.get(_COUNTS) else _TOLERANCE
 
 
 class Snapshot:
@@ -58,23 +69,23 @@ class Snapshot:
             self._scaler.load_state_dict(self._scale)
 
     @torch.no_grad()
-    def first_difference(self, other: Snapshot) -> str | None:
-        """The first kind of tensors that have changed otherwise than to those of another snapshot; None: there is none.
+    def first_difference(self, expected: Snapshot) -> str | None:
+        """The first kind of tensors that are now other than they should be; None: there is none.
 
         Args:
-            other: where another way led from this snapshot.
+            expected: where the right way led from this snapshot.
         """
         for kind, tensors in self._state.items():
             change = difference = 0.0
-            for now, before, found in zip(tensors, self._values[kind], other._values[kind], strict=True):
+            for now, before, right in zip(tensors, self._values[kind], expected._values[kind], strict=True):
                 own = _on_host(now)
-                if own.numel() == 1 or not own.is_floating_point():  # counters
-                    if not torch.equal(own, found):
+                if kind == _COUNTS or not own.is_floating_point():
+                    if not torch.equal(own, right):
                         return kind
                     continue
-                change += _square(own, before)
-                difference += _square(own, found)
-            if difference > _TOLERANCE**2 * change or difference == math.inf:
+                change += _square(right, before)
+                difference += _square(own, right)
+            if difference > _tolerance(kind, self._state) ** 2 * change or difference == math.inf:
                 return kind
         return None
 

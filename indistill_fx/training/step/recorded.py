@@ -6,9 +6,11 @@ Rules, in order:
   2. The last of these are watched. A step that waits for the device, draws random numbers on the host, changes Python state of its
      modules, or computes with other numbers than the one before (a weight that follows a count) cannot be recorded: replayed, it would not
      do that again. It is named, and the stage goes on unrecorded. Of what torch.compile has made the numbers are not seen.
-  3. Then the step is recorded on a batch that stays in its place, and replayed on every later batch of that form, which is copied over it.
-  4. The first replay has to prove itself: the step is taken again as it is, from the same state and with the same random numbers. That
-     one counts. Where the replay led elsewhere, the stage goes on unrecorded.
+  3. The next step is taken as it is, too. Then all is put back as it was before it, the step is recorded on a copy of the watched batch,
+     which stays in its place, and replayed on this one. Where that leads elsewhere, or cannot be done (for want of memory, for example),
+     what the step did as it is counts, and the stage goes on unrecorded. So the device never holds the tensors of a step and of a
+     recording at once, and what a recording keeps of its own batch and random numbers is found.
+  4. The recording is replayed on every later batch of that form, which is copied over the last one.
   5. Batches of another form (the last one of an epoch may be smaller) run as they are. A stage whose batches have ever new forms is not
      recorded.
 
@@ -17,6 +19,7 @@ Nothing of it is known to be a GPU's: that is the recorder's, so that a test can
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
@@ -62,7 +65,7 @@ class Recorder(Protocol):
         """Record what it does on the device, without doing it; returns what does it.
 
         Raises:
-            NotRecordedError: it cannot be recorded, although nothing was seen that is in the way; the device is as it was.
+            NotRecordedError: it cannot be recorded, although nothing was seen that is in the way; the device can be used as before.
             TrainError: it cannot, and nothing can be done on the device any more.
         """
 
@@ -108,10 +111,11 @@ class RecordedStep:
         snapshot: Callable[[], Snapshot] = lambda: Snapshot({}),
     ):
         self._work, self._recorder, self._watched, self._undo = work, recorder, watched, undo
-        self._snapshot, self._proved = snapshot, False
+        self._snapshot = snapshot
         self._form: Form | None = None
         self._ran: dict[Form, int] = {}
         self._calls: dict[Form, list[Call]] = {}
+        self._seen: dict[Form, tuple[Any, Tensor]] = {}
         self._static: Any = None
         self._loss: Tensor | None = None
         self._replay: Callable[[], None] | None = None
@@ -133,44 +137,51 @@ class RecordedStep:
         if self.reason:
             return self._work(batch)
         form = form_of(batch)
-        if self._replay is not None and form != self._form:
+        if self._replay is not None and form == self._form:
+            return self._replayed(batch)
+        if self._replay is not None:
             self.others += 1
             return self._work(batch)
-        if self._replay is None and not self._ready(form):
-            return self._warmed_up(batch, form)
-        if self._replay is None:
-            try:
-                self._record(batch, form)
-            except NotRecordedError as error:
-                self.reason, self._static = f"it could not be: {error}", None
-                self._undo()
-                return self._work(batch)
-            return self._recorder.beside(lambda: self._work(batch))
-        return self._replayed(batch) if self._proved else self._proven(batch)
+        return self._recorded(batch, form) if self._ran.get(form, 0) >= WARM_UP else self._warmed_up(batch, form)
 
     def _replayed(self, batch: Any) -> Tensor:
+        """Rule 4."""
         overwrite(self._static, batch)
         assert self._replay is not None and self._loss is not None
         self._replay()
         return self._loss.clone()
 
-    def _proven(self, batch: Any) -> Tensor:
-        """Rule 4."""
+    def _recorded(self, batch: Any, form: Form) -> Tensor:
+        """Rule 3."""
         before, draws = self._snapshot(), self._recorder.device_draws()
-        replayed = self._replayed(batch)
-        led_to = self._snapshot()
+        loss = self._run_beside(batch)
+        after, drawn = self._snapshot(), self._recorder.device_draws()
         before.restore()
-        self._recorder.draw_again(draws)
-        loss = self._recorder.beside(lambda: self._work(batch))
-        same = torch.isclose(replayed, loss, rtol=1e-3, atol=1e-6, equal_nan=True)
-        differs = before.first_difference(led_to) if same else "loss"
-        if differs is not None:
-            self.reason, self._static, self._replay = f"replayed, it changed the {differs} otherwise", None, None
-        self._proved = True
+        self._form, (self._static, others) = form, self._seen.pop(form)
+        self._recorder.draw_again(others)
+        try:
+            self._replay = self._recorder.record(self._work_on_static)
+            self._recorder.draw_again(draws)
+            replayed = self._replayed(batch)
+            same = torch.isclose(replayed, loss, rtol=1e-3, atol=1e-6, equal_nan=True)
+            differs = before.first_difference(after) if same else "loss"
+            if differs is None:
+                self._seen.clear()
+                return replayed
+            self.reason = f"replayed, it changed the {differs} otherwise"
+        except NotRecordedError as error:
+            self.reason = f"it could not be: {error}"
+        self._static = self._replay = None
+        self._seen.clear()
+        gc.collect()  # of a recording that broke off, its error holds all that the step had made
+        self._undo()
+        after.restore()
+        self._recorder.draw_again(drawn)
         return loss
 
-    def _ready(self, form: Form) -> bool:
-        return self._ran.get(form, 0) >= WARM_UP
+    def _work_on_static(self) -> None:
+        assert self._loss is not None
+        self._loss.copy_(self._work(self._static))
 
     def _warmed_up(self, batch: Any, form: Form) -> Tensor:
         """Rules 1 and 2."""
@@ -185,6 +196,7 @@ class RecordedStep:
             with noting as self._calls[form]:
                 return self._run_beside(batch)
         state, draws = host_state(self._watched), self._recorder.host_draws()
+        self._seen[form] = static_copy(batch), self._recorder.device_draws()
         with self._recorder.waiting() as waits, noting as calls:
             loss = self._run_beside(batch)
         differs = first_difference(self._calls.pop(form), calls)
@@ -204,13 +216,3 @@ class RecordedStep:
         loss = self._recorder.beside(lambda: self._work(batch))
         self._loss = torch.zeros_like(loss)
         return loss
-
-    def _record(self, batch: Any, form: Form) -> None:
-        """Rule 3."""
-        self._form, self._static, loss = form, static_copy(batch), self._loss
-        assert loss is not None
-
-        def run() -> None:
-            loss.copy_(self._work(self._static))
-
-        self._replay = self._recorder.record(run)
