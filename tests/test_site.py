@@ -84,6 +84,7 @@ def settings_table() -> str:
     for field in dataclasses.fields(Settings):
         about = field.metadata["about"]
         flag = f" On the command line `--{about.flag}`." if about.flag else ""
+        flag += f" On the command line also `--{about.alias}`." if about.alias else ""
         text = about.help.replace("[default: ", "Default: ").replace("]", ".").replace("|", "\\|")
         lines.append(f"| `{field.name}` | `{field.default!r}` | {text}{flag} |")
     return "\n".join(lines) + "\n"

@@ -109,8 +109,9 @@ def _setting(name: str) -> Callable[[Command], Command]:
     else:
         shape = click.IntRange(min=int(known.least or 0)) if kind is int else float
     shown = default not in (None, ())
+    flags = (flag, f"--{known.alias}") if known.alias else (flag,)
     return click.option(
-        flag, name, default=default, show_default=shown, type=shape, metavar=known.metavar, help=known.help
+        *flags, name, default=default, show_default=shown, type=shape, metavar=known.metavar, help=known.help
     )
 
 

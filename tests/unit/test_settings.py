@@ -31,6 +31,12 @@ def test_the_flags_of_an_option_with_three_values(asked, value):
     assert context.params["graphs"] is value
 
 
+@pytest.mark.parametrize("flag", ["--mixed-precision", "--precision"])
+def test_an_option_with_two_names(flag):
+    context = train.command.make_context("train", ["model", "--data", "digits", "-o", "run", flag, "bf16"])
+    assert context.params["mixed_precision"] == "bf16"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -61,4 +61,8 @@ def make_optimizer(
         rate = torch.tensor(learning_rate, dtype=torch.float32, device=parameters[0].device)
         extra |= {"capturable": True} if name != "sgd" else {}
     optimizer: torch.optim.Optimizer = kind(groups, lr=rate, weight_decay=weight_decay, fused=fused, **extra)
+    if name == "sgd" and momentum:
+        # Fused, torch takes uninitialised memory for the momentum if the first step is skipped, as float16's scaler often does.
+        for parameter in parameters:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer

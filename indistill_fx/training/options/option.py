@@ -18,6 +18,7 @@ class About:
     Attributes:
         help: what it means, in a line or two.
         flag: its name on the command line, if that is not its own with hyphens.
+        alias: a second name there.
         metavar: what stands for its value there.
         above: what a number must be greater than.
         least: the smallest number it may be.
@@ -27,6 +28,7 @@ class About:
 
     help: str
     flag: str = ""
+    alias: str = ""
     metavar: str | None = None
     above: float | None = None
     least: float | None = None

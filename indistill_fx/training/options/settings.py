@@ -154,7 +154,7 @@ class Settings:
         default=1, metadata=described("Batches per optimiser step; the gradient is their mean.", least=1)
     )
     mixed_precision: Precision | None = field(
-        default=None, metadata=described("[default: what `accelerate launch` says, else no]")
+        default=None, metadata=described("[default: what `accelerate launch` says, else no]", alias="precision")
     )
     compile: bool = field(
         default=False,

@@ -56,10 +56,11 @@ def forget_peak(device: torch.device) -> None:
 def peak_memory(device: torch.device) -> int | None:
     """The most bytes held; None if it cannot be known.
 
-    Of a GPU by torch's tensors since `forget_peak`, of a CPU by the whole process since it began.
+    Of a GPU by torch since `forget_peak`: its tensors, what a recorded step writes into, and what is kept for the next tensors. Of a CPU by
+    the whole process since it began.
     """
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return torch.cuda.max_memory_reserved(device)
     if device.type != "cpu" or sys.platform == "win32":
         return None
     import resource
