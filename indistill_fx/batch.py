@@ -326,6 +326,26 @@ def stand_in(batch: Any) -> Any:
     return _rebuilt(batch, filled)
 
 
+def to_device(batch: Any, device: torch.device | str, *, non_blocking: bool = False) -> Any:
+    """The batch with its tensors on a device."""
+    return map_tensors(batch, lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+
+def map_tensors(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The batch with each of its tensors changed, however deep, in the batch's own form; a mapping of any kind becomes a dict."""
+    if isinstance(batch, Tensor):
+        return change(batch)
+    if isinstance(batch, Mapping):
+        return {name: map_tensors(value, change) for name, value in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        values = [map_tensors(value, change) for value in batch]
+        return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        names = [field.name for field in dataclasses.fields(batch)]
+        return dataclasses.replace(batch, **{name: map_tensors(getattr(batch, name), change) for name in names})
+    return batch
+
+
 def _rebuilt(batch: Any, change: Callable[[Any], Any]) -> Any:
     if isinstance(batch, Tensor):
         return change(batch)

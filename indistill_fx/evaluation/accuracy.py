@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import send_to_device
 from torch import Tensor, fx, nn
 
-from indistill_fx.batch import Call, Inputs, split
+from indistill_fx.batch import Call, Inputs, split, to_device
 from indistill_fx.errors import ConfigError, IndistillError
 from indistill_fx.graph.module_state import evaluating
 from indistill_fx.graph.view import View
@@ -270,7 +269,7 @@ def _outputs(
     with evaluating(owner):
         inputs = Inputs.of(module) if isinstance(module, nn.Module) else Inputs.of_function(module)
         for batch in followed(loader, "Evaluating", shown=progress):
-            parts = split(send_to_device(batch, device), inputs, where=type(owner).__name__)
+            parts = split(to_device(batch, device), inputs, where=type(owner).__name__)
             if parts.labels is None:
                 raise ConfigError(
                     "A batch of the test set has no labels.",

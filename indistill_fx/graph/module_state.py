@@ -306,6 +306,26 @@ def _is_compiled(part: nn.Module) -> bool:
 
 
 @contextmanager
+def moved(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Within the block a module is on a device, after it where it was. One that is spread over several stays where it is.
+
+    Args:
+        module: any.
+        device: where to.
+    """
+    found = {tensor.device for tensor in (*module.parameters(), *module.buffers())}
+    before = found.pop() if len(found) == 1 else device
+    if before == device:
+        yield
+        return
+    module.to(device)
+    try:
+        yield
+    finally:
+        module.to(before)
+
+
+@contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """The module in eval mode, without autograd, and untouched afterwards.
 

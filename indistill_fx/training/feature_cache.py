@@ -24,12 +24,11 @@ from typing import Annotated, Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device
 from filelock import FileLock
 from pydantic import BaseModel, Field
 from torch import Tensor, fx
 
-from indistill_fx.batch import INDICES, Inputs, split, with_features
+from indistill_fx.batch import INDICES, Inputs, split, to_device, with_features
 from indistill_fx.data.loaders import EpochLoader
 from indistill_fx.data.same_samples import same_samples
 from indistill_fx.errors import ConfigError
@@ -248,7 +247,7 @@ def _run(
     device: torch.device | str,
 ) -> dict[str, Tensor]:
     with torch.no_grad(), autocast():
-        call = split(send_to_device(batch, device), Inputs.of(graph), where=f"Stage `{stage.name}`").calls[0]
+        call = split(to_device(batch, device), Inputs.of(graph), where=f"Stage `{stage.name}`").calls[0]
         features: dict[str, Tensor] = call(graph)[0]
     return features
 

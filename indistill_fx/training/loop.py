@@ -20,10 +20,9 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device
 from torch import nn
 
-from indistill_fx.batch import count_of
+from indistill_fx.batch import count_of, to_device
 from indistill_fx.data.foreign import with_last
 from indistill_fx.data.loaders import EpochLoader
 from indistill_fx.errors import TrainError
@@ -229,7 +228,7 @@ class TrainingLoop:
         for index, (batch, last) in enumerate(self._awaited(with_last(iter(self._loader))), start=self.state.batch):
             if self.state.epochs == 0:
                 self._check(index, batch)
-            yield index, send_to_device(phase.given(batch), device, non_blocking=True), last
+            yield index, to_device(phase.given(batch), device, non_blocking=True), last
         if self._loader.left_out and self.state.epoch == 0:
             self._note(phase, f"a batch of fewer than {self._loader.least} samples is left out: batch norms need them")
 
@@ -322,7 +321,7 @@ class TrainingLoop:
         def trial(stage: nn.Module) -> Any:
             self._loader.set_epoch(self.state.epochs)
             with self._accelerator.autocast():
-                return stage(send_to_device(phase.given(next(iter(self._loader))), self._accelerator.device))
+                return stage(to_device(phase.given(next(iter(self._loader))), self._accelerator.device))
 
         module, note = compiled(phase.module, trial, self._settings.compile_mode)
         self._note(phase, note)

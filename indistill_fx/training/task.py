@@ -8,11 +8,10 @@ from itertools import islice
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from indistill_fx.batch import Inputs, split
+from indistill_fx.batch import Inputs, split, to_device
 from indistill_fx.errors import ConfigError
 from indistill_fx.evaluation.accuracy import deciding_metric, select_logits
 from indistill_fx.graph.module_state import evaluating
@@ -75,7 +74,7 @@ def task_of_run(
         if anchor is not None and type(anchor) not in (Tensor, nn.Parameter):
             return None  # sharded: one process cannot ask alone
         device = anchor.device if anchor is not None else torch.device("cpu")
-        call = split(send_to_device(batch, device), *models, where="The training").calls[-1]
+        call = split(to_device(batch, device), *models, where="The training").calls[-1]
         with evaluating(module):
             outputs = call(module)
         if logits is None and not isinstance(outputs, Tensor):

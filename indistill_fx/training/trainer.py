@@ -19,7 +19,7 @@ from indistill_fx.data.readers import noticing_dead_readers
 from indistill_fx.errors import ConfigError, PassError
 from indistill_fx.evaluation.accuracy import Evaluation, evaluate
 from indistill_fx.graph.edit import forget_sources
-from indistill_fx.graph.module_state import digest
+from indistill_fx.graph.module_state import digest, moved
 from indistill_fx.graph.view import View
 from indistill_fx.runs.checkpoint import state_tensors
 from indistill_fx.runs.directory import AVERAGE, LAST, STUDENT, RunDirectory
@@ -179,7 +179,7 @@ class Trainer:
                 directory=directory,
                 reporter=reporter,
                 stop=stop,
-                validate=partial(self._measured, setup.task) if self._validates(setup) else None,
+                validate=partial(self._measured, setup.task, accelerator.device) if self._validates(setup) else None,
                 check=setup.task.check,
                 metric=setup.task.metric or MetricFacts(),
                 mix=setup.mix,
@@ -286,11 +286,11 @@ class Trainer:
     def _validates(self, setup: Setup) -> bool:
         return self.val_loader is not None and setup.task.metric is not None
 
-    def _measured(self, task: RunTask, module: nn.Module, view: View | None = None) -> Evaluation:
-        data = (
-            self.val_loader if self.val_loader is not None else ()
-        )  # a stream has no length, so it is neither true nor false
-        return evaluate(module, data, task=task.task, logits=self.logits, view=view)
+    def _measured(self, task: RunTask, device: torch.device, module: nn.Module, view: View | None = None) -> Evaluation:
+        data = self.val_loader if self.val_loader is not None else ()  # a stream is neither true nor false
+        data = data.to(device) if isinstance(data, EpochLoader) else data
+        with moved(module, device):
+            return evaluate(module, data, task=task.task, logits=self.logits, view=view)
 
     def _teacher_metrics(
         self, setup: Setup, before: RunDirectory | None, accelerator: Accelerator, reporter: Reporter
@@ -305,7 +305,7 @@ class Trainer:
         if isinstance(known, dict) and all(map(is_number, known.values())) and metric.name in known:
             found: Mapping[str, float] = known
         else:
-            measured = self._measured(setup.task, self.teacher, setup.view)
+            measured = self._measured(setup.task, accelerator.device, self.teacher, setup.view)
             found = measured.values
             if measured.no_better_than_chance:
                 reporter.say(
@@ -328,7 +328,7 @@ class Trainer:
         metric = task.metric or MetricFacts()
         metrics = epochs[-1].measured if epochs else None
         if metrics is None and self.val_loader is not None and task.metric is not None and accelerator.is_main_process:
-            metrics = self._measured(task, self.student).values
+            metrics = self._measured(task, accelerator.device, self.student).values
         if directory is not None and directory.writes:
             save_tensors(directory.path / STUDENT, state_tensors(self.student))
             if loop.average is not None:

@@ -6,9 +6,9 @@ import traceback
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
+from indistill_fx.batch import to_device
 from indistill_fx.errors import ConfigError, IndistillError
 from indistill_fx.graph.module_state import evaluating
 from indistill_fx.losses.task import Task
@@ -33,7 +33,7 @@ def require_loss(module: nn.Module, batch: Any, what: str) -> None:
     anchor = next((parameter for parameter in module.parameters() if parameter.requires_grad), None)
     if anchor is None or type(anchor) not in (Tensor, nn.Parameter):
         return  # nothing trains, or it is sharded: one process cannot ask alone
-    batch = send_to_device(batch, anchor.device)
+    batch = to_device(batch, anchor.device)
     with evaluating(module), torch.enable_grad():
         try:
             loss = module(batch)

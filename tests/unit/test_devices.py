@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 import json
 import os
 from contextlib import nullcontext
@@ -13,7 +15,11 @@ from torch import nn
 
 import indistill_fx as ifx
 import indistill_fx.target as targets
+from indistill_fx.batch import tensors_of, to_device
 from indistill_fx.cli import run
+from indistill_fx.data import open_data
+from indistill_fx.demo import DigitsStudent, DigitsTeacher
+from indistill_fx.graph.module_state import moved
 from indistill_fx.report.work import Work
 from indistill_fx.training.memory import noticing_full_memory_elsewhere
 from indistill_fx.training.options.settings import Settings
@@ -151,6 +157,81 @@ def test_a_run_tells_samples_waiting_and_memory(tmp_path, capsys):
     assert "tf32" not in record.environment
     assert run(["report", str(tmp_path), "-o", str(tmp_path / "page.html")]) == 0
     assert "samples/s" in (tmp_path / "page.html").read_text()
+
+
+def test_a_gpus_memory_is_all_that_torch_holds(monkeypatch):
+    """A recorded step writes into memory that belongs to no tensor any more."""
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 7)
+    assert devices.peak_memory(torch.device("cuda:0")) == 7
+
+
+class Travelling(nn.Linear):
+    """Notes where it is sent."""
+
+    def __init__(self) -> None:
+        super().__init__(2, 2)
+        self.sent: list[object] = []
+
+    def to(self, *args, **kwargs):
+        self.sent.append(args[0])
+        return self
+
+
+def test_what_is_measured_is_where_the_run_is_and_then_where_it_was():
+    there, one = torch.device("cuda:0"), Travelling()
+    with pytest.raises(ZeroDivisionError), moved(one, there):
+        assert one.sent == [there]
+        raise ZeroDivisionError
+    assert one.sent == [there, CPU]
+    with moved(one, CPU):
+        pass
+    assert len(one.sent) == 2
+    one.spread = nn.Parameter(torch.empty(1, device="meta"))
+    with moved(one, there):  # over several devices: its owner laid it out
+        pass
+    assert len(one.sent) == 2
+
+
+def test_the_teacher_and_validation_data_go_to_the_runs_device(monkeypatch):
+    """The teacher of a run on a GPU was measured on the CPU, where the user had left it."""
+    import indistill_fx.training.trainer as subject
+
+    seen: list[tuple[object, object]] = []
+    original = subject.moved
+
+    def noted(module, device):
+        seen.append((module, device))
+        return original(module, device)
+
+    monkeypatch.setattr(subject, "moved", noted)
+    data = open_data("digits", limit=64)
+    teacher, student = DigitsTeacher(), DigitsStudent()
+    sent: list[object] = []
+    monkeypatch.setattr(type(data.test), "to", lambda self, device: sent.append((self, device)) or self)
+    none = ifx.Curriculum(lengths=[])
+    ifx.distill(
+        teacher, student, data.train, curriculum=none, epochs=1, val_loader=data.test, progress=False, device="cpu"
+    )
+    assert seen == [(teacher, CPU), (student, CPU)] and (data.test, CPU) in sent
+
+
+@dataclasses.dataclass
+class Given:
+    x: torch.Tensor
+    labels: torch.Tensor
+    name: str
+
+
+def test_batches_of_every_form_go_to_the_device():
+    """Those of a dataclass stayed where they were."""
+    x, meta = torch.randn(2, 3), torch.device("meta")
+    pair = collections.namedtuple("pair", "x labels")
+    forms = (x, (x, x), [x, x], {"x": x, "y": x}, collections.UserDict(x=x), pair(x, x), Given(x, x, "a"))
+    for given in forms:
+        found = tensors_of(to_device(given, meta))
+        assert [tensor.device for tensor in found] == [meta] * len(tensors_of(given))
+    assert to_device({"deep": {"x": [x]}}, meta)["deep"]["x"][0].device == meta
+    assert to_device(Given(x, x, "a"), meta).name == "a"
 
 
 def test_a_phase_sums_up_its_epochs():

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
+
+from indistill_fx.batch import map_tensors
 
 Form = tuple[Any, ...]
 """What two batches must have in common for one to be copied over the other: structure, shapes, strides, dtypes, devices, other values."""
@@ -35,7 +37,7 @@ def form_of(batch: Any) -> Form:
 
 def static_copy(batch: Any) -> Any:
     """The same batch in memory of its own, of the same form."""
-    return _mapped(batch, lambda tensor: tensor.detach().clone())
+    return map_tensors(batch, lambda tensor: tensor.detach().clone())
 
 
 def overwrite(static: Any, batch: Any) -> None:
@@ -51,20 +53,5 @@ def _tensors(batch: Any) -> list[Tensor]:
         found.append(tensor)
         return tensor
 
-    _mapped(batch, note)
+    map_tensors(batch, note)
     return found
-
-
-def _mapped(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(batch, Tensor):
-        return change(batch)
-    if isinstance(batch, Mapping):
-        return {name: _mapped(value, change) for name, value in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(_mapped(value, change) for value in batch))
-    if isinstance(batch, (tuple, list)):
-        return type(batch)(_mapped(value, change) for value in batch)
-    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
-        names = [field.name for field in dataclasses.fields(batch)]
-        return dataclasses.replace(batch, **{name: _mapped(getattr(batch, name), change) for name in names})
-    return batch
