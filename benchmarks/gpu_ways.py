@@ -1,22 +1,21 @@
-"""The pairs of benchmarks/gpu.py, one training step of each way, and what is checked before anything is timed."""
+"""The pairs of benchmarks/gpu.py, and one training step of each way."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import indistill_fx as ifx
+from benchmarks.warmup_ways import HookBaseline, vision
 from benchmarks.warmup_ways import _vit as vit
-from benchmarks.warmup_ways import vision
 from examples.paper_cifar10 import Cnn32
-from indistill_fx.data.augment import FlipAndCrop
-from indistill_fx.data.held import HeldImages
-from indistill_fx.data.loaders import MemoryLoader
+from indistill_fx.passes.lowering.table import LOWERINGS, Lowerings
 from indistill_fx.target import Target
 from indistill_fx.training.options.optimizers import make_optimizer
 from indistill_fx.training.step.cuda_graph import CudaRecorder
@@ -24,6 +23,8 @@ from indistill_fx.training.step.proof import Snapshot, state_of
 from indistill_fx.training.step.recorded import WARM_UP, RecordedStep, Recorder
 
 Row = dict[str, Any]
+Ways = Mapping[str, Callable[[], Callable[[], Any]]]
+"""What makes a step of each way."""
 
 
 def paper() -> tuple[nn.Module, nn.Module]:
@@ -31,22 +32,151 @@ def paper() -> tuple[nn.Module, nn.Module]:
     return Cnn32(), Cnn32((8, 16, 32), 64)
 
 
-# name → (models, image, batch, dtype, stages from 1; the most important rows first)
-PAIRS: dict[
-    str, tuple[Callable[[], tuple[nn.Module, nn.Module]], tuple[int, ...], int, torch.dtype, tuple[int, ...]]
-] = {
-    "paper": (paper, (3, 32, 32), 128, torch.float32, (1, 2, 3)),
-    "resnet50-resnet18": (vision("resnet50", "resnet18"), (3, 224, 224), 128, torch.bfloat16, (1, 2, 3, 4)),
-    "vit_b-vit_ti": (vit, (3, 224, 224), 128, torch.bfloat16, (1, 6, 12)),
-    "resnet50-mobilenet_v3_large": (
-        vision("resnet50", "mobilenet_v3_large"),
-        (3, 224, 224),
-        128,
-        torch.bfloat16,
-        (1, 3),
-    ),
-    "resnet152-resnet50": (vision("resnet152", "resnet50"), (3, 224, 224), 64, torch.bfloat16, (1, 4)),
+@dataclass(frozen=True)
+class Task:
+    """What is measured of a pair.
+
+    Attributes:
+        build: makes teacher and student.
+        size: of an image.
+        batch: images in a batch.
+        dtype: of the arithmetic on a GPU; float32 is what torch makes of it by default, convolutions in TF32.
+        stages: their numbers, from 1.
+    """
+
+    build: Callable[[], tuple[nn.Module, nn.Module]]
+    size: tuple[int, ...]
+    batch: int
+    dtype: torch.dtype
+    stages: tuple[int, ...]
+
+
+_LARGE, _HALF = (3, 224, 224), torch.bfloat16
+
+PAIRS: dict[str, Task] = {  # the most important ones first
+    "paper": Task(paper, (3, 32, 32), 128, torch.float32, (1, 2, 3)),
+    "resnet50-resnet18": Task(vision("resnet50", "resnet18"), _LARGE, 128, _HALF, (1, 2, 3, 4)),
+    "vit_b-vit_ti": Task(vit, _LARGE, 128, _HALF, (1, 6, 12)),
+    "resnet50-mobilenet_v3_large": Task(vision("resnet50", "mobilenet_v3_large"), _LARGE, 128, _HALF, (1, 3)),
+    "resnet152-resnet50": Task(vision("resnet152", "resnet50"), _LARGE, 64, _HALF, (1, 4)),
+    "resnet50-resnet18, float32": Task(vision("resnet50", "resnet18"), _LARGE, 128, torch.float32, (1, 4)),
 }
+
+COMPILED: tuple[tuple[str, int], ...] = (  # likewise; each takes a minute or so to compile
+    *(("resnet50-resnet18", 1), ("resnet50-resnet18", 4), ("paper", 1), ("paper", 2), ("paper", 3)),
+    *(("resnet50-mobilenet_v3_large", 3), ("vit_b-vit_ti", 12), ("resnet152-resnet50", 4)),
+    *(("resnet50-resnet18", 2), ("resnet50-resnet18", 3), ("vit_b-vit_ti", 1), ("vit_b-vit_ti", 6)),
+    *(("resnet50-mobilenet_v3_large", 1), ("resnet152-resnet50", 1)),
+    *(("resnet50-resnet18, float32", 1), ("resnet50-resnet18, float32", 4)),
+)
+
+
+class Models:
+    """A pair on a device, aligned, and all ways of training its stages.
+
+    Args:
+        name: of the pair.
+        device: where.
+        tiny: small pictures and batches.
+    """
+
+    def __init__(self, name: str, device: str, *, tiny: bool):
+        task = PAIRS[name]
+        size, batch = task.size, task.batch
+        if tiny:
+            size, batch = size if name in ("paper", "vit_b-vit_ti") else (3, 64, 64), 2
+        self.name, self.device = name, device
+        self.dtype = task.dtype if device.startswith("cuda") else torch.float32
+        torch.manual_seed(0)
+        self.teacher, self.student = (model.to(device) for model in task.build())
+        self.x = torch.randn(batch, *size, device=device)
+        self.plan = ifx.align(self.teacher, self.student, example_inputs=self.x[:2])
+        self.last = self.dtype != torch.float32 and "vit" not in name  # as their users train them
+        self.batch = self.x.to(memory_format=torch.channels_last) if self.last else self.x
+
+    def row(self, number: int) -> Row:
+        """What is to be known of a stage."""
+        tap = self.plan.pairs[number - 1].student
+        dtype = str(self.dtype).partition(".")[2]
+        return {"pair": self.name, "stage": tap, "number": number, "batch": len(self.x), "dtype": dtype}
+
+    def ours(self, number: int, *, compiled: bool = False, lowerings: Lowerings | None = None) -> ifx.Stage:
+        """Our stage; its student's weights lie as the trainer would lay them."""
+        mine = copy.deepcopy(self.student).train()
+        mine = mine.to(memory_format=torch.channels_last) if self.last else mine
+        return stage_of(
+            self.teacher,
+            mine,
+            self.plan,
+            number,
+            self.x[:2],
+            target=Target(self.device, self.dtype, compiled),
+            lowerings=lowerings,
+        )
+
+    def hooks(self, number: int) -> nn.Module:
+        """The plain way: both networks whole."""
+        models = copy.deepcopy(self.teacher), copy.deepcopy(self.student).train()
+        if self.last:
+            models = tuple(model.to(memory_format=torch.channels_last) for model in models)  # type: ignore[assignment]
+        return HookBaseline(*models, self.plan.pairs[number - 1])
+
+    def ways(self, number: int) -> Ways:
+        """As they are."""
+        x, dtype = self.batch, self.dtype
+        return {
+            "hooks": lambda: eager(self.hooks(number), x, dtype),
+            "ours": lambda: eager(self.ours(number), x, dtype),
+            "recorded": lambda: recorded(self.ours(number), x, dtype),
+        }
+
+    def compiled(self, number: int) -> Ways:
+        """By torch.compile, and beside them two as they are."""
+        x, dtype, kept = self.batch, self.dtype, list[Any]()
+
+        def ours() -> Any:
+            if not kept:
+                kept.append(torch.compile(self.ours(number, compiled=True), fullgraph=True))
+            return kept[0]
+
+        ways = self.ways(number)
+        return {
+            "hooks": ways["hooks"],
+            "recorded": ways["recorded"],
+            "hooks compiled": lambda: eager(torch.compile(self.hooks(number)), x, dtype),
+            "ours compiled": lambda: eager(ours(), x, dtype),
+            "recorded compiled": lambda: recorded(ours(), x, dtype),
+        }
+
+    def lowered(self, number: int) -> Ways:
+        """With each rewrite of the target's table off, all off, and those on that a GPU could have and that stand in no table."""
+        own = LOWERINGS[Target(self.device, self.dtype).kind]
+        tried = {f"without {name}": own.without(name) for name in dict.fromkeys((*own.teacher, *own.student))}
+        tried |= {"without any": Lowerings(), "with fuse_cudnn": with_fuse_cudnn(own), "as it is": own}
+        if "channels_last" not in own.student:
+            both = replace(own, teacher=("channels_last", *own.teacher), student=("channels_last", *own.student))
+            tried["with channels_last"] = both
+        return {
+            key: lambda lowerings=lowerings: eager(self.ours(number, lowerings=lowerings), self.batch, self.dtype)
+            for key, lowerings in tried.items()
+        }
+
+
+def with_fuse_cudnn(own: Lowerings) -> Lowerings:
+    """The same rewrites, and before them the one that no table has yet."""
+    return replace(own, teacher=("fuse_cudnn", *own.teacher))
+
+
+def stage_of(
+    teacher: nn.Module, student: nn.Module, plan: ifx.AlignmentPlan, number: int, example: Tensor, **options: Any
+) -> ifx.Stage:
+    """One warm-up stage of a pair, in train mode; the others are not compiled."""
+    lengths = [int(k == number) for k in range(1, len(plan.pairs) + 1)]
+    curriculum = ifx.Curriculum(lengths=lengths)
+    (stage,) = ifx.compile_stages(
+        teacher, student, plan, curriculum=curriculum, main=None, example_inputs=example, **options
+    )
+    return stage.train()
 
 
 class RunAgain:
@@ -90,7 +220,7 @@ def work_of(
     optimizer = make_optimizer(
         "adam",
         [parameter for parameter in loss_of.parameters() if parameter.requires_grad],
-        learning_rate=1e-3,
+        learning_rate=2.0**-10,  # a number of float32, in which a recorded optimiser has its rate
         weight_decay=0.0,
         momentum=0.0,
         recordable=recordable,
@@ -121,86 +251,8 @@ def recorded(loss_of: nn.Module, x: Tensor, dtype: torch.dtype) -> Callable[[], 
     """
     work, snapshot = work_of(loss_of, dtype, recordable=True)
     step = RecordedStep(work, recorder(str(x.device)), loss_of, snapshot=snapshot)
-    for _ in range(WARM_UP + 2):  # it is recorded in the last but one, and proves itself in the last
+    for _ in range(WARM_UP + 1):  # in the last one it is recorded, and proves itself
         step(x)
     if step.reason:
         raise RuntimeError(step.reason)
     return lambda: step(x)
-
-
-@contextmanager
-def exact() -> Iterator[None]:
-    """Within the block float32 is computed as such."""
-    convolutions, products = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = convolutions.allow_tf32, products.allow_tf32
-    convolutions.allow_tf32 = products.allow_tf32 = False
-    try:
-        yield
-    finally:
-        convolutions.allow_tf32, products.allow_tf32 = before
-
-
-def correctness(device: str, tiny: bool) -> list[Row]:
-    """Loss and gradients of every stage of the paper's pair beside float64 on the CPU, TF32 off."""
-    rows = []
-    torch.manual_seed(0)
-    teacher, student = paper()
-    x = torch.randn(8 if tiny else 64, 3, 32, 32)
-    plan = ifx.align(teacher, student, example_inputs=x[:2])
-    for number, pair in enumerate(plan.pairs):
-        found = []
-        for where, dtype in (("cpu", torch.float64), (device, torch.float32)):
-            own = copy.deepcopy(student).to(where, dtype).train()
-            stages = ifx.compile_stages(
-                copy.deepcopy(teacher).to(where, dtype), own, plan, main=None, example_inputs=x[:2].to(where, dtype),
-                target=Target(where, dtype),
-            )  # fmt: skip
-            with exact():
-                loss = stages[number].train()(x.to(where, dtype))
-                loss.backward()
-            found.append((loss.item(), [p.grad.double().cpu() for p in own.parameters() if p.grad is not None]))
-        (reference, grads), (got, others) = found
-        whole, other = (torch.cat([grad.flatten() for grad in one]) for one in (grads, others))
-        difference = float((whole - other).norm() / whole.norm())
-        rows.append({"stage": pair.student, "loss": abs(got - reference) / abs(reference), "gradients": difference})
-    return rows
-
-
-def graphs_on_and_off(device: str, steps: int) -> Row:
-    """The largest relative difference of the losses of so many steps on new data, recorded and not, by stage; TF32 off."""
-    torch.manual_seed(0)
-    teacher, student = paper()
-    batches = [torch.randn(64, 3, 32, 32, generator=torch.Generator().manual_seed(k)) for k in range(steps)]
-    plan = ifx.align(teacher, student, example_inputs=batches[0][:2])
-    found = {}
-    for number, pair in enumerate(plan.pairs):
-        losses: list[list[float]] = []
-        for record in (False, True):
-            own = copy.deepcopy(student).to(device).train()
-            stages = ifx.compile_stages(
-                copy.deepcopy(teacher).to(device), own, plan, main=None, example_inputs=batches[0][:2].to(device),
-                target=Target(device),
-            )  # fmt: skip
-            stage = stages[number].train()
-            work, snapshot = work_of(stage, torch.float32, recordable=True)
-            step = RecordedStep(work, recorder(device), stage, snapshot=snapshot) if record else work
-            with exact():
-                losses.append([float(step(batch.to(device))) for batch in batches])
-            if isinstance(step, RecordedStep) and step.reason:
-                raise RuntimeError(step.reason)
-        found[pair.student] = max(abs(a - b) / abs(a) for a, b in zip(*losses, strict=True))
-    return found
-
-
-def data_on_and_off(device: str, tiny: bool) -> Row:
-    """Whether augmented batches read on the device have the bits of those made on the CPU."""
-    count = 500 if tiny else 10_000
-    images = torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    own = MemoryLoader(
-        images, torch.arange(count) % 10, mean=(0.5,) * 3, std=(0.25,) * 3, shuffle=True, augment=FlipAndCrop()
-    )
-    there = own.to(device)
-    held = HeldImages(images, own.labels, torch.device(device), FlipAndCrop())
-    pairs = [(one, other) for one, other in zip(list(own), list(there._on_device(held, 0)), strict=True)]
-    differing = sum(not torch.equal(a, b.cpu()) for one, other in pairs for a, b in zip(one, other, strict=True))
-    return {"batches": len(pairs), "tensors that differ": differing}
