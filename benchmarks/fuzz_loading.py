@@ -83,7 +83,7 @@ def mutate(content: bytes, dice: random.Random) -> bytes:
 
 
 def mutate_inside(content: bytes, dice: random.Random) -> bytes:
-    """Mutate one entry of an archive, mostly one that is no tensor, and write the archive anew."""
+    """Mutate one entry of an archive, mostly one that is not a tensor, and write the archive anew."""
     target = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(content)) as archive, zipfile.ZipFile(target, "w") as written:
         entries = archive.infolist()

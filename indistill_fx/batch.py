@@ -288,7 +288,7 @@ def count_of(batch: Any) -> int:
 
 
 def samples_of(batch: Any, part: slice) -> Any:
-    """Some samples of a batch, in the batch's own form; entries that are no tensors or lists of samples stay as they are."""
+    """Some samples of a batch, in the batch's own form; entries that are not tensors or lists of samples stay as they are."""
     count = count_of(batch)
 
     def cut(value: Any) -> Any:

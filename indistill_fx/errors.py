@@ -202,7 +202,7 @@ def unknown(where: str, name: str, what: str, known: Iterable[str], *, legal: st
     """
     names = sorted(known)
     return ConfigError(
-        f"{name!r} is no {what}.", where=where, got=name, expected=names, hint=f"{nearest(name, names)} Legal: {legal}."
+        f"{name!r} is not a {what}.", where=where, got=name, expected=names, hint=f"{nearest(name, names)} Legal: {legal}."
     )
 
 

@@ -110,7 +110,7 @@ def _fixed(pairs: tuple[str, ...]) -> list[tuple[str, str]]:
         one, sign, other = text.partition("=")
         if not (one and sign and other):
             raise ConfigError(
-                f"--pair {text!r} is no pair of layers.",
+                f"--pair {text!r} is not a pair of layers.",
                 where="--pair",
                 got=text,
                 hint="Write the teacher's layer and the student's: --pair layer2=layer3.",

@@ -362,7 +362,7 @@ def _over_time(text: str | None) -> dict[str, Any]:
         return {"over_time": tuple((int(step), float(factor)) for step, factor in pairs)}
     except ValueError:
         raise ConfigError(
-            f"--main-weights {text!r} is no list of STEP:FACTOR.",
+            f"--main-weights {text!r} is not a list of STEP:FACTOR.",
             where="--main-weights",
             got=text,
             hint="Write --main-weights 0:0,500:1.",

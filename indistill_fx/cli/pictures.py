@@ -30,7 +30,7 @@ class _Size(click.ParamType[tuple[int, int]]):
         sides = value.lower().split("x")
         if len(sides) > 2 or not all(side.isdigit() and int(side) for side in sides):
             raise ConfigError(
-                f"--size {value!r} is no size.", where="--size", got=value, hint="Write it as 96, or 96x160."
+                f"--size {value!r} is not a size.", where="--size", got=value, hint="Write it as 96, or 96x160."
             )
         return int(sides[0]), int(sides[-1])
 

@@ -66,7 +66,7 @@ class Numbers(click.ParamType[list[float]]):
             what = "whole numbers" if self.kind is int else "numbers"
             example = "3,4,5" if self.kind is int else "0.001,0.0005"
             raise ConfigError(
-                f"{where} {value!r} is no list of {what}.", where=where, got=value, hint=f"Write them as {example}."
+                f"{where} {value!r} is not a list of {what}.", where=where, got=value, hint=f"Write them as {example}."
             ) from None
 
 

@@ -104,7 +104,7 @@ def function_name(node: fx.Node, target: Any, imports: Imports) -> str:
         imports.lines.add(f"from {home_name} import {name}")
         return name
     raise unwritable(
-        node.name, f"it calls `{name or target}` of `{home_name or 'nowhere'}`, which is no function of PyTorch"
+        node.name, f"it calls `{name or target}` of `{home_name or 'nowhere'}`, which is not a function of PyTorch"
     )
 
 

@@ -139,7 +139,7 @@ def constructor(path: str, name: str, module: nn.Module, imports: Imports) -> Co
         return _head_attention(path, name, module, imports)
     kind = type(module)
     if getattr(nn, kind.__name__, None) is not kind:
-        raise unwritable(path, f"it is a {kind.__module__}.{kind.__qualname__}, which is no layer of torch.nn")
+        raise unwritable(path, f"it is a {kind.__module__}.{kind.__qualname__}, which is not a layer of torch.nn")
     arguments = _arguments(module)
     shown = _compact(kind, arguments, module)
     if shown is None:

@@ -48,5 +48,5 @@ def _read(path: Path) -> list[str]:
             hint="Give a text file with one a line.",
         ) from error
     if not isinstance(found, list) or not all(isinstance(entry, (str, int)) for entry in found):
-        raise ConfigError(f"{str(path)!r} is no list of class names.", where=str(path), expected='["cat", "dog"]')
+        raise ConfigError(f"{str(path)!r} is not a list of class names.", where=str(path), expected='["cat", "dog"]')
     return [str(entry).strip() for entry in found]

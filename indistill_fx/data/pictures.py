@@ -70,7 +70,7 @@ def read_picture(path: str, *, channels: int = 3, deep: bool = False) -> Any:
         A PIL image; of a deep set a float32 tensor (channels, height, width) of values from 0 to 65535 (8-bit pictures times 257).
 
     Raises:
-        ConfigError: it is no picture, broken, of more pixels than Pillow takes for harmless (89 million), of values whose range
+        ConfigError: it is not a picture, broken, of more pixels than Pillow takes for harmless (89 million), of values whose range
             cannot be known, of 16-bit colours, or of 16 bits in a set that is not deep; the message names the file.
     """
     with _opened(path) as image:

@@ -26,12 +26,12 @@ def open_user_loaders(spec: str, options: DataOptions) -> Data:
     """The loaders that a function of the user's own returns.
 
     Raises:
-        ConfigError: it is no function, has no parameter for something that was asked for, returns no loaders, or batches without
+        ConfigError: it is not a function, has no parameter for something that was asked for, returns no loaders, or batches without
             inputs or with labels beyond the classes.
     """
     function = load_object(spec)
     if not callable(function):
-        raise ConfigError(f"{spec!r} is no function.", where=spec, got=type(function).__name__, expected="a function")
+        raise ConfigError(f"{spec!r} is not a function.", where=spec, got=type(function).__name__, expected="a function")
     given, notes = _arguments(spec, inspect.signature(function).parameters, options)
     result = function(**given)
     if isinstance(result, Data):

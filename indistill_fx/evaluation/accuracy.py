@@ -231,7 +231,7 @@ def select_logits(outputs: Any, logits: str | int | None = None) -> Tensor:
         (batch, …): what it means is the task's.
 
     Raises:
-        ConfigError: there is no such entry, or it is no tensor.
+        ConfigError: there is no such entry, or it is not a tensor.
     """
     value = outputs
     if logits is not None and not isinstance(outputs, Tensor):

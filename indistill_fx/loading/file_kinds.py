@@ -88,7 +88,7 @@ def _require_file(path: Path) -> None:
         raise ConfigError(f"There is no file `{path}` (looked from {Path.cwd()}).", where=str(path), hint=hint)
     if not path.is_file():
         raise ConfigError(
-            f"`{path}` is no regular file.", where=str(path), hint="Give a file, not a folder or a device."
+            f"`{path}` is not a regular file.", where=str(path), hint="Give a file, not a folder or a device."
         )
     if path.stat().st_size == 0:
         raise ConfigError(f"`{path}` is empty.", where=str(path), got="0 bytes", hint="Copy or download it again.")
@@ -180,6 +180,6 @@ def _as_text(head: bytes) -> str | None:
     if b"\0" in head:
         return None
     try:
-        return codecs.getincrementaldecoder("utf-8")().decode(head)  # a character cut at the end is no error
+        return codecs.getincrementaldecoder("utf-8")().decode(head)  # a character cut at the end is not an error
     except UnicodeDecodeError:
         return None

@@ -167,7 +167,7 @@ class _Reader:
         if name in _TAKEN or name in self.imported:
             raise UnreadableError(f"that gives {name!r} another meaning")
         if not isinstance(value, (fx.Node, torch.device, NoneType)):
-            raise UnreadableError(f"that gives {name!r} a value which is no result")
+            raise UnreadableError(f"that gives {name!r} a value which is not a result")
         self.names[self.values.get(name)] -= 1
         self.names[value] += 1
         self.values[_plain(name)] = value
@@ -308,7 +308,7 @@ class _Reader:
 
 
 def _path(value: ast.expr) -> tuple[str, ...] | None:
-    """The parts of `self.features`, also written `getattr(self, "features")`; None for what is no path."""
+    """The parts of `self.features`, also written `getattr(self, "features")`; None for what is not a path."""
     parts: list[str] = []
     while True:
         match value:

@@ -65,7 +65,7 @@ def parse_input(text: str) -> InputForm:
             "Write the shape of one sample, without the batch, as 3x224x224: channels, height, width. Several inputs are named: "
             "--input input_ids:int64[0..30521]x128 --input attention_mask:int64[1..1]x128."
         )
-        raise ConfigError(f"{text!r} is no input shape.", where="--input", got=text, expected="CxHxW", hint=hint)
+        raise ConfigError(f"{text!r} is not an input shape.", where="--input", got=text, expected="CxHxW", hint=hint)
     if shape and not is_input_size(shape):
         hint = f"At most {LARGEST_INPUT:,} elements are taken."
         raise ConfigError(f"An input of {text} would not fit in memory.", where="--input", got=text, hint=hint)

@@ -102,7 +102,7 @@ def _require_packages(trust: Sequence[str]) -> None:
     for package in [trust] if isinstance(trust, str) else trust:
         if isinstance(trust, str) or not all(part.isidentifier() for part in package.split(".")):
             hint = "Give packages by name: --trust mypackage, or trust=['mypackage']."
-            raise ConfigError(f"{package!r} cannot be trusted: it is no list of packages.", where="--trust", hint=hint)
+            raise ConfigError(f"{package!r} cannot be trusted: it is not a list of packages.", where="--trust", hint=hint)
 
 
 def _load_file(parsed: Spec, trust: Sequence[str]) -> Source:

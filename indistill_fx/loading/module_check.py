@@ -68,7 +68,7 @@ def _faults(module: nn.Module, *, trusted: bool) -> Iterator[str]:
     taken = {*plain, *state}
     for name in [name for registry, _ in _REGISTRIES for name in state[registry]]:
         if not isinstance(name, str) or not is_plain(name):
-            yield f"calls one of its parts {str(name)[:60]!r}, which is no identifier or number"
+            yield f"calls one of its parts {str(name)[:60]!r}, which is not an identifier or number"
         elif name in taken or hasattr(type(module), name):
             yield f"calls one of its parts {name!r}, which hides what every module has, or another part"
         taken.add(name)

@@ -68,7 +68,7 @@ class Made:
 
     @property
     def path(self) -> str:
-        """Dotted path of what makes it; empty if that is no global."""
+        """Dotted path of what makes it; empty if that is not a global."""
         return self.kind.path if isinstance(self.kind, Named) else ""
 
     @property
@@ -116,7 +116,7 @@ def go_through(stream: Any, scan: Scan, *, trust: Sequence[str] = ()) -> Any:
         What it ends in.
 
     Raises:
-        Exception: of any kind, when the bytes are no pickle of torch.save.
+        Exception: of any kind, when the bytes are not a pickle of torch.save.
     """
     return _Reader(stream, trust, scan).load()
 

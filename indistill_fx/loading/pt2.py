@@ -85,7 +85,7 @@ def load_exported(path: Path, *, trust: Sequence[str] = ()) -> tuple[nn.Module, 
         The module, and the example inputs when the archive has them and all are tensors.
 
     Raises:
-        ConfigError: the archive is damaged, or holds what is no program of tensor operations.
+        ConfigError: the archive is damaged, or holds what is not a program of tensor operations.
     """
     label = str(path)
     with path.open("rb") as file:
@@ -277,7 +277,7 @@ def _check_operator(target: str, trust: Sequence[str]) -> None:
             found = getattr(found, overload[0], None) if overload else found
             if found is not None and may_be_called(namespace, name, found):
                 return
-    raise _UnfitError(f"calls {target[:80]!r}, which is no tensor operation known here")
+    raise _UnfitError(f"calls {target[:80]!r}, which is not a tensor operation known here")
 
 
 def _check_structure(spec: Any) -> None:

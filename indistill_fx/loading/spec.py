@@ -103,7 +103,7 @@ def _parse_arguments(query: str, text: str) -> dict[str, Any]:
         key, equals, value = part.partition("=")
         if not equals or not key.isidentifier() or key in arguments:
             raise ConfigError(
-                f"{text!r}: {part!r} is no argument{' of its own' if key in arguments else ''}.",
+                f"{text!r}: {part!r} is not an argument{' of its own' if key in arguments else ''}.",
                 where=text,
                 got=part,
                 hint="Write name=value, several joined by '&', as in ?num_classes=10&width=16.",

@@ -149,7 +149,7 @@ def count_numbers(path: Path) -> int:
 
 def _no_state_dict(label: str, others: Sequence[str]) -> ConfigError:
     return ConfigError(
-        f"`{label}` is no state dict: {', '.join(others[:_SHOWN]) or 'it is empty'} "
+        f"`{label}` is not a state dict: {', '.join(others[:_SHOWN]) or 'it is empty'} "
         f"{'is' if len(others) == 1 else 'are' if others else 'and'} no tensor{'s' if len(others) > 1 else ''}.",
         where=label,
         got=others,

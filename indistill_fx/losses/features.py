@@ -86,7 +86,7 @@ class FitNetLoss(MapLoss):
         self.hint = names[len(names) // 2] if hint is None else hint
         if self.hint not in names:
             raise ConfigError(
-                f"hint {hint!r} is no pair of the plan.", where="hint", hint=f"Pairs: {', '.join(names)}."
+                f"hint {hint!r} is not a pair of the plan.", where="hint", hint=f"Pairs: {', '.join(names)}."
             )
         regressor = _convolution(self.hint, student_shapes[self.hint], teacher_shapes[self.hint])
         norm = nn.BatchNorm2d(teacher_shapes[self.hint][1])
@@ -200,7 +200,7 @@ def map_names(student_shapes: Shapes, teacher_shapes: Shapes, loss: str) -> list
     """The names of the pairs, shallow to deep.
 
     Raises:
-        ConfigError: there are none, or one is no pair of maps (batch, channels, height, width).
+        ConfigError: there are none, or one is not a pair of maps (batch, channels, height, width).
     """
     names = [name for name in student_shapes if name != EMBEDDING]
     bad = [n for n in names if not len(student_shapes[n]) == len(teacher_shapes.get(n, ())) == 4]

@@ -232,7 +232,7 @@ def _object(loss: Any, known: Mapping[str, Any], what: str) -> Any:
         return loss
     if ":" not in loss:
         raise ConfigError(
-            f"{loss!r} is no {what}.",
+            f"{loss!r} is not a {what}.",
             where=what,
             got=loss,
             expected=sorted(known),

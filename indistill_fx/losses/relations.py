@@ -139,7 +139,7 @@ def pkt_divergence(student: Tensor, teacher: Tensor) -> Tensor:
 def _chosen(values: Outputs, hint: str | None) -> Tensor:
     names = list(values.features)
     if not names or hint not in (None, *names):
-        raise ConfigError(f"hint {hint!r} is no pair of the plan.", where="hint", hint=f"Pairs: {', '.join(names)}.")
+        raise ConfigError(f"hint {hint!r} is not a pair of the plan.", where="hint", hint=f"Pairs: {', '.join(names)}.")
     return values.features[hint or names[-1]]
 
 

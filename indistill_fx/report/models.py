@@ -59,7 +59,7 @@ def role_of(run: Run, runs: Sequence[Run]) -> str:
 
 
 def model_rows(runs: Sequence[Run]) -> list[ModelRow]:
-    """The teachers that are no run here, then the runs."""
+    """The teachers that are not among these runs, then the runs."""
     trained = [run.student for run in runs if role_of(run, runs) != "student"]
     rows: list[ModelRow] = []
     seen: list[ModelFacts | None] = []

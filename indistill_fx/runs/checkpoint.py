@@ -62,7 +62,7 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         state = dict(json.loads(header["state"]))
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ConfigError(
-            f"{path} is no checkpoint of a run: {str(error).rstrip('.')}.",
+            f"{path} is not a checkpoint of a run: {str(error).rstrip('.')}.",
             where=str(path),
             hint="Start the run anew in another directory.",
         ) from error

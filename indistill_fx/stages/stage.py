@@ -164,7 +164,7 @@ class Stage(nn.Module):
             A scalar.
 
         Raises:
-            ConfigError: the batch is none of these, an entry is no tensor or of a wrong device or dtype, or the labels or indices
+            ConfigError: the batch is none of these, an entry is not a tensor or of a wrong device or dtype, or the labels or indices
                 that the loss needs are missing.
             TrainError: a stage without a teacher gets no features.
         """

@@ -170,7 +170,7 @@ def read_bounded(path: str | os.PathLike[str], limit: int) -> str:
         limit: bytes it may have. No more are read, whatever the file system says of its size.
 
     Raises:
-        OSError: it cannot be read, is no file, or is larger than the limit.
+        OSError: it cannot be read, is not a file, or is larger than the limit.
         UnicodeDecodeError: it is not UTF-8.
     """
     try:
@@ -179,7 +179,7 @@ def read_bounded(path: str | os.PathLike[str], limit: int) -> str:
         raise OSError(str(error)) from error
     with open(descriptor, "rb") as file:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OSError(22, "it is no regular file", str(path))
+            raise OSError(22, "it is not a regular file", str(path))
         content = file.read(limit + 1)
     if len(content) > limit:
         raise TooLargeError(27, f"it is larger than {limit >> 20} MiB", str(path))
@@ -190,7 +190,7 @@ def read_lines(path: str | os.PathLike[str], limit: int = 1 << 20, *, most: int 
     """The lines of a file; one longer than the limit comes in pieces.
 
     Raises:
-        OSError: it cannot be read, is no file, or has more than `most` bytes.
+        OSError: it cannot be read, is not a file, or has more than `most` bytes.
     """
     require_regular(path)
     if most is not None and os.path.getsize(path) > most:
@@ -204,7 +204,7 @@ def file_digest(path: Path) -> str:
     """SHA-256 of a file's content.
 
     Raises:
-        OSError: it cannot be read, or is no file.
+        OSError: it cannot be read, or is not a file.
     """
     require_regular(path)
     with open(path, "rb") as file:
@@ -218,4 +218,4 @@ def require_regular(path: str | os.PathLike[str]) -> None:
         OSError: it is not there, or no regular file.
     """
     if not stat.S_ISREG(Path(path).stat().st_mode):
-        raise OSError(22, "it is no regular file", str(path))
+        raise OSError(22, "it is not a regular file", str(path))

@@ -207,7 +207,7 @@ def _read_index(folder: Path) -> dict[str, _Entry]:
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it was changed since it was written, or is no index.
+        ValueError: it was changed since it was written, or is not an index.
     """
     told = json.loads(read_bounded(folder / _INDEX, _LARGEST_INDEX))
     taps = told.get("taps") if isinstance(told, dict) else None

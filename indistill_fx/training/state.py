@@ -250,5 +250,5 @@ def is_number(value: object) -> bool:
 
 def _unfit(path: Path, why: str) -> ConfigError:
     return ConfigError(
-        f"{path} is no checkpoint of a run: {why}.", where=str(path), hint="Start the run anew in another directory."
+        f"{path} is not a checkpoint of a run: {why}.", where=str(path), hint="Start the run anew in another directory."
     )

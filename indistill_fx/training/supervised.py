@@ -148,7 +148,7 @@ class Supervised(nn.Module):
 
 
 def check_epochs(epochs: int) -> None:
-    """Refuse what is no number of epochs.
+    """Refuse what is not a number of epochs.
 
     Raises:
         ConfigError: it is negative, or no whole number.

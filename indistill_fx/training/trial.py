@@ -28,7 +28,7 @@ def require_loss(module: nn.Module, batch: Any, what: str) -> None:
         what: the loss, for messages.
 
     Raises:
-        ConfigError: the loss fails, or is no scalar that follows from what trains.
+        ConfigError: the loss fails, or is not a scalar that follows from what trains.
     """
     anchor = next((parameter for parameter in module.parameters() if parameter.requires_grad), None)
     if anchor is None or type(anchor) not in (Tensor, nn.Parameter):

@@ -280,7 +280,7 @@ BAD = [
     (["align", "models.py:mak", "models.py:make"], "Nearest: make"),
     (["align", "models.py:fails", "models.py:make", "--input", "1x8x8"], "no such width"),
     (["align", "models.py:make", "models.py:make"], "Give the shape (--input"),
-    (["align", "models.py:make", "models.py:make", "--input", "8by8"], "is no input shape"),
+    (["align", "models.py:make", "models.py:make", "--input", "8by8"], "is not an input shape"),
     (["align", "models.py:make", "models.py:make", "--input", "3x8x8"], "fails on the example input"),
     (
         ["align", "models.py:make", "models.py:vector", "--input", "1x8x8"],
@@ -294,7 +294,7 @@ BAD = [
     (["align", "models.py:make", "models.py:make", "--input", "1x8x8", "--similarity", "cka"], "go together"),
     (["align", "models.py:make", "models.py:make", "--input", "1x8x8", "--explain", "3"], "There is no pair 3"),
     (["distill", "models.py:make", "models.py:make", "--data", "imagefolder:empty", "-o", "run"], "has no train/"),
-    (["distill", "models.py:make", "models.py:make", "--data", "nothing", "-o", "run"], "is no data set"),
+    (["distill", "models.py:make", "models.py:make", "--data", "nothing", "-o", "run"], "is not a data set"),
     (
         ["distill", "models.py:make", "models.py:make?width=4", "--data", "digits", "--plan", "plan.json", "-o", "run"],
         "plan does not fit",

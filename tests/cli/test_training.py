@@ -318,7 +318,7 @@ def test_options_of_the_main_loss(here):
         (["--mixed-precision", "fp16", "--device", "cpu"], "A CPU does not train in fp16"),
         (["--main-steps", "3", "--schedule", "cosine"], "schedule='cosine' goes by epochs"),
         (["--warmup-steps", "1,1", "--patience", "2"], "plateau rule compares epochs"),
-        (["--warmup-lr", "fast"], "--warmup-lr 'fast' is no list of numbers"),
+        (["--warmup-lr", "fast"], "--warmup-lr 'fast' is not a list of numbers"),
         (["--warmup-lr", "1e-3,1e-3,1e-3,1e-3"], "4 learning rates for 3 pairs"),
         (["--warmup-optimizer", "adm"], "Nearest: adam"),
         (["--layers", "8"], "`8`, which is in no pair"),

@@ -75,7 +75,7 @@ def _swap_columns(small: fx.GraphModule) -> None:
 
 
 def test_masking_makers_would_not_do() -> None:
-    """Zeroing the filters that were removed is no reference: their biases go on."""
+    """Zeroing the filters that were removed is not a reference: their biases go on."""
     module, x = build("resnet18", 64, {})
     traced = trace(module, x)
     result = shrink(traced, ratio=0.5)

@@ -195,7 +195,7 @@ class MaskedAttention(nn.Module):
 
 @pytest.mark.parametrize("each_head", [False, True])
 def test_attention_with_masks(each_head: bool) -> None:
-    """Padding and order are no business of the channels; where every head has a mask of its own, all heads stay."""
+    """Padding and order do not concern the channels; where every head has a mask of its own, all heads stay."""
     torch.manual_seed(0)
     module = MaskedAttention(each_head).double().eval()
     inputs = torch.randn(3, 9, 6, dtype=torch.float64), torch.arange(9).expand(3, 9) > torch.tensor([[6], [8], [3]])
@@ -344,7 +344,7 @@ def test_refuses_weights_that_are_not_numbers(criterion: str) -> None:
 def test_refuses_widths_that_are_no_whole_numbers(width: Any) -> None:
     traced = trace(GRAPHS["chain"](), torch.randn(2, 3, 8, 8))
     for remove in (shrink, narrow):
-        with pytest.raises(PruneError, match="is no number of channels"):
+        with pytest.raises(PruneError, match="is not a number of channels"):
             remove(traced, widths={"stem": width})
 
 

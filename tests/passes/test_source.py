@@ -181,7 +181,7 @@ def test_it_loads_without_this_package(tmp_path):
 
 
 class Strange(nn.Module):
-    """Its norm is no layer of torch.nn, and a graph keeps it whole."""
+    """Its norm is not a layer of torch.nn, and a graph keeps it whole."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.tensor([float(v) for v in x.detach().sum((1,)).tolist()])[:, None] * x

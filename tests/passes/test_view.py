@@ -216,7 +216,7 @@ def test_a_teacher_of_grey_sees_the_luma_of_rgb_pictures():
 
 
 def test_a_teacher_that_takes_both_sees_pictures_as_they_are():
-    """Its first convolution is no proof of what it takes."""
+    """Its first convolution is not a proof of what it takes."""
 
     class Either(nn.Module):
         def __init__(self) -> None:

@@ -301,7 +301,7 @@ def test_widths_that_sensitivities_get_wrong_are_found_out_after_repair(monkeypa
 
 
 def test_a_vision_transformer_is_paired_block_by_block():
-    """Its code checks sizes and drops a second output: neither may be handed out of a block, or the block's name is no tensor's."""
+    """Its code checks sizes and drops a second output: neither may be handed out of a block, or the block's name is not a tensor's."""
     from torchvision.models import VisionTransformer
 
     torch.manual_seed(0)

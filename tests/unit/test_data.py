@@ -360,7 +360,7 @@ def test_an_unreadable_image_is_named(tmp_path, broken, size, workers):
 
 
 def test_bad_options_are_refused(small):
-    with pytest.raises(ConfigError, match=r"'cifar' is no data set. Nearest: cifar10"):
+    with pytest.raises(ConfigError, match=r"'cifar' is not a data set. Nearest: cifar10"):
         open_data("cifar")
     with pytest.raises(ConfigError, match="seed is -1"):
         open_data("digits", seed=-1)
@@ -458,7 +458,7 @@ def test_the_users_own_loaders(tmp_path):
         "generator": "train loader .* is a generator, which cannot be gone through once per epoch",
         "nothing": "train loader .* has no batches",
         "single": "returned a DataLoader",
-        "number": "is no function",
+        "number": "is not a function",
         "par": "has no 'par'.*pair",
     }.items():
         with pytest.raises(ConfigError, match=match):

@@ -242,7 +242,7 @@ def test_inputs_are_described_by_name_dtype_range_and_shape(text, expected):
     ],
 )
 def test_another_description_is_refused(text):
-    with pytest.raises(ifx.ConfigError, match="is no input shape"):
+    with pytest.raises(ifx.ConfigError, match="is not an input shape"):
         parse_input(text)
 
 

@@ -247,8 +247,8 @@ def test_arguments_reach_the_constructor() -> None:
             r"unexpected keyword argument 'num_clases'.*Legal arguments: num_classes=1000",
         ),
         ("torchvision:resnet18?weights=IMAGENET", r"no weights 'IMAGENET'\. Legal: IMAGENET1K_V1, DEFAULT"),
-        ("torchvision:resnet18?num_classes", r"'num_classes' is no argument.*name=value"),
-        ("torchvision:resnet18?width=1&width=2", r"is no argument of its own"),
+        ("torchvision:resnet18?num_classes", r"'num_classes' is not an argument.*name=value"),
+        ("torchvision:resnet18?width=1&width=2", r"is not an argument of its own"),
         ("torchvision:", "names no model"),
         (":make", "names no model"),
     ],
@@ -388,8 +388,8 @@ def test_weights_of_another_model_are_listed(here: Path) -> None:
     [
         ("whole.pt", "is a whole module, not a state dict.*without a model before it"),
         ("list.pt", "holds a list, not a state dict"),
-        ("empty.pt", "is no state dict: it is empty"),
-        ("mixed.pt", "is no state dict: epoch is no tensor"),
+        ("empty.pt", "is not a state dict: it is empty"),
+        ("mixed.pt", "is not a state dict: epoch is not a tensor"),
         ("absent.pt", r"no file `absent\.pt`.*Nearest: "),
     ],
 )

@@ -184,7 +184,7 @@ def test_losses_that_do_not_fit_the_task_are_refused():
 
 def test_tasks_by_name_and_of_the_users_own(tmp_path: Path):
     assert task_of("segmentation") == Segmentation()
-    with pytest.raises(ConfigError, match="'segmentaton' is no task"):
+    with pytest.raises(ConfigError, match="'segmentaton' is not a task"):
         task_of("segmentaton")
     file = tmp_path / "own.py"
     file.write_text(

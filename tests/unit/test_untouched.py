@@ -75,7 +75,7 @@ class Halves(nn.Module):
 
 
 class Holds(nn.Module):
-    """Writes a tensor that is no buffer."""
+    """Writes a tensor that is not a buffer."""
 
     def __init__(self):
         super().__init__()

@@ -44,7 +44,7 @@ def test_what_are_no_weights_is_refused():
         main_loss(lambda student, teacher, labels: labels, over_time=((0, 1.0),))
     with pytest.raises(ConfigError, match="are none"):
         main_loss("labels", over_time=((0, 1.0),))
-    with pytest.raises(ConfigError, match="is no list of STEP:FACTOR"):
+    with pytest.raises(ConfigError, match="is not a list of STEP:FACTOR"):
         _over_time("1,2")
     assert _over_time("0:0,500:1") == {"over_time": ((0, 0.0), (500, 1.0))}
 

@@ -66,7 +66,7 @@ class Op:
         """
         value = self.input(number)
         if value is not None and not isinstance(value, Tensor):
-            raise Undecided(f"has an input {self.names[number]!r} that is no constant")
+            raise Undecided(f"has an input {self.names[number]!r} that is not a constant")
         return value
 
     def required_constant(self, number: int, what: str) -> Tensor:

@@ -93,7 +93,7 @@ def inputs_of(model: onnx.ModelProto, shape: tuple[int, ...] | None = None) -> t
 
 def _unfit(why: str) -> ConfigError:
     return ConfigError(
-        f"The ONNX file is no teacher: {why}.",
+        f"The ONNX file is not a teacher: {why}.",
         where="inputs",
         expected="inputs whose first axis is the batch",
         hint="A model with a state or a switch beside its data (a recurrent state, a sampling rate) needs a wrapper in PyTorch.",

@@ -340,7 +340,7 @@ class _Merge:
 
 
 def _is_simple(node: fx.Node, read: Container[object]) -> bool:
-    """Whether a node computes each entry alone, or asks for a size, or makes a tensor whose size is no number of its own."""
+    """Whether a node computes each entry alone, or asks for a size, or makes a tensor whose size is not a number of its own."""
     name = op_name(node)
     if node.op not in ("call_function", "call_method") or name not in UNARY | BINARY | _MAKERS:
         return False

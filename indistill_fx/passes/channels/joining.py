@@ -42,7 +42,7 @@ def cat(call: Call, cut: Cut) -> Propagation | Blocked:
 
 
 def _operands(call: Call) -> tuple[list[fx.Node], list[tuple[int, ...]] | None]:
-    """What is joined, without the empty tensors of one axis that loops begin with, and the shapes; None if something is no tensor."""
+    """What is joined, without the empty tensors of one axis that loops begin with, and the shapes; None if something is not a tensor."""
     given = call.arguments.get("tensors", call.arguments.get("input"))
     nodes = [n for n in given if isinstance(n, fx.Node)] if isinstance(given, (list, tuple)) else []
     known = [(n, shape) for n in nodes if (shape := call.shape(n)) is not None]

@@ -72,7 +72,7 @@ def _fold_norm(node: fx.Node, graph_module: fx.GraphModule) -> str | None:
     """Fold one batch norm into its source; returns why not, or None when done."""
     source = node.args[0] if node.args else None
     if node.op != "call_module" or not isinstance(source, fx.Node) or source.op != "call_module":
-        return "its source is no layer with weights"
+        return "its source is not a layer with weights"
     if len(source.users) > 1:
         return f"`{source.name}` is read by others too"
     norm, layer = attribute(graph_module, str(node.target)), attribute(graph_module, str(source.target))

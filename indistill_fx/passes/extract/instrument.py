@@ -48,7 +48,7 @@ def cut(traced: TracedModel, taps: Sequence[str]) -> PassResult[fx.GraphModule, 
         taps: names of tensors, as in `traced.taps`.
 
     Raises:
-        ConfigError: a name that is no tap; offers the nearest.
+        ConfigError: a name that is not a tap; offers the nearest.
     """
     new = _with_outputs(traced, taps, keep_output=False)
     gone = len(traced.graph_module.graph.nodes) - len(new.graph.nodes)

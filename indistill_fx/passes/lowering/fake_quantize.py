@@ -116,7 +116,7 @@ def fake_quantize(model: TracedModel) -> PassResult[TracedModel, Rewrite]:
             stand_in(node, add_module(new, f"{node.target}_rounded", RoundedLayer(layer)))
             done.append(model.tap_name(node))
         elif op_name(node) in ("conv", "linear"):
-            skipped.append(f"{model.tap_name(node)}: its weight is no layer's own")
+            skipped.append(f"{model.tap_name(node)}: its weight is not a layer's own")
     new.delete_all_unused_submodules()
     new.recompile()
     report = Rewrite(tuple(done), tuple(skipped))

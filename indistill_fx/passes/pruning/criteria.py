@@ -91,7 +91,7 @@ class Scorer:
             PruneError: a score is not a number, or there is not one for each row.
         """
         _, scores = self.basis(node, len(weight))
-        seen_by_score = scores is None and self.weights in (l1, l2)  # by their score, if a weight is no number
+        seen_by_score = scores is None and self.weights in (l1, l2)  # by their score, if a weight is not a number
         if scores is None:
             scores = self.weights(weight)
         if not isinstance(scores, Tensor) or scores.shape != weight.shape[:1]:

@@ -171,7 +171,7 @@ def check_width(teacher: TracedModel, tap: str, width: int) -> int:
     known = teacher.facts_of(tap)
     if not isinstance(width, int) or isinstance(width, bool):
         raise PruneError(
-            f"`{tap}`: {width!r} is no number of channels.", where=tap, got=width, expected="a whole number"
+            f"`{tap}`: {width!r} is not a number of channels.", where=tap, got=width, expected="a whole number"
         )
     if known.channel_axis is None:
         raise PruneError(

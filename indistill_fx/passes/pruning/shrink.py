@@ -206,10 +206,10 @@ def _check_requests(
     for name, budget in (("macs", macs), ("params", params)):
         if budget is not None and not budget > 0:
             raise ConfigError(
-                f"{name}={budget} is no budget.", where=name, got=budget, expected="a part up to 1, or a number above 1"
+                f"{name}={budget} is not a budget.", where=name, got=budget, expected="a part up to 1, or a number above 1"
             )
     if round_to is not None and round_to < 1:
-        raise ConfigError(f"round_to={round_to} is no multiple.", where="round_to", got=round_to, expected="1 or more")
+        raise ConfigError(f"round_to={round_to} is not a multiple.", where="round_to", got=round_to, expected="1 or more")
 
 
 def _within_budget(

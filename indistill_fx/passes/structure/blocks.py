@@ -10,7 +10,7 @@ Rules, in order:
      reads it (post-norm); nor through activations after a sum, where most sums are read by several before any activation
      (pre-activation). Windows are laid out as a map again, where the next layers do so. Dropout and identity make no tensor of their own.
   3. In a plain chain whose every unit is followed by pooling, the pooling closes the block.
-  4. The main output itself is no block: losses on logits deal with it.
+  4. The main output itself is not a block: losses on logits deal with it.
 """
 
 from __future__ import annotations

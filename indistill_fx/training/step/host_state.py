@@ -1,7 +1,7 @@
 """What a step changes beside tensors: a recording would not do it again.
 
 Seen are the attributes of modules: numbers and words, which tensors stand in them, and what short lists, sets and mappings there hold. Not
-seen is what is elsewhere: globals, closures, the insides of objects that are no modules.
+seen is what is elsewhere: globals, closures, the insides of objects that are not modules.
 """
 
 from __future__ import annotations
