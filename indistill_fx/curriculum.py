@@ -106,9 +106,9 @@ class Curriculum:
             told = f"a={self.a}, lengths={self.lengths}, penultimate={self.penultimate}"
             raise _wrong(f"A curriculum cannot have stages of negative length ({told}).", hint="Give 0 or more.")
         if self.unit not in ("epochs", "steps"):
-            raise _wrong(f"A curriculum's unit is {self.unit!r}.", hint="Legal: epochs, steps.")
+            raise _wrong(f"A curriculum's unit is {self.unit!r}.", hint="Choose from: epochs, steps.")
         if self.unit == "steps" and self.lengths is None:
-            raise _wrong("A curriculum in steps needs lengths: `a + l` counts epochs.", hint="Give lengths=[…].")
+            raise _wrong("A curriculum in steps needs lengths: only epochs have defaults.", hint="Give lengths=[…].")
         if self.patience is not None and (self.patience < 1 or self.unit == "steps"):
             raise _wrong(
                 f"patience={self.patience} with unit={self.unit!r}: the plateau rule compares epochs, at least 1.",
@@ -118,7 +118,7 @@ class Curriculum:
         if any(not (math.isfinite(rate) and rate > 0) for rate in rates):
             raise _wrong(f"A curriculum's learning rate is {self.learning_rate}.", hint="Give numbers above 0.")
         if self.feed not in ("student", "teacher"):
-            raise _wrong(f"A curriculum's feed is {self.feed!r}.", hint="Legal: student, teacher.")
+            raise _wrong(f"A curriculum's feed is {self.feed!r}.", hint="Choose from: student, teacher.")
         if not (math.isfinite(self.keep) and self.keep >= 0):
             raise _wrong(f"A curriculum's keep is {self.keep}.", hint="Give 0, or a small weight such as 0.3.")
 

@@ -49,7 +49,7 @@ class ConfigError(IndistillError, ValueError):
         >>> import indistill_fx as ifx
         >>> ifx.Curriculum(unit="hours")
         Traceback (most recent call last):
-        indistill_fx.errors.ConfigError: A curriculum's unit is 'hours'. Legal: epochs, steps.
+        indistill_fx.errors.ConfigError: A curriculum's unit is 'hours'. Choose from: epochs, steps.
     """
 
 
@@ -177,8 +177,8 @@ class VerifyError(IndistillError):
         super().__init__("\n  ".join([message, *map(str, self.violations)]))
 
 
-def nearest(name: str, legal: Iterable[str], *, count: int = 3) -> str:
-    """A sentence that offers the legal names closest to `name`, or lists all when there are few and none is close.
+def nearest(name: str, legal: Iterable[str], *, count: int = 3, all_if_none: bool = True) -> str:
+    """A sentence that offers the legal names closest to `name`, or lists all if there are few and none is close.
 
     >>> nearest("resnet8", ["resnet18", "vgg11"])
     'Nearest: resnet18.'
@@ -187,7 +187,7 @@ def nearest(name: str, legal: Iterable[str], *, count: int = 3) -> str:
     close = get_close_matches(name, legal, n=count, cutoff=0.5)
     if close:
         return f"Nearest: {', '.join(close)}."
-    return f"Legal: {', '.join(legal)}." if len(legal) <= 12 else ""
+    return f"Choose from: {', '.join(legal)}." if all_if_none and len(legal) <= 12 else ""
 
 
 def unknown(where: str, name: str, what: str, known: Iterable[str], *, legal: str) -> ConfigError:
@@ -202,7 +202,11 @@ def unknown(where: str, name: str, what: str, known: Iterable[str], *, legal: st
     """
     names = sorted(known)
     return ConfigError(
-        f"{name!r} is not a {what}.", where=where, got=name, expected=names, hint=f"{nearest(name, names)} Legal: {legal}."
+        f"{name!r} is not a {what}.",
+        where=where,
+        got=name,
+        expected=names,
+        hint=f"{nearest(name, names, all_if_none=False)} Choose from: {legal}.".strip(),
     )
 
 

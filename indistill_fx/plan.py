@@ -186,7 +186,7 @@ class AlignmentPlan(_Frozen):
                 f"{path} is not an alignment plan: {place}: {first['msg']}.",
                 where=place,
                 got=first.get("input"),
-                hint="Fix that field, or make the plan anew with `align`.",
+                hint="Correct that field, or make a new plan with `align`.",
             ) from error
 
     def check(self, teacher: TracedModel, student: TracedModel) -> None:
@@ -211,7 +211,7 @@ class AlignmentPlan(_Frozen):
                 f"The plan does not fit: {'; '.join(text for _, text in found)}.",
                 where=found[0][0],
                 hint=f"Use the models and --input it was made for{' (' + '; '.join(stale) + ')' if stale else ''}, correct the names, "
-                "or make it anew with `indistill-fx align`.",
+                "or make a new one with `indistill-fx align`.",
             )
         _check_order(self.pairs, teacher, student)
 

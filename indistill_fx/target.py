@@ -50,7 +50,7 @@ class Target:
             )
         if self.dtype not in _DTYPES:
             raise ConfigError(
-                f"Nothing can be trained in {str(self.dtype).removeprefix('torch.')}.",
+                f"Training is not possible in {str(self.dtype).removeprefix('torch.')}.",
                 where="dtype",
                 got=self.dtype,
                 expected=[str(dtype).removeprefix("torch.") for dtype in _DTYPES],

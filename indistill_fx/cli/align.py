@@ -125,7 +125,7 @@ def _data(options: dict[str, Any], sources: tuple[Source, Source]) -> Data | Non
 
     if options["data"] is None and options["similarity"] is not None:
         raise ConfigError(
-            "--similarity and --data go together: layers are compared on data.",
+            "--similarity needs --data, and --data needs --similarity: features are compared on data.",
             where="--similarity",
             hint="Write --similarity cka --data DATA.",
         )

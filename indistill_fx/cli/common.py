@@ -320,7 +320,7 @@ def together(
         return teachers[0].module
     if options["assistant"] == "auto":
         raise ConfigError(
-            "--assistant auto shrinks the teacher, and there are several.",
+            "--assistant auto shrinks the teacher, but several teachers are given.",
             where="--assistant",
             hint="Name the assistant: --assistant SPEC.",
         )

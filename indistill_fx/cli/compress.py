@@ -121,7 +121,7 @@ def command(teacher: str, **options: Any) -> None:
     out = common.console()
     if made.spec:
         out.print(f"The student: {made.spec}", soft_wrap=True, highlight=False)
-    out.print(f"All of it is in {options['output']}.", soft_wrap=True)
+    out.print(f"Everything is in {options['output']}.", soft_wrap=True)
     if options["qat"] and not made.spec:
         out.print("--qat was left out: it starts from the student's source code, and there is none.", soft_wrap=True)
     elif options["qat"]:
@@ -141,12 +141,12 @@ def _curriculum(options: dict[str, Any]) -> Any:
     if options["no_warmup"]:
         if options["warmup"]:
             raise ConfigError(
-                "--warmup and --no-warmup answer one question.", where="--warmup", hint="Give one of them."
+                "--warmup and --no-warmup contradict each other.", where="--warmup", hint="Give one of them."
             )
         return NO_WARMUP
     if options["one_by_one"] and options["feed"] == "teacher":
         raise ConfigError(
-            "--one-by-one and --feed teacher do not go together: segments that begin with the teacher's features all train in one stage.",
+            "--one-by-one and --feed teacher exclude each other: segments fed with the teacher's features train in one stage.",
             where="--one-by-one",
             hint="Leave one of them out.",
         )

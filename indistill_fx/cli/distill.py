@@ -194,7 +194,7 @@ def command(teacher: str, student: str, **options: Any) -> None:
 
     if options["compare"] and options["qat"]:
         raise ConfigError(
-            "--compare trains several students, and --qat goes on with one.",
+            "--compare trains several students, but --qat continues with only one.",
             where="--qat",
             hint="Leave one of them out.",
         )
@@ -313,7 +313,7 @@ def _curriculum(options: dict[str, Any]) -> Curriculum | None:
 
     if options["assistant_epochs"] is not None and options["assistant"] is None:
         raise ConfigError(
-            "--assistant-epochs is for --assistant, which is not given.",
+            "--assistant-epochs has no effect without --assistant.",
             where="--assistant-epochs",
             hint="Give --assistant SPEC or auto, or leave it out.",
         )

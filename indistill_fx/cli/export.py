@@ -148,7 +148,7 @@ def _require_data(data: str | None, int8: bool, task: str | None) -> None:
     if int8 and data is None:
         raise ConfigError("--int8 has no data to calibrate and measure on.", where="--int8", hint=hint)
     if task and data is None:
-        raise ConfigError("--task says what labels mean, and there are none.", where="--task", hint=hint)
+        raise ConfigError("--task says what labels mean, but there are no labels.", where="--task", hint=hint)
 
 
 def _require_accuracy(task: Task | None, int8: bool) -> None:
@@ -156,7 +156,7 @@ def _require_accuracy(task: Task | None, int8: bool) -> None:
 
     if int8 and task is not None and task.name != "classification":
         raise ConfigError(
-            f"--int8 is accepted by its accuracy, and task {task.name!r} has none.",
+            f"--int8 is accepted or rejected by its accuracy, but the task {task.name!r} has none.",
             where="--int8",
             got=task.name,
             hint="Leave it out: the float file is compared by what the task reads of it.",

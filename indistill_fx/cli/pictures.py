@@ -160,7 +160,9 @@ def teacher_views(
         if given := [name for name in TEACHER_NAMES if options[name]]:
             flag = f"--{given[0].replace('_', '-')}"
             raise ConfigError(
-                f"{flag} comes too late for saved outputs.", where=flag, hint="Give it to `save-outputs`."
+                f"{flag} has no effect on outputs that are saved already.",
+                where=flag,
+                hint="Give it to `save-outputs`.",
             )
         return [None] * len(teachers)
     asked = {name: _for_each(name, options[name], len(teachers)) for name in TEACHER_NAMES}

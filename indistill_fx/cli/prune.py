@@ -85,7 +85,7 @@ def command(
 
     if plan_file and (others := [f"--{name.replace('_', '-').rstrip('s')}" for name, wish in wishes.items() if wish]):
         raise ConfigError(
-            f"--plan names the layers and their widths; {', '.join(others)} would name them again.",
+            f"--plan names the layers and their widths; {', '.join(others)} would name them a second time.",
             where="--plan",
             hint="Give one of them.",
         )

@@ -265,7 +265,7 @@ def print_run(record: RunRecord, run_dir: str) -> None:
             out.print(f"Also {told}.")
     if record.average is not None:
         out.print(f"Moving average of the weights: {metric.title} {metric.text(record.average[metric.name])}.")
-    out.print(f"All of it is in {run_dir}; try `indistill-fx export {run_dir} -o student.onnx`.", soft_wrap=True)
+    out.print(f"Everything is in {run_dir}; next: `indistill-fx export {run_dir} -o student.onnx`.", soft_wrap=True)
 
 
 def print_arms(records: dict[str, RunRecord], run_dir: str) -> None:

@@ -93,12 +93,14 @@ def _next_multiple(group: Group, count: int, round_to: int | None) -> int:
 
 def _too_small(smallest: float, most: float, classes: Classes) -> PruneError:
     reasons = list(dict.fromkeys(classes.reasons.values()))[:3]
-    frozen = f" Frozen are: {'; '.join(reasons)}." if reasons else ""
+    frozen = f" Some layers cannot lose channels: {'; '.join(reasons)}." if reasons else ""
     if not classes.groups:
-        return PruneError(f"Nothing in this network can go.{frozen}", where="budget", hint="Prune another model.")
+        return PruneError(
+            f"No channel of this network can be removed.{frozen}", where="budget", hint="Prune another model."
+        )
     return PruneError(
-        f"The smallest this network can be made is {smallest:,.0f}, and {most:,.0f} are asked for: every layer keeps at least "
-        f"{FLOOR:.0%} of its channels, and outputs stay whole.{frozen}",
+        f"The network cannot be made smaller than {smallest:,.0f}, but {most:,.0f} was requested: every layer keeps at least "
+        f"{FLOOR:.0%} of its channels, and outputs keep all of theirs.{frozen}",
         where="budget",
         got=most,
         expected=smallest,

@@ -220,7 +220,7 @@ def _check_free(home: Path, resume: bool) -> None:
         raise ConfigError(
             f"{home} already holds a run.",
             where=str(home),
-            hint="Go on with it by resume=True (--resume), or give another directory.",
+            hint="Continue it with resume=True (--resume), or give another directory.",
         )
 
 
@@ -247,9 +247,9 @@ def _before(home: Path, identity: Mapping[str, Any], model: TracedModel) -> _Mad
         return None
     if told["identity"] != identity:
         raise ConfigError(
-            f"{home} holds another compression: of another teacher, budget or settings.",
+            f"{home} holds a compression with another teacher, budget or settings.",
             where=str(home),
-            hint="Go on with what it was started with, or give another directory.",
+            hint="Continue with the same teacher, budget and settings, or give another directory.",
         )
     spec = f"{home / SOURCE}:Student"
     if not (home / SOURCE).exists() or not is_signed(parse_spec(spec), told.get("seal")):

@@ -28,7 +28,7 @@ def plan_of(teacher: TracedModel, student: TracedModel, axes: Axes, *, every_blo
     pairs = [made for pair in found.value if (made := _pair(pair, teacher, student, axes)) is not None]
     if not pairs:
         raise MatchError(
-            "The student has no layer under the name it has in the teacher.",
+            "The student has no layer of the same name as in the teacher.",
             where="plan",
             hint="Pair the two by `indistill-fx align` and give the plan.",
         )

@@ -94,7 +94,7 @@ def bisect(
     least = measure(low)
     if least > most:
         raise PruneError(
-            f"The smallest this network can be made takes {least:.3g} ms, and {most:.3g} are asked for.",
+            f"The smallest version of this network takes {least:.3g} ms, but {most:.3g} ms was requested.",
             where="latency",
             got=most,
             expected=f"{least:.3g} ms or more",

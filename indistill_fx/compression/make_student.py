@@ -27,7 +27,7 @@ from indistill_fx.passes.pruning.shrink import Analysis, ShrinkReport, analyse, 
 from indistill_fx.traced import TracedModel
 
 _FLOORS = (FLOOR, 0.3, 0.5)
-"""Parts of every group of channels that stay in any case, tried one after the other."""
+"""Parts of every group of channels that always stay, tried one after the other."""
 _FOR_CURVES = 4
 """Batches that sensitivities are measured on; repairs take all of them."""
 
@@ -52,13 +52,13 @@ class Budget:
         given = {name: value for name, value in asdict(self).items() if value is not None}
         if len(given) != 1:
             raise ConfigError(
-                f"{len(given)} budgets are given: {', '.join(given) or 'none'}.",
+                f"Exactly one budget is needed, but {len(given)} are given{': ' + ', '.join(given) if given else ''}.",
                 where="budget",
                 hint="Give one of macs, params, size_mb and latency_ms.",
             )
         if not all(value > 0 and np.isfinite(value) for value in given.values()):
             raise ConfigError(
-                f"A budget is a number above 0: {given}.",
+                f"A budget must be a number above 0, but got {given}.",
                 where="budget",
                 got=given,
                 hint="Give a share such as 0.5, or a number.",

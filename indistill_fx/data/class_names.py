@@ -28,7 +28,7 @@ def read_classes(text: str) -> tuple[int, ...] | tuple[str, ...]:
             f"{text!r} names no classes.",
             where="classes",
             got=text,
-            hint="Write cat,dog or 3,0, or give a file with one a line.",
+            hint="Write cat,dog or 3,0, or give a file with one class per line.",
         )
     return tuple(map(int, entries)) if all(entry.isdecimal() for entry in entries) else tuple(entries)
 
@@ -45,7 +45,7 @@ def _read(path: Path) -> list[str]:
             f"The classes in {str(path)!r} cannot be read: {reason}.",
             where=str(path),
             got=reason,
-            hint="Give a text file with one a line.",
+            hint="Give a text file with one class per line.",
         ) from error
     if not isinstance(found, list) or not all(isinstance(entry, (str, int)) for entry in found):
         raise ConfigError(f"{str(path)!r} is not a list of class names.", where=str(path), expected='["cat", "dog"]')

@@ -28,7 +28,7 @@ def repeatable(loader: Iterable[Any], seed: int, what: str) -> EpochLoader:
         return loader
     if hasattr(loader, "__next__") or not hasattr(loader, "__iter__"):
         raise ConfigError(
-            f"The {what} is a {type(loader).__name__}, which cannot be gone through once per epoch.",
+            f"The {what} is a {type(loader).__name__}, which cannot be iterated once per epoch.",
             where=what,
             got=type(loader).__name__,
             expected="an iterable that starts anew each time",
@@ -49,10 +49,10 @@ def require_whole(loader: Iterable[Any] | None, what: str) -> None:
     loader = loader.loader if isinstance(loader, ForeignLoader) else loader
     if (shares := _shares(loader)) is not None and shares > 1:
         raise ConfigError(
-            f"The {what} shares its samples out among {shares} processes, but one process validates, and would see its share only.",
+            f"The {what} divides its samples among {shares} processes, but only one process validates, and it would see only its share.",
             where=what,
             got=f"a sampler for {shares} processes",
-            hint="Give it without a distributed sampler.",
+            hint="Give a loader without a distributed sampler.",
         )
 
 
@@ -93,7 +93,7 @@ class ForeignLoader(EpochLoader):
         part = super().shard(rank, world)
         part._shared = world > 1 and self._shares_already(world)
         if part._shared:
-            part.remarks = (*self.remarks, "The train loader shares its samples out among the processes by itself.")
+            part.remarks = (*self.remarks, "The train loader divides its samples among the processes by itself.")
         return part
 
     def _shares_already(self, world: int) -> bool:
@@ -101,7 +101,7 @@ class ForeignLoader(EpochLoader):
         if shares is not None and shares > 1:
             if shares != world:
                 raise ConfigError(
-                    f"The train loader shares its samples out among {shares} processes, but the run has {world}.",
+                    f"The train loader divides its samples among {shares} processes, but the run has {world}.",
                     where="train loader",
                     got=shares,
                     expected=world,
@@ -203,7 +203,7 @@ def _first_batches_differ(loader: ForeignLoader) -> bool:
             where="train loader",
             got=f"{kinds} different ones in {len(found)} processes",
             expected="the same in all, or another one in each",
-            hint="Let the loader give every process everything (each then takes its share of a batch), or each its own part.",
+            hint="Let the loader give every process all samples (it then takes its share of every batch), or each one its own part.",
         )
     return kinds > 1
 

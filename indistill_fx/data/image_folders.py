@@ -180,13 +180,13 @@ def list_images(folder: Path) -> Listing:
             f"{str(folder)!r} has no class folders.",
             where=str(folder),
             expected="folder/<class>/<image>",
-            hint="Put the images of each class in a folder of its own.",
+            hint="Put the images of each class into a separate folder.",
         )
     if not classes:
         return Listing(folder, tuple(loose), None, ())
     if loose:
         raise ConfigError(
-            f"{str(folder)!r} has class folders and images beside them, such as {Path(loose[0]).name!r}.",
+            f"{str(folder)!r} has images outside of the class folders, such as {Path(loose[0]).name!r}.",
             where=str(folder),
             got=loose[0],
             expected="folder/<class>/<image>, or images only",
@@ -254,7 +254,7 @@ def _is_hidden(name: str) -> bool:
 def _absent(folder: Path, name: str) -> ConfigError:
     found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
     return ConfigError(
-        f"{str(folder)!r} has no {name}/; there is {found}.",
+        f"{str(folder)!r} has no {name}/; it contains {found}.",
         where=str(folder),
         got=found,
         expected="train/<class>/ and test/<class>/ (or val/<class>/)",

@@ -138,7 +138,7 @@ class EpochLoader(ABC):
         return ConfigError(
             f"A {type(self).__name__} does not know its samples by number.",
             where="loader",
-            hint="Use a loader of open_data, or one whose batches carry indices.",
+            hint="Use a loader of open_data, or one whose batches contain indices.",
         )
 
     def __len__(self) -> int:
@@ -206,7 +206,7 @@ class IndexedLoader(EpochLoader):
         if self.randomness is None or self.unknown or views < 1:
             why = self.unknown or "nothing is drawn at random here" if views > 0 else f"there cannot be {views} of them"
             hint = "Leave --views out, or --no-augment."
-            raise ConfigError(f"Fixed views were asked for, and {why}.", where="views", got=views, hint=hint)
+            raise ConfigError(f"Fixed views were requested, but {why}.", where="views", got=views, hint=hint)
         part = copy.copy(self)
         part._views = views
         return part

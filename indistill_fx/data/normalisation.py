@@ -88,7 +88,7 @@ def choose(
     if mean is None or std is None:
         given, absent = ("std", "mean") if mean is None else ("mean", "std")
         raise ConfigError(
-            f"The {given} of the pictures is given by numbers, but their {absent} is not given.",
+            f"The {given} of the pictures is given as numbers, but their {absent} is missing.",
             where=absent,
             hint=f"Give both, --mean and --std, or one word for both: auto, {', '.join(PUBLISHED)}.",
         )
@@ -132,7 +132,7 @@ def _figures(name: str, wanted: Figures, place: int, measured: Normalisation, ch
     if isinstance(wanted, str):
         if wanted not in PUBLISHED:
             raise ConfigError(
-                f"{wanted!r} is no {name} of pictures.",
+                f"{wanted!r} is not a {name} of pictures.",
                 where=name,
                 got=wanted,
                 expected=["auto", *PUBLISHED],

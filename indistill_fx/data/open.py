@@ -127,7 +127,7 @@ def _check_randaugment(kind: str, options: DataOptions) -> None:
     }
     for reason in (reason for reason, holds in reasons.items() if holds):
         raise ConfigError(
-            f"RandAugment was asked for, and {reason}.",
+            f"RandAugment was requested, but {reason}.",
             where="randaugment",
             got=options.randaugment,
             hint="Leave --randaugment out, or take torchvision.transforms.v2.RandAugment in the loaders themselves.",

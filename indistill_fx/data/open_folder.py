@@ -41,12 +41,12 @@ def open_folder(place: str, options: DataOptions) -> Data:
         ConfigError: no such folder; a split, class or picture is absent, empty or broken; figures that cannot be.
     """
     if not place:
-        raise ConfigError("`imagefolder` needs its folder.", where="data", expected="imagefolder:DIR")
+        raise ConfigError("`imagefolder` needs a folder.", where="data", expected="imagefolder:DIR")
     train, test = (listing.limited(options.limit) for listing in list_splits(Path(place)))
     form = Form.of((train, test))
     if form.deep and options.randaugment is not None:
         raise ConfigError(
-            f"RandAugment was asked for, and pictures in {place!r} have 16 bits a channel; it knows 8.",
+            f"RandAugment was requested, but pictures in {place!r} have 16 bits a channel; it supports only 8.",
             where="randaugment",
             got="16 bits",
             expected="8 bits",

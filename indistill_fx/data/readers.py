@@ -203,7 +203,7 @@ def noticing_dead_readers() -> Iterator[None]:
         raise TrainError(
             f"A process that reads the data has died: {reported.splitlines()[0]}",
             where="data",
-            hint="Often memory ran out: take fewer workers or smaller batches. The last checkpoint is good: go on with "
+            hint="The usual cause is a lack of memory: use fewer workers or smaller batches. The last checkpoint is intact: continue with "
             "resume=True (--resume).",
         ) from error
 

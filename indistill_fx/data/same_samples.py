@@ -22,19 +22,19 @@ def same_samples(loader: EpochLoader, what: str, *, views: bool = False) -> Epoc
     if loader.randomness is not None:
         if not loader.numbered:
             raise ConfigError(
-                f"{what} needs samples that are known by number and the same in every epoch, and nobody can tell that of a loader of "
-                "one's own.",
+                f"{what} needs samples that have numbers and are the same in every epoch, which cannot be known of a loader of "
+                "your own.",
                 where=what.lower().removeprefix("the "),
                 got=type(loader).__name__,
                 expected="a loader of open_data without random transforms",
-                hint="Name data that open_data reads (a folder of images, cifar10, digits), or do without.",
+                hint="Use data that open_data reads (a folder of images, cifar10, digits), or leave the option out.",
             )
         others = ", take fixed views (--views 4, open_data(views=4))" if views else ""
         raise ConfigError(
-            f"{what} needs samples that are the same in every epoch, and {loader.randomness}.",
+            f"{what} needs samples that are the same in every epoch, but {loader.randomness}.",
             where=what.lower().removeprefix("the "),
             got=loader.randomness,
             expected="data without random transforms",
-            hint=f"Turn augmentation off (--no-augment, open_data(augment=False)){others}, or do without.",
+            hint=f"Turn augmentation off (--no-augment, open_data(augment=False)){others}, or leave the option out.",
         )
     return loader.indexed()

@@ -31,7 +31,9 @@ def open_user_loaders(spec: str, options: DataOptions) -> Data:
     """
     function = load_object(spec)
     if not callable(function):
-        raise ConfigError(f"{spec!r} is not a function.", where=spec, got=type(function).__name__, expected="a function")
+        raise ConfigError(
+            f"{spec!r} is not a function.", where=spec, got=type(function).__name__, expected="a function"
+        )
     given, notes = _arguments(spec, inspect.signature(function).parameters, options)
     result = function(**given)
     if isinstance(result, Data):
@@ -40,7 +42,7 @@ def open_user_loaders(spec: str, options: DataOptions) -> Data:
         result = {"train": result[0], "test": result[1]}
     if not isinstance(result, Mapping) or not {"train", "test"} <= result.keys():
         raise ConfigError(
-            f"{spec!r} returned a {type(result).__name__}.",
+            f"{spec!r} returned a value of type {type(result).__name__}, not loaders.",
             where=spec,
             got=type(result).__name__,
             expected="(train, test), a dict with train and test, or Data",
@@ -72,7 +74,7 @@ def _figures(spec: str, told: Any) -> Normalisation | None:
         mean, std = (), ()
     if not mean or len(mean) != len(std) or min(std) <= 0:
         raise ConfigError(
-            f"{spec!r} says that its pictures are normalised by {str(told)[:60]}.",
+            f"{spec!r} says that its images are normalised by {str(told)[:60]}.",
             where=spec,
             got=str(told)[:60],
             expected="`normalisation`: (mean, std), a number for every channel each, of values from 0 to 1",
@@ -89,14 +91,14 @@ def _arguments(
     for name in asked:
         if name not in parameters and not anything:
             raise ConfigError(
-                f"{spec!r} has no parameter `{name}`, and its loaders prepare pictures their own way.",
+                f"{spec!r} has no parameter `{name}`, so the option cannot change how its loaders prepare images.",
                 where=name,
                 got=asked[name],
                 hint=f"Leave --{name} out, or give the function a parameter `{name}`.",
             )
     offered = {name: getattr(options, name) for name in _ALWAYS} | asked
     left_out = [
-        f"{spec} has no parameter `{name}`, so {meaning} is its own choice."
+        f"{spec} has no parameter `{name}`, so it decides {meaning} itself."
         for name, wanted, meaning in (
             ("limit", options.limit is not None, "how many samples there are"),
             ("workers", options.workers > 0, "how many processes read"),

@@ -36,7 +36,7 @@ class Preprocess:
         mean, std = (tuple(map(float, v)) if isinstance(v, Sequence) else (float(v),) for v in pair)
         if len(mean) != len(std) or not mean or min(std) <= 0:
             raise ConfigError(
-                f"`preprocess` wants (mean, std) with one mean and one positive standard deviation per channel; "
+                f"`preprocess` needs (mean, std) with one mean and one positive standard deviation per channel; "
                 f"got {mean} and {std}.",
                 where="preprocess",
                 hint="Give ((m, …), (s, …)) of values from 0 to 1.",

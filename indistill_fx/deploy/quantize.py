@@ -235,7 +235,9 @@ def _classify(session: onnxruntime.InferenceSession, batches: Iterable[Batch]) -
         known = known[:, 0] if known.ndim == 2 and known.shape[1] == 1 else known
         whole = known.ndim == 1 and np.issubdtype(known.dtype, np.integer)
         _require(
-            whole, "int8 files are judged by their accuracy, and these labels are not one class a sample.", "evaluation"
+            whole,
+            "int8 files are judged by their accuracy, and these labels do not give one class per sample.",
+            "evaluation",
         )
         labels.append(known)
         classes.append(np.asarray(scores).argmax(1)[: piece.rows])

@@ -158,14 +158,14 @@ def deciding_metric(task: Task, outputs: int) -> MetricFacts:
     """The first of a task's metrics for models of so many outputs; of a task without any, its loss.
 
     Raises:
-        ConfigError: a task of the user's own does not say which way is up.
+        ConfigError: a task of the user's own does not say whether higher or lower is better.
     """
     name, metric = next(iter(task.metrics(outputs).items()), ("loss", None))
     if metric is None:
         return MetricFacts(name, higher_is_better=False, share=False)
     if metric.higher_is_better is None:
         raise ConfigError(
-            f"Metric `{name}` of task `{task.name}` does not say which way is up.",
+            f"Metric `{name}` of task `{task.name}` does not say whether higher or lower is better.",
             where=name,
             expected="True or False",
             hint="Set `higher_is_better` in its class, or put another metric first.",
@@ -175,20 +175,20 @@ def deciding_metric(task: Task, outputs: int) -> MetricFacts:
 
 def _not_a_number(module: nn.Module, count: int) -> ConfigError:
     return ConfigError(
-        f"{type(module).__name__} gives NaN for a sample after the first {count}: any measure of that would be of nothing.",
+        f"{type(module).__name__} gives NaN for a sample after the first {count}, so no metric would mean anything.",
         where="logits",
         got="NaN",
         expected="numbers",
-        hint="Look at its weights and at the data's normalisation; what is not finite in a model is named before it is trained.",
+        hint="Check its weights and the normalisation of the data.",
     )
 
 
 def _unmeasured(task: Task) -> ConfigError:
     return ConfigError(
-        f"Task `{task.name}` reads no labels, so there is nothing to measure by them.",
+        f"Task `{task.name}` reads no labels, so it cannot be measured with labels.",
         where="task",
         got=task.name,
-        hint="Name the task that the labels are of (--task), or measure features: --retrieval.",
+        hint="Name the task of these labels (--task), or measure features: --retrieval.",
     )
 
 

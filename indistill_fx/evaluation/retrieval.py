@@ -143,13 +143,13 @@ class _Feature(nn.Module):
 def _check_retrieval(query: Tensor, query_labels: Tensor, database: Tensor, database_labels: Tensor, k: int) -> None:
     if query.ndim != 2 or database.ndim != 2 or query.shape[1] != database.shape[1]:
         raise ConfigError(
-            f"Queries {tuple(query.shape)} and database {tuple(database.shape)} are not vectors of one width.",
+            f"Queries {tuple(query.shape)} and database {tuple(database.shape)} are not vectors of the same width.",
             where="retrieval",
             hint="Give tensors of shape (samples, width), as `embed` makes them.",
         )
     if not 1 <= k <= len(database):
         raise ConfigError(
-            f"k is {k}, but the database has {len(database)} samples.", where="k", got=k, hint="Give a smaller k."
+            f"k is {k}, but the database has {len(database)} samples.", where="k", got=k, hint="Give a smaller k (-k)."
         )
     if not (query.isfinite().all() and database.isfinite().all()):
         raise ConfigError(
@@ -160,7 +160,7 @@ def _check_retrieval(query: Tensor, query_labels: Tensor, database: Tensor, data
     alone = query_labels[~torch.isin(query_labels, database_labels)]
     if len(alone):
         raise ConfigError(
-            f"The database has no sample of class {int(alone[0])}, of which there are queries.",
+            f"The database has no sample of class {int(alone[0])}, but some queries have this class.",
             where="retrieval",
             got=int(alone[0]),
             hint="Give queries of the database's classes only.",

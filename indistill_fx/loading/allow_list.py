@@ -235,7 +235,7 @@ def _import_trusted(module: str, name: str) -> Any:
             f"The trusted {module}.{name} cannot be imported: {type(error).__name__}: {error}.",
             where=f"{module}.{name}",
             got=str(error),
-            hint="It has to be installed, or in the working directory, in the version the file was saved with.",
+            hint="Install it, or put it into the working directory, in the version that the file was saved with.",
         ) from error
 
 

@@ -71,7 +71,9 @@ def recognise(path: Path) -> FileKind:
         first = text.strip().splitlines()[0][:60] if text.strip() else ""
         raise _refuse(path, f"a text file that begins with {first!r}", "For Python code write file.py:make_model.")
     raise _refuse(
-        path, "no model file, or its beginning is damaged", "Legal are .pt, .pth, .pt2, .onnx and .safetensors files."
+        path,
+        "not a model file, or its beginning is damaged",
+        "Supported files are .pt, .pth, .pt2, .onnx and .safetensors.",
     )
 
 
@@ -85,7 +87,7 @@ def _require_file(path: Path) -> None:
         folder = path.parent
         names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
         hint = nearest(path.name, names) if folder.is_dir() else f"There is no directory `{folder}` either."
-        raise ConfigError(f"There is no file `{path}` (looked from {Path.cwd()}).", where=str(path), hint=hint)
+        raise ConfigError(f"There is no file `{path}` (looked in {Path.cwd()}).", where=str(path), hint=hint)
     if not path.is_file():
         raise ConfigError(
             f"`{path}` is not a regular file.", where=str(path), hint="Give a file, not a folder or a device."

@@ -102,7 +102,9 @@ def _require_packages(trust: Sequence[str]) -> None:
     for package in [trust] if isinstance(trust, str) else trust:
         if isinstance(trust, str) or not all(part.isidentifier() for part in package.split(".")):
             hint = "Give packages by name: --trust mypackage, or trust=['mypackage']."
-            raise ConfigError(f"{package!r} cannot be trusted: it is not a list of packages.", where="--trust", hint=hint)
+            raise ConfigError(
+                f"{package!r} cannot be trusted: it is not a list of packages.", where="--trust", hint=hint
+            )
 
 
 def _load_file(parsed: Spec, trust: Sequence[str]) -> Source:
@@ -141,11 +143,14 @@ def _load_onnx(path: Path, parsed: Spec, *, black_box: bool = False) -> Source:
         raise ConfigError(f"No weights can be loaded into the ONNX file `{path}`.", where=parsed.text, hint=hint)
     legal = ("input", "taps") if black_box else ("input",)
     if unknown := next((name for name in parsed.arguments if name not in legal), None):
-        hint = f"Legal: {', '.join(legal)}."
+        hint = f"Choose from: {', '.join(legal)}."
         raise ConfigError(f"An ONNX file takes no argument {unknown!r}.", where=parsed.text, got=unknown, hint=hint)
     if (kind := recognise(path)) != "onnx":
         raise ConfigError(
-            f"`{path}` is no ONNX file.", where=parsed.text, got=kind, hint="Name a file that an ONNX exporter wrote."
+            f"`{path}` is not an ONNX file.",
+            where=parsed.text,
+            got=kind,
+            hint="Name a file that an ONNX exporter wrote.",
         )
     size = parsed.arguments.get("input")
     shape = parse_input(str(size)).shape if size is not None else None

@@ -52,7 +52,7 @@ def build_torchvision(name: str, arguments: Mapping[str, Any]) -> nn.Module:
                 f"torchvision:{name} has no weights {wanted!r}.",
                 where=f"torchvision:{name}?weights={wanted}",
                 got=wanted,
-                hint=f"Legal: {', '.join(weights.__members__)}.",
+                hint=f"Choose from: {', '.join(weights.__members__)}.",
             )
     model = _build(f"torchvision:{name}", builder, given, quiet, downloads=given.get("weights") is not None)
     # some constructors swallow any keyword
@@ -117,7 +117,7 @@ def _build(
                 f"{spec} could not be built with pretrained weights: {reason}.",
                 where=spec,
                 got=reason,
-                hint=f"Without network, bring the weights as a file: {spec}@weights.safetensors.",
+                hint=f"Without a network connection, give the weights as a file: {spec}@weights.safetensors.",
             ) from error
         raise _misbuilt(spec, builder, given, quiet, reason) from error
 
@@ -130,7 +130,7 @@ def _misbuilt(
         f"{spec} cannot be built with {shown or 'its defaults'}: {reason}.",
         where=spec,
         got=given,
-        hint=f"Legal arguments: {', '.join(_list_arguments(builder, quiet))}.",
+        hint=f"Its arguments: {', '.join(_list_arguments(builder, quiet))}.",
     )
 
 

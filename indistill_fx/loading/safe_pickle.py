@@ -196,7 +196,7 @@ def _refuse_names(names: Mapping[str, Named], label: str) -> None:
     if foreign:
         more = f" and {len(foreign) - 5} more" if len(foreign) > 5 else ""
         raise ConfigError(
-            f"`{label}` names what is outside of torch.nn, torchvision and timm: {', '.join(foreign[:5])}{more}. "
+            f"`{label}` names things outside of torch.nn, torchvision and timm: {', '.join(foreign[:5])}{more}. "
             "It was refused, and nothing in it was run.",
             where=label,
             got=foreign,

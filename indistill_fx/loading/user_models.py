@@ -103,7 +103,9 @@ def _failed(error: BaseException, who: str, spec: str) -> FrontendError:
         own = [frame for frame in frames if _is_users(frame.filename)] or list(frames)
         where = f"{own[-1].filename}:{own[-1].lineno}" if own else spec
     reason = f"{type(error).__name__}: {error}".rstrip(": ")
-    return FrontendError(f"{who} failed at {where}: {reason}.", where=where, got=reason, hint="Fix that line.")
+    return FrontendError(
+        f"{who} failed at {where}: {reason}.", where=where, got=reason, hint="Fix that line, or the arguments."
+    )
 
 
 def _is_users(filename: str) -> bool:

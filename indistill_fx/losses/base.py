@@ -163,7 +163,7 @@ class MainLoss(Criterion):
 def required(value: Tensor | None, what: str) -> Tensor:
     """The tensor, or a ConfigError that names what is absent."""
     if value is None:
-        raise ConfigError(f"This loss reads the {what}, but none were given.", where=what, expected="a tensor")
+        raise ConfigError(f"This loss reads the {what}, but got none.", where=what, expected="a tensor")
     return value
 
 

@@ -101,10 +101,10 @@ def infer_task(logits: Tensor, labels: Tensor | None, inputs: Tensor | None = No
             return found
     raise ConfigError(
         f"Labels of shape {tuple(labels.shape)} ({str(labels.dtype).removeprefix('torch.')}) and outputs of shape "
-        f"{tuple(logits.shape)} do not show which task they are of.",
+        f"{tuple(logits.shape)} fit no task, or several.",
         where="labels",
         got=tuple(labels.shape),
-        hint=f"Name it with task=… (--task): {', '.join(TASKS)}, or file.py:task for your own. Class numbers must be whole: labels.long().",
+        hint=f"Name it with task=… (--task): {', '.join(TASKS)}, or file.py:task. Class numbers must be integers: labels.long().",
     )
 
 

@@ -183,10 +183,10 @@ def pooled_to_smaller(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Both maps, adaptively average-pooled to the smaller size along each axis of space."""
     if a.ndim != b.ndim or a.ndim - 2 not in _POOLS:
         raise ConfigError(
-            f"Features of shape {tuple(a.shape)} and {tuple(b.shape)} have no space in common.",
+            f"Features of shape {tuple(a.shape)} and {tuple(b.shape)} cannot be compared.",
             where="space",
             expected="(batch, channels, *space) with 1 to 3 axes of space",
-            hint="Tokens must become a map first.",
+            hint="Convert the tokens to a map first.",
         )
     size = [min(n, m) for n, m in zip(a.shape[2:], b.shape[2:], strict=True)]
     return _pooled(a, size), _pooled(b, size)

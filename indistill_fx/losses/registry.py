@@ -146,7 +146,7 @@ def main_loss(
     if not isinstance(loss, str) or loss not in MAIN_LOSSES:
         if over_time:
             raise ConfigError(
-                "A loss of your own weighs itself; weights over time are for those that have a weight.",
+                "Weights over time do not work with your own loss, which has no `weight`.",
                 where="main_weights",
                 expected=list(MAIN_LOSSES),
             )
@@ -182,7 +182,7 @@ def asked_of_the_data(loss: str | Callable[..., Tensor]) -> frozenset[str]:
 def _require_fit(kind: type[MainLoss], name: str, task: Task) -> None:
     if kind.by_class and not task.by_class:
         raise ConfigError(
-            f"Loss {name!r} compares classes that exclude each other, and the outputs of task {task.name!r} are none.",
+            f"Loss {name!r} compares classes that exclude each other; the outputs of task {task.name!r} do not.",
             where="main",
             got=name,
             expected=[key for key, other in MAIN_LOSSES.items() if not other.by_class],
@@ -190,7 +190,7 @@ def _require_fit(kind: type[MainLoss], name: str, task: Task) -> None:
         )
     if kind is LabelsLoss and not task.labelled:
         raise ConfigError(
-            f"Loss 'labels' needs labels, and task {task.name!r} has none.",
+            f"Loss 'labels' needs labels, but task {task.name!r} has none.",
             where="main",
             got=name,
             hint="Take a loss on features or penultimate vectors, such as pkt.",
@@ -236,6 +236,6 @@ def _object(loss: Any, known: Mapping[str, Any], what: str) -> Any:
             where=what,
             got=loss,
             expected=sorted(known),
-            hint=f"{nearest(loss, known)} Legal: {', '.join(known)}, or file.py:name for your own.",
+            hint=f"{nearest(loss, known, all_if_none=False)} Choose from: {', '.join(known)}, or file.py:name for your own.".strip(),
         )
     return load_object(loss)

@@ -120,7 +120,7 @@ def keeping(criterion: Criterion, curriculum: Curriculum, plan: AlignmentPlan) -
     pair, loss = plan.embedding, warmup_loss(curriculum.loss)
     if pair is None:
         raise ConfigError(
-            "The loss of the penultimate vectors is to be kept in the main stage, and the plan has none.",
+            "The loss of the penultimate vectors cannot be kept in the main stage, because the plan has no such vectors.",
             where="keep",
             got=curriculum.keep,
             expected=0,
@@ -130,6 +130,6 @@ def keeping(criterion: Criterion, curriculum: Curriculum, plan: AlignmentPlan) -
         raise ConfigError(
             f"The plan does not say which channels of the teacher's penultimate vector `{pair.teacher}` are kept.",
             where=pair.teacher,
-            hint="An earlier version made it: make it again with `align`, or leave keep at 0.",
+            hint="An earlier version made this plan: make it again with `align`, or leave keep at 0.",
         )
     return KeptFeature(criterion, loss, curriculum.keep * criterion.unit, pair)

@@ -254,11 +254,11 @@ class MultiLabel(Task):
         _same_shape(self, logits, labels)
         if not bool(((labels >= 0) & (labels <= 1)).all()):
             raise ConfigError(
-                f"multilabel reads labels from 0 to 1, but these reach from {labels.min():g} to {labels.max():g}.",
+                f"multilabel reads labels from 0 to 1, but these range from {labels.min():g} to {labels.max():g}.",
                 where="labels",
                 got=(float(labels.min()), float(labels.max())),
                 expected="0 or 1 for each label",
-                hint="Class numbers are --task classification, measured values are --task regression.",
+                hint="For class numbers use --task classification, for measured values --task regression.",
             )
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -358,7 +358,7 @@ def _require_positions(task: Task, logits: Tensor, expected: str) -> None:
             where="task",
             got=tuple(logits.shape),
             expected=expected,
-            hint="One class a sample is --task classification.",
+            hint="For one class per sample use --task classification.",
         )
 
 
@@ -366,11 +366,11 @@ def _check_probabilities(labels: Tensor) -> None:
     sums = labels.sum(1)
     if not bool((labels >= 0).all()) or not torch.allclose(sums, torch.ones_like(sums), atol=1e-2):
         raise ConfigError(
-            "Labels that are numbers of every class must be probabilities, but a sample's do not sum to 1.",
+            "Labels with a number for every class must be probabilities, but those of some sample do not sum to 1.",
             where="labels",
             got=sums.flatten()[0].item(),
             expected="class numbers, or probabilities that sum to 1",
-            hint="Any number of labels a sample is --task multilabel, measured values are --task regression.",
+            hint="For several labels per sample use --task multilabel, for measured values --task regression.",
         )
 
 

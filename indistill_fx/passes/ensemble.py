@@ -132,7 +132,7 @@ def align_members(
     order = {node.name: place for place, node in enumerate(student.graph_module.graph.nodes)}
     if required and not best:
         raise MatchError(
-            "None of the teachers has a kind of layer in common with the student.",
+            "No layer of any teacher is of the same kind as a layer of the student.",
             where="teachers",
             hint="Distil without a warm-up: --no-warmup.",
         )
@@ -259,7 +259,7 @@ def _check_outputs(
                 ) from error
         if not isinstance(found, Tensor):
             raise ConfigError(
-                f"Teacher {number} gives a {type(found).__name__}, and the logits of several teachers are averaged.",
+                f"Teacher {number} gives a {type(found).__name__}, but the logits of several teachers are averaged.",
                 where="teachers",
                 got=type(found).__name__,
                 hint="Say which entry holds the logits: logits=KEY (--logits KEY).",
@@ -273,7 +273,7 @@ def _check_outputs(
             f"The teachers' outputs have different shapes: {', '.join(map(str, shapes))}.",
             where="teachers",
             got=shapes,
-            hint="Their logits are averaged: give teachers of the same classes.",
+            hint="Their logits are averaged, so give teachers with the same classes.",
         )
 
 
@@ -282,7 +282,7 @@ def _check_classes(number: int, classes: Sequence[int], logits: Tensor) -> None:
     if not classes or max(classes) >= logits.shape[1]:
         wrong = f"has {logits.shape[1]} outputs, not {max(classes) + 1}" if classes else "has no class of the student's"
         raise ConfigError(
-            f"Teacher {number} {wrong}, and the logits of several teachers are averaged.",
+            f"Teacher {number} {wrong}, but the logits of several teachers are averaged.",
             where="teacher classes",
             got=list(classes)[:20],
             expected=f"outputs from 0 to {logits.shape[1] - 1}, one for each class of the student",

@@ -104,7 +104,7 @@ def fed_student_half(
         lowerings: of the target.
 
     Raises:
-        MatchError: the teacher's feature of a pair cannot take the place of the student's.
+        MatchError: the teacher's feature of a pair cannot replace the student's.
     """
     taps = [pair.student for pair in pairs]
     begun = run_passes(student, [("cut", partial(cut, taps=taps))])
@@ -119,7 +119,7 @@ def fed_student_half(
     for pair, made in zip(pairs[:-1], half.report, strict=False):
         if made.done:
             raise MatchError(
-                f"The teacher's `{pair.teacher}` cannot take the place of the student's `{pair.student}`: {made.done[0]}.",
+                f"The teacher's `{pair.teacher}` cannot replace the student's `{pair.student}`: {made.done[0]}.",
                 where=pair.student,
                 hint="Leave the pair out (layers=[…]), or warm up one by one (feed='student').",
             )

@@ -181,7 +181,7 @@ def _require_channels(theirs: NodeFacts, ours: NodeFacts, pair: Pair) -> None:
             where=pair.teacher,
             got=ours.shape,
             expected="two maps or two vectors (batch, channels, *space)",
-            hint="Let the plan's last pair be one of those; of a transformer, the vectors that its classifier reads.",
+            hint="Choose a last pair whose features are compatible; for a transformer, the vectors that its classifier reads.",
         )
 
 
@@ -213,7 +213,7 @@ def _after(traced: TracedModel, tap: str) -> fx.GraphModule:
             new.graph.erase_node(other)
     if not feature.users:
         raise ConfigError(
-            f"Nothing of the teacher follows after `{tap}`, so there is no classifier to reuse.",
+            f"No layer of the teacher follows `{tap}`, so there is no classifier to reuse.",
             where=tap,
             hint="Let the plan's last pair be a layer before the classifier.",
         )

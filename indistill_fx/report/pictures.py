@@ -28,13 +28,13 @@ def to_png(svg: str, *, width: int = 1840) -> bytes:
         raise ConfigError(
             "A PNG file needs CairoSVG, which is not installed.",
             where="--png",
-            hint="pip install 'indistill-fx[png]', or write --svg, which needs nothing.",
+            hint="pip install 'indistill-fx[png]', or write --svg, which needs no extra library.",
         ) from error
     except OSError as error:  # CairoSVG is there, libcairo is not
         raise ConfigError(
             "A PNG file needs the cairo library, which is not installed.",
             where="--png",
-            hint="Install it (Debian: apt-get install libcairo2; macOS: brew install cairo), or write --svg, which needs nothing.",
+            hint="Install it (Debian: apt-get install libcairo2; macOS: brew install cairo), or write --svg, which needs no extra library.",
         ) from error
     found: bytes = cairosvg.svg2png(bytestring=svg.encode(), output_width=width)
     return found

@@ -37,7 +37,7 @@ class Bounded(TorchDispatchMode):
             self._left -= math.prod(map(int, size))
         if self._left < 0:
             raise ConfigError(
-                f"{self._where} asks for a model of far more numbers than the {self._elements:,} of its weights.",
+                f"{self._where} describes a model with many more elements than its weights have ({self._elements:,}).",
                 where=self._where,
                 expected=f"about {self._elements:,} numbers",
                 hint="The run directory is damaged, or was not written by a run.",

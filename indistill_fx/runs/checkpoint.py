@@ -33,7 +33,7 @@ def check_schema(version: object, path: Path) -> None:
             where=str(path),
             got=version,
             expected=SCHEMA,
-            hint="Update indistill-fx, or start the run anew in another directory.",
+            hint="Update indistill-fx, or start a new run in another directory.",
         )
 
 
@@ -64,7 +64,7 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise ConfigError(
             f"{path} is not a checkpoint of a run: {str(error).rstrip('.')}.",
             where=str(path),
-            hint="Start the run anew in another directory.",
+            hint="Start a new run in another directory.",
         ) from error
     check_schema(state.pop("schema_version", 1), path)
     return tensors, state
@@ -126,11 +126,11 @@ def restore_model(live: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> No
         got, expected = (tuple(side[name].shape) if name in side else None for side in (stored, live))
         if got != expected:
             raise ConfigError(
-                f"The checkpoint is of another model: `{name}` is {got or 'absent'} there, not {expected or 'absent'}.",
+                f"The checkpoint belongs to another model: `{name}` is {got or 'absent'} there, not {expected or 'absent'}.",
                 where=name,
                 got=got,
                 expected=expected,
-                hint="Resume with the models and the losses the run was started with.",
+                hint="Resume with the models and losses that the run was started with.",
             )
     for name, tensor in live.items():
         tensor.copy_(stored[name])
@@ -151,9 +151,9 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Tens
         fits = index.isdecimal() and int(index) < len(shapes)
         if not fits or (isinstance(value, Tensor) and value.dim() and value.shape != shapes[int(index)]):
             raise ConfigError(
-                f"The checkpoint is of another optimiser: `{name}` does not fit.",
+                f"The checkpoint belongs to another optimiser: `{name}` does not fit.",
                 where=name,
-                hint="Resume with the options the run was started with.",
+                hint="Resume with the options that the run was started with.",
             )
         state.setdefault(int(index), {})[key] = _laid_out_as(parameters[int(index)], value)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

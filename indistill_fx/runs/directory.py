@@ -86,7 +86,7 @@ class RunDirectory:
             raise ConfigError(
                 f"{self.path} already holds a run.",
                 where=str(self.path),
-                hint="Go on with it by resume=True (--resume), or give another directory.",
+                hint="Continue it with resume=True (--resume), or give another directory.",
             )
         if self.resumes:
             check_schema(self.reported().get("schema_version", 1), self.path / "run.json")
@@ -226,6 +226,9 @@ def _tracker(name: str, home: Path) -> Any:
     except Exception as error:  # a program of others' that may want accounts, servers and databases
         first = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
         raise ConfigError(
-            f"The tracker {name!r} cannot begin: {first}", where="tracker", got=name, hint="Set it up, or leave it out."
+            f"The tracker {name!r} failed to start: {first}",
+            where="tracker",
+            got=name,
+            hint="Set it up, or leave it out.",
         ) from error
     return tracker

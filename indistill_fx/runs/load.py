@@ -170,7 +170,7 @@ def _inputs(texts: Any, home: Path) -> Any:
     except ConfigError as error:
         reason = error.message.rstrip(".")
     raise ConfigError(
-        f"{home / 'run.json'} describes inputs that cannot be: {reason}.",
+        f"{home / 'run.json'} describes impossible inputs: {reason}.",
         where=str(home),
         hint=_by_hand(home),
     )
@@ -189,7 +189,7 @@ def _told_of_data(
         return tuple(str(name) for name in kept.get("classes") or ()), _figures(kept.get("normalisation"), channels)
     except (ValueError, TypeError, AttributeError, OverflowError) as error:
         raise ConfigError(
-            f"{home / 'run.json'} says what the classes or the figures of its data were, and they cannot be: {error}.",
+            f"{home / 'run.json'} describes impossible classes or normalisation: {error}.",
             where=str(home),
             got=str(error),
             hint=_by_hand(home),
@@ -252,7 +252,7 @@ def load_run(path: str | os.PathLike[str], *, trust: Sequence[str] = (), best: b
         ) from error
     if not is_input_size(size, most=LARGEST_IN_A_FILE):
         raise ConfigError(
-            f"{home / 'run.json'} says that an input has the size {str(size)[:60]}, which cannot be.",
+            f"{home / 'run.json'} says that an input has the size {str(size)[:60]}, which is impossible.",
             where=str(home),
             got=str(size)[:60],
             hint=_by_hand(home),

@@ -87,7 +87,7 @@ def load_outputs(spec: str) -> Source:
     tensors, told = load_checkpoint(folder / FILE)
     samples = told.get("samples")
     if LOGITS not in tensors or any(not value.dim() or len(value) != samples for value in tensors.values()):
-        raise ConfigError(f"`{folder}` has no logits of all its samples.", where=spec, hint=_MAKE)
+        raise ConfigError(f"`{folder}` does not have logits for all of its samples.", where=spec, hint=_MAKE)
     odd = [name for name, value in tensors.items() if len(name) > _LONGEST or not value.is_floating_point()]
     if odd:
         what = f"`{folder}` has outputs that no teacher gives: {odd[0][:60]!r}, of the type {tensors[odd[0]].dtype}."
@@ -155,14 +155,14 @@ def check_outputs(module: nn.Module, loader: EpochLoader, *, cached: bool = Fals
             where="teacher",
             got=told["samples"],
             expected=wanted,
-            hint=f"Save them anew for these data, or give the --limit they were saved with. {_MAKE}",
+            hint=f"Save them again for these data, or give the same --limit. {_MAKE}",
         )
     if told["data"] != loader.fingerprint():
         raise ConfigError(
-            f"`{folder}` has outputs of other data: other samples, or samples of another size, order or normalisation.",
+            f"`{folder}` was saved from other data: other samples, or another size, order or normalisation.",
             where="teacher",
             got=told["data"][:16],
             expected="the digest of the training data",
-            hint=f"Give the data and the options they were saved with, or save them anew. {_MAKE}",
+            hint=f"Give the same data and options, or save the outputs again. {_MAKE}",
         )
     return indexed

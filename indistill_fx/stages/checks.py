@@ -67,7 +67,7 @@ def require_frozen_end(student: nn.Module, half: nn.Module, tap: str) -> None:
     left = [name for name, p in student.named_parameters() if p.requires_grad and id(p) not in reached]
     if left:
         raise ConfigError(
-            f"The loss trains the student up to `{tap}` only, and `{left[0]}` after it would keep its first values.",
+            f"The loss trains the student up to `{tap}` only, and `{left[0]}` after it would keep its initial values.",
             where="main",
             got=left[0],
             expected="a student that ends in its teacher's own classifier",
@@ -154,7 +154,7 @@ def check_classes(
     if view is not None and view.classes is not None and outputs is not None:
         if max(view.classes, default=0) >= outputs:
             raise ConfigError(
-                f"Output {max(view.classes)} of the teacher is to be a class of the student, and the teacher has {outputs} outputs.",
+                f"Output {max(view.classes)} of the teacher is named as a class of the student, but the teacher has {outputs} outputs.",
                 where="teacher classes",
                 got=max(view.classes),
                 expected=f"0 to {outputs - 1}",

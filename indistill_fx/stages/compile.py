@@ -147,7 +147,7 @@ def _check_halves(stage: Stage) -> None:
         if bare or not features:
             which = f"`{bare[0]}` is not computed from the input" if bare else "none of its tensors is compared"
             raise ConfigError(
-                f"Stage `{stage.name}` has nothing tapped in the {role}: {which}.",
+                f"Stage `{stage.name}` has no tap in the {role}: {which}.",
                 where=stage.name,
                 hint="Name a layer for the pair; `indistill-fx inspect` lists them.",
             )
@@ -229,7 +229,7 @@ def _fed_stage(
     loss = warmup_loss(curriculum.loss)
     if not loss.needs_equal_widths:
         raise ConfigError(
-            f"The loss `{curriculum.loss}` leaves the teacher's features as wide as they are, so they cannot feed the student.",
+            f"The loss `{curriculum.loss}` keeps all of the teacher's channels, so its features cannot feed the student.",
             where="feed",
             hint="Take mse or cosine, or feed='student'.",
         )
@@ -310,13 +310,13 @@ def _main_stage(
     criterion = main_loss(main, student_shapes=shapes[0], teacher_shapes=shapes[1], **options)
     if "embedding" in criterion.needs and plan.embedding is None:
         raise ConfigError(
-            "The main loss compares penultimate vectors, and the plan has none.",
+            "The main loss compares penultimate vectors, but the plan has none.",
             where="embedding",
             hint="Take `kd`, which reads logits only.",
         )
     if "features" in criterion.needs and not plan.pairs:
         raise ConfigError(
-            "The main loss compares features of pairs, and no layers of the two models go together.",
+            "The main loss compares the features of pairs, but no layers of the two models can be paired.",
             where="main",
             hint="Name a pair (--pair TEACHER_LAYER=STUDENT_LAYER), or take `kd`, which reads logits only.",
         )

@@ -75,7 +75,7 @@ def _checksum(tensor: Tensor) -> str:
 def _changed(name: str) -> ConfigError:
     return ConfigError(
         f"The teacher's weights have changed since the stage was compiled, among them `{name}`. The stage has folded copies of some and "
-        "shares others, so only part of it would change.",
+        "shares others, so only part of the stage would see the change.",
         where=name,
-        hint="Compile the stages again after every change, or give `compile_stages` a copy (copy.deepcopy(teacher)) that stands still.",
+        hint="Compile the stages again after every change, or give `compile_stages` a copy that does not change (copy.deepcopy(teacher)).",
     )

@@ -157,14 +157,14 @@ def _rescaling(
     if given is None:
         if explicit:
             raise ConfigError(
-                "What the pictures are normalised by is not known, so the teacher cannot be given other figures.",
+                "The normalisation of the images is not known, so it cannot be changed for the teacher.",
                 where="teacher mean",
-                hint="Give pictures by --data imagefolder:DIR; a function of your own may return a dict with `normalisation`: (mean, std).",
+                hint="Use --data imagefolder:DIR, or let the function that makes your loaders return `normalisation`: (mean, std) too.",
             )
         if figures is not None and data is not None and len(data.input_size) == 3:
             notes.append(
-                f"{teacher.spec} wants pictures normalised by {_shown(figures)}, and these data do not say what theirs are normalised by:"
-                " it sees them as they are. Let the function that makes the loaders return a dict with `normalisation`: (mean, std)."
+                f"{teacher.spec} was trained on images normalised by {_shown(figures)}, but these data do not say how they are normalised,"
+                " so it gets them unchanged. Let the function that makes the loaders return a dict with `normalisation`: (mean, std)."
             )
         return None
     if explicit:
@@ -194,7 +194,7 @@ def _classes(
     if given and len(numbers) == len(given):
         if wanted and len(numbers) != len(wanted):
             raise ConfigError(
-                f"{len(numbers)} outputs of the teacher are named, and the data have {len(wanted)} classes.",
+                f"{len(numbers)} outputs of the teacher are named, but the data have {len(wanted)} classes.",
                 where="teacher classes",
                 got=len(numbers),
                 expected=len(wanted),
@@ -206,7 +206,7 @@ def _classes(
     names = tuple(map(str, given)) or teacher.classes
     if given and not wanted:
         raise ConfigError(
-            "The teacher's classes are given by name, and the data do not name theirs.",
+            "The teacher's classes are given by name, but the data have no class names.",
             where="teacher classes",
             hint="Give the teacher's outputs by number, in the order of the data's classes.",
         )

@@ -42,7 +42,7 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         raise TrainError(
             f"{path} cannot be written: {error}.",
             where=str(path),
-            hint="The last checkpoint there is still good: free some space and go on with resume=True (--resume).",
+            hint="The last checkpoint there is intact: free some space and continue with resume=True (--resume).",
         ) from error
     finally:
         if draft is not None:
@@ -143,7 +143,7 @@ def staged(target: Path) -> Iterator[Path]:
     except OSError as error:
         raise ConfigError(
             f"Cannot write `{target}`: {error.strerror or error}.", where=str(target),
-            hint="Free some space, or give another path; an older file there is as it was.",
+            hint="Free some space, or give another path; an existing file there is unchanged.",
         ) from error  # fmt: skip
 
 

@@ -58,7 +58,7 @@ def distill_chain(
     steps = [{}] * len(pairs) if steps is None else steps
     if not pairs or len(steps) != len(pairs):
         raise ConfigError(
-            f"A chain of {len(models)} models has {len(pairs)} steps, and options are given for {len(steps)}.",
+            f"A chain of {len(models)} models has {len(pairs)} steps, but options are given for {len(steps)}.",
             where="chain",
             hint="Give the teacher, any assistants, and the student; and options for each step, or none.",
         )

@@ -172,7 +172,7 @@ def _later_by(epochs: int, milestones: Iterable[int], options: Options) -> Optio
 def _check_room(warmup: int, epochs: int) -> None:
     if warmup >= epochs:
         raise ConfigError(
-            f"The warm-up takes {warmup} epochs, and every arm has {epochs} in all.",
+            f"The warm-up takes {warmup} epochs, but every arm has only {epochs} in total.",
             where="epochs",
             got=epochs,
             expected=f"more than {warmup}",

@@ -80,7 +80,7 @@ def changes(
     for name in allowed:
         if _plain(name) not in known:
             raise ConfigError(
-                f"There is nothing called {name!r} that may change when a run is resumed.",
+                f"No setting called {name!r} may change when a run is resumed.",
                 where="allow_changed",
                 got=name,
                 expected=list(asked),
@@ -97,14 +97,14 @@ def changes(
     if refused:
         name = refused[0]
         before, now = found[name]
-        others = f" So do: {', '.join(refused[1:])}." if refused[1:] else ""
+        others = f" These differ as well: {', '.join(refused[1:])}." if refused[1:] else ""
         because = " (a cosine's learning rates follow from it)" if name == "epochs" and longer else ""
         raise ConfigError(
-            f"{path} is of another run: {name} is {_shown(before)} there and {_shown(now)} here{because}.{others}",
+            f"{path} belongs to a run with other settings: {name} is {_shown(before)} there and {_shown(now)} here{because}.{others}",
             where=name,
             got=now,
             expected=before,
-            hint="Resume with what the run was started with, start anew in another directory, or ask for the change: "
+            hint="Resume with the settings that the run was started with, start a new run in another directory, or allow the change: "
             f"allow_changed=[{name!r}] (--allow-changed {_plain(name).replace(' ', '-')}).",
         )
     return found

@@ -107,7 +107,7 @@ class TrainingLoop:
         """Train every stage from where the state stands.
 
         Raises:
-            TrainError: a loss or a weight is not finite, or the disk is full. The last checkpoint is good.
+            TrainError: a loss or a weight is not finite, or the disk is full. The last checkpoint is intact.
             Interrupted: SIGINT or SIGTERM arrived. A checkpoint was saved.
         """
         if not self._saver.resumed:

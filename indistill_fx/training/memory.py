@@ -30,7 +30,7 @@ def noticing_full_memory(stage: str, batch: Any, *, accumulate: int, kept: bool)
     except torch.OutOfMemoryError as error:
         size = next((len(value) for value in tensors_of(batch) if value.ndim), 0)
         smaller = f"Take smaller batches and more of them a step: of {size // 2}, with --accumulate {2 * accumulate}."
-        again = " The last checkpoint is good." if kept else ""
+        again = " The last checkpoint is intact." if kept else ""
         raise TrainError(
             f"The device has no memory left for stage `{stage}` with batches of {size}.{again}",
             where=stage,
@@ -53,5 +53,5 @@ def noticing_full_memory_elsewhere() -> Iterator[None]:
             "The device has no memory left outside of a training step: for tracing, the teacher's features or validation.",
             where="device",
             hint="Take smaller batches (--batch-size), --mixed-precision bf16, or --no-graphs: a recorded step keeps the memory it ran in."
-            " The last checkpoint, if there is one, is good.",
+            " The last checkpoint, if there is one, is intact.",
         ) from error

@@ -38,11 +38,11 @@ def require_finite(model: nn.Module, role: str) -> None:
         more = f" and {len(found) - 3} more" if found[3:] else ""
         names = ", ".join(f"`{name}`" for name in found[:3])
         raise ConfigError(
-            f"The {role}'s {names}{more} {'is' if len(found) == 1 else 'are'} not finite, so nothing it computes can be right.",
+            f"The {role}'s {names}{more} {'is' if len(found) == 1 else 'are'} not finite, so its outputs would be meaningless.",
             where=found[0],
             got="NaN or infinity",
             expected="finite numbers",
-            hint="Load weights of a training that went well, or look at how they were converted (float16 ends at 65504).",
+            hint="Load other weights, or check how these were converted (float16 ends at 65504).",
         )
 
 
@@ -89,7 +89,7 @@ def not_finite_error(where: str, what: str, *, kept: bool) -> TrainError:
         got=what,
         expected="a finite number",
         hint="Lower the learning rate, set clip_norm, or look at the batch for values that are not finite."
-        + (" The last checkpoint is good." if kept else ""),
+        + (" The last checkpoint is intact." if kept else ""),
     )
 
 

@@ -92,7 +92,7 @@ def _keep(found: dict[str, Tensor], name: str, rows: Tensor, indices: Tensor, sa
     if not rows.dim() or len(rows) != len(indices):
         shape = tuple(rows.shape)
         raise ConfigError(
-            f"`{name}` of the teacher has the shape {shape} for {len(indices)} samples, and no row for each.",
+            f"`{name}` of the teacher has the shape {shape} for {len(indices)} samples, so it does not have one row for each.",
             where=name,
             got=shape,
             hint="Name a tap whose first axis is the batch.",

@@ -174,7 +174,7 @@ def placed(state: State, before: Sequence[str], phases: Sequence[Phase], path: P
             raise ConfigError(
                 f"{path} is in stage `{name}`, which this run does not have ({', '.join(names)}).",
                 where=name,
-                hint="Resume with the stages the run was started with, or start anew in another directory.",
+                hint="Resume with the stages that the run was started with, or start a new run in another directory.",
             )
         state = replace(state, phase=names.index(name))
         budget = phases[state.phase].budget
@@ -250,5 +250,5 @@ def is_number(value: object) -> bool:
 
 def _unfit(path: Path, why: str) -> ConfigError:
     return ConfigError(
-        f"{path} is not a checkpoint of a run: {why}.", where=str(path), hint="Start the run anew in another directory."
+        f"{path} is not a checkpoint of a run: {why}.", where=str(path), hint="Start a new run in another directory."
     )

@@ -80,7 +80,7 @@ def train(
     found = task_of_run(task, loader, module, Inputs.of(module), logits=logits)
     if not found.task.labelled:
         raise ConfigError(
-            f"`train` learns from labels, and task `{found.task.name}` has none.",
+            f"`train` needs labels, but the task `{found.task.name}` has none.",
             where="task",
             got=found.task.name,
             hint="Distil the model instead, by a loss on features.",

@@ -117,9 +117,9 @@ def _require_labels(
             return
     void = f"{task.void} or {IGNORED}" if isinstance(task, Segmentation) else str(IGNORED)
     raise ConfigError(
-        f"None of the labels counts: in the first {_LOOKED_AT} batches all are {void}, the label of what is left out.",
+        f"No label is usable: in the first {_LOOKED_AT} batches all are {void}, the label of what is left out.",
         where="labels",
-        hint="Give the classes as numbers from 0, and keep that label for what is not to be learnt.",
+        hint="Give the classes as numbers from 0, and keep that label for samples or pixels to be ignored.",
     )
 
 

@@ -132,13 +132,13 @@ class Trainer:
                 with noticing_dead_readers(), _as_found(self.student):
                     loop, taught = self._train(setup, directory, accelerator, teacher)
                 if self.teacher is not None and digest(self.teacher) != teacher:
-                    raise PassError("Training changed the teacher, which is a defect of ours.", where="teacher")
+                    raise PassError("Training changed the teacher, which is a bug in indistill-fx.", where="teacher")
                 return self._finish(loop, setup.task, taught, directory, accelerator)
 
     def _directory(self, accelerator: Accelerator) -> RunDirectory | None:
         if self.allow_changed and not self.resume:
             raise ConfigError(
-                "allow_changed is for resumed runs, and this run begins anew.",
+                "allow_changed is for resumed runs, but this is a new run.",
                 where="allow_changed",
                 got=list(self.allow_changed),
                 hint="Give resume=True (--resume), or leave it out.",
@@ -230,13 +230,13 @@ class Trainer:
         """Refuse options that something else is missing for."""
         if self.settings.early_stopping is not None and not self._validates(setup):
             raise ConfigError(
-                "early_stopping goes by the validation data, and there are none that can be measured.",
+                "early_stopping needs validation data that can be measured, but there are none.",
                 where="early_stopping",
                 hint="Give val_loader=…, or leave it out.",
             )
         if self.settings.average and self.settings.shard:
             raise ConfigError(
-                "A moving average is kept whole, and shard=True spreads the weights over the processes.",
+                "A moving average needs the whole weights, but shard=True divides them among the processes.",
                 where="average",
                 hint="Give one of them.",
             )

@@ -51,7 +51,7 @@ def require_loss(module: nn.Module, batch: Any, what: str) -> None:
     if not isinstance(loss, Tensor) or loss.ndim or not loss.is_floating_point():
         shown = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
         raise ConfigError(
-            f"{what} gives {shown}, not one number.",
+            f"{what} returns {shown}, not one number.",
             where=what,
             got=shown,
             expected="a tensor of shape ()",
@@ -59,7 +59,7 @@ def require_loss(module: nn.Module, batch: Any, what: str) -> None:
         )
     if not loss.requires_grad:
         raise ConfigError(
-            f"{what} gives a number that does not follow from the student, so it would train nothing.",
+            f"{what} returns a number that does not depend on the student, so it would train nothing.",
             where=what,
             expected="a tensor with a gradient",
             hint="Compute it from the student's outputs, without detach or item.",

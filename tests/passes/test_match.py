@@ -176,7 +176,7 @@ def test_taps_before_the_activation_and_at_the_last_convolution() -> None:
     assert names(early) == [(f"layer{k}.1:add", f"layer{k}.0:add") for k in (1, 2, 3)]
     late = match(residual(), residual(4, 1), taps="last-conv").value
     assert names(late) == [(f"layer{k}.1.conv2", f"layer{k}.0.conv2") for k in (1, 2, 3)]
-    with pytest.raises(ConfigError, match="Legal: block, pre-activation, last-conv"):
+    with pytest.raises(ConfigError, match="Choose from: block, pre-activation, last-conv"):
         match(residual(), residual(), taps="hidden")  # type: ignore[arg-type]
 
 

@@ -330,7 +330,7 @@ def test_bad_folders_are_named(small, tmp_path):
 
     refused(tmp_path / "absent", "There is no folder .*absent")
     (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", r"has no train/; there is nothing")
+    refused(tmp_path / "empty", r"has no train/; it contains nothing")
     refused(small / "train", r"has no train/; there is ant, bee, cow")
     (tmp_path / "bare" / "train").mkdir(parents=True)
     refused(tmp_path / "bare", "has no class folders")
@@ -338,7 +338,7 @@ def test_bad_folders_are_named(small, tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "bare" / "train" / "ant" / "0.png")
     refused(tmp_path / "bare", r"has no test/; there is train")
     Image.new("RGB", (8, 8)).save(tmp_path / "bare" / "train" / "1.png")
-    refused(tmp_path / "bare", r"has class folders and images beside them, such as '1.png'")
+    refused(tmp_path / "bare", r"has images outside of the class folders, such as '1.png'")
     (small / "train" / "dog").mkdir()
     refused(small, "dog' has no images")
     Image.new("RGB", (8, 8)).save(small / "train" / "dog" / "0.png")

@@ -114,7 +114,7 @@ def test_random_pipelines_are_refused_before_anything_is_done(tmp_path):
         distill(teacher, student, loader(FlipAndCrop()), feature_cache=tmp_path / "cache", **SETTINGS)
     foreign = [(torch.zeros(2, 3, 32, 32), torch.zeros(2, dtype=torch.long))]
     with pytest.raises(
-        ifx.ConfigError, match=r"nobody can tell that of a loader of one's own.*Name data that open_data reads"
+        ifx.ConfigError, match=r"cannot be known of a loader of your own.*Use data that open_data reads"
     ):
         distill(teacher, student, foreign, feature_cache=tmp_path / "cache", **SETTINGS)
     assert not (tmp_path / "cache").exists()

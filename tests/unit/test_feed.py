@@ -183,5 +183,5 @@ def test_a_feature_of_another_size_cannot_feed():
         for width, stride, role in ((8, 2, "teacher"), (4, 1, "student"))
     ]
     plan = ifx.align(*traced, fixed=[("one", "one"), ("two", "two")])
-    with pytest.raises(ifx.MatchError, match="cannot take the place of the student's `one`"):
+    with pytest.raises(ifx.MatchError, match="cannot replace the student's `one`"):
         ifx.compile_stages(*traced, plan, curriculum=FED)

@@ -529,7 +529,9 @@ def test_pkt_and_rkd_do_not_see_a_rotation(seed, scale):
 
 
 def test_unknown_names_and_options_are_refused_with_the_legal_ones():
-    with pytest.raises(ConfigError, match=r"'kdd' is not a main loss. Nearest: kd.*Legal: labels, kd, dkd.*file.py:name"):
+    with pytest.raises(
+        ConfigError, match=r"'kdd' is not a main loss. Nearest: kd.*Choose from: labels, kd, dkd.*file.py:name"
+    ):
         main_loss("kdd")
     with pytest.raises(ConfigError, match=r"'mze' is not a warm-up loss. Nearest: mse"):
         warmup_loss("mze")

@@ -40,7 +40,7 @@ def test_an_option_with_two_names(flag):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"learning_rate": 0}, "learning_rate is 0; it must be a number above 0"),
+        ({"learning_rate": 0}, "learning_rate is 0. Expected: a number above 0"),
         ({"learning_rate": float("nan")}, "a number above 0"),
         ({"learning_rate": "fast"}, "a number above 0"),
         ({"momentum": -0.1}, "a number, 0 or more"),
@@ -55,11 +55,11 @@ def test_an_option_with_two_names(flag):
         ({"mixed_precision": "fp8"}, "mixed_precision is 'fp8'"),
         ({"milestones": [3]}, "no other schedule reads them"),
         ({"main_steps": 0}, "an integer, 1 or more, or None"),
-        ({"main_steps": 3, "schedule": "cosine"}, "goes by epochs, and the main stage is to have 3 steps"),
+        ({"main_steps": 3, "schedule": "cosine"}, "counts epochs, but the main stage is given 3 steps"),
         ({"graphs": 1}, "graphs is '1'"),
         ({"graphs": "on"}, "graphs is 'on'"),
         ({"tf32": "some"}, "tf32 is 'some'"),
-        ({"device": 0}, "device is 0; it must be a name"),
+        ({"device": 0}, "device is 0. Expected: a name"),
         ({"compile_mode": "fast"}, "compile_mode is 'fast'"),
         ({"lerning_rate": 1.0}, "Nearest: learning_rate"),
     ],

@@ -112,7 +112,7 @@ def test_classes_that_the_teacher_has_not():
     assert view == View(classes=()) and "no classes in common" in note and "1 of the data's 2 classes (c)" in strange
     with pytest.raises(ConfigError, match="The data's class 'c' is none of the teacher's: a, b"):
         teacher_view(source(), data(classes=("b", "c")), ViewOptions(classes=("a", "b")))
-    with pytest.raises(ConfigError, match="2 outputs of the teacher are named, and the data have 3 classes"):
+    with pytest.raises(ConfigError, match="2 outputs of the teacher are named, but the data have 3 classes"):
         teacher_view(source(), data(classes=("a", "b", "c")), ViewOptions(classes=(0, 1)))
     with pytest.raises(ConfigError, match="the data do not name theirs"):
         teacher_view(source(), data(), ViewOptions(classes=("a", "b")))

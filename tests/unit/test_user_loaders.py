@@ -89,7 +89,7 @@ def test_a_loader_that_shares_its_samples_out_is_not_cut_again():
 def test_validation_on_a_share_is_refused():
     data = TensorDataset(torch.randn(8, 3, 8, 8), torch.zeros(8, dtype=torch.int64))
     share = DataLoader(data, sampler=DistributedSampler(data, num_replicas=2, rank=0))
-    with pytest.raises(ConfigError, match="shares its samples out among 2 processes, but one process validates"):
+    with pytest.raises(ConfigError, match="divides its samples among 2 processes, but only one process validates"):
         ifx.train(net(), DataLoader(data), val_loader=share, epochs=1, device="cpu", progress=False)
 
 

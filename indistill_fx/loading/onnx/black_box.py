@@ -84,7 +84,7 @@ def black_box(model: onnx.ModelProto, inputs: Sequence[OnnxInput], taps: Sequenc
     missing = next((name for name in outputs if name not in made), None)
     if missing is not None:
         raise ConfigError(
-            f"The output `{missing}` of `{where}` is computed by none of its operators.",
+            f"No operator of `{where}` computes its output `{missing}`.",
             where=where,
             hint="Export the file again.",
         )

@@ -82,9 +82,7 @@ def as_traced(
     except FrontendError as error:
         if error.where != "forward" or (own is not None and own.size is not None):
             raise
-        hint = (
-            "If the teacher takes pictures of another size than the student, say which: --teacher-size (View(size=…))."
-        )
+        hint = "If the teacher needs images of another size than the student, give that size: --teacher-size (View(size=…))."
         raise FrontendError(error.message, where=error.where, got=error.got, hint=f"{error.hint} {hint}") from error
 
 
@@ -97,7 +95,7 @@ def _require_numbers(call: Call, role: Role) -> None:
                 where="inputs",
                 got="NaN",
                 expected="numbers",
-                hint="Look at what the loader yields: a division by a standard deviation of 0, or a file that was read wrongly.",
+                hint="Check what the loader yields: common causes are a standard deviation of 0, and a file that was read wrongly.",
             )
 
 
@@ -231,7 +229,7 @@ def _require_gradients(module: nn.Module) -> None:
             where="student",
             got=type(module).__name__,
             expected="a PyTorch model",
-            hint="Black boxes are teachers. An ONNX file that can be converted is a model like any other: name it alone.",
+            hint="A black box can only be a teacher. If the ONNX file can be converted, leave `onnxruntime:` out.",
         )
 
 

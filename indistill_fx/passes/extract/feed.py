@@ -73,9 +73,9 @@ def _check_segment(
         shared = [node for node in before & _ancestors(features[taps[other]]) if _has_weights(graph_module, node)]
         if shared:
             raise MatchError(
-                f"`{tap}` also depends on `{shared[0].target}`, past `{taps[number - 1]}`, so feeding it there does not cut it off.",
+                f"`{tap}` also depends on `{shared[0].target}`, past `{taps[number - 1]}`, so it cannot be fed from there alone.",
                 where=tap,
-                hint=f"Take a place through which all goes, or warm up one by one (feed='student'); `{taps[number - 1]}` is none.",
+                hint=f"Choose a layer that everything passes through, not `{taps[number - 1]}`, or warm up with feed='student'.",
             )
 
 

@@ -42,11 +42,11 @@ def view_between(teacher: TracedModel, student: TracedModel, asked: View | None 
             found["channels"] = first.shape[1]
             if {first.shape[1], second.shape[1]} != {1, 3}:
                 raise ConfigError(
-                    f"The teacher takes pictures of {first.shape[1]} channels and the student of {second.shape[1]}.",
+                    f"The teacher takes images with {first.shape[1]} channels, and the student takes {second.shape[1]}.",
                     where="channels",
                     got=first.shape[1],
                     expected=second.shape[1],
-                    hint="Only grey and RGB can be brought to each other: put a convolution before the student.",
+                    hint="Only grey (1) and RGB (3) can be converted: put a convolution before the student.",
                 )
         if first.shape[2:] != second.shape[2:]:
             found["size"] = tuple(first.shape[2:])
@@ -55,7 +55,7 @@ def view_between(teacher: TracedModel, student: TracedModel, asked: View | None 
         found["dtype"] = str(dtypes[0]).removeprefix("torch.")
     if asked is not None and asked.size is not None and own and asked.size != tuple(own[0].shape[2:]):
         raise ConfigError(
-            f"The teacher is to see pictures of {_sides(asked.size)}, and it was traced with {_sides(own[0].shape[2:])}.",
+            f"The teacher is to be given images of {_sides(asked.size)}, but it was traced with {_sides(own[0].shape[2:])}.",
             where="size",
             got=tuple(own[0].shape[2:]),
             expected=asked.size,

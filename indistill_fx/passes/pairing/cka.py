@@ -55,9 +55,9 @@ def cka(loader: Iterable[Any], *, batches: int | None = 16) -> Similarity:
             used += 1
         if not used:
             raise ConfigError(
-                f"The loader gave no batch of {_FEWEST} samples or more.",
+                f"The loader yielded no batch of at least {_FEWEST} samples.",
                 where="loader",
-                hint="Give larger batches to compare layers on.",
+                hint="Give larger batches.",
             )
         scale = (own[0].clamp_min(0)[:, None] * own[1].clamp_min(0)[None, :]).sqrt()
         rows: list[list[float]] = (shared / scale.clamp_min(1e-30)).clamp(0, 1).tolist()

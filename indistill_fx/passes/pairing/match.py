@@ -111,9 +111,13 @@ def match(
         ConfigError: an option is at fault, a fixed pair names no layer or cannot be compared, or two of them cross.
     """
     if taps not in TENSORS:
-        raise ConfigError(f"There are no taps {taps!r}.", where="taps", got=taps, hint=f"Legal: {', '.join(TENSORS)}.")
+        raise ConfigError(
+            f"There are no taps {taps!r}.", where="taps", got=taps, hint=f"Choose from: {', '.join(TENSORS)}."
+        )
     if pairs is not None and pairs < 1:
-        raise ConfigError(f"{pairs} pairs are none.", where="pairs", got=pairs, hint="Ask for one at the least.")
+        raise ConfigError(
+            f"pairs is {pairs}, so there would be none.", where="pairs", got=pairs, hint="Ask for at least one."
+        )
     sides = look(teacher, taps), look(student, taps)
     kept = _fixed(sides, fixed)
     blockwise = every_block or (sides[0].is_even and sides[1].is_even)
@@ -176,7 +180,7 @@ def _nothing_fits(sides: _Sides, places: _Places, table: Sequence[Sequence[Evide
             where="plan",
         )
     if best is None:
-        return MatchError(f"{listed} have no kind of layer in common.", hint=hint, where="plan")
+        return MatchError(f"{listed} have no layers of the same kind.", hint=hint, where="plan")
     names = [side.traced.tap_name(place.node) for side, place in zip(sides, best[1:], strict=True)]
     return MatchError(
         f"{listed} do not fit: the best two, `{names[0]}` and `{names[1]}`, score {best[0]:.2f}, and a pair needs more than {_FLOOR}.",
@@ -239,7 +243,7 @@ def _spread(
             f"{wanted} pairs are more than the {sum(limits) + len(kept)} blocks that the two models have in common.",
             where="pairs",
             got=wanted,
-            hint=f"Ask for {sum(limits) + len(kept)} at the most.",
+            hint=f"Ask for {sum(limits) + len(kept)} at most.",
         )
     for _ in range(missing):
         open_stages = [k for k, (count, limit) in enumerate(zip(counts, limits, strict=True)) if count < limit]

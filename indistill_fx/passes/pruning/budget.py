@@ -117,7 +117,7 @@ def by_budget(
 
     if not fits(best(0)):
         raise PruneError(
-            f"The network cannot be made as small as {wanted}: every layer keeps at least a tenth of its channels, and outputs stay whole.",
+            f"The network cannot be made as small as {wanted}: every layer keeps at least a tenth of its channels, outputs all.",
             where="budget",
             hint="Give a larger budget, or name widths.",
         )
@@ -182,17 +182,17 @@ def _choose(
         )
     if len(open_ones) == 0 and have != width:
         raise PruneError(
-            f"`{tap}`: none of its {total} channels can go: {classes.reasons.get(int(members[0]), 'they are fixed')}.",
+            f"`{tap}`: none of its {total} channels can be removed: {classes.reasons.get(int(members[0]), 'they are fixed')}.",
             where=tap,
             got=width,
-            hint="Leave it out, or narrow a layer after which fewer things hang.",
+            hint="Leave it out, or narrow a layer with fewer dependents.",
         )
     if len(open_ones) == 0:
         return
     each = int(size[0])
     if (size != each).any() or (width - have) % each or width - have < each:
         raise PruneError(
-            f"`{tap}`: asked for {width} of its {total} channels, but they go {each} at a time ({have} of them stay in any case).",
+            f"`{tap}`: asked for {width} of its {total} channels, but only {each} at a time can be removed ({have} always stay).",
             where=tap,
             got=width,
             expected=f"{have} plus a multiple of {each}",
@@ -208,8 +208,8 @@ def _classes_of(classes: Classes, found: Coupling, model: TracedModel, tap: str)
     units = None if known.channel_axis is None else found.axes.get((node.name, known.channel_axis))
     if units is None:
         raise PruneError(
-            f"`{tap}` makes no channels that could go: its tensor ({'x'.join(map(str, known.shape))}) is fixed.",
+            f"`{tap}` makes no channels that could be removed: its tensor ({'x'.join(map(str, known.shape))}) is fixed.",
             where=tap,
-            hint="Name a layer with filters, or one after which they can still be distinguished.",
+            hint="Name a layer that has filters, such as a convolution.",
         )
     return classes.of[units]

@@ -128,7 +128,7 @@ def unsound(path: str) -> PruneError:
     return PruneError(
         f"`{path}` has weights that are not finite numbers, so its channels cannot be ranked.",
         where=path,
-        hint="Load sound weights.",
+        hint="Load weights that are finite.",
     )
 
 
@@ -158,7 +158,7 @@ def scorer_of(
         return Scorer(criterion, WEIGHTS.get(criterion, l1), model, criterion == "bn_scale", {})
     if loader is None:
         raise ConfigError(
-            f"The criterion `{criterion}` looks at data.",
+            f"The criterion `{criterion}` needs data.",
             where="loader",
             hint="Give loader=…, an iterable of batches; on the command line, --data.",
         )
@@ -185,7 +185,7 @@ def statistics(
             total = {name: total.get(name, 0) + value for name, value in found.items()}
     if not samples:
         raise ConfigError(
-            "The loader gave no batch.", where="loader", hint="Give an iterable of batches (inputs, labels)."
+            "The loader yielded no batch.", where="loader", hint="Give an iterable of batches (inputs, labels)."
         )
     return {name: value / samples for name, value in total.items()}
 
@@ -230,7 +230,7 @@ def _cross_entropy(scores: Tensor, labels: Tensor, output: str) -> Tensor:
     legal = tuple(scores.shape[:1] + scores.shape[2:]), tuple(scores.shape)  # classes, or probabilities
     if shape not in legal:
         raise ConfigError(
-            f"The criterion `taylor` takes the gradient of the cross-entropy, and labels of shape {shape} do not go "
+            f"The criterion `taylor` takes the gradient of the cross-entropy, but labels of shape {shape} do not go "
             f"with the output `{output}` of shape {tuple(scores.shape)}.",
             where="loader",
             got=shape,

@@ -98,7 +98,7 @@ def fisher_scores(
         total += slopes.double().square().sum(0).cpu().numpy()
         samples, read = samples + len(first), read | run.read
     if not samples:
-        raise ConfigError("The loader gave no batch.", where="loader", hint="Give an iterable of batches of inputs.")
+        raise ConfigError("The loader yielded no batch.", where="loader", hint="Give an iterable of batches of inputs.")
     unread = np.array(sorted(set(range(len(instead))) - read), dtype=np.int64)
     total /= samples
     total[unread] = instead[unread]

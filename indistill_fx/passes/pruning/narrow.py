@@ -180,7 +180,7 @@ def _requests(
         other = first.setdefault(teacher.node(tap).name, tap)
         if wanted[other] != wanted[tap]:
             raise PruneError(
-                f"`{tap}` and `{other}` are one tensor, but {len(wanted[tap])} channels are asked of the one "
+                f"`{tap}` and `{other}` are the same tensor, but {len(wanted[tap])} channels are requested of one "
                 f"and {len(wanted[other])}{' others' if len(wanted[tap]) == len(wanted[other]) else ''} of the other.",
                 where=tap,
                 hint="Give both the same channels.",

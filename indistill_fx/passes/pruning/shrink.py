@@ -193,23 +193,28 @@ def _check_requests(
 ) -> None:
     if not widths and ratio is None and macs is None and params is None:
         raise ConfigError(
-            "Shrink by how much?", where="shrink", hint="Give widths={layer: n}, ratio=0.5, macs=0.25 or params=0.25."
+            "shrink was not told how small the network should become.",
+            where="shrink",
+            hint="Give widths={layer: n}, ratio=0.5, macs=0.25 or params=0.25.",
         )
     if ratio is not None and not 0 < ratio <= 1:
         raise ConfigError(
-            f"ratio={ratio} is not a part of the channels.", where="ratio", got=ratio, expected="above 0, at most 1"
+            f"ratio={ratio} is not a share of the channels.", where="ratio", got=ratio, expected="above 0, at most 1"
         )
     if ratio is not None and (macs is not None or params is not None):
-        raise ConfigError(
-            "A ratio and a budget are two answers to one question.", where="ratio", hint="Give one of them."
-        )
+        raise ConfigError("A ratio and a budget exclude each other.", where="ratio", hint="Give one of them.")
     for name, budget in (("macs", macs), ("params", params)):
         if budget is not None and not budget > 0:
             raise ConfigError(
-                f"{name}={budget} is not a budget.", where=name, got=budget, expected="a part up to 1, or a number above 1"
+                f"{name}={budget} is not a budget.",
+                where=name,
+                got=budget,
+                expected="a part up to 1, or a number above 1",
             )
     if round_to is not None and round_to < 1:
-        raise ConfigError(f"round_to={round_to} is not a multiple.", where="round_to", got=round_to, expected="1 or more")
+        raise ConfigError(
+            f"round_to={round_to} is not a number of channels.", where="round_to", got=round_to, expected="1 or more"
+        )
 
 
 def _within_budget(

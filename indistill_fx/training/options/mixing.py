@@ -70,7 +70,7 @@ def check_unmixed(settings: Settings) -> None:
     """
     if settings.mixup or settings.cutmix:
         raise ConfigError(
-            "The teacher's outputs are saved for pictures as they are, and mixup and cutmix make new ones.",
+            "The teacher's outputs were saved for the original images, but mixup and cutmix make new ones.",
             where="mixup" if settings.mixup else "cutmix",
             hint="Leave one of them out: mixup and cutmix, or the feature cache and saved outputs.",
         )
@@ -87,7 +87,7 @@ def _mix(names: Sequence[str], settings: Settings, x: Tensor, labels: Tensor, ou
 
 def _unfit(got: str, expected: str) -> ConfigError:
     return ConfigError(
-        f"Mixup, CutMix and label smoothing read {expected}, and a batch has {got}.",
+        f"Mixup, CutMix and label smoothing read {expected}, but a batch has {got}.",
         where="mixup",
         got=got,
         expected=expected,

@@ -79,8 +79,14 @@ def check_value(name: str, value: object, hint: Any, option: About) -> None:
             option.above is None or size > option.above
         )
         bound = f" above {option.above:g}" if option.above is not None else f", {low:g} or more"
-        bound += f", less than {option.below:g}" if option.below is not None else ""
+        bound += (
+            f", less than {option.below:g}"
+            if option.below is not None
+            else ", less than 2**63"
+            if size >= 2**63
+            else ""
+        )
         expected = f"{'an integer' if whole else 'a number'}{bound}"
     if not fine:
         expected += ", or None" if len(parts) > 1 else ""
-        raise ConfigError(f"{name} is {value!r}; it must be {expected}.", where=name, got=value, expected=expected)
+        raise ConfigError(f"{name} is {value!r}.", where=name, got=value, expected=expected)

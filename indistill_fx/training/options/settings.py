@@ -240,7 +240,7 @@ class Settings:
             check_value(name, getattr(self, name), hint, about(name))
         if self.main_steps is not None and self.schedule != "constant":
             raise ConfigError(
-                f"schedule={self.schedule!r} goes by epochs, and the main stage is to have {self.main_steps} steps.",
+                f"schedule={self.schedule!r} counts epochs, but the main stage is given {self.main_steps} steps.",
                 where="schedule",
                 got=self.schedule,
                 expected="constant",

@@ -36,7 +36,7 @@ def make_accelerator(*, device: str, precision: str | None) -> Accelerator:
     place, launched = chosen_device(device), int(os.environ.get("LOCAL_RANK", -1)) != -1
     if launched and place.index is not None and place.type != "cpu":
         raise ConfigError(
-            f"Device {device!r} is one device, and every process of a launch has its own.",
+            f"{device!r} is a single device, but every process of a launch needs its own.",
             where="device",
             got=device,
             expected=f"auto, {place.type} or cpu",
@@ -60,11 +60,11 @@ def make_accelerator(*, device: str, precision: str | None) -> Accelerator:
         )
     if wanted == "fp16" and accelerator.device.type == "cpu":  # Accelerate would leave it out without a word
         raise ConfigError(
-            "A CPU does not train in fp16.",
+            "Training in fp16 is not possible on a CPU.",
             where="mixed_precision",
             got="fp16",
             expected="bf16 or no",
-            hint="Take mixed_precision='bf16' (--mixed-precision bf16), or leave it out.",
+            hint="Use mixed_precision='bf16' (--mixed-precision bf16), or leave it out.",
         )
     refused = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
     if accelerator.distributed_type in refused:
@@ -131,7 +131,7 @@ def noticing_dead_peers(accelerator: Accelerator) -> Iterator[None]:
         raise TrainError(
             f"Another of the {accelerator.num_processes} processes of this run has ended: {first[:200]}",
             where=f"process {accelerator.process_index}",
-            hint="Its last messages say why. The last checkpoint is good: launch again with resume=True (--resume).",
+            hint="Its last messages give the reason. The last checkpoint is intact: launch again with resume=True (--resume).",
         ) from error
 
 

@@ -131,7 +131,7 @@ def _place(warning: warnings.WarningMessage) -> str:
 
 def _failed(text: str) -> TrainError:
     return TrainError(
-        f"The step could not be recorded as a CUDA graph, and nothing can be done on the GPU any more: {text}",
+        f"The step could not be recorded as a CUDA graph, and the GPU does not respond any more: {text}",
         where="graphs",
-        hint="Run without (graphs=False, --no-graphs); with resume=True (--resume) it goes on from the last checkpoint.",
+        hint="Run without (graphs=False, --no-graphs); with resume=True (--resume) the run continues from the last checkpoint.",
     )
