@@ -278,20 +278,22 @@ def _outputs(
                     hint="Let the loader yield (inputs, labels), or a dict of inputs by name with `labels`.",
                 )
             call = parts.calls[0].changed(view.apply) if view is not None else parts.calls[0]
-            yield _called(module, call), parts.labels, call.first
+            yield outputs_of(module, call), parts.labels, call.first
 
 
-_MADE_FOR_OTHERS = (
-    "If it was made for other inputs, bring pictures to those (--size, --channels), or name another data set."
-)
-_CAPTURED = " It is a graph that was captured: if the model it was captured from takes these, the fault is ours; please report it."
+_MADE_FOR_OTHERS = "If it was made for other images, convert these (--size, --channels), or use another data set."
+_CAPTURED = " It is a captured graph: if the original model takes these inputs, this is a bug in indistill-fx; please report it."
 
 
-def _called(module: nn.Module | Callable[..., Any], call: Call) -> Any:
+def outputs_of(module: nn.Module | Callable[..., Any], call: Call) -> Any:
     """The model's outputs.
 
+    Args:
+        module: the model.
+        call: its inputs.
+
     Raises:
-        ConfigError: the model fails. Of a graph it is said that the fault may be ours: its author wrote another program.
+        ConfigError: the model fails on these inputs. If it is a captured graph, the message says that the bug may be ours.
     """
     try:
         return call(module)

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from indistill_fx.batch import Inputs, split, to_device
 from indistill_fx.errors import ConfigError
-from indistill_fx.evaluation.accuracy import deciding_metric, select_logits
+from indistill_fx.evaluation.accuracy import deciding_metric, outputs_of, select_logits
 from indistill_fx.graph.module_state import evaluating
 from indistill_fx.losses.choose_task import choose_task, task_of
 from indistill_fx.losses.positions import IGNORED, are_classes
@@ -76,7 +76,7 @@ def task_of_run(
         device = anchor.device if anchor is not None else torch.device("cpu")
         call = split(to_device(batch, device), *models, where="The training").calls[-1]
         with evaluating(module):
-            outputs = call(module)
+            outputs = outputs_of(module, call)
         if logits is None and not isinstance(outputs, Tensor):
             return next(leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor))  # as tracing does
         return select_logits(outputs, logits)

@@ -98,7 +98,7 @@ CASES = {
     ),
     "a task of tokens without tokens": (["models.py:ten", "models.py:ten", *DIGITS, "--task", "language"], ["(batch, length, vocabulary)"]),
     "a loss of many numbers": (["models.py:ten", "models.py:ten", *DIGITS, "--main", "models.py:shaped"], ["not one number"]),
-    "a loss that is not a tensor": (["models.py:ten", "models.py:ten", *DIGITS, "--main", "models.py:named"], ["gives a str"]),
+    "a loss that is not a tensor": (["models.py:ten", "models.py:ten", *DIGITS, "--main", "models.py:named"], ["returns a str"]),
     "a loss without a gradient": (["models.py:ten", "models.py:ten", *DIGITS, "--main", "models.py:constant"], ["would train nothing"]),
     "a loss that fails": (["models.py:ten", "models.py:ten", *DIGITS, "--main", "models.py:failing"], ["ZeroDivisionError", "models.py:"]),
     "outputs that were never saved": (["saved:nowhere", "models.py:ten", *DIGITS], ["has no saved outputs"]),

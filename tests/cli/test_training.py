@@ -314,9 +314,9 @@ def test_options_of_the_main_loss(here):
         (["--warmup", "1,1", "--no-warmup"], "--warmup and --no-warmup do not go together"),
         (["--no-warmup", "--penultimate", "2"], "--no-warmup and --penultimate do not go together"),
         (["--no-warmup", "--warmup-lr", "0.1"], "--no-warmup and --warmup-lr do not go together"),
-        (["--assistant-epochs", "2"], "--assistant-epochs is for --assistant"),
-        (["--mixed-precision", "fp16", "--device", "cpu"], "A CPU does not train in fp16"),
-        (["--main-steps", "3", "--schedule", "cosine"], "schedule='cosine' goes by epochs"),
+        (["--assistant-epochs", "2"], "--assistant-epochs has no effect without --assistant"),
+        (["--mixed-precision", "fp16", "--device", "cpu"], "Training in fp16 is not possible on a CPU"),
+        (["--main-steps", "3", "--schedule", "cosine"], "schedule='cosine' counts epochs"),
         (["--warmup-steps", "1,1", "--patience", "2"], "plateau rule compares epochs"),
         (["--warmup-lr", "fast"], "--warmup-lr 'fast' is not a list of numbers"),
         (["--warmup-lr", "1e-3,1e-3,1e-3,1e-3"], "4 learning rates for 3 pairs"),
@@ -339,3 +339,10 @@ def test_bad_options_are_refused_before_anything_is_written(here, capsys, option
 def test_an_assistant_for_a_student_no_smaller_is_refused(here, capsys):
     assert run(["distill", *reversed(PAIR), *QUICK, "-o", "run", "--assistant", "auto"]) == 2
     assert "is not less than the teacher's" in capsys.readouterr().err
+
+
+def test_train_refuses_a_model_for_other_images(here, capsys):
+    (here / "rgb.py").write_text(MODELS.replace("nn.Conv2d(1,", "nn.Conv2d(3,"))
+    assert run(["train", "rgb.py:make", *QUICK, "-o", "run"]) == 2
+    assert "fails on inputs of shape (50, 1, 8, 8)" in capsys.readouterr().err
+    assert not (here / "run").exists()

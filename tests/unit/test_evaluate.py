@@ -242,5 +242,5 @@ def test_inputs_that_the_model_cannot_take_are_refused_by_their_shape():
 
 def test_of_a_captured_graph_it_is_said_that_the_fault_may_be_ours():
     graph = trace(nn.Conv2d(3, 4, 3), torch.randn(2, 3, 8, 8)).graph_module
-    with pytest.raises(ConfigError, match="if the model it was captured from takes these, the fault is ours"):
+    with pytest.raises(ConfigError, match="if the original model takes these inputs, this is a bug in indistill-fx"):
         evaluate(graph, [(torch.zeros(2, 1, 8, 8), torch.zeros(2, dtype=torch.long))])

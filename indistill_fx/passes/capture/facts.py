@@ -208,14 +208,14 @@ def _logits_node(graph_module: fx.GraphModule, facts: Mapping[str, NodeFacts], w
             legal = list(value) if isinstance(value, dict) else range(len(value))
             raise FrontendError(
                 f"the output has no entry {wanted!r}; it has {', '.join(map(str, legal))}",
-                where="forward",
+                where="logits",
                 hint="Give one of these as logits.",
             ) from None
     named = [node.name for node in tensor_nodes(value) if node.name in facts]
     if not named:
         raise FrontendError(
             "the graph's output holds no tensor",
-            where="forward",
+            where="output",
             hint="The forward must return a tensor, or a dict or tuple with one.",
         )
     return named[0]

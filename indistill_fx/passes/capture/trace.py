@@ -268,7 +268,7 @@ def _capture(
                     raise
                 captured, known = attempt()  # with those as leaves
         except FrontendError as error:
-            if error.where == "forward":
+            if error.where in ("forward", "output", "logits"):
                 raise
             refused.append(f"{method}: {error.message}")
             reason = error if reason is None or error.hint else reason
