@@ -47,8 +47,8 @@ class Budget:
 class Curriculum:
     """The warm-up's schedule: layer after layer, shallow to deep; layer l of 1..L is trained for `a + l` epochs.
 
-    A sequence has one entry per pair of the plan, shallow to deep, whatever `layers` says. One more learning rate or optimiser is that
-    of the penultimate vectors, which otherwise use the last one given.
+    A sequence has one entry per pair of the plan, shallow to deep, even if `layers` names only some. One additional learning rate
+    or optimiser is used for the penultimate vectors, which otherwise use the last one given.
 
     Source: Sarridis et al., "InDistill", arXiv:2205.10003, section 3.3 (`a = 2`, Adam, learning rate 1e-3, mean squared
     error). Deviation: one optimiser per stage; the authors' code makes a new one every epoch.
@@ -62,11 +62,11 @@ class Curriculum:
         learning_rate: of the stages' optimisers: one for all, or one per pair.
         optimizer: `adam`, `adamw` or `sgd`: one for all, or one per pair.
         patience: plateau rule: a stage ends early when its epoch loss has not fallen by `progress` (relative) for this many epochs;
-            None: every stage uses its whole length.
+            None: every stage runs for its whole length.
         progress: see `patience`.
         layers: student taps to warm up, in this order; None: every pair, shallow to deep.
         penultimate: length of a last stage for the penultimate vectors (the plan's `embedding`); 0: none, as in the paper.
-        feed: what a segment between two pairs begins with: `student`: the student's own features, so that pairs are trained one after
+        feed: the input of a segment between two pairs: `student`: the student's own features, so that pairs are trained one after
             the other. `teacher`: the teacher's narrowed ones, so that all segments are independent and train in one stage of
             `a + 1` epochs, or of the one length given.
         together: with `feed="student"`: also train all pairs in one stage of that length; each pair's loss is divided by that of the

@@ -19,7 +19,7 @@ class IndistillError(Exception):
         message: one paragraph: what is wrong, where.
         where: the place: a layer, a file, an option.
         got: the value found there.
-        expected: what would have been right; stands at the end of the text if there is no hint.
+        expected: what would have been right; it is appended to the text if there is no hint.
         hint: the next thing to try.
 
     Examples:
@@ -43,7 +43,7 @@ def _listed(value: object) -> str:
 
 
 class ConfigError(IndistillError, ValueError):
-    """An option, a spec string, a plan or a file given by the user is at fault.
+    """An option, a spec, a plan or a file that the user gave is wrong.
 
     Examples:
         >>> import indistill_fx as ifx
@@ -86,7 +86,7 @@ class MatchError(IndistillError):
 
 
 class PruneError(IndistillError):
-    """Channels cannot be removed as asked; names the group of channels and the layer that blocks it.
+    """Channels cannot be removed as asked; the message names the group of channels and the layer that blocks it.
 
     Examples:
         >>> import torch
@@ -102,7 +102,7 @@ class PruneError(IndistillError):
 
 
 class TrainError(IndistillError):
-    """Training cannot continue; names epoch, step and tap.
+    """Training cannot continue; the message names epoch, step and tap.
 
     Examples:
         >>> import torch
@@ -118,7 +118,7 @@ class TrainError(IndistillError):
 
 
 class ExportError(IndistillError):
-    """An export failed or disagrees with the module; names the output and the largest difference.
+    """An export failed or disagrees with the module; the message names the output and the largest difference.
 
     Examples:
         >>> import torch

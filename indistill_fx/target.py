@@ -21,7 +21,7 @@ class Target:
     Attributes:
         device: as torch writes it: `cpu`, `cuda`, `cuda:1`, `mps`.
         dtype: what matrix products and convolutions are computed in: float32, float64, bfloat16 or float16.
-        compiled: whether `torch.compile` follows; it then lays out and fuses by itself.
+        compiled: whether `torch.compile` follows, which then chooses layouts and fuses operations itself.
 
     Raises:
         ConfigError: there is no such device, or it cannot compute in that dtype; the message lists what there is.
@@ -65,7 +65,7 @@ class Target:
 
     @property
     def kind(self) -> Kind:
-        """Which targets it is lowered like."""
+        """The kind of target, which decides the lowerings."""
         device = torch.device(self.device).type
         if device == "cuda":
             reduced = self.dtype in (torch.bfloat16, torch.float16)

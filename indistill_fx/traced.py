@@ -67,7 +67,7 @@ class NodeFacts:
 
 @dataclass(frozen=True, slots=True)
 class TraceReport:
-    """How a trace came about.
+    """How a model was traced.
 
     Attributes:
         method: which capture method succeeded: `symbolic`, `shapes`, `leaves`, `export`.
@@ -101,7 +101,7 @@ class TracedModel:
         graph_module: the graph. A student's leaf modules are the caller's own objects; a teacher's share only the tensors.
         facts: node name → facts, for nodes whose value is one tensor.
         aliases: node name → names of the tap at that node, as people write them, the outermost module first.
-        report: how the trace came about.
+        report: how the model was traced.
         role: teachers are traced in eval mode, students in train mode.
         module: the caller's module.
         example_inputs: positional arguments of one forward call; as the teacher sees them, if there is a `view`.

@@ -66,7 +66,7 @@ class Compressed:
         student: the trained student.
         plan: which of the teacher's channels it has at every pair; None where no layers could be paired.
         record: of the training.
-        steps: where the student stood after each step.
+        steps: the student's state after each step.
         spec: the model spec that loads it; empty where it has no source code.
     """
 

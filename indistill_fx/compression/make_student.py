@@ -67,7 +67,7 @@ class Budget:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """Where the student stands after a step.
+    """The student's state after a step.
 
     Attributes:
         name: of the step.
@@ -77,7 +77,7 @@ class Step:
         accuracy: on the validation data; None where there are none, or the task has none.
         latency_ms: on the clock's target; None where it is not measured.
         metric: which of the task's metrics decides what is best.
-        shown: its value as people write it; empty where it was not measured.
+        shown: its value, formatted; empty where it was not measured.
     """
 
     name: str

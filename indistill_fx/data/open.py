@@ -48,14 +48,14 @@ def open_data(
         spec: `digits` (scikit-learn's 8x8 digits; every fifth of each class is a test sample), `cifar10`, `cifar100`
             (`cifar10:DIR` says which folder they are in), `imagefolder:DIR` (train/<class>/ and test/ or val/), or `file.py:name`
             of a function that returns (train, test), a dict with `train`, `test` and perhaps `train_plain`,
-            `classes` and `normalisation` (mean and std), or `Data`; it is given those of batch_size, workers, seed, limit and
-            augment that it has parameters for.
+            `classes` and `normalisation` (mean and std), or `Data`; of batch_size, workers, seed, limit and
+            augment it gets those that it has parameters for.
         batch_size: samples per batch.
         workers: number of processes that read images too large for memory.
         seed: of order and augmentation.
         limit: use only this many samples of each split, spread evenly over the classes, the same for every seed.
-        size: resize images to this height and width in pixels (one number is both). None: their own up to 64 pixels (if they differ, the
-            one that most have), above that what the model takes.
+        size: resize images to this height and width in pixels (one number is both). None: for images up to 64 pixels
+            their own size (if sizes differ, the most common one), for larger images the model's.
         channels: 3 for RGB, 1 for grey; None: 3 for folders, else what the set has.
         mean: of every channel, of values from 0 to 1: numbers, `auto` to measure mean and std on the training set, or `imagenet`,
             `cifar10`, `cifar100`, `half` (all 0.5). None: the set's own; for folders ImageNet's, unless the folder is CIFAR-10.

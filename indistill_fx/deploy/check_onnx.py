@@ -43,7 +43,7 @@ _SANE = 1e30  # int8 outputs are not held to a tolerance, but must be numbers
 
 @dataclass(frozen=True, slots=True)
 class CheckReport:
-    """What a file is, and in words all that differs from the module (none: it is the module's export).
+    """What a file contains, and everything in which it differs from the module.
 
     Attributes:
         path: the file.

@@ -45,7 +45,7 @@ class ExportReport:
         parity: per batch size and output, on random inputs: (batch_size, output, max_abs, max_rel).
         real: the same on real inputs, with the agreement of the classes; None if none were given.
         max_abs: the largest difference of all.
-        size: bytes on disk, external weights included.
+        size: bytes on disk, including external weights.
         opset: of the file.
         latency_ms: median milliseconds of onnxruntime on one sample.
         parameters: of the module.
@@ -85,7 +85,7 @@ def export_onnx(
     external_data: bool | None = None,
     decisions: Decisions | None = None,
 ) -> ExportReport:
-    """Export the module in eval mode; the file appears under its name only once it is proven.
+    """Export the module in eval mode; the file appears under its name only once it is verified.
 
     Rules, in order:
 
@@ -96,7 +96,7 @@ def export_onnx(
 
     Args:
         module: the trained module; tensors in; a tensor, or any nesting of dicts and tuples of tensors, out.
-        path: the file to write; an older file stays unless the new one is proven.
+        path: the file to write; an existing file is replaced only once the new one is verified.
         example_inputs: a tensor, several in order, or by name, of which the module gets those that its forward takes; their first
             dimension is the batch.
         opset: the ONNX operator set; None: the exporter's own choice.
@@ -110,7 +110,7 @@ def export_onnx(
             `real_inputs` stay normalised float images.
         real_inputs: data to compare on as well, like `example_inputs`.
         tolerance: the largest difference allowed, as a share of the output's range.
-        batch_sizes: sizes to prove at; with a fixed batch, only that one is used.
+        batch_sizes: sizes to verify at; with a fixed batch, only that one is used.
         external_data: write the weights to a second file, `<name>.data`; None: only above 1.5 GB (ONNX ends at 2 GB).
         decisions: function from the first output to whole numbers (or None), which are compared on `real_inputs`; None: the
             largest class of the first output, if that is (N, classes).

@@ -39,7 +39,7 @@ _BESIDE = 1_500_000_000  # bytes from which weights go to a second file; one fil
 
 @dataclass(frozen=True, slots=True)
 class QuantizeReport:
-    """The int8 file beside the float one.
+    """The int8 file compared with the float one.
 
     Attributes:
         path: the int8 file.
@@ -92,7 +92,7 @@ def quantize_onnx(
 
     Args:
         path: the float file.
-        out: the file to write; an older one stays if the new one is not good enough.
+        out: the file to write; an existing one is kept if the new one is not good enough.
         evaluation: batches (inputs…, labels) for the accuracies; read once per file, so an iterator is not enough.
         calibration: batches of inputs, perhaps with labels; needed for `static`.
         method: `static`, `dynamic`, or `auto`: dynamic if the file has attention, else static.

@@ -77,7 +77,7 @@ def evaluate(
     Args:
         module: inputs → logits (batch, classes), or what else the task reads.
         loader: batches (inputs, labels, …), or dicts of inputs by name with `labels`.
-        task: what the labels mean: a name, `file.py:task` or a `Task`; None: what the first batch leaves no doubt about.
+        task: what the labels mean: a name, `file.py:task` or a `Task`; None: inferred from the first batch, if that is unambiguous.
         device: where to compute; None: where the module is. The module is not moved.
         logits: key (of a dict) or index (of a tuple) of the logits.
         view: how the module sees the batches, and which of its outputs are the classes; None: everything as it is.

@@ -64,7 +64,7 @@ class Task:
         return logits, labels
 
     def check(self, logits: Tensor, labels: Tensor) -> None:
-        """Refuse labels that do not fit. It reads values, so it runs on the first batch and in validation only.
+        """Refuse labels that do not fit. It reads values, so it runs only on the first batch and in validation.
 
         Raises:
             ConfigError: form or values are not those of this task.
@@ -80,7 +80,7 @@ class Task:
         return self.loss(logits, labels) * len(labels), len(labels)
 
     def decisions(self, logits: Tensor) -> Tensor | None:
-        """What the model decides, in whole numbers, such as class numbers (batch, *positions); None if the outputs are values."""
+        """What the model decides, as integers, such as class numbers (batch, *positions); None if the outputs are values."""
         return None
 
     def divergence(self, student: Tensor, teacher: Tensor, labels: Tensor | None, temperature: float) -> Tensor:

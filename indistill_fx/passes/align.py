@@ -46,7 +46,7 @@ def align(
         student: likewise.
         example_inputs: a tensor, a tuple, or tensors by name; the first dimension is the batch.
         criterion: how channels are ranked: `l1`, `l2`, `geometric_median`, `bn_scale`, `random`, or by data `activation`, `taylor`.
-        loader: batches, for criteria that look at data.
+        loader: batches, for criteria that need data.
         matching: options of the matching: `pairs` (how many), `every_block`, `taps`, `fixed` (pairs to keep), `similarity`, `required`.
 
     Returns:

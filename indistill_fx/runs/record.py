@@ -56,7 +56,7 @@ class EpochRecord:
         val_loss: likewise, the task's supervised loss.
         metrics: all of the task's, by name.
         average: likewise, of the moving average of the student's weights.
-        samples: that were learnt from, by all processes together; None: an earlier version did not count them.
+        samples: number of training samples, over all processes; None: an earlier version did not count them.
         waiting: seconds, of those above, in which the program waited for the next batch; likewise.
         peak_memory: the most bytes that the device held, a CPU's process since it began; None if it cannot be known.
     """
@@ -77,7 +77,7 @@ class EpochRecord:
 
     @property
     def measured(self) -> Mapping[str, float] | None:
-        """All metrics; 0.1.0 knew the accuracy alone. None: nothing was measured."""
+        """All metrics; runs of 0.1.0 have only the accuracy. None: nothing was measured."""
         return self.metrics or ({"accuracy": self.accuracy} if self.accuracy is not None else None)
 
     def value(self, metric: MetricFacts) -> float | None:

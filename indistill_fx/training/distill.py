@@ -74,7 +74,7 @@ def distill(
 ) -> RunRecord:
     """Distil a teacher into a student: the warm-up layer by layer, then the main loss.
 
-    The student's own module is trained, in place. It ends where it was (device, training flags), with the last epoch's
+    The student's own module is trained, in place. It keeps its device and training flags, and ends with the last epoch's
     weights. The teacher is not changed. Under `torchrun` every process calls this; each takes its share of every batch.
 
     The same call with `resume=True` continues after an interruption, in the middle of an epoch if need be, and on a CPU the
@@ -93,13 +93,13 @@ def distill(
         main: the main loss: a name, `file.py:loss`, or a function (student, teacher, labels) → scalar; None: warm-up only.
         main_options: keyword arguments of the main loss.
         task: what the labels mean: `classification`, `multilabel`, `regression`, `segmentation`, `language`, `embedding`,
-            `file.py:task` or a `Task`; None: what the first batch leaves no doubt about.
+            `file.py:task` or a `Task`; None: inferred from the first batch, if that is unambiguous.
         epochs: length of the main stage.
         val_loader: batches to validate on after every main epoch, by the task's metrics; the teacher is measured on them first.
         example_inputs: to trace plain modules with; by name, each model gets what it takes; None: taken from the first batch.
         teacher_view: how the teacher sees a batch: another size, normalisation or dtype, and which of its outputs are the student's
             classes. None: as in the plan, else as known for its weights (see `load`; timm's `pretrained_cfg`), with a line that says so.
-            The dtype and size that a traced model needs are found without being asked for.
+            The dtype and size that a traced model needs are determined automatically.
         logits: key or index of the logits, for models that return several outputs.
         run_dir: folder for checkpoints, metrics, plan and result; None: nothing is written.
         resume: continue the run in `run_dir`; begin if there is none. A finished run that is asked for more epochs trains them.
@@ -119,7 +119,7 @@ def distill(
     Raises:
         ConfigError: options, models, plan, data or directory are at fault.
         MatchError: no `plan` is given, a warm-up is asked for, and no layers can be paired.
-        TrainError: a loss is not finite, or the disk is full; the last checkpoint is good.
+        TrainError: a loss is not finite, or the disk is full; the last checkpoint is intact.
         Interrupted: SIGINT or SIGTERM while `run_dir` is given; a checkpoint was saved. It is a KeyboardInterrupt.
 
     Examples:

@@ -63,7 +63,7 @@ def train(
 
     Raises:
         ConfigError: options, data or directory are at fault.
-        TrainError: a loss is not finite, or the disk is full; the last checkpoint is good.
+        TrainError: a loss is not finite, or the disk is full; the last checkpoint is intact.
         Interrupted: SIGINT or SIGTERM while `run_dir` is given; a checkpoint was saved. It is a KeyboardInterrupt.
 
     Examples:

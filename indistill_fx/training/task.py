@@ -52,7 +52,7 @@ def task_of_run(
     """What the labels of a run mean.
 
     Args:
-        task: see `losses.choose_task.task_of`; None: what the first batch leaves no doubt about.
+        task: see `losses.choose_task.task_of`; None: inferred from the first batch, if that is unambiguous.
         loader: training batches.
         module: the student, on its device.
         models: what the run's models take, the student last.

@@ -34,7 +34,7 @@ def test_a_trained_model_becomes_a_smaller_one(teacher, tmp_path, capsys):
 def test_a_budget_that_cannot_be_met_is_refused_before_training(teacher, tmp_path, capsys):
     command = ["compress", str(teacher), "--data", "digits", "--macs", "0.001", "--samples", "32", "-o"]
     assert run([*command, str(tmp_path / "none")]) == 2
-    assert "The smallest this network can be made is" in capsys.readouterr().err
+    assert "The network cannot be made smaller than" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
 
 

@@ -166,7 +166,7 @@ def test_quantisation_aware_training_follows_a_run_and_exports(here, capsys):
     told("export", "run/int8", "-o", "student.onnx", "--int8", "--data", "digits", "--max-drop", "100")
     assert (here / "student.int8.onnx").exists()
     assert run(["distill", *PAIR, *QUICK, "-o", "both", "--compare", "--qat", "1"]) == 2
-    assert "--qat goes on with one" in " ".join(capsys.readouterr().err.split())
+    assert "--qat continues with only one" in " ".join(capsys.readouterr().err.split())
 
 
 def test_models_without_layers_in_common_are_distilled_by_their_logits(here, capsys):
@@ -180,7 +180,7 @@ def test_models_without_layers_in_common_are_distilled_by_their_logits(here, cap
     assert story("chosen")["schedule"][1:] == ["no warm-up: the two have no layers that can be paired"]
     told("distill", *models, "--teacher", "models.py:make?width=8", *QUICK, "-o", "two", "--epochs", "1", "--no-warmup")
     assert run(["distill", *models, *QUICK, "-o", "at", "--no-warmup", "--main", "at"]) == 2
-    assert "no layers of the two models go together" in " ".join(capsys.readouterr().err.split())
+    assert "no layers of the two models can be paired" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.fixture

@@ -155,9 +155,9 @@ def test_a_teacher_of_one_size_says_which_option_helps(told):
 
 def test_loaders_of_the_users_own_say_what_they_are_normalised_by_or_the_teacher_cannot_be_told(told):
     code, text = told(*distill("models.py:teacher", data="models.py:loaders"))
-    assert code == 0 and "these data do not say what theirs are normalised by" in text, text
+    assert code == 0 and "these data do not say how they are normalised" in text, text
     code, text = told(*distill("models.py:teacher", "--teacher-mean", "half", data="models.py:loaders", out="b"))
-    assert code == 2 and "What the pictures are normalised by is not known" in text, text
+    assert code == 2 and "The normalisation of the images is not known" in text, text
     code, text = told(*distill("models.py:teacher", data="models.py:loaders_that_say", out="c"))
     assert code == 0 and "instead of mean 0.4, 0.4, 0.4 and std 0.2, 0.2, 0.2" in text, text
 
@@ -269,4 +269,4 @@ def test_from_python_a_teacher_sees_what_its_weights_are_known_to_want(told, her
     loader = [(torch.randn(4, 3, 32, 32), torch.arange(4) % 2)]
     ifx.distill(teacher, student, loader, epochs=1, run_dir="d", device="cpu")
     assert view_of("d/plan.json") is None
-    assert "wants pictures normalised by mean 0.5" in told()[1]
+    assert "was trained on images normalised by mean 0.5" in told()[1]

@@ -67,7 +67,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "a field of tomorrow": (lambda p: rewritten(p, lambda s: s["state"].update(mood=1)), "no fitting 'mood'"),
     "a later version": (lambda p: rewritten(p, lambda s: s.update(schema_version=2)), "later version.*format 2"),
     "another optimiser": (lambda p: rewritten(p, lambda s: s["optimizer"].update({"99/step": 1})), "another optimiser"),
-    "another run": (lambda p: rewritten(p, lambda s: s["identity"].update(seed=5)), "of another run: seed is 5"),
+    "another run": (lambda p: rewritten(p, lambda s: s["identity"].update(seed=5)), "a run with other settings: seed is 5"),
     "a tensor less": (
         lambda p: save_file({k: v for k, v in load_file(p).items() if "weight" not in k}, p, metadata={"state": header(p)["state"]}),
         "another model",

@@ -98,7 +98,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("what", CHANGES)
 def test_a_resume_under_another_is_refused_by_name(broken_off: Path, what: str) -> None:
     before = (broken_off / LAST).read_bytes()
-    with pytest.raises(ConfigError, match=f"of another run: {what.strip()} is ") as error:
+    with pytest.raises(ConfigError, match=f"a run with other settings: {what.strip()} is ") as error:
         run(broken_off, resume=True, **CHANGES[what])
     assert f"--allow-changed {what.strip().replace(' ', '-').replace('_', '-')}" in str(error.value)
     assert (broken_off / LAST).read_bytes() == before
@@ -130,12 +130,12 @@ def test_pictures_on_disk_normalised_by_other_figures_are_another_run(tmp_path: 
 
 
 def test_what_is_as_it_was_goes_on_and_a_change_that_is_asked_for_is_told(broken_off: Path, capsys: Any) -> None:
-    with pytest.raises(ConfigError, match=r"nothing called 'main los' that may change.*Nearest: main loss"):
+    with pytest.raises(ConfigError, match=r"No setting called 'main los' may change.*Nearest: main loss"):
         run(broken_off, resume=True, allow_changed=["main los"])
     run(broken_off, resume=True, main="dist", allow_changed=["main-loss"])
     (change,) = json.loads((broken_off / "run.json").read_text())["changes"]
     assert (change["what"], change["from"], change["to"]) == ("main loss", "kd", "dist")
-    with pytest.raises(ConfigError, match="and this run begins anew"):
+    with pytest.raises(ConfigError, match="but this is a new run"):
         run(broken_off.with_name("new"), allow_changed=["data"])
 
 

@@ -174,7 +174,7 @@ def test_a_tap_that_is_only_the_input_is_refused_at_compile_time():
     teacher, student = (ifx.trace(seeded(Bare), images(2), role=role) for role in ("teacher", "student"))
     plan = ifx.align(teacher, student, fixed=[("conv", "conv")])
     bare = plan.pairs[0].model_copy(update={"teacher": "first", "teacher_shape": (2, 3, 16, 16), "kept": None})
-    with pytest.raises(ifx.ConfigError, match="nothing tapped in the teacher: `first` is not computed from the input"):
+    with pytest.raises(ifx.ConfigError, match="no tap in the teacher: `first` is not computed from the input"):
         ifx.compile_stages(teacher, student, plan.model_copy(update={"pairs": (bare,)}), main=None)
 
 

@@ -140,7 +140,7 @@ def test_opaque_layers_are_ranked_by_activation() -> None:
     ("options", "message"),
     [
         ({"criterion": "l3"}, "There is no criterion `l3`. Nearest: l2, l1"),
-        ({"criterion": "activation"}, "looks at data"),
+        ({"criterion": "activation"}, "needs data"),
         ({"criterion": "activation", "loader": []}, "no batch"),
         ({"criterion": "taylor", "loader": [torch.randn(2, 3, 8, 8)]}, "needs labels"),
         ({"criterion": "taylor", "loader": [(torch.randn(2, 3, 8, 8), torch.zeros(2, 5, 5).long())]}, "do not go with"),

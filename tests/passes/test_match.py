@@ -165,9 +165,9 @@ def test_as_many_pairs_as_are_asked_for(count: int, expected: list[tuple[str, st
 
 
 def test_more_pairs_than_there_are_blocks_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"7 pairs are more than the 6 blocks.* Ask for 6 at the most"):
+    with pytest.raises(ConfigError, match=r"7 pairs are more than the 6 blocks.* Ask for 6 at most"):
         match(residual(8, 2), residual(4, 2), pairs=7)
-    with pytest.raises(ConfigError, match="0 pairs are none"):
+    with pytest.raises(ConfigError, match="pairs is 0, so there would be none"):
         match(residual(), residual(), pairs=0)
 
 
@@ -206,7 +206,7 @@ def test_a_text_and_an_image_have_nothing_in_common_and_both_main_paths_are_list
     assert "`layers.1` tokens 6x8" in told
     assert "`layer1` map 8x16x16, `layer2` map 16x8x8, `layer3` map 32x4x4" in told
     assert 'main="kd"' in told
-    with pytest.raises(MatchError, match="no kind of layer in common"):
+    with pytest.raises(MatchError, match="no layers of the same kind"):
         match(mlp(8), residual())
 
 

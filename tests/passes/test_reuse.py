@@ -154,7 +154,7 @@ def test_a_student_with_a_classifier_of_its_own_is_refused(tmp_path, monkeypatch
     common = ["--data", "digits", "--limit", "100", "--device", "cpu", "--epochs", "1", "-o", "s"]
     assert run(["distill", *models, *common, "--main", "simkd", "--no-warmup"]) == 2
     told = " ".join(capsys.readouterr().err.split())
-    assert "`fc.weight` after it would keep its first values" in told and "reuse_classifier" in told
+    assert "`fc.weight` after it would keep its initial values" in told and "reuse_classifier" in told
 
 
 def test_what_cannot_be_reused_is_refused():

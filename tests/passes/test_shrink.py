@@ -310,7 +310,7 @@ CONFLICTS: list[tuple[Callable[[], nn.Module], dict[str, Any], str]] = [
     ),
     (GRAPHS["chain"], {"widths": {"stem": 17}}, "asked for 17 of its 16 channels"),
     (GRAPHS["chain"], {"widths": {"stem": 0}}, "asked for 0 of its 16 channels"),
-    (GRAPHS["chain"], {"widths": {"head": 3}}, "none of its 5 channels can go: an output of the network"),
+    (GRAPHS["chain"], {"widths": {"head": 3}}, "none of its 5 channels can be removed: an output of the network"),
     (GRAPHS["grouped"], {"widths": {"parts.0": 6}}, "they go 4 at a time"),
     (GRAPHS["called twice"], {"widths": {"stem": 4, "parts.0": 8}}, "tied to"),
     (GRAPHS["chain"], {"macs": 1e-6}, "cannot be made as small as"),

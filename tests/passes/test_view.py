@@ -233,14 +233,14 @@ def test_channels_that_are_neither_grey_nor_rgb_are_refused():
     made = net(8, 1)
     made[0] = nn.Conv2d(5, 8, 3, 2, 1)
     traced = ifx.trace(net(16, 0), X), ifx.trace(made, torch.randn(4, 5, 32, 32), role="student")
-    with pytest.raises(ifx.ConfigError, match="teacher takes pictures of 3 channels and the student of 5"):
+    with pytest.raises(ifx.ConfigError, match="teacher takes images with 3 channels, and the student takes 5"):
         ifx.align(*traced)
 
 
 def test_a_plan_of_another_size_than_the_teacher_was_traced_with_is_refused():
     traced = ifx.trace(net(16, 0), X), ifx.trace(net(8, 1), X, role="student")
     plan = ifx.align(*traced).model_copy(update={"view": WHOLE})
-    with pytest.raises(ifx.ConfigError, match="is to see pictures of 64x64, and it was traced with 32x32"):
+    with pytest.raises(ifx.ConfigError, match="is to be given images of 64x64, but it was traced with 32x32"):
         ifx.compile_stages(*traced, plan)
 
 

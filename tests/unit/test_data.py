@@ -209,7 +209,7 @@ def test_randaugment_is_part_of_what_a_run_is(small):
         ("digits", {}, "the digits are left as they are"),
         ("{folder}", {"augment": False}, "no picture is to be augmented"),
         ("{folder}", {"randaugment": 31}, "it must be from 0 to 30. 9 is usual."),
-        ("own.py:make_loaders", {}, "prepare pictures their own way"),
+        ("own.py:make_loaders", {}, "cannot change how its loaders prepare images"),
     ],
 )
 def test_randaugment_that_cannot_be_is_refused(spec, more, message, small):
@@ -343,7 +343,7 @@ def test_bad_folders_are_named(small, tmp_path):
     refused(small, "dog' has no images")
     Image.new("RGB", (8, 8)).save(small / "train" / "dog" / "0.png")
     refused(small, "differ in their classes; only one has dog")
-    with pytest.raises(ConfigError, match="needs its folder"):
+    with pytest.raises(ConfigError, match="needs a folder"):
         open_data("imagefolder")
 
 
@@ -455,7 +455,7 @@ def test_the_users_own_loaders(tmp_path):
         "out_of_range": "label 3 is out of range",
         "negative": "label -1 is out of range",
         "words": "a batch of the test loader is a list without inputs that are tensors",
-        "generator": "train loader .* is a generator, which cannot be gone through once per epoch",
+        "generator": "train loader .* is a generator, which cannot be iterated once per epoch",
         "nothing": "train loader .* has no batches",
         "single": "returned a DataLoader",
         "number": "is not a function",

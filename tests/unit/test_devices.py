@@ -116,7 +116,7 @@ def test_accelerate_is_told_the_device_and_nothing_stays_in_the_environment(monk
     assert seen == [("cuda:1", False), (None, True), (None, True)]
     assert "ACCELERATE_TORCH_DEVICE" not in os.environ
     monkeypatch.setenv("LOCAL_RANK", "1")
-    with pytest.raises(ifx.ConfigError, match="every process of a launch has its own"):
+    with pytest.raises(ifx.ConfigError, match="every process of a launch needs its own"):
         processes.make_accelerator(device="cuda:1", precision=None)
 
 

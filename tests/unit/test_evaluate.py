@@ -213,7 +213,7 @@ def test_retrieval_refuses_what_cannot_be_ranked():
         retrieval(q, labels, q, torch.tensor([0, 1, 1]), k=1)
     with pytest.raises(ConfigError, match="k is 100, but the database has 3"):
         retrieval(q, labels, q, labels)
-    with pytest.raises(ConfigError, match="not vectors of one width"):
+    with pytest.raises(ConfigError, match="not vectors of the same width"):
         retrieval(q, labels, q[:, :2], labels, k=1)
     with pytest.raises(ConfigError, match="not finite"):
         retrieval(q, labels, q * torch.nan, labels, k=1)

@@ -109,7 +109,7 @@ def test_what_the_features_follow_from_is_in_the_key(tmp_path):
 def test_random_pipelines_are_refused_before_anything_is_done(tmp_path):
     teacher, student = pair()
     with pytest.raises(
-        ifx.ConfigError, match=r"same in every epoch, and training images are augmented by FlipAndCrop.*--no-augment"
+        ifx.ConfigError, match=r"same in every epoch, but training images are augmented by FlipAndCrop.*--no-augment"
     ):
         distill(teacher, student, loader(FlipAndCrop()), feature_cache=tmp_path / "cache", **SETTINGS)
     foreign = [(torch.zeros(2, 3, 32, 32), torch.zeros(2, dtype=torch.long))]

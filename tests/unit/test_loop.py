@@ -231,7 +231,7 @@ def test_a_full_device_is_named_with_what_would_fit_and_the_run_goes_on(tmp_path
     phase = Phase("main", stage, Budget(3), main=True)
     options = {"run_dir": tmp_path / "run", "checkpoint_every_steps": 1}
     with pytest.raises(
-        TrainError, match=r"no memory left for stage `main` with batches of 8\..*checkpoint is good"
+        TrainError, match=r"no memory left for stage `main` with batches of 8\..*checkpoint is intact"
     ) as caught:
         run(student, phase, **options)
     assert caught.value.hint == "Take smaller batches and more of them a step: of 4, with --accumulate 2."
@@ -258,7 +258,7 @@ def test_a_loss_that_is_not_finite_stops_before_it_does_harm(tmp_path, value):
     stage = At(Whole(student), 7, lambda loss: loss * value)
     phases = Phase("layer1", Early(student), Budget(1)), Phase("main", stage, Budget(3), main=True)
     with pytest.raises(
-        TrainError, match=r"stage `main`, epoch 2, step 3: the loss is (nan|inf).*checkpoint is good"
+        TrainError, match=r"stage `main`, epoch 2, step 3: the loss is (nan|inf).*checkpoint is intact"
     ) as caught:
         run(student, *phases, run_dir=tmp_path / "run", checkpoint_every_steps=1)
     assert caught.value.where == "stage `main`, epoch 2, step 3"

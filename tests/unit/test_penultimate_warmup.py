@@ -104,7 +104,7 @@ def test_models_without_penultimate_vectors_are_warmed_up_without_them_and_canno
         teacher, student, plan, example_inputs=x, curriculum=ifx.Curriculum(lengths=1, penultimate=3)
     )
     assert [stage.name for stage in stages] == ["pool", "pool@2", "pool@3", "main"]
-    with pytest.raises(ConfigError, match="kept in the main stage, and the plan has none"):
+    with pytest.raises(ConfigError, match="kept in the main stage, because the plan has no such vectors"):
         ifx.compile_stages(teacher, student, plan, example_inputs=x, curriculum=ifx.Curriculum(keep=0.1))
 
 

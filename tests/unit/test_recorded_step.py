@@ -522,7 +522,7 @@ def test_where_the_device_does_nothing_any_more_the_run_ends_with_a_sentence(cud
         raise RuntimeError("Offset increment outside graph capture encountered unexpectedly.")
 
     monkeypatch.setattr(torch.cuda, "manual_seed", refuses)
-    with pytest.raises(TrainError, match=r"nothing can be done on the GPU any more: 1 / 0(.|\n)*--no-graphs"):
+    with pytest.raises(TrainError, match=r"the GPU does not respond any more: 1 / 0(.|\n)*--no-graphs"):
         CudaRecorder(torch.device("cuda:0")).record(lambda: _raise(RuntimeError("1 / 0")))
 
 

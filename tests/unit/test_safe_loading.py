@@ -294,7 +294,7 @@ NAMES = (
 def test_name_that_is_no_module_class_is_refused(name: str, tmp_path: Path) -> None:
     place, attribute = name.split(" ")
     data = b"\x80\x02" + relu(text("tag") + f"c{place}\n{attribute}\n".encode()) + b"."
-    with pytest.raises(ConfigError, match=r"names what is outside|does not have"):
+    with pytest.raises(ConfigError, match=r"names things outside|does not have"):
         load(str(as_zip(tmp_path / "named.pt", data)))
 
 

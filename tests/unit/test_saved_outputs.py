@@ -90,11 +90,11 @@ def test_what_does_not_fit_is_refused_before_training(saved, tmp_path):
         return str(caught.value)
 
     assert "outputs of 200 samples, and the training data have 300" in refusal(digits(limit=300).train)
-    assert "outputs of other data" in refusal(digits(mean=(0.1,), std=(1.0,)).train)
+    assert "was saved from other data" in refusal(digits(mean=(0.1,), std=(1.0,)).train)
     assert "need no feature cache" in refusal(digits().train, feature_cache=tmp_path)
     assert "mixup and cutmix make new ones" in refusal(digits().train, mixup=0.2)
     foreign = [(torch.zeros(8, 1, 8, 8), torch.arange(8))]
-    assert "A teacher that has saved outputs needs samples that are known by number and the same" in refusal(foreign)
+    assert "A teacher that has saved outputs needs samples that have numbers and are the same" in refusal(foreign)
     with pytest.raises(ConfigError, match="has no saved outputs"):
         load_outputs(f"saved:{tmp_path}")
     file = saved / FILE

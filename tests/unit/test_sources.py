@@ -155,7 +155,7 @@ def test_data_parallel_wrapper_is_taken_off(tmp_path: Path) -> None:
 
 def test_foreign_class_needs_trust(here: Path) -> None:
     torch.save(load("nets:make"), "net.pt")
-    with pytest.raises(ConfigError, match=r"names what is outside .* nets\.Net.*nothing in it was run.*--trust nets"):
+    with pytest.raises(ConfigError, match=r"names things outside .* nets\.Net.*nothing in it was run.*--trust nets"):
         load("net.pt")
     source = load_source("net.pt", trust=["nets"])
     assert type(source.module).__name__ == "Net"

@@ -163,7 +163,7 @@ def test_what_cannot_be_inferred_is_asked_for():
 
 
 def test_labels_of_another_task_are_refused():
-    with pytest.raises(ConfigError, match="from 0 to 1, but these reach from 0 to 4"):
+    with pytest.raises(ConfigError, match="from 0 to 1, but these range from 0 to 4"):
         MultiLabel().check(*MultiLabel().prepare(draw(0, 4, 5), torch.arange(20).reshape(4, 5) % 5))
     with pytest.raises(
         ConfigError, match=r"regression reads labels of the outputs' shape \(4, 5\), but these have \(4,\)"

@@ -67,7 +67,7 @@ def test_what_is_not_known_is_said_and_not_assumed():
     view, (note,) = teacher_view(source(normalisation=HALF), data(), ViewOptions())
     assert view is None and "with its library's own weights it would be mean 0.5" in note
     view, (note,) = teacher_view(source(wanted_normalisation=HALF), data(None), ViewOptions())
-    assert view is None and "wants pictures normalised by mean 0.5" in note and "do not say" in note
+    assert view is None and "was trained on images normalised by mean 0.5" in note and "do not say" in note
     assert teacher_view(source(), data(None), ViewOptions()) == (None, ())
 
 
@@ -89,7 +89,7 @@ def test_figures_of_colours_are_those_of_grey_for_grey_pictures():
 
 def test_figures_are_refused_where_those_of_the_data_are_not_known():
     for opened in (None, data(None)):
-        with pytest.raises(ConfigError, match="What the pictures are normalised by is not known"):
+        with pytest.raises(ConfigError, match="The normalisation of the images is not known"):
             teacher_view(source(), opened, ViewOptions(mean="half"))
 
 
@@ -114,7 +114,7 @@ def test_classes_that_the_teacher_has_not():
         teacher_view(source(), data(classes=("b", "c")), ViewOptions(classes=("a", "b")))
     with pytest.raises(ConfigError, match="2 outputs of the teacher are named, but the data have 3 classes"):
         teacher_view(source(), data(classes=("a", "b", "c")), ViewOptions(classes=(0, 1)))
-    with pytest.raises(ConfigError, match="the data do not name theirs"):
+    with pytest.raises(ConfigError, match="the data have no class names"):
         teacher_view(source(), data(), ViewOptions(classes=("a", "b")))
 
 

@@ -207,7 +207,7 @@ def test_a_resumed_run_keeps_its_plan(tmp_path, teacher):
 def test_another_teacher_is_refused_on_resume(tmp_path, teacher):
     options: dict[str, Any] = {"curriculum": QUICK, "epochs": 1, "progress": False, "run_dir": tmp_path / "run"}
     distill(teacher, net(6, 8), loader(), **options)
-    with pytest.raises(ifx.ConfigError, match="of another run: teacher"):
+    with pytest.raises(ifx.ConfigError, match="a run with other settings: teacher"):
         distill(net(12, 16, seed=9), net(6, 8), loader(), resume=True, **options)
 
 
@@ -330,7 +330,7 @@ def test_a_chain_distils_step_by_step_and_resumes(tmp_path, teacher):
     assert [[stage.epochs for stage in record.stages] for record in first] == [[1], [1, 2, 1]]
     again = distill_chain(models(), loader(), steps=steps, resume=True, **options)
     assert [record.digest for record in again] == [record.digest for record in first]
-    with pytest.raises(ifx.ConfigError, match="has 1 steps, and options are given for 2"):
+    with pytest.raises(ifx.ConfigError, match="has 1 steps, but options are given for 2"):
         distill_chain([teacher, net(4, 6)], loader(), steps=steps)
 
 

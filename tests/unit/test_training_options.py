@@ -183,7 +183,7 @@ def test_what_cannot_be_is_refused_before_training(tmp_path):
     common = {"epochs": 1, "progress": False, "device": "cpu"}
     x, y = batches(1)[0]
     for options, message in (
-        ({"early_stopping": 2}, "early_stopping goes by the validation data"),
+        ({"early_stopping": 2}, "early_stopping needs validation data"),
         ({"mixup": 0.2, "task": "multilabel"}, "a batch has labels of task 'multilabel'"),
         ({"nesterov": True}, "sgd's alone"),
         ({"label_smoothing": 1.0}, "less than 1"),

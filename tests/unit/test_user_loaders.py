@@ -80,7 +80,7 @@ def test_a_loader_that_shares_its_samples_out_is_not_cut_again():
         sampler = DistributedSampler(data, num_replicas=2, rank=rank)
         part = ForeignLoader(DataLoader(data, batch_size=4, sampler=sampler)).shard(rank, 2)
         seen += [int(value) for (batch,) in part for value in batch]
-        assert "shares its samples out" in part.remarks[0]
+        assert "divides its samples" in part.remarks[0]
     assert sorted(seen) == list(range(16))
     with pytest.raises(ConfigError, match="among 2 processes, but the run has 3"):
         ForeignLoader(DataLoader(data, sampler=DistributedSampler(data, num_replicas=2, rank=0))).shard(0, 3)
@@ -118,7 +118,7 @@ def test_whole_number_labels_of_any_width(change):
 
 def test_labels_that_are_no_classes_are_refused_before_the_first_step():
     with pytest.raises(
-        ConfigError, match=r"Labels of shape \(8,\) \(float32\) .* Class numbers must be whole: labels.long\(\)"
+        ConfigError, match=r"Labels of shape \(8,\) \(float32\) .* Class numbers must be integers: labels.long\(\)"
     ):
         ifx.train(net(), [(torch.randn(8, 3, 8, 8), torch.rand(8))], epochs=1, device="cpu", progress=False)
 

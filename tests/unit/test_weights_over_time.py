@@ -40,7 +40,7 @@ def test_what_are_no_weights_is_refused():
     for points in [((3, 1.0), (2, 1.0)), ((-1, 1.0),), ((0, -1.0),)]:
         with pytest.raises(ConfigError, match="are none"):
             main_loss("kd", over_time=points)
-    with pytest.raises(ConfigError, match="A loss of your own weighs itself"):
+    with pytest.raises(ConfigError, match="Weights over time do not work with your own loss"):
         main_loss(lambda student, teacher, labels: labels, over_time=((0, 1.0),))
     with pytest.raises(ConfigError, match="are none"):
         main_loss("labels", over_time=((0, 1.0),))

@@ -140,7 +140,7 @@ def scorer_of(
     Args:
         criterion: name or function.
         model: whose channels are scored.
-        loader: batches for the criteria that look at data.
+        loader: batches for the criteria that need data.
         axes: the nodes whose channels these criteria look at, and their channel axis.
 
     Raises:

@@ -107,7 +107,7 @@ def narrow(
         kept: tap → channels; takes precedence over the plan and `widths`.
         criterion: which channels are kept where only a width is given: a name (`l1`, `l2`, `geometric_median`, `bn_scale`,
             `random`, `activation`, `taylor`), or a function of weights (rows, inputs, *kernel) that returns a score per row.
-        loader: batches for the criteria that look at data.
+        loader: batches for the criteria that need data.
 
     Returns:
         The model whose taps, under all their names, are narrow; the report says which channels were kept and which weights were sliced.

@@ -149,7 +149,7 @@ def choose_channels(
         teacher: the traced model.
         widths: how many channels each tap keeps.
         criterion: name or function (weights (rows, inputs, *kernel) -> scores).
-        loader: batches for the criteria that look at data.
+        loader: batches for the criteria that need data.
 
     Raises:
         ConfigError: no criterion of that name, or one that needs data without a loader.

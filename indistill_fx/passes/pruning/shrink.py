@@ -56,10 +56,10 @@ class ShrinkReport:
 
     Attributes:
         layers: layers that make channels, in the order of the graph; of those with nothing removed, all channels are kept.
-        axes: entries that stay, per node and axis that lost some; `heads` of an attention layer.
-        frozen: channels that could not go.
-        approximate: operations over channels some of which went (means, norms): taken over those that stay they are something else than
-            before, however little the channels were worth. Each as `layer4:mean (mean)`.
+        axes: the remaining entries, per node and axis that lost some; `heads` of an attention layer.
+        frozen: channels that could not be removed.
+        approximate: operations over channels (means, norms) that lost some of them: over the remaining channels they compute
+            something else than before. Each as `layer4:mean (mean)`.
         macs: of one sample, before and after.
         parameters: before and after.
     """
@@ -93,20 +93,20 @@ def shrink(
     Args:
         model: the traced model; it is not changed.
         widths: tap → number of channels; the other layers keep theirs unless `ratio` or a budget is given too.
-        ratio: share of every layer's channels that stays, between 0 and 1.
+        ratio: share of every layer's channels to keep, between 0 and 1.
         macs: budget of work: a share up to 1, or a number of multiply-accumulates of one sample.
         params: budget of parameters: a share up to 1, or a number.
-        criterion: which channels stay: a name (`l1`, `l2`, `geometric_median`, `bn_scale`, `random`, `activation`, `taylor`, `fisher`,
+        criterion: which channels to keep: a name (`l1`, `l2`, `geometric_median`, `bn_scale`, `random`, `activation`, `taylor`, `fisher`,
             `isomorphic`), or a function of weights
             (rows, inputs, *kernel) that returns a score per row.
         round_to: keep a multiple of this number of channels (8 for fast kernels), rounding up.
-        loader: batches for the criteria that look at data.
+        loader: batches for the criteria that need data.
 
     Returns:
         The smaller model; its `graph_module` owns its parameters and can be trained, saved and exported.
 
     Raises:
-        ConfigError: nothing is asked for, or a number is out of range.
+        ConfigError: no size is given, or a number is out of range.
         PruneError: the request cannot be met; the message names the layer that blocks it.
         PassError: the smaller network does not compute what the original does without the channels. This is a bug; please report it.
 
