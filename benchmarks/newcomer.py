@@ -10,6 +10,7 @@ The repository is cloned into a new folder, and every block of the guide runs th
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import os
 import re
@@ -74,12 +75,18 @@ def walk(folder: Path, guide: str, *, install: bool) -> list[dict[str, Any]]:
         name = re.match(r"# (\w+\.py)\n", block)
         file = clone / (name[1] if name else f"block-{number}")
         file.write_text(block, encoding="utf-8")
-        if kind == "python":
+        if kind == "python" and not only_defines(block):
             steps.append(timed(file.name, [str(binaries / "python"), str(file)], clone, around))
-        else:
+        elif kind == "sh":
             commands = block.replace("\\\n", " ").splitlines()
             steps += [timed(" ".join(command.split()), ["bash", "-ec", command], clone, around) for command in commands]
     return steps
+
+
+def only_defines(code: str) -> bool:
+    """Whether a file only defines things, so that the reader saves it and does not run it."""
+    kinds = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)
+    return all(isinstance(statement, kinds) for statement in ast.parse(code).body)
 
 
 def timed(step: str, command: list[str], folder: Path, around: dict[str, str]) -> dict[str, Any]:
