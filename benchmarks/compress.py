@@ -245,7 +245,7 @@ def told() -> dict[str, Any]:
 
 
 def repairs(options: argparse.Namespace) -> None:
-    """Accuracy before any training: after shrinking, with norms anew, with readers fitted; by uniform L1 and by our widths."""
+    """Accuracy before any training: after shrinking, with norms re-estimated, with readers fitted; by uniform L1 and by our widths."""
     if options.threads:
         torch.set_num_threads(options.threads)
     out = Path(options.out)

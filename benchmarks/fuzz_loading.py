@@ -3,8 +3,8 @@
     python benchmarks/fuzz_loading.py [--count 500] [--seed 0] [--json FILE] [--audit]
 
 Kinds: a whole module (`.pt`), the same in the format before PyTorch 1.6, weights in both formats, safetensors, `.pt2`.
-Half of the mutations of an archive are made inside one of its entries and the archive is written anew, so that its
-checksums are right and the damage reaches the readers behind them. Files are loaded in child processes with a limit on
+Half of the mutations of an archive are made inside one of its entries and the archive is rewritten, so that its
+checksums are right and the damage reaches the readers after them. Files are loaded in child processes with a limit on
 time and memory; a child that dies or hangs is counted against the file it was at. `--audit` searches constructors of
 all allowed module classes for code that opens, fetches or evaluates, which the allow-list relies on not being there.
 """
@@ -83,7 +83,7 @@ def mutate(content: bytes, dice: random.Random) -> bytes:
 
 
 def mutate_inside(content: bytes, dice: random.Random) -> bytes:
-    """Mutate one entry of an archive, mostly one that is not a tensor, and write the archive anew."""
+    """Mutate one entry of an archive, mostly one that is not a tensor, and rewrite the archive."""
     target = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(content)) as archive, zipfile.ZipFile(target, "w") as written:
         entries = archive.infolist()

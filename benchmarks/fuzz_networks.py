@@ -327,7 +327,7 @@ def _batch_first(value: Tensor, facts: NodeFacts) -> tuple[Tensor, NodeFacts]:
 
 
 def alike(own: Tensor, other: Tensor, own_facts: NodeFacts, other_facts: NodeFacts) -> tuple[Tensor, Tensor]:
-    """Two features in one form, written anew here: channels first, tokens as a square map, the larger one pooled."""
+    """Two features in one form, rewritten here: channels first, tokens as a square map, the larger one pooled."""
     sides = []
     for value, facts, partner in ((own, own_facts, other_facts), (other, other_facts, own_facts)):
         first = facts.channel_axis == 1

@@ -4,7 +4,7 @@
     python benchmarks/fuzz_readers.py --json FILE --add FILE…
 
 For each reader one process of its own starts from sound files and follows what reaches new lines of ours. Archives, JSON, tensor
-files and ONNX are also taken apart, changed within one part, and put together anew, so that checksums and grammar do not stop it at
+files and ONNX are also taken apart, changed within one part, and reassembled, so that checksums and grammar do not stop it at
 the door. A refusal is an `IndistillError`; everything else that is raised, more than 60 s for one input, or 4 GiB, is a fault.
 Exit code 1 if there is one.
 """

@@ -121,7 +121,7 @@ def option_case(dice: random.Random, folder: Path) -> str:
 
 
 def run_case(dice: random.Random, folder: Path) -> str:
-    """A finished run whose run.json is anybody's; whatever model it names, only the one that was sealed may be made."""
+    """A finished run whose run.json is anybody's; whatever model it names, only the one that was signed may be made."""
     spec = f"{folder}/net.py:make"
     if not (folder / STUDENT).exists():
         (folder / "net.py").write_text("import torch\n\n\ndef make():\n    return torch.nn.Linear(2, 2)\n")

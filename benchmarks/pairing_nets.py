@@ -74,7 +74,7 @@ class CifarShuffleV2(nn.Module):
 
 
 class BertLayer(nn.Module):
-    """Attention and MLP, each with the sum normed behind it."""
+    """Attention and MLP, each with a norm after the sum."""
 
     def __init__(self, width: int, heads: int, norm_first: bool = False):
         super().__init__()
@@ -258,7 +258,7 @@ class CifarStem(nn.Module):
 
 
 def retina(name: str) -> Callable[[], nn.Module]:
-    """The backbone of RetinaNet: P3 to P5 from the trunk, P6 and P7 by further convolutions."""
+    """The backbone of RetinaNet: P3 to P5 from the main path, P6 and P7 by further convolutions."""
     return lambda: resnet_fpn_backbone(
         backbone_name=name,
         weights=None,

@@ -65,7 +65,7 @@ def train_all(place: Path, precision: str) -> None:
 
 
 def told(place: Path, arm: str) -> dict[str, Any]:
-    """What a run left behind."""
+    """What a run left in its directory."""
     found: dict[str, Any] = json.loads((place / arm / "run.json").read_text(encoding="utf-8"))
     return found
 

@@ -2,7 +2,7 @@
 
     python benchmarks/source_code.py torchvision:resnet18 timm:vit_tiny_patch16_224 … --out benchmarks/results/source_code.json
     python benchmarks/source_code.py --zoo --out benchmarks/results/source_code.json         one of every family (minutes)
-    python benchmarks/source_code.py SPEC --add --out benchmarks/results/source_code.json    these anew, the others as they are there
+    python benchmarks/source_code.py SPEC --add --out benchmarks/results/source_code.json    these again, the others as they are there
     python benchmarks/source_code.py --table benchmarks/results/source_code.json             as Markdown
 
 For each: outputs in eval mode and outputs and gradients in train mode, to the bit; lines, beside those of the original's own model file.

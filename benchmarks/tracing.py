@@ -70,7 +70,7 @@ def sweep(models: list[ZooModel], path: Path | None, *, limit: float, minutes: f
 
 
 def _in_process(model: ZooModel, limit: float) -> dict[str, Any]:
-    """Forked, so that torch and timm are not imported anew for every model; one thread each, for a fork takes no thread along."""
+    """Forked, so that torch and timm are not imported again for every model; one thread each, for a fork takes no thread along."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_send, args=(model, sender))
@@ -230,7 +230,7 @@ def chain(lengths: tuple[int, ...] = (100, 1_000, 10_000)) -> dict[str, Any]:
 
 
 class _Chain(nn.Module):
-    """A chain written in Python; `decide` makes the symbolic rung fail, so that the code is run and recorded."""
+    """A chain written in Python; `decide` makes the symbolic method fail, so that the code is run and recorded."""
 
     def __init__(self, length: int, *, decide: bool = False):
         super().__init__()

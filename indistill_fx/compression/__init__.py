@@ -1,1 +1,1 @@
-"""From a teacher alone to a student that ships: widths, repair, training, and the student as source code."""
+"""From a teacher alone to a deployable student: widths, repair, training, and the student as source code."""

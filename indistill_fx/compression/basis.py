@@ -1,4 +1,4 @@
-"""What a student is made of: the teacher, traced so that what its code does in train mode stays where it can."""
+"""What a student is made from: the teacher, traced so that it keeps, where possible, what its code does in train mode."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def in_both_modes(
     """The teacher traced as a student is, so that what its code does by `self.training` stays in what is made of it.
 
     Rules, in order:
-      1. Weights that are computed anew at every call (weight norm, spectral norm, masks) become parameters of their present value.
+      1. Weights that are recomputed at every call (weight norm, spectral norm, masks) become parameters of their present value.
       2. Where the two modes cannot be brought together, or where train mode keeps work from going that eval mode lets go, it is the teacher
          as it was traced: in eval mode.
 

@@ -1,4 +1,4 @@
-"""`compress`: from a teacher alone to a trained student in a directory of its own.
+"""`compress`: from a teacher alone to a trained student and its directory.
 
 Rules, in order:
   1. Widths: sensitivities measured on a few batches, then an allocation under the budget (`make_student`).
@@ -6,7 +6,7 @@ Rules, in order:
   3. The student is written as source code, with the plan of which channels it has.
   4. `distill`: the warm-up, then the main loss. 5. ONNX.
 
-An interrupted run goes on: what steps 1 to 3 wrote is read again, and training resumes as any run does.
+An interrupted run can be resumed: the results of steps 1 to 3 are read again, and training resumes as in any run.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The plan between a teacher and what was made of it: the kept channels are those that `shrink` kept; nothing ranks them again."""
+"""The plan between a teacher and a student made from it: the kept channels are those that `shrink` kept; nothing ranks them again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How long a network takes where it is to run."""
+"""How long a network takes on its target."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""Repair a shrunk network before it is trained, from unlabelled batches: norms and the weights of what reads.
+"""Repair a shrunk network before training, with unlabelled batches: its norms, and the weights that read removed channels.
 
 Both networks run side by side, node by node, on the same batches:
-  - `readers`: the weights of a convolution or linear layer are fitted anew, by least squares, so that from what arrives in the smaller
-    network it makes what the original makes at the channels that are left. Layers further on see what the ones before now make.
+  - `readers`: the weights of a convolution or linear layer are refitted, by least squares, so that from what arrives in the smaller
+    network it reproduces the original's outputs at the remaining channels. Later layers see the outputs of repaired earlier ones.
   - `norms`: a batch norm's statistics are those of what arrives in the smaller network.
 
 Source: least squares on a layer's outputs: He et al., "Channel Pruning for Accelerating Very Deep Neural Networks", ICCV 2017. Deviations:
-every reader, not only those of pruned channels; fitted in order on the repaired inputs; pulled towards the weights it has.
+every reader, not only those of pruned channels; fitted in order on the repaired inputs; regularised towards their old weights.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def repair(
         smaller: what `shrink` made of it; it is not changed.
         axes: the entries that stayed (`ShrinkReport.axes`).
         batches: unlabelled ones do.
-        norms: estimate the statistics of batch norms anew.
+        norms: re-estimate the statistics of batch norms.
         readers: fit convolutions and linear layers.
 
     Raises:

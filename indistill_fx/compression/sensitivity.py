@@ -1,4 +1,4 @@
-"""What each group of channels is worth: how far the outputs move when some of it is not there.
+"""How much each group of channels matters: how far the outputs move if some of its channels are masked.
 
 Measured by running the original with the channels masked wherever they are read, so no network is built.
 """

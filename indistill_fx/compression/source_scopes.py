@@ -1,4 +1,4 @@
-"""From a flat graph back to blocks: which nodes stand in which module's forward.
+"""From a flat graph back to blocks: which nodes belong to which module's forward.
 
 A module becomes a block of its own if its nodes stand together, its layers are below it, and all its calls do the same. One that
 does not is dissolved: its nodes belong to the module around it.

@@ -1,10 +1,10 @@
-"""A network as source code: `student.py` with a class `Student`, and its weights beside it. Plain PyTorch, nothing of ours.
+"""A network as source code: `student.py` with a class `Student`, and a file of weights. Plain PyTorch, without indistill-fx.
 
 Rules, in order:
   1. A module of the original becomes a class again where its nodes stand together and all its calls do the same.
   2. Modules that differ in numbers only share a class, and the numbers become its arguments.
-  3. What no output needs is left out, checks of sizes too: it would be handed from class to class for nothing.
-  4. What was written is run: it must give the graph's outputs to the bit, from the weights that are saved with it.
+  3. What no output needs is left out, checks of sizes too: it would be passed from class to class for nothing.
+  4. The written code is run with the saved weights: its outputs must be bit-identical to the graph's.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What is done at random to small images, drawn apart from being done: the same draws give the same images on every device."""
+"""Random augmentation of small images. Drawing and applying are separate, so the same draws give the same images on every device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small pictures, decoded once into memory, and kept on disk for the next time where a cache is given."""
+"""Small images, decoded once into memory, and kept on disk if a cache is given."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def decode(
         progress: show a bar where standard error is a terminal.
 
     Raises:
-        ConfigError: an image is broken, or the cache cannot be written. A damaged cache is said, and made anew.
+        ConfigError: an image is broken, or the cache cannot be written. A damaged cache is reported and recreated.
     """
     if cache is None:
         return _decoded(listing, size, channels, deep, progress)

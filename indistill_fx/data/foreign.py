@@ -1,4 +1,4 @@
-"""Loaders of the user's own, made to give the same batches again in the same epoch, and each process its share once."""
+"""Users' own loaders, wrapped so that an epoch can be repeated and each process gets its share once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures held on a device, from which a batch is one gather: what is drawn at random is only where each picture is read."""
+"""Images held on a device, from which a batch is one gather: random draws only decide where each image is read."""
 
 from __future__ import annotations
 

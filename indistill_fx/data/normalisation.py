@@ -1,4 +1,4 @@
-"""What pictures are normalised by: mean and standard deviation per channel, of values from 0 to 1."""
+"""How images are normalised: by mean and standard deviation per channel, of values from 0 to 1."""
 
 from __future__ import annotations
 

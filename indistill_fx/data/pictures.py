@@ -1,4 +1,4 @@
-"""One picture from a file, as it was taken: upright, in as many channels as asked for, with all its bits."""
+"""One image from a file: upright, with the requested number of channels, and with all its bits."""
 
 from __future__ import annotations
 

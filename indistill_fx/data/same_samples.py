@@ -1,4 +1,4 @@
-"""What is kept of a data set's samples needs samples that do not change."""
+"""Whatever is stored for each sample of a data set needs samples that do not change."""
 
 from __future__ import annotations
 

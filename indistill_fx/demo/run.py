@@ -1,4 +1,4 @@
-"""The whole way on scikit-learn's digits: a teacher, a student made of it, a hundred labelled images, a comparison, an ONNX file.
+"""Every step on scikit-learn's digits: a teacher, a student made from it, a hundred labelled images, a comparison, an ONNX file.
 
 The story: somebody has a trained network and few images of their own, and needs a network a twentieth of its size. Six students of
 one shape are trained on those images, for the same number of epochs in all: by labels, by knowledge distillation (KD), and by the

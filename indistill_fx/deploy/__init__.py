@@ -1,1 +1,1 @@
-"""ONNX with proof: export, check, quantise, measure."""
+"""Verified ONNX files: export, check, quantise, measure."""

@@ -1,4 +1,4 @@
-"""Prove a deployed ONNX file again, and say what differs from the module it should be."""
+"""Verify a deployed ONNX file, and report in what it differs from its module."""
 
 from __future__ import annotations
 

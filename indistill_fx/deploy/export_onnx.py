@@ -1,4 +1,4 @@
-"""Export a trained student to ONNX, and prove the file before it gets its name."""
+"""Export a trained student to ONNX, and verify the file before it gets its name."""
 
 from __future__ import annotations
 

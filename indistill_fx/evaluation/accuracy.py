@@ -133,7 +133,7 @@ def evaluate(
 
 @contextmanager
 def _explained(task: Task, logits: Tensor, labels: Tensor) -> Iterator[None]:
-    """What fails in a task of the user's own is told as theirs: a metric or a loss that does not fit."""
+    """Report what fails in a user's own task, such as a metric or a loss that does not fit, as an error of the user."""
     try:
         yield
     except (IndistillError, torch.OutOfMemoryError):

@@ -37,10 +37,10 @@ def is_computed(part: nn.Module) -> bool:
 def why_opaque(module: nn.Module) -> str | None:
     """Why nothing can be said of what a module computes, beyond its class; else None.
 
-    It may have a hook, a forward that was set on this module alone, or weights that are computed anew.
+    It may have a hook, a forward that was set on this module alone, or weights that are recomputed.
     """
     if is_parametrized(module):
-        return f"its {', '.join(module.parametrizations)} is computed anew at every call (a parametrisation)"  # type: ignore[arg-type]
+        return f"its {', '.join(module.parametrizations)} is recomputed at every call (a parametrisation)"  # type: ignore[arg-type]
     if "forward" in vars(module):  # Accelerate and others set one on the layer itself
         return "its forward was replaced, and may do anything"
     hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
@@ -49,7 +49,7 @@ def why_opaque(module: nn.Module) -> str | None:
 
 
 def write_out_weights(module: nn.Module) -> None:
-    """Replace, in place, weights that are computed anew by parameters of their present value.
+    """Replace, in place, weights that are recomputed by parameters of their present value.
 
     Args:
         module: a module tree that nobody else holds; its tensors, and the dictionaries of its hooks, may be shared with another.

@@ -1,4 +1,4 @@
-"""How a teacher sees a batch made for a student: of another size, by other figures, in another dtype, with other classes."""
+"""How a teacher sees a batch made for a student: with another size, normalisation, dtype or classes."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The graph of a pickled `torch.fx.GraphModule`, read from the source code that stands for it in the file; that code is never run.
 
-torch pickles a graph module as the text that torch.fx wrote for it, and would run the text to trace it anew. Here the text is parsed and
+torch pickles a graph module as the text that torch.fx wrote for it, and would run the text to trace it again. Here the text is parsed and
 each statement becomes a node, if it has a form that torch.fx writes:
 
   1. One function, `forward(self, …)`, whose body is assignments and ends in `return`.

@@ -4,7 +4,7 @@ A file fills a module's dictionary without any of the checks of `register_parame
 
   1. The registries are dictionaries of what belongs there, and no module holds itself, or more than can be walked.
   2. Names are plain (`graph/names.py`), stand in one registry only, and hide nothing of the class or of `nn.Module`.
-  3. What else `nn.Module` keeps for itself, such as the dictionaries of hooks, is made anew, and empty.
+  3. What else `nn.Module` keeps for itself, such as the dictionaries of hooks, is recreated, and empty.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Quantised tensors and layers from a file, packed anew from weights and settings that were checked."""
+"""Quantised tensors and layers from a file, repacked from weights and settings that were checked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Metrics that torchmetrics has not in the form we need. Apart from the tasks, so that these need not wait for torchmetrics."""
+"""Metrics that torchmetrics does not have in the form we need. Apart from the tasks, so that these need not wait for torchmetrics."""
 
 from __future__ import annotations
 

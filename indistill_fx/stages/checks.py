@@ -53,7 +53,7 @@ def label_check(task: Task, logits_of: Callable[[Any], Tensor | None], *models: 
 
 
 def require_frozen_end(student: nn.Module, half: nn.Module, tap: str) -> None:
-    """Refuse a student with layers behind a stage's last tap that would train, and that the stage's loss never reaches.
+    """Refuse a student with layers after a stage's last tap that would train, and that the stage's loss never reaches.
 
     Args:
         student: whole.

@@ -1,6 +1,6 @@
 """Freed memory, kept for the next step instead of given back to the system.
 
-glibc gives large blocks back as soon as they are freed, and takes them anew, page by page, at every step of a training loop: on the
+glibc gives large blocks back as soon as they are freed, and requests them again, page by page, at every step of a training loop: on the
 paper's pair some 4,000 page faults a step, which took half of its time. On a CPU a run keeps them; when it ends they go back.
 """
 

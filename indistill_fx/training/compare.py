@@ -157,7 +157,7 @@ def _ways(
 
 
 def _kept_plan(run_dir: str | os.PathLike[str] | None) -> AlignmentPlan | None:
-    """The plan of arms that were begun; made anew it might be another, because it follows from the first batch."""
+    """The plan of arms that were begun; recreated it might be another, because it follows from the first batch."""
     path = Path(run_dir) / "labels" / "plan.json" if run_dir is not None else None
     return AlignmentPlan.load(path) if path is not None and path.exists() else None
 

@@ -222,7 +222,7 @@ def _is_whole(folder: Path, stage: Stage, say: Callable[[str], None]) -> bool:
         return False
     fault = fault_of(folder)
     if fault:
-        say(f"{stage.name}: the cached features in {folder} are damaged ({fault}) and are computed anew")
+        say(f"{stage.name}: the cached features in {folder} are damaged ({fault}) and are recomputed")
         shutil.rmtree(folder, ignore_errors=True)
     return not fault
 

@@ -1,4 +1,4 @@
-"""Rules of operators that lay entries out anew, pick some of them, or make tensors of a shape."""
+"""Rules of operators that rearrange entries, pick some of them, or make tensors of a shape."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A student's graph in both modes: what its code decides by `self.training` is decided anew each time the graph runs.
+"""A student's graph in both modes: what its code decides by `self.training` is decided again each time the graph runs.
 
 Rules, in order:
   1. Where code outside torch.nn's own layers reads `training`, the module is captured in eval mode too, by the same method.

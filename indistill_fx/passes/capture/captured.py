@@ -119,7 +119,7 @@ def tensor_names(module: nn.Module, loose: Mapping[str, Tensor] = MappingProxyTy
 def assemble(graph: fx.Graph, targets: Mapping[str, Any], class_name: str) -> fx.GraphModule:
     """A GraphModule whose modules, parameters and buffers are the very objects given, under the names given.
 
-    `fx.GraphModule` does this too, but registers a buffer anew on a module that already has it, which changes the caller's module.
+    `fx.GraphModule` does this too, but registers a buffer again on a module that already has it, which changes the caller's module.
     The graph is not compiled; `functionalize`, through which every capture goes, does that.
     Names that cannot be written into the graph's source stand under others; `meta["renamed"]` holds them, new to old.
     """

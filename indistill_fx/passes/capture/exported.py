@@ -230,7 +230,7 @@ def _write_buffers(
 
 
 def _structure(graph: fx.Graph, value: Any) -> Any:
-    """The module's return value as an argument of the output node; dataclasses are made anew."""
+    """The module's return value as an argument of the output node; dataclasses are recreated."""
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(_structure(graph, entry) for entry in value))
     if isinstance(value, (tuple, list)):

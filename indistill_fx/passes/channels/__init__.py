@@ -1,1 +1,1 @@
-"""How channels run through operations: one rule an operation (`rules`)."""
+"""How channels pass through operations: one rule per operation (`rules`)."""

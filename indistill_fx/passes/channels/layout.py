@@ -1,4 +1,4 @@
-"""Rules of operations that only lay entries out anew: reshapes and permutations. Mostly they vanish into the index."""
+"""Rules of operations that only rearrange entries: reshapes and permutations. Mostly they vanish into the index."""
 
 from __future__ import annotations
 

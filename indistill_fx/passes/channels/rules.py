@@ -1,7 +1,7 @@
-"""The channel rules: for each operation, how a selection of its output's channels is had from its inputs and weights.
+"""The channel rules: for each operation, how a selection of its output's channels is obtained from its inputs and weights.
 
-One table serves every pass that thinks in channels. A rule answers a `Cut` (node, axes, index) with a `Propagation` (select this below,
-slice these weights, emit that), or `Blocked` with the reason. What has no rule is blocked.
+One table serves every pass that works on channels. A rule answers a `Cut` (node, axes, index) with a `Propagation` (select these of the
+inputs, slice these weights, emit this call), or with `Blocked` and the reason. Operations without a rule are blocked.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the channel rules speak of: a selection of channels at a node, and how it is had from selections further up the graph."""
+"""What channel rules work with: a selection of channels at a node, and how it is obtained from selections further up the graph."""
 
 from __future__ import annotations
 

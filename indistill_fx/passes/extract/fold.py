@@ -76,7 +76,7 @@ def _fold_norm(node: fx.Node, graph_module: fx.GraphModule) -> str | None:
     if len(source.users) > 1:
         return f"`{source.name}` is read by others too"
     norm, layer = attribute(graph_module, str(node.target)), attribute(graph_module, str(source.target))
-    for own, part in ((source, layer), (node, norm)):  # torch.nn.utils.prune makes the weight anew before every call
+    for own, part in ((source, layer), (node, norm)):  # torch.nn.utils.prune recomputes the weight before every call
         if (reason := why_opaque(part)) is not None:
             return f"`{own.name}`: {reason}"
     if norm.training or norm.running_mean is None:

@@ -80,7 +80,7 @@ def make_accelerator(*, device: str, precision: str | None) -> Accelerator:
 
 
 def _forget_other_devices(place: torch.device) -> None:
-    """Let Accelerate, which has one device a process for good, choose anew where an earlier run had another one."""
+    """Let Accelerate, which has one device a process for good, choose again where an earlier run had another one."""
     if not PartialState._shared_state or PartialState().num_processes > 1:
         return
     if _indexed(PartialState().device) != _indexed(place):

@@ -1,6 +1,6 @@
 """Recording steps as CUDA graphs. This is all of the recorded step that needs a GPU, and so all of it that a CPU's tests never run.
 
-Memory: what a recorded step makes on its way is in a pool of its own as long as the graph lives, and every replay writes into it anew.
+Memory: what a recorded step makes on its way is in a pool of its own as long as the graph lives, and every replay overwrites it.
 Streams: steps run and are recorded on one stream beside torch's current one; each waits for the other, so that nothing overtakes.
 Random numbers: torch hands seed and offset of the device's generator to every replay, so a seed set before one counts as for a step that
 runs as it is.
@@ -112,7 +112,7 @@ class CudaRecorder:
     def _usable(self) -> bool:
         """Whether the device still computes and draws."""
         try:
-            torch.cuda.manual_seed(0)  # every step seeds anew
+            torch.cuda.manual_seed(0)  # every step sets the seed again
             return bool(torch.rand(2, device=self._device).add(1).sum() > 0)
         except RuntimeError:
             return False

@@ -69,7 +69,7 @@ class Step:
         return loss
 
     def _undo(self) -> None:
-        """After a step that broke off: no gradients are left, and the scaler counts anew."""
+        """After a step that broke off: no gradients are left, and the scaler starts counting again."""
         self.optimizer.zero_grad()
         scaler = self.accelerator.scaler
         if scaler is not None:
