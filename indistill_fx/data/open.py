@@ -123,7 +123,7 @@ def _check_randaugment(kind: str, options: DataOptions) -> None:
     reasons = {
         "no picture is to be augmented": not options.augment,
         "the digits are left as they are": kind == "digits",
-        "loaders of one's own prepare pictures their own way": kind not in _SPECS,
+        "your own loaders prepare images themselves": kind not in _SPECS,
     }
     for reason in (reason for reason, holds in reasons.items() if holds):
         raise ConfigError(

@@ -291,7 +291,7 @@ BAD = [
     (["align", "models.py:make", "models.py:make", "--input", "1x8x8", "--pair", "3=7", "--pair", "7=3"], "`3` ↔ `7`"),
     (["align", "models.py:make", "models.py:make", "--input", "1x8x8", "--plan", "typo.json"], "no layer named `77`"),
     (["align", "models.py:make", "models.py:make", "--input", "1x8x8", "--diff", "torn.json"], "torn.json"),
-    (["align", "models.py:make", "models.py:make", "--input", "1x8x8", "--similarity", "cka"], "go together"),
+    (["align", "models.py:make", "models.py:make", "--input", "1x8x8", "--similarity", "cka"], "needs --data"),
     (["align", "models.py:make", "models.py:make", "--input", "1x8x8", "--explain", "3"], "There is no pair 3"),
     (["distill", "models.py:make", "models.py:make", "--data", "imagefolder:empty", "-o", "run"], "has no train/"),
     (["distill", "models.py:make", "models.py:make", "--data", "nothing", "-o", "run"], "is not a data set"),
@@ -330,12 +330,12 @@ BAD = [
     (["distill", "models.py:make", "models.py:make", "--data", "digits", "--main", "kdd", "-o", "run"], "Nearest: kd"),
     (
         ["distill", "models.py:make", "models.py:make", "--data", "digits", "--warmup", "a", "-o", "run"],
-        "no list of whole numbers",
+        "not a list of whole numbers",
     ),
     (["evaluate", "empty", "--data", "digits"], "empty"),
     (["export", "models.py:make", "--input", "1x8x8", "-o", "nowhere/student.onnx"], "nowhere"),
     (["export", "models.py:make", "--input", "1x8x8", "-o", "s.onnx", "--int8"], "no data to calibrate"),
-    (["prune", "models.py:make", "--input", "1x8x8", "-o", "s.pt2"], "by how much"),
+    (["prune", "models.py:make", "--input", "1x8x8", "-o", "s.pt2"], "how small"),
     (["prune", "models.py:make", "--input", "1x8x8", "-o", "s.pt2", "--width", "0:9"], "LAYER=N"),
     (["prune", "models.py:make", "-o", "s.pt2", "--plan", "plan.json", "--ratio", "0.5"], "--ratio would name them"),
     (

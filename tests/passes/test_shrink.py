@@ -311,7 +311,7 @@ CONFLICTS: list[tuple[Callable[[], nn.Module], dict[str, Any], str]] = [
     (GRAPHS["chain"], {"widths": {"stem": 17}}, "asked for 17 of its 16 channels"),
     (GRAPHS["chain"], {"widths": {"stem": 0}}, "asked for 0 of its 16 channels"),
     (GRAPHS["chain"], {"widths": {"head": 3}}, "none of its 5 channels can be removed: an output of the network"),
-    (GRAPHS["grouped"], {"widths": {"parts.0": 6}}, "they go 4 at a time"),
+    (GRAPHS["grouped"], {"widths": {"parts.0": 6}}, "only 4 at a time can be removed"),
     (GRAPHS["called twice"], {"widths": {"stem": 4, "parts.0": 8}}, "tied to"),
     (GRAPHS["chain"], {"macs": 1e-6}, "cannot be made as small as"),
 ]

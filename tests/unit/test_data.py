@@ -209,7 +209,7 @@ def test_randaugment_is_part_of_what_a_run_is(small):
         ("digits", {}, "the digits are left as they are"),
         ("{folder}", {"augment": False}, "no picture is to be augmented"),
         ("{folder}", {"randaugment": 31}, "it must be from 0 to 30. 9 is usual."),
-        ("own.py:make_loaders", {}, "cannot change how its loaders prepare images"),
+        ("own.py:make_loaders", {}, "your own loaders prepare images themselves"),
     ],
 )
 def test_randaugment_that_cannot_be_is_refused(spec, more, message, small):
@@ -331,12 +331,12 @@ def test_bad_folders_are_named(small, tmp_path):
     refused(tmp_path / "absent", "There is no folder .*absent")
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", r"has no train/; it contains nothing")
-    refused(small / "train", r"has no train/; there is ant, bee, cow")
+    refused(small / "train", r"has no train/; it contains ant, bee, cow")
     (tmp_path / "bare" / "train").mkdir(parents=True)
     refused(tmp_path / "bare", "has no class folders")
     (tmp_path / "bare" / "train" / "ant").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "bare" / "train" / "ant" / "0.png")
-    refused(tmp_path / "bare", r"has no test/; there is train")
+    refused(tmp_path / "bare", r"has no test/; it contains train")
     Image.new("RGB", (8, 8)).save(tmp_path / "bare" / "train" / "1.png")
     refused(tmp_path / "bare", r"has images outside of the class folders, such as '1.png'")
     (small / "train" / "dog").mkdir()
@@ -457,7 +457,7 @@ def test_the_users_own_loaders(tmp_path):
         "words": "a batch of the test loader is a list without inputs that are tensors",
         "generator": "train loader .* is a generator, which cannot be iterated once per epoch",
         "nothing": "train loader .* has no batches",
-        "single": "returned a DataLoader",
+        "single": "returned a value of type DataLoader",
         "number": "is not a function",
         "par": "has no 'par'.*pair",
     }.items():
