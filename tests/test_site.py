@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import io
 import os
 import re
@@ -90,6 +91,49 @@ def settings_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+LOSSES = ROOT / "docs/reference/losses.md"
+
+
+def losses_page() -> str:
+    """Every loss by name, with its class's docstring below."""
+    from indistill_fx.losses.registry import MAIN_LOSSES, WARMUP_LOSSES
+
+    reads = {"logits": "logits", "embedding": "penultimate vectors", "features": "features of pairs"}
+    lines = ["# Losses", "", "<!-- made by `python -m tests.test_site` -->", ""]
+    lines += [
+        "Main losses, by their name in `--main` (`main=`). The loss is `weight` × its own term + `weight_labels` × the",
+        "",
+    ]
+    lines[-1:] = [
+        "task's supervised loss; the options are given by `--main-option`. [Comparing losses](../guides/compare_losses.md)"
+    ]
+    lines += ["shows how to compare them.", "", "| loss | compares | defaults of its options |", "|---|---|---|"]
+    for name, kind in MAIN_LOSSES.items():
+        options = inspect.signature(kind.__init__).parameters.values()
+        given = [
+            f"`{own.name}={own.default!r}`"
+            for own in options
+            if own.kind is own.KEYWORD_ONLY and own.default is not own.empty
+        ]
+        what = ", ".join(reads[need] for need in sorted(kind.needs)) or "labels only"
+        lines.append(f"| [`{name}`](#{kind.__module__}.{kind.__name__}) | {what} | {', '.join(given)} |")
+    lines += ["", "## Main losses", ""]
+    lines += [f"::: {kind.__module__}.{kind.__name__}\n" for kind in MAIN_LOSSES.values()]
+    lines += [
+        "## Warm-up losses",
+        "",
+        f"By their name in `--warmup-loss`: {', '.join(f'`{name}`' for name in WARMUP_LOSSES)}, in this order.",
+        "",
+    ]
+    lines += [f"::: {kind.__module__}.{kind.__name__}\n" for kind in WARMUP_LOSSES.values()]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def test_every_loss_is_in_the_reference():
+    """After a change that is meant: `python -m tests.test_site`."""
+    assert LOSSES.read_text(encoding="utf-8") == losses_page()
+
+
 def test_every_public_name_is_in_the_reference():
     import indistill_fx as ifx
 
@@ -106,6 +150,7 @@ def test_every_option_of_training_is_in_the_reference():
 
 
 if __name__ == "__main__":
+    LOSSES.write_text(losses_page(), encoding="utf-8")
     REFERENCE.write_text(
         SETTINGS.sub(lambda _: settings_table(), REFERENCE.read_text(encoding="utf-8")), encoding="utf-8"
     )

@@ -123,7 +123,7 @@ class Maker:
                 return torch.Tensor
             case Named(path="torch.nn.parameter.Parameter"):
                 return nn.Parameter
-        raise UnfitError(f"names what is outside of modules, tensors and data: {name_of(described)}")
+        raise UnfitError(f"names things outside of modules, tensors and data: {name_of(described)}")
 
     def _container(self, described: Any) -> Any:
         if isinstance(described, Made):

@@ -150,7 +150,7 @@ def count_numbers(path: Path) -> int:
 def _no_state_dict(label: str, others: Sequence[str]) -> ConfigError:
     return ConfigError(
         f"`{label}` is not a state dict: {', '.join(others[:_SHOWN]) or 'it is empty'} "
-        f"{'is' if len(others) == 1 else 'are' if others else 'and'} no tensor{'s' if len(others) > 1 else ''}.",
+        f"{'is not a tensor' if len(others) == 1 else 'are not tensors' if others else 'and has no tensors'}.",
         where=label,
         got=others,
         expected=f"tensors by name, or such a mapping under one of {', '.join(WRAPPERS)}",

@@ -160,7 +160,7 @@ def test_foreign_class_needs_trust(here: Path) -> None:
     source = load_source("net.pt", trust=["nets"])
     assert type(source.module).__name__ == "Net"
     assert source.notes == ("trusted package nets: nets.Net",)
-    with pytest.raises(ConfigError, match="no list of packages"):
+    with pytest.raises(ConfigError, match="not a list of packages"):
         load("net.pt", trust="nets")
     with pytest.raises(ConfigError, match="cannot be trusted"):
         load("net.pt", trust=["nets; import os"])
