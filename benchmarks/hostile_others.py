@@ -1,4 +1,4 @@
-"""Hostile files that are no model of torch's: ONNX, saved outputs, plans, run directories that hold code, for `attacks.py`."""
+"""Hostile files that are not torch models: ONNX, saved outputs, plans, run directories that hold code, for `attacks.py`."""
 
 from __future__ import annotations
 

@@ -129,7 +129,7 @@ def graph_of(path: str | PathLike[str]) -> onnx.ModelProto:
     """What an ONNX file holds, without the weights in files beside it.
 
     Raises:
-        ConfigError: it is no regular file, it is damaged, or its weights are not in files beside it.
+        ConfigError: it is not a regular file, it is damaged, or its weights are not in files beside it.
     """
     import onnx
 
@@ -181,7 +181,7 @@ def feed(session: onnxruntime.InferenceSession, inputs: Sequence[Tensor]) -> dic
 def _metadata_of(session: onnxruntime.InferenceSession) -> Mapping[str, str]:
     hint = "Copy it again, or export it again."
     with instead_of(
-        UnicodeDecodeError, ConfigError("The ONNX file's metadata are no text", where="metadata", hint=hint)
+        UnicodeDecodeError, ConfigError("The ONNX file's metadata are not text", where="metadata", hint=hint)
     ):
         found: Mapping[str, str] = session.get_modelmeta().custom_metadata_map
     return found

@@ -74,7 +74,7 @@ class Preprocess:
         """Normalised float images (N, C, H, W) as the pixels (N, H, W, C) they came from; pixels pass as they are.
 
         Raises:
-            ConfigError: they are no images of as many channels.
+            ConfigError: they are not images of as many channels.
         """
         if images.dtype == torch.uint8:
             return images

@@ -144,7 +144,7 @@ def weights_beside(model: onnx.ModelProto, path: Path) -> list[tuple[onnx.Tensor
         name = told.get("location", "")
         if not name or not _lies_beside(folder, name):
             raise _refused(
-                path, f"lacks its weights: {name[:200]!r} is no file beside it, and only such files are read"
+                path, f"lacks its weights: {name[:200]!r} is not a file beside it, and only such files are read"
             )
         size = (folder / name).stat().st_size
         start, length = (_number(told.get(key)) for key in ("offset", "length"))

@@ -130,7 +130,7 @@ class Reference:
 
     @property
     def loose(self) -> dict[str, Tensor]:
-        """Tensors that the forward changes although they are no buffers, by the names of their attributes."""
+        """Tensors that the forward changes although they are not buffers, by the names of their attributes."""
         return {name: change.before for name, change in self.changed.items() if isinstance(change.before, Tensor)}
 
     @property

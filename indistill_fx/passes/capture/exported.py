@@ -163,7 +163,7 @@ def _refuse_lasting_writes(graph: fx.Graph, module: nn.Module) -> None:
         written = base_of(node) if writes_first(node.op, node.target, node.kwargs) else node
         if written is not node and written.op == "get_attr" and not has_attribute(module, str(written.target)):
             raise FrontendError(
-                "the forward writes into a tensor that lives on after the call, and is no buffer",
+                "the forward writes into a tensor that lives on after the call, and is not a buffer",
                 got=node.name,
                 hint="Keep the tensor with register_buffer.",
             )

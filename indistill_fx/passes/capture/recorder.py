@@ -43,7 +43,7 @@ class Recorder(RecordedGraph, TorchFunctionMode):
     Args:
         module: the module; its code is run, its weights are not changed, its buffers may be.
         leaves: paths of submodules to keep as one node.
-        loose: tensors that stand in attributes, are no buffers, and are changed by the code; by name.
+        loose: tensors that stand in attributes, are not buffers, and are changed by the code; by name.
         give_up_submodules: keep the smallest submodule that cannot be traced as one node, instead of failing.
     """
 
@@ -122,7 +122,7 @@ class Recorder(RecordedGraph, TorchFunctionMode):
         node = self.create(op, target, self.argument(arguments), self.argument(kwargs))
         if inplace and source is not None and self.is_outside(source):
             raise refused_line(
-                f"{self.here()} writes into a tensor that lives on after the call, and is no buffer",
+                f"{self.here()} writes into a tensor that lives on after the call, and is not a buffer",
                 expected="state in buffers, or in attributes of the module",
                 instead="Keep the tensor with register_buffer",
             )

@@ -106,7 +106,7 @@ def capture_symbolic(
     leaves: Sequence[str],
     _loose: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> Captured:
-    """Trace with symbolic values; tensors that are no buffers are constants.
+    """Trace with symbolic values; tensors that are not buffers are constants.
 
     Raises:
         FrontendError: the code asks a symbolic value for something only a concrete one has.

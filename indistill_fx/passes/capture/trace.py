@@ -375,26 +375,6 @@ def _with_leaves(captured: Captured, given_up: Sequence[str]) -> Captured:
     return replace(captured, leaves=tuple(leaves))
 
 
-<<<<<<< HEAD
-=======
-def _give_own_flags(graph_module: fx.GraphModule) -> None:
-    """Replace the leaf modules by copies in eval mode that share the tensors: the caller may train the module meanwhile.
-
-    Weights that are recomputed at every call (weight norm, spectral norm, masks of pruning) are written out.
-    """
-    memo: dict[nn.Module, nn.Module] = {}
-    paths = {str(node.target) for node in graph_module.graph.nodes if node.op == "call_module"}
-    for path in sorted(
-        paths, key=lambda path: path.count(".")
-    ):  # the outer ones first: a leaf may stand inside another
-        home, _, name = path.rpartition(".")
-        own = shadow(attribute(graph_module, path), training=False, memo=memo)
-        write_out_weights(own)
-        setattr(attribute(graph_module, home), name, own)
-    graph_module.eval()
-
-
->>>>>>> 6bae9d9 (Docstrings in plain English; CONTRIBUTING's recipe for a pass, followed to the end)
 def _path(node: fx.Node) -> str:
     """The path in the traced module of what a node calls."""
     target, owner = str(node.target), node.graph.owning_module
