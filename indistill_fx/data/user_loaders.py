@@ -56,7 +56,7 @@ def open_user_loaders(spec: str, options: DataOptions) -> Data:
     _first_batch(spec, "train", loaders["train"], classes)
     size, labels = _first_batch(spec, "test", loaders["test"], classes)
     plain = loaders.get("train_plain", loaders["train"])
-    figures = _figures(spec, result.get("normalisation"))
+    figures = _figures(spec, result.get("normalisation"), size)
     for loader in loaders.values():
         loader.figures = figures
     return Data(
@@ -64,7 +64,7 @@ def open_user_loaders(spec: str, options: DataOptions) -> Data:
     )
 
 
-def _figures(spec: str, told: Any) -> Normalisation | None:
+def _figures(spec: str, told: Any, size: tuple[int, ...]) -> Normalisation | None:
     """What the function says that its pictures are normalised by."""
     if told is None:
         return None
@@ -72,7 +72,7 @@ def _figures(spec: str, told: Any) -> Normalisation | None:
         mean, std = (tuple(float(value) for value in part) for part in told)
     except (TypeError, ValueError):
         mean, std = (), ()
-    if not mean or len(mean) != len(std) or min(std) <= 0:
+    if not mean or len(mean) != len(std) or min(std) <= 0 or (len(size) == 3 and len(mean) != size[0]):
         raise ConfigError(
             f"{spec!r} says that its images are normalised by {str(told)[:60]}.",
             where=spec,

@@ -167,3 +167,14 @@ def test_batches_are_made_where_they_are_wanted_by_the_same_arithmetic():
     plain = MemoryLoader(images, labels, mean=(0.1,) * 3, std=(0.3,) * 3, batch_size=20)
     mean, std = (torch.full((3, 1, 1), value) for value in (0.1, 0.3))
     assert torch.equal(next(iter(plain))[0], images.float().div_(255.0).sub_(mean).div_(std))
+
+
+def test_figures_of_other_channels_than_the_pictures_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = "from torch.utils.data import DataLoader, TensorDataset\nimport torch\n\n\ndef make():\n"
+    source += "    loader = DataLoader(TensorDataset(torch.randn(8, 3, 8, 8), torch.arange(8) % 2), batch_size=4)\n"
+    (tmp_path / "mine.py").write_text(
+        f"{source}    return {{'train': loader, 'test': loader, 'normalisation': ((0.5,), (0.5,))}}\n"
+    )
+    with pytest.raises(ConfigError, match="says that its pictures are normalised by"):
+        ifx.open_data("mine.py:make")
