@@ -133,12 +133,13 @@ def graph_of(path: str | PathLike[str]) -> onnx.ModelProto:
     """
     import onnx
 
-    from indistill_fx.loading.onnx.read import check_length, weights_beside
+    from indistill_fx.loading.onnx.read import check_length, check_texts, weights_beside
 
     hint = "Give the path of an .onnx file; copy it again, or export it again."
     with instead_of(Exception, ConfigError(f"`{path}` cannot be read as ONNX", where=str(path), hint=hint)):
         require_regular(path)
         model = onnx.load(str(path), load_external_data=False)
+    check_texts(model, Path(path))
     check_length(model, Path(path))
     weights_beside(model, Path(path))
     return model

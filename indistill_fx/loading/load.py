@@ -79,9 +79,10 @@ def load_source(spec: str, *, trust: Sequence[str] = ()) -> Source:
 
 def _importable(trust: Sequence[str]) -> AbstractContextManager[None]:
     """Trusted packages that are not installed are looked for in the working directory."""
-    from indistill_fx.loading.user_models import is_installed, working_directory_importable
+    from indistill_fx.loading.user_models import is_installed
+    from indistill_fx.system.user_code import importable_last
 
-    return nullcontext() if all(map(is_installed, trust)) else working_directory_importable()
+    return nullcontext() if all(map(is_installed, trust)) else importable_last(Path.cwd())
 
 
 def _load_place(parsed: Spec, trust: Sequence[str]) -> Source:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import inspect
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from indistill_fx.errors import ConfigError, FrontendError
-from indistill_fx.system.user_code import load_object
+from indistill_fx.system.user_code import importable_last, load_object
 
 
 def build_by_factory(place: str, name: str, arguments: Mapping[str, Any]) -> nn.Module:
@@ -33,7 +33,7 @@ def build_by_factory(place: str, name: str, arguments: Mapping[str, Any]) -> nn.
         FrontendError: the code fails, or makes no module; names file and line.
     """
     spec = f"{place}:{name}"
-    with nullcontext() if place.endswith(".py") or is_installed(place) else working_directory_importable():
+    with nullcontext() if place.endswith(".py") or is_installed(place) else importable_last(Path.cwd()):
         factory = _import(place, spec)
         _require_callable(factory, spec, arguments)
         try:
@@ -122,17 +122,3 @@ def is_installed(package: str) -> bool:
     """Whether Python finds a package without the working directory's help; nothing is imported."""
     top = package.partition(".")[0]
     return top in sys.modules or PathFinder.find_spec(top, sys.path) is not None
-
-
-@contextmanager
-def working_directory_importable() -> Iterator[None]:
-    """Let imports find what is in the working directory and nowhere else: it comes last, so that no file there stands in for a library."""
-    here = str(Path.cwd())
-    added = here not in sys.path
-    if added:
-        sys.path.append(here)
-    try:
-        yield
-    finally:
-        if added and here in sys.path:
-            sys.path.remove(here)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from indistill_fx.errors import ConfigError
+from indistill_fx.errors import ConfigError, instead_of
 from indistill_fx.system.files import json_text
 from indistill_fx.system.tensor_files import DamagedFileError, load_tensors, save_tensors
 
@@ -142,6 +142,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Tens
     Raises:
         ConfigError: it is of other parameters.
     """
+    hint = "Resume with the options that the run was started with."
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     shapes = [p.shape for p in parameters]
     state: dict[int, dict[str, Any]] = {}
@@ -153,10 +154,14 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Tens
             raise ConfigError(
                 f"The checkpoint belongs to another optimiser: `{name}` does not fit.",
                 where=name,
-                hint="Resume with the options that the run was started with.",
+                hint=hint,
             )
         state.setdefault(int(index), {})[key] = _laid_out_as(parameters[int(index)], value)
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    error = ConfigError("The checkpoint belongs to another optimiser", where="optimizer", hint=hint)
+    with instead_of((KeyError, ValueError, TypeError, RuntimeError), error):
+        if len({frozenset(own) for own in state.values()}) > 1:
+            raise ValueError("its parameters have states of different kinds")
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def _laid_out_as(parameter: Tensor, value: Any) -> Any:

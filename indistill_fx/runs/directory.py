@@ -20,7 +20,15 @@ from filelock import FileLock, Timeout
 
 from indistill_fx.errors import ConfigError, TrainError, instead_of
 from indistill_fx.runs.checkpoint import SCHEMA, check_schema
-from indistill_fx.system.files import clear_drafts, json_text, read_bounded, read_lines, replace_file, save_json
+from indistill_fx.system.files import (
+    append_line,
+    clear_drafts,
+    json_text,
+    read_bounded,
+    read_lines,
+    replace_file,
+    save_json,
+)
 from indistill_fx.system.terminal import one_line
 
 LAST = "checkpoints/last.safetensors"
@@ -174,8 +182,8 @@ class RunDirectory:
             return
         file, hint = self.path / "metrics.jsonl", "Free some space, then go on with --resume."
         error = TrainError(f"{file} cannot be written", where=str(file), hint=hint)
-        with instead_of(OSError, error), file.open("a", encoding="utf-8") as lines:
-            lines.write(json_text(entry) + "\n")
+        with instead_of(OSError, error):
+            append_line(file, json_text(entry))
         parts = {f"{name}/": value for name, value in entry.items() if isinstance(value, Mapping)}
         flat = {prefix + name: value for prefix, part in {"": entry, **parts}.items() for name, value in part.items()}
         numbers = {

@@ -61,6 +61,17 @@ def new_draft(path: Path) -> Path:
     return draft
 
 
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a file, which is made if it is not there; a link is not followed.
+
+    Raises:
+        OSError: the place cannot be written, or the path is a link.
+    """
+    flags = os.O_CREAT | os.O_APPEND | os.O_WRONLY | getattr(os, "O_NOFOLLOW", 0)
+    with open(os.open(path, flags, 0o666), "a", encoding="utf-8") as file:
+        file.write(line + "\n")
+
+
 def clear_drafts(folder: Path) -> None:
     """Remove what killed processes left of their drafts; for a folder that nobody else writes just now."""
     for entry in folder.glob(f".*{_DRAFT}"):

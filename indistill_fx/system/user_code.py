@@ -6,7 +6,9 @@ import importlib
 import importlib.util
 import os
 import sys
-from importlib.machinery import SourceFileLoader
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.machinery import EXTENSION_SUFFIXES, SOURCE_SUFFIXES, ExtensionFileLoader, FileFinder, SourceFileLoader
 from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any
@@ -62,19 +64,47 @@ def _from_file(path: Path) -> ModuleType:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[key] = module
-    sys.path.append(
-        str(path.parent)
-    )  # so that the file finds its neighbours; last, so that they stand in for no library
     try:
-        spec.loader.exec_module(module)
+        with importable_last(path.parent):  # so that the file finds its neighbours
+            spec.loader.exec_module(module)
     except BaseException:
         del sys.modules[key]
         raise
-    finally:
-        sys.path.reverse()
-        sys.path.remove(str(path.parent))  # the last one
-        sys.path.reverse()
     return module
+
+
+@contextmanager
+def importable_last(folder: Path) -> Iterator[None]:
+    """Let imports find what is in a folder and nowhere else.
+
+    It comes last, so that no file there stands in for a library; and its files are compiled anew, never taken from the `__pycache__`
+    beside them.
+    """
+    here, libraries = str(folder), (sys.prefix, sys.base_prefix)
+
+    def is_ours(place: str) -> bool:
+        return Path(place).is_relative_to(here) and not any(map(Path(place).is_relative_to, libraries))
+
+    def find(place: str) -> FileFinder:
+        if not is_ours(place):
+            raise ImportError(place)
+        return FileFinder(place, (ExtensionFileLoader, EXTENSION_SUFFIXES), (_FromSource, SOURCE_SUFFIXES))
+
+    def forget() -> None:
+        for place in filter(is_ours, list(sys.path_importer_cache)):
+            del sys.path_importer_cache[place]
+
+    sys.path.append(here)
+    sys.path_hooks.insert(0, find)
+    forget()
+    try:
+        yield
+    finally:
+        sys.path_hooks.remove(find)
+        sys.path.reverse()
+        sys.path.remove(here)  # the last one
+        sys.path.reverse()
+        forget()
 
 
 class _FromSource(SourceFileLoader):

@@ -170,3 +170,34 @@ def test_metadata_that_are_no_text(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes().replace(b"abcd", b"\xb7\xff\xfe\xb7"))
     assert not check_onnx(path, Twice(), IMAGES).agrees
     assert run_cli(["bench", str(path)]) in (0, 2)
+
+
+def twice_the_same_input(made: onnx.ModelProto) -> None:
+    made.graph.input.append(made.graph.input[0])
+
+
+def test_two_inputs_of_one_name_are_refused(tmp_path: Path) -> None:
+    for read in (convert_file, lambda path: run_file(path, [])):
+        with pytest.raises(ConfigError, match="two of its inputs have the same name"):
+            read(file(tmp_path, twice_the_same_input))
+
+
+@pytest.mark.parametrize("place", ["input", "node", "weight", "location"])
+def test_names_that_are_no_text_are_refused_by_all(place: str, tmp_path: Path) -> None:
+    def change(made: onnx.ModelProto) -> None:
+        if place == "input":
+            made.graph.input[0].name = made.graph.node[0].input[0] = "abcd"
+        elif place == "node":
+            made.graph.node[0].name = "abcd"
+        elif place == "weight":
+            made.graph.initializer[0].name = made.graph.node[0].input[1] = "abcd"
+        else:
+            outside("abcd")(made)
+
+    path = file(tmp_path, change)
+    path.write_bytes(path.read_bytes().replace(b"abcd", b"\xb7\xff\xfe\xb7"))
+    for read in (convert_file, lambda path: run_file(path, []), example_of):
+        with pytest.raises(ConfigError, match="a name in it is no text"):
+            read(path)
+    assert run_cli(["bench", str(path)]) == 2
+    assert not check_onnx(path, Twice(), IMAGES).agrees

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import marshal
-import os
 import struct
 import subprocess
 import sys
@@ -145,23 +144,44 @@ def test_nothing_is_imported_from_where_data_lie(here, program):
     assert not list(here.glob("canary*"))
 
 
-@pytest.mark.parametrize("flags", [0b00, 0b01], ids=["of the same date", "never checked"])
-def test_what_lies_compiled_beside_the_users_file_is_not_run(here, flags):
-    """Python would run it in the file's place, and nobody who reads the file would see."""
-    source = "from torch import nn\n\n\ndef make():\n    return nn.Linear(2, 3)\n"
-    Path("models.py").write_text(source)
-    other = compile(f"open('canary', 'w').close()\n{source}", "models.py", "exec")
-    compiled = Path(importlib.util.cache_from_source("models.py"))
-    compiled.parent.mkdir()
-    state = os.stat("models.py")
+def compiled_beside(path: Path, source: str, flags: int = 1) -> None:
+    """Other code in `__pycache__`, which Python would run in the file's place: never checked (1), or of the same date (0)."""
+    path.write_text(source)
+    other = compile(f"open('canary', 'w').close()\n{source}", path.name, "exec")
+    file = Path(importlib.util.cache_from_source(str(path)))
+    file.parent.mkdir(exist_ok=True)
+    state = path.stat()
     head = importlib.util.MAGIC_NUMBER + flags.to_bytes(4, "little")
     head += struct.pack("<II", int(state.st_mtime), state.st_size) if not flags else bytes(8)
-    compiled.write_bytes(head + marshal.dumps(other))
+    file.write_bytes(head + marshal.dumps(other))
+
+
+MAKE = "from torch import nn\n\n\ndef make():\n    return nn.Linear(2, 3)\n"
+
+
+@pytest.mark.parametrize("flags", [0, 1], ids=["of the same date", "never checked"])
+def test_what_lies_compiled_beside_the_users_file_is_not_run(here, flags):
+    """Nobody who reads the file would see it, and a signature is of the file."""
+    compiled_beside(Path("models.py"), MAKE, flags)
     assert ifx.load("models.py:make").out_features == 3
     assert not Path("canary").exists()
     spec = importlib.util.spec_from_file_location("plain", "models.py")
     spec.loader.exec_module(importlib.util.module_from_spec(spec))
     assert Path("canary").exists(), "Python itself does run it"
+
+
+def test_nor_beside_its_neighbours_nor_in_a_package(here):
+    Path("mine").mkdir()
+    compiled_beside(Path("neighbour_of_models.py"), MAKE)
+    compiled_beside(Path("mine/__init__.py"), "")
+    compiled_beside(Path("mine/models.py"), "from neighbour_of_models import make\n")
+    Path("models.py").write_text("from neighbour_of_models import make\n")
+    hooks, paths = list(sys.path_hooks), list(sys.path)
+    for spec in ("models.py:make", "mine.models:make"):
+        assert ifx.load(spec).out_features == 3
+        sys.modules.pop("neighbour_of_models")
+    assert not Path("canary").exists()
+    assert (sys.path_hooks, sys.path) == (hooks, paths)
 
 
 def test_the_users_own_file_finds_its_neighbours_but_they_are_no_libraries(here):
@@ -240,3 +260,11 @@ def test_names_in_a_plan_neither_command_the_terminal_nor_forge_a_line(here, cap
         shown = "".join(capsys.readouterr())
         assert "\\u001b]0;owned" in shown
         assert "\x1b]" not in shown and "\x07" not in shown and "\nerror: all is lost" not in shown
+
+
+def test_metrics_are_not_written_through_a_link(here):
+    Path("run").mkdir()
+    Path("run/metrics.jsonl").symlink_to(here / "elsewhere.txt")
+    options = ["--data", "digits", "--limit", "24", "--epochs", "1", "-o", "run"]
+    assert run_cli(["train", "indistill_fx.demo:DigitsStudent", *options]) == 2
+    assert not Path("elsewhere.txt").exists()

@@ -123,3 +123,16 @@ def test_another_models_checkpoint_is_refused_and_writes_nothing():
 def test_not_finite_names_the_tensors():
     tensors = {"a": torch.ones(2), "b": torch.tensor([1.0, float("nan")]), "c": torch.tensor([1, 2])}
     assert checkpoint.not_finite(tensors) == ["b"]
+
+
+@pytest.mark.parametrize("parameters", [1, 100], ids=["of one parameter", "of all"])
+def test_an_optimiser_state_that_lacks_an_entry_is_refused(parameters):
+    """It was torch's own `KeyError`, exit code 1."""
+    _, optimizer = stepped("adam", 0)
+    tensors, values = checkpoint.optimizer_tensors(optimizer)
+    lost = [name for name in tensors if name.endswith("/step")][:parameters]
+    kept = {name: tensor for name, tensor in tensors.items() if name not in lost}
+    _, other = stepped("adam", 1)
+    checkpoint.restore_optimizer(other, tensors, values)
+    with pytest.raises(ConfigError, match="belongs to another optimiser"):
+        checkpoint.restore_optimizer(other, kept, values)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx
 
 from indistill_fx.errors import ConfigError
-from indistill_fx.loading.onnx.builder import Builder, Op, settled
+from indistill_fx.loading.onnx.builder import Builder, Op, plain_name, settled
 from indistill_fx.loading.onnx.read import attributes_of, dtype_of, tensor_of
 from indistill_fx.loading.onnx.table import RULES, SIZE_RULES
 from indistill_fx.loading.onnx.values import Traced, Undecided, Value
@@ -85,6 +85,8 @@ def inputs_of(model: onnx.ModelProto, shape: tuple[int, ...] | None = None) -> t
         )
     if not found:
         raise _unfit("it has no inputs")
+    if len({plain_name(own.name) for own in found}) < len(found):
+        raise _unfit(f"two of its inputs have the same name ({', '.join(own.name for own in found)})")
     if len({own.batch for own in found}) > 1:
         told = ", ".join(f"`{own.name}` {own.batch or 'any'}" for own in found)
         raise _unfit(f"its inputs begin with different lengths ({told})")

@@ -43,6 +43,7 @@ def read_onnx(path: Path) -> onnx.ModelProto:
         model = onnx.load_model_from_string(path.read_bytes())
     except Exception as error:  # protobuf has its own kinds of errors
         raise _refused(path, f"is damaged, or no ONNX file ({type(error).__name__})") from error
+    check_texts(model, path)
     if not model.graph.node or not model.graph.output:
         raise _refused(path, "holds no network")
     if any(_has_sparse(graph) for graph in _graphs(model)):
@@ -58,6 +59,25 @@ def read_onnx(path: Path) -> onnx.ModelProto:
     if any(own.ref_attr_name for node in nodes_of(model.graph) for own in node.attribute):
         raise _refused(path, "refers to attributes of a function outside of one")
     return model
+
+
+def check_texts(model: onnx.ModelProto, path: Path) -> None:
+    """Refuse a model with names that are no text; protobuf gives them as bytes.
+
+    Raises:
+        ConfigError: it is one.
+    """
+    if not all(isinstance(text, str) for text in _texts(model)):
+        raise _refused(path, "is damaged: a name in it is no text")
+
+
+def _texts(message: Any) -> Iterator[object]:
+    for field, value in message.ListFields():
+        if field.type == field.TYPE_MESSAGE:
+            for part in value if hasattr(value, "add") else [value]:
+                yield from _texts(part)
+        elif field.type == field.TYPE_STRING:
+            yield from value if hasattr(value, "append") else [value]
 
 
 def check_length(model: onnx.ModelProto, path: Path) -> None:
