@@ -1,4 +1,4 @@
-"""The examples run, on tiny data; and the commands of the README are commands."""
+"""The examples run, on tiny data; and the commands of the start page are commands."""
 
 from __future__ import annotations
 
@@ -75,8 +75,8 @@ def test_the_real_assistant_is_narrowed_as_the_paper_does():
         assert (slim[pair.teacher] - whole[pair.teacher][:, others]).abs().max() > 1e-3  # negative control
 
 
-def test_commands_in_the_readme_exist():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_commands_of_the_start_page_exist():
+    text = (ROOT / "docs/index.md").read_text(encoding="utf-8")
     commands = set(re.findall(r"^(?:\$ )?indistill-fx ([a-z]+)", text, flags=re.MULTILINE))
     assert {"align", "distill", "evaluate", "export", "inspect", "prune", "train", "bench", "check"} <= commands
     for command in commands:

@@ -204,9 +204,9 @@ def test_the_python_of_a_page_runs(page, block, place, monkeypatch, tmp_path):
         assert home["make"]()(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
 
 
-def test_the_readme_shows_what_align_prints(capsys):
+def test_the_start_page_shows_what_align_prints(capsys):
     shown = re.search(
-        r"```\n\$ indistill-fx (align [^\n]*)\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S
+        r"```\n\$ indistill-fx (align [^\n]*)\n(.*?)```", (ROOT / "docs/index.md").read_text(encoding="utf-8"), re.S
     )
     assert shown is not None and run(shown[1].split()) == 0
     printed = capsys.readouterr().out

@@ -14,6 +14,7 @@ import click
 
 from indistill_fx.errors import IndistillError
 from indistill_fx.system.terminal import paragraph, printable
+from indistill_fx.version import __version__
 
 _COMMANDS: dict[str, str] = {
     "align": "Pair the layers of a teacher and a student.",
@@ -50,7 +51,7 @@ class _LazyGroup(click.Group):
 
 
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(package_name="indistill-fx")
+@click.version_option(__version__)
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 @click.pass_context
 def app(context: click.Context, debug: bool) -> None:

@@ -10,7 +10,7 @@ from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 from functools import cache
-from importlib import metadata, resources
+from importlib import resources
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -26,6 +26,7 @@ from indistill_fx.report.pictures import kept_svg
 from indistill_fx.report.read_runs import Run, read_runs
 from indistill_fx.report.svg import legible
 from indistill_fx.system.files import json_text
+from indistill_fx.version import __version__
 
 _LINES = 2000
 """So many epochs at the most are listed as numbers; the curves have all."""
@@ -166,7 +167,7 @@ def _render(template: str, **values: Any) -> str:
             style=Markup(_asset("style.css")),  # our own
             script=Markup(script),  # our own
             script_hash=b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-            version=_version(),
+            version=__version__,
             grades=GRADES,
             **values,
         )
@@ -176,14 +177,6 @@ def _render(template: str, **values: Any) -> str:
 @cache
 def _asset(name: str) -> str:
     return (resources.files("indistill_fx.report") / "templates" / name).read_text(encoding="utf-8").strip()
-
-
-@cache
-def _version() -> str:
-    try:
-        return metadata.version("indistill-fx")
-    except metadata.PackageNotFoundError:
-        return "from source"
 
 
 @cache

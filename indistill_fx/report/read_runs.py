@@ -7,7 +7,6 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import metadata
 from itertools import islice
 from math import isfinite
 from pathlib import Path
@@ -20,6 +19,7 @@ from indistill_fx.report.work import NO_WORK, Work
 from indistill_fx.runs.directory import EXPORT, MOST_BYTES, STUDENT
 from indistill_fx.runs.record import MetricFacts
 from indistill_fx.system.files import read_bounded, read_lines
+from indistill_fx.version import __version__
 
 MOST_METRICS = 256 << 20
 """Bytes of metrics.jsonl that are read: two million lines."""
@@ -247,12 +247,10 @@ def _unfinished(told: Mapping[str, Any]) -> list[str]:
         why = f": {told['error']}" if told.get("error") else "."
         found.append(f"The run {word}{why}")
     made = _dict(_dict(told.get("environment")).get("versions")).get("indistill-fx")
-    try:
-        own: str | None = metadata.version("indistill-fx")
-    except metadata.PackageNotFoundError:
-        own = None
-    if made and own and made != own:
-        found.append(f"The run was made by indistill-fx {made}, this page by {own}: some things may be missing.")
+    if made and made != __version__:
+        found.append(
+            f"The run was made by indistill-fx {made}, this page by {__version__}: some things may be missing."
+        )
     return found
 
 

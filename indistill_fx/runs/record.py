@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from indistill_fx.version import __version__
+
 
 @dataclass(frozen=True, slots=True)
 class MetricFacts:
@@ -168,7 +170,7 @@ class RunRecord:
 
 def environment(device: str, processes: int) -> dict[str, Any]:
     """Versions and machine."""
-    packages = ("indistill-fx", "torch", "torchvision", "accelerate", "safetensors", "numpy")
+    packages = ("torch", "torchvision", "accelerate", "safetensors", "numpy")
     return {
         "python": platform.python_version(),
         "platform": f"{platform.system()}-{platform.release()}-{platform.machine()}",  # platform() runs a program for it
@@ -176,7 +178,7 @@ def environment(device: str, processes: int) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "device": device,
         "processes": processes,
-        "versions": {name: version for name in packages if (version := _version(name))},
+        "versions": {"indistill-fx": __version__, **{name: own for name in packages if (own := _version(name))}},
     }
 
 
