@@ -332,7 +332,7 @@ def together(
 
 
 def plan_beside(student: str, teacher: nn.Module, example: Any) -> AlignmentPlan | None:
-    """The plan that `prune` or `compress` left beside a student's source code, if it was made of this teacher."""
+    """The plan that `prune` or `compress` left beside a student's source code, if it was made from this teacher."""
     from pathlib import Path
 
     from indistill_fx.loading.spec import parse_spec
@@ -346,5 +346,5 @@ def plan_beside(student: str, teacher: nn.Module, example: Any) -> AlignmentPlan
     plan = AlignmentPlan.load(file)
     if plan.teacher.fingerprint != as_traced(teacher, example, role="teacher").fingerprint:
         return None
-    say(f"{place} was made of this teacher: {file} says which channels it has. `--recipe compress` is made for that.")
+    say(f"{place} was made from this teacher: {file} says which channels it has. `--recipe compress` is made for that.")
     return plan

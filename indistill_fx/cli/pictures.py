@@ -243,7 +243,7 @@ def _wanted(spec: str, asked: Mapping[str, Any], sources: tuple[Source, ...]) ->
     own = sources[0].wanted_normalisation if sources else None
     if run is None and own is not None and asked["mean"] is None and asked["std"] is None:
         found["mean"], found["std"] = own
-        say(f"Pictures are prepared as {sources[0].spec} wants them.")
+        say(f"Images are prepared as {sources[0].spec} needs them.")
     if asked["channels"] is None:
         found["channels"] = channels
     sizes = [source.input_size for source in sources if source.input_size is not None and len(source.input_size) == 3]

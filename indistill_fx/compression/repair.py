@@ -183,7 +183,7 @@ class _SideBySide:
         errors = sums[1].error(before), sums[1].error(sums[0].fit(before, pull))
         after = (sums[0] + sums[1]).fit(before, pull)
         if not bool(after.isfinite().all()) or not errors[1] < errors[0]:
-            return "its weights are the best already"
+            return "its weights are already the best"
         flat = after.T
         weight.copy_(flat[:, : weight[0].numel()].reshape(weight.shape))
         if bias is not None:

@@ -102,7 +102,7 @@ def run_demo(out: Path, *, seed: int = 0, progress: bool = True, say: Callable[[
     record = train(teacher, data.train, epochs=TEACHER_EPOCHS, run_dir=out / "teacher", about=kept, **shared)
     x = next(iter(data.train_plain))[0][:2]
     say(
-        f"2. A student made of it, with {MACS:.0%} of its multiply-accumulates, from {IMAGES} images without their labels:"
+        f"2. A student made from it, with {MACS:.0%} of its multiply-accumulates, from {IMAGES} images without their labels:"
     )
     traced = trace(teacher, x, role="teacher")
     small = _compressed(traced, few, out, seed, lambda line: say(f"   {line}"))

@@ -240,7 +240,7 @@ def _unfinished(told: Mapping[str, Any]) -> list[str]:
     found = []
     if status == "running":
         found.append(
-            f"The run had not ended when this was written; it was last heard of at {told.get('updated', 'an unknown time')}."
+            f"The run had not ended when this was written; its last sign was at {told.get('updated', 'an unknown time')}."
         )
     elif status in ("stopped", "failed"):
         word = "was stopped" if status == "stopped" else "failed"

@@ -168,7 +168,7 @@ class TrainingLoop:
         if stop or save or (every and state.all_steps % every == 0):
             self._save(phase, step.optimizer)
         if save and not stop:
-            self._reporter.say(f"Saved after {state.all_steps} steps, as a signal asked.")
+            self._reporter.say(f"Saved after {state.all_steps} steps, because of a signal.")
         if stop:
             raise self._interrupted(phase)
 

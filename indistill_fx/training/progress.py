@@ -307,7 +307,7 @@ class Reporter:
         totals = {name: stages[name].total for name in names[names.index(running) :]}
         known = {name: total for name, total in totals.items() if total is not None}
         if len(known) < len(totals):
-            return "nobody knows how long an epoch is"
+            return "the length of an epoch is not known"
         own = known.pop(running) - step
         later = sum(total * self._costs[name] for name, total in known.items())
         seconds = round((own + later / max(self._costs[running], 1e-9)) / max(rate, 1e-9))

@@ -135,7 +135,10 @@ def default_curriculum(
     if not made and task != "classification":
         return NO_WARMUP, f"no warm-up: it was measured to pay for classification, and the task is {task}"
     if length == 0 or (steps is not None and steps < least):
-        return NO_WARMUP, f"no warm-up: half of the main stage is {steps or 0} steps, and one pays from {least} on"
+        return (
+            NO_WARMUP,
+            f"no warm-up: half of the main stage is {steps or 0} steps, but a warm-up pays only from {least} steps on",
+        )
     kind = "was made of the teacher" if made else "is of the teacher's kind"
     return Curriculum(together=True, lengths=length, unit=main.unit), f"warm-up: the student {kind}"
 

@@ -106,7 +106,7 @@ class Saver:
             restore_model(model_tensors(self._student, None), own)
             if state.epoch:
                 state.notes.setdefault(self._phases[state.phase].name, []).append(
-                    "goes on with a new optimiser: the checkpoint has none"
+                    "continues with a new optimiser: the checkpoint has none"
                 )
             self._read = None if state == State() else (tensors, saved | {"optimizer": None})
         return state, found

@@ -107,7 +107,7 @@ def test_the_warm_up_that_nobody_asked_for_follows_from_the_pair(here):
     told("distill", *PAIR, *QUICK, "-o", "short", "--epochs", "14")
     assert story("short")["schedule"] == [
         "main: 14 epochs, adam, learning rate 0.001",
-        "no warm-up: half of the main stage is 14 steps, and one pays from 15 on",
+        "no warm-up: half of the main stage is 14 steps, but a warm-up pays only from 15 steps on",
     ]
     told("distill", *PAIR, *QUICK, "-o", "long", "--epochs", "16")
     assert story("long")["schedule"] == [

@@ -102,7 +102,7 @@ def test_a_notice_saves_and_goes_on(tmp_path: Path) -> None:
     place = tmp_path / "run"
     with (tmp_path / "err").open("w") as err:
         assert ends_with(place, "ours", signal.SIGUSR1, stderr=err) == 0
-    assert "Saved after 7 steps, as a signal asked." in (tmp_path / "err").read_text()
+    assert "Saved after 7 steps, because of a signal." in (tmp_path / "err").read_text()
     assert story(place)["status"] == "done" and story(place)["result"]["steps"] == STEPS
 
 

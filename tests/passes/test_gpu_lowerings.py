@@ -165,7 +165,7 @@ def test_a_view_gets_the_usual_layout_before_it():
     ("make", "tap", "reason"),
     [
         (Volume, "conv", "conv: not 2-d"),
-        (Strided, ":cumsum", "cumsum: nobody knows whether `cumsum` takes any layout"),
+        (Strided, ":cumsum", "cumsum: it is not known whether `cumsum` works in any layout"),
         (lambda: nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 2)), "1", "no convolutions"),
     ],
 )

@@ -131,7 +131,7 @@ def test_a_run_on_another_device_lets_accelerate_choose_anew(monkeypatch):
 def test_what_has_no_effect_on_a_cpu_is_said():
     asked = Settings(tf32="all", compile_mode="max-autotune")
     assert asked.unused([], 1) == [
-        "tf32 has no effect: it is of NVIDIA GPUs, and the device is cpu",
+        "tf32 has no effect: it applies to NVIDIA GPUs, but the device is cpu",
         "compile_mode has no effect: nothing is compiled (compile, --compile)",
     ]
     assert Settings(tf32="all", compile=True, compile_mode="max-autotune").unused([], 1, "cuda") == []

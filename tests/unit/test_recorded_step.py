@@ -699,4 +699,6 @@ def test_a_recorded_run_is_resumed_with_or_without_recording(graphs, on_a_tape, 
 def test_on_a_cpu_the_record_says_why_nothing_is_recorded():
     record = run(seeded(Cnn32), epochs=0)
     assert record.environment["graphs"] == "off: the device is a cpu"
-    assert Settings(graphs=True).unused([], 1) == ["graphs has no effect: it is of NVIDIA GPUs, and the device is cpu"]
+    assert Settings(graphs=True).unused([], 1) == [
+        "graphs has no effect: it applies to NVIDIA GPUs, but the device is cpu"
+    ]

@@ -228,7 +228,7 @@ def test_damaged_files_are_survived_and_told(tmp_path, damage, said):
 @pytest.mark.parametrize(
     ("told", "said"),
     [
-        ({"status": "running", "updated": "noon"}, "last heard of at noon"),
+        ({"status": "running", "updated": "noon"}, "its last sign was at noon"),
         ({"status": "stopped", "error": "SIGTERM"}, "was stopped: SIGTERM"),
         ({"status": "failed", "error": "loss is nan"}, "failed: loss is nan"),
     ],

@@ -74,7 +74,7 @@ def test_what_has_no_effect_is_said():
     budgets = [Budget(3, "epochs", 1e-3, "adam")]
     assert Settings(shard=True, momentum=0.5, gamma=0.2).unused(budgets, 1) == [
         "shard has no effect: there is one process",
-        "momentum has no effect: it is sgd's, and the stages have adam",
+        "momentum has no effect: it is an option of sgd, but the stages use adam",
         "gamma has no effect: the schedule is constant, and only step reads it",
     ]
     told = Settings(shard=True, momentum=0.5, gamma=0.2, schedule="step", milestones=[1])

@@ -111,7 +111,7 @@ def _obstacle(graph_module: fx.GraphModule) -> str | None:
     for node in graph_module.graph.nodes:
         name = op_name(node)
         if name not in _ANY_LAYOUT:
-            return f"{node.name}: nobody knows whether `{name}` takes any layout"
+            return f"{node.name}: it is not known whether `{name}` works in any layout"
         if name not in _CONVOLUTIONS:
             continue
         if node.op != "call_module":

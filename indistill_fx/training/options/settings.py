@@ -269,13 +269,15 @@ class Settings:
         if self.shard and processes == 1:
             found.append("shard has no effect: there is one process")
         if self.momentum != defaults.momentum and "sgd" not in optimizers:
-            found.append(f"momentum has no effect: it is sgd's, and the stages have {', '.join(sorted(optimizers))}")
+            found.append(
+                f"momentum has no effect: it is an option of sgd, but the stages use {', '.join(sorted(optimizers))}"
+            )
         if self.gamma != defaults.gamma and self.schedule != "step":
             found.append(f"gamma has no effect: the schedule is {self.schedule}, and only step reads it")
         if self.tf32 != defaults.tf32 and device != "cuda":
-            found.append(f"tf32 has no effect: it is of NVIDIA GPUs, and the device is {device}")
+            found.append(f"tf32 has no effect: it applies to NVIDIA GPUs, but the device is {device}")
         if self.graphs is True and device != "cuda":
-            found.append(f"graphs has no effect: it is of NVIDIA GPUs, and the device is {device}")
+            found.append(f"graphs has no effect: it applies to NVIDIA GPUs, but the device is {device}")
         if self.compile_mode != defaults.compile_mode and not self.compile:
             found.append("compile_mode has no effect: nothing is compiled (compile, --compile)")
         return found
