@@ -72,16 +72,16 @@ class RunDirectory:
             return self
         hint = "Name another directory, or make it writable."
         unusable = ConfigError(f"{self.path} cannot be used for a run", where=str(self.path), hint=hint)
-        try:
-            with instead_of(OSError, unusable):
-                (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
+        with instead_of(OSError, unusable):
+            (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
+            try:
                 self._lock.acquire(timeout=_PATIENCE)
-        except Timeout as error:
-            raise ConfigError(
-                f"Another process is running in {self.path}.",
-                where=str(self.path),
-                hint="Wait for it to end, or give another directory.",
-            ) from error
+            except Timeout as error:  # which is an OSError
+                raise ConfigError(
+                    f"Another process is running in {self.path}.",
+                    where=str(self.path),
+                    hint="Wait for it to end, or give another directory.",
+                ) from error
         try:
             self._open()
         except BaseException:
