@@ -98,7 +98,7 @@ def test_a_checkpoint_whose_state_has_any_types_is_refused(tmp_path: Path) -> No
                 continue
             state = whole | {"state": whole["state"] | {key: odd}}
             save_tensors(place / LAST, tensors, {"state": json.dumps(state)})
-            with pytest.raises(ConfigError, match="no checkpoint of a run"):
+            with pytest.raises(ConfigError, match="not a checkpoint of a run"):
                 run(place)
             refused += 1
     for odd in (5, "main", [5], {}):
@@ -226,7 +226,7 @@ def test_a_story_of_a_compression_that_makes_no_sense_is_begun_anew(odd: Any, tm
     (tmp_path / compress.STORY).write_text(odd if told is None else json.dumps(told))
     assert compress._before(tmp_path, {"teacher": "another"}, None) is None
     (tmp_path / compress.STORY).write_text(json.dumps(story))  # one that makes sense is not
-    with pytest.raises(ConfigError, match="holds another compression"):
+    with pytest.raises(ConfigError, match="holds a compression with another"):
         compress._before(tmp_path, {"teacher": "another"}, None)
 
 

@@ -342,7 +342,7 @@ def test_the_whole_road_and_back(tmp_path):
     assert all(torch.equal(v, again.student.state_dict()[k]) for k, v in made.student.state_dict().items())
     with pytest.raises(ifx.ConfigError, match="already holds a run"):
         ifx.compress(model, data_of(), **arguments)
-    with pytest.raises(ifx.ConfigError, match="holds another compression"):
+    with pytest.raises(ifx.ConfigError, match="holds a compression with another"):
         ifx.compress(model, data_of(), **{**arguments, "macs": 0.3}, resume=True)
 
 
