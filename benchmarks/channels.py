@@ -45,7 +45,8 @@ def run_all(task: str, models: list[ZooModel], path: Path | None, options: argpa
     record = _open(path, task, resume=options.resume)
     results: dict[str, Any] = record.setdefault("models", {})
     end = time.monotonic() + 60 * options.minutes
-    for model in sorted(models, key=lambda m: any(word in m.name for word in _HEAVY)):
+    took = _seconds(options.order) if options.order else {}
+    for model in sorted(models, key=lambda m: took.get(m.id, 1e6 * any(word in m.name for word in _HEAVY))):
         if time.monotonic() > end:
             print(f"{options.minutes} minutes are over; --resume goes on.")
             return
@@ -64,6 +65,13 @@ def run_all(task: str, models: list[ZooModel], path: Path | None, options: argpa
         record["missing"] = [m.id for m in zoo(_source(task)) if m.id not in results]
         print(_line(model.id, found), flush=True)
         _write(path, record)
+
+
+def _seconds(earlier: Path) -> dict[str, float]:
+    """What each model took in an earlier record."""
+    rows = json.loads(earlier.read_text())["models"]
+    parts = ("seconds", "trace_seconds", "shrink_seconds")
+    return {name: sum(row.get(part) or 0.0 for part in parts) or 1e6 for name, row in rows.items()}
 
 
 def _source(task: str) -> Source | None:
@@ -155,6 +163,7 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=400.0, help="CPU seconds per model")
     parser.add_argument("--memory", type=float, default=8.0, help="address space per model, GiB")
     parser.add_argument("--minutes", type=float, default=1e6, help="start no more models after that")
+    parser.add_argument("--order", type=Path, help="an earlier record: what took least there comes first")
     parser.add_argument("--resume", action="store_true", help="keep what is in the file")
     parser.add_argument("--failed", action="store_true", help="run again what failed")
     options = parser.parse_args()
