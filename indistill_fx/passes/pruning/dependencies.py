@@ -179,7 +179,10 @@ def follow(found: Coupling, call: Call, summed: Iterable[Units | None] = ()) -> 
 
 
 def _unsplit(name: str, shape: Sequence[int], steps: Mapping[int, Propagation], heads: set[Axis]) -> list[int]:
-    """The axes that carry units. Of several made by taking one apart, only one can: the last that is not the width of a head."""
+    """The axes that carry units. Of several made by taking one apart, only one can: the last that is not the width of a head.
+
+    One that is there whole beside them (`scale.view(-1, 1, 1)`) is no axis taken apart: the others have one entry.
+    """
     carried: list[int] = []
     claims: dict[tuple[str, int], list[int]] = {}
     for axis, step in steps.items():
@@ -187,7 +190,8 @@ def _unsplit(name: str, shape: Sequence[int], steps: Mapping[int, Propagation], 
             claims.setdefault((step.parts[0].cut.node.name, step.parts[0].cut.start), []).append(axis)
         else:
             carried.append(axis)
-    for axes in claims.values():
+    whole = {(part.cut.node.name, part.cut.start) for axis in carried for part in steps[axis].parts}
+    for axes in (axes for source, axes in claims.items() if source not in whole):
         carried += axes if len(axes) == 1 else [axis for axis in axes if (name, axis) not in heads][-1:]
     return carried
 
