@@ -15,7 +15,7 @@ _LIBRARIES = {"torch", "numpy", *sys.stdlib_module_names}
 """Their caches are their own business: restoring `sys.modules`, say, would have modules imported twice."""
 Container = dict[Any, Any] | list[Any] | set[Any] | deque[Any]
 _CONTAINERS = frozenset({dict, list, set, OrderedDict, defaultdict, Counter, deque})
-_SIMPLE = frozenset({type(None), bool, int, float, str, tuple, Tensor})
+_SIMPLE = frozenset({type(None), bool, int, float, str, tuple})
 OWN_ATTRIBUTES = frozenset(vars(nn.Module()))
 """What torch itself keeps in every module: registries, hooks, the training flag."""
 
@@ -66,13 +66,18 @@ def restore(container: Any, before: Any) -> None:
         (container.extend if isinstance(container, (list, deque)) else container.update)(before)
 
 
+def held_by(part: nn.Module) -> list[tuple[str, Any]]:
+    """The attributes of a module that torch does not keep in every module, and that may hold more than a number or a text."""
+    return [(n, v) for n, v in part.__dict__.items() if type(v) not in _SIMPLE and n not in OWN_ATTRIBUTES]
+
+
 def containers_of(parts: Iterable[nn.Module]) -> list[tuple[tuple[nn.Module, str], Container]]:
     """The containers that stand in attributes of these modules, each with the module and the attribute; those inside them too."""
     seen = dict[int, Container]()
     found = list[tuple[tuple[nn.Module, str], Container]]()
     for part in parts:
-        for name, value in part.__dict__.items():
-            if type(value) not in _SIMPLE and name not in OWN_ATTRIBUTES:
+        for name, value in held_by(part):
+            if not isinstance(value, Tensor):
                 found += [((part, name), container) for container in _collect(value, seen)]
     return found
 

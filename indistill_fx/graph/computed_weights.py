@@ -12,6 +12,8 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 
+from indistill_fx.graph.caches import held_by
+
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # deprecated by torch, and still in use
     from torch.nn.utils.weight_norm import WeightNorm
@@ -24,8 +26,9 @@ def left_behind(module: nn.Module) -> dict[int, Tensor]:
 
     Torch refuses to copy such tensors. The copy computes them anew when it runs.
     """
-    attributes = (value for part in module.modules() for value in (*vars(part).values(), *part._buffers.values()))
-    held = (value for value in attributes if isinstance(value, Tensor))
+    parts = list(module.modules())
+    held = [value for part in parts for _, value in held_by(part) if isinstance(value, Tensor)]
+    held += [buffer for part in parts for buffer in part._buffers.values() if buffer is not None]
     return {id(tensor): tensor.detach().clone() for tensor in held if not tensor.is_leaf}
 
 

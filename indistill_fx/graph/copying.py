@@ -14,6 +14,8 @@ from indistill_fx.graph.edit import output_node, set_graph
 
 _PLAIN = (int, float, complex, str, bytes, bool, type(None), type, torch.dtype, torch.device)
 
+_SIMPLE = frozenset({int, float, str, bool, type(None)})
+
 
 def deep_copy(graph_module: fx.GraphModule, memo: dict[int, Any]) -> fx.GraphModule:
     """What `copy.deepcopy` gives, but not compiled yet, and several times faster: that spends its time on empty dictionaries of layers.
@@ -71,6 +73,8 @@ def _tensor(tensor: Tensor | None, memo: dict[int, Any]) -> Tensor | None:
 
 
 def _value(value: Any, memo: dict[int, Any]) -> Any:
+    if type(value) in _SIMPLE:
+        return value
     if isinstance(value, _PLAIN) or (isinstance(value, tuple) and all(isinstance(entry, _PLAIN) for entry in value)):
         return value
     if type(value) in (dict, list, set, OrderedDict) and not value:

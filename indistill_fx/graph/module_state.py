@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from indistill_fx.graph.caches import OWN_ATTRIBUTES, as_before, containers_of, restore
+from indistill_fx.graph.caches import OWN_ATTRIBUTES, as_before, containers_of, held_by, restore
 from indistill_fx.graph.computed_weights import write_out_weights
 from indistill_fx.graph.edit import with_tensors
 from indistill_fx.graph.ops import attribute
@@ -161,7 +161,7 @@ class State:
         self._parts = [(part, dict(part.__dict__), [dict(part.__dict__[r]) for r in _REGISTRIES]) for part in parts]
         self._containers = [(place, held, held.copy() if held else ()) for place, held in containers_of(parts)]
         self._buffers = {id(b): b for part in parts_of(module) for b in part._buffers.values() if b is not None}
-        held = [value for _, own, _ in self._parts for value in own.values() if isinstance(value, Tensor)]
+        held = [value for part in parts for _, value in held_by(part) if isinstance(value, Tensor)]
         for _, container, _ in self._containers:
             entries = container.values() if isinstance(container, dict) else container
             held += [entry for entry in entries if isinstance(entry, Tensor)]

@@ -137,7 +137,7 @@ class Reference:
     def written(self) -> list[Tensor]:
         """The tensors that the forward changes, parameters (all, if one is), buffers or others."""
         names = {name for run in self._runs.values() if isinstance(run, Run) for name in run.buffers}
-        buffers = (buffer for name, buffer in self.module.named_buffers() if name in names)
+        buffers = (buffer for name, buffer in self.module.named_buffers() if name in names) if names else ()
         return [*buffers, *self.loose.values(), *(self.module.parameters() if self.writes_weights else ())]
 
     @contextmanager

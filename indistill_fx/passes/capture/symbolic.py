@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from indistill_fx.errors import FrontendError
 from indistill_fx.graph.ops import attribute
-from indistill_fx.passes.capture.captured import Captured, assemble, is_leaf, returned, tensor_names
+from indistill_fx.passes.capture.captured import Captured, assemble, is_leaf, returned
 from indistill_fx.passes.capture.symbolic_sizes import note_place
 
 
@@ -29,7 +29,11 @@ class _Tracer(fx.Tracer):
     ):
         super().__init__()
         self.inputs, self.kwargs, self.wanted_leaves = inputs, kwargs, frozenset(leaves)
-        self.names = tensor_names(module)
+        self.own = {
+            **dict(module.named_parameters()),
+            **dict(module.named_buffers()),
+        }  # before the code assigns to them
+        self.names = {id(tensor): name for name, tensor in self.own.items()}
         self.calls: Counter[str] = Counter()
         self.outputs: list[tuple[str, str, int]] = []
 
@@ -112,16 +116,13 @@ def capture_symbolic(
         FrontendError: the code asks a symbolic value for something only a concrete one has.
     """
     tracer = _Tracer(module, inputs, kwargs, leaves)
-    own = {
-        **dict(module.named_parameters()),
-        **dict(module.named_buffers()),
-    }  # as they are before the code assigns to them
     try:
         graph = tracer.trace(module)
     except Exception as error:
         raise FrontendError(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
     for node in graph.nodes:
         node.meta["nn_module_stack"] = _from_one(node.meta.get("nn_module_stack", {}))
+    own = tracer.own
     named = (str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr"))
     targets = {name: own[name] if name in own else attribute(module, name) for name in named}
     return Captured(assemble(graph, targets, type(module).__name__), tuple(tracer.outputs))

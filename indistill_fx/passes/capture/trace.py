@@ -235,6 +235,8 @@ def _require_gradients(module: nn.Module) -> None:
 
 def _not_left(reference: Reference, known: Known, leaves: Sequence[str]) -> tuple[str, ...]:
     """What the report says of attributes that the forward changes, and the graph does not or other than the user may think."""
+    if not reference.changed:
+        return ()
     kept = {name for name, _ in known.graph_module.named_buffers()}
     loose = [name for name in reference.changed if name in kept]
     inside = tuple(f"{leaf}." for leaf in leaves)

@@ -23,6 +23,7 @@ _TELLS_SIZES = frozenset(
 
 _DROPS_AXIS = frozenset("unbind max min median".split())
 """Operations of several results that go along one axis and leave the others as they are."""
+_RESHAPES = frozenset("view reshape unflatten".split())
 _READS_MAPS = frozenset("conv conv_transpose batch_norm max_pool avg_pool adaptive_avg_pool interpolate".split())
 
 
@@ -158,11 +159,19 @@ def _head_axes(graph_module: fx.GraphModule, facts: Mapping[str, NodeFacts]) -> 
     """Axes made by a reshape that hold no channels: the width of a head, that products sum over or hand on, and a map's sides."""
     found: set[Axis] = set()
     seen: set[tuple[fx.Node, int]] = set()
+    if not any(_takes_apart(node, facts) for node in graph_module.graph.nodes):
+        return found
     for node in graph_module.graph.nodes:
         if node.op.startswith("call") and node.name in facts:
             for source, axis in _ends(read_call(node, facts)):
                 found |= _split_axes(source, axis, facts, seen)
     return found
+
+
+def _takes_apart(node: fx.Node, facts: Mapping[str, NodeFacts]) -> bool:
+    """Whether a node may make several axes of one."""
+    known = facts.get(node.name)
+    return known is not None and len(known.shape) > 2 and node.op.startswith("call") and op_name(node) in _RESHAPES
 
 
 def _ends(call: Call) -> list[tuple[fx.Node, int]]:
