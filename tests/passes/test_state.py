@@ -235,6 +235,29 @@ def test_what_is_kept_shrinks_with_its_channels(name):
         small.graph_module(x)
 
 
+@torch.no_grad()
+def test_a_students_graph_keeps_what_eval_mode_alone_changes():
+    class Adapts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.mean = nn.Linear(4, 4), torch.zeros(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.linear(x)
+            if not self.training:
+                self.mean = 0.5 * self.mean + 0.5 * x.mean(0)
+            return x - self.mean
+
+    net = Adapts().train()
+    reference = copy.deepcopy(net)
+    graph = trace(net, torch.randn(2, 4), role="student").graph_module
+    for training in (True, False, False, True):
+        net.train(training), reference.train(training)
+        x = torch.randn(3, 4)
+        torch.testing.assert_close(graph(x), reference(x))
+    torch.testing.assert_close(net.mean, reference.mean)
+
+
 class Sets(nn.Module):
     """Leaves things for others to read, and makes a mask once."""
 

@@ -336,8 +336,13 @@ def _both_modes(once: Callable[[], Captured], reference: Reference) -> Captured:
         with mode(module, training=False):
             other_mode = Reference(module, reference.inputs, reference.kwargs)
             other_mode.changed = reference.changed
-            other_mode.compare(merged.graph_module)
+            try:
+                other_mode.compare(merged.graph_module)
+            finally:
+                reference.stateful = other_mode.stateful
     except FrontendError as error:
+        if error.where in reference.changed:  # another method may keep it
+            raise
         note = f"in eval mode the graph computes what train mode does where the code of {classes} asks for the mode: {error.message}"
         return replace(captured, notes=(*captured.notes, note))
     return merged
@@ -346,11 +351,12 @@ def _both_modes(once: Callable[[], Captured], reference: Reference) -> Captured:
 def _in_mode(capture: Method, reference: Reference, leaves: Sequence[str], *, patient: bool) -> Captured:
     """Capture and rule 3; if patient, a module whose writes cannot be made functional becomes a leaf."""
     given_up: tuple[str, ...] = reference.stateful if patient else ()
+    module, inputs, kwargs = reference.module, reference.inputs, reference.kwargs
+    training = module.training
     while True:
         loose = reference.loose
         try:
-            with plain_attention():
-                module, inputs, kwargs = reference.module, reference.inputs, reference.kwargs
+            with mode(module, training=training), plain_attention():
                 captured = capture(module, inputs, kwargs, (*leaves, *given_up), loose)
         except FrontendError:
             reference.forget()
