@@ -6,7 +6,8 @@
     python benchmarks/compress.py repair --net resnet20 resnet56 assistant --macs 0.5 --data … --out OUT     before any training
     python benchmarks/compress.py table OUT [OUT …] --json benchmarks/results/compress.json --into docs/compress.md
 
-Arms, most telling first: `joint` (what `compress` does: sensitivities, repair, all pairs at once, KD); `fed` (the same, but segments fed
+Arms, most telling first: `joint` (what `compress` does: sensitivities, repair, all pairs at once, KD); `kept` (the same, and the
+warm-up's loss stays in the main stage with weight --keep-features); `fed` (the same, but segments fed
 by the teacher) and `steps` (pair after pair); `kd` (the same student, KD alone); `unlabelled` (joint, with the teacher's answers
 alone); `tp` (Torch-Pruning 1.6, uniform L1 to the same work, then labels; without that package our own uniform L1); `l1kd` (that one,
 by KD); `freshjoint`, `freshkd` and `fresh` (our student's shape from new weights: joint, by KD, by labels). Arms that are done are skipped,
@@ -19,7 +20,7 @@ import argparse
 import importlib.util
 import json
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -40,7 +41,7 @@ from indistill_fx.data.dataset import Data
 from indistill_fx.data.open import open_data
 from indistill_fx.evaluation.accuracy import evaluate
 
-ARMS = ("joint", "tp", "kd", "fed", "steps", "unlabelled", "l1kd", "freshjoint", "freshkd", "fresh")
+ARMS = ("joint", "kept", "tp", "kd", "fed", "steps", "unlabelled", "l1kd", "freshjoint", "freshkd", "fresh")
 NO_WARMUP = Curriculum(lengths=[])
 
 
@@ -158,6 +159,8 @@ def train_arm(
         plan = plan_of(teacher, traced, made.shrunk.axes, every_block=arm != "steps")
         rate = options.lr if options.optimizer == "adam" else 1e-3
         curriculum, main = Curriculum(together=True, lengths=warm, learning_rate=rate), epochs - warm
+        if arm == "kept":
+            curriculum = replace(curriculum, keep_features=options.keep_features)
         if arm == "fed":
             curriculum = Curriculum(feed="teacher", lengths=warm, learning_rate=rate)
         if arm == "steps":
@@ -195,7 +198,7 @@ def run(options: argparse.Namespace) -> None:
             for macs in options.macs:
                 for arm in options.arms:
                     how = f"{options.limit or 'all'}-{options.epochs}-{options.optimizer}-{options.lr:g}"
-                    warm = f"-{options.warmup}" if arm in ("joint", "fed", "unlabelled") else ""
+                    warm = f"-{options.warmup}" if arm in ("joint", "kept", "fed", "unlabelled") else ""
                     name = f"{net}-{macs:g}-{how}-{seed}-{arm}{warm}"
                     if (out / f"{name}.json").exists():
                         continue
@@ -213,6 +216,7 @@ def run(options: argparse.Namespace) -> None:
                         "teacher": accuracy,
                     }
                     row |= {"epochs": options.epochs, "warmup": options.warmup, "batch": options.batch_size}
+                    row |= {"keep": options.keep_features if arm == "kept" else 0.0}
                     row |= {
                         "optimizer": options.optimizer,
                         "lr": options.lr,
@@ -227,8 +231,6 @@ def run(options: argparse.Namespace) -> None:
 
 def with_test(data: Data, other: Data) -> Data:
     """The training data of the one, the test data of the other."""
-    from dataclasses import replace
-
     return replace(data, test=other.test)
 
 
@@ -351,6 +353,7 @@ def main() -> None:
         one.add_argument("--samples", type=int, default=512)
         one.add_argument("--epochs", type=int, default=20)
         one.add_argument("--warmup", type=int, default=6)
+        one.add_argument("--keep-features", type=float, default=10.0)
         one.add_argument("--batch-size", type=int, default=128)
         one.add_argument("--optimizer", default="adam")
         one.add_argument("--lr", type=float, default=1e-3)

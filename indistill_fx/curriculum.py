@@ -73,6 +73,7 @@ class Curriculum:
             teacher's mean feature, so that no pair dominates.
         keep: weight of the penultimate vectors' feature loss in the main stage, in units of the main loss (`MainLoss.unit`);
             0: the main loss alone, as in the paper.
+        keep_features: likewise of the feature loss of all pairs, which is relative, as with `together`, and a mean over the pairs.
 
     Raises:
         ConfigError: a number is out of range, or a name is unknown.
@@ -97,6 +98,7 @@ class Curriculum:
     layers: Sequence[str] | None = None
     penultimate: int = 0
     keep: float = 0.0
+    keep_features: float = 0.0
     feed: Literal["student", "teacher"] = "student"
     together: bool = False
 
@@ -121,6 +123,10 @@ class Curriculum:
             raise _wrong(f"A curriculum's feed is {self.feed!r}.", hint="Choose from: student, teacher.")
         if not (math.isfinite(self.keep) and self.keep >= 0):
             raise _wrong(f"A curriculum's keep is {self.keep}.", hint="Give 0, or a small weight such as 0.3.")
+        if not (math.isfinite(self.keep_features) and self.keep_features >= 0):
+            raise _wrong(
+                f"A curriculum's keep_features is {self.keep_features}.", hint="Give 0, or a weight such as 10."
+            )
 
     @property
     def wants_pairs(self) -> bool:

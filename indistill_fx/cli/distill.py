@@ -26,7 +26,7 @@ _SECTIONS = {
     "Data and models": (*training.SECTIONS["Data and models"], "more_teachers", "plan_file", *pictures.TEACHER_NAMES),
     "The warm-up": (
         "warmup", "warmup_steps", "no_warmup", "layers", "warmup_loss", "warmup_lr", "warmup_optimizer", "patience",
-        "penultimate", "keep", "feed", "together",
+        "penultimate", "keep", "keep_features", "feed", "together",
     ),
     "The main stage": ("main", "main_options", "main_weights"),
     "Ways of training": ("recipe", "compare", "assistant", "assistant_epochs", "qat"),
@@ -141,6 +141,12 @@ def _use_recipe(context: click.Context, parameter: click.Parameter, name: str) -
     metavar="WEIGHT",
     type=float,
     help="Add the penultimate vectors' warm-up loss to the main loss, with this weight. [default: 0]",
+)
+@click.option(
+    "--keep-features",
+    metavar="WEIGHT",
+    type=float,
+    help="Add the warm-up loss of all pairs to the main loss, with this weight; for few images, 10. [default: 0]",
 )
 @click.option(
     "--feed",
@@ -331,6 +337,7 @@ def _curriculum(options: dict[str, Any]) -> Curriculum | None:
         "patience": options["patience"],
         "penultimate": options["penultimate"],
         "keep": options["keep"],
+        "keep_features": options["keep_features"],
         "feed": options["feed"],
         "together": options["together"] or None,
     }

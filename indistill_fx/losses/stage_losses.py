@@ -73,7 +73,56 @@ class PairsLoss(Criterion):
         return f"loss by pair: {each}" if self.relative else f"loss by segment: {each}"
 
 
-class KeptFeature(Criterion):
+class Kept(Criterion):
+    """A main loss plus what is kept of the warm-up's, weighted.
+
+    Args:
+        main: the main loss.
+        weight: of what is kept.
+        what: that is, in words.
+        needs: what it reads.
+    """
+
+    def __init__(self, main: Criterion, weight: float, what: str, needs: str):
+        super().__init__()
+        self.main, self.weight = main, weight
+        self.needs, self.needs_indices = main.needs | {needs}, main.needs_indices
+        self.weight_labels, self.unit = main.weight_labels, main.unit
+        self.described = f"{weight:.3g} times the loss of {what}"
+        if isinstance(main, Kept):
+            self.described = f"{main.described} and {self.described}"
+
+    def kept_loss(self, student: Outputs, teacher: Outputs) -> Tensor:
+        """What is kept."""
+        raise NotImplementedError
+
+    def forward(self, student: Outputs, teacher: Outputs, labels: Tensor | None) -> Tensor:
+        """The weighted sum."""
+        value: Tensor = self.main(student, teacher, labels) + self.weight * self.kept_loss(student, teacher)
+        return value
+
+
+class KeptFeatures(Kept):
+    """A main loss plus the relative loss of the pairs' features, a mean over them.
+
+    Args:
+        main: the main loss; it must not read features itself.
+        loss: of one pair.
+        weight: of the mean.
+        keys: of the pairs.
+    """
+
+    def __init__(self, main: Criterion, loss: WarmupLoss, weight: float, keys: Sequence[str]):
+        super().__init__(main, weight, "the pairs' features", "features")
+        self.pairs = PairsLoss(loss, keys, relative=True)
+
+    def kept_loss(self, student: Outputs, teacher: Outputs) -> Tensor:
+        """See the class."""
+        value: Tensor = self.pairs(student, teacher, None)
+        return value
+
+
+class KeptVector(Kept):
     """A main loss plus the penultimate vectors' warm-up loss.
 
     Args:
@@ -87,36 +136,48 @@ class KeptFeature(Criterion):
     kept: Tensor | None
 
     def __init__(self, main: Criterion, loss: WarmupLoss, weight: float, pair: Pair):
-        super().__init__()
-        self.main, self.loss, self.weight = main, loss, weight
-        self.needs, self.needs_indices = main.needs | {"embedding"}, main.needs_indices
-        self.weight_labels, self.unit = main.weight_labels, main.unit
+        super().__init__(main, weight, "the penultimate vectors", "embedding")
+        self.loss = loss
         kept = pair.kept if loss.needs_equal_widths else None
         self.register_buffer("kept", torch.tensor(kept) if kept is not None else None, persistent=False)
         self.equal = kept is None and loss.needs_equal_widths
 
-    @property
-    def described(self) -> str:
-        """What is added, in words."""
-        return f"{self.weight:.3g} times the loss of the penultimate vectors"
-
-    def forward(self, student: Outputs, teacher: Outputs, labels: Tensor | None) -> Tensor:
-        """The weighted sum."""
+    def kept_loss(self, student: Outputs, teacher: Outputs) -> Tensor:
+        """See the class."""
         own, other = (required(side.embedding, "penultimate vector").flatten(1) for side in (student, teacher))
         if self.kept is not None:
             other = other.index_select(1, self.kept)
         elif self.equal:
             own = own[:, : other.shape[1]]
-        value: Tensor = self.main(student, teacher, labels) + self.weight * self.loss(own, other)
+        value: Tensor = self.loss(own, other)
         return value
 
 
-def keeping(criterion: Criterion, curriculum: Curriculum, plan: AlignmentPlan) -> KeptFeature:
+def keeping(criterion: Criterion, curriculum: Curriculum, plan: AlignmentPlan) -> Criterion:
     """The main loss with what the curriculum keeps in it.
 
     Raises:
-        ConfigError: the plan has no penultimate vectors, or does not say which of the teacher's channels are compared.
+        ConfigError: what is to be kept is not in the plan, or the main loss reads features itself.
     """
+    unit = criterion.unit
+    if curriculum.keep:
+        criterion = _keeping_vectors(criterion, curriculum, plan)
+    if not curriculum.keep_features:
+        return criterion
+    if "features" in criterion.needs or not plan.pairs:
+        why = "the main loss compares features itself" if plan.pairs else "the plan has no pairs"
+        raise ConfigError(
+            f"The loss of the pairs' features cannot be kept in the main stage, because {why}.",
+            where="keep_features",
+            got=curriculum.keep_features,
+            expected=0,
+            hint="Leave keep_features (--keep-features) at 0.",
+        )
+    keys = curriculum.order([pair.student for pair in plan.pairs])
+    return KeptFeatures(criterion, warmup_loss(curriculum.loss), curriculum.keep_features * unit, keys)
+
+
+def _keeping_vectors(criterion: Criterion, curriculum: Curriculum, plan: AlignmentPlan) -> Kept:
     pair, loss = plan.embedding, warmup_loss(curriculum.loss)
     if pair is None:
         raise ConfigError(
@@ -132,4 +193,4 @@ def keeping(criterion: Criterion, curriculum: Curriculum, plan: AlignmentPlan) -
             where=pair.teacher,
             hint="An earlier version made this plan: make it again with `align`, or leave keep at 0.",
         )
-    return KeptFeature(criterion, loss, curriculum.keep * criterion.unit, pair)
+    return KeptVector(criterion, loss, curriculum.keep * criterion.unit, pair)

@@ -321,8 +321,12 @@ def _main_stage(
             hint="Name a pair (--pair TEACHER_LAYER=STUDENT_LAYER), or take `kd`, which reads logits only.",
         )
     one_size, ends_frozen = criterion.one_size, criterion.ends_frozen and not criterion.weight_labels
-    if curriculum.keep:
+    slim, before, narrowed = teacher, tuple[PassRecord, ...](), False
+    if curriculum.keep or curriculum.keep_features:
         criterion = keeping(criterion, curriculum, plan)
+    if curriculum.keep_features and warmup_loss(curriculum.loss).needs_equal_widths:
+        result = narrowed_teacher(teacher, plan)
+        slim, before, narrowed = result.value, (result.report,), True
     needs = criterion.needs
     pairs = plan.pairs if "features" in needs else ()
     embedding = plan.embedding if "embedding" in needs else None
@@ -330,17 +334,25 @@ def _main_stage(
     student_logits = student.tap_name(student.logits) if "logits" in needs or criterion.weight_labels else None
     teacher_taps = [tap for tap in (embedding and embedding.teacher, teacher_logits) if tap]
     student_taps = [tap for tap in (embedding and embedding.student, student_logits) if tap]
-    how: dict[str, Any] = {"narrowed": False, "one_size": one_size, "lowerings": lowerings}
-    own = teacher_half(teacher, student, pairs, teacher_taps, **how) if needs else None
-    other = student_half(student, teacher, pairs, student_taps, **how)
+    shared = {pair.teacher for pair in pairs}.intersection(teacher_taps) if narrowed else ()
+    if shared:
+        raise ConfigError(
+            f"The teacher's `{min(shared)}` is in a pair, of which only some channels are compared, and the main loss reads all of them.",
+            where="keep_features",
+            hint="Leave keep_features at 0, or leave that pair out of the plan.",
+        )
+    how: dict[str, Any] = {"narrowed": narrowed, "one_size": one_size, "lowerings": lowerings}
+    own = teacher_half(slim, student, pairs, teacher_taps, **how) if needs else None
+    other = student_half(student, slim, pairs, student_taps, **how)
     if ends_frozen:
         require_frozen_end(student.module, other.value, pairs[-1].student)
         require_same_classifier(teacher, student)
     return _stage(
         "main",
-        teacher,
+        slim,
         student,
         (own, other),
+        before=before,
         criterion=criterion,
         pairs=pairs,
         embedding=embedding,

@@ -20,7 +20,7 @@ from indistill_fx.data.same_samples import same_samples
 from indistill_fx.graph.module_state import uncompiled
 from indistill_fx.graph.view import View
 from indistill_fx.losses.registry import asked_of_the_data
-from indistill_fx.losses.stage_losses import KeptFeature
+from indistill_fx.losses.stage_losses import Kept
 from indistill_fx.losses.task import Task
 from indistill_fx.passes.align import align
 from indistill_fx.passes.ensemble import member_views
@@ -307,7 +307,7 @@ class Distillation:
     def _identity(
         self, teacher: TracedModel, student: TracedModel, plan: AlignmentPlan, curriculum: Curriculum
     ) -> dict[str, Any]:
-        warm = bool(warmup_plan(plan, curriculum)[1] or curriculum.keep)
+        warm = bool(warmup_plan(plan, curriculum)[1] or curriculum.keep or curriculum.keep_features)
         return {
             "main loss": described_loss(self.main, self.main_options),
             "warm-up loss": described_loss(curriculum.loss, {}) if warm else None,
@@ -374,7 +374,7 @@ def _phases(
                 tap="" if main else _shortened([pair.teacher for pair in stage.pairs]),
                 cost=module.macs[0] + 3 * module.macs[1],  # the backward pass costs two forward passes
                 attach=store.attach if store is not None else None,
-                also=stage.criterion.described if isinstance(stage.criterion, KeptFeature) else "",
+                also=stage.criterion.described if isinstance(stage.criterion, Kept) else "",
                 early_stopping=settings.early_stopping if main else None,
             )
         )

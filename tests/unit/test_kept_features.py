@@ -1,0 +1,112 @@
+"""The warm-up's loss on all pairs, kept in the main stage."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import indistill_fx as ifx
+from indistill_fx.demo import DigitsStudent, DigitsTeacher
+from indistill_fx.errors import ConfigError
+
+
+def models() -> tuple[nn.Module, nn.Module, Tensor, Tensor]:
+    torch.manual_seed(0)
+    teacher, student = DigitsTeacher(), DigitsStudent()
+    for norm in (part for part in teacher.modules() if isinstance(part, nn.BatchNorm2d)):  # fresh ones hide errors
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2)
+    return (
+        teacher.double().eval(),
+        student.double(),
+        torch.randn(16, 1, 8, 8, dtype=torch.float64),
+        torch.arange(16) % 10,
+    )
+
+
+def main_stage(teacher: nn.Module, student: nn.Module, x: Tensor, **curriculum: object) -> ifx.Stage:
+    return ifx.compile_stages(
+        teacher, student, main="kd", example_inputs=x[:2], curriculum=ifx.Curriculum(lengths=[], **curriculum)
+    )[-1]
+
+
+def test_it_is_the_mean_relative_distance_from_the_kept_channels_by_hand() -> None:
+    teacher, student, x, labels = models()
+    plan = ifx.align(teacher, student, example_inputs=x[:2])
+    alone, kept = main_stage(teacher, student, x), main_stage(teacher, student, x, keep_features=3.0)
+    found: dict[str, Tensor] = {}
+    handles = [
+        model.get_submodule(name).register_forward_hook(lambda _m, _i, out, key=(role + name): found.update({key: out}))
+        for pair in plan.pairs
+        for role, model, name in (("t", teacher, pair.teacher), ("s", student, pair.student))
+    ]
+    student.train()
+    base = alone([x, labels])
+    with torch.no_grad():
+        teacher(x)
+    student(x)
+    parts = []
+    for pair in plan.pairs:
+        own, other = found["s" + pair.student], found["t" + pair.teacher][:, list(pair.kept or ())]
+        constant = other.mean(0, keepdim=True).expand_as(other)
+        parts.append(F.mse_loss(own, other) / F.mse_loss(constant, other))
+    wanted = base + 3.0 * kept.criterion.unit * torch.stack(parts).mean()
+    for handle in handles:
+        handle.remove()
+    got = kept([x, labels])
+    assert len(parts) == 3 and torch.allclose(got, wanted, rtol=1e-9)
+    first = next(iter(student.parameters()))
+    gradients = [torch.autograd.grad(loss, first, retain_graph=True)[0] for loss in (got, wanted, base)]
+    assert torch.allclose(gradients[0], gradients[1], rtol=1e-7, atol=1e-9)
+    assert not torch.allclose(gradients[0], gradients[2], rtol=1e-2)  # it is not the main loss alone
+
+
+def test_only_the_layers_of_the_curriculum_are_kept() -> None:
+    teacher, student, x, labels = models()
+    student.eval()
+    one = main_stage(teacher, student, x, keep_features=1.0, layers=["blocks.1"])
+    assert one.criterion.pairs.keys == ("blocks.1",)
+    assert one([x, labels]) > main_stage(teacher, student, x)([x, labels])
+
+
+@pytest.mark.parametrize("weight", [-1, float("nan"), float("inf")])
+def test_a_weight_that_is_none_is_refused(weight: float) -> None:
+    with pytest.raises(ConfigError, match="keep_features"):
+        ifx.Curriculum(keep_features=weight)
+
+
+def test_a_main_loss_that_reads_features_itself_refuses_it() -> None:
+    teacher, student, x, _ = models()
+    with pytest.raises(ConfigError, match="compares features itself"):
+        ifx.compile_stages(
+            teacher, student, main="at", example_inputs=x[:2], curriculum=ifx.Curriculum(lengths=[], keep_features=1.0)
+        )
+
+
+def test_models_without_pairs_refuse_it() -> None:
+    teacher, _, x, _ = models()
+    student = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).double()
+    with pytest.raises(ifx.IndistillError, match="pair"):
+        main_stage(teacher, student, x, keep_features=1.0)
+
+
+def test_a_run_says_it_resumes_under_it_alone_and_trains_the_same_from_the_cache(tmp_path) -> None:
+    data = ifx.open_data("digits", limit=64, batch_size=32, augment=False)
+    teacher = models()[0].float()
+    curriculum = ifx.Curriculum(together=True, lengths=1, keep_features=10.0)
+
+    def run(name: str, **more: object) -> nn.Module:
+        torch.manual_seed(1)
+        student = DigitsStudent()
+        common = {"curriculum": curriculum, "epochs": 2, "progress": False, "device": "cpu", **more}
+        ifx.distill(teacher, student, data.train, run_dir=tmp_path / name, **common)
+        return student
+
+    plain, cached = run("plain"), run("cached", feature_cache=tmp_path / "features")
+    for a, b in zip(plain.state_dict().values(), cached.state_dict().values(), strict=True):
+        assert torch.allclose(a.float(), b.float(), rtol=1e-4, atol=1e-5)
+    assert "10 times the loss of the pairs' features" in (tmp_path / "plain" / "run.json").read_text()
+    with pytest.raises(ConfigError, match="what is added to the main loss"):
+        run("plain", curriculum=ifx.Curriculum(together=True, lengths=1), epochs=3, resume=True)
