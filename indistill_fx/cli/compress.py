@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 _SECTIONS = {
     "The budget": ("macs", "params", "size_mb", "latency_ms", "on", "threads", "batch"),
     "The widths": ("criterion", "round_to", "samples"),
-    "The warm-up": ("warmup", "feed", "one_by_one", "stages", "no_warmup"),
+    "The warm-up": ("warmup", "feed", "one_by_one", "stages", "no_warmup", "keep_features"),
     "The main stage": ("main", "main_options"),
     "Data and models": (*training.SECTIONS["Data and models"], "inputs"),
     "After training": ("qat",),
@@ -70,6 +70,7 @@ def _use_recipe(context: click.Context, parameter: click.Parameter, value: str) 
 )
 @click.option("--stages", is_flag=True, help="One pair for every network stage, not for every block.")
 @click.option("--no-warmup", is_flag=True, help="Skip the warm-up; train with the main loss only.")
+@training.keep_features_option
 @click.option("--main", default="kd", show_default=True, help="Main loss; `distill --help` lists them.")
 @click.option("--main-option", "main_options", multiple=True, metavar="NAME=VALUE", help="Option of the main loss.")
 @training.qat_option
@@ -139,11 +140,13 @@ def _curriculum(options: dict[str, Any]) -> Any:
     from indistill_fx.training.recipes import NO_WARMUP, RECIPES
 
     if options["no_warmup"]:
-        if options["warmup"]:
+        asked = {"--warmup": options["warmup"], "--one-by-one": options["one_by_one"]}
+        asked["--feed teacher"] = options["feed"] == "teacher"
+        if ignored := [name for name, value in asked.items() if value]:
             raise ConfigError(
-                "--warmup and --no-warmup contradict each other.", where="--warmup", hint="Give one of them."
+                f"{ignored[0]} and --no-warmup contradict each other.", where=ignored[0], hint="Give one of them."
             )
-        return NO_WARMUP
+        return replace(NO_WARMUP, keep_features=options["keep_features"] or 0.0)
     if options["one_by_one"] and options["feed"] == "teacher":
         raise ConfigError(
             "--one-by-one and --feed teacher exclude each other: segments fed with the teacher's features train in one stage.",
@@ -151,6 +154,8 @@ def _curriculum(options: dict[str, Any]) -> Any:
             hint="Leave one of them out.",
         )
     own = replace(RECIPES["compress"].student["curriculum"], feed=options["feed"], together=not options["one_by_one"])
+    if options["keep_features"] is not None:
+        own = replace(own, keep_features=options["keep_features"])
     lengths = options["warmup"]
     if lengths:
         own = replace(own, lengths=lengths[0] if len(lengths) == 1 else lengths)

@@ -142,12 +142,7 @@ def _use_recipe(context: click.Context, parameter: click.Parameter, name: str) -
     type=float,
     help="Add the penultimate vectors' warm-up loss to the main loss, with this weight. [default: 0]",
 )
-@click.option(
-    "--keep-features",
-    metavar="WEIGHT",
-    type=float,
-    help="Add the warm-up loss of all pairs to the main loss, with this weight; for few images, 10. [default: 0]",
-)
+@training.keep_features_option
 @click.option(
     "--feed",
     type=click.Choice(["student", "teacher"]),

@@ -177,6 +177,12 @@ def training_options(command: Command) -> Command:
     return command
 
 
+keep_features_option = click.option(
+    "--keep-features",
+    metavar="WEIGHT",
+    type=float,
+    help="Add the warm-up loss of all pairs to the main loss, with this weight; for few images, 10. [default: 0]",
+)
 qat_option = count_option(
     "--qat",
     metavar="EPOCHS",

@@ -321,12 +321,10 @@ def _main_stage(
             hint="Name a pair (--pair TEACHER_LAYER=STUDENT_LAYER), or take `kd`, which reads logits only.",
         )
     one_size, ends_frozen = criterion.one_size, criterion.ends_frozen and not criterion.weight_labels
-    slim, before, narrowed = teacher, tuple[PassRecord, ...](), False
-    if curriculum.keep or curriculum.keep_features:
-        criterion = keeping(criterion, curriculum, plan)
-    if curriculum.keep_features and warmup_loss(curriculum.loss).needs_equal_widths:
-        result = narrowed_teacher(teacher, plan)
-        slim, before, narrowed = result.value, (result.report,), True
+    criterion = keeping(criterion, curriculum, plan)
+    narrowed = bool(curriculum.keep_features) and warmup_loss(curriculum.loss).needs_equal_widths
+    result = narrowed_teacher(teacher, plan) if narrowed else None
+    slim, before = (result.value, (result.report,)) if result is not None else (teacher, ())
     needs = criterion.needs
     pairs = plan.pairs if "features" in needs else ()
     embedding = plan.embedding if "embedding" in needs else None
@@ -334,13 +332,8 @@ def _main_stage(
     student_logits = student.tap_name(student.logits) if "logits" in needs or criterion.weight_labels else None
     teacher_taps = [tap for tap in (embedding and embedding.teacher, teacher_logits) if tap]
     student_taps = [tap for tap in (embedding and embedding.student, student_logits) if tap]
-    shared = {pair.teacher for pair in pairs}.intersection(teacher_taps) if narrowed else ()
-    if shared:
-        raise ConfigError(
-            f"The teacher's `{min(shared)}` is in a pair, of which only some channels are compared, and the main loss reads all of them.",
-            where="keep_features",
-            hint="Leave keep_features at 0, or leave that pair out of the plan.",
-        )
+    if narrowed:
+        _require_apart(pairs, teacher_taps)
     how: dict[str, Any] = {"narrowed": narrowed, "one_size": one_size, "lowerings": lowerings}
     own = teacher_half(slim, student, pairs, teacher_taps, **how) if needs else None
     other = student_half(student, slim, pairs, student_taps, **how)
@@ -358,3 +351,13 @@ def _main_stage(
         embedding=embedding,
         logits=(teacher_logits, student_logits),
     )
+
+
+def _require_apart(pairs: Sequence[Pair], taps: Sequence[str]) -> None:
+    """The main loss reads whole tensors, so none of them may be a pair's, of which only the kept channels are there."""
+    if shared := {pair.teacher for pair in pairs}.intersection(taps):
+        raise ConfigError(
+            f"The main loss reads all channels of the teacher's `{min(shared)}`, of which the pair that is kept compares only some.",
+            where="keep_features",
+            hint="Leave keep_features at 0, or leave that pair out of the plan.",
+        )

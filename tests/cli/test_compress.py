@@ -101,3 +101,11 @@ def test_of_batches_by_name_a_run_keeps_what_its_model_takes(command, tmp_path, 
     assert run(["export", str(home), "-o", f"{tmp_path}/out.onnx"]) == 0, capsys.readouterr().err
     inputs = json.loads((home / "run.json").read_text())["about"]["inputs"]
     assert [text.partition(":")[0] for text in inputs] == ["words", "table"]
+
+
+@pytest.mark.parametrize("more", [["--warmup", "2"], ["--feed", "teacher"], ["--one-by-one"]])
+def test_what_no_warmup_makes_void_is_refused(more, tmp_path, capsys):
+    home = tmp_path / "run"
+    command = ["compress", "indistill_fx.demo:DigitsTeacher", "--data", "digits", "--macs", "0.5", "-o", str(home)]
+    assert run([*command, "--no-warmup", *more]) == 2
+    assert "and --no-warmup contradict each other" in capsys.readouterr().err and not home.exists()

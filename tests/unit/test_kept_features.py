@@ -110,3 +110,23 @@ def test_a_run_says_it_resumes_under_it_alone_and_trains_the_same_from_the_cache
     assert "10 times the loss of the pairs' features" in (tmp_path / "plain" / "run.json").read_text()
     with pytest.raises(ConfigError, match="what is added to the main loss"):
         run("plain", curriculum=ifx.Curriculum(together=True, lengths=1), epochs=3, resume=True)
+
+
+def test_a_pair_whose_layer_the_main_loss_reads_whole_is_refused() -> None:
+    class Wide(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Conv2d(1, width, 3), nn.ReLU())
+            self.vector = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+            self.fc = nn.Linear(width, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            scores: Tensor = self.fc(self.vector(self.body(x)))
+            return scores
+
+    x = torch.randn(4, 1, 8, 8)
+    models = Wide(16), Wide(8)
+    plan = ifx.align(*models, example_inputs=x, fixed=[("vector", "vector")], pairs=1)
+    curriculum = ifx.Curriculum(lengths=[], keep_features=1.0)
+    with pytest.raises(ConfigError, match="reads all channels of the teacher's"):
+        ifx.compile_stages(*models, plan, main="pkt", example_inputs=x, curriculum=curriculum)
