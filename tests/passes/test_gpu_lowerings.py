@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import indistill_fx as ifx
+from indistill_fx.passes.capture import equivalence
 from indistill_fx.passes.extract.fold import fold
 from indistill_fx.passes.extract.instrument import cut
 from indistill_fx.passes.lowering.cast_weights import InDtype, cast_weights
@@ -282,3 +283,14 @@ def test_a_run_channels_last_is_resumed_to_the_same_bits_and_leaves_the_student_
     assert resumed.steps == record.steps
     for name, value in whole.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
+
+
+def test_what_is_compared_in_tracing_has_the_same_bits_twice(monkeypatch):
+    """On a GPU, convolutions may add in another order each time."""
+    seen: list[bool] = []
+    original = equivalence._forward
+    monkeypatch.setattr(
+        equivalence, "_forward", lambda module: seen.append(torch.backends.cudnn.deterministic) or original(module)
+    )
+    ifx.trace(seeded(Shared), images(2))
+    assert len(seen) > 1 and all(seen) and torch.backends.cudnn.deterministic is False

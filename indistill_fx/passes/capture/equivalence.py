@@ -309,7 +309,7 @@ def _run_module(
     with state_kept(module) as state:
         seed_torch(0)
         try:
-            with torch.set_grad_enabled(gradients), plain_attention():
+            with torch.set_grad_enabled(gradients), plain_attention(), same_bits():
                 for _ in range(calls - 1):
                     _forward(module)(*tree_map(_halved, inputs), **tree_map(_halved, kwargs))
                 outputs = tensors(_forward(module)(*inputs, **kwargs))
@@ -318,6 +318,17 @@ def _run_module(
         except Exception as error:  # the caller's code may raise anything
             return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
     return Run(inputs, kwargs, [output.detach() for output in outputs], written, changed, found)
+
+
+@contextmanager
+def same_bits() -> Iterator[None]:
+    """Within the block a GPU's convolutions add in one order: what is compared must not differ by itself."""
+    before = torch.backends.cudnn.deterministic
+    torch.backends.cudnn.deterministic = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.deterministic = before
 
 
 def _halved(leaf: Any) -> Any:
