@@ -32,13 +32,26 @@ def notes() -> list[str]:
     return found
 
 
-@pytest.mark.skipif(not compiling._OWN_COUNT, reason="this torch counts all stages together")
-def test_every_stage_of_a_process_is_compiled():
+@pytest.mark.parametrize("own", [True, False], ids=["a count each", "one count"])
+def test_every_stage_of_a_process_is_compiled(own, monkeypatch: pytest.MonkeyPatch):
+    """Older torch (2.11, for example) counts all stages together."""
+    if not own:
+        monkeypatch.setattr(compiling, "_OWN_COUNT", {})
     assert notes() == ["compiled"] * COUNT
 
 
-def test_without_a_count_of_their_own_the_compiler_gives_up(monkeypatch: pytest.MonkeyPatch):
+def test_the_compiler_gives_up_where_nobody_resets_its_count(monkeypatch: pytest.MonkeyPatch):
+    """Negative control."""
     monkeypatch.setattr(compiling, "_OWN_COUNT", {})
+    monkeypatch.setattr(torch._dynamo, "reset", lambda: None)
     found = notes()
     assert found[:8] == ["compiled"] * 8
     assert found[-1].startswith("not compiled: ")
+
+
+@pytest.mark.parametrize(("mode", "given"), [("default", None), ("max-autotune", "max-autotune-no-cudagraphs")])
+def test_the_compiler_never_records_graphs_of_its_own(mode, given, monkeypatch: pytest.MonkeyPatch):
+    asked: list[str | None] = []
+    monkeypatch.setattr(torch, "compile", lambda module, **options: asked.append(options["mode"]) or module)
+    compiling.compiled(torch.nn.Linear(2, 1), lambda module: module(torch.ones(1, 2)).sum(), mode)
+    assert asked == [given]

@@ -13,7 +13,7 @@ from torch import nn
 from indistill_fx.stages.stage import Stage
 from indistill_fx.training.options.settings import CompileMode
 
-# All stages share one `forward`, and the compiler counts by function: without this it gives up at the ninth stage of a process.
+# All stages share one `forward`, and the compiler counts by function: it would give up at the ninth stage of a process.
 _OWN_COUNT = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
 
 _MODES = {"default": None, "max-autotune": "max-autotune-no-cudagraphs"}
@@ -30,6 +30,8 @@ def compiled(stage: nn.Module, trial: Callable[[Any], Any], mode: CompileMode = 
     Returns:
         The module to train, and a note on how it went.
     """
+    if not _OWN_COUNT:
+        torch._dynamo.reset()  # the count too; the stages before need what was compiled for them no more
     options: dict[str, Any] = {"fullgraph": isinstance(stage, Stage), "mode": _MODES[mode], **_OWN_COUNT}
     found: Any = torch.compile(stage, **options)
     buffers = [(buffer, buffer.clone()) for buffer in stage.buffers()]
