@@ -78,7 +78,7 @@ def walk(folder: Path, guide: str, *, install: bool) -> list[dict[str, Any]]:
         if kind == "python" and not only_defines(block):
             steps.append(timed(file.name, [str(binaries / "python"), str(file)], clone, around))
         elif kind == "sh":
-            commands = block.replace("\\\n", " ").splitlines()
+            commands = [block] if re.search(r"^done$", block, re.MULTILINE) else block.replace("\\\n", " ").splitlines()
             steps += [timed(" ".join(command.split()), ["bash", "-ec", command], clone, around) for command in commands]
     return steps
 

@@ -118,14 +118,18 @@ def losses_page() -> str:
         what = ", ".join(reads[need] for need in sorted(kind.needs)) or "labels only"
         lines.append(f"| [`{name}`](#{kind.__module__}.{kind.__name__}) | {what} | {', '.join(given)} |")
     lines += ["", "## Main losses", ""]
-    lines += [f"::: {kind.__module__}.{kind.__name__}\n" for kind in MAIN_LOSSES.values()]
+    lines += [
+        f"::: {kind.__module__}.{kind.__name__}\n    options: {{ members: false }}\n" for kind in MAIN_LOSSES.values()
+    ]
     lines += [
         "## Warm-up losses",
         "",
         f"By their name in `--warmup-loss`: {', '.join(f'`{name}`' for name in WARMUP_LOSSES)}, in this order.",
         "",
     ]
-    lines += [f"::: {kind.__module__}.{kind.__name__}\n" for kind in WARMUP_LOSSES.values()]
+    lines += [
+        f"::: {kind.__module__}.{kind.__name__}\n    options: {{ members: false }}\n" for kind in WARMUP_LOSSES.values()
+    ]
     return "\n".join(lines).rstrip() + "\n"
 
 

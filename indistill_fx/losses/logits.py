@@ -14,7 +14,7 @@ from indistill_fx.losses.positions import are_classes, as_rows, counted, mean_ov
 
 
 class LabelsLoss(MainLoss):
-    """Cross-entropy with the labels alone; the teacher is not asked.
+    """Cross-entropy with the labels alone; the teacher is not used.
 
     Args:
         weight_labels: of the cross-entropy.
