@@ -32,7 +32,7 @@ class EpochLoader(ABC):
         least: batches of fewer samples, counted over all processes, are left out.
         left_out: how many were, so far.
         remarks: what a run should say of the loader, in sentences.
-        figures: mean and std per channel of values in [0, 1] that pictures are normalised by; None where nobody says.
+        figures: mean and std per channel of values in [0, 1] that images are normalised by; None if unknown.
     """
 
     def __init__(self, *, seed: int):
@@ -102,7 +102,7 @@ class EpochLoader(ABC):
     @property
     @abstractmethod
     def length(self) -> int | None:
-        """Batches in a whole epoch; None: nobody knows before its end."""
+        """Batches in a whole epoch; None: not known before its end."""
 
     def indexed(self, *, in_order: bool = False) -> Self:
         """The same loader with sample indices; `in_order`: every sample once, for one process. Only where `randomness` is None."""
@@ -213,7 +213,7 @@ class IndexedLoader(EpochLoader):
 
     @property
     def unknown(self) -> str:
-        """Why nobody knows what is drawn; empty where it is known."""
+        """Why it is not known what is drawn; empty if it is known."""
         return ""
 
     def by_view(self) -> Self:

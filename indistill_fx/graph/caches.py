@@ -72,7 +72,7 @@ def held_by(part: nn.Module) -> list[tuple[str, Any]]:
 
 
 def containers_of(parts: Iterable[nn.Module]) -> list[tuple[tuple[nn.Module, str], Container]]:
-    """The containers that stand in attributes of these modules, each with the module and the attribute; those inside them too."""
+    """The containers that are held in attributes of these modules, each with the module and the attribute; those inside them too."""
     seen = dict[int, Container]()
     found = list[tuple[tuple[nn.Module, str], Container]]()
     for part in parts:

@@ -1,7 +1,7 @@
 """All losses, and how one is built from its name.
 
 Warm-up losses compare one feature of the student with one of the teacher; main losses compare everything two networks
-deliver (`Outputs`) and add cross-entropy. Formulas, sources and deviations stand with each class.
+deliver (`Outputs`) and add cross-entropy. Each class gives its formula, source and deviations.
 """
 
 from indistill_fx.losses.base import EMBEDDING as EMBEDDING

@@ -20,8 +20,8 @@ class Outputs(NamedTuple):
     """What one network delivers for one batch; the main losses compare two of these.
 
     Attributes:
-        logits: what the model gives, (batch, classes) for a classifier; None where nobody asked for them.
-        embedding: the penultimate vector (batch, ...); None where nobody asked for it.
+        logits: what the model gives, (batch, classes) for a classifier; None if not requested.
+        embedding: the penultimate vector (batch, ...); None if not requested.
         features: pair name -> feature, shallow to deep; the same keys for teacher and student.
         indices: (batch,) each sample's place in the training set, for losses with `needs_indices`.
     """

@@ -17,7 +17,7 @@ class ReviewKDLoss(MapLoss):
     """Sum over pairs of `context_loss(r_i, f_t_i)`, with r_i the student's features from layer i on, fused from deep to shallow.
 
     From the deepest layer up: x = norm(conv1x1(f_s)); where something deeper has been fused, y = that, resized to x, and x = a_x x +
-    a_y y with (a_x, a_y) = sigmoid(conv1x1([x, y])) per position; r = norm(conv3x3(x)) in the teacher's width. x goes on to the next
+    a_y y with (a_x, a_y) = sigmoid(conv1x1([x, y])) per position; r = norm(conv3x3(x)) in the teacher's width. x is passed to the next
     shallower layer. All convolutions train with the student.
 
     Args:

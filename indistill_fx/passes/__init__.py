@@ -1,1 +1,1 @@
-"""The compiler's passes. `align` and `pipeline` put them together; what a pass is stands in `contract`."""
+"""The compiler's passes. `align` and `pipeline` combine them; `contract` defines what a pass is."""

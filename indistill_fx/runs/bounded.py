@@ -30,7 +30,7 @@ class Bounded(TorchDispatchMode):
         self._left = 4 * elements + _SLACK
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Count what is asked for, then go on."""
+        """Count what is requested, then continue."""
         named = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | (kwargs or {})
         size = named.get("size")
         if isinstance(size, (list, tuple)) and not func.is_view:

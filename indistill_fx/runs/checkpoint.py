@@ -1,6 +1,6 @@
 """Checkpoints: one safetensors file each, its header holding the state as JSON. No pickle, and never half a file.
 
-Everything that decides how a run goes on is in the one file, so that one rename makes the whole checkpoint.
+Everything that decides how a run continues is in the one file, so that one rename makes the whole checkpoint.
 """
 
 from __future__ import annotations

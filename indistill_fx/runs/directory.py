@@ -50,7 +50,7 @@ class RunDirectory:
 
     Args:
         path: made if absent.
-        resume: go on with the run that is in it (if there is one).
+        resume: continue the run that is in it, if there is one.
         writes: whether this process writes; under DDP only one does.
         trackers: names of the loggers that get the numbers of metrics.jsonl too.
 
@@ -137,7 +137,7 @@ class RunDirectory:
 
     @property
     def resumes(self) -> bool:
-        """Whether a run is to go on from a checkpoint that is here."""
+        """Whether a run is to continue from a checkpoint that is here."""
         return self._resume and self.has_checkpoint
 
     def report(self, **facts: Any) -> None:
@@ -151,7 +151,7 @@ class RunDirectory:
             save_json(self.path / "run.json", self._report)
 
     def begin(self, *, resumed: bool, **facts: Any) -> None:
-        """Start run.json, or go on with the one that is there.
+        """Start run.json, or continue the one that is there.
 
         Raises:
             TrainError: it cannot be written.
@@ -165,7 +165,7 @@ class RunDirectory:
         self.report(status="running", resumed=(times if isinstance(times, int) else 0) + int(resumed))
 
     def reported(self) -> dict[str, Any]:
-        """What run.json says; nothing where it cannot be read: the checkpoint alone decides how a run goes on."""
+        """What run.json says; nothing where it cannot be read: the checkpoint alone decides how a run continues."""
         try:
             found = json.loads(read_bounded(self.path / "run.json", MOST_BYTES))
         except (OSError, ValueError, RecursionError):

@@ -201,7 +201,7 @@ def _stage(
     before: Sequence[PassRecord] = (),
     **more: Any,
 ) -> Stage:
-    """A stage of two halves and the models they were made of; `more` are further arguments of `Stage`."""
+    """A stage of two halves and the models they were made from; `more` are further arguments of `Stage`."""
     own, other = halves
     graph, report = (own.value, own.report) if own is not None else (None, ())
     return Stage(

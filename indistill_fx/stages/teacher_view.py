@@ -29,7 +29,7 @@ class Given(NamedTuple):
 
     Attributes:
         input_size: of one sample: (channels, height, width).
-        normalisation: mean and std per channel; None where nobody says.
+        normalisation: mean and std per channel; None if unknown.
         classes: their names by label, if they have any.
     """
 

@@ -16,7 +16,7 @@ class Interrupted(KeyboardInterrupt):
     """A run was asked to stop and did; `str()` says what was saved.
 
     Args:
-        message: where the checkpoint is and how to go on.
+        message: where the checkpoint is and how to continue.
         number: the signal; the command line exits with 128 + number.
     """
 

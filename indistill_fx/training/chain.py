@@ -1,4 +1,4 @@
-"""Teacher → assistant → student: distil along a chain, each step a run of its own; an assistant made of the teacher."""
+"""Teacher → assistant → student: distil along a chain, each step a run of its own; an assistant made from the teacher."""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ def distill(
         val_loader: batches to validate on after every main epoch, by the task's metrics; the teacher is measured on them first.
         example_inputs: to trace plain modules with; by name, each model gets what it takes; None: taken from the first batch.
         teacher_view: how the teacher sees a batch: another size, normalisation or dtype, and which of its outputs are the student's
-            classes. None: as in the plan, else as known for its weights (see `load`; timm's `pretrained_cfg`), with a line that says so.
+            classes. None: as in the plan, else as known for its weights (see `load`; timm's `pretrained_cfg`), which is reported.
             The dtype and size that a traced model needs are determined automatically.
         logits: key or index of the logits, for models that return several outputs.
         run_dir: folder for checkpoints, metrics, plan and result; None: nothing is written.

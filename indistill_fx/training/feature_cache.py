@@ -5,7 +5,7 @@ the tap, the kept channels and the folding), the data with its transform, and th
 another key. One forward pass of the teacher over the data serves all stages that are missing.
 
 Refused where a sample may look different from epoch to epoch, but for fixed views, whose features are kept one view after the other.
-What it will take is said, and compared with the free space, before it starts.
+The space it needs is reported, and compared with the free space, before it starts.
 """
 
 from __future__ import annotations
@@ -217,7 +217,7 @@ def _read_index(folder: Path) -> dict[str, _Entry]:
 
 
 def _is_whole(folder: Path, stage: Stage, say: Callable[[str], None]) -> bool:
-    """Whether a folder holds what was written into it; one that does not is said, and removed."""
+    """Whether a folder holds what was written into it; one that does not is reported and removed."""
     if not folder.exists():
         return False
     fault = fault_of(folder)

@@ -62,13 +62,13 @@ def identity_of(
 def changes(
     asked: Mapping[str, Any], saved: Mapping[str, Any], path: Path, *, allowed: Sequence[str] = ()
 ) -> dict[str, tuple[Any, Any]]:
-    """What differs between a run that is to go on and the one a checkpoint is of, all of it allowed: name → (saved, asked).
+    """What differs between a resumed run and the one that a checkpoint belongs to, all of it allowed: name → (saved, asked).
 
     More epochs need no permission, where they do not change the learning rate of those before. What the checkpoint does not know,
     because an earlier version wrote it, does not count.
 
     Args:
-        asked: the identity of the run that is to go on.
+        asked: the identity of the resumed run.
         saved: that of the checkpoint.
         path: the checkpoint.
         allowed: names that may differ.

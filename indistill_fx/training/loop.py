@@ -350,7 +350,7 @@ class TrainingLoop:
         return not_finite_error(where, what, kept=kept)
 
     def resume(self, path: Path, allowed: Sequence[str]) -> dict[str, tuple[Any, Any]]:
-        """Go on from a checkpoint; says what differs (see `Saver.read`).
+        """Continue from a checkpoint; reports what differs (see `Saver.read`).
 
         Raises:
             ConfigError: it is unreadable, or of another run; names what differs.
@@ -370,7 +370,7 @@ class TrainingLoop:
             raise self._failed(name, f"`{bad}` is not finite")
 
     def _asked(self) -> tuple[bool, bool]:
-        """Whether a signal asks to stop, or to save and go on, in any of the processes: they do so after the same step."""
+        """Whether a signal asks to stop, or to save and continue, in any of the processes: they do so after the same step."""
         asked = [self._stop.number is not None, self._stop.save]
         self._stop.save = False
         if self._accelerator.num_processes > 1:

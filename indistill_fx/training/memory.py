@@ -1,4 +1,4 @@
-"""What is said when a device has no memory left."""
+"""The errors for a device that has no memory left."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def noticing_full_memory(stage: str, batch: Any, *, accumulate: int, kept: bool)
         stage: the name of the stage that trains.
         batch: what it trains on.
         accumulate: batches per optimiser step, as the run has it.
-        kept: whether there is a checkpoint to go on from.
+        kept: whether there is a checkpoint to continue from.
 
     Raises:
         TrainError: the device is out of memory; names stage and batch size.

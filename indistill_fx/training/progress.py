@@ -33,7 +33,7 @@ class Seen:
     """What is known of a stage.
 
     Attributes:
-        total: its optimiser steps, at most; None: nobody knows before its first epoch ends.
+        total: its optimiser steps, at most; None: not known before its first epoch ends.
         step: those done.
         losses: of its finished epochs, and last the running one's.
         ended: epochs finished.
@@ -235,7 +235,7 @@ class Reporter:
         self.say(f"Teacher's {self._board.metric.title}: {self._board.metric.text(value)}")
 
     def open(self, stage: str, step: int, *, tap: str = "") -> None:
-        """Begin a stage, or go on with it at a step.
+        """Begin a stage, or continue it at a step.
 
         Args:
             stage: its name, which is the student's layer.

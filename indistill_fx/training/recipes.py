@@ -2,7 +2,7 @@
 
 ifx.distill(teacher, student, loader, **RECIPES["paper"].student)
 
-And `default_curriculum`: the warm-up that is taken where nobody asks for one.
+And `default_curriculum`: the warm-up that is used if none is requested.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ RECIPES: dict[str, Recipe] = {
         },
         assistant={"curriculum": NO_WARMUP, "epochs": 33, "milestones": [30]},
     ),
-    # For a student made of the teacher: all pairs at once, then KD (docs/compress.md).
+    # For a student made from the teacher: all pairs at once, then KD (docs/compress.md).
     "compress": Recipe(
-        "For a student made of the teacher: 6 epochs of MSE for all pairs at once, then KD for 14, cosine.",
+        "For a student made from the teacher: 6 epochs of MSE for all pairs at once, then KD for 14, cosine.",
         student={
             "main": "kd",
             "epochs": 14,
@@ -108,7 +108,7 @@ def default_curriculum(
 
     A student of the teacher's own kind (the same convolutions, linear layers and attentions in the same order, in any widths) can
     hold the teacher's features, and learns all pairs at once for half as long as the main stage; one of another kind cannot, and has
-    none. Nor has one of another task than classification, unless it was made of the teacher: there a warm-up was not seen to pay
+    none. Nor has one of another task than classification, unless it was made from the teacher: there a warm-up was not seen to pay
     (docs/tasks.md).
 
     Args:
@@ -144,7 +144,7 @@ def default_curriculum(
 
 
 def least_steps(share: float, *, made: bool) -> int:
-    """How many optimiser steps a warm-up needs to pay, for a student with this share of the teacher's MACs; made of it, or new."""
+    """How many optimiser steps a warm-up needs to pay, for a student with this share of the teacher's MACs; made from it, or new."""
     return _LEAST_STEPS_SMALL if share < _SMALL and not made else _LEAST_STEPS
 
 

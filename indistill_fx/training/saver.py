@@ -1,4 +1,4 @@
-"""The checkpoint of a run: written between any two steps, read back, and put into the phase that goes on."""
+"""The checkpoint of a run: written between any two steps, read back, and put into the phase that continues."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Saver:
 
     @property
     def resumed(self) -> bool:
-        """Whether a checkpoint was read, and its run goes on within a phase."""
+        """Whether a checkpoint was read, and its run continues within a phase."""
         return self._read is not None
 
     @property
@@ -81,7 +81,7 @@ class Saver:
         return nullcontext() if self.shards is None else self.shards.whole()
 
     def read(self, path: Path, allowed: Sequence[str]) -> tuple[State, dict[str, tuple[Any, Any]]]:
-        """Where the run of a checkpoint stands; its tensors are put into the student, or kept for the phase that goes on.
+        """Where the run of a checkpoint stands; its tensors are put into the student, or kept for the phase that continues.
 
         Args:
             path: the checkpoint.
@@ -112,7 +112,7 @@ class Saver:
         return state, found
 
     def restore_phase(self, phase: Phase) -> None:
-        """Write what was read into the tensors of the phase that goes on."""
+        """Write what was read into the tensors of the phase that continues."""
         if self._read is not None and self._read[1]["optimizer"] is not None:
             restore_model(model_tensors(self._student, phase.module, without=phase.teacher), self._read[0])
 

@@ -154,7 +154,7 @@ _IN_FILES = {"phase": "leg"}
 
 
 def placed(state: State, before: Sequence[str], phases: Sequence[Phase], path: Path) -> State:
-    """The state of a checkpoint among the phases of the run that goes on, which may be others than they were.
+    """The state of a checkpoint among the phases of the resumed run, which may differ from the saved ones.
 
     A finished run whose main stage is to have more epochs stands in that stage again.
 

@@ -101,7 +101,7 @@ def task_of_run(
 
 
 _LOOKED_AT = 20
-"""Batches, before it is said that none of their labels counts."""
+"""Batches, before labels of which none is usable are refused."""
 
 
 def _require_labels(

@@ -84,7 +84,7 @@ class Trainer:
         val_loader: validation batches, or None.
         settings: how.
         run_dir: where the run is kept; None: nowhere.
-        resume: go on with the run in `run_dir`, if there is one.
+        resume: continue the run in `run_dir`, if there is one.
         allow_changed: what may then be other than it was.
         progress: show how it is getting on.
         logits: which entry of a model's output the logits are, if it has several.
@@ -111,7 +111,7 @@ class Trainer:
 
         Raises:
             ConfigError: options, models, data or directory are at fault.
-            TrainError: training cannot go on.
+            TrainError: training cannot continue.
             Interrupted: a signal arrived; a checkpoint was saved.
         """
         forget_sources()  # of earlier runs
@@ -258,7 +258,7 @@ class Trainer:
         return lines
 
     def _resume(self, loop: TrainingLoop, directory: RunDirectory, reporter: Reporter) -> list[Any]:
-        """Go on from the last checkpoint; all that is other than it was, for run.json."""
+        """Continue from the last checkpoint; returns everything that has changed, for run.json."""
         found = loop.resume(directory.path / LAST, self.allow_changed)
         directory.rewind(loop.state.epochs, loop.state.all_steps)
         reporter.say(f"Resumed after {loop.state.all_steps} steps.")

@@ -41,7 +41,7 @@ class RecordedGraph:
 
     Args:
         module: what runs.
-        loose: tensors that stand in attributes, are not buffers, and are changed by the code; by name.
+        loose: tensors that are held in attributes, are not buffers, and are changed by the code; by name.
     """
 
     def __init__(self, module: nn.Module, loose: Mapping[str, Tensor]):

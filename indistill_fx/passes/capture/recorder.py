@@ -43,7 +43,7 @@ class Recorder(RecordedGraph, TorchFunctionMode):
     Args:
         module: the module; its code is run, its weights are not changed, its buffers may be.
         leaves: paths of submodules to keep as one node.
-        loose: tensors that stand in attributes, are not buffers, and are changed by the code; by name.
+        loose: tensors that are held in attributes, are not buffers, and are changed by the code; by name.
         give_up_submodules: keep the smallest submodule that cannot be traced as one node, instead of failing.
     """
 

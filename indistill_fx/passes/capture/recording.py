@@ -5,7 +5,7 @@ Rules, in order:
      ranks, devices or tuples finds them, so nearly all Python code works.
   2. Sizes are `symbolic_sizes.Size`: symbolic as long as they can be, decided by the example (and recorded) where code needs a plain int.
   3. Code that asks for the data itself (`if x.sum() > 0`, `x.item()`, `x.numpy()`) cannot be traced, nor can code that fails
-     because of rule 1 or 2. In the third method the innermost module that contains it becomes one node, and recording goes on; so does
+     because of rule 1 or 2. In the third method the innermost module that contains it becomes one node, and recording continues; so does
      a module whose code decides by the batch size.
   4. What code computes without autograd while it is on is detached in the graph. A custom `autograd.Function` is recorded as the
      operations of its forward; where its gradient is another than theirs, the third method keeps it as one node.

@@ -85,7 +85,7 @@ RULES: dict[str, Rule] = {
 
 
 def consult(cut: Cut, facts: Mapping[str, NodeFacts]) -> Propagation | Blocked:
-    """How a selection is had, by the rule of the node's operation."""
+    """How a selection is obtained, by the rule of the node's operation."""
     node = cut.node
     if node.name not in facts:
         return Blocked("its value is not one tensor")
@@ -129,7 +129,7 @@ def _without_ones(cut: Cut, shape: tuple[int, ...]) -> Propagation | None:
 
 
 def trace_back(cuts: Iterable[Cut], facts: Mapping[str, NodeFacts]) -> dict[Cut, Propagation | Blocked]:
-    """Every selection that the given ones come down to, with how it is had. A selection of everything is the node itself."""
+    """Every selection that the given ones lead to, with how it is obtained. A selection of everything is the node itself."""
     answers: dict[Cut, Propagation | Blocked] = {}
     open_cuts = list(cuts)
     while open_cuts:

@@ -132,7 +132,7 @@ def make_pair(
     score: float,
     reason: str,
 ) -> Pair:
-    """A pair as it stands in a plan.
+    """A pair as a plan holds it.
 
     Args:
         sides: teacher and student.

@@ -17,7 +17,7 @@ class RunnerUp(NamedTuple):
     """A pair that was not chosen.
 
     Attributes:
-        pair: as it would stand in the plan.
+        pair: as the plan would hold it.
         evidence: for it.
         why: it lost.
     """
@@ -48,7 +48,7 @@ def explain(
     Args:
         sides: teacher and student.
         chosen: the pairs found.
-        pairs: the same, as they stand in the plan.
+        pairs: the same, as the plan holds them.
         places: the candidates of both sides.
         table: the evidence for each two of them.
 

@@ -53,7 +53,7 @@ class Place:
         depth: share of MACs spent so far.
         order: relative position among the stages; 1 is the last.
         weight: how much of a stage it is, 0 to 1.
-        source: form of the model's input: axes of space, and whether it holds numbers (not ids); None where nobody knows.
+        source: form of the model's input: axes of space, and whether it holds numbers (not ids); None if unknown.
         is_output: an output of a feature pyramid.
     """
 

@@ -173,7 +173,7 @@ def keep_classes(model: TracedModel, known: Analysis, stay: Mask) -> PassResult[
     """The smaller network of the classes that stay, compared with the original's masked run.
 
     Raises:
-        PassError: they differ: a mistake of ours.
+        PassError: they differ: a bug in indistill-fx.
     """
     found, classes, cost = known.found, known.classes, known.cost
     stay = refill(found, classes, stay)

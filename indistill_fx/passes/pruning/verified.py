@@ -31,7 +31,7 @@ def verify_smaller(model: TracedModel, smaller: fx.GraphModule, axes: Any) -> No
         axes: the entries that stay, per node and axis (see `ShrinkReport`).
 
     Raises:
-        PassError: the smaller network fails or computes something else, which is a mistake of ours.
+        PassError: the smaller network fails or computes something else, which is a bug in indistill-fx.
     """
     with evaluating(model.graph_module), evaluating(smaller):
         for inputs in _examples(model):

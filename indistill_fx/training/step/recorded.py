@@ -5,10 +5,10 @@ Rules, in order:
      what lasts, such as the optimiser's state.
   2. The last of these are watched. A step that waits for the device, draws random numbers on the host, changes Python state of its
      modules, or computes with other numbers than the one before (a weight that follows a count) cannot be recorded: replayed, it would not
-     do that again. It is named, and the stage goes on unrecorded. Of what torch.compile has made the numbers are not seen.
+     do that again. It is named, and the stage continues unrecorded. Of what torch.compile has made the numbers are not seen.
   3. The next step is taken as it is, too. Then all is put back as it was before it, the step is recorded on a copy of the watched batch,
      which stays in its place, and replayed on this one. Where that leads elsewhere, or cannot be done (for want of memory, for example),
-     what the step did as it is counts, and the stage goes on unrecorded. So the device never holds the tensors of a step and of a
+     what the step did as it is counts, and the stage continues unrecorded. So the device never holds the tensors of a step and of a
      recording at once, and what a recording keeps of its own batch and random numbers is found.
   4. The recording is replayed on every later batch of that form, which is copied over the last one.
   5. Batches of another form (the last one of an epoch may be smaller) run as they are. A stage whose batches have ever new forms is not
