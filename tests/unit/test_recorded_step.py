@@ -675,8 +675,8 @@ def test_a_run_is_recorded_once_a_stage_and_ends_with_the_bits_of_one_that_is_no
     assert record.metrics == expected.metrics and record.average == expected.average
 
 
-@pytest.mark.parametrize("graphs", [True, False])
-def test_a_recorded_run_is_resumed_with_or_without_recording(graphs, on_a_tape, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("first", "then"), [("auto", True), ("auto", False), (False, True)])
+def test_a_run_is_resumed_with_recording_or_without(first, then, on_a_tape, tmp_path, monkeypatch):
     from indistill_fx.training.loop import TrainingLoop
 
     whole, again, count, original = seeded(Cnn32), seeded(Cnn32), [0], TrainingLoop._after_step
@@ -690,8 +690,8 @@ def test_a_recorded_run_is_resumed_with_or_without_recording(graphs, on_a_tape, 
 
     monkeypatch.setattr(TrainingLoop, "_after_step", stopping)
     with pytest.raises(RuntimeError, match="pulled the plug"):
-        run(seeded(Cnn32), run_dir=tmp_path, checkpoint_every_steps=1)
-    run(again, run_dir=tmp_path, checkpoint_every_steps=1, resume=True, graphs=graphs)
+        run(seeded(Cnn32), run_dir=tmp_path, checkpoint_every_steps=1, graphs=first)
+    run(again, run_dir=tmp_path, checkpoint_every_steps=1, resume=True, graphs=then)
     for name, value in whole.state_dict().items():
         assert torch.equal(again.state_dict()[name], value), name
 

@@ -18,6 +18,7 @@ import indistill_fx as ifx
 from indistill_fx.losses.registry import MAIN_LOSSES, WARMUP_LOSSES
 from indistill_fx.passes.lowering.table import LOWERINGS
 from indistill_fx.target import Target
+from indistill_fx.training.supervised import Supervised
 from tests.nets import Cnn32, Residual, TinyTransformer, images, seeded
 
 
@@ -100,6 +101,11 @@ def test_nor_do_those_for_maps_and_for_the_teachers_classifier():
 def test_nor_does_any_task(task, labels):
     stage = ifx.compile_stages(*pair(), example_inputs=images(6, 32), task=task)[-1]
     assert loss_there(stage, [images(6, 32), labels]).device.type == "cuda"
+
+
+@pytest.mark.parametrize("labels", [LABELS, torch.full((6, 10), 0.1)], ids=["classes", "probabilities"])
+def test_nor_does_training_on_labels_alone(labels):
+    assert loss_there(Supervised(seeded(Cnn32)), [images(6, 32), labels]).device.type == "cuda"
 
 
 @pytest.mark.parametrize(
