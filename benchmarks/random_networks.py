@@ -2,8 +2,8 @@
 
 A network is a stem, two or three stages of random blocks, and a head. Blocks are residual, concatenating, grouped,
 depthwise, shared, in place, gated, attending (three spellings), channels last, reshaping, shuffling, splitting,
-upsampling, functional; they read sizes from tensors, hand on lists of parts, ask for the mode, put the length first,
-write slices, or have weight norms, spectral norms and masks. Batch norms and layer scales hold random values, so that
+upsampling, functional, recurrent, deformed; they read sizes from tensors, hand on lists of parts, ask for the mode, put the length first,
+write slices, look for maxima, or have weight norms, spectral norms and masks. Batch norms and layer scales hold random values, so that
 no check passes on zeros and ones.
 """
 
@@ -16,7 +16,9 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 import torch.nn.utils.prune
+from random_blocks import MORE_BLOCKS, MORE_USES
 from torch import Tensor, nn
+from torchvision.ops import DeformConv2d
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,9 @@ class Block(nn.Module):
         self.scale = nn.Parameter(torch.rand(w, 1, 1) + 0.5)
         self.weight = nn.Parameter(torch.randn(w, w, 3, 3) / (3 * w**0.5))
         self.deconv = nn.ConvTranspose2d(w, w, 2, stride=2)
+        self.factor = nn.Parameter(torch.rand(w) + 0.5)
+        self.offset, self.deform = nn.Conv2d(w, 18, 3, padding=1), DeformConv2d(w, w, 3, padding=1)
+        self.gru, self.lstm = nn.GRU(w, hidden, batch_first=True), nn.LSTM(w, hidden)
         half = w // 2
         self.part = nn.Conv2d(half, half, 3, padding=1)
         self.wide = nn.Conv2d(w, w - half, 5, padding=2)
@@ -333,6 +338,7 @@ BLOCKS: dict[str, Callable[[Block, Tensor], Tensor]] = {
     "weight norm": _residual,
     "spectral norm": _residual,
     "pruned": _residual,
+    **MORE_BLOCKS,
 }
 _USES = {
     "residual": "conv norm act",
@@ -371,6 +377,7 @@ _USES = {
     "weight norm": "conv norm act",
     "spectral norm": "conv norm act",
     "pruned": "conv norm act",
+    **MORE_USES,
 }
 
 
