@@ -397,3 +397,29 @@ def test_a_stage_may_be_left_with_one_position_and_a_summary_is_no_stage(size: i
 def test_resnet_18_has_four_stages_on_small_images_too() -> None:
     model = trace(torchvision.models.resnet18(num_classes=10), torch.randn(2, 3, 32, 32))
     assert [model.tap_name(stage.exit.output) for stage in stages(model)] == ["layer1", "layer2", "layer3", "layer4"]
+
+
+NAMED: dict[str, Callable[[Tensor], Tensor]] = {
+    "max": lambda x: x.max(2).values,
+    "min, by place": lambda x: torch.min(x, dim=2)[0],
+    "sort": lambda x: x.sort(2).values[:, :, 0],
+    "topk": lambda x: x.topk(3, 2).values.mean(2),
+    "median": lambda x: x.median(2).values,
+    "kthvalue": lambda x: torch.kthvalue(x, 2, 2).values,
+    "cummax": lambda x: x.cummax(2).values.mean(2),
+}
+
+
+class Named(nn.Module):
+    def __init__(self, way: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.way, self.fc = way, nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.way(x.flatten(2)))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_the_path_goes_through_results_that_have_names(name: str) -> None:
+    model = traced(conv(3, 4, stride=2), conv(4, 8, stride=2), Named(NAMED[name]), size=16)
+    assert [stage.exit.output for stage in stages(model)] == ["_0_2", "_1_2"]

@@ -37,7 +37,7 @@ _MOST, _LONG = 0.5, 6
 
 _NO_INFORMATION = frozenset(
     (
-        *("size", "shape", "getattr", "dim", "ndimension", "len", "numel", "item", "stride", "device", "dtype"),
+        *("size", "shape", "dim", "ndimension", "len", "numel", "item", "stride", "device", "dtype"),
         *("sym_size", "sym_numel", "argmax", "argmin", "argsort", "zeros_like", "ones_like", "full_like", "empty_like"),
         *("rand_like", "randn_like", "new_zeros", "new_ones", "new_full", "new_empty", "new_tensor"),
     )
@@ -171,6 +171,8 @@ def _reached(source: str, traced: TracedModel) -> dict[str, Names]:
 
 def _carries(node: fx.Node, facts: Mapping[str, NodeFacts]) -> bool:
     known = facts.get(node.name)
+    if op_name(node) == "getattr":  # `x.max(1).values`, but not `x.shape`
+        return known is not None and known.dtype.is_floating_point
     return (known is None or known.dtype != torch.bool) and op_name(node) not in _NO_INFORMATION
 
 
