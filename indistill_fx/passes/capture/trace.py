@@ -234,19 +234,18 @@ def _require_gradients(module: nn.Module) -> None:
 
 
 def _not_left(reference: Reference, known: Known, leaves: Sequence[str]) -> tuple[str, ...]:
-    """What the report says of attributes that the forward changes, and the graph does not or other than the user may think."""
+    """What the report says of attributes that the forward changes."""
     if not reference.changed:
         return ()
     kept = {name for name, _ in known.graph_module.named_buffers()}
     loose = [name for name in reference.changed if name in kept]
     inside = tuple(f"{leaf}." for leaf in leaves)
     left = [name for name in reference.changed if name not in kept and not name.startswith(inside)]
-    notes = []
-    if loose:
-        notes.append(f"{_names(loose)}: kept from call to call, but no buffer, so a checkpoint does not hold it")
-    if left:
-        notes.append(f"{_names(left)}: set by the forward, and not by the graph, whose outputs do not depend on it")
-    return tuple(notes)
+    notes = {
+        "kept from call to call, but no buffer, so a checkpoint does not hold it": loose,
+        "set by the forward, and not by the graph, whose outputs do not depend on it": left,
+    }
+    return tuple(f"{_names(names)}: {note}" for note, names in notes.items() if names)
 
 
 def _names(names: Sequence[str]) -> str:
@@ -306,16 +305,9 @@ def _attempt(
     graph_module = captured.graph_module
     if own_flags:
         own_layers(graph_module)
+    given = reference.module, reference.inputs, reference.kwargs
     with reference.kept(graph_module):
-        known = infer_facts(
-            graph_module,
-            reference.module,
-            reference.inputs,
-            reference.kwargs,
-            logits=logits,
-            reference=reference,
-            size_free=method == "symbolic",
-        )
+        known = infer_facts(graph_module, *given, logits=logits, reference=reference, size_free=method == "symbolic")
     if own_flags:
         own_state(known.graph_module, reference.changed.values(), reference.written)
     return captured, known
