@@ -38,8 +38,8 @@ def test_nothing_is_changed():
 @pytest.mark.parametrize(
     ("last", "told"),
     [
-        (lambda y: y, r"It gives a tensor of shape \(4, 2\), not one number"),
-        (lambda y: 1.0, "It gives a float"),
+        (lambda y: y, r"It returns a tensor of shape \(4, 2\), not one number"),
+        (lambda y: 1.0, "It returns a float"),
         (lambda y: y.sum().detach(), "would train nothing"),
         (lambda y: y.sum().long(), "not one number"),
         (lambda y: y[9], r"It fails on the first batch: IndexError: .*test_trial\.py:"),
