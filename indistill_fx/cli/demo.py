@@ -13,7 +13,7 @@ from indistill_fx.cli import common
 def command(output: str | None, seed: int) -> None:
     """Run every step on data that ships with scikit-learn: a teacher, a student made from it, distillation, ONNX, a comparison.
 
-    The student has a twentieth of the teacher's multiply-accumulates and a hundred labelled images. It is trained in six ways, for the
+    The student has 3% of the teacher's multiply-accumulates and a hundred labelled images. It is trained in six ways, for the
     same number of epochs: with labels, with knowledge distillation (KD), and with the InDistill warm-up followed by KD; each from fresh
     weights and compressed from the teacher. The demo needs no network connection and takes about a minute on two cores.
     """
