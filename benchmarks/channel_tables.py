@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Iterable
 from typing import Any
 
 _CNN = (
@@ -32,12 +33,14 @@ def older(record: Any) -> str:
     new, old = (sorted(name for name in models if _is_new(record, name) is wanted) for wanted in (True, False))
     if not new or not old:
         return ""
-    told = (
-        f"rows of earlier days: {', '.join(old)}"
-        if len(old) < len(new)
-        else f"these: {', '.join(new)}; the others earlier"
-    )
-    return f"\n\nMeasured on {record['date'][:10]}: {len(new)} of {len(models)}; {told}."
+    which, names = ("rows of earlier days", old) if len(old) < len(new) else ("measured that day", new)
+    title = f"Measured on {record['date'][:10]}: {len(new)} of {len(models)} ({which})"
+    return f"\n\n{folded(title, names)}"
+
+
+def folded(title: str, names: Iterable[str]) -> str:
+    """A list of names that opens with a click, so that tables do not stand pages apart."""
+    return f"<details><summary>{title}</summary>{', '.join(names)}.</details>"
 
 
 def _is_new(record: Any, name: str) -> bool:

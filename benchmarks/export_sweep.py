@@ -31,6 +31,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from channel_tables import folded
+
 TOLERANCE = 1e-3
 BATCHES = (1, 2, 3)
 SIZE = 128
@@ -316,7 +318,7 @@ def table(record: dict[str, Any]) -> str:
     if agreeing:
         worst = max(agreeing, key=lambda spec: agreeing[spec]["max_rel"])
         lines += ["", f"Largest difference: {agreeing[worst]['max_rel']:.1e} of the output's range (`{worst}`)."]
-        lines += ["", "Agree: " + ", ".join(f"`{spec}`" for spec in sorted(agreeing)) + "."]
+        lines += ["", folded("Agree", sorted(agreeing))]
     others = {spec: row for spec, row in rows.items() if row["status"] != "agrees"}
     if others:
         lines += ["", "| model | | reason |", "|---|---|---|"]
