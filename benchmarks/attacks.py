@@ -45,6 +45,8 @@ def run_one(make: Make, folder: Path, canary: Path) -> dict[str, Any]:
     except Exception as error:  # torch itself does not write it
         return {"outcome": "not made", "said": f"{type(error).__name__}: {error}"[:200]}
     before, start = {str(path) for path in folder.rglob("*")}, time.monotonic()
+    key = home / ".local" / "state" / "indistill-fx" / "key"  # the user's own, which a run makes that the user starts
+    before |= {str(path) for path in (key, *key.parents)}
     asked = [arguments[k + 1] for k, argument in enumerate(arguments) if argument == "-o"]
     child = os.fork()
     if not child:

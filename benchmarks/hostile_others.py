@@ -122,7 +122,8 @@ def hostile_onnx(canary: str) -> Iterator[tuple[str, Make]]:
     }
     for name, model in made.items():
         for way, command in ways.items():
-            if way == "timed" and name in list(greedy())[:7]:
+            runs_long = list(greedy())[6:7] if way == "a black box" else list(greedy())[:7] if way == "timed" else ()
+            if name in runs_long:
                 continue  # to run such a file is to do what it asks for, and that is not bounded
 
             def make(folder: Path, model: Any = model, command: Any = command) -> list[str]:
@@ -154,11 +155,13 @@ def _named(name: str) -> Make:
 # ---- saved outputs -------------------------------------------------------------------------------------------------------
 def hostile_outputs(canary: str) -> Iterator[tuple[str, Make]]:
     """`saved:DIR` as a teacher."""
-    logits = torch.zeros(1438, 10)
-    state = {"schema_version": 1, "data": "x", "samples": 1438, "teacher": "t", "axes": {}}
+    logits = torch.zeros(1442, 10)
+    state = {"schema_version": 1, "data": "x", "samples": 1442, "teacher": "t", "axes": {}}
 
     def tables(tensors: dict[str, Any], **more: Any) -> Callable[[Path], None]:
-        return lambda path: save_file(tensors, path, {"state": json.dumps({**state, **more})})
+        return lambda path: save_file(
+            {name: tensor.clone() for name, tensor in tensors.items()}, path, {"state": json.dumps({**state, **more})}
+        )
 
     evil = pickle.dumps(Reduced(os.system, (f"touch {canary}",)))
     code = f'x"; __import__("os").system("touch {canary}"); "'

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -13,7 +14,7 @@ from typing import Any
 import click
 
 from indistill_fx.errors import IndistillError
-from indistill_fx.system.terminal import paragraph, printable
+from indistill_fx.system.terminal import paragraph, printable, tell
 from indistill_fx.version import __version__
 
 _COMMANDS: dict[str, str] = {
@@ -99,35 +100,46 @@ def run(arguments: list[str]) -> int:
     except click.ClickException as error:
         with StringIO() as text:
             error.show(text)
-            click.echo(printable(text.getvalue()), err=True, nl=False)
+            tell(printable(text.getvalue()).rstrip("\n"))
         return 2
     except (click.exceptions.Abort, KeyboardInterrupt) as error:
         number = getattr(error, "number", None) or getattr(error.__cause__, "number", None)  # a run that saved itself
-        click.echo("Stopped.", err=True)
+        tell("Stopped.")
         return 128 + (number or signal.SIGINT)
     except BrokenPipeError:
         sys.stderr.close()
         return 0
-    except Exception as error:  # the last line of defence: report it as our fault
-        if debug:
-            _trace(error)
-        click.echo(
-            f"indistill-fx failed, and it is our fault: {type(error).__name__}: {paragraph(str(error))}\n"
-            + ("Report it" if debug else "Run the same command with --debug for the traceback, and report it")
-            + ", please.",
-            err=True,
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            return _our_fault(error, debug=debug)
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
+        tell(
+            f"Error: What was to be written found no space: {paragraph(str(error))}. Free some, and start the command again."
         )
-        return 1
+        return 2
+    except Exception as error:  # the last line of defence: report it as our fault
+        return _our_fault(error, debug=debug)
     return result if isinstance(result, int) else 0
+
+
+def _our_fault(error: Exception, *, debug: bool) -> int:
+    if debug:
+        _trace(error)
+    tell(
+        f"indistill-fx failed, and it is our fault: {type(error).__name__}: {paragraph(str(error))}\n"
+        + ("Report it" if debug else "Run the same command with --debug for the traceback, and report it")
+        + ", please."
+    )
+    return 1
 
 
 def _tell(error: IndistillError, *, debug: bool) -> None:
     if debug:
         _trace(error)
-    click.echo(f"Error: {paragraph(str(error))}", err=True)
+    tell(f"Error: {paragraph(str(error))}")
 
 
 def _trace(error: BaseException) -> None:
     import traceback
 
-    click.echo(printable("".join(traceback.format_exception(error))), err=True)
+    tell(printable("".join(traceback.format_exception(error))))

@@ -98,9 +98,9 @@ def console() -> Console:
 
 def say(text: str) -> None:
     """A line on standard error. Names in it may come from a file of somebody else."""
-    from indistill_fx.system.terminal import one_line
+    from indistill_fx.system.terminal import one_line, tell
 
-    click.echo(one_line(text), err=True)
+    tell(one_line(text))
 
 
 def say_json(value: Any) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import math
 import os
 import secrets
+import shutil
 import stat
 import tempfile
 from collections.abc import Callable, Iterator
@@ -33,10 +35,12 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """
     draft = None
     try:
+        clear_drafts(path.parent, path.name)
         draft = new_draft(path)
-        write(draft)
-        _sync(draft)
-        os.replace(draft, path)
+        with _being_written(draft):
+            write(draft)
+            _sync(draft)
+            os.replace(draft, path)
         _sync(path.parent)
     except (OSError, SafetensorError) as error:
         raise TrainError(
@@ -72,11 +76,41 @@ def append_line(path: Path, line: str) -> None:
         file.write(line + "\n")
 
 
-def clear_drafts(folder: Path) -> None:
-    """Remove what killed processes left of their drafts; for a folder that nobody else writes just now."""
-    for entry in folder.glob(f".*{_DRAFT}"):
+@contextmanager
+def _being_written(draft: Path) -> Iterator[None]:
+    """Within it, others see that the draft, a file or a folder, has a writer. The mark goes when the process does, however it ends."""
+    descriptor = os.open(draft, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+    try:
+        _mark(descriptor)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _mark(descriptor: int) -> bool:
+    """Whether nobody else has marked it; False also where the file system knows no marks."""
+    try:
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (OSError, ImportError):
+        return False
+    return True
+
+
+def clear_drafts(folder: Path, name: str = "") -> None:
+    """Remove what killed processes left of their drafts: of one file, or of all in a folder. Those with a living writer stay."""
+    for entry in folder.glob(f".{glob.escape(name[:100])}*{_DRAFT}"):
         with suppress(OSError):
-            entry.unlink()
+            if entry.is_symlink():
+                entry.unlink()
+                continue
+            descriptor = os.open(entry, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+            try:
+                if _mark(descriptor):
+                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            finally:
+                os.close(descriptor)
 
 
 def save_json(path: Path, value: Any) -> None:
@@ -138,14 +172,15 @@ def staged(target: Path) -> Iterator[Path]:
     if os.path.isdir(target) or not target.name:
         raise ConfigError(f"Cannot write `{target}`: it is a directory.", where=str(target), hint="Name a file in it.")
     try:
-        holder = tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent)
+        clear_drafts(target.parent, target.name)
+        holder = tempfile.TemporaryDirectory(prefix=f".{target.name[:100]}.", suffix=_DRAFT, dir=target.parent)
     except OSError as error:
         raise ConfigError(
             f"Cannot write `{target}`: {error.strerror or error}: `{target.parent}`.", where=str(target),
             hint="Give a path in a directory that exists and may be written.",
         ) from error  # fmt: skip
     try:
-        with holder as directory:
+        with holder as directory, _being_written(Path(directory)):
             draft = Path(directory) / target.name
             yield draft
             # Weights first: the model's own file is what others look for, so it comes last.

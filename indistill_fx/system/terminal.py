@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, TypeVar
 
+import click
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 from rich.text import Text
@@ -55,6 +59,14 @@ def paragraph(text: str) -> str:
     'torch says: no'
     """
     return printable(" ".join(part for line in text.split("\n") if (part := line.strip())))
+
+
+def tell(text: str) -> None:
+    """A line on standard error; one that is closed, or full, costs no work."""
+    try:
+        click.echo(text, err=True)
+    except (OSError, ValueError):
+        sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 (for the rest of the process)
 
 
 class SafeConsole(Console):

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+import indistill_fx as ifx
 from indistill_fx.errors import ConfigError
+from indistill_fx.system.files import replace_file
+from indistill_fx.system.files import write as write_file
 from tests.faults.harness import STEPS, Victims, finishes_as_if_nothing_happened, run, steps_saved
 
 # Where the kill falls: the draft half written, written and not synced, synced and not renamed, renamed.
@@ -68,3 +73,43 @@ def test_a_second_run_is_refused_and_a_killed_one_leaves_no_lock(tmp_path: Path,
         os.kill(child, signal.SIGKILL)
         assert victims.end(child) == -signal.SIGKILL
     finishes_as_if_nothing_happened(place)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from indistill_fx.system.files import replace_file, staged
+
+def write(draft):
+    draft.write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+if sys.argv[1] == "file":
+    replace_file(Path("plan.json"), write)
+else:
+    with staged(Path("student.onnx")) as draft:
+        write(draft)
+"""
+
+
+@pytest.mark.parametrize(("how", "name"), [("file", "plan.json"), ("folder", "student.onnx")])
+def test_what_a_killed_writer_leaves_is_gone_when_the_file_is_next_written(
+    how: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(Path(ifx.__file__).parents[1])}
+    subprocess.run([sys.executable, "-c", KILLED, how], cwd=tmp_path, env=environment, check=False)
+    monkeypatch.chdir(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 1
+    write_file(name, "whole")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_the_draft_of_another_living_writer_stays(tmp_path: Path) -> None:
+    def beside(draft: Path) -> None:
+        draft.write_text("first")
+        write_file(tmp_path / "plan.json", "second")
+        replace_file(tmp_path / "plan.json", lambda other: other.write_text("third"))
+
+    replace_file(tmp_path / "plan.json", beside)
+    assert (tmp_path / "plan.json").read_text() == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]

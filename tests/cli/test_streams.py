@@ -1,0 +1,39 @@
+"""Standard output and error that are closed or full: no work is lost, and it is not called our fault."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import indistill_fx as ifx
+
+MODEL = "indistill_fx.demo:DigitsStudent"
+PROGRAM = f"{sys.executable} -m indistill_fx"
+
+
+def code(command: str, folder: Path) -> int:
+    """Of a command in a shell."""
+    path = str(Path(ifx.__file__).parents[1])
+    return subprocess.run(
+        ["sh", "-c", command], cwd=folder, env={"PYTHONPATH": path, "HOME": str(folder)}, check=False
+    ).returncode
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is always full")
+def test_a_standard_error_that_is_full_or_closed_changes_no_answer(tmp_path: Path) -> None:
+    evaluate = f"{PROGRAM} evaluate {MODEL} --data digits --limit 24 --json"
+    assert code(f"{evaluate} > plain 2>/dev/null", tmp_path) == 0
+    for where in ("2>/dev/full", "2>&-"):
+        assert code(f"{evaluate} > told {where}", tmp_path) == 0
+        assert (tmp_path / "told").read_text() == (tmp_path / "plain").read_text()
+    assert code(f"{PROGRAM} inspect absent.pt 2>/dev/full", tmp_path) == 2
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is always full")
+def test_a_standard_output_that_is_full_is_said(tmp_path: Path) -> None:
+    assert code(f"{PROGRAM} inspect {MODEL} --input 1x8x8 >/dev/full 2> said", tmp_path) == 2
+    said = (tmp_path / "said").read_text()
+    assert "found no space" in said and "our fault" not in said
