@@ -176,10 +176,15 @@ def twice_the_same_input(made: onnx.ModelProto) -> None:
     made.graph.input.append(made.graph.input[0])
 
 
-def test_two_inputs_of_one_name_are_refused(tmp_path: Path) -> None:
+def twice_the_same_output(made: onnx.ModelProto) -> None:
+    made.graph.output.append(made.graph.output[0])
+
+
+@pytest.mark.parametrize("change", [twice_the_same_input, twice_the_same_output])
+def test_two_inputs_or_outputs_of_one_name_are_refused(change: Change, tmp_path: Path) -> None:
     for read in (convert_file, lambda path: run_file(path, [])):
-        with pytest.raises(ConfigError, match="two of its inputs have the same name"):
-            read(file(tmp_path, twice_the_same_input))
+        with pytest.raises(ConfigError, match=r"two of its (in|out)puts have the same name"):
+            read(file(tmp_path, change))
 
 
 @pytest.mark.parametrize("place", ["input", "node", "weight", "location"])
