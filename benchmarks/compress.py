@@ -290,6 +290,12 @@ def table(options: argparse.Namespace) -> None:
         page.write_text(head + begin + "\n" + text + end + rest.partition(end)[2])
 
 
+def warmed(row: dict[str, Any]) -> tuple[int, float]:
+    """Epochs of the one warm-up stage, and the weight with which its loss stays; 0 of arms that have none of their own."""
+    one = row["arm"] in ("joint", "kept", "fed", "unlabelled", "freshjoint")
+    return (row["warmup"] if one else 0), row.get("keep", 0.0)
+
+
 def arm_lines(rows: list[dict[str, Any]]) -> list[str]:
     """A table for every network, share and number of images."""
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
@@ -304,20 +310,17 @@ def arm_lines(rows: list[dict[str, Any]]) -> list[str]:
             f"{net}, {macs:.0%} of its MACs, {images:,} images, {epochs} epochs in all ({optimizer}, {rate:g}), {teacher}:",
         ]
         lines += ["", "| arm | before training | test accuracy | seeds | s a run |", "|---|---|---|---|---|"]
-        for arm in ARMS:
-            found = [row for row in own if row["arm"] == arm]
-            if found:
-                figures = [100 * row["accuracy"] for row in found]
-                spread = f" ± {stdev(figures):.2f}" if len(figures) > 1 else ""
-                how = f" ({found[0]['how']})" if found[0]["how"] else ""
-                how += (
-                    f", {found[0]['warmup']} epochs of warm-up"
-                    if arm in ("joint", "fed", "unlabelled", "freshjoint")
-                    else ""
-                )
-                before, seconds = (mean(row[key] for row in found) for key in ("before", "seconds"))
-                cells = (f"{100 * before:.2f}", f"{mean(figures):.2f}{spread}", str(len(found)), f"{seconds:.0f}")
-                lines.append(f"| {arm}{how} | {' | '.join(cells)} |")
+        kinds = sorted({(ARMS.index(row["arm"]), *warmed(row)) for row in own})
+        for number, warm, keep in kinds:
+            found = [row for row in own if (ARMS.index(row["arm"]), *warmed(row)) == (number, warm, keep)]
+            figures = [100 * row["accuracy"] for row in found]
+            spread = f" ± {stdev(figures):.2f}" if len(figures) > 1 else ""
+            how = f" ({found[0]['how']})" if found[0]["how"] else ""
+            how += f", {warm} epochs of warm-up" if warm else ""
+            how += f", its loss kept with weight {keep:g}" if keep else ""
+            before, seconds = (mean(row[key] for row in found) for key in ("before", "seconds"))
+            cells = (f"{100 * before:.2f}", f"{mean(figures):.2f}{spread}", str(len(found)), f"{seconds:.0f}")
+            lines.append(f"| {ARMS[number]}{how} | {' | '.join(cells)} |")
     return lines
 
 

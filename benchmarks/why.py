@@ -223,7 +223,8 @@ def run(options: argparse.Namespace) -> None:
     whole = open_data("digits", batch_size=BATCH)
     teacher = ifx.trace(teacher_of(out, whole), next(iter(whole.train_plain))[0][:2], role="teacher")
     for seed in options.seeds:
-        for place, (images, kind, epochs) in PLACES.items():
+        for place in options.places:
+            images, kind, epochs = PLACES[place]
             names = ["watch", *(name for name in arms() if not (kind == "other" and "fed by" in name))]
             left = [name for name in names if (place, seed, name) not in done]
             if not left:
@@ -310,6 +311,7 @@ def main() -> None:
     one.set_defaults(call=run)
     one.add_argument("--out", required=True)
     one.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    one.add_argument("--places", nargs="+", default=list(PLACES), choices=PLACES)
     one.add_argument("--minutes", type=float, default=1e6)
     one = commands.add_parser("table")
     one.set_defaults(call=table)
