@@ -33,8 +33,10 @@ def older(record: Any) -> str:
     new, old = (sorted(name for name in models if _is_new(record, name) is wanted) for wanted in (True, False))
     if not new or not old:
         return ""
-    which, names = ("rows of earlier days", old) if len(old) < len(new) else ("measured that day", new)
-    title = f"Measured on {record['date'][:10]}: {len(new)} of {len(models)} ({which})"
+    which, names = f"; the {len(old)} rows listed here are older", old
+    if len(new) <= len(old):
+        which, names = ", listed here; the other rows are older", new
+    title = f"Measured on {record['date'][:10]}: {len(new)} of {len(models)}{which}"
     return f"\n\n{folded(title, names)}"
 
 
@@ -93,7 +95,7 @@ def _shrink(record: Any) -> str:
     ]
     gone = [1 - m["macs"][1] / m["macs"][0] for m in models.values() if "macs" in m]
     lines.append(
-        f"Of the multiply-accumulates {statistics.median(gone):.1%} go in the median, {min(gone):.1%} at least."
+        f"A median of {statistics.median(gone):.1%} of the multiply-accumulates is removed, at least {min(gone):.1%}."
     )
     lines += [f"\n- {key}: {_why(m)}" for key, m in models.items() if not m.get("ok")]
     others = {k: m["torch_pruning"] for k, m in models.items() if "torch_pruning" in m}
@@ -122,6 +124,8 @@ def _beside(right: Models, others: Models) -> list[str]:
         lines += [
             f"CPU time, ours / Torch-Pruning's, over the {len(both)} models of the last day that both finish: median "
             f"{statistics.median(ratios.values()):.2f} with tracing and its checks, {alone:.2f} for analysis and shrinking alone.",
+            "The table shows the inverse, for the 5 of these models where we are fastest beside Torch-Pruning and the 5 where we are "
+            "slowest.",
             "",
             "| model | trace s | shrink s | Torch-Pruning s | its time / ours | without our trace |",
             "|---|---|---|---|---|---|",

@@ -90,7 +90,7 @@ def run(path: Path, only: str, minutes: float) -> None:
 def table(before: dict[str, Any], after: dict[str, Any]) -> str:
     """The medians, over the models that both records hold, and where most changed."""
     lines = [
-        "| at ratio 0.5 | models | MACs that go, median | least | parameters, median | nothing goes |",
+        "| at ratio 0.5 | models | MACs removed, median | least | parameters removed, median | nothing removed |",
         "|---|---|---|---|---|---|",
     ]
     for source in ("torchvision", "timm"):
@@ -109,9 +109,9 @@ def table(before: dict[str, Any], after: dict[str, Any]) -> str:
     told = (f"{n} {before['models'][n]['macs']:.0%} → {after['models'][n]['macs']:.0%}" for n in most if gain[n] > 0.01)
     lines += ["", f"Most changed: {', '.join(told)}."]
     less = [name for name in both if gain[name] < -0.01]
-    lines += [f"Less goes than before in {len(less)}: {', '.join(less)}."] if less else []
+    lines += [f"Less is removed than before in {len(less)}: {', '.join(less)}."] if less else []
     errors = [f"{name} ({m['error']})" for name, m in after["models"].items() if m.get("error")]
-    lines += [f"Nothing goes now: {'; '.join(errors)}."] if errors else []
+    lines += [f"Nothing is removed now: {'; '.join(errors)}."] if errors else []
     dates = f"({before['date'][:10]} with 0.1.0, {after['date'][:10]}; torch {after['versions']['torch']})"
     return "\n".join([*lines, "", dates])
 
