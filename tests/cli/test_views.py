@@ -172,7 +172,7 @@ def test_a_teacher_with_more_classes(told, here):
     code, text = told(*distill("models.py:teacher?classes=4", "--teacher-classes", "bird,dog,fish,fox", out="b"))
     assert code == 2 and "The data's class 'cat' is none of the teacher's" in text, text
     code, text = told(*distill("models.py:teacher?classes=4", "--teacher-classes", "3,9", out="b"))
-    assert code == 2 and "Output 9 of the teacher is to be a class of the student" in text, text
+    assert code == 2 and "Output 9 of the teacher is named as a class of the student" in text, text
     code, text = told(*distill("models.py:teacher?classes=4", "--main", "pkt", out="c"))
     assert code == 0, text  # the warm-up and a loss of features need no classes in common
 

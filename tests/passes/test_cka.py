@@ -95,8 +95,8 @@ def test_a_dict_of_inputs_is_read_by_name() -> None:
 @pytest.mark.parametrize(
     ("loader", "text"),
     [
-        ([], "no batch of 4"),
-        ([images(3)], "no batch of 4"),
+        ([], "no batch of at least 4"),
+        ([images(3)], "no batch of at least 4"),
         ([{"y": images(8), "z": images(8)}], "a dict of y, z. It has no `x`"),
         (["x"], "a str"),
     ],

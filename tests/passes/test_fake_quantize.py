@@ -78,7 +78,7 @@ def test_the_report_names_layers_and_what_stays_in_floats() -> None:
     net = Net()
     result = fake_quantize(ifx.trace(net, EXAMPLE, role="student"))
     assert result.report.done == ("first",)
-    assert len(result.report.skipped) == 1 and "no layer's own" in result.report.skipped[0]
+    assert len(result.report.skipped) == 1 and "not a layer's own" in result.report.skipped[0]
     result.value.graph_module(EXAMPLE).sum().backward()
     assert net.first.parametrizations.weight.original1.grad is not None
 

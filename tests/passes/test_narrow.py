@@ -204,7 +204,7 @@ def test_every_alias_names_the_narrowed_tensor() -> None:
         ({"widths": {"conv2": 0}}, "asked for 0 of its 32 channels"),
         ({"kept": {"conv2": [0, 0]}}, "channels 0 to 31"),
         ({"kept": {"conv2": [32]}}, "channels 0 to 31"),
-        ({"widths": {"conv1": 4}, "kept": {":conv": [1, 2]}}, "one tensor"),
+        ({"widths": {"conv1": 4}, "kept": {":conv": [1, 2]}}, "the same tensor"),
     ],
 )
 def test_refuses(wish: dict[str, dict[str, object]], message: str) -> None:

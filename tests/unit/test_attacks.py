@@ -51,7 +51,7 @@ def test_names_in_a_file_are_identifiers_or_numbers(here, registry, name):
     else:
         vars(model[0])[registry] = {**vars(model[0])[registry], name: nn.Parameter(torch.ones(1))}
     torch.save(model, "evil.pt")
-    with pytest.raises(ifx.ConfigError, match="no identifier or number"):
+    with pytest.raises(ifx.ConfigError, match="not an identifier or number"):
         ifx.load("evil.pt")
     assert run_cli(["inspect", "evil.pt", "--input", "3x8x8"]) == 2
     assert not Path("canary").exists()

@@ -96,15 +96,15 @@ def test_a_disk_that_fills_up_leaves_the_last_checkpoint_and_nothing_else(tmp_pa
 
 def test_anything_else_is_no_checkpoint(tmp_path):
     path = tmp_path / "x.safetensors"
-    with pytest.raises(ConfigError, match="no checkpoint"):
+    with pytest.raises(ConfigError, match="not a checkpoint"):
         checkpoint.load_checkpoint(path)
     tensor_files.save_tensors(path, {"x": torch.ones(2)})
-    with pytest.raises(ConfigError, match="no checkpoint"):
+    with pytest.raises(ConfigError, match="not a checkpoint"):
         checkpoint.load_checkpoint(path)
     whole = path.read_bytes()
     for length in random.Random(0).sample(range(len(whole)), 10):
         path.write_bytes(whole[:length])
-        with pytest.raises(ConfigError, match="no checkpoint"):
+        with pytest.raises(ConfigError, match="not a checkpoint"):
             checkpoint.load_checkpoint(path)
 
 

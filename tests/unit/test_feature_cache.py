@@ -194,5 +194,5 @@ def test_damaged_features_are_named_and_computed_anew(tmp_path, how):
     told: list[str] = []
     again = cache_features(compiled(*pair())[2], loader(), tmp_path, say=told.append)
     said = [line for line in told if "are damaged (" in line]
-    assert len(said) == 1 and f"in {folder} are damaged" in said[0] and "computed anew" in said[0]
+    assert len(said) == 1 and f"in {folder} are damaged" in said[0] and "are recomputed" in said[0]
     assert all(torch.equal(again[0].features[tap], expected[tap]) for tap in expected)

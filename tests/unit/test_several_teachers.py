@@ -151,7 +151,7 @@ def test_a_run_with_several_teachers_goes_on(tmp_path):
         )
         if name == "torn":
             other = ifx.ensemble([net(6), net(8, seed=1)], [1, 1], example_inputs=x)
-            with pytest.raises(ConfigError, match="of another run"):
+            with pytest.raises(ConfigError, match="belongs to a run with other settings"):
                 ifx.distill(other, net(4, seed=2), [(x, y)], run_dir=tmp_path / name, resume=True, **options)
             student = net(4, seed=2)
             record = ifx.distill(both, student, [(x, y)], run_dir=tmp_path / name, resume=True, **options)

@@ -203,7 +203,7 @@ def test_a_tracker_that_cannot_begin_is_reported(tmp_path, monkeypatch):
 
     monkeypatch.setattr(TensorBoardTracker, "start", refuses)
     directory = RunDirectory(tmp_path / "run", resume=False, trackers=("tensorboard",))
-    with pytest.raises(ifx.ConfigError, match="The tracker 'tensorboard' cannot begin: api_key not configured"):
+    with pytest.raises(ifx.ConfigError, match="The tracker 'tensorboard' failed to start: api_key not configured"):
         directory.__enter__()
 
 

@@ -176,5 +176,5 @@ def test_figures_of_other_channels_than_the_pictures_are_refused(tmp_path, monke
     (tmp_path / "mine.py").write_text(
         f"{source}    return {{'train': loader, 'test': loader, 'normalisation': ((0.5,), (0.5,))}}\n"
     )
-    with pytest.raises(ConfigError, match="says that its pictures are normalised by"):
+    with pytest.raises(ConfigError, match="says that its images are normalised by"):
         ifx.open_data("mine.py:make")
