@@ -23,16 +23,7 @@ from torch import Tensor, fx, nn
 from indistill_fx.batch import Call, Inputs
 from indistill_fx.errors import ConfigError, FrontendError
 from indistill_fx.graph.caches import caches_kept
-from indistill_fx.graph.module_state import (
-    Change,
-    mode,
-    own_layers,
-    own_state,
-    parts_of,
-    uncompiled,
-    untouched,
-    weights_kept,
-)
+from indistill_fx.graph.module_state import Change, mode, own_layers, own_state, uncompiled, untouched, weights_kept
 from indistill_fx.graph.opaque import Opaque
 from indistill_fx.graph.view import View
 from indistill_fx.loading.input_facts import other_channels
@@ -353,7 +344,7 @@ def _in_mode(capture: Method, reference: Reference, leaves: Sequence[str], *, pa
     """Capture and rule 3; if patient, a module whose writes cannot be made functional becomes a leaf."""
     given_up: tuple[str, ...] = reference.stateful if patient else ()
     module, inputs, kwargs = reference.module, reference.inputs, reference.kwargs
-    flags = [(vars(part), vars(part)["training"]) for part in parts_of(module) if "training" in vars(part)]  # unnoticed
+    flags = [(vars(part), vars(part)["training"]) for part in module.modules() if "training" in vars(part)]  # unnoticed
     while True:
         loose = reference.loose
         for own, flag in flags:  # `forget` puts back those of the beginning
