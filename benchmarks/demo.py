@@ -1,4 +1,4 @@
-"""The demo's table over several seeds, as README shows it.
+"""The demo's table over several seeds, as README shows it; with one thread, since sums by several threads round otherwise.
 
 python -m benchmarks.demo --seeds 0 1 2 --json benchmarks/results/demo.json --into README.md
 """
@@ -13,6 +13,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from statistics import mean, stdev
 
+import torch
+
 from indistill_fx.demo.run import run_demo
 from indistill_fx.runs.record import environment
 
@@ -26,6 +28,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--into", type=Path, metavar="FILE")
     options = parser.parse_args()
+    torch.set_num_threads(1)
     found: dict[str, list[float]] = {}
     macs: dict[str, int] = {}
     for seed in options.seeds:
