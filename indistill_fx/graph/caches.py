@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 _LIBRARIES = {"torch", "numpy", *sys.stdlib_module_names}
 """Their caches are their own business: restoring `sys.modules`, say, would have modules imported twice."""
-Container = dict[Any, Any] | list[Any] | set[Any] | deque[Any]
+Container = dict[Any, Any] | list[Any] | set[Any] | deque[Any] | tuple[Any, ...]
 _CONTAINERS = frozenset({dict, list, set, OrderedDict, defaultdict, Counter, deque})
-_SIMPLE = frozenset({type(None), bool, int, float, str, tuple})
+_SIMPLE = frozenset({type(None), bool, int, float, str})
 OWN_ATTRIBUTES = frozenset(vars(nn.Module()))
 """What torch itself keeps in every module: registries, hooks, the training flag."""
 
@@ -34,7 +34,7 @@ def caches_kept(module: nn.Module) -> Iterator[Callable[[], None]]:
         What restores them at once.
     """
     containers, functions = _reachable(module)
-    contents = [(container, container.copy() if container else ()) for container in containers]
+    contents = [(container, copy_of(container)) for container in containers]
     misses = [function.cache_info().misses for function in functions]
 
     def put_back() -> None:
@@ -50,6 +50,13 @@ def caches_kept(module: nn.Module) -> Iterator[Callable[[], None]]:
         yield put_back
     finally:
         put_back()
+
+
+def copy_of(container: Container) -> Any:
+    """A container's contents as they are now."""
+    if isinstance(container, tuple):
+        return container
+    return container.copy() if container else ()
 
 
 def as_before(container: Container, before: Any) -> bool:
@@ -72,7 +79,10 @@ def held_by(part: nn.Module) -> list[tuple[str, Any]]:
 
 
 def containers_of(parts: Iterable[nn.Module]) -> list[tuple[tuple[nn.Module, str], Container]]:
-    """The containers that are held in attributes of these modules, each with the module and the attribute; those inside them too."""
+    """The containers that are held in attributes of these modules, each with the module and the attribute; those inside them too.
+
+    Tuples count: what they hold may be written in place.
+    """
     seen = dict[int, Container]()
     found = list[tuple[tuple[nn.Module, str], Container]]()
     for part in parts:
@@ -125,6 +135,8 @@ def _collect(value: Any, seen: dict[int, Container]) -> list[Container]:
 def _contents(value: Any) -> Container | None:
     if type(value) in _CONTAINERS:
         return value  # type: ignore[no-any-return]
+    if isinstance(value, tuple):
+        return value if any(type(entry) not in _SIMPLE for entry in value) else None
     plain = not isinstance(value, (nn.Module, Tensor, type, ModuleType, FunctionType)) and hasattr(value, "__dict__")
     return vars(value) if plain and not _is_library(type(value).__module__) else None
 

@@ -8,13 +8,15 @@ from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from indistill_fx.graph.caches import OWN_ATTRIBUTES, as_before, containers_of, held_by, restore
-from indistill_fx.graph.computed_weights import write_out_weights
+from indistill_fx.errors import FrontendError
+from indistill_fx.graph.caches import OWN_ATTRIBUTES, as_before, containers_of, copy_of, held_by, restore
+from indistill_fx.graph.computed_weights import left_behind, write_out_weights
 from indistill_fx.graph.edit import with_tensors
-from indistill_fx.graph.ops import attribute
+from indistill_fx.graph.ops import attribute, has_attribute
 from indistill_fx.graph.values import Values, dense_parts
 from indistill_fx.system.random_state import randomness_kept
 
@@ -159,14 +161,18 @@ class State:
         self.module = module
         parts = [part for part in parts_of(module) if not _is_compiled(part)]
         self._parts = [(part, dict(part.__dict__), [dict(part.__dict__[r]) for r in _REGISTRIES]) for part in parts]
-        self._containers = [(place, held, held.copy() if held else ()) for place, held in containers_of(parts)]
+        self._containers = [(place, held, copy_of(held)) for place, held in containers_of(parts)]
         self._buffers = {id(b): b for part in parts_of(module) for b in part._buffers.values() if b is not None}
-        held = [value for part in parts for _, value in held_by(part) if isinstance(value, Tensor)]
+        held = [value for part in parts for _, value in held_by(part)]
         for _, container, _ in self._containers:
-            entries = container.values() if isinstance(container, dict) else container
-            held += [entry for entry in entries if isinstance(entry, Tensor)]
-        loose = {id(tensor): tensor for tensor in held}
-        self._values = Values({**loose, **self._buffers}.values())
+            held += container.values() if isinstance(container, dict) else container
+        generators = {id(value): value for value in held if isinstance(value, torch.Generator)}
+        self._generators = [(generator, generator.get_state()) for generator in generators.values()]
+        arrays = {id(value): _shared(value) for value in held if isinstance(value, np.ndarray)}
+        shared = {key: tensor for key, tensor in arrays.items() if tensor is not None}
+        self._arrays = {id(tensor): key for key, tensor in shared.items()}
+        loose = {id(value): value for value in held if isinstance(value, Tensor)}
+        self._values = Values([*{**loose, **self._buffers}.values(), *shared.values()])
 
     def put_back(self) -> None:
         """All of it, with the values that it had."""
@@ -180,6 +186,8 @@ class State:
             if container or before:
                 restore(container, before)
         self._values.put_back()
+        for generator, state in self._generators:
+            generator.set_state(state)
 
     def written_buffers(self) -> dict[str, Tensor]:
         """Copies of the buffers that have another value than before, or are other tensors."""
@@ -187,8 +195,9 @@ class State:
         return {name: b.detach().clone() for name, b in self.module.named_buffers() if id(b) not in same}
 
     def changed(self) -> list[Change]:
-        """The attributes that are no longer what they were; buffers and parameters apart, and the training flags."""
-        written = {id(tensor) for tensor, _ in self._values.changed()}
+        """The attributes that are no longer what they were; the values of buffers and parameters apart, and the training flags."""
+        written = {self._arrays.get(id(tensor), id(tensor)) for tensor, _ in self._values.changed()}
+        written |= {id(drawn) for drawn, state in self._generators if not torch.equal(drawn.get_state(), state)}
         places = [
             (part, name)
             for part, own, _ in self._parts
@@ -200,6 +209,13 @@ class State:
             for place, held, entries in self._containers
             if not as_before(held, entries)
             or any(id(entry) in written for entry in (held.values() if isinstance(held, dict) else held))
+        ]
+        places += [
+            (part, name)
+            for part, own, registries in self._parts
+            for registry, entries in zip(_REGISTRIES, registries, strict=True)
+            for name in {**entries, **own[registry]}
+            if not _same_entry(entries.get(name), own[registry].get(name))
         ]
         if not places:
             return []
@@ -214,6 +230,20 @@ def _differs(before: object, now: object, written: Container[int]) -> bool:
     if now is before:
         return id(before) in written
     return not (type(now) is type(before) and _is_plain(now) and now == before)
+
+
+def _same_entry(before: object, now: object) -> bool:
+    """Whether a part has the same submodule or parameter as before; a buffer may be another, whose value can be written into it."""
+    if now is before or not (isinstance(before, Tensor) and isinstance(now, Tensor)):
+        return now is before
+    return not isinstance(before, nn.Parameter) and (now.shape, now.dtype) == (before.shape, before.dtype)
+
+
+def _shared(array: np.ndarray[Any, Any]) -> Tensor | None:
+    """A tensor of the same memory; None if there is none, or if nobody can write the array."""
+    with suppress(TypeError, ValueError):
+        return torch.from_numpy(array) if array.flags.writeable else None
+    return None
 
 
 class Change(NamedTuple):
@@ -253,23 +283,37 @@ def own_state(module: nn.Module, changed: Iterable[Change], written: Iterable[Te
         module: is changed: a graph with parts of its own, which shares attributes and tensors with another module.
         changed: attributes, by their names in both.
         written: tensors: parameters, buffers or others.
+
+    Raises:
+        FrontendError: an attribute holds what cannot be copied.
     """
-    memo: dict[int, Any] = {}
-    own = {id(tensor): _copied(tensor) for tensor in written}
+    memo: dict[int, Any] = dict(left_behind(module))
+    own = {id(tensor): _copied(tensor, memo) for tensor in written}
+    memo.update(own)
     for part in parts_of(module) if own else ():
         if not _is_compiled(part):
             registries: tuple[dict[str, Any], ...] = (part._parameters, part._buffers, part.__dict__)
             for held in registries:
                 held.update({name: own[id(value)] for name, value in held.items() if id(value) in own})
     for change in changed:
-        with suppress(AttributeError):  # the code of that part is in the graph, which keeps nothing of it
-            held = attribute(module, change.part).__dict__
-            if change.attribute in held:
-                held[change.attribute] = copy.deepcopy(held[change.attribute], memo)
+        if not has_attribute(module, change.name):  # the code of that part is in the graph, which keeps nothing of it
+            continue
+        held = attribute(module, change.part).__dict__
+        if change.attribute not in held:  # a registry of the part's own has it
+            continue
+        try:
+            held[change.attribute] = copy.deepcopy(held[change.attribute], memo)
+        except Exception as error:  # the object's own code may raise anything
+            raise FrontendError(
+                f"the forward changes `{change.name}`, of which the teacher's graph needs a copy, and which cannot be copied ({error})",
+                where=change.name,
+                hint="Keep what changes in a buffer, a number or a list, or give its class a __deepcopy__.",
+            ) from error
 
 
-def _copied(tensor: Tensor) -> Tensor:
-    new = tensor.detach().clone()
+def _copied(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
+    """A copy; views of one memory stay views of one."""
+    new: Tensor = copy.deepcopy(tensor.detach(), memo)
     return nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
 
 

@@ -87,7 +87,9 @@ def _write(tensor: Tensor, before: Tensor) -> None:
             tensor.copy_(before)
             return
     elif (tensor.shape, tensor.dtype) == (before.shape, before.dtype):
-        tensor.data.copy_(before)
+        # along an axis that was expanded, all entries are one
+        once = tuple(slice(0, 1) if step == 0 else slice(None) for step in tensor.stride())
+        tensor.data[once].copy_(before[once])
         return
     tensor.data = before.clone()
 

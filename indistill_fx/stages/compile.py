@@ -267,8 +267,10 @@ def joint_teachers(
     teacher = seeing(teacher, student, plan)
     warm = [stage for stage in stages if stage.budget is not None]
     pairs = [pair for stage in warm for pair in stage.pairs]
-    narrow = {pair.teacher for pair in pairs}
-    alone = [s for s in stages if s.budget is None and (s.pairs or not narrow.isdisjoint(s.teacher_taps))]
+    narrow = {teacher.node(pair.teacher) for pair in pairs}
+    alone = [
+        s for s in stages if s.budget is None and (s.pairs or not narrow.isdisjoint(map(teacher.node, s.teacher_taps)))
+    ]
     shared = [stage for stage in stages if stage not in alone]
     bare = [tap for stage in shared if stage.budget is None for tap in stage.teacher_taps]
     if len(shared) < 2:
@@ -333,7 +335,9 @@ def _main_stage(
     teacher_taps = [tap for tap in (embedding and embedding.teacher, teacher_logits) if tap]
     student_taps = [tap for tap in (embedding and embedding.student, student_logits) if tap]
     if narrowed:
-        _require_apart(pairs, teacher_taps)
+        unequal = [p for p in pairs if slim.facts_of(p.teacher).shape[1:] != student.facts_of(p.student).shape[1:]]
+        _require_apart(teacher, [pair.teacher for pair in pairs], teacher_taps)
+        _require_apart(student, [pair.student for pair in unequal], student_taps)
     how: dict[str, Any] = {"narrowed": narrowed, "one_size": one_size, "lowerings": lowerings}
     own = teacher_half(slim, student, pairs, teacher_taps, **how) if needs else None
     other = student_half(student, slim, pairs, student_taps, **how)
@@ -353,11 +357,12 @@ def _main_stage(
     )
 
 
-def _require_apart(pairs: Sequence[Pair], taps: Sequence[str]) -> None:
-    """The main loss reads whole tensors, so none of them may be a pair's, of which only the kept channels are there."""
-    if shared := {pair.teacher for pair in pairs}.intersection(taps):
+def _require_apart(model: TracedModel, cut: Sequence[str], taps: Sequence[str]) -> None:
+    """The main loss reads whole tensors, so none of them may be a pair's, of which only what is compared is there."""
+    whole = {model.node(tap) for tap in taps}
+    if shared := [tap for tap in cut if model.node(tap) in whole]:
         raise ConfigError(
-            f"The main loss reads all channels of the teacher's `{min(shared)}`, of which the pair that is kept compares only some.",
+            f"The main loss reads all channels of the {model.role}'s `{min(shared)}`, of which the pair that is kept compares only some.",
             where="keep_features",
             hint="Leave keep_features at 0, or leave that pair out of the plan.",
         )

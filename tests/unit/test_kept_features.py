@@ -112,21 +112,40 @@ def test_a_run_says_it_resumes_under_it_alone_and_trains_the_same_from_the_cache
         run("plain", curriculum=ifx.Curriculum(together=True, lengths=1), epochs=3, resume=True)
 
 
+class Wide(nn.Module):
+    def __init__(self, width: int, last: int | None = None) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(1, width, 3), nn.ReLU())
+        self.vector = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.last = nn.Linear(width, last) if last else nn.Identity()
+        self.fc = nn.Linear(last or width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores: Tensor = self.fc(self.last(self.vector(self.body(x))))
+        return scores
+
+
+def refused(teacher: nn.Module, student: nn.Module, plan: ifx.AlignmentPlan, x: Tensor, role: str) -> None:
+    curriculum = ifx.Curriculum(lengths=[], keep_features=1.0)
+    with pytest.raises(ConfigError, match=f"reads all channels of the {role}'s"):
+        ifx.compile_stages(teacher, student, plan, main="pkt", example_inputs=x, curriculum=curriculum)
+
+
 def test_a_pair_whose_layer_the_main_loss_reads_whole_is_refused() -> None:
-    class Wide(nn.Module):
-        def __init__(self, width: int) -> None:
-            super().__init__()
-            self.body = nn.Sequential(nn.Conv2d(1, width, 3), nn.ReLU())
-            self.vector = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
-            self.fc = nn.Linear(width, 10)
-
-        def forward(self, x: Tensor) -> Tensor:
-            scores: Tensor = self.fc(self.vector(self.body(x)))
-            return scores
-
     x = torch.randn(4, 1, 8, 8)
     models = Wide(16), Wide(8)
     plan = ifx.align(*models, example_inputs=x, fixed=[("vector", "vector")], pairs=1)
-    curriculum = ifx.Curriculum(lengths=[], keep_features=1.0)
-    with pytest.raises(ConfigError, match="reads all channels of the teacher's"):
-        ifx.compile_stages(*models, plan, main="pkt", example_inputs=x, curriculum=curriculum)
+    refused(*models, plan, x, "teacher")
+    aliases = [tap for tap in ifx.trace(models[0], x).taps if tap.startswith("vector.") or tap.startswith("vector:")]
+    assert "vector.1" in aliases  # the same tensor under another name, as a plan written by hand may have it
+    (pair,) = plan.pairs
+    other = plan.model_copy(update={"pairs": (pair.model_copy(update={"teacher": "vector.1"}),)})
+    refused(*models, other, x, "teacher")
+
+
+def test_a_pair_of_the_students_penultimate_vector_that_would_be_cut_is_refused() -> None:
+    x = torch.randn(4, 1, 8, 8)
+    teacher, student = Wide(16, last=24), Wide(32)
+    plan = ifx.align(teacher, student, example_inputs=x, fixed=[("vector", "vector")], pairs=1)
+    assert plan.embedding is not None and plan.embedding.student == "vector" != plan.embedding.teacher
+    refused(teacher, student, plan, x, "student")

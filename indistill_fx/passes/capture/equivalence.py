@@ -113,9 +113,10 @@ class Reference:
             )
         return self._sizes
 
-    def put_back(self) -> None:
-        """Give the parameters the values that they had, and note whether they had others."""
+    def put_back(self) -> bool:
+        """Give the parameters the values that they had; note, and return, whether they had others."""
         self.writes_weights |= self._put_back()
+        return self.writes_weights
 
     def forget(self) -> None:
         """Give attributes, buffers and caches what they had before a capture, and note what that was."""
@@ -130,8 +131,9 @@ class Reference:
 
     @property
     def loose(self) -> dict[str, Tensor]:
-        """Tensors that the forward changes although they are not buffers, by the names of their attributes."""
-        return {name: change.before for name, change in self.changed.items() if isinstance(change.before, Tensor)}
+        """Tensors that the forward changes although they are not buffers, by the names of their attributes; results of autograd apart."""
+        before = {name: change.before for name, change in self.changed.items()}
+        return {name: value for name, value in before.items() if isinstance(value, Tensor) and value.is_leaf}
 
     @property
     def written(self) -> list[Tensor]:
@@ -186,7 +188,7 @@ class Reference:
             FrontendError: they differ, or the graph fails.
         """
         checked = self._compare_sizes(graph_module, size_free=size_free)
-        if self.changed:
+        if self.changed or self.writes_weights:
             self._compare_calls(graph_module)
         return checked
 
@@ -203,12 +205,12 @@ class Reference:
         try:
             self._difference(graph_module, self.sizes[0], calls=2)
         except FrontendError as error:
-            names = ", ".join(f"`{name}`" for name in self.changed)
+            names = ", ".join(f"`{name}`" for name in self.changed) or "what it writes into parameters"
             owners = dict.fromkeys(change.part for change in self.changed.values())
             self.stateful = tuple(part for part in owners if part)
             raise FrontendError(
                 f"the forward keeps {names} from one call to the next, which the graph does not: at the second call, {error.message}",
-                where=next(iter(self.changed)),
+                where=next(iter(self.changed), ""),
                 hint="Keep it in a buffer of a fixed shape (register_buffer), or move the code that changes it into a submodule"
                 " of its own, which then stays one node in the graph.",
             ) from error

@@ -68,12 +68,20 @@ def functionalize(captured: Captured) -> Captured:
             order[whole] = order[writer]
             _redirect(indexed, whole, order, renamed, since=order[writer])
     if not writers:
-        graph_module.recompile()
+        _compile(graph_module)
         return captured
     outputs = tuple((name, _renamed(node, position, renamed), position) for name, node, position in captured.outputs)
     graph_module.graph.lint()
-    graph_module.recompile()
+    _compile(graph_module)
     return replace(captured, outputs=outputs)
+
+
+def _compile(graph_module: fx.GraphModule) -> None:
+    try:
+        graph_module.recompile()
+    except SyntaxError as error:
+        line = (error.text or "").strip()
+        raise FrontendError(f"an argument cannot be written into the graph's source (`{line}`)") from error
 
 
 def _redirect(

@@ -32,7 +32,6 @@ _PLAIN = (
     torch.device,
     torch.layout,
     torch.memory_format,
-    torch.Generator,
 )
 
 
@@ -106,7 +105,7 @@ class RecordedGraph:
             )
         if isinstance(value, Mapping):
             return {key: self.argument(entry) for key, entry in value.items()}
-        if type(value).__module__.startswith("torch") and not isinstance(value, nn.Module):
+        if type(value).__module__.startswith("torch") and not isinstance(value, (nn.Module, torch.Generator)):
             return value
         raise FrontendError(
             f"{self.here()} passes a {type(value).__name__}, which no graph can hold",

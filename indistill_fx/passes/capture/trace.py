@@ -243,7 +243,7 @@ def _not_left(reference: Reference, known: Known, leaves: Sequence[str]) -> tupl
     left = [name for name in reference.changed if name not in kept and not name.startswith(inside)]
     notes = {
         "kept from call to call, but no buffer, so a checkpoint does not hold it": loose,
-        "set by the forward, and not by the graph, whose outputs do not depend on it": left,
+        "set by the forward, and not by the graph, whose outputs did not depend on it in two calls": left,
     }
     return tuple(f"{_names(names)}: {note}" for note, names in notes.items() if names)
 
@@ -324,9 +324,10 @@ def _both_modes(once: Callable[[], Captured], reference: Reference) -> Captured:
     try:
         with mode(module, training=False):
             other = once()
+        reference.put_back()
         merged = merge_modes(captured, other, module)
         with mode(module, training=False):
-            other_mode = Reference(module, reference.inputs, reference.kwargs)
+            other_mode = Reference(module, reference.inputs, reference.kwargs, put_back=reference.put_back)
             other_mode.changed = reference.changed
             try:
                 other_mode.compare(merged.graph_module)
