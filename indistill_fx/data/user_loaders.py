@@ -14,7 +14,7 @@ from indistill_fx.data.foreign import repeatable
 from indistill_fx.data.loaders import EpochLoader
 from indistill_fx.data.normalisation import Normalisation
 from indistill_fx.errors import ConfigError
-from indistill_fx.system.user_code import load_object
+from indistill_fx.system.user_code import load_object, neighbours
 
 _ALWAYS = ("batch_size", "seed", "workers", "limit", "augment")
 _IGNORED = -100
@@ -35,7 +35,8 @@ def open_user_loaders(spec: str, options: DataOptions) -> Data:
             f"{spec!r} is not a function.", where=spec, got=type(function).__name__, expected="a function"
         )
     given, notes = _arguments(spec, inspect.signature(function).parameters, options)
-    result = function(**given)
+    with neighbours(spec.rpartition(":")[0]):
+        result = function(**given)
     if isinstance(result, Data):
         return result
     if isinstance(result, (tuple, list)) and len(result) == 2:

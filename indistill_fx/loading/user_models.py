@@ -6,7 +6,6 @@ import inspect
 import sys
 import traceback
 from collections.abc import Mapping
-from contextlib import nullcontext
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from indistill_fx.errors import ConfigError, FrontendError
-from indistill_fx.system.user_code import importable_last, load_object
+from indistill_fx.system.user_code import comes_from_a_folder, importable_last, load_object, neighbours
 
 
 def build_by_factory(place: str, name: str, arguments: Mapping[str, Any]) -> nn.Module:
@@ -33,7 +32,7 @@ def build_by_factory(place: str, name: str, arguments: Mapping[str, Any]) -> nn.
         FrontendError: the code fails, or makes no module; names file and line.
     """
     spec = f"{place}:{name}"
-    with nullcontext() if place.endswith(".py") or is_installed(place) else importable_last(Path.cwd()):
+    with neighbours(place) if place.endswith(".py") or is_installed(place) else importable_last(Path.cwd()):
         factory = _import(place, spec)
         _require_callable(factory, spec, arguments)
         try:
@@ -103,9 +102,10 @@ def _failed(error: BaseException, who: str, spec: str) -> FrontendError:
         own = [frame for frame in frames if _is_users(frame.filename)] or list(frames)
         where = f"{own[-1].filename}:{own[-1].lineno}" if own else spec
     reason = f"{type(error).__name__}: {error}".rstrip(": ")
-    return FrontendError(
-        f"{who} failed at {where}: {reason}.", where=where, got=reason, hint="Fix that line, or the arguments."
-    )
+    hint = "Fix that line, or the arguments."
+    if isinstance(error, ImportError) and "@" in (error.name or ""):  # as `load_object` names files: a relative import
+        hint = "A file is in no package; from the folder that holds the package, name package.module:name."
+    return FrontendError(f"{who} failed at {where}: {reason}.", where=where, got=reason, hint=hint)
 
 
 def _is_users(filename: str) -> bool:
@@ -121,4 +121,4 @@ def _place_of(factory: Any, spec: str) -> str:
 def is_installed(package: str) -> bool:
     """Whether Python finds a package without the working directory's help; nothing is imported."""
     top = package.partition(".")[0]
-    return top in sys.modules or PathFinder.find_spec(top, sys.path) is not None
+    return (top in sys.modules and not comes_from_a_folder(top)) or PathFinder.find_spec(top, sys.path) is not None

@@ -7,7 +7,8 @@ import importlib.util
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from importlib.machinery import EXTENSION_SUFFIXES, SOURCE_SUFFIXES, ExtensionFileLoader, FileFinder, SourceFileLoader
 from pathlib import Path
 from types import CodeType, ModuleType
@@ -60,35 +61,43 @@ def _from_file(path: Path) -> ModuleType:
     key = f"{path.stem}@{path}"  # no importable name; one file is one module however often it is named
     if key in sys.modules:
         return sys.modules[key]
-    spec = importlib.util.spec_from_file_location(key, path, loader=_FromSource(key, str(path)))
-    assert spec is not None and spec.loader is not None
+    loader = _FromSource(key, str(path), folder=str(path.parent))
+    spec = importlib.util.spec_from_loader(key, loader)
+    assert spec is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[key] = module
     try:
         with importable_last(path.parent):  # so that the file finds its neighbours
-            spec.loader.exec_module(module)
+            loader.exec_module(module)
     except BaseException:
         del sys.modules[key]
         raise
     return module
 
 
+def neighbours(place: str) -> AbstractContextManager[None]:
+    """What code from `file.py` may import when it is called: the files beside it. Code from a package needs nothing."""
+    return importable_last(Path(place).resolve().parent) if place.endswith(".py") else nullcontext()
+
+
 @contextmanager
 def importable_last(folder: Path) -> Iterator[None]:
-    """Let imports find what is in a folder and nowhere else.
+    """Let imports find what is in a folder and in no other folder of the user's.
 
     It comes last, so that no file there stands in for a library; and its files are compiled anew, never taken from the `__pycache__`
     beside them.
     """
-    here, libraries = str(folder), (sys.prefix, sys.base_prefix)
+    here = str(folder)
+    libraries = [place for place in (sys.prefix, sys.base_prefix) if Path(place).is_relative_to(here)]
 
     def is_ours(place: str) -> bool:
         return Path(place).is_relative_to(here) and not any(map(Path(place).is_relative_to, libraries))
 
     def find(place: str) -> FileFinder:
-        if not is_ours(place):
+        if not is_ours(place) or not os.path.isdir(place):
             raise ImportError(place)
-        return FileFinder(place, (ExtensionFileLoader, EXTENSION_SUFFIXES), (_FromSource, SOURCE_SUFFIXES))
+        from_source = partial(_FromSource, folder=here)
+        return FileFinder(place, (ExtensionFileLoader, EXTENSION_SUFFIXES), (from_source, SOURCE_SUFFIXES))  # type: ignore[arg-type]
 
     def forget() -> None:
         for place in filter(is_ours, list(sys.path_importer_cache)):
@@ -98,7 +107,8 @@ def importable_last(folder: Path) -> Iterator[None]:
     sys.path_hooks.insert(0, find)
     forget()
     try:
-        yield
+        with _others_aside(here):
+            yield
     finally:
         sys.path_hooks.remove(find)
         sys.path.reverse()
@@ -107,8 +117,45 @@ def importable_last(folder: Path) -> Iterator[None]:
         forget()
 
 
+@contextmanager
+def _others_aside(here: str) -> Iterator[None]:
+    """Without the modules from other folders: this folder's models.py wants its own layers.py, not the one imported before.
+
+    Where both have a module of one name, neither stays in `sys.modules`: who imports it later gets an error, not the other one.
+    """
+    others = {_top(name) for name, module in list(sys.modules.items()) if _folder_of(name, module) not in (None, here)}
+    aside = {name: sys.modules.pop(name) for name in list(sys.modules) if _top(name) in others}
+    try:
+        yield
+    finally:
+        twice = {_top(name) for name in sys.modules} & others
+        for name in [name for name in sys.modules if _top(name) in twice]:
+            del sys.modules[name]
+        sys.modules.update({name: module for name, module in aside.items() if _top(name) not in twice})
+
+
+def _top(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def _folder_of(name: str, module: object) -> str | None:
+    """The user's folder in which an import found a module; None for libraries, and for files loaded by their path."""
+    spec = vars(module).get("__spec__") if isinstance(module, ModuleType) else None
+    loader = getattr(spec, "loader", None)
+    return loader.folder if isinstance(loader, _FromSource) and "@" not in name else None
+
+
 class _FromSource(SourceFileLoader):
     """Compiles the file itself, never what lies in `__pycache__` beside it: that may have been compiled of something else."""
 
+    def __init__(self, fullname: str, path: str, *, folder: str):
+        super().__init__(fullname, path)
+        self.folder = folder
+
     def get_code(self, fullname: str) -> CodeType:
         return self.source_to_code(self.get_data(self.path), self.path)
+
+
+def comes_from_a_folder(package: str) -> bool:
+    """Whether a package was imported from a folder of the user's, so that another folder's may be meant next time."""
+    return package in sys.modules and _folder_of(package, sys.modules[package]) is not None

@@ -194,6 +194,16 @@ def test_the_users_own_file_finds_its_neighbours_but_they_are_no_libraries(here)
     assert not Path("canary").exists()
 
 
+def test_code_below_the_folder_of_python_itself_is_compiled_anew(here, monkeypatch):
+    """As in a container whose working directory is /usr/src/app, with Python in /usr."""
+    monkeypatch.setattr(sys, "base_prefix", str(here))
+    Path("app").mkdir()
+    compiled_beside(Path("app/neighbour_below_python.py"), MAKE)
+    Path("app/models.py").write_text("from neighbour_below_python import make\n")
+    assert ifx.load("app/models.py:make").out_features == 3
+    assert not Path("canary").exists()
+
+
 def test_a_signature_is_of_the_code_and_not_of_its_name(here, monkeypatch):
     monkeypatch.setenv("HOME", str(here / "home"))
     Path("models.py").write_text("from torch import nn\ndef make(): return nn.Linear(3, 2)\n")
