@@ -67,7 +67,10 @@ def _tensor(tensor: Tensor | None, memo: dict[int, Any]) -> Tensor | None:
         return memo.get(id(tensor))
     if type(tensor) not in (Tensor, nn.Parameter) or vars(tensor) or not tensor.is_leaf:
         return copy.deepcopy(tensor, memo)
-    new = tensor.detach().clone()
+    try:
+        new = tensor.detach().clone()
+    except RuntimeError:  # a quantised one whose zero points are not whole
+        return copy.deepcopy(tensor, memo)
     memo[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
     return memo[id(tensor)]  # type: ignore[no-any-return]
 

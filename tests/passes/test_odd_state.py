@@ -107,6 +107,20 @@ class WritesItsWeight(nn.Module):
         return y
 
 
+class ScalesItsWeight(nn.Module):
+    """Writes its parameter without gradients, through a view too, and reads it with them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            weight = self.weight.mul_(1.5).clamp_(max=3.0)
+            self.weight[0].mul_(0.5)
+        return x * over(weight)
+
+
 def with_own_generator(net: nn.Module) -> nn.Module:
     new = copy.deepcopy(net)
     for part in new.modules():
@@ -115,7 +129,9 @@ def with_own_generator(net: nn.Module) -> nn.Module:
     return new
 
 
-@pytest.mark.parametrize("kind", [Views, Expanded, InAList, InATuple, Exchanged, OwnNoise, WritesItsWeight])
+@pytest.mark.parametrize(
+    "kind", [Views, Expanded, InAList, InATuple, Exchanged, OwnNoise, WritesItsWeight, ScalesItsWeight]
+)
 @pytest.mark.parametrize("role", ["teacher", "student"])
 @torch.no_grad()
 def test_the_graph_computes_what_the_module_does_call_after_call(kind: Callable[[], nn.Module], role: str) -> None:
@@ -130,6 +146,19 @@ def test_the_graph_computes_what_the_module_does_call_after_call(kind: Callable[
     if role == "teacher":  # nothing of that has reached the caller's module
         for x in batches():
             torch.testing.assert_close(net(x), untouched(x))
+
+
+@pytest.mark.parametrize("role", ["teacher", "student"])
+def test_a_graph_that_writes_its_parameters_has_the_modules_gradients(role: str) -> None:
+    torch.manual_seed(0)
+    net = Net(ScalesItsWeight()).train(role == "student")
+    reference, x = copy.deepcopy(net), batches()[0]
+    traced = trace(net, x, role=role)  # type: ignore[arg-type]
+    weights = [dict(model.named_parameters())["inner.weight"] for model in (traced.graph_module, reference)]
+    for model in (traced.graph_module, reference):
+        model(x).square().sum().backward()
+    torch.testing.assert_close(weights[0], weights[1])
+    torch.testing.assert_close(weights[0].grad, weights[1].grad)
 
 
 class Locked(nn.Module):

@@ -112,6 +112,10 @@ GRAPHS: dict[str, Callable[[], nn.Module]] = {
     "slices": lambda: Middle(lambda m, x, y: torch.cat([x[:, ::2], x[:, 1::2] * 2], 1)),
     "batch norm": lambda: Middle(lambda m, x, y: m.parts[0](x), nn.BatchNorm2d(16)),
     "group norm": lambda: Middle(lambda m, x, y: m.parts[0](x), nn.GroupNorm(4, 16)),
+    "group norm of single channels": lambda: Middle(lambda m, x, y: m.parts[0](x), nn.GroupNorm(16, 16)),
+    "functional group norm of single channels": lambda: Middle(
+        lambda m, x, y: F.group_norm(x, x.shape[1], m.parts[0].weight, m.parts[0].bias), nn.GroupNorm(16, 16)
+    ),
     "layer norm": lambda: Middle(lambda m, x, y: m.parts[0](x.permute(0, 2, 3, 1)), nn.LayerNorm(16), spatial=False),
     "functional layer norm": lambda: Middle(
         lambda m, x, y: F.layer_norm(x.permute(0, 2, 3, 1), (16,), m.parts[0].weight),

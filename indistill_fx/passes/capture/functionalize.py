@@ -1,7 +1,8 @@
 """Make in-place operations out of place: a later write can then never change a tensor that a tap holds.
 
 Rules, in order:
-  1. A write into a parameter or buffer is the model's state, not its data flow, and stays (batch norm counting its batches).
+  1. A write into a parameter or buffer is the model's state, not its data flow, and stays (batch norm counting its batches). A
+     graph has no `no_grad`, without which torch refuses a write into a parameter: the write is done past autograd.
   2. `relu_`, `iadd`, `inplace=True` and their like become the operation that returns a new tensor; modules are copied without the
      flag. `x[i] = v` becomes `with_item(x, i, v)`; a method without a functional twin (`uniform_`) writes into a copy.
   3. Every later reader of the overwritten tensor, under any of its names, reads the new one, as it did in the module.
@@ -16,7 +17,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.fx.node import Argument
 from torch.nn import functional
 
@@ -55,7 +56,11 @@ def functionalize(captured: Captured) -> Captured:
     copies: dict[str, str] = {}
     for writer in writers:
         target = _written(writer)
-        if target is None or (base_of(target).op == "get_attr" and writer.target is not operator.setitem):
+        if target is None:
+            continue
+        if (base := base_of(target)).op == "get_attr" and writer.target is not operator.setitem:
+            if isinstance(value := attribute(graph_module, str(base.target)), nn.Parameter) and value.requires_grad:
+                _write_past_autograd(writer, target)
             continue
         indexed = _indexed(target)
         _refuse_views(writer, target, order, indexed)
@@ -74,6 +79,15 @@ def functionalize(captured: Captured) -> Captured:
     graph_module.graph.lint()
     _compile(graph_module)
     return replace(captured, outputs=outputs)
+
+
+def _write_past_autograd(writer: fx.Node, target: fx.Node) -> None:
+    """Rule 1: a parameter is written through another name of its memory, and read under its own."""
+    writer.replace_all_uses_with(target)
+    with writer.graph.inserting_before(writer):
+        detached = writer.graph.call_method("detach", (target,))
+    detached.meta = dict(writer.meta)
+    writer.replace_input_with(target, detached)
 
 
 def _compile(graph_module: fx.GraphModule) -> None:

@@ -94,14 +94,19 @@ def embedding(found: Coupling, call: Call) -> set[Axis]:
 
 
 def channel_norm(found: Coupling, call: Call) -> set[Axis]:
-    """Batch, instance and group norm: the channels pass; groups must lose the same places."""
+    """Batch, instance and group norm: the channels pass; groups, of several channels each, must lose the same places."""
     given = found.of(call.input, 1)
-    if call.op == "group_norm":
+    if call.op == "group_norm" and not each_alone(call):
         _tie_groups(found, given, int(call.get("num_groups")))
         found.note_mixing(call, given)
     for name in ("weight", "bias", "running_mean", "running_var"):
         found.tie_weight(call, name, 0, given)
     return _finish(found, call, {1: given}, [], {(call.input.name, 1)})
+
+
+def each_alone(call: Call) -> bool:
+    """Whether a group norm has as many groups as channels, so that it treats each channel alone."""
+    return int(call.get("num_groups")) == (call.shape(call.input) or (0, 0))[1]
 
 
 def deformed(found: Coupling, call: Call) -> set[Axis]:

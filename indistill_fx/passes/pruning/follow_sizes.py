@@ -15,7 +15,7 @@ from indistill_fx.passes.channels.call import Call, axis_of, read_call
 from indistill_fx.passes.channels.joining import index_by, split_begins, taken
 from indistill_fx.passes.channels.rules import FILLED
 from indistill_fx.passes.channels.writing import places, whole_key
-from indistill_fx.passes.pruning.dependency_rules import shape_lender
+from indistill_fx.passes.pruning.dependency_rules import each_alone, shape_lender
 from indistill_fx.passes.pruning.rewriting import Inserter, Rewriting, take_place
 
 
@@ -31,6 +31,11 @@ def _fix_conv(work: Rewriting, call: Call, node: fx.Node) -> None:
     before = (call.shape(call.input) or (0, 0))[1]
     if call.module is None and call.get("groups") == before and before > 1:
         _set(node, call, "groups", work.size(call.input, 1))
+
+
+def _fix_group_norm(work: Rewriting, call: Call, node: fx.Node) -> None:
+    if call.module is None and each_alone(call):
+        _set(node, call, "num_groups", work.size(call.input, 1))
 
 
 def _fix_layer_norm(work: Rewriting, call: Call, node: fx.Node) -> None:
@@ -231,6 +236,7 @@ FIXES: dict[str, Callable[[Rewriting, Call, fx.Node], None]] = {
     "conv_transpose": _fix_conv,
     "conv_per_sample": _fix_conv,
     "deform_conv2d": _fix_conv,
+    "group_norm": _fix_group_norm,
     "layer_norm": _fix_layer_norm,
     **dict.fromkeys(("view", "reshape", "expand"), _fix_sizes),
     "unflatten": _fix_unflatten,

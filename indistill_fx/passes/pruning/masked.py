@@ -103,7 +103,7 @@ def _read_axes(call: Call, source: fx.Node, rank: int) -> list[int]:
 
 def _moments(x: Tensor, mask: Tensor, dims: list[int], eps: float) -> Tensor:
     weight = mask.expand_as(x)
-    count = weight.sum(dims, keepdim=True)
+    count = weight.sum(dims, keepdim=True).clamp_min(1)  # of a group that went, nothing is read
     mean = (x * weight).sum(dims, keepdim=True) / count
     var = ((x - mean).square() * weight).sum(dims, keepdim=True) / count
     return (x - mean) / (var + eps).sqrt()

@@ -19,6 +19,7 @@ from indistill_fx.passes.channels.attention import free_heads, linear
 from indistill_fx.passes.channels.call import Call, index_select, read_call
 from indistill_fx.passes.channels.selection import Cut, sliced
 from indistill_fx.passes.pruning.dependencies import Coupling, Units
+from indistill_fx.passes.pruning.dependency_rules import each_alone
 from indistill_fx.passes.pruning.follow_sizes import FIXES
 from indistill_fx.passes.pruning.recurrent import NAMES as RECURRENT
 from indistill_fx.passes.pruning.recurrent import resize_recurrent
@@ -87,6 +88,7 @@ def _resize_module(work: Rewriting, call: Call) -> None:
         module.num_features = channels
     elif call.op == "group_norm":
         module.num_channels = channels
+        module.num_groups = channels if each_alone(call) else module.num_groups
     elif call.op == "layer_norm" and module.weight is None:
         axes = len(module.normalized_shape)
         rank = len(work.facts[call.node.name].shape)
