@@ -4,7 +4,8 @@ import os
 import sys
 
 if sys.path and os.path.abspath(sys.path[0]) == os.getcwd():
-    del sys.path[0]  # `python -m` puts the working directory first: a file there must not stand in for a library
+    # `python -m` puts the working directory first on the path; a file there must not shadow a library.
+    del sys.path[0]
 
 from indistill_fx.cli import main
 

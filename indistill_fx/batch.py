@@ -59,7 +59,8 @@ class Inputs:
             names = tuple(str(node.target) for node in nodes)
             required = tuple(str(node.target) for node in nodes if not node.args) or names[:1]
             return Inputs(names, required, owner=type(model).__name__)
-        while isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):  # torch.compile's wrapper
+        # the wrapper that torch.compile puts around a module
+        while isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
             model = inner
         return dataclasses.replace(Inputs.of_function(model.forward), owner=type(model).__name__)
 

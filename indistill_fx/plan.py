@@ -381,7 +381,7 @@ def member_of(tap: str) -> str:
 def _check_order(pairs: tuple[Pair, ...], teacher: TracedModel, student: TracedModel) -> None:
     orders = [{node.name: k for k, node in enumerate(model.graph_module.graph.nodes)} for model in (teacher, student)]
     couples = [(first, second, "student") for first, second in pairwise(pairs)]
-    for name in dict.fromkeys(member_of(pair.teacher) for pair in pairs):  # of several teachers, each by itself
+    for name in dict.fromkeys(member_of(pair.teacher) for pair in pairs):  # each of several teachers by itself
         own = [pair for pair in pairs if member_of(pair.teacher) == name]
         couples += [(first, second, "teacher") for first, second in pairwise(own)]
     for first, second, role in couples:

@@ -83,7 +83,8 @@ def app(context: click.Context, debug: bool) -> None:
 
 def main() -> None:
     """Run the command line; exit code 0: done, 2: the input is at fault, 1: our fault."""
-    if os.environ.get("RANK", "0") != "0":  # under torchrun only the first prints; each reports errors
+    # under torchrun only the first process prints; every process reports its errors
+    if os.environ.get("RANK", "0") != "0":
         sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
     sys.exit(run(sys.argv[1:]))
 
@@ -103,7 +104,8 @@ def run(arguments: list[str]) -> int:
             tell(printable(text.getvalue()).rstrip("\n"))
         return 2
     except (click.exceptions.Abort, KeyboardInterrupt) as error:
-        number = getattr(error, "number", None) or getattr(error.__cause__, "number", None)  # a run that saved itself
+        # the signal, if a run saved its state before it stopped
+        number = getattr(error, "number", None) or getattr(error.__cause__, "number", None)
         tell("Stopped.")
         return 128 + (number or signal.SIGINT)
     except BrokenPipeError:
@@ -117,7 +119,7 @@ def run(arguments: list[str]) -> int:
             f"Error: What was to be written found no space: {paragraph(str(error))}. Free some, and start the command again."
         )
         return 2
-    except Exception as error:  # the last line of defence: report it as our fault
+    except Exception as error:  # anything that reaches this line is a bug of ours
         return _our_fault(error, debug=debug)
     return result if isinstance(result, int) else 0
 

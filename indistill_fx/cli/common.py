@@ -292,7 +292,8 @@ def shares_of(first: str, options: dict[str, Any]) -> dict[str, float]:
     found: dict[str, float] = {}
     for text in (first, *options["more_teachers"]):
         spec, equals, number = text.rpartition("=")
-        named = "?" in spec and "=" not in re.split("[?&]", spec)[-1]  # then it is an argument of a constructor
+        # `?` without `=` after it: the `=` belongs to a constructor's argument
+        named = "?" in spec and "=" not in re.split("[?&]", spec)[-1]
         try:
             weight = float(number) if equals and not named else None
         except ValueError:

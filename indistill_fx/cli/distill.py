@@ -199,7 +199,7 @@ def command(teacher: str, student: str, **options: Any) -> None:
             where="--qat",
             hint="Leave one of them out.",
         )
-    settings = training.settings_of(options)  # what cannot be is said before anything is loaded
+    settings = training.settings_of(options)  # impossible options are refused before anything is loaded
     out, loss = options["output"], options["main"]
     shares = common.shares_of(teacher, options)
     teacher = next(iter(shares))
@@ -272,12 +272,12 @@ def _assisted(
     if options["assistant_epochs"] is not None:
         own["epochs"] = options["assistant_epochs"]
     own["about"] = training.kept_of(spec, assistant, shared["example_inputs"], data, options, teacher=teacher)
-    shared = {**shared, "plan": None}  # the plan given is for the student
+    shared = {**shared, "plan": None}  # the given plan is for the student
     (record,) = distill_chain([source, assistant], data.train, steps=[own], run_dir=options["output"], **shared)
     if options["assistant"] == "auto" and is_main_process():
         takes = Inputs.of(assistant)
         example = Call.of_example(shared["example_inputs"], takes, where="The assistant").tensors(takes.names)
-        save_program(assistant, tuple(example.values()), spec)  # with which `export` and `evaluate` load step-1
+        save_program(assistant, tuple(example.values()), spec)  # `export` and `evaluate` load step-1 with it
     training.print_run(record, str(place))
     return assistant
 
@@ -294,7 +294,8 @@ def _teacher(
     from indistill_fx.graph.view import View
     from indistill_fx.plan import AlignmentPlan
 
-    given, directly = options["plan_file"], options["assistant"] is None  # an assistant's student has the plan
+    # with an assistant, the plan is for the student's step
+    given, directly = options["plan_file"], options["assistant"] is None
     plan = AlignmentPlan.load(given) if given else None
     if len(teachers) == 1:
         module = teachers[0].module
@@ -319,7 +320,7 @@ def _curriculum(options: dict[str, Any]) -> Curriculum | None:
             hint="Give --assistant SPEC or auto, or leave it out.",
         )
     lengths = [name for name in ("warmup", "warmup_steps", "no_warmup") if options[name]]
-    if options["no_warmup"]:  # then nothing else that is asked of a warm-up can be had
+    if options["no_warmup"]:  # without a warm-up, no other warm-up option can have an effect
         lengths += [name for name in ("penultimate", *_OF_THE_WARM_UP) if options[name]]
     if len(lengths) > 1:
         names = " and ".join(f"--{name.replace('_', '-')}" for name in lengths)

@@ -59,9 +59,8 @@ def command(
     nodes = main_path(traced)
     if as_json:
         rows = [{**asdict(node), "facts": {**asdict(node.facts), "dtype": str(node.facts.dtype)}} for node in nodes]
-        rows = [
-            {"octaves" if key == "level" else key: row[key] for key in row} for row in rows
-        ]  # the name it has in files
+        # In files the level keeps its old name, "octaves".
+        rows = [{"octaves" if key == "level" else key: row[key] for key in row} for row in rows]
         common.say_json({"macs": traced.macs, "fingerprint": traced.fingerprint, "spine": rows})
         return
     out = common.console()

@@ -215,7 +215,7 @@ def open_pictures(spec: str, options: Mapping[str, Any], *sources: Source, train
     arguments: dict[str, Any] = asked | _wanted(spec, asked, known) | more
     data = open_data(spec, **arguments)
     different = check_class_order(sources[0], data.classes) if sources else None
-    limited = options.get("limit") is not None  # else the limit is the command's own, in `more`
+    limited = options.get("limit") is not None  # otherwise the command set the limit itself, in `more`
     notes = [note for note in data.notes if limited or "no parameter `limit`" not in note]
     for note in (*notes, *((different,) if different else ())):
         say(note)
@@ -236,7 +236,7 @@ def _wanted(spec: str, asked: Mapping[str, Any], sources: tuple[Source, ...]) ->
     known = [count for source in sources if (count := picture_channels(source.module)) is not None]
     channels = asked["channels"] or (known[0] if known else None)
     if run is not None and run.normalisation is not None and asked["mean"] is None and asked["std"] is None:
-        figures = run.normalisation  # of the run's own pictures, which may be coloured where these are grey
+        figures = run.normalisation  # the run's images may have colour channels where these are grey
         found["mean"], found["std"] = in_channels(figures, channels) if channels in (1, 3) else figures
     if kind != "imagefolder":
         return found

@@ -133,7 +133,7 @@ def _save(
             out.print(f"Written to {target}. Load it as {source.save(target)}", soft_wrap=True, highlight=False)
             if original is not None and report is not None:
                 student = trace(source.build(), original.example, role="student")
-                with suppress(MatchError):  # nothing to pair, and so nothing to warm up
+                with suppress(MatchError):  # without pairs there is no warm-up, and no plan is needed
                     plan_of(original, student, report.axes).save(target / "plan.json")
             return
     save_program(smaller.graph_module, smaller.example_values, target)

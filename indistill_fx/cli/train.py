@@ -25,7 +25,7 @@ def command(model: str, **options: Any) -> None:
     """
     from indistill_fx.training.supervised import train
 
-    settings = training.settings_of(options)  # what cannot be is said before anything is loaded
+    settings = training.settings_of(options)  # impossible options are refused before anything is loaded
     source = common.open_model(model, options["trust"], seed=options["seed"])
     data = training.open_training_data(options, source)
     example = common.example_for((source,), (), data)

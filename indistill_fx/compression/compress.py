@@ -177,7 +177,7 @@ def compress(
         _check_teacher(source, judge)
         batches = calibration(train_loader if calibration_loader is None else calibration_loader, samples)
         found = task_of_run(task, train_loader, source, model.inputs, logits=logits, required=False)
-        by = found.task if found.said else None  # a task that is not known is compared by the outputs' form
+        by = found.task if found.said else None  # an unknown task is compared by the form of its outputs
         measure = Measure(batches, judge, clock if latency_ms is not None else None, say, by)
         basis = in_both_modes(model, logits, say)
         untrained = make_student(basis, budget, measure, criterion=criterion, round_to=round_to)
@@ -290,7 +290,7 @@ def _write(
         traced = replace(untrained.model, role="student")
     else:
         source.save(home)
-        os.replace(home / STUDENT, home / START)  # student.safetensors is the trained one's
+        os.replace(home / STUDENT, home / START)  # `student.safetensors` is reserved for the trained student
         spec, student = f"{home / SOURCE}:Student", source.build().to(_device(model))
         traced = trace(student, model.example, role="student")
     plan = _plan(model, traced, untrained, every_block, say)

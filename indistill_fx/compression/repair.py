@@ -167,7 +167,8 @@ class _SideBySide:
         done.add(id(weight))
         axis = self.facts[call.node.name].channel_axis
         kept = self.axes.get((call.node.name, axis)) if axis is not None else None
-        sums = [_Sums(weight[0].numel() + (bias is not None), weight) for _ in range(2)]  # to fit with, and held out
+        # one part to fit with, one held out
+        sums = [_Sums(weight[0].numel() + (bias is not None), weight) for _ in range(2)]
         for large, small in zip(self.large, self.small, strict=True):
             x, y = _rows(call, small.env[call.input], bias is not None), large.value(call.node.name)
             y = y if kept is None else y.index_select(axis or 0, torch.tensor(kept, device=y.device))
@@ -175,7 +176,7 @@ class _SideBySide:
             if len(x) > _ROWS:
                 pick = torch.linspace(0, len(x) - 1, _ROWS, device=x.device).long()
                 x, y = x[pick], y[pick]
-            first = len(x) - len(x) // _HELD_OUT  # rows are in the order of the samples
+            first = len(x) - len(x) // _HELD_OUT  # rows are in sample order, so the held-out samples are the last ones
             sums[0].add(x[:first], y[:first])
             sums[1].add(x[first:], y[first:])
         before = torch.cat([weight.flatten(1), *([bias[:, None]] if bias is not None else [])], 1).double().T

@@ -123,7 +123,7 @@ class _Arguments:
         self.node, self.name = node, name
         try:
             known = dict(inspect.signature(node.target).parameters) if callable(node.target) else {}
-        except ValueError:  # builtins have none
+        except ValueError:  # builtins have no signature
             known = {}
         self.names = tuple(known)
         self.defaults = {key: parameter.default for key, parameter in known.items()}

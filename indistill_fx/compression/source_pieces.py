@@ -227,7 +227,7 @@ def _makes(kind: type[nn.Module], arguments: Mapping[str, Any], module: nn.Modul
     try:
         with torch.device("meta"):
             made = kind(**arguments)
-    except Exception:  # the constructor refuses them, whatever it raises
+    except Exception:  # constructors may raise anything for arguments they refuse
         return False
     sizes = [{name: tuple(t.shape) for name, t in m.state_dict().items()} for m in (made, module)]
     return sizes[0] == sizes[1] and _plain(made) == _plain(module)

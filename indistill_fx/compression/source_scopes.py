@@ -116,7 +116,8 @@ def places_of(graph_module: fx.GraphModule, nodes: Sequence[fx.Node]) -> Places:
                 path = str(node.target)
             modules[node] = path
         stacks[node] = before = entries
-    layers = {*modules.values()}  # what is taken out of a layer's result, as of an attention's, was noted within it
+    # An item taken from a layer's result, such as an attention's, was recorded inside that layer: leave the layer out.
+    layers = {*modules.values()}
     stacks = {node: [entry for entry in entries if entry[0] not in layers] for node, entries in stacks.items()}
     return Places(stacks, modules, _tensor_paths(graph_module, nodes, stacks))
 
@@ -136,9 +137,8 @@ def _tensor_paths(
             if len(set(level)) > 1:
                 break
             common = level[0]
-        first = re.sub(
-            r"_\d+$", "", target
-        )  # numbers distinguish tensors at the root; in scopes they would make classes of one differ
+        # A number tells tensors at the root apart. Inside a scope it would only make equal classes differ.
+        first = re.sub(r"_\d+$", "", target)
         own = first if hasattr(graph_module, first) else target
         name = f"{common}.{own}" if common and "." not in target else target
         while name in paths.values() or (name != target and hasattr(graph_module, name)):

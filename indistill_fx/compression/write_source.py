@@ -166,7 +166,7 @@ def _prove(source: StudentSource, model: TracedModel) -> None:
             got = student(*inputs)
     except ExportError:
         raise
-    except Exception as error:  # whatever the generated code raises
+    except Exception as error:  # the generated code may raise anything
         raise unwritable("the network", f"its source code does not run: {type(error).__name__}: {error}") from error
     for one, other in zip(_tensors(expected), _tensors(got), strict=True):
         if not torch.equal(one, other):

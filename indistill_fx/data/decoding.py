@@ -79,7 +79,7 @@ def decode(
         reason = error.__cause__ or error
         if not any(cache.glob("*.safetensors")):
             with suppress(OSError):
-                (cache / ".lock").unlink()  # nothing was kept, so nothing is left
+                (cache / ".lock").unlink()  # no image was stored, so do not leave an empty cache behind
         raise ConfigError(
             f"Cache {str(place)!r} cannot be written: {reason}.", where=str(cache), hint="Give another folder, or none."
         ) from error

@@ -125,9 +125,8 @@ class ForeignLoader(EpochLoader):
                 break
             number += 1
             count = count_of(batch) * (self.world if self._shared else 1)
-            empty = (
-                not count and not self._shared and bool(tensors_of(batch))
-            )  # of a shared one, this process has no part
+            # In a batch shared between processes, this process may have no part.
+            empty = not count and not self._shared and bool(tensors_of(batch))
             if empty or 0 < count < self.least:
                 self.left_out += 1
                 continue
@@ -158,7 +157,8 @@ class ForeignLoader(EpochLoader):
         if self._by_key is not None:
             return self._by_key.epoch(self.epoch)
         if getattr(self.loader, "persistent_workers", False):
-            fresh: Any = copy.copy(self.loader)  # a stream's processes would go on drawing where they stopped
+            # Worker processes of a stream would continue from where they stopped.
+            fresh: Any = copy.copy(self.loader)
             fresh._iterator = None
             return fresh  # type: ignore[no-any-return]
         return self.loader
@@ -184,7 +184,7 @@ def _parts(loader: Any) -> tuple[Any, ...]:
 def _shares(loader: Any) -> int | None:
     """Among how many processes the loader's samplers share the samples out, if they say so."""
     for part in _parts(loader):
-        for name in ("num_replicas", "num_processes"):  # torch's and Hugging Face's; Accelerate's
+        for name in ("num_replicas", "num_processes"):  # the names in torch and Hugging Face, and in Accelerate
             if isinstance(count := getattr(part, name, None), int):
                 return count
     return None

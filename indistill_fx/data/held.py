@@ -20,14 +20,14 @@ class HeldImages:
     """
 
     def __init__(self, images: Tensor, labels: Tensor | None, device: torch.device, shift: FlipAndCrop | None):
-        wide = images.int() if images.dtype == torch.uint16 else images  # GPUs know few operations on uint16
+        wide = images.int() if images.dtype == torch.uint16 else images  # GPUs support few operations on uint16
         self.margin = shift.padding if shift is not None else 0
         self.images = F.pad(wide.to(device), [self.margin] * 4)
         self.labels = labels.to(device) if labels is not None else None
         _, channels, height, width = images.shape
         straight = torch.arange(width, device=device)
         shifts = torch.arange(2 * self.margin + 1, device=device)[:, None]
-        self._columns = torch.stack((straight + shifts, straight.flip(0) + shifts))  # by mirror and shift
+        self._columns = torch.stack((straight + shifts, straight.flip(0) + shifts))  # indexed by (mirrored, shift)
         self._rows = torch.arange(height, device=device)
         self._channels = torch.arange(channels, device=device)[:, None, None]
 

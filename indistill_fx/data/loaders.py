@@ -358,7 +358,8 @@ class MemoryLoader(IndexedLoader):
     def _draws(self, number: int, whole: Tensor) -> Tensor:
         """What this process's share of a batch is augmented by, drawn for all of it."""
         assert self.augment is not None
-        if self._views:  # for every sample by its number: the batches of two epochs of one view differ
+        # Drawn for every sample by its index: two epochs of one view have different batches.
+        if self._views:
             draws = self.augment.draw(self.count, generator_from(self.seed, self._drawn_for))[whole]
         else:
             draws = self.augment.draw(len(whole), generator_from(self.seed, self.epoch, number))

@@ -38,7 +38,7 @@ class Normaliser:
     def __init__(self, figures: Normalisation, peak: float = 255.0):
         self.figures = figures
         self.mean, self.std = (torch.tensor(values).view(-1, 1, 1) for values in figures)
-        # A tensor, because a GPU multiplies by the reciprocal of a plain number, which is another rounding.
+        # A tensor: a GPU would multiply by the reciprocal of a plain number, which rounds differently.
         self.peak = torch.tensor(peak)
 
     def __call__(self, pixels: Tensor) -> Tensor:

@@ -137,7 +137,7 @@ def _transforms(
     """Training and test transforms of pictures read one by one, to tensors of pixels."""
     from torchvision.transforms import v2
 
-    pixels = v2.PILToTensor()  # deep pictures are tensors already
+    pixels = v2.PILToTensor()  # images of more than 8 bits are tensors already
     strong = [] if magnitude is None else [rand_augment(magnitude)]
     if small:
         fit = v2.Resize(size)

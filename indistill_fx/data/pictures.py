@@ -101,7 +101,7 @@ def _opened(path: str) -> Iterator[Any]:
                 yield image
     except ConfigError:
         raise
-    except Exception as error:  # any bytes at all may come here
+    except Exception as error:  # the file may hold any bytes, so Pillow may raise anything
         reason = str(error) or type(error).__name__
         raise ConfigError(
             f"Image {path!r} cannot be read: {reason}.",
@@ -148,15 +148,16 @@ def _as_tensor(pixels: Any) -> Tensor:
 
 def _orientation(image: Any) -> int:
     if image.format == "PNG" and not {"exif", "Raw profile type exif"} & image.info.keys():
-        return 1  # Pillow would decode the pixels to look after them
+        # Looking for a tag behind the pixels would make Pillow decode the whole image.
+        return 1
     try:
         return int(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # a damaged tag says nothing
+    except Exception:  # a damaged tag is ignored
         return 1
 
 
 def _upright(image: Any) -> Any:
     from PIL import ImageOps
 
-    image.load()  # a PNG may carry the tag after its pixels
+    image.load()  # in a PNG, the tag may follow the pixels
     return ImageOps.exif_transpose(image) if 1 < _orientation(image) <= 8 else image

@@ -47,7 +47,7 @@ class Readers:
             plan: keys of the samples of each batch.
             pinned: put batches into page-locked memory, from which a GPU reads on its own.
         """
-        if not self.workers or self._reading:  # an iteration beside another one has processes of its own
+        if not self.workers or self._reading:  # a second iteration at the same time gets its own worker processes
             yield from self._loader(_Plan(plan), pinned, persistent=False)
             return
         if self._kept is None or self._kept.pin_memory != pinned:

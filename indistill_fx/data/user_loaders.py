@@ -130,7 +130,7 @@ def _first_batch(
 
 def _check_classes(spec: str, key: str, labels: Tensor | None, classes: tuple[str, ...]) -> None:
     if labels is None or labels.is_floating_point() or labels.numel() != len(labels):
-        return  # what other labels mean is the task's to say
+        return  # labels of another form are checked by the task
     known = labels[labels != _IGNORED].long()
     if not known.numel():
         return

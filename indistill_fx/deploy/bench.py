@@ -275,7 +275,7 @@ def _cells(
         try:
             call = runner.prepare(inputs)
             call()
-        except Exception as error:  # a fixed batch, or a model the compiler cannot take: the others still run
+        except Exception as error:  # a fixed batch size, or a model that cannot be compiled: measure the others
             notes.append(f"{key} cannot run at batch size {batch}: {first_lines(error)}")
         else:
             able[key], calls[key] = runner, call

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     import onnxruntime
 
 
-_SANE = 1e30  # int8 outputs are not held to a tolerance, but must be numbers
+_SANE = 1e30  # int8 outputs have no tolerance, but they must be finite and of a sane size
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,7 +277,7 @@ def _wrong_graph(
     """Nodes and weights beside those of a fresh export with the file's own names, opset and open sizes."""
     ins, outs = session.get_inputs(), session.get_outputs()
     if len(named_outputs(deployed(*inputs))) != len(outs):
-        return []  # the comparison of outputs has said so
+        return []  # the comparison of outputs reports this already
     try:
         program = capture(
             deployed, inputs, opset=_opset(model), dynamic_batch=isinstance(ins[0].shape[0], str),

@@ -93,7 +93,7 @@ def capture(
         newest = onnx.defs.onnx_opset_version()
         raise ConfigError(f"onnx {onnx.__version__} knows no opset {opset}.", where="opset", hint=f"Use 18..{newest}.")
     if dynamic_batch and len(inputs[0]) < 2:
-        inputs = [torch.cat([x, x]) for x in inputs]  # a size of one would be taken for a constant
+        inputs = [torch.cat([x, x]) for x in inputs]  # torch.export would take a size of 1 for a constant
     shapes = _dynamic_shapes(inputs, batch=dynamic_batch, size=dynamic_size)
     try:
         with _quiet(), _attention_of_four_axes():

@@ -158,7 +158,7 @@ def open_session(path: str | PathLike[str], *, threads: int | None = None) -> on
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads or torch.get_num_threads()
-    # A pool that spins after its run would slow down whatever is measured next.
+    # Threads that keep spinning after a run would slow down the next measurement.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     hint = "Export the file again, or update onnxruntime."
     with instead_of(Exception, ExportError(f"onnxruntime cannot load `{path}`", where=str(path), hint=hint)):

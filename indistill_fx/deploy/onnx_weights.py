@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 SHOWN = 5
-_TURNED = "_Transposed"  # what onnxruntime's dynamic quantiser adds to the name of a weight that it transposes
+_TURNED = "_Transposed"  # suffix that onnxruntime's dynamic quantiser appends to the name of a weight it transposes
 
 
 def wrong_weights(model: onnx.ModelProto, fresh: onnx.ModelProto, *, strict: bool) -> list[str]:
@@ -87,7 +87,8 @@ def _wrong_numbers(name: str, numbers: Array, scale: Array, zero: Array, expecte
     if numbers.shape != expected.shape:
         yield f"weight `{name}` has shape {list(numbers.shape)}, the module's {list(expected.shape)}"
         return
-    if scale.size > 1:  # one per output channel: the first axis of a convolution's weight, the last of a product's
+    # One scale per output channel: the first axis of a convolution's weight, the last axis of a matrix product's.
+    if scale.size > 1:
         axis = next((axis for axis in (0, -1) if numbers.shape[axis] == scale.size), None)
         if axis is None:
             yield f"weight `{name}` has {scale.size} scales for the shape {list(numbers.shape)}"

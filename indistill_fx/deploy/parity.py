@@ -18,9 +18,10 @@ if TYPE_CHECKING:
     import onnxruntime
 
 
-_SMALLEST_SCALE = 1e-2  # outputs that are nearly all zero have no scale of their own
-Decisions: TypeAlias = Callable[[Tensor], Tensor | None]  # an output → whole numbers, or None where values are all
-Values: TypeAlias = dict[str, tuple[Array, Array]]  # per output: torch's, onnxruntime's
+_SMALLEST_SCALE = 1e-2  # the scale assumed for outputs that are nearly all zero
+# an output → its integers (such as classes), or None if it has only real values
+Decisions: TypeAlias = Callable[[Tensor], Tensor | None]
+Values: TypeAlias = dict[str, tuple[Array, Array]]  # per output: torch's values, onnxruntime's values
 
 
 class Parity(NamedTuple):
@@ -105,7 +106,7 @@ def prove(
         label = f"at batch size {batch}" + (f" and size {size[0]}x{size[1]}" if size else "")
         try:
             values = _run(session, module, inputs)
-        except Exception as error:  # either side refuses the input in its own way
+        except Exception as error:  # torch or onnxruntime may refuse the input, each with its own exceptions
             failures.append(f"{label}: {first_lines(error).rstrip('.')}")
         else:
             _compare(values, batch, tolerance, label, rows, failures)
@@ -126,7 +127,7 @@ def rounding(module: nn.Module, inputs: Sequence[Tensor]) -> float | None:
         fine = named_outputs(exact(*(x.double() if x.is_floating_point() else x for x in inputs)))
         coarse = named_outputs(module(*inputs))
         pairs = [_difference(coarse[name].cpu().numpy(), fine[name].cpu().numpy()) for name in coarse]
-    except Exception:  # some modules cannot be copied, or hold a fixed precision
+    except Exception:  # some modules cannot be copied or cast to another precision
         return None
     return max(gap / scale if scale else gap for gap, scale in pairs)
 

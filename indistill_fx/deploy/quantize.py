@@ -34,7 +34,7 @@ Method: TypeAlias = Literal["static", "dynamic", "auto"]
 _METHODS = ("static", "dynamic", "auto")
 _CALIBRATIONS = {"minmax": "MinMax", "entropy": "Entropy", "percentile": "Percentile"}
 _CALIBRATION_ROWS = 16
-_BESIDE = 1_500_000_000  # bytes from which weights go to a second file; one file ends at 2 GB
+_BESIDE = 1_500_000_000  # from this many bytes on, weights go to a second file; one protobuf file ends at 2 GB
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,7 +284,7 @@ def _prepare(source: Path, prepared: Path, *, beside: bool) -> None:
     """Shapes inferred and the graph fused, as the quantiser wants it."""
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    # The symbolic pass needs sympy rules for every operator and adds nothing to what the exporter wrote down.
+    # Symbolic shape inference needs sympy rules for every operator, and adds nothing to the shapes from the exporter.
     quant_pre_process(
         str(source), str(prepared), skip_symbolic_shape=True, save_as_external_data=beside,
         all_tensors_to_one_file=True, external_data_location=f"{prepared.name}.data",
@@ -298,7 +298,7 @@ def _quantize_static(prepared: Path, draft: Path, reader: _Reader, calibrate: st
         str(prepared), str(draft), reader, quant_format=QuantFormat.QDQ, **options,
         activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
         calibrate_method=getattr(CalibrationMethod, _CALIBRATIONS[calibrate]),
-        # Histograms are made of every activation there is: of one piece at a time, or memory would not do.
+        # Histograms of all activations would not fit into memory: the calibration data are read one piece at a time.
         extra_options={"CalibStridedMinMax": 1} if len(reader) else {},
     )  # fmt: skip
 
@@ -308,7 +308,7 @@ def _quantize_dynamic(prepared: Path, draft: Path, **options: bool) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     model = onnx.load(str(prepared), load_external_data=False)
-    del model.graph.value_info[:]  # the quantiser transposes Gemm weights, then trips over their old shapes
+    del model.graph.value_info[:]  # the quantiser transposes Gemm weights, and fails on their old shapes
     onnx.save(model, str(prepared))
     quantize_dynamic(str(prepared), str(draft), **options, weight_type=QuantType.QInt8)
 

@@ -45,13 +45,13 @@ def save_program(module: nn.Module, example_inputs: tuple[Any, ...], path: str |
         with mode(module, training=False):
             try:
                 program = torch.export.export(module, pairs, dynamic_shapes=shapes)
-            except Exception as error:  # torch.export raises whatever the captured code raises
+            except Exception as error:  # the captured code may raise anything
                 raise ExportError(
                     f"torch.export cannot capture the model: {type(error).__name__}: {str(error).splitlines()[0]}",
                     where=str(target),
                     hint="Save the weights alone, and load them with the model's code: file.py:make@weights.safetensors.",
                 ) from error
-        content = io.BytesIO()  # given a file, torch ends the whole process when the disk is full
+        content = io.BytesIO()  # torch.export.save into a file ends the process if the disk is full
         torch.export.save(program, content)
         draft.write_bytes(content.getbuffer())
     return target

@@ -114,9 +114,8 @@ def evaluate(
         chosen.check(scores, known)
         if not metrics:
             metrics = {name: metric.to(scores.device) for name, metric in chosen.metrics(scores.shape[1]).items()}
-            for (
-                metric
-            ) in metrics.values():  # the loader has all samples: nothing is to be gathered from other processes
+            # The loader has all samples, so nothing is gathered from other processes.
+            for metric in metrics.values():
                 metric.distributed_available_fn = _alone
         with _explained(chosen, scores, known):
             total, over = chosen.total(scores, known)

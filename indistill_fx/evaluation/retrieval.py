@@ -102,7 +102,7 @@ def retrieval(
     order = torch.argsort(database_labels, stable=True)
     database, database_labels = database[order], database_labels[order]
     directions = F.normalize(database, dim=1).T
-    middle = database.mean(0)  # distances do not change, their rounding shrinks
+    middle = database.mean(0)  # centring keeps the distances and shrinks their rounding errors
     offsets = (database - middle).T
     lengths = offsets.square().sum(0)
     sums = np.zeros(4)
@@ -110,7 +110,7 @@ def retrieval(
         relevant = _range(database_labels, label)
         for part in torch.split(query[query_labels == label], block):
             cosine = F.normalize(part, dim=1) @ directions
-            nearness = 2 * (part - middle) @ offsets - lengths  # orders as the Euclidean distance does
+            nearness = 2 * (part - middle) @ offsets - lengths  # same order as by Euclidean distance
             sums += [*_scored(cosine, relevant, k, interpolate), *_scored(nearness, relevant, k, interpolate)]
     map_cosine, precision_cosine, map_euclidean, precision_euclidean = (sums / len(query)).tolist()
     return Retrieval(map_cosine, map_euclidean, precision_cosine, precision_euclidean, k)

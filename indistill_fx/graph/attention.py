@@ -98,7 +98,7 @@ def _addend(mask: Tensor, like: Tensor) -> Tensor:
 
 
 def window_attention(
-    input: Tensor,  # the name torchvision gives it
+    input: Tensor,  # torchvision's name for this parameter
     qkv_weight: Tensor,
     proj_weight: Tensor,
     relative_position_bias: Tensor,
@@ -140,7 +140,7 @@ def window_attention(
     down, right = (shift_size[0] if rows > 1 else 0), (shift_size[1] if columns > 1 else 0)
     x = torch.roll(x, (-down, -right), (1, 2))
     windows = x.unflatten(2, (columns, ww)).unflatten(1, (rows, wh)).transpose(2, 3).flatten(3, 4)
-    if qkv_bias is not None and logit_scale is not None:  # cosine attention has no bias on its keys
+    if qkv_bias is not None and logit_scale is not None:  # cosine attention sets the keys' bias to zero
         low, _, high = qkv_bias.chunk(3)
         qkv_bias = torch.cat([low, torch.zeros_like(low), high])
     qkv = F.linear(windows, qkv_weight, qkv_bias).unflatten(-1, (3, num_heads, -1))

@@ -157,7 +157,7 @@ def _named_by(function: FunctionType | None) -> Iterator[Any]:
     for cell in function.__closure__ or ():
         try:
             yield cell.cell_contents
-        except ValueError:  # not filled yet
+        except ValueError:  # the closure's cell is still empty
             continue
     codes, names = [function.__code__], set[str]()
     while codes:

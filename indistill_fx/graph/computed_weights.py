@@ -15,7 +15,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from indistill_fx.graph.caches import held_by
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # deprecated by torch, and still in use
+    warnings.simplefilter("ignore")  # torch deprecates it, but models still use it
     from torch.nn.utils.weight_norm import WeightNorm
 
 _COMPUTING = (WeightNorm, SpectralNorm, BasePruningMethod)
@@ -44,7 +44,7 @@ def why_opaque(module: nn.Module) -> str | None:
     """
     if is_parametrized(module):
         return f"its {', '.join(module.parametrizations)} is recomputed at every call (a parametrisation)"  # type: ignore[arg-type]
-    if "forward" in vars(module):  # Accelerate and others set one on the layer itself
+    if "forward" in vars(module):  # Accelerate and other libraries set `forward` on the module itself
         return "its forward was replaced, and may do anything"
     hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
     names = dict.fromkeys(getattr(hook, "__qualname__", type(hook).__name__) for hook in hooks)

@@ -16,11 +16,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 from indistill_fx.graph.ops import attribute, is_inplace
 
 _MOST_SOURCES = 500
+# Keys of fx nodes' meta that only the functions in this file use.
 _SLICE, _LAYER, _PLACE = (
     "indistill_fx slice",
     "indistill_fx layer",
     "indistill_fx place",
-)  # keys of fx nodes' meta, which only the functions here read
+)
 
 
 def forget_sources(most: int = _MOST_SOURCES) -> None:
@@ -228,8 +229,9 @@ def _shallow_copy(module: nn.Module) -> nn.Module:
     own = type(module).__module__.startswith("torch.nn.modules.") and not isinstance(module, nn.RNNBase)
     if not own and not is_parametrized(module):
         return copy.copy(module)
-    new: nn.Module = type(module).__new__(type(module))  # as `copy` does, but faster, and where torch refuses it:
-    new.__dict__.update(module.__dict__)  # it will not copy what has a weight or spectral norm
+    # Like `copy`, but faster, and it also works where torch refuses: for modules with weight or spectral norm.
+    new: nn.Module = type(module).__new__(type(module))
+    new.__dict__.update(module.__dict__)
     return new
 
 

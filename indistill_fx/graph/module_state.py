@@ -25,7 +25,7 @@ def shadow(module: nn.Module, *, training: bool, memo: dict[nn.Module, nn.Module
     """A copy of a module tree that has training flags of its own and shares every parameter and buffer."""
     memo = {} if memo is None else memo
     if isinstance(module, torch.jit.ScriptModule):
-        return module  # compiled code cannot be copied without its tensors
+        return module  # TorchScript code cannot be copied without its tensors
     if module not in memo:
         new = memo[module] = with_tensors(module, {})
         for name, child in module._modules.items():
@@ -266,9 +266,8 @@ def own_layers(graph_module: fx.GraphModule) -> None:
     """
     memo: dict[nn.Module, nn.Module] = {}
     paths = {str(node.target) for node in graph_module.graph.nodes if node.op == "call_module"}
-    for path in sorted(
-        paths, key=lambda path: path.count(".")
-    ):  # the outer ones first: a leaf may stand inside another
+    # The outer modules first: a leaf may contain another.
+    for path in sorted(paths, key=lambda path: path.count(".")):
         home, _, name = path.rpartition(".")
         own = shadow(attribute(graph_module, path), training=False, memo=memo)
         write_out_weights(own)
@@ -296,10 +295,10 @@ def own_state(module: nn.Module, changed: Iterable[Change], written: Iterable[Te
             for held in registries:
                 held.update({name: own[id(value)] for name, value in held.items() if id(value) in own})
     for change in changed:
-        if not has_attribute(module, change.name):  # the code of that part is in the graph, which keeps nothing of it
+        if not has_attribute(module, change.name):  # the part is gone: its code is in the graph itself
             continue
         held = attribute(module, change.part).__dict__
-        if change.attribute not in held:  # a registry of the part's own has it
+        if change.attribute not in held:  # the part keeps it in a registry of its own
             continue
         try:
             held[change.attribute] = copy.deepcopy(held[change.attribute], memo)

@@ -14,9 +14,8 @@ from collections.abc import Iterable
 from torch import fx, nn
 
 _LONGEST = 255
-_NUMBER = re.compile(
-    r"[0-9]{1,9}(_[0-9A-Za-z_]*)?"
-)  # also one with more after an underscore: `0_1`, as copies of layers are called
+# A number, or a number with a suffix after an underscore: `0_1`, the name of a copied layer.
+_NUMBER = re.compile(r"[0-9]{1,9}(_[0-9A-Za-z_]*)?")
 
 
 def is_plain(name: str) -> bool:

@@ -92,7 +92,7 @@ def attribute(root: nn.Module, path: str) -> Any:
     """The module, parameter or buffer that a `call_module` or `get_attr` node names, by its dotted path."""
     value: Any = root
     for name in path.split(".") if path else ():
-        children = value.__dict__.get("_modules")  # saves asking torch, which looks everywhere else first
+        children = value.__dict__.get("_modules")  # faster than getattr, where torch looks for modules last
         value = children[name] if children and name in children else getattr(value, name)
     return value
 

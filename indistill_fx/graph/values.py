@@ -83,7 +83,7 @@ class Values:
 def _write(tensor: Tensor, before: Tensor) -> None:
     """Under `no_grad`; the version counter of a dense tensor does not see it."""
     if not _is_dense(tensor):
-        with suppress(RuntimeError):  # a layout that cannot be copied into
+        with suppress(RuntimeError):  # some layouts cannot be copied into
             tensor.copy_(before)
             return
     elif (tensor.shape, tensor.dtype) == (before.shape, before.dtype):

@@ -122,7 +122,7 @@ GRAPH_FUNCTIONS: dict[str, tuple[str, ...]] = {
         "fractional_max_pool3d max_unpool1d conv_tbc gumbel_softmax local_response_norm logsigmoid normalize softsign tanhshrink "
         "cross_entropy".split()
     ),
-    # all that torchvision keeps whole by fx.wrap
+    # all functions that torchvision marks with fx.wrap
     "torchvision.ops.stochastic_depth": ("stochastic_depth",),
     "torchvision.ops.drop_block": ("drop_block2d", "drop_block3d"),
     **{f"torchvision.ops.{name}": (name,) for name in ("roi_align", "roi_pool", "ps_roi_align", "ps_roi_pool")},
@@ -141,7 +141,7 @@ GRAPH_METHODS = frozenset(
 ) | {"contiguous", "is_contiguous", "cpu", "tolist"}
 GRAPH_ATTRIBUTES = frozenset("shape ndim dtype device layout T mT H mH real imag requires_grad".split())
 
-# What the storages that torch.save writes are made of.
+# The storage classes in files from torch.save, and their dtypes.
 STORAGES: dict[str, torch.dtype] = {
     "DoubleStorage": torch.float64,
     "FloatStorage": torch.float32,
@@ -184,7 +184,7 @@ def resolve(module: str, name: str, trust: Sequence[str]) -> Named:
     Returns:
         The global and its use; `foreign` when it is on no list.
     """
-    if (module, name) in _compat_pickle.NAME_MAPPING:  # protocol 2 writes Python 2's names
+    if (module, name) in _compat_pickle.NAME_MAPPING:  # pickle protocol 2 writes Python 2's names
         module, name = _compat_pickle.NAME_MAPPING[module, name]
     module = _compat_pickle.IMPORT_MAPPING.get(module, module)
     path = f"{module}.{name}"
@@ -214,7 +214,7 @@ def _resolve_class(module: str, name: str) -> Named:
         return Named(path, "missing")
     if path in _PLAIN:
         return Named(path, "plain", found)
-    # where it is defined counts: a package may import others' classes (torch.fx.GraphModule runs its own source)
+    # The defining module decides: a package may import others' classes (torch.fx.GraphModule runs its own source).
     if isinstance(found, type) and _within(found.__module__, MODULE_PACKAGES):
         if issubclass(found, nn.Module):
             return Named(path, "module", found)
@@ -245,7 +245,7 @@ def look_up(module: str, name: str) -> Any:
         return None
     try:
         return vars(importlib.import_module(module)).get(name)
-    except Exception:  # what the library cannot import here, it does not have
+    except Exception:  # a name that cannot be imported does not exist
         return None
 
 

@@ -15,10 +15,10 @@ FileKind = Literal["torch", "torch-legacy", "export", "safetensors", "onnx"]
 
 _MAGIC_LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _HEAD = 4096
-_LONGEST_HEADER = 100_000_000  # bytes, as the safetensors library has it
+_LONGEST_HEADER = 100_000_000  # in bytes; the limit of the safetensors library
 _UNREADABLE = (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error)
 
-# What the file may start with -> what it is, what to do.
+# The first bytes of a file -> its kind, and what to do.
 _SIGNATURES: tuple[tuple[bytes, str, str], ...] = (
     (b"version https://git-lfs", "a Git LFS pointer, not the file itself", "Fetch it with `git lfs pull`."),
     (b"\x89HDF", "an HDF5 file (Keras?)", "Only PyTorch models can be read."),
@@ -60,7 +60,7 @@ def recognise(path: Path) -> FileKind:
         return "torch-legacy"
     if _is_safetensors(head, path.stat().st_size):
         return "safetensors"
-    if head.startswith(b"\x08"):  # the version, which comes first
+    if head.startswith(b"\x08"):  # the version field, which comes first in an ONNX file
         return "onnx"
     if head[257:262] == b"ustar":
         raise _refuse(path, "a tar archive (PyTorch before 0.1.10, or .tar of files)", SAVE_AGAIN)
@@ -135,7 +135,7 @@ def open_zip(file: BinaryIO, label: str) -> zipfile.ZipFile:
         file.seek(0)
     except _UNREADABLE as error:
         raise damaged(label, str(error)) from error
-    gap = end - directory_start - directory_bytes  # 0, or the 76 bytes of a zip64 record
+    gap = end - directory_start - directory_bytes  # 0, or 76 for a zip64 record
     if signature != b"PK\x05\x06" or comment or (gap not in (0, 76) and directory_start != 0xFFFFFFFF):
         raise damaged(label, "the archive does not end where its directory says")
     if not entries or min(entry.header_offset for entry in entries) != 0:
@@ -182,6 +182,7 @@ def _as_text(head: bytes) -> str | None:
     if b"\0" in head:
         return None
     try:
-        return codecs.getincrementaldecoder("utf-8")().decode(head)  # a character cut at the end is not an error
+        # the incremental decoder accepts a character that is cut off at the end
+        return codecs.getincrementaldecoder("utf-8")().decode(head)
     except UnicodeDecodeError:
         return None

@@ -120,8 +120,8 @@ def _imported(text: str) -> dict[str, str]:
             case ast.Import(names=names):
                 tops = {name.name.partition(".")[0] for name in names if name.asname is None}
                 found |= {name.asname: name.name for name in names if name.asname} | {top: top for top in tops}
-            case ast.Assign(targets=[ast.Name(id=name)]):  # such as `NoneType = type(None)`, for annotations
-                found[name] = ""  # which nothing is called
+            case ast.Assign(targets=[ast.Name(id=name)]):  # an alias for annotations, such as `NoneType = type(None)`
+                found[name] = ""  # no module path is empty, so calling the name is refused
             case _:
                 raise UnreadableError(f"that imports by {ast.unparse(part)[:60]!r}")
     return found
@@ -139,7 +139,7 @@ class _Reader:
         self.root, self.imported = root, imported
         self.graph = fx.Graph()
         self.values: dict[str, Any] = {}
-        self.names: Counter[Any] = Counter()  # of each value, how many
+        self.names: Counter[Any] = Counter()  # how many names each value has
 
     def read(self, function: ast.FunctionDef) -> fx.Graph:
         self._inputs(function.args)
@@ -176,7 +176,7 @@ class _Reader:
         match statement:
             case ast.Assign(targets=[*targets], value=ast.Constant(value=None)) if all(
                 isinstance(target, ast.Name) for target in targets
-            ):  # what is not needed any more
+            ):  # fx writes `name = None` after the last use
                 for target in targets:
                     self._bind(target.id, None)  # type: ignore[attr-defined]
             case (
@@ -188,7 +188,8 @@ class _Reader:
                 type(op) in _IN_PLACE and name in self.values
             ):
                 parts = self.values[name], self._operand(value)
-                if self.names[parts[0]] > 1:  # numbers change for one name only, tensors for all
+                # `+=` rebinds one name of a number, but changes a tensor under all its names
+                if self.names[parts[0]] > 1:
                     raise UnreadableError(f"that changes {name!r} in place, which has two names")
                 self._bind(name, self._call(_IN_PLACE[type(op)], parts, name=name))
             case _:
@@ -299,7 +300,7 @@ class _Reader:
                 return {key.value: self._operand(part) for key, part in zip(keys, parts, strict=True)}  # type: ignore[union-attr]
             case ast.Call(func=function, args=args, keywords=keywords) if self._is_constant(value):
                 if self._meant(_path(function) or ("",)) == "torch.device":
-                    return torch.device("cpu")  # where all tensors of the file go
+                    return torch.device("cpu")  # all tensors of the file are loaded to the CPU
                 if not keywords:
                     return slice(*map(self._operand, args))
             case ast.Attribute() if self._is_constant(value):

@@ -79,9 +79,9 @@ def describe_torchvision(name: str, arguments: Mapping[str, Any], module: nn.Mod
     mean, deviation = getattr(preset, "mean", None), getattr(preset, "std", None)
     normalisation = (tuple(mean), tuple(deviation)) if mean and deviation else None
     if "Video" in type(preset).__name__:
-        return InputFacts(None, normalisation)  # how many frames is not said
+        return InputFacts(None, normalisation)  # the preset does not state the number of frames
     edges = getattr(preset, "crop_size", None) or getattr(preset, "resize_size", None)
-    # the default weights of some ViTs are for larger images than the default model
+    # The default weights of some ViTs need larger images than the default model takes.
     only = getattr(module, "image_size", None)
     edge = only or (edges[0] if edges else None)
     if not isinstance(edge, int):
@@ -103,9 +103,8 @@ def describe_module(module: nn.Module, *, pretrained: bool = False) -> InputFact
         module: any model.
         pretrained: whether it has the weights that its library has for it.
     """
-    if (
-        type(module).__module__.partition(".")[0] == "efficientnet_lite_pytorch"
-    ):  # as its weights of TensorFlow Lite were trained
+    # Its weights were trained in TensorFlow Lite.
+    if type(module).__module__.partition(".")[0] == "efficientnet_lite_pytorch":
         edge = getattr(module, "input_image_size", None)
         size = (edge, edge) if isinstance(edge, int) else None
         return InputFacts((3, *size) if size else None, _TF_LITE, size, _TF_LITE)
@@ -139,7 +138,7 @@ def other_channels(module: nn.Module, call: Call) -> Literal[1, 3] | None:
             call.to(weight.device).changed(
                 lambda value: value.to(weight.dtype) if value.is_floating_point() else value
             )(module)
-        except Exception:  # any model's own
+        except Exception:  # any model may raise anything
             return wanted
     return None
 

@@ -135,7 +135,7 @@ def describe_inputs(example: Any) -> list[str]:
     try:
         for text in texts:
             parse_input(text)
-    except ConfigError:  # a name or a number that no option takes
+    except ConfigError:  # a name or a number that the option does not accept
         return []
     return texts if len(texts) > 1 or not all(text.startswith("float32") for text in texts) else []
 

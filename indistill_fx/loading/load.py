@@ -180,7 +180,7 @@ def _load_module_file(path: Path, text: str, trust: Sequence[str]) -> Source:
         if described is None:
             tensors = _count_tensors(saved.root)
             if not tensors:
-                saved.make(saved.root)  # says what in it is on no list
+                saved.make(saved.root)  # raises an error that names what is not on the allow list
             raise _only_weights(path, tensors)
         module = saved.make(described)
         notes = (*notes, *saved.describe_trusted(described))
@@ -243,7 +243,7 @@ def _build_by_name(parsed: Spec) -> Source:
         module = build_timm(parsed.name, parsed.arguments)
         own = bool(parsed.arguments.get("pretrained")) and not parsed.weights
         facts = describe_module(module, pretrained=own)
-        if not own and not parsed.weights:  # drawn at random: these weights want nothing
+        if not own and not parsed.weights:  # random weights have no normalisation that they were trained with
             facts = replace(facts, wanted_normalisation=None)
     else:
         module = build_torchvision(parsed.name, parsed.arguments)

@@ -10,7 +10,7 @@ from torch import nn
 
 from indistill_fx.errors import ConfigError, FrontendError, IndistillError, nearest
 
-# Arguments that keep a constructor from downloading a backbone nobody asked for, or from warning of its own default.
+# Arguments that stop constructors from downloading a backbone, or from warning about their own defaults.
 _QUIET: dict[str, Any] = {"weights_backbone": None}
 _QUIET_BY_NAME: dict[str, dict[str, Any]] = {
     "googlenet": {"init_weights": True},
@@ -55,7 +55,7 @@ def build_torchvision(name: str, arguments: Mapping[str, Any]) -> nn.Module:
                 hint=f"Choose from: {', '.join(weights.__members__)}.",
             )
     model = _build(f"torchvision:{name}", builder, given, quiet, downloads=given.get("weights") is not None)
-    # some constructors swallow any keyword
+    # Some constructors accept and ignore any keyword.
     unknown = [key for key in given if key not in {**known, **inspect.signature(type(model).__init__).parameters}]
     if unknown:
         raise _misbuilt(f"torchvision:{name}", builder, given, quiet, f"there is no argument {unknown[0]!r}")
@@ -86,7 +86,7 @@ def build_timm(name: str, arguments: Mapping[str, Any]) -> nn.Module:
     if not timm.is_model(name):
         raise _unknown("timm", name, timm.list_models())
 
-    if "checkpoint_path" in arguments:  # timm's own loader has trusted its files
+    if "checkpoint_path" in arguments:  # timm's own loader would trust the file
         path = arguments["checkpoint_path"]
         hint = f"Write timm:{name}@{path}, which loads weights without running what a file holds."
         raise ConfigError(f"timm:{name} takes no checkpoint_path here.", where=f"timm:{name}", got=path, hint=hint)
@@ -142,7 +142,7 @@ def _list_arguments(builder: Callable[..., nn.Module], quiet: dict[str, Any]) ->
     try:
         with torch.device("meta"):
             sources.append(type(builder(**quiet)).__init__)
-    except Exception:  # then the builder's own arguments have to do
+    except Exception:  # fall back to the builder's own arguments
         sources = [builder]
     found: dict[str, None] = {}
     for source in sources:

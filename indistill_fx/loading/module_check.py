@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from indistill_fx.graph.names import is_plain
 
-# Module trees are walked by recursion and without memory, in torch too (`Module.train`).
+# Module trees are walked recursively and without a record of visits, in torch as well (`Module.train`).
 _DEEPEST, _MOST_VISITS = 200, 50_000
 _REGISTRIES: tuple[tuple[str, type], ...] = (("_parameters", Tensor), ("_buffers", Tensor), ("_modules", nn.Module))
 _UNSAVED = "_non_persistent_buffers_set"
@@ -73,7 +73,7 @@ def _faults(module: nn.Module, *, trusted: bool) -> Iterator[str]:
             yield f"calls one of its parts {name!r}, which hides what every module has, or another part"
         taken.add(name)
     for name, value in state.items():
-        # timm's FasterNet chooses one of its own methods as its forward.
+        # timm's FasterNet assigns one of its own methods to `forward`.
         if callable(getattr(nn.Module, str(name), None)) and getattr(value, "__self__", None) is not module:
             yield f"has an attribute {name!r} in the place of a method"
 

@@ -7,7 +7,7 @@ from functools import cache
 from typing import Any
 
 _MORE = frozenset(
-    # Composite operators that torch.export leaves whole and that have no decomposition of their own.
+    # Composite operators that torch.export keeps whole because they have no decomposition.
     "batch_norm dropout dropout_ feature_dropout alpha_dropout feature_alpha_dropout lift_fresh lift_fresh_copy copy copy_ index_put_ to "
     "type_as unflatten chunk unsafe_chunk unfold bernoulli_ contiguous _conj conj resolve_conj resolve_neg cumsum_ bincount tril_indices "
     "triu_indices multinomial cartesian_prod combinations bilinear cosine_similarity pairwise_distance pdist cdist normalize set_grad "

@@ -24,7 +24,7 @@ from indistill_fx.loading.module_check import find_fault
 from indistill_fx.loading.pickle_scan import Made, Scan, Storage, walk
 from indistill_fx.loading.quantised import INTEGERS, fill_convolution, pack, quantise
 
-# An expanded tensor shows more elements than it stores; beyond this, taken together, they are an attack on whoever copies them.
+# An expanded tensor has more elements than its storage. More than this in total is an attack on whoever copies them.
 MOST_EXPANDED = 1 << 28
 _MOST_VIEWS = 8
 _MOST_DIMENSIONS = 64
@@ -131,7 +131,7 @@ class Maker:
         if isinstance(described, set):
             return {self.value(item) for item in described}
         made: Any = type(described)()  # list, dict, OrderedDict or Counter
-        self.made[id(described)] = made  # it may hold itself
+        self.made[id(described)] = made  # registered before it is filled, because it may contain itself
         if isinstance(described, list):
             made.extend(self.value(item) for item in described)
         else:
@@ -147,7 +147,7 @@ class Maker:
             if kind.use == "enum" and target.called and len(arguments) == 1 and isinstance(arguments[0], (str, int)):
                 return kind.value(arguments[0])
             if kind.path == "torch.ScriptObject" and not target.called and arguments == ():
-                return _NOTHING  # its state makes it
+                return _NOTHING  # its state creates it later
             if kind.use == "graph" and target.called:
                 return self._graph_module(*arguments)
             if kind.use == "call" and target.called:
@@ -258,7 +258,7 @@ class Maker:
                     last = offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
                     shown = math.prod(size)
                     self.shown += shown
-                    # many views of one storage are honest (tied weights), elements without end are not
+                    # Many views of one storage are legitimate (tied weights); an unlimited number of elements is not.
                     few = (
                         shown <= max(elements, MOST_EXPANDED)
                         and self.shown <= _MOST_VIEWS * self.stored + MOST_EXPANDED
@@ -367,7 +367,7 @@ def _is_attribute(kind: type, key: Any, value: Any) -> bool:
         return False
     if key == "_compiled_call_impl":
         return value is None
-    if key in ("_all_weights", "all_weights"):  # else RNNs count up to whatever the file says
+    if key in ("_all_weights", "all_weights"):  # otherwise RNNs would loop over whatever the file gives
         return isinstance(value, list) and all(isinstance(name, str) for names in value for name in names)
     if key.endswith("_hooks") and value:
         raise UnfitError("hangs hooks into modules or tensors", _HOOKS)

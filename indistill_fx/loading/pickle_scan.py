@@ -21,7 +21,7 @@ import torch
 
 from indistill_fx.loading.allow_list import STORAGES, Named, resolve
 
-# Protocol 2, which torch.save writes if not asked for another, and what protocols 3 to 5 write for the same things.
+# Opcodes of protocol 2, torch.save's default, and what protocols 3 to 5 write for the same values.
 _OPCODES = (
     *(pickle.APPEND, pickle.APPENDS, pickle.BINFLOAT, pickle.BINGET, pickle.BININT, pickle.BININT1, pickle.BININT2),
     *(pickle.BINPERSID, pickle.BINPUT, pickle.BINUNICODE, pickle.EMPTY_DICT, pickle.EMPTY_LIST, pickle.EMPTY_TUPLE),

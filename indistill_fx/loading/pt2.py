@@ -63,11 +63,11 @@ _SYMBOLIC = frozenset(
 _FROZEN = "torch.fx.immutable_collections.immutable_"
 _CONTAINERS = (
     *("builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict", None),
-    *(f"{_FROZEN}list", f"{_FROZEN}dict"),  # what a graph of ours with several outputs returns
+    *(f"{_FROZEN}list", f"{_FROZEN}dict"),  # the type of a graph with several outputs that we saved
 )
 
-_FREE = re.compile(r"[\w.+\-]*")  # versions, devices, dialects
-_PATH = re.compile(r"[\w.\-/: ]*")  # of modules, which are only shown
+_FREE = re.compile(r"[\w.+\-]*")  # for versions, devices, dialects
+_PATH = re.compile(r"[\w.\-/: ]*")  # for paths of modules, which are only displayed
 _SYMBOL = re.compile(r"[a-z]{1,4}\d{1,5}")
 _LONGEST = 2000
 _LARGEST_EXPRESSION = 128
@@ -144,7 +144,7 @@ def _copy_checked(archive: zipfile.ZipFile, label: str, trust: Sequence[str]) ->
             expected="a program of PyTorch's own tensor operations, with its weights",
             hint="If it is your own export, name the model it was made from instead.",
         ) from error
-    except Exception as error:  # any bytes at all may come here
+    except Exception as error:  # the file may hold any bytes, so anything may be raised
         raise damaged(label, f"its program makes no sense ({type(error).__name__}: {error})") from error
     checked.seek(0)
     return checked, examples
@@ -239,7 +239,7 @@ def _check_text(value: str, key: str, trust: Sequence[str]) -> None:
         case "in_spec" | "out_spec":
             _check_structure(json.loads(value)[1] if value else {})
         case "as_string" | "as_strings":
-            pass  # written into the source by `repr`
+            pass  # `repr` writes these strings into the source, quoted
         case "name" | "as_name" | "forward_arg_names" | "user_input_name":
             if value and not is_plain(value):
                 raise _UnfitError(f"has a name {value[:60]!r}")
@@ -272,7 +272,7 @@ def _check_operator(target: str, trust: Sequence[str]) -> None:
             return
         case ["torch", "ops", namespace, name, *overload] if namespace in (*_NAMESPACES, *trust) and len(overload) <= 1:
             if namespace == "torchvision":
-                importlib.import_module(namespace)  # registers them
+                importlib.import_module(namespace)  # the import registers the package's operators
             found = getattr(getattr(torch.ops, namespace), name, None)
             found = getattr(found, overload[0], None) if overload else found
             if found is not None and may_be_called(namespace, name, found):
@@ -321,7 +321,7 @@ def _is_arithmetic(node: ast.AST) -> bool:
         case ast.Call(func=ast.Name(id="Float"), args=[ast.Constant(value=str(digits))], keywords=words):
             return bool(re.fullmatch(r"-?[\d.]{1,40}", digits)) and all(_is_arithmetic(word.value) for word in words)
         case ast.Call(func=ast.Name(id="Pow"), args=[base, ast.Call(func=ast.Name(id="Integer"), args=[power])]):
-            # the power of a power would never end
+            # a power of a power could take forever to compute
             small = isinstance(power, ast.Constant) and power.value in range(9)
             return small and _is_arithmetic(base) and "id='Pow'" not in ast.dump(base)
         case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]):

@@ -23,7 +23,7 @@ from indistill_fx.loading.pickle_make import GRAPH_HINT, MALICIOUS, Maker, Unfit
 from indistill_fx.loading.pickle_scan import Scan, Storage, go_through, walk
 
 _LEGACY_MAGIC, _LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
-# Names that say how an honest file came to be refused.
+# Refused names that show how an honest file was made.
 _HINTS = {
     "__main__.": "It was defined in a script: name that, as in script.py:make_model@weights.safetensors.",
     "torch.fx.": GRAPH_HINT,
@@ -69,7 +69,7 @@ class SavedFile:
             raise
         except UnfitError as error:
             raise _refuse(self.label, str(error), error.hint) from error
-        except Exception as error:  # any bytes at all may come here
+        except Exception as error:  # the file may hold any bytes, so anything may be raised
             raise damaged(self.label, f"{type(error).__name__}: {error}") from error
         trusted = {part.value for part in named.values() if part.use == "trusted"}
         if isinstance(made, nn.Module) and (fault := find_fault(made, lambda kind: kind in trusted)):
@@ -113,7 +113,7 @@ def open_saved(file: BinaryIO, label: str, *, trust: Sequence[str] = ()) -> Iter
         saved = SavedFile(label, *(_scan_zip if is_zip else _scan_legacy)(file, label, trust))
     except ConfigError:
         raise
-    except Exception as error:  # any bytes at all may come here
+    except Exception as error:  # the file may hold any bytes, so anything may be raised
         raise damaged(label, f"its pickle makes no sense ({type(error).__name__}: {error})") from error
     if saved.scan.problems:
         raise _refuse(label, "; it ".join(saved.scan.problems[:3]), MALICIOUS)

@@ -58,7 +58,7 @@ def parse_spec(text: str) -> Spec:
         raise ConfigError(
             "The model spec is empty.", where="model", got=text, expected=MODEL_FORMS, hint=f"Write {MODEL_FORMS}."
         )
-    if os.path.exists(text):  # False also where a name is too long, or holds a zero byte, which pathlib raises for
+    if os.path.exists(text):  # unlike pathlib, this is False for a name that is too long or holds a zero byte
         return Spec(text, text)
     left, weights = _split_weights(text) if not text.startswith(_RUNTIME) else (text, "")
     if os.path.exists(left):

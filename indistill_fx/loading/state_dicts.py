@@ -16,7 +16,7 @@ from indistill_fx.loading.safe_pickle import SavedFile, open_saved
 from indistill_fx.system.files import require_regular
 from indistill_fx.system.tensor_files import load_tensors
 
-# What training scripts put a state dict under, and what wrappers put before its keys.
+# The keys under which training scripts save a state dict, and the prefixes that wrappers put before its keys.
 WRAPPERS = (
     *("state_dict", "model_state_dict", "model", "net", "weights", "params", "student"),
     *("module", "network", "state_dict_ema", "model_ema", "ema"),
@@ -47,7 +47,7 @@ def load_weights(module: nn.Module, path: Path, *, trust: Sequence[str] = ()) ->
             state = {key.removeprefix(prefix): value for key, value in state.items()}
             notes = (*notes, f"weights: dropped {prefix!r} before every key")
     counters = {name: own[name] for name in own.keys() - state.keys() if name.endswith("num_batches_tracked")}
-    if counters and state:  # as of before torch 0.4.1, and of files that leave out what no inference reads
+    if counters and state:  # files from before torch 0.4.1, or without what inference does not need
         state, notes = (
             state | counters,
             (*notes, f"weights: without the step counters of {len(counters)} batch norms, which start anew"),

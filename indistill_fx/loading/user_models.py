@@ -74,7 +74,7 @@ def _require_callable(factory: Any, spec: str, arguments: Mapping[str, Any]) -> 
         raise ConfigError(f"{spec} is {what}, not a factory.", where=spec, got=what, hint=hint)
     try:
         signature = inspect.signature(factory)
-    except ValueError:  # builtins have none
+    except ValueError:  # builtins have no signature
         return
     try:
         signature.bind(**arguments)

@@ -291,7 +291,7 @@ def _paired_logits(student: Outputs, teacher: Outputs, *, standardize: bool = Fa
 
 def _decoupled_by_class(z_s: Tensor, z_t: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """The summands of TCKD (N, 2) and NCKD (N, C - 1), of rows of logits and one class number a row."""
-    labels = labels.clamp(min=0)  # rows that do not count have a label that is not a class
+    labels = labels.clamp(min=0)  # ignored rows have a label that is no class
     (binary_s, others_s), (binary_t, others_t) = (_decoupled(z, labels) for z in (z_s, z_t))
     pairs = ((binary_s, binary_t), (others_s.log_softmax(1), others_t.log_softmax(1)))
     target, others = (F.kl_div(s, t, reduction="none", log_target=True) for s, t in pairs)

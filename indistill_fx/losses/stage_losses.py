@@ -64,7 +64,8 @@ class PairsLoss(Criterion):
             return value
         with torch.no_grad():
             constant: Tensor = self.loss(teacher.mean(0, keepdim=True).expand_as(teacher), teacher)
-        return value / torch.where(constant > 0, constant, torch.ones_like(constant))  # 0 for a batch of one
+        # a batch of one has a constant of 0
+        return value / torch.where(constant > 0, constant, torch.ones_like(constant))
 
     @property
     def summary(self) -> str:

@@ -89,7 +89,7 @@ def align_traced(
     with unchanged(teacher, by="match"), unchanged(student, by="match"):
         found = match(teacher, student, **matching)
     chosen, last = found.value, found.report.embedding
-    if projected:  # layers inside the projector are nobody's partners
+    if projected:  # layers inside the projector cannot be paired
         named = {student.node(tap) for _, tap in matching["fixed"]}
         chosen = tuple(pair for pair in chosen if student.node(pair.student) in named)
     pairs = (*chosen, last) if last is not None else chosen

@@ -153,7 +153,7 @@ def require_same_classifier(teacher: TracedModel, student: TracedModel) -> None:
     """
     told = getattr(student.module, "meta", {}).get("reuses")
     if not isinstance(told, ReusedAfter):
-        return  # frozen by its user, who knows what it is
+        return  # frozen by the user, who knows what it is
     if told.tap in teacher.taps:
         wanted = _after(teacher, told.tap).state_dict()
         found = student.module.get_submodule("classifier.layers").state_dict()

@@ -210,7 +210,7 @@ def _draw_curve(
             if len(placed) <= 40:
                 hint = f"{curve.name}, {chart.across} {at:g}: {text}"
                 drawing.add("circle", cx=x, cy=y, r=2.5 if len(placed) > 1 else 4, style=f"fill:{colour}", hint=hint)
-        if len(placed) == 1:  # a lone epoch has no course to follow; its value is all there is to see
+        if len(placed) == 1:  # a single epoch has no curve; show its value
             (x, y), text = placed[0], told[0]
             drawing.write(x + 9, y + 4, text, colour=palette.text, size=12)
     if len(chart.curves) > 1:

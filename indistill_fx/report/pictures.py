@@ -30,7 +30,7 @@ def to_png(svg: str, *, width: int = 1840) -> bytes:
             where="--png",
             hint="pip install 'indistill-fx[png]', or write --svg, which needs no extra library.",
         ) from error
-    except OSError as error:  # CairoSVG is there, libcairo is not
+    except OSError as error:  # CairoSVG is installed, but libcairo is not
         raise ConfigError(
             "A PNG file needs the cairo library, which is not installed.",
             where="--png",
@@ -207,7 +207,7 @@ def kept_svg(kept: tuple[int, ...], channels: int, *, palette: Palette) -> str:
         channels: how many there are.
         palette: the colours.
     """
-    across = _CELLS  # however few there are, so that a channel is as large in every map
+    across = _CELLS  # a fixed width, so that a channel has the same size in every map
     down = -(-channels // _CELLS)
     title = f"{len(kept)} of {channels} channels are kept: {ranges(kept)}"
     drawing = Drawing(4 * across, 4 * down, title=title)

@@ -343,7 +343,7 @@ def _facts(told: Mapping[str, Any], role: str) -> ModelFacts | None:
 def _export(home: Path) -> dict[str, float]:
     try:
         told = _dict(json.loads(read_bounded(home / EXPORT, MOST_BYTES)))
-    except (OSError, ValueError, RecursionError):  # also a teacher that is not a directory
+    except (OSError, ValueError, RecursionError):  # the teacher may not be a run directory
         return {}
     names = ("macs", "latency_ms", "int8_accuracy", "int8_size")
     return {name: value for name in names if (value := _number(told.get(name))) is not None}

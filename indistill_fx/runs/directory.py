@@ -76,7 +76,7 @@ class RunDirectory:
             (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
             try:
                 self._lock.acquire(timeout=_PATIENCE)
-            except Timeout as error:  # which is an OSError
+            except Timeout as error:  # Timeout is an OSError, so it is handled first
                 raise ConfigError(
                     f"Another process is running in {self.path}.",
                     where=str(self.path),
@@ -113,7 +113,7 @@ class RunDirectory:
                 self._report["error"] = str(error)
                 self.report(status="stopped" if stopped else "failed")
         except TrainError:
-            pass  # the disk is full: the error on its way says more
+            pass  # the disk is full, and the error being raised explains more
         finally:
             for tracker in self._trackers:
                 tracker.finish()
@@ -160,7 +160,7 @@ class RunDirectory:
         started = before.get("started", datetime.now(UTC).isoformat(timespec="seconds"))
         self._report = {"schema_version": SCHEMA, "command": sys.argv, "started": started, **before, **facts}
         self._report.pop("error", None)
-        self._report.pop("result", None)  # of a finished run that is given more epochs
+        self._report.pop("result", None)  # a finished run that is given more epochs has a result
         times = before.get("resumed", 0)
         self.report(status="running", resumed=(times if isinstance(times, int) else 0) + int(resumed))
 
@@ -206,7 +206,7 @@ class RunDirectory:
                 if (entry["epochs"], entry["step"]) <= (epochs, step) and line.endswith("\n"):
                     kept.append(line)
             except (ValueError, TypeError, KeyError, RecursionError):
-                continue  # torn by a kill
+                continue  # a line cut off when the process was killed
         replace_file(path, lambda draft: draft.write_text("".join(kept), encoding="utf-8"))
 
     def files(self) -> dict[str, str]:
@@ -231,7 +231,7 @@ def _tracker(name: str, home: Path) -> Any:
     tracker = kind(name, logging_dir=home) if name == "tensorboard" else kind(one_line(home.resolve().name))
     try:
         tracker.start()
-    except Exception as error:  # a program of others' that may want accounts, servers and databases
+    except Exception as error:  # trackers are other packages, which may need accounts, servers and databases
         first = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
         raise ConfigError(
             f"The tracker {name!r} failed to start: {first}",

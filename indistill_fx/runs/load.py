@@ -272,9 +272,8 @@ def load_run(path: str | os.PathLike[str], *, trust: Sequence[str] = (), best: b
         raise ConfigError(
             f"The run in {home} has no {weights.name}; {reached}.", where=str(home), hint="Finish it with --resume."
         )
-    library = bool(parse_spec(spec).name) and not runs_code(
-        parse_spec(spec)
-    )  # whose constructor is given run.json's arguments
+    # The constructor of a library's model gets arguments from run.json.
+    library = bool(parse_spec(spec).name) and not runs_code(parse_spec(spec))
     with Bounded(str(home / "run.json"), count_numbers(weights)) if library else nullcontext():
         source = load_source(spec, trust=trust)
     notes = load_weights(source.module, weights)

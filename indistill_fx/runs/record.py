@@ -171,9 +171,10 @@ class RunRecord:
 def environment(device: str, processes: int) -> dict[str, Any]:
     """Versions and machine."""
     packages = ("torch", "torchvision", "accelerate", "safetensors", "numpy")
+    # platform.platform() would start a subprocess
     return {
         "python": platform.python_version(),
-        "platform": f"{platform.system()}-{platform.release()}-{platform.machine()}",  # platform() runs a program for it
+        "platform": f"{platform.system()}-{platform.release()}-{platform.machine()}",
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": device,

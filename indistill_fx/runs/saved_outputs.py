@@ -82,7 +82,7 @@ def load_outputs(spec: str) -> Source:
         ConfigError: the folder has none, or they are damaged.
     """
     folder = Path(spec.removeprefix(_SPEC))
-    if not os.path.isfile(folder / FILE):  # also where the name is too long to be asked for
+    if not os.path.isfile(folder / FILE):  # os.path accepts names that are too long
         raise ConfigError(f"`{folder}` has no saved outputs.", where=spec, expected=FILE, hint=_MAKE)
     tensors, told = load_checkpoint(folder / FILE)
     samples = told.get("samples")
@@ -114,7 +114,7 @@ def _as_module(tensors: Mapping[str, Tensor], axes: Mapping[str, int], told: Map
     graph, root = fx.Graph(), nn.Module()
     indices = graph.placeholder(INDICES)
     paths, calls = writable_paths(tensors), {}
-    for name in sorted(tensors, key=lambda name: name.count(".")):  # a layer before its parts, which are put into it
+    for name in sorted(tensors, key=lambda name: name.count(".")):  # layers before the parts that belong into them
         *parents, last = paths[name].split(".")
         home = root
         for parent in parents:

@@ -70,7 +70,7 @@ def _key(*, make: bool) -> bytes | None:
                 return None
             _write(path)
         found = path.read_bytes()
-    except (OSError, RuntimeError):  # no home, or none that can be written
+    except (OSError, RuntimeError):  # there is no home folder, or it is not readable
         return None
     return found if len(found) == _BYTES else None
 

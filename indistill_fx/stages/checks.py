@@ -35,7 +35,8 @@ def label_check(task: Task, logits_of: Callable[[Any], Tensor | None], *models: 
             known[form] = found.shape[1:]
         if form not in known:
             return
-        stand_in = torch.zeros(1, device=labels.device).expand(len(labels), *known[form])  # takes no memory
+        # expanded, so it takes no memory
+        stand_in = torch.zeros(1, device=labels.device).expand(len(labels), *known[form])
         try:
             logits, prepared = task.prepare(stand_in, labels)
             assert prepared is not None
@@ -93,7 +94,8 @@ def check_inputs(
         ConfigError: names the stage and the argument.
     """
     anchor = next((p for p in student.parameters() if p.is_floating_point()), None)
-    if anchor is None or type(anchor) not in (Tensor, nn.Parameter):  # sharded: is elsewhere until it is used
+    # a sharded parameter is gathered only when it is used
+    if anchor is None or type(anchor) not in (Tensor, nn.Parameter):
         return
     where, inputs = f"Stage `{stage}`", parts.calls[0].tensors(names)
     for name, value in (*inputs.items(), ("labels", parts.labels)):

@@ -126,7 +126,7 @@ def seeing(teacher: TracedModel, student: TracedModel, plan: AlignmentPlan) -> T
     """The teacher with its view of the student's batches: as the plan says, else as the inputs differ that the two were traced with."""
     view = view_between(teacher, student, plan.view)
     fixed = teacher.report.fixed
-    if view is not None and view.size is not None:  # pictures of any size are brought to it
+    if view is not None and view.size is not None:  # the view resizes images to this size
         fixed = {name: sizes for name, sizes in fixed.items() if len(sizes) != 4}
     if view is not None and view.channels is not None:
         fixed = {name: (sizes[0], None, *sizes[2:]) if len(sizes) == 4 else sizes for name, sizes in fixed.items()}
@@ -276,7 +276,7 @@ def joint_teachers(
     if len(shared) < 2:
         return [([stage], stage.teacher) for stage in stages if stage.teacher is not None]
     losses = [stage.criterion.loss for stage in warm if isinstance(stage.criterion, FeatureLoss | PairsLoss)]
-    narrowed = any(loss.needs_equal_widths for loss in losses)  # all of them, or none
+    narrowed = any(loss.needs_equal_widths for loss in losses)  # the teacher is narrowed for all losses or for none
     slim = narrowed_teacher(teacher, plan).value if narrowed else teacher
     graph = teacher_half(slim, student, pairs, bare, narrowed=narrowed, lowerings=lowerings_for(target)).value
     return [(shared, graph), *(([stage], stage.teacher) for stage in alone if stage.teacher is not None)]

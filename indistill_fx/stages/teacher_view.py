@@ -147,7 +147,7 @@ def _rescaling(
 ) -> Rescaling | None:
     given = data.normalisation if data is not None else None
     channels = data.input_size[0] if data is not None and len(data.input_size) == 3 else 3
-    if changed is not None and given is not None:  # then pictures are rescaled while they have three
+    if changed is not None and given is not None:  # the rescaling is done while images have three channels
         channels, given = 3, in_channels(given, 3)
     explicit = asked.mean is not None or asked.std is not None
     wanted = planned.rescaling.wanted if planned is not None and planned.rescaling is not None else None

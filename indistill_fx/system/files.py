@@ -50,7 +50,7 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         ) from error
     finally:
         if draft is not None:
-            with suppress(OSError):  # a disk that may not be written refuses this too
+            with suppress(OSError):  # a read-only disk refuses the deletion as well
                 draft.unlink(missing_ok=True)
 
 
@@ -144,7 +144,7 @@ def _finite(value: Any) -> Any:
 
 def _sync(path: Path) -> None:
     if os.name == "nt" and path.is_dir():
-        return  # Windows cannot open a directory, and its rename needs no such help
+        return  # Windows cannot open a directory, and its rename needs no sync
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -183,7 +183,7 @@ def staged(target: Path) -> Iterator[Path]:
         with holder as directory, _being_written(Path(directory)):
             draft = Path(directory) / target.name
             yield draft
-            # Weights first: the model's own file is what others look for, so it comes last.
+            # Weights first and the model file last, because other programs wait for the model file.
             for part in sorted(Path(directory).iterdir(), key=lambda part: part == draft):
                 os.replace(part, target.parent / part.name)
     except OSError as error:
@@ -221,7 +221,7 @@ def read_bounded(path: str | os.PathLike[str], limit: int) -> str:
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
-    except ValueError as error:  # a name with a zero byte
+    except ValueError as error:  # raised for a name with a zero byte
         raise OSError(str(error)) from error
     with open(descriptor, "rb") as file:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):

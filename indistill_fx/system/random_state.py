@@ -68,7 +68,7 @@ def seed_torch(value: int) -> None:
     """Seed torch's generators, those of devices too."""
     if torch.accelerator.is_available():
         torch.manual_seed(value)
-    else:  # torch.manual_seed asks every kind of device, which takes longer than a small model's optimiser
+    else:  # torch.manual_seed visits every kind of device, which takes longer than a small model's optimiser step
         torch.default_generator.manual_seed(value)
 
 

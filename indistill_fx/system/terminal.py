@@ -28,7 +28,7 @@ def followed(items: Iterable[Item], title: str, *, shown: bool) -> Iterable[Item
     return track(items, title, console=console, transient=True, disable=not console.is_terminal)
 
 
-# Controls but tab and line feed; marks and overrides of direction; separators of lines; halves of characters.
+# Control characters except tab and line feed; direction marks and overrides; line separators; surrogates.
 _COMMANDS = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufff9-\ufffb]"
 )

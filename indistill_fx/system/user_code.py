@@ -58,7 +58,7 @@ def _from_file(path: Path) -> ModuleType:
             hint="Check the path; it is taken from the working directory.",
         )
     path = path.resolve()
-    key = f"{path.stem}@{path}"  # no importable name; one file is one module however often it is named
+    key = f"{path.stem}@{path}"  # not an importable name; the path makes one file one module
     if key in sys.modules:
         return sys.modules[key]
     loader = _FromSource(key, str(path), folder=str(path.parent))
@@ -67,7 +67,7 @@ def _from_file(path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules[key] = module
     try:
-        with importable_last(path.parent):  # so that the file finds its neighbours
+        with importable_last(path.parent):  # so that the file can import its neighbours
             loader.exec_module(module)
     except BaseException:
         del sys.modules[key]
@@ -112,7 +112,7 @@ def importable_last(folder: Path) -> Iterator[None]:
     finally:
         sys.path_hooks.remove(find)
         sys.path.reverse()
-        sys.path.remove(here)  # the last one
+        sys.path.remove(here)  # remove the last occurrence
         sys.path.reverse()
         forget()
 

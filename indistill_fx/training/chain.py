@@ -104,7 +104,7 @@ def distill_for_int8(
         ConfigError: see `distill`.
     """
     own = {"curriculum": NO_WARMUP, "int8": True, "run_dir": Path(run_dir) / INT8}
-    own |= {"schedule": "cosine", "main_steps": None}  # its length is its own
+    own |= {"schedule": "cosine", "main_steps": None}  # quantisation-aware training has its own length
     module = student.module if isinstance(student, TracedModel) else student
     flags = [(part, part.training) for part in module.modules()]
     if not module.training:

@@ -243,7 +243,7 @@ class Distillation:
         unmeasured = "" if same_classes else "its classes are not the student's"
         if models[0].inputs.by_number:
             unmeasured = "it has outputs of the training data alone"
-        if not any(stage.logits[1] is not None for stage in main):  # nobody reads labels
+        if not any(stage.logits[1] is not None for stage in main):  # no loss reads labels
             task = replace(task, check=lambda number, batch: None)
         mix = self._mixing(task, *models)
         self._try(main, task, mix, late=len(stages) > len(main))
@@ -299,7 +299,7 @@ class Distillation:
         if self.curriculum is not None:
             return self.curriculum, ""
         budget = self.settings.main_budget(self.epochs)
-        if self.main is None or not budget.length:  # then there is nothing but the warm-up
+        if self.main is None or not budget.length:  # the run consists of the warm-up only
             return DEFAULT_CURRICULUM, ""
         kept = kept_curriculum(directory.path) if directory is not None and directory.resumes else None
         return kept or default_curriculum(teacher, student, plan, budget, self.loader.length, task)
@@ -367,12 +367,12 @@ def _phases(
         module = stage.without_teacher() if store is not None else stage
         phases.append(
             Phase(
-                "main stage" if main and "main" in warm else stage.name,  # a layer may be called main
+                "main stage" if main and "main" in warm else stage.name,  # the warm-up may have a layer named "main"
                 module,
                 stage.budget or budget,
                 main=main,
                 tap="" if main else _shortened([pair.teacher for pair in stage.pairs]),
-                cost=module.macs[0] + 3 * module.macs[1],  # the backward pass costs two forward passes
+                cost=module.macs[0] + 3 * module.macs[1],  # a backward pass costs as much as two forward passes
                 attach=store.attach if store is not None else None,
                 also=stage.criterion.described if isinstance(stage.criterion, Kept) else "",
                 early_stopping=settings.early_stopping if main else None,

@@ -164,12 +164,12 @@ def code_digest(thing: Any) -> str:
 def _source(thing: Any) -> str:
     try:
         text = textwrap.dedent(inspect.getsource(thing))
-    except (OSError, TypeError):  # typed in, or made by code
+    except (OSError, TypeError):  # defined in an interactive session, or generated
         code = getattr(thing, "__code__", None)
         return f"{code.co_code!r} {code.co_names}" if code is not None else type(thing).__qualname__
     try:
         return ast.dump(ast.parse(text))
-    except SyntaxError:  # a lambda in the middle of a call
+    except SyntaxError:  # a lambda inside an expression does not parse alone
         return text
 
 
@@ -195,7 +195,8 @@ def _update_by_dataset(total: Any, dataset: Any) -> None:
     """By what is known without reading samples: lists of files, tensors in memory, classes, numbers."""
     if isinstance(dataset, ImageFiles):
         listing = dataset.listing
-        for file in listing.files:  # not where they are, nor when they were written: data are copied about
+        # Neither folders nor dates count, because data sets are copied.
+        for file in listing.files:
             total.update(f"{os.path.relpath(file, listing.folder)} {os.path.getsize(file)}\n".encode())
         _update(total, (listing.labels, listing.classes, repr(dataset.transform)))
         return
@@ -204,7 +205,7 @@ def _update_by_dataset(total: Any, dataset: Any) -> None:
         total.update(f"{type(dataset).__qualname__} {count}".encode())
         for name in ("tensors", "data", "targets", "labels", "samples", "classes", "indices"):
             _update(total, getattr(dataset, name, None))
-        dataset = getattr(dataset, "dataset", None)  # of a Subset
+        dataset = getattr(dataset, "dataset", None)  # the data set inside a Subset
 
 
 def _update(total: Any, value: object) -> None:

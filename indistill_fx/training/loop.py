@@ -129,7 +129,7 @@ class TrainingLoop:
                     while self.state.phase == index:
                         self._train_epoch(phase, step)
                         self._close_epoch(phase, step)
-            self._saver.shards, step.recorded = None, None  # a recording keeps its memory as long as it lives
+            self._saver.shards, step.recorded = None, None  # a recording holds its memory until it is deleted
         self._accelerator.unwrap_model(step.module, keep_fp32_wrapper=False)
 
     def _train_epoch(self, phase: Phase, step: Step) -> None:
@@ -147,9 +147,9 @@ class TrainingLoop:
             self._look(phase, self._losses.add(loss), batch)
             group += 1
             if boundary:
-                if step.recorded is None:  # else it is done
-                    with self._noticing(phase, batch):  # an optimiser takes memory of its own at its first step
-                        step.update(group)  # at an epoch's end there may be fewer batches in the group
+                if step.recorded is None:  # a recorded step includes the update
+                    with self._noticing(phase, batch):  # an optimiser allocates its state at its first step
+                        step.update(group)  # the last group of an epoch may have fewer batches
                 group = 0
                 self._after_step(phase, step)
                 if self._used_up(phase):
@@ -180,7 +180,7 @@ class TrainingLoop:
         if over:
             self._next_phase(phase, step)
         if self.state.phase == len(self.phases) or first_says(self._accelerator, self._saver.due):
-            # At the very end too with the optimiser: the run may be given more epochs.
+            # The last save includes the optimiser as well: the run may be given more epochs.
             self._save(None if over and self.state.phase < len(self.phases) else phase, step.optimizer)
         self._since = time.monotonic()
 
@@ -216,10 +216,10 @@ class TrainingLoop:
             state.best, state.best_epoch = value, state.epoch
             self._saver.save_best(self.metric.name, value, state.epoch)
 
-    # What follows serves the loop above.
+    # Helpers of the loop above.
 
     def _batches(self, phase: Phase) -> Iterator[tuple[int, Any, bool]]:
-        if self._used_up(phase):  # stopped by a signal between the last step and the end of the epoch
+        if self._used_up(phase):  # a signal stopped the run between the epoch's last step and its end
             return
         self._loader.set_epoch(self.state.epochs)
         self._loader.skip(self.state.batch)
@@ -277,16 +277,17 @@ class TrainingLoop:
     def _prepare(self, phase: Phase) -> Step:
         """The stage on the device, in train mode, wrapped for processes and precision; with its optimiser."""
         settings, budget = self._settings, phase.budget
-        self._accelerator.free_memory()  # else it would unscale the gradients of the last stage's optimiser too
+        self._accelerator.free_memory()  # otherwise it would unscale the previous stage's gradients as well
         phase.module.train()
-        self._student.train()  # last, so that a model's own train(), which may keep a norm frozen, has the say
+        # Last, because a model's own train() may keep some norms frozen.
+        self._student.train()
         for part in self._in_eval:
             part.training = False
         phase.module.to(self._accelerator.device)
         self._saver.restore_phase(phase)
         if self._sharded:
             self._saver.shards = Shards(phase.module, phase.teacher)
-        # Parameters are moved in place, so the optimiser's are the student's wherever it was.
+        # Parameters are moved in place, so the optimiser's parameters are still the student's.
         optimizer = make_optimizer(
             budget.optimizer or settings.optimizer,
             [parameter for parameter in phase.module.parameters() if parameter.requires_grad],
@@ -301,9 +302,10 @@ class TrainingLoop:
         self._saver.restore_optimizer(optimizer)
         module = self._compiled(phase) if settings.compile else phase.module
         with warnings.catch_warnings():
-            # Accelerate knows no other name for it yet.
+            # Accelerate does not know the new name of this option yet.
             warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
-            sharded = self._saver.shards is not None  # then it is not wrapped again: `evaluation_mode` leaves DDP out
+            # sharded modules are not wrapped again: `evaluation_mode` skips DDP
+            sharded = self._saver.shards is not None
             prepared = self._accelerator.prepare_model(module, evaluation_mode=sharded)
         self._since = time.monotonic()
         average = partial(self.average.update_parameters, self._student) if self.average and phase.main else None
@@ -337,7 +339,8 @@ class TrainingLoop:
         for number, value in enumerate(losses, start=first):
             if not math.isfinite(value):
                 known = batch is not None and number == self.state.batch and self._saver.shards is None
-                origin = first_not_finite(phase.module, batch) if known else ""  # of the last batch only
+                # the origin is known for the last batch only
+                origin = first_not_finite(phase.module, batch) if known else ""
                 raise self._failed(phase.name, f"the loss is {value}{f', {origin}' if origin else ''}", number)
             self.state.loss_sum += value
 
@@ -361,7 +364,8 @@ class TrainingLoop:
     def _save(self, phase: Phase | None, optimizer: Any) -> None:
         if phase is not None:
             self._look(phase, self._losses.rest())
-            if self.state.batch:  # within an epoch all processes save; a resumed one starts from what is saved here
+            # Within an epoch all processes save; a resumed process starts from this state.
+            if self.state.batch:
                 self.state.loss_sum = mean_over_processes(self._accelerator, self.state.loss_sum)
             self._tick()
         bad = self._saver.save(self.state, phase, optimizer)
@@ -382,7 +386,7 @@ class TrainingLoop:
         place = f"stage `{phase.name}`, epoch {self.state.epoch + 1}, step {self.state.batch}"
         kept = self._directory.path / LAST if self._directory else "nowhere"
         message = f"Stopped in {place}. Saved to {kept}; go on with resume=True (--resume)."
-        self._reporter.say(message)  # click swallows what a KeyboardInterrupt says
+        self._reporter.say(message)  # click does not print the message of a KeyboardInterrupt
         return Interrupted(message, self._stop.number or signal.SIGTERM)
 
     def _log(self, kind: str, **entry: Any) -> None:

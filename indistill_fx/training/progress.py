@@ -196,7 +196,7 @@ class Reporter:
 
     def __enter__(self) -> Reporter:
         if self._shown and self._console.is_terminal and not self._console.is_dumb_terminal:
-            # Redrawn from `step`, not by a thread of its own, which would take its time from the training.
+            # Redrawn from `step`: a thread of its own would take time from the training.
             self._live = Live(console=self._console, auto_refresh=False, vertical_overflow="crop")
             with self._costing_no_work():
                 self._live.start()
@@ -206,7 +206,7 @@ class Reporter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._live is not None:
-            self._board.pace = ""  # what it says of the time left is over; the rest stays to be read
+            self._board.pace = ""  # the time left is no longer true; the rest stays on the screen
             self._draw()
         if self._live is not None:
             with self._costing_no_work():
@@ -218,7 +218,7 @@ class Reporter:
             for line in map(one_line, lines):
                 if self._live is not None:
                     self._live.console.print(line, markup=False)
-                elif self._shown and sys.stderr is not None:  # without one, `print` would take the standard output
+                elif self._shown and sys.stderr is not None:  # if stderr is None, `print` would write to stdout
                     print(line, file=sys.stderr, flush=True)
 
     @contextmanager

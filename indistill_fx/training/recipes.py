@@ -45,7 +45,7 @@ RECIPES: dict[str, Recipe] = {
         student={"main": "kd", "epochs": 20, "curriculum": None},
         assistant={"curriculum": NO_WARMUP},
     ),
-    # What paid best for PKT on the paper's pair, at equal epochs in all and at equal main epochs (docs/results.md).
+    # The best schedule for PKT on the paper's pair, at equal total epochs and at equal main epochs (docs/results.md).
     "retrieval": Recipe(
         "For features that are compared: 12 epochs of MSE on the penultimate vectors, then PKT, 18 epochs at 1e-3 and 3 at 1e-4.",
         student={
@@ -70,8 +70,9 @@ RECIPES: dict[str, Recipe] = {
         assistant={"curriculum": NO_WARMUP},
     ),
     # Source: Sarridis et al., "InDistill", arXiv:2205.10003, section 4, and the authors' code: 60 epochs at 1e-3 and 10 at
-    # 1e-4, the warm-up's 12 counted; batches of 128. Deviations: the curriculum's own (see there), and the warm-up takes
-    # 3 + 4 + … epochs of however many pairs there are before the 58.
+    # 1e-4, including the warm-up's 12; batches of 128. Deviations: those of the curriculum (see there), and the warm-up
+    # takes
+    # 3 + 4 + … epochs, one term per pair, before the 58 of the main stage.
     "paper": Recipe(
         "The paper's: 3, 4, 5, … epochs of MSE, then PKT for 48 epochs at 1e-3 and 10 at 1e-4; an assistant by 50 of PKT.",
         student={
@@ -130,7 +131,8 @@ def default_curriculum(
     if not plan.pairs:
         return NO_WARMUP, "no warm-up: the two have no layers that can be paired"
     if not made and _work(teacher) != _work(student):
-        size = f", with {100 * share:.2g}% of the teacher's MACs" if share <= 1 else ""  # of a black box there are none
+        # the MACs of a black box are unknown
+        size = f", with {100 * share:.2g}% of the teacher's MACs" if share <= 1 else ""
         return NO_WARMUP, f"no warm-up: the student is of another kind{size}"
     if not made and task != "classification":
         return NO_WARMUP, f"no warm-up: it was measured to pay for classification, and the task is {task}"

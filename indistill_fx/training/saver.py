@@ -64,7 +64,8 @@ class Saver:
         self._average = {f"average/{name}": value for name, value in (average.state_dict() if average else {}).items()}
         self._read: tuple[dict[str, Tensor], dict[str, Any]] | None = None
         self._saved_at, self._took = 0.0, 0.0
-        self._infinite = set(not_finite(model_tensors(student, None)))  # masks of -inf, for example, are meant
+        # non-finite values from the start are intended, such as masks of -inf
+        self._infinite = set(not_finite(model_tensors(student, None)))
 
     @property
     def resumed(self) -> bool:
@@ -101,7 +102,8 @@ class Saver:
         state = placed(before, saved["phases"] or [phase.name for phase in self._phases], self._phases, path)
         restore_model(self._average, average)
         self._read = (tensors, saved)
-        if saved["optimizer"] is None or state.phase == len(self._phases):  # between two phases, or at the end
+        # the checkpoint lies between two phases, or at the end
+        if saved["optimizer"] is None or state.phase == len(self._phases):
             own = {name: tensor for name, tensor in tensors.items() if name.startswith("student/")}
             restore_model(model_tensors(self._student, None), own)
             if state.epoch:

@@ -72,13 +72,14 @@ def task_of_run(
     def logits_of(batch: Any) -> Tensor | None:
         anchor = next(module.parameters(), None)
         if anchor is not None and type(anchor) not in (Tensor, nn.Parameter):
-            return None  # sharded: one process cannot ask alone
+            return None  # a sharded student needs all processes to run
         device = anchor.device if anchor is not None else torch.device("cpu")
         call = split(to_device(batch, device), *models, where="The training").calls[-1]
         with evaluating(module):
             outputs = outputs_of(module, call)
         if logits is None and not isinstance(outputs, Tensor):
-            return next(leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor))  # as tracing does
+            # the same choice as in tracing
+            return next(leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor))
         return select_logits(outputs, logits)
 
     outputs = logits_of(batch)

@@ -114,7 +114,7 @@ class Trainer:
             TrainError: training cannot continue.
             Interrupted: a signal arrived; a checkpoint was saved.
         """
-        forget_sources()  # of earlier runs
+        forget_sources()  # drop the sources of earlier runs
         require_whole(self.val_loader, "validation loader")
         accelerator = make_accelerator(device=self.settings.device, precision=self.settings.mixed_precision)
         directory = self._directory(accelerator)
@@ -164,7 +164,7 @@ class Trainer:
         least = _least_samples(self.student, accelerator.num_processes, together=self.settings.sync_batch_norm)
         least = (
             max(least, accelerator.num_processes) if self.loader.numbered else least
-        )  # they read no share of nothing
+        )  # so that every process gets at least one sample
         loader = self.loader.at_least(least).shard(accelerator.process_index, accelerator.num_processes)
         with (
             self._reporter(phases, setup.task.metric, accelerator) as reporter,
@@ -190,7 +190,8 @@ class Trainer:
             taught = self._teacher_metrics(setup, directory if resumed else None, accelerator, reporter)
             schedule = self._schedule(setup, phases, loader, accelerator.device)
             reporter.say(*filter(None, (setup.task.said, *schedule)))
-            accelerator.wait_for_everyone()  # until all have seen whether there is something to resume
+            # Wait until every process has looked for a checkpoint to resume.
+            accelerator.wait_for_everyone()
             if directory is not None:
                 setup.save(directory)
                 directory.begin(
@@ -287,7 +288,8 @@ class Trainer:
         return self.val_loader is not None and setup.task.metric is not None
 
     def _measured(self, task: RunTask, device: torch.device, module: nn.Module, view: View | None = None) -> Evaluation:
-        data = self.val_loader if self.val_loader is not None else ()  # a stream is neither true nor false
+        # compared with None, because a stream has no truth value
+        data = self.val_loader if self.val_loader is not None else ()
         data = data.to(device) if isinstance(data, EpochLoader) else data
         with moved(module, device):
             return evaluate(module, data, task=task.task, logits=self.logits, view=view)

@@ -32,7 +32,7 @@ def require_loss(module: nn.Module, batch: Any, what: str) -> None:
     """
     anchor = next((parameter for parameter in module.parameters() if parameter.requires_grad), None)
     if anchor is None or type(anchor) not in (Tensor, nn.Parameter):
-        return  # nothing trains, or it is sharded: one process cannot ask alone
+        return  # nothing trains, or it is sharded, which needs all processes to run
     batch = to_device(batch, anchor.device)
     with evaluating(module), torch.enable_grad():
         try:

@@ -39,7 +39,7 @@ class OnnxPart(Opaque):
         super().__init__()
         self._session = _Shared(open_session(model, where))
         self._dtypes, self._batch = tuple(dtypes), batch
-        # what follows from a module's tensors (keys of caches, fingerprints) follows from the file
+        # Cache keys and fingerprints are computed from a module's tensors; the digest makes them depend on the file.
         code = hashlib.sha256(model.SerializeToString(deterministic=True)).digest()
         self.register_buffer("digest", torch.tensor(list(code), dtype=torch.uint8), persistent=False)
 
@@ -150,7 +150,7 @@ def _kinds(model: onnx.ModelProto) -> dict[str, int]:
     """The type of every tensor that onnx can infer."""
     try:
         graph = onnx.shape_inference.infer_shapes(model).graph
-    except Exception:  # a file that it cannot follow; then tensors are taken to be real numbers
+    except Exception:  # shape inference failed; all tensors are assumed to be real numbers
         graph = model.graph
     return {value.name: value.type.tensor_type.elem_type for value in (*graph.input, *graph.value_info, *graph.output)}
 

@@ -186,10 +186,12 @@ class Builder:
                 if name in module._buffers:
                     module._buffers[name] = tensor
                 elif tensor is not None:
-                    setattr(module, name, nn.Parameter(tensor))  # as torch's recurrent layers notice it
+                    # by setattr, so that torch's recurrent layers see the new parameter
+                    setattr(module, name, nn.Parameter(tensor))
             if "num_batches_tracked" in module._buffers:
                 module._buffers["num_batches_tracked"] = torch.tensor(0)
-            self._layers[key] = self._place(self._name_of(op, weights), module), weights  # which keeps the identities
+            # the weights are kept, so that their ids stay valid
+            self._layers[key] = self._place(self._name_of(op, weights), module), weights
         node = self.graph.call_module(self._layers[key][0], _map(inputs, self._in_graph))
         return self._returned(node, samples)
 
@@ -236,7 +238,7 @@ class Builder:
                 planned = function(*own_args, **own_kwargs)
             entries = sum(leaf.numel() for leaf in _leaves(planned) if isinstance(leaf, Tensor))
         except (NotImplementedError, RuntimeError):
-            entries = 0  # an operator that depends on values: as large as what goes in, or smaller
+            entries = 0  # the size depends on values: at most as large as the input
         if entries > LARGEST_CONSTANT:
             raise Undecided(f"makes a constant of {entries:,} numbers")
         with torch.no_grad():
@@ -283,7 +285,7 @@ class Builder:
         path = ""
         for part in parts[:-1]:
             path = f"{path}.{part}" if path else part
-            while path in self._paths:  # a layer, which holds no others
+            while path in self._paths:  # the path is taken by a layer, which cannot contain others
                 path += "_"
         base, number = f"{path}.{parts[-1]}" if path else parts[-1], 1
         path = base
@@ -336,7 +338,7 @@ def _without_repeats(name: str) -> list[str]:
     path: list[str] = []
     for part in name.strip("/").split("/")[:-1]:
         own = part.split(".")
-        for length in range(len(own), 0, -1):  # what the part repeats of the path so far
+        for length in range(len(own), 0, -1):  # leave out the beginning of the part that repeats the end of the path
             if path[-length:] == own[:length]:
                 own = own[length:]
                 break

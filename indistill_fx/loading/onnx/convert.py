@@ -25,7 +25,8 @@ from indistill_fx.loading.onnx.read import attributes_of, dtype_of, tensor_of
 from indistill_fx.loading.onnx.table import RULES, SIZE_RULES
 from indistill_fx.loading.onnx.values import Traced, Undecided, Value
 
-_COUNTS = (5040, 7560)  # divisible by much, so that no division of a batch is the same for both
+# Two batch sizes with many divisors, so that no quotient is the same for both.
+_COUNTS = (5040, 7560)
 _LARGEST = 1 << 28
 """Entries of one tensor of two samples: 1 GiB in float32."""
 

@@ -107,7 +107,7 @@ def arithmetic(op: Op, build: Builder) -> Any:
 def comparison(op: Op, build: Builder) -> Any:
     """Comparisons and logic."""
     a, b = _operands(op, build)
-    if not isinstance(a, (Tensor, Traced)):  # torch compares a tensor with a number, not a number with a tensor
+    if not isinstance(a, (Tensor, Traced)):  # torch compares a tensor with a number, but not a number with a tensor
         turned: dict[str, Callable[..., Any]] = {
             "Greater": torch.lt,
             "GreaterOrEqual": torch.le,

@@ -41,7 +41,7 @@ def read_onnx(path: Path) -> onnx.ModelProto:
         raise _refused(path, f"has {path.stat().st_size:,} bytes; at most {LARGEST_FILE:,} are read")
     try:
         model = onnx.load_model_from_string(path.read_bytes())
-    except Exception as error:  # protobuf has its own kinds of errors
+    except Exception as error:  # protobuf raises its own exceptions
         raise _refused(path, f"is damaged, or no ONNX file ({type(error).__name__})") from error
     check_texts(model, path)
     if not model.graph.node or not model.graph.output:
@@ -54,7 +54,7 @@ def read_onnx(path: Path) -> onnx.ModelProto:
     if model.functions:
         try:
             model = inliner.inline_local_functions(model)
-        except Exception as error:  # of another compiler's code
+        except Exception as error:  # the inliner raises exceptions of its own
             raise _refused(path, "has functions of its own that are called wrongly") from error
     if any(own.ref_attr_name for node in nodes_of(model.graph) for own in node.attribute):
         raise _refused(path, "refers to attributes of a function outside of one")
@@ -180,7 +180,7 @@ def _lies_beside(folder: Path, name: str) -> bool:
     try:
         beside = (folder / name).resolve()
         return not Path(name).is_absolute() and beside.parent == folder and beside.is_file()
-    except (OSError, ValueError, RuntimeError):  # too long, a zero byte, links in a circle
+    except (OSError, ValueError, RuntimeError):  # the name is too long, holds a zero byte, or its links form a circle
         return False
 
 

@@ -47,7 +47,7 @@ def open_session(model: onnx.ModelProto, where: str, *, rewrites: bool = True) -
     options.add_session_config_entry("session.force_spinning_stop", "1")
     try:
         return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's own kinds
+    except Exception as error:  # onnxruntime raises its own exceptions
         raise _failure("refuses", where, error, "Export the file again, or update onnxruntime.") from error
 
 

@@ -36,9 +36,9 @@ def reshape(op: Op, build: Builder) -> Any:
     if not op.get("allowzero", 0):
         wanted = [build.size(x, place) if _is(n, 0) else n for place, n in enumerate(wanted)]
     if build.batch is not None and wanted and _is(wanted[0], build.batch) and x.fixed(0) is None:
-        wanted[0] = build.size(
-            x, 0
-        )  # the file was made for so many samples; the comparison shows whether it was meant so
+        # The file was exported for one batch size; the comparison with onnxruntime shows whether this axis is the
+        # batch.
+        wanted[0] = build.size(x, 0)
     shapes = [sample.reshape(_at(wanted, number)).shape for number, sample in enumerate(x.samples)]
     return _laid_out(build, x, wanted, shapes)
 
@@ -98,7 +98,8 @@ def concat(op: Op, build: Builder) -> Any:
     """Concat; a constant beside a batch that the file fixes to one sample is the same for every sample."""
     parts: list[Any] = [build.tensor(op.required(number)) for number in range(len(op.inputs))]
     first = next((part for part in parts if isinstance(part, Traced)), None)
-    if first is not None and build.batch == 1 and first.fixed(0) is None:  # a token that was made for one sample
+    # a token that was exported for a single sample
+    if first is not None and build.batch == 1 and first.fixed(0) is None:
         rows = build.size(first, 0)
         parts = [
             build.call(Tensor.expand, part, rows, *part.shape[1:])

@@ -53,7 +53,8 @@ class Flag(nn.Module):
     @training.setter
     def training(self, flag: bool) -> None:
         of = self.__dict__["of"]
-        if of is None or "_parameters" not in self.__dict__:  # the second: torch sets it while it makes the module
+        # without `_parameters`: torch sets the flag while it constructs the module
+        if of is None or "_parameters" not in self.__dict__:
             self.__dict__["own"] = flag
         else:
             of.training = flag

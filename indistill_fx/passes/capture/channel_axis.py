@@ -101,7 +101,7 @@ def _axis(node: fx.Node, shapes: Mapping[str, Shape], axes: Mapping[str, int | N
         return order.index(axis) if order else None
     if name in _RESHAPES or len(before) != rank:
         found = _through_reshape(before, shape, axis)
-        # With one sample and one channel their axes look alike: whatever a black box makes of them, the first is the batch's.
+        # With one sample and one channel the two axes look alike; the first one is the batch.
         return _USUAL.get(rank) if found == 0 and axis > 0 and prod(before) != prod(shape) else found
     return axis
 

@@ -21,7 +21,7 @@ from indistill_fx.system.random_state import seed_torch
 _SIZES = (2, 3)
 _TOLERANCE = 1e-5
 _GRADIENT_TOLERANCE = 1e-4
-_SMALL = (40, 64)  # the first costs least; some networks need a multiple of 32
+_SMALL = (40, 64)  # the first is cheapest; some networks need a multiple of 32
 _LARGE = 64
 
 
@@ -123,7 +123,8 @@ class Reference:
         self._note(self._forget())
 
     def _note(self, changed: Sequence[Change]) -> None:
-        self.changed.update((c.name, c) for c in changed if not c.attribute.startswith("_tensor_constant"))  # fx's own
+        # constants that fx itself added
+        self.changed.update((c.name, c) for c in changed if not c.attribute.startswith("_tensor_constant"))
 
     def kept(self, graph_module: nn.Module) -> AbstractContextManager[State | None]:
         """Within the block a graph may run; what its parts then keep for the next call is put back."""
@@ -194,7 +195,7 @@ class Reference:
 
     def _compare_sizes(self, graph_module: nn.Module, *, size_free: bool) -> tuple[tuple[int, float], ...]:
         for crop in _SMALL if size_free and self._croppable() else ():
-            with suppress(FrontendError):  # the module may treat small pictures otherwise
+            with suppress(FrontendError):  # the module may treat small images differently
                 return ((_SIZES[0], self._difference(graph_module, _SIZES[0], crop)),)
         if size_free:
             return ((_SIZES[0], self._difference(graph_module, _SIZES[0])),)
@@ -285,9 +286,8 @@ class Reference:
                     raise FrontendError(f"with batch size {size} the graph leaves another value in the buffer `{name}`")
 
     def _wants_gradients(self, size: int) -> bool:
-        return self.gradients and size == (
-            _SIZES[0] if not self._sizes else self._sizes[0]
-        )  # once is enough: it is the costly part
+        # Gradients are compared at one batch size only, because they are expensive.
+        return self.gradients and size == (_SIZES[0] if not self._sizes else self._sizes[0])
 
     def _compare_gradients(self, run: Run, own: Run) -> None:
         names = {parameter: name for name, parameter in self.module.named_parameters()}

@@ -96,7 +96,7 @@ def _export(
         with _quiet(), torch.no_grad():
             dynamic = shapes.dynamic_shapes(module, inputs, dict(kwargs))
             return torch.export.export(module, inputs, dict(kwargs), dynamic_shapes=dynamic, strict=False)
-    except Exception as error:  # a compiler: it fails in many ways
+    except Exception as error:  # torch.export is a compiler and may raise anything
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
         raise FrontendError(f"{type(error).__name__}: {lines[0]}") from error
 
@@ -260,7 +260,7 @@ def _stacks(graph: fx.Graph, module: nn.Module) -> dict[fx.Node, list[tuple[str,
         stacks[node] = []
         for call, (given, _) in node.meta.get("nn_module_stack", {}).items():
             path = paths.get(str(given).split("@")[0])
-            if path is None:  # a stand-in of torch.export for code outside any module
+            if path is None:  # torch.export's placeholder for code outside any module
                 continue
             if call not in names:
                 counts[path] += 1

@@ -63,7 +63,7 @@ def infer_facts(
     """
     reference = reference or Reference(module, inputs, kwargs, gradients=False)
     if size_free:
-        with suppress(Exception), reference.any_size():  # a module may take some batch sizes alone
+        with suppress(Exception), reference.any_size():  # a module may accept only some batch sizes
             new, facts = _found(graph_module, reference)
             checked = reference.compare(new, size_free=True)
             return Known(new, facts, _logits_node(new, facts, logits), checked, reference.notes)
@@ -94,7 +94,7 @@ def _runs(graph_module: fx.GraphModule, observer: Observer) -> list[Observed]:
     try:
         return observer.observe(graph_module, sizes)
     except Exception:
-        observer.reference.compare(graph_module)  # says what is wrong
+        observer.reference.compare(graph_module)  # raises an error that names the difference
         raise
 
 
@@ -121,7 +121,7 @@ def _assemble(
     shapes = {name: _at_batch(first[name].shape, axis, sizes[0], example) for name, axis in axes.items()}
     channels = channel_axes(graph_module, shapes, {name: seen.dtype for name, seen in first.items()})
     given = {n for n in graph_module.graph.nodes if n.op == "placeholder"}
-    for node in graph_module.graph.nodes:  # the parts of lists of inputs
+    for node in graph_module.graph.nodes:  # the elements of inputs that are lists
         if node.target is operator.getitem and node.args[0] in given and node.args[0].name not in shapes:
             given.add(node)
     space = next(
@@ -196,7 +196,7 @@ def _logits_node(graph_module: fx.GraphModule, facts: Mapping[str, NodeFacts], w
     value: Any = output_node(graph_module.graph).args[0]
     if (
         isinstance(value, fx.Node) and value.name not in facts and isinstance(value.target, type)
-    ):  # a dataclass or namedtuple
+    ):  # a dataclass or a namedtuple
         fields = getattr(value.target, "_fields", ())
         value = {**dict(zip(fields, value.args, strict=False)), **value.kwargs} or value.args
     if hasattr(value, "_fields"):

@@ -138,7 +138,7 @@ def _refuse_views(writer: fx.Node, target: fx.Node, order: dict[fx.Node, int], i
     base, pieces = target, {}
     while (source := _source(base)) is not None:
         if op_name(source) in _PIECES and base.target is operator.getitem:
-            pieces[source] = base  # its sisters hold other data
+            pieces[source] = base  # the other pieces hold other data
         base = source
     sharing, new = {base}, [base]
     while new:

@@ -60,7 +60,8 @@ class _MacCounter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         packet = func._overloadpacket
-        if str(packet) == "torchvision.deform_conv2d":  # each place by the filters, as in a convolution
+        # every position is multiplied by the filters, as in a convolution
+        if str(packet) == "torchvision.deform_conv2d":
             result = func(*args, **kwargs)
             self.macs += result.numel() * args[1][0].numel()
             return result
@@ -134,7 +135,7 @@ class _Run:
             macs += sum(self.untold.pop(source, 0) for source in node.all_input_nodes)
             self.found.seen[node.name] = Seen(tuple(value.shape), value.dtype, macs)
             return
-        if macs:  # a tuple: its work is counted at the first of its parts
+        if macs:  # the work of a tuple is counted at its first element
             self.untold[node] = macs
         if (count := count_of(value)) is not None:
             self.found.counts[node.name] = count
@@ -199,7 +200,7 @@ class Observer:
         try:
             with self.reference.kept(graph_module), _without_data(graph_module):
                 return [self._empty(graph_module, *self.reference.shapes(size), macs=macs) for size, macs in flags]
-        except Exception:  # whatever an operation says to tensors without data
+        except Exception:  # operations may raise anything for tensors without data
             return [self._real(graph_module, size, macs=macs) for size, macs in flags]
 
     def other_picture(self, graph_module: fx.GraphModule) -> Observed | None:

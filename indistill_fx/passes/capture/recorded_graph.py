@@ -92,7 +92,7 @@ class RecordedGraph:
             return value
         if isinstance(value, slice):
             return slice(*map(self.argument, (value.start, value.stop, value.step)))
-        if isinstance(value, PackedSequence):  # its constructor looks at the tensors, so it must run with the graph
+        if isinstance(value, PackedSequence):  # the constructor reads the tensors, so it must run inside the graph
             return self.create("call_function", PackedSequence, tuple(map(self.argument, value)), {})
         if isinstance(value, tuple) and hasattr(value, "_fields"):
             return type(value)(*map(self.argument, value))

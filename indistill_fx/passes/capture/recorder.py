@@ -87,7 +87,7 @@ class Recorder(RecordedGraph, TorchFunctionMode):
             self.write_back()
         except FrontendError:
             raise
-        except Exception as error:  # the caller's code may raise anything, the more so on what it does not expect
+        except Exception as error:  # the caller's code may raise anything, especially when it meets a recorded tensor
             raise FrontendError(
                 f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
             ) from error
@@ -137,7 +137,7 @@ class Recorder(RecordedGraph, TorchFunctionMode):
         if name == "size" and dim is not None:
             return self._size(tensor.shape[dim], node, int(dim))
         if name == "__len__":
-            return new_size(self.book, len(tensor), "size", (node, 0)).plain()  # Python insists on an int
+            return new_size(self.book, len(tensor), "size", (node, 0)).plain()  # `len` must return an int
         return new_size(self.book, tensor.numel(), "numel", (node,))
 
     def _size(self, value: int, node: fx.Node, axis: int) -> Any:

@@ -128,7 +128,7 @@ def _value(node: fx.Node, axes: Mapping[str, Axes], values: Mapping[fx.Node, Any
         return _OPEN
     try:
         found = node.target(*node.args, **node.kwargs)  # type: ignore[operator]
-    except Exception:  # the graph says so itself when it runs
+    except Exception:  # running the graph will raise the same error
         return _OPEN
     return found if isinstance(found, (bool, int, float, tuple)) else _OPEN
 

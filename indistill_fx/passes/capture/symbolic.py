@@ -29,10 +29,11 @@ class _Tracer(fx.Tracer):
     ):
         super().__init__()
         self.inputs, self.kwargs, self.wanted_leaves = inputs, kwargs, frozenset(leaves)
+        # The tensors before the model's code assigns to them.
         self.own = {
             **dict(module.named_parameters()),
             **dict(module.named_buffers()),
-        }  # before the code assigns to them
+        }
         self.names = {id(tensor): name for name, tensor in self.own.items()}
         self.calls: Counter[str] = Counter()
         self.outputs: list[tuple[str, str, int]] = []

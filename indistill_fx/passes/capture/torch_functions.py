@@ -57,7 +57,7 @@ def as_call(func: Any, args: tuple[Any, ...]) -> tuple[str, Any, tuple[Any, ...]
     if not name.startswith("__"):
         return "call_method", name, args
     bare = name.strip("_")
-    if bare == "rdiv":  # Python's name for 1 / x in torch
+    if bare == "rdiv":  # torch's reflected operator for 1 / x
         return "call_function", operator.truediv, args[::-1]
     if hasattr(operator, name):
         return "call_function", getattr(operator, name), args

@@ -267,7 +267,7 @@ def _capture(
             except FrontendError:
                 if method != "leaves" or not reference.stateful:
                     raise
-                captured, known = attempt()  # with those as leaves
+                captured, known = attempt()  # once more, with the stateful modules as leaves
         except FrontendError as error:
             if error.where in ("forward", "output", "logits"):
                 raise
@@ -334,7 +334,7 @@ def _both_modes(once: Callable[[], Captured], reference: Reference) -> Captured:
             finally:
                 reference.stateful = other_mode.stateful
     except FrontendError as error:
-        if error.where in reference.changed:  # another method may keep it
+        if error.where in reference.changed:  # another capture method may avoid the change
             raise
         note = f"in eval mode the graph computes what train mode does where the code of {classes} asks for the mode: {error.message}"
         return replace(captured, notes=(*captured.notes, note))
@@ -345,10 +345,11 @@ def _in_mode(capture: Method, reference: Reference, leaves: Sequence[str], *, pa
     """Capture and rule 3; if patient, a module whose writes cannot be made functional becomes a leaf."""
     given_up: tuple[str, ...] = reference.stateful if patient else ()
     module, inputs, kwargs = reference.module, reference.inputs, reference.kwargs
-    flags = [(vars(part), vars(part)["training"]) for part in module.modules() if "training" in vars(part)]  # unnoticed
+    # read from `vars`, so that no property or hook runs
+    flags = [(vars(part), vars(part)["training"]) for part in module.modules() if "training" in vars(part)]
     while True:
         loose = reference.loose
-        for own, flag in flags:  # `forget` puts back those of the beginning
+        for own, flag in flags:  # `forget` restores the flags from before the trace
             own["training"] = flag
         try:
             with plain_attention():
@@ -360,7 +361,7 @@ def _in_mode(capture: Method, reference: Reference, leaves: Sequence[str], *, pa
             continue
         finally:
             reference.forget()
-        if reference.loose.keys() != loose.keys():  # they are the graph's constants; they must be its state
+        if reference.loose.keys() != loose.keys():  # tensors recorded as constants must become state
             continue
         try:
             captured = functionalize(captured)

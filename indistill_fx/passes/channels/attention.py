@@ -169,7 +169,7 @@ def windows(call: Call, cut: Cut) -> Propagation | Blocked:
 
     def emit(out: Emitter, new: Sequence[fx.Node]) -> fx.Node:
         node = step.emit(out, new)
-        node.target = window_attention  # torchvision's own refuses an output of another width
+        node.target = window_attention  # torchvision's function accepts only an output of the original width
         return node
 
     return Propagation(emit, step.parts, step.weights, filters)

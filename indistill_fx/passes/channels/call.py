@@ -321,7 +321,8 @@ def _constant(node: fx.Node, facts: Mapping[str, NodeFacts]) -> Any:
         way = ways.pop()
         if way.op == "placeholder":
             return None
-        if way.target is getattr and way.args[1] in ("dtype", "device"):  # not what the tensor holds
+        # only the dtype or device is used, not the values
+        if way.target is getattr and way.args[1] in ("dtype", "device"):
             source = tensor_nodes(way.args[0])[0]
             types[way] = torch.device("cpu") if way.args[1] == "device" else facts[source.name].dtype
             continue

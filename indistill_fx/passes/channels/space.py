@@ -118,7 +118,7 @@ def pixel_unshuffle(call: Call, cut: Cut) -> Propagation | Blocked:
 def unfold(call: Call, cut: Cut) -> Propagation | Blocked:
     """`F.unfold`: the places of a patch, as many as the kernel has, are one channel of the input."""
     shape = call.shape(call.input) or ()
-    if (cut.start, cut.stop, len(shape), len(call.output_shape)) != (1, 2, 4, 3):  # a tensor's own unfold adds an axis
+    if (cut.start, cut.stop, len(shape), len(call.output_shape)) != (1, 2, 4, 3):  # Tensor.unfold adds an axis
         return Blocked("unfold mixes the axes of space")
     return _many_of_one(call, cut, call.output_shape[1] // shape[1])
 

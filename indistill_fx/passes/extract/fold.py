@@ -76,7 +76,8 @@ def _fold_norm(node: fx.Node, graph_module: fx.GraphModule) -> str | None:
     if len(source.users) > 1:
         return f"`{source.name}` is read by others too"
     norm, layer = attribute(graph_module, str(node.target)), attribute(graph_module, str(source.target))
-    for own, part in ((source, layer), (node, norm)):  # torch.nn.utils.prune recomputes the weight before every call
+    # torch.nn.utils.prune recomputes the weight before every call.
+    for own, part in ((source, layer), (node, norm)):
         if (reason := why_opaque(part)) is not None:
             return f"`{own.name}`: {reason}"
     if norm.training or norm.running_mean is None:
@@ -114,7 +115,8 @@ def _freeze(graph_module: fx.GraphModule) -> None:
     read = {str(node.target) for node in graph_module.graph.nodes if node.op == "get_attr"}
     for path in called:
         _replace(graph_module, path, _frozen(attribute(graph_module, path)))
-    for path in read:  # after the modules: a tensor may belong to one of them, and by now that one is a copy
+    # After the modules: a tensor may belong to one of them, which is a copy by now.
+    for path in read:
         value = attribute(graph_module, path)
         if isinstance(value, nn.Parameter):
             _replace(graph_module, path, nn.Parameter(value.detach(), requires_grad=False))

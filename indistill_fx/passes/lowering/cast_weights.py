@@ -45,7 +45,7 @@ class InDtype(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """What the layer computes of these inputs."""
-        cast: dict[int, Any] = {}  # attention sees by identity that all three are one
+        cast: dict[int, Any] = {}  # attention compares its inputs by identity, so equal inputs must stay one tensor
 
         def once(value: Any) -> Any:
             return cast.setdefault(id(value), _cast(value, self.dtype))
@@ -72,7 +72,7 @@ def cast_weights(graph_module: fx.GraphModule, dtype: torch.dtype | None) -> Pas
     if dtype not in _REDUCED or not fitting:
         return PassResult(graph_module, Rewrite())
     new, nodes = copy_graph(graph_module)
-    cast: dict[str, str] = {}  # a layer that is called twice is cast once
+    cast: dict[str, str] = {}  # a layer with several calls is cast once
     for node in (nodes[old.name] for old in fitting):
         path = str(node.target)
         if path not in cast:

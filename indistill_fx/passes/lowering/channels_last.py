@@ -22,9 +22,8 @@ from indistill_fx.graph.ops import UNARY, attribute, op_name
 from indistill_fx.passes.contract import PassResult, Rewrite
 from indistill_fx.passes.lowering.max_pool import Pooling, pooling_of, small
 
-_RANDOM = frozenset(
-    "dropout alpha_dropout rrelu stochastic_depth drop_path".split()
-)  # they draw in the order of the memory
+# Operations whose random numbers depend on the memory layout.
+_RANDOM = frozenset("dropout alpha_dropout rrelu stochastic_depth drop_path".split())
 _FREE = UNARY - _RANDOM - {"contiguous"} | {"batch_norm"}
 
 
@@ -85,7 +84,7 @@ class _Pool(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, places = ctx.saved_tensors
-        gradient = channels_last(gradients[0])  # else the kernel copies all it is given into the usual layout
+        gradient = channels_last(gradients[0])  # otherwise the kernel copies all its inputs into the contiguous layout
         given = torch.ops.aten.max_pool2d_with_indices_backward(gradient, x, *ctx.options, places.long())
         return given, None, None, None, None, None
 

@@ -117,7 +117,7 @@ def fuse_convolutions(
     new, _ = copy_graph(graph_module)
     done: list[str] = []
     convolutions = [node for node in new.graph.nodes if _fits(node, new)]
-    for node in reversed(convolutions):  # of two that are added, the later one takes the sum
+    for node in reversed(convolutions):  # if two convolutions are added, the later one takes the sum
         layer = attribute(new, str(node.target))
         other, last = None, node
         total = _only_reader(node)

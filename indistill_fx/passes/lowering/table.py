@@ -48,16 +48,16 @@ LOWERINGS: Mapping[Kind, Lowerings] = {
         teacher=("fuse_convolutions",),
         student=("stem_channels_last",),
     ),
-    # Other dtypes than float32: not measured by themselves; what of float32's list can run in them.
+    # Reduced precisions were not measured: the rewrites of the float32 list that can run in them.
     "cpu reduced": Lowerings(student=("stem_channels_last",)),
     "cpu compiled": Lowerings(),
     "cuda": Lowerings(),
-    # bfloat16 and float16: tensor cores want channels last.
+    # With bfloat16 and float16, tensor cores need channels last.
     "cuda reduced": Lowerings(
         teacher=("channels_last", "cast_weights"),
         student=("channels_last",),
     ),
-    # torch.compile lays tensors out by itself.
+    # torch.compile chooses the memory layouts itself.
     "cuda compiled": Lowerings(teacher=("cast_weights",)),
     "other": Lowerings(),
 }

@@ -48,7 +48,7 @@ def cka(loader: Iterable[Any], *, batches: int | None = 16) -> Similarity:
         for batch in islice(loader, batches):
             grams = [_grams(model, taps, batch) for model, taps in ((teacher, teacher_taps), (student, student_taps))]
             if len(grams[0][0]) < _FEWEST:
-                continue  # the last, smaller batch of a loader
+                continue  # the last batch of a loader may be too small
             shared += hsic(grams[0], grams[1])
             for total, gram in zip(own, grams, strict=True):
                 total += torch.diagonal(hsic(gram, gram))

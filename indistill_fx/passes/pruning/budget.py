@@ -70,7 +70,7 @@ def _exchange(
         mine, others = np.flatnonzero(own & inside & (stay != more)), np.flatnonzero(own & ~inside & (stay == more))
         if not len(mine) or not len(others):
             continue
-        sign = 1 if more else -1  # what comes in is the best there is, what goes is the worst
+        sign = 1 if more else -1  # add the best channels, or remove the worst
         a = mine[np.argmax(sign * classes.scores[mine])]
         b = others[np.argmin(sign * classes.scores[others])]
         loss = sign * float(classes.scores[b] - classes.scores[a])

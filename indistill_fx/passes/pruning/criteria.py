@@ -91,7 +91,7 @@ class Scorer:
             PruneError: a score is not a number, or there is not one for each row.
         """
         _, scores = self.basis(node, len(weight))
-        seen_by_score = scores is None and self.weights in (l1, l2)  # by their score, if a weight is not a number
+        seen_by_score = scores is None and self.weights in (l1, l2)  # not-a-number weights are found through the score
         if scores is None:
             scores = self.weights(weight)
         if not isinstance(scores, Tensor) or scores.shape != weight.shape[:1]:
@@ -227,7 +227,7 @@ def _gradients(
 
 def _cross_entropy(scores: Tensor, labels: Tensor, output: str) -> Tensor:
     shape = tuple(labels.shape)
-    legal = tuple(scores.shape[:1] + scores.shape[2:]), tuple(scores.shape)  # classes, or probabilities
+    legal = tuple(scores.shape[:1] + scores.shape[2:]), tuple(scores.shape)  # class indices, or class probabilities
     if shape not in legal:
         raise ConfigError(
             f"The criterion `taylor` takes the gradient of the cross-entropy, but labels of shape {shape} do not go "

@@ -119,7 +119,7 @@ def deformed(found: Coupling, call: Call) -> set[Axis]:
     places = (call.shape(call.get("offset")) or (0, 0))[1] // (2 * weight[0, 0].numel())
     for count in {1 if groups == inputs else groups, places} - {1}:
         _tie_groups(found, given, count)
-    if groups == inputs > 1:  # one filter for each channel
+    if groups == inputs > 1:  # a depthwise convolution
         made = found.fresh(outputs) if given is None else np.repeat(given, outputs // groups)
         if given is None:
             found.freeze(made, f"`{call.path}` filters each of its fixed channels alone")

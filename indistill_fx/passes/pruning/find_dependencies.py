@@ -41,7 +41,7 @@ def couple(graph_module: fx.GraphModule, facts: Mapping[str, NodeFacts]) -> Coup
             _shuffle(found, node, found.shuffles[node.name])
         elif node.op not in ("placeholder", "get_attr") and node.name not in found.vanished:
             _visit(found, node)
-    for node in graph_module.graph.find_nodes(op="get_attr"):  # what the walk has tied of parameters
+    for node in graph_module.graph.find_nodes(op="get_attr"):  # parameters that the walk has tied
         known = facts.get(node.name)
         tied = (axis for axis in range(len(known.shape) if known else 0) if found.is_tied(node, axis))
         found.axes.update({(node.name, axis): units for axis in tied if (units := found.of(node, axis)) is not None})
@@ -94,7 +94,7 @@ def _read(found: Coupling, call: Call) -> set[Axis] | None:
     if call.node.name in found.facts:
         return follow(found, call)
     dim = call.get("dim", 0 if call.op == "unbind" else None)
-    if call.op in _DROPS_AXIS and isinstance(dim, int):  # the parts say what becomes of the others
+    if call.op in _DROPS_AXIS and isinstance(dim, int):  # the other axes follow from the parts
         rank = len(call.shape(call.input) or ())
         return {(call.input.name, axis) for axis in range(rank) if axis != axis_of(dim, rank)}
     if call.op in PARTS:

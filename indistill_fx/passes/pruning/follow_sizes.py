@@ -51,10 +51,10 @@ def _fix_sizes(work: Rewriting, call: Call, node: fx.Node) -> None:
     """View, reshape, expand: the sizes of axes that lost channels."""
     given = call.arguments.get("shape")
     if not work.touched(call.node) or not isinstance(given, tuple) or shape_lender(call) is not None:
-        return  # of `reshape_as`, the tensor that lends the shape has lost the same
+        return  # with `reshape_as`, the tensor that lends its shape was narrowed as well
     sizes: list[Any] = list(node.args[1] if isinstance(node.args[1], (tuple, list)) else node.args[1:])
     rank = len(work.facts[call.node.name].shape)
-    if len(sizes) == 1 < rank:  # a computed tuple of sizes
+    if len(sizes) == 1 < rank:  # the sizes are one computed tuple
         with work.new.graph.inserting_before(node):
             sizes = [work.new.graph.call_function(operator.getitem, (sizes[0], k)) for k in range(rank)]
     shift = rank - len(sizes)
@@ -74,7 +74,7 @@ def _fix_unflatten(work: Rewriting, call: Call, node: fx.Node) -> None:
         work.size(call.node, first + k) if n != -1 and work.kept(call.node, first + k) is not None else n
         for k, n in enumerate(sizes)
     )
-    new = fx.map_arg(new, lambda n: work.nodes[n.name])  # sizes may be computed, by nodes of the old graph
+    new = fx.map_arg(new, lambda n: work.nodes[n.name])  # sizes may be nodes of the old graph
     if call.module is not None:
         work.new.get_submodule(str(call.node.target)).unflattened_size = new  # type: ignore[assignment]
     else:
@@ -143,7 +143,7 @@ def _fix_write(work: Rewriting, call: Call, node: fx.Node) -> None:
         if kept is None or own is None:
             continue
         left = tuple(j for j, k in enumerate(kept.tolist()) if k in own)
-        if not left:  # nothing is written any more
+        if not left:  # no channel is left to write
             node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
             return
         with work.new.graph.inserting_before(node):

@@ -121,7 +121,7 @@ def _join(found: Coupling) -> Units:
 
 def _scores(made: Made, scorer: Scorer) -> NDArray[np.float64]:
     scores = scorer(made.node, made.path, made.weight)
-    if scorer.name != "isomorphic":  # which compares layers of one structure as they are
+    if scorer.name != "isomorphic":  # the isomorphic criterion compares layers of equal structure as they are
         scores = scores / scores.mean().clamp_min(1e-30)
     return scores.numpy()
 

@@ -141,12 +141,12 @@ def narrow(
         reports.append(report)
         if new is not nodes[name]:
             renamed[name] = new
-            # The node may have been made for a tensor of another form, such as the five axes of a channel shuffle.
+            # The node may have been created for a tensor of another shape, such as the five axes of a channel shuffle.
             out.facts[new.name] = replace(
                 out.facts[new.name], kind=known.kind, channel_axis=known.channel_axis, stride=known.stride
             )
     aliases.update({name: (f"{teacher.aliases[name][0]}:whole",) for name in renamed})
-    for name, new in renamed.items():  # the channels of several taps may be one node, or a node that was there before
+    for name, new in renamed.items():  # several taps may share one node, and it may have existed before
         aliases[new.name] = (*aliases.get(new.name, ()), *teacher.aliases[name])
     graph_module.graph.lint()
     graph_module.recompile()
@@ -315,10 +315,11 @@ class _Rewriter:
         graph = self.graph_module.graph
         with graph.inserting_after(self.cursor.get(self.at, self.at)):
             node = make(graph)
+        # "is_wrapped" stops torch from tracing into the function when the graph is traced again.
         for key in (
             "nn_module_stack",
             "is_wrapped",
-        ):  # the second: torch does not look into the function when it traces the graph again
+        ):
             if key in self.at.meta:
                 node.meta[key] = self.at.meta[key]
         self.cursor[self.at] = node

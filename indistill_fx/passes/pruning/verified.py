@@ -35,13 +35,13 @@ def verify_smaller(model: TracedModel, smaller: fx.GraphModule, axes: Any) -> No
     """
     with evaluating(model.graph_module), evaluating(smaller):
         for inputs in _examples(model):
-            with suppress(Exception):  # a picture that is too small for the original says nothing
+            with suppress(Exception):  # an image too small for the original model cannot be compared
                 seed_torch(0)
                 expected = Masked(model, axes).run(*inputs)
                 break
         else:
             seed_torch(0)
-            model.graph_module(*inputs)  # what is wrong with the example
+            model.graph_module(*inputs)  # raises if the example itself is wrong
             expected = Masked(model, axes).run(*inputs)
         try:
             seed_torch(0)

@@ -171,7 +171,7 @@ def _reached(source: str, traced: TracedModel) -> dict[str, Names]:
 
 def _carries(node: fx.Node, facts: Mapping[str, NodeFacts]) -> bool:
     known = facts.get(node.name)
-    if op_name(node) == "getattr":  # `x.max(1).values`, but not `x.shape`
+    if op_name(node) == "getattr":  # accept `x.max(1).values`, but not `x.shape`
         return known is not None and known.dtype.is_floating_point
     return (known is None or known.dtype != torch.bool) and op_name(node) not in _NO_INFORMATION
 

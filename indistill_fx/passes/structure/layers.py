@@ -93,7 +93,7 @@ class Look:
             rows = self._rows(before) or self._rows(name)
             merges = self.operation(name) in _MERGES and self.is_busy(name)
             if not merges and not self.works(name) and (not working or self.operation(name) == "mul"):
-                continue  # nothing is done here, or a gate opens and closes
+                continue  # no work happens here, or a gate begins and ends
             doing = working if merges else [name]
             mixing = any(self._mixes(other, rows) for other in (*self.flow.regions[name], name)) or (
                 bool(working) and not merges

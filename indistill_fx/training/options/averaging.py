@@ -18,7 +18,7 @@ class MovingAverage(AveragedModel):
 
     def __init__(self, student: nn.Module, decay: float, device: torch.device):
         super().__init__(student, device=device, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
-        self._begun: bool | None = None  # not known: a checkpoint may yet be read into it
+        self._begun: bool | None = None  # None: unknown, because a checkpoint may still be loaded
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:

@@ -62,7 +62,8 @@ def make_optimizer(
         extra |= {"capturable": True} if name != "sgd" else {}
     optimizer: torch.optim.Optimizer = kind(groups, lr=rate, weight_decay=weight_decay, fused=fused, **extra)
     if name == "sgd" and momentum:
-        # Fused, torch takes uninitialised memory for the momentum if the first step is skipped, as float16's scaler often does.
+        # A fused optimiser reads uninitialised momentum if the first step is skipped, as float16's gradient scaler
+        # often does.
         for parameter in parameters:
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer

@@ -332,7 +332,8 @@ def check_device(device: str, precision: Precision | None) -> None:
     Raises:
         ConfigError: names what there is.
     """
-    import torch  # not with the module: the command line reads the options from it before it does anything
+    # Imported here: the command line reads the options from this module before it needs torch.
+    import torch
 
     from indistill_fx.target import Target
 

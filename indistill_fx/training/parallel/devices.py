@@ -28,7 +28,7 @@ def computing_on(device: torch.device, tf32: Tf32) -> Iterator[None]:
         return
     convolutions, products = torch.backends.cudnn, torch.backends.cuda.matmul
     with ExitStack() as stack, warnings.catch_warnings():
-        # The flags that replace these cannot be mixed with them, and others who ask, torch.compile among them, still read these.
+        # The new flags cannot be mixed with these, and other code, such as torch.compile, still reads these.
         warnings.filterwarnings("ignore", ".*TF32", UserWarning)
         before = convolutions.allow_tf32, products.allow_tf32
         stack.enter_context(torch.cuda.device(device))

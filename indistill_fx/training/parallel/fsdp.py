@@ -64,7 +64,7 @@ class Shards:
     def restore(self) -> None:
         """Give the student its own parameters back, with what they have become."""
         for (owner, name, own), (_, _, shard) in zip(self._own, self._spread, strict=True):
-            if not own.numel():  # one that two layers share is filled once
+            if not own.numel():  # a parameter that two layers share is filled once
                 own.data = gathered(shard) if isinstance(shard, DTensor) else shard.data
             owner._parameters[name] = own
 

@@ -46,19 +46,21 @@ def make_accelerator(*, device: str, precision: str | None) -> Accelerator:
     if not launched:
         _forget_other_devices(place)
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != wanted:
-        AcceleratorState._reset_state()  # one precision per process otherwise, and a process may train twice
-    # In a recorded step no cast may be read that was made before it.
+        AcceleratorState._reset_state()  # Accelerate allows one precision per process, and a process may train twice
+    # A recorded step must not read a cast that was cached before the recording.
     autocast = AutocastKwargs(cache_enabled=place.type != "cuda")
-    sharding = "false" if launched_for_sharding() else None  # Accelerate would wrap the student's layers for good
+    # otherwise Accelerate would wrap the student's layers permanently
+    sharding = "false" if launched_for_sharding() else None
     with _in_environment(_FSDP, sharding), _in_environment(_DEVICE, named):
         accelerator = Accelerator(
-            # Without an accelerator Accelerate forms a group of processes only if it is asked for the CPU.
+            # Without a GPU, Accelerate forms a group of processes only if the CPU is requested.
             cpu=place.type == "cpu",
             mixed_precision=wanted,
-            # Without synced batch norms each process keeps its own statistics; those of the first are saved.
+            # Without synchronised batch norms each process has its own statistics; those of the first process are
+            # saved.
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False), autocast],
         )
-    if wanted == "fp16" and accelerator.device.type == "cpu":  # Accelerate would leave it out without a word
+    if wanted == "fp16" and accelerator.device.type == "cpu":  # Accelerate would ignore it without an error
         raise ConfigError(
             "Training in fp16 is not possible on a CPU.",
             where="mixed_precision",
@@ -74,7 +76,7 @@ def make_accelerator(*, device: str, precision: str | None) -> Accelerator:
             hint="Launch with torchrun (DDP, or FSDP by shard=True, --shard), or train the stages of compile_stages yourself.",
         )
     if accelerator.num_processes > 1:
-        atexit.unregister(let_threads_finish)  # once, however often a process trains
+        atexit.unregister(let_threads_finish)  # registered once, even if a process trains several times
         atexit.register(let_threads_finish)
     return accelerator
 

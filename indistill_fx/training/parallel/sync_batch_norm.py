@@ -81,7 +81,7 @@ def _synced_batch_norm(norm: Any, share: Share, x: Tensor) -> Tensor:
     own_mean = wide.mean(axes) if x.numel() else wide.sum(axes)
     totals = _summed(torch.cat((own_mean * own, own)))
     count, mean = totals[-1], totals[:-1] / totals[-1]
-    # Squares about the common mean, not sums of squares: those would lose the digits of a small variance.
+    # Squared deviations from the common mean: plain sums of squares would lose the digits of a small variance.
     variance = _summed(share.counts * (wide - mean.view(shape)).square().sum(axes)) / count
     _remember(norm, mean.detach(), variance.detach(), count.detach())
     scale = torch.rsqrt(variance + norm.eps)

@@ -43,13 +43,13 @@ class CudaRecorder:
         self._stream.wait_stream(current)
         try:
             with torch.cuda.stream(self._stream), warnings.catch_warnings():
-                warnings.filterwarnings(
-                    "ignore", ".*capturable=True"
-                )  # an optimiser that can be recorded runs unrecorded here
+                # The optimiser is made for recording, and warns when it runs without one.
+                warnings.filterwarnings("ignore", ".*capturable=True")
                 found = run()
         finally:
             current.wait_stream(self._stream)
-        found.record_stream(current)  # read there, and only then may its memory be used again
+        # tells the allocator that this stream reads the tensor, before its memory is reused
+        found.record_stream(current)
         return found
 
     @contextmanager
@@ -88,13 +88,13 @@ class CudaRecorder:
         fresh, first = torch.Generator(self._device), list[BaseException]()
         gc.collect()
         collecting = gc.isenabled()
-        gc.disable()  # what is freed in a recording could be another one
+        gc.disable()  # a collection could free another recording's memory
         try:
             with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
                 try:
                     run()
                 except BaseException as error:
-                    first.append(error)  # the end of a recording that has failed raises another
+                    first.append(error)  # ending a failed recording raises a second error; keep the first
                     raise
         except BaseException as error:
             self._leave(current, fresh)
@@ -112,7 +112,7 @@ class CudaRecorder:
     def _usable(self) -> bool:
         """Whether the device still computes and draws."""
         try:
-            torch.cuda.manual_seed(0)  # every step sets the seed again
+            torch.cuda.manual_seed(0)  # every training step sets the seed again
             return bool(torch.rand(2, device=self._device).add(1).sum() > 0)
         except RuntimeError:
             return False

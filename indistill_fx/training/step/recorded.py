@@ -173,7 +173,7 @@ class RecordedStep:
             self.reason = f"it could not be: {error}"
         self._static = self._replay = None
         self._seen.clear()
-        gc.collect()  # of a recording that broke off, its error holds all that the step had made
+        gc.collect()  # the error of a failed recording holds all tensors of the step
         self._undo()
         after.restore()
         self._recorder.draw_again(drawn)

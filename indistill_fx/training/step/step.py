@@ -73,7 +73,7 @@ class Step:
         self.optimizer.zero_grad()
         scaler = self.accelerator.scaler
         if scaler is not None:
-            scaler._per_optimizer_states.clear()  # a new one is made for whoever asks; nothing public does this
+            scaler._per_optimizer_states.clear()  # it is created again on demand; torch has no public call for this
 
     def _snapshot(self) -> Snapshot:
         return Snapshot(state_of(self.module, self.optimizer, self._average), self.accelerator.scaler)

@@ -13,7 +13,8 @@ from torch import nn
 from indistill_fx.stages.stage import Stage
 from indistill_fx.training.options.settings import CompileMode
 
-# All stages share one `forward`, and the compiler counts by function: it would give up at the ninth stage of a process.
+# All stages share one `forward`, and torch.compile counts compilations per function: it would give up at the ninth
+# stage.
 _OWN_COUNT = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
 
 _MODES = {"default": None, "max-autotune": "max-autotune-no-cudagraphs"}
@@ -31,7 +32,7 @@ def compiled(stage: nn.Module, trial: Callable[[Any], Any], mode: CompileMode = 
         The module to train, and a note on how it went.
     """
     if not _OWN_COUNT:
-        torch._dynamo.reset()  # the count too; the stages before need what was compiled for them no more
+        torch._dynamo.reset()  # this resets the count as well; earlier stages no longer need their compiled code
     options: dict[str, Any] = {"fullgraph": isinstance(stage, Stage), "mode": _MODES[mode], **_OWN_COUNT}
     found: Any = torch.compile(stage, **options)
     buffers = [(buffer, buffer.clone()) for buffer in stage.buffers()]
@@ -39,7 +40,7 @@ def compiled(stage: nn.Module, trial: Callable[[Any], Any], mode: CompileMode = 
     try:
         trial(found).backward()
         return found, f"compiled in {time.monotonic() - began:.0f} s"
-    except Exception as error:  # whatever the compiler dislikes, the stage itself still runs
+    except Exception as error:  # the compiler may raise anything; the stage still runs without it
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         return stage, f"not compiled: {first}"
     finally:
