@@ -279,8 +279,7 @@ class TrainingLoop:
         settings, budget = self._settings, phase.budget
         self._accelerator.free_memory()  # otherwise it would unscale the previous stage's gradients as well
         phase.module.train()
-        # Last, because a model's own train() may keep some norms frozen.
-        self._student.train()
+        self._student.train()  # last, because a model's own train() may keep some norms frozen
         for part in self._in_eval:
             part.training = False
         phase.module.to(self._accelerator.device)
@@ -304,8 +303,7 @@ class TrainingLoop:
         with warnings.catch_warnings():
             # Accelerate does not know the new name of this option yet.
             warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
-            # sharded modules are not wrapped again: `evaluation_mode` skips DDP
-            sharded = self._saver.shards is not None
+            sharded = self._saver.shards is not None  # no DDP around sharded modules: `evaluation_mode` skips it
             prepared = self._accelerator.prepare_model(module, evaluation_mode=sharded)
         self._since = time.monotonic()
         average = partial(self.average.update_parameters, self._student) if self.average and phase.main else None

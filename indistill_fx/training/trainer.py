@@ -190,8 +190,7 @@ class Trainer:
             taught = self._teacher_metrics(setup, directory if resumed else None, accelerator, reporter)
             schedule = self._schedule(setup, phases, loader, accelerator.device)
             reporter.say(*filter(None, (setup.task.said, *schedule)))
-            # Wait until every process has looked for a checkpoint to resume.
-            accelerator.wait_for_everyone()
+            accelerator.wait_for_everyone()  # until every process has looked for a checkpoint to resume
             if directory is not None:
                 setup.save(directory)
                 directory.begin(
@@ -288,8 +287,7 @@ class Trainer:
         return self.val_loader is not None and setup.task.metric is not None
 
     def _measured(self, task: RunTask, device: torch.device, module: nn.Module, view: View | None = None) -> Evaluation:
-        # compared with None, because a stream has no truth value
-        data = self.val_loader if self.val_loader is not None else ()
+        data = self.val_loader if self.val_loader is not None else ()  # a stream has no truth value
         data = data.to(device) if isinstance(data, EpochLoader) else data
         with moved(module, device):
             return evaluate(module, data, task=task.task, logits=self.logits, view=view)
