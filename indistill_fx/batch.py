@@ -66,8 +66,8 @@ class Inputs:
 
     def without(self, names: Container[str]) -> Inputs:
         """The same but for some arguments, which do not come from the batch."""
-        own, required = (tuple(n for n in some if n not in names) for some in (self.names, self.required))
-        return dataclasses.replace(self, names=own, required=required)
+        names_left, required = (tuple(n for n in given if n not in names) for given in (self.names, self.required))
+        return dataclasses.replace(self, names=names_left, required=required)
 
     @staticmethod
     def of_function(function: Callable[..., Any]) -> Inputs:
@@ -278,8 +278,8 @@ def inputs_and_labels(batch: Any) -> tuple[dict[str, Tensor], Tensor | None]:
 def tensors_of(batch: Any) -> list[Tensor]:
     """All tensors that stand in a batch, whatever they are."""
     entries = named(batch)
-    whole = isinstance(batch, Tensor) or not isinstance(batch, (tuple, list, Mapping))
-    values = entries.values() if entries is not None else [batch] if whole else batch
+    single = isinstance(batch, Tensor) or not isinstance(batch, (tuple, list, Mapping))
+    values = entries.values() if entries is not None else [batch] if single else batch
     return [value for value in values if isinstance(value, Tensor)]
 
 

@@ -105,8 +105,8 @@ class Curriculum:
     def __post_init__(self) -> None:
         lengths = [self.lengths] if isinstance(self.lengths, int) else self.lengths or []
         if min((self.a, self.penultimate, *lengths)) < 0:
-            told = f"a={self.a}, lengths={self.lengths}, penultimate={self.penultimate}"
-            raise _wrong(f"A curriculum cannot have stages of negative length ({told}).", hint="Give 0 or more.")
+            given = f"a={self.a}, lengths={self.lengths}, penultimate={self.penultimate}"
+            raise _wrong(f"A curriculum cannot have stages of negative length ({given}).", hint="Give 0 or more.")
         if self.unit not in ("epochs", "steps"):
             raise _wrong(f"A curriculum's unit is {self.unit!r}.", hint="Choose from: epochs, steps.")
         if self.unit == "steps" and self.lengths is None:
@@ -158,19 +158,19 @@ class Curriculum:
         rates: list[Any] = [self.learning_rate] * len(lengths) if one else list(self.learning_rate)  # type: ignore[arg-type]
         named = isinstance(self.optimizer, str)
         optimizers: list[Any] = [self.optimizer] * len(lengths) if named else list(self.optimizer)
-        for what, values in (("learning rates", rates), ("optimisers", optimizers)):
+        for noun, values in (("learning rates", rates), ("optimisers", optimizers)):
             values += values[-1:] if penultimate and len(values) == count else []
-            self._check_count(what, values, len(lengths))
+            self._check_count(noun, values, len(lengths))
         return tuple(
             Budget(length, self.unit, float(rate), optimizer, self.patience, self.progress)
             for length, rate, optimizer in zip(lengths, rates, optimizers, strict=True)
         )
 
-    def _check_count(self, what: str, values: Sequence[Any], count: int) -> None:
+    def _check_count(self, noun: str, values: Sequence[Any], count: int) -> None:
         if len(values) != count:
-            of = f"the one stage of {self.one_stage}" if self.one_stage else f"{count} pairs"
+            subject = f"the one stage of {self.one_stage}" if self.one_stage else f"{count} pairs"
             raise _wrong(
-                f"The curriculum gives {len(values)} {what} for {of}.",
+                f"The curriculum gives {len(values)} {noun} for {subject}.",
                 hint="Give one." if self.one_stage else "Give one per pair, or none.",
             )
 

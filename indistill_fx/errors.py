@@ -190,19 +190,19 @@ def nearest(name: str, legal: Iterable[str], *, count: int = 3, all_if_none: boo
     return f"Choose from: {', '.join(legal)}." if all_if_none and len(legal) <= 12 else ""
 
 
-def unknown(where: str, name: str, what: str, known: Iterable[str], *, legal: str) -> ConfigError:
+def unknown(where: str, name: str, kind: str, known: Iterable[str], *, legal: str) -> ConfigError:
     """The error for a name that is none of the known ones.
 
     Args:
         where: what was being named: `task`.
         name: as given.
-        what: what it would have to be: `task`, `data set`.
+        kind: the kind of thing that the name should be: `task`, `data set`.
         known: the names that there are.
         legal: how one may be written, for the hint.
     """
     names = sorted(known)
     return ConfigError(
-        f"{name!r} is not a {what}.",
+        f"{name!r} is not a {kind}.",
         where=where,
         got=name,
         expected=names,
@@ -218,12 +218,14 @@ def first_lines(error: BaseException, *, limit: int = 300) -> str:
 
 
 @contextmanager
-def instead_of(theirs: type[Exception] | tuple[type[Exception], ...], ours: IndistillError) -> Iterator[None]:
-    """Where a library raises its own error inside, raise ours, with the library's text as the reason. Errors of ours pass.
+def instead_of(raised: type[Exception] | tuple[type[Exception], ...], replacement: IndistillError) -> Iterator[None]:
+    """Replace a library's exception, raised inside the block, by an error of ours that gives the library's text as the reason.
+
+    Our own errors pass unchanged.
 
     Args:
-        theirs: what the library raises.
-        ours: says what was tried; the reason follows after a colon.
+        raised: what the library raises.
+        replacement: our error, which says what was attempted; the reason is appended after a colon.
 
     Examples:
         >>> with instead_of(ValueError, ConfigError("The width cannot be read", where="width", hint="Give a number.")):
@@ -235,5 +237,6 @@ def instead_of(theirs: type[Exception] | tuple[type[Exception], ...], ours: Indi
         yield
     except IndistillError:
         raise
-    except theirs as error:
-        raise type(ours)(f"{ours.message}: {first_lines(error)}", where=ours.where, hint=ours.hint) from error
+    except raised as error:
+        where, hint = replacement.where, replacement.hint
+        raise type(replacement)(f"{replacement.message}: {first_lines(error)}", where=where, hint=hint) from error

@@ -302,24 +302,24 @@ def _not_json(path: str | os.PathLike[str], reason: object) -> ConfigError:
     )
 
 
-_TOLD = 4
-"""So many changed layers are named; of the rest only their number is given."""
+_MOST_CHANGES = 4
+"""At most so many changed layers are named; of the others only the number is given."""
 
 
 def _changed_layers(before: dict[str, str], after: dict[str, str]) -> str:
     """Which layers are gone, new, or different, and how."""
     if not before:
         return ""
-    told = [
+    changes = [
         f"`{name}` was {before[name]}, is {after[name]}" if name in after else f"`{name}` is gone"
         for name in before
         if before[name] != after.get(name)
     ]
-    told += [f"`{name}` is new: {after[name]}" for name in after if name not in before]
-    if not told:
+    changes += [f"`{name}` is new: {after[name]}" for name in after if name not in before]
+    if not changes:
         return "no layer with weights, but operations between them"
-    rest = f"; and {len(told) - _TOLD} more" if len(told) > _TOLD else ""
-    return "; ".join(told[:_TOLD]) + rest
+    rest = f"; and {len(changes) - _MOST_CHANGES} more" if len(changes) > _MOST_CHANGES else ""
+    return "; ".join(changes[:_MOST_CHANGES]) + rest
 
 
 _Misfit = tuple[str, str]

@@ -50,14 +50,14 @@ def command(
 
     source = common.open_model(against, trust)
     more: dict[str, Any] = {"batch_size": 256, "augment": False, "limit": samples}
-    some = pictures.open_pictures(data, options, source, **more) if data else None
+    opened = pictures.open_pictures(data, options, source, **more) if data else None
     report = check_onnx(
         file,
         source.module,
-        common.example_for((source,), inputs, some),
-        real_inputs=common.first_inputs(some.test, samples, source.module) if some else None,
-        metadata=_expected(source, some),
-        decisions=common.decisions_of(common.task_of_data(options["task"], source, some)),
+        common.example_for((source,), inputs, opened),
+        real_inputs=common.first_inputs(opened.test, samples, source.module) if opened else None,
+        metadata=_expected(source, opened),
+        decisions=common.decisions_of(common.task_of_data(options["task"], source, opened)),
     )
     if as_json:
         common.say_json(asdict(report) | {"agrees": report.agrees})

@@ -231,8 +231,8 @@ def first_inputs(loader: Any, samples: int, module: nn.Module) -> Any:
     calls = [split(batch, own, where=own.owner).calls[0] for batch in first_batches(loader, samples)]
     if calls[0].kwargs:
         return {name: torch.cat([call.kwargs[name] for call in calls]) for name in calls[0].kwargs}
-    whole = [torch.cat(parts) for parts in zip(*(call.args for call in calls), strict=True)]
-    return whole[0] if len(whole) == 1 else whole
+    inputs = [torch.cat(parts) for parts in zip(*(call.args for call in calls), strict=True)]
+    return inputs[0] if len(inputs) == 1 else inputs
 
 
 def deployment_facts(spec: str, source: Source, data: Data | None) -> dict[str, str]:

@@ -56,5 +56,5 @@ def command(output: str | None, seed: int) -> None:
         "      distil your own pair ": "distill teacher.pt models.py:make_student --data imagefolder:DIR -o runs/first",
     }
     screen.print()
-    for what, how in steps.items():
-        screen.print(f"{what} indistill-fx {how}", soft_wrap=True, highlight=False)
+    for title, command_line in steps.items():
+        screen.print(f"{title} indistill-fx {command_line}", soft_wrap=True, highlight=False)

@@ -204,7 +204,7 @@ def command(teacher: str, student: str, **options: Any) -> None:
     shares = common.shares_of(teacher, options)
     teacher = next(iter(shares))
     *teachers, last = (common.open_model(spec, options["trust"], seed=options["seed"]) for spec in (*shares, student))
-    pupil = last.module
+    student_module = last.module
     data = training.open_training_data(options, last, *teachers)
     example = common.example_for((*teachers, last), (), data)
     source, view, plan = _teacher(teachers, student, data, example, shares, options)
@@ -221,11 +221,11 @@ def command(teacher: str, student: str, **options: Any) -> None:
         "resume": options["resume"],
         "allow_changed": options["allow_changed"],
         "feature_cache": options["feature_cache"],
-        "about": training.kept_of(student, pupil, example, data, options, teacher=", ".join(shares)),
+        "about": training.kept_of(student, student_module, example, data, options, teacher=", ".join(shares)),
         **settings,
     }
     if options["assistant"] is not None:
-        source = _assisted(source, pupil, teacher, data, shared, options)
+        source = _assisted(source, student_module, teacher, data, shared, options)
         shared["about"]["teacher"], shared["teacher_view"] = f"{out}/step-1", None
         out = f"{out}/step-2"
     shared["run_dir"] = out
@@ -235,17 +235,17 @@ def command(teacher: str, student: str, **options: Any) -> None:
         def announce(arm: str) -> None:
             common.say(f"{arm}:")
 
-        arms = compare(source, pupil, train, main_epochs=epochs, announce=announce, **shared)
+        arms = compare(source, student_module, train, main_epochs=epochs, announce=announce, **shared)
         training.print_arms({name: arm.record for name, arm in arms.items()}, out)
         return
-    training.print_run(distill(source, pupil, train, epochs=epochs, **shared), out)
+    training.print_run(distill(source, student_module, train, epochs=epochs, **shared), out)
     if options["qat"]:
-        training.for_int8(source, pupil, train, shared, options["qat"])
+        training.for_int8(source, student_module, train, shared, options["qat"])
 
 
 def _assisted(
     source: nn.Module,
-    pupil: nn.Module,
+    student_module: nn.Module,
     teacher: str,
     data: Data,
     shared: dict[str, Any],
@@ -262,7 +262,9 @@ def _assisted(
 
     spec, place = options["assistant"], Path(options["output"]) / "step-1"
     if spec == "auto":
-        assistant, described = shrunk_assistant(source, pupil, shared["example_inputs"], logits=options["logits"])
+        assistant, described = shrunk_assistant(
+            source, student_module, shared["example_inputs"], logits=options["logits"]
+        )
         spec = str(place.resolve() / "assistant.pt2")
         common.say(f"Assistant: {described}")
     else:

@@ -74,8 +74,8 @@ def command(
         common.say_json(result)
         return
     out = common.console()
-    told = f"{measured.metric.title} {measured.metric.text(measured.value)}, loss {measured.loss:.4f}"
-    out.print(f"{model} on {data}: {told} on {measured.count:,} samples")
+    summary = f"{measured.metric.title} {measured.metric.text(measured.value)}, loss {measured.loss:.4f}"
+    out.print(f"{model} on {data}: {summary} on {measured.count:,} samples")
     for name, value in measured.metrics.items():
         if name != measured.metric.name:
             out.print(f"  {name.replace('_', ' ')}: {value:.4f}")

@@ -97,10 +97,10 @@ def command(
     _require_data(data, int8, options["task"])
     source = common.open_model(model, trust)
     more: dict[str, Any] = {"batch_size": 256, "augment": False}
-    some = pictures.open_pictures(data, options, source, limit=samples, **more) if data else None
-    task = common.task_of_data(options["task"], source, some)
+    opened = pictures.open_pictures(data, options, source, limit=samples, **more) if data else None
+    task = common.task_of_data(options["task"], source, opened)
     _require_accuracy(task, int8)
-    normalisation = (some.normalisation if some else None) or source.normalisation
+    normalisation = (opened.normalisation if opened else None) or source.normalisation
     if options["preprocess"] and normalisation is None:
         raise ConfigError(
             f"The normalisation of {model}'s inputs is not known.",
@@ -110,35 +110,35 @@ def command(
     report = export_onnx(
         source.module,
         output,
-        common.example_for((source,), inputs, some),
+        common.example_for((source,), inputs, opened),
         opset=options["opset"],
         dynamic_batch=not options["fixed_batch"],
         dynamic_size=options["dynamic_size"],
         input_names=_names(options["input_names"]),
         output_names=_names(options["output_names"]),
         preprocess=normalisation if options["preprocess"] else None,
-        real_inputs=common.first_inputs(some.test, samples, source.module) if some else None,
-        metadata=common.deployment_facts(model, source, some),
+        real_inputs=common.first_inputs(opened.test, samples, source.module) if opened else None,
+        metadata=common.deployment_facts(model, source, opened),
         tolerance=options["tolerance"],
         decisions=common.decisions_of(task),
     )
     kept = is_run(model)
-    lost = keep_export(model, path=str(report.path), size=report.size, latency_ms=report.latency_ms) if kept else None
-    classes = (some.classes if some else ()) or source.classes
+    failed = keep_export(model, path=str(report.path), size=report.size, latency_ms=report.latency_ms) if kept else None
+    classes = (opened.classes if opened else ()) or source.classes
     if not as_json:
         _tell(report, classes)
-    small = None
-    if int8 and some is not None and data is not None:
-        whole = pictures.open_pictures(data, options, source, **more)
-        small = _quantize(Path(output), some, whole, samples, options)
+    quantized = None
+    if int8 and opened is not None and data is not None:
+        full_data = pictures.open_pictures(data, options, source, **more)
+        quantized = _quantize(Path(output), opened, full_data, samples, options)
         if kept:
-            lost = keep_export(model, int8_size=small.size_int8, int8_accuracy=small.accuracy_int8)
+            failed = keep_export(model, int8_size=quantized.size_int8, int8_accuracy=quantized.accuracy_int8)
     if as_json:
-        _print_json(report, small)
-    elif small is not None:
-        _tell_int8(small, classes)
-    if lost:
-        common.say(lost)
+        _print_json(report, quantized)
+    elif quantized is not None:
+        _tell_int8(quantized, classes)
+    if failed:
+        common.say(failed)
 
 
 def _require_data(data: str | None, int8: bool, task: str | None) -> None:
@@ -167,15 +167,15 @@ def _names(text: str | None) -> list[str] | None:
     return [name.strip() for name in text.split(",")] if text else None
 
 
-def _quantize(source: Path, some: Data, whole: Data, samples: int, options: dict[str, Any]) -> QuantizeReport:
+def _quantize(source: Path, opened: Data, full_data: Data, samples: int, options: dict[str, Any]) -> QuantizeReport:
     from indistill_fx.deploy.quantize import quantize_onnx
 
     dynamic = options["dynamic"]
     return quantize_onnx(
         source,
         source.with_suffix(".int8.onnx"),
-        evaluation=whole.test,
-        calibration=common.first_batches(some.train_plain, samples),
+        evaluation=full_data.test,
+        calibration=common.first_batches(opened.train_plain, samples),
         method="auto" if dynamic is None else "dynamic" if dynamic else "static",
         calibrate=options["calibrate"],
         max_drop=options["max_drop"] / 100,
@@ -185,10 +185,10 @@ def _quantize(source: Path, some: Data, whole: Data, samples: int, options: dict
 def _print_json(report: ExportReport, small: QuantizeReport | None) -> None:
     from dataclasses import asdict
 
-    told = asdict(report) | {"parity": [row._asdict() for row in report.parity]}
+    fields = asdict(report) | {"parity": [row._asdict() for row in report.parity]}
     if report.real is not None:
-        told["real"]["parity"] = [row._asdict() for row in report.real.parity]
-    common.say_json(told | {"int8": asdict(small) if small else None})
+        fields["real"]["parity"] = [row._asdict() for row in report.real.parity]
+    common.say_json(fields | {"int8": asdict(small) if small else None})
 
 
 def _tell(report: ExportReport, classes: tuple[str, ...]) -> None:
@@ -215,10 +215,12 @@ def _tell(report: ExportReport, classes: tuple[str, ...]) -> None:
 def _tell_int8(report: QuantizeReport, classes: tuple[str, ...]) -> None:
     smaller = report.size_fp32 / report.size_int8
     accuracies = f"{100 * report.accuracy_fp32:.2f}% in fp32, {100 * report.accuracy_int8:.2f}% in int8"
-    how = f"{report.calibration} over {report.calibration_rows} samples" if report.calibration else "scaled at run time"
+    ranges = (
+        f"{report.calibration} over {report.calibration_rows} samples" if report.calibration else "scaled at run time"
+    )
     out = common.console()
     out.print(
-        f"{report.path}: int8, {report.method} ({how}), {report.size_int8 / 2**20:.2f} MiB ({smaller:.1f}x smaller)"
+        f"{report.path}: int8, {report.method} ({ranges}), {report.size_int8 / 2**20:.2f} MiB ({smaller:.1f}x smaller)"
     )
     out.print(f"  accuracy {accuracies} on {report.evaluation_rows:,} samples")
     drop, label = max((before - after, label) for label, (before, after) in report.per_class.items())

@@ -65,7 +65,7 @@ def command(
     batches: int,
     criterion: str,
     layers: bool,
-    **wishes: Any,
+    **requests: Any,
 ) -> None:
     """Remove channels from MODEL, and from the layers that read them. The result is an independent, smaller network.
 
@@ -80,10 +80,12 @@ def command(
 
     from indistill_fx.errors import ConfigError
 
-    asked = {name: wishes.pop(name) for name in pictures.NAMES}
+    asked = {name: requests.pop(name) for name in pictures.NAMES}
     from indistill_fx.compression.basis import in_both_modes
 
-    if plan_file and (others := [f"--{name.replace('_', '-').rstrip('s')}" for name, wish in wishes.items() if wish]):
+    if plan_file and (
+        others := [f"--{name.replace('_', '-').rstrip('s')}" for name, request in requests.items() if request]
+    ):
         raise ConfigError(
             f"--plan names the layers and their widths; {', '.join(others)} would name them a second time.",
             where="--plan",
@@ -97,9 +99,9 @@ def command(
     if plan_file:
         _save(_narrowed(traced, plan_file, ranking), output)
     else:
-        said = partial(common.console().print, soft_wrap=True)
-        basis = in_both_modes(traced, logits, said) if _is_directory(output) else traced
-        smaller, report = _shrunk(basis, layers, **wishes, **ranking)
+        show = partial(common.console().print, soft_wrap=True)
+        basis = in_both_modes(traced, logits, show) if _is_directory(output) else traced
+        smaller, report = _shrunk(basis, layers, **requests, **ranking)
         _save(smaller, output, traced, report)
 
 
@@ -162,7 +164,7 @@ def _narrowed(traced: TracedModel, plan_file: str, ranking: dict[str, Any]) -> T
 
 
 def _shrunk(
-    traced: TracedModel, layers: bool, *, widths: tuple[str, ...], **wishes: Any
+    traced: TracedModel, layers: bool, *, widths: tuple[str, ...], **requests: Any
 ) -> tuple[TracedModel, ShrinkReport]:
     from rich.text import Text
 
@@ -171,7 +173,7 @@ def _shrunk(
     from indistill_fx.graph.edit import batch_size
     from indistill_fx.passes.pruning.shrink import shrink
 
-    result = shrink(traced, widths=_widths(widths), **wishes)
+    result = shrink(traced, widths=_widths(widths), **requests)
     table = _layers(result.report) if layers else _stages(traced, result.value)
     graphs = {"before": traced.graph_module, "after": result.value.graph_module}
     calls = {name: partial(graph, *traced.example_values) for name, graph in graphs.items()}

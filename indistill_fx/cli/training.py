@@ -63,10 +63,13 @@ class Numbers(click.ParamType[list[float]]):
         try:
             return [self.kind(part) for part in value.split(",")] if value else []
         except ValueError:
-            what = "whole numbers" if self.kind is int else "numbers"
+            expected = "whole numbers" if self.kind is int else "numbers"
             example = "3,4,5" if self.kind is int else "0.001,0.0005"
             raise ConfigError(
-                f"{where} {value!r} is not a list of {what}.", where=where, got=value, hint=f"Write them as {example}."
+                f"{where} {value!r} is not a list of {expected}.",
+                where=where,
+                got=value,
+                hint=f"Write them as {example}.",
             ) from None
 
 
@@ -267,8 +270,8 @@ def print_run(record: RunRecord, run_dir: str) -> None:
         out.print(f"Test {metric.title} {metric.text(record.value)}{best}{teacher}.")
         others = {name: value for name, value in (record.metrics or {}).items() if name != metric.name}
         if others:
-            told = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in others.items())
-            out.print(f"Also {told}.")
+            others_text = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in others.items())
+            out.print(f"Also {others_text}.")
     if record.average is not None:
         out.print(f"Moving average of the weights: {metric.title} {metric.text(record.average[metric.name])}.")
     out.print(f"Everything is in {run_dir}; next: `indistill-fx export {run_dir} -o student.onnx`.", soft_wrap=True)

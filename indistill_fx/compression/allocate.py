@@ -70,9 +70,9 @@ def allocate(
             after = cost(stay_of([*counts[:k], fewer, *counts[k + 1 :]]))
             if after >= now:
                 continue
-            price = (curve.at(fewer) - curve.at(counts[k])) / (now - after)
-            if best is None or price < best[0]:
-                best = price, k, fewer, after
+            rise_per_cost = (curve.at(fewer) - curve.at(counts[k])) / (now - after)
+            if best is None or rise_per_cost < best[0]:
+                best = rise_per_cost, k, fewer, after
         if best is None:
             raise _too_small(now, most, classes)
         _, k, fewer, now = best

@@ -163,7 +163,7 @@ def compress(
         True
     """
     budget = Budget(macs=macs, params=params, size_mb=size_mb, latency_ms=latency_ms)
-    clock, home = Clock(on, threads, batch), Path(run_dir)
+    clock, folder = Clock(on, threads, batch), Path(run_dir)
     source = teacher.module if isinstance(teacher, TracedModel) else teacher
     example = examples_of(train_loader, source)[0] if example_inputs is None else example_inputs
     model = teacher if isinstance(teacher, TracedModel) else trace(teacher, example, role="teacher", logits=logits)
@@ -171,9 +171,9 @@ def compress(
     request |= {"samples": samples, "every_block": every_block}
     identity = {"request": json.loads(json.dumps(request)), "teacher": digest(source)}
     judge = None if val_loader is None else partial(evaluate, loader=val_loader, task=task, logits=logits)
-    made = _before(home, identity, model) if resume else None
+    made = _before(folder, identity, model) if resume else None
     if made is None:
-        _check_free(home, resume)
+        _check_free(folder, resume)
         _check_teacher(source, judge)
         batches = calibration(train_loader if calibration_loader is None else calibration_loader, samples)
         found = task_of_run(task, train_loader, source, model.inputs, logits=logits, required=False)
@@ -181,15 +181,15 @@ def compress(
         measure = Measure(batches, judge, clock if latency_ms is not None else None, say, by)
         basis = in_both_modes(model, logits, say)
         untrained = make_student(basis, budget, measure, criterion=criterion, round_to=round_to)
-        made = _write(home, model, untrained, identity, every_block, say)
+        made = _write(folder, model, untrained, identity, every_block, say)
     given = {"curriculum": curriculum, "main": main, "main_options": main_options, "epochs": epochs}
     settings: dict[str, Any] = {**RECIPES["compress"].student, **options}
     settings |= {name: value for name, value in given.items() if value is not None}
     settings |= {"curriculum": NO_WARMUP} if made.plan is None else {}
     settings |= {"val_loader": val_loader, "task": task, "example_inputs": example, "logits": logits, "resume": resume}
-    settings |= {"plan": made.plan, "run_dir": home, "progress": progress, "about": _about(made, model, about or {})}
+    settings |= {"plan": made.plan, "run_dir": folder, "progress": progress, "about": _about(made, model, about or {})}
     record = distill(model, made.traced, train_loader, **settings)
-    return _finished(home, model, made, record, judge, identity, export, say)
+    return _finished(folder, model, made, record, judge, identity, export, say)
 
 
 @dataclass(frozen=True)
@@ -202,24 +202,24 @@ class _Made:
     kept: Mapping[str, Any]
 
 
-def _about(made: _Made, model: TracedModel, told: Mapping[str, Any]) -> dict[str, Any]:
+def _about(made: _Made, model: TracedModel, described: Mapping[str, Any]) -> dict[str, Any]:
     """What the run keeps so that its student can be built again."""
     if not made.spec:
-        return dict(told)
+        return dict(described)
     size = tuple(next(value for value in model.example_values if isinstance(value, Tensor)).shape[1:])
-    rest = {key: value for key, value in told.items() if key != "data"}
-    return about_model(made.spec, str(told.get("data", "")), size, model.example, **rest)
+    rest = {key: value for key, value in described.items() if key != "data"}
+    return about_model(made.spec, str(described.get("data", "")), size, model.example, **rest)
 
 
 def _device(model: TracedModel) -> torch.device:
     return next((p.device for p in model.graph_module.parameters()), torch.device("cpu"))
 
 
-def _check_free(home: Path, resume: bool) -> None:
-    if not resume and any((home / name).exists() for name in (STORY, "run.json")):
+def _check_free(folder: Path, resume: bool) -> None:
+    if not resume and any((folder / name).exists() for name in (STORY, "run.json")):
         raise ConfigError(
-            f"{home} already holds a run.",
-            where=str(home),
+            f"{folder} already holds a run.",
+            where=str(folder),
             hint="Continue it with resume=True (--resume), or give another directory.",
         )
 
@@ -235,29 +235,29 @@ def _check_teacher(teacher: nn.Module, judge: Callable[[nn.Module], Evaluation] 
         )
 
 
-def _before(home: Path, identity: Mapping[str, Any], model: TracedModel) -> _Made | None:
+def _before(folder: Path, identity: Mapping[str, Any], model: TracedModel) -> _Made | None:
     """What an interrupted run had made; None where that must be made again."""
     try:
-        told = json.loads(read_bounded(home / STORY, 1 << 26))
-        steps, made = _STEPS.validate_python(told["steps"], strict=False), told["made"]
-        complete = type(made) is int and 0 < made <= len(steps) and {"identity", *_KEPT} <= told.keys()
+        saved = json.loads(read_bounded(folder / STORY, 1 << 26))
+        steps, made = _STEPS.validate_python(saved["steps"], strict=False), saved["made"]
+        complete = type(made) is int and 0 < made <= len(steps) and {"identity", *_KEPT} <= saved.keys()
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     if not complete:
         return None
-    if told["identity"] != identity:
+    if saved["identity"] != identity:
         raise ConfigError(
-            f"{home} holds a compression with another teacher, budget or settings.",
-            where=str(home),
+            f"{folder} holds a compression with another teacher, budget or settings.",
+            where=str(folder),
             hint="Continue with the same teacher, budget and settings, or give another directory.",
         )
-    spec = f"{home / SOURCE}:Student"
-    if not (home / SOURCE).exists() or not is_signed(parse_spec(spec), told.get("seal")):
+    spec = f"{folder / SOURCE}:Student"
+    if not (folder / SOURCE).exists() or not is_signed(parse_spec(spec), saved.get("seal")):
         return None
-    student = load(f"{spec}@{home / START}").to(_device(model))
+    student = load(f"{spec}@{folder / START}").to(_device(model))
     traced = trace(student, model.example, role="student")
-    plan = AlignmentPlan.load(home / "plan.json") if (home / "plan.json").exists() else None
-    return _Made(student, traced, plan, steps[:made], spec, {key: told[key] for key in _KEPT})
+    plan = AlignmentPlan.load(folder / "plan.json") if (folder / "plan.json").exists() else None
+    return _Made(student, traced, plan, steps[:made], spec, {key: saved[key] for key in _KEPT})
 
 
 def _plan(
@@ -272,7 +272,7 @@ def _plan(
 
 
 def _write(
-    home: Path,
+    folder: Path,
     model: TracedModel,
     untrained: Untrained,
     identity: Mapping[str, Any],
@@ -286,34 +286,34 @@ def _write(
         source = source_of(untrained.model)
     except ExportError as error:
         say(f"No source code: {error} The result will be an exported program.")
-        home.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         traced = replace(untrained.model, role="student")
     else:
-        source.save(home)
-        os.replace(home / STUDENT, home / START)  # `student.safetensors` is reserved for the trained student
-        spec, student = f"{home / SOURCE}:Student", source.build().to(_device(model))
+        source.save(folder)
+        os.replace(folder / STUDENT, folder / START)  # `student.safetensors` is reserved for the trained student
+        spec, student = f"{folder / SOURCE}:Student", source.build().to(_device(model))
         traced = trace(student, model.example, role="student")
     plan = _plan(model, traced, untrained, every_block, say)
     if plan is not None:
-        plan.save(home / "plan.json")
+        plan.save(folder / "plan.json")
     curves = [asdict(curve) for curve in untrained.curves]
     repaired = asdict(untrained.repaired) if untrained.repaired is not None else None
     widths = {path: list(pair) for path, pair in untrained.shrunk.widths.items()}
     kept = {"widths": widths, "sensitivity": curves, "repaired": repaired}
-    _save(home, identity, untrained.steps, len(untrained.steps), spec, **kept)
+    _save(folder, identity, untrained.steps, len(untrained.steps), spec, **kept)
     count = len(plan.pairs) if plan is not None else 0
-    say(f"{count} pair{'s' * (count != 1)}; widths, sensitivities and repairs are in {home / STORY}")
+    say(f"{count} pair{'s' * (count != 1)}; widths, sensitivities and repairs are in {folder / STORY}")
     return _Made(student, traced, plan, untrained.steps, spec, kept)
 
 
-def _save(home: Path, identity: Mapping[str, Any], steps: Iterable[Step], made: int, spec: str, **more: Any) -> None:
-    seal = sign(parse_spec(spec)) if spec else None
-    own = {"identity": dict(identity), "seal": seal, "made": made, "steps": [asdict(step) for step in steps]}
-    save_json(home / STORY, own | more)
+def _save(folder: Path, identity: Mapping[str, Any], steps: Iterable[Step], made: int, spec: str, **more: Any) -> None:
+    signature = sign(parse_spec(spec)) if spec else None
+    own = {"identity": dict(identity), "seal": signature, "made": made, "steps": [asdict(step) for step in steps]}
+    save_json(folder / STORY, own | more)
 
 
 def _finished(
-    home: Path,
+    folder: Path,
     model: TracedModel,
     made: _Made,
     record: RunRecord,
@@ -324,8 +324,8 @@ def _finished(
 ) -> Compressed:
     last = made.steps[-1]
     student = made.student
-    told = measured(judge(student)) if judge is not None else {}
-    steps = (*made.steps, Step("trained", last.macs, last.parameters, latency_ms=last.latency_ms, **told))
+    metrics = measured(judge(student)) if judge is not None else {}
+    steps = (*made.steps, Step("trained", last.macs, last.parameters, latency_ms=last.latency_ms, **metrics))
     say(str(steps[-1]))
     best = max(made.steps[1:], key=lambda step: step.accuracy or 0.0)
     if steps[-1].accuracy is not None and steps[-1].accuracy < (best.accuracy or 0.0):
@@ -336,14 +336,14 @@ def _finished(
     if not made.spec:
         from indistill_fx.deploy.save_pt2 import save_program
 
-        save_program(student, model.example_values, home / "student.pt2")
-        save_tensors(home / STUDENT, state_tensors(student))
+        save_program(student, model.example_values, folder / "student.pt2")
+        save_tensors(folder / STUDENT, state_tensors(student))
     if export:
         from indistill_fx.deploy.export_onnx import export_onnx
 
-        exported = export_onnx(student, home / "student.onnx", example)
-        keep_export(home, parameters=last.parameters, macs=last.macs, size=(home / "student.onnx").stat().st_size)
-        say(f"student.onnx written, {getattr(exported, 'size', (home / 'student.onnx').stat().st_size):,} bytes")
-    _save(home, identity, steps, len(made.steps), made.spec, **made.kept)
-    spec = f"{made.spec}@{home / STUDENT}" if made.spec else ""
+        exported = export_onnx(student, folder / "student.onnx", example)
+        keep_export(folder, parameters=last.parameters, macs=last.macs, size=(folder / "student.onnx").stat().st_size)
+        say(f"student.onnx written, {getattr(exported, 'size', (folder / 'student.onnx').stat().st_size):,} bytes")
+    _save(folder, identity, steps, len(made.steps), made.spec, **made.kept)
+    spec = f"{made.spec}@{folder / STUDENT}" if made.spec else ""
     return Compressed(student, made.plan, record, steps, spec)

@@ -100,10 +100,10 @@ def bisect(
             expected=f"{least:.3g} ms or more",
             hint="Give more time, more threads, or another runtime.",
         )
-    whole = measure(high)
-    if whole <= most:
+    full_time = measure(high)
+    if full_time <= most:
         return high
-    times = {low: least, high: whole}
+    times = {low: least, high: full_time}
     for _ in range(tries):
         inside = (most * (1 - tolerance / 2) - times[low]) / max(times[high] - times[low], 1e-9)
         share = low + (high - low) * min(0.9, max(0.1, inside))

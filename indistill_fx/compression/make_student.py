@@ -135,9 +135,9 @@ class Measure:
         """Measure a step, and report it."""
         graph = model.graph_module
         parameters = sum(parameter.numel() for parameter in graph.parameters())
-        apart = self.divergence(teacher, model) if model is not teacher else None
-        told = measured(self.evaluate(graph)) if self.evaluate is not None else {}
-        found = Step(name, model.macs, parameters, apart, latency_ms=latency_ms, **told)
+        divergence = self.divergence(teacher, model) if model is not teacher else None
+        metrics = measured(self.evaluate(graph)) if self.evaluate is not None else {}
+        found = Step(name, model.macs, parameters, divergence, latency_ms=latency_ms, **metrics)
         self.say(str(found))
         return found
 
@@ -183,8 +183,8 @@ def make_student(
     )
     steps.append(measure.step("shrunk", teacher, result.value, after))
     best, repaired = result.value, None
-    for name, wishes in (("norms estimated anew", {"readers": False}), ("readers fitted", {"norms": False})):
-        made = repair(teacher, result.value, result.report.axes, measure.batches, **wishes)
+    for name, parts_left_out in (("norms estimated anew", {"readers": False}), ("readers fitted", {"norms": False})):
+        made = repair(teacher, result.value, result.report.axes, measure.batches, **parts_left_out)
         steps.append(measure.step(name, teacher, made.value, after))
         known_best = steps[-1].divergence or 0.0
         if known_best < min(step.divergence or 0.0 for step in steps[1:-1]):
@@ -234,16 +234,20 @@ def _shrunk(
     floor: float,
 ) -> Shrunk:
     """The network within the budget that leaves every group so large a part."""
-    whole = np.ones(len(known.classes.scores), dtype=bool)
+    all_channels = np.ones(len(known.classes.scores), dtype=bool)
     if clock is None or budget.latency_ms is None:
-        cost, most = _cost(teacher, known, budget, whole)
-        return keep_classes(teacher, known, allocate(known, curves, cost, most, floor=floor, round_to=round_to)), None
-    macs = known.cost.macs(whole)
+        cost, limit = _cost(teacher, known, budget, all_channels)
+        return keep_classes(teacher, known, allocate(known, curves, cost, limit, floor=floor, round_to=round_to)), None
+    macs = known.cost.macs(all_channels)
     made: dict[float, tuple[PassResult[TracedModel, ShrinkReport], float]] = {}
 
     def time_of(share: float) -> float:
-        most = share * macs
-        stay = whole if share >= 1 else allocate(known, curves, known.cost.macs, most, floor=floor, round_to=round_to)
+        limit = share * macs
+        stay = (
+            all_channels
+            if share >= 1
+            else allocate(known, curves, known.cost.macs, limit, floor=floor, round_to=round_to)
+        )
         result = keep_classes(teacher, known, stay)
         made[share] = result, clock.ms(result.value.graph_module, teacher.example_values)
         return made[share][1]
@@ -263,11 +267,15 @@ def _smallest(known: Analysis, curves: Sequence[Curve], round_to: int | None, fl
     return 0.0
 
 
-def _cost(teacher: TracedModel, known: Analysis, budget: Budget, whole: Mask) -> tuple[Callable[[Mask], float], float]:
+def _cost(
+    teacher: TracedModel, known: Analysis, budget: Budget, all_channels: Mask
+) -> tuple[Callable[[Mask], float], float]:
     if budget.macs is not None:
-        return known.cost.macs, budget.macs * known.cost.macs(whole) if budget.macs <= 1 else budget.macs
+        return known.cost.macs, budget.macs * known.cost.macs(all_channels) if budget.macs <= 1 else budget.macs
     if budget.params is not None:
-        return known.cost.params, budget.params * known.cost.params(whole) if budget.params <= 1 else budget.params
+        return known.cost.params, budget.params * known.cost.params(
+            all_channels
+        ) if budget.params <= 1 else budget.params
     tensors: Mapping[int, torch.Tensor] = {id(t): t for t in teacher.graph_module.parameters()}
     each = max((t.element_size() for t in tensors.values()), default=4)
     rest = sum(t.numel() * t.element_size() for t in teacher.graph_module.buffers())

@@ -115,7 +115,7 @@ class _SideBySide:
 
     def walk(self, *, norms: bool, readers: bool) -> Repaired:
         """Go along the smaller network, and keep the original level with it."""
-        told: list[str] = []
+        norms_done: list[str] = []
         fitted: dict[str, tuple[float, float]] = {}
         skipped: list[str] = []
         done: set[int] = set()
@@ -125,14 +125,14 @@ class _SideBySide:
             call = read_call(node, self.facts) if node.op.startswith("call") and node.name in self.facts else None
             if call is not None and norms and call.op == "batch_norm":
                 if self._norm(call):
-                    told.append(call.path)
+                    norms_done.append(call.path)
             elif call is not None and readers and call.op in ("conv", "linear"):
                 why = self._reader(call, fitted, done)
                 if why:
                     skipped.append(f"{call.path}: {why}")
             for steps in self.small:
                 steps.one(node)
-        return Repaired(tuple(dict.fromkeys(told)), fitted, tuple(skipped))
+        return Repaired(tuple(dict.fromkeys(norms_done)), fitted, tuple(skipped))
 
     def _norm(self, call: Call) -> bool:
         mean, var = call.constant("running_mean"), call.constant("running_var")
@@ -174,15 +174,15 @@ class _SideBySide:
             y = y if kept is None else y.index_select(axis or 0, torch.tensor(kept, device=y.device))
             y = y.movedim(1, -1).flatten(0, -2) if call.op == "conv" else y.flatten(0, -2)
             if len(x) > _ROWS:
-                pick = torch.linspace(0, len(x) - 1, _ROWS, device=x.device).long()
-                x, y = x[pick], y[pick]
+                sampled = torch.linspace(0, len(x) - 1, _ROWS, device=x.device).long()
+                x, y = x[sampled], y[sampled]
             first = len(x) - len(x) // _HELD_OUT  # rows are in sample order, so the held-out samples are the last ones
             sums[0].add(x[:first], y[:first])
             sums[1].add(x[first:], y[first:])
         before = torch.cat([weight.flatten(1), *([bias[:, None]] if bias is not None else [])], 1).double().T
-        pull = min(_PULLS, key=lambda pull: sums[1].error(sums[0].fit(before, pull)))
-        errors = sums[1].error(before), sums[1].error(sums[0].fit(before, pull))
-        after = (sums[0] + sums[1]).fit(before, pull)
+        strength = min(_PULLS, key=lambda strength: sums[1].error(sums[0].fit(before, strength)))
+        errors = sums[1].error(before), sums[1].error(sums[0].fit(before, strength))
+        after = (sums[0] + sums[1]).fit(before, strength)
         if not bool(after.isfinite().all()) or not errors[1] < errors[0]:
             return "its weights are already the best"
         flat = after.T
@@ -211,9 +211,9 @@ class _Sums:
         both.power = self.power + other.power
         return both
 
-    def fit(self, old: Tensor, pull: float) -> Tensor:
+    def fit(self, old: Tensor, strength: float) -> Tensor:
         """The weights (inputs, outputs) with the least squared error, pulled towards old ones."""
-        weight = pull * self.gram.diagonal().mean().clamp_min(1e-12)
+        weight = strength * self.gram.diagonal().mean().clamp_min(1e-12)
         eye = torch.eye(len(self.gram), dtype=self.gram.dtype, device=self.gram.device)
         fitted: Tensor = torch.linalg.solve(self.gram + weight * eye, self.cross + weight * old)
         return fitted

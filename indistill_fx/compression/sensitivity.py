@@ -66,7 +66,7 @@ def sensitivities(model: TracedModel, known: Analysis, batches: Iterable[Any], t
         raise ConfigError("There are no batches to measure sensitivities on.", where="loader", hint="Give some data.")
     curves = []
     with evaluating(model.graph_module):
-        whole = [masked_logits(model, {}, given) for given in inputs]
+        original_logits = [masked_logits(model, {}, given) for given in inputs]
         for group in known.classes.groups:
             counts, rises = [len(group.classes)], [0.0]
             for level in LEVELS:
@@ -75,7 +75,7 @@ def sensitivities(model: TracedModel, known: Analysis, batches: Iterable[Any], t
                     axes = known.axes(without(known, group, count))
                     moved = [
                         divergence(model, one, masked_logits(model, axes, given), task)
-                        for one, given in zip(whole, inputs, strict=True)
+                        for one, given in zip(original_logits, inputs, strict=True)
                     ]
                     counts.append(count)
                     rises.append(max(rises[-1], float(np.mean(moved))))
@@ -98,8 +98,8 @@ def divergence(model: TracedModel, one: Tensor, other: Tensor, task: Task | None
     known, the KL over the channel axis, and the relative square where there is none.
     """
     if task is not None:
-        (moved, _), (whole, _) = task.prepare(other, None), task.prepare(one, None)
-        return float(task.divergence(moved, whole, None, 1.0))
+        (changed, _), (original, _) = task.prepare(other, None), task.prepare(one, None)
+        return float(task.divergence(changed, original, None, 1.0))
     axis = model.facts[model.logits].channel_axis
     if axis is None or one.shape[axis] < 2:
         return float((one - other).square().mean() / one.var().clamp_min(1e-12))

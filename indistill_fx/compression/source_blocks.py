@@ -89,8 +89,8 @@ class Writer:
         result = output_node(self.graph_module.graph).args[0]
         chain = self._chain(scope, "layer") if body.outputs == [result] and len(inputs) == 1 else None
         if chain is not None and not self._ties:
-            whole = Construct("super().__init__", chain.arguments)
-            return Block("Student", ((whole,),), (), "nn.Sequential")
+            super_call = Construct("super().__init__", chain.arguments)
+            return Block("Student", ((super_call,),), (), "nn.Sequential")
         forward = Forward(self.network, scope, body, inputs)
         lines = forward.lines(result)
         setup = self._setup(scope, self._tree(scope))

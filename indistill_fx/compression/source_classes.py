@@ -62,7 +62,7 @@ def _key(piece: Piece | Line) -> object:
     if isinstance(piece, Construct):
         return piece.name, piece.brackets, tuple(map(_key, piece.arguments))
     if isinstance(piece, Block):
-        return piece.wish, piece.base, tuple(map(_key, piece.setup)), tuple(map(_key, piece.forward))
+        return piece.preferred_name, piece.base, tuple(map(_key, piece.setup)), tuple(map(_key, piece.forward))
     return piece if isinstance(piece, str) else tuple(map(_key, piece))
 
 
@@ -74,16 +74,16 @@ class _Classes:
 
     def add(self, blocks: list[Block]) -> None:
         """Make one class of blocks that share their code; those inside have theirs already."""
-        name, count = blocks[0].wish, 1
+        name, count = blocks[0].preferred_name, 1
         while name in self.names:
             count += 1
-            name = f"{blocks[0].wish}{count}"
+            name = f"{blocks[0].preferred_name}{count}"
         self.names.add(name)
         group = _Class(name, blocks)
         rows = [self._literals(block) for block in blocks]
         columns = list(zip(*rows, strict=True))
         names: dict[tuple[str, ...], str] = {}
-        taken = _taken(blocks[0])
+        used_names = _taken(blocks[0])
         for k, column in enumerate(columns):
             values = tuple(entry.text for entry in column)
             if len(set(values)) == 1:
@@ -92,10 +92,12 @@ class _Classes:
             if widths and values in names:
                 group.columns[k] = names[values]
                 continue
-            group.columns[k] = wish = _free(_best_name(columns, values) if widths else column[0].name, taken)
-            taken.add(wish)
+            group.columns[k] = name_of_column = _free(
+                _best_name(columns, values) if widths else column[0].name, used_names
+            )
+            used_names.add(name_of_column)
             if widths:
-                names[values] = wish
+                names[values] = name_of_column
         for block, row in zip(blocks, rows, strict=True):
             group.arguments[block] = {arg: row[k].text for k, arg in group.columns.items()}
             self.of[block] = group
@@ -188,9 +190,13 @@ def _best_name(columns: list[tuple[Literal, ...]], values: tuple[str, ...]) -> s
     return next((name for name in same if name.endswith("_out")), same[0])
 
 
-def _free(wish: str, taken: set[str]) -> str:
-    name, count = wish, 1
-    while name in taken or not name.isidentifier() or keyword.iskeyword(name):
+def _free(preferred: str, used_names: set[str]) -> str:
+    name, count = preferred, 1
+    while name in used_names or not name.isidentifier() or keyword.iskeyword(name):
         count += 1
-        name = f"{wish}_{count}" if wish.isidentifier() and not keyword.iskeyword(wish) else f"value_{count}"
+        name = (
+            f"{preferred}_{count}"
+            if preferred.isidentifier() and not keyword.iskeyword(preferred)
+            else f"value_{count}"
+        )
     return name

@@ -76,17 +76,17 @@ def function_name(node: fx.Node, target: Any, imports: Imports) -> str:
     if isinstance(target, torch._ops.OpOverloadPacket):
         return _packet_name(target._qualified_op_name, imports)
     name = str(getattr(target, "__name__", ""))
-    for home, told in (
+    for module, prefix in (
         (F, "F"),
         (torch, "torch"),
         (torch.Tensor, "torch.Tensor"),
         (math, "math"),
         (operator, "operator"),
     ):
-        if name and getattr(home, name, None) is target:
-            if home in (math, operator):
-                imports.lines.add(f"import {told}")
-            return f"{told}.{name}"
+        if name and getattr(module, name, None) is target:
+            if module in (math, operator):
+                imports.lines.add(f"import {prefix}")
+            return f"{prefix}.{name}"
     if target is getattr(builtins, name, None):
         return name
     if target in _INPLACE:
@@ -149,7 +149,7 @@ class _Arguments:
             return ("{", *_joined(pairs), "}")
         if isinstance(value, slice):
             return ("slice(", *_joined([self.value(v, keyword) for v in (value.start, value.stop, value.step)]), ")")
-        wish = (keyword or str(getattr(self.node.target, "__name__", self.node.target))).strip("_")
+        preferred = (keyword or str(getattr(self.node.target, "__name__", self.node.target))).strip("_")
         if (
             isinstance(value, (tuple, list))
             and not isinstance(value, torch.Size)
@@ -159,7 +159,7 @@ class _Arguments:
             opening, closing = "()" if isinstance(value, tuple) else "[]"
             return (
                 opening,
-                *numbers(value, wish),
+                *numbers(value, preferred),
                 "," if isinstance(value, tuple) and len(value) == 1 else "",
                 closing,
             )
@@ -167,7 +167,7 @@ class _Arguments:
             text = literal(value)
         except ValueError as error:
             raise unwritable(self.node.name, f"an argument of it is {error}") from error
-        return (Literal(text, wish),)
+        return (Literal(text, preferred),)
 
     def atom(self, value: Any) -> Line:
         """A value that something can be joined to without parentheses."""

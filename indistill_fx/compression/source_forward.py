@@ -65,9 +65,9 @@ class Forward:
     def _step(self, k: int, step: fx.Node | tuple[Scope, Body]) -> list[Line]:
         if isinstance(step, fx.Node):
             if step.op == "call_module" and isinstance(
-                way := attribute(self.network.graph_module, str(step.target)), ByMode
+                by_mode := attribute(self.network.graph_module, str(step.target)), ByMode
             ):
-                return self._both_ways(k, step, way)
+                return self._both_ways(k, step, by_mode)
             if step is self.joined:
                 dim = Literal(str(step.args[1] if len(step.args) > 1 else step.kwargs.get("dim", 0)), "dim")
                 return [(f"{self._name(step, [step], k)[0]} = ", "torch.cat(features, ", dim, ")")]
@@ -100,10 +100,10 @@ class Forward:
         alone = later.isdisjoint(self.inputs) and list(first.args[0]) == self.inputs and isinstance(dim, int)
         return first if alone and all(self._is_tensor(node) for node in self.inputs) else None
 
-    def _both_ways(self, k: int, step: fx.Node, way: ByMode) -> list[Line]:
+    def _both_ways(self, k: int, step: fx.Node, by_mode: ByMode) -> list[Line]:
         """What is computed one way in train mode and another way in eval mode."""
         given = [self._value(arg) for arg in step.args if isinstance(arg, fx.Node)]
-        sides = [self._side(step, side, given) for side in (way.trained, way.evaluated)]
+        sides = [self._side(step, side, given) for side in (by_mode.trained, by_mode.evaluated)]
         name = self._name(step, [step], k)[0]
         lines: list[Line] = []
         for head, (inner, results) in zip(("if self.training:", "else:"), sides, strict=True):
@@ -118,15 +118,15 @@ class Forward:
         values: dict[fx.Node, Line] = {}
         lines: list[Line] = []
         results: list[Line] = []
-        taken, places = set(self.names.values()), iter(given)
+        used_names, arguments = set(self.names.values()), iter(given)
         for node in side.graph.nodes:
             if node.op == "placeholder":
-                values[node] = next(places)
+                values[node] = next(arguments)
             elif node.op == "output":
                 results = [values[result] for result in node.args[0]]
             elif node.op in ("call_function", "call_method"):
-                name = next(name for name in self._fresh() if name not in taken)
-                taken.add(name)
+                name = next(name for name in self._fresh() if name not in used_names)
+                used_names.add(name)
                 lines.append((f"{name} = ", *expression(node, values.__getitem__, (), self.network.imports)))
                 values[node] = (name,)
             else:
@@ -195,9 +195,9 @@ class Forward:
 
     def _name(self, step: Any, results: list[fx.Node], k: int) -> list[str]:
         """Names for what a step gives: those of what it reads for the last time, then free ones."""
-        dying = [n for n, name in self.names.items() if self.last.get(n, -1) <= k]
+        expiring = [n for n, name in self.names.items() if self.last.get(n, -1) <= k]
         reads = step.all_input_nodes if isinstance(step, fx.Node) else step[1].inputs
-        order = sorted(dying, key=lambda n: reads.index(n) if n in reads else len(reads))
+        order = sorted(expiring, key=lambda n: reads.index(n) if n in reads else len(reads))
         free = [self.names.pop(node) for node in order]
         names = []
         for node in results:
@@ -207,8 +207,8 @@ class Forward:
         return names
 
     def _free(self) -> str:
-        taken = set(self.names.values())
-        return next(name for name in self._fresh() if name not in taken)
+        used_names = set(self.names.values())
+        return next(name for name in self._fresh() if name not in used_names)
 
     def _fresh(self) -> Iterator[str]:
         return chain(_NAMES, (f"x{k}" for k in range(1, 10_000)))

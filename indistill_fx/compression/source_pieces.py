@@ -17,10 +17,10 @@ from indistill_fx.errors import ExportError
 from indistill_fx.graph.attention import HeadAttention
 
 
-def unwritable(where: str, what: str) -> ExportError:
+def unwritable(where: str, reason: str) -> ExportError:
     """The error for a construct that has no source code."""
     return ExportError(
-        f"`{where}` cannot be written as source code: {what}.",
+        f"`{where}` cannot be written as source code: {reason}.",
         where=where,
         hint="Write an exported program instead: -o student.pt2.",
     )
@@ -57,13 +57,13 @@ class Block:
     """A block's code: a class to be, with the lines of its `__init__` and of its `forward`.
 
     Attributes:
-        wanted: the class's name, if it is free.
+        preferred_name: the class's name, if no other class has it.
         setup: lines of `__init__`; of a Sequential, the one that calls its parent's.
         forward: lines of `forward`, its head included; none where the parent's will do.
         base: the parent class.
     """
 
-    wish: str
+    preferred_name: str
     setup: tuple[Line, ...]
     forward: tuple[Line, ...]
     base: str = "nn.Module"
@@ -150,8 +150,8 @@ def constructor(path: str, name: str, module: nn.Module, imports: Imports) -> Co
     for key, value in shown.items():
         default = None if defaults[key] is inspect.Parameter.empty else _text(path, defaults[key])
         positional = positional and default is None
-        wish = f"{name}_{key.removesuffix('_channels').removesuffix('_features')}"
-        pieces.append((Literal(_text(path, value), wish, "" if positional else key, default),))
+        preferred = f"{name}_{key.removesuffix('_channels').removesuffix('_features')}"
+        pieces.append((Literal(_text(path, value), preferred, "" if positional else key, default),))
     return Construct(f"nn.{kind.__name__}", tuple(pieces))
 
 
@@ -213,9 +213,9 @@ def _parameters(kind: type[nn.Module]) -> Mapping[str, inspect.Parameter]:
 def _compact(kind: type[nn.Module], arguments: Mapping[str, Any], module: nn.Module) -> dict[str, Any] | None:
     """The arguments, (3, 3) and (3,) written as 3 where that makes the same; None where they do not make a module like it."""
     plain = {key: value[0] if _repeats(value) else value for key, value in arguments.items()}
-    for wish in (plain, dict(arguments)):
-        if _makes(kind, wish, module):
-            return wish
+    for candidate in (plain, dict(arguments)):
+        if _makes(kind, candidate, module):
+            return candidate
     return None
 
 

@@ -99,7 +99,7 @@ def places_of(graph_module: fx.GraphModule, nodes: Sequence[fx.Node]) -> Places:
     """Find where everything stands."""
     stacks, modules = {}, {}
     before: list[tuple[str, str, str]] = []
-    taken: dict[str, str] = {}
+    used_names: dict[str, str] = {}
     for node in nodes:
         if not node.op.startswith("call") or reads_flag(node):
             continue
@@ -112,7 +112,7 @@ def places_of(graph_module: fx.GraphModule, nodes: Sequence[fx.Node]) -> Places:
         entries = [entry for entry in entries if entry[0]]
         if node.op == "call_module" and not isinstance(attribute(graph_module, str(node.target)), ByMode):
             path = entries.pop()[0] if own is not None and entries else str(node.target)
-            if taken.setdefault(path, str(node.target)) != str(node.target):
+            if used_names.setdefault(path, str(node.target)) != str(node.target):
                 path = str(node.target)
             modules[node] = path
         stacks[node] = before = entries

@@ -48,9 +48,9 @@ class StudentSource:
 
     def build(self) -> nn.Module:
         """A new `Student` with these weights, in train mode."""
-        home = types.ModuleType("student")
-        exec(compile(self.text, SOURCE, "exec"), home.__dict__)
-        student: nn.Module = home.Student()
+        namespace = types.ModuleType("student")
+        exec(compile(self.text, SOURCE, "exec"), namespace.__dict__)
+        student: nn.Module = namespace.Student()
         student.load_state_dict(self.state)
         return student
 
@@ -107,9 +107,9 @@ def source_of(model: TracedModel) -> StudentSource:
 def _head(model: TracedModel) -> str:
     parameters = sum(parameter.numel() for parameter in model.graph_module.parameters())
     sizes = [tuple(value.shape[1:]) for value in model.example_values if isinstance(value, Tensor)]
-    told = ", ".join("x".join(map(str, size)) for size in sizes)
+    shapes = ", ".join("x".join(map(str, size)) for size in sizes)
     return (
-        f'"""Student: {parameters:,} parameters, {model.macs:,} multiply-accumulates a sample of {told}.\n\n'
+        f'"""Student: {parameters:,} parameters, {model.macs:,} multiply-accumulates a sample of {shapes}.\n\n'
         f'    student = Student()\n    student.load_state_dict(safetensors.torch.load_file("{WEIGHTS}"))\n"""\n\n'
     )
 
@@ -120,15 +120,15 @@ def _imports(imports: Imports, classes: str) -> str:
     todo = list(imports.own.items())
     lines = {"from torch import nn", *imports.lines}
     while todo:
-        name, thing = todo.pop(0)
+        name, value = todo.pop(0)
         if name in own:
             continue
-        home = inspect.getmodule(thing)
-        text = inspect.getsource(thing)
+        module = inspect.getmodule(value)
+        text = inspect.getsource(value)
         own[name] = text
         for used in sorted({node.id for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Name)}):
-            found = getattr(home, used, None)
-            if getattr(found, "__module__", None) == getattr(home, "__name__", "") and used not in own:
+            found = getattr(module, used, None)
+            if getattr(found, "__module__", None) == getattr(module, "__name__", "") and used not in own:
                 todo.append((used, found))
             elif found is not None and used == "math":
                 lines.add("import math")

@@ -84,7 +84,7 @@ class DiskLoader(IndexedLoader):
         return hashlib.sha256(f"{digest} {self._normalise}{views}".encode()).hexdigest()
 
     def _batches(self, skipped: int) -> Iterator[tuple[Tensor | None, ...]]:
-        parts = [whole[self.rank :: self.world] for _, whole in self._plan(skipped)]
+        parts = [batch_indices[self.rank :: self.world] for _, batch_indices in self._plan(skipped)]
         plan = [[(self._drawn_for, index) for index in part.tolist()] for part in parts]
         read = self._readers.read(plan, pinned=self.device.type == "cuda")
         for indices, batch in zip(parts, read, strict=True):

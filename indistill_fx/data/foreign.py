@@ -18,7 +18,7 @@ from indistill_fx.errors import ConfigError
 from indistill_fx.system.random_state import OwnRandomness, seed_from
 
 
-def repeatable(loader: Iterable[Any], seed: int, what: str) -> EpochLoader:
+def repeatable(loader: Iterable[Any], seed: int, name: str) -> EpochLoader:
     """The loader if its epochs can be repeated, else wrapped so that they can.
 
     Raises:
@@ -28,19 +28,19 @@ def repeatable(loader: Iterable[Any], seed: int, what: str) -> EpochLoader:
         return loader
     if hasattr(loader, "__next__") or not hasattr(loader, "__iter__"):
         raise ConfigError(
-            f"The {what} is a {type(loader).__name__}, which cannot be iterated once per epoch.",
-            where=what,
+            f"The {name} is a {type(loader).__name__}, which cannot be iterated once per epoch.",
+            where=name,
             got=type(loader).__name__,
             expected="an iterable that starts anew each time",
             hint="Give a torch.utils.data.DataLoader, a list of batches, or a loader of ifx.data.open_data.",
         )
     wrapped = ForeignLoader(loader, seed=seed)
     if wrapped.length == 0:
-        raise ConfigError(f"The {what} has no batches.", where=what, got=0, expected="at least 1")
+        raise ConfigError(f"The {name} has no batches.", where=name, got=0, expected="at least 1")
     return wrapped
 
 
-def require_whole(loader: Iterable[Any] | None, what: str) -> None:
+def require_whole(loader: Iterable[Any] | None, name: str) -> None:
     """Refuse a loader that gives this process only its share: validation is the first process's work, on everything.
 
     Raises:
@@ -49,8 +49,8 @@ def require_whole(loader: Iterable[Any] | None, what: str) -> None:
     loader = loader.loader if isinstance(loader, ForeignLoader) else loader
     if (shares := _shares(loader)) is not None and shares > 1:
         raise ConfigError(
-            f"The {what} divides its samples among {shares} processes, but only one process validates, and it would see only its share.",
-            where=what,
+            f"The {name} divides its samples among {shares} processes, but only one process validates, and it would see only its share.",
+            where=name,
             got=f"a sampler for {shares} processes",
             hint="Give a loader without a distributed sampler.",
         )
@@ -133,8 +133,8 @@ class ForeignLoader(EpochLoader):
             if skipped:
                 skipped -= 1
                 continue
-            whole = self.world == 1 or self._shared
-            yield batch if whole else samples_of(batch, slice(self.rank, None, self.world))
+            unshared = self.world == 1 or self._shared
+            yield batch if unshared else samples_of(batch, slice(self.rank, None, self.world))
         if number < (expected or 1):
             raise ConfigError(
                 f"The loader says it has {expected} batches and ended after {number}."
@@ -147,9 +147,9 @@ class ForeignLoader(EpochLoader):
             )
 
     def _of_this_epoch(self) -> Iterable[Any]:
-        for tell in (getattr(part, "set_epoch", None) for part in _parts(self.loader)):
-            if tell is not None:
-                tell(self.epoch)
+        for set_epoch in (getattr(part, "set_epoch", None) for part in _parts(self.loader)):
+            if set_epoch is not None:
+                set_epoch(self.epoch)
         for number, part in enumerate(_parts(self.loader)):
             generator = getattr(part, "generator", None)
             if isinstance(generator, torch.Generator):

@@ -174,8 +174,8 @@ def list_images(folder: Path) -> Listing:
     Raises:
         ConfigError: there is nothing, a class folder has no images, or there are images beside class folders.
     """
-    classes, loose = _visible_folders(folder), _pictures_in(folder)
-    if not classes and not loose:
+    classes, unsorted_images = _visible_folders(folder), _pictures_in(folder)
+    if not classes and not unsorted_images:
         raise ConfigError(
             f"{str(folder)!r} has no class folders.",
             where=str(folder),
@@ -183,12 +183,12 @@ def list_images(folder: Path) -> Listing:
             hint="Put the images of each class into a separate folder.",
         )
     if not classes:
-        return Listing(folder, tuple(loose), None, ())
-    if loose:
+        return Listing(folder, tuple(unsorted_images), None, ())
+    if unsorted_images:
         raise ConfigError(
-            f"{str(folder)!r} has images outside of the class folders, such as {Path(loose[0]).name!r}.",
+            f"{str(folder)!r} has images outside of the class folders, such as {Path(unsorted_images[0]).name!r}.",
             where=str(folder),
-            got=loose[0],
+            got=unsorted_images[0],
             expected="folder/<class>/<image>, or images only",
             hint="Put every image in the folder of its class.",
         )

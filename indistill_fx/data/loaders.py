@@ -334,18 +334,18 @@ class MemoryLoader(IndexedLoader):
         yield from self._on_host(skipped) if held is None else self._on_device(held, skipped)
 
     def _on_host(self, skipped: int) -> Iterator[tuple[Tensor | None, ...]]:
-        for number, whole in self._plan(skipped):
-            indices = whole[self.rank :: self.world]
+        for number, batch_indices in self._plan(skipped):
+            indices = batch_indices[self.rank :: self.world]
             images = self.images[indices]
             if self.augment is not None:
-                images = self.augment.apply(images, self._draws(number, whole))
+                images = self.augment.apply(images, self._draws(number, batch_indices))
             labels = _sent(self.labels[indices], self.device) if self.labels is not None else None
             yield self._batch(self._normalise(_sent(images, self.device)), labels, indices)
 
     def _on_device(self, held: HeldImages, skipped: int) -> Iterator[tuple[Tensor | None, ...]]:
         planned = self._plan(skipped)
         while block := list(islice(planned, _AT_ONCE)):
-            shares = [whole[self.rank :: self.world] for _, whole in block]
+            shares = [batch_indices[self.rank :: self.world] for _, batch_indices in block]
             counts = [len(share) for share in shares]
             places = _sent(torch.cat(shares), self.device).split(counts)
             draws: Sequence[Tensor | None] = [None] * len(block)
@@ -355,14 +355,14 @@ class MemoryLoader(IndexedLoader):
                 labels = held.labels[samples] if held.labels is not None else None
                 yield self._batch(self._normalise(held.pictures(samples, draw)), labels, indices)
 
-    def _draws(self, number: int, whole: Tensor) -> Tensor:
+    def _draws(self, number: int, batch_indices: Tensor) -> Tensor:
         """What this process's share of a batch is augmented by, drawn for all of it."""
         assert self.augment is not None
         # Drawn for every sample by its index: two epochs of one view have different batches.
         if self._views:
-            draws = self.augment.draw(self.count, generator_from(self.seed, self._drawn_for))[whole]
+            draws = self.augment.draw(self.count, generator_from(self.seed, self._drawn_for))[batch_indices]
         else:
-            draws = self.augment.draw(len(whole), generator_from(self.seed, self.epoch, number))
+            draws = self.augment.draw(len(batch_indices), generator_from(self.seed, self.epoch, number))
         return draws[self.rank :: self.world]
 
 

@@ -100,8 +100,8 @@ def choose(
     if min(found[1]) <= 0:
         raise ConfigError(f"A std of the pictures is {min(found[1]):g}.", where="std", got=found[1], expected="> 0")
     means, stds = (", ".join(f"{value:.4f}" for value in part) for part in found)
-    how = "measured" if "auto" in (mean, std) else "as given"
-    return (found[0], found[1]), f"Pictures are normalised by mean {means} and std {stds}, {how}."
+    origin = "measured" if "auto" in (mean, std) else "as given"
+    return (found[0], found[1]), f"Pictures are normalised by mean {means} and std {stds}, {origin}."
 
 
 def in_channels(figures: Normalisation, channels: int) -> Normalisation:

@@ -18,7 +18,7 @@ from indistill_fx.system.signals import left_to_the_parent
 Key = tuple[int, int]
 """Epoch and index of a sample."""
 
-_UNTIL_TOLD = 1.0
+_SECONDS_UNTIL_REPORTED = 1.0
 """Seconds for the news of a process's end to arrive."""
 
 
@@ -216,7 +216,7 @@ def _of_a_worker(error: Exception) -> Exception:
     if isinstance(error, RuntimeError):
         return error
     try:
-        time.sleep(_UNTIL_TOLD)
+        time.sleep(_SECONDS_UNTIL_REPORTED)
     except RuntimeError as later:
         return later
     return error

@@ -65,19 +65,19 @@ def open_user_loaders(spec: str, options: DataOptions) -> Data:
     )
 
 
-def _figures(spec: str, told: Any, size: tuple[int, ...]) -> Normalisation | None:
+def _figures(spec: str, given: Any, size: tuple[int, ...]) -> Normalisation | None:
     """What the function says that its pictures are normalised by."""
-    if told is None:
+    if given is None:
         return None
     try:
-        mean, std = (tuple(float(value) for value in part) for part in told)
+        mean, std = (tuple(float(value) for value in part) for part in given)
     except (TypeError, ValueError):
         mean, std = (), ()
     if not mean or len(mean) != len(std) or min(std) <= 0 or (len(size) == 3 and len(mean) != size[0]):
         raise ConfigError(
-            f"{spec!r} says that its images are normalised by {str(told)[:60]}.",
+            f"{spec!r} says that its images are normalised by {str(given)[:60]}.",
             where=spec,
-            got=str(told)[:60],
+            got=str(given)[:60],
             expected="`normalisation`: (mean, std), a number for every channel each, of values from 0 to 1",
         )
     return mean, std

@@ -144,12 +144,12 @@ def _trained(
     teacher: TracedModel, small: Small, few: Data, out: Path, say: Callable[[str], None], shared: dict[str, Any]
 ) -> dict[str, Arm]:
     """The six ways, by name."""
-    told = about(small.spec, "digits", few.input_size, **about_data(few))
+    description = about(small.spec, "digits", few.input_size, **about_data(few))
     rates: dict[str, Any] = {"learning_rate": LEARNING_RATE, "schedule": "cosine"}
     common: dict[str, Any] = {
         "plan": small.plan,
         "example_inputs": teacher.example_inputs[0],
-        "about": told,
+        "about": description,
         **shared,
         **rates,
     }

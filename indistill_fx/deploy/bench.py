@@ -217,9 +217,11 @@ def example_of(path: str | PathLike[str]) -> tuple[Tensor, ...]:
                 f"The input `{value.name}` of `{path}` cannot be made up: {value.type} {value.shape}.", where=str(path),
                 hint="Export the file again.",
             )  # fmt: skip
-        whole = value.type not in ("tensor(float)", "tensor(double)", "tensor(float16)")
+        integral = value.type not in ("tensor(float)", "tensor(double)", "tensor(float16)")
         array = (
-            generator.integers(0, 2 if "bool" in value.type else 256, shape) if whole else generator.normal(size=shape)
+            generator.integers(0, 2 if "bool" in value.type else 256, shape)
+            if integral
+            else generator.normal(size=shape)
         )
         found.append(torch.from_numpy(array).to(KINDS[value.type]))
     return tuple(found)

@@ -135,15 +135,15 @@ def check_onnx(
     try:
         model = _read(file)
         session = open_session(file)
-        told = {entry.key: entry.value for entry in model.metadata_props}
-        built_in = Preprocess.from_metadata(told)
+        metadata_in_file = {entry.key: entry.value for entry in model.metadata_props}
+        built_in = Preprocess.from_metadata(metadata_in_file)
         if built_in:
             inputs = (built_in.to_pixels(inputs[0]), *inputs[1:])
             real = (built_in.to_pixels(real[0]), *real[1:]) if real else None
     except IndistillError as error:
         return CheckReport(file, (error.message,), size=file.stat().st_size)
     differences = list(_wrong_terms(model, session, opset, input_names, output_names))
-    differences += _wrong_metadata(told, metadata or {})
+    differences += _wrong_metadata(metadata_in_file, metadata or {})
     quantised = is_quantised(model)
     wrong_inputs = list(_wrong_inputs(session, inputs))
     proof, notes = Proof((), None, ()), list[str]()
@@ -165,8 +165,8 @@ def check_onnx(
             differences += _wrong_graph(model, deployed, inputs, session, notes)
             if quantised:
                 differences += _wrong_classes(proof, agreement, notes)
-            if told.get("weights", own := weights_digest(module)) != own:
-                line = f"the file says that it was made from the weights {told['weights']}, the module has {own}"
+            if metadata_in_file.get("weights", own := weights_digest(module)) != own:
+                line = f"the file says that it was made from the weights {metadata_in_file['weights']}, the module has {own}"
                 (differences if quantised else notes).append(line)
     return CheckReport(
         file, (*wrong_inputs, *differences), proof.parity, proof.real, proof.max_abs, _opset(model), file_size(file),
@@ -217,13 +217,13 @@ def _wrong_terms(
 ) -> Iterator[str]:
     if opset is not None and _opset(model) != opset:
         yield f"the file's opset is {_opset(model)}, expected {opset}"
-    for what, expected, values in (
+    for kind, expected, values in (
         ("input", input_names, session.get_inputs()),
         ("output", output_names, session.get_outputs()),
     ):
         got = [value.name for value in values]
         if expected is not None and got != list(expected):
-            yield f"the file's {what}s are named {', '.join(got)}, expected {', '.join(expected)}"
+            yield f"the file's {kind}s are named {', '.join(got)}, expected {', '.join(expected)}"
 
 
 def _wrong_inputs(session: onnxruntime.InferenceSession, inputs: Sequence[Tensor]) -> Iterator[str]:
@@ -244,12 +244,12 @@ def _wrong_inputs(session: onnxruntime.InferenceSession, inputs: Sequence[Tensor
             yield f"input `{value.name}` has a batch of {value.shape[0]:,} in the file, too large to compare"
 
 
-def _wrong_metadata(told: Mapping[str, str], expected: Mapping[str, str]) -> Iterator[str]:
+def _wrong_metadata(found: Mapping[str, str], expected: Mapping[str, str]) -> Iterator[str]:
     for key, value in expected.items():
-        if key not in told:
+        if key not in found:
             yield f"the file's metadata has no `{key}`, expected {value}"
-        elif told[key] != value:
-            yield f"the file's metadata says `{key}` is {told[key]}, expected {value}"
+        elif found[key] != value:
+            yield f"the file's metadata says `{key}` is {found[key]}, expected {value}"
 
 
 def _wrong_classes(proof: Proof, agreement: float, notes: list[str]) -> Iterator[str]:

@@ -150,8 +150,8 @@ def export_onnx(
             deployed, inputs, opset=opset, dynamic_batch=dynamic_batch, dynamic_size=dynamic_size,
             input_names=ins, output_names=outs,
         )  # fmt: skip
-        told = {**of_module(module), **(built_in.metadata() if built_in else {}), **(metadata or {})}
-        _write(program, draft, told, external_data)
+        all_metadata = {**of_module(module), **(built_in.metadata() if built_in else {}), **(metadata or {})}
+        _write(program, draft, all_metadata, external_data)
         _require_valid(draft)
         session = open_session(draft)
         proof = prove(
@@ -190,12 +190,12 @@ def _input_names(module: nn.Module, count: int) -> tuple[str, ...]:
 
 
 def _require_names(ins: Sequence[str], outs: Sequence[str], inputs: int, found: Sequence[str]) -> None:
-    for what, names, count in (("input", ins, inputs), ("output", outs, len(found))):
+    for kind, names, count in (("input", ins, inputs), ("output", outs, len(found))):
         if len(names) != count:
-            detail = f": {', '.join(found)}" if what == "output" else ""
+            detail = f": {', '.join(found)}" if kind == "output" else ""
             raise ConfigError(
-                f"{what}_names gives {len(names)} ({', '.join(names)}), but the module has {count} {what}s{detail}.",
-                where=f"{what}_names", got=len(names), expected=count,
+                f"{kind}_names gives {len(names)} ({', '.join(names)}), but the module has {count} {kind}s{detail}.",
+                where=f"{kind}_names", got=len(names), expected=count,
             )  # fmt: skip
     twice = sorted({name for name in (*ins, *outs) if (*ins, *outs).count(name) > 1})
     if twice:

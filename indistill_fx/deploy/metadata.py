@@ -54,11 +54,11 @@ def of_source(
         classes: their names by label.
         normalisation: mean and standard deviation per channel of pixels scaled to 0..1.
     """
-    told: Mapping[str, str] = {
+    entries: Mapping[str, str] = {
         "model": model,
         "run": run,
         "classes": json.dumps(list(classes)) if classes else "",
         "mean": json.dumps(list(normalisation[0])) if normalisation else "",
         "std": json.dumps(list(normalisation[1])) if normalisation else "",
     }
-    return {key: one_line(value) for key, value in told.items() if value}
+    return {key: one_line(value) for key, value in entries.items() if value}

@@ -28,9 +28,9 @@ def wrong_weights(model: onnx.ModelProto, fresh: onnx.ModelProto, *, strict: boo
     got, expected = _arrays(model), _arrays(fresh)
     found = []
     if strict and got.keys() != expected.keys():
-        for what, names in (("lacks", expected.keys() - got.keys()), ("has besides", got.keys() - expected.keys())):
+        for verb, names in (("lacks", expected.keys() - got.keys()), ("has besides", got.keys() - expected.keys())):
             if names:
-                found.append(f"the file {what} the weights {', '.join(sorted(names)[:SHOWN])}")
+                found.append(f"the file {verb} the weights {', '.join(sorted(names)[:SHOWN])}")
     for name in [name for name in expected if name in got]:
         found += _wrong_weight(name, got[name], expected[name])
     return _shortened(found)

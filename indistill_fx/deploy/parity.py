@@ -143,8 +143,8 @@ def _run(session: onnxruntime.InferenceSession, module: nn.Module, inputs: Seque
             hint="Compare the file with the module that it was exported from.",
         )
     got = session.run(None, feed(session, inputs))
-    ours = [x.detach().cpu().numpy() for x in expected.values()]
-    return {name: (a, np.asarray(b)) for name, a, b in zip(names, ours, got, strict=True)}
+    reference = [x.detach().cpu().numpy() for x in expected.values()]
+    return {name: (a, np.asarray(b)) for name, a, b in zip(names, reference, got, strict=True)}
 
 
 def _run_piece(
@@ -165,11 +165,11 @@ def _run_piece(
 
 
 def _compare(values: Values, batch: int, tolerance: float, label: str, rows: list[Parity], failures: list[str]) -> None:
-    for name, (ours, theirs) in values.items():
-        if ours.shape != theirs.shape:
-            failures.append(f"output `{name}` {label} has shape {theirs.shape}, the module's {ours.shape}")
+    for name, (reference, exported) in values.items():
+        if reference.shape != exported.shape:
+            failures.append(f"output `{name}` {label} has shape {exported.shape}, the module's {reference.shape}")
             continue
-        largest, scale = _difference(ours, theirs)
+        largest, scale = _difference(reference, exported)
         rows.append(Parity(batch, name, largest, largest / scale if scale else largest))
         limit = tolerance * max(scale, _SMALLEST_SCALE)
         if not largest <= limit:
@@ -179,11 +179,11 @@ def _compare(values: Values, batch: int, tolerance: float, label: str, rows: lis
             )
 
 
-def _difference(ours: Array, theirs: Array) -> tuple[float, float]:
+def _difference(reference: Array, exported: Array) -> tuple[float, float]:
     """The largest difference, and the range of our values (or their magnitude, if that is more)."""
-    if not ours.size:
+    if not reference.size:
         return 0.0, 0.0
-    a, b = ours.astype(np.float64), theirs.astype(np.float64)
+    a, b = reference.astype(np.float64), exported.astype(np.float64)
     same = (a == b) | (np.isnan(a) & np.isnan(b))
     with np.errstate(invalid="ignore"):
         gap = np.where(same, 0.0, np.abs(a - b))
@@ -210,11 +210,13 @@ def _on_real(
         return RealParity(total, (), None, {})
     values: Values = {}
     for name in pieces[0] if pieces else ():
-        ours, theirs = (np.concatenate([np.atleast_1d(piece[name][side]) for piece in pieces]) for side in (0, 1))
-        values[name] = (ours, theirs)
+        reference, exported = (
+            np.concatenate([np.atleast_1d(piece[name][side]) for piece in pieces]) for side in (0, 1)
+        )
+        values[name] = (reference, exported)
     _compare(values, total, tolerance, f"on {total} real inputs", rows, failures)
-    for ours, theirs in values.values():
-        found = decided(ours, theirs, decisions)
+    for reference, exported in values.values():
+        found = decided(reference, exported, decisions)
         if found is not None:
             classes, same = found[0], found[0] == found[1]
             labels = np.unique(classes) if classes.ndim == 1 else ()
@@ -225,11 +227,11 @@ def _on_real(
     return RealParity(total, tuple(rows), None, {})
 
 
-def decided(ours: Array, theirs: Array, decisions: Decisions | None) -> tuple[Array, Array] | None:
+def decided(reference: Array, exported: Array, decisions: Decisions | None) -> tuple[Array, Array] | None:
     """What both sides say in the end; None where nothing is said, or their shapes differ. See `prove`."""
-    if ours.shape != theirs.shape:
+    if reference.shape != exported.shape:
         return None
     if decisions is None:
-        return (ours.argmax(1), theirs.argmax(1)) if ours.ndim == 2 and ours.shape[1] > 1 else None
-    found = [decisions(torch.from_numpy(np.ascontiguousarray(side))) for side in (ours, theirs)]
+        return (reference.argmax(1), exported.argmax(1)) if reference.ndim == 2 and reference.shape[1] > 1 else None
+    found = [decisions(torch.from_numpy(np.ascontiguousarray(side))) for side in (reference, exported)]
     return None if found[0] is None or found[1] is None else (found[0].numpy(), found[1].numpy())

@@ -233,9 +233,9 @@ def _classify(session: onnxruntime.InferenceSession, batches: Iterable[Batch]) -
         known = piece.labels
         assert known is not None
         known = known[:, 0] if known.ndim == 2 and known.shape[1] == 1 else known
-        whole = known.ndim == 1 and np.issubdtype(known.dtype, np.integer)
+        one_class_each = known.ndim == 1 and np.issubdtype(known.dtype, np.integer)
         _require(
-            whole,
+            one_class_each,
             "int8 files are judged by their accuracy, and these labels do not give one class per sample.",
             "evaluation",
         )
@@ -318,10 +318,10 @@ def _write_down(draft: Path, report: QuantizeReport) -> None:
     import onnx
 
     model = onnx.load(str(draft), load_external_data=False)
-    told = {entry.key: entry.value for entry in model.metadata_props if not entry.key.startswith("onnx.")}
+    metadata = {entry.key: entry.value for entry in model.metadata_props if not entry.key.startswith("onnx.")}
     facts = ("method", "calibration", "calibration_rows", "evaluation_rows", "accuracy_fp32", "accuracy_int8")
-    told["int8"] = json.dumps({name: getattr(report, name) for name in facts})
-    onnx.helper.set_model_props(model, told)
+    metadata["int8"] = json.dumps({name: getattr(report, name) for name in facts})
+    onnx.helper.set_model_props(model, metadata)
     model.producer_name, model.producer_version = "indistill-fx", __version__
     onnx.save(model, str(draft))
 

@@ -145,10 +145,10 @@ class MainLoss(Criterion):
         step = self.seen.double()
         (before, factor), *rest = self.over_time
         now = torch.full_like(step, factor)
-        for at, goal in rest:
+        for at, next_factor in rest:
             share = ((step - before) / (at - before)).clamp(0, 1)
-            now = torch.where(step >= before, factor + (goal - factor) * share, now)
-            before, factor = at, goal
+            now = torch.where(step >= before, factor + (next_factor - factor) * share, now)
+            before, factor = at, next_factor
         if self.training:
             self.seen += 1
         return self.weight * now.float()
@@ -160,19 +160,19 @@ class MainLoss(Criterion):
         return values._replace(logits=logits), labels
 
 
-def required(value: Tensor | None, what: str) -> Tensor:
+def required(value: Tensor | None, name: str) -> Tensor:
     """The tensor, or a ConfigError that names what is absent."""
     if value is None:
-        raise ConfigError(f"This loss reads the {what}, but got none.", where=what, expected="a tensor")
+        raise ConfigError(f"This loss reads the {name}, but got none.", where=name, expected="a tensor")
     return value
 
 
-def same_shape(student: Tensor, teacher: Tensor, what: str) -> None:
+def same_shape(student: Tensor, teacher: Tensor, name: str) -> None:
     """Refuse to compare tensors that differ in shape (broadcasting would do it silently)."""
     if student.shape != teacher.shape:
         raise ConfigError(
-            f"{what} cannot compare the student's {tuple(student.shape)} with the teacher's {tuple(teacher.shape)}.",
-            where=what,
+            f"{name} cannot compare the student's {tuple(student.shape)} with the teacher's {tuple(teacher.shape)}.",
+            where=name,
             got=tuple(student.shape),
             expected=tuple(teacher.shape),
             hint="Narrow the teacher to the student's width, or take a loss that works across widths (at, pkt).",
@@ -202,7 +202,7 @@ def _detached(values: Outputs) -> Outputs:
     )
 
 
-def unfit_shape(loss: str, what: str, tensor: Tensor, expected: str, hint: str) -> ConfigError:
+def unfit_shape(loss: str, verb: str, tensor: Tensor, expected: str, hint: str) -> ConfigError:
     """The error for a tensor with other axes than a loss compares: what the loss does and what it was given."""
     shape = tuple(tensor.shape)
-    return ConfigError(f"{loss} {what} {shape}.", where=loss, got=shape, expected=expected, hint=hint)
+    return ConfigError(f"{loss} {verb} {shape}.", where=loss, got=shape, expected=expected, hint=hint)

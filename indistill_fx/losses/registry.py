@@ -176,7 +176,7 @@ def asked_of_the_data(loss: str | Callable[..., Tensor]) -> frozenset[str]:
     kind: Any = (
         MAIN_LOSSES[loss] if isinstance(loss, str) and loss in MAIN_LOSSES else _object(loss, MAIN_LOSSES, "main loss")
     )
-    return frozenset(what for what in ("indices", "samples") if getattr(kind, f"needs_{what}", False))
+    return frozenset(need for need in ("indices", "samples") if getattr(kind, f"needs_{need}", False))
 
 
 def _require_fit(kind: type[MainLoss], name: str, task: Task) -> None:
@@ -211,29 +211,29 @@ def _built(kind: Callable[..., Built], name: str, options: Mapping[str, Any]) ->
 
 
 def _users(
-    loss: str | Callable[..., Tensor], known: Mapping[str, Any], what: str, options: Mapping[str, Any]
+    loss: str | Callable[..., Tensor], known: Mapping[str, Any], role: str, options: Mapping[str, Any]
 ) -> tuple[Callable[..., Tensor], Mapping[str, Any]]:
     """A loss of the user's own, and the options that are still to be given to it."""
-    found = _object(loss, known, what)
+    found = _object(loss, known, role)
     if isinstance(found, type):
         found, options = _built(found, found.__name__, options), {}
     if not callable(found):
         raise ConfigError(
-            f"A {what} must be a name or callable, not {type(found).__name__}.",
-            where=what,
+            f"A {role} must be a name or callable, not {type(found).__name__}.",
+            where=role,
             got=found,
             hint="Give a name, `file.py:loss`, or a function.",
         )
     return found, options
 
 
-def _object(loss: Any, known: Mapping[str, Any], what: str) -> Any:
+def _object(loss: Any, known: Mapping[str, Any], role: str) -> Any:
     if not isinstance(loss, str):
         return loss
     if ":" not in loss:
         raise ConfigError(
-            f"{loss!r} is not a {what}.",
-            where=what,
+            f"{loss!r} is not a {role}.",
+            where=role,
             got=loss,
             expected=sorted(known),
             hint=f"{nearest(loss, known, all_if_none=False)} Choose from: {', '.join(known)}, or file.py:name for your own.".strip(),

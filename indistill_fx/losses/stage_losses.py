@@ -79,17 +79,17 @@ class Kept(Criterion):
 
     Args:
         main: the main loss.
-        weight: of what is kept.
-        what: that is, in words.
-        needs: what it reads.
+        weight: of the loss that is kept.
+        subject: what this loss compares, in words.
+        needs: which outputs it reads.
     """
 
-    def __init__(self, main: Criterion, weight: float, what: str, needs: str):
+    def __init__(self, main: Criterion, weight: float, subject: str, needs: str):
         super().__init__()
         self.main, self.weight = main, weight
         self.needs, self.needs_indices = main.needs | {needs}, main.needs_indices
         self.weight_labels, self.unit = main.weight_labels, main.unit
-        self.described = f"{weight:.3g} times the loss of {what}"
+        self.described = f"{weight:.3g} times the loss of {subject}"
         if isinstance(main, Kept):
             self.described = f"{main.described} and {self.described}"
 

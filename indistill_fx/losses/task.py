@@ -272,9 +272,9 @@ class MultiLabel(Task):
     def divergence(self, student: Tensor, teacher: Tensor, labels: Tensor | None, temperature: float) -> Tensor:
         """See the class."""
         z_s, z_t = student / temperature, teacher / temperature
-        there = z_t.sigmoid() * (F.logsigmoid(z_t) - F.logsigmoid(z_s))
+        positive = z_t.sigmoid() * (F.logsigmoid(z_t) - F.logsigmoid(z_s))
         absent = (-z_t).sigmoid() * (F.logsigmoid(-z_t) - F.logsigmoid(-z_s))
-        return (there + absent).mean() * temperature**2
+        return (positive + absent).mean() * temperature**2
 
     def metrics(self, outputs: int) -> dict[str, Metric]:
         """Mean average precision over labels, and macro F1 at probability 1/2."""

@@ -243,7 +243,7 @@ def _matches(plan: AlignmentPlan, report: MatchReport | None, channels: Mapping[
     pairs = [*enumerate(plan.pairs, 1), *([("embedding", plan.embedding)] if plan.embedding else [])]
     for key, pair in pairs:
         known = explained.get((pair.teacher, pair.student)) if key != "embedding" else None
-        words = [word for word in pair.reason.split(", ") if word]
+        reasons = [reason for reason in pair.reason.split(", ") if reason]
         evidence: list[tuple[str, float]] = []
         if known is not None:
             measured = known.evidence.similarity
@@ -254,7 +254,7 @@ def _matches(plan: AlignmentPlan, report: MatchReport | None, channels: Mapping[
                 key=str(key),
                 pair=pair,
                 channels=channels.get(pair.teacher, pair.teacher_shape[1] if len(pair.teacher_shape) != 3 else None),
-                reasons=tuple((word, LEGEND.get(word, "")) for word in words),
+                reasons=tuple((reason, LEGEND.get(reason, "")) for reason in reasons),
                 evidence=tuple(evidence),
                 runners_up=tuple(
                     Candidate(other.pair.teacher, other.pair.student, other.evidence.score, other.why)
@@ -322,7 +322,7 @@ _Entry = tuple[tuple[int | None, str], Row]
 
 
 def _rows(traced: TracedModel, operations: Sequence[Operation], partners: Mapping[str, Match]) -> list[_Entry]:
-    told = {node.node: node for node in main_path(traced)}
+    path_nodes = {node.node: node for node in main_path(traced)}
     paired = {traced.node(tap).name: match for tap, match in partners.items()}
     names = [node.name for node in traced.graph_module.graph.nodes if node.op != "output"]
     inputs = {node.name for node in traced.graph_module.graph.nodes if node.op == "placeholder"}
@@ -330,16 +330,16 @@ def _rows(traced: TracedModel, operations: Sequence[Operation], partners: Mappin
         k
         for k, name in enumerate(names)
         if name in traced.facts
-        and (name in paired or name in inputs or name == traced.logits or _is_exit(told.get(name)))
+        and (name in paired or name in inputs or name == traced.logits or _is_exit(path_nodes.get(name)))
     ]
     stages: list[int | None] = []
     for k in reversed(ends):
         before = stages[-1] if stages else None
-        stages.append(told[names[k]].stage if names[k] in told else before)
+        stages.append(path_nodes[names[k]].stage if names[k] in path_nodes else before)
     found, first = [], 0
     for k, stage in zip(ends, reversed(stages), strict=True):
         name, last = names[k], len(names) if k == ends[-1] else k + 1
-        facts, node, match = traced.facts[name], told.get(name), paired.get(name)
+        facts, node, match = traced.facts[name], path_nodes.get(name), paired.get(name)
         own = operations[first:last]
         row = Row(
             key=f"{traced.role[0]}{k}",

@@ -195,29 +195,29 @@ def _draw_curve(
     own = number if curve.colour is None else curve.colour
     colour = palette.muted if curve.level else curve_colour(palette, own)
     values = [y for _, y in _finite(curve)]
-    told = [f"{100 * value:.2f}%" if chart.percent else f"{value:.4g}" for value in values]
+    value_texts = [f"{100 * value:.2f}%" if chart.percent else f"{value:.4g}" for value in values]
     if curve.level and placed:
         drawing.add(
             "path",
             d=f"M{x0 + _LEFT:.1f} {placed[0][1]:.1f}H{x0 + _WIDTH - _RIGHT:.1f}",
             style=f"stroke:{colour};stroke-width:1.5;stroke-dasharray:5 4",
-            hint=f"{curve.name}: {told[0]}",
+            hint=f"{curve.name}: {value_texts[0]}",
         )
     elif placed:
         line = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in placed)
         drawing.add("path", d=line, style=f"fill:none;stroke:{colour};stroke-width:2;stroke-linejoin:round")
-        for (x, y), (at, _), text in zip(placed, _finite(curve), told, strict=True):
+        for (x, y), (at, _), text in zip(placed, _finite(curve), value_texts, strict=True):
             if len(placed) <= 40:
                 hint = f"{curve.name}, {chart.across} {at:g}: {text}"
                 drawing.add("circle", cx=x, cy=y, r=2.5 if len(placed) > 1 else 4, style=f"fill:{colour}", hint=hint)
         if len(placed) == 1:  # a single epoch has no curve; show its value
-            (x, y), text = placed[0], told[0]
+            (x, y), text = placed[0], value_texts[0]
             drawing.write(x + 9, y + 4, text, colour=palette.text, size=12)
     if len(chart.curves) > 1:
         y = y0 + _HEIGHT + 12 + 18 * number
         dash = ";stroke-dasharray:5 4" if curve.level else ""
         drawing.add("path", d=f"M{x0 + _LEFT:.1f} {y - 4:.1f}h22", style=f"stroke:{colour};stroke-width:2.5{dash}")
-        last = f", {told[-1]}" if told else ", not measured"
+        last = f", {value_texts[-1]}" if value_texts else ", not measured"
         drawing.write(x0 + _LEFT + 30, y, shorten(curve.name, 40) + last, colour=palette.text, size=12, hint=curve.name)
 
 

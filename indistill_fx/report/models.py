@@ -81,14 +81,14 @@ def note(runs: Sequence[Run]) -> str:
 
 def _foreign(run: Run) -> ModelRow:
     facts = run.teacher
-    told = run.teacher_export
+    export = run.teacher_export
     cells = (
         numbers.measured(run.teacher_value, share=run.metric.share),
         "–",
         numbers.short(facts.parameters if facts else None),
-        numbers.short(facts.macs if facts else told.get("macs")),
+        numbers.short(facts.macs if facts else export.get("macs")),
         "–",
-        *_exported(told),
+        *_exported(export),
         "–",
     )
     return ModelRow("teacher", "teacher", facts.name if facts else "", cells)
@@ -110,10 +110,10 @@ def _own(run: Run, runs: Sequence[Run]) -> ModelRow:
     return ModelRow(run.name, role_of(run, runs), facts.name if facts else "", cells)
 
 
-def _exported(told: Mapping[str, float]) -> tuple[str, str, str]:
-    latency = told.get("latency_ms")
+def _exported(export: Mapping[str, float]) -> tuple[str, str, str]:
+    latency = export.get("latency_ms")
     return (
         "–" if latency is None else f"{latency:.3g} ms",
-        numbers.percent(told.get("int8_accuracy")),
-        numbers.size(told.get("int8_size")),
+        numbers.percent(export.get("int8_accuracy")),
+        numbers.size(export.get("int8_size")),
     )

@@ -106,8 +106,8 @@ def run_page(run_dir: str | os.PathLike[str]) -> str:
 
 def _missing(run: Run) -> Sequence[str]:
     """A run on labels alone lacks no plan."""
-    lonely = run.status == "done" and all(phase.name == "main" for phase in run.phases)
-    return [line for line in run.missing if not (lonely and line.startswith("plan.json is not there"))]
+    labels_only = run.status == "done" and all(phase.name == "main" for phase in run.phases)
+    return [line for line in run.missing if not (labels_only and line.startswith("plan.json is not there"))]
 
 
 def _view(alignment: Alignment) -> _View:

@@ -195,8 +195,10 @@ def _draw_legend(drawing: Drawing, y: float, palette: Palette) -> None:
         drawing.add("rect", x=x, y=y - 8, width=18, height=4, rx=2, style=f"fill:{score_colour(palette, entry.floor)}")
         drawing.write(x + 24, y, entry.name, colour=palette.muted, size=11)
         x += 122
-    told = "Bars are as long as a layer has channels; the kept channels are in colour. Dashed: the penultimate vectors."
-    drawing.write(_MARGIN, y + 18, told, colour=palette.muted, size=11)
+    legend = (
+        "Bars are as long as a layer has channels; the kept channels are in colour. Dashed: the penultimate vectors."
+    )
+    drawing.write(_MARGIN, y + 18, legend, colour=palette.muted, size=11)
 
 
 def kept_svg(kept: tuple[int, ...], channels: int, *, palette: Palette) -> str:

@@ -94,7 +94,7 @@ class Run:
     Attributes:
         name: of its directory.
         status: done, running, stopped, failed; `unknown` where nothing says.
-        told: run.json.
+        record: the content of run.json.
         metric: which of the task's metrics decides what is best.
         phases: in order.
         plan: if there is one.
@@ -109,7 +109,7 @@ class Run:
 
     name: str
     status: str
-    told: Mapping[str, Any]
+    record: Mapping[str, Any]
     metric: MetricFacts
     phases: tuple[Phase, ...]
     plan: AlignmentPlan | None
@@ -140,8 +140,8 @@ class Run:
     @property
     def teacher_value(self) -> float | None:
         """Measured before training."""
-        found = _number(_dict(self.told.get("teacher_metrics")).get(self.metric.name))
-        return _number(self.told.get("teacher_accuracy")) if found is None and self.metric == MetricFacts() else found
+        found = _number(_dict(self.record.get("teacher_metrics")).get(self.metric.name))
+        return _number(self.record.get("teacher_accuracy")) if found is None and self.metric == MetricFacts() else found
 
     @property
     def seconds(self) -> float:
@@ -181,72 +181,72 @@ def _is_run(folder: Path) -> bool:
 
 
 def _started(folder: Path) -> tuple[str, str]:
-    told, _ = _told(folder)
-    return str(told.get("started", "~")), folder.name
+    record, _ = _read_record(folder)
+    return str(record.get("started", "~")), folder.name
 
 
-def read_run(home: Path, *, name: str | None = None) -> Run:
-    """One run directory. Nothing in it is needed, and nothing in it is believed unseen.
+def read_run(folder: Path, *, name: str | None = None) -> Run:
+    """Read one run directory. Every file in it may be absent or damaged, and every value is checked.
 
     Args:
-        home: the directory.
+        folder: the run directory.
         name: what to call it; default: its own name.
     """
-    told, missing = _told(home)
-    metric = _metric(told)
-    epochs, more = _epochs(home, told, metric)
+    record, missing = _read_record(folder)
+    metric = _metric(record)
+    epochs, more = _epochs(folder, record, metric)
     missing += more
-    plan, more = _plan(home)
-    missing += more + _unfinished(told)
-    weights = home / STUDENT
+    plan, more = _plan(folder)
+    missing += more + _unfinished(record)
+    weights = folder / STUDENT
     if not weights.is_file():
         missing.append(f"{STUDENT} is not there: the run has not finished, or it was moved.")
-    planned = _planned(told)
+    planned = _planned(record)
     if (count := len({*planned, *(epoch.stage for epoch in epochs)})) > MOST_STAGES:
         missing.append(f"Of {count:,} stages the first {MOST_STAGES:,} are shown.")
-    if told and not planned:
+    if record and not planned:
         missing.append("run.json has no schedule; the stages are those of the metrics.")
     return Run(
-        name=name or home.resolve().name,
-        status=str(told.get("status", "unknown")),
-        told=told,
+        name=name or folder.resolve().name,
+        status=str(record.get("status", "unknown")),
+        record=record,
         metric=metric,
         phases=_phases(planned, epochs),
         plan=plan,
         weights=weights.stat().st_size if weights.is_file() else None,
         parameters=_stored(weights),
-        student=_facts(told, "student"),
-        teacher=_facts(told, "teacher"),
-        export=_export(home),
-        teacher_export=_teacher_export(_dict(told.get("about")).get("teacher")),
+        student=_facts(record, "student"),
+        teacher=_facts(record, "teacher"),
+        export=_export(folder),
+        teacher_export=_teacher_export(_dict(record.get("about")).get("teacher")),
         missing=tuple(missing),
     )
 
 
-def _told(home: Path) -> tuple[dict[str, Any], list[str]]:
+def _read_record(folder: Path) -> tuple[dict[str, Any], list[str]]:
     try:
-        told = json.loads(read_bounded(home / "run.json", MOST_BYTES))
+        record = json.loads(read_bounded(folder / "run.json", MOST_BYTES))
     except FileNotFoundError:
         return {}, ["run.json is not there: command, settings, schedule and environment are unknown."]
     except (OSError, ValueError, RecursionError) as error:
         return {}, [f"run.json cannot be read: {error}."]
-    if not isinstance(told, dict):
+    if not isinstance(record, dict):
         return {}, ["run.json holds something else than a run."]
-    return told, []
+    return record, []
 
 
-def _unfinished(told: Mapping[str, Any]) -> list[str]:
-    status = told.get("status")
+def _unfinished(record: Mapping[str, Any]) -> list[str]:
+    status = record.get("status")
     found = []
     if status == "running":
         found.append(
-            f"The run had not ended when this was written; its last sign was at {told.get('updated', 'an unknown time')}."
+            f"The run had not ended when this was written; its last sign was at {record.get('updated', 'an unknown time')}."
         )
     elif status in ("stopped", "failed"):
-        word = "was stopped" if status == "stopped" else "failed"
-        why = f": {told['error']}" if told.get("error") else "."
-        found.append(f"The run {word}{why}")
-    made = _dict(_dict(told.get("environment")).get("versions")).get("indistill-fx")
+        verb = "was stopped" if status == "stopped" else "failed"
+        why = f": {record['error']}" if record.get("error") else "."
+        found.append(f"The run {verb}{why}")
+    made = _dict(_dict(record.get("environment")).get("versions")).get("indistill-fx")
     if made and made != __version__:
         found.append(
             f"The run was made by indistill-fx {made}, this page by {__version__}: some things may be missing."
@@ -254,43 +254,43 @@ def _unfinished(told: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _metric(told: Mapping[str, Any]) -> MetricFacts:
+def _metric(record: Mapping[str, Any]) -> MetricFacts:
     """As run.json has it; accuracy, which 0.1.0 knew alone, where it has none that can be read."""
-    found = _dict(told.get("metric"))
+    found = _dict(record.get("metric"))
     flags = [found.get(name) for name in ("higher_is_better", "share")]
     if not isinstance(found.get("name"), str) or not all(isinstance(flag, bool) for flag in flags):
         return MetricFacts()
     return MetricFacts(found["name"], bool(flags[0]), bool(flags[1]))
 
 
-def _epochs(home: Path, told: Mapping[str, Any], metric: MetricFacts) -> tuple[list[Epoch], list[str]]:
+def _epochs(folder: Path, record: Mapping[str, Any], metric: MetricFacts) -> tuple[list[Epoch], list[str]]:
     missing: list[str] = []
-    torn = odd = 0
+    cut_off = malformed = 0
     found: dict[tuple[str, int], Epoch] = {}
     try:
-        for line in read_lines(home / "metrics.jsonl", most=MOST_METRICS):
+        for line in read_lines(folder / "metrics.jsonl", most=MOST_METRICS):
             try:
                 entry = json.loads(line)
             except (ValueError, RecursionError):
-                torn += 1
+                cut_off += 1
                 continue
             if isinstance(entry, dict) and entry.get("kind") == "step":
                 continue
             epoch = _epoch(entry, metric)
-            odd += epoch is None
+            malformed += epoch is None
             if epoch is not None:
                 found[epoch.stage, epoch.epoch] = epoch
     except OSError as error:
         missing.append(f"metrics.jsonl cannot be read ({error.strerror}).")
-        entries = [_epoch(entry, metric) for entry in _list(_dict(told.get("result")).get("epochs"))]
+        entries = [_epoch(entry, metric) for entry in _list(_dict(record.get("result")).get("epochs"))]
         found = {(epoch.stage, epoch.epoch): epoch for epoch in entries if epoch is not None}
         missing += ["The curves are those of run.json."] if found else ["There are no curves."]
-    for count, what in ((torn, "are torn"), (odd, "have another form")):
+    for count, problem in ((cut_off, "are torn"), (malformed, "have another form")):
         if count:
-            missing.append(f"{count} lines of metrics.jsonl {what} and are left out.")
-    lost = sum(epoch.loss is None for epoch in found.values())
-    if lost:
-        missing.append(f"The loss of {lost} epochs is not a finite number.")
+            missing.append(f"{count} lines of metrics.jsonl {problem} and are left out.")
+    not_finite = sum(epoch.loss is None for epoch in found.values())
+    if not_finite:
+        missing.append(f"The loss of {not_finite} epochs is not a finite number.")
     return list(found.values()), missing
 
 
@@ -323,30 +323,30 @@ def _dict(value: object) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _plan(home: Path) -> tuple[AlignmentPlan | None, list[str]]:
-    if not (home / "plan.json").is_file():
+def _plan(folder: Path) -> tuple[AlignmentPlan | None, list[str]]:
+    if not (folder / "plan.json").is_file():
         return None, ["plan.json is not there; a run on labels alone has none."]
     try:
-        return AlignmentPlan.load(home / "plan.json"), []
+        return AlignmentPlan.load(folder / "plan.json"), []
     except ConfigError as error:
         return None, [f"plan.json is of another version, or damaged: {error}"]
 
 
-def _facts(told: Mapping[str, Any], role: str) -> ModelFacts | None:
-    facts = _dict(_dict(told.get("models")).get(role))
+def _facts(record: Mapping[str, Any], role: str) -> ModelFacts | None:
+    facts = _dict(_dict(record.get("models")).get(role))
     parameters = _number(facts.get("parameters"))
     if parameters is None:
         return None
     return ModelFacts(str(facts.get("name", "")), int(parameters), _number(facts.get("macs")))
 
 
-def _export(home: Path) -> dict[str, float]:
+def _export(folder: Path) -> dict[str, float]:
     try:
-        told = _dict(json.loads(read_bounded(home / EXPORT, MOST_BYTES)))
+        export = _dict(json.loads(read_bounded(folder / EXPORT, MOST_BYTES)))
     except (OSError, ValueError, RecursionError):  # the teacher may not be a run directory
         return {}
     names = ("macs", "latency_ms", "int8_accuracy", "int8_size")
-    return {name: value for name in names if (value := _number(told.get(name))) is not None}
+    return {name: value for name in names if (value := _number(export.get(name))) is not None}
 
 
 def _teacher_export(spec: object) -> dict[str, float]:
@@ -357,12 +357,12 @@ def _teacher_export(spec: object) -> dict[str, float]:
     return _export(place.parent if place.name == STUDENT else place)
 
 
-def _planned(told: Mapping[str, Any]) -> dict[str, tuple[int | None, str, str]]:
+def _planned(record: Mapping[str, Any]) -> dict[str, tuple[int | None, str, str]]:
     """Length, unit and words of every phase that run.json plans, by name."""
-    lines = [str(line) for line in _list(told.get("schedule"))]
+    lines = [str(line) for line in _list(record.get("schedule"))]
     texts = {start: line for line in reversed(lines) for start in _beginnings(line)}
     found: dict[str, tuple[int | None, str, str]] = {}
-    for entry in _list(told.get("phases")):
+    for entry in _list(record.get("phases")):
         name, length = _dict(entry).get("name"), _number(_dict(entry).get("length"))
         if isinstance(name, str) and length is not None:
             unit = "step" if entry.get("unit") == "steps" else "epoch"

@@ -359,8 +359,8 @@ def _main_stage(
 
 def _require_apart(model: TracedModel, cut: Sequence[str], taps: Sequence[str]) -> None:
     """The main loss reads whole tensors, so none of them may be a pair's, of which only what is compared is there."""
-    whole = {model.node(tap) for tap in taps}
-    if shared := [tap for tap in cut if model.node(tap) in whole]:
+    tapped = {model.node(tap) for tap in taps}
+    if shared := [tap for tap in cut if model.node(tap) in tapped]:
         raise ConfigError(
             f"The main loss reads all channels of the {model.role}'s `{min(shared)}`, of which the pair that is kept compares only some.",
             where="keep_features",

@@ -152,11 +152,11 @@ def shrunk_assistant(
     result = shrink(large, macs=float(round((large.macs * small.macs) ** 0.5)))
     before, after = result.report.macs
     parameters = result.report.parameters
-    told = (
+    report_text = (
         f"the teacher with {after:,} of {before:,} MACs and {parameters[1]:,} of {parameters[0]:,} parameters"
         f" (the student has {small.macs:,} MACs)"
     )
     assistant = result.value.graph_module
     for parameter in assistant.parameters():
         parameter.requires_grad_(True)
-    return assistant, told
+    return assistant, report_text

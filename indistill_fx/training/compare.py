@@ -120,7 +120,7 @@ def compare(
         announce(arm)
         record = distill(
             models[0],
-            pupil := copy.deepcopy(student),
+            copied_student := copy.deepcopy(student),
             train_loader,
             plan=plan,
             curriculum=warm,
@@ -139,7 +139,7 @@ def compare(
             feature_cache=feature_cache,
             **_later_by(before, milestones, options),
         )
-        done[arm] = Arm(pupil, record)
+        done[arm] = Arm(copied_student, record)
     return done
 
 

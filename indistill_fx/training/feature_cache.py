@@ -105,8 +105,8 @@ def cache_features(
     data = same_samples(loader, "The feature cache", views=True).indexed(in_order=True)
     root = Path(directory)
     root.mkdir(parents=True, exist_ok=True)
-    told = f"{_FORMAT} {loader.fingerprint()} {precision}"
-    folders = [root / _key(stage.teacher, told) if stage.teacher is not None else None for stage in stages]
+    content_key = f"{_FORMAT} {loader.fingerprint()} {precision}"
+    folders = [root / _key(stage.teacher, content_key) if stage.teacher is not None else None for stage in stages]
     with FileLock(root / ".lock"):
         missing = [
             stage for stage, folder in zip(stages, folders, strict=True) if folder and not _is_whole(folder, stage, say)
@@ -209,9 +209,9 @@ def _read_index(folder: Path) -> dict[str, _Entry]:
         OSError: it cannot be read.
         ValueError: it was changed since it was written, or is not an index.
     """
-    told = json.loads(read_bounded(folder / _INDEX, _LARGEST_INDEX))
-    taps = told.get("taps") if isinstance(told, dict) else None
-    if not isinstance(taps, dict) or told.get("digest") != index_digest(taps):
+    index = json.loads(read_bounded(folder / _INDEX, _LARGEST_INDEX))
+    taps = index.get("taps") if isinstance(index, dict) else None
+    if not isinstance(taps, dict) or index.get("digest") != index_digest(taps):
         raise ValueError("its index was changed")
     return {tap: _Entry.model_validate(entry) for tap, entry in taps.items()}
 
@@ -297,9 +297,11 @@ def _teacher(stage: Stage) -> fx.GraphModule:
     return stage.teacher
 
 
-def _key(graph: fx.GraphModule, told: str) -> str:
+def _key(graph: fx.GraphModule, content_key: str) -> str:
     """Digest of the graph's code, of its layers' settings and of its tensors."""
-    return hashlib.sha256(f"{told}\n{graph.code}\n{settings_of(graph)}\n{digest(graph)}".encode()).hexdigest()[:24]
+    return hashlib.sha256(f"{content_key}\n{graph.code}\n{settings_of(graph)}\n{digest(graph)}".encode()).hexdigest()[
+        :24
+    ]
 
 
 def stores_of(

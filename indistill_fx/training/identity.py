@@ -98,9 +98,9 @@ def changes(
         name = refused[0]
         before, now = found[name]
         others = f" These differ as well: {', '.join(refused[1:])}." if refused[1:] else ""
-        because = " (a cosine's learning rates follow from it)" if name == "epochs" and longer else ""
+        explanation = " (a cosine's learning rates follow from it)" if name == "epochs" and longer else ""
         raise ConfigError(
-            f"{path} belongs to a run with other settings: {name} is {_shown(before)} there and {_shown(now)} here{because}.{others}",
+            f"{path} belongs to a run with other settings: {name} is {_shown(before)} there and {_shown(now)} here{explanation}.{others}",
             where=name,
             got=now,
             expected=before,
@@ -142,31 +142,31 @@ def described_task(task: Task) -> str:
     return f"{task.name}{settings}" + (f" (code {code_digest(type(task))})" if own else "")
 
 
-def code_digest(thing: Any) -> str:
+def code_digest(value: Any) -> str:
     """Digest of the source of a function or a class, or of an object's class and settings. Comments and layout do not count."""
     total = hashlib.sha256()
-    if isinstance(thing, fx.GraphModule):
-        total.update(thing.code.encode())
-    if isinstance(thing, nn.Module):
-        total.update(repr(settings_of(thing)).encode())
+    if isinstance(value, fx.GraphModule):
+        total.update(value.code.encode())
+    if isinstance(value, nn.Module):
+        total.update(repr(settings_of(value)).encode())
         classes = sorted(
-            {type(part) for part in thing.modules()}, key=lambda kind: f"{kind.__module__}.{kind.__qualname__}"
+            {type(part) for part in value.modules()}, key=lambda kind: f"{kind.__module__}.{kind.__qualname__}"
         )
         for kind in classes:
             total.update(
                 f"{kind.__qualname__} {'' if kind.__module__.startswith('torch.') else _source(kind)}\n".encode()
             )
     else:
-        total.update(_source(thing).encode())
+        total.update(_source(value).encode())
     return total.hexdigest()[:16]
 
 
-def _source(thing: Any) -> str:
+def _source(value: Any) -> str:
     try:
-        text = textwrap.dedent(inspect.getsource(thing))
+        text = textwrap.dedent(inspect.getsource(value))
     except (OSError, TypeError):  # defined in an interactive session, or generated
-        code = getattr(thing, "__code__", None)
-        return f"{code.co_code!r} {code.co_names}" if code is not None else type(thing).__qualname__
+        code = getattr(value, "__code__", None)
+        return f"{code.co_code!r} {code.co_names}" if code is not None else type(value).__qualname__
     try:
         return ast.dump(ast.parse(text))
     except SyntaxError:  # a lambda inside an expression does not parse alone

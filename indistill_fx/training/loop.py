@@ -196,13 +196,13 @@ class TrainingLoop:
         )  # fmt: skip
         if found and self._validate:
             average = self._validate(self.average.module).values if self.average else None
-            told: dict[str, Any] = {
+            validated: dict[str, Any] = {
                 "accuracy": found.accuracy,
                 "val_loss": found.loss,
                 "metrics": found.values,
                 "average": average,
             }
-            record = replace(record, **told)
+            record = replace(record, **validated)
         state.history.append(asdict(record))
         state.epoch, state.epochs = state.epoch + 1, state.epochs + 1
         state.batch, state.epoch_steps, state.loss_sum = 0, 0, 0.0
@@ -261,8 +261,8 @@ class TrainingLoop:
     def _next_phase(self, phase: Phase, step: Step) -> None:
         state = self.state
         if state.epoch < phase.budget.length and phase.budget.unit == "epochs":
-            what = self.metric.title if phase.main else "loss"
-            self._note(phase, f"ended after {state.epoch} of {phase.budget.length} epochs: the {what} stood still")
+            quantity = self.metric.title if phase.main else "loss"
+            self._note(phase, f"ended after {state.epoch} of {phase.budget.length} epochs: the {quantity} stood still")
         for text in (phase.summary, step.recorded.note if step.recorded is not None else ""):
             if text:
                 self._note(phase, text)
@@ -345,10 +345,10 @@ class TrainingLoop:
     def _mean_loss(self) -> float:
         return self.state.loss_sum / max(self.state.batch - self._losses.unread, 1)
 
-    def _failed(self, stage: str, what: str, batch: int | None = None) -> TrainError:
+    def _failed(self, stage: str, problem: str, batch: int | None = None) -> TrainError:
         kept = self._directory is not None and self._directory.has_checkpoint
         where = f"stage `{stage}`, epoch {self.state.epoch + 1}, step {self.state.batch if batch is None else batch}"
-        return not_finite_error(where, what, kept=kept)
+        return not_finite_error(where, problem, kept=kept)
 
     def resume(self, path: Path, allowed: Sequence[str]) -> dict[str, tuple[Any, Any]]:
         """Continue from a checkpoint; reports what differs (see `Saver.read`).

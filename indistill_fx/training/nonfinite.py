@@ -32,7 +32,7 @@ def require_finite(model: nn.Module, role: str) -> None:
         f"{prefix}{'.' if prefix else ''}{name}"
         for prefix, part in model.named_modules()
         for name, tensor in (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False))
-        if _unusable(tensor, whole=isinstance(tensor, nn.Parameter) or hasattr(part, "track_running_stats"))
+        if _unusable(tensor, all_finite=isinstance(tensor, nn.Parameter) or hasattr(part, "track_running_stats"))
     ]
     if found:
         more = f" and {len(found) - 3} more" if found[3:] else ""
@@ -46,13 +46,13 @@ def require_finite(model: nn.Module, role: str) -> None:
         )
 
 
-def _unusable(tensor: Tensor, *, whole: bool) -> bool:
+def _unusable(tensor: Tensor, *, all_finite: bool) -> bool:
     if is_lazy(tensor) or tensor.is_quantized or tensor.is_meta:
         return False
     if not tensor.is_floating_point() and not tensor.is_complex():
         return False
     values = tensor.detach().coalesce().values() if tensor.is_sparse else tensor.detach()
-    return not bool(values.isfinite().all()) if whole else bool(values.isnan().any())
+    return not bool(values.isfinite().all()) if all_finite else bool(values.isnan().any())
 
 
 def first_not_finite(stage: nn.Module, batch: Any) -> str:
@@ -75,18 +75,18 @@ def first_not_finite(stage: nn.Module, batch: Any) -> str:
     return ""
 
 
-def not_finite_error(where: str, what: str, *, kept: bool) -> TrainError:
+def not_finite_error(where: str, problem: str, *, kept: bool) -> TrainError:
     """The error that stops a run.
 
     Args:
         where: stage, epoch and step.
-        what: is not finite.
+        problem: which value is not finite.
         kept: whether there is a checkpoint from before.
     """
     return TrainError(
-        f"Training stopped in {where}: {what}.",
+        f"Training stopped in {where}: {problem}.",
         where=where,
-        got=what,
+        got=problem,
         expected="a finite number",
         hint="Lower the learning rate, set clip_norm, or look at the batch for values that are not finite."
         + (" The last checkpoint is intact." if kept else ""),

@@ -80,13 +80,13 @@ class Board:
         table.add_column(max_width=max(width // 4, 10), overflow="ellipsis", no_wrap=True)
         for _ in range(4 if width >= _WIDE else 3):
             table.add_column(no_wrap=True, overflow="ellipsis")
-        shown, before, behind = self._window()
+        shown, before, after = self._window()
         if before:
             table.add_row("", Text(f"{before} before", style="dim"))
         for name in shown:
             table.add_row(*self._line(name, self.stages[name], width))
-        if behind:
-            table.add_row("", Text(f"{behind} to come", style="dim"))
+        if after:
+            table.add_row("", Text(f"{after} to come", style="dim"))
         return Group(table, *self._foot())
 
     def _window(self) -> tuple[list[str], int, int]:
@@ -106,14 +106,14 @@ class Board:
         total = stage.total if stage.total is not None else stage.step
         bar = ProgressBar(total=max(total, 1), completed=total if stage.over else stage.step, width=14)
         ends = dict.fromkeys(f"{value:.4g}" for value in (*stage.losses[: int(width >= _WIDE)], *stage.losses[-1:]))
-        told = Text(f"loss {' → '.join(ends)}" if ends else "", style="" if runs else "dim")
+        losses_text = Text(f"loss {' → '.join(ends)}" if ends else "", style="" if runs else "dim")
         cells: list[Text | ProgressBar] = [
             mark,
             title,
             bar,
             Text(f"{stage.step}/{'?' if stage.total is None else stage.total}", style="" if runs else "dim"),
         ]
-        return [*cells, told, Text(spark(stage.losses, 16), style="cyan")][: 6 if width >= _WIDE else 5]
+        return [*cells, losses_text, Text(spark(stage.losses, 16), style="cyan")][: 6 if width >= _WIDE else 5]
 
     def _foot(self) -> list[Text]:
         parts = [self.pace] if self.pace else []

@@ -135,18 +135,18 @@ class State:
         epochs = [EpochRecord(**entry) for entry in self.history if entry["stage"] == phase.name]
         seconds = sum(epoch.seconds for epoch in epochs)
         value = epochs[-1].value(metric)
-        told = "" if value is None else f", {metric.title} {metric.text(value)}"
+        metric_text = "" if value is None else f", {metric.title} {metric.text(value)}"
         losses = " → ".join(f"{epoch.loss:.4g}" for epoch in (epochs[0], *epochs[1:][-1:]))
         count = f"{_counted(len(epochs), 'epoch')}, {_counted(self.steps, 'step')}"
-        return f"{phase.name}: {count}, {seconds:.1f} s, loss {losses}{told}"
+        return f"{phase.name}: {count}, {seconds:.1f} s, loss {losses}{metric_text}"
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""
         return {_IN_FILES.get(name, name): value for name, value in asdict(self).items()}
 
 
-def _counted(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 _IN_FILES = {"phase": "leg"}
@@ -226,11 +226,11 @@ def _is_epoch(entry: object) -> bool:
     if not isinstance(metrics, dict) or not isinstance(average, dict) or not isinstance(entry["stage"], str):
         return False
     measured = [*(entry.get(name) for name in _MEASURED - {"metrics", "average"}), *metrics.values(), *average.values()]
-    whole = all(
+    counts_valid = all(
         isinstance(entry[name], int) and is_number(entry[name]) and entry[name] >= 0 for name in ("epoch", "steps")
     )
     return (
-        whole
+        counts_valid
         and all(is_number(entry[name]) for name in _NEEDED - {"stage"})
         and all(value is None or is_number(value) for value in measured)
     )

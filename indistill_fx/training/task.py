@@ -95,10 +95,10 @@ def task_of_run(
     prepared, meant = chosen.prepare(outputs, labels)
     if meant is not None:
         _require_labels(chosen, prepared, meant, loader, models)
-    how = "as asked" if task is not None else "by the first batch's labels"
+    origin = "as asked" if task is not None else "by the first batch's labels"
     count = prepared.shape[1] if prepared.ndim > 1 else 1
     check = label_check(chosen, logits_of, *models)
-    return RunTask(chosen, deciding_metric(chosen, count), f"Task: {described(chosen)}, {how}.", check, count)
+    return RunTask(chosen, deciding_metric(chosen, count), f"Task: {described(chosen)}, {origin}.", check, count)
 
 
 _LOOKED_AT = 20

@@ -300,8 +300,8 @@ class Trainer:
         asked = self.teacher is not None and not setup.unmeasured and self._validates(setup)
         if self.teacher is None or not asked or not accelerator.is_main_process or metric is None:
             return None
-        told = before.reported() if before is not None else {}
-        known = told.get("teacher_metrics") or {"accuracy": told.get("teacher_accuracy")}
+        reported = before.reported() if before is not None else {}
+        known = reported.get("teacher_metrics") or {"accuracy": reported.get("teacher_accuracy")}
         if isinstance(known, dict) and all(map(is_number, known.values())) and metric.name in known:
             found: Mapping[str, float] = known
         else:

@@ -19,13 +19,13 @@ def users_own(main: object, task: Task) -> bool:
     return not (isinstance(main, str) and ":" not in main) or not type(task).__module__.startswith("indistill_fx.")
 
 
-def require_loss(module: nn.Module, batch: Any, what: str) -> None:
+def require_loss(module: nn.Module, batch: Any, name: str) -> None:
     """Compute a stage's loss of the first batch in eval mode, and leave everything as it was.
 
     Args:
         module: batch → loss.
         batch: the first.
-        what: the loss, for messages.
+        name: of the loss, for messages.
 
     Raises:
         ConfigError: the loss fails, or is not a scalar that follows from what trains.
@@ -42,25 +42,25 @@ def require_loss(module: nn.Module, batch: Any, what: str) -> None:
         except Exception as error:
             last = traceback.extract_tb(error.__traceback__)[-1]
             raise ConfigError(
-                f"{what} fails on the first batch: {type(error).__name__}: {str(error).partition(chr(10))[0].rstrip('.')} "
+                f"{name} fails on the first batch: {type(error).__name__}: {str(error).partition(chr(10))[0].rstrip('.')} "
                 f"({last.filename}:{last.lineno}).",
-                where=what,
+                where=name,
                 got=type(error).__name__,
                 hint="Call it on a batch in Python first, to see what fails.",
             ) from error
     if not isinstance(loss, Tensor) or loss.ndim or not loss.is_floating_point():
         shown = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
         raise ConfigError(
-            f"{what} returns {shown}, not one number.",
-            where=what,
+            f"{name} returns {shown}, not one number.",
+            where=name,
             got=shown,
             expected="a tensor of shape ()",
             hint="Let it return a mean or a sum over the batch.",
         )
     if not loss.requires_grad:
         raise ConfigError(
-            f"{what} returns a number that does not depend on the student, so it would train nothing.",
-            where=what,
+            f"{name} returns a number that does not depend on the student, so it would train nothing.",
+            where=name,
             expected="a tensor with a gradient",
             hint="Compute it from the student's outputs, without detach or item.",
         )

@@ -71,8 +71,8 @@ def check_value(name: str, value: object, hint: Any, option: About) -> None:
     elif kind is bool:
         fine, expected = isinstance(value, bool), "True or False"
     else:
-        whole = kind is int
-        number = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
+        integral = kind is int
+        number = isinstance(value, Integral if integral else Real) and not isinstance(value, bool)
         low = -math.inf if option.least is None else option.least
         size = float(value) if number else math.nan  # type: ignore[arg-type]
         fine = low <= size < (2**63 if option.below is None else option.below) and (
@@ -86,7 +86,7 @@ def check_value(name: str, value: object, hint: Any, option: About) -> None:
             if size >= 2**63
             else ""
         )
-        expected = f"{'an integer' if whole else 'a number'}{bound}"
+        expected = f"{'an integer' if integral else 'a number'}{bound}"
     if not fine:
         expected += ", or None" if len(parts) > 1 else ""
         raise ConfigError(f"{name} is {value!r}.", where=name, got=value, expected=expected)

@@ -84,8 +84,8 @@ def spread_optimizer(tensors: Mapping[str, Tensor], parameters: list[nn.Paramete
     found: dict[str, Any] = {}
     for name, value in tensors.items():
         parts = name.split("/")
-        like = parameters[int(parts[1])] if parts[0] == "optimizer" else None
-        if isinstance(like, DTensor) and value.shape == like.shape:
-            value = distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
+        parameter = parameters[int(parts[1])] if parts[0] == "optimizer" else None
+        if isinstance(parameter, DTensor) and value.shape == parameter.shape:
+            value = distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
         found[name] = value
     return found

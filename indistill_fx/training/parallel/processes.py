@@ -125,10 +125,10 @@ def noticing_dead_peers(accelerator: Accelerator) -> Iterator[None]:
         yield
     except RuntimeError as error:
         first = str(error).strip().partition("\n")[0]
-        lost = isinstance(error, torch.distributed.DistError) or any(
+        connection_lost = isinstance(error, torch.distributed.DistError) or any(
             sign in str(error) for sign in ("by peer", "gloo", "Broken pipe", "Socket Timeout")
         )
-        if accelerator.num_processes == 1 or not lost:
+        if accelerator.num_processes == 1 or not connection_lost:
             raise
         raise TrainError(
             f"Another of the {accelerator.num_processes} processes of this run has ended: {first[:200]}",
@@ -169,8 +169,8 @@ def weighted(accelerator: Accelerator, mean: Tensor, samples: int) -> Tensor:
     """
     if accelerator.num_processes == 1:
         return mean
-    everyone: Tensor = accelerator.reduce(torch.tensor(samples, device=accelerator.device), "sum")
-    share: Tensor = samples * accelerator.num_processes / everyone.clamp(min=1)
+    all_samples: Tensor = accelerator.reduce(torch.tensor(samples, device=accelerator.device), "sum")
+    share: Tensor = samples * accelerator.num_processes / all_samples.clamp(min=1)
     return mean * share.to(mean.dtype)
 
 
@@ -183,9 +183,9 @@ def mean_over_processes(accelerator: Accelerator, value: float) -> float:
     return float(accelerator.reduce(own, "mean"))
 
 
-def first_says(accelerator: Accelerator, what: bool) -> bool:
+def first_says(accelerator: Accelerator, value: bool) -> bool:
     """The first process's word, where all must do alike; all must call it alike."""
     if accelerator.num_processes == 1:
-        return what
-    told: list[bool] = broadcast_object_list([what])
-    return told[0]
+        return value
+    values: list[bool] = broadcast_object_list([value])
+    return values[0]
