@@ -133,7 +133,7 @@ def train_arm(
     settings: dict[str, Any] = {
         "val_loader": data.test, "progress": False, "seed": seed, "run_dir": where / "run", "resume": True,
         "optimizer": options.optimizer, "learning_rate": options.lr, "weight_decay": options.weight_decay,
-        "schedule": "cosine", "device": options.device, "compile": options.compile,
+        "schedule": "cosine", "device": options.device, "compile": options.compile, "mixed_precision": options.precision,
     }  # fmt: skip
     epochs, warm = options.epochs, min(options.warmup, options.epochs - 1)
     how, steps = "", []
@@ -221,6 +221,7 @@ def run(options: argparse.Namespace) -> None:
                         "optimizer": options.optimizer,
                         "lr": options.lr,
                         "weight_decay": options.weight_decay,
+                        "precision": options.precision or "no",
                         **told(),
                     }
                     (out / f"{name}.json").write_text(json.dumps(row, indent=1))
@@ -363,6 +364,7 @@ def main() -> None:
         one.add_argument("--weight-decay", type=float, default=0.0)
         one.add_argument("--device", default="auto")
         one.add_argument("--compile", action="store_true")
+        one.add_argument("--precision", choices=["no", "bf16", "fp16"])
         one.add_argument("--threads", type=int)
         one.add_argument("--minutes", type=float)
     one = commands.add_parser("table")
