@@ -735,3 +735,19 @@ def test_bert(role, mask):
     assert same(module, traced, **wider) < 1e-6
     assert {"bert.encoder.layer.0", "bert.encoder.layer.1.output", "classifier"} <= set(traced.taps)
     assert traced.facts_of("bert.encoder.layer.0").kind == "tokens"
+
+
+@pytest.mark.parametrize("role", ["teacher", "student"])
+@pytest.mark.parametrize("batch", [2, 3, 5])
+def test_a_model_that_takes_only_one_batch_size_is_traced(batch: int, role: str) -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.memory = nn.Linear(6, 8), nn.Parameter(torch.randn(batch, 8))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.embed(x) * self.memory
+            return y
+
+    traced = ifx.trace(Fixed(), torch.randn(batch, 6), role=role)
+    assert any(f"only {batch} was checked" in note for note in traced.report.notes)

@@ -83,7 +83,7 @@ class Reference:
         self.stateful: tuple[str, ...] = ()
         self.example = batch_size((inputs, kwargs))
         self.notes: tuple[str, ...] = ()
-        self._runs: dict[tuple[int, int, int], Run | str] = {}
+        self._runs: dict[tuple[int, int, int, bool], Run | str] = {}
         self._sizes: tuple[int, ...] = ()
 
     @property
@@ -221,10 +221,10 @@ class Reference:
         return bool(given) and all(tensor.dim() == 4 and min(tensor.shape[2:]) >= _LARGE for tensor in given)
 
     def _run(self, size: int, crop: int = 0, calls: int = 1) -> Run | str:
-        key = (size, crop, calls)
+        gradients = calls == 1 and self._wants_gradients(size)
+        key = (size, crop, calls, gradients)
         if key not in self._runs:
             inputs, kwargs = self.batch(size, crop)
-            gradients = calls == 1 and self._wants_gradients(size)
             run = self._once(self.module, inputs, kwargs, gradients=gradients, calls=calls)
             if isinstance(run, str) and gradients:
                 plain = self._once(self.module, inputs, kwargs, gradients=False)

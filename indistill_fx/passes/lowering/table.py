@@ -15,6 +15,7 @@ from functools import partial
 import torch
 
 from indistill_fx.passes.contract import Pass
+from indistill_fx.passes.lowering.attention import attention_sequence_first
 from indistill_fx.passes.lowering.cast_weights import cast_weights
 from indistill_fx.passes.lowering.channels_last import stem_channels_last
 from indistill_fx.passes.lowering.fused_conv import CudnnConv, fuse_convolutions
@@ -50,7 +51,7 @@ LOWERINGS: Mapping[Kind, Lowerings] = {
     ),
     # Reduced precisions were not measured: the rewrites of the float32 list that can run in them.
     "cpu reduced": Lowerings(student=("stem_channels_last",)),
-    "cpu compiled": Lowerings(),
+    "cpu compiled": Lowerings(teacher=("attention_sequence_first",)),
     "cuda": Lowerings(),
     # With bfloat16 and float16, tensor cores need channels last.
     "cuda reduced": Lowerings(
@@ -77,6 +78,7 @@ def lowering_passes(lowerings: Lowerings, role: Role, facts: Mapping[str, NodeFa
         facts: of the model it was cut from.
     """
     known: dict[str, Pass] = {
+        "attention_sequence_first": ("attention_sequence_first", attention_sequence_first),
         "cast_weights": ("cast_weights", partial(cast_weights, dtype=lowerings.dtype)),
         "channels_last": ("channels_last", partial(keep_channels_last, frozen=role == "teacher")),
         "fuse_cudnn": ("fuse_cudnn", partial(fuse_convolutions, facts=facts, kind=CudnnConv)),
