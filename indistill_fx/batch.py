@@ -48,12 +48,12 @@ class Inputs:
 
     @property
     def by_number(self) -> bool:
-        """Whether it takes nothing but the samples' places in the data set: it has saved outputs."""
+        """Whether the only input is the index of each sample, as for a teacher of saved outputs."""
         return self.required == (INDICES,)
 
     @staticmethod
     def of(model: nn.Module) -> Inputs:
-        """Of a module, by its forward's signature; of a graph, by its placeholders."""
+        """The inputs of a module, from its forward's signature; of a graph, from its placeholders."""
         if isinstance(model, fx.GraphModule):
             nodes = [node for node in model.graph.nodes if node.op == "placeholder"]
             names = tuple(str(node.target) for node in nodes)
@@ -65,13 +65,13 @@ class Inputs:
         return dataclasses.replace(Inputs.of_function(model.forward), owner=type(model).__name__)
 
     def without(self, names: Container[str]) -> Inputs:
-        """The same but for some arguments, which do not come from the batch."""
+        """The inputs without some arguments, which do not come from the batch."""
         names_left, required = (tuple(n for n in given if n not in names) for given in (self.names, self.required))
         return dataclasses.replace(self, names=names_left, required=required)
 
     @staticmethod
     def of_function(function: Callable[..., Any]) -> Inputs:
-        """Of any function, by its signature."""
+        """The inputs of any function, from its signature."""
         parameters = inspect.signature(function).parameters.values()
         named = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
         names = tuple(p.name for p in named)
@@ -98,7 +98,7 @@ class Call:
         return next((value for value in (*self.args, *self.kwargs.values()) if isinstance(value, Tensor)), None)
 
     def plus(self, more: Mapping[str, Any]) -> Call:
-        """The same with further arguments."""
+        """The call with further arguments."""
         return Call(self.args, {**self.kwargs, **more}) if more else self
 
     @staticmethod
@@ -125,11 +125,11 @@ class Call:
         return _by_name(entries, model, example, where)
 
     def to(self, device: torch.device) -> Call:
-        """The same with its tensors on a device."""
+        """The call with its tensors on a device."""
         return self.changed(lambda tensor: tensor.to(device))
 
     def changed(self, change: Callable[[Tensor], Tensor]) -> Call:
-        """The same with each of its tensors changed."""
+        """The call with a function applied to each of its tensors."""
 
         def new(value: Any) -> Any:
             return change(value) if isinstance(value, Tensor) else value
@@ -255,7 +255,7 @@ def _by_order(batch: Any, models: Sequence[Inputs], where: str) -> Parts:
 
 
 def _widened(labels: Tensor | None) -> Tensor | None:
-    """Whole numbers of any width as int64; other labels, and all shapes, stay as they are: what labels mean is the task's."""
+    """Integers of any width as int64. Other labels and all shapes stay unchanged, because the task interprets them."""
     if labels is None or labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         return labels
     return labels.long()
@@ -276,7 +276,7 @@ def inputs_and_labels(batch: Any) -> tuple[dict[str, Tensor], Tensor | None]:
 
 
 def tensors_of(batch: Any) -> list[Tensor]:
-    """All tensors that stand in a batch, whatever they are."""
+    """All tensors in a batch, whatever they mean."""
     entries = named(batch)
     single = isinstance(batch, Tensor) or not isinstance(batch, (tuple, list, Mapping))
     values = entries.values() if entries is not None else [batch] if single else batch

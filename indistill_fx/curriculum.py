@@ -130,7 +130,7 @@ class Curriculum:
 
     @property
     def wants_pairs(self) -> bool:
-        """Whether any pair is warmed up; if none is, the models need not have layers that go together."""
+        """Whether any pair is warmed up. If none is, the models need no corresponding layers."""
         lengths = [self.lengths] if isinstance(self.lengths, int) else self.lengths
         return lengths is None or any(lengths)
 
@@ -176,7 +176,7 @@ class Curriculum:
 
     @property
     def one_stage(self) -> str | None:
-        """The name of the one stage that all pairs are trained in; None where each has its own."""
+        """The name of the single stage that trains all pairs; None if each pair has its own stage."""
         return SEGMENTS if self.feed == "teacher" else PAIRS if self.together else None
 
     def chosen(self, layers: Sequence[str], penultimate: str | None = None) -> dict[str, Budget]:

@@ -307,7 +307,7 @@ _MOST_CHANGES = 4
 
 
 def _changed_layers(before: dict[str, str], after: dict[str, str]) -> str:
-    """Which layers are gone, new, or different, and how."""
+    """Which layers were removed, added or changed, and how."""
     if not before:
         return ""
     changes = [

@@ -56,7 +56,7 @@ class NodeFacts:
 
     @property
     def path(self) -> str:
-        """Path of the module in whose forward the node was made, whichever call it was."""
+        """Path of the module whose forward created the node, in any of its calls."""
         return self.module.partition("@")[0]
 
     @property
@@ -135,7 +135,7 @@ class TracedModel:
 
     @cached_property
     def taps(self) -> dict[str, str]:
-        """Every legal tap name -> node name. Where two nodes claim a name, the first in the graph has it."""
+        """Every legal tap name -> node name. If two nodes could have a name, the first in the graph gets it."""
         found: dict[str, str] = {}
         for node, names in self.aliases.items():
             for name in names:
@@ -209,12 +209,12 @@ class TracedModel:
 
     @property
     def example_values(self) -> tuple[Any, ...]:
-        """The example call as the graph takes it: everything in order."""
+        """The example call's values in the order of the graph's inputs."""
         return (*self.example_inputs, *self.example_kwargs.values())
 
     @cached_property
     def inputs(self) -> Inputs:
-        """What a batch has to hold for the model: those arguments of the example call that are tensors, or are made of tensors."""
+        """What a batch must contain for the model: the arguments of the example call that are tensors or consist of tensors."""
         names = Inputs.of(self.graph_module).names
         own = tuple(n for n, value in zip(names, self.example_values, strict=True) if not _is_constant(value))
         return Inputs(own, own, owner=type(self.module).__name__)

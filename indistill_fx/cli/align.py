@@ -102,7 +102,7 @@ def command(teacher: str, student: str, inputs: tuple[str, ...], trust: tuple[st
 
 
 def _fixed(pairs: tuple[str, ...]) -> list[tuple[str, str]]:
-    """The pairs of `--pair layer2=layer3`."""
+    """The pairs given by `--pair layer2=layer3`."""
     from indistill_fx.errors import ConfigError
 
     found = []
@@ -120,7 +120,7 @@ def _fixed(pairs: tuple[str, ...]) -> list[tuple[str, str]]:
 
 
 def _data(options: dict[str, Any], sources: tuple[Source, Source]) -> Data | None:
-    """The data, so much of them as is looked at."""
+    """The data, limited to the samples that are looked at."""
     from indistill_fx.errors import ConfigError
 
     if options["data"] is None and options["similarity"] is not None:
@@ -144,7 +144,7 @@ def _show(
     earlier: AlignmentPlan | None,
     options: dict[str, Any],
 ) -> None:
-    """Pictures, then the plan in the form that was asked for."""
+    """Write pictures, then print the plan in the requested form."""
     from indistill_fx.system.terminal import printable
 
     if options["html"] or options["svg"] or options["png"]:
@@ -196,7 +196,7 @@ def _draw(
     svg: str | None,
     png: str | None,
 ) -> None:
-    """Write the page and the pictures that were asked for."""
+    """Write the requested page and pictures."""
     from indistill_fx.report import alignment_page, alignment_svg, see, to_png, write
 
     if not (html or svg or png):

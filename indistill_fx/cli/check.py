@@ -78,6 +78,6 @@ def command(
 
 
 def _expected(source: Source, data: Data | None) -> dict[str, str]:
-    """Class names and normalisation the file should have, so far as they are known."""
+    """The class names and normalisation that the file should have, if they are known."""
     facts = common.deployment_facts("", source, data)
     return {key: value for key, value in facts.items() if key in ("classes", "mean", "std")}

@@ -1,4 +1,4 @@
-"""What several commands share: options, and the way from a spec to a traced model."""
+"""What several commands share: options, and loading and tracing of models."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 def count_option(
     *names: str, default: int | None = None, metavar: str | None = None, least: int = 1, help: str | None = None
 ) -> Callable[[Command], Command]:
-    """An option that takes a whole number from `least` on; its default, if there is one, is shown in the help."""
+    """An option that takes an integer of at least `least`; the help shows its default, if it has one."""
     return click.option(
         *names, default=default, show_default=default is not None, metavar=metavar, type=click.IntRange(min=least), help=help
     )  # fmt: skip
@@ -60,7 +60,7 @@ data_option = click.option(
 
 
 class _Entry(click.ParamType[str | int]):
-    """A key of a dict, or a place in a tuple."""
+    """A key of a dict, or an index of a tuple."""
 
     name = "key"
 
@@ -97,7 +97,7 @@ def console() -> Console:
 
 
 def say(text: str) -> None:
-    """A line on standard error. Names in it may come from a file of somebody else."""
+    """Print a line on standard error. Control characters are removed, because names may come from other people's files."""
     from indistill_fx.system.terminal import one_line, tell
 
     tell(one_line(text))
@@ -112,7 +112,7 @@ def say_json(value: Any) -> None:
 
 
 def open_model(spec: str, trust: tuple[str, ...], *, seed: int = 0) -> Source:
-    """Load a spec, and say aloud what was trusted or changed on the way. What a factory draws at random follows from the seed."""
+    """Load a spec, and print what was trusted or changed. The seed decides what a factory draws at random."""
     from indistill_fx.runs.load import open_source
     from indistill_fx.system.random_state import own_randomness
 
@@ -124,13 +124,13 @@ def open_model(spec: str, trust: tuple[str, ...], *, seed: int = 0) -> Source:
 
 
 def example_for(sources: tuple[Source, ...], asked: Sequence[str] = (), data: Data | None = None) -> Any:
-    """Example inputs for some models: as asked for, else like the data's first sample, else of the shape that the models know.
+    """Example inputs for some models: as requested, or like the data's first sample, or of the shape that the models state.
 
     Returns:
         A tensor, or several: in order, or by name where the data have names.
 
     Raises:
-        ConfigError: nobody knows the shape.
+        ConfigError: the shape is unknown.
     """
     from indistill_fx.loading.inputs import example_inputs
 
@@ -153,7 +153,7 @@ def example_for(sources: tuple[Source, ...], asked: Sequence[str] = (), data: Da
 
 
 def _dummy_inputs(module: nn.Module) -> Any:
-    """What a model of Hugging Face's transformers offers to be traced with, by name; None of others."""
+    """The dummy inputs, by name, of a model from Hugging Face's transformers; None for other models."""
     found = getattr(module, "dummy_inputs", None)
     if not isinstance(found, dict) or not found:
         return None
@@ -163,7 +163,7 @@ def _dummy_inputs(module: nn.Module) -> Any:
 
 
 def _example_of_data(sources: tuple[Source, ...], data: Data) -> Any:
-    """Random numbers of a picture's size; where a batch holds anything else than one tensor of numbers, its first samples."""
+    """Random numbers of an image's size; if a batch is not a single tensor of real numbers, its first samples."""
     from indistill_fx.batch import Inputs, named, samples_of, split
 
     if data.normalisation is not None:
@@ -187,7 +187,7 @@ def _random(size: tuple[int, ...]) -> Any:
 def trace_model(
     source: Source, example: Any, role: Role, *, logits: str | int | None = None, view: View | None = None
 ) -> TracedModel:
-    """Trace a loaded model, and say which method traced it when it was not the first.
+    """Trace a loaded model, and print which method traced it if it was not the first one.
 
     Args:
         source: the model.
@@ -209,7 +209,7 @@ def trace_model(
 
 
 def first_batches(loader: Any, samples: int) -> list[Any]:
-    """Batches until there are so many samples; the last one is cut where it can be."""
+    """The first batches with this many samples in total; the last batch is shortened if possible."""
     from indistill_fx.batch import samples_of, tensors_of
 
     found, left = [], samples
@@ -222,7 +222,7 @@ def first_batches(loader: Any, samples: int) -> list[Any]:
 
 
 def first_inputs(loader: Any, samples: int, module: nn.Module) -> Any:
-    """The inputs of the first so many samples as a model takes them: a tensor, several in order, or by name."""
+    """The inputs of the first samples as a model takes them: one tensor, several in order, or by name."""
     import torch
 
     from indistill_fx.batch import Inputs, split
@@ -236,7 +236,7 @@ def first_inputs(loader: Any, samples: int, module: nn.Module) -> Any:
 
 
 def deployment_facts(spec: str, source: Source, data: Data | None) -> dict[str, str]:
-    """What a deployed file should say of a model, by all that is known of it."""
+    """The metadata for a deployed file, from all that is known of the model."""
     from indistill_fx.deploy.metadata import of_source
     from indistill_fx.runs.load import is_run, run_fingerprint
 
@@ -249,7 +249,7 @@ def deployment_facts(spec: str, source: Source, data: Data | None) -> dict[str, 
 
 
 def task_of_data(task: str | None, source: Source, data: Data | None) -> Task | None:
-    """The task as named, or by what the model says to the first test batch; None if nothing shows it."""
+    """The task by its name, or inferred from the model's outputs for the first test batch; None if unknown."""
     import torch
     from torch.utils._pytree import tree_leaves
 
@@ -276,7 +276,7 @@ def task_of_data(task: str | None, source: Source, data: Data | None) -> Task | 
 
 
 def decisions_of(task: Task | None) -> Callable[[Tensor], Tensor | None] | None:
-    """What a model's output says in the end, by its task."""
+    """The function that turns a model's outputs into decisions, by its task."""
     return None if task is None else lambda output: task.decisions(task.prepare(output, None)[0])
 
 
@@ -286,7 +286,7 @@ def class_name(classes: tuple[str, ...], label: int) -> str:
 
 
 def shares_of(first: str, options: dict[str, Any]) -> dict[str, float]:
-    """Every teacher's spec with its weight, in order; weights are read only where there are several."""
+    """Every teacher's spec with its weight, in order; weights are read only if there are several teachers."""
     if not options["more_teachers"]:
         return {first: 1.0}
     found: dict[str, float] = {}
@@ -314,7 +314,7 @@ def together(
     views: Sequence[View | None],
     options: dict[str, Any],
 ) -> nn.Module:
-    """The teachers as one module; several with their views in it."""
+    """The teachers as one module; an ensemble includes its members' views."""
     from indistill_fx.passes.ensemble import ensemble
 
     if len(teachers) == 1:
@@ -333,7 +333,7 @@ def together(
 
 
 def plan_beside(student: str, teacher: nn.Module, example: Any) -> AlignmentPlan | None:
-    """The plan that `prune` or `compress` left beside a student's source code, if it was made from this teacher."""
+    """The plan beside a student's source code, written by `prune` or `compress`, if it is for this teacher."""
     from pathlib import Path
 
     from indistill_fx.loading.spec import parse_spec

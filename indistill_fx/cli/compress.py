@@ -135,7 +135,7 @@ _REQUEST = "macs params size_mb latency_ms on threads batch criterion round_to s
 
 
 def _curriculum(options: dict[str, Any]) -> Any:
-    """The recipe's, with what was asked for in its place."""
+    """The recipe's curriculum, with the requested values in place of its own."""
     from indistill_fx.errors import ConfigError
     from indistill_fx.training.recipes import NO_WARMUP, RECIPES
 

@@ -251,7 +251,7 @@ def _assisted(
     shared: dict[str, Any],
     options: dict[str, Any],
 ) -> nn.Module:
-    """The assistant, trained: the teacher of the second step."""
+    """Train the assistant, which is the teacher of the second step."""
     from pathlib import Path
 
     from indistill_fx.batch import Call, Inputs
@@ -292,7 +292,7 @@ def _teacher(
     shares: dict[str, float],
     options: dict[str, Any],
 ) -> tuple[nn.Module, View, AlignmentPlan | None]:
-    """The teacher, or several as one; what it sees of the data; and the plan that is given, if any."""
+    """The teacher (several become one), its view of the data, and the given plan, if any."""
     from indistill_fx.graph.view import View
     from indistill_fx.plan import AlignmentPlan
 
@@ -312,7 +312,7 @@ _OF_THE_WARM_UP = ("layers", "warmup_loss", "warmup_lr", "warmup_optimizer", "pa
 
 
 def _curriculum(options: dict[str, Any]) -> Curriculum | None:
-    """The recipe's, with what was asked for in its place; None: `distill` chooses."""
+    """The recipe's curriculum, with the requested values in place of its own; None: `distill` chooses."""
     from indistill_fx.training.recipes import DEFAULT_CURRICULUM, RECIPES
 
     if options["assistant_epochs"] is not None and options["assistant"] is None:
@@ -357,7 +357,7 @@ def _one_or_all(values: list[Any] | None) -> Any:
 
 
 def _over_time(text: str | None) -> dict[str, Any]:
-    """`0:0,500:1` as an option of the main loss."""
+    """Parse `0:0,500:1` to an option of the main loss."""
     from indistill_fx.errors import ConfigError
 
     if not text:
@@ -375,7 +375,7 @@ def _over_time(text: str | None) -> dict[str, Any]:
 
 
 def main_options(pairs: tuple[str, ...]) -> dict[str, Any]:
-    """Values as Python would read them, else as text."""
+    """Parse values as Python literals where possible; others stay text."""
     from ast import literal_eval
 
     found: dict[str, Any] = {}

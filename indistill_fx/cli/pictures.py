@@ -1,4 +1,4 @@
-"""How pictures are prepared, for the model that is trained and for its teacher: options, and what follows from the models without them."""
+"""How images are prepared for the trained model and for its teacher: the options, and the models' own values without them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class _Size(click.ParamType[tuple[int, int]]):
-    """A side, or height and width: 96, 96x160."""
+    """A side length, or height and width: 96, 96x160."""
 
     name = "size"
 
@@ -78,7 +78,7 @@ def picture_options(command: Command) -> Command:
 
 
 def compared_options(command: Command) -> Command:
-    """What a file and a model are compared on, and how the result is shown: --json, pictures, --input, --task, --trust."""
+    """Options of comparing a file with a model: --json, the image options, --input, --task, --trust."""
     own = (click.option("--json", "as_json", is_flag=True, help="Print JSON."), picture_options)
     for option in reversed((*own, common.input_option, common.task_option, common.trust_option)):
         command = option(command)
@@ -86,12 +86,12 @@ def compared_options(command: Command) -> Command:
 
 
 class _Classes(click.ParamType[Any]):
-    """Names or numbers, or a file of them: one a line, or a list in JSON."""
+    """Class names or numbers, or a file of them: one per line, or a JSON list."""
 
     name = "classes"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """The list; of whole numbers, if all of them are."""
+        """The list; as integers, if all entries are integers."""
         from indistill_fx.data.class_names import read_classes
 
         return read_classes(value) if isinstance(value, str) else value
@@ -143,13 +143,13 @@ def teacher_options(command: Command) -> Command:
 def teacher_views(
     options: Mapping[str, Any], teachers: Sequence[Source], data: Data | None, planned: Sequence[View | None] = ()
 ) -> list[View | None]:
-    """What each teacher sees of the data, which is said.
+    """The view of the data of each teacher; it is printed.
 
     Args:
         options: those of `teacher_options`; others are not read.
         teachers: one or several.
         data: what the student is trained on, if that is known.
-        planned: by a plan, for each of them; it counts for what the options do not say.
+        planned: the plan's view for each of them, for what the options leave open.
 
     Raises:
         ConfigError: an option is given neither once nor once for each teacher; or see `stages.teacher_view`.
@@ -192,7 +192,7 @@ def _for_each(name: str, values: Sequence[Any], teachers: int) -> list[Any]:
 
 
 def open_pictures(spec: str, options: Mapping[str, Any], *sources: Source, training: bool = False, **more: Any) -> Data:
-    """The data, prepared as the options say, else as a run was trained, else as the first model wants; notes are said.
+    """Open the data, prepared as the options say, or as a run was trained, or as the first model wants; notes are printed.
 
     Args:
         spec: of the data.
@@ -223,7 +223,7 @@ def open_pictures(spec: str, options: Mapping[str, Any], *sources: Source, train
 
 
 def _wanted(spec: str, asked: Mapping[str, Any], sources: tuple[Source, ...]) -> dict[str, Any]:
-    """What the models say of what was not asked for: runs of all kinds of pictures, others of folders."""
+    """The models' own values for options that were not given: those of runs for all data, those of other models for folders."""
     from indistill_fx.data.normalisation import in_channels
     from indistill_fx.loading.input_facts import picture_channels
     from indistill_fx.runs.load import is_run

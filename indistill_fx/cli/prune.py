@@ -113,7 +113,7 @@ def _is_directory(output: str) -> bool:
 def _save(
     smaller: TracedModel, output: str, original: TracedModel | None = None, report: ShrinkReport | None = None
 ) -> None:
-    """As source code into a directory, where that can be written, else as a program; with the plan of which channels it has."""
+    """Save the network as source code in a directory if possible, or as a program; with a plan of the channels that it has."""
     from contextlib import suppress
     from pathlib import Path
 
@@ -207,7 +207,7 @@ def _layers(report: ShrinkReport) -> Table:
 
 
 def _stages(traced: TracedModel, smaller: TracedModel) -> Table:
-    """Widths at the exits of the stages."""
+    """Show the widths at the exits of the stages."""
     from rich.text import Text
 
     from indistill_fx.cli.tables import plain_table

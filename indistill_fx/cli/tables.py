@@ -43,7 +43,7 @@ def count(number: float) -> str:
 def alignment_table(
     plan: AlignmentPlan, report: MatchReport, teacher: TracedModel, *, explain: int | None = None
 ) -> RenderableType:
-    """The pairs of a plan, the legend of their reasons, what found no partner, and one pair's runners-up on request."""
+    """The pairs of a plan, the legend of their reasons, the unpaired layers and, on request, one pair's runners-up."""
     from indistill_fx.passes.pairing.score import LEGEND
 
     table = plain_table(
@@ -118,7 +118,7 @@ def main_path_table(traced: TracedModel, nodes: Sequence[PathNode]) -> Renderabl
 
 
 def passes_lines(title: str, records: Iterable[PassRecord]) -> Iterator[str]:
-    """What passes did to a graph: the graph at first, then, pass by pass, what was done, skipped, and changed in its text."""
+    """What passes did to a graph: the first graph, then for each pass what it did, skipped and changed in the text."""
     for number, record in enumerate(records):
         if not number:
             yield from (f"# {title}", *record.before, "")

@@ -44,7 +44,7 @@ class Grouped(click.Command):
 
 
 class Numbers(click.ParamType[list[float]]):
-    """Numbers such as 3,4,5.
+    """Comma-separated numbers, such as 3,4,5.
 
     Args:
         kind: int or float.
@@ -56,7 +56,7 @@ class Numbers(click.ParamType[list[float]]):
         self.kind = kind
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """The list; a list (of a recipe) as it is."""
+        """The list; a list (from a recipe) is returned unchanged."""
         if not isinstance(value, str):
             return value
         where = param.opts[0] if param is not None else "a list"
@@ -74,7 +74,7 @@ class Numbers(click.ParamType[list[float]]):
 
 
 class Names(click.ParamType[list[str]]):
-    """Names such as a,b."""
+    """Comma-separated names, such as a,b."""
 
     name = "names"
 
@@ -84,7 +84,7 @@ class Names(click.ParamType[list[str]]):
 
 
 class _OrAuto(click.types.BoolParamType):
-    """On, off, or `auto` where neither was asked for."""
+    """On, off, or `auto` if neither was given."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """True, False or `auto`."""
@@ -92,7 +92,7 @@ class _OrAuto(click.types.BoolParamType):
 
 
 def _setting(name: str) -> Callable[[Command], Command]:
-    """An option of `Settings` on the command line."""
+    """A command-line option for a field of `Settings`."""
     default, hint, known = getattr(Settings(), name), hints()[name], about(name)
     flag = f"--{known.flag or name.replace('_', '-')}"
     if set(get_args(hint)) == {"auto", True, False}:
@@ -197,7 +197,7 @@ qat_option = count_option(
 def for_int8(
     teacher: nn.Module, student: nn.Module, loader: Iterable[Any], settings: Mapping[str, Any], epochs: int
 ) -> None:
-    """The quantisation-aware run after another one, with its settings."""
+    """The settings of a quantisation-aware run that follows another run."""
     from indistill_fx.training.chain import INT8, distill_for_int8
 
     out = f"{settings['run_dir']}/{INT8}"
@@ -211,7 +211,7 @@ def for_int8(
 
 
 def open_training_data(options: Mapping[str, Any], *models: Source) -> Data:
-    """The data of a training command, for models of which the first is trained."""
+    """Open the data of a training command; the first of the models is the one to train."""
     named = {name: options[name] for name in ("batch_size", "workers", "seed", "limit", "cache")}
     named |= {"augment": not options["no_augment"], "randaugment": options["randaugment"], "views": options["views"]}
     return open_pictures(options["data"], options, *models, **named, training=True, progress=True)
@@ -220,7 +220,7 @@ def open_training_data(options: Mapping[str, Any], *models: Source) -> Data:
 def kept_of(
     spec: str, module: nn.Module, example: Any, data: Data, options: Mapping[str, Any], **more: str
 ) -> dict[str, Any]:
-    """What a run keeps of its model and data, so that `export`, `evaluate` and `bench` can take the run directory.
+    """What a run records of its model and data, so that `export`, `evaluate` and `bench` accept the run directory.
 
     Of a batch by name the model gets what it takes; labels and file names stay out.
     """
@@ -232,10 +232,10 @@ def kept_of(
 
 
 def settings_of(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Those options of a training command that are `Settings`.
+    """The `Settings` among the options of a training command.
 
     Raises:
-        ConfigError: they cannot be: a device that is not there, two that contradict each other.
+        ConfigError: they are impossible: the device does not exist, or two options contradict each other.
     """
     found = {name: options[name] for name in hints()}
     Settings(**found)

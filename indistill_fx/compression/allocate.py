@@ -86,7 +86,7 @@ def allocate(
 
 
 def _next_multiple(group: Group, count: int, round_to: int | None) -> int:
-    """The next smaller number of classes whose channels are a multiple."""
+    """The next smaller number of classes whose number of channels is a multiple of `round_to`."""
     step = rounded(1, group, round_to)
     return (count - 1) // step * step
 

@@ -51,7 +51,7 @@ def in_both_modes(
 
 
 def _fixed_macs(known: Analysis) -> int:
-    """Multiply-accumulates of what stays in any case."""
+    """Multiply-accumulates of the layers that cannot be reduced."""
     stay = np.zeros(len(known.classes.scores), dtype=bool)
     stay[[*known.classes.reasons]] = True
     return known.cost.macs(stay)

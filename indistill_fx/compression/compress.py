@@ -203,7 +203,7 @@ class _Made:
 
 
 def _about(made: _Made, model: TracedModel, described: Mapping[str, Any]) -> dict[str, Any]:
-    """What the run keeps so that its student can be built again."""
+    """What the run records so that its student can be rebuilt."""
     if not made.spec:
         return dict(described)
     size = tuple(next(value for value in model.example_values if isinstance(value, Tensor)).shape[1:])
@@ -236,7 +236,7 @@ def _check_teacher(teacher: nn.Module, judge: Callable[[nn.Module], Evaluation] 
 
 
 def _before(folder: Path, identity: Mapping[str, Any], model: TracedModel) -> _Made | None:
-    """What an interrupted run had made; None where that must be made again."""
+    """The student that an interrupted run had made; None if it must be made again."""
     try:
         saved = json.loads(read_bounded(folder / STORY, 1 << 26))
         steps, made = _STEPS.validate_python(saved["steps"], strict=False), saved["made"]
@@ -263,7 +263,7 @@ def _before(folder: Path, identity: Mapping[str, Any], model: TracedModel) -> _M
 def _plan(
     model: TracedModel, student: TracedModel, untrained: Untrained, every_block: bool, say: Callable[[str], None]
 ) -> AlignmentPlan | None:
-    """What corresponds; None where nothing does, so that there is nothing to warm up."""
+    """The plan of the corresponding layers; None if there are none, so that nothing can be warmed up."""
     try:
         return plan_of(model, student, untrained.shrunk.axes, every_block=every_block)
     except MatchError:
@@ -279,7 +279,7 @@ def _write(
     every_block: bool,
     say: Callable[[str], None],
 ) -> _Made:
-    """The student as source code, its weights, the plan, and what was found."""
+    """Write the student as source code, its weights, the plan, and the report."""
     spec = ""
     student: nn.Module = untrained.model.graph_module
     try:

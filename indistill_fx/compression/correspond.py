@@ -43,7 +43,7 @@ def plan_of(teacher: TracedModel, student: TracedModel, axes: Axes, *, every_blo
 
 
 def _pair(pair: Pair, teacher: TracedModel, student: TracedModel, axes: Axes) -> Pair | None:
-    """The teacher's layer and the student's of that name; None where it has none."""
+    """The pair of the teacher's and the student's layer of this name; None if the student has no such layer."""
     tap = pair.teacher
     if tap not in student.taps:
         return None

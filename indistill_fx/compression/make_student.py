@@ -142,7 +142,7 @@ class Measure:
         return found
 
     def divergence(self, teacher: TracedModel, model: TracedModel) -> float:
-        """Mean over the calibration batches."""
+        """How far the model's outputs are from the teacher's, the mean over the calibration batches."""
         moved = []
         with evaluating(teacher.graph_module), evaluating(model.graph_module):
             for batch in self.batches:
@@ -199,7 +199,7 @@ Shrunk = tuple[PassResult[TracedModel, ShrinkReport], float | None]
 
 
 def _best_widths(teacher: TracedModel, measure: Measure, shrunk: Callable[[float], Shrunk]) -> Shrunk:
-    """Of some allocations the one that comes nearest to the teacher after its repair, on held-out batches.
+    """Of several allocations, the one that is closest to the teacher on held-out batches after its repair.
 
     A sensitivity is measured for one group at a time and before any repair, so by itself it may empty a layer whose loss shows only
     together with others'. Allocations that leave every group a larger part are tried beside it.
@@ -233,7 +233,7 @@ def _shrunk(
     round_to: int | None,
     floor: float,
 ) -> Shrunk:
-    """The network within the budget that leaves every group so large a part."""
+    """The network within the budget that keeps at least the share `floor` of every group."""
     all_channels = np.ones(len(known.classes.scores), dtype=bool)
     if clock is None or budget.latency_ms is None:
         cost, limit = _cost(teacher, known, budget, all_channels)
@@ -257,7 +257,7 @@ def _shrunk(
 
 
 def _smallest(known: Analysis, curves: Sequence[Curve], round_to: int | None, floor: float) -> float:
-    """Multiply-accumulates of the smallest network there is."""
+    """Multiply-accumulates of the smallest possible network."""
     try:
         allocate(known, curves, known.cost.macs, 0, floor=floor, round_to=round_to)
     except PruneError as error:

@@ -83,7 +83,7 @@ def repair(
 
 
 class _evaluating_only:  # noqa: N801
-    """Eval mode and no gradients for a network that is written."""
+    """Eval mode and no gradients, for a network whose weights are overwritten."""
 
     def __init__(self, module: torch.nn.Module):
         self.flags = [(part, part.training) for part in module.modules()]
@@ -114,7 +114,7 @@ class _SideBySide:
         self.small = [_Steps(new, given) for given in inputs]
 
     def walk(self, *, norms: bool, readers: bool) -> Repaired:
-        """Go along the smaller network, and keep the original level with it."""
+        """Run both networks node by node, in step, and repair the smaller one on the way."""
         norms_done: list[str] = []
         fitted: dict[str, tuple[float, float]] = {}
         skipped: list[str] = []
@@ -154,7 +154,7 @@ class _SideBySide:
         return True
 
     def _reader(self, call: Call, fitted: dict[str, tuple[float, float]], done: set[int]) -> str:
-        """Fit one layer; why not, where it is not."""
+        """Fit one layer; returns the reason if it was not fitted, or an empty text."""
         weight, bias = call.constant("weight"), call.constant("bias")
         if weight is None or weight.dim() not in (2, 4) or not isinstance(weight, torch.nn.Parameter):
             return "its weights are computed, or it is not a layer of vectors or pictures"
@@ -194,7 +194,7 @@ class _SideBySide:
 
 
 class _Sums:
-    """What a fit by least squares needs to know of the rows x and what is to come out, y: x'x, x'y, y'y."""
+    """The sums of a least-squares fit from rows x to targets y: x'x, x'y, y'y."""
 
     def __init__(self, size: int, weight: Tensor):
         self.gram, self.cross = (weight.new_zeros(size, n, dtype=torch.float64) for n in (size, len(weight)))
@@ -212,20 +212,20 @@ class _Sums:
         return both
 
     def fit(self, old: Tensor, strength: float) -> Tensor:
-        """The weights (inputs, outputs) with the least squared error, pulled towards old ones."""
+        """The weights (inputs, outputs) with the least squared error, regularised towards the old ones with `strength`."""
         weight = strength * self.gram.diagonal().mean().clamp_min(1e-12)
         eye = torch.eye(len(self.gram), dtype=self.gram.dtype, device=self.gram.device)
         fitted: Tensor = torch.linalg.solve(self.gram + weight * eye, self.cross + weight * old)
         return fitted
 
     def error(self, weights: Tensor) -> float:
-        """Mean squared error relative to the outputs' own square."""
+        """Squared error relative to the squared targets."""
         rest = self.power - 2 * (weights * self.cross).sum() + (weights * (self.gram @ weights)).sum()
         return float(rest / self.power.clamp_min(1e-30))
 
 
 def _rows(call: Call, x: Tensor, ones: bool) -> Tensor:
-    """What a layer reads at every position, as rows, with a 1 for the bias."""
+    """A layer's inputs as rows, one for each position, with a 1 appended for the bias."""
     if call.op == "conv":
         kernel = tuple((call.constant("weight")).shape[2:])  # type: ignore[union-attr]
         options = {name: call.get(name, default) for name, default in (("dilation", 1), ("padding", 0), ("stride", 1))}
@@ -235,7 +235,7 @@ def _rows(call: Call, x: Tensor, ones: bool) -> Tensor:
 
 
 class _Steps(fx.Interpreter):
-    """Runs a graph a node at a time, and lets go of what is not read any more."""
+    """Runs a graph one node at a time, and frees values that are no longer read."""
 
     def __init__(self, graph_module: fx.GraphModule, inputs: Sequence[Any]):
         super().__init__(graph_module)

@@ -42,7 +42,7 @@ class Curve:
     rises: tuple[float, ...]
 
     def at(self, count: float) -> float:
-        """The rise if so many channels stay; between measured counts on the lower convex hull."""
+        """The rise of the divergence if `count` channels stay; interpolated on the lower convex hull of the measurements."""
         return float(np.interp(count, self.counts[::-1], self.rises[::-1]))
 
 
@@ -117,7 +117,7 @@ def masked_logits(
 
 
 class _Watched(Masked):
-    """A masked run that keeps the main output."""
+    """A masked run that stores the main output."""
 
     def __init__(self, model: TracedModel, axes: Mapping[tuple[str, int | str], tuple[int, ...]]):
         super().__init__(model, axes)

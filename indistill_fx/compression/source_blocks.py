@@ -37,13 +37,13 @@ class Parts(nn.Module):
 
 @dataclass
 class _Tree:
-    """What stands below a place in `self`: layers, tensors and blocks by name, or one of them."""
+    """What is below a path in `self`: layers, tensors and blocks by name, or one of these."""
 
     children: dict[str, _Tree] = field(default_factory=dict)
     leaf: nn.Module | Tensor | Scope | None = None
 
     def put(self, path: str, leaf: nn.Module | Tensor | Scope) -> None:
-        """Add what stands at a path."""
+        """Add the entry at a path."""
         first, _, rest = path.partition(".")
         child = self.children.setdefault(first, _Tree())
         if rest:
@@ -108,7 +108,7 @@ class Writer:
         return Block(_class_name(scope), tuple(self._setup(scope, self._tree(scope))), tuple(written[0]))
 
     def _chain(self, scope: Scope, name: str) -> Construct | None:
-        """A Sequential, where every layer reads the one before."""
+        """A Sequential, if every layer reads only the one before."""
         names: list[str] = []
         for body in scope.bodies:
             if len(body.inputs) != 1 or len(body.outputs) != 1:
@@ -142,7 +142,7 @@ class Writer:
         return Construct("nn.Sequential", tuple(parts))
 
     def _link(self, step: fx.Node | tuple[Scope, Body]) -> tuple[str, list[fx.Node], fx.Node | None]:
-        """A step of a chain: what it calls, what it reads, what it gives."""
+        """A step of a chain: the layer it calls, its input and its output."""
         if isinstance(step, fx.Node):
             plain = step.op == "call_module" and len(step.args) == 1 and not step.kwargs
             return self.places.modules.get(step, ""), list(step.all_input_nodes) if plain else [], step
@@ -150,7 +150,7 @@ class Writer:
         return scope.path, body.inputs, body.outputs[0] if len(body.outputs) == 1 else None
 
     def _tree(self, scope: Scope) -> _Tree:
-        """All that `__init__` of a scope makes."""
+        """Everything that the `__init__` of a scope creates."""
         tree = _Tree()
         for body in scope.bodies:
             for step in body.steps:
@@ -169,7 +169,7 @@ class Writer:
             tree.put(relative(self.places.modules[node], scope), module)
 
     def _owner(self, path: str, scope: Scope) -> bool:
-        """Whether this scope, and none inside it, makes a tensor."""
+        """Whether this scope itself, not one inside it, creates the tensor."""
         if not below(path, scope.path):
             return False
         inner = {step[0].path for body in scope.bodies for step in body.steps if not isinstance(step, fx.Node)}
@@ -195,7 +195,7 @@ class Writer:
         return lines
 
     def _piece(self, path: str, name: str, tree: _Tree) -> Piece:
-        """The code that makes what stands at a path."""
+        """The code that creates the entry at a path."""
         if isinstance(tree.leaf, Scope):
             if tree.children:
                 raise Dissolve(tree.leaf.path)
@@ -225,7 +225,7 @@ class Writer:
         return Construct("Parts", pairs, ("(**{", "})"))
 
     def _holder(self, path: str, name: str, tree: _Tree) -> Piece | None:
-        """A linear layer that is never called itself: its weights are read by a function."""
+        """A linear layer that is never called: a function reads its weights."""
         tensors = {key: child.leaf for key, child in tree.children.items()}
         weight, bias = tensors.get("weight"), tensors.get("bias")
         if not isinstance(weight, nn.Parameter) or weight.dim() != 2 or tensors.keys() - {"weight", "bias"}:

@@ -14,7 +14,7 @@ _TAB = "    "
 
 @dataclass(eq=False)
 class _Class:
-    """A class: its blocks, and per block the arguments that make it."""
+    """A class: its blocks, and the constructor arguments of each block."""
 
     name: str
     blocks: list[Block]
@@ -73,7 +73,7 @@ class _Classes:
         self.names = {"nn", "torch", "F", "Tensor", "Parts", "HeadAttention", "math", "operator"}
 
     def add(self, blocks: list[Block]) -> None:
-        """Make one class of blocks that share their code; those inside have theirs already."""
+        """Make one class for blocks that share their code; the blocks inside them have classes already."""
         name, count = blocks[0].preferred_name, 1
         while name in self.names:
             count += 1
@@ -164,7 +164,7 @@ class _Classes:
 
 
 def _call(name: str, parts: list[str], brackets: tuple[str, str]) -> str:
-    """A call on one line, or with a line for every argument where it would be long or an argument is a call itself."""
+    """A call on one line; with one argument per line if it is long or an argument is a call itself."""
     flat = f"{name}{brackets[0]}{', '.join(parts)}{brackets[1]}"
     nested = sum("(" in part and not part.startswith("(") for part in parts) > 1
     if not nested and len(flat) <= _WIDE and "\n" not in flat:
@@ -185,7 +185,7 @@ def _taken(block: Block) -> set[str]:
 
 
 def _best_name(columns: list[tuple[Literal, ...]], values: tuple[str, ...]) -> str:
-    """Of the literals that always are the same number, the one that says what it is: what a layer makes, rather than what reads it."""
+    """The most telling name of literals that always have the same value: an output width rather than the input width derived from it."""
     same = [column[0].name for column in columns if tuple(entry.text for entry in column) == values]
     return next((name for name in same if name.endswith("_out")), same[0])
 

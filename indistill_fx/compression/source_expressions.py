@@ -109,7 +109,7 @@ def function_name(node: fx.Node, target: Any, imports: Imports) -> str:
 
 
 def _packet_name(name: str, imports: Imports) -> str:
-    """How an operator of torch, or of a library that registers operators with torch, is called."""
+    """The name of an operator of torch, or of a library that registers operators with torch."""
     namespace, _, own = name.partition("::")
     if namespace == "torchvision":
         imports.lines.add("import torchvision")
@@ -170,7 +170,7 @@ class _Arguments:
         return (Literal(text, preferred),)
 
     def atom(self, value: Any) -> Line:
-        """A value that something can be joined to without parentheses."""
+        """A value as an expression that needs no parentheses around it."""
         line = self.value(value, "value")
         plain = "".join(piece if isinstance(piece, str) else "0" for piece in line)
         return ("(", *line, ")") if " " in _outside(plain) else line
@@ -187,7 +187,7 @@ class _Arguments:
 
 
 def _outside(text: str) -> str:
-    """A text without what stands in brackets."""
+    """A text without the parts in brackets."""
     depth, kept = 0, []
     for letter in text:
         depth -= letter in ")]}"

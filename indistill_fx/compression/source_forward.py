@@ -42,7 +42,7 @@ class Forward:
         self.joined = self._joined()
 
     def lines(self, result: Any) -> list[Line]:
-        """The lines of `forward`; `result` is what the network returns, None for a block."""
+        """The lines of `forward`; `result` is what the network returns, None in a block."""
         if self.joined is not None:
             head = "*features"
         elif self.scope.path:
@@ -86,7 +86,7 @@ class Forward:
         return [(f"{', '.join(self._name(step, body.outputs, k))} = ", *code)]
 
     def _joined(self) -> fx.Node | None:
-        """The concatenation of all that a block is given, if that is all it does with it: then it takes any number (DenseNet)."""
+        """The concatenation of all of a block's inputs, if they have no other use: the block then takes any number of inputs (DenseNet)."""
         first = self.body.steps[0] if self.scope.path and self.body.steps else None
         if (
             not isinstance(first, fx.Node)
@@ -101,7 +101,7 @@ class Forward:
         return first if alone and all(self._is_tensor(node) for node in self.inputs) else None
 
     def _both_ways(self, k: int, step: fx.Node, by_mode: ByMode) -> list[Line]:
-        """What is computed one way in train mode and another way in eval mode."""
+        """The lines of a step that computes one thing in train mode and another in eval mode."""
         given = [self._value(arg) for arg in step.args if isinstance(arg, fx.Node)]
         sides = [self._side(step, side, given) for side in (by_mode.trained, by_mode.evaluated)]
         name = self._name(step, [step], k)[0]
@@ -114,7 +114,7 @@ class Forward:
         return lines
 
     def _side(self, step: fx.Node, side: fx.GraphModule, given: list[Line]) -> tuple[list[Line], list[Line]]:
-        """The lines of one way, and its results."""
+        """The lines of one mode, and its results."""
         values: dict[fx.Node, Line] = {}
         lines: list[Line] = []
         results: list[Line] = []
@@ -134,7 +134,7 @@ class Forward:
         return lines, results
 
     def _inlined(self, node: fx.Node) -> bool:
-        """Sizes, and entries of tuples, are written where they are read."""
+        """Sizes and entries of tuples, which are written inline where they are read."""
         if node not in self.last or node in self.body.outputs:
             return False
         if node.op == "call_function" and node.target is getattr:
@@ -163,7 +163,7 @@ class Forward:
         return (self.names[node],)
 
     def _self(self, path: str) -> str:
-        """`self.layers[0].conv`."""
+        """The expression for a layer: `self.layers[0].conv`."""
         return self_path(relative(path, self.scope))
 
     def _structure(self, value: Any) -> Line:
@@ -178,7 +178,7 @@ class Forward:
         return (repr(value),)
 
     def _last_uses(self) -> dict[fx.Node, int]:
-        """The step that last reads each node, through what is written inline."""
+        """The last step that reads each node, directly or through inline expressions."""
         last: dict[fx.Node, int] = {}
         steps = self.body.steps
         for k, step in enumerate(steps):
@@ -194,7 +194,7 @@ class Forward:
         return last
 
     def _name(self, step: Any, results: list[fx.Node], k: int) -> list[str]:
-        """Names for what a step gives: those of what it reads for the last time, then free ones."""
+        """Names for a step's results: first those of values that it reads for the last time, then new ones."""
         expiring = [n for n, name in self.names.items() if self.last.get(n, -1) <= k]
         reads = step.all_input_nodes if isinstance(step, fx.Node) else step[1].inputs
         order = sorted(expiring, key=lambda n: reads.index(n) if n in reads else len(reads))
@@ -218,7 +218,7 @@ _CALL = re.compile(r"(\w+) = (self[\w.]*)\[(\d+)\]\((\w+)\)")
 
 
 def _with_loops(lines: list[Line]) -> list[Line]:
-    """`x = self.blocks[0](x)`, `x = self.blocks[1](x)`, … as a loop, where it goes over the whole list."""
+    """Write `x = self.blocks[0](x)`, `x = self.blocks[1](x)`, … as a loop if it covers the whole list."""
     plain = ["".join(piece if isinstance(piece, str) else "#" for piece in line) for line in lines]
     found = [_CALL.fullmatch(line) for line in plain]
     text = "".join(plain)
@@ -247,7 +247,7 @@ def self_path(path: str) -> str:
 
 
 def _key(part: str) -> str:
-    """An index where it is a number, else a text."""
+    """An integer index if the name is a number, otherwise a string."""
     return part if part.isdecimal() else f'"{part}"'
 
 

@@ -186,7 +186,7 @@ def _flag(bias: Any) -> bool:
 
 
 def _arguments(module: nn.Module) -> dict[str, Any]:
-    """The constructor's arguments, read off the module."""
+    """The constructor's arguments, read from the module's attributes."""
     found = {}
     for key, parameter in _parameters(type(module)).items():
         if key in _LEFT_OUT or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
@@ -199,7 +199,7 @@ def _arguments(module: nn.Module) -> dict[str, Any]:
 
 
 def _parameters(kind: type[nn.Module]) -> Mapping[str, inspect.Parameter]:
-    """What a layer's constructor takes; recurrent layers hand theirs on to their base."""
+    """The parameters of a layer's constructor; recurrent layers pass theirs on to their base class."""
     if not issubclass(kind, nn.RNNBase):
         return inspect.signature(kind.__init__).parameters
     known = dict(inspect.signature(nn.RNNBase.__init__).parameters)
@@ -211,7 +211,7 @@ def _parameters(kind: type[nn.Module]) -> Mapping[str, inspect.Parameter]:
 
 
 def _compact(kind: type[nn.Module], arguments: Mapping[str, Any], module: nn.Module) -> dict[str, Any] | None:
-    """The arguments, (3, 3) and (3,) written as 3 where that makes the same; None where they do not make a module like it."""
+    """The arguments, with (3, 3) and (3,) shortened to 3 if that builds the same module; None if neither form does."""
     plain = {key: value[0] if _repeats(value) else value for key, value in arguments.items()}
     for candidate in (plain, dict(arguments)):
         if _makes(kind, candidate, module):
@@ -234,7 +234,7 @@ def _makes(kind: type[nn.Module], arguments: Mapping[str, Any], module: nn.Modul
 
 
 def _plain(module: nn.Module) -> dict[str, Any]:
-    """What a module keeps besides tensors, flags and hooks."""
+    """A module's attributes without tensors, flags and hooks."""
     kinds = (bool, int, float, str, tuple, list, type(None))
     found = {k: v for k, v in module.__dict__.items() if isinstance(v, kinds) and not k.startswith("_")}
     return {k: tuple(v) if isinstance(v, list) else v for k, v in found.items() if k != "training"}

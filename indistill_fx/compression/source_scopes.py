@@ -32,7 +32,7 @@ class Body:
     outputs: list[fx.Node] = field(default_factory=list)
 
     def nodes(self) -> list[fx.Node]:
-        """All nodes in it, those of scopes inside too."""
+        """All nodes in it, including those of inner scopes."""
         found: list[fx.Node] = []
         for step in self.steps:
             found += [step] if isinstance(step, fx.Node) else step[1].nodes()
@@ -125,7 +125,7 @@ def places_of(graph_module: fx.GraphModule, nodes: Sequence[fx.Node]) -> Places:
 def _tensor_paths(
     graph_module: fx.GraphModule, nodes: Sequence[fx.Node], stacks: Mapping[fx.Node, Sequence[tuple[str, str, str]]]
 ) -> dict[str, str]:
-    """Tensors keep their names; those that a pass put at the root move into the one scope that reads them."""
+    """Paths of the tensors: they keep their names, but those that a pass put at the root move into the scope that reads them."""
     paths, users = dict[str, str](), dict[str, list[fx.Node]]()
     for node in nodes:
         if node.op == "get_attr":
@@ -201,7 +201,7 @@ def _body(
 
 
 def _connect(body: Body, scope: Scope, places: Places) -> None:
-    """Inputs and outputs of all bodies."""
+    """Find the inputs and outputs of all bodies."""
     members = body.nodes()
     own = set(members)
     inputs: dict[fx.Node, None] = {}

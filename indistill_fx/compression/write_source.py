@@ -47,7 +47,7 @@ class StudentSource:
     state: dict[str, Tensor]
 
     def build(self) -> nn.Module:
-        """A new `Student` with these weights, in train mode."""
+        """Build a new `Student` with these weights, in train mode."""
         namespace = types.ModuleType("student")
         exec(compile(self.text, SOURCE, "exec"), namespace.__dict__)
         student: nn.Module = namespace.Student()
@@ -58,7 +58,7 @@ class StudentSource:
         """Write both files, the weights first.
 
         Args:
-            directory: it is made if need be.
+            directory: created if it does not exist.
 
         Returns:
             The model spec that loads them.
@@ -115,7 +115,7 @@ def _head(model: TracedModel) -> str:
 
 
 def _imports(imports: Imports, classes: str) -> str:
-    """Import lines, and the source of classes and functions of ours with all that they name."""
+    """The import lines, and the source of our own classes and functions together with everything that they use."""
     own: dict[str, str] = {}
     todo = list(imports.own.items())
     lines = {"from torch import nn", *imports.lines}
@@ -152,7 +152,7 @@ def _imports(imports: Imports, classes: str) -> str:
 
 
 def _prove(source: StudentSource, model: TracedModel) -> None:
-    """Run what was written, and the graph.
+    """Run the generated code and the graph, and compare the outputs.
 
     Raises:
         ExportError: they differ, or it does not run.

@@ -21,7 +21,7 @@ class Augmentation(Protocol):
     """Done to batches of images before they are normalised."""
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
-        """What is done to each image: (count, numbers)."""
+        """Draw the random numbers of each image's augmentation: (count, numbers)."""
 
     def apply(self, images: Tensor, draws: Tensor) -> Tensor:
         """The augmented images (batch, channels, height, width); both on one device."""
@@ -38,7 +38,7 @@ class FlipAndCrop:
     flip: bool = True
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
-        """Row shift, column shift, mirror: (count, 3)."""
+        """Draw row shift, column shift and mirroring of each image: (count, 3)."""
         shifts = torch.randint(2 * self.padding + 1, (count, 2), generator=generator)
         mirrored = torch.randint(2, (count, 1), generator=generator) * int(self.flip)
         return torch.cat((shifts, mirrored), 1)
@@ -70,7 +70,7 @@ class ShiftAndRandAugment:
         object.__setattr__(self, "operations", rand_augment(self.magnitude))
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
-        """The shift's three, and a seed: (count, 4)."""
+        """Draw the shift's three numbers and a seed for each image: (count, 4)."""
         seeds = torch.randint(2**31, (count, 1), generator=generator)
         return torch.cat((self.shift.draw(count, generator), seeds), 1)
 

@@ -113,11 +113,11 @@ def _resized(picture: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _kept(place: Path, shape: tuple[int, ...]) -> Pictures:
-    """What was kept there.
+    """Read the decoded images from the cache.
 
     Raises:
-        OSError: nothing, or it cannot be read.
-        ValueError: it was changed since, or is something else.
+        OSError: there are none, or they cannot be read.
+        ValueError: they were changed since they were written, or are something else.
     """
     kept, header = load_tensors(place)
     images = kept["images"]

@@ -62,23 +62,23 @@ class DiskLoader(IndexedLoader):
 
     @property
     def randomness(self) -> str | None:
-        """What the dataset says of itself; without a word of it, it may be random."""
+        """The dataset's own statement; a dataset that makes none may be random."""
         known: str | None = getattr(self.dataset, "randomness", self.unknown)
         return f"{known}{self._seen}" if known is not None else None
 
     @property
     def unknown(self) -> str:
-        """That nobody knows, of a dataset that does not say it."""
+        """The reason why its random draws are unknown: the dataset does not state them."""
         known = hasattr(self.dataset, "randomness")
         return "" if known else f"it is not known whether a {type(self.dataset).__name__} draws at random"
 
     @property
     def normalisation(self) -> str | None:
-        """Mean, std and peak, where the dataset has not done it."""
+        """Mean, std and peak, if the dataset does not normalise its images itself."""
         return str(self._normalise) if self._normalise is not None else None
 
     def fingerprint(self) -> str:
-        """The dataset's own, and the normalisation."""
+        """Digest of the dataset's own fingerprint and the normalisation."""
         digest: str = self.dataset.fingerprint()  # type: ignore[attr-defined]
         views = f" {self._views} {self.seed}" if self._views else ""
         return hashlib.sha256(f"{digest} {self._normalise}{views}".encode()).hexdigest()

@@ -19,7 +19,7 @@ from indistill_fx.system.random_state import OwnRandomness, seed_from
 
 
 def repeatable(loader: Iterable[Any], seed: int, name: str) -> EpochLoader:
-    """The loader if its epochs can be repeated, else wrapped so that they can.
+    """The loader itself if its epochs can be repeated, or a wrapper whose epochs can.
 
     Raises:
         ConfigError: it can be iterated only once, or has no batches.
@@ -41,7 +41,7 @@ def repeatable(loader: Iterable[Any], seed: int, name: str) -> EpochLoader:
 
 
 def require_whole(loader: Iterable[Any] | None, name: str) -> None:
-    """Refuse a loader that gives this process only its share: validation is the first process's work, on everything.
+    """Refuse a loader that gives this process only a share: the first process validates on all samples.
 
     Raises:
         ConfigError: its sampler shares the samples out among several processes.
@@ -76,7 +76,7 @@ class ForeignLoader(EpochLoader):
 
     @property
     def length(self) -> int | None:
-        """As the loader says; a stream of torch's DataLoader only guesses, and its end counts."""
+        """As the loader states; None for a stream in torch's DataLoader, whose length is only a guess."""
         if isinstance(self.loader, DataLoader) and isinstance(self.loader.dataset, IterableDataset):
             return None
         try:
@@ -85,10 +85,10 @@ class ForeignLoader(EpochLoader):
             return None
 
     def shard(self, rank: int, world: int) -> Self:
-        """See `EpochLoader`; a loader that shares its samples out already stays as it is.
+        """See `EpochLoader`; a loader that already shares its samples among processes stays unchanged.
 
         Raises:
-            ConfigError: it shares them out among another number of processes.
+            ConfigError: it shares them among another number of processes.
         """
         part = super().shard(rank, world)
         part._shared = world > 1 and self._shares_already(world)
@@ -182,7 +182,7 @@ def _parts(loader: Any) -> tuple[Any, ...]:
 
 
 def _shares(loader: Any) -> int | None:
-    """Among how many processes the loader's samplers share the samples out, if they say so."""
+    """Among how many processes the loader's samplers share the samples, if they state it."""
     for part in _parts(loader):
         for name in ("num_replicas", "num_processes"):  # the names in torch and Hugging Face, and in Accelerate
             if isinstance(count := getattr(part, name, None), int):
@@ -191,7 +191,7 @@ def _shares(loader: Any) -> int | None:
 
 
 def _first_batches_differ(loader: ForeignLoader) -> bool:
-    """Whether every process gets other samples; without a process group they are taken for the same."""
+    """Whether every process gets different samples; without a process group, no."""
     if not torch.distributed.is_initialized():
         return False
     found: list[str | None] = [None] * torch.distributed.get_world_size()

@@ -43,11 +43,11 @@ class HeldImages:
         return count * channels * (height + margin) * (width + margin) * size <= free // 2
 
     def pictures(self, samples: Tensor, draws: Tensor | None) -> Tensor:
-        """Some of the pictures, as `FlipAndCrop.apply` would make them of the same draws.
+        """Some of the images, with the same values as `FlipAndCrop.apply` gives for the same draws.
 
         Args:
-            samples: their places (batch,), on the device.
-            draws: of `FlipAndCrop.draw` (batch, 3), on the device; None: they stay as they are.
+            samples: their indices (batch,), on the device.
+            draws: of `FlipAndCrop.draw` (batch, 3), on the device; None: no augmentation.
         """
         if draws is None:
             return self.images.index_select(0, samples)

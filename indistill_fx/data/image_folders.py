@@ -38,14 +38,14 @@ class Listing:
     classes: tuple[str, ...]
 
     def limited(self, count: int | None) -> Listing:
-        """Only so many, as evenly over the classes as they come, the same ones every time."""
+        """At most `count` images, spread evenly over the classes; always the same ones."""
         kept = spread(self.ranked_by, count)
         labels = self.labels[kept] if self.labels is not None else None
         return Listing(self.folder, tuple(self.files[i] for i in kept.tolist()), labels, self.classes)
 
     @property
     def ranked_by(self) -> Tensor:
-        """Labels; where there are none, one class of all."""
+        """The labels; without labels, one class for all."""
         return self.labels if self.labels is not None else torch.zeros(len(self.files), dtype=torch.int64)
 
 
@@ -67,7 +67,7 @@ class Form:
 
     @staticmethod
     def of(listings: Iterable[Listing]) -> Form:
-        """Of the pictures' heads, of the first 20,000 of each split, spread over the classes.
+        """Find it from the headers of at most 20,000 images per split, spread over the classes.
 
         Raises:
             ConfigError: one cannot be read.
@@ -234,7 +234,7 @@ def _visible_folders(folder: Path) -> list[str]:
 
 
 def _pictures_in(folder: Path, *, below: bool = False) -> list[str]:
-    """Image files by their names, sorted; `below`: in folders within it too."""
+    """Image files of a folder, sorted by name; `below`: including those in its subfolders."""
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
     inside = folder.rglob("*") if below else folder.iterdir()

@@ -24,7 +24,7 @@ class Split:
     labels: Tensor | None
 
     def limited(self, count: int | None) -> Split:
-        """Only so many, as evenly over the classes as they come."""
+        """At most `count` images, spread evenly over the classes."""
         labels = self.labels if self.labels is not None else torch.zeros(len(self.images), dtype=torch.int64)
         kept = spread(labels, count)
         if len(kept) == len(labels):
@@ -32,7 +32,7 @@ class Split:
         return Split(self.images[kept], self.labels[kept] if self.labels is not None else None)
 
     def brought_to(self, size: tuple[int, int] | None, channels: int | None) -> Split:
-        """Pictures of this size and of so many channels."""
+        """The images resized to `size` and converted to `channels` channels."""
         from torchvision.transforms.v2.functional import resize, rgb_to_grayscale
 
         images = self.images

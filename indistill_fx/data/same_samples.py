@@ -1,4 +1,4 @@
-"""Whatever is stored for each sample of a data set needs samples that do not change."""
+"""What is stored for each sample of a data set requires samples that do not change."""
 
 from __future__ import annotations
 

@@ -124,7 +124,7 @@ def run_demo(out: Path, *, seed: int = 0, progress: bool = True, say: Callable[[
 
 
 def _compressed(teacher: TracedModel, few: Data, out: Path, seed: int, say: Callable[[str], None]) -> Small:
-    """Choose widths, cut, repair, and write the student as source code."""
+    """Choose widths, prune, repair, and write the student as source code."""
     measure = Measure(calibration(few.train_plain, IMAGES), lambda model: evaluate(model, few.test), say=say)
     made = make_student(teacher, Budget(macs=MACS), measure)
     source = source_of(made.model)
@@ -143,7 +143,7 @@ def _compressed(teacher: TracedModel, few: Data, out: Path, seed: int, say: Call
 def _trained(
     teacher: TracedModel, small: Small, few: Data, out: Path, say: Callable[[str], None], shared: dict[str, Any]
 ) -> dict[str, Arm]:
-    """The six ways, by name."""
+    """Train the student in six ways; returns the results by name."""
     description = about(small.spec, "digits", few.input_size, **about_data(few))
     rates: dict[str, Any] = {"learning_rate": LEARNING_RATE, "schedule": "cosine"}
     common: dict[str, Any] = {
@@ -178,7 +178,7 @@ def _trained(
 
 
 def _finish(name: str, model: nn.Module, record: RunRecord, data: Data, out: Path, x: Tensor) -> Row:
-    """Export one model with proof on real digits."""
+    """Export one model, and compare the file with it on real digits."""
     target = out / f"{'student' if name == 'indistill' else name}.onnx"
     report = export_onnx(
         model,

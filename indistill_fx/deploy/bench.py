@@ -81,7 +81,7 @@ class BenchReport:
 
     @property
     def busy(self) -> str:
-        """A warning if more was running than this machine has cores; else empty."""
+        """A warning if the machine had more running processes than cores; otherwise empty."""
         cores = len(os.sched_getaffinity(0))
         if self.load <= cores:
             return ""

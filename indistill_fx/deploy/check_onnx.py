@@ -175,10 +175,10 @@ def check_onnx(
 
 
 def _read(file: Path) -> onnx.ModelProto:
-    """The file's content.
+    """Read the file.
 
     Raises:
-        ConfigError: what is wrong with it; a `CheckReport` takes the message.
+        ConfigError: the file is unreadable; the message goes into the `CheckReport`.
     """
     import onnx
 
@@ -253,7 +253,7 @@ def _wrong_metadata(found: Mapping[str, str], expected: Mapping[str, str]) -> It
 
 
 def _wrong_classes(proof: Proof, agreement: float, notes: list[str]) -> Iterator[str]:
-    """An int8 file beside the float module: the difference of outputs is reported, the classes are judged."""
+    """Compare an int8 file with the float module: output differences are only reported, classes must agree."""
     worst = max((row.max_rel for row in proof.parity), default=0.0)
     notes.append(f"The file is quantised: on random inputs its outputs are off by up to {worst:.1%} of their range.")
     if proof.real is None or proof.real.agreement is None:
@@ -274,7 +274,7 @@ def _wrong_graph(
     session: onnxruntime.InferenceSession,
     notes: list[str],
 ) -> list[str]:
-    """Nodes and weights beside those of a fresh export with the file's own names, opset and open sizes."""
+    """Compare nodes and weights with those of a new export that has the file's names, opset and dynamic sizes."""
     ins, outs = session.get_inputs(), session.get_outputs()
     if len(named_outputs(deployed(*inputs))) != len(outs):
         return []  # the comparison of outputs reports this already

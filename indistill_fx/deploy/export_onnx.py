@@ -206,7 +206,7 @@ def _require_names(ins: Sequence[str], outs: Sequence[str], inputs: int, found: 
 
 
 def _repeatable_outputs(deployed: Deployed, inputs: Sequence[Tensor]) -> tuple[str, ...]:
-    """The outputs' names, after two runs that agree."""
+    """The outputs' names, if two runs of the module agree."""
     try:
         first = named_outputs(deployed.outputs(*inputs))
         second = named_outputs(deployed.outputs(*inputs))
@@ -258,7 +258,7 @@ def _random_operations(deployed: Deployed, inputs: Sequence[Tensor]) -> str:
 
 
 def _other_sizes(inputs: Sequence[Tensor]) -> tuple[tuple[int, int], ...]:
-    """A larger, not square size: strides up to 32 still divide what divided before."""
+    """Inputs of a larger, non-square size that keeps divisibility by strides up to 32."""
     for x in inputs:
         if x.dim() == 4:
             height, width = x.shape[1:3] if x.dtype == torch.uint8 else x.shape[2:4]

@@ -49,7 +49,7 @@ class Deployed(nn.Module):
         self.from_pixels = FromPixels(preprocess) if preprocess else None
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Run the module; what is not a tensor is left out."""
+        """Run the module; outputs that are not tensors are left out."""
         return tuple(named_outputs(self.outputs(*inputs)).values())
 
     def outputs(self, *inputs: Tensor) -> Any:
@@ -132,7 +132,7 @@ def _dynamic_shapes(inputs: Sequence[Tensor], *, batch: bool, size: bool) -> tup
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Hold back what exporter and tracer print, log and warn; the module's own warnings were heard when it ran."""
+    """Suppress what the exporter and the tracer print, log and warn; the module's own warnings were shown when it ran."""
     loggers = [logging.getLogger(name) for name in [*logging.root.manager.loggerDict] if name.startswith(_TALKERS)]
     levels = [(logger, logger.level) for logger in loggers]
     with open(os.devnull, "w") as sink, redirect_stdout(sink), redirect_stderr(sink), warnings.catch_warnings():
@@ -148,7 +148,7 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _attention_of_four_axes() -> Iterator[None]:
-    """Within the block fused attention over other numbers of axes is done over four, which is all the exporter has a form for."""
+    """Within the block, fused attention reshapes its tensors to four axes, the only form that the exporter supports."""
     own: Callable[..., Tensor] = functional.scaled_dot_product_attention
 
     def attend(
@@ -200,7 +200,7 @@ def _require_opset(model: onnx_ir.Model, opset: int | None) -> None:
 
 
 def _require_open(model: onnx_ir.Model, shapes: Sequence[dict[int, Any]], inputs: Sequence[Tensor]) -> None:
-    """The exporter fixes a size silently when the code does; a fixed batch must be asked for."""
+    """Refuse a file whose batch or size became fixed: the exporter fixes a size silently if the code does."""
     for value, dims, x in zip(model.graph.inputs, shapes, inputs, strict=True):
         for axis, dim in dims.items():
             if value.shape is not None and isinstance(value.shape[axis], int):
@@ -214,7 +214,7 @@ def _require_open(model: onnx_ir.Model, shapes: Sequence[dict[int, Any]], inputs
 
 
 def _keep_constants(model: onnx_ir.Model) -> None:
-    """Give the graph the constants that it reads and does not hold: the exporter loses equal bounds of one tensor's clamps."""
+    """Add constants that the graph reads but lacks: the exporter loses them if clamps of one tensor have equal bounds."""
     for node in model.graph.all_nodes():
         for value in node.inputs:
             if value is None or value.const_value is None or value.producer() is not None or value.is_graph_input():
@@ -224,7 +224,7 @@ def _keep_constants(model: onnx_ir.Model) -> None:
 
 
 def _tidy(model: onnx_ir.Model, input_names: Sequence[str], output_names: Sequence[str]) -> None:
-    """Names as asked, weights named as in the user's module, and no paths of this machine in the file."""
+    """Set the requested names, name weights as in the user's module, and remove paths of this machine from the file."""
     graph = model.graph
     ends = [*graph.inputs, *graph.outputs]
     names = [*input_names, *output_names]

@@ -63,7 +63,7 @@ def _arrays(model: onnx.ModelProto) -> dict[str, Array]:
 
 
 def _quantised(name: str, got: dict[str, Array]) -> tuple[Array, Array, Array] | None:
-    """Numbers, scale and zero point of a weight; biases have other names than weights."""
+    """Integers, scale and zero point of a weight or a bias, whose names differ."""
     numbers = got.get(f"{name}_quantized")
     for stem in (name, f"{name}_quantized"):
         scale, zero = got.get(f"{stem}_scale"), got.get(f"{stem}_zero_point")
@@ -108,7 +108,7 @@ def _wrong_numbers(name: str, numbers: Array, scale: Array, zero: Array, expecte
 
 
 def _steps_off(numbers: Array, scale: Array, zero: Array, expected: Array) -> Array:
-    """How far the stored numbers are from the module's values, in steps of the scale."""
+    """The largest distance of the stored numbers from the module's values, in quantisation steps."""
     step = np.maximum(scale.astype(np.float64), np.finfo(np.float64).tiny)
     off: Array = np.abs(expected.astype(np.float64) / step + zero.astype(np.float64) - numbers.astype(np.float64))
     return off

@@ -69,7 +69,7 @@ class Proof:
 
     @property
     def max_abs(self) -> float:
-        """The largest difference of all."""
+        """The largest difference over all outputs."""
         return max((row.max_abs for row in self.parity + (self.real.parity if self.real else ())), default=0.0)
 
 
@@ -156,7 +156,7 @@ def _run_piece(
     *,
     fixed: bool,
 ) -> Values:
-    """Rows from `start`; a file of a fixed batch gets a last piece filled up with rows it has seen."""
+    """Run the rows from `start`; for a file with a fixed batch, the last piece is padded with repeated rows."""
     rows = min(chunk, len(inputs[0]) - start)
     if not fixed or rows == chunk:
         return _run(session, module, [x[start : start + rows] for x in inputs])
@@ -180,7 +180,7 @@ def _compare(values: Values, batch: int, tolerance: float, label: str, rows: lis
 
 
 def _difference(reference: Array, exported: Array) -> tuple[float, float]:
-    """The largest difference, and the range of our values (or their magnitude, if that is more)."""
+    """The largest difference, and the range of the reference values (or their magnitude, if larger)."""
     if not reference.size:
         return 0.0, 0.0
     a, b = reference.astype(np.float64), exported.astype(np.float64)

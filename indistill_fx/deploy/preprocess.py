@@ -45,10 +45,10 @@ class Preprocess:
 
     @staticmethod
     def from_metadata(metadata: Mapping[str, str]) -> Preprocess | None:
-        """What an exported file's own metadata says is built into it.
+        """The preprocessing built into an exported file, from its metadata.
 
         Raises:
-            ConfigError: it says what cannot be.
+            ConfigError: the metadata is impossible.
         """
         text = metadata.get("preprocess")
         if not text:
@@ -67,7 +67,7 @@ class Preprocess:
         )
 
     def metadata(self) -> dict[str, str]:
-        """The entry `from_metadata` reads."""
+        """The metadata entry that `from_metadata` reads."""
         return {"preprocess": json.dumps({"mean": self.mean, "std": self.std, "input": "uint8 NHWC"})}
 
     def to_pixels(self, images: Tensor) -> Tensor:
@@ -103,5 +103,5 @@ class FromPixels(nn.Module):
         self.register_buffer("shift", (-mean / std).view(1, -1, 1, 1))
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Normalise."""
+        """Normalise the pixels, and run the model."""
         return pixels.permute(0, 3, 1, 2).to(self.scale.dtype) * self.scale + self.shift

@@ -178,7 +178,7 @@ def _require(condition: bool, message: str, where: str, hint: str = "") -> None:
 
 
 def _open_float(source: Path) -> tuple[onnxruntime.InferenceSession, bool]:
-    """The file, and whether there is attention in it."""
+    """Open the file; also returns whether it contains attention."""
     _require(os.path.isfile(source), f"There is no file `{source}`.", str(source))
     model = graph_of(source)
     _require(not is_quantised(model), f"`{source}` is quantised already; give the float file.", str(source))
@@ -186,7 +186,7 @@ def _open_float(source: Path) -> tuple[onnxruntime.InferenceSession, bool]:
 
 
 def _has_attention(model: onnx.ModelProto) -> bool:
-    """A softmax that weighs the rows of a product, or an operation that is attention as a whole."""
+    """Whether there is a softmax followed by a matrix product, or a fused attention operation."""
     weighed = {name for node in model.graph.node if node.op_type == "MatMul" for name in node.input}
     return any(
         node.op_type == "Attention" or (node.op_type == "Softmax" and node.output[0] in weighed)
@@ -196,7 +196,7 @@ def _has_attention(model: onnx.ModelProto) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """Some rows of a batch as the file takes them; a fixed batch is filled up by repeating rows, `rows` are the true ones."""
+    """Some rows of a batch as the file takes them. A fixed batch is padded by repeating rows; `rows` counts the real ones."""
 
     arrays: dict[str, Array]
     rows: int
@@ -206,7 +206,7 @@ class _Piece:
 def _pieces(
     session: onnxruntime.InferenceSession, batches: Iterable[Batch], *, most: int | None = None
 ) -> Iterator[_Piece]:
-    """Batches cut to the file's batch size if that is fixed, else to `most` rows."""
+    """Batches split to the file's batch size if it is fixed, otherwise to at most `most` rows."""
     inputs = session.get_inputs()
     takes = Inputs(tuple(one.name for one in inputs), tuple(one.name for one in inputs))
     fixed = inputs[0].shape[0] if isinstance(inputs[0].shape[0], int) else None
@@ -224,7 +224,7 @@ def _pieces(
 
 
 def _classify(session: onnxruntime.InferenceSession, batches: Iterable[Batch]) -> tuple[Array, Array]:
-    """Labels, and the classes the file gives; by its first output of shape (N, classes)."""
+    """The labels, and the classes that the file predicts, from its first output of shape (N, classes)."""
     labels, classes = [], []
     for piece in _pieces(session, batches):
         _require(piece.labels is not None, "Evaluation batches need labels: (inputs, labels).", "evaluation")
@@ -246,7 +246,7 @@ def _classify(session: onnxruntime.InferenceSession, batches: Iterable[Batch]) -
 
 
 class _Reader:
-    """Calibration data in the form onnxruntime asks for: one dict at a time, then None; a range of them if it says so.
+    """Calibration data in the form that onnxruntime requires: one dict at a time, then None; optionally a range of them.
 
     Args:
         session: the float file.
@@ -268,7 +268,7 @@ class _Reader:
         return len(self._all)
 
     def set_range(self, start_index: int, end_index: int) -> None:
-        """Go on with these pieces."""
+        """Continue with the pieces of a range."""
         self._pieces = iter(self._all[start_index:end_index])
 
     def get_next(self) -> dict[str, Array] | None:
@@ -281,7 +281,7 @@ class _Reader:
 
 
 def _prepare(source: Path, prepared: Path, *, beside: bool) -> None:
-    """Shapes inferred and the graph fused, as the quantiser wants it."""
+    """Infer shapes and fuse the graph, as the quantiser requires."""
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     # Symbolic shape inference needs sympy rules for every operator, and adds nothing to the shapes from the exporter.
@@ -314,7 +314,7 @@ def _quantize_dynamic(prepared: Path, draft: Path, **options: bool) -> None:
 
 
 def _write_down(draft: Path, report: QuantizeReport) -> None:
-    """What was done, in the file itself; the quantiser's own notes leave it."""
+    """Write the report into the file's metadata, and remove the quantiser's own entries."""
     import onnx
 
     model = onnx.load(str(draft), load_external_data=False)
@@ -328,7 +328,7 @@ def _write_down(draft: Path, report: QuantizeReport) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Hold back what the quantiser prints, and the advice it logs on the root logger."""
+    """Suppress what the quantiser prints and logs on the root logger."""
     root = logging.getLogger()
     level = root.level
     root.setLevel(logging.ERROR)

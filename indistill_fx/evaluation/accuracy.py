@@ -48,17 +48,17 @@ class Evaluation:
 
     @property
     def value(self) -> float:
-        """The metric that decides; the loss where there is none."""
+        """The deciding metric; the loss if there is none."""
         return self.metrics.get(self.metric.name, self.loss)
 
     @property
     def values(self) -> Mapping[str, float]:
-        """All metrics; the loss alone where there are none."""
+        """All metrics; only the loss if there are none."""
         return self.metrics or {self.metric.name: self.loss}
 
     @property
     def no_better_than_chance(self) -> bool:
-        """Whether a classifier's accuracy is within five points of what guessing one of the classes gets."""
+        """Whether a classifier's accuracy is within five points of always guessing one class."""
         return self.accuracy is not None and self.accuracy < 1 / self.classes + 0.05
 
 
@@ -132,7 +132,7 @@ def evaluate(
 
 @contextmanager
 def _explained(task: Task, logits: Tensor, labels: Tensor) -> Iterator[None]:
-    """Report what fails in a user's own task, such as a metric or a loss that does not fit, as an error of the user."""
+    """Turn failures in a user's own task, such as a metric that does not fit, into errors for the user."""
     try:
         yield
     except (IndistillError, torch.OutOfMemoryError):
@@ -260,7 +260,7 @@ def _outputs(
     progress: bool,
     view: View | None = None,
 ) -> Iterator[tuple[Any, Tensor, Tensor | None]]:
-    """Of every batch: what the module gives, the labels, and the first input."""
+    """For every batch: the module's outputs, the labels, and the first input."""
     owner = module if isinstance(module, nn.Module) else getattr(module, "__self__", None)
     owner = owner if isinstance(owner, nn.Module) else nn.Module()
     if device is None:

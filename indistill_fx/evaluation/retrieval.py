@@ -128,7 +128,7 @@ def _penultimate(model: TracedModel) -> str:
 
 
 class _Feature(nn.Module):
-    """One feature of a cut graph."""
+    """The tapped feature of a graph that ends there."""
 
     def __init__(self, graph: nn.Module, tap: str):
         super().__init__()

@@ -64,9 +64,11 @@ def write_out_weights(module: nn.Module) -> None:
             if is_parametrized(part):
                 _write_out_parametrised(part)
             hooks = part._forward_pre_hooks
-            ours = {key: hook for key, hook in hooks.items() if isinstance(hook, _COMPUTING)}
-            part._forward_pre_hooks = OrderedDict((key, hook) for key, hook in hooks.items() if key not in ours)
-            for hook in ours.values():
+            computing_hooks = {key: hook for key, hook in hooks.items() if isinstance(hook, _COMPUTING)}
+            part._forward_pre_hooks = OrderedDict(
+                (key, hook) for key, hook in hooks.items() if key not in computing_hooks
+            )
+            for hook in computing_hooks.values():
                 _write_out_hooked(part, hook)
 
 

@@ -73,9 +73,9 @@ def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
 
 
 class _Looking(Runner):
-    def __init__(self, graph_module: fx.GraphModule, look: Look, instead: Instead | None):
+    def __init__(self, graph_module: fx.GraphModule, on_value: Look, override: Instead | None):
         super().__init__(graph_module)
-        self._look, self._instead = look, instead
+        self._look, self._instead = on_value, override
 
     def run_node(self, node: fx.Node) -> Any:
         value = self._instead(node, self.env) if self._instead is not None else None
@@ -84,19 +84,19 @@ class _Looking(Runner):
         return value if changed is None else changed
 
 
-def run_looking(graph_module: fx.GraphModule, look: Look, *args: Any, instead: Instead | None = None) -> Any:
-    """Run a graph and show every value to `look` as soon as it is there.
+def run_looking(graph_module: fx.GraphModule, on_value: Look, *args: Any, override: Instead | None = None) -> Any:
+    """Run a graph and call `on_value` with every value as soon as it is computed.
 
     Args:
         graph_module: the graph.
-        look: see `Look`; an exception it raises ends the run.
+        on_value: see `Look`; an exception it raises ends the run.
         args: the graph's inputs, in order.
-        instead: see `Instead`.
+        override: see `Instead`.
 
     Returns:
         The graph's output.
     """
-    return _Looking(graph_module, look, instead).run(*args)
+    return _Looking(graph_module, on_value, override).run(*args)
 
 
 def run_part(node: fx.Node, needed: Container[fx.Node], known: Mapping[fx.Node, Any]) -> Any:

@@ -171,8 +171,8 @@ class State:
         arrays = {id(value): _shared(value) for value in held if isinstance(value, np.ndarray)}
         shared = {key: tensor for key, tensor in arrays.items() if tensor is not None}
         self._arrays = {id(tensor): key for key, tensor in shared.items()}
-        loose = {id(value): value for value in held if isinstance(value, Tensor)}
-        self._values = Values([*{**loose, **self._buffers}.values(), *shared.values()])
+        held_tensors = {id(value): value for value in held if isinstance(value, Tensor)}
+        self._values = Values([*{**held_tensors, **self._buffers}.values(), *shared.values()])
 
     def put_back(self) -> None:
         """All of it, with the values that it had."""
@@ -268,10 +268,10 @@ def own_layers(graph_module: fx.GraphModule) -> None:
     paths = {str(node.target) for node in graph_module.graph.nodes if node.op == "call_module"}
     # The outer modules first: a leaf may contain another.
     for path in sorted(paths, key=lambda path: path.count(".")):
-        home, _, name = path.rpartition(".")
+        parent, _, name = path.rpartition(".")
         own = shadow(attribute(graph_module, path), training=False, memo=memo)
         write_out_weights(own)
-        setattr(attribute(graph_module, home), name, own)
+        setattr(attribute(graph_module, parent), name, own)
     graph_module.eval()
 
 

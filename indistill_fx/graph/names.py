@@ -49,7 +49,9 @@ def writable(name: str) -> str:
 def writable_paths(paths: Iterable[str]) -> dict[str, str]:
     """For every dotted path the one to stand for it in a graph; two paths never become one."""
     paths = list(paths)
-    taken = {path[:end] for path in paths for end in (*(at for at, sign in enumerate(path) if sign == "."), len(path))}
+    used_paths = {
+        path[:end] for path in paths for end in (*(at for at, sign in enumerate(path) if sign == "."), len(path))
+    }
     found: dict[str, str] = {}
     for path in paths:
         old = new = ""
@@ -57,8 +59,8 @@ def writable_paths(paths: Iterable[str]) -> dict[str, str]:
             old, dot = f"{old}.{part}" if old else part, "." if new else ""
             if old not in found:
                 found[old] = f"{new}{dot}{writable(part)}"
-                while found[old] != old and found[old] in taken:
+                while found[old] != old and found[old] in used_paths:
                     found[old] += "_"
-                taken.add(found[old])
+                used_paths.add(found[old])
             new = found[old]
     return {path: found[path] for path in paths}

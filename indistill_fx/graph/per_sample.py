@@ -99,11 +99,14 @@ def _rewrite(node: fx.Node, runs: Sequence[Mapping[str, Shape]], batches: Sequen
     given = _arguments(node)
     if given["bias"] is not None or isinstance(given["padding"], str):
         return False
-    whole, filters = _parted(given["input"], runs, batches), _parted(given["weight"], runs, batches) or given["weight"]
+    full_input, filters = (
+        _parted(given["input"], runs, batches),
+        _parted(given["weight"], runs, batches) or given["weight"],
+    )
     first, weight = runs[0], runs[0].get(given["weight"].name, ())
-    if whole is None or len(weight) != 4 or weight[0] % batches[0]:
+    if full_input is None or len(weight) != 4 or weight[0] % batches[0]:
         return False
-    channels, count = first[whole.name][1], weight[0] // batches[0]
+    channels, count = first[full_input.name][1], weight[0] // batches[0]
     joined = [user for user in node.users if op_name(user) in ("view", "reshape")]
     others = {op_name(user) for user in node.users if user not in joined}
     if not joined or others - {"size", "shape", "getattr"} or channels % weight[1]:
@@ -117,7 +120,7 @@ def _rewrite(node: fx.Node, runs: Sequence[Mapping[str, Shape]], batches: Sequen
             own = node.graph.call_function(*_in_order(filters, first[filters.name], count, weight))
         own.meta = dict(node.meta)
         user.op, user.target = "call_function", conv_per_sample
-        user.args, user.kwargs = (whole, own, channels // weight[1]), settings
+        user.args, user.kwargs = (full_input, own, channels // weight[1]), settings
     return True
 
 

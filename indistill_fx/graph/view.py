@@ -108,12 +108,12 @@ class View(_Frozen):
         Returns:
             The view; None if no view says anything.
         """
-        said: dict[str, object] = {}
+        fields: dict[str, object] = {}
         for view in views:
             for name in View.model_fields:
                 if view is not None and getattr(view, name) is not None:
-                    said.setdefault(name, getattr(view, name))
-        return View.model_construct(**said) if said else None  # type: ignore[arg-type]
+                    fields.setdefault(name, getattr(view, name))
+        return View.model_construct(**fields) if fields else None  # type: ignore[arg-type]
 
     def apply(self, value: Tensor) -> Tensor:
         """An input as the teacher sees it.
@@ -150,17 +150,17 @@ class View(_Frozen):
 
     def __str__(self) -> str:
         """In words; empty where nothing is changed."""
-        words = [f"resized to {'x'.join(map(str, self.size))}"] if self.size is not None else []
-        words += [_CHANNELS[self.channels]] if self.channels is not None else []
+        changes = [f"resized to {'x'.join(map(str, self.size))}"] if self.size is not None else []
+        changes += [_CHANNELS[self.channels]] if self.channels is not None else []
         if self.rescaling is not None:
-            words.append(f"normalised by {self.rescaling.wanted} instead of {self.rescaling.given}")
-        words += [f"in {self.dtype}"] if self.dtype else []
-        said = [f"sees inputs {', '.join(words)}"] if words else []
+            changes.append(f"normalised by {self.rescaling.wanted} instead of {self.rescaling.given}")
+        changes += [f"in {self.dtype}"] if self.dtype else []
+        sentences = [f"sees inputs {', '.join(changes)}"] if changes else []
         if self.classes is not None:
-            said.append(
+            sentences.append(
                 f"its outputs {_shortened(self.classes)} are the student's classes" if self.classes else _STRANGERS
             )
-        return "; ".join(said)
+        return "; ".join(sentences)
 
 
 _CHANNELS = {1: "in grey", 3: "with their grey in three channels"}

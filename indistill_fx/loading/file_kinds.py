@@ -64,9 +64,9 @@ def recognise(path: Path) -> FileKind:
         return "onnx"
     if head[257:262] == b"ustar":
         raise _refuse(path, "a tar archive (PyTorch before 0.1.10, or .tar of files)", SAVE_AGAIN)
-    for signature, what, hint in _SIGNATURES:
+    for signature, description, hint in _SIGNATURES:
         if head.startswith(signature):
-            raise _refuse(path, what, hint)
+            raise _refuse(path, description, hint)
     if (text := _as_text(head)) is not None:
         first = text.strip().splitlines()[0][:60] if text.strip() else ""
         raise _refuse(path, f"a text file that begins with {first!r}", "For Python code write file.py:make_model.")
@@ -103,8 +103,8 @@ def _recognise_zip(path: Path) -> FileKind:
     except _UNREADABLE as error:
         raise damaged(str(path), str(error)) from error
     if "constants.pkl" in names:
-        what = "a TorchScript archive, whose graph cannot be read as a PyTorch module"
-        raise _refuse(path, what, "Save the module it was made from: torch.save(model, path).")
+        description = "a TorchScript archive, whose graph cannot be read as a PyTorch module"
+        raise _refuse(path, description, "Save the module it was made from: torch.save(model, path).")
     if "serialized_exported_program.json" in names:
         raise _refuse(path, "a torch.export archive of PyTorch 2.7 or older", SAVE_AGAIN)
     if any(name.startswith(".data/extern_modules") for name in names):
@@ -113,8 +113,10 @@ def _recognise_zip(path: Path) -> FileKind:
         return "export"
     if "data.pkl" in names:
         return "torch"
-    what = "a numpy archive (.npz)" if any(name.endswith(".npy") for name in names) else "a zip archive without a model"
-    raise _refuse(path, what, SAVE_AGAIN)
+    description = (
+        "a numpy archive (.npz)" if any(name.endswith(".npy") for name in names) else "a zip archive without a model"
+    )
+    raise _refuse(path, description, SAVE_AGAIN)
 
 
 def open_zip(file: BinaryIO, label: str) -> zipfile.ZipFile:
@@ -155,8 +157,10 @@ def damaged(label: str, reason: str) -> ConfigError:
     return ConfigError(f"`{label}` is damaged: {reason}.", where=label, got=reason, hint="Copy or download it again.")
 
 
-def _refuse(path: Path, what: str, hint: str) -> ConfigError:
-    return ConfigError(f"`{path}` is {what}.", where=str(path), got=what, expected="a PyTorch model file", hint=hint)
+def _refuse(path: Path, description: str, hint: str) -> ConfigError:
+    return ConfigError(
+        f"`{path}` is {description}.", where=str(path), got=description, expected="a PyTorch model file", hint=hint
+    )
 
 
 def _is_safetensors(head: bytes, size: int) -> bool:

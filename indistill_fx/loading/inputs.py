@@ -87,9 +87,9 @@ def example_inputs(texts: Sequence[str]) -> Tensor | tuple[Tensor, ...] | dict[s
     names = [form.name for form in forms]
     if any(names) and (not all(names) or len(set(names)) < len(names)):
         twice = next((name for name in names if names.count(name) > 1 and name), "")
-        what = f"the input {twice!r} twice" if twice else "names for some inputs only"
+        problem = f"the input {twice!r} twice" if twice else "names for some inputs only"
         hint = "Name every input once: --input input_ids:int64[0..99]x12 --input pixel_values:3x224x224."
-        raise ConfigError(f"--input gives {what}.", where="--input", got=list(texts), hint=hint)
+        raise ConfigError(f"--input gives {problem}.", where="--input", got=list(texts), hint=hint)
     generator = torch.Generator().manual_seed(0)
     tensors = [_example(form, generator) for form in forms]
     if all(names):

@@ -267,8 +267,8 @@ def _with_facts(source: Source, facts: InputFacts) -> Source:
 
 def _only_weights(path: Path, tensors: int) -> ConfigError:
     if not tensors:
-        what = f"`{path}` holds neither a module nor a state dict."
-        return ConfigError(what, where=str(path), hint="Save the model whole: torch.save(model, path).")
+        message = f"`{path}` holds neither a module nor a state dict."
+        return ConfigError(message, where=str(path), hint="Save the model whole: torch.save(model, path).")
     return ConfigError(
         f"`{path}` is a state dict of {tensors} tensors: weights without the model they belong to.",
         where=str(path),

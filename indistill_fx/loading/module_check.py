@@ -65,13 +65,13 @@ def _faults(module: nn.Module, *, trusted: bool) -> Iterator[str]:
             yield f"has no proper {name}"
         if "hook" in name and held and not trusted:
             yield f"has {name}"
-    taken = {*plain, *state}
+    used_names = {*plain, *state}
     for name in [name for registry, _ in _REGISTRIES for name in state[registry]]:
         if not isinstance(name, str) or not is_plain(name):
             yield f"calls one of its parts {str(name)[:60]!r}, which is not an identifier or number"
-        elif name in taken or hasattr(type(module), name):
+        elif name in used_names or hasattr(type(module), name):
             yield f"calls one of its parts {name!r}, which hides what every module has, or another part"
-        taken.add(name)
+        used_names.add(name)
     for name, value in state.items():
         # timm's FasterNet assigns one of its own methods to `forward`.
         if callable(getattr(nn.Module, str(name), None)) and getattr(value, "__self__", None) is not module:

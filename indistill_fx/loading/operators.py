@@ -41,7 +41,7 @@ def may_be_called(namespace: str, name: str, operator: Any) -> bool:
     """
     schemas = [operator._schema] if hasattr(operator, "_schema") else [s for s in _schemas(operator)]
     if not schemas or any(
-        word in argument.name for s in schemas for argument in s.arguments for word in ("file", "unsafe")
+        fragment in argument.name for s in schemas for argument in s.arguments for fragment in ("file", "unsafe")
     ):
         return False
     if namespace != "aten":

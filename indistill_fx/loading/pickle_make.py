@@ -67,33 +67,33 @@ class Maker:
             Exception: of any kind, when the description makes no sense.
         """
         needed = {id(part) for part in walk(wanted)}
-        for what, target, payload in self.scan.steps:
+        for opcode, target, payload in self.scan.steps:
             if id(target) in needed:
-                self._do(what, target, payload)
+                self._do(opcode, target, payload)
         return self.value(wanted)
 
-    def _do(self, what: str, target: Made, payload: Any) -> None:
+    def _do(self, opcode: str, target: Made, payload: Any) -> None:
         kind = target.kind
         if isinstance(kind, Named) and kind.use == "trusted":
-            self._do_trusted(what, target, kind.value, payload)
-        elif what == "make":
+            self._do_trusted(opcode, target, kind.value, payload)
+        elif opcode == "make":
             self.made[id(target)] = self._make(target)
-        elif what == "state" and len(target.states) == 1:
+        elif opcode == "state" and len(target.states) == 1:
             self._set_state(target, payload)
         else:
             raise UnfitError(f"changes {name_of(target)} that could change what its code does")
 
-    def _do_trusted(self, what: str, target: Made, function: Any, payload: Any) -> None:
+    def _do_trusted(self, opcode: str, target: Made, function: Any, payload: Any) -> None:
         """As Python's own unpickler does it."""
-        if what == "make":
+        if opcode == "make":
             arguments = self.value(target.arguments)
             self.made[id(target)] = function(*arguments) if target.called else function.__new__(function, *arguments)
             return
         made, payload = self.made[id(target)], self.value(payload)
-        if what == "items":
+        if opcode == "items":
             for key, value in payload:
                 made[key] = value
-        elif what == "append":
+        elif opcode == "append":
             for value in payload:
                 made.append(value)
         elif hasattr(made, "__setstate__"):
@@ -154,9 +154,9 @@ class Maker:
                 made = self._call(kind.path, arguments)
                 if made is not _NOTHING:
                     return made
-        how = "calls" if target.called else "makes"
+        verb = "calls" if target.called else "makes"
         given = ", ".join(map(name_of, arguments)) if isinstance(arguments, tuple) else name_of(arguments)
-        raise UnfitError(f"{how} {name_of(kind)}({given})")
+        raise UnfitError(f"{verb} {name_of(kind)}({given})")
 
     def _graph_module(self, body: Mapping[str, Any], imports: str) -> fx.GraphModule:
         """A graph module, its graph read from the source code in the file."""

@@ -193,12 +193,12 @@ class _Reader(pickle._Unpickler):
         self.scan.steps.append(("make", made, None))
         return made
 
-    def _change(self, what: Literal["items", "append"], target: Any, payload: list[Any]) -> bool:
+    def _change(self, kind: Literal["items", "append"], target: Any, payload: list[Any]) -> bool:
         """Write down a change of an object; containers are changed themselves."""
         if not isinstance(target, Made):
             return False
-        (target.items if what == "items" else target.appended).extend(payload)
-        self.scan.steps.append((what, target, payload))
+        (target.items if kind == "items" else target.appended).extend(payload)
+        self.scan.steps.append((kind, target, payload))
         return True
 
     def _load_proto(self) -> None:

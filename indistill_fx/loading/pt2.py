@@ -253,9 +253,9 @@ def _check_text(value: str, key: str, trust: Sequence[str]) -> None:
             _require(value, _FREE, key)
 
 
-def _require(value: str, pattern: re.Pattern[str], what: str) -> None:
+def _require(value: str, pattern: re.Pattern[str], name: str) -> None:
     if not pattern.fullmatch(value):
-        raise _UnfitError(f"has a {what} {value[:60]!r}")
+        raise _UnfitError(f"has a {name} {value[:60]!r}")
 
 
 def _require_path(path: str) -> None:

@@ -118,8 +118,8 @@ def open_saved(file: BinaryIO, label: str, *, trust: Sequence[str] = ()) -> Iter
     if saved.scan.problems:
         raise _refuse(label, "; it ".join(saved.scan.problems[:3]), MALICIOUS)
     if saved.scan.is_legacy_module:
-        what = f"`{label}` is a whole module in the format before PyTorch 1.6, which cannot be loaded safely."
-        raise ConfigError(what, where=label, hint=SAVE_AGAIN)
+        message = f"`{label}` is a whole module in the format before PyTorch 1.6, which cannot be loaded safely."
+        raise ConfigError(message, where=label, hint=SAVE_AGAIN)
     yield saved
 
 
@@ -130,9 +130,9 @@ def _scan_zip(file: BinaryIO, label: str, trust: Sequence[str]) -> tuple[Scan, R
     scan.root = go_through(io.BytesIO(archive.read(f"{folder}/data.pkl")), scan, trust=trust)
     for key, storage in scan.storages.items():
         entry = found.get(f"{folder}/data/{key}")
-        there = entry.file_size if entry is not None else 0
-        if there != storage.declared:
-            raise damaged(label, f"it declares {storage.declared:,} bytes for storage {key} and has {there:,}")
+        actual_size = entry.file_size if entry is not None else 0
+        if actual_size != storage.declared:
+            raise damaged(label, f"it declares {storage.declared:,} bytes for storage {key} and has {actual_size:,}")
     order = f"{folder}/byteorder"
     foreign = order in found and archive.read(order).decode() != sys.byteorder
 
@@ -156,9 +156,9 @@ def _scan_legacy(file: BinaryIO, label: str, trust: Sequence[str]) -> tuple[Scan
     if {*keys} != {*scan.storages}:
         raise damaged(label, "the storages it lists are not those it uses")
     declared, start = sum(storage.declared for storage in scan.storages.values()) + 8 * len(keys), content.tell()
-    there = content.seek(0, 2) - start
-    if there < declared:
-        raise damaged(label, f"it declares {declared:,} bytes of data and has {there:,}")
+    actual_size = content.seek(0, 2) - start
+    if actual_size < declared:
+        raise damaged(label, f"it declares {declared:,} bytes of data and has {actual_size:,}")
     places: dict[str, int] = {}
     for key in keys:
         places[key] = start + 8
@@ -187,8 +187,8 @@ def _read_storage(stream: Any, storage: Storage, *, swap: bool) -> torch.Untyped
 
 
 def _refuse(label: str, problem: str, hint: str) -> ConfigError:
-    what = f"`{label}` was refused, and nothing in it was run: it {problem}."
-    return ConfigError(what, where=label, got=problem, hint=hint)
+    message = f"`{label}` was refused, and nothing in it was run: it {problem}."
+    return ConfigError(message, where=label, got=problem, hint=hint)
 
 
 def _refuse_names(names: Mapping[str, Named], label: str) -> None:

@@ -119,5 +119,5 @@ def is_input_size(value: object, *, most: int = LARGEST_INPUT) -> bool:
     """Whether a value, perhaps from a file, is the size of an input that fits in memory."""
     if not isinstance(value, (tuple, list)) or not 0 < len(value) <= 16:
         return False
-    whole = all(isinstance(n, int) and not isinstance(n, bool) and 0 < n <= most for n in value)
-    return whole and math.prod(value) <= most
+    valid = all(isinstance(n, int) and not isinstance(n, bool) and 0 < n <= most for n in value)
+    return valid and math.prod(value) <= most

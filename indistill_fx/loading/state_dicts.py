@@ -91,8 +91,8 @@ def _read_saved(saved: SavedFile) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     notes: tuple[str, ...] = ()
     if isinstance(held, Made) and held.is_module and entries(held) is None:
         saved.require_names(held)
-        what = f"`{label}` is a whole module, not a state dict."
-        raise ConfigError(what, where=label, hint=f"Name it alone, without a model before it: {label}.")
+        message = f"`{label}` is a whole module, not a state dict."
+        raise ConfigError(message, where=label, hint=f"Name it alone, without a model before it: {label}.")
     found = entries(held)
     if found is None:
         saved.require_names(held)
@@ -111,8 +111,8 @@ def _read_saved(saved: SavedFile) -> tuple[dict[str, Tensor], tuple[str, ...]]:
         saved.require_names(found)
         raise _no_state_dict(label, others)
     state = saved.make(found)
-    if odd := [key for key, value in state.items() if not isinstance(value, Tensor)]:
-        raise _no_state_dict(label, odd)
+    if not_tensors := [key for key, value in state.items() if not isinstance(value, Tensor)]:
+        raise _no_state_dict(label, not_tensors)
     return state, (*notes, *saved.describe_trusted(found))
 
 
@@ -167,8 +167,8 @@ def _require_match(state: Mapping[str, Tensor], own: Mapping[str, Any], name: st
         if isinstance(own.get(key), Tensor) and own[key].shape != value.shape
     ]
     parts = [
-        f"{len(keys)} {what}: {', '.join(keys[:_SHOWN])}{', …' if len(keys) > _SHOWN else ''}"
-        for what, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+        f"{len(keys)} {problem}: {', '.join(keys[:_SHOWN])}{', …' if len(keys) > _SHOWN else ''}"
+        for problem, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
         if keys
     ]
     if parts:

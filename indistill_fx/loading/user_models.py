@@ -40,9 +40,9 @@ def build_by_factory(place: str, name: str, arguments: Mapping[str, Any]) -> nn.
         except (Exception, SystemExit) as error:
             raise _failed(error, f"The factory {spec}", spec) from error
     if not isinstance(made, nn.Module):
-        what = f"{spec} made no module but a value of type {type(made).__name__}."
+        message = f"{spec} made no module but a value of type {type(made).__name__}."
         hint = f"Let {name} return a torch.nn.Module."
-        raise FrontendError(what, where=_place_of(factory, spec), got=made, hint=hint)
+        raise FrontendError(message, where=_place_of(factory, spec), got=made, hint=hint)
     return made
 
 
@@ -69,9 +69,9 @@ def _is_absent(error: BaseException, place: str) -> bool:
 
 def _require_callable(factory: Any, spec: str, arguments: Mapping[str, Any]) -> None:
     if isinstance(factory, nn.Module) or not callable(factory):
-        what = "a module already made" if isinstance(factory, nn.Module) else f"a {type(factory).__name__}"
+        found = "a module already made" if isinstance(factory, nn.Module) else f"a {type(factory).__name__}"
         hint = "Name a function that returns the model, or its class."
-        raise ConfigError(f"{spec} is {what}, not a factory.", where=spec, got=what, hint=hint)
+        raise ConfigError(f"{spec} is {found}, not a factory.", where=spec, got=found, hint=hint)
     try:
         signature = inspect.signature(factory)
     except ValueError:  # builtins have no signature
@@ -93,7 +93,7 @@ def _needed(signature: inspect.Signature) -> str:
     return "&".join(f"{name}=…" for name in needed) or "name=value"
 
 
-def _failed(error: BaseException, who: str, spec: str) -> FrontendError:
+def _failed(error: BaseException, subject: str, spec: str) -> FrontendError:
     """The error for code of the user's that raised: the innermost line that is not a library's."""
     frames = traceback.extract_tb(error.__traceback__)
     if isinstance(error, SyntaxError) and error.filename:
@@ -105,7 +105,7 @@ def _failed(error: BaseException, who: str, spec: str) -> FrontendError:
     hint = "Fix that line, or the arguments."
     if isinstance(error, ImportError) and "@" in (error.name or ""):  # as `load_object` names files: a relative import
         hint = "A file is in no package; from the folder that holds the package, name package.module:name."
-    return FrontendError(f"{who} failed at {where}: {reason}.", where=where, got=reason, hint=hint)
+    return FrontendError(f"{subject} failed at {where}: {reason}.", where=where, got=reason, hint=hint)
 
 
 def _is_users(filename: str) -> bool:

@@ -55,7 +55,7 @@ class Criterion(nn.Module):
 
     @property
     def summary(self) -> str:
-        """What is reported of it when its stage is over."""
+        """A text for the report at the end of the stage."""
         return ""
 
 
@@ -99,7 +99,7 @@ class MainLoss(Criterion):
         self.weight, self.weight_labels = weight, weight_labels
 
     def term(self, student: Outputs, teacher: Outputs, labels: Tensor | None) -> Tensor:
-        """The method's own term, unweighted; logits and labels are as the task prepares them."""
+        """The term of the method, unweighted; logits and labels are as the task prepares them."""
         raise NotImplementedError
 
     def forward(self, student: Outputs, teacher: Outputs, labels: Tensor | None = None) -> Tensor:
@@ -120,7 +120,7 @@ class MainLoss(Criterion):
             return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
     def vary(self, points: Sequence[tuple[int, float]]) -> None:
-        """Let the term's weight go through factors of `weight`, by training steps.
+        """Let the term's weight change over the training steps, by factors of `weight`.
 
         Raises:
             ConfigError: no points, steps that do not rise from 0 or more, or a negative factor.
@@ -139,7 +139,7 @@ class MainLoss(Criterion):
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
 
     def _weight_now(self) -> float | Tensor:
-        """The term's weight in this step; counts it, in training."""
+        """The term's weight in this step; counts the step in train mode."""
         if not self.over_time:
             return self.weight
         step = self.seen.double()
@@ -161,7 +161,7 @@ class MainLoss(Criterion):
 
 
 def required(value: Tensor | None, name: str) -> Tensor:
-    """The tensor, or a ConfigError that names what is absent."""
+    """The tensor itself; raises a ConfigError that names it if it is None."""
     if value is None:
         raise ConfigError(f"This loss reads the {name}, but got none.", where=name, expected="a tensor")
     return value

@@ -109,7 +109,7 @@ def infer_task(logits: Tensor, labels: Tensor | None, inputs: Tensor | None = No
 
 
 def _by_values(logits: Tensor, labels: Tensor) -> Task | None:
-    """Of labels that have a value for every output."""
+    """The task of labels that have one value for every output."""
     if labels.is_floating_point() and logits.ndim == 2 and logits.shape[1] > 1:
         sums = labels.sum(1)
         if torch.allclose(sums, torch.ones_like(sums), atol=1e-4) and bool((labels >= 0).all()):
@@ -120,7 +120,7 @@ def _by_values(logits: Tensor, labels: Tensor) -> Task | None:
 
 
 def _are_the_inputs(labels: Tensor, inputs: Tensor) -> bool:
-    """Whether the labels that count are the tokens at their own place: then it is the next one that is to be foretold."""
+    """Whether the labels equal the input tokens at the same positions: the task is then to predict the next token."""
     if labels.shape != inputs.shape or inputs.is_floating_point():
         return False
     counted = labels != IGNORED

@@ -299,7 +299,7 @@ def _decoupled_by_class(z_s: Tensor, z_t: Tensor, labels: Tensor) -> tuple[Tenso
 
 
 def _decoupled_by_probability(z_s: Tensor, z_t: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Likewise (N, C) each, the expectation over a label that is a distribution over classes.
+    """The same, (N, C) each, as an expectation over labels that are a distribution over classes.
 
     For class c the others' KL is (K - k_c) / (1 - q_c) - log(1 - q_c) + log(1 - p_c), with k_c the summand of class c in K, the
     whole KL of q from p. In float64, because 1 - p_c is small where a network is sure.

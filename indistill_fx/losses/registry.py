@@ -213,7 +213,7 @@ def _built(kind: Callable[..., Built], name: str, options: Mapping[str, Any]) ->
 def _users(
     loss: str | Callable[..., Tensor], known: Mapping[str, Any], role: str, options: Mapping[str, Any]
 ) -> tuple[Callable[..., Tensor], Mapping[str, Any]]:
-    """A loss of the user's own, and the options that are still to be given to it."""
+    """A user's own loss, and the options that are left to pass to it."""
     found = _object(loss, known, role)
     if isinstance(found, type):
         found, options = _built(found, found.__name__, options), {}

@@ -69,7 +69,7 @@ class PairsLoss(Criterion):
 
     @property
     def summary(self) -> str:
-        """The loss of every pair, as it was of late."""
+        """The recent loss of every pair."""
         each = ", ".join(f"{key} {value:.3g}" for key, value in zip(self.keys, self.recent.tolist(), strict=True))
         return f"loss by pair: {each}" if self.relative else f"loss by segment: {each}"
 
@@ -94,7 +94,7 @@ class Kept(Criterion):
             self.described = f"{main.described} and {self.described}"
 
     def kept_loss(self, student: Outputs, teacher: Outputs) -> Tensor:
-        """What is kept."""
+        """The kept loss, unweighted."""
         raise NotImplementedError
 
     def forward(self, student: Outputs, teacher: Outputs, labels: Tensor | None) -> Tensor:

@@ -340,7 +340,7 @@ class Embedding(Task):
     labelled: ClassVar[bool] = False
 
     def check(self, logits: Tensor, labels: Tensor) -> None:
-        """Whatever is there is not read."""
+        """Nothing to check: labels are not read."""
 
     def divergence(self, student: Tensor, teacher: Tensor, labels: Tensor | None, temperature: float) -> Tensor:
         """Mean squared error of the models' outputs."""

@@ -111,10 +111,10 @@ def align_traced(
 
 def _projected(teacher: TracedModel, student: TracedModel) -> list[tuple[str, str]]:
     """The pair that a student which reuses this teacher's classifier has by its making."""
-    told = getattr(student.module, "meta", {}).get("reuses")
-    if not isinstance(told, ReusedAfter) or told.tap not in teacher.taps:
+    reused = getattr(student.module, "meta", {}).get("reuses")
+    if not isinstance(reused, ReusedAfter) or reused.tap not in teacher.taps:
         return []
-    return [(told.tap, "projector")] if teacher.facts_of(told.tap).shape[1:] == told.shape else []
+    return [(reused.tap, "projector")] if teacher.facts_of(reused.tap).shape[1:] == reused.shape else []
 
 
 def _narrower(pair: Pair, teacher: TracedModel, student: TracedModel) -> int | None:

@@ -120,13 +120,15 @@ def align_members(
         required: whether having no pairs is an error.
     """
     best: dict[str, Pair] = {}
-    lost: list[str] = []
+    dropped: list[str] = []
     for number, plan in enumerate(plans):
         for pair in plan.pairs:
             own = pair.model_copy(update={"teacher": _inside(number, pair.teacher)})
             known = own.teacher in teacher.taps and teacher.facts_of(own.teacher).shape[1:] == pair.teacher_shape[1:]
             if not known:
-                lost.append(f"teachers.{number}: {pair.teacher} (the layer is not found in the graph of all teachers)")
+                dropped.append(
+                    f"teachers.{number}: {pair.teacher} (the layer is not found in the graph of all teachers)"
+                )
             elif pair.student not in best or pair.score > best[pair.student].score:
                 best[pair.student] = own
     order = {node.name: place for place, node in enumerate(student.graph_module.graph.nodes)}
@@ -145,7 +147,7 @@ def align_members(
         student=ModelStamp.of(student),
         pairs=tuple(_in_order(chosen, teacher)),
         embedding=named if named is not None and named.teacher in teacher.taps else None,
-        unmatched=(*_unmatched(plans), *lost),
+        unmatched=(*_unmatched(plans), *dropped),
         layers=Layers(teacher=teacher.layers, student=student.layers),
         views=member_views(teacher.module),
     )
@@ -162,18 +164,18 @@ def _inside(number: int, tap: str) -> str:
 
 def traced_members(teacher: TracedModel) -> list[TracedModel]:
     """The teachers of an ensemble, each traced by itself."""
-    told = _told(teacher.module)
+    recorded = _told(teacher.module)
     values = teacher.example_values
     return [
         as_traced(
             member,
             Call((), dict(zip(names, values, strict=True))),
             role="teacher",
-            logits=told["logits"],
+            logits=recorded["logits"],
             view=View.combined(view, teacher.view),
         )
         for member, names, view in zip(
-            teacher.module.get_submodule("teachers").children(), told["inputs"], told["views"], strict=True
+            teacher.module.get_submodule("teachers").children(), recorded["inputs"], recorded["views"], strict=True
         )
     ]
 

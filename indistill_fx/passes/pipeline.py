@@ -107,12 +107,12 @@ def fed_student_half(
         MatchError: the teacher's feature of a pair cannot replace the student's.
     """
     taps = [pair.student for pair in pairs]
-    begun = run_passes(student, [("cut", partial(cut, taps=taps))])
-    with unchanged(begun.value, by="feed"):
-        result = feed(begun.value, taps)
-    signature = (*signature_of(begun.value), *(fed_name(number) for number in range(len(taps) - 1)))
+    from_start = run_passes(student, [("cut", partial(cut, taps=taps))])
+    with unchanged(from_start.value, by="feed"):
+        result = feed(from_start.value, taps)
+    signature = (*signature_of(from_start.value), *(fed_name(number) for number in range(len(taps) - 1)))
     verify(result.value, after="feed", signature=signature)
-    text = begun.report[-1].after, graph_text(result.value)
+    text = from_start.report[-1].after, graph_text(result.value)
     record = PassRecord("feed", result.report.done, result.report.skipped, *text)
     adapters = _adapters(pairs, student, teacher, side="student", narrowed=True)
     half = run_passes(result.value, [*adapters, *lowering_passes(lowerings, "student", student.facts)])
@@ -123,7 +123,7 @@ def fed_student_half(
                 where=pair.student,
                 hint="Leave the pair out (layers=[…]), or warm up one by one (feed='student').",
             )
-    return PassResult(half.value, (*begun.report, record, *half.report))
+    return PassResult(half.value, (*from_start.report, record, *half.report))
 
 
 def whole_teacher(model: TracedModel, *, lowerings: Lowerings) -> Half:

@@ -132,14 +132,14 @@ def make_projector(pair: Pair, factor: int, *, relu: bool) -> nn.Sequential:
         factor: the teacher's width divided by the width in between.
         relu: whether the teacher's feature is never negative.
     """
-    ours, theirs = pair.student_shape, pair.teacher_shape
-    space = len(theirs) - 2
+    student_shape, teacher_shape = pair.student_shape, pair.teacher_shape
+    space = len(teacher_shape) - 2
     layer, norm = _LAYERS[space]
-    width = max(theirs[1] // factor, 1)
+    width = max(teacher_shape[1] // factor, 1)
     layers: list[nn.Module] = []
-    if any(n > m for n, m in zip(ours[2:], theirs[2:], strict=True)):
-        layers.append(_POOLS[space - 1](theirs[2:]))
-    for before, after, side in ((ours[1], width, 1), (width, width, 3), (width, theirs[1], 1)):
+    if any(n > m for n, m in zip(student_shape[2:], teacher_shape[2:], strict=True)):
+        layers.append(_POOLS[space - 1](teacher_shape[2:]))
+    for before, after, side in ((student_shape[1], width, 1), (width, width, 3), (width, teacher_shape[1], 1)):
         size: dict[str, Any] = {"kernel_size": side, "padding": side // 2} if space else {}
         layers += [layer(before, after, bias=False, **size), norm(after), nn.ReLU()]
     return nn.Sequential(*(layers if relu else layers[:-1]))
@@ -151,11 +151,11 @@ def require_same_classifier(teacher: TracedModel, student: TracedModel) -> None:
     Raises:
         ConfigError: they differ.
     """
-    told = getattr(student.module, "meta", {}).get("reuses")
-    if not isinstance(told, ReusedAfter):
+    reused = getattr(student.module, "meta", {}).get("reuses")
+    if not isinstance(reused, ReusedAfter):
         return  # frozen by the user, who knows what it is
-    if told.tap in teacher.taps:
-        wanted = _after(teacher, told.tap).state_dict()
+    if reused.tap in teacher.taps:
+        wanted = _after(teacher, reused.tap).state_dict()
         found = student.module.get_submodule("classifier.layers").state_dict()
         same = wanted.keys() == found.keys() and all(
             value.shape == found[name].shape and torch.equal(value.to(found[name]), found[name])
@@ -164,22 +164,22 @@ def require_same_classifier(teacher: TracedModel, student: TracedModel) -> None:
         if same:
             return
     raise ConfigError(
-        f"The student reuses the classifier of another teacher: its layers after `{told.tap}` are not this teacher's.",
+        f"The student reuses the classifier of another teacher: its layers after `{reused.tap}` are not this teacher's.",
         where="student",
-        got=told.tap,
+        got=reused.tap,
         expected="the classifier of the teacher that it learns from, with the same weights",
         hint="Give reuse_classifier the teacher with its trained weights, such as indistill_fx.load(SPEC).",
     )
 
 
-def _require_channels(theirs: NodeFacts, ours: NodeFacts, pair: Pair) -> None:
-    fit = all(facts.channel_axis == 1 and facts.kind in ("map", "vector") for facts in (theirs, ours))
-    if not fit or len(theirs.shape) != len(ours.shape) or len(ours.shape) - 2 >= len(_LAYERS):
+def _require_channels(teacher_facts: NodeFacts, student_facts: NodeFacts, pair: Pair) -> None:
+    fit = all(facts.channel_axis == 1 and facts.kind in ("map", "vector") for facts in (teacher_facts, student_facts))
+    if not fit or len(teacher_facts.shape) != len(student_facts.shape) or len(student_facts.shape) - 2 >= len(_LAYERS):
         raise ConfigError(
-            f"The teacher's classifier cannot be reused after `{pair.teacher}` ({theirs.kind} {theirs.shape}), paired with the "
-            f"student's `{pair.student}` ({ours.kind} {ours.shape}).",
+            f"The teacher's classifier cannot be reused after `{pair.teacher}` ({teacher_facts.kind} {teacher_facts.shape}), "
+            f"paired with the student's `{pair.student}` ({student_facts.kind} {student_facts.shape}).",
             where=pair.teacher,
-            got=ours.shape,
+            got=student_facts.shape,
             expected="two maps or two vectors (batch, channels, *space)",
             hint="Choose a last pair whose features are compatible; for a transformer, the vectors that its classifier reads.",
         )

@@ -167,12 +167,12 @@ class Alignment:
 
     @property
     def drawn(self) -> tuple[Match, ...]:
-        """The pairs, and the penultimate vectors after them."""
+        """The pairs, followed by the penultimate vectors."""
         return (*self.matches, *([self.embedding] if self.embedding else []))
 
     @property
     def widest(self) -> int:
-        """The largest number of channels of all."""
+        """The largest number of channels in any row."""
         return max((row.channels for column in (self.teacher, self.student) for row in column.rows), default=1) or 1
 
 
@@ -222,7 +222,7 @@ def see_plan(plan: AlignmentPlan) -> Alignment:
 
 
 def _planned(match: Match, tap: str, shape: Shape, side: str) -> tuple[str, Row]:
-    """A row that only the plan knows, and its resolution. Kept channels show which axis they count."""
+    """A row from the plan alone, and its resolution. Two sizes are (tokens, channels), others (channels, *space)."""
     sizes = shape[1:]
     channels = (sizes[0] if len(sizes) != 2 else sizes[1]) if sizes else 0
     space = "×".join(map(str, sizes[1:])) if len(sizes) != 2 else f"{sizes[0]} tokens"

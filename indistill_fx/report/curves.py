@@ -40,7 +40,7 @@ def charts_of(runs: Sequence[Run]) -> list[Chart]:
 
 
 def _metric_charts(runs: Sequence[Run]) -> list[Chart]:
-    """One for every metric that decides in some of the runs."""
+    """One chart for every metric that decides in at least one run."""
     charts = []
     for metric in dict.fromkeys(run.metric for run in runs):
         own = [run if run.metric == metric else None for run in runs]
@@ -53,7 +53,7 @@ def _metric_charts(runs: Sequence[Run]) -> list[Chart]:
 
 
 def _teachers(runs: Sequence[Run]) -> list[Curve]:
-    """A level for every teacher; those of a chain differ."""
+    """A horizontal line for every teacher; the teachers of a chain differ."""
     levels: dict[float, list[str]] = {}
     for run in runs:
         if run.teacher_value is not None:

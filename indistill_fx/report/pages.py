@@ -105,7 +105,7 @@ def run_page(run_dir: str | os.PathLike[str]) -> str:
 
 
 def _missing(run: Run) -> Sequence[str]:
-    """A run on labels alone lacks no plan."""
+    """What is missing in a run; a run on labels alone needs no plan."""
     labels_only = run.status == "done" and all(phase.name == "main" for phase in run.phases)
     return [line for line in run.missing if not (labels_only and line.startswith("plan.json is not there"))]
 
@@ -115,7 +115,7 @@ def _view(alignment: Alignment) -> _View:
 
 
 def _data(alignment: Alignment) -> dict[str, Any]:
-    """What the script needs: the rows' facts and all operations."""
+    """The data for the page's script: the rows' facts and all operations."""
     rows = {
         row.key: [
             row.tap,
@@ -205,7 +205,7 @@ def _environment() -> Environment:
 
 
 def _plain(text: str) -> Markup:
-    """A sentence of ours with `names` in it."""
+    """A sentence of ours as HTML: escaped, with `names` as code."""
     parts = [escape(legible(part)) for part in text.split("`")]
     if len(parts) % 2 == 0:
         return escape(legible(text))
@@ -213,7 +213,7 @@ def _plain(text: str) -> Markup:
 
 
 def _breakable(name: str) -> Markup:
-    """A model's name that may be broken after a colon or slash."""
+    """A model's name with possible line breaks after colons and slashes."""
     return Markup("<wbr>").join(escape(part) for part in re.split(r"(?<=[:/])", legible(name)))
 
 

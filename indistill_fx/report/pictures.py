@@ -48,7 +48,7 @@ _CELLS = 64
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where a row stands: the inner end of its bar."""
+    """The position of a row: the inner end of its bar."""
 
     row: Row
     x: float

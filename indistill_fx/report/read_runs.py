@@ -68,7 +68,7 @@ class Phase:
 
     @property
     def work(self) -> Work:
-        """Of all epochs."""
+        """The work of all epochs."""
         return Work.of_all(epoch.work for epoch in self.epochs)
 
 
@@ -123,7 +123,7 @@ class Run:
 
     @property
     def epochs(self) -> tuple[Epoch, ...]:
-        """Of all stages."""
+        """The epochs of all stages."""
         return tuple(epoch for phase in self.phases for epoch in phase.epochs)
 
     @property
@@ -255,7 +255,7 @@ def _unfinished(record: Mapping[str, Any]) -> list[str]:
 
 
 def _metric(record: Mapping[str, Any]) -> MetricFacts:
-    """As run.json has it; accuracy, which 0.1.0 knew alone, where it has none that can be read."""
+    """The metric in run.json; if it has no readable one, accuracy, the only metric of version 0.1.0."""
     found = _dict(record.get("metric"))
     flags = [found.get(name) for name in ("higher_is_better", "share")]
     if not isinstance(found.get("name"), str) or not all(isinstance(flag, bool) for flag in flags):
@@ -350,7 +350,7 @@ def _export(folder: Path) -> dict[str, float]:
 
 
 def _teacher_export(spec: object) -> dict[str, float]:
-    """Of a teacher that is a run, or has the weights of one: `runs/teacher`, `models.py:make@runs/teacher/student.safetensors`."""
+    """The export of a teacher that is a run or has a run's weights: `runs/teacher`, `models.py:make@runs/teacher/student.safetensors`."""
     if not isinstance(spec, str) or "\0" in spec:
         return {}
     place = Path(spec.rpartition("@")[2])
@@ -358,7 +358,7 @@ def _teacher_export(spec: object) -> dict[str, float]:
 
 
 def _planned(record: Mapping[str, Any]) -> dict[str, tuple[int | None, str, str]]:
-    """Length, unit and words of every phase that run.json plans, by name."""
+    """Length, unit and description of every planned phase in run.json, by name."""
     lines = [str(line) for line in _list(record.get("schedule"))]
     texts = {start: line for line in reversed(lines) for start in _beginnings(line)}
     found: dict[str, tuple[int | None, str, str]] = {}
@@ -374,7 +374,7 @@ def _planned(record: Mapping[str, Any]) -> dict[str, tuple[int | None, str, str]
 
 
 def _beginnings(line: str) -> list[str]:
-    """What may be a stage's name in a line of the schedule: names may hold `: ` themselves."""
+    """The possible stage names at the beginning of a line of the schedule: a name may itself contain `: `."""
     parts = line[:4096].split(": ")
     return [": ".join(parts[:k]) for k in range(1, min(len(parts), 8))]
 

@@ -61,7 +61,7 @@ class Drawing:
     def add(
         self, tag: str, *, text: str | None = None, hint: str | None = None, **attributes: str | float
     ) -> ElementTree.Element:
-        """Add an element: underscores in names stand for hyphens; `hint` is its tooltip."""
+        """Add an element. Underscores in attribute names become hyphens; `hint` is its tooltip."""
         plain = {
             key.rstrip("_").replace("_", "-"): legible(value) if isinstance(value, str) else number(value)
             for key, value in attributes.items()

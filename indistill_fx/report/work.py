@@ -26,7 +26,7 @@ class Work:
 
     @staticmethod
     def of_all(epochs: Iterable[Work]) -> Work:
-        """The sum over those epochs that record samples; of the memory, the most."""
+        """The sum over the epochs that record samples; for memory, the maximum."""
         known = [epoch for epoch in epochs if epoch.samples is not None and epoch.seconds is not None]
         if not known:
             return Work()

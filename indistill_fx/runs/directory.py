@@ -216,7 +216,7 @@ class RunDirectory:
         return {key: str(self.path / name) for key, name in names.items() if (self.path / name).exists()}
 
 
-def _tracker(name: str, home: Path) -> Any:
+def _tracker(name: str, folder: Path) -> Any:
     """Accelerate's tracker of that name, for a run in a directory."""
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
@@ -228,7 +228,7 @@ def _tracker(name: str, home: Path) -> Any:
             hint="pip install 'indistill-fx[tensorboard]'" if name == "tensorboard" else f"pip install {name}",
         )
     kind: Any = LOGGER_TYPE_TO_CLASS[name]
-    tracker = kind(name, logging_dir=home) if name == "tensorboard" else kind(one_line(home.resolve().name))
+    tracker = kind(name, logging_dir=folder) if name == "tensorboard" else kind(one_line(folder.resolve().name))
     try:
         tracker.start()
     except Exception as error:  # trackers are other packages, which may need accounts, servers and databases

@@ -81,12 +81,12 @@ def runs_code(spec: Spec) -> bool:
     return spec.place not in ("torchvision", "timm") or any(name.startswith(_FETCHING) for name in spec.arguments)
 
 
-def keep_export(run: str | os.PathLike[str], **told: Any) -> str | None:
+def keep_export(run: str | os.PathLike[str], **measured: Any) -> str | None:
     """Leave in a run directory what its export measured: export.json, which reports show. Later numbers go beside earlier ones.
 
     Args:
         run: the directory.
-        told: such as size, parameters, macs, latency_ms, int8_size, int8_accuracy. What is None is not known.
+        measured: such as size, parameters, macs, latency_ms, int8_size, int8_accuracy. What is None is not known.
 
     Returns:
         Why it could not be written, or None.
@@ -98,7 +98,7 @@ def keep_export(run: str | os.PathLike[str], **told: Any) -> str | None:
         before = {}
     kept = before if isinstance(before, dict) else {}
     try:
-        save_json(path, kept | {key: value for key, value in told.items() if value is not None})
+        save_json(path, kept | {key: value for key, value in measured.items() if value is not None})
     except TrainError as error:
         return f"{error} Reports of this run will lack the export's numbers."
     return None
@@ -112,20 +112,20 @@ def about_data(data: Data) -> dict[str, Any]:
 def run_fingerprint(path: str | os.PathLike[str]) -> str:
     """Which run it was: when it started, and the digest of what it ended with."""
     try:
-        told = _object(json.loads(read_bounded(Path(path) / "run.json", MOST_BYTES)))
+        record = _object(json.loads(read_bounded(Path(path) / "run.json", MOST_BYTES)))
     except (OSError, ValueError, RecursionError):
         return "?"
-    started, digest = told.get("started"), _object(told.get("result")).get("digest")
-    begun = started if isinstance(started, str) else "?"
-    return f"{begun[:40]} {digest[:16] if isinstance(digest, str) else ''}".strip()
+    started, digest = record.get("started"), _object(record.get("result")).get("digest")
+    started_text = started if isinstance(started, str) else "?"
+    return f"{started_text[:40]} {digest[:16] if isinstance(digest, str) else ''}".strip()
 
 
-def _by_hand(home: Path, model: str = "MODEL") -> str:
+def _by_hand(folder: Path, model: str = "MODEL") -> str:
     """How to name what run.json does not; only weights that are there are named."""
-    there = next((home / name for name in (STUDENT, BEST) if os.path.isfile(home / name)), None)
-    if there is None:
+    weights = next((folder / name for name in (STUDENT, BEST) if os.path.isfile(folder / name)), None)
+    if weights is None:
         return f"It has no weights of a trained model either ({STUDENT}): name another directory."
-    return f"Give the model and the weights: {model}@{there}."
+    return f"Give the model and the weights: {model}@{weights}."
 
 
 def _text(value: object) -> str:
@@ -154,7 +154,7 @@ def _figures(value: object, channels: int | None) -> tuple[tuple[float, ...], tu
     return (mean, std) if mean else None
 
 
-def _inputs(texts: Any, home: Path) -> Any:
+def _inputs(texts: Any, folder: Path) -> Any:
     """Example inputs as run.json describes them.
 
     Raises:
@@ -170,9 +170,9 @@ def _inputs(texts: Any, home: Path) -> Any:
     except ConfigError as error:
         reason = error.message.rstrip(".")
     raise ConfigError(
-        f"{home / 'run.json'} describes impossible inputs: {reason}.",
-        where=str(home),
-        hint=_by_hand(home),
+        f"{folder / 'run.json'} describes impossible inputs: {reason}.",
+        where=str(folder),
+        hint=_by_hand(folder),
     )
 
 
@@ -181,7 +181,7 @@ def _short(text: object) -> bool:
 
 
 def _told_of_data(
-    kept: Mapping[str, Any], size: tuple[int, ...], home: Path
+    kept: Mapping[str, Any], size: tuple[int, ...], folder: Path
 ) -> tuple[tuple[str, ...], tuple[tuple[float, ...], tuple[float, ...]] | None]:
     """Class names and normalisation; an error where they cannot be."""
     try:
@@ -189,10 +189,10 @@ def _told_of_data(
         return tuple(str(name) for name in kept.get("classes") or ()), _figures(kept.get("normalisation"), channels)
     except (ValueError, TypeError, AttributeError, OverflowError) as error:
         raise ConfigError(
-            f"{home / 'run.json'} describes impossible classes or normalisation: {error}.",
-            where=str(home),
+            f"{folder / 'run.json'} describes impossible classes or normalisation: {error}.",
+            where=str(folder),
             got=str(error),
-            hint=_by_hand(home),
+            hint=_by_hand(folder),
         ) from error
 
 
@@ -239,51 +239,51 @@ def load_run(path: str | os.PathLike[str], *, trust: Sequence[str] = (), best: b
         ConfigError: the run has not finished, was not started from the command line (then it does not know its model), or
             names code that this user did not start it with.
     """
-    home = Path(path)
+    folder = Path(path)
     try:
-        told = json.loads(read_bounded(home / "run.json", MOST_BYTES))
-        kept = told["about"]
+        record = json.loads(read_bounded(folder / "run.json", MOST_BYTES))
+        kept = record["about"]
         spec, size = _text(kept["model"]), tuple(kept["input_size"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ConfigError(
-            f"{home / 'run.json'} does not say which model was trained.",
-            where=str(home),
-            hint=_by_hand(home),
+            f"{folder / 'run.json'} does not say which model was trained.",
+            where=str(folder),
+            hint=_by_hand(folder),
         ) from error
     if not is_input_size(size, most=LARGEST_IN_A_FILE):
         raise ConfigError(
-            f"{home / 'run.json'} says that an input has the size {str(size)[:60]}, which is impossible.",
-            where=str(home),
+            f"{folder / 'run.json'} says that an input has the size {str(size)[:60]}, which is impossible.",
+            where=str(folder),
             got=str(size)[:60],
-            hint=_by_hand(home),
+            hint=_by_hand(folder),
         )
-    classes, normalisation = _told_of_data(kept, size, home)
-    weights = home / (BEST if best else STUDENT)
+    classes, normalisation = _told_of_data(kept, size, folder)
+    weights = folder / (BEST if best else STUDENT)
     if runs_code(parse_spec(spec)) and not is_signed(parse_spec(spec), kept.get("seal")):
         raise ConfigError(
-            f"{home / 'run.json'} says that {spec!r} makes the model. That is code, and this user did not start the run with "
+            f"{folder / 'run.json'} says that {spec!r} makes the model. That is code, and this user did not start the run with "
             "it as it is now on this machine, so it was not run.",
-            where=str(home),
+            where=str(folder),
             got=spec,
-            hint=f"If you trust that code, name it yourself. {_by_hand(home, 'models.py:make')}",
+            hint=f"If you trust that code, name it yourself. {_by_hand(folder, 'models.py:make')}",
         )
     if not weights.exists():
-        reached = f"it has reached {LAST}" if (home / LAST).exists() else "it has no checkpoint"
+        reached = f"it has reached {LAST}" if (folder / LAST).exists() else "it has no checkpoint"
         raise ConfigError(
-            f"The run in {home} has no {weights.name}; {reached}.", where=str(home), hint="Finish it with --resume."
+            f"The run in {folder} has no {weights.name}; {reached}.", where=str(folder), hint="Finish it with --resume."
         )
     # The constructor of a library's model gets arguments from run.json.
     library = bool(parse_spec(spec).name) and not runs_code(parse_spec(spec))
-    with Bounded(str(home / "run.json"), count_numbers(weights)) if library else nullcontext():
+    with Bounded(str(folder / "run.json"), count_numbers(weights)) if library else nullcontext():
         source = load_source(spec, trust=trust)
     notes = load_weights(source.module, weights)
     wanted = (size[1], size[2]) if len(size) == 3 else None
     remember(source.module, InputFacts(size, normalisation, wanted, normalisation, classes))
     return replace(
         source,
-        spec=str(home),
+        spec=str(folder),
         input_size=size,
-        example_inputs=_inputs(kept.get("inputs"), home),
+        example_inputs=_inputs(kept.get("inputs"), folder),
         normalisation=normalisation or source.normalisation,
         wanted_size=wanted,
         wanted_normalisation=normalisation,

@@ -84,33 +84,35 @@ def load_outputs(spec: str) -> Source:
     folder = Path(spec.removeprefix(_SPEC))
     if not os.path.isfile(folder / FILE):  # os.path accepts names that are too long
         raise ConfigError(f"`{folder}` has no saved outputs.", where=spec, expected=FILE, hint=_MAKE)
-    tensors, told = load_checkpoint(folder / FILE)
-    samples = told.get("samples")
+    tensors, header = load_checkpoint(folder / FILE)
+    samples = header.get("samples")
     if LOGITS not in tensors or any(not value.dim() or len(value) != samples for value in tensors.values()):
         raise ConfigError(f"`{folder}` does not have logits for all of its samples.", where=spec, hint=_MAKE)
-    odd = [name for name, value in tensors.items() if len(name) > _LONGEST or not value.is_floating_point()]
-    if odd:
-        what = f"`{folder}` has outputs that no teacher gives: {odd[0][:60]!r}, of the type {tensors[odd[0]].dtype}."
-        raise ConfigError(
-            what, where=spec, got=odd[0][:60], expected="real numbers, by the names of layers", hint=_MAKE
+    wrong = [name for name, value in tensors.items() if len(name) > _LONGEST or not value.is_floating_point()]
+    if wrong:
+        message = (
+            f"`{folder}` has outputs that no teacher gives: {wrong[0][:60]!r}, of the type {tensors[wrong[0]].dtype}."
         )
-    about = {"data": str(told.get("data")), "samples": samples, "folder": str(folder)}
-    module = _as_module(tensors, _axes(tensors, told.get("axes")), about)
+        raise ConfigError(
+            message, where=spec, got=wrong[0][:60], expected="real numbers, by the names of layers", hint=_MAKE
+        )
+    about = {"data": str(header.get("data")), "samples": samples, "folder": str(folder)}
+    module = _as_module(tensors, _axes(tensors, header.get("axes")), about)
     features = [name for name in tensors if name != LOGITS]
-    note = f"outputs of {told.get('teacher')} for {samples} samples"
+    note = f"outputs of {header.get('teacher')} for {samples} samples"
     return Source(
         module, spec, "saved outputs", notes=(f"{note}, features of {', '.join(features)}" if features else note,)
     )
 
 
-def _axes(tensors: Mapping[str, Tensor], told: object) -> dict[str, int]:
+def _axes(tensors: Mapping[str, Tensor], axes_in_file: object) -> dict[str, int]:
     """Those axes of channels that a file names rightly."""
-    named = told if isinstance(told, dict) else {}
+    named = axes_in_file if isinstance(axes_in_file, dict) else {}
     found = {name: named.get(name) for name in tensors}
     return {name: axis for name, axis in found.items() if type(axis) is int and 0 < axis < tensors[name].dim()}
 
 
-def _as_module(tensors: Mapping[str, Tensor], axes: Mapping[str, int], told: Mapping[str, Any]) -> fx.GraphModule:
+def _as_module(tensors: Mapping[str, Tensor], axes: Mapping[str, int], about: Mapping[str, Any]) -> fx.GraphModule:
     graph, root = fx.Graph(), nn.Module()
     indices = graph.placeholder(INDICES)
     paths, calls = writable_paths(tensors), {}
@@ -125,7 +127,7 @@ def _as_module(tensors: Mapping[str, Tensor], axes: Mapping[str, int], told: Map
         calls[name] = graph.call_module(paths[name], (indices,))
     graph.output(calls[LOGITS])
     made = fx.GraphModule(root, graph, class_name="SavedOutputs")
-    made.meta["saved outputs"] = dict(told)
+    made.meta["saved outputs"] = dict(about)
     return made.eval()
 
 

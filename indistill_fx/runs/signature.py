@@ -53,8 +53,8 @@ def code_of(place: str) -> Path | None:
 def _digest(key: bytes, spec: Spec) -> str:
     file = code_of(spec.place) if spec.name else None
     content = file.read_bytes() if file is not None else b""
-    told = [spec.text, str(file), hashlib.sha256(content).hexdigest()]
-    return hmac.new(key, _bytes("\0".join(told)), hashlib.sha256).hexdigest()
+    signed = [spec.text, str(file), hashlib.sha256(content).hexdigest()]
+    return hmac.new(key, _bytes("\0".join(signed)), hashlib.sha256).hexdigest()
 
 
 def _bytes(text: str) -> bytes:

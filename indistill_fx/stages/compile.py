@@ -134,7 +134,7 @@ def seeing(teacher: TracedModel, student: TracedModel, plan: AlignmentPlan) -> T
 
 
 def _check_halves(stage: Stage) -> None:
-    """Refuse a stage that could not train anything, or has nothing to learn from."""
+    """Refuse a stage whose student half has nothing to train, or whose teacher half gives nothing to learn from."""
     if not _trains(stage):
         raise ConfigError(
             f"Stage `{stage.name}` has nothing to train: {_FROZEN}.",
@@ -201,7 +201,7 @@ def _stage(
     before: Sequence[PassRecord] = (),
     **more: Any,
 ) -> Stage:
-    """A stage of two halves and the models they were made from; `more` are further arguments of `Stage`."""
+    """A stage from two halves and the models that they come from; `more` are further arguments of `Stage`."""
     own, other = halves
     graph, report = (own.value, own.report) if own is not None else (None, ())
     return Stage(
@@ -225,7 +225,7 @@ def _fed_stage(
     lowerings: Lowerings,
     before: Sequence[PassRecord],
 ) -> Stage:
-    """All segments in one stage: the teacher's narrowed features are what they begin with, and what they must give."""
+    """All segments in one stage: each gets one narrowed feature of the teacher as input and the next one as target."""
     loss = warmup_loss(curriculum.loss)
     if not loss.needs_equal_widths:
         raise ConfigError(
@@ -283,13 +283,13 @@ def joint_teachers(
 
 
 def _macs(traced: TracedModel, half: fx.GraphModule | None) -> int:
-    """Of one sample: what of the traced model is left in the half."""
+    """Multiply-accumulates of one sample in a half: of those layers of the traced model that are left in it."""
     nodes = half.graph.nodes if half is not None else ()
     return sum(traced.facts[node.name].macs for node in nodes if node.name in traced.facts)
 
 
 def _dtypes(student: TracedModel) -> dict[str, torch.dtype]:
-    """The inputs' dtypes, but for those that the student converts itself."""
+    """The inputs' dtypes, except for inputs that the student converts itself."""
     own = next((p.dtype for p in student.module.parameters() if p.is_floating_point()), None)
     names = signature_of(student.graph_module)
     found = {name: student.facts[name].dtype for name in names if name in student.facts}
@@ -358,7 +358,7 @@ def _main_stage(
 
 
 def _require_apart(model: TracedModel, cut: Sequence[str], taps: Sequence[str]) -> None:
-    """The main loss reads whole tensors, so none of them may be a pair's, of which only what is compared is there."""
+    """Refuse a main loss that reads a pair's tensor: it needs the whole tensor, but only the compared channels are kept."""
     tapped = {model.node(tap) for tap in taps}
     if shared := [tap for tap in cut if model.node(tap) in tapped]:
         raise ConfigError(

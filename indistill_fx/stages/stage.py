@@ -35,7 +35,7 @@ class StageReport:
     student: tuple[PassRecord, ...] = ()
 
     def __str__(self) -> str:
-        """A line for everything done, and everything skipped with the reason."""
+        """One line for everything that was done, and for everything that was skipped, with the reason."""
         lines = []
         for role, records in (("teacher", self.teacher), ("student", self.student)):
             for record in records:
@@ -130,7 +130,7 @@ class Stage(nn.Module):
         return tuple(dict.fromkeys(tap for tap in taps if tap))
 
     def without_teacher(self) -> Stage:
-        """The same stage over the same student, which expects the teacher's features in the batch (see `feature_cache`).
+        """The same stage and student, but the teacher's features come in the batch (see `feature_cache`).
 
         Returns:
             A new stage.

@@ -54,7 +54,7 @@ def refuse_changes(teacher: nn.Module) -> Callable[[nn.Module, Any], None]:
 
 
 def _must_not_wait() -> bool:
-    """Whether a CUDA graph is being recorded, or somebody looks for what would be in the way of that."""
+    """Whether a CUDA graph is being recorded, or a step is checked for what would prevent recording."""
     return torch.cuda.is_initialized() and (
         torch.cuda.is_current_stream_capturing() or torch.cuda.get_sync_debug_mode() > 0
     )
@@ -65,7 +65,7 @@ def _version(tensor: Tensor) -> int:
 
 
 def _checksum(tensor: Tensor) -> str:
-    """As text, so that not-a-number is equal to itself."""
+    """The checksum as text, because not-a-number would not be equal to itself."""
     if tensor.is_meta or tensor.is_complex() or tensor.is_quantized or tensor.layout is not torch.strided:
         return ""
     wide = tensor.detach().to(torch.float64) if tensor.device.type != "mps" else tensor.detach().float()

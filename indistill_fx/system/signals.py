@@ -87,8 +87,8 @@ def left_to_the_parent(_: int = 0) -> None:
 
     def wait() -> None:
         while True:
-            told = signal.sigwaitinfo(signals)
-            if told.si_signo == signal.SIGTERM and told.si_pid == parent:
+            received = signal.sigwaitinfo(signals)
+            if received.si_signo == signal.SIGTERM and received.si_pid == parent:
                 os._exit(0)
 
     threading.Thread(target=wait, daemon=True).start()

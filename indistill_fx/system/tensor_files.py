@@ -29,9 +29,9 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str,
         TrainError: the place cannot be written.
     """
     own = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-    told = dict(header or {})
-    digests = {"": _text_digest(told)} | {name: _digest(tensor) for name, tensor in own.items()}
-    replace_file(path, lambda draft: save_file(own, draft, metadata=told | {_DIGESTS: json.dumps(digests)}))
+    entries = dict(header or {})
+    digests = {"": _text_digest(entries)} | {name: _digest(tensor) for name, tensor in own.items()}
+    replace_file(path, lambda draft: save_file(own, draft, metadata=entries | {_DIGESTS: json.dumps(digests)}))
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -47,30 +47,30 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     require_regular(path)
     try:
         with safe_open(path, framework="pt") as file:
-            told = dict(file.metadata() or {})
+            entries = dict(file.metadata() or {})
             tensors = {name: file.get_tensor(name) for name in file.offset_keys()}
     except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
         raise DamagedFileError(str(error) or type(error).__name__) from error
-    digests = told.pop(_DIGESTS, None)
-    if digests is not None and (changed := list(_changed(tensors, told, digests))):
+    digests = entries.pop(_DIGESTS, None)
+    if digests is not None and (changed := list(_changed(tensors, entries, digests))):
         more = f" and {len(changed) - 1} more" if changed[1:] else ""
         raise DamagedFileError(f"{changed[0]}{more} was changed since it was written")
-    return tensors, told
+    return tensors, entries
 
 
-def _changed(tensors: Mapping[str, Tensor], told: Mapping[str, str], digests: str) -> Iterable[str]:
+def _changed(tensors: Mapping[str, Tensor], entries: Mapping[str, str], digests: str) -> Iterable[str]:
     try:
         known = json.loads(digests)
     except (ValueError, RecursionError):
         known = None
-    if not isinstance(known, dict) or known.get("") != _text_digest(told) or len(known) != len(tensors) + 1:
+    if not isinstance(known, dict) or known.get("") != _text_digest(entries) or len(known) != len(tensors) + 1:
         yield "its header"
         return
     yield from (f"`{name}`" for name, tensor in tensors.items() if known.get(name) != _digest(tensor))
 
 
-def _text_digest(told: Mapping[str, str]) -> str:
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+def _text_digest(entries: Mapping[str, str]) -> str:
+    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
 
 
 def _digest(tensor: Tensor) -> str:

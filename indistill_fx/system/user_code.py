@@ -87,43 +87,45 @@ def importable_last(folder: Path) -> Iterator[None]:
     It comes last, so that no file there stands in for a library; and its files are compiled anew, never taken from the `__pycache__`
     beside them.
     """
-    here = str(folder)
-    libraries = [place for place in (sys.prefix, sys.base_prefix) if Path(place).is_relative_to(here)]
+    own_folder = str(folder)
+    libraries = [place for place in (sys.prefix, sys.base_prefix) if Path(place).is_relative_to(own_folder)]
 
     def is_ours(place: str) -> bool:
-        return Path(place).is_relative_to(here) and not any(map(Path(place).is_relative_to, libraries))
+        return Path(place).is_relative_to(own_folder) and not any(map(Path(place).is_relative_to, libraries))
 
     def find(place: str) -> FileFinder:
         if not is_ours(place) or not os.path.isdir(place):
             raise ImportError(place)
-        from_source = partial(_FromSource, folder=here)
+        from_source = partial(_FromSource, folder=own_folder)
         return FileFinder(place, (ExtensionFileLoader, EXTENSION_SUFFIXES), (from_source, SOURCE_SUFFIXES))  # type: ignore[arg-type]
 
     def forget() -> None:
         for place in filter(is_ours, list(sys.path_importer_cache)):
             del sys.path_importer_cache[place]
 
-    sys.path.append(here)
+    sys.path.append(own_folder)
     sys.path_hooks.insert(0, find)
     forget()
     try:
-        with _others_aside(here):
+        with _others_aside(own_folder):
             yield
     finally:
         sys.path_hooks.remove(find)
         sys.path.reverse()
-        sys.path.remove(here)  # remove the last occurrence
+        sys.path.remove(own_folder)  # remove the last occurrence
         sys.path.reverse()
         forget()
 
 
 @contextmanager
-def _others_aside(here: str) -> Iterator[None]:
+def _others_aside(own_folder: str) -> Iterator[None]:
     """Without the modules from other folders: this folder's models.py wants its own layers.py, not the one imported before.
 
     Where both have a module of one name, neither stays in `sys.modules`: who imports it later gets an error, not the other one.
     """
-    others = {_top(name) for name, module in list(sys.modules.items()) if _folder_of(name, module) not in (None, here)}
+    others = {
+        _top(name) for name, module in list(sys.modules.items()) if _folder_of(name, module) not in (None, own_folder)
+    }
     aside = {name: sys.modules.pop(name) for name in list(sys.modules) if _top(name) in others}
     try:
         yield

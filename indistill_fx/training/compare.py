@@ -146,7 +146,7 @@ def compare(
 def _ways(
     main: Any, options: Mapping[str, Any] | None, curriculum: Curriculum, warmup: int, epochs: int
 ) -> Sequence[tuple[str, Any, Mapping[str, Any] | None, Curriculum, int]]:
-    """Name, main loss, its options, warm-up and the epochs of that, of every arm."""
+    """For every arm: name, main loss, its options, warm-up, and the warm-up's epochs."""
     _check_room(warmup, epochs)
     named = main if isinstance(main, str) and ":" not in main else "main"
     return (
@@ -157,13 +157,13 @@ def _ways(
 
 
 def _kept_plan(run_dir: str | os.PathLike[str] | None) -> AlignmentPlan | None:
-    """The plan of arms that were begun; recreated it might be another, because it follows from the first batch."""
+    """The plan of arms that were already started. A new plan might differ, because it depends on the first batch."""
     path = Path(run_dir) / "labels" / "plan.json" if run_dir is not None else None
     return AlignmentPlan.load(path) if path is not None and path.exists() else None
 
 
 def _later_by(epochs: int, milestones: Iterable[int], options: Options) -> Options:
-    """The options of an arm whose main stage begins that many epochs after the arm does."""
+    """The options of an arm whose main stage begins after `epochs` epochs."""
     moved = options.copy()
     moved["milestones"] = [max(at - epochs, 0) for at in milestones]
     return moved
@@ -181,7 +181,7 @@ def _check_room(warmup: int, epochs: int) -> None:
 
 
 def _epochs_of(curriculum: Curriculum, plan: AlignmentPlan, options: Options) -> int:
-    """How many the warm-up takes in all."""
+    """How many epochs the whole warm-up takes."""
     if curriculum.unit != "epochs" or options.get("main_steps") is not None:
         raise ConfigError(
             "To compare at equal epochs the warm-up and the main stage must be in epochs.",

@@ -199,10 +199,10 @@ class Distillation:
         return first, second
 
     def set_up(self, directory: RunDirectory | None, accelerator: Accelerator) -> Setup:
-        """The stages, compiled for the accelerator's device.
+        """Compile the stages for the accelerator's device.
 
         Args:
-            directory: the run's; its plan is taken again when the run is resumed.
+            directory: the run's; a resumed run reuses its plan.
             accelerator: the run's.
         """
         target = target_of(accelerator, self.modules[1], compiled=self.settings.compile)
@@ -265,7 +265,7 @@ class Distillation:
         )
 
     def _try(self, main: Sequence[Stage], task: RunTask, mix: Callable[[Any], Any] | None, *, late: bool) -> None:
-        """Let the main stage say now what it would say after the warm-up, or at the first step of a loss that is not ours."""
+        """Run the main stage on the first batch, so that its errors appear now and not after the warm-up."""
         if self.feature_cache is None and (late or users_own(self.main, task.task)):
             first = next(iter(self.loader))
             task.check(0, first)
@@ -295,7 +295,7 @@ class Distillation:
     def _warmup(
         self, teacher: TracedModel, student: TracedModel, plan: AlignmentPlan, directory: RunDirectory | None, task: str
     ) -> tuple[Curriculum, str]:
-        """The curriculum asked for; else that of the run resumed, or what fits the pair, and a line that says why."""
+        """The requested curriculum, or that of the resumed run, or the one that suits the pair; and a line that says why."""
         if self.curriculum is not None:
             return self.curriculum, ""
         budget = self.settings.main_budget(self.epochs)
@@ -320,13 +320,13 @@ class Distillation:
 
 
 def _kept_plan(directory: RunDirectory | None) -> AlignmentPlan | None:
-    """That of a run that is resumed."""
+    """The plan of a run that is resumed."""
     path = directory.path / "plan.json" if directory is not None and directory.resumes else None
     return AlignmentPlan.load(path) if path is not None and path.exists() else None
 
 
 def _known_samples(teacher: nn.Module | TracedModel, loader: EpochLoader, cache: object) -> EpochLoader:
-    """The loader with sample indices where what the teacher said of a sample is looked up: in a cache, or in its saved outputs."""
+    """The loader with sample indices, if the teacher's outputs are read from a cache or a file of saved outputs."""
     loader = check_outputs(
         teacher.module if isinstance(teacher, TracedModel) else teacher, loader, cached=cache is not None
     )
@@ -336,7 +336,7 @@ def _known_samples(teacher: nn.Module | TracedModel, loader: EpochLoader, cache:
 def _with_what_is_asked(
     main: str | Callable[..., Tensor] | None, options: Mapping[str, Any], loader: EpochLoader
 ) -> tuple[EpochLoader, Mapping[str, Any]]:
-    """The loader with sample indices, and the main loss's options with their number, where they are asked for and the loader knows."""
+    """Add sample indices to the loader, and their number to the main loss's options, if the loss needs them and the loader has them."""
     asked = asked_of_the_data(main) if main is not None else frozenset()
     if not loader.numbered:
         return loader, options
@@ -346,7 +346,7 @@ def _with_what_is_asked(
 
 
 def _remarks(curriculum: Curriculum, plan: AlignmentPlan) -> tuple[str, ...]:
-    """What the teacher sees, and why the penultimate vectors get no stage of their own, where they were to have one."""
+    """Remarks for the user: the teacher's view, and why requested penultimate vectors get no stage of their own."""
     seen = plan.described_views
     if not curriculum.penultimate or plan.with_penultimate() is not plan:
         return seen

@@ -133,7 +133,7 @@ def _fill(
     device: torch.device | str,
     say: Callable[[str], None],
 ) -> None:
-    """Compute what is missing, one graph after the other."""
+    """Compute the missing features, one graph after another."""
     sizes: dict[Path, dict[str, tuple[Tensor, str]]] = {}
     first = next(iter(data))
     for group, graph in plans:
@@ -165,7 +165,7 @@ def _fill(
 
 
 def _files(part: Path, taps: Mapping[str, tuple[Tensor, str]], samples: int) -> dict[str, Tensor]:
-    """New files for the features of all samples, by tap; what an interrupted run left there is removed."""
+    """New files for the features of all samples, by tap; files of an interrupted run are removed."""
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
     return {
@@ -175,7 +175,7 @@ def _files(part: Path, taps: Mapping[str, tuple[Tensor, str]], samples: int) -> 
 
 
 class _Entry(BaseModel):
-    """What a folder says of one tap's features."""
+    """The entry of one tap's features in a folder's index."""
 
     file: Annotated[str, Field(pattern=r"^[0-9]{1,6}\.bin$")]
     shape: Annotated[tuple[Annotated[int, Field(ge=0, lt=1 << 48)], ...], Field(max_length=16)]
@@ -184,7 +184,7 @@ class _Entry(BaseModel):
 
 
 def _close(part: Path, taps: Mapping[str, Tensor]) -> None:
-    """Write, last of all, what makes the folder whole."""
+    """Write the index, which comes last and marks the folder as complete."""
     index = {
         tap: {
             "file": f"{k}.bin",
@@ -203,7 +203,7 @@ def index_digest(index: Mapping[str, Any]) -> str:
 
 
 def _read_index(folder: Path) -> dict[str, _Entry]:
-    """What a folder says that it holds.
+    """Read the index of a folder.
 
     Raises:
         OSError: it cannot be read.
@@ -217,7 +217,7 @@ def _read_index(folder: Path) -> dict[str, _Entry]:
 
 
 def _is_whole(folder: Path, stage: Stage, say: Callable[[str], None]) -> bool:
-    """Whether a folder holds what was written into it; one that does not is reported and removed."""
+    """Whether a folder holds everything that was written into it; otherwise it is reported and removed."""
     if not folder.exists():
         return False
     fault = fault_of(folder)
@@ -261,10 +261,10 @@ def _indices(batch: Any, stage: Stage) -> Tensor:
 def _estimate(
     sizes: Mapping[Path, Mapping[str, tuple[Tensor, str]]], samples: int, root: Path, say: Callable[[str], None]
 ) -> None:
-    """Say how much there will be.
+    """Print how large the cache will be.
 
     Raises:
-        ConfigError: more than the disk has free.
+        ConfigError: it is larger than the free space of the disk.
     """
     needs: dict[str, int] = {}
     for taps in sizes.values():
@@ -288,7 +288,7 @@ def _mib(size: int) -> str:
 
 
 def _mapped(path: Path, shape: Sequence[int], dtype: torch.dtype, *, shared: bool) -> Tensor:
-    """A tensor over a file; `shared`: writes go to it, and it is made as large as it must be."""
+    """A tensor mapped to a file; `shared`: the file is extended as needed, and writes go into it."""
     return torch.from_file(str(path), shared=shared, size=math.prod(shape), dtype=dtype).view(tuple(shape))
 
 

@@ -192,7 +192,7 @@ def _data(loader: EpochLoader) -> dict[str, Any]:
 
 
 def _update_by_dataset(total: Any, dataset: Any) -> None:
-    """By what is known without reading samples: lists of files, tensors in memory, classes, numbers."""
+    """Update the digest by what is known without reading samples: lists of files, tensors in memory, classes, numbers."""
     if isinstance(dataset, ImageFiles):
         listing = dataset.listing
         # Neither folders nor dates count, because data sets are copied.

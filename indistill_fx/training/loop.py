@@ -104,7 +104,7 @@ class TrainingLoop:
         self._since = time.monotonic()
 
     def run(self) -> None:
-        """Train every stage from where the state stands.
+        """Train all stages, starting from the current state.
 
         Raises:
             TrainError: a loss or a weight is not finite, or the disk is full. The last checkpoint is intact.
@@ -157,7 +157,7 @@ class TrainingLoop:
         self._look(phase, self._losses.rest())
 
     def _after_step(self, phase: Phase, step: Step) -> None:
-        """Count; report; save if it is time; stop if asked."""
+        """Count and report the step; save if it is time; stop if a signal asks for it."""
         state, settings = self.state, self._settings
         state.steps, state.all_steps, state.epoch_steps = state.steps + 1, state.all_steps + 1, state.epoch_steps + 1
         self._reporter.step(state.steps, state.epoch + 1, self._mean_loss())
@@ -233,7 +233,7 @@ class TrainingLoop:
             self._note(phase, f"a batch of fewer than {self._loader.least} samples is left out: batch norms need them")
 
     def _awaited(self, batches: Iterator[tuple[Any, bool]]) -> Iterator[tuple[Any, bool]]:
-        """The same, with the time spent waiting for each on record."""
+        """The batches of a loader; the time spent waiting for each is recorded."""
         while True:
             began = time.monotonic()
             found = next(batches, None)
@@ -275,7 +275,7 @@ class TrainingLoop:
         return phase.budget.learning_rate or self._settings.learning_rate
 
     def _prepare(self, phase: Phase) -> Step:
-        """The stage on the device, in train mode, wrapped for processes and precision; with its optimiser."""
+        """Put the stage on the device and in train mode, wrap it for several processes and the precision, and make its optimiser."""
         settings, budget = self._settings, phase.budget
         self._accelerator.free_memory()  # otherwise it would unscale the previous stage's gradients as well
         phase.module.train()
@@ -332,7 +332,7 @@ class TrainingLoop:
         return noticing_full_memory(phase.name, batch, accumulate=self._settings.accumulate, kept=kept)
 
     def _look(self, phase: Phase, losses: list[float], batch: Any = None) -> None:
-        """Add up losses that are known by now; refuse one that is not finite. On a CPU that is before its step is taken."""
+        """Add up the losses that have arrived; stop the run at one that is not finite. On a CPU this happens before the step's update."""
         first = self.state.batch - self._losses.unread - len(losses) + 1
         for number, value in enumerate(losses, start=first):
             if not math.isfinite(value):
@@ -372,7 +372,7 @@ class TrainingLoop:
             raise self._failed(name, f"`{bad}` is not finite")
 
     def _asked(self) -> tuple[bool, bool]:
-        """Whether a signal asks to stop, or to save and continue, in any of the processes: they do so after the same step."""
+        """Whether a signal in any process asks to stop, or to save and continue; all processes then do it after the same step."""
         asked = [self._stop.number is not None, self._stop.save]
         self._stop.save = False
         if self._accelerator.num_processes > 1:

@@ -94,7 +94,7 @@ def not_finite_error(where: str, problem: str, *, kept: bool) -> TrainError:
 
 
 class _FoundError(Exception):
-    """Ends the run at the first value."""
+    """Ends the layer-by-layer run at the first value that is not finite."""
 
 
 def _first_bad(graph: fx.GraphModule, batch: Any) -> str:
@@ -113,7 +113,7 @@ def _first_bad(graph: fx.GraphModule, batch: Any) -> str:
 
 
 def _bad(value: Any) -> bool:
-    """NaN or infinity; minus infinity is what attention masks are made of."""
+    """Whether there is NaN or plus infinity; minus infinity is allowed, because attention masks use it."""
     if not isinstance(value, Tensor) or not value.is_floating_point():
         return False
     return bool((value.isnan() | value.isposinf()).any())

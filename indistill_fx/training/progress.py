@@ -47,7 +47,7 @@ class Seen:
     over: bool = False
 
     def note(self, loss: float) -> None:
-        """The running epoch's loss so far."""
+        """Store the running epoch's loss so far."""
         self.losses[self.ended :] = [loss]
 
 
@@ -74,7 +74,7 @@ class Board:
     memory: int | None = None
 
     def draw(self, width: int) -> Group:
-        """The dashboard for a terminal of so many columns."""
+        """The dashboard for a terminal with `width` columns."""
         table = Table.grid(padding=(0, 1), expand=False)
         table.add_column(width=1)
         table.add_column(max_width=max(width // 4, 10), overflow="ellipsis", no_wrap=True)
@@ -213,7 +213,7 @@ class Reporter:
                 self._live.stop()
 
     def say(self, *lines: str) -> None:
-        """Lines that stay."""
+        """Print lines above the dashboard, which stay on the screen."""
         with self._costing_no_work():
             for line in map(one_line, lines):
                 if self._live is not None:
@@ -223,14 +223,14 @@ class Reporter:
 
     @contextmanager
     def _costing_no_work(self) -> Iterator[None]:
-        """Within the block, a standard error that is closed or full ends the progress, not the run."""
+        """Within the block, a closed or full standard error ends the progress display, not the run."""
         try:
             yield
         except (OSError, ValueError):
             self._shown, self._live = False, None
 
     def teacher(self, value: float) -> None:
-        """The teacher was measured."""
+        """Show the teacher's measured value."""
         self._board.teacher = value
         self.say(f"Teacher's {self._board.metric.title}: {self._board.metric.text(value)}")
 
@@ -250,12 +250,12 @@ class Reporter:
         self._draw()
 
     def batch(self, samples: int, waited: float) -> None:
-        """A batch of so many samples has arrived, after so many seconds of waiting."""
+        """Record the arrival of a batch: its number of samples, and the seconds spent waiting for it."""
         self._samples += samples
         self._waited += waited
 
     def step(self, step: int, epoch: int, loss: float) -> None:
-        """An optimiser step is done. Cheap: most calls only look at the clock."""
+        """Record an optimiser step. Cheap: most calls only read the clock."""
         now = time.monotonic()
         if not self._shown or now - self._last < (_LINE_SECONDS if self._live is None else _BOARD_SECONDS):
             return
@@ -276,7 +276,7 @@ class Reporter:
             )
 
     def epoch(self, stage: str, step: int, loss: float, value: float | None) -> None:
-        """An epoch is over, now or before the run was resumed; the deciding metric's value, where it was measured."""
+        """Record the end of an epoch, now or before the run was resumed, with the deciding metric's value if it was measured."""
         seen = self._board.stages.get(stage)
         if seen is None:
             return
@@ -289,7 +289,7 @@ class Reporter:
             self._draw()
 
     def close(self, stage: str, text: str) -> None:
-        """A stage is over; the dashboard shows it, elsewhere the text does."""
+        """Record the end of a stage: the dashboard shows it; without a terminal, the text is printed."""
         self._board.stages[stage].over = True
         if self._live is None:
             self.say(text)
@@ -302,7 +302,7 @@ class Reporter:
                 self._live.update(self._board.draw(self._console.width), refresh=True)
 
     def _left(self, step: int, rate: float) -> str:
-        """Time left, as if a later stage's step took as much longer than this one's as it costs more."""
+        """The time left, assuming that a later stage's steps take longer in proportion to their cost."""
         names, stages, running = list(self._board.stages), self._board.stages, self._board.running
         totals = {name: stages[name].total for name in names[names.index(running) :]}
         known = {name: total for name, total in totals.items() if total is not None}

@@ -151,7 +151,7 @@ def least_steps(share: float, *, made: bool) -> int:
 
 
 def _work(model: TracedModel) -> list[str]:
-    """The operations that do arithmetic, in order; dropout and the like differ between the teacher's mode and the student's."""
+    """The arithmetic operations in order, without dropout and the like, which depend on the mode."""
     nodes = model.graph_module.graph.nodes
     return [op_name(node) for node in nodes if node.name in model.facts and model.facts[node.name].macs]
 

@@ -69,7 +69,7 @@ class Saver:
 
     @property
     def resumed(self) -> bool:
-        """Whether a checkpoint was read, and its run continues within a phase."""
+        """Whether a checkpoint was read that lies within a phase."""
         return self._read is not None
 
     @property
@@ -78,18 +78,18 @@ class Saver:
         return time.monotonic() - self._saved_at > _SHARE * self._took
 
     def whole(self) -> AbstractContextManager[None]:
-        """Within the block the student's tensors can be read, sharded or not."""
+        """Within the block, the student's tensors are complete, even if it is sharded."""
         return nullcontext() if self.shards is None else self.shards.whole()
 
     def read(self, path: Path, allowed: Sequence[str]) -> tuple[State, dict[str, tuple[Any, Any]]]:
-        """Where the run of a checkpoint stands; its tensors are put into the student, or kept for the phase that continues.
+        """Read a checkpoint: its tensors go into the student, or are stored for the phase that continues.
 
         Args:
             path: the checkpoint.
-            allowed: what may differ from the run it is of (see `identity.changes`).
+            allowed: settings that may differ from the checkpoint's run (see `identity.changes`).
 
         Returns:
-            The state, and what does differ.
+            The state, and the settings that differ.
 
         Raises:
             ConfigError: it is unreadable, or of another run; names what differs.
@@ -114,12 +114,12 @@ class Saver:
         return state, found
 
     def restore_phase(self, phase: Phase) -> None:
-        """Write what was read into the tensors of the phase that continues."""
+        """Write the checkpoint's tensors into the phase that continues."""
         if self._read is not None and self._read[1]["optimizer"] is not None:
             restore_model(model_tensors(self._student, phase.module, without=phase.teacher), self._read[0])
 
     def restore_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        """Give the phase's optimiser the state that was read, if there is one, and forget what was."""
+        """Give the phase's optimiser the state from the checkpoint, if there is one, and release what was read."""
         tensors, saved = self._read or ({}, {"optimizer": None})
         self._read = None
         if saved["optimizer"] is None:
@@ -131,10 +131,10 @@ class Saver:
             self._accelerator.scaler.load_state_dict(saved["scaler"])
 
     def save(self, state: State, phase: Phase | None, optimizer: Any) -> str | None:
-        """Write everything; between two phases there is neither a module nor an optimiser worth saving.
+        """Write a checkpoint; between two phases it has no module and no optimiser.
 
         Returns:
-            The name of a tensor that is not finite, and then nothing is written; else None.
+            The name of a tensor that is not finite, in which case nothing is written; otherwise None.
 
         Raises:
             TrainError: the disk is full.
@@ -160,7 +160,7 @@ class Saver:
 
     @contextmanager
     def started(self, state: State) -> Iterator[None]:
-        """Within the block an error before the first step drops the checkpoint: the run can be started again in its directory."""
+        """Within the block, an error before the first step deletes the checkpoint, so that the run can be restarted in its directory."""
         try:
             yield
         except IndistillError:
@@ -169,7 +169,7 @@ class Saver:
             raise
 
     def save_best(self, metric: str, value: float, epoch: int) -> None:
-        """Write the student's weights as the best there were."""
+        """Write the student's weights as the best so far."""
         if self._directory is not None and self._directory.writes:
             header = {metric: str(value), "epoch": str(epoch)}
             save_tensors(self._directory.path / BEST, state_tensors(self._student), header)

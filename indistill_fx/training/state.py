@@ -43,29 +43,29 @@ class Phase:
     early_stopping: int | None = None
 
     def stands_still(self, epochs: int, best: int | None) -> bool:
-        """Whether it ends early after so many epochs, of which that one was the best."""
+        """Whether the phase ends early after `epochs` epochs, given the last epoch with progress."""
         return self.early_stopping is not None and best is not None and epochs - best >= self.early_stopping
 
     @property
     def teacher(self) -> nn.Module | None:
-        """The frozen half of a stage: it is neither saved, nor are its norms synchronised."""
+        """The frozen half of a stage, which is not saved and whose norms are not synchronised."""
         return self.module.teacher if isinstance(self.module, Stage) else None
 
     @property
     def channels_last(self) -> nn.Module | None:
-        """The student's half, if it was lowered to run channels last: its weights stay so while it trains."""
+        """The student's half, if it was lowered to channels last: its weights keep this layout during training."""
         report = self.module.report.student if isinstance(self.module, Stage) else ()
         rewritten = any(record.name == "channels_last" and record.done for record in report)
         return self.module.student if isinstance(self.module, Stage) and rewritten else None
 
     @property
     def summary(self) -> str:
-        """What the loss reports when the phase is over; empty for most."""
+        """The loss's report at the end of the phase; empty for most losses."""
         criterion = self.module.criterion if isinstance(self.module, Stage) else None
         return criterion.summary if isinstance(criterion, Criterion) else ""
 
     def given(self, batch: Any) -> Any:
-        """The batch as the module wants it."""
+        """The batch in the form that the module takes."""
         return batch if self.attach is None else self.attach(batch)
 
     def to_json(self) -> dict[str, Any]:
@@ -119,10 +119,10 @@ class State:
 
     @classmethod
     def read(cls, saved: Mapping[str, Any], path: Path) -> State:
-        """The state of a checkpoint.
+        """Read the state from a checkpoint's entries.
 
         Raises:
-            ConfigError: it is none.
+            ConfigError: they are not a state.
         """
         known = {_IN_FILES.get(field.name, field.name): field.name for field in fields(cls)}
         wrong = [name for name, value in saved.items() if name not in known or not _fits(name, value)]
@@ -131,7 +131,7 @@ class State:
         return cls(**{known[name]: value for name, value in saved.items()})
 
     def summary_of(self, phase: Phase, metric: MetricFacts) -> str:
-        """A line on the phase that has just ended."""
+        """One line about the phase that has just ended."""
         epochs = [EpochRecord(**entry) for entry in self.history if entry["stage"] == phase.name]
         seconds = sum(epoch.seconds for epoch in epochs)
         value = epochs[-1].value(metric)
@@ -219,7 +219,7 @@ def _fits(name: str, value: object) -> bool:
 
 
 def _is_epoch(entry: object) -> bool:
-    """Whether an entry has what `EpochRecord` takes."""
+    """Whether an entry has the fields of `EpochRecord`."""
     if not isinstance(entry, dict) or not _NEEDED <= entry.keys() <= _NEEDED | _MEASURED:
         return False
     metrics, average = (entry.get(name) or {} for name in ("metrics", "average"))

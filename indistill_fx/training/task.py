@@ -108,7 +108,7 @@ _LOOKED_AT = 20
 def _require_labels(
     task: Task, outputs: Tensor, labels: Tensor, loader: Iterable[Any], models: Sequence[Inputs]
 ) -> None:
-    """Refuse labels of which none counts: a run would learn nothing from them, at a loss of 0."""
+    """Refuse labels that are all ignored: the loss would always be 0, and the run would learn nothing."""
     if not isinstance(task, Classification) or not are_classes(labels, outputs) or bool((labels != IGNORED).any()):
         return
     for batch in islice(loader, _LOOKED_AT):

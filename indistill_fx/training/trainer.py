@@ -104,10 +104,10 @@ class Trainer:
     about: Mapping[str, Any] | None
 
     def run(self, set_up: Callable[[RunDirectory | None, Accelerator], Setup]) -> RunRecord:
-        """Do it.
+        """Run the training.
 
         Args:
-            set_up: makes the stages, for the accelerator's device. What it draws at random belongs to the run.
+            set_up: makes the stages for the accelerator's device. Its random draws are part of the run.
 
         Raises:
             ConfigError: options, models, data or directory are at fault.
@@ -155,7 +155,7 @@ class Trainer:
     def _train(
         self, setup: Setup, directory: RunDirectory | None, accelerator: Accelerator, teacher: str | None
     ) -> tuple[TrainingLoop, Mapping[str, float] | None]:
-        """The loop at its end, and the teacher's metrics."""
+        """Run the loop; returns it together with the teacher's metrics."""
         self._require_validation(setup)
         phases = [phase for phase in setup.phases if phase.budget.length]
         more = ({"teacher": teacher} if teacher is not None else {}) | dict(setup.identity)
@@ -227,7 +227,7 @@ class Trainer:
         return found | {"graphs": f"off: {unrecorded}" if unrecorded is not None else "on"}
 
     def _require_validation(self, setup: Setup) -> None:
-        """Refuse options that something else is missing for."""
+        """Refuse early stopping without validation data, and a moving average of sharded weights."""
         if self.settings.early_stopping is not None and not self._validates(setup):
             raise ConfigError(
                 "early_stopping needs validation data that can be measured, but there are none.",
@@ -242,7 +242,7 @@ class Trainer:
             )
 
     def _schedule(self, setup: Setup, phases: Sequence[Phase], loader: EpochLoader, device: torch.device) -> list[str]:
-        """What will be done, and what is to be known of it, in lines."""
+        """The schedule and remarks on it, in lines."""
         lines = [f"{phase.name}: {self._described(phase)}" for phase in phases]
         lines += [
             f"the GPU is not used: {why}" for why in [old_driver() if self.settings.device == "auto" else ""] if why
@@ -258,7 +258,7 @@ class Trainer:
         return lines
 
     def _resume(self, loop: TrainingLoop, directory: RunDirectory, reporter: Reporter) -> list[Any]:
-        """Continue from the last checkpoint; returns everything that has changed, for run.json."""
+        """Continue from the last checkpoint; returns all changed settings, for run.json."""
         found = loop.resume(directory.path / LAST, self.allow_changed)
         directory.rewind(loop.state.epochs, loop.state.all_steps)
         reporter.say(f"Resumed after {loop.state.all_steps} steps.")
@@ -295,7 +295,7 @@ class Trainer:
     def _teacher_metrics(
         self, setup: Setup, before: RunDirectory | None, accelerator: Accelerator, reporter: Reporter
     ) -> Mapping[str, float] | None:
-        """Measured before anything is trained; a resumed run has them from its first time."""
+        """Measure the teacher before training; a resumed run reads the values from its first start."""
         metric = setup.task.metric
         asked = self.teacher is not None and not setup.unmeasured and self._validates(setup)
         if self.teacher is None or not asked or not accelerator.is_main_process or metric is None:
@@ -359,13 +359,13 @@ class Trainer:
 
 
 def _least_samples(student: nn.Module, processes: int, *, together: bool) -> int:
-    """How many samples a batch needs: two where a batch norm takes its statistics, in every process if each takes its own."""
+    """How many samples a batch needs: two for a batch norm's statistics, and in every process if they are not synchronised."""
     norms = any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in student.modules())
     return (2 if together else 2 * processes) if norms else 1
 
 
 def _recall(reporter: Reporter, state: State, phases: Sequence[Phase], metric: MetricFacts) -> None:
-    """Report what was done before the run was resumed."""
+    """Report the epochs before the run was resumed."""
     steps: dict[str, int] = {}
     for entry in state.history:
         steps[entry["stage"]] = steps.get(entry["stage"], 0) + entry["steps"]
@@ -387,7 +387,7 @@ def _stage_record(name: str, epochs: tuple[EpochRecord, ...], state: State) -> S
 
 @contextmanager
 def _as_found(student: nn.Module) -> Iterator[None]:
-    """Training flags and device as they were, when the block ends; no gradients left."""
+    """Restore training flags and device at the end of the block, and clear the gradients."""
     flags = [(part, part.training) for part in student.modules()]
     device = next((parameter.device for parameter in student.parameters()), None)
     try:

@@ -33,10 +33,10 @@ def binary(op: Op) -> Sizes:
     """Arithmetic and comparisons; whole numbers are divided with the remainder left out."""
     a, b = _given(op)
     if op.kind == "Div":
-        whole = all(
+        integral = all(
             isinstance(n, int) or (isinstance(n, Size) and isinstance(n.samples[0], int)) for n in (*a.flat, *b.flat)
         )
-        return _each(operator.floordiv if whole else operator.truediv, a, b)
+        return _each(operator.floordiv if integral else operator.truediv, a, b)
     if op.kind in ("Min", "Max"):
         return _each(min if op.kind == "Min" else max, a, b)
     return _each(_BINARY[op.kind], a, b)

@@ -69,7 +69,7 @@ class Op:
             raise Undecided(f"has an input {self.names[number]!r} that is not a constant")
         return value
 
-    def required_constant(self, number: int, what: str) -> Tensor:
+    def required_constant(self, number: int, name: str) -> Tensor:
         """An input that has to be there and a constant, such as "its weights".
 
         Raises:
@@ -77,7 +77,7 @@ class Op:
         """
         value = self.constant(number)
         if value is None:
-            raise Undecided(f"lacks {what}")
+            raise Undecided(f"lacks {name}")
         return value
 
     def get(self, name: str, default: T) -> T:
@@ -260,11 +260,11 @@ class Builder:
         if id(leaf) not in self._constants:
             path = self._place(self.names.get(id(leaf), "constant"), None)
             *parents, name = path.split(".")
-            home = self._home(parents)
+            parent = self._home(parents)
             if leaf.is_floating_point():
-                home.register_parameter(name, nn.Parameter(leaf))
+                parent.register_parameter(name, nn.Parameter(leaf))
             else:
-                home.register_buffer(name, leaf)
+                parent.register_buffer(name, leaf)
             self._constants[id(leaf)] = (leaf, self.graph.get_attr(path))
         return self._constants[id(leaf)][1]
 

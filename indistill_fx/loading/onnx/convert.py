@@ -91,8 +91,8 @@ def inputs_of(model: onnx.ModelProto, shape: tuple[int, ...] | None = None) -> t
     if len({output.name for output in model.graph.output}) < len(model.graph.output):
         raise _unfit("two of its outputs have the same name")
     if len({own.batch for own in found}) > 1:
-        told = ", ".join(f"`{own.name}` {own.batch or 'any'}" for own in found)
-        raise _unfit(f"its inputs begin with different lengths ({told})")
+        batch_texts = ", ".join(f"`{own.name}` {own.batch or 'any'}" for own in found)
+        raise _unfit(f"its inputs begin with different lengths ({batch_texts})")
     return tuple(found)
 
 

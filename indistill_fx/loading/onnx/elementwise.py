@@ -97,8 +97,8 @@ def arithmetic(op: Op, build: Builder) -> Any:
     """Add, Sub, Mul, Div and Pow; whole numbers are divided towards zero."""
     a, b = _operands(op, build)
     if op.kind == "Div":
-        whole = not any(_is_real(value) for value in (a, b))
-        return build.call(torch.div, a, b, rounding_mode="trunc") if whole else build.call(operator.truediv, a, b)
+        integral = not any(_is_real(value) for value in (a, b))
+        return build.call(torch.div, a, b, rounding_mode="trunc") if integral else build.call(operator.truediv, a, b)
     if op.kind == "Pow":
         return build.call(torch.pow, a, b)
     return build.call(_ARITHMETIC[op.kind], a, b)
@@ -144,8 +144,8 @@ def cast(op: Op, build: Builder) -> Any:
     """Cast and CastLike; to the type that it has already it is nothing."""
     x = build.tensor(op.required(0))
     if op.kind == "CastLike":
-        like = op.required(1)
-        dtype = like.samples[0].dtype if isinstance(like, Traced) else build.tensor(like).dtype  # type: ignore[union-attr]
+        reference = op.required(1)
+        dtype = reference.samples[0].dtype if isinstance(reference, Traced) else build.tensor(reference).dtype  # type: ignore[union-attr]
     else:
         dtype = dtype_of(int(op.get("to", 1)), op.name)
     own = x.samples[0].dtype if isinstance(x, Traced) else x.dtype

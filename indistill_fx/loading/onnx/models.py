@@ -74,9 +74,9 @@ def run_file(path: Path, taps: Sequence[str], shape: tuple[int, ...] | None = No
     notes = ["run by onnxruntime on the CPU, without gradients; its work is not counted"]
     if not taps:
         names = [name for node in model.graph.node for name in node.output if name][:-1]
-        some = ", ".join(names[:: max(len(names) // 3, 1)][:3])
+        sample_names = ", ".join(names[:: max(len(names) // 3, 1)][:3])
         notes.append(
-            f"nothing but its outputs can be learned; ?taps=NAME,NAME adds tensors of the file, such as {some}"
+            f"nothing but its outputs can be learned; ?taps=NAME,NAME adds tensors of the file, such as {sample_names}"
         )
     return _described(module, inputs, tuple(notes))
 

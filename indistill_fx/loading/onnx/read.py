@@ -160,14 +160,14 @@ def weights_beside(model: onnx.ModelProto, path: Path) -> list[tuple[onnx.Tensor
     for tensor in _tensors(model):
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
             continue
-        told = {entry.key: entry.value for entry in tensor.external_data}
-        name = told.get("location", "")
+        external = {entry.key: entry.value for entry in tensor.external_data}
+        name = external.get("location", "")
         if not name or not _lies_beside(folder, name):
             raise _refused(
                 path, f"lacks its weights: {name[:200]!r} is not a file beside it, and only such files are read"
             )
         size = (folder / name).stat().st_size
-        start, length = (_number(told.get(key)) for key in ("offset", "length"))
+        start, length = (_number(external.get(key)) for key in ("offset", "length"))
         start = start or 0
         length = size - start if length is None else length
         if start < 0 or length < 0 or start + length > size:

@@ -51,10 +51,10 @@ def open_session(model: onnx.ModelProto, where: str, *, rewrites: bool = True) -
         raise _failure("refuses", where, error, "Export the file again, or update onnxruntime.") from error
 
 
-def _failure(how: str, where: str, error: Exception, hint: str) -> ConfigError:
+def _failure(verb: str, where: str, error: Exception, hint: str) -> ConfigError:
     """What onnxruntime says of a file, in one line."""
     text = " ".join(str(error).split())[:300].rstrip(".")
-    return ConfigError(f"onnxruntime {how} `{where}`: {text}.", where=where, got=text, hint=hint)
+    return ConfigError(f"onnxruntime {verb} `{where}`: {text}.", where=where, got=text, hint=hint)
 
 
 def run_session(session: onnxruntime.InferenceSession, inputs: Sequence[Tensor], batch: int | None) -> list[Tensor]:
@@ -72,14 +72,16 @@ def run_session(session: onnxruntime.InferenceSession, inputs: Sequence[Tensor],
     parts: list[list[Tensor]] = []
     for start in range(0, count, batch):
         rows = [_filled(array[start : start + batch], batch) for array in arrays]
-        made = _run(session, rows)
-        if (odd := next((value for value in made if not value.dim() or len(value) != batch), None)) is not None:
+        results = _run(session, rows)
+        if (
+            wrong_shape := next((value for value in results if not value.dim() or len(value) != batch), None)
+        ) is not None:
             raise ConfigError(
-                f"The ONNX file is made for a batch of {batch}, and a tensor asked of it has the shape {tuple(odd.shape)}.",
+                f"The ONNX file is made for a batch of {batch}, and a tensor asked of it has the shape {tuple(wrong_shape.shape)}.",
                 where="batch",
                 hint="Export it for any number of samples (dynamic axes).",
             )
-        parts.append([value[: count - start] for value in made])
+        parts.append([value[: count - start] for value in results])
     return [torch.cat(own) if len(own) > 1 else own[0] for own in zip(*parts, strict=True)]
 
 
@@ -132,29 +134,31 @@ def compare(module: fx.GraphModule, model: onnx.ModelProto, inputs: Sequence[Onn
             raise _failure("fails to run", where, error, "Check that the inputs are what the file takes.") from error
         with torch.no_grad():
             result: Any = module(*given)
-        made = list(result.values()) if isinstance(result, dict) else [result]
-        for output, own, theirs, repeated in zip(session.get_outputs(), made, wanted, again, strict=True):
-            allowed = max(TOLERANCE, QUANTISED_TIMES * _relative(repeated, theirs)) if plain is not None else TOLERANCE
-            worst = max(worst, _difference(own, theirs, output.name, where, allowed))
+        results = list(result.values()) if isinstance(result, dict) else [result]
+        for output, computed, expected, repeated in zip(session.get_outputs(), results, wanted, again, strict=True):
+            allowed = (
+                max(TOLERANCE, QUANTISED_TIMES * _relative(repeated, expected)) if plain is not None else TOLERANCE
+            )
+            worst = max(worst, _difference(computed, expected, output.name, where, allowed))
     return worst
 
 
-def _relative(own: Tensor, theirs: Tensor) -> float:
+def _relative(computed: Tensor, expected: Tensor) -> float:
     """The largest difference, relative to the largest value."""
-    wanted = theirs.double()
+    wanted = expected.double()
     largest = float(wanted.abs().max()) if wanted.numel() else 0.0
-    return float((own.double() - wanted).abs().max()) / max(largest, 1e-12) if wanted.numel() else 0.0
+    return float((computed.double() - wanted).abs().max()) / max(largest, 1e-12) if wanted.numel() else 0.0
 
 
-def _difference(own: Tensor, theirs: Tensor, name: str, where: str, allowed: float) -> float:
+def _difference(computed: Tensor, expected: Tensor, name: str, where: str, allowed: float) -> float:
     hint = f"Let onnxruntime run it as it is: onnxruntime:{where}, with ?taps=NAME,NAME for tensors inside (a teacher only)."
-    if own.shape != theirs.shape:
+    if computed.shape != expected.shape:
         raise ConfigError(
-            f"`{where}`, converted, gives its output `{name}` the shape {tuple(own.shape)}, and onnxruntime {tuple(theirs.shape)}.",
+            f"`{where}`, converted, gives its output `{name}` the shape {tuple(computed.shape)}, and onnxruntime {tuple(expected.shape)}.",
             where=where,
             hint=hint,
         )
-    difference = _relative(own, theirs)
+    difference = _relative(computed, expected)
     if not difference <= allowed:
         raise ConfigError(
             f"`{where}`, converted, does not compute what onnxruntime does: its output `{name}` differs by {difference:.2g} of its"

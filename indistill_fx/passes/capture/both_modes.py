@@ -37,27 +37,27 @@ class Flag(nn.Module):
     """The training flag of one of the user's modules, read and written where it stands.
 
     Args:
-        of: that module; None (a copy): the flag is this module's own.
+        owner: that module; None (in a copy): the flag is stored in this module.
     """
 
-    def __init__(self, of: nn.Module | None):
-        self.__dict__["of"] = of
+    def __init__(self, owner: nn.Module | None):
+        self.__dict__["of"] = owner
         super().__init__()
 
     @property
     def training(self) -> bool:
         """Of the user's module."""
-        of = self.__dict__["of"]
-        return bool(self.__dict__.get("own", True) if of is None else of.training)
+        owner = self.__dict__["of"]
+        return bool(self.__dict__.get("own", True) if owner is None else owner.training)
 
     @training.setter
     def training(self, flag: bool) -> None:
-        of = self.__dict__["of"]
+        owner = self.__dict__["of"]
         # without `_parameters`: torch sets the flag while it constructs the module
-        if of is None or "_parameters" not in self.__dict__:
+        if owner is None or "_parameters" not in self.__dict__:
             self.__dict__["own"] = flag
         else:
-            of.training = flag
+            owner.training = flag
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Flag:
         new = Flag(None)

@@ -49,10 +49,10 @@ class Captured:
         """What the report says of names that stand otherwise in the graph."""
         pairs: dict[str, str] = {}
         for new, old in self.graph_module.meta["renamed"].items():
-            news, olds = new.split("."), old.split(".")
-            while news[-1] == olds[-1]:
-                del news[-1], olds[-1]
-            pairs[".".join(olds)] = ".".join(news)
+            new_parts, old_parts = new.split("."), old.split(".")
+            while new_parts[-1] == old_parts[-1]:
+                del new_parts[-1], old_parts[-1]
+            pairs[".".join(old_parts)] = ".".join(new_parts)
         return tuple(f"{old!r} stands in the graph as `{new}`" for old, new in pairs.items())
 
 
@@ -108,10 +108,10 @@ def returned(name: str, result: Any, wanted: type) -> list[tuple[str, Any]]:
     return [(name if len(found) == 1 else f"{name}{place}", leaf) for place, leaf in found] if name else []
 
 
-def tensor_names(module: nn.Module, loose: Mapping[str, Tensor] = MappingProxyType({})) -> dict[int, str]:
+def tensor_names(module: nn.Module, unregistered: Mapping[str, Tensor] = MappingProxyType({})) -> dict[int, str]:
     """Identity of every parameter and buffer -> its first name; and of tensors in attributes, by name, that the forward changes."""
     found: dict[int, str] = {}
-    for name, tensor in (*module.named_parameters(), *module.named_buffers(), *loose.items()):
+    for name, tensor in (*module.named_parameters(), *module.named_buffers(), *unregistered.items()):
         found.setdefault(id(tensor), name)
     return found
 

@@ -31,26 +31,26 @@ def channel_axes(
 ) -> dict[str, int | None]:
     """The channel axis of every node in `shapes`; None where no axis holds channels."""
     axes: dict[str, int | None] = {}
-    parted: dict[str, Shape] = {}
+    split_axes: dict[str, Shape] = {}
     for node in graph_module.graph.nodes:
         if node.name in shapes:
             floating = dtypes[node.name].is_floating_point
             axes[node.name] = _axis(node, shapes, axes) if floating else None
             if floating and axes[node.name] is None:
-                axes[node.name] = _parts(node, shapes, axes, parted)
+                axes[node.name] = _parts(node, shapes, axes, split_axes)
     return axes
 
 
 def _parts(
-    node: fx.Node, shapes: Mapping[str, Shape], axes: Mapping[str, int | None], parted: dict[str, Shape]
+    node: fx.Node, shapes: Mapping[str, Shape], axes: Mapping[str, int | None], split_axes: dict[str, Shape]
 ) -> int | None:
-    """The axis on which a reshape joins parted channels; else None, and the axes they are parted over are noted in `parted`."""
+    """The axis on which a reshape joins split channels; else None, and the axes they are split over are stored in `split_axes`."""
     source = next(iter(_read(node, shapes)), None)
     if source is None:
         return None
     before, shape, name = shapes[source.name], shapes[node.name], op_name(node)
     axis = axes[source.name]
-    own = parted.get(source.name, ()) if axis is None else (axis,)
+    own = split_axes.get(source.name, ()) if axis is None else (axis,)
     if not own:
         return None
     if name in ("permute", "transpose") and axis is None:
@@ -65,7 +65,7 @@ def _parts(
     if len(own) == 1:
         return own[0]
     if own:
-        parted[node.name] = own
+        split_axes[node.name] = own
     return None
 
 

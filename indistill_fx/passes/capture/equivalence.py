@@ -131,7 +131,7 @@ class Reference:
         return state_kept(graph_module) if self.changed else nullcontext()
 
     @property
-    def loose(self) -> dict[str, Tensor]:
+    def unregistered(self) -> dict[str, Tensor]:
         """Tensors that the forward changes although they are not buffers, by the names of their attributes; results of autograd apart."""
         before = {name: change.before for name, change in self.changed.items()}
         return {name: value for name, value in before.items() if isinstance(value, Tensor) and value.is_leaf}
@@ -141,7 +141,7 @@ class Reference:
         """The tensors that the forward changes, parameters (all, if one is), buffers or others."""
         names = {name for run in self._runs.values() if isinstance(run, Run) for name in run.buffers}
         buffers = (buffer for name, buffer in self.module.named_buffers() if name in names) if names else ()
-        return [*buffers, *self.loose.values(), *(self.module.parameters() if self.writes_weights else ())]
+        return [*buffers, *self.unregistered.values(), *(self.module.parameters() if self.writes_weights else ())]
 
     @contextmanager
     def any_size(self) -> Iterator[None]:

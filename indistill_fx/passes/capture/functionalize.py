@@ -68,10 +68,10 @@ def functionalize(captured: Captured) -> Captured:
         _redirect(target, writer, order, renamed, since=order[writer])
         if indexed is not None and any(order.get(user, 0) > order[writer] for user in indexed.users):
             with graph_module.graph.inserting_after(writer):
-                whole = graph_module.graph.call_function(with_item, (indexed, target.args[1], writer))
-            whole.meta = dict(writer.meta)
-            order[whole] = order[writer]
-            _redirect(indexed, whole, order, renamed, since=order[writer])
+                updated = graph_module.graph.call_function(with_item, (indexed, target.args[1], writer))
+            updated.meta = dict(writer.meta)
+            order[updated] = order[writer]
+            _redirect(indexed, updated, order, renamed, since=order[writer])
     if not writers:
         _compile(graph_module)
         return captured
@@ -190,11 +190,11 @@ def _make_functional(writer: fx.Node, graph_module: fx.GraphModule, copies: dict
     elif writer.kwargs.get("inplace") is True:
         writer.kwargs = {**writer.kwargs, "inplace": False}
     else:
-        twin = _functional_twin(writer.target)
-        if twin is None:
+        functional_version = _functional_twin(writer.target)
+        if functional_version is None:
             _copy_first(writer)
         else:
-            writer.target = twin
+            writer.target = functional_version
 
 
 def _copy_first(writer: fx.Node) -> None:
@@ -211,12 +211,12 @@ def _functional_twin(target: Any) -> Any:
         return _FUNCTIONAL[target]
     schema = getattr(target, "_schema", None)
     if schema is not None:
-        packet = getattr(torch.ops.aten, schema.name.split("::")[-1].rstrip("_"), None)
-        return getattr(packet, schema.overload_name or "default", None)
+        overloads = getattr(torch.ops.aten, schema.name.split("::")[-1].rstrip("_"), None)
+        return getattr(overloads, schema.overload_name or "default", None)
     name = str(getattr(target, "__name__", "")).rstrip("_")
-    homes = (home for home in (functional, torch) if callable(getattr(home, name, None)))
-    home = next(homes, None)
-    return getattr(home, name) if home is not None else None
+    modules = (module for module in (functional, torch) if callable(getattr(module, name, None)))
+    module = next(modules, None)
+    return getattr(module, name) if module is not None else None
 
 
 def _renamed(node: str, position: int, renamed: dict[str, tuple[int, str]]) -> str:

@@ -115,13 +115,13 @@ class _Run:
         self.graph_module, self.layers, self.counter = graph_module, layers, _MacCounter() if macs else None
         self.found = Observed({}, {})
         self.counted, self.known_macs = 0, 0
-        self.untold: dict[fx.Node, int] = {}
+        self.unassigned_macs: dict[fx.Node, int] = {}
         self.keys: dict[fx.Node, tuple[object, Tensor]] = {}
 
     def __call__(self, *args: Any) -> Observed:
         """Run it on these inputs."""
         with torch.no_grad(), plain_attention(), self.counter or nullcontext():
-            run_looking(self.graph_module, self._note, *args, instead=self._instead)
+            run_looking(self.graph_module, self._note, *args, override=self._instead)
         return self.found
 
     def _note(self, node: fx.Node, value: Any) -> None:
@@ -132,11 +132,11 @@ class _Run:
             self.counted = self.counter.macs
         if isinstance(value, Tensor):
             self._remember(node, value, macs)
-            macs += sum(self.untold.pop(source, 0) for source in node.all_input_nodes)
+            macs += sum(self.unassigned_macs.pop(source, 0) for source in node.all_input_nodes)
             self.found.seen[node.name] = Seen(tuple(value.shape), value.dtype, macs)
             return
         if macs:  # the work of a tuple is counted at its first element
-            self.untold[node] = macs
+            self.unassigned_macs[node] = macs
         if (count := count_of(value)) is not None:
             self.found.counts[node.name] = count
 

@@ -40,13 +40,13 @@ class RecordedGraph:
 
     Args:
         module: what runs.
-        loose: tensors that are held in attributes, are not buffers, and are changed by the code; by name.
+        unregistered: tensors that are held in attributes, are not buffers, and are changed by the code; by name.
     """
 
-    def __init__(self, module: nn.Module, loose: Mapping[str, Tensor]):
+    def __init__(self, module: nn.Module, unregistered: Mapping[str, Tensor]):
         self.module = module
-        self.names = tensor_names(module, loose)
-        self.state = {**dict(module.named_buffers()), **loose}
+        self.names = tensor_names(module, unregistered)
+        self.state = {**dict(module.named_buffers()), **unregistered}
         self.graph = fx.Graph()
         self.book = Book(self.create)
         self.order: list[fx.Node] = []
@@ -123,7 +123,7 @@ class RecordedGraph:
         self.first_node = None if self.first is None else self.node_of(self.first)
 
     def node_of(self, tensor: Tensor) -> fx.Node:
-        """The node that stands for a tensor; parameters, buffers and constants get one when they are first used."""
+        """The node that stands for a tensor; parameters, buffers and unregistered get one when they are first used."""
         node: fx.Node | None = self.nodes.get(tensor)
         if node is not None and not node._erased:
             return node

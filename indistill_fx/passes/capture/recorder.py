@@ -43,15 +43,15 @@ class Recorder(RecordedGraph, TorchFunctionMode):
     Args:
         module: the module; its code is run, its weights are not changed, its buffers may be.
         leaves: paths of submodules to keep as one node.
-        loose: tensors that are held in attributes, are not buffers, and are changed by the code; by name.
+        unregistered: tensors that are held in attributes, are not buffers, and are changed by the code; by name.
         give_up_submodules: keep the smallest submodule that cannot be traced as one node, instead of failing.
     """
 
     def __init__(
-        self, module: nn.Module, leaves: Sequence[str], loose: Mapping[str, Tensor], *, give_up_submodules: bool
+        self, module: nn.Module, leaves: Sequence[str], unregistered: Mapping[str, Tensor], *, give_up_submodules: bool
     ):
         TorchFunctionMode.__init__(self)
-        RecordedGraph.__init__(self, module, loose)
+        RecordedGraph.__init__(self, module, unregistered)
         self.wanted, self.give_up_submodules = frozenset(leaves), give_up_submodules
         self.paths = {id(part): path for path, part in module.named_modules()}
         self.calls: Counter[str] = Counter()
@@ -145,7 +145,7 @@ class Recorder(RecordedGraph, TorchFunctionMode):
         return size.plain() if self.plain_sizes and axis else size
 
     def _take_data(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Rule 3; data made of sizes alone is a decision like any on sizes, and constants are free."""
+        """Rule 3; data made of sizes alone is a decision like any on sizes, and unregistered are free."""
         of_sizes = False
         for tensor in tensors(args):
             node = self.nodes.get(tensor)

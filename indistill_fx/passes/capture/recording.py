@@ -36,14 +36,14 @@ def capture_shapes(
     inputs: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     leaves: Sequence[str],
-    loose: Mapping[str, Tensor] = MappingProxyType({}),
+    unregistered: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> Captured:
     """Record one run; all of the module's code must be traceable.
 
     Raises:
         FrontendError: it is not; names the module, file, line and expression.
     """
-    return _record(module, inputs, kwargs, leaves, loose, size=2, give_up_submodules=False).captured()
+    return _record(module, inputs, kwargs, leaves, unregistered, size=2, give_up_submodules=False).captured()
 
 
 def capture_leaves(
@@ -51,7 +51,7 @@ def capture_leaves(
     inputs: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     leaves: Sequence[str],
-    loose: Mapping[str, Tensor] = MappingProxyType({}),
+    unregistered: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> Captured:
     """Record one run; the smallest submodules whose code cannot be traced, or depends on the batch size, stay one node each.
 
@@ -61,7 +61,9 @@ def capture_leaves(
     given_up: tuple[str, ...] = ()
     while True:
         known = (*leaves, *given_up)
-        runs = [_record(module, inputs, kwargs, known, loose, size=size, give_up_submodules=True) for size in (2, 3)]
+        runs = [
+            _record(module, inputs, kwargs, known, unregistered, size=size, give_up_submodules=True) for size in (2, 3)
+        ]
         frozen = _changed_decisions(runs[0].book.decisions, runs[1].book.decisions)
         if not frozen:
             return runs[0].captured((*given_up, *runs[0].given_up))
@@ -81,14 +83,14 @@ def _record(
     inputs: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     leaves: Sequence[str],
-    loose: Mapping[str, Tensor],
+    unregistered: Mapping[str, Tensor],
     *,
     size: int,
     give_up_submodules: bool,
 ) -> Recorder:
     example = batch_size((inputs, kwargs))
     batch = batch_of((inputs, dict(kwargs)), size, example_size=example)
-    recorder = Recorder(module, leaves, loose, give_up_submodules=give_up_submodules)
+    recorder = Recorder(module, leaves, unregistered, give_up_submodules=give_up_submodules)
     torch.manual_seed(0)
     with torch.set_grad_enabled(module.training):
         recorder.run(*tree_map(lambda leaf: _other_data(leaf, size), batch))

@@ -93,8 +93,8 @@ def _reads_whole(user: fx.Node) -> bool:
 
 def _parts(node: fx.Node, count: int) -> tuple[fx.Node, ...]:
     """The tensors of a list, each as a node that stands before all readers of the list."""
-    whole = [user for user in node.users if _reads_whole(user)]
-    ready = {user.args[1]: user for user in node.users if all(user < other for other in whole)}
+    list_readers = [user for user in node.users if _reads_whole(user)]
+    ready = {user.args[1]: user for user in node.users if all(user < other for other in list_readers)}
     found, last = [], node
     for k in range(count):
         if k not in ready:

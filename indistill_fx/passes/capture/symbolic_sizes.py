@@ -94,11 +94,11 @@ def value_of(number: Any) -> Any:
     return number.value if isinstance(number, Size) else number
 
 
-def new_size(book: Book, value: int | float | bool, target: Any, args: tuple[Any, ...]) -> Size:
+def new_size(trace_record: Book, value: int | float | bool, target: Any, args: tuple[Any, ...]) -> Size:
     """A size of the class that fits its value."""
     if isinstance(value, bool):
-        return _Bool(book, value, target, args)
-    return (_Int if isinstance(value, int) else _Float)(book, value, target, args)
+        return _Bool(trace_record, value, target, args)
+    return (_Int if isinstance(value, int) else _Float)(trace_record, value, target, args)
 
 
 def _binary(operation: Callable[..., Any], *, swapped: bool = False) -> Callable[[Size, Any], Any]:

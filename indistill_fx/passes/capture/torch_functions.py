@@ -83,11 +83,11 @@ def refused_write(here: str, parameter: str) -> FrontendError:
     )
 
 
-def refused_line(what: str, *, expected: str, instead: str) -> FrontendError:
+def refused_line(description: str, *, expected: str, instead: str) -> FrontendError:
     """The error for the line of the user's code that is being run: what it does, and what to do instead."""
     place, expression = current_place()
     return FrontendError(
-        f"{what} at {place}: `{expression}`",
+        f"{description} at {place}: `{expression}`",
         where=place,
         got=expression,
         expected=expected,

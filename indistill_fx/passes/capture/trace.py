@@ -238,11 +238,11 @@ def _not_left(reference: Reference, known: Known, leaves: Sequence[str]) -> tupl
     if not reference.changed:
         return ()
     kept = {name for name, _ in known.graph_module.named_buffers()}
-    loose = [name for name in reference.changed if name in kept]
+    not_saved = [name for name in reference.changed if name in kept]
     inside = tuple(f"{leaf}." for leaf in leaves)
     left = [name for name in reference.changed if name not in kept and not name.startswith(inside)]
     notes = {
-        "kept from call to call, but no buffer, so a checkpoint does not hold it": loose,
+        "kept from call to call, but no buffer, so a checkpoint does not hold it": not_saved,
         "set by the forward, and not by the graph, whose outputs did not depend on it in two calls": left,
     }
     return tuple(f"{_names(names)}: {note}" for note, names in notes.items() if names)
@@ -348,20 +348,20 @@ def _in_mode(capture: Method, reference: Reference, leaves: Sequence[str], *, pa
     # read from `vars`, so that no property or hook runs
     flags = [(vars(part), vars(part)["training"]) for part in module.modules() if "training" in vars(part)]
     while True:
-        loose = reference.loose
+        unregistered = reference.unregistered
         for own, flag in flags:  # `forget` restores the flags from before the trace
             own["training"] = flag
         try:
             with plain_attention():
-                captured = capture(module, inputs, kwargs, (*leaves, *given_up), loose)
+                captured = capture(module, inputs, kwargs, (*leaves, *given_up), unregistered)
         except FrontendError:
             reference.forget()
-            if reference.loose.keys() == loose.keys():
+            if reference.unregistered.keys() == unregistered.keys():
                 raise
             continue
         finally:
             reference.forget()
-        if reference.loose.keys() != loose.keys():  # tensors recorded as constants must become state
+        if reference.unregistered.keys() != unregistered.keys():  # tensors recorded as constants must become state
             continue
         try:
             captured = functionalize(captured)
@@ -389,8 +389,10 @@ def leaf_share(captured: Captured, known: Known) -> float:
     """The share of the work that is done in modules kept as one node because their code could not be traced."""
     total = sum(facts.macs for facts in known.facts.values())
     kept = set(captured.leaves)
-    whole = [node for node in captured.graph_module.graph.nodes if node.op == "call_module" and _path(node) in kept]
-    names = {node.name for node in whole} | {
-        user.name for node in whole if node.name not in known.facts for user in node.users
+    leaf_nodes = [
+        node for node in captured.graph_module.graph.nodes if node.op == "call_module" and _path(node) in kept
+    ]
+    names = {node.name for node in leaf_nodes} | {
+        user.name for node in leaf_nodes if node.name not in known.facts for user in node.users
     }
     return sum(facts.macs for name, facts in known.facts.items() if name in names) / max(total, 1)

@@ -196,13 +196,17 @@ def patch_merging(call: Call, cut: Cut) -> Propagation | Blocked:
     part = Part(
         Cut(call.input, last, last + 1, used), (tuple(range(len(sources))), tuple(place[source] for source in sources))
     )
-    whole = gather == tuple(range(4 * len(used)))
+    gathers_all = gather == tuple(range(4 * len(used)))
     merge = again(call, [part.cut])
 
     def emit(out: Emitter, new: Sequence[fx.Node]) -> fx.Node:
         node = merge(out, new)
-        return node if whole else out.function(torch.index_select, node, last, out.tensor("kept", torch.tensor(gather)))
+        return (
+            node
+            if gathers_all
+            else out.function(torch.index_select, node, last, out.tensor("kept", torch.tensor(gather)))
+        )
 
     return Propagation(
-        emit, (part,), note="" if whole else "the four neighbours keep different channels; a gather picks them"
+        emit, (part,), note="" if gathers_all else "the four neighbours keep different channels; a gather picks them"
     )

@@ -315,21 +315,21 @@ def _constant(node: fx.Node, facts: Mapping[str, NodeFacts]) -> Any:
     """The value of a node that depends on parameters and buffers only (and on an input's type); None if it depends on more."""
     if node.op == "get_attr":
         return attribute(_owner(node), str(node.target))
-    needed, ways = {node: None}, [node]
+    needed, pending = {node: None}, [node]
     types: dict[fx.Node, Any] = {}
-    while ways:
-        way = ways.pop()
-        if way.op == "placeholder":
+    while pending:
+        current = pending.pop()
+        if current.op == "placeholder":
             return None
         # only the dtype or device is used, not the values
-        if way.target is getattr and way.args[1] in ("dtype", "device"):
-            source = tensor_nodes(way.args[0])[0]
-            types[way] = torch.device("cpu") if way.args[1] == "device" else facts[source.name].dtype
+        if current.target is getattr and current.args[1] in ("dtype", "device"):
+            source = tensor_nodes(current.args[0])[0]
+            types[current] = torch.device("cpu") if current.args[1] == "device" else facts[source.name].dtype
             continue
-        for source in way.all_input_nodes:
+        for source in current.all_input_nodes:
             if source not in needed:
                 needed[source] = None
-                ways.append(source)
+                pending.append(source)
     if len(needed) > _DEEP:
         return None
     return run_part(node, needed, types)

@@ -54,12 +54,12 @@ def _operands(call: Call) -> tuple[list[fx.Node], list[tuple[int, ...]] | None]:
 def _shares(operands: Sequence[fx.Node], sizes: Sequence[int], cut: Cut) -> tuple[Part, ...]:
     parts, begin = [], 0
     for operand, size in zip(operands, sizes, strict=True):
-        mine = [(position, k - begin) for position, k in enumerate(cut.index) if begin <= k < begin + size]
-        if mine:
+        own_entries = [(position, k - begin) for position, k in enumerate(cut.index) if begin <= k < begin + size]
+        if own_entries:
             parts.append(
                 Part(
-                    Cut(operand, cut.start, cut.stop, tuple(k for _, k in mine)),
-                    (tuple(p for p, _ in mine), tuple(range(len(mine)))),
+                    Cut(operand, cut.start, cut.stop, tuple(k for _, k in own_entries)),
+                    (tuple(p for p, _ in own_entries), tuple(range(len(own_entries)))),
                 )
             )
         begin += size

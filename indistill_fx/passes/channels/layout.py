@@ -137,7 +137,7 @@ def permutation(call: Call) -> list[int] | None:
     pairs = [(m,) if isinstance(m, int) else m for m in moves]
     if not all(isinstance(p, (tuple, list)) for p in pairs):
         return None
-    placed = {axis_of(to, rank): axis_of(frm, rank) for frm, to in zip(*pairs, strict=True)}
+    placed = {axis_of(to, rank): axis_of(source, rank) for source, to in zip(*pairs, strict=True)}
     rest = iter(axis for axis in range(rank) if axis not in placed.values())
     return [placed[axis] if axis in placed else next(rest) for axis in range(rank)]
 

@@ -135,8 +135,8 @@ def used_groups(index: Index, size: int) -> list[int] | None:
     ([1, 0], None)
     """
     groups = list(dict.fromkeys(k // size for k in index))
-    whole = tuple(group * size + k for group in groups for k in range(size))
-    return groups if whole == index else None
+    channels_of_groups = tuple(group * size + k for group in groups for k in range(size))
+    return groups if channels_of_groups == index else None
 
 
 def group_size(shape: Shape, start: int, stop: int) -> int:

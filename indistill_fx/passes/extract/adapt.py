@@ -68,13 +68,13 @@ def adapt(
     outputs: Any = output.args[0]
     features, result = outputs
     value: fx.Node = features[tap]
-    told: list[str] = []
+    steps: list[str] = []
 
     def call(function: Callable[..., Tensor], *args: Any, say: str) -> None:
         nonlocal value
         with new.graph.inserting_before(output):
             value = new.graph.call_function(function, (value, *args))
-        told.append(say)
+        steps.append(say)
 
     space = own.space
     if own.batch_axis:
@@ -98,18 +98,18 @@ def adapt(
         if space != target:
             call(_POOL[len(target)], target, say=f"pooled {'x'.join(map(str, space))} to {'x'.join(map(str, target))}")
     if may_slice and own.channels > other.channels:
-        first = "channels first" in told or own.channels_first or own.kind == "vector"
+        first = "channels first" in steps or own.channels_first or own.kind == "vector"
         call(
             _first_channels,
             other.channels,
             1 if first else -1,
             say=f"first {other.channels} of {own.channels} channels",
         )
-    if not told:
+    if not steps:
         return PassResult(graph_module, Rewrite(skipped=(f"{tap}: has the common shape already",)))
     output.args = (({**features, tap: value}, result),)
     new.recompile()
-    return PassResult(new, Rewrite(done=tuple(f"{tap}: {step}" for step in told)))
+    return PassResult(new, Rewrite(done=tuple(f"{tap}: {step}" for step in steps)))
 
 
 def _as_map(space: tuple[int, ...], own_kind: str, other_kind: str) -> tuple[int, ...]:

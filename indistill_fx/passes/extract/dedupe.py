@@ -26,14 +26,14 @@ def dedupe(graph_module: fx.GraphModule) -> PassResult[fx.GraphModule, Rewrite]:
     new, nodes = copy_graph(graph_module)
     sweep(new)
     done = []
-    alive = {node.name: node for node in new.graph.nodes}
+    remaining = {node.name: node for node in new.graph.nodes}
     for node in reversed(list(nodes.values())):
         part = SliceOf.at(node)
-        if part is None or alive.get(node.name) is not node or part.original not in alive:
+        if part is None or remaining.get(node.name) is not node or part.original not in remaining:
             continue
         with new.graph.inserting_before(node):
             index = new.graph.get_attr(add_tensor(new, "kept", torch.tensor(part.kept, dtype=torch.long)))
-            chosen = new.graph.call_function(torch.index_select, (alive[part.original], part.axis, index))
+            chosen = new.graph.call_function(torch.index_select, (remaining[part.original], part.axis, index))
         chosen.meta["nn_module_stack"] = dict(node.meta.get("nn_module_stack", {}))
         node.replace_all_uses_with(chosen)
         done.append(f"{node.name}: selected from {part.original}")

@@ -51,8 +51,8 @@ def cut(traced: TracedModel, taps: Sequence[str]) -> PassResult[fx.GraphModule, 
         ConfigError: a name that is not a tap; offers the nearest.
     """
     new = _with_outputs(traced, taps, keep_output=False)
-    gone = len(traced.graph_module.graph.nodes) - len(new.graph.nodes)
-    return PassResult(new, Rewrite(done=(f"outputs: {', '.join(taps)}", f"{gone} operations after them removed")))
+    removed = len(traced.graph_module.graph.nodes) - len(new.graph.nodes)
+    return PassResult(new, Rewrite(done=(f"outputs: {', '.join(taps)}", f"{removed} operations after them removed")))
 
 
 def _with_outputs(traced: TracedModel, taps: Sequence[str], *, keep_output: bool) -> fx.GraphModule:

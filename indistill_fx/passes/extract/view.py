@@ -95,8 +95,8 @@ def see(
         for node in inputs:
             known, readers = facts[node.name], list(node.users)
             if known.dtype.is_floating_point:
-                value, how = _seen(graph, node, view, factors, picture=len(known.shape) == 4)
-                done += [f"{node.target}: {line}" for line in how]
+                value, change = _seen(graph, node, view, factors, picture=len(known.shape) == 4)
+                done += [f"{node.target}: {line}" for line in change]
                 for reader in readers:
                     reader.replace_input_with(node, value)
     return PassResult(sweep(new), Rewrite(done=tuple(done)))

@@ -80,8 +80,8 @@ def cast_weights(graph_module: fx.GraphModule, dtype: torch.dtype | None) -> Pas
         stand_in(node, cast[path])
     new.delete_all_unused_submodules()
     new.recompile()
-    told = str(dtype).removeprefix("torch.")
-    return PassResult(new, Rewrite(done=tuple(f"{path}: weights in {told}" for path in cast)))
+    dtype_name = str(dtype).removeprefix("torch.")
+    return PassResult(new, Rewrite(done=tuple(f"{path}: weights in {dtype_name}" for path in cast)))
 
 
 def _fits(node: fx.Node, graph_module: fx.GraphModule) -> bool:

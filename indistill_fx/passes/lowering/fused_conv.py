@@ -129,20 +129,20 @@ def fuse_convolutions(
         relu = _is_relu(end)
         if kind is CudnnConv and not relu:
             continue
-        taken = [] if last is node else [last]
-        taken += [end] if relu and end is not None else []
+        summands = [] if last is node else [last]
+        summands += [end] if relu and end is not None else []
         done.append(
             f"{node.name}: one oneDNN call"
-            if not taken
-            else f"{node.name}: one call with {', '.join(o.name for o in taken)}"
+            if not summands
+            else f"{node.name}: one call with {', '.join(o.name for o in summands)}"
         )
         stand_in(node, add_module(new, f"{node.target}_fused", kind(layer, relu=relu)))
         if other is not None:
             node.args, node.kwargs = (node.args[0], other), {}
             last.prepend(node)
-        for old in taken:
+        for old in summands:
             old.replace_all_uses_with(node)
-        for old in reversed(taken):
+        for old in reversed(summands):
             new.graph.erase_node(old)
     plain_outputs(new)
     new.delete_all_unused_submodules()

@@ -36,20 +36,20 @@ def pooling_of(node: fx.Node, graph_module: fx.GraphModule) -> Pooling | None:
     if node.op == "call_module":
         module = attribute(graph_module, str(node.target))
         name = type(module).__name__
-        told = {name: getattr(module, name) for name in _NAMES}
+        options = {name: getattr(module, name) for name in _NAMES}
     elif node.op == "call_function":
         name = str(getattr(node.target, "__name__", ""))
         own = {key: value for key, value in node.kwargs.items() if key != "input"}
-        told = {**_DEFAULTS, **dict(zip(_NAMES, node.args[1:], strict=False)), **own}
+        options = {**_DEFAULTS, **dict(zip(_NAMES, node.args[1:], strict=False)), **own}
     else:
         return None
-    kernel, padding, dilation = (_pair(told.get(key)) for key in ("kernel_size", "padding", "dilation"))
-    stride = _pair(told["stride"]) if told["stride"] is not None else kernel
-    if "2d" not in name or told["return_indices"] or not isinstance(told["ceil_mode"], bool):
+    kernel, padding, dilation = (_pair(options.get(key)) for key in ("kernel_size", "padding", "dilation"))
+    stride = _pair(options["stride"]) if options["stride"] is not None else kernel
+    if "2d" not in name or options["return_indices"] or not isinstance(options["ceil_mode"], bool):
         return None
     if kernel is None or stride is None or padding is None or dilation is None:
         return None
-    return Pooling(kernel, stride, padding, dilation, told["ceil_mode"])
+    return Pooling(kernel, stride, padding, dilation, options["ceil_mode"])
 
 
 def _pair(value: object) -> tuple[int, int] | None:

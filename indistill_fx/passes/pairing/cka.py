@@ -77,10 +77,10 @@ def hsic(first: Tensor, second: Tensor) -> Tensor:
         (a, b).
     """
     n = first.shape[-1]
-    hollow = [gram - torch.diag_embed(torch.diagonal(gram, dim1=-2, dim2=-1)) for gram in (first, second)]
-    rows = [gram.sum(-1) for gram in hollow]
+    no_diagonal = [gram - torch.diag_embed(torch.diagonal(gram, dim1=-2, dim2=-1)) for gram in (first, second)]
+    rows = [gram.sum(-1) for gram in no_diagonal]
     sums = [row.sum(-1) for row in rows]
-    trace = torch.einsum("aij,bij->ab", *hollow)
+    trace = torch.einsum("aij,bij->ab", *no_diagonal)
     sums_of_products = trace + torch.outer(*sums) / ((n - 1) * (n - 2)) - 2 / (n - 2) * rows[0] @ rows[1].T
     return sums_of_products / (n * (n - 3))
 

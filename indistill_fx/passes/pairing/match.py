@@ -331,9 +331,9 @@ def _unmatched(
     """The stages without a partner, and why; `possible` had one before pairs were left out, and `kept` were asked for."""
     lines = []
     for k, side in enumerate(sides):
-        taken, left_out = ({(one.teacher, one.student)[k].node for one in some} for some in (chosen, possible))
+        paired, left_out = ({(one.teacher, one.student)[k].node for one in some} for some in (chosen, possible))
         for stage in side.stages:
-            if taken.isdisjoint(map(side.tensor, stage.blocks)):
+            if paired.isdisjoint(map(side.tensor, stage.blocks)):
                 place = side.place(stage, len(stage.blocks) - 1)
                 why = "fewer pairs were asked for" if place.node in left_out else _why_alone(place, sides[1 - k])
                 why = "the pairs asked for stand in its way" if kept and "fits another" in why else why

@@ -65,10 +65,10 @@ def explain(
             for j, student in enumerate(places[1]):
                 evidence = table[i][j]
                 if evidence is not None and (teacher.node == one.teacher.node) != (student.node == one.student.node):
-                    rival = (
+                    runner_up = (
                         taken[1].get(student.node) if teacher.node == one.teacher.node else taken[0].get(teacher.node)
                     )
-                    lost.append((teacher, student, evidence, _why(evidence, one, rival)))
+                    lost.append((teacher, student, evidence, _why(evidence, one, runner_up)))
         lost.sort(key=lambda entry: -entry[2].score)
         runners = tuple(_runner_up(sides, *entry) for entry in lost[:_RUNNERS_UP])
         explained.append(Explained(pair, one.evidence, runners))
@@ -83,11 +83,15 @@ def _runner_up(
     return RunnerUp(make_pair(sides, *names, (teacher.node, student.node), evidence.score, reason), evidence, why)
 
 
-def _why(evidence: Evidence, winner: Chosen, rival: Pair | None) -> str:
+def _why(evidence: Evidence, winner: Chosen, runner_up: Pair | None) -> str:
     weaker = [
-        word
-        for word in ("resolution", "depth", "order", "similarity")
-        if (getattr(evidence, word) or 0.0) < (getattr(winner.evidence, word) or 0.0) - 0.05
+        criterion
+        for criterion in ("resolution", "depth", "order", "similarity")
+        if (getattr(evidence, criterion) or 0.0) < (getattr(winner.evidence, criterion) or 0.0) - 0.05
     ]
     explained = f"less alike in {', '.join(weaker)}" if weaker else "no more alike"
-    return explained if rival is None else f"{explained}; that layer goes with `{rival.teacher}` ↔ `{rival.student}`"
+    return (
+        explained
+        if runner_up is None
+        else f"{explained}; that layer goes with `{runner_up.teacher}` ↔ `{runner_up.student}`"
+    )

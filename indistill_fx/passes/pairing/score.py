@@ -148,4 +148,4 @@ def words(teacher: Place, student: Place, evidence: Evidence) -> list[str]:
         "output": teacher.is_output and student.is_output,
         "data": evidence.similarity is not None and evidence.similarity >= 0.5,
     }
-    return [word for word, holds in holding.items() if holds]
+    return [reason for reason, holds in holding.items() if holds]

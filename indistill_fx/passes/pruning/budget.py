@@ -36,23 +36,23 @@ def by_ratio(classes: Classes, stay: Mask, ratio: float, round_to: int | None, s
 
 
 def even_out(classes: Classes, found: Coupling, stay: Mask, ratio: float, round_to: int | None, settled: Mask) -> Mask:
-    """Rule 3, its second sentence. The groups keep their numbers; a layer for which no exchange is left stays as it is."""
+    """Rule 3, second sentence. Every group keeps its number of classes; a layer with no possible exchange keeps its width."""
     stay, touched, group_of = stay.copy(), settled.copy(), np.full(len(stay), -1)
     for k, group in enumerate(classes.groups):
         group_of[group.classes] = k
     for made in found.made:
-        of = classes.of[made.units]
-        if len(set(group_of[of].tolist())) < 2:
+        class_of = classes.class_of[made.units]
+        if len(set(group_of[class_of].tolist())) < 2:
             continue
-        members, channels = np.unique(of, return_counts=True)
+        members, channels = np.unique(class_of, return_counts=True)
         if (channels != channels[0]).any():
             continue
         layer = Group(made.path, members, int(channels[0]))
         target = rounded(max(1, floor(len(members) * ratio + 0.5)), layer, round_to)
         inside = np.zeros(len(stay), dtype=bool)
         inside[members] = True
-        while (have := int(stay[members].sum())) != target:
-            pair = _exchange(classes, group_of, stay, inside, touched, more=have < target)
+        while (kept_count := int(stay[members].sum())) != target:
+            pair = _exchange(classes, group_of, stay, inside, touched, more=kept_count < target)
             if pair is None:
                 break
             stay[list(pair)] = ~stay[list(pair)]
@@ -63,16 +63,19 @@ def even_out(classes: Classes, found: Coupling, stay: Mask, ratio: float, round_
 def _exchange(
     classes: Classes, group_of: Units, stay: Mask, inside: Mask, touched: Mask, *, more: bool
 ) -> tuple[int, int] | None:
-    """A class of the layer and one of the same group elsewhere: one of them stays, and should not. None where there is no such pair."""
+    """The best pair to exchange: a class of the layer and one of the same group in another layer. None if there is none."""
     best: tuple[float, int, int] | None = None
     for k in np.unique(group_of[inside & ~touched]).tolist():
         own = (group_of == k) & ~touched if k >= 0 else np.zeros(len(stay), dtype=bool)
-        mine, others = np.flatnonzero(own & inside & (stay != more)), np.flatnonzero(own & ~inside & (stay == more))
-        if not len(mine) or not len(others):
+        inside_classes, outside_classes = (
+            np.flatnonzero(own & inside & (stay != more)),
+            np.flatnonzero(own & ~inside & (stay == more)),
+        )
+        if not len(inside_classes) or not len(outside_classes):
             continue
         sign = 1 if more else -1  # add the best channels, or remove the worst
-        a = mine[np.argmax(sign * classes.scores[mine])]
-        b = others[np.argmin(sign * classes.scores[others])]
+        a = inside_classes[np.argmax(sign * classes.scores[inside_classes])]
+        b = outside_classes[np.argmin(sign * classes.scores[outside_classes])]
         loss = sign * float(classes.scores[b] - classes.scores[a])
         if best is None or loss < best[0]:
             best = loss, int(a), int(b)
@@ -167,20 +170,20 @@ def _choose(
     stay: Mask,
     others: Sequence[str],
 ) -> None:
-    """Keep the best of the classes that are still open, so that the layer has the width asked for."""
+    """Keep the best of the classes that are still undecided, so that the layer has the requested width."""
     width, total = widths[tap], int(channels.sum())
     open_ones, size = members[~fixed], channels[~fixed]
-    have = int(channels[fixed & stay[members]].sum())
-    if others and (have + int(size.sum()) < width or (len(open_ones) == 0 and have != width)):
+    kept_count = int(channels[fixed & stay[members]].sum())
+    if others and (kept_count + int(size.sum()) < width or (len(open_ones) == 0 and kept_count != width)):
         raise PruneError(
             f"`{tap}`: asked for {width} of its {total} channels, but it is tied to `{others[0]}`, "
             f"for which {widths[others[0]]} are asked; "
             "give both the same width.",
             where=tap,
             got=width,
-            expected=have,
+            expected=kept_count,
         )
-    if len(open_ones) == 0 and have != width:
+    if len(open_ones) == 0 and kept_count != width:
         raise PruneError(
             f"`{tap}`: none of its {total} channels can be removed: {classes.reasons.get(int(members[0]), 'they are fixed')}.",
             where=tap,
@@ -190,17 +193,17 @@ def _choose(
     if len(open_ones) == 0:
         return
     each = int(size[0])
-    if (size != each).any() or (width - have) % each or width - have < each:
+    if (size != each).any() or (width - kept_count) % each or width - kept_count < each:
         raise PruneError(
-            f"`{tap}`: asked for {width} of its {total} channels, but only {each} at a time can be removed ({have} always stay).",
+            f"`{tap}`: asked for {width} of its {total} channels, but only {each} at a time can be removed ({kept_count} always stay).",
             where=tap,
             got=width,
-            expected=f"{have} plus a multiple of {each}",
-            hint=f"Give {have + max(1, round((width - have) / each)) * each}.",
+            expected=f"{kept_count} plus a multiple of {each}",
+            hint=f"Give {kept_count + max(1, round((width - kept_count) / each)) * each}.",
         )
     order = np.argsort(-classes.scores[open_ones], kind="stable")
     stay[open_ones] = False
-    stay[open_ones[order[: (width - have) // each]]] = True
+    stay[open_ones[order[: (width - kept_count) // each]]] = True
 
 
 def _classes_of(classes: Classes, found: Coupling, model: TracedModel, tap: str) -> Units:
@@ -212,4 +215,4 @@ def _classes_of(classes: Classes, found: Coupling, model: TracedModel, tap: str)
             where=tap,
             hint="Name a layer that has filters, such as a convolution.",
         )
-    return classes.of[units]
+    return classes.class_of[units]

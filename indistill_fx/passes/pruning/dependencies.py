@@ -184,14 +184,14 @@ def _unsplit(name: str, shape: Sequence[int], steps: Mapping[int, Propagation], 
     One that is there whole beside them (`scale.view(-1, 1, 1)`) is no axis taken apart: the others have one entry.
     """
     carried: list[int] = []
-    claims: dict[tuple[str, int], list[int]] = {}
+    axes_of_source: dict[tuple[str, int], list[int]] = {}
     for axis, step in steps.items():
         if len(step.parts) == 1 and len(step.parts[0].cut.index) > shape[axis]:
-            claims.setdefault((step.parts[0].cut.node.name, step.parts[0].cut.start), []).append(axis)
+            axes_of_source.setdefault((step.parts[0].cut.node.name, step.parts[0].cut.start), []).append(axis)
         else:
             carried.append(axis)
-    whole = {(part.cut.node.name, part.cut.start) for axis in carried for part in steps[axis].parts}
-    for axes in (axes for source, axes in claims.items() if source not in whole):
+    unsplit = {(part.cut.node.name, part.cut.start) for axis in carried for part in steps[axis].parts}
+    for axes in (axes for source, axes in axes_of_source.items() if source not in unsplit):
         carried += axes if len(axes) == 1 else [axis for axis in axes if (name, axis) not in heads][-1:]
     return carried
 
@@ -204,17 +204,17 @@ def _arriving(found: Coupling, step: Propagation, size: int, reader: fx.Node, re
     flats = [
         _lent(found, part.cut, reader) if flat is None else flat for part, flat in zip(step.parts, flats, strict=True)
     ]
-    own, mine = [], []
+    positions, arriving = [], []
     for part, flat in zip(step.parts, flats, strict=True):
         if flat is not None and part.links is None and len(step.parts) == 1 and _is_everything(part.cut.index, flat):
             return flat
-        own.append(np.arange(size) if part.links is None else np.asarray(part.links[0]))
+        positions.append(np.arange(size) if part.links is None else np.asarray(part.links[0]))
         entries = (
             np.asarray(part.cut.index) if part.links is None else np.asarray(part.cut.index)[np.asarray(part.links[1])]
         )
-        mine.append(flat[entries] if flat is not None else found.fresh(len(entries)))
-        found.freeze(mine[-1] if flat is None else None, reason)
-    places, source = np.concatenate(own), np.concatenate(mine)
+        arriving.append(flat[entries] if flat is not None else found.fresh(len(entries)))
+        found.freeze(arriving[-1] if flat is None else None, reason)
+    places, source = np.concatenate(positions), np.concatenate(arriving)
     made, first = np.unique(places, return_index=True)
     units = found.fresh(size)
     units[made] = source[first]

@@ -80,8 +80,8 @@ def _freeze_whole(found: Coupling, node: fx.Node, reason: str) -> None:
 def _why(call: Call) -> str:
     reason = why_opaque(call.module) if call.module is not None else None
     reason = reason or call.why_computed
-    does = f"reads them in a way no rule covers{call.why_open}" if reason is None else f"reads them, and {reason}"
-    return f"`{call.path if call.module is not None else call.node.name}` ({call.op}) {does}"
+    verb = f"reads them in a way no rule covers{call.why_open}" if reason is None else f"reads them, and {reason}"
+    return f"`{call.path if call.module is not None else call.node.name}` ({call.op}) {verb}"
 
 
 def _read(found: Coupling, call: Call) -> set[Axis] | None:
@@ -205,12 +205,12 @@ def _ends(call: Call) -> list[tuple[fx.Node, int]]:
 def _split_axes(node: fx.Node, axis: int, facts: Mapping[str, NodeFacts], seen: set[tuple[fx.Node, int]]) -> set[Axis]:
     """Follow an axis up to where a reshape made it from a longer one; not past what others have `seen`."""
     found: set[Axis] = set()
-    ways = [(node, axis)]
-    while ways:
-        at, k = way = ways.pop()
-        if way in seen or at.name not in facts:
+    pending = [(node, axis)]
+    while pending:
+        at, k = current = pending.pop()
+        if current in seen or at.name not in facts:
             continue
-        seen.add(way)
+        seen.add(current)
         size = facts[at.name].shape[k]
         step = consult(Cut(at, k, k + 1, tuple(range(size))), facts)
         if not isinstance(step, Propagation) or step.filters is not None:
@@ -219,5 +219,5 @@ def _split_axes(node: fx.Node, axis: int, facts: Mapping[str, NodeFacts], seen: 
             if len(part.cut.index) > size and len(step.parts) == 1:
                 found.add((at.name, k))
             else:
-                ways += [(part.cut.node, axis) for axis in range(part.cut.start, part.cut.stop)]
+                pending += [(part.cut.node, axis) for axis in range(part.cut.start, part.cut.stop)]
     return found

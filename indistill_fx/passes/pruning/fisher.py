@@ -31,13 +31,13 @@ class _Gated(Masked):
     Args:
         model: the network.
         found: which units stand where.
-        of: the class of each unit.
+        class_of: the class of each unit.
         gates: (batch, classes).
     """
 
-    def __init__(self, model: TracedModel, found: Coupling, of: Units, gates: Tensor):
+    def __init__(self, model: TracedModel, found: Coupling, class_of: Units, gates: Tensor):
         super().__init__(model, {})
-        self.found, self.of, self.gates = found, of, gates
+        self.found, self.class_of, self.gates = found, class_of, gates
         self.wanted, self.logits = model.logits, gates
         self.read: set[int] = set()
 
@@ -47,7 +47,7 @@ class _Gated(Masked):
         batch = self.facts[node.name].batch_axis if units is not None and node.name in self.facts else None
         if units is None or batch is None or value.shape[batch] != len(self.gates) or batch == axis:
             return value.new_ones(())
-        classes = self.of[units]
+        classes = self.class_of[units]
         self.read.update(classes.tolist())
         own = self.gates[:, torch.from_numpy(classes).to(self.gates.device)].to(value.dtype)
         own = own if batch < axis else own.T
@@ -66,14 +66,14 @@ class _Gated(Masked):
 
 
 def fisher_scores(
-    model: TracedModel, found: Coupling, of: Units, batches: Iterable[Any], *, instead: NDArray[np.float64]
+    model: TracedModel, found: Coupling, class_of: Units, batches: Iterable[Any], *, instead: NDArray[np.float64]
 ) -> NDArray[np.float64]:
     """One score per class of units.
 
     Args:
         model: traced; it is not changed.
         found: units and where they stand.
-        of: the class of each unit.
+        class_of: the class of each unit.
         batches: unlabelled ones do.
         instead: scores of classes that no operation reads in a way a factor can be put on (heads of a whole attention layer).
 
@@ -86,7 +86,7 @@ def fisher_scores(
         inputs, _ = model.inputs_in(batch, where="The criterion `fisher`")
         first = next(value for value in inputs if isinstance(value, Tensor) and value.dim())
         gates = torch.ones(len(first), len(instead), device=first.device, requires_grad=True)
-        run = _Gated(model, found, of, gates)
+        run = _Gated(model, found, class_of, gates)
         with evaluating(model.graph_module), torch.enable_grad():
             run.run(*inputs)
             scores = run.logits.float()

@@ -203,12 +203,12 @@ def _fix_getitem(work: Rewriting, call: Call, node: fx.Node) -> None:
         and isinstance(call.get("key"), int)
     ):
         source = read_call(maker, work.facts)
-        whole = (
+        keeps_all = (
             (source.op == "size" and len(maker.args) == 1)
             or source.op == "shape"
             or (source.op == "getattr" and maker.args[1] == "shape")
         )
-        if whole and isinstance(maker.args[0], fx.Node) and maker.args[0].name in work.facts:
+        if keeps_all and isinstance(maker.args[0], fx.Node) and maker.args[0].name in work.facts:
             shape = work.facts[maker.args[0].name].shape
             axis = axis_of(call.get("key"), len(shape))
             if work.kept(maker.args[0], axis) is not None:

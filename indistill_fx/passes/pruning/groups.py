@@ -32,13 +32,13 @@ class Classes:
     """Classes of units.
 
     Attributes:
-        of: class of each unit.
+        class_of: the class of each unit.
         scores: of each class; the highest stay.
         groups: of classes that may go.
         reasons: why a class stays.
     """
 
-    of: Units
+    class_of: Units
     scores: NDArray[np.float64]
     groups: tuple[Group, ...]
     reasons: Mapping[int, str]
@@ -50,18 +50,18 @@ def classify(found: Coupling, scorer: Scorer, loader: Iterable[Any] | None = Non
     Raises:
         PruneError: a layer's weights are not numbers.
     """
-    of = _join(found)
-    count = int(of.max(initial=-1)) + 1
+    class_of = _join(found)
+    count = int(class_of.max(initial=-1)) + 1
     reasons: dict[int, str] = {}
     for units, reason in found.frozen:
-        for k in set(of[units].tolist()):
+        for k in set(class_of[units].tolist()):
             reasons.setdefault(k, reason)
     total, times = np.zeros(count), np.zeros(count)
     paths: dict[str, int] = {}
     first, each = np.full(count, -1), np.zeros(count, dtype=np.int64)
     for made in found.made:
         scores = _scores(made, scorer)
-        classes = of[made.units]
+        classes = class_of[made.units]
         np.add.at(total, classes, scores)
         np.add.at(times, classes, 1)
         members, channels = np.unique(classes, return_counts=True)
@@ -71,9 +71,9 @@ def classify(found: Coupling, scorer: Scorer, loader: Iterable[Any] | None = Non
     free = first >= 0
     free[list(reasons)] = False
     groups = _groups(np.flatnonzero(free), first, each, list(paths))
-    known = Classes(of, total / np.maximum(times, 1), groups, reasons)
+    known = Classes(class_of, total / np.maximum(times, 1), groups, reasons)
     if scorer.name in UNITS and loader is not None:
-        known = replace(known, scores=fisher_scores(scorer.model, found, of, loader, instead=known.scores))
+        known = replace(known, scores=fisher_scores(scorer.model, found, class_of, loader, instead=known.scores))
     return replace(known, scores=_isomorphic(found, known)) if scorer.name == "isomorphic" else known
 
 
@@ -88,7 +88,7 @@ def _isomorphic(found: Coupling, classes: Classes) -> NDArray[np.float64]:
         group_of[group.classes] = k
     places: list[list[tuple[str, int | str]]] = [[] for _ in classes.groups]
     for (node, axis), units in found.axes.items():
-        for k in np.unique(group_of[classes.of[units]]).tolist():
+        for k in np.unique(group_of[classes.class_of[units]]).tolist():
             if k >= 0:
                 places[k].append((found.ops.get(node, node), axis))
     kinds: dict[object, list[int]] = {}
@@ -138,9 +138,9 @@ def refill(found: Coupling, classes: Classes, stay: Mask) -> Mask:
     stay = stay.copy()
     arrays = {id(units): units for units in (*found.axes.values(), *found.weights.values())}
     for units in arrays.values():
-        of = classes.of[units]
-        if len(of) and not stay[of].any():
-            stay[of[np.argmax(classes.scores[of])]] = True
+        own_classes = classes.class_of[units]
+        if len(own_classes) and not stay[own_classes].any():
+            stay[own_classes[np.argmax(classes.scores[own_classes])]] = True
     return stay
 
 
@@ -149,7 +149,7 @@ class Cost:
     """Work and parameters of a network as functions of the classes that stay."""
 
     found: Coupling
-    of: Units
+    class_of: Units
 
     def macs(self, stay: Mask) -> int:
         """Multiply-accumulates of one sample."""
@@ -171,8 +171,8 @@ class Cost:
         sizes = {
             t: self.found.tensors[t].numel() for t in axes if isinstance(self.found.tensors[t], torch.nn.Parameter)
         }
-        gone = sum(size - size * prod(share(units) for units in axes[t]) for t, size in sizes.items())
-        return round(self._all_params() - gone)
+        removed = sum(size - size * prod(share(units) for units in axes[t]) for t, size in sizes.items())
+        return round(self._all_params() - removed)
 
     def _all_params(self) -> int:
         return sum(
@@ -186,7 +186,7 @@ class Cost:
 
         def share(units: Units) -> float:
             if id(units) not in known:
-                known[id(units)] = float(stay[self.of[units]].mean()) if len(units) else 1.0
+                known[id(units)] = float(stay[self.class_of[units]].mean()) if len(units) else 1.0
             return known[id(units)]
 
         return share

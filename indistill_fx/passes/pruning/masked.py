@@ -155,10 +155,10 @@ def _mean(run: Masked, call: Call) -> Tensor:
 def _spread(call: Call, x: Tensor, weight: Tensor, dims: list[int], keep: bool) -> Tensor:
     count = weight.sum(dims, keepdim=True)
     mean = (x * weight).sum(dims, keepdim=True) / count
-    lost = float(call.get("correction", 1.0 if call.get("unbiased", True) else 0.0))
+    correction = float(call.get("correction", 1.0 if call.get("unbiased", True) else 0.0))
     var = ((x - mean).square() * weight).sum(dims, keepdim=keep) / (
         count if keep else count.amax(dims) if dims else count
-    ).sub(lost)
+    ).sub(correction)
     return var.sqrt() if call.op == "std" else var
 
 

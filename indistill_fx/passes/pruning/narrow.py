@@ -275,7 +275,7 @@ class _Rewriter:
         """Facts of a selection, from those of the whole: its share of the work, and one axis in place of the merged ones."""
         known = self.facts[cut.node.name]
         shape = (*known.shape[: cut.start], len(cut.index), *known.shape[cut.stop :])
-        whole = prod(known.shape[cut.start : cut.stop])
+        channels = prod(known.shape[cut.start : cut.stop])
         axis = known.channel_axis
         if axis is not None and axis >= cut.start:
             axis = cut.start if axis < cut.stop else axis - cut.width + 1
@@ -285,7 +285,7 @@ class _Rewriter:
             kind=known.kind if cut.width == 1 else "other",
             channel_axis=axis,
             stride=known.stride if cut.width == 1 else None,
-            macs=0 if free else known.macs * len(cut.index) // whole,
+            macs=0 if free else known.macs * len(cut.index) // channels,
             parameters=self._parameters(new),
         )
         if cut.width == 1 and op_name(new) == op_name(cut.node):
@@ -301,11 +301,11 @@ class _Rewriter:
 
     def cost(self, node: fx.Node) -> tuple[int, int]:
         """MACs and parameters on all ways from the input to a node."""
-        seen, ways = {node}, [node]
-        while ways:
-            fresh = [n for n in ways.pop().all_input_nodes if n not in seen]
+        seen, pending = {node}, [node]
+        while pending:
+            fresh = [n for n in pending.pop().all_input_nodes if n not in seen]
             seen.update(fresh)
-            ways += fresh
+            pending += fresh
         facts = [self.facts[n.name] for n in seen if n.name in self.facts]
         return sum(f.macs for f in facts), sum(f.parameters for f in facts)
 

@@ -38,10 +38,10 @@ def producers(cut: Cut, facts: Mapping[str, NodeFacts]) -> list[tuple[Filters, L
     """The filters that make the channels of a selection; with each, which entry of the selection comes from which of its rows."""
     everything = tuple(range(len(cut.index)))
     found: dict[tuple[str, Links], tuple[Filters, Links]] = {}
-    ways: list[tuple[Cut, Links]] = [(cut, (everything, everything))]
-    seen = set(ways)
-    while ways:
-        at, links = ways.pop()
+    pending: list[tuple[Cut, Links]] = [(cut, (everything, everything))]
+    seen = set(pending)
+    while pending:
+        at, links = pending.pop()
         step = consult(at, facts)
         if not isinstance(step, Propagation):
             continue
@@ -50,10 +50,10 @@ def producers(cut: Cut, facts: Mapping[str, NodeFacts]) -> list[tuple[Filters, L
             found[step.filters.node.name, rows] = step.filters, rows
             continue
         for part in step.parts:
-            way = part.cut, _joined(links, part.links)
-            if way not in seen:
-                seen.add(way)
-                ways.append(way)
+            upstream = part.cut, _joined(links, part.links)
+            if upstream not in seen:
+                seen.add(upstream)
+                pending.append(upstream)
     return list(found.values())
 
 
@@ -84,9 +84,11 @@ def rank_taps(
         if node in scorer.statistics:
             found[tap] = _sound(tap, Ranking(scorer.statistics[node], f"{scorer.name} at the layer"))
             continue
-        whole = Cut(teacher.node(tap), axis, axis + 1, tuple(range(teacher.facts_of(tap).channels)))
-        visible = [(filters, filters.weight, links) for filters, links in producers(whole, teacher.facts)]
-        ranked = _by_producers(scorer, len(whole.index), [(f, w, links) for f, w, links in visible if w is not None])
+        all_channels = Cut(teacher.node(tap), axis, axis + 1, tuple(range(teacher.facts_of(tap).channels)))
+        visible = [(filters, filters.weight, links) for filters, links in producers(all_channels, teacher.facts)]
+        ranked = _by_producers(
+            scorer, len(all_channels.index), [(f, w, links) for f, w, links in visible if w is not None]
+        )
         if ranked is None:
             scores = on_example(teacher, {node: axis})[node]
             ranked = Ranking(

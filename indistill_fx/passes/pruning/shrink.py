@@ -155,7 +155,7 @@ class Analysis:
 
     def axes(self, stay: Mask) -> dict[tuple[str, int | str], tuple[int, ...]]:
         """The entries that stay, per node and axis that loses some."""
-        masks = ((place, stay[self.classes.of[units]]) for place, units in self.found.axes.items())
+        masks = ((place, stay[self.classes.class_of[units]]) for place, units in self.found.axes.items())
         return {place: tuple(np.flatnonzero(mask).tolist()) for place, mask in masks if not mask.all()}
 
 
@@ -166,7 +166,7 @@ def analyse(
     found = couple(model.graph_module, model.facts)
     scorer = scorer_of(criterion, model, loader, {made.node: made.axis for made in found.made if made.node})
     classes = classify(found, scorer, loader)
-    return Analysis(found, classes, Cost(found, classes.of), scorer)
+    return Analysis(found, classes, Cost(found, classes.class_of), scorer)
 
 
 def keep_classes(model: TracedModel, known: Analysis, stay: Mask) -> PassResult[TracedModel, ShrinkReport]:
@@ -177,7 +177,7 @@ def keep_classes(model: TracedModel, known: Analysis, stay: Mask) -> PassResult[
     """
     found, classes, cost = known.found, known.classes, known.cost
     stay = refill(found, classes, stay)
-    work = rewrite(model.graph_module, found, lambda units: stay[classes.of[units]])
+    work = rewrite(model.graph_module, found, lambda units: stay[classes.class_of[units]])
     report = _report(model, work, found, classes, stay, cost, known.scorer)
     if report.axes:
         verify_smaller(model, work.new, report.axes)
@@ -226,9 +226,9 @@ def _within_budget(
     params: float | None,
     round_to: int | None,
 ) -> Mask:
-    whole = np.ones(len(stay), dtype=bool)
-    most_macs = None if macs is None else macs * cost.macs(whole) if macs <= 1 else macs
-    most_params = None if params is None else params * cost.params(whole) if params <= 1 else params
+    all_classes = np.ones(len(stay), dtype=bool)
+    most_macs = None if macs is None else macs * cost.macs(all_classes) if macs <= 1 else macs
+    most_params = None if params is None else params * cost.params(all_classes) if params <= 1 else params
     wanted = " and ".join(
         f"{most:,.0f} {name}" for most, name in ((most_macs, "MACs"), (most_params, "parameters")) if most is not None
     )
@@ -255,17 +255,17 @@ def _report(
 ) -> ShrinkReport:
     layers: dict[str, ShrunkLayer] = {}
     for made in found.made:
-        mask = stay[classes.of[made.units]]
-        each = len(mask) // len(set(classes.of[made.units].tolist()))
+        mask = stay[classes.class_of[made.units]]
+        each = len(mask) // len(set(classes.class_of[made.units].tolist()))
         kept, by = tuple(np.flatnonzero(mask).tolist()), scorer.basis(made.node, len(mask))[0]
         layers.setdefault(made.path, ShrunkLayer(made.path, kept, len(mask), each, by))
     reasons: dict[str, set[int]] = {}
     for made in found.made if classes.reasons else ():
-        for k in set(classes.of[made.units].tolist()):
+        for k in set(classes.class_of[made.units].tolist()):
             if k in classes.reasons:
                 reasons.setdefault(classes.reasons[k], set()).add(k)
     params = [sum(p.numel() for p in graph.parameters()) for graph in (model.graph_module, work.new)]
-    whole = np.ones(len(stay), dtype=bool)
+    all_classes = np.ones(len(stay), dtype=bool)
     return ShrinkReport(
         layers=tuple(layers.values()),
         axes={place: tuple(kept.tolist()) for place, kept in work.keep.items()},
@@ -274,10 +274,10 @@ def _report(
             dict.fromkeys(
                 f"{model.tap_name(node)} ({found.ops[node]})"
                 for node, units in found.mixing
-                if not stay[classes.of[units]].all()
+                if not stay[classes.class_of[units]].all()
             )
         ),
-        macs=(cost.macs(whole), cost.macs(stay)),
+        macs=(cost.macs(all_classes), cost.macs(stay)),
         parameters=(params[0], params[1]),
     )
 

@@ -22,7 +22,7 @@ class MovingAverage(AveragedModel):
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
-        """Follow the model's weights and buffers; the first time, copy them."""
+        """Update the average by the model's weights and buffers; the first call copies them."""
         if self._begun is None:
             self._begun = bool(self.n_averaged > 0)
         alike: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}

@@ -263,7 +263,7 @@ class Settings:
             check_device(self.device, self.mixed_precision)
 
     def unused(self, budgets: Sequence[Budget], processes: int, device: str = "cpu") -> list[str]:
-        """What was asked for and has no effect in a run of these stages, so many processes and that kind of device, in sentences."""
+        """Sentences on requested settings that have no effect with these stages, number of processes, and device."""
         defaults, optimizers = Settings(), {budget.optimizer or self.optimizer for budget in budgets}
         found = []
         if self.shard and processes == 1:
@@ -283,13 +283,13 @@ class Settings:
         return found
 
     def main_budget(self, epochs: int) -> Budget:
-        """The main stage's length, as asked for in steps, else so many epochs; and how it is trained."""
+        """The main stage's budget: the requested steps, or `epochs` epochs, and how it is trained."""
         unit: Unit = "epochs" if self.main_steps is None else "steps"
         return Budget(self.main_steps or epochs, unit, self.learning_rate, self.optimizer)
 
     @classmethod
     def of(cls, options: Options) -> Settings:
-        """The settings that keyword arguments name.
+        """Make settings from keyword arguments.
 
         Raises:
             ConfigError: an unknown or an illegal one.
@@ -303,18 +303,18 @@ class Settings:
         return cls(**options)
 
     def rate(self, epoch: int, epochs: int, step: int) -> float:
-        """The main stage's learning rate in an epoch (from 0) of so many, for the step after so many."""
+        """The main stage's learning rate in an epoch (from 0 to `epochs`), for its step number `step` (from 0)."""
         rise = min(1.0, (step + 1) / self.rise_steps) if self.rise_steps else 1.0
         return self.learning_rate * SCHEDULES[self.schedule](self, epoch, max(epochs, 1)) * rise
 
     @property
     def trackers(self) -> tuple[TrackerName, ...]:
-        """The loggers asked for."""
+        """The requested loggers."""
         asked: list[TrackerName] = ["tensorboard"] if self.tensorboard else []
         return tuple(dict.fromkeys(asked + ([self.tracker] if self.tracker else [])))
 
     def describe(self) -> str:
-        """The main stage's schedule, as an addition to its budget."""
+        """The main stage's schedule in words, to be appended to its budget."""
         more = f", rising over {self.rise_steps} steps" if self.rise_steps else ""
         more += f", ends after {self.early_stopping} without a better metric" if self.early_stopping else ""
         if self.schedule == "step":

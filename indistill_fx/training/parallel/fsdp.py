@@ -51,7 +51,7 @@ class Shards:
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        """Within the block the student has its own parameters, whole."""
+        """Within the block, the student has its complete, unsharded parameters."""
         self.restore()
         try:
             yield
@@ -62,14 +62,14 @@ class Shards:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Give the student its own parameters back, with what they have become."""
+        """Give the student its own parameters back, with their trained values."""
         for (owner, name, own), (_, _, shard) in zip(self._own, self._spread, strict=True):
             if not own.numel():  # a parameter that two layers share is filled once
                 own.data = gathered(shard) if isinstance(shard, DTensor) else shard.data
             owner._parameters[name] = own
 
     def _forget(self) -> None:
-        """Let go of the memory of the whole parameters."""
+        """Free the memory of the unsharded parameters."""
         for _, _, own in self._own:
             own.data = own.data.new_empty(0)
 

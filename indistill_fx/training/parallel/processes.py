@@ -82,7 +82,7 @@ def make_accelerator(*, device: str, precision: str | None) -> Accelerator:
 
 
 def _forget_other_devices(place: torch.device) -> None:
-    """Let Accelerate, which has one device a process for good, choose again where an earlier run had another one."""
+    """Let Accelerate, which fixes one device per process, choose again if an earlier run used another device."""
     if not PartialState._shared_state or PartialState().num_processes > 1:
         return
     if _indexed(PartialState().device) != _indexed(place):
@@ -144,7 +144,7 @@ def launched_for_sharding() -> bool:
 
 @contextmanager
 def _in_environment(name: str, value: str | None) -> Iterator[None]:
-    """Within the block an environment variable, which is the only way to set this in Accelerate, has this value; None: its own."""
+    """Within the block, set an environment variable, the only way to configure this in Accelerate; None: leave it unchanged."""
     before = os.environ.get(name)
     if value is not None:
         os.environ[name] = value

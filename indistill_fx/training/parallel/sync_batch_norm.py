@@ -93,7 +93,7 @@ def _synced_batch_norm(norm: Any, share: Share, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _remember(norm: Any, mean: Tensor, variance: Tensor, count: Tensor) -> None:
-    """The running statistics, as torch keeps them."""
+    """Update the running statistics, as torch does."""
     if norm.running_mean is None:
         return
     norm.num_batches_tracked.add_(1)
@@ -104,7 +104,7 @@ def _remember(norm: Any, mean: Tensor, variance: Tensor, count: Tensor) -> None:
 
 
 class _Sum(torch.autograd.Function):
-    """The sum over processes; the gradient of what each process has is the sum of the gradients."""
+    """The sum over all processes; in the backward pass, the gradients are summed as well."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor) -> Tensor:

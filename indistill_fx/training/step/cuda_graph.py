@@ -38,7 +38,7 @@ class CudaRecorder:
         self._stream = torch.cuda.Stream(self._device)
 
     def beside(self, run: Callable[[], Tensor]) -> Tensor:
-        """See `Recorder`. Autograd binds its nodes to the stream they are first used on, so that is to be the recording's."""
+        """See `Recorder`. Autograd binds its nodes to the stream of their first use, which must be the recording's."""
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
         try:
@@ -54,7 +54,7 @@ class CudaRecorder:
 
     @contextmanager
     def waiting(self) -> Iterator[list[str]]:
-        """See `Recorder`. By torch's debug mode, which knows most operations that wait, not all."""
+        """See `Recorder`. Uses torch's sync debug mode, which detects most operations that wait, but not all."""
         found: list[str] = []
         before = torch.cuda.get_sync_debug_mode()
         with warnings.catch_warnings(record=True) as caught:
@@ -82,7 +82,7 @@ class CudaRecorder:
     def record(self, run: Callable[[], None]) -> Callable[[], None]:
         """See `Recorder`.
 
-        Other threads may go on meanwhile (those that read data pin memory); only what this one does is held to the rules of a recording.
+        Other threads, such as those that pin memory for data, may continue; only this thread must follow the rules of a recording.
         """
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
         fresh, first = torch.Generator(self._device), list[BaseException]()
@@ -110,7 +110,7 @@ class CudaRecorder:
         return graph.replay
 
     def _usable(self) -> bool:
-        """Whether the device still computes and draws."""
+        """Whether the device can still compute and draw random numbers."""
         try:
             torch.cuda.manual_seed(0)  # every training step sets the seed again
             return bool(torch.rand(2, device=self._device).add(1).sum() > 0)
@@ -118,13 +118,13 @@ class CudaRecorder:
             return False
 
     def _leave(self, current: torch.cuda.Stream, fresh: torch.Generator) -> None:
-        """After a recording that broke off, torch still has its stream for the current one, and its generator refuses to be seeded."""
+        """Clean up after a failed recording: torch still uses its stream as the current one, and its generator cannot be seeded."""
         torch.cuda.set_stream(current)
         torch.cuda.default_generators[self._device.index].graphsafe_set_state(fresh.graphsafe_get_state())
 
 
 def _place(warning: warnings.WarningMessage) -> str:
-    """Where it waits, with the line itself: that of a graph stands in no file."""
+    """The place that waits, with the source line, because the line of a graph is in no file."""
     line = linecache.getline(warning.filename, warning.lineno).partition(";")[0].strip()
     return f"{warning.filename}:{warning.lineno}{f' (`{line}`)' if line else ''}"
 

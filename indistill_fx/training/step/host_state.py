@@ -36,7 +36,7 @@ def changed_in(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]
 
 
 class _Held:
-    """An object that is identified by being itself, and is kept alive for that."""
+    """An object that is compared by identity, and kept alive so that its id stays unique."""
 
     def __init__(self, value: object, mark: object = None):
         self.value, self.mark = value, mark

@@ -33,18 +33,18 @@ class Losses:
 
     @property
     def unread(self) -> int:
-        """How many are not known yet."""
+        """How many losses have not arrived yet."""
         return len(self._kept) + sum(count for count, _ in self._sent)
 
     def add(self, loss: Tensor) -> list[float]:
-        """Keep a batch's loss (); returns those that are known by now and were not before, oldest first."""
+        """Store a batch's loss (); returns the losses that have arrived since the last call, oldest first."""
         self._kept.append(loss.detach())
         if len(self._kept) >= self._every:
             self._send_kept()
         return self._arrived(wait=False)
 
     def rest(self) -> list[float]:
-        """All that are not known yet, oldest first; waits for them."""
+        """Wait for all losses that have not arrived yet; returns them, oldest first."""
         self._send_kept()
         return self._arrived(wait=True)
 
@@ -70,7 +70,7 @@ def _read(values: Tensor) -> Arriving:
 
 
 def _sent_beside(values: Tensor) -> Arriving:
-    """A copy into page-locked memory, which the GPU does when it comes to it."""
+    """Start a copy into page-locked memory, which the GPU makes asynchronously."""
     host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
     host.copy_(values, non_blocking=True)
     done = torch.cuda.Event()

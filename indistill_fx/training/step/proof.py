@@ -42,7 +42,7 @@ _COUNTS = "optimiser's count of steps"
 
 
 def _tolerance(kind: str, state: State) -> float:
-    """Of Adam and its kin, the state counts steps."""
+    """The tolerance for the weights; the state of Adam and its variants has a step counter."""
     return _ROUGH if kind in ("weights", "moving average") and state.get(_COUNTS) else _TOLERANCE
 
 
@@ -61,7 +61,7 @@ class Snapshot:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Bring the tensors back to what they were, in place."""
+        """Restore the tensors' values, in place."""
         for kind, tensors in self._state.items():
             for tensor, value in zip(tensors, self._values[kind], strict=True):
                 tensor.copy_(value)
@@ -70,10 +70,10 @@ class Snapshot:
 
     @torch.no_grad()
     def first_difference(self, expected: Snapshot) -> str | None:
-        """The first kind of tensors that are now other than they should be; None: there is none.
+        """The first kind of tensors whose values differ from the expected ones; None if none differs.
 
         Args:
-            expected: where the right way led from this snapshot.
+            expected: the state that the unrecorded step reaches from this snapshot.
         """
         for kind, tensors in self._state.items():
             change = difference = 0.0
@@ -95,6 +95,6 @@ def _on_host(tensor: Tensor) -> Tensor:
 
 
 def _square(one: Tensor, other: Tensor) -> float:
-    """The squared distance; infinite where one of them is not finite and the other is."""
+    """The squared distance; infinite if exactly one of the two is not finite."""
     gap = torch.where(torch.isclose(one, other, rtol=0, atol=0, equal_nan=True), 0.0, one.double() - other.double())
     return float(gap.square().nan_to_num(nan=torch.inf, posinf=torch.inf).sum())

@@ -47,26 +47,26 @@ class Recorder(Protocol):
     """Where steps are recorded."""
 
     def beside(self, run: Callable[[], Tensor]) -> Tensor:
-        """Run it as it is, where it would be recorded; whatever comes after sees what it did."""
+        """Run the step without recording, on the recording's stream; later work waits for it."""
 
     def waiting(self) -> AbstractContextManager[list[str]]:
-        """Within the block it is noted where the program waits for the device; known after the block."""
+        """Within the block, collect the places where the program waits for the device; available after the block."""
 
     def host_draws(self) -> object:
-        """The state of the host's random number generators, to be compared with a later one."""
+        """The state of the host's random number generators, for comparison with a later one."""
 
     def device_draws(self) -> Tensor:
         """The state of the device's random number generator."""
 
     def draw_again(self, state: Tensor) -> None:
-        """Set the device's random number generator to a state that it had."""
+        """Set the device's random number generator to an earlier state."""
 
     def record(self, run: Callable[[], None]) -> Callable[[], None]:
-        """Record what it does on the device, without doing it; returns what does it.
+        """Record the step's work on the device without executing it; returns a function that executes it.
 
         Raises:
-            NotRecordedError: it cannot be recorded, although nothing was seen that is in the way; the device can be used as before.
-            TrainError: it cannot, and nothing can be done on the device any more.
+            NotRecordedError: recording failed, although no obstacle was found; the device is still usable.
+            TrainError: recording failed, and the device can no longer be used.
         """
 
 
@@ -123,7 +123,7 @@ class RecordedStep:
 
     @property
     def note(self) -> str:
-        """How it went, in words."""
+        """The result of recording, in words."""
         if self.reason:
             return f"not recorded as a CUDA graph: {self.reason}"
         if self._replay is None:
@@ -133,7 +133,7 @@ class RecordedStep:
         return f"recorded as a CUDA graph after {WARM_UP} steps{more}"
 
     def __call__(self, batch: Any) -> Tensor:
-        """Take the step; returns the batch's loss (), in memory of its own."""
+        """Take the step; returns the batch's loss () in a new tensor."""
         if self.reason:
             return self._work(batch)
         form = form_of(batch)

@@ -52,7 +52,7 @@ class Step:
             self.recorded = RecordedStep(self.whole, recorder, module, self._undo, self._snapshot)
 
     def set_rate(self, rate: float) -> None:
-        """Let the next update have this learning rate. One on the device, for a recording, is overwritten there."""
+        """Set the next update's learning rate. A rate stored on the device, for a recording, is overwritten in place."""
         if rate == self.rate:
             return
         self.rate = rate
@@ -63,13 +63,13 @@ class Step:
                 group["lr"] = rate
 
     def whole(self, batch: Any) -> Tensor:
-        """Learn from a batch, in one process, and update; returns its loss. No gradients are left."""
+        """Learn from a batch in a single process and update; returns the loss. Gradients are cleared."""
         loss = self.learn(batch, 1)
         self.update()
         return loss
 
     def _undo(self) -> None:
-        """After a step that broke off: no gradients are left, and the scaler starts counting again."""
+        """Clean up after a failed step: clear the gradients and the scaler's count."""
         self.optimizer.zero_grad()
         scaler = self.accelerator.scaler
         if scaler is not None:
@@ -79,7 +79,7 @@ class Step:
         return Snapshot(state_of(self.module, self.optimizer, self._average), self.accelerator.scaler)
 
     def learn(self, batch: Any, samples: int) -> Tensor:
-        """Add the gradients of a batch to those there are; returns its loss.
+        """Add the gradients of a batch to the existing ones; returns its loss.
 
         Args:
             batch: on the device.
@@ -91,7 +91,7 @@ class Step:
         return loss.detach()
 
     def update(self, batches: int = 1) -> None:
-        """Take the optimiser's step by the mean gradient of so many batches, and forget the gradients."""
+        """Take an optimiser step with the mean gradient of `batches` batches, and clear the gradients."""
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         if batches > 1:
             for parameter in parameters:
