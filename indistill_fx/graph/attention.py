@@ -81,7 +81,7 @@ class HeadAttention(nn.Module):
 
 
 def _bias(mask: Tensor | None, padding: Tensor | None, like: Tensor, heads: int) -> Tensor | None:
-    """Both masks as one addend of the scores; True means: not looked at."""
+    """Both masks as one tensor to add to the scores; True in a mask means that the position is ignored."""
     total: Tensor | None = None
     if mask is not None:
         total = _addend(mask, like)
@@ -160,7 +160,7 @@ def window_attention(
 
 
 def _apart(like: Tensor, *axes: tuple[int, int, int]) -> Tensor:
-    """(rows, columns, window, window): -100 where two places of one window came from different ends of the map."""
+    """(rows, columns, window, window): -100 for two positions of one window that come from opposite ends of the map."""
     ends = []
     for count, size, shift in axes:
         place = torch.arange(count * size, device=like.device)

@@ -121,7 +121,7 @@ def _reachable(module: nn.Module) -> tuple[list[Container], list[Any]]:
 
 
 def _collect(value: Any, seen: dict[int, Container]) -> list[Container]:
-    """A container that was not seen yet, and those inside it; an object of the user's own class holds what its attributes do."""
+    """Collect a container that was not seen yet, and those inside it; for an object of the user's own class, those in its attributes."""
     found, todo = list[Container](), [value]
     while todo:
         container = _contents(todo.pop())

@@ -54,12 +54,12 @@ class SliceOf:
     kept: tuple[int, ...]
 
     def mark(self, node: fx.Node) -> None:
-        """Say so of a node; copies of it say so too."""
+        """Store this on a node; copies of the node keep it."""
         node.meta[_SLICE] = self
 
     @staticmethod
     def at(node: fx.Node) -> SliceOf | None:
-        """What was said of a node."""
+        """What `mark` stored on a node, or None."""
         found: SliceOf | None = node.meta.get(_SLICE)
         return found
 
@@ -100,7 +100,7 @@ def layer_of(node: fx.Node) -> str:
 
 
 def _subclasses(parent: type[fx.GraphModule]) -> Iterator[type[fx.GraphModule]]:
-    """All living subclasses. Every GraphModule has a class of its own, which holds its compiled forward and dies with it."""
+    """All subclasses that exist now. Every GraphModule has its own class, which holds its compiled forward and is deleted with it."""
     for child in parent.__subclasses__():
         yield child
         yield from _subclasses(child)

@@ -61,7 +61,7 @@ class Runner:
 
 
 def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
-    """For every node the nodes that it is the last to read."""
+    """For every node, the nodes whose last reader it is."""
     found: dict[fx.Node, list[fx.Node]] = {}
     seen: set[fx.Node] = set()
     for node in reversed(graph.nodes):

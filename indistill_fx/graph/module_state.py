@@ -146,7 +146,7 @@ def weights_kept(module: nn.Module) -> Iterator[Callable[[], bool]]:
 
 
 def _version(tensor: Tensor) -> int:
-    """How often torch has seen it written; made in inference mode, it does not count."""
+    """How often torch has recorded a write to the tensor; tensors made in inference mode have no counter."""
     return 0 if tensor.is_inference() else tensor._version
 
 
@@ -175,7 +175,7 @@ class State:
         self._values = Values([*{**held_tensors, **self._buffers}.values(), *shared.values()])
 
     def put_back(self) -> None:
-        """All of it, with the values that it had."""
+        """Restore everything, with the stored values."""
         for part, own, registries in self._parts:
             for name, entries in zip(_REGISTRIES, registries, strict=True):
                 own[name].clear()
@@ -190,12 +190,12 @@ class State:
             generator.set_state(state)
 
     def written_buffers(self) -> dict[str, Tensor]:
-        """Copies of the buffers that have another value than before, or are other tensors."""
+        """Copies of the buffers that have new values or were replaced by other tensors."""
         same = self._buffers.keys() - {id(buffer) for buffer, _ in self._values.changed()}
         return {name: b.detach().clone() for name, b in self.module.named_buffers() if id(b) not in same}
 
     def changed(self) -> list[Change]:
-        """The attributes that are no longer what they were; the values of buffers and parameters apart, and the training flags."""
+        """The attributes that have changed, apart from the values of buffers and parameters, and the training flags."""
         written = {self._arrays.get(id(tensor), id(tensor)) for tensor, _ in self._values.changed()}
         written |= {id(drawn) for drawn, state in self._generators if not torch.equal(drawn.get_state(), state)}
         places = [
@@ -233,14 +233,14 @@ def _differs(before: object, now: object, written: Container[int]) -> bool:
 
 
 def _same_entry(before: object, now: object) -> bool:
-    """Whether a part has the same submodule or parameter as before; a buffer may be another, whose value can be written into it."""
+    """Whether a part has the same submodule or parameter as before. A buffer may be a new tensor, because its value can be restored."""
     if now is before or not (isinstance(before, Tensor) and isinstance(now, Tensor)):
         return now is before
     return not isinstance(before, nn.Parameter) and (now.shape, now.dtype) == (before.shape, before.dtype)
 
 
 def _shared(array: np.ndarray[Any, Any]) -> Tensor | None:
-    """A tensor of the same memory; None if there is none, or if nobody can write the array."""
+    """A tensor that shares the array's memory; None if that is impossible, or if the array is read-only."""
     with suppress(TypeError, ValueError):
         return torch.from_numpy(array) if array.flags.writeable else None
     return None
@@ -311,7 +311,7 @@ def own_state(module: nn.Module, changed: Iterable[Change], written: Iterable[Te
 
 
 def _copied(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
-    """A copy; views of one memory stay views of one."""
+    """A copy; views that share memory still share it in the copies."""
     new: Tensor = copy.deepcopy(tensor.detach(), memo)
     return nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
 

@@ -45,7 +45,7 @@ def conv_per_sample(
 
 
 def _by_matrices(input: Tensor, weight: Tensor, groups: int, stride: Shape, padding: Shape, dilation: Shape) -> Tensor:
-    """The same without groups that depend on the batch, which ONNX cannot say."""
+    """The same convolution by matrix products: ONNX has no groups that depend on the batch."""
     kernel = tuple(weight.shape[3:])
     patches: Tensor = functional.unfold(input, kernel, dilation, padding, stride).unflatten(1, (groups, -1))
     out: Tensor = (weight.unflatten(1, (groups, -1)).flatten(3) @ patches).flatten(1, 2)
@@ -134,7 +134,7 @@ def _in_order(node: fx.Node, shape: Shape, count: int, weight: Shape) -> tuple[A
 
 
 def _parted(node: Any, runs: Sequence[Mapping[str, Shape]], batches: Sequence[int]) -> fx.Node | None:
-    """The tensor of which a view lays the batch and the channels out as one axis."""
+    """The tensor whose batch and channel axes a view merges into one axis."""
     source = node.args[0] if isinstance(node, fx.Node) and op_name(node) in ("view", "reshape") else None
     if not isinstance(source, fx.Node) or any(source.name not in run for run in runs):
         return None

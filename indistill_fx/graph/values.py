@@ -56,10 +56,10 @@ class Values:
 
     @torch.no_grad()
     def changed(self, *, sample: bool = False) -> list[tuple[Tensor, Tensor]]:
-        """The tensors that have another value now, each with the one it had.
+        """The tensors whose values have changed, each with its former value.
 
         Args:
-            sample: of large tensors, look at some entries alone, evenly spread.
+            sample: compare only some evenly spaced entries of large tensors.
         """
         found = []
         for group, shapes, before in self._groups:
@@ -81,7 +81,7 @@ class Values:
 
 
 def _write(tensor: Tensor, before: Tensor) -> None:
-    """Under `no_grad`; the version counter of a dense tensor does not see it."""
+    """Write a value under `no_grad`; the version counter of a dense tensor does not change."""
     if not _is_dense(tensor):
         with suppress(RuntimeError):  # some layouts cannot be copied into
             tensor.copy_(before)
@@ -99,7 +99,7 @@ def _is_dense(tensor: Tensor) -> bool:
 
 
 def _copies(tensor: Tensor) -> bool:
-    """Whether torch can copy the tensor; some quantised ones it cannot."""
+    """Whether torch can copy the tensor; this fails for some quantised ones."""
     try:
         _is_dense(tensor) or tensor.clone()
     except RuntimeError:
@@ -108,7 +108,7 @@ def _copies(tensor: Tensor) -> bool:
 
 
 def _kind(tensor: Tensor) -> object:
-    """Equal for tensors that may be joined."""
+    """A key that is equal for tensors that can be concatenated."""
     plain = type(tensor) in (Tensor, torch.nn.Parameter) and _is_dense(tensor)
     return (tensor.dtype, tensor.device) if plain and tensor.numel() <= _SMALL else id(tensor)
 

@@ -54,13 +54,13 @@ class Rescaling(_Frozen):
 
     @property
     def scale(self) -> Tensor:
-        """What a channel is multiplied by, (channels, 1, 1)."""
+        """The factor of each channel, (channels, 1, 1)."""
         given, wanted = (_column(figures.std) for figures in (self.given, self.wanted))
         return (given / wanted).float()
 
     @property
     def shift(self) -> Tensor:
-        """What is then added to it, (channels, 1, 1)."""
+        """The offset of each channel, added after the factor, (channels, 1, 1)."""
         given, wanted = (_column(figures.mean) for figures in (self.given, self.wanted))
         return ((given - wanted) / _column(self.wanted.std)).float()
 
@@ -149,7 +149,7 @@ class View(_Frozen):
         return logits if self.classes is None else logits[:, list(self.classes)]
 
     def __str__(self) -> str:
-        """In words; empty where nothing is changed."""
+        """The view in words; empty if it changes nothing."""
         changes = [f"resized to {'x'.join(map(str, self.size))}"] if self.size is not None else []
         changes += [_CHANNELS[self.channels]] if self.channels is not None else []
         if self.rescaling is not None:

@@ -110,7 +110,7 @@ def align_traced(
 
 
 def _projected(teacher: TracedModel, student: TracedModel) -> list[tuple[str, str]]:
-    """The pair that a student which reuses this teacher's classifier has by its making."""
+    """The pair that is built into a student that reuses this teacher's classifier."""
     reused = getattr(student.module, "meta", {}).get("reuses")
     if not isinstance(reused, ReusedAfter) or reused.tap not in teacher.taps:
         return []
@@ -118,7 +118,7 @@ def _projected(teacher: TracedModel, student: TracedModel) -> list[tuple[str, st
 
 
 def _narrower(pair: Pair, teacher: TracedModel, student: TracedModel) -> int | None:
-    """The student's width where it is below the teacher's; None too where a penultimate vector has no channel axis."""
+    """The student's width if it is below the teacher's; otherwise None, also for a penultimate vector without a channel axis."""
     facts = teacher.facts_of(pair.teacher), student.facts_of(pair.student)
     if any(one.channel_axis is None for one in facts):
         return None

@@ -81,11 +81,11 @@ class PassRecord:
 
     @cached_property
     def changed(self) -> bool:
-        """Whether the graph's text is another one."""
+        """Whether the graph's text has changed."""
         return self.before != self.after
 
     def diff(self, *, context: int = 1) -> list[str]:
-        """The changed lines, marked `-` and `+`, with so many lines around them; `…` where lines are left out.
+        """The changed lines, marked `-` and `+`, with some lines of context; `…` stands for lines that are left out.
 
         Of more than ten lines in a row that only went or only came, the first and last four are shown.
         """

@@ -187,7 +187,7 @@ def _told(module: nn.Module) -> dict[str, Any]:
 
 
 def _in_order(pairs: Sequence[Pair], teacher: TracedModel) -> list[Pair]:
-    """Without pairs that would cross another one of the same teacher."""
+    """The pairs without those that would cross another pair of the same teacher."""
     order = {node.name: place for place, node in enumerate(teacher.graph_module.graph.nodes)}
     reached: dict[str, int] = {}
     kept = []
@@ -220,7 +220,7 @@ def _views(
     values: Sequence[Tensor],
     asked: Sequence[View | None] | None,
 ) -> list[View | None]:
-    """What each of them sees: as asked for, and pictures in the channels that it takes."""
+    """The view of each teacher: the requested one, and images with the number of channels that it takes."""
     asked = [None] * len(teachers) if asked is None else list(asked)
     if len(asked) != len(teachers):
         raise ConfigError(

@@ -144,13 +144,13 @@ def narrowed_teacher(teacher: TracedModel, plan: AlignmentPlan) -> PassResult[Tr
 
 
 def _seeing(teacher: TracedModel) -> list[Pass]:
-    """What brings a batch into the form that the teacher wants, where it sees another one than the student."""
+    """The passes that convert a batch for the teacher, if its view differs from the student's."""
     view = teacher.view
     return [("see", partial(see, view=view, facts=teacher.facts))] if view is not None else []
 
 
 def _delivering(teacher: TracedModel, student: TracedModel) -> list[Pass]:
-    """What brings the teacher's values into the student's dtype, and its logits to the student's classes."""
+    """The passes that convert the teacher's values to the student's dtype, and its logits to the student's classes."""
     view = teacher.view
     if view is None or (view.dtype is None and view.classes is None):
         return []
@@ -164,7 +164,7 @@ def _delivering(teacher: TracedModel, student: TracedModel) -> list[Pass]:
 def _adapters(
     pairs: Sequence[Pair], own: TracedModel, other: TracedModel, *, side: Role, narrowed: bool, one_size: bool = False
 ) -> list[Pass]:
-    """One pass a pair whose two features have to be brought to one shape."""
+    """One pass for each pair whose features must be converted to a common shape."""
     passes: list[Pass] = []
     for pair in pairs:
         tap, partner = (pair.teacher, pair.student) if side == "teacher" else (pair.student, pair.teacher)

@@ -46,7 +46,7 @@ class FrozenClassifier(nn.Module):
         self.train(False)
 
     def train(self, mode: bool = True) -> FrozenClassifier:
-        """Eval mode, whatever is asked for: its batch norms keep the teacher's statistics."""
+        """Stay in eval mode whatever `mode` is: batch norms keep the teacher's statistics."""
         return super().train(False)
 
     def forward(self, feature: Tensor) -> Tensor:
@@ -186,7 +186,7 @@ def _require_channels(teacher_facts: NodeFacts, student_facts: NodeFacts, pair: 
 
 
 def _up_to(traced: TracedModel, tap: str) -> fx.GraphModule:
-    """The graph that ends at a tap, and gives its tensor."""
+    """The graph up to a tap, which returns the tap's tensor."""
     name = traced.node(tap).name
     new, nodes = copy_graph(traced.graph_module)
     output_node(new.graph).args = (nodes[name],)

@@ -46,7 +46,7 @@ class Flag(nn.Module):
 
     @property
     def training(self) -> bool:
-        """Of the user's module."""
+        """The flag of the user's module."""
         owner = self.__dict__["of"]
         return bool(self.__dict__.get("own", True) if owner is None else owner.training)
 
@@ -130,7 +130,7 @@ Pairs = tuple[tuple[fx.Node, fx.Node], ...]
 
 @dataclass
 class _Region:
-    """Nodes that one of the graphs has and the other has not, between two places that both have.
+    """Nodes that only one of the graphs has, between two positions that both have.
 
     Attributes:
         trained: of the graph of train mode.
@@ -144,7 +144,7 @@ class _Region:
 
 
 class _Merge:
-    """One new graph from two."""
+    """Builds one graph from those of train mode and eval mode."""
 
     def __init__(self, trained: Captured, evaluated: Captured, module: nn.Module):
         self.trained, self.evaluated, self.module = trained, evaluated, module
@@ -205,7 +205,7 @@ class _Merge:
         return parts
 
     def _match_weights(self) -> None:
-        """Parameters and buffers are the module's, wherever and by which graph they are read."""
+        """Match nodes that read the same parameter or buffer of the module, in either graph."""
         first: dict[str, fx.Node] = {}
         for captured in (self.trained, self.evaluated):
             for node in captured.graph_module.graph.nodes:
@@ -241,7 +241,7 @@ class _Merge:
         self.new[own].meta = dict(own.meta)
 
     def _merged(self, own: Any, other: Any, reader: fx.Node) -> Any:
-        """The argument of train mode where eval mode has the same; else what chooses between the two."""
+        """The argument of train mode if eval mode has the same; otherwise a node that chooses between the two."""
         if isinstance(own, fx.Node):
             if self.same.get(other) is self.same.get(own, own):
                 return self._at(own)
@@ -296,7 +296,7 @@ class _Merge:
         )
 
     def _take_along(self, side: list[fx.Node]) -> None:
-        """What the nodes read of earlier places of this graph alone (sizes, mostly) is computed again among them."""
+        """Add to the nodes what they read from earlier parts of only this graph (mostly sizes), so that it is computed again."""
         todo = list(side)
         while todo:
             for source in todo.pop().all_input_nodes:
@@ -332,7 +332,7 @@ class _Merge:
         return way
 
     def _passes_on(self, region: _Region) -> bool:
-        """Whether eval mode hands on the tensor of which train mode changes each entry alone."""
+        """Whether eval mode returns a tensor unchanged that train mode changes elementwise."""
         if region.evaluated or len(region.results) != 1:
             return False
         (_, handed_on), *_ = region.results
@@ -341,7 +341,7 @@ class _Merge:
 
 
 def _is_simple(node: fx.Node, read: Container[object]) -> bool:
-    """Whether a node computes each entry alone, or asks for a size, or makes a tensor whose size is not a number of its own."""
+    """Whether a node is elementwise, reads a size, or makes a tensor whose size is not a constant."""
     name = op_name(node)
     if node.op not in ("call_function", "call_method") or name not in UNARY | BINARY | _MAKERS:
         return False
@@ -359,13 +359,13 @@ def _key(node: fx.Node) -> tuple[object, ...]:
 
 
 def _common_stack(nodes: Iterable[fx.Node]) -> dict[str, Any]:
-    """The module calls that all nodes stand in."""
+    """The module calls that contain all the nodes."""
     stacks = [node.meta.get("nn_module_stack", {}) for node in nodes]
     return {call: value for call, value in stacks[0].items() if all(call in stack for stack in stacks)}
 
 
 def _module_of(nodes: Iterable[fx.Node]) -> str:
-    """Path of the innermost module whose code all nodes are."""
+    """Path of the innermost module whose code contains all the nodes."""
     return next(reversed([str(call).partition("@")[0] for call in _common_stack(nodes)]), "")
 
 

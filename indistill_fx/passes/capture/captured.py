@@ -46,7 +46,7 @@ class Captured:
 
     @property
     def renamed(self) -> tuple[str, ...]:
-        """What the report says of names that stand otherwise in the graph."""
+        """Lines of the report on names that are written differently in the graph."""
         pairs: dict[str, str] = {}
         for new, old in self.graph_module.meta["renamed"].items():
             new_parts, old_parts = new.split("."), old.split(".")

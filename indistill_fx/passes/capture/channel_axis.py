@@ -115,7 +115,7 @@ def _main_source(node: fx.Node, shapes: Mapping[str, Shape], axes: Mapping[str, 
 
 
 def _read(node: fx.Node, shapes: Mapping[str, Shape]) -> list[fx.Node]:
-    """The tensors that a node reads; of a tuple (the parts of a split), those that it was made from."""
+    """The tensors that a node reads; for a tuple (the parts of a split), those that the tuple was made from."""
     return [
         other
         for given in tensor_nodes((node.args, node.kwargs))

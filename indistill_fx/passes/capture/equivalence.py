@@ -114,12 +114,12 @@ class Reference:
         return self._sizes
 
     def put_back(self) -> bool:
-        """Give the parameters the values that they had; note, and return, whether they had others."""
+        """Restore the parameters' values; records, and returns, whether they had changed."""
         self.writes_weights |= self._put_back()
         return self.writes_weights
 
     def forget(self) -> None:
-        """Give attributes, buffers and caches what they had before a capture, and note what that was."""
+        """Restore attributes, buffers and caches to their state before a capture, and record what had changed."""
         self._note(self._forget())
 
     def _note(self, changed: Sequence[Change]) -> None:
@@ -127,7 +127,7 @@ class Reference:
         self.changed.update((c.name, c) for c in changed if not c.attribute.startswith("_tensor_constant"))
 
     def kept(self, graph_module: nn.Module) -> AbstractContextManager[State | None]:
-        """Within the block a graph may run; what its parts then keep for the next call is put back."""
+        """Within the block a graph may run; state that its parts keep between calls is restored afterwards."""
         return state_kept(graph_module) if self.changed else nullcontext()
 
     @property
@@ -145,7 +145,7 @@ class Reference:
 
     @contextmanager
     def any_size(self) -> Iterator[None]:
-        """Within the block, take it that the module accepts batches of two sizes; if the block fails, find out by running it."""
+        """Within the block, assume that the module accepts two batch sizes; if the block fails, test it by running the module."""
         self._sizes = _SIZES
         try:
             yield
@@ -202,7 +202,7 @@ class Reference:
         return tuple((size, self._difference(graph_module, size)) for size in self.sizes)
 
     def _compare_calls(self, graph_module: nn.Module) -> None:
-        """Two calls in a row must agree, if the first one leaves anything behind."""
+        """Require that two successive calls agree, if the first one changes any state."""
         try:
             self._difference(graph_module, self.sizes[0], calls=2)
         except FrontendError as error:
@@ -307,7 +307,7 @@ class Reference:
 def _run_module(
     module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], *, gradients: bool, calls: int
 ) -> Run | str:
-    """The last of so many calls in a row; those before it are on other data."""
+    """The result of the last of several successive calls; the earlier ones get other data."""
     with state_kept(module) as state:
         seed_torch(0)
         try:
@@ -338,7 +338,7 @@ def _halved(leaf: Any) -> Any:
 
 
 def _forward(module: nn.Module) -> Callable[..., Any]:
-    """What to call: a graph's forward itself where no hook is lost by that, since fx prints what it raises."""
+    """The function to call: a graph's forward itself unless that skips a hook, because fx prints exceptions otherwise."""
     hooked = module._forward_hooks or module._forward_pre_hooks
     return module.forward if isinstance(module, fx.GraphModule) and not hooked else module
 

@@ -82,7 +82,7 @@ def capture_exported(
 def _export(
     module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], size: int, *, lengths: bool
 ) -> ExportedProgram:
-    """With an open batch and, where `lengths` of sequences are open too, those of whole numbers and of what goes beside them."""
+    """Export with a dynamic batch and, if `lengths` is set, dynamic sequence lengths of integer inputs and of inputs that go with them."""
     shapes = ShapesCollection()
     leaves = {id(leaf): leaf for leaf in tree_leaves((inputs, kwargs)) if isinstance(leaf, Tensor)}.values()
     sequences = {leaf.shape for leaf in leaves if not leaf.is_floating_point() and leaf.dim() > 1} if lengths else set()
@@ -102,19 +102,19 @@ def _export(
 
 
 def _writes_view(node: fx.Node) -> bool:
-    """Whether it writes into a part of a tensor; torch's own functionalization handles that, at the price of plainer operations."""
+    """Whether the program writes into a part of a tensor. torch's functionalization handles this, but decomposes operations."""
     first = node.args[0] if node.args else None
     return isinstance(first, fx.Node) and writes_first(node.op, node.target, node.kwargs) and op_name(first) in VIEWS
 
 
 def _is_functorch(node: fx.Node) -> bool:
-    """Whether it opens or closes a level of `vmap` or `grad`; torch's decompositions leave the operations that these come to."""
+    """Whether it enters or leaves a level of `vmap` or `grad`; torch's decompositions replace these by ordinary operations."""
     return str(getattr(node.target, "__module__", "")).startswith("torch._functorch")
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """`torch.export` prints graphs and logs guesses when it fails; what matters is in the error."""
+    """Suppress what `torch.export` prints and logs when it fails; the error has what matters."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -158,7 +158,7 @@ def _rebuild(
 
 
 def _refuse_lasting_writes(graph: fx.Graph, module: nn.Module) -> None:
-    """Code may write into a tensor that lives on after the call; the exported graph has a copy of it."""
+    """Refuse code that writes into a tensor that outlives the call: the exported graph has only a copy of it."""
     for node in graph.nodes:
         written = base_of(node) if writes_first(node.op, node.target, node.kwargs) else node
         if written is not node and written.op == "get_attr" and not has_attribute(module, str(written.target)):
@@ -170,7 +170,7 @@ def _refuse_lasting_writes(graph: fx.Graph, module: nn.Module) -> None:
 
 
 def _sizes(node: fx.Node) -> tuple[int | None, ...]:
-    """Sizes of an input of an exported program, None where it takes any."""
+    """Sizes of an exported program's input; None for a dynamic one."""
     value = node.meta.get("val")
     return tuple(n if isinstance(n, int) else None for n in value.shape) if isinstance(value, Tensor) else ()
 
@@ -317,7 +317,7 @@ def _replace(
     targets: dict[str, Any],
     groups: dict[str, list[fx.Node]],
 ) -> fx.Node:
-    """One call of the module in the place of the operations it made; the result itself where the module is not a function of one tensor."""
+    """Replace a module's operations by one call of it; without a change if the module is not a function of one tensor."""
     inside = set(nodes)
     sources = dict.fromkeys(
         source for node in nodes for source in node.all_input_nodes if source not in inside and source.op != "get_attr"

@@ -85,7 +85,7 @@ def _found(graph_module: fx.GraphModule, reference: Reference) -> tuple[fx.Graph
 
 
 def _runs(graph_module: fx.GraphModule, observer: Observer) -> list[Observed]:
-    """What each node's tensor is like at the batch sizes that the module takes.
+    """Shape and dtype of every node's tensor, at the batch sizes that the module accepts.
 
     Raises:
         FrontendError: the graph fails.
@@ -170,7 +170,7 @@ def _kind(shape: tuple[int, ...], batch_axis: int | None, channel_axis: int | No
 
 
 def _told_axis(node: fx.Node, graph_module: fx.GraphModule) -> int | None:
-    """What a black box itself says of its channels."""
+    """The channel axis that a black box itself states."""
     part = attribute(graph_module, str(node.target)) if node.op == "call_module" else None
     return part.channel_axis if isinstance(part, Opaque) else None
 

@@ -124,7 +124,7 @@ def base_of(node: fx.Node) -> fx.Node:
 
 
 def _indexed(target: fx.Node) -> fx.Node | None:
-    """The tensor of which the written one is a plain part, `x[1:, 0]`."""
+    """The tensor that the written one is an indexed part of, as in `x[1:, 0]`."""
     if target.target is not operator.getitem or not isinstance(target.args[0], fx.Node):
         return None
     source, index = target.args[0], target.args[1]
@@ -134,7 +134,7 @@ def _indexed(target: fx.Node) -> fx.Node | None:
 
 
 def _refuse_views(writer: fx.Node, target: fx.Node, order: dict[fx.Node, int], indexed: fx.Node | None) -> None:
-    """Rule 4: of all tensors that share the storage only the target, and what it is a part of, may be read after the write."""
+    """Rule 4: after the write, only the target and the tensor it is a part of may be read, not other views of the storage."""
     base, pieces = target, {}
     while (source := _source(base)) is not None:
         if op_name(source) in _PIECES and base.target is operator.getitem:

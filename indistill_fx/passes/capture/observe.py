@@ -94,7 +94,7 @@ _ALONE = frozenset(
 
 @dataclass(slots=True)
 class _Layer:
-    """What a layer makes of samples of one shape."""
+    """A layer's output for samples of one shape."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -160,7 +160,7 @@ class _Run:
         return first if op_name(node) in _KEEPING else None
 
     def _known(self, node: fx.Node, layer: nn.Module, given: Tensor) -> Tensor | None:
-        """What such a layer made before, of samples of this shape."""
+        """The layer's earlier output for samples of this shape, if it is known."""
         weight = layer._parameters.get("weight")
         weights = None if weight is None else (weight.shape, weight.dtype)
         own: Any = type(layer)

@@ -123,7 +123,7 @@ class RecordedGraph:
         self.first_node = None if self.first is None else self.node_of(self.first)
 
     def node_of(self, tensor: Tensor) -> fx.Node:
-        """The node that stands for a tensor; parameters, buffers and unregistered get one when they are first used."""
+        """The node that stands for a tensor; parameters, buffers and unregistered tensors get one at their first use."""
         node: fx.Node | None = self.nodes.get(tensor)
         if node is not None and not node._erased:
             return node
@@ -142,7 +142,7 @@ class RecordedGraph:
         return node
 
     def is_outside(self, tensor: Tensor) -> bool:
-        """Whether a tensor, or what it is a view of, was there before the run and is neither a parameter nor the module's state."""
+        """Whether a tensor, or its base, existed before the run and is neither a parameter nor state of the module."""
         dense = [other for other in self.outside if other.layout is tensor.layout is torch.strided]
         return any(other.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr() for other in dense)
 
@@ -180,7 +180,7 @@ class RecordedGraph:
                 self.track(entry, self.create("call_function", access, (node, key), {}))
 
     def write_back(self) -> None:
-        """Write the tensors that the code has assigned to attributes into those that stood there, so that the next call finds them.
+        """Write tensors that the code assigned to attributes into the former tensors, so that the next call finds them.
 
         Assigned ones of another shape are caches. What was read before is a copy, which no write changes.
         """
@@ -215,11 +215,11 @@ class RecordedGraph:
         return copied
 
     def mark(self) -> tuple[int, int, int, int]:
-        """How far the recording has come."""
+        """The current position of the recording, for `roll_back`."""
         return len(self.order), len(self.tracked), len(self.outputs), len(self.book.decisions)
 
     def roll_back(self, mark: tuple[int, int, int, int]) -> None:
-        """Take back all that was recorded since the mark."""
+        """Remove everything that was recorded since the mark."""
         nodes, tracked, outputs, decisions = mark
         for reference, node in reversed(self.tracked[tracked:]):
             tensor = reference()

@@ -145,7 +145,7 @@ class Recorder(RecordedGraph, TorchFunctionMode):
         return size.plain() if self.plain_sizes and axis else size
 
     def _take_data(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Rule 3; data made of sizes alone is a decision like any on sizes, and unregistered are free."""
+        """Rule 3. Data computed from sizes alone is a decision on sizes; unregistered tensors are always allowed."""
         of_sizes = False
         for tensor in tensors(args):
             node = self.nodes.get(tensor)
@@ -234,7 +234,7 @@ class Recorder(RecordedGraph, TorchFunctionMode):
 
 
 def _distinct(result: Any, args: Any) -> Any:
-    """The result, as a tensor object of its own where a function hands back its argument (dropout in eval, contiguous, to)."""
+    """The result; as a new tensor object if the function returned its argument itself (dropout in eval mode, contiguous, to)."""
     if isinstance(result, Tensor):
         return result.view_as(result) if any(result is given for given in tensors(args)) else result
     return result

@@ -98,7 +98,7 @@ def _record(
 
 
 def _other_data(leaf: Any, size: int) -> Any:
-    """The last row again and again, and not the caller's own tensor: what the graph is compared on must not be what it was recorded on.
+    """Other data than the caller's: the last row, repeated. The graph must not be compared on the data that it was recorded on.
 
     Another order of the rows would not do for code that wants them sorted, by their lengths for example.
     """
@@ -108,7 +108,7 @@ def _other_data(leaf: Any, size: int) -> Any:
 
 
 def _changed_decisions(first: Sequence[Decision], second: Sequence[Decision]) -> list[Decision]:
-    """The decisions that came out otherwise with another batch size; where the two runs part, the one at the parting."""
+    """The decisions that differ between two batch sizes; if the runs diverge, only the first one that differs."""
     changed: list[Decision] = []
     for a, b in zip_longest(first, second):
         if a is None or b is None or a[:3] != b[:3]:

@@ -77,7 +77,7 @@ def fold_static(
 
 
 def _written(reader: fx.Node, given: Any, values: Mapping[fx.Node, Any]) -> Any:
-    """Arguments with what is known in the place of the nodes that compute it."""
+    """Arguments in which known values replace the nodes that compute them."""
 
     def write(leaf: Any) -> Any:
         value = values.get(leaf, _OPEN) if isinstance(leaf, fx.Node) else _OPEN
@@ -92,7 +92,7 @@ def _reads_whole(user: fx.Node) -> bool:
 
 
 def _parts(node: fx.Node, count: int) -> tuple[fx.Node, ...]:
-    """The tensors of a list, each as a node that stands before all readers of the list."""
+    """The tensors of a list, each as a node before all readers of the list."""
     list_readers = [user for user in node.users if _reads_whole(user)]
     ready = {user.args[1]: user for user in node.users if all(user < other for other in list_readers)}
     found, last = [], node
@@ -114,7 +114,7 @@ def _is_open(value: Any) -> bool:
 
 
 def _value(node: fx.Node, axes: Mapping[str, Axes], values: Mapping[fx.Node, Any]) -> Any:
-    """A node's number, or tuple of numbers or nodes; all of it or entries of it may be open."""
+    """A node's number, or tuple of numbers or nodes; the whole or single entries may be unknown."""
     first: Any = node.args[0] if node.args else None
     if isinstance(first, fx.Node) and first.name in axes:
         return _size(node, axes[first.name])
@@ -134,7 +134,7 @@ def _value(node: fx.Node, axes: Mapping[str, Axes], values: Mapping[fx.Node, Any
 
 
 def _size(node: fx.Node, axes: Axes) -> Any:
-    """What an operation says of a tensor's shape."""
+    """The number that an operation reads from a tensor's shape."""
     attribute = node.target is getattr
     name = str(node.args[1]) if attribute else str(getattr(node.target, "__name__", node.target))
     sizes = tuple(_OPEN if k in axes.open else n for k, n in enumerate(axes.shape))

@@ -81,7 +81,7 @@ class _Tracer(fx.Tracer):
         return self.create_node("call_function", operator.getitem, (node, key), {})
 
     def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any) -> fx.Node:
-        """As every tracer; nodes that read a size record where in the code that is."""
+        """Create a node; nodes that read a size also record the place in the code."""
         node = super().create_node(kind, target, args, kwargs, *rest, **named)
         reads = target == "size" if kind == "call_method" else target is getattr and args[1:] == ("shape",)
         return note_place(node) if reads else node

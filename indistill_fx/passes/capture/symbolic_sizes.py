@@ -84,7 +84,7 @@ class Book:
         self.decisions: list[Decision] = []
 
     def decide(self, value: Any, *, reported: bool = True) -> None:
-        """Record that the code at the current place needs this very value. Not reported: how many parts an operation returned."""
+        """Record that the code at the current place depends on this exact value. The number of parts of a result is not reported."""
         place, expression = current_place()
         self.decisions.append(Decision(self.module, place, expression, value, reported))
 
@@ -130,7 +130,7 @@ class Size:
         self._made: fx.Node | None = None
 
     def emit(self) -> fx.Node:
-        """The graph's node for it, made on first use (again if a part of the graph was taken back since)."""
+        """The graph's node for the size, made at its first use, or again after a roll-back."""
         if self._made is None or self._made._erased:
             args = tuple(arg.emit() if isinstance(arg, Size) else arg for arg in self.args)
             op = "call_method" if isinstance(self.target, str) else "call_function"

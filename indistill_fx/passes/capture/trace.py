@@ -87,7 +87,7 @@ def as_traced(
 
 
 def _require_numbers(call: Call, role: Role) -> None:
-    """Refuse NaN, with which nothing can be compared; a mask may be infinite."""
+    """Refuse NaN, because NaN cannot be compared; infinite values are allowed, as in masks."""
     for value in (*call.args, *call.kwargs.values()):
         if isinstance(value, Tensor) and value.is_floating_point() and bool(value.isnan().any()):
             raise ConfigError(
@@ -100,7 +100,7 @@ def _require_numbers(call: Call, role: Role) -> None:
 
 
 def _other_dtype(model: nn.Module, call: Call) -> str | None:
-    """The dtype of a model's weights, where it is another one than that of its inputs."""
+    """The dtype of a model's weights, if it differs from that of its inputs."""
     weight = next((p for p in model.parameters() if p.is_floating_point()), None)
     values = (*call.args, *call.kwargs.values())
     real = next((v for v in values if isinstance(v, Tensor) and v.is_floating_point()), None)
@@ -234,7 +234,7 @@ def _require_gradients(module: nn.Module) -> None:
 
 
 def _not_left(reference: Reference, known: Known, leaves: Sequence[str]) -> tuple[str, ...]:
-    """What the report says of attributes that the forward changes."""
+    """Lines of the report on attributes that the forward changes."""
     if not reference.changed:
         return ()
     kept = {name for name, _ in known.graph_module.named_buffers()}
@@ -298,7 +298,7 @@ def _capture(
 def _attempt(
     method: str, reference: Reference, leaves: Sequence[str], logits: str | int | None, *, own_flags: bool
 ) -> tuple[Captured, Known]:
-    """A graph of one method, proved; a teacher's has its own flags and state."""
+    """Capture by one method, and compare the graph with the module; a teacher keeps its own training flags and state."""
     once = partial(_in_mode, _METHODS[method], reference, leaves, patient=method == "leaves")
     captured = once() if own_flags else _both_modes(once, reference)
     reference.put_back()
@@ -314,7 +314,7 @@ def _attempt(
 
 
 def _both_modes(once: Callable[[], Captured], reference: Reference) -> Captured:
-    """Captured in train mode; where the code asks for the mode, together with what it does in eval mode."""
+    """Capture in train mode; if the code depends on the mode, merge it with a capture in eval mode."""
     module = reference.module
     with noticing_flags() as noticed:
         captured = once()
@@ -380,7 +380,7 @@ def _with_leaves(captured: Captured, given_up: Sequence[str]) -> Captured:
 
 
 def _path(node: fx.Node) -> str:
-    """The path in the traced module of what a node calls."""
+    """The path, in the traced module, of the module that a node calls."""
     target, owner = str(node.target), node.graph.owning_module
     return str(owner.meta["renamed"].get(target, target)) if owner is not None else target
 

@@ -172,13 +172,13 @@ class Call:
 
     @property
     def computed(self) -> str | None:
-        """The name of a number that says what the operation does with its axes, if it is computed when the graph runs."""
+        """The name of an argument that decides what the operation does with its axes, if its value is computed at run time."""
         named = ((name, self.arguments[name]) for name in _NUMBERS if name in self.arguments)
         return next((name for name, value in named if tensor_nodes(value)), None)
 
     @property
     def why_computed(self) -> str | None:
-        """Why nothing can be said of an operation one of whose numbers is computed, and the code that reads the size; else None."""
+        """Why an operation with a computed argument cannot be analysed, and the code that reads the size; otherwise None."""
         name = self.computed
         if name is None:
             return None
@@ -187,13 +187,13 @@ class Call:
 
     @property
     def why_open(self) -> str:
-        """That a number of its is computed from a size that the input can change, and the code that reads it; else empty."""
+        """A note that an argument is computed from a variable input size, and the code that reads it; otherwise empty."""
         place = place_of((self.node.args, self.node.kwargs), tensors=self.facts)
         return f", by a size that the input can change ({place})" if place else ""
 
     @property
     def path(self) -> str:
-        """The module this node stands for, as people name it."""
+        """The path of the module that this node calls."""
         if self.module is not None:
             return str(self.node.target)
         weight = self.arguments.get("weight")

@@ -42,7 +42,7 @@ def cat(call: Call, cut: Cut) -> Propagation | Blocked:
 
 
 def _operands(call: Call) -> tuple[list[fx.Node], list[tuple[int, ...]] | None]:
-    """What is joined, without the empty tensors of one axis that loops begin with, and the shapes; None if something is not a tensor."""
+    """The concatenated tensors, without the empty ones that loops start with, and their shapes; None if one is not a tensor."""
     given = call.arguments.get("tensors", call.arguments.get("input"))
     nodes = [n for n in given if isinstance(n, fx.Node)] if isinstance(given, (list, tuple)) else []
     known = [(n, shape) for n in nodes if (shape := call.shape(n)) is not None]
@@ -160,7 +160,7 @@ _FIELDS = ("values", "indices")
 
 
 def _extreme(maker: Call, cut: Cut, key: int, call: Call) -> Propagation | Blocked:
-    """A maximum along another axis, or where it stands."""
+    """A maximum along another axis, or its index."""
     shape, dim = maker.shape(maker.input) or (), maker.get("dim")
     if not isinstance(dim, int):
         return Blocked(f"the axis of the {maker.op} is computed")
@@ -223,7 +223,7 @@ def _sliced_elsewhere(call: Call, cut: Cut) -> Propagation | Blocked:
 
 
 def _looked_up(call: Call, cut: Cut) -> Propagation | Blocked:
-    """A table indexed by one tensor on one axis, whole on the others: these are the table's."""
+    """A table that is indexed by one tensor on one axis: the other axes are those of the table."""
     shape, key = call.shape(call.input), call.get("key", call.get("index"))
     entries = full_key(key if isinstance(key, tuple) else (key,), len(shape)) if shape is not None else None
     places = [k for k, entry in enumerate(entries or ()) if entry != slice(None)]

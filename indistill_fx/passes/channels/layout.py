@@ -56,7 +56,7 @@ def reshape(call: Call, cut: Cut) -> Propagation | Blocked:
 
 
 def _matching_axes(before: Shape, after: Shape, cut: Cut) -> tuple[int, int, int, int] | None:
-    """(start, stop) of the input and (first, last) of the output: the smallest span around the cut that both sides can name."""
+    """(start, stop) of the input and (first, last) of the output: the smallest span around the cut that exists on both sides."""
     spans = [(a, b) for a in range(cut.start + 1) for b in range(cut.stop, len(after) + 1)]
     for first, last in sorted(spans, key=lambda span: (group_size(after, *span), span[1] - span[0])):
         left, size = prod(after[:first]), group_size(after, first, last)
@@ -82,7 +82,7 @@ def _free_sizes(call: Call, axes: Sequence[int]) -> list[Any]:
 
 
 def _reads_inputs(size: fx.Node, call: Call) -> bool:
-    """Whether a computed size is read off the network's inputs, so that using it keeps no feature alive."""
+    """Whether a computed size comes from the network's inputs, so that using it keeps no feature in the graph."""
     sources = [size]
     while sources:
         node = sources.pop()

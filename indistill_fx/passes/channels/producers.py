@@ -61,7 +61,7 @@ def _inputs(call: Call) -> int:
 def _grouped(
     call: Call, index: Index, groups: int, inputs: int, outputs: int, *, transposed: bool
 ) -> Propagation | Blocked:
-    """Equal numbers from each group that is used, group by group: a smaller grouped convolution. Else every filter is its own group."""
+    """With equal numbers from each used group: a smaller grouped convolution. Otherwise, every filter becomes its own group."""
     filters = weight_filters(call, index)
     owners = [k // outputs for k in index]
     used = list(dict.fromkeys(owners))
@@ -163,7 +163,7 @@ def constant(call: Call, cut: Cut) -> Propagation | Blocked:
 
 
 def _on_other_axes(call: Call, cut: Cut, layer: str) -> Propagation | Blocked:
-    """A selection on axes that a layer works along, before its last one: it is the input's."""
+    """A selection on axes before the layer's last one passes to the input unchanged."""
     if cut.stop > len(call.output_shape) - 1:
         return Blocked(f"the features of {layer} are merged with other axes here")
     below = Cut(call.input, cut.start, cut.stop, cut.index)

@@ -55,7 +55,7 @@ def whole_key(call: Call) -> Key:
 
 
 def _of_value(call: Call, cut: Cut, key: Key, index: Index, inside: Index) -> Part | Blocked | None:
-    """The selection of what is written; None where it is the same along the selected axis."""
+    """The selection of the written value; None if the value is constant along the selected axis."""
     shape = call.shape(call.get("value"))
     if shape is None or isinstance(key[cut.start], int):
         return None

@@ -37,7 +37,7 @@ class Layout:
 
     @property
     def form(self) -> tuple[str, bool, int]:
-        """What two features must have in common to be compared entry by entry, sizes apart."""
+        """The form, apart from sizes, that two features must share to be compared elementwise."""
         return self.kind, self.channels_first, self.batch_axis
 
 

@@ -58,7 +58,7 @@ def _remove_idle(graph_module: fx.GraphModule) -> tuple[list[str], list[str]]:
 
 
 def _active(node: fx.Node, graph_module: fx.GraphModule) -> bool:
-    """Whether a dropout drops all the same: a module in train mode, or a function called with training=True (its default)."""
+    """Whether a dropout is active: a module in train mode, or a function called with training=True (its default)."""
     if op_name(node) == "identity":
         return False
     if node.op == "call_module":

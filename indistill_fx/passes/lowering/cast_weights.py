@@ -44,7 +44,7 @@ class InDtype(nn.Module):
         self.layer, self.dtype = layer, dtype
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """What the layer computes of these inputs."""
+        """The layer's output, computed in the other dtype."""
         cast: dict[int, Any] = {}  # attention compares its inputs by identity, so equal inputs must stay one tensor
 
         def once(value: Any) -> Any:

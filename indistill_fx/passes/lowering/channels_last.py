@@ -72,7 +72,7 @@ def max_pool_channels_last(
 
 
 class _Pool(torch.autograd.Function):
-    """The stock operation, which keeps its places in eight bytes each; here they take two, or four."""
+    """Max pooling that stores its indices in two or four bytes each, where torch's takes eight."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *options: Any) -> Tensor:
@@ -98,7 +98,7 @@ def _sizes(pooling: Pooling) -> tuple[tuple[int, int], ...]:
 
 
 def _first_of_chain(node: fx.Node, graph_module: fx.GraphModule) -> fx.Node:
-    """The first node of the chain of convolutions and elementwise operations that nobody but the next one reads."""
+    """The first node of a chain of convolutions and elementwise operations, each of which only the next one reads."""
     while True:
         source = node.args[0]
         if not isinstance(source, fx.Node) or len(source.users) != 1 or not _runs_in_any_layout(source, graph_module):

@@ -151,7 +151,7 @@ def fuse_convolutions(
 
 
 def _hooked(node: fx.Node, graph_module: fx.GraphModule) -> str:
-    """Why a convolution or ReLU stays as it is although it is one of those: it does something of its own."""
+    """Why a convolution or ReLU is not fused: it has a hook or its own forward."""
     if node.op != "call_module" or op_name(node) not in ("conv", "relu"):
         return ""
     reason = why_opaque(attribute(graph_module, str(node.target)))

@@ -39,7 +39,7 @@ class Lowerings:
     dtype: torch.dtype | None = None
 
     def without(self, name: str) -> Lowerings:
-        """All but one."""
+        """The rewrites without one of them."""
         teacher, student = (tuple(n for n in names if n != name) for names in (self.teacher, self.student))
         return Lowerings(teacher, student, self.dtype)
 

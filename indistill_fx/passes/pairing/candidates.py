@@ -68,7 +68,7 @@ class Candidates:
         )
 
     def anywhere(self, node: str) -> Place:
-        """Any tensor as a candidate, for pairs that the user asks for."""
+        """Any tensor as a candidate, for pairs that the user requests."""
         last = next((stage.exit.level for stage in reversed(self.stages) if not stage.is_output), 0.0)
         level, depth = self.flow.levels.get(node, 0.0), self.flow.depth.get(node, 1.0)
         return Place(node, self.traced.facts[node], level, last - level, depth, depth, 1.0, self.source, False)

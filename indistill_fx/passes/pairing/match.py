@@ -194,7 +194,7 @@ def _all_blocks(side: Candidates) -> list[Place]:
 
 
 def _weigh_all(sides: _Sides, places: _Places, similarity: Similarity | None) -> list[list[Evidence | None]]:
-    """The evidence for each two places."""
+    """The evidence for every combination of a teacher's and a student's place."""
     measured: Sequence[Sequence[float]] | None = None
     if similarity is not None and all(places):
         names = [[side.traced.tap_name(place.node) for place in own] for side, own in zip(sides, places, strict=True)]
@@ -261,24 +261,24 @@ def _spread(
 
 
 def _thin(free: list[Chosen], wanted: int | None, kept: int) -> list[Chosen]:
-    """As many as are wanted, evenly spaced and ending with the last."""
+    """At most the requested number of pairs, evenly spaced and ending with the last."""
     count = len(free) if wanted is None else max(0, min(len(free), wanted - kept))
     return [free[k] for k in _evenly(len(free), count)]
 
 
 def _evenly(length: int, count: int) -> list[int]:
-    """So many places of a list, evenly spaced and ending with the last."""
+    """`count` indices of a list, evenly spaced and ending with the last."""
     return [floor((k + 1) * length / count + 0.5) - 1 for k in range(count)]
 
 
 def _tail(stage: NetworkStage) -> int:
-    """How many layers follow the stage's last merge: what closes the body of a restorer, and its upsampling."""
+    """How many layers follow the stage's last merge: in restoration networks, the end of the body, and the upsampling."""
     merges = [k for k, block in enumerate(stage.blocks) if block.form == "merge"]
     return len(stage.blocks) - 1 - merges[-1] if merges else 0
 
 
 def _fixed(sides: _Sides, fixed: Sequence[tuple[str, str]]) -> list[Chosen]:
-    """The pairs that the user asks for."""
+    """The pairs that the user requests."""
     kept: list[Chosen] = []
     for teacher, student in fixed:
         places = [
@@ -328,7 +328,7 @@ def _embedding(sides: _Sides) -> Pair | None:
 def _unmatched(
     sides: _Sides, chosen: Sequence[Chosen], possible: Sequence[Chosen], kept: Sequence[Chosen]
 ) -> tuple[str, ...]:
-    """The stages without a partner, and why; `possible` had one before pairs were left out, and `kept` were asked for."""
+    """The stages without a partner, and why; `possible` had one before pairs were left out, and `kept` were requested."""
     lines = []
     for k, side in enumerate(sides):
         paired, left_out = ({(one.teacher, one.student)[k].node for one in some} for some in (chosen, possible))

@@ -91,7 +91,7 @@ class Evidence:
 
     @property
     def score(self) -> float:
-        """All evidence in one number, 0 to 1."""
+        """The evidence combined into one number from 0 to 1."""
         structure = RESOLUTION * self.resolution + DEPTH * self.depth + ORDER * self.order
         return structure if self.similarity is None else (1 - MEASURED) * structure + MEASURED * self.similarity
 

@@ -27,7 +27,7 @@ def product(found: Coupling, call: Call) -> set[Axis]:
 
 
 def _note_filters(found: Coupling, call: Call, operand: fx.Node, axis: int, made: int) -> None:
-    """A parameter in a product makes the channels of its own axes: a linear layer by hand."""
+    """Treat a matrix product with a parameter as a linear layer: the parameter's axes define the channels."""
     weight = call.weight(operand)
     units = found.axes.get((call.node.name, made))
     if weight is not None and weight.dim() > 1 and units is not None:
@@ -168,7 +168,7 @@ def windows(found: Coupling, call: Call) -> set[Axis]:
 def _count_windows(
     found: Coupling, call: Call, inner: int, given: Units | None, heads: Units, made: Units | None
 ) -> None:
-    """Two projections, and what is left of the work is the attention itself."""
+    """Count the work of window attention: the two projections, and the rest as the attention itself."""
     shape, macs = call.output_shape, found.facts[call.node.name].macs
     (wh, ww), places = call.get("window_size"), 1
     for size, window in zip(shape[1:3], (wh, ww), strict=True):

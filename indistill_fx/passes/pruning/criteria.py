@@ -105,7 +105,7 @@ class Scorer:
         return scores.detach().to("cpu", torch.float64)
 
     def basis(self, node: str, rows: int) -> tuple[str, Tensor | None]:
-        """What a layer is scored by, and the scores if they are not its weights'."""
+        """The weights that a layer is scored by, and its scores if they come from elsewhere."""
         scores = self.statistics.get(node)
         if scores is None and self.scales:
             scores = self._scale(node)

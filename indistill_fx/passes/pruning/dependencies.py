@@ -87,7 +87,7 @@ class Coupling:
         return np.arange(self.count - size, self.count)
 
     def tie(self, first: Units | None, second: Units | None, reason: str) -> Units | None:
-        """Make two arrays of units one, element by element; with a fixed axis, freeze the other."""
+        """Tie two arrays of units element by element; if one axis is fixed, freeze the other."""
         if first is None or second is None:
             self.freeze(first if second is None else second, reason)
         elif first is not second:
@@ -100,7 +100,7 @@ class Coupling:
             self.frozen.append((units, reason))
 
     def note_mixing(self, call: Call, units: Units | None) -> None:
-        """Note that an operation computes something over channels: over those that stay, it is something else."""
+        """Note that an operation computes a statistic over channels, which changes when channels are removed."""
         if units is not None:
             self.mixing.append((call.node.name, units))
 
@@ -117,7 +117,7 @@ class Coupling:
         return self.axes.get((value.name, axis)) if isinstance(value, fx.Node) else None
 
     def tie_weight(self, call: Call, name: str, axis: int, units: Units | None) -> None:
-        """Let an axis of a weight follow these units."""
+        """Tie an axis of a weight to these units."""
         value = call.get(name)
         if value is None:
             return
@@ -179,9 +179,9 @@ def follow(found: Coupling, call: Call, summed: Iterable[Units | None] = ()) -> 
 
 
 def _unsplit(name: str, shape: Sequence[int], steps: Mapping[int, Propagation], heads: set[Axis]) -> list[int]:
-    """The axes that carry units. Of several made by taking one apart, only one can: the last that is not the width of a head.
+    """The axes that carry units. If one axis was split into several, only one of them can: the last that is not the width of a head.
 
-    One that is there whole beside them (`scale.view(-1, 1, 1)`) is no axis taken apart: the others have one entry.
+    An axis that is complete next to axes of length one (`scale.view(-1, 1, 1)`) was not split.
     """
     carried: list[int] = []
     axes_of_source: dict[tuple[str, int], list[int]] = {}
@@ -197,7 +197,7 @@ def _unsplit(name: str, shape: Sequence[int], steps: Mapping[int, Propagation], 
 
 
 def _arriving(found: Coupling, step: Propagation, size: int, reader: fx.Node, reason: str) -> Units | None:
-    """The units of an output axis: those of the part that first makes each place; what else makes it is tied to them."""
+    """The units of an output axis: each position has those of the first part that makes it; the other parts are tied to them."""
     flats = [_flat_units(found, part.cut) for part in step.parts]
     if all(flat is None for flat in flats):
         return None
@@ -223,9 +223,9 @@ def _arriving(found: Coupling, step: Propagation, size: int, reader: fx.Node, re
 
 
 def _lent(found: Coupling, cut: Cut, reader: fx.Node) -> Units | None:
-    """Units for an axis whose entries are all alike (expanded, or of a tensor of one value): it takes those of what it is joined with.
+    """Units for an axis whose entries are all equal (expanded, or constant): those of the tensors that it is combined with.
 
-    None if it is no such axis, or if somebody has read it already.
+    None if it is not such an axis, or was read already.
     """
     chain: list[fx.Node] = [reader]
     places: list[Axis] = []
@@ -253,7 +253,7 @@ def _is_everything(index: Sequence[int], flat: Units) -> bool:
 
 
 def _flat_units(found: Coupling, cut: Cut) -> Units | None:
-    """Units of several axes seen as one: those of the one axis among them that has any."""
+    """Units of several axes taken as one: those of the only axis that has units."""
     if cut.width == 1:
         return found.of(cut.node, cut.start)
     shape = found.facts[cut.node.name].shape[cut.start : cut.stop]

@@ -66,7 +66,7 @@ def _visit(found: Coupling, node: fx.Node) -> None:
 
 
 def _freeze_whole(found: Coupling, node: fx.Node, reason: str) -> None:
-    """All units of a node's tensor must stay; of several results that are handed on together, those of what makes them."""
+    """All units of a node's tensor must stay; for a tuple of results, the units of the node that makes it."""
     if node.name in found.facts:
         found.freeze_all(node, reason)
         return
@@ -85,7 +85,7 @@ def _why(call: Call) -> str:
 
 
 def _read(found: Coupling, call: Call) -> set[Axis] | None:
-    """Carry units through a node; the axes of its inputs that this covers, None where there is nothing to cover."""
+    """Carry units through a node; returns the axes of its inputs that are thereby covered, None if there is nothing to cover."""
     if call.computed is not None or (call.module is not None and why_opaque(call.module) is not None):
         return set()
     coupler = COUPLERS.get(call.op)
@@ -103,7 +103,7 @@ def _read(found: Coupling, call: Call) -> set[Axis] | None:
 
 
 def _find_shuffles(found: Coupling, graph_module: fx.GraphModule) -> None:
-    """Views and transposes that only permute one axis, taken as the permutation: so the groups need not lose the same places."""
+    """Find views and transposes that only permute one axis; treated as a permutation, their groups may lose different channels."""
     for node in graph_module.graph.nodes:
         known = found.facts.get(node.name)
         axis = known.channel_axis if known is not None else None
@@ -156,7 +156,7 @@ def _shuffle(found: Coupling, node: fx.Node, order: Cut) -> None:
 
 
 def _head_axes(graph_module: fx.GraphModule, facts: Mapping[str, NodeFacts]) -> set[Axis]:
-    """Axes made by a reshape that hold no channels: the width of a head, that products sum over or hand on, and a map's sides."""
+    """Axes made by a reshape that hold no channels: the width of a head, which products sum over or pass on, and a map's sides."""
     found: set[Axis] = set()
     seen: set[tuple[fx.Node, int]] = set()
     if not any(_takes_apart(node, facts) for node in graph_module.graph.nodes):
@@ -169,7 +169,7 @@ def _head_axes(graph_module: fx.GraphModule, facts: Mapping[str, NodeFacts]) -> 
 
 
 def _takes_apart(node: fx.Node, facts: Mapping[str, NodeFacts]) -> bool:
-    """Whether a node may make several axes of one."""
+    """Whether a node may split one axis into several."""
     known = facts.get(node.name)
     return known is not None and len(known.shape) > 2 and node.op.startswith("call") and op_name(node) in _RESHAPES
 
@@ -203,7 +203,7 @@ def _ends(call: Call) -> list[tuple[fx.Node, int]]:
 
 
 def _split_axes(node: fx.Node, axis: int, facts: Mapping[str, NodeFacts], seen: set[tuple[fx.Node, int]]) -> set[Axis]:
-    """Follow an axis up to where a reshape made it from a longer one; not past what others have `seen`."""
+    """Follow an axis upstream to the reshapes that split it from a longer one; stops at axes in `seen`."""
     found: set[Axis] = set()
     pending = [(node, axis)]
     while pending:

@@ -82,7 +82,7 @@ def _fix_unflatten(work: Rewriting, call: Call, node: fx.Node) -> None:
 
 
 def _fix_split(work: Rewriting, call: Call, node: fx.Node) -> None:
-    """Chunks and splits along channels: the sizes that are left of each part."""
+    """Chunks and splits along channels: the remaining size of each part."""
     shape, dim = call.shape(call.input), call.get("dim", 0)
     if shape is None or not isinstance(dim, int):
         return
@@ -99,7 +99,7 @@ def _fix_split(work: Rewriting, call: Call, node: fx.Node) -> None:
 
 
 def _fix_slice(work: Rewriting, call: Call, node: fx.Node) -> None:
-    """Slices of channels: those of the kept ones that were taken, then the rest of the key."""
+    """Slices of channels: take the kept ones among them, then apply the rest of the key."""
     parsed = taken(call)
     if parsed is None:
         return
@@ -119,7 +119,7 @@ def _fix_slice(work: Rewriting, call: Call, node: fx.Node) -> None:
 
 
 def _renumbered(work: Rewriting, call: Call, key: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A key whose numbers count the entries that are left."""
+    """A key with its numbers changed to count only the remaining entries."""
     new, axis = [], 0
     for entry in key:
         kept = work.kept(call.input, axis) if isinstance(entry, int) else None
@@ -130,7 +130,7 @@ def _renumbered(work: Rewriting, call: Call, key: tuple[Any, ...]) -> tuple[Any,
 
 
 def _fix_write(work: Rewriting, call: Call, node: fx.Node) -> None:
-    """Writes into channels: into those of the kept ones that were written."""
+    """Writes into channels: write only the kept ones among them."""
     parsed = taken(call)
     if parsed is None:
         return
@@ -155,7 +155,7 @@ def _fix_write(work: Rewriting, call: Call, node: fx.Node) -> None:
 
 
 def _fix_filled(work: Rewriting, call: Call, node: fx.Node) -> None:
-    """A tensor of one value, of the sizes that are left."""
+    """A constant tensor: give it the remaining sizes."""
     sizes = call.arguments.get("shape")
     if not work.touched(call.node) or not isinstance(sizes, (tuple, list)):
         return
@@ -168,7 +168,7 @@ def _fix_filled(work: Rewriting, call: Call, node: fx.Node) -> None:
 
 
 def _fix_pad(work: Rewriting, call: Call, node: fx.Node) -> None:
-    """Padding of channels: by what is left of the padded ones."""
+    """Padding of channels: pad by the number of kept padded ones."""
     sizes, rank = call.get("pad", call.get("padding")), len(work.facts[call.node.name].shape)
     if call.module is not None or not isinstance(sizes, (tuple, list)) or not work.touched(call.node):
         return

@@ -127,7 +127,7 @@ def _scores(made: Made, scorer: Scorer) -> NDArray[np.float64]:
 
 
 def _groups(free: Units, first: Units, each: Units, paths: Sequence[str]) -> tuple[Group, ...]:
-    """Classes by the first layer that makes them, and how many of its channels each is."""
+    """Classes grouped by the first layer that makes them, and the number of its channels in each class."""
     _, begins, kind = np.unique(np.stack([first, each])[:, free], axis=1, return_index=True, return_inverse=True)
     by_kind = [free[kind.reshape(-1) == k] for k in np.argsort(begins)]
     return tuple(Group(paths[first[classes[0]]], classes, int(each[classes[0]])) for classes in by_kind)

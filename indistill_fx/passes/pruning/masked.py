@@ -69,7 +69,7 @@ class Masked(Runner):
             self.env.update(before)
 
     def touches(self, node: fx.Node) -> bool:
-        """Whether anything is masked of what a node reads or makes."""
+        """Whether any input or output of a node is masked."""
         names = {node.name, str(node.target), *(source.name for source in node.all_input_nodes)}
         return not names.isdisjoint(self.losing)
 
@@ -186,7 +186,7 @@ def _recurrent(run: Masked, call: Call) -> Any:
 
 
 def _normalize(run: Masked, call: Call) -> Tensor:
-    """The operation on zeros in place of what is removed."""
+    """A normalisation over channels, with zeros in place of the removed ones."""
     args, kwargs = run.arguments(call.node)
     x: Tensor = run.env[call.input]
     dims = call.get("dim", 1 if call.op == "normalize" else None)
@@ -199,7 +199,7 @@ def _normalize(run: Masked, call: Call) -> Tensor:
 
 
 def _softmax(run: Masked, call: Call) -> Tensor:
-    """Removed channels get no share."""
+    """A softmax in which removed channels get the probability 0."""
     x: Tensor = run.env[call.input]
     axis = axis_of(int(call.get("dim")), x.dim())
     mask = run.mask(call.input, axis, x)

@@ -300,7 +300,7 @@ class _Rewriter:
         return 0
 
     def cost(self, node: fx.Node) -> tuple[int, int]:
-        """MACs and parameters on all ways from the input to a node."""
+        """MACs and parameters on all paths from the input to a node."""
         seen, pending = {node}, [node]
         while pending:
             fresh = [n for n in pending.pop().all_input_nodes if n not in seen]

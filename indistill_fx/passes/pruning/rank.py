@@ -58,7 +58,7 @@ def producers(cut: Cut, facts: Mapping[str, NodeFacts]) -> list[tuple[Filters, L
 
 
 def _joined(first: Links, second: Links | None) -> Links:
-    """From entries over entries to entries."""
+    """The composition of two links: from the first's entries to the second's."""
     if second is None:
         return first
     onward: dict[int, list[int]] = {}
@@ -99,7 +99,7 @@ def rank_taps(
 
 
 def _sound(tap: str, ranking: Ranking) -> Ranking:
-    """Scores of data are not numbers if any weight further up is none."""
+    """Refuse scores from data if a weight upstream is not a number."""
     if not bool(ranking.scores.isfinite().all()):
         raise unsound(tap)
     return ranking

@@ -45,7 +45,7 @@ def couple_recurrent(found: Coupling, call: Call) -> set[Axis]:
 
 
 def _hand_on(found: Coupling, call: Call, hidden: Units, directions: int) -> None:
-    """The sequence has the units of both directions, the last states those of one."""
+    """Pass units on: the sequence has those of both directions, a last state those of one direction."""
     for user in call.node.users:
         key = user.args[1] if len(user.args) > 1 else None
         states = [user] if user.name in found.facts else [u for u in user.users if u.name in found.facts]
@@ -57,7 +57,7 @@ def _hand_on(found: Coupling, call: Call, hidden: Units, directions: int) -> Non
 
 
 def _count(found: Coupling, call: Call, given: Units | None, hidden: Units) -> None:
-    """The work is done in the matrices, in proportion to their sizes."""
+    """Count the work, which is proportional to the sizes of the weight matrices."""
     assert call.module is not None
     name = next((u.name for u in call.node.users if u.name in found.facts and found.facts[u.name].macs), None)
     sizes = {key: w.numel() for key, w in call.module.named_parameters() if key.startswith("weight")}

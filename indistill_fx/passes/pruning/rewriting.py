@@ -37,7 +37,7 @@ class Rewriting:
         self.done: set[str] = set()
 
     def kept(self, node: Any, axis: int) -> NDArray[np.int64] | None:
-        """The entries that stay of an axis; None if all."""
+        """The entries of an axis that stay; None if all stay."""
         if isinstance(node, fx.Node) and node.op == "get_attr":
             return self.weights.get((id(attribute(self.old, str(node.target))), axis))
         return self.keep.get((node.name, axis)) if isinstance(node, fx.Node) else None

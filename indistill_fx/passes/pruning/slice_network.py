@@ -51,7 +51,7 @@ def rewrite(old: fx.GraphModule, found: Coupling, stays: Callable[[Units], NDArr
 
 
 def _write_shuffle(work: Rewriting, node: fx.Node, order: Cut) -> None:
-    """A permutation of channels, of those that are left."""
+    """Write a channel permutation for the remaining channels."""
     axis, source = order.start, work.nodes[order.node.name]
     kept, own = work.kept(order.node, axis), work.kept(node, axis)
     places = {int(k): j for j, k in enumerate(range(len(order.index)) if kept is None else kept)}
@@ -72,7 +72,7 @@ _SIZES: dict[str, Callable[[Any], dict[str, Any]]] = {
 
 
 def _resize_module(work: Rewriting, call: Call) -> None:
-    """Attributes that follow from the sliced weights."""
+    """Update attributes, such as `out_channels`, to the sliced weights."""
     module: Any = attribute(work.new, str(call.node.target))
     if call.op in ("multihead_attention", "head_attention"):
         _replace_attention(work, call)
@@ -101,7 +101,7 @@ def _resize_module(work: Rewriting, call: Call) -> None:
 
 
 def _replace_attention(work: Rewriting, call: Call) -> None:
-    """Attention whose widths are no longer tied, on copies of the weights."""
+    """Replace attention by one with independent widths, on copies of the weights."""
     old, path = call.module, call.path
     free = free_heads(old) if isinstance(old, (nn.MultiheadAttention, HeadAttention)) else None
     names = ("query", "key", "value")

@@ -65,7 +65,7 @@ _HINT = "This is a mistake of indistill-fx: please report the model. Widths for 
 
 
 def _examples(model: TracedModel) -> Iterator[tuple[Any, ...]]:
-    """The example's first row: its pictures cropped where no size of theirs has decided anything, then as they are; then all rows."""
+    """Inputs to compare on, the cheapest first: the example's first row (cropped, if sizes are free), then uncropped, then all rows."""
     given = batch_of(model.example_values, 1, example_size=batch_size(model.example_values))
     pictures = [leaf for leaf in tree_leaves(given) if isinstance(leaf, Tensor)]
     if model.report.method == "symbolic" and all(leaf.dim() == 4 for leaf in pictures):

@@ -97,7 +97,7 @@ def find_blocks(traced: TracedModel, flow: Flow) -> tuple[Block, ...]:
 
 
 def _closing_layers(layers: Sequence[Layer], look: Look) -> list[Layer]:
-    """The last layer of every block, with what the first one says of the block."""
+    """The last layer of every block, with the block's data from its first layer."""
     closing: list[Layer] = []
     open_for_more = False
     for layer in layers:
@@ -124,7 +124,7 @@ def _completes(layer: Layer, block: Layer, look: Look) -> bool:
 
 
 def _norms_sums(merges: Sequence[Layer], look: Look) -> bool:
-    """Whether most of these merges are normed before anybody else reads them, and the norm's result is what many read."""
+    """Whether most of these merges are first normalised, and several nodes read the norm's result."""
     readers = [look.flow.readers[look.flow.main_path[layer.place]] for layer in merges]
     alone = [names[0] for names in readers if len(names) == 1]
     normed = [name for name in alone if "norm" in look.operation(name) and _many_read(name, look)]
@@ -132,7 +132,7 @@ def _norms_sums(merges: Sequence[Layer], look: Look) -> bool:
 
 
 def _many_read(norm: str, look: Look) -> bool:
-    """Whether several read the norm's result, or that of the activation after it."""
+    """Whether several nodes read the norm's result, or the result of the activation after it."""
     readers = look.flow.readers[norm]
     while len(readers) == 1 and look.operation(readers[0]) in _ACTIVATIONS:
         readers = look.flow.readers[readers[0]]
@@ -140,7 +140,7 @@ def _many_read(norm: str, look: Look) -> bool:
 
 
 def _reads_sums(merges: Sequence[Layer], look: Look) -> bool:
-    """Whether most of these merges are read as they are, by a shortcut and by a branch that begins with an activation."""
+    """Whether most of these merges are read directly, by a shortcut and by a branch that begins with an activation."""
     readers = [look.flow.readers[look.flow.main_path[layer.place]] for layer in merges]
     plain = [names for names in readers if len(names) > 1 and any(look.operation(n) in _ACTIVATIONS for n in names)]
     return 2 * len(plain) > len(readers)
@@ -199,7 +199,7 @@ def _block(layer: Layer, look: Look, *, post_norm: bool, early: bool, pooled: bo
 
 
 def _norms(name: str, look: Look) -> bool:
-    """Whether the node is a norm, or the end of one written out: branches that reduce, and do no work."""
+    """Whether the node is a norm, or the end of one written as single operations: branches with reductions and without weights."""
     reduces = any(look.operation(other) in _REDUCTIONS for other in look.flow.regions[name])
     return "norm" in look.operation(name) or (reduces and not look.is_busy(name))
 

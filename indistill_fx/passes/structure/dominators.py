@@ -90,7 +90,7 @@ class Flow:
     levels: Mapping[str, float]
 
     def on_one_level(self, one: str, other: str) -> bool:
-        """Whether two nodes have positions, and about as many."""
+        """Whether both nodes have positions, and about the same number of them."""
         return one in self.levels and other in self.levels and abs(self.levels[one] - self.levels[other]) <= SAME_LEVEL
 
 
@@ -158,7 +158,7 @@ def _from(source: str, traced: TracedModel, ends: Names) -> Flow | None:
 
 
 def _reached(source: str, traced: TracedModel) -> dict[str, Names]:
-    """Per node that the source's information reaches, the nodes it reads it from."""
+    """For every node that depends on the source, the inputs through which it does."""
     inputs: dict[str, Names] = {source: ()}
     for node in traced.graph_module.graph.nodes:
         if node.op == "output" or not _carries(node, traced.facts):
@@ -228,7 +228,7 @@ class _Kinds:
 
 
 def _between(a: str, b: str, inputs: Mapping[str, Names], order: Mapping[str, int]) -> Names:
-    """The nodes on the paths from `a` to `b`, both left out, in graph order."""
+    """The nodes on the paths from `a` to `b`, without these two, in graph order."""
     found: set[str] = set()
     new = [name for name in inputs[b] if name != a]
     while new:
@@ -255,7 +255,7 @@ def _ends(traced: TracedModel) -> Names:
 
 
 def _maps_of(output: fx.Node, traced: TracedModel) -> list[fx.Node]:
-    """The maps that an output is put together from without work: itself if it is one, those of every level where levels are flattened."""
+    """The maps that an output consists of: itself if it is a map, or those of every level if levels were flattened and concatenated."""
     axes = {len(traced.facts[name].space) for name in traced.input_nodes}
     found, todo, seen = [], [output], {output}
     while todo:

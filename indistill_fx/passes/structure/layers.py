@@ -74,7 +74,7 @@ class Look:
         return name in self.facts and self.facts[name].macs > 0
 
     def is_busy(self, name: str) -> bool:
-        """Whether there is work, or pooling, in the branches that meet at a node: else they are an activation written out."""
+        """Whether the branches that meet at a node contain work or pooling; otherwise they are an activation in single operations."""
         return any(self.works(other) or self.operation(other) in POOLS for other in self.flow.regions[name])
 
     def is_picture(self, name: str) -> bool:

@@ -158,7 +158,7 @@ def _runs(traced: TracedModel, flow: Flow, blocks: Sequence[Block]) -> list[list
 
 
 def _by_dilation(traced: TracedModel, run: Sequence[Block]) -> list[list[Block]]:
-    """The run cut where both width and dilation change; plain convolutions that lead to a merge stay with it."""
+    """The run, split where both width and dilation change; plain convolutions that lead to a merge stay with it."""
     merges = any(block.form == "merge" for block in run)
     parts: list[list[Block]] = []
     for _, same in groupby(run, key=lambda block: traced.facts[block.output].channels):
@@ -176,7 +176,7 @@ def _dilation(run: Sequence[Block]) -> int:
 
 
 def _without_stem(runs: Sequence[list[Block]]) -> Sequence[list[Block]]:
-    """The runs without what leads to the first merge: the first run, and cheap ones after it, where they hold no merge."""
+    """The runs without the stem: the first run, and cheap ones after it, as long as they contain no merge."""
     first = next(k for k, run in enumerate(runs) if any(block.form == "merge" for block in run))
     depths = [0.0, *(run[-1].depth for run in runs)]
     plain = [k for k in range(1, first) if all(block.form == "unit" for block in runs[k])]
