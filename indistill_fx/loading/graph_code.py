@@ -103,7 +103,7 @@ def read_graph(code: str, imports: str, root: nn.Module) -> fx.Graph:
 
 
 def _is_mark(part: ast.stmt) -> bool:
-    """Whether it is `wrap("name")`, by which torch.fx keeps a function whole that it would trace into."""
+    """Whether it is `wrap("name")`, by which torch.fx keeps a function as one node instead of tracing into it."""
     match part:
         case ast.Expr(value=ast.Call(func=function, args=[ast.Constant()], keywords=[])):
             return _path(function) == ("torch", "fx", "_symbolic_trace", "wrap")
@@ -111,7 +111,7 @@ def _is_mark(part: ast.stmt) -> bool:
 
 
 def _imported(text: str) -> dict[str, str]:
-    """The dotted path of each imported name; nothing is imported. The last import of a name counts, so all have to be read."""
+    """The dotted path of each imported name; nothing is imported. The last import of a name counts, so all are read."""
     found: dict[str, str] = {}
     for part in ast.parse(text).body:
         match part:
@@ -128,7 +128,7 @@ def _imported(text: str) -> dict[str, str]:
 
 
 class _Reader:
-    """Turns one statement after the other into nodes.
+    """Turns statements into nodes, one after another.
 
     Args:
         root: see `read_graph`.
@@ -262,7 +262,7 @@ class _Reader:
                 raise UnreadableError(f"that uses {'.'.join(path)[:60]!r}, which is no part of it")
 
     def _meant(self, path: tuple[str, ...]) -> str:
-        """The dotted path with its first name as it was imported; nothing if that is a value."""
+        """The dotted path with its first name replaced by what was imported under it; empty if the name is a value."""
         if path[0] in self.values:
             return ""
         return ".".join((self.imported.get(path[0], f"builtins.{path[0]}"), *path[1:]))
@@ -309,7 +309,7 @@ class _Reader:
 
 
 def _path(value: ast.expr) -> tuple[str, ...] | None:
-    """The parts of `self.features`, also written `getattr(self, "features")`; None for what is not a path."""
+    """The parts of a path such as `self.features` or `getattr(self, "features")`; None if it is no path."""
     parts: list[str] = []
     while True:
         match value:
@@ -324,7 +324,7 @@ def _path(value: ast.expr) -> tuple[str, ...] | None:
 
 
 def _function(path: str) -> Callable[..., Any] | None:
-    """What a dotted path stands for, if it may be called: a listed function, or torch's for an operator that may be called."""
+    """The function of a dotted path, if it may be called: a function on the list, or torch's function for a permitted operator."""
     module, _, name = path.rpartition(".")
     if name in GRAPH_FUNCTIONS.get(module, ()) or (module in _OF_TORCH and _is_operator(name)):
         found = look_up(module, name)

@@ -78,7 +78,7 @@ def load_source(spec: str, *, trust: Sequence[str] = ()) -> Source:
 
 
 def _importable(trust: Sequence[str]) -> AbstractContextManager[None]:
-    """Trusted packages that are not installed are looked for in the working directory."""
+    """Within the block, look for trusted packages that are not installed in the working directory."""
     from indistill_fx.loading.user_models import is_installed
     from indistill_fx.system.user_code import importable_last
 
@@ -195,7 +195,7 @@ def _load_module_file(path: Path, text: str, trust: Sequence[str]) -> Source:
 
 
 def _find_module(root: Any) -> tuple[Any, tuple[str, ...]]:
-    """The description of a module in what a file holds: all of it, or an entry of a checkpoint; None if there is none."""
+    """The description of the module in a file: the whole content, or an entry of a checkpoint; None if there is none."""
     from indistill_fx.loading.pickle_scan import Made, entries
     from indistill_fx.loading.state_dicts import WRAPPERS
 
@@ -210,7 +210,7 @@ def _find_module(root: Any) -> tuple[Any, tuple[str, ...]]:
 
 
 def _count_tensors(root: Any) -> int:
-    """How many tensors a checkpoint holds, in itself and in the mappings one level down."""
+    """How many tensors a checkpoint holds, directly and in its mappings one level down."""
     from indistill_fx.loading.pickle_scan import Made, entries
 
     held = [*(entries(root) or {}).values()]
@@ -219,7 +219,7 @@ def _count_tensors(root: Any) -> int:
 
 
 def _unwrap(module: nn.Module, label: str) -> tuple[nn.Module, tuple[str, ...]]:
-    """The model inside of a wrapper that only matters while training."""
+    """The model inside a wrapper that matters only in training."""
     from torch import nn
     from torch.optim.swa_utils import AveragedModel
 

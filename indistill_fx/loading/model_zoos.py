@@ -135,7 +135,7 @@ def _misbuilt(
 
 
 def _list_arguments(builder: Callable[..., nn.Module], quiet: dict[str, Any]) -> list[str]:
-    """The arguments with a default that a builder and, through it, the model's class take."""
+    """The arguments with defaults of a builder, and of the model's class that it passes them to."""
     import torch
 
     sources: list[Callable[..., Any]] = [builder]

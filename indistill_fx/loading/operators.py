@@ -60,7 +60,7 @@ def _schemas(packet: Any) -> list[Any]:
 
 @cache
 def _known() -> frozenset[str]:
-    """Names of core, pointwise and decomposable operators of `aten`, as the installed torch marks them."""
+    """Names of the `aten` operators that the installed torch marks as core, pointwise or decomposable."""
     import torch
 
     found = {str(op).split(".")[1] for op in torch.export.default_decompositions() if str(op).startswith("aten.")}

@@ -60,11 +60,11 @@ class Maker:
         self.stored = sum(storage.elements for storage in scan.storages.values())
 
     def make(self, wanted: Any) -> Any:
-        """The value, from its description.
+        """Make the value that was described.
 
         Raises:
             UnfitError: it would be more than modules, tensors and data.
-            Exception: of any kind, when the description makes no sense.
+            Exception: any kind, if the description makes no sense.
         """
         needed = {id(part) for part in walk(wanted)}
         for opcode, target, payload in self.scan.steps:
@@ -84,7 +84,7 @@ class Maker:
             raise UnfitError(f"changes {name_of(target)} that could change what its code does")
 
     def _do_trusted(self, opcode: str, target: Made, function: Any, payload: Any) -> None:
-        """As Python's own unpickler does it."""
+        """Carry out a step for a trusted object as Python's own unpickler does."""
         if opcode == "make":
             arguments = self.value(target.arguments)
             self.made[id(target)] = function(*arguments) if target.called else function.__new__(function, *arguments)
@@ -105,7 +105,7 @@ class Maker:
                 setattr(made, key, value)
 
     def value(self, described: Any) -> Any:
-        """What a description stands for, once all that it is made of is made."""
+        """The value of a description; everything that it consists of is made first."""
         match described:
             case None | bool() | int() | float() | complex() | str() | bytes() | torch.Size():
                 return described
@@ -159,7 +159,7 @@ class Maker:
         raise UnfitError(f"{verb} {name_of(kind)}({given})")
 
     def _graph_module(self, body: Mapping[str, Any], imports: str) -> fx.GraphModule:
-        """A graph module, its graph read from the source code in the file."""
+        """Make a graph module, with its graph read from the source code in the file."""
         root, held = nn.Module(), {name: self.value(part) for name, part in body.items()}
         code = held.pop("_code", None) or held.pop("code")
         vars(root).update(held)
@@ -171,7 +171,7 @@ class Maker:
             raise UnfitError(f"has a graph module with source code {error}", GRAPH_HINT) from error
 
     def _call(self, path: str, arguments: tuple[Any, ...]) -> Any:
-        """What a listed call makes; nothing if these are not the arguments torch.save writes."""
+        """The result of a call on the list; nothing if the arguments are not those that torch.save writes."""
         if path.startswith(("torch._utils.", "torch._tensor.")):
             return self._tensor(path.rpartition(".")[2], arguments)
         match path, arguments:
@@ -233,7 +233,7 @@ class Maker:
         return made.detach()
 
     def _attributes(self, tensor: Any, state: Any) -> Any:
-        """A tensor's own attributes, such as those that mark an `nn.Buffer`; none hides what tensors have."""
+        """Set a tensor's own attributes, such as those that mark an `nn.Buffer`; none may hide a tensor's methods."""
         attributes = state[0] if isinstance(state, tuple) and len(state) == 2 and not state[1] else state
         if tensor is _NOTHING or not isinstance(attributes, dict):
             return _NOTHING
@@ -340,7 +340,7 @@ def _plain(tensor: Any, gradient: bool, hooks: Mapping[Any, Any]) -> Tensor:
 
 
 def _with_bits(tensor: Tensor, bits: Any) -> Tensor:
-    """Tensors that are conjugated or negated when they are read."""
+    """Make a tensor with the lazy conjugation or negation bit."""
     if not isinstance(bits, dict) or not all(bits[key] is True and key in ("conj", "neg") for key in bits):
         raise UnfitError("has a tensor of an unknown kind")
     torch._utils.set_tensor_metadata(tensor, bits)
@@ -359,7 +359,7 @@ def _is_partial_state(state: Any) -> bool:
 
 
 def _is_attribute(kind: type, key: Any, value: Any) -> bool:
-    """Whether an entry of a module's state is data: it hides no method, and hooks are empty.
+    """Whether an entry of a module's state is harmless data: it hides no method, and hooks are empty.
 
     A `forward` chosen at construction among the class's own is the one exception.
     """

@@ -46,12 +46,12 @@ class Storage:
 
     @property
     def declared(self) -> int:
-        """Bytes."""
+        """The size in bytes that the file declares."""
         return self.elements * self.dtype.itemsize
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of its elements; untyped ones are bytes."""
+        """The dtype of its elements; bytes for untyped storages."""
         return STORAGES[self.kind]
 
 
@@ -68,17 +68,17 @@ class Made:
 
     @property
     def path(self) -> str:
-        """Dotted path of what makes it; empty if that is not a global."""
+        """Dotted path of the function or class that makes it; empty if that is not a global."""
         return self.kind.path if isinstance(self.kind, Named) else ""
 
     @property
     def is_tensor(self) -> bool:
-        """Whether it is one, as far as can be said without making it."""
+        """Whether it is a tensor, as far as is known without making it."""
         return self.called and self.path.startswith(_TENSORS)
 
     @property
     def is_module(self) -> bool:
-        """Likewise."""
+        """Whether it is a module, as far as is known without making it."""
         return isinstance(self.kind, Named) and self.kind.use in ("module", "graph", "trusted")
 
 
@@ -149,7 +149,7 @@ def entries(value: Any) -> dict[Any, Any] | None:
 
 
 class _Reader(pickle._Unpickler):
-    """An unpickler that makes and calls nothing: it works on descriptions and writes down what it is asked to do."""
+    """An unpickler that makes and calls nothing: it works on descriptions, and records the requested steps."""
 
     dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {**_STANDARD}
     stack: list[Any]
@@ -194,7 +194,7 @@ class _Reader(pickle._Unpickler):
         return made
 
     def _change(self, kind: Literal["items", "append"], target: Any, payload: list[Any]) -> bool:
-        """Write down a change of an object; containers are changed themselves."""
+        """Record a change of an object; plain containers are changed directly."""
         if not isinstance(target, Made):
             return False
         (target.items if kind == "items" else target.appended).extend(payload)
@@ -273,7 +273,7 @@ class _Reader(pickle._Unpickler):
 
 
 def _needed_of_graph(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Of a graph module only its source, its parts and its flag; torch's other notes, such as the graph's own nodes, are left out."""
+    """The needed entries of a graph module: its source, parts and training flag, without torch's other data, such as the nodes."""
     match arguments:
         case (dict(body), str(imports)):
             return {name: body[name] for name in GRAPH_PARTS if name in body}, imports
@@ -288,7 +288,7 @@ def _require_plain(keys: Iterable[Any]) -> None:
 
 
 def _rebuild_plain(path: str, arguments: tuple[Any, ...]) -> Any:
-    """What a call makes that is no more than a container or a number; None for all other calls."""
+    """The result of a call that makes only a container or a number; None for all other calls."""
     match path, arguments:
         case "collections.OrderedDict", ():
             return OrderedDict()

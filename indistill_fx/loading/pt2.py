@@ -115,9 +115,9 @@ def runs_in_training_mode(module: nn.Module) -> bool:
 
 
 def _settle_mode(module: nn.Module) -> nn.Module:
-    """Set the training flags to what the graph does, and let `train` and `eval` set them, as they do on any module.
+    """Set the training flags to the graph's mode, and let `train` and `eval` set them, as on any module.
 
-    torch lets both raise, since they cannot change the graph; then nothing that keeps and restores flags can run.
+    In torch both raise, because they cannot change the graph; code that stores and restores flags would then fail.
     """
     vars(module).pop("train", None)
     vars(module).pop("eval", None)
@@ -125,7 +125,7 @@ def _settle_mode(module: nn.Module) -> nn.Module:
 
 
 def _copy_checked(archive: zipfile.ZipFile, label: str, trust: Sequence[str]) -> tuple[BinaryIO, bytes]:
-    """A new archive of the parts that passed, and the example inputs, which are not among them."""
+    """A new archive with the checked parts, and without the example inputs, which are returned separately."""
     checked, examples = io.BytesIO(), b""
     sizes = {entry.filename.partition("/")[2]: entry.file_size for entry in archive.infolist()}
     try:
@@ -165,7 +165,7 @@ def _check_entry(name: str, content: bytes, sizes: dict[str, int], trust: Sequen
 
 
 def _on_cpu(value: Any) -> Any:
-    """A copy with every device the CPU: the archive may come from a machine with others."""
+    """A copy with every device set to the CPU, because the archive may come from another machine."""
     if isinstance(value, dict):
         return {
             key: {"type": "cpu", "index": None} if key in ("device", "as_device") and item else _on_cpu(item)
@@ -175,7 +175,7 @@ def _on_cpu(value: Any) -> Any:
 
 
 class _UnfitError(Exception):
-    """Says what an archive holds that it must not."""
+    """An archive holds something that is not allowed; the message names it."""
 
 
 def _check_payloads(config: Any, name: str, sizes: dict[str, int]) -> None:
@@ -190,7 +190,7 @@ def _check_payloads(config: Any, name: str, sizes: dict[str, int]) -> None:
 
 
 def _require_fit(meta: Any, stored: int, path: str) -> int:
-    """How many elements a view shows that are not stored. It must be within its bytes; torch would enlarge them until it does."""
+    """How many elements a view has beyond its storage. It must lie within the stored bytes, which torch would otherwise enlarge."""
     size, stride = ([length["as_int"] for length in meta[key]] for key in ("sizes", "strides"))
     offset, dtype = meta["storage_offset"]["as_int"], _SERIALIZE_TO_TORCH_DTYPE[meta["dtype"]]
     numbers = (offset, *size, *stride)
@@ -214,7 +214,7 @@ def _check_program(program: Any, trust: Sequence[str]) -> Any:
 
 
 def _check(value: Any, key: str, trust: Sequence[str]) -> Any:
-    """A copy of part of the program, every string in it checked by the key it stands under."""
+    """A copy of a part of the program, in which every string is checked according to its key."""
     if key in ("as_custom_obj", "custom_obj_values") and value:
         raise _UnfitError("has a script object")
     if isinstance(value, dict):
@@ -259,7 +259,7 @@ def _require(value: str, pattern: re.Pattern[str], name: str) -> None:
 
 
 def _require_path(path: str) -> None:
-    """Parameters and buffers are set on modules by their path: it may not hide what a graph module has of its own."""
+    """Check the path of a parameter or buffer: it must not hide an attribute of a graph module."""
     if not is_plain_path(path) or not reserved().isdisjoint(path.split(".")):
         raise _UnfitError(f"has a parameter or buffer by the name {path[:60]!r}")
 
@@ -281,7 +281,7 @@ def _check_operator(target: str, trust: Sequence[str]) -> None:
 
 
 def _check_structure(spec: Any) -> None:
-    """Refuse what is not a container of positions and plain keys: other kinds import what they name."""
+    """Refuse containers other than those with positions and plain keys, because others import the class that they name."""
     if not spec:
         return
     context = json.loads(spec["context"]) if isinstance(spec["context"], str) else spec["context"]
@@ -308,7 +308,7 @@ def _check_expression(text: str) -> None:
 
 
 def _is_arithmetic(node: ast.AST) -> bool:
-    """Whether an expression is one that sympy prints: calls of listed functions on symbols and numbers."""
+    """Whether an expression has the form that sympy prints: calls of listed functions on symbols and numbers."""
     match node:
         case ast.Constant(value=bool() | int() | float() as value):
             return abs(value) < 1 << 64
@@ -330,7 +330,7 @@ def _is_arithmetic(node: ast.AST) -> bool:
 
 
 def _extent(node: ast.AST) -> tuple[int, int]:
-    """Degree of an expression, and the most terms it has when sympy multiplies it out."""
+    """The degree of an expression, and an upper bound of its terms when sympy expands it."""
     if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name) or node.func.id in ("Integer", "Float"):
         return 0, 1
     parts = [_extent(part) for part in node.args]
@@ -360,12 +360,12 @@ def _load_examples(content: bytes, label: str) -> tuple[Tensor, ...] | None:
 
 
 class _FirstError(logging.Filter):
-    """Keeps the first error that torch writes to its log instead of raising it, and keeps the log quiet."""
+    """A log filter that stores the first error that torch logs instead of raising, and suppresses all entries."""
 
     error: BaseException | None = None
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Take the error; pass nothing on."""
+        """Store the error, and suppress the entry."""
         if record.exc_info and self.error is None:
             self.error = record.exc_info[1]
         return False

@@ -50,7 +50,7 @@ class SavedFile:
 
     @property
     def root(self) -> Any:
-        """The described object that the file ends in."""
+        """The description of the file's top-level object."""
         return self.scan.root
 
     def make(self, wanted: Any) -> Any:
@@ -60,7 +60,7 @@ class SavedFile:
             wanted: the root, or a part of it. Nothing else of the file is made.
 
         Raises:
-            ConfigError: it names what is on no list, would do what no file of torch.save does, or makes no sense.
+            ConfigError: it names something that is on no list, does something that no file of torch.save does, or makes no sense.
         """
         named = self.require_names(wanted)
         try:
@@ -77,7 +77,7 @@ class SavedFile:
         return made
 
     def require_names(self, wanted: Any) -> dict[str, Named]:
-        """The globals that a part of the file names, by path.
+        """The globals that a part of the file names, by path; refuses those that are not on a list.
 
         Raises:
             ConfigError: one of them is on no list, or the installed library does not have it.
@@ -87,7 +87,7 @@ class SavedFile:
         return named
 
     def describe_trusted(self, wanted: Any) -> tuple[str, ...]:
-        """One note per trusted package that a part of the file makes use of, with what it uses."""
+        """One note for each trusted package that a part of the file uses, with the names it uses."""
         used: dict[str, list[str]] = {}
         for part in walk(wanted):
             if isinstance(part, Named) and part.use == "trusted":
@@ -146,7 +146,7 @@ def _scan_zip(file: BinaryIO, label: str, trust: Sequence[str]) -> tuple[Scan, R
 
 
 def _scan_legacy(file: BinaryIO, label: str, trust: Sequence[str]) -> tuple[Scan, Read]:
-    """The format before 1.6: five pickles one after the other, then the number of elements and the bytes of each storage."""
+    """Scan the format before PyTorch 1.6: five pickles in a row, then each storage's number of elements and bytes."""
     scan, content = Scan(), io.BytesIO(file.read())
     magic, protocol, system = (go_through(content, Scan()) for _ in range(3))
     if (magic, protocol) != (_LEGACY_MAGIC, _LEGACY_PROTOCOL):

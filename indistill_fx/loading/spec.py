@@ -77,7 +77,7 @@ def parse_spec(text: str) -> Spec:
 
 
 def _split_weights(text: str) -> tuple[str, str]:
-    """Model and weights. Folders may have an `@` in their names, so a file that is there decides."""
+    """Split a spec into model and weights. Folder names may contain an `@`, so an existing file decides."""
     parts = [(text[:k], text[k + 1 :]) for k, character in enumerate(text) if character == "@"]
     parts = [(left, weights) for left, weights in parts if ":" in left or left.endswith(_MODEL_SUFFIXES)]
     if not parts:
@@ -89,7 +89,7 @@ def _split_weights(text: str) -> tuple[str, str]:
 
 
 def _split_constructor(text: str) -> tuple[str, str, str, str, str]:
-    """Place, colon, name, question mark, arguments. Folders may have a `?` in their names, so a `.py` before it decides."""
+    """Split a spec into place, name and arguments. Folder names may contain a `?`, so a `.py` before it decides."""
     found = None if text.startswith(("torchvision:", "timm:", _RUNTIME)) else _IN_A_FILE.fullmatch(text)
     if found is not None:
         return found["place"], ":", found["name"], found["mark"] or "", found["query"] or ""

@@ -86,7 +86,7 @@ def read_state_dict(path: Path, *, trust: Sequence[str] = ()) -> tuple[dict[str,
 
 
 def _read_saved(saved: SavedFile) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """The tensors of a checkpoint. Whatever else is in the file, such as a script's arguments, is not made."""
+    """The tensors of a checkpoint. Nothing else in the file, such as a script's arguments, is made."""
     label, held = saved.label, saved.root
     notes: tuple[str, ...] = ()
     if isinstance(held, Made) and held.is_module and entries(held) is None:

@@ -61,7 +61,7 @@ def _import(place: str, spec: str) -> Any:
 
 
 def _is_absent(error: BaseException, place: str) -> bool:
-    """Whether the module itself is not there, rather than one it imports."""
+    """Whether the module itself is missing, and not one that it imports."""
     return (
         isinstance(error, ModuleNotFoundError) and error.name is not None and f"{place}.".startswith(f"{error.name}.")
     )
@@ -88,13 +88,13 @@ def _require_callable(factory: Any, spec: str, arguments: Mapping[str, Any]) -> 
 
 
 def _needed(signature: inspect.Signature) -> str:
-    """How the arguments without a default are written in a spec."""
+    """The arguments without a default, as they are written in a spec."""
     needed = [name for name, parameter in signature.parameters.items() if parameter.default is parameter.empty]
     return "&".join(f"{name}=…" for name in needed) or "name=value"
 
 
 def _failed(error: BaseException, subject: str, spec: str) -> FrontendError:
-    """The error for code of the user's that raised: the innermost line that is not a library's."""
+    """The error for user code that raised; it names the innermost line outside of libraries."""
     frames = traceback.extract_tb(error.__traceback__)
     if isinstance(error, SyntaxError) and error.filename:
         where = f"{error.filename}:{error.lineno}"

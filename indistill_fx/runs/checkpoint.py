@@ -165,7 +165,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Tens
 
 
 def _laid_out_as(parameter: Tensor, value: Any) -> Any:
-    """The same value in the layout of its parameter, without which fused optimisers take none; files hold the usual layout."""
+    """The same value in the memory layout of its parameter, which fused optimisers require; files hold the contiguous layout."""
     if not isinstance(value, Tensor) or value.shape != parameter.shape or value.stride() == parameter.stride():
         return value
     return torch.empty_like(parameter, dtype=value.dtype, device=value.device).copy_(value)

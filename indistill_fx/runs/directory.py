@@ -120,28 +120,28 @@ class RunDirectory:
             self._lock.release()
 
     def clear(self) -> None:
-        """Drop the checkpoint of a run that failed before its first step, so that it can be started again here."""
+        """Delete the checkpoint of a run that failed before its first step, so that it can be restarted in this directory."""
         if self.writes:
             (self.path / LAST).unlink(missing_ok=True)
 
     def _is_taken(self) -> bool:
-        """Whether a new run would write over one; not over one that failed before it had anything to show."""
+        """Whether a new run would overwrite an earlier one; a run that failed before its first result does not count."""
         if self.has_checkpoint or os.path.exists(self.path / "metrics.jsonl"):
             return True
         return os.path.exists(self.path / "run.json") and self.reported().get("status") != "failed"
 
     @property
     def has_checkpoint(self) -> bool:
-        """Whether there is one."""
+        """Whether the directory has a checkpoint."""
         return os.path.exists(self.path / LAST)
 
     @property
     def resumes(self) -> bool:
-        """Whether a run is to continue from a checkpoint that is here."""
+        """Whether the run continues from a checkpoint in this directory."""
         return self._resume and self.has_checkpoint
 
     def report(self, **facts: Any) -> None:
-        """Add to run.json.
+        """Add entries to run.json.
 
         Raises:
             TrainError: it cannot be written.
@@ -151,7 +151,7 @@ class RunDirectory:
             save_json(self.path / "run.json", self._report)
 
     def begin(self, *, resumed: bool, **facts: Any) -> None:
-        """Start run.json, or continue the one that is there.
+        """Start run.json, or continue the existing one.
 
         Raises:
             TrainError: it cannot be written.
@@ -165,7 +165,7 @@ class RunDirectory:
         self.report(status="running", resumed=(times if isinstance(times, int) else 0) + int(resumed))
 
     def reported(self) -> dict[str, Any]:
-        """What run.json says; nothing where it cannot be read: the checkpoint alone decides how a run continues."""
+        """The content of run.json; empty if it is unreadable, because only the checkpoint decides how a run continues."""
         try:
             found = json.loads(read_bounded(self.path / "run.json", MOST_BYTES))
         except (OSError, ValueError, RecursionError):
@@ -173,7 +173,7 @@ class RunDirectory:
         return found if isinstance(found, dict) else {}
 
     def log(self, entry: Mapping[str, Any]) -> None:
-        """Add a line to metrics.jsonl. `epochs` and `step` are the run's place; numbers go to the trackers.
+        """Add a line to metrics.jsonl. `epochs` and `step` are the run's position; numbers also go to the trackers.
 
         Raises:
             TrainError: it cannot be written.
@@ -193,7 +193,7 @@ class RunDirectory:
             tracker.log(numbers, step=entry["step"])
 
     def rewind(self, epochs: int, step: int) -> None:
-        """Drop the lines of metrics.jsonl after a checkpoint: they will be written again."""
+        """Remove the lines of metrics.jsonl after a checkpoint, because they will be written again."""
         path = self.path / "metrics.jsonl"
         if not self.writes or not path.exists():
             return
@@ -210,7 +210,7 @@ class RunDirectory:
         replace_file(path, lambda draft: draft.write_text("".join(kept), encoding="utf-8"))
 
     def files(self) -> dict[str, str]:
-        """What there is to find."""
+        """The names of the files in the directory."""
         names = {"run": "run.json", "plan": "plan.json", "metrics": "metrics.jsonl"}
         names |= {"last": LAST, "best": BEST, "student": STUDENT, "average": AVERAGE}
         return {key: str(self.path / name) for key, name in names.items() if (self.path / name).exists()}

@@ -121,7 +121,7 @@ def run_fingerprint(path: str | os.PathLike[str]) -> str:
 
 
 def _by_hand(folder: Path, model: str = "MODEL") -> str:
-    """How to name what run.json does not; only weights that are there are named."""
+    """A hint how to give the model by hand if run.json lacks it; names only weights that exist."""
     weights = next((folder / name for name in (STUDENT, BEST) if os.path.isfile(folder / name)), None)
     if weights is None:
         return f"It has no weights of a trained model either ({STUDENT}): name another directory."
@@ -142,7 +142,7 @@ def _figures(value: object, channels: int | None) -> tuple[tuple[float, ...], tu
     """Mean and standard deviation per channel.
 
     Raises:
-        ValueError: they cannot be.
+        ValueError: the figures are impossible.
     """
     if value is None:
         return None
@@ -158,7 +158,7 @@ def _inputs(texts: Any, folder: Path) -> Any:
     """Example inputs as run.json describes them.
 
     Raises:
-        ConfigError: it describes none, or too large ones.
+        ConfigError: they are missing or too large.
     """
     if texts is None:
         return None
@@ -183,7 +183,7 @@ def _short(text: object) -> bool:
 def _told_of_data(
     kept: Mapping[str, Any], size: tuple[int, ...], folder: Path
 ) -> tuple[tuple[str, ...], tuple[tuple[float, ...], tuple[float, ...]] | None]:
-    """Class names and normalisation; an error where they cannot be."""
+    """Class names and normalisation from run.json; raises an error if they are impossible."""
     try:
         channels = size[0] if len(size) == 3 else None
         return tuple(str(name) for name in kept.get("classes") or ()), _figures(kept.get("normalisation"), channels)

@@ -155,7 +155,7 @@ class RunRecord:
 
     @property
     def value(self) -> float | None:
-        """The deciding metric of the student in the end."""
+        """The student's deciding metric at the end."""
         return (self.metrics or {}).get(self.metric.name)
 
     @property

@@ -106,7 +106,7 @@ def load_outputs(spec: str) -> Source:
 
 
 def _axes(tensors: Mapping[str, Tensor], axes_in_file: object) -> dict[str, int]:
-    """Those axes of channels that a file names rightly."""
+    """The valid channel axes in a file's header."""
     named = axes_in_file if isinstance(axes_in_file, dict) else {}
     found = {name: named.get(name) for name in tensors}
     return {name: axis for name, axis in found.items() if type(axis) is int and 0 < axis < tensors[name].dim()}

@@ -58,7 +58,7 @@ def _digest(key: bytes, spec: Spec) -> str:
 
 
 def _bytes(text: str) -> bytes:
-    """Also of half characters, which JSON can hold."""
+    """The bytes of a text, even with lone surrogates, which JSON can hold."""
     return text.encode("utf-8", "surrogatepass")
 
 
@@ -76,7 +76,7 @@ def _key(*, make: bool) -> bytes | None:
 
 
 def _write(path: Path) -> None:
-    """All of it or nothing, and never over another process's."""
+    """Write the whole file or nothing, and never overwrite another process's file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{secrets.token_hex(8)}")
     try:

@@ -78,7 +78,7 @@ def append_line(path: Path, line: str) -> None:
 
 @contextmanager
 def _being_written(draft: Path) -> Iterator[None]:
-    """Within it, others see that the draft, a file or a folder, has a writer. The mark goes when the process does, however it ends."""
+    """Within the block, other processes see that the draft, a file or folder, is being written. The mark ends with the process."""
     descriptor = os.open(draft, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
     try:
         _mark(descriptor)
@@ -88,7 +88,7 @@ def _being_written(draft: Path) -> Iterator[None]:
 
 
 def _mark(descriptor: int) -> bool:
-    """Whether nobody else has marked it; False also where the file system knows no marks."""
+    """Mark the draft; False if another process has marked it, or if the file system does not support locks."""
     try:
         import fcntl
 

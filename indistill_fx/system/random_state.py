@@ -26,7 +26,7 @@ class OwnRandomness:
 
     @contextmanager
     def lent(self) -> Iterator[None]:
-        """Within the block, the global generators go on from these states; afterwards they are as before."""
+        """Within the block, the global generators continue from these states; afterwards they are restored."""
         before = random_states()
         set_random_states(self._states)
         try:

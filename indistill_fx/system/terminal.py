@@ -76,11 +76,11 @@ class SafeConsole(Console):
         super().__init__(**options, markup=False, highlight=False, emoji=False)
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """As rich does, on one line."""
+        """Render a text as rich does, but on one line."""
         return super().render_str(one_line(text), **options)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """As rich does, each text on one line and made printable."""
+        """Render as rich does, but each text on one line and without control characters."""
         if isinstance(renderable, Text) and "\n" in renderable.plain:
             renderable = Text(one_line(renderable.plain), style=renderable.style)
         for segment in super().render(renderable, options):

@@ -119,9 +119,9 @@ def importable_last(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _others_aside(own_folder: str) -> Iterator[None]:
-    """Without the modules from other folders: this folder's models.py wants its own layers.py, not the one imported before.
+    """Within the block, hide modules from other folders: this folder's models.py needs its own layers.py, not one imported earlier.
 
-    Where both have a module of one name, neither stays in `sys.modules`: who imports it later gets an error, not the other one.
+    If both folders have a module of one name, neither stays in `sys.modules`: a later import fails instead of getting the wrong one.
     """
     others = {
         _top(name) for name, module in list(sys.modules.items()) if _folder_of(name, module) not in (None, own_folder)
@@ -148,7 +148,7 @@ def _folder_of(name: str, module: object) -> str | None:
 
 
 class _FromSource(SourceFileLoader):
-    """Compiles the file itself, never what lies in `__pycache__` beside it: that may have been compiled of something else."""
+    """Compiles the source file itself and never uses `__pycache__`, which may belong to another source."""
 
     def __init__(self, fullname: str, path: str, *, folder: str):
         super().__init__(fullname, path)

@@ -51,7 +51,7 @@ class OnnxPart(Opaque):
 
 @dataclass(frozen=True, slots=True)
 class _Shared:
-    """Something that copies of a module share."""
+    """A container whose content all copies of a module share."""
 
     value: Any
 
@@ -113,7 +113,7 @@ def black_box(model: onnx.ModelProto, inputs: Sequence[OnnxInput], taps: Sequenc
 def _part(
     model: onnx.ModelProto, target: str, known: Iterable[str], made: Mapping[str, int], kinds: Mapping[str, int]
 ) -> tuple[onnx.ModelProto, list[str]]:
-    """The nodes that make a tensor out of those that are known, and which of these they read."""
+    """The nodes that compute a tensor from known ones, and which of the known ones they read."""
     constants = {tensor.name for tensor in model.graph.initializer}
     ready, begins, places, read = set(known), dict[str, None](), set[int](), set[str]()
     todo = [target]
@@ -139,7 +139,7 @@ def _part(
 
 
 def _reads(node: onnx.NodeProto) -> list[str]:
-    """What a node reads, its inner graphs too."""
+    """The tensors that a node reads, including those read by its inner graphs."""
     inner = [graph for attribute in node.attribute for graph in (attribute.g, *attribute.graphs)]
     deeper = [name for graph in inner for one in nodes_of(graph) for name in one.input]
     ends = [output.name for graph in inner for output in graph.output]
@@ -160,7 +160,7 @@ def _torch_kind(kind: int) -> torch.dtype:
 
 
 def _free(name: str, root: torch.nn.Module) -> str:
-    """A name for a module: the tensor's, with low lines for what a path cannot have."""
+    """A module name from a tensor's name, with underscores for characters that a path cannot contain."""
     path, number = plain_name(name), 1
     while hasattr(root, path):
         number += 1

@@ -51,7 +51,7 @@ class Op:
         """An input that the operator must have.
 
         Raises:
-            Undecided: it has not.
+            Undecided: the node does not have it.
         """
         value = self.input(number)
         if value is None:
@@ -59,10 +59,10 @@ class Op:
         return value
 
     def constant(self, number: int) -> Tensor | None:
-        """An optional input that has to be a constant.
+        """An optional input that must be a constant.
 
         Raises:
-            Undecided: it is none.
+            Undecided: it is not a constant.
         """
         value = self.input(number)
         if value is not None and not isinstance(value, Tensor):
@@ -70,10 +70,10 @@ class Op:
         return value
 
     def required_constant(self, number: int, name: str) -> Tensor:
-        """An input that has to be there and a constant, such as "its weights".
+        """A required input that must be a constant, such as "its weights".
 
         Raises:
-            Undecided: it is missing, or no constant.
+            Undecided: it is missing, or not a constant.
         """
         value = self.constant(number)
         if value is None:
@@ -86,7 +86,7 @@ class Op:
         return found
 
     def numbers(self, name: str, number: int) -> list[Any] | None:
-        """A list that older operator sets have as an attribute and newer ones as an input; None where it is left out."""
+        """A list that is an attribute in older operator sets and an input in newer ones; None if it is left out."""
         if name in self.attributes:
             return list(self.attributes[name])
         value = self.input(number)
@@ -126,7 +126,7 @@ class Builder:
             kwargs: likewise.
 
         Returns:
-            A tensor if only constants went in, else a `Traced`; a tuple of them where the function returns several.
+            A tensor if all operands are constants, otherwise a `Traced`; a tuple of these if the function returns several.
         """
         given = (args, kwargs)
         if not any(isinstance(leaf, (Traced, Size)) for leaf in _leaves(given)):
@@ -152,7 +152,7 @@ class Builder:
         return self.call(function, *args, dtype=dtype, device=device)
 
     def turned(self, matrix: Tensor) -> Tensor:
-        """A constant matrix transposed; the same tensor for the same one, so that layers which share it are one."""
+        """A constant matrix, transposed. The same matrix always gives the same tensor, so that layers that share it stay one layer."""
         if id(matrix) not in self._turned:
             new = matrix.t().contiguous()
             self._turned[id(matrix)] = (matrix, new)
@@ -166,10 +166,10 @@ class Builder:
         return found
 
     def layer(self, op: Op, make: Callable[[], nn.Module], weights: Mapping[str, Tensor | None], *inputs: Any) -> Any:
-        """The value of a layer's call; one with the same weights and settings is called a second time.
+        """The value of a layer's call; a layer with the same weights and settings is reused.
 
         Args:
-            op: whose layer it is; its inputs' names say how it is called.
+            op: the operation; the layer gets its name from the names of the inputs.
             make: makes it, on the meta device.
             weights: parameters and buffers by name.
             inputs: what it is called with; a tuple for several tensors in one argument.
@@ -196,7 +196,7 @@ class Builder:
         return self._returned(node, samples)
 
     def size(self, value: Traced, axis: int) -> Any:
-        """The length of an axis: a number, or a `Size` where it follows from the input's."""
+        """The length of an axis: a number, or a `Size` if it depends on the input."""
         axis %= max(value.dim, 1)
         fixed = value.fixed(axis)
         if fixed is not None:
@@ -205,7 +205,7 @@ class Builder:
         return Size(node, tuple(sample.shape[axis] for sample in value.samples))
 
     def plain(self, value: Value, *, beside: Value) -> Any:
-        """An operand as a plain number where it is a constant of one entry, or a size, that broadcasts to the other one."""
+        """An operand as a plain number if it is a size, or a constant with one entry, that broadcasts to the other operand."""
         if isinstance(value, np.ndarray):
             return one_of(value)
         if (
@@ -218,7 +218,7 @@ class Builder:
         return value
 
     def tensor(self, value: Value) -> Tensor | Traced:
-        """A value as a tensor; numbers of shapes only where none follows from the input.
+        """A value as a tensor; sizes only if none of them depends on the input.
 
         Raises:
             Undecided: one does.
@@ -231,7 +231,7 @@ class Builder:
         return found
 
     def _compute(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """On the meta device first, which shows how large it will be."""
+        """Compute a constant, first on the meta device to find its size."""
         own_args, own_kwargs = _map((args, kwargs), lambda leaf: leaf.to("meta") if isinstance(leaf, Tensor) else leaf)
         try:
             with torch.device("meta"):
@@ -269,7 +269,7 @@ class Builder:
         return self._constants[id(leaf)][1]
 
     def _name_of(self, op: Op, weights: Mapping[str, Tensor | None]) -> str:
-        """By the names of its weights; an exporter that made new weights has left the layer's name in the node's."""
+        """A layer's path, from the names of its weights; if the exporter renamed these, from the node's name."""
         for name in ("weight", "bias", "running_mean", "running_var"):
             own = weights.get(name)
             text = self.names.get(id(own), "") if own is not None else ""
@@ -278,7 +278,7 @@ class Builder:
         return ".".join(_without_repeats(op.name)) or op.name
 
     def _place(self, wanted: str, module: nn.Module | None) -> str:
-        """A free path like the one wanted, with the module in it."""
+        """Add the module at the wanted path, or at a similar one that is free; returns the path."""
         parts = [writable(part) if part not in reserved() else f"{part}_" for part in wanted.split(".") if part][-20:]
         parts = [part if is_plain_path(part) else "layer" for part in parts] or ["layer"]
         parts[0] = f"layer{parts[0]}" if parts[0].isdigit() and len(parts) == 1 else parts[0]
@@ -334,7 +334,7 @@ def one_of(value: Sizes) -> Any:
 
 
 def _without_repeats(name: str) -> list[str]:
-    """`/layer1/layer1.0/conv1/Conv` as torch's older exporter writes it -> layer1, 0, conv1."""
+    """The path in a node name of torch's older exporter: `/layer1/layer1.0/conv1/Conv` -> layer1, 0, conv1."""
     path: list[str] = []
     for part in name.strip("/").split("/")[:-1]:
         own = part.split(".")

@@ -154,7 +154,7 @@ class _Conversion:
     where: str
 
     def run(self, graph: onnx.GraphProto, scope: dict[str, Value]) -> None:
-        """All nodes of a graph, in its order; their results stand in the scope afterwards."""
+        """Convert all nodes of a graph in order; their results are then in the scope."""
         for tensor in graph.initializer:
             value = tensor_of(tensor, tensor.name)
             scope[tensor.name] = value
@@ -220,7 +220,7 @@ class _Conversion:
         return result
 
     def _branch(self, op: Op, node: onnx.NodeProto, scope: dict[str, Value]) -> None:
-        """An If whose condition is known: its branch is taken."""
+        """Convert an If whose condition is known: only the branch that is taken."""
         condition = op.inputs[0]
         if not isinstance(condition, Tensor):
             raise self._refused(f"the operator `If` (node `{op.name}`) decides by the data")
@@ -245,7 +245,7 @@ class _Conversion:
 
 
 def _with_bias(op: Op, node: onnx.NodeProto, add: onnx.NodeProto, scope: Mapping[str, Value]) -> Op | None:
-    """Rule 4: the product with the bias that the next node adds to it."""
+    """Rule 4: a matrix product together with the bias that the next node adds."""
     weight = op.inputs[1]
     other = next((name for name in add.input if name != node.output[0]), "")
     bias = scope.get(other)
@@ -267,7 +267,7 @@ def _named(node: onnx.NodeProto) -> str:
 def _length(
     dim: Any, place: int, dims: Sequence[Any], dtype: torch.dtype, given: Any, lengths: dict[str, tuple[int, int]]
 ) -> tuple[int, int]:
-    """Two lengths that an axis may have."""
+    """Two possible lengths of an axis."""
     if dim.dim_value > 0:
         return dim.dim_value, dim.dim_value
     if dim.dim_param and dim.dim_param in lengths:

@@ -49,7 +49,7 @@ def padded(
 
 
 def _same(x: Traced, axis: int, window: int, stride: int, dilation: int) -> int:
-    """How much an axis is padded so that its length is divided by the stride alone."""
+    """The padding with which only the stride divides an axis's length ("SAME")."""
     needs = set()
     for sample in x.samples:
         length = sample.shape[axis]

@@ -117,7 +117,7 @@ def _dequantized(x: Value, scale: Tensor, zero: Tensor | None, axis: int, build:
 
 
 def _as_floats(x: Tensor | Traced, dtype: torch.dtype, build: Builder) -> Any:
-    """Whole numbers as floats; those that were floats just before are taken from there."""
+    """Integers as floats; if they were quantised from floats just before, those floats."""
     if isinstance(x, Traced) and x.node.target == "to" and isinstance(x.node.args[0], fx.Node):
         source = x.node.args[0]
         if source.target is torch.clamp and x.samples[0].dtype in (torch.uint8, torch.int8, torch.int16):
@@ -126,7 +126,7 @@ def _as_floats(x: Tensor | Traced, dtype: torch.dtype, build: Builder) -> Any:
 
 
 def _shifted(op: Op, number: int, zero: int, axis: int, build: Builder) -> Any:
-    """An operand of whole numbers without its zero, as floats."""
+    """An integer operand minus its zero point, as floats."""
     x = build.call(Tensor.to, build.tensor(op.required(number)), torch.float32)
     shift = op.input(zero)
     if isinstance(shift, Tensor):
@@ -143,7 +143,7 @@ def _whole(value: Any, build: Builder) -> Any:
 
 
 def _along(value: Tensor, x: Any, axis: int) -> Any:
-    """A scale or zero as it meets a tensor: one number, or one for each entry of an axis."""
+    """A scale or zero point in the shape that broadcasts to a tensor: one number, or one for each entry of an axis."""
     if value.numel() == 1:
         return value.item()
     dim = x.dim if isinstance(x, Traced) else x.dim()
@@ -158,5 +158,5 @@ def _refuse_blocks(op: Op) -> None:
 
 
 def _name(tensor: Tensor, op: Op, number: int, build: Builder) -> None:
-    """Quantisers call a weight `conv1.weight_quantized`; the layer is `conv1`."""
+    """Record a weight's original name: quantisers turn `conv1.weight` into `conv1.weight_quantized`."""
     build.names[id(tensor)] = op.names[number].removesuffix("_quantized")

@@ -185,7 +185,7 @@ def _lies_beside(folder: Path, name: str) -> bool:
 
 
 def _bring_in_weights(model: onnx.ModelProto, path: Path) -> None:
-    """Read the weights in files beside it into the model, each within its file's bounds."""
+    """Read external weights into the model; each must lie within the bounds of its file."""
     total = path.stat().st_size
     for tensor, file, start, length in weights_beside(model, path):
         total += length
@@ -199,7 +199,7 @@ def _bring_in_weights(model: onnx.ModelProto, path: Path) -> None:
 
 
 def _graphs(model: onnx.ModelProto) -> Iterator[onnx.GraphProto | onnx.FunctionProto]:
-    """The network, the file's own functions, and the graphs inside of their nodes."""
+    """The main graph, the file's own functions, and the graphs inside their nodes."""
     todo: list[onnx.GraphProto | onnx.FunctionProto] = [model.graph, *model.functions]
     while todo:
         graph = todo.pop()
@@ -229,7 +229,7 @@ def _number(text: str | None) -> int | None:
 
 
 def _written_out(model: onnx.ModelProto) -> int:
-    """How many nodes there are once the file's own functions are written out; counting ends where they are too many."""
+    """How many nodes there are after inlining the file's own functions; counting stops at the limit."""
     bodies = {(function.domain, function.name): function for function in model.functions}
     sizes: dict[tuple[str, str], int] = {}
 

@@ -51,7 +51,7 @@ def recurrent(op: Op, build: Builder) -> Any:
 
 
 def _require_plain(op: Op) -> str:
-    """What a layer of torch.nn cannot do is refused; the activation of an RNN."""
+    """Refuse what a layer of torch.nn cannot do; returns the activation of an RNN."""
     if op.input(4) is not None:
         raise Undecided("takes the lengths of its sequences")
     if op.input(7) is not None or op.get("input_forget", 0) or "clip" in op.attributes:
@@ -89,7 +89,7 @@ def _torch_weights(
 
 
 def _state(value: Value | None, x: Traced, build: Builder) -> Traced | Tensor | None:
-    """A first state (directions, batch, hidden); None where it is zero, as it is without one."""
+    """An initial state (directions, batch, hidden); None if it is zero, the default."""
     if value is None or _is_zero(value, build):
         return None
     state = build.tensor(value)
@@ -99,7 +99,7 @@ def _state(value: Value | None, x: Traced, build: Builder) -> Traced | Tensor | 
 
 
 def _is_zero(value: Value, build: Builder) -> bool:
-    """Whether a tensor is zero for certain: a constant, or one that is repeated for every sample."""
+    """Whether a tensor is certainly zero: a constant, or a constant that is repeated for every sample."""
     if isinstance(value, Tensor):
         return not bool(value.any())
     if not isinstance(value, Traced):

@@ -52,7 +52,7 @@ def open_session(model: onnx.ModelProto, where: str, *, rewrites: bool = True) -
 
 
 def _failure(verb: str, where: str, error: Exception, hint: str) -> ConfigError:
-    """What onnxruntime says of a file, in one line."""
+    """The error for a file that onnxruntime rejects, with its message on one line."""
     text = " ".join(str(error).split())[:300].rstrip(".")
     return ConfigError(f"onnxruntime {verb} `{where}`: {text}.", where=where, got=text, hint=hint)
 
@@ -91,7 +91,7 @@ def _run(session: onnxruntime.InferenceSession, rows: Sequence[Tensor]) -> list[
 
 
 def _filled(rows: Tensor, count: int) -> Tensor:
-    """The last rows, with the last one repeated until there are enough."""
+    """The rows, padded to `batch` by repeating the last one."""
     return torch.cat([rows, rows[-1:].expand(count - len(rows), *rows.shape[1:])]) if len(rows) < count else rows
 
 

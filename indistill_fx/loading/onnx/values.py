@@ -31,11 +31,11 @@ class Traced:
 
     @property
     def dim(self) -> int:
-        """How many axes it has."""
+        """The number of axes."""
         return self.samples[0].dim()
 
     def fixed(self, axis: int) -> int | None:
-        """The length of an axis, None where it follows from the input's."""
+        """The length of an axis; None if it depends on the input."""
         lengths = {sample.shape[axis] for sample in self.samples}
         return lengths.pop() if len(lengths) == 1 else None
 
@@ -44,7 +44,7 @@ Operation: TypeAlias = Callable[["Size", Any], Any]
 
 
 def _arithmetic(function: Callable[[Any, Any], Any]) -> tuple[Operation, Operation]:
-    """The two methods of an operator: with the size on the left, and on the right."""
+    """An operator's two methods, with the size on the left and on the right."""
     return lambda self, other: self._with(function, self, other), lambda self, other: self._with(function, other, self)
 
 
@@ -89,7 +89,7 @@ class Size:
         return self._with(operator.neg, self)
 
     def apply(self, function: Callable[[Any], Any]) -> Size:
-        """A function of one number, such as math.floor."""
+        """Apply a function of one number, such as math.floor."""
         return self._with(function, self)
 
     __lt__, __le__, __gt__, __ge__ = map(_comparison, (operator.lt, operator.le, operator.gt, operator.ge))
