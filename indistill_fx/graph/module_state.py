@@ -172,6 +172,7 @@ class State:
         shared = {key: tensor for key, tensor in arrays.items() if tensor is not None}
         self._arrays = {id(tensor): key for key, tensor in shared.items()}
         held_tensors = {id(value): value for value in held if isinstance(value, Tensor)}
+        self._leaves = [t for t in (*held_tensors.values(), *self._buffers.values()) if t.is_leaf and not t._is_view()]
         self._values = Values([*{**held_tensors, **self._buffers}.values(), *shared.values()])
 
     def put_back(self) -> None:
@@ -186,6 +187,9 @@ class State:
             if container or before:
                 restore(container, before)
         self._values.put_back()
+        for tensor in self._leaves:
+            if not tensor.is_leaf:  # written with gradients, of which the next run must not find any
+                tensor.detach_()
         for generator, state in self._generators:
             generator.set_state(state)
 
@@ -193,6 +197,11 @@ class State:
         """Copies of the buffers that have new values or were replaced by other tensors."""
         same = self._buffers.keys() - {id(buffer) for buffer, _ in self._values.changed()}
         return {name: b.detach().clone() for name, b in self.module.named_buffers() if id(b) not in same}
+
+    def with_gradients(self) -> set[str]:
+        """The buffers that depend on parameters now, and did not before."""
+        written = {id(tensor) for tensor in self._leaves if not tensor.is_leaf}
+        return {name for name, buffer in self.module.named_buffers() if id(buffer) in written}
 
     def changed(self) -> list[Change]:
         """The attributes that have changed, apart from the values of buffers and parameters, and the training flags."""

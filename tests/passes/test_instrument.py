@@ -84,3 +84,25 @@ def test_tracing_and_taps_leave_flags_of_a_frozen_part_alone():
     assert digest(module) == before
     assert module.training
     assert not module.layer1[0].bn1.training
+
+
+class ReadsAWeight(nn.Module):
+    """Reads a layer's weight before it calls the layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.head = nn.Linear(8, 8), nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.fc((x @ self.fc.weight).relu()))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("role", ["teacher", "student"])
+def test_a_cut_before_a_layer_leaves_the_module_whole(role):
+    module, x = seeded(ReadsAWeight), torch.randn(2, 8)
+    before = digest(module)
+    traced = ifx.trace(module, x, role=role)
+    features, _ = cut(traced, [":relu"]).value(x)
+    assert torch.equal(features[":relu"], (x @ module.fc.weight).relu())
+    assert digest(module) == before and module.fc.bias is not None
+    assert torch.equal(traced.graph_module(x), module(x))

@@ -260,6 +260,25 @@ def test_unknown_operation_freezes_and_says_so() -> None:
     assert any("sort" in frozen.reason and frozen.channels == 16 for frozen in result.report.frozen)
 
 
+def test_channels_that_only_go_together_are_reported() -> None:
+    grouped = nn.Conv2d(24, 24, 1, groups=3), nn.Conv2d(24, 24, 1, groups=3)
+    shuffled = Middle(lambda m, x, y: m.parts[1](shuffle(m.parts[0](x), 3)), *grouped, channels=24, reads=24)
+    report = shrink(trace(shuffled.eval(), torch.randn(2, 3, 8, 8)), ratio=0.5).report
+    assert report.widths["parts.0"] == (24, 24)
+    (frozen,) = [frozen for frozen in report.frozen if "output" not in frozen.reason]
+    assert (frozen.channels, frozen.reason) == (24, "those of `parts.0` can only be removed all at once")
+
+
+def test_all_channels_that_stay_are_counted() -> None:
+    def weigh(m: Middle, x: Tensor, y: Tensor) -> Tensor:
+        return x * m.parts[0](x.mean((2, 3)).unsqueeze(1)).squeeze(1).sigmoid()[..., None, None]
+
+    along = Middle(weigh, nn.Conv1d(1, 1, 3, padding=1))
+    report = shrink(trace(along.eval(), torch.randn(2, 3, 8, 8)), ratio=0.5).report
+    assert report.widths["stem"] == (16, 16)
+    assert {frozen.channels for frozen in report.frozen if "`parts.0` (conv) reads" in frozen.reason} == {16}
+
+
 @pytest.mark.parametrize("budget", [0.5, 0.25])
 def test_budgets(budget: float) -> None:
     net = nn.Sequential(

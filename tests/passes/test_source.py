@@ -193,6 +193,12 @@ def test_what_cannot_be_written_is_named():
         source_of(traced(model, torch.randn(3, 4)))
 
 
+def test_a_network_of_another_dtype_is_refused_by_its_dtype() -> None:
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).double()
+    with pytest.raises(ifx.ExportError, match=r"its weights are torch\.float64"):
+        source_of(ifx.trace(net, torch.randn(2, 4, dtype=torch.float64)))
+
+
 class Dropping(nn.Module):
     """Stochastic depth and functional dropout: what is computed depends on the mode."""
 

@@ -27,7 +27,11 @@ _LARGE = 64
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One run of a module: its arguments, the tensors it returned, what it wrote, and gradients by parameter if asked for."""
+    """One run of a module: its arguments, the tensors it returned, what it wrote, and gradients by parameter if asked for.
+
+    Attributes:
+        kept_gradients: names of buffers that depend on parameters afterwards, so that the next backward pass fails.
+    """
 
     inputs: tuple[Any, ...]
     kwargs: Mapping[str, Any]
@@ -35,6 +39,7 @@ class Run:
     buffers: dict[str, Tensor]
     changed: list[Change]
     gradients: dict[nn.Parameter, Tensor]
+    kept_gradients: set[str]
 
 
 @contextmanager
@@ -271,6 +276,9 @@ class Reference:
             )
         self._compare_buffers(run, own, graph_module, size)
         self._compare_gradients(run, own)
+        if own.kept_gradients and not run.kept_gradients:
+            names = ", ".join(f"`{name}`" for name in sorted(own.kept_gradients))
+            raise FrontendError(f"the graph would write {names} with gradients, which the module does without")
         return worst
 
     def _compare_buffers(self, run: Run, own: Run, graph_module: nn.Module, size: int) -> None:
@@ -315,11 +323,11 @@ def _run_module(
                 for _ in range(calls - 1):
                     _forward(module)(*tree_map(_halved, inputs), **tree_map(_halved, kwargs))
                 outputs = tensors(_forward(module)(*inputs, **kwargs))
-            written, changed = state.written_buffers(), state.changed()
+            written, changed, kept = state.written_buffers(), state.changed(), state.with_gradients()
             found = _gradients(module, outputs) if gradients else {}
         except Exception as error:  # the caller's code may raise anything
             return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-    return Run(inputs, kwargs, [output.detach() for output in outputs], written, changed, found)
+    return Run(inputs, kwargs, [output.detach() for output in outputs], written, changed, found, kept)
 
 
 @contextmanager

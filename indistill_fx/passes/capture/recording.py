@@ -92,8 +92,7 @@ def _record(
     batch = batch_of((inputs, dict(kwargs)), size, example_size=example)
     recorder = Recorder(module, leaves, unregistered, give_up_submodules=give_up_submodules)
     torch.manual_seed(0)
-    with torch.set_grad_enabled(module.training):
-        recorder.run(*tree_map(lambda leaf: _other_data(leaf, size), batch))
+    recorder.run(*tree_map(lambda leaf: _other_data(leaf, size), batch))
     return recorder
 
 

@@ -237,10 +237,11 @@ def _not_left(reference: Reference, known: Known, leaves: Sequence[str]) -> tupl
     """Lines of the report on attributes that the forward changes."""
     if not reference.changed:
         return ()
-    kept = {name for name, _ in known.graph_module.named_buffers()}
+    own = {name for name, _ in reference.module.named_buffers()}
+    kept = {name for name, _ in known.graph_module.named_buffers()} - own
     not_saved = [name for name in reference.changed if name in kept]
     inside = tuple(f"{leaf}." for leaf in leaves)
-    left = [name for name in reference.changed if name not in kept and not name.startswith(inside)]
+    left = [name for name in reference.changed if name not in kept | own and not name.startswith(inside)]
     notes = {
         "kept from call to call, but no buffer, so a checkpoint does not hold it": not_saved,
         "set by the forward, and not by the graph, whose outputs did not depend on it in two calls": left,
@@ -352,7 +353,7 @@ def _in_mode(capture: Method, reference: Reference, leaves: Sequence[str], *, pa
         for own, flag in flags:  # `forget` restores the flags from before the trace
             own["training"] = flag
         try:
-            with plain_attention():
+            with plain_attention(), torch.set_grad_enabled(reference.gradients):
                 captured = capture(module, inputs, kwargs, (*leaves, *given_up), unregistered)
         except FrontendError:
             reference.forget()

@@ -106,7 +106,7 @@ def channel_norm(found: Coupling, call: Call) -> set[Axis]:
 
 def each_alone(call: Call) -> bool:
     """Whether a group norm has as many groups as channels, so that it treats each channel alone."""
-    return int(call.get("num_groups")) == (call.shape(call.input) or (0, 0))[1]
+    return bool(call.get("num_groups") == (call.shape(call.input) or (0, 0))[1])
 
 
 def deformed(found: Coupling, call: Call) -> set[Axis]:

@@ -259,17 +259,12 @@ def _report(
         each = len(mask) // len(set(classes.class_of[made.units].tolist()))
         kept, by = tuple(np.flatnonzero(mask).tolist()), scorer.basis(made.node, len(mask))[0]
         layers.setdefault(made.path, ShrunkLayer(made.path, kept, len(mask), each, by))
-    reasons: dict[str, set[int]] = {}
-    for made in found.made if classes.reasons else ():
-        for k in set(classes.class_of[made.units].tolist()):
-            if k in classes.reasons:
-                reasons.setdefault(classes.reasons[k], set()).add(k)
     params = [sum(p.numel() for p in graph.parameters()) for graph in (model.graph_module, work.new)]
     all_classes = np.ones(len(stay), dtype=bool)
     return ShrinkReport(
         layers=tuple(layers.values()),
         axes={place: tuple(kept.tolist()) for place, kept in work.keep.items()},
-        frozen=tuple(Frozen(len(members), reason) for reason, members in reasons.items()),
+        frozen=_frozen(found, classes),
         approximate=tuple(
             dict.fromkeys(
                 f"{model.tap_name(node)} ({found.ops[node]})"
@@ -279,6 +274,22 @@ def _report(
         ),
         macs=(cost.macs(all_classes), cost.macs(stay)),
         parameters=(params[0], params[1]),
+    )
+
+
+def _frozen(found: Coupling, classes: Classes) -> tuple[Frozen, ...]:
+    channels: dict[str, int] = {}
+    counted = set[int]()
+    for made in found.made if classes.reasons else ():
+        own = classes.class_of[made.units].tolist()
+        for k in own:
+            if k in classes.reasons and k not in counted:
+                channels[classes.reasons[k]] = channels.get(classes.reasons[k], 0) + 1
+        counted.update(own)
+    inseparable = [group for group in classes.groups if len(group.classes) == 1 < group.channels]
+    return (
+        *(Frozen(count, reason) for reason, count in channels.items()),
+        *(Frozen(group.channels, f"those of `{group.path}` can only be removed all at once") for group in inseparable),
     )
 
 
