@@ -10,6 +10,7 @@ from typing import Any, Literal
 from indistill_fx.errors import ConfigError, nearest
 
 Unit = Literal["epochs", "steps"]
+AUTO: Literal["auto"] = "auto"
 SEGMENTS, PAIRS = "all segments", "all pairs"
 """Names of the one stage in which the teacher feeds all segments, or in which the student learns all pairs; no layer can have them."""
 
@@ -56,7 +57,7 @@ class Curriculum:
     Attributes:
         a: epochs added to every layer's number.
         lengths: explicit length of every stage instead of `a + l`, or one number for all; 0 leaves a stage out, and `[]` all of
-            them.
+            them. `auto`: `distill` chooses the stages that were measured to help such a pair, as it does without a curriculum.
         unit: whether lengths are epochs or steps.
         loss: the feature loss, by name (`mse`, `cosine`, `at`, `pkt`).
         learning_rate: of the stages' optimisers: one for all, or one per pair.
@@ -88,7 +89,7 @@ class Curriculum:
     """
 
     a: int = 2
-    lengths: Sequence[int] | int | None = None
+    lengths: Sequence[int] | int | Literal["auto"] | None = None
     unit: Unit = "epochs"
     loss: str = "mse"
     learning_rate: float | Sequence[float] = 1e-3
@@ -103,7 +104,9 @@ class Curriculum:
     together: bool = False
 
     def __post_init__(self) -> None:
-        lengths = [self.lengths] if isinstance(self.lengths, int) else self.lengths or []
+        if isinstance(self.lengths, str) and self.lengths != AUTO:
+            raise _wrong(f"A curriculum's lengths are {self.lengths!r}.", hint="Give numbers, or 'auto'.")
+        lengths = self._explicit or []
         if min((self.a, self.penultimate, *lengths)) < 0:
             given = f"a={self.a}, lengths={self.lengths}, penultimate={self.penultimate}"
             raise _wrong(f"A curriculum cannot have stages of negative length ({given}).", hint="Give 0 or more.")
@@ -131,8 +134,13 @@ class Curriculum:
     @property
     def wants_pairs(self) -> bool:
         """Whether any pair is warmed up. If none is, the models need no corresponding layers."""
-        lengths = [self.lengths] if isinstance(self.lengths, int) else self.lengths
-        return lengths is None or any(lengths)
+        return self.lengths is None or any(self._explicit or [])
+
+    @property
+    def _explicit(self) -> Sequence[int] | None:
+        if isinstance(self.lengths, int):
+            return [self.lengths]
+        return None if isinstance(self.lengths, str) else self.lengths
 
     def schedule(self, count: int, *, penultimate: bool = False) -> tuple[Budget, ...]:
         """The budgets of `count` stages, shallow to deep.
@@ -145,8 +153,13 @@ class Curriculum:
             One budget per stage.
 
         Raises:
-            ConfigError: a sequence has another number of entries.
+            ConfigError: a sequence has another number of entries, or the lengths are `auto`.
         """
+        if isinstance(self.lengths, str):
+            raise _wrong(
+                "A curriculum with lengths='auto' has no stages of its own: only `distill` chooses them.",
+                hint="Give numbers, such as lengths=1 for one epoch per pair.",
+            )
         if isinstance(self.lengths, int):
             lengths = [self.lengths] * count
         else:

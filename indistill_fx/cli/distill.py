@@ -311,8 +311,9 @@ def _teacher(
 _OF_THE_WARM_UP = ("layers", "warmup_loss", "warmup_lr", "warmup_optimizer", "patience", "feed", "together")
 
 
-def _curriculum(options: dict[str, Any]) -> Curriculum | None:
-    """The recipe's curriculum, with the requested values in place of its own; None: `distill` chooses."""
+def _curriculum(options: dict[str, Any]) -> Curriculum:
+    """The recipe's curriculum, with the requested values in place of its own; `auto`: `distill` chooses the stages."""
+    from indistill_fx.curriculum import AUTO, Curriculum
     from indistill_fx.training.recipes import DEFAULT_CURRICULUM, RECIPES
 
     if options["assistant_epochs"] is not None and options["assistant"] is None:
@@ -347,8 +348,11 @@ def _curriculum(options: dict[str, Any]) -> Curriculum | None:
         asked["lengths"] = options["warmup"]
     asked = {name: value for name, value in asked.items() if value is not None}
     base: Curriculum | None = RECIPES[options["recipe"]].student["curriculum"]
-    if base is None and not asked:
-        return None
+    if base is None and asked.keys() <= {
+        "keep",
+        "keep_features",
+    }:  # of the main stage: the warm-up is still to be chosen
+        base = Curriculum(lengths=AUTO)
     return replace(base or DEFAULT_CURRICULUM, **asked)
 
 

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from indistill_fx.curriculum import Curriculum
+from indistill_fx.curriculum import AUTO, Curriculum
 from indistill_fx.data.foreign import repeatable
 from indistill_fx.data.loaders import EpochLoader
 from indistill_fx.data.same_samples import same_samples
@@ -88,8 +88,8 @@ def distill(
         train_loader: batches (inputs, labels) or (inputs, labels, indices), or dicts of inputs by name with `labels`
             and `indices`; the first dimension is the batch.
         plan: the pairs; None: those of the run that is resumed, else those that `align` finds.
-        curriculum: the warm-up; `Curriculum(lengths=[])` is none, `Curriculum()` the paper's; None: what was measured to help such pairs,
-            or none; a line says which, and why.
+        curriculum: the warm-up; `Curriculum(lengths=[])` is none, `Curriculum()` the paper's; None, or `Curriculum(lengths="auto", …)`:
+            what was measured to help such pairs, or none; a line says which, and why.
         main: the main loss: a name, `file.py:loss`, or a function (student, teacher, labels) → scalar; None: warm-up only.
         main_options: keyword arguments of the main loss.
         task: what the labels mean: `classification`, `multilabel`, `regression`, `segmentation`, `language`, `embedding`,
@@ -141,7 +141,7 @@ def distill(
         int8=int8,
         loader=loader,
         plan=plan,
-        curriculum=curriculum,
+        curriculum=curriculum or Curriculum(lengths=AUTO),
         main=main,
         main_options=main_options,
         task=task,
@@ -178,7 +178,7 @@ class Distillation:
     int8: bool
     loader: EpochLoader
     plan: AlignmentPlan | None
-    curriculum: Curriculum | None
+    curriculum: Curriculum
     main: str | Callable[..., Tensor] | None
     main_options: Mapping[str, Any]
     task: str | Task | None
@@ -217,7 +217,7 @@ class Distillation:
             view=view_of(self.teacher_view, plan),
             say=remarks.append,
         )
-        plan = plan or align(*models, required=self.curriculum is not None and self.curriculum.wants_pairs)
+        plan = plan or align(*models, required=self.curriculum.wants_pairs)
         task = self._task(*models)
         curriculum, why = self._warmup(*models, plan, directory, task.task.name)
         remarks += [why] if why else []
@@ -295,14 +295,17 @@ class Distillation:
     def _warmup(
         self, teacher: TracedModel, student: TracedModel, plan: AlignmentPlan, directory: RunDirectory | None, task: str
     ) -> tuple[Curriculum, str]:
-        """The requested curriculum, or that of the resumed run, or the one that suits the pair; and a line that says why."""
-        if self.curriculum is not None:
-            return self.curriculum, ""
+        """The requested curriculum; if its lengths are `auto`, with the stages of the resumed run or those that suit the pair, and why."""
+        asked = self.curriculum
+        if asked.lengths != AUTO:
+            return asked, ""
         budget = self.settings.main_budget(self.epochs)
         if self.main is None or not budget.length:  # the run consists of the warm-up only
-            return DEFAULT_CURRICULUM, ""
+            stages = DEFAULT_CURRICULUM
+            return replace(asked, lengths=stages.lengths, penultimate=asked.penultimate or stages.penultimate), ""
         kept = kept_curriculum(directory.path) if directory is not None and directory.resumes else None
-        return kept or default_curriculum(teacher, student, plan, budget, self.loader.length, task)
+        stages, why = kept or default_curriculum(teacher, student, plan, budget, self.loader.length, task)
+        return replace(asked, lengths=stages.lengths, unit=stages.unit, together=stages.together), why
 
     def _identity(
         self, teacher: TracedModel, student: TracedModel, plan: AlignmentPlan, curriculum: Curriculum

@@ -159,6 +159,12 @@ def test_a_student_is_of_the_teachers_kind_though_their_modes_differ():
     assert curriculum == NO_WARMUP and why.startswith("no warm-up: half of the main stage is 0 steps")
 
 
+def test_what_is_kept_in_the_main_stage_leaves_the_choice_of_the_warm_up(here):
+    told("distill", *PAIR, *QUICK, "-o", "run", "--keep-features", "10")
+    assert "warm-up: the student is of the teacher's kind" in story("run")["schedule"]
+    assert [phase["name"] for phase in story("run")["phases"]] == ["all pairs", "main"]
+
+
 def test_quantisation_aware_training_follows_a_run_and_exports(here, capsys):
     told("distill", *PAIR, *QUICK, "-o", "run", "--main-steps", "2", "--qat", "1")
     assert "int8: 3 layers and what they read are rounded" in story("run/int8")["schedule"]

@@ -149,3 +149,27 @@ def test_a_pair_of_the_students_penultimate_vector_that_would_be_cut_is_refused(
     plan = ifx.align(teacher, student, example_inputs=x, fixed=[("vector", "vector")], pairs=1)
     assert plan.embedding is not None and plan.embedding.student == "vector" != plan.embedding.teacher
     refused(teacher, student, plan, x, "student")
+
+
+@pytest.mark.parametrize("student", [DigitsTeacher, DigitsStudent])
+def test_with_auto_lengths_the_stages_are_chosen_as_without_a_curriculum(student: type[nn.Module], tmp_path) -> None:
+    data = ifx.open_data("digits", limit=512, batch_size=32, augment=False)
+    teacher = models()[0].float()
+
+    def run(name: str, curriculum: ifx.Curriculum | None) -> list[tuple[str, int]]:
+        common = {"epochs": 2, "progress": False, "device": "cpu", "run_dir": tmp_path / name}
+        record = ifx.distill(teacher, student(), data.train, curriculum=curriculum, **common)
+        return [(stage.name, stage.epochs) for stage in record.stages]
+
+    chosen = run("chosen", None)
+    assert run("kept", ifx.Curriculum(lengths="auto", keep_features=10.0)) == chosen
+    assert len(chosen) == (2 if student is DigitsTeacher else 1)
+    texts = [(tmp_path / name / "run.json").read_text() for name in ("chosen", "kept")]
+    assert ["10 times the loss of the pairs' features" in text for text in texts] == [False, True]
+
+
+def test_auto_lengths_have_no_stages_by_themselves() -> None:
+    with pytest.raises(ConfigError, match="only `distill` chooses them"):
+        ifx.Curriculum(lengths="auto").schedule(3)
+    with pytest.raises(ConfigError, match="'none'"):
+        ifx.Curriculum(lengths="none")
