@@ -147,7 +147,7 @@ def _draw(drawing: Drawing, chart: Chart, palette: Palette, x0: float, y0: float
     points = [p for curve in chart.curves for p in _finite(curve)]
     drawing.write(x0 + 12, y0 + 20, shorten(chart.title, 56), colour=palette.text, size=14, bold=True, hint=chart.title)
     if not points:
-        drawing.write(x0 + 12, y0 + 60, "Nothing was measured.", colour=palette.muted)
+        drawing.write(x0 + 12, y0 + 60, "There are no measurements.", colour=palette.muted)
         return
     own = [p for curve in chart.curves if not curve.level for p in _finite(curve)] or points
     low_x, high_x = min(x for x, _ in own), max(x for x, _ in own)

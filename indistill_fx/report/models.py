@@ -72,10 +72,10 @@ def model_rows(runs: Sequence[Run]) -> list[ModelRow]:
 
 
 def note(runs: Sequence[Run]) -> str:
-    """What stands below the table."""
-    text = "Latency: milliseconds of onnxruntime on one sample. –: not measured"
+    """The note below the table of models."""
+    text = "Latency is that of one sample in onnxruntime. –: not measured"
     if not any(run.export for run in runs):
-        text += "; `indistill-fx export RUN_DIR` (with `--int8`) measures latency and int8 and leaves them in the run"
+        text += "; `indistill-fx export RUN_DIR` measures latency and, with `--int8`, the int8 file, and saves both in the run"
     return f"{text}."
 
 

@@ -96,7 +96,7 @@ def run_page(run_dir: str | os.PathLike[str]) -> str:
         longest=max(*map(sum, shares.values()), 1),
         charts=[Markup(curves_svg([chart], palette=PAGE)) for chart in charts_of(runs)],  # our own file, so it is safe
         limit=_LINES,
-        cut=f"Of every run the first {_LINES} epochs; metrics.jsonl has all." if epochs > _LINES else "",
+        cut=f"Only the first {_LINES} epochs of every run are shown; metrics.jsonl has all of them." if epochs > _LINES else "",
         models=model_rows(runs),
         model_columns=columns(runs),
         model_note=note(runs),
@@ -107,7 +107,7 @@ def run_page(run_dir: str | os.PathLike[str]) -> str:
 def _missing(run: Run) -> Sequence[str]:
     """What is missing in a run; a run on labels alone needs no plan."""
     labels_only = run.status == "done" and all(phase.name == "main" for phase in run.phases)
-    return [line for line in run.missing if not (labels_only and line.startswith("plan.json is not there"))]
+    return [line for line in run.missing if not (labels_only and line.startswith("plan.json is missing"))]
 
 
 def _view(alignment: Alignment) -> _View:

@@ -196,7 +196,7 @@ def _draw_legend(drawing: Drawing, y: float, palette: Palette) -> None:
         drawing.write(x + 24, y, entry.name, colour=palette.muted, size=11)
         x += 122
     legend = (
-        "Bars are as long as a layer has channels; the kept channels are in colour. Dashed: the penultimate vectors."
+        "The length of a bar is the number of channels; kept channels are coloured. Dashed: the penultimate vectors."
     )
     drawing.write(_MARGIN, y + 18, legend, colour=palette.muted, size=11)
 

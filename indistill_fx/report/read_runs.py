@@ -160,7 +160,7 @@ def read_runs(path: str | os.PathLike[str]) -> tuple[Run, ...]:
     """
     home = Path(path)
     if not os.path.isdir(home):
-        raise ConfigError(f"{home} is not a directory.", where=str(home), hint="Give the -o of a `distill` or `train`.")
+        raise ConfigError(f"{home} is not a directory.", where=str(home), hint="Give the directory that `distill` or `train` wrote.")
     if _is_run(home):
         return (read_run(home),)
     found = sorted(
@@ -169,9 +169,9 @@ def read_runs(path: str | os.PathLike[str]) -> tuple[Run, ...]:
     )
     if not found:
         raise ConfigError(
-            f"There is no run in {home}: neither it nor its folders hold run.json or metrics.jsonl.",
+            f"There is no run in {home}: neither it nor its subfolders contain run.json or metrics.jsonl.",
             where=str(home),
-            hint="Give the -o of a `distill`, `train` or `demo`.",
+            hint="Give the directory that `distill`, `train` or `demo` wrote (their -o).",
         )
     return tuple(read_run(folder, name=str(folder.relative_to(home))) for folder in found)
 
@@ -200,12 +200,12 @@ def read_run(folder: Path, *, name: str | None = None) -> Run:
     missing += more + _unfinished(record)
     weights = folder / STUDENT
     if not weights.is_file():
-        missing.append(f"{STUDENT} is not there: the run has not finished, or it was moved.")
+        missing.append(f"{STUDENT} is missing: the run has not finished, or the file was moved.")
     planned = _planned(record)
     if (count := len({*planned, *(epoch.stage for epoch in epochs)})) > MOST_STAGES:
-        missing.append(f"Of {count:,} stages the first {MOST_STAGES:,} are shown.")
+        missing.append(f"Only the first {MOST_STAGES:,} of {count:,} stages are shown.")
     if record and not planned:
-        missing.append("run.json has no schedule; the stages are those of the metrics.")
+        missing.append("run.json has no schedule; the stages are taken from the metrics.")
     return Run(
         name=name or folder.resolve().name,
         status=str(record.get("status", "unknown")),
@@ -227,11 +227,11 @@ def _read_record(folder: Path) -> tuple[dict[str, Any], list[str]]:
     try:
         record = json.loads(read_bounded(folder / "run.json", MOST_BYTES))
     except FileNotFoundError:
-        return {}, ["run.json is not there: command, settings, schedule and environment are unknown."]
+        return {}, ["run.json is missing: command, settings, schedule and environment are unknown."]
     except (OSError, ValueError, RecursionError) as error:
         return {}, [f"run.json cannot be read: {error}."]
     if not isinstance(record, dict):
-        return {}, ["run.json holds something else than a run."]
+        return {}, ["run.json is not the record of a run."]
     return record, []
 
 
@@ -240,7 +240,7 @@ def _unfinished(record: Mapping[str, Any]) -> list[str]:
     found = []
     if status == "running":
         found.append(
-            f"The run had not ended when this was written; its last sign was at {record.get('updated', 'an unknown time')}."
+            f"The run had not ended when this page was written; its last update was at {record.get('updated', 'an unknown time')}."
         )
     elif status in ("stopped", "failed"):
         verb = "was stopped" if status == "stopped" else "failed"
@@ -249,7 +249,7 @@ def _unfinished(record: Mapping[str, Any]) -> list[str]:
     made = _dict(_dict(record.get("environment")).get("versions")).get("indistill-fx")
     if made and made != __version__:
         found.append(
-            f"The run was made by indistill-fx {made}, this page by {__version__}: some things may be missing."
+            f"The run was made by indistill-fx {made} and this page by {__version__}, so parts of it may be missing."
         )
     return found
 
@@ -265,14 +265,14 @@ def _metric(record: Mapping[str, Any]) -> MetricFacts:
 
 def _epochs(folder: Path, record: Mapping[str, Any], metric: MetricFacts) -> tuple[list[Epoch], list[str]]:
     missing: list[str] = []
-    cut_off = malformed = 0
+    damaged = malformed = 0
     found: dict[tuple[str, int], Epoch] = {}
     try:
         for line in read_lines(folder / "metrics.jsonl", most=MOST_METRICS):
             try:
                 entry = json.loads(line)
             except (ValueError, RecursionError):
-                cut_off += 1
+                damaged += 1
                 continue
             if isinstance(entry, dict) and entry.get("kind") == "step":
                 continue
@@ -284,13 +284,13 @@ def _epochs(folder: Path, record: Mapping[str, Any], metric: MetricFacts) -> tup
         missing.append(f"metrics.jsonl cannot be read ({error.strerror}).")
         entries = [_epoch(entry, metric) for entry in _list(_dict(record.get("result")).get("epochs"))]
         found = {(epoch.stage, epoch.epoch): epoch for epoch in entries if epoch is not None}
-        missing += ["The curves are those of run.json."] if found else ["There are no curves."]
-    for count, problem in ((cut_off, "are torn"), (malformed, "have another form")):
+        missing += ["The curves are taken from run.json instead."] if found else ["There are no curves."]
+    for count, problem in ((damaged, "are damaged"), (malformed, "have an unknown form")):
         if count:
             missing.append(f"{count} lines of metrics.jsonl {problem} and are left out.")
     not_finite = sum(epoch.loss is None for epoch in found.values())
     if not_finite:
-        missing.append(f"The loss of {not_finite} epochs is not a finite number.")
+        missing.append(f"The loss of {not_finite} epochs is not finite (NaN or infinity).")
     return list(found.values()), missing
 
 
@@ -325,11 +325,11 @@ def _dict(value: object) -> dict[str, Any]:
 
 def _plan(folder: Path) -> tuple[AlignmentPlan | None, list[str]]:
     if not (folder / "plan.json").is_file():
-        return None, ["plan.json is not there; a run on labels alone has none."]
+        return None, ["plan.json is missing; a run on labels alone has none."]
     try:
         return AlignmentPlan.load(folder / "plan.json"), []
     except ConfigError as error:
-        return None, [f"plan.json is of another version, or damaged: {error}"]
+        return None, [f"plan.json is damaged, or from an incompatible version: {error}"]
 
 
 def _facts(record: Mapping[str, Any], role: str) -> ModelFacts | None:

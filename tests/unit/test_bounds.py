@@ -189,7 +189,7 @@ def test_twenty_thousand_stages_are_read_and_the_first_thousand_shown(tmp_path):
     assert len(found.phases) == MOST_STAGES
     assert found.phases[7].text == "layer7: a: 1 epoch"
     assert found.phases[7].epochs[0].loss == 1.0
-    assert f"Of {count:,} stages the first {MOST_STAGES:,} are shown." in found.missing
+    assert f"Only the first {MOST_STAGES:,} of {count:,} stages are shown." in found.missing
 
 
 def test_a_plan_cannot_ask_for_pictures_that_fill_the_memory(tmp_path):

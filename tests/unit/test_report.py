@@ -195,24 +195,24 @@ def test_runs_of_a_folder_are_compared_in_the_order_they_began(tmp_path):
 def test_what_is_gone_is_said_and_the_rest_is_shown(tmp_path, gone):
     leave_run(tmp_path / "run")
     whole = check_page(run_page(tmp_path / "run"))
-    assert gone not in "".join(text for texts in whole.texts.values() for text in texts if "not there" in text)
+    assert gone not in "".join(text for texts in whole.texts.values() for text in texts if "is missing" in text)
     (tmp_path / "run" / gone).unlink()
     page = run_page(tmp_path / "run")
     check_page(page)
-    assert re.search(f"{gone} (is not there|cannot be read)", page)
+    assert re.search(f"{gone} (is missing|cannot be read)", page)
 
 
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
         ({"run.json": "{"}, "run.json cannot be read"),
-        ({"run.json": "[1]"}, "run.json holds something else"),
+        ({"run.json": "[1]"}, "run.json is not the record"),
         ({"run.json": '{"schedule": 3, "environment": [], "settings": null, "command": {}}'}, "no schedule"),
-        ({"metrics.jsonl": "\x00\x01{torn"}, "1 lines of metrics.jsonl are torn"),
-        ({"metrics.jsonl": '{"stage": 1}\n[]\n{"stage": "a"}\n'}, "3 lines of metrics.jsonl have another form"),
-        ({"metrics.jsonl": '{"stage": "main", "epoch": 1, "loss": NaN}\n'}, "The loss of 1 epochs is not a finite"),
-        ({"metrics.jsonl": '{"stage": "main", "epoch": 1, "loss": "<b>"}\n'}, "The loss of 1 epochs is not a finite"),
-        ({"plan.json": '{"schema_version": 9}'}, "plan.json is of another version"),
+        ({"metrics.jsonl": "\x00\x01{torn"}, "1 lines of metrics.jsonl are damaged"),
+        ({"metrics.jsonl": '{"stage": 1}\n[]\n{"stage": "a"}\n'}, "3 lines of metrics.jsonl have an unknown form"),
+        ({"metrics.jsonl": '{"stage": "main", "epoch": 1, "loss": NaN}\n'}, "The loss of 1 epochs is not finite"),
+        ({"metrics.jsonl": '{"stage": "main", "epoch": 1, "loss": "<b>"}\n'}, "The loss of 1 epochs is not finite"),
+        ({"plan.json": '{"schema_version": 9}'}, "plan.json is damaged, or from"),
         ({"student.safetensors": "no tensors"}, "–"),
     ],
 )
@@ -228,7 +228,7 @@ def test_damaged_files_are_survived_and_told(tmp_path, damage, said):
 @pytest.mark.parametrize(
     ("told", "said"),
     [
-        ({"status": "running", "updated": "noon"}, "its last sign was at noon"),
+        ({"status": "running", "updated": "noon"}, "its last update was at noon"),
         ({"status": "stopped", "error": "SIGTERM"}, "was stopped: SIGTERM"),
         ({"status": "failed", "error": "loss is nan"}, "failed: loss is nan"),
     ],
@@ -238,7 +238,7 @@ def test_an_unfinished_run_says_so(tmp_path, told, said):
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "run" / "metrics.jsonl").write_text("".join(lines[:3]))
     page = run_page(tmp_path / "run")
-    assert said in page and "1 of 3 epochs" in page and "student.safetensors is not there" in page
+    assert said in page and "1 of 3 epochs" in page and "student.safetensors is missing" in page
 
 
 def test_no_run_at_all_is_an_error(tmp_path):
@@ -330,7 +330,7 @@ def test_curves_that_cannot_be_drawn_are_left_out():
     chart = Chart("t", "epoch", (Curve("a", ((1, float("nan")), (2, 1.0))), Curve("b", ())))
     root = ElementTree.fromstring(curves_svg([chart]))
     assert len([element for element in root.iter() if element.tag.endswith("circle")]) == 1
-    assert "Nothing was measured" in curves_svg([Chart("t", "epoch", ())])
+    assert "There are no measurements" in curves_svg([Chart("t", "epoch", ())])
 
 
 @given(st.floats(-1e12, 1e12), st.floats(0, 1e12))

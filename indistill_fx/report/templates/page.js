@@ -65,7 +65,7 @@ function facts(key) {
   const title = node("h3"); title.append(node("code", tap));
   add("Shape", shape || "–");
   if (stage) add("Stage", stage);
-  if (op) { add("Operation", op); add("MACs", `${short(macs)} in this layer, ${(100 * depth).toFixed(1)}% of all up to it`); add("Parameters", short(parameters)); }
+  if (op) { add("Operation", op); add("MACs", `${short(macs)} in this layer; up to here ${(100 * depth).toFixed(1)}% of the model's`); add("Parameters", short(parameters)); }
   const box = node("div"); box.append(title, list);
   return box;
 }
@@ -176,7 +176,7 @@ function search() {
   if (!text) return;
   const rank = ([name]) => { const low = name.toLowerCase(); return low === text ? 0 : low.startsWith(text) ? 1 : low.includes(text) ? 2 : 3; };
   found = places.map((place) => [rank(place), place]).filter(([r]) => r < 3).sort((a, b) => a[0] - b[0]).map(([, place]) => place);
-  hits.append(node("span", found.length ? `${found.length} found` : "No layer has that in its name."));
+  hits.append(node("span", found.length ? `${found.length} found` : "No layer name contains this."));
   for (const [name, key, operation] of found.slice(0, 8)) {
     const button = node("button", `${key[0] === "t" ? "teacher" : "student"} ${name}`);
     button.type = "button";
