@@ -96,7 +96,9 @@ def run_page(run_dir: str | os.PathLike[str]) -> str:
         longest=max(*map(sum, shares.values()), 1),
         charts=[Markup(curves_svg([chart], palette=PAGE)) for chart in charts_of(runs)],  # our own file, so it is safe
         limit=_LINES,
-        cut=f"Only the first {_LINES} epochs of every run are shown; metrics.jsonl has all of them." if epochs > _LINES else "",
+        cut=f"Only the first {_LINES} epochs of every run are shown; metrics.jsonl has all of them."
+        if epochs > _LINES
+        else "",
         models=model_rows(runs),
         model_columns=columns(runs),
         model_note=note(runs),

@@ -160,7 +160,9 @@ def read_runs(path: str | os.PathLike[str]) -> tuple[Run, ...]:
     """
     home = Path(path)
     if not os.path.isdir(home):
-        raise ConfigError(f"{home} is not a directory.", where=str(home), hint="Give the directory that `distill` or `train` wrote.")
+        raise ConfigError(
+            f"{home} is not a directory.", where=str(home), hint="Give the directory that `distill` or `train` wrote."
+        )
     if _is_run(home):
         return (read_run(home),)
     found = sorted(
