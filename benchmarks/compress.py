@@ -325,12 +325,25 @@ def arm_lines(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+_REPAIR_CAPTION = (
+    "Test accuracy in % before any training, without labels. *Uniform*: the same share of every layer is removed. "
+    "*Our widths*: the chosen widths; then with the norms' statistics re-estimated, and with the layers refitted:"
+)
+
+
 def repair_lines(rows: list[dict[str, Any]]) -> list[str]:
     """What the repairs give before any training."""
     if not rows:
         return []
-    lines = ["", "Before any training, no labels:", ""]
-    lines += ["| network | MACs | uniform L1 | our widths | norms anew | readers fitted |", "|---|---|---|---|---|---|"]
+    lines = [
+        "",
+        _REPAIR_CAPTION,
+        "",
+    ]
+    lines += [
+        "| network | MACs | uniform, by L1 | our widths | norms re-estimated | layers refitted |",
+        "|---|---|---|---|---|---|",
+    ]
     for row in rows:
         steps = {step["name"]: step["accuracy"] for step in row["steps"]}
         cells = [row["uniform"], steps["shrunk"], steps["norms estimated anew"], steps["readers fitted"]]

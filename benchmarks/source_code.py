@@ -98,7 +98,7 @@ def table(record: dict[str, Any]) -> str:
     """The results as Markdown: one line for each network, halved."""
     rows = record["rows"]
     lines = [
-        f"{sum(row['ok'] for row in rows)} of {len(rows)} equal to the bit, whole and halved: outputs in both modes, gradients.",
+        f"{sum(row['ok'] for row in rows)} of {len(rows)} are bit-identical, at full width or halved: outputs in both modes, gradients.",
         "",
         "| network, halved | equal tensors | lines | its original's file |",
         "|---|---|---|---|",

@@ -206,13 +206,14 @@ class AlignmentPlan(_Frozen):
         ]
         found = [misfit for misfit in wrong if misfit is not None]
         if found:
-            stale = self.drift(teacher, student)
-            raise ConfigError(
-                f"The plan does not fit: {'; '.join(text for _, text in found)}.",
-                where=found[0][0],
-                hint=f"Use the models and --input it was made for{' (' + '; '.join(stale) + ')' if stale else ''}, correct the names, "
-                "or make a new one with `indistill-fx align`.",
-            )
+            if (teacher.fingerprint, student.fingerprint) == (self.student.fingerprint, self.teacher.fingerprint):
+                hint = "It is for the same two models in the other order: swap teacher and student."
+            else:
+                stale = self.drift(teacher, student)
+                hint = f"Use the models and --input it was made for{' (' + '; '.join(stale) + ')' if stale else ''}, correct the names, "
+                hint += "or make a new one with `indistill-fx align`."
+            text = "; ".join(text for _, text in found)
+            raise ConfigError(f"The plan does not fit: {text}.", where=found[0][0], hint=hint)
         _check_order(self.pairs, teacher, student)
 
     def drift(self, teacher: TracedModel, student: TracedModel) -> tuple[str, ...]:

@@ -178,7 +178,7 @@ def _use_recipe(context: click.Context, parameter: click.Parameter, name: str) -
 @pictures.teacher_options
 @training.training_options
 def command(teacher: str, student: str, **options: Any) -> None:
-    """Distil TEACHER into STUDENT: the warm-up layer by layer, then the main loss.
+    """Distil TEACHER into STUDENT: a warm-up on paired layers, if it helps such a pair, and then the main loss.
 
     Use --resume to continue an interrupted run (Ctrl-C, a kill, a power cut). The trained student is
     RUN_DIR/student.safetensors; `evaluate` and `export` take RUN_DIR itself. With --assistant there are two runs:

@@ -54,7 +54,7 @@ class Budget:
             raise ConfigError(
                 f"Exactly one budget is needed, but {len(given)} are given{': ' + ', '.join(given) if given else ''}.",
                 where="budget",
-                hint="Give one of macs, params, size_mb and latency_ms.",
+                hint="Give one of macs, params, size_mb and latency_ms (--macs, --params, --size-mb, --latency-ms).",
             )
         if not all(value > 0 and np.isfinite(value) for value in given.values()):
             raise ConfigError(

@@ -132,7 +132,7 @@ def _figures(name: str, wanted: Figures, place: int, measured: Normalisation, ch
     if isinstance(wanted, str):
         if wanted not in PUBLISHED:
             raise ConfigError(
-                f"{wanted!r} is not a {name} of pictures.",
+                f"{wanted!r} is not a known {name} of images.",
                 where=name,
                 got=wanted,
                 expected=["auto", *PUBLISHED],

@@ -113,8 +113,10 @@ def _load_file(parsed: Spec, trust: Sequence[str]) -> Source:
 
     path = Path(parsed.place)
     if not os.path.exists(path) and path.name == parsed.place and not path.suffix:
-        hint = f"A constructor is named with its library: torchvision:{path} or timm:{path}."
-        raise ConfigError(f"There is no file `{path}`.", where=parsed.text, expected=MODEL_FORMS, hint=hint)
+        hint = f"Check the path. A model of a library is named with the library: torchvision:{path} or timm:{path}."
+        raise ConfigError(
+            f"There is no file or run directory `{path}`.", where=parsed.text, expected=MODEL_FORMS, hint=hint
+        )
     kind = recognise(path)
     if kind == "safetensors":
         raise _only_weights(path, count_safetensors(path))

@@ -171,8 +171,8 @@ def check_classes(
                 where="classes",
                 got=count,
                 expected=other,
-                hint="Say which outputs of the teacher are the student's classes (--teacher-classes, View(classes=…)), or take a main loss "
-                "that reads features only, such as pkt.",
+                hint="Build both with the same number of classes (such as ?num_classes=10), say which outputs of the teacher are the "
+                "student's classes (--teacher-classes, View(classes=…)), or take a main loss that reads features only, such as pkt.",
             )
     return None in (count, other) or count == other
 

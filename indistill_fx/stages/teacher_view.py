@@ -177,8 +177,8 @@ def _rescaling(
         )
         if teacher.normalisation is None or not _equal(in_channels(teacher.normalisation, channels), given):
             notes.append(
-                f"{teacher.spec}: what its pictures were normalised by is not known{usual}; it sees the student's, by {_shown(given)}."
-                " Others: --teacher-mean, --teacher-std (in Python: teacher_view)."
+                f"{teacher.spec}: the normalisation that it was trained with is unknown{usual}; it gets the student's, {_shown(given)}."
+                " To set another: --teacher-mean and --teacher-std (in Python: teacher_view)."
             )
         return None
     figures = in_channels(figures, channels)

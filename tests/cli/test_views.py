@@ -141,7 +141,7 @@ def test_a_plan_with_a_view_is_made_for_other_data_anew(told):
 
 def test_what_is_not_known_is_said(told):
     code, text = told(*distill("models.py:unknown"))
-    assert code == 0 and "models.py:unknown: what its pictures were normalised by is not known" in text, text
+    assert code == 0 and "models.py:unknown: the normalisation that it was trained with is unknown" in text, text
     code, text = told(*distill("models.py:unknown", "--teacher-mean", "data", out="other"))
     assert code == 0 and "not known" not in text, text
 

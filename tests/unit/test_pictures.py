@@ -252,7 +252,7 @@ def test_mean_and_std_as_given():
             "The mean of the pictures is given as numbers, but their std is missing. Give both, --mean",
         ),
         ({"std": (0.1,)}, "but their mean is missing"),
-        ({"mean": "imagnet"}, "'imagnet' is not a mean of pictures. Nearest: imagenet"),
+        ({"mean": "imagnet"}, "'imagnet' is not a known mean of images. Nearest: imagenet"),
         ({"mean": (0.1, 0.2), "std": (0.1,)}, "The mean has 2 numbers, but the pictures have 1 channel"),
         ({"mean": (0.1,), "std": (0.0,)}, "A std of the pictures is 0"),
     ):

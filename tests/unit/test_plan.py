@@ -179,3 +179,9 @@ def test_a_diff_lists_what_changed() -> None:
         "~ layer1 ↔ layer1: other 2 channels kept",
     )
     assert before.diff(plan(blocks=3))[0].startswith("~ teacher: Residual")
+
+
+def test_two_models_in_the_wrong_order_are_recognised() -> None:
+    teacher, student = models()
+    with pytest.raises(ConfigError, match="in the other order: swap teacher and student"):
+        plan().check(student, teacher)

@@ -61,7 +61,7 @@ def test_what_is_not_known_is_said_and_not_assumed():
     view, (note,) = teacher_view(source(), data(), ViewOptions())
     assert (
         view is None
-        and "teacher.pt: what its pictures were normalised by is not known; it sees the student's, by mean 0.485"
+        and "teacher.pt: the normalisation that it was trained with is unknown; it gets the student's, mean 0.485"
         in note
     )
     view, (note,) = teacher_view(source(normalisation=HALF), data(), ViewOptions())

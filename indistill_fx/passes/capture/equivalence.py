@@ -108,7 +108,8 @@ class Reference:
                 raise FrontendError(
                     f"the forward of {type(self.module).__name__} fails on the example input {self._shapes()}: {own}",
                     where="forward",
-                    hint="Check --input (or example_inputs): one sample's shape, channels first, such as 3x224x224.",
+                    hint="Check the shape of one sample (--input or example_inputs, channels first, such as 3x224x224), or, if it "
+                    "comes from the data, how images are prepared (--size, --channels).",
                 )
             size, failure = next(iter(failures.items()))
             self._sizes = (self.example,)
