@@ -10,8 +10,8 @@ import click
 @click.option(
     "-o", "--output", metavar="FILE", type=click.Path(dir_okay=False), help="Write the page to this HTML file."
 )
-@click.option("--svg", metavar="FILE", type=click.Path(dir_okay=False), help="Write the curves as an SVG picture.")
-@click.option("--png", metavar="FILE", type=click.Path(dir_okay=False), help="Write the curves as a PNG picture.")
+@click.option("--svg", metavar="FILE", type=click.Path(dir_okay=False), help="Write the curves as an SVG image.")
+@click.option("--png", metavar="FILE", type=click.Path(dir_okay=False), help="Write the curves as a PNG image.")
 def command(run: str, output: str | None, svg: str | None, png: str | None) -> None:
     """Show what a run did: schedule, curves, models, kept channels, environment; one HTML file that loads nothing.
 

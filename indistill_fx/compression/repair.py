@@ -157,7 +157,7 @@ class _SideBySide:
         """Fit one layer; returns the reason if it was not fitted, or an empty text."""
         weight, bias = call.constant("weight"), call.constant("bias")
         if weight is None or weight.dim() not in (2, 4) or not isinstance(weight, torch.nn.Parameter):
-            return "its weights are computed, or it is not a layer of vectors or pictures"
+            return "its weights are computed, or it is not a layer of vectors or images"
         if id(weight) in done:
             return "its weights are another layer's too, and fitted there"
         if call.op == "conv" and (call.get("groups", 1) != 1 or call.get("padding_mode", "zeros") != "zeros"):

@@ -84,7 +84,7 @@ class ShiftAndRandAugment:
 
 
 def rand_augment(magnitude: int) -> Callable[[Any], Any]:
-    """RandAugment as torchvision has it, for a picture or a tensor of one.
+    """RandAugment as torchvision has it, for an image or a tensor of one.
 
     Raises:
         ConfigError: no such magnitude.

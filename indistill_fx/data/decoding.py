@@ -25,7 +25,7 @@ _FORMAT = "pictures 3"
 
 @dataclass(frozen=True, slots=True)
 class Pictures:
-    """Decoded pictures.
+    """Decoded images.
 
     Attributes:
         values: uint8, or uint16 of deep ones: (count, channels, height, width), in the listing's order.
@@ -47,7 +47,7 @@ def decode(
     cache: Path | None = None,
     progress: bool = False,
 ) -> Pictures:
-    """All pictures in one tensor; those of another size are resized.
+    """All images in one tensor; those of another size are resized.
 
     Args:
         listing: the files.
@@ -68,7 +68,7 @@ def decode(
     except FileNotFoundError:
         pass
     except (KeyError, ValueError, RuntimeError, OSError) as error:
-        note = f"The decoded pictures in {place} were damaged ({error}) and were decoded anew."
+        note = f"The decoded images in {place} were damaged ({error}) and were decoded anew."
     found = replace(_decoded(listing, size, channels, deep, progress), note=note)
     try:
         cache.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Folders of pictures: which files are samples, of which classes, and how one is read."""
+"""Folders of images: which files are samples, of which classes, and how one is read."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from indistill_fx.data.pictures import read_head, read_picture
 from indistill_fx.errors import ConfigError
 
 _LOOKED_AT = 20_000
-"""Of how many pictures of a split the size and depth are looked at before anything is decoded: some seconds."""
+"""Of how many images of a split the size and depth are looked at before anything is decoded: some seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class Listing:
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """What the pictures of a set have in common.
+    """What the images of a set have in common.
 
     Attributes:
         height: of most of them, in pixels.
@@ -80,13 +80,13 @@ class Form:
 
 
 class ImageFiles(Dataset[Any]):
-    """Index -> (transformed picture, label); the ConfigError that names the file where it cannot be read.
+    """Index -> (transformed image, label); the ConfigError that names the file where it cannot be read.
 
     Args:
         listing: the files.
         transform: of what `read_picture` gives.
         channels: 3 or 1.
-        deep: whether pictures have 16 bits a channel.
+        deep: whether images have 16 bits a channel.
         randomness: what the transform draws at random; None: nothing.
     """
 
@@ -123,9 +123,9 @@ class ImageFiles(Dataset[Any]):
 
 
 def list_splits(folder: Path) -> tuple[Listing, Listing]:
-    """The training and the test pictures of a folder: train/ and test/ (or val/), each with a folder for every class.
+    """The training and the test images of a folder: train/ and test/ (or val/), each with a folder for every class.
 
-    A folder without class folders is an unlabelled set. Where there is no test/ beside it, or no train/ either, the test pictures are
+    A folder without class folders is an unlabelled set. Where there is no test/ beside it, or no train/ either, the test images are
     the training ones.
 
     Raises:

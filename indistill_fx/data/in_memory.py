@@ -1,4 +1,4 @@
-"""Data sets of small pictures that are held in memory."""
+"""Data sets of small images that are held in memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _AT_ONCE = 4096
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """Pictures (count, channels, height, width) of whole numbers, and their labels, int64 (count,) or None."""
+    """Images (count, channels, height, width) of whole numbers, and their labels, int64 (count,) or None."""
 
     images: Tensor
     labels: Tensor | None
@@ -82,7 +82,7 @@ def hold(
     )
     notes += (note,) if note else ()
     if options.workers:
-        notes += ("These pictures are held in memory, so no processes read them: --workers has no effect.",)
+        notes += ("These images are held in memory, so no processes read them: --workers has no effect.",)
 
     def loader(split: Split, training: bool) -> MemoryLoader:
         return MemoryLoader(

@@ -114,13 +114,13 @@ class EpochLoader(ABC):
         return 0
 
     def in_views(self, views: int) -> Self:
-        """A loader that draws what is random once for so many epochs, and shows the same pictures again after them.
+        """A loader that draws what is random once for so many epochs, and shows the same images again after them.
 
         Raises:
             ConfigError: it draws nothing, or what it draws cannot be known.
         """
         raise ConfigError(
-            f"Fixed views are for augmented pictures of `open_data`, not for a {type(self).__name__}.",
+            f"Fixed views are for augmented images of `open_data`, not for a {type(self).__name__}.",
             where="views",
             got=views,
             hint="Leave --views out.",
@@ -265,7 +265,7 @@ class MemoryLoader(IndexedLoader):
     they do not fit, or more is done to them than to be shifted and mirrored, batches are made on the CPU.
 
     Args:
-        images: uint8, or uint16 of deep pictures (count, channels, height, width).
+        images: uint8, or uint16 of deep images (count, channels, height, width).
         labels: int64 (count,), or None.
         mean: per channel, of values in [0, 1].
         std: likewise.

@@ -72,7 +72,7 @@ def choose(
         mean: numbers, one for all channels or one each; `auto` measures; a name of `PUBLISHED`; None: the default's.
         std: likewise; None: by what `mean` says, if that is a word.
         default: where nothing was asked for; of three channels, or of as many as there are.
-        channels: of the pictures.
+        channels: of the images.
         measure: finds the figures of the data themselves.
 
     Returns:
@@ -88,7 +88,7 @@ def choose(
     if mean is None or std is None:
         given, absent = ("std", "mean") if mean is None else ("mean", "std")
         raise ConfigError(
-            f"The {given} of the pictures is given as numbers, but their {absent} is missing.",
+            f"The {given} of the images is given as numbers, but their {absent} is missing.",
             where=absent,
             hint=f"Give both, --mean and --std, or one word for both: auto, {', '.join(PUBLISHED)}.",
         )
@@ -98,14 +98,14 @@ def choose(
         for place, (name, wanted) in enumerate((("mean", mean), ("std", std)))
     )
     if min(found[1]) <= 0:
-        raise ConfigError(f"A std of the pictures is {min(found[1]):g}.", where="std", got=found[1], expected="> 0")
+        raise ConfigError(f"A std of the images is {min(found[1]):g}.", where="std", got=found[1], expected="> 0")
     means, stds = (", ".join(f"{value:.4f}" for value in part) for part in found)
     origin = "measured" if "auto" in (mean, std) else "as given"
-    return (found[0], found[1]), f"Pictures are normalised by mean {means} and std {stds}, {origin}."
+    return (found[0], found[1]), f"Images are normalised by mean {means} and std {stds}, {origin}."
 
 
 def in_channels(figures: Normalisation, channels: int) -> Normalisation:
-    """Figures of colours as those of grey pictures, and the other way round: the mean by the shares of grey, the std by the mean."""
+    """Figures of colours as those of grey images, and the other way round: the mean by the shares of grey, the std by the mean."""
     mean, std = figures
     if len(mean) == channels:
         return figures
@@ -142,7 +142,7 @@ def _figures(name: str, wanted: Figures, place: int, measured: Normalisation, ch
     numbers = tuple(float(value) for value in _listed(wanted))
     if len(numbers) not in (1, channels):
         raise ConfigError(
-            f"The {name} has {len(numbers)} numbers, but the pictures have {channels} channel{'s' * (channels > 1)}.",
+            f"The {name} has {len(numbers)} numbers, but the images have {channels} channel{'s' * (channels > 1)}.",
             where=name,
             got=numbers,
             expected="1 number" if channels == 1 else f"1 or {channels} numbers",

@@ -121,7 +121,7 @@ def _check_randaugment(kind: str, options: DataOptions) -> None:
         return
     rand_augment(options.randaugment)
     reasons = {
-        "no picture is to be augmented": not options.augment,
+        "no image is to be augmented": not options.augment,
         "the digits are left as they are": kind == "digits",
         "your own loaders prepare images themselves": kind not in _SPECS,
     }
@@ -171,9 +171,7 @@ def _digits(place: str, options: DataOptions) -> Data:
 
 def _without_cache(options: DataOptions) -> tuple[str, ...]:
     return (
-        ("These pictures are not decoded, so there is nothing to keep: --cache has no effect.",)
-        if options.cache
-        else ()
+        ("These images are not decoded, so there is nothing to keep: --cache has no effect.",) if options.cache else ()
     )
 
 

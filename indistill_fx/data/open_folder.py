@@ -1,4 +1,4 @@
-"""`imagefolder:DIR`: small pictures are decoded into memory, larger ones are read from disk as they are needed."""
+"""`imagefolder:DIR`: small images are decoded into memory, larger ones are read from disk as they are needed."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ LARGE = (224, 224)
 """What larger images are brought to where neither the user nor the model says another size."""
 
 _MEASURED = 2000
-"""Of how many pictures on disk mean and std are measured, spread over the classes."""
+"""Of how many images on disk mean and std are measured, spread over the classes."""
 
 _CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck".split()
 
 
 def open_folder(place: str, options: DataOptions) -> Data:
-    """The data set of a folder of pictures.
+    """The data set of a folder of images.
 
     Raises:
-        ConfigError: no such folder; a split, class or picture is absent, empty or broken; figures that cannot be.
+        ConfigError: no such folder; a split, class or image is absent, empty or broken; figures that cannot be.
     """
     if not place:
         raise ConfigError("`imagefolder` needs a folder.", where="data", expected="imagefolder:DIR")
@@ -46,18 +46,18 @@ def open_folder(place: str, options: DataOptions) -> Data:
     form = Form.of((train, test))
     if form.deep and options.randaugment is not None:
         raise ConfigError(
-            f"RandAugment was requested, but pictures in {place!r} have 16 bits a channel; it supports only 8.",
+            f"RandAugment was requested, but images in {place!r} have 16 bits a channel; it supports only 8.",
             where="randaugment",
             got="16 bits",
             expected="8 bits",
-            hint="Leave --randaugment out, or convert the pictures.",
+            hint="Leave --randaugment out, or convert the images.",
         )
     own, channels, peak = (form.height, form.width), options.channels or 3, DEEP_PEAK if form.deep else 255.0
     small = max(options.size or own) <= SMALL
     size = options.size or (own if small else options.model_size or LARGE)
     default = _known_figures(train.classes, own)
     notes: tuple[str, ...] = (
-        () if train.labels is not None else (f"{train.folder} has no class folders: its pictures have no labels.",)
+        () if train.labels is not None else (f"{train.folder} has no class folders: its images have no labels.",)
     )
     count = len(train.files) + len(test.files)
     if small and count * channels * size[0] * size[1] * (2 if form.deep else 1) <= MEMORY:
@@ -69,17 +69,17 @@ def open_folder(place: str, options: DataOptions) -> Data:
         notes += tuple(pictures.note for pictures in decoded if pictures.note)
         if resized and options.size is None:
             notes += (
-                f"{resized:,} of {count:,} pictures were not {size[0]}x{size[1]} as most are, and were resized to it.",
+                f"{resized:,} of {count:,} images were not {size[0]}x{size[1]} as most are, and were resized to it.",
             )
         held = Split(decoded[0].values, train.labels), Split(decoded[1].values, test.labels)
         augment = of_small_images(options.augment, options.randaugment)
         return hold(*held, train.classes or test.classes, default, options, peak=peak, augment=augment, notes=notes)
     if options.size is None and size != own:
         notes += (
-            f"Pictures ({own[0]}x{own[1]}{' and others' * form.mixed}) are resized and cropped to {size[0]}x{size[1]}.",
+            f"Images ({own[0]}x{own[1]}{' and others' * form.mixed}) are resized and cropped to {size[0]}x{size[1]}.",
         )
     if options.cache is not None:
-        notes += ("These pictures are read from disk as they are needed: --cache has no effect.",)
+        notes += ("These images are read from disk as they are needed: --cache has no effect.",)
     return _on_disk((train, test), size, channels, form.deep, default, options, notes)
 
 
@@ -134,7 +134,7 @@ def _on_disk(
 def _transforms(
     size: tuple[int, int], small: bool, magnitude: int | None
 ) -> tuple[Callable[[Any], Tensor], Callable[[Any], Tensor]]:
-    """Training and test transforms of pictures read one by one, to tensors of pixels."""
+    """Training and test transforms of images read one by one, to tensors of pixels."""
     from torchvision.transforms import v2
 
     pixels = v2.PILToTensor()  # images of more than 8 bits are tensors already

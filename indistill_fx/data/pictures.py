@@ -20,22 +20,22 @@ _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """What an image file may be, whatever its name says. Not EPS, for example: Pillow has Ghostscript run that."""
 
 _MOST_BYTES = 512 << 20
-"""Of a picture's file: 89 million pixels of four bytes, and their metadata. Pillow reads metadata whole; compressed text of a PNG to 1 MiB
+"""Of an image's file: 89 million pixels of four bytes, and their metadata. Pillow reads metadata whole; compressed text of a PNG to 1 MiB
 a piece, 64 MiB in all."""
 
 _ORIENTATION, _SIDEWAYS = 0x0112, 5
 """EXIF's tag, and its first value that exchanges height and width."""
 
 DEEP_PEAK = 65535.0
-"""White in pictures of 16 bits a channel."""
+"""White in images of 16 bits a channel."""
 
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """What a picture's file says of it before it is decoded.
+    """What an image's file says of it before it is decoded.
 
     Attributes:
-        height: of the upright picture, in pixels.
+        height: of the upright image, in pixels.
         width: likewise.
         deep: whether it has 16 bits a channel.
     """
@@ -46,7 +46,7 @@ class Head:
 
 
 def read_head(path: str) -> Head:
-    """Size and depth of a picture.
+    """Size and depth of an image.
 
     Raises:
         ConfigError: see `read_picture`.
@@ -59,7 +59,7 @@ def read_head(path: str) -> Head:
 
 
 def read_picture(path: str, *, channels: int = 3, deep: bool = False) -> Any:
-    """The picture, turned upright by its EXIF tag. Palettes, CMYK and others become plain channels; transparency is left out.
+    """The image, turned upright by its EXIF tag. Palettes, CMYK and others become plain channels; transparency is left out.
 
     Args:
         path: of the file.
@@ -67,10 +67,10 @@ def read_picture(path: str, *, channels: int = 3, deep: bool = False) -> Any:
         deep: whether it belongs to a set with 16 bits a channel.
 
     Returns:
-        A PIL image; of a deep set a float32 tensor (channels, height, width) of values from 0 to 65535 (8-bit pictures times 257).
+        A PIL image; of a deep set a float32 tensor (channels, height, width) of values from 0 to 65535 (8-bit images times 257).
 
     Raises:
-        ConfigError: it is not a picture, broken, of more pixels than Pillow takes for harmless (89 million), of values whose range
+        ConfigError: it is not an image, broken, of more pixels than Pillow takes for harmless (89 million), of values whose range
             cannot be known, of 16-bit colours, or of 16 bits in a set that is not deep; the message names the file.
     """
     with _opened(path) as image:
@@ -113,7 +113,7 @@ def _opened(path: str) -> Iterator[Any]:
 
 def _require_size(path: str) -> None:
     if (size := os.path.getsize(path)) > _MOST_BYTES:
-        raise ValueError(f"the file has {size:,} bytes, more than any picture of 89 million pixels needs")
+        raise ValueError(f"the file has {size:,} bytes, more than any image of 89 million pixels needs")
 
 
 def _is_deep(image: Any) -> bool:

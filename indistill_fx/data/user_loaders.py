@@ -66,7 +66,7 @@ def open_user_loaders(spec: str, options: DataOptions) -> Data:
 
 
 def _figures(spec: str, given: Any, size: tuple[int, ...]) -> Normalisation | None:
-    """What the function says that its pictures are normalised by."""
+    """What the function says that its images are normalised by."""
     if given is None:
         return None
     try:

@@ -80,7 +80,7 @@ class Preprocess:
             return images
         if images.ndim != 4 or len(self.mean) not in (1, images.shape[1]):
             raise ConfigError(
-                f"The file's preprocessing is for pictures of {len(self.mean)} channels, and the inputs are {list(images.shape)}.",
+                f"The file's preprocessing is for images of {len(self.mean)} channels, and the inputs are {list(images.shape)}.",
                 where="preprocess",
                 got=list(images.shape),
                 hint="Give the inputs that the file was exported for.",

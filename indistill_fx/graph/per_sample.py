@@ -1,6 +1,6 @@
 """Convolutions with filters of each sample's own: one operation, where models write them as one large grouped convolution.
 
-Models lay a batch out as the channels of one picture, `conv2d(x.view(1, b * c, h, w), filters.view(b * n, …), groups=b * g)`, and take
+Models lay a batch out as the channels of one image, `conv2d(x.view(1, b * c, h, w), filters.view(b * n, …), groups=b * g)`, and take
 the result apart again. In that form the number of groups depends on the batch, and no channel has a place of its own.
 """
 

@@ -15,7 +15,7 @@ _Number = Annotated[float, Field(allow_inf_nan=False)]
 _Means = Annotated[tuple[_Number, ...], Field(min_length=1, max_length=1 << 16)]
 _Deviations = Annotated[tuple[Annotated[_Number, Field(gt=0)], ...], Field(min_length=1, max_length=1 << 16)]
 _MOST_PIXELS = 1 << 24
-"""That a view may resize a picture to: 192 MiB in three channels."""
+"""That a view may resize an image to: 192 MiB in three channels."""
 _Classes = Annotated[tuple[Annotated[int, Field(ge=0, lt=1 << 31)], ...], Field(max_length=1 << 20)]
 
 
@@ -24,7 +24,7 @@ class _Frozen(BaseModel):
 
 
 class Figures(_Frozen):
-    """What pictures are normalised by: mean and standard deviation of every channel, of values from 0 to 1."""
+    """What images are normalised by: mean and standard deviation of every channel, of values from 0 to 1."""
 
     mean: _Means
     std: _Deviations
@@ -41,7 +41,7 @@ class Figures(_Frozen):
 
 
 class Rescaling(_Frozen):
-    """From pictures normalised by some figures to pictures normalised by others."""
+    """From images normalised by some figures to images normalised by others."""
 
     given: Figures
     wanted: Figures
@@ -66,11 +66,11 @@ class Rescaling(_Frozen):
 
 
 class View(_Frozen):
-    """How a teacher sees a batch that was made for the student. Pictures are tensors of real numbers, (batch, channels, height, width).
+    """How a teacher sees a batch that was made for the student. Images are tensors of real numbers, (batch, channels, height, width).
 
     Attributes:
-        size: height and width in pixels that pictures are resized to; None: as they are.
-        channels: how many channels pictures get: 3 copies grey into three equal channels, 1 takes the luma of RGB; None: as they are.
+        size: height and width in pixels that images are resized to; None: as they are.
+        channels: how many channels images get: 3 copies grey into three equal channels, 1 takes the luma of RGB; None: as they are.
         rescaling: from the mean and standard deviation that the batch is normalised by to those that the teacher wants; of three channels
             if `channels` changes their number; None: as they are.
         dtype: what real numbers are cast to last, as torch writes it; None: as they are.
@@ -119,7 +119,7 @@ class View(_Frozen):
         """An input as the teacher sees it.
 
         Args:
-            value: pictures (batch, channels, height, width), or any other tensor; whole numbers stay as they are.
+            value: images (batch, channels, height, width), or any other tensor; whole numbers stay as they are.
 
         Returns:
             A tensor with the same batch.
@@ -168,17 +168,17 @@ _STRANGERS = "it has no classes in common with the student"
 
 
 def resized(pictures: Tensor, size: tuple[int, int]) -> Tensor:
-    """Pictures of another height and width: bilinear, each pixel a mean over what it covers."""
+    """Images of another height and width: bilinear, each pixel a mean over what it covers."""
     return F.interpolate(pictures, size=size, mode="bilinear", antialias=True)
 
 
 def coloured(pictures: Tensor) -> Tensor:
-    """Grey pictures (batch, 1, height, width) in three channels alike; those of three as they are."""
+    """Grey images (batch, 1, height, width) in three channels alike; those of three as they are."""
     return pictures.expand(-1, 3, -1, -1)
 
 
 def grey(pictures: Tensor) -> Tensor:
-    """The luma of RGB pictures (batch, 3, height, width), (batch, 1, height, width): 0.299 R + 0.587 G + 0.114 B (ITU-R BT.601)."""
+    """The luma of RGB images (batch, 3, height, width), (batch, 1, height, width): 0.299 R + 0.587 G + 0.114 B (ITU-R BT.601)."""
     red, green, blue = pictures[:, 0:1], pictures[:, 1:2], pictures[:, 2:3]
     return 0.299 * red + 0.587 * green + 0.114 * blue
 

@@ -112,14 +112,14 @@ def describe_module(module: nn.Module, *, pretrained: bool = False) -> InputFact
 
 
 def picture_channels(module: nn.Module) -> Literal[1, 3] | None:
-    """Channels of the pictures that a model takes, by its first convolution; None where that is neither grey nor RGB."""
+    """Channels of the images that a model takes, by its first convolution; None where that is neither grey nor RGB."""
     first = next((part for part in module.modules() if isinstance(part, nn.Conv2d)), None)
     channels = first.in_channels if first is not None else None
     return 1 if channels == 1 else 3 if channels == 3 else None
 
 
 def other_channels(module: nn.Module, call: Call) -> Literal[1, 3] | None:
-    """Channels that a model takes instead of those of a picture that it fails on; None where it takes it, or nothing is known.
+    """Channels that a model takes instead of those of an image that it fails on; None where it takes it, or nothing is known.
 
     Args:
         module: any model.

@@ -254,7 +254,7 @@ class CWDLoss(MainLoss):
                 "compares maps, but the logits have no positions",
                 z_s,
                 "(batch, classes, *positions)",
-                "Take kd for a classifier of whole pictures.",
+                "Take kd for a classifier of whole images.",
             )
         mask = counted(labels, z_s)
         maps = [(z / self.temperature).flatten(2) for z in (z_s, z_t)]

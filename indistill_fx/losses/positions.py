@@ -1,7 +1,7 @@
 """Logits at many positions: pixels, tokens. Which positions count, and means over those alone.
 
 Logits are (batch, classes, *positions); labels are class numbers (batch, *positions), or probabilities of the logits' own shape.
-A classifier of whole pictures has one position. Labels of `IGNORED` are left out of every mean.
+A classifier of whole images has one position. Labels of `IGNORED` are left out of every mean.
 """
 
 from __future__ import annotations

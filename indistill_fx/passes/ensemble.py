@@ -40,7 +40,7 @@ def ensemble(
         example_inputs: for one of them; they take the same inputs, in order or by name. The first dimension is the batch.
         logits: key or index of the logits, for teachers that return several outputs.
         views: how each of them sees a batch that was made for the student. None: the batch as it is, except that a teacher that takes only
-            RGB sees grey pictures in three channels, and one that takes only grey sees the luma of RGB.
+            RGB sees grey images in three channels, and one that takes only grey sees the luma of RGB.
 
     Returns:
         A module whose output is sum_i weights_i * logits_i / sum_i weights_i.

@@ -150,7 +150,7 @@ def _figures(value: object, channels: int | None) -> tuple[tuple[float, ...], tu
     if len(mean) != len(std) or not all(map(math.isfinite, mean + std)) or not all(number > 0 for number in std):
         raise ValueError(f"a mean {str(mean)[:60]} and a standard deviation {str(std)[:60]}")
     if mean and channels is not None and len(mean) != channels:
-        raise ValueError(f"a mean of {len(mean)} channels for pictures of {channels}")
+        raise ValueError(f"a mean of {len(mean)} channels for images of {channels}")
     return (mean, std) if mean else None
 
 

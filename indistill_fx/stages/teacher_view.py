@@ -43,8 +43,8 @@ class ViewOptions:
     """What was asked for.
 
     Attributes:
-        size: height and width of the teacher's pictures.
-        channels: of the teacher's pictures, 1 or 3.
+        size: height and width of the teacher's images.
+        channels: of the teacher's images, 1 or 3.
         mean: figures as in `open_data`, or `data`: those of the data.
         std: likewise.
         classes: the teacher's outputs for the data's classes, in their order; or the names of all of the teacher's outputs, in order.
@@ -60,12 +60,12 @@ class ViewOptions:
 def known_view(
     teacher: nn.Module, example: Call, normalisation: Normalisation | None
 ) -> tuple[View | None, tuple[str, ...]]:
-    """The view by what is known of a model and of pictures alone, and what is to be said of it; none where there is no one picture.
+    """The view by what is known of a model and of images alone, and what is to be said of it; none where there is no one image.
 
     Args:
         teacher: a module.
         example: inputs, as the student gets them.
-        normalisation: what the pictures are normalised by, if that is known.
+        normalisation: what the images are normalised by, if that is known.
     """
     values = (*example.args, *example.kwargs.values())
     shapes = [

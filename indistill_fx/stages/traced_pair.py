@@ -37,7 +37,7 @@ def traced_pair(
 ) -> tuple[TracedModel, TracedModel]:
     """Both models traced, with inputs from the loader's first batch if no others are given.
 
-    A plain teacher without a view sees pictures as its weights are known to want them, where the loader says how its own are normalised.
+    A plain teacher without a view sees images as its weights are known to want them, where the loader says how its own are normalised.
 
     Args:
         teacher: traced, or a plain module.
@@ -46,7 +46,7 @@ def traced_pair(
         example_inputs: as the student takes them.
         logits: see `trace`.
         view: what the teacher sees.
-        say: called with what is known, and what is not, of pictures that teacher and loader know.
+        say: called with what is known, and what is not, of images that teacher and loader know.
 
     Raises:
         ConfigError: the loader's batches hold no inputs, or the two share what is to be trained.

@@ -157,7 +157,7 @@ def write(path: str | os.PathLike[str], content: str | bytes) -> None:
 
     Args:
         path: of the file.
-        content: text, or the bytes of a picture.
+        content: text, or the bytes of an image.
 
     Raises:
         ConfigError: it cannot be written.

@@ -195,7 +195,10 @@ def test_a_run_as_teacher_knows_its_own_classes_and_figures(told):
 def test_each_of_several_teachers_sees_what_it_wants(told):
     code, text = told(*distill("models.py:teacher", "--teacher", "models.py:unknown"))
     assert code == 0, text
-    assert "teachers.0: sees inputs normalised by mean 0.5" in text and "models.py:unknown: what its pictures" in text
+    assert (
+        "teachers.0: sees inputs normalised by mean 0.5" in text
+        and "models.py:unknown: the normalisation that it" in text
+    )
     first, second = AlignmentPlan.load("run/plan.json").views
     assert first is not None and first.rescaling is not None and second is None
     code, text = told(
@@ -252,7 +255,7 @@ def test_a_run_on_coloured_pictures_teaches_a_student_of_grey_ones_and_back(told
     code, text = told(
         "train", "models.py:grey", "--data", "imagefolder:data", "--mean", "0.1,0.2,0.3", "--std", "1", "-o", "x"
     )
-    assert code == 2 and "the pictures have 1 channel. Expected: 1 number." in text, text
+    assert code == 2 and "the images have 1 channel. Expected: 1 number." in text, text
 
 
 def test_from_python_a_teacher_sees_what_its_weights_are_known_to_want(told, here):

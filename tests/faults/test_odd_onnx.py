@@ -162,7 +162,7 @@ def test_a_huge_fixed_batch_is_not_tried(tmp_path: Path) -> None:
 def test_preprocessing_of_other_pictures_is_a_difference(tmp_path: Path) -> None:
     text = '{"mean": [0.5, 0.5], "std": [0.5, 0.5]}'
     path = file(tmp_path, lambda made: helper.set_model_props(made, {"preprocess": text}))
-    assert "pictures of 2 channels" in check_onnx(path, Twice(), IMAGES).differences[0]
+    assert "images of 2 channels" in check_onnx(path, Twice(), IMAGES).differences[0]
 
 
 def test_metadata_that_are_no_text(tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def inputs_of(model: onnx.ModelProto, shape: tuple[int, ...] | None = None) -> t
 
     Args:
         model: the file's.
-        shape: of a sample of its first input, where the file leaves it open; by default 224 for sides of pictures, 16,000 for
+        shape: of a sample of its first input, where the file leaves it open; by default 224 for sides of images, 16,000 for
             sounds, 16 for anything else.
 
     Raises:

@@ -160,7 +160,7 @@ class Reference:
             raise
 
     def batch(self, size: int, crop: int = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The example with another batch size, pictures cropped to `crop` pixels if that is given."""
+        """The example with another batch size, images cropped to `crop` pixels if that is given."""
         given = (self.inputs, dict(self.kwargs))
         if crop:
             given = tree_map(lambda leaf: leaf[:, :, :crop, :crop] if isinstance(leaf, Tensor) else leaf, given)
@@ -168,7 +168,7 @@ class Reference:
         return inputs, kwargs
 
     def shapes(self, size: int, *, factor: int = 1) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The example with another batch size, as tensors without data; pictures (or ids) are `factor` times as high and wide (or long)."""
+        """The example with another batch size, as tensors without data; images (or ids) are `factor` times as high and wide (or long)."""
 
         def empty(leaf: Any) -> Any:
             if not isinstance(leaf, Tensor):
@@ -186,7 +186,7 @@ class Reference:
 
         Args:
             graph_module: takes the module's arguments, keyword arguments too, in order.
-            size_free: no size of the example has decided anything in the graph, so one batch size is enough, of cropped pictures.
+            size_free: no size of the example has decided anything in the graph, so one batch size is enough, of cropped images.
 
         Returns:
             (batch size, largest difference relative to the largest value) per batch size compared.

@@ -56,7 +56,7 @@ def infer_facts(
         kwargs: example keyword arguments.
         logits: key or index of the main output among several.
         reference: runs of the module made already.
-        size_free: no size of the example decided anything in the graph, so that it may be compared on smaller pictures.
+        size_free: no size of the example decided anything in the graph, so that it may be compared on smaller images.
 
     Raises:
         FrontendError: the module fails on the example (where="forward"), or graph and module disagree.

@@ -184,7 +184,7 @@ class _Run:
 
 
 class Observer:
-    """Runs graphs on the example, at several batch sizes and at other sizes of the picture.
+    """Runs graphs on the example, at several batch sizes and at other sizes of the image.
 
     Args:
         reference: whose example that is.
@@ -204,7 +204,7 @@ class Observer:
             return [self._real(graph_module, size, macs=macs) for size, macs in flags]
 
     def other_picture(self, graph_module: fx.GraphModule) -> Observed | None:
-        """A run at another size of the picture, without data; None if the graph accepts none."""
+        """A run at another size of the image, without data; None if the graph accepts none."""
         with self.reference.kept(graph_module), _without_data(graph_module):
             for factor in (2, 3):
                 try:

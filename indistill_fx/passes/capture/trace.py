@@ -54,7 +54,7 @@ def as_traced(
         example_inputs: as the student takes them.
         role: see `trace`.
         logits: see `trace`.
-        view: what a teacher sees of them. A teacher of another dtype sees them in that; one that takes RGB alone sees grey pictures in
+        view: what a teacher sees of them. A teacher of another dtype sees them in that; one that takes RGB alone sees grey images in
             three channels, and the other way round.
 
     Raises:

@@ -1,7 +1,7 @@
 """What a teacher sees: the difference between a batch made for the student and what the teacher wants, as nodes of the teacher's graph.
 
 Rules, in order:
-  1. Pictures (real numbers of four axes) are resized, brought to three channels, rescaled channel by channel, brought to one channel; all
+  1. Images (real numbers of four axes) are resized, brought to three channels, rescaled channel by channel, brought to one channel; all
      real numbers are cast to the teacher's dtype.
   2. What the teacher delivers is cast to the student's dtype.
   3. Of its logits, those are delivered that stand for the student's classes, in the student's order.
@@ -31,7 +31,7 @@ def view_between(teacher: TracedModel, student: TracedModel, asked: View | None 
         asked: what else is asked for, such as a plan's view.
 
     Raises:
-        ConfigError: the pictures of the two have other numbers of channels than 1 and 3, or the teacher was traced with pictures of another
+        ConfigError: the images of the two have other numbers of channels than 1 and 3, or the teacher was traced with images of another
             size than is asked for.
     """
     own, other = _pictures(teacher), _pictures(student)
@@ -59,7 +59,7 @@ def view_between(teacher: TracedModel, student: TracedModel, asked: View | None 
             where="size",
             got=tuple(own[0].shape[2:]),
             expected=asked.size,
-            hint="Align anew with that size, or trace the teacher with pictures of it.",
+            hint="Align anew with that size, or trace the teacher with images of it.",
         )
     return View.combined(teacher.view, View(**found), asked)
 

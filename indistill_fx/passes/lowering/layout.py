@@ -3,7 +3,7 @@
 Rules, in order:
   1. Every convolution is 2-d, there is one at least, and all operations are among those that take any layout; else nothing is done, and
      the operation that stands in the way is named.
-  2. Pictures are laid out channels last where they come in; convolutions and what is elementwise keep the layout.
+  2. Images are laid out channels last where they come in; convolutions and what is elementwise keep the layout.
   3. A teacher's weights are laid out so once. The student's are the user's own, which no pass touches: the trainer lays them out while
      it trains (`laid_out`).
   4. What takes one piece of memory for another shape (`view`), and every output, gets the usual layout: a loss may call `view` too.
@@ -73,7 +73,7 @@ def keep_channels_last(graph_module: fx.GraphModule, *, frozen: bool) -> PassRes
 
 
 def in_channels_last(x: Any) -> Any:
-    """The same pictures (batch, channels, height, width), the channels of a place beside each other in memory; all else as it is."""
+    """The same images (batch, channels, height, width), the channels of a place beside each other in memory; all else as it is."""
     return x.contiguous(memory_format=torch.channels_last) if isinstance(x, Tensor) and x.ndim == 4 else x
 
 

@@ -1,4 +1,4 @@
-"""What is done to a batch before it is learnt from: pictures mixed with one another, labels smoothed.
+"""What is done to a batch before it is learnt from: images mixed with one another, labels smoothed.
 
 Everything random is torch's, so that it follows from what the loop has seeded: a resumed run mixes as the first one did.
 """
@@ -52,7 +52,7 @@ def make_mixing(settings: Settings, task: str, outputs: int, *models: Inputs) ->
             inputs = {id(call.first): call.first for call in parts.calls}
             picture = parts.calls[0].first
             if len(inputs) != 1 or picture is None or picture.ndim != 4 or not picture.is_floating_point():
-                raise _unfit("inputs that are not one picture", "one picture (batch, channels, height, width)")
+                raise _unfit("inputs that are not one image", "one image (batch, channels, height, width)")
             new, soft = _mix(mixes, settings, picture, labels, outputs)
             batch = replaced(batch, {id(picture): new})
         smooth = settings.label_smoothing
@@ -63,7 +63,7 @@ def make_mixing(settings: Settings, task: str, outputs: int, *models: Inputs) ->
 
 
 def check_unmixed(settings: Settings) -> None:
-    """Refuse what makes pictures that a teacher has not seen, where what it said of its pictures is kept.
+    """Refuse what makes images that a teacher has not seen, where what it said of its images is kept.
 
     Raises:
         ConfigError: mixup or CutMix is asked for.
