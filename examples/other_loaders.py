@@ -6,7 +6,7 @@
     indistill-fx train examples/other_loaders.py:network --data examples/other_loaders.py:web_dataset -o runs/b --epochs 2
 
 A function that makes loaders is given those of batch_size, seed, workers, limit and augment that it has parameters for. It returns the
-loaders by name, and what else is known: the classes, and what the pictures are normalised by, so that a teacher that wants other figures
+loaders by name, and what else is known: the classes, and what the images are normalised by, so that a teacher that wants other figures
 can have them.
 """
 

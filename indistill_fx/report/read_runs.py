@@ -289,10 +289,10 @@ def _epochs(folder: Path, record: Mapping[str, Any], metric: MetricFacts) -> tup
         missing += ["The curves are taken from run.json instead."] if found else ["There are no curves."]
     for count, problem in ((damaged, "are damaged"), (malformed, "have an unknown form")):
         if count:
-            missing.append(f"{count} lines of metrics.jsonl {problem} and are left out.")
+            missing.append(f"Lines of metrics.jsonl that {problem} and are left out: {count:,}.")
     not_finite = sum(epoch.loss is None for epoch in found.values())
     if not_finite:
-        missing.append(f"The loss of {not_finite} epochs is not finite (NaN or infinity).")
+        missing.append(f"Epochs whose loss is not finite (NaN or infinity): {not_finite:,}.")
     return list(found.values()), missing
 
 

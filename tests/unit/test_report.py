@@ -208,10 +208,19 @@ def test_what_is_gone_is_said_and_the_rest_is_shown(tmp_path, gone):
         ({"run.json": "{"}, "run.json cannot be read"),
         ({"run.json": "[1]"}, "run.json is not the record"),
         ({"run.json": '{"schedule": 3, "environment": [], "settings": null, "command": {}}'}, "no schedule"),
-        ({"metrics.jsonl": "\x00\x01{torn"}, "1 lines of metrics.jsonl are damaged"),
-        ({"metrics.jsonl": '{"stage": 1}\n[]\n{"stage": "a"}\n'}, "3 lines of metrics.jsonl have an unknown form"),
-        ({"metrics.jsonl": '{"stage": "main", "epoch": 1, "loss": NaN}\n'}, "The loss of 1 epochs is not finite"),
-        ({"metrics.jsonl": '{"stage": "main", "epoch": 1, "loss": "<b>"}\n'}, "The loss of 1 epochs is not finite"),
+        ({"metrics.jsonl": "\x00\x01{torn"}, "Lines of metrics.jsonl that are damaged and are left out: 1."),
+        (
+            {"metrics.jsonl": '{"stage": 1}\n[]\n{"stage": "a"}\n'},
+            "Lines of metrics.jsonl that have an unknown form and are left out: 3.",
+        ),
+        (
+            {"metrics.jsonl": '{"stage": "main", "epoch": 1, "loss": NaN}\n'},
+            "Epochs whose loss is not finite (NaN or infinity): 1.",
+        ),
+        (
+            {"metrics.jsonl": '{"stage": "main", "epoch": 1, "loss": "<b>"}\n'},
+            "Epochs whose loss is not finite (NaN or infinity): 1.",
+        ),
         ({"plan.json": '{"schema_version": 9}'}, "plan.json is damaged, or from"),
         ({"student.safetensors": "no tensors"}, "–"),
     ],
