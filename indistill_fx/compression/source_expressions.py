@@ -140,7 +140,8 @@ class _Arguments:
     def value(self, value: Any, keyword: str) -> Line:
         if isinstance(value, fx.Node):
             return self.name(value)
-        if isinstance(value, (tuple, list)) and not isinstance(value, torch.Size) and any(map(_has_node, value)):
+        several = isinstance(value, (tuple, list)) and not isinstance(value, torch.Size)
+        if several and any(_has_node(v) or isinstance(v, slice) or v is ... for v in value):
             inner = _joined([self.value(v, keyword) for v in value])
             opening, closing = "()" if isinstance(value, tuple) else "[]"
             return (opening, *inner, "," if isinstance(value, tuple) and len(value) == 1 else "", closing)

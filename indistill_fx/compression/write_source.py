@@ -132,6 +132,8 @@ def _imports(imports: Imports, classes: str) -> str:
                 todo.append((used, found))
             elif found is not None and used == "math":
                 lines.add("import math")
+            elif used == "functional":
+                lines.add("from torch.nn import functional")
             elif found is not None and used in ("Sequence", "Mapping"):
                 lines.add(f"from collections.abc import {used}")
             elif used == "Tensor":

@@ -118,8 +118,13 @@ def op_name(node: fx.Node) -> str:
             raise RuntimeError(f"node {node.name} stands in a graph without a module")
         return module_op(attribute(owner, str(node.target)))
     if node.op in ("call_function", "call_method"):
-        return _function_name(node.target)
+        name = _function_name(node.target)
+        return _TRANSPOSED.get(str(node.args[1]), name) if name == "getattr" else name
     return node.op
+
+
+_TRANSPOSED = {"mT": "mt", "mH": "mt", "H": "mt", "T": "numpy_t"}
+"""What an attribute of a tensor computes, such as `x.mT`."""
 
 
 def module_op(module: nn.Module) -> str:

@@ -12,7 +12,7 @@ _MORE = frozenset(
     "type_as unflatten chunk unsafe_chunk unfold bernoulli_ contiguous _conj conj resolve_conj resolve_neg cumsum_ bincount tril_indices "
     "triu_indices multinomial cartesian_prod combinations bilinear cosine_similarity pairwise_distance pdist cdist normalize set_grad "
     "_assert_scalar _assert_tensor_metadata sym_constrain_range sym_constrain_range_for_size _fft_c2c _fft_c2r _fft_r2c stft istft "
-    "square flatten ravel broadcast_to expand_as view_as view_as_real view_as_complex reshape_as numpy_T mT mH t matrix_H adjoint swapaxes "
+    "square flatten ravel broadcast_to expand_as view_as view_as_real view_as_complex reshape_as numpy_t mT mH t matrix_H adjoint swapaxes "
     "swapdims moveaxis movedim diff trapezoid trapz cov corrcoef cross kron outer ger inner tensordot chain_matmul linalg_multi_dot "
     "fake_quantize_per_channel_affine quantize_per_tensor dequantize embedding_renorm_ scatter_ scatter_add_ index_add_ index_copy_ "
     "index_fill_ masked_fill_ masked_scatter_ triu_ tril_ random_ uniform_ normal_ exponential_ log_normal_ cauchy_ geometric_ detach_ "

@@ -193,6 +193,32 @@ def test_what_cannot_be_written_is_named():
         source_of(traced(model, torch.randn(3, 4)))
 
 
+class Parts(nn.Module):
+    """Convolves each sample with filters of its own, and writes into a slice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.style, self.weight = nn.Conv2d(3, 8, 3), nn.Linear(8, 8), nn.Parameter(torch.randn(8, 8, 3, 3))
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        b, c, h, w = y.shape
+        filters = (self.weight * self.style(y.mean((2, 3))).view(b, 1, c, 1, 1)).view(b * c, c, 3, 3)
+        y = F.conv2d(y.reshape(1, b * c, h, w), filters, padding=1, groups=b).view(b, c, h, w)
+        z = y.clone()
+        z[:, :, 1:-1] = y[:, :, 1:-1].relu()
+        z[..., :2] = 0.5
+        return self.head(z.mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def test_filters_of_each_sample_and_writes_into_slices_are_written() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 3, 8, 8)
+    model = traced(Parts(), x, ratio=0.5)
+    assert torch.equal(source_of(model).build().eval()(x), model.graph_module(x))
+
+
 def test_a_network_of_another_dtype_is_refused_by_its_dtype() -> None:
     net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).double()
     with pytest.raises(ifx.ExportError, match=r"its weights are torch\.float64"):

@@ -20,6 +20,7 @@ _FIRST = frozenset(
 )
 _LAST = frozenset("linear embedding layer_norm multihead_attention".split())
 _RESHAPES = frozenset("view reshape flatten unflatten squeeze unsqueeze".split())
+_PERMUTES = frozenset("permute transpose t mt numpy_t".split())
 _KEEPS_PARTS = frozenset("contiguous clone dropout identity".split())
 _USUAL = {2: 1, 3: 2, 4: 1, 5: 1}
 """The axis of channels by the number of axes, where nothing else shows it."""
@@ -53,7 +54,7 @@ def _parts(
     own = split_axes.get(source.name, ()) if axis is None else (axis,)
     if not own:
         return None
-    if name in ("permute", "transpose") and axis is None:
+    if name in _PERMUTES and axis is None:
         order = _order(node, len(shape))
         own = tuple(sorted(order.index(k) for k in own)) if order else ()
     elif name in _RESHAPES and own == tuple(range(own[0], own[-1] + 1)):
@@ -74,6 +75,10 @@ def _order(node: fx.Node, rank: int) -> list[int]:
     given = [d % rank for d in (_ints(node.args[1:]) or _ints(tuple(node.kwargs.values())))]
     if op_name(node) == "permute":
         return given if len(given) == rank else []
+    if op_name(node) == "numpy_t":
+        return list(range(rank))[::-1]
+    if op_name(node) in ("t", "mt"):
+        given = [rank - 2, rank - 1] if rank > 1 else []
     if len(given) != 2:
         return []
     order = list(range(rank))
@@ -96,7 +101,7 @@ def _axis(node: fx.Node, shapes: Mapping[str, Shape], axes: Mapping[str, int | N
     before, axis = shapes[source.name], axes[source.name]
     if axis is None:
         return None if rank > 2 else 1
-    if name in ("permute", "transpose") and (name == "permute" or _ints(node.args[1:]) or node.kwargs):
+    if name in _PERMUTES and (name != "transpose" or _ints(node.args[1:]) or node.kwargs):
         order = _order(node, rank)
         return order.index(axis) if order else None
     if name in _RESHAPES or len(before) != rank:

@@ -27,7 +27,7 @@ from indistill_fx.graph.ops import attribute, is_inplace, op_name, with_item
 from indistill_fx.passes.capture.captured import Captured
 
 VIEWS = frozenset(
-    "view reshape flatten unflatten transpose permute t mt movedim squeeze unsqueeze expand expand_as narrow select chunk "
+    "view reshape flatten unflatten transpose permute t mt numpy_t movedim squeeze unsqueeze expand expand_as narrow select chunk "
     "split unbind getitem slice detach alias contiguous getattr diagonal unfold identity".split()
 )
 """Operations whose result may share its storage with their first argument."""

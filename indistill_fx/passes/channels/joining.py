@@ -95,18 +95,17 @@ def _part_of_split(maker: Call, cut: Cut, key: int, call: Call) -> Propagation |
     dim = maker.get("dim", 0)
     if not isinstance(dim, int):
         return Blocked("the axis of the split is computed")
-    if not all(isinstance(size, int) for size in _sizes(maker)):
-        return Blocked("the sizes of the split are computed")
     dim = axis_of(dim, len(shape))
     if cut.start <= dim < cut.stop:
+        if not all(isinstance(size, int) for size in _sizes(maker)):
+            return Blocked("the sizes of the split are computed")
         begin = split_begins(maker, shape[dim], call.output_shape[dim])[key]
         if cut.width > 1:
             return Blocked("the split axis is merged with others here")
         return Propagation(source, (Part(Cut(maker.input, cut.start, cut.stop, tuple(k + begin for k in cut.index))),))
-    begin, size = split_begins(maker, shape[dim], call.output_shape[dim])[key], call.output_shape[dim]
-    moved = dim if dim < cut.start else dim - cut.width + 1
-    part = Part(Cut(maker.input, cut.start, cut.stop, cut.index))
-    return Propagation(lambda out, new: out.function(torch.narrow, new[0], moved, begin, size), (part,))
+    below = Cut(maker.input, cut.start, cut.stop, cut.index)
+    both = again(maker, [below], dim=dim if dim < cut.start else dim - cut.width + 1)
+    return Propagation(lambda out, new: out.item(both(out, new), key), (Part(below),))
 
 
 def _sizes(maker: Call) -> tuple[object, ...]:
@@ -185,9 +184,12 @@ _PARTS = {
 
 def slicing(call: Call, cut: Cut) -> Propagation | Blocked:
     """An indexed tensor; `select`, `narrow`, `slice` and `index_select` are ways to write an index."""
+    elsewhere = _sliced_elsewhere(call, cut)
+    if isinstance(elsewhere, Propagation):
+        return elsewhere
     parsed = taken(call)
     if parsed is None:
-        return _looked_up(call, cut) if call.op == "getitem" else _sliced_elsewhere(call, cut)
+        return _looked_up(call, cut) if call.op == "getitem" else elsewhere
     key, entries = parsed
     axis, output, places = 0, 0, {}
     for place, entry in enumerate(key):
@@ -207,6 +209,13 @@ def slicing(call: Call, cut: Cut) -> Propagation | Blocked:
     at, own = places[cut.start][0], entries.get(axes[0])
     index = cut.index if own is None else tuple(own[k] for k in cut.index)
     part = Part(Cut(call.input, axes[0], axes[-1] + 1, index))
+    if call.op in (
+        "getitem",
+        "with_item",
+    ):  # as it is written: the other axes may have another size than in the example
+        given = call.get("key")
+        key = full_key(given if isinstance(given, tuple) else (given,), len(call.shape(call.input) or ())) or key
+        entries = {}
     rest = {k: own for k, own in entries.items() if k != axes[0]}
     moved = {k if k < axes[0] else k - cut.width + 1: own for k, own in rest.items()}
     new_key = (*key[:at], slice(None), *key[at + cut.width :])
@@ -214,7 +223,7 @@ def slicing(call: Call, cut: Cut) -> Propagation | Blocked:
 
 
 def _sliced_elsewhere(call: Call, cut: Cut) -> Propagation | Blocked:
-    """`narrow` and `slice` by computed numbers, along another axis."""
+    """`narrow` and `slice` along another axis, whatever size it has."""
     dim = call.get("dim", 0)
     dim = axis_of(dim, len(call.output_shape)) if isinstance(dim, int) else cut.start
     if call.op not in ("narrow", "slice") or cut.start <= dim < cut.stop:

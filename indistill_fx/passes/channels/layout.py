@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import Any
 
 import torch
 from torch import fx
 
 from indistill_fx.passes.channels.call import Call, again, axis_of, source, untouched
+from indistill_fx.passes.channels.free_sizes import free_sizes
 from indistill_fx.passes.channels.selection import (
     Blocked,
     Cut,
@@ -47,8 +47,8 @@ def reshape(call: Call, cut: Cut) -> Propagation | Blocked:
     def emit(out: Emitter, new: Sequence[fx.Node]) -> fx.Node:
         if same_rest:
             return new[0] if len(sizes) == 1 else out.function(torch.unflatten, new[0], start, sizes)
-        free = _free_sizes(call, (*range(first), *range(last, len(after))))
-        return out.function(torch.reshape, new[0], (*free[:first], *sizes, *free[first:]))
+        front, back = free_sizes(out, call, new[0], (start, stop), (first, last))
+        return out.function(torch.reshape, new[0], (*front, *sizes, *back))
 
     own = tuple(k for _ in range(left) for k in range(len(cut.index)) for _ in range(right))
     links = None if left * right == 1 else (own, tuple(range(len(index))))
@@ -67,30 +67,6 @@ def _matching_axes(before: Shape, after: Shape, cut: Cut) -> tuple[int, int, int
             start, stop = (exact or [(min(starts), max(b for _, b in ends))])[0]
             return start, stop, first, last
     return None
-
-
-def _free_sizes(call: Call, axes: Sequence[int]) -> list[Any]:
-    """Sizes of the axes the selection leaves alone: as the call gives them where it can, -1 for the batch, else as in the example."""
-    given = call.arguments.get("shape")
-    facts = call.facts[call.node.name]
-    found: list[Any] = []
-    for axis in axes:
-        value = given[axis] if isinstance(given, tuple) and len(given) == len(facts.shape) else None
-        usable = (isinstance(value, int) and value != -1) or (isinstance(value, fx.Node) and _reads_inputs(value, call))
-        found.append(value if usable else -1 if axis == facts.batch_axis else facts.shape[axis])
-    return found
-
-
-def _reads_inputs(size: fx.Node, call: Call) -> bool:
-    """Whether a computed size comes from the network's inputs, so that using it keeps no feature in the graph."""
-    sources = [size]
-    while sources:
-        node = sources.pop()
-        if node.name in call.facts and node.op != "placeholder":
-            return False
-        if node.op != "placeholder":
-            sources += node.all_input_nodes
-    return True
 
 
 def permute(call: Call, cut: Cut) -> Propagation | Blocked:
@@ -124,6 +100,8 @@ def permutation(call: Call) -> list[int] | None:
         dims = call.arguments.get("dims", call.get("dims"))
         return [axis_of(d, rank) for d in dims] if isinstance(dims, (tuple, list)) and len(dims) == rank else None
     order = list(range(rank))
+    if call.op == "numpy_t":
+        return order[::-1]
     if call.op in ("t", "mt"):
         order[-1], order[-2] = order[-2], order[-1]
         return order

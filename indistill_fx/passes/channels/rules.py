@@ -70,7 +70,7 @@ RULES: dict[str, Rule] = {
     "_get_relative_position_bias": attention.position_bias,
     "_patch_merging_pad": attention.patch_merging,
     **dict.fromkeys("view reshape flatten unflatten squeeze unsqueeze".split(), layout.reshape),
-    **dict.fromkeys("permute transpose movedim t mt".split(), layout.permute),
+    **dict.fromkeys("permute transpose movedim t mt numpy_t".split(), layout.permute),
     "expand": layout.expand,
     "repeat": layout.repeat,
     "repeat_interleave": layout.repeat_interleave,

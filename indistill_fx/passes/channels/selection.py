@@ -107,6 +107,9 @@ class Emitter(Protocol):
     def tensor(self, wanted: str, tensor: Tensor) -> fx.Node:
         """A new parameter or buffer."""
 
+    def size(self, node: fx.Node) -> fx.Node:
+        """A computed size, read from selections that were made rather than from the whole tensors."""
+
 
 Emit = Callable[[Emitter, Sequence[fx.Node]], fx.Node]
 

@@ -165,7 +165,11 @@ def follow(found: Coupling, call: Call, summed: Iterable[Units | None] = ()) -> 
                 steps[axis] = step
             elif call.op == "getitem" and op_name(call.input) in PARTS:
                 for source in call.input.all_input_nodes:
-                    found.freeze_all(source, f"`{node.name}`: {step.reason}")
+                    split = source.name in found.facts and len(found.facts[source.name].shape) == len(known.shape)
+                    if split:  # the other axes have their own answers
+                        found.freeze(found.of(source, axis), f"`{node.name}`: {step.reason}")
+                    else:
+                        found.freeze_all(source, f"`{node.name}`: {step.reason}")
     for axis in _unsplit(node.name, known.shape, steps, found.heads):
         for part in steps[axis].parts:
             read |= {(part.cut.node.name, k) for k in range(part.cut.start, part.cut.stop)}

@@ -86,6 +86,9 @@ def _why(call: Call) -> str:
 
 def _read(found: Coupling, call: Call) -> set[Axis] | None:
     """Carry units through a node; returns the axes of its inputs that are thereby covered, None if there is nothing to cover."""
+    if call.computed == "split_size" and isinstance(axis := call.get("dim", 0), int):  # it decides that axis alone
+        rank = len(call.shape(call.input) or ())
+        return {(call.input.name, other) for other in range(rank) if other != axis_of(axis, rank)}
     if call.computed is not None or (call.module is not None and why_opaque(call.module) is not None):
         return set()
     coupler = COUPLERS.get(call.op)

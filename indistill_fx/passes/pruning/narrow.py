@@ -347,5 +347,31 @@ class _Rewriter:
         name = add_tensor(self.graph_module, wanted, tensor)
         return self._add(lambda graph: graph.get_attr(name))
 
+    def size(self, node: fx.Node) -> fx.Node:
+        """See `Emitter`: a whole tensor whose size is read would have to be computed."""
+        read = _size_read(node)
+        if read is None:
+            args = fx.map_arg(node.args, lambda n: n if n.name in self.facts else self.size(n))
+            whole = node.op != "call_function" or args == node.args
+            return node if whole else self.function(node.target, *args, **node.kwargs)  # type: ignore[arg-type]
+        tensor, axis = read
+        for cut, new in self.made.items():
+            if cut.node is tensor and cut.width == 1 and cut.start != axis % len(self.facts[tensor.name].shape):
+                return self.method("size", new, axis)
+        return node
+
+
+def _size_read(node: fx.Node) -> tuple[fx.Node, int] | None:
+    """The tensor and the axis whose size a node is: `x.size(2)`, `x.shape[2]`, `x.size()[2]`."""
+    source: Any = node.args[0] if node.args else None
+    axis: Any = node.args[1] if len(node.args) == 2 else None
+    if node.target is operator.getitem and isinstance(source, fx.Node):
+        whole = source.target == "size" and len(source.args) == 1
+        shape = source.target is getattr and source.args[1] == "shape"
+        source = source.args[0] if whole or shape else None
+    elif node.target != "size":
+        source = None
+    return (source, axis) if isinstance(source, fx.Node) and isinstance(axis, int) else None
+
 
 __all__ = ["Absorbed", "NarrowReport", "NarrowedTap", "Stopped", "choose_channels", "narrow"]

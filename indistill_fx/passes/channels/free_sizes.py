@@ -1,0 +1,96 @@
+"""The sizes of the axes that a selection does not touch, read when the graph runs: of any batch and any picture, not the example's."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from functools import reduce
+from math import prod
+from typing import Any
+
+from torch import fx
+
+from indistill_fx.passes.channels.call import Call, axis_of
+from indistill_fx.passes.channels.selection import Emitter, Shape
+
+Span = tuple[int, int]
+Size = int | Callable[[], Any]
+"""A number, or what writes its computation into the graph."""
+
+
+def free_sizes(out: Emitter, call: Call, new: fx.Node, span: Span, made: Span) -> tuple[list[Any], list[Any]]:
+    """Sizes of the output's axes before and after those that hold the selection; at most one of them is -1.
+
+    Args:
+        out: writes the graph.
+        call: a reshape.
+        new: its selected input, in which the axes of `span` are one.
+        span: the input's axes that hold the selection.
+        made: the output's axes that hold it.
+    """
+    before, after = call.shape(call.input) or (), call.output_shape
+
+    def size_of(axis: int) -> fx.Node:
+        return out.method("size", new, axis if axis < span[0] else axis - (span[1] - span[0]) + 1)
+
+    groups = [*_groups(before, after, (0, span[0]), (0, made[0]))]
+    groups += _groups(before, after, (span[1], len(before)), (made[1], len(after)))
+    given, sizes = _given(call), dict[int, Size]()
+    for axes, own in groups:
+        sizes.update(_sizes(out, axes, own, given, after, size_of))
+    computed = [axis for axis in sizes if callable(sizes[axis])]
+    inferred = computed[-1] if computed else None  # torch computes one
+    written = {axis: -1 if axis == inferred else size() if callable(size) else size for axis, size in sizes.items()}
+    return [written[k] for k in range(made[0])], [written[k] for k in range(made[1], len(after))]
+
+
+def _groups(before: Shape, after: Shape, span: Span, made: Span) -> list[tuple[list[int], list[int]]]:
+    """Axes of the input, and the axes of the output that hold the same entries, as few together as the sizes allow."""
+    ins, outs = list(range(*span)), list(range(*made))
+    found = []
+    while ins or outs:
+        axes, own = ins[:1], outs[:1]
+        while (size := prod(before[k] for k in axes)) != (other := prod(after[k] for k in own)):
+            longer, rest = (axes, ins) if size < other else (own, outs)
+            longer.append(rest[len(longer)])
+        ins, outs = ins[len(axes) :], outs[len(own) :]
+        found.append((axes, own))
+    return found
+
+
+def _given(call: Call) -> dict[int, Any]:
+    """The sizes that the code itself gives, by axis of the output: numbers and computed ones."""
+    rank, given, first = len(call.output_shape), call.arguments.get("shape"), 0
+    if call.op == "unflatten":
+        given, dim = call.get("sizes", call.get("unflattened_size")), call.get("dim")
+        first = axis_of(dim, len(call.shape(call.input) or ())) if isinstance(dim, int) else rank
+    elif isinstance(given, tuple) and len(given) != rank:
+        given = None
+    entries = enumerate(given, first) if isinstance(given, (tuple, list)) else ()
+    return {axis: size for axis, size in entries if isinstance(size, fx.Node) or (isinstance(size, int) and size >= 0)}
+
+
+def _sizes(
+    out: Emitter,
+    axes: Sequence[int],
+    own: Sequence[int],
+    given: dict[int, Any],
+    after: Shape,
+    size_of: Callable[[int], fx.Node],
+) -> dict[int, Size]:
+    """The sizes of a few output axes, which hold the entries of a few input axes."""
+
+    def quotient(others: Sequence[Any]) -> Callable[[], Any]:
+        def write() -> Any:
+            whole = reduce(lambda a, b: out.function(operator.mul, a, b), [size_of(k) for k in axes])
+            return reduce(lambda a, b: out.function(operator.floordiv, a, b), [n for n in others if n != 1], whole)
+
+        return write
+
+    numbers: dict[int, Size] = {k: given[k] for k in own if isinstance(given.get(k), int)}
+    numbers |= {k: 1 for k in own if after[k] == 1 and k not in given and len(own) > 1}
+    rest = [k for k in own if k not in numbers]
+    if len(rest) == 1 and axes:
+        return {**numbers, rest[0]: quotient([*numbers.values()])}
+    computed: dict[int, Size] = {k: lambda k=k: out.size(given[k]) for k in rest if k in given}  # type: ignore[misc]
+    return {**numbers, **computed, **{k: after[k] for k in rest if k not in given}}

@@ -1,0 +1,103 @@
+"""A narrowed network computes the kept channels for batches and pictures of other sizes than the example's, too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from indistill_fx.graph.interpret import run_keeping
+from indistill_fx.passes.capture.trace import trace
+from indistill_fx.passes.extract.instrument import cut
+from indistill_fx.passes.pruning.narrow import narrow
+from indistill_fx.passes.pruning.shrink import shrink
+
+
+def reversed_rows(y: Tensor) -> Tensor:
+    b, c, h, w = y.shape
+    return y.reshape(b, c, 2, h // 2, w).flip(2).reshape(b, c, h, w)
+
+
+def windows(y: Tensor) -> Tensor:
+    b, c, h, w = y.shape
+    z = y.view(b, c, h // 4, 4, w // 4, 4).permute(0, 2, 4, 3, 5, 1).reshape(-1, 16, c)
+    z = z + z.mean(1, keepdim=True)
+    return z.view(b, h // 4, w // 4, 4, 4, c).permute(0, 5, 1, 3, 2, 4).reshape(b, c, h, w)
+
+
+def tokens(y: Tensor) -> Tensor:
+    b, c, h, w = y.shape
+    return y.flatten(2).transpose(1, 2).softmax(1).mT.view(b, c, h, w)
+
+
+def sides(y: Tensor) -> Tensor:
+    _, _, h, w = y.shape
+    rows, columns = torch.cat([y.mean(3, keepdim=True), y.mean(2, keepdim=True).mT], 2).split([h, w], 2)
+    return y * rows.sigmoid() * columns.mT.sigmoid()
+
+
+OPERATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "chunk": lambda y: torch.cat(y.chunk(2, 2)[::-1], 2),
+    "split": lambda y: torch.cat(y.split(y.shape[2] // 2, 2)[::-1], 2),
+    "tensor_split": lambda y: torch.cat(y.tensor_split(2, 2)[::-1], 2),
+    "split in unequal parts": lambda y: torch.cat(y.split([y.shape[2] // 4, y.shape[2] - y.shape[2] // 4], 2), 2),
+    "every second row": lambda y: y[:, :, ::2] + y[..., 1::2, :],
+    "all rows but one": lambda y: y[:, :, :-1] + y[:, :, 1:],
+    "unflatten": lambda y: y.unflatten(2, (2, -1)).flip(2).flatten(2, 3),
+    "squeeze": lambda y: y.mean(2, keepdim=True).squeeze(2).unsqueeze(3),
+    "reshape": reversed_rows,
+    "windows": windows,
+    "tokens": tokens,
+    "sides": sides,
+    "pad": lambda y: F.pad(y, (0, y.shape[3] % 3, 0, 0)),
+    "repeat": lambda y: y + y.mean(2, keepdim=True).repeat(1, 1, y.shape[2], 1),
+}
+
+
+class Middle(nn.Module):
+    def __init__(self, operation: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.conv, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 6, 1), nn.Conv2d(6, 4, 1)
+        self.operation = operation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.operation(self.conv(self.stem(x).relu())).relu())  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+@torch.no_grad()
+def test_all_taps_at_other_sizes(name: str) -> None:
+    net = Middle(OPERATIONS[name]).double().eval()
+    model = trace(net, torch.randn(2, 3, 16, 16, dtype=torch.float64))
+    known = {names[0]: model.facts[node] for node, names in model.aliases.items() if node in model.facts}
+    taps = [tap for tap, own in known.items() if own.channel_axis and model.node(tap).op != "placeholder"]
+    kept = {tap: range(0, known[tap].channels, 2) for tap in taps}
+    smaller, shrunk = narrow(model, kept=kept).value, shrink(model, ratio=0.5).value
+    assert shrunk.facts_of("conv").shape[1] == 3
+    for size in ((3, 3, 24, 32), (1, 3, 8, 12)):
+        x = torch.randn(size, dtype=torch.float64)
+        torch.testing.assert_close(model.graph_module(x), net(x))
+        _, whole = run_keeping(model.graph_module, [model.node(tap).name for tap in taps], x)
+        got, _ = cut(smaller, taps).value(x)
+        for tap in taps:
+            expected = whole[model.node(tap).name].index_select(known[tap].channel_axis or 0, torch.tensor(kept[tap]))
+            torch.testing.assert_close(got[tap], expected)
+        assert shrunk.graph_module(x).shape == net(x).shape
+
+
+@pytest.mark.parametrize("form", [lambda x: x.mT, lambda x: x.transpose(1, 2), lambda x: x.mH])
+def test_the_channels_of_a_transposed_tensor(form: Callable[[Tensor], Tensor]) -> None:
+    model = trace(Middle(lambda y: form(form(y.flatten(2)).softmax(1)).unflatten(2, (8, 8))), torch.randn(2, 3, 8, 8))
+    axes = [known.channel_axis for known in model.facts.values() if known.shape in ((2, 6, 64), (2, 64, 6))]
+    assert axes == [1, 2, 2, 1]
+
+
+def test_sizes_are_read_from_what_was_narrowed() -> None:
+    model = trace(Middle(windows).eval(), torch.randn(2, 3, 16, 16))
+    graph_module = cut(narrow(model, kept={":relu_1": [0, 2, 4]}).value, [":relu_1"]).value
+    widths = {m.out_channels for m in graph_module.modules() if isinstance(m, nn.Conv2d)}
+    assert widths == {8, 3}  # the whole tensor is not computed for the sake of its shape
