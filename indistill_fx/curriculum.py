@@ -163,8 +163,10 @@ class Curriculum:
         if isinstance(self.lengths, int):
             lengths = [self.lengths] * count
         else:
-            own = [self.a + layer for layer in range(1, count + 1)] if self.lengths is None else list(self.lengths)
-            lengths = own or [0] * count
+            stage_lengths = (
+                [self.a + layer for layer in range(1, count + 1)] if self.lengths is None else list(self.lengths)
+            )
+            lengths = stage_lengths or [0] * count
         self._check_count("lengths", lengths, count)
         lengths += [self.penultimate] if penultimate else []
         one = isinstance(self.learning_rate, (int, float))

@@ -383,8 +383,8 @@ def _check_order(pairs: tuple[Pair, ...], teacher: TracedModel, student: TracedM
     orders = [{node.name: k for k, node in enumerate(model.graph_module.graph.nodes)} for model in (teacher, student)]
     couples = [(first, second, "student") for first, second in pairwise(pairs)]
     for name in dict.fromkeys(member_of(pair.teacher) for pair in pairs):  # each of several teachers by itself
-        own = [pair for pair in pairs if member_of(pair.teacher) == name]
-        couples += [(first, second, "teacher") for first, second in pairwise(own)]
+        of_member = [pair for pair in pairs if member_of(pair.teacher) == name]
+        couples += [(first, second, "teacher") for first, second in pairwise(of_member)]
     for first, second, role in couples:
         model, order = (teacher, orders[0]) if role == "teacher" else (student, orders[1])
         places = [order[model.node(getattr(pair, role)).name] for pair in (first, second)]

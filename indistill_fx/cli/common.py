@@ -139,7 +139,7 @@ def example_for(sources: tuple[Source, ...], asked: Sequence[str] = (), data: Da
     if data is not None:
         return _example_of_data(sources, data)
     known = next((source.example_inputs for source in sources if source.example_inputs is not None), None)
-    known = known or next((own for source in sources if (own := _dummy_inputs(source.module))), None)
+    known = known or next((dummy for source in sources if (dummy := _dummy_inputs(source.module))), None)
     if known is not None:
         return known
     size = next((source.input_size for source in sources if source.input_size is not None), None)
@@ -171,7 +171,9 @@ def _example_of_data(sources: tuple[Source, ...], data: Data) -> Any:
     batch = samples_of(next(iter(data.test)), slice(2))
     if (entries := named(batch)) is not None and not isinstance(batch, tuple):
         return entries
-    takes = [own for own in (Inputs.of(source.module) for source in sources) if not own.by_number]
+    takes = [
+        inputs_taken for inputs_taken in (Inputs.of(source.module) for source in sources) if not inputs_taken.by_number
+    ]
     calls = split(batch, *takes, where="The model").calls
     longest = max((call.args for call in calls), key=len)
     plain = len(longest) == 1 and longest[0].is_floating_point()
@@ -227,8 +229,8 @@ def first_inputs(loader: Any, samples: int, module: nn.Module) -> Any:
 
     from indistill_fx.batch import Inputs, split
 
-    own = Inputs.of(module)
-    calls = [split(batch, own, where=own.owner).calls[0] for batch in first_batches(loader, samples)]
+    taken = Inputs.of(module)
+    calls = [split(batch, taken, where=taken.owner).calls[0] for batch in first_batches(loader, samples)]
     if calls[0].kwargs:
         return {name: torch.cat([call.kwargs[name] for call in calls]) for name in calls[0].kwargs}
     inputs = [torch.cat(parts) for parts in zip(*(call.args for call in calls), strict=True)]

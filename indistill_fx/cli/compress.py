@@ -126,8 +126,8 @@ def command(teacher: str, **options: Any) -> None:
     if options["qat"] and not made.spec:
         out.print("--qat was left out: it starts from the student's source code, and there is none.", soft_wrap=True)
     elif options["qat"]:
-        own = training.kept_of(made.spec.partition("@")[0], made.student, shared["example_inputs"], data, options)
-        settings = {**shared, "about": {**shared["about"], **own}, "plan": made.plan}
+        about = training.kept_of(made.spec.partition("@")[0], made.student, shared["example_inputs"], data, options)
+        settings = {**shared, "about": {**shared["about"], **about}, "plan": made.plan}
         training.for_int8(source.module, made.student, data.train, settings, options["qat"])
 
 
@@ -153,15 +153,17 @@ def _curriculum(options: dict[str, Any]) -> Any:
             where="--one-by-one",
             hint="Leave one of them out.",
         )
-    own = replace(RECIPES["compress"].student["curriculum"], feed=options["feed"], together=not options["one_by_one"])
+    recipe_curriculum = replace(
+        RECIPES["compress"].student["curriculum"], feed=options["feed"], together=not options["one_by_one"]
+    )
     if options["keep_features"] is not None:
-        own = replace(own, keep_features=options["keep_features"])
+        recipe_curriculum = replace(recipe_curriculum, keep_features=options["keep_features"])
     lengths = options["warmup"]
     if lengths:
-        own = replace(own, lengths=lengths[0] if len(lengths) == 1 else lengths)
+        recipe_curriculum = replace(recipe_curriculum, lengths=lengths[0] if len(lengths) == 1 else lengths)
     elif options["one_by_one"]:
-        own = replace(own, lengths=1)
-    return own
+        recipe_curriculum = replace(recipe_curriculum, lengths=1)
+    return recipe_curriculum
 
 
 def _tell(steps: tuple[Step, ...]) -> None:

@@ -269,13 +269,13 @@ def _assisted(
         common.say(f"Assistant: {described}")
     else:
         assistant = common.open_model(spec, options["trust"], seed=options["seed"]).module
-    own: dict[str, Any] = {"epochs": options["epochs"]}
-    own |= RECIPES[options["recipe"]].assistant
+    step: dict[str, Any] = {"epochs": options["epochs"]}
+    step |= RECIPES[options["recipe"]].assistant
     if options["assistant_epochs"] is not None:
-        own["epochs"] = options["assistant_epochs"]
-    own["about"] = training.kept_of(spec, assistant, shared["example_inputs"], data, options, teacher=teacher)
+        step["epochs"] = options["assistant_epochs"]
+    step["about"] = training.kept_of(spec, assistant, shared["example_inputs"], data, options, teacher=teacher)
     shared = {**shared, "plan": None}  # the given plan is for the student
-    (record,) = distill_chain([source, assistant], data.train, steps=[own], run_dir=options["output"], **shared)
+    (record,) = distill_chain([source, assistant], data.train, steps=[step], run_dir=options["output"], **shared)
     if options["assistant"] == "auto" and is_main_process():
         takes = Inputs.of(assistant)
         example = Call.of_example(shared["example_inputs"], takes, where="The assistant").tensors(takes.names)

@@ -79,8 +79,8 @@ def picture_options(command: Command) -> Command:
 
 def compared_options(command: Command) -> Command:
     """Options of comparing a file with a model: --json, the image options, --input, --task, --trust."""
-    own = (click.option("--json", "as_json", is_flag=True, help="Print JSON."), picture_options)
-    for option in reversed((*own, common.input_option, common.task_option, common.trust_option)):
+    compared = (click.option("--json", "as_json", is_flag=True, help="Print JSON."), picture_options)
+    for option in reversed((*compared, common.input_option, common.task_option, common.trust_option)):
         command = option(command)
     return command
 
@@ -169,9 +169,9 @@ def teacher_views(
     asked["teacher_channels"] = [int(count) if count else None for count in asked["teacher_channels"]]
     plans = list(planned) if len(planned) == len(teachers) else [None] * len(teachers)
     views = []
-    for number, (teacher, own) in enumerate(zip(teachers, plans, strict=True)):
+    for number, (teacher, plan_view) in enumerate(zip(teachers, plans, strict=True)):
         own_options = {name.removeprefix("teacher_"): values[number] for name, values in asked.items()}
-        view, notes = teacher_view(teacher, data, ViewOptions(**own_options), own)
+        view, notes = teacher_view(teacher, data, ViewOptions(**own_options), plan_view)
         views.append(view)
         for note in notes:
             say(note)
@@ -240,9 +240,9 @@ def _wanted(spec: str, asked: Mapping[str, Any], sources: tuple[Source, ...]) ->
         found["mean"], found["std"] = in_channels(figures, channels) if channels in (1, 3) else figures
     if kind != "imagefolder":
         return found
-    own = sources[0].wanted_normalisation if sources else None
-    if run is None and own is not None and asked["mean"] is None and asked["std"] is None:
-        found["mean"], found["std"] = own
+    of_model = sources[0].wanted_normalisation if sources else None
+    if run is None and of_model is not None and asked["mean"] is None and asked["std"] is None:
+        found["mean"], found["std"] = of_model
         say(f"Images are prepared as {sources[0].spec} needs them.")
     if asked["channels"] is None:
         found["channels"] = channels

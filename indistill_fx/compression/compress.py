@@ -308,8 +308,8 @@ def _write(
 
 def _save(folder: Path, identity: Mapping[str, Any], steps: Iterable[Step], made: int, spec: str, **more: Any) -> None:
     signature = sign(parse_spec(spec)) if spec else None
-    own = {"identity": dict(identity), "seal": signature, "made": made, "steps": [asdict(step) for step in steps]}
-    save_json(folder / STORY, own | more)
+    record = {"identity": dict(identity), "seal": signature, "made": made, "steps": [asdict(step) for step in steps]}
+    save_json(folder / STORY, record | more)
 
 
 def _finished(

@@ -150,9 +150,9 @@ class _SideBySide:
             count, total, squares = count + x.shape[1], total + x.sum(1), squares + x.square().sum(1)
         if count < 2:
             return False
-        own = total / count
-        mean.copy_(own)
-        var.copy_((squares / count - own.square()).clamp_min(0) * count / (count - 1))
+        mean_now = total / count
+        mean.copy_(mean_now)
+        var.copy_((squares / count - mean_now.square()).clamp_min(0) * count / (count - 1))
         return True
 
     def _reader(self, call: Call, fitted: dict[str, tuple[float, float]], done: set[int]) -> str:

@@ -28,7 +28,7 @@ def class_texts(root: Block) -> list[str]:
     groups: dict[object, list[Block]] = {}
     for block in _inside(root):
         groups.setdefault(_key(block), []).append(block)
-    for blocks in sorted(groups.values(), key=lambda own: _height(own[0])):
+    for blocks in sorted(groups.values(), key=lambda members: _height(members[0])):
         found.add(blocks)
     return [found.text(group) for group in found.classes]
 
@@ -139,27 +139,27 @@ class _Classes:
         return "\n".join(lines) + "\n"
 
     def _line(
-        self, line: Line, group: _Class, counter: Iterator[int], indent: str, own: Callable[[str], str] = str
+        self, line: Line, group: _Class, counter: Iterator[int], indent: str, rename: Callable[[str], str] = str
     ) -> str:
-        return "".join(self._piece(piece, group, counter, own) for piece in line)
+        return "".join(self._piece(piece, group, counter, rename) for piece in line)
 
-    def _piece(self, piece: Piece, group: _Class, counter: Iterator[int], own: Callable[[str], str]) -> str:
+    def _piece(self, piece: Piece, group: _Class, counter: Iterator[int], rename: Callable[[str], str]) -> str:
         if isinstance(piece, str):
             return piece
         if isinstance(piece, Literal):
             name = group.columns.get(next(counter))
-            text = own(name) if name is not None else piece.text
+            text = rename(name) if name is not None else piece.text
             if name is None and piece.keyword and text == piece.default:
                 return ""
             return f"{piece.keyword}={text}" if piece.keyword else text
         if isinstance(piece, Construct):
-            parts = [self._line(argument, group, counter, "", own) for argument in piece.arguments]
+            parts = [self._line(argument, group, counter, "", rename) for argument in piece.arguments]
             return _call(piece.name, [part for part in parts if part], piece.brackets)
         inner = self.of[piece]
         parts = []
         for name, text in inner.arguments[piece].items():
             outer = group.columns.get(next(counter))
-            parts.append(f"{name}={own(outer) if outer is not None else text}")
+            parts.append(f"{name}={rename(outer) if outer is not None else text}")
         return _call(inner.name, parts, ("(", ")"))
 
 

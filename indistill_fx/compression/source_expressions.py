@@ -52,8 +52,8 @@ def expression(node: fx.Node, name: Name, module: Line, imports: Imports) -> Lin
         return (*argument.atom(node.args[0]), f".{node.target}", *argument.call(node.args[1:], node.kwargs))
     target: Any = node.target
     if target is choose:
-        flag, own, other = (argument.value(value, "value") for value in node.args)
-        return ("(", *own, " if ", *flag, " else ", *other, ")")
+        flag, trained, evaluated = (argument.value(value, "value") for value in node.args)
+        return ("(", *trained, " if ", *flag, " else ", *evaluated, ")")
     if target is getattr and len(node.args) == 2:
         return (*argument.atom(node.args[0]), f".{node.args[1]}")
     if target is operator.getitem:
@@ -110,10 +110,10 @@ def function_name(node: fx.Node, target: Any, imports: Imports) -> str:
 
 def _packet_name(name: str, imports: Imports) -> str:
     """The name of an operator of torch, or of a library that registers operators with torch."""
-    namespace, _, own = name.partition("::")
+    namespace, _, packet = name.partition("::")
     if namespace == "torchvision":
         imports.lines.add("import torchvision")
-    return f"torch.ops.{namespace}.{own}"
+    return f"torch.ops.{namespace}.{packet}"
 
 
 class _Arguments:

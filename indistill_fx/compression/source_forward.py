@@ -55,8 +55,8 @@ class Forward:
         lines: list[Line] = [(f"def forward(self, {head}):",)]
         for k, step in enumerate(self.body.steps):
             lines += self._step(k, step)
-        own = commas([self._value(node) for node in self.body.outputs]) if result is None else ()
-        values = self._structure(result) if result is not None else own
+        returned = commas([self._value(node) for node in self.body.outputs]) if result is None else ()
+        values = self._structure(result) if result is not None else returned
         lines = _with_loops(lines)
         if len(values) == 1 and lines[-1][0] == f"{values[0]} = ":
             return [*lines[:-1], ("return ", *lines[-1][1:])]
@@ -107,8 +107,8 @@ class Forward:
         name = self._name(step, [step], k)[0]
         lines: list[Line] = []
         for head, (inner, results) in zip(("if self.training:", "else:"), sides, strict=True):
-            own = results[0] if len(results) == 1 else ("(", *commas(results), ")")
-            body = [*inner, (f"{name} = ", *own)] if own != (name,) else inner
+            result = results[0] if len(results) == 1 else ("(", *commas(results), ")")
+            body = [*inner, (f"{name} = ", *result)] if result != (name,) else inner
             if body or head != "else:":
                 lines += [(head,), *(("    ", *line) for line in body or [("pass",)])]
         return lines

@@ -103,15 +103,15 @@ def places_of(graph_module: fx.GraphModule, nodes: Sequence[fx.Node]) -> Places:
     for node in nodes:
         if not node.op.startswith("call") or reads_flag(node):
             continue
-        own = node.meta.get("nn_module_stack")
+        module_stack = node.meta.get("nn_module_stack")
         entries = (
             before
-            if own is None
-            else [(p, key, getattr(c, "__name__", str(c).rpartition(".")[2])) for key, (p, c) in own.items()]
+            if module_stack is None
+            else [(p, key, getattr(c, "__name__", str(c).rpartition(".")[2])) for key, (p, c) in module_stack.items()]
         )
         entries = [entry for entry in entries if entry[0]]
         if node.op == "call_module" and not isinstance(attribute(graph_module, str(node.target)), ByMode):
-            path = entries.pop()[0] if own is not None and entries else str(node.target)
+            path = entries.pop()[0] if module_stack is not None and entries else str(node.target)
             if used_names.setdefault(path, str(node.target)) != str(node.target):
                 path = str(node.target)
             modules[node] = path
@@ -139,8 +139,8 @@ def _tensor_paths(
             common = level[0]
         # A number tells tensors at the root apart. Inside a scope it would only make equal classes differ.
         first = re.sub(r"_\d+$", "", target)
-        own = first if hasattr(graph_module, first) else target
-        name = f"{common}.{own}" if common and "." not in target else target
+        leaf_name = first if hasattr(graph_module, first) else target
+        name = f"{common}.{leaf_name}" if common and "." not in target else target
         while name in paths.values() or (name != target and hasattr(graph_module, name)):
             name += "_"
         paths[target] = name
@@ -203,12 +203,12 @@ def _body(
 def _connect(body: Body, scope: Scope, places: Places) -> None:
     """Find the inputs and outputs of all bodies."""
     members = body.nodes()
-    own = set(members)
+    inside = set(members)
     inputs: dict[fx.Node, None] = {}
     for node in members:
-        inputs.update((n, None) for n in node.all_input_nodes if n not in own and not reads_flag(n))
+        inputs.update((n, None) for n in node.all_input_nodes if n not in inside and not reads_flag(n))
     body.inputs = [n for n in inputs if n.op != "get_attr" or not below(places.tensors[str(n.target)], scope.path)]
-    body.outputs = [node for node in members if any(user not in own for user in node.users)]
+    body.outputs = [node for node in members if any(user not in inside for user in node.users)]
     for step in body.steps:
         if not isinstance(step, fx.Node):
             _connect(step[1], step[0], places)

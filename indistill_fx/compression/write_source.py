@@ -67,8 +67,8 @@ class StudentSource:
             ConfigError: they cannot be written.
         """
         make_folder(directory)
-        own = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in self.state.items()}
-        write(directory / WEIGHTS, save(own))
+        tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in self.state.items()}
+        write(directory / WEIGHTS, save(tensors))
         write(directory / SOURCE, self.text)
         return f"{directory / SOURCE}:Student@{directory / WEIGHTS}"
 

@@ -52,10 +52,10 @@ def open_folder(place: str, options: DataOptions) -> Data:
             expected="8 bits",
             hint="Leave --randaugment out, or convert the images.",
         )
-    own, channels, peak = (form.height, form.width), options.channels or 3, DEEP_PEAK if form.deep else 255.0
-    small = max(options.size or own) <= SMALL
-    size = options.size or (own if small else options.model_size or LARGE)
-    default = _known_figures(train.classes, own)
+    own_size, channels, peak = (form.height, form.width), options.channels or 3, DEEP_PEAK if form.deep else 255.0
+    small = max(options.size or own_size) <= SMALL
+    size = options.size or (own_size if small else options.model_size or LARGE)
+    default = _known_figures(train.classes, own_size)
     notes: tuple[str, ...] = (
         () if train.labels is not None else (f"{train.folder} has no class folders: its images have no labels.",)
     )
@@ -74,9 +74,9 @@ def open_folder(place: str, options: DataOptions) -> Data:
         held = Split(decoded[0].values, train.labels), Split(decoded[1].values, test.labels)
         augment = of_small_images(options.augment, options.randaugment)
         return hold(*held, train.classes or test.classes, default, options, peak=peak, augment=augment, notes=notes)
-    if options.size is None and size != own:
+    if options.size is None and size != own_size:
         notes += (
-            f"Images ({own[0]}x{own[1]}{' and others' * form.mixed}) are resized and cropped to {size[0]}x{size[1]}.",
+            f"Images ({own_size[0]}x{own_size[1]}{' and others' * form.mixed}) are resized and cropped to {size[0]}x{size[1]}.",
         )
     if options.cache is not None:
         notes += ("These images are read from disk as they are needed: --cache has no effect.",)

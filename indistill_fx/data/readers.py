@@ -164,19 +164,19 @@ def leaving_signals_to_us(loader: Any) -> Iterator[None]:
     if not isinstance(loader, DataLoader) or not loader.num_workers:
         yield
         return
-    own = loader.worker_init_fn
-    loader.worker_init_fn = _LeavingSignals(own)
+    user_init = loader.worker_init_fn
+    loader.worker_init_fn = _LeavingSignals(user_init)
     try:
         yield
     finally:
-        loader.worker_init_fn = own
+        loader.worker_init_fn = user_init
 
 
 class _LeavingSignals:
     """The user's `worker_init_fn`, after `left_to_the_parent`; a class, because processes may be started afresh."""
 
-    def __init__(self, own: Callable[[int], None] | None):
-        self.own = own
+    def __init__(self, user_init: Callable[[int], None] | None):
+        self.own = user_init
 
     def __call__(self, number: int) -> None:
         left_to_the_parent()

@@ -162,9 +162,9 @@ def _trained(
     ):
         say(f"   {NAMES[name]}:")
         epochs = STUDENT_EPOCHS - (WARMUP if curriculum is warmup else 0)
-        own: dict[str, Any] = {"curriculum": curriculum, "main": main, "epochs": epochs, "run_dir": out / name}
+        arm_options: dict[str, Any] = {"curriculum": curriculum, "main": main, "epochs": epochs, "run_dir": out / name}
         student = copy.deepcopy(small.fresh)
-        arms[name] = Arm(student, distill(teacher, student, few.train, **own, **common))
+        arms[name] = Arm(student, distill(teacher, student, few.train, **arm_options, **common))
     return arms | compare(
         teacher,
         small.cut,

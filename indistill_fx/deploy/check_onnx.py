@@ -165,8 +165,8 @@ def check_onnx(
             differences += _wrong_graph(model, deployed, inputs, session, notes)
             if quantised:
                 differences += _wrong_classes(proof, agreement, notes)
-            if metadata_in_file.get("weights", own := weights_digest(module)) != own:
-                line = f"the file says that it was made from the weights {metadata_in_file['weights']}, the module has {own}"
+            if metadata_in_file.get("weights", digest := weights_digest(module)) != digest:
+                line = f"the file says that it was made from the weights {metadata_in_file['weights']}, the module has {digest}"
                 (differences if quantised else notes).append(line)
     return CheckReport(
         file, (*wrong_inputs, *differences), proof.parity, proof.real, proof.max_abs, _opset(model), file_size(file),

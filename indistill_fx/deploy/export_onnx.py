@@ -289,11 +289,11 @@ def _disagreement(
 ) -> ExportError:
     rest = f" ({len(proof.failures) - 1} more comparisons failed)" if len(proof.failures) > 1 else ""
     hint = "Try another opset; if the difference is harmless for your use, raise the tolerance."
-    own = rounding(deployed, proof.failed_on or inputs)
+    rounding_error = rounding(deployed, proof.failed_on or inputs)
     if " and size " in proof.failures[0]:
         hint = "Only a fully convolutional model takes any size; export a fixed one with dynamic_size=False."
-    elif own is not None and own > tolerance / 10:
-        hint = f"The model amplifies rounding: torch in its own precision is {own:.1g} of the range off from float64."
+    elif rounding_error is not None and rounding_error > tolerance / 10:
+        hint = f"The model amplifies rounding: torch in its own precision is {rounding_error:.1g} of the range off from float64."
     return ExportError(
         f"`{target}` was not written: onnxruntime and torch disagree (opset {opset}): {proof.failures[0]}{rest}.",
         where=str(target), got=proof.max_abs, expected=tolerance, hint=hint,

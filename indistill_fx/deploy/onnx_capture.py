@@ -149,24 +149,24 @@ def _quiet() -> Iterator[None]:
 @contextmanager
 def _attention_of_four_axes() -> Iterator[None]:
     """Within the block, fused attention reshapes its tensors to four axes, the only form that the exporter supports."""
-    own: Callable[..., Tensor] = functional.scaled_dot_product_attention
+    original: Callable[..., Tensor] = functional.scaled_dot_product_attention
 
     def attend(
         query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *rest: Any, **more: Any
     ) -> Tensor:
         if query.ndim == 4 or not query.ndim == key.ndim == value.ndim:
-            return own(query, key, value, attn_mask, *rest, **more)
+            return original(query, key, value, attn_mask, *rest, **more)
         folded = [_four_axes(x) for x in (query, key, value)]
         if attn_mask is not None and attn_mask.ndim > 2:
             attn_mask = _four_axes(attn_mask.expand(*query.shape[:-2], *attn_mask.shape[-2:]))
-        result = own(*folded, attn_mask, *rest, **more)
+        result = original(*folded, attn_mask, *rest, **more)
         return result.reshape(*query.shape[:-1], value.shape[-1])
 
     functional.scaled_dot_product_attention = attend
     try:
         yield
     finally:
-        functional.scaled_dot_product_attention = own
+        functional.scaled_dot_product_attention = original
 
 
 def _four_axes(x: Tensor) -> Tensor:

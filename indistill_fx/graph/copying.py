@@ -49,9 +49,9 @@ def _module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
 
 def _is_plain(module: nn.Module) -> bool:
     """Whether a module is one of torch's own and consists of nothing but its attributes."""
-    own = type(module)
-    plain = own is nn.Module or own.__module__.startswith("torch.nn.modules.")
-    return plain and not hasattr(own, "__deepcopy__") and not isinstance(module, nn.RNNBase)
+    kind = type(module)
+    plain = kind is nn.Module or kind.__module__.startswith("torch.nn.modules.")
+    return plain and not hasattr(kind, "__deepcopy__") and not isinstance(module, nn.RNNBase)
 
 
 def _tensors(registry: dict[str, Tensor | None], memo: dict[int, Any]) -> dict[str, Tensor | None]:

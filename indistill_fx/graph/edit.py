@@ -237,8 +237,8 @@ def with_tensors(module: nn.Module, tensors: Mapping[str, Tensor | None], **attr
 
 
 def _shallow_copy(module: nn.Module) -> nn.Module:
-    own = type(module).__module__.startswith("torch.nn.modules.") and not isinstance(module, nn.RNNBase)
-    if not own and not is_parametrized(module):
+    plain_torch = type(module).__module__.startswith("torch.nn.modules.") and not isinstance(module, nn.RNNBase)
+    if not plain_torch and not is_parametrized(module):
         return copy.copy(module)
     # Like `copy`, but faster, and it also works where torch refuses: for modules with weight or spectral norm.
     new: nn.Module = type(module).__new__(type(module))

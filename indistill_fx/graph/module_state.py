@@ -278,9 +278,9 @@ def own_layers(graph_module: fx.GraphModule) -> None:
     # The outer modules first: a leaf may contain another.
     for path in sorted(paths, key=lambda path: path.count(".")):
         parent, _, name = path.rpartition(".")
-        own = shadow(attribute(graph_module, path), training=False, memo=memo)
-        write_out_weights(own)
-        setattr(attribute(graph_module, parent), name, own)
+        layer = shadow(attribute(graph_module, path), training=False, memo=memo)
+        write_out_weights(layer)
+        setattr(attribute(graph_module, parent), name, layer)
     graph_module.eval()
 
 
@@ -296,13 +296,13 @@ def own_state(module: nn.Module, changed: Iterable[Change], written: Iterable[Te
         FrontendError: an attribute holds what cannot be copied.
     """
     memo: dict[int, Any] = dict(left_behind(module))
-    own = {id(tensor): _copied(tensor, memo) for tensor in written}
-    memo.update(own)
-    for part in parts_of(module) if own else ():
+    copies = {id(tensor): _copied(tensor, memo) for tensor in written}
+    memo.update(copies)
+    for part in parts_of(module) if copies else ():
         if not _is_compiled(part):
             registries: tuple[dict[str, Any], ...] = (part._parameters, part._buffers, part.__dict__)
             for held in registries:
-                held.update({name: own[id(value)] for name, value in held.items() if id(value) in own})
+                held.update({name: copies[id(value)] for name, value in held.items() if id(value) in copies})
     for change in changed:
         if not has_attribute(module, change.name):  # the part is gone: its code is in the graph itself
             continue

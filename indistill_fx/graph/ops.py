@@ -129,10 +129,10 @@ _TRANSPOSED = {"mT": "mt", "mH": "mt", "H": "mt", "T": "numpy_t"}
 
 def module_op(module: nn.Module) -> str:
     """The canonical name of what a module does (see `op_name`)."""
-    own = type(module)
-    name = _class_op(own.__name__)
-    defined = str(getattr(getattr(own, "forward", None), "__module__", ""))
-    return name if name in _BY_NAME_ALONE or defined.startswith(("torch", "indistill_fx")) else own.__name__
+    kind = type(module)
+    name = _class_op(kind.__name__)
+    defined = str(getattr(getattr(kind, "forward", None), "__module__", ""))
+    return name if name in _BY_NAME_ALONE or defined.startswith(("torch", "indistill_fx")) else kind.__name__
 
 
 _BY_NAME_ALONE = frozenset({"stochastic_depth", "drop_path"})

@@ -117,10 +117,10 @@ def _rewrite(node: fx.Node, runs: Sequence[Mapping[str, Shape]], batches: Sequen
     settings = {name: given[name] for name in ("stride", "padding", "dilation")}
     for user in joined:
         with node.graph.inserting_before(user):
-            own = node.graph.call_function(*_in_order(filters, first[filters.name], count, weight))
-        own.meta = dict(node.meta)
+            replacement = node.graph.call_function(*_in_order(filters, first[filters.name], count, weight))
+        replacement.meta = dict(node.meta)
         user.op, user.target = "call_function", conv_per_sample
-        user.args, user.kwargs = (full_input, own, channels // weight[1]), settings
+        user.args, user.kwargs = (full_input, replacement, channels // weight[1]), settings
     return True
 
 

@@ -74,8 +74,8 @@ def describe_torchvision(name: str, arguments: Mapping[str, Any], module: nn.Mod
     except (ValueError, AttributeError):
         return InputFacts()
     named = "DEFAULT" if arguments.get("pretrained") else str(arguments.get("weights") or "").rpartition(".")[2]
-    own = weights[named] if named else None
-    preset = own.transforms() if own is not None else preset
+    preset_weights = weights[named] if named else None
+    preset = preset_weights.transforms() if preset_weights is not None else preset
     mean, deviation = getattr(preset, "mean", None), getattr(preset, "std", None)
     normalisation = (tuple(mean), tuple(deviation)) if mean and deviation else None
     if "Video" in type(preset).__name__:
@@ -86,12 +86,12 @@ def describe_torchvision(name: str, arguments: Mapping[str, Any], module: nn.Mod
     edge = only or (edges[0] if edges else None)
     if not isinstance(edge, int):
         return InputFacts(None, normalisation)
-    classes = tuple(own.meta.get("categories", ())) if own is not None else ()
+    classes = tuple(preset_weights.meta.get("categories", ())) if preset_weights is not None else ()
     return InputFacts(
         (3, edge, edge),
         normalisation,
-        wanted_size=(edge, edge) if only or own is not None else None,
-        wanted_normalisation=normalisation if own is not None else None,
+        wanted_size=(edge, edge) if only or preset_weights is not None else None,
+        wanted_normalisation=normalisation if preset_weights is not None else None,
         classes=classes if len(classes) == arguments.get("num_classes", len(classes)) else (),
     )
 

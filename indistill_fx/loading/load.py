@@ -243,9 +243,9 @@ def _build_by_name(parsed: Spec) -> Source:
 
     if parsed.place == "timm":
         module = build_timm(parsed.name, parsed.arguments)
-        own = bool(parsed.arguments.get("pretrained")) and not parsed.weights
-        facts = describe_module(module, pretrained=own)
-        if not own and not parsed.weights:  # random weights have no normalisation that they were trained with
+        pretrained = bool(parsed.arguments.get("pretrained")) and not parsed.weights
+        facts = describe_module(module, pretrained=pretrained)
+        if not pretrained and not parsed.weights:  # random weights have no normalisation that they were trained with
             facts = replace(facts, wanted_normalisation=None)
     else:
         module = build_torchvision(parsed.name, parsed.arguments)

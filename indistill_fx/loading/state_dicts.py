@@ -41,18 +41,22 @@ def load_weights(module: nn.Module, path: Path, *, trust: Sequence[str] = ()) ->
         ConfigError: the file cannot be read, or its keys or shapes are not the module's; names them.
     """
     state, notes = read_state_dict(path, trust=trust)
-    own = module.state_dict()
+    expected = module.state_dict()
     for prefix in _PREFIXES:
-        if state and all(key.startswith(prefix) for key in state) and not any(key.startswith(prefix) for key in own):
+        if (
+            state
+            and all(key.startswith(prefix) for key in state)
+            and not any(key.startswith(prefix) for key in expected)
+        ):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
             notes = (*notes, f"weights: dropped {prefix!r} before every key")
-    counters = {name: own[name] for name in own.keys() - state.keys() if name.endswith("num_batches_tracked")}
+    counters = {name: expected[name] for name in expected.keys() - state.keys() if name.endswith("num_batches_tracked")}
     if counters and state:  # files from before torch 0.4.1, or without what inference does not need
         state, notes = (
             state | counters,
             (*notes, f"weights: without the step counters of {len(counters)} batch norms, which start anew"),
         )
-    _require_match(state, own, type(module).__name__, path)
+    _require_match(state, expected, type(module).__name__, path)
     module.load_state_dict(state)
     return notes
 
@@ -158,13 +162,13 @@ def _no_state_dict(label: str, others: Sequence[str]) -> ConfigError:
     )
 
 
-def _require_match(state: Mapping[str, Tensor], own: Mapping[str, Any], name: str, path: Path) -> None:
-    missing = [key for key in own if key not in state]
-    unexpected = [key for key in state if key not in own]
+def _require_match(state: Mapping[str, Tensor], expected: Mapping[str, Any], name: str, path: Path) -> None:
+    missing = [key for key in expected if key not in state]
+    unexpected = [key for key in state if key not in expected]
     shapes = [
-        f"{key} (file {tuple(value.shape)}, model {tuple(own[key].shape)})"
+        f"{key} (file {tuple(value.shape)}, model {tuple(expected[key].shape)})"
         for key, value in state.items()
-        if isinstance(own.get(key), Tensor) and own[key].shape != value.shape
+        if isinstance(expected.get(key), Tensor) and expected[key].shape != value.shape
     ]
     parts = [
         f"{len(keys)} {problem}: {', '.join(keys[:_SHOWN])}{', …' if len(keys) > _SHOWN else ''}"

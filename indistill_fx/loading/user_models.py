@@ -99,8 +99,8 @@ def _failed(error: BaseException, subject: str, spec: str) -> FrontendError:
     if isinstance(error, SyntaxError) and error.filename:
         where = f"{error.filename}:{error.lineno}"
     else:
-        own = [frame for frame in frames if _is_users(frame.filename)] or list(frames)
-        where = f"{own[-1].filename}:{own[-1].lineno}" if own else spec
+        user_frames = [frame for frame in frames if _is_users(frame.filename)] or list(frames)
+        where = f"{user_frames[-1].filename}:{user_frames[-1].lineno}" if user_frames else spec
     reason = f"{type(error).__name__}: {error}".rstrip(": ")
     hint = "Fix that line, or the arguments."
     if isinstance(error, ImportError) and "@" in (error.name or ""):  # as `load_object` names files: a relative import

@@ -36,8 +36,8 @@ class SimKDLoss(MainLoss):
     def term(self, student: Outputs, teacher: Outputs, labels: Tensor | None) -> Tensor:
         """See the class."""
         name = next(reversed(student.features))
-        own, other = student.features[name], teacher.features[name]
-        if own.ndim > 2:
-            own, other = pooled_to_smaller(own, other)
-        same_shape(own, other, "simkd")
-        return F.mse_loss(own, other)
+        projected, target = student.features[name], teacher.features[name]
+        if projected.ndim > 2:
+            projected, target = pooled_to_smaller(projected, target)
+        same_shape(projected, target, "simkd")
+        return F.mse_loss(projected, target)

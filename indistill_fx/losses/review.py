@@ -93,8 +93,8 @@ def context_loss(student: Tensor, teacher: Tensor) -> Tensor:
     terms, weights = [F.mse_loss(student, teacher)], [1.0]
     for place, side in enumerate(_LEVELS, 1):
         if side < student.shape[2]:
-            own, other = (F.adaptive_avg_pool2d(f, side) for f in (student, teacher))
-            terms.append(F.mse_loss(own, other))
+            student_pooled, teacher_pooled = (F.adaptive_avg_pool2d(f, side) for f in (student, teacher))
+            terms.append(F.mse_loss(student_pooled, teacher_pooled))
             weights.append(0.5**place)
     return torch.stack([weight * term for weight, term in zip(weights, terms, strict=True)]).sum() / sum(weights)
 

@@ -145,12 +145,14 @@ class KeptVector(Kept):
 
     def kept_loss(self, student: Outputs, teacher: Outputs) -> Tensor:
         """See the class."""
-        own, other = (required(side.embedding, "penultimate vector").flatten(1) for side in (student, teacher))
+        student_vector, teacher_vector = (
+            required(side.embedding, "penultimate vector").flatten(1) for side in (student, teacher)
+        )
         if self.kept is not None:
-            other = other.index_select(1, self.kept)
+            teacher_vector = teacher_vector.index_select(1, self.kept)
         elif self.equal:
-            own = own[:, : other.shape[1]]
-        value: Tensor = self.loss(own, other)
+            student_vector = student_vector[:, : teacher_vector.shape[1]]
+        value: Tensor = self.loss(student_vector, teacher_vector)
         return value
 
 

@@ -72,8 +72,8 @@ def align(
     student = as_traced(student, example_inputs, role="student")
     if is_ensemble(teacher.module):
         chosen = [
-            align_traced(own, student, criterion=criterion, loader=loader, **matching).value
-            for own in traced_members(teacher)
+            align_traced(member, student, criterion=criterion, loader=loader, **matching).value
+            for member in traced_members(teacher)
         ]
         return align_members(teacher, student, chosen, required=matching.get("required", True))
     return align_traced(teacher, student, criterion=criterion, loader=loader, **matching).value

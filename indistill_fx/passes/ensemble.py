@@ -123,14 +123,16 @@ def align_members(
     dropped: list[str] = []
     for number, plan in enumerate(plans):
         for pair in plan.pairs:
-            own = pair.model_copy(update={"teacher": _inside(number, pair.teacher)})
-            known = own.teacher in teacher.taps and teacher.facts_of(own.teacher).shape[1:] == pair.teacher_shape[1:]
+            inner = pair.model_copy(update={"teacher": _inside(number, pair.teacher)})
+            known = (
+                inner.teacher in teacher.taps and teacher.facts_of(inner.teacher).shape[1:] == pair.teacher_shape[1:]
+            )
             if not known:
                 dropped.append(
                     f"teachers.{number}: {pair.teacher} (the layer is not found in the graph of all teachers)"
                 )
             elif pair.student not in best or pair.score > best[pair.student].score:
-                best[pair.student] = own
+                best[pair.student] = inner
     order = {node.name: place for place, node in enumerate(student.graph_module.graph.nodes)}
     if required and not best:
         raise MatchError(

@@ -340,7 +340,7 @@ def _rows(traced: TracedModel, operations: Sequence[Operation], partners: Mappin
     for k, stage in zip(ends, reversed(stages), strict=True):
         name, last = names[k], len(names) if k == ends[-1] else k + 1
         facts, node, match = traced.facts[name], path_nodes.get(name), paired.get(name)
-        own = operations[first:last]
+        operations_here = operations[first:last]
         row = Row(
             key=f"{traced.role[0]}{k}",
             tap=getattr(match.pair, traced.role) if match else operations[k].name,
@@ -353,8 +353,8 @@ def _rows(traced: TracedModel, operations: Sequence[Operation], partners: Mappin
             depth=node.depth if node else None,
             first=first,
             last=last,
-            macs=sum(operation.macs for operation in own),
-            parameters=sum(operation.parameters for operation in own),
+            macs=sum(operation.macs for operation in operations_here),
+            parameters=sum(operation.parameters for operation in operations_here),
         )
         found.append(((stage, _resolution(facts)), row))
         first = last
@@ -368,14 +368,14 @@ def _is_exit(node: PathNode | None) -> bool:
 def _stages(rows: Sequence[_Entry], macs: int) -> tuple[Band, ...]:
     bands = []
     for (stage, size), group in groupby(rows, key=lambda entry: entry[0]):
-        own = [row for _, row in group]
+        members = [row for _, row in group]
         if stage is None:
             title = "head"
-        elif own[-1].op == "placeholder":
+        elif members[-1].op == "placeholder":
             title = "input"
         else:
-            title = f"stage {stage + 1}" if any(row.is_exit for row in own) else f"to stage {stage + 1}"
-        bands.append(Band(title, size, sum(row.macs for row in own) / max(macs, 1), tuple(_runs(own))))
+            title = f"stage {stage + 1}" if any(row.is_exit for row in members) else f"to stage {stage + 1}"
+        bands.append(Band(title, size, sum(row.macs for row in members) / max(macs, 1), tuple(_runs(members))))
     return tuple(bands)
 
 

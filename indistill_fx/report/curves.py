@@ -43,10 +43,10 @@ def _metric_charts(runs: Sequence[Run]) -> list[Chart]:
     """One chart for every metric that decides in at least one run."""
     charts = []
     for metric in dict.fromkeys(run.metric for run in runs):
-        own = [run if run.metric == metric else None for run in runs]
-        curves = _over_run(own, lambda epoch: epoch.value)
+        measured_runs = [run if run.metric == metric else None for run in runs]
+        curves = _over_run(measured_runs, lambda epoch: epoch.value)
         if curves:
-            levels = _teachers([run for run in own if run is not None])
+            levels = _teachers([run for run in measured_runs if run is not None])
             title = f"Validation {metric.title}"
             charts.append(Chart(title, "epoch of the whole run", (*curves, *levels), percent=metric.share))
     return charts
@@ -149,8 +149,8 @@ def _draw(drawing: Drawing, chart: Chart, palette: Palette, x0: float, y0: float
     if not points:
         drawing.write(x0 + 12, y0 + 60, "There are no measurements.", colour=palette.muted)
         return
-    own = [p for curve in chart.curves if not curve.level for p in _finite(curve)] or points
-    low_x, high_x = min(x for x, _ in own), max(x for x, _ in own)
+    curve_points = [p for curve in chart.curves if not curve.level for p in _finite(curve)] or points
+    low_x, high_x = min(x for x, _ in curve_points), max(x for x, _ in curve_points)
     low_x, high_x = (low_x, high_x) if high_x > low_x else (low_x - 0.5, high_x + 0.5)
     steps = ticks(min(y for _, y in points), max(y for _, y in points))
 
@@ -192,8 +192,8 @@ def _draw_curve(
     y0: float,
     chart: Chart,
 ) -> None:
-    own = number if curve.colour is None else curve.colour
-    colour = palette.muted if curve.level else curve_colour(palette, own)
+    colour_number = number if curve.colour is None else curve.colour
+    colour = palette.muted if curve.level else curve_colour(palette, colour_number)
     values = [y for _, y in _finite(curve)]
     value_texts = [f"{100 * value:.2f}%" if chart.percent else f"{value:.4g}" for value in values]
     if curve.level and placed:

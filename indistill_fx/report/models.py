@@ -51,9 +51,9 @@ def role_of(run: Run, runs: Sequence[Run]) -> str:
       1. The model that another run distils from is an assistant if it was distilled itself, else a teacher.
       2. A run called `teacher` that had none is a teacher; every other model is a student.
     """
-    own = run.student
+    facts = run.student
     taught = run.teacher is not None or run.teacher_value is not None
-    if own is not None and own != run.teacher and any(other.teacher == own for other in runs if other is not run):
+    if facts is not None and facts != run.teacher and any(other.teacher == facts for other in runs if other is not run):
         return "assistant" if taught else "teacher"
     return "teacher" if run.name == "teacher" and not taught else "student"
 

@@ -184,11 +184,11 @@ def _warmup_stages(
         learned = together if layer == PAIRS else [pairs[layer]]
         one = warmup_loss(curriculum.loss)
         keys = [pair.student for pair in learned]
-        own = teacher_half(slim, student, learned, [], narrowed=narrowed, lowerings=lowerings)
+        half = teacher_half(slim, student, learned, [], narrowed=narrowed, lowerings=lowerings)
         other = student_half(student, slim, learned, [], narrowed=narrowed, lowerings=lowerings)
         criterion = PairsLoss(one, keys, relative=True) if layer == PAIRS else FeatureLoss(one, layer)
         about = {"criterion": criterion, "pairs": learned, "budget": budget}
-        stages.append(_stage(layer, slim, student, (own, other), before=before, **about))
+        stages.append(_stage(layer, slim, student, (half, other), before=before, **about))
     return stages
 
 
@@ -202,16 +202,16 @@ def _stage(
     **more: Any,
 ) -> Stage:
     """A stage from two halves and the models that they come from; `more` are further arguments of `Stage`."""
-    own, other = halves
-    graph, report = (own.value, own.report) if own is not None else (None, ())
+    teacher_side, student_side = halves
+    graph, report = (teacher_side.value, teacher_side.report) if teacher_side is not None else (None, ())
     return Stage(
         name=name,
-        student=other.value,
+        student=student_side.value,
         teacher=graph,
         dtypes=_dtypes(student),
         fixed=(student.report.fixed, teacher.report.fixed),
-        macs=(_macs(teacher, graph), _macs(student, other.value)),
-        report=StageReport((*before, *report), other.report),
+        macs=(_macs(teacher, graph), _macs(student, student_side.value)),
+        report=StageReport((*before, *report), student_side.report),
         **more,
     )
 
@@ -233,13 +233,13 @@ def _fed_stage(
             where="feed",
             hint="Take mse or cosine, or feed='student'.",
         )
-    own = teacher_half(slim, student, pairs, [], narrowed=True, lowerings=lowerings)
+    half = teacher_half(slim, student, pairs, [], narrowed=True, lowerings=lowerings)
     other = fed_student_half(student, slim, pairs, lowerings=lowerings)
     return _stage(
         SEGMENTS,
         slim,
         student,
-        (own, other),
+        (half, other),
         before=before,
         criterion=PairsLoss(loss, [pair.student for pair in pairs]),
         pairs=pairs,
@@ -290,10 +290,10 @@ def _macs(traced: TracedModel, half: fx.GraphModule | None) -> int:
 
 def _dtypes(student: TracedModel) -> dict[str, torch.dtype]:
     """The inputs' dtypes, except for inputs that the student converts itself."""
-    own = next((p.dtype for p in student.module.parameters() if p.is_floating_point()), None)
+    student_dtype = next((p.dtype for p in student.module.parameters() if p.is_floating_point()), None)
     names = signature_of(student.graph_module)
     found = {name: student.facts[name].dtype for name in names if name in student.facts}
-    return {name: dtype for name, dtype in found.items() if not dtype.is_floating_point or dtype == own}
+    return {name: dtype for name, dtype in found.items() if not dtype.is_floating_point or dtype == student_dtype}
 
 
 def _main_stage(
@@ -339,7 +339,7 @@ def _main_stage(
         _require_apart(teacher, [pair.teacher for pair in pairs], teacher_taps)
         _require_apart(student, [pair.student for pair in unequal], student_taps)
     how: dict[str, Any] = {"narrowed": narrowed, "one_size": one_size, "lowerings": lowerings}
-    own = teacher_half(slim, student, pairs, teacher_taps, **how) if needs else None
+    half = teacher_half(slim, student, pairs, teacher_taps, **how) if needs else None
     other = student_half(student, slim, pairs, student_taps, **how)
     if ends_frozen:
         require_frozen_end(student.module, other.value, pairs[-1].student)
@@ -348,7 +348,7 @@ def _main_stage(
         "main",
         slim,
         student,
-        (own, other),
+        (half, other),
         before=before,
         criterion=criterion,
         pairs=pairs,

@@ -247,22 +247,22 @@ def check_class_order(model: Source, classes: Sequence[str]) -> str | None:
     Raises:
         ConfigError: they are the same in another order, so that every label would mean another class.
     """
-    own = model.classes
-    if not own or not classes or [*map(_plain, own)] == [*map(_plain, classes)]:
+    model_classes = model.classes
+    if not model_classes or not classes or [*map(_plain, model_classes)] == [*map(_plain, classes)]:
         return None
-    if sorted(map(_plain, own)) == sorted(map(_plain, classes)):
-        place = next(i for i, (one, other) in enumerate(zip(own, classes, strict=True)) if _plain(one) != _plain(other))
+    if sorted(map(_plain, model_classes)) == sorted(map(_plain, classes)):
+        place = next(
+            i for i, (one, other) in enumerate(zip(model_classes, classes, strict=True)) if _plain(one) != _plain(other)
+        )
         raise ConfigError(
-            f"{model.spec} and the data have the same classes in another order: class {place} is {own[place]!r} to the model and"
+            f"{model.spec} and the data have the same classes in another order: class {place} is {model_classes[place]!r} to the model and"
             f" {classes[place]!r} in the data.",
             where="classes",
             got=list(classes)[:20],
-            expected=list(own)[:20],
-            hint=f"Let the data's labels count the classes in the model's order: {_listed(own)}.",
+            expected=list(model_classes)[:20],
+            hint=f"Let the data's labels count the classes in the model's order: {_listed(model_classes)}.",
         )
-    return (
-        f"{model.spec} was trained on classes of other names than the data's: {_listed(own)}; here {_listed(classes)}."
-    )
+    return f"{model.spec} was trained on classes of other names than the data's: {_listed(model_classes)}; here {_listed(classes)}."
 
 
 def _plain(name: str) -> str:

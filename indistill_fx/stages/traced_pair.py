@@ -70,10 +70,10 @@ def traced_pair(
 def examples_of(loader: Iterable[Any], *models: nn.Module | TracedModel) -> Sequence[Call]:
     """A few samples of the first batch as each model takes them."""
     inputs = [model.inputs if isinstance(model, TracedModel) else Inputs.of(model) for model in models]
-    plain = [own for own in inputs if not own.by_number]
+    plain = [taken for taken in inputs if not taken.by_number]
     parts = split(samples_of(next(iter(loader)), slice(4)), *plain, where="The training")
     read = iter(parts.calls)
-    calls = [Call((torch.arange(2),)) if own.by_number else next(read) for own in inputs]
+    calls = [Call((torch.arange(2),)) if taken.by_number else next(read) for taken in inputs]
     modules = [model.module if isinstance(model, TracedModel) else model for model in models]
     devices = [next((p.device for p in module.parameters()), torch.device("cpu")) for module in modules]
     return [call.to(device) for call, device in zip(calls, devices, strict=True)]
@@ -85,12 +85,12 @@ def require_apart(teacher: nn.Module, student: nn.Module) -> None:
     Raises:
         ConfigError: a parameter of the student that is trained is the teacher's too.
     """
-    own = {
+    tensors = {
         p.untyped_storage().data_ptr(): name for name, p in teacher.named_parameters() if p.numel() and not p.is_meta
     }
     trained = [(name, p) for name, p in student.named_parameters() if p.requires_grad and p.numel() and not p.is_meta]
     for name, parameter in trained:
-        known = own.get(parameter.untyped_storage().data_ptr())
+        known = tensors.get(parameter.untyped_storage().data_ptr())
         if known is not None:
             raise ConfigError(
                 f"`{name}` of the student is `{known}` of the teacher, so that training would change the teacher.",

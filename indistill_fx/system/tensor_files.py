@@ -28,10 +28,10 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str,
     Raises:
         TrainError: the place cannot be written.
     """
-    own = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
     entries = dict(header or {})
-    digests = {"": _text_digest(entries)} | {name: _digest(tensor) for name, tensor in own.items()}
-    replace_file(path, lambda draft: save_file(own, draft, metadata=entries | {_DIGESTS: json.dumps(digests)}))
+    digests = {"": _text_digest(entries)} | {name: _digest(tensor) for name, tensor in copies.items()}
+    replace_file(path, lambda draft: save_file(copies, draft, metadata=entries | {_DIGESTS: json.dumps(digests)}))
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

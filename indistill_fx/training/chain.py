@@ -68,9 +68,9 @@ def distill_chain(
             student,
             train_loader,
             run_dir=Path(run_dir) / f"step-{number}" if run_dir is not None else None,
-            **{**options, **own},
+            **{**options, **step_options},
         )
-        for number, ((teacher, student), own) in enumerate(zip(pairs, steps, strict=True), start=1)
+        for number, ((teacher, student), step_options) in enumerate(zip(pairs, steps, strict=True), start=1)
     ]
 
 
@@ -103,8 +103,8 @@ def distill_for_int8(
     Raises:
         ConfigError: see `distill`.
     """
-    own = {"curriculum": NO_WARMUP, "int8": True, "run_dir": Path(run_dir) / INT8}
-    own |= {"schedule": "cosine", "main_steps": None}  # quantisation-aware training has its own length
+    qat_options = {"curriculum": NO_WARMUP, "int8": True, "run_dir": Path(run_dir) / INT8}
+    qat_options |= {"schedule": "cosine", "main_steps": None}  # quantisation-aware training has its own length
     module = student.module if isinstance(student, TracedModel) else student
     flags = [(part, part.training) for part in module.modules()]
     if not module.training:
@@ -112,7 +112,7 @@ def distill_for_int8(
     for part in module.modules():
         part.training = part.training and not isinstance(part, nn.modules.batchnorm._BatchNorm)
     try:
-        return distill(teacher, student, train_loader, epochs=epochs, **{**options, **own})
+        return distill(teacher, student, train_loader, epochs=epochs, **{**options, **qat_options})
     finally:
         for part, flag in flags:
             part.training = flag

@@ -137,9 +137,9 @@ def described_loss(loss: str | Callable[..., Any] | None, options: Mapping[str, 
 
 def described_task(task: Task) -> str:
     """A task with all its settings, and a digest of its code where it is the user's own."""
-    own = not type(task).__module__.startswith("indistill_fx.")
+    user_task = not type(task).__module__.startswith("indistill_fx.")
     settings = "".join(f", {name}={value!r}" for name, value in sorted(vars(task).items()))
-    return f"{task.name}{settings}" + (f" (code {code_digest(type(task))})" if own else "")
+    return f"{task.name}{settings}" + (f" (code {code_digest(type(task))})" if user_task else "")
 
 
 def code_digest(value: Any) -> str:
@@ -174,17 +174,17 @@ def _source(value: Any) -> str:
 
 
 def _data(loader: EpochLoader) -> dict[str, Any]:
-    own = loader.loader if isinstance(loader, ForeignLoader) else loader
+    inner = loader.loader if isinstance(loader, ForeignLoader) else loader
     total = hashlib.sha256()
-    if isinstance(own, MemoryLoader):
-        _update(total, (own.images, own.labels))
-    elif isinstance(own, list | tuple):
-        _update(total, own[:])
+    if isinstance(inner, MemoryLoader):
+        _update(total, (inner.images, inner.labels))
+    elif isinstance(inner, list | tuple):
+        _update(total, inner[:])
     else:
-        _update_by_dataset(total, getattr(own, "dataset", None))
+        _update_by_dataset(total, getattr(inner, "dataset", None))
     return {
         "normalisation": loader.normalisation,
-        "batch size": getattr(own, "batch_size", None),
+        "batch size": getattr(inner, "batch_size", None),
         "data": total.hexdigest()[:16],
         "data seed": loader.seed,
         "augmentation": loader.randomness,

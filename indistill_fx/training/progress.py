@@ -308,9 +308,9 @@ class Reporter:
         known = {name: total for name, total in totals.items() if total is not None}
         if len(known) < len(totals):
             return "the length of an epoch is not known"
-        own = known.pop(running) - step
+        remaining = known.pop(running) - step
         later = sum(total * self._costs[name] for name, total in known.items())
-        seconds = round((own + later / max(self._costs[running], 1e-9)) / max(rate, 1e-9))
+        seconds = round((remaining + later / max(self._costs[running], 1e-9)) / max(rate, 1e-9))
         if seconds < 90:
             return f"about {seconds} s left"
         return f"about {seconds // 60} min left" if seconds < 5400 else f"about {seconds / 3600:.1f} h left"

@@ -65,8 +65,8 @@ def save_outputs(
         ...     teacher = ifx.load(f"saved:{folder}")
     """
     make_folder(Path(directory))
-    own = repeatable(loader, 0, "loader")
-    data = same_samples(own, "Saving outputs").indexed(in_order=True)
+    batches = repeatable(loader, 0, "loader")
+    data = same_samples(batches, "Saving outputs").indexed(in_order=True)
     example = None if isinstance(teacher, TracedModel) else examples_of(data, teacher)[0]
     traced = as_traced(teacher, example, role="teacher", logits=logits, view=view)
     named = {LOGITS: traced.logits, **{tap: traced.node(tap).name for tap in taps}}
@@ -80,10 +80,10 @@ def save_outputs(
         with torch.no_grad():
             features, _ = graph(*given)
         for name, tap in wanted.items():
-            _keep(found, name, features[tap].detach().cpu(), indices.cpu(), own.samples)
+            _keep(found, name, features[tap].detach().cpu(), indices.cpu(), batches.samples)
     axes = {name: traced.facts_of(tap).channel_axis for name, tap in wanted.items()}
     write_outputs(
-        Path(directory), found, axes=axes, data=own.fingerprint(), teacher=about or type(traced.module).__name__
+        Path(directory), found, axes=axes, data=batches.fingerprint(), teacher=about or type(traced.module).__name__
     )
     return Path(directory)
 

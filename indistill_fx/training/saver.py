@@ -104,8 +104,8 @@ class Saver:
         self._read = (tensors, saved)
         # the checkpoint lies between two phases, or at the end
         if saved["optimizer"] is None or state.phase == len(self._phases):
-            own = {name: tensor for name, tensor in tensors.items() if name.startswith("student/")}
-            restore_model(model_tensors(self._student, None), own)
+            student_tensors = {name: tensor for name, tensor in tensors.items() if name.startswith("student/")}
+            restore_model(model_tensors(self._student, None), student_tensors)
             if state.epoch:
                 state.notes.setdefault(self._phases[state.phase].name, []).append(
                     "continues with a new optimiser: the checkpoint has none"

@@ -126,5 +126,5 @@ def _require_labels(
 
 def described(task: Task) -> str:
     """A task's name, and what of its settings is not the default."""
-    own = {name: value for name, value in vars(task).items() if getattr(type(task), name, None) != value}
-    return task.name + "".join(f", {name} {value}" for name, value in own.items())
+    settings = {name: value for name, value in vars(task).items() if getattr(type(task), name, None) != value}
+    return task.name + "".join(f", {name} {value}" for name, value in settings.items())

@@ -375,12 +375,12 @@ def _recall(reporter: Reporter, state: State, phases: Sequence[Phase], metric: M
 
 
 def _stage_record(name: str, epochs: tuple[EpochRecord, ...], state: State) -> StageRecord:
-    own = [epoch for epoch in epochs if epoch.stage == name]
+    stage_epochs = [epoch for epoch in epochs if epoch.stage == name]
     return StageRecord(
         name=name,
-        losses=tuple(epoch.loss for epoch in own),
-        steps=sum(epoch.steps for epoch in own),
-        seconds=sum(epoch.seconds for epoch in own),
+        losses=tuple(epoch.loss for epoch in stage_epochs),
+        steps=sum(epoch.steps for epoch in stage_epochs),
+        seconds=sum(epoch.seconds for epoch in stage_epochs),
         notes=tuple(state.notes.get(name, ())),
     )
 

@@ -271,8 +271,8 @@ class Builder:
     def _name_of(self, op: Op, weights: Mapping[str, Tensor | None]) -> str:
         """A layer's path, from the names of its weights; if the exporter renamed these, from the node's name."""
         for name in ("weight", "bias", "running_mean", "running_var"):
-            own = weights.get(name)
-            text = self.names.get(id(own), "") if own is not None else ""
+            weight = weights.get(name)
+            text = self.names.get(id(weight), "") if weight is not None else ""
             if text.endswith(f".{name}"):
                 return text.removesuffix(f".{name}")
         return ".".join(_without_repeats(op.name)) or op.name
@@ -337,12 +337,12 @@ def _without_repeats(name: str) -> list[str]:
     """The path in a node name of torch's older exporter: `/layer1/layer1.0/conv1/Conv` -> layer1, 0, conv1."""
     path: list[str] = []
     for part in name.strip("/").split("/")[:-1]:
-        own = part.split(".")
-        for length in range(len(own), 0, -1):  # leave out the beginning of the part that repeats the end of the path
-            if path[-length:] == own[:length]:
-                own = own[length:]
+        names = part.split(".")
+        for length in range(len(names), 0, -1):  # leave out the beginning of the part that repeats the end of the path
+            if path[-length:] == names[:length]:
+                names = names[length:]
                 break
-        path += own
+        path += names
     return path
 
 

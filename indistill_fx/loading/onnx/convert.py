@@ -79,19 +79,19 @@ def inputs_of(model: onnx.ModelProto, shape: tuple[int, ...] | None = None) -> t
                 where=value.name,
                 expected=_written(dims[1:]),
             )
-        own = [_length(dim, place, dims, dtype, given, lengths) for place, dim in enumerate(dims[1:])]
+        pairs = [_length(dim, place, dims, dtype, given, lengths) for place, dim in enumerate(dims[1:])]
         batch = dims[0].dim_value if dims[0].dim_value > 0 else None
         found.append(
-            OnnxInput(value.name, dtype, batch, tuple(one for one, _ in own), tuple(other for _, other in own))
+            OnnxInput(value.name, dtype, batch, tuple(one for one, _ in pairs), tuple(other for _, other in pairs))
         )
     if not found:
         raise _unfit("it has no inputs")
-    if len({plain_name(own.name) for own in found}) < len(found):
-        raise _unfit(f"two of its inputs have the same name ({', '.join(own.name for own in found)})")
+    if len({plain_name(pairs.name) for pairs in found}) < len(found):
+        raise _unfit(f"two of its inputs have the same name ({', '.join(one.name for one in found)})")
     if len({output.name for output in model.graph.output}) < len(model.graph.output):
         raise _unfit("two of its outputs have the same name")
-    if len({own.batch for own in found}) > 1:
-        batch_texts = ", ".join(f"`{own.name}` {own.batch or 'any'}" for own in found)
+    if len({one.batch for one in found}) > 1:
+        batch_texts = ", ".join(f"`{one.name}` {one.batch or 'any'}" for one in found)
         raise _unfit(f"its inputs begin with different lengths ({batch_texts})")
     return tuple(found)
 

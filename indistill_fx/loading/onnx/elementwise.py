@@ -148,8 +148,8 @@ def cast(op: Op, build: Builder) -> Any:
         dtype = reference.samples[0].dtype if isinstance(reference, Traced) else build.tensor(reference).dtype  # type: ignore[union-attr]
     else:
         dtype = dtype_of(int(op.get("to", 1)), op.name)
-    own = x.samples[0].dtype if isinstance(x, Traced) else x.dtype
-    return x if own == dtype else build.call(Tensor.to, x, dtype)
+    source_dtype = x.samples[0].dtype if isinstance(x, Traced) else x.dtype
+    return x if source_dtype == dtype else build.call(Tensor.to, x, dtype)
 
 
 def identity(op: Op, build: Builder) -> Any:

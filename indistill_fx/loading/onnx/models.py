@@ -96,13 +96,13 @@ def _bounded(inputs: Sequence[OnnxInput]) -> Sequence[OnnxInput]:
 
 
 def _described(module: nn.Module, inputs: Sequence[OnnxInput], notes: tuple[str, ...]) -> OnnxModel:
-    own = inputs[0]
-    single = len(inputs) == 1 and own.dtype.is_floating_point
-    pictures = len(own.shape) == 3 and own.shape == own.other
+    first = inputs[0]
+    single = len(inputs) == 1 and first.dtype.is_floating_point
+    pictures = len(first.shape) == 3 and first.shape == first.other
     return OnnxModel(
         module,
-        input_size=own.shape if single else None,
-        fixed_size=(own.shape[1], own.shape[2]) if single and pictures else None,
+        input_size=first.shape if single else None,
+        fixed_size=(first.shape[1], first.shape[2]) if single and pictures else None,
         example_inputs=None if single else example_of(inputs, 1),
         notes=notes,
     )

@@ -83,8 +83,8 @@ def _torch_weights(
     for place, suffix in enumerate(("_l0", "_l0_reverse")[: len(weights)]):
         found[f"weight_ih{suffix}"], found[f"weight_hh{suffix}"] = ordered(weights[place]), ordered(recurring[place])
         if bias is not None:
-            own = bias[place].chunk(2)
-            found[f"bias_ih{suffix}"], found[f"bias_hh{suffix}"] = ordered(own[0]), ordered(own[1])
+            halves = bias[place].chunk(2)
+            found[f"bias_ih{suffix}"], found[f"bias_hh{suffix}"] = ordered(halves[0]), ordered(halves[1])
     return found
 
 

@@ -198,15 +198,15 @@ def expand(op: Op, build: Builder) -> Any:
     x, wanted = build.tensor(op.required(0)), list_of(op.required(1))
     if isinstance(x, Tensor) and not any(isinstance(n, Size) for n in wanted):
         return build.call(Tensor.expand, x, torch.broadcast_shapes(x.shape, tuple(wanted)))
-    own = x.samples if isinstance(x, Traced) else (x,) * len(build.counts)
-    shapes = [torch.broadcast_shapes(one.shape, _at(wanted, number)) for number, one in enumerate(own)]
-    if all(tuple(one.shape) == tuple(new) for one, new in zip(own, shapes, strict=True)):
+    samples = x.samples if isinstance(x, Traced) else (x,) * len(build.counts)
+    shapes = [torch.broadcast_shapes(one.shape, _at(wanted, number)) for number, one in enumerate(samples)]
+    if all(tuple(one.shape) == tuple(new) for one, new in zip(samples, shapes, strict=True)):
         return x
     ends = list(zip(*shapes, strict=True))
-    extra = len(ends) - len(own[0].shape)
+    extra = len(ends) - len(samples[0].shape)
     result: list[Any] = []
     for place, lengths in enumerate(ends):
-        kept = place >= extra and all(one.shape[place - extra] == n for one, n in zip(own, lengths, strict=True))
+        kept = place >= extra and all(one.shape[place - extra] == n for one, n in zip(samples, lengths, strict=True))
         number = wanted[place - len(ends)] if len(ends) - place <= len(wanted) else -1
         result.append(-1 if kept else lengths[0] if len(set(lengths)) == 1 else number)
     return build.call(Tensor.expand, x, *result)

@@ -188,18 +188,18 @@ class _Merge:
 
     def _lay_side_by_side(self) -> list[Pairs | _Region]:
         self._match_weights()
-        own, other = (
+        trained, evaluated = (
             [node for node in captured.graph_module.graph.nodes if node not in self.weights]
             for captured in (self.trained, self.evaluated)
         )
-        matcher = SequenceMatcher(None, list(map(_key, own)), list(map(_key, other)), autojunk=False)
+        matcher = SequenceMatcher(None, list(map(_key, trained)), list(map(_key, evaluated)), autojunk=False)
         parts: list[Pairs | _Region] = []
         for kind, a, b, c, d in matcher.get_opcodes():
             if kind == "equal":
-                parts.append(tuple(zip(own[a:b], other[c:d], strict=True)))
-                self.same.update((there, here) for here, there in zip(own[a:b], other[c:d], strict=True))
+                parts.append(tuple(zip(trained[a:b], evaluated[c:d], strict=True)))
+                self.same.update((there, here) for here, there in zip(trained[a:b], evaluated[c:d], strict=True))
             else:
-                region = _Region(own[a:b], other[c:d])
+                region = _Region(trained[a:b], evaluated[c:d])
                 parts.append(region)
                 self.region_of.update(dict.fromkeys((*region.trained, *region.evaluated), region))
         return parts
@@ -214,13 +214,13 @@ class _Merge:
                     self.weights[node] = name
                     self.same[node] = first.setdefault(name, node)
 
-    def _at(self, own: fx.Node) -> fx.Node:
+    def _at(self, old: fx.Node) -> fx.Node:
         """The new node for one of the old graphs; weights are read where they are first needed."""
-        own = self.same.get(own, own) if own in self.weights else own
-        if own in self.weights and own not in self.new:
-            self.new[own] = self.graph.get_attr(self.weights[own])
-            self.new[own].meta = dict(own.meta)
-        return self.new[own]
+        old = self.same.get(old, old) if old in self.weights else old
+        if old in self.weights and old not in self.new:
+            self.new[old] = self.graph.get_attr(self.weights[old])
+            self.new[old].meta = dict(old.meta)
+        return self.new[old]
 
     def _find_results(self, pairs: Pairs) -> None:
         for own, other in pairs:
@@ -308,10 +308,10 @@ class _Merge:
         side.sort(key=order.__getitem__)
 
     def _outside(self, node: fx.Node) -> fx.Node:
-        own = self.same.get(node, node)
-        if own not in self.new and own not in self.weights:
+        counterpart = self.same.get(node, node)
+        if counterpart not in self.new and counterpart not in self.weights:
             raise FrontendError(f"`{node.name}` stands elsewhere in the two modes")
-        return own
+        return counterpart
 
     def _side(
         self, nodes: list[fx.Node], captured: Captured, inputs: list[fx.Node], region: _Region, which: int

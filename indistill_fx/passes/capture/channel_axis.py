@@ -51,22 +51,24 @@ def _parts(
         return None
     before, shape, name = shapes[source.name], shapes[node.name], op_name(node)
     axis = axes[source.name]
-    own = split_axes.get(source.name, ()) if axis is None else (axis,)
-    if not own:
+    axes_split = split_axes.get(source.name, ()) if axis is None else (axis,)
+    if not axes_split:
         return None
     if name in _PERMUTES and axis is None:
         order = _order(node, len(shape))
-        own = tuple(sorted(order.index(k) for k in own)) if order else ()
-    elif name in _RESHAPES and own == tuple(range(own[0], own[-1] + 1)):
-        outer, count = prod(before[: own[0]]), prod(before[k] for k in own)
+        axes_split = tuple(sorted(order.index(k) for k in axes_split)) if order else ()
+    elif name in _RESHAPES and axes_split == tuple(range(axes_split[0], axes_split[-1] + 1)):
+        outer, count = prod(before[: axes_split[0]]), prod(before[k] for k in axes_split)
         runs = [(a, b) for a in range(len(shape)) for b in range(a + 1, len(shape) + 1)]
-        own = next((tuple(range(a, b)) for a, b in runs if prod(shape[:a]) == outer and prod(shape[a:b]) == count), ())
+        axes_split = next(
+            (tuple(range(a, b)) for a, b in runs if prod(shape[:a]) == outer and prod(shape[a:b]) == count), ()
+        )
     elif name not in _KEEPS_PARTS or axis is not None:
-        own = ()
-    if len(own) == 1:
-        return own[0]
-    if own:
-        split_axes[node.name] = own
+        axes_split = ()
+    if len(axes_split) == 1:
+        return axes_split[0]
+    if axes_split:
+        split_axes[node.name] = axes_split
     return None
 
 

@@ -265,32 +265,34 @@ class Reference:
         if isinstance(run, str):
             raise FrontendError(f"the module fails with batch size {size}: {run}")
         gradients = calls == 1 and self._wants_gradients(size)
-        own = self._once(graph_module, (*run.inputs, *run.kwargs.values()), {}, gradients=gradients, calls=calls)
-        if isinstance(own, str):
-            raise FrontendError(f"the graph fails with batch size {size}: {own}")
-        if [leaf.shape for leaf in run.outputs] != [leaf.shape for leaf in own.outputs]:
+        graph_run = self._once(graph_module, (*run.inputs, *run.kwargs.values()), {}, gradients=gradients, calls=calls)
+        if isinstance(graph_run, str):
+            raise FrontendError(f"the graph fails with batch size {size}: {graph_run}")
+        if [leaf.shape for leaf in run.outputs] != [leaf.shape for leaf in graph_run.outputs]:
             raise FrontendError(f"with batch size {size} the graph's outputs have other shapes than the module's")
-        worst = max((relative_difference(a, b) for a, b in zip(run.outputs, own.outputs, strict=True)), default=0.0)
+        worst = max(
+            (relative_difference(a, b) for a, b in zip(run.outputs, graph_run.outputs, strict=True)), default=0.0
+        )
         if not worst <= _TOLERANCE:
             raise FrontendError(
                 f"with batch size {size} the graph differs from the module by {worst:.1e} of the largest value"
             )
-        self._compare_buffers(run, own, graph_module, size)
-        self._compare_gradients(run, own)
-        if own.kept_gradients and not run.kept_gradients:
-            names = ", ".join(f"`{name}`" for name in sorted(own.kept_gradients))
+        self._compare_buffers(run, graph_run, graph_module, size)
+        self._compare_gradients(run, graph_run)
+        if graph_run.kept_gradients and not run.kept_gradients:
+            names = ", ".join(f"`{name}`" for name in sorted(graph_run.kept_gradients))
             raise FrontendError(f"the graph would write {names} with gradients, which the module does without")
         return worst
 
-    def _compare_buffers(self, run: Run, own: Run, graph_module: nn.Module, size: int) -> None:
-        if not run.buffers and not own.buffers:
+    def _compare_buffers(self, run: Run, graph_run: Run, graph_module: nn.Module, size: int) -> None:
+        if not run.buffers and not graph_run.buffers:
             return
         unwritten = dict(self.module.named_buffers())
         names = {id(buffer): name for name, buffer in unwritten.items()}
         for own_name, buffer in graph_module.named_buffers():
             name = names.get(id(buffer), own_name)
-            if name in unwritten and (own_name in own.buffers or name in run.buffers):
-                expected, got = run.buffers.get(name, unwritten[name]), own.buffers.get(own_name, buffer)
+            if name in unwritten and (own_name in graph_run.buffers or name in run.buffers):
+                expected, got = run.buffers.get(name, unwritten[name]), graph_run.buffers.get(own_name, buffer)
                 if not relative_difference(expected, got) <= _TOLERANCE:
                     raise FrontendError(f"with batch size {size} the graph leaves another value in the buffer `{name}`")
 
@@ -298,11 +300,11 @@ class Reference:
         # Gradients are compared at one batch size only, because they are expensive.
         return self.gradients and size == (_SIZES[0] if not self._sizes else self._sizes[0])
 
-    def _compare_gradients(self, run: Run, own: Run) -> None:
+    def _compare_gradients(self, run: Run, graph_run: Run) -> None:
         names = {parameter: name for name, parameter in self.module.named_parameters()}
         largest = max((float(g.abs().max()) for g in run.gradients.values() if g.numel()), default=0.0)
-        for parameter in (parameter for parameter in {**run.gradients, **own.gradients} if parameter.numel()):
-            a, b = (side.gradients.get(parameter, torch.zeros(())) for side in (run, own))
+        for parameter in (parameter for parameter in {**run.gradients, **graph_run.gradients} if parameter.numel()):
+            a, b = (side.gradients.get(parameter, torch.zeros(())) for side in (run, graph_run))
             if not float((a - b).abs().max()) <= _GRADIENT_TOLERANCE * max(largest, 1e-30):
                 name = names.get(parameter, "a parameter")
                 raise FrontendError(

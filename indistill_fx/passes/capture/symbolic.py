@@ -123,7 +123,7 @@ def capture_symbolic(
         raise FrontendError(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
     for node in graph.nodes:
         node.meta["nn_module_stack"] = _from_one(node.meta.get("nn_module_stack", {}))
-    own = tracer.own
+    tensors = tracer.own
     named = (str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr"))
-    targets = {name: own[name] if name in own else attribute(module, name) for name in named}
+    targets = {name: tensors[name] if name in tensors else attribute(module, name) for name in named}
     return Captured(assemble(graph, targets, type(module).__name__), tuple(tracer.outputs))

@@ -75,12 +75,12 @@ def as_traced(
         return trace(model, call, role=role, logits=logits)
     given = call.changed(view.apply) if view is not None else call
     channels = other_channels(model, given) if view is None or view.channels is None else None
-    own = View.combined(view, View(dtype=_other_dtype(model, call), channels=channels))
-    seen = call.changed(own.apply) if own is not None else call
+    full_view = View.combined(view, View(dtype=_other_dtype(model, call), channels=channels))
+    seen = call.changed(full_view.apply) if full_view is not None else call
     try:
-        return replace(trace(model, seen, role=role, logits=logits), view=own)
+        return replace(trace(model, seen, role=role, logits=logits), view=full_view)
     except FrontendError as error:
-        if error.where != "forward" or (own is not None and own.size is not None):
+        if error.where != "forward" or (full_view is not None and full_view.size is not None):
             raise
         hint = "If the teacher needs images of another size than the student, give that size: --teacher-size (View(size=…))."
         raise FrontendError(error.message, where=error.where, got=error.got, hint=f"{error.hint} {hint}") from error
@@ -237,11 +237,11 @@ def _not_left(reference: Reference, known: Known, leaves: Sequence[str]) -> tupl
     """Lines of the report on attributes that the forward changes."""
     if not reference.changed:
         return ()
-    own = {name for name, _ in reference.module.named_buffers()}
-    kept = {name for name, _ in known.graph_module.named_buffers()} - own
+    buffers = {name for name, _ in reference.module.named_buffers()}
+    kept = {name for name, _ in known.graph_module.named_buffers()} - buffers
     not_saved = [name for name in reference.changed if name in kept]
     inside = tuple(f"{leaf}." for leaf in leaves)
-    left = [name for name in reference.changed if name not in kept | own and not name.startswith(inside)]
+    left = [name for name in reference.changed if name not in kept | buffers and not name.startswith(inside)]
     notes = {
         "kept from call to call, but no buffer, so a checkpoint does not hold it": not_saved,
         "set by the forward, and not by the graph, whose outputs did not depend on it in two calls": left,
@@ -350,8 +350,8 @@ def _in_mode(capture: Method, reference: Reference, leaves: Sequence[str], *, pa
     flags = [(vars(part), vars(part)["training"]) for part in module.modules() if "training" in vars(part)]
     while True:
         unregistered = reference.unregistered
-        for own, flag in flags:  # `forget` restores the flags from before the trace
-            own["training"] = flag
+        for attributes, flag in flags:  # `forget` restores the flags from before the trace
+            attributes["training"] = flag
         try:
             with plain_attention(), torch.set_grad_enabled(reference.gradients):
                 captured = capture(module, inputs, kwargs, (*leaves, *given_up), unregistered)

@@ -24,14 +24,14 @@ def operand_parts(call: Call, cut: Cut) -> tuple[Part, ...] | Blocked:
     operands = call.node.all_input_nodes[:1] if call.op in _FOLLOWS_FIRST else call.node.all_input_nodes
     parts = []
     for operand in operands:
-        own = call.shape(operand)
-        if own is None:
+        own_shape = call.shape(operand)
+        if own_shape is None:
             continue
-        shift = len(shape) - len(own)
+        shift = len(shape) - len(own_shape)
         start, stop = max(cut.start - shift, 0), max(cut.stop - shift, 0)
-        if stop - start == cut.width and own[start:stop] == wanted:
+        if stop - start == cut.width and own_shape[start:stop] == wanted:
             parts.append(Part(Cut(operand, start, stop, cut.index)))
-        elif any(n != 1 for n in own[start:stop]):
+        elif any(n != 1 for n in own_shape[start:stop]):
             return Blocked("its operands broadcast along some of the merged axes")
         elif stop - start > 1:
             parts.append(Part(Cut(operand, start, stop, (0,))))

@@ -113,7 +113,7 @@ def _sizes(maker: Call) -> tuple[object, ...]:
     return tuple(given) if isinstance(given, (list, tuple)) else (given,)
 
 
-def split_begins(maker: Call, total: int, own: int) -> list[int]:
+def split_begins(maker: Call, total: int, size: int) -> list[int]:
     """Where each part begins along the split axis."""
     sizes = maker.get("split_size")
     if maker.op == "chunk":

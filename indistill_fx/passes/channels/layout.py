@@ -50,8 +50,8 @@ def reshape(call: Call, cut: Cut) -> Propagation | Blocked:
         front, back = free_sizes(out, call, new[0], (start, stop), (first, last))
         return out.function(torch.reshape, new[0], (*front, *sizes, *back))
 
-    own = tuple(k for _ in range(left) for k in range(len(cut.index)) for _ in range(right))
-    links = None if left * right == 1 else (own, tuple(range(len(index))))
+    repeated = tuple(k for _ in range(left) for k in range(len(cut.index)) for _ in range(right))
+    links = None if left * right == 1 else (repeated, tuple(range(len(index))))
     return Propagation(emit, (Part(Cut(call.input, start, stop, index), links),))
 
 

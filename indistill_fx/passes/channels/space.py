@@ -134,8 +134,8 @@ def fold(call: Call, cut: Cut) -> Propagation | Blocked:
 def _one_of_many(call: Call, cut: Cut, count: int) -> Propagation:
     """Channel c is made of the `count` channels from c*count on."""
     below = Cut(call.input, 1, 2, tuple(k * count + j for k in cut.index for j in range(count)))
-    own = tuple(k for k in range(len(cut.index)) for _ in range(count))
-    return Propagation(again(call, [below]), (Part(below, (own, tuple(range(len(below.index))))),))
+    repeated = tuple(k for k in range(len(cut.index)) for _ in range(count))
+    return Propagation(again(call, [below]), (Part(below, (repeated, tuple(range(len(below.index))))),))
 
 
 def _many_of_one(call: Call, cut: Cut, count: int) -> Propagation | Blocked:

@@ -70,12 +70,12 @@ def _of_value(call: Call, cut: Cut, key: Key, index: Index, inside: Index) -> Pa
     return Part(Cut(call.get("value"), start, start + cut.width, index), links)
 
 
-def places(out: Emitter, own: Index) -> slice | fx.Node:
+def places(out: Emitter, index: Index) -> slice | fx.Node:
     """Places of an axis as an entry of a key: a slice where they are evenly spaced."""
-    step = own[1] - own[0] if len(own) > 1 else 1
-    if step > 0 and own == tuple(range(own[0], own[-1] + 1, step)):
-        return slice(own[0], own[-1] + 1, step)
-    return out.tensor("places", torch.tensor(own))
+    step = index[1] - index[0] if len(index) > 1 else 1
+    if step > 0 and index == tuple(range(index[0], index[-1] + 1, step)):
+        return slice(index[0], index[-1] + 1, step)
+    return out.tensor("places", torch.tensor(index))
 
 
 def filled(call: Call, cut: Cut) -> Propagation | Blocked:

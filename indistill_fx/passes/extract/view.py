@@ -34,10 +34,10 @@ def view_between(teacher: TracedModel, student: TracedModel, asked: View | None 
         ConfigError: the images of the two have other numbers of channels than 1 and 3, or the teacher was traced with images of another
             size than is asked for.
     """
-    own, other = _pictures(teacher), _pictures(student)
+    teacher_images, student_images = _pictures(teacher), _pictures(student)
     found: dict[str, Any] = {}
-    if len(own) == len(other) == 1:
-        (first,), (second,) = own, other
+    if len(teacher_images) == len(student_images) == 1:
+        (first,), (second,) = teacher_images, student_images
         if first.shape[1] != second.shape[1]:
             found["channels"] = first.shape[1]
             if {first.shape[1], second.shape[1]} != {1, 3}:
@@ -53,11 +53,16 @@ def view_between(teacher: TracedModel, student: TracedModel, asked: View | None 
     dtypes = [next((value.dtype for value in _reals(model)), None) for model in (teacher, student)]
     if None not in dtypes and dtypes[0] != dtypes[1]:
         found["dtype"] = str(dtypes[0]).removeprefix("torch.")
-    if asked is not None and asked.size is not None and own and asked.size != tuple(own[0].shape[2:]):
+    if (
+        asked is not None
+        and asked.size is not None
+        and teacher_images
+        and asked.size != tuple(teacher_images[0].shape[2:])
+    ):
         raise ConfigError(
-            f"The teacher is to be given images of {_sides(asked.size)}, but it was traced with {_sides(own[0].shape[2:])}.",
+            f"The teacher is to be given images of {_sides(asked.size)}, but it was traced with {_sides(teacher_images[0].shape[2:])}.",
             where="size",
-            got=tuple(own[0].shape[2:]),
+            got=tuple(teacher_images[0].shape[2:]),
             expected=asked.size,
             hint="Align anew with that size, or trace the teacher with images of it.",
         )

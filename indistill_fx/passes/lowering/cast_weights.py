@@ -96,8 +96,8 @@ def _fits(node: fx.Node, graph_module: fx.GraphModule) -> bool:
 
 
 def _in_dtype(layer: nn.Module, dtype: torch.dtype) -> nn.Module:
-    own = {name: p.detach().to(dtype) for name, p in layer._parameters.items() if p is not None}
-    new = with_tensors(layer, dict(own))
+    parameters = {name: p.detach().to(dtype) for name, p in layer._parameters.items() if p is not None}
+    new = with_tensors(layer, dict(parameters))
     for name, child in layer._modules.items():
         if child is not None:
             new._modules[name] = _in_dtype(child, dtype)

@@ -175,8 +175,12 @@ def _only_reader(node: fx.Node) -> fx.Node | None:
 def _is_relu(node: fx.Node | None) -> bool:
     if node is None or op_name(node) != "relu" or len(node.all_input_nodes) != 1:
         return False
-    own = attribute(node.graph.owning_module, str(node.target)) if node.op == "call_module" else None  # type: ignore[arg-type]
-    return node.op in ("call_module", "call_function") and len(node.args) == 1 and (own is None or not why_opaque(own))
+    module = attribute(node.graph.owning_module, str(node.target)) if node.op == "call_module" else None  # type: ignore[arg-type]
+    return (
+        node.op in ("call_module", "call_function")
+        and len(node.args) == 1
+        and (module is None or not why_opaque(module))
+    )
 
 
 def _other(total: fx.Node, node: fx.Node, facts: Mapping[str, NodeFacts]) -> fx.Node | None:

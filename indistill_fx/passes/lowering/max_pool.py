@@ -39,8 +39,8 @@ def pooling_of(node: fx.Node, graph_module: fx.GraphModule) -> Pooling | None:
         options = {name: getattr(module, name) for name in _NAMES}
     elif node.op == "call_function":
         name = str(getattr(node.target, "__name__", ""))
-        own = {key: value for key, value in node.kwargs.items() if key != "input"}
-        options = {**_DEFAULTS, **dict(zip(_NAMES, node.args[1:], strict=False)), **own}
+        keywords = {key: value for key, value in node.kwargs.items() if key != "input"}
+        options = {**_DEFAULTS, **dict(zip(_NAMES, node.args[1:], strict=False)), **keywords}
     else:
         return None
     kernel, padding, dilation = (_pair(options.get(key)) for key in ("kernel_size", "padding", "dilation"))

@@ -43,14 +43,14 @@ def cka(loader: Iterable[Any], *, batches: int | None = 16) -> Similarity:
         teacher: TracedModel, student: TracedModel, teacher_taps: Sequence[str], student_taps: Sequence[str]
     ) -> list[list[float]]:
         shared = torch.zeros(len(teacher_taps), len(student_taps), dtype=torch.float64)
-        own = [torch.zeros(len(taps), dtype=torch.float64) for taps in (teacher_taps, student_taps)]
+        self_similarity = [torch.zeros(len(taps), dtype=torch.float64) for taps in (teacher_taps, student_taps)]
         used = 0
         for batch in islice(loader, batches):
             grams = [_grams(model, taps, batch) for model, taps in ((teacher, teacher_taps), (student, student_taps))]
             if len(grams[0][0]) < _FEWEST:
                 continue  # the last batch of a loader may be too small
             shared += hsic(grams[0], grams[1])
-            for total, gram in zip(own, grams, strict=True):
+            for total, gram in zip(self_similarity, grams, strict=True):
                 total += torch.diagonal(hsic(gram, gram))
             used += 1
         if not used:
@@ -59,7 +59,7 @@ def cka(loader: Iterable[Any], *, batches: int | None = 16) -> Similarity:
                 where="loader",
                 hint="Give larger batches.",
             )
-        scale = (own[0].clamp_min(0)[:, None] * own[1].clamp_min(0)[None, :]).sqrt()
+        scale = (self_similarity[0].clamp_min(0)[:, None] * self_similarity[1].clamp_min(0)[None, :]).sqrt()
         rows: list[list[float]] = (shared / scale.clamp_min(1e-30)).clamp(0, 1).tolist()
         return rows
 

@@ -66,10 +66,10 @@ def _exchange(
     """The best pair to exchange: a class of the layer and one of the same group in another layer. None if there is none."""
     best: tuple[float, int, int] | None = None
     for k in np.unique(group_of[inside & ~touched]).tolist():
-        own = (group_of == k) & ~touched if k >= 0 else np.zeros(len(stay), dtype=bool)
+        same_group = (group_of == k) & ~touched if k >= 0 else np.zeros(len(stay), dtype=bool)
         inside_classes, outside_classes = (
-            np.flatnonzero(own & inside & (stay != more)),
-            np.flatnonzero(own & ~inside & (stay == more)),
+            np.flatnonzero(same_group & inside & (stay != more)),
+            np.flatnonzero(same_group & ~inside & (stay == more)),
         )
         if not len(inside_classes) or not len(outside_classes):
             continue

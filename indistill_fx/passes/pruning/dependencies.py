@@ -143,9 +143,9 @@ class Coupling:
         """Note the cost of an operation: in proportion to its output's axes and to those it sums over."""
         known = self.facts.get(call.node.name)
         if known is not None and known.macs and all(name != call.node.name for name, _, _ in self.work[-8:]):
-            own = [self.axes.get((call.node.name, axis)) for axis in range(len(known.shape))]
+            axis_units = [self.axes.get((call.node.name, axis)) for axis in range(len(known.shape))]
             self.work.append(
-                (call.node.name, known.macs, tuple(units for units in (*own, *summed) if units is not None))
+                (call.node.name, known.macs, tuple(units for units in (*axis_units, *summed) if units is not None))
             )
 
 

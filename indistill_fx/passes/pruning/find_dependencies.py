@@ -70,10 +70,10 @@ def _freeze_whole(found: Coupling, node: fx.Node, reason: str) -> None:
     if node.name in found.facts:
         found.freeze_all(node, reason)
         return
-    own = [units for (name, _), units in found.axes.items() if name in (node.name, str(node.target))]
-    for units in own:
+    all_units = [units for (name, _), units in found.axes.items() if name in (node.name, str(node.target))]
+    for units in all_units:
         found.freeze(units, reason)
-    for source in () if own else node.all_input_nodes:
+    for source in () if all_units else node.all_input_nodes:
         _freeze_whole(found, source, reason)
 
 

@@ -49,9 +49,9 @@ class _Gated(Masked):
             return value.new_ones(())
         classes = self.class_of[units]
         self.read.update(classes.tolist())
-        own = self.gates[:, torch.from_numpy(classes).to(self.gates.device)].to(value.dtype)
-        own = own if batch < axis else own.T
-        return own.view([value.shape[k] if k in (batch, axis) else 1 for k in range(value.dim())])
+        factors = self.gates[:, torch.from_numpy(classes).to(self.gates.device)].to(value.dtype)
+        factors = factors if batch < axis else factors.T
+        return factors.view([value.shape[k] if k in (batch, axis) else 1 for k in range(value.dim())])
 
     def touches(self, node: fx.Node) -> bool:
         """Factors may stand everywhere."""

@@ -91,8 +91,8 @@ def _fix_split(work: Rewriting, call: Call, node: fx.Node) -> None:
     if kept is None:
         return
     part = next((user.name for user in call.node.users if user.name in work.facts), None)
-    own = shape[dim] if part is None else work.facts[part].shape[dim]
-    begins = [*split_begins(call, shape[dim], own), shape[dim]]
+    size = shape[dim] if part is None else work.facts[part].shape[dim]
+    begins = [*split_begins(call, shape[dim], size), shape[dim]]
     sizes = [int(((kept >= low) & (kept < high)).sum()) for low, high in pairwise(begins)]
     node.op, node.target = "call_function", torch.split
     node.args, node.kwargs = (node.args[0], sizes), {"dim": dim}
@@ -139,10 +139,10 @@ def _fix_write(work: Rewriting, call: Call, node: fx.Node) -> None:
     new = Inserter(work.new)
     for axis, entry in enumerate(key):
         kept = work.kept(call.node, axis)
-        own = (entry,) if isinstance(entry, int) else parsed[1].get(axis)
-        if kept is None or own is None:
+        written = (entry,) if isinstance(entry, int) else parsed[1].get(axis)
+        if kept is None or written is None:
             continue
-        left = tuple(j for j, k in enumerate(kept.tolist()) if k in own)
+        left = tuple(j for j, k in enumerate(kept.tolist()) if k in written)
         if not left:  # no channel is left to write
             node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
             return

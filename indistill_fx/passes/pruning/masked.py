@@ -63,8 +63,8 @@ class Masked(Runner):
         before = {source: self.env[source] for source in changed}
         try:
             self.env.update(changed)
-            own = _MIXING.get(call.op)
-            return own(self, call) if own is not None and self.losing else super().run_node(node)
+            masked_form = _MIXING.get(call.op)
+            return masked_form(self, call) if masked_form is not None and self.losing else super().run_node(node)
         finally:
             self.env.update(before)
 

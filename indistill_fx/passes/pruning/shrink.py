@@ -281,11 +281,11 @@ def _frozen(found: Coupling, classes: Classes) -> tuple[Frozen, ...]:
     channels: dict[str, int] = {}
     counted = set[int]()
     for made in found.made if classes.reasons else ():
-        own = classes.class_of[made.units].tolist()
-        for k in own:
+        layer_classes = classes.class_of[made.units].tolist()
+        for k in layer_classes:
             if k in classes.reasons and k not in counted:
                 channels[classes.reasons[k]] = channels.get(classes.reasons[k], 0) + 1
-        counted.update(own)
+        counted.update(layer_classes)
     inseparable = [group for group in classes.groups if len(group.classes) == 1 < group.channels]
     return (
         *(Frozen(count, reason) for reason, count in channels.items()),

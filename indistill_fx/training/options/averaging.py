@@ -26,10 +26,10 @@ class MovingAverage(AveragedModel):
         if self._begun is None:
             self._begun = bool(self.n_averaged > 0)
         alike: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
-        for own, other in zip(_tensors(self.module), _tensors(model), strict=True):
-            owns, others = alike.setdefault(own.dtype, ([], []))
-            owns.append(own)
-            others.append(other.to(own.device))
+        for averaged, current in zip(_tensors(self.module), _tensors(model), strict=True):
+            owns, others = alike.setdefault(averaged.dtype, ([], []))
+            owns.append(averaged)
+            others.append(current.to(averaged.device))
         for owns, others in alike.values():
             if self._begun:
                 self.multi_avg_fn(owns, others, self.n_averaged)  # type: ignore[misc]

@@ -179,8 +179,8 @@ def mean_over_processes(accelerator: Accelerator, value: float) -> float:
     if accelerator.num_processes == 1:
         return value
     wide = torch.float32 if accelerator.device.type == "mps" else torch.float64
-    own = torch.tensor(value, dtype=wide, device=accelerator.device)
-    return float(accelerator.reduce(own, "mean"))
+    local = torch.tensor(value, dtype=wide, device=accelerator.device)
+    return float(accelerator.reduce(local, "mean"))
 
 
 def first_says(accelerator: Accelerator, value: bool) -> bool:

@@ -60,10 +60,10 @@ def unsynced_batch_norms(module: nn.Module, *, without: nn.Module | None = None)
     """
     left_out = set(without.modules()) if without is not None else set()
     parts = [part for part in module.modules() if part not in left_out]
-    own = [part for part in parts if isinstance(part, _BatchNorm) and not _can_sync(part)]
+    unsynced = [part for part in parts if isinstance(part, _BatchNorm) and not _can_sync(part)]
     graphs = [part.graph for part in parts if isinstance(part, fx.GraphModule)]
     calls = [node for graph in graphs for node in graph.nodes if node.op == "call_function"]
-    return len(own) + sum("batch_norm" in str(getattr(node.target, "__name__", node.target)) for node in calls)
+    return len(unsynced) + sum("batch_norm" in str(getattr(node.target, "__name__", node.target)) for node in calls)
 
 
 def _can_sync(part: nn.Module) -> bool:
@@ -77,9 +77,9 @@ def _synced_batch_norm(norm: Any, share: Share, x: Tensor) -> Tensor:
     axes = [axis for axis in range(x.dim()) if axis != 1]
     shape = [1, -1] + [1] * (x.dim() - 2)
     wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-    own = torch.full((1,), share.counts * x.numel() // x.shape[1], dtype=wide.dtype, device=x.device)
+    local_count = torch.full((1,), share.counts * x.numel() // x.shape[1], dtype=wide.dtype, device=x.device)
     own_mean = wide.mean(axes) if x.numel() else wide.sum(axes)
-    totals = _summed(torch.cat((own_mean * own, own)))
+    totals = _summed(torch.cat((own_mean * local_count, local_count)))
     count, mean = totals[-1], totals[:-1] / totals[-1]
     # Squared deviations from the common mean: plain sums of squares would lose the digits of a small variance.
     variance = _summed(share.counts * (wide - mean.view(shape)).square().sum(axes)) / count

@@ -20,8 +20,8 @@ def host_state(module: nn.Module) -> dict[str, Any]:
     """The Python state of all parts of a module by name; compare two of them by `changed_in`."""
     found: dict[str, Any] = {}
     for path, part in module.named_modules():
-        own = {name: value for name, value in vars(part).items() if name not in _OF_TORCH}
-        for name, value in {**own, **part._buffers, **part._parameters}.items():
+        attributes = {name: value for name, value in vars(part).items() if name not in _OF_TORCH}
+        for name, value in {**attributes, **part._buffers, **part._parameters}.items():
             found[f"{path}.{name}" if path else name] = _summary(value, _DEEPEST)
     return found
 

@@ -78,13 +78,13 @@ class Snapshot:
         for kind, tensors in self._state.items():
             change = difference = 0.0
             for now, before, right in zip(tensors, self._values[kind], expected._values[kind], strict=True):
-                own = _on_host(now)
-                if kind == _COUNTS or not own.is_floating_point():
-                    if not torch.equal(own, right):
+                current = _on_host(now)
+                if kind == _COUNTS or not current.is_floating_point():
+                    if not torch.equal(current, right):
                         return kind
                     continue
                 change += _square(right, before)
-                difference += _square(own, right)
+                difference += _square(current, right)
             if difference > _tolerance(kind, self._state) ** 2 * change or difference == math.inf:
                 return kind
         return None

@@ -42,8 +42,8 @@ def static_copy(batch: Any) -> Any:
 
 def overwrite(static: Any, batch: Any) -> None:
     """Copy a batch over one of the same form, in place. On a GPU without waiting: in the order of its stream."""
-    for own, new in zip(_tensors(static), _tensors(batch), strict=True):
-        own.copy_(new, non_blocking=True)
+    for target, new in zip(_tensors(static), _tensors(batch), strict=True):
+        target.copy_(new, non_blocking=True)
 
 
 def _tensors(batch: Any) -> list[Tensor]:
