@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import faulthandler
 import io
 import json
 import os
@@ -21,6 +22,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 import warnings
 from datetime import UTC, datetime
 from pathlib import Path
@@ -68,31 +70,47 @@ def run_one(make: Make, folder: Path, canary: Path) -> dict[str, Any]:
         ],
     )
     canary.unlink(missing_ok=True)
-    said = folder.with_suffix(".said").read_text(errors="replace")[:300] if folder.with_suffix(".said").exists() else ""
-    outcome = {0: "loaded", 2: "refused", 1: "our fault"}.get(os.waitstatus_to_exitcode(status), "crashed")
+    said = folder.with_suffix(".said").read_text(errors="replace")
+    code = os.waitstatus_to_exitcode(status)  # a signal's number, negative
+    outcome = {0: "loaded", 2: "refused", 1: "our fault"}.get(code, "crashed")
     computed = usage.ru_utime + usage.ru_stime
     if seconds > WAITED or computed > SECONDS:
         outcome = "hung"
-    return {"outcome": outcome, "ran": ran, "written": written, "seconds": round(computed, 2), "said": said,
+    told = {"outcome": outcome, "ran": ran, "written": written, "seconds": round(computed, 2), "said": said[:300],
             "peak_mib": usage.ru_maxrss >> 10}  # fmt: skip
+    return (
+        told
+        if outcome in ("loaded", "refused")
+        else {**told, "exit_code": code, "said": said.partition("Extension modules")[0][:4000]}
+    )
 
 
 def _load(arguments: list[str], work: Path, home: Path, said: Path) -> None:
-    """In the child; never returns."""
+    """In the child; never returns. What it says goes to a file, with every thread's Python stack if a signal ends it."""
     code = 1
     try:
+        file = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(file, 2)
+        faulthandler.enable(file)
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_CPU, (SECONDS + 1, SECONDS + 2))
         resource.setrlimit(resource.RLIMIT_AS, (used + BYTES, used + BYTES))
         os.environ["HOME"] = str(home)
         os.chdir(work)
+        torch.set_num_threads(
+            1
+        )  # else the threads that autograd starts race for the pool that the fork lost (torch 2.14 aborts)
         from indistill_fx.cli import run
         from indistill_fx.loading.load import load_source
 
-        err = io.StringIO()
-        with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
+        with (
+            open(file, "w", errors="replace") as err,
+            contextlib.redirect_stderr(err),
+            contextlib.redirect_stdout(io.StringIO()),
+        ):
             code = run(arguments) if arguments[0] != "load" else 2 * (load_source(arguments[1]) is None)
-        said.write_text(err.getvalue())
+    except BaseException:
+        traceback.print_exc()
     finally:
         os._exit(code)
 

@@ -66,6 +66,7 @@ def in_child(work: Callable[[], None], *, kill_after: float | None) -> bool:
     child = os.fork()
     if child == 0:
         code = 1
+        torch.set_num_threads(1)  # see attacks.py: else autograd's threads race for the pool that the fork lost
         try:
             work()
             code = 0
