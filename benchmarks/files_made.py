@@ -31,6 +31,13 @@ def network() -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2)).eval()
 
 
+def exported_program() -> torch.export.ExportedProgram:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        batch = ({0: torch.export.Dim("batch")},)
+        return torch.export.export(network(), (torch.randn(2, 3, 8, 8),), dynamic_shapes=batch)
+
+
 def inspect(path: Path) -> list[str]:
     return ["inspect", str(path), "--input", "3x8x8"]
 
@@ -71,12 +78,7 @@ def altered(edit: Callable[[dict[str, bytes]], Any], *, program: bool = False) -
     def make(folder: Path) -> list[str]:
         content, path = io.BytesIO(), folder / ("file.pt2" if program else "file.pt")
         if program:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                batch = ({0: torch.export.Dim("batch")},)
-                torch.export.save(
-                    torch.export.export(network(), (torch.randn(2, 3, 8, 8),), dynamic_shapes=batch), content
-                )
+            torch.export.save(exported_program(), content)
         else:
             torch.save(network(), content)
         with zipfile.ZipFile(content) as archive:

@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 from files_made import Make, Reduced, altered, inspect, pictures_of, renamed, saved, with_attribute
+from hostile_formats import formats
 from hostile_others import others
+from hostile_places import places
 from safetensors.torch import save_file
 from torch import nn
 
@@ -233,5 +235,6 @@ def hostile_sizes(canary: str) -> Iterator[tuple[str, Make]]:
 
 def hostile(canary: str) -> dict[str, Make]:
     """All hostile files, by name; each would make the canary if it ran."""
-    kinds = (hostile_pickles, hostile_graphs, hostile_programs, hostile_archives, hostile_runs, hostile_sizes, others)
+    own = (hostile_pickles, hostile_graphs, hostile_programs, hostile_archives, hostile_runs, hostile_sizes)
+    kinds = (formats, places, *own, others)
     return {name: make for kind in kinds for name, make in kind(canary)}

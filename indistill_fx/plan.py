@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from indistill_fx.errors import ConfigError, TrainError, instead_of, nearest
 from indistill_fx.graph.view import View
-from indistill_fx.system.files import read_bounded, replace_file
+from indistill_fx.system.files import read_bounded, replace_file, require_few_values
 from indistill_fx.traced import TracedModel
 
 Adapter = Literal["none", "pool", "tokens_to_map"]
@@ -174,7 +174,9 @@ class AlignmentPlan(_Frozen):
         hint = "`indistill-fx align … -o plan.json` makes one."
         try:
             with instead_of(OSError, ConfigError(f"The plan {path} cannot be read", where=str(path), hint=hint)):
-                return cls.model_validate_json(read_bounded(path, LARGEST))
+                text = read_bounded(path, LARGEST)
+                require_few_values(text)  # pydantic would keep an error for each that does not belong there
+                return cls.model_validate_json(text)
         except UnicodeDecodeError as error:
             raise _not_json(path, error) from error
         except ValidationError as error:

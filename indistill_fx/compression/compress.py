@@ -44,7 +44,7 @@ from indistill_fx.runs.load import keep_export, load
 from indistill_fx.runs.record import RunRecord
 from indistill_fx.runs.signature import is_signed, sign
 from indistill_fx.stages.traced_pair import examples_of
-from indistill_fx.system.files import read_bounded, save_json
+from indistill_fx.system.files import read_json, save_json
 from indistill_fx.system.tensor_files import save_tensors
 from indistill_fx.traced import TracedModel
 from indistill_fx.training.distill import distill
@@ -238,7 +238,7 @@ def _check_teacher(teacher: nn.Module, judge: Callable[[nn.Module], Evaluation] 
 def _before(folder: Path, identity: Mapping[str, Any], model: TracedModel) -> _Made | None:
     """The student that an interrupted run had made; None if it must be made again."""
     try:
-        saved = json.loads(read_bounded(folder / STORY, 1 << 26))
+        saved = read_json(folder / STORY, 1 << 26)
         steps, made = _STEPS.validate_python(saved["steps"], strict=False), saved["made"]
         complete = type(made) is int and 0 < made <= len(steps) and {"identity", *_KEPT} <= saved.keys()
     except (OSError, ValueError, KeyError, TypeError, RecursionError):

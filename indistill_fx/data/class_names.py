@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from indistill_fx.errors import ConfigError
-from indistill_fx.system.files import read_bounded
+from indistill_fx.system.files import parse_json, read_bounded
 
 _MOST_BYTES = 1 << 24
 
@@ -38,7 +37,7 @@ def _read(path: Path) -> list[str]:
         content = read_bounded(path, _MOST_BYTES)
         if path.suffix != ".json":
             return [line.strip() for line in content.splitlines() if line.strip()]
-        found = json.loads(content)
+        found = parse_json(content)
     except (OSError, ValueError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise ConfigError(

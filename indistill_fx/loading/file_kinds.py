@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import codecs
-import json
 import struct
 import zipfile
 from pathlib import Path
 from typing import BinaryIO, Literal
 
 from indistill_fx.errors import ConfigError, nearest
+from indistill_fx.system.files import parse_json
+from indistill_fx.system.tensor_files import LONGEST_HEADER
 
 FileKind = Literal["torch", "torch-legacy", "export", "safetensors", "onnx"]
 
 _MAGIC_LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _HEAD = 4096
-_LONGEST_HEADER = 100_000_000  # in bytes; the limit of the safetensors library
 _UNREADABLE = (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error)
 
 # The first bytes of a file -> its kind, and what to do.
@@ -177,8 +177,8 @@ def count_safetensors(path: Path) -> int:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         try:
-            return len(json.loads(file.read(min(length, _LONGEST_HEADER))).keys() - {"__metadata__"})
-        except (ValueError, AttributeError, RecursionError) as error:
+            return len(parse_json(file.read(min(length, LONGEST_HEADER))).keys() - {"__metadata__"})
+        except (OSError, ValueError, AttributeError, RecursionError) as error:
             raise damaged(str(path), str(error)) from error
 
 

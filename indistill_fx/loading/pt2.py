@@ -36,6 +36,7 @@ from indistill_fx.loading.file_kinds import damaged, open_zip
 from indistill_fx.loading.operators import may_be_called
 from indistill_fx.loading.pickle_make import MOST_EXPANDED
 from indistill_fx.loading.safe_pickle import open_saved
+from indistill_fx.system.files import parse_json
 
 _ENTRY = re.compile(
     r"archive_format|archive_version|byteorder|\.data/(version|serialization_id)|\.format_version|\.storage_alignment"
@@ -70,6 +71,7 @@ _FREE = re.compile(r"[\w.+\-]*")  # for versions, devices, dialects
 _PATH = re.compile(r"[\w.\-/: ]*")  # for paths of modules, which are only displayed
 _SYMBOL = re.compile(r"[a-z]{1,4}\d{1,5}")
 _LONGEST = 2000
+_MOST_VALUES = 1 << 22  # of a program, which has about 64 for each operator
 _LARGEST_EXPRESSION = 128
 """Degree and terms of a shape expression: sympy multiplies it out."""
 
@@ -156,9 +158,9 @@ def _check_entry(name: str, content: bytes, sizes: dict[str, int], trust: Sequen
     if not _ENTRY.fullmatch(name):
         raise _UnfitError(f"holds {name!r}, which is neither weights nor the program")
     if name == _PROGRAM:
-        return json.dumps(_on_cpu(_check_program(json.loads(content), trust))).encode()
+        return json.dumps(_on_cpu(_check_program(parse_json(content, _MOST_VALUES), trust))).encode()
     if name.endswith("_config.json"):
-        config = json.loads(content)
+        config = parse_json(content, _MOST_VALUES)
         _check_payloads(config, name, sizes)
         return json.dumps(_on_cpu(config)).encode()
     return content
@@ -237,7 +239,7 @@ def _check_text(value: str, key: str, trust: Sequence[str]) -> None:
         case "expr_str":
             _check_expression(value)
         case "in_spec" | "out_spec":
-            _check_structure(json.loads(value)[1] if value else {})
+            _check_structure(parse_json(value)[1] if value else {})
         case "as_string" | "as_strings":
             pass  # `repr` writes these strings into the source, quoted
         case "name" | "as_name" | "forward_arg_names" | "user_input_name":
@@ -284,7 +286,7 @@ def _check_structure(spec: Any) -> None:
     """Refuse containers other than those with positions and plain keys, because others import the class that they name."""
     if not spec:
         return
-    context = json.loads(spec["context"]) if isinstance(spec["context"], str) else spec["context"]
+    context = parse_json(spec["context"]) if isinstance(spec["context"], str) else spec["context"]
     if spec["type"] not in _CONTAINERS or not _is_plain(context):
         raise _UnfitError(f"has inputs or outputs in a {str(spec['type'])[:60]!r}")
     for child in spec["children_spec"]:

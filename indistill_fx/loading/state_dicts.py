@@ -13,8 +13,7 @@ from indistill_fx.errors import ConfigError
 from indistill_fx.loading.file_kinds import damaged, recognise
 from indistill_fx.loading.pickle_scan import Made, entries
 from indistill_fx.loading.safe_pickle import SavedFile, open_saved
-from indistill_fx.system.files import require_regular
-from indistill_fx.system.tensor_files import load_tensors
+from indistill_fx.system.tensor_files import load_tensors, require_header
 
 # The keys under which training scripts save a state dict, and the prefixes that wrappers put before its keys.
 WRAPPERS = (
@@ -144,10 +143,10 @@ def count_numbers(path: Path) -> int:
     from safetensors import SafetensorError, safe_open
 
     try:
-        require_regular(path)
+        require_header(path)
         with safe_open(path, framework="np") as file:
             return sum(math.prod(file.get_slice(name).get_shape()) for name in file.offset_keys())
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise damaged(str(path), str(error)) from error
 
 

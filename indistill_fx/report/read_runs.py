@@ -18,7 +18,7 @@ from indistill_fx.plan import AlignmentPlan
 from indistill_fx.report.work import NO_WORK, Work
 from indistill_fx.runs.directory import EXPORT, MOST_BYTES, STUDENT
 from indistill_fx.runs.record import MetricFacts
-from indistill_fx.system.files import read_bounded, read_lines
+from indistill_fx.system.files import read_json, read_lines
 from indistill_fx.version import __version__
 
 MOST_METRICS = 256 << 20
@@ -227,7 +227,7 @@ def read_run(folder: Path, *, name: str | None = None) -> Run:
 
 def _read_record(folder: Path) -> tuple[dict[str, Any], list[str]]:
     try:
-        record = json.loads(read_bounded(folder / "run.json", MOST_BYTES))
+        record = read_json(folder / "run.json", MOST_BYTES)
     except FileNotFoundError:
         return {}, ["run.json is missing: command, settings, schedule and environment are unknown."]
     except (OSError, ValueError, RecursionError) as error:
@@ -344,7 +344,7 @@ def _facts(record: Mapping[str, Any], role: str) -> ModelFacts | None:
 
 def _export(folder: Path) -> dict[str, float]:
     try:
-        export = _dict(json.loads(read_bounded(folder / EXPORT, MOST_BYTES)))
+        export = _dict(read_json(folder / EXPORT, MOST_BYTES))
     except (OSError, ValueError, RecursionError):  # the teacher may not be a run directory
         return {}
     names = ("macs", "latency_ms", "int8_accuracy", "int8_size")

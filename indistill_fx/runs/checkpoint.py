@@ -5,7 +5,6 @@ Everything that decides how a run continues is in the one file, so that one rena
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from indistill_fx.errors import ConfigError, instead_of
-from indistill_fx.system.files import json_text
+from indistill_fx.system.files import json_text, parse_json
 from indistill_fx.system.tensor_files import DamagedFileError, load_tensors, save_tensors
 
 SCHEMA = 1
@@ -59,7 +58,7 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             raise DamagedFileError(
                 f"its header has {', '.join(sorted(header)) or 'nothing'} where it should have a state"
             )
-        state = dict(json.loads(header["state"]))
+        state = dict(parse_json(header["state"]))
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ConfigError(
             f"{path} is not a checkpoint of a run: {str(error).rstrip('.')}.",

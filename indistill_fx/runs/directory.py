@@ -24,7 +24,7 @@ from indistill_fx.system.files import (
     append_line,
     clear_drafts,
     json_text,
-    read_bounded,
+    read_json,
     read_lines,
     replace_file,
     save_json,
@@ -167,7 +167,7 @@ class RunDirectory:
     def reported(self) -> dict[str, Any]:
         """The content of run.json; empty if it is unreadable, because only the checkpoint decides how a run continues."""
         try:
-            found = json.loads(read_bounded(self.path / "run.json", MOST_BYTES))
+            found = read_json(self.path / "run.json", MOST_BYTES)
         except (OSError, ValueError, RecursionError):
             return {}
         return found if isinstance(found, dict) else {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -21,7 +20,7 @@ from indistill_fx.runs.bounded import Bounded
 from indistill_fx.runs.directory import BEST, EXPORT, LAST, MOST_BYTES, STUDENT
 from indistill_fx.runs.saved_outputs import is_saved_outputs, load_outputs
 from indistill_fx.runs.signature import is_signed, sign
-from indistill_fx.system.files import read_bounded, save_json
+from indistill_fx.system.files import read_json, save_json
 
 if TYPE_CHECKING:
     from torch import nn
@@ -93,7 +92,7 @@ def keep_export(run: str | os.PathLike[str], **measured: Any) -> str | None:
     """
     path = Path(run) / EXPORT
     try:
-        before = json.loads(read_bounded(path, MOST_BYTES))
+        before = read_json(path, MOST_BYTES)
     except (OSError, ValueError, RecursionError):
         before = {}
     kept = before if isinstance(before, dict) else {}
@@ -112,7 +111,7 @@ def about_data(data: Data) -> dict[str, Any]:
 def run_fingerprint(path: str | os.PathLike[str]) -> str:
     """Which run it was: when it started, and the digest of what it ended with."""
     try:
-        record = _object(json.loads(read_bounded(Path(path) / "run.json", MOST_BYTES)))
+        record = _object(read_json(Path(path) / "run.json", MOST_BYTES))
     except (OSError, ValueError, RecursionError):
         return "?"
     started, digest = record.get("started"), _object(record.get("result")).get("digest")
@@ -241,7 +240,7 @@ def load_run(path: str | os.PathLike[str], *, trust: Sequence[str] = (), best: b
     """
     folder = Path(path)
     try:
-        record = json.loads(read_bounded(folder / "run.json", MOST_BYTES))
+        record = read_json(folder / "run.json", MOST_BYTES)
         kept = record["about"]
         spec, size = _text(kept["model"]), tuple(kept["input_size"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:

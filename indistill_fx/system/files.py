@@ -21,6 +21,8 @@ from safetensors import SafetensorError
 from indistill_fx.errors import ConfigError, TrainError, instead_of
 
 _DRAFT = ".draft"
+MOST_VALUES = 1 << 20
+"""Values that a JSON text of ours may hold. In memory each takes some hundred bytes, however short its text is."""
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
@@ -229,7 +231,41 @@ def read_bounded(path: str | os.PathLike[str], limit: int) -> str:
         content = file.read(limit + 1)
     if len(content) > limit:
         raise TooLargeError(27, f"it is larger than {limit >> 20} MiB", str(path))
-    return content.decode("utf-8")
+    return content.decode("utf-8-sig")  # editors on Windows begin a file with a byte order mark
+
+
+def read_json(path: str | os.PathLike[str], limit: int) -> Any:
+    """The value in a JSON file of at most `limit` bytes.
+
+    Raises:
+        OSError: see `read_bounded` and `require_few_values`.
+        ValueError: it is not JSON, or not UTF-8.
+        RecursionError: it is nested too deeply.
+    """
+    return parse_json(read_bounded(path, limit))
+
+
+def parse_json(text: str | bytes, most: int = MOST_VALUES) -> Any:
+    """The value of a JSON text that holds at most so many values.
+
+    Raises:
+        TooLargeError: it holds more.
+        ValueError: it is not JSON.
+        RecursionError: it is nested too deeply.
+    """
+    require_few_values(text, most)
+    return json.loads(text)
+
+
+def require_few_values(text: str | bytes, most: int = MOST_VALUES) -> None:
+    """Refuse a JSON text that would take much more memory than its bytes. Every value but the first comes after a comma or a bracket.
+
+    Raises:
+        TooLargeError: it holds more values.
+    """
+    content = text.encode(errors="replace") if isinstance(text, str) else text
+    if sum(map(content.count, (b",", b"[", b"{"))) > most:
+        raise TooLargeError(27, f"it holds more than {most:,} values")
 
 
 def read_lines(path: str | os.PathLike[str], limit: int = 1 << 20, *, most: int | None = None) -> Iterator[str]:

@@ -12,10 +12,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from indistill_fx.system.files import replace_file, require_regular
+from indistill_fx.system.files import parse_json, replace_file
 
 _DIGESTS = "sha256"
 """Entry of a file's header: the digest of each tensor by name, and under the empty name that of the header's other entries."""
+
+
+LONGEST_HEADER = 16 << 20
+"""Bytes of a safetensors file's header, which has about a hundred for each tensor. The library reads 100 MB, which take gigabytes."""
 
 
 class DamagedFileError(ValueError):
@@ -44,8 +48,8 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         OSError: it cannot be read.
         DamagedFileError: it is no such file, or a tensor or its header was changed; names which.
     """
-    require_regular(path)
     try:
+        require_header(path)
         with safe_open(path, framework="pt") as file:
             entries = dict(file.metadata() or {})
             tensors = {name: file.get_tensor(name) for name in file.offset_keys()}
@@ -60,8 +64,8 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _changed(tensors: Mapping[str, Tensor], entries: Mapping[str, str], digests: str) -> Iterable[str]:
     try:
-        known = json.loads(digests)
-    except (ValueError, RecursionError):
+        known = parse_json(digests)
+    except (OSError, ValueError, RecursionError):
         known = None
     if not isinstance(known, dict) or known.get("") != _text_digest(entries) or len(known) != len(tensors) + 1:
         yield "its header"

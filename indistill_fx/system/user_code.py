@@ -77,7 +77,7 @@ def _from_file(path: Path) -> ModuleType:
 
 def neighbours(place: str) -> AbstractContextManager[None]:
     """What code from `file.py` may import when it is called: the files beside it. Code from a package needs nothing."""
-    return importable_last(Path(place).resolve().parent) if place.endswith(".py") else nullcontext()
+    return importable_last(Path(os.path.realpath(place)).parent) if place.endswith(".py") else nullcontext()
 
 
 @contextmanager

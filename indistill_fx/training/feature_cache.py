@@ -34,7 +34,7 @@ from indistill_fx.data.same_samples import same_samples
 from indistill_fx.errors import ConfigError
 from indistill_fx.graph.module_state import digest, settings_of
 from indistill_fx.stages.stage import Stage
-from indistill_fx.system.files import file_digest, read_bounded, save_json
+from indistill_fx.system.files import file_digest, read_json, save_json
 from indistill_fx.system.terminal import followed
 
 _FORMAT = "features 2"
@@ -209,7 +209,7 @@ def _read_index(folder: Path) -> dict[str, _Entry]:
         OSError: it cannot be read.
         ValueError: it was changed since it was written, or is not an index.
     """
-    index = json.loads(read_bounded(folder / _INDEX, _LARGEST_INDEX))
+    index = read_json(folder / _INDEX, _LARGEST_INDEX)
     taps = index.get("taps") if isinstance(index, dict) else None
     if not isinstance(taps, dict) or index.get("digest") != index_digest(taps):
         raise ValueError("its index was changed")

@@ -7,7 +7,6 @@ And `default_curriculum`: the warm-up that is used if none is requested.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 from indistill_fx.curriculum import PAIRS, Budget, Curriculum
 from indistill_fx.graph.ops import op_name
 from indistill_fx.plan import MADE, AlignmentPlan
-from indistill_fx.system.files import read_bounded
+from indistill_fx.system.files import read_json
 from indistill_fx.traced import TracedModel
 
 
@@ -159,7 +158,7 @@ def _work(model: TracedModel) -> list[str]:
 def kept_curriculum(run_dir: Path) -> tuple[Curriculum, str] | None:
     """What `default_curriculum` had chosen for the run in a directory; None where that cannot be read."""
     try:
-        phases = json.loads(read_bounded(run_dir / "run.json", 1 << 26))["phases"]
+        phases = read_json(run_dir / "run.json", 1 << 26)["phases"]
         lengths = {phase["name"]: (phase["length"], phase["unit"]) for phase in phases if not phase["main"]}
         if not lengths:
             return NO_WARMUP, ""

@@ -8,6 +8,7 @@ import resource
 import struct
 import subprocess
 import sys
+import zipfile
 import zlib
 from contextlib import nullcontext
 from pathlib import Path
@@ -19,13 +20,17 @@ from PIL import Image
 from torch import nn
 
 import indistill_fx as ifx
+from indistill_fx.data.class_names import read_classes
 from indistill_fx.data.pictures import read_head, read_picture
 from indistill_fx.demo import DigitsStudent
+from indistill_fx.errors import ConfigError
 from indistill_fx.loading.pt2 import _check_expression, _check_payloads, _UnfitError
 from indistill_fx.loading.state_dicts import count_numbers, load_weights
 from indistill_fx.plan import AlignmentPlan
 from indistill_fx.report.read_runs import MOST_STAGES, read_run
+from indistill_fx.runs.checkpoint import load_checkpoint
 from indistill_fx.runs.load import load_run
+from indistill_fx.system.files import TooLargeError, parse_json
 from indistill_fx.system.tensor_files import save_tensors
 
 
@@ -198,3 +203,61 @@ def test_a_plan_cannot_ask_for_pictures_that_fill_the_memory(tmp_path):
         (tmp_path / "plan.json").write_text(json.dumps(told | {"view": {"size": size}}))
         with nullcontext() if fits else pytest.raises(ifx.ConfigError, match="at most 16,777,216 are made"):
             assert AlignmentPlan.load(tmp_path / "plan.json").view.size == tuple(size)
+
+
+VALUES = {
+    "lists": "[" + "[]," * 1_100_000 + "0]",
+    "lists in lists": "[" + ("[" * 400 + "]" * 400 + ",") * 3000 + "0]",
+    "keys": "{" + ",".join(f'"{number}":0' for number in range(1_100_000)) + "}",
+}
+
+
+@pytest.mark.parametrize("kind", VALUES)
+def test_values_of_a_json_text_are_counted_before_they_are_made(kind):
+    """A hundred bytes of memory for three of text: 64 MiB of brackets took more than two gigabytes."""
+    with pytest.raises(TooLargeError, match="more than 1,048,576 values"):
+        parse_json(VALUES[kind])
+    with pytest.raises(TooLargeError):
+        parse_json(VALUES[kind].encode())
+
+
+@pytest.mark.parametrize("kind", VALUES)
+def test_a_million_values_in_a_plan_are_refused_before_each_gets_an_error(tmp_path, kind):
+    golden = (Path(__file__).parents[1] / "golden" / "0.1.0" / "plan.json").read_text()
+    (tmp_path / "plan.json").write_text(golden.replace("{", '{"a":' + VALUES[kind] + ",", 1))
+    with pytest.raises(ConfigError, match="more than 1,048,576 values"):
+        AlignmentPlan.load(tmp_path / "plan.json")
+
+
+def test_a_run_of_millions_of_values_is_refused(tmp_path):
+    (tmp_path / "run.json").write_text('{"about": ' + VALUES["lists"] + "}")
+    with pytest.raises(ConfigError, match="does not say which model"):
+        load_run(tmp_path)
+    assert any("more than 1,048,576 values" in line for line in read_run(tmp_path).missing)
+
+
+def test_a_program_of_millions_of_values_is_refused(tmp_path):
+    torch.export.save(torch.export.export(nn.ReLU(), (torch.ones(1),)), tmp_path / "sound.pt2")
+    with zipfile.ZipFile(tmp_path / "sound.pt2") as old, zipfile.ZipFile(tmp_path / "file.pt2", "w") as new:
+        for name in old.namelist():
+            new.writestr(name, "[" + "[]," * 4_200_000 + "0]" if name.endswith("models/model.json") else old.read(name))
+    with pytest.raises(ConfigError, match="more than 4,194,304 values"):
+        ifx.load(str(tmp_path / "file.pt2"))
+
+
+def test_headers_of_tensor_files_are_bounded(tmp_path):
+    """The library reads 100 MB of header, which took gigabytes."""
+    header = b'{"__metadata__":{' + b",".join(b'"%d":""' % number for number in range(1_500_000)) + b"}}"
+    (tmp_path / "file.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    for read in (lambda path: load_weights(DigitsStudent(), path), count_numbers, load_checkpoint):
+        with pytest.raises(ConfigError, match="at most 16,777,216"):
+            read(tmp_path / "file.safetensors")
+
+
+def test_files_that_begin_with_a_byte_order_mark_are_read(tmp_path):
+    """As editors and shells on Windows write them."""
+    golden = Path(__file__).parents[1] / "golden" / "0.1.0" / "plan.json"
+    (tmp_path / "plan.json").write_text(golden.read_text(), encoding="utf-8-sig")
+    assert AlignmentPlan.load(tmp_path / "plan.json") == AlignmentPlan.load(golden)
+    (tmp_path / "classes.txt").write_text("cat\ndog\n", encoding="utf-8-sig")
+    assert read_classes(str(tmp_path / "classes.txt")) == ("cat", "dog")

@@ -9,7 +9,7 @@ import pytest
 
 import indistill_fx as ifx
 from indistill_fx.data import open_data
-from indistill_fx.errors import FrontendError
+from indistill_fx.errors import ConfigError, FrontendError
 
 
 @pytest.fixture
@@ -76,3 +76,9 @@ def test_a_relative_import_in_a_file_gets_a_hint(here):
     with pytest.raises(FrontendError, match=r"models\.py:1: ModuleNotFoundError") as error:
         ifx.load("models.py:make")
     assert "package.module:name" in str(error.value)
+
+
+def test_a_file_that_is_a_link_to_itself_is_no_file(here):
+    Path("models.py").symlink_to("models.py")
+    with pytest.raises(ConfigError, match="There is no file"):
+        ifx.load("models.py:make")
