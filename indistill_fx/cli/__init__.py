@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 from importlib import import_module
-from io import StringIO
+from io import StringIO, TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,8 @@ def main() -> None:
     # under torchrun only the first process prints; every process reports its errors
     if os.environ.get("RANK", "0") != "0":
         sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # for terminals and pipes without our arrows
     sys.exit(run(sys.argv[1:]))
 
 

@@ -37,3 +37,11 @@ def test_a_standard_output_that_is_full_is_said(tmp_path: Path) -> None:
     assert code(f"{PROGRAM} inspect {MODEL} --input 1x8x8 >/dev/full 2> said", tmp_path) == 2
     said = (tmp_path / "said").read_text()
     assert "found no space" in said and "our fault" not in said
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_a_standard_output_without_our_arrows_shows_their_numbers(tmp_path: Path, encoding: str) -> None:
+    """As in LC_ALL=C, and in pipes on Windows."""
+    align = f"PYTHONIOENCODING={encoding} {PROGRAM} align {MODEL} {MODEL} --input 1x8x8 -o plan.json"
+    assert code(f"{align} > told 2> said", tmp_path) == 0, (tmp_path / "said").read_text()
+    assert "\\u2192" in (tmp_path / "told").read_text(encoding=encoding)
