@@ -117,6 +117,7 @@ def hostile_pictures(canary: str) -> Iterator[tuple[str, Make]]:
         "EXIF that points to itself": _with_exif(jpeg, b"\x01\0\x69\x87\x04\0\x01\0\0\0\x08\0\0\0\x08\0\0\0"),
         "EXIF of 65,535 entries": _with_exif(jpeg, b"\xff\xff" + b"\x0f\x01\x02\0\xff\xff\xff\x7f\0\0\0\0" * 5000),
         "a JPEG of 65,500 x 65,500": _of_size(jpeg, 65_500),
+        "10,000 passes of a JPEG": lambda: repeated_scan(encoded("L", (9400, 9400), "JPEG", progressive=True), 10_000),
         "a JPEG cut short": jpeg[: len(jpeg) // 2],
         "a PNG of 2**31 - 1 lines": encoded()[:16] + struct.pack(">II", 2**31 - 1, 2**31 - 1) + encoded()[24:],
         "a PNG of no size": encoded()[:16] + struct.pack(">II", 0, 0) + encoded()[24:],
@@ -186,6 +187,12 @@ def _with_exif(jpeg: bytes, entries: bytes) -> bytes:
 def _of_size(jpeg: bytes, side: int) -> bytes:
     place = jpeg.index(b"\xff\xc0")
     return jpeg[: place + 5] + struct.pack(">HH", side, side) + jpeg[place + 9 :]
+
+
+def repeated_scan(jpeg: bytes, times: int) -> bytes:
+    """The last pass over the pixels of a progressive JPEG again and again: each takes a hundred bytes, and as long as the first."""
+    start, end = jpeg.rindex(b"\xff\xda"), len(jpeg) - 2
+    return jpeg[:end] + jpeg[start:end] * times + jpeg[end:]
 
 
 def _circle(tiff: bytes) -> bytes:

@@ -23,6 +23,9 @@ _MOST_BYTES = 512 << 20
 """Of an image's file: 89 million pixels of four bytes, and their metadata. Pillow reads metadata whole; compressed text of a PNG to 1 MiB
 a piece, 64 MiB in all."""
 
+_MOST_SCANS = 100
+"""Of a JPEG, as libtiff has it; a progressive one has about ten. Each goes over the whole image, and an empty one takes 130 bytes."""
+
 _ORIENTATION, _SIDEWAYS = 0x0112, 5
 """EXIF's tag, and its first value that exchanges height and width."""
 
@@ -74,6 +77,8 @@ def read_picture(path: str, *, channels: int = 3, deep: bool = False) -> Any:
             cannot be known, of 16-bit colours, or of 16 bits in a set that is not deep; the message names the file.
     """
     with _opened(path) as image:
+        if image.format in ("JPEG", "MPO"):
+            _require_few_scans(path)
         if not _is_deep(image):
             plain = _upright(image).convert("RGB" if channels == 3 else "L")
             return _as_tensor(np.asarray(plain)) * 257.0 if deep else plain
@@ -102,7 +107,7 @@ def _opened(path: str) -> Iterator[Any]:
     except ConfigError:
         raise
     except Exception as error:  # the file may hold any bytes, so Pillow may raise anything
-        reason = str(error) or type(error).__name__
+        reason = str(error).rstrip(".") or type(error).__name__
         raise ConfigError(
             f"Image {path!r} cannot be read: {reason}.",
             where=path,
@@ -114,6 +119,13 @@ def _opened(path: str) -> Iterator[Any]:
 def _require_size(path: str) -> None:
     if (size := os.path.getsize(path)) > _MOST_BYTES:
         raise ValueError(f"the file has {size:,} bytes, more than any picture of 89 million pixels needs")
+
+
+def _require_few_scans(path: str) -> None:
+    with open(path, "rb") as file:
+        scans = file.read(_MOST_BYTES).count(b"\xff\xda")  # among coded pixels there is no such pair
+    if scans > _MOST_SCANS:
+        raise ValueError(f"it goes over its pixels {scans:,} times; at most {_MOST_SCANS} are read")
 
 
 def _is_deep(image: Any) -> bool:

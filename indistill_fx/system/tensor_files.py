@@ -62,6 +62,20 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, entries
 
 
+def require_header(path: Path) -> None:
+    """Refuse a header that takes gigabytes once it is read.
+
+    Raises:
+        OSError: it cannot be read, or is not a file.
+        ValueError: its header is longer than that of 100,000 tensors.
+    """
+    require_regular(path)
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    if length > LONGEST_HEADER:
+        raise ValueError(f"its header is said to have {length:,} bytes; at most {LONGEST_HEADER:,} are read")
+
+
 def _changed(tensors: Mapping[str, Tensor], entries: Mapping[str, str], digests: str) -> Iterable[str]:
     try:
         known = parse_json(digests)

@@ -57,7 +57,7 @@ def _from_file(path: Path) -> ModuleType:
             where=str(path),
             hint="Check the path; it is taken from the working directory.",
         )
-    path = path.resolve()
+    path = Path(os.path.realpath(path))
     key = f"{path.stem}@{path}"  # not an importable name; the path makes one file one module
     if key in sys.modules:
         return sys.modules[key]

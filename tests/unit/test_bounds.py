@@ -261,3 +261,15 @@ def test_files_that_begin_with_a_byte_order_mark_are_read(tmp_path):
     assert AlignmentPlan.load(tmp_path / "plan.json") == AlignmentPlan.load(golden)
     (tmp_path / "classes.txt").write_text("cat\ndog\n", encoding="utf-8-sig")
     assert read_classes(str(tmp_path / "classes.txt")) == ("cat", "dog")
+
+
+def test_a_jpeg_that_goes_over_its_pixels_thousands_of_times_is_refused(tmp_path):
+    """10,000 passes over 88 million pixels are 1.3 MB, and took minutes."""
+    content = io.BytesIO()
+    Image.new("L", (64, 64), 128).save(content, "JPEG", progressive=True)
+    jpeg = content.getvalue()
+    start = jpeg.rindex(b"\xff\xda")
+    for times, fits in ((50, True), (200, False)):
+        (tmp_path / "0.jpg").write_bytes(jpeg[:-2] + jpeg[start:-2] * times + jpeg[-2:])
+        with nullcontext() if fits else pytest.raises(ifx.ConfigError, match="at most 100 are read"):
+            assert read_picture(str(tmp_path / "0.jpg")).size == (64, 64)
