@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from indistill_fx.system.files import parse_json, replace_file
+from indistill_fx.system.files import parse_json, replace_file, require_regular
 
 _DIGESTS = "sha256"
 """Entry of a file's header: the digest of each tensor by name, and under the empty name that of the header's other entries."""
