@@ -37,16 +37,16 @@ class Target:
     compiled: bool = False
 
     def __post_init__(self) -> None:
-        here = available_devices()
+        available = available_devices()
         device = _device(self.device)
-        known = device is not None and (device.type == "cpu" or f"{device.type}:{device.index or 0}" in here)
+        known = device is not None and (device.type == "cpu" or f"{device.type}:{device.index or 0}" in available)
         if device is None or not known:
             raise ConfigError(
                 f"There is no device {self.device!r} here.",
                 where="device",
                 got=self.device,
-                expected=here,
-                hint=f"This machine has: {', '.join(here)}.{_why_no_cuda() if device and device.type == 'cuda' else ''}",
+                expected=available,
+                hint=f"This machine has: {', '.join(available)}.{_why_no_cuda() if device and device.type == 'cuda' else ''}",
             )
         if self.dtype not in _DTYPES:
             raise ConfigError(
@@ -106,8 +106,8 @@ def chosen_device(name: str) -> torch.device:
 
 def old_driver() -> str:
     """What torch says of a driver of NVIDIA's that is too old for it; empty where there is none, or it is not."""
-    told = _why_no_cuda()
-    return told.strip() if "driver" in told and "too old" in told else ""
+    message = _why_no_cuda()
+    return message.strip() if "driver" in message and "too old" in message else ""
 
 
 def _why_no_cuda() -> str:

@@ -71,10 +71,10 @@ def alignment_table(
         )
     parts += [Text(f"Not paired: {line}") for line in plan.unmatched]
     parts += [Text(f"{line[0].upper()}{line[1:]}.") for line in plan.described_views]
-    used = {word for pair in plan.pairs for word in pair.reason.split(", ")}
+    used = {reason for pair in plan.pairs for reason in pair.reason.split(", ")}
     parts.append(
         Text(
-            "Reasons: " + "; ".join(f"{word}: {meaning}" for word, meaning in LEGEND.items() if word in used),
+            "Reasons: " + "; ".join(f"{reason}: {meaning}" for reason, meaning in LEGEND.items() if reason in used),
             style="dim",
         )
     )

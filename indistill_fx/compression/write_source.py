@@ -171,8 +171,8 @@ def _prove(source: StudentSource, model: TracedModel) -> None:
     except Exception as error:  # the generated code may raise anything
         dtypes = {str(tensor.dtype) for tensor in source.state.values() if tensor.is_floating_point()}
         if dtypes - {"torch.float32"}:
-            what = f"its weights are {', '.join(sorted(dtypes))}, and the layers of source code are torch.float32"
-            raise unwritable("the network", what) from error
+            problem = f"its weights are {', '.join(sorted(dtypes))}, and the layers of source code are torch.float32"
+            raise unwritable("the network", problem) from error
         raise unwritable("the network", f"its source code does not run: {type(error).__name__}: {error}") from error
     for one, other in zip(_tensors(expected), _tensors(got), strict=True):
         if not torch.equal(one, other):

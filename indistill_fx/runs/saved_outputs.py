@@ -118,12 +118,12 @@ def _as_module(tensors: Mapping[str, Tensor], axes: Mapping[str, int], about: Ma
     paths, calls = writable_paths(tensors), {}
     for name in sorted(tensors, key=lambda name: name.count(".")):  # layers before the parts that belong into them
         *parents, last = paths[name].split(".")
-        home = root
+        module = root
         for parent in parents:
-            if parent not in home._modules:
-                home.add_module(parent, nn.Module())
-            home = home.get_submodule(parent)
-        home.add_module(last, SavedTensor(tensors[name], axes.get(name)))
+            if parent not in module._modules:
+                module.add_module(parent, nn.Module())
+            module = module.get_submodule(parent)
+        module.add_module(last, SavedTensor(tensors[name], axes.get(name)))
         calls[name] = graph.call_module(paths[name], (indices,))
     graph.output(calls[LOGITS])
     made = fx.GraphModule(root, graph, class_name="SavedOutputs")
@@ -142,28 +142,28 @@ def check_outputs(module: nn.Module, loader: EpochLoader, *, cached: bool = Fals
     Raises:
         ConfigError: the outputs are of other data, or of fewer samples; or samples differ from epoch to epoch.
     """
-    told = module.meta.get("saved outputs") if isinstance(module, fx.GraphModule) else None
-    if told is None:
+    saved = module.meta.get("saved outputs") if isinstance(module, fx.GraphModule) else None
+    if saved is None:
         return loader
     if cached:
         raise ConfigError(
             "Saved outputs need no feature cache.", where="feature cache", hint="Leave --feature-cache out."
         )
     indexed = same_samples(loader, "A teacher that has saved outputs")
-    wanted, folder = loader.samples, told["folder"]
-    if told["samples"] != wanted:
+    wanted, folder = loader.samples, saved["folder"]
+    if saved["samples"] != wanted:
         raise ConfigError(
-            f"`{folder}` has outputs of {told['samples']} samples, and the training data have {wanted}.",
+            f"`{folder}` has outputs of {saved['samples']} samples, and the training data have {wanted}.",
             where="teacher",
-            got=told["samples"],
+            got=saved["samples"],
             expected=wanted,
             hint=f"Save them again for these data, or give the same --limit. {_MAKE}",
         )
-    if told["data"] != loader.fingerprint():
+    if saved["data"] != loader.fingerprint():
         raise ConfigError(
             f"`{folder}` was saved from other data: other samples, or another size, order or normalisation.",
             where="teacher",
-            got=told["data"][:16],
+            got=saved["data"][:16],
             expected="the digest of the training data",
             hint=f"Give the same data and options, or save the outputs again. {_MAKE}",
         )

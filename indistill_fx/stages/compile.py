@@ -338,9 +338,9 @@ def _main_stage(
         unequal = [p for p in pairs if slim.facts_of(p.teacher).shape[1:] != student.facts_of(p.student).shape[1:]]
         _require_apart(teacher, [pair.teacher for pair in pairs], teacher_taps)
         _require_apart(student, [pair.student for pair in unequal], student_taps)
-    how: dict[str, Any] = {"narrowed": narrowed, "one_size": one_size, "lowerings": lowerings}
-    half = teacher_half(slim, student, pairs, teacher_taps, **how) if needs else None
-    other = student_half(student, slim, pairs, student_taps, **how)
+    half_options: dict[str, Any] = {"narrowed": narrowed, "one_size": one_size, "lowerings": lowerings}
+    half = teacher_half(slim, student, pairs, teacher_taps, **half_options) if needs else None
+    other = student_half(student, slim, pairs, student_taps, **half_options)
     if ends_frozen:
         require_frozen_end(student.module, other.value, pairs[-1].student)
         require_same_classifier(teacher, student)

@@ -197,7 +197,10 @@ class _Merge:
         for kind, a, b, c, d in matcher.get_opcodes():
             if kind == "equal":
                 parts.append(tuple(zip(trained[a:b], evaluated[c:d], strict=True)))
-                self.same.update((there, here) for here, there in zip(trained[a:b], evaluated[c:d], strict=True))
+                self.same.update(
+                    (evaluated_node, trained_node)
+                    for trained_node, evaluated_node in zip(trained[a:b], evaluated[c:d], strict=True)
+                )
             else:
                 region = _Region(trained[a:b], evaluated[c:d])
                 parts.append(region)
@@ -327,9 +330,9 @@ class _Merge:
             memo[node] = graph.node_copy(node, inner)
         graph.output(tuple(inner(result[which]) for result in region.results))
         names = {str(node.target) for node in nodes if node.op in ("get_attr", "call_module")}
-        way = assemble(graph, {name: attribute(captured.graph_module, name) for name in names}, "Way")
-        way.recompile()
-        return way
+        side_module = assemble(graph, {name: attribute(captured.graph_module, name) for name in names}, "Way")
+        side_module.recompile()
+        return side_module
 
     def _passes_on(self, region: _Region) -> bool:
         """Whether eval mode returns a tensor unchanged that train mode changes elementwise."""

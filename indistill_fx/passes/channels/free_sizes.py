@@ -82,8 +82,8 @@ def _sizes(
 
     def quotient(others: Sequence[Any]) -> Callable[[], Any]:
         def write() -> Any:
-            whole = reduce(lambda a, b: out.function(operator.mul, a, b), [size_of(k) for k in axes])
-            return reduce(lambda a, b: out.function(operator.floordiv, a, b), [n for n in others if n != 1], whole)
+            product = reduce(lambda a, b: out.function(operator.mul, a, b), [size_of(k) for k in axes])
+            return reduce(lambda a, b: out.function(operator.floordiv, a, b), [n for n in others if n != 1], product)
 
         return write
 

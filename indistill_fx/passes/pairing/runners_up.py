@@ -60,7 +60,7 @@ def explain(
     ]
     explained = []
     for one, pair in zip(chosen, pairs, strict=True):
-        lost = []
+        losers = []
         for i, teacher in enumerate(places[0]):
             for j, student in enumerate(places[1]):
                 evidence = table[i][j]
@@ -68,9 +68,9 @@ def explain(
                     runner_up = (
                         taken[1].get(student.node) if teacher.node == one.teacher.node else taken[0].get(teacher.node)
                     )
-                    lost.append((teacher, student, evidence, _why(evidence, one, runner_up)))
-        lost.sort(key=lambda entry: -entry[2].score)
-        runners = tuple(_runner_up(sides, *entry) for entry in lost[:_RUNNERS_UP])
+                    losers.append((teacher, student, evidence, _why(evidence, one, runner_up)))
+        losers.sort(key=lambda entry: -entry[2].score)
+        runners = tuple(_runner_up(sides, *entry) for entry in losers[:_RUNNERS_UP])
         explained.append(Explained(pair, one.evidence, runners))
     return tuple(explained)
 

@@ -352,8 +352,8 @@ class _Rewriter:
         read = _size_read(node)
         if read is None:
             args = fx.map_arg(node.args, lambda n: n if n.name in self.facts else self.size(n))
-            whole = node.op != "call_function" or args == node.args
-            return node if whole else self.function(node.target, *args, **node.kwargs)  # type: ignore[arg-type]
+            unchanged = node.op != "call_function" or args == node.args
+            return node if unchanged else self.function(node.target, *args, **node.kwargs)  # type: ignore[arg-type]
         tensor, axis = read
         for cut, new in self.made.items():
             if cut.node is tensor and cut.width == 1 and cut.start != axis % len(self.facts[tensor.name].shape):
@@ -366,9 +366,9 @@ def _size_read(node: fx.Node) -> tuple[fx.Node, int] | None:
     source: Any = node.args[0] if node.args else None
     axis: Any = node.args[1] if len(node.args) == 2 else None
     if node.target is operator.getitem and isinstance(source, fx.Node):
-        whole = source.target == "size" and len(source.args) == 1
+        all_sizes = source.target == "size" and len(source.args) == 1
         shape = source.target is getattr and source.args[1] == "shape"
-        source = source.args[0] if whole or shape else None
+        source = source.args[0] if all_sizes or shape else None
     elif node.target != "size":
         source = None
     return (source, axis) if isinstance(source, fx.Node) and isinstance(axis, int) else None
