@@ -118,7 +118,7 @@ def _opened(path: str) -> Iterator[Any]:
 
 def _require_size(path: str) -> None:
     if (size := os.path.getsize(path)) > _MOST_BYTES:
-        raise ValueError(f"the file has {size:,} bytes, more than any picture of 89 million pixels needs")
+        raise ValueError(f"the file has {size:,} bytes, more than any image of 89 million pixels needs")
 
 
 def _require_few_scans(path: str) -> None:

@@ -149,7 +149,7 @@ def test_metadata_of_pictures_are_bounded(tmp_path):
     black.save(tmp_path / "sparse.webp", "WEBP")
     with open(tmp_path / "sparse.webp", "r+b") as file:
         file.truncate(8 << 30)
-    with pytest.raises(ifx.ConfigError, match="more than any picture"):
+    with pytest.raises(ifx.ConfigError, match="more than any image"):
         read_head(str(tmp_path / "sparse.webp"))
     black.save(tmp_path / "long.gif", comment=b"x" * 200_000)
     assert read_picture(str(tmp_path / "long.gif")).size == (4, 4)
