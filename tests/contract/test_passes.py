@@ -22,6 +22,23 @@ from indistill_fx.passes.lowering.table import LOWERINGS, Lowerings, lowering_pa
 from indistill_fx.passes.structure.stages import main_path
 from tests.nets import Cnn32, Overwritten, PreActivation, Residual, TinyTransformer, images, seeded
 
+
+class BatchFirst(nn.Module):
+    """Attention of torch's own over the places of a map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.attention = nn.Conv2d(3, 16, 4, 4), nn.MultiheadAttention(16, 2, batch_first=True)
+        self.norm, self.mlp, self.head = nn.LayerNorm(16), nn.Linear(16, 16), nn.Linear(16, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.patches(x).flatten(2).transpose(1, 2)
+        y = y + self.attention(y, y, y, need_weights=False)[0]
+        for _ in range(2):
+            y = y + self.mlp(self.norm(y)).relu()
+        return self.head(y.mean(1))  # type: ignore[no-any-return]
+
+
 NETS: dict[str, tuple[Callable[[], nn.Module], torch.Tensor]] = {
     "chain": (lambda: seeded(Cnn32), images(2, 32)),
     "residual": (lambda: seeded(Residual, dropout=0.3), images()),
@@ -138,7 +155,7 @@ def test_what_a_pass_was_given_computes_what_it_did(net, name):
 def test_every_pass_has_something_to_do_in_one_of_the_nets(name):
     """Negative control of the two tests above."""
     done = []
-    for make, x in NETS.values():
+    for make, x in (*NETS.values(), (lambda: seeded(BatchFirst), images())):
         traced = ifx.trace(make().eval(), x)
         done += applied(name, traced, given_to(name, traced)).report.done
     assert done
