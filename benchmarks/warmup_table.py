@@ -52,12 +52,10 @@ def pair(row: dict[str, Any]) -> list[str]:
     if "compile_seconds" in row["stages"][0]:
         seconds = ", ".join(f"{stage['compile_seconds']:.0f}" for stage in row["stages"])
         even = row.get("break_even_steps")
-        epochs = (
-            f" ({even * row['batch'] / SAMPLES[row['pair'] == 'paper']:.2g} epochs of the data it is meant for)"
-            if even
-            else ""
-        )
-        after = f"it is won back after {even:.0f} steps{epochs}" if even else "it is not won back"
+        epochs = even * row["batch"] / SAMPLES[row["pair"] == "paper"] if even else 0.0
+        length = f"{epochs:.2g}" if epochs < 10 else f"{epochs:,.0f}"
+        won = f"it is won back after {even:,.0f} steps ({length} epochs of the data it is meant for)" if even else ""
+        after = won or "it is not won back"
         lines += [f"Compiling took {seconds} s (not counted above; one graph each, `fullgraph=True`); {after}.", ""]
     ways = {
         "difference": "Equal training, float32, Adam",
