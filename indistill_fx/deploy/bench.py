@@ -43,7 +43,13 @@ _BLOCKS = 10
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Milliseconds of one call."""
+    """How long one call takes.
+
+    Attributes:
+        median_ms: over the calls, in milliseconds.
+        p95_ms: the 95th percentile, likewise.
+        calls: how many were timed.
+    """
 
     median_ms: float
     p95_ms: float

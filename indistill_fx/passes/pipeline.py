@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -34,26 +35,32 @@ Half = PassResult[fx.GraphModule, tuple[PassRecord, ...]]
 """One side of a stage: its graph, and what each pass did to it."""
 
 
+@dataclass(frozen=True, slots=True)
+class HalfOptions:
+    """What both halves of a stage have in common.
+
+    Attributes:
+        lowerings: of the target.
+        narrowed: whether the widths of the pairs have been made equal.
+        one_size: whether the two features of a pair are to have one size though their widths differ.
+    """
+
+    lowerings: Lowerings
+    narrowed: bool
+    one_size: bool = False
+
+
 def teacher_half(
-    teacher: TracedModel,
-    student: TracedModel,
-    pairs: Sequence[Pair],
-    taps: Sequence[str],
-    *,
-    narrowed: bool,
-    one_size: bool = False,
-    lowerings: Lowerings,
+    teacher: TracedModel, student: TracedModel, pairs: Sequence[Pair], taps: Sequence[str], options: HalfOptions
 ) -> Half:
     """The teacher's part of a stage: cut at its taps, folded, frozen.
 
     Args:
-        teacher: traced; narrowed already if `narrowed`.
+        teacher: traced; already narrowed if `options.narrowed`.
         student: traced, for the shapes on the other side.
         pairs: the pairs whose features are compared.
         taps: further taps (logits, penultimate vector), delivered as they are.
-        narrowed: whether the widths of the pairs have been made equal.
-        one_size: whether the two features of a pair are to have one size though their widths differ.
-        lowerings: of the target.
+        options: those of both halves.
     """
     outputs = [*dict.fromkeys((*(pair.teacher for pair in pairs), *taps))]
     return run_passes(
@@ -62,23 +69,16 @@ def teacher_half(
             ("cut", partial(cut, taps=outputs)),
             *_seeing(teacher),
             ("dedupe", dedupe),
-            *_adapters(pairs, teacher, student, side="teacher", narrowed=narrowed, one_size=one_size),
+            *_adapters(pairs, teacher, student, side="teacher", narrowed=options.narrowed, one_size=options.one_size),
             *_delivering(teacher, student),
             ("fold", fold),
-            *lowering_passes(lowerings, "teacher", teacher.facts),
+            *lowering_passes(options.lowerings, "teacher", teacher.facts),
         ],
     )
 
 
 def student_half(
-    student: TracedModel,
-    teacher: TracedModel,
-    pairs: Sequence[Pair],
-    taps: Sequence[str],
-    *,
-    narrowed: bool,
-    one_size: bool = False,
-    lowerings: Lowerings,
+    student: TracedModel, teacher: TracedModel, pairs: Sequence[Pair], taps: Sequence[str], options: HalfOptions
 ) -> Half:
     """The student's part of a stage: cut at its taps; it calls the user's own layers. Arguments as in `teacher_half`."""
     outputs = [*dict.fromkeys((*(pair.student for pair in pairs), *taps))]
@@ -86,8 +86,8 @@ def student_half(
         student,
         [
             ("cut", partial(cut, taps=outputs)),
-            *_adapters(pairs, student, teacher, side="student", narrowed=narrowed, one_size=one_size),
-            *lowering_passes(lowerings, "student", student.facts),
+            *_adapters(pairs, student, teacher, side="student", narrowed=options.narrowed, one_size=options.one_size),
+            *lowering_passes(options.lowerings, "student", student.facts),
         ],
     )
 
@@ -128,7 +128,7 @@ def fed_student_half(
 
 def whole_teacher(model: TracedModel, *, lowerings: Lowerings) -> Half:
     """A model as the teacher's half of a stage that reads nothing but its logits."""
-    return teacher_half(model, model, [], [model.tap_name(model.logits)], narrowed=False, lowerings=lowerings)
+    return teacher_half(model, model, [], [model.tap_name(model.logits)], HalfOptions(lowerings, narrowed=False))
 
 
 def narrowed_teacher(teacher: TracedModel, plan: AlignmentPlan) -> PassResult[TracedModel, PassRecord]:

@@ -126,7 +126,14 @@ class Column:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A pair that was not chosen: its layers, its score, and why it lost."""
+    """A pair that was not chosen.
+
+    Attributes:
+        teacher: its layer, as in a plan.
+        student: likewise.
+        score: from 0 to 1.
+        why: why it lost.
+    """
 
     teacher: str
     student: str

@@ -24,7 +24,14 @@ from indistill_fx.passes.contract import PassRecord, signature_of
 from indistill_fx.passes.extract.feed import fed_name
 from indistill_fx.passes.extract.view import view_between
 from indistill_fx.passes.lowering.table import Lowerings, lowerings_for
-from indistill_fx.passes.pipeline import Half, fed_student_half, narrowed_teacher, student_half, teacher_half
+from indistill_fx.passes.pipeline import (
+    Half,
+    HalfOptions,
+    fed_student_half,
+    narrowed_teacher,
+    student_half,
+    teacher_half,
+)
 from indistill_fx.passes.reuse import require_same_classifier
 from indistill_fx.plan import AlignmentPlan, Pair
 from indistill_fx.stages.checks import require_frozen_end
@@ -184,8 +191,9 @@ def _warmup_stages(
         learned = together if layer == PAIRS else [pairs[layer]]
         one = warmup_loss(curriculum.loss)
         keys = [pair.student for pair in learned]
-        half = teacher_half(slim, student, learned, [], narrowed=narrowed, lowerings=lowerings)
-        other = student_half(student, slim, learned, [], narrowed=narrowed, lowerings=lowerings)
+        both = HalfOptions(lowerings, narrowed)
+        half = teacher_half(slim, student, learned, [], both)
+        other = student_half(student, slim, learned, [], both)
         criterion = PairsLoss(one, keys, relative=True) if layer == PAIRS else FeatureLoss(one, layer)
         about = {"criterion": criterion, "pairs": learned, "budget": budget}
         stages.append(_stage(layer, slim, student, (half, other), before=before, **about))
@@ -233,7 +241,7 @@ def _fed_stage(
             where="feed",
             hint="Take mse or cosine, or feed='student'.",
         )
-    half = teacher_half(slim, student, pairs, [], narrowed=True, lowerings=lowerings)
+    half = teacher_half(slim, student, pairs, [], HalfOptions(lowerings, narrowed=True))
     other = fed_student_half(student, slim, pairs, lowerings=lowerings)
     return _stage(
         SEGMENTS,
@@ -278,7 +286,7 @@ def joint_teachers(
     losses = [stage.criterion.loss for stage in warm if isinstance(stage.criterion, FeatureLoss | PairsLoss)]
     narrowed = any(loss.needs_equal_widths for loss in losses)  # the teacher is narrowed for all losses or for none
     slim = narrowed_teacher(teacher, plan).value if narrowed else teacher
-    graph = teacher_half(slim, student, pairs, bare, narrowed=narrowed, lowerings=lowerings_for(target)).value
+    graph = teacher_half(slim, student, pairs, bare, HalfOptions(lowerings_for(target), narrowed)).value
     return [(shared, graph), *(([stage], stage.teacher) for stage in alone if stage.teacher is not None)]
 
 
@@ -338,9 +346,9 @@ def _main_stage(
         unequal = [p for p in pairs if slim.facts_of(p.teacher).shape[1:] != student.facts_of(p.student).shape[1:]]
         _require_apart(teacher, [pair.teacher for pair in pairs], teacher_taps)
         _require_apart(student, [pair.student for pair in unequal], student_taps)
-    half_options: dict[str, Any] = {"narrowed": narrowed, "one_size": one_size, "lowerings": lowerings}
-    half = teacher_half(slim, student, pairs, teacher_taps, **half_options) if needs else None
-    other = student_half(student, slim, pairs, student_taps, **half_options)
+    both = HalfOptions(lowerings, narrowed, one_size)
+    half = teacher_half(slim, student, pairs, teacher_taps, both) if needs else None
+    other = student_half(student, slim, pairs, student_taps, both)
     if ends_frozen:
         require_frozen_end(student.module, other.value, pairs[-1].student)
         require_same_classifier(teacher, student)

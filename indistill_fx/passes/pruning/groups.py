@@ -20,7 +20,13 @@ Mask = NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Classes whose first maker is one layer, the same number of its channels each."""
+    """Classes whose first maker is one layer, the same number of its channels each.
+
+    Attributes:
+        path: of that layer.
+        classes: their numbers.
+        channels: how many of the layer's channels each of them holds.
+    """
 
     path: str
     classes: Units
