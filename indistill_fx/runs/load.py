@@ -195,12 +195,13 @@ def _told_of_data(
         ) from error
 
 
-def load(spec: str, *, trust: Sequence[str] = ()) -> nn.Module:
+def load(spec: str | os.PathLike[str], *, trust: Sequence[str] = ()) -> nn.Module:
     """Load a model.
 
     Args:
         spec: `model.pt`, `program.pt2`, `model.onnx`, `models.py:make`, `torchvision:NAME` or `timm:NAME`, each with `@weights` if needed;
-            the directory of a finished run, for the model that was trained there; or `saved:DIR`, what `save_outputs` wrote, as a teacher.
+            the directory of a finished run, for the model that was trained there; or `saved:DIR`, what `save_outputs` wrote, as a
+            teacher. A path may also be a `Path`.
         trust: packages whose classes a model file may name. Their code is run, so name only packages of files that you trust.
 
     Returns:
@@ -216,7 +217,7 @@ def load(spec: str, *, trust: Sequence[str] = ()) -> nn.Module:
         >>> model.fc.out_features
         10
     """
-    return open_source(spec, trust=trust).module
+    return open_source(os.fspath(spec), trust=trust).module
 
 
 def open_source(spec: str, *, trust: Sequence[str] = ()) -> Source:

@@ -99,3 +99,8 @@ def test_a_graph_that_calls_the_users_own_function_is_refused_with_what_to_do(tm
     with pytest.raises(ConfigError, match=r"save it by torch\.export\.save") as told:
         ifx.load(str(tmp_path / "model.pt"))
     assert "damaged" not in str(told.value)
+
+
+def test_a_file_may_be_named_by_a_path(tmp_path):
+    torch.save(nn.Sequential(nn.Linear(3, 2)), tmp_path / "model.pt")
+    assert ifx.load(tmp_path / "model.pt")[0].out_features == 2
