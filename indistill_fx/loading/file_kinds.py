@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 
 from indistill_fx.errors import ConfigError, nearest
-from indistill_fx.system.files import parse_json
-from indistill_fx.system.tensor_files import LONGEST_HEADER
+from indistill_fx.system.files import LONGEST_HEADER, parse_json
 
 FileKind = Literal["torch", "torch-legacy", "export", "safetensors", "onnx"]
 

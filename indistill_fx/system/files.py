@@ -23,6 +23,8 @@ from indistill_fx.errors import ConfigError, TrainError, instead_of
 _DRAFT = ".draft"
 MOST_VALUES = 1 << 20
 """Values that a JSON text of ours may hold. In memory each takes some hundred bytes, however short its text is."""
+LONGEST_HEADER = 16 << 20
+"""Bytes of a safetensors file's header, which has about a hundred for each tensor. The library reads 100 MB, which take gigabytes."""
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:

@@ -12,14 +12,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from indistill_fx.system.files import parse_json, replace_file, require_regular
+from indistill_fx.system.files import LONGEST_HEADER, parse_json, replace_file, require_regular
 
 _DIGESTS = "sha256"
 """Entry of a file's header: the digest of each tensor by name, and under the empty name that of the header's other entries."""
-
-
-LONGEST_HEADER = 16 << 20
-"""Bytes of a safetensors file's header, which has about a hundred for each tensor. The library reads 100 MB, which take gigabytes."""
 
 
 class DamagedFileError(ValueError):

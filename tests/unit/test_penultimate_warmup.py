@@ -162,6 +162,6 @@ def test_the_schedule_says_if_there_are_none(has, remarks, tmp_path):
     plan = plan if has else plan.model_copy(update={"embedding": None})
     distill(teacher, student, loader(), plan=plan, curriculum=LAST, epochs=1, progress=False, run_dir=tmp_path)
     schedule = json.loads((tmp_path / "run.json").read_text())["schedule"]
-    schedule = [line for line in schedule if "normalised" not in line]
+    schedule = [line for line in schedule if "normalisation" not in line]
     stages = [f"{plan.embedding.student}: 2 epochs, adam, learning rate 0.001"] if has else []
     assert schedule == [*stages, "main: 1 epoch, adam, learning rate 0.001", *remarks]

@@ -51,6 +51,7 @@ def test_each_folder_has_its_own_modules(two_folders, factory):
 
 
 def test_a_module_of_the_working_directory_is_not_another_folders(two_folders, monkeypatch):
+    monkeypatch.delitem(sys.modules, "models", raising=False)  # another test's
     assert ifx.load("old/models.py:make").in_features == 3
     monkeypatch.chdir("new")
     assert ifx.load("layers:layer").in_features == 5
