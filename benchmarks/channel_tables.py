@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable
+from datetime import date, timedelta
 from typing import Any
 
 _CNN = (
@@ -28,7 +29,7 @@ def tables(records: dict[str, Any]) -> str:
 
 
 def older(record: Any) -> str:
-    """Which rows were measured on the record's last day, and which before; rows say so themselves."""
+    """Which rows were measured on the record's last two days, and which before; rows say so themselves."""
     models = record.get("models", {})
     new, old = (sorted(name for name in models if _is_new(record, name) is wanted) for wanted in (True, False))
     if not new or not old:
@@ -36,7 +37,8 @@ def older(record: Any) -> str:
     which, names = f"; the {len(old)} rows listed here are older", old
     if len(new) <= len(old):
         which, names = ", listed here; the other rows are older", new
-    title = f"Measured on {record['date'][:10]}: {len(new)} of {len(models)}{which}"
+    days = sorted({models[name]["date"] for name in new})
+    title = f"Measured on {' and '.join(days)}: {len(new)} of {len(models)}{which}"
     return f"\n\n{folded(title, names)}"
 
 
@@ -46,7 +48,8 @@ def folded(title: str, names: Iterable[str]) -> str:
 
 
 def _is_new(record: Any, name: str) -> bool:
-    return bool(record["models"][name].get("date") == record["date"][:10])
+    last = date.fromisoformat(record["date"][:10])  # a sweep may run past midnight
+    return record["models"][name].get("date") in (str(last), str(last - timedelta(days=1)))
 
 
 def _narrow(record: Any) -> str:
@@ -122,7 +125,7 @@ def _beside(right: Models, others: Models) -> list[str]:
         ratios = {k: ours[k] / others[k]["seconds"] for k in both}
         alone = statistics.median(m["shrink_seconds"] / others[k]["seconds"] for k, m in both.items())
         lines += [
-            f"CPU time, ours / Torch-Pruning's, over the {len(both)} models of the last day that both finish: median "
+            f"CPU time, ours / Torch-Pruning's, over the {len(both)} models of the last days that both finish: median "
             f"{statistics.median(ratios.values()):.2f} with tracing and its checks, {alone:.2f} for analysis and shrinking alone.",
             "The table shows the inverse, for the 5 of these models where we are fastest beside Torch-Pruning and the 5 where we are "
             "slowest.",

@@ -54,7 +54,7 @@ def page_of(teacher: str, student: str) -> tuple[str, dict[str, float]]:
     traced = time.perf_counter()
     found = align_traced(*models)
     aligned = time.perf_counter()
-    text = alignment_page(found.value, *models, found.report, names=(teacher, student))
+    text = alignment_page(found.value, see(found.value, *models, found.report, names=(teacher, student)))
     written = time.perf_counter()
     return text, {"trace": traced - began, "align": aligned - traced, "write": written - aligned}
 
@@ -112,7 +112,8 @@ def pictures(runs: Path | None) -> None:
     models = trace(load(teacher), x, role="teacher"), trace(load(student), x, role="student")
     found = align_traced(*models)
     names = (teacher, student)
-    write(PICTURES / "alignment.svg", alignment_svg(see(found.value, *models, found.report, names=names)))
+    seen = see(found.value, *models, found.report, names=names)
+    write(PICTURES / "alignment.svg", alignment_svg(seen))
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
         demo = home / "demo"
@@ -121,7 +122,7 @@ def pictures(runs: Path | None) -> None:
         else:
             shutil.copytree(runs, demo)
         write(PICTURES / "curves.svg", curves_svg(charts_of(read_runs(demo))))
-        write(home / "alignment.html", alignment_page(found.value, *models, found.report, names=names))
+        write(home / "alignment.html", alignment_page(found.value, seen))
         write(home / "run.html", run_page(demo))
         take_screenshots(PICTURES, home / "alignment.html", home / "run.html")
 

@@ -147,9 +147,12 @@ def measure_pair(
                 HookBaseline(copy.deepcopy(teacher), copy.deepcopy(student).train(), pair), x
             )
             if lowerings:
-                runners["compiled with all"], _ = compiled_stage(
-                    own_stage(teacher, student, plan, number, x, lowerings=LOWERINGS["cpu"]), x
-                )
+                others = {"compiled with all": LOWERINGS["cpu"]}
+                listed = LOWERINGS["cpu compiled"]
+                for key in dict.fromkeys((*listed.teacher, *listed.student)):
+                    others[f"compiled without {key}"] = listed.without(key)
+                for key, chosen in others.items():
+                    runners[key], _ = compiled_stage(own_stage(teacher, student, plan, number, x, lowerings=chosen), x)
         other = Before(before, name, number, torch.get_num_threads()) if before else None
         if other is not None:
             entry["loss_before"], entry["loss"] = other.loss, own_stage(teacher, student, plan, number, x)(x).item()

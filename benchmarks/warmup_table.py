@@ -46,7 +46,7 @@ def pair(row: dict[str, Any]) -> list[str]:
         lines.append(f"| {' | '.join([stage['tap'], hooks, *cells, *floor])} |")
     total = [f"**{row[f'speedup_{kind}']:.2f}**" if f"speedup_{kind}" in row else "" for kind in kinds]
     lines += [f"| curriculum |  | {' | '.join(total)} |  |  |", ""]
-    lines += lowerings(row)
+    lines += lowerings(row) + compiled_lowerings(row)
     if "note" in row:
         lines += [f"({row['note'][0].upper()}{row['note'][1:]}.)", ""]
     if "compile_seconds" in row["stages"][0]:
@@ -92,6 +92,17 @@ def lowerings(row: dict[str, Any]) -> list[str]:
         lines.append(f"| {stage['tap']} | {' | '.join(cells)} |")
     total = [f"**{row['speedup_ours'] / row[f'speedup_{key}']:.2f}**" for key in keys]
     return ["A step beside ours; above 1, the rewrite pays:", "", *lines, f"| curriculum | {' | '.join(total)} |", ""]
+
+
+def compiled_lowerings(row: dict[str, Any]) -> list[str]:
+    """Likewise for the compiled target, of the stages that were measured so."""
+    lines = [
+        f"- {stage['tap']}, {key.removesuffix('_ms')}: {stage[key] / stage['compiled_ms']:.2f}"
+        for stage in row["stages"]
+        for key in stage
+        if key.startswith("compiled without ")
+    ]
+    return ["A compiled step beside ours compiled; above 1, the rewrite pays:", "", *lines, ""] if lines else []
 
 
 def setting_up(found: dict[str, Any]) -> list[str]:
