@@ -43,7 +43,9 @@ from indistill_fx.training.recipes import least_steps
 
 WAYS = ("labels", "kd", "curriculum", "joint", "fed")
 MAIN = WAYS[:-1]
-"""Measured in every cell and for every seed; `fed` is for comparison."""
+"""In the table; `fed` is for comparison."""
+COMPARED = {"kd", "joint"}
+"""A seed counts where both were measured; labels and curriculum may have fewer seeds, which the table then says."""
 KINDS = ("pruned", "cut", "fresh", "other")
 SHARES = (0.5, 0.25, 0.1, 0.03)
 EPOCHS = {100: (30, 120), 400: (10, 40), 1442: (4, 16)}
@@ -216,7 +218,7 @@ Found = dict[Place, dict[str, list[float]]]
 def by_way(place: Place, rows: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
     """Accuracies in percent, way by way, over the seeds that have them all."""
     own = [r for r in rows if (r["images"], r["kind"], r["share"], r["epochs"]) == place]
-    seeds = [s for s in sorted({r["seed"] for r in own}) if {r["way"] for r in own if r["seed"] == s} >= set(MAIN)]
+    seeds = [s for s in sorted({r["seed"] for r in own}) if {r["way"] for r in own if r["seed"] == s} >= COMPARED]
     return {
         way: [100 * r["accuracy"] for s in seeds for r in own if r["seed"] == s and r["way"] == way] for way in MAIN
     }
@@ -246,8 +248,8 @@ def lines_of(found: Found, rows: Sequence[dict[str, Any]]) -> list[str]:
             continue
         images, kind, share, epochs = place
         own = [100 * r["before"] for r in rows if (r["images"], r["kind"], r["share"], r["epochs"]) == place]
-        cells = [f"{mean(v):.1f}" + (f" ± {stdev(v):.1f}" if len(v) > 1 else "") for v in ways.values()]
         gain, seeds, warm = gain_of(ways), len(ways["kd"]), by_default(place)
+        cells = [cell_of(values, seeds) for values in ways.values()]
         gains += [(gain, place)] if warm else []
         lines.append(
             f"| {images:,} | {kind} | {share:.0%} | {epochs} | {mean(own):.1f} | {' | '.join(cells)} | {gain:+.1f} |"
@@ -263,6 +265,14 @@ def lines_of(found: Found, rows: Sequence[dict[str, Any]]) -> list[str]:
             f"the worst is {worst[0]:+.1f} ({described(worst[1])}), the best {most[0]:+.1f} ({described(most[1])})."
         ]
     return lines
+
+
+def cell_of(values: Sequence[float], seeds: int) -> str:
+    """Mean and deviation, and the number of seeds where it is another than the row's."""
+    if not values:
+        return "–"
+    spread = f" ± {stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{mean(values):.1f}{spread}" + (f" ({len(values)})" if len(values) != seeds else "")
 
 
 def described(place: Place) -> str:
