@@ -1,8 +1,8 @@
 """Are the channel rules right on real networks, and what do they cost? Sweeps of `narrow` and `shrink` over the zoo.
 
-    PYTHONPATH=. python benchmarks/channels.py narrow --json benchmarks/results/channels_narrow.json    every tap of every model, a random half
-    PYTHONPATH=. python benchmarks/channels.py shrink --json benchmarks/results/channels_shrink.json    every classifier at ratio 0.5
-    PYTHONPATH=. python benchmarks/channels.py beside --json benchmarks/results/channels_shrink.json    the same, with Torch-Pruning after each
+    PYTHONPATH=. python benchmarks/channels.py narrow --json benchmarks/results/channels_narrow.json  every tap of every model, a random half
+    PYTHONPATH=. python benchmarks/channels.py shrink --json benchmarks/results/channels_shrink.json  every classifier at ratio 0.5
+    PYTHONPATH=. python benchmarks/channels.py beside --json benchmarks/results/channels_shrink.json  the same, with Torch-Pruning after each
     PYTHONPATH=. python benchmarks/channels.py exact --json benchmarks/results/channels_exact.json      every (C, n), C up to 256
     PYTHONPATH=. python benchmarks/channels.py table FILE… [--into docs/coverage.md]                    the results as Markdown
 
