@@ -1,10 +1,12 @@
 """Are the channel rules right on real networks, and what do they cost? Sweeps of `narrow` and `shrink` over the zoo.
 
-    PYTHONPATH=. python benchmarks/channels.py narrow --json benchmarks/results/channels_narrow.json  every tap of every model, a random half
-    PYTHONPATH=. python benchmarks/channels.py shrink --json benchmarks/results/channels_shrink.json  every classifier at ratio 0.5
-    PYTHONPATH=. python benchmarks/channels.py beside --json benchmarks/results/channels_shrink.json  the same, with Torch-Pruning after each
-    PYTHONPATH=. python benchmarks/channels.py exact --json benchmarks/results/channels_exact.json      every (C, n), C up to 256
-    PYTHONPATH=. python benchmarks/channels.py table FILE… [--into docs/coverage.md]                    the results as Markdown
+    python benchmarks/channels.py narrow --json benchmarks/results/channels_narrow.json    every tap of every model, a random half
+    python benchmarks/channels.py shrink --json benchmarks/results/channels_shrink.json    every classifier at ratio 0.5
+    python benchmarks/channels.py beside --json benchmarks/results/channels_shrink.json    the same, with Torch-Pruning after each
+    python benchmarks/channels.py exact --json benchmarks/results/channels_exact.json      every (C, n), C up to 256
+    python benchmarks/channels.py table FILE… [--into docs/coverage.md]                    the results as Markdown
+
+(With `PYTHONPATH=.`, since the checks are those of the tests.)
 
 Every model runs in a process of its own with a limit on CPU time and memory; the file is written after each. `--resume` keeps what is
 in the file, `--minutes` starts no more models after that. All comparisons are in float64 with random weights and batch norms
