@@ -9,8 +9,21 @@ from indistill_fx.cli import common
 
 @click.command(name="bench")
 @click.argument("models", nargs=-1, required=True)
-@click.option("--batch", "batches", multiple=True, type=click.IntRange(min=1), default=(1, 32), show_default=True)
-@click.option("--threads", multiple=True, type=click.IntRange(min=1), help="[default: one and all]")
+@click.option(
+    "--batch",
+    "batches",
+    multiple=True,
+    type=click.IntRange(min=1),
+    default=(1, 32),
+    show_default=True,
+    help="Samples in one call; repeatable.",
+)
+@click.option(
+    "--threads",
+    multiple=True,
+    type=click.IntRange(min=1),
+    help="Threads of the processor; repeatable. [default: one and all]",
+)
 @click.option("--compile", "compiled", is_flag=True, help="Time torch.compile too; takes a while.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @common.input_option

@@ -9,7 +9,7 @@ from indistill_fx.cli import common
 
 @click.command(name="demo")
 @click.option("-o", "--output", metavar="DIR", help="Where everything goes. [default: a new folder runs/demo-N]")
-@common.count_option("--seed", default=0, least=0)
+@common.count_option("--seed", default=0, least=0, help="Seed of the weights, the order and the hundred images.")
 def command(output: str | None, seed: int) -> None:
     """Run every step on data that ships with scikit-learn: a teacher, a student made from it, distillation, ONNX, a comparison.
 

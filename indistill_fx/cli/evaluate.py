@@ -21,7 +21,7 @@ from indistill_fx.cli import common, pictures
 @common.count_option("--limit", help="Use only this many samples of each split.")
 @common.count_option("--workers", default=0, least=0, help="Worker processes that read large images.")
 @click.option("--cache", metavar="DIR", help="Cache decoded small images in this folder.")
-@common.count_option("--batch-size", default=256)
+@common.count_option("--batch-size", default=256, help="Samples per batch.")
 @click.option(
     "--retrieval",
     is_flag=True,

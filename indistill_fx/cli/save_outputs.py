@@ -29,7 +29,7 @@ from indistill_fx.cli import common, pictures
 @pictures.picture_options
 @pictures.teacher_options
 @common.count_option("--limit", help="Use only this many samples.")
-@common.count_option("--batch-size", default=256)
+@common.count_option("--batch-size", default=256, help="Samples per batch.")
 @common.count_option("--workers", default=0, least=0, help="Processes that read large images.")
 @click.option("--cache", metavar="DIR", help="Cache decoded small images in this folder.")
 @common.logits_option

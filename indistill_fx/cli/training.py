@@ -120,7 +120,7 @@ def _setting(name: str) -> Callable[[Command], Command]:
 
 _TRAINING: tuple[Callable[[Command], Command], ...] = (
     count_option("--epochs", default=20, least=0, help="Epochs of the main stage."),
-    count_option("--batch-size", default=128),
+    count_option("--batch-size", default=128, help="Samples per batch."),
     *(_setting(name) for name in hints()),
     count_option("--workers", default=0, least=0, help="Worker processes that read large images."),
     picture_options,
