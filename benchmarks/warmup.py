@@ -44,7 +44,7 @@ from benchmarks.warmup_memory import peak_memory
 from benchmarks.warmup_ways import PAIRS, Cached, HalfTeacher, HookBaseline, adam, sgd, step, vision
 from indistill_fx.passes.lowering.table import LOWERINGS, Lowerings
 from indistill_fx.system.allocator import freed_memory_kept
-from indistill_fx.target import Target
+from indistill_fx.target import Kind, Target
 
 
 def speed() -> float:
@@ -132,27 +132,13 @@ def measure_pair(
             "cached": Cached(stage, x),
         }
         if lowerings:
-            used = dict.fromkeys((*LOWERINGS["cpu"].teacher, *LOWERINGS["cpu"].student))
-            ways = {f"without {key}": LOWERINGS["cpu"].without(key) for key in used} | {"without any": Lowerings()}
-            for key, chosen in ways.items():
+            for key, chosen in (each_left_out("cpu") | {"without any": Lowerings()}).items():
                 runners[key] = own_stage(teacher, student, plan, number, x, lowerings=chosen)
         if bf16:
             runners["bf16"] = copy.copy(stage)
             runners["bf16"]._modules = dict(stage._modules) | {"teacher": HalfTeacher(stage.teacher)}
         if compiled:
-            runners["compiled"], entry["compile_seconds"] = compiled_stage(
-                own_stage(teacher, student, plan, number, x, target=Target(compiled=True)), x
-            )
-            runners["compiled hooks"], entry["compile_hooks_seconds"] = compiled_stage(
-                HookBaseline(copy.deepcopy(teacher), copy.deepcopy(student).train(), pair), x
-            )
-            if lowerings:
-                others = {"compiled with all": LOWERINGS["cpu"]}
-                listed = LOWERINGS["cpu compiled"]
-                for key in dict.fromkeys((*listed.teacher, *listed.student)):
-                    others[f"compiled without {key}"] = listed.without(key)
-                for key, chosen in others.items():
-                    runners[key], _ = compiled_stage(own_stage(teacher, student, plan, number, x, lowerings=chosen), x)
+            runners |= compiled_ways(teacher, student, plan, number, x, entry, lowerings=lowerings)
         other = Before(before, name, number, torch.get_num_threads()) if before else None
         if other is not None:
             entry["loss_before"], entry["loss"] = other.loss, own_stage(teacher, student, plan, number, x)(x).item()
@@ -165,6 +151,35 @@ def measure_pair(
         row["stages"].append(entry)
     weigh(row)
     return row
+
+
+def each_left_out(kind: Kind) -> dict[str, Lowerings]:
+    """A target's table without each of its rewrites."""
+    listed = LOWERINGS[kind]
+    return {f"without {key}": listed.without(key) for key in dict.fromkeys((*listed.teacher, *listed.student))}
+
+
+def compiled_ways(
+    teacher: nn.Module,
+    student: nn.Module,
+    plan: ifx.AlignmentPlan,
+    number: int,
+    x: Tensor,
+    entry: dict[str, Any],
+    *,
+    lowerings: bool,
+) -> dict[str, nn.Module]:
+    """Ours and the hook baseline by torch.compile, and ours with other rewrites; seconds of compiling go into `entry`."""
+    hooks = HookBaseline(copy.deepcopy(teacher), copy.deepcopy(student).train(), plan.pairs[number])
+    ours, entry["compile_seconds"] = compiled_stage(
+        own_stage(teacher, student, plan, number, x, target=Target(compiled=True)), x
+    )
+    rival, entry["compile_hooks_seconds"] = compiled_stage(hooks, x)
+    others = {"with all": LOWERINGS["cpu"], **each_left_out("cpu compiled")} if lowerings else {}
+    found = {"compiled": ours, "compiled hooks": rival}
+    for key, chosen in others.items():
+        found[f"compiled {key}"], _ = compiled_stage(own_stage(teacher, student, plan, number, x, lowerings=chosen), x)
+    return found
 
 
 def own_stage(

@@ -1,11 +1,12 @@
-"""`python -m indistill_fx`."""
+"""The `indistill-fx` command, also as `python -m indistill_fx`."""
 
 import os
 import sys
+import sysconfig
 
-if sys.path and os.path.abspath(sys.path[0]) == os.getcwd():
-    # `python -m` puts the working directory first on the path; a file there must not shadow a library.
-    del sys.path[0]
+if os.getcwd() not in map(os.path.abspath, sysconfig.get_paths().values()):
+    # `python -m`, and a relative entry of PYTHONPATH, put the working directory before the libraries; a file there must not shadow one.
+    sys.path[:] = [entry for entry in sys.path if os.path.abspath(entry) != os.getcwd()]
 
 from indistill_fx.cli import main
 

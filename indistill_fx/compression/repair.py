@@ -27,7 +27,7 @@ from indistill_fx.passes.contract import PassResult
 from indistill_fx.traced import TracedModel
 
 _PULLS = (0.001, 0.01, 0.03, 0.1, 0.3, 1.0)
-"""Weights of the pull towards the old weights, in parts of the mean square of what arrives: the best one on held-out samples is taken."""
+"""Weights of the pull towards the old weights, in parts of the mean square of what arrives; held-out samples decide."""
 _START = 2
 """Where among them the search begins. Each one tried costs a factorisation, which for wide layers is most of the repair's time."""
 _HELD_OUT = 4

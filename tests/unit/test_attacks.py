@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import marshal
+import os
 import struct
 import subprocess
 import sys
@@ -129,8 +130,9 @@ def test_the_structure_of_a_file_is_read_once(here, monkeypatch):
 LIBRARIES = ("pydantic", "timm", "statistics", "wandb", "yaml")
 
 
-@pytest.mark.parametrize("program", [["-m", "indistill_fx"], ["-c", "from indistill_fx.cli import main; main()"]])
-def test_nothing_is_imported_from_where_data_lie(here, program):
+@pytest.mark.parametrize("first", ["", "."], ids=["", "PYTHONPATH begins with a dot"])
+@pytest.mark.parametrize("program", [["-m", "indistill_fx"], ["-c", "from indistill_fx.__main__ import main; main()"]])
+def test_nothing_is_imported_from_where_data_lie(here, program, first):
     torch.save(network(), "sound.pt")
     for name in LIBRARIES:
         Path(f"{name}.py").write_text(f"open('canary-{name}', 'w').close()\n")
@@ -138,7 +140,8 @@ def test_nothing_is_imported_from_where_data_lie(here, program):
     arguments = [program[0], path + program[1] if path else program[1]]
     done = subprocess.run(
         [sys.executable, *arguments, "inspect", "sound.pt", "--input", "3x8x8", "--trust", "torchvision"],
-        capture_output=True, text=True, check=False, env={"PYTHONPATH": str(Path(ifx.__file__).parents[1]), "PATH": ""},
+        capture_output=True, text=True, check=False,
+        env={"PYTHONPATH": os.pathsep.join(filter(None, (first, str(Path(ifx.__file__).parents[1])))), "PATH": ""},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert not list(here.glob("canary*"))

@@ -17,7 +17,7 @@ from indistill_fx.compression.allocate import allocate
 from indistill_fx.compression.correspond import plan_of
 from indistill_fx.compression.latency import Clock, bisect
 from indistill_fx.compression.make_student import Budget, Measure, calibration, make_student
-from indistill_fx.compression.repair import repair
+from indistill_fx.compression.repair import _PULLS, _best_pull, repair
 from indistill_fx.compression.sensitivity import divergence, masked_logits, sensitivities, without
 from indistill_fx.compression.write_source import source_of
 from indistill_fx.losses.task import Classification, MultiLabel, Regression
@@ -537,3 +537,17 @@ def test_a_transformer_encoder_of_torchs_is_written_as_source():
     small = ifx.shrink(ifx.trace(model, (x,), role="student"), macs=0.5).value
     student = source_of(small).build().eval()
     assert torch.equal(student(x), outputs(small, x)) and student.get_submodule("1.layers.1.self_attn").query
+
+
+@pytest.mark.parametrize("best", range(6))
+@pytest.mark.parametrize("steep", [1.0, 3.0])
+def test_the_pull_with_the_least_error_is_found_wherever_it_lies(best: int, steep: float) -> None:
+    tried = []
+
+    def error_of(pull: float) -> float:
+        tried.append(pull)
+        k = _PULLS.index(pull)
+        return steep * (k - best) if k > best else best - k
+
+    assert _best_pull(error_of) == (_PULLS[best], 0.0)
+    assert len(set(tried)) == len(tried) < len(_PULLS)
