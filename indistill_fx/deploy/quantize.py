@@ -6,6 +6,7 @@ import itertools
 import json
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -282,7 +283,10 @@ class _Reader:
 
 def _prepare(source: Path, prepared: Path, *, beside: bool) -> None:
     """Infer shapes and fuse the graph, as the quantiser requires."""
+    search_path = list(sys.path)
     from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    sys.path[:] = search_path  # the import adds a folder with a `models` and a `metrics`, which would hide the user's
 
     # Symbolic shape inference needs sympy rules for every operator, and adds nothing to the shapes from the exporter.
     quant_pre_process(

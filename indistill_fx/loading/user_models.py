@@ -121,4 +121,7 @@ def _place_of(factory: Any, spec: str) -> str:
 def is_installed(package: str) -> bool:
     """Whether Python finds a package without the working directory's help; nothing is imported."""
     top = package.partition(".")[0]
-    return (top in sys.modules and not comes_from_a_folder(top)) or PathFinder.find_spec(top, sys.path) is not None
+    if top in sys.modules and not comes_from_a_folder(top):
+        return True
+    spec = PathFinder.find_spec(top, sys.path)
+    return spec is not None and spec.origin is not None  # without one, it is a mere folder of that name

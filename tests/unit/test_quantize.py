@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import onnx
 import pytest
@@ -197,3 +199,15 @@ def test_files_that_cannot_be_quantised(digits, tmp_path):
         quantize_onnx(once, tmp_path / "o.onnx", evaluation=digits.evaluation, calibration=digits.calibration)
     rows = bench({"fp32": digits.path, "int8": once}, digits.example, batches=(1,), threads=(1,), seconds=0.01).rows
     assert [row.runtime for row in rows] == ["onnxruntime fp32", "onnxruntime int8"]
+
+
+def test_python_finds_the_same_modules_after_quantising(digits, tmp_path):
+    """onnxruntime's quantiser puts a folder with `metrics.py` and `models/` on the search path, which would hide the user's files."""
+    program = (
+        "import sys, torch; from indistill_fx.deploy.quantize import quantize_onnx; path = list(sys.path); "
+        "evaluation = [(torch.zeros(4, 1, 8, 8), torch.zeros(4, dtype=torch.long))]; "
+        f"quantize_onnx({str(digits.path)!r}, {str(tmp_path / 'int8.onnx')!r}, evaluation=evaluation, method='dynamic'); "
+        "assert any('onnxruntime.transformers' in name for name in sys.modules), 'the import has come'; "
+        "assert sys.path == path, set(sys.path) - set(path)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)

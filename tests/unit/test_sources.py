@@ -310,6 +310,13 @@ def test_package_in_the_working_directory_is_found(here: Path) -> None:
     assert sys.path == path
 
 
+def test_a_mere_folder_among_the_libraries_hides_no_file(here: Path, monkeypatch) -> None:
+    (here / "nets_of_mine.py").write_text("from torch import nn\ndef make():\n    return nn.Linear(1, 1)\n")
+    (here / "libraries" / "nets_of_mine").mkdir(parents=True)
+    monkeypatch.setattr(sys, "path", [str(here / "libraries"), *sys.path])
+    assert isinstance(load("nets_of_mine:make"), nn.Linear)
+
+
 @pytest.mark.parametrize(
     ("spec", "kind", "message"),
     [
