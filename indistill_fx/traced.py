@@ -88,6 +88,11 @@ class TraceReport:
     fixed: Mapping[str, tuple[int | None, ...]] = field(default_factory=dict)
 
     @property
+    def lacks_eval_mode(self) -> bool:
+        """Whether a student's graph computes in eval mode what its module does in train mode alone (`notes` says why)."""
+        return any(note.startswith("in eval mode") for note in self.notes)
+
+    @property
     def rung(self) -> str:
         """`method`, under the name that 0.1.0 gave it."""
         return self.method

@@ -41,8 +41,8 @@ def in_both_modes(
     except FrontendError:
         why = "what its code does in train mode cannot be traced"
     else:
-        apart = any(note.startswith("in eval mode") for note in found.report.notes)
-        why = "its train mode and its eval mode cannot be brought together" if apart else ""
+        apart = "its train mode and its eval mode cannot be brought together"
+        why = apart if found.report.lacks_eval_mode else ""
         if not why and _fixed_macs(analyse(found)) <= _fixed_macs(analyse(teacher)):
             return found
         why = why or "what its code does in train mode alone would keep more channels"

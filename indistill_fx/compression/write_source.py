@@ -85,6 +85,9 @@ def source_of(model: TracedModel) -> StudentSource:
     Raises:
         ExportError: a construct has no source code; it is named.
     """
+    if model.report.lacks_eval_mode:
+        problem = "in eval mode its source code would compute what train mode does; trace it with role='teacher'"
+        raise unwritable("the network", problem)
     graph_module, dissolved = sweep(copy_graph(model.graph_module)[0]), set[str]()
     while True:
         root, places = scopes_of(graph_module, dissolved)

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from indistill_fx.compression.write_source import source_of
+from indistill_fx.errors import ExportError, PruneError
 from indistill_fx.passes.capture.exported import capture_exported
 from indistill_fx.passes.capture.recording import capture_leaves, capture_shapes
 from indistill_fx.passes.capture.symbolic import capture_symbolic
@@ -138,8 +140,15 @@ def test_graphs_that_return_different_things_are_reported():
             y = self.bn(self.a(x)).mean((2, 3))
             return (self.fc(y), y) if self.training else self.fc(y)
 
-    model = trace(Auxiliary(Functional()), torch.randn(2, 3, 6, 6), role="student")
+    module, x = Auxiliary(Functional()), torch.randn(2, 3, 6, 6)
+    model = trace(module, x, role="student")
     assert any("in eval mode the graph computes what train mode does" in note for note in model.report.notes)
+    with pytest.raises(PruneError, match="role='teacher'"):
+        shrink(model, ratio=0.5)
+    with pytest.raises(ExportError, match="role='teacher'"):
+        source_of(model)
+    as_teacher = shrink(trace(module, x), ratio=0.5).value
+    assert source_of(as_teacher).build().eval()(x).shape == as_teacher.graph_module(x).shape == (2, 4)
 
 
 class TrainsOtherwise(nn.Module):

@@ -1,7 +1,7 @@
 """A student's graph in both modes: what its code decides by `self.training` is decided again each time the graph runs.
 
 Rules, in order:
-  1. Where code outside torch.nn's own layers reads `training`, the module is captured in eval mode too, by the same method.
+  1. Where code outside torch.nn's own layers reads a `training` flag, the module is captured in eval mode too, by the same method.
   2. The two graphs are laid side by side. Where only a number differs (`F.dropout(x, p, self.training)`), the graph chooses it by the
      flag of the module whose code it is, which it reads from that very module.
   3. Where operations differ (stochastic depth, a norm written by hand), both ways become one node that takes the one or the other.
@@ -11,6 +11,7 @@ Rules, in order:
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -100,11 +101,11 @@ def choose(training: bool, trained: Any, evaluated: Any) -> Any:
 
 @contextmanager
 def noticing_flags() -> Iterator[list[str]]:
-    """Note the classes of the modules, other than torch.nn's own layers, whose `training` is read inside the block."""
+    """Note the classes of the modules whose `training` is read inside the block, except by torch.nn's own layers."""
     noticed: list[str] = []
 
     def read(module: nn.Module) -> bool:
-        if not is_leaf(module):
+        if not is_leaf(module) or not _reads_in_torch():
             noticed.append(type(module).__name__)
         return bool(module.__dict__["training"])
 
@@ -113,6 +114,11 @@ def noticing_flags() -> Iterator[list[str]]:
 
     with patch.object(nn.Module, "training", property(read, write), create=True):
         yield noticed
+
+
+def _reads_in_torch() -> bool:
+    """Whether torch's code reads the flag; a forward may pass on that of a layer (`F.dropout(x, 0.5, self.drop.training)`)."""
+    return str(sys._getframe(2).f_globals.get("__name__", "")).startswith("torch.")
 
 
 def merge_modes(trained: Captured, evaluated: Captured, module: nn.Module) -> Captured:

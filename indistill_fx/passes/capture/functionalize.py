@@ -4,7 +4,8 @@ Rules, in order:
   1. A write into a parameter or buffer is the model's state, not its data flow, and stays (batch norm counting its batches). A
      graph has no `no_grad`, without which torch refuses a write into a parameter: the write is done past autograd.
   2. `relu_`, `iadd`, `inplace=True` and their like become the operation that returns a new tensor; modules are copied without the
-     flag. `x[i] = v` becomes `with_item(x, i, v)`; a method without a functional twin (`uniform_`) writes into a copy.
+     flag. `x[i] = v` becomes `with_item(x, i, v)`; a method without a functional twin (`uniform_`) writes into a copy. `f(x, out=y)` is
+     `y.copy_(f(x).detach())`, because torch allows it only where there are no gradients.
   3. Every later reader of the overwritten tensor, under any of its names, reads the new one, as it did in the module.
   4. A write into `x[i]` also makes a new `x`. Other writes into views are refused if another view of the data is read later.
 """
@@ -50,6 +51,9 @@ def functionalize(captured: Captured) -> Captured:
         FrontendError: a write into a view (rule 4); `where` is the path of the module that does it.
     """
     graph_module = captured.graph_module
+    for node in list(graph_module.graph.nodes):
+        if isinstance(node.kwargs.get("out"), fx.Node):
+            _copy_afterwards(node)
     order = {node: position for position, node in enumerate(graph_module.graph.nodes)}
     writers = [node for node in graph_module.graph.nodes if is_inplace(node)]
     renamed: dict[str, tuple[int, str]] = {}
@@ -79,6 +83,18 @@ def functionalize(captured: Captured) -> Captured:
     graph_module.graph.lint()
     _compile(graph_module)
     return replace(captured, outputs=outputs)
+
+
+def _copy_afterwards(node: fx.Node) -> None:
+    """Rule 2, for `out=`."""
+    target = node.kwargs["out"]
+    node.kwargs = {name: value for name, value in node.kwargs.items() if name != "out"}
+    with node.graph.inserting_after(node):
+        detached = node.graph.call_method("detach", (node,))
+    with node.graph.inserting_after(detached):
+        copied = node.graph.call_method("copy_", (target, detached))
+    detached.meta, copied.meta = dict(node.meta), dict(node.meta)
+    node.replace_all_uses_with(copied, delete_user_cb=lambda user: user is not detached)
 
 
 def _write_past_autograd(writer: fx.Node, target: fx.Node) -> None:

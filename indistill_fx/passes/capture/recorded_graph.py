@@ -60,6 +60,7 @@ class RecordedGraph:
         self.of_sizes: set[fx.Node] = set()
         self.of_state: set[fx.Node] = set()
         self.functions: dict[str, str] = {}
+        self.notes: list[str] = []
         self.grad = False
         self.first: Tensor | None = None
         self.first_node: fx.Node | None = None
@@ -259,6 +260,7 @@ class RecordedGraph:
                 *(leaf for leaf in leaves if leaf in used),
                 *(self.functions[name] for name in self.functions if name in used),
             ),
+            notes=tuple(dict.fromkeys(self.notes)),
             specialisations=tuple(
                 dict.fromkeys(str(decision) for decision in self.book.decisions if decision.reported)
             ),

@@ -30,6 +30,7 @@ from indistill_fx.passes.capture.torch_functions import (
     plain,
     refused_line,
     refused_write,
+    watching_autocast,
     writes_itself,
 )
 
@@ -81,7 +82,8 @@ class Recorder(RecordedGraph, TorchFunctionMode):
             else nullcontext()
         )
         try:
-            with patch.object(nn.Module, "__call__", call), functions, self:
+            autocast = watching_autocast(lambda: self.paused)
+            with patch.object(nn.Module, "__call__", call), functions, autocast as self.notes, self:
                 result = self.module(*inputs, **kwargs)
             self.graph.output(self.argument(result))
             self.write_back()

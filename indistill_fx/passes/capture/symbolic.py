@@ -15,6 +15,7 @@ from indistill_fx.errors import FrontendError
 from indistill_fx.graph.ops import attribute
 from indistill_fx.passes.capture.captured import Captured, assemble, is_leaf, returned
 from indistill_fx.passes.capture.symbolic_sizes import note_place
+from indistill_fx.passes.capture.torch_functions import watching_autocast
 
 
 class _Tracer(fx.Tracer):
@@ -118,7 +119,10 @@ def capture_symbolic(
     """
     tracer = _Tracer(module, inputs, kwargs, leaves)
     try:
-        graph = tracer.trace(module)
+        with watching_autocast() as notes:
+            graph = tracer.trace(module)
+    except FrontendError:
+        raise
     except Exception as error:
         raise FrontendError(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
     for node in graph.nodes:
@@ -126,4 +130,5 @@ def capture_symbolic(
     tensors = tracer.own
     named = (str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr"))
     targets = {name: tensors[name] if name in tensors else attribute(module, name) for name in named}
-    return Captured(assemble(graph, targets, type(module).__name__), tuple(tracer.outputs))
+    named_outputs = tuple(tracer.outputs)
+    return Captured(assemble(graph, targets, type(module).__name__), named_outputs, notes=tuple(dict.fromkeys(notes)))

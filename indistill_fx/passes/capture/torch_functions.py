@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -83,16 +87,58 @@ def refused_write(here: str, parameter: str) -> FrontendError:
     )
 
 
-def refused_line(description: str, *, expected: str, instead: str) -> FrontendError:
-    """The error for the line of the user's code that is being run: what it does, and what to do instead."""
-    place, expression = current_place()
+def refused_line(
+    description: str, *, expected: str, instead: str, place: tuple[str, str] | None = None
+) -> FrontendError:
+    """The error for a line of the user's code, by default the one that is being run: what it does, and what to do instead."""
+    where, expression = place or current_place()
     return FrontendError(
-        f"{description} at {place}: `{expression}`",
-        where=place,
+        f"{description} at {where}: `{expression}`",
+        where=where,
         got=expression,
         expected=expected,
         hint=f"{instead}, or move that line into a submodule of its own, which then stays one node in the graph.",
     )
+
+
+@contextmanager
+def watching_autocast(allowed: Callable[[], bool] = lambda: False) -> Iterator[list[str]]:
+    """Refuse code that switches autocast on inside the block: a graph would compute that part in full precision.
+
+    Args:
+        allowed: whether it may, because the code that runs stays one node.
+
+    Yields:
+        Lines of the report on code that switches it off.
+    """
+    enter, notes = torch.autocast.__enter__, list[str]()
+
+    def check(region: torch.autocast) -> Any:
+        if not allowed():
+            frame = sys._getframe(1)
+            decorated = frame.f_locals.get("func") if frame.f_code.co_name == "decorate_autocast" else None
+            place = current_place() if decorated is None else _definition(decorated)
+            if region._enabled:
+                raise refused_line(
+                    "the forward switches autocast on",
+                    expected="a forward without autocast",
+                    instead="Leave autocast to the run (--precision bf16)",
+                    place=place,
+                )
+            notes.append(
+                f"{': '.join(filter(None, place))} switches autocast off, which the graph does not: in mixed precision it computes"
+                " that part in the lower precision too"
+            )
+        return enter(region)  # type: ignore[no-untyped-call]
+
+    with patch.object(torch.autocast, "__enter__", check):
+        yield notes
+
+
+def _definition(function: Callable[..., Any]) -> tuple[str, str]:
+    """Where a function is defined, and its name."""
+    code = function.__code__
+    return f"{Path(code.co_filename).name}:{code.co_firstlineno}", function.__qualname__
 
 
 def is_wrapped(tensor: Tensor) -> bool:

@@ -29,7 +29,7 @@ from indistill_fx.graph.view import View
 from indistill_fx.loading.input_facts import other_channels
 from indistill_fx.passes.capture.both_modes import merge_modes, noticing_flags
 from indistill_fx.passes.capture.captured import Captured
-from indistill_fx.passes.capture.equivalence import Reference, plain_attention
+from indistill_fx.passes.capture.equivalence import Reference, plain_attention, plain_checkpoints
 from indistill_fx.passes.capture.exported import capture_exported
 from indistill_fx.passes.capture.facts import Known, infer_facts
 from indistill_fx.passes.capture.functionalize import functionalize
@@ -353,7 +353,7 @@ def _in_mode(capture: Method, reference: Reference, leaves: Sequence[str], *, pa
         for attributes, flag in flags:  # `forget` restores the flags from before the trace
             attributes["training"] = flag
         try:
-            with plain_attention(), torch.set_grad_enabled(reference.gradients):
+            with plain_attention(), plain_checkpoints(), torch.set_grad_enabled(reference.gradients):
                 captured = capture(module, inputs, kwargs, (*leaves, *given_up), unregistered)
         except FrontendError:
             reference.forget()

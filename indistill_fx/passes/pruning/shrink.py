@@ -122,6 +122,13 @@ def shrink(
         torch.Size([2, 10])
     """
     _check_requests(widths, ratio, macs, params, round_to)
+    if model.report.lacks_eval_mode:
+        raise PruneError(
+            "In eval mode the smaller network would compute what this student computes in train mode: the two could not be brought"
+            " together.",
+            where="shrink",
+            hint="Trace the model with role='teacher', which takes its eval mode.",
+        )
     for tap, width in (widths or {}).items():
         check_width(model, tap, width)
     known = analyse(model, criterion=criterion, loader=loader)
