@@ -8,7 +8,8 @@ the teacher cut to a share of its MACs by `compress` (its weights, repaired); `c
 `pruned` with new weights; `other`: a plain chain of three convolutions of the same MACs, which no teacher can feed (`fed` is left out).
 Ways: `labels`; `kd`; `curriculum`: pair after pair in half of the epochs, lengths rising, then KD; `joint`: all pairs at once, from
 the student's own features, in half of the epochs, then KD; `fed`: all segments at once, fed by the teacher, in a quarter of the epochs,
-then KD. All ways of a cell begin with the same weights and see the same batches; every way's result is written at once.
+then KD; `default`: what `distill` does by itself: all pairs at once in a third of the epochs, then KD (left out where `distill` does not
+warm up). All ways of a cell begin with the same weights and see the same batches; every way's result is written at once.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ from indistill_fx.evaluation.accuracy import evaluate
 from indistill_fx.runs.record import environment
 from indistill_fx.training.recipes import least_steps
 
-WAYS = ("labels", "kd", "curriculum", "joint", "fed")
-MAIN = WAYS[:-1]
+WAYS = ("labels", "kd", "curriculum", "joint", "fed", "default")
+MAIN = ("labels", "kd", "curriculum", "joint", "default")
 """In the table; `fed` is for comparison."""
 COMPARED = {"kd", "joint"}
 """A seed counts where both were measured; labels and curriculum may have fewer seeds, which the table then says."""
@@ -114,18 +115,28 @@ def start_of(cell: Cell, teacher: ifx.TracedModel, data: Data) -> Start:
     return Start(student, plan_of(teacher, ifx.trace(student, x, role="student"), made.shrunk.axes))
 
 
-def ways_of(kind: str) -> tuple[str, ...]:
-    """The ways that a kind of student can be trained in."""
-    return WAYS[:-1] if kind == "other" else WAYS
+def ways_of(cell: Cell) -> tuple[str, ...]:
+    """The ways that a cell's student can be trained in."""
+    unfed = "fed" if cell.kind == "other" else None
+    unwarmed = None if by_default(cell) else "default"
+    return tuple(way for way in WAYS if way not in (unfed, unwarmed))
 
 
-def curriculum_of(way: str, epochs: int, pairs: int) -> tuple[Curriculum, int]:
+def by_default(cell: Cell) -> bool:
+    """Whether `distill` warms up there."""
+    steps = cell.epochs // 3 * (cell.images // BATCH)
+    return cell.kind != "other" and steps >= least_steps(cell.share, made=cell.kind == "pruned")
+
+
+def curriculum_of(way: str, epochs: int, pairs: int) -> tuple[Curriculum | None, int]:
     """The warm-up of a way, and the epochs that are left for the main stage."""
     if way == "fed":
         warm = max(1, epochs // 4)
         return Curriculum(feed="teacher", lengths=warm, learning_rate=RATE), epochs - warm
     if way == "joint":
         return Curriculum(together=True, lengths=epochs // 2, learning_rate=RATE), epochs - epochs // 2
+    if way == "default":
+        return None, epochs - epochs // 3
     if way == "kd":
         return Curriculum(lengths=[]), epochs
     total = pairs * (pairs + 1) / 2
@@ -172,7 +183,7 @@ def run(options: argparse.Namespace) -> None:
     teacher = ifx.trace(teacher_of(out, whole), next(iter(whole.train_plain))[0][:2], role="teacher")
     best = evaluate(teacher.module, whole.test).accuracy
     for cell in cells(options):
-        left = [way for way in ways_of(cell.kind) if way in options.ways and (str(cell), way) not in done]
+        left = [way for way in ways_of(cell) if way in options.ways and (str(cell), way) not in done]
         if not left:
             continue
         data = replace(open_data("digits", batch_size=BATCH, seed=cell.seed, limit=cell.images), test=whole.test)
@@ -212,48 +223,44 @@ def table(options: argparse.Namespace) -> None:
 
 
 Place = tuple[int, str, float, int]
-Found = dict[Place, dict[str, list[float]]]
+Ways = dict[str, dict[int, float]]
+"""Of each way, by seed: accuracy in percent."""
+Found = dict[Place, Ways]
 
 
-def by_way(place: Place, rows: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
-    """Accuracies in percent, way by way, over the seeds that have them all."""
+def by_way(place: Place, rows: Sequence[dict[str, Any]]) -> Ways:
+    """The accuracies of a place, of the seeds that have KD and `joint`."""
     own = [r for r in rows if (r["images"], r["kind"], r["share"], r["epochs"]) == place]
     seeds = [s for s in sorted({r["seed"] for r in own}) if {r["way"] for r in own if r["seed"] == s} >= COMPARED]
     return {
-        way: [100 * r["accuracy"] for s in seeds for r in own if r["seed"] == s and r["way"] == way] for way in MAIN
+        way: {s: 100 * r["accuracy"] for s in seeds for r in own if r["seed"] == s and r["way"] == way} for way in MAIN
     }
 
 
-def gain_of(ways: dict[str, list[float]]) -> float:
-    """All pairs at once + KD minus KD, in points."""
-    return mean(ways["joint"]) - mean(ways["kd"])
-
-
-def by_default(place: Place) -> bool:
-    """Whether `distill` warms up there (with half of the epochs, as here)."""
-    images, kind, share, epochs = place
-    steps = epochs // 2 * (images // BATCH)
-    return kind != "other" and steps >= least_steps(share, made=kind == "pruned")
+def gain_of(ways: Ways, way: str = "joint") -> float:
+    """A way minus KD in points, over the seeds of that way; 0 if it was not measured."""
+    return mean([ways[way][seed] - ways["kd"][seed] for seed in ways[way]] or [0.0])
 
 
 def lines_of(found: Found, rows: Sequence[dict[str, Any]]) -> list[str]:
     """A row a place, and what the default gains and loses."""
     lines = [
-        "| images | student | MACs | epochs | before | labels | KD | curriculum + KD | joint + KD | joint over KD | default | seeds |"
+        "| images | student | MACs | epochs | before | labels | KD | curriculum + KD | joint + KD | default | joint over KD |"
+        " default over KD | seeds |"
     ]
-    lines += ["|" + "---|" * 12]
+    lines += ["|" + "---|" * 13]
     gains = []
     for place, ways in found.items():
         if not ways["kd"]:
             continue
         images, kind, share, epochs = place
         own = [100 * r["before"] for r in rows if (r["images"], r["kind"], r["share"], r["epochs"]) == place]
-        gain, seeds, warm = gain_of(ways), len(ways["kd"]), by_default(place)
-        cells = [cell_of(values, seeds) for values in ways.values()]
-        gains += [(gain, place)] if warm else []
+        gain, seeds = gain_of(ways, "default"), len(ways["kd"])
+        cells = [cell_of(list(values.values()), seeds) for values in ways.values()]
+        gains += [(gain, place)] if ways["default"] else []
         lines.append(
-            f"| {images:,} | {kind} | {share:.0%} | {epochs} | {mean(own):.1f} | {' | '.join(cells)} | {gain:+.1f} |"
-            f" {'joint' if warm else 'KD'} | {seeds} |"
+            f"| {images:,} | {kind} | {share:.0%} | {epochs} | {mean(own):.1f} | {' | '.join(cells)} |"
+            f" {gain_of(ways):+.1f} | {f'{gain:+.1f}' if ways['default'] else 'KD'} | {seeds} |"
         )
     if gains:
         worst, most = min(gains), max(gains)
