@@ -111,7 +111,7 @@ def start_of(cell: Cell, teacher: ifx.TracedModel, data: Data) -> Start:
     if cell.kind == "fresh":
         for part in student.modules():
             if hasattr(part, "reset_parameters"):
-                part.reset_parameters()
+                part.reset_parameters()  # type: ignore[operator]
     return Start(student, plan_of(teacher, ifx.trace(student, x, role="student"), made.shrunk.axes))
 
 
