@@ -2,10 +2,14 @@
 
     python benchmarks/regimes.py run --out OUT [--seeds 0 1 2] [--minutes 30]       goes on where it stopped
     python benchmarks/regimes.py table OUT [OUT …] --json benchmarks/results/regimes.json --into docs/results.md --svg FILE
+    python benchmarks/regimes.py run --on cifar10 --data imagefolder:DIR --teacher FILE --out OUT --shares 0.5 0.1
+    python benchmarks/regimes.py table OUT --on cifar10 --json benchmarks/results/regimes_cifar10.json --into docs/results.md
 
-scikit-learn's digits whole (1,442 to train with, 355 to test on; a residual teacher, trained once on all of them). Students: `pruned`:
+scikit-learn's digits whole (1,442 to train with, 355 to test on; a residual teacher, trained once on all of them), or the corners of the
+same map on CIFAR-10 (10,000 to test on; the teacher is the paper's assistant, FILE its weights). Students: `pruned`:
 the teacher cut to a share of its MACs by `compress` (its weights, repaired); `cut`: by `prune`, not repaired; `fresh`: the networks of
-`pruned` with new weights; `other`: a plain chain of three convolutions of the same MACs, which no teacher can feed (`fed` is left out).
+`pruned` with new weights; `other`: a plain chain of three convolutions of the same MACs (on CIFAR-10, where the teacher is such a chain,
+a residual network), which no teacher can feed (`fed` is left out).
 Ways: `labels`; `kd`; `curriculum`: pair after pair in half of the epochs, lengths rising, then KD; `joint`: all pairs at once, from
 the student's own features, in half of the epochs, then KD; `fed`: all segments at once, fed by the teacher, in a quarter of the epochs,
 then KD; `default`: what `distill` does by itself: all pairs at once in a third of the epochs, then KD (left out where `distill` does not
@@ -37,7 +41,7 @@ from indistill_fx.compression.write_source import source_of
 from indistill_fx.curriculum import Curriculum
 from indistill_fx.data.dataset import Data
 from indistill_fx.data.open import open_data
-from indistill_fx.demo.networks import DigitsStudent, DigitsTeacher
+from indistill_fx.demo.networks import DigitsStudent, DigitsTeacher, ResidualBlock
 from indistill_fx.evaluation.accuracy import evaluate
 from indistill_fx.runs.record import environment
 from indistill_fx.training.recipes import least_steps
@@ -49,8 +53,12 @@ COMPARED = {"kd", "joint"}
 """A seed counts where both were measured; labels and curriculum may have fewer seeds, which the table then says."""
 KINDS = ("pruned", "cut", "fresh", "other")
 SHARES = (0.5, 0.25, 0.1, 0.03)
-EPOCHS = {100: (30, 120), 400: (10, 40), 1442: (4, 16)}
-"""Of all stages together: 30 and 120 steps for 100 images, 60 and 240 for 400, 88 and 352 for all (full batches only)."""
+EPOCHS = {
+    "digits": {100: (30, 120), 400: (10, 40), 1442: (4, 16)},
+    "cifar10": {100: (30, 120), 1000: (4, 20), 10000: (2, 8)},
+}
+"""Of all stages together, by number of images. Digits: 30 and 120 steps for 100 images, 60 and 240 for 400, 88 and 352 for all; CIFAR-10:
+30 and 120 steps for 100 images, 60 and 300 for 1,000, 312 and 1,248 for 10,000 (full batches only)."""
 RATE = 3e-3
 BATCH = 64
 
@@ -77,10 +85,13 @@ class Start:
     plan: ifx.AlignmentPlan
 
 
-def teacher_of(out: Path, data: Data) -> nn.Module:
-    """Trained once on all images."""
+def teacher_of(options: argparse.Namespace, data: Data) -> nn.Module:
+    """The network given, or one trained once on all digits."""
+    if options.on == "cifar10":
+        example = Path(__file__).parent.parent / "examples" / "paper_cifar10.py"
+        return ifx.load(f"{example}:Cnn32@{options.teacher}").eval()
     torch.manual_seed(0)
-    model, file = DigitsTeacher(), out / "teacher.safetensors"
+    model, file = DigitsTeacher(), Path(options.out) / "teacher.safetensors"
     if not file.exists():
         ifx.train(model, data.train, epochs=12, schedule="cosine", learning_rate=5e-3, progress=False, device="cpu")
         save_file(model.state_dict(), file)
@@ -88,11 +99,19 @@ def teacher_of(out: Path, data: Data) -> nn.Module:
     return model.eval()
 
 
-def chain_of(macs: float, x: Tensor) -> nn.Module:
-    """The chain whose MACs come nearest."""
-    found = {w: ifx.trace(DigitsStudent((w, 2 * w, 4 * w)), x).macs for w in range(2, 80)}
-    width = min(found, key=lambda w: abs(found[w] - macs))
-    return DigitsStudent((width, 2 * width, 4 * width))
+def other_of(macs: float, x: Tensor) -> nn.Module:
+    """Another kind of network than the teacher, with about these MACs: a chain for digits, a residual one for CIFAR-10."""
+
+    def made(width: int) -> nn.Module:
+        widths = (width, 2 * width, 4 * width)
+        if x.shape[1] == 1:
+            return DigitsStudent(widths)
+        model = DigitsTeacher(widths)
+        model.layer1[0] = ResidualBlock(x.shape[1], width, 2)
+        return model
+
+    found = {width: ifx.trace(made(width), x).macs for width in range(2, 80 if x.shape[1] == 1 else 20)}
+    return made(min(found, key=lambda width: abs(found[width] - macs)))
 
 
 def start_of(cell: Cell, teacher: ifx.TracedModel, data: Data) -> Start:
@@ -100,7 +119,7 @@ def start_of(cell: Cell, teacher: ifx.TracedModel, data: Data) -> Start:
     x = teacher.example_inputs[0]
     torch.manual_seed(cell.seed)
     if cell.kind == "other":
-        student = chain_of(cell.share * teacher.macs, x)
+        student = other_of(cell.share * teacher.macs, x)
         return Start(student, ifx.align(teacher.module, student, example_inputs=x))
     if cell.kind == "cut":
         shrunk = ifx.shrink(teacher, macs=cell.share)
@@ -166,8 +185,10 @@ def accuracy_of(way: str, cell: Cell, start: Start, teacher: ifx.TracedModel, da
 
 def cells(options: argparse.Namespace) -> Iterator[Cell]:
     """Seed by seed, so that a map cut short is whole for the first seeds."""
-    for seed, images, kind, share in product(options.seeds, EPOCHS, options.kinds, options.shares):
-        for epochs in EPOCHS[images]:
+    for seed, images, kind, share in product(
+        options.seeds, options.images or EPOCHS[options.on], options.kinds, options.shares
+    ):
+        for epochs in EPOCHS[options.on][images]:
             yield Cell(images, kind, share, epochs, seed)
 
 
@@ -179,14 +200,14 @@ def run(options: argparse.Namespace) -> None:
     file = out / "rows.jsonl"
     lines = file.read_text().splitlines() if file.exists() else []
     done = {(row["cell"], row["way"]) for row in map(json.loads, lines)}
-    whole = open_data("digits", batch_size=BATCH)
-    teacher = ifx.trace(teacher_of(out, whole), next(iter(whole.train_plain))[0][:2], role="teacher")
+    whole = open_data(options.data, batch_size=BATCH)
+    teacher = ifx.trace(teacher_of(options, whole), next(iter(whole.train_plain))[0][:2], role="teacher")
     best = evaluate(teacher.module, whole.test).accuracy
     for cell in cells(options):
         left = [way for way in ways_of(cell) if way in options.ways and (str(cell), way) not in done]
         if not left:
             continue
-        data = replace(open_data("digits", batch_size=BATCH, seed=cell.seed, limit=cell.images), test=whole.test)
+        data = replace(open_data(options.data, batch_size=BATCH, seed=cell.seed, limit=cell.images), test=whole.test)
         start = start_of(cell, teacher, data)
         before = evaluate(start.student, whole.test).accuracy
         for way in left:
@@ -215,7 +236,8 @@ def table(options: argparse.Namespace) -> None:
         Path(options.json).write_text(json.dumps(kept, indent=1) + "\n")
     if options.into:
         page = Path(options.into)
-        begin, close = "<!-- made by benchmarks/regimes.py table -->", "<!-- regimes: end -->"
+        on = "" if options.on == "digits" else f" --on {options.on}"
+        begin, close = f"<!-- made by benchmarks/regimes.py table{on} -->", "<!-- regimes: end -->"
         head, _, rest = page.read_text().partition(begin)
         page.write_text(head + begin + "\n" + text + close + rest.partition(close)[2])
     if options.svg:
@@ -290,7 +312,7 @@ def described(place: Place) -> str:
 
 def heat_map(found: Found) -> str:
     """Rows: kind and size; columns: images and epochs; colour and figure: joint + KD minus KD, in points."""
-    columns = [(images, epochs) for images, both in EPOCHS.items() for epochs in both]
+    columns = [(images, epochs) for images, both in EPOCHS["digits"].items() for epochs in both]
     rows = [row for row in product(KINDS, SHARES) if any(place[1:3] == row for place in found)]
     wide, high, left, top = 92, 26, 150, 46
     parts = [
@@ -329,6 +351,12 @@ def main() -> None:
     commands = parser.add_subparsers(required=True)
     one = commands.add_parser("run")
     one.set_defaults(call=run)
+    one.add_argument("--on", default="digits", choices=list(EPOCHS))
+    one.add_argument("--data", default="digits")
+    one.add_argument(
+        "--teacher", help="with --on cifar10: weights of examples/paper_cifar10.py:Cnn32, a safetensors file"
+    )
+    one.add_argument("--images", nargs="+", type=int)
     one.add_argument("--out", required=True)
     one.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     one.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
@@ -339,6 +367,7 @@ def main() -> None:
     one = commands.add_parser("table")
     one.set_defaults(call=table)
     one.add_argument("out", nargs="+")
+    one.add_argument("--on", default="digits", choices=list(EPOCHS))
     one.add_argument("--json")
     one.add_argument("--into")
     one.add_argument("--svg")
