@@ -69,9 +69,8 @@ RECIPES: dict[str, Recipe] = {
         assistant={"curriculum": NO_WARMUP},
     ),
     # Source: Sarridis et al., "InDistill", arXiv:2205.10003, section 4, and the authors' code: 60 epochs at 1e-3 and 10 at
-    # 1e-4, including the warm-up's 12; batches of 128. Deviations: those of the curriculum (see there), and the warm-up
-    # takes
-    # 3 + 4 + … epochs, one term per pair, before the 58 of the main stage.
+    # 1e-4, including the warm-up's 12; batches of 128. Here the warm-up takes 3 + 4 + … epochs, one term per pair, before the
+    # main stage's 58. For what else differs see `Curriculum`.
     "paper": Recipe(
         "The paper's: 3, 4, 5, … epochs of MSE, then PKT for 48 epochs at 1e-3 and 10 at 1e-4; an assistant by 50 of PKT.",
         student={
