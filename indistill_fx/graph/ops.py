@@ -10,6 +10,7 @@ import functools
 import operator
 import re
 from collections.abc import Iterator, Mapping
+from types import FunctionType
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -110,7 +111,8 @@ def op_name(node: fx.Node) -> str:
     """The operation's canonical name: `conv`, `batch_norm`, `relu`, `add`, …; placeholders, attributes and outputs by their fx name.
 
     A module with no rule of its own is called by its class name in snake case, and one whose forward is not torch's by its class name as
-    it is (`MyBlock`), so that a user's `Dropout` is not taken for torch's.
+    it is (`MyBlock`), so that a user's `Dropout` is not taken for torch's. Nor is a user's function `relu`, which is called `relu()`, or
+    a user's operator, which is called `their_library::relu`.
     """
     if node.op == "call_module":
         owner = node.graph.owning_module
@@ -118,7 +120,7 @@ def op_name(node: fx.Node) -> str:
             raise RuntimeError(f"node {node.name} stands in a graph without a module")
         return module_op(attribute(owner, str(node.target)))
     if node.op in ("call_function", "call_method"):
-        name = _function_name(node.target)
+        name = function_name(node.target)
         return _TRANSPOSED.get(str(node.args[1]), name) if name == "getattr" else name
     return node.op
 
@@ -132,7 +134,7 @@ def module_op(module: nn.Module) -> str:
     kind = type(module)
     name = _class_op(kind.__name__)
     defined = str(getattr(getattr(kind, "forward", None), "__module__", ""))
-    return name if name in _BY_NAME_ALONE or defined.startswith(("torch", "indistill_fx")) else kind.__name__
+    return name if name in _BY_NAME_ALONE or _is_library(defined) else kind.__name__
 
 
 _BY_NAME_ALONE = frozenset({"stochastic_depth", "drop_path"})
@@ -161,13 +163,35 @@ def with_item(tensor: Tensor, index: Any, value: Any) -> Tensor:
     return result
 
 
-def _function_name(target: Any) -> str:
+def function_name(target: Any) -> str:
+    """The canonical name of what a function, or a method by its name, does (see `op_name`)."""
     schema = getattr(target, "_schema", None)
-    name = schema.name.split("::")[-1] if schema is not None else str(getattr(target, "__name__", target))
+    operator = schema.name if schema is not None else getattr(target, "_qualified_op_name", None)
+    if operator is not None:
+        library, _, name = str(operator).rpartition("::")
+        if library not in _OPERATORS:
+            return f"{library}::{name}"
+    else:
+        name = str(getattr(target, "__name__", target))
+        if is_users_function(target) and name not in _BY_NAME_ALONE:
+            return f"{name}()"
     name = _BY_NAME.get(name, name)
     if name.endswith("_") and not name.endswith("__"):
         name = name.rstrip("_")
     return _BY_NAME.get(name, name)
+
+
+def is_users_function(target: Any) -> bool:
+    """Whether a function is neither torch's nor Python's own nor ours."""
+    return isinstance(target, FunctionType) and not _is_library(target.__module__)
+
+
+_OPERATORS = frozenset({"aten", "prims", "torchvision"})
+_LIBRARIES = frozenset({"torch", "torchvision", "indistill_fx", "operator", "math", "builtins"})
+
+
+def _is_library(module: str | None) -> bool:
+    return module is not None and module.partition(".")[0] in _LIBRARIES
 
 
 def is_inplace(node: fx.Node) -> bool:
@@ -195,5 +219,5 @@ def writes_first(op: str, target: Any, kwargs: Mapping[str, Any]) -> bool:
     return (
         name.endswith("_")
         and not name.endswith("__")
-        and (getattr(target, "__module__", None) or "").startswith("torch")
+        and _is_library(getattr(target, "__module__", None))
     )

@@ -24,7 +24,7 @@ from torch.nn import functional
 
 from indistill_fx.errors import FrontendError
 from indistill_fx.graph.edit import add_module, with_tensors
-from indistill_fx.graph.ops import attribute, is_inplace, op_name, with_item
+from indistill_fx.graph.ops import attribute, is_inplace, is_users_function, op_name, with_item
 from indistill_fx.passes.capture.captured import Captured
 
 VIEWS = frozenset(
@@ -227,8 +227,11 @@ def _functional_twin(target: Any) -> Any:
         return _FUNCTIONAL[target]
     schema = getattr(target, "_schema", None)
     if schema is not None:
-        overloads = getattr(torch.ops.aten, schema.name.split("::")[-1].rstrip("_"), None)
+        library, _, name = schema.name.rpartition("::")
+        overloads = getattr(getattr(torch.ops, library), name.rstrip("_"), None)
         return getattr(overloads, schema.overload_name or "default", None)
+    if is_users_function(target):
+        return None
     name = str(getattr(target, "__name__", "")).rstrip("_")
     modules = (module for module in (functional, torch) if callable(getattr(module, name, None)))
     module = next(modules, None)

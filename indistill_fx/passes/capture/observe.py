@@ -78,13 +78,8 @@ def _count_attention(query: Any, key: Any, value: Any, *args: Any, out_val: Any 
     return int(sdpa_flop_count(query.shape, key.shape, value.shape))
 
 
-_KEEPING = (UNARY - {"float", "half", "to", "type_as"}) | {
-    "batch_norm",
-    "layer_norm",
-    "group_norm",
-    "instance_norm",
-    "softmax",
-}
+_NORMS = frozenset({"batch_norm", "layer_norm", "group_norm", "instance_norm"})
+_KEEPING = (UNARY - {"float", "half", "to", "type_as"}) | _NORMS | {"softmax"}
 _FLOPS = {**flop_registry, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _count_attention}
 _ALONE = frozenset(
     {nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d}
@@ -147,11 +142,7 @@ class _Run:
         if not isinstance(first, Tensor) or not first.is_meta or not first.is_floating_point():
             return None
         if node.op != "call_module":
-            second = sources[1] if op_name(node) in BINARY and len(sources) == 2 else None
-            if not isinstance(second, Tensor) or second.dtype != first.dtype or not second.is_meta:
-                return None
-            shape = first.shape if first.shape == second.shape else torch.broadcast_shapes(first.shape, second.shape)
-            return next((given for given in (first, second) if given.shape == shape), None)
+            return _of_function(node, first, sources[1:])
         layer = attribute(self.graph_module, str(node.target))
         if not type(layer).__module__.startswith("torch.nn.modules") or why_opaque(layer) is not None:
             return None
@@ -181,6 +172,23 @@ class _Run:
             key, count = asked[0], len(value)
             each = macs // count if self.counter is not None else -1
             self.layers[key] = _Layer(tuple(value.shape[1:]), value.dtype, each, {count: value})
+
+
+def _of_function(node: fx.Node, first: Tensor, others: Sequence[Any]) -> Tensor | None:
+    """Rule 2, of a function or a method that reads these tensors and parameters: an input that the result is like, if there is one."""
+    name, reads = op_name(node), len(node.all_input_nodes)
+    if name in _NORMS and not others and node.args[:1] == (node.all_input_nodes[0],):
+        return first
+    options = (*node.args[1:], *(value for key, value in node.kwargs.items() if key != "input"))
+    if name in _KEEPING and reads == 1 and all(value is None or isinstance(value, int | float) for value in options):
+        return first
+    if name not in BINARY or reads != 2 or len(others) != 1:
+        return None
+    second = others[0]
+    if not isinstance(second, Tensor) or second.dtype != first.dtype or not second.is_meta:
+        return None
+    shape = first.shape if first.shape == second.shape else torch.broadcast_shapes(first.shape, second.shape)
+    return next((given for given in (first, second) if given.shape == shape), None)
 
 
 class Observer:

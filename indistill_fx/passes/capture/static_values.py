@@ -21,6 +21,7 @@ from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
 from indistill_fx.graph.edit import copy_graph, tensor_nodes
+from indistill_fx.graph.ops import function_name
 
 Shape = tuple[int, ...]
 _OPEN = object()
@@ -136,7 +137,7 @@ def _value(node: fx.Node, axes: Mapping[str, Axes], values: Mapping[fx.Node, Any
 def _size(node: fx.Node, axes: Axes) -> Any:
     """The number that an operation reads from a tensor's shape."""
     attribute = node.target is getattr
-    name = str(node.args[1]) if attribute else str(getattr(node.target, "__name__", node.target))
+    name = str(node.args[1]) if attribute else function_name(node.target)
     sizes = tuple(_OPEN if k in axes.open else n for k, n in enumerate(axes.shape))
     if name in ("size", "shape"):
         dims = () if attribute else (*node.args[1:], *node.kwargs.values())

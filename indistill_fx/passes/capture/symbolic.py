@@ -6,7 +6,7 @@ import inspect
 import operator
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
+from types import FunctionType, MappingProxyType
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -16,6 +16,17 @@ from indistill_fx.graph.ops import attribute
 from indistill_fx.passes.capture.captured import Captured, assemble, is_leaf, returned
 from indistill_fx.passes.capture.symbolic_sizes import note_place
 from indistill_fx.passes.capture.torch_functions import watching_autocast
+
+
+def _kept_whole(module: nn.Module) -> set[Callable[..., Any]]:
+    """The functions of graphs in a module that are not torch's or ours: an earlier tracing kept them whole (`torch.fx.wrap`)."""
+    graphs = [part.graph for part in module.modules() if isinstance(part, fx.GraphModule)]
+    called = {node.target for graph in graphs for node in graph.nodes if node.op == "call_function"}
+    return {target for target in called if isinstance(target, FunctionType) and not _is_ours_or_torchs(target)}
+
+
+def _is_ours_or_torchs(function: FunctionType) -> bool:
+    return function.__module__.partition(".")[0] in ("torch", "indistill_fx")
 
 
 class _Tracer(fx.Tracer):
@@ -28,7 +39,7 @@ class _Tracer(fx.Tracer):
         kwargs: Mapping[str, Any],
         leaves: Sequence[str],
     ):
-        super().__init__()
+        super().__init__(autowrap_functions=tuple(_kept_whole(module)))
         self.inputs, self.kwargs, self.wanted_leaves = inputs, kwargs, frozenset(leaves)
         # The tensors before the model's code assigns to them.
         self.own = {
@@ -126,6 +137,9 @@ def capture_symbolic(
     except Exception as error:
         raise FrontendError(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
     for node in graph.nodes:
+        # By this mark the code of every copy of the graph would enter its functions in a list of fx's that outlives it; and passes hand
+        # it on to other functions, whose entry makes all later tracing fail. `_kept_whole` serves in its place.
+        node.meta.pop("is_wrapped", None)
         node.meta["nn_module_stack"] = _from_one(node.meta.get("nn_module_stack", {}))
     tensors = tracer.own
     named = (str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr"))

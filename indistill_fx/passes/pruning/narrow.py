@@ -315,13 +315,8 @@ class _Rewriter:
         graph = self.graph_module.graph
         with graph.inserting_after(self.cursor.get(self.at, self.at)):
             node = make(graph)
-        # "is_wrapped" stops torch from tracing into the function when the graph is traced again.
-        for key in (
-            "nn_module_stack",
-            "is_wrapped",
-        ):
-            if key in self.at.meta:
-                node.meta[key] = self.at.meta[key]
+        if "nn_module_stack" in self.at.meta:
+            node.meta["nn_module_stack"] = self.at.meta["nn_module_stack"]
         self.cursor[self.at] = node
         return node
 
