@@ -216,8 +216,4 @@ def writes_first(op: str, target: Any, kwargs: Mapping[str, Any]) -> bool:
     if kwargs.get("inplace") is True or target is operator.setitem or target in _INPLACE_OPERATORS:
         return True
     name = str(getattr(target, "__name__", ""))
-    return (
-        name.endswith("_")
-        and not name.endswith("__")
-        and _is_library(getattr(target, "__module__", None))
-    )
+    return name.endswith("_") and not name.endswith("__") and _is_library(getattr(target, "__module__", None))
