@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 import torch
 from torch import Tensor
@@ -207,7 +208,16 @@ def list_images(folder: Path) -> Listing:
             )
         files += found
         labels += [label] * len(found)
-    return Listing(folder, tuple(files), torch.tensor(labels), tuple(classes))
+    names = tuple(normalize("NFC", name) for name in classes)
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(
+            f"{str(folder)!r} has two class folders called {twice[0]!r}, whose names differ only in how their accents are encoded.",
+            where=str(folder),
+            got=twice,
+            hint="Move the images of one into the other.",
+        )
+    return Listing(folder, tuple(files), torch.tensor(labels), names)
 
 
 def spread(labels: Tensor, count: int | None) -> Tensor:
@@ -230,7 +240,9 @@ def rank_in_class(labels: Tensor) -> Tensor:
 
 
 def _visible_folders(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not _is_hidden(entry.name))
+    """Sorted as they read: macOS writes é as two characters, other systems as one."""
+    found = [entry.name for entry in os.scandir(folder) if entry.is_dir() and not _is_hidden(entry.name)]
+    return sorted(found, key=lambda name: normalize("NFC", name))
 
 
 def _pictures_in(folder: Path, *, below: bool = False) -> list[str]:

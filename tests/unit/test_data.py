@@ -2,6 +2,7 @@
 
 import random
 from pathlib import Path
+from unicodedata import normalize
 
 import numpy as np
 import pytest
@@ -343,6 +344,24 @@ def test_bad_folders_are_named(small, tmp_path):
     refused(small, "dog' has no images")
     Image.new("RGB", (8, 8)).save(small / "train" / "dog" / "0.png")
     refused(small, "differ in their classes; only one has dog")
+
+
+def test_accents_may_be_encoded_either_way(tmp_path):
+    """As one character or, by macOS, as two; which would also sort otherwise: é after z, e with an accent before f."""
+    for split, form in (("train", "NFC"), ("test", "NFD")):
+        for label, name in enumerate(("ez", "\u00e9a", "zoo")):
+            folder = tmp_path / split / normalize(form, name)
+            folder.mkdir(parents=True)
+            Image.new("RGB", (8, 8), (100 * label, 0, 0)).save(folder / "0.png")
+    data = open_data(f"imagefolder:{tmp_path}", batch_size=3)
+    assert data.classes == ("ez", "zoo", "\u00e9a")
+    for loader in (data.train_plain, data.test):
+        images, labels = next(iter(loader))
+        assert images[labels.argsort(), 0, 0, 0].diff().sign().tolist() == [1, -1]
+    (tmp_path / "train" / normalize("NFD", "\u00e9a")).mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "train" / normalize("NFD", "\u00e9a") / "0.png")
+    with pytest.raises(ConfigError, match="two class folders called '\u00e9a'"):
+        open_data(f"imagefolder:{tmp_path}")
     with pytest.raises(ConfigError, match="needs a folder"):
         open_data("imagefolder")
 
