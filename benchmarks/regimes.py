@@ -11,9 +11,9 @@ the teacher cut to a share of its MACs by `compress` (its weights, repaired); `c
 `pruned` with new weights; `other`: a plain chain of three convolutions of the same MACs (on CIFAR-10, where the teacher is such a chain,
 a residual network), which no teacher can feed (`fed` is left out).
 Ways: `labels`; `kd`; `curriculum`: pair after pair in half of the epochs, lengths rising, then KD; `joint`: all pairs at once, from
-the student's own features, in half of the epochs, then KD; `fed`: all segments at once, fed by the teacher, in a quarter of the epochs,
-then KD; `default`: what `distill` does by itself: all pairs at once in a third of the epochs, then KD (left out where `distill` does not
-warm up). All ways of a cell begin with the same weights and see the same batches; every way's result is written at once.
+the student's own features, in half of the epochs, then KD; `third`: the same in a third of the epochs, as `distill` does where it warms
+up by itself; `fed`: all segments at once, fed by the teacher, in a quarter of the epochs, then KD. All ways of a cell begin with the
+same weights and see the same batches; every way's result is written at once.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ from indistill_fx.evaluation.accuracy import evaluate
 from indistill_fx.runs.record import environment
 from indistill_fx.training.recipes import least_steps
 
-WAYS = ("labels", "kd", "curriculum", "joint", "fed", "default")
-MAIN = ("labels", "kd", "curriculum", "joint", "default")
+WAYS = ("labels", "kd", "curriculum", "joint", "fed", "third")
+MAIN = ("labels", "kd", "curriculum", "joint", "third")
 """In the table; `fed` is for comparison."""
 COMPARED = {"kd", "joint"}
 """A seed counts where both were measured; labels and curriculum may have fewer seeds, which the table then says."""
@@ -136,26 +136,19 @@ def start_of(cell: Cell, teacher: ifx.TracedModel, data: Data) -> Start:
 
 def ways_of(cell: Cell) -> tuple[str, ...]:
     """The ways that a cell's student can be trained in."""
-    unfed = "fed" if cell.kind == "other" else None
-    unwarmed = None if by_default(cell) else "default"
-    return tuple(way for way in WAYS if way not in (unfed, unwarmed))
+    without = {"fed" if cell.kind == "other" else "", "third" if cell.epochs < 3 else ""}
+    return tuple(way for way in WAYS if way not in without)
 
 
-def by_default(cell: Cell) -> bool:
-    """Whether `distill` warms up there."""
-    steps = cell.epochs // 3 * (cell.images // BATCH)
-    return cell.kind != "other" and steps >= least_steps(cell.share, made=cell.kind == "pruned")
-
-
-def curriculum_of(way: str, epochs: int, pairs: int) -> tuple[Curriculum | None, int]:
+def curriculum_of(way: str, epochs: int, pairs: int) -> tuple[Curriculum, int]:
     """The warm-up of a way, and the epochs that are left for the main stage."""
     if way == "fed":
         warm = max(1, epochs // 4)
         return Curriculum(feed="teacher", lengths=warm, learning_rate=RATE), epochs - warm
     if way == "joint":
         return Curriculum(together=True, lengths=epochs // 2, learning_rate=RATE), epochs - epochs // 2
-    if way == "default":
-        return None, epochs - epochs // 3
+    if way == "third":
+        return Curriculum(together=True, lengths=epochs // 3, learning_rate=RATE), epochs - epochs // 3
     if way == "kd":
         return Curriculum(lengths=[]), epochs
     total = pairs * (pairs + 1) / 2
@@ -264,25 +257,32 @@ def gain_of(ways: Ways, way: str = "joint") -> float:
     return mean([ways[way][seed] - ways["kd"][seed] for seed in ways[way]] or [0.0])
 
 
+def by_default(place: Place) -> bool:
+    """Whether `distill` warms up there."""
+    images, kind, share, epochs = place
+    least = least_steps(share, made=kind in ("pruned", "cut"))
+    return kind != "other" and least is not None and epochs // 3 * (images // BATCH) >= least
+
+
 def lines_of(found: Found, rows: Sequence[dict[str, Any]]) -> list[str]:
     """A row a place, and what the default gains and loses."""
     lines = [
-        "| images | student | MACs | epochs | before | labels | KD | curriculum + KD | joint + KD | default | joint over KD |"
-        " default over KD | seeds |"
+        "| images | student | MACs | epochs | before | labels | KD | curriculum + KD | joint + KD | third + KD |"
+        " joint over KD | third over KD | default | seeds |"
     ]
-    lines += ["|" + "---|" * 13]
+    lines += ["|" + "---|" * 14]
     gains = []
     for place, ways in found.items():
         if not ways["kd"]:
             continue
         images, kind, share, epochs = place
         own = [100 * r["before"] for r in rows if (r["images"], r["kind"], r["share"], r["epochs"]) == place]
-        gain, seeds = gain_of(ways, "default"), len(ways["kd"])
+        gain, seeds, warm = gain_of(ways, "third"), len(ways["kd"]), by_default(place)
         cells = [cell_of(list(values.values()), seeds) for values in ways.values()]
-        gains += [(gain, place)] if ways["default"] else []
+        gains += [(gain, place)] if warm else []
         lines.append(
             f"| {images:,} | {kind} | {share:.0%} | {epochs} | {mean(own):.1f} | {' | '.join(cells)} |"
-            f" {gain_of(ways):+.1f} | {f'{gain:+.1f}' if ways['default'] else 'KD'} | {seeds} |"
+            f" {gain_of(ways):+.1f} | {f'{gain:+.1f}' if ways['third'] else '–'} | {'third' if warm else 'KD'} | {seeds} |"
         )
     if gains:
         worst, most = min(gains), max(gains)

@@ -15,8 +15,9 @@ from indistill_fx.curriculum import Budget
 from indistill_fx.data.open import open_data
 from indistill_fx.evaluation.accuracy import evaluate
 from indistill_fx.graph.ops import op_name
+from indistill_fx.training import recipes
 from indistill_fx.training.options.settings import Options, Settings
-from indistill_fx.training.recipes import NO_WARMUP, RECIPES, default_curriculum
+from indistill_fx.training.recipes import NO_WARMUP, RECIPES, default_curriculum, least_steps
 
 MODELS = """
 from torch import nn
@@ -102,12 +103,19 @@ def test_the_warm_up_is_what_was_asked_for(here, capsys, options, schedule):
     assert shown.index("Teacher's accuracy") < shown.index("\n".join(schedule)) < shown.index("loss")
 
 
-def test_the_warm_up_that_nobody_asked_for_follows_from_the_pair(here):
+def test_how_many_steps_a_warm_up_needs():
+    """The figures are measured (docs/results.md): borders on CIFAR-10 and digits."""
+    assert [least_steps(share, made=True) for share in (0.9, 0.03)] == [20, 20]
+    assert [least_steps(share, made=False) for share in (0.9, 0.2, 0.19)] == [150, 150, None]
+
+
+def test_the_warm_up_that_nobody_asked_for_follows_from_the_pair(here, monkeypatch):
     """One of the teacher's kind learns all pairs at once; there must be steps enough, and a resumed run keeps its own."""
+    monkeypatch.setattr(recipes, "_LEAST_STEPS_NEW", 15)
     told("distill", *PAIR, *QUICK, "-o", "short", "--epochs", "14")
     assert story("short")["schedule"] == [
         "main: 14 epochs, adam, learning rate 0.001",
-        "no warm-up: half of the main stage is 14 steps, but a warm-up pays only from 15 steps on",
+        "no warm-up: half of the main stage is 14 steps, but for a student with new weights it pays only from 15 steps on",
     ]
     told("distill", *PAIR, *QUICK, "-o", "long", "--epochs", "16")
     assert story("long")["schedule"] == [
@@ -148,7 +156,7 @@ def test_a_student_is_of_the_teachers_kind_though_their_modes_differ():
     models = ifx.trace(net(8), x, role="teacher"), ifx.trace(net(4), x, role="student")
     ops = [[op_name(node) for node in model.graph_module.graph.nodes] for model in models]
     assert ops[0] != ops[1]
-    curriculum, why = default_curriculum(*models, ifx.align(*models), Budget(20), 10)
+    curriculum, why = default_curriculum(*models, ifx.align(*models), Budget(20), 15)
     assert (
         curriculum == ifx.Curriculum(together=True, lengths=10)
         and why == "warm-up: the student is of the teacher's kind"
@@ -159,7 +167,8 @@ def test_a_student_is_of_the_teachers_kind_though_their_modes_differ():
     assert curriculum == NO_WARMUP and why.startswith("no warm-up: half of the main stage is 0 steps")
 
 
-def test_what_is_kept_in_the_main_stage_leaves_the_choice_of_the_warm_up(here):
+def test_what_is_kept_in_the_main_stage_leaves_the_choice_of_the_warm_up(here, monkeypatch):
+    monkeypatch.setattr(recipes, "_LEAST_STEPS_NEW", 15)
     told("distill", *PAIR, *QUICK, "-o", "run", "--keep-features", "10")
     assert "warm-up: the student is of the teacher's kind" in story("run")["schedule"]
     assert [phase["name"] for phase in story("run")["phases"]] == ["all pairs", "main"]
