@@ -15,7 +15,8 @@ class Data:
 
     Attributes:
         train: shuffled and augmented.
-        train_plain: the training set in order and unaugmented: the database of retrieval, the data of calibration.
+        train_plain: the training set unaugmented and in a fixed order, whose first samples stand for all (from class folders, one of
+            each class in turn): the database of retrieval, the data of calibration.
         test: the test set in order.
         classes: their names by label; empty where a user's loaders do not say.
         input_size: of one sample: (channels, height, width).

@@ -98,6 +98,6 @@ def hold(
             with_indices=training and options.with_indices,
         )
 
-    loaders = loader(train, True), loader(train, False), loader(test, False)
+    loaders = loader(train, True), loader(train, False).mixed(train.labels), loader(test, False)
     size = tuple(train.images.shape[1:])
     return Data(*loaders, classes, size, figures, labelled=test.labels is not None, notes=notes)

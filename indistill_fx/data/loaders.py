@@ -17,6 +17,7 @@ from torch import Tensor
 
 from indistill_fx.data.augment import Augmentation, FlipAndCrop
 from indistill_fx.data.held import HeldImages
+from indistill_fx.data.image_folders import rank_in_class
 from indistill_fx.data.normalisation import Normalisation, Normaliser
 from indistill_fx.data.readers import noticing_dead_readers
 from indistill_fx.errors import ConfigError
@@ -171,7 +172,22 @@ class IndexedLoader(EpochLoader):
         self.count, self.batch_size, self.shuffle, self.with_indices = count, batch_size, shuffle, with_indices
         self.drop_last = shuffle and count >= batch_size
         self._views, self._by_view = 0, False
+        self._order: Tensor | None = None
         self.device = torch.device("cpu")
+
+    def mixed(self, labels: Tensor | None) -> Self:
+        """The same loader in a fixed order in which the first samples, however many, stand for all.
+
+        Args:
+            labels: of all samples. Samples that stand class by class are taken from each class in turn; those without labels, whose
+                names may stand in such an order, at random; others are left as they are.
+        """
+        part = copy.copy(self)
+        if labels is None:
+            part._order = torch.randperm(self.count, generator=generator_from(0, 0))
+        elif bool((labels.diff() >= 0).all()):
+            part._order = torch.argsort(rank_in_class(labels), stable=True)
+        return part
 
     @property
     def numbered(self) -> bool:
@@ -244,7 +260,7 @@ class IndexedLoader(EpochLoader):
 
     def _plan(self, skipped: int) -> Iterator[tuple[int, Tensor]]:
         """Number and sample indices of every batch still to come."""
-        order = torch.arange(self.count)
+        order = torch.arange(self.count) if self._order is None else self._order
         if self.shuffle:
             order = torch.randperm(self.count, generator=generator_from(self.seed, self.epoch))
         self.left_out += self._too_small

@@ -126,7 +126,8 @@ def _on_disk(
     drawn = f"training images are {'shifted' if small else 'cropped'} and mirrored at random"
     drawn += f", then RandAugment of magnitude {options.randaugment}" if options.randaugment is not None else ""
     training = files(train, varied, drawn) if options.augment else files(train, plain)
-    loaders = loader(training, True), loader(files(train, plain), False), loader(files(test, plain), False)
+    in_turn = loader(files(train, plain), False).mixed(train.labels)
+    loaders = loader(training, True), in_turn, loader(files(test, plain), False)
     classes, labelled = train.classes or test.classes, test.labels is not None
     return Data(*loaders, classes, (channels, *size), figures, labelled=labelled, notes=notes)
 

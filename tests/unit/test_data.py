@@ -1,5 +1,6 @@
 """Data by spec: what comes out, that every epoch can be re-created, and what is said when something is wrong."""
 
+import itertools
 import random
 from pathlib import Path
 from unicodedata import normalize
@@ -344,6 +345,36 @@ def test_bad_folders_are_named(small, tmp_path):
     refused(small, "dog' has no images")
     Image.new("RGB", (8, 8)).save(small / "train" / "dog" / "0.png")
     refused(small, "differ in their classes; only one has dog")
+
+
+@pytest.mark.parametrize("size", [8, 80])  # in memory and on disk
+def test_the_first_samples_of_the_plain_loader_are_of_all_classes(tmp_path, size):
+    """Calibration takes the first; class by class, they would all be ants."""
+    for split, label in itertools.product(("train", "test"), range(3)):
+        folder = tmp_path / split / ("ant", "bee", "cow")[label]
+        folder.mkdir(parents=True)
+        for number in range(4 + label):
+            Image.new("RGB", (8, 8), (80 * label + number, 0, 0)).save(folder / f"{number}.png")
+    data = open_data(f"imagefolder:{tmp_path}", batch_size=6, size=size)
+    batches = list(data.train_plain)
+    assert torch.cat([labels for _, labels in batches]).tolist() == [0, 1, 2] * 4 + [1, 2, 2]
+    assert torch.cat([labels for _, labels in data.test]).tolist() == [0] * 4 + [1] * 5 + [2] * 6
+    reds = torch.cat([images[:, 0, 0, 0] for images, _ in batches])
+    expected = [80 * label + number for number in range(6) for label in range(3) if number < 4 + label]
+    assert reds.argsort().tolist() == torch.tensor(expected).argsort().tolist()
+    some = open_data(f"imagefolder:{tmp_path}", batch_size=6, size=size, limit=6)
+    assert next(iter(some.train_plain))[1].tolist() == [0, 1, 2, 0, 1, 2]
+
+
+def test_images_without_labels_are_mixed_for_calibration(tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        for number in range(50):
+            Image.new("L", (8, 8), 5 * number).save(tmp_path / split / f"{number:02}.png")
+    first, again = (open_data(f"imagefolder:{tmp_path}", batch_size=50, seed=seed) for seed in (0, 1))
+    values = [next(iter(data.train_plain))[0][:, 0, 0, 0] for data in (first, again)]
+    assert torch.equal(*values) and not torch.equal(values[0], values[0].sort().values)
+    assert torch.equal(values[0].sort().values, next(iter(first.test))[0][:, 0, 0, 0])
 
 
 def test_accents_may_be_encoded_either_way(tmp_path):
