@@ -279,7 +279,7 @@ def lines_of(found: Found, rows: Sequence[dict[str, Any]]) -> list[str]:
         own = [100 * r["before"] for r in rows if (r["images"], r["kind"], r["share"], r["epochs"]) == place]
         gain, seeds, warm = gain_of(ways, "third"), len(ways["kd"]), by_default(place)
         cells = [cell_of(list(values.values()), seeds) for values in ways.values()]
-        gains += [(gain, place)] if warm else []
+        gains += [(gain, place)] if warm and ways["third"] else []
         lines.append(
             f"| {images:,} | {kind} | {share:.0%} | {epochs} | {mean(own):.1f} | {' | '.join(cells)} |"
             f" {gain_of(ways):+.1f} | {f'{gain:+.1f}' if ways['third'] else '–'} | {'third' if warm else 'KD'} | {seeds} |"

@@ -89,9 +89,9 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
-_LEAST_STEPS_MADE, _LEAST_STEPS_NEW = 20, 150
+_LEAST_STEPS_MADE, _LEAST_STEPS_NEW = 20, 90
 """Optimiser steps from which on a warm-up has paid, for students made from the teacher and for those with new weights: on CIFAR-10 these
-lost with 15 and 30 steps, lost nothing with 90 and gained with 150, though on digits they gained with 40 (docs/results.md)."""
+lost with 15 to 60 steps and gained with 90 (on digits they gained with 40 already; docs/results.md)."""
 _SMALL = 0.2
 """With new weights and less than this share of the teacher's MACs, a warm-up was not seen to pay on CIFAR-10."""
 

@@ -106,7 +106,7 @@ def test_the_warm_up_is_what_was_asked_for(here, capsys, options, schedule):
 def test_how_many_steps_a_warm_up_needs():
     """The figures are measured (docs/results.md): borders on CIFAR-10 and digits."""
     assert [least_steps(share, made=True) for share in (0.9, 0.03)] == [20, 20]
-    assert [least_steps(share, made=False) for share in (0.9, 0.2, 0.19)] == [150, 150, None]
+    assert [least_steps(share, made=False) for share in (0.9, 0.2, 0.19)] == [90, 90, None]
 
 
 def test_the_warm_up_that_nobody_asked_for_follows_from_the_pair(here, monkeypatch):
