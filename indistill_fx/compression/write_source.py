@@ -12,7 +12,7 @@ from __future__ import annotations
 import ast
 import inspect
 import types
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from indistill_fx.compression.source_blocks import Writer
 from indistill_fx.compression.source_classes import class_texts
-from indistill_fx.compression.source_pieces import Imports, unwritable
+from indistill_fx.compression.source_pieces import Block, Imports, unwritable
 from indistill_fx.compression.source_scopes import Dissolve, scopes_of
 from indistill_fx.errors import ExportError
 from indistill_fx.graph.edit import copy_graph, sweep
@@ -100,11 +100,19 @@ def source_of(model: TracedModel) -> StudentSource:
                 raise unwritable(found.path or "the network", "its layers do not stand where their names say") from None
             dissolved.add(found.path)
     state = {name: tensor.detach().clone() for name, tensor in writer.state.items()}
-    classes = "\n\n".join(class_texts(block))
+    classes = "\n\n".join(class_texts(_in_dtype(block, state)))
     text = _head(model) + _imports(writer.imports, classes) + "\n\n" + classes
     source = StudentSource(text, state)
     _prove(source, model)
     return source
+
+
+def _in_dtype(block: Block, state: dict[str, Tensor]) -> Block:
+    """The network's block; one of another dtype than torch's own is converted at the end of its `__init__`."""
+    dtypes = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
+    if len(dtypes) != 1 or dtypes == {torch.get_default_dtype()}:
+        return block
+    return replace(block, setup=(*block.setup, (f"self.to({dtypes.pop()})",)))
 
 
 def _head(model: TracedModel) -> str:
@@ -174,7 +182,7 @@ def _prove(source: StudentSource, model: TracedModel) -> None:
     except Exception as error:  # the generated code may raise anything
         dtypes = {str(tensor.dtype) for tensor in source.state.values() if tensor.is_floating_point()}
         if dtypes - {"torch.float32"}:
-            problem = f"its weights are {', '.join(sorted(dtypes))}, and the layers of source code are torch.float32"
+            problem = f"its weights are {' and '.join(sorted(dtypes))}, and all layers of source code have one dtype"
             raise unwritable("the network", problem) from error
         raise unwritable("the network", f"its source code does not run: {type(error).__name__}: {error}") from error
     for one, other in zip(_tensors(expected), _tensors(got), strict=True):

@@ -219,10 +219,30 @@ def test_filters_of_each_sample_and_writes_into_slices_are_written() -> None:
     assert torch.equal(source_of(model).build().eval()(x), model.graph_module(x))
 
 
-def test_a_network_of_another_dtype_is_refused_by_its_dtype() -> None:
-    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).double()
-    with pytest.raises(ifx.ExportError, match=r"its weights are torch\.float64"):
-        source_of(ifx.trace(net, torch.randn(2, 4, dtype=torch.float64)))
+@pytest.mark.parametrize(
+    "make", [lambda: nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), lambda: Dropping()]
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_network_of_another_dtype_is_written_in_that(make, dtype: torch.dtype) -> None:
+    net = make().to(dtype)
+    x = torch.randn(2, next(net.parameters()).shape[1], dtype=dtype)
+    model = ifx.trace(net, x)
+    source = source_of(model)
+    assert f"self.to({dtype})" in source.text
+    assert torch.equal(source.build().eval()(x), model.graph_module(x))
+
+
+def test_a_network_of_two_dtypes_is_refused_by_its_dtypes() -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(4, 8).double(), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.two(self.one(x).float())  # type: ignore[no-any-return]
+
+    with pytest.raises(ifx.ExportError, match=r"its weights are torch\.float32 and torch\.float64"):
+        source_of(ifx.trace(Mixed(), torch.randn(2, 4, dtype=torch.float64)))
 
 
 class Dropping(nn.Module):
