@@ -118,7 +118,7 @@ def run(arguments: list[str]) -> int:
             return _our_fault(error, debug=debug)
         sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
         tell(
-            f"Error: What was to be written found no space: {paragraph(str(error))}. Free some, and start the command again."
+            f"Error: There is no space left to write to: {paragraph(str(error))}. Free some, and run the command again."
         )
         return 2
     except Exception as error:  # anything that reaches this line is a bug of ours

@@ -32,14 +32,24 @@ if TYPE_CHECKING:
 @click.option("--png", metavar="FILE", type=click.Path(dir_okay=False), help="Write the picture as PNG.")
 @click.option("--mermaid", is_flag=True, help="Print the pairs as a Mermaid chart for Markdown, instead of the table.")
 @common.count_option("--pairs", help="Number of pairs. [default: one per common stage]")
-@click.option("--every-block", is_flag=True, help="Pair the blocks within stages too (12 → 6 blocks pair uniformly).")
-@common.choice_option("--taps", ["block", "pre-activation", "last-conv"], help="Which point of a block is the tap.")
+@click.option(
+    "--every-block",
+    is_flag=True,
+    help="Also pair the blocks inside the stages, evenly spaced (of 12 and 6 blocks, every second one of the 12).",
+)
+@common.choice_option(
+    "--taps",
+    ["block", "pre-activation", "last-conv"],
+    help="Where a block's feature is read: at its output, before its last activation, or after its last convolution.",
+)
 @click.option(
     "--pair", "fixed", multiple=True, metavar="LAYER=LAYER", help="Keep this pair, teacher's layer first. Repeatable."
 )
 @click.option("--plan", metavar="FILE", help="Use the pairs of this (edited) plan; shapes and channels are recomputed.")
 @click.option(
-    "--similarity", type=click.Choice(["cka"]), help="Also weigh how similar the layers' features are on --data."
+    "--similarity",
+    type=click.Choice(["cka"]),
+    help="Also score how similar the layers' features are on --data (linear CKA).",
 )
 @click.option(
     "--data",
@@ -50,7 +60,7 @@ if TYPE_CHECKING:
 @pictures.teacher_options
 @common.count_option("--batches", default=16, help="For --similarity: number of batches of 64 samples.")
 @click.option("--criterion", default="l1", show_default=True, help="How the teacher's channels are ranked.")
-@click.option("--diff", metavar="FILE", help="Also list what changed since this earlier plan.")
+@click.option("--diff", metavar="FILE", help="Also list the differences from this earlier plan.")
 @common.count_option(
     "--explain", metavar="PAIR", help="Show the runner-up candidates of pair number PAIR, and why they lost."
 )

@@ -22,9 +22,9 @@ from indistill_fx.cli import common
     "--threads",
     multiple=True,
     type=click.IntRange(min=1),
-    help="Threads of the processor; repeatable. [default: one and all]",
+    help="CPU threads; repeatable. [default: one, and all]",
 )
-@click.option("--compile", "compiled", is_flag=True, help="Time torch.compile too; takes a while.")
+@click.option("--compile", "compiled", is_flag=True, help="Also time torch.compile, which takes a while.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @common.input_option
 @common.trust_option

@@ -33,12 +33,12 @@ def command(
     trust: tuple[str, ...],
     **options: Any,
 ) -> int:
-    """Check that a deployed ONNX FILE still matches the model: it can be read, and has the same inputs, graph, weights and outputs.
+    """Check that a deployed ONNX FILE still matches the model: it can be read and has the same inputs, graph, weights and outputs.
 
-    Exit code 2 if anything differs. For an int8 file, weights are compared up to rounding, and predicted classes on DATA.
+    Exit code 2 if anything differs. Of an int8 file, the weights are compared up to rounding and, with --data, the predicted classes.
 
     \b
-    Example:
+    Examples:
       indistill-fx check student.onnx --against runs/first
       indistill-fx check student.int8.onnx --against runs/first --data imagefolder:cifar10
     """

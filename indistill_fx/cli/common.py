@@ -45,14 +45,14 @@ input_option = click.option(
     "inputs",
     multiple=True,
     metavar="SHAPE",
-    help="Shape of one input sample, such as 3x32x32. For several inputs give the name of each, and for integers their range: "
-    "input_ids:int64[0..30521]x128. [default: taken from the data or the model]",
+    help="Shape of one input sample, such as 3x32x32. If the model has several inputs, repeat it with their names; for integers "
+    "add their type and range: input_ids:int64[0..30521]x128. [default: taken from the data or the model]",
 )
 trust_option = click.option(
     "--trust",
     multiple=True,
     metavar="PACKAGE",
-    help="Let model files name classes of this package. Only for files you trust: it can run code.",
+    help="Let model files use classes of this package; repeatable. Only for files that you trust, because loading them can then run code.",
 )
 data_option = click.option(
     "--data", required=True, metavar="DATA", help="digits, cifar10, cifar100, imagefolder:DIR or file.py:make_loaders."
@@ -158,7 +158,7 @@ def _dummy_inputs(module: nn.Module) -> Any:
     if not isinstance(found, dict) or not found:
         return None
     shown = ", ".join(f"{name} {'x'.join(map(str, value.shape[1:]))}" for name, value in found.items())
-    say(f"Inputs as {type(module).__name__} itself offers them: {shown}. Others: --input or --data.")
+    say(f"Input sizes are the defaults of {type(module).__name__}: {shown}. For other sizes give --input or --data.")
     return found
 
 
@@ -273,7 +273,7 @@ def task_of_data(task: str | None, source: Source, data: Data | None) -> Task | 
         if task is not None:
             raise
         return None
-    say(f"Task: {found.name}, {'as asked' if task is not None else 'by the labels of the first batch'}.")
+    say(f"Task: {found.name}, {'as requested' if task is not None else 'inferred from the labels of the first batch'}.")
     return found
 
 
@@ -330,7 +330,7 @@ def together(
     modules, weights = [one.module for one in teachers], list(shares.values())
     made = ensemble(modules, weights, example_inputs=example, logits=options["logits"], views=views)
     for number, (spec, share) in enumerate(zip(shares, made.meta["teachers"]["weights"], strict=True)):
-        say(f"teachers.{number}: {spec}, {share:.4g} of the logits")
+        say(f"teachers.{number}: {spec}, its logits have the weight {share:.4g}")
     return made
 
 
@@ -349,5 +349,7 @@ def plan_beside(student: str, teacher: nn.Module, example: Any) -> AlignmentPlan
     plan = AlignmentPlan.load(file)
     if plan.teacher.fingerprint != as_traced(teacher, example, role="teacher").fingerprint:
         return None
-    say(f"{place} was made from this teacher: {file} says which channels it has. `--recipe compress` is made for that.")
+    say(
+        f"{place} was made from this teacher: {file} says which channels it kept. `--recipe compress` is meant for such students."
+    )
     return plan

@@ -37,14 +37,22 @@ def _use_recipe(context: click.Context, parameter: click.Parameter, value: str) 
 @common.data_option
 @click.option("-o", "--output", required=True, metavar="RUN_DIR", help="Directory for the student and everything else.")
 @click.option(
-    "--macs", type=float, help="Budget of multiply-accumulates: a share of the teacher's up to 1, or a number."
+    "--macs", type=float, help="Budget of multiply-accumulates. Up to 1: a share of the teacher's; above 1: a number."
 )
-@click.option("--params", type=float, help="Budget of parameters: a share of the teacher's up to 1, or a number.")
+@click.option(
+    "--params", type=float, help="Budget of parameters. Up to 1: a share of the teacher's; above 1: a number."
+)
 @click.option("--size-mb", type=float, help="Budget for the weights, in megabytes.")
-@click.option("--latency-ms", type=float, help="Budget for one call on the target, in milliseconds; it is measured.")
-@common.choice_option("--on", ["onnxruntime", "torch", "torch-compile"], help="The target of --latency-ms.")
-@common.count_option("--threads", default=1, help="CPU threads on the target.")
-@common.count_option("--batch", default=1, help="Batch size of a call on the target.")
+@click.option(
+    "--latency-ms",
+    type=float,
+    help="Budget for the time of one call on the target, in milliseconds; times are measured.",
+)
+@common.choice_option(
+    "--on", ["onnxruntime", "torch", "torch-compile"], help="With --latency-ms: the runtime that is timed."
+)
+@common.count_option("--threads", default=1, help="With --latency-ms: CPU threads.")
+@common.count_option("--batch", default=1, help="With --latency-ms: samples in one call.")
 @click.option(
     "--criterion",
     default="l1",
@@ -58,27 +66,36 @@ def _use_recipe(context: click.Context, parameter: click.Parameter, value: str) 
     help="Number of training samples (without labels) for measuring sensitivities and repairing weights.",
 )
 @click.option(
-    "--warmup", metavar="EPOCHS", type=training.Numbers(), help="Epochs of the one stage, or of each. [default: 6]"
+    "--warmup",
+    metavar="EPOCHS",
+    type=training.Numbers(),
+    help="Epochs of the warm-up or, with --one-by-one, of each pair (1,2,3). [default: 6]",
 )
 @common.choice_option(
     "--feed",
     ["student", "teacher"],
     help="Input of each segment between two pairs: the student's own feature, or the teacher's.",
 )
-@click.option(
-    "--one-by-one", is_flag=True, help="Train one pair after another (with --warmup 1,2,3), not all in one stage."
-)
-@click.option("--stages", is_flag=True, help="One pair for every network stage, not for every block.")
+@click.option("--one-by-one", is_flag=True, help="Train one pair after another instead of all in one stage.")
+@click.option("--stages", is_flag=True, help="Pair one layer of every network stage instead of one of every block.")
 @click.option("--no-warmup", is_flag=True, help="Skip the warm-up; train with the main loss only.")
 @training.keep_features_option
 @click.option("--main", default="kd", show_default=True, help="Main loss; `distill --help` lists them.")
-@click.option("--main-option", "main_options", multiple=True, metavar="NAME=VALUE", help="Option of the main loss.")
+@click.option(
+    "--main-option",
+    "main_options",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Option of the main loss, such as temperature=2; repeatable.",
+)
 @training.qat_option
 @click.option("--no-export", is_flag=True, help="Do not write student.onnx.")
 @common.input_option
 @training.training_options
 def command(teacher: str, **options: Any) -> None:
-    """Make a smaller student of TEACHER and train it: choose widths, shrink, repair, warm up, distil, export.
+    """Make a smaller student from TEACHER and train it: choose widths, shrink, repair, warm up, distil, export.
+
+    Give one budget: --macs, --params, --size-mb or --latency-ms.
 
     RUN_DIR gets student.py (class Student: plain PyTorch, yours to edit), student.safetensors and student.onnx. Use --resume to
     continue an interrupted run. After every step a line shows the metric, MACs, parameters and, with --latency-ms, the latency.

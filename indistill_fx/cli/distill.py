@@ -59,10 +59,15 @@ def _use_recipe(context: click.Context, parameter: click.Parameter, name: str) -
     "more_teachers",
     multiple=True,
     metavar="SPEC[=WEIGHT]",
-    help="Another teacher and the weight of its logits; repeatable. TEACHER may have a weight too. Without weights all teachers count"
-    " equally.",
+    help="Another teacher and the weight of its logits; repeatable. TEACHER can be written with a weight too. Without weights all teachers"
+    " count equally.",
 )
-@click.option("--plan", "plan_file", metavar="FILE", help="Pairs from a file made by `align`. [default: align now]")
+@click.option(
+    "--plan",
+    "plan_file",
+    metavar="FILE",
+    help="Take the pairs from this file, which `align` made. [default: pair the layers now]",
+)
 @click.option(
     "--recipe",
     type=click.Choice(["default", "retrieval", "compress", "paper"]),
@@ -70,8 +75,8 @@ def _use_recipe(context: click.Context, parameter: click.Parameter, name: str) -
     show_default=True,
     is_eager=True,
     callback=_use_recipe,
-    help="Defaults for the options that are not given. default: the warm-up that pays for such a pair (the run says"
-    " which and why), then 20 epochs of KD. retrieval: 12 epochs for the penultimate vectors, then PKT for 18 epochs at 1e-3 and 3 at 1e-4;"
+    help="Defaults for the options that are not given. default: a warm-up if it was measured to pay for such models (the run"
+    " says what it chose and why), then 20 epochs of KD. retrieval: 12 epochs for the penultimate vectors, then PKT for 18 epochs at 1e-3 and 3 at 1e-4;"
     " this trains no classifier. compress: for a student made from the teacher, 6 epochs for all pairs at once,"
     " then 14 of KD. paper: 3, 4, 5, … epochs of MSE, then PKT for 48 epochs at 1e-3 and 10 at 1e-4; an assistant is trained with 50 epochs"
     " of PKT.",
@@ -80,7 +85,7 @@ def _use_recipe(context: click.Context, parameter: click.Parameter, name: str) -
     "--main",
     default="kd",
     show_default=True,
-    help="labels, kd, dkd, dist, mlkd, cwd, pkt, pkt_kl, at, sp, rkd, crd, fitnet, vid, reviewkd, simkd or file.py:loss.",
+    help="Main loss: labels, kd, dkd, dist, mlkd, cwd, pkt, pkt_kl, at, sp, rkd, crd, fitnet, vid, reviewkd, simkd or file.py:loss.",
 )
 @click.option(
     "--main-option",
@@ -111,18 +116,20 @@ def _use_recipe(context: click.Context, parameter: click.Parameter, name: str) -
     type=training.Names(),
     help="Warm up only these student layers, in this order. [default: all pairs]",
 )
-@click.option("--warmup-loss", metavar="LOSS", help="mse, cosine, at, pkt or file.py:loss. [default: mse]")
+@click.option(
+    "--warmup-loss", metavar="LOSS", help="Loss of the warm-up: mse, cosine, at, pkt or file.py:loss. [default: mse]"
+)
 @click.option(
     "--warmup-lr",
     metavar="RATE",
     type=training.Numbers(float),
-    help="Learning rate: one, or one per pair (1e-3,5e-4). [default: 0.001]",
+    help="Learning rate of the warm-up: one, or one per pair (1e-3,5e-4). [default: 0.001]",
 )
 @click.option(
     "--warmup-optimizer",
     metavar="NAME",
     type=training.Names(),
-    help="adam, adamw or sgd: one, or one per pair. [default: adam]",
+    help="Optimiser of the warm-up, adam, adamw or sgd: one, or one per pair. [default: adam]",
 )
 @common.count_option(
     "--patience",
@@ -133,7 +140,7 @@ def _use_recipe(context: click.Context, parameter: click.Parameter, name: str) -
     "--penultimate",
     metavar="EPOCHS",
     least=0,
-    help="Epochs (or steps) of a last warm-up stage, for the penultimate vectors; 0: none. [default: the recipe's, else 3; 0 with"
+    help="Epochs (or steps) of a last warm-up stage, for the penultimate vectors, which the last layers read; 0: none. [default: the recipe's, else 3; 0 with"
     " --warmup-steps]",
 )
 @click.option(
@@ -152,7 +159,7 @@ def _use_recipe(context: click.Context, parameter: click.Parameter, name: str) -
 @click.option(
     "--together",
     is_flag=True,
-    help="Train all pairs in one stage, on the student's own features.",
+    help="Train all pairs in one stage; each segment's input is the student's own feature.",
 )
 @click.option(
     "--assistant",
@@ -178,7 +185,7 @@ def _use_recipe(context: click.Context, parameter: click.Parameter, name: str) -
 @pictures.teacher_options
 @training.training_options
 def command(teacher: str, student: str, **options: Any) -> None:
-    """Distil TEACHER into STUDENT: a warm-up on paired layers, if it helps such a pair, and then the main loss.
+    """Distil TEACHER into STUDENT: a warm-up on paired layers, where it was measured to help, and then the main loss.
 
     Use --resume to continue an interrupted run (Ctrl-C, a kill, a power cut). The trained student is
     RUN_DIR/student.safetensors; `evaluate` and `export` take RUN_DIR itself. With --assistant there are two runs:

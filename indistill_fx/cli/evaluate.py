@@ -25,7 +25,7 @@ from indistill_fx.cli import common, pictures
 @click.option(
     "--retrieval",
     is_flag=True,
-    help="Also retrieve training images with test images as queries, by penultimate features: mAP and precision.",
+    help="Also measure retrieval (mAP and precision): test images are the queries, and training images are found by their penultimate vectors.",
 )
 @common.count_option("-k", "k", default=100, help="Number of retrieved images for the precision P@k.")
 @click.option("--tap", metavar="LAYER", help="Retrieve with this layer's features. [default: the penultimate vector]")
@@ -80,6 +80,6 @@ def command(
         if name != measured.metric.name:
             out.print(f"  {name.replace('_', ' ')}: {value:.4f}")
     if task is None:
-        common.say(f"Task: {measured.task}, by the first batch's labels.")
+        common.say(f"Task: {measured.task}, inferred from the labels of the first batch.")
     for name, value in result.get("retrieval", {}).items():
         out.print(f"  {name}: {100 * value:.2f}" if isinstance(value, float) else f"  {name}: {value}")

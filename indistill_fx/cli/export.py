@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 @click.option(
     "--int8",
     is_flag=True,
-    help="Also write an int8 file, named with .int8.onnx, calibrated on the training set of DATA.",
+    help="Also write an int8 file (.int8.onnx), calibrated on the training set of DATA.",
 )
 @click.option(
     "--dynamic/--static",
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     default=1.0,
     show_default=True,
     type=float,
-    help="With --int8: largest loss of accuracy allowed, in points.",
+    help="With --int8: largest loss of accuracy allowed, in points; if it is larger, no int8 file is written.",
 )
 @click.option(
     "--preprocess",

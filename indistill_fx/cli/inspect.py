@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 @click.option(
     "--passes",
     is_flag=True,
-    help="Print the graph as text, and what each compiler pass changes in it if MODEL is a teacher.",
+    help="Print the graph as text, and what each compiler pass would change in it if MODEL were a teacher.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(

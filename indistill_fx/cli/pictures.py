@@ -56,15 +56,19 @@ _OPTIONS = (
         "--size",
         type=_Size(),
         metavar="96|96x160",
-        help="Resize images to this size. [default: the images' own size up to 64 pixels; above that, the model's]",
+        help="Resize images to this size. [default: the images' own size if it is at most 64 pixels, else the model's]",
     ),
-    click.option("--channels", type=click.Choice(["1", "3"]), help="1: grey, 3: RGB. [default: what the model takes]"),
+    click.option(
+        "--channels",
+        type=click.Choice(["1", "3"]),
+        help="Channels of the images: 1 (grey) or 3 (RGB). [default: what the model takes]",
+    ),
     click.option(
         "--mean",
         type=_Figures(),
         metavar="auto|NAME|A,B,C",
-        help="Normalise images with this mean (of values from 0 to 1). A word sets mean and std: auto measures them; imagenet, cifar10,"
-        " cifar100, half. [default: the run's, or the data's own]",
+        help="Normalise images with this mean (of values from 0 to 1). A word sets mean and std: auto measures them on the"
+        " training set; imagenet, cifar10, cifar100 and half (0.5) are fixed values. [default: the run's, or the data's own]",
     ),
     click.option("--std", type=_Figures(), metavar="A,B,C", help="Normalise images with this standard deviation."),
 )
@@ -98,8 +102,11 @@ class _Classes(click.ParamType[Any]):
 
 
 def _teacher_option(name: str, kind: click.ParamType[Any], help: str, metavar: str | None = None) -> Any:
-    each = " Once for all teachers, or once for each, in their order."
-    return click.option(f"--teacher-{name}", type=kind, multiple=True, metavar=metavar, help=help + each)
+    text, bracket, default = help.partition(" [default:")
+    text += " Give it once for all teachers, or once for each in their order."
+    return click.option(
+        f"--teacher-{name}", type=kind, multiple=True, metavar=metavar, help=f"{text}{bracket}{default}"
+    )
 
 
 _TEACHERS = (
@@ -117,7 +124,7 @@ _TEACHERS = (
     _teacher_option(
         "mean",
         _Figures(),
-        "Normalise the teacher's images with this mean. A word sets mean and std, as with --mean; data: the student's values."
+        "Normalise the teacher's images with this mean. A word sets mean and std, as with --mean; `data` stands for the student's values."
         " [default: the values its weights were trained with, if known; else the student's]",
         "data|NAME|A,B,C",
     ),
@@ -125,8 +132,8 @@ _TEACHERS = (
     _teacher_option(
         "classes",
         _Classes(),
-        "If the teacher's classes differ from the student's: the names of all its outputs, in order; or, for every class of the data,"
-        " the index of the teacher's output. A file has one per line.",
+        "For a teacher whose classes are not the student's: the names of all its outputs, in order; or, for every class of the data,"
+        " the index (from 0) of the teacher's output. In a file, one per line.",
         "FILE|A,B|3,0",
     ),
 )

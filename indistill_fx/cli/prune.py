@@ -23,13 +23,15 @@ if TYPE_CHECKING:
     "--width", "widths", multiple=True, metavar="LAYER=N", help="Number of channels to keep in a layer; repeatable."
 )
 @click.option("--ratio", type=float, help="Share of every layer's channels to keep.")
-@click.option("--macs", type=float, help="Budget of multiply-accumulates: a share up to 1, or a number.")
-@click.option("--params", type=float, help="Budget of parameters: a share up to 1, or a number.")
+@click.option(
+    "--macs", type=float, help="Budget of multiply-accumulates. Up to 1: a share of the model's; above 1: a number."
+)
+@click.option("--params", type=float, help="Budget of parameters. Up to 1: a share of the model's; above 1: a number.")
 @click.option(
     "--plan",
     "plan_file",
     metavar="FILE",
-    help="Narrow the plan's layers instead; the result returns (features, output).",
+    help="Instead, narrow the layers that this plan pairs to the plan's widths; the result returns (features, output).",
 )
 @click.option(
     "--criterion",
@@ -48,7 +50,7 @@ if TYPE_CHECKING:
     "--output",
     required=True,
     metavar="DIR/|FILE",
-    help="A directory for student.py and student.safetensors: the network as source code. Or a .pt2 file to write.",
+    help="A directory, for the network as source code (student.py and student.safetensors); or a .pt2 file.",
 )
 @pictures.picture_options
 @common.input_option
@@ -186,11 +188,13 @@ def _shrunk(
     out = common.console()
     out.print(table)
     for frozen in result.report.frozen:
-        out.print(Text(f"Stayed whole: {frozen.channels} channels, {frozen.reason}"))
+        out.print(Text(f"Not removable: {frozen.channels} channels, {frozen.reason}"))
     if approximate := result.report.approximate:
         more = f", and {len(approximate) - 5} more" if len(approximate) > 5 else ""
         out.print(
-            Text(f"Not exact, for they are taken over the channels that stay: {', '.join(approximate[:5])}{more}")
+            Text(
+                f"Only approximate, because they are computed over the kept channels alone: {', '.join(approximate[:5])}{more}"
+            )
         )
     return result.value, result.report
 

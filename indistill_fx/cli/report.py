@@ -13,7 +13,7 @@ import click
 @click.option("--svg", metavar="FILE", type=click.Path(dir_okay=False), help="Write the curves as an SVG image.")
 @click.option("--png", metavar="FILE", type=click.Path(dir_okay=False), help="Write the curves as a PNG image.")
 def command(run: str, output: str | None, svg: str | None, png: str | None) -> None:
-    """Show what a run did: schedule, curves, models, kept channels, environment; one HTML file that loads nothing.
+    """Show what a run did on one page: schedule, curves, models, kept channels, environment. The HTML file needs no network connection.
 
     RUN_DIR is the -o of `distill`, `train` or `demo`. Give a folder of runs to compare them. If a run is unfinished or damaged, the page
     shows what it can read and says what is missing.

@@ -125,7 +125,7 @@ _TRAINING: tuple[Callable[[Command], Command], ...] = (
     count_option("--workers", default=0, least=0, help="Worker processes that read large images."),
     picture_options,
     count_option("--limit", help="Use only this many samples of each split."),
-    click.option("--no-augment", is_flag=True, help="Leave training images as they are."),
+    click.option("--no-augment", is_flag=True, help="Do not augment training images."),
     click.option(
         "--randaugment",
         type=int,
@@ -189,7 +189,7 @@ keep_features_option = click.option(
 qat_option = count_option(
     "--qat",
     metavar="EPOCHS",
-    help="Afterwards, train this many more epochs with weights and activations rounded as in an int8 file, into RUN_DIR/int8: for students"
+    help="Then train this many more epochs, into RUN_DIR/int8, with weights and activations rounded as in an int8 file: for students"
     " that lose too much accuracy with `export --int8`.",
 )
 

@@ -34,19 +34,19 @@ def in_both_modes(
         module = copy.deepcopy(module, left_behind(module))
         write_out_weights(module)
         say(
-            "Weights that the teacher computes anew at every call (weight norm, spectral norm, masks) are plain parameters of the student."
+            "Weights that the teacher recomputes at every call (weight norm, spectral norm, masks) become plain parameters of the student."
         )
     try:
         found = trace(module, teacher.example, role="student", logits=logits)
     except FrontendError:
-        why = "what its code does in train mode cannot be traced"
+        why = "the teacher's code for train mode cannot be traced"
     else:
-        apart = "its train mode and its eval mode cannot be brought together"
+        apart = "the teacher's train mode and eval mode do not fit into one graph"
         why = apart if found.report.lacks_eval_mode else ""
         if not why and _fixed_macs(analyse(found)) <= _fixed_macs(analyse(teacher)):
             return found
-        why = why or "what its code does in train mode alone would keep more channels"
-    say(f"The student computes as the teacher does in eval mode: {why}.")
+        why = why or "operations that it only does in train mode would keep channels from being removed"
+    say(f"In train mode, too, the student computes what the teacher computes in eval mode, because {why}.")
     return teacher
 
 

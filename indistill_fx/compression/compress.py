@@ -330,7 +330,7 @@ def _finished(
     best = max(made.steps[1:], key=lambda step: step.accuracy or 0.0)
     if steps[-1].accuracy is not None and steps[-1].accuracy < (best.accuracy or 0.0):
         say(
-            f"Training made it worse than it was before ({best.name}: {best.shown}). Try a lower --lr, or more --epochs."
+            f"Training made the student worse than it was before ({best.name}: {best.shown}). Try a lower --lr, or more --epochs."
         )
     example = tuple(v[:1] if isinstance(v, Tensor) and v.dim() else v for v in model.example_values)
     if not made.spec:

@@ -161,11 +161,11 @@ class _SideBySide:
         if weight is None or weight.dim() not in (2, 4) or not isinstance(weight, torch.nn.Parameter):
             return "its weights are computed, or it is not a layer of vectors or images"
         if id(weight) in done:
-            return "its weights are another layer's too, and fitted there"
+            return "it shares its weights with another layer, with which they are fitted"
         if call.op == "conv" and (call.get("groups", 1) != 1 or call.get("padding_mode", "zeros") != "zeros"):
-            return "its groups read single channels" if call.get("groups", 1) != 1 else "it pads with more than zeros"
+            return "its groups read single channels" if call.get("groups", 1) != 1 else "its padding is not zeros"
         if call.op == "conv" and isinstance(call.get("padding", 0), str):
-            return "its padding is a word"
+            return "its padding is given by name, not as numbers"
         done.add(id(weight))
         axis = self.facts[call.node.name].channel_axis
         kept = self.axes.get((call.node.name, axis)) if axis is not None else None
@@ -186,7 +186,7 @@ class _SideBySide:
         errors = sums[1].error(before), error
         after = (sums[0] + sums[1]).fit(before, strength)
         if not bool(after.isfinite().all()) or not errors[1] < errors[0]:
-            return "its weights are already the best"
+            return "fitting did not reduce the error on the held-out samples"
         flat = after.T
         weight.copy_(flat[:, : weight[0].numel()].reshape(weight.shape))
         if bias is not None:

@@ -99,7 +99,7 @@ def _arguments(
             )
     offered = {name: getattr(options, name) for name in _ALWAYS} | asked
     left_out = [
-        f"{spec} has no parameter `{name}`, so it decides {meaning} itself."
+        f"{spec} has no parameter `{name}`, so the option has no effect: the function decides {meaning}."
         for name, wanted, meaning in (
             ("limit", options.limit is not None, "how many samples there are"),
             ("workers", options.workers > 0, "how many processes read"),

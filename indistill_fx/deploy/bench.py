@@ -92,8 +92,8 @@ class BenchReport:
         if self.load <= cores:
             return ""
         return (
-            f"The machine was busy (load {self.load:.1f} on {cores} cores): compare only rows of one batch size and number "
-            "of threads, and trust one thread more than several."
+            f"The machine was busy (load {self.load:.1f} on {cores} cores): compare only rows with the same batch size and number "
+            "of threads; timings with one thread are the more reliable ones."
         )
 
     def to_json(self) -> dict[str, Any]:

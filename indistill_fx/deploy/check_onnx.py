@@ -257,10 +257,10 @@ def _wrong_classes(proof: Proof, agreement: float, notes: list[str]) -> Iterator
     worst = max((row.max_rel for row in proof.parity), default=0.0)
     notes.append(f"The file is quantised: on random inputs its outputs are off by up to {worst:.1%} of their range.")
     if proof.real is None or proof.real.agreement is None:
-        notes.append("Its classes were not compared: that takes real inputs.")
+        notes.append("Its classes were not compared, because that needs real inputs.")
     elif proof.real.agreement < agreement:
         rows = proof.real.rows
-        yield f"the file gives {proof.real.agreement:.2%} of {rows} samples the module's class; {agreement:.2%} are asked"
+        yield f"the file gives {proof.real.agreement:.2%} of {rows} samples the module's class; {agreement:.2%} are required"
 
 
 def _resize(x: Tensor, batch: int) -> Tensor:
@@ -297,7 +297,7 @@ def _wrong_graph(
     if written == torch.__version__:
         return [*_wrong_nodes(model, fresh), *wrong_weights(model, fresh, strict=True)]
     notes.append(
-        f"Written with torch {written}, checked with {torch.__version__}: only equally named weights compared."
+        f"The file was written with torch {written} and checked with {torch.__version__}, so only weights of the same name were compared."
     )
     return wrong_weights(model, fresh, strict=False)
 

@@ -259,7 +259,7 @@ class _Reader:
             hides = part in reserved() or hasattr(type(held), part)
             held = vars(held)[registry if last else "_modules"].get(part) if is_plain(part) and not hides else None
             if not isinstance(held, kind if last else nn.Module):
-                raise UnreadableError(f"that uses {'.'.join(path)[:60]!r}, which is no part of it")
+                raise UnreadableError(f"that uses {'.'.join(path)[:60]!r}, which is not part of it")
 
     def _meant(self, path: tuple[str, ...]) -> str:
         """The dotted path with its first name replaced by what was imported under it; empty if the name is a value."""

@@ -31,7 +31,7 @@ _MOST_DIMENSIONS = 64
 _NOTHING = object()
 
 
-_HOOKS = "Take them off before the model is saved, weight_norm by torch.nn.utils.remove_weight_norm, or name the code that makes it."
+_HOOKS = "Remove them before the model is saved (weight_norm: torch.nn.utils.remove_weight_norm), or name the code that makes the model."
 GRAPH_HINT = "If it is your own, save it by torch.export.save(torch.export.export(model, inputs), 'model.pt2')."
 MALICIOUS = "No file of torch.save(model, path) does this: it is damaged or malicious. Do not load it elsewhere."
 
@@ -332,7 +332,7 @@ def name_of(value: Any) -> str:
 
 def _plain(tensor: Any, gradient: bool, hooks: Mapping[Any, Any]) -> Tensor:
     if hooks:
-        raise UnfitError("hangs hooks into modules or tensors", _HOOKS)
+        raise UnfitError("attaches hooks to modules or tensors", _HOOKS)
     if gradient and not (tensor.is_floating_point() or tensor.is_complex()):
         raise UnfitError("has a tensor of integers with a gradient")
     made: Tensor = tensor.requires_grad_(gradient)
@@ -370,7 +370,7 @@ def _is_attribute(kind: type, key: Any, value: Any) -> bool:
     if key in ("_all_weights", "all_weights"):  # otherwise RNNs would loop over whatever the file gives
         return isinstance(value, list) and all(isinstance(name, str) for names in value for name in names)
     if key.endswith("_hooks") and value:
-        raise UnfitError("hangs hooks into modules or tensors", _HOOKS)
+        raise UnfitError("attaches hooks to modules or tensors", _HOOKS)
     if key.startswith("forward") and isinstance(value, Made) and value.path == "builtins.getattr":
         return True
     return not callable(getattr(kind, key, None))

@@ -28,7 +28,7 @@ _HINTS = {
     "__main__.": "It was defined in a script: name that, as in script.py:make_model@weights.safetensors.",
     "torch.fx.": GRAPH_HINT,
     "torch._dynamo.": "A compiled model is not picklable as such: save the model that was compiled, model._orig_mod.",
-    "torch.nn.utils.": "Take off what hangs there before the model is saved: torch.nn.utils.remove_weight_norm and others.",
+    "torch.nn.utils.": "Remove what is attached to its layers before the model is saved: torch.nn.utils.remove_weight_norm and others.",
     "torch.nn.parameter.Uninitialized": "It was never run: run it once on an example, so that its lazy layers get their sizes.",
     "torch.jit.": "A scripted part cannot be read: save the module it was made from.",
 }

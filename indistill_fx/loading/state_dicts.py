@@ -48,12 +48,12 @@ def load_weights(module: nn.Module, path: Path, *, trust: Sequence[str] = ()) ->
             and not any(key.startswith(prefix) for key in expected)
         ):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
-            notes = (*notes, f"weights: dropped {prefix!r} before every key")
+            notes = (*notes, f"weights: the prefix {prefix!r} was removed from every key")
     counters = {name: expected[name] for name in expected.keys() - state.keys() if name.endswith("num_batches_tracked")}
     if counters and state:  # files from before torch 0.4.1, or without what inference does not need
         state, notes = (
             state | counters,
-            (*notes, f"weights: without the step counters of {len(counters)} batch norms, which start anew"),
+            (*notes, f"weights: the file lacks the step counters of {len(counters)} batch norms, which begin at 0"),
         )
     _require_match(state, expected, type(module).__name__, path)
     module.load_state_dict(state)

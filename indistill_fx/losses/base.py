@@ -129,7 +129,7 @@ class MainLoss(Criterion):
         fine = bool(points) and steps[0] >= 0 and all(a < b for a, b in pairwise(steps))
         if not fine or not self.weight or any(factor < 0 for _, factor in points):
             raise ConfigError(
-                f"{type(self).__name__}: the weights over time {list(points)} are none.",
+                f"{type(self).__name__}: {list(points)} is not a schedule of weights.",
                 where="main_weights",
                 got=list(points),
                 expected="steps in ascending order, each with a factor of 0 or more, for a loss that has a weight",

@@ -354,7 +354,7 @@ def _remarks(curriculum: Curriculum, plan: AlignmentPlan) -> tuple[str, ...]:
     if not curriculum.penultimate or plan.with_penultimate() is not plan:
         return seen
     why = "the plan has none" if plan.embedding is None else "a pair has them"
-    return (*seen, f"penultimate vectors: no stage of their own, {why}")
+    return (*seen, f"penultimate vectors: no warm-up stage of their own, because {why}")
 
 
 def _phases(

@@ -230,7 +230,10 @@ class TrainingLoop:
                 self._check(index, batch)
             yield index, to_device(phase.given(batch), device, non_blocking=True), last
         if self._loader.left_out and self.state.epoch == 0:
-            self._note(phase, f"a batch of fewer than {self._loader.least} samples is left out: batch norms need them")
+            self._note(
+                phase,
+                f"batches of fewer than {self._loader.least} samples are left out, because batch norms need that many",
+            )
 
     def _awaited(self, batches: Iterator[tuple[Any, bool]]) -> Iterator[tuple[Any, bool]]:
         """The batches of a loader; the time spent waiting for each is recorded."""
@@ -262,7 +265,10 @@ class TrainingLoop:
         state = self.state
         if state.epoch < phase.budget.length and phase.budget.unit == "epochs":
             quantity = self.metric.title if phase.main else "loss"
-            self._note(phase, f"ended after {state.epoch} of {phase.budget.length} epochs: the {quantity} stood still")
+            self._note(
+                phase,
+                f"ended after {state.epoch} of {phase.budget.length} epochs, because the {quantity} no longer improved",
+            )
         for text in (phase.summary, step.recorded.note if step.recorded is not None else ""):
             if text:
                 self._note(phase, text)
@@ -383,7 +389,7 @@ class TrainingLoop:
     def _interrupted(self, phase: Phase) -> Interrupted:
         place = f"stage `{phase.name}`, epoch {self.state.epoch + 1}, step {self.state.batch}"
         kept = self._directory.path / LAST if self._directory else "nowhere"
-        message = f"Stopped in {place}. Saved to {kept}; go on with resume=True (--resume)."
+        message = f"Stopped in {place}. Saved to {kept}; continue with resume=True (--resume)."
         self._reporter.say(message)  # click does not print the message of a KeyboardInterrupt
         return Interrupted(message, self._stop.number or signal.SIGTERM)
 

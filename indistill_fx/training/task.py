@@ -66,7 +66,7 @@ def task_of_run(
     parts = split(batch, *models, where="The training")
     named = task_of(task) if task is not None else None
     if parts.labels is None or (named is not None and not named.labelled):
-        said = f"Task: {named.name}, as asked." if named is not None else ""
+        said = f"Task: {named.name}, as requested." if named is not None else ""
         return RunTask(named or Classification(), None, said, lambda number, batch: None)
 
     def logits_of(batch: Any) -> Tensor | None:
@@ -95,7 +95,7 @@ def task_of_run(
     prepared, meant = chosen.prepare(outputs, labels)
     if meant is not None:
         _require_labels(chosen, prepared, meant, loader, models)
-    origin = "as asked" if task is not None else "by the first batch's labels"
+    origin = "as requested" if task is not None else "inferred from the labels of the first batch"
     count = prepared.shape[1] if prepared.ndim > 1 else 1
     check = label_check(chosen, logits_of, *models)
     return RunTask(chosen, deciding_metric(chosen, count), f"Task: {described(chosen)}, {origin}.", check, count)

@@ -36,7 +36,7 @@ def test_a_standard_error_that_is_full_or_closed_changes_no_answer(tmp_path: Pat
 def test_a_standard_output_that_is_full_is_said(tmp_path: Path) -> None:
     assert code(f"{PROGRAM} inspect {MODEL} --input 1x8x8 >/dev/full 2> said", tmp_path) == 2
     said = (tmp_path / "said").read_text()
-    assert "found no space" in said and "our fault" not in said
+    assert "no space left" in said and "our fault" not in said
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])

@@ -202,7 +202,7 @@ def test_names_that_are_no_text_are_refused_by_all(place: str, tmp_path: Path) -
     path = file(tmp_path, change)
     path.write_bytes(path.read_bytes().replace(b"abcd", b"\xb7\xff\xfe\xb7"))
     for read in (convert_file, lambda path: run_file(path, []), example_of):
-        with pytest.raises(ConfigError, match="a name in it is no text"):
+        with pytest.raises(ConfigError, match="a name in it is not text"):
             read(path)
     assert run_cli(["bench", str(path)]) == 2
     assert not check_onnx(path, Twice(), IMAGES).agrees

@@ -292,11 +292,11 @@ def test_what_the_outputs_do_not_depend_on_is_named():
     (note,) = trace(Sets(), x).report.notes
     assert (
         note
-        == "`calls`, `mask`, `last`: set by the forward, and not by the graph, whose outputs did not depend on it in two calls"
+        == "`calls`, `mask`, `last`: set by the forward, but not by the graph; over two calls the outputs did not depend on it"
     )
     net = Net(KEPT["running_mean"]())
     (note,) = trace(net, batches()[0]).report.notes
-    assert note == "`inner.mean`: kept from call to call, but no buffer, so a checkpoint does not hold it"
+    assert note == "`inner.mean`: kept from call to call, but not in a buffer, so checkpoints do not hold it"
 
 
 @torch.no_grad()

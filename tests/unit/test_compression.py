@@ -524,7 +524,7 @@ def test_stochastic_depth_by_hand_stays_where_it_lets_channels_go(other, tmp_pat
         part.training = part.training and not isinstance(part, nn.BatchNorm2d)
     torch.manual_seed(0)
     random = not torch.equal(student(x), student(x))
-    assert random is not other and ("as the teacher does in eval mode" in said[0]) is other
+    assert random is not other and ("what the teacher computes in eval mode" in said[0]) is other
 
 
 def test_a_transformer_encoder_of_torchs_is_written_as_source():

@@ -54,8 +54,8 @@ def test_any_name_is_traced_under_one_that_fx_can_write(names: tuple[str, ...], 
     assert all(writable(part) == part for target in targets for part in target.split("."))
     assert torch.equal(traced.graph_module.eval()(images), model.eval()(images))
     odd = [name for name in names if writable(name) != name]
-    told = [note for note in traced.report.notes if "stands in the graph as" in note]
-    assert [note.split("'")[1] for note in told] == [f"parts.{name}" for name in odd]
+    renamed = [note for note in traced.report.notes if "in the graph" in note]
+    assert [note.split("'")[1] for note in renamed] == [f"parts.{name}" for name in odd]
 
 
 def test_a_model_with_names_as_code_is_distilled_and_none_of_it_runs(tmp_path: Path) -> None:

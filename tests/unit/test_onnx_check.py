@@ -167,11 +167,11 @@ def test_int8_is_proven_up_to_rounding(int8):
     assert report.agrees and len(report.parity) == 3
     off, classes = report.notes
     assert off.startswith("The file is quantised: on random inputs its outputs are off by up to")
-    assert classes == "Its classes were not compared: that takes real inputs."
+    assert classes == "Its classes were not compared, because that needs real inputs."
     report = check_onnx(int8[1], int8[0], X, real_inputs=torch.randn(50, 3, 8, 8), agreement=0.5)
     assert report.agrees and report.real.rows == 50
     report = check_onnx(int8[1], int8[0], X, real_inputs=torch.randn(50, 3, 8, 8), agreement=1.1)
-    assert report.differences[-1].endswith("samples the module's class; 110.00% are asked")
+    assert report.differences[-1].endswith("samples the module's class; 110.00% are required")
 
 
 def test_int8_weight_off_by_one_step_is_found(int8, tmp_path):

@@ -154,7 +154,8 @@ def test_a_weight_that_is_none_is_refused(keep):
 
 
 @pytest.mark.parametrize(
-    ("has", "remarks"), [(True, []), (False, ["penultimate vectors: no stage of their own, the plan has none"])]
+    ("has", "remarks"),
+    [(True, []), (False, ["penultimate vectors: no warm-up stage of their own, because the plan has none"])],
 )
 def test_the_schedule_says_if_there_are_none(has, remarks, tmp_path):
     teacher, student = pair()

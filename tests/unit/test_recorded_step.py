@@ -206,7 +206,7 @@ def test_smaller_batches_run_as_they_are_between_replays():
     assert losses == expected
     assert all(torch.equal(tensors[name], value) for name, value in plain.items())
     assert tape.recordings == 1 and step.recorded is not None and step.recorded.others == 2
-    assert step.recorded.note.endswith("2 steps on batches of another shape ran as they are")
+    assert step.recorded.note.endswith("2 steps on batches of another shape ran without a recording")
 
 
 @pytest.mark.parametrize(
@@ -217,8 +217,8 @@ def test_smaller_batches_run_as_they_are_between_replays():
         ("lists", "the step changes Python state: `seen`"),
         ("rebinds", "the step changes Python state: `center`"),
         ("draws", "the step draws random numbers on the host"),
-        ("ramps", "the step computes with other numbers each time, first in `aten.mul.Tensor`"),
-        ("branches", "the step computes with other numbers each time, first in `aten.relu.default`"),
+        ("ramps", "the step uses other constants each time, first in `aten.mul.Tensor`"),
+        ("branches", "the step uses other constants each time, first in `aten.relu.default`"),
     ],
 )
 def test_what_cannot_be_recorded_is_named_and_runs_as_it_is(habit, reason):
@@ -266,7 +266,7 @@ def test_a_replay_that_does_something_else_is_found_at_once_and_counts_for_nothi
     tape = Forgetting(name)
     losses, tensors, step = trained(tape, optimizer=optimizer, habit="writes")
     expected, plain, _ = trained(None, optimizer=optimizer, habit="writes")
-    assert step.recorded is not None and step.recorded.reason == f"replayed, it changed the {kind} otherwise"
+    assert step.recorded is not None and step.recorded.reason == f"its replay gave another result, first in the {kind}"
     assert losses == expected and (tape.recordings, tape.replays) == (1, 1)
     assert all(torch.equal(tensors[key], value) for key, value in plain.items())
 
@@ -332,7 +332,7 @@ def test_a_learnt_number_is_compared_like_any_other_weight():
 def test_ever_new_shapes_are_not_recorded():
     tape = Tape()
     _, _, step = trained(tape, sizes=tuple(range(2, 22)))
-    assert step.recorded is not None and step.recorded.reason.startswith("the batches have ever new shapes")
+    assert step.recorded is not None and step.recorded.reason.startswith("the shapes of the batches keep changing")
     assert tape.recordings == 0
 
 
@@ -421,7 +421,7 @@ def test_what_is_known_beforehand():
     assert why_not_recorded(Settings(graphs="auto"), "cuda", 1) is None
     assert why_not_recorded(Settings(), "cuda", 1) is None
     assert why_not_recorded(Settings(graphs=True), "cpu", 1) == "the device is a cpu"
-    assert why_not_recorded(Settings(graphs=False), "cuda", 1) == "not asked for"
+    assert why_not_recorded(Settings(graphs=False), "cuda", 1) == "not requested"
     assert why_not_recorded(Settings(graphs="auto"), "cuda", 2) == "the processes exchange gradients in every step"
     assert (
         why_not_recorded(Settings(graphs="auto", accumulate=2), "cuda", 1) == "a step has several batches (accumulate)"
@@ -551,7 +551,7 @@ def test_a_recording_that_breaks_off_costs_no_step(clip, monkeypatch):
     assert losses == expected and tape.recordings == 1 and tape.replays == 0
     assert all(torch.equal(tensors[name], value) for name, value in plain.items())
     assert step.recorded is not None
-    assert step.recorded.note == "not recorded as a CUDA graph: it could not be: a capture failed"
+    assert step.recorded.note == "not recorded as a CUDA graph: recording failed: a capture failed"
 
 
 def test_a_recording_that_breaks_off_leaves_the_random_numbers_of_its_step(monkeypatch):
@@ -664,7 +664,7 @@ def test_a_run_is_recorded_once_a_stage_and_ends_with_the_bits_of_one_that_is_no
     record = run(recorded, run_dir=tmp_path / "recorded", mixed_precision="bf16")
     expected = run(plain, graphs=False, mixed_precision="bf16")
     assert [stage.notes for stage in record.stages] == [
-        (f"recorded as a CUDA graph after 3 steps; {count} on batches of another shape ran as they are",)
+        (f"recorded as a CUDA graph after 3 steps; {count} on batches of another shape ran without a recording",)
         for count in ("1 step", "2 steps")
     ]
     assert [(tape.eager, tape.recordings) for tape in on_a_tape] == [(4, 1)] * 2

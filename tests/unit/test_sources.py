@@ -374,7 +374,7 @@ def test_wrapped_weights_are_unwrapped_and_noted(here: Path) -> None:
     assert_same(source.module, expected)
     assert source.notes == (
         "weights: taken from 'state_dict' of the checkpoint",
-        "weights: dropped 'module.' before every key",
+        "weights: the prefix 'module.' was removed from every key",
     )
 
 

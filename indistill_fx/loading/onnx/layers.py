@@ -120,7 +120,7 @@ def layer_norm(op: Op, build: Builder) -> Any:
     axis = int(op.get("axis", -1)) % x.dim
     shape = [x.fixed(place) for place in range(axis, x.dim)]
     if op.outputs > 1 or tuple(weight.shape) != tuple(shape):
-        raise Undecided("normalises over axes of free lengths, or gives its statistics out")
+        raise Undecided("normalises over axes of free lengths, or returns its statistics")
     eps = float(op.get("epsilon", 1e-5))
     make = lambda: nn.LayerNorm(tuple(weight.shape), eps, bias=bias is not None)  # noqa: E731
     return build.layer(op, make, {"weight": weight, "bias": bias}, x)

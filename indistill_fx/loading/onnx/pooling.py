@@ -65,7 +65,7 @@ def max_pool(op: Op, build: Builder) -> Any:
     x = _traced(op)
     window: tuple[int, ...] = tuple(op.get("kernel_shape", ()))
     if op.outputs > 1 or not 1 <= len(window) <= 3:
-        raise Undecided("gives its indices out")
+        raise Undecided("returns its indices")
     ones = [1] * len(window)
     stride, dilation = tuple(op.get("strides", ones)), tuple(op.get("dilations", ones))
     x, padding = padded(op, build, x, window, stride, dilation, value=float("-inf"))
@@ -131,7 +131,7 @@ def resize(op: Op, build: Builder) -> Any:
         raise Undecided("resizes in a way that torch has no form for")
     given = lengths or scales
     if not given or x.dim != len(given) or any(not _kept(build, x, axis, given, scales is not None) for axis in (0, 1)):
-        raise Undecided("resizes other axes than those of space")
+        raise Undecided("resizes axes other than those of space")
     more: dict[str, Any] = {"align_corners": corners} if mode not in ("nearest", "nearest-exact") else {}
     if lengths is not None:
         return build.call(F.interpolate, x, tuple(lengths[2:]), None, mode, **more)

@@ -42,7 +42,7 @@ def read_onnx(path: Path) -> onnx.ModelProto:
     try:
         model = onnx.load_model_from_string(path.read_bytes())
     except Exception as error:  # protobuf raises its own exceptions
-        raise _refused(path, f"is damaged, or no ONNX file ({type(error).__name__})") from error
+        raise _refused(path, f"is damaged, or not an ONNX file ({type(error).__name__})") from error
     check_texts(model, path)
     if not model.graph.node or not model.graph.output:
         raise _refused(path, "holds no network")
@@ -68,7 +68,7 @@ def check_texts(model: onnx.ModelProto, path: Path) -> None:
         ConfigError: it is one.
     """
     if not all(isinstance(text, str) for text in _texts(model)):
-        raise _refused(path, "is damaged: a name in it is no text")
+        raise _refused(path, "is damaged: a name in it is not text")
 
 
 def _texts(message: Any) -> Iterator[object]:
@@ -87,7 +87,7 @@ def check_length(model: onnx.ModelProto, path: Path) -> None:
         ConfigError: it is one.
     """
     if _written_out(model) > MOST_NODES:
-        raise _refused(path, f"has more than {MOST_NODES:,} operators, its functions written out")
+        raise _refused(path, f"has more than {MOST_NODES:,} operators once its functions are expanded")
 
 
 def nodes_of(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
@@ -190,7 +190,7 @@ def _bring_in_weights(model: onnx.ModelProto, path: Path) -> None:
     for tensor, file, start, length in weights_beside(model, path):
         total += length
         if total > LARGEST_FILE:
-            raise _refused(path, f"has more than {LARGEST_FILE:,} bytes, the weights beside it counted")
+            raise _refused(path, f"has more than {LARGEST_FILE:,} bytes with the weights stored beside it")
         with file.open("rb") as content:
             content.seek(start)
             tensor.raw_data = content.read(length)

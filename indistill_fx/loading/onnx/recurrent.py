@@ -59,9 +59,7 @@ def _require_plain(op: Op) -> str:
     if op.get("layout", 0):
         raise Undecided("takes the batch before the sequence")
     if op.kind == "GRU" and not op.get("linear_before_reset", 0):
-        raise Undecided(
-            "applies its reset gate before the product (linear_before_reset = 0), and torch's GRU behind it"
-        )
+        raise Undecided("applies its reset gate before the product (linear_before_reset = 0), and torch's GRU after it")
     usual = _USUAL[op.kind]
     given = [str(one).lower() for one in op.get("activations", usual)]
     named = {"relu", "tanh"} if op.kind == "RNN" else set()

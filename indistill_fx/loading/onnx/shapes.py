@@ -134,7 +134,7 @@ def cut(op: Op, build: Builder) -> Any:
         place = int(axis) % _dim(x)
         if step < 0:
             if not (start == -1 or start > _FAR) or end > -_FAR or step != -1:
-                raise Undecided("takes every other entry backwards")
+                raise Undecided("slices backwards other than over the whole axis")
             x = build.call(torch.flip, x, (place,))
             continue
         low = None if _is(start, 0) else start
@@ -189,7 +189,7 @@ def scatter_nd(op: Op, build: Builder) -> Any:
     """ScatterND that replaces entries."""
     x, index, new = (build.tensor(op.required(number)) for number in range(3))
     if op.get("reduction", "none") != "none" or not isinstance(index, Tensor):
-        raise Undecided("scatters by computed indices, or sums what meets")
+        raise Undecided("scatters by computed indices, or adds up entries of the same place")
     return build.call(torch.index_put, x, tuple(index.unbind(-1)), new)
 
 

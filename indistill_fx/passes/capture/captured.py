@@ -53,7 +53,7 @@ class Captured:
             while new_parts[-1] == old_parts[-1]:
                 del new_parts[-1], old_parts[-1]
             pairs[".".join(old_parts)] = ".".join(new_parts)
-        return tuple(f"{old!r} stands in the graph as `{new}`" for old, new in pairs.items())
+        return tuple(f"{old!r} is called `{new}` in the graph" for old, new in pairs.items())
 
 
 def is_leaf(module: nn.Module) -> bool:

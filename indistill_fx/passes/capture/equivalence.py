@@ -251,7 +251,7 @@ class Reference:
                     self.gradients = False
                     self.notes = (
                         *self.notes,
-                        f"gradients were not compared, the module itself cannot be trained as it is ({run})",
+                        f"gradients were not compared, because the module itself cannot be trained as it is ({run})",
                     )
                 run = plain
             if isinstance(run, Run):

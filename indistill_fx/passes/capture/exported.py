@@ -76,7 +76,7 @@ def capture_exported(
     shown = ", ".join(
         f"`{name}` to {'x'.join('any' if n is None else str(n) for n in axes)}" for name, axes in fixed.items()
     )
-    note = f"exported: the mode of operations outside torch.nn modules is fixed{', and so are the sizes of ' if shown else ''}{shown}"
+    note = f"exported: operations outside torch.nn modules no longer follow train() and eval(){'; fixed sizes: ' if shown else ''}{shown}"
     kept = tuple(leaf for leaf in leaves if leaf in used)
     return Captured(graph_module, outputs, leaves=kept, notes=(note,), fixed=fixed)
 

@@ -243,8 +243,8 @@ def _not_left(reference: Reference, known: Known, leaves: Sequence[str]) -> tupl
     inside = tuple(f"{leaf}." for leaf in leaves)
     left = [name for name in reference.changed if name not in kept | buffers and not name.startswith(inside)]
     notes = {
-        "kept from call to call, but no buffer, so a checkpoint does not hold it": not_saved,
-        "set by the forward, and not by the graph, whose outputs did not depend on it in two calls": left,
+        "kept from call to call, but not in a buffer, so checkpoints do not hold it": not_saved,
+        "set by the forward, but not by the graph; over two calls the outputs did not depend on it": left,
     }
     return tuple(f"{_names(names)}: {note}" for note, names in notes.items() if names)
 
@@ -337,7 +337,7 @@ def _both_modes(once: Callable[[], Captured], reference: Reference) -> Captured:
     except FrontendError as error:
         if error.where in reference.changed:  # another capture method may avoid the change
             raise
-        note = f"in eval mode the graph computes what train mode does where the code of {classes} asks for the mode: {error.message}"
+        note = f"in eval mode the graph still computes what the code of {classes} does in train mode: {error.message}"
         return replace(captured, notes=(*captured.notes, note))
     return merged
 

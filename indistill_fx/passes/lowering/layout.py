@@ -60,7 +60,7 @@ def keep_channels_last(graph_module: fx.GraphModule, *, frozen: bool) -> PassRes
         elif op_name(node) == "view":
             with new.graph.inserting_before(node):
                 node.update_arg(0, new.graph.call_method("contiguous", (node.args[0],)))
-            done.append(f"{node.name}: of the usual layout")
+            done.append(f"{node.name}: in the default layout")
         elif frozen and op_name(node) in _CONVOLUTIONS:
             layer = attribute(new, str(node.target))
             if not layer._forward_pre_hooks and not is_parametrized(layer):

@@ -144,7 +144,7 @@ class Settings:
     early_stopping: int | None = field(
         default=None,
         metadata=described(
-            "End the main stage when the deciding metric has not improved for this many epochs.",
+            "End the main stage when the task's first metric, such as accuracy, has not improved for this many epochs.",
             metavar="EPOCHS",
             least=1,
         ),
@@ -154,12 +154,16 @@ class Settings:
         default=1, metadata=described("Batches per optimiser step; the gradient is their mean.", least=1)
     )
     mixed_precision: Precision | None = field(
-        default=None, metadata=described("[default: what `accelerate launch` says, else no]", alias="precision")
+        default=None,
+        metadata=described(
+            "Compute in this precision where it is safe. [default: what `accelerate launch` says, else no]",
+            alias="precision",
+        ),
     )
     compile: bool = field(
         default=False,
         metadata=described(
-            "Compile every stage with torch.compile. If that fails, the stage runs uncompiled, with a note."
+            "Compile every stage with torch.compile. A stage for which that fails runs uncompiled, and a note says why."
         ),
     )
     compile_mode: CompileMode = field(
@@ -175,23 +179,23 @@ class Settings:
     tf32: Tf32 = field(
         default="convolutions",
         metadata=described(
-            "Which float32 operations NVIDIA GPUs compute in TF32, with a 10-bit mantissa: faster, but less exact. all: matrix products"
-            " too."
+            "Which float32 operations NVIDIA GPUs compute in TF32, with a 10-bit mantissa: faster, but less exact. `all` adds matrix"
+            " products."
         ),
     )
     graphs: Graphs = field(
         default="auto",
         metadata=described(
             "Record training steps as CUDA graphs and replay them, where possible; run.json says where not, and why. The first replay is"
-            " compared with the step as it is.",
+            " checked against an ordinary step.",
             changes_result=False,
         ),
     )
     sync_batch_norm: bool = field(
         default=True,
         metadata=described(
-            "With several processes: compute batch-norm statistics over the whole batch. Without it: as fast as DDP alone, but the"
-            " saved statistics are those of the first process."
+            "With several processes: compute batch-norm statistics over the whole batch. Without it, training is as fast as with DDP alone, but"
+            " the saved statistics are those of the first process."
         ),
     )
     shard: bool = field(
@@ -204,14 +208,15 @@ class Settings:
     seed: int = field(
         default=0,
         metadata=described(
-            "Seed for fresh weights, batches and noise. In Python, a loader from `open_data` has its own seed.", least=0
+            "Seed of new weights and of everything that training draws at random. In Python, a loader from `open_data` has its own seed.",
+            least=0,
         ),
     )
     checkpoint_every_steps: int | None = field(
         default=None,
         metadata=described(
-            "Also write a checkpoint within epochs, every this many optimiser steps. [default: after each epoch, unless saving takes"
-            " more than a twentieth of the time]",
+            "Also write a checkpoint every this many optimiser steps. [default: after epochs only, and so rarely that saving takes at"
+            " most a twentieth of the time]",
             flag="checkpoint-every",
             metavar="STEPS",
             least=1,

@@ -79,7 +79,7 @@ def why_not_recorded(settings: Settings, device: str, processes: int) -> str | N
         processes: how many train together.
     """
     if settings.graphs is False:
-        return "not asked for"
+        return "not requested"
     if device != "cuda":
         return f"the device is a {device}"
     if processes > 1:
@@ -129,7 +129,7 @@ class RecordedStep:
         if self._replay is None:
             return "not recorded as a CUDA graph: it had too few steps"
         count = f"{self.others} step{'s' if self.others > 1 else ''}"
-        more = f"; {count} on batches of another shape ran as they are" if self.others else ""
+        more = f"; {count} on batches of another shape ran without a recording" if self.others else ""
         return f"recorded as a CUDA graph after {WARM_UP} steps{more}"
 
     def __call__(self, batch: Any) -> Tensor:
@@ -168,9 +168,9 @@ class RecordedStep:
             if differs is None:
                 self._seen.clear()
                 return replayed
-            self.reason = f"replayed, it changed the {differs} otherwise"
+            self.reason = f"its replay gave another result, first in the {differs}"
         except NotRecordedError as error:
-            self.reason = f"it could not be: {error}"
+            self.reason = f"recording failed: {error}"
         self._static = self._replay = None
         self._seen.clear()
         gc.collect()  # the error of a failed recording holds all tensors of the step
@@ -187,7 +187,7 @@ class RecordedStep:
         """Rules 1 and 2."""
         self._ran[form] = self._ran.get(form, 0) + 1
         if len(self._ran) > _MOST_FORMS:
-            self.reason = "the batches have ever new shapes, or hold other things than tensors"
+            self.reason = "the shapes of the batches keep changing, or the batches hold values that are not tensors"
             return self._work(batch)
         if self._ran[form] < WARM_UP - 1:
             return self._run_beside(batch)
@@ -209,7 +209,7 @@ class RecordedStep:
             more = f" and {len(changed) - 1} more" if changed[1:] else ""
             self.reason = f"the step changes Python state: `{changed[0]}`{more}"
         elif differs is not None:
-            self.reason = f"the step computes with other numbers each time, first in `{differs}`"
+            self.reason = f"the step uses other constants each time, first in `{differs}`"
         return loss
 
     def _run_beside(self, batch: Any) -> Tensor:
