@@ -169,8 +169,8 @@ class Curriculum:
             lengths = stage_lengths or [0] * count
         self._check_count("lengths", lengths, count)
         lengths += [self.penultimate] if penultimate else []
-        one = isinstance(self.learning_rate, (int, float))
-        rates: list[Any] = [self.learning_rate] * len(lengths) if one else list(self.learning_rate)  # type: ignore[arg-type]
+        one_rate = isinstance(self.learning_rate, (int, float))
+        rates: list[Any] = [self.learning_rate] * len(lengths) if one_rate else list(self.learning_rate)  # type: ignore[arg-type]
         named = isinstance(self.optimizer, str)
         optimizers: list[Any] = [self.optimizer] * len(lengths) if named else list(self.optimizer)
         for noun, values in (("learning rates", rates), ("optimisers", optimizers)):

@@ -117,15 +117,15 @@ def _fixed(pairs: tuple[str, ...]) -> list[tuple[str, str]]:
 
     found = []
     for text in pairs:
-        one, sign, other = text.partition("=")
-        if not (one and sign and other):
+        teacher_layer, sign, student_layer = text.partition("=")
+        if not (teacher_layer and sign and student_layer):
             raise ConfigError(
                 f"--pair {text!r} is not a pair of layers.",
                 where="--pair",
                 got=text,
                 hint="Write the teacher's layer and the student's: --pair layer2=layer3.",
             )
-        found.append((one, other))
+        found.append((teacher_layer, student_layer))
     return found
 
 

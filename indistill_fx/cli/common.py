@@ -327,7 +327,7 @@ def together(
             where="--assistant",
             hint="Name the assistant: --assistant SPEC.",
         )
-    modules, weights = [one.module for one in teachers], list(shares.values())
+    modules, weights = [teacher.module for teacher in teachers], list(shares.values())
     made = ensemble(modules, weights, example_inputs=example, logits=options["logits"], views=views)
     for number, (spec, share) in enumerate(zip(shares, made.meta["teachers"]["weights"], strict=True)):
         say(f"teachers.{number}: {spec}, its logits have the weight {share:.4g}")

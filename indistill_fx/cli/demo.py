@@ -19,8 +19,9 @@ def command(output: str | None, seed: int) -> None:
     """Run every step on data that ships with scikit-learn: a teacher, a student made from it, distillation, ONNX, a comparison.
 
     The student has 3% of the teacher's multiply-accumulates and a hundred labelled images. It is trained in six ways, for the
-    same number of epochs: on labels, with knowledge distillation (KD), and with the InDistill warm-up followed by KD; each from new weights,
-    and from weights that `compress` took from the teacher. The demo needs no network connection and takes about a minute on two cores.
+    same number of epochs: on labels, with knowledge distillation (KD), and with the InDistill warm-up followed by KD; each from new
+    weights and from weights that `compress` took from the teacher. The demo needs no network connection and takes about a minute
+    on two cores.
     """
     from itertools import count
     from pathlib import Path

@@ -62,12 +62,7 @@ def _use_recipe(context: click.Context, parameter: click.Parameter, name: str) -
     help="Another teacher and the weight of its logits; repeatable. TEACHER can be written with a weight too. Without weights all teachers"
     " count equally.",
 )
-@click.option(
-    "--plan",
-    "plan_file",
-    metavar="FILE",
-    help="Take the pairs from this file, which `align` made. [default: pair the layers now]",
-)
+@click.option("--plan", "plan_file", metavar="FILE", help="Use the pairs of this file of `align`. [default: align now]")
 @click.option(
     "--recipe",
     type=click.Choice(["default", "retrieval", "compress", "paper"]),
@@ -75,11 +70,10 @@ def _use_recipe(context: click.Context, parameter: click.Parameter, name: str) -
     show_default=True,
     is_eager=True,
     callback=_use_recipe,
-    help="Defaults for the options that are not given. default: a warm-up if it was measured to pay for such models (the run"
-    " says what it chose and why), then 20 epochs of KD. retrieval: 12 epochs for the penultimate vectors, then PKT for 18 epochs at 1e-3 and 3 at 1e-4;"
-    " this trains no classifier. compress: for a student made from the teacher, 6 epochs for all pairs at once,"
-    " then 14 of KD. paper: 3, 4, 5, … epochs of MSE, then PKT for 48 epochs at 1e-3 and 10 at 1e-4; an assistant is trained with 50 epochs"
-    " of PKT.",
+    help="Defaults for the options that are not given. default: a warm-up if it was measured to pay for such models (the run says"
+    " what it chose and why), then 20 epochs of KD. retrieval: 12 epochs for the penultimate vectors, then PKT for 18 epochs at 1e-3 and 3"
+    " at 1e-4; this trains no classifier. compress: for a student made from the teacher, 6 epochs for all pairs at once, then 14 of KD."
+    " paper: 3, 4, 5, … epochs of MSE, then PKT for 48 epochs at 1e-3 and 10 at 1e-4; an assistant is trained with 50 epochs of PKT.",
 )
 @click.option(
     "--main",
@@ -116,20 +110,18 @@ def _use_recipe(context: click.Context, parameter: click.Parameter, name: str) -
     type=training.Names(),
     help="Warm up only these student layers, in this order. [default: all pairs]",
 )
-@click.option(
-    "--warmup-loss", metavar="LOSS", help="Loss of the warm-up: mse, cosine, at, pkt or file.py:loss. [default: mse]"
-)
+@click.option("--warmup-loss", metavar="LOSS", help="Its loss: mse, cosine, at, pkt or file.py:loss. [default: mse]")
 @click.option(
     "--warmup-lr",
     metavar="RATE",
     type=training.Numbers(float),
-    help="Learning rate of the warm-up: one, or one per pair (1e-3,5e-4). [default: 0.001]",
+    help="Its learning rate: one, or one per pair (1e-3,5e-4). [default: 0.001]",
 )
 @click.option(
     "--warmup-optimizer",
     metavar="NAME",
     type=training.Names(),
-    help="Optimiser of the warm-up, adam, adamw or sgd: one, or one per pair. [default: adam]",
+    help="Its optimiser, adam, adamw or sgd: one, or one per pair. [default: adam]",
 )
 @common.count_option(
     "--patience",
@@ -140,8 +132,8 @@ def _use_recipe(context: click.Context, parameter: click.Parameter, name: str) -
     "--penultimate",
     metavar="EPOCHS",
     least=0,
-    help="Epochs (or steps) of a last warm-up stage, for the penultimate vectors, which the last layers read; 0: none. [default: the recipe's, else 3; 0 with"
-    " --warmup-steps]",
+    help="Epochs (or steps) of a last warm-up stage, for the penultimate vectors (what the last layers read); 0: none."
+    " [default: the recipe's, else 3; 0 with --warmup-steps]",
 )
 @click.option(
     "--keep",

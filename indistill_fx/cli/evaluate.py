@@ -25,7 +25,7 @@ from indistill_fx.cli import common, pictures
 @click.option(
     "--retrieval",
     is_flag=True,
-    help="Also measure retrieval (mAP and precision): test images are the queries, and training images are found by their penultimate vectors.",
+    help="Also measure retrieval: mAP and precision of training images found by test images, by penultimate vectors.",
 )
 @common.count_option("-k", "k", default=100, help="Number of retrieved images for the precision P@k.")
 @click.option("--tap", metavar="LAYER", help="Retrieve with this layer's features. [default: the penultimate vector]")

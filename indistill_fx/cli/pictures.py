@@ -163,7 +163,7 @@ def teacher_views(
     """
     from indistill_fx.stages.teacher_view import ViewOptions, teacher_view
 
-    if any(one.kind == "saved outputs" for one in teachers):
+    if any(source.kind == "saved outputs" for source in teachers):
         if given := [name for name in TEACHER_NAMES if options[name]]:
             flag = f"--{given[0].replace('_', '-')}"
             raise ConfigError(
@@ -217,7 +217,8 @@ def open_pictures(spec: str, options: Mapping[str, Any], *sources: Source, train
     asked: dict[str, Any] = {name: options.get(name) for name in NAMES}
     asked["channels"] = int(asked["channels"]) if asked["channels"] is not None else None
     known = tuple(
-        replace(one, wanted_normalisation=None) if training and one.kind == "factory" else one for one in sources
+        replace(source, wanted_normalisation=None) if training and source.kind == "factory" else source
+        for source in sources
     )
     arguments: dict[str, Any] = asked | _wanted(spec, asked, known) | more
     data = open_data(spec, **arguments)

@@ -74,8 +74,8 @@ def sensitivities(model: TracedModel, known: Analysis, batches: Iterable[Any], t
                 if count < counts[-1]:
                     axes = known.axes(without(known, group, count))
                     moved = [
-                        divergence(model, one, masked_logits(model, axes, given), task)
-                        for one, given in zip(original_logits, inputs, strict=True)
+                        divergence(model, original, masked_logits(model, axes, given), task)
+                        for original, given in zip(original_logits, inputs, strict=True)
                     ]
                     counts.append(count)
                     rises.append(max(rises[-1], float(np.mean(moved))))

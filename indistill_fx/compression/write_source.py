@@ -185,9 +185,9 @@ def _prove(source: StudentSource, model: TracedModel) -> None:
             problem = f"its weights are {' and '.join(sorted(dtypes))}, and all layers of source code have one dtype"
             raise unwritable("the network", problem) from error
         raise unwritable("the network", f"its source code does not run: {type(error).__name__}: {error}") from error
-    for one, other in zip(_tensors(expected), _tensors(got), strict=True):
-        if not torch.equal(one, other):
-            difference = float((one.double() - other.double()).abs().max())
+    for value, other in zip(_tensors(expected), _tensors(got), strict=True):
+        if not torch.equal(value, other):
+            difference = float((value.double() - other.double()).abs().max())
             raise unwritable("the network", f"its source code computes something else (differs by {difference:.1e})")
 
 

@@ -162,8 +162,8 @@ def export_onnx(
         chosen = int(program.model.opset_imports[""])
         if proof.failures:
             raise _disagreement(proof, target, deployed, inputs, tolerance=tolerance, opset=chosen)
-        one = feed(session, random_inputs(inputs, 1 if dynamic_batch else len(inputs[0])))
-        latency = measure({"onnx": lambda: session.run(None, one)}, seconds=0.1)["onnx"].median_ms
+        sample = feed(session, random_inputs(inputs, 1 if dynamic_batch else len(inputs[0])))
+        latency = measure({"onnx": lambda: session.run(None, sample)}, seconds=0.1)["onnx"].median_ms
         size = sum(f.stat().st_size for f in draft.parent.iterdir())
         parameters = sum(p.numel() for p in module.parameters())
     notes = [] if dynamic_batch else [f"The batch size is fixed to {len(inputs[0])}; latency is for that batch."]

@@ -24,9 +24,9 @@ def weights_digest(module: nn.Module) -> str:
     digests = []
     for tensor in tensors:
         content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-        one = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        one.update(content)
-        digests.append(one.digest())
+        tensor_digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        tensor_digest.update(content)
+        digests.append(tensor_digest.digest())
     return hashlib.sha256(b"".join(sorted(digests))).hexdigest()[:16]
 
 

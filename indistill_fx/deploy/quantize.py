@@ -209,7 +209,7 @@ def _pieces(
 ) -> Iterator[_Piece]:
     """Batches split to the file's batch size if it is fixed, otherwise to at most `most` rows."""
     inputs = session.get_inputs()
-    takes = Inputs(tuple(one.name for one in inputs), tuple(one.name for one in inputs))
+    takes = Inputs(tuple(entry.name for entry in inputs), tuple(entry.name for entry in inputs))
     fixed = inputs[0].shape[0] if isinstance(inputs[0].shape[0], int) else None
     for batch in batches:
         parts = split(batch, takes, where="The file")
@@ -243,7 +243,7 @@ def _classify(session: onnxruntime.InferenceSession, batches: Iterable[Batch]) -
         labels.append(known)
         classes.append(np.asarray(scores).argmax(1)[: piece.rows])
     _require(bool(labels), "The evaluation data is empty, so the loss of accuracy cannot be measured.", "evaluation")
-    return np.concatenate([one for one in labels if one is not None]), np.concatenate(classes)
+    return np.concatenate([array for array in labels if array is not None]), np.concatenate(classes)
 
 
 class _Reader:

@@ -32,7 +32,7 @@ def forget_sources(most: int = _MOST_SOURCES) -> None:
     texts = getattr(getattr(fx.graph_module, "_loader", None), "eval_cache", {})
     if len(texts) <= most:
         return
-    codes = [getattr(own.forward, "__code__", None) for own in _subclasses(fx.GraphModule)]
+    codes = [getattr(kind.forward, "__code__", None) for kind in _subclasses(fx.GraphModule)]
     needed = {code.co_filename for code in codes if code is not None}
     for key in [key for key in texts if key not in needed]:
         del texts[key]

@@ -177,12 +177,12 @@ class State:
 
     def put_back(self) -> None:
         """Restore everything, with the stored values."""
-        for part, own, registries in self._parts:
+        for part, attributes, registries in self._parts:
             for name, entries in zip(_REGISTRIES, registries, strict=True):
-                own[name].clear()
-                own[name].update(entries)
+                attributes[name].clear()
+                attributes[name].update(entries)
             part.__dict__.clear()
-            part.__dict__.update(own)
+            part.__dict__.update(attributes)
         for _, container, before in self._containers:
             if container or before:
                 restore(container, before)
@@ -209,9 +209,9 @@ class State:
         written |= {id(drawn) for drawn, state in self._generators if not torch.equal(drawn.get_state(), state)}
         places = [
             (part, name)
-            for part, own, _ in self._parts
-            for name in {**own, **part.__dict__}
-            if name not in OWN_ATTRIBUTES and _differs(own.get(name), part.__dict__.get(name), written)
+            for part, attributes, _ in self._parts
+            for name in {**attributes, **part.__dict__}
+            if name not in OWN_ATTRIBUTES and _differs(attributes.get(name), part.__dict__.get(name), written)
         ]
         places += [
             place
@@ -221,14 +221,14 @@ class State:
         ]
         places += [
             (part, name)
-            for part, own, registries in self._parts
+            for part, attributes, registries in self._parts
             for registry, entries in zip(_REGISTRIES, registries, strict=True)
-            for name in {**entries, **own[registry]}
-            if not _same_entry(entries.get(name), own[registry].get(name))
+            for name in {**entries, **attributes[registry]}
+            if not _same_entry(entries.get(name), attributes[registry].get(name))
         ]
         if not places:
             return []
-        before = {id(part): own for part, own, _ in self._parts}
+        before = {id(part): attributes for part, attributes, _ in self._parts}
         paths = {id(part): path for path, part in self.module.named_modules()}
         return [
             Change(paths.get(id(part), ""), name, before[id(part)].get(name)) for part, name in dict.fromkeys(places)

@@ -39,8 +39,10 @@ def conv_per_sample(
     """
     if torch.compiler.is_exporting():
         return _by_matrices(input, weight, groups, *map(_both, (stride, padding, dilation)))
-    one = input.reshape(1, -1, *input.shape[2:])
-    out: Tensor = functional.conv2d(one, weight.flatten(0, 1), None, stride, padding, dilation, groups * input.shape[0])
+    as_one_sample = input.reshape(1, -1, *input.shape[2:])
+    out: Tensor = functional.conv2d(
+        as_one_sample, weight.flatten(0, 1), None, stride, padding, dilation, groups * input.shape[0]
+    )
     return out.view(input.shape[0], weight.shape[1], *out.shape[2:])
 
 

@@ -94,8 +94,10 @@ def infer_task(logits: Tensor, labels: Tensor | None, inputs: Tensor | None = No
         return Language(shift=inputs is None or _are_the_inputs(labels, inputs))
     if numbers and dense and not tokens and logits.shape[1] > 1:
         return Segmentation()
-    one = labels.numel() == logits.numel() and (logits.ndim == 1 or (logits.shape[1] == 1 and labels.shape == places))
-    if labels.shape == logits.shape or one:
+    one_per_sample = labels.numel() == logits.numel() and (
+        logits.ndim == 1 or (logits.shape[1] == 1 and labels.shape == places)
+    )
+    if labels.shape == logits.shape or one_per_sample:
         found = _by_values(logits, labels)
         if found is not None:
             return found

@@ -120,6 +120,6 @@ def _projected(teacher: TracedModel, student: TracedModel) -> list[tuple[str, st
 def _narrower(pair: Pair, teacher: TracedModel, student: TracedModel) -> int | None:
     """The student's width if it is below the teacher's; otherwise None, also for a penultimate vector without a channel axis."""
     facts = teacher.facts_of(pair.teacher), student.facts_of(pair.student)
-    if any(one.channel_axis is None for one in facts):
+    if any(layer_facts.channel_axis is None for layer_facts in facts):
         return None
     return facts[1].channels if facts[1].channels < facts[0].channels else None

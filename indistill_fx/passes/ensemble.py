@@ -204,13 +204,15 @@ def _in_order(pairs: Sequence[Pair], teacher: TracedModel) -> list[Pair]:
 def _inputs(teachers: Sequence[nn.Module], example: Any) -> tuple[tuple[str, ...], list[tuple[str, ...]], list[Tensor]]:
     """Names of the inputs of all of them together, and of each; and the inputs."""
     takes = [Inputs.of(teacher) for teacher in teachers]
-    calls = [Call.of_example(example, own, where=f"Teacher {number}") for number, own in enumerate(takes)]
-    names = [tuple(call.tensors(own.names)) for call, own in zip(calls, takes, strict=True)]
-    if len({len(own) for own in names}) > 1:
+    calls = [Call.of_example(example, signature, where=f"Teacher {number}") for number, signature in enumerate(takes)]
+    names = [tuple(call.tensors(signature.names)) for call, signature in zip(calls, takes, strict=True)]
+    if len({len(teacher_names) for teacher_names in names}) > 1:
         raise ConfigError(
-            "The teachers take different inputs: " + "; ".join(", ".join(own) for own in names) + ".",
+            "The teachers take different inputs: "
+            + "; ".join(", ".join(teacher_names) for teacher_names in names)
+            + ".",
             where="teachers",
-            got=[list(own) for own in names],
+            got=[list(teacher_names) for teacher_names in names],
             hint="Several teachers see the same inputs.",
         )
     return names[0], names, list(calls[0].tensors(names[0]).values())

@@ -137,8 +137,8 @@ def narrowed_teacher(teacher: TracedModel, plan: AlignmentPlan) -> PassResult[Tr
         result = narrow(teacher, plan)
     verify(result.value.graph_module, after="narrow", signature=signature_of(teacher.graph_module))
     done = [f"{tap.tap}: {len(tap.kept)} of {tap.of} channels" for tap in result.report.taps]
-    done += [f"{one.module}: {one.kept} of {one.of} rows" for tap in result.report.taps for one in tap.absorbed]
-    skipped = [f"{one.node}: {one.reason}" for tap in result.report.taps for one in tap.stopped]
+    done += [f"{layer.module}: {layer.kept} of {layer.of} rows" for tap in result.report.taps for layer in tap.absorbed]
+    skipped = [f"{end.node}: {end.reason}" for tap in result.report.taps for end in tap.stopped]
     text = graph_text(teacher.graph_module), graph_text(result.value.graph_module)
     return PassResult(result.value, PassRecord("narrow", tuple(done), tuple(skipped), *text))
 
@@ -162,13 +162,13 @@ def _delivering(teacher: TracedModel, student: TracedModel) -> list[Pass]:
 
 
 def _adapters(
-    pairs: Sequence[Pair], own: TracedModel, other: TracedModel, *, side: Role, narrowed: bool, one_size: bool = False
+    pairs: Sequence[Pair], model: TracedModel, other: TracedModel, *, side: Role, narrowed: bool, one_size: bool = False
 ) -> list[Pass]:
     """One pass for each pair whose features must be converted to a common shape."""
     passes: list[Pass] = []
     for pair in pairs:
         tap, partner = (pair.teacher, pair.student) if side == "teacher" else (pair.student, pair.teacher)
-        layouts = layout_of(own.facts_of(tap)), layout_of(other.facts_of(partner))
+        layouts = layout_of(model.facts_of(tap)), layout_of(other.facts_of(partner))
         alike = layouts[0].form == layouts[1].form and not layouts[0].batch_axis
         if narrowed or not alike or (one_size and layouts[0].space != layouts[1].space):
             apply = partial(adapt, tap=tap, own=layouts[0], other=layouts[1], may_slice=narrowed and side == "student")

@@ -96,9 +96,12 @@ def reuse_classifier(
         >>> [name for name, part in student.named_children()], student(torch.randn(4, 1, 8, 8)).shape
         (['student', 'projector', 'classifier'], torch.Size([4, 10]))
     """
-    own, other = as_traced(teacher, example_inputs, role="teacher"), as_traced(student, example_inputs, role="student")
-    plan = align(own, other) if plan is None else plan
-    plan.check(own, other)
+    traced_teacher, traced_student = (
+        as_traced(teacher, example_inputs, role="teacher"),
+        as_traced(student, example_inputs, role="student"),
+    )
+    plan = align(traced_teacher, traced_student) if plan is None else plan
+    plan.check(traced_teacher, traced_student)
     if not plan.pairs:
         raise ConfigError(
             "The plan has no pairs, and the teacher's classifier is what follows its layer of the last one.",
@@ -107,10 +110,10 @@ def reuse_classifier(
         )
     pair = plan.pairs[-1]
     root = nn.Module()
-    _require_channels(own.facts_of(pair.teacher), other.facts_of(pair.student), pair)
-    root.student = _up_to(other, pair.student)
-    root.projector = make_projector(pair, factor, relu=op_name(own.node(pair.teacher)) in _NOT_NEGATIVE)
-    root.classifier = FrozenClassifier(_after(own, pair.teacher))
+    _require_channels(traced_teacher.facts_of(pair.teacher), traced_student.facts_of(pair.student), pair)
+    root.student = _up_to(traced_student, pair.student)
+    root.projector = make_projector(pair, factor, relu=op_name(traced_teacher.node(pair.teacher)) in _NOT_NEGATIVE)
+    root.classifier = FrozenClassifier(_after(traced_teacher, pair.teacher))
     device = next((parameter.device for parameter in root.student.parameters()), torch.device("cpu"))
     root.to(device)
     graph = fx.Graph()
@@ -119,9 +122,9 @@ def reuse_classifier(
     feature = graph.call_module("student", (), inputs)
     graph.output(graph.call_module("classifier", (graph.call_module("projector", (feature,)),)))
     made = fx.GraphModule(root, graph, class_name="ReusedClassifier")
-    _check(made, other, own, pair)
+    _check(made, traced_student, traced_teacher, pair)
     made.meta["reuses"] = ReusedAfter(pair.teacher, pair.teacher_shape[1:])
-    return made.train(other.module.training)
+    return made.train(traced_student.module.training)
 
 
 def make_projector(pair: Pair, factor: int, *, relu: bool) -> nn.Sequential:

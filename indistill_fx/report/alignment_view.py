@@ -240,7 +240,8 @@ def _planned(match: Match, tap: str, shape: Shape, side: str) -> tuple[str, Row]
 
 def _bands(rows: Sequence[tuple[str, Row]]) -> tuple[Band, ...]:
     return tuple(
-        Band("", size, None, tuple((row,) for _, row in own)) for size, own in groupby(rows, key=lambda entry: entry[0])
+        Band("", size, None, tuple((row,) for _, row in members))
+        for size, members in groupby(rows, key=lambda entry: entry[0])
     )
 
 

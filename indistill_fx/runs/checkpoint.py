@@ -158,7 +158,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Tens
         state.setdefault(int(index), {})[key] = _laid_out_as(parameters[int(index)], value)
     error = ConfigError("The checkpoint belongs to another optimiser", where="optimizer", hint=hint)
     with instead_of((KeyError, ValueError, TypeError, RuntimeError), error):
-        if len({frozenset(own) for own in state.values()}) > 1:
+        if len({frozenset(entries) for entries in state.values()}) > 1:
             raise ValueError("its parameters have states of different kinds")
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 

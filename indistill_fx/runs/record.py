@@ -179,7 +179,10 @@ def environment(device: str, processes: int) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "device": device,
         "processes": processes,
-        "versions": {"indistill-fx": __version__, **{name: own for name in packages if (own := _version(name))}},
+        "versions": {
+            "indistill-fx": __version__,
+            **{name: version for name in packages if (version := _version(name))},
+        },
     }
 
 

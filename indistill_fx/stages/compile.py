@@ -189,12 +189,12 @@ def _warmup_stages(
             stages.append(_fed_stage(slim, student, together, curriculum, budget, lowerings, before))
             continue
         learned = together if layer == PAIRS else [pairs[layer]]
-        one = warmup_loss(curriculum.loss)
+        pair_loss = warmup_loss(curriculum.loss)
         keys = [pair.student for pair in learned]
         both = HalfOptions(lowerings, narrowed)
         half = teacher_half(slim, student, learned, [], both)
         other = student_half(student, slim, learned, [], both)
-        criterion = PairsLoss(one, keys, relative=True) if layer == PAIRS else FeatureLoss(one, layer)
+        criterion = PairsLoss(pair_loss, keys, relative=True) if layer == PAIRS else FeatureLoss(pair_loss, layer)
         about = {"criterion": criterion, "pairs": learned, "budget": budget}
         stages.append(_stage(layer, slim, student, (half, other), before=before, **about))
     return stages

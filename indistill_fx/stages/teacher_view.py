@@ -252,7 +252,9 @@ def check_class_order(model: Source, classes: Sequence[str]) -> str | None:
         return None
     if sorted(map(_plain, model_classes)) == sorted(map(_plain, classes)):
         place = next(
-            i for i, (one, other) in enumerate(zip(model_classes, classes, strict=True)) if _plain(one) != _plain(other)
+            i
+            for i, (model_class, other) in enumerate(zip(model_classes, classes, strict=True))
+            if _plain(model_class) != _plain(other)
         )
         raise ConfigError(
             f"{model.spec} and the data have the same classes in another order: class {place} is {model_classes[place]!r} to the model and"

@@ -230,10 +230,7 @@ class TrainingLoop:
                 self._check(index, batch)
             yield index, to_device(phase.given(batch), device, non_blocking=True), last
         if self._loader.left_out and self.state.epoch == 0:
-            self._note(
-                phase,
-                f"batches of fewer than {self._loader.least} samples are left out, because batch norms need that many",
-            )
+            self._note(phase, f"batches of fewer than {self._loader.least} samples are left out: batch norms need more")
 
     def _awaited(self, batches: Iterator[tuple[Any, bool]]) -> Iterator[tuple[Any, bool]]:
         """The batches of a loader; the time spent waiting for each is recorded."""
@@ -266,8 +263,7 @@ class TrainingLoop:
         if state.epoch < phase.budget.length and phase.budget.unit == "epochs":
             quantity = self.metric.title if phase.main else "loss"
             self._note(
-                phase,
-                f"ended after {state.epoch} of {phase.budget.length} epochs, because the {quantity} no longer improved",
+                phase, f"ended after {state.epoch} of {phase.budget.length} epochs: {quantity} stopped improving"
             )
         for text in (phase.summary, step.recorded.note if step.recorded is not None else ""):
             if text:
@@ -382,7 +378,7 @@ class TrainingLoop:
         asked = [self._stop.number is not None, self._stop.save]
         self._stop.save = False
         if self._accelerator.num_processes > 1:
-            found = torch.tensor([int(one) for one in asked], device=self._accelerator.device)
+            found = torch.tensor([int(flag) for flag in asked], device=self._accelerator.device)
             asked = [bool(count) for count in self._accelerator.reduce(found, "sum").tolist()]
         return asked[0], asked[1]
 

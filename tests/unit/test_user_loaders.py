@@ -97,9 +97,7 @@ def test_a_last_batch_of_one_is_left_out_where_there_are_batch_norms():
     data = TensorDataset(torch.randn(9, 3, 8, 8), torch.arange(9) % 5)
     record = ifx.train(net(norm=True), DataLoader(data, 4), epochs=1, device="cpu", progress=False)
     assert record.steps == 2
-    assert record.stages[0].notes == (
-        "batches of fewer than 2 samples are left out, because batch norms need that many",
-    )
+    assert record.stages[0].notes == ("batches of fewer than 2 samples are left out: batch norms need more",)
     assert ifx.train(net(), DataLoader(data, 4), epochs=1, device="cpu", progress=False).steps == 3
     ours = MemoryLoader(torch.zeros(9, 3, 8, 8).byte(), torch.zeros(9).long(), mean=(0,), std=(1,), batch_size=4)
     assert len(list(ours.at_least(2))) == 2

@@ -91,8 +91,10 @@ def black_box(model: onnx.ModelProto, inputs: Sequence[OnnxInput], taps: Sequenc
     wanted = sorted(dict.fromkeys((*taps, *outputs)), key=made.__getitem__)
     kinds = _kinds(model)
     graph, root = fx.Graph(), torch.nn.Module()
-    known: dict[str, fx.Node] = {own.name: graph.placeholder(plain_name(own.name)) for own in inputs}
-    dtypes = {own.name: own.dtype for own in inputs}
+    known: dict[str, fx.Node] = {
+        onnx_input.name: graph.placeholder(plain_name(onnx_input.name)) for onnx_input in inputs
+    }
+    dtypes = {onnx_input.name: onnx_input.dtype for onnx_input in inputs}
     for name in wanted:
         part, begins = _part(model, name, known, made, kinds)
         if not begins:
@@ -102,8 +104,8 @@ def black_box(model: onnx.ModelProto, inputs: Sequence[OnnxInput], taps: Sequenc
                 hint="Name a tensor that does, as Netron shows it.",
             )
         path = _free(name, root)
-        root.add_module(path, OnnxPart(part, [dtypes[one] for one in begins], inputs[0].batch, where))
-        known[name] = graph.call_module(path, tuple(known[one] for one in begins))
+        root.add_module(path, OnnxPart(part, [dtypes[tensor] for tensor in begins], inputs[0].batch, where))
+        known[name] = graph.call_module(path, tuple(known[tensor] for tensor in begins))
         dtypes[name] = _torch_kind(kinds.get(name, onnx.TensorProto.FLOAT))
     results = {name: known[name] for name in outputs}
     graph.output(results if len(results) > 1 else known[outputs[0]])
@@ -141,7 +143,7 @@ def _part(
 def _reads(node: onnx.NodeProto) -> list[str]:
     """The tensors that a node reads, including those read by its inner graphs."""
     inner = [graph for attribute in node.attribute for graph in (attribute.g, *attribute.graphs)]
-    deeper = [name for graph in inner for one in nodes_of(graph) for name in one.input]
+    deeper = [name for graph in inner for inner_node in nodes_of(graph) for name in inner_node.input]
     ends = [output.name for graph in inner for output in graph.output]
     return [name for name in (*node.input, *deeper, *ends) if name]
 

@@ -82,16 +82,18 @@ def inputs_of(model: onnx.ModelProto, shape: tuple[int, ...] | None = None) -> t
         pairs = [_length(dim, place, dims, dtype, given, lengths) for place, dim in enumerate(dims[1:])]
         batch = dims[0].dim_value if dims[0].dim_value > 0 else None
         found.append(
-            OnnxInput(value.name, dtype, batch, tuple(one for one, _ in pairs), tuple(other for _, other in pairs))
+            OnnxInput(
+                value.name, dtype, batch, tuple(length for length, _ in pairs), tuple(other for _, other in pairs)
+            )
         )
     if not found:
         raise _unfit("it has no inputs")
     if len({plain_name(pairs.name) for pairs in found}) < len(found):
-        raise _unfit(f"two of its inputs have the same name ({', '.join(one.name for one in found)})")
+        raise _unfit(f"two of its inputs have the same name ({', '.join(entry.name for entry in found)})")
     if len({output.name for output in model.graph.output}) < len(model.graph.output):
         raise _unfit("two of its outputs have the same name")
-    if len({one.batch for one in found}) > 1:
-        batch_texts = ", ".join(f"`{one.name}` {one.batch or 'any'}" for one in found)
+    if len({entry.batch for entry in found}) > 1:
+        batch_texts = ", ".join(f"`{entry.name}` {entry.batch or 'any'}" for entry in found)
         raise _unfit(f"its inputs begin with different lengths ({batch_texts})")
     return tuple(found)
 
@@ -124,10 +126,10 @@ def convert(model: onnx.ModelProto, inputs: Sequence[OnnxInput], where: str) -> 
     opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 1)
     scope: dict[str, Value] = {}
     with torch.device("meta"):
-        for own in inputs:
-            shapes = zip(_COUNTS, (own.shape, own.other), strict=True)
-            samples = [torch.empty((count, *shape), dtype=own.dtype) for count, shape in shapes]
-            scope[own.name] = build.placeholder(own.name, samples)
+        for onnx_input in inputs:
+            shapes = zip(_COUNTS, (onnx_input.shape, onnx_input.other), strict=True)
+            samples = [torch.empty((count, *shape), dtype=onnx_input.dtype) for count, shape in shapes]
+            scope[onnx_input.name] = build.placeholder(onnx_input.name, samples)
     _Conversion(build, opset, where).run(model.graph, scope)
     results: dict[str, Any] = {}
     for output in model.graph.output:
@@ -273,14 +275,14 @@ def _length(
     if dim.dim_param and dim.dim_param in lengths:
         return lengths[dim.dim_param]
     if len(dims) == 4 and place > 0:
-        one, more = 224, 32
+        length, more = 224, 32
     else:
-        one = 16_000 if dtype.is_floating_point and len(dims) == 2 else 16
-        more = one // 2
-    one = given[place] if given is not None else one
+        length = 16_000 if dtype.is_floating_point and len(dims) == 2 else 16
+        more = length // 2
+    length = given[place] if given is not None else length
     if dim.dim_param:
-        lengths[dim.dim_param] = one, one + more
-    return one, one + more
+        lengths[dim.dim_param] = length, length + more
+    return length, length + more
 
 
 def _fits(dims: Sequence[Any], shape: tuple[int, ...]) -> bool:

@@ -82,13 +82,16 @@ def run_file(path: Path, taps: Sequence[str], shape: tuple[int, ...] | None = No
 
 
 def _bounded(inputs: Sequence[OnnxInput]) -> Sequence[OnnxInput]:
-    for own in inputs:
-        shape = (own.batch or 1, *own.shape)
-        if 0 in shape or max(math.prod(shape), math.prod((own.batch or 1, *own.other))) > LARGEST_CONSTANT:
+    for onnx_input in inputs:
+        shape = (onnx_input.batch or 1, *onnx_input.shape)
+        if (
+            0 in shape
+            or max(math.prod(shape), math.prod((onnx_input.batch or 1, *onnx_input.other))) > LARGEST_CONSTANT
+        ):
             size = "x".join(map(str, shape))
             raise ConfigError(
-                f"The input `{own.name}` of the ONNX file is too large: {size}.",
-                where=own.name,
+                f"The input `{onnx_input.name}` of the ONNX file is too large: {size}.",
+                where=onnx_input.name,
                 got=size,
                 hint="Give a smaller input: --input 3x224x224.",
             )

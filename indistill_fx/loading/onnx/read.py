@@ -56,7 +56,7 @@ def read_onnx(path: Path) -> onnx.ModelProto:
             model = inliner.inline_local_functions(model)
         except Exception as error:  # the inliner raises exceptions of its own
             raise _refused(path, "has functions of its own that are called wrongly") from error
-    if any(own.ref_attr_name for node in nodes_of(model.graph) for own in node.attribute):
+    if any(attribute.ref_attr_name for node in nodes_of(model.graph) for attribute in node.attribute):
         raise _refused(path, "refers to attributes of a function outside of one")
     return model
 
@@ -205,7 +205,7 @@ def _graphs(model: onnx.ModelProto) -> Iterator[onnx.GraphProto | onnx.FunctionP
         graph = todo.pop()
         yield graph
         attributes = [attribute for node in graph.node for attribute in node.attribute]
-        todo += [inner for own in attributes for inner in (own.g, *own.graphs) if inner.ByteSize()]
+        todo += [inner for attribute in attributes for inner in (attribute.g, *attribute.graphs) if inner.ByteSize()]
 
 
 def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:

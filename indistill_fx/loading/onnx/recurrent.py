@@ -61,7 +61,7 @@ def _require_plain(op: Op) -> str:
     if op.kind == "GRU" and not op.get("linear_before_reset", 0):
         raise Undecided("applies its reset gate before the product (linear_before_reset = 0), and torch's GRU after it")
     usual = _USUAL[op.kind]
-    given = [str(one).lower() for one in op.get("activations", usual)]
+    given = [str(name).lower() for name in op.get("activations", usual)]
     named = {"relu", "tanh"} if op.kind == "RNN" else set()
     if given != usual * (len(given) // len(usual)) and not (len(set(given)) == 1 and set(given) <= named):
         raise Undecided(f"has the activations {', '.join(given)}")

@@ -82,11 +82,11 @@ def run_session(session: onnxruntime.InferenceSession, inputs: Sequence[Tensor],
                 hint="Export it for any number of samples (dynamic axes).",
             )
         parts.append([value[: count - start] for value in results])
-    return [torch.cat(own) if len(own) > 1 else own[0] for own in zip(*parts, strict=True)]
+    return [torch.cat(pieces) if len(pieces) > 1 else pieces[0] for pieces in zip(*parts, strict=True)]
 
 
 def _run(session: onnxruntime.InferenceSession, rows: Sequence[Tensor]) -> list[Tensor]:
-    given = {own.name: row.numpy() for own, row in zip(session.get_inputs(), rows, strict=True)}
+    given = {entry.name: row.numpy() for entry, row in zip(session.get_inputs(), rows, strict=True)}
     return [torch.from_numpy(array) for array in session.run(None, given)]
 
 
@@ -99,12 +99,12 @@ def example_of(inputs: Sequence[OnnxInput], count: int, *, other: bool = False) 
     """Random inputs, the same ones every time: normally distributed numbers, whole ones 0 or 1."""
     generator = torch.Generator().manual_seed(0)
     found = []
-    for own in inputs:
-        shape = (count, *(own.other if other else own.shape))
-        if own.dtype.is_floating_point:
-            found.append(torch.randn(shape, generator=generator).to(own.dtype))
+    for onnx_input in inputs:
+        shape = (count, *(onnx_input.other if other else onnx_input.shape))
+        if onnx_input.dtype.is_floating_point:
+            found.append(torch.randn(shape, generator=generator).to(onnx_input.dtype))
         else:
-            found.append(torch.randint(0, 2, shape, generator=generator).to(own.dtype))
+            found.append(torch.randint(0, 2, shape, generator=generator).to(onnx_input.dtype))
     return tuple(found)
 
 

@@ -49,7 +49,7 @@ def _laid_out(build: Builder, x: Traced, wanted: Sequence[Any], shapes: Sequence
     same_batch = bool(ends) and ends[0] == tuple(sample.shape[0] for sample in x.samples)
     if len(ends) == 2 and x.dim > 2 and same_batch:
         return build.call(torch.flatten, x, 1)
-    if all(tuple(sample.shape) == tuple(own) for sample, own in zip(x.samples, shapes, strict=True)):
+    if all(tuple(sample.shape) == tuple(shape) for sample, shape in zip(x.samples, shapes, strict=True)):
         return x
     if fixed.count(None) <= 1:
         return build.call(torch.reshape, x, tuple(-1 if n is None else n for n in fixed))
@@ -140,7 +140,7 @@ def cut(op: Op, build: Builder) -> Any:
         low = None if _is(start, 0) else start
         high = None if not isinstance(end, Size) and (end > _FAR or _covers(x, place, end)) else end
         index[place] = slice(low, high, None if step == 1 else step)
-    if all(one == slice(None) for one in index):
+    if all(entry == slice(None) for entry in index):
         return x
     while index and index[-1] == slice(None):
         index.pop()
@@ -199,14 +199,16 @@ def expand(op: Op, build: Builder) -> Any:
     if isinstance(x, Tensor) and not any(isinstance(n, Size) for n in wanted):
         return build.call(Tensor.expand, x, torch.broadcast_shapes(x.shape, tuple(wanted)))
     samples = x.samples if isinstance(x, Traced) else (x,) * len(build.counts)
-    shapes = [torch.broadcast_shapes(one.shape, _at(wanted, number)) for number, one in enumerate(samples)]
-    if all(tuple(one.shape) == tuple(new) for one, new in zip(samples, shapes, strict=True)):
+    shapes = [torch.broadcast_shapes(sample.shape, _at(wanted, number)) for number, sample in enumerate(samples)]
+    if all(tuple(sample.shape) == tuple(new) for sample, new in zip(samples, shapes, strict=True)):
         return x
     ends = list(zip(*shapes, strict=True))
     extra = len(ends) - len(samples[0].shape)
     result: list[Any] = []
     for place, lengths in enumerate(ends):
-        kept = place >= extra and all(one.shape[place - extra] == n for one, n in zip(samples, lengths, strict=True))
+        kept = place >= extra and all(
+            sample.shape[place - extra] == n for sample, n in zip(samples, lengths, strict=True)
+        )
         number = wanted[place - len(ends)] if len(ends) - place <= len(wanted) else -1
         result.append(-1 if kept else lengths[0] if len(set(lengths)) == 1 else number)
     return build.call(Tensor.expand, x, *result)

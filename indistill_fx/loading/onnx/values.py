@@ -65,9 +65,10 @@ class Size:
     samples: tuple[Any, ...]
 
     def _with(self, function: Callable[..., Any], *operands: Any) -> Size:
-        nodes = tuple(one.node if isinstance(one, Size) else one for one in operands)
+        nodes = tuple(operand.node if isinstance(operand, Size) else operand for operand in operands)
         values = zip(
-            *(one.samples if isinstance(one, Size) else (one,) * len(self.samples) for one in operands), strict=True
+            *(operand.samples if isinstance(operand, Size) else (operand,) * len(self.samples) for operand in operands),
+            strict=True,
         )
         return Size(self.node.graph.call_function(function, nodes), tuple(function(*each) for each in values))
 

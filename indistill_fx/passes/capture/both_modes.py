@@ -173,8 +173,8 @@ class _Merge:
             if isinstance(part, _Region):
                 self._write_region(part)
             else:
-                for own, other in part:
-                    self._write(own, other)
+                for trained, other in part:
+                    self._write(trained, other)
         self.graph.lint()
         graph_module = self.trained.graph_module
         targets = {
@@ -182,7 +182,7 @@ class _Merge:
             for n in self.new
             if n.op in ("get_attr", "call_module")
         }
-        names = {own.name: new.name for own, new in self.new.items()}
+        names = {trained.name: new.name for trained, new in self.new.items()}
         outputs = [(tap, names[node], place) for tap, node, place in self.trained.outputs if node in names]
         merged = assemble(self.graph, {**targets, **self.modules}, type(graph_module).__name__)
         merged.recompile()
@@ -232,44 +232,46 @@ class _Merge:
         return self.new[old]
 
     def _find_results(self, pairs: Pairs) -> None:
-        for own, other in pairs:
-            given = tensor_nodes((own.args, own.kwargs)), tensor_nodes((other.args, other.kwargs))
+        for trained, other in pairs:
+            given = tensor_nodes((trained.args, trained.kwargs)), tensor_nodes((other.args, other.kwargs))
             if len(given[0]) != len(given[1]):
-                raise FrontendError(f"`{own.name}` reads different things in the two modes")
+                raise FrontendError(f"`{trained.name}` reads different things in the two modes")
             for a, b in zip(*given, strict=True):
                 if self.same.get(b) is not self.same.get(a, a):
                     region = self.region_of.get(a) or self.region_of.get(b)
                     if region is None or any(self.region_of.get(node, region) is not region for node in (a, b)):
-                        raise FrontendError(f"`{own.name}` reads tensors of different places in the two modes")
+                        raise FrontendError(f"`{trained.name}` reads tensors of different places in the two modes")
                     region.results.setdefault((a, b), len(region.results))
 
-    def _write(self, own: fx.Node, other: fx.Node) -> None:
-        args = self._merged(own.args, other.args, own)
-        kwargs = self._merged(own.kwargs, other.kwargs, own)
-        self.new[own] = self.graph.create_node(own.op, own.target, args, kwargs, name=own.name)
-        self.new[own].meta = dict(own.meta)
+    def _write(self, trained: fx.Node, other: fx.Node) -> None:
+        args = self._merged(trained.args, other.args, trained)
+        kwargs = self._merged(trained.kwargs, other.kwargs, trained)
+        self.new[trained] = self.graph.create_node(trained.op, trained.target, args, kwargs, name=trained.name)
+        self.new[trained].meta = dict(trained.meta)
 
-    def _merged(self, own: Any, other: Any, reader: fx.Node) -> Any:
+    def _merged(self, trained: Any, other: Any, reader: fx.Node) -> Any:
         """The argument of train mode if eval mode has the same; otherwise a node that chooses between the two."""
-        if isinstance(own, fx.Node):
-            if self.same.get(other) is self.same.get(own, own):
-                return self._at(own)
-            region = self.region_of.get(own) or self.region_of[other]
-            return self.made[id(region)][region.results[own, other]]
-        if isinstance(own, (tuple, list)) and type(own) is type(other) and len(own) == len(other):
-            entries = [self._merged(a, b, reader) for a, b in zip(own, other, strict=True)]
-            return type(own)(*entries) if hasattr(own, "_fields") else type(own)(entries)
-        if isinstance(own, Mapping) and isinstance(other, Mapping) and own.keys() == other.keys():
-            return {key: self._merged(own[key], other[key], reader) for key in own}
-        if isinstance(own, slice) and isinstance(other, slice):
-            ends = (self._merged(getattr(own, end), getattr(other, end), reader) for end in ("start", "stop", "step"))
+        if isinstance(trained, fx.Node):
+            if self.same.get(other) is self.same.get(trained, trained):
+                return self._at(trained)
+            region = self.region_of.get(trained) or self.region_of[other]
+            return self.made[id(region)][region.results[trained, other]]
+        if isinstance(trained, (tuple, list)) and type(trained) is type(other) and len(trained) == len(other):
+            entries = [self._merged(a, b, reader) for a, b in zip(trained, other, strict=True)]
+            return type(trained)(*entries) if hasattr(trained, "_fields") else type(trained)(entries)
+        if isinstance(trained, Mapping) and isinstance(other, Mapping) and trained.keys() == other.keys():
+            return {key: self._merged(trained[key], other[key], reader) for key in trained}
+        if isinstance(trained, slice) and isinstance(other, slice):
+            ends = (
+                self._merged(getattr(trained, end), getattr(other, end), reader) for end in ("start", "stop", "step")
+            )
             return slice(*ends)
-        if type(own) is type(other) and own == other:
-            return own
-        if isinstance(own, (tuple, list, Mapping)) or reader.op == "output":
+        if type(trained) is type(other) and trained == other:
+            return trained
+        if isinstance(trained, (tuple, list, Mapping)) or reader.op == "output":
             raise FrontendError(f"`{reader.name}` reads different things in the two modes")
         flag = self._read_flag(_module_of([reader]))
-        return flag if own is True and other is False else self.graph.call_function(choose, (flag, own, other))
+        return flag if trained is True and other is False else self.graph.call_function(choose, (flag, trained, other))
 
     def _read_flag(self, path: str) -> fx.Node:
         self._flag(path)
@@ -326,7 +328,7 @@ class _Merge:
         self, nodes: list[fx.Node], captured: Captured, inputs: list[fx.Node], region: _Region, which: int
     ) -> fx.GraphModule:
         graph = fx.Graph()
-        places = {own: graph.placeholder(own.name) for own in inputs}
+        places = {node: graph.placeholder(node.name) for node in inputs}
         memo: dict[fx.Node, fx.Node] = {}
 
         def inner(node: fx.Node) -> fx.Node:

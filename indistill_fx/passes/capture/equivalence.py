@@ -116,10 +116,10 @@ class Reference:
             if not failures:
                 self._sizes = _SIZES
                 return self._sizes
-            own = self._run(self.example)
-            if isinstance(own, str):
+            run = self._run(self.example)
+            if isinstance(run, str):
                 raise FrontendError(
-                    f"the forward of {type(self.module).__name__} fails on the example input {self._shapes()}: {own}",
+                    f"the forward of {type(self.module).__name__} fails on the example input {self._shapes()}: {run}",
                     where="forward",
                     hint="Check the shape of one sample (--input or example_inputs, channels first, such as 3x224x224), or, if it "
                     "comes from the data, how images are prepared (--size, --channels).",

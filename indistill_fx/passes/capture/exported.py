@@ -139,10 +139,10 @@ def _rebuild(
         if node.op == "placeholder":
             spec = specs[node.name]
             if spec.kind is InputKind.USER_INPUT:
-                memo[node] = own = next(given)
+                memo[node] = value = next(given)
                 axes = _sizes(node)
-                if any(n is not None for n in axes) and own.op == "placeholder":
-                    fixed[str(own.target)] = axes
+                if any(n is not None for n in axes) and value.op == "placeholder":
+                    fixed[str(value.target)] = axes
                 continue
             name = str(spec.target)
             targets[name] = _own_tensor(program, module, name)

@@ -134,15 +134,15 @@ def _assemble(
         shape, axis, seen = shapes[node.name], _told_axis(node, graph_module), first[node.name]
         axis = channels[node.name] if axis is None else axis
         kind = _kind(shape, axes[node.name], axis)
-        own = tuple(n for k, n in enumerate(shape) if k not in (axes[node.name], axis))
+        sides = tuple(n for k, n in enumerate(shape) if k not in (axes[node.name], axis))
         facts[node.name] = NodeFacts(
             shape=shape,
             dtype=seen.dtype,
             kind=kind,
             batch_axis=axes[node.name],
             channel_axis=axis,
-            stride=tuple(a / b for a, b in zip(space, own, strict=True))
-            if kind == "map" and len(space) == len(own) and 0 not in own
+            stride=tuple(a / b for a, b in zip(space, sides, strict=True))
+            if kind == "map" and len(space) == len(sides) and 0 not in sides
             else None,
             macs=seen.macs // sizes[0],
             parameters=_parameters(node, graph_module),

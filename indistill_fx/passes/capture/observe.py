@@ -154,9 +154,9 @@ class _Run:
         """The layer's earlier output for samples of this shape, if it is known."""
         weight = layer._parameters.get("weight")
         weights = None if weight is None else (weight.shape, weight.dtype)
-        own: Any = type(layer)
-        settings = repr([getattr(layer, name) for name in own.__constants__])
-        key = (own, settings, given.shape[1:], given.dtype, weights)
+        kind: Any = type(layer)
+        settings = repr([getattr(layer, name) for name in kind.__constants__])
+        key = (kind, settings, given.shape[1:], given.dtype, weights)
         known = self.layers.get(key)
         if known is None or (self.counter is not None and known.macs < 0):
             self.keys[node] = key, given

@@ -56,13 +56,13 @@ def product(call: Call, cut: Cut, ends: dict[int, list[fx.Node]], every: list[An
     operands = ends.get(cut.start, every)
     wanted = call.output_shape[cut.start : cut.stop]
     sizes = [(call.shape(n) or ())[cut.start : cut.stop] for n in operands]
-    alike = [cut.start not in ends and all(n == 1 for n in own) for own in sizes]
-    if any(own != wanted and not same for own, same in zip(sizes, alike, strict=True)):
+    alike = [cut.start not in ends and all(n == 1 for n in size) for size in sizes]
+    if any(size != wanted and not same for size, same in zip(sizes, alike, strict=True)):
         return Blocked("the operands of a product broadcast here")
     cuts = [
         Cut(n, cut.start, cut.stop, cut.index)
-        for n, own, same in zip(operands, sizes, alike, strict=True)
-        if own == wanted or not same
+        for n, size, same in zip(operands, sizes, alike, strict=True)
+        if size == wanted or not same
     ]
     return Propagation(again(call, cuts), tuple(Part(c) for c in cuts))
 

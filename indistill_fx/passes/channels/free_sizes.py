@@ -36,8 +36,8 @@ def free_sizes(out: Emitter, call: Call, new: fx.Node, span: Span, made: Span) -
     groups = [*_groups(before, after, (0, span[0]), (0, made[0]))]
     groups += _groups(before, after, (span[1], len(before)), (made[1], len(after)))
     given, sizes = _given(call), dict[int, Size]()
-    for axes, own in groups:
-        sizes.update(_sizes(out, axes, own, given, after, size_of))
+    for axes, out_axes in groups:
+        sizes.update(_sizes(out, axes, out_axes, given, after, size_of))
     computed = [axis for axis in sizes if callable(sizes[axis])]
     inferred = computed[-1] if computed else None  # torch computes one
     written = {axis: -1 if axis == inferred else size() if callable(size) else size for axis, size in sizes.items()}
@@ -49,12 +49,12 @@ def _groups(before: Shape, after: Shape, span: Span, made: Span) -> list[tuple[l
     ins, outs = list(range(*span)), list(range(*made))
     found = []
     while ins or outs:
-        axes, own = ins[:1], outs[:1]
-        while (size := prod(before[k] for k in axes)) != (other := prod(after[k] for k in own)):
-            longer, rest = (axes, ins) if size < other else (own, outs)
+        axes, out_axes = ins[:1], outs[:1]
+        while (size := prod(before[k] for k in axes)) != (other := prod(after[k] for k in out_axes)):
+            longer, rest = (axes, ins) if size < other else (out_axes, outs)
             longer.append(rest[len(longer)])
-        ins, outs = ins[len(axes) :], outs[len(own) :]
-        found.append((axes, own))
+        ins, outs = ins[len(axes) :], outs[len(out_axes) :]
+        found.append((axes, out_axes))
     return found
 
 
@@ -73,7 +73,7 @@ def _given(call: Call) -> dict[int, Any]:
 def _sizes(
     out: Emitter,
     axes: Sequence[int],
-    own: Sequence[int],
+    out_axes: Sequence[int],
     given: dict[int, Any],
     after: Shape,
     size_of: Callable[[int], fx.Node],
@@ -87,9 +87,9 @@ def _sizes(
 
         return write
 
-    numbers: dict[int, Size] = {k: given[k] for k in own if isinstance(given.get(k), int)}
-    numbers |= {k: 1 for k in own if after[k] == 1 and k not in given and len(own) > 1}
-    rest = [k for k in own if k not in numbers]
+    numbers: dict[int, Size] = {k: given[k] for k in out_axes if isinstance(given.get(k), int)}
+    numbers |= {k: 1 for k in out_axes if after[k] == 1 and k not in given and len(out_axes) > 1}
+    rest = [k for k in out_axes if k not in numbers]
     if len(rest) == 1 and axes:
         return {**numbers, rest[0]: quotient([*numbers.values()])}
     computed: dict[int, Size] = {k: lambda k=k: out.size(given[k]) for k in rest if k in given}  # type: ignore[misc]

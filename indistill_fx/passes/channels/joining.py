@@ -206,8 +206,8 @@ def slicing(call: Call, cut: Cut) -> Propagation | Blocked:
         return Blocked("one of the merged axes is sliced")
     if any(key[places[k][0]] != slice(None) for k in range(cut.start, cut.stop)):
         return Blocked("the selected axis is sliced by computed numbers")
-    at, own = places[cut.start][0], entries.get(axes[0])
-    index = cut.index if own is None else tuple(own[k] for k in cut.index)
+    at, chosen = places[cut.start][0], entries.get(axes[0])
+    index = cut.index if chosen is None else tuple(chosen[k] for k in cut.index)
     part = Part(Cut(call.input, axes[0], axes[-1] + 1, index))
     if call.op in (
         "getitem",
@@ -216,8 +216,8 @@ def slicing(call: Call, cut: Cut) -> Propagation | Blocked:
         given = call.get("key")
         key = full_key(given if isinstance(given, tuple) else (given,), len(call.shape(call.input) or ())) or key
         entries = {}
-    rest = {k: own for k, own in entries.items() if k != axes[0]}
-    moved = {k if k < axes[0] else k - cut.width + 1: own for k, own in rest.items()}
+    rest = {k: chosen for k, chosen in entries.items() if k != axes[0]}
+    moved = {k if k < axes[0] else k - cut.width + 1: chosen for k, chosen in rest.items()}
     new_key = (*key[:at], slice(None), *key[at + cut.width :])
     return Propagation(lambda out, new: index_by(out, new[0], new_key, moved), (part,))
 
@@ -294,12 +294,12 @@ def _entry(call: Call) -> Any:
 
 def index_by(out: Emitter, node: fx.Node, key: Key, entries: Mapping[int, Index]) -> fx.Node:
     """Take these entries of some axes, then index by a key of numbers, None and whole slices."""
-    for axis, own in entries.items():
-        step = own[1] - own[0] if len(own) > 1 else 1
-        if step > 0 and own == tuple(range(own[0], own[-1] + 1, step)):
-            node = out.function(operator.getitem, node, (*[slice(None)] * axis, slice(own[0], own[-1] + 1, step)))
+    for axis, chosen in entries.items():
+        step = chosen[1] - chosen[0] if len(chosen) > 1 else 1
+        if step > 0 and chosen == tuple(range(chosen[0], chosen[-1] + 1, step)):
+            node = out.function(operator.getitem, node, (*[slice(None)] * axis, slice(chosen[0], chosen[-1] + 1, step)))
         else:
-            node = index_select(out, node, axis, axis + 1, own)
+            node = index_select(out, node, axis, axis + 1, chosen)
     return node if all(entry == slice(None) for entry in key) else out.function(operator.getitem, node, key)
 
 

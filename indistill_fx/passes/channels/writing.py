@@ -28,20 +28,20 @@ def written(call: Call, cut: Cut) -> Propagation | Blocked:
         return Blocked("the selected axis is written into from a computed place on")
     if cut.width > 1 and any(axis in entries for axis in axes):
         return Blocked("one of the merged axes is written into")
-    own = entries.get(cut.start)
-    place = {k: j for j, k in enumerate(own)} if own is not None else {k: k for k in cut.index}
+    chosen = entries.get(cut.start)
+    place = {k: j for j, k in enumerate(chosen)} if chosen is not None else {k: k for k in cut.index}
     inside = tuple(p for p, k in enumerate(cut.index) if k in place)
     below = Part(Cut(call.input, cut.start, cut.stop, cut.index))
     if not inside:
         return Propagation(source, (below,))
-    if isinstance(key[cut.start], slice) and own is not None and any(isinstance(entry, int) for entry in key):
+    if isinstance(key[cut.start], slice) and chosen is not None and any(isinstance(entry, int) for entry in key):
         return Blocked("it is written into at single places of other axes")
     part = _of_value(call, cut, key, tuple(place[cut.index[p]] for p in inside), inside)
     if isinstance(part, Blocked):
         return part
 
     def emit(out: Emitter, new: Sequence[fx.Node]) -> fx.Node:
-        entry = slice(None) if own is None else inside[0] if isinstance(key[cut.start], int) else places(out, inside)
+        entry = slice(None) if chosen is None else inside[0] if isinstance(key[cut.start], int) else places(out, inside)
         value = new[1] if part is not None else call.get("value")
         return out.function(with_item, new[0], (*key[: cut.start], entry, *key[cut.stop :]), value)
 

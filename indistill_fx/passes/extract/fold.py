@@ -77,9 +77,9 @@ def _fold_norm(node: fx.Node, graph_module: fx.GraphModule) -> str | None:
         return f"`{source.name}` is read by others too"
     norm, layer = attribute(graph_module, str(node.target)), attribute(graph_module, str(source.target))
     # torch.nn.utils.prune recomputes the weight before every call.
-    for own, part in ((source, layer), (node, norm)):
+    for owner, part in ((source, layer), (node, norm)):
         if (reason := why_opaque(part)) is not None:
-            return f"`{own.name}`: {reason}"
+            return f"`{owner.name}`: {reason}"
     if norm.training or norm.running_mean is None:
         return "it normalises by the batch"
     kind = op_name(source)

@@ -135,8 +135,8 @@ def match(
     free = [_choose(places[0][i], places[1][j], table[i][j]) for i, j in cells]
     if similarity is None or not blockwise:
         free = _spread(sides, cells, free, kept, wanted=pairs, blockwise=blockwise)
-    chosen = sorted([*_thin(free, pairs, len(kept)), *kept], key=lambda one: sides[0].order[one.teacher.node])
-    placed = [moved(sides, one) for one in chosen]
+    chosen = sorted([*_thin(free, pairs, len(kept)), *kept], key=lambda match: sides[0].order[match.teacher.node])
+    placed = [moved(sides, match) for match in chosen]
     if pairs is None and placed and (stem := stems(sides, chosen[0])) is not None:
         chosen, placed = [stem, *chosen], [stem, *placed]
     found = _pairs(sides, placed)
@@ -170,7 +170,7 @@ def _nothing_fits(sides: _Sides, places: _Places, table: Sequence[Sequence[Evide
         'main="kd" without a warm-up (--no-warmup).'
     )
     listed = f"The stages of the teacher ({_listed(sides[0])}) and of the student ({_listed(sides[1])})"
-    without = [side.traced.role for side, own in zip(sides, places, strict=True) if not own]
+    without = [side.traced.role for side, side_places in zip(sides, places, strict=True) if not side_places]
     scored = [(table[i][j], t, s) for i, t in enumerate(places[0]) for j, s in enumerate(places[1])]
     best = max(((e.score, t, s) for e, t, s in scored if e is not None), key=lambda entry: entry[0], default=None)
     if without:
@@ -197,7 +197,10 @@ def _weigh_all(sides: _Sides, places: _Places, similarity: Similarity | None) ->
     """The evidence for every combination of a teacher's and a student's place."""
     measured: Sequence[Sequence[float]] | None = None
     if similarity is not None and all(places):
-        names = [[side.traced.tap_name(place.node) for place in own] for side, own in zip(sides, places, strict=True)]
+        names = [
+            [side.traced.tap_name(place.node) for place in side_places]
+            for side, side_places in zip(sides, places, strict=True)
+        ]
         measured = similarity(sides[0].traced, sides[1].traced, names[0], names[1])
     return [
         [weigh(t, s, similarity=None if measured is None else measured[i][j]) for j, s in enumerate(places[1])]
@@ -206,7 +209,7 @@ def _weigh_all(sides: _Sides, places: _Places, similarity: Similarity | None) ->
 
 
 def _gain(evidence: Evidence | None, teacher: Place, student: Place, kept: Sequence[Chosen], sides: _Sides) -> float:
-    if evidence is None or any(_cross(sides, (teacher, student), (one.teacher, one.student)) for one in kept):
+    if evidence is None or any(_cross(sides, (teacher, student), (match.teacher, match.student)) for match in kept):
         return -1.0
     return (evidence.score - _FLOOR) * teacher.weight * student.weight
 
@@ -253,7 +256,10 @@ def _spread(
     for (teacher, student), count, last in zip(stages, counts, exits, strict=True):
         places = sides[0].blocks(teacher), sides[1].blocks(student)
         tail = min(count - 1, _tail(teacher), _tail(student))
-        steps = [_evenly(len(own) - tail, count - tail) + list(range(len(own) - tail, len(own))) for own in places]
+        steps = [
+            _evenly(len(side_places) - tail, count - tail) + list(range(len(side_places) - tail, len(side_places)))
+            for side_places in places
+        ]
         inner = [(places[0][i], places[1][j]) for i, j in list(zip(*steps, strict=True))[:-1]]
         found += [_choose(t, s, weigh(t, s), "block") for t, s in inner if _gain(weigh(t, s), t, s, kept, sides) > -1]
         found.append(last)
@@ -308,12 +314,20 @@ def _fixed(sides: _Sides, fixed: Sequence[tuple[str, str]]) -> list[Chosen]:
 
 
 def _pairs(sides: _Sides, chosen: Sequence[Chosen]) -> tuple[Pair, ...]:
-    names = sides[0].names([one.teacher.node for one in chosen]), sides[1].names([one.student.node for one in chosen])
+    names = (
+        sides[0].names([match.teacher.node for match in chosen]),
+        sides[1].names([match.student.node for match in chosen]),
+    )
     return tuple(
         make_pair(
-            sides, teacher, student, (one.teacher.node, one.student.node), one.evidence.score, ", ".join(one.words)
+            sides,
+            teacher,
+            student,
+            (match.teacher.node, match.student.node),
+            match.evidence.score,
+            ", ".join(match.words),
         )
-        for teacher, student, one in zip(*names, chosen, strict=True)
+        for teacher, student, match in zip(*names, chosen, strict=True)
     )
 
 
@@ -331,7 +345,9 @@ def _unmatched(
     """The stages without a partner, and why; `possible` had one before pairs were left out, and `kept` were requested."""
     lines = []
     for k, side in enumerate(sides):
-        paired, left_out = ({(one.teacher, one.student)[k].node for one in some} for some in (chosen, possible))
+        paired, left_out = (
+            {(match.teacher, match.student)[k].node for match in matches} for matches in (chosen, possible)
+        )
         for stage in side.stages:
             if paired.isdisjoint(map(side.tensor, stage.blocks)):
                 place = side.place(stage, len(stage.blocks) - 1)

@@ -19,17 +19,17 @@ from indistill_fx.passes.structure.blocks import IDLE
 _Sides = tuple[Candidates, Candidates]
 
 
-def moved(sides: _Sides, one: Chosen) -> Chosen:
+def moved(sides: _Sides, match: Chosen) -> Chosen:
     """The pair at what its stages hand on, where that fits better; else as it is."""
-    places = one.teacher, one.student
-    if _shape(places[0]) == _shape(places[1]) or "fixed" in one.words or sides[0].taps != "block":
-        return one
+    places = match.teacher, match.student
+    if _shape(places[0]) == _shape(places[1]) or "fixed" in match.words or sides[0].taps != "block":
+        return match
     handed = []
     for side, place in zip(sides, places, strict=True):
         number = next((k for k, stage in enumerate(side.stages) if side.tensor(stage.exit) == place.node), None)
         node = None if number is None else _handed_on(side, number)
         if node is None or node == place.node:
-            return one
+            return match
         level = side.flow.levels.get(node, place.level)
         handed.append(
             replace(
@@ -41,7 +41,7 @@ def moved(sides: _Sides, one: Chosen) -> Chosen:
                 depth=side.flow.depth[node],
             )
         )
-    return _chosen(handed[0], handed[1]) or one
+    return _chosen(handed[0], handed[1]) or match
 
 
 def stems(sides: _Sides, first: Chosen) -> Chosen | None:

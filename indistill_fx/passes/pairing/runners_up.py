@@ -56,22 +56,25 @@ def explain(
         One entry per pair, in the same order.
     """
     taken = [
-        {(one.teacher, one.student)[k].node: pair for one, pair in zip(chosen, pairs, strict=True)} for k in (0, 1)
+        {(match.teacher, match.student)[k].node: pair for match, pair in zip(chosen, pairs, strict=True)}
+        for k in (0, 1)
     ]
     explained = []
-    for one, pair in zip(chosen, pairs, strict=True):
+    for match, pair in zip(chosen, pairs, strict=True):
         losers = []
         for i, teacher in enumerate(places[0]):
             for j, student in enumerate(places[1]):
                 evidence = table[i][j]
-                if evidence is not None and (teacher.node == one.teacher.node) != (student.node == one.student.node):
+                if evidence is not None and (teacher.node == match.teacher.node) != (
+                    student.node == match.student.node
+                ):
                     runner_up = (
-                        taken[1].get(student.node) if teacher.node == one.teacher.node else taken[0].get(teacher.node)
+                        taken[1].get(student.node) if teacher.node == match.teacher.node else taken[0].get(teacher.node)
                     )
-                    losers.append((teacher, student, evidence, _why(evidence, one, runner_up)))
+                    losers.append((teacher, student, evidence, _why(evidence, match, runner_up)))
         losers.sort(key=lambda entry: -entry[2].score)
         runners = tuple(_runner_up(sides, *entry) for entry in losers[:_RUNNERS_UP])
-        explained.append(Explained(pair, one.evidence, runners))
+        explained.append(Explained(pair, match.evidence, runners))
     return tuple(explained)
 
 

@@ -108,10 +108,10 @@ def _fix_slice(work: Rewriting, call: Call, node: fx.Node) -> None:
     key = fx.map_arg(key, lambda n: work.nodes[n.name])
     if all(k is None for k in kept.values()) and key == parsed[0]:
         return
-    places = {axis: {int(k): j for j, k in enumerate(own)} for axis, own in kept.items() if own is not None}
+    places = {axis: {int(k): j for j, k in enumerate(indices)} for axis, indices in kept.items() if indices is not None}
     left = {
-        axis: tuple(places[axis][k] for k in own if k in places[axis]) if axis in places else own
-        for axis, own in entries.items()
+        axis: tuple(places[axis][k] for k in indices if k in places[axis]) if axis in places else indices
+        for axis, indices in entries.items()
     }
     with work.new.graph.inserting_before(node):
         new = index_by(Inserter(work.new), node.args[0], key, left)  # type: ignore[arg-type]

@@ -98,8 +98,8 @@ def _isomorphic(found: Coupling, classes: Classes) -> NDArray[np.float64]:
             if k >= 0:
                 places[k].append((found.ops.get(node, node), axis))
     kinds: dict[object, list[int]] = {}
-    for k, own in enumerate(places):
-        kinds.setdefault(tuple(sorted(map(str, own))), []).append(k)
+    for k, channel_places in enumerate(places):
+        kinds.setdefault(tuple(sorted(map(str, channel_places))), []).append(k)
     scores = classes.scores.copy()
     for members in kinds.values():
         pool = np.concatenate([classes.groups[k].classes for k in members])

@@ -62,8 +62,8 @@ def _joined(first: Links, second: Links | None) -> Links:
     if second is None:
         return first
     onward: dict[int, list[int]] = {}
-    for own, entry in zip(*second, strict=True):
-        onward.setdefault(own, []).append(entry)
+    for middle, entry in zip(*second, strict=True):
+        onward.setdefault(middle, []).append(entry)
     pairs = [(a, c) for a, b in zip(*first, strict=True) for c in onward.get(b, ())]
     return tuple(a for a, _ in pairs), tuple(c for _, c in pairs)
 

@@ -31,7 +31,7 @@ class Rewriting:
         for (tensor, axis), kept in self.weights.items():
             axes.setdefault(tensor, {})[axis] = kept
         memo: dict[int, Any] = left_behind(old)
-        memo |= {t: _sliced_parameter(found.tensors[t], own) for t, own in axes.items()}
+        memo |= {t: _sliced_parameter(found.tensors[t], tensor_axes) for t, tensor_axes in axes.items()}
         self.new = deep_copy(old, memo)
         self.nodes = {node.name: node for node in self.new.graph.nodes}
         self.done: set[str] = set()

@@ -53,9 +53,9 @@ def rewrite(old: fx.GraphModule, found: Coupling, stays: Callable[[Units], NDArr
 def _write_shuffle(work: Rewriting, node: fx.Node, order: Cut) -> None:
     """Write a channel permutation for the remaining channels."""
     axis, source = order.start, work.nodes[order.node.name]
-    kept, own = work.kept(order.node, axis), work.kept(node, axis)
+    kept, kept_here = work.kept(order.node, axis), work.kept(node, axis)
     places = {int(k): j for j, k in enumerate(range(len(order.index)) if kept is None else kept)}
-    entries = [order.index[k] for k in (range(len(order.index)) if own is None else own.tolist())]
+    entries = [order.index[k] for k in (range(len(order.index)) if kept_here is None else kept_here.tolist())]
     new, old = Inserter(work.new), work.nodes[node.name]
     with work.new.graph.inserting_before(old):
         chosen = index_select(new, source, axis, axis + 1, tuple(places[k] for k in entries))  # type: ignore[arg-type]

@@ -142,8 +142,11 @@ def find_stages(traced: TracedModel, flow: Flow, blocks: Sequence[Block]) -> tup
     found += [((block,), True) for block in _outputs(traced, flow, {block.output for run in runs for block in run})]
     order = {name: k for k, name in enumerate(flow.inputs)}
     found.sort(key=lambda entry: order[entry[0][-1].output])
-    depths = [0.0, *(own[-1].depth for own, _ in found)]
-    return tuple(NetworkStage(k, own, depths[k + 1] - depths[k], is_output) for k, (own, is_output) in enumerate(found))
+    depths = [0.0, *(stage_blocks[-1].depth for stage_blocks, _ in found)]
+    return tuple(
+        NetworkStage(k, stage_blocks, depths[k + 1] - depths[k], is_output)
+        for k, (stage_blocks, is_output) in enumerate(found)
+    )
 
 
 def _runs(traced: TracedModel, flow: Flow, blocks: Sequence[Block]) -> list[list[Block]]:

@@ -194,8 +194,8 @@ class Settings:
     sync_batch_norm: bool = field(
         default=True,
         metadata=described(
-            "With several processes: compute batch-norm statistics over the whole batch. Without it, training is as fast as with DDP alone, but"
-            " the saved statistics are those of the first process."
+            "With several processes: compute batch-norm statistics over the whole batch. Without it, training is as fast as with DDP"
+            " alone, but the saved statistics are those of the first process."
         ),
     )
     shard: bool = field(

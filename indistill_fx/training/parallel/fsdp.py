@@ -32,8 +32,12 @@ class Shards:
 
     def __init__(self, stage: nn.Module, teacher: nn.Module | None = None):
         frozen = {id(parameter) for parameter in teacher.parameters()} if teacher is not None else set()
-        found = [(owner, name, own) for owner in stage.modules() for name, own in owner._parameters.items()]
-        self._own = [(owner, name, own) for owner, name, own in found if own is not None and id(own) not in frozen]
+        found = [(owner, name, parameter) for owner in stage.modules() for name, parameter in owner._parameters.items()]
+        self._own = [
+            (owner, name, parameter)
+            for owner, name, parameter in found
+            if parameter is not None and id(parameter) not in frozen
+        ]
         if teacher is not None and frozen:
             fully_shard(teacher)
         fully_shard(stage)
@@ -63,15 +67,15 @@ class Shards:
     @torch.no_grad()
     def restore(self) -> None:
         """Give the student its own parameters back, with their trained values."""
-        for (owner, name, own), (_, _, shard) in zip(self._own, self._spread, strict=True):
-            if not own.numel():  # a parameter that two layers share is filled once
-                own.data = gathered(shard) if isinstance(shard, DTensor) else shard.data
-            owner._parameters[name] = own
+        for (owner, name, parameter), (_, _, shard) in zip(self._own, self._spread, strict=True):
+            if not parameter.numel():  # a parameter that two layers share is filled once
+                parameter.data = gathered(shard) if isinstance(shard, DTensor) else shard.data
+            owner._parameters[name] = parameter
 
     def _forget(self) -> None:
         """Free the memory of the unsharded parameters."""
-        for _, _, own in self._own:
-            own.data = own.data.new_empty(0)
+        for _, _, parameter in self._own:
+            parameter.data = parameter.data.new_empty(0)
 
 
 def gathered(value: Tensor) -> Tensor:

@@ -64,7 +64,7 @@ class CudaRecorder:
                 yield found
             finally:
                 torch.cuda.set_sync_debug_mode(before)
-        found += [_place(one) for one in caught if str(one.message).startswith(_WAITS)]
+        found += [_place(warning) for warning in caught if str(warning.message).startswith(_WAITS)]
 
     def host_draws(self) -> object:
         """See `Recorder`."""

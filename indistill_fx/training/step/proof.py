@@ -28,7 +28,7 @@ def state_of(module: nn.Module, optimizer: Any, average: nn.Module | None = None
         optimizer: of its parameters.
         average: a moving average of them; None: there is none.
     """
-    entries = [(key, v) for own in optimizer.state.values() for key, v in own.items() if isinstance(v, Tensor)]
+    entries = [(key, v) for state in optimizer.state.values() for key, v in state.items() if isinstance(v, Tensor)]
     return {
         "weights": [parameter for parameter in module.parameters() if parameter.requires_grad],
         "buffers": list(module.buffers()),
