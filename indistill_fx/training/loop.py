@@ -262,9 +262,7 @@ class TrainingLoop:
         state = self.state
         if state.epoch < phase.budget.length and phase.budget.unit == "epochs":
             quantity = self.metric.title if phase.main else "loss"
-            self._note(
-                phase, f"ended after {state.epoch} of {phase.budget.length} epochs: {quantity} stopped improving"
-            )
+            self._note(phase, f"ended after {state.epoch} of {phase.budget.length} epochs: {quantity} has stalled")
         for text in (phase.summary, step.recorded.note if step.recorded is not None else ""):
             if text:
                 self._note(phase, text)

@@ -203,7 +203,7 @@ def test_a_plateau_ends_a_stage_early_and_says_so():
     stuck = Budget(9, learning_rate=1e-12, patience=2)
     record = run(student, Phase("first", Early(student), stuck), Phase("main", Whole(student), Budget(1)))
     assert record.stages[0].epochs == 3
-    assert record.stages[0].notes == ("ended after 3 of 9 epochs: loss stopped improving",)
+    assert record.stages[0].notes == ("ended after 3 of 9 epochs: loss has stalled",)
     moving = run(Student(), Phase("first", Early(student), Budget(4, learning_rate=0.01, patience=2)))
     assert moving.stages[0].epochs == 4 and moving.stages[0].notes == ()
 
