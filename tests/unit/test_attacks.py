@@ -74,12 +74,12 @@ def test_no_attribute_stands_in_the_place_of_a_method_and_no_hook_comes_along(he
     model = network()
     model[1]._forward_hooks[0] = nn.functional.relu
     torch.save(model, "evil.pt")
-    with pytest.raises(ifx.ConfigError, match="hangs hooks into modules"):
+    with pytest.raises(ifx.ConfigError, match="attaches hooks to modules"):
         ifx.load("evil.pt")
     model = network()
     model[1].__dict__["_forward_pre_hooks"] = 5
     torch.save(model, "evil.pt")
-    with pytest.raises(ifx.ConfigError, match="hangs hooks into modules"):
+    with pytest.raises(ifx.ConfigError, match="attaches hooks to modules"):
         ifx.load("evil.pt")
 
 
