@@ -184,7 +184,10 @@ def test_from_the_shell(tmp_path, monkeypatch, capsys):
     common = ("own.py:small", "--data", "own.py:data", "--device", "cpu", "--epochs", "1", "-o")
     assert run(["distill", "own.py:one=3", *common, "run", "--teacher", "own.py:two?width=10"]) == 0
     told = capsys.readouterr().err
-    assert "teachers.0: own.py:one, 0.75 of the logits" in told and "teachers.1: own.py:two?width=10, 0.25" in told
+    assert (
+        "teachers.0: own.py:one, its logits have the weight 0.75" in told
+        and "teachers.1: own.py:two?width=10, its logits have the weight 0.25" in told
+    )
     story = json.loads((tmp_path / "run/run.json").read_text())
     assert story["about"]["teacher"] == "own.py:one, own.py:two?width=10"
     assert run(["distill", "own.py:one", *common, "bad", "--teacher", "own.py:wrong"]) == 2
