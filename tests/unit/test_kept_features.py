@@ -152,7 +152,10 @@ def test_a_pair_of_the_students_penultimate_vector_that_would_be_cut_is_refused(
 
 
 @pytest.mark.parametrize("student", [DigitsTeacher, DigitsStudent])
-def test_with_auto_lengths_the_stages_are_chosen_as_without_a_curriculum(student: type[nn.Module], tmp_path) -> None:
+def test_with_auto_lengths_the_stages_are_chosen_as_without_a_curriculum(
+    student: type[nn.Module], tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr("indistill_fx.training.recipes._LEAST_STEPS_NEW", 15)
     data = ifx.open_data("digits", limit=512, batch_size=32, augment=False)
     teacher = models()[0].float()
 

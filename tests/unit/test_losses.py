@@ -198,7 +198,7 @@ def test_the_help_names_every_loss():
     from indistill_fx.cli.distill import command
 
     said = next(option.help for option in command.params if option.name == "main")
-    assert said == f"{', '.join(MAIN_LOSSES)} or file.py:loss."
+    assert said == f"Main loss: {', '.join(MAIN_LOSSES)} or file.py:loss."
 
 
 @pytest.mark.parametrize("name", REFERENCES)

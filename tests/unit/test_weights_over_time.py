@@ -38,11 +38,11 @@ def test_the_weight_of_every_step(name, points):
 
 def test_what_are_no_weights_is_refused():
     for points in [((3, 1.0), (2, 1.0)), ((-1, 1.0),), ((0, -1.0),)]:
-        with pytest.raises(ConfigError, match="are none"):
+        with pytest.raises(ConfigError, match="is not a schedule of weights"):
             main_loss("kd", over_time=points)
     with pytest.raises(ConfigError, match="Weights over time do not work with your own loss"):
         main_loss(lambda student, teacher, labels: labels, over_time=((0, 1.0),))
-    with pytest.raises(ConfigError, match="are none"):
+    with pytest.raises(ConfigError, match="is not a schedule of weights"):
         main_loss("labels", over_time=((0, 1.0),))
     with pytest.raises(ConfigError, match="is not a list of STEP:FACTOR"):
         _over_time("1,2")
