@@ -11,15 +11,16 @@ from tests.browser.conftest import start
 
 
 def main(out: Path, *pages: Path) -> None:
-    with tempfile.TemporaryDirectory() as profile:
-        driver = start(Path(profile))
-        try:
-            for page in pages:
-                for width in (1440, 390):
-                    for theme in ("light", "dark"):
+    for theme in ("light", "dark"):
+        # In a profile of its own: pages remember the theme they were first seen in.
+        with tempfile.TemporaryDirectory() as profile:
+            driver = start(Path(profile))
+            try:
+                for page in pages:
+                    for width in (1440, 390):
                         (out / f"{page.stem}-{width}-{theme}.png").write_bytes(take(driver, page, width, theme))
-        finally:
-            driver.quit()
+            finally:
+                driver.quit()
 
 
 def take(driver, page: Path, width: int, theme: str) -> bytes:
