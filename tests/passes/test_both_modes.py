@@ -121,6 +121,15 @@ def test_modules_set_to_eval_by_themselves_stay_so():
     assert torch.allclose(model.graph_module(x), expected, atol=1e-6)
 
 
+def test_an_in_place_dropout_beside_code_that_asks_for_the_mode():
+    module, x = Net(nn.Sequential(DropPath(), nn.Dropout(0.5, inplace=True))), torch.randn(2, 3, 6, 6)
+    model = trace(module, x, role="student")
+    assert not model.report.notes
+    batch = torch.randn(4, 3, 6, 6)
+    assert torch.equal(model.graph_module.eval()(batch), module.eval()(batch))
+    assert shrink(model, ratio=0.5).report.widths["b"] == (8, 4)
+
+
 @pytest.mark.parametrize("make", [Functional, DropPath, Number])
 def test_a_smaller_network_has_flags_of_its_own(make):
     torch.manual_seed(0)

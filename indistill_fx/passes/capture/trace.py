@@ -327,7 +327,7 @@ def _both_modes(once: Callable[[], Captured], reference: Reference) -> Captured:
             other = once()
         reference.put_back()
         merged = merge_modes(captured, other, module)
-        with mode(module, training=False):
+        with mode(module, training=False), mode(merged.graph_module, training=False):
             other_mode = Reference(module, reference.inputs, reference.kwargs, put_back=reference.put_back)
             other_mode.changed = reference.changed
             try:
