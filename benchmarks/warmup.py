@@ -41,10 +41,10 @@ from torch import Tensor, nn
 import indistill_fx as ifx
 from benchmarks.warmup_before import Before
 from benchmarks.warmup_memory import peak_memory
-from benchmarks.warmup_ways import PAIRS, Cached, HalfTeacher, HookBaseline, adam, sgd, step, vision
+from benchmarks.warmup_ways import PAIRS, Cached, HalfTeacher, HookBaseline, adam, each_left_out, sgd, step, vision
 from indistill_fx.passes.lowering.table import LOWERINGS, Lowerings
 from indistill_fx.system.allocator import freed_memory_kept
-from indistill_fx.target import Kind, Target
+from indistill_fx.target import Target
 
 
 def speed() -> float:
@@ -151,12 +151,6 @@ def measure_pair(
         row["stages"].append(entry)
     weigh(row)
     return row
-
-
-def each_left_out(kind: Kind) -> dict[str, Lowerings]:
-    """A target's table without each of its rewrites."""
-    listed = LOWERINGS[kind]
-    return {f"without {key}": listed.without(key) for key in dict.fromkeys((*listed.teacher, *listed.student))}
 
 
 def compiled_ways(

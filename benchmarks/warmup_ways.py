@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 import indistill_fx as ifx
 from examples.paper_cifar10 import Cnn32
+from indistill_fx.passes.lowering.table import LOWERINGS, Lowerings
+from indistill_fx.target import Kind
 
 Build = Callable[[], tuple[nn.Module, nn.Module]]
 
@@ -113,3 +115,9 @@ def step(loss_of: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> flo
     loss.backward()
     optimizer.step()
     return clock() - start
+
+
+def each_left_out(kind: Kind) -> dict[str, Lowerings]:
+    """A target's table without each of its rewrites."""
+    listed = LOWERINGS[kind]
+    return {f"without {key}": listed.without(key) for key in dict.fromkeys((*listed.teacher, *listed.student))}

@@ -20,6 +20,9 @@ from indistill_fx.graph.view import View
 Role = Literal["teacher", "student"]
 Kind = Literal["map", "tokens", "vector", "other"]
 
+NO_EVAL_MODE = "in eval mode the graph still computes what the code of"
+"""How the note begins on a student whose two modes do not fit into one graph."""
+
 
 @dataclass(frozen=True, slots=True)
 class NodeFacts:
@@ -90,7 +93,7 @@ class TraceReport:
     @property
     def lacks_eval_mode(self) -> bool:
         """Whether a student's graph computes in eval mode what its module does in train mode alone (`notes` says why)."""
-        return any(note.startswith("in eval mode") for note in self.notes)
+        return any(note.startswith(NO_EVAL_MODE) for note in self.notes)
 
     @property
     def rung(self) -> str:

@@ -10,7 +10,6 @@ import functools
 import operator
 import re
 from collections.abc import Iterator, Mapping
-from types import FunctionType
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -133,8 +132,8 @@ def module_op(module: nn.Module) -> str:
     """The canonical name of what a module does (see `op_name`)."""
     kind = type(module)
     name = _class_op(kind.__name__)
-    defined = str(getattr(getattr(kind, "forward", None), "__module__", ""))
-    return name if name in _BY_NAME_ALONE or _is_library(defined) else kind.__name__
+    plain = name in _BY_NAME_ALONE or package_of(getattr(kind, "forward", None)) in _LIBRARIES
+    return name if plain else kind.__name__
 
 
 _BY_NAME_ALONE = frozenset({"stochastic_depth", "drop_path"})
@@ -182,16 +181,19 @@ def function_name(target: Any) -> str:
 
 
 def is_users_function(target: Any) -> bool:
-    """Whether a function is neither torch's nor Python's own nor ours."""
-    return isinstance(target, FunctionType) and not _is_library(target.__module__)
+    """Whether a function, or an object that is called, is neither torch's nor Python's own nor ours."""
+    package = package_of(target)
+    return package is not None and package not in _LIBRARIES
+
+
+def package_of(target: Any) -> str | None:
+    """The top-level package that a function, or the class of an object that is called, comes from; None if it does not say."""
+    module = getattr(target, "__module__", None)
+    return module.partition(".")[0] if isinstance(module, str) else None
 
 
 _OPERATORS = frozenset({"aten", "prims", "torchvision"})
-_LIBRARIES = frozenset({"torch", "torchvision", "indistill_fx", "operator", "math", "builtins"})
-
-
-def _is_library(module: str | None) -> bool:
-    return module is not None and module.partition(".")[0] in _LIBRARIES
+_LIBRARIES = frozenset({"torch", "torchvision", "indistill_fx", "_operator", "math", "builtins"})
 
 
 def is_inplace(node: fx.Node) -> bool:
@@ -216,4 +218,4 @@ def writes_first(op: str, target: Any, kwargs: Mapping[str, Any]) -> bool:
     if kwargs.get("inplace") is True or target is operator.setitem or target in _INPLACE_OPERATORS:
         return True
     name = str(getattr(target, "__name__", ""))
-    return name.endswith("_") and not name.endswith("__") and _is_library(getattr(target, "__module__", None))
+    return name.endswith("_") and not name.endswith("__") and package_of(target) in _LIBRARIES

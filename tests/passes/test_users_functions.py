@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -37,6 +38,26 @@ def size(x: Tensor, dim: int) -> int:
 @fx.wrap
 def silu_(x: Tensor, inplace: bool = False) -> Tensor:
     return x.flip(1).sigmoid()
+
+
+def _flip_and_scale(x: Tensor, scale: float) -> Tensor:
+    return x.flip(1) * scale
+
+
+gelu = functools.partial(_flip_and_scale, scale=2.0)
+gelu.__name__ = "gelu"  # type: ignore[attr-defined]
+fx.wrap("gelu")
+
+
+class _Called:
+    __name__ = "sigmoid"
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x.flip(1).sigmoid()
+
+
+sigmoid = _Called()
+fx.wrap("sigmoid")
 
 
 @torch.library.custom_op("their_library::relu", mutates_args=())
@@ -77,6 +98,14 @@ def _inplace(x: Tensor) -> Tensor:
     return silu_(x, inplace=True)
 
 
+def _partial(x: Tensor) -> Tensor:
+    return gelu(x)
+
+
+def _object(x: Tensor) -> Tensor:
+    return sigmoid(x)
+
+
 def _operator(x: Tensor) -> Tensor:
     return torch.ops.their_library.relu(x)  # type: ignore[no-any-return]
 
@@ -89,6 +118,8 @@ def _operator(x: Tensor) -> Tensor:
         (_cat, "cat()"),
         (_size, "size()"),
         (_inplace, "silu_()"),
+        (_partial, "gelu()"),
+        (_object, "sigmoid()"),
         (_operator, "their_library::relu"),
     ],
 )

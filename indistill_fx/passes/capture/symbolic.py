@@ -6,13 +6,13 @@ import inspect
 import operator
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from types import FunctionType, MappingProxyType
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, fx, nn
 
 from indistill_fx.errors import FrontendError
-from indistill_fx.graph.ops import attribute
+from indistill_fx.graph.ops import attribute, is_users_function, package_of
 from indistill_fx.passes.capture.captured import Captured, assemble, is_leaf, returned
 from indistill_fx.passes.capture.symbolic_sizes import note_place
 from indistill_fx.passes.capture.torch_functions import watching_autocast
@@ -22,11 +22,7 @@ def _kept_whole(module: nn.Module) -> set[Callable[..., Any]]:
     """The functions of graphs in a module that are not torch's or ours: an earlier tracing kept them whole (`torch.fx.wrap`)."""
     graphs = [part.graph for part in module.modules() if isinstance(part, fx.GraphModule)]
     called = {node.target for graph in graphs for node in graph.nodes if node.op == "call_function"}
-    return {target for target in called if isinstance(target, FunctionType) and not _is_ours_or_torchs(target)}
-
-
-def _is_ours_or_torchs(function: FunctionType) -> bool:
-    return function.__module__.partition(".")[0] in ("torch", "indistill_fx")
+    return {target for target in called if is_users_function(target) or package_of(target) == "torchvision"}
 
 
 class _Tracer(fx.Tracer):

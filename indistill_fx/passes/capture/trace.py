@@ -36,7 +36,7 @@ from indistill_fx.passes.capture.functionalize import functionalize
 from indistill_fx.passes.capture.recording import capture_leaves, capture_shapes
 from indistill_fx.passes.capture.symbolic import capture_symbolic
 from indistill_fx.passes.capture.tap_names import name_taps
-from indistill_fx.traced import Role, TracedModel, TraceReport
+from indistill_fx.traced import NO_EVAL_MODE, Role, TracedModel, TraceReport
 
 
 def as_traced(
@@ -337,7 +337,7 @@ def _both_modes(once: Callable[[], Captured], reference: Reference) -> Captured:
     except FrontendError as error:
         if error.where in reference.changed:  # another capture method may avoid the change
             raise
-        note = f"in eval mode the graph still computes what the code of {classes} does in train mode: {error.message}"
+        note = f"{NO_EVAL_MODE} {classes} does in train mode: {error.message}"
         return replace(captured, notes=(*captured.notes, note))
     return merged
 
