@@ -61,7 +61,7 @@ def run_all(task: str, models: list[ZooModel], path: Path | None, options: argpa
         found = {"family": model.family, "date": record["date"][:10]}
         for name, step in steps.items():
             limit = options.limit / 4 if name and model.family in _ENDLESS else options.limit
-            one = _in_process(step, model, limit, options.memory)
+            one = in_process(step, model, limit, options.memory)
             found |= {name: one} if name else one
         results[model.id] = found
         record["missing"] = [m.id for m in zoo(_source(task)) if m.id not in results]
@@ -118,7 +118,8 @@ def _line(name: str, result: Record) -> str:
     return f"{'ok  ' if result.get('ok') else 'FAIL'} {name} {short} {why}"
 
 
-def _in_process(task: Task, model: ZooModel, limit: float, memory: float) -> dict[str, Any]:
+def in_process(task: Task, model: ZooModel, limit: float, memory: float) -> dict[str, Any]:
+    """What a task says of a model, in a process with so many CPU seconds and GiB of address space."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_send, args=(task, model, limit, memory, sender))

@@ -1,11 +1,12 @@
 """Networks as source code: every family, shrunk and whole, against its graph.
 
-    python benchmarks/source_code.py torchvision:resnet18 timm:vit_tiny_patch16_224 … --out benchmarks/results/source_code.json
-    python benchmarks/source_code.py --zoo --out benchmarks/results/source_code.json         one of every family (minutes)
-    python benchmarks/source_code.py SPEC --add --out benchmarks/results/source_code.json    these again, the others as they are there
-    python benchmarks/source_code.py --table benchmarks/results/source_code.json             as Markdown
+    python benchmarks/source_code.py --out benchmarks/results/source_code.json               one of every family (an hour)
+    python benchmarks/source_code.py --only resnet18,vit_tiny --out …                        those whose name contains one of these
+    python benchmarks/source_code.py --resume --out …                                        those that are not in the file
+    python benchmarks/source_code.py --table benchmarks/results/source_code.json --into docs/compress.md
 
-For each: outputs in eval mode and outputs and gradients in train mode, to the bit; lines, beside those of the original's own model file.
+(With `PYTHONPATH=.:benchmarks`.) For each: outputs in eval mode and outputs and gradients in train mode, to the bit; lines, beside
+those of the original's own model file. A model that `shrink` refuses, or that has a part that cannot be written, is listed with the reason.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import copy
 import inspect
 import json
 import sys
-import time
 import warnings
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -23,50 +23,48 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from channel_checks import small_picture
+from channels import in_process
 from torch import Tensor, nn
+from zoo import ZooModel, zoo
 
 import indistill_fx as ifx
 from indistill_fx.compression.write_source import source_of
 from indistill_fx.errors import IndistillError
-from indistill_fx.loading.load import load_source
 
-ZOO = [
-    *(f"torchvision:{name}" for name in (
-        "alexnet vgg11_bn squeezenet1_1 densenet121 mobilenet_v2 mobilenet_v3_small shufflenet_v2_x0_5 regnet_y_400mf efficientnet_b0 "
-        "efficientnet_v2_s mnasnet0_5 convnext_tiny resnet18 resnext50_32x4d wide_resnet50_2 googlenet inception_v3 vit_b_32 swin_t "
-        "swin_v2_t maxvit_t"
-    ).split()),
-    *(f"timm:{name}" for name in (
-        "vit_tiny_patch16_224 resnet10t mobilenetv3_small_050 convnext_atto efficientvit_b0 ghostnet_050 repvgg_a0 mixer_s32_224 "
-        "levit_128s poolformer_s12 deit_tiny_patch16_224 edgenext_xx_small hrnet_w18_small dla34 cspresnet50 res2net50_14w_8s gcresnet50t "
-        "seresnet18"
-    ).split()),
-]  # fmt: skip
-SMALL = {"vit_b_32": 224, "maxvit_t": 224, "inception_v3": 96}
-"""Sizes of pictures where torchvision's other families take 64."""
+TORCHVISION = (
+    "alexnet vgg11_bn squeezenet1_1 densenet121 mobilenet_v2 mobilenet_v3_small shufflenet_v2_x0_5 regnet_y_400mf efficientnet_b0 "
+    "efficientnet_v2_s mnasnet0_5 convnext_tiny resnet18 resnext50_32x4d wide_resnet50_2 googlenet inception_v3 vit_b_32 swin_t "
+    "swin_v2_t maxvit_t"
+).split()
+"""The smallest of every family."""
+BEGIN, END = "<!-- source: made by benchmarks/source_code.py --table -->", "<!-- source: end -->"
 
 
-def check(spec: str, ratio: float | None) -> dict[str, Any]:
-    """One network."""
-    source = load_source(spec)
-    channels, full, _ = source.input_size or (3, 224, 224)
-    name = spec.partition(":")[2]
-    size = full if spec.startswith("timm:") else SMALL.get(name, 64)
-    torch.manual_seed(0)
-    model = ifx.trace(source.module, (torch.randn(2, channels, size, size),), role="teacher")
-    model = model if ratio is None else ifx.shrink(model, ratio=ratio).value
-    began = time.perf_counter()
-    written = source_of(model)
-    row: dict[str, Any] = {"spec": spec, "ratio": ratio, "seconds": round(time.perf_counter() - began, 2)}
-    row["lines"] = len(written.text.splitlines())
-    file = inspect.getsourcefile(type(source.module))
-    row["original lines"] = len(Path(file).read_text().splitlines()) if file else None
-    x = torch.randn(4, channels, size, size)
-    sides = [results(copy.deepcopy(m), x) for m in (model.graph_module, written.build())]
-    row["equal"] = [len(sides[0]) == len(sides[1]), *(torch.equal(a, b) for a, b in zip(*sides, strict=False))]
-    row["ok"] = all(row["equal"])
-    row["equal"] = sum(row["equal"]) - 1
-    return row
+def families() -> list[ZooModel]:
+    """The models to check."""
+    return [*(m for m in zoo("torchvision") if m.name in TORCHVISION), *zoo("timm")]
+
+
+def check(model: ZooModel) -> dict[str, Any]:
+    """One network, halved and at full width."""
+    warnings.simplefilter("ignore")
+    model = small_picture(model)
+    module = model.build()
+    file = inspect.getsourcefile(type(module))
+    found: dict[str, Any] = {"original lines": len(Path(file).read_text().splitlines()) if file else None}
+    whole = ifx.trace(module, (model.example(2),), role="teacher")
+    for key in ("halved", "full"):
+        try:
+            network = ifx.shrink(whole, ratio=0.5).value if key == "halved" else whole
+            written = source_of(network)
+        except IndistillError as error:
+            found[key] = {"ok": None, "refused": str(error)}
+            continue
+        sides = [results(copy.deepcopy(m), model.example(4)) for m in (network.graph_module, written.build())]
+        equal = [torch.equal(a, b) for a, b in zip(*sides, strict=True)]
+        found[key] = {"ok": all(equal), "tensors": len(equal), "lines": len(written.text.splitlines())}
+    return found
 
 
 def results(module: nn.Module, x: Tensor) -> list[Tensor]:
@@ -96,57 +94,66 @@ def results(module: nn.Module, x: Tensor) -> list[Tensor]:
 
 def table(record: dict[str, Any]) -> str:
     """The results as Markdown: one line for each network, halved."""
-    rows = record["rows"]
+    networks: dict[str, Any] = record["networks"]
+    both = [row[key] for row in networks.values() for key in ("halved", "full") if key in row]
+    written = [one for one in both if one["ok"] is not None]
+    right = sum(one["ok"] for one in written)
+    halved = {name: row for name, row in networks.items() if row.get("halved", {}).get("ok") is not None}
+    longest = max(row["halved"]["lines"] / row["original lines"] for row in halved.values())
     lines = [
-        f"{sum(row['ok'] for row in rows)} of {len(rows)} are bit-identical, at full width or halved: outputs in both modes, gradients.",
+        f"{len(networks)} networks, one of each family. {right} of {len(written)} files that were written ({len(halved)} for halved "
+        f"networks) are bit-identical to their graphs. The longest file, beside the original's, has {longest:.2f} times its lines.",
         "",
         "| network, halved | equal tensors | lines | its original's file |",
         "|---|---|---|---|",
     ]
-    for row in rows:
-        if row["ratio"]:
-            told = (
-                f"{row['equal']} | {row['lines']} | {row['original lines'] or '-'}"
-                if row["ok"]
-                else f"{row.get('error', 'differs')} | |"
-            )
-            lines.append(f"| {row['spec']} | {told} |")
-    return "\n".join(
-        [*lines, "", f"({record['date'][:10]}; {', '.join(f'{k} {v}' for k, v in record['versions'].items())})"]
-    )
+    for name, row in halved.items():
+        one = row["halved"]
+        told = str(one["tensors"]) if one["ok"] else "differs"
+        lines.append(f"| {name} | {told} | {one['lines']} | {row['original lines']} |")
+    lines += ["", *(f"- {name}: {why}" for name, row in networks.items() for why in missing(row))]
+    versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
+    return "\n".join([*lines, "", f"({record['date'][:10]}; {versions})"])
+
+
+def missing(row: dict[str, Any]) -> list[str]:
+    """Why there is no file."""
+    if "error" in row:
+        return [row["error"]]
+    return [f"{key}: {row[key]['refused'].splitlines()[0]}" for key in ("halved", "full") if row[key]["ok"] is None]
 
 
 def main() -> None:
     """Check, print a line for each, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("specs", nargs="*")
-    parser.add_argument("--zoo", action="store_true")
-    parser.add_argument("--out")
-    parser.add_argument("--add", action="store_true", help="keep the rows of other networks that are in the file")
+    parser.add_argument("--only", default="", help="names that contain one of these, separated by commas")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--resume", action="store_true", help="keep the networks that are in the file")
+    parser.add_argument("--limit", type=float, default=300.0, help="CPU seconds for each")
     parser.add_argument("--table", type=Path)
+    parser.add_argument("--into", type=Path, help="the page whose table is replaced")
     options = parser.parse_args()
     if options.table:
-        print(table(json.loads(options.table.read_text())))
+        text = table(json.loads(options.table.read_text()))
+        if options.into is None:
+            print(text)
+            return
+        head, _, rest = options.into.read_text().partition(BEGIN)
+        options.into.write_text(f"{head}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}")
         return
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    rows = []
-    if options.add:
-        rows = [row for row in json.loads(Path(options.out).read_text())["rows"] if row["spec"] not in options.specs]
-    for spec in [*options.specs, *(ZOO if options.zoo else [])]:
-        for ratio in (0.5, None):
-            try:
-                row = check(spec, ratio)
-            except IndistillError as error:
-                row = {"spec": spec, "ratio": ratio, "ok": False, "error": str(error)}
-            rows.append(row)
-            print(row, flush=True)
-            if options.out:
-                names = ("torch", "torchvision", "timm", "indistill-fx")
-                told = {"versions": {name: version(name) for name in names}, "command": sys.argv}
-                told["date"] = datetime.now(UTC).isoformat(timespec="seconds")
-                Path(options.out).write_text(json.dumps({**told, "rows": rows}, indent=1) + "\n")
-    print(f"{sum(row['ok'] for row in rows)} of {len(rows)} right")
+    import timm  # noqa: F401  imported once, before the forks
+
+    networks = json.loads(options.out.read_text())["networks"] if options.resume and options.out.exists() else {}
+    for model in families():
+        if model.id in networks or not any(part in model.id for part in options.only.split(",")):
+            continue
+        networks[model.id] = in_process(check, model, options.limit, 16.0)
+        print(model.id, networks[model.id], flush=True)
+        if options.out:
+            names = ("torch", "torchvision", "timm", "indistill-fx")
+            told = {"versions": {name: version(name) for name in names}, "command": " ".join(sys.argv)}
+            told["date"] = datetime.now(UTC).isoformat(timespec="seconds")
+            options.out.write_text(json.dumps({**told, "networks": networks}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

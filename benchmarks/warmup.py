@@ -99,6 +99,7 @@ def measure_pair(
     bf16: bool,
     lowerings: bool,
     before: str | None,
+    kept: bool,
     check: int,
     only: list[int] | None,
 ) -> dict[str, Any]:
@@ -139,7 +140,8 @@ def measure_pair(
             runners["bf16"]._modules = dict(stage._modules) | {"teacher": HalfTeacher(stage.teacher)}
         if compiled:
             runners |= compiled_ways(teacher, student, plan, number, x, entry, lowerings=lowerings)
-        other = Before(before, name, number, torch.get_num_threads()) if before else None
+        threads = torch.get_num_threads()
+        other = Before(before, name, number, threads, compiled=compiled, kept=kept) if before else None
         if other is not None:
             entry["loss_before"], entry["loss"] = other.loss, own_stage(teacher, student, plan, number, x)(x).item()
         entry |= timed(runners, x, steps, other)
@@ -201,10 +203,10 @@ def timed(runners: dict[str, nn.Module], x: Tensor, steps: int, before: Before |
     optimizers = {key: adam(runner) for key, runner in runners.items()}
     times: dict[str, list[float]] = {key: [] for key in runners}
     if before is not None:
-        times["before"] = []
+        times |= {way: [] for way in before.ways}
     for k in range(steps + 2):
         for key in times:
-            seconds = before.step() if key == "before" and before else step(runners[key], optimizers[key], x)
+            seconds = before.step(key) if before and key in before.ways else step(runners[key], optimizers[key], x)
             if k >= 2:
                 times[key].append(seconds)
     return {f"{key}_ms": 1e3 * statistics.median(values) for key, values in times.items()}
@@ -358,6 +360,7 @@ def main() -> None:
                 bf16=options.bf16,
                 lowerings=options.lowerings,
                 before=options.before,
+                kept=kept,
                 check=options.check,
                 only=options.stages,
             )

@@ -26,12 +26,18 @@ teacher, student = build()
 x = torch.randn(batch, *size)
 plan = ifx.align(teacher, student, example_inputs=x[:2])
 torch.manual_seed(1)
-stage = own_stage(teacher, student, plan, int(sys.argv[2]), x)
-optimizer = adam(stage)
-print(stage(x).item(), flush=True)
-for _ in sys.stdin:
-    print(step(stage, optimizer, x), flush=True)
+stages = {"before": own_stage(teacher, student, plan, int(sys.argv[2]), x)}
+print(stages["before"](x).item(), flush=True)
+if sys.argv[4:] == ["compile"]:
+    stages["before compiled"] = torch.compile(own_stage(teacher, student, plan, int(sys.argv[2]), x), fullgraph=True)
+optimizers = {key: adam(stage) for key, stage in stages.items()}
+for line in sys.stdin:
+    key = line.strip()
+    print(step(stages[key], optimizers[key], x), flush=True)
 """
+
+_KEPT = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": "-1"}
+"""What `freed_memory_kept` sets, for a commit that does not know it."""
 
 
 class Before:
@@ -42,26 +48,30 @@ class Before:
         pair: key of `PAIRS`.
         number: of the stage, from 0.
         threads: of torch.
+        compiled: also by torch.compile.
+        kept: freed memory stays with that process, as it does with this one.
 
     Attributes:
         loss: of the first batch, before any step.
+        ways: what `step` takes.
     """
 
-    def __init__(self, folder: str, pair: str, number: int, threads: int):
+    def __init__(self, folder: str, pair: str, number: int, threads: int, *, compiled: bool, kept: bool):
+        self.ways = ("before", "before compiled") if compiled else ("before",)
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _CHILD, pair, str(number), str(threads)],
+            [sys.executable, "-c", _CHILD, pair, str(number), str(threads), *(["compile"] if compiled else [])],
             cwd=folder,
-            env=os.environ | {"PYTHONPATH": str(Path(folder).resolve())},
+            env=os.environ | (_KEPT if kept else {}) | {"PYTHONPATH": str(Path(folder).resolve())},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
         self.loss = self._read()
 
-    def step(self) -> float:
+    def step(self, way: str) -> float:
         """Take one training step; its seconds."""
         assert self._process.stdin is not None
-        self._process.stdin.write("step\n")
+        self._process.stdin.write(f"{way}\n")
         self._process.stdin.flush()
         return self._read()
 

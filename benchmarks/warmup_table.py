@@ -33,7 +33,7 @@ def main() -> None:
 
 def pair(row: dict[str, Any]) -> list[str]:
     """One pair's table."""
-    ways = ("ours", "before", "compiled hooks", "compiled", "compiled with all", "cached", "bf16")
+    ways = ("ours", "before", "compiled hooks", "compiled", "before compiled", "compiled with all", "cached", "bf16")
     kinds = [kind for kind in ways if f"{kind}_ms" in row["stages"][0]]
     head = ["stage", "hooks, ms", *(f"{kind}, ms (×)" for kind in kinds), "floor, ms", "ours / floor"]
     memory = "freed memory kept" if row["memory_kept"] else "memory as glibc has it"
