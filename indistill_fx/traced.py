@@ -116,6 +116,8 @@ class TracedModel:
         example_kwargs: keyword arguments of one forward call.
         logits: name of the node that holds the main output.
         view: how a teacher sees a batch that was made for the student; None: the batch as it is.
+        several_outputs: key or index and size of every output, if they differ in shape and nobody said which one holds the logits:
+            `logits` is then only the first of them. Else empty.
 
     Examples:
         >>> import torch
@@ -140,6 +142,7 @@ class TracedModel:
     example_kwargs: Mapping[str, Any]
     logits: str
     view: View | None = None
+    several_outputs: tuple[str, ...] = ()
 
     @cached_property
     def taps(self) -> dict[str, str]:

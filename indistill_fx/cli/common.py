@@ -72,7 +72,8 @@ logits_option = click.option(
     "--logits",
     metavar="KEY",
     type=_Entry(),
-    help="Where the class scores are if the model returns several outputs: a key of its dict, or an index (from 0) into its tuple.",
+    help="Where the class scores are if the model returns several outputs: a key of its dict, or an index (from 0) into its tuple. "
+    "[default: the output called logits or out]",
 )
 task_option = click.option(
     "--task",

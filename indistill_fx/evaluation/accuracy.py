@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from indistill_fx.batch import Call, Inputs, split, to_device
 from indistill_fx.errors import ConfigError, IndistillError
+from indistill_fx.graph.main_output import main_output
 from indistill_fx.graph.module_state import evaluating
 from indistill_fx.graph.view import View
 from indistill_fx.losses.base import widened
@@ -223,8 +224,8 @@ def select_logits(outputs: Any, logits: str | int | None = None) -> Tensor:
 
     Args:
         outputs: a tensor, or a dict, tuple or object with attributes.
-        logits: the key or place; not read where the output is one tensor, so that it may serve for a teacher and a
-            student of which only one returns several.
+        logits: the key or place; None: the entry called `logits` or `out`. Not read where the output is one tensor, so that it may
+            serve for a teacher and a student of which only one returns several.
 
     Returns:
         (batch, …): what it means is the task's.
@@ -232,7 +233,7 @@ def select_logits(outputs: Any, logits: str | int | None = None) -> Tensor:
     Raises:
         ConfigError: there is no such entry, or it is not a tensor.
     """
-    value = outputs
+    value = main_output(outputs)
     if logits is not None and not isinstance(outputs, Tensor):
         try:
             value = outputs[logits]

@@ -177,6 +177,23 @@ def check_classes(
     return None in (count, other) or count == other
 
 
+def require_one_output(model: TracedModel) -> None:
+    """Refuse a model of which nobody knows which output holds the logits.
+
+    Raises:
+        ConfigError: it returns several tensors of different shapes; none is called `logits` or `out`, and none was named.
+    """
+    if model.several_outputs:
+        shown = ", ".join(model.several_outputs)
+        raise ConfigError(
+            f"The {model.role} returns several outputs of different shapes: {shown}. The main loss reads the logits.",
+            where="logits",
+            got=list(model.several_outputs),
+            expected="one output, or one called `logits`",
+            hint="Say which one holds the logits: logits=KEY (--logits KEY).",
+        )
+
+
 def _channels(model: TracedModel) -> int | None:
     facts = model.facts[model.logits]
     return facts.channels if facts.channel_axis is not None else None

@@ -34,7 +34,7 @@ from indistill_fx.passes.pipeline import (
 )
 from indistill_fx.passes.reuse import require_same_classifier
 from indistill_fx.plan import AlignmentPlan, Pair
-from indistill_fx.stages.checks import require_frozen_end
+from indistill_fx.stages.checks import require_frozen_end, require_one_output
 from indistill_fx.stages.stage import Stage, StageReport
 from indistill_fx.stages.teacher_guard import refuse_changes
 from indistill_fx.target import Target
@@ -338,8 +338,8 @@ def _main_stage(
     needs = criterion.needs
     pairs = plan.pairs if "features" in needs else ()
     embedding = plan.embedding if "embedding" in needs else None
-    teacher_logits = teacher.tap_name(teacher.logits) if "logits" in needs else None
-    student_logits = student.tap_name(student.logits) if "logits" in needs or criterion.weight_labels else None
+    teacher_logits = _logits(teacher, read="logits" in needs)
+    student_logits = _logits(student, read="logits" in needs or bool(criterion.weight_labels))
     teacher_taps = [tap for tap in (embedding and embedding.teacher, teacher_logits) if tap]
     student_taps = [tap for tap in (embedding and embedding.student, student_logits) if tap]
     if narrowed:
@@ -363,6 +363,14 @@ def _main_stage(
         embedding=embedding,
         logits=(teacher_logits, student_logits),
     )
+
+
+def _logits(model: TracedModel, *, read: bool) -> str | None:
+    """The tap of the logits, if the loss reads them."""
+    if not read:
+        return None
+    require_one_output(model)
+    return model.tap_name(model.logits)
 
 
 def _require_apart(model: TracedModel, cut: Sequence[str], taps: Sequence[str]) -> None:

@@ -100,7 +100,7 @@ def distill(
         teacher_view: how the teacher sees a batch: another size, normalisation or dtype, and which of its outputs are the student's
             classes. None: as in the plan, else as known for its weights (see `load`; timm's `pretrained_cfg`), which is reported.
             The dtype and size that a traced model needs are determined automatically.
-        logits: key or index of the logits, for models that return several outputs.
+        logits: key or index of the logits, for models that return several outputs; None: the one called `logits` or `out`.
         run_dir: folder for checkpoints, metrics, plan and result; None: nothing is written.
         resume: continue the run in `run_dir`; begin if there is none. A finished run that is asked for more epochs trains them.
         allow_changed: what may differ from when the run began, by name (`main loss`, `data`, `batch size`, `code of the student`, …);

@@ -50,7 +50,7 @@ def train(
         task: what the labels mean, as for `distill`.
         epochs: how many.
         val_loader: batches to validate on after every epoch.
-        logits: key or index of the logits, for models that return several outputs.
+        logits: key or index of the logits, for models that return several outputs; None: the one called `logits` or `out`.
         run_dir: folder for checkpoints, metrics and result; None: nothing is written.
         resume: continue the run in `run_dir`; begin if there is none.
         allow_changed: what may differ from when the run began, as for `distill`.

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from indistill_fx.batch import Inputs, split, to_device
 from indistill_fx.errors import ConfigError
 from indistill_fx.evaluation.accuracy import deciding_metric, outputs_of, select_logits
+from indistill_fx.graph.main_output import main_output
 from indistill_fx.graph.module_state import evaluating
 from indistill_fx.losses.choose_task import choose_task, task_of
 from indistill_fx.losses.positions import IGNORED, are_classes
@@ -79,7 +80,7 @@ def task_of_run(
             outputs = outputs_of(module, call)
         if logits is None and not isinstance(outputs, Tensor):
             # the same choice as in tracing
-            return next(leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor))
+            return next(leaf for leaf in tree_leaves(main_output(outputs)) if isinstance(leaf, Tensor))
         return select_logits(outputs, logits)
 
     outputs = logits_of(batch)

@@ -94,8 +94,9 @@ def test_logits_in_dicts_and_tuples():
     loader, expected = batches(), evaluate(net(), batches())
     assert evaluate(net(wrapped=lambda z: {"logits": z, "other": 0}), loader, logits="logits") == expected
     assert evaluate(net(wrapped=lambda z: (0, z)), loader, logits=1) == expected
-    with pytest.raises(ConfigError, match=r"gives a dict of logits, other, not logits.*logits=KEY"):
-        evaluate(net(wrapped=lambda z: {"logits": z, "other": 0}), loader)
+    assert evaluate(net(wrapped=lambda z: {"other": 0, "logits": z}), loader) == expected
+    with pytest.raises(ConfigError, match=r"gives a dict of scores, other, not logits.*logits=KEY"):
+        evaluate(net(wrapped=lambda z: {"scores": z, "other": 0}), loader)
     with pytest.raises(ConfigError, match="in which 'scores' is not the logits"):
         evaluate(net(wrapped=lambda z: {"logits": z}), loader, logits="scores")
     with pytest.raises(ConfigError, match=r"a tensor of shape \(\)"):

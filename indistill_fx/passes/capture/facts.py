@@ -7,7 +7,7 @@ axis is the batch.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,7 @@ from torch import fx, nn
 
 from indistill_fx.errors import FrontendError
 from indistill_fx.graph.edit import output_node, tensor_nodes
+from indistill_fx.graph.main_output import entries, main_output
 from indistill_fx.graph.opaque import Opaque
 from indistill_fx.graph.ops import attribute, own_parameters
 from indistill_fx.graph.per_sample import write_per_sample
@@ -28,11 +29,12 @@ from indistill_fx.traced import Kind, NodeFacts
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """The graph with its static values written in, facts per node, the node of the main output, and the comparisons made."""
+    """The graph with its static values written in, facts per node, the main output (see `TracedModel`), and the comparisons made."""
 
     graph_module: fx.GraphModule
     facts: dict[str, NodeFacts]
     logits: str
+    several_outputs: tuple[str, ...]
     checked: tuple[tuple[int, float], ...]
     notes: tuple[str, ...]
 
@@ -66,10 +68,10 @@ def infer_facts(
         with suppress(Exception), reference.any_size():  # a module may accept only some batch sizes
             new, facts = _found(graph_module, reference)
             checked = reference.compare(new, size_free=True)
-            return Known(new, facts, _logits_node(new, facts, logits), checked, reference.notes)
+            return Known(new, facts, *_logits_node(new, facts, logits), checked, reference.notes)
     new, facts = _found(graph_module, reference)
     checked = reference.compare(new)
-    return Known(new, facts, _logits_node(new, facts, logits), checked, reference.notes)
+    return Known(new, facts, *_logits_node(new, facts, logits), checked, reference.notes)
 
 
 def _found(graph_module: fx.GraphModule, reference: Reference) -> tuple[fx.GraphModule, dict[str, NodeFacts]]:
@@ -192,16 +194,22 @@ def _enclosing(node: fx.Node) -> str:
     return stack[-1] if stack else ""
 
 
-def _logits_node(graph_module: fx.GraphModule, facts: Mapping[str, NodeFacts], wanted: str | int | None) -> str:
+def _logits_node(
+    graph_module: fx.GraphModule, facts: Mapping[str, NodeFacts], wanted: str | int | None
+) -> tuple[str, tuple[str, ...]]:
+    """The node of the main output and, if it is only the first of several that differ in shape, all of them, for people."""
     value: Any = output_node(graph_module.graph).args[0]
     if (
         isinstance(value, fx.Node) and value.name not in facts and isinstance(value.target, type)
     ):  # a dataclass or a namedtuple
         fields = getattr(value.target, "_fields", ())
         value = {**dict(zip(fields, value.args, strict=False)), **value.kwargs} or value.args
-    if hasattr(value, "_fields"):
+        value = tuple(value.values()) if fields and isinstance(wanted, int) else value
+    if hasattr(value, "_fields") and not isinstance(wanted, int):
         value = value._asdict()
-    if wanted is not None and not isinstance(value, fx.Node):
+    if wanted is None:
+        value = main_output(value)
+    elif not isinstance(value, fx.Node):
         try:
             value = value[wanted]
         except (KeyError, IndexError, TypeError):
@@ -218,4 +226,14 @@ def _logits_node(graph_module: fx.GraphModule, facts: Mapping[str, NodeFacts], w
             where="output",
             hint="The forward must return a tensor, or a dict or tuple with one.",
         )
-    return named[0]
+    if wanted is not None or len({facts[name].shape for name in named}) == 1:
+        return named[0], ()
+    return named[0], tuple(_shown_outputs(value, facts))
+
+
+def _shown_outputs(value: Any, facts: Mapping[str, NodeFacts]) -> Iterator[str]:
+    """Key or index, and size, of every entry that holds tensors."""
+    for key, entry in (entries(value) or {str(k): entry for k, entry in enumerate(value)}).items():
+        sizes = ["x".join(map(str, facts[node.name].shape[1:])) for node in tensor_nodes(entry) if node.name in facts]
+        if sizes:
+            yield f"{key} ({', '.join(sizes)})"

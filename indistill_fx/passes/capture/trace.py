@@ -196,6 +196,7 @@ def trace(
         example_inputs=inputs,
         example_kwargs=kwargs,
         logits=known.logits,
+        several_outputs=known.several_outputs,
     )
 
 

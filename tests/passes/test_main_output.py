@@ -1,0 +1,126 @@
+"""Which output holds the logits: the one called so, the only one, the one that was named; never a guess that trains on features."""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import indistill_fx as ifx
+from indistill_fx.evaluation.accuracy import select_logits
+
+Named = namedtuple("Named", "features logits")
+
+
+@dataclass
+class Fields:
+    features: Tensor
+    logits: Tensor
+
+
+KINDS: dict[str, Any] = {
+    "dict": lambda f, y: {"features": f, "logits": y},
+    "out": lambda f, y: {"features": f, "out": y},
+    "namedtuple": Named,
+    "dataclass": Fields,
+}
+NAMELESS: dict[str, Any] = {
+    "tuple": lambda f, y: (f, y),
+    "list": lambda f, y: [f, y],
+    "other names": lambda f, y: {"features": f, "scores": y},
+}
+KEYS = {"tuple": 1, "list": 1, "other names": "scores"}
+NO_WARMUP = ifx.Curriculum(lengths=[])
+
+
+class Net(nn.Module):
+    """Its features come first among its outputs."""
+
+    def __init__(self, form: Any):
+        super().__init__()
+        self.form = form
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3), nn.ReLU())
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        features = self.body(x).mean((2, 3))
+        return self.form(features, self.head(features))
+
+
+def net(form: Any, seed: int) -> Net:
+    torch.manual_seed(seed)
+    return Net(form)
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    torch.manual_seed(2)
+    return torch.randn(8, 3, 8, 8), torch.randint(0, 4, (8,))
+
+
+def trained(form: Any, **options: Any) -> dict[str, Tensor]:
+    student = net(form, 1)
+    ifx.distill(
+        net(form, 0).eval(), student, [batch()], epochs=2, curriculum=NO_WARMUP, main="kd", progress=False, **options
+    )
+    return student.state_dict()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_entry_called_logits_is_the_main_output(kind: str) -> None:
+    x, _ = batch()
+    model = net(KINDS[kind], 0).eval()
+    traced = ifx.trace(model, x)
+    assert traced.logits == "head" and traced.several_outputs == ()
+    assert torch.equal(select_logits(model(x)), select_logits(model(x), "out" if kind == "out" else "logits"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_distilling_is_the_same_as_with_the_key(kind: str) -> None:
+    key = "out" if kind == "out" else "logits"
+    for (name, one), other in zip(trained(KINDS[kind]).items(), trained(KINDS[kind], logits=key).values(), strict=True):
+        assert torch.equal(one, other), name
+
+
+@pytest.mark.parametrize("kind", NAMELESS)
+def test_kd_refuses_to_guess(kind: str) -> None:
+    form = NAMELESS[kind]
+    x, _ = batch()
+    assert len(ifx.trace(net(form, 0).eval(), x).several_outputs) == 2
+    with pytest.raises(ifx.ConfigError, match=r"returns several outputs of different shapes: .*\(16\), .*\(4\)"):
+        trained(form)
+    weights = trained(form, logits=KEYS[kind])
+    reference = trained(KINDS["dict"])
+    assert all(torch.equal(weights[name], reference[name]) for name in reference)
+
+
+def test_labels_refuse_to_guess_too() -> None:
+    plain = net(lambda f, y: y, 0).eval()
+    with pytest.raises(ifx.ConfigError, match="The student returns several outputs"):
+        ifx.distill(
+            plain, net(NAMELESS["tuple"], 1), [batch()], epochs=1, curriculum=NO_WARMUP, main="labels", progress=False
+        )
+
+
+def test_a_loss_that_reads_no_logits_needs_none() -> None:
+    """The negative control."""
+    x, _ = batch()
+    form = NAMELESS["tuple"]
+    teacher, student = net(form, 0).eval(), net(form, 1)
+    plan = ifx.align(teacher, student, example_inputs=x)
+    assert len(ifx.compile_stages(teacher, student, plan, main=None, example_inputs=x)) == len(plan.pairs) > 0
+
+
+def test_outputs_of_one_shape_are_no_question() -> None:
+    """As of a transformer with a second head for distillation."""
+    x, _ = batch()
+    assert ifx.trace(net(lambda f, y: (y, y + 1), 0).eval(), x).several_outputs == ()
+
+
+def test_a_named_tuple_takes_a_place_too() -> None:
+    x, _ = batch()
+    assert ifx.trace(net(Named, 0).eval(), x, logits=1).logits == "head"
+    assert ifx.trace(net(Named, 0).eval(), x, logits="logits").logits == "head"
