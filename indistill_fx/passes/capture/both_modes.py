@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import operator
 import sys
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from difflib import SequenceMatcher
@@ -20,18 +20,12 @@ from typing import Any
 from unittest.mock import patch
 
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves
 
 from indistill_fx.errors import FrontendError
 from indistill_fx.graph.edit import tensor_nodes
-from indistill_fx.graph.ops import BINARY, UNARY, attribute, is_inplace, op_name
+from indistill_fx.graph.ops import attribute, is_inplace, op_name
 from indistill_fx.passes.capture.captured import Captured, assemble, is_leaf
-
-_TELLS = frozenset("size getattr dim".split())
-_MAKERS = _TELLS | frozenset(
-    "getitem empty empty_like full full_like ones ones_like zeros zeros_like new_empty new_full new_ones new_zeros"
-    " rand rand_like randn randn_like bernoulli".split()
-)
+from indistill_fx.passes.capture.elementwise import is_elementwise
 
 
 class Flag(nn.Module):
@@ -288,6 +282,7 @@ class _Merge:
         own_code = (*region.trained, *region.evaluated)
         for side, _ in sides:
             self._take_along(side)
+        kind = OnlyInTraining if self._passes_on(region) else ByMode
         nodes = (*region.trained, *region.evaluated)
         read = [source for node in nodes for source in node.all_input_nodes]
         read += [node for result in region.results for node in result]
@@ -295,7 +290,6 @@ class _Merge:
         if not region.results and not any(is_inplace(node) or node in self.weights for node in (*nodes, *read)):
             return
         made = [self._side(side, captured, inputs, region, k) for k, (side, captured) in enumerate(sides)]
-        kind = OnlyInTraining if self._passes_on(region) else ByMode
         path = _module_of(own_code)
         name = f"by_mode_{len(self.made)}"
         self.modules[name] = kind(self._flag(path), *made, writes=any(map(is_inplace, nodes)))
@@ -343,26 +337,18 @@ class _Merge:
         return side_module
 
     def _passes_on(self, region: _Region) -> bool:
-        """Whether eval mode returns a tensor unchanged that train mode changes elementwise."""
+        """Whether eval mode returns a tensor unchanged that train mode changes elementwise, by masks that treat all channels alike."""
         if region.evaluated or len(region.results) != 1:
             return False
         (_, handed_on), *_ = region.results
-        read = {source for node in region.trained for source in node.all_input_nodes} - {*region.trained}
-        return read == {self.same.get(handed_on)} and all(_is_simple(node, read) for node in region.trained)
-
-
-def _is_simple(node: fx.Node, read: Container[object]) -> bool:
-    """Whether a node is elementwise, reads a size, or makes a tensor whose size is not a constant."""
-    name = op_name(node)
-    if node.op not in ("call_function", "call_method") or name not in UNARY | BINARY | _MAKERS:
-        return False
-    if name == "getitem" and node.args[0] in read:
-        return False
-    tells_size = name in _TELLS or (name == "getitem" and op_name(node.args[0]) in _TELLS)  # type: ignore[arg-type]
-    entrywise = name in UNARY | BINARY
-    return (
-        tells_size or entrywise or not any(isinstance(n, int) and n > 1 for n in tree_leaves((node.args, node.kwargs)))
-    )
+        tensor = self.same.get(handed_on)
+        devices = [node for node in region.trained if op_name(node) == "getattr" and node.args[1:] == ("device",)]
+        read = {source for node in region.trained if node not in devices for source in node.all_input_nodes}
+        if tensor is None or read - {*region.trained} != {tensor} or not is_elementwise(region.trained, tensor):
+            return False
+        for node in devices:  # tracing reads the device of the network's input, which is another tensor
+            node.args = (tensor, "device")
+        return True
 
 
 def _key(node: fx.Node) -> tuple[object, ...]:
