@@ -152,15 +152,18 @@ def open_session(path: str | PathLike[str], *, threads: int | None = None) -> on
         ConfigError: see `graph_of`.
         ExportError: onnxruntime refuses the file.
     """
+    import onnx
     import onnxruntime
 
-    graph_of(path)
+    weights = graph_of(path).graph.initializer
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads or torch.get_num_threads()
     # Threads that keep spinning after a run would slow down the next measurement.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     hint = "Export the file again, or update onnxruntime."
+    if any(weight.data_type == onnx.TensorProto.DOUBLE and weight.dims for weight in weights):
+        hint = "The file's weights are float64, in which onnxruntime has few operators: export the model in float32 (`model.float()`)."
     with instead_of(Exception, ExportError(f"onnxruntime cannot load `{path}`", where=str(path), hint=hint)):
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 

@@ -234,6 +234,13 @@ def test_unsupported_operation_is_named(tmp_path):
         export_onnx(Odd(), tmp_path / "m.onnx", X)
 
 
+def test_float64_that_onnxruntime_cannot_compute_says_what_to_do(tmp_path):
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).double().eval()
+    with pytest.raises(ExportError, match=r"weights are float64.*model\.float\(\)"):
+        export_onnx(net, tmp_path / "x.onnx", example_inputs=torch.randn(2, 3, 8, 8).double())
+    export_onnx(net.float(), tmp_path / "x.onnx", example_inputs=torch.randn(2, 3, 8, 8))
+
+
 def test_complex_output_and_no_output_are_refused(tmp_path):
     class Returns(nn.Module):
         def __init__(self, function):
