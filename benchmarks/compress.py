@@ -4,7 +4,7 @@
         --arms joint tp kd --epochs 20 --batch-size 256 --optimizer sgd --lr 0.05 --weight-decay 5e-4 --minutes 5
     python benchmarks/compress.py run --net assistant --macs 0.35 --limit 5000 --seeds 0 1 2 --data imagefolder:DIR --out OUT --device cpu
     python benchmarks/compress.py repair --net resnet20 resnet56 assistant --macs 0.5 --data … --out OUT     before any training
-    python benchmarks/compress.py table OUT [OUT …] --json benchmarks/results/compress.json --into docs/compress.md
+    python benchmarks/compress.py table [EARLIER.json …] OUT [OUT …] --json benchmarks/results/compress.json --into docs/compress.md
 
 Arms, most telling first: `joint` (what `compress` does: sensitivities, repair, all pairs at once, KD); `kept` (the same, and the
 warm-up's loss stays in the main stage with weight --keep-features); `fed` (the same, but segments fed
@@ -276,10 +276,15 @@ def repairs(options: argparse.Namespace) -> None:
 
 def table(options: argparse.Namespace) -> None:
     """Mean and deviation over the seeds of every arm, as JSON and as a table."""
-    folders = [Path(out) for out in options.out]
-    rows = [json.loads(path.read_text()) for out in folders for path in sorted(out.glob("*-*.json"))]
-    files = [out / "repair.json" for out in folders if (out / "repair.json").exists()]
-    repaired = [row for file in files for row in json.loads(file.read_text())]
+    rows, repaired = [], []
+    for out in map(Path, options.out):
+        if out.is_file():
+            earlier = json.loads(out.read_text())
+            rows, repaired = rows + earlier["arms"], repaired + earlier["repair"]
+            continue
+        rows += [json.loads(path.read_text()) for path in sorted(out.glob("*-*.json"))]
+        if (out / "repair.json").exists():
+            repaired += json.loads((out / "repair.json").read_text())
     text = "\n".join([*arm_lines(rows), *repair_lines(repaired)]).strip() + "\n"
     print(text)
     if options.json:
