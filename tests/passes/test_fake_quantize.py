@@ -9,7 +9,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import indistill_fx as ifx
 from benchmarks.qat import EXAMPLE, Separable, int8_of, trained
@@ -43,10 +43,36 @@ def watched(net: nn.Module, data: Data) -> nn.Module:
     return graph.eval()
 
 
+def ranged_by_floats(net: nn.Module, data: Data) -> nn.Module:
+    """The rounded graph with the ranges that the file was given: those of the float network's activations."""
+    traced = ifx.trace(net, EXAMPLE, role="student")
+    graph = fake_quantize(traced).value.graph_module.eval()
+    ranges: dict[str, RoundedActivation] = {
+        str(node.args[0]): graph.get_submodule(str(node.target))
+        for node in graph.graph.nodes
+        if node.op == "call_module" and isinstance(graph.get_submodule(str(node.target)), RoundedActivation)
+    }
+
+    class Watch(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> object:
+            value = super().run_node(n)
+            if n.name in ranges:
+                one = ranges[n.name]
+                one.low.copy_(torch.minimum(one.low, value.min()))
+                one.high.copy_(torch.maximum(one.high, value.max()))
+                one.seen.fill_(True)
+            return value
+
+    with torch.no_grad():
+        for batch in data.train_plain:
+            Watch(traced.graph_module.eval()).run(batch[0])
+    return graph
+
+
 def test_weights_are_rounded_per_output_channel() -> None:
     layer = nn.Conv2d(3, 5, 3)
     weight = layer.weight.detach().numpy().astype(np.float64)
-    scale = np.abs(weight).reshape(5, -1).max(1).reshape(5, 1, 1, 1) / 63
+    scale = np.abs(weight).reshape(5, -1).max(1).reshape(5, 1, 1, 1) / 64
     wanted = torch.from_numpy(np.rint(weight / scale) * scale).float()
     x = torch.randn(2, 3, 8, 8)
     expected = nn.functional.conv2d(x, wanted, layer.bias)
@@ -91,10 +117,10 @@ def test_the_rounded_graph_computes_what_the_int8_file_does(trained: Separable, 
     session = ort.InferenceSession(str(tmp_path / "int8.onnx"))
     file = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
     with torch.no_grad():
-        rounded, plain = watched(net, data)(x), net(x)
+        rounded, plain = ranged_by_floats(net, data)(x), net(x)
     error = (plain - file).norm()
     assert error > 0.1 * file.norm()  # there is something to predict
-    assert (rounded - file).norm() < 0.2 * error
+    assert (rounded - file).norm() < 0.06 * error  # what is left: biases are whole numbers in the file
 
 
 def test_training_repairs_what_rounding_breaks(trained: Separable, data: Data, tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """Compute in floats what an int8 file will compute, so that a network can be trained for it.
 
 Rules, in order:
-  1. Weights of convolutions and linear layers are rounded per output channel, symmetrically, to 7 bits: what `quantize_onnx` writes.
-     A batch norm after the layer scales whole channels, so folding it before or after the rounding is the same.
+  1. Weights of convolutions and linear layers are rounded per output channel to 7 bits, 64 steps on either side of 0: what
+     `quantize_onnx` writes. A batch norm after the layer scales whole channels, so folding it before or after the rounding is the same.
   2. What convolutions, linear layers, sums, concatenations and poolings read is rounded to 8 bits without a sign. The range is a
      moving average of what training shows; in eval mode it stands still.
   3. Everything else stays in floats, as do the weights of convolutions that are called as functions.
@@ -27,7 +27,7 @@ from indistill_fx.traced import TracedModel
 
 Layer = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
 _READERS = frozenset({"conv", "linear", "add", "cat", "max_pool", "avg_pool", "adaptive_avg_pool", "mean"})
-_MOST_WEIGHT, _LEVELS = 63, 255
+_MOST_WEIGHT, _LEVELS = 64, 255
 _SMALLEST = 1e-8
 
 
