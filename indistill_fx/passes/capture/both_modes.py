@@ -23,9 +23,9 @@ from torch import Tensor, fx, nn
 
 from indistill_fx.errors import FrontendError
 from indistill_fx.graph.edit import tensor_nodes
+from indistill_fx.graph.elementwise import is_elementwise
 from indistill_fx.graph.ops import attribute, is_inplace, op_name
 from indistill_fx.passes.capture.captured import Captured, assemble, is_leaf
-from indistill_fx.passes.capture.elementwise import is_elementwise
 
 
 class Flag(nn.Module):
