@@ -66,6 +66,8 @@ _BY_NAME: dict[str, str] = {
     "linalg_vector_norm": "vector_norm",
     "linalg_norm": "norm",
     "alias": "identity",
+    "_threshold": "threshold",
+    "clip": "clamp",
     "hard_swish": "hardswish",
 }
 _WORDS = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")

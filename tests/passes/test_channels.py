@@ -155,7 +155,8 @@ STOPS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "group norm": (lambda: Form(lambda m, x: m.part(x), nn.GroupNorm(3, C)), "group norm"),
     "softmax": (lambda: Form(lambda m, x: x.softmax(1)), "softmax mixes the channels"),
     "cumsum": (lambda: Form(lambda m, x: x.cumsum(1)), "cumsum mixes the channels"),
-    "sort": (lambda: Form(lambda m, x: x.argsort(1).to(x.dtype) * x), "no channel rule for argsort"),
+    "sort": (lambda: Form(lambda m, x: x.argsort(1).to(x.dtype) * x), "argsort mixes the channels"),
+    "renorm": (lambda: Form(lambda m, x: x.renorm(2, 2, 1.0)), "no channel rule for renorm"),
 }
 
 

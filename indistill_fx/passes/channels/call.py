@@ -77,6 +77,10 @@ SIGNATURES: dict[str, str] = {
     "roll": "input shifts dims",
     "flip": "input *dims",
     "unfold": "input kernel_size dilation padding stride",
+    **dict.fromkeys(
+        "gather scatter scatter_add scatter_reduce index_add index_copy index_fill".split(), "input dim index src"
+    ),
+    "take_along_dim": "input indices dim",
     "fold": "input output_size kernel_size dilation padding stride",
     "softmax": "input dim",
     "log_softmax": "input dim",
@@ -92,8 +96,15 @@ SIGNATURES: dict[str, str] = {
     "pixel_shuffle": "input upscale_factor",
     "pixel_unshuffle": "input downscale_factor",
     "channel_shuffle": "input groups",
-    **dict.fromkeys("mean sum amax amin max min median prod logsumexp".split(), "input dim keepdim"),
-    **dict.fromkeys(("var", "std"), "input dim unbiased keepdim"),
+    **dict.fromkeys(
+        "mean sum amax amin max min median nanmedian mode prod logsumexp argmax argmin".split(), "input dim keepdim"
+    ),
+    **dict.fromkeys("cumprod cummax cummin logcumsumexp softmin softmax2d argsort".split(), "input dim"),
+    "sort": "input dim descending",
+    "topk": "input k dim",
+    "kthvalue": "input k dim keepdim",
+    "cosine_similarity": "input other dim",
+    **dict.fromkeys(("var", "std", "var_mean", "std_mean"), "input dim unbiased keepdim"),
     **dict.fromkeys(("norm", "vector_norm"), "input p dim keepdim"),
 }
 """Positional argument names of the functional and method forms; a star takes all that follow."""
@@ -121,7 +132,16 @@ _NUMBERS = (
     "window_size",
     "keepdim",
 )
-_ATEN = {"self": "input", "size": "shape", "split_sizes": "split_size", "p": "input_p"}
+_ATEN = {
+    "self": "input",
+    "size": "shape",
+    "split_sizes": "split_size",
+    "p": "input_p",
+    "axis": "dim",
+    "keepdims": "keepdim",
+}
+_OF_TWO = {"max": "maximum", "min": "minimum"}
+"""What an operation is if its second argument is a tensor."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +180,7 @@ class Call:
         """The value of a weight: a parameter or buffer of the model, or what the graph computes from these alone."""
         value = self.get(name)
         if isinstance(value, fx.Node):
-            value = _constant(value, self.facts)
+            value = constant_of(value, self.facts)
         return value if isinstance(value, Tensor) else None
 
     def weight(self, node: Any) -> nn.Parameter | None:
@@ -231,6 +251,10 @@ def read_call(node: fx.Node, facts: Mapping[str, NodeFacts]) -> Call:
         arguments[name], places[name] = value, key
     if op == "conv" and arguments.get("transposed") is True:
         op = "conv_transpose"
+    second = arguments.get("dim", arguments.get("other"))
+    if op in _OF_TWO and isinstance(second, fx.Node) and second.name in facts:
+        op = _OF_TWO[op]
+        arguments["other"] = arguments.pop("dim", second)
     return Call(node, op, module, arguments, places, facts)
 
 
@@ -311,7 +335,7 @@ _DEEP = 40
 """Weights that take more operations than this to compute are not looked at."""
 
 
-def _constant(node: fx.Node, facts: Mapping[str, NodeFacts]) -> Any:
+def constant_of(node: fx.Node, facts: Mapping[str, NodeFacts]) -> Any:
     """The value of a node that depends on parameters and buffers only (and on an input's type); None if it depends on more."""
     if node.op == "get_attr":
         return attribute(_owner(node), str(node.target))

@@ -7,6 +7,15 @@ from torch import fx
 from indistill_fx.passes.channels.call import Call, again, slice_weights
 from indistill_fx.passes.channels.selection import Blocked, Cut, Part, Propagation
 
+OTHERS = frozenset(
+    "where masked_fill eq ne lt le gt ge and or xor invert not logical_and logical_or logical_xor logical_not bitwise_and bitwise_or "
+    "bitwise_xor bitwise_not isnan isinf isfinite signbit lerp addcmul addcdiv fmax fmin rsub remainder fmod mod floordiv floor_divide "
+    "reciprocal absolute positive negative sign sgn copysign heaviside floor ceil round trunc fix frac nan_to_num exp2 expm1 log2 log10 "
+    "log1p logit logaddexp logaddexp2 xlogy erf erfc erfinv sin cos tan sinc asin acos atan arcsin arccos arctan atan2 arctan2 hypot "
+    "sinh cosh asinh acosh atanh tanhshrink softshrink hardshrink complex polar angle conj real imag double bfloat16 bool int long type "
+    "expand_as zeros_like ones_like full_like empty_like copy".split()
+)
+"""Elementwise operations besides those in `graph.ops`."""
 _FOLLOWS_FIRST = frozenset("type_as to".split())
 """Operations whose further tensors are looked at, not computed with."""
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import fx
 
-from indistill_fx.passes.channels import attention
+from indistill_fx.passes.channels import attention, norms, space
 from indistill_fx.passes.channels.call import Call, again, axis_of, index_select, read_call, source, untouched
-from indistill_fx.passes.channels.selection import Blocked, Cut, Emitter, Index, Part, Propagation
+from indistill_fx.passes.channels.keys import full_key, index_by, taken
+from indistill_fx.passes.channels.lookups import looked_up
+from indistill_fx.passes.channels.selection import Blocked, Cut, Emitter, Part, Propagation
 
 
 def cat(call: Call, cut: Cut) -> Propagation | Blocked:
@@ -147,34 +147,38 @@ def _without_axis(below: fx.Node, dim: int, entry: int, cut: Cut) -> Propagation
 def field(call: Call, cut: Cut) -> Propagation | Blocked:
     """`x.max(-1).values` and `.indices`, as `x.max(-1)[0]` and `[1]`."""
     source_node, name = call.node.args[0], call.node.args[1]
-    if not isinstance(source_node, fx.Node) or name not in _FIELDS:
+    if name in ("real", "imag"):
+        return untouched(call, cut)
+    if not isinstance(source_node, fx.Node) or name not in FIELDS:
         return Blocked(f"no channel rule for the attribute {name}")
     maker = read_call(source_node, call.facts)
-    if _PARTS.get(maker.op) is not _extreme:
+    if maker.op not in WITH_PLACES:
         return Blocked(f"one of several results of {maker.op}")
-    return _extreme(maker, cut, _FIELDS.index(str(name)), call)
+    return _PARTS[maker.op](maker, cut, FIELDS.index(str(name)), call)
 
 
-_FIELDS = ("values", "indices")
+FIELDS = ("values", "indices")
 
 
-def _extreme(maker: Call, cut: Cut, key: int, call: Call) -> Propagation | Blocked:
-    """A maximum along another axis, or its index."""
-    shape, dim = maker.shape(maker.input) or (), maker.get("dim")
-    if not isinstance(dim, int):
-        return Blocked(f"the axis of the {maker.op} is computed")
-    dim = axis_of(dim, len(shape))
-    stay = [axis for axis in range(len(shape)) if axis != dim or len(call.output_shape) == len(shape)]
-    axes = stay[cut.start : cut.stop]
-    if dim in axes or axes != list(range(axes[0], axes[-1] + 1)):
-        return Blocked(f"{maker.op} mixes some of the selected axes")
-    below = Cut(maker.input, axes[0], axes[-1] + 1, cut.index)
-    both = again(maker, [below], dim=dim if dim < axes[0] else dim - cut.width + 1)
-    return Propagation(lambda out, new: out.item(both(out, new), key), (Part(below),))
+def _item_of(rule: Callable[[Call, Cut], Propagation | Blocked]) -> Callable[..., Propagation | Blocked]:
+    """The rule of one result of an operation whose results all have the same axes."""
+
+    def item(maker: Call, cut: Cut, key: int, _: Call) -> Propagation | Blocked:
+        step = rule(maker, cut)
+        if isinstance(step, Blocked):
+            return step
+        return Propagation(lambda out, new: out.item(step.emit(out, new), key), step.parts)
+
+    return item
 
 
-_PARTS = {
-    **dict.fromkeys(("max", "min", "median"), _extreme),
+WITH_PLACES = frozenset("max min median nanmedian mode kthvalue sort topk cummax cummin".split())
+"""Operations along one axis that return values, and their places on it."""
+REDUCTIONS = frozenset("max min median nanmedian mode kthvalue var_mean std_mean".split())
+"""Operations of several results that reduce an axis."""
+_PARTS: dict[str, Callable[..., Propagation | Blocked]] = {
+    **dict.fromkeys(REDUCTIONS, _item_of(space.reduction)),
+    **dict.fromkeys(WITH_PLACES - REDUCTIONS, _item_of(norms.along_axis)),
     **dict.fromkeys(("chunk", "split", "split_with_sizes", "tensor_split"), _part_of_split),
     "unbind": _part_of_unbind,
     "multihead_attention": attention.module_output,
@@ -189,7 +193,7 @@ def slicing(call: Call, cut: Cut) -> Propagation | Blocked:
         return elsewhere
     parsed = taken(call)
     if parsed is None:
-        return _looked_up(call, cut) if call.op == "getitem" else elsewhere
+        return looked_up(call, cut) if call.op == "getitem" else elsewhere
     key, entries = parsed
     axis, output, places = 0, 0, {}
     for place, entry in enumerate(key):
@@ -229,95 +233,3 @@ def _sliced_elsewhere(call: Call, cut: Cut) -> Propagation | Blocked:
     if call.op not in ("narrow", "slice") or cut.start <= dim < cut.stop:
         return Blocked(f"it is indexed by tensors or by computed numbers{call.why_open}")
     return untouched(call, cut, dim=dim if dim < cut.start else dim - cut.width + 1)
-
-
-def _looked_up(call: Call, cut: Cut) -> Propagation | Blocked:
-    """A table that is indexed by one tensor on one axis: the other axes are those of the table."""
-    shape, key = call.shape(call.input), call.get("key", call.get("index"))
-    entries = full_key(key if isinstance(key, tuple) else (key,), len(shape)) if shape is not None else None
-    places = [k for k, entry in enumerate(entries or ()) if entry != slice(None)]
-    looked = call.shape(entries[places[0]]) if entries is not None and len(places) == 1 else None
-    if shape is None or looked is None or call.facts[entries[places[0]].name].dtype == torch.bool:  # type: ignore[index]
-        return Blocked(f"it is indexed by tensors or by computed numbers{call.why_open}")
-    at, wider = places[0], len(looked) - 1
-    if cut.start <= at + wider and cut.stop > at:
-        return Blocked("it is looked up along the selected axis")
-    back = 0 if cut.stop <= at else wider
-    below = Cut(call.input, cut.start - back, cut.stop - back, cut.index)
-    if cut.width > 1:
-        return Blocked("a table looked up, with merged axes")
-    return Propagation(again(call, [below]), (Part(below),))
-
-
-Key = tuple[Any, ...]
-
-
-def taken(call: Call) -> tuple[Key, dict[int, Index]] | None:
-    """What a slicing takes: a full key of numbers, None and slices, and for each axis sliced by numbers the entries taken of it.
-
-    Slices by numbers are written whole in the key; computed ones stay as they are.
-    """
-    shape = call.shape(call.input)
-    if shape is None:
-        return None
-    if call.op in ("getitem", "with_item"):
-        given = call.get("key")
-        key = full_key(given if isinstance(given, tuple) else (given,), len(shape))
-    else:
-        dim = call.get("dim", 0)
-        if not isinstance(dim, int):
-            return None
-        dim = axis_of(dim, len(shape))
-        if call.op == "index_select":
-            chosen = call.constant("index")
-            return None if chosen is None else ((slice(None),) * len(shape), {dim: tuple(chosen.tolist())})
-        entry = _entry(call)
-        key = None if entry is None else full_key((*[slice(None)] * dim, entry), len(shape))
-    if key is None or not all(_plain(entry) for entry in key):
-        return None
-    entries, axis = {}, 0
-    for entry in key:
-        if isinstance(entry, slice) and entry != slice(None) and _by_numbers(entry):
-            entries[axis] = tuple(range(*entry.indices(shape[axis])))
-        axis += 0 if entry is None else 1
-    return tuple(slice(None) if isinstance(entry, slice) and _by_numbers(entry) else entry for entry in key), entries
-
-
-def _entry(call: Call) -> Any:
-    if call.op == "select":
-        return call.get("index")
-    if call.op == "narrow":
-        start, length = call.get("start"), call.get("length")
-        return slice(start, start + length) if isinstance(start, int) and isinstance(length, int) else None
-    return slice(call.get("start"), call.get("end"), call.get("step"))
-
-
-def index_by(out: Emitter, node: fx.Node, key: Key, entries: Mapping[int, Index]) -> fx.Node:
-    """Take these entries of some axes, then index by a key of numbers, None and whole slices."""
-    for axis, chosen in entries.items():
-        step = chosen[1] - chosen[0] if len(chosen) > 1 else 1
-        if step > 0 and chosen == tuple(range(chosen[0], chosen[-1] + 1, step)):
-            node = out.function(operator.getitem, node, (*[slice(None)] * axis, slice(chosen[0], chosen[-1] + 1, step)))
-        else:
-            node = index_select(out, node, axis, axis + 1, chosen)
-    return node if all(entry == slice(None) for entry in key) else out.function(operator.getitem, node, key)
-
-
-def _plain(entry: Any) -> bool:
-    if isinstance(entry, slice):
-        return not isinstance(entry.step, fx.Node) and (entry.step is None or entry.step > 0)
-    return entry is None or (isinstance(entry, int) and not isinstance(entry, bool))
-
-
-def _by_numbers(entry: slice) -> bool:
-    return not any(isinstance(v, fx.Node) for v in (entry.start, entry.stop, entry.step))
-
-
-def full_key(key: Key, rank: int) -> tuple[Any, ...] | None:
-    """The key with Ellipsis and missing entries written out."""
-    named = sum(1 for entry in key if entry is not None and entry is not Ellipsis)
-    if sum(1 for entry in key if entry is Ellipsis) > 1 or named > rank:
-        return None
-    fill = [slice(None)] * (rank - named)
-    place = next((k for k, entry in enumerate(key) if entry is Ellipsis), None)
-    return (*key, *fill) if place is None else (*key[:place], *fill, *key[place + 1 :])

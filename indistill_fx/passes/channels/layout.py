@@ -135,7 +135,7 @@ def expand(call: Call, cut: Cut) -> Propagation | Blocked:
 
 
 def repeat(call: Call, cut: Cut) -> Propagation | Blocked:
-    """Axes repeated once pass; along another, entries come round again."""
+    """Axes repeated once pass; along another, entries come round again. A single entry is repeated as often as is wanted."""
     before, after, given = call.shape(call.input), call.output_shape, call.arguments.get("repeats")
     if before is None or cut.width > 1 or not isinstance(given, tuple) or len(before) != len(after):
         return Blocked("repetition of merged axes")
@@ -143,8 +143,10 @@ def repeat(call: Call, cut: Cut) -> Propagation | Blocked:
     if size == after[axis]:
         below = Cut(call.input, axis, axis + 1, cut.index)
         return Propagation(again(call, [below]), (Part(below),))
+    times = [(len(cut.index) if size == 1 else 1) if k == axis else n for k, n in enumerate(given)]
+    if size == 1:
+        return Propagation(lambda out, _: out.method("repeat", call.input, *times))
     below = Cut(call.input, axis, axis + 1, tuple(k % size for k in cut.index))
-    times = [1 if k == axis else n for k, n in enumerate(given)]
     return Propagation(lambda out, new: out.method("repeat", new[0], *times), (Part(below),))
 
 

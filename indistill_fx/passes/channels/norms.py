@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from indistill_fx.passes.channels.call import Call, again, axis_of, slice_weights
 from indistill_fx.passes.channels.selection import Blocked, Cut, Part, Propagation, used_groups
 
@@ -40,10 +42,18 @@ def layer_norm(call: Call, cut: Cut) -> Propagation | Blocked:
     return Propagation(again(call, [below]), (Part(below),))
 
 
+_USUAL_AXIS = {"normalize": 1, "softmax2d": -3, **dict.fromkeys("sort argsort topk glu kthvalue mode".split(), -1)}
+"""The axis that is mixed where none is named."""
+
+
+def mixed_axis(call: Call) -> Any:
+    """The axis that an operation mixes, as it is written; None if it does not say."""
+    return call.get("dim", _USUAL_AXIS.get(call.op))
+
+
 def along_axis(call: Call, cut: Cut) -> Propagation | Blocked:
-    """Softmax, normalize, cumulative sums, …: one axis is mixed, the others are free."""
-    rank = len(call.output_shape)
-    dim = call.get("dim", 1 if call.op == "normalize" else None)
+    """Softmax, normalize, cumulative sums, sorting, …: one axis is mixed, the others are free."""
+    rank, dim = len(call.shape(call.input) or ()), mixed_axis(call)
     if not isinstance(dim, int):
         return Blocked(f"{call.op} mixes several axes, or one it does not name")
     dim = axis_of(dim, rank)

@@ -13,7 +13,17 @@ import torch
 
 from indistill_fx.graph.computed_weights import why_opaque
 from indistill_fx.graph.ops import BINARY, UNARY
-from indistill_fx.passes.channels import attention, elementwise, joining, layout, norms, producers, space, writing
+from indistill_fx.passes.channels import (
+    attention,
+    elementwise,
+    joining,
+    layout,
+    lookups,
+    norms,
+    producers,
+    space,
+    writing,
+)
 from indistill_fx.passes.channels.call import Call, read_call
 from indistill_fx.passes.channels.selection import Blocked, Cut, Part, Propagation
 from indistill_fx.traced import NodeFacts
@@ -24,13 +34,7 @@ FILLED = tuple("zeros ones full empty new_zeros new_ones new_full new_empty".spl
 """Operations that make a tensor of one value, of any size."""
 
 RULES: dict[str, Rule] = {
-    **dict.fromkeys(UNARY | BINARY, elementwise.elementwise),
-    **dict.fromkeys(
-        "where masked_fill eq ne lt le gt ge logical_and logical_or logical_not lerp addcmul addcdiv erf sin cos floor ceil round "
-        "sign nan_to_num tanhshrink softshrink hardshrink expand_as zeros_like ones_like full_like empty_like copy "
-        "remainder reciprocal expm1 log1p".split(),
-        elementwise.elementwise,
-    ),
+    **dict.fromkeys(UNARY | BINARY | elementwise.OTHERS, elementwise.elementwise),
     "prelu": elementwise.prelu,
     "conv": producers.conv,
     "conv_transpose": producers.conv,
@@ -43,7 +47,9 @@ RULES: dict[str, Rule] = {
     "instance_norm": norms.per_channel_norm,
     "group_norm": norms.group_norm,
     "layer_norm": norms.layer_norm,
-    **dict.fromkeys("softmax log_softmax softmin normalize cumsum logcumsumexp".split(), norms.along_axis),
+    **dict.fromkeys(
+        "softmax log_softmax softmin softmax2d normalize cumsum cumprod logcumsumexp argsort".split(), norms.along_axis
+    ),
     **dict.fromkeys(
         "max_pool avg_pool adaptive_avg_pool adaptive_max_pool lp_pool interpolate upsample upsample_nearest2d upsample_bilinear2d "
         "upsampling_nearest2d upsampling_bilinear2d grid_sample".split(),
@@ -53,7 +59,10 @@ RULES: dict[str, Rule] = {
         "pad constant_pad_nd zero_pad2d constant_pad2d reflection_pad2d replication_pad2d reflection_pad1d zero_pad1d".split(),
         space.pad,
     ),
-    **dict.fromkeys("mean sum amax amin var std prod logsumexp norm vector_norm".split(), space.reduction),
+    **dict.fromkeys(
+        "mean sum amax amin var std prod logsumexp norm vector_norm argmax argmin all any nansum nanmean count_nonzero".split(),
+        space.reduction,
+    ),
     "roll": space.shift,
     "flip": space.flip,
     **dict.fromkeys(("unfold", "im2col"), space.unfold),
@@ -77,6 +86,10 @@ RULES: dict[str, Rule] = {
     "cat": joining.cat,
     "stack": joining.stack,
     "getitem": joining.getitem,
+    **dict.fromkeys(
+        "gather take_along_dim scatter scatter_add scatter_reduce index_add index_copy index_fill".split(),
+        lookups.along_places,
+    ),
     **dict.fromkeys("select narrow slice index_select".split(), joining.slicing),
     "with_item": writing.written,
     **dict.fromkeys(FILLED, writing.filled),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from indistill_fx.passes.channels.call import Call, again, axis_of, source, untouched
+from indistill_fx.passes.channels.norms import mixed_axis
 from indistill_fx.passes.channels.selection import Blocked, Cut, Part, Propagation, used_groups
 
 
@@ -47,14 +48,18 @@ def _padded_channels(call: Call, cut: Cut, sizes: list[int], rank: int) -> Propa
     return Propagation(again(call, [below], pad=tuple(sizes)), (Part(below, (positions, tuple(range(len(inside))))),))
 
 
+def reduced_axes(call: Call) -> list[int]:
+    """The axes that a reduction names; none if it reduces all of them, or computes them."""
+    dims, rank = mixed_axis(call), len(call.shape(call.input) or ())
+    given = [dims] if isinstance(dims, int) else dims if isinstance(dims, (tuple, list)) else []
+    return sorted(axis_of(d, rank) for d in given if isinstance(d, int))
+
+
 def reduction(call: Call, cut: Cut) -> Propagation | Blocked:
     """Means, sums and maxima over other axes."""
-    shape = call.shape(call.input)
-    dims = call.get("dim")
-    if shape is None or dims is None or not isinstance(dims, (int, tuple, list)):
+    shape, dims, reduced = call.shape(call.input), call.get("dim"), reduced_axes(call)
+    if shape is None or not reduced:
         return Blocked(f"{call.op} mixes all axes")
-    given = [dims] if isinstance(dims, int) else list(dims)
-    reduced = sorted(axis_of(d, len(shape)) for d in given)
     stay = (
         list(range(len(shape)))
         if call.get("keepdim", False)
@@ -65,7 +70,7 @@ def reduction(call: Call, cut: Cut) -> Propagation | Blocked:
         return Blocked(f"{call.op} mixes some of the merged axes")
     below = Cut(call.input, axes[0], axes[-1] + 1, cut.index)
     moved = [d if d < axes[0] else d - cut.width + 1 for d in reduced]
-    return Propagation(again(call, [below], dim=moved[0] if isinstance(dims, int) else moved), (Part(below),))
+    return Propagation(again(call, [below], dim=moved if isinstance(dims, (tuple, list)) else moved[0]), (Part(below),))
 
 
 def flip(call: Call, cut: Cut) -> Propagation | Blocked:

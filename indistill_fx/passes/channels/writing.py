@@ -10,7 +10,7 @@ from torch import fx
 
 from indistill_fx.graph.ops import with_item
 from indistill_fx.passes.channels.call import Call, again, source
-from indistill_fx.passes.channels.joining import full_key, taken
+from indistill_fx.passes.channels.keys import full_key, taken
 from indistill_fx.passes.channels.selection import Blocked, Cut, Emitter, Index, Part, Propagation
 
 Key = tuple[Any, ...]

@@ -63,7 +63,7 @@ class Coupling:
         vanished: nodes that only serve a shuffle.
         heads: axes made by taking an axis apart that products sum over: the width of a head, not the heads.
         ops: what each node computes, for those that were looked at.
-        mixing: nodes that compute something over channels, such as a mean or a norm, and these channels.
+        mixing: nodes that compute something over channels, what that is (a mean or a norm), and these channels.
     """
 
     facts: Mapping[str, NodeFacts]
@@ -78,7 +78,7 @@ class Coupling:
     shuffles: dict[str, Cut] = field(default_factory=dict)
     vanished: set[str] = field(default_factory=set)
     ops: dict[str, str] = field(default_factory=dict)
-    mixing: list[tuple[str, Units]] = field(default_factory=list)
+    mixing: list[tuple[str, str, Units]] = field(default_factory=list)
     count: int = 0
 
     def fresh(self, size: int) -> Units:
@@ -101,8 +101,9 @@ class Coupling:
 
     def note_mixing(self, call: Call, units: Units | None) -> None:
         """Note that an operation computes a statistic over channels, which changes when channels are removed."""
-        if units is not None:
-            self.mixing.append((call.node.name, units))
+        results = [node.name for node in (call.node, *call.node.users) if node.name in self.facts]
+        if units is not None and results:
+            self.mixing.append((results[0], call.op, units))
 
     def of(self, value: Any, axis: int) -> Units | None:
         """Units along an axis of a node's tensor, or of a parameter."""
@@ -124,7 +125,10 @@ class Coupling:
         if isinstance(value, Tensor) and (id(value), axis) not in self.weights and units is not None:
             self.weights[id(value), axis], self.tensors[id(value)] = units, value
         else:
-            self.tie(self.of(value, axis), units, f"the {name} of `{call.path}` is shared with a fixed layer")
+            own = self.of(value, axis)
+            if own is None and units is not None and isinstance(value, fx.Node):
+                own = lent(self, Cut(value, axis, axis + 1, tuple(range(len(units)))), call.node)
+            self.tie(own, units, f"the {name} of `{call.path}` is shared with a fixed layer")
 
     def freeze_all(self, node: fx.Node, reason: str) -> None:
         """All units of a node's tensor must stay."""
@@ -170,7 +174,7 @@ def follow(found: Coupling, call: Call, summed: Iterable[Units | None] = ()) -> 
                         found.freeze(found.of(source, axis), f"`{node.name}`: {step.reason}")
                     else:
                         found.freeze_all(source, f"`{node.name}`: {step.reason}")
-    for axis in _unsplit(node.name, known.shape, steps, found.heads):
+    for axis in _unsplit(found, node.name, known.shape, steps):
         for part in steps[axis].parts:
             read |= {(part.cut.node.name, k) for k in range(part.cut.start, part.cut.stop)}
         units = _arriving(
@@ -182,10 +186,11 @@ def follow(found: Coupling, call: Call, summed: Iterable[Units | None] = ()) -> 
     return read
 
 
-def _unsplit(name: str, shape: Sequence[int], steps: Mapping[int, Propagation], heads: set[Axis]) -> list[int]:
-    """The axes that carry units. If one axis was split into several, only one of them can: the last that is not the width of a head.
+def _unsplit(found: Coupling, name: str, shape: Sequence[int], steps: Mapping[int, Propagation]) -> list[int]:
+    """The axes that carry units. If one axis was split into several, only one of them can.
 
-    An axis that is complete next to axes of length one (`scale.view(-1, 1, 1)`) was not split.
+    It is not the width of a head, and it is the one that leaves the most classes (the channels of a patch, not its places); the last of
+    these. An axis that is complete next to axes of length one (`scale.view(-1, 1, 1)`) was not split.
     """
     carried: list[int] = []
     axes_of_source: dict[tuple[str, int], list[int]] = {}
@@ -196,8 +201,27 @@ def _unsplit(name: str, shape: Sequence[int], steps: Mapping[int, Propagation], 
             carried.append(axis)
     unsplit = {(part.cut.node.name, part.cut.start) for axis in carried for part in steps[axis].parts}
     for axes in (axes for source, axes in axes_of_source.items() if source not in unsplit):
-        carried += axes if len(axes) == 1 else [axis for axis in axes if (name, axis) not in heads][-1:]
+        free = axes if len(axes) == 1 else [axis for axis in axes if (name, axis) not in found.heads]
+        carried += sorted(free, key=lambda axis: _classes_left(found, steps[axis]))[-1:]
     return carried
+
+
+def _classes_left(found: Coupling, step: Propagation) -> int:
+    """How many classes of units are left if all units at one position of a step's axis are tied."""
+    (part,) = step.parts
+    units = _flat_units(found, part.cut)
+    if units is None or part.links is None:
+        return 0
+    at, units = np.asarray(part.links[0]), units[np.asarray(part.cut.index)[np.asarray(part.links[1])]]
+    classes = at
+    while True:
+        of_unit = np.full(int(units.max()) + 1, len(at))
+        np.minimum.at(of_unit, units, classes)
+        least = np.full(int(at.max()) + 1, len(at))
+        np.minimum.at(least, at, of_unit[units])
+        if (least[at] == classes).all():
+            return len(np.unique(classes))
+        classes = least[at]
 
 
 def _arriving(found: Coupling, step: Propagation, size: int, reader: fx.Node, reason: str) -> Units | None:
@@ -206,7 +230,7 @@ def _arriving(found: Coupling, step: Propagation, size: int, reader: fx.Node, re
     if all(flat is None for flat in flats):
         return None
     flats = [
-        _lent(found, part.cut, reader) if flat is None else flat for part, flat in zip(step.parts, flats, strict=True)
+        lent(found, part.cut, reader) if flat is None else flat for part, flat in zip(step.parts, flats, strict=True)
     ]
     positions, arriving = [], []
     for part, flat in zip(step.parts, flats, strict=True):
@@ -226,7 +250,7 @@ def _arriving(found: Coupling, step: Propagation, size: int, reader: fx.Node, re
     return units
 
 
-def _lent(found: Coupling, cut: Cut, reader: fx.Node) -> Units | None:
+def lent(found: Coupling, cut: Cut, reader: fx.Node) -> Units | None:
     """Units for an axis whose entries are all equal (expanded, or constant): those of the tensors that it is combined with.
 
     None if it is not such an axis, or was read already.
@@ -243,7 +267,7 @@ def _lent(found: Coupling, cut: Cut, reader: fx.Node) -> Units | None:
         if not isinstance(step, Propagation) or step.filters is not None or len(step.parts) > 1:
             return None
         if not step.parts:
-            units = found.fresh(size) if op_name(cut.node) in (*FILLED, "expand") else None
+            units = found.fresh(size) if op_name(cut.node) in (*FILLED, "expand", "repeat") else None
             found.axes.update(dict.fromkeys(places, units) if units is not None else {})
             return units
         if step.parts[0].links is not None:

@@ -12,8 +12,11 @@ from torch import fx
 
 from indistill_fx.graph.ops import op_name
 from indistill_fx.passes.channels.call import Call, axis_of
-from indistill_fx.passes.channels.joining import taken
+from indistill_fx.passes.channels.joining import FIELDS, REDUCTIONS, WITH_PLACES
+from indistill_fx.passes.channels.keys import taken
+from indistill_fx.passes.channels.norms import mixed_axis
 from indistill_fx.passes.channels.rules import FILLED
+from indistill_fx.passes.channels.space import reduced_axes
 from indistill_fx.passes.pruning import attention_dependencies, recurrent
 from indistill_fx.passes.pruning.dependencies import Axis, Coupling, Made, Units, follow
 
@@ -144,17 +147,18 @@ def per_sample(found: Coupling, call: Call) -> set[Axis]:
 
 
 def normalized(found: Coupling, call: Call) -> set[Axis]:
-    """`normalize`: all axes pass, one by convention: the norm of fewer channels is the norm of those that stay."""
-    dim, rank = call.get("dim", 1), len(call.output_shape)
+    """`normalize`, softmax and their like: all axes pass, some by convention: the norm of fewer channels is the norm of those that stay.
+
+    A cumulative sum adds up the channels that stay, as a reader of channels does.
+    """
+    given, rank = mixed_axis(call), len(call.output_shape)
+    mixed = [given] if isinstance(given, int) else list(given or ())
+    if not mixed or not all(isinstance(dim, int) for dim in mixed):
+        return follow(found, call)
     axes = {axis: found.of(call.input, axis) for axis in range(rank)}
-    if isinstance(dim, int):
+    for dim in mixed if call.op != "cumsum" else ():
         found.note_mixing(call, axes[axis_of(dim, rank)])
     return _finish(found, call, axes, [], {(call.input.name, axis) for axis in range(rank)})
-
-
-def softmax(found: Coupling, call: Call) -> set[Axis]:
-    """All axes pass, one by convention: what stays is shared out among the channels that stay."""
-    return normalized(found, call) if isinstance(call.get("dim"), int) else follow(found, call)
 
 
 def layer_norm(found: Coupling, call: Call) -> set[Axis]:
@@ -179,13 +183,26 @@ def prelu(found: Coupling, call: Call) -> set[Axis]:
 
 
 def reduction(found: Coupling, call: Call) -> set[Axis]:
-    """The mean of fewer channels is the mean of those that stay; a sum or maximum likewise."""
-    dims, rank = call.get("dim"), len(call.shape(call.input) or ())
-    given = [dims] if isinstance(dims, int) else dims if isinstance(dims, (tuple, list)) else []
-    reduced = {(call.input.name, axis_of(d, rank)) for d in given if isinstance(d, int)}
-    for _, axis in reduced if call.op != "sum" else ():
+    """The mean of fewer channels is the mean of those that stay; a sum or maximum likewise. Its place counts all of them."""
+    reduced = reduced_axes(call)
+    for axis in reduced if call.op not in _SUMS else ():
         found.note_mixing(call, found.of(call.input, axis))
-    return follow(found, call) | reduced if call.node.name in found.facts else set()
+    places = call.op in ("argmax", "argmin") or (call.op in WITH_PLACES and any(map(_reads_places, call.node.users)))
+    for axis in reduced if places else ():
+        found.freeze(found.of(call.input, axis), f"`{call.node.name}` ({call.op}) numbers them")
+    read = {(call.input.name, axis) for axis in reduced}
+    if call.node.name in found.facts:
+        return read | follow(found, call)
+    rank = len(call.shape(call.input) or ())
+    return read | {(call.input.name, axis) for axis in range(rank) if reduced and axis not in reduced}
+
+
+_SUMS = frozenset("sum nansum count_nonzero all any".split())
+
+
+def _reads_places(user: fx.Node) -> bool:
+    """Whether a node takes the second result of a maximum, its places, for others to read."""
+    return bool(user.users) and user.args[1:] in ((1,), (FIELDS[1],))
 
 
 def channel_shuffle(found: Coupling, call: Call) -> set[Axis]:
@@ -261,8 +278,9 @@ COUPLERS: dict[str, Coupler] = {
     "layer_norm": layer_norm,
     "prelu": prelu,
     **dict.fromkeys("mean sum amax amin var std norm vector_norm".split(), reduction),
-    "normalize": normalized,
-    "softmax": softmax,
+    **dict.fromkeys("prod logsumexp argmax argmin all any nansum nanmean count_nonzero".split(), reduction),
+    **dict.fromkeys(REDUCTIONS - {"kthvalue", "mode"}, reduction),
+    **dict.fromkeys("normalize softmax log_softmax softmin softmax2d cumsum".split(), normalized),
     "deform_conv2d": deformed,
     "conv_per_sample": per_sample,
     **dict.fromkeys(("getitem", "select"), taken_by_number),

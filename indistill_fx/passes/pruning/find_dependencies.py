@@ -11,6 +11,8 @@ from indistill_fx.graph.computed_weights import why_opaque
 from indistill_fx.graph.ops import op_name
 from indistill_fx.passes.channels.attention import letters, operands_of
 from indistill_fx.passes.channels.call import Call, axis_of, read_call
+from indistill_fx.passes.channels.joining import REDUCTIONS, WITH_PLACES
+from indistill_fx.passes.channels.norms import mixed_axis
 from indistill_fx.passes.channels.rules import consult
 from indistill_fx.passes.channels.selection import Cut, Propagation
 from indistill_fx.passes.pruning.dependencies import PARTS, Axis, Coupling, follow
@@ -21,7 +23,7 @@ _TELLS_SIZES = frozenset(
     "size shape getattr dim numel ndimension len is_floating_point is_cuda device dtype assert".split()
 )
 
-_DROPS_AXIS = frozenset("unbind max min median".split())
+_ALONG_AXIS = WITH_PLACES | REDUCTIONS | {"unbind"}
 """Operations of several results that go along one axis and leave the others as they are."""
 _RESHAPES = frozenset("view reshape unflatten".split())
 _READS_MAPS = frozenset("conv conv_transpose batch_norm max_pool avg_pool adaptive_avg_pool interpolate".split())
@@ -55,7 +57,7 @@ def _visit(found: Coupling, node: fx.Node) -> None:
         return
     for source in node.all_input_nodes:
         known = found.facts.get(source.name)
-        several = source.op == "call_module" or found.ops[source.name] in PARTS | _DROPS_AXIS
+        several = source.op == "call_module" or found.ops[source.name] in PARTS | _ALONG_AXIS
         if known is None and several and node.target not in (operator.getitem, getattr):
             _freeze_whole(found, source, _why(call))
         for axis in range(len(known.shape) if known else 0):
@@ -96,8 +98,8 @@ def _read(found: Coupling, call: Call) -> set[Axis] | None:
         return coupler(found, call)
     if call.node.name in found.facts:
         return follow(found, call)
-    dim = call.get("dim", 0 if call.op == "unbind" else None)
-    if call.op in _DROPS_AXIS and isinstance(dim, int):  # the other axes follow from the parts
+    dim = call.get("dim", 0) if call.op == "unbind" else mixed_axis(call)
+    if call.op in _ALONG_AXIS and isinstance(dim, int):  # the other axes follow from the parts
         rank = len(call.shape(call.input) or ())
         return {(call.input.name, axis) for axis in range(rank) if axis != axis_of(dim, rank)}
     if call.op in PARTS:

@@ -12,7 +12,8 @@ from torch import fx
 
 from indistill_fx.graph.attention import window_attention
 from indistill_fx.passes.channels.call import Call, axis_of, read_call
-from indistill_fx.passes.channels.joining import index_by, split_begins, taken
+from indistill_fx.passes.channels.joining import split_begins
+from indistill_fx.passes.channels.keys import index_by, taken
 from indistill_fx.passes.channels.rules import FILLED
 from indistill_fx.passes.channels.writing import places, whole_key
 from indistill_fx.passes.pruning.dependency_rules import each_alone, shape_lender
@@ -63,6 +64,17 @@ def _fix_sizes(work: Rewriting, call: Call, node: fx.Node) -> None:
         for k, n in enumerate(sizes)
     ]
     node.args = (node.args[0], *sizes) if node.op == "call_method" else (node.args[0], tuple(sizes))
+
+
+def _fix_repeat(work: Rewriting, call: Call, node: fx.Node) -> None:
+    """A single entry is repeated as often as there are channels left."""
+    times, shape = call.arguments.get("repeats"), call.shape(call.input)
+    if work.touched(call.node) and isinstance(times, tuple) and shape is not None and len(shape) == len(times):
+        again = [
+            n if work.kept(call.node, k) is None or shape[k] > 1 else work.size(call.node, k)
+            for k, n in enumerate(times)
+        ]
+        node.args = (node.args[0], *fx.map_arg(again, lambda n: work.nodes.get(n.name, n)))
 
 
 def _fix_unflatten(work: Rewriting, call: Call, node: fx.Node) -> None:
@@ -239,6 +251,7 @@ FIXES: dict[str, Callable[[Rewriting, Call, fx.Node], None]] = {
     "group_norm": _fix_group_norm,
     "layer_norm": _fix_layer_norm,
     **dict.fromkeys(("view", "reshape", "expand"), _fix_sizes),
+    "repeat": _fix_repeat,
     "unflatten": _fix_unflatten,
     **dict.fromkeys(("chunk", "split", "split_with_sizes", "tensor_split"), _fix_split),
     **dict.fromkeys(("narrow", "slice", "index_select", "select"), _fix_slice),

@@ -1,7 +1,8 @@
 """The reference that `shrink` is checked against: the original network, whose every reader ignores the channels that were removed.
 
 Readers get zeros in place of removed channels, which is the same as zeroing their columns. (Zeroing the makers' rows would not do:
-a bias or a norm after them makes something of the zeros.) Norms and means are taken over the channels that stay. Nothing is sliced.
+a bias or a norm after them makes something of the zeros.) Norms and means are taken over the channels that stay.
+No weight is sliced.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from torch import Tensor, fx
 from indistill_fx.graph.interpret import Runner
 from indistill_fx.passes.channels.attention import free_heads, letters, operands_of, with_projections
 from indistill_fx.passes.channels.call import Call, axis_of, read_call
+from indistill_fx.passes.channels.joining import REDUCTIONS
+from indistill_fx.passes.channels.norms import mixed_axis
+from indistill_fx.passes.channels.space import reduced_axes
 from indistill_fx.passes.pruning.recurrent import NAMES, silent
 from indistill_fx.traced import NodeFacts, TracedModel
 
@@ -135,31 +139,34 @@ def _affine(run: Masked, call: Call, x: Tensor, spaces: int) -> Tensor:
     return x if bias is None else x + bias.view(*bias.shape, *[1] * spaces)
 
 
-def _mean(run: Masked, call: Call) -> Tensor:
+def _reduced(run: Masked, call: Call) -> Any:
+    """A reduction of the entries that stay."""
+    for axis in reduced_axes(call):
+        _leave_out(run, call, axis)
+    return Runner.run_node(run, call.node)
+
+
+def _leave_out(run: Masked, call: Call, axis: int) -> Tensor | None:
+    """Take the removed entries of an axis out of the operand; returns the places of those that stay."""
+    kept = run.axes.get((call.input.name, axis))
+    if kept is None:
+        return None
+    places = torch.tensor(kept, device=run.env[call.input].device)
+    run.env[call.input] = run.env[call.input].index_select(axis, places)
+    return places
+
+
+def _along(run: Masked, call: Call) -> Tensor:
+    """A softmax or norm of the entries that stay, with zeros for the others."""
     x: Tensor = run.env[call.input]
-    dims, mask = call.get("dim"), x.new_ones(())
-    given = [axis_of(d, x.dim()) for d in ([dims] if isinstance(dims, int) else dims or range(x.dim()))]
-    for axis in given:
-        mask = mask * run.mask(call.input, axis, x)
-    weight = mask.expand_as(x)
-    keep = bool(call.get("keepdim", False))
-    if call.op in ("amax", "amin"):
-        sign = 1 if call.op == "amax" else -1
-        return sign * (sign * x).masked_fill(weight == 0, -torch.inf).amax(given, keepdim=keep)
-    if call.op in ("var", "std"):
-        return _spread(call, x, weight, given, keep)
-    total = (x * weight).sum(given, keepdim=keep)
-    return total if call.op == "sum" else total / weight.sum(given, keepdim=keep)
-
-
-def _spread(call: Call, x: Tensor, weight: Tensor, dims: list[int], keep: bool) -> Tensor:
-    count = weight.sum(dims, keepdim=True)
-    mean = (x * weight).sum(dims, keepdim=True) / count
-    correction = float(call.get("correction", 1.0 if call.get("unbiased", True) else 0.0))
-    var = ((x - mean).square() * weight).sum(dims, keepdim=keep) / (
-        count if keep else count.amax(dims) if dims else count
-    ).sub(correction)
-    return var.sqrt() if call.op == "std" else var
+    given = mixed_axis(call)
+    axes = [axis_of(dim, x.dim()) for dim in ([given] if isinstance(given, int) else given or ())]
+    left = {axis: places for axis in axes if (places := _leave_out(run, call, axis)) is not None}
+    y: Tensor = Runner.run_node(run, call.node)
+    for axis, places in left.items():
+        shape = [x.shape[k] if k == axis else n for k, n in enumerate(y.shape)]
+        y = y.new_zeros(shape).index_copy(axis, places, y)
+    return y
 
 
 def _attention(run: Masked, call: Call) -> Any:
@@ -185,27 +192,6 @@ def _recurrent(run: Masked, call: Call) -> Any:
     return module(*args, **kwargs)  # type: ignore[misc]
 
 
-def _normalize(run: Masked, call: Call) -> Tensor:
-    """A normalisation over channels, with zeros in place of the removed ones."""
-    args, kwargs = run.arguments(call.node)
-    x: Tensor = run.env[call.input]
-    dims = call.get("dim", 1 if call.op == "normalize" else None)
-    for axis in [dims] if isinstance(dims, int) else dims or range(x.dim()):
-        x = x * run.mask(call.input, axis_of(axis, x.dim()), x)
-    args = (x, *args[1:])
-    if call.node.op == "call_method":
-        return getattr(x, str(call.node.target))(*args[1:], **kwargs)  # type: ignore[no-any-return]
-    return call.node.target(*args, **kwargs)  # type: ignore[operator,no-any-return]
-
-
-def _softmax(run: Masked, call: Call) -> Tensor:
-    """A softmax in which removed channels get the probability 0."""
-    x: Tensor = run.env[call.input]
-    axis = axis_of(int(call.get("dim")), x.dim())
-    mask = run.mask(call.input, axis, x)
-    return x.masked_fill(mask == 0, -torch.inf).softmax(axis)
-
-
 def _windows(run: Masked, call: Call) -> Any:
     args, kwargs = run.arguments(call.node)
     kept = run.axes.get((call.node.name, "heads"))
@@ -225,14 +211,16 @@ def _windows(run: Masked, call: Call) -> Any:
 
 _MIXING = {
     "layer_norm": _layer_norm,
-    "softmax": _softmax,
+    **dict.fromkeys("softmax log_softmax softmin softmax2d normalize cumsum".split(), _along),
     "group_norm": _group_norm,
-    **dict.fromkeys(("mean", "sum", "amax", "amin", "var", "std"), _mean),
+    **dict.fromkeys(
+        "mean sum amax amin var std norm vector_norm prod logsumexp all any nansum nanmean".split(), _reduced
+    ),
+    **dict.fromkeys({"count_nonzero", *REDUCTIONS}, _reduced),
     "multihead_attention": _attention,
     "head_attention": _attention,
     "shifted_window_attention": _windows,
     **dict.fromkeys(NAMES, _recurrent),
-    **dict.fromkeys(("normalize", "norm", "vector_norm"), _normalize),
 }
 
 

@@ -274,8 +274,8 @@ def _report(
         frozen=_frozen(found, classes),
         approximate=tuple(
             dict.fromkeys(
-                f"{model.tap_name(node)} ({found.ops[node]})"
-                for node, units in found.mixing
+                f"{model.tap_name(node)} ({op})"
+                for node, op, units in found.mixing
                 if not stay[classes.class_of[units]].all()
             )
         ),

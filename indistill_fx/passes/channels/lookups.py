@@ -1,0 +1,73 @@
+"""Rules of operations that look entries up, or write them, at computed places: indexing by tensors, `gather`, `scatter`, `index_add`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from indistill_fx.passes.channels.call import Call, again, axis_of
+from indistill_fx.passes.channels.keys import full_key
+from indistill_fx.passes.channels.selection import Blocked, Cut, Part, Propagation
+
+
+def looked_up(call: Call, cut: Cut) -> Propagation | Blocked:
+    """A tensor that is indexed by tensors: the axes that are taken whole are its own."""
+    axes = _axes_of_lookup(call)
+    if axes is None:
+        return Blocked(f"it is indexed by tensors or by computed numbers{call.why_open}")
+    if cut.width > 1:
+        return Blocked("a table looked up, with merged axes")
+    axis, whole = axes[cut.start]
+    if axis is None:
+        return Blocked("it is looked up along the selected axis")
+    if not whole:
+        return Blocked("the selected axis is sliced")
+    below = Cut(call.input, axis, axis + 1, cut.index)
+    return Propagation(again(call, [below]), (Part(below),))
+
+
+def _axes_of_lookup(call: Call) -> list[tuple[int | None, bool]] | None:
+    """For every axis of the result, the axis of the tensor it was and whether it was taken whole; None for the axes of the places.
+
+    These stand where the first of adjacent entries stood, and in front if the entries stand apart.
+    """
+    shape, given = call.shape(call.input), call.get("key", call.get("index"))
+    key = full_key(given if isinstance(given, tuple) else (given,), len(shape)) if shape is not None else None
+    if key is None or None in key:
+        return None
+    at = [k for k, entry in enumerate(key) if not isinstance(entry, slice)]
+    ranks = [_rank(call, key[k]) for k in at]
+    known = [rank for rank in ranks if rank is not None]
+    if not known or len(known) < len(ranks):
+        return None
+    first = at[0] if at == list(range(at[0], at[-1] + 1)) else 0
+    axes = [(k, entry == slice(None)) for k, entry in enumerate(key) if isinstance(entry, slice)]
+    return [*axes[:first], *[(None, False)] * max(known), *axes[first:]]
+
+
+def _rank(call: Call, entry: Any) -> int | None:
+    """How many axes places have; None for a mask, or if it is not known."""
+    if isinstance(entry, fx.Node):
+        shape = call.shape(entry)
+        return None if shape is None or call.facts[entry.name].dtype == torch.bool else len(shape)
+    plain = isinstance(entry, int) and not isinstance(entry, bool)
+    return 0 if plain else 1 if isinstance(entry, list) and all(type(k) is int for k in entry) else None
+
+
+def along_places(call: Call, cut: Cut) -> Propagation | Blocked:
+    """`gather`, `scatter`, `index_add`, …: along another axis than theirs, every operand of as many axes is selected alike."""
+    dim, rank = call.get("dim"), len(call.output_shape)
+    if not isinstance(dim, int) or cut.width > 1:
+        return Blocked(f"{call.op} along a computed axis, or with merged axes")
+    if axis_of(dim, rank) == cut.start:
+        return Blocked(f"{call.op} looks up along the selected axis")
+    shapes = {n: shape for n in call.node.all_input_nodes if len(shape := call.shape(n) or ()) == rank}
+    sizes = {n: shape[cut.start] for n, shape in shapes.items()}
+    alone = 1 if call.op == "take_along_dim" else None  # it broadcasts
+    wanted = call.output_shape[cut.start]
+    if any(size not in (wanted, alone) for size in sizes.values()):
+        return Blocked(f"the operands of {call.op} have different sizes along the selected axis")
+    cuts = [Cut(n, cut.start, cut.stop, cut.index) for n, size in sizes.items() if size == wanted]
+    return Propagation(again(call, cuts), tuple(Part(c) for c in cuts))
