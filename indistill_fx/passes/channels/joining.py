@@ -128,6 +128,16 @@ def split_begins(maker: Call, total: int, size: int) -> list[int]:
     return [sum(sizes[:k]) for k in range(len(sizes))]
 
 
+def _part_of_packing(maker: Call, cut: Cut, key: int, call: Call) -> Propagation | Blocked:
+    """Sequences laid one after the other, or side by side again: their features are the last axis."""
+    if key != 0 or cut.start < len(call.output_shape) - 1:
+        return Blocked("packing moves the entries of a sequence")
+    last = len(maker.shape(maker.input) or ()) - 1
+    below = Cut(maker.input, last, last + 1, cut.index)
+    both = again(maker, [below])
+    return Propagation(lambda out, new: out.item(both(out, new), key), (Part(below),))
+
+
 def _part_of_unbind(maker: Call, cut: Cut, key: int, call: Call) -> Propagation | Blocked:
     rank = len(call.output_shape) + 1
     dim = axis_of(int(maker.get("dim", 0)), rank)
@@ -181,6 +191,7 @@ _PARTS: dict[str, Callable[..., Propagation | Blocked]] = {
     **dict.fromkeys(WITH_PLACES - REDUCTIONS, _item_of(norms.along_axis)),
     **dict.fromkeys(("chunk", "split", "split_with_sizes", "tensor_split"), _part_of_split),
     "unbind": _part_of_unbind,
+    **dict.fromkeys(("_pack_padded_sequence", "_pad_packed_sequence"), _part_of_packing),
     "multihead_attention": attention.module_output,
     "head_attention": attention.module_output,
 }
@@ -230,6 +241,6 @@ def _sliced_elsewhere(call: Call, cut: Cut) -> Propagation | Blocked:
     """`narrow` and `slice` along another axis, whatever size it has."""
     dim = call.get("dim", 0)
     dim = axis_of(dim, len(call.output_shape)) if isinstance(dim, int) else cut.start
-    if call.op not in ("narrow", "slice") or cut.start <= dim < cut.stop:
+    if call.op not in ("narrow", "slice", "index_select") or cut.start <= dim < cut.stop:
         return Blocked(f"it is indexed by tensors or by computed numbers{call.why_open}")
     return untouched(call, cut, dim=dim if dim < cut.start else dim - cut.width + 1)

@@ -257,12 +257,12 @@ def lent(found: Coupling, cut: Cut, reader: fx.Node) -> Units | None:
     """
     chain: list[fx.Node] = [reader]
     places: list[Axis] = []
-    while cut.width == 1 and all(user in chain or user.name not in found.ops for user in cut.node.users):
+    while cut.width == 1 and (alike := _unread(found, cut.node, chain)) is not None:
         size = found.facts[cut.node.name].shape[cut.start]
         if cut.index != tuple(range(size)) or cut.start == found.facts[cut.node.name].batch_axis:
             return None
         chain.append(cut.node)
-        places.append((cut.node.name, cut.start))
+        places += [(node.name, cut.start) for node in (cut.node, *alike)]
         step = consult(cut, found.facts)
         if not isinstance(step, Propagation) or step.filters is not None or len(step.parts) > 1:
             return None
@@ -274,6 +274,20 @@ def lent(found: Coupling, cut: Cut, reader: fx.Node) -> Units | None:
             return None
         cut = step.parts[0].cut
     return None
+
+
+_ALIKE = frozenset(("zeros_like", "ones_like", "full_like", "empty_like"))
+
+
+def _unread(found: Coupling, node: fx.Node, chain: Sequence[fx.Node]) -> list[fx.Node] | None:
+    """The tensors made like a node's; None if it, or one of them, was read already by others than those of the chain."""
+    alike: list[fx.Node] = []
+    for user in (user for user in node.users if user not in chain and user.name in found.ops):
+        below = _unread(found, user, chain) if op_name(user) in _ALIKE else None
+        if below is None:
+            return None
+        alike += [user, *below]
+    return alike
 
 
 def _is_everything(index: Sequence[int], flat: Units) -> bool:

@@ -292,6 +292,8 @@ COUPLERS: dict[str, Coupler] = {
     "head_attention": attention_dependencies.attention_module,
     **dict.fromkeys(("shifted_window_attention", "window_attention"), attention_dependencies.windows),
     **dict.fromkeys(recurrent.NAMES, recurrent.couple_recurrent),
+    "PackedSequence": recurrent.packed,
+    **dict.fromkeys(("_pack_padded_sequence", "_pad_packed_sequence"), recurrent.packing),
     "channel_shuffle": channel_shuffle,
     **dict.fromkeys(("view", "reshape"), reshape),
     **dict.fromkeys(("type_as", "to"), follows_first),

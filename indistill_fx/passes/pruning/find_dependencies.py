@@ -17,6 +17,7 @@ from indistill_fx.passes.channels.rules import consult
 from indistill_fx.passes.channels.selection import Cut, Propagation
 from indistill_fx.passes.pruning.dependencies import PARTS, Axis, Coupling, follow
 from indistill_fx.passes.pruning.dependency_rules import COUPLERS
+from indistill_fx.passes.pruning.recurrent import WHOLE
 from indistill_fx.traced import NodeFacts
 
 _TELLS_SIZES = frozenset(
@@ -57,8 +58,9 @@ def _visit(found: Coupling, node: fx.Node) -> None:
         return
     for source in node.all_input_nodes:
         known = found.facts.get(source.name)
-        several = source.op == "call_module" or found.ops[source.name] in PARTS | _ALONG_AXIS
-        if known is None and several and node.target not in (operator.getitem, getattr):
+        several = source.op == "call_module" or found.ops[source.name] in PARTS | _ALONG_AXIS | {"PackedSequence"}
+        followed = node.target in (operator.getitem, getattr) or (source.name, WHOLE) in read
+        if known is None and several and not followed:
             _freeze_whole(found, source, _why(call))
         for axis in range(len(known.shape) if known else 0):
             if (source.name, axis) in read:

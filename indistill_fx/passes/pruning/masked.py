@@ -19,7 +19,7 @@ from indistill_fx.passes.channels.call import Call, axis_of, read_call
 from indistill_fx.passes.channels.joining import REDUCTIONS
 from indistill_fx.passes.channels.norms import mixed_axis
 from indistill_fx.passes.channels.space import reduced_axes
-from indistill_fx.passes.pruning.recurrent import NAMES, silent
+from indistill_fx.passes.pruning.recurrent import NAMES, features, silent
 from indistill_fx.traced import NodeFacts, TracedModel
 
 
@@ -94,9 +94,10 @@ def _read_axes(call: Call, source: fx.Node, rank: int) -> list[int]:
         "multihead_attention",
         "head_attention",
         "shifted_window_attention",
-        *NAMES,
     ):
         return [rank - 1] if source.op != "get_attr" else []
+    if call.op in NAMES or (call.op == "PackedSequence" and source is features(call.node)):
+        return [rank - 1]
     if call.op in ("matmul", "bmm"):
         return [rank - 1] if source is operands_of(call)[0] else [max(rank - 2, 0)]
     if call.op == "einsum" and (parsed := letters(call)) is not None:
