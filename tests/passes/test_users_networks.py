@@ -302,7 +302,7 @@ FROZEN: dict[str, tuple[Callable[[Tensor], object], str]] = {
     "parts of another axis": (lambda x: x.unbind(-1), "an output"),
     "maximum and place": (lambda x: x.max(-1), "an output"),
     "place of the maximum over channels": (lambda x: x.max(1)[1].to(x.dtype), "numbers them"),
-    "windows": (lambda x: x.unfold(2, 3, 1).mean((1, 3, 4)), "unfold"),
+    "windows": (lambda x: x.unfold(1, 3, 1).mean((2, 3, 4)), "unfold"),
     "neighbours": (neighbours, "conv"),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,24 +36,65 @@ def fused(call: Call, cut: Cut) -> Propagation | Blocked:
 
 
 def matmul(call: Call, cut: Cut) -> Propagation | Blocked:
-    """Rows come from the left operand, columns from the right one, batches from both."""
+    """Rows come from the left operand, columns from the right one, batches from both; what is added (`addmm`) has all of them."""
     left, right = operands_of(call)
-    rank = len(call.output_shape)
-    if len(call.shape(left) or ()) != rank or len(call.shape(right) or ()) != rank or left is right:
-        return Blocked("a product of tensors of different rank")
-    return product(call, cut, {rank - 2: [left], rank - 1: [right]}, [left, right])
+    added = [call.input] if call.op in _ADDING else []
+    shapes = {n: call.shape(n) or () for n in (left, right, *added)}
+    if left is right or left in added or right in added or not all(shapes.values()):
+        return Blocked("a product of a tensor with itself, or with a number")
+    if cut.width > 1:
+        alike = len({len(shape) for shape in shapes.values()}) == 1 and not added
+        rank = len(call.output_shape)
+        return product(call, cut, {}, [left, right]) if alike and cut.stop <= rank - 2 else Blocked(_MERGED)
+    wanted = call.output_shape[cut.start]
+    ends = [(n, k) for n, k in _ends_of_product(call, cut.start) if shapes[n][k] == wanted]
+    ends += [
+        (n, k)
+        for n in added
+        if (k := cut.start - len(call.output_shape) + len(shapes[n])) >= 0 and shapes[n][k] == wanted
+    ]
+    cuts = [Cut(n, k, k + 1, cut.index) for n, k in ends]
+    return (
+        Propagation(again(call, cuts), tuple(Part(c) for c in cuts))
+        if cuts
+        else Blocked("it is the same for every operand")
+    )
+
+
+_ADDING = {"addmm": ("mat1", "mat2"), "baddbmm": ("batch1", "batch2")}
+PRODUCTS = ("matmul", "bmm", "mm", "mv", *_ADDING)
+_MERGED = "the axes of a product are merged here"
+
+
+def _ends_of_product(call: Call, axis: int) -> list[tuple[fx.Node, int]]:
+    """The operands' axes that an axis of a product is; a vector has neither rows nor columns, and batches are counted from the right."""
+    left, right = operands_of(call)
+    ranks = [len(call.shape(n) or ()) for n in (left, right)]
+    sides = [left] * (ranks[0] > 1) + [right] * (ranks[1] > 1)
+    batches = len(call.output_shape) - len(sides)
+    if axis >= batches:
+        side = sides[axis - batches]
+        return [(side, ranks[0] - 2 if side is left else ranks[1] - 1)]
+    return [
+        (n, k)
+        for n, rank in zip((left, right), ranks, strict=True)
+        if (k := rank - 2 - batches + axis) >= 0 and rank > 2
+    ]
 
 
 def operands_of(call: Call) -> tuple[Any, Any]:
     """Left and right operand of a product."""
-    return call.get("input"), call.get("other", call.get("mat2"))
+    if call.op in _ADDING:
+        first, second = _ADDING[call.op]
+        return call.get(first), call.get(second)
+    return call.get("input"), call.get("other", call.get("mat2", call.get("vec")))
 
 
 def product(call: Call, cut: Cut, ends: dict[int, list[fx.Node]], every: list[Any]) -> Propagation | Blocked:
     """A product whose output axes in `ends` come from one operand, and the others from every one."""
     rank = len(call.output_shape)
     if cut.stop > rank - 2 and cut.width > 1:
-        return Blocked("the axes of a product are merged here")
+        return Blocked(_MERGED)
     operands = ends.get(cut.start, every)
     wanted = call.output_shape[cut.start : cut.stop]
     sizes = [(call.shape(n) or ())[cut.start : cut.stop] for n in operands]
@@ -68,31 +110,42 @@ def product(call: Call, cut: Cut, ends: dict[int, list[fx.Node]], every: list[An
 
 
 def letters(call: Call) -> tuple[list[str], str, list[fx.Node]] | None:
-    """The subscripts of an einsum's operands and of its output, and the operands; None if they are not plain."""
+    """The subscripts of an einsum's operands and of its output, and the operands; None if they are not plain.
+
+    An ellipsis is written out in capital letters that the equation does not use.
+    """
     equation, *operands = call.node.args
     if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
         operands = list(operands[0])
     text = str(equation).replace(" ", "")
     nodes = [n for n in operands if isinstance(n, fx.Node)]
-    if "." in text or "->" not in text or len(nodes) != len(operands) or len(set(nodes)) != len(nodes):
+    if "->" not in text or len(nodes) != len(operands) or len(set(nodes)) != len(nodes):
         return None
     inputs, output = text.split("->")
     names = inputs.split(",")
-    return (names, output, nodes) if all(len(set(name)) == len(name) for name in (*names, output)) else None
+    ranks = [len(call.shape(n) or ()) for n in nodes]
+    if len(names) != len(nodes):
+        return None
+    spare = [c for c in string.ascii_uppercase if c not in text]
+    counts = [rank - len(name) + 3 if "..." in name else 0 for name, rank in zip(names, ranks, strict=True)]
+    unnamed = spare[: max(counts)]
+    names = [
+        name.replace("...", "".join(unnamed[len(unnamed) - count :])) for name, count in zip(names, counts, strict=True)
+    ]
+    output = output.replace("...", "".join(unnamed))
+    plain = all(len(set(name)) == len(name) for name in (*names, output))
+    return (names, output, nodes) if plain and [len(name) for name in names] == ranks else None
 
 
 def einsum(call: Call, cut: Cut) -> Propagation | Blocked:
-    """Every operand that has the selected letter is selected along it."""
+    """Every operand that has the selected letter is selected along it, if it is not one entry for all."""
     parsed = letters(call)
     if parsed is None or cut.width > 1:
         return Blocked("an einsum over merged axes, or with repeated letters or operands")
     names, output, nodes = parsed
-    letter = output[cut.start]
-    cuts = [
-        Cut(n, name.index(letter), name.index(letter) + 1, cut.index)
-        for name, n in zip(names, nodes, strict=True)
-        if letter in name
-    ]
+    letter, wanted = output[cut.start], call.output_shape[cut.start]
+    ends = [(n, name.index(letter)) for name, n in zip(names, nodes, strict=True) if letter in name]
+    cuts = [Cut(n, k, k + 1, cut.index) for n, k in ends if (call.shape(n) or ())[k] == wanted]
     return Propagation(again(call, cuts), tuple(Part(c) for c in cuts))
 
 

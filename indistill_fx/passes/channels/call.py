@@ -31,6 +31,8 @@ _WINDOWS = (
     "logit_scale training"
 )
 
+SPECTRA = "fft ifft rfft irfft hfft ihfft fft2 ifft2 rfft2 irfft2 fftn ifftn rfftn irfftn fftshift ifftshift".split()
+"""Fourier transforms of `torch.fft`."""
 SIGNATURES: dict[str, str] = {
     "conv": "input weight bias stride padding dilation groups",
     "conv_transpose": "input weight bias stride padding output_padding groups dilation",
@@ -76,6 +78,9 @@ SIGNATURES: dict[str, str] = {
     "pad": "input pad mode value",
     "roll": "input shifts dims",
     "flip": "input *dims",
+    "rot90": "input k dims",
+    **dict.fromkeys((f"fft_{kind}" for kind in SPECTRA), "input size dim norm"),
+    **dict.fromkeys(("fft_fftshift", "fft_ifftshift"), "input dim"),
     "unfold": "input kernel_size dilation padding stride",
     **dict.fromkeys(
         "gather scatter scatter_add scatter_reduce index_add index_copy index_fill".split(), "input dim index src"
@@ -87,8 +92,9 @@ SIGNATURES: dict[str, str] = {
     "normalize": "input p dim",
     "glu": "input dim",
     "cumsum": "input dim",
-    "matmul": "input other",
-    "bmm": "input other",
+    **dict.fromkeys(("matmul", "bmm", "mm", "mv"), "input other"),
+    "addmm": "input mat1 mat2",
+    "baddbmm": "input batch1 batch2",
     "scaled_dot_product_attention": "query key value attn_mask dropout_p is_causal scale",
     "shifted_window_attention": _WINDOWS,
     "window_attention": _WINDOWS,

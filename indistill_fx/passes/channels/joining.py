@@ -186,10 +186,15 @@ WITH_PLACES = frozenset("max min median nanmedian mode kthvalue sort topk cummax
 """Operations along one axis that return values, and their places on it."""
 REDUCTIONS = frozenset("max min median nanmedian mode kthvalue var_mean std_mean".split())
 """Operations of several results that reduce an axis."""
+POOLS = frozenset(
+    "max_pool adaptive_max_pool max_pool2d_with_indices max_pool1d_with_indices max_pool3d_with_indices".split()
+)
+"""Pooling that may return the places of the maxima as well."""
 _PARTS: dict[str, Callable[..., Propagation | Blocked]] = {
     **dict.fromkeys(REDUCTIONS, _item_of(space.reduction)),
     **dict.fromkeys(WITH_PLACES - REDUCTIONS, _item_of(norms.along_axis)),
     **dict.fromkeys(("chunk", "split", "split_with_sizes", "tensor_split"), _part_of_split),
+    **dict.fromkeys(POOLS, _item_of(space.per_channel_map)),
     "unbind": _part_of_unbind,
     **dict.fromkeys(("_pack_padded_sequence", "_pad_packed_sequence"), _part_of_packing),
     "multihead_attention": attention.module_output,

@@ -24,7 +24,7 @@ from indistill_fx.passes.channels import (
     space,
     writing,
 )
-from indistill_fx.passes.channels.call import Call, read_call
+from indistill_fx.passes.channels.call import SPECTRA, Call, read_call
 from indistill_fx.passes.channels.selection import Blocked, Cut, Part, Propagation
 from indistill_fx.traced import NodeFacts
 
@@ -51,12 +51,16 @@ RULES: dict[str, Rule] = {
         "softmax log_softmax softmin softmax2d normalize cumsum cumprod logcumsumexp argsort".split(), norms.along_axis
     ),
     **dict.fromkeys(
-        "max_pool avg_pool adaptive_avg_pool adaptive_max_pool lp_pool interpolate upsample upsample_nearest2d upsample_bilinear2d "
-        "upsampling_nearest2d upsampling_bilinear2d grid_sample".split(),
+        "max_pool avg_pool adaptive_avg_pool adaptive_max_pool lp_pool lp_pool1d lp_pool2d lp_pool3d interpolate upsample "
+        "upsample_nearest2d upsample_bilinear2d upsampling_nearest2d upsampling_bilinear2d grid_sample".split(),
         space.per_channel_map,
     ),
     **dict.fromkeys(
-        "pad constant_pad_nd zero_pad2d constant_pad2d reflection_pad2d replication_pad2d reflection_pad1d zero_pad1d".split(),
+        [
+            "pad",
+            "constant_pad_nd",
+            *(f"{k}_pad{n}d" for k in "zero constant reflection replication circular".split() for n in (1, 2, 3)),
+        ],
         space.pad,
     ),
     **dict.fromkeys(
@@ -65,6 +69,11 @@ RULES: dict[str, Rule] = {
     ),
     "roll": space.shift,
     "flip": space.flip,
+    "rot90": space.turned,
+    **dict.fromkeys(("tril", "triu"), space.triangle),
+    **dict.fromkeys((f"fft_{kind}" for kind in SPECTRA), space.spectrum),
+    **dict.fromkeys(("view_as_real", "view_as_complex"), space.complex_view),
+    **dict.fromkeys((f"max_unpool{n}d" for n in (1, 2, 3)), space.unpool),
     **dict.fromkeys(("unfold", "im2col"), space.unfold),
     **dict.fromkeys(("fold", "col2im"), space.fold),
     "getattr": joining.field,
@@ -72,7 +81,7 @@ RULES: dict[str, Rule] = {
     "pixel_unshuffle": space.pixel_unshuffle,
     "channel_shuffle": space.channel_shuffle,
     "glu": norms.glu,
-    **dict.fromkeys(("matmul", "bmm"), attention.matmul),
+    **dict.fromkeys(attention.PRODUCTS, attention.matmul),
     "einsum": attention.einsum,
     "scaled_dot_product_attention": attention.fused,
     **dict.fromkeys(("shifted_window_attention", "window_attention"), attention.windows),

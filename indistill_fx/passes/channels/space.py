@@ -120,10 +120,58 @@ def pixel_unshuffle(call: Call, cut: Cut) -> Propagation | Blocked:
     return _many_of_one(call, cut, r * r)
 
 
+def spectrum(call: Call, cut: Cut) -> Propagation | Blocked:
+    """Fourier transforms, and shifts of spectra, along other axes."""
+    dims, rank = call.get("dim"), len(call.output_shape)
+    if dims is None:
+        dims = (-2, -1) if call.op.endswith("2") else range(rank) if call.op.endswith(("n", "shift")) else -1
+    return _beside(call, cut, [dims] if isinstance(dims, int) else list(dims))
+
+
+def _beside(call: Call, cut: Cut, dims: list[int]) -> Propagation | Blocked:
+    """An operation on some axes, on a selection of another one."""
+    if cut.width > 1 or cut.start in [axis_of(d, len(call.shape(call.input) or ())) for d in dims]:
+        return Blocked(f"{call.op} mixes the channels, or axes that are merged here")
+    return untouched(call, cut)
+
+
+def triangle(call: Call, cut: Cut) -> Propagation | Blocked:
+    """`tril` and `triu` are of the last two axes."""
+    return _beside(call, cut, [-2, -1])
+
+
+def turned(call: Call, cut: Cut) -> Propagation | Blocked:
+    """`rot90` of other axes."""
+    dims = call.get("dims", (0, 1))
+    return (
+        _beside(call, cut, list(dims)) if isinstance(dims, (tuple, list)) else Blocked("the turned axes are computed")
+    )
+
+
+def complex_view(call: Call, cut: Cut) -> Propagation | Blocked:
+    """`view_as_real` and `view_as_complex`: real and imaginary parts are the last axis of the real tensor."""
+    complex_rank = min(len(call.shape(call.input) or ()), len(call.output_shape))
+    return (
+        untouched(call, cut)
+        if cut.stop <= complex_rank
+        else Blocked("the selected axis is that of real and imaginary parts")
+    )
+
+
+def unpool(call: Call, cut: Cut) -> Propagation | Blocked:
+    """Values go back to the places of the maxima, each channel alone."""
+    if cut.stop > 2:
+        return Blocked(f"{call.op} mixes the axes of space")
+    cuts = [Cut(n, cut.start, cut.stop, cut.index) for n in call.node.all_input_nodes if call.shape(n) is not None]
+    return Propagation(again(call, cuts), tuple(Part(c) for c in cuts))
+
+
 def unfold(call: Call, cut: Cut) -> Propagation | Blocked:
-    """`F.unfold`: the places of a patch, as many as the kernel has, are one channel of the input."""
+    """`F.unfold`: the places of a patch, as many as the kernel has, are one channel of the input. `Tensor.unfold` adds an axis."""
     shape = call.shape(call.input) or ()
-    if (cut.start, cut.stop, len(shape), len(call.output_shape)) != (1, 2, 4, 3):  # Tensor.unfold adds an axis
+    if len(call.output_shape) == len(shape) + 1:
+        return _beside(call, cut, [call.get("dimension", call.get("kernel_size")), len(shape)])
+    if (cut.start, cut.stop, len(shape), len(call.output_shape)) != (1, 2, 4, 3):
         return Blocked("unfold mixes the axes of space")
     return _many_of_one(call, cut, call.output_shape[1] // shape[1])
 

@@ -22,7 +22,11 @@ def product(found: Coupling, call: Call) -> set[Axis]:
         found.of(*ends[0]), found.of(*ends[1]), f"`{call.node.name}` sums over them together with a fixed axis"
     )
     read = follow(found, call, [units]) | {(n.name, axis) for n, axis in ends}
-    _note_filters(found, call, right, ranks[1] - 1, len(call.output_shape) - 1)
+    last = len(call.output_shape) - 1
+    if ranks[1] > 1:
+        _note_filters(found, call, right, ranks[1] - 1, last)
+    if ranks[0] > 1:
+        _note_filters(found, call, left, ranks[0] - 2, last - (ranks[1] > 1))
     return read
 
 

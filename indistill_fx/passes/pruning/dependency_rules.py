@@ -11,6 +11,7 @@ import numpy as np
 from torch import fx
 
 from indistill_fx.graph.ops import op_name
+from indistill_fx.passes.channels.attention import PRODUCTS
 from indistill_fx.passes.channels.call import Call, axis_of
 from indistill_fx.passes.channels.joining import FIELDS, REDUCTIONS, WITH_PLACES
 from indistill_fx.passes.channels.keys import taken
@@ -285,7 +286,7 @@ COUPLERS: dict[str, Coupler] = {
     "conv_per_sample": per_sample,
     **dict.fromkeys(("getitem", "select"), taken_by_number),
     **dict.fromkeys(FILLED, filled),
-    **dict.fromkeys(("matmul", "bmm"), attention_dependencies.product),
+    **dict.fromkeys(PRODUCTS, attention_dependencies.product),
     "einsum": attention_dependencies.einsum,
     "scaled_dot_product_attention": attention_dependencies.fused,
     "multihead_attention": attention_dependencies.attention_module,

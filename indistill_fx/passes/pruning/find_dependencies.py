@@ -9,9 +9,9 @@ from torch import fx
 
 from indistill_fx.graph.computed_weights import why_opaque
 from indistill_fx.graph.ops import op_name
-from indistill_fx.passes.channels.attention import letters, operands_of
+from indistill_fx.passes.channels.attention import PRODUCTS, letters, operands_of
 from indistill_fx.passes.channels.call import Call, axis_of, read_call
-from indistill_fx.passes.channels.joining import REDUCTIONS, WITH_PLACES
+from indistill_fx.passes.channels.joining import POOLS, REDUCTIONS, WITH_PLACES
 from indistill_fx.passes.channels.norms import mixed_axis
 from indistill_fx.passes.channels.rules import consult
 from indistill_fx.passes.channels.selection import Cut, Propagation
@@ -58,7 +58,9 @@ def _visit(found: Coupling, node: fx.Node) -> None:
         return
     for source in node.all_input_nodes:
         known = found.facts.get(source.name)
-        several = source.op == "call_module" or found.ops[source.name] in PARTS | _ALONG_AXIS | {"PackedSequence"}
+        several = source.op == "call_module" or found.ops[source.name] in PARTS | POOLS | _ALONG_AXIS | {
+            "PackedSequence"
+        }
         followed = node.target in (operator.getitem, getattr) or (source.name, WHOLE) in read
         if known is None and several and not followed:
             _freeze_whole(found, source, _why(call))
@@ -66,7 +68,10 @@ def _visit(found: Coupling, node: fx.Node) -> None:
             if (source.name, axis) in read:
                 continue
             if (source.name, axis) in found.axes or found.is_tied(source, axis):
-                found.freeze(found.of(source, axis), _why(call))
+                alone = known is not None and known.shape[axis] == 1
+                found.freeze(
+                    found.of(source, axis), f"`{node.name}` ({call.op}) reads the only one" if alone else _why(call)
+                )
 
 
 def _freeze_whole(found: Coupling, node: fx.Node, reason: str) -> None:
@@ -104,6 +109,8 @@ def _read(found: Coupling, call: Call) -> set[Axis] | None:
     if call.op in _ALONG_AXIS and isinstance(dim, int):  # the other axes follow from the parts
         rank = len(call.shape(call.input) or ())
         return {(call.input.name, axis) for axis in range(rank) if axis != axis_of(dim, rank)}
+    if call.op in POOLS:
+        return {(call.input.name, axis) for axis in (0, 1)}
     if call.op in PARTS:
         return None if all(isinstance(user.args[1], int) for user in call.node.users if len(user.args) > 1) else set()
     return None if call.op in _TELLS_SIZES else set()
@@ -191,7 +198,7 @@ def _ends(call: Call) -> list[tuple[fx.Node, int]]:
             for n in (call.get("query"), call.get("key"), call.get("value"))
             if call.shape(n)
         ]
-    if call.op in ("matmul", "bmm"):
+    if call.op in PRODUCTS:
         left, right = operands_of(call)
         ranks = [len(call.shape(n) or ()) for n in (left, right)]
         if min(ranks) < 3:

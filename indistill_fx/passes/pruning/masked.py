@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from indistill_fx.graph.interpret import Runner
-from indistill_fx.passes.channels.attention import free_heads, letters, operands_of, with_projections
+from indistill_fx.passes.channels.attention import PRODUCTS, free_heads, letters, operands_of, with_projections
 from indistill_fx.passes.channels.call import Call, axis_of, read_call
 from indistill_fx.passes.channels.joining import REDUCTIONS
 from indistill_fx.passes.channels.norms import mixed_axis
@@ -98,8 +98,9 @@ def _read_axes(call: Call, source: fx.Node, rank: int) -> list[int]:
         return [rank - 1] if source.op != "get_attr" else []
     if call.op in NAMES or (call.op == "PackedSequence" and source is features(call.node)):
         return [rank - 1]
-    if call.op in ("matmul", "bmm"):
-        return [rank - 1] if source is operands_of(call)[0] else [max(rank - 2, 0)]
+    if call.op in PRODUCTS:
+        left, right = operands_of(call)
+        return [rank - 1] if source is left else [max(rank - 2, 0)] if source is right else []
     if call.op == "einsum" and (parsed := letters(call)) is not None:
         name = parsed[0][parsed[2].index(source)]
         return [k for k, letter in enumerate(name) if letter not in parsed[1]]

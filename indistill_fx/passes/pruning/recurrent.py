@@ -118,7 +118,7 @@ def _path_of_states(node: Any) -> str | None:
         return None
     if op_name(node) == "lstm_cell":
         return str(node.target)
-    maker = node.args[0] if _key(node) == 1 else None
+    maker = node.args[0] if _key(node) in (1, -1) else None
     return str(maker.target) if isinstance(maker, fx.Node) and op_name(maker) == "lstm" else None
 
 
@@ -142,9 +142,9 @@ def _results(call: Call, states: tuple[Units, Units]) -> Iterator[tuple[fx.Node,
         sequence = np.tile(states[0], _directions(call.module))
         for user in call.node.users:
             key, whole = _key(user), user.name not in call.facts
-            if key == 0:  # whole: a packed sequence of data and numbers that tell how it is packed
-                yield from _parts(user, (sequence,), ()) if whole else ((user, sequence),)
-            elif key == 1:
+            if key in (0, -2):  # whole: a packed sequence of data and numbers that tell how it is packed
+                yield from _parts(user, (sequence, None, None, None), ()) if whole else ((user, sequence),)
+            elif key in (1, -1):
                 yield from _parts(user, states, _LSTMS) if whole else ((user, states[0]),)
             else:
                 yield user, None
@@ -153,19 +153,21 @@ def _results(call: Call, states: tuple[Units, Units]) -> Iterator[tuple[fx.Node,
 _LSTMS = ("lstm", "lstm_cell")
 
 
-def _parts(node: fx.Node, units: Sequence[Units], readers: tuple[str, ...]) -> Iterator[tuple[fx.Node, Units | None]]:
-    """The tensors that are taken out of a tuple, by their places; some readers take it as it is."""
+def _parts(
+    node: fx.Node, units: Sequence[Units | None], readers: tuple[str, ...]
+) -> Iterator[tuple[fx.Node, Units | None]]:
+    """The tensors with units that are taken out of a tuple, by their places; some readers take it as it is."""
     for user in node.users:
         key = _key(user)
         if key is None and op_name(user) not in readers:
             yield user, None
-        elif key is not None and key < len(units):
+        elif key is not None and units[key] is not None:
             yield user, units[key]
 
 
 def _key(user: fx.Node) -> int | None:
     """Which result a node takes."""
-    taken = user.target is operator.getitem and isinstance(user.args[1], int) and user.args[1] >= 0
+    taken = user.target is operator.getitem and isinstance(user.args[1], int)
     return user.args[1] if taken else None  # type: ignore[return-value]
 
 
