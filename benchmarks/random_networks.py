@@ -3,8 +3,8 @@
 A network is a stem, two or three stages of random blocks, and a head. Blocks are residual, concatenating, grouped,
 depthwise, shared, in place, gated, attending (three spellings), channels last, reshaping, shuffling, splitting,
 upsampling, functional, recurrent, deformed; they read sizes from tensors, hand on lists of parts, ask for the mode, put the length first,
-write slices, look for maxima, or have weight norms, spectral norms and masks. Batch norms and layer scales hold random values, so that
-no check passes on zeros and ones.
+write slices, look for maxima, compute over channels, take them by places, step cells, or have weight norms, spectral norms and masks.
+Batch norms and layer scales hold random values, so that no check passes on zeros and ones.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 import torch.nn.utils.prune
+from later_blocks import LATER_BLOCKS, LATER_USES, add_parts
 from random_blocks import MORE_BLOCKS, MORE_USES
 from torch import Tensor, nn
 from torchvision.ops import DeformConv2d
@@ -73,6 +74,7 @@ class Block(nn.Module):
         self.part = nn.Conv2d(half, half, 3, padding=1)
         self.wide = nn.Conv2d(w, w - half, 5, padding=2)
         self.narrow = nn.Conv2d(w, half, 1)
+        add_parts(self, kind, w)
         used = set(_USES[kind].split())
         for name in [name for name, _ in self.named_children() if name not in used]:
             delattr(self, name)
@@ -339,6 +341,7 @@ BLOCKS: dict[str, Callable[[Block, Tensor], Tensor]] = {
     "spectral norm": _residual,
     "pruned": _residual,
     **MORE_BLOCKS,
+    **LATER_BLOCKS,
 }
 _USES = {
     "residual": "conv norm act",
@@ -378,6 +381,7 @@ _USES = {
     "spectral norm": "conv norm act",
     "pruned": "conv norm act",
     **MORE_USES,
+    **LATER_USES,
 }
 
 
@@ -448,9 +452,9 @@ class Net(nn.Module):
 def recipes(seed: int, case: int) -> tuple[Recipe, Recipe]:
     """A teacher's and a student's recipe: one family, or two that have nothing in common but the task."""
     dice = random.Random(f"{seed}:{case}")
-    kinds = sorted(
-        BLOCKS if seed > 1 else BLOCKS.keys() - MORE_BLOCKS
-    )  # the networks of seeds 0 and 1 stay as they were
+    later = LATER_BLOCKS.keys() if seed < 10 else set()
+    later |= MORE_BLOCKS.keys() if seed < 2 else set()
+    kinds = sorted(BLOCKS.keys() - later)  # the networks of earlier seeds stay as they were
     count = dice.choice((2, 2, 3))
     related = dice.random() < 0.6
     first = _recipe(dice, kinds, count, widths=(8, 12, 16), most=3)

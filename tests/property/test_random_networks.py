@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
 from types import ModuleType
 
@@ -18,6 +19,11 @@ FOUND = {
     (0, 6): "a graph's output was a tap that `instrument` and `cut` left out without a word",
 }
 MORE = [(0, case) for case in (0, 2, 3, 5)]
+
+LATER = (
+    *("spatial attention", "channel softmax", "channel spread", "constant places", "best places", "gru cell"),
+    *("lstm cell", "started", "weight on the left", "spectrum", "places of patches", "windows"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +42,23 @@ def test_every_number_has_a_second_way(place: tuple[int, int], fuzz: ModuleType)
     assert case.refused == []
     assert case.done == ["trace", "taps", "align", "narrow", "shrink", "cut", "stage"]
     assert case.compared >= 10
+
+
+@pytest.mark.parametrize("kind", LATER)
+def test_the_latest_kinds(kind: str, fuzz: ModuleType) -> None:
+    """Each alone, twice in a teacher and in its student."""
+    import random_networks
+
+    settings = {"stem": "norm", "head": "pool", "downs": ("stride", "pool"), "blocks": ((kind,), (kind,))}
+    case = fuzz.Case(10, 0, export=False)
+    case.recipes = tuple(
+        random_networks.Recipe(seed=seed, widths=widths, **settings) for seed, widths in ((1, (8, 12)), (2, (4, 6)))
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # as `run_case` does
+        case.run()
+    assert case.refused == []
+    assert case.done == ["trace", "taps", "align", "narrow", "shrink", "cut", "stage"]
 
 
 def test_a_wrong_number_is_seen(fuzz: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,7 +48,8 @@ def couple_recurrent(found: Coupling, call: Call) -> set[Axis]:
             found.tie_weight(call, name, 1, columns)
         if first and name in ("weight_ih", "weight_ih_l0"):
             found.made.append(Made("", 0, call.path, tensor.unflatten(0, (-1, len(rows))).transpose(0, 1), rows))
-    read = {(given_by.name, last), (call.input.name, WHOLE)} | _start(found, call, (out, hidden))
+    read: set[Axis] = {(given_by.name, last), (call.input.name, WHOLE)}
+    read |= _start(found, call, (out, hidden))
     _hand_on(found, call, (out, hidden))
     _count(found, call, given)
     return read
