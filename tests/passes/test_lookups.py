@@ -96,6 +96,28 @@ def test_goes_with_what_it_was(name: str) -> None:
     assert report.widths["a"] == (WIDTH, WIDTH // 2)
 
 
+class TwoHeads(nn.Module):
+    """Queries, keys and values of two heads, made by one layer and taken apart: more parts than heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.leave = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        parts = self.qkv(x.flatten(2).transpose(1, 2)).reshape(b, h * w, 3, 2, c // 2).permute(2, 0, 3, 1, 4)
+        q, k, v = parts.unbind(0)
+        mixed = (q @ k.transpose(-2, -1) / 3).softmax(-1) @ v
+        return self.leave(mixed.transpose(1, 2).reshape(b, h * w, c)).transpose(1, 2).reshape(b, c, h, w)  # type: ignore[no-any-return]
+
+
+def test_heads_go_also_where_there_are_more_parts_than_heads() -> None:
+    model, x = traced(lambda: Maps(TwoHeads()))
+    report = halved(model, x)
+    assert [frozen.reason for frozen in report.frozen] == ["an output of the network"]
+    assert report.widths["inner.qkv"] == (3 * WIDTH, 3 * WIDTH // 2)
+
+
 STAYS: dict[str, Callable[[], nn.Module]] = {
     "places that are drawn": lambda: Places(
         lambda m, x: x[:, torch.randperm(WIDTH, device=x.device)].mean(1, keepdim=True) * x

@@ -189,8 +189,8 @@ def follow(found: Coupling, call: Call, summed: Iterable[Units | None] = ()) -> 
 def _unsplit(found: Coupling, name: str, shape: Sequence[int], steps: Mapping[int, Propagation]) -> list[int]:
     """The axes that carry units. If one axis was split into several, only one of them can.
 
-    It is not the width of a head, and it is the one that leaves the most classes (the channels of a patch, not its places); the last of
-    these. An axis that is complete next to axes of length one (`scale.view(-1, 1, 1)`) was not split.
+    It is not the width of a head; the last one that ties no units (the channels of a patch, not its places), else the last that does not
+    tie all of them. An axis that is complete next to axes of length one (`scale.view(-1, 1, 1)`) was not split.
     """
     carried: list[int] = []
     axes_of_source: dict[tuple[str, int], list[int]] = {}
@@ -202,26 +202,21 @@ def _unsplit(found: Coupling, name: str, shape: Sequence[int], steps: Mapping[in
     unsplit = {(part.cut.node.name, part.cut.start) for axis in carried for part in steps[axis].parts}
     for axes in (axes for source, axes in axes_of_source.items() if source not in unsplit):
         free = axes if len(axes) == 1 else [axis for axis in axes if (name, axis) not in found.heads]
-        carried += sorted(free, key=lambda axis: _classes_left(found, steps[axis]))[-1:]
+        carried += sorted(free, key=lambda axis: _freedom(found, steps[axis]))[-1:]
     return carried
 
 
-def _classes_left(found: Coupling, step: Propagation) -> int:
-    """How many classes of units are left if all units at one position of a step's axis are tied."""
+def _freedom(found: Coupling, step: Propagation) -> int:
+    """What is left free if all units at one position of a step's axis are tied: 2 if none are tied by that, 1 if some, 0 if all are."""
     (part,) = step.parts
     units = _flat_units(found, part.cut)
     if units is None or part.links is None:
-        return 0
+        return 1
     at, units = np.asarray(part.links[0]), units[np.asarray(part.cut.index)[np.asarray(part.links[1])]]
-    classes = at
-    while True:
-        of_unit = np.full(int(units.max()) + 1, len(at))
-        np.minimum.at(of_unit, units, classes)
-        least = np.full(int(at.max()) + 1, len(at))
-        np.minimum.at(least, at, of_unit[units])
-        if (least[at] == classes).all():
-            return len(np.unique(classes))
-        classes = least[at]
+    places = np.unique(np.stack([at, units]), axis=1)
+    if len(np.unique(places[0])) == places.shape[1]:
+        return 2
+    return int(any(set(units[at == 0]).isdisjoint(units[at == k]) for k in range(1, int(at.max()) + 1)))
 
 
 def _arriving(found: Coupling, step: Propagation, size: int, reader: fx.Node, reason: str) -> Units | None:
