@@ -7,9 +7,11 @@ from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FunctionType, ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+
+from indistill_fx.system.random_state import Generator, is_generator, python_generators, set_state_of, state_of
 
 _LIBRARIES = {"torch", "numpy", *sys.stdlib_module_names}
 """Their caches are their own business: restoring `sys.modules`, say, would have modules imported twice."""
@@ -20,27 +22,38 @@ OWN_ATTRIBUTES = frozenset(vars(nn.Module()))
 """What torch itself keeps in every module: registries, hooks, the training flag."""
 
 
+class Reach(NamedTuple):
+    """What a module's code can reach: containers, cached functions, and random generators. What its attributes hold is not part of it."""
+
+    containers: list[Container]
+    cached: list[Any]
+    generators: list[Generator]
+
+
 @contextmanager
-def caches_kept(module: nn.Module) -> Iterator[Callable[[], None]]:
+def caches_kept(reach: Reach) -> Iterator[Callable[[], None]]:
     """Restore the caches that a module's code can reach: `lru_cache`d functions, and dictionaries, lists and sets.
 
     Containers get their former contents back, be they in the classes of the module's parts or in the files of its code; those in
-    attributes are `State`'s business. An `lru_cache` that was asked for something new is emptied.
+    attributes are `State`'s business. An `lru_cache` that was asked for something new is emptied. Random generators get their states back.
 
     Args:
-        module: whose forward runs inside the block.
+        reach: of the module whose forward runs inside the block.
 
     Yields:
         What restores them at once.
     """
-    containers, functions = _reachable(module)
+    containers, functions, generators = reach
     contents = [(container, copy_of(container)) for container in containers]
+    states = [state_of(generator) for generator in generators]
     misses = [function.cache_info().misses for function in functions]
 
     def put_back() -> None:
         for container, before in contents:
             if container or before:
                 restore(container, before)
+        for generator, state in zip(generators, states, strict=True):
+            set_state_of(generator, state)
         for k, function in enumerate(functions):
             if function.cache_info().misses != misses[k]:
                 function.cache_clear()
@@ -92,13 +105,34 @@ def containers_of(parts: Iterable[nn.Module]) -> list[tuple[tuple[nn.Module, str
     return found
 
 
-def _reachable(module: nn.Module) -> tuple[list[Container], list[Any]]:
-    """Containers and cached functions: of the parts themselves, then what their code names, from function to function."""
+def held_values(parts: Iterable[nn.Module], containers: Iterable[Container]) -> list[Any]:
+    """What attributes of these modules hold (see `held_by`), and what these containers do."""
+    held = [value for part in parts for _, value in held_by(part)]
+    for container in containers:
+        held += container.values() if isinstance(container, dict) else container
+    return held
+
+
+def generators_of(module: nn.Module, reach: Reach) -> list[Generator]:
+    """Python's and numpy's own random generators, and all others that a module holds or that its code can reach."""
+    parts = list(module.modules())
+    held = held_values(parts, (container for _, container in containers_of(parts)))
+    found = [*python_generators(), *filter(is_generator, held), *reach.generators]
+    return list({id(generator): generator for generator in found}.values())
+
+
+def reach_of(module: nn.Module) -> Reach:
+    """What the code of a module's parts names, from function to function.
+
+    Their code is their classes', and the functions that they hold in attributes.
+    """
     containers: dict[int, Container] = {}
     cached: dict[int, Any] = {}
+    generators: list[Generator] = []
     seen: set[int] = set()
     todo: list[Any] = []
     for part in module.modules():
+        todo += [value for _, value in held_by(part) if _function(value) is not None]
         if id(type(part)) not in seen and not _is_library(type(part).__module__):
             seen.add(id(type(part)))
             todo += [
@@ -116,8 +150,10 @@ def _reachable(module: nn.Module) -> tuple[list[Container], list[Any]]:
             cached[id(value)] = value
         if isinstance(value, (dict, list, set)):
             _collect(value, containers)
+        if is_generator(value):
+            generators.append(value)
         todo += _named_by(_function(value))
-    return list(containers.values()), list(cached.values())
+    return Reach(list(containers.values()), list(cached.values()), generators)
 
 
 def _collect(value: Any, seen: dict[int, Container]) -> list[Container]:

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from indistill_fx.errors import FrontendError
-from indistill_fx.graph.caches import OWN_ATTRIBUTES, as_before, containers_of, copy_of, held_by, restore
+from indistill_fx.graph.caches import OWN_ATTRIBUTES, as_before, containers_of, copy_of, held_values, restore
 from indistill_fx.graph.computed_weights import left_behind, write_out_weights
 from indistill_fx.graph.edit import with_tensors
 from indistill_fx.graph.ops import attribute, has_attribute
 from indistill_fx.graph.values import Values, dense_parts
-from indistill_fx.system.random_state import randomness_kept
+from indistill_fx.system.random_state import is_generator, randomness_kept, set_state_of, state_of
 
 
 def shadow(module: nn.Module, *, training: bool, memo: dict[nn.Module, nn.Module] | None = None) -> nn.Module:
@@ -163,11 +163,9 @@ class State:
         self._parts = [(part, dict(part.__dict__), [dict(part.__dict__[r]) for r in _REGISTRIES]) for part in parts]
         self._containers = [(place, held, copy_of(held)) for place, held in containers_of(parts)]
         self._buffers = {id(b): b for part in parts_of(module) for b in part._buffers.values() if b is not None}
-        held = [value for part in parts for _, value in held_by(part)]
-        for _, container, _ in self._containers:
-            held += container.values() if isinstance(container, dict) else container
-        generators = {id(value): value for value in held if isinstance(value, torch.Generator)}
-        self._generators = [(generator, generator.get_state()) for generator in generators.values()]
+        held = held_values(parts, (container for _, container, _ in self._containers))
+        generators = {id(value): value for value in held if is_generator(value)}
+        self._generators = [(generator, state_of(generator)) for generator in generators.values()]
         arrays = {id(value): _shared(value) for value in held if isinstance(value, np.ndarray)}
         shared = {key: tensor for key, tensor in arrays.items() if tensor is not None}
         self._arrays = {id(tensor): key for key, tensor in shared.items()}
@@ -191,7 +189,7 @@ class State:
             if not tensor.is_leaf:  # written with gradients, of which the next run must not find any
                 tensor.detach_()
         for generator, state in self._generators:
-            generator.set_state(state)
+            set_state_of(generator, state)
 
     def written_buffers(self) -> dict[str, Tensor]:
         """Copies of the buffers that have new values or were replaced by other tensors."""
@@ -206,7 +204,7 @@ class State:
     def changed(self) -> list[Change]:
         """The attributes that have changed, apart from the values of buffers and parameters, and the training flags."""
         written = {self._arrays.get(id(tensor), id(tensor)) for tensor, _ in self._values.changed()}
-        written |= {id(drawn) for drawn, state in self._generators if not torch.equal(drawn.get_state(), state)}
+        written |= {id(generator) for generator, state in self._generators if state_of(generator) != state}
         places = [
             (part, name)
             for part, attributes, _ in self._parts

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import pickle
 import random
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
+
+Generator = torch.Generator | random.Random | np.random.Generator | np.random.RandomState
 
 
 class OwnRandomness:
@@ -62,6 +65,38 @@ def set_random_states(states: list[Any]) -> None:
     """Put back what `random_states` gave."""
     for (_, put), state in zip(_GENERATORS, states, strict=True):
         put(state)
+
+
+def is_generator(value: object) -> TypeGuard[Generator]:
+    """Whether a value is a random generator with a state of its own, be it torch's, Python's or numpy's."""
+    return isinstance(value, Generator) and not isinstance(value, random.SystemRandom)
+
+
+def python_generators() -> list[Generator]:
+    """The objects behind the functions of `random` and `numpy.random`."""
+    return [random.getstate.__self__, np.random.get_state.__self__]  # type: ignore[attr-defined]
+
+
+def state_of(generator: Generator) -> bytes:
+    """A generator's state: to be compared, or put back by `set_state_of`."""
+    if isinstance(generator, torch.Generator):
+        return pickle.dumps(generator.get_state().numpy())
+    if isinstance(generator, np.random.RandomState):
+        return pickle.dumps(generator.get_state())
+    return pickle.dumps(generator.getstate() if isinstance(generator, random.Random) else generator.bit_generator.state)
+
+
+def set_state_of(generator: Generator, state: bytes) -> None:
+    """Put back what `state_of` gave."""
+    value = pickle.loads(state)
+    if isinstance(generator, torch.Generator):
+        generator.set_state(torch.from_numpy(value))
+    elif isinstance(generator, np.random.RandomState):
+        generator.set_state(value)
+    elif isinstance(generator, random.Random):
+        generator.setstate(value)
+    else:
+        generator.bit_generator.state = value
 
 
 def seed_torch(value: int) -> None:

@@ -1,7 +1,9 @@
-"""What every capture method returns, and the rules that all of them share: leaves, module outputs, assembly."""
+"""What every capture method returns, and the rules that all of them share: leaves, module outputs, assembly, names."""
 
 from __future__ import annotations
 
+import operator
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from types import MappingProxyType
@@ -13,7 +15,8 @@ from torch import Tensor, fx, nn
 from indistill_fx.graph.edit import set_graph
 from indistill_fx.graph.names import writable_paths
 from indistill_fx.graph.opaque import Opaque
-from indistill_fx.graph.ops import attribute
+from indistill_fx.graph.ops import attribute, op_name
+from indistill_fx.traced import NodeFacts
 
 _THROUGH = (
     nn.Transformer,
@@ -34,6 +37,7 @@ class Captured:
         leaves: modules kept as one node because their code could not be traced.
         specialisations: decisions taken by the example input.
         notes: anything else for the report.
+        draws: whether a leaf draws random numbers outside tensors, by which it may leave out work.
         fixed: sizes of inputs that the graph was captured for and works for alone, by input; None for an axis of any size.
     """
 
@@ -42,6 +46,7 @@ class Captured:
     leaves: tuple[str, ...] = ()
     specialisations: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    draws: bool = False
     fixed: Mapping[str, tuple[int | None, ...]] = field(default_factory=dict)
 
     @property
@@ -145,3 +150,46 @@ def assemble(graph: fx.Graph, targets: Mapping[str, Any], class_name: str) -> fx
             setattr(home, name, value)
     set_graph(graph_module, graph)
     return graph_module
+
+
+def name_taps(captured: Captured, facts: Mapping[str, NodeFacts]) -> dict[str, tuple[str, ...]]:
+    """Names for every node that has facts, the preferred one first, in graph order: as people would name its tensor.
+
+    In order of preference: the outermost module that returns the tensor (`layer3`), inner ones (`layer3.1`), the second call of a module
+    (`layer3.1.relu@2`), a part of what a module returns (`lstm[0]`), the enclosing module and the operation (`layer3.1:add`, the next one
+    `layer3.1:add_1`).
+
+    Args:
+        captured: the graph and the record of module outputs, innermost first.
+        facts: nodes whose value is one tensor; others cannot be tapped.
+    """
+    nodes = {node.name: node for node in captured.graph_module.graph.nodes}
+    modules: dict[str, list[str]] = {}
+    for name, node, _ in captured.outputs:
+        if name and not name.startswith("@"):
+            for place, part in _tensors_of(nodes[node], facts) if node in nodes else ():
+                modules.setdefault(part, []).insert(0, f"{name}{place}")
+    seen: Counter[str] = Counter()
+    named: dict[str, tuple[str, ...]] = {}
+    for node in captured.graph_module.graph.nodes:
+        if node.name in facts and node.op not in ("get_attr", "output"):
+            named[node.name] = (*modules.get(node.name, ()), _local_name(node, facts[node.name].path, seen))
+    return named
+
+
+def _tensors_of(node: fx.Node, facts: Mapping[str, NodeFacts], place: str = "") -> Iterator[tuple[str, str]]:
+    """A node's tensors and their places in its value: `[0]`, `[1][0]` of an LSTM; the node itself where it is one tensor."""
+    if node.name in facts:
+        yield place, node.name
+        return
+    for user in node.users:
+        if user.target is operator.getitem and user.args[0] is node:
+            yield from _tensors_of(user, facts, f"{place}[{user.args[1]}]")
+
+
+def _local_name(node: fx.Node, module: str, seen: Counter[str]) -> str:
+    if node.op == "placeholder":
+        return f":{node.target}"
+    base = f"{module}:{op_name(node)}"
+    seen[base] += 1
+    return base if seen[base] == 1 else f"{base}_{seen[base] - 1}"

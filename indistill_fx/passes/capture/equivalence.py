@@ -15,10 +15,10 @@ from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import CheckpointFunction
 
 from indistill_fx.errors import FrontendError
+from indistill_fx.graph.draws import Generators
 from indistill_fx.graph.edit import batch_of, batch_size
 from indistill_fx.graph.module_state import Change, State, state_kept
 from indistill_fx.passes.capture.captured import tensors
-from indistill_fx.system.random_state import seed_torch
 
 _SIZES = (2, 3)
 _TOLERANCE = 1e-5
@@ -77,6 +77,7 @@ class Reference:
         put_back: gives the parameters the values they had, called after each run of module or graph; returns whether they had others.
         forget: gives attributes, buffers and caches what they had, called after each capture: code may keep a stand-in of a tensor there.
             Returns the attributes that were others.
+        generators: the random generators that its code can draw from, if they are known.
 
     Attributes:
         changed: attributes of the module that its forward changes, by name, as far as was seen.
@@ -93,12 +94,14 @@ class Reference:
         gradients: bool = False,
         put_back: Callable[[], bool] = lambda: False,
         forget: Callable[[], Sequence[Change]] = lambda: (),
+        generators: Generators | None = None,
     ):
         self.module, self.inputs, self.kwargs, self.gradients = module, inputs, kwargs, gradients
         self._put_back, self._forget = put_back, forget
         self.writes_weights = False
         self.changed: dict[str, Change] = {}
         self.stateful: tuple[str, ...] = ()
+        self.generators = generators or Generators(module)
         self.example = batch_size((inputs, kwargs))
         self.notes: tuple[str, ...] = ()
         self._runs: dict[tuple[int, int, int, bool], Run | str] = {}
@@ -268,6 +271,7 @@ class Reference:
         gradients: bool,
         calls: int = 1,
     ) -> Run | str:
+        self.generators.restart()
         try:
             return _run_module(module, inputs, kwargs, gradients=gradients, calls=calls)
         finally:
@@ -333,7 +337,6 @@ def _run_module(
 ) -> Run | str:
     """The result of the last of several successive calls; the earlier ones get other data."""
     with state_kept(module) as state:
-        seed_torch(0)
         try:
             with torch.set_grad_enabled(gradients), plain_attention(), plain_checkpoints(), same_bits():
                 for _ in range(calls - 1):

@@ -48,6 +48,7 @@ def capture_exported(
     kwargs: Mapping[str, Any],
     leaves: Sequence[str],
     _loose: Mapping[str, Tensor] = MappingProxyType({}),
+    _lines: object = None,
 ) -> Captured:
     """Export and rebuild. Code that assigns tensors to attributes other than buffers is refused by `torch.export` itself.
 

@@ -26,6 +26,8 @@ from indistill_fx.passes.capture.observe import Observed, Observer, Seen
 from indistill_fx.passes.capture.static_values import fold_static, has_sizes, static_axes
 from indistill_fx.traced import Kind, NodeFacts
 
+_RUNS = 16
+
 
 @dataclass(frozen=True, slots=True)
 class Known:
@@ -48,6 +50,7 @@ def infer_facts(
     logits: str | int | None = None,
     reference: Reference | None = None,
     size_free: bool = False,
+    draws: bool = False,
 ) -> Known:
     """Facts of all nodes whose value is one tensor.
 
@@ -59,24 +62,26 @@ def infer_facts(
         logits: key or index of the main output among several.
         reference: runs of the module made already.
         size_free: no size of the example decided anything in the graph, so that it may be compared on smaller images.
+        draws: random numbers may leave out work in a run; the most of several runs counts.
 
     Raises:
         FrontendError: the module fails on the example (where="forward"), or graph and module disagree.
     """
     reference = reference or Reference(module, inputs, kwargs, gradients=False)
+    observer = Observer(reference, runs=_RUNS if draws else 1)
     if size_free:
         with suppress(Exception), reference.any_size():  # a module may accept only some batch sizes
-            new, facts = _found(graph_module, reference)
+            new, facts = _found(graph_module, observer)
             checked = reference.compare(new, size_free=True)
             return Known(new, facts, *_logits_node(new, facts, logits), checked, reference.notes)
-    new, facts = _found(graph_module, reference)
+    new, facts = _found(graph_module, observer)
     checked = reference.compare(new)
     return Known(new, facts, *_logits_node(new, facts, logits), checked, reference.notes)
 
 
-def _found(graph_module: fx.GraphModule, reference: Reference) -> tuple[fx.GraphModule, dict[str, NodeFacts]]:
+def _found(graph_module: fx.GraphModule, observer: Observer) -> tuple[fx.GraphModule, dict[str, NodeFacts]]:
     """The graph with its static values written in, and its facts."""
-    observer = Observer(reference)
+    reference = observer.reference
     runs = _runs(graph_module, observer)
     if has_sizes(graph_module, runs[0].shapes):
         graph_module, per_sample = write_per_sample(graph_module, [run.shapes for run in runs], reference.sizes)

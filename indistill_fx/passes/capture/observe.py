@@ -11,7 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -191,25 +191,36 @@ def _of_function(node: fx.Node, first: Tensor, others: Sequence[Any]) -> Tensor 
     return next((given for given in (first, second) if given.shape == shape), None)
 
 
+def _most(runs: Sequence[Observed]) -> Observed:
+    """The first run, with the most work that a run has counted for each node."""
+    first = runs[0]
+    if len(runs) == 1:
+        return first
+    macs = {name: max(run.seen[name].macs for run in runs if name in run.seen) for name in first.seen}
+    return Observed({name: replace(seen, macs=macs[name]) for name, seen in first.seen.items()}, first.counts)
+
+
 class Observer:
     """Runs graphs on the example, at several batch sizes and at other sizes of the image.
 
     Args:
         reference: whose example that is.
+        runs: how many runs count work; of each node's, the most counts.
     """
 
-    def __init__(self, reference: Reference):
-        self.reference = reference
+    def __init__(self, reference: Reference, *, runs: int = 1):
+        self.reference, self.runs = reference, runs
         self._layers: dict[object, _Layer] = {}
 
     def observe(self, graph_module: fx.GraphModule, sizes: Sequence[int]) -> list[Observed]:
-        """One run per batch size; multiply-accumulates are counted in the first."""
-        flags = [(size, size == sizes[0]) for size in sizes]
+        """What is seen at each batch size; multiply-accumulates are counted at the first."""
+        flags = [(size, size == sizes[0]) for size in sizes for _ in range(self.runs if size == sizes[0] else 1)]
         try:
             with self.reference.kept(graph_module), _without_data(graph_module):
-                return [self._empty(graph_module, *self.reference.shapes(size), macs=macs) for size, macs in flags]
+                found = [self._empty(graph_module, *self.reference.shapes(size), macs=macs) for size, macs in flags]
         except Exception:  # operations may raise anything for tensors without data
-            return [self._real(graph_module, size, macs=macs) for size, macs in flags]
+            found = [self._real(graph_module, size, macs=macs) for size, macs in flags]
+        return [_most(found[: self.runs]), *found[self.runs :]]
 
     def other_picture(self, graph_module: fx.GraphModule) -> Observed | None:
         """A run at another size of the image, without data; None if the graph accepts none."""
@@ -229,7 +240,8 @@ class Observer:
             return _Run(graph_module, self._layers, macs=macs)(*inputs, *kwargs.values())
 
     def _real(self, graph_module: fx.GraphModule, size: int, *, macs: bool) -> Observed:
-        seed_torch(0)
+        if self.runs == 1:
+            seed_torch(0)
         inputs, kwargs = self.reference.batch(size)
         with state_kept(graph_module):
             return _Run(graph_module, {}, macs=macs)(*inputs, *kwargs.values())

@@ -7,6 +7,7 @@ import operator
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -15,8 +16,10 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from indistill_fx.errors import FrontendError
+from indistill_fx.graph.draws import Lines, TensorDraws
+from indistill_fx.graph.module_state import settings_of
 from indistill_fx.graph.ops import writes_first
-from indistill_fx.passes.capture.captured import is_leaf, returned, tensors
+from indistill_fx.passes.capture.captured import Captured, is_leaf, parts, returned, tensors
 from indistill_fx.passes.capture.recorded_graph import RecordedGraph
 from indistill_fx.passes.capture.symbolic_sizes import UnhashableSizeError, new_size
 from indistill_fx.passes.capture.torch_functions import (
@@ -24,10 +27,12 @@ from indistill_fx.passes.capture.torch_functions import (
     SHAPES,
     SILENT,
     AppliedFunction,
+    DrawError,
     as_call,
     decided,
     name_of,
     plain,
+    refused_draw,
     refused_line,
     refused_write,
     watching_autocast,
@@ -45,11 +50,18 @@ class Recorder(RecordedGraph, TorchFunctionMode):
         module: the module; its code is run, its weights are not changed, its buffers may be.
         leaves: paths of submodules to keep as one node.
         unregistered: tensors that are held in attributes, are not buffers, and are changed by the code; by name.
+        lines: finds draws from Python's and numpy's generators.
         give_up_submodules: keep the smallest submodule that cannot be traced as one node, instead of failing.
     """
 
     def __init__(
-        self, module: nn.Module, leaves: Sequence[str], unregistered: Mapping[str, Tensor], *, give_up_submodules: bool
+        self,
+        module: nn.Module,
+        leaves: Sequence[str],
+        unregistered: Mapping[str, Tensor],
+        lines: Lines,
+        *,
+        give_up_submodules: bool,
     ):
         TorchFunctionMode.__init__(self)
         RecordedGraph.__init__(self, module, unregistered)
@@ -59,6 +71,9 @@ class Recorder(RecordedGraph, TorchFunctionMode):
         self.given_up: list[str] = []
         self.paused, self.plain_sizes = False, False
         self.hopeless: BaseException | None = None
+        self.draws, self.lines = TensorDraws(), lines
+        self.drawing: dict[tuple[str, str], list[str]] = {}
+        self.leaf_draws = False
 
     def run(self, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Run the module once and record it.
@@ -83,8 +98,16 @@ class Recorder(RecordedGraph, TorchFunctionMode):
         )
         try:
             autocast = watching_autocast(lambda: self.paused)
-            with patch.object(nn.Module, "__call__", call), functions, autocast as self.notes, self:
+            with (
+                patch.object(nn.Module, "__call__", call),
+                functions,
+                autocast as self.notes,
+                self.lines,
+                self.draws,
+                self,
+            ):
                 result = self.module(*inputs, **kwargs)
+                self._refuse_lines()
             self.graph.output(self.argument(result))
             self.write_back()
         except FrontendError:
@@ -101,9 +124,13 @@ class Recorder(RecordedGraph, TorchFunctionMode):
         source = args[0] if args and isinstance(args[0], Tensor) else None
         if not self.paused and isinstance(source, nn.Parameter) and writes_itself(func, args, kwargs):
             raise refused_write(self.here(), self.names.get(id(source), ""))
+        takes_draw = (name in DATA and self.draws.holds(args)) or (name in SHAPES and self.draws.sized(source))
         if self.paused or name in SILENT:
+            self.draws.taken += takes_draw
             return func(*plain(args), **plain(kwargs))
-        known = self.nodes.get(source) if source is not None else None
+        if takes_draw:
+            raise refused_draw(self.here())
+        known, taken = self.nodes.get(source) if source is not None else None, self.draws.taken
         if (
             name in SHAPES
             and source is not None
@@ -116,6 +143,8 @@ class Recorder(RecordedGraph, TorchFunctionMode):
         written = source if target is operator.setitem else None
         if not tensors(result) and written is None:
             return result
+        if self.draws.taken != taken:
+            self.draws.size_taken(result)
         inplace = writes_first(op, target, kwargs)
         if not inplace:
             result = _distinct(result, args)
@@ -169,6 +198,7 @@ class Recorder(RecordedGraph, TorchFunctionMode):
         path = self.paths.get(id(module))
         if self.paused or path is None:
             return _call_module(module, *args, **kwargs)
+        self._refuse_lines()
         self.calls[path] += 1
         name = path if self.calls[path] == 1 else f"{path}@{self.calls[path]}"
         before, outside = self.mark(), self.book.module
@@ -179,11 +209,15 @@ class Recorder(RecordedGraph, TorchFunctionMode):
             else:
                 try:
                     result = self._call_inside(module, args, kwargs, before)
+                    self._refuse_lines()
                 except Exception as error:
                     if not self.give_up_submodules or not path or error is self.hopeless:
                         raise
                     self.roll_back(before)
+                    self.lines.skip()
                     self.given_up.append(path)
+                    if isinstance(error, DrawError):
+                        self.drawing.setdefault((error.where, str(error.got)), []).append(path)
                     result = self._call_leaf(module, path, args, kwargs)
         finally:
             self.stack.pop(name, None)
@@ -220,7 +254,8 @@ class Recorder(RecordedGraph, TorchFunctionMode):
 
     def _call_leaf(self, module: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         arguments, keywords = self.argument(args), self.argument(kwargs)
-        self.paused = True
+        self.paused = self.lines.paused = True
+        taken, settings = self.draws.taken, _settings(module)
         try:
             result = _call_module(module, *plain(args), **plain(kwargs))
             if getattr(module, "inplace", False) is not True:
@@ -229,10 +264,51 @@ class Recorder(RecordedGraph, TorchFunctionMode):
             self.hopeless = error
             raise
         finally:
-            self.paused = False
+            self.paused = self.lines.paused = False
+            drawn = self.lines.skip() or self.draws.taken != taken
+        if drawn:
+            self.leaf_draws = True
+            self._refuse_leak(module, path, result, settings)
         self.targets[path] = module
         self.track(result, self.create("call_module", path, arguments, keywords))
         return result
+
+    # ---- draws ------------------------------------------------------------------------------------------------------
+    def _refuse_lines(self) -> None:
+        """Refuse a draw from Python's or numpy's generators by the code that has run until here."""
+        if (place := self.lines.found()) is not None:
+            raise refused_draw(self.here(), place=place)
+
+    def _refuse_leak(self, module: nn.Module, path: str, result: Any, settings: object) -> None:
+        """Refuse a leaf that draws, where other code may get the number from it."""
+        if not all(leaf is None or isinstance(leaf, Tensor) for _, leaf in parts(result)):
+            raise refused_draw(self.here())
+        if _settings(module) != settings:
+            raise FrontendError(
+                f"`{path}` draws random numbers outside tensors, and changes its attributes, which other code may read",
+                where=path,
+                hint="Keep what only its own code reads in attributes whose names begin with _.",
+            )
+
+    def node_of(self, tensor: Tensor) -> fx.Node:
+        """As the recording's own; a drawn tensor that no function has returned must not become a constant."""
+        if self.nodes.get(tensor) is None and id(tensor) not in self.names and self.draws.holds(tensor):
+            raise refused_draw(self.here())
+        return super().node_of(tensor)
+
+    def captured(self, leaves: Sequence[str] = ()) -> Captured:
+        """As the recording's own; modules that stay whole because they draw have a line each in the report."""
+        for (place, expression), paths in self.drawing.items():
+            names = ", ".join(f"`{path}`" for path in dict.fromkeys(paths))
+            self.notes.append(
+                f"{names}: one node that draws anew at each call, because {place} uses a random number outside tensors"
+                f" (`{expression}`); layers inside cannot be paired"
+            )
+        return replace(super().captured(leaves), draws=self.leaf_draws)
+
+
+def _settings(module: nn.Module) -> object:
+    return None if is_leaf(module) else settings_of(module)
 
 
 def _distinct(result: Any, args: Any) -> Any:

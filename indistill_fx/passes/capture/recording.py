@@ -7,9 +7,10 @@ Rules, in order:
   3. Code that asks for the data itself (`if x.sum() > 0`, `x.item()`, `x.numpy()`) cannot be traced, nor can code that fails
      because of rule 1 or 2. In the third method the innermost module that contains it becomes one node, and recording continues; so does
      a module whose code decides by the batch size.
-  4. What code computes without autograd while it is on is detached in the graph. A custom `autograd.Function` is recorded as the
+  4. A random number that code uses outside tensors is as data: see `graph.draws`.
+  5. What code computes without autograd while it is on is detached in the graph. A custom `autograd.Function` is recorded as the
      operations of its forward; where its gradient is another than theirs, the third method keeps it as one node.
-  5. Data that no recorded function made, parameters and buffers apart, is taken for a constant. The comparison with the module,
+  6. Data that no recorded function made, parameters and buffers apart, is taken for a constant. The comparison with the module,
      on other data, refuses the graph if that was wrong.
 """
 
@@ -25,10 +26,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from indistill_fx.errors import FrontendError
+from indistill_fx.graph.draws import Lines
 from indistill_fx.graph.edit import batch_of, batch_size
 from indistill_fx.passes.capture.captured import Captured
 from indistill_fx.passes.capture.recorder import Recorder
 from indistill_fx.passes.capture.symbolic_sizes import Decision
+
+_NO_LINES = Lines()
 
 
 def capture_shapes(
@@ -37,13 +41,14 @@ def capture_shapes(
     kwargs: Mapping[str, Any],
     leaves: Sequence[str],
     unregistered: Mapping[str, Tensor] = MappingProxyType({}),
+    lines: Lines = _NO_LINES,
 ) -> Captured:
     """Record one run; all of the module's code must be traceable.
 
     Raises:
         FrontendError: it is not; names the module, file, line and expression.
     """
-    return _record(module, inputs, kwargs, leaves, unregistered, size=2, give_up_submodules=False).captured()
+    return _record(module, inputs, kwargs, leaves, unregistered, lines, size=2, give_up_submodules=False).captured()
 
 
 def capture_leaves(
@@ -52,6 +57,7 @@ def capture_leaves(
     kwargs: Mapping[str, Any],
     leaves: Sequence[str],
     unregistered: Mapping[str, Tensor] = MappingProxyType({}),
+    lines: Lines = _NO_LINES,
 ) -> Captured:
     """Record one run; the smallest submodules whose code cannot be traced, or depends on the batch size, stay one node each.
 
@@ -62,7 +68,8 @@ def capture_leaves(
     while True:
         known = (*leaves, *given_up)
         runs = [
-            _record(module, inputs, kwargs, known, unregistered, size=size, give_up_submodules=True) for size in (2, 3)
+            _record(module, inputs, kwargs, known, unregistered, lines, size=size, give_up_submodules=True)
+            for size in (2, 3)
         ]
         frozen = _changed_decisions(runs[0].book.decisions, runs[1].book.decisions)
         if not frozen:
@@ -84,13 +91,14 @@ def _record(
     kwargs: Mapping[str, Any],
     leaves: Sequence[str],
     unregistered: Mapping[str, Tensor],
+    lines: Lines,
     *,
     size: int,
     give_up_submodules: bool,
 ) -> Recorder:
     example = batch_size((inputs, kwargs))
     batch = batch_of((inputs, dict(kwargs)), size, example_size=example)
-    recorder = Recorder(module, leaves, unregistered, give_up_submodules=give_up_submodules)
+    recorder = Recorder(module, leaves, unregistered, lines, give_up_submodules=give_up_submodules)
     torch.manual_seed(0)
     recorder.run(*tree_map(lambda leaf: _other_data(leaf, size), batch))
     return recorder

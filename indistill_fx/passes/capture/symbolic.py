@@ -12,10 +12,11 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from indistill_fx.errors import FrontendError
+from indistill_fx.graph.draws import TensorDraws
 from indistill_fx.graph.ops import attribute, is_users_function, package_of
 from indistill_fx.passes.capture.captured import Captured, assemble, is_leaf, returned
-from indistill_fx.passes.capture.symbolic_sizes import note_place
-from indistill_fx.passes.capture.torch_functions import watching_autocast
+from indistill_fx.passes.capture.symbolic_sizes import current_place, note_place
+from indistill_fx.passes.capture.torch_functions import DrawError, watching_autocast
 
 
 def _kept_whole(module: nn.Module) -> set[Callable[..., Any]]:
@@ -118,15 +119,20 @@ def capture_symbolic(
     kwargs: Mapping[str, Any],
     leaves: Sequence[str],
     _loose: Mapping[str, Tensor] = MappingProxyType({}),
+    _lines: object = None,
 ) -> Captured:
-    """Trace with symbolic values; tensors that are not buffers are constants.
+    """Trace with symbolic values; tensors that are not buffers are constants, so none may be drawn.
 
     Raises:
         FrontendError: the code asks a symbolic value for something only a concrete one has.
     """
+
+    def refuse() -> None:
+        raise DrawError("{}: {} would be one draw for good".format(*current_place()))
+
     tracer = _Tracer(module, inputs, kwargs, leaves)
     try:
-        with watching_autocast() as notes:
+        with watching_autocast() as notes, TensorDraws(drawing=refuse):
             graph = tracer.trace(module)
     except FrontendError:
         raise

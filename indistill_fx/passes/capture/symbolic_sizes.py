@@ -25,6 +25,7 @@ from indistill_fx.graph.edit import mark_place
 _OURS = str(Path(__file__).parent)
 _BETWEEN = (
     _OURS,
+    str(Path(__file__).parents[2] / "graph"),
     str(Path(torch.__file__)),
     str(Path(torch.__file__).parent / "_"),
     str(Path(torch.__file__).parent / "fx"),

@@ -88,16 +88,36 @@ def refused_write(here: str, parameter: str) -> FrontendError:
 
 
 def refused_line(
-    description: str, *, expected: str, instead: str, place: tuple[str, str] | None = None
+    description: str,
+    *,
+    expected: str,
+    instead: str,
+    place: tuple[str, str] | None = None,
+    kind: type[FrontendError] = FrontendError,
 ) -> FrontendError:
     """The error for a line of the user's code, by default the one that is being run: what it does, and what to do instead."""
     where, expression = place or current_place()
-    return FrontendError(
+    return kind(
         f"{description} at {where}: `{expression}`",
         where=where,
         got=expression,
         expected=expected,
         hint=f"{instead}, or move that line into a submodule of its own, which then stays one node in the graph.",
+    )
+
+
+class DrawError(FrontendError):
+    """Code uses a random number outside tensors."""
+
+
+def refused_draw(here: str, *, place: tuple[str, str] | None = None) -> FrontendError:
+    """The error for code that uses a random number outside tensors, by default on the line that is being run."""
+    return refused_line(
+        f"{here} uses a random number outside tensors",
+        expected="draws that stay in tensors",
+        instead="Compute with the drawn tensor (torch.where, or a factor of 0 or 1 for each sample)",
+        place=place,
+        kind=DrawError,
     )
 
 

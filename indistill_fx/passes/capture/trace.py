@@ -12,31 +12,30 @@ Rules, in order:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from indistill_fx.batch import Call, Inputs
 from indistill_fx.errors import ConfigError, FrontendError
-from indistill_fx.graph.caches import caches_kept
+from indistill_fx.graph.caches import caches_kept, reach_of
+from indistill_fx.graph.draws import Generators
 from indistill_fx.graph.module_state import Change, mode, own_layers, own_state, uncompiled, untouched, weights_kept
 from indistill_fx.graph.opaque import Opaque
 from indistill_fx.graph.view import View
 from indistill_fx.loading.input_facts import other_channels
-from indistill_fx.passes.capture.both_modes import merge_modes, noticing_flags
-from indistill_fx.passes.capture.captured import Captured
-from indistill_fx.passes.capture.equivalence import Reference, plain_attention, plain_checkpoints
+from indistill_fx.passes.capture.attempt import Method, in_both_modes, in_mode, leaf_share
+from indistill_fx.passes.capture.captured import Captured, name_taps
+from indistill_fx.passes.capture.equivalence import Reference
 from indistill_fx.passes.capture.exported import capture_exported
 from indistill_fx.passes.capture.facts import Known, infer_facts
-from indistill_fx.passes.capture.functionalize import functionalize
 from indistill_fx.passes.capture.recording import capture_leaves, capture_shapes
 from indistill_fx.passes.capture.symbolic import capture_symbolic
-from indistill_fx.passes.capture.tap_names import name_taps
-from indistill_fx.traced import NO_EVAL_MODE, Role, TracedModel, TraceReport
+from indistill_fx.traced import Role, TracedModel, TraceReport
 
 
 def as_traced(
@@ -109,7 +108,6 @@ def _other_dtype(model: nn.Module, call: Call) -> str | None:
     return str(weight.dtype).removeprefix("torch.")
 
 
-Method = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any], Sequence[str], Mapping[str, Tensor]], Captured]
 _METHODS: dict[str, Method] = {
     "symbolic": capture_symbolic,
     "shapes": capture_shapes,
@@ -161,10 +159,11 @@ def trace(
     _require_data(module)
     if role == "student":
         _require_gradients(module)
+    reach = reach_of(module)
     with (
         mode(module, training=role == "student"),
         untouched(module) as state,
-        caches_kept(module) as empty_caches,
+        caches_kept(reach) as empty_caches,
         weights_kept(module) as put_weights_back,
     ):
 
@@ -174,8 +173,15 @@ def trace(
             empty_caches()
             return changed
 
-        gradients = role == "student"
-        reference = Reference(module, inputs, kwargs, gradients=gradients, put_back=put_weights_back, forget=forget)
+        reference = Reference(
+            module,
+            inputs,
+            kwargs,
+            gradients=role == "student",
+            put_back=put_weights_back,
+            forget=forget,
+            generators=Generators(module, reach),
+        )
         method, captured, known, refused = _capture(reference, leaves, logits, own_flags=role == "teacher")
     report = TraceReport(
         method=method,
@@ -301,100 +307,22 @@ def _attempt(
     method: str, reference: Reference, leaves: Sequence[str], logits: str | int | None, *, own_flags: bool
 ) -> tuple[Captured, Known]:
     """Capture by one method, and compare the graph with the module; a teacher keeps its own training flags and state."""
-    once = partial(_in_mode, _METHODS[method], reference, leaves, patient=method == "leaves")
-    captured = once() if own_flags else _both_modes(once, reference)
+    once = partial(in_mode, _METHODS[method], reference, patient=method == "leaves")
+    captured = once(leaves) if own_flags else in_both_modes(once, leaves, reference)
     reference.put_back()
     graph_module = captured.graph_module
     if own_flags:
         own_layers(graph_module)
     given = reference.module, reference.inputs, reference.kwargs
     with reference.kept(graph_module):
-        known = infer_facts(graph_module, *given, logits=logits, reference=reference, size_free=method == "symbolic")
+        known = infer_facts(
+            graph_module,
+            *given,
+            logits=logits,
+            reference=reference,
+            size_free=method == "symbolic",
+            draws=captured.draws,
+        )
     if own_flags:
         own_state(known.graph_module, reference.changed.values(), reference.written)
     return captured, known
-
-
-def _both_modes(once: Callable[[], Captured], reference: Reference) -> Captured:
-    """Capture in train mode; if the code depends on the mode, merge it with a capture in eval mode."""
-    module = reference.module
-    with noticing_flags() as noticed:
-        captured = once()
-    if not noticed:
-        return captured
-    classes = ", ".join(dict.fromkeys(noticed))
-    try:
-        with mode(module, training=False):
-            other = once()
-        reference.put_back()
-        merged = merge_modes(captured, other, module)
-        with mode(module, training=False), mode(merged.graph_module, training=False):
-            other_mode = Reference(module, reference.inputs, reference.kwargs, put_back=reference.put_back)
-            other_mode.changed = reference.changed
-            try:
-                other_mode.compare(merged.graph_module)
-            finally:
-                reference.stateful = other_mode.stateful
-    except FrontendError as error:
-        if error.where in reference.changed:  # another capture method may avoid the change
-            raise
-        note = f"{NO_EVAL_MODE} {classes} does in train mode: {error.message}"
-        return replace(captured, notes=(*captured.notes, note))
-    return merged
-
-
-def _in_mode(capture: Method, reference: Reference, leaves: Sequence[str], *, patient: bool) -> Captured:
-    """Capture and rule 3; if patient, a module whose writes cannot be made functional becomes a leaf."""
-    given_up: tuple[str, ...] = reference.stateful if patient else ()
-    module, inputs, kwargs = reference.module, reference.inputs, reference.kwargs
-    # read from `vars`, so that no property or hook runs
-    flags = [(vars(part), vars(part)["training"]) for part in module.modules() if "training" in vars(part)]
-    while True:
-        unregistered = reference.unregistered
-        for attributes, flag in flags:  # `forget` restores the flags from before the trace
-            attributes["training"] = flag
-        try:
-            with plain_attention(), plain_checkpoints(), torch.set_grad_enabled(reference.gradients):
-                captured = capture(module, inputs, kwargs, (*leaves, *given_up), unregistered)
-        except FrontendError:
-            reference.forget()
-            if reference.unregistered.keys() == unregistered.keys():
-                raise
-            continue
-        finally:
-            reference.forget()
-        if reference.unregistered.keys() != unregistered.keys():  # tensors recorded as constants must become state
-            continue
-        try:
-            captured = functionalize(captured)
-        except FrontendError as error:
-            if not patient or not error.where or error.where in given_up:
-                raise
-            given_up = (*given_up, error.where)
-            continue
-        return captured if not given_up else _with_leaves(captured, given_up)
-
-
-def _with_leaves(captured: Captured, given_up: Sequence[str]) -> Captured:
-    called = {_path(node) for node in captured.graph_module.graph.nodes if node.op == "call_module"}
-    leaves = dict.fromkeys((*captured.leaves, *(path for path in given_up if path in called)))
-    return replace(captured, leaves=tuple(leaves))
-
-
-def _path(node: fx.Node) -> str:
-    """The path, in the traced module, of the module that a node calls."""
-    target, owner = str(node.target), node.graph.owning_module
-    return str(owner.meta["renamed"].get(target, target)) if owner is not None else target
-
-
-def leaf_share(captured: Captured, known: Known) -> float:
-    """The share of the work that is done in modules kept as one node because their code could not be traced."""
-    total = sum(facts.macs for facts in known.facts.values())
-    kept = set(captured.leaves)
-    leaf_nodes = [
-        node for node in captured.graph_module.graph.nodes if node.op == "call_module" and _path(node) in kept
-    ]
-    names = {node.name for node in leaf_nodes} | {
-        user.name for node in leaf_nodes if node.name not in known.facts for user in node.users
-    }
-    return sum(facts.macs for name, facts in known.facts.items() if name in names) / max(total, 1)
