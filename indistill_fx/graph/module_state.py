@@ -111,6 +111,8 @@ def parts_of(module: nn.Module) -> list[nn.Module]:
     return list(found.values())
 
 
+_OF_RECURRENT = frozenset({"_flat_weights", "_flat_weight_refs"})
+"""Where torch's recurrent layers list their parameters anew as they need it."""
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
 
 
@@ -229,7 +231,9 @@ class State:
         before = {id(part): attributes for part, attributes, _ in self._parts}
         paths = {id(part): path for path, part in self.module.named_modules()}
         return [
-            Change(paths.get(id(part), ""), name, before[id(part)].get(name)) for part, name in dict.fromkeys(places)
+            Change(paths.get(id(part), ""), name, before[id(part)].get(name))
+            for part, name in dict.fromkeys(places)
+            if not (isinstance(part, nn.RNNBase) and name in _OF_RECURRENT)
         ]
 
 

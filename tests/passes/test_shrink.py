@@ -408,3 +408,18 @@ def test_a_student_with_masks_shrinks_after_it_has_run_with_gradients() -> None:
     module(x).sum().backward()  # the mask's result is part of a graph of gradients, which torch does not copy
     result = shrink(model, ratio=0.5)
     assert result.report.widths["0"] == (8, 8) and "hooks (" in result.report.frozen[0].reason
+
+
+def test_a_layer_whose_weight_is_recomputed_is_named_and_its_work_counted():
+    norm = torch.nn.utils.parametrizations.weight_norm
+    net = nn.Sequential(norm(nn.Linear(4, 8)), nn.ReLU(), nn.Linear(8, 3))
+    report = shrink(trace(net, torch.randn(2, 4), role="student"), ratio=0.5).report
+    assert report.macs == (4 * 8 + 8 * 3,) * 2
+    assert any(
+        "`0` (" in frozen.reason and "recomputed at every call" in frozen.reason and frozen.channels == 8
+        for frozen in report.frozen
+    )
+    plain = shrink(
+        trace(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(2, 4), role="student"), ratio=0.5
+    )
+    assert plain.report.macs == (56, 28) and len(plain.report.frozen) == 1

@@ -316,3 +316,15 @@ def test_a_teacher_that_writes_its_parameters_is_left_as_it_was():
     torch.testing.assert_close(traced.graph_module(x), x * 1.5)
     torch.testing.assert_close(traced.graph_module(x), x * 1.5**2)
     torch.testing.assert_close(net.weight, torch.ones(4))
+
+
+def test_where_torch_lists_the_weights_of_recurrent_layers_is_nobodys_state():
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gru, self.head = nn.GRU(4, 6, batch_first=True), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.gru(x)[0][:, -1])  # type: ignore[no-any-return]
+
+    assert trace(Recurrent(), torch.randn(2, 5, 4), role="student").report.notes == ()

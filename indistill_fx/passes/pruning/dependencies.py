@@ -63,6 +63,7 @@ class Coupling:
         vanished: nodes that only serve a shuffle.
         heads: axes made by taking an axis apart that products sum over: the width of a head, not the heads.
         ops: what each node computes, for those that were looked at.
+        recomputed: how many channels layers make whose weights nobody can slice, and why.
         mixing: nodes that compute something over channels, what that is (a mean or a norm), and these channels.
     """
 
@@ -73,6 +74,7 @@ class Coupling:
     work: list[tuple[str, int, tuple[Units, ...]]] = field(default_factory=list)
     made: list[Made] = field(default_factory=list)
     pairs: list[tuple[Units, Units]] = field(default_factory=list)
+    recomputed: list[tuple[int, str]] = field(default_factory=list)
     frozen: list[tuple[Units, str]] = field(default_factory=list)
     heads: set[Axis] = field(default_factory=set)
     shuffles: dict[str, Cut] = field(default_factory=dict)

@@ -98,7 +98,13 @@ def _read(found: Coupling, call: Call) -> set[Axis] | None:
     if call.computed == "split_size" and isinstance(axis := call.get("dim", 0), int):  # it decides that axis alone
         rank = len(call.shape(call.input) or ())
         return {(call.input.name, other) for other in range(rank) if other != axis_of(axis, rank)}
-    if call.computed is not None or (call.module is not None and why_opaque(call.module) is not None):
+    reason = why_opaque(call.module) if call.module is not None else None
+    if reason is not None:
+        found.count_work(call, ())
+        known = found.facts.get(call.node.name)
+        if known is not None and known.parameters and known.channel_axis is not None:
+            found.recomputed.append((known.channels, f"`{call.path}` ({call.op}) makes them, and {reason}"))
+    if call.computed is not None or reason is not None:
         return set()
     coupler = COUPLERS.get(call.op)
     if coupler is not None:

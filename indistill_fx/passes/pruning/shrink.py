@@ -296,6 +296,7 @@ def _frozen(found: Coupling, classes: Classes) -> tuple[Frozen, ...]:
     inseparable = [group for group in classes.groups if len(group.classes) == 1 < group.channels]
     return (
         *(Frozen(count, reason) for reason, count in channels.items()),
+        *(Frozen(count, reason) for count, reason in dict.fromkeys(found.recomputed)),
         *(Frozen(group.channels, f"those of `{group.path}` can only be removed all at once") for group in inseparable),
     )
 
