@@ -24,10 +24,10 @@ from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 import torch
+from compress_table import ARMS, table
 from resnet_cifar import resnet20, resnet56
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -41,7 +41,6 @@ from indistill_fx.data.dataset import Data
 from indistill_fx.data.open import open_data
 from indistill_fx.evaluation.accuracy import evaluate
 
-ARMS = ("joint", "kept", "tp", "kd", "fed", "steps", "unlabelled", "l1kd", "freshjoint", "freshkd", "fresh")
 NO_WARMUP = Curriculum(lengths=[])
 
 
@@ -129,7 +128,7 @@ def train_arm(
     arm: str, teacher: ifx.TracedModel, macs: float, data: Data, seed: int, options: argparse.Namespace, where: Path
 ) -> dict[str, Any]:
     """One arm; its row of the table."""
-    began = time.time()
+    began, resumed = time.time(), (where / "run").exists()
     settings: dict[str, Any] = {
         "val_loader": data.test, "progress": False, "seed": seed, "run_dir": where / "run", "resume": True,
         "optimizer": options.optimizer, "learning_rate": options.lr, "weight_decay": options.weight_decay,
@@ -175,7 +174,7 @@ def train_arm(
     return {
         "arm": arm, "how": how, "parameters": parameters, "before": before, "accuracy": record.accuracy, "best": record.best_accuracy,
         "by epoch": [epoch.accuracy for epoch in record.epochs], "seconds": round(time.time() - began, 1),
-        "training seconds": round(record.seconds, 1), "steps": steps,
+        "training seconds": round(record.seconds, 1), "resumed": resumed, "steps": steps,
     }  # fmt: skip
 
 
@@ -272,88 +271,6 @@ def repairs(options: argparse.Namespace) -> None:
                 }
             )
             (out / "repair.json").write_text(json.dumps(rows, indent=1))
-
-
-def table(options: argparse.Namespace) -> None:
-    """Mean and deviation over the seeds of every arm, as JSON and as a table."""
-    rows, repaired = [], []
-    for out in map(Path, options.out):
-        if out.is_file():
-            earlier = json.loads(out.read_text())
-            rows, repaired = rows + earlier["arms"], repaired + earlier["repair"]
-            continue
-        rows += [json.loads(path.read_text()) for path in sorted(out.glob("*-*.json"))]
-        if (out / "repair.json").exists():
-            repaired += json.loads((out / "repair.json").read_text())
-    text = "\n".join([*arm_lines(rows), *repair_lines(repaired)]).strip() + "\n"
-    print(text)
-    if options.json:
-        Path(options.json).write_text(json.dumps({"arms": rows, "repair": repaired}, indent=1) + "\n")
-    if options.into:
-        page = Path(options.into)
-        begin, end = "<!-- compress: made by benchmarks/compress.py table -->", "<!-- compress: end -->"
-        head, _, rest = page.read_text().partition(begin)
-        page.write_text(head + begin + "\n" + text + end + rest.partition(end)[2])
-
-
-def warmed(row: dict[str, Any]) -> tuple[int, float]:
-    """Epochs of the one warm-up stage, and the weight with which its loss stays; 0 of arms that have none of their own."""
-    one = row["arm"] in ("joint", "kept", "fed", "unlabelled", "freshjoint")
-    return (row["warmup"] if one else 0), row.get("keep", 0.0)
-
-
-def arm_lines(rows: list[dict[str, Any]]) -> list[str]:
-    """A table for every network, share and number of images."""
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for row in rows:
-        key = (row["net"], row["macs"], row["images"], row["epochs"], row["optimizer"], row["lr"])
-        groups.setdefault(key, []).append(row)
-    lines: list[str] = []
-    for (net, macs, images, epochs, optimizer, rate), own in sorted(groups.items()):
-        teacher = f"teacher {own[0]['teacher']:.2%}"
-        lines += [
-            "",
-            f"{net}, {macs:.0%} of its MACs, {images:,} images, {epochs} epochs in all ({optimizer}, {rate:g}), {teacher}:",
-        ]
-        lines += ["", "| arm | before training | test accuracy | seeds | s a run |", "|---|---|---|---|---|"]
-        kinds = sorted({(ARMS.index(row["arm"]), *warmed(row)) for row in own})
-        for number, warm, keep in kinds:
-            found = [row for row in own if (ARMS.index(row["arm"]), *warmed(row)) == (number, warm, keep)]
-            figures = [100 * row["accuracy"] for row in found]
-            spread = f" ± {stdev(figures):.2f}" if len(figures) > 1 else ""
-            how = f" ({found[0]['how']})" if found[0]["how"] else ""
-            how += f", {warm} epochs of warm-up" if warm else ""
-            how += f", its loss kept with weight {keep:g}" if keep else ""
-            before, seconds = (mean(row[key] for row in found) for key in ("before", "seconds"))
-            cells = (f"{100 * before:.2f}", f"{mean(figures):.2f}{spread}", str(len(found)), f"{seconds:.0f}")
-            lines.append(f"| {ARMS[number]}{how} | {' | '.join(cells)} |")
-    return lines
-
-
-_REPAIR_CAPTION = (
-    "Test accuracy in % before any training, without labels. *Uniform*: the same share of every layer is removed. "
-    "*Our widths*: the chosen widths; then with the norms' statistics re-estimated, and with the layers refitted:"
-)
-
-
-def repair_lines(rows: list[dict[str, Any]]) -> list[str]:
-    """What the repairs give before any training."""
-    if not rows:
-        return []
-    lines = [
-        "",
-        _REPAIR_CAPTION,
-        "",
-    ]
-    lines += [
-        "| network | MACs | uniform, by L1 | our widths | norms re-estimated | layers refitted |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        steps = {step["name"]: step["accuracy"] for step in row["steps"]}
-        cells = [row["uniform"], steps["shrunk"], steps["norms estimated anew"], steps["readers fitted"]]
-        lines.append(f"| {row['net']} | {row['macs']:.0%} | {' | '.join(f'{100 * cell:.2f}' for cell in cells)} |")
-    return lines
 
 
 def main() -> None:
