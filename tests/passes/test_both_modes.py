@@ -130,6 +130,26 @@ def test_an_in_place_dropout_beside_code_that_asks_for_the_mode():
     assert shrink(model, ratio=0.5).report.widths["b"] == (8, 4)
 
 
+@pytest.mark.parametrize("layer", [nn.Dropout, nn.Dropout1d, nn.AlphaDropout, nn.RReLU])
+def test_an_in_place_layer_follows_the_mode_of_the_users_own(layer):
+    """Frozen by itself or with the whole module: the graph draws exactly where the module does."""
+    module, x = nn.Sequential(nn.Linear(4, 8), layer(inplace=True), nn.Linear(8, 2)), torch.randn(5, 4, 4)
+    graph = trace(module, x, role="student").graph_module
+
+    def outcomes(model: nn.Module) -> int:
+        return len({float(model(x).detach().sum()) for _ in range(5)})
+
+    assert outcomes(module) == outcomes(graph) == 5
+    module[1].eval()
+    assert outcomes(module) == outcomes(graph) == 1
+    assert torch.equal(module(x), graph(x))
+    module[1].train()
+    module.eval()
+    assert torch.equal(module(x), graph(x))
+    graph.train()
+    assert module[1].training and outcomes(graph) == 5
+
+
 @pytest.mark.parametrize("make", [Functional, DropPath, Number])
 def test_a_smaller_network_has_flags_of_its_own(make):
     torch.manual_seed(0)

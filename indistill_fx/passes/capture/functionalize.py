@@ -4,8 +4,9 @@ Rules, in order:
   1. A write into a parameter or buffer is the model's state, not its data flow, and stays (batch norm counting its batches). A
      graph has no `no_grad`, without which torch refuses a write into a parameter: the write is done past autograd.
   2. `relu_`, `iadd`, `inplace=True` and their like become the operation that returns a new tensor; modules are copied without the
-     flag. `x[i] = v` becomes `with_item(x, i, v)`; a method without a functional twin (`uniform_`) writes into a copy. `f(x, out=y)` is
-     `y.copy_(f(x).detach())`, because torch allows it only where there are no gradients.
+     flag. Of dropouts and their like, the mode of the user's own layer counts: it stays, and writes into a copy of its input, as does a
+     method without a functional twin (`uniform_`). `x[i] = v` becomes `with_item(x, i, v)`. `f(x, out=y)` is `y.copy_(f(x).detach())`,
+     because torch allows it only where there are no gradients.
   3. Every later reader of the overwritten tensor, under any of its names, reads the new one, as it did in the module.
   4. A write into `x[i]` also makes a new `x`. Other writes into views are refused if another view of the data is read later.
 """
@@ -32,6 +33,8 @@ VIEWS = frozenset(
     "split unbind getitem slice detach alias contiguous getattr diagonal unfold identity".split()
 )
 """Operations whose result may share its storage with their first argument."""
+_BY_MODE = (nn.modules.dropout._DropoutNd, nn.RReLU)
+"""Layers that compute something else in train mode."""
 _PIECES = frozenset("chunk split unbind tensor_split split_with_sizes unsafe_chunk hsplit".split())
 _FUNCTIONAL = {
     operator.iadd: operator.add,
@@ -185,6 +188,9 @@ def _views_of(node: fx.Node, pieces: dict[fx.Node, fx.Node]) -> Iterator[fx.Node
 def _make_functional(writer: fx.Node, graph_module: fx.GraphModule, copies: dict[str, str]) -> None:
     if writer.op == "call_module":
         path = str(writer.target)
+        if isinstance(attribute(graph_module, path), _BY_MODE):
+            _copy_first(writer)
+            return
         if path not in copies:
             copies[path] = add_module(
                 graph_module, path, with_tensors(attribute(graph_module, path), {}, inplace=False)
