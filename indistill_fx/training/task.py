@@ -78,16 +78,16 @@ def task_of_run(
         call = split(to_device(batch, device), *models, where="The training").calls[-1]
         with evaluating(module):
             outputs = outputs_of(module, call)
-        if logits is None and not isinstance(outputs, Tensor):
-            # the same choice as in tracing
-            return next(leaf for leaf in tree_leaves(main_output(outputs)) if isinstance(leaf, Tensor))
+        alike = [leaf for leaf in tree_leaves(main_output(outputs)) if isinstance(leaf, Tensor)]
+        if logits is None and len({leaf.shape for leaf in alike}) == 1:
+            return alike[0]  # the same choice as in tracing
         return select_logits(outputs, logits)
 
-    outputs = logits_of(batch)
-    assert outputs is not None
-    labels = parts.labels.to(outputs.device)
     first = parts.calls[-1].first
     try:
+        outputs = logits_of(batch)
+        assert outputs is not None
+        labels = parts.labels.to(outputs.device)
         chosen = choose_task(task if isinstance(task, str) else named, outputs, labels, first)
     except ConfigError:
         if required or task is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+from collections import namedtuple
 from collections.abc import Callable
 
 import pytest
@@ -163,11 +164,21 @@ def test_a_smaller_network_has_flags_of_its_own(make):
     assert not torch.equal(small(x), small(x))
 
 
-def test_graphs_that_return_different_things_are_reported():
+Outputs = namedtuple("Outputs", "logits features")
+
+
+@pytest.mark.parametrize(
+    "form",
+    [lambda y, f: (y, f), lambda y, f: {"logits": y, "features": f}, Outputs],
+    ids=["tuple", "dict", "named tuple"],
+)
+def test_graphs_that_return_different_things_are_reported(form):
+    """As torchvision's Inception does, which returns an auxiliary classifier's logits, too, in train mode."""
+
     class Auxiliary(Net):
         def forward(self, x):
             y = self.bn(self.a(x)).mean((2, 3))
-            return (self.fc(y), y) if self.training else self.fc(y)
+            return form(self.fc(y), y) if self.training else self.fc(y)
 
     module, x = Auxiliary(Functional()), torch.randn(2, 3, 6, 6)
     model = trace(module, x, role="student")

@@ -274,11 +274,11 @@ def test_train_takes_dicts_and_models_with_several_outputs():
             self.body = net(6, 8)
 
         def forward(self, pixels: Tensor) -> dict[str, Tensor]:
-            return {"logits": self.body(pixels), "extra": pixels}
+            return {"extra": pixels, "scores": self.body(pixels)}
 
     images, labels = samples()
     given = [{"pixels": images[k : k + 16], "labels": labels[k : k + 16]} for k in range(0, 96, 16)]
-    record = train(Named(), given, epochs=4, val_loader=given, logits="logits", learning_rate=1e-2, progress=False)
+    record = train(Named(), given, epochs=4, val_loader=given, logits="scores", learning_rate=1e-2, progress=False)
     assert record.accuracy is not None and record.accuracy > 0.5
     with pytest.raises(ifx.ConfigError, match="logits=KEY"):
         train(Named(), given, epochs=1, progress=False)
