@@ -90,7 +90,12 @@ def test_kd_refuses_to_guess(kind: str) -> None:
     form = NAMELESS[kind]
     x, _ = batch()
     assert len(ifx.trace(net(form, 0).eval(), x).several_outputs) == 2
-    with pytest.raises(ifx.ConfigError, match=r"returns several outputs of different shapes: .*\(16\), .*\(4\)"):
+    teacher, student = net(form, 0).eval(), net(form, 1)
+    with pytest.raises(
+        ifx.ConfigError, match=r"The teacher returns several outputs of different shapes: .*\(16\), .*\(4\)"
+    ):
+        ifx.compile_stages(teacher, student, main="kd", example_inputs=x)
+    with pytest.raises(ifx.ConfigError, match=r"not logits\. Say which entry holds the logits"):
         trained(form)
     weights = trained(form, logits=KEYS[kind])
     reference = trained(KINDS["dict"])
@@ -99,10 +104,11 @@ def test_kd_refuses_to_guess(kind: str) -> None:
 
 def test_labels_refuse_to_guess_too() -> None:
     plain = net(lambda f, y: y, 0).eval()
+    student = net(NAMELESS["tuple"], 1)
     with pytest.raises(ifx.ConfigError, match="The student returns several outputs"):
-        ifx.distill(
-            plain, net(NAMELESS["tuple"], 1), [batch()], epochs=1, curriculum=NO_WARMUP, main="labels", progress=False
-        )
+        ifx.compile_stages(plain, student, main="labels", example_inputs=batch()[0])
+    with pytest.raises(ifx.ConfigError, match="not logits. Say which entry holds the logits"):
+        ifx.distill(plain, student, [batch()], epochs=1, curriculum=NO_WARMUP, main="labels", progress=False)
 
 
 def test_a_loss_that_reads_no_logits_needs_none() -> None:
