@@ -107,7 +107,7 @@ def test_labels_refuse_to_guess_too() -> None:
     student = net(NAMELESS["tuple"], 1)
     with pytest.raises(ifx.ConfigError, match="The student returns several outputs"):
         ifx.compile_stages(plain, student, main="labels", example_inputs=batch()[0])
-    with pytest.raises(ifx.ConfigError, match="not logits. Say which entry holds the logits"):
+    with pytest.raises(ifx.ConfigError, match=r"not logits\. Say which entry holds the logits"):
         ifx.distill(plain, student, [batch()], epochs=1, curriculum=NO_WARMUP, main="labels", progress=False)
 
 
