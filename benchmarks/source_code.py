@@ -101,8 +101,9 @@ def table(record: dict[str, Any]) -> str:
     halved = {name: row for name, row in networks.items() if row.get("halved", {}).get("ok") is not None}
     longest = max(row["halved"]["lines"] / row["original lines"] for row in halved.values())
     lines = [
-        f"{len(networks)} networks, one of each family. {right} of {len(written)} files that were written ({len(halved)} for halved "
-        f"networks) are bit-identical to their graphs. The longest file, beside the original's, has {longest:.2f} times its lines.",
+        f"{len(networks)} of {len(families())} networks, one of each family, were tried. {right} of {len(written)} files that were "
+        f"written ({len(halved)} for halved networks) are bit-identical to their graphs. The longest file, beside the original's, has "
+        f"{longest:.2f} times its lines.",
         "",
         "| network, halved | equal tensors | lines | its original's file |",
         "|---|---|---|---|",
