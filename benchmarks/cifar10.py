@@ -103,7 +103,17 @@ def run(options: argparse.Namespace) -> None:
                 )
 
 
-def one(example: Any, arm: str, seed: int, data: Data, teachers: dict[str, nn.Module], run_dir: Path) -> dict[str, Any]:
+def one(
+    example: Any,
+    arm: str,
+    seed: int,
+    data: Data,
+    teachers: dict[str, nn.Module],
+    run_dir: Path,
+    *,
+    compile: bool = True,
+    main_options: dict[str, Any] | None = None,
+) -> dict[str, Any]:
     """Train one arm, and measure it."""
     method, warm, main, options = parse(arm)
     torch.manual_seed(seed)
@@ -118,6 +128,7 @@ def one(example: Any, arm: str, seed: int, data: Data, teachers: dict[str, nn.Mo
         plan=ifx.align(teacher, student, example_inputs=x),
         curriculum=ifx.Curriculum(lengths=warm, **options),
         main=method,
+        main_options=main_options or {},
         epochs=main,
         example_inputs=x,
         run_dir=run_dir,
@@ -126,7 +137,7 @@ def one(example: Any, arm: str, seed: int, data: Data, teachers: dict[str, nn.Mo
         seed=seed,
         schedule="step",
         milestones=[main - 3],
-        compile=True,
+        compile=compile,
         val_loader=None if method == "pkt" else data.test,
     )
     figures = example.measure(student, data, queries=_QUERIES)

@@ -20,8 +20,10 @@ import argparse
 import importlib.util
 import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -125,9 +127,16 @@ def made_of(teacher: ifx.TracedModel, macs: float, data: Data, options: argparse
 
 
 def train_arm(
-    arm: str, teacher: ifx.TracedModel, macs: float, data: Data, seed: int, options: argparse.Namespace, where: Path
+    arm: str,
+    teacher: ifx.TracedModel,
+    macs: float,
+    data: Data,
+    seed: int,
+    options: argparse.Namespace,
+    where: Path,
+    make: Callable[[], tuple[Any, Any]],
 ) -> dict[str, Any]:
-    """One arm; its row of the table."""
+    """One arm; its row of the table. `make` gives our student, which all arms of a seed share, as it is before training."""
     began, resumed = time.time(), (where / "run").exists()
     settings: dict[str, Any] = {
         "val_loader": data.test, "progress": False, "seed": seed, "run_dir": where / "run", "resume": True,
@@ -139,7 +148,7 @@ def train_arm(
     if arm in ("tp", "l1kd"):
         student, how = uniform(teacher, macs)
     else:
-        made, source = made_of(teacher, macs, data, options)
+        made, source = make()
         student, steps = source.build().to(device_of(options)), [asdict(step) for step in made.steps]
         torch.manual_seed(seed)
         if arm.startswith("fresh"):
@@ -195,6 +204,7 @@ def run(options: argparse.Namespace) -> None:
             teacher = traced_teacher(options, net)
             accuracy = evaluate(teacher.module, data.test).accuracy
             for macs in options.macs:
+                make = cache(partial(made_of, teacher, macs, data, options))
                 for arm in options.arms:
                     how = f"{options.limit or 'all'}-{options.epochs}-{options.optimizer}-{options.lr:g}"
                     warm = f"-{options.warmup}" if arm in ("joint", "kept", "fed", "unlabelled") else ""
@@ -205,7 +215,7 @@ def run(options: argparse.Namespace) -> None:
                         print(f"{name}: no time left")
                         continue
                     start = time.time()
-                    row = train_arm(arm, teacher, macs, data, seed, options, out / name)
+                    row = train_arm(arm, teacher, macs, data, seed, options, out / name, make)
                     longest = max(longest, time.time() - start)
                     row |= {
                         "net": net,
