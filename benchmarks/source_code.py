@@ -5,8 +5,9 @@
     python benchmarks/source_code.py --resume --out …                                        those that are not in the file
     python benchmarks/source_code.py --table benchmarks/results/source_code.json --into docs/compress.md
 
-(With `PYTHONPATH=.:benchmarks`.) For each: outputs in eval mode and outputs and gradients in train mode, to the bit; lines, beside
-those of the original's own model file. A model that `shrink` refuses, or that has a part that cannot be written, is listed with the reason.
+(With `PYTHONPATH=.:benchmarks`.) The networks are traced as `compress` and `prune` trace them: in both modes, where these fit into one
+graph. For each: outputs in eval mode and outputs and gradients in train mode, to the bit; lines, beside those of the original's own model
+file. A model that `shrink` refuses, or that has a part that cannot be written, is listed with the reason.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 from zoo import ZooModel, zoo
 
 import indistill_fx as ifx
+from indistill_fx.compression.basis import in_both_modes
 from indistill_fx.compression.write_source import source_of
 from indistill_fx.errors import IndistillError
 
@@ -53,7 +55,7 @@ def check(model: ZooModel) -> dict[str, Any]:
     module = model.build()
     file = inspect.getsourcefile(type(module))
     found: dict[str, Any] = {"original lines": len(Path(file).read_text().splitlines()) if file else None}
-    whole = ifx.trace(module, (model.example(2),), role="teacher")
+    whole = in_both_modes(ifx.trace(module, (model.example(2),), role="teacher"))
     for key in ("halved", "full"):
         try:
             network = ifx.shrink(whole, ratio=0.5).value if key == "halved" else whole

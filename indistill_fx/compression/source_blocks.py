@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from indistill_fx.compression.source_forward import Forward, Network, relative, self_path
+from indistill_fx.compression.source_layers import layer_of
 from indistill_fx.compression.source_pieces import Block, Construct, Imports, Line, Piece, constructor, tensor_value
 from indistill_fx.compression.source_scopes import Body, Dissolve, Places, Scope, below
 from indistill_fx.graph.edit import output_node
@@ -99,13 +100,36 @@ class Writer:
 
     def block(self, scope: Scope, name: str) -> Block | Construct:
         """A block below the root: a class, or a Sequential."""
-        chain = self._chain(scope, name)
-        if chain is not None:
-            return chain
+        made = self._layer(scope, name) or self._chain(scope, name)
+        if made is not None:
+            return made
         written = [Forward(self.network, scope, body, body.inputs).lines(None) for body in scope.bodies]
         if any(lines != written[0] for lines in written[1:]):
             raise Dissolve(scope.path)
         return Block(_class_name(scope), tuple(self._setup(scope, self._tree(scope))), tuple(written[0]))
+
+    def _layer(self, scope: Scope, name: str) -> Construct | None:
+        """A layer of torch.nn, if the module's forward is one call that such a layer makes."""
+        layers: list[nn.Module | None] = []
+        tensors = {path: target for target, path in self.places.tensors.items() if self._owner(path, scope)}
+        for body in scope.bodies:
+            node = body.steps[0]
+            if len(body.steps) != 1 or not isinstance(node, fx.Node) or body.outputs != [node] or len(body.inputs) != 1:
+                return None
+            read = {str(source.target) for source in node.all_input_nodes if source.op == "get_attr"}
+            names = {
+                source: relative(self.places.tensors[str(source.target)], scope)
+                for source in node.all_input_nodes
+                if source.op == "get_attr" and source not in body.inputs
+            }
+            if node.op == "call_module" or read != set(tensors.values()) or node.args[:1] != (body.inputs[0],):
+                return None
+            layers.append(layer_of(node, names))
+        if not layers or layers[0] is None or any(str(layer) != str(layers[0]) for layer in layers):
+            return None
+        for path, target in tensors.items():
+            self._note(path, attribute(self.graph_module, target))
+        return constructor(scope.path, name, layers[0], self.imports)
 
     def _chain(self, scope: Scope, name: str) -> Construct | None:
         """A Sequential, if every layer reads only the one before."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from indistill_fx.compression.source_pieces import Block, Construct, Line, Literal, Piece
 
 _WIDE = 100
+_WIDEST = 110
 _TAB = "    "
 
 
@@ -88,7 +89,7 @@ class _Classes:
             values = tuple(entry.text for entry in column)
             if len(set(values)) == 1:
                 continue
-            widths = all(text.isdecimal() and int(text) > 2 for text in values)
+            widths = _are_widths(values)
             if widths and values in names:
                 group.columns[k] = names[values]
                 continue
@@ -126,17 +127,19 @@ class _Classes:
             return f"self.{name}"
 
         forward = [self._line(line, group, counter, "", remember) for line in block.forward]
-        arguments = "".join(f", {name}" for name in dict.fromkeys(group.columns.values()))
-        base = "" if block.base != "nn.Module" else "super().__init__()"
-        lines = [f"class {group.name}({block.base}):", f"{_TAB}def __init__(self{arguments}):"]
-        if len(lines[1]) > 110:
-            inner = ",\n".join(f"{_TAB * 2}{name}" for name in ("self", *dict.fromkeys(group.columns.values())))
-            lines[1] = f"{_TAB}def __init__(\n{inner},\n{_TAB}):"
-        body = [*([base] if base else []), *(f"self.{name} = {name}" for name in kept), *setup]
-        lines += [_indented(line, 2) for line in body]
+        names = ["self", *dict.fromkeys(group.columns.values())]
+        setup = [*(f"self.{name} = {name}" for name in kept), *setup]
+        parts = []
+        if setup or block.base != "nn.Module":
+            parts.append(
+                [_wrapped(f"def __init__({', '.join(names)}):"), *(_indented(_wrapped(line), 1) for line in setup)]
+            )
+            if block.base == "nn.Module":
+                parts[0].insert(1, f"{_TAB}super().__init__()")
         if forward:
-            lines += ["", _indented(forward[0], 1), *(_indented(line, 2) for line in forward[1:])]
-        return "\n".join(lines) + "\n"
+            parts.append([forward[0], *(_indented(_wrapped(line), 1) for line in forward[1:])])
+        body = "\n\n".join(_indented("\n".join(lines), 1) for lines in parts)
+        return f"class {group.name}({block.base}):\n{body}\n"
 
     def _line(
         self, line: Line, group: _Class, counter: Iterator[int], indent: str, rename: Callable[[str], str] = str
@@ -173,8 +176,30 @@ def _call(name: str, parts: list[str], brackets: tuple[str, str]) -> str:
     return f"{name}{brackets[0]}\n{inner}{brackets[1]}"
 
 
+def _wrapped(text: str) -> str:
+    """A line of code; if it is too long and ends with a call, with one argument per line."""
+    end = len(text) - (2 if text.endswith("):") else 1)
+    if len(text) <= _WIDEST or "\n" in text or text[end : end + 1] != ")":
+        return text
+    opening, commas, depth, quote = -1, list[int](), 0, ""
+    for place, letter in enumerate(text[: end + 1]):
+        if quote or letter in "\"'":
+            quote = letter if not quote else "" if letter == quote else quote
+        elif letter in "([{":
+            opening, commas = (place, []) if depth == 0 else (opening, commas)
+            depth += 1
+        elif letter in ")]}":
+            depth -= 1
+        elif letter == "," and depth == 1:
+            commas.append(place)
+    starts, stops = [opening, *commas], [*commas, end]
+    parts = [text[start + 1 : stop].strip() for start, stop in zip(starts, stops, strict=True)]
+    inner = "".join(f"{_TAB}{part},\n" for part in parts if part)
+    return f"{text[: opening + 1]}\n{inner}{text[end:]}"
+
+
 def _indented(text: str, times: int) -> str:
-    return "\n".join(f"{_TAB * times}{line}" for line in text.split("\n"))
+    return "\n".join(f"{_TAB * times}{line}" if line else "" for line in text.split("\n"))
 
 
 def _taken(block: Block) -> set[str]:
@@ -182,6 +207,11 @@ def _taken(block: Block) -> set[str]:
     heads = [line[0] for line in block.setup if isinstance(line[0], str)]
     names = {head.removeprefix("self.").partition(" ")[0] for head in heads}
     return names | {"self", "x", "training", "forward"}
+
+
+def _are_widths(values: tuple[str, ...]) -> bool:
+    """Whether two literals with these values in a class's blocks are one width, not a stride and a size that are equal by chance."""
+    return all(map(str.isdecimal, values)) and (min(map(int, values)) > 2 or len(set(values)) > 2)
 
 
 def _best_name(columns: list[tuple[Literal, ...]], values: tuple[str, ...]) -> str:

@@ -31,6 +31,22 @@ _INPLACE: Mapping[Any, str] = {
     operator.iadd: "+=", operator.isub: "-=", operator.imul: "*=", operator.itruediv: "/=", operator.ipow: "**=",
     operator.iand: "&=", operator.ior: "|=",
 }  # fmt: skip
+_SIGNS: Mapping[Any, str] = {
+    **_INFIX, "add": "+", "sub": "-", "mul": "*", "div": "/", "matmul": "@", torch.add: "+", torch.sub: "-", torch.mul: "*",
+    torch.div: "/", torch.matmul: "@",
+}  # fmt: skip
+_TAKES_NUMBERS = ("view", "reshape", "permute", "expand", "repeat")
+"""Methods whose numbers may stand alone or in a tuple."""
+
+
+def is_size(node: fx.Node) -> bool:
+    """Whether a node is `x.size()` or `x.size(1)`, which is written `x.shape` and `x.shape[1]`."""
+    return node.op == "call_method" and node.target == "size"
+
+
+def is_arithmetic(node: fx.Node) -> bool:
+    """Whether a node is two values with a sign between, as `a + b`."""
+    return node.op == "call_function" and node.target in _INFIX and len(node.args) == 2 and not node.kwargs
 
 
 def expression(node: fx.Node, name: Name, module: Line, imports: Imports) -> Line:
@@ -48,6 +64,23 @@ def expression(node: fx.Node, name: Name, module: Line, imports: Imports) -> Lin
     argument = _Arguments(node, name)
     if node.op == "call_module":
         return (*module, *argument.call(node.args, node.kwargs))
+    sign = _SIGNS.get(node.target) if len(node.args) == 2 and not node.kwargs else None
+    if sign is not None and node.op != "call_module":
+        return (*argument.atom(node.args[0]), f" {sign} ", *argument.atom(node.args[1]))
+    if is_size(node):
+        axis = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+        return (
+            *argument.atom(node.args[0]),
+            ".shape",
+            *(() if axis is None else ("[", *argument.value(axis, "axis"), "]")),
+        )
+    if (
+        node.op == "call_method"
+        and node.target in _TAKES_NUMBERS
+        and len(node.args) == 2
+        and isinstance(node.args[1], (tuple, list))
+    ):
+        return (*argument.atom(node.args[0]), f".{node.target}", *argument.call(tuple(node.args[1]), node.kwargs))
     if node.op == "call_method":
         return (*argument.atom(node.args[0]), f".{node.target}", *argument.call(node.args[1:], node.kwargs))
     target: Any = node.target
@@ -58,11 +91,16 @@ def expression(node: fx.Node, name: Name, module: Line, imports: Imports) -> Lin
         return (*argument.atom(node.args[0]), f".{node.args[1]}")
     if target is operator.getitem:
         return (*argument.atom(node.args[0]), "[", *argument.key(node.args[1]), "]")
-    if target in _INFIX and len(node.args) == 2 and not node.kwargs:
-        return (*argument.atom(node.args[0]), f" {_INFIX[target]} ", *argument.atom(node.args[1]))
     if target in _PREFIX and len(node.args) == 1:
         return (_PREFIX[target], *argument.atom(node.args[0]))
     return (function_name(node, target, imports), *argument.call(node.args, node.kwargs))
+
+
+def write_into(node: fx.Node, name: Name) -> tuple[Line, Line, Line]:
+    """The code of what `with_item` writes into a copy of, of the index and of the value."""
+    argument = _Arguments(node, name)
+    source, index, value = node.args
+    return argument.atom(source), argument.key(index), argument.value(value, "value")
 
 
 def function_name(node: fx.Node, target: Any, imports: Imports) -> str:
@@ -130,12 +168,15 @@ class _Arguments:
 
     def call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Line:
         parts = [self.value(arg, self.names[k] if k < len(self.names) else "") for k, arg in enumerate(args)]
-        parts += [
-            (f"{key}=", *self.value(arg, key))
-            for key, arg in kwargs.items()
-            if not (type(arg) in (bool, type(None)) and self.defaults.get(key, inspect.Parameter.empty) is arg)
-        ]
+        parts += [(f"{key}=", *self.value(arg, key)) for key, arg in kwargs.items() if not self._is_default(key, arg)]
         return ("(", *_joined(parts), ")")
+
+    def _is_default(self, key: str, arg: Any) -> bool:
+        """Whether an argument need not be written: a flag, or one that is not meant for users."""
+        default = self.defaults.get(key, inspect.Parameter.empty)
+        return (
+            type(arg) is type(default) and arg == default and (type(arg) in (bool, type(None)) or key.startswith("_"))
+        )
 
     def value(self, value: Any, keyword: str) -> Line:
         if isinstance(value, fx.Node):

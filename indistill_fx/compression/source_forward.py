@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from indistill_fx.compression.source_expressions import expression
+from indistill_fx.compression.source_expressions import expression, is_arithmetic, is_size, write_into
 from indistill_fx.compression.source_pieces import Imports, Line, Literal, Piece, unwritable
 from indistill_fx.compression.source_scopes import Body, Places, Scope, reads_flag
 from indistill_fx.graph.edit import output_node
-from indistill_fx.graph.ops import attribute
+from indistill_fx.graph.ops import attribute, with_item
 from indistill_fx.passes.capture.both_modes import ByMode
 
 _NAMES = ("x", "y", "z", "u", "v", "w", "s", "t", "a", "b", "c", "d")
@@ -71,6 +71,8 @@ class Forward:
             if step is self.joined:
                 dim = Literal(str(step.args[1] if len(step.args) > 1 else step.kwargs.get("dim", 0)), "dim")
                 return [(f"{self._name(step, [step], k)[0]} = ", "torch.cat(features, ", dim, ")")]
+            if step.target is with_item:
+                return self._written(k, step)
             module = self._self(self.network.places.modules[step]) if step in self.network.places.modules else ""
             code = expression(step, self._value, (module,), self.network.imports)
             if self._inlined(step):
@@ -84,6 +86,19 @@ class Forward:
         if not body.outputs:
             return [code]
         return [(f"{', '.join(self._name(step, body.outputs, k))} = ", *code)]
+
+    def _written(self, k: int, step: fx.Node) -> list[Line]:
+        """`y = x.clone()` and `y[index] = value`."""
+        source, index, value = write_into(step, self._value)
+        old, fresh = step.all_input_nodes[0], self._free()
+        ends = old in self.names and self.last[old] <= k
+        self._name(step, [step], k)
+        if not ends:  # what the index or the value is called must not be written over
+            self.names[step] = fresh
+        name = self.names[step]
+        copied = old.target == "clone" and len(old.users) == 1 and source == (name,)
+        write = (f"{name}[", *index, "] = ", *value)
+        return [write] if copied else [(f"{name} = ", *source, ".clone()"), write]
 
     def _joined(self) -> fx.Node | None:
         """The concatenation of all of a block's inputs, if they have no other use: the block then takes any number of inputs (DenseNet)."""
@@ -134,9 +149,11 @@ class Forward:
         return lines, results
 
     def _inlined(self, node: fx.Node) -> bool:
-        """Sizes and entries of tuples, which are written inline where they are read."""
+        """Sizes, entries of tuples and numbers with one reader, which are written inline where they are read."""
         if node not in self.last or node in self.body.outputs:
             return False
+        if is_size(node) or (is_arithmetic(node) and len(node.users) == 1 and not self._is_tensor(node)):
+            return True
         if node.op == "call_function" and node.target is getattr:
             return True
         reads = node.all_input_nodes

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from indistill_fx.compression.source_blocks import Writer
 from indistill_fx.compression.source_classes import class_texts
+from indistill_fx.compression.source_layers import without_copies
 from indistill_fx.compression.source_pieces import Block, Imports, unwritable
 from indistill_fx.compression.source_scopes import Dissolve, scopes_of
 from indistill_fx.errors import ExportError
@@ -88,7 +89,7 @@ def source_of(model: TracedModel) -> StudentSource:
     if model.report.lacks_eval_mode:
         problem = "in eval mode its source code would compute what train mode does; trace it with role='teacher'"
         raise unwritable("the network", problem)
-    graph_module, dissolved = sweep(copy_graph(model.graph_module)[0]), set[str]()
+    graph_module, dissolved = sweep(without_copies(copy_graph(model.graph_module)[0])), set[str]()
     while True:
         root, places = scopes_of(graph_module, dissolved)
         writer = Writer(graph_module, places, model.facts)
@@ -147,6 +148,8 @@ def _imports(imports: Imports, classes: str) -> str:
                 lines.add("from torch.nn import functional")
             elif found is not None and used in ("Sequence", "Mapping"):
                 lines.add(f"from collections.abc import {used}")
+            elif used == "Any":
+                lines.add("from typing import Any")
             elif used == "Tensor":
                 lines.add("from torch import Tensor, nn")
     code = classes + "".join(own.values())

@@ -46,7 +46,14 @@ def conv_per_sample(
     return out.view(input.shape[0], weight.shape[1], *out.shape[2:])
 
 
-def _by_matrices(input: Tensor, weight: Tensor, groups: int, stride: Shape, padding: Shape, dilation: Shape) -> Tensor:
+def _by_matrices(
+    input: Tensor,
+    weight: Tensor,
+    groups: int,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+) -> Tensor:
     """The same convolution by matrix products: ONNX has no groups that depend on the batch."""
     kernel = tuple(weight.shape[3:])
     patches: Tensor = functional.unfold(input, kernel, dilation, padding, stride).unflatten(1, (groups, -1))
@@ -59,7 +66,7 @@ def _by_matrices(input: Tensor, weight: Tensor, groups: int, stride: Shape, padd
     return apart
 
 
-def _both(value: Any) -> Shape:
+def _both(value: Any) -> tuple[int, ...]:
     return (value, value) if isinstance(value, int) else tuple(value)
 
 

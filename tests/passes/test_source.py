@@ -286,3 +286,125 @@ def test_blocks_that_reorder_their_channels_share_a_class():
     model = ShuffleNetV2([2, 2, 2], [16, 32, 64, 64, 128], num_classes=5)
     text = assert_same(traced(model, images(2, 32), ratio=0.5), images(3, 32, seed=1))
     assert text.count("class InvertedResidual") == 2 and '"kept"' in text
+
+
+class OwnLayers(nn.Module):
+    """Layers written by hand that do what layers of torch.nn do, an in-place dropout, methods for signs, and sizes."""
+
+    class Gelu(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.gelu(x, approximate="tanh")
+
+    class Norm(nn.LayerNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+
+    class Project(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.weight, self.bias)
+
+    class Doubled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.weight * 2, self.bias)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.act, self.project, self.doubled = (
+            self.Norm(12, eps=1e-3),
+            self.Gelu(),
+            self.Project(12, 12),
+            self.Doubled(12, 12),
+        )
+        self.tail = nn.Sequential(nn.Linear(12, 12), nn.Hardswish(), nn.Dropout(0.3, inplace=True), nn.Linear(12, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.doubled(self.project(self.act(self.norm(x))))
+        y = y.add(x).mul(0.5).view((y.size(0), y.size(1) // 2, -1))
+        return self.tail(y.view(x.size(0), 2 * y.size(1)).sub(x))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("ratio", [None, 0.5])
+def test_layers_and_signs_are_written_as_a_person_would(ratio: float | None) -> None:
+    torch.manual_seed(0)
+    text = assert_same(traced(OwnLayers(), torch.randn(3, 12), ratio=ratio), torch.randn(5, 12))
+    for part in (
+        'self.act = nn.GELU(approximate="tanh")',
+        "self.norm = nn.LayerNorm(12, eps=0.001)",
+        "self.project = nn.Linear(12, ",
+        "nn.Dropout(p=0.3)",
+    ):
+        assert part in text
+    for part in ("inplace", "clone", ".size(", ".add(", ".mul(", ".sub(", "class Gelu", "class Norm", "class Project"):
+        assert part not in text
+    assert "class Doubled" in text and "view((" not in text
+
+
+def test_a_write_into_a_copy_is_an_assignment() -> None:
+    class Writes(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            y = x.relu()
+            z = y.clone()
+            z[:, 1:, 0] = y[:, 1:, 0] * 2
+            return z + y
+
+    text = assert_same(traced(Writes(), torch.randn(2, 3, 4)), torch.randn(5, 3, 4))
+    assert "[:, 1:, 0] = " in text and "with_item" not in text and text.count("clone()") == 1
+
+
+def test_every_name_in_the_file_is_defined() -> None:
+    for model in (traced(OwnLayers(), torch.randn(3, 12)), traced(Parts(), torch.randn(3, 3, 8, 8), ratio=0.5)):
+        ruff = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F", "-"]
+        found = subprocess.run(ruff, input=source_of(model).text, text=True, capture_output=True)
+        assert found.returncode == 0, found.stdout
+
+
+def test_long_calls_have_one_argument_per_line() -> None:
+    class Many(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.einsum(
+                "abcdefghijkl,abcdefghijkl->abcdefghij", x.reshape(-1, *[1] * 11), x.reshape(-1, *[1] * 11)
+            )
+
+    class Wide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a_rather_long_name, self.another_rather_long_name = (nn.Parameter(torch.randn(4)) for _ in range(2))
+            self.register_buffer("the_running_mean", torch.zeros(4))
+            self.register_buffer("the_running_variance", torch.ones(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = F.batch_norm(
+                x,
+                self.the_running_mean,
+                self.the_running_variance,
+                self.a_rather_long_name,
+                self.another_rather_long_name,
+            )
+            return y + x
+
+    for make in (Many, Wide):
+        text = assert_same(
+            traced(make(), torch.randn(3, 4) if make is Wide else torch.randn(3)),
+            torch.randn(5, 4) if make is Wide else torch.randn(5),
+        )
+        assert max(map(len, text.splitlines())) <= 120
+    assert "            self.the_running_mean,\n" in text
+
+
+def test_arguments_that_are_always_equal_are_one() -> None:
+    """Heads of 1, 2 and 4 are one number in three places; a stride of 2 and a size of 2 in one block of two are equal by chance."""
+
+    class Attention(nn.Module):
+        def __init__(self, heads: int, stride: int) -> None:
+            super().__init__()
+            self.qkv, self.heads, self.stride = nn.Linear(24, 72), heads, stride
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = (part.reshape(part.shape[0], self.heads, -1) for part in self.qkv(x).chunk(3, 1))
+            return (q * k + v).flatten(1) * self.stride
+
+    model = traced(nn.Sequential(Attention(1, 1), Attention(2, 2), Attention(4, 2)), torch.randn(3, 24))
+    text = assert_same(model, torch.randn(5, 24))
+    assert text.count("def __init__(self, reshape, ") == 1 and "reshape_2" not in text
+    pair = traced(nn.Sequential(Attention(1, 1), Attention(2, 2)), torch.randn(3, 24))
+    assert "reshape_2" in assert_same(pair, torch.randn(5, 24))
