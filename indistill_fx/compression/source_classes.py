@@ -15,12 +15,13 @@ _TAB = "    "
 
 @dataclass(eq=False)
 class _Class:
-    """A class: its blocks, and the constructor arguments of each block."""
+    """A class: its blocks, the constructor arguments of each block, and the values that need not be given."""
 
     name: str
     blocks: list[Block]
     arguments: dict[Block, dict[str, str]] = field(default_factory=dict)
     columns: dict[int, str] = field(default_factory=dict)
+    defaults: dict[str, str] = field(default_factory=dict)
 
 
 def class_texts(root: Block) -> list[str]:
@@ -97,6 +98,8 @@ class _Classes:
                 _best_name(columns, values) if widths else column[0].name, used_names
             )
             used_names.add(name_of_column)
+            if column[0].default in values:
+                group.defaults[name_of_column] = column[0].default
             if widths:
                 names[values] = name_of_column
         for block, row in zip(blocks, rows, strict=True):
@@ -111,8 +114,11 @@ class _Classes:
                 if isinstance(piece, Literal):
                     found.append(piece)
                 elif isinstance(piece, Block):
-                    inner = self.of[piece].arguments[piece]
-                    found += [Literal(text, name, name) for name, text in inner.items()]
+                    inner = self.of[piece]
+                    found += [
+                        Literal(text, name, name, inner.defaults.get(name))
+                        for name, text in inner.arguments[piece].items()
+                    ]
         return found
 
     def text(self, group: _Class) -> str:
@@ -127,7 +133,12 @@ class _Classes:
             return f"self.{name}"
 
         forward = [self._line(line, group, counter, "", remember) for line in block.forward]
-        names = ["self", *dict.fromkeys(group.columns.values())]
+        given = list(dict.fromkeys(group.columns.values()))
+        names = [
+            "self",
+            *(n for n in given if n not in group.defaults),
+            *(f"{n}={v}" for n, v in group.defaults.items()),
+        ]
         setup = [*(f"self.{name} = {name}" for name in kept), *setup]
         parts = []
         if setup or block.base != "nn.Module":
@@ -162,7 +173,8 @@ class _Classes:
         parts = []
         for name, text in inner.arguments[piece].items():
             outer = group.columns.get(next(counter))
-            parts.append(f"{name}={rename(outer) if outer is not None else text}")
+            if outer is not None or text != inner.defaults.get(name):
+                parts.append(f"{name}={rename(outer) if outer is not None else text}")
         return _call(inner.name, parts, ("(", ")"))
 
 

@@ -408,3 +408,32 @@ def test_arguments_that_are_always_equal_are_one() -> None:
     assert text.count("def __init__(self, reshape, ") == 1 and "reshape_2" not in text
     pair = traced(nn.Sequential(Attention(1, 1), Attention(2, 2)), torch.randn(3, 24))
     assert "reshape_2" in assert_same(pair, torch.randn(5, 24))
+
+
+def test_values_that_a_layer_has_by_default_are_defaults_of_the_class() -> None:
+    class Block(nn.Module):
+        def __init__(self, before: int, after: int, stride: int = 1) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(before, after, 3, stride=stride, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x).relu()
+
+    class Pair(nn.Module):
+        def __init__(self, before: int, after: int, stride: int = 1) -> None:
+            super().__init__()
+            self.one, self.two = Block(before, after, stride), Block(after, after)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.two(self.one(x)) * 2  # type: ignore[no-any-return]
+
+    model = traced(nn.Sequential(Pair(3, 4), Pair(4, 5, 2), Pair(5, 6)), images(2, 8))
+    text = assert_same(model, images(3, 8, seed=1))
+    for line in (
+        "    def __init__(self, conv_in, conv_out, conv_stride=1):",
+        "        self.one = Block(conv_in=conv_in, conv_out=conv_out, conv_stride=conv_stride)",
+        "        self.two = Block(conv_in=conv_out, conv_out=conv_out)",
+        "            Pair(conv_in=3, conv_out=4),",
+        "            Pair(conv_in=4, conv_out=5, conv_stride=2),",
+    ):
+        assert line in text.splitlines() or line.removeprefix("    ") in text.splitlines(), text
