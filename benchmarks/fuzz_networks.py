@@ -10,6 +10,7 @@ A case is a teacher and a student (`random_networks.py`) in float64. What is che
   align    the plan survives its file and fits its models; pairs do not cross
   narrow   every narrowed feature is the whole one at the kept channels, of the plan's pairs and of channels at random
   shrink   the sliced network is the original whose readers ignore what was removed
+  source   the shrunk network and the student as source code compute what the graphs do, to the bit: outputs and gradients, both modes
   cut      a graph that ends at a tap delivers the same feature
   stage    loss and gradients of every warm-up stage are those of both whole networks with the features picked by hand
   export   (of some) onnxruntime computes what the trained student does; `export_onnx` itself compares at three sizes
@@ -45,8 +46,10 @@ from random_networks import BLOCKS, Recipe, build, recipes
 from torch import Tensor, nn
 
 import indistill_fx as ifx
+from indistill_fx.compression.write_source import source_of
 from indistill_fx.errors import IndistillError
 from indistill_fx.graph.computed_weights import left_behind
+from indistill_fx.graph.edit import copy_graph
 from indistill_fx.graph.interpret import run_keeping
 from indistill_fx.graph.module_state import digest
 from indistill_fx.passes.extract.instrument import cut
@@ -55,7 +58,7 @@ from tests.numerics.masked_reference import run_masked
 
 LIMIT_SECONDS = 60
 """Of the processor: the machine may have other work."""
-STEPS = ("trace", "taps", "align", "narrow", "shrink", "cut", "stage", "export")
+STEPS = ("trace", "taps", "align", "narrow", "shrink", "source", "cut", "stage", "export")
 
 
 class WrongError(Exception):
@@ -98,7 +101,9 @@ class Case:
         self._step("taps", self._taps)
         aligned = self._step("align", self._align)
         self._step("narrow", self._narrow)
-        self._step("shrink", self._shrink)
+        if self._step("shrink", self._shrink):
+            self._step("source", lambda: self._source(self.small))
+        self._step("source", lambda: self._source(self.student))
         self._step("cut", self._cut)
         if aligned:
             self._step("stage", self._stage)
@@ -218,6 +223,7 @@ class Case:
             ({"ratio": 0.5}, {"ratio": 0.3}, {"ratio": 0.8}, {"macs": 0.5}, {"params": 0.5})
         )
         result = ifx.shrink(self.teacher, **wish)
+        self.small = result.value
         before = digest(self.modules[0])
         with torch.no_grad():
             got = result.value.graph_module(self.x)
@@ -228,6 +234,39 @@ class Case:
         small = result.value.graph_module.train()
         small(images(self.recipes[0], 3, 2)).sum().backward()
         self.compared += sum(len(layer.kept) < layer.of for layer in result.report.layers)
+
+    def _source(self, model: TracedModel) -> None:
+        graph, written = copy_graph(model.graph_module)[0], source_of(model).build()
+        for training in (False, True):
+            sides = [self._results(module, training) for module in (graph, written)]
+            if len(sides[0]) != len(sides[1]) or not all(map(torch.equal, *sides)):
+                raise WrongError(f"{model.role} in {'train' if training else 'eval'} mode")
+            self.compared += len(sides[0])
+
+    def _results(self, module: nn.Module, training: bool) -> list[Tensor]:
+        """The output and all gradients, those of the parameters by shape and sum: source code may have other names."""
+        flags = {part: part.training for part in module.modules()}
+        for part in flags:
+            part.training = training
+        x = images(self.recipes[0], 3, 5).requires_grad_()
+        parameters = list(module.parameters())
+        wanted = [parameter.requires_grad for parameter in parameters]
+        for parameter in parameters:
+            parameter.requires_grad_()
+        buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
+        torch.manual_seed(13)
+        output = module(x)
+        found = torch.autograd.grad(output.square().sum(), [x, *parameters], allow_unused=True)
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+        for parameter, flag in zip(parameters, wanted, strict=True):
+            parameter.requires_grad_(flag)
+        for part, flag in flags.items():
+            part.training = flag
+        grads = [grad for grad in found[1:] if grad is not None]
+        own = [] if found[0] is None else [found[0]]
+        return [output.detach(), *own, *sorted(grads, key=lambda g: (tuple(g.shape), float(g.sum())))]
 
     def _cut(self) -> None:
         taps = [names[0] for names in self.teacher.aliases.values()]
