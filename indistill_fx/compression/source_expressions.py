@@ -66,7 +66,9 @@ def expression(node: fx.Node, name: Name, module: Line, imports: Imports) -> Lin
         return (*module, *argument.call(node.args, node.kwargs))
     sign = _SIGNS.get(node.target) if len(node.args) == 2 and not node.kwargs else None
     if sign is not None and node.op != "call_module":
-        return (*argument.atom(node.args[0]), f" {sign} ", *argument.atom(node.args[1]))
+        left = argument.atom(node.args[0])
+        negative = sign == "**" and isinstance(node.args[0], (int, float)) and node.args[0] < 0
+        return (*(("(", *left, ")") if negative else left), f" {sign} ", *argument.atom(node.args[1]))
     if is_size(node):
         axis = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
         return (

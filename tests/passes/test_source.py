@@ -437,3 +437,14 @@ def test_values_that_a_layer_has_by_default_are_defaults_of_the_class() -> None:
         "            Pair(conv_in=4, conv_out=5, conv_stride=2),",
     ):
         assert line in text.splitlines() or line.removeprefix("    ") in text.splitlines(), text
+
+
+def test_signs_bind_as_in_the_graph() -> None:
+    class Signs(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            n = x.shape[1]
+            y = x.view(x.shape[0], (n - 1) * (n + 1) // (2 * n - 1) - (1 - n), -1) if n == 3 else x
+            return (-2.0) ** y.flatten(1).round() - (x.flatten(1) - (1.0 - x.flatten(1))).pow(2) / (2 * n)
+
+    x = torch.randn(2, 3, 3)
+    assert_same(traced(Signs(), x), torch.randn(5, 3, 3))
