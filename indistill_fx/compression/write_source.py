@@ -28,7 +28,7 @@ from indistill_fx.compression.source_pieces import Block, Imports, unwritable
 from indistill_fx.compression.source_scopes import Dissolve, scopes_of
 from indistill_fx.errors import ExportError
 from indistill_fx.graph.edit import copy_graph, sweep
-from indistill_fx.graph.module_state import mode
+from indistill_fx.graph.module_state import mode, untouched
 from indistill_fx.system.files import make_folder, write
 from indistill_fx.traced import TracedModel
 
@@ -168,30 +168,45 @@ def _imports(imports: Imports, classes: str) -> str:
 
 
 def _prove(source: StudentSource, model: TracedModel) -> None:
-    """Run the generated code and the graph, and compare the outputs.
+    """Run the generated code and the graph in eval mode and in train mode, on the same random numbers, and compare the outputs.
 
     Raises:
-        ExportError: they differ, or it does not run.
+        ExportError: they differ, or the code does not run.
     """
-    inputs = tuple(v.detach().clone() if isinstance(v, Tensor) else v for v in model.example_values)
     device = next(iter(source.state.values()), torch.zeros(())).device
-    try:
-        student = source.build().to(device).eval()
-        with torch.random.fork_rng(), torch.no_grad(), mode(model.graph_module, training=False):
-            expected = model.graph_module(*inputs)
-            got = student(*inputs)
-    except ExportError:
-        raise
-    except Exception as error:  # the generated code may raise anything
-        dtypes = {str(tensor.dtype) for tensor in source.state.values() if tensor.is_floating_point()}
-        if dtypes - {"torch.float32"}:
-            problem = f"its weights are {' and '.join(sorted(dtypes))}, and all layers of source code have one dtype"
-            raise unwritable("the network", problem) from error
-        raise unwritable("the network", f"its source code does not run: {type(error).__name__}: {error}") from error
-    for value, other in zip(_tensors(expected), _tensors(got), strict=True):
-        if not torch.equal(value, other):
-            difference = float((value.double() - other.double()).abs().max())
-            raise unwritable("the network", f"its source code computes something else (differs by {difference:.1e})")
+    for training in (False, True):
+        try:
+            expected = _outputs(model.graph_module, model, training)
+        except RuntimeError:
+            if training:  # such as a batch norm over one value
+                return
+            raise
+        try:
+            got = _outputs(source.build().to(device), model, training)
+        except ExportError:
+            raise
+        except Exception as error:  # the generated code may raise anything
+            dtypes = {str(tensor.dtype) for tensor in source.state.values() if tensor.is_floating_point()}
+            if dtypes - {"torch.float32"}:
+                problem = (
+                    f"its weights are {' and '.join(sorted(dtypes))}, and all layers of source code have one dtype"
+                )
+                raise unwritable("the network", problem) from error
+            raise unwritable("the network", f"its source code does not run: {type(error).__name__}: {error}") from error
+        for value, other in zip(expected, got, strict=True):
+            if not torch.equal(value, other):
+                difference = float((value.double() - other.double()).abs().max())
+                where = "train" if training else "eval"
+                problem = f"its source code computes something else in {where} mode (differs by {difference:.1e})"
+                raise unwritable("the network", problem)
+
+
+def _outputs(module: nn.Module, model: TracedModel, training: bool) -> list[Tensor]:
+    """The outputs at the example, the module in one mode; it is as before afterwards."""
+    inputs = tuple(v.detach().clone() if isinstance(v, Tensor) else v for v in model.example_values)
+    with untouched(module), mode(module, training=training), torch.no_grad():
+        torch.manual_seed(0)
+        return _tensors(module(*inputs))
 
 
 def _tensors(value: Any) -> list[Tensor]:

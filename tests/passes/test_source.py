@@ -276,6 +276,17 @@ def test_a_students_graph_keeps_both_modes():
         assert torch.equal(*outputs)
 
 
+def test_source_code_that_is_wrong_in_train_mode_alone_is_not_written(monkeypatch):
+    from indistill_fx.compression import write_source
+
+    model = ifx.trace(Dropping(), (torch.randn(3, 6),), role="student")
+    right = write_source.class_texts
+    wrong = lambda block: [text.replace("self.training", "False") for text in right(block)]  # noqa: E731
+    monkeypatch.setattr(write_source, "class_texts", wrong)
+    with pytest.raises(ifx.ExportError, match="computes something else in train mode"):
+        source_of(model)
+
+
 def test_blocks_that_read_any_number_of_features_share_a_class():
     model = DenseNet(growth_rate=8, block_config=(3, 2), num_init_features=16, num_classes=5)
     text = assert_same(traced(model, images(2, 32), ratio=0.5), images(3, 32, seed=1))
