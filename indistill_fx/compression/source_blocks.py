@@ -7,11 +7,21 @@ from collections.abc import Container
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from indistill_fx.compression.source_forward import Forward, Network, relative, self_path
 from indistill_fx.compression.source_layers import layer_of
-from indistill_fx.compression.source_pieces import Block, Construct, Imports, Line, Piece, constructor, tensor_value
+from indistill_fx.compression.source_pieces import (
+    Block,
+    Construct,
+    Imports,
+    Line,
+    Piece,
+    constructor,
+    is_name,
+    tensor_value,
+)
 from indistill_fx.compression.source_scopes import Body, Dissolve, Places, Scope, below
 from indistill_fx.graph.edit import output_node
 from indistill_fx.graph.ops import attribute
@@ -32,6 +42,8 @@ class Parts(nn.Module):
 
     def __getitem__(self, name: int | str) -> nn.Module | Tensor:
         """The part of that name."""
+        if not hasattr(self, str(name)):
+            raise IndexError(name)  # ends a loop over the parts
         part: nn.Module | Tensor = getattr(self, str(name))
         return part
 
@@ -152,7 +164,7 @@ class Writer:
         if numbers != sorted(set(numbers)) or not numbers or numbers[-1] > 3 * len(numbers):
             return None
         tree = self._tree(scope)
-        if sorted(map(int, tree.children)) != numbers:
+        if tree.children.keys() != set(names):
             return None
         parts: list[Line] = []
         for k in range(numbers[-1] + 1):
@@ -211,7 +223,7 @@ class Writer:
                 lines.append(
                     (f'self.register_buffer("{name}", ', *value, ")") if buffer else (f"self.{name} = ", *value)
                 )
-            elif name.isidentifier():
+            elif is_name(name):
                 lines.append((f"self.{name} = ", self._piece(_joined(scope.path, name), name, child)))
             else:
                 made = self._piece(_joined(scope.path, name), f"part_{name}", child)
@@ -243,13 +255,13 @@ class Writer:
             entries = tuple(items[str(k)] for k in range(len(items)))
             return Construct("nn.ModuleList", entries, ("([", "])"))
         self.imports.own["Parts"] = Parts
-        if all(key.isidentifier() for key in items):
+        if all(map(is_name, items)):
             return Construct("Parts", tuple((f"{key}=", *line) for key, line in items.items()))
         pairs = tuple((f'"{key}": ', *line) for key, line in items.items())
         return Construct("Parts", pairs, ("(**{", "})"))
 
     def _holder(self, path: str, name: str, tree: _Tree) -> Piece | None:
-        """A linear layer that is never called: a function reads its weights."""
+        """A linear layer or an embedding that is never called: a function reads its weights."""
         tensors = {key: child.leaf for key, child in tree.children.items()}
         weight, bias = tensors.get("weight"), tensors.get("bias")
         if not isinstance(weight, nn.Parameter) or weight.dim() != 2 or tensors.keys() - {"weight", "bias"}:
@@ -258,15 +270,22 @@ class Writer:
             return None
         for key, tensor in tensors.items():
             self._note(f"{path}.{key}", tensor)
+        readers = {user.target for node in self._reads(f"{path}.weight") for user in node.users}
+        if readers == {F.embedding} and bias is None:
+            return constructor(path, name, nn.Embedding(weight.shape[0], weight.shape[1], device="meta"), self.imports)
         layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
         return constructor(path, name, layer, self.imports)
 
+    def _reads(self, path: str) -> list[fx.Node]:
+        """The nodes that read a tensor."""
+        nodes = self.graph_module.graph.find_nodes(op="get_attr")
+        return [node for node in nodes if self.places.tensors.get(str(node.target)) == path]
+
     def _note(self, path: str, tensor: Any) -> None:
         self.state[path] = tensor
-        if isinstance(tensor, nn.Parameter):
-            first = self._first.setdefault(id(tensor), path)
-            if first != path and (path, first) not in self._ties:
-                self._ties.append((path, first))
+        first = self._first.setdefault(id(tensor), path)
+        if first != path and (path, first) not in self._ties:
+            self._ties.append((path, first))
 
 
 def _joined(path: str, name: str) -> str:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import keyword
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+
+from torch import nn
 
 from indistill_fx.compression.source_pieces import Block, Construct, Line, Literal, Piece
 
@@ -189,9 +192,9 @@ def _call(name: str, parts: list[str], brackets: tuple[str, str]) -> str:
 
 
 def _wrapped(text: str) -> str:
-    """A line of code; if it is too long and ends with a call, with one argument per line."""
-    end = len(text) - (2 if text.endswith("):") else 1)
-    if len(text) <= _WIDEST or "\n" in text or text[end : end + 1] != ")":
+    """A line of code; if it is too long and ends with a call, a list or a dict, with one entry per line."""
+    end = len(text.removesuffix(":")) - 1
+    if len(text) <= _WIDEST or "\n" in text or text[end] not in ")]}":
         return text
     opening, commas, depth, quote = -1, list[int](), 0, ""
     for place, letter in enumerate(text[: end + 1]):
@@ -204,10 +207,14 @@ def _wrapped(text: str) -> str:
             depth -= 1
         elif letter == "," and depth == 1:
             commas.append(place)
+    callee = text[opening - 1 : opening].isidentifier() or text[opening - 1 : opening] in ("]", ")")
+    if callee != (text[end] == ")"):  # an index, or brackets around an expression, which a comma would make a tuple
+        return text
     starts, stops = [opening, *commas], [*commas, end]
     parts = [text[start + 1 : stop].strip() for start, stop in zip(starts, stops, strict=True)]
-    inner = "".join(f"{_TAB}{part},\n" for part in parts if part)
-    return f"{text[: opening + 1]}\n{inner}{text[end:]}"
+    lead = text[: len(text) - len(text.lstrip())]
+    inner = "".join(f"{lead}{_TAB}{part},\n" for part in parts if part)
+    return f"{text[: opening + 1]}\n{inner}{lead}{text[end:]}"
 
 
 def _indented(text: str, times: int) -> str:
@@ -217,8 +224,10 @@ def _indented(text: str, times: int) -> str:
 def _taken(block: Block) -> set[str]:
     """Names that an argument must not have: those of the block's own layers, and of values in `forward`."""
     heads = [line[0] for line in block.setup if isinstance(line[0], str)]
-    names = {head.removeprefix("self.").partition(" ")[0] for head in heads}
-    return names | {"self", "x", "training", "forward"}
+    names = {
+        name for head in heads for name in re.findall(r"^self\.(\w+) =|^self\.\w+\(\"(\w+)\"", head) for name in name
+    }
+    return names | {"self", "x", "training", *dir(nn.Module)}
 
 
 def _are_widths(values: tuple[str, ...]) -> bool:

@@ -81,6 +81,7 @@ def expression(node: fx.Node, name: Name, module: Line, imports: Imports) -> Lin
         and node.target in _TAKES_NUMBERS
         and len(node.args) == 2
         and isinstance(node.args[1], (tuple, list))
+        and node.args[1]
     ):
         return (*argument.atom(node.args[0]), f".{node.target}", *argument.call(tuple(node.args[1]), node.kwargs))
     if node.op == "call_method":

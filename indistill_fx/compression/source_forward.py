@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
@@ -12,12 +13,23 @@ import torch
 from torch import fx
 
 from indistill_fx.compression.source_expressions import expression, is_arithmetic, is_size, write_into
-from indistill_fx.compression.source_pieces import Imports, Line, Literal, Piece, unwritable
+from indistill_fx.compression.source_pieces import (
+    Imports,
+    Line,
+    Literal,
+    Piece,
+    constructor,
+    is_name,
+    literal,
+    unwritable,
+)
 from indistill_fx.compression.source_scopes import Body, Places, Scope, reads_flag
-from indistill_fx.graph.edit import output_node
+from indistill_fx.graph.edit import output_node, writes_alive
 from indistill_fx.graph.ops import attribute, with_item
 from indistill_fx.passes.capture.both_modes import ByMode
 
+_LONG = 24
+"""Pieces of a sum that is not written inside another expression."""
 _NAMES = ("x", "y", "z", "u", "v", "w", "s", "t", "a", "b", "c", "d")
 
 
@@ -52,7 +64,7 @@ class Forward:
         else:
             self.names.update((node, str(node.target).lstrip("*")) for node in self.inputs)
             head = ", ".join(_parameter(node) for node in self.inputs)
-        lines: list[Line] = [(f"def forward(self, {head}):",)]
+        lines: list[Line] = [(f"def forward({', '.join(filter(None, ('self', head)))}):",)]
         for k, step in enumerate(self.body.steps):
             lines += self._step(k, step)
         returned = commas([self._value(node) for node in self.body.outputs]) if result is None else ()
@@ -75,7 +87,7 @@ class Forward:
                 return self._written(k, step)
             module = self._self(self.network.places.modules[step]) if step in self.network.places.modules else ""
             code = expression(step, self._value, (module,), self.network.imports)
-            if self._inlined(step):
+            if self._inlined(step) and not (is_arithmetic(step) and len(code) > _LONG):
                 self.inline[step] = code
                 return []
             name = self._name(step, [step], k)
@@ -118,35 +130,47 @@ class Forward:
     def _both_ways(self, k: int, step: fx.Node, by_mode: ByMode) -> list[Line]:
         """The lines of a step that computes one thing in train mode and another in eval mode."""
         given = [self._value(arg) for arg in step.args if isinstance(arg, fx.Node)]
-        sides = [self._side(step, side, given) for side in (by_mode.trained, by_mode.evaluated)]
-        name = self._name(step, [step], k)[0]
-        lines: list[Line] = []
-        for head, (inner, results) in zip(("if self.training:", "else:"), sides, strict=True):
-            result = results[0] if len(results) == 1 else ("(", *commas(results), ")")
-            body = [*inner, (f"{name} = ", *result)] if result != (name,) else inner
-            if body or head != "else:":
-                lines += [(head,), *(("    ", *line) for line in body or [("pass",)])]
-        return lines
+        sides = [self._side(side, given) for side in (by_mode.trained, by_mode.evaluated)]
+        name = next(iter(self._name(step, [step] if step.users else [], k)), "")
+        trained, evaluated = (_named(name, *side) for side in sides)
+        lines: list[Line] = [("if self.training:",) if trained else ("if not self.training:",)]
+        lines += [("    ", *line) for line in trained or evaluated]
+        if trained and evaluated:
+            lines += [("else:",), *(("    ", *line) for line in evaluated)]
+        return lines if trained or evaluated else []
 
-    def _side(self, step: fx.Node, side: fx.GraphModule, given: list[Line]) -> tuple[list[Line], list[Line]]:
+    def _side(self, side: fx.GraphModule, given: list[Line]) -> tuple[list[Line], list[Line]]:
         """The lines of one mode, and its results."""
         values: dict[fx.Node, Line] = {}
         lines: list[Line] = []
         results: list[Line] = []
+        numbers = set[fx.Node]()
         used_names, arguments = set(self.names.values()), iter(given)
         for node in side.graph.nodes:
             if node.op == "placeholder":
                 values[node] = next(arguments)
             elif node.op == "output":
                 results = [values[result] for result in node.args[0]]
-            elif node.op in ("call_function", "call_method"):
+            elif node.users or writes_alive(node):
+                layer: Line = (self._layer(node, side),) if node.op == "call_module" else ()
+                code = expression(node, values.__getitem__, layer, self.network.imports)
+                if _is_number(node, numbers):
+                    numbers.add(node)
+                    if not is_arithmetic(node) or (len(node.users) == 1 and len(code) <= _LONG):
+                        values[node] = code
+                        continue
                 name = next(name for name in self._fresh() if name not in used_names)
                 used_names.add(name)
-                lines.append((f"{name} = ", *expression(node, values.__getitem__, (), self.network.imports)))
+                lines.append((f"{name} = " if node.users else "", *code))
                 values[node] = (name,)
-            else:
-                raise unwritable(step.name, "it has other layers in train mode than in eval mode")
         return lines, results
+
+    def _layer(self, node: fx.Node, side: fx.GraphModule) -> Piece:
+        """The constructor of a layer that one mode alone calls."""
+        layer = attribute(side, str(node.target))
+        if layer.state_dict():
+            raise unwritable(str(node.target), "it has weights, and is only called in one of the two modes")
+        return constructor(str(node.target), str(node.target), layer, self.network.imports)
 
     def _inlined(self, node: fx.Node) -> bool:
         """Sizes, entries of tuples and numbers with one reader, which are written inline where they are read."""
@@ -191,8 +215,8 @@ class Forward:
             trailing = "," if isinstance(value, tuple) and len(value) == 1 else ""
             return (opening, *commas([self._structure(v) for v in value]), trailing, closing)
         if isinstance(value, dict):
-            return ("{", *commas([(f'"{key}": ', *self._structure(v)) for key, v in value.items()]), "}")
-        return (repr(value),)
+            return ("{", *commas([(f"{literal(key)}: ", *self._structure(v)) for key, v in value.items()]), "}")
+        return (literal(value),)
 
     def _last_uses(self) -> dict[fx.Node, int]:
         """The last step that reads each node, directly or through inline expressions."""
@@ -239,6 +263,7 @@ def _with_loops(lines: list[Line]) -> list[Line]:
     plain = ["".join(piece if isinstance(piece, str) else "#" for piece in line) for line in lines]
     found = [_CALL.fullmatch(line) for line in plain]
     text = "".join(plain)
+    item = next(name for name in ("block", "layer", "part", "each") if not re.search(rf"(?<![\w.]){name}\b", text))
     result: list[Line] = []
     k = 0
     while k < len(lines):
@@ -248,7 +273,7 @@ def _with_loops(lines: list[Line]) -> list[Line]:
                 break
             end += 1
         if first and end - k > 2 and text.count(f"{first[2]}[") == end - k:
-            result += [(f"for block in {first[2]}:",), (f"    {first[1]} = block({first[1]})",)]
+            result += [(f"for {item} in {first[2]}:",), (f"    {first[1]} = {item}({first[1]})",)]
             k = end
         else:
             result.append(lines[k])
@@ -256,11 +281,29 @@ def _with_loops(lines: list[Line]) -> list[Line]:
     return result
 
 
+def _named(name: str, lines: list[Line], results: list[Line]) -> list[Line]:
+    """The lines, the result under a name; nothing is named where nobody reads it."""
+    result = results[0] if len(results) == 1 else ("(", *commas(results), ")")
+    if not name or not results or result == (name,):
+        return lines
+    if lines and len(result) == 1 and lines[-1][0] == f"{result[0]} = ":
+        return [*lines[:-1], (f"{name} = ", *lines[-1][1:])]
+    return [*lines, (f"{name} = ", *result)]
+
+
+def _is_number(node: fx.Node, numbers: Container[fx.Node]) -> bool:
+    """Whether a node is a size, or computed from nodes known as such."""
+    if is_size(node) or node.target is getattr or (node.op == "call_method" and node.target in ("dim", "numel")):
+        return True
+    known = is_arithmetic(node) or (node.op == "call_function" and node.target is operator.getitem)
+    return known and all(source in numbers for source in node.all_input_nodes)
+
+
 def self_path(path: str) -> str:
     """`self.layers[0].conv` for `layers.0.conv`."""
     first, *rest = path.split(".")
-    begin = f"self.{first}" if first.isidentifier() else f'getattr(self, "{first}")'
-    return begin + "".join(f".{part}" if part.isidentifier() else f"[{_key(part)}]" for part in rest)
+    begin = f"self.{first}" if is_name(first) else f'getattr(self, "{first}")'
+    return begin + "".join(f".{part}" if is_name(part) else f"[{_key(part)}]" for part in rest)
 
 
 def _key(part: str) -> str:

@@ -44,10 +44,11 @@ def layer_of(node: fx.Node, tensors: Mapping[fx.Node, str]) -> nn.Module | None:
     }:
         return None
     owner = node.graph.owning_module
-    if owner is None or given["weight"] is None:
+    read = {} if owner is None else {name: attribute(owner, str(n.target)) for n, name in tensors.items()}
+    if "weight" not in read or not all(isinstance(tensor, nn.Parameter) for tensor in read.values()):
         return None
     with torch.device("meta"):
-        return make(attribute(owner, str(given["weight"].target)), given)
+        return make(read["weight"], given)
 
 
 def _layer_norm(weight: nn.Parameter, given: Mapping[str, Any]) -> nn.Module | None:

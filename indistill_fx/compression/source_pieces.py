@@ -6,6 +6,8 @@ Two blocks share a class if their code differs in literals only. So code is kept
 from __future__ import annotations
 
 import inspect
+import keyword
+from cmath import isfinite
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -81,6 +83,11 @@ class Imports:
     own: dict[str, Any] = field(default_factory=dict)
 
 
+def is_name(text: str) -> bool:
+    """Whether an attribute can be written with a dot before this."""
+    return text.isidentifier() and not keyword.iskeyword(text)
+
+
 def literal(value: Any) -> str:
     """A plain value as code.
 
@@ -91,7 +98,12 @@ def literal(value: Any) -> str:
         value = tuple(value)
     if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
         return f'float("{value}")'
-    if value is None or value is Ellipsis or isinstance(value, (bool, int, float)):
+    if (
+        value is None
+        or value is Ellipsis
+        or isinstance(value, (bool, int, float))
+        or (isinstance(value, complex) and isfinite(value))
+    ):
         return "..." if value is Ellipsis else repr(value)
     if isinstance(value, str):
         quoted = repr(value)
@@ -120,7 +132,8 @@ def tensor_value(name: str, tensor: Tensor) -> Line:
     kind = "" if tensor.dtype == torch.get_default_dtype() else f", dtype={tensor.dtype}"
     shape = numbers(list(tensor.shape), f"{name}_size") or ("()",)
     zeros: Line = ("torch.zeros(", *shape, f"{kind})")
-    return ("nn.Parameter(", *zeros, ")") if isinstance(tensor, nn.Parameter) else zeros
+    constant = "" if tensor.is_floating_point() or tensor.is_complex() else ", requires_grad=False"
+    return ("nn.Parameter(", *zeros, f"{constant})") if isinstance(tensor, nn.Parameter) else zeros
 
 
 def constructor(path: str, name: str, module: nn.Module, imports: Imports) -> Construct:

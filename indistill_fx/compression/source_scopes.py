@@ -7,12 +7,12 @@ does not is dissolved: its nodes belong to the module around it.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import fx
 
-from indistill_fx.graph.edit import output_node
+from indistill_fx.graph.edit import MADE, output_node, writes_alive
 from indistill_fx.graph.ops import attribute, is_inplace, op_name
 from indistill_fx.passes.capture.both_modes import ByMode, Flag
 
@@ -85,7 +85,11 @@ def reads_flag(node: fx.Node) -> bool:
 def live_nodes(graph: fx.Graph) -> list[fx.Node]:
     """The nodes that do something: read by the output, or writing; without assertions."""
     last = output_node(graph)
-    writing = [n for n in graph.nodes if n.op.startswith("call") and is_inplace(n) and op_name(n) != "assert"]
+    writing = [
+        n
+        for n in graph.nodes
+        if n.op.startswith("call") and op_name(n) != "assert" and (is_inplace(n) or writes_alive(n))
+    ]
     needed, todo = {last, *writing}, [last, *writing]
     while todo:
         for source in todo.pop().all_input_nodes:
@@ -119,17 +123,19 @@ def places_of(graph_module: fx.GraphModule, nodes: Sequence[fx.Node]) -> Places:
     # An item taken from a layer's result, such as an attention's, was recorded inside that layer: leave the layer out.
     layers = {*modules.values()}
     stacks = {node: [entry for entry in entries if entry[0] not in layers] for node, entries in stacks.items()}
-    return Places(stacks, modules, _tensor_paths(graph_module, nodes, stacks))
+    return Places(stacks, modules, _tensor_paths(nodes, stacks, modules.values()))
 
 
 def _tensor_paths(
-    graph_module: fx.GraphModule, nodes: Sequence[fx.Node], stacks: Mapping[fx.Node, Sequence[tuple[str, str, str]]]
+    nodes: Sequence[fx.Node], stacks: Mapping[fx.Node, Sequence[tuple[str, str, str]]], layers: Iterable[str]
 ) -> dict[str, str]:
     """Paths of the tensors: they keep their names, but those that a pass put at the root move into the scope that reads them."""
-    paths, users = dict[str, str](), dict[str, list[fx.Node]]()
+    paths, users, made = dict[str, str](), dict[str, list[fx.Node]](), set[str]()
     for node in nodes:
         if node.op == "get_attr":
             users.setdefault(str(node.target), []).extend(user for user in node.users if user in stacks)
+            made |= {str(node.target)} if node.meta.get(MADE) else set()
+    reserved = {*users, *layers}
     for target, readers in users.items():
         around = [[entry[0] for entry in stacks[user]] for user in readers]
         common = ""
@@ -137,11 +143,12 @@ def _tensor_paths(
             if len(set(level)) > 1:
                 break
             common = level[0]
+        if target not in made or "." in target or not common:
+            paths[target] = target
+            continue
         # A number tells tensors at the root apart. Inside a scope it would only make equal classes differ.
-        first = re.sub(r"_\d+$", "", target)
-        leaf_name = first if hasattr(graph_module, first) else target
-        name = f"{common}.{leaf_name}" if common and "." not in target else target
-        while name in paths.values() or (name != target and hasattr(graph_module, name)):
+        name = f"{common}.{re.sub(r'_[0-9]+$', '', target)}"
+        while name in paths.values() or name in reserved:
             name += "_"
         paths[target] = name
     return paths

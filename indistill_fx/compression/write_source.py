@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 import types
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from typing import Any
 import torch
 from safetensors.torch import save
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten
 
 from indistill_fx.compression.source_blocks import Writer
 from indistill_fx.compression.source_classes import class_texts
@@ -104,7 +106,7 @@ def source_of(model: TracedModel) -> StudentSource:
     classes = "\n\n".join(class_texts(_in_dtype(block, state)))
     text = _head(model) + _imports(writer.imports, classes) + "\n\n" + classes
     source = StudentSource(text, state)
-    _prove(source, model)
+    _prove(source, model, {name: value for name, value in writer.state.items() if not isinstance(value, nn.Parameter)})
     return source
 
 
@@ -153,9 +155,9 @@ def _imports(imports: Imports, classes: str) -> str:
             elif used == "Tensor":
                 lines.add("from torch import Tensor, nn")
     code = classes + "".join(own.values())
-    if "torch." in code:
+    if re.search(r"(?<![\w.])torch\.", code):
         lines.add("import torch")
-    if "F." in code:
+    if re.search(r"(?<![\w.])F\.", code):
         lines.add("import torch.nn.functional as F")
     if "from torch import Tensor, nn" in lines:
         lines.discard("from torch import nn")
@@ -167,8 +169,8 @@ def _imports(imports: Imports, classes: str) -> str:
     return head + "".join(f"{line}\n" for line in torches) + body
 
 
-def _prove(source: StudentSource, model: TracedModel) -> None:
-    """Run the generated code and the graph in eval mode and in train mode, on the same random numbers, and compare the outputs.
+def _prove(source: StudentSource, model: TracedModel, buffers: Mapping[str, Tensor]) -> None:
+    """Run the generated code and the graph in eval mode and in train mode, on the same random numbers, and compare outputs and buffers.
 
     Raises:
         ExportError: they differ, or the code does not run.
@@ -176,13 +178,15 @@ def _prove(source: StudentSource, model: TracedModel) -> None:
     device = next(iter(source.state.values()), torch.zeros(())).device
     for training in (False, True):
         try:
-            expected = _outputs(model.graph_module, model, training)
+            expected = _outcome(model.graph_module, model, training, buffers)
         except RuntimeError:
             if training:  # such as a batch norm over one value
                 return
             raise
         try:
-            got = _outputs(source.build().to(device), model, training)
+            student = source.build().to(device)
+            state = student.state_dict()
+            got = _outcome(student, model, training, {name: state[name] for name in buffers})
         except ExportError:
             raise
         except Exception as error:  # the generated code may raise anything
@@ -193,21 +197,44 @@ def _prove(source: StudentSource, model: TracedModel) -> None:
                 )
                 raise unwritable("the network", problem) from error
             raise unwritable("the network", f"its source code does not run: {type(error).__name__}: {error}") from error
-        for value, other in zip(expected, got, strict=True):
-            if not torch.equal(value, other):
-                difference = float((value.double() - other.double()).abs().max())
-                where = "train" if training else "eval"
-                problem = f"its source code computes something else in {where} mode (differs by {difference:.1e})"
-                raise unwritable("the network", problem)
+        difference = _difference(expected, got)
+        if difference:
+            where = "train" if training else "eval"
+            raise unwritable("the network", f"its source code computes something else in {where} mode ({difference})")
 
 
-def _outputs(module: nn.Module, model: TracedModel, training: bool) -> list[Tensor]:
-    """The outputs at the example, the module in one mode; it is as before afterwards."""
+Outcome = tuple[Any, dict[str, Tensor]]
+"""Outputs, and the buffers afterwards."""
+
+
+def _outcome(module: nn.Module, model: TracedModel, training: bool, buffers: Mapping[str, Tensor]) -> Outcome:
+    """What a call does at the example, the module in one mode; it is as before afterwards."""
     inputs = tuple(v.detach().clone() if isinstance(v, Tensor) else v for v in model.example_values)
     with untouched(module), mode(module, training=training), torch.no_grad():
         torch.manual_seed(0)
-        return _tensors(module(*inputs))
+        return module(*inputs), {name: value.clone() for name, value in buffers.items()}
 
 
-def _tensors(value: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+def _difference(expected: Outcome, got: Outcome) -> str:
+    """What differs, in words; empty if nothing does."""
+    outputs = [tree_flatten(_plain(outcome[0])) for outcome in (expected, got)]
+    if outputs[0][1] != outputs[1][1]:
+        return "its outputs have another structure"
+    named = [("an output", *pair) for pair in zip(outputs[0][0], outputs[1][0], strict=True)]
+    named += [(f"the buffer `{name}`", value, got[1][name]) for name, value in expected[1].items()]
+    for what, one, other in named:
+        if isinstance(one, Tensor) and isinstance(other, Tensor):
+            if one.shape != other.shape:
+                return f"{what} has the shape {tuple(other.shape)} instead of {tuple(one.shape)}"
+            if not torch.equal(one.nan_to_num(nan=1234.5), other.nan_to_num(nan=1234.5)):
+                return f"{what} differs by {float((one.double() - other.double()).abs().max()):.1e}"
+        elif isinstance(one, Tensor) or isinstance(other, Tensor) or one != other:
+            return f"{what} is {other!r} instead of {one!r}"
+    return ""
+
+
+def _plain(value: Any) -> Any:
+    """Outputs with dicts, lists and tuples of any kind as dicts and lists."""
+    if isinstance(value, Mapping):
+        return {key: _plain(entry) for key, entry in value.items()}
+    return [_plain(entry) for entry in value] if isinstance(value, (list, tuple)) else value

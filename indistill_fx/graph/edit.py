@@ -154,7 +154,7 @@ def sweep(graph_module: fx.GraphModule) -> fx.GraphModule:
     Only for a graph the caller has just made. Placeholders stay: the signature is part of the contract.
     """
     graph_module.graph.eliminate_dead_code(
-        is_impure_node=lambda n: n.op in ("placeholder", "output") or _writes_alive(n)
+        is_impure_node=lambda n: n.op in ("placeholder", "output") or writes_alive(n)
     )
     graph_module.delete_all_unused_submodules()
     _delete_unused_tensors(graph_module)
@@ -163,11 +163,16 @@ def sweep(graph_module: fx.GraphModule) -> fx.GraphModule:
     return graph_module
 
 
-def _writes_alive(node: fx.Node) -> bool:
+def writes_alive(node: fx.Node) -> bool:
+    """Whether a node must stay although nobody reads its result: it writes into what is read elsewhere, or outlasts the call."""
     owner = node.graph.owning_module
     if node.op == "call_module" and owner is not None and getattr(attribute(owner, str(node.target)), "writes", False):
         return True
-    return is_inplace(node) and bool(node.all_input_nodes) and len(node.all_input_nodes[0].users) > 1
+    while is_inplace(node) and node.all_input_nodes:  # in `x.mul_(2).add_(1)` both write into x
+        node = node.all_input_nodes[0]
+        if len(node.users) > 1 or node.op in ("get_attr", "placeholder"):
+            return True
+    return False
 
 
 def _delete_unused_tensors(graph_module: fx.GraphModule) -> None:
@@ -200,6 +205,10 @@ def add_module(graph_module: fx.GraphModule, wanted: str, module: nn.Module) -> 
         name = f"{base}_{count}"
     graph_module.add_module(name, module)
     return name
+
+
+MADE = "made"
+"""Key in the `meta` of a node that reads a tensor which is none of the user's."""
 
 
 def add_tensor(graph_module: fx.GraphModule, wanted: str, tensor: Tensor) -> str:

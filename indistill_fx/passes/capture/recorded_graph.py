@@ -9,6 +9,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 from weakref import ref
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.rnn import PackedSequence
@@ -87,6 +88,8 @@ class RecordedGraph:
             return self.node_of(value)
         if isinstance(value, Size):
             return value.emit()
+        if isinstance(value, np.generic):  # `np.sqrt(0.1)`, which generated code could not write
+            return value.item()
         if isinstance(value, torch.device) and self.first is not None and value == self.first.device:
             return self._device_node()
         if value is None or value is ... or isinstance(value, _PLAIN):

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 from torch import Tensor, fx, nn
 
 from indistill_fx.errors import FrontendError
@@ -88,6 +89,10 @@ class _Tracer(fx.Tracer):
 
     def _part(self, node: fx.Node, key: Any) -> fx.Node:
         return self.create_node("call_function", operator.getitem, (node, key), {})
+
+    def create_arg(self, a: Any) -> Any:
+        """A value as an argument of a node; numpy's numbers, which generated code could not write, as Python's."""
+        return super().create_arg(a.item() if isinstance(a, np.generic) else a)
 
     def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any) -> fx.Node:
         """Create a node; nodes that read a size also record the place in the code."""

@@ -18,12 +18,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from indistill_fx.batch import Call, Inputs
 from indistill_fx.errors import ConfigError, FrontendError
 from indistill_fx.graph.caches import caches_kept, reach_of
 from indistill_fx.graph.draws import Generators
+from indistill_fx.graph.edit import MADE
 from indistill_fx.graph.module_state import Change, mode, own_layers, own_state, uncompiled, untouched, weights_kept
 from indistill_fx.graph.opaque import Opaque
 from indistill_fx.graph.view import View
@@ -193,7 +194,7 @@ def trace(
         fixed=captured.fixed,
     )
     return TracedModel(
-        graph_module=known.graph_module,
+        graph_module=_marked(known.graph_module, module),
         facts=known.facts,
         aliases=name_taps(replace(captured, graph_module=known.graph_module), known.facts),
         report=report,
@@ -204,6 +205,14 @@ def trace(
         logits=known.logits,
         several_outputs=known.several_outputs,
     )
+
+
+def _marked(graph_module: fx.GraphModule, module: nn.Module) -> fx.GraphModule:
+    """The graph, in which the user's tensors and the constants that tracing made can be told apart."""
+    own = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
+    for node in graph_module.graph.find_nodes(op="get_attr"):
+        node.meta[MADE] = str(node.target) not in own
+    return graph_module
 
 
 def _require_code(module: nn.Module) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from indistill_fx.graph.computed_weights import left_behind
 from indistill_fx.graph.copying import deep_copy
-from indistill_fx.graph.edit import add_tensor
+from indistill_fx.graph.edit import MADE, add_tensor
 from indistill_fx.graph.ops import attribute
 from indistill_fx.passes.channels.selection import sliced
 from indistill_fx.passes.pruning.dependencies import Coupling, Units
@@ -85,4 +85,6 @@ class Inserter:
 
     def tensor(self, wanted: str, tensor: Tensor) -> fx.Node:
         """A new parameter or buffer."""
-        return self.graph_module.graph.get_attr(add_tensor(self.graph_module, wanted, tensor))
+        node = self.graph_module.graph.get_attr(add_tensor(self.graph_module, wanted, tensor))
+        node.meta[MADE] = True
+        return node
