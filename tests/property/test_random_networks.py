@@ -40,7 +40,7 @@ def test_every_number_has_a_second_way(place: tuple[int, int], fuzz: ModuleType)
     case, fault, _ = fuzz.run_case(*place, export=False)
     assert fault == ""
     assert case.refused == []
-    assert case.done == ["trace", "taps", "align", "narrow", "shrink", "cut", "stage"]
+    assert case.done == ["trace", "taps", "align", "narrow", "shrink", "source", "source", "cut", "stage"]
     assert case.compared >= 10
 
 
@@ -58,7 +58,7 @@ def test_the_latest_kinds(kind: str, fuzz: ModuleType) -> None:
         warnings.simplefilter("ignore")  # as `run_case` does
         case.run()
     assert case.refused == []
-    assert case.done == ["trace", "taps", "align", "narrow", "shrink", "cut", "stage"]
+    assert case.done == ["trace", "taps", "align", "narrow", "shrink", "source", "source", "cut", "stage"]
 
 
 def test_a_wrong_number_is_seen(fuzz: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
