@@ -10,7 +10,8 @@ A case is a teacher and a student (`random_networks.py`) in float64. What is che
   align    the plan survives its file and fits its models; pairs do not cross
   narrow   every narrowed feature is the whole one at the kept channels, of the plan's pairs and of channels at random
   shrink   the sliced network is the original whose readers ignore what was removed
-  source   the shrunk network and the student as source code compute what the graphs do, to the bit: outputs and gradients, both modes
+  source   the shrunk network and the student as source code compute what the graphs do, to the bit: outputs and gradients, both modes;
+           not of networks that recompute weights, which `compress` writes out first
   cut      a graph that ends at a tap delivers the same feature
   stage    loss and gradients of every warm-up stage are those of both whole networks with the features picked by hand
   export   (of some) onnxruntime computes what the trained student does; `export_onnx` itself compares at three sizes
@@ -48,7 +49,7 @@ from torch import Tensor, nn
 import indistill_fx as ifx
 from indistill_fx.compression.write_source import source_of
 from indistill_fx.errors import IndistillError
-from indistill_fx.graph.computed_weights import left_behind
+from indistill_fx.graph.computed_weights import is_computed, left_behind
 from indistill_fx.graph.edit import copy_graph
 from indistill_fx.graph.interpret import run_keeping
 from indistill_fx.graph.module_state import digest
@@ -101,9 +102,11 @@ class Case:
         self._step("taps", self._taps)
         aligned = self._step("align", self._align)
         self._step("narrow", self._narrow)
-        if self._step("shrink", self._shrink):
+        written = [not any(map(is_computed, module.modules())) for module in self.modules]
+        if self._step("shrink", self._shrink) and written[0]:
             self._step("source", lambda: self._source(self.small))
-        self._step("source", lambda: self._source(self.student))
+        if written[1]:
+            self._step("source", lambda: self._source(self.student))
         self._step("cut", self._cut)
         if aligned:
             self._step("stage", self._stage)

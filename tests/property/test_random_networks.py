@@ -19,6 +19,8 @@ FOUND = {
     (0, 6): "a graph's output was a tap that `instrument` and `cut` left out without a word",
 }
 MORE = [(0, case) for case in (0, 2, 3, 5)]
+ONE_RECOMPUTES_WEIGHTS = [(0, case) for case in (0, 1, 3, 168)]
+"""Cases in which one of the two networks has parametrized convolutions, which have no source code as they are."""
 
 LATER = (
     *("spatial attention", "channel softmax", "channel spread", "constant places", "best places", "gru cell"),
@@ -40,7 +42,16 @@ def test_every_number_has_a_second_way(place: tuple[int, int], fuzz: ModuleType)
     case, fault, _ = fuzz.run_case(*place, export=False)
     assert fault == ""
     assert case.refused == []
-    assert case.done == ["trace", "taps", "align", "narrow", "shrink", "source", "source", "cut", "stage"]
+    assert [step for step in case.done if step != "source"] == [
+        "trace",
+        "taps",
+        "align",
+        "narrow",
+        "shrink",
+        "cut",
+        "stage",
+    ]
+    assert case.done.count("source") == (1 if place in ONE_RECOMPUTES_WEIGHTS else 2)
     assert case.compared >= 10
 
 
