@@ -19,6 +19,8 @@ _FIRST = frozenset(
     "conv conv_transpose batch_norm instance_norm group_norm max_pool avg_pool adaptive_avg_pool adaptive_max_pool".split()
 )
 _LAST = frozenset("linear embedding layer_norm multihead_attention".split())
+_RECURRENT = frozenset("lstm gru rnn".split())
+_ATTENTION = frozenset("multihead_attention head_attention".split())
 _RESHAPES = frozenset("view reshape flatten unflatten squeeze unsqueeze".split())
 _PERMUTES = frozenset("permute transpose t mt numpy_t".split())
 _KEEPS_PARTS = frozenset("contiguous clone dropout identity".split())
@@ -95,7 +97,7 @@ def _axis(node: fx.Node, shapes: Mapping[str, Shape], axes: Mapping[str, int | N
         return rank - 1 if rank else None
     if node.op == "placeholder" or name in _FIRST:
         return 1
-    if name in _LAST:
+    if name in _LAST or _is_feature_of_tuple(node):
         return rank - 1
     source = _main_source(node, shapes, axes)
     if source is None:
@@ -111,6 +113,15 @@ def _axis(node: fx.Node, shapes: Mapping[str, Shape], axes: Mapping[str, int | N
         # With one sample and one channel the two axes look alike; the first one is the batch.
         return _USUAL.get(rank) if found == 0 and axis > 0 and prod(before) != prod(shape) else found
     return axis
+
+
+def _is_feature_of_tuple(node: fx.Node) -> bool:
+    """Whether a node is the output or a state of a recurrent layer, or the output of an attention; not its weights."""
+    places = []
+    while op_name(node) == "getitem" and isinstance(node.args[0], fx.Node):
+        places.append(node.args[1])
+        node = node.args[0]
+    return bool(places) and (op_name(node) in _RECURRENT or (op_name(node) in _ATTENTION and places == [0]))
 
 
 def _main_source(node: fx.Node, shapes: Mapping[str, Shape], axes: Mapping[str, int | None]) -> fx.Node | None:

@@ -35,11 +35,14 @@ def free_sizes(out: Emitter, call: Call, new: fx.Node, span: Span, made: Span) -
 
     groups = [*_groups(before, after, (0, span[0]), (0, made[0]))]
     groups += _groups(before, after, (span[1], len(before)), (made[1], len(after)))
-    given, sizes = _given(call), dict[int, Size]()
+    given, sizes = _given(out, call), dict[int, Size]()
     for axes, out_axes in groups:
         sizes.update(_sizes(out, axes, out_axes, given, after, size_of))
     computed = [axis for axis in sizes if callable(sizes[axis])]
-    inferred = computed[-1] if computed else None  # torch computes one
+    left_open = [axis for axis in sizes if sizes[axis] == -1]
+    inferred = next(
+        iter((*left_open, *computed[-1:])), None
+    )  # torch computes one: that which the code leaves open, if it does
     written = {axis: -1 if axis == inferred else size() if callable(size) else size for axis, size in sizes.items()}
     return [written[k] for k in range(made[0])], [written[k] for k in range(made[1], len(after))]
 
@@ -58,23 +61,39 @@ def _groups(before: Shape, after: Shape, span: Span, made: Span) -> list[tuple[l
     return found
 
 
-def _given(call: Call) -> dict[int, Any]:
-    """The sizes that the code itself gives, by axis of the output: numbers and computed ones."""
+def _given(out: Emitter, call: Call) -> dict[int, Size]:
+    """The sizes that the code itself gives, by axis of the output: numbers, -1, and what writes a computed one."""
     rank, given, first = len(call.output_shape), call.arguments.get("shape"), 0
     if call.op == "unflatten":
         given, dim = call.get("sizes", call.get("unflattened_size")), call.get("dim")
         first = axis_of(dim, len(call.shape(call.input) or ())) if isinstance(dim, int) else rank
+    elif isinstance(given, tuple) and len(given) == 1 and rank > 1 and isinstance(like := given[0], fx.Node):
+        tensor = call.shape(like) is not None  # `x.view_as(y)`, otherwise `x.view(y.shape)`
+        return {axis: _size_of(out, like, axis) if tensor else _computed(out, like, axis) for axis in range(rank)}
     elif isinstance(given, tuple) and len(given) != rank:
         given = None
     entries = enumerate(given, first) if isinstance(given, (tuple, list)) else ()
-    return {axis: size for axis, size in entries if isinstance(size, fx.Node) or (isinstance(size, int) and size >= 0)}
+    return {
+        axis: _computed(out, size) if isinstance(size, fx.Node) else size
+        for axis, size in entries
+        if isinstance(size, (fx.Node, int))
+    }
+
+
+def _size_of(out: Emitter, tensor: fx.Node, axis: int) -> Callable[[], Any]:
+    return lambda: out.method("size", tensor, axis)
+
+
+def _computed(out: Emitter, size: fx.Node, entry: int | None = None) -> Callable[[], Any]:
+    """What writes a size that the code computes, or one of the sizes of a shape."""
+    return lambda: out.size(size) if entry is None else out.function(operator.getitem, out.size(size), entry)
 
 
 def _sizes(
     out: Emitter,
     axes: Sequence[int],
     out_axes: Sequence[int],
-    given: dict[int, Any],
+    given: dict[int, Size],
     after: Shape,
     size_of: Callable[[int], fx.Node],
 ) -> dict[int, Size]:
@@ -87,10 +106,9 @@ def _sizes(
 
         return write
 
-    numbers: dict[int, Size] = {k: given[k] for k in out_axes if isinstance(given.get(k), int)}
+    numbers: dict[int, Size] = {k: n for k in out_axes if isinstance(n := given.get(k), int) and n >= 0}
     numbers |= {k: 1 for k in out_axes if after[k] == 1 and k not in given and len(out_axes) > 1}
     rest = [k for k in out_axes if k not in numbers]
     if len(rest) == 1 and axes:
         return {**numbers, rest[0]: quotient([*numbers.values()])}
-    computed: dict[int, Size] = {k: lambda k=k: out.size(given[k]) for k in rest if k in given}  # type: ignore[misc]
-    return {**numbers, **computed, **{k: after[k] for k in rest if k not in given}}
+    return {**numbers, **{k: given.get(k, after[k]) for k in rest}}

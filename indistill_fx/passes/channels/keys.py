@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import torch
@@ -48,6 +48,25 @@ def taken(call: Call) -> tuple[Key, dict[int, Index]] | None:
             entries[axis] = tuple(range(*entry.indices(shape[axis])))
         axis += 0 if entry is None else 1
     return tuple(slice(None) if isinstance(entry, slice) and _by_numbers(entry) else entry for entry in key), entries
+
+
+def written_slices(call: Call, axes: Container[int]) -> dict[int, slice]:
+    """The slices of some axes as the code writes them, which fit other sizes than the example's."""
+    shape = call.shape(call.input) or ()
+    if call.op in ("getitem", "with_item"):
+        given = call.get("key")
+        key = full_key(given if isinstance(given, tuple) else (given,), len(shape))
+    else:
+        dim = call.get("dim", 0)
+        known = call.op in ("slice", "narrow") and isinstance(dim, int)
+        key = full_key((*[slice(None)] * axis_of(dim, len(shape)), _entry(call)), len(shape)) if known else None
+    found: dict[int, slice] = {}
+    axis = 0
+    for entry in key or ():
+        if isinstance(entry, slice) and axis in axes:
+            found[axis] = entry
+        axis += 0 if entry is None else 1
+    return found
 
 
 def _without_places(call: Call, key: Key, shape: tuple[int, ...]) -> tuple[Key, dict[int, Index]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import fx
 from indistill_fx.graph.attention import window_attention
 from indistill_fx.passes.channels.call import Call, axis_of, read_call
 from indistill_fx.passes.channels.joining import split_begins
-from indistill_fx.passes.channels.keys import index_by, taken
+from indistill_fx.passes.channels.keys import index_by, taken, written_slices
 from indistill_fx.passes.channels.rules import FILLED
 from indistill_fx.passes.channels.writing import places, whole_key
 from indistill_fx.passes.pruning.dependency_rules import each_alone, shape_lender
@@ -121,13 +121,25 @@ def _fix_slice(work: Rewriting, call: Call, node: fx.Node) -> None:
     if all(k is None for k in kept.values()) and key == parsed[0]:
         return
     places = {axis: {int(k): j for j, k in enumerate(indices)} for axis, indices in kept.items() if indices is not None}
+    written = written_slices(call, entries.keys() - places.keys())  # of batch, time and space: of any size
     left = {
         axis: tuple(places[axis][k] for k in indices if k in places[axis]) if axis in places else indices
         for axis, indices in entries.items()
+        if axis not in written
     }
+    key = _with_slices(key, written)
     with work.new.graph.inserting_before(node):
         new = index_by(Inserter(work.new), node.args[0], key, left)  # type: ignore[arg-type]
     take_place(work, node, new)
+
+
+def _with_slices(key: tuple[Any, ...], slices: Mapping[int, slice]) -> tuple[Any, ...]:
+    """A key with these slices at their axes."""
+    new, axis = [], 0
+    for entry in key:
+        new.append(slices.get(axis, entry) if entry is not None else None)
+        axis += 0 if entry is None else 1
+    return tuple(new)
 
 
 def _renumbered(work: Rewriting, call: Call, key: tuple[Any, ...]) -> tuple[Any, ...]:

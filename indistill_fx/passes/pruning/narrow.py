@@ -146,6 +146,9 @@ def narrow(
                 out.facts[new.name], kind=known.kind, channel_axis=known.channel_axis, stride=known.stride
             )
     aliases.update({name: (f"{teacher.aliases[name][0]}:whole",) for name in renamed})
+    moved = {alias for name in renamed for alias in teacher.aliases[name]}
+    for name in aliases.keys() - renamed.keys():  # of a tuple's part that the code takes twice, each has the name
+        aliases[name] = tuple(f"{alias}:whole" if alias in moved else alias for alias in aliases[name])
     for name, new in renamed.items():  # several taps may share one node, and it may have existed before
         aliases[new.name] = (*aliases.get(new.name, ()), *teacher.aliases[name])
     graph_module.graph.lint()

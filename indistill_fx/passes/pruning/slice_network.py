@@ -32,7 +32,10 @@ def rewrite(old: fx.GraphModule, found: Coupling, stays: Callable[[Units], NDArr
     work = Rewriting(old, found, stays)
     for node in old.graph.nodes:
         if node.name in found.shuffles:
-            _write_shuffle(work, node, found.shuffles[node.name])
+            if _loses(work, node) or _loses(
+                work, found.shuffles[node.name].node
+            ):  # else it stays as it is, for any size
+                _write_shuffle(work, node, found.shuffles[node.name])
             continue
         if not node.op.startswith("call") or node.name in found.vanished:
             continue
@@ -48,6 +51,11 @@ def rewrite(old: fx.GraphModule, found: Coupling, stays: Callable[[Units], NDArr
     work.new.graph.lint()
     work.new.recompile()
     return work
+
+
+def _loses(work: Rewriting, node: fx.Node) -> bool:
+    """Whether entries of any axis of a tensor go."""
+    return any(work.kept(node, axis) is not None for axis in range(len(work.facts[node.name].shape)))
 
 
 def _write_shuffle(work: Rewriting, node: fx.Node, order: Cut) -> None:
@@ -124,8 +132,8 @@ def _cut_linear(layer: nn.Linear, rows: NDArray[np.int64] | None, columns: NDArr
         weight = weight if kept is None else sliced(weight, axis, kept.tolist())
     if bias is not None and rows is not None:
         bias = sliced(bias, 0, rows.tolist())
-    flag = layer.weight.requires_grad
-    return linear(weight.requires_grad_(flag), None if bias is None else bias.requires_grad_(flag))
+    weight.requires_grad_(layer.weight.requires_grad)
+    return linear(weight, None if bias is None else bias.requires_grad_(layer.bias.requires_grad))
 
 
 def new_facts(work: Rewriting, macs: Mapping[str, int]) -> dict[str, NodeFacts]:
