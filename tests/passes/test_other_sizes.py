@@ -173,3 +173,15 @@ def test_the_channels_of_a_recurrent_layer_are_its_features_not_its_steps(layer:
     attention = nn.MultiheadAttention(16, 4, batch_first=True)
     model = traced(lambda net, x: net.d(net.m(x, x, x)[0]), (2, 5, 16), m=attention, d=nn.Linear(16, 3))
     assert model.facts_of("m[0]").channel_axis == 2
+
+
+def test_a_width_that_cannot_be_reached_is_refused() -> None:
+    """Nothing removes filters of a grouped transposed convolution; asked for by width, it was left whole without a word."""
+    model = traced(
+        lambda net, x: net.d(net.t(net.a(x))), (2, 3, 8, 8),
+        a=conv(), t=nn.ConvTranspose2d(16, 24, 4, 2, 1, groups=4), d=conv(24, 3, 1),
+    )  # fmt: skip
+    with pytest.raises(
+        ifx.PruneError, match=r"`t`: none of its 24 channels can be removed: no rule covers what makes them"
+    ):
+        ifx.shrink(model, widths={"t": 12})

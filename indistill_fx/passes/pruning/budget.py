@@ -140,12 +140,12 @@ def by_widths(
         PruneError: a width the layer cannot have, or that another request rules out.
     """
     stay, owner = stay.copy(), np.full(len(stay), -1)
-    taps = list(widths)
+    taps, grouped = list(widths), {int(k) for group in classes.groups for k in group.classes}
     sizes = {tap: len(np.unique(_classes_of(classes, found, model, tap))) for tap in taps}
     for tap in sorted(taps, key=lambda t: sizes[t]):
         at = _classes_of(classes, found, model, tap)
         members, channels = np.unique(at, return_counts=True)
-        fixed = np.array([k in classes.reasons or owner[k] >= 0 for k in members.tolist()])
+        fixed = np.array([k in classes.reasons or k not in grouped or owner[k] >= 0 for k in members.tolist()])
         _choose(
             classes,
             tap,
@@ -184,8 +184,9 @@ def _choose(
             expected=kept_count,
         )
     if len(open_ones) == 0 and kept_count != width:
+        reason = classes.reasons.get(int(members[0]), "no rule covers what makes them")
         raise PruneError(
-            f"`{tap}`: none of its {total} channels can be removed: {classes.reasons.get(int(members[0]), 'they are fixed')}.",
+            f"`{tap}`: none of its {total} channels can be removed: {reason}.",
             where=tap,
             got=width,
             hint="Leave it out, or narrow a layer with fewer dependents.",
