@@ -1,187 +1,103 @@
-"""Shrunk and narrowed networks at other batch sizes, pictures and lengths than the example's: nothing of the example is left in them."""
+"""A narrowed network computes the kept channels for batches and pictures of other sizes than the example's, too."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-import indistill_fx as ifx
-from tests.numerics.masked_reference import run_masked
-
-Forward = Callable[[Any, Tensor], Tensor]
-
-
-def traced(forward: Forward, shape: tuple[int, ...], **parts: nn.Module) -> ifx.TracedModel:
-    """A network with these parts and this forward, in float64."""
-
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            for name, part in parts.items():
-                setattr(self, name, part)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return forward(self, x)
-
-    torch.manual_seed(0)
-    for part in parts.values():
-        for parameter in part.parameters():
-            nn.init.normal_(parameter, std=0.5)
-    return ifx.trace(Net().double().eval(), torch.randn(*shape, dtype=torch.float64))
+from indistill_fx.graph.interpret import run_keeping
+from indistill_fx.passes.capture.trace import trace
+from indistill_fx.passes.extract.instrument import cut
+from indistill_fx.passes.pruning.narrow import narrow
+from indistill_fx.passes.pruning.shrink import shrink
 
 
-def conv(before: int = 3, after: int = 16, size: int = 3) -> nn.Conv2d:
-    return nn.Conv2d(before, after, size, padding=size // 2)
-
-
-def permuted_rows(net: Any, x: Tensor) -> Tensor:
-    """Rows of a map without channels are taken by twos, and changed in their order."""
-    y = net.a(x)
-    mean = y.mean(1)
-    b, h, w = mean.shape
-    order = mean.view(b, h // 2, 2, w).transpose(1, 2).reshape(b, h, w)
-    weight = (order * torch.arange(1, h + 1)[:, None]).mean((1, 2))
-    return net.d(y * weight.view(-1, 1, 1, 1))  # type: ignore[no-any-return]
-
-
-def exchanged(net: Any, x: Tensor) -> Tensor:
-    """A shuffle of channels in two groups."""
-    y = net.a(x)
+def reversed_rows(y: Tensor) -> Tensor:
     b, c, h, w = y.shape
-    return net.d(y.view(b, 2, c // 2, h, w).transpose(1, 2).reshape(b, c, h, w))  # type: ignore[no-any-return]
+    return y.reshape(b, c, 2, h // 2, w).flip(2).reshape(b, c, h, w)
 
 
-MAPS = {"a": conv(), "d": conv(8, 3, 1)}
-SLICED: dict[str, tuple[Forward, dict[str, nn.Module], tuple[int, ...], tuple[int, ...]]] = {
-    "channels and rows": (lambda s, x: s.d(s.a(x)[:, :8, 1:]), MAPS, (2, 3, 8, 8), (3, 3, 12, 10)),
-    "channels and steps": (lambda s, x: s.d(s.a(x)[:, 8:, ::2, ::2]), MAPS, (2, 3, 8, 8), (3, 3, 12, 16)),
-    "channels and all but the last": (lambda s, x: s.d(s.a(x)[:, 8:, :-1, 2:-2]), MAPS, (2, 3, 8, 8), (3, 3, 12, 16)),
-    "tokens and channels": (
-        lambda s, x: s.d(s.a(x)[:, 1:, :8]), {"a": nn.Linear(12, 16), "d": nn.Linear(8, 3)}, (2, 6, 12), (3, 9, 12),
-    ),
-    "batch and channels": (
-        lambda s, x: s.d(s.a(x)[1:, :, :8]), {"a": nn.Linear(12, 16), "d": nn.Linear(8, 3)}, (2, 6, 12), (4, 7, 12),
-    ),
-    "narrowed rows": (
-        lambda s, x: s.d(s.a(x).narrow(2, 2, 3)[:, 8:]), MAPS, (2, 3, 8, 8), (3, 3, 12, 10),
-    ),
-    "permuted rows": (permuted_rows, {"a": conv(), "d": conv(16, 3, 1)}, (2, 3, 8, 8), (3, 3, 16, 10)),
-    "shuffled channels": (exchanged, {"a": conv(), "d": conv(16, 3, 1)}, (2, 3, 8, 8), (3, 3, 16, 10)),
-}  # fmt: skip
+def windows(y: Tensor) -> Tensor:
+    b, c, h, w = y.shape
+    z = y.view(b, c, h // 4, 4, w // 4, 4).permute(0, 2, 4, 3, 5, 1).reshape(-1, 16, c)
+    z = z + z.mean(1, keepdim=True)
+    return z.view(b, h // 4, w // 4, 4, 4, c).permute(0, 5, 1, 3, 2, 4).reshape(b, c, h, w)
 
 
-@pytest.mark.parametrize("name", SLICED)
-@pytest.mark.parametrize("ratio", [0.3, 0.5])
-def test_a_shrunk_network_at_another_size(name: str, ratio: float) -> None:
-    forward, parts, shape, other = SLICED[name]
-    model = traced(forward, shape, **parts)
-    result = ifx.shrink(model, ratio=ratio)
-    assert result.report.widths["a"][1] < 16
-    for size in (shape, other):
-        x = torch.randn(*size, dtype=torch.float64)
-        with torch.no_grad():
-            got, wanted = result.value.graph_module(x), run_masked(model, result.report, x)
-        torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)
+def tokens(y: Tensor) -> Tensor:
+    b, c, h, w = y.shape
+    return y.flatten(2).transpose(1, 2).softmax(1).mT.view(b, c, h, w)
 
 
-def windows(net: Any, x: Tensor) -> Tensor:
-    """Windows of 4 by 4, and back (Swin)."""
-    x = net.a(x).permute(0, 2, 3, 1)
-    b, h, w, c = x.shape
-    z = net.p(x.view(b, h // 4, 4, w // 4, 4, c).permute(0, 1, 3, 2, 4, 5).reshape(-1, 16, c))
-    return net.d(z.view(-1, h // 4, w // 4, 4, 4, c).permute(0, 1, 3, 2, 4, 5).reshape(-1, h, w, c))  # type: ignore[no-any-return]
+def sides(y: Tensor) -> Tensor:
+    _, _, h, w = y.shape
+    rows, columns = torch.cat([y.mean(3, keepdim=True), y.mean(2, keepdim=True).mT], 2).split([h, w], 2)
+    return y * rows.sigmoid() * columns.mT.sigmoid()
 
 
-def last(net: Any, x: Tensor) -> Tensor:
-    return net.a(x).permute(0, 2, 3, 1)  # type: ignore[no-any-return]
+OPERATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "chunk": lambda y: torch.cat(y.chunk(2, 2)[::-1], 2),
+    "split": lambda y: torch.cat(y.split(y.shape[2] // 2, 2)[::-1], 2),
+    "tensor_split": lambda y: torch.cat(y.tensor_split(2, 2)[::-1], 2),
+    "split in unequal parts": lambda y: torch.cat(y.split([y.shape[2] // 4, y.shape[2] - y.shape[2] // 4], 2), 2),
+    "every second row": lambda y: y[:, :, ::2] + y[..., 1::2, :],
+    "all rows but one": lambda y: y[:, :, :-1] + y[:, :, 1:],
+    "unflatten": lambda y: y.unflatten(2, (2, -1)).flip(2).flatten(2, 3),
+    "squeeze": lambda y: y.mean(2, keepdim=True).squeeze(2).unsqueeze(3),
+    "reshape": reversed_rows,
+    "windows": windows,
+    "tokens": tokens,
+    "sides": sides,
+    "pad": lambda y: F.pad(y, (0, y.shape[3] % 3, 0, 0)),
+    "repeat": lambda y: y + y.mean(2, keepdim=True).repeat(1, 1, y.shape[2], 1),
+}
 
 
-def by_rows(net: Any, x: Tensor) -> Tensor:
-    y = last(net, x)
-    _, h, w, c = y.shape
-    return net.d(net.p(y.reshape(-1, c)).view(-1, h, w, c))  # type: ignore[no-any-return]
+class Middle(nn.Module):
+    def __init__(self, operation: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.conv, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 6, 1), nn.Conv2d(6, 4, 1)
+        self.operation = operation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.operation(self.conv(self.stem(x).relu())).relu())  # type: ignore[no-any-return]
 
 
-def unflattened(net: Any, x: Tensor) -> Tensor:
-    y = last(net, x)
-    return net.d(net.p(y.flatten(0, 1)).unflatten(0, (-1, y.shape[1])))  # type: ignore[no-any-return]
+@pytest.mark.parametrize("name", OPERATIONS)
+@torch.no_grad()
+def test_all_taps_at_other_sizes(name: str) -> None:
+    net = Middle(OPERATIONS[name]).double().eval()
+    model = trace(net, torch.randn(2, 3, 16, 16, dtype=torch.float64))
+    known = {names[0]: model.facts[node] for node, names in model.aliases.items() if node in model.facts}
+    taps = [tap for tap, own in known.items() if own.channel_axis and model.node(tap).op != "placeholder"]
+    kept = {tap: range(0, known[tap].channels, 2) for tap in taps}
+    smaller, shrunk = narrow(model, kept=kept).value, shrink(model, ratio=0.5).value
+    assert shrunk.facts_of("conv").shape[1] == 3
+    for size in ((3, 3, 24, 32), (1, 3, 8, 12)):
+        x = torch.randn(size, dtype=torch.float64)
+        torch.testing.assert_close(model.graph_module(x), net(x))
+        _, whole = run_keeping(model.graph_module, [model.node(tap).name for tap in taps], x)
+        got, _ = cut(smaller, taps).value(x)
+        for tap in taps:
+            expected = whole[model.node(tap).name].index_select(known[tap].channel_axis or 0, torch.tensor(kept[tap]))
+            torch.testing.assert_close(got[tap], expected)
+        assert shrunk.graph_module(x).shape == net(x).shape
 
 
-def open_rows(net: Any, x: Tensor) -> Tensor:
-    y = net.a(x)
-    return net.e(y.flatten(2).relu().view(y.shape[0], y.shape[1], -1, y.shape[3]))  # type: ignore[no-any-return]
+@pytest.mark.parametrize("form", [lambda x: x.mT, lambda x: x.transpose(1, 2), lambda x: x.mH])
+def test_the_channels_of_a_transposed_tensor(form: Callable[[Tensor], Tensor]) -> None:
+    model = trace(Middle(lambda y: form(form(y.flatten(2)).softmax(1)).unflatten(2, (8, 8))), torch.randn(2, 3, 8, 8))
+    axes = [known.channel_axis for known in model.facts.values() if known.shape in ((2, 6, 64), (2, 64, 6))]
+    assert axes == [1, 2, 2, 1]
 
 
-def as_shape(net: Any, x: Tensor) -> Tensor:
-    y = net.a(x)
-    return net.e(y.flatten(2).relu().view(y.shape))  # type: ignore[no-any-return]
-
-
-def as_tensor(net: Any, x: Tensor) -> Tensor:
-    y = net.a(x)
-    return net.e(y.flatten(2).relu().reshape_as(y))  # type: ignore[no-any-return]
-
-
-LINEAR = {"a": conv(), "p": nn.Linear(16, 16), "d": nn.Linear(16, 3)}
-CONVOLVED = {"a": conv(), "e": conv(16, 3, 1)}
-
-
-@pytest.mark.parametrize(
-    ("forward", "parts", "tap"),
-    [
-        (windows, LINEAR, ":reshape_1"), (by_rows, LINEAR, ":view"), (unflattened, LINEAR, ":unflatten"),
-        (open_rows, CONVOLVED, ":view"), (as_shape, CONVOLVED, ":view"), (as_tensor, CONVOLVED, ":reshape"),
-    ],
-)  # fmt: skip
-def test_a_narrowed_network_at_another_size(forward: Forward, parts: dict[str, nn.Module], tap: str) -> None:
-    model = traced(forward, (2, 3, 8, 8), **parts)
-    kept = [0, 3, 5, 11]
-    narrowed = ifx.narrow(model, kept={tap: kept}).value
-    axis = model.facts_of(tap).channel_axis
-    assert axis is not None
-    for size in ((2, 3, 8, 8), (5, 3, 8, 8), (3, 3, 16, 8), (3, 3, 8, 12)):
-        x = torch.randn(*size, dtype=torch.float64)
-        with torch.no_grad():
-            (got, _), (whole, _) = ifx.instrument(narrowed, [tap])(x), ifx.instrument(model, [tap])(x)
-        torch.testing.assert_close(got[tap], whole[tap].index_select(axis, torch.tensor(kept)), rtol=1e-9, atol=1e-9)
-
-
-def test_a_part_of_a_tuple_that_the_code_takes_twice_is_narrowed() -> None:
-    def forward(net: Any, x: Tensor) -> Tensor:
-        y = net.a(x)
-        out = net.m(y, y, y, need_weights=False)
-        return net.d(out[0] + out[0].relu())  # type: ignore[no-any-return]
-
-    attention = nn.MultiheadAttention(12, 3, batch_first=True)
-    model = traced(forward, (2, 6, 16), a=nn.Linear(16, 12), m=attention, d=nn.Linear(12, 3))
-    x = torch.randn(2, 7, 16, dtype=torch.float64)
-    narrowed = ifx.narrow(model, kept={"m[0]": [1, 7]}).value
-    got, whole = ifx.instrument(narrowed, ["m[0]"])(x)[0]["m[0]"], ifx.instrument(model, ["m[0]"])(x)[0]["m[0]"]
-    torch.testing.assert_close(got, whole[..., [1, 7]], rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize(
-    "layer", [nn.LSTM(16, 12, batch_first=True), nn.GRU(16, 12, batch_first=True), nn.RNN(16, 12, batch_first=True)]
-)
-def test_the_channels_of_a_recurrent_layer_are_its_features_not_its_steps(layer: nn.Module) -> None:
-    model = traced(lambda net, x: net.d(net.r(x)[0]), (2, 5, 16), r=layer, d=nn.Linear(12, 3))
-    assert model.facts_of("r[0]").channel_axis == 2
-    attention = nn.MultiheadAttention(16, 4, batch_first=True)
-    model = traced(lambda net, x: net.d(net.m(x, x, x)[0]), (2, 5, 16), m=attention, d=nn.Linear(16, 3))
-    assert model.facts_of("m[0]").channel_axis == 2
-
-
-def test_a_width_that_cannot_be_reached_is_refused() -> None:
-    """Nothing removes filters of a grouped transposed convolution; asked for by width, it was left whole without a word."""
-    model = traced(
-        lambda net, x: net.d(net.t(net.a(x))), (2, 3, 8, 8),
-        a=conv(), t=nn.ConvTranspose2d(16, 24, 4, 2, 1, groups=4), d=conv(24, 3, 1),
-    )  # fmt: skip
-    with pytest.raises(
-        ifx.PruneError, match=r"`t`: none of its 24 channels can be removed: no rule covers what makes them"
-    ):
-        ifx.shrink(model, widths={"t": 12})
+def test_sizes_are_read_from_what_was_narrowed() -> None:
+    model = trace(Middle(windows).eval(), torch.randn(2, 3, 16, 16))
+    graph_module = cut(narrow(model, kept={":relu_1": [0, 2, 4]}).value, [":relu_1"]).value
+    widths = {m.out_channels for m in graph_module.modules() if isinstance(m, nn.Conv2d)}
+    assert widths == {8, 3}  # the whole tensor is not computed for the sake of its shape
