@@ -128,15 +128,14 @@ class Writer:
             node = body.steps[0]
             if len(body.steps) != 1 or not isinstance(node, fx.Node) or body.outputs != [node] or len(body.inputs) != 1:
                 return None
-            read = {str(source.target) for source in node.all_input_nodes if source.op == "get_attr"}
-            names = {
-                source: relative(self.places.tensors[str(source.target)], scope)
-                for source in node.all_input_nodes
-                if source.op == "get_attr" and source not in body.inputs
-            }
-            if node.op == "call_module" or read != set(tensors.values()) or node.args[:1] != (body.inputs[0],):
+            reads = {source: str(source.target) for source in node.all_input_nodes if source.op == "get_attr"}
+            if (
+                node.op == "call_module"
+                or {*reads.values()} != {*tensors.values()}
+                or node.args[:1] != (body.inputs[0],)
+            ):
                 return None
-            layers.append(layer_of(node, names))
+            layers.append(layer_of(node, {n: relative(self.places.tensors[t], scope) for n, t in reads.items()}))
         if not layers or layers[0] is None or any(str(layer) != str(layers[0]) for layer in layers):
             return None
         for path, target in tensors.items():

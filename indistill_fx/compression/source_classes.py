@@ -224,10 +224,8 @@ def _indented(text: str, times: int) -> str:
 def _taken(block: Block) -> set[str]:
     """Names that an argument must not have: those of the block's own layers, and of values in `forward`."""
     heads = [line[0] for line in block.setup if isinstance(line[0], str)]
-    names = {
-        name for head in heads for name in re.findall(r"^self\.(\w+) =|^self\.\w+\(\"(\w+)\"", head) for name in name
-    }
-    return names | {"self", "x", "training", *dir(nn.Module)}
+    own = [found[1] for head in heads if (found := re.match(r"self\.(?:\w+\(\")?(\w+)", head))]
+    return {*own, "self", "x", "training", *dir(nn.Module)}
 
 
 def _are_widths(values: tuple[str, ...]) -> bool:

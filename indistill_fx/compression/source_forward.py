@@ -293,8 +293,10 @@ def _named(name: str, lines: list[Line], results: list[Line]) -> list[Line]:
 
 def _is_number(node: fx.Node, numbers: Container[fx.Node]) -> bool:
     """Whether a node is a size, or computed from nodes known as such."""
-    if is_size(node) or node.target is getattr or (node.op == "call_method" and node.target in ("dim", "numel")):
+    if is_size(node) or (node.op == "call_method" and node.target in ("dim", "numel")):
         return True
+    if node.target is getattr:
+        return node.args[1] in ("shape", "ndim")
     known = is_arithmetic(node) or (node.op == "call_function" and node.target is operator.getitem)
     return known and all(source in numbers for source in node.all_input_nodes)
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from indistill_fx.graph.edit import with_tensors
 from indistill_fx.graph.ops import attribute
 
 _ACTIVATIONS: Mapping[Any, type[nn.Module]] = {
@@ -39,9 +40,8 @@ def layer_of(node: fx.Node, tensors: Mapping[fx.Node, str]) -> nn.Module | None:
         return None
     names, make = _WITH_WEIGHTS[target]
     given: dict[str, Any] = {"weight": None, "bias": None} | dict(zip(names, node.args, strict=False)) | node.kwargs
-    if {name: given[name] for name in ("weight", "bias") if given[name] is not None} != {
-        name: n for n, name in tensors.items()
-    }:
+    read_by_name = {name: given[name] for name in ("weight", "bias") if given[name] is not None}
+    if read_by_name != {name: source for source, name in tensors.items()}:
         return None
     owner = node.graph.owning_module
     read = {} if owner is None else {name: attribute(owner, str(n.target)) for n, name in tensors.items()}
@@ -79,7 +79,7 @@ def without_copies(graph_module: fx.GraphModule) -> fx.GraphModule:
         module = attribute(graph_module, target)
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.inplace and all(map(_is_of_copy, nodes)):
             name = f"out_of_place_{target.replace('.', '_')}"
-            graph_module.add_module(name, type(module)(module.p).train(module.training))
+            graph_module.add_module(name, with_tensors(module, {}, inplace=False))
             for node in nodes:
                 copy = node.all_input_nodes[0]
                 node.args, node.target = (copy.all_input_nodes[0],), name

@@ -226,8 +226,8 @@ def _difference(expected: Outcome, got: Outcome) -> str:
         if isinstance(one, Tensor) and isinstance(other, Tensor):
             if one.shape != other.shape:
                 return f"{what} has the shape {tuple(other.shape)} instead of {tuple(one.shape)}"
-            if not torch.equal(one.nan_to_num(nan=1234.5), other.nan_to_num(nan=1234.5)):
-                return f"{what} differs by {float((one.double() - other.double()).abs().max()):.1e}"
+            if not (torch.equal(one, other) or torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)):
+                return f"{what} differs by {float((one - other).abs().max()) if one.dtype != torch.bool else 1:.1e}"
         elif isinstance(one, Tensor) or isinstance(other, Tensor) or one != other:
             return f"{what} is {other!r} instead of {one!r}"
     return ""

@@ -1,4 +1,4 @@
-"""Shrunk and narrowed networks keep sizes and slices as the code writes them: right at other batches, maps and lengths than the example's."""
+"""Shrunk and narrowed networks keep sizes and slices as the code writes them: right at other sizes than the example's."""
 
 from __future__ import annotations
 

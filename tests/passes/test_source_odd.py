@@ -283,6 +283,21 @@ class Noise(nn.Module):
         return self.c(self.b(self.a(x)))  # type: ignore[no-any-return]
 
 
+class ByKeyword(nn.Module):
+    """A function that gets its input by keyword."""
+
+    class Act(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.silu(input=x)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.act, self.b = nn.Linear(8, 8), self.Act(), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.act(self.a(x)))  # type: ignore[no-any-return]
+
+
 class Looked(nn.Module):
     """The rows of an embedding, looked up by a function."""
 
@@ -335,7 +350,7 @@ class NumpyNumbers(nn.Module):
 
 NETWORKS = [
     Updated, Chained, OwnNorm, Frozen, Places, Keys, Handed, Warm, DropsInTraining, Sizes, Taken, Keywords, NoNumbers, NormOfTheList,
-    Imaginary, WithoutInputs, LongOutputs, Noise, Looked, Shared, NumpyNumbers,
+    Imaginary, WithoutInputs, LongOutputs, Noise, ByKeyword, Looked, Shared, NumpyNumbers,
 ]  # fmt: skip
 
 

@@ -235,9 +235,8 @@ class _Merge:
                     region = self.region_of.get(a) or self.region_of.get(b)
                     if region is None or any(self.region_of.get(node, region) is not region for node in (a, b)):
                         raise FrontendError(f"`{trained.name}` reads tensors of different places in the two modes")
-                    if isinstance(a.target, type) or isinstance(
-                        b.target, type
-                    ):  # a named tuple or a dataclass, not a tensor
+                    # a named tuple or a dataclass, not a tensor
+                    if isinstance(a.target, type) or isinstance(b.target, type):
                         raise FrontendError(f"`{trained.name}` reads different things in the two modes")
                     region.results.setdefault((a, b), len(region.results))
 

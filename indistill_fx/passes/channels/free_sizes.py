@@ -40,9 +40,8 @@ def free_sizes(out: Emitter, call: Call, new: fx.Node, span: Span, made: Span) -
         sizes.update(_sizes(out, axes, out_axes, given, after, size_of))
     computed = [axis for axis in sizes if callable(sizes[axis])]
     left_open = [axis for axis in sizes if sizes[axis] == -1]
-    inferred = next(
-        iter((*left_open, *computed[-1:])), None
-    )  # torch computes one: that which the code leaves open, if it does
+    # torch computes one: the one that the code leaves open, if there is one
+    inferred = next(iter((*left_open, *computed[-1:])), None)
     written = {axis: -1 if axis == inferred else size() if callable(size) else size for axis, size in sizes.items()}
     return [written[k] for k in range(made[0])], [written[k] for k in range(made[1], len(after))]
 

@@ -32,10 +32,9 @@ def rewrite(old: fx.GraphModule, found: Coupling, stays: Callable[[Units], NDArr
     work = Rewriting(old, found, stays)
     for node in old.graph.nodes:
         if node.name in found.shuffles:
-            if _loses(work, node) or _loses(
-                work, found.shuffles[node.name].node
-            ):  # else it stays as it is, for any size
-                _write_shuffle(work, node, found.shuffles[node.name])
+            order = found.shuffles[node.name]
+            if _loses(work, node) or _loses(work, order.node):  # otherwise it stays as it is, for any size
+                _write_shuffle(work, node, order)
             continue
         if not node.op.startswith("call") or node.name in found.vanished:
             continue
