@@ -20,7 +20,7 @@ RUNTIMES: tuple[Runtime, ...] = ("onnxruntime", "torch", "torch-compile")
 
 @dataclass(frozen=True, slots=True)
 class Clock:
-    """A target on which networks are timed.
+    """A target on which networks are timed; ONNX Runtime in a process of its own.
 
     Attributes:
         on: the runtime.
@@ -46,25 +46,15 @@ class Clock:
         """
         inputs = tuple(value[:1] if isinstance(value, Tensor) and value.dim() else value for value in example_inputs)
         wanted = {"onnxruntime": "onnxruntime fp32", "torch": "torch eager", "torch-compile": "torch.compile"}[self.on]
-        with tempfile.TemporaryDirectory() as folder:
-            contestant: Any = module
-            if self.on == "onnxruntime":
-                from indistill_fx.deploy.export_onnx import export_onnx
-
-                contestant = Path(folder) / "candidate.onnx"
-                export_onnx(module, contestant, inputs)
-            report = bench(
-                {"candidate": contestant},
-                inputs,
-                batches=(self.batch,),
-                threads=(self.threads,),
-                compile=self.on == "torch-compile",
-                seconds=self.seconds,
-            )
-        found = [row.median_ms for row in report.rows if row.runtime == wanted]
+        settings = {"batches": (self.batch,), "threads": (self.threads,), "seconds": self.seconds}
+        if self.on == "onnxruntime":
+            report = _exported_and_timed(module, inputs, settings)
+        else:
+            report = bench({"candidate": module}, inputs, compile=self.on == "torch-compile", **settings).to_json()
+        found: list[float] = [row["median_ms"] for row in report["rows"] if row["runtime"] == wanted]
         if not found:
             raise ConfigError(
-                f"The network cannot be timed by {self.on}: {'; '.join(report.notes) or 'it gave no timing'}.",
+                f"The network cannot be timed by {self.on}: {'; '.join(report['notes']) or 'it gave no timing'}.",
                 where="on",
                 got=self.on,
                 hint="Take another runtime.",
@@ -73,6 +63,16 @@ class Clock:
 
     def __str__(self) -> str:
         return f"{self.on}, {self.threads} thread{'s' * (self.threads > 1)}, batch {self.batch}"
+
+
+def _exported_and_timed(module: nn.Module, inputs: tuple[Any, ...], settings: dict[str, Any]) -> dict[str, Any]:
+    from indistill_fx.deploy.bench_apart import bench_apart
+    from indistill_fx.deploy.export_onnx import export_onnx
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "candidate.onnx"
+        export_onnx(module, file, inputs)
+        return bench_apart(file, inputs, **settings)
 
 
 def bisect(

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from indistill_fx.deploy.bench import bench, example_of, measure
+from indistill_fx.deploy.bench_apart import bench_apart
 from indistill_fx.deploy.export_onnx import export_onnx
-from indistill_fx.errors import ConfigError
+from indistill_fx.errors import ConfigError, ExportError
 
 X = torch.randn(2, 6)
 
@@ -83,3 +84,18 @@ def test_a_file_says_what_it_takes(files, tmp_path):
     export_onnx(module, tmp_path / "open.onnx", image, dynamic_size=True, batch_sizes=(1,))
     with pytest.raises(ConfigError, match=r"leaves the size of its input `input` open.*--input"):
         example_of(tmp_path / "open.onnx")
+
+
+def test_a_process_of_its_own_gives_the_same_table(files, tmp_path, monkeypatch):
+    """It imports nothing from the working directory."""
+    _, open_batch, _ = files
+    (tmp_path / "json.py").write_text("raise SystemExit('the folder ran code')")
+    monkeypatch.chdir(tmp_path)
+    report = bench_apart(open_batch, (X,), batches=(3,), threads=(1,), seconds=0.01)
+    (row,) = report["rows"]
+    assert (row["runtime"], row["batch"], row["threads"]) == ("onnxruntime fp32", 3, 1) and row["median_ms"] > 0
+
+
+def test_a_process_that_fails_says_why(files):
+    with pytest.raises(ExportError, match=r"timed `open.onnx` failed: .*unexpected keyword argument"):
+        bench_apart(files[1], (X,), no_such_argument=1)
