@@ -79,10 +79,8 @@ def run(options: argparse.Namespace) -> None:
                     target = out / f"{arm.replace(':', '_')}_{seed}.json"
                     if target.exists() or (options.minutes and time.time() - began > 60 * options.minutes):
                         continue
-                    figures = one(
-                        example, arm, seed, data, teachers, out / target.stem, compile=loss in ("crd", "reviewkd"),
-                        main_options={"negatives": NEGATIVES} if loss == "crd" else None,
-                    )  # fmt: skip
+                    extra = {"negatives": NEGATIVES} if loss == "crd" else None
+                    figures = one(example, arm, seed, data, teachers, out / target.stem, main_options=extra)
                     figures |= {"loss": loss, "epochs": epochs, "warm": warm, "seed": seed}
                     figures["date"] = datetime.now(UTC).isoformat(timespec="seconds")
                     target.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")

@@ -57,12 +57,19 @@ def _layer_norm(weight: nn.Parameter, given: Mapping[str, Any]) -> nn.Module | N
     return nn.LayerNorm(tuple(shape), eps=given.get("eps", 1e-5), bias=given["bias"] is not None) if whole else None
 
 
+def _rms_norm(weight: nn.Parameter, given: Mapping[str, Any]) -> nn.Module | None:
+    shape = given["normalized_shape"]
+    whole = isinstance(shape, (tuple, list)) and tuple(shape) == tuple(weight.shape)
+    return nn.RMSNorm(tuple(shape), eps=given.get("eps")) if whole else None
+
+
 def _linear(weight: nn.Parameter, given: Mapping[str, Any]) -> nn.Module | None:
     return nn.Linear(weight.shape[1], weight.shape[0], bias=given["bias"] is not None) if weight.dim() == 2 else None
 
 
 _WITH_WEIGHTS: Mapping[Any, tuple[tuple[str, ...], Callable[[nn.Parameter, Mapping[str, Any]], nn.Module | None]]] = {
     F.layer_norm: (("input", "normalized_shape", "weight", "bias", "eps"), _layer_norm),
+    F.rms_norm: (("input", "normalized_shape", "weight", "eps"), _rms_norm),
     F.linear: (("input", "weight", "bias"), _linear),
 }
 

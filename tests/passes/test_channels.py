@@ -152,6 +152,7 @@ SUNK: dict[str, Callable[[], nn.Module]] = {
 }
 STOPS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "layer norm": (lambda: Form(lambda m, x: m.part(x.permute(0, 2, 3, 1)), nn.LayerNorm(C)), "layer norm"),
+    "RMS norm": (lambda: Form(lambda m, x: m.part(x.permute(0, 2, 3, 1)), nn.RMSNorm(C)), "rms norm"),
     "group norm": (lambda: Form(lambda m, x: m.part(x), nn.GroupNorm(3, C)), "group norm"),
     "softmax": (lambda: Form(lambda m, x: x.softmax(1)), "softmax mixes the channels"),
     "cumsum": (lambda: Form(lambda m, x: x.cumsum(1)), "cumsum mixes the channels"),

@@ -122,6 +122,15 @@ GRAPHS: dict[str, Callable[[], nn.Module]] = {
         nn.LayerNorm(16, bias=False),
         spatial=False,
     ),
+    "RMS norm": lambda: Middle(lambda m, x, y: m.parts[0](x.permute(0, 2, 3, 1)), nn.RMSNorm(16), spatial=False),
+    "RMS norm without weights": lambda: Middle(
+        lambda m, x, y: m.parts[0](x.permute(0, 2, 3, 1)),
+        nn.RMSNorm(16, eps=0.1, elementwise_affine=False),
+        spatial=False,
+    ),
+    "functional RMS norm": lambda: Middle(
+        lambda m, x, y: F.rms_norm(x.permute(0, 2, 3, 1), (16,), m.parts[0].weight, 1e-3), nn.RMSNorm(16), spatial=False
+    ),
     "depthwise": lambda: Middle(lambda m, x, y: m.parts[0](x), nn.Conv2d(16, 32, 3, padding=1, groups=16), reads=32),
     "grouped": lambda: Middle(lambda m, x, y: m.parts[0](x), nn.Conv2d(16, 16, 3, padding=1, groups=4)),
     "functional depthwise": lambda: Middle(

@@ -314,6 +314,10 @@ class OwnLayers(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return F.linear(x, self.weight, self.bias)
 
+    class Root(nn.RMSNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
+
     class Doubled(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
             return F.linear(x, self.weight * 2, self.bias)
@@ -326,10 +330,11 @@ class OwnLayers(nn.Module):
             self.Project(12, 12),
             self.Doubled(12, 12),
         )
+        self.root = self.Root(12, eps=1e-4)
         self.tail = nn.Sequential(nn.Linear(12, 12), nn.Hardswish(), nn.Dropout(0.3, inplace=True), nn.Linear(12, 3))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.doubled(self.project(self.act(self.norm(x))))
+        y = self.doubled(self.project(self.act(self.root(self.norm(x)))))
         y = y.add(x).mul(0.5).view((y.size(0), y.size(1) // 2, -1))
         return self.tail(y.view(x.size(0), 2 * y.size(1)).sub(x))  # type: ignore[no-any-return]
 
@@ -341,11 +346,12 @@ def test_layers_and_signs_are_written_as_a_person_would(ratio: float | None) -> 
     for part in (
         'self.act = nn.GELU(approximate="tanh")',
         "self.norm = nn.LayerNorm(12, eps=0.001)",
+        "self.root = nn.RMSNorm(12, eps=0.0001)",
         "self.project = nn.Linear(12, ",
         "nn.Dropout(p=0.3)",
     ):
         assert part in text
-    for part in ("inplace", "clone", ".size(", ".add(", ".mul(", ".sub(", "class Gelu", "class Norm", "class Project"):
+    for part in ("inplace", "clone", ".size(", ".add(", ".mul(", ".sub(", "class Gelu", "class Norm", "class Root", "class Project"):
         assert part not in text
     assert "class Doubled" in text and "view((" not in text
 

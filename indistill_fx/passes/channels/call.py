@@ -44,6 +44,7 @@ SIGNATURES: dict[str, str] = {
     "batch_norm": "input running_mean running_var weight bias training momentum eps",
     "instance_norm": "input running_mean running_var weight bias",
     "layer_norm": "input normalized_shape weight bias eps",
+    "rms_norm": "input normalized_shape weight eps",
     "group_norm": "input num_groups weight bias eps",
     "prelu": "input weight",
     "cat": "tensors dim",

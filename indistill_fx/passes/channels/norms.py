@@ -33,11 +33,11 @@ def group_norm(call: Call, cut: Cut) -> Propagation | Blocked:
 
 
 def layer_norm(call: Call, cut: Cut) -> Propagation | Blocked:
-    """The last axes are mixed; those before them are free."""
+    """Layer norm and RMS norm: the last axes are mixed; those before them are free."""
     shape = call.get("normalized_shape")
     axes = len(shape) if isinstance(shape, (tuple, list)) else 1
     if cut.stop > len(call.output_shape) - axes:
-        return Blocked("layer norm shares its statistics among all channels")
+        return Blocked(f"{call.op.replace('_', ' ')} shares its statistics among all channels")
     below = Cut(call.input, cut.start, cut.stop, cut.index)
     return Propagation(again(call, [below]), (Part(below),))
 

@@ -47,6 +47,7 @@ RULES: dict[str, Rule] = {
     "instance_norm": norms.per_channel_norm,
     "group_norm": norms.group_norm,
     "layer_norm": norms.layer_norm,
+    "rms_norm": norms.layer_norm,
     **dict.fromkeys(
         "softmax log_softmax softmin softmax2d normalize cumsum cumprod logcumsumexp argsort".split(), norms.along_axis
     ),

@@ -163,7 +163,7 @@ def normalized(found: Coupling, call: Call) -> set[Axis]:
 
 
 def layer_norm(found: Coupling, call: Call) -> set[Axis]:
-    """All axes pass: the norm of fewer channels is the norm of those that stay."""
+    """Layer norm and RMS norm: all axes pass, for the norm of fewer channels is the norm of those that stay."""
     rank, shape = len(call.output_shape), call.get("normalized_shape")
     normalized = len(shape) if isinstance(shape, (tuple, list)) else 1
     axes = {axis: found.of(call.input, axis) for axis in range(rank)}
@@ -277,6 +277,7 @@ COUPLERS: dict[str, Coupler] = {
     "instance_norm": channel_norm,
     "group_norm": channel_norm,
     "layer_norm": layer_norm,
+    "rms_norm": layer_norm,
     "prelu": prelu,
     **dict.fromkeys("mean sum amax amin var std norm vector_norm".split(), reduction),
     **dict.fromkeys("prod logsumexp argmax argmin all any nansum nanmean count_nonzero".split(), reduction),

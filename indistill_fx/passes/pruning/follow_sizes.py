@@ -262,6 +262,7 @@ FIXES: dict[str, Callable[[Rewriting, Call, fx.Node], None]] = {
     "deform_conv2d": _fix_conv,
     "group_norm": _fix_group_norm,
     "layer_norm": _fix_layer_norm,
+    "rms_norm": _fix_layer_norm,
     **dict.fromkeys(("view", "reshape", "expand"), _fix_sizes),
     "repeat": _fix_repeat,
     "unflatten": _fix_unflatten,

@@ -116,13 +116,19 @@ def _moments(x: Tensor, mask: Tensor, dims: list[int], eps: float) -> Tensor:
 
 
 def _layer_norm(run: Masked, call: Call) -> Tensor:
+    """Layer norm or RMS norm, the statistics of the entries that stay."""
     x: Tensor = run.env[call.input]
     axes = len(call.get("normalized_shape"))
     dims = list(range(x.dim() - axes, x.dim()))
     mask = x.new_ones(())
     for axis in dims:
         mask = mask * run.mask(call.input, axis, x)
-    return _affine(run, call, _moments(x, mask, dims, float(call.get("eps", 1e-5))), 0)
+    if call.op == "layer_norm":
+        return _affine(run, call, _moments(x, mask, dims, float(call.get("eps", 1e-5))), 0)
+    eps = torch.finfo(x.dtype).eps if call.get("eps") is None else float(call.get("eps"))
+    weight = mask.expand_as(x)
+    squares = (x.square() * weight).sum(dims, keepdim=True) / weight.sum(dims, keepdim=True).clamp_min(1)
+    return _affine(run, call, x * (squares + eps).rsqrt(), 0)
 
 
 def _group_norm(run: Masked, call: Call) -> Tensor:
@@ -213,6 +219,7 @@ def _windows(run: Masked, call: Call) -> Any:
 
 _MIXING = {
     "layer_norm": _layer_norm,
+    "rms_norm": _layer_norm,
     **dict.fromkeys("softmax log_softmax softmin softmax2d normalize cumsum".split(), _along),
     "group_norm": _group_norm,
     **dict.fromkeys(

@@ -74,6 +74,7 @@ _SIZES: dict[str, Callable[[Any], dict[str, Any]]] = {
     "embedding": lambda m: {"embedding_dim": m.weight.shape[1]},
     "prelu": lambda m: {"num_parameters": m.weight.numel()},
     "layer_norm": lambda m: {"normalized_shape": tuple(m.weight.shape)} if m.weight is not None else {},
+    "rms_norm": lambda m: {"normalized_shape": tuple(m.weight.shape)} if m.weight is not None else {},
 }
 """Attributes of a module that give the sizes of its weights."""
 
@@ -96,7 +97,7 @@ def _resize_module(work: Rewriting, call: Call) -> None:
     elif call.op == "group_norm":
         module.num_channels = channels
         module.num_groups = channels if each_alone(call) else module.num_groups
-    elif call.op == "layer_norm" and module.weight is None:
+    elif call.op in ("layer_norm", "rms_norm") and module.weight is None:
         axes = len(module.normalized_shape)
         rank = len(work.facts[call.node.name].shape)
         module.normalized_shape = tuple(work.size(call.node, axis) for axis in range(rank - axes, rank))
