@@ -351,7 +351,18 @@ def test_layers_and_signs_are_written_as_a_person_would(ratio: float | None) -> 
         "nn.Dropout(p=0.3)",
     ):
         assert part in text
-    for part in ("inplace", "clone", ".size(", ".add(", ".mul(", ".sub(", "class Gelu", "class Norm", "class Root", "class Project"):
+    for part in (
+        "inplace",
+        "clone",
+        ".size(",
+        ".add(",
+        ".mul(",
+        ".sub(",
+        "class Gelu",
+        "class Norm",
+        "class Root",
+        "class Project",
+    ):
         assert part not in text
     assert "class Doubled" in text and "view((" not in text
 

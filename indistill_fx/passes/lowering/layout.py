@@ -31,9 +31,9 @@ _ANY_LAYOUT = (
     | BINARY
     | _CONVOLUTIONS
     | frozenset(
-        "batch_norm group_norm instance_norm layer_norm rms_norm max_pool avg_pool adaptive_avg_pool adaptive_max_pool linear cat stack mean sum "
-        "flatten reshape view softmax log_softmax interpolate pad permute _permute transpose movedim narrow _first_channels chunk split "
-        "squeeze unsqueeze getitem size getattr shape resized rescaled index_select pixel_shuffle channel_shuffle matmul "
+        "batch_norm group_norm instance_norm layer_norm rms_norm max_pool avg_pool adaptive_avg_pool adaptive_max_pool linear cat stack "
+        "mean sum flatten reshape view softmax log_softmax interpolate pad permute _permute transpose movedim narrow _first_channels "
+        "chunk split squeeze unsqueeze getitem size getattr shape resized rescaled index_select pixel_shuffle channel_shuffle matmul "
         "placeholder get_attr output".split()
     )
 )
