@@ -46,7 +46,7 @@ class Clock:
         """
         inputs = tuple(value[:1] if isinstance(value, Tensor) and value.dim() else value for value in example_inputs)
         wanted = {"onnxruntime": "onnxruntime fp32", "torch": "torch eager", "torch-compile": "torch.compile"}[self.on]
-        settings = {"batches": (self.batch,), "threads": (self.threads,), "seconds": self.seconds}
+        settings: dict[str, Any] = {"batches": (self.batch,), "threads": (self.threads,), "seconds": self.seconds}
         if self.on == "onnxruntime":
             report = _exported_and_timed(module, inputs, settings)
         else:
