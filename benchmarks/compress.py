@@ -142,6 +142,7 @@ def train_arm(
         "val_loader": data.test, "progress": False, "seed": seed, "run_dir": where / "run", "resume": True,
         "optimizer": options.optimizer, "learning_rate": options.lr, "weight_decay": options.weight_decay,
         "schedule": "cosine", "device": options.device, "compile": options.compile, "mixed_precision": options.precision,
+        **options.also,
     }  # fmt: skip
     epochs, warm = options.epochs, min(options.warmup, options.epochs - 1)
     how, steps = "", []
@@ -182,6 +183,7 @@ def train_arm(
         )
     return {
         "arm": arm, "how": how, "parameters": parameters, "before": before, "accuracy": record.accuracy, "best": record.best_accuracy,
+        "average": record.average and record.average["accuracy"],
         "by epoch": [epoch.accuracy for epoch in record.epochs], "seconds": round(time.time() - began, 1),
         "training seconds": round(record.seconds, 1), "resumed": resumed, "steps": steps,
     }  # fmt: skip
@@ -208,7 +210,8 @@ def run(options: argparse.Namespace) -> None:
                 for arm in options.arms:
                     how = f"{options.limit or 'all'}-{options.epochs}-{options.optimizer}-{options.lr:g}"
                     warm = f"-{options.warmup}" if arm in ("joint", "kept", "fed", "unlabelled") else ""
-                    name = f"{net}-{macs:g}-{how}-{seed}-{arm}{warm}"
+                    also = "".join(f"-{key}{value:g}" for key, value in options.also.items())
+                    name = f"{net}-{macs:g}-{how}-{seed}-{arm}{warm}{also}"
                     if (out / f"{name}.json").exists():
                         continue
                     if options.minutes and time.time() - began + longest > 60 * options.minutes:
@@ -231,6 +234,7 @@ def run(options: argparse.Namespace) -> None:
                         "lr": options.lr,
                         "weight_decay": options.weight_decay,
                         "precision": options.precision or "no",
+                        "also": options.also,
                         **told(),
                     }
                     (out / f"{name}.json").write_text(json.dumps(row, indent=1))
@@ -283,6 +287,12 @@ def repairs(options: argparse.Namespace) -> None:
             (out / "repair.json").write_text(json.dumps(rows, indent=1))
 
 
+def setting(text: str) -> tuple[str, float]:
+    """`mixup=0.4` as its name and its number."""
+    name, _, number = text.partition("=")
+    return name, float(number)
+
+
 def main() -> None:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -307,6 +317,7 @@ def main() -> None:
         one.add_argument("--optimizer", default="adam")
         one.add_argument("--lr", type=float, default=1e-3)
         one.add_argument("--weight-decay", type=float, default=0.0)
+        one.add_argument("--also", nargs="+", type=setting, default=[], metavar="NAME=NUMBER", help="further settings")
         one.add_argument("--device", default="auto")
         one.add_argument("--compile", action="store_true")
         one.add_argument("--precision", choices=["no", "bf16", "fp16"])
@@ -318,6 +329,7 @@ def main() -> None:
     one.add_argument("--json")
     one.add_argument("--into")
     options = parser.parse_args()
+    options.also = dict(getattr(options, "also", []))
     options.call(options)
 
 

@@ -56,14 +56,17 @@ def arm_lines(rows: list[dict[str, Any]]) -> list[str]:
     """A table for every network, share and number of images."""
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
-        key = (row["net"], row["macs"], row["images"], row["epochs"], row["optimizer"], row["lr"])
+        recipe = [row["optimizer"], f"{row['lr']:g}"]
+        recipe += [f"weight decay {row['weight_decay']:g}"] if row["weight_decay"] else []
+        recipe += [f"{name} {value:g}" for name, value in row.get("also", {}).items()]
+        key = (row["net"], row["macs"], row["images"], row["epochs"], ", ".join(recipe))
         groups.setdefault(key, []).append(row)
     lines: list[str] = []
-    for (net, macs, images, epochs, optimizer, rate), own in sorted(groups.items()):
+    for (net, macs, images, epochs, recipe), own in sorted(groups.items()):
         teacher = f"teacher {own[0]['teacher']:.2%}"
         lines += [
             "",
-            f"{net}, {macs:.0%} of its MACs, {images:,} images, {epochs} epochs in all ({optimizer}, {rate:g}), {teacher}:",
+            f"{net}, {macs:.0%} of its MACs, {images:,} images, {epochs} epochs in all ({recipe}), {teacher}:",
         ]
         lines += ["", "| arm | before training | test accuracy | seeds | s a run |", "|---|---|---|---|---|"]
         kinds = sorted({(ARMS.index(row["arm"]), *warmed(row)) for row in own})
