@@ -432,3 +432,21 @@ def test_a_layer_whose_weight_is_recomputed_is_named_and_its_work_counted():
         trace(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(2, 4), role="student"), ratio=0.5
     )
     assert plain.report.macs == (56, 28) and len(plain.report.frozen) == 1
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
+def test_calls_of_a_norm_without_weights_share_one_width(norm: type[nn.Module]) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 5)
+            self.norm = norm(16, elementwise_affine=False)  # type: ignore[call-arg]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.c(self.norm(self.b(self.norm(self.a(x)).relu())).relu())  # type: ignore[no-any-return]
+
+    traced = trace(Twice(), torch.randn(3, 8))
+    small = shrink(traced, widths={"a": 4}).report.widths
+    assert (small["a"], small["b"]) == ((16, 4), (16, 4))
+    with pytest.raises(PruneError, match="`b`: asked for 8 of its 16 channels, but it is tied to `a`"):
+        shrink(traced, widths={"a": 4, "b": 8})

@@ -55,6 +55,7 @@ class Coupling:
     Attributes:
         axes: the unit of every channel, per node and axis. An axis without an entry is fixed.
         weights: the same for axes of parameters and buffers, by the tensor's identity.
+        shapes: units of the axes of modules that have a shape but no weights, by the module's identity.
         work: (node, multiply-accumulates of one sample, the unit arrays its cost is proportional to the length of).
         made: filters, for ranking.
         pairs: units that are one class.
@@ -71,6 +72,7 @@ class Coupling:
     axes: dict[Axis, Units] = field(default_factory=dict)
     weights: dict[tuple[int, int], Units] = field(default_factory=dict)
     tensors: dict[int, Tensor] = field(default_factory=dict)
+    shapes: dict[tuple[int, int], Units | None] = field(default_factory=dict)
     work: list[tuple[str, int, tuple[Units, ...]]] = field(default_factory=list)
     made: list[Made] = field(default_factory=list)
     pairs: list[tuple[Units, Units]] = field(default_factory=list)

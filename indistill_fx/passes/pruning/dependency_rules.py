@@ -171,6 +171,10 @@ def layer_norm(found: Coupling, call: Call) -> set[Axis]:
         found.note_mixing(call, axes[rank - normalized + k])
         found.tie_weight(call, "weight", k, axes[rank - normalized + k])
         found.tie_weight(call, "bias", k, axes[rank - normalized + k])
+        if call.module is not None and call.get("weight") is None:
+            units = axes[rank - normalized + k]
+            first = found.shapes.setdefault((id(call.module), k), units)
+            found.tie(first, units, f"the shape of `{call.path}` is shared with a fixed layer")
     return _finish(found, call, axes, [], {(call.input.name, axis) for axis in range(rank)})
 
 
