@@ -751,3 +751,17 @@ def test_a_model_that_takes_only_one_batch_size_is_traced(batch: int, role: str)
 
     traced = ifx.trace(Fixed(), torch.randn(batch, 6), role=role)
     assert any(f"only {batch} was checked" in note for note in traced.report.notes)
+
+
+@pytest.mark.parametrize("capture", [capture_symbolic, capture_shapes, capture_exported])
+def test_inputs_are_named_as_the_forward_names_its_arguments(capture) -> None:
+    """Whatever it calls the module itself; further positional arguments are numbered, and never take a keyword's name."""
+
+    class Net(nn.Module):
+        def forward(this, image, *rest, scale=None):  # type: ignore[no-untyped-def]  # noqa: N805
+            return sum((part.mean() for part in rest), image * (1 if scale is None else scale))
+
+    inputs = torch.randn(3, 4), torch.randn(3, 2), torch.randn(3, 2)
+    for given, names in ((inputs[:1], ["image"]), (inputs, ["image", "rest", "input_2"])):
+        graph = capture(Net(), given, {}, ()).graph_module.graph
+        assert [node.name for node in graph.nodes if node.op == "placeholder"] == names

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -59,6 +60,22 @@ class Captured:
                 del new_parts[-1], old_parts[-1]
             pairs[".".join(old_parts)] = ".".join(new_parts)
         return tuple(f"{old!r} is called `{new}` in the graph" for old, new in pairs.items())
+
+
+_POSITIONAL = (
+    inspect.Parameter.POSITIONAL_ONLY,
+    inspect.Parameter.POSITIONAL_OR_KEYWORD,
+    inspect.Parameter.VAR_POSITIONAL,
+)
+
+
+def argument_names(module: nn.Module, count: int) -> list[str]:
+    """What the module's forward calls its first `count` positional arguments; `input_3` where it has no name for one."""
+    known = inspect.signature(
+        module.forward
+    ).parameters.values()  # of the bound method: without `self`, whatever that is called
+    names = [parameter.name for parameter in known if parameter.kind in _POSITIONAL][:count]
+    return names + [f"input_{k}" for k in range(len(names), count)]
 
 
 def is_leaf(module: nn.Module) -> bool:

@@ -10,7 +10,6 @@ Rules, in order:
 
 from __future__ import annotations
 
-import inspect
 import io
 import logging
 import operator
@@ -30,7 +29,7 @@ from torch.utils._pytree import tree_leaves, tree_unflatten
 from indistill_fx.errors import FrontendError
 from indistill_fx.graph.edit import batch_of, batch_size
 from indistill_fx.graph.ops import attribute, has_attribute, op_name, writes_first
-from indistill_fx.passes.capture.captured import Captured, assemble, children, is_leaf
+from indistill_fx.passes.capture.captured import Captured, argument_names, assemble, children, is_leaf
 from indistill_fx.passes.capture.functionalize import VIEWS, base_of
 
 _CHECKS = (
@@ -180,11 +179,8 @@ def _sizes(node: fx.Node) -> tuple[int | None, ...]:
 
 def _arguments(graph: fx.Graph, module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[fx.Node]:
     """One placeholder per argument of the module; the nodes of the flat leaves inside, which are what `torch.export` takes."""
-    names = [name for name in inspect.signature(module.forward).parameters if name != "self"]
-    names += [f"input_{k}" for k in range(len(names), len(inputs))]
-    given = [
-        (name, value, graph.placeholder(name)) for name, value in (*zip(names, inputs, strict=False), *kwargs.items())
-    ]
+    named = (*zip(argument_names(module, len(inputs)), inputs, strict=True), *kwargs.items())
+    given = [(name, value, graph.placeholder(name)) for name, value in named]
     return [leaf for _, value, node in given for leaf in _flat(graph, value, node)]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
@@ -17,7 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from indistill_fx.errors import FrontendError
 from indistill_fx.graph.ops import attribute
-from indistill_fx.passes.capture.captured import Captured, assemble, tensor_names, tensors
+from indistill_fx.passes.capture.captured import Captured, argument_names, assemble, tensor_names, tensors
 from indistill_fx.passes.capture.symbolic_sizes import Book, Size
 from indistill_fx.passes.capture.torch_functions import SHAPES, is_wrapped
 
@@ -118,9 +117,8 @@ class RecordedGraph:
 
     def placeholders(self, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """One placeholder for each argument."""
-        names = [name for name in inspect.signature(self.module.forward).parameters if name != "self"]
-        names += [f"input_{k}" for k in range(len(names), len(inputs))]
-        for name, value in (*zip(names, inputs, strict=False), *kwargs.items()):
+        names = argument_names(self.module, len(inputs))
+        for name, value in (*zip(names, inputs, strict=True), *kwargs.items()):
             node = self.create("placeholder", name, (), {})
             self.track(value, node)
         self.first = next(iter(tensors((inputs, kwargs))), None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import operator
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +14,7 @@ from torch import Tensor, fx, nn
 from indistill_fx.errors import FrontendError
 from indistill_fx.graph.draws import TensorDraws
 from indistill_fx.graph.ops import attribute, is_users_function, package_of
-from indistill_fx.passes.capture.captured import Captured, assemble, is_leaf, returned
+from indistill_fx.passes.capture.captured import Captured, argument_names, assemble, is_leaf, returned
 from indistill_fx.passes.capture.symbolic_sizes import current_place, note_place
 from indistill_fx.passes.capture.torch_functions import DrawError, watching_autocast
 
@@ -64,9 +63,8 @@ class _Tracer(fx.Tracer):
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
     ) -> tuple[Callable[..., Any], list[Any]]:
         """One placeholder per argument of the example call; arguments it leaves out keep their defaults, as in the call."""
-        names = [name for name in inspect.signature(root_fn).parameters if name != "self"]
-        names += [f"input_{k}" for k in range(len(names), len(self.inputs))]
-        positional = [self._argument(name, value) for name, value in zip(names, self.inputs, strict=False)]
+        names = argument_names(self.root, len(self.inputs))
+        positional = [self._argument(name, value) for name, value in zip(names, self.inputs, strict=True)]
         keyword = {name: self._argument(name, value) for name, value in self.kwargs.items()}
 
         def call(root: nn.Module) -> Any:
