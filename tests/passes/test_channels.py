@@ -101,6 +101,12 @@ SUNK: dict[str, Callable[[], nn.Module]] = {
     "gate": lambda: Form(_gate),
     "expand_as": lambda: Form(lambda m, x, y: x.mean((2, 3), keepdim=True).expand_as(y)),
     "expand": lambda: Form(lambda m, x: x.mean((2, 3), keepdim=True).expand(-1, -1, 4, 4)),
+    "grouped heads": lambda: Form(
+        lambda m, x, y: F.scaled_dot_product_attention(x, y[:, : C // 3], y[:, C // 3 : 2 * C // 3], enable_gqa=True)
+    ),
+    "heads with one key": lambda: Form(
+        lambda m, x, y: F.scaled_dot_product_attention(x, y[:, :1], y[:, 1:2], enable_gqa=True)
+    ),
     "where": lambda: Form(lambda m, x, y: torch.where(x > 0, x, y)),
     "cat": lambda: Form(lambda m, x, y: torch.cat([x, y, x], 1)),
     "cat of space": lambda: Form(lambda m, x, y: torch.cat([x, y], dim=-1)),

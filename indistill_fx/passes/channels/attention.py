@@ -24,7 +24,10 @@ def fused(call: Call, cut: Cut) -> Propagation | Blocked:
         return Blocked("causal attention counts its rows")
     if len({query, key, value}) < 3:
         return Blocked("attention of a tensor with itself")
-    step = product(call, cut, {rank - 2: [query], rank - 1: [value]}, [query, key, value])
+    if call.get("enable_gqa", False) and cut.start <= rank - 3 < cut.stop:
+        step = _grouped_heads(call, cut, query, [key, value])
+    else:
+        step = product(call, cut, {rank - 2: [query], rank - 1: [value]}, [query, key, value])
     shape = call.shape(mask)
     if shape is None or isinstance(step, Blocked) or cut.start == rank - 1:
         return step
@@ -32,6 +35,19 @@ def fused(call: Call, cut: Cut) -> Propagation | Blocked:
     if axis < 0 or shape[axis] == 1:
         return step
     cuts = [*(part.cut for part in step.parts), Cut(mask, axis, axis + 1, cut.index)]
+    return Propagation(again(call, cuts), tuple(Part(c) for c in cuts))
+
+
+def _grouped_heads(call: Call, cut: Cut, query: fx.Node, shared: Sequence[fx.Node]) -> Propagation | Blocked:
+    """Heads of grouped-query attention: a run of query heads reads one head of keys and values."""
+    if cut.width > 1:
+        return Blocked("grouped heads are merged with another axis")
+    axis = cut.start
+    of_query, *of_shared = ((call.shape(n) or ())[axis] for n in (query, *shared))
+    cuts = [Cut(query, axis, axis + 1, cut.index)]
+    for n, count in zip(shared, of_shared, strict=True):
+        if count > 1:  # a single one is every query head's
+            cuts.append(Cut(n, axis, axis + 1, tuple(k // (of_query // count) for k in cut.index)))
     return Propagation(again(call, cuts), tuple(Part(c) for c in cuts))
 
 

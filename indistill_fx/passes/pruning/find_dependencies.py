@@ -195,9 +195,14 @@ def _takes_apart(node: fx.Node, facts: Mapping[str, NodeFacts]) -> bool:
 
 
 def _ends(call: Call) -> list[tuple[fx.Node, int]]:
-    """The axes a product sums over, the rows of its left operand and the last of its right one; of a map, the axes of space."""
+    """The axes a product sums over, the rows of its left operand and the last of its right one; of a map, the axes of space.
+
+    Of a tensor seen as complex numbers, as rotary positions do: the pairs.
+    """
     if call.op in _READS_MAPS:
         return [(call.input, axis) for axis in range(2, len(call.shape(call.input) or ()))]
+    if call.op == "view_as_complex":
+        return _pairs(call)
     if call.op == "scaled_dot_product_attention":
         return [
             (n, len(call.shape(n) or ()) - 1)
@@ -220,6 +225,15 @@ def _ends(call: Call) -> list[tuple[fx.Node, int]]:
         ]
         return [*summed, (nodes[-1], len(names[-1]) - 1)]
     return []
+
+
+def _pairs(call: Call) -> list[tuple[fx.Node, int]]:
+    """Real and imaginary parts, the axis of the numbers, and the axis that was both before a reshape."""
+    rank, before = len(call.shape(call.input) or ()), call.input.args[:1]
+    axes = [(call.input, axis) for axis in range(max(1, rank - 2), rank)]
+    if op_name(call.input) in _RESHAPES and isinstance(source := before[0], fx.Node):
+        axes.append((source, len(call.shape(source) or ()) - 1))
+    return axes
 
 
 def _split_axes(node: fx.Node, axis: int, facts: Mapping[str, NodeFacts], seen: set[tuple[fx.Node, int]]) -> set[Axis]:
