@@ -148,6 +148,15 @@ SUNK: dict[str, Callable[[], nn.Module]] = {
     "functional linear": lambda: Form(
         lambda m, x: F.linear(x.flatten(2).transpose(1, 2), m.part.weight, m.part.bias), nn.Linear(C, 10)
     ),
+    "bilinear": lambda: Form(
+        lambda m, x, y: m.part(x.permute(0, 2, 3, 1), y.permute(0, 2, 3, 1)).permute(0, 3, 1, 2), nn.Bilinear(C, C, 10)
+    ),
+    "functional bilinear": lambda: Form(
+        lambda m, x, y: F.bilinear(x.permute(0, 2, 3, 1), y.permute(0, 2, 3, 1), m.part.weight, m.part.bias).permute(
+            0, 3, 1, 2
+        ),
+        nn.Bilinear(C, C, 10),
+    ),
     "linear on another axis": lambda: Form(lambda m, x: m.part(x), nn.Linear(4, 6)),
     "attention": lambda: Form(
         lambda m, x: m.part(*[x.flatten(2).transpose(1, 2)] * 3)[0], nn.MultiheadAttention(C, 3, batch_first=True)

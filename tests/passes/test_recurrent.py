@@ -84,6 +84,44 @@ def decoded(m: nn.Module, x: Tensor) -> Tensor:
     return m.writes(x.flip(1), state)[0]  # type: ignore[no-any-return]
 
 
+def plain_by_hand(m: nn.Module, x: Tensor) -> Tensor:
+    h = torch.zeros(x.shape[0], WIDTH, dtype=x.dtype)
+    for step in x.unbind(1):
+        h = (m.reads(step) + m.repeats(h)).tanh()
+    return h
+
+
+def gru_by_hand(m: nn.Module, x: Tensor) -> Tensor:
+    h, found = x.new_zeros(x.size(0), WIDTH), []
+    for k in range(x.size(1)):
+        of_x, of_h = m.reads(x[:, k]).chunk(3, -1), m.repeats(h).chunk(3, -1)
+        update, reset = (of_x[0] + of_h[0]).sigmoid(), (of_x[1] + of_h[1]).sigmoid()
+        h = (1 - update) * (of_x[2] + reset * of_h[2]).tanh() + update * h
+        found.append(h)
+    return torch.stack(found, 1)
+
+
+def convolutional(m: nn.Module, x: Tensor) -> Tensor:
+    """A ConvLSTM on maps of two by three places."""
+    h = torch.zeros(x.shape[0], WIDTH, 2, 3, dtype=x.dtype)
+    c, found = torch.zeros_like(h), []
+    for step in x.unbind(1):
+        below = torch.cat([step[:, :, None, None].expand(-1, -1, 2, 3), h], 1)
+        i, f, o, g = m.gates(below).chunk(4, 1)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        h = o.sigmoid() * c.tanh()
+        found.append(h.mean((2, 3)))
+    return torch.stack(found, 1)
+
+
+def convolved(m: nn.Module, x: Tensor) -> Tensor:
+    h, found = x.new_zeros(x.size(0), WIDTH, 5), []
+    for step in x.unbind(1):
+        h = (m.repeats(h) + m.reads(step).unsqueeze(2)).tanh()
+        found.append(h.amax(2))
+    return torch.stack(found, 1)
+
+
 def packed(m: nn.Module, x: Tensor) -> Tensor:
     lengths = torch.full((x.shape[0],), STEPS)
     steps, (h, _) = m.cells(pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False))
@@ -120,6 +158,12 @@ GOES: dict[str, Callable[[], Steps]] = {
     ),
     "encoder and decoder of two states": lambda: Steps(
         decoded, reads=nn.LSTM(WIDTH, WIDTH, batch_first=True), writes=nn.LSTM(WIDTH, WIDTH, batch_first=True)
+    ),
+    "plain, by hand": lambda: Steps(plain_by_hand, reads=nn.Linear(WIDTH, WIDTH), repeats=nn.Linear(WIDTH, WIDTH)),
+    "gru by hand": lambda: Steps(gru_by_hand, reads=nn.Linear(WIDTH, 3 * WIDTH), repeats=nn.Linear(WIDTH, 3 * WIDTH)),
+    "convolutional lstm": lambda: Steps(convolutional, gates=nn.Conv2d(2 * WIDTH, 4 * WIDTH, 3, padding=1)),
+    "convolution alone": lambda: Steps(
+        convolved, reads=nn.Linear(WIDTH, WIDTH), repeats=nn.Conv1d(WIDTH, WIDTH, 3, padding=1)
     ),
     "packed": lambda: Steps(packed, cells=nn.LSTM(WIDTH, WIDTH, batch_first=True)),
 }

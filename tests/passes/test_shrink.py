@@ -131,6 +131,14 @@ GRAPHS: dict[str, Callable[[], nn.Module]] = {
     "functional RMS norm": lambda: Middle(
         lambda m, x, y: F.rms_norm(x.permute(0, 2, 3, 1), (16,), m.parts[0].weight, 1e-3), nn.RMSNorm(16), spatial=False
     ),
+    "bilinear": lambda: Middle(
+        lambda m, x, y: m.parts[0](x.permute(0, 2, 3, 1), y.permute(0, 2, 3, 1)), nn.Bilinear(16, 16, 16), spatial=False
+    ),
+    "functional bilinear": lambda: Middle(
+        lambda m, x, y: F.bilinear(z := x.permute(0, 2, 3, 1), z, m.parts[0].weight),
+        nn.Bilinear(16, 16, 16),
+        spatial=False,
+    ),
     "depthwise": lambda: Middle(lambda m, x, y: m.parts[0](x), nn.Conv2d(16, 32, 3, padding=1, groups=16), reads=32),
     "grouped": lambda: Middle(lambda m, x, y: m.parts[0](x), nn.Conv2d(16, 16, 3, padding=1, groups=4)),
     "functional depthwise": lambda: Middle(
@@ -432,6 +440,28 @@ def test_a_layer_whose_weight_is_recomputed_is_named_and_its_work_counted():
         trace(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(2, 4), role="student"), ratio=0.5
     )
     assert plain.report.macs == (56, 28) and len(plain.report.frozen) == 1
+
+
+@pytest.mark.parametrize("mode", ["mean", "max", "sum"])
+def test_bags_of_embeddings(mode: str) -> None:
+    class Bags(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.first, self.last = nn.EmbeddingBag(20, 16, mode=mode), nn.Linear(16, 12), nn.Linear(12, 3)
+            self.other = nn.EmbeddingBag(20, 16, mode=mode)
+
+        def forward(self, words: Tensor) -> Tensor:
+            bags = self.other(words.flatten(), torch.arange(words.shape[0]) * words.shape[1])
+            return self.last(self.first(self.table(words) + bags).relu())  # type: ignore[no-any-return]
+
+    words = torch.randint(0, 20, (3, 6))
+    traced = trace(Bags().double(), words)
+    small = shrink(traced, ratio=0.5)
+    assert {path: kept for path, (_, kept) in small.report.widths.items()} == {
+        "table": 8, "other": 8, "first": 6, "last": 3
+    }  # fmt: skip
+    got = small.value.graph_module(words.flip(0))
+    assert (got - run_masked(traced, small.report, words.flip(0))).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])

@@ -18,7 +18,7 @@ from indistill_fx.graph.ops import op_name
 _FIRST = frozenset(
     "conv conv_transpose batch_norm instance_norm group_norm max_pool avg_pool adaptive_avg_pool adaptive_max_pool".split()
 )
-_LAST = frozenset("linear embedding layer_norm rms_norm multihead_attention".split())
+_LAST = frozenset("linear bilinear embedding embedding_bag layer_norm rms_norm multihead_attention".split())
 _RECURRENT = frozenset("lstm gru rnn".split())
 _ATTENTION = frozenset("multihead_attention head_attention".split())
 _RESHAPES = frozenset("view reshape flatten unflatten squeeze unsqueeze".split())

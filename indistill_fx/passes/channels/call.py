@@ -41,6 +41,7 @@ SIGNATURES: dict[str, str] = {
     "linear": "input weight bias",
     "bilinear": "input1 input2 weight bias",
     "embedding": "input weight",
+    "embedding_bag": "input weight offsets",
     "batch_norm": "input running_mean running_var weight bias training momentum eps",
     "instance_norm": "input running_mean running_var weight bias",
     "layer_norm": "input normalized_shape weight bias eps",

@@ -149,6 +149,31 @@ def embedding(call: Call, cut: Cut) -> Propagation | Blocked:
     return slice_weights(call, {"weight": (1, cut.index)}, filters=filters, embedding_dim=len(cut.index))
 
 
+def embedding_bag(call: Call, cut: Cut) -> Propagation | Blocked:
+    """Columns of the table on the last axis; the rows are bags."""
+    return embedding(call, cut) if cut.start == 1 else Blocked("an embedding bag's rows are not those of its input")
+
+
+def bilinear(call: Call, cut: Cut) -> Propagation | Blocked:
+    """Rows of the weight (rows, first, second) on the last axis; every other axis is that of both inputs."""
+    last = len(call.output_shape) - 1
+    if cut.start == last:
+        tensors = {"weight": (0, cut.index), "bias": (0, cut.index)}
+        return slice_weights(call, tensors, filters=weight_filters(call, cut.index), out_features=len(cut.index))
+    cuts = [Cut(n, cut.start, cut.stop, cut.index) for n in bilinear_inputs(call)]
+    if cut.stop > last or len(set(cuts)) < 2:
+        return Blocked(
+            "the features of a bilinear layer are merged with other axes here, or both its inputs are one tensor"
+        )
+    return Propagation(again(call, cuts), tuple(Part(c) for c in cuts))
+
+
+def bilinear_inputs(call: Call) -> list[fx.Node]:
+    """Both inputs of `nn.Bilinear` or `F.bilinear`."""
+    found = call.arguments
+    return [found.get("input1", found.get("input")), found.get("input2", found.get("input_1"))]
+
+
 def constant(call: Call, cut: Cut) -> Propagation | Blocked:
     """A parameter or buffer: sliced."""
     owner = call.node.graph.owning_module

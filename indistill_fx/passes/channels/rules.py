@@ -42,6 +42,8 @@ RULES: dict[str, Rule] = {
     "conv_per_sample": producers.per_sample,
     "linear": producers.linear,
     "embedding": producers.embedding,
+    "embedding_bag": producers.embedding_bag,
+    "bilinear": producers.bilinear,
     "get_attr": producers.constant,
     "batch_norm": norms.per_channel_norm,
     "instance_norm": norms.per_channel_norm,

@@ -249,11 +249,12 @@ def _arriving(found: Coupling, step: Propagation, size: int, reader: fx.Node, re
     return units
 
 
-def lent(found: Coupling, cut: Cut, reader: fx.Node) -> Units | None:
+def lent(found: Coupling, cut: Cut, reader: fx.Node, *, filled_alone: bool = False) -> Units | None:
     """Units for an axis whose entries are all equal (expanded, or constant): those of the tensors that it is combined with.
 
-    None if it is not such an axis, or was read already.
+    None if it is not such an axis, or was read already; with `filled_alone` also if it was expanded.
     """
+    made_by = FILLED if filled_alone else (*FILLED, "expand", "repeat")
     chain: list[fx.Node] = [reader]
     places: list[Axis] = []
     while cut.width == 1 and (alike := _unread(found, cut.node, chain)) is not None:
@@ -266,7 +267,7 @@ def lent(found: Coupling, cut: Cut, reader: fx.Node) -> Units | None:
         if not isinstance(step, Propagation) or step.filters is not None or len(step.parts) > 1:
             return None
         if not step.parts:
-            units = found.fresh(size) if op_name(cut.node) in (*FILLED, "expand", "repeat") else None
+            units = found.fresh(size) if op_name(cut.node) in made_by else None
             found.axes.update(dict.fromkeys(places, units) if units is not None else {})
             return units
         if step.parts[0].links is not None:

@@ -16,10 +16,12 @@ from indistill_fx.passes.channels.call import Call, axis_of
 from indistill_fx.passes.channels.joining import FIELDS, REDUCTIONS, WITH_PLACES
 from indistill_fx.passes.channels.keys import taken
 from indistill_fx.passes.channels.norms import mixed_axis
+from indistill_fx.passes.channels.producers import bilinear_inputs
 from indistill_fx.passes.channels.rules import FILLED
+from indistill_fx.passes.channels.selection import Cut
 from indistill_fx.passes.channels.space import reduced_axes
 from indistill_fx.passes.pruning import attention_dependencies, recurrent
-from indistill_fx.passes.pruning.dependencies import Axis, Coupling, Made, Units, follow
+from indistill_fx.passes.pruning.dependencies import Axis, Coupling, Made, Units, follow, lent
 
 Coupler = Callable[[Coupling, Call], "set[Axis] | None"]
 
@@ -28,7 +30,7 @@ def conv(found: Coupling, call: Call) -> set[Axis]:
     """New units for the filters; the channels read are columns. Groups must lose the same places, so these are tied."""
     transposed = call.op == "conv_transpose"
     groups, inputs, outputs = int(call.get("groups", 1)), (call.shape(call.input) or (0, 0))[1], call.output_shape[1]
-    given = found.of(call.input, 1)
+    given = _read_channels(found, call, 1)
     summed: list[Units | None] = []
     if groups == 1:
         made: Units | None = found.fresh(outputs)
@@ -50,6 +52,14 @@ def conv(found: Coupling, call: Call) -> set[Axis]:
     if weight is not None and made is not None and (groups == 1 or not transposed):
         found.made.append(Made(call.node.name, 1, call.path, weight.transpose(0, 1) if transposed else weight, made))
     return _finish(found, call, {1: made}, summed, {(call.input.name, 1)})
+
+
+def _read_channels(found: Coupling, call: Call, axis: int) -> Units | None:
+    """The units that a layer reads; of a tensor of zeros, from which a recurrence starts, new ones."""
+    units, shape = found.of(call.input, axis), call.shape(call.input)
+    if units is not None or shape is None:
+        return units
+    return lent(found, Cut(call.input, axis, axis + 1, tuple(range(shape[axis]))), call.node, filled_alone=True)
 
 
 def _tie_groups(found: Coupling, units: Units | None, groups: int) -> None:
@@ -76,7 +86,7 @@ def _finish(
 def linear(found: Coupling, call: Call) -> set[Axis]:
     """New units for the rows; the features read are columns; the other axes pass."""
     last = len(call.output_shape) - 1
-    given, made = found.of(call.input, last), found.fresh(call.output_shape[last])
+    given, made = _read_channels(found, call, last), found.fresh(call.output_shape[last])
     found.tie_weight(call, "weight", 1, given)
     found.tie_weight(call, "weight", 0, made)
     found.tie_weight(call, "bias", 0, made)
@@ -95,6 +105,25 @@ def embedding(found: Coupling, call: Call) -> set[Axis]:
         found.made.append(Made(call.node.name, last, call.path, weight.transpose(0, 1), made))
     axes = {axis: found.of(call.input, axis) for axis in range(last)} | {last: made}
     return _finish(found, call, axes, [], {(call.input.name, axis) for axis in range(last)})
+
+
+def bilinear(found: Coupling, call: Call) -> set[Axis]:
+    """New units for the rows; both inputs' features are read; the other axes pass."""
+    last, inputs = len(call.output_shape) - 1, bilinear_inputs(call)
+    made = found.fresh(call.output_shape[last])
+    for axis, source in enumerate(inputs, 1):
+        found.tie_weight(call, "weight", axis, found.of(source, last))
+    found.tie_weight(call, "weight", 0, made)
+    found.tie_weight(call, "bias", 0, made)
+    if (known := call.constant("weight")) is not None:
+        found.made.append(Made(call.node.name, last, call.path, known, made))
+    axes: dict[int, Units | None] = {last: made}
+    for axis in range(last):
+        first, second = (found.of(source, axis) for source in inputs)
+        axes[axis] = found.tie(first, second, f"`{call.path}` joins them with a fixed axis")
+    read: set[Axis] = {(source.name, axis) for source in inputs for axis in range(last + 1)}
+    read |= {(weight.name, 2)} if isinstance(weight := call.get("weight"), fx.Node) else set()
+    return _finish(found, call, axes, [found.of(source, last) for source in inputs], read)
 
 
 def channel_norm(found: Coupling, call: Call) -> set[Axis]:
@@ -276,7 +305,8 @@ COUPLERS: dict[str, Coupler] = {
     "conv": conv,
     "conv_transpose": conv,
     "linear": linear,
-    "embedding": embedding,
+    **dict.fromkeys(("embedding", "embedding_bag"), embedding),
+    "bilinear": bilinear,
     "batch_norm": channel_norm,
     "instance_norm": channel_norm,
     "group_norm": channel_norm,

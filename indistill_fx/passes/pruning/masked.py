@@ -96,7 +96,7 @@ def _read_axes(call: Call, source: fx.Node, rank: int) -> list[int]:
         "shifted_window_attention",
     ):
         return [rank - 1] if source.op != "get_attr" else []
-    if call.op in NAMES or (call.op == "PackedSequence" and source is features(call.node)):
+    if call.op in NAMES or call.op == "bilinear" or (call.op == "PackedSequence" and source is features(call.node)):
         return [rank - 1]
     if call.op in PRODUCTS:
         left, right = operands_of(call)

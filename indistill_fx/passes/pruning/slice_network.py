@@ -71,7 +71,8 @@ def _write_shuffle(work: Rewriting, node: fx.Node, order: Cut) -> None:
 
 _SIZES: dict[str, Callable[[Any], dict[str, Any]]] = {
     "linear": lambda m: {"in_features": m.weight.shape[1], "out_features": m.weight.shape[0]},
-    "embedding": lambda m: {"embedding_dim": m.weight.shape[1]},
+    **dict.fromkeys(("embedding", "embedding_bag"), lambda m: {"embedding_dim": m.weight.shape[1]}),
+    "bilinear": lambda m: dict(zip(("out_features", "in1_features", "in2_features"), m.weight.shape, strict=True)),
     "prelu": lambda m: {"num_parameters": m.weight.numel()},
     "layer_norm": lambda m: {"normalized_shape": tuple(m.weight.shape)} if m.weight is not None else {},
     "rms_norm": lambda m: {"normalized_shape": tuple(m.weight.shape)} if m.weight is not None else {},
