@@ -80,6 +80,36 @@ def _windows(b: Any, x: Tensor) -> Tensor:
     return x + y.unfold(2, 3, 1).unfold(3, 3, 1).amax((-1, -2)) - x.cumsum(3).tril() / 16
 
 
+def _decoder(b: Any, x: Tensor) -> Tensor:
+    """A decoder's attention: RMS norm, grouped heads, positions as rotations of complex numbers."""
+    tokens = x.flatten(2).transpose(1, 2)
+    n, steps, _ = tokens.shape
+    normed = b.root(tokens)
+    query, key, value = (z(normed).view(n, steps, -1, 4).transpose(1, 2) for z in (b.query, b.key, b.value))
+    turns = torch.polar(torch.ones_like(b.angles), b.angles)[:steps]
+    query, key = (
+        torch.view_as_real(torch.view_as_complex(z.reshape(*z.shape[:-1], -1, 2)) * turns).flatten(3)
+        for z in (query, key)
+    )
+    y = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+    tokens = tokens + b.merge(y.transpose(1, 2).reshape(n, steps, -1))
+    return tokens.transpose(1, 2).reshape(x.shape)
+
+
+def _by_hand(b: Any, x: Tensor) -> Tensor:
+    h = x.new_zeros(x.shape[0], b.repeats.in_features)
+    for step in (x.mean((2, 3)), x.amax((2, 3)), x.amin((2, 3))):
+        of_x, of_h = b.reads(step).chunk(2, -1), b.repeats(h).chunk(2, -1)
+        update = (of_x[0] + of_h[0]).sigmoid()
+        h = update * h + (1 - update) * (of_x[1] + of_h[1]).tanh()
+    return x + b.writes(h)[:, :, None, None]  # type: ignore[no-any-return]
+
+
+def _bilinear(b: Any, x: Tensor) -> Tensor:
+    y = b.conv(x)
+    return x + torch.sigmoid(b.both(x.mean((2, 3)), y.amax((2, 3))))[:, :, None, None] * y
+
+
 LATER_BLOCKS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "spatial attention": _spatial_attention,
     "channel softmax": _channel_softmax,
@@ -93,7 +123,12 @@ LATER_BLOCKS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "spectrum": _spectrum,
     "places of patches": _patch_places,
     "windows": _windows,
+    "decoder": _decoder,
+    "recurrence by hand": _by_hand,
+    "bilinear": _bilinear,
 }
+LAST_BLOCKS = {"decoder", "recurrence by hand", "bilinear"}
+"""Of seeds from 20 on."""
 LATER_USES = {
     "spatial attention": "conv spatial",
     "channel softmax": "conv",
@@ -107,6 +142,9 @@ LATER_USES = {
     "spectrum": "conv",
     "places of patches": "conv",
     "windows": "conv",
+    "decoder": "query key value merge root",
+    "recurrence by hand": "reads repeats writes",
+    "bilinear": "conv both",
 }
 
 
@@ -122,3 +160,11 @@ def add_parts(block: Any, kind: str, width: int) -> None:
         block.rows, block.start = nn.GRU(width, width, batch_first=True), nn.Linear(width, width)
     elif kind == "weight on the left":
         block.matrix = nn.Parameter(torch.randn(width, width) / width**0.5)
+    elif kind == "decoder":
+        block.root, block.query, block.merge = nn.RMSNorm(width), nn.Linear(width, 16), nn.Linear(16, width)
+        block.key, block.value = nn.Linear(width, 8), nn.Linear(width, 8)
+        block.register_buffer("angles", torch.outer(torch.arange(1024.0), torch.tensor([1.0, 0.1])))
+    elif kind == "recurrence by hand":
+        block.reads, block.repeats, block.writes = nn.Linear(width, 12), nn.Linear(6, 12), nn.Linear(6, width)
+    elif kind == "bilinear":
+        block.both = nn.Bilinear(width, width, width)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 import torch.nn.utils.prune
-from later_blocks import LATER_BLOCKS, LATER_USES, add_parts
+from later_blocks import LAST_BLOCKS, LATER_BLOCKS, LATER_USES, add_parts
 from random_blocks import MORE_BLOCKS, MORE_USES
 from torch import Tensor, nn
 from torchvision.ops import DeformConv2d
@@ -454,6 +454,7 @@ def recipes(seed: int, case: int) -> tuple[Recipe, Recipe]:
     dice = random.Random(f"{seed}:{case}")
     later = LATER_BLOCKS.keys() if seed < 10 else set()
     later |= MORE_BLOCKS.keys() if seed < 2 else set()
+    later |= LAST_BLOCKS if seed < 20 else set()
     kinds = sorted(BLOCKS.keys() - later)  # the networks of earlier seeds stay as they were
     count = dice.choice((2, 2, 3))
     related = dice.random() < 0.6
