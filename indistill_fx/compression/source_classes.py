@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from indistill_fx.compression.source_pieces import Block, Construct, Line, Literal, Piece
+from indistill_fx.compression.source_pieces import SIZE, Block, Construct, Line, Literal, Piece
 
 _WIDE = 100
 _WIDEST = 110
@@ -93,9 +93,10 @@ class _Classes:
             values = tuple(entry.text for entry in column)
             if len(set(values)) == 1:
                 continue
-            widths = _are_widths(values)
-            if widths and values in names:
-                group.columns[k] = names[values]
+            widths, size = _are_widths(values), column[0].name.startswith(SIZE)
+            same = (SIZE * (size and not widths), *values)
+            if same in names:
+                group.columns[k] = names[same]
                 continue
             group.columns[k] = name_of_column = _free(
                 _best_name(columns, values) if widths else column[0].name, used_names
@@ -103,8 +104,8 @@ class _Classes:
             used_names.add(name_of_column)
             if column[0].default in values:
                 group.defaults[name_of_column] = column[0].default
-            if widths:
-                names[values] = name_of_column
+            if widths or size:
+                names[same] = name_of_column
         for block, row in zip(blocks, rows, strict=True):
             group.arguments[block] = {arg: row[k].text for k, arg in group.columns.items()}
             self.of[block] = group

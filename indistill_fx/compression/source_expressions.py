@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from indistill_fx.compression.source_pieces import Imports, Line, Literal, Piece, literal, numbers, unwritable
+from indistill_fx.compression.source_pieces import SIZE, Imports, Line, Literal, Piece, literal, numbers, unwritable
 from indistill_fx.passes.capture.both_modes import choose
 
 Name = Callable[[fx.Node], Line]
@@ -35,6 +35,7 @@ _SIGNS: Mapping[Any, str] = {
     **_INFIX, "add": "+", "sub": "-", "mul": "*", "div": "/", "matmul": "@", torch.add: "+", torch.sub: "-", torch.mul: "*",
     torch.div: "/", torch.matmul: "@",
 }  # fmt: skip
+_RESHAPES = ("view", "reshape", "expand", "repeat", "unflatten")
 _TAKES_NUMBERS = ("view", "reshape", "permute", "expand", "repeat")
 """Methods whose numbers may stand alone or in a tuple."""
 
@@ -195,6 +196,7 @@ class _Arguments:
         if isinstance(value, slice):
             return ("slice(", *_joined([self.value(v, keyword) for v in (value.start, value.stop, value.step)]), ")")
         preferred = (keyword or str(getattr(self.node.target, "__name__", self.node.target))).strip("_")
+        preferred = SIZE if preferred in _RESHAPES else preferred
         if (
             isinstance(value, (tuple, list))
             and not isinstance(value, torch.Size)

@@ -45,6 +45,10 @@ class Literal:
     default: str | None = None
 
 
+SIZE = "size"
+"""The name of a number that is a size of a reshaped tensor."""
+
+
 @dataclass(frozen=True, slots=True)
 class Construct:
     """A call of a constructor: its name in code, its arguments, and the brackets around them."""

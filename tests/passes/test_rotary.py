@@ -96,3 +96,11 @@ def test_heads_width_and_mlp_can_go(form: str) -> None:
         got = small.value.graph_module(longer)
         assert (got - run_masked(teacher, small.report, longer)).abs().max() < 1e-12
         assert torch.equal(source_of(small.value).build()(longer), got)
+
+
+def test_equal_sizes_of_a_block_are_one_argument() -> None:
+    teacher = trace(Decoder("complex numbers").double(), torch.randint(0, 50, (2, 6)))
+    small = shrink(teacher, widths={"first.query": 48, "second.query": 16, "first.gate": 40})
+    text = source_of(small.value).text
+    assert "def __init__(self, query_out, key_out, gate_out, size, size_2):" in text
+    assert "self.first = Block(query_out=48, key_out=24, gate_out=40, size=6, size_2=3)" in text
