@@ -22,6 +22,7 @@ def table(options: argparse.Namespace) -> None:
         rows += [json.loads(path.read_text()) for path in sorted(out.glob("*-*.json"))]
         if (out / "repair.json").exists():
             repaired += json.loads((out / "repair.json").read_text())
+    rows = list({json.dumps(row, sort_keys=True): row for row in rows}.values())  # one that is named twice counts once
     text = "\n".join([*arm_lines(rows), *repair_lines([*repaired, *begun(rows, repaired)])]).strip() + "\n"
     print(text)
     if options.json:
@@ -59,11 +60,11 @@ def arm_lines(rows: list[dict[str, Any]]) -> list[str]:
         recipe = [row["optimizer"], f"{row['lr']:g}"]
         recipe += [f"weight decay {row['weight_decay']:g}"] if row["weight_decay"] else []
         recipe += [f"{name} {value:g}" for name, value in row.get("also", {}).items()]
-        key = (row["net"], row["macs"], row["images"], row["epochs"], ", ".join(recipe))
+        key = (row["net"], row["macs"], row["images"], row["epochs"], ", ".join(recipe), row["teacher"])
         groups.setdefault(key, []).append(row)
     lines: list[str] = []
-    for (net, macs, images, epochs, recipe), own in sorted(groups.items()):
-        teacher = f"teacher {own[0]['teacher']:.2%}"
+    for (net, macs, images, epochs, recipe, accuracy), own in sorted(groups.items()):
+        teacher = f"teacher {accuracy:.2%}"
         lines += [
             "",
             f"{net}, {macs:.0%} of its MACs, {images:,} images, {epochs} epochs in all ({recipe}), {teacher}:",
