@@ -51,7 +51,10 @@ def bench_apart(file: Path, inputs: tuple[Tensor, ...], **settings: Any) -> dict
         )
         if done.returncode != 0:
             lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-            raise ExportError(f"The process that timed `{file.name}` failed: {lines[-1]}", where=str(file))
+            raise ExportError(
+                f"The process that timed `{file.name}` failed: {lines[-1]}", where=str(file),
+                hint="Time it by another runtime (--on torch), or export the model and run `indistill-fx bench` on the file.",
+            )  # fmt: skip
         found: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
         return found
 
