@@ -211,6 +211,7 @@ def run(options: argparse.Namespace) -> None:
                     how = f"{options.limit or 'all'}-{options.epochs}-{options.optimizer}-{options.lr:g}"
                     warm = f"-{options.warmup}" if arm in ("joint", "kept", "fed", "unlabelled") else ""
                     also = "".join(f"-{key}{value:g}" for key, value in options.also.items())
+                    also += f"-decay{options.weight_decay:g}" if options.weight_decay else ""
                     name = f"{net}-{macs:g}-{how}-{seed}-{arm}{warm}{also}"
                     if (out / f"{name}.json").exists():
                         continue

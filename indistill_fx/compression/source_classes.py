@@ -237,7 +237,7 @@ def _are_widths(values: tuple[str, ...]) -> bool:
 def _best_name(columns: list[tuple[Literal, ...]], values: tuple[str, ...]) -> str:
     """The most telling name of literals that always have the same value: an output width; the size of a tensor last."""
     same = [column[0].name for column in columns if tuple(entry.text for entry in column) == values]
-    return min(same, key=lambda name: (not name.endswith("_out"), "_size" in name))
+    return min(same, key=lambda name: (not name.endswith("_out"), SIZE in name))
 
 
 def _free(preferred: str, used_names: set[str]) -> str:

@@ -52,15 +52,20 @@ def layer_of(node: fx.Node, tensors: Mapping[fx.Node, str]) -> nn.Module | None:
 
 
 def _layer_norm(weight: nn.Parameter, given: Mapping[str, Any]) -> nn.Module | None:
-    shape = given["normalized_shape"]
-    whole = isinstance(shape, (tuple, list)) and tuple(shape) == tuple(weight.shape)
-    return nn.LayerNorm(tuple(shape), eps=given.get("eps", 1e-5), bias=given["bias"] is not None) if whole else None
+    if not _has_axes_of(weight, given["normalized_shape"]):
+        return None
+    return nn.LayerNorm(tuple(weight.shape), eps=given.get("eps", 1e-5), bias=given["bias"] is not None)
 
 
 def _rms_norm(weight: nn.Parameter, given: Mapping[str, Any]) -> nn.Module | None:
-    shape = given["normalized_shape"]
-    whole = isinstance(shape, (tuple, list)) and tuple(shape) == tuple(weight.shape)
-    return nn.RMSNorm(tuple(shape), eps=given.get("eps")) if whole else None
+    if not _has_axes_of(weight, given["normalized_shape"]):
+        return None
+    return nn.RMSNorm(tuple(weight.shape), eps=given.get("eps"))
+
+
+def _has_axes_of(weight: nn.Parameter, normalized_shape: Any) -> bool:
+    """Whether the shape is written down, not computed, and is the weight's."""
+    return isinstance(normalized_shape, (tuple, list)) and tuple(normalized_shape) == tuple(weight.shape)
 
 
 def _linear(weight: nn.Parameter, given: Mapping[str, Any]) -> nn.Module | None:

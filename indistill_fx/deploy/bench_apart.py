@@ -18,7 +18,7 @@ from torch import Tensor
 
 from indistill_fx.deploy.bench import bench
 from indistill_fx.deploy.onnx_session import as_inputs
-from indistill_fx.errors import ExportError
+from indistill_fx.errors import ExportError, IndistillError
 
 _NAMES = "{:03d}"
 """Of the inputs in their file, so that their order by name is their order."""
@@ -67,4 +67,7 @@ def _main(request: str, examples: str, report: str) -> None:
 
 
 if __name__ == "__main__":
-    _main(*sys.argv[1:])
+    try:
+        _main(*sys.argv[1:])
+    except IndistillError as error:
+        sys.exit(str(error))

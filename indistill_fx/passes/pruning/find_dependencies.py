@@ -229,9 +229,10 @@ def _ends(call: Call) -> list[tuple[fx.Node, int]]:
 
 def _pairs(call: Call) -> list[tuple[fx.Node, int]]:
     """Real and imaginary parts, the axis of the numbers, and the axis that was both before a reshape."""
-    rank, before = len(call.shape(call.input) or ()), call.input.args[:1]
+    rank = len(call.shape(call.input) or ())
     axes = [(call.input, axis) for axis in range(max(1, rank - 2), rank)]
-    if op_name(call.input) in _RESHAPES and isinstance(source := before[0], fx.Node):
+    if op_name(call.input) in _RESHAPES:
+        source = read_call(call.input, call.facts).input
         axes.append((source, len(call.shape(source) or ()) - 1))
     return axes
 

@@ -94,9 +94,10 @@ def _read_axes(call: Call, source: fx.Node, rank: int) -> list[int]:
         "multihead_attention",
         "head_attention",
         "shifted_window_attention",
+        "bilinear",
     ):
         return [rank - 1] if source.op != "get_attr" else []
-    if call.op in NAMES or call.op == "bilinear" or (call.op == "PackedSequence" and source is features(call.node)):
+    if call.op in NAMES or (call.op == "PackedSequence" and source is features(call.node)):
         return [rank - 1]
     if call.op in PRODUCTS:
         left, right = operands_of(call)
