@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 
 import pytest
@@ -9,11 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from indistill_fx.errors import PassError
 from indistill_fx.graph.interpret import run_keeping
 from indistill_fx.passes.capture.trace import trace
 from indistill_fx.passes.extract.instrument import cut
 from indistill_fx.passes.pruning.narrow import narrow
 from indistill_fx.passes.pruning.shrink import shrink
+from indistill_fx.passes.pruning.verified import verify_smaller
 
 
 def reversed_rows(y: Tensor) -> Tensor:
@@ -101,3 +104,26 @@ def test_sizes_are_read_from_what_was_narrowed() -> None:
     graph_module = cut(narrow(model, kept={":relu_1": [0, 2, 4]}).value, [":relu_1"]).value
     widths = {m.out_channels for m in graph_module.modules() if isinstance(m, nn.Conv2d)}
     assert widths == {8, 3}  # the whole tensor is not computed for the sake of its shape
+
+
+def test_a_fault_at_other_sizes_alone_is_found() -> None:
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.conv(x).sum((2, 3)) / 900)
+
+    model = trace(Pooled(), (torch.randn(2, 3, 32, 32),))
+    small = shrink(model, ratio=0.5)
+    verify_smaller(model, small.value.graph_module, small.report.axes)
+    division = next(n for n in small.value.graph_module.graph.nodes if n.target is operator.truediv)
+    total, spoiled = division.args[0], small.value.graph_module.graph
+    with spoiled.inserting_before(division):
+        height = spoiled.call_method("size", (total.args[0], 2))
+        division.update_arg(0, spoiled.call_function(operator.mul, (total, height)))
+        division.update_arg(1, 900 * 30)
+    small.value.graph_module.recompile()
+    with pytest.raises(PassError, match="is off by"):
+        verify_smaller(model, small.value.graph_module, small.report.axes)

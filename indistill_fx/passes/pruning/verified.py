@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Set
 from contextlib import suppress
 from typing import Any
 
@@ -23,7 +23,7 @@ _CROPS = (40, 64, 128)
 
 
 def verify_smaller(model: TracedModel, smaller: fx.GraphModule, axes: Any) -> None:
-    """Compare on the example, in eval mode. Both networks are left as they were.
+    """Compare on the example or a crop of it, and on shorter inputs, in eval mode. Both networks are left as they were.
 
     Args:
         model: the original.
@@ -33,24 +33,34 @@ def verify_smaller(model: TracedModel, smaller: fx.GraphModule, axes: Any) -> No
     Raises:
         PassError: the smaller network fails or computes something else, which is a bug in indistill-fx.
     """
+    original = Masked(model, axes)
+    rows = batch_of(model.example_values, 2, example_size=batch_size(model.example_values))
     with evaluating(model.graph_module), evaluating(smaller):
-        for inputs in _examples(model):
-            with suppress(Exception):  # an image too small for the original model cannot be compared
-                seed_torch(0)
-                expected = Masked(model, axes).run(*inputs)
-                break
-        else:
+        if _compared(original, smaller, _crops(model, rows)):
+            return
+        if not _compared(original, smaller, (rows, model.example_values)):
+            model.graph_module(*model.example_values)  # raises if the example itself is wrong
+            original.run(*model.example_values)
+        _compared(original, smaller, _shorter(rows))
+
+
+def _compared(original: Masked, smaller: fx.GraphModule, examples: Iterable[tuple[Any, ...]]) -> bool:
+    """Compare on the first inputs of a size that the original takes; whether there were any."""
+    for inputs in examples:
+        with suppress(Exception):
             seed_torch(0)
-            model.graph_module(*inputs)  # raises if the example itself is wrong
-            expected = Masked(model, axes).run(*inputs)
-        try:
-            seed_torch(0)
-            got = smaller(*inputs)
-        except Exception as error:
-            raise PassError(
-                f"The smaller network does not run: {type(error).__name__}: {error}.", where="shrink", hint=_HINT
-            ) from error
-    worst = max((_gap(a, b) for a, b in zip(_tensors(expected), _tensors(got), strict=True)), default=0.0)
+            expected = _tensors(original.run(*inputs))
+            break
+    else:
+        return False
+    try:
+        seed_torch(0)
+        got = _tensors(smaller(*inputs))
+    except Exception as error:
+        raise PassError(
+            f"The smaller network does not run: {type(error).__name__}: {error}.", where="shrink", hint=_HINT
+        ) from error
+    worst = max((_gap(a, b) for a, b in zip(expected, got, strict=True)), default=0.0)
     if not worst <= _TOLERANCE:
         raise PassError(
             f"The smaller network is off by {worst:.1e} of the largest value from the original without the channels removed.",
@@ -59,21 +69,35 @@ def verify_smaller(model: TracedModel, smaller: fx.GraphModule, axes: Any) -> No
             expected=_TOLERANCE,
             hint=_HINT,
         )
+    return True
 
 
 _HINT = "This is a mistake of indistill-fx: please report the model. Widths for single layers may avoid it."
 
 
-def _examples(model: TracedModel) -> Iterator[tuple[Any, ...]]:
-    """Inputs to compare on, the cheapest first: the example's first row (cropped, if sizes are free), then uncropped, then all rows."""
-    given = batch_of(model.example_values, 1, example_size=batch_size(model.example_values))
-    pictures = [leaf for leaf in tree_leaves(given) if isinstance(leaf, Tensor)]
+def _crops(model: TracedModel, rows: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
+    """Small crops of images, the cheapest first, where sizes are free."""
+    pictures = _tensors(rows)
     if model.report.method == "symbolic" and all(leaf.dim() == 4 for leaf in pictures):
         side = min((n for leaf in pictures for n in leaf.shape[2:]), default=0)
         for crop in (n for n in _CROPS if n < side):
-            yield tree_map(lambda leaf, n=crop: leaf[:, :, :n, :n] if isinstance(leaf, Tensor) else leaf, given)
-    yield given
-    yield model.example_values
+            yield tree_map(lambda leaf, n=crop: leaf[:, :, :n, :n] if isinstance(leaf, Tensor) else leaf, rows)
+
+
+def _shorter(rows: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
+    """Images with fewer pixels, or sequences with fewer steps."""
+    for first, last in ((2, None), (1, 2)):  # sizes after the channels; steps before the features
+        lengths = {n for leaf in _tensors(rows) for n in leaf.shape[first:last] if n > 3}
+        if lengths:
+            yield tree_map(lambda leaf, lengths=lengths: _shortened(leaf, lengths), rows)
+
+
+def _shortened(leaf: Any, lengths: Set[int]) -> Any:
+    if isinstance(leaf, Tensor):
+        for axis, n in enumerate(leaf.shape):
+            if axis > 0 and n in lengths:
+                leaf = leaf.narrow(axis, 0, 3 * n // 4 // 8 * 8 or 3 * n // 4)
+    return leaf
 
 
 def _tensors(value: Any) -> list[Tensor]:
