@@ -29,12 +29,12 @@ from indistill_fx.deploy.onnx_session import (
     feed,
     file_size,
     graph_of,
-    is_quantised,
     open_session,
     random_inputs,
 )
 from indistill_fx.errors import ConfigError, first_lines
 from indistill_fx.graph.module_state import evaluating
+from indistill_fx.loading.onnx.runtime import is_quantised
 
 Call: TypeAlias = Callable[[], object]
 Contestant: TypeAlias = nn.Module | str | PathLike[str]

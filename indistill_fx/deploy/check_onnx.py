@@ -23,7 +23,6 @@ from indistill_fx.deploy.onnx_session import (
     file_size,
     graph_of,
     inputs_of,
-    is_quantised,
     named_outputs,
     open_session,
 )
@@ -32,6 +31,7 @@ from indistill_fx.deploy.parity import Decisions, Parity, Proof, RealParity, pro
 from indistill_fx.deploy.preprocess import Preprocess
 from indistill_fx.errors import ConfigError, IndistillError, first_lines
 from indistill_fx.graph.module_state import evaluating
+from indistill_fx.loading.onnx.runtime import is_quantised
 
 if TYPE_CHECKING:
     import onnx

@@ -133,14 +133,14 @@ def graph_of(path: str | PathLike[str]) -> onnx.ModelProto:
     """
     import onnx
 
-    from indistill_fx.loading.onnx.read import check_length, check_texts, weights_beside
+    from indistill_fx.loading.onnx.read import check_nodes, check_texts, weights_beside
 
     hint = "Give the path of an .onnx file; copy it again, or export it again."
     with instead_of(Exception, ConfigError(f"`{path}` cannot be read as ONNX", where=str(path), hint=hint)):
         require_regular(path)
         model = onnx.load(str(path), load_external_data=False)
     check_texts(model, Path(path))
-    check_length(model, Path(path))
+    check_nodes(model, Path(path))
     weights_beside(model, Path(path))
     return model
 
@@ -189,11 +189,6 @@ def _metadata_of(session: onnxruntime.InferenceSession) -> Mapping[str, str]:
     ):
         found: Mapping[str, str] = session.get_modelmeta().custom_metadata_map
     return found
-
-
-def is_quantised(model: onnx.ModelProto) -> bool:
-    """Does the model hold int8 arithmetic?"""
-    return any(node.op_type in ("QuantizeLinear", "DynamicQuantizeLinear") for node in model.graph.node)
 
 
 def file_size(path: str | PathLike[str]) -> int:

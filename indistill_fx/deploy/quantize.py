@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from indistill_fx.batch import Inputs, split
-from indistill_fx.deploy.onnx_session import Array, feed, file_size, graph_of, is_quantised, open_session
+from indistill_fx.deploy.onnx_session import Array, feed, file_size, graph_of, open_session
 from indistill_fx.errors import ConfigError, ExportError, instead_of, nearest
+from indistill_fx.loading.onnx.runtime import is_quantised
 from indistill_fx.system.files import staged
 from indistill_fx.version import __version__
 

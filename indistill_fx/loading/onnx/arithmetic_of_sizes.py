@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import numpy as np
+import torch
+from onnx import TensorProto
 
 from indistill_fx.loading.onnx.builder import Op
-from indistill_fx.loading.onnx.values import Size, Sizes, Undecided, numbers_of, sizes
+from indistill_fx.loading.onnx.values import Size, Sizes, Undecided, combined, numbers_of, sizes
 
 _BINARY: dict[str, Callable[[Any, Any], Any]] = {
     "Add": operator.add,
@@ -36,9 +38,10 @@ def binary(op: Op) -> Sizes:
         integral = all(
             isinstance(n, int) or (isinstance(n, Size) and isinstance(n.samples[0], int)) for n in (*a.flat, *b.flat)
         )
-        return _each(operator.floordiv if integral else operator.truediv, a, b)
+        return _each(_quotient if integral else operator.truediv, a, b)
     if op.kind in ("Min", "Max"):
-        return _each(min if op.kind == "Min" else max, a, b)
+        function = torch.sym_min if op.kind == "Min" else torch.sym_max
+        return _each(partial(combined, function), a, b)
     return _each(_BINARY[op.kind], a, b)
 
 
@@ -49,8 +52,11 @@ def rounding(op: Op) -> Sizes:
 
 
 def cast(op: Op) -> Sizes:
-    """Cast between whole and real numbers."""
-    kind: Callable[[Any], Any] = float if int(op.get("to", 7)) in (1, 10, 11) else int
+    """Cast between whole and real numbers, and to a decision."""
+    wanted = int(op.get("to", 7))
+    if wanted == TensorProto.BOOL:
+        return _each(bool, _given(op)[0])
+    kind: Callable[[Any], Any] = float if wanted in (1, 10, 11) else int
     return _each(lambda n: n.apply(kind) if isinstance(n, Size) else kind(n), _given(op)[0])
 
 
@@ -114,6 +120,16 @@ def product(op: Op) -> Sizes:
     function = operator.mul if op.kind == "ReduceProd" else operator.add
     total = sizes(reduce(function, _given(op)[0].flat))
     return total if not op.get("keepdims", 1) else total.reshape(1)
+
+
+def _quotient(a: Any, b: Any) -> Any:
+    """A quotient of whole numbers towards zero."""
+    signs = {n > 0 for number in (a, b) for n in (number.samples if isinstance(number, Size) else (number,)) if n != 0}
+    if not isinstance(a, Size) and not isinstance(b, Size):
+        return a // b if len(signs) < 2 else -(-a // b)
+    if signs == {True}:
+        return a // b
+    raise Undecided("divides sizes with a sign")
 
 
 def _given(op: Op) -> list[Sizes]:

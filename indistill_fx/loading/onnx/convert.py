@@ -11,7 +11,7 @@ Rules, in order:
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -161,7 +161,7 @@ class _Conversion:
             value = tensor_of(tensor, tensor.name)
             scope[tensor.name] = value
             self.build.names[id(value)] = tensor.name
-        used = Counter(name for node in graph.node for name in node.input)
+        used = Counter(name for node in graph.node for name in _names_read(node))
         used.update(output.name for output in graph.output)
         readers = {name: node for node in graph.node for name in node.input}
         done: set[str] = set()
@@ -260,6 +260,15 @@ def _with_bias(op: Op, node: onnx.NodeProto, add: onnx.NodeProto, scope: Mapping
     if add.op_type != "Add" or not fits or tuple(bias.shape) != (weight.shape[1],):  # type: ignore[union-attr]
         return None
     return Op(op.kind, op.name, (*op.inputs, bias), (*op.names, other), op.attributes, op.opset)
+
+
+def _names_read(node: onnx.NodeProto) -> Iterator[str]:
+    """The names that a node reads, inside its branches too."""
+    yield from node.input
+    for attribute in node.attribute:
+        for inner in attribute.g.node:
+            yield from _names_read(inner)
+        yield from (output.name for output in attribute.g.output)
 
 
 def _named(node: onnx.NodeProto) -> str:

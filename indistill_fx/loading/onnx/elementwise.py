@@ -31,7 +31,6 @@ UNARY: dict[str, Callable[..., Any]] = {
     "Reciprocal": torch.reciprocal,
     "Not": torch.logical_not,
     "IsNaN": torch.isnan,
-    "IsInf": torch.isinf,
 }
 _ARITHMETIC: dict[str, Callable[..., Any]] = {"Add": operator.add, "Sub": operator.sub, "Mul": operator.mul}
 COMPARISONS: dict[str, Callable[..., Any]] = {
@@ -49,6 +48,16 @@ COMPARISONS: dict[str, Callable[..., Any]] = {
 def unary(op: Op, build: Builder) -> Any:
     """A function of one tensor without settings."""
     return build.call(UNARY[op.kind], build.tensor(op.required(0)))
+
+
+def is_infinite(op: Op, build: Builder) -> Any:
+    """IsInf, of both signs or one."""
+    x, below, above = build.tensor(op.required(0)), op.get("detect_negative", 1), op.get("detect_positive", 1)
+    if not below and not above:
+        raise Undecided("detects neither sign of infinity")
+    if below and above:
+        return build.call(torch.isinf, x)
+    return build.call(torch.eq, x, float("inf") if above else float("-inf"))
 
 
 def with_slope(op: Op, build: Builder) -> Any:
@@ -94,18 +103,22 @@ def clip(op: Op, build: Builder) -> Any:
 
 
 def arithmetic(op: Op, build: Builder) -> Any:
-    """Add, Sub, Mul, Div and Pow; whole numbers are divided towards zero."""
+    """Add, Sub, Mul, Div and Pow; whole numbers are divided towards zero, and their powers are whole."""
+    first = op.required(0)
     a, b = _operands(op, build)
     if op.kind == "Div":
         integral = not any(_is_real(value) for value in (a, b))
         return build.call(torch.div, a, b, rounding_mode="trunc") if integral else build.call(operator.truediv, a, b)
     if op.kind == "Pow":
-        return build.call(torch.pow, a, b)
+        power = build.call(torch.pow, a, b)
+        return power if _is_real(a) or not _is_real(b) else build.call(Tensor.to, power, _dtype(build.tensor(first)))
     return build.call(_ARITHMETIC[op.kind], a, b)
 
 
 def comparison(op: Op, build: Builder) -> Any:
     """Comparisons and logic."""
+    if op.kind in ("And", "Or", "Xor"):
+        return build.call(COMPARISONS[op.kind], *(build.tensor(op.required(number)) for number in (0, 1)))
     a, b = _operands(op, build)
     if not isinstance(a, (Tensor, Traced)):  # torch compares a tensor with a number, but not a number with a tensor
         turned: dict[str, Callable[..., Any]] = {
@@ -130,8 +143,9 @@ def of_several(op: Op, build: Builder) -> Any:
 
 def modulo(op: Op, build: Builder) -> Any:
     """Mod, with the sign of the divisor, or of the dividend with fmod."""
-    a, b = _operands(op, build)
-    return build.call(torch.fmod if op.get("fmod", 0) else torch.remainder, a, b)
+    if op.get("fmod", 0):
+        return build.call(torch.fmod, *(build.tensor(op.required(number)) for number in (0, 1)))
+    return build.call(torch.remainder, *_operands(op, build))
 
 
 def where(op: Op, build: Builder) -> Any:
@@ -145,18 +159,18 @@ def cast(op: Op, build: Builder) -> Any:
     x = build.tensor(op.required(0))
     if op.kind == "CastLike":
         reference = op.required(1)
-        dtype = reference.samples[0].dtype if isinstance(reference, Traced) else build.tensor(reference).dtype  # type: ignore[union-attr]
+        dtype = _dtype(build.tensor(reference))
     else:
         dtype = dtype_of(int(op.get("to", 1)), op.name)
-    source_dtype = x.samples[0].dtype if isinstance(x, Traced) else x.dtype
-    return x if source_dtype == dtype else build.call(Tensor.to, x, dtype)
+    return x if _dtype(x) == dtype else build.call(Tensor.to, x, dtype)
 
 
 def identity(op: Op, build: Builder) -> Any:
     """Identity, and Dropout of a network in use."""
     if op.kind == "Dropout" and (mode := op.constant(2)) is not None and bool(mode):
         raise Undecided("drops at random: the file is for training")
-    return op.required(0)
+    x = op.required(0)
+    return x if op.outputs < 2 else (x, build.call(torch.ones_like, build.tensor(x), dtype=torch.bool))
 
 
 def prelu(op: Op, build: Builder) -> Any:
@@ -175,6 +189,10 @@ def prelu(op: Op, build: Builder) -> Any:
 def _operands(op: Op, build: Builder) -> tuple[Any, Any]:
     first, second = op.required(0), op.required(1)
     return build.plain(first, beside=second), build.plain(second, beside=first)
+
+
+def _dtype(value: Tensor | Traced) -> torch.dtype:
+    return value.samples[0].dtype if isinstance(value, Traced) else value.dtype
 
 
 def _is_real(value: Any) -> bool:

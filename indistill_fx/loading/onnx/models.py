@@ -14,7 +14,7 @@ from indistill_fx.loading.onnx.black_box import black_box
 from indistill_fx.loading.onnx.builder import LARGEST_CONSTANT
 from indistill_fx.loading.onnx.convert import OnnxInput, convert, inputs_of
 from indistill_fx.loading.onnx.read import read_onnx
-from indistill_fx.loading.onnx.runtime import TOLERANCE, compare, example_of, is_quantised
+from indistill_fx.loading.onnx.runtime import compare, example_of, is_quantised, tolerance_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ def convert_file(path: Path, shape: tuple[int, ...] | None = None) -> OnnxModel:
     inputs = _bounded(inputs_of(model, shape))
     module = convert(model, inputs, str(path))
     difference = compare(module, model, inputs, str(path))
-    most = "the file is quantised: roundings add up" if is_quantised(model) else f"at most {TOLERANCE:.0e}"
+    most = "the file is quantised: roundings add up" if is_quantised(model) else f"at most {tolerance_of(model):.0e}"
     note = f"converted from ONNX; its outputs differ from onnxruntime's by {difference:.1g} of the largest ({most})"
     fixed = inputs[0].batch
     notes = (note,) if fixed is None else (note, f"the file is made for {_samples(fixed)}, the graph for any number")

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from indistill_fx.loading.onnx.builder import Builder, Op
-from indistill_fx.loading.onnx.values import Size, Traced, Undecided, list_of
+from indistill_fx.loading.onnx.values import Size, Traced, Undecided, combined, list_of
 
 
 def padded(
@@ -38,26 +38,23 @@ def padded(
     auto = op.get("auto_pad", "NOTSET")
     pads = list(op.get("pads", [0] * 2 * space)) if auto in ("NOTSET", "VALID") else None
     if pads is None:
-        total = [_same(x, axis + 2, window[axis], stride[axis], dilation[axis]) for axis in range(space)]
+        total = [_same(build.size(x, axis + 2), window[axis], stride[axis], dilation[axis]) for axis in range(space)]
         less, more = [n // 2 for n in total], [n - n // 2 for n in total]
         pads = [*less, *more] if auto == "SAME_UPPER" else [*more, *less]
     before, after = pads[:space], pads[space:]
-    if before == after:
+    if not any(isinstance(n, Size) for n in pads) and before == after:
         return x, tuple(before)
     flat = [n for pair in zip(reversed(before), reversed(after), strict=True) for n in pair]
     return build.call(F.pad, x, flat, "constant", value), (0,) * space
 
 
-def _same(x: Traced, axis: int, window: int, stride: int, dilation: int) -> int:
-    """The padding with which only the stride divides an axis's length ("SAME")."""
-    needs = set()
-    for sample in x.samples:
-        length = sample.shape[axis]
-        reach = (math.ceil(length / stride) - 1) * stride + (window - 1) * dilation + 1
-        needs.add(max(reach - length, 0))
-    if len(needs) > 1:
-        raise Undecided("pads by the size of its input, which is free")
-    return needs.pop()
+def _same(length: Any, window: int, stride: int, dilation: int) -> Any:
+    """The padding with which only the stride divides an axis's length ("SAME"): a number, or a `Size` of a free axis."""
+    reach = (window - 1) * dilation + 1
+    if stride == 1:
+        return reach - 1
+    steps = (length + (stride - 1)) // stride
+    return combined(torch.sym_max, (steps - 1) * stride + reach - length, 0)
 
 
 def max_pool(op: Op, build: Builder) -> Any:
@@ -68,7 +65,9 @@ def max_pool(op: Op, build: Builder) -> Any:
         raise Undecided("returns its indices")
     ones = [1] * len(window)
     stride, dilation = tuple(op.get("strides", ones)), tuple(op.get("dilations", ones))
-    x, padding = padded(op, build, x, window, stride, dilation, value=float("-inf"))
+    dtype = x.samples[0].dtype
+    least = float("-inf") if dtype.is_floating_point else torch.iinfo(dtype).min
+    x, padding = padded(op, build, x, window, stride, dilation, value=least)
     function = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[len(window) - 1]
     return build.call(function, x, window, stride, padding, dilation, bool(op.get("ceil_mode", 0)))
 
@@ -135,7 +134,12 @@ def resize(op: Op, build: Builder) -> Any:
     more: dict[str, Any] = {"align_corners": corners} if mode not in ("nearest", "nearest-exact") else {}
     if lengths is not None:
         return build.call(F.interpolate, x, tuple(lengths[2:]), None, mode, **more)
-    return build.call(F.interpolate, x, None, tuple(float(n) for n in given[2:]), mode, **more)
+    return build.call(F.interpolate, x, None, tuple(map(_as_written, given[2:])), mode, **more)
+
+
+def _as_written(scale: float) -> float:
+    """A scale as people write it: the file's single precision makes 1.39999998 of 1.4, with which torch loses a pixel."""
+    return float(str(np.float32(scale)))
 
 
 def _form(op: Op) -> tuple[str, bool]:

@@ -50,7 +50,7 @@ def read_onnx(path: Path) -> onnx.ModelProto:
         raise _refused(path, "has sparse weights, which are not read here")
     del model.training_info[:], model.metadata_props[:]
     _bring_in_weights(model, path)
-    check_length(model, path)
+    check_nodes(model, path)
     if model.functions:
         try:
             model = inliner.inline_local_functions(model)
@@ -80,12 +80,19 @@ def _texts(message: Any) -> Iterator[object]:
             yield from value if hasattr(value, "append") else [value]
 
 
-def check_length(model: onnx.ModelProto, path: Path) -> None:
-    """Refuse a model of too many operators, its own functions written out: a few that call each other can stand for any number.
+def check_nodes(model: onnx.ModelProto, path: Path) -> None:
+    """Refuse a model that would end the process: of too many operators, or with one that onnxruntime does not survive.
+
+    A model's own functions are counted written out: a few that call each other can stand for any number. A `Split` that leaves one
+    of its outputs out is a segmentation fault in onnxruntime (1.27).
 
     Raises:
         ConfigError: it is one.
     """
+    for graph in _graphs(model):
+        for node in graph.node:
+            if node.op_type == "Split" and "" in node.output:
+                raise _refused(path, f"leaves out an output of its operator `Split` ({node.name or node.output[0]})")
     if _written_out(model) > MOST_NODES:
         raise _refused(path, f"has more than {MOST_NODES:,} operators once its functions are expanded")
 

@@ -7,17 +7,18 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from indistill_fx.loading.onnx.builder import Builder, Op
 from indistill_fx.loading.onnx.values import Traced, Undecided, Value
 
 _REDUCTIONS: dict[str, Callable[..., Any]] = {
     "ReduceMean": torch.mean,
-    "ReduceSum": torch.sum,
     "ReduceMax": torch.amax,
     "ReduceMin": torch.amin,
     "ReduceLogSumExp": torch.logsumexp,
 }
+_SUMS = frozenset("ReduceSum ReduceSumSquare ReduceL1".split())
 
 
 def reduction(op: Op, build: Builder) -> Any:
@@ -31,13 +32,17 @@ def reduction(op: Op, build: Builder) -> Any:
     over = tuple(int(axis) % _dim(x) for axis in axes)
     keep = bool(op.get("keepdims", 1))
     if op.kind == "ReduceProd":
-        if len(over) > 1:
-            raise Undecided("multiplies over several axes")
-        return build.call(torch.prod, x, over[0], keep)
-    if op.kind in ("ReduceL1", "ReduceL2"):
-        return build.call(torch.linalg.vector_norm, x, int(op.kind[-1]), over, keep)
+        for axis in sorted(over, reverse=True):
+            x = build.call(torch.prod, x, axis, keep, dtype=_dtype(x))
+        return x
+    if op.kind == "ReduceL1":
+        x = build.call(torch.abs, x)
+    if op.kind == "ReduceL2":
+        return build.call(torch.linalg.vector_norm, x, 2, over, keep)
     if op.kind == "ReduceSumSquare":
-        return build.call(torch.sum, build.call(torch.square, x), over, keep)
+        x = build.call(torch.square, x)
+    if op.kind in _SUMS:  # torch makes sums of short whole numbers long ones
+        return build.call(torch.sum, x, over, keep, **({} if _dtype(x).is_floating_point else {"dtype": _dtype(x)}))
     return build.call(_REDUCTIONS[op.kind], x, over, keep)
 
 
@@ -62,12 +67,13 @@ def argument(op: Op, build: Builder) -> Any:
 
 
 def top_k(op: Op, build: Builder) -> Any:
-    """TopK of a constant number."""
-    count = op.constant(1)
+    """TopK of a constant number, largest or smallest first; of equal entries the first, which `torch.topk` does not promise."""
+    count = torch.tensor(op.attributes["k"]) if "k" in op.attributes else op.constant(1)
     if count is None or count.numel() != 1:
         raise Undecided("takes a computed number of entries")
-    axis = int(op.get("axis", -1))
-    return build.call(torch.topk, build.tensor(op.required(0)), int(count), axis, bool(op.get("largest", 1)), True)
+    x, axis, descending = build.tensor(op.required(0)), int(op.get("axis", -1)), bool(op.get("largest", 1))
+    both = build.call(torch.sort, x, dim=axis, descending=descending, stable=True)
+    return tuple(build.call(torch.narrow, part, axis, 0, int(count)) for part in both)
 
 
 def running_sum(op: Op, build: Builder) -> Any:
@@ -75,7 +81,8 @@ def running_sum(op: Op, build: Builder) -> Any:
     axis = op.constant(1)
     if axis is None or op.get("exclusive", 0) or op.get("reverse", 0):
         raise Undecided("sums backwards, or without the entry itself")
-    return build.call(torch.cumsum, build.tensor(op.required(0)), int(axis))
+    x = build.tensor(op.required(0))
+    return build.call(torch.cumsum, x, int(axis), **({} if _dtype(x).is_floating_point else {"dtype": _dtype(x)}))
 
 
 def einsum(op: Op, build: Builder) -> Any:
@@ -91,6 +98,10 @@ def mean_variance(op: Op, build: Builder) -> Any:
     centred = build.call(operator.sub, x, build.call(torch.mean, x, axes, True))
     deviation = build.call(torch.sqrt, build.call(torch.mean, build.call(torch.square, centred), axes, True))
     return build.call(operator.truediv, centred, build.call(operator.add, deviation, 1e-9))
+
+
+def _dtype(value: Tensor | Traced) -> torch.dtype:
+    return value.samples[0].dtype if isinstance(value, Traced) else value.dtype
 
 
 def _dim(value: Value) -> int:

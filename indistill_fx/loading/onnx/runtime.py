@@ -9,21 +9,30 @@ import onnx
 import torch
 from torch import Tensor, fx
 
-from indistill_fx.errors import ConfigError
+from indistill_fx.errors import ConfigError, first_lines
 from indistill_fx.loading.onnx.convert import OnnxInput
 
 if TYPE_CHECKING:
     import onnxruntime
 
-TOLERANCE = 1e-4
+_TOLERANCE = 1e-4
 """Largest difference of an output to onnxruntime's, relative to the output's largest value."""
+_TOLERANCE_OF_HALF = 4 * torch.finfo(torch.float16).eps
+_ROUNDING = frozenset("QuantizeLinear DynamicQuantizeLinear QLinearConv QLinearMatMul".split())
 QUANTISED_TIMES = 4
 """As many times as onnxruntime differs from itself, with and without its rewrites, a quantised file's conversion may differ from it."""
 
 
 def is_quantised(model: onnx.ModelProto) -> bool:
     """Whether the file rounds what it computes to whole numbers on the way."""
-    return any(node.op_type in ("QuantizeLinear", "QLinearConv", "QLinearMatMul") for node in model.graph.node)
+    return any(node.op_type in _ROUNDING for node in model.graph.node)
+
+
+def tolerance_of(model: onnx.ModelProto) -> float:
+    """Largest difference allowed, relative to an output's largest value: more where the file computes in half precision."""
+    types = {tensor.data_type for tensor in model.graph.initializer}
+    types |= {value.type.tensor_type.elem_type for value in (*model.graph.input, *model.graph.output)}
+    return _TOLERANCE_OF_HALF if types & {onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16} else _TOLERANCE
 
 
 def open_session(model: onnx.ModelProto, where: str, *, rewrites: bool = True) -> onnxruntime.InferenceSession:
@@ -95,12 +104,20 @@ def _filled(rows: Tensor, count: int) -> Tensor:
     return torch.cat([rows, rows[-1:].expand(count - len(rows), *rows.shape[1:])]) if len(rows) < count else rows
 
 
-def example_of(inputs: Sequence[OnnxInput], count: int, *, other: bool = False) -> tuple[Tensor, ...]:
-    """Random inputs, the same ones every time: normally distributed numbers, whole ones 0 or 1."""
+def example_of(
+    inputs: Sequence[OnnxInput], count: int, shapes: Sequence[tuple[int, ...]] | None = None
+) -> tuple[Tensor, ...]:
+    """Random inputs, the same ones every time: normally distributed numbers, whole ones 0 or 1.
+
+    Args:
+        inputs: of the file.
+        count: the number of samples.
+        shapes: of a sample of each input; by default the inputs' own.
+    """
     generator = torch.Generator().manual_seed(0)
     found = []
-    for onnx_input in inputs:
-        shape = (count, *(onnx_input.other if other else onnx_input.shape))
+    for onnx_input, own in zip(inputs, shapes or [onnx_input.shape for onnx_input in inputs], strict=True):
+        shape = (count, *own)
         if onnx_input.dtype.is_floating_point:
             found.append(torch.randn(shape, generator=generator).to(onnx_input.dtype))
         else:
@@ -109,7 +126,9 @@ def example_of(inputs: Sequence[OnnxInput], count: int, *, other: bool = False) 
 
 
 def compare(module: fx.GraphModule, model: onnx.ModelProto, inputs: Sequence[OnnxInput], where: str) -> float:
-    """Run both on two batches of random numbers, of another size of the free axes the second time.
+    """Run both on batches of random numbers: of two sizes of the free axes, and of a small odd one if onnxruntime takes it.
+
+    The conversion knows the two sizes; the third shows what holds for these alone.
 
     A quantised file rounds sums that lie between two whole numbers by their last bit, and so differs with the order of summation; how
     much, onnxruntime's own two ways of running it show.
@@ -122,25 +141,46 @@ def compare(module: fx.GraphModule, model: onnx.ModelProto, inputs: Sequence[Onn
     """
     session = open_session(model, where)
     plain = open_session(model, where, rewrites=False) if is_quantised(model) else None
-    worst = 0.0
-    for count, other in ((2, False), (3, True)):
-        given = example_of(inputs, count, other=other)
+    worst, tolerance = 0.0, tolerance_of(model)
+    trials = [(2, [entry.shape for entry in inputs]), (3, [entry.other for entry in inputs])]
+    known = len(trials)
+    if any(entry.shape != entry.other for entry in inputs):
+        trials.append((2, [_odd(entry) for entry in inputs]))
+    for number, (count, shapes) in enumerate(trials):
+        given = example_of(inputs, count, shapes)
+        told = f"inputs of {', '.join('x'.join(map(str, value.shape)) for value in given)}"
         try:
             wanted = run_session(session, given, inputs[0].batch)
             again = run_session(plain, given, inputs[0].batch) if plain is not None else wanted
         except ConfigError:
             raise
         except Exception as error:
+            if number >= known:
+                break
             raise _failure("fails to run", where, error, "Check that the inputs are what the file takes.") from error
-        with torch.no_grad():
-            result: Any = module(*given)
+        try:
+            with torch.no_grad():
+                result: Any = module(*given)
+        except Exception as error:
+            raise ConfigError(
+                f"`{where}`, converted, fails on {told}, which onnxruntime takes: {first_lines(error)}",
+                where=where,
+                hint=_hint(where),
+            ) from error
         results = list(result.values()) if isinstance(result, dict) else [result]
         for output, computed, expected, repeated in zip(session.get_outputs(), results, wanted, again, strict=True):
-            allowed = (
-                max(TOLERANCE, QUANTISED_TIMES * _relative(repeated, expected)) if plain is not None else TOLERANCE
-            )
-            worst = max(worst, _difference(computed, expected, output.name, where, allowed))
+            allowed = max(tolerance, QUANTISED_TIMES * _relative(repeated, expected))
+            worst = max(worst, _difference(computed, expected, f"`{output.name}` for {told}", where, allowed))
     return worst
+
+
+def _odd(onnx_input: OnnxInput) -> tuple[int, ...]:
+    """A small shape, whose free axes are odd."""
+    return tuple(n if n == other else n // 3 | 1 for n, other in zip(onnx_input.shape, onnx_input.other, strict=True))
+
+
+def _hint(where: str) -> str:
+    return f"Let onnxruntime run it as it is: onnxruntime:{where}, with ?taps=NAME,NAME for tensors inside (a teacher only)."
 
 
 def _relative(computed: Tensor, expected: Tensor) -> float:
@@ -150,22 +190,25 @@ def _relative(computed: Tensor, expected: Tensor) -> float:
     return float((computed.double() - wanted).abs().max()) / max(largest, 1e-12) if wanted.numel() else 0.0
 
 
-def _difference(computed: Tensor, expected: Tensor, name: str, where: str, allowed: float) -> float:
-    hint = f"Let onnxruntime run it as it is: onnxruntime:{where}, with ?taps=NAME,NAME for tensors inside (a teacher only)."
-    if computed.shape != expected.shape:
-        raise ConfigError(
-            f"`{where}`, converted, gives its output `{name}` the shape {tuple(computed.shape)}, and onnxruntime {tuple(expected.shape)}.",
-            where=where,
-            hint=hint,
-        )
+def _difference(computed: Tensor, expected: Tensor, output: str, where: str, allowed: float) -> float:
+    for what, ours, theirs in (
+        ("shape", tuple(computed.shape), tuple(expected.shape)),
+        ("type", computed.dtype, expected.dtype),
+    ):
+        if ours != theirs:
+            raise ConfigError(
+                f"`{where}`, converted, gives its output {output} the {what} {ours}, and onnxruntime {theirs}.",
+                where=where,
+                hint=_hint(where),
+            )
     difference = _relative(computed, expected)
     if not difference <= allowed:
         raise ConfigError(
-            f"`{where}`, converted, does not compute what onnxruntime does: its output `{name}` differs by {difference:.2g} of its"
+            f"`{where}`, converted, does not compute what onnxruntime does: its output {output} differs by {difference:.2g} of its"
             f" largest value (tolerance {allowed:.0e}).",
             where=where,
             got=difference,
             expected=allowed,
-            hint=hint,
+            hint=_hint(where),
         )
     return difference

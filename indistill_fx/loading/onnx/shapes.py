@@ -65,6 +65,8 @@ def flatten(op: Op, build: Builder) -> Any:
         return x if _dim(x) == 2 else build.call(torch.flatten, x, 1)
     if axis == 0:
         return build.call(torch.unsqueeze, build.call(torch.flatten, x), 0)
+    if axis == _dim(x):
+        return build.call(torch.unsqueeze, build.call(torch.flatten, x), 1)
     left = build.call(torch.flatten, x, 0, axis - 1)
     return build.call(torch.flatten, left, 1) if _dim(left) > 2 else left
 
@@ -172,9 +174,11 @@ def gather(op: Op, build: Builder) -> Any:
 
 
 def gather_elements(op: Op, build: Builder) -> Any:
-    """GatherElements."""
-    x, index = build.tensor(op.required(0)), build.tensor(op.required(1))
-    return build.call(torch.gather, x, int(op.get("axis", 0)), index)
+    """GatherElements; negative places count from the end."""
+    x, index, axis = build.tensor(op.required(0)), build.tensor(op.required(1)), int(op.get("axis", 0))
+    length = build.size(x, axis) if isinstance(x, Traced) else x.shape[axis]
+    from_start = build.call(torch.where, build.call(torch.lt, index, 0), build.call(operator.add, index, length), index)
+    return build.call(torch.gather, x, axis, from_start)
 
 
 def gather_nd(op: Op, build: Builder) -> Any:

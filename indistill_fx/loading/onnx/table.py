@@ -75,6 +75,7 @@ RULES: dict[str, Callable[[Op, Builder], Any]] = {
     "Split": shapes.split,
     "Slice": shapes.cut,
     "Gather": shapes.gather,
+    "IsInf": elementwise.is_infinite,
     "GatherElements": shapes.gather_elements,
     "GatherND": shapes.gather_nd,
     "ScatterND": shapes.scatter_nd,

@@ -73,11 +73,17 @@ class Size:
         return Size(self.node.graph.call_function(function, nodes), tuple(function(*each) for each in values))
 
     def _same(self, function: Callable[..., Any], other: Any) -> Any:
-        others = other.samples if isinstance(other, Size) else (other,) * len(self.samples)
-        answers = {bool(function(a, b)) for a, b in zip(self.samples, others, strict=True)}
-        if len(answers) > 1:
-            raise Undecided("compares a size of the input with a number")
-        return answers.pop()
+        """A comparison that holds for any length: with numbers below all that the size can be."""
+        if other is None:
+            return False
+        if not isinstance(other, Size) and (
+            (other < 0 and _is_above(self.node, -1)) or (other == 0 and _is_above(self.node, 0))
+        ):
+            return bool(function(self.samples[0], other))
+        raise Undecided("compares a size of the input with a number")
+
+    def __bool__(self) -> bool:
+        return bool(self._same(operator.ne, 0))
 
     __add__, __radd__ = _arithmetic(operator.add)
     __sub__, __rsub__ = _arithmetic(operator.sub)
@@ -99,6 +105,20 @@ class Size:
         return self._same(operator.eq, other)
 
     __hash__ = object.__hash__
+
+
+def combined(function: Callable[..., Any], *numbers: Any) -> Any:
+    """A function of numbers; a `Size` if one of them is one."""
+    first = next((number for number in numbers if isinstance(number, Size)), None)
+    return function(*numbers) if first is None else first._with(function, *numbers)
+
+
+def _is_above(value: Any, bound: int) -> bool:
+    """Whether a number in the graph is above -1, or above 0, for any input."""
+    if not isinstance(value, fx.Node):
+        return bool(value > bound)
+    sums = (operator.add, operator.mul) if bound == 0 else (operator.add, operator.mul, operator.floordiv, operator.mod)
+    return value.target == "size" or (value.target in sums and all(_is_above(part, bound) for part in value.args))
 
 
 Sizes: TypeAlias = npt.NDArray[np.object_]
