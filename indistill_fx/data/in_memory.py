@@ -31,8 +31,8 @@ class Split:
             return self
         return Split(self.images[kept], self.labels[kept] if self.labels is not None else None)
 
-    def brought_to(self, size: tuple[int, int] | None, channels: int | None) -> Split:
-        """The images resized to `size` and converted to `channels` channels."""
+    def brought_to(self, size: tuple[int, int] | None, channels: int | None, *, peak: float) -> Split:
+        """The images resized to `size` and converted to `channels` channels; real numbers where whole ones are too coarse."""
         from torchvision.transforms.v2.functional import resize, rgb_to_grayscale
 
         images = self.images
@@ -41,6 +41,7 @@ class Split:
         elif channels == 3 and images.shape[1] == 1:
             images = images.expand(-1, 3, -1, -1).contiguous()
         if size is not None and tuple(images.shape[2:]) != size:
+            images = images if peak >= 255 else images.float()
             images = torch.cat([resize(part, list(size), antialias=True) for part in images.split(_AT_ONCE)])
         return Split(images, self.labels)
 
@@ -71,7 +72,9 @@ def hold(
     Raises:
         ConfigError: figures or limit cannot be.
     """
-    train, test = (split.brought_to(options.size, options.channels).limited(options.limit) for split in (train, test))
+    train, test = (
+        split.brought_to(options.size, options.channels, peak=peak).limited(options.limit) for split in (train, test)
+    )
     channels = train.images.shape[1]
     figures, note = choose(
         options.mean,

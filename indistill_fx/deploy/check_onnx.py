@@ -256,8 +256,12 @@ def _wrong_classes(proof: Proof, agreement: float, notes: list[str]) -> Iterator
     """Compare an int8 file with the float module: output differences are only reported, classes must agree."""
     worst = max((row.max_rel for row in proof.parity), default=0.0)
     notes.append(f"The file is quantised: on random inputs its outputs are off by up to {worst:.1%} of their range.")
-    if proof.real is None or proof.real.agreement is None:
+    if proof.real is None:
         notes.append("Its classes were not compared, because that needs real inputs.")
+    elif proof.real.agreement is None:
+        notes.append(
+            "Its classes were not compared: no output is called `logits`, nor is one alone of shape (N, classes)."
+        )
     elif proof.real.agreement < agreement:
         rows = proof.real.rows
         yield f"the file gives {proof.real.agreement:.2%} of {rows} samples the module's class; {agreement:.2%} are required"

@@ -112,10 +112,8 @@ def export_onnx(
         tolerance: the largest difference allowed, as a share of the output's range.
         batch_sizes: sizes to verify at; with a fixed batch, only that one is used.
         external_data: write the weights to a second file, `<name>.data`; None: only above 1.5 GB (ONNX ends at 2 GB).
-        decisions: function from the first output to whole numbers (or None), which are compared on `real_inputs`; None: the
-            largest class of the first output, if that is (N, classes).
-
-    Returns:
+        decisions: function from the output called `logits` or `out`, else the first, to whole numbers (or None), which are
+            compared on `real_inputs`; None: the largest class of the output called so, or the only one of shape (N, classes).
         The report: differences per batch size, size in bytes, latency in milliseconds.
 
     Raises:

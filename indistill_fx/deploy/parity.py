@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from indistill_fx.deploy.onnx_session import Array, feed, named_outputs, random_inputs
 from indistill_fx.errors import ExportError, first_lines
+from indistill_fx.graph.main_output import MAIN_NAMES
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -94,7 +95,8 @@ def prove(
         tolerance: the largest difference allowed, as a share of the output's range.
         sizes: heights and widths to try as well, at the smallest batch size that is more than one.
         real_inputs: compared too, whole, in pieces of the largest batch size.
-        decisions: what the first output says in the end; by default the largest class of the first (N, classes) output.
+        decisions: what the main output says in the end (see `main_of`; else the first); by default the largest class of the
+            logits (see `logits_of`).
     """
     rows: list[Parity] = []
     failures: list[str] = []
@@ -215,16 +217,27 @@ def _on_real(
         )
         values[name] = (reference, exported)
     _compare(values, total, tolerance, f"on {total} real inputs", rows, failures)
-    for reference, exported in values.values():
-        found = decided(reference, exported, decisions)
-        if found is not None:
-            classes, same = found[0], found[0] == found[1]
-            labels = np.unique(classes) if classes.ndim == 1 else ()
-            per_class = {int(c): float(same[classes == c].mean()) for c in labels}
-            return RealParity(total, tuple(rows), float(same.mean()), per_class)
-        if decisions is not None:
-            break
-    return RealParity(total, tuple(rows), None, {})
+    references = {name: reference for name, (reference, _) in values.items()}
+    judged = main_of(references) or next(iter(values), None) if decisions else logits_of(references)
+    found = decided(*values[judged], decisions) if judged is not None else None
+    if found is None:
+        return RealParity(total, tuple(rows), None, {})
+    classes, same = found[0], found[0] == found[1]
+    labels = np.unique(classes) if classes.ndim == 1 else ()
+    per_class = {int(c): float(same[classes == c].mean()) for c in labels}
+    return RealParity(total, tuple(rows), float(same.mean()), per_class)
+
+
+def main_of(outputs: Mapping[str, Array]) -> str | None:
+    """The name of the output called `logits` or `out`, as everywhere in this package."""
+    return next((name for name in MAIN_NAMES if name in outputs), None)
+
+
+def logits_of(outputs: Mapping[str, Array]) -> str | None:
+    """The name of the output whose largest class is the answer: `logits`, `out`, or the only one of shape (N, classes)."""
+    fitting = [name for name, y in outputs.items() if y.ndim == 2 and y.shape[1] > 1]
+    named = main_of({name: outputs[name] for name in fitting})
+    return named or (fitting[0] if len(fitting) == 1 else None)
 
 
 def decided(reference: Array, exported: Array, decisions: Decisions | None) -> tuple[Array, Array] | None:

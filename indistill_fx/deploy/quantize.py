@@ -21,6 +21,7 @@ from torch import Tensor
 
 from indistill_fx.batch import Inputs, split
 from indistill_fx.deploy.onnx_session import Array, feed, file_size, graph_of, open_session
+from indistill_fx.deploy.parity import logits_of
 from indistill_fx.errors import ConfigError, ExportError, instead_of, nearest
 from indistill_fx.loading.onnx.runtime import is_quantised
 from indistill_fx.system.files import staged
@@ -36,6 +37,7 @@ Method: TypeAlias = Literal["static", "dynamic", "auto"]
 _METHODS = ("static", "dynamic", "auto")
 _CALIBRATIONS = {"minmax": "MinMax", "entropy": "Entropy", "percentile": "Percentile"}
 _CALIBRATION_ROWS = 16
+_NO_CLASS = -100  # the label of samples that do not count, as torch's cross-entropy has it
 _BESIDE = 1_500_000_000  # from this many bytes on, weights go to a second file; one protobuf file ends at 2 GB
 
 
@@ -226,12 +228,20 @@ def _pieces(
 
 
 def _classify(session: onnxruntime.InferenceSession, batches: Iterable[Batch]) -> tuple[Array, Array]:
-    """The labels, and the classes that the file predicts, from its first output of shape (N, classes)."""
+    """The labels of the samples that have one (-100: none), and the classes that the file's logits predict."""
     labels, classes = [], []
+    names = [entry.name for entry in session.get_outputs()]
     for piece in _pieces(session, batches):
         _require(piece.labels is not None, "Evaluation batches need labels: (inputs, labels).", "evaluation")
-        scores = next((y for y in session.run(None, piece.arrays) if y.ndim == 2 and y.shape[1] > 1), None)
-        _require(scores is not None, "No output of the file has shape (N, classes), so it has no accuracy.", "path")
+        outputs = dict(zip(names, session.run(None, piece.arrays), strict=True))
+        name = logits_of(outputs)
+        _require(
+            name is not None,
+            "The file has no accuracy: no output is called `logits`, nor is one alone of shape (N, classes).",
+            "path",
+            "Export the model with its logits as the only output, or in a dict as `logits`.",
+        )
+        assert name is not None
         known = piece.labels
         assert known is not None
         known = known[:, 0] if known.ndim == 2 and known.shape[1] == 1 else known
@@ -241,10 +251,13 @@ def _classify(session: onnxruntime.InferenceSession, batches: Iterable[Batch]) -
             "int8 files are judged by their accuracy, and these labels do not give one class per sample.",
             "evaluation",
         )
-        labels.append(known)
-        classes.append(np.asarray(scores).argmax(1)[: piece.rows])
-    _require(bool(labels), "The evaluation data is empty, so the loss of accuracy cannot be measured.", "evaluation")
-    return np.concatenate([array for array in labels if array is not None]), np.concatenate(classes)
+        counted = known != _NO_CLASS
+        labels.append(known[counted])
+        classes.append(np.asarray(outputs[name]).argmax(1)[: piece.rows][counted])
+    _require(
+        any(map(len, labels)), "The evaluation data is empty, so the loss of accuracy cannot be measured.", "evaluation"
+    )
+    return np.concatenate(labels), np.concatenate(classes)
 
 
 class _Reader:

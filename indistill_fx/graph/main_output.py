@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-_NAMES = ("logits", "out")
+MAIN_NAMES = ("logits", "out")
 """Hugging Face's and torchvision's name of the main output."""
 
 
@@ -28,4 +28,4 @@ def main_output(outputs: Any) -> Any:
         outputs: what a model returned, or the nodes of a graph in that structure.
     """
     named = entries(outputs) or {}
-    return next((named[name] for name in _NAMES if named.get(name) is not None), outputs)
+    return next((named[name] for name in MAIN_NAMES if named.get(name) is not None), outputs)

@@ -8,6 +8,7 @@ from unicodedata import normalize
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -513,3 +514,13 @@ def test_the_users_own_loaders(tmp_path):
     }.items():
         with pytest.raises(ConfigError, match=match):
             open_data(f"{file}:{name}")
+
+
+def test_digits_are_resized_as_real_numbers():
+    pixels = []
+    for size in (None, 12):
+        data = open_data("digits", size=size, batch_size=64)
+        images, _ = next(iter(data.test))
+        pixels.append(images * data.normalisation[1][0] + data.normalisation[0][0])
+    expected = F.interpolate(pixels[0], size=(12, 12), mode="bilinear", antialias=True)
+    torch.testing.assert_close(pixels[1], expected, rtol=0, atol=1e-5)

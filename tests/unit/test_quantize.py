@@ -211,3 +211,48 @@ def test_python_finds_the_same_modules_after_quantising(digits, tmp_path):
         "assert sys.path == path, set(sys.path) - set(path)"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+class WithFeatures(nn.Module):
+    def __init__(self, module, form):
+        super().__init__()
+        self.features, self.head, self.form = module[:-1], module[-1], form
+
+    def forward(self, x):
+        features = self.features(x)
+        return self.form(features, self.head(features))
+
+
+def test_the_logits_are_judged_where_features_come_first(digits, tmp_path):
+    path = tmp_path / "both.onnx"
+    module = WithFeatures(digits.module, lambda features, logits: {"features": features, "logits": logits})
+    images = torch.cat([x for x, _ in digits.evaluation])
+    exported = export_onnx(module, path, digits.example, real_inputs=images)
+    assert set(exported.real.per_class) <= set(range(10))
+    alone, both = (
+        quantize_onnx(file, tmp_path / "int8.onnx", calibration=digits.calibration, evaluation=digits.evaluation)
+        for file in (digits.path, path)
+    )
+    assert both.accuracy_fp32 == alone.accuracy_fp32 > 0.9
+    assert abs(both.accuracy_int8 - alone.accuracy_int8) < 0.01
+
+
+def test_two_outputs_of_which_either_may_be_the_logits(digits, tmp_path):
+    path = tmp_path / "both.onnx"
+    module = WithFeatures(digits.module, lambda features, logits: (features, logits))
+    exported = export_onnx(module, path, digits.example, real_inputs=digits.evaluation[0][0])
+    assert exported.real.agreement is None
+    with pytest.raises(ConfigError, match="no output is called `logits`"):
+        quantize_onnx(path, tmp_path / "int8.onnx", calibration=digits.calibration, evaluation=digits.evaluation)
+
+
+def test_samples_without_a_class_do_not_count(digits, tmp_path):
+    x, y = digits.evaluation[0]
+    some = [(x, torch.where(torch.arange(len(y)) < 30, -100, y))]
+    report, known = (
+        quantize_onnx(
+            digits.path, tmp_path / "int8.onnx", calibration=digits.calibration, evaluation=batches, max_drop=1
+        )
+        for batches in (some, [(x[30:], y[30:])])
+    )
+    assert report == known

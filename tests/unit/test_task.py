@@ -201,3 +201,14 @@ def test_kd_of_a_segmentation_has_a_temperature_of_its_own_and_the_users_wins():
     assert main_loss("kd", task=Segmentation()).temperature == 1.0
     assert main_loss("kd", task=Classification()).temperature == 4.0
     assert main_loss("kd", task=Segmentation(), temperature=2.0).temperature == 2.0
+
+
+def test_a_perfect_ranking_of_large_logits_is_perfect():
+    task = MultiLabel()
+    logits, labels = (
+        torch.tensor([[18.0, -100], [20, -110], [25, -120], [40, -90]]),
+        torch.tensor([[0, 0], [0, 0], [1, 0], [1, 1]]),
+    )
+    metric = task.metrics(2)["mean_average_precision"]
+    task.measure(metric, logits, labels.float())
+    assert metric.compute() == 1
