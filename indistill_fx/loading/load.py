@@ -138,6 +138,7 @@ def _load_exported(path: Path, text: str, trust: Sequence[str]) -> Source:
 
 
 def _load_onnx(path: Path, parsed: Spec, *, black_box: bool = False) -> Source:
+    from indistill_fx.loading.input_facts import InputFacts
     from indistill_fx.loading.inputs import parse_input
     from indistill_fx.loading.onnx.models import convert_file, run_file
 
@@ -159,15 +160,9 @@ def _load_onnx(path: Path, parsed: Spec, *, black_box: bool = False) -> Source:
     shape = parse_input(str(size)).shape if size is not None else None
     taps = [name for name in str(parsed.arguments.get("taps", "")).split(",") if name]
     made = run_file(path, taps, shape) if black_box else convert_file(path, shape)
-    return Source(
-        made.module,
-        parsed.text,
-        "ONNX file",
-        example_inputs=made.example_inputs,
-        input_size=made.input_size,
-        wanted_size=made.fixed_size,
-        notes=made.notes,
-    )
+    facts = InputFacts(made.input_size, made.normalisation, made.fixed_size, made.normalisation, made.classes)
+    source = Source(made.module, parsed.text, "ONNX file", example_inputs=made.example_inputs, notes=made.notes)
+    return _with_facts(source, facts)
 
 
 def _load_module_file(path: Path, text: str, trust: Sequence[str]) -> Source:

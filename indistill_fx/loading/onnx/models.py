@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import onnx
 from torch import Tensor, nn
 
 from indistill_fx.errors import ConfigError
@@ -15,6 +16,7 @@ from indistill_fx.loading.onnx.builder import LARGEST_CONSTANT
 from indistill_fx.loading.onnx.convert import OnnxInput, convert, inputs_of
 from indistill_fx.loading.onnx.read import read_onnx
 from indistill_fx.loading.onnx.runtime import compare, example_of, is_quantised, tolerance_of
+from indistill_fx.loading.onnx.stated import Figures, stated_in
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +29,8 @@ class OnnxModel:
         fixed_size: height and width, where the file takes no others.
         example_inputs: where it has several inputs.
         notes: how it was made, and how near it comes to onnxruntime.
+        normalisation: mean and deviation per channel, if the file states them.
+        classes: their names, likewise.
     """
 
     module: nn.Module
@@ -34,6 +38,8 @@ class OnnxModel:
     fixed_size: tuple[int, int] | None
     example_inputs: tuple[Tensor, ...] | None
     notes: tuple[str, ...]
+    normalisation: Figures | None = None
+    classes: tuple[str, ...] = ()
 
 
 def convert_file(path: Path, shape: tuple[int, ...] | None = None) -> OnnxModel:
@@ -54,7 +60,7 @@ def convert_file(path: Path, shape: tuple[int, ...] | None = None) -> OnnxModel:
     note = f"converted from ONNX; its outputs differ from onnxruntime's by {difference:.1g} of the largest ({most})"
     fixed = inputs[0].batch
     notes = (note,) if fixed is None else (note, f"the file is made for {_samples(fixed)}, the graph for any number")
-    return _described(module, inputs, notes)
+    return _described(module, model, inputs, notes, str(path))
 
 
 def run_file(path: Path, taps: Sequence[str], shape: tuple[int, ...] | None = None) -> OnnxModel:
@@ -78,7 +84,7 @@ def run_file(path: Path, taps: Sequence[str], shape: tuple[int, ...] | None = No
         notes.append(
             f"nothing but its outputs can be learned; ?taps=NAME,NAME adds tensors of the file, such as {sample_names}"
         )
-    return _described(module, inputs, tuple(notes))
+    return _described(module, model, inputs, tuple(notes), str(path))
 
 
 def _bounded(inputs: Sequence[OnnxInput]) -> Sequence[OnnxInput]:
@@ -98,8 +104,11 @@ def _bounded(inputs: Sequence[OnnxInput]) -> Sequence[OnnxInput]:
     return inputs
 
 
-def _described(module: nn.Module, inputs: Sequence[OnnxInput], notes: tuple[str, ...]) -> OnnxModel:
+def _described(
+    module: nn.Module, model: onnx.ModelProto, inputs: Sequence[OnnxInput], notes: tuple[str, ...], where: str
+) -> OnnxModel:
     first = inputs[0]
+    normalisation, classes = stated_in(model, first.shape[0] if len(first.shape) == 3 else None, where)
     single = len(inputs) == 1 and first.dtype.is_floating_point
     pictures = len(first.shape) == 3 and first.shape == first.other
     return OnnxModel(
@@ -108,6 +117,8 @@ def _described(module: nn.Module, inputs: Sequence[OnnxInput], notes: tuple[str,
         fixed_size=(first.shape[1], first.shape[2]) if single and pictures else None,
         example_inputs=None if single else example_of(inputs, 1),
         notes=notes,
+        normalisation=normalisation,
+        classes=classes,
     )
 
 

@@ -48,7 +48,7 @@ def read_onnx(path: Path) -> onnx.ModelProto:
         raise _refused(path, "holds no network")
     if any(_has_sparse(graph) for graph in _graphs(model)):
         raise _refused(path, "has sparse weights, which are not read here")
-    del model.training_info[:], model.metadata_props[:]
+    del model.training_info[:]
     _bring_in_weights(model, path)
     check_nodes(model, path)
     if model.functions:
