@@ -13,6 +13,7 @@ from indistill_fx.errors import ConfigError
 from indistill_fx.losses import Outputs
 from indistill_fx.losses.positions import IGNORED
 from indistill_fx.losses.registry import main_loss
+from indistill_fx.losses.review import context_loss
 
 B, C, H, W = 3, 4, 5, 2
 
@@ -171,12 +172,22 @@ def pooled(f, side_length):
 
 
 def numpy_context(a, b):
-    terms, weights = [np.mean((a - b) ** 2)], [1.0]
-    for place, length in enumerate((4, 2, 1), 1):
-        if length < a.shape[2]:
-            terms.append(np.mean((pooled(a, length) - pooled(b, length)) ** 2))
-            weights.append(0.5**place)
-    return np.dot(terms, weights) / sum(weights)
+    """The authors' HCL: a size that is left out does not halve the weight."""
+    loss, weight, total = np.mean((a - b) ** 2), 1.0, 1.0
+    for length in (4, 2, 1):
+        if length >= a.shape[2]:
+            continue
+        weight /= 2
+        loss += weight * np.mean((pooled(a, length) - pooled(b, length)) ** 2)
+        total += weight
+    return loss / total
+
+
+@pytest.mark.parametrize("height", [8, 4, 3, 2, 1])
+def test_context_loss_equals_the_authors(height):
+    one, other = draw(1, B, 2, height, height), draw(2, B, 2, height, height)
+    expected = numpy_context(one.numpy(), other.numpy())
+    assert context_loss(one, other).item() == pytest.approx(expected, rel=1e-12)
 
 
 def convolved(f, weight, bias=None):
