@@ -247,7 +247,7 @@ class TrainingLoop:
             yield found
 
     def _used_up(self, phase: Phase) -> bool:
-        return phase.budget.unit == "steps" and self.state.steps >= phase.budget.length
+        return phase.budget.unit == "steps" and phase.budget.spent(self.state.epoch, self.state.steps)
 
     def _finished(self, phase: Phase) -> bool:
         if phase.budget.patience is not None and self.state.stale >= phase.budget.patience:
@@ -256,7 +256,7 @@ class TrainingLoop:
             self._accelerator, phase.stands_still(self.state.epoch, self.state.best_epoch)
         ):
             return True
-        return self._used_up(phase) or (phase.budget.unit == "epochs" and self.state.epoch >= phase.budget.length)
+        return phase.budget.spent(self.state.epoch, self.state.steps)
 
     def _next_phase(self, phase: Phase, step: Step) -> None:
         state = self.state

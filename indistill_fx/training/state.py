@@ -182,8 +182,9 @@ def placed(state: State, before: Sequence[str], phases: Sequence[Phase], path: P
         return replace(state, phase=len(names), epoch=0, steps=0) if over and phases[state.phase].main else state
     done = [entry for entry in state.history if phases and entry["stage"] == names[-1]]
     still = bool(phases) and phases[-1].stands_still(len(done), state.best_epoch)
-    if phases and phases[-1].main and len(done) < phases[-1].budget.length and not still:
-        return replace(state, phase=len(names) - 1, epoch=len(done), steps=sum(entry["steps"] for entry in done))
+    steps = sum(entry["steps"] for entry in done)
+    if phases and phases[-1].main and not phases[-1].budget.spent(len(done), steps) and not still:
+        return replace(state, phase=len(names) - 1, epoch=len(done), steps=steps)
     return replace(state, phase=len(names))
 
 

@@ -439,6 +439,17 @@ def test_a_finished_run_resumed_gives_its_weights_and_record_back(tmp_path):
     assert again.epochs == done.epochs and again.digest == done.digest
 
 
+def test_a_finished_run_measured_in_steps_stays_finished(tmp_path):
+    """It began another epoch, of no steps, at every resume."""
+    student, options = Student(), {"run_dir": tmp_path / "run", "main_steps": 12}
+    done = run(student, Phase("main", Whole(student), Budget(12, "steps"), main=True), **options)
+    assert [epoch.steps for epoch in done.epochs] == [5, 5, 2]
+    other = Student(seed=3)
+    again = run(other, Phase("main", Whole(other), Budget(12, "steps"), main=True), resume=True, **options)
+    assert same(weights(other), weights(student))
+    assert again.epochs == done.epochs and again.digest == done.digest
+
+
 def test_loaders_that_cannot_be_repeated_are_refused():
     for loader, said in ((iter(batches()), "once per epoch"), ([], "no batches"), (3, "once per epoch")):
         with pytest.raises(ConfigError, match=said):
