@@ -100,6 +100,11 @@ class DKDLoss(MainLoss):
         self.alpha, self.beta, self.ramp_steps = alpha, beta, ramp_steps
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 
+    def at_step(self, step: int) -> None:
+        """See `Criterion`."""
+        super().at_step(step)
+        self.step.fill_(step)
+
     def term(self, student: Outputs, teacher: Outputs, labels: Tensor | None) -> Tensor:
         """See the class."""
         z_s, z_t = (z / self.temperature for z in _paired_logits(student, teacher, standardize=self.standardize))

@@ -93,6 +93,10 @@ class Kept(Criterion):
         if isinstance(main, Kept):
             self.described = f"{main.described} and {self.described}"
 
+    def at_step(self, step: int) -> None:
+        """See `Criterion`."""
+        self.main.at_step(step)
+
     def kept_loss(self, student: Outputs, teacher: Outputs) -> Tensor:
         """The kept loss, unweighted."""
         raise NotImplementedError

@@ -141,6 +141,8 @@ class TrainingLoop:
             self._share.counts = samples > 0 or self._accelerator.num_processes == 1
             batch = self._mix(batch) if self._mix is not None and phase.main and samples else batch
             step.set_rate(self._rate(phase))
+            if phase.criterion is not None:
+                phase.criterion.at_step(self.state.steps)
             with self._noticing(phase, batch), nullcontext() if boundary else self._accelerator.no_sync(step.module):
                 loss = step.learn(batch, samples) if step.recorded is None else step.recorded(batch)
             self.state.batch += 1
@@ -196,13 +198,9 @@ class TrainingLoop:
         )  # fmt: skip
         if found and self._validate:
             average = self._validate(self.average.module).values if self.average else None
-            validated: dict[str, Any] = {
-                "accuracy": found.accuracy,
-                "val_loss": found.loss,
-                "metrics": found.values,
-                "average": average,
-            }
-            record = replace(record, **validated)
+            record = replace(
+                record, accuracy=found.accuracy, val_loss=found.loss, metrics=found.values, average=average
+            )
         state.history.append(asdict(record))
         state.epoch, state.epochs = state.epoch + 1, state.epochs + 1
         state.batch, state.epoch_steps, state.loss_sum = 0, 0, 0.0

@@ -59,10 +59,15 @@ class Phase:
         return self.module.student if isinstance(self.module, Stage) and rewritten else None
 
     @property
+    def criterion(self) -> Criterion | None:
+        """The stage's loss, which can say more of itself than its value."""
+        found = self.module.criterion if isinstance(self.module, Stage) else None
+        return found if isinstance(found, Criterion) else None
+
+    @property
     def summary(self) -> str:
         """The loss's report at the end of the phase; empty for most losses."""
-        criterion = self.module.criterion if isinstance(self.module, Stage) else None
-        return criterion.summary if isinstance(criterion, Criterion) else ""
+        return self.criterion.summary if self.criterion is not None else ""
 
     def given(self, batch: Any) -> Any:
         """The batch in the form that the module takes."""
