@@ -307,14 +307,26 @@ def _decoupled_by_probability(z_s: Tensor, z_t: Tensor, labels: Tensor) -> tuple
     """The same, (N, C) each, as an expectation over labels that are a distribution over classes.
 
     For class c the others' KL is (K - k_c) / (1 - q_c) - log(1 - q_c) + log(1 - p_c), with k_c the summand of class c in K, the
-    whole KL of q from p. In float64, because 1 - p_c is small where a network is sure.
+    whole KL of q from p. For the teacher's likeliest class, where 1 - q_c may be next to nothing, it is taken of the others' logits.
     """
-    log_p, log_q = (z.double().log_softmax(1) for z in (z_s, z_t))
-    rest_p, rest_q = (torch.log(-torch.expm1(value.clamp(max=-1e-12))) for value in (log_p, log_q))
+    z_p, z_q = z_s.double(), z_t.double()
+    log_p, log_q, rest_p, rest_q = z_p.log_softmax(1), z_q.log_softmax(1), _log_rest(z_p), _log_rest(z_q)
     summand = log_q.exp() * (log_q - log_p)
     target = summand + rest_q.exp() * (rest_q - rest_p)
-    others = (summand.sum(1, keepdim=True) - summand) / rest_q.exp() - rest_q + rest_p
+    likeliest = z_q.argmax(1, keepdim=True)
+    rest = rest_q.exp().scatter(1, likeliest, 1.0)
+    others = (summand.sum(1, keepdim=True) - summand) / rest - rest_q + rest_p
+    _, of_likeliest = _decoupled_by_class(z_p, z_q, likeliest[:, 0])
+    others = others.scatter(1, likeliest, of_likeliest.sum(1, keepdim=True))
     return (labels * target).to(z_s.dtype), (labels * others).to(z_s.dtype)
+
+
+def _log_rest(z: Tensor) -> Tensor:
+    """log(1 - p) of every class, p = softmax(z); exact also for the likeliest one, whose p may round to 1."""
+    likeliest = z.argmax(1, keepdim=True)
+    others = z.scatter(1, likeliest, -torch.inf)
+    rest = torch.log1p(-(others - z.logsumexp(1, keepdim=True)).exp())
+    return rest.scatter(1, likeliest, others.logsumexp(1, keepdim=True) - z.logsumexp(1, keepdim=True))
 
 
 def _decoupled(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

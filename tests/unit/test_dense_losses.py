@@ -147,6 +147,23 @@ def test_one_hot_probabilities_are_classes(name):
         assert found.item() == pytest.approx(main_loss(name)(side(s), side(t), labels).item(), rel=1e-9)
 
 
+@pytest.mark.parametrize("margin", [5.0, 30.0, 200.0, 2000.0])
+@pytest.mark.parametrize("sure", ["student", "teacher", "both", "of different classes"])
+def test_one_hot_probabilities_are_classes_for_sure_networks_too(margin, sure):
+    """dkd took 1 - p for 1e-12 at least, so that value and gradient were wrong from a margin of 27.6 T on."""
+    labels = LABELS[:, 0, 0]
+    hot = F.one_hot(labels, C).double()
+    other = hot.roll(1, 1) if sure == "of different classes" else hot
+    s, t = draw(4, B, C) + margin * hot * (sure != "teacher"), draw(5, B, C) + margin * other * (sure != "student")
+    found = []
+    for form in (labels, hot):
+        student = s.clone().requires_grad_()
+        loss = main_loss("dkd", temperature=1.0, weight_labels=0.0)(side(student), side(t), form)
+        loss.backward()
+        found.append((loss.detach(), student.grad))
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
+
+
 def test_labels_that_fit_no_form_are_refused():
     with pytest.raises(
         ConfigError, match=r"Labels of shape \(3, 5\) \(int64\) do not fit logits of shape \(3, 4, 5, 2\)"
