@@ -174,7 +174,7 @@ class MLKDLoss(MainLoss):
     """Logits compared at three levels, each the mean over several temperatures.
 
     With P = softmax(z / T), an (N, C) matrix: instance = T^2 * (1/N) sum_i KL(row of P_t || row of P_s); batch = |P_s P_s^T -
-    P_t P_t^T|_F^2 / N; class = |P_s^T P_s - P_t^T P_t|_F^2 / C.
+    P_t P_t^T|_F^2 / N; class = |P_s^T P_s - P_t^T P_t|_F^2 / C. N counts samples without those whose label is -100.
 
     Args:
         temperatures: T.
@@ -215,10 +215,12 @@ class MLKDLoss(MainLoss):
                 "(batch, classes)",
                 "Take kd or cwd for dense outputs.",
             )
+        mask = counted(labels, z_s)
+        rows = torch.ones_like(z_s[:, :1]) if mask is None else mask[:, None].to(z_s.dtype)
         levels = []
         for temperature in self.temperatures:
-            p_s, p_t = (torch.softmax(z / temperature, 1) for z in (z_s, z_t))
-            samples = (p_s @ p_s.T - p_t @ p_t.T).square().sum() / len(z_s)
+            p_s, p_t = (torch.softmax(z / temperature, 1) * rows for z in (z_s, z_t))
+            samples = (p_s @ p_s.T - p_t @ p_t.T).square().sum() / rows.sum().clamp(min=1)
             classes = (p_s.T @ p_s - p_t.T @ p_t).square().sum() / z_s.shape[1]
             levels.append(self.task.divergence(z_s, z_t, labels, temperature) + samples + classes)
         return torch.stack(levels).mean()

@@ -68,6 +68,15 @@ def test_ignored_positions_do_not_count(name):
     assert main_loss(name)(side(moved), side(TEACHER), LABELS).item() != pytest.approx(dense.item(), rel=1e-6)
 
 
+@pytest.mark.parametrize("name", [*PER_POSITION, "mlkd"])
+def test_ignored_samples_do_not_count(name):
+    labels = torch.tensor([2, IGNORED, 0, 3, IGNORED, 1])
+    kept, s, t = labels != IGNORED, draw(4, 6, C), draw(5, 6, C)
+    found = main_loss(name)(side(s), side(t), labels)
+    expected = main_loss(name)(side(s[kept]), side(t[kept]), labels[kept])
+    assert found.item() == pytest.approx(expected.item(), rel=1e-12)
+
+
 @pytest.mark.parametrize("name", [*PER_POSITION, "cwd"])
 def test_a_batch_in_which_nothing_counts_gives_no_gradient(name):
     student = STUDENT.clone().requires_grad_()
