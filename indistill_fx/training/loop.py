@@ -205,7 +205,7 @@ class TrainingLoop:
         state.epoch, state.epochs = state.epoch + 1, state.epochs + 1
         state.batch, state.epoch_steps, state.loss_sum = 0, 0, 0.0
         state.seconds, state.samples, state.waiting = 0.0, 0, 0.0
-        fell = state.lowest is None or loss < state.lowest * (1 - phase.budget.progress)
+        fell = state.lowest is None or loss < state.lowest - abs(state.lowest) * phase.budget.progress
         state.lowest, state.stale = (loss, 0) if fell else (state.lowest, state.stale + 1)
         self._log("epoch", **asdict(record))
         value = record.value(self.metric)

@@ -198,10 +198,18 @@ def test_a_stage_of_length_0_is_left_out():
     assert [stage.name for stage in record.stages] == ["main"]
 
 
-def test_a_plateau_ends_a_stage_early_and_says_so():
+class Lowered(Early):
+    """The same stage with a loss below 0."""
+
+    def forward(self, batch: Any) -> Tensor:
+        return super().forward(batch) - 100
+
+
+@pytest.mark.parametrize("stage", [Early, Lowered])
+def test_a_plateau_ends_a_stage_early_and_says_so(stage):
     student = Student()
     stuck = Budget(9, learning_rate=1e-12, patience=2)
-    record = run(student, Phase("first", Early(student), stuck), Phase("main", Whole(student), Budget(1)))
+    record = run(student, Phase("first", stage(student), stuck), Phase("main", Whole(student), Budget(1)))
     assert record.stages[0].epochs == 3
     assert record.stages[0].notes == ("ended after 3 of 9 epochs: loss has stalled",)
     moving = run(Student(), Phase("first", Early(student), Budget(4, learning_rate=0.01, patience=2)))
