@@ -515,6 +515,29 @@ def test_opposite_vectors_give_a_finite_pkt():
     assert f.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("name", ["pkt", "pkt_kl", "sp", "rkd", "dist", "mlkd"])
+def test_the_last_batch_may_have_one_sample(name):
+    """rkd divided by the mean of no distances."""
+    student, teacher = (
+        Outputs(values.logits[:1], values.embedding[:1], {key: f[:1] for key, f in values.features.items()})
+        for values in (STUDENT, TEACHER)
+    )
+    vector, feature = student.embedding.clone().requires_grad_(), student.features["layer2"].clone().requires_grad_()
+    student = student._replace(embedding=vector, features={"layer2": feature}, logits=student.logits + vector[:, :5])
+    value = main_loss(name)(student, teacher, LABELS[:1])
+    value.backward()
+    assert value.isfinite() and all(x.grad is None or x.grad.isfinite().all() for x in (vector, feature))
+
+
+def test_equal_vectors_span_no_angle():
+    """They had a gradient of 1e12 in rkd: the same sample twice in a batch undid the training."""
+    f = STUDENT.embedding.clone()
+    f[1] = f[0]
+    f.requires_grad_()
+    main_loss("rkd", distance=0.0, weight_labels=0.0)(STUDENT._replace(embedding=f), TEACHER, LABELS).backward()
+    assert f.grad.norm() < 100
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 10_000), st.floats(0.1, 10))
 def test_pkt_and_rkd_do_not_see_a_rotation(seed, scale):
