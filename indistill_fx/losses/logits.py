@@ -34,8 +34,8 @@ class KDLoss(MainLoss):
         temperature: T.
         weight: of the soft targets.
         weight_labels: of the cross-entropy.
-        standardize: bring the logits of every position to mean 0 and deviation 1 first (`positions.standardized`); its
-            authors take T 2, weight 9, weight_labels 0.1.
+        standardize: bring the logits of every position to mean 0 and deviation 1 first (`positions.standardized`), where they are
+            classes; its authors take T 2, weight 9, weight_labels 0.1.
 
     Source:
         Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", arXiv:1503.02531. T 4 and the weights

@@ -66,6 +66,14 @@ def test_segmentation_ignores_the_void_label():
     void.check(*void.prepare(logits, labels.masked_fill(labels == 255, 0)))
 
 
+@pytest.mark.parametrize("task", [Regression(), MultiLabel(), Embedding()])
+def test_only_logits_of_classes_are_standardized(task):
+    """One value a sample has no deviation: the loss was NaN in the first step."""
+    with pytest.raises(ConfigError, match=f"standardize takes mean and deviation over classes.*{task.name!r}"):
+        main_loss("kd", task=task, standardize=True)
+    assert main_loss("kd", task=task, standardize=False).task == task
+
+
 def test_a_class_is_not_taken_for_the_void_label():
     """Pixels of class 255 were left out without a word."""
     labels = whole(1, 300, 2, 4, 5)
