@@ -166,7 +166,7 @@ class MainLoss(Criterion):
 
     def _prepared(self, values: Outputs, labels: Tensor | None) -> tuple[Outputs, Tensor | None]:
         if values.logits is None:
-            return values, labels
+            return values, labels if labels is None else self.task.read(labels)
         logits, labels = self.task.prepare(values.logits, labels)
         return values._replace(logits=logits), labels
 
