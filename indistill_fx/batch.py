@@ -24,8 +24,6 @@ INDICES = "indices"
 """Name of the samples' places in the data set."""
 FEATURES = "teacher_features"
 """Name of the teacher's features in a batch of a stage that has no teacher of its own."""
-
-
 Sizes = tuple[int | None, ...]
 """Of a tensor; None for an axis of any size."""
 
@@ -312,7 +310,8 @@ def with_labels(batch: Any, labels: Tensor, *models: Inputs) -> Any:
     if entries is not None:
         return {**entries, next(name for name in LABELS if name in entries): labels}
     count = max((len(model.required) for model in models), default=1)
-    return type(batch)((*batch[:count], labels, *batch[count + 1 :]))
+    values = (*batch[:count], labels, *batch[count + 1 :])
+    return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
 
 
 def stand_in(batch: Any) -> Any:

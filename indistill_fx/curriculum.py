@@ -35,6 +35,10 @@ class Budget:
     patience: int | None = None
     progress: float = 0.01
 
+    def spent(self, epochs: int, steps: int) -> bool:
+        """Whether a stage with so many epochs and optimiser steps behind it has had its length."""
+        return (epochs if self.unit == "epochs" else steps) >= self.length
+
     def __str__(self) -> str:
         unit = self.unit if self.length != 1 else self.unit.removesuffix("s")
         most = f"at most {self.length} {unit}" if self.patience else f"{self.length} {unit}"

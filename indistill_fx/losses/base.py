@@ -53,6 +53,12 @@ class Criterion(nn.Module):
     ends_frozen: bool = False
     unit: float = 1.0
 
+    def at_step(self, step: int) -> None:
+        """Take note that the next batch belongs to optimiser step number `step` (from 0) of the stage, for losses that change over time.
+
+        The trainer says so before every batch. In a loop of your own that does not, each batch in train mode counts as a step.
+        """
+
     @property
     def summary(self) -> str:
         """A text for the report at the end of the stage."""
@@ -71,7 +77,7 @@ class MainLoss(Criterion):
         by_class: whether the term takes a softmax over the outputs, so that the task's must be classes.
         task: what the labels mean; set by `main_loss`.
         over_time: (training step, factor of `weight`) in ascending order, and between them linearly; set by `vary`.
-        seen: training steps so far, where the weight varies.
+        seen: training steps so far, where the weight varies; see `Criterion.at_step`.
 
     Args:
         weight: of the method's term.
@@ -138,6 +144,11 @@ class MainLoss(Criterion):
         self.over_time = tuple((int(step), float(factor)) for step, factor in points)
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
 
+    def at_step(self, step: int) -> None:
+        """See `Criterion`."""
+        if self.over_time:
+            self.seen.fill_(step)
+
     def _weight_now(self) -> float | Tensor:
         """The term's weight in this step; counts the step in train mode."""
         if not self.over_time:
@@ -155,7 +166,7 @@ class MainLoss(Criterion):
 
     def _prepared(self, values: Outputs, labels: Tensor | None) -> tuple[Outputs, Tensor | None]:
         if values.logits is None:
-            return values, labels
+            return values, labels if labels is None else self.task.read(labels)
         logits, labels = self.task.prepare(values.logits, labels)
         return values._replace(logits=logits), labels
 

@@ -39,11 +39,11 @@ class CRDLoss(MainLoss):
 
     Source:
         Tian, Krishnan, Isola, "Contrastive Representation Distillation", arXiv:1910.10699; RepDistiller's numbers.
-        Deviations: one set of K samples is drawn for the whole batch (a matrix product instead of B * K gathered
-            vectors),
+        Deviations: one set of K samples is drawn for the whole batch (a matrix product instead of B * K gathered vectors),
         with replacement; those of an anchor's own class are left out for that anchor, and its c counts the rest, so
         an anchor has about K * (1 - 1/classes) negatives; classes are known once a sample has been seen, before that
-        only the sample itself is left out. Under DDP each process keeps its own bank (`broadcast_buffers=False`).
+        only the sample itself is left out, as for samples labelled -100 and where labels are not one class a sample;
+        probabilities count as their largest class. Under DDP each process keeps its own bank (`broadcast_buffers=False`).
     """
 
     needs: frozenset[str] = frozenset({"embedding"})
@@ -81,16 +81,26 @@ class CRDLoss(MainLoss):
 
     def term(self, student: Outputs, teacher: Outputs, labels: Tensor | None) -> Tensor:
         """See the class."""
-        index, labels = required(student.indices, "sample indices"), required(labels, "labels")
+        index = required(student.indices, "sample indices")
+        classes = self._classes(labels, index)
         s = F.normalize(self.project_student(required(student.embedding, "student embedding").flatten(1)), dim=1)
         t = F.normalize(self.project_teacher(required(teacher.embedding, "teacher embedding").flatten(1)), dim=1)
         drawn = torch.randint(self.samples, (self.negatives,), device=index.device)
-        other = (self.bank_labels[drawn] != labels[:, None]) & (drawn != index[:, None])
+        alike = (self.bank_labels[drawn] == classes[:, None]) & (classes[:, None] >= 0)
+        other = ~alike & (drawn != index[:, None])
         over_teacher = self._contrast(s, self.bank_teacher, index, drawn, other, 0)
         over_student = self._contrast(t, self.bank_student, index, drawn, other, 1)
         if self.training:
-            self._remember(index, s, t, labels)
+            self._remember(index, s, t, classes)
         return over_teacher + over_student
+
+    def _classes(self, labels: Tensor | None, index: Tensor) -> Tensor:
+        """The class of each sample, (batch,); -1: none."""
+        if labels is not None and self.task.by_class and labels.ndim == 2 and labels.is_floating_point():
+            labels = labels.argmax(1)
+        if labels is None or not self.task.by_class or labels.ndim != 1 or labels.is_floating_point():
+            return torch.full_like(index, -1)
+        return labels.clamp(min=-1)
 
     def _contrast(self, anchor: Tensor, bank: Tensor, index: Tensor, drawn: Tensor, other: Tensor, side: int) -> Tensor:
         positive = ((anchor * bank[index]).sum(1) / self.temperature).exp()
@@ -108,10 +118,10 @@ class CRDLoss(MainLoss):
         return -(hit.sum() + (miss * other).sum()) / len(anchor)
 
     @torch.no_grad()
-    def _remember(self, index: Tensor, s: Tensor, t: Tensor, labels: Tensor) -> None:
+    def _remember(self, index: Tensor, s: Tensor, t: Tensor, classes: Tensor) -> None:
         for bank, new in ((self.bank_student, s), (self.bank_teacher, t)):
             bank[index] = F.normalize(self.momentum * bank[index] + (1 - self.momentum) * new, dim=1)
-        self.bank_labels[index] = labels
+        self.bank_labels[index] = classes
 
 
 def _embedding_width(shapes: Mapping[str, tuple[int, ...]], whose: str) -> int:

@@ -34,8 +34,8 @@ class KDLoss(MainLoss):
         temperature: T.
         weight: of the soft targets.
         weight_labels: of the cross-entropy.
-        standardize: bring the logits of every position to mean 0 and deviation 1 first (`positions.standardized`); its
-            authors take T 2, weight 9, weight_labels 0.1.
+        standardize: bring the logits of every position to mean 0 and deviation 1 first (`positions.standardized`), where they are
+            classes; its authors take T 2, weight 9, weight_labels 0.1.
 
     Source:
         Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", arXiv:1503.02531. T 4 and the weights
@@ -99,6 +99,11 @@ class DKDLoss(MainLoss):
         self.temperature, self.standardize = _positive_temperature(temperature), standardize
         self.alpha, self.beta, self.ramp_steps = alpha, beta, ramp_steps
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+
+    def at_step(self, step: int) -> None:
+        """See `Criterion`."""
+        super().at_step(step)
+        self.step.fill_(step)
 
     def term(self, student: Outputs, teacher: Outputs, labels: Tensor | None) -> Tensor:
         """See the class."""
@@ -169,7 +174,7 @@ class MLKDLoss(MainLoss):
     """Logits compared at three levels, each the mean over several temperatures.
 
     With P = softmax(z / T), an (N, C) matrix: instance = T^2 * (1/N) sum_i KL(row of P_t || row of P_s); batch = |P_s P_s^T -
-    P_t P_t^T|_F^2 / N; class = |P_s^T P_s - P_t^T P_t|_F^2 / C.
+    P_t P_t^T|_F^2 / N; class = |P_s^T P_s - P_t^T P_t|_F^2 / C. N counts samples without those whose label is -100.
 
     Args:
         temperatures: T.
@@ -210,10 +215,12 @@ class MLKDLoss(MainLoss):
                 "(batch, classes)",
                 "Take kd or cwd for dense outputs.",
             )
+        mask = counted(labels, z_s)
+        rows = torch.ones_like(z_s[:, :1]) if mask is None else mask[:, None].to(z_s.dtype)
         levels = []
         for temperature in self.temperatures:
-            p_s, p_t = (torch.softmax(z / temperature, 1) for z in (z_s, z_t))
-            samples = (p_s @ p_s.T - p_t @ p_t.T).square().sum() / len(z_s)
+            p_s, p_t = (torch.softmax(z / temperature, 1) * rows for z in (z_s, z_t))
+            samples = (p_s @ p_s.T - p_t @ p_t.T).square().sum() / rows.sum().clamp(min=1)
             classes = (p_s.T @ p_s - p_t.T @ p_t).square().sum() / z_s.shape[1]
             levels.append(self.task.divergence(z_s, z_t, labels, temperature) + samples + classes)
         return torch.stack(levels).mean()
@@ -302,14 +309,26 @@ def _decoupled_by_probability(z_s: Tensor, z_t: Tensor, labels: Tensor) -> tuple
     """The same, (N, C) each, as an expectation over labels that are a distribution over classes.
 
     For class c the others' KL is (K - k_c) / (1 - q_c) - log(1 - q_c) + log(1 - p_c), with k_c the summand of class c in K, the
-    whole KL of q from p. In float64, because 1 - p_c is small where a network is sure.
+    whole KL of q from p. For the teacher's likeliest class, where 1 - q_c may be next to nothing, it is taken of the others' logits.
     """
-    log_p, log_q = (z.double().log_softmax(1) for z in (z_s, z_t))
-    rest_p, rest_q = (torch.log(-torch.expm1(value.clamp(max=-1e-12))) for value in (log_p, log_q))
+    z_p, z_q = z_s.double(), z_t.double()
+    log_p, log_q, rest_p, rest_q = z_p.log_softmax(1), z_q.log_softmax(1), _log_rest(z_p), _log_rest(z_q)
     summand = log_q.exp() * (log_q - log_p)
     target = summand + rest_q.exp() * (rest_q - rest_p)
-    others = (summand.sum(1, keepdim=True) - summand) / rest_q.exp() - rest_q + rest_p
+    likeliest = z_q.argmax(1, keepdim=True)
+    rest = rest_q.exp().scatter(1, likeliest, 1.0)
+    others = (summand.sum(1, keepdim=True) - summand) / rest - rest_q + rest_p
+    _, of_likeliest = _decoupled_by_class(z_p, z_q, likeliest[:, 0])
+    others = others.scatter(1, likeliest, of_likeliest.sum(1, keepdim=True))
     return (labels * target).to(z_s.dtype), (labels * others).to(z_s.dtype)
+
+
+def _log_rest(z: Tensor) -> Tensor:
+    """log(1 - p) of every class, p = softmax(z); exact also for the likeliest one, whose p may round to 1."""
+    likeliest = z.argmax(1, keepdim=True)
+    others = z.scatter(1, likeliest, -torch.inf)
+    rest = torch.log1p(-(others - z.logsumexp(1, keepdim=True)).exp())
+    return rest.scatter(1, likeliest, others.logsumexp(1, keepdim=True) - z.logsumexp(1, keepdim=True))
 
 
 def _decoupled(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

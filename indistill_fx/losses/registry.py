@@ -155,7 +155,7 @@ def main_loss(
     if kind.needs_shapes:
         options = {"student_shapes": student_shapes or {}, "teacher_shapes": teacher_shapes or {}, **options}
     if task is not None:
-        _require_fit(kind, loss, task)
+        _require_fit(kind, loss, task, options)
         if not task.labelled:
             options = {"weight_labels": 0.0, **options}
         if loss == "kd" and task.temperature is not None:
@@ -179,7 +179,7 @@ def asked_of_the_data(loss: str | Callable[..., Tensor]) -> frozenset[str]:
     return frozenset(need for need in ("indices", "samples") if getattr(kind, f"needs_{need}", False))
 
 
-def _require_fit(kind: type[MainLoss], name: str, task: Task) -> None:
+def _require_fit(kind: type[MainLoss], name: str, task: Task, options: Mapping[str, Any]) -> None:
     if kind.by_class and not task.by_class:
         raise ConfigError(
             f"Loss {name!r} compares classes that exclude each other; the outputs of task {task.name!r} do not.",
@@ -187,6 +187,14 @@ def _require_fit(kind: type[MainLoss], name: str, task: Task) -> None:
             got=name,
             expected=[key for key, other in MAIN_LOSSES.items() if not other.by_class],
             hint="Take kd, which compares outputs as the task does, or a loss on features (at, pkt, fitnet).",
+        )
+    if options.get("standardize") and not task.by_class:
+        raise ConfigError(
+            f"standardize takes mean and deviation over classes, but the outputs of task {task.name!r} are none.",
+            where="standardize",
+            got=True,
+            expected=False,
+            hint="Leave standardize out.",
         )
     if kind is LabelsLoss and not task.labelled:
         raise ConfigError(

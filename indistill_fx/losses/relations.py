@@ -94,7 +94,8 @@ class RKDLoss(MainLoss):
 
     Source:
         Park, Kim, Lu, Cho, "Relational Knowledge Distillation", CVPR 2019, arXiv:1904.05068; 25 and 50 by RepDistiller.
-        Squared distances are kept above 1e-12, and those of a sample to itself are 0, as there.
+        Squared distances are kept above 1e-12, and those of a sample to itself are 0, as there. Deviation: vectors nearer to each
+        other than 1e-6 span no angle and have no gradient in A, which for equal ones was 1e12 times as large as it should be.
     """
 
     needs: frozenset[str] = frozenset({"embedding"})
@@ -178,11 +179,14 @@ def _jeffreys(student: Tensor, teacher: Tensor) -> Tensor:
 def _relative_distances(f: Tensor) -> Tensor:
     squares = _squared_distances(f).clamp(min=1e-12)
     distances = squares.sqrt().masked_fill(_diagonal(squares), 0)
-    return distances / (distances.sum() / (distances > 0).sum())
+    mean = distances.sum() / (distances > 0).sum().clamp(min=1)
+    return distances / mean.clamp(min=1e-12)  # a batch of one has no distances
 
 
 def _angles(f: Tensor) -> Tensor:
-    directions = F.normalize(f[None] - f[:, None], dim=2)
+    differences = f[None] - f[:, None]
+    lengths = torch.linalg.vector_norm(differences, dim=2, keepdim=True)
+    directions = differences / lengths.masked_fill(lengths < 1e-6, torch.inf)
     return directions @ directions.transpose(1, 2)
 
 

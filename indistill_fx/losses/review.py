@@ -74,7 +74,8 @@ class ReviewKDLoss(MapLoss):
 def context_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Hierarchical context loss: the weighted mean of the squared errors of the maps whole and pooled to 4x4, 2x2 and 1x1.
 
-    Weights are 1, 1/2, 1/4, 1/8, brought to sum 1; a size that is not below the map's own height is left out.
+    A size that is not below the map's own height is left out. Of the sizes that are used, each weighs half of the one before, beginning
+    with 1 for the whole maps; the weights are divided by their sum.
 
     Args:
         student: (batch, channels, height, width).
@@ -91,11 +92,11 @@ def context_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """
     same_shape(student, teacher, "reviewkd")
     terms, weights = [F.mse_loss(student, teacher)], [1.0]
-    for place, side in enumerate(_LEVELS, 1):
+    for side in _LEVELS:
         if side < student.shape[2]:
             student_pooled, teacher_pooled = (F.adaptive_avg_pool2d(f, side) for f in (student, teacher))
             terms.append(F.mse_loss(student_pooled, teacher_pooled))
-            weights.append(0.5**place)
+            weights.append(weights[-1] / 2)
     return torch.stack([weight * term for weight, term in zip(weights, terms, strict=True)]).sum() / sum(weights)
 
 

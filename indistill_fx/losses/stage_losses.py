@@ -49,13 +49,13 @@ class PairsLoss(Criterion):
         super().__init__()
         self.loss, self.keys, self.relative = loss, tuple(keys), relative
         self.needs, self.weight_labels = frozenset({"features"}), 0.0
-        self.register_buffer("recent", torch.full((len(self.keys),), -1.0), persistent=False)
+        self.register_buffer("recent", torch.full((len(self.keys),), torch.nan), persistent=False)
 
     def forward(self, student: Outputs, teacher: Outputs, labels: Tensor | None) -> Tensor:
         """The sum, or the relative mean, over the pairs."""
         values = torch.stack([self._of_pair(student.features[key], teacher.features[key]) for key in self.keys])
         now = values.detach().to(self.recent.dtype)
-        self.recent.copy_(torch.where(self.recent < 0, now, torch.lerp(self.recent, now, 0.02)))
+        self.recent.copy_(torch.where(self.recent.isnan(), now, torch.lerp(self.recent, now, 0.02)))
         return values.mean() if self.relative else values.sum()
 
     def _of_pair(self, student: Tensor, teacher: Tensor) -> Tensor:
@@ -92,6 +92,10 @@ class Kept(Criterion):
         self.described = f"{weight:.3g} times the loss of {subject}"
         if isinstance(main, Kept):
             self.described = f"{main.described} and {self.described}"
+
+    def at_step(self, step: int) -> None:
+        """See `Criterion`."""
+        self.main.at_step(step)
 
     def kept_loss(self, student: Outputs, teacher: Outputs) -> Tensor:
         """The kept loss, unweighted."""

@@ -9,11 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from indistill_fx.errors import ConfigError
+from indistill_fx.losses.label_checks import require_no_class, require_positions, require_probabilities, require_shape
 from indistill_fx.losses.positions import IGNORED, are_classes, counted, mean_over
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ class Classification(Task):
     def check(self, logits: Tensor, labels: Tensor) -> None:
         """See `Task`."""
         if not are_classes(labels, logits):
-            _check_probabilities(labels)
+            require_probabilities(labels)
             return
         known = labels[labels != IGNORED]
         if known.numel() and not 0 <= int(known.min()) <= int(known.max()) < logits.shape[1]:
@@ -176,7 +176,9 @@ class Segmentation(Classification):
 
     def check(self, logits: Tensor, labels: Tensor) -> None:
         """See `Task`."""
-        _require_positions(self, logits, "(batch, classes, height, width)")
+        require_positions(self.name, logits, "(batch, classes, height, width)")
+        if self.void == Segmentation.void:
+            require_no_class(self.void, logits)
         super().check(logits, labels)
 
     def read(self, labels: Tensor) -> Tensor:
@@ -209,7 +211,7 @@ class Language(Classification):
 
     def check(self, logits: Tensor, labels: Tensor) -> None:
         """See `Task`."""
-        _require_positions(self, logits, "(batch, length, vocabulary)")
+        require_positions(self.name, logits, "(batch, length, vocabulary)")
         super().check(logits, labels)
 
     def read(self, labels: Tensor) -> Tensor:
@@ -251,7 +253,7 @@ class MultiLabel(Task):
 
     def check(self, logits: Tensor, labels: Tensor) -> None:
         """See `Task`."""
-        _same_shape(self, logits, labels)
+        require_shape(self.name, logits, labels)
         if not bool(((labels >= 0) & (labels <= 1)).all()):
             raise ConfigError(
                 f"multilabel reads labels from 0 to 1, but these range from {labels.min():g} to {labels.max():g}.",
@@ -312,7 +314,7 @@ class Regression(Task):
 
     def check(self, logits: Tensor, labels: Tensor) -> None:
         """See `Task`."""
-        _same_shape(self, logits, labels)
+        require_shape(self.name, logits, labels)
         if not bool(labels.isfinite().all()):
             raise ConfigError("A label is not a finite number.", where="labels", expected="finite numbers")
 
@@ -352,41 +354,6 @@ class Embedding(Task):
     def metrics(self, outputs: int) -> dict[str, Metric]:
         """None: the loss on validation data is all there is."""
         return {}
-
-
-def _require_positions(task: Task, logits: Tensor, expected: str) -> None:
-    if logits.ndim < 3:
-        raise ConfigError(
-            f"{task.name} reads outputs {expected}, but the model gives {tuple(logits.shape)}.",
-            where="task",
-            got=tuple(logits.shape),
-            expected=expected,
-            hint="For one class per sample use --task classification.",
-        )
-
-
-def _check_probabilities(labels: Tensor) -> None:
-    sums = labels.sum(1)
-    if not bool((labels >= 0).all()) or not torch.allclose(sums, torch.ones_like(sums), atol=1e-2):
-        raise ConfigError(
-            "Labels with a number for every class must be probabilities, but those of some sample do not sum to 1.",
-            where="labels",
-            got=sums.flatten()[0].item(),
-            expected="class numbers, or probabilities that sum to 1",
-            hint="For several labels per sample use --task multilabel, for measured values --task regression.",
-        )
-
-
-def _same_shape(task: Task, logits: Tensor, labels: Tensor) -> None:
-    expected, got = tuple(logits.shape), tuple(labels.shape)
-    if got != expected:
-        raise ConfigError(
-            f"{task.name} reads labels of the outputs' shape {expected}, but these have {got}.",
-            where="labels",
-            got=got,
-            expected=expected,
-            hint="Let the loader give one value for each output, or name another task (--task).",
-        )
 
 
 def _with_column(logits: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:

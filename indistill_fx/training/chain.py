@@ -76,6 +76,8 @@ def distill_chain(
 
 INT8 = "int8"
 """Directory of the quantisation-aware run in the one it follows."""
+_OF_THE_RUN_BEFORE = ("main_steps", "milestones", "gamma", "rise_steps")
+"""Options that go with the length and the schedule of the run that trained the student; this one has its own."""
 
 
 def distill_for_int8(
@@ -95,7 +97,8 @@ def distill_for_int8(
         train_loader: see `distill`.
         epochs: how long.
         run_dir: of the run that trained the student; this one's directory is `int8` in it, and exports like any other.
-        options: see `distill`; there is no warm-up, and the learning rate falls to 0 (cosine).
+        options: see `distill`; there is no warm-up, and the learning rate falls to 0 (cosine). Those on the length and the schedule of
+            the run that trained the student (`main_steps`, `milestones`, `gamma`, `rise_steps`) are ignored.
 
     Returns:
         The record.
@@ -103,8 +106,8 @@ def distill_for_int8(
     Raises:
         ConfigError: see `distill`.
     """
-    qat_options = {"curriculum": NO_WARMUP, "int8": True, "run_dir": Path(run_dir) / INT8}
-    qat_options |= {"schedule": "cosine", "main_steps": None}  # quantisation-aware training has its own length
+    options = {name: value for name, value in options.items() if name not in _OF_THE_RUN_BEFORE}
+    options |= {"curriculum": NO_WARMUP, "int8": True, "run_dir": Path(run_dir) / INT8, "schedule": "cosine"}
     module = student.module if isinstance(student, TracedModel) else student
     flags = [(part, part.training) for part in module.modules()]
     if not module.training:
@@ -112,7 +115,7 @@ def distill_for_int8(
     for part in module.modules():
         part.training = part.training and not isinstance(part, nn.modules.batchnorm._BatchNorm)
     try:
-        return distill(teacher, student, train_loader, epochs=epochs, **{**options, **qat_options})
+        return distill(teacher, student, train_loader, epochs=epochs, **options)
     finally:
         for part, flag in flags:
             part.training = flag

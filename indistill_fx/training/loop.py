@@ -141,6 +141,8 @@ class TrainingLoop:
             self._share.counts = samples > 0 or self._accelerator.num_processes == 1
             batch = self._mix(batch) if self._mix is not None and phase.main and samples else batch
             step.set_rate(self._rate(phase))
+            if phase.criterion is not None:
+                phase.criterion.at_step(self.state.steps)
             with self._noticing(phase, batch), nullcontext() if boundary else self._accelerator.no_sync(step.module):
                 loss = step.learn(batch, samples) if step.recorded is None else step.recorded(batch)
             self.state.batch += 1
@@ -196,18 +198,14 @@ class TrainingLoop:
         )  # fmt: skip
         if found and self._validate:
             average = self._validate(self.average.module).values if self.average else None
-            validated: dict[str, Any] = {
-                "accuracy": found.accuracy,
-                "val_loss": found.loss,
-                "metrics": found.values,
-                "average": average,
-            }
-            record = replace(record, **validated)
+            record = replace(
+                record, accuracy=found.accuracy, val_loss=found.loss, metrics=found.values, average=average
+            )
         state.history.append(asdict(record))
         state.epoch, state.epochs = state.epoch + 1, state.epochs + 1
         state.batch, state.epoch_steps, state.loss_sum = 0, 0, 0.0
         state.seconds, state.samples, state.waiting = 0.0, 0, 0.0
-        fell = state.lowest is None or loss < state.lowest * (1 - phase.budget.progress)
+        fell = state.lowest is None or loss < state.lowest - abs(state.lowest) * phase.budget.progress
         state.lowest, state.stale = (loss, 0) if fell else (state.lowest, state.stale + 1)
         self._log("epoch", **asdict(record))
         value = record.value(self.metric)
@@ -247,7 +245,7 @@ class TrainingLoop:
             yield found
 
     def _used_up(self, phase: Phase) -> bool:
-        return phase.budget.unit == "steps" and self.state.steps >= phase.budget.length
+        return phase.budget.unit == "steps" and phase.budget.spent(self.state.epoch, self.state.steps)
 
     def _finished(self, phase: Phase) -> bool:
         if phase.budget.patience is not None and self.state.stale >= phase.budget.patience:
@@ -256,7 +254,7 @@ class TrainingLoop:
             self._accelerator, phase.stands_still(self.state.epoch, self.state.best_epoch)
         ):
             return True
-        return self._used_up(phase) or (phase.budget.unit == "epochs" and self.state.epoch >= phase.budget.length)
+        return phase.budget.spent(self.state.epoch, self.state.steps)
 
     def _next_phase(self, phase: Phase, step: Step) -> None:
         state = self.state

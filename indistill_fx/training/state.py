@@ -59,10 +59,15 @@ class Phase:
         return self.module.student if isinstance(self.module, Stage) and rewritten else None
 
     @property
+    def criterion(self) -> Criterion | None:
+        """The stage's loss, which can say more of itself than its value."""
+        found = self.module.criterion if isinstance(self.module, Stage) else None
+        return found if isinstance(found, Criterion) else None
+
+    @property
     def summary(self) -> str:
         """The loss's report at the end of the phase; empty for most losses."""
-        criterion = self.module.criterion if isinstance(self.module, Stage) else None
-        return criterion.summary if isinstance(criterion, Criterion) else ""
+        return self.criterion.summary if self.criterion is not None else ""
 
     def given(self, batch: Any) -> Any:
         """The batch in the form that the module takes."""
@@ -182,8 +187,9 @@ def placed(state: State, before: Sequence[str], phases: Sequence[Phase], path: P
         return replace(state, phase=len(names), epoch=0, steps=0) if over and phases[state.phase].main else state
     done = [entry for entry in state.history if phases and entry["stage"] == names[-1]]
     still = bool(phases) and phases[-1].stands_still(len(done), state.best_epoch)
-    if phases and phases[-1].main and len(done) < phases[-1].budget.length and not still:
-        return replace(state, phase=len(names) - 1, epoch=len(done), steps=sum(entry["steps"] for entry in done))
+    steps = sum(entry["steps"] for entry in done)
+    if phases and phases[-1].main and not phases[-1].budget.spent(len(done), steps) and not still:
+        return replace(state, phase=len(names) - 1, epoch=len(done), steps=steps)
     return replace(state, phase=len(names))
 
 

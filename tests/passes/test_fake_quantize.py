@@ -157,6 +157,16 @@ def test_what_the_user_has_put_into_eval_mode_stays_there(data: Data, tmp_path: 
     assert net.training and not net.depth.training and net.stem[1].training  # as it was given
 
 
+def test_the_schedule_of_the_run_before_is_left_behind(data: Data, tmp_path: Path) -> None:
+    """`--schedule step --milestones 1 --qat 2` failed after the whole training, because a cosine has no milestones."""
+    record = distill_for_int8(
+        Separable(), Separable(), data.train, epochs=2, run_dir=tmp_path, progress=False, example_inputs=EXAMPLE, learning_rate=0.01,
+        schedule="step", milestones=(1,), gamma=0.5, main_steps=3, rise_steps=10**6,
+    )  # fmt: skip
+    assert [epoch.learning_rate for epoch in record.epochs] == pytest.approx([0.01, 0.005])
+    assert not any("no effect" in note for stage in record.stages for note in stage.notes)
+
+
 def test_it_goes_on_to_the_same_bits(data: Data, tmp_path: Path) -> None:
     """The ranges of activations are part of a checkpoint."""
     start = Separable().state_dict()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import indistill_fx as ifx
-from indistill_fx.batch import FEATURES, Inputs, inputs_and_labels, samples_of, split, with_features
+from indistill_fx.batch import FEATURES, Inputs, inputs_and_labels, samples_of, split, with_features, with_labels
 from indistill_fx.errors import ConfigError
 from indistill_fx.evaluation.accuracy import evaluate
 from indistill_fx.losses.task import Classification
@@ -170,3 +170,12 @@ def test_a_model_of_one_input_gets_the_only_one_whatever_its_name():
     for batch in ({"mask": A, "labels": Y}, {"pixel_values": A, "depth": A, "labels": Y}, {"path": ["a"], "labels": Y}):
         with pytest.raises(ConfigError, match="It has no `x`"):
             split(batch, one, where="Test")
+
+
+def test_other_labels_in_a_named_tuple_whose_names_say_nothing():
+    """It was a TypeError of the tuple's constructor."""
+    pair = namedtuple("pair", ["first", "second", "third"])
+    batch = pair(torch.zeros(2, 3), torch.tensor([1, 0]), torch.tensor([4, 7]))
+    found = with_labels(batch, torch.ones(2, 5), Inputs(("x",), ("x",)))
+    assert isinstance(found, pair) and found.first is batch.first and found.third is batch.third
+    assert torch.equal(found.second, torch.ones(2, 5))

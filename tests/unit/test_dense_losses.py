@@ -13,6 +13,7 @@ from indistill_fx.errors import ConfigError
 from indistill_fx.losses import Outputs
 from indistill_fx.losses.positions import IGNORED
 from indistill_fx.losses.registry import main_loss
+from indistill_fx.losses.review import context_loss
 
 B, C, H, W = 3, 4, 5, 2
 
@@ -65,6 +66,15 @@ def test_ignored_positions_do_not_count(name):
     moved = STUDENT + 5 * draw(9, *STUDENT.shape) * (SOME == IGNORED).unsqueeze(1)
     assert main_loss(name)(side(moved), side(TEACHER), SOME).item() == pytest.approx(dense.item(), rel=1e-12)
     assert main_loss(name)(side(moved), side(TEACHER), LABELS).item() != pytest.approx(dense.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", [*PER_POSITION, "mlkd"])
+def test_ignored_samples_do_not_count(name):
+    labels = torch.tensor([2, IGNORED, 0, 3, IGNORED, 1])
+    kept, s, t = labels != IGNORED, draw(4, 6, C), draw(5, 6, C)
+    found = main_loss(name)(side(s), side(t), labels)
+    expected = main_loss(name)(side(s[kept]), side(t[kept]), labels[kept])
+    assert found.item() == pytest.approx(expected.item(), rel=1e-12)
 
 
 @pytest.mark.parametrize("name", [*PER_POSITION, "cwd"])
@@ -146,6 +156,23 @@ def test_one_hot_probabilities_are_classes(name):
         assert found.item() == pytest.approx(main_loss(name)(side(s), side(t), labels).item(), rel=1e-9)
 
 
+@pytest.mark.parametrize("margin", [5.0, 30.0, 200.0, 2000.0])
+@pytest.mark.parametrize("sure", ["student", "teacher", "both", "of different classes"])
+def test_one_hot_probabilities_are_classes_for_sure_networks_too(margin, sure):
+    """dkd took 1 - p for 1e-12 at least, so that value and gradient were wrong from a margin of 27.6 T on."""
+    labels = LABELS[:, 0, 0]
+    hot = F.one_hot(labels, C).double()
+    other = hot.roll(1, 1) if sure == "of different classes" else hot
+    s, t = draw(4, B, C) + margin * hot * (sure != "teacher"), draw(5, B, C) + margin * other * (sure != "student")
+    found = []
+    for form in (labels, hot):
+        student = s.clone().requires_grad_()
+        loss = main_loss("dkd", temperature=1.0, weight_labels=0.0)(side(student), side(t), form)
+        loss.backward()
+        found.append((loss.detach(), student.grad))
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
+
+
 def test_labels_that_fit_no_form_are_refused():
     with pytest.raises(
         ConfigError, match=r"Labels of shape \(3, 5\) \(int64\) do not fit logits of shape \(3, 4, 5, 2\)"
@@ -171,12 +198,22 @@ def pooled(f, side_length):
 
 
 def numpy_context(a, b):
-    terms, weights = [np.mean((a - b) ** 2)], [1.0]
-    for place, length in enumerate((4, 2, 1), 1):
-        if length < a.shape[2]:
-            terms.append(np.mean((pooled(a, length) - pooled(b, length)) ** 2))
-            weights.append(0.5**place)
-    return np.dot(terms, weights) / sum(weights)
+    """The authors' HCL: a size that is left out does not halve the weight."""
+    loss, weight, total = np.mean((a - b) ** 2), 1.0, 1.0
+    for length in (4, 2, 1):
+        if length >= a.shape[2]:
+            continue
+        weight /= 2
+        loss += weight * np.mean((pooled(a, length) - pooled(b, length)) ** 2)
+        total += weight
+    return loss / total
+
+
+@pytest.mark.parametrize("height", [8, 4, 3, 2, 1])
+def test_context_loss_equals_the_authors(height):
+    one, other = draw(1, B, 2, height, height), draw(2, B, 2, height, height)
+    expected = numpy_context(one.numpy(), other.numpy())
+    assert context_loss(one, other).item() == pytest.approx(expected, rel=1e-12)
 
 
 def convolved(f, weight, bias=None):

@@ -10,6 +10,8 @@ from torch.nn import functional as F
 import indistill_fx as ifx
 from indistill_fx.demo import DigitsStudent, DigitsTeacher
 from indistill_fx.errors import ConfigError
+from indistill_fx.losses import Outputs, warmup_loss
+from indistill_fx.losses.stage_losses import PairsLoss
 
 
 def models() -> tuple[nn.Module, nn.Module, Tensor, Tensor]:
@@ -110,6 +112,15 @@ def test_a_run_says_it_resumes_under_it_alone_and_trains_the_same_from_the_cache
     assert "10 times the loss of the pairs' features" in (tmp_path / "plain" / "run.json").read_text()
     with pytest.raises(ConfigError, match="what is added to the main loss"):
         run("plain", curriculum=ifx.Curriculum(together=True, lengths=1), epochs=3, resume=True)
+
+
+def test_the_recent_loss_of_a_pair_may_be_negative() -> None:
+    """A loss below 0 counted as none at all, so that the mean over steps was the last step's value."""
+    pairs = PairsLoss(warmup_loss(lambda student, teacher: student.mean() - teacher.mean()), ["layer"])
+    teacher = Outputs(None, None, {"layer": torch.zeros(2, 3)})
+    for value in (-1.0, -2.0):
+        pairs(Outputs(None, None, {"layer": torch.full((2, 3), value)}), teacher, None)
+    torch.testing.assert_close(pairs.recent, torch.tensor([-1.02]))
 
 
 class Wide(nn.Module):

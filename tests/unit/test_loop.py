@@ -198,10 +198,18 @@ def test_a_stage_of_length_0_is_left_out():
     assert [stage.name for stage in record.stages] == ["main"]
 
 
-def test_a_plateau_ends_a_stage_early_and_says_so():
+class Lowered(Early):
+    """The same stage with a loss below 0."""
+
+    def forward(self, batch: Any) -> Tensor:
+        return super().forward(batch) - 100
+
+
+@pytest.mark.parametrize("stage", [Early, Lowered])
+def test_a_plateau_ends_a_stage_early_and_says_so(stage):
     student = Student()
     stuck = Budget(9, learning_rate=1e-12, patience=2)
-    record = run(student, Phase("first", Early(student), stuck), Phase("main", Whole(student), Budget(1)))
+    record = run(student, Phase("first", stage(student), stuck), Phase("main", Whole(student), Budget(1)))
     assert record.stages[0].epochs == 3
     assert record.stages[0].notes == ("ended after 3 of 9 epochs: loss has stalled",)
     moving = run(Student(), Phase("first", Early(student), Budget(4, learning_rate=0.01, patience=2)))
@@ -435,6 +443,17 @@ def test_a_finished_run_resumed_gives_its_weights_and_record_back(tmp_path):
     done = run(student, Phase("main", Whole(student), Budget(2), main=True), run_dir=tmp_path / "run")
     other = Student(seed=3)
     again = run(other, Phase("main", Whole(other), Budget(2), main=True), run_dir=tmp_path / "run", resume=True)
+    assert same(weights(other), weights(student))
+    assert again.epochs == done.epochs and again.digest == done.digest
+
+
+def test_a_finished_run_measured_in_steps_stays_finished(tmp_path):
+    """It began another epoch, of no steps, at every resume."""
+    student, options = Student(), {"run_dir": tmp_path / "run", "main_steps": 12}
+    done = run(student, Phase("main", Whole(student), Budget(12, "steps"), main=True), **options)
+    assert [epoch.steps for epoch in done.epochs] == [5, 5, 2]
+    other = Student(seed=3)
+    again = run(other, Phase("main", Whole(other), Budget(12, "steps"), main=True), resume=True, **options)
     assert same(weights(other), weights(student))
     assert again.epochs == done.epochs and again.digest == done.digest
 

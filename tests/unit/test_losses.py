@@ -14,6 +14,7 @@ from torch import nn
 from indistill_fx.errors import ConfigError
 from indistill_fx.losses import EMBEDDING, Outputs
 from indistill_fx.losses.registry import MAIN_LOSSES, WARMUP_LOSSES, asked_of_the_data, main_loss, warmup_loss
+from indistill_fx.losses.task import Classification, Embedding, MultiLabel, Regression
 
 B, C = 6, 5
 
@@ -346,6 +347,40 @@ def test_crd_evaluation_leaves_the_bank_alone():
     assert all(torch.equal(before[key], value) for key, value in loss.state_dict().items())
 
 
+CRD_LABELS = {
+    "a column": (LABELS[:, None], Classification(), LABELS),
+    "smoothed": (0.9 * F.one_hot(LABELS, C) + 0.1 / C, Classification(), LABELS),
+    "some unknown": (LABELS.masked_fill(LABELS == 0, -100), Classification(), LABELS.masked_fill(LABELS == 0, -1)),
+    "multilabel": (F.one_hot(LABELS, C), MultiLabel(), torch.full((B,), -1)),
+    "values": (LABELS.double() / 3, Regression(), torch.full((B,), -1)),
+    "counts": (LABELS, Regression(), torch.full((B,), -1)),
+    "none": (None, Embedding(), torch.full((B,), -1)),
+}
+
+
+@pytest.mark.parametrize("form", CRD_LABELS)
+@pytest.mark.parametrize("logits", [True, False], ids=["with logits", "without"])
+def test_crd_takes_labels_of_every_form(form, logits):
+    """What is not one class a sample was an error of torch's."""
+    labels, task, known = CRD_LABELS[form]
+    loss = build("crd", weight_labels=0.0, task=task)
+    student = STUDENT if logits else STUDENT._replace(logits=None)
+    for _ in range(2):
+        assert loss(student, TEACHER, labels).isfinite()
+    assert torch.equal(loss.bank_labels[STUDENT.indices], known)
+
+
+def test_samples_of_unknown_class_are_negatives_of_each_other_in_crd(monkeypatch):
+    loss, counts = build("crd", weight_labels=0.0), []
+    monkeypatch.setattr(torch, "randint", lambda *_, **__: torch.cat([STUDENT.indices] * 2))
+    monkeypatch.setattr(
+        loss, "_contrast", lambda anchor, bank, index, drawn, other, side: counts.append(other.sum(1)) or anchor.sum()
+    )
+    for _ in range(2):
+        loss(STUDENT, TEACHER, torch.tensor([-100, -100, 4, 4, 0, 3]))
+    assert counts[-1].tolist() == [10, 10, 8, 8, 10, 10]  # of twelve: without itself and those of its class
+
+
 def test_crd_needs_sample_indices():
     with pytest.raises(ConfigError, match="sample indices"):
         build("crd")(STUDENT._replace(indices=None), TEACHER, LABELS)
@@ -513,6 +548,29 @@ def test_opposite_vectors_give_a_finite_pkt():
     value.backward()
     assert value.isfinite()
     assert f.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["pkt", "pkt_kl", "sp", "rkd", "dist", "mlkd"])
+def test_the_last_batch_may_have_one_sample(name):
+    """rkd divided by the mean of no distances."""
+    student, teacher = (
+        Outputs(values.logits[:1], values.embedding[:1], {key: f[:1] for key, f in values.features.items()})
+        for values in (STUDENT, TEACHER)
+    )
+    vector, feature = student.embedding.clone().requires_grad_(), student.features["layer2"].clone().requires_grad_()
+    student = student._replace(embedding=vector, features={"layer2": feature}, logits=student.logits + vector[:, :5])
+    value = main_loss(name)(student, teacher, LABELS[:1])
+    value.backward()
+    assert value.isfinite() and all(x.grad is None or x.grad.isfinite().all() for x in (vector, feature))
+
+
+def test_equal_vectors_span_no_angle():
+    """They had a gradient of 1e12 in rkd: the same sample twice in a batch undid the training."""
+    f = STUDENT.embedding.clone()
+    f[1] = f[0]
+    f.requires_grad_()
+    main_loss("rkd", distance=0.0, weight_labels=0.0)(STUDENT._replace(embedding=f), TEACHER, LABELS).backward()
+    assert f.grad.norm() < 100
 
 
 @settings(max_examples=25, deadline=None)

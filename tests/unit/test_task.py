@@ -66,6 +66,24 @@ def test_segmentation_ignores_the_void_label():
     void.check(*void.prepare(logits, labels.masked_fill(labels == 255, 0)))
 
 
+@pytest.mark.parametrize("task", [Regression(), MultiLabel(), Embedding()])
+def test_only_logits_of_classes_are_standardized(task):
+    """One value a sample has no deviation: the loss was NaN in the first step."""
+    with pytest.raises(ConfigError, match=f"standardize takes mean and deviation over classes.*{task.name!r}"):
+        main_loss("kd", task=task, standardize=True)
+    assert main_loss("kd", task=task, standardize=False).task == task
+
+
+def test_a_class_is_not_taken_for_the_void_label():
+    """Pixels of class 255 were left out without a word."""
+    labels = whole(1, 300, 2, 4, 5)
+    Segmentation().check(torch.zeros(2, 255, 4, 5), labels % 255)
+    with pytest.raises(ConfigError, match="Label 255, which segmentation ignores, is one of the model's 300 classes"):
+        Segmentation().check(torch.zeros(2, 300, 4, 5), labels)
+    for void in (IGNORED, 0):  # 0: a background that does not count, on purpose
+        Segmentation(void=void).check(torch.zeros(2, 300, 4, 5), labels)
+
+
 @pytest.mark.parametrize("shift", [True, False])
 def test_language_is_next_token(shift):
     logits, tokens = draw(0, 5, 7, 11).float(), whole(1, 11, 5, 7)

@@ -12,6 +12,7 @@ from indistill_fx.cli.distill import _over_time
 from indistill_fx.curriculum import Curriculum
 from indistill_fx.errors import ConfigError
 from indistill_fx.losses import Outputs, main_loss
+from indistill_fx.losses.registry import MAIN_LOSSES
 
 
 def outputs(seed: int) -> Outputs:
@@ -56,6 +57,36 @@ def net(seed: int) -> nn.Module:
             nn.Conv2d(1, 4, 3, 2, 1), nn.ReLU(), nn.Conv2d(4, 8, 3, 2, 1), nn.ReLU(),
             nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3),
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("kept", [0.0, 1.0], ids=["alone", "with what is kept of the warm-up"])
+@pytest.mark.parametrize(
+    ("main", "options", "expected"),
+    [
+        ("kd", {"over_time": ((0, 0.0), (4, 1.0))}, [0, 0, 1, 2, 2, 3]),
+        ("dkd", {"ramp_steps": 4}, [1, 1, 2, 3, 3, 4]),
+    ],
+)
+def test_the_batches_of_one_step_have_its_weight(main, options, expected, kept, monkeypatch):
+    """Two batches a step and three an epoch: the last step of an epoch has one. Every batch was counted as a step."""
+    factors = []
+    kind = MAIN_LOSSES[main]
+    forward = kind.forward
+
+    def noting(self, student, teacher, labels=None):
+        value = forward(self, student, teacher, labels)
+        if self.training:
+            with torch.no_grad():
+                plain = main_loss(main, weight_labels=0.0).eval()(student, teacher, labels)
+            factors.append(4 * (value / plain).item())
+        return value
+
+    monkeypatch.setattr(kind, "forward", noting)
+    batch = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 3
+    curriculum = Curriculum(lengths=[], keep=kept)
+    options = {"main_options": {"weight_labels": 0.0, **options}, "curriculum": curriculum, "progress": False}
+    ifx.distill(net(0), net(1), [batch] * 3, main=main, epochs=2, accumulate=2, device="cpu", **options)
+    assert factors == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_resumed_run_knows_its_step(tmp_path):
