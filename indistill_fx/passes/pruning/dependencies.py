@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 from torch import Tensor, fx
 
 from indistill_fx.graph.ops import attribute, op_name
-from indistill_fx.passes.channels.call import Call
+from indistill_fx.passes.channels.call import Call, axis_of, read_call
 from indistill_fx.passes.channels.rules import FILLED, consult
 from indistill_fx.passes.channels.selection import Cut, Propagation
+from indistill_fx.passes.channels.sizes import leaves, size_read, sizes_given
 from indistill_fx.traced import NodeFacts
 
 Units = NDArray[np.int64]
@@ -288,6 +289,50 @@ def _unread(found: Coupling, node: fx.Node, chain: Sequence[fx.Node]) -> list[fx
             return None
         alike += [user, *below]
     return alike
+
+
+def freeze_beside_places(found: Coupling, source: fx.Node, axis: int, reader: fx.Node) -> None:
+    """Freeze the channels of an axis that an operation takes entries of by number, if the input can change what these numbers mean.
+
+    That is so where channels share the axis with places, such as the height of a map.
+    """
+    units = found.of(source, axis)
+    if units is not None and len(np.unique(units)) < len(units) and _has_places(found, source, axis):
+        found.freeze(units, f"`{reader.name}` takes them by number beside places, of which there can be more")
+
+
+def _has_places(found: Coupling, node: fx.Node, axis: int) -> bool:
+    """Whether channels were merged into an axis with another axis whose size the input can change."""
+    step = consult(Cut(node, axis, axis + 1, tuple(range(found.facts[node.name].shape[axis]))), found.facts)
+    if not isinstance(step, Propagation):  # a norm of the whole axis
+        sources = [n for n in node.all_input_nodes if n.name in found.facts]
+        same = bool(sources) and found.facts[sources[0].name].shape == found.facts[node.name].shape
+        return same and _has_places(found, sources[0], axis)
+    for cut in (part.cut for part in step.parts):
+        axes = range(cut.start, cut.stop)
+        if cut.width > 1 and not all(_is_fixed(found, cut.node, k) for k in axes):
+            return True
+        if any(found.of(cut.node, k) is not None and _has_places(found, cut.node, k) for k in axes):
+            return True
+    return False
+
+
+def _is_fixed(found: Coupling, node: fx.Node, axis: int) -> bool:
+    """Whether the weights or the code say how long an axis is."""
+    axis = axis_of(axis, len(found.facts[node.name].shape)) if node.name in found.facts else axis
+    if found.of(node, axis) is not None or node.name not in found.facts or found.facts[node.name].shape[axis] == 1:
+        return True
+    given = sizes_given(read_call(node, found.facts)) if node.op.startswith("call") else {}
+    size = given.get(axis, -1)
+    if isinstance(size, fx.Node):
+        reads = [size_read(leaf) for leaf in leaves(size)]
+        return all(read is not None and _is_fixed(found, *read) for read in reads)
+    if size != -1:
+        return True
+    step = consult(Cut(node, axis, axis + 1, tuple(range(found.facts[node.name].shape[axis]))), found.facts)
+    return isinstance(step, Propagation) and all(
+        _is_fixed(found, part.cut.node, k) for part in step.parts for k in range(part.cut.start, part.cut.stop)
+    )
 
 
 def _is_everything(index: Sequence[int], flat: Units) -> bool:

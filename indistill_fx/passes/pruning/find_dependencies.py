@@ -15,7 +15,7 @@ from indistill_fx.passes.channels.joining import POOLS, REDUCTIONS, WITH_PLACES
 from indistill_fx.passes.channels.norms import mixed_axis
 from indistill_fx.passes.channels.rules import consult
 from indistill_fx.passes.channels.selection import Cut, Propagation
-from indistill_fx.passes.pruning.dependencies import PARTS, Axis, Coupling, follow
+from indistill_fx.passes.pruning.dependencies import PARTS, Axis, Coupling, follow, freeze_beside_places
 from indistill_fx.passes.pruning.dependency_rules import COUPLERS
 from indistill_fx.passes.pruning.recurrent import WHOLE
 from indistill_fx.traced import NodeFacts
@@ -118,6 +118,8 @@ def _read(found: Coupling, call: Call) -> set[Axis] | None:
     if call.op in POOLS:
         return {(call.input.name, axis) for axis in (0, 1)}
     if call.op in PARTS:
+        if isinstance(dim := call.get("dim", 0), int):
+            freeze_beside_places(found, call.input, axis_of(dim, len(call.shape(call.input) or ())), call.node)
         return None if all(isinstance(user.args[1], int) for user in call.node.users if len(user.args) > 1) else set()
     return None if call.op in _TELLS_SIZES else set()
 
@@ -170,6 +172,7 @@ def _shuffle(found: Coupling, node: fx.Node, order: Cut) -> None:
     for axis in range(len(found.facts[source.name].shape)):
         units = found.of(source, axis)
         if axis == order.start and units is not None:
+            freeze_beside_places(found, source, axis, node)
             found.axes[node.name, axis] = units[list(order.index)]
         else:
             found.freeze(units, f"`{node.name}` shuffles another axis")
