@@ -139,7 +139,7 @@ class Coupling:
         """All units of a node's tensor must stay."""
         known = self.facts.get(node.name)
         for axis in range(len(known.shape) if known else 0):
-            if (node.name, axis) in self.axes or self.is_tied(node, axis):
+            if self.has_units(node, axis):
                 self.freeze(self.of(node, axis), reason)
 
     def is_tied(self, node: fx.Node, axis: int) -> bool:
@@ -147,6 +147,13 @@ class Coupling:
         owner = node.graph.owning_module
         value = attribute(owner, str(node.target)) if node.op == "get_attr" and owner is not None else None
         return (id(value), axis) in self.weights
+
+    def has_units(self, node: fx.Node, axis: int) -> bool:
+        """Whether an axis has units, or is one of a parameter or buffer, whose units a later layer may tie."""
+        if node.op == "get_attr" and node.name in self.facts:
+            known = self.facts[node.name]
+            return (known.dtype.is_floating_point and known.shape[axis] > 1) or self.is_tied(node, axis)
+        return (node.name, axis) in self.axes
 
     def count_work(self, call: Call, summed: Iterable[Units | None]) -> None:
         """Note the cost of an operation: in proportion to its output's axes and to those it sums over."""
@@ -344,11 +351,11 @@ def _flat_units(found: Coupling, cut: Cut) -> Units | None:
     if cut.width == 1:
         return found.of(cut.node, cut.start)
     shape = found.facts[cut.node.name].shape[cut.start : cut.stop]
-    carrying = [k for k in range(cut.width) if (cut.node.name, cut.start + k) in found.axes]
+    carrying = [k for k in range(cut.width) if found.has_units(cut.node, cut.start + k)]
     for k in carrying[1:]:
-        found.freeze(found.axes[cut.node.name, cut.start + k], f"several axes of `{cut.node.name}` become one")
-    if not carrying:
+        found.freeze(found.of(cut.node, cut.start + k), f"several axes of `{cut.node.name}` become one")
+    units = found.of(cut.node, cut.start + carrying[0]) if carrying else None
+    if units is None:
         return None
     k = carrying[0]
-    units = found.axes[cut.node.name, cut.start + k]
     return np.tile(np.repeat(units, prod(shape[k + 1 :])), prod(shape[:k]))

@@ -67,7 +67,7 @@ def _visit(found: Coupling, node: fx.Node) -> None:
         for axis in range(len(known.shape) if known else 0):
             if (source.name, axis) in read:
                 continue
-            if (source.name, axis) in found.axes or found.is_tied(source, axis):
+            if found.has_units(source, axis):
                 alone = known is not None and known.shape[axis] == 1
                 found.freeze(
                     found.of(source, axis), f"`{node.name}` ({call.op}) reads the only one" if alone else _why(call)
