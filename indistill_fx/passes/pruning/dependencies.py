@@ -64,6 +64,7 @@ class Coupling:
         shuffles: reshapes that end a mere permutation of one axis, and the tensor, axis and order it is.
         vanished: nodes that only serve a shuffle.
         heads: axes made by taking an axis apart that products sum over: the width of a head, not the heads.
+        pieces: axes made likewise of which one entry is taken, the largest or one by its number: a channel's pieces, not the channels.
         ops: what each node computes, for those that were looked at.
         recomputed: how many channels layers make whose weights nobody can slice, and why.
         mixing: nodes that compute something over channels, what that is (a mean or a norm), and these channels.
@@ -80,6 +81,7 @@ class Coupling:
     recomputed: list[tuple[int, str]] = field(default_factory=list)
     frozen: list[tuple[Units, str]] = field(default_factory=list)
     heads: set[Axis] = field(default_factory=set)
+    pieces: set[Axis] = field(default_factory=set)
     shuffles: dict[str, Cut] = field(default_factory=dict)
     vanished: set[str] = field(default_factory=set)
     ops: dict[str, str] = field(default_factory=dict)
@@ -201,8 +203,9 @@ def follow(found: Coupling, call: Call, summed: Iterable[Units | None] = ()) -> 
 def _unsplit(found: Coupling, name: str, shape: Sequence[int], steps: Mapping[int, Propagation]) -> list[int]:
     """The axes that carry units. If one axis was split into several, only one of them can.
 
-    It is not the width of a head; the last one that ties no units (the channels of a patch, not its places), else the last that does not
-    tie all of them. An axis that is complete next to axes of length one (`scale.view(-1, 1, 1)`) was not split.
+    It is not the width of a head, and the pieces of a channel (maxout) only if nothing else is left. Of the others it is the last one
+    that ties no units (the channels of a patch, not its places), else the last that does not tie all of them. An axis that is complete
+    next to axes of length one (`scale.view(-1, 1, 1)`) was not split.
     """
     carried: list[int] = []
     axes_of_source: dict[tuple[str, int], list[int]] = {}
@@ -214,7 +217,7 @@ def _unsplit(found: Coupling, name: str, shape: Sequence[int], steps: Mapping[in
     unsplit = {(part.cut.node.name, part.cut.start) for axis in carried for part in steps[axis].parts}
     for axes in (axes for source, axes in axes_of_source.items() if source not in unsplit):
         free = axes if len(axes) == 1 else [axis for axis in axes if (name, axis) not in found.heads]
-        carried += sorted(free, key=lambda axis: _freedom(found, steps[axis]))[-1:]
+        carried += sorted(free, key=lambda axis: ((name, axis) not in found.pieces, _freedom(found, steps[axis])))[-1:]
     return carried
 
 
