@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import fx
 
-from indistill_fx.passes.channels.call import Call, axis_of
+from indistill_fx.passes.channels.call import Call
 from indistill_fx.passes.channels.selection import Emitter, Shape
+from indistill_fx.passes.channels.sizes import sizes_given
 
 Span = tuple[int, int]
 Size = int | Callable[[], Any]
@@ -62,20 +63,12 @@ def _groups(before: Shape, after: Shape, span: Span, made: Span) -> list[tuple[l
 
 def _given(out: Emitter, call: Call) -> dict[int, Size]:
     """The sizes that the code itself gives, by axis of the output: numbers, -1, and what writes a computed one."""
-    rank, given, first = len(call.output_shape), call.arguments.get("shape"), 0
-    if call.op == "unflatten":
-        given, dim = call.get("sizes", call.get("unflattened_size")), call.get("dim")
-        first = axis_of(dim, len(call.shape(call.input) or ())) if isinstance(dim, int) else rank
-    elif isinstance(given, tuple) and len(given) == 1 and rank > 1 and isinstance(like := given[0], fx.Node):
+    rank, given = len(call.output_shape), call.arguments.get("shape")
+    if isinstance(given, tuple) and len(given) == 1 and rank > 1 and isinstance(like := given[0], fx.Node):
         tensor = call.shape(like) is not None  # `x.view_as(y)`, otherwise `x.view(y.shape)`
         return {axis: _size_of(out, like, axis) if tensor else _computed(out, like, axis) for axis in range(rank)}
-    elif isinstance(given, tuple) and len(given) != rank:
-        given = None
-    entries = enumerate(given, first) if isinstance(given, (tuple, list)) else ()
     return {
-        axis: _computed(out, size) if isinstance(size, fx.Node) else size
-        for axis, size in entries
-        if isinstance(size, (fx.Node, int))
+        axis: _computed(out, size) if isinstance(size, fx.Node) else size for axis, size in sizes_given(call).items()
     }
 
 

@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 from torch import Tensor, fx
 
 from indistill_fx.graph.ops import attribute, op_name
-from indistill_fx.passes.channels.call import Call
+from indistill_fx.passes.channels.call import Call, axis_of, read_call
 from indistill_fx.passes.channels.rules import FILLED, consult
 from indistill_fx.passes.channels.selection import Cut, Propagation
+from indistill_fx.passes.channels.sizes import leaves, size_read, sizes_given
 from indistill_fx.traced import NodeFacts
 
 Units = NDArray[np.int64]
@@ -63,6 +64,7 @@ class Coupling:
         shuffles: reshapes that end a mere permutation of one axis, and the tensor, axis and order it is.
         vanished: nodes that only serve a shuffle.
         heads: axes made by taking an axis apart that products sum over: the width of a head, not the heads.
+        pieces: axes made likewise of which one entry is taken, the largest or one by its number: a channel's pieces, not the channels.
         ops: what each node computes, for those that were looked at.
         recomputed: how many channels layers make whose weights nobody can slice, and why.
         mixing: nodes that compute something over channels, what that is (a mean or a norm), and these channels.
@@ -79,6 +81,7 @@ class Coupling:
     recomputed: list[tuple[int, str]] = field(default_factory=list)
     frozen: list[tuple[Units, str]] = field(default_factory=list)
     heads: set[Axis] = field(default_factory=set)
+    pieces: set[Axis] = field(default_factory=set)
     shuffles: dict[str, Cut] = field(default_factory=dict)
     vanished: set[str] = field(default_factory=set)
     ops: dict[str, str] = field(default_factory=dict)
@@ -138,7 +141,7 @@ class Coupling:
         """All units of a node's tensor must stay."""
         known = self.facts.get(node.name)
         for axis in range(len(known.shape) if known else 0):
-            if (node.name, axis) in self.axes or self.is_tied(node, axis):
+            if self.has_units(node, axis):
                 self.freeze(self.of(node, axis), reason)
 
     def is_tied(self, node: fx.Node, axis: int) -> bool:
@@ -146,6 +149,13 @@ class Coupling:
         owner = node.graph.owning_module
         value = attribute(owner, str(node.target)) if node.op == "get_attr" and owner is not None else None
         return (id(value), axis) in self.weights
+
+    def has_units(self, node: fx.Node, axis: int) -> bool:
+        """Whether an axis has units, or is one of a parameter or buffer, whose units a later layer may tie."""
+        if node.op == "get_attr" and node.name in self.facts:
+            known = self.facts[node.name]
+            return (known.dtype.is_floating_point and known.shape[axis] > 1) or self.is_tied(node, axis)
+        return (node.name, axis) in self.axes
 
     def count_work(self, call: Call, summed: Iterable[Units | None]) -> None:
         """Note the cost of an operation: in proportion to its output's axes and to those it sums over."""
@@ -193,8 +203,9 @@ def follow(found: Coupling, call: Call, summed: Iterable[Units | None] = ()) -> 
 def _unsplit(found: Coupling, name: str, shape: Sequence[int], steps: Mapping[int, Propagation]) -> list[int]:
     """The axes that carry units. If one axis was split into several, only one of them can.
 
-    It is not the width of a head; the last one that ties no units (the channels of a patch, not its places), else the last that does not
-    tie all of them. An axis that is complete next to axes of length one (`scale.view(-1, 1, 1)`) was not split.
+    It is not the width of a head, and the pieces of a channel (maxout) only if nothing else is left. Of the others it is the last one
+    that ties no units (the channels of a patch, not its places), else the last that does not tie all of them. An axis that is complete
+    next to axes of length one (`scale.view(-1, 1, 1)`) was not split.
     """
     carried: list[int] = []
     axes_of_source: dict[tuple[str, int], list[int]] = {}
@@ -206,7 +217,7 @@ def _unsplit(found: Coupling, name: str, shape: Sequence[int], steps: Mapping[in
     unsplit = {(part.cut.node.name, part.cut.start) for axis in carried for part in steps[axis].parts}
     for axes in (axes for source, axes in axes_of_source.items() if source not in unsplit):
         free = axes if len(axes) == 1 else [axis for axis in axes if (name, axis) not in found.heads]
-        carried += sorted(free, key=lambda axis: _freedom(found, steps[axis]))[-1:]
+        carried += sorted(free, key=lambda axis: ((name, axis) not in found.pieces, _freedom(found, steps[axis])))[-1:]
     return carried
 
 
@@ -290,6 +301,50 @@ def _unread(found: Coupling, node: fx.Node, chain: Sequence[fx.Node]) -> list[fx
     return alike
 
 
+def freeze_beside_places(found: Coupling, source: fx.Node, axis: int, reader: fx.Node) -> None:
+    """Freeze the channels of an axis that an operation takes entries of by number, if the input can change what these numbers mean.
+
+    That is so where channels share the axis with places, such as the height of a map.
+    """
+    units = found.of(source, axis)
+    if units is not None and len(np.unique(units)) < len(units) and _has_places(found, source, axis):
+        found.freeze(units, f"`{reader.name}` takes them by number beside places, of which there can be more")
+
+
+def _has_places(found: Coupling, node: fx.Node, axis: int) -> bool:
+    """Whether channels were merged into an axis with another axis whose size the input can change."""
+    step = consult(Cut(node, axis, axis + 1, tuple(range(found.facts[node.name].shape[axis]))), found.facts)
+    if not isinstance(step, Propagation):  # a norm of the whole axis
+        sources = [n for n in node.all_input_nodes if n.name in found.facts]
+        same = bool(sources) and found.facts[sources[0].name].shape == found.facts[node.name].shape
+        return same and _has_places(found, sources[0], axis)
+    for cut in (part.cut for part in step.parts):
+        axes = range(cut.start, cut.stop)
+        if cut.width > 1 and not all(_is_fixed(found, cut.node, k) for k in axes):
+            return True
+        if any(found.of(cut.node, k) is not None and _has_places(found, cut.node, k) for k in axes):
+            return True
+    return False
+
+
+def _is_fixed(found: Coupling, node: fx.Node, axis: int) -> bool:
+    """Whether the weights or the code say how long an axis is."""
+    axis = axis_of(axis, len(found.facts[node.name].shape)) if node.name in found.facts else axis
+    if found.of(node, axis) is not None or node.name not in found.facts or found.facts[node.name].shape[axis] == 1:
+        return True
+    given = sizes_given(read_call(node, found.facts)) if node.op.startswith("call") else {}
+    size = given.get(axis, -1)
+    if isinstance(size, fx.Node):
+        reads = [size_read(leaf) for leaf in leaves(size)]
+        return all(read is not None and _is_fixed(found, *read) for read in reads)
+    if size != -1:
+        return True
+    step = consult(Cut(node, axis, axis + 1, tuple(range(found.facts[node.name].shape[axis]))), found.facts)
+    return isinstance(step, Propagation) and all(
+        _is_fixed(found, part.cut.node, k) for part in step.parts for k in range(part.cut.start, part.cut.stop)
+    )
+
+
 def _is_everything(index: Sequence[int], flat: Units) -> bool:
     return len(index) == len(flat) and np.array_equal(index, np.arange(len(flat)))
 
@@ -299,11 +354,11 @@ def _flat_units(found: Coupling, cut: Cut) -> Units | None:
     if cut.width == 1:
         return found.of(cut.node, cut.start)
     shape = found.facts[cut.node.name].shape[cut.start : cut.stop]
-    carrying = [k for k in range(cut.width) if (cut.node.name, cut.start + k) in found.axes]
+    carrying = [k for k in range(cut.width) if found.has_units(cut.node, cut.start + k)]
     for k in carrying[1:]:
-        found.freeze(found.axes[cut.node.name, cut.start + k], f"several axes of `{cut.node.name}` become one")
-    if not carrying:
+        found.freeze(found.of(cut.node, cut.start + k), f"several axes of `{cut.node.name}` become one")
+    units = found.of(cut.node, cut.start + carrying[0]) if carrying else None
+    if units is None:
         return None
     k = carrying[0]
-    units = found.axes[cut.node.name, cut.start + k]
     return np.tile(np.repeat(units, prod(shape[k + 1 :])), prod(shape[:k]))

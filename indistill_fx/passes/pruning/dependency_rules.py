@@ -21,7 +21,15 @@ from indistill_fx.passes.channels.rules import FILLED
 from indistill_fx.passes.channels.selection import Cut
 from indistill_fx.passes.channels.space import reduced_axes
 from indistill_fx.passes.pruning import attention_dependencies, recurrent
-from indistill_fx.passes.pruning.dependencies import Axis, Coupling, Made, Units, follow, lent
+from indistill_fx.passes.pruning.dependencies import (
+    Axis,
+    Coupling,
+    Made,
+    Units,
+    follow,
+    freeze_beside_places,
+    lent,
+)
 
 Coupler = Callable[[Coupling, Call], "set[Axis] | None"]
 
@@ -285,13 +293,22 @@ def filled(found: Coupling, call: Call) -> set[Axis]:
     return {(n.name, axis) for n in call.node.all_input_nodes for axis in range(len(call.shape(n) or ()))}
 
 
+def sliced(found: Coupling, call: Call) -> set[Axis]:
+    """Slices, and writes into slices, are followed, but not along an axis that holds channels and places."""
+    parsed = taken(call) if call.shape(call.input) is not None else None
+    entries = [] if parsed is None else [entry for entry in parsed[0] if entry is not None]
+    for axis, entry in enumerate(entries):
+        if parsed is not None and (isinstance(entry, int) or axis in parsed[1]):
+            freeze_beside_places(found, call.input, axis, call.node)
+    return follow(found, call)
+
+
 def taken_by_number(found: Coupling, call: Call) -> set[Axis]:
     """Slices are followed; a channel that is taken by its number must stay."""
-    shape = call.shape(call.input)
-    parsed = taken(call) if shape is not None else None
     if call.node.name not in found.facts:
         return set()
-    read = follow(found, call)
+    read = sliced(found, call)
+    parsed = taken(call) if call.shape(call.input) is not None else None
     axes = [] if parsed is None else [entry for entry in parsed[0] if entry is not None]
     for axis, entry in enumerate(axes):
         units = found.of(call.input, axis) if isinstance(entry, int) else None
@@ -320,6 +337,7 @@ COUPLERS: dict[str, Coupler] = {
     "deform_conv2d": deformed,
     "conv_per_sample": per_sample,
     **dict.fromkeys(("getitem", "select"), taken_by_number),
+    **dict.fromkeys(("narrow", "slice", "index_select", "with_item"), sliced),
     **dict.fromkeys(FILLED, filled),
     **dict.fromkeys(PRODUCTS, attention_dependencies.product),
     "einsum": attention_dependencies.einsum,

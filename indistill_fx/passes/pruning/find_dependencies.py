@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from torch import fx
 
@@ -12,10 +12,12 @@ from indistill_fx.graph.ops import op_name
 from indistill_fx.passes.channels.attention import PRODUCTS, letters, operands_of
 from indistill_fx.passes.channels.call import Call, axis_of, read_call
 from indistill_fx.passes.channels.joining import POOLS, REDUCTIONS, WITH_PLACES
+from indistill_fx.passes.channels.keys import taken
 from indistill_fx.passes.channels.norms import mixed_axis
 from indistill_fx.passes.channels.rules import consult
 from indistill_fx.passes.channels.selection import Cut, Propagation
-from indistill_fx.passes.pruning.dependencies import PARTS, Axis, Coupling, follow
+from indistill_fx.passes.channels.space import reduced_axes
+from indistill_fx.passes.pruning.dependencies import PARTS, Axis, Coupling, follow, freeze_beside_places
 from indistill_fx.passes.pruning.dependency_rules import COUPLERS
 from indistill_fx.passes.pruning.recurrent import WHOLE
 from indistill_fx.traced import NodeFacts
@@ -26,6 +28,7 @@ _TELLS_SIZES = frozenset(
 
 _ALONG_AXIS = WITH_PLACES | REDUCTIONS | {"unbind"}
 """Operations of several results that go along one axis and leave the others as they are."""
+_EXTREMES = frozenset("max min amax amin median nanmedian mode kthvalue".split())
 _RESHAPES = frozenset("view reshape unflatten".split())
 _READS_MAPS = frozenset("conv conv_transpose batch_norm max_pool avg_pool adaptive_avg_pool interpolate".split())
 
@@ -33,7 +36,8 @@ _READS_MAPS = frozenset("conv conv_transpose batch_norm max_pool avg_pool adapti
 def couple(graph_module: fx.GraphModule, facts: Mapping[str, NodeFacts]) -> Coupling:
     """Find the units of a graph and what ties them."""
     found = Coupling(facts)
-    found.heads |= _head_axes(graph_module, facts)
+    found.heads |= _split_off(graph_module, facts, _ends)
+    found.pieces |= _split_off(graph_module, facts, _taken_ends)
     _find_shuffles(found, graph_module)
     for node in graph_module.graph.nodes:
         found.ops[node.name] = op_name(node)
@@ -67,7 +71,7 @@ def _visit(found: Coupling, node: fx.Node) -> None:
         for axis in range(len(known.shape) if known else 0):
             if (source.name, axis) in read:
                 continue
-            if (source.name, axis) in found.axes or found.is_tied(source, axis):
+            if found.has_units(source, axis):
                 alone = known is not None and known.shape[axis] == 1
                 found.freeze(
                     found.of(source, axis), f"`{node.name}` ({call.op}) reads the only one" if alone else _why(call)
@@ -118,6 +122,8 @@ def _read(found: Coupling, call: Call) -> set[Axis] | None:
     if call.op in POOLS:
         return {(call.input.name, axis) for axis in (0, 1)}
     if call.op in PARTS:
+        if isinstance(dim := call.get("dim", 0), int):
+            freeze_beside_places(found, call.input, axis_of(dim, len(call.shape(call.input) or ())), call.node)
         return None if all(isinstance(user.args[1], int) for user in call.node.users if len(user.args) > 1) else set()
     return None if call.op in _TELLS_SIZES else set()
 
@@ -170,22 +176,41 @@ def _shuffle(found: Coupling, node: fx.Node, order: Cut) -> None:
     for axis in range(len(found.facts[source.name].shape)):
         units = found.of(source, axis)
         if axis == order.start and units is not None:
+            freeze_beside_places(found, source, axis, node)
             found.axes[node.name, axis] = units[list(order.index)]
         else:
             found.freeze(units, f"`{node.name}` shuffles another axis")
 
 
-def _head_axes(graph_module: fx.GraphModule, facts: Mapping[str, NodeFacts]) -> set[Axis]:
-    """Axes made by a reshape that hold no channels: the width of a head, which products sum over or pass on, and a map's sides."""
+def _split_off(
+    graph_module: fx.GraphModule, facts: Mapping[str, NodeFacts], ends: Callable[[Call], list[tuple[fx.Node, int]]]
+) -> set[Axis]:
+    """Axes made by a reshape that takes one axis apart, of those from which certain axes come."""
     found: set[Axis] = set()
     seen: set[tuple[fx.Node, int]] = set()
     if not any(_takes_apart(node, facts) for node in graph_module.graph.nodes):
         return found
     for node in graph_module.graph.nodes:
-        if node.op.startswith("call") and node.name in facts:
-            for source, axis in _ends(read_call(node, facts)):
+        if node.op.startswith("call"):
+            for source, axis in ends(read_call(node, facts)):
                 found |= _split_axes(source, axis, facts, seen)
     return found
+
+
+def _taken_ends(call: Call) -> list[tuple[fx.Node, int]]:
+    """The axes of which the largest or smallest entry is taken, or entries by number: pieces of a channel."""
+    shape = call.shape(call.arguments.get("input"))
+    if shape is None:
+        return []
+    axes: list[int] = []
+    if call.op in _EXTREMES:
+        axes = reduced_axes(call)
+    elif call.op == "unbind":
+        axes = [axis_of(int(call.get("dim", 0)), len(shape))]
+    elif call.op in ("getitem", "select") and (parsed := taken(call)) is not None:
+        entries = [entry for entry in parsed[0] if entry is not None]
+        axes = [axis for axis, entry in enumerate(entries) if isinstance(entry, int)]
+    return [(call.input, axis) for axis in axes]
 
 
 def _takes_apart(node: fx.Node, facts: Mapping[str, NodeFacts]) -> bool:
@@ -195,10 +220,12 @@ def _takes_apart(node: fx.Node, facts: Mapping[str, NodeFacts]) -> bool:
 
 
 def _ends(call: Call) -> list[tuple[fx.Node, int]]:
-    """The axes a product sums over, the rows of its left operand and the last of its right one; of a map, the axes of space.
+    """Axes that hold no channels: those a product sums over, the rows of its left operand and the last of its right one.
 
-    Of a tensor seen as complex numbers, as rotary positions do: the pairs.
+    They are the width of a head. Of a map, the axes of space. Of a tensor seen as complex numbers, as rotary positions do: the pairs.
     """
+    if call.node.name not in call.facts:
+        return []
     if call.op in _READS_MAPS:
         return [(call.input, axis) for axis in range(2, len(call.shape(call.input) or ()))]
     if call.op == "view_as_complex":

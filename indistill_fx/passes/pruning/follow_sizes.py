@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
 from itertools import pairwise
 from typing import Any
 
@@ -15,6 +16,7 @@ from indistill_fx.passes.channels.call import Call, axis_of, read_call
 from indistill_fx.passes.channels.joining import split_begins
 from indistill_fx.passes.channels.keys import index_by, taken, written_slices
 from indistill_fx.passes.channels.rules import FILLED
+from indistill_fx.passes.channels.sizes import leaves, size_of, size_read
 from indistill_fx.passes.channels.writing import places, whole_key
 from indistill_fx.passes.pruning.dependency_rules import each_alone, shape_lender
 from indistill_fx.passes.pruning.rewriting import Inserter, Rewriting, take_place
@@ -56,25 +58,86 @@ def _fix_sizes(work: Rewriting, call: Call, node: fx.Node) -> None:
     sizes: list[Any] = list(node.args[1] if isinstance(node.args[1], (tuple, list)) else node.args[1:])
     rank = len(work.facts[call.node.name].shape)
     if len(sizes) == 1 < rank:  # the sizes are one computed tuple
+        given = (None,) * rank
         with work.new.graph.inserting_before(node):
             sizes = [work.new.graph.call_function(operator.getitem, (sizes[0], k)) for k in range(rank)]
-    shift = rank - len(sizes)
-    sizes = [
-        n if n == -1 or work.kept(call.node, k + shift) is None else work.size(call.node, k + shift)
-        for k, n in enumerate(sizes)
-    ]
+    sizes = _sizes_left(work, call, node, given, sizes, rank - len(sizes))
     node.args = (node.args[0], *sizes) if node.op == "call_method" else (node.args[0], tuple(sizes))
+
+
+def _sizes_left(
+    work: Rewriting, call: Call, node: fx.Node, given: Sequence[Any], now: Sequence[Any], first: int = 0
+) -> list[Any]:
+    """The sizes that a node's arguments give to its axes from `first` on, of the channels that are left.
+
+    Args:
+        work: the network being written.
+        call: the node in the old graph.
+        node: the same in the new graph.
+        given: the sizes in the old graph.
+        now: the same as they stand in the new graph.
+        first: the axis of the first size.
+    """
+    sizes = []
+    for axis, (size, present) in enumerate(zip(given, now, strict=True), first):
+        kept = work.kept(call.node, axis)
+        if kept is None or size == -1:
+            sizes.append(present)
+        elif isinstance(size, fx.Node):
+            with work.new.graph.inserting_before(node):
+                sizes.append(_size_left(work, size, len(kept), call.output_shape[axis]))
+        else:
+            sizes.append(len(kept))
+    return sizes
+
+
+def _size_left(work: Rewriting, size: fx.Node, kept: int, of: int) -> Any:
+    """A computed size of an axis that keeps so many entries of so many: a number if it is computed from numbers of channels alone.
+
+    Otherwise channels share the axis with places: the code's size is scaled, which is right for any number of places.
+    """
+    reads = [size_read(leaf) for leaf in leaves(size)]
+    if all(read is not None and work.kept(*read) is not None for read in reads):
+        return kept
+    # Of sizes that are read alone, `_pin` keeps the original's.
+    now = size_of(size, lambda tensor, axis: work.facts[tensor.name].shape[axis], work.shape)
+    if now == kept:
+        return work.nodes[size.name]
+    if now not in (of, None):
+        return kept
+    share = Fraction(kept, of)
+    product = _scaled(work, size, share)
+    if product is not None:
+        return product
+    scaled: Any = work.nodes[size.name]
+    for compute, number in ((operator.mul, share.numerator), (operator.floordiv, share.denominator)):
+        scaled = scaled if number == 1 else work.new.graph.call_function(compute, (scaled, number))
+    return scaled
+
+
+def _scaled(work: Rewriting, size: Any, share: Fraction) -> Any:
+    """A product with a share of one of its numbers: 4 * h * w for 8 * h * w and a half; None if it has no such number."""
+    if isinstance(size, int):
+        return int(size * share) if (size * share).denominator == 1 else None
+    if not isinstance(size, fx.Node):
+        return None
+    read = size_read(size)
+    if read is not None and work.kept(*read) is not None:
+        return _scaled(work, work.facts[read[0].name].shape[read[1]], share)
+    for k, factor in enumerate(size.args if size.target is operator.mul else ()):
+        if (new := _scaled(work, factor, share)) is not None:
+            factors = [work.nodes[n.name] if isinstance(n, fx.Node) else n for n in size.args]
+            return work.new.graph.call_function(operator.mul, (*factors[:k], new, *factors[k + 1 :]))
+    return None
 
 
 def _fix_repeat(work: Rewriting, call: Call, node: fx.Node) -> None:
     """A single entry is repeated as often as there are channels left."""
     times, shape = call.arguments.get("repeats"), call.shape(call.input)
     if work.touched(call.node) and isinstance(times, tuple) and shape is not None and len(shape) == len(times):
-        again = [
-            n if work.kept(call.node, k) is None or shape[k] > 1 else work.size(call.node, k)
-            for k, n in enumerate(times)
-        ]
-        node.args = (node.args[0], *fx.map_arg(again, lambda n: work.nodes.get(n.name, n)))
+        given = [n if size == 1 else -1 for n, size in zip(times, shape, strict=True)]
+        now = read_call(node, work.facts).arguments["repeats"]
+        node.args = (node.args[0], *_sizes_left(work, call, node, given, now))
 
 
 def _fix_unflatten(work: Rewriting, call: Call, node: fx.Node) -> None:
@@ -82,15 +145,12 @@ def _fix_unflatten(work: Rewriting, call: Call, node: fx.Node) -> None:
     if not work.touched(call.node) or not isinstance(sizes, (tuple, list)) or not isinstance(dim, int):
         return
     first = axis_of(dim, len(call.shape(call.input) or ()))
-    new = tuple(
-        work.size(call.node, first + k) if n != -1 and work.kept(call.node, first + k) is not None else n
-        for k, n in enumerate(sizes)
-    )
-    new = fx.map_arg(new, lambda n: work.nodes[n.name])  # sizes may be nodes of the old graph
+    now = sizes if call.module is not None else read_call(node, work.facts).arguments["sizes"]
+    left = tuple(_sizes_left(work, call, node, sizes, now, first))
     if call.module is not None:
-        work.new.get_submodule(str(call.node.target)).unflattened_size = new  # type: ignore[assignment]
+        work.new.get_submodule(str(call.node.target)).unflattened_size = left  # type: ignore[assignment]
     else:
-        _set(node, call, "sizes", new)
+        _set(node, call, "sizes", left)
 
 
 def _fix_split(work: Rewriting, call: Call, node: fx.Node) -> None:
@@ -183,8 +243,7 @@ def _fix_filled(work: Rewriting, call: Call, node: fx.Node) -> None:
     sizes = call.arguments.get("shape")
     if not work.touched(call.node) or not isinstance(sizes, (tuple, list)):
         return
-    left = [n if work.kept(call.node, axis) is None else work.size(call.node, axis) for axis, n in enumerate(sizes)]
-    left = fx.map_arg(left, lambda n: work.nodes[n.name])
+    left = _sizes_left(work, call, node, sizes, read_call(node, work.facts).arguments["shape"])
     if "shape" in call.places:
         _set(node, call, "shape", tuple(left))
     else:

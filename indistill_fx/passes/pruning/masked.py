@@ -7,12 +7,14 @@ No weight is sliced.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 
+from indistill_fx.errors import PassError
 from indistill_fx.graph.interpret import Runner
 from indistill_fx.passes.channels.attention import PRODUCTS, free_heads, letters, operands_of, with_projections
 from indistill_fx.passes.channels.call import Call, axis_of, read_call
@@ -31,6 +33,28 @@ class HasAxes(Protocol):
         """The entries that stay, per node and axis that lost some."""
 
 
+_HINT = "Run the masked network on inputs of the example's size."
+
+
+def _stretched(kept: Sequence[int], of: int, size: int) -> tuple[int, ...] | None:
+    """The entries that stay of an axis that holds channels and places, such as height and width, if there are more or fewer places.
+
+    None where the entries do not show whether the places of one channel stand together or the channels of one place.
+
+    >>> _stretched((2, 3), 6, 9), _stretched((1, 4), 6, 9), _stretched((0, 1, 4), 6, 9)
+    ((3, 4, 5), (1, 4, 7), None)
+    """
+    stays = np.isin(np.arange(of), kept)
+    together = int(np.gcd.reduce(np.flatnonzero(np.diff(stays)) + 1, initial=of))
+    period = next(n for n in range(1, of + 1) if of % n == 0 and (stays.reshape(-1, n) == stays[:n]).all())
+    if (together > 1) == (period < of):
+        return None
+    pattern = stays[:period:together]
+    times, rest = divmod(size, len(pattern))
+    longer = np.repeat(pattern, times) if together > 1 else np.tile(pattern, times)
+    return None if rest else tuple(np.flatnonzero(longer).tolist())
+
+
 class Masked(Runner):
     """Runs a graph with removed channels masked wherever channels are mixed.
 
@@ -45,9 +69,29 @@ class Masked(Runner):
         self.losing = {name for name, _ in axes}
         self.facts: Mapping[str, NodeFacts] = model.facts
 
+    def kept(self, node: fx.Node, axis: int, value: Tensor) -> tuple[int, ...] | None:
+        """The entries that stay along an axis of a node's value, which may have another length than the example's; None if all stay.
+
+        Raises:
+            PassError: the value has other axes than the example's, or nothing says which entries of another length stay.
+        """
+        shape = self.facts[node.name].shape if node.name in self.losing else ()
+        if node.name in self.losing and value.dim() != len(shape):
+            raise PassError(f"`{node.name}` has {value.dim()} axes here, and {len(shape)} in the example.", hint=_HINT)
+        kept = self.axes.get((node.name, axis))
+        if kept is None or value.shape[axis] == shape[axis]:
+            return kept
+        longer = _stretched(kept, shape[axis], value.shape[axis])
+        if longer is None:
+            raise PassError(
+                f"Which of the {value.shape[axis]} entries of `{node.name}` stay does not follow from the example's {shape[axis]}.",
+                hint=_HINT,
+            )
+        return longer
+
     def mask(self, node: Any, axis: int, value: Tensor) -> Tensor:
         """Ones for entries that stay along an axis, zeros for the others; shaped to multiply the tensor."""
-        kept = self.axes.get((node.name, axis))
+        kept = self.kept(node, axis, value)
         if kept is None:
             return value.new_ones(())
         ones = torch.zeros(value.shape[axis], dtype=value.dtype, device=value.device)
@@ -157,7 +201,7 @@ def _reduced(run: Masked, call: Call) -> Any:
 
 def _leave_out(run: Masked, call: Call, axis: int) -> Tensor | None:
     """Take the removed entries of an axis out of the operand; returns the places of those that stay."""
-    kept = run.axes.get((call.input.name, axis))
+    kept = run.kept(call.input, axis, run.env[call.input])
     if kept is None:
         return None
     places = torch.tensor(kept, device=run.env[call.input].device)

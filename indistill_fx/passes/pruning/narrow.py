@@ -25,6 +25,7 @@ from indistill_fx.graph.ops import op_name
 from indistill_fx.passes.channels.call import index_select
 from indistill_fx.passes.channels.rules import trace_back
 from indistill_fx.passes.channels.selection import Blocked, Cut, Propagation
+from indistill_fx.passes.channels.sizes import size_read
 from indistill_fx.passes.contract import PassResult
 from indistill_fx.passes.pruning.criteria import Criterion, best
 from indistill_fx.passes.pruning.rank import check_width, choose_channels, rank_taps
@@ -347,7 +348,7 @@ class _Rewriter:
 
     def size(self, node: fx.Node) -> fx.Node:
         """See `Emitter`: a whole tensor whose size is read would have to be computed."""
-        read = _size_read(node)
+        read = size_read(node)
         if read is None:
             args = fx.map_arg(node.args, lambda n: n if n.name in self.facts else self.size(n))
             unchanged = node.op != "call_function" or args == node.args
@@ -357,19 +358,6 @@ class _Rewriter:
             if cut.node is tensor and cut.width == 1 and cut.start != axis % len(self.facts[tensor.name].shape):
                 return self.method("size", new, axis)
         return node
-
-
-def _size_read(node: fx.Node) -> tuple[fx.Node, int] | None:
-    """The tensor and the axis whose size a node is: `x.size(2)`, `x.shape[2]`, `x.size()[2]`."""
-    source: Any = node.args[0] if node.args else None
-    axis: Any = node.args[1] if len(node.args) == 2 else None
-    if node.target is operator.getitem and isinstance(source, fx.Node):
-        all_sizes = source.target == "size" and len(source.args) == 1
-        shape = source.target is getattr and source.args[1] == "shape"
-        source = source.args[0] if all_sizes or shape else None
-    elif node.target != "size":
-        source = None
-    return (source, axis) if isinstance(source, fx.Node) and isinstance(axis, int) else None
 
 
 __all__ = ["Absorbed", "NarrowReport", "NarrowedTap", "Stopped", "choose_channels", "narrow"]

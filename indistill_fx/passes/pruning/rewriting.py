@@ -47,6 +47,10 @@ class Rewriting:
         kept = self.kept(node, axis)
         return self.facts[node.name].shape[axis] if kept is None else len(kept)
 
+    def shape(self, node: fx.Node) -> tuple[int, ...]:
+        """The new shape of a tensor."""
+        return tuple(self.size(node, axis) for axis in range(len(self.facts[node.name].shape)))
+
     def touched(self, node: fx.Node) -> bool:
         """Whether the tensor loses anything."""
         known = self.facts.get(node.name)

@@ -18,6 +18,7 @@ from indistill_fx.graph.ops import attribute, own_parameters
 from indistill_fx.passes.channels.attention import free_heads, linear
 from indistill_fx.passes.channels.call import Call, index_select, read_call
 from indistill_fx.passes.channels.selection import Cut, sliced
+from indistill_fx.passes.channels.sizes import is_size
 from indistill_fx.passes.pruning.dependencies import Coupling, Units
 from indistill_fx.passes.pruning.dependency_rules import each_alone
 from indistill_fx.passes.pruning.follow_sizes import FIXES
@@ -47,6 +48,10 @@ def rewrite(old: fx.GraphModule, found: Coupling, stays: Callable[[Units], NDArr
     for name in reversed(list(work.nodes)):
         if name in found.vanished and not work.nodes[name].users:
             work.new.graph.erase_node(work.nodes.pop(name))
+    for node in reversed(list(work.new.graph.nodes)):
+        if not node.users and node.name not in work.facts and is_size(node):
+            work.nodes.pop(node.name, None)
+            work.new.graph.erase_node(node)
     work.new.graph.lint()
     work.new.recompile()
     return work

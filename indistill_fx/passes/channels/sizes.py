@@ -1,0 +1,87 @@
+"""Sizes that the code computes: what they are read off, and what they come to."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from math import prod
+from typing import Any
+
+from torch import fx
+
+from indistill_fx.passes.channels.call import Call, axis_of
+
+
+def size_read(node: fx.Node) -> tuple[fx.Node, int] | None:
+    """The tensor and the axis whose size a node is: `x.size(2)`, `x.shape[2]`, `x.size()[2]`."""
+    source: Any = node.args[0] if node.args else None
+    axis: Any = node.args[1] if len(node.args) == 2 else node.kwargs.get("dim")
+    if node.target is operator.getitem and isinstance(source, fx.Node):
+        source = shape_read(source)
+    elif node.target != "size":
+        source = None
+    return (source, axis) if isinstance(source, fx.Node) and isinstance(axis, int) else None
+
+
+def shape_read(node: fx.Node) -> fx.Node | None:
+    """The tensor whose whole shape a node is: `x.shape`, `x.size()`."""
+    whole = (node.target is getattr and node.args[1:] == ("shape",)) or (
+        node.target == "size" and len(node.args) + len(node.kwargs) == 1
+    )
+    return node.args[0] if whole and isinstance(node.args[0], fx.Node) else None
+
+
+def is_arithmetic(node: fx.Node) -> bool:
+    """Whether a node computes with numbers, or takes one of several."""
+    return node.op == "call_function" and getattr(node.target, "__module__", "") == "_operator"
+
+
+def is_size(node: fx.Node) -> bool:
+    """Whether a node that holds no tensor is a size, a shape, or computed from such."""
+    return is_arithmetic(node) or size_read(node) is not None or shape_read(node) is not None
+
+
+def leaves(size: fx.Node) -> Iterator[fx.Node]:
+    """What a size is computed from: sizes that are read off tensors, and anything else that is no arithmetic."""
+    if size_read(size) is not None or not is_arithmetic(size):
+        yield size
+    else:
+        for source in size.all_input_nodes:
+            yield from leaves(source)
+
+
+def size_of(value: Any, one: Callable[[fx.Node, int], int], whole: Callable[[fx.Node], Sequence[int]]) -> Any:
+    """What a size comes to; None if it is computed from other things than sizes.
+
+    Args:
+        value: a node, or a number.
+        one: the size of one axis of a tensor, where the code reads that alone.
+        whole: a tensor's shape, where the code reads the whole of it, or the number of entries.
+    """
+    if not isinstance(value, fx.Node):
+        return value
+    if (read := size_read(value)) is not None:
+        return one(*read)
+    if (tensor := shape_read(value)) is not None:
+        return tuple(whole(tensor))
+    if value.target == "numel" and isinstance(value.args[0], fx.Node):
+        return prod(whole(value.args[0]))
+    given = [size_of(argument, one, whole) for argument in value.args] if is_arithmetic(value) else [None]
+    if any(argument is None for argument in given):
+        return None
+    try:
+        return value.target(*given)  # type: ignore[operator]
+    except ArithmeticError:
+        return None
+
+
+def sizes_given(call: Call) -> dict[int, int | fx.Node]:
+    """The sizes that a reshape's code names one by one, by axis of the output: numbers, -1, and computed ones."""
+    given, first = call.arguments.get("shape"), 0
+    if call.op == "unflatten":
+        given, dim = call.get("sizes", call.get("unflattened_size")), call.get("dim")
+        first = axis_of(dim, len(call.shape(call.input) or ())) if isinstance(dim, int) else len(call.output_shape)
+    elif isinstance(given, tuple) and len(given) != len(call.output_shape):
+        given = None
+    entries = enumerate(given, first) if isinstance(given, (tuple, list)) else ()
+    return {axis: size for axis, size in entries if isinstance(size, (fx.Node, int))}
