@@ -40,7 +40,7 @@ from indistill_fx.plan import AlignmentPlan
 from indistill_fx.runs.checkpoint import state_tensors
 from indistill_fx.runs.directory import STUDENT
 from indistill_fx.runs.load import about as about_model
-from indistill_fx.runs.load import keep_export, load
+from indistill_fx.runs.load import keep_export, load, run_fingerprint
 from indistill_fx.runs.record import RunRecord
 from indistill_fx.runs.signature import is_signed, sign
 from indistill_fx.stages.traced_pair import examples_of
@@ -189,7 +189,7 @@ def compress(
     settings |= {"val_loader": val_loader, "task": task, "example_inputs": example, "logits": logits, "resume": resume}
     settings |= {"plan": made.plan, "run_dir": folder, "progress": progress, "about": _about(made, model, about or {})}
     record = distill(model, made.traced, train_loader, **settings)
-    return _finished(folder, model, made, record, judge, identity, export, say)
+    return _finished(folder, model, made, record, judge, identity, export, about or {}, say)
 
 
 @dataclass(frozen=True)
@@ -320,6 +320,7 @@ def _finished(
     judge: Callable[[nn.Module], Evaluation] | None,
     identity: Mapping[str, Any],
     export: bool,
+    about: Mapping[str, Any],
     say: Callable[[str], None],
 ) -> Compressed:
     last = made.steps[-1]
@@ -332,18 +333,33 @@ def _finished(
         say(
             f"Training made the student worse than it was before ({best.name}: {best.shown}). Try a lower --lr, or more --epochs."
         )
-    example = tuple(v[:1] if isinstance(v, Tensor) and v.dim() else v for v in model.example_values)
     if not made.spec:
         from indistill_fx.deploy.save_pt2 import save_program
 
         save_program(student, model.example_values, folder / "student.pt2")
         save_tensors(folder / STUDENT, state_tensors(student))
     if export:
-        from indistill_fx.deploy.export_onnx import export_onnx
-
-        exported = export_onnx(student, folder / "student.onnx", example)
-        keep_export(folder, parameters=last.parameters, macs=last.macs, size=(folder / "student.onnx").stat().st_size)
-        say(f"student.onnx written, {getattr(exported, 'size', (folder / 'student.onnx').stat().st_size):,} bytes")
+        _export(folder, model, student, last, about, say)
     _save(folder, identity, steps, len(made.steps), made.spec, **made.kept)
     spec = f"{made.spec}@{folder / STUDENT}" if made.spec else ""
     return Compressed(student, made.plan, record, steps, spec)
+
+
+def _export(
+    folder: Path,
+    model: TracedModel,
+    student: nn.Module,
+    last: Step,
+    about: Mapping[str, Any],
+    say: Callable[[str], None],
+) -> None:
+    """student.onnx, which says of itself what `export` of the run would let it say; and what reports show of it."""
+    from indistill_fx.deploy.export_onnx import export_onnx
+    from indistill_fx.deploy.metadata import of_source
+
+    example = tuple(v[:1] if isinstance(v, Tensor) and v.dim() else v for v in model.example_values)
+    known = {"classes": about.get("classes") or (), "normalisation": about.get("normalisation")}
+    facts = of_source(model=str(folder), run=run_fingerprint(folder), **known)
+    made = export_onnx(student, folder / "student.onnx", example, metadata=facts)
+    keep_export(folder, parameters=last.parameters, macs=last.macs, size=made.size, latency_ms=made.latency_ms)
+    say(f"{folder / 'student.onnx'} written, {made.size:,} bytes")
