@@ -16,6 +16,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -252,12 +253,26 @@ def _before(folder: Path, identity: Mapping[str, Any], model: TracedModel) -> _M
             hint="Continue with the same teacher, budget and settings, or give another directory.",
         )
     spec = f"{folder / SOURCE}:Student"
-    if not (folder / SOURCE).exists() or not is_signed(parse_spec(spec), saved.get("seal")):
+    if not (folder / SOURCE).exists():
+        return None
+    if saved.get("source") not in (None, _digest_of_source(folder)):
+        raise ConfigError(
+            f"{folder / SOURCE} was changed since `compress` wrote it, and making the student again would overwrite it.",
+            where=str(folder / SOURCE),
+            hint=f"Move it away, or name another directory. To train the changed one: distill TEACHER {spec}.",
+        )
+    if not is_signed(parse_spec(spec), saved.get("seal")):
         return None
     student = load(f"{spec}@{folder / START}").to(_device(model))
     traced = trace(student, model.example, role="student")
     plan = AlignmentPlan.load(folder / "plan.json") if (folder / "plan.json").exists() else None
-    return _Made(student, traced, plan, steps[:made], spec, {key: saved[key] for key in _KEPT})
+    return _Made(
+        student, traced, plan, steps[:made], spec, {key: saved[key] for key in (*_KEPT, "source") if key in saved}
+    )
+
+
+def _digest_of_source(folder: Path) -> str:
+    return sha256((folder / SOURCE).read_bytes()).hexdigest()
 
 
 def _plan(
@@ -299,7 +314,8 @@ def _write(
     curves = [asdict(curve) for curve in untrained.curves]
     repaired = asdict(untrained.repaired) if untrained.repaired is not None else None
     widths = {path: list(pair) for path, pair in untrained.shrunk.widths.items()}
-    kept = {"widths": widths, "sensitivity": curves, "repaired": repaired}
+    kept: dict[str, Any] = {"widths": widths, "sensitivity": curves, "repaired": repaired}
+    kept |= {"source": _digest_of_source(folder)} if spec else {}
     _save(folder, identity, untrained.steps, len(untrained.steps), spec, **kept)
     count = len(plan.pairs) if plan is not None else 0
     say(f"{count} pair{'s' * (count != 1)}; widths, sensitivities and repairs are in {folder / STORY}")
@@ -358,7 +374,7 @@ def _export(
     from indistill_fx.deploy.metadata import of_source
 
     example = tuple(v[:1] if isinstance(v, Tensor) and v.dim() else v for v in model.example_values)
-    known = {"classes": about.get("classes") or (), "normalisation": about.get("normalisation")}
+    known: dict[str, Any] = {"classes": about.get("classes") or (), "normalisation": about.get("normalisation")}
     facts = of_source(model=str(folder), run=run_fingerprint(folder), **known)
     made = export_onnx(student, folder / "student.onnx", example, metadata=facts)
     keep_export(folder, parameters=last.parameters, macs=last.macs, size=made.size, latency_ms=made.latency_ms)

@@ -340,6 +340,13 @@ def test_the_whole_road_and_back(tmp_path):
     assert story["widths"] and story["sensitivity"]
     again = ifx.compress(model, data_of(), **arguments, resume=True)
     assert all(torch.equal(v, again.student.state_dict()[k]) for k, v in made.student.state_dict().items())
+    edited = (tmp_path / "run" / "student.py").read_text() + "# mine\n"
+    (tmp_path / "run" / "student.py").write_text(edited)
+    with pytest.raises(
+        ifx.ConfigError, match=r"student\.py was changed since .* Move it away, or name another directory"
+    ):
+        ifx.compress(model, data_of(), **arguments, resume=True)
+    assert (tmp_path / "run" / "student.py").read_text() == edited
     with pytest.raises(ifx.ConfigError, match="already holds a run"):
         ifx.compress(model, data_of(), **arguments)
     with pytest.raises(ifx.ConfigError, match="holds a compression with another"):
