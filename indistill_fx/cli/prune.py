@@ -171,10 +171,14 @@ def _shrunk(
     from rich.text import Text
 
     from indistill_fx.cli.tables import count
+    from indistill_fx.compression.make_student import Budget
     from indistill_fx.deploy.bench import measure
     from indistill_fx.graph.edit import batch_size
     from indistill_fx.passes.pruning.shrink import shrink
 
+    budgets = {name: requests[name] for name in ("macs", "params") if requests[name] is not None}
+    if len(budgets) == 1 and not widths and requests["ratio"] is None:
+        Budget(**budgets).require_less_than(traced)
     result = shrink(traced, widths=_widths(widths), **requests)
     table = _layers(result.report) if layers else _stages(traced, result.value)
     graphs = {"before": traced.graph_module, "after": result.value.graph_module}

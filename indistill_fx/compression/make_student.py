@@ -28,6 +28,9 @@ from indistill_fx.traced import TracedModel
 
 _FLOORS = (FLOOR, 0.3, 0.5)
 """Parts of every group of channels that always stay, tried one after the other."""
+_UNITS = {"macs": "multiply-accumulates", "params": "parameters", "size_mb": "MB of weights", "latency_ms": "ms"}
+_SHARES = ("macs", "params")
+"""Budgets that may be a share."""
 _FOR_CURVES = 4
 """Batches that sensitivities are measured on; repairs take all of them."""
 
@@ -63,6 +66,46 @@ class Budget:
                 got=given,
                 hint="Give a share such as 0.5, or a number.",
             )
+
+    @property
+    def value(self) -> tuple[str, float]:
+        """Which budget is given, and how large it is."""
+        return next((name, value) for name, value in asdict(self).items() if value is not None)
+
+    def text(self, amount: float) -> str:
+        """An amount of what is counted, with its unit."""
+        name = self.value[0]
+        return f"{amount:,.0f} {_UNITS[name]}" if name in _SHARES else f"{amount:.3g} {_UNITS[name]}"
+
+    def require_smaller(self, has: float) -> None:
+        """Refuse a budget that a network with so much of what is counted already fits.
+
+        Raises:
+            ConfigError: it does, so nothing would be removed.
+        """
+        name, value = self.value
+        share = name in _SHARES and value <= 1
+        if has > (value * has if share else value):
+            return
+        raise ConfigError(
+            f"The network fits the budget of {self.text(value * has if share else value)} as it is: it "
+            f"{'takes' if name == 'latency_ms' else 'has'} {self.text(has)}.",
+            where="budget",
+            got=value,
+            expected=f"less than {self.text(has)}",
+            hint=f"Give less{'; for half of them write 0.5' if name in _SHARES else ''}.",
+        )
+
+    def require_less_than(self, network: TracedModel) -> None:
+        """The same for a network whose size is counted; a time has to be measured first."""
+        tensors = (*network.graph_module.parameters(), *network.graph_module.buffers())
+        sizes = {
+            "macs": network.macs,
+            "params": sum(parameter.numel() for parameter in network.graph_module.parameters()),
+            "size_mb": sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 1e6,
+        }
+        if (has := sizes.get(self.value[0])) is not None:
+            self.require_smaller(has)
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,11 +213,13 @@ def make_student(
         round_to: keep multiples of so many channels.
 
     Raises:
-        ConfigError: the budget or the data are at fault.
+        ConfigError: the budget or the data are at fault, or the teacher is quick enough as it is.
         PruneError: the budget cannot be met, or nothing can go.
     """
     clock = measure.clock if budget.latency_ms is not None else None
     before = clock.ms(teacher.graph_module, teacher.example_values) if clock is not None else None
+    if before is not None:
+        budget.require_smaller(before)
     steps = [measure.step("teacher", teacher, teacher, before)]
     known = analyse(teacher, criterion=criterion, loader=measure.batches if criterion != "l1" else None)
     curves = sensitivities(teacher, known, measure.batches[:_FOR_CURVES], measure.task)

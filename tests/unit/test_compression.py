@@ -172,6 +172,25 @@ def test_a_budget_that_cannot_be_met_says_what_can():
         allocate(known, curves, known.cost.macs, 1)
 
 
+@pytest.mark.parametrize("budget", [{"macs": 1}, {"macs": 5e9}, {"params": 1}, {"params": 1e9}, {"size_mb": 100}])
+def test_a_budget_that_the_teacher_fits_is_refused_before_all_work(budget, tmp_path):
+    def unread():
+        raise AssertionError("the data were read")
+        yield
+
+    with pytest.raises(
+        ifx.ConfigError, match=r"The network fits the budget of [\d,.]+ .* as it is: it has [\d,.]+ "
+    ) as said:
+        ifx.compress(teacher_of(), unread(), run_dir=tmp_path / "run", example_inputs=images(2), **budget)
+    assert ("for half of them write 0.5" in str(said.value)) == ("size_mb" not in budget)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_whole_network_is_within_a_budget_that_it_fits():
+    known = analyse(model := teacher_of())
+    assert allocate(known, sensitivities(model, known, [images(4)]), known.cost.macs, 1e12).all()
+
+
 def test_least_squares_restores_what_a_linear_network_can():
     """Channels that are sums of others: without them, the readers' weights can make up for it exactly."""
     torch.manual_seed(0)
@@ -264,6 +283,8 @@ def test_a_time_that_only_narrow_layers_reach_is_reached():
     assert 0.15 * 0.97 <= made.steps[-1].latency_ms <= 0.15
     (tried,) = [line for line in said if line.startswith("widths: ")]
     assert "with 10%" in tried and "with 50%" not in tried
+    with pytest.raises(ifx.ConfigError, match=r"fits the budget of 1\.5 ms as it is: it takes 1 ms\. Give less\.$"):
+        make_student(model, Budget(latency_ms=1.5), Measure([images(16)], clock=ByWork()))
 
 
 def test_budgets_and_calibration():
