@@ -55,17 +55,18 @@ def about(model: str, data: str, input_size: tuple[int, ...], example: Any = Non
     """What a run must keep so that its model can be built again and run: the `about` of `distill` and `train`.
 
     Args:
-        model: spec.
+        model: spec; of a run directory the model that it names is kept, with its seal, so that the new run does not depend on the old one.
         data: spec.
         input_size: of one sample.
         example: inputs, where a size does not say it all.
         more: further facts.
     """
-    spec = absolute(model)
+    kept = _about(Path(model))[0] if is_run(model) else {}
+    spec = kept["model"] if is_run(model) else absolute(model)
     inputs = {"inputs": texts} if example is not None and (texts := describe_inputs(example)) else {}
     return {
         "model": spec,
-        "seal": sign(parse_spec(spec)),
+        "seal": kept.get("seal") if is_run(model) else sign(parse_spec(spec)),
         "data": data,
         "input_size": list(input_size),
         **inputs,
@@ -179,6 +180,28 @@ def _short(text: object) -> bool:
     return isinstance(text, str) and len(text) <= 200
 
 
+def _about(folder: Path) -> tuple[dict[str, Any], str, tuple[Any, ...]]:
+    """What run.json says of the model: all of it, the spec, and the size of an input.
+
+    Raises:
+        ConfigError: it does not say these.
+    """
+    try:
+        kept = read_json(folder / "run.json", MOST_BYTES)["about"]
+        return kept, _text(kept["model"]), tuple(kept["input_size"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise ConfigError(
+            f"{folder / 'run.json'} does not say which model was trained.",
+            where=str(folder),
+            hint=_by_hand(folder),
+        ) from error
+
+
+def made_by(spec: str) -> str:
+    """The spec of the model that a run directory's training began with; any other spec as it is."""
+    return _about(Path(spec))[1] if is_run(spec) else spec
+
+
 def _told_of_data(
     kept: Mapping[str, Any], size: tuple[int, ...], folder: Path
 ) -> tuple[tuple[str, ...], tuple[tuple[float, ...], tuple[float, ...]] | None]:
@@ -240,16 +263,7 @@ def load_run(path: str | os.PathLike[str], *, trust: Sequence[str] = (), best: b
             names code that this user did not start it with.
     """
     folder = Path(path)
-    try:
-        record = read_json(folder / "run.json", MOST_BYTES)
-        kept = record["about"]
-        spec, size = _text(kept["model"]), tuple(kept["input_size"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise ConfigError(
-            f"{folder / 'run.json'} does not say which model was trained.",
-            where=str(folder),
-            hint=_by_hand(folder),
-        ) from error
+    kept, spec, size = _about(folder)
     if not is_input_size(size, most=LARGEST_IN_A_FILE):
         raise ConfigError(
             f"{folder / 'run.json'} says that an input has the size {str(size)[:60]}, which is impossible.",

@@ -45,6 +45,19 @@ def test_its_onnx_file_is_the_one_that_export_writes(half, tmp_path, capsys):
     assert ours == exported and {"classes", "mean", "std", "model", "run"} <= ours.keys()
 
 
+@pytest.mark.parametrize("command", ["train", "distill"])
+def test_a_run_goes_on_from_a_run(command, teacher, half, tmp_path, capsys):
+    """The new run names the model of the old one, and `distill` finds the plan beside that one's student.py."""
+    home = tmp_path / "run"
+    models = [str(teacher), str(half)] if command == "distill" else [str(half)]
+    more = ["--no-warmup"] if command == "distill" else []
+    assert run([command, *models, "--data", "digits", "--epochs", "1", *more, "-o", str(home)]) == 0
+    assert ("says which channels it kept" in capsys.readouterr().err) == (command == "distill")
+    assert run(["evaluate", str(home), "--data", "digits"]) == 0, capsys.readouterr().err
+    kept = [json.loads((folder / "run.json").read_text())["about"] for folder in (half, home)]
+    assert kept[0]["model"] == kept[1]["model"] and kept[0]["seal"] == kept[1]["seal"]
+
+
 def test_a_budget_that_cannot_be_met_is_refused_before_training(teacher, tmp_path, capsys):
     command = ["compress", str(teacher), "--data", "digits", "--macs", "0.001", "--samples", "32", "-o"]
     assert run([*command, str(tmp_path / "none")]) == 2
