@@ -79,11 +79,13 @@ def command(
       indistill-fx prune teacher.pt --plan plan.json -o narrowed.pt2
     """
     from itertools import islice
+    from pathlib import Path
 
+    from indistill_fx.compression.basis import in_both_modes
     from indistill_fx.errors import ConfigError
+    from indistill_fx.runs.load import keep_facts
 
     asked = {name: requests.pop(name) for name in pictures.NAMES}
-    from indistill_fx.compression.basis import in_both_modes
 
     if plan_file and (
         others := [f"--{name.replace('_', '-').rstrip('s')}" for name, request in requests.items() if request]
@@ -105,6 +107,10 @@ def command(
         basis = in_both_modes(traced, logits, show) if _is_directory(output) else traced
         smaller, report = _shrunk(basis, layers, **requests, **ranking)
         _save(smaller, output, traced, report)
+        if (Path(output) / "student.py").exists():
+            keep_facts(
+                output, source.classes, source.wanted_normalisation, source.input_size if source.wanted_size else None
+            )
 
 
 def _is_directory(output: str) -> bool:

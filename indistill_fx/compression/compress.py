@@ -41,7 +41,7 @@ from indistill_fx.plan import AlignmentPlan
 from indistill_fx.runs.checkpoint import state_tensors
 from indistill_fx.runs.directory import STUDENT
 from indistill_fx.runs.load import about as about_model
-from indistill_fx.runs.load import keep_export, load, run_fingerprint
+from indistill_fx.runs.load import keep_export, keep_facts, load, run_fingerprint
 from indistill_fx.runs.record import RunRecord
 from indistill_fx.runs.signature import is_signed, sign
 from indistill_fx.stages.traced_pair import examples_of
@@ -184,6 +184,7 @@ def compress(
         basis = in_both_modes(model, logits, say)
         untrained = make_student(basis, budget, measure, criterion=criterion, round_to=round_to)
         made = _write(folder, model, untrained, identity, every_block, say)
+        _keep_facts(folder, made, model, about or {})
     given = {"curriculum": curriculum, "main": main, "main_options": main_options, "epochs": epochs}
     settings: dict[str, Any] = {**RECIPES["compress"].student, **options}
     settings |= {name: value for name, value in given.items() if value is not None}
@@ -208,9 +209,19 @@ def _about(made: _Made, model: TracedModel, described: Mapping[str, Any]) -> dic
     """What the run records so that its student can be rebuilt."""
     if not made.spec:
         return dict(described)
-    size = tuple(next(value for value in model.example_values if isinstance(value, Tensor)).shape[1:])
+    size = _input_size(model)
     rest = {key: value for key, value in described.items() if key != "data"}
     return about_model(made.spec, str(described.get("data", "")), size, model.example, **rest)
+
+
+def _keep_facts(folder: Path, made: _Made, model: TracedModel, described: Mapping[str, Any]) -> None:
+    """Leave beside student.py what its spec should know of the data."""
+    if made.spec:
+        keep_facts(folder, described.get("classes") or (), described.get("normalisation"), _input_size(model))
+
+
+def _input_size(model: TracedModel) -> tuple[int, ...]:
+    return tuple(next(value for value in model.example_values if isinstance(value, Tensor)).shape[1:])
 
 
 def _device(model: TracedModel) -> torch.device:

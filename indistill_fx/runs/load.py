@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 
 _OURS = ("indistill_fx.demo:DigitsTeacher", "indistill_fx.demo:DigitsStudent")
+FACTS = "student.json"
+_STUDENT = "student"
+"""The kind of such a source."""
 _MOST_INPUTS = 64
 _FETCHING = ("pretrained", "checkpoint", "weights", "cache")
 """Arguments of a library's constructors, by how their names begin, that read other files or the network."""
@@ -202,20 +205,20 @@ def made_by(spec: str) -> str:
     return _about(Path(spec))[1] if is_run(spec) else spec
 
 
-def _told_of_data(
-    kept: Mapping[str, Any], size: tuple[int, ...], folder: Path
+def _facts_in(
+    kept: Mapping[str, Any], size: tuple[int, ...]
 ) -> tuple[tuple[str, ...], tuple[tuple[float, ...], tuple[float, ...]] | None]:
-    """Class names and normalisation from run.json; raises an error if they are impossible."""
-    try:
-        channels = size[0] if len(size) == 3 else None
-        return tuple(str(name) for name in kept.get("classes") or ()), _figures(kept.get("normalisation"), channels)
-    except (ValueError, TypeError, AttributeError, OverflowError) as error:
-        raise ConfigError(
-            f"{folder / 'run.json'} describes impossible classes or normalisation: {error}.",
-            where=str(folder),
-            got=str(error),
-            hint=_by_hand(folder),
-        ) from error
+    """Class names and normalisation; raises any of several errors if they are impossible."""
+    channels = size[0] if len(size) == 3 else None
+    return tuple(str(name) for name in kept.get("classes") or ()), _figures(kept.get("normalisation"), channels)
+
+
+def _size_in(kept: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """The size of an input, if it is known; raises any of several errors if it is impossible."""
+    size = tuple(kept.get("input_size") or ())
+    if size and not is_input_size(size, most=LARGEST_IN_A_FILE):
+        raise ValueError(f"an input of size {str(size)[:60]}")
+    return size or None
 
 
 def load(spec: str | os.PathLike[str], *, trust: Sequence[str] = ()) -> nn.Module:
@@ -247,7 +250,62 @@ def open_source(spec: str, *, trust: Sequence[str] = ()) -> Source:
     """The model of a spec, of a run directory or of saved outputs, with what is known of it; arguments and errors as of `load`."""
     if is_saved_outputs(spec):
         return load_outputs(spec)
-    return load_run(spec, trust=trust) if is_run(spec) else load_source(spec, trust=trust)
+    return load_run(spec, trust=trust) if is_run(spec) else _with_facts(load_source(spec, trust=trust))
+
+
+def trained_here(source: Source) -> bool:
+    """Whether a model is a run's, or a `student.py` that knows what it was trained on: it needs images as they were then."""
+    return is_run(source.spec) or source.kind == _STUDENT
+
+
+def keep_facts(
+    folder: str | os.PathLike[str],
+    classes: Sequence[str] = (),
+    normalisation: Any = None,
+    size: Sequence[int] | None = None,
+) -> None:
+    """Leave beside a student.py, in student.json, what loading it should know: class names, normalisation, and the size of an input.
+
+    Args:
+        folder: where student.py is. A student.json of an earlier one is replaced, or removed if nothing is known now.
+        classes: names by label.
+        normalisation: mean and standard deviation per channel.
+        size: of one sample.
+    """
+    if not classes and normalisation is None:
+        (Path(folder) / FACTS).unlink(missing_ok=True)
+        return
+    known = {"classes": list(classes), "normalisation": normalisation, "input_size": list(size) if size else None}
+    save_json(Path(folder) / FACTS, known)
+
+
+def _with_facts(source: Source) -> Source:
+    """A source, and what student.json says of it if it is a student.py beside one."""
+    place = Path(parse_spec(source.spec).place)
+    file = place.with_name(FACTS)
+    if place.name != "student.py" or not file.exists():
+        return source
+    try:
+        kept = _object(read_json(file, MOST_BYTES))
+        size = _size_in(kept)
+        classes, normalisation = _facts_in(kept, size or ())
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise ConfigError(
+            f"{file}, which says how images were normalised, is damaged: {str(error)[:200]}.",
+            where=str(file),
+            hint="Remove it, and give the figures: --mean, --std.",
+        ) from error
+    wanted = (size[1], size[2]) if size is not None and len(size) == 3 else None
+    remember(source.module, InputFacts(size, normalisation, wanted, normalisation, classes))
+    return replace(
+        source,
+        kind=_STUDENT,
+        input_size=size,
+        normalisation=normalisation,
+        wanted_size=wanted,
+        wanted_normalisation=normalisation,
+        classes=classes,
+    )
 
 
 def load_run(path: str | os.PathLike[str], *, trust: Sequence[str] = (), best: bool = False) -> Source:
@@ -271,7 +329,15 @@ def load_run(path: str | os.PathLike[str], *, trust: Sequence[str] = (), best: b
             got=str(size)[:60],
             hint=_by_hand(folder),
         )
-    classes, normalisation = _told_of_data(kept, size, folder)
+    try:
+        classes, normalisation = _facts_in(kept, size)
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
+        raise ConfigError(
+            f"{folder / 'run.json'} describes impossible classes or normalisation: {error}.",
+            where=str(folder),
+            got=str(error),
+            hint=_by_hand(folder),
+        ) from error
     weights = folder / (BEST if best else STUDENT)
     if runs_code(parse_spec(spec)) and not is_signed(parse_spec(spec), kept.get("seal")):
         raise ConfigError(
