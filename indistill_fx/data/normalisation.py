@@ -91,7 +91,7 @@ def choose(
         Mean and std; and in words what they are and where they are from.
 
     Raises:
-        ConfigError: an unknown name, a wrong count of numbers, a std that is not positive, or numbers for one of the two only.
+        ConfigError: an unknown name, a wrong count of numbers, a std that is not positive, numbers above 1, or numbers for one of the two only.
     """
     if mean is None and std is None:
         found = in_channels(default, channels)
@@ -110,6 +110,15 @@ def choose(
         _figures("mean", mean, 0, measured, channels),
         _figures("std", std, 1, measured, channels),
     )
+    largest = max(*found[0], *found[1])
+    if largest > 1 and not isinstance(mean, Known):
+        raise ConfigError(
+            f"Mean and std of the images are of values from 0 to 1, but one is {largest:g}.",
+            where="mean" if largest in found[0] else "std",
+            got=largest,
+            expected="at most 1",
+            hint="If they are of values from 0 to 255, divide them by 255.",
+        )
     if min(found[1]) <= 0:
         raise ConfigError(f"A std of the images is {min(found[1]):g}.", where="std", got=found[1], expected="> 0")
     origin = mean.origin if isinstance(mean, Known) else "as given"
