@@ -122,13 +122,12 @@ def _save(
     smaller: TracedModel, output: str, original: TracedModel | None = None, report: ShrinkReport | None = None
 ) -> None:
     """Save the network as source code in a directory if possible, or as a program; with a plan of the channels that it has."""
-    from contextlib import suppress
     from pathlib import Path
 
-    from indistill_fx.compression.correspond import plan_of
+    from indistill_fx.compression.correspond import plan_if_any
     from indistill_fx.compression.write_source import source_of
     from indistill_fx.deploy.save_pt2 import save_program
-    from indistill_fx.errors import ExportError, MatchError
+    from indistill_fx.errors import ExportError
     from indistill_fx.passes.capture.trace import trace
 
     out, target = common.console(), Path(output)
@@ -143,8 +142,8 @@ def _save(
             out.print(f"Written to {target}. Load it as {source.save(target)}", soft_wrap=True, highlight=False)
             if original is not None and report is not None:
                 student = trace(source.build(), original.example, role="student")
-                with suppress(MatchError):  # without pairs there is no warm-up, and no plan is needed
-                    plan_of(original, student, report.axes).save(target / "plan.json")
+                if (plan := plan_if_any(original, student, report.axes)) is not None:
+                    plan.save(target / "plan.json")
             return
     save_program(smaller.graph_module, smaller.example_values, target)
     out.print(f"Written to {target}.", soft_wrap=True)

@@ -25,12 +25,21 @@ from pydantic import ConfigDict, TypeAdapter
 from torch import Tensor, nn
 
 from indistill_fx.compression.basis import in_both_modes
-from indistill_fx.compression.correspond import plan_of
+from indistill_fx.compression.correspond import plan_if_any
 from indistill_fx.compression.latency import Clock, Runtime
-from indistill_fx.compression.make_student import Budget, Measure, Step, Untrained, calibration, make_student, measured
+from indistill_fx.compression.make_student import (
+    Budget,
+    Measure,
+    Step,
+    Untrained,
+    calibration,
+    make_student,
+    measured,
+    require_trained,
+)
 from indistill_fx.compression.write_source import SOURCE, source_of
 from indistill_fx.curriculum import Curriculum
-from indistill_fx.errors import ConfigError, ExportError, MatchError
+from indistill_fx.errors import ConfigError, ExportError
 from indistill_fx.evaluation.accuracy import Evaluation, evaluate
 from indistill_fx.graph.module_state import digest
 from indistill_fx.loading.spec import parse_spec
@@ -176,7 +185,7 @@ def compress(
     made = _before(folder, identity, model) if resume else None
     if made is None:
         _check_free(folder, resume)
-        _check_teacher(source, judge)
+        require_trained(source, judge)
         batches = calibration(train_loader if calibration_loader is None else calibration_loader, samples)
         found = task_of_run(task, train_loader, source, model.inputs, logits=logits, required=False)
         by = found.task if found.said else None  # an unknown task is compared by the form of its outputs
@@ -237,17 +246,6 @@ def _check_free(folder: Path, resume: bool) -> None:
         )
 
 
-def _check_teacher(teacher: nn.Module, judge: Callable[[nn.Module], Evaluation] | None) -> None:
-    found = judge(teacher) if judge is not None else None
-    if found is not None and found.no_better_than_chance:
-        raise ConfigError(
-            f"The teacher classifies no better than chance: {found.value:.1%} of {found.count} samples, {found.classes} classes.",
-            where="teacher",
-            got=found.accuracy,
-            hint="Load its trained weights (MODEL@weights.safetensors), and check that data and model have the same classes.",
-        )
-
-
 def _before(folder: Path, identity: Mapping[str, Any], model: TracedModel) -> _Made | None:
     """The student that an interrupted run had made; None if it must be made again."""
     try:
@@ -287,17 +285,6 @@ def _digest_of_source(folder: Path) -> str:
     return sha256((folder / SOURCE).read_bytes()).hexdigest()
 
 
-def _plan(
-    model: TracedModel, student: TracedModel, untrained: Untrained, every_block: bool, say: Callable[[str], None]
-) -> AlignmentPlan | None:
-    """The plan of the corresponding layers; None if there are none, so that nothing can be warmed up."""
-    try:
-        return plan_of(model, student, untrained.shrunk.axes, every_block=every_block)
-    except MatchError:
-        say("No layers can be paired, so there is no warm-up.")
-        return None
-
-
 def _write(
     folder: Path,
     model: TracedModel,
@@ -320,9 +307,11 @@ def _write(
         os.replace(folder / STUDENT, folder / START)  # `student.safetensors` is reserved for the trained student
         spec, student = f"{folder / SOURCE}:Student", source.build().to(_device(model))
         traced = trace(student, model.example, role="student")
-    plan = _plan(model, traced, untrained, every_block, say)
+    plan = plan_if_any(model, traced, untrained.shrunk.axes, every_block=every_block)
     if plan is not None:
         plan.save(folder / "plan.json")
+    else:
+        say("No layers can be paired, so there is no warm-up.")
     curves = [asdict(curve) for curve in untrained.curves]
     repaired = asdict(untrained.repaired) if untrained.repaired is not None else None
     widths = {path: list(pair) for path, pair in untrained.shrunk.widths.items()}
@@ -356,10 +345,11 @@ def _finished(
     metrics = measured(judge(student)) if judge is not None else {}
     steps = (*made.steps, Step("trained", last.macs, last.parameters, latency_ms=last.latency_ms, **metrics))
     say(str(steps[-1]))
-    best = max(made.steps[1:], key=lambda step: step.accuracy or 0.0)
-    if steps[-1].accuracy is not None and steps[-1].accuracy < (best.accuracy or 0.0):
+    start = next((step for step in made.steps if step.start), None)
+    if start is not None and start.better_than(steps[-1]):
+        where = f"; the better weights are in {folder / START}" if made.spec else ""
         say(
-            f"Training made the student worse than it was before ({best.name}: {best.shown}). Try a lower --lr, or more --epochs."
+            f"Training made the student worse than it was before ({start.name}: {start.shown}){where}. Try a lower --lr, or more --epochs."
         )
     if not made.spec:
         from indistill_fx.deploy.save_pt2 import save_program

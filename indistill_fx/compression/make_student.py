@@ -121,6 +121,9 @@ class Step:
         latency_ms: on the clock's target; None where it is not measured.
         metric: which of the task's metrics decides what is best.
         shown: its value, formatted; empty where it was not measured.
+        value: the same as a number.
+        higher_is_better: which way that metric is better.
+        start: whether the student that is trained is the one of this step.
     """
 
     name: str
@@ -131,6 +134,15 @@ class Step:
     latency_ms: float | None = None
     metric: str = "accuracy"
     shown: str = ""
+    value: float | None = None
+    higher_is_better: bool = True
+    start: bool = False
+
+    def better_than(self, other: Step) -> bool:
+        """Whether the deciding metric is better than after another step; False where one of them was not measured."""
+        if self.value is None or other.value is None:
+            return False
+        return self.value > other.value if self.higher_is_better else self.value < other.value
 
     def __str__(self) -> str:
         parts = [f"{self.macs:,} MACs, {self.parameters:,} parameters"]
@@ -142,7 +154,26 @@ class Step:
 
 def measured(found: Evaluation) -> dict[str, Any]:
     """An evaluation as a step reports it."""
-    return {"accuracy": found.accuracy, "metric": found.metric.title, "shown": found.metric.text(found.value)}
+    facts, value = found.metric, found.value
+    measures = {
+        "metric": facts.title,
+        "shown": facts.text(value),
+        "value": value,
+        "higher_is_better": facts.higher_is_better,
+    }
+    return {"accuracy": found.accuracy, **measures}
+
+
+def require_trained(teacher: nn.Module, judge: Callable[[nn.Module], Evaluation] | None) -> None:
+    """Refuse a classifier that only guesses."""
+    found = judge(teacher) if judge is not None else None
+    if found is not None and found.no_better_than_chance:
+        raise ConfigError(
+            f"The teacher classifies no better than chance: {found.value:.1%} of {found.count} samples, {found.classes} classes.",
+            where="teacher",
+            got=found.accuracy,
+            hint="Load its trained weights (MODEL@weights.safetensors), and check that data and model have the same classes.",
+        )
 
 
 @dataclass(frozen=True)
@@ -227,13 +258,14 @@ def make_student(
         teacher, measure, lambda floor: _shrunk(teacher, known, curves, budget, clock, round_to, floor)
     )
     steps.append(measure.step("shrunk", teacher, result.value, after))
-    best, repaired = result.value, None
+    best, repaired, start = result.value, None, 1
     for name, parts_left_out in (("norms estimated anew", {"readers": False}), ("readers fitted", {"norms": False})):
         made = repair(teacher, result.value, result.report.axes, measure.batches, **parts_left_out)
         steps.append(measure.step(name, teacher, made.value, after))
         known_best = steps[-1].divergence or 0.0
         if known_best < min(step.divergence or 0.0 for step in steps[1:-1]):
-            best, repaired = made.value, made.report
+            best, repaired, start = made.value, made.report, len(steps) - 1
+    steps[start] = replace(steps[start], start=True)
     for parameter in best.graph_module.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
     return Untrained(best, result.report, curves, repaired, tuple(steps))

@@ -91,7 +91,7 @@ def choose(
         Mean and std; and in words what they are and where they are from.
 
     Raises:
-        ConfigError: an unknown name, a wrong count of numbers, a std that is not positive, numbers above 1, or numbers for one of the two only.
+        ConfigError: an unknown name, a wrong count of numbers, a std that is not positive, numbers above 1, or numbers for only one.
     """
     if mean is None and std is None:
         found = in_channels(default, channels)

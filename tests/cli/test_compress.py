@@ -30,6 +30,7 @@ def test_a_trained_model_becomes_a_smaller_one(half, capsys):
     steps = {step["name"]: step for step in json.loads((half / "compress.json").read_text())["steps"]}
     assert steps["trained"]["macs"] <= 0.5 * steps["teacher"]["macs"]
     assert steps["readers fitted"]["divergence"] < steps["shrunk"]["divergence"]
+    assert [name for name, step in steps.items() if step["start"]] == ["readers fitted"]
     assert run(["evaluate", str(half), "--data", "digits", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["accuracy"] == pytest.approx(steps["trained"]["accuracy"])
     assert run(["inspect", f"{half}/student.py:Student@{half}/student.safetensors", "--input", "1x8x8"]) == 0

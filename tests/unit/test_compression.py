@@ -374,6 +374,26 @@ def test_the_whole_road_and_back(tmp_path):
         ifx.compress(model, data_of(), **{**arguments, "macs": 0.3}, resume=True)
 
 
+@pytest.mark.parametrize(("lr", "worse"), [(100.0, True), (1e-12, False)])
+def test_that_training_made_it_worse_is_said_by_every_metric(lr, worse, tmp_path):
+    """Also where less is better; it is compared with what training started from, and those weights are named."""
+    said: list[str] = []
+    data = [(images(8, seed=k), torch.rand(8, 5)) for k in range(3)]
+    made = ifx.compress(
+        unsettle(seeded(Residual)), data, macs=0.4, run_dir=tmp_path / "run", epochs=1, progress=False, device="cpu", samples=16,
+        val_loader=data, task="regression", learning_rate=lr, curriculum=ifx.Curriculum(lengths=0), export=False, say=said.append,
+    )  # fmt: skip
+    (start,) = [step for step in made.steps if step.start]
+    assert start.divergence == min(step.divergence for step in made.steps[1:-1])
+    assert (made.steps[-1].value > start.value) == worse and not start.higher_is_better
+    (*found,) = [line for line in said if line.startswith("Training made the student worse")]
+    assert len(found) == worse
+    assert (
+        not worse
+        or f"({start.name}: {start.shown}); the better weights are in {tmp_path}/run/start.safetensors" in found[0]
+    )
+
+
 def test_an_interrupted_road_ends_with_the_same_bits(tmp_path):
     """Stopped in the middle of training by a failing loader; then gone on with."""
     model = unsettle(seeded(Residual))
