@@ -169,7 +169,8 @@ def require_trained(teacher: nn.Module, judge: Callable[[nn.Module], Evaluation]
     found = judge(teacher) if judge is not None else None
     if found is not None and found.no_better_than_chance:
         raise ConfigError(
-            f"The teacher classifies no better than chance: {found.value:.1%} of {found.count} samples, {found.classes} classes.",
+            f"The teacher classifies no better than chance: {found.value:.1%} of {found.count} samples are right, and "
+            f"{found.recall or 0:.1%} of a class's on average, with {found.occurring} classes.",
             where="teacher",
             got=found.accuracy,
             hint="Load its trained weights (MODEL@weights.safetensors), and check that data and model have the same classes.",
