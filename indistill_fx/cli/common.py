@@ -342,8 +342,9 @@ def plan_beside(student: str, teacher: nn.Module, example: Any) -> AlignmentPlan
     from indistill_fx.loading.spec import parse_spec
     from indistill_fx.passes.capture.trace import as_traced
     from indistill_fx.plan import AlignmentPlan
+    from indistill_fx.runs.load import made_by
 
-    place = Path(parse_spec(student).place)
+    place = Path(parse_spec(made_by(student)).place)
     file = place.with_name("plan.json")
     if place.name != "student.py" or not file.exists():
         return None

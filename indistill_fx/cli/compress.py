@@ -194,5 +194,5 @@ def _tell(steps: tuple[Step, ...]) -> None:
         row = [step.shown, count(step.macs), count(step.parameters)]
         row += [f"{step.divergence:.3g}" if step.divergence is not None else ""]
         row += [f"{step.latency_ms:.3g}" if step.latency_ms is not None else ""] if timed else []
-        table.add_row(step.name, *row)
+        table.add_row(f"{step.name} (training starts here)" if step.start else step.name, *row)
     common.console().print(table)

@@ -231,27 +231,28 @@ def open_pictures(spec: str, options: Mapping[str, Any], *sources: Source, train
 
 
 def _wanted(spec: str, asked: Mapping[str, Any], sources: tuple[Source, ...]) -> dict[str, Any]:
-    """The models' own values for options that were not given: those of runs for all data, those of other models for folders."""
-    from indistill_fx.data.normalisation import in_channels
+    """The models' own values for options that were not given: those of runs and student.py for all data, of others for folders."""
+    from indistill_fx.data.normalisation import Known, in_channels
     from indistill_fx.loading.input_facts import picture_channels
-    from indistill_fx.runs.load import is_run
+    from indistill_fx.runs.load import trained_here
 
     kind = spec.partition(":")[0]
     found: dict[str, Any] = {}
-    run = next((source for source in sources if is_run(source.spec)), None)
+    run = next((source for source in sources if trained_here(source)), None)
     if kind not in ("digits", "cifar10", "cifar100", "imagefolder"):
         return found
     known = [count for source in sources if (count := picture_channels(source.module)) is not None]
     channels = asked["channels"] or (known[0] if known else None)
     if run is not None and run.normalisation is not None and asked["mean"] is None and asked["std"] is None:
         figures = run.normalisation  # the run's images may have colour channels where these are grey
-        found["mean"], found["std"] = in_channels(figures, channels) if channels in (1, 3) else figures
+        figures = in_channels(figures, channels) if channels in (1, 3) else figures
+        whose = f"as {run.spec} {'was trained' if run.kind != 'student' else 'needs them'}"
+        found["mean"], found["std"] = (Known(part, whose) for part in figures)
     if kind != "imagefolder":
         return found
     of_model = sources[0].wanted_normalisation if sources else None
     if run is None and of_model is not None and asked["mean"] is None and asked["std"] is None:
-        found["mean"], found["std"] = of_model
-        say(f"Images are prepared as {sources[0].spec} needs them.")
+        found["mean"], found["std"] = (Known(part, f"as {sources[0].spec} needs them") for part in of_model)
     if asked["channels"] is None:
         found["channels"] = channels
     sizes = [source.input_size for source in sources if source.input_size is not None and len(source.input_size) == 3]

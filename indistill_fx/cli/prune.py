@@ -79,11 +79,13 @@ def command(
       indistill-fx prune teacher.pt --plan plan.json -o narrowed.pt2
     """
     from itertools import islice
+    from pathlib import Path
 
+    from indistill_fx.compression.basis import in_both_modes
     from indistill_fx.errors import ConfigError
+    from indistill_fx.runs.load import keep_facts
 
     asked = {name: requests.pop(name) for name in pictures.NAMES}
-    from indistill_fx.compression.basis import in_both_modes
 
     if plan_file and (
         others := [f"--{name.replace('_', '-').rstrip('s')}" for name, request in requests.items() if request]
@@ -105,6 +107,10 @@ def command(
         basis = in_both_modes(traced, logits, show) if _is_directory(output) else traced
         smaller, report = _shrunk(basis, layers, **requests, **ranking)
         _save(smaller, output, traced, report)
+        if (Path(output) / "student.py").exists():
+            keep_facts(
+                output, source.classes, source.wanted_normalisation, source.input_size if source.wanted_size else None
+            )
 
 
 def _is_directory(output: str) -> bool:
@@ -116,13 +122,12 @@ def _save(
     smaller: TracedModel, output: str, original: TracedModel | None = None, report: ShrinkReport | None = None
 ) -> None:
     """Save the network as source code in a directory if possible, or as a program; with a plan of the channels that it has."""
-    from contextlib import suppress
     from pathlib import Path
 
-    from indistill_fx.compression.correspond import plan_of
+    from indistill_fx.compression.correspond import plan_if_any
     from indistill_fx.compression.write_source import source_of
     from indistill_fx.deploy.save_pt2 import save_program
-    from indistill_fx.errors import ExportError, MatchError
+    from indistill_fx.errors import ExportError
     from indistill_fx.passes.capture.trace import trace
 
     out, target = common.console(), Path(output)
@@ -137,8 +142,8 @@ def _save(
             out.print(f"Written to {target}. Load it as {source.save(target)}", soft_wrap=True, highlight=False)
             if original is not None and report is not None:
                 student = trace(source.build(), original.example, role="student")
-                with suppress(MatchError):  # without pairs there is no warm-up, and no plan is needed
-                    plan_of(original, student, report.axes).save(target / "plan.json")
+                if (plan := plan_if_any(original, student, report.axes)) is not None:
+                    plan.save(target / "plan.json")
             return
     save_program(smaller.graph_module, smaller.example_values, target)
     out.print(f"Written to {target}.", soft_wrap=True)
@@ -171,10 +176,14 @@ def _shrunk(
     from rich.text import Text
 
     from indistill_fx.cli.tables import count
+    from indistill_fx.compression.make_student import Budget
     from indistill_fx.deploy.bench import measure
     from indistill_fx.graph.edit import batch_size
     from indistill_fx.passes.pruning.shrink import shrink
 
+    budgets = {name: requests[name] for name in ("macs", "params") if requests[name] is not None}
+    if len(budgets) == 1 and not widths and requests["ratio"] is None:
+        Budget(**budgets).require_less_than(traced)
     result = shrink(traced, widths=_widths(widths), **requests)
     table = _layers(result.report) if layers else _stages(traced, result.value)
     graphs = {"before": traced.graph_module, "after": result.value.graph_module}

@@ -58,7 +58,7 @@ def allocate(
     smallest = cost(stay_of(least))
     if smallest > most:
         raise _too_small(smallest, most, classes)
-    now = cost(stay_of(counts))
+    now, k, before = cost(stay_of(counts)), 0, 0
     while now > most:
         best: tuple[float, int, int, float] | None = None
         for k, (group, curve) in enumerate(zip(groups, curves, strict=True)):

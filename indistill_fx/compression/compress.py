@@ -16,6 +16,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -24,12 +25,21 @@ from pydantic import ConfigDict, TypeAdapter
 from torch import Tensor, nn
 
 from indistill_fx.compression.basis import in_both_modes
-from indistill_fx.compression.correspond import plan_of
+from indistill_fx.compression.correspond import plan_if_any
 from indistill_fx.compression.latency import Clock, Runtime
-from indistill_fx.compression.make_student import Budget, Measure, Step, Untrained, calibration, make_student, measured
+from indistill_fx.compression.make_student import (
+    Budget,
+    Measure,
+    Step,
+    Untrained,
+    calibration,
+    make_student,
+    measured,
+    require_trained,
+)
 from indistill_fx.compression.write_source import SOURCE, source_of
 from indistill_fx.curriculum import Curriculum
-from indistill_fx.errors import ConfigError, ExportError, MatchError
+from indistill_fx.errors import ConfigError, ExportError
 from indistill_fx.evaluation.accuracy import Evaluation, evaluate
 from indistill_fx.graph.module_state import digest
 from indistill_fx.loading.spec import parse_spec
@@ -40,7 +50,7 @@ from indistill_fx.plan import AlignmentPlan
 from indistill_fx.runs.checkpoint import state_tensors
 from indistill_fx.runs.directory import STUDENT
 from indistill_fx.runs.load import about as about_model
-from indistill_fx.runs.load import keep_export, load
+from indistill_fx.runs.load import keep_export, keep_facts, load, run_fingerprint
 from indistill_fx.runs.record import RunRecord
 from indistill_fx.runs.signature import is_signed, sign
 from indistill_fx.stages.traced_pair import examples_of
@@ -167,6 +177,7 @@ def compress(
     source = teacher.module if isinstance(teacher, TracedModel) else teacher
     example = examples_of(train_loader, source)[0] if example_inputs is None else example_inputs
     model = teacher if isinstance(teacher, TracedModel) else trace(teacher, example, role="teacher", logits=logits)
+    budget.require_less_than(model)
     request = {"budget": asdict(budget), "clock": asdict(clock), "criterion": str(criterion), "round_to": round_to}
     request |= {"samples": samples, "every_block": every_block}
     identity = {"request": json.loads(json.dumps(request)), "teacher": digest(source)}
@@ -174,7 +185,7 @@ def compress(
     made = _before(folder, identity, model) if resume else None
     if made is None:
         _check_free(folder, resume)
-        _check_teacher(source, judge)
+        require_trained(source, judge)
         batches = calibration(train_loader if calibration_loader is None else calibration_loader, samples)
         found = task_of_run(task, train_loader, source, model.inputs, logits=logits, required=False)
         by = found.task if found.said else None  # an unknown task is compared by the form of its outputs
@@ -182,6 +193,7 @@ def compress(
         basis = in_both_modes(model, logits, say)
         untrained = make_student(basis, budget, measure, criterion=criterion, round_to=round_to)
         made = _write(folder, model, untrained, identity, every_block, say)
+        _keep_facts(folder, made, model, about or {})
     given = {"curriculum": curriculum, "main": main, "main_options": main_options, "epochs": epochs}
     settings: dict[str, Any] = {**RECIPES["compress"].student, **options}
     settings |= {name: value for name, value in given.items() if value is not None}
@@ -189,7 +201,7 @@ def compress(
     settings |= {"val_loader": val_loader, "task": task, "example_inputs": example, "logits": logits, "resume": resume}
     settings |= {"plan": made.plan, "run_dir": folder, "progress": progress, "about": _about(made, model, about or {})}
     record = distill(model, made.traced, train_loader, **settings)
-    return _finished(folder, model, made, record, judge, identity, export, say)
+    return _finished(folder, model, made, record, judge, identity, export, about or {}, say)
 
 
 @dataclass(frozen=True)
@@ -206,9 +218,19 @@ def _about(made: _Made, model: TracedModel, described: Mapping[str, Any]) -> dic
     """What the run records so that its student can be rebuilt."""
     if not made.spec:
         return dict(described)
-    size = tuple(next(value for value in model.example_values if isinstance(value, Tensor)).shape[1:])
+    size = _input_size(model)
     rest = {key: value for key, value in described.items() if key != "data"}
     return about_model(made.spec, str(described.get("data", "")), size, model.example, **rest)
+
+
+def _keep_facts(folder: Path, made: _Made, model: TracedModel, described: Mapping[str, Any]) -> None:
+    """Leave beside student.py what its spec should know of the data."""
+    if made.spec:
+        keep_facts(folder, described.get("classes") or (), described.get("normalisation"), _input_size(model))
+
+
+def _input_size(model: TracedModel) -> tuple[int, ...]:
+    return tuple(next(value for value in model.example_values if isinstance(value, Tensor)).shape[1:])
 
 
 def _device(model: TracedModel) -> torch.device:
@@ -221,17 +243,6 @@ def _check_free(folder: Path, resume: bool) -> None:
             f"{folder} already holds a run.",
             where=str(folder),
             hint="Continue it with resume=True (--resume), or give another directory.",
-        )
-
-
-def _check_teacher(teacher: nn.Module, judge: Callable[[nn.Module], Evaluation] | None) -> None:
-    found = judge(teacher) if judge is not None else None
-    if found is not None and found.no_better_than_chance:
-        raise ConfigError(
-            f"The teacher classifies no better than chance: {found.value:.1%} of {found.count} samples, {found.classes} classes.",
-            where="teacher",
-            got=found.accuracy,
-            hint="Load its trained weights (MODEL@weights.safetensors), and check that data and model have the same classes.",
         )
 
 
@@ -252,23 +263,26 @@ def _before(folder: Path, identity: Mapping[str, Any], model: TracedModel) -> _M
             hint="Continue with the same teacher, budget and settings, or give another directory.",
         )
     spec = f"{folder / SOURCE}:Student"
-    if not (folder / SOURCE).exists() or not is_signed(parse_spec(spec), saved.get("seal")):
+    if not (folder / SOURCE).exists():
+        return None
+    if saved.get("source") not in (None, _digest_of_source(folder)):
+        raise ConfigError(
+            f"{folder / SOURCE} was changed since `compress` wrote it, and making the student again would overwrite it.",
+            where=str(folder / SOURCE),
+            hint=f"Move it away, or name another directory. To train the changed one: distill TEACHER {spec}.",
+        )
+    if not is_signed(parse_spec(spec), saved.get("seal")):
         return None
     student = load(f"{spec}@{folder / START}").to(_device(model))
     traced = trace(student, model.example, role="student")
     plan = AlignmentPlan.load(folder / "plan.json") if (folder / "plan.json").exists() else None
-    return _Made(student, traced, plan, steps[:made], spec, {key: saved[key] for key in _KEPT})
+    return _Made(
+        student, traced, plan, steps[:made], spec, {key: saved[key] for key in (*_KEPT, "source") if key in saved}
+    )
 
 
-def _plan(
-    model: TracedModel, student: TracedModel, untrained: Untrained, every_block: bool, say: Callable[[str], None]
-) -> AlignmentPlan | None:
-    """The plan of the corresponding layers; None if there are none, so that nothing can be warmed up."""
-    try:
-        return plan_of(model, student, untrained.shrunk.axes, every_block=every_block)
-    except MatchError:
-        say("No layers can be paired, so there is no warm-up.")
-        return None
+def _digest_of_source(folder: Path) -> str:
+    return sha256((folder / SOURCE).read_bytes()).hexdigest()
 
 
 def _write(
@@ -293,13 +307,16 @@ def _write(
         os.replace(folder / STUDENT, folder / START)  # `student.safetensors` is reserved for the trained student
         spec, student = f"{folder / SOURCE}:Student", source.build().to(_device(model))
         traced = trace(student, model.example, role="student")
-    plan = _plan(model, traced, untrained, every_block, say)
+    plan = plan_if_any(model, traced, untrained.shrunk.axes, every_block=every_block)
     if plan is not None:
         plan.save(folder / "plan.json")
+    else:
+        say("No layers can be paired, so there is no warm-up.")
     curves = [asdict(curve) for curve in untrained.curves]
     repaired = asdict(untrained.repaired) if untrained.repaired is not None else None
     widths = {path: list(pair) for path, pair in untrained.shrunk.widths.items()}
-    kept = {"widths": widths, "sensitivity": curves, "repaired": repaired}
+    kept: dict[str, Any] = {"widths": widths, "sensitivity": curves, "repaired": repaired}
+    kept |= {"source": _digest_of_source(folder)} if spec else {}
     _save(folder, identity, untrained.steps, len(untrained.steps), spec, **kept)
     count = len(plan.pairs) if plan is not None else 0
     say(f"{count} pair{'s' * (count != 1)}; widths, sensitivities and repairs are in {folder / STORY}")
@@ -320,6 +337,7 @@ def _finished(
     judge: Callable[[nn.Module], Evaluation] | None,
     identity: Mapping[str, Any],
     export: bool,
+    about: Mapping[str, Any],
     say: Callable[[str], None],
 ) -> Compressed:
     last = made.steps[-1]
@@ -327,23 +345,39 @@ def _finished(
     metrics = measured(judge(student)) if judge is not None else {}
     steps = (*made.steps, Step("trained", last.macs, last.parameters, latency_ms=last.latency_ms, **metrics))
     say(str(steps[-1]))
-    best = max(made.steps[1:], key=lambda step: step.accuracy or 0.0)
-    if steps[-1].accuracy is not None and steps[-1].accuracy < (best.accuracy or 0.0):
+    start = next((step for step in made.steps if step.start), None)
+    if start is not None and start.better_than(steps[-1]):
+        where = f"; the better weights are in {folder / START}" if made.spec else ""
         say(
-            f"Training made the student worse than it was before ({best.name}: {best.shown}). Try a lower --lr, or more --epochs."
+            f"Training made the student worse than it was before ({start.name}: {start.shown}){where}. Try a lower --lr, or more --epochs."
         )
-    example = tuple(v[:1] if isinstance(v, Tensor) and v.dim() else v for v in model.example_values)
     if not made.spec:
         from indistill_fx.deploy.save_pt2 import save_program
 
         save_program(student, model.example_values, folder / "student.pt2")
         save_tensors(folder / STUDENT, state_tensors(student))
     if export:
-        from indistill_fx.deploy.export_onnx import export_onnx
-
-        exported = export_onnx(student, folder / "student.onnx", example)
-        keep_export(folder, parameters=last.parameters, macs=last.macs, size=(folder / "student.onnx").stat().st_size)
-        say(f"student.onnx written, {getattr(exported, 'size', (folder / 'student.onnx').stat().st_size):,} bytes")
+        _export(folder, model, student, last, about, say)
     _save(folder, identity, steps, len(made.steps), made.spec, **made.kept)
     spec = f"{made.spec}@{folder / STUDENT}" if made.spec else ""
     return Compressed(student, made.plan, record, steps, spec)
+
+
+def _export(
+    folder: Path,
+    model: TracedModel,
+    student: nn.Module,
+    last: Step,
+    about: Mapping[str, Any],
+    say: Callable[[str], None],
+) -> None:
+    """student.onnx, which says of itself what `export` of the run would let it say; and what reports show of it."""
+    from indistill_fx.deploy.export_onnx import export_onnx
+    from indistill_fx.deploy.metadata import of_source
+
+    example = tuple(v[:1] if isinstance(v, Tensor) and v.dim() else v for v in model.example_values)
+    known: dict[str, Any] = {"classes": about.get("classes") or (), "normalisation": about.get("normalisation")}
+    facts = of_source(model=str(folder), run=run_fingerprint(folder), **known)
+    made = export_onnx(student, folder / "student.onnx", example, metadata=facts)
+    keep_export(folder, parameters=last.parameters, macs=last.macs, size=made.size, latency_ms=made.latency_ms)
+    say(f"{folder / 'student.onnx'} written, {made.size:,} bytes")

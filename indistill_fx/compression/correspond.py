@@ -42,6 +42,16 @@ def plan_of(teacher: TracedModel, student: TracedModel, axes: Axes, *, every_blo
     )
 
 
+def plan_if_any(
+    teacher: TracedModel, student: TracedModel, axes: Axes, *, every_block: bool = True
+) -> AlignmentPlan | None:
+    """The same; None where no layer can be paired, so that nothing can be warmed up."""
+    try:
+        return plan_of(teacher, student, axes, every_block=every_block)
+    except MatchError:
+        return None
+
+
 def _pair(pair: Pair, teacher: TracedModel, student: TracedModel, axes: Axes) -> Pair | None:
     """The pair of the teacher's and the student's layer of this name; None if the student has no such layer."""
     tap = pair.teacher

@@ -28,6 +28,9 @@ from indistill_fx.traced import TracedModel
 
 _FLOORS = (FLOOR, 0.3, 0.5)
 """Parts of every group of channels that always stay, tried one after the other."""
+_UNITS = {"macs": "multiply-accumulates", "params": "parameters", "size_mb": "MB of weights", "latency_ms": "ms"}
+_SHARES = ("macs", "params")
+"""Budgets that may be a share."""
 _FOR_CURVES = 4
 """Batches that sensitivities are measured on; repairs take all of them."""
 
@@ -64,6 +67,46 @@ class Budget:
                 hint="Give a share such as 0.5, or a number.",
             )
 
+    @property
+    def value(self) -> tuple[str, float]:
+        """Which budget is given, and how large it is."""
+        return next((name, value) for name, value in asdict(self).items() if value is not None)
+
+    def text(self, amount: float) -> str:
+        """An amount of what is counted, with its unit."""
+        name = self.value[0]
+        return f"{amount:,.0f} {_UNITS[name]}" if name in _SHARES else f"{amount:.3g} {_UNITS[name]}"
+
+    def require_smaller(self, has: float) -> None:
+        """Refuse a budget that a network with so much of what is counted already fits.
+
+        Raises:
+            ConfigError: it does, so nothing would be removed.
+        """
+        name, value = self.value
+        share = name in _SHARES and value <= 1
+        if has > (value * has if share else value):
+            return
+        raise ConfigError(
+            f"The network fits the budget of {self.text(value * has if share else value)} as it is: it "
+            f"{'takes' if name == 'latency_ms' else 'has'} {self.text(has)}.",
+            where="budget",
+            got=value,
+            expected=f"less than {self.text(has)}",
+            hint=f"Give less{'; for half of them write 0.5' if name in _SHARES else ''}.",
+        )
+
+    def require_less_than(self, network: TracedModel) -> None:
+        """The same for a network whose size is counted; a time has to be measured first."""
+        tensors = (*network.graph_module.parameters(), *network.graph_module.buffers())
+        sizes = {
+            "macs": network.macs,
+            "params": sum(parameter.numel() for parameter in network.graph_module.parameters()),
+            "size_mb": sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 1e6,
+        }
+        if (has := sizes.get(self.value[0])) is not None:
+            self.require_smaller(has)
+
 
 @dataclass(frozen=True, slots=True)
 class Step:
@@ -78,6 +121,9 @@ class Step:
         latency_ms: on the clock's target; None where it is not measured.
         metric: which of the task's metrics decides what is best.
         shown: its value, formatted; empty where it was not measured.
+        value: the same as a number.
+        higher_is_better: which way that metric is better.
+        start: whether the student that is trained is the one of this step.
     """
 
     name: str
@@ -88,6 +134,15 @@ class Step:
     latency_ms: float | None = None
     metric: str = "accuracy"
     shown: str = ""
+    value: float | None = None
+    higher_is_better: bool = True
+    start: bool = False
+
+    def better_than(self, other: Step) -> bool:
+        """Whether the deciding metric is better than after another step; False where one of them was not measured."""
+        if self.value is None or other.value is None:
+            return False
+        return self.value > other.value if self.higher_is_better else self.value < other.value
 
     def __str__(self) -> str:
         parts = [f"{self.macs:,} MACs, {self.parameters:,} parameters"]
@@ -99,7 +154,27 @@ class Step:
 
 def measured(found: Evaluation) -> dict[str, Any]:
     """An evaluation as a step reports it."""
-    return {"accuracy": found.accuracy, "metric": found.metric.title, "shown": found.metric.text(found.value)}
+    facts, value = found.metric, found.value
+    measures = {
+        "metric": facts.title,
+        "shown": facts.text(value),
+        "value": value,
+        "higher_is_better": facts.higher_is_better,
+    }
+    return {"accuracy": found.accuracy, **measures}
+
+
+def require_trained(teacher: nn.Module, judge: Callable[[nn.Module], Evaluation] | None) -> None:
+    """Refuse a classifier that only guesses."""
+    found = judge(teacher) if judge is not None else None
+    if found is not None and found.no_better_than_chance:
+        raise ConfigError(
+            f"The teacher classifies no better than chance: {found.value:.1%} of {found.count} samples are right, and "
+            f"{found.recall or 0:.1%} of a class's on average, with {found.occurring} classes.",
+            where="teacher",
+            got=found.accuracy,
+            hint="Load its trained weights (MODEL@weights.safetensors), and check that data and model have the same classes.",
+        )
 
 
 @dataclass(frozen=True)
@@ -170,11 +245,13 @@ def make_student(
         round_to: keep multiples of so many channels.
 
     Raises:
-        ConfigError: the budget or the data are at fault.
+        ConfigError: the budget or the data are at fault, or the teacher is quick enough as it is.
         PruneError: the budget cannot be met, or nothing can go.
     """
     clock = measure.clock if budget.latency_ms is not None else None
     before = clock.ms(teacher.graph_module, teacher.example_values) if clock is not None else None
+    if before is not None:
+        budget.require_smaller(before)
     steps = [measure.step("teacher", teacher, teacher, before)]
     known = analyse(teacher, criterion=criterion, loader=measure.batches if criterion != "l1" else None)
     curves = sensitivities(teacher, known, measure.batches[:_FOR_CURVES], measure.task)
@@ -182,13 +259,14 @@ def make_student(
         teacher, measure, lambda floor: _shrunk(teacher, known, curves, budget, clock, round_to, floor)
     )
     steps.append(measure.step("shrunk", teacher, result.value, after))
-    best, repaired = result.value, None
+    best, repaired, start = result.value, None, 1
     for name, parts_left_out in (("norms estimated anew", {"readers": False}), ("readers fitted", {"norms": False})):
         made = repair(teacher, result.value, result.report.axes, measure.batches, **parts_left_out)
         steps.append(measure.step(name, teacher, made.value, after))
         known_best = steps[-1].divergence or 0.0
         if known_best < min(step.divergence or 0.0 for step in steps[1:-1]):
-            best, repaired = made.value, made.report
+            best, repaired, start = made.value, made.report, len(steps) - 1
+    steps[start] = replace(steps[start], start=True)
     for parameter in best.graph_module.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
     return Untrained(best, result.report, curves, repaired, tuple(steps))

@@ -27,6 +27,18 @@ _GREY = (0.299, 0.587, 0.114)
 """Shares of red, green and blue in grey, ITU-R 601."""
 
 
+class Known(tuple[float, ...]):
+    """Figures that nobody asked for: a model's own. `origin` says in words whose."""
+
+    origin: str
+
+    def __new__(cls, numbers: Iterable[float], origin: str) -> Known:
+        """Numbers per channel, and where they are from."""
+        known = super().__new__(cls, numbers)
+        known.origin = origin
+        return known
+
+
 class Normaliser:
     """Pixels to float32: (value / peak - mean) / std per channel, to the same bits on every device.
 
@@ -76,13 +88,14 @@ def choose(
         measure: finds the figures of the data themselves.
 
     Returns:
-        Mean and std, and what they are, in words.
+        Mean and std; and in words what they are and where they are from.
 
     Raises:
-        ConfigError: an unknown name, a wrong count of numbers, a std that is not positive, or numbers for one of the two only.
+        ConfigError: an unknown name, a wrong count of numbers, a std that is not positive, numbers above 1, or numbers for only one.
     """
     if mean is None and std is None:
-        return in_channels(default, channels), ""
+        found = in_channels(default, channels)
+        return found, _said(found, "the default for these data")
     std = mean if std is None and isinstance(mean, str) else std
     mean = std if mean is None and isinstance(std, str) else mean
     if mean is None or std is None:
@@ -93,15 +106,28 @@ def choose(
             hint=f"Give both, --mean and --std, or one word for both: auto, {', '.join(PUBLISHED)}.",
         )
     measured = measure() if "auto" in (mean, std) else default
-    found = tuple(
-        _figures(name, wanted, place, measured, channels)
-        for place, (name, wanted) in enumerate((("mean", mean), ("std", std)))
+    found = (
+        _figures("mean", mean, 0, measured, channels),
+        _figures("std", std, 1, measured, channels),
     )
+    largest = max(*found[0], *found[1])
+    if largest > 1 and not isinstance(mean, Known):
+        raise ConfigError(
+            f"Mean and std of the images are of values from 0 to 1, but one is {largest:g}.",
+            where="mean" if largest in found[0] else "std",
+            got=largest,
+            expected="at most 1",
+            hint="If they are of values from 0 to 255, divide them by 255.",
+        )
     if min(found[1]) <= 0:
         raise ConfigError(f"A std of the images is {min(found[1]):g}.", where="std", got=found[1], expected="> 0")
-    means, stds = (", ".join(f"{value:.4f}" for value in part) for part in found)
-    origin = "measured" if "auto" in (mean, std) else "as given"
-    return (found[0], found[1]), f"Images are normalised by mean {means} and std {stds}, {origin}."
+    origin = mean.origin if isinstance(mean, Known) else "as given"
+    return found, _said(found, "measured on the training set" if "auto" in (mean, std) else origin)
+
+
+def _said(figures: Normalisation, origin: str) -> str:
+    means, stds = (", ".join(f"{value:.4f}" for value in part) for part in figures)
+    return f"Images are normalised by mean {means} and std {stds}, {origin}."
 
 
 def in_channels(figures: Normalisation, channels: int) -> Normalisation:

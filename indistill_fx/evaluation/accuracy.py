@@ -17,7 +17,7 @@ from indistill_fx.graph.module_state import evaluating
 from indistill_fx.graph.view import View
 from indistill_fx.losses.base import widened
 from indistill_fx.losses.choose_task import choose_task
-from indistill_fx.losses.task import Classification, Task
+from indistill_fx.losses.task import IGNORED, Classification, Task, are_classes
 from indistill_fx.runs.record import MetricFacts
 from indistill_fx.system.terminal import followed
 
@@ -37,6 +37,8 @@ class Evaluation:
         task: what the labels mean.
         metrics: all of the task's, by name; the first one decides what is best.
         metric: that one.
+        recall: of a classifier: the share of a class's samples that are right, the mean over the classes that occur.
+        occurring: how many classes occur.
     """
 
     accuracy: float | None
@@ -46,6 +48,8 @@ class Evaluation:
     task: str = "classification"
     metrics: Mapping[str, float] = field(default_factory=dict)
     metric: MetricFacts = field(default_factory=MetricFacts)
+    recall: float | None = None
+    occurring: int = 0
 
     @property
     def value(self) -> float:
@@ -59,7 +63,9 @@ class Evaluation:
 
     @property
     def no_better_than_chance(self) -> bool:
-        """Whether a classifier's accuracy is within five points of always guessing one class."""
+        """Whether a classifier is within five points of always guessing one class, where every class counts the same."""
+        if self.recall is not None and self.occurring > 1:
+            return self.recall < 1 / self.occurring + 0.05
         return self.accuracy is not None and self.accuracy < 1 / self.classes + 0.05
 
 
@@ -101,6 +107,7 @@ def evaluate(
     loss, count, counted, classes = 0.0, 0, 0, 0
     metrics: dict[str, Metric] = {}
     chosen: Task | None = None
+    by_class: list[Tensor] = []
     for outputs, labels, inputs in _outputs(module, loader, device, progress, view):
         scores = widened(select_logits(outputs, logits))
         scores = view.chosen(scores) if view is not None else scores
@@ -123,12 +130,28 @@ def evaluate(
             loss, counted = loss + total.item(), counted + over
             for metric in metrics.values():
                 chosen.measure(metric, scores, known)
+            by_class += [_by_class(scores, known)] if type(chosen) is Classification else []
         count, classes = count + len(labels), scores.shape[1]
     if chosen is None:
         raise ConfigError("The loader has no batches to evaluate on.", where="loader", got=0, expected="at least 1")
     values = {name: float(metric.compute()) for name, metric in metrics.items()}
     accuracy, facts = values.get("accuracy"), deciding_metric(chosen, classes)
-    return Evaluation(accuracy, loss / max(counted, 1), count, classes, chosen.name, values, facts)
+    recall = _mean_recall(torch.stack(by_class).sum(0)) if by_class else (None, 0)
+    return Evaluation(accuracy, loss / max(counted, 1), count, classes, chosen.name, values, facts, *recall)
+
+
+def _by_class(scores: Tensor, labels: Tensor) -> Tensor:
+    """Of every class, how many samples are right, and how many there are."""
+    labels = labels if are_classes(labels, scores) else labels.argmax(1)
+    labels, guesses = labels[known := labels != IGNORED], scores.argmax(1)[known]
+    return torch.stack(
+        [torch.bincount(part, minlength=scores.shape[1]) for part in (labels[guesses == labels], labels)]
+    )
+
+
+def _mean_recall(by_class: Tensor) -> tuple[float | None, int]:
+    right, there = by_class[:, by_class[1] > 0].double()
+    return (float((right / there).mean()) if len(there) else None), len(there)
 
 
 @contextmanager

@@ -29,7 +29,8 @@ class Source:
     Args:
         module: the model, with the training flags its source gave it.
         spec: the string it was loaded from.
-        kind: `module file`, `exported program`, `ONNX file`, `factory`, `torchvision` or `timm`.
+        kind: `module file`, `exported program`, `ONNX file`, `factory`, `torchvision` or `timm`; `student`: a factory
+            in a student.py whose data are known.
         example_inputs: inputs the source has, batch included.
         input_size: the shape of one input sample, such as (3, 224, 224).
         normalisation: mean and standard deviation per channel that its inputs are normalised by, as its library does.

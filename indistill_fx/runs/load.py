@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 
 _OURS = ("indistill_fx.demo:DigitsTeacher", "indistill_fx.demo:DigitsStudent")
+FACTS = "student.json"
+_STUDENT = "student"
+"""The kind of such a source."""
 _MOST_INPUTS = 64
 _FETCHING = ("pretrained", "checkpoint", "weights", "cache")
 """Arguments of a library's constructors, by how their names begin, that read other files or the network."""
@@ -55,17 +58,18 @@ def about(model: str, data: str, input_size: tuple[int, ...], example: Any = Non
     """What a run must keep so that its model can be built again and run: the `about` of `distill` and `train`.
 
     Args:
-        model: spec.
+        model: spec; of a run directory the model that it names is kept, with its seal, so that the new run does not depend on the old one.
         data: spec.
         input_size: of one sample.
         example: inputs, where a size does not say it all.
         more: further facts.
     """
-    spec = absolute(model)
+    kept = _about(Path(model))[0] if is_run(model) else {}
+    spec = kept["model"] if is_run(model) else absolute(model)
     inputs = {"inputs": texts} if example is not None and (texts := describe_inputs(example)) else {}
     return {
         "model": spec,
-        "seal": sign(parse_spec(spec)),
+        "seal": kept.get("seal") if is_run(model) else sign(parse_spec(spec)),
         "data": data,
         "input_size": list(input_size),
         **inputs,
@@ -179,20 +183,42 @@ def _short(text: object) -> bool:
     return isinstance(text, str) and len(text) <= 200
 
 
-def _told_of_data(
-    kept: Mapping[str, Any], size: tuple[int, ...], folder: Path
-) -> tuple[tuple[str, ...], tuple[tuple[float, ...], tuple[float, ...]] | None]:
-    """Class names and normalisation from run.json; raises an error if they are impossible."""
+def _about(folder: Path) -> tuple[dict[str, Any], str, tuple[Any, ...]]:
+    """What run.json says of the model: all of it, the spec, and the size of an input.
+
+    Raises:
+        ConfigError: it does not say these.
+    """
     try:
-        channels = size[0] if len(size) == 3 else None
-        return tuple(str(name) for name in kept.get("classes") or ()), _figures(kept.get("normalisation"), channels)
-    except (ValueError, TypeError, AttributeError, OverflowError) as error:
+        kept = read_json(folder / "run.json", MOST_BYTES)["about"]
+        return kept, _text(kept["model"]), tuple(kept["input_size"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ConfigError(
-            f"{folder / 'run.json'} describes impossible classes or normalisation: {error}.",
+            f"{folder / 'run.json'} does not say which model was trained.",
             where=str(folder),
-            got=str(error),
             hint=_by_hand(folder),
         ) from error
+
+
+def made_by(spec: str) -> str:
+    """The spec of the model that a run directory's training began with; any other spec as it is."""
+    return _about(Path(spec))[1] if is_run(spec) else spec
+
+
+def _facts_in(
+    kept: Mapping[str, Any], size: tuple[int, ...]
+) -> tuple[tuple[str, ...], tuple[tuple[float, ...], tuple[float, ...]] | None]:
+    """Class names and normalisation; raises any of several errors if they are impossible."""
+    channels = size[0] if len(size) == 3 else None
+    return tuple(str(name) for name in kept.get("classes") or ()), _figures(kept.get("normalisation"), channels)
+
+
+def _size_in(kept: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """The size of an input, if it is known; raises any of several errors if it is impossible."""
+    size = tuple(kept.get("input_size") or ())
+    if size and not is_input_size(size, most=LARGEST_IN_A_FILE):
+        raise ValueError(f"an input of size {str(size)[:60]}")
+    return size or None
 
 
 def load(spec: str | os.PathLike[str], *, trust: Sequence[str] = ()) -> nn.Module:
@@ -224,7 +250,62 @@ def open_source(spec: str, *, trust: Sequence[str] = ()) -> Source:
     """The model of a spec, of a run directory or of saved outputs, with what is known of it; arguments and errors as of `load`."""
     if is_saved_outputs(spec):
         return load_outputs(spec)
-    return load_run(spec, trust=trust) if is_run(spec) else load_source(spec, trust=trust)
+    return load_run(spec, trust=trust) if is_run(spec) else _with_facts(load_source(spec, trust=trust))
+
+
+def trained_here(source: Source) -> bool:
+    """Whether a model is a run's, or a `student.py` that knows what it was trained on: it needs images as they were then."""
+    return is_run(source.spec) or source.kind == _STUDENT
+
+
+def keep_facts(
+    folder: str | os.PathLike[str],
+    classes: Sequence[str] = (),
+    normalisation: Any = None,
+    size: Sequence[int] | None = None,
+) -> None:
+    """Leave beside a student.py, in student.json, what loading it should know: class names, normalisation, and the size of an input.
+
+    Args:
+        folder: where student.py is. A student.json of an earlier one is replaced, or removed if nothing is known now.
+        classes: names by label.
+        normalisation: mean and standard deviation per channel.
+        size: of one sample.
+    """
+    if not classes and normalisation is None:
+        (Path(folder) / FACTS).unlink(missing_ok=True)
+        return
+    known = {"classes": list(classes), "normalisation": normalisation, "input_size": list(size) if size else None}
+    save_json(Path(folder) / FACTS, known)
+
+
+def _with_facts(source: Source) -> Source:
+    """A source, and what student.json says of it if it is a student.py beside one."""
+    place = Path(parse_spec(source.spec).place)
+    file = place.with_name(FACTS)
+    if place.name != "student.py" or not file.exists():
+        return source
+    try:
+        kept = _object(read_json(file, MOST_BYTES))
+        size = _size_in(kept)
+        classes, normalisation = _facts_in(kept, size or ())
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise ConfigError(
+            f"{file}, which says how images were normalised, is damaged: {str(error)[:200]}.",
+            where=str(file),
+            hint="Remove it, and give the figures: --mean, --std.",
+        ) from error
+    wanted = (size[1], size[2]) if size is not None and len(size) == 3 else None
+    remember(source.module, InputFacts(size, normalisation, wanted, normalisation, classes))
+    return replace(
+        source,
+        kind=_STUDENT,
+        input_size=size,
+        normalisation=normalisation,
+        wanted_size=wanted,
+        wanted_normalisation=normalisation,
+        classes=classes,
+    )
 
 
 def load_run(path: str | os.PathLike[str], *, trust: Sequence[str] = (), best: bool = False) -> Source:
@@ -240,16 +321,7 @@ def load_run(path: str | os.PathLike[str], *, trust: Sequence[str] = (), best: b
             names code that this user did not start it with.
     """
     folder = Path(path)
-    try:
-        record = read_json(folder / "run.json", MOST_BYTES)
-        kept = record["about"]
-        spec, size = _text(kept["model"]), tuple(kept["input_size"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise ConfigError(
-            f"{folder / 'run.json'} does not say which model was trained.",
-            where=str(folder),
-            hint=_by_hand(folder),
-        ) from error
+    kept, spec, size = _about(folder)
     if not is_input_size(size, most=LARGEST_IN_A_FILE):
         raise ConfigError(
             f"{folder / 'run.json'} says that an input has the size {str(size)[:60]}, which is impossible.",
@@ -257,7 +329,15 @@ def load_run(path: str | os.PathLike[str], *, trust: Sequence[str] = (), best: b
             got=str(size)[:60],
             hint=_by_hand(folder),
         )
-    classes, normalisation = _told_of_data(kept, size, folder)
+    try:
+        classes, normalisation = _facts_in(kept, size)
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
+        raise ConfigError(
+            f"{folder / 'run.json'} describes impossible classes or normalisation: {error}.",
+            where=str(folder),
+            got=str(error),
+            hint=_by_hand(folder),
+        ) from error
     weights = folder / (BEST if best else STUDENT)
     if runs_code(parse_spec(spec)) and not is_signed(parse_spec(spec), kept.get("seal")):
         raise ConfigError(

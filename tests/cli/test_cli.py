@@ -203,6 +203,13 @@ def test_prune_writes_source_code_into_a_directory(here, capsys):
     assert module.state_dict().keys() == ifx.load("models.py:make").state_dict().keys()
 
 
+def test_prune_refuses_a_budget_that_removes_nothing(here, capsys):
+    code, _, said = told(
+        capsys, "prune", "indistill_fx.demo:DigitsStudent", "--input", "1x8x8", "--macs", "1", "-o", "small/"
+    )
+    assert code == 2 and "as it is: it has" in said and not (here / "small").exists()
+
+
 def test_prune_names_what_has_no_source_code_and_gives_a_program_instead(here, capsys):
     (here / "strange.py").write_text(
         "import torch\nfrom torch import fx, nn\n\n@fx.wrap\ndef bend(x):\n    return x.sin()\n\n"

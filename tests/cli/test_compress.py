@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import onnx
 import pytest
 
 from indistill_fx.cli import run
@@ -17,18 +18,45 @@ def teacher(tmp_path_factory):
     return home
 
 
-def test_a_trained_model_becomes_a_smaller_one(teacher, tmp_path, capsys):
-    home = tmp_path / "half"
+@pytest.fixture(scope="module")
+def half(teacher, tmp_path_factory):
+    home = tmp_path_factory.mktemp("half") / "run"
     command = ["compress", str(teacher), "--data", "digits", "--macs", "0.5", "--epochs", "1", "--warmup", "1"]
     assert run([*command, "--samples", "64", "--device", "cpu", "-o", str(home)]) == 0
-    said = capsys.readouterr().out
-    assert "readers fitted" in said and f"{home}/student.py:Student@" in said
-    steps = {step["name"]: step for step in json.loads((home / "compress.json").read_text())["steps"]}
+    return home
+
+
+def test_a_trained_model_becomes_a_smaller_one(half, capsys):
+    steps = {step["name"]: step for step in json.loads((half / "compress.json").read_text())["steps"]}
     assert steps["trained"]["macs"] <= 0.5 * steps["teacher"]["macs"]
     assert steps["readers fitted"]["divergence"] < steps["shrunk"]["divergence"]
-    assert run(["evaluate", str(home), "--data", "digits", "--json"]) == 0
+    assert [name for name, step in steps.items() if step["start"]] == ["readers fitted"]
+    assert run(["evaluate", str(half), "--data", "digits", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["accuracy"] == pytest.approx(steps["trained"]["accuracy"])
-    assert run(["inspect", f"{home}/student.py:Student@{home}/student.safetensors", "--input", "1x8x8"]) == 0
+    assert run(["inspect", f"{half}/student.py:Student@{half}/student.safetensors", "--input", "1x8x8"]) == 0
+
+
+def test_its_onnx_file_is_the_one_that_export_writes(half, tmp_path, capsys):
+    """It can be served by what it says of itself, `check` finds nothing, and reports show its latency."""
+    assert run(["check", str(half / "student.onnx"), "--against", str(half), "--data", "digits"]) == 0
+    assert json.loads((half / "export.json").read_text())["latency_ms"] > 0
+    assert run(["export", str(half), "-o", str(tmp_path / "out.onnx")]) == 0
+    files = [onnx.load(path) for path in (half / "student.onnx", tmp_path / "out.onnx")]
+    ours, exported = ({entry.key: entry.value for entry in file.metadata_props} for file in files)
+    assert ours == exported and {"classes", "mean", "std", "model", "run"} <= ours.keys()
+
+
+@pytest.mark.parametrize("command", ["train", "distill"])
+def test_a_run_goes_on_from_a_run(command, teacher, half, tmp_path, capsys):
+    """The new run names the model of the old one, and `distill` finds the plan beside that one's student.py."""
+    home = tmp_path / "run"
+    models = [str(teacher), str(half)] if command == "distill" else [str(half)]
+    more = ["--no-warmup"] if command == "distill" else []
+    assert run([command, *models, "--data", "digits", "--epochs", "1", *more, "-o", str(home)]) == 0
+    assert ("says which channels it kept" in capsys.readouterr().err) == (command == "distill")
+    assert run(["evaluate", str(home), "--data", "digits"]) == 0, capsys.readouterr().err
+    kept = [json.loads((folder / "run.json").read_text())["about"] for folder in (half, home)]
+    assert kept[0]["model"] == kept[1]["model"] and kept[0]["seal"] == kept[1]["seal"]
 
 
 def test_a_budget_that_cannot_be_met_is_refused_before_training(teacher, tmp_path, capsys):

@@ -172,6 +172,25 @@ def test_a_budget_that_cannot_be_met_says_what_can():
         allocate(known, curves, known.cost.macs, 1)
 
 
+@pytest.mark.parametrize("budget", [{"macs": 1}, {"macs": 5e9}, {"params": 1}, {"params": 1e9}, {"size_mb": 100}])
+def test_a_budget_that_the_teacher_fits_is_refused_before_all_work(budget, tmp_path):
+    def unread():
+        raise AssertionError("the data were read")
+        yield
+
+    with pytest.raises(
+        ifx.ConfigError, match=r"The network fits the budget of [\d,.]+ .* as it is: it has [\d,.]+ "
+    ) as said:
+        ifx.compress(teacher_of(), unread(), run_dir=tmp_path / "run", example_inputs=images(2), **budget)
+    assert ("for half of them write 0.5" in str(said.value)) == ("size_mb" not in budget)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_whole_network_is_within_a_budget_that_it_fits():
+    known = analyse(model := teacher_of())
+    assert allocate(known, sensitivities(model, known, [images(4)]), known.cost.macs, 1e12).all()
+
+
 def test_least_squares_restores_what_a_linear_network_can():
     """Channels that are sums of others: without them, the readers' weights can make up for it exactly."""
     torch.manual_seed(0)
@@ -264,6 +283,8 @@ def test_a_time_that_only_narrow_layers_reach_is_reached():
     assert 0.15 * 0.97 <= made.steps[-1].latency_ms <= 0.15
     (tried,) = [line for line in said if line.startswith("widths: ")]
     assert "with 10%" in tried and "with 50%" not in tried
+    with pytest.raises(ifx.ConfigError, match=r"fits the budget of 1\.5 ms as it is: it takes 1 ms\. Give less\.$"):
+        make_student(model, Budget(latency_ms=1.5), Measure([images(16)], clock=ByWork()))
 
 
 def test_budgets_and_calibration():
@@ -340,10 +361,37 @@ def test_the_whole_road_and_back(tmp_path):
     assert story["widths"] and story["sensitivity"]
     again = ifx.compress(model, data_of(), **arguments, resume=True)
     assert all(torch.equal(v, again.student.state_dict()[k]) for k, v in made.student.state_dict().items())
+    edited = (tmp_path / "run" / "student.py").read_text() + "# mine\n"
+    (tmp_path / "run" / "student.py").write_text(edited)
+    with pytest.raises(
+        ifx.ConfigError, match=r"student\.py was changed since .* Move it away, or name another directory"
+    ):
+        ifx.compress(model, data_of(), **arguments, resume=True)
+    assert (tmp_path / "run" / "student.py").read_text() == edited
     with pytest.raises(ifx.ConfigError, match="already holds a run"):
         ifx.compress(model, data_of(), **arguments)
     with pytest.raises(ifx.ConfigError, match="holds a compression with another"):
         ifx.compress(model, data_of(), **{**arguments, "macs": 0.3}, resume=True)
+
+
+@pytest.mark.parametrize(("lr", "worse"), [(100.0, True), (1e-12, False)])
+def test_that_training_made_it_worse_is_said_by_every_metric(lr, worse, tmp_path):
+    """Also where less is better; it is compared with what training started from, and those weights are named."""
+    said: list[str] = []
+    data = [(images(8, seed=k), torch.rand(8, 5)) for k in range(3)]
+    made = ifx.compress(
+        unsettle(seeded(Residual)), data, macs=0.4, run_dir=tmp_path / "run", epochs=1, progress=False, device="cpu", samples=16,
+        val_loader=data, task="regression", learning_rate=lr, curriculum=ifx.Curriculum(lengths=0), export=False, say=said.append,
+    )  # fmt: skip
+    (start,) = [step for step in made.steps if step.start]
+    assert start.divergence == min(step.divergence for step in made.steps[1:-1])
+    assert (made.steps[-1].value > start.value) == worse and not start.higher_is_better
+    (*found,) = [line for line in said if line.startswith("Training made the student worse")]
+    assert len(found) == worse
+    assert (
+        not worse
+        or f"({start.name}: {start.shown}); the better weights are in {tmp_path}/run/start.safetensors" in found[0]
+    )
 
 
 def test_an_interrupted_road_ends_with_the_same_bits(tmp_path):

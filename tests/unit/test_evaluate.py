@@ -119,6 +119,16 @@ def test_no_better_than_chance_is_within_five_points_of_guessing(right, chance):
     assert found.no_better_than_chance is chance
 
 
+@pytest.mark.parametrize(("rare_right", "chance"), [(0, True), (2, False)])
+def test_always_guessing_the_commonest_class_is_chance(rare_right, chance):
+    """90 of 100 are right then; and who finds a fifth of the rare class does more, though accuracy hardly rises."""
+    labels = (torch.arange(100) < 10).long()
+    guesses = (torch.arange(100) < rare_right).long()
+    found = evaluate(nn.Identity(), [(torch.eye(9)[guesses], labels)])
+    assert (found.accuracy, found.recall, found.occurring) == (0.9 + rare_right / 100, 0.5 + rare_right / 20, 2)
+    assert found.no_better_than_chance is chance
+
+
 def test_bad_labels_and_empty_loaders_are_refused():
     with pytest.raises(ConfigError, match="Label 10 is out of range: the model has 10 classes"):
         evaluate(net(), [(torch.randn(2, 1, 8, 8), torch.tensor([3, 10]))])

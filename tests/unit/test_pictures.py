@@ -172,18 +172,18 @@ def test_pictures_of_several_sizes_are_brought_to_the_commonest_and_that_is_said
     folder = saved(tmp_path, lambda _, number: Image.fromarray(noise(number, *sizes[number], 3)))
     data = open_data(f"imagefolder:{folder}")
     assert data.input_size == (3, 8, 9)
-    assert data.notes == ("4 of 10 images were not 8x9 as most are, and were resized to it.",)
+    assert data.notes[:-1] == ("4 of 10 images were not 8x9 as most are, and were resized to it.",)
     assert open_data(f"imagefolder:{folder}", cache=tmp_path / "cache").notes == data.notes
     assert open_data(f"imagefolder:{folder}", cache=tmp_path / "cache").notes == data.notes
     assert open_data(f"imagefolder:{folder}", size=(6, 7)).input_size == (3, 6, 7)
-    assert open_data(f"imagefolder:{folder}", size=(6, 7)).notes == ()
+    assert open_data(f"imagefolder:{folder}", size=(6, 7)).notes == data.notes[-1:]
 
 
 def test_larger_pictures_take_the_models_size(tmp_path):
     folder = saved(tmp_path, coloured(LARGE))
     data = open_data(f"imagefolder:{folder}")
     assert data.input_size == (3, 224, 224)
-    assert data.notes == ("Images (80x70) are resized and cropped to 224x224.",)
+    assert data.notes[:-1] == ("Images (80x70) are resized and cropped to 224x224.",)
     assert open_data(f"imagefolder:{folder}", model_size=(96, 128)).input_size == (3, 96, 128)
     assert next(iter(open_data(f"imagefolder:{folder}", model_size=(96, 128)).test))[0].shape[2:] == (96, 128)
     small = saved(tmp_path / "small", coloured())
@@ -255,15 +255,20 @@ def test_mean_and_std_as_given():
         ({"mean": "imagnet"}, "'imagnet' is not a known mean of images. Nearest: imagenet"),
         ({"mean": (0.1, 0.2), "std": (0.1,)}, "The mean has 2 numbers, but the images have 1 channel"),
         ({"mean": (0.1,), "std": (0.0,)}, "A std of the images is 0"),
+        (
+            {"mean": (123,), "std": (0.3,)},
+            "of values from 0 to 1, but one is 123. If they are of values from 0 to 255, divide",
+        ),
+        ({"mean": (0.4,), "std": (57.5,)}, "but one is 57.5"),
     ):
         with pytest.raises(ConfigError, match=match):
             open_data("digits", **options)
 
 
 def test_what_has_no_effect_is_said(tmp_path):
-    assert "--workers has no effect" in open_data("digits", workers=2).notes[0]
+    assert "--workers has no effect" in open_data("digits", workers=2).notes[-1]
     folder = saved(tmp_path / "x", coloured(LARGE))
-    assert "--cache has no effect" in open_data(f"imagefolder:{folder}", cache=tmp_path / "c").notes[-1]
+    assert "--cache has no effect" in open_data(f"imagefolder:{folder}", cache=tmp_path / "c").notes[-2]
 
 
 def test_pictures_on_disk_are_those_in_memory(tmp_path, monkeypatch):
