@@ -114,6 +114,8 @@ def export_onnx(
         external_data: write the weights to a second file, `<name>.data`; None: only above 1.5 GB (ONNX ends at 2 GB).
         decisions: function from the output called `logits` or `out`, else the first, to whole numbers (or None), which are
             compared on `real_inputs`; None: the largest class of the output called so, or the only one of shape (N, classes).
+
+    Returns:
         The report: differences per batch size, size in bytes, latency in milliseconds.
 
     Raises:
