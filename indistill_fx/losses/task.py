@@ -133,17 +133,14 @@ class Classification(Task):
             )
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy; `IGNORED` does not count, and where nothing counts it is 0."""
+        """Cross-entropy; positions without a label (`positions.counted`) do not count, and where nothing counts it is 0."""
         mask = counted(labels, logits)
-        if mask is None:
-            return F.cross_entropy(logits, labels)
         return F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORED) / mask.sum().clamp(min=1)
 
     def total(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, int]:
         """See `Task`."""
-        mask = counted(labels, logits)
-        positions = logits.numel() // logits.shape[1] if mask is None else int(mask.sum())
-        return F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORED), positions
+        total = F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORED)
+        return total, int(counted(labels, logits).sum())
 
     def decisions(self, logits: Tensor) -> Tensor | None:
         """The largest class."""
@@ -153,7 +150,7 @@ class Classification(Task):
         """See the class."""
         log_s, log_t = ((z / temperature).log_softmax(1) for z in (student, teacher))
         values = F.kl_div(log_s, log_t, reduction="none", log_target=True)
-        return mean_over(values, counted(labels, student), student.numel() // student.shape[1]) * temperature**2
+        return mean_over(values, counted(labels, student)) * temperature**2
 
     def metrics(self, outputs: int) -> dict[str, Metric]:
         """Accuracy."""
