@@ -133,7 +133,9 @@ class Saver:
         if self._accelerator.scaler is not None and saved["scaler"]:
             self._accelerator.scaler.load_state_dict(saved["scaler"])
         if saved["optimizer_form"] not in (None, optimizer_form(optimizer)):
-            return "continues with a new optimiser: the checkpoint's is of another kind or groups its parameters otherwise"
+            return (
+                "continues with a new optimiser: the checkpoint's is of another kind or groups its parameters otherwise"
+            )
         if self.shards is not None:
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             tensors = spread_optimizer(tensors, parameters)

@@ -149,7 +149,9 @@ def test_samples_without_a_label_stay_without_one(name):
     mixed, soft = mix((x, y))
     torch.manual_seed(3)
     again, found = mix((x, y.index_fill(0, torch.tensor([2]), -100)))
-    gone = torch.tensor([2] if name == "label smoothing" else [2, 3])  # torchvision mixes each image with the one before
+    gone = torch.tensor(
+        [2] if name == "label smoothing" else [2, 3]
+    )  # torchvision mixes each image with the one before
     assert torch.equal(again, mixed) and torch.equal(found, soft.index_fill(0, gone, 0.0))
 
 
