@@ -33,6 +33,7 @@ class Task:
             need that.
         labelled: whether there are labels at all.
         temperature: of the loss `kd` for this task if none is given; None: the loss's own.
+        axis: of the outputs in what a model gives, before `prepare` makes it 1.
 
     Examples:
         >>> import torch
@@ -54,6 +55,7 @@ class Task:
     by_class: ClassVar[bool] = False
     labelled: ClassVar[bool] = True
     temperature: ClassVar[float | None] = None
+    axis: ClassVar[int] = 1
 
     def read(self, labels: Tensor) -> Tensor:
         """Labels of a batch, as the loader gives them, in the task's own form: for `prepare`, or for a loss of your own."""
@@ -204,6 +206,7 @@ class Language(Classification):
     """
 
     name: ClassVar[str] = "language"
+    axis: ClassVar[int] = -1
     shift: bool = True
 
     def check(self, logits: Tensor, labels: Tensor) -> None:
