@@ -110,13 +110,14 @@ def evaluate(
     by_class: list[Tensor] = []
     for outputs, labels, inputs in _outputs(module, loader, device, progress, view):
         scores = widened(select_logits(outputs, logits))
-        scores = view.chosen(scores) if view is not None else scores
         if bool(scores.isnan().any()):
             raise _not_a_number(module, count)
         if chosen is None:
-            chosen = choose_task(task, scores, labels, inputs)
+            alike = view.chosen(scores) if view is not None and scores.ndim != 3 else scores  # with the labels' classes
+            chosen = choose_task(task, alike, labels, inputs)
             if not chosen.labelled:
                 raise _unmeasured(chosen)
+        scores = view.chosen(scores, chosen.axis) if view is not None else scores
         scores, known = chosen.prepare(scores, labels)
         assert known is not None
         chosen.check(scores, known)

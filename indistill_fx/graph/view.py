@@ -137,16 +137,19 @@ class View(_Frozen):
             value = grey(value)
         return value.to(getattr(torch, self.dtype)) if self.dtype else value
 
-    def chosen(self, logits: Tensor) -> Tensor:
+    def chosen(self, logits: Tensor, axis: int = 1) -> Tensor:
         """The teacher's logits for the student's classes.
 
         Args:
-            logits: of the teacher, (batch, outputs).
+            logits: of the teacher.
+            axis: of its outputs.
 
         Returns:
-            (batch, classes of the student).
+            The same with the student's classes on that axis.
         """
-        return logits if self.classes is None else logits[:, list(self.classes)]
+        if self.classes is None:
+            return logits
+        return logits.index_select(axis, torch.tensor(self.classes, dtype=torch.int64, device=logits.device))
 
     def __str__(self) -> str:
         """The view in words; empty if it changes nothing."""

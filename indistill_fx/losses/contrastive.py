@@ -97,7 +97,7 @@ class CRDLoss(MainLoss):
     def _classes(self, labels: Tensor | None, index: Tensor) -> Tensor:
         """The class of each sample, (batch,); -1: none."""
         if labels is not None and self.task.by_class and labels.ndim == 2 and labels.is_floating_point():
-            labels = labels.argmax(1)
+            labels = labels.argmax(1).masked_fill(labels.sum(1) == 0, -1)
         if labels is None or not self.task.by_class or labels.ndim != 1 or labels.is_floating_point():
             return torch.full_like(index, -1)
         return labels.clamp(min=-1)

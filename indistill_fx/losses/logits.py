@@ -113,9 +113,8 @@ class DKDLoss(MainLoss):
             target, others = _decoupled_by_class(as_rows(z_s), as_rows(z_t), labels.flatten())
         else:
             target, others = _decoupled_by_probability(as_rows(z_s), as_rows(z_t), as_rows(labels))
-        mask = counted(labels, z_s)
-        mask = mask.flatten() if mask is not None else None
-        terms = [mean_over(rows, mask, len(rows)) for rows in (target, others)]
+        mask = counted(labels, z_s).flatten()
+        terms = [mean_over(rows, mask) for rows in (target, others)]
         loss = (self.alpha * terms[0] + self.beta * terms[1]) * self.temperature**2
         if not self.ramp_steps:
             return loss
@@ -163,8 +162,7 @@ class DISTLoss(MainLoss):
         """See the class."""
         z_s, z_t = _paired_logits(student, teacher)
         p_s, p_t = (as_rows(torch.softmax(z / self.temperature, 1)) for z in (z_s, z_t))
-        mask = counted(labels, z_s)
-        rows = torch.ones_like(p_s[:, 0]) if mask is None else mask.flatten().to(p_s.dtype)
+        rows = counted(labels, z_s).flatten().to(p_s.dtype)
         inter = 1 - (_pearson(p_s, p_t) * rows).sum() / rows.sum().clamp(min=1)
         intra = 1 - _pearson(p_s.T, p_t.T, rows).mean()
         return (self.beta * inter + self.gamma * intra) * self.temperature**2
@@ -215,8 +213,7 @@ class MLKDLoss(MainLoss):
                 "(batch, classes)",
                 "Take kd or cwd for dense outputs.",
             )
-        mask = counted(labels, z_s)
-        rows = torch.ones_like(z_s[:, :1]) if mask is None else mask[:, None].to(z_s.dtype)
+        rows = counted(labels, z_s)[:, None].to(z_s.dtype)
         levels = []
         for temperature in self.temperatures:
             p_s, p_t = (torch.softmax(z / temperature, 1) * rows for z in (z_s, z_t))
@@ -265,8 +262,7 @@ class CWDLoss(MainLoss):
             )
         mask = counted(labels, z_s)
         maps = [(z / self.temperature).flatten(2) for z in (z_s, z_t)]
-        if mask is not None:
-            maps = [z.masked_fill(~mask.flatten(1).unsqueeze(1), torch.finfo(z.dtype).min) for z in maps]
+        maps = [z.masked_fill(~mask.flatten(1).unsqueeze(1), torch.finfo(z.dtype).min) for z in maps]
         log_s, log_t = (z.log_softmax(2) for z in maps)
         divergence = F.kl_div(log_s, log_t, reduction="sum", log_target=True)
         return divergence * self.temperature**2 / (z_s.shape[0] * z_s.shape[1])

@@ -1,7 +1,7 @@
 """Logits at many positions: pixels, tokens. Which positions count, and means over those alone.
 
 Logits are (batch, classes, *positions); labels are class numbers (batch, *positions), or probabilities of the logits' own shape.
-A classifier of whole images has one position. Labels of `IGNORED` are left out of every mean.
+A classifier of whole images has one position. Labels of `IGNORED`, and probabilities that are all 0, are left out of every mean.
 """
 
 from __future__ import annotations
@@ -34,26 +34,23 @@ def are_classes(labels: Tensor, logits: Tensor) -> bool:
     )
 
 
-def counted(labels: Tensor | None, logits: Tensor) -> Tensor | None:
-    """Which positions count: (batch, *positions), True where the label is not `IGNORED`; None if all do."""
-    if labels is None or not are_classes(labels, logits):
-        return None
-    return labels != IGNORED
+def counted(labels: Tensor | None, logits: Tensor) -> Tensor:
+    """Which positions count: (batch, *positions), True where there is a label, as said above; all if there are no `labels`."""
+    if labels is None:
+        return torch.ones_like(logits[:, 0], dtype=torch.bool)
+    return labels != IGNORED if are_classes(labels, logits) else labels.sum(1) != 0
 
 
-def mean_over(values: Tensor, mask: Tensor | None, positions: int) -> Tensor:
+def mean_over(values: Tensor, mask: Tensor) -> Tensor:
     """The mean over positions of values that are summed over everything else.
 
     Args:
         values: (batch, anything, *positions).
         mask: (batch, *positions), as `counted` gives it.
-        positions: how many positions `values` has, over the whole batch.
 
     Returns:
         A scalar; 0 if no position counts.
     """
-    if mask is None:
-        return values.sum() / positions
     return (values * mask.unsqueeze(1)).sum() / mask.sum().clamp(min=1)
 
 

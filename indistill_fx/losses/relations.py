@@ -186,8 +186,8 @@ def _relative_distances(f: Tensor) -> Tensor:
 def _angles(f: Tensor) -> Tensor:
     differences = f[None] - f[:, None]
     lengths = torch.linalg.vector_norm(differences, dim=2, keepdim=True)
-    directions = differences / lengths.masked_fill(lengths < 1e-6, torch.inf)
-    return directions @ directions.transpose(1, 2)
+    directions: Tensor = differences / lengths.masked_fill(lengths < 1e-6, torch.inf)
+    return directions @ directions.mT
 
 
 def _diagonal(square: Tensor) -> Tensor:

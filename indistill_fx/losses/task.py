@@ -33,6 +33,7 @@ class Task:
             need that.
         labelled: whether there are labels at all.
         temperature: of the loss `kd` for this task if none is given; None: the loss's own.
+        axis: of the outputs in what a model gives, before `prepare` makes it 1.
 
     Examples:
         >>> import torch
@@ -54,6 +55,7 @@ class Task:
     by_class: ClassVar[bool] = False
     labelled: ClassVar[bool] = True
     temperature: ClassVar[float | None] = None
+    axis: ClassVar[int] = 1
 
     def read(self, labels: Tensor) -> Tensor:
         """Labels of a batch, as the loader gives them, in the task's own form: for `prepare`, or for a loss of your own."""
@@ -133,17 +135,14 @@ class Classification(Task):
             )
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy; `IGNORED` does not count, and where nothing counts it is 0."""
+        """Cross-entropy; positions without a label (`positions.counted`) do not count, and where nothing counts it is 0."""
         mask = counted(labels, logits)
-        if mask is None:
-            return F.cross_entropy(logits, labels)
         return F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORED) / mask.sum().clamp(min=1)
 
     def total(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, int]:
         """See `Task`."""
-        mask = counted(labels, logits)
-        positions = logits.numel() // logits.shape[1] if mask is None else int(mask.sum())
-        return F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORED), positions
+        total = F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORED)
+        return total, int(counted(labels, logits).sum())
 
     def decisions(self, logits: Tensor) -> Tensor | None:
         """The largest class."""
@@ -153,7 +152,7 @@ class Classification(Task):
         """See the class."""
         log_s, log_t = ((z / temperature).log_softmax(1) for z in (student, teacher))
         values = F.kl_div(log_s, log_t, reduction="none", log_target=True)
-        return mean_over(values, counted(labels, student), student.numel() // student.shape[1]) * temperature**2
+        return mean_over(values, counted(labels, student)) * temperature**2
 
     def metrics(self, outputs: int) -> dict[str, Metric]:
         """Accuracy."""
@@ -207,6 +206,7 @@ class Language(Classification):
     """
 
     name: ClassVar[str] = "language"
+    axis: ClassVar[int] = -1
     shift: bool = True
 
     def check(self, logits: Tensor, labels: Tensor) -> None:

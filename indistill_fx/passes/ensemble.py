@@ -69,7 +69,7 @@ def ensemble(
         )
     names, places, values = _inputs(teachers, example_inputs)
     views = _views(teachers, places, values, views)
-    _check_outputs(teachers, places, values, views, logits)
+    axes = _checked_outputs(teachers, places, values, views, logits)
     root = nn.Module()
     root.teachers = nn.ModuleList(teachers)
     graph = fx.Graph()
@@ -84,7 +84,7 @@ def ensemble(
         if view is not None and view.classes is not None:
             root.register_buffer(f"view_{number}_classes", torch.tensor(view.classes), persistent=False)
             chosen = graph.get_attr(f"view_{number}_classes")
-            value = graph.call_function(torch.index_select, (value, 1, chosen))
+            value = graph.call_function(torch.index_select, (value, axes[number], chosen))
         outputs.append(value)
     shares = [weight / sum(weights) for weight in weights]
     parts = [graph.call_function(operator.mul, (out, share)) for out, share in zip(outputs, shares, strict=True)]
@@ -239,14 +239,15 @@ def _views(
     return found
 
 
-def _check_outputs(
+def _checked_outputs(
     teachers: Sequence[nn.Module],
     places: Sequence[Sequence[str]],
     values: Sequence[Tensor],
     views: Sequence[View | None],
     logits: str | int | None,
-) -> None:
-    shapes = []
+) -> list[int]:
+    """The axis of each teacher's outputs; refuses teachers whose logits cannot be averaged."""
+    shapes, axes = [], []
     for number, (teacher, names, view) in enumerate(zip(teachers, places, views, strict=True)):
         device = next((parameter.device for parameter in teacher.parameters()), torch.device("cpu"))
         call = Call((), dict(zip(names, values, strict=True)))
@@ -270,9 +271,13 @@ def _check_outputs(
                 got=type(found).__name__,
                 hint="Say which entry holds the logits: logits=KEY (--logits KEY).",
             )
+        axes.append(1)
         if view is not None and view.classes is not None:
-            _check_classes(number, view.classes, found)
-            found = view.chosen(found)
+            if found.ndim == 3:  # tokens or positions
+                traced = as_traced(teacher, call, role="teacher", logits=logits)
+                axes[-1] = traced.facts[traced.logits].channel_axis or 1
+            _check_classes(number, view.classes, found.shape[axes[-1]])
+            found = view.chosen(found, axes[-1])
         shapes.append(tuple(found.shape))
     if len(set(shapes)) > 1:
         raise ConfigError(
@@ -281,16 +286,17 @@ def _check_outputs(
             got=shapes,
             hint="Their logits are averaged, so give teachers with the same classes.",
         )
+    return axes
 
 
-def _check_classes(number: int, classes: Sequence[int], logits: Tensor) -> None:
+def _check_classes(number: int, classes: Sequence[int], outputs: int) -> None:
     """Refuse a map of classes that cannot be averaged with other teachers' logits."""
-    if not classes or max(classes) >= logits.shape[1]:
-        wrong = f"has {logits.shape[1]} outputs, not {max(classes) + 1}" if classes else "has no class of the student's"
+    if not classes or max(classes) >= outputs:
+        wrong = f"has {outputs} outputs, not {max(classes) + 1}" if classes else "has no class of the student's"
         raise ConfigError(
             f"Teacher {number} {wrong}, but the logits of several teachers are averaged.",
             where="teacher classes",
             got=list(classes)[:20],
-            expected=f"outputs from 0 to {logits.shape[1] - 1}, one for each class of the student",
+            expected=f"outputs from 0 to {outputs - 1}, one for each class of the student",
             hint="Say which of its outputs are the student's classes (--teacher-classes, View(classes=…)), or leave it out.",
         )

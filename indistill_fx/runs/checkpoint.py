@@ -113,6 +113,15 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tenso
     return tensors, values
 
 
+def optimizer_form(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """What an optimiser's state goes with, as plain values: its kind, whether it has momentum, and how its parameters are numbered."""
+    return {
+        "kind": type(optimizer).__name__,
+        "momentum": bool(optimizer.defaults.get("momentum")),
+        "groups": [len(group["params"]) for group in optimizer.param_groups],
+    }
+
+
 @torch.no_grad()
 def restore_model(live: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
     """Write a checkpoint's tensors into the live ones, in place.
@@ -124,8 +133,9 @@ def restore_model(live: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> No
     for name in (*live, *stored):
         got, expected = (tuple(side[name].shape) if name in side else None for side in (stored, live))
         if got != expected:
+            there, here = ("absent" if shape is None else shape for shape in (got, expected))
             raise ConfigError(
-                f"The checkpoint belongs to another model: `{name}` is {got or 'absent'} there, not {expected or 'absent'}.",
+                f"The checkpoint belongs to another model: `{name}` is {there} there, not {here}.",
                 where=name,
                 got=got,
                 expected=expected,

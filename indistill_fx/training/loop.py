@@ -296,7 +296,8 @@ class TrainingLoop:
             sharded=self._sharded,
             recordable=self._records,
         )
-        self._saver.restore_optimizer(optimizer)
+        if note := self._saver.restore_optimizer(optimizer):
+            self._note(phase, note)
         module = self._compiled(phase) if settings.compile else phase.module
         with warnings.catch_warnings():
             # Accelerate does not know the new name of this option yet.

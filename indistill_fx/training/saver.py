@@ -17,6 +17,7 @@ from indistill_fx.runs.checkpoint import (
     load_checkpoint,
     model_tensors,
     not_finite,
+    optimizer_form,
     optimizer_tensors,
     restore_model,
     restore_optimizer,
@@ -100,7 +101,8 @@ class Saver:
         found = changes(self._identity, saved["identity"], path, allowed=allowed)
         before = State.read(saved["state"], path)
         state = placed(before, saved["phases"] or [phase.name for phase in self._phases], self._phases, path)
-        restore_model(self._average, average)
+        if average and self._average:
+            restore_model(self._average, average)
         self._read = (tensors, saved)
         # the checkpoint lies between two phases, or at the end
         if saved["optimizer"] is None or state.phase == len(self._phases):
@@ -118,17 +120,27 @@ class Saver:
         if self._read is not None and self._read[1]["optimizer"] is not None:
             restore_model(model_tensors(self._student, phase.module, without=phase.teacher), self._read[0])
 
-    def restore_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        """Give the phase's optimiser the state from the checkpoint, if there is one, and release what was read."""
+    def restore_optimizer(self, optimizer: torch.optim.Optimizer) -> str:
+        """Give the phase's optimiser the state from the checkpoint, if there is one, and release what was read.
+
+        Returns:
+            A note if the checkpoint's state is of another optimiser, so that this one begins anew; otherwise nothing.
+        """
         tensors, saved = self._read or ({}, {"optimizer": None})
         self._read = None
         if saved["optimizer"] is None:
-            return
-        if self.shards is not None:
-            tensors = spread_optimizer(tensors, optimizer.param_groups[0]["params"])
-        restore_optimizer(optimizer, tensors, saved["optimizer"])
+            return ""
         if self._accelerator.scaler is not None and saved["scaler"]:
             self._accelerator.scaler.load_state_dict(saved["scaler"])
+        if saved["optimizer_form"] not in (None, optimizer_form(optimizer)):
+            return (
+                "continues with a new optimiser: the checkpoint's is of another kind or groups its parameters otherwise"
+            )
+        if self.shards is not None:
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            tensors = spread_optimizer(tensors, parameters)
+        restore_optimizer(optimizer, tensors, saved["optimizer"])
+        return ""
 
     def save(self, state: State, phase: Phase | None, optimizer: Any) -> str | None:
         """Write a checkpoint; between two phases it has no module and no optimiser.
@@ -142,9 +154,10 @@ class Saver:
         began = time.monotonic()
         with self.whole():
             module, teacher = (phase.module, phase.teacher) if phase is not None else (None, None)
-            tensors, values = model_tensors(self._student, module, without=teacher) | self._average, None
+            tensors, values, form = model_tensors(self._student, module, without=teacher) | self._average, None, None
             if phase is not None:
                 entries, values = optimizer_tensors(optimizer)
+                form = optimizer_form(getattr(optimizer, "optimizer", optimizer))  # without Accelerate's wrapper
                 tensors |= {name: gathered(tensor) for name, tensor in entries.items()}
             bad = [name for name in not_finite(tensors) if name not in self._infinite or tensors[name].isnan().any()]
             if bad:
@@ -152,7 +165,7 @@ class Saver:
             if self._directory is not None and self._directory.writes:
                 scaler = self._accelerator.scaler.state_dict() if self._accelerator.scaler is not None else None
                 parts = {"identity": self._identity, "state": state.to_json(), "optimizer": values, "scaler": scaler}
-                parts["phases"] = [entry.name for entry in self._phases]
+                parts |= {"optimizer_form": form, "phases": [entry.name for entry in self._phases]}
                 save_checkpoint(self._directory.path / LAST, tensors, parts)
                 self._saved_at = time.monotonic()
                 self._took = self._saved_at - began

@@ -199,7 +199,7 @@ def check_parts(saved: Mapping[str, Any], path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: one that may not is.
     """
-    parts = {"optimizer": None, "scaler": None, "phases": None, **saved}
+    parts = {"optimizer": None, "optimizer_form": None, "scaler": None, "phases": None, **saved}
     if not all(isinstance(parts.get(name), dict) for name in ("identity", "state")):
         raise _unfit(path, "it does not say of which run it is, or where that stood")
     if not all(parts[name] is None or isinstance(parts[name], dict) for name in ("optimizer", "scaler")):

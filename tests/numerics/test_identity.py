@@ -139,6 +139,35 @@ def test_what_is_as_it_was_goes_on_and_a_change_that_is_asked_for_is_told(broken
         run(broken_off.with_name("new"), allow_changed=["data"])
 
 
+NO_DECAY = {"decay_norms": False, "optimizer": "adamw"}
+OTHERWISE: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
+    "an average": ({}, {"average": 0.9}, False),
+    "no average": ({"average": 0.9}, {"average": 0.0}, False),
+    "sgd, then adam": ({"optimizer": "sgd"}, {"optimizer": "adam"}, True),
+    "adam, then sgd": ({"optimizer": "adam"}, {"optimizer": "sgd"}, True),
+    "momentum": ({"optimizer": "sgd", "momentum": 0.0}, {"optimizer": "sgd", "momentum": 0.9}, True),
+    "decay": (NO_DECAY, {**NO_DECAY, "weight_decay": 0.01}, True),
+    "no decay": ({**NO_DECAY, "weight_decay": 0.01}, NO_DECAY, True),
+    "more decay": ({**NO_DECAY, "weight_decay": 0.01}, {**NO_DECAY, "weight_decay": 0.02}, False),
+}
+
+
+@pytest.mark.parametrize("name", OTHERWISE)
+def test_an_average_or_an_optimiser_that_is_allowed_to_change_begins_anew(tmp_path: Path, name: str) -> None:
+    """`allow_changed` took these, and then the checkpoint did not fit: "`average/n_averaged` is absent there, not absent"."""
+    before, after, anew = OTHERWISE[name]
+    shared = {"curriculum": Curriculum(lengths=[]), "val_loader": loader()}
+    with pytest.raises(PowerCutError):
+        run(tmp_path, loader(cut=8), **shared, **before)
+    allowed = ["optimizer", "momentum", "weight_decay", "average"]
+    run(tmp_path, **shared, **after, resume=True, allow_changed=allowed)
+    result = json.loads((tmp_path / "run.json").read_text())["result"]
+    assert [epoch["steps"] for epoch in result["epochs"]] == [4, 4]
+    assert ("a new optimiser" in " ".join(result["stages"][0]["notes"])) is anew
+    averaged = [epoch["average"] is not None for epoch in result["epochs"]]
+    assert averaged == [bool(before.get("average")), bool(after.get("average"))]
+
+
 def test_a_finished_run_is_given_more_epochs_and_ends_as_one_that_always_had_them(tmp_path: Path) -> None:
     for main in ("kd", "crd"):  # crd has weights and a bank of its own
         place, options = tmp_path / main, {"negatives": 8} if main == "crd" else {}

@@ -120,6 +120,11 @@ def test_another_models_checkpoint_is_refused_and_writes_nothing():
     assert torch.equal(module.weight, before)
 
 
+def test_a_number_that_a_checkpoint_lacks_is_called_absent_and_the_live_one_is_not():
+    with pytest.raises(ConfigError, match=r"`student/x` is absent there, not \(\)\."):
+        checkpoint.restore_model({"student/x": torch.tensor(1.0)}, {})
+
+
 def test_not_finite_names_the_tensors():
     tensors = {"a": torch.ones(2), "b": torch.tensor([1.0, float("nan")]), "c": torch.tensor([1, 2])}
     assert checkpoint.not_finite(tensors) == ["b"]

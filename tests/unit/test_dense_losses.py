@@ -68,10 +68,14 @@ def test_ignored_positions_do_not_count(name):
     assert main_loss(name)(side(moved), side(TEACHER), LABELS).item() != pytest.approx(dense.item(), rel=1e-6)
 
 
-@pytest.mark.parametrize("name", [*PER_POSITION, "mlkd"])
-def test_ignored_samples_do_not_count(name):
+@pytest.mark.parametrize("name", [*PER_POSITION, "mlkd", "labels"])
+@pytest.mark.parametrize("soft", [False, True], ids=["class numbers", "probabilities"])
+def test_ignored_samples_do_not_count(name, soft):
+    """Of probabilities those that are all 0, as mixing makes them of -100."""
     labels = torch.tensor([2, IGNORED, 0, 3, IGNORED, 1])
     kept, s, t = labels != IGNORED, draw(4, 6, C), draw(5, 6, C)
+    if soft:
+        labels = draw(6, 6, C).softmax(1) * kept[:, None]
     found = main_loss(name)(side(s), side(t), labels)
     expected = main_loss(name)(side(s[kept]), side(t[kept]), labels[kept])
     assert found.item() == pytest.approx(expected.item(), rel=1e-12)

@@ -350,6 +350,7 @@ def test_crd_evaluation_leaves_the_bank_alone():
 CRD_LABELS = {
     "a column": (LABELS[:, None], Classification(), LABELS),
     "smoothed": (0.9 * F.one_hot(LABELS, C) + 0.1 / C, Classification(), LABELS),
+    "some zeros": (F.one_hot(LABELS, C + 1)[:, 1:].double(), Classification(), LABELS - 1),
     "some unknown": (LABELS.masked_fill(LABELS == 0, -100), Classification(), LABELS.masked_fill(LABELS == 0, -1)),
     "multilabel": (F.one_hot(LABELS, C), MultiLabel(), torch.full((B,), -1)),
     "values": (LABELS.double() / 3, Regression(), torch.full((B,), -1)),

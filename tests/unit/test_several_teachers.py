@@ -209,6 +209,36 @@ def test_weights_are_told_from_arguments(first, more, found):
     assert shares_of(first, {"more_teachers": more}) == found
 
 
+class Tokens(nn.Module):
+    """(batch, length, vocabulary), or with positions last."""
+
+    def __init__(self, words: int, last: bool = True):
+        super().__init__()
+        self.first, self.last = nn.Embedding(9, 6), nn.Linear(6, words) if last else nn.Conv1d(6, words, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
+        scores: Tensor = self.last(hidden if isinstance(self.last, nn.Linear) else hidden.movedim(-1, 1))
+        return scores
+
+
+@pytest.mark.parametrize("last", [True, False], ids=["tokens", "positions"])
+def test_classes_are_chosen_on_the_axis_that_they_are_on(last):
+    """Of tokens they were chosen on axis 1: positions were taken for words."""
+    x, view = torch.randint(9, (4, 7), generator=torch.Generator().manual_seed(0)), View(classes=(4, 0, 2))
+    one, other = Tokens(5, last), Tokens(3, last)
+    chosen = one(x)[..., [4, 0, 2]] if last else one(x)[:, [4, 0, 2]]
+    both = ifx.ensemble([one, other], example_inputs=x, views=[view, None])
+    torch.testing.assert_close(both(x), (chosen + other(x)) / 2)
+    with torch.no_grad():
+        one.last.weight.copy_(one.last.weight[[4, 0, 2, 1, 3]])
+        one.last.bias.copy_(one.last.bias[[4, 0, 2, 1, 3]])
+    labels, task = x % 3, "language" if last else "segmentation"
+    found = ifx.evaluate(one, [(x, labels)], task=task, view=View(classes=(0, 1, 2)))
+    one.last.weight, one.last.bias = nn.Parameter(one.last.weight[:3]), nn.Parameter(one.last.bias[:3])
+    assert found.metrics == ifx.evaluate(one, [(x, labels)], task=task).metrics
+
+
 def test_each_teacher_sees_what_it_wants():
     """One other figures and a larger picture, one RGB, one its classes in another order; their mean is that of each by itself."""
     x, y = batch()

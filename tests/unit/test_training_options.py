@@ -140,6 +140,21 @@ def test_mixed_labels_say_how_pictures_were_mixed():
     assert smooth[0] is x
 
 
+@pytest.mark.parametrize("name", ["mixup", "cutmix", "label smoothing", "both"])
+def test_samples_without_a_label_stay_without_one(name):
+    """-100 was an error of one_hot."""
+    (x, y), inputs = batches(1)[0], Inputs(("x",), ("x",))
+    mix = make_mixing(Settings(**OPTIONS[name]), "classification", 3, inputs)
+    torch.manual_seed(3)
+    mixed, soft = mix((x, y))
+    torch.manual_seed(3)
+    again, found = mix((x, y.index_fill(0, torch.tensor([2]), -100)))
+    gone = torch.tensor(
+        [2] if name == "label smoothing" else [2, 3]
+    )  # torchvision mixes each image with the one before
+    assert torch.equal(again, mixed) and torch.equal(found, soft.index_fill(0, gone, 0.0))
+
+
 def test_norms_and_biases_are_not_decayed():
     net = Net()
     found = make_optimizer(

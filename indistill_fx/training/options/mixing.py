@@ -14,6 +14,7 @@ from torch import Tensor
 
 from indistill_fx.batch import Inputs, replaced, split, with_labels
 from indistill_fx.errors import ConfigError
+from indistill_fx.losses.positions import IGNORED
 from indistill_fx.training.options.settings import Settings
 
 
@@ -23,6 +24,7 @@ def make_mixing(settings: Settings, task: str, outputs: int, *models: Inputs) ->
     Rules, in order:
       1. Mixup and CutMix (torchvision.transforms.v2), of which each batch gets one, drawn evenly, where both are asked for.
       2. Label smoothing: (1 - s) * label + s / classes.
+      3. What has no label (-100), or is mixed with something that has none, gets probabilities that are all 0, and does not count.
 
     Args:
         settings: `mixup`, `cutmix` (each a Beta distribution's parameter; 0: off) and `label_smoothing`.
@@ -47,16 +49,19 @@ def make_mixing(settings: Settings, task: str, outputs: int, *models: Inputs) ->
         labels = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
         if labels.is_floating_point() or labels.ndim != 1:
             raise _unfit(f"labels of shape {tuple(labels.shape)} ({labels.dtype})", "class numbers (batch,)")
-        soft: Tensor = F.one_hot(labels, outputs).to(torch.get_default_dtype())
+        labels = labels.where(labels != IGNORED, outputs)  # a class more, for what has none
+        soft: Tensor = F.one_hot(labels, outputs + 1).to(torch.get_default_dtype())
         if mixes:
             inputs = {id(call.first): call.first for call in parts.calls}
             picture = parts.calls[0].first
             if len(inputs) != 1 or picture is None or picture.ndim != 4 or not picture.is_floating_point():
                 raise _unfit("inputs that are not one image", "one image (batch, channels, height, width)")
-            new, soft = _mix(mixes, settings, picture, labels, outputs)
+            new, soft = _mix(mixes, settings, picture, labels, outputs + 1)
             batch = replaced(batch, {id(picture): new})
+        soft, unknown = soft.split([outputs, 1], 1)
         smooth = settings.label_smoothing
         soft = soft * (1 - smooth) + smooth / outputs if smooth else soft
+        soft = soft.masked_fill(unknown > 0, 0.0)
         return with_labels(batch, soft, *models)
 
     return mixed
@@ -76,12 +81,12 @@ def check_unmixed(settings: Settings) -> None:
         )
 
 
-def _mix(names: Sequence[str], settings: Settings, x: Tensor, labels: Tensor, outputs: int) -> tuple[Tensor, Tensor]:
+def _mix(names: Sequence[str], settings: Settings, x: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
     from torchvision.transforms import v2
 
     name = names[int(torch.randint(len(names), ()))] if len(names) > 1 else names[0]
     kind = {"mixup": v2.MixUp, "cutmix": v2.CutMix}[name]
-    mixed: tuple[Tensor, Tensor] = kind(alpha=getattr(settings, name), num_classes=outputs)(x, labels)
+    mixed: tuple[Tensor, Tensor] = kind(alpha=getattr(settings, name), num_classes=classes)(x, labels)
     return mixed
 
 
