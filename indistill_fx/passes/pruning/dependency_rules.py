@@ -17,8 +17,8 @@ from indistill_fx.passes.channels.joining import FIELDS, REDUCTIONS, WITH_PLACES
 from indistill_fx.passes.channels.keys import taken
 from indistill_fx.passes.channels.norms import mixed_axis
 from indistill_fx.passes.channels.producers import bilinear_inputs
-from indistill_fx.passes.channels.rules import FILLED
-from indistill_fx.passes.channels.selection import Cut
+from indistill_fx.passes.channels.rules import FILLED, consult
+from indistill_fx.passes.channels.selection import Cut, Propagation
 from indistill_fx.passes.channels.space import reduced_axes
 from indistill_fx.passes.pruning import attention_dependencies, recurrent
 from indistill_fx.passes.pruning.dependencies import (
@@ -28,7 +28,6 @@ from indistill_fx.passes.pruning.dependencies import (
     Units,
     follow,
     freeze_beside_places,
-    lent,
 )
 
 Coupler = Callable[[Coupling, Call], "set[Axis] | None"]
@@ -38,7 +37,7 @@ def conv(found: Coupling, call: Call) -> set[Axis]:
     """New units for the filters; the channels read are columns. Groups must lose the same places, so these are tied."""
     transposed = call.op == "conv_transpose"
     groups, inputs, outputs = int(call.get("groups", 1)), (call.shape(call.input) or (0, 0))[1], call.output_shape[1]
-    given = _read_channels(found, call, 1)
+    given = found.of(call.input, 1)
     summed: list[Units | None] = []
     if groups == 1:
         made: Units | None = found.fresh(outputs)
@@ -60,14 +59,6 @@ def conv(found: Coupling, call: Call) -> set[Axis]:
     if weight is not None and made is not None and (groups == 1 or not transposed):
         found.made.append(Made(call.node.name, 1, call.path, weight.transpose(0, 1) if transposed else weight, made))
     return _finish(found, call, {1: made}, summed, {(call.input.name, 1)})
-
-
-def _read_channels(found: Coupling, call: Call, axis: int) -> Units | None:
-    """The units that a layer reads; of a tensor of zeros, from which a recurrence starts, new ones."""
-    units, shape = found.of(call.input, axis), call.shape(call.input)
-    if units is not None or shape is None:
-        return units
-    return lent(found, Cut(call.input, axis, axis + 1, tuple(range(shape[axis]))), call.node, filled_alone=True)
 
 
 def _tie_groups(found: Coupling, units: Units | None, groups: int) -> None:
@@ -94,7 +85,7 @@ def _finish(
 def linear(found: Coupling, call: Call) -> set[Axis]:
     """New units for the rows; the features read are columns; the other axes pass."""
     last = len(call.output_shape) - 1
-    given, made = _read_channels(found, call, last), found.fresh(call.output_shape[last])
+    given, made = found.of(call.input, last), found.fresh(call.output_shape[last])
     found.tie_weight(call, "weight", 1, given)
     found.tie_weight(call, "weight", 0, made)
     found.tie_weight(call, "bias", 0, made)
@@ -289,7 +280,16 @@ def follows_first(found: Coupling, call: Call) -> set[Axis]:
 
 
 def filled(found: Coupling, call: Call) -> set[Axis]:
-    """A tensor of one value: of another tensor it reads the type alone."""
+    """A tensor of one value: of another tensor it reads the type alone. Its entries are new units, which anything may be tied to.
+
+    So the zeros from which a recurrence starts lose the units of its state. Units that nothing makes are never removed by themselves.
+    """
+    known = found.facts[call.node.name]
+    for axis, size in enumerate(known.shape):
+        step = consult(Cut(call.node, axis, axis + 1, tuple(range(size))), found.facts)
+        if axis != known.batch_axis and size > 1 and isinstance(step, Propagation):
+            units = found.axes[call.node.name, axis] = found.fresh(size)
+            found.filled.update(units.tolist())
     return {(n.name, axis) for n in call.node.all_input_nodes for axis in range(len(call.shape(n) or ()))}
 
 
