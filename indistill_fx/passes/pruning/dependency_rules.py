@@ -10,15 +10,14 @@ from collections.abc import Callable, Iterable
 import numpy as np
 from torch import fx
 
-from indistill_fx.graph.ops import op_name
 from indistill_fx.passes.channels.attention import PRODUCTS
 from indistill_fx.passes.channels.call import Call, axis_of
 from indistill_fx.passes.channels.joining import FIELDS, REDUCTIONS, WITH_PLACES
 from indistill_fx.passes.channels.keys import taken
 from indistill_fx.passes.channels.norms import mixed_axis
 from indistill_fx.passes.channels.producers import bilinear_inputs
-from indistill_fx.passes.channels.rules import FILLED, consult
-from indistill_fx.passes.channels.selection import Cut, Propagation
+from indistill_fx.passes.channels.rules import FILLED
+from indistill_fx.passes.channels.sizes import shape_lender
 from indistill_fx.passes.channels.space import reduced_axes
 from indistill_fx.passes.pruning import attention_dependencies, recurrent
 from indistill_fx.passes.pruning.dependencies import (
@@ -259,20 +258,6 @@ def reshape(found: Coupling, call: Call) -> set[Axis]:
     return read
 
 
-def shape_lender(call: Call) -> fx.Node | None:
-    """The tensor whose whole shape a reshape takes: `x.reshape_as(y)`, `x.view(y.shape)`."""
-    given = call.arguments.get("shape", (call.arguments.get("other"),))
-    lender = given[0] if isinstance(given, tuple) and len(given) == 1 else None
-    if (
-        isinstance(lender, fx.Node)
-        and call.shape(lender) is None
-        and op_name(lender) in ("getattr", "size", "shape")
-        and len(lender.all_input_nodes) == 1
-    ):
-        lender = lender.all_input_nodes[0]
-    return lender if isinstance(lender, fx.Node) and call.shape(lender) == call.output_shape else None
-
-
 def follows_first(found: Coupling, call: Call) -> set[Axis]:
     """Conversions to another tensor's type: of that one nothing else is read."""
     others = {(n.name, axis) for n in call.node.all_input_nodes[1:] for axis in range(len(call.shape(n) or ()))}
@@ -283,11 +268,18 @@ def filled(found: Coupling, call: Call) -> set[Axis]:
     """A tensor of one value: of another tensor it reads the type alone. Its entries are new units, which anything may be tied to.
 
     So the zeros from which a recurrence starts lose the units of its state. Units that nothing makes are never removed by themselves.
+    A tensor of another one's shape has the units of that.
     """
-    known = found.facts[call.node.name]
+    sizes, known = call.arguments.get("shape"), found.facts[call.node.name]
+    if shape_lender(call) is not None:
+        return follow(found, call)
     for axis, size in enumerate(known.shape):
-        step = consult(Cut(call.node, axis, axis + 1, tuple(range(size))), found.facts)
-        if axis != known.batch_axis and size > 1 and isinstance(step, Propagation):
+        if (
+            axis != known.batch_axis
+            and size > 1
+            and isinstance(sizes, (tuple, list))
+            and len(sizes) == len(known.shape)
+        ):
             units = found.axes[call.node.name, axis] = found.fresh(size)
             found.filled.update(units.tolist())
     return {(n.name, axis) for n in call.node.all_input_nodes for axis in range(len(call.shape(n) or ()))}
