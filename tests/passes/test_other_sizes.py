@@ -60,6 +60,7 @@ OPERATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "new ones of a shape": lambda y: y.tanh() + y.new_ones(y.shape),
     "a value of a shape": lambda y: y.tanh() * torch.full(y.shape, 0.3, dtype=y.dtype),
     "a new value of a size": lambda y: y.tanh() * y.new_full(y.size(), 0.3),
+    "data": lambda y: y + y.data.relu().flatten(2).view(y.data.size()),
     "repeat": lambda y: y + y.mean(2, keepdim=True).repeat(1, 1, y.shape[2], 1),
 }
 
