@@ -15,7 +15,7 @@ from indistill_fx.passes.channels.call import Call, axis_of
 from indistill_fx.passes.channels.joining import FIELDS, REDUCTIONS, WITH_PLACES
 from indistill_fx.passes.channels.keys import taken
 from indistill_fx.passes.channels.norms import mixed_axis
-from indistill_fx.passes.channels.producers import bilinear_inputs
+from indistill_fx.passes.channels.producers import bilinear_inputs, places_alone
 from indistill_fx.passes.channels.rules import FILLED
 from indistill_fx.passes.channels.sizes import shape_lender
 from indistill_fx.passes.channels.space import reduced_axes
@@ -33,7 +33,10 @@ Coupler = Callable[[Coupling, Call], "set[Axis] | None"]
 
 
 def conv(found: Coupling, call: Call) -> set[Axis]:
-    """New units for the filters; the channels read are columns. Groups must lose the same places, so these are tied."""
+    """New units for the filters; the channels read are columns. Groups must lose the same places, so these are tied.
+
+    Axes on which it looks at one place at a time pass.
+    """
     transposed = call.op == "conv_transpose"
     groups, inputs, outputs = int(call.get("groups", 1)), (call.shape(call.input) or (0, 0))[1], call.output_shape[1]
     given = found.of(call.input, 1)
@@ -57,7 +60,9 @@ def conv(found: Coupling, call: Call) -> set[Axis]:
     weight = call.constant("weight")
     if weight is not None and made is not None and (groups == 1 or not transposed):
         found.made.append(Made(call.node.name, 1, call.path, weight.transpose(0, 1) if transposed else weight, made))
-    return _finish(found, call, {1: made}, summed, {(call.input.name, 1)})
+    beside = places_alone(call)
+    axes = {1: made} | {axis: found.of(call.input, axis) for axis in beside}
+    return _finish(found, call, axes, summed, {(call.input.name, axis) for axis in (1, *beside)})
 
 
 def _tie_groups(found: Coupling, units: Units | None, groups: int) -> None:
