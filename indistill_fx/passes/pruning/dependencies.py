@@ -244,9 +244,12 @@ def _arriving(found: Coupling, step: Propagation, size: int, reader: fx.Node, re
     flats = [
         lent(found, part.cut, reader) if flat is None else flat for part, flat in zip(step.parts, flats, strict=True)
     ]
-    alone = all(flat is None or found.filled.issuperset(flat.tolist()) for flat in flats)
-    if alone and any(flat is None for flat in flats) and all(part.links is None for part in step.parts):
-        for flat in flats:  # of one value, and combined with a fixed axis
+    unmade = all(
+        flat is None or part.cut.node.op == "get_attr" or found.filled.issuperset(flat.tolist())
+        for part, flat in zip(step.parts, flats, strict=True)
+    )
+    if unmade and any(flat is None for flat in flats) and all(part.links is None for part in step.parts):
+        for flat in flats:  # parameters, or tensors of one value, combined with a fixed axis
             found.freeze(flat, reason)
         return None
     positions, arriving = [], []
