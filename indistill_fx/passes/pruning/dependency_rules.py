@@ -130,19 +130,18 @@ def bilinear(found: Coupling, call: Call) -> set[Axis]:
 
 
 def channel_norm(found: Coupling, call: Call) -> set[Axis]:
-    """Batch, instance and group norm: the channels pass; groups, of several channels each, must lose the same places."""
+    """Batch, instance and group norm: the channels pass; groups, of several channels each, must lose the same places.
+
+    A group whose channels are one unit, such as a head, goes as a whole.
+    """
     given = found.of(call.input, 1)
-    if call.op == "group_norm" and not each_alone(call):
-        _tie_groups(found, given, int(call.get("num_groups")))
+    groups = given.reshape(int(call.get("num_groups")), -1) if call.op == "group_norm" and given is not None else None
+    if groups is not None and (groups != groups[:, :1]).any():
+        _tie_groups(found, given, len(groups))
         found.note_mixing(call, given)
     for name in ("weight", "bias", "running_mean", "running_var"):
         found.tie_weight(call, name, 0, given)
     return _finish(found, call, {1: given}, [], {(call.input.name, 1)})
-
-
-def each_alone(call: Call) -> bool:
-    """Whether a group norm has as many groups as channels, so that it treats each channel alone."""
-    return bool(call.get("num_groups") == (call.shape(call.input) or (0, 0))[1])
 
 
 def deformed(found: Coupling, call: Call) -> set[Axis]:
