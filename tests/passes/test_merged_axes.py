@@ -124,6 +124,11 @@ def repeated(net: Any, y: Tensor) -> Tensor:
     return (y.view(b, c * h, w) * y.mean((1, 2)).unsqueeze(1).repeat(1, c * h, 1)).view(b, c, h, w)
 
 
+def filled(net: Any, y: Tensor) -> Tensor:
+    b, c, h, w = y.shape
+    return (y.reshape(b, c * h, w) + torch.full((b, c * h, w), 0.1)).view(b, c, h, w)
+
+
 def unflattened(net: Any, y: Tensor) -> Tensor:
     _, c, h, w = y.shape
     return y.flatten(1).softmax(1).unflatten(1, (c * h, w)).unflatten(1, (c, h))
@@ -135,7 +140,7 @@ def rows_with_channels(net: Any, y: Tensor) -> Tensor:
 
 
 MERGED = [
-    softmax, normalized, last_first, standardised, counted, by_hand, expanded, repeated, unflattened, rows_with_channels,
+    softmax, normalized, last_first, standardised, counted, by_hand, expanded, repeated, filled, unflattened, rows_with_channels,
 ]  # fmt: skip
 
 

@@ -56,6 +56,11 @@ OPERATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tokens": tokens,
     "sides": sides,
     "pad": lambda y: F.pad(y, (0, y.shape[3] % 3, 0, 0)),
+    "zeros of a size": lambda y: y.tanh() + torch.zeros(y.size(), dtype=y.dtype),
+    "new ones of a shape": lambda y: y.tanh() + y.new_ones(y.shape),
+    "a value of a shape": lambda y: y.tanh() * torch.full(y.shape, 0.3, dtype=y.dtype),
+    "a new value of a size": lambda y: y.tanh() * y.new_full(y.size(), 0.3),
+    "data": lambda y: y + y.data.relu().flatten(2).view(y.data.size()),
     "repeat": lambda y: y + y.mean(2, keepdim=True).repeat(1, 1, y.shape[2], 1),
 }
 

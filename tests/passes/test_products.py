@@ -10,10 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from indistill_fx.errors import PassError
 from indistill_fx.passes.capture.trace import trace
 from indistill_fx.passes.pruning import attention_dependencies
+from indistill_fx.passes.pruning.masked import run_masked
+from indistill_fx.passes.pruning.shrink import shrink
 from tests.passes.test_more_networks import halved, narrowed
 
 Op = Callable[[nn.Module, Tensor], Tensor]
@@ -112,3 +115,39 @@ def test_the_comparison_sees_a_product_over_other_channels(monkeypatch: pytest.M
     )
     with pytest.raises(PassError, match="off by"):
         halved(*traced(GOES["weight"]()))
+
+
+class Retention(nn.Module):
+    """Heads without a softmax, each normalised as one group."""
+
+    def __init__(self, *, functional: bool):
+        super().__init__()
+        self.e, self.q, self.k, self.v = nn.Linear(6, 16), nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 32)
+        self.norm, self.leave, self.o, self.functional = (
+            nn.GroupNorm(4, 32),
+            nn.Linear(32, 16),
+            nn.Linear(16, 3),
+            functional,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.e(x)
+        b, n, _ = x.shape
+        q, k, v = (layer(x).view(b, n, 4, -1).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        y = (q @ k.transpose(2, 3) @ v).transpose(1, 2).reshape(b * n, 32)
+        y = F.group_norm(y, 4, self.norm.weight, self.norm.bias) if self.functional else self.norm(y)
+        return self.o(self.leave(y.view(b, n, 32)))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("functional", [False, True])
+@torch.no_grad()
+def test_a_group_norm_of_heads_loses_groups(functional: bool) -> None:
+    torch.manual_seed(0)
+    net = Retention(functional=functional).double().eval()
+    nn.init.normal_(net.norm.weight)
+    model = trace(net, torch.randn(2, 5, 6, dtype=torch.float64))
+    small = shrink(model, ratio=0.5)
+    assert [frozen.reason for frozen in small.report.frozen] == ["an output of the network"]
+    assert small.report.approximate == () and small.report.widths["v"] == (32, 16)
+    x = torch.randn(3, 7, 6, dtype=torch.float64)
+    torch.testing.assert_close(small.value.graph_module(x), run_masked(model, small.report, x))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -122,10 +123,43 @@ def convolved(m: nn.Module, x: Tensor) -> Tensor:
     return torch.stack(found, 1)
 
 
+def gated(m: nn.Module, x: Tensor, *, reset: bool) -> Tensor:
+    """A GRU whose gates read input and state as one tensor, so that several layers read the zeros it starts from."""
+    h, found = x.new_zeros(x.size(0), WIDTH), []
+    for step in x.unbind(1):
+        both = torch.cat([step, h], 1)
+        update = m.updates(both).sigmoid()
+        new = m.reads(torch.cat([step, update * h], 1) if reset else both).tanh()
+        h = (1 - update) * new + update * h
+        found.append(h)
+    return torch.stack(found, 1)
+
+
+def normalised(m: nn.Module, x: Tensor) -> Tensor:
+    h, found = torch.zeros(x.shape[0], WIDTH, dtype=x.dtype), []
+    for step in x.unbind(1):
+        h = (m.reads(step) + m.repeats(m.norm(h))).tanh()
+        found.append(h)
+    return torch.stack(found, 1)
+
+
+def read_twice(m: nn.Module, x: Tensor) -> Tensor:
+    h = torch.zeros(x.shape[0], WIDTH, dtype=x.dtype)
+    factor, found = (h + 0.5).sigmoid(), []
+    for step in x.unbind(1):
+        h = (m.reads(step) + m.repeats(h) * factor).tanh()
+        found.append(h)
+    return torch.stack(found, 1)
+
+
 def packed(m: nn.Module, x: Tensor) -> Tensor:
     lengths = torch.full((x.shape[0],), STEPS)
     steps, (h, _) = m.cells(pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False))
     return pad_packed_sequence(steps, batch_first=True, total_length=STEPS)[0] + h[-1][:, None]
+
+
+def gates() -> dict[str, nn.Module]:
+    return {"updates": nn.Linear(2 * WIDTH, WIDTH), "reads": nn.Linear(2 * WIDTH, WIDTH)}
 
 
 GOES: dict[str, Callable[[], Steps]] = {
@@ -164,6 +198,14 @@ GOES: dict[str, Callable[[], Steps]] = {
     "convolutional lstm": lambda: Steps(convolutional, gates=nn.Conv2d(2 * WIDTH, 4 * WIDTH, 3, padding=1)),
     "convolution alone": lambda: Steps(
         convolved, reads=nn.Linear(WIDTH, WIDTH), repeats=nn.Conv1d(WIDTH, WIDTH, 3, padding=1)
+    ),
+    "gates that read one tensor": lambda: Steps(partial(gated, reset=False), **gates()),
+    "gates that read two tensors": lambda: Steps(partial(gated, reset=True), **gates()),
+    "a norm of the state": lambda: Steps(
+        normalised, reads=nn.Linear(WIDTH, WIDTH), repeats=nn.Linear(WIDTH, WIDTH), norm=nn.LayerNorm(WIDTH)
+    ),
+    "zeros that are read twice": lambda: Steps(
+        read_twice, reads=nn.Linear(WIDTH, WIDTH), repeats=nn.Linear(WIDTH, WIDTH)
     ),
     "packed": lambda: Steps(packed, cells=nn.LSTM(WIDTH, WIDTH, batch_first=True)),
 }

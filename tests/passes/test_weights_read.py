@@ -74,3 +74,23 @@ def test_a_weight_standardised_by_a_view() -> None:
 def test_a_parameter_that_is_read_before_it_is_multiplied(forward: Callable[[Any, Tensor], Tensor]) -> None:
     parts = {"a": nn.Linear(6, 16), "p": nn.Parameter(torch.randn(16, 16)), "o": nn.Linear(16, 3)}
     assert halved(Net(forward, **parts), 4, 6).widths["a"] == (16, 16)
+
+
+def test_ids_with_an_offset_for_each_table() -> None:
+    """The axis of tables stays; merged with the columns of the tables, it must not stand in their way (DeepFM)."""
+
+    class Tables(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.e, self.o = nn.Embedding(30, 16), nn.Linear(48, 3)
+            self.register_buffer("offsets", torch.tensor([0, 10, 20]))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.o(self.e(x + self.offsets).view(-1, 48).relu())  # type: ignore[no-any-return]
+
+    model = trace(Tables().double().eval(), torch.randint(0, 10, (4, 3)))
+    small = shrink(model, ratio=0.5)
+    assert small.report.widths["e"] == (16, 8)
+    x = torch.randint(0, 10, (5, 3))
+    with torch.no_grad():
+        torch.testing.assert_close(small.value.graph_module(x), run_masked(model, small.report, x))

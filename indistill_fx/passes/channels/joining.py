@@ -155,9 +155,9 @@ def _without_axis(below: fx.Node, dim: int, entry: int, cut: Cut) -> Propagation
 
 
 def field(call: Call, cut: Cut) -> Propagation | Blocked:
-    """`x.max(-1).values` and `.indices`, as `x.max(-1)[0]` and `[1]`."""
+    """`x.max(-1).values` and `.indices`, as `x.max(-1)[0]` and `[1]`; `x.data`, and real and imaginary parts, entry by entry."""
     source_node, name = call.node.args[0], call.node.args[1]
-    if name in ("real", "imag"):
+    if name in ("real", "imag", "data"):
         return untouched(call, cut)
     if not isinstance(source_node, fx.Node) or name not in FIELDS:
         return Blocked(f"no channel rule for the attribute {name}")

@@ -10,12 +10,17 @@ from torch import Tensor, fx, nn
 
 from indistill_fx.graph.edit import with_tensors
 from indistill_fx.graph.ops import attribute
-from indistill_fx.passes.channels.call import Call, again, index_select, slice_weights, weight_filters
+from indistill_fx.passes.channels.call import Call, again, index_select, slice_weights, untouched, weight_filters
 from indistill_fx.passes.channels.selection import Blocked, Cut, Emitter, Index, Part, Propagation, sliced
 
 
 def conv(call: Call, cut: Cut) -> Propagation | Blocked:
-    """Filters are rows of the weight. In a grouped convolution the groups nobody wants go too, with the channels they read."""
+    """Filters are rows of the weight. In a grouped convolution the groups nobody wants go too, with the channels they read.
+
+    Along an axis of space on which it looks at one place at a time, a selection passes.
+    """
+    if cut.width == 1 and cut.start in places_alone(call):
+        return untouched(call, cut)
     if (cut.start, cut.stop) != (1, 2):
         return Blocked("a convolution mixes the axes of space")
     transposed = call.op == "conv_transpose"
@@ -27,6 +32,24 @@ def conv(call: Call, cut: Cut) -> Propagation | Blocked:
             call, {"weight": (axis, cut.index), "bias": (0, cut.index)}, filters=filters, out_channels=len(cut.index)
         )
     return _grouped(call, cut.index, groups, inputs // groups, outputs // groups, transposed=transposed)
+
+
+def places_alone(call: Call) -> list[int]:
+    """The axes of space on which a convolution has a kernel of 1, a stride of 1 and no padding, so that each place stands alone."""
+    weight, rank = call.constant("weight"), len(call.output_shape)
+    if weight is None or weight.dim() != rank:
+        return []
+
+    def setting(name: str, default: int, axis: int) -> Any:
+        value = call.get(name, default)
+        return value[axis - 2 if len(value) > 1 else 0] if isinstance(value, (tuple, list)) else value
+
+    wanted = {"stride": (1,), "padding": (0, "same", "valid"), "output_padding": (0,)}
+    return [
+        axis
+        for axis in range(2, rank)
+        if weight.shape[axis] == 1 and all(setting(name, rest[0], axis) in rest for name, rest in wanted.items())
+    ]
 
 
 def deformed(call: Call, cut: Cut) -> Propagation | Blocked:

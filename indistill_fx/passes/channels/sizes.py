@@ -85,3 +85,12 @@ def sizes_given(call: Call) -> dict[int, int | fx.Node]:
         given = None
     entries = enumerate(given, first) if isinstance(given, (tuple, list)) else ()
     return {axis: size for axis, size in entries if isinstance(size, (fx.Node, int))}
+
+
+def shape_lender(call: Call) -> fx.Node | None:
+    """The tensor whose whole shape an operation takes: `x.reshape_as(y)`, `x.view(y.shape)`, `torch.zeros(y.size())`."""
+    given = call.arguments.get("shape", call.arguments.get("other"))
+    lender = given[0] if isinstance(given, tuple) and len(given) == 1 else given
+    if isinstance(lender, fx.Node) and call.shape(lender) is None:
+        lender = shape_read(lender)
+    return lender if isinstance(lender, fx.Node) and call.shape(lender) == call.output_shape else None

@@ -12,6 +12,7 @@ from indistill_fx.graph.ops import with_item
 from indistill_fx.passes.channels.call import Call, again, source
 from indistill_fx.passes.channels.keys import full_key, taken
 from indistill_fx.passes.channels.selection import Blocked, Cut, Emitter, Index, Part, Propagation
+from indistill_fx.passes.channels.sizes import shape_lender
 
 Key = tuple[Any, ...]
 
@@ -79,8 +80,11 @@ def places(out: Emitter, index: Index) -> slice | fx.Node:
 
 
 def filled(call: Call, cut: Cut) -> Propagation | Blocked:
-    """A tensor of one value (`zeros`, `new_full`): the same of another size."""
-    sizes = call.arguments.get("shape")
+    """A tensor of one value (`zeros`, `new_full`): the same of another size, or of the shape of another tensor's selection."""
+    sizes, lender = call.arguments.get("shape"), shape_lender(call)
+    if lender is not None:
+        below = Cut(lender, cut.start, cut.stop, cut.index)
+        return Propagation(lambda out, new: resized(out, call, out.function(getattr, new[0], "shape")), (Part(below),))
     if (
         not isinstance(sizes, (tuple, list))
         or len(sizes) < cut.stop
@@ -92,11 +96,12 @@ def filled(call: Call, cut: Cut) -> Propagation | Blocked:
     return Propagation(lambda out, _: resized(out, call, new))
 
 
-def resized(out: Emitter, call: Call, sizes: Sequence[Any]) -> fx.Node:
-    """A tensor of one value, of these sizes."""
+def resized(out: Emitter, call: Call, sizes: tuple[Any, ...] | fx.Node) -> fx.Node:
+    """A tensor of one value, of these sizes or of a computed shape."""
     if "shape" in call.places:
-        return again(call, [], shape=tuple(sizes))(out, [])
-    args = (*(n for n in call.node.args[:1] if n is call.arguments.get("input")), *sizes)
+        return again(call, [], shape=sizes)(out, [])
+    named = (sizes,) if isinstance(sizes, fx.Node) else sizes
+    args = (*(n for n in call.node.args[:1] if n is call.arguments.get("input")), *named)
     if call.node.op == "call_method":
         return out.method(str(call.node.target), *args, **call.node.kwargs)
     return out.function(call.node.target, *args, **call.node.kwargs)  # type: ignore[arg-type]

@@ -20,7 +20,7 @@ from torch import Tensor, fx
 
 from indistill_fx.graph.ops import attribute, op_name
 from indistill_fx.passes.channels.call import Call, axis_of, read_call
-from indistill_fx.passes.channels.rules import FILLED, consult
+from indistill_fx.passes.channels.rules import consult
 from indistill_fx.passes.channels.selection import Cut, Propagation
 from indistill_fx.passes.channels.sizes import leaves, size_read, sizes_given
 from indistill_fx.traced import NodeFacts
@@ -65,6 +65,7 @@ class Coupling:
         vanished: nodes that only serve a shuffle.
         heads: axes made by taking an axis apart that products sum over: the width of a head, not the heads.
         pieces: axes made likewise of which one entry is taken, the largest or one by its number: a channel's pieces, not the channels.
+        filled: units of tensors of one value, which nothing makes.
         ops: what each node computes, for those that were looked at.
         recomputed: how many channels layers make whose weights nobody can slice, and why.
         mixing: nodes that compute something over channels, what that is (a mean or a norm), and these channels.
@@ -82,6 +83,7 @@ class Coupling:
     frozen: list[tuple[Units, str]] = field(default_factory=list)
     heads: set[Axis] = field(default_factory=set)
     pieces: set[Axis] = field(default_factory=set)
+    filled: set[int] = field(default_factory=set)
     shuffles: dict[str, Cut] = field(default_factory=dict)
     vanished: set[str] = field(default_factory=set)
     ops: dict[str, str] = field(default_factory=dict)
@@ -242,6 +244,14 @@ def _arriving(found: Coupling, step: Propagation, size: int, reader: fx.Node, re
     flats = [
         lent(found, part.cut, reader) if flat is None else flat for part, flat in zip(step.parts, flats, strict=True)
     ]
+    unmade = all(
+        flat is None or part.cut.node.op == "get_attr" or found.filled.issuperset(flat.tolist())
+        for part, flat in zip(step.parts, flats, strict=True)
+    )
+    if unmade and any(flat is None for flat in flats) and all(part.links is None for part in step.parts):
+        for flat in flats:  # parameters, or tensors of one value, combined with a fixed axis
+            found.freeze(flat, reason)
+        return None
     positions, arriving = [], []
     for part, flat in zip(step.parts, flats, strict=True):
         if flat is not None and part.links is None and len(step.parts) == 1 and _is_everything(part.cut.index, flat):
@@ -260,45 +270,30 @@ def _arriving(found: Coupling, step: Propagation, size: int, reader: fx.Node, re
     return units
 
 
-def lent(found: Coupling, cut: Cut, reader: fx.Node, *, filled_alone: bool = False) -> Units | None:
-    """Units for an axis whose entries are all equal (expanded, or constant): those of the tensors that it is combined with.
+def lent(found: Coupling, cut: Cut, reader: fx.Node) -> Units | None:
+    """Units for an axis whose entries are all equal (expanded): those of the tensors that it is combined with.
 
-    None if it is not such an axis, or was read already; with `filled_alone` also if it was expanded.
+    None if it is not such an axis, or was read already.
     """
-    made_by = FILLED if filled_alone else (*FILLED, "expand", "repeat")
     chain: list[fx.Node] = [reader]
     places: list[Axis] = []
-    while cut.width == 1 and (alike := _unread(found, cut.node, chain)) is not None:
+    while cut.width == 1 and all(user in chain or user.name not in found.ops for user in cut.node.users):
         size = found.facts[cut.node.name].shape[cut.start]
         if cut.index != tuple(range(size)) or cut.start == found.facts[cut.node.name].batch_axis:
             return None
         chain.append(cut.node)
-        places += [(node.name, cut.start) for node in (cut.node, *alike)]
+        places.append((cut.node.name, cut.start))
         step = consult(cut, found.facts)
         if not isinstance(step, Propagation) or step.filters is not None or len(step.parts) > 1:
             return None
         if not step.parts:
-            units = found.fresh(size) if op_name(cut.node) in made_by else None
+            units = found.fresh(size) if op_name(cut.node) in ("expand", "repeat") else None
             found.axes.update(dict.fromkeys(places, units) if units is not None else {})
             return units
         if step.parts[0].links is not None:
             return None
         cut = step.parts[0].cut
     return None
-
-
-_ALIKE = frozenset(("zeros_like", "ones_like", "full_like", "empty_like"))
-
-
-def _unread(found: Coupling, node: fx.Node, chain: Sequence[fx.Node]) -> list[fx.Node] | None:
-    """The tensors made like a node's; None if it, or one of them, was read already by others than those of the chain."""
-    alike: list[fx.Node] = []
-    for user in (user for user in node.users if user not in chain and user.name in found.ops):
-        below = _unread(found, user, chain) if op_name(user) in _ALIKE else None
-        if below is None:
-            return None
-        alike += [user, *below]
-    return alike
 
 
 def freeze_beside_places(found: Coupling, source: fx.Node, axis: int, reader: fx.Node) -> None:
@@ -355,6 +350,7 @@ def _flat_units(found: Coupling, cut: Cut) -> Units | None:
         return found.of(cut.node, cut.start)
     shape = found.facts[cut.node.name].shape[cut.start : cut.stop]
     carrying = [k for k in range(cut.width) if found.has_units(cut.node, cut.start + k)]
+    carrying.sort(key=lambda k: found.filled.issuperset(found.of(cut.node, cut.start + k).tolist()))  # type: ignore[union-attr]
     for k in carrying[1:]:
         found.freeze(found.of(cut.node, cut.start + k), f"several axes of `{cut.node.name}` become one")
     units = found.of(cut.node, cut.start + carrying[0]) if carrying else None

@@ -10,15 +10,14 @@ from collections.abc import Callable, Iterable
 import numpy as np
 from torch import fx
 
-from indistill_fx.graph.ops import op_name
 from indistill_fx.passes.channels.attention import PRODUCTS
 from indistill_fx.passes.channels.call import Call, axis_of
 from indistill_fx.passes.channels.joining import FIELDS, REDUCTIONS, WITH_PLACES
 from indistill_fx.passes.channels.keys import taken
 from indistill_fx.passes.channels.norms import mixed_axis
-from indistill_fx.passes.channels.producers import bilinear_inputs
+from indistill_fx.passes.channels.producers import bilinear_inputs, places_alone
 from indistill_fx.passes.channels.rules import FILLED
-from indistill_fx.passes.channels.selection import Cut
+from indistill_fx.passes.channels.sizes import shape_lender
 from indistill_fx.passes.channels.space import reduced_axes
 from indistill_fx.passes.pruning import attention_dependencies, recurrent
 from indistill_fx.passes.pruning.dependencies import (
@@ -28,17 +27,19 @@ from indistill_fx.passes.pruning.dependencies import (
     Units,
     follow,
     freeze_beside_places,
-    lent,
 )
 
 Coupler = Callable[[Coupling, Call], "set[Axis] | None"]
 
 
 def conv(found: Coupling, call: Call) -> set[Axis]:
-    """New units for the filters; the channels read are columns. Groups must lose the same places, so these are tied."""
+    """New units for the filters; the channels read are columns. Groups must lose the same places, so these are tied.
+
+    Axes on which it looks at one place at a time pass.
+    """
     transposed = call.op == "conv_transpose"
     groups, inputs, outputs = int(call.get("groups", 1)), (call.shape(call.input) or (0, 0))[1], call.output_shape[1]
-    given = _read_channels(found, call, 1)
+    given = found.of(call.input, 1)
     summed: list[Units | None] = []
     if groups == 1:
         made: Units | None = found.fresh(outputs)
@@ -59,15 +60,9 @@ def conv(found: Coupling, call: Call) -> set[Axis]:
     weight = call.constant("weight")
     if weight is not None and made is not None and (groups == 1 or not transposed):
         found.made.append(Made(call.node.name, 1, call.path, weight.transpose(0, 1) if transposed else weight, made))
-    return _finish(found, call, {1: made}, summed, {(call.input.name, 1)})
-
-
-def _read_channels(found: Coupling, call: Call, axis: int) -> Units | None:
-    """The units that a layer reads; of a tensor of zeros, from which a recurrence starts, new ones."""
-    units, shape = found.of(call.input, axis), call.shape(call.input)
-    if units is not None or shape is None:
-        return units
-    return lent(found, Cut(call.input, axis, axis + 1, tuple(range(shape[axis]))), call.node, filled_alone=True)
+    beside = places_alone(call)
+    axes = {1: made} | {axis: found.of(call.input, axis) for axis in beside}
+    return _finish(found, call, axes, summed, {(call.input.name, axis) for axis in (1, *beside)})
 
 
 def _tie_groups(found: Coupling, units: Units | None, groups: int) -> None:
@@ -94,7 +89,7 @@ def _finish(
 def linear(found: Coupling, call: Call) -> set[Axis]:
     """New units for the rows; the features read are columns; the other axes pass."""
     last = len(call.output_shape) - 1
-    given, made = _read_channels(found, call, last), found.fresh(call.output_shape[last])
+    given, made = found.of(call.input, last), found.fresh(call.output_shape[last])
     found.tie_weight(call, "weight", 1, given)
     found.tie_weight(call, "weight", 0, made)
     found.tie_weight(call, "bias", 0, made)
@@ -135,19 +130,18 @@ def bilinear(found: Coupling, call: Call) -> set[Axis]:
 
 
 def channel_norm(found: Coupling, call: Call) -> set[Axis]:
-    """Batch, instance and group norm: the channels pass; groups, of several channels each, must lose the same places."""
+    """Batch, instance and group norm: the channels pass; groups, of several channels each, must lose the same places.
+
+    A group whose channels are one unit, such as a head, goes as a whole.
+    """
     given = found.of(call.input, 1)
-    if call.op == "group_norm" and not each_alone(call):
-        _tie_groups(found, given, int(call.get("num_groups")))
+    groups = given.reshape(int(call.get("num_groups")), -1) if call.op == "group_norm" and given is not None else None
+    if groups is not None and (groups != groups[:, :1]).any():
+        _tie_groups(found, given, len(groups))
         found.note_mixing(call, given)
     for name in ("weight", "bias", "running_mean", "running_var"):
         found.tie_weight(call, name, 0, given)
     return _finish(found, call, {1: given}, [], {(call.input.name, 1)})
-
-
-def each_alone(call: Call) -> bool:
-    """Whether a group norm has as many groups as channels, so that it treats each channel alone."""
-    return bool(call.get("num_groups") == (call.shape(call.input) or (0, 0))[1])
 
 
 def deformed(found: Coupling, call: Call) -> set[Axis]:
@@ -268,20 +262,6 @@ def reshape(found: Coupling, call: Call) -> set[Axis]:
     return read
 
 
-def shape_lender(call: Call) -> fx.Node | None:
-    """The tensor whose whole shape a reshape takes: `x.reshape_as(y)`, `x.view(y.shape)`."""
-    given = call.arguments.get("shape", (call.arguments.get("other"),))
-    lender = given[0] if isinstance(given, tuple) and len(given) == 1 else None
-    if (
-        isinstance(lender, fx.Node)
-        and call.shape(lender) is None
-        and op_name(lender) in ("getattr", "size", "shape")
-        and len(lender.all_input_nodes) == 1
-    ):
-        lender = lender.all_input_nodes[0]
-    return lender if isinstance(lender, fx.Node) and call.shape(lender) == call.output_shape else None
-
-
 def follows_first(found: Coupling, call: Call) -> set[Axis]:
     """Conversions to another tensor's type: of that one nothing else is read."""
     others = {(n.name, axis) for n in call.node.all_input_nodes[1:] for axis in range(len(call.shape(n) or ()))}
@@ -289,7 +269,23 @@ def follows_first(found: Coupling, call: Call) -> set[Axis]:
 
 
 def filled(found: Coupling, call: Call) -> set[Axis]:
-    """A tensor of one value: of another tensor it reads the type alone."""
+    """A tensor of one value: of another tensor it reads the type alone. Its entries are new units, which anything may be tied to.
+
+    So the zeros from which a recurrence starts lose the units of its state. Units that nothing makes are never removed by themselves.
+    A tensor of another one's shape has the units of that.
+    """
+    sizes, known = call.arguments.get("shape"), found.facts[call.node.name]
+    if shape_lender(call) is not None:
+        return follow(found, call)
+    for axis, size in enumerate(known.shape):
+        if (
+            axis != known.batch_axis
+            and size > 1
+            and isinstance(sizes, (tuple, list))
+            and len(sizes) == len(known.shape)
+        ):
+            units = found.axes[call.node.name, axis] = found.fresh(size)
+            found.filled.update(units.tolist())
     return {(n.name, axis) for n in call.node.all_input_nodes for axis in range(len(call.shape(n) or ()))}
 
 

@@ -16,9 +16,8 @@ from indistill_fx.passes.channels.call import Call, axis_of, read_call
 from indistill_fx.passes.channels.joining import split_begins
 from indistill_fx.passes.channels.keys import index_by, taken, written_slices
 from indistill_fx.passes.channels.rules import FILLED
-from indistill_fx.passes.channels.sizes import leaves, size_of, size_read
+from indistill_fx.passes.channels.sizes import leaves, shape_lender, size_of, size_read
 from indistill_fx.passes.channels.writing import places, whole_key
-from indistill_fx.passes.pruning.dependency_rules import each_alone, shape_lender
 from indistill_fx.passes.pruning.rewriting import Inserter, Rewriting, take_place
 
 
@@ -37,8 +36,8 @@ def _fix_conv(work: Rewriting, call: Call, node: fx.Node) -> None:
 
 
 def _fix_group_norm(work: Rewriting, call: Call, node: fx.Node) -> None:
-    if call.module is None and each_alone(call):
-        _set(node, call, "num_groups", work.size(call.input, 1))
+    if call.module is None and isinstance(call.get("num_groups"), int):
+        _set(node, call, "num_groups", work.groups(call))
 
 
 def _fix_layer_norm(work: Rewriting, call: Call, node: fx.Node) -> None:
@@ -241,7 +240,7 @@ def _fix_write(work: Rewriting, call: Call, node: fx.Node) -> None:
 def _fix_filled(work: Rewriting, call: Call, node: fx.Node) -> None:
     """A constant tensor: give it the remaining sizes."""
     sizes = call.arguments.get("shape")
-    if not work.touched(call.node) or not isinstance(sizes, (tuple, list)):
+    if not work.touched(call.node) or not isinstance(sizes, (tuple, list)) or shape_lender(call) is not None:
         return
     left = _sizes_left(work, call, node, sizes, read_call(node, work.facts).arguments["shape"])
     if "shape" in call.places:

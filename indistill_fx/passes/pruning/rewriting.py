@@ -13,6 +13,7 @@ from indistill_fx.graph.computed_weights import left_behind
 from indistill_fx.graph.copying import deep_copy
 from indistill_fx.graph.edit import MADE, add_tensor
 from indistill_fx.graph.ops import attribute
+from indistill_fx.passes.channels.call import Call
 from indistill_fx.passes.channels.selection import sliced
 from indistill_fx.passes.pruning.dependencies import Coupling, Units
 
@@ -50,6 +51,11 @@ class Rewriting:
     def shape(self, node: fx.Node) -> tuple[int, ...]:
         """The new shape of a tensor."""
         return tuple(self.size(node, axis) for axis in range(len(self.facts[node.name].shape)))
+
+    def groups(self, call: Call) -> int:
+        """The groups of a group norm that stay."""
+        groups, kept = int(call.get("num_groups")), self.kept(call.input, 1)
+        return groups if kept is None else len(np.unique(kept // (self.facts[call.input.name].shape[1] // groups)))
 
     def touched(self, node: fx.Node) -> bool:
         """Whether the tensor loses anything."""

@@ -20,7 +20,6 @@ from indistill_fx.passes.channels.call import Call, index_select, read_call
 from indistill_fx.passes.channels.selection import Cut, sliced
 from indistill_fx.passes.channels.sizes import is_size
 from indistill_fx.passes.pruning.dependencies import Coupling, Units
-from indistill_fx.passes.pruning.dependency_rules import each_alone
 from indistill_fx.passes.pruning.follow_sizes import FIXES
 from indistill_fx.passes.pruning.recurrent import NAMES as RECURRENT
 from indistill_fx.passes.pruning.recurrent import resize_recurrent
@@ -102,7 +101,7 @@ def _resize_module(work: Rewriting, call: Call) -> None:
         module.num_features = channels
     elif call.op == "group_norm":
         module.num_channels = channels
-        module.num_groups = channels if each_alone(call) else module.num_groups
+        module.num_groups = work.groups(call)
     elif call.op in ("layer_norm", "rms_norm") and module.weight is None:
         axes = len(module.normalized_shape)
         rank = len(work.facts[call.node.name].shape)

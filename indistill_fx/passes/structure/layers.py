@@ -123,7 +123,9 @@ class Look:
         if not self.works(name):
             return False
         if operation in ("conv", "conv_transpose"):
-            return prod(self._weight(name)[2:]) > 1
+            source = self.facts.get(next(iter(self.flow.inputs[name]), ""))
+            positions_as_channels = source is not None and source.channel_axis not in (None, 1)
+            return positions_as_channels or prod(self._weight(name)[2:]) > 1
         if operation == "linear":
             return rows > 0 and prod(self.facts[name].shape[:-1]) != rows
         return True
