@@ -356,6 +356,16 @@ def test_an_assistant_for_a_student_no_smaller_is_refused(here, capsys):
     assert "is not less than the teacher's" in capsys.readouterr().err
 
 
+def test_outputs_that_no_label_means_are_said(here, capsys):
+    (here / "wide.py").write_text(
+        "from torch import nn\ndef make(n=12):\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, n))\n"
+    )
+    told("train", "wide.py:make", *QUICK, "-o", "wide", "--epochs", "1")
+    assert "The model has 12 outputs, but the data have only 10 classes" in " ".join(capsys.readouterr().err.split())
+    told("train", "wide.py:make?n=10", *QUICK, "-o", "fits", "--epochs", "1")
+    assert "outputs" not in capsys.readouterr().err
+
+
 def test_train_refuses_a_model_for_other_images(here, capsys):
     (here / "rgb.py").write_text(MODELS.replace("nn.Conv2d(1,", "nn.Conv2d(3,"))
     assert run(["train", "rgb.py:make", *QUICK, "-o", "run"]) == 2
