@@ -210,7 +210,7 @@ def command(teacher: str, student: str, **options: Any) -> None:
     student_module = last.module
     data = training.open_training_data(options, last, *teachers)
     example = common.example_for((*teachers, last), (), data)
-    source, view, plan = _teacher(teachers, student, data, example, shares, options)
+    source, view, plan = _teacher(teachers, last, data, example, shares, options)
     shared: dict[str, Any] = {
         "curriculum": _curriculum(options),
         "plan": plan,
@@ -289,7 +289,7 @@ def _assisted(
 
 def _teacher(
     teachers: Sequence[Source],
-    student: str,
+    student: Source,
     data: Data,
     example: Any,
     shares: dict[str, float],

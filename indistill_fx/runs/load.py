@@ -345,8 +345,8 @@ def load_run(path: str | os.PathLike[str], *, trust: Sequence[str] = (), best: b
         file = os.path.isfile(parsed.place)  # else it may name any function there is, and is not to be pasted
         named = spec.removesuffix(f"@{parsed.weights}") if file else "models.py:make"
         raise ConfigError(
-            f"{parsed.place if file else repr(spec)} makes the model of {folder}, and has changed since that run began, or another user or machine "
-            "began it, so it was not run.",
+            f"{parsed.place if file else repr(spec)} makes the model of {folder}, and has changed since that run began, or another "
+            "user or machine began it, so it was not run.",
             where=str(folder),
             got=spec,
             hint=f"If you trust that code, name it yourself. {_by_hand(folder, named)}",

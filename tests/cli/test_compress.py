@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import onnx
 import pytest
@@ -57,6 +58,26 @@ def test_a_run_goes_on_from_a_run(command, teacher, half, tmp_path, capsys):
     assert run(["evaluate", str(home), "--data", "digits"]) == 0, capsys.readouterr().err
     kept = [json.loads((folder / "run.json").read_text())["about"] for folder in (half, home)]
     assert kept[0]["model"] == kept[1]["model"] and kept[0]["seal"] == kept[1]["seal"]
+
+
+def test_a_plan_that_an_edited_student_no_longer_fits_is_not_taken(teacher, half, tmp_path, capsys):
+    source = (half / "student.py").read_text()
+    widths = json.loads((half / "compress.json").read_text())["widths"]["blocks.1.0"]
+    (tmp_path / "plan.json").write_text((half / "plan.json").read_text())
+    (tmp_path / "student.py").write_text(re.sub(rf"\b{widths[1]}\b", str(widths[1] + 1), source))
+    command = [
+        "distill",
+        str(teacher),
+        f"{tmp_path}/student.py:Student",
+        "--data",
+        "digits",
+        "--epochs",
+        "1",
+        "--limit",
+        "50",
+    ]
+    assert run([*command, "-o", str(tmp_path / "run")]) == 0
+    assert "no longer fits it: its layers are paired anew" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_budget_that_cannot_be_met_is_refused_before_training(teacher, tmp_path, capsys):
