@@ -176,7 +176,7 @@ def _shrunk(
     from rich.text import Text
 
     from indistill_fx.cli.tables import count
-    from indistill_fx.compression.make_student import Budget
+    from indistill_fx.compression.allocate import Budget
     from indistill_fx.deploy.bench import measure
     from indistill_fx.graph.edit import batch_size
     from indistill_fx.passes.pruning.shrink import shrink
