@@ -80,6 +80,46 @@ def test_a_plan_that_an_edited_student_no_longer_fits_is_not_taken(teacher, half
     assert "no longer fits it: its layers are paired anew" in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--main", "kd2"], "'kd2' is not a known main loss"),
+        (["--warmup", "3,4", "--one-by-one"], "2 lengths"),
+        (["-o", "/proc/run"], "`/proc/run` cannot be made"),
+    ],
+)
+def test_what_is_known_from_the_start_is_said_before_the_work(options, said, teacher, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("indistill_fx.compression.compress.make_student", lambda *_, **__: pytest.fail("work was done"))
+    home = tmp_path / "run"
+    assert run(["compress", str(teacher), "--data", "digits", "--macs", "0.5", "-o", str(home), *options]) == 2
+    assert said in " ".join(capsys.readouterr().err.split()) and not home.exists()
+    if options[0] == "-o":
+        assert run(["prune", str(teacher), "--ratio", "0.5", "-o", "/proc/small/"]) == 2
+
+
+def test_data_without_labels_are_compared_with_the_teacher_alone(tmp_path, capsys):
+    (tmp_path / "nets.py").write_text(
+        NETS
+        + "\n\ndef unlabelled():\n    return [[{k: b[k] for k in ('words', 'table')} for b in part] for part in make_loaders()]\n"
+    )
+    nets, home = f"{tmp_path}/nets.py", tmp_path / "run"
+    command = [
+        "compress",
+        f"{nets}:make",
+        "--data",
+        f"{nets}:unlabelled",
+        "--macs",
+        "0.5",
+        "--epochs",
+        "1",
+        "--no-export",
+    ]
+    assert run([*command, "--main", "labels", "-o", str(home)]) == 2
+    assert "The loss `labels` learns from labels, but the data have none." in capsys.readouterr().err
+    assert run([*command, "-o", str(home)]) == 0
+    assert "compares the student with the teacher alone (weight_labels=0)" in " ".join(capsys.readouterr().err.split())
+
+
 def test_a_budget_that_cannot_be_met_is_refused_before_training(teacher, tmp_path, capsys):
     command = ["compress", str(teacher), "--data", "digits", "--macs", "0.001", "--samples", "32", "-o"]
     assert run([*command, str(tmp_path / "none")]) == 2
