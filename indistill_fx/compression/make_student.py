@@ -241,8 +241,7 @@ def _shrunk(
     all_channels = np.ones(len(known.classes.scores), dtype=bool)
     if clock is None or budget.latency_ms is None:
         cost, limit, text = _cost(teacher, known, budget, all_channels)
-        said = {"text": text, "hint": budget.hint}
-        stay = allocate(known, curves, cost, limit, floor=floor, round_to=round_to, **said)
+        stay = allocate(known, curves, cost, limit, floor=floor, round_to=round_to, text=text, hint=budget.hint)
         return keep_classes(teacher, known, stay), None
     macs = known.cost.macs(all_channels)
     made: dict[float, tuple[PassResult[TracedModel, ShrinkReport], float]] = {}

@@ -107,10 +107,7 @@ def compare(
         kd [4]
         indistill [1, 1, 1, 1]
     """
-    curriculum = curriculum or DEFAULT_CURRICULUM
-    if curriculum.lengths == AUTO:  # there must be a warm-up to compare
-        least = curriculum.penultimate or DEFAULT_CURRICULUM.penultimate
-        curriculum = replace(curriculum, lengths=DEFAULT_CURRICULUM.lengths, penultimate=least)
+    curriculum = _with_a_warmup(curriculum or DEFAULT_CURRICULUM)
     plan = plan or (_kept_plan(run_dir) if resume else None)
     shared: dict[str, Any] = {"example_inputs": example_inputs, "logits": logits}
     say = partial(print, file=sys.stderr, flush=True) if progress else lambda line: None
@@ -145,6 +142,14 @@ def compare(
         )
         done[arm] = Arm(copied_student, record)
     return done
+
+
+def _with_a_warmup(curriculum: Curriculum) -> Curriculum:
+    """Where `distill` would choose whether there is a warm-up: the default one, since there must be one to compare."""
+    if curriculum.lengths != AUTO:
+        return curriculum
+    last = curriculum.penultimate or DEFAULT_CURRICULUM.penultimate
+    return replace(curriculum, lengths=DEFAULT_CURRICULUM.lengths, penultimate=last)
 
 
 def _ways(

@@ -80,10 +80,16 @@ def test_a_plan_that_an_edited_student_no_longer_fits_is_not_taken(teacher, half
     assert "no longer fits it: its layers are paired anew" in " ".join(capsys.readouterr().err.split())
 
 
+UNLABELLED = """
+def unlabelled():
+    return [[{k: batch[k] for k in ("words", "table")} for batch in part] for part in make_loaders()]
+"""
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--main", "kd2"], "'kd2' is not a known main loss"),
+        (["--main", "kd2"], "'kd2'"),
         (["--warmup", "3,4", "--one-by-one"], "2 lengths"),
         (["-o", "/proc/run"], "`/proc/run` cannot be made"),
     ],
@@ -98,10 +104,7 @@ def test_what_is_known_from_the_start_is_said_before_the_work(options, said, tea
 
 
 def test_data_without_labels_are_compared_with_the_teacher_alone(tmp_path, capsys):
-    (tmp_path / "nets.py").write_text(
-        NETS
-        + "\n\ndef unlabelled():\n    return [[{k: b[k] for k in ('words', 'table')} for b in part] for part in make_loaders()]\n"
-    )
+    (tmp_path / "nets.py").write_text(NETS + UNLABELLED)
     nets, home = f"{tmp_path}/nets.py", tmp_path / "run"
     command = [
         "compress",
