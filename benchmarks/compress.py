@@ -35,8 +35,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import indistill_fx as ifx
+from indistill_fx.compression.allocate import Budget
 from indistill_fx.compression.correspond import plan_of
-from indistill_fx.compression.make_student import Budget, Measure, calibration, make_student
+from indistill_fx.compression.make_student import Measure, calibration, make_student
 from indistill_fx.compression.write_source import source_of
 from indistill_fx.curriculum import Curriculum
 from indistill_fx.data.dataset import Data

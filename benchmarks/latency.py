@@ -25,8 +25,9 @@ import torchvision
 from torch import nn
 
 import indistill_fx as ifx
+from indistill_fx.compression.allocate import Budget
 from indistill_fx.compression.latency import Clock
-from indistill_fx.compression.make_student import Budget, Measure, make_student
+from indistill_fx.compression.make_student import Measure, make_student
 from indistill_fx.runs.record import environment
 
 NETWORKS = {

@@ -46,7 +46,8 @@ class Classifier:
         scores = self.session.run(None, {self.input.name: self.prepare(image)})[0][0].astype(np.float64)
         odds = np.exp(scores - scores.max())
         best = np.argsort(-odds)[:top]
-        return [(self.classes[i] if self.classes else f"class {i}", float(odds[i] / odds.sum())) for i in best]
+        names = [self.classes[i] if i < len(self.classes) else f"class {i}" for i in best]
+        return [(name, float(odds[i] / odds.sum())) for name, i in zip(names, best, strict=True)]
 
 
 _NEUTRAL = (("mean", [0.0]), ("std", [1.0]))

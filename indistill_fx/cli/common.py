@@ -335,8 +335,8 @@ def together(
     return made
 
 
-def plan_beside(student: str, teacher: nn.Module, example: Any) -> AlignmentPlan | None:
-    """The plan beside a student's source code, written by `prune` or `compress`, if it is for this teacher."""
+def plan_beside(student: Source, teacher: nn.Module, example: Any) -> AlignmentPlan | None:
+    """The plan beside a student's source code, written by `prune` or `compress`, if it is for this teacher and still fits."""
     from pathlib import Path
 
     from indistill_fx.loading.spec import parse_spec
@@ -344,12 +344,18 @@ def plan_beside(student: str, teacher: nn.Module, example: Any) -> AlignmentPlan
     from indistill_fx.plan import AlignmentPlan
     from indistill_fx.runs.load import made_by
 
-    place = Path(parse_spec(made_by(student)).place)
+    place = Path(parse_spec(made_by(student.spec)).place)
     file = place.with_name("plan.json")
     if place.name != "student.py" or not file.exists():
         return None
     plan = AlignmentPlan.load(file)
-    if plan.teacher.fingerprint != as_traced(teacher, example, role="teacher").fingerprint:
+    traced = as_traced(teacher, example, role="teacher")
+    if plan.teacher.fingerprint != traced.fingerprint:
+        return None
+    try:
+        plan.check(traced, as_traced(student.module, example, role="student"))
+    except ConfigError:
+        say(f"{place} was changed since it was made, so {file} no longer fits it: its layers are paired anew.")
         return None
     say(
         f"{place} was made from this teacher: {file} says which channels it kept. `--recipe compress` is meant for such students."

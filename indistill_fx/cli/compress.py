@@ -105,7 +105,6 @@ def command(teacher: str, **options: Any) -> None:
       indistill-fx compress teacher.pt --data imagefolder:cifar10 --macs 0.5 -o runs/half
       indistill-fx compress torchvision:resnet50 --data imagefolder:flowers --latency-ms 20 --threads 2 -o runs/fast
     """
-    from indistill_fx.cli.distill import main_options
     from indistill_fx.compression.compress import compress
     from indistill_fx.runs.load import about_data
 
@@ -114,7 +113,7 @@ def command(teacher: str, **options: Any) -> None:
     shared: dict[str, Any] = {
         "run_dir": options["output"],
         "main": options["main"],
-        "main_options": main_options(options["main_options"]),
+        "main_options": training.main_options(options["main_options"]),
         "val_loader": data.test if data.labelled else None,
         "example_inputs": common.example_for((source,), options["inputs"], data),
         "logits": options["logits"],

@@ -95,13 +95,16 @@ def _use_recipe(context: click.Context, parameter: click.Parameter, name: str) -
     " 0:1,2000:0 fades it out over 2000. [default: 1 throughout]",
 )
 @click.option(
-    "--warmup", metavar="3,4,5", type=training.Numbers(), help="Epochs of each warm-up stage. [default: the recipe's]"
+    "--warmup",
+    metavar="3,4,5",
+    type=training.Numbers(),
+    help="Epochs of each warm-up stage: one number for all, or one each. [default: the recipe's]",
 )
 @click.option(
     "--warmup-steps",
     metavar="500,700",
     type=training.Numbers(),
-    help="Optimiser steps of each warm-up stage, instead of epochs.",
+    help="Optimiser steps of each warm-up stage, instead of epochs: one number for all, or one each.",
 )
 @click.option("--no-warmup", is_flag=True, help="Skip the warm-up; train with the main loss only.")
 @click.option(
@@ -165,7 +168,8 @@ def _use_recipe(context: click.Context, parameter: click.Parameter, name: str) -
 @click.option(
     "--compare",
     is_flag=True,
-    help="Also train the same student on labels alone and with the main loss alone, for the same number of epochs.",
+    help="Also train the same student on labels alone and with the main loss alone, for the same number of epochs."
+    " Without options of the warm-up it takes one epoch for every pair, and three for the penultimate vectors.",
 )
 @training.qat_option
 @click.option(
@@ -206,12 +210,12 @@ def command(teacher: str, student: str, **options: Any) -> None:
     student_module = last.module
     data = training.open_training_data(options, last, *teachers)
     example = common.example_for((*teachers, last), (), data)
-    source, view, plan = _teacher(teachers, student, data, example, shares, options)
+    source, view, plan = _teacher(teachers, last, data, example, shares, options)
     shared: dict[str, Any] = {
         "curriculum": _curriculum(options),
         "plan": plan,
         "main": loss,
-        "main_options": main_options(options["main_options"]) | _over_time(options["main_weights"]),
+        "main_options": training.main_options(options["main_options"]) | _over_time(options["main_weights"]),
         "val_loader": data.test if data.labelled else None,
         "example_inputs": example,
         "teacher_view": view,
@@ -285,7 +289,7 @@ def _assisted(
 
 def _teacher(
     teachers: Sequence[Source],
-    student: str,
+    student: Source,
     data: Data,
     example: Any,
     shares: dict[str, float],
@@ -342,9 +346,13 @@ def _curriculum(options: dict[str, Any]) -> Curriculum:
     if options["no_warmup"]:
         asked |= {"lengths": [], "penultimate": 0}
     elif options["warmup_steps"]:
-        asked |= {"lengths": options["warmup_steps"], "unit": "steps", "penultimate": options["penultimate"] or 0}
+        asked |= {
+            "lengths": _one_or_all(options["warmup_steps"]),
+            "unit": "steps",
+            "penultimate": options["penultimate"] or 0,
+        }
     elif options["warmup"]:
-        asked["lengths"] = options["warmup"]
+        asked["lengths"] = _one_or_all(options["warmup"])
     asked = {name: value for name, value in asked.items() if value is not None}
     base: Curriculum | None = RECIPES[options["recipe"]].student["curriculum"]
     if base is None and asked.keys() <= {
@@ -375,24 +383,3 @@ def _over_time(text: str | None) -> dict[str, Any]:
             got=text,
             hint="Write --main-weights 0:0,500:1.",
         ) from None
-
-
-def main_options(pairs: tuple[str, ...]) -> dict[str, Any]:
-    """Parse values as Python literals where possible; others stay text."""
-    from ast import literal_eval
-
-    found: dict[str, Any] = {}
-    for pair in pairs:
-        name, equals, text = pair.partition("=")
-        if not name or not equals:
-            raise ConfigError(
-                f"--main-option {pair!r} is not of the form NAME=VALUE.",
-                where="--main-option",
-                got=pair,
-                hint="Write --main-option temperature=2.",
-            )
-        try:
-            found[name] = literal_eval(text)
-        except (ValueError, SyntaxError):
-            found[name] = text
-    return found

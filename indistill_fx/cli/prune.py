@@ -84,6 +84,7 @@ def command(
     from indistill_fx.compression.basis import in_both_modes
     from indistill_fx.errors import ConfigError
     from indistill_fx.runs.load import keep_facts
+    from indistill_fx.system.files import try_folder
 
     asked = {name: requests.pop(name) for name in pictures.NAMES}
 
@@ -95,6 +96,7 @@ def command(
             where="--plan",
             hint="Give one of them.",
         )
+    try_folder(Path(output) if _is_directory(output) else Path(output).parent)
     source = common.open_model(model, trust)
     opened = pictures.open_pictures(data, asked, source) if data else None
     traced = common.trace_model(source, common.example_for((source,), inputs, opened), "teacher", logits=logits)
@@ -176,7 +178,7 @@ def _shrunk(
     from rich.text import Text
 
     from indistill_fx.cli.tables import count
-    from indistill_fx.compression.make_student import Budget
+    from indistill_fx.compression.allocate import Budget
     from indistill_fx.deploy.bench import measure
     from indistill_fx.graph.edit import batch_size
     from indistill_fx.passes.pruning.shrink import shrink

@@ -23,12 +23,15 @@ def command(model: str, **options: Any) -> None:
     Example:
       indistill-fx train torchvision:resnet18?num_classes=10 --data cifar10 -o runs/teacher
     """
+    from indistill_fx.evaluation.accuracy import more_outputs_than_classes
     from indistill_fx.training.supervised import train
 
     settings = training.settings_of(options)  # impossible options are refused before anything is loaded
     source = common.open_model(model, options["trust"], seed=options["seed"])
     data = training.open_training_data(options, source)
     example = common.example_for((source,), (), data)
+    if (warning := more_outputs_than_classes(source.module, example, data.classes, options["logits"])) is not None:
+        common.say(warning)
     record = train(
         source.module,
         data.train,

@@ -242,6 +242,27 @@ def settings_of(options: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def main_options(pairs: tuple[str, ...]) -> dict[str, Any]:
+    """Parse values as Python literals where possible; others stay text."""
+    from ast import literal_eval
+
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not name or not equals:
+            raise ConfigError(
+                f"--main-option {pair!r} is not of the form NAME=VALUE.",
+                where="--main-option",
+                got=pair,
+                hint="Write --main-option temperature=2.",
+            )
+        try:
+            found[name] = literal_eval(text)
+        except (ValueError, SyntaxError):
+            found[name] = text
+    return found
+
+
 def print_run(record: RunRecord, run_dir: str) -> None:
     """The summary at a run's end."""
     from indistill_fx.cli.tables import plain_table

@@ -9,17 +9,106 @@ Rules, in order:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from math import ceil
 
 import numpy as np
 
 from indistill_fx.compression.sensitivity import Curve
-from indistill_fx.errors import PruneError
+from indistill_fx.errors import ConfigError, PruneError
 from indistill_fx.passes.pruning.budget import FLOOR, rounded
-from indistill_fx.passes.pruning.groups import Classes, Group, Mask
+from indistill_fx.passes.pruning.groups import Group, Mask
 from indistill_fx.passes.pruning.shrink import Analysis
+from indistill_fx.traced import TracedModel
 
 _STEPS = 16
+_UNITS = {"macs": "multiply-accumulates", "params": "parameters", "size_mb": "MB of weights", "latency_ms": "ms"}
+_SHARES = ("macs", "params")
+"""Budgets that may be a share."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """How small the student must be; exactly one is given.
+
+    Attributes:
+        macs: a part up to 1, or multiply-accumulates of one sample.
+        params: a part up to 1, or a number of parameters.
+        size_mb: of the parameters' and buffers' bytes, in 10^6.
+        latency_ms: of one call on the clock's target.
+    """
+
+    macs: float | None = None
+    params: float | None = None
+    size_mb: float | None = None
+    latency_ms: float | None = None
+
+    def __post_init__(self) -> None:
+        given = {name: value for name, value in asdict(self).items() if value is not None}
+        if len(given) != 1:
+            raise ConfigError(
+                f"Exactly one budget is needed, but {len(given)} are given{': ' + ', '.join(given) if given else ''}.",
+                where="budget",
+                hint="Give one of macs, params, size_mb and latency_ms (--macs, --params, --size-mb, --latency-ms).",
+            )
+        if not all(value > 0 and np.isfinite(value) for value in given.values()):
+            raise ConfigError(
+                f"A budget must be a number above 0, but got {given}.",
+                where="budget",
+                got=given,
+                hint="Give a share such as 0.5, or a number.",
+            )
+
+    @property
+    def value(self) -> tuple[str, float]:
+        """Which budget is given, and how large it is."""
+        return next((name, value) for name, value in asdict(self).items() if value is not None)
+
+    @property
+    def hint(self) -> str:
+        """What to do if it cannot be met."""
+        name, value = self.value
+        percent = name in _SHARES and 1 < value <= 100
+        return (
+            f"A number above 1 is not a share: for {value:g}% write {value / 100:g}."
+            if percent
+            else "Give a larger budget."
+        )
+
+    def text(self, amount: float) -> str:
+        """An amount of what is counted, with its unit."""
+        name = self.value[0]
+        return f"{amount:,.0f} {_UNITS[name]}" if name in _SHARES else f"{amount:.3g} {_UNITS[name]}"
+
+    def require_smaller(self, has: float) -> None:
+        """Refuse a budget that a network with so much of what is counted already fits.
+
+        Raises:
+            ConfigError: it does, so nothing would be removed.
+        """
+        name, value = self.value
+        share = name in _SHARES and value <= 1
+        if has > (value * has if share else value):
+            return
+        raise ConfigError(
+            f"The network fits the budget of {self.text(value * has if share else value)} as it is: it "
+            f"{'takes' if name == 'latency_ms' else 'has'} {self.text(has)}.",
+            where="budget",
+            got=value,
+            expected=f"less than {self.text(has)}",
+            hint=f"Give less{'; for half of them write 0.5' if name in _SHARES else ''}.",
+        )
+
+    def require_less_than(self, network: TracedModel) -> None:
+        """The same for a network whose size is counted; a time has to be measured first."""
+        tensors = (*network.graph_module.parameters(), *network.graph_module.buffers())
+        sizes = {
+            "macs": network.macs,
+            "params": sum(parameter.numel() for parameter in network.graph_module.parameters()),
+            "size_mb": sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 1e6,
+        }
+        if (has := sizes.get(self.value[0])) is not None:
+            self.require_smaller(has)
 
 
 def allocate(
@@ -30,6 +119,8 @@ def allocate(
     *,
     floor: float = FLOOR,
     round_to: int | None = None,
+    text: Callable[[float], str] = "{:,.0f}".format,
+    hint: str = "Give a larger budget.",
 ) -> Mask:
     """The classes that stay.
 
@@ -40,6 +131,8 @@ def allocate(
         most: it may cost.
         floor: part of every group that stays in any case.
         round_to: channels of every group are a multiple of this.
+        text: how a cost is written in an error.
+        hint: what to do if the budget cannot be met.
 
     Raises:
         PruneError: even the smallest network costs more; says how much, and what is frozen and why.
@@ -57,7 +150,7 @@ def allocate(
 
     smallest = cost(stay_of(least))
     if smallest > most:
-        raise _too_small(smallest, most, classes)
+        raise _too_small(smallest, most, known, text, hint)
     now, k, before = cost(stay_of(counts)), 0, 0
     while now > most:
         best: tuple[float, int, int, float] | None = None
@@ -74,7 +167,7 @@ def allocate(
             if best is None or rise_per_cost < best[0]:
                 best = rise_per_cost, k, fewer, after
         if best is None:
-            raise _too_small(now, most, classes)
+            raise _too_small(now, most, known, text, hint)
         _, k, fewer, now = best
         before, counts[k] = counts[k], fewer
     while round_to is None and counts and counts[k] + 1 < before:
@@ -91,18 +184,20 @@ def _next_multiple(group: Group, count: int, round_to: int | None) -> int:
     return (count - 1) // step * step
 
 
-def _too_small(smallest: float, most: float, classes: Classes) -> PruneError:
-    reasons = list(dict.fromkeys(classes.reasons.values()))[:3]
+def _too_small(smallest: float, most: float, known: Analysis, text: Callable[[float], str], hint: str) -> PruneError:
+    classes = known.classes
+    made = {k for layer in known.found.made for k in classes.class_of[layer.units].tolist()}  # not the network's inputs
+    reasons = list(dict.fromkeys(reason for k, reason in classes.reasons.items() if k in made))[:3]
     frozen = f" Some layers cannot lose channels: {'; '.join(reasons)}." if reasons else ""
     if not classes.groups:
         return PruneError(
             f"No channel of this network can be removed.{frozen}", where="budget", hint="Prune another model."
         )
     return PruneError(
-        f"The network cannot be made smaller than {smallest:,.0f}, but {most:,.0f} was requested: every layer keeps at least "
+        f"The network cannot be made smaller than {text(smallest)}, but the budget is {text(most)}: every layer keeps at least "
         f"{FLOOR:.0%} of its channels, and outputs keep all of theirs.{frozen}",
         where="budget",
         got=most,
         expected=smallest,
-        hint="Give a larger budget.",
+        hint=hint,
     )

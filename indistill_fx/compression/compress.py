@@ -24,17 +24,18 @@ import torch
 from pydantic import ConfigDict, TypeAdapter
 from torch import Tensor, nn
 
+from indistill_fx.compression.allocate import Budget
 from indistill_fx.compression.basis import in_both_modes
 from indistill_fx.compression.correspond import plan_if_any
 from indistill_fx.compression.latency import Clock, Runtime
 from indistill_fx.compression.make_student import (
-    Budget,
     Measure,
     Step,
     Untrained,
     calibration,
     make_student,
     measured,
+    options_of_loss,
     require_trained,
 )
 from indistill_fx.compression.write_source import SOURCE, source_of
@@ -53,8 +54,9 @@ from indistill_fx.runs.load import about as about_model
 from indistill_fx.runs.load import keep_export, keep_facts, load, run_fingerprint
 from indistill_fx.runs.record import RunRecord
 from indistill_fx.runs.signature import is_signed, sign
+from indistill_fx.stages.compile import warmup_plan
 from indistill_fx.stages.traced_pair import examples_of
-from indistill_fx.system.files import read_json, save_json
+from indistill_fx.system.files import read_json, save_json, try_folder
 from indistill_fx.system.tensor_files import save_tensors
 from indistill_fx.traced import TracedModel
 from indistill_fx.training.distill import distill
@@ -178,6 +180,9 @@ def compress(
     example = examples_of(train_loader, source)[0] if example_inputs is None else example_inputs
     model = teacher if isinstance(teacher, TracedModel) else trace(teacher, example, role="teacher", logits=logits)
     budget.require_less_than(model)
+    settings = _settings({**options}, curriculum=curriculum, main=main, epochs=epochs)
+    settings["main_options"] = options_of_loss(settings["main"], main_options or {}, train_loader, say)
+    _check_first(folder, plan_if_any(model, model, {}, every_block=every_block), settings["curriculum"])
     request = {"budget": asdict(budget), "clock": asdict(clock), "criterion": str(criterion), "round_to": round_to}
     request |= {"samples": samples, "every_block": every_block}
     identity = {"request": json.loads(json.dumps(request)), "teacher": digest(source)}
@@ -194,14 +199,20 @@ def compress(
         untrained = make_student(basis, budget, measure, criterion=criterion, round_to=round_to)
         made = _write(folder, model, untrained, identity, every_block, say)
         _keep_facts(folder, made, model, about or {})
-    given = {"curriculum": curriculum, "main": main, "main_options": main_options, "epochs": epochs}
-    settings: dict[str, Any] = {**RECIPES["compress"].student, **options}
-    settings |= {name: value for name, value in given.items() if value is not None}
     settings |= {"curriculum": NO_WARMUP} if made.plan is None else {}
     settings |= {"val_loader": val_loader, "task": task, "example_inputs": example, "logits": logits, "resume": resume}
     settings |= {"plan": made.plan, "run_dir": folder, "progress": progress, "about": _about(made, model, about or {})}
     record = distill(model, made.traced, train_loader, **settings)
     return _finished(folder, model, made, record, judge, identity, export, about or {}, say)
+
+
+def _settings(options: Mapping[str, Any], **given: Any) -> dict[str, Any]:
+    """Arguments of `distill`: the recipe's, with those that were given in their place."""
+    return {
+        **RECIPES["compress"].student,
+        **options,
+        **{name: value for name, value in given.items() if value is not None},
+    }
 
 
 @dataclass(frozen=True)
@@ -231,6 +242,13 @@ def _keep_facts(folder: Path, made: _Made, model: TracedModel, described: Mappin
 
 def _input_size(model: TracedModel) -> tuple[int, ...]:
     return tuple(next(value for value in model.example_values if isinstance(value, Tensor)).shape[1:])
+
+
+def _check_first(folder: Path, pairs: AlignmentPlan | None, curriculum: Curriculum) -> None:
+    """Refuse a folder that cannot be made, and lengths of the warm-up for another number of pairs."""
+    try_folder(folder)
+    if pairs is not None:
+        warmup_plan(pairs, curriculum)
 
 
 def _device(model: TracedModel) -> torch.device:

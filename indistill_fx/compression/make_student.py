@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from indistill_fx.compression.allocate import allocate
+from indistill_fx.batch import inputs_and_labels, samples_of, tensors_of
+from indistill_fx.compression.allocate import Budget, allocate
 from indistill_fx.compression.latency import Clock, bisect
 from indistill_fx.compression.repair import Repaired, repair
 from indistill_fx.compression.sensitivity import Curve, divergence, sensitivities
@@ -18,6 +19,7 @@ from indistill_fx.errors import ConfigError, PruneError
 from indistill_fx.evaluation.accuracy import Evaluation
 from indistill_fx.graph.interpret import run_keeping
 from indistill_fx.graph.module_state import evaluating
+from indistill_fx.losses.registry import MAIN_LOSSES, asked_of_the_data
 from indistill_fx.losses.task import Task
 from indistill_fx.passes.contract import PassResult
 from indistill_fx.passes.pruning.budget import FLOOR
@@ -28,84 +30,8 @@ from indistill_fx.traced import TracedModel
 
 _FLOORS = (FLOOR, 0.3, 0.5)
 """Parts of every group of channels that always stay, tried one after the other."""
-_UNITS = {"macs": "multiply-accumulates", "params": "parameters", "size_mb": "MB of weights", "latency_ms": "ms"}
-_SHARES = ("macs", "params")
-"""Budgets that may be a share."""
 _FOR_CURVES = 4
 """Batches that sensitivities are measured on; repairs take all of them."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Budget:
-    """How small the student must be; exactly one is given.
-
-    Attributes:
-        macs: a part up to 1, or multiply-accumulates of one sample.
-        params: a part up to 1, or a number of parameters.
-        size_mb: of the parameters' and buffers' bytes, in 10^6.
-        latency_ms: of one call on the clock's target.
-    """
-
-    macs: float | None = None
-    params: float | None = None
-    size_mb: float | None = None
-    latency_ms: float | None = None
-
-    def __post_init__(self) -> None:
-        given = {name: value for name, value in asdict(self).items() if value is not None}
-        if len(given) != 1:
-            raise ConfigError(
-                f"Exactly one budget is needed, but {len(given)} are given{': ' + ', '.join(given) if given else ''}.",
-                where="budget",
-                hint="Give one of macs, params, size_mb and latency_ms (--macs, --params, --size-mb, --latency-ms).",
-            )
-        if not all(value > 0 and np.isfinite(value) for value in given.values()):
-            raise ConfigError(
-                f"A budget must be a number above 0, but got {given}.",
-                where="budget",
-                got=given,
-                hint="Give a share such as 0.5, or a number.",
-            )
-
-    @property
-    def value(self) -> tuple[str, float]:
-        """Which budget is given, and how large it is."""
-        return next((name, value) for name, value in asdict(self).items() if value is not None)
-
-    def text(self, amount: float) -> str:
-        """An amount of what is counted, with its unit."""
-        name = self.value[0]
-        return f"{amount:,.0f} {_UNITS[name]}" if name in _SHARES else f"{amount:.3g} {_UNITS[name]}"
-
-    def require_smaller(self, has: float) -> None:
-        """Refuse a budget that a network with so much of what is counted already fits.
-
-        Raises:
-            ConfigError: it does, so nothing would be removed.
-        """
-        name, value = self.value
-        share = name in _SHARES and value <= 1
-        if has > (value * has if share else value):
-            return
-        raise ConfigError(
-            f"The network fits the budget of {self.text(value * has if share else value)} as it is: it "
-            f"{'takes' if name == 'latency_ms' else 'has'} {self.text(has)}.",
-            where="budget",
-            got=value,
-            expected=f"less than {self.text(has)}",
-            hint=f"Give less{'; for half of them write 0.5' if name in _SHARES else ''}.",
-        )
-
-    def require_less_than(self, network: TracedModel) -> None:
-        """The same for a network whose size is counted; a time has to be measured first."""
-        tensors = (*network.graph_module.parameters(), *network.graph_module.buffers())
-        sizes = {
-            "macs": network.macs,
-            "params": sum(parameter.numel() for parameter in network.graph_module.parameters()),
-            "size_mb": sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 1e6,
-        }
-        if (has := sizes.get(self.value[0])) is not None:
-            self.require_smaller(has)
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,8 +240,9 @@ def _shrunk(
     """The network within the budget that keeps at least the share `floor` of every group."""
     all_channels = np.ones(len(known.classes.scores), dtype=bool)
     if clock is None or budget.latency_ms is None:
-        cost, limit = _cost(teacher, known, budget, all_channels)
-        return keep_classes(teacher, known, allocate(known, curves, cost, limit, floor=floor, round_to=round_to)), None
+        cost, limit, text = _cost(teacher, known, budget, all_channels)
+        stay = allocate(known, curves, cost, limit, floor=floor, round_to=round_to, text=text, hint=budget.hint)
+        return keep_classes(teacher, known, stay), None
     macs = known.cost.macs(all_channels)
     made: dict[float, tuple[PassResult[TracedModel, ShrinkReport], float]] = {}
 
@@ -347,23 +274,48 @@ def _smallest(known: Analysis, curves: Sequence[Curve], round_to: int | None, fl
 
 def _cost(
     teacher: TracedModel, known: Analysis, budget: Budget, all_channels: Mask
-) -> tuple[Callable[[Mask], float], float]:
+) -> tuple[Callable[[Mask], float], float, Callable[[float], str]]:
+    """What is counted of a network with these channels, how much of it there may be, and how such a number is written."""
     if budget.macs is not None:
-        return known.cost.macs, budget.macs * known.cost.macs(all_channels) if budget.macs <= 1 else budget.macs
+        limit = budget.macs * known.cost.macs(all_channels) if budget.macs <= 1 else budget.macs
+        return known.cost.macs, limit, budget.text
     if budget.params is not None:
-        return known.cost.params, budget.params * known.cost.params(
-            all_channels
-        ) if budget.params <= 1 else budget.params
+        limit = budget.params * known.cost.params(all_channels) if budget.params <= 1 else budget.params
+        return known.cost.params, limit, budget.text
     tensors: Mapping[int, torch.Tensor] = {id(t): t for t in teacher.graph_module.parameters()}
     each = max((t.element_size() for t in tensors.values()), default=4)
     rest = sum(t.numel() * t.element_size() for t in teacher.graph_module.buffers())
-    return known.cost.params, ((budget.size_mb or 0) * 1e6 - rest) / each
+    limit = ((budget.size_mb or 0) * 1e6 - rest) / each
+    return known.cost.params, limit, lambda count: budget.text((count * each + rest) / 1e6)
+
+
+def options_of_loss(
+    main: str | Callable[..., torch.Tensor],
+    options: Mapping[str, Any],
+    loader: Iterable[Any],
+    say: Callable[[str], None],
+) -> Mapping[str, Any]:
+    """The options of the main loss; where the data have no labels, it compares the student with the teacher alone.
+
+    Raises:
+        ConfigError: an unknown loss, or one that is nothing without labels.
+    """
+    asked_of_the_data(main)
+    if inputs_and_labels(next(iter(loader)))[1] is not None or main not in MAIN_LOSSES or "weight_labels" in options:
+        return options
+    if main == "labels":
+        raise ConfigError(
+            "The loss `labels` learns from labels, but the data have none.",
+            where="main",
+            got=main,
+            hint="Take a loss that compares the student with the teacher, such as kd.",
+        )
+    say("The training data have no labels: the loss compares the student with the teacher alone (weight_labels=0).")
+    return {**options, "weight_labels": 0.0}
 
 
 def calibration(loader: Iterable[Any], samples: int) -> list[Any]:
     """The first batches of a loader, up to so many samples."""
-    from indistill_fx.batch import samples_of, tensors_of
-
     found: list[Any] = []
     count = 0
     for batch in loader:

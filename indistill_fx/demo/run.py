@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from indistill_fx.compression.allocate import Budget
 from indistill_fx.compression.correspond import plan_of
-from indistill_fx.compression.make_student import Budget, Measure, calibration, make_student
+from indistill_fx.compression.make_student import Measure, calibration, make_student
 from indistill_fx.compression.write_source import source_of
 from indistill_fx.curriculum import Curriculum
 from indistill_fx.data.dataset import Data

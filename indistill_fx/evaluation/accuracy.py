@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,8 @@ from indistill_fx.graph.module_state import evaluating
 from indistill_fx.graph.view import View
 from indistill_fx.losses.base import widened
 from indistill_fx.losses.choose_task import choose_task
-from indistill_fx.losses.task import IGNORED, Classification, Task, are_classes
+from indistill_fx.losses.positions import IGNORED, are_classes
+from indistill_fx.losses.task import Classification, Task
 from indistill_fx.runs.record import MetricFacts
 from indistill_fx.system.terminal import followed
 
@@ -214,6 +215,24 @@ def _unmeasured(task: Task) -> ConfigError:
         got=task.name,
         hint="Name the task of these labels (--task), or measure features: --retrieval.",
     )
+
+
+def more_outputs_than_classes(
+    module: nn.Module, example: Any, classes: Sequence[str], logits: str | int | None = None
+) -> str | None:
+    """What to say of a model with more outputs than the data have classes; None if it has not, or fails on the example."""
+    if not classes:
+        return None
+    try:
+        with evaluating(module), torch.no_grad():
+            call = Call.of_example(example, Inputs.of(module), where="The example")
+            outputs = select_logits(outputs_of(module, call), logits).shape
+    except IndistillError:  # training says it in more words
+        return None
+    if len(outputs) < 2 or outputs[1] <= len(classes):
+        return None
+    few = len(classes)
+    return f"The model has {outputs[1]} outputs, but the data have only {few} classes: outputs from {few} on are never right."
 
 
 def embed(

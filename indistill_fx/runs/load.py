@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -128,7 +129,7 @@ def _by_hand(folder: Path, model: str = "MODEL") -> str:
     weights = next((folder / name for name in (STUDENT, BEST) if os.path.isfile(folder / name)), None)
     if weights is None:
         return f"It has no weights of a trained model either ({STUDENT}): name another directory."
-    return f"Give the model and the weights: {model}@{weights}."
+    return f"Give the model and the weights: {shlex.quote(f'{model}@{weights}')}."
 
 
 def _text(value: object) -> str:
@@ -340,12 +341,15 @@ def load_run(path: str | os.PathLike[str], *, trust: Sequence[str] = (), best: b
         ) from error
     weights = folder / (BEST if best else STUDENT)
     if runs_code(parse_spec(spec)) and not is_signed(parse_spec(spec), kept.get("seal")):
+        parsed = parse_spec(spec)
+        file = os.path.isfile(parsed.place)  # else it may name any function there is, and is not to be pasted
+        named = spec.removesuffix(f"@{parsed.weights}") if file else "models.py:make"
         raise ConfigError(
-            f"{folder / 'run.json'} says that {spec!r} makes the model. That is code, and this user did not start the run with "
-            "it as it is now on this machine, so it was not run.",
+            f"{parsed.place if file else repr(spec)} makes the model of {folder}, and has changed since that run began, or another "
+            "user or machine began it, so it was not run.",
             where=str(folder),
             got=spec,
-            hint=f"If you trust that code, name it yourself. {_by_hand(folder, 'models.py:make')}",
+            hint=f"If you trust that code, name it yourself. {_by_hand(folder, named)}",
         )
     if not weights.exists():
         reached = f"it has reached {LAST}" if (folder / LAST).exists() else "it has no checkpoint"

@@ -208,6 +208,18 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
 
 
+def try_folder(folder: Path) -> None:
+    """Make sure that a folder for outputs can be made, before anything is computed; nothing is left of it.
+
+    Raises:
+        ConfigError: it cannot be made.
+    """
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    make_folder(folder)
+    for place in missing:
+        place.rmdir()
+
+
 class TooLargeError(OSError):
     """The file is larger than any of its kind can be."""
 

@@ -6,14 +6,14 @@ import copy
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
 from torch import Tensor, nn
 
-from indistill_fx.curriculum import Curriculum
+from indistill_fx.curriculum import AUTO, Curriculum
 from indistill_fx.errors import ConfigError
 from indistill_fx.graph.view import View
 from indistill_fx.losses.task import Task
@@ -69,7 +69,8 @@ def compare(
         train_loader: batches, as for `distill`.
         epochs: total of each arm. The warm-up's epochs are taken from its main stage.
         main_epochs: instead of `epochs`: length of the third arm's main stage; every arm then gets these plus the warm-up's.
-        curriculum: the warm-up of the third arm, in epochs.
+        curriculum: the warm-up of the third arm, in epochs; None, or lengths of `auto`: one for each pair, three for the penultimate
+            vectors.
         plan: as for `distill`.
         main: the main loss of the second and third arm.
         main_options: keyword arguments of `main`.
@@ -106,7 +107,7 @@ def compare(
         kd [4]
         indistill [1, 1, 1, 1]
     """
-    curriculum = curriculum or DEFAULT_CURRICULUM
+    curriculum = _with_a_warmup(curriculum or DEFAULT_CURRICULUM)
     plan = plan or (_kept_plan(run_dir) if resume else None)
     shared: dict[str, Any] = {"example_inputs": example_inputs, "logits": logits}
     say = partial(print, file=sys.stderr, flush=True) if progress else lambda line: None
@@ -141,6 +142,14 @@ def compare(
         )
         done[arm] = Arm(copied_student, record)
     return done
+
+
+def _with_a_warmup(curriculum: Curriculum) -> Curriculum:
+    """Where `distill` would choose whether there is a warm-up: the default one, since there must be one to compare."""
+    if curriculum.lengths != AUTO:
+        return curriculum
+    last = curriculum.penultimate or DEFAULT_CURRICULUM.penultimate
+    return replace(curriculum, lengths=DEFAULT_CURRICULUM.lengths, penultimate=last)
 
 
 def _ways(

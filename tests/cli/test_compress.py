@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import onnx
 import pytest
@@ -57,6 +58,69 @@ def test_a_run_goes_on_from_a_run(command, teacher, half, tmp_path, capsys):
     assert run(["evaluate", str(home), "--data", "digits"]) == 0, capsys.readouterr().err
     kept = [json.loads((folder / "run.json").read_text())["about"] for folder in (half, home)]
     assert kept[0]["model"] == kept[1]["model"] and kept[0]["seal"] == kept[1]["seal"]
+
+
+def test_a_plan_that_an_edited_student_no_longer_fits_is_not_taken(teacher, half, tmp_path, capsys):
+    source = (half / "student.py").read_text()
+    widths = json.loads((half / "compress.json").read_text())["widths"]["blocks.1.0"]
+    (tmp_path / "plan.json").write_text((half / "plan.json").read_text())
+    (tmp_path / "student.py").write_text(re.sub(rf"\b{widths[1]}\b", str(widths[1] + 1), source))
+    command = [
+        "distill",
+        str(teacher),
+        f"{tmp_path}/student.py:Student",
+        "--data",
+        "digits",
+        "--epochs",
+        "1",
+        "--limit",
+        "50",
+    ]
+    assert run([*command, "-o", str(tmp_path / "run")]) == 0
+    assert "no longer fits it: its layers are paired anew" in " ".join(capsys.readouterr().err.split())
+
+
+UNLABELLED = """
+def unlabelled():
+    return [[{k: batch[k] for k in ("words", "table")} for batch in part] for part in make_loaders()]
+"""
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--main", "kd2"], "'kd2'"),
+        (["--warmup", "3,4", "--one-by-one"], "2 lengths"),
+        (["-o", "/proc/run"], "`/proc/run` cannot be made"),
+    ],
+)
+def test_what_is_known_from_the_start_is_said_before_the_work(options, said, teacher, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("indistill_fx.compression.compress.make_student", lambda *_, **__: pytest.fail("work was done"))
+    home = tmp_path / "run"
+    assert run(["compress", str(teacher), "--data", "digits", "--macs", "0.5", "-o", str(home), *options]) == 2
+    assert said in " ".join(capsys.readouterr().err.split()) and not home.exists()
+    if options[0] == "-o":
+        assert run(["prune", str(teacher), "--ratio", "0.5", "-o", "/proc/small/"]) == 2
+
+
+def test_data_without_labels_are_compared_with_the_teacher_alone(tmp_path, capsys):
+    (tmp_path / "nets.py").write_text(NETS + UNLABELLED)
+    nets, home = f"{tmp_path}/nets.py", tmp_path / "run"
+    command = [
+        "compress",
+        f"{nets}:make",
+        "--data",
+        f"{nets}:unlabelled",
+        "--macs",
+        "0.5",
+        "--epochs",
+        "1",
+        "--no-export",
+    ]
+    assert run([*command, "--main", "labels", "-o", str(home)]) == 2
+    assert "The loss `labels` learns from labels, but the data have none." in capsys.readouterr().err
+    assert run([*command, "-o", str(home)]) == 0
+    assert "compares the student with the teacher alone (weight_labels=0)" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_budget_that_cannot_be_met_is_refused_before_training(teacher, tmp_path, capsys):

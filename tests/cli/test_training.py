@@ -89,6 +89,10 @@ def epochs(path: str) -> list[tuple[str, float]]:
         ),
         (["--no-warmup"], []),
         (
+            ["--warmup", "2", "--layers", "3,7", "--penultimate", "0"],
+            [f"{k}: 2 epochs, adam, learning rate 0.001" for k in (3, 7)],
+        ),
+        (
             ["--warmup", "0,0", "--penultimate", "1", "--keep", "0.25"],
             ["8: 1 epoch, adam, learning rate 0.001", "+0.25 times the loss of the penultimate vectors"],
         ),
@@ -288,6 +292,12 @@ def test_compare_leaves_the_run_as_it_is_and_gives_the_others_its_epochs(here):
     assert [[rate for _, rate in epochs(f"arms/{arm}")] for arm in ("labels", "kd", "indistill")] == [rates] * 3
 
 
+def test_compare_needs_no_options(here):
+    told("distill", *PAIR, *QUICK, "-o", "arms", "--compare", "--epochs", "1")
+    assert [name for name, _ in epochs("arms/indistill")] == ["3", "7", "8", "8", "8", "main"]
+    assert len(epochs("arms/kd")) == 6
+
+
 def test_fresh_weights_follow_from_the_seed(here):
     for place, seed in (("a", "0"), ("b", "0"), ("c", "1")):
         torch.manual_seed(len(place))
@@ -354,6 +364,27 @@ def test_bad_options_are_refused_before_anything_is_written(here, capsys, option
 def test_an_assistant_for_a_student_no_smaller_is_refused(here, capsys):
     assert run(["distill", *reversed(PAIR), *QUICK, "-o", "run", "--assistant", "auto"]) == 2
     assert "is not less than the teacher's" in capsys.readouterr().err
+
+
+def test_of_code_that_changed_since_the_run_the_spec_is_given(here, capsys):
+    told("train", "models.py:make?width=3", *QUICK, "-o", "run", "--epochs", "1")
+    (here / "models.py").write_text(MODELS + "# another line\n")
+    assert run(["evaluate", "run", "--data", "digits"]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"{here}/models.py makes the model of run, and has changed since that run began" in said
+    spec = f"{here}/models.py:make?width=3@run/student.safetensors"
+    assert f"name it yourself. Give the model and the weights: '{spec}'." in said
+    told("evaluate", spec, "--data", "digits")
+
+
+def test_outputs_that_no_label_means_are_said(here, capsys):
+    (here / "wide.py").write_text(
+        "from torch import nn\ndef make(n=12):\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, n))\n"
+    )
+    told("train", "wide.py:make", *QUICK, "-o", "wide", "--epochs", "1")
+    assert "The model has 12 outputs, but the data have only 10 classes" in " ".join(capsys.readouterr().err.split())
+    told("train", "wide.py:make?n=10", *QUICK, "-o", "fits", "--epochs", "1")
+    assert "outputs" not in capsys.readouterr().err
 
 
 def test_train_refuses_a_model_for_other_images(here, capsys):

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 import indistill_fx as ifx
-from indistill_fx.compression.allocate import allocate
+from indistill_fx.compression.allocate import Budget, allocate
 from indistill_fx.compression.correspond import plan_of
 from indistill_fx.compression.latency import Clock, bisect
-from indistill_fx.compression.make_student import Budget, Measure, calibration, make_student
+from indistill_fx.compression.make_student import Measure, calibration, make_student
 from indistill_fx.compression.repair import _PULLS, _best_pull, repair
 from indistill_fx.compression.sensitivity import divergence, masked_logits, sensitivities, without
 from indistill_fx.compression.write_source import source_of
@@ -167,9 +167,24 @@ def test_a_budget_that_cannot_be_met_says_what_can():
     curves = sensitivities(model, known, [images(4)])
     with pytest.raises(
         ifx.PruneError,
-        match=r"The network cannot be made smaller than [\d,]+, but 1 was requested.*cannot lose channels",
-    ):
+        match=r"The network cannot be made smaller than [\d,]+, but the budget is 1:.*cannot lose channels",
+    ) as said:
         allocate(known, curves, known.cost.macs, 1)
+    assert "stem" not in str(said.value).partition("cannot lose channels")[2]  # only its images' channels are fixed
+
+
+@pytest.mark.parametrize(
+    ("budget", "said"),
+    [
+        ({"macs": 50}, r"[\d,]+ multiply-accumulates, but .* 50 multiply-accumulates:.*for 50% write 0.5\.$"),
+        ({"macs": 0.001}, r"[\d,]+ multiply-accumulates, but .*Give a larger budget\.$"),
+        ({"params": 66}, r"[\d,]+ parameters, but the budget is 66 parameters"),
+        ({"size_mb": 0.00005}, r"0\.00\d+ MB of weights, but the budget is 5e-05 MB of weights"),
+    ],
+)
+def test_what_cannot_be_met_is_said_in_its_own_unit(budget, said):
+    with pytest.raises(ifx.PruneError, match=f"The network cannot be made smaller than {said}"):
+        make_student(teacher_of(), Budget(**budget), Measure([images(4)]))
 
 
 @pytest.mark.parametrize("budget", [{"macs": 1}, {"macs": 5e9}, {"params": 1}, {"params": 1e9}, {"size_mb": 100}])
