@@ -1,11 +1,12 @@
 """The paper's claim: does the warm-up help every loss? Its pair on lossless CIFAR-10, five losses, each without and with it.
 
     python benchmarks/claim.py run --data imagefolder:DIR --assistant FILE --out OUT --epochs 33 70 --seeds 0 1 2
-    python benchmarks/claim.py table OUT --json benchmarks/results/claim.json --into docs/results.md
+    python benchmarks/claim.py table benchmarks/results/claim.json OUT --json benchmarks/results/claim.json --into docs/results.md
 
 Every loss gets the same number of epochs in all: N without the warm-up, or the paper's 3, 4 and 5 epochs for its three pairs and then
 N - 12. Both start from the same weights and see the same batches. The teacher of `pkt` is the authors' assistant; that of the other
-losses is the same network, trained here on labels for 24 epochs. `crd` draws 4,096 negatives. `pkt` trains no classifier, so that it
+losses is the same network, trained here on labels for 24 epochs, once: `--teacher benchmarks/results/claim_teacher.safetensors` is the
+one of the table in docs/results.md. `crd` draws 4,096 negatives. `pkt` trains no classifier, so that it
 is measured by retrieval alone: mAP by cosine, every fifth test image as a query, all training images as the database. Arms that are
 done are skipped, interrupted ones go on; the order is by length, then by seed.
 """
@@ -46,7 +47,7 @@ def teachers_of(example: Any, options: argparse.Namespace, data: Data) -> dict[s
     """The authors' assistant for `pkt`; for the others the one that is trained here, once. Both are measured, once."""
     out = Path(options.out)
     on_labels = example.Cnn32()
-    file = out / "teacher.safetensors"
+    file = Path(options.teacher or out / "teacher.safetensors")
     if not file.exists():
         torch.manual_seed(0)
         on_labels = example.Cnn32()
@@ -87,11 +88,24 @@ def run(options: argparse.Namespace) -> None:
                     print(f"{target.stem}: {figures['accuracy']:.2%}, mAP {figures['map_cosine']:.2%}", flush=True)
 
 
+def found_in(places: list[str]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """All arms, each once, and both teachers: of folders that `run` wrote, and of files that `table` wrote."""
+    arms: dict[tuple[Any, ...], dict[str, Any]] = {}
+    teachers: dict[str, Any] = {}
+    for place in map(Path, places):
+        if place.is_dir():
+            rows = [json.loads(file.read_text()) for file in sorted(place.glob("*+*.json"))]
+            teachers |= {name: json.loads((place / f"teacher-{name}.json").read_text()) for name in ("kd", "pkt")}
+        else:
+            kept = json.loads(place.read_text())
+            rows, teachers = kept["arms"], teachers | kept["teachers"]
+        arms |= {(row["epochs"], row["loss"], row["seed"], row["warm"]): row for row in rows}
+    return [arms[key] for key in sorted(arms)], teachers
+
+
 def table(options: argparse.Namespace) -> None:
     """Both tables: what each loss reaches, and its paired differences."""
-    out = Path(options.out)
-    rows = [json.loads(file.read_text()) for file in sorted(out.glob("*+*.json"))]
-    teachers = {name: json.loads((out / f"teacher-{name}.json").read_text()) for name in ("kd", "pkt")}
+    rows, teachers = found_in(options.out)
     lines = [
         f"Teachers: {100 * teachers['kd']['accuracy']:.2f}% ({100 * teachers['kd']['map_cosine']:.1f} mAP), trained on labels; "
         f"of `pkt`: {100 * teachers['pkt']['map_cosine']:.1f} mAP.",
@@ -139,6 +153,9 @@ def main() -> None:
     one_run.add_argument("--data", required=True)
     one_run.add_argument("--cache", help="keep decoded images here")
     one_run.add_argument("--assistant", required=True, help="the authors' state dict of Cnn32")
+    one_run.add_argument(
+        "--teacher", help="weights of the Cnn32 that was trained on labels; by default it is trained, and kept in OUT"
+    )
     one_run.add_argument("--out", required=True)
     one_run.add_argument("--epochs", type=int, nargs="+", default=[33, 70], help="in all")
     one_run.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -147,7 +164,7 @@ def main() -> None:
     one_run.add_argument("--minutes", type=float, help="begin no arm later than this")
     shows = commands.add_parser("table", help="the table of what is done")
     shows.set_defaults(call=table)
-    shows.add_argument("out")
+    shows.add_argument("out", nargs="+", help="folders that `run` wrote, and files that `table` wrote")
     shows.add_argument("--json", help="write all figures here")
     shows.add_argument("--into", type=Path, help="the page whose table is replaced, instead of printing")
     options = parser.parse_args()
