@@ -139,7 +139,13 @@ def rows_with_channels(net: Any, y: Tensor) -> Tensor:
     return y.permute(0, 2, 1, 3).reshape(b, h, c * w).view(b, h, c, w).permute(0, 2, 1, 3)
 
 
+def layer_norm(net: Any, y: Tensor) -> Tensor:
+    z = y.tanh()
+    return F.layer_norm(y, y.shape[1:]) + F.layer_norm(z, z.size()[-3:])
+
+
 MERGED = [
+    layer_norm,
     softmax, normalized, last_first, standardised, counted, by_hand, expanded, repeated, filled, unflattened, rows_with_channels,
 ]  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -263,7 +264,20 @@ def read_call(node: fx.Node, facts: Mapping[str, NodeFacts]) -> Call:
     if op in _OF_TWO and isinstance(second, fx.Node) and second.name in facts:
         op = _OF_TWO[op]
         arguments["other"] = arguments.pop("dim", second)
+    if isinstance(arguments.get("normalized_shape"), fx.Node):
+        arguments["normalized_shape"] = _own_sizes(arguments["normalized_shape"], arguments.get("input"), facts)
     return Call(node, op, module, arguments, places, facts)
+
+
+def _own_sizes(sizes: fx.Node, tensor: Any, facts: Mapping[str, NodeFacts]) -> Any:
+    """The example's numbers for the sizes of a tensor's own last axes, as in `F.layer_norm(x, x.shape[1:])`; other sizes as they are."""
+    shape, key = sizes.args if sizes.target is operator.getitem else (None, None)
+    if not isinstance(shape, fx.Node) or shape.target not in ("size", getattr) or tensor.name not in facts:
+        return sizes
+    own = shape.args in ((tensor,), (tensor, "shape"))
+    if own and isinstance(key, slice) and isinstance(key.start, int) and (key.stop, key.step) == (None, None):
+        return facts[tensor.name].shape[key.start :]
+    return sizes
 
 
 def again(call: Call, cuts: Sequence[Cut], *, slices: Slices | None = None, **settings: Any) -> Emit:

@@ -44,7 +44,7 @@ def places_alone(call: Call) -> list[int]:
         value = call.get(name, default)
         return value[axis - 2 if len(value) > 1 else 0] if isinstance(value, (tuple, list)) else value
 
-    wanted = {"stride": (1,), "padding": (0, "same", "valid"), "output_padding": (0,)}
+    wanted: dict[str, tuple[Any, ...]] = {"stride": (1,), "padding": (0, "same", "valid"), "output_padding": (0,)}
     return [
         axis
         for axis in range(2, rank)

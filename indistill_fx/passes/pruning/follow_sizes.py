@@ -41,8 +41,10 @@ def _fix_group_norm(work: Rewriting, call: Call, node: fx.Node) -> None:
 
 
 def _fix_layer_norm(work: Rewriting, call: Call, node: fx.Node) -> None:
-    shape = call.get("normalized_shape")
-    if call.module is None and isinstance(shape, (tuple, list)) and work.touched(call.node):
+    """The sizes of the normalised axes; those that are read off the tensor (`x.shape[1:]`) follow by themselves."""
+    shape, place = call.get("normalized_shape"), call.places.get("normalized_shape")
+    given = node.args[place] if isinstance(place, int) else node.kwargs.get(str(place))
+    if isinstance(given, (tuple, list)) and isinstance(shape, (tuple, list)) and work.touched(call.node):
         rank = len(work.facts[call.node.name].shape)
         _set(
             node, call, "normalized_shape", tuple(work.size(call.node, axis) for axis in range(rank - len(shape), rank))
