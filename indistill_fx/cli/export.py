@@ -94,14 +94,7 @@ def command(
     from indistill_fx.errors import ConfigError
     from indistill_fx.runs.load import is_run, keep_export
 
-    if Path(output).suffix != ".onnx":
-        raise ConfigError(
-            f"{output} does not end in .onnx.",
-            where="-o",
-            got=output,
-            hint=f"Write -o {Path(output).with_suffix('.onnx')}.",
-        )
-    _require_data(data, int8, options["task"])
+    _require_possible(output, data, int8, options["task"])
     source = common.open_model(model, trust)
     more: dict[str, Any] = {"batch_size": 256, "augment": False}
     opened = pictures.open_pictures(data, options, source, limit=samples, **more) if data else None
@@ -148,9 +141,13 @@ def command(
         common.say(failed)
 
 
-def _require_data(data: str | None, int8: bool, task: str | None) -> None:
+def _require_possible(output: str, data: str | None, int8: bool, task: str | None) -> None:
     from indistill_fx.errors import ConfigError
 
+    path = Path(output)
+    if path.suffix != ".onnx":
+        hint = f"Write -o {path.with_suffix('.onnx')}."
+        raise ConfigError(f"{output} does not end in .onnx.", where="-o", got=output, hint=hint)
     hint = "Give the data: --data DATA."
     if int8 and data is None:
         raise ConfigError("--int8 has no data to calibrate and measure on.", where="--int8", hint=hint)
