@@ -45,6 +45,7 @@ def command(
     """
     from indistill_fx.cli.tables import plain_table
     from indistill_fx.deploy.bench import bench, example_of
+    from indistill_fx.report.numbers import size
 
     sources = {spec: common.open_model(spec, trust) for spec in models if not spec.endswith(".onnx")}
     known = sources or inputs
@@ -59,7 +60,7 @@ def command(
     if as_json:
         common.say_json(report.to_json())
         return
-    numbers = ("batch", "threads", "median ms", "p95 ms", "speed", "MiB")
+    numbers = ("batch", "threads", "median ms", "p95 ms", "speed", "size")
     table = plain_table("model", "runtime", *numbers, numbers=numbers)
     for row in report.rows:
         cells = [
@@ -68,7 +69,7 @@ def command(
             f"{row.median_ms:.3f}",
             f"{row.p95_ms:.3f}",
             f"{row.speed:.2f}x",
-            f"{row.size / 2**20:.2f}",
+            size(row.size),
         ]
         table.add_row(row.name, row.runtime, *cells)
     common.console().print(table, *filter(None, (*report.notes, report.busy)))

@@ -71,9 +71,9 @@ def command(
         whose = "samples get the same class" if report.real.per_class else "samples' decisions are the same"
         out.print(f"{100 * report.real.agreement:.2f}% of {report.real.rows} {whose}.")
     if report.agrees:
-        out.print(
-            f"{file} computes what {against} computes: largest difference {report.max_abs:.1e}, opset {report.opset}."
-        )
+        share = max((row.max_rel for row in report.parity), default=0.0)
+        differs = f"largest difference {report.max_abs:.1e}, which is {share:.1e} of the output's range"
+        out.print(f"{file} computes what {against} computes: {differs}, opset {report.opset}.")
     return 0 if report.agrees else 2
 
 

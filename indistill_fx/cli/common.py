@@ -148,9 +148,15 @@ def example_for(sources: tuple[Source, ...], asked: Sequence[str] = (), data: Da
         raise ConfigError(
             f"The input shape of {' and '.join(source.spec for source in sources)} is not known.",
             where="--input",
-            hint="Give the shape (--input 3x224x224) or the data (--data DATA).",
+            hint=f"Give the shape (--input 3x224x224){' or the data (--data DATA)' if _takes_data() else ''}.",
         )
     return _random(size)
+
+
+def _takes_data() -> bool:
+    """Whether the command that is running has --data."""
+    context = click.get_current_context(silent=True)
+    return context is not None and any(parameter.name == "data" for parameter in context.command.params)
 
 
 def _dummy_inputs(module: nn.Module) -> Any:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -24,16 +26,19 @@ _SECTIONS = {
 }
 
 
-def _use_recipe(context: click.Context, parameter: click.Parameter, value: str) -> str:
-    """The recipe's values become the defaults of the other options."""
-    from indistill_fx.training.recipes import RECIPES
+class _ByRecipe(training.Grouped):
+    """The recipe's values are the defaults of the options, also in the help."""
 
-    context.default_map = {**RECIPES["compress"].student, "curriculum": None}
-    return value
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Set the defaults first: the help is shown while arguments are read."""
+        from indistill_fx.training.recipes import RECIPES
+
+        ctx.default_map = {**RECIPES["compress"].student, "curriculum": None}
+        return super().parse_args(ctx, args)
 
 
-@click.command(name="compress", cls=training.Grouped, sections=_SECTIONS)
-@click.argument("teacher", is_eager=True, callback=_use_recipe)
+@click.command(name="compress", cls=_ByRecipe, sections=_SECTIONS)
+@click.argument("teacher")
 @common.data_option
 @click.option("-o", "--output", required=True, metavar="RUN_DIR", help="Directory for the student and everything else.")
 @click.option(
@@ -122,23 +127,24 @@ def command(teacher: str, **options: Any) -> None:
         "about": {"teacher": teacher, "data": options["data"], **about_data(data)},
         **training.settings_of(options),
     }
-    made = compress(
-        source.module,
-        data.train,
-        calibration_loader=data.train_plain,
-        every_block=not options["stages"],
-        curriculum=_curriculum(options),
-        epochs=options["epochs"],
-        export=not options["no_export"],
-        say=common.say,
-        **{name: options[name] for name in _REQUEST},
-        **shared,
-    )
+    request = {name: options[name] for name in _REQUEST}
+    request |= {"every_block": not options["stages"], "export": not options["no_export"], "epochs": options["epochs"]}
+    request |= {"calibration_loader": data.train_plain, "curriculum": _curriculum(options), "say": common.say}
+    try:
+        made = compress(source.module, data.train, **request, **shared)
+    except KeyboardInterrupt:
+        if not Path(options["output"], "compress.json").exists():
+            common.say("Nothing is saved yet.")
+        raise
     _tell(made.steps)
     out = common.console()
     if made.spec:
-        out.print(f"The student: {made.spec}", soft_wrap=True, highlight=False)
+        out.print(f"The student: {quote(made.spec)}", soft_wrap=True, highlight=False)
     out.print(f"Everything is in {options['output']}.", soft_wrap=True)
+    if made.spec:
+        home = quote(options["output"])
+        small = f"indistill-fx export {home} -o student.onnx --int8 --data {quote(options['data'])}"
+        out.print(f"Next: `indistill-fx bench {quote(teacher)} {home}`, `{small}`.", soft_wrap=True, highlight=False)
     if options["qat"] and not made.spec:
         out.print("--qat was left out: it starts from the student's source code, and there is none.", soft_wrap=True)
     elif options["qat"]:

@@ -94,7 +94,7 @@ def command(
     from indistill_fx.errors import ConfigError
     from indistill_fx.runs.load import is_run, keep_export
 
-    _require_data(data, int8, options["task"])
+    _require_possible(output, data, int8, options["task"])
     source = common.open_model(model, trust)
     more: dict[str, Any] = {"batch_size": 256, "augment": False}
     opened = pictures.open_pictures(data, options, source, limit=samples, **more) if data else None
@@ -126,10 +126,10 @@ def command(
     failed = keep_export(model, path=str(report.path), size=report.size, latency_ms=report.latency_ms) if kept else None
     classes = (opened.classes if opened else ()) or source.classes
     if not as_json:
-        _tell(report, classes)
+        _tell(report, classes, with_data=opened is not None)
     quantized = None
     if int8 and opened is not None and data is not None:
-        full_data = pictures.open_pictures(data, options, source, **more)
+        full_data = pictures.open_pictures(data, options, source, told=False, **more)
         quantized = _quantize(Path(output), opened, full_data, samples, options)
         if kept:
             failed = keep_export(model, int8_size=quantized.size_int8, int8_accuracy=quantized.accuracy_int8)
@@ -141,9 +141,13 @@ def command(
         common.say(failed)
 
 
-def _require_data(data: str | None, int8: bool, task: str | None) -> None:
+def _require_possible(output: str, data: str | None, int8: bool, task: str | None) -> None:
     from indistill_fx.errors import ConfigError
 
+    path = Path(output)
+    if path.suffix != ".onnx":
+        hint = f"Write -o {path.with_suffix('.onnx')}."
+        raise ConfigError(f"{output} does not end in .onnx.", where="-o", got=output, hint=hint)
     hint = "Give the data: --data DATA."
     if int8 and data is None:
         raise ConfigError("--int8 has no data to calibrate and measure on.", where="--int8", hint=hint)
@@ -191,12 +195,16 @@ def _print_json(report: ExportReport, small: QuantizeReport | None) -> None:
     common.say_json(fields | {"int8": asdict(small) if small else None})
 
 
-def _tell(report: ExportReport, classes: tuple[str, ...]) -> None:
-    out = common.console()
-    out.print(f"{report.path}: opset {report.opset}, {report.size / 2**20:.2f} MiB, {report.parameters:,} parameters")
+def _tell(report: ExportReport, classes: tuple[str, ...], *, with_data: bool) -> None:
+    from indistill_fx.report.numbers import size
+
+    out, told = common.console(), set[tuple[int, str]]()
+    out.print(f"{report.path}: opset {report.opset}, {size(report.size)}, {report.parameters:,} parameters")
     for check in report.parity:
+        again = " of another image size" if (check.batch_size, check.output) in told else ""
+        told.add((check.batch_size, check.output))
         out.print(
-            f"  batch {check.batch_size:>2}: `{check.output}` differs by at most {check.max_abs:.1e} "
+            f"  batch {check.batch_size:>2}{again}: `{check.output}` differs by at most {check.max_abs:.1e} "
             f"({check.max_rel:.1e} of its range)"
         )
     if report.real is not None and report.real.agreement is not None:
@@ -207,21 +215,23 @@ def _tell(report: ExportReport, classes: tuple[str, ...]) -> None:
             out.print(f"    {common.class_name(classes, label)}: {100 * share:.2f}%")
     out.print(f"  onnxruntime: {report.latency_ms:.2f} ms a sample at batch 1 (median)")
     if not classes:
-        out.print("  The file holds no class names: they are not known. Give the data: --data DATA.")
+        how = "let make_loaders return a dict with `classes`" if with_data else "give the data: --data DATA"
+        out.print(f"  The file holds no class names, because they are not known; {how}.")
     for note in report.notes:
         out.print(f"  {note}")
 
 
 def _tell_int8(report: QuantizeReport, classes: tuple[str, ...]) -> None:
-    smaller = report.size_fp32 / report.size_int8
+    from indistill_fx.report.numbers import size
+
+    times = report.size_fp32 / report.size_int8
+    change = f"{times:.1f}x smaller" if times >= 1 else f"{1 / times:.1f}x larger"
     accuracies = f"{100 * report.accuracy_fp32:.2f}% in fp32, {100 * report.accuracy_int8:.2f}% in int8"
     ranges = (
         f"{report.calibration} over {report.calibration_rows} samples" if report.calibration else "scaled at run time"
     )
     out = common.console()
-    out.print(
-        f"{report.path}: int8, {report.method} ({ranges}), {report.size_int8 / 2**20:.2f} MiB ({smaller:.1f}x smaller)"
-    )
+    out.print(f"{report.path}: int8, {report.method} ({ranges}), {size(report.size_int8)} ({change})")
     out.print(f"  accuracy {accuracies} on {report.evaluation_rows:,} samples")
     drop, label = max((before - after, label) for label, (before, after) in report.per_class.items())
     if drop > 0:

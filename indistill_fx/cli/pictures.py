@@ -198,7 +198,9 @@ def _for_each(name: str, values: Sequence[Any], teachers: int) -> list[Any]:
     return list(values) if len(values) == teachers else [values[0] if values else None] * teachers
 
 
-def open_pictures(spec: str, options: Mapping[str, Any], *sources: Source, training: bool = False, **more: Any) -> Data:
+def open_pictures(
+    spec: str, options: Mapping[str, Any], *sources: Source, training: bool = False, told: bool = True, **more: Any
+) -> Data:
     """Open the data, prepared as the options say, or as a run was trained, or as the first model wants; notes are printed.
 
     Args:
@@ -206,6 +208,7 @@ def open_pictures(spec: str, options: Mapping[str, Any], *sources: Source, train
         options: those of `picture_options`; others are not read.
         sources: the models, the one that the data must fit first.
         training: whether that one is to be trained on them; then what a factory's network might want does not count.
+        told: whether notes are printed.
         more: of `open_data`.
 
     Raises:
@@ -223,9 +226,10 @@ def open_pictures(spec: str, options: Mapping[str, Any], *sources: Source, train
     arguments: dict[str, Any] = asked | _wanted(spec, asked, known) | more
     data = open_data(spec, **arguments)
     different = check_class_order(sources[0], data.classes) if sources else None
-    limited = options.get("limit") is not None  # otherwise the command set the limit itself, in `more`
-    notes = [note for note in data.notes if limited or "no parameter `limit`" not in note]
-    for note in (*notes, *((different,) if different else ())):
+    given = {"limit": options.get("limit") is not None, "augment": bool(options.get("no_augment"))}
+    ours = [f"no parameter `{name}`" for name, asked_for in given.items() if not asked_for]  # the command's, in `more`
+    notes = [note for note in data.notes if not any(text in note for text in ours)]
+    for note in (*notes, *((different,) if different else ())) if told else ():
         say(note)
     return data
 

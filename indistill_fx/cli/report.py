@@ -15,8 +15,8 @@ import click
 def command(run: str, output: str | None, svg: str | None, png: str | None) -> None:
     """Show what a run did on one page: schedule, curves, models, kept channels, environment. The HTML file needs no network connection.
 
-    RUN_DIR is the -o of `distill`, `train` or `demo`. Give a folder of runs to compare them. If a run is unfinished or damaged, the page
-    shows what it can read and says what is missing.
+    RUN_DIR is the -o of `distill`, `train`, `compress` or `demo`. Give a folder of runs to compare them. If a run is unfinished or damaged,
+    the page shows what it can read and says what is missing.
 
     \b
     Examples:

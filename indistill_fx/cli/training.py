@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from shlex import quote
 from typing import TYPE_CHECKING, Any, get_args
 
 import click
@@ -204,7 +205,7 @@ def for_int8(
     say(f"Quantisation-aware, for {epochs} more epoch{'s' * (epochs != 1)}, into {out}:")
     print_run(distill_for_int8(teacher, student, loader, epochs=epochs, **settings), out)
     console().print(
-        f"The int8 file: indistill-fx export {out} -o student.onnx --int8 --data {settings['about']['data']}",
+        f"The int8 file: indistill-fx export {quote(out)} -o student.onnx --int8 --data {quote(settings['about']['data'])}",
         soft_wrap=True,
         highlight=False,
     )
@@ -295,7 +296,12 @@ def print_run(record: RunRecord, run_dir: str) -> None:
             out.print(f"Also {others_text}.")
     if record.average is not None:
         out.print(f"Moving average of the weights: {metric.title} {metric.text(record.average[metric.name])}.")
-    out.print(f"Everything is in {run_dir}; next: `indistill-fx export {run_dir} -o student.onnx`.", soft_wrap=True)
+    if record.best is not None and record.value is not None and record.metric.better(record.best, record.value):
+        best_weights = quote(f"MODEL@{run_dir}/checkpoints/best.safetensors")
+        out.print(f"The weights of epoch {record.best_epoch}: {best_weights}.", soft_wrap=True)
+    out.print(
+        f"Everything is in {run_dir}; next: `indistill-fx export {quote(run_dir)} -o student.onnx`.", soft_wrap=True
+    )
 
 
 def print_arms(records: dict[str, RunRecord], run_dir: str) -> None:
@@ -315,6 +321,6 @@ def print_arms(records: dict[str, RunRecord], run_dir: str) -> None:
     teacher = first.teacher_value
     out.print(table, f"Teacher: {metric.text(teacher)}" if teacher is not None else "")
     out.print(
-        f"A run directory for each is in {run_dir}; try `indistill-fx export {run_dir}/indistill -o student.onnx`.",
+        f"A run directory for each is in {run_dir}; try `indistill-fx export {quote(f'{run_dir}/indistill')} -o student.onnx`.",
         soft_wrap=True,
     )

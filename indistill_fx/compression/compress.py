@@ -194,15 +194,13 @@ def compress(
         batches = calibration(train_loader if calibration_loader is None else calibration_loader, samples)
         found = task_of_run(task, train_loader, source, model.inputs, logits=logits, required=False)
         by = found.task if found.said else None  # an unknown task is compared by the form of its outputs
-        measure = Measure(batches, judge, clock if latency_ms is not None else None, say, by)
+        measure = Measure(batches, judge, clock if latency_ms else None, say, by)
         basis = in_both_modes(model, logits, say)
         untrained = make_student(basis, budget, measure, criterion=criterion, round_to=round_to)
-        made = _write(folder, model, untrained, identity, every_block, say)
-        _keep_facts(folder, made, model, about or {})
-    settings |= {"curriculum": NO_WARMUP} if made.plan is None else {}
+        made = _write(folder, model, untrained, identity, every_block, about or {}, say)
     settings |= {"val_loader": val_loader, "task": task, "example_inputs": example, "logits": logits, "resume": resume}
     settings |= {"plan": made.plan, "run_dir": folder, "progress": progress, "about": _about(made, model, about or {})}
-    record = distill(model, made.traced, train_loader, **settings)
+    record = distill(model, made.traced, train_loader, **settings | ({} if made.plan else {"curriculum": NO_WARMUP}))
     return _finished(folder, model, made, record, judge, identity, export, about or {}, say)
 
 
@@ -232,12 +230,6 @@ def _about(made: _Made, model: TracedModel, described: Mapping[str, Any]) -> dic
     size = _input_size(model)
     rest = {key: value for key, value in described.items() if key != "data"}
     return about_model(made.spec, str(described.get("data", "")), size, model.example, **rest)
-
-
-def _keep_facts(folder: Path, made: _Made, model: TracedModel, described: Mapping[str, Any]) -> None:
-    """Leave beside student.py what its spec should know of the data."""
-    if made.spec:
-        keep_facts(folder, described.get("classes") or (), described.get("normalisation"), _input_size(model))
 
 
 def _input_size(model: TracedModel) -> tuple[int, ...]:
@@ -309,6 +301,7 @@ def _write(
     untrained: Untrained,
     identity: Mapping[str, Any],
     every_block: bool,
+    described: Mapping[str, Any],
     say: Callable[[str], None],
 ) -> _Made:
     """Write the student as source code, its weights, the plan, and the report."""
@@ -322,6 +315,7 @@ def _write(
         traced = replace(untrained.model, role="student")
     else:
         source.save(folder)
+        keep_facts(folder, described.get("classes") or (), described.get("normalisation"), _input_size(model))
         os.replace(folder / STUDENT, folder / START)  # `student.safetensors` is reserved for the trained student
         spec, student = f"{folder / SOURCE}:Student", source.build().to(_device(model))
         traced = trace(student, model.example, role="student")

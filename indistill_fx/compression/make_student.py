@@ -180,9 +180,10 @@ def make_student(
         budget.require_smaller(before)
     steps = [measure.step("teacher", teacher, teacher, before)]
     known = analyse(teacher, criterion=criterion, loader=measure.batches if criterion != "l1" else None)
+    measure.say(f"measuring how much the outputs depend on each of {len(known.classes.groups)} groups of channels")
     curves = sensitivities(teacher, known, measure.batches[:_FOR_CURVES], measure.task)
     result, after = _best_widths(
-        teacher, measure, lambda floor: _shrunk(teacher, known, curves, budget, clock, round_to, floor)
+        teacher, measure, lambda floor: _shrunk(teacher, known, curves, budget, measure, round_to, floor)
     )
     steps.append(measure.step("shrunk", teacher, result.value, after))
     best, repaired, start = result.value, None, 1
@@ -233,12 +234,13 @@ def _shrunk(
     known: Analysis,
     curves: Sequence[Curve],
     budget: Budget,
-    clock: Clock | None,
+    measure: Measure,
     round_to: int | None,
     floor: float,
 ) -> Shrunk:
     """The network within the budget that keeps at least the share `floor` of every group."""
     all_channels = np.ones(len(known.classes.scores), dtype=bool)
+    clock = measure.clock
     if clock is None or budget.latency_ms is None:
         cost, limit, text = _cost(teacher, known, budget, all_channels)
         stay = allocate(known, curves, cost, limit, floor=floor, round_to=round_to, text=text, hint=budget.hint)
@@ -255,6 +257,7 @@ def _shrunk(
         )
         result = keep_classes(teacher, known, stay)
         made[share] = result, clock.ms(result.value.graph_module, teacher.example_values)
+        measure.say(f"timed: {made[share][1]:.3g} ms with {share:.0%} of the multiply-accumulates")
         return made[share][1]
 
     share = bisect(time_of, budget.latency_ms, smallest=_smallest(known, curves, round_to, floor) / macs * 1.001)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -325,6 +326,8 @@ def _outputs(
 
 
 _MADE_FOR_OTHERS = "If it was made for other images, convert these (--size, --channels), or use another data set."
+_FIXED = re.compile(r"shape\[0\] to be equal to (\d+)")
+_OPEN = "torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim('batch')},))"
 _CAPTURED = " It is a captured graph: if the original model takes these inputs, this is a bug in indistill-fx; please report it."
 
 
@@ -347,6 +350,13 @@ def outputs_of(module: nn.Module | Callable[..., Any], call: Call) -> Any:
             str(tuple(value.shape)) for value in (*call.args, *call.kwargs.values()) if isinstance(value, Tensor)
         )
         name = type(module).__name__ if isinstance(module, nn.Module) else getattr(module, "__qualname__", "The model")
+        if isinstance(module, fx.GraphModule) and (fixed := _FIXED.search(str(error))) is not None:
+            raise ConfigError(
+                f"The exported program takes only batches of {fixed[1]}, but got one of {shapes}.",
+                where="inputs",
+                got=shapes,
+                hint=f"Export it again with an open batch, x having at least two samples: {_OPEN}.",
+            ) from error
         raise ConfigError(
             f"{name} fails on inputs of shape {shapes}: {str(error).partition(chr(10))[0].rstrip('.')}.",
             where="inputs",

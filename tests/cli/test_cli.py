@@ -203,6 +203,23 @@ def test_prune_writes_source_code_into_a_directory(here, capsys):
     assert module.state_dict().keys() == ifx.load("models.py:make").state_dict().keys()
 
 
+def test_hints_name_what_the_command_has(here, capsys):
+    assert told(capsys, "inspect", "models.py:make")[2].endswith("Give the shape (--input 3x224x224).\n")
+    assert "(--input 3x224x224) or the data" in told(capsys, "export", "models.py:make", "-o", "x.onnx")[2]
+
+
+def test_an_onnx_file_is_called_so(here, capsys):
+    code, _, said = told(capsys, "export", "models.py:make", "-o", "x.txt")
+    assert code == 2 and said == "Error: x.txt does not end in .onnx. Write -o x.onnx.\n"
+
+
+def test_a_program_with_a_fixed_batch_says_so(here, capsys):
+    program = torch.export.export(ifx.load("models.py:make").eval(), (torch.randn(1, 1, 8, 8),))
+    torch.export.save(program, "fixed.pt2")
+    code, _, said = told(capsys, "evaluate", "fixed.pt2", "--data", "digits")
+    assert code == 2 and "takes only batches of 1, but got one of" in said and "bug" not in said
+
+
 def test_prune_refuses_a_budget_that_removes_nothing(here, capsys):
     code, _, said = told(
         capsys, "prune", "indistill_fx.demo:DigitsStudent", "--input", "1x8x8", "--macs", "1", "-o", "small/"

@@ -21,7 +21,7 @@ def teacher(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def half(teacher, tmp_path_factory):
-    home = tmp_path_factory.mktemp("half") / "run"
+    home = tmp_path_factory.mktemp("a half") / "run"
     command = ["compress", str(teacher), "--data", "digits", "--macs", "0.5", "--epochs", "1", "--warmup", "1"]
     assert run([*command, "--samples", "64", "--device", "cpu", "-o", str(home)]) == 0
     return home
@@ -121,6 +121,22 @@ def test_data_without_labels_are_compared_with_the_teacher_alone(tmp_path, capsy
     assert "The loss `labels` learns from labels, but the data have none." in capsys.readouterr().err
     assert run([*command, "-o", str(home)]) == 0
     assert "compares the student with the teacher alone (weight_labels=0)" in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_help_shows_the_recipes_defaults(capsys):
+    assert run(["compress", "--help"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Epochs of the main stage. [default: 14;" in said and "[default: cosine]" in said
+
+
+def test_stopped_before_anything_is_saved(teacher, tmp_path, capsys, monkeypatch):
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("indistill_fx.compression.compress.make_student", stopped)
+    assert run(["compress", str(teacher), "--data", "digits", "--macs", "0.5", "-o", str(tmp_path / "run")]) == 130
+    said = [line for line in capsys.readouterr().err.splitlines() if line]
+    assert said[-2:] == ["Nothing is saved yet.", "Stopped."]
 
 
 def test_a_budget_that_cannot_be_met_is_refused_before_training(teacher, tmp_path, capsys):

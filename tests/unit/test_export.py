@@ -3,6 +3,7 @@ import hashlib
 import json
 import logging
 import random
+import runpy
 import subprocess
 import sys
 import warnings
@@ -460,3 +461,14 @@ def test_serving_example_needs_neither_torch_nor_us(tmp_path, exported, built_in
     best = int(odds.argmax())
     label = ["ant", "bee", "cat", "dog", "elk"][best]
     assert f"{picture}: {label} ({odds[best]:.1%})" in done.stdout
+
+
+def test_the_server_names_by_its_number_what_the_file_has_no_name_for(tmp_path):
+    module = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 5))
+    nn.init.constant_(module[1].bias, 0.0)
+    module[1].bias.data[4] = 100.0
+    export_onnx(
+        module, tmp_path / "x.onnx", torch.randn(1, 3, 8, 8), metadata={"classes": '["ant", "bee"]'}, batch_sizes=(1,)
+    )
+    classify = runpy.run_path(str(ROOT / "examples" / "serve_onnx.py"))["Classifier"](tmp_path / "x.onnx")
+    assert classify(Image.new("RGB", (8, 8)))[0][0] == "class 4"
