@@ -334,7 +334,7 @@ def test_widths_that_sensitivities_get_wrong_are_found_out_after_repair(monkeypa
     alone = make_student(model, Budget(macs=0.5), Measure(batches))
     assert made.shrunk.widths != alone.shrunk.widths
     assert made.steps[-1].divergence < alone.steps[-1].divergence
-    assert "widths: at least" in said[1]
+    assert any("widths: at least" in line for line in said)
 
 
 def test_a_vision_transformer_is_paired_block_by_block():
