@@ -231,3 +231,19 @@ def test_a_slice_by_a_size_that_the_input_can_change_is_told_with_its_line() -> 
     assert any(told in frozen.reason for frozen in shrink(model, ratio=0.5).report.frozen)
     (tap,) = narrow(model, kept={":narrow": [0, 2]}).report.taps
     assert told in tap.stopped[0].reason
+
+
+def test_numbers_that_the_graph_makes_follow_the_size() -> None:
+    class Places(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            z = self.conv(x).relu().flatten(1)
+            return z * torch.arange(z.shape[1])
+
+    net = Places().eval()
+    model = trace(net, torch.randn(2, 3, 8, 8))
+    x = torch.randn(2, 3, 16, 12)
+    torch.testing.assert_close(model.graph_module(x), net(x))

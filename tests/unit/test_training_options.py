@@ -233,3 +233,10 @@ def test_a_tracker_gets_the_metrics(tmp_path):
         "epoch/metrics/rmse": 0.25,
     }
     assert json.loads((tmp_path / "run/metrics.jsonl").read_text())["metrics"] == {"rmse": 0.25}
+
+
+@pytest.mark.parametrize("label", [5, 6, -1])
+def test_mixing_refuses_labels_that_are_no_classes(label):
+    mix = make_mixing(Settings(label_smoothing=0.1), "classification", 5, Inputs(("x",), ("x",)))
+    with pytest.raises(ConfigError, match=f"Label {label} is no class"):
+        mix((torch.randn(2, 3, 4, 4), torch.tensor([0, label])))

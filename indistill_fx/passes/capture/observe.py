@@ -235,7 +235,7 @@ class Observer:
     def _empty(
         self, graph_module: fx.GraphModule, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], *, macs: bool
     ) -> Observed:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.device("meta"):  # what the graph makes anew has no data either
             warnings.simplefilter("ignore")
             return _Run(graph_module, self._layers, macs=macs)(*inputs, *kwargs.values())
 

@@ -49,6 +49,7 @@ def make_mixing(settings: Settings, task: str, outputs: int, *models: Inputs) ->
         labels = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
         if labels.is_floating_point() or labels.ndim != 1:
             raise _unfit(f"labels of shape {tuple(labels.shape)} ({labels.dtype})", "class numbers (batch,)")
+        _require_classes(labels, outputs)
         labels = labels.where(labels != IGNORED, outputs)  # a class more, for what has none
         soft: Tensor = F.one_hot(labels, outputs + 1).to(torch.get_default_dtype())
         if mixes:
@@ -88,6 +89,18 @@ def _mix(names: Sequence[str], settings: Settings, x: Tensor, labels: Tensor, cl
     kind = {"mixup": v2.MixUp, "cutmix": v2.CutMix}[name]
     mixed: tuple[Tensor, Tensor] = kind(alpha=getattr(settings, name), num_classes=classes)(x, labels)
     return mixed
+
+
+def _require_classes(labels: Tensor, outputs: int) -> None:
+    wrong = labels[(labels != IGNORED) & ((labels < 0) | (labels >= outputs))]
+    if len(wrong):
+        raise ConfigError(
+            f"Label {int(wrong[0])} is no class: the model has {outputs} outputs.",
+            where="labels",
+            got=int(wrong[0]),
+            expected=f"0 to {outputs - 1}, or {IGNORED} for what does not count",
+            hint=f"Give the model as many classes as the data have, or replace a void label by {IGNORED}.",
+        )
 
 
 def _unfit(got: str, expected: str) -> ConfigError:
