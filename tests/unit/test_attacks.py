@@ -220,7 +220,7 @@ def test_a_signature_is_of_the_code_and_not_of_its_name(here, monkeypatch):
     Path("models.py").write_text(
         "open('canary', 'w').close()\nfrom torch import nn\ndef make(): return nn.Linear(3, 2)\n"
     )
-    with pytest.raises(ifx.ConfigError, match="as it is now on this machine"):
+    with pytest.raises(ifx.ConfigError, match=r"has changed since that run began.* so it was not run"):
         load_run("run")
     Path("elsewhere").mkdir()
     Path("elsewhere/models.py").write_text("open('canary', 'w').close()\n")
