@@ -235,10 +235,10 @@ def open_pictures(
 
 
 def _wanted(spec: str, asked: Mapping[str, Any], sources: tuple[Source, ...]) -> dict[str, Any]:
-    """The models' own values for options that were not given: those of runs and student.py for all data, of others for folders."""
+    """The models' own values for options that were not given: those of runs and what came of them for all data, of others for folders."""
     from indistill_fx.data.normalisation import Known, in_channels
     from indistill_fx.loading.input_facts import picture_channels
-    from indistill_fx.runs.load import trained_here
+    from indistill_fx.runs.load import is_run, trained_here
 
     kind = spec.partition(":")[0]
     found: dict[str, Any] = {}
@@ -250,7 +250,7 @@ def _wanted(spec: str, asked: Mapping[str, Any], sources: tuple[Source, ...]) ->
     if run is not None and run.normalisation is not None and asked["mean"] is None and asked["std"] is None:
         figures = run.normalisation  # the run's images may have colour channels where these are grey
         figures = in_channels(figures, channels) if channels in (1, 3) else figures
-        whose = f"as {run.spec} {'was trained' if run.kind != 'student' else 'needs them'}"
+        whose = f"as {run.spec} {'was trained' if is_run(run.spec) else 'needs them'}"
         found["mean"], found["std"] = (Known(part, whose) for part in figures)
     if kind != "imagefolder":
         return found

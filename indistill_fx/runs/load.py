@@ -255,8 +255,12 @@ def open_source(spec: str, *, trust: Sequence[str] = ()) -> Source:
 
 
 def trained_here(source: Source) -> bool:
-    """Whether a model is a run's, or a `student.py` that knows what it was trained on: it needs images as they were then."""
-    return is_run(source.spec) or source.kind == _STUDENT
+    """Whether a model is a run's, or a `student.py` or an ONNX file that knows what it was trained on.
+
+    It needs images as they were then.
+    """
+    states = source.kind == "ONNX file" and source.wanted_normalisation is not None
+    return is_run(source.spec) or source.kind == _STUDENT or states
 
 
 def keep_facts(

@@ -100,3 +100,10 @@ def test_a_students_source_keeps_it(told, home):
     (home / "small" / "student.json").write_text('{"normalisation": [[0.1], [0]]}')
     code, _, text = told("evaluate", spec, *DATA)
     assert code == 2 and "is damaged" in text and "Remove it, and give the figures: --mean, --std." in text
+
+
+def test_an_exported_file_keeps_it(told):
+    assert told("export", "taught", "-o", "taught.onnx")[0] == 0
+    found = [json.loads(told("evaluate", model, *DATA, "--json")[1]) for model in ("taught", "taught.onnx")]
+    assert found[0]["accuracy"] == found[1]["accuracy"]
+    assert f"{OWN}, as taught.onnx needs them." in told("evaluate", "taught.onnx", *DATA)[2]
