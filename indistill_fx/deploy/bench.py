@@ -34,7 +34,6 @@ from indistill_fx.deploy.onnx_session import (
 )
 from indistill_fx.errors import ConfigError, first_lines
 from indistill_fx.graph.module_state import evaluating
-from indistill_fx.loading.onnx.runtime import is_quantised
 
 Call: TypeAlias = Callable[[], object]
 Contestant: TypeAlias = nn.Module | str | PathLike[str]
@@ -244,6 +243,8 @@ class _Runner:
 def _runners(
     contestants: Mapping[str, Contestant], names: Sequence[str], threads: int, compiled: bool
 ) -> list[_Runner]:
+    from indistill_fx.loading.onnx.runtime import is_quantised
+
     runners = []
     for name, value in contestants.items():
         if isinstance(value, nn.Module):

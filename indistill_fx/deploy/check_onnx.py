@@ -31,7 +31,6 @@ from indistill_fx.deploy.parity import Decisions, Parity, Proof, RealParity, pro
 from indistill_fx.deploy.preprocess import Preprocess
 from indistill_fx.errors import ConfigError, IndistillError, first_lines
 from indistill_fx.graph.module_state import evaluating
-from indistill_fx.loading.onnx.runtime import is_quantised
 
 if TYPE_CHECKING:
     import onnx
@@ -127,6 +126,8 @@ def check_onnx(
         >>> same.agrees, different.agrees
         (True, False)
     """
+    from indistill_fx.loading.onnx.runtime import is_quantised
+
     file = Path(path)
     if not os.path.isfile(file):
         raise ConfigError(f"There is no file `{file}`.", where=str(file), hint="Give the path of an .onnx file.")
@@ -142,10 +143,9 @@ def check_onnx(
             real = (built_in.to_pixels(real[0]), *real[1:]) if real else None
     except IndistillError as error:
         return CheckReport(file, (error.message,), size=file.stat().st_size)
-    differences = list(_wrong_terms(model, session, opset, input_names, output_names))
-    differences += _wrong_metadata(metadata_in_file, metadata or {})
-    quantised = is_quantised(model)
-    wrong_inputs = list(_wrong_inputs(session, inputs))
+    terms = _wrong_terms(model, session, opset, input_names, output_names)
+    differences = [*terms, *_wrong_metadata(metadata_in_file, metadata or {})]
+    quantised, wrong_inputs = is_quantised(model), list(_wrong_inputs(session, inputs))
     proof, notes = Proof((), None, ()), list[str]()
     if wrong_inputs:
         notes.append("Outputs and weights were not compared, since the inputs differ.")
@@ -161,8 +161,7 @@ def check_onnx(
                 session, deployed, inputs, batch_sizes=batch_sizes, tolerance=_SANE if quantised else tolerance,
                 real_inputs=real, decisions=decisions,
             )  # fmt: skip
-            differences += proof.failures
-            differences += _wrong_graph(model, deployed, inputs, session, notes)
+            differences += [*proof.failures, *_wrong_graph(model, deployed, inputs, session, notes)]
             if quantised:
                 differences += _wrong_classes(proof, agreement, notes)
             if metadata_in_file.get("weights", digest := weights_digest(module)) != digest:
@@ -279,6 +278,8 @@ def _wrong_graph(
     notes: list[str],
 ) -> list[str]:
     """Compare nodes and weights with those of a new export that has the file's names, opset and dynamic sizes."""
+    from indistill_fx.loading.onnx.runtime import is_quantised
+
     ins, outs = session.get_inputs(), session.get_outputs()
     if len(named_outputs(deployed(*inputs))) != len(outs):
         return []  # the comparison of outputs reports this already

@@ -23,7 +23,6 @@ from indistill_fx.batch import Inputs, split
 from indistill_fx.deploy.onnx_session import Array, feed, file_size, graph_of, open_session
 from indistill_fx.deploy.parity import logits_of
 from indistill_fx.errors import ConfigError, ExportError, instead_of, nearest
-from indistill_fx.loading.onnx.runtime import is_quantised
 from indistill_fx.system.files import staged
 from indistill_fx.version import __version__
 
@@ -183,6 +182,8 @@ def _require(condition: bool, message: str, where: str, hint: str = "") -> None:
 
 def _open_float(source: Path) -> tuple[onnxruntime.InferenceSession, bool]:
     """Open the file; also returns whether it contains attention."""
+    from indistill_fx.loading.onnx.runtime import is_quantised
+
     _require(os.path.isfile(source), f"There is no file `{source}`.", str(source))
     model = graph_of(source)
     _require(not is_quantised(model), f"`{source}` is quantised already; give the float file.", str(source))

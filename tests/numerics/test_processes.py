@@ -41,7 +41,7 @@ def run(loader):
             teacher, student, loader, val_loader=data.test, run_dir=place, progress=False, resume=True, device="cpu",
             curriculum=Curriculum(lengths=[1, 0, 1], learning_rate=0.05, optimizer="sgd"),
             epochs=2, accumulate=2, clip_norm=1.0, optimizer="sgd", learning_rate=0.05, schedule="cosine",
-            checkpoint_every_steps=2, shard=kind == "fsdp",
+            weight_decay=0.01, decay_norms=False, checkpoint_every_steps=2, shard=kind == "fsdp",
         )
     except PowerCut:
         return

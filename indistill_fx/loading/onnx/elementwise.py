@@ -111,7 +111,7 @@ def arithmetic(op: Op, build: Builder) -> Any:
         return build.call(torch.div, a, b, rounding_mode="trunc") if integral else build.call(operator.truediv, a, b)
     if op.kind == "Pow":
         power = build.call(torch.pow, a, b)
-        return power if _is_real(a) or not _is_real(b) else build.call(Tensor.to, power, _dtype(build.tensor(first)))
+        return power if _is_real(a) or not _is_real(b) else build.call(Tensor.to, power, build.tensor(first).dtype)
     return build.call(_ARITHMETIC[op.kind], a, b)
 
 
@@ -159,10 +159,10 @@ def cast(op: Op, build: Builder) -> Any:
     x = build.tensor(op.required(0))
     if op.kind == "CastLike":
         reference = op.required(1)
-        dtype = _dtype(build.tensor(reference))
+        dtype = build.tensor(reference).dtype
     else:
         dtype = dtype_of(int(op.get("to", 1)), op.name)
-    return x if _dtype(x) == dtype else build.call(Tensor.to, x, dtype)
+    return x if x.dtype == dtype else build.call(Tensor.to, x, dtype)
 
 
 def identity(op: Op, build: Builder) -> Any:
@@ -191,11 +191,5 @@ def _operands(op: Op, build: Builder) -> tuple[Any, Any]:
     return build.plain(first, beside=second), build.plain(second, beside=first)
 
 
-def _dtype(value: Tensor | Traced) -> torch.dtype:
-    return value.samples[0].dtype if isinstance(value, Traced) else value.dtype
-
-
 def _is_real(value: Any) -> bool:
-    if isinstance(value, Traced):
-        return value.samples[0].is_floating_point()
-    return value.is_floating_point() if isinstance(value, Tensor) else isinstance(value, float)
+    return value.dtype.is_floating_point if isinstance(value, (Tensor, Traced)) else isinstance(value, float)

@@ -65,7 +65,7 @@ def max_pool(op: Op, build: Builder) -> Any:
         raise Undecided("returns its indices")
     ones = [1] * len(window)
     stride, dilation = tuple(op.get("strides", ones)), tuple(op.get("dilations", ones))
-    dtype = x.samples[0].dtype
+    dtype = x.dtype
     least = float("-inf") if dtype.is_floating_point else torch.iinfo(dtype).min
     x, padding = padded(op, build, x, window, stride, dilation, value=least)
     function = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[len(window) - 1]

@@ -120,7 +120,7 @@ def _as_floats(x: Tensor | Traced, dtype: torch.dtype, build: Builder) -> Any:
     """Integers as floats; if they were quantised from floats just before, those floats."""
     if isinstance(x, Traced) and x.node.target == "to" and isinstance(x.node.args[0], fx.Node):
         source = x.node.args[0]
-        if source.target is torch.clamp and x.samples[0].dtype in (torch.uint8, torch.int8, torch.int16):
+        if source.target is torch.clamp and x.dtype in (torch.uint8, torch.int8, torch.int16):
             return Traced(source, tuple(torch.empty_like(sample, dtype=dtype) for sample in x.samples))
     return build.call(Tensor.to, x, dtype)
 

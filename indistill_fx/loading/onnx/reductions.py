@@ -33,7 +33,7 @@ def reduction(op: Op, build: Builder) -> Any:
     keep = bool(op.get("keepdims", 1))
     if op.kind == "ReduceProd":
         for axis in sorted(over, reverse=True):
-            x = build.call(torch.prod, x, axis, keep, dtype=_dtype(x))
+            x = build.call(torch.prod, x, axis, keep, dtype=x.dtype)
         return x
     if op.kind == "ReduceL1":
         x = build.call(torch.abs, x)
@@ -41,8 +41,8 @@ def reduction(op: Op, build: Builder) -> Any:
         return build.call(torch.linalg.vector_norm, x, 2, over, keep)
     if op.kind == "ReduceSumSquare":
         x = build.call(torch.square, x)
-    if op.kind in _SUMS:  # torch makes sums of short whole numbers long ones
-        return build.call(torch.sum, x, over, keep, **({} if _dtype(x).is_floating_point else {"dtype": _dtype(x)}))
+    if op.kind in _SUMS:
+        return build.call(torch.sum, x, over, keep, **_kept_type(x))
     return build.call(_REDUCTIONS[op.kind], x, over, keep)
 
 
@@ -82,7 +82,7 @@ def running_sum(op: Op, build: Builder) -> Any:
     if axis is None or op.get("exclusive", 0) or op.get("reverse", 0):
         raise Undecided("sums backwards, or without the entry itself")
     x = build.tensor(op.required(0))
-    return build.call(torch.cumsum, x, int(axis), **({} if _dtype(x).is_floating_point else {"dtype": _dtype(x)}))
+    return build.call(torch.cumsum, x, int(axis), **_kept_type(x))
 
 
 def einsum(op: Op, build: Builder) -> Any:
@@ -100,8 +100,9 @@ def mean_variance(op: Op, build: Builder) -> Any:
     return build.call(operator.truediv, centred, build.call(operator.add, deviation, 1e-9))
 
 
-def _dtype(value: Tensor | Traced) -> torch.dtype:
-    return value.samples[0].dtype if isinstance(value, Traced) else value.dtype
+def _kept_type(x: Tensor | Traced) -> dict[str, torch.dtype]:
+    """What keeps a sum of whole numbers in their type; torch makes it int64."""
+    return {} if x.dtype.is_floating_point else {"dtype": x.dtype}
 
 
 def _dim(value: Value) -> int:

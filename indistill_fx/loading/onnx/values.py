@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor, fx
 
 
@@ -33,6 +34,11 @@ class Traced:
     def dim(self) -> int:
         """The number of axes."""
         return self.samples[0].dim()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Torch's type of its entries."""
+        return self.samples[0].dtype
 
     def fixed(self, axis: int) -> int | None:
         """The length of an axis; None if it depends on the input."""
