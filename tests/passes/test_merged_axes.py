@@ -144,8 +144,19 @@ def layer_norm(net: Any, y: Tensor) -> Tensor:
     return F.layer_norm(y, y.shape[1:]) + F.layer_norm(z, z.size()[-3:])
 
 
+def read_back(net: Any, y: Tensor) -> Tensor:
+    b, c, h, w = y.shape
+    z = y.reshape(b, c * h, w).softmax(1)
+    return z.reshape(z.shape[0], z.shape[1] // h, h, z.size(2))
+
+
+def read_whole(net: Any, y: Tensor) -> Tensor:
+    z = y.flatten(1).softmax(1)
+    return z.view(-1, z.shape[1]).reshape(y.shape)
+
+
 MERGED = [
-    layer_norm,
+    layer_norm, read_back, read_whole,
     softmax, normalized, last_first, standardised, counted, by_hand, expanded, repeated, filled, unflattened, rows_with_channels,
 ]  # fmt: skip
 
@@ -159,6 +170,18 @@ def test_sizes_of_channels_and_places(operation: Operation) -> None:
         x = torch.randn(size, dtype=torch.float64)
         torch.testing.assert_close(small.value.graph_module(x), half(x))
         torch.testing.assert_close(source(x), half(x))
+
+
+@pytest.mark.parametrize("operation", MERGED)
+@torch.no_grad()
+def test_sizes_of_five_channels_of_eight(operation: Operation) -> None:
+    """A share that is no whole number."""
+    small = shrink(trace(Between(operation).eval(), torch.randn(2, 3, 8, 8)), widths={"a": 5}).value.graph_module
+    narrow = Between(operation, 5).eval()
+    narrow.load_state_dict(small.state_dict())
+    for size in ((2, 3, 8, 8), (3, 3, 6, 10)):
+        x = torch.randn(size)
+        torch.testing.assert_close(small(x), narrow(x))
 
 
 def test_sizes_of_channels_and_places_with_a_large_example() -> None:

@@ -301,9 +301,15 @@ def freeze_beside_places(found: Coupling, source: fx.Node, axis: int, reader: fx
 
     That is so where channels share the axis with places, such as the height of a map.
     """
-    units = found.of(source, axis)
-    if units is not None and len(np.unique(units)) < len(units) and _has_places(found, source, axis):
-        found.freeze(units, f"`{reader.name}` takes them by number beside places, of which there can be more")
+    if has_places(found, source, axis):
+        reason = f"`{reader.name}` takes them by number beside places, of which there can be more"
+        found.freeze(found.of(source, axis), reason)
+
+
+def has_places(found: Coupling, node: fx.Node, axis: int) -> bool:
+    """Whether an axis holds channels and places, such as the height of a map, and how many places is up to the input."""
+    units = found.of(node, axis)
+    return units is not None and len(np.unique(units)) < len(units) and _has_places(found, node, axis)
 
 
 def _has_places(found: Coupling, node: fx.Node, axis: int) -> bool:

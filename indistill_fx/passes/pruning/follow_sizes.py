@@ -18,6 +18,7 @@ from indistill_fx.passes.channels.keys import index_by, taken, written_slices
 from indistill_fx.passes.channels.rules import FILLED
 from indistill_fx.passes.channels.sizes import leaves, shape_lender, size_of, size_read
 from indistill_fx.passes.channels.writing import places, whole_key
+from indistill_fx.passes.pruning.dependencies import has_places
 from indistill_fx.passes.pruning.rewriting import Inserter, Rewriting, take_place
 
 
@@ -98,9 +99,9 @@ def _size_left(work: Rewriting, size: fx.Node, kept: int, of: int) -> Any:
     Otherwise channels share the axis with places: the code's size is scaled, which is right for any number of places.
     """
     reads = [size_read(leaf) for leaf in leaves(size)]
-    if all(read is not None and work.kept(*read) is not None for read in reads):
+    if all(read is not None and work.kept(*read) is not None and not has_places(work.found, *read) for read in reads):
         return kept
-    # Of sizes that are read alone, `_pin` keeps the original's.
+    # Sizes that are read alone stay the original's.
     now = size_of(size, lambda tensor, axis: work.facts[tensor.name].shape[axis], work.shape)
     if now == kept:
         return work.nodes[size.name]
@@ -108,23 +109,31 @@ def _size_left(work: Rewriting, size: fx.Node, kept: int, of: int) -> Any:
         return kept
     share = Fraction(kept, of)
     product = _scaled(work, size, share)
-    if product is not None:
-        return product
-    scaled: Any = work.nodes[size.name]
+    return _share_of(work, work.nodes[size.name], share) if product is None else product
+
+
+def _share_of(work: Rewriting, size: fx.Node, share: Fraction) -> fx.Node:
     for compute, number in ((operator.mul, share.numerator), (operator.floordiv, share.denominator)):
-        scaled = scaled if number == 1 else work.new.graph.call_function(compute, (scaled, number))
-    return scaled
+        size = size if number == 1 else work.new.graph.call_function(compute, (size, number))
+    return size
 
 
 def _scaled(work: Rewriting, size: Any, share: Fraction) -> Any:
-    """A product with a share of one of its numbers: 4 * h * w for 8 * h * w and a half; None if it has no such number."""
+    """A product with a share of one of its numbers: 4 * h * w for 8 * h * w and a half; None if it has no such number.
+
+    A size that is read off an axis which keeps just that share is the size that the axis has now.
+    """
     if isinstance(size, int):
         return int(size * share) if (size * share).denominator == 1 else None
     if not isinstance(size, fx.Node):
         return None
     read = size_read(size)
     if read is not None and work.kept(*read) is not None:
-        return _scaled(work, work.facts[read[0].name].shape[read[1]], share)
+        tensor, axis = read[0], axis_of(read[1], len(work.facts[read[0].name].shape))
+        if not has_places(work.found, tensor, axis):
+            return _scaled(work, work.facts[tensor.name].shape[axis], share)
+        same = _kept_share(work, tensor, axis) == share
+        return work.new.graph.call_method("size", (work.nodes[tensor.name], axis)) if same else None
     for k, factor in enumerate(size.args if size.target is operator.mul else ()):
         if (new := _scaled(work, factor, share)) is not None:
             factors = [work.nodes[n.name] if isinstance(n, fx.Node) else n for n in size.args]
@@ -268,12 +277,16 @@ def _fix_pad(work: Rewriting, call: Call, node: fx.Node) -> None:
 
 
 def _fix_size(work: Rewriting, call: Call, node: fx.Node) -> None:
-    """A number of channels read off a tensor stays the original's: it may be a scale, and sizes are rewritten where they are used."""
+    """See `_keep_original`."""
     dim = call.get("dim", call.arguments.get("argument_1"))
     if isinstance(dim, int) and work.touched(call.input):
         axis = axis_of(dim, len(call.shape(call.input) or ()))
         if work.kept(call.input, axis) is not None:
-            _pin(node, (call.shape(call.input) or ())[axis])
+            _keep_original(work, call.node, call.input, axis)
+
+
+def _kept_share(work: Rewriting, tensor: fx.Node, axis: int) -> Fraction:
+    return Fraction(work.size(tensor, axis), work.facts[tensor.name].shape[axis])
 
 
 def _fix_getitem(work: Rewriting, call: Call, node: fx.Node) -> None:
@@ -296,11 +309,20 @@ def _fix_getitem(work: Rewriting, call: Call, node: fx.Node) -> None:
             shape = work.facts[maker.args[0].name].shape
             axis = axis_of(call.get("key"), len(shape))
             if work.kept(maker.args[0], axis) is not None:
-                _pin(node, shape[axis])
+                _keep_original(work, call.node, maker.args[0], axis)
 
 
-def _pin(node: fx.Node, value: int) -> None:
-    for user in list(node.users):
+def _keep_original(work: Rewriting, size: fx.Node, tensor: fx.Node, axis: int) -> None:
+    """A number of channels read off a tensor stays the original's: it may be a scale, and sizes are rewritten where they are used.
+
+    It is a number, or follows the size that the axis has now where the axis holds places as well.
+    """
+    node, users = work.nodes[size.name], list(work.nodes[size.name].users)
+    value: int | fx.Node = work.facts[tensor.name].shape[axis]
+    if has_places(work.found, tensor, axis):
+        with work.new.graph.inserting_before(node.next):
+            value = work.nodes[size.name] = _share_of(work, node, 1 / _kept_share(work, tensor, axis))
+    for user in users:
         user.args = fx.map_arg(user.args, lambda n: value if n is node else n)
         user.kwargs = fx.map_arg(user.kwargs, lambda n: value if n is node else n)
 
