@@ -8,7 +8,7 @@
 The data are the originals as a folder of images (`train/<class>/`, `test/<class>/`). A pair is `teacher:student`, of
 `cifar100_nets.py`. Teachers are trained on labels by `train`, once, or read from `--teachers DIR` (DIR/resnet56.safetensors). The
 usual protocol is RepDistiller's and mdistiller's: 240 epochs of SGD with batches of 64, a learning rate of 0.05 (0.01 for MobileNetV2 and
-ShuffleNetV2), a tenth of it from epochs 150, 180 and 210, momentum 0.9, weight decay 5e-4. The short one takes 12 epochs (teachers
+ShuffleNetV2), a tenth of it from epochs 150, 180 and 210, momentum 0.9, weight decay 5e-4. The short one takes 10 epochs (teachers
 15), batches of 128, twice the learning rate, a cosine instead of the steps, and bfloat16. An arm `kd+warm-up` trains all pairs at
 once first, for a third of the epochs (at most 12), by Adam at 1e-3; the main stage has the rest, so that all arms of a pair have
 equal epochs. All start from the same weights. Accuracy is that of the last epoch. Arms that are done are skipped, interrupted ones go on.
@@ -79,7 +79,7 @@ _SGD = {"optimizer": "sgd", "momentum": 0.9, "weight_decay": 5e-4, "progress": F
 PROTOCOLS = {
     "usual": Protocol(240, 240, 64, {**_SGD, "learning_rate": 0.05, "schedule": "step"}),
     "short": Protocol(
-        12, 15, 128, {**_SGD, "learning_rate": 0.1, "schedule": "cosine", "rise_steps": 200, "mixed_precision": "bf16"}
+        10, 15, 128, {**_SGD, "learning_rate": 0.1, "schedule": "cosine", "rise_steps": 200, "mixed_precision": "bf16"}
     ),
 }
 
