@@ -141,14 +141,16 @@ class Trainer:
                 "allow_changed is for resumed runs, but this is a new run.",
                 where="allow_changed",
                 got=list(self.allow_changed),
-                hint="Give resume=True (--resume), or leave it out.",
+                hint="Give resume=True (--resume), or leave allow_changed out.",
             )
         if self.run_dir is not None:
             writes, trackers = accelerator.is_main_process, self.settings.trackers
             return RunDirectory(self.run_dir, resume=self.resume, writes=writes, trackers=trackers)
         if self.resume or self.settings.checkpoint_every_steps or self.settings.trackers:
             raise ConfigError(
-                "Without a run directory nothing can be saved or resumed.", where="run_dir", hint="Give run_dir=…."
+                "Without a run directory nothing can be saved or resumed.",
+                where="run_dir",
+                hint="Give run_dir='runs/NAME'.",
             )
         return None
 
@@ -232,13 +234,13 @@ class Trainer:
             raise ConfigError(
                 "early_stopping needs validation data that can be measured, but there are none.",
                 where="early_stopping",
-                hint="Give val_loader=…, or leave it out.",
+                hint="Give val_loader=LOADER, or leave early_stopping (--early-stopping) out.",
             )
         if self.settings.average and self.settings.shard:
             raise ConfigError(
                 "A moving average needs the whole weights, but shard=True divides them among the processes.",
                 where="average",
-                hint="Give one of them.",
+                hint="Leave average (--moving-average) or shard (--shard) out.",
             )
 
     def _schedule(self, setup: Setup, phases: Sequence[Phase], loader: EpochLoader, device: torch.device) -> list[str]:

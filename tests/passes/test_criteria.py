@@ -84,6 +84,14 @@ def test_activation_is_the_mean_over_the_data(traced: TracedModel) -> None:
     assert slim.report.taps[0].chosen_by == "activation at the layer"
 
 
+@pytest.mark.parametrize("criterion", ["fisher", "isomorphic"])
+def test_criteria_of_a_whole_network_do_not_rank_a_tap(criterion: str, traced: TracedModel) -> None:
+    """They ranked by l2, under their own name."""
+    with pytest.raises(ConfigError, match=f"`{criterion}` is one of `shrink`") as caught:
+        narrow(traced, widths={"norm": 3}, criterion=criterion, loader=batches())
+    assert caught.value.hint == "Give one of l1, l2, geometric_median, random, bn_scale, activation, taylor."
+
+
 def test_taylor_is_gradient_times_activation(traced: TracedModel) -> None:
     found = statistics(traced, {"two": 1}, batches(), gradients=True)
     module = traced.module.eval()
