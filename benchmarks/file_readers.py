@@ -334,14 +334,15 @@ def picture_cache_reader() -> Reader:
 
 def feature_cache_reader(path: Path) -> object:
     """As found; and with the right digest of what it says, which is where a damaged file never comes to."""
-    from indistill_fx.training.feature_cache import FeatureStore, fault_of, index_digest
+    from indistill_fx.system.tensor_files import text_digest
+    from indistill_fx.training.feature_cache import FeatureStore, fault_of
 
     (path.parent / "0.bin").write_bytes(bytes(96))
     index = path.rename(path.with_name("features.json"))
     with contextlib.suppress(ValueError, RecursionError, AttributeError):
         taps = json.loads(index.read_bytes()).get("taps")
         if index.stat().st_size % 2:
-            index.write_text(json.dumps({"taps": taps, "digest": index_digest(taps)}))
+            index.write_text(json.dumps({"taps": taps, "digest": text_digest(taps)}))
     return fault_of(path.parent) or FeatureStore(path.parent, ["x"], 2).features
 
 

@@ -104,9 +104,9 @@ def picture_caches() -> list[bytes]:
 
 
 def feature_indices() -> list[bytes]:
-    from indistill_fx.training.feature_cache import index_digest
+    from indistill_fx.system.tensor_files import text_digest
 
     digest = hashlib.sha256(bytes(96)).hexdigest()
     taps = {"layer1": {"file": "0.bin", "shape": [2, 3, 2, 2], "dtype": "float32", "digest": digest}}
-    whole = json.dumps({"taps": taps, "digest": index_digest(taps)}).encode()
+    whole = json.dumps({"taps": taps, "digest": text_digest(taps)}).encode()
     return [whole, whole + b" "]

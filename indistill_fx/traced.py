@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 
 from indistill_fx.batch import Call, Inputs, split
 from indistill_fx.errors import ConfigError, nearest
+from indistill_fx.graph.module_state import device_of
 from indistill_fx.graph.ops import op_name
 from indistill_fx.graph.view import View
 
@@ -246,7 +247,7 @@ class TracedModel:
             ConfigError: the batch lacks an input of the model; the message says which.
         """
         parts = split(batch, self.inputs, where=where)
-        device = next((parameter.device for parameter in self.graph_module.parameters()), torch.device("cpu"))
+        device = device_of(self.graph_module)
         call = parts.calls[0].to(device)
         found = (call.changed(self.view.apply) if self.view is not None else call).tensors(self.inputs.names)
         names = Inputs.of(self.graph_module).names

@@ -54,12 +54,18 @@ if TYPE_CHECKING:
 @click.option(
     "--data",
     metavar="DATA",
-    help="Data the models will be trained on, for the shape of the inputs: digits, cifar10, imagefolder:DIR or file.py:make_loaders.",
+    help="Data the models will be trained on: digits, cifar10, cifar100, imagefolder:DIR or file.py:make_loaders. Inputs take their"
+    " shape from it, and --similarity and --criterion look at it.",
 )
 @pictures.picture_options
 @pictures.teacher_options
-@common.count_option("--batches", default=16, help="For --similarity: number of batches of 64 samples.")
-@click.option("--criterion", default="l1", show_default=True, help="How the teacher's channels are ranked.")
+@common.count_option("--batches", default=16, help="For --similarity and criteria: number of batches of 64 samples.")
+@click.option(
+    "--criterion",
+    default="l1",
+    show_default=True,
+    help="How the teacher's channels are ranked: l1, l2, bn_scale, geometric_median, random; activation and taylor need --data.",
+)
 @click.option("--diff", metavar="FILE", help="Also list the differences from this earlier plan.")
 @common.count_option(
     "--explain", metavar="PAIR", help="Show the runner-up candidates of pair number PAIR, and why they lost."
@@ -105,7 +111,8 @@ def command(teacher: str, student: str, inputs: tuple[str, ...], trust: tuple[st
     )
     for line in plan.drift(*traced) if plan else ():
         common.say(f"{options['plan']}: {line}")
-    alignment = align_traced(*traced, criterion=options["criterion"], **matching)
+    loader = data.train_plain if data is not None else None
+    alignment = align_traced(*traced, criterion=options["criterion"], loader=loader, **matching)
     if options["output"]:
         alignment.value.save(options["output"])
     _show(alignment, traced, (teacher, student), earlier, options)
@@ -135,7 +142,7 @@ def _data(options: dict[str, Any], sources: tuple[Source, Source]) -> Data | Non
 
     if options["data"] is None and options["similarity"] is not None:
         raise ConfigError(
-            "--similarity needs --data, and --data needs --similarity: features are compared on data.",
+            "--similarity needs --data: features are compared on data.",
             where="--similarity",
             hint="Write --similarity cka --data DATA.",
         )

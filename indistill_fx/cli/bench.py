@@ -25,7 +25,7 @@ from indistill_fx.cli import common
     help="CPU threads; repeatable. [default: one, and all]",
 )
 @click.option("--compile", "compiled", is_flag=True, help="Also time torch.compile, which takes a while.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@common.json_option
 @common.input_option
 @common.trust_option
 def command(

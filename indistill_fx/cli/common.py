@@ -81,12 +81,24 @@ task_option = click.option(
     help="What the labels mean: classification, multilabel, regression, segmentation, language, embedding or file.py:task."
     " [default: inferred from the labels of the first batch]",
 )
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+limit_option = count_option("--limit", help="Use only this many samples of each split.")
+cache_option = click.option("--cache", metavar="DIR", help="Cache decoded small images in this folder.")
+round_option = count_option("--round-to", help="Keep a multiple of this many channels.")
 device_option = click.option(
     "--device",
     default="auto",
     show_default=True,
     metavar="DEVICE",
     help="cpu, cuda, cuda:1 or mps; auto: an accelerator if there is one.",
+)
+
+
+criterion_option = click.option(
+    "--criterion",
+    default="l1",
+    show_default=True,
+    help="How channels are ranked: l1, l2, bn_scale, geometric_median, isomorphic, random; activation, taylor, fisher look at DATA.",
 )
 
 

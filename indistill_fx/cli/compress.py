@@ -58,13 +58,8 @@ class _ByRecipe(training.Grouped):
 )
 @common.count_option("--threads", default=1, help="With --latency-ms: CPU threads.")
 @common.count_option("--batch", default=1, help="With --latency-ms: samples in one call.")
-@click.option(
-    "--criterion",
-    default="l1",
-    show_default=True,
-    help="How to choose the channels to remove: l1, l2, bn_scale, geometric_median, activation, taylor, fisher, isomorphic, random.",
-)
-@common.count_option("--round-to", help="Keep a multiple of this many channels.")
+@common.criterion_option
+@common.round_option
 @common.count_option(
     "--samples",
     default=1024,
@@ -83,16 +78,10 @@ class _ByRecipe(training.Grouped):
 )
 @click.option("--one-by-one", is_flag=True, help="Train one pair after another instead of all in one stage.")
 @click.option("--stages", is_flag=True, help="Pair one layer of every network stage instead of one of every block.")
-@click.option("--no-warmup", is_flag=True, help="Skip the warm-up; train with the main loss only.")
+@training.no_warmup_option
 @training.keep_features_option
 @click.option("--main", default="kd", show_default=True, help="Main loss; `distill --help` lists them.")
-@click.option(
-    "--main-option",
-    "main_options",
-    multiple=True,
-    metavar="NAME=VALUE",
-    help="Option of the main loss, such as temperature=2; repeatable.",
-)
+@training.main_option_option
 @training.qat_option
 @click.option("--no-export", is_flag=True, help="Do not write student.onnx.")
 @common.input_option

@@ -22,6 +22,10 @@ def command(output: str | None, seed: int) -> None:
     same number of epochs: on labels, with knowledge distillation (KD), and with the InDistill warm-up followed by KD; each from new
     weights and from weights that `compress` took from the teacher. The demo needs no network connection and takes about a minute
     on two cores.
+
+    \b
+    Example:
+      indistill-fx demo -o runs/demo
     """
     from itertools import count
     from pathlib import Path

@@ -81,13 +81,7 @@ def _use_recipe(context: click.Context, parameter: click.Parameter, name: str) -
     show_default=True,
     help="Main loss: labels, kd, dkd, dist, mlkd, cwd, pkt, pkt_kl, at, sp, rkd, crd, fitnet, vid, reviewkd, simkd or file.py:loss.",
 )
-@click.option(
-    "--main-option",
-    "main_options",
-    multiple=True,
-    metavar="NAME=VALUE",
-    help="Option of the main loss, such as temperature=2; repeatable.",
-)
+@training.main_option_option
 @click.option(
     "--main-weights",
     metavar="STEP:FACTOR,…",
@@ -106,7 +100,7 @@ def _use_recipe(context: click.Context, parameter: click.Parameter, name: str) -
     type=training.Numbers(),
     help="Optimiser steps of each warm-up stage, instead of epochs: one number for all, or one each.",
 )
-@click.option("--no-warmup", is_flag=True, help="Skip the warm-up; train with the main loss only.")
+@training.no_warmup_option
 @click.option(
     "--layers",
     metavar="B,A",

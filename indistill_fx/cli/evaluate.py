@@ -18,10 +18,7 @@ from indistill_fx.cli import common, pictures
 @common.logits_option
 @common.task_option
 @common.device_option
-@common.count_option("--limit", help="Use only this many samples of each split.")
-@common.count_option("--workers", default=0, least=0, help="Worker processes that read large images.")
-@click.option("--cache", metavar="DIR", help="Cache decoded small images in this folder.")
-@common.count_option("--batch-size", default=256, help="Samples per batch.")
+@pictures.reading_options
 @click.option(
     "--retrieval",
     is_flag=True,
@@ -29,7 +26,7 @@ from indistill_fx.cli import common, pictures
 )
 @common.count_option("-k", "k", default=100, help="Number of retrieved images for the precision P@k.")
 @click.option("--tap", metavar="LAYER", help="Retrieve with this layer's features. [default: the penultimate vector]")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@common.json_option
 def command(
     model: str,
     data: str,
@@ -61,8 +58,7 @@ def command(
 
     place = chosen_device(device)
     source = common.open_model(model, trust)
-    more = {name: options[name] for name in ("limit", "workers", "cache", "batch_size")}
-    opened = pictures.open_pictures(data, options, source, progress=True, **more)
+    opened = pictures.open_pictures(data, options, source, progress=True, **pictures.reading(options))
     source.module.to(place)
     measured = evaluate(source.module, opened.test, task=task, logits=logits, progress=True)
     result = asdict(measured)

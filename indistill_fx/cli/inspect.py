@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Print the graph as text, and what each compiler pass would change in it if MODEL were a teacher.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@common.json_option
 def command(
     model: str,
     inputs: tuple[str, ...],

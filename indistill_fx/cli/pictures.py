@@ -81,9 +81,23 @@ def picture_options(command: Command) -> Command:
     return command
 
 
+def reading_options(command: Command) -> Command:
+    """--limit, --workers, --cache, --batch-size: how a whole data set is read once; see `reading`."""
+    workers = common.count_option("--workers", default=0, least=0, help="Processes that read large images.")
+    batch_size = common.count_option("--batch-size", default=256, help="Samples per batch.")
+    for option in (batch_size, common.cache_option, workers, common.limit_option):
+        command = option(command)
+    return command
+
+
+def reading(options: dict[str, Any]) -> dict[str, Any]:
+    """What `reading_options` say, as `open_pictures` takes it."""
+    return {name: options[name] for name in ("limit", "workers", "cache", "batch_size")}
+
+
 def compared_options(command: Command) -> Command:
     """Options of comparing a file with a model: --json, the image options, --input, --task, --trust."""
-    compared = (click.option("--json", "as_json", is_flag=True, help="Print JSON."), picture_options)
+    compared = (common.json_option, picture_options)
     for option in reversed((*compared, common.input_option, common.task_option, common.trust_option)):
         command = option(command)
     return command
@@ -169,7 +183,7 @@ def teacher_views(
             raise ConfigError(
                 f"{flag} has no effect on outputs that are saved already.",
                 where=flag,
-                hint="Give it to `save-outputs`.",
+                hint=f"Give {flag} to `save-outputs` when the outputs are made.",
             )
         return [None] * len(teachers)
     asked = {name: _for_each(name, options[name], len(teachers)) for name in TEACHER_NAMES}

@@ -33,17 +33,14 @@ if TYPE_CHECKING:
     metavar="FILE",
     help="Instead, narrow the layers that this plan pairs to the plan's widths; the result returns (features, output).",
 )
+@common.criterion_option
 @click.option(
-    "--criterion",
-    default="l1",
-    show_default=True,
-    help="How channels are ranked: l1, l2, bn_scale, geometric_median, isomorphic, random; activation, taylor, fisher need --data.",
-)
-@click.option(
-    "--data", metavar="DATA", help="Data for these criteria: digits, cifar10, imagefolder:DIR or file.py:make_loaders."
+    "--data",
+    metavar="DATA",
+    help="Data for these criteria: digits, cifar10, cifar100, imagefolder:DIR or file.py:make_loaders.",
 )
 @common.count_option("--batches", default=32, help="Number of batches of DATA to use.")
-@common.count_option("--round-to", help="Keep a multiple of this many channels.")
+@common.round_option
 @click.option("--layers", is_flag=True, help="Show every layer, not only the stages.")
 @click.option(
     "-o",

@@ -28,10 +28,7 @@ from indistill_fx.cli import common, pictures
 )
 @pictures.picture_options
 @pictures.teacher_options
-@common.count_option("--limit", help="Use only this many samples.")
-@common.count_option("--batch-size", default=256, help="Samples per batch.")
-@common.count_option("--workers", default=0, least=0, help="Processes that read large images.")
-@click.option("--cache", metavar="DIR", help="Cache decoded small images in this folder.")
+@pictures.reading_options
 @common.logits_option
 @common.trust_option
 def command(teacher: str, data: str, output: str, taps: tuple[str, ...], **options: Any) -> None:
@@ -49,8 +46,7 @@ def command(teacher: str, data: str, output: str, taps: tuple[str, ...], **optio
     from indistill_fx.training.save_outputs import save_outputs
 
     source = common.open_model(teacher, options["trust"])
-    named = {name: options[name] for name in ("limit", "workers", "cache", "batch_size")}
-    opened = pictures.open_pictures(data, options, source, augment=False, progress=True, **named)
+    opened = pictures.open_pictures(data, options, source, augment=False, progress=True, **pictures.reading(options))
     (view,) = pictures.teacher_views(options, (source,), opened)
     folder = save_outputs(
         source.module,

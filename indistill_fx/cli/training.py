@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from indistill_fx.cli.common import Command, console, count_option, logits_option, say, task_option, trust_option
+from indistill_fx.cli.common import (
+    Command,
+    cache_option,
+    console,
+    count_option,
+    limit_option,
+    logits_option,
+    say,
+    task_option,
+    trust_option,
+)
 from indistill_fx.cli.pictures import open_pictures, picture_options
 from indistill_fx.errors import ConfigError
 from indistill_fx.training.options.settings import Settings, about, hints
@@ -125,7 +135,7 @@ _TRAINING: tuple[Callable[[Command], Command], ...] = (
     *(_setting(name) for name in hints()),
     count_option("--workers", default=0, least=0, help="Worker processes that read large images."),
     picture_options,
-    count_option("--limit", help="Use only this many samples of each split."),
+    limit_option,
     click.option("--no-augment", is_flag=True, help="Do not augment training images."),
     click.option(
         "--randaugment",
@@ -139,7 +149,7 @@ _TRAINING: tuple[Callable[[Command], Command], ...] = (
         help="Augment every training image in this many fixed ways, one per epoch in turn. With --feature-cache the teacher computes"
         " each of them once.",
     ),
-    click.option("--cache", metavar="DIR", help="Cache decoded small images in this folder."),
+    cache_option,
     logits_option,
     task_option,
     click.option("--resume", is_flag=True, help="Continue the run in RUN_DIR, or start one if there is none."),
@@ -186,6 +196,14 @@ keep_features_option = click.option(
     metavar="WEIGHT",
     type=float,
     help="Add the warm-up loss of all pairs to the main loss, with this weight; for few images, 10. [default: 0]",
+)
+no_warmup_option = click.option("--no-warmup", is_flag=True, help="Skip the warm-up; train with the main loss only.")
+main_option_option = click.option(
+    "--main-option",
+    "main_options",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Option of the main loss, such as temperature=2; repeatable.",
 )
 qat_option = count_option(
     "--qat",

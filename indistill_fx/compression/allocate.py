@@ -191,7 +191,9 @@ def _too_small(smallest: float, most: float, known: Analysis, text: Callable[[fl
     frozen = f" Some layers cannot lose channels: {'; '.join(reasons)}." if reasons else ""
     if not classes.groups:
         return PruneError(
-            f"No channel of this network can be removed.{frozen}", where="budget", hint="Prune another model."
+            f"No channel of this network can be removed.{frozen}",
+            where="budget",
+            hint="Take another teacher, or a student of your own with `distill`.",
         )
     return PruneError(
         f"The network cannot be made smaller than {text(smallest)}, but the budget is {text(most)}: every layer keeps at least "

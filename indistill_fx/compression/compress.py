@@ -20,7 +20,6 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Unpack
 
-import torch
 from pydantic import ConfigDict, TypeAdapter
 from torch import Tensor, nn
 
@@ -42,7 +41,7 @@ from indistill_fx.compression.write_source import SOURCE, source_of
 from indistill_fx.curriculum import Curriculum
 from indistill_fx.errors import ConfigError, ExportError
 from indistill_fx.evaluation.accuracy import Evaluation, evaluate
-from indistill_fx.graph.module_state import digest
+from indistill_fx.graph.module_state import device_of, digest
 from indistill_fx.loading.spec import parse_spec
 from indistill_fx.losses.task import Task
 from indistill_fx.passes.capture.trace import trace
@@ -243,10 +242,6 @@ def _check_first(folder: Path, pairs: AlignmentPlan | None, curriculum: Curricul
         warmup_plan(pairs, curriculum)
 
 
-def _device(model: TracedModel) -> torch.device:
-    return next((p.device for p in model.graph_module.parameters()), torch.device("cpu"))
-
-
 def _check_free(folder: Path, resume: bool) -> None:
     if not resume and any((folder / name).exists() for name in (STORY, "run.json")):
         raise ConfigError(
@@ -283,7 +278,7 @@ def _before(folder: Path, identity: Mapping[str, Any], model: TracedModel) -> _M
         )
     if not is_signed(parse_spec(spec), saved.get("seal")):
         return None
-    student = load(f"{spec}@{folder / START}").to(_device(model))
+    student = load(f"{spec}@{folder / START}").to(device_of(model.graph_module))
     traced = trace(student, model.example, role="student")
     plan = AlignmentPlan.load(folder / "plan.json") if (folder / "plan.json").exists() else None
     return _Made(
@@ -317,7 +312,7 @@ def _write(
         source.save(folder)
         keep_facts(folder, described.get("classes") or (), described.get("normalisation"), _input_size(model))
         os.replace(folder / STUDENT, folder / START)  # `student.safetensors` is reserved for the trained student
-        spec, student = f"{folder / SOURCE}:Student", source.build().to(_device(model))
+        spec, student = f"{folder / SOURCE}:Student", source.build().to(device_of(model.graph_module))
         traced = trace(student, model.example, role="student")
     plan = plan_if_any(model, traced, untrained.shrunk.axes, every_block=every_block)
     if plan is not None:

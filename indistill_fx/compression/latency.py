@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +15,10 @@ from indistill_fx.errors import ConfigError, PruneError
 
 Runtime = Literal["onnxruntime", "torch", "torch-compile"]
 RUNTIMES: tuple[Runtime, ...] = ("onnxruntime", "torch", "torch-compile")
+
+_CLOSE = 0.03
+"""A time that is this share below the budget ends the search."""
+_TRIES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +60,7 @@ class Clock:
                 f"The network cannot be timed by {self.on}: {'; '.join(report['notes']) or 'it gave no timing'}.",
                 where="on",
                 got=self.on,
-                hint="Take another runtime.",
+                hint=f"Choose another runtime (--on): {', '.join(name for name in RUNTIMES if name != self.on)}.",
             )
         return found[0]
 
@@ -75,17 +78,13 @@ def _exported_and_timed(module: nn.Module, inputs: tuple[Any, ...], settings: di
         return bench_apart(file, inputs, **settings)
 
 
-def bisect(
-    measure: Callable[[float], float], most: float, *, smallest: float, tolerance: float = 0.03, tries: int = 8
-) -> float:
+def bisect(measure: Callable[[float], float], most: float, *, smallest: float) -> float:
     """The largest share of the work whose measured time is within a budget.
 
     Args:
         measure: share of the work → milliseconds.
         most: milliseconds.
         smallest: share that a network can be brought down to.
-        tolerance: a time this close below the budget ends the search.
-        tries: measurements at most.
 
     Raises:
         PruneError: even the smallest takes longer; says how long.
@@ -104,19 +103,14 @@ def bisect(
     if full_time <= most:
         return high
     times = {low: least, high: full_time}
-    for _ in range(tries):
-        inside = (most * (1 - tolerance / 2) - times[low]) / max(times[high] - times[low], 1e-9)
+    for _ in range(_TRIES):
+        inside = (most * (1 - _CLOSE / 2) - times[low]) / max(times[high] - times[low], 1e-9)
         share = low + (high - low) * min(0.9, max(0.1, inside))
         times[share] = measure(share)
         if times[share] <= most:
             low = share
-            if times[share] >= most * (1 - tolerance):
+            if times[share] >= most * (1 - _CLOSE):
                 break
         else:
             high = share
     return low
-
-
-def threads_here() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0))

@@ -76,7 +76,9 @@ def repair(
     """
     inputs = [original.inputs_in(batch, where="The repair")[0] for batch in batches]
     if not inputs:
-        raise ConfigError("There are no batches to repair from.", where="loader", hint="Give some data.")
+        raise ConfigError(
+            "There are no batches to repair from.", where="loader", hint="Give a loader with at least one batch."
+        )
     new = copy.deepcopy(smaller.graph_module)
     run = _SideBySide(original, smaller, new, axes, inputs)
     with evaluating(original.graph_module), _evaluating_only(new):

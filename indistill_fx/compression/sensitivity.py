@@ -10,16 +10,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import Tensor
 
 from indistill_fx.errors import ConfigError
 from indistill_fx.graph.module_state import evaluating
 from indistill_fx.losses.task import Task
 from indistill_fx.passes.pruning.budget import FLOOR
 from indistill_fx.passes.pruning.groups import Group
-from indistill_fx.passes.pruning.masked import Masked
+from indistill_fx.passes.pruning.masked import MaskedLogits
 from indistill_fx.passes.pruning.shrink import Analysis
 from indistill_fx.traced import TracedModel
 
@@ -63,7 +62,11 @@ def sensitivities(model: TracedModel, known: Analysis, batches: Iterable[Any], t
     """
     inputs = [model.inputs_in(batch, where="The sensitivity")[0] for batch in batches]
     if not inputs:
-        raise ConfigError("There are no batches to measure sensitivities on.", where="loader", hint="Give some data.")
+        raise ConfigError(
+            "There are no batches to measure sensitivities on.",
+            where="loader",
+            hint="Give a loader with at least one batch.",
+        )
     curves = []
     with evaluating(model.graph_module):
         original_logits = [masked_logits(model, {}, given) for given in inputs]
@@ -111,24 +114,9 @@ def masked_logits(
     model: TracedModel, axes: Mapping[tuple[str, int | str], tuple[int, ...]], inputs: Sequence[Any]
 ) -> Tensor:
     """The main output of a masked run, in single precision."""
-    run = _Watched(model, axes)
+    run = MaskedLogits(model, axes)
     run.run(*inputs)
     return run.logits.float()
-
-
-class _Watched(Masked):
-    """A masked run that stores the main output."""
-
-    def __init__(self, model: TracedModel, axes: Mapping[tuple[str, int | str], tuple[int, ...]]):
-        super().__init__(model, axes)
-        self.wanted, self.logits = model.logits, torch.zeros(())
-
-    def run_node(self, n: fx.Node) -> Any:
-        """As for every masked run."""
-        value = super().run_node(n)
-        if n.name == self.wanted:
-            self.logits = value
-        return value
 
 
 def _convex(path: str, counts: Sequence[int], rises: Sequence[float]) -> Curve:

@@ -147,13 +147,13 @@ class _Classes:
         parts = []
         if setup or block.base != "nn.Module":
             parts.append(
-                [_wrapped(f"def __init__({', '.join(names)}):"), *(_indented(_wrapped(line), 1) for line in setup)]
+                [_wrapped(f"def __init__({', '.join(names)}):"), *(_indented(_wrapped(line)) for line in setup)]
             )
             if block.base == "nn.Module":
                 parts[0].insert(1, f"{_TAB}super().__init__()")
         if forward:
-            parts.append([forward[0], *(_indented(_wrapped(line), 1) for line in forward[1:])])
-        body = "\n\n".join(_indented("\n".join(lines), 1) for lines in parts)
+            parts.append([forward[0], *(_indented(_wrapped(line)) for line in forward[1:])])
+        body = "\n\n".join(_indented("\n".join(lines)) for lines in parts)
         return f"class {group.name}({block.base}):\n{body}\n"
 
     def _line(
@@ -188,7 +188,7 @@ def _call(name: str, parts: list[str], brackets: tuple[str, str]) -> str:
     nested = sum("(" in part and not part.startswith("(") for part in parts) > 1
     if not nested and len(flat) <= _WIDE and "\n" not in flat:
         return flat
-    inner = "".join(f"{_indented(part, 1)},\n" for part in parts)
+    inner = "".join(f"{_indented(part)},\n" for part in parts)
     return f"{name}{brackets[0]}\n{inner}{brackets[1]}"
 
 
@@ -218,8 +218,8 @@ def _wrapped(text: str) -> str:
     return f"{text[: opening + 1]}\n{inner}{lead}{text[end:]}"
 
 
-def _indented(text: str, times: int) -> str:
-    return "\n".join(f"{_TAB * times}{line}" if line else "" for line in text.split("\n"))
+def _indented(text: str) -> str:
+    return "\n".join(f"{_TAB}{line}" if line else "" for line in text.split("\n"))
 
 
 def _taken(block: Block) -> set[str]:

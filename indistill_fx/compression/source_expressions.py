@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from indistill_fx.compression.source_pieces import SIZE, Imports, Line, Literal, Piece, literal, numbers, unwritable
+from indistill_fx.compression.source_pieces import SIZE, Imports, Line, Literal, commas, literal, numbers, unwritable
 from indistill_fx.passes.capture.both_modes import choose
 
 Name = Callable[[fx.Node], Line]
@@ -173,7 +173,7 @@ class _Arguments:
     def call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Line:
         parts = [self.value(arg, self.names[k] if k < len(self.names) else "") for k, arg in enumerate(args)]
         parts += [(f"{key}=", *self.value(arg, key)) for key, arg in kwargs.items() if not self._is_default(key, arg)]
-        return ("(", *_joined(parts), ")")
+        return ("(", *commas(parts), ")")
 
     def _is_default(self, key: str, arg: Any) -> bool:
         """Whether an argument need not be written: a flag, or one that is not meant for users."""
@@ -187,14 +187,14 @@ class _Arguments:
             return self.name(value)
         several = isinstance(value, (tuple, list)) and not isinstance(value, torch.Size)
         if several and any(_has_node(v) or isinstance(v, slice) or v is ... for v in value):
-            inner = _joined([self.value(v, keyword) for v in value])
+            inner = commas([self.value(v, keyword) for v in value])
             opening, closing = "()" if isinstance(value, tuple) else "[]"
             return (opening, *inner, "," if isinstance(value, tuple) and len(value) == 1 else "", closing)
         if isinstance(value, dict):
             pairs = [(f"{literal(key)}: ", *self.value(v, keyword)) for key, v in value.items()]
-            return ("{", *_joined(pairs), "}")
+            return ("{", *commas(pairs), "}")
         if isinstance(value, slice):
-            return ("slice(", *_joined([self.value(v, keyword) for v in (value.start, value.stop, value.step)]), ")")
+            return ("slice(", *commas([self.value(v, keyword) for v in (value.start, value.stop, value.step)]), ")")
         preferred = (keyword or str(getattr(self.node.target, "__name__", self.node.target))).strip("_")
         preferred = SIZE if preferred in _RESHAPES else preferred
         if (
@@ -225,7 +225,7 @@ class _Arguments:
     def key(self, value: Any) -> Line:
         if isinstance(value, tuple):
             parts = [self.key(v) if isinstance(v, slice) else self.value(v, "index") for v in value]
-            return (*_joined(parts), "," if len(parts) == 1 else "") if parts else ("()",)
+            return (*commas(parts), "," if len(parts) == 1 else "") if parts else ("()",)
         if isinstance(value, slice):
             ends = [() if v is None else self.value(v, "index") for v in (value.start, value.stop)]
             step: Line = () if value.step is None else (":", *self.value(value.step, "index"))
@@ -249,10 +249,3 @@ def _has_node(value: Any) -> bool:
         isinstance(leaf, fx.Node)
         for leaf in torch.utils._pytree.tree_leaves(value, is_leaf=lambda v: isinstance(v, fx.Node))
     )
-
-
-def _joined(parts: list[Line]) -> Line:
-    line: list[Piece] = []
-    for k, part in enumerate(parts):
-        line += [", ", *part] if k else part
-    return tuple(line)

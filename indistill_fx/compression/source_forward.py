@@ -18,6 +18,7 @@ from indistill_fx.compression.source_pieces import (
     Line,
     Literal,
     Piece,
+    commas,
     constructor,
     is_name,
     literal,
@@ -320,11 +321,3 @@ def _parameter(node: fx.Node) -> str:
 def relative(path: str, scope: Scope) -> str:
     """A path as its scope sees it."""
     return path.removeprefix(f"{scope.path}.") if scope.path else path
-
-
-def commas(values: Iterable[Line]) -> Line:
-    """Values with commas between."""
-    line: list[Piece] = []
-    for k, value in enumerate(values):
-        line += [", ", *value] if k else value
-    return tuple(line)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import keyword
 from cmath import isfinite
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -123,12 +123,18 @@ def literal(value: Any) -> str:
     raise ValueError(f"a {type(value).__name__}")
 
 
+def commas(values: Iterable[Line]) -> Line:
+    """Values with commas between."""
+    line: list[Piece] = []
+    for k, value in enumerate(values):
+        line += [", ", *value] if k else value
+    return tuple(line)
+
+
 def numbers(values: Sequence[int], name: str) -> Line:
     """Numbers with commas between, each of which may become an argument."""
-    pieces: list[Piece] = []
-    for k, value in enumerate(values):
-        pieces += [", "] * bool(k) + [Literal(literal(value), name if len(values) == 1 else f"{name}_{k}")]
-    return tuple(pieces)
+    names = [name] if len(values) == 1 else [f"{name}_{k}" for k in range(len(values))]
+    return commas((Literal(literal(value), each),) for value, each in zip(values, names, strict=True))
 
 
 def tensor_value(name: str, tensor: Tensor) -> Line:

@@ -97,7 +97,7 @@ def rand_augment(magnitude: int) -> Callable[[Any], Any]:
             where="randaugment",
             got=magnitude,
             expected=f"0 to {STRONGEST}",
-            hint="9 is usual.",
+            hint=f"Give 0 to {STRONGEST}; 9 is usual.",
         )
     transform: Callable[[Any], Any] = v2.RandAugment(magnitude=magnitude)
     return transform

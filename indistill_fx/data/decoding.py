@@ -81,7 +81,9 @@ def decode(
             with suppress(OSError):
                 (cache / ".lock").unlink()  # no image was stored, so do not leave an empty cache behind
         raise ConfigError(
-            f"Cache {str(place)!r} cannot be written: {reason}.", where=str(cache), hint="Give another folder, or none."
+            f"Cache {str(place)!r} cannot be written: {reason}.",
+            where=str(cache),
+            hint="Give another folder, or leave cache (--cache) out.",
         ) from error
     return found
 

@@ -173,7 +173,11 @@ def bench(
         )
     for name, value in contestants.items():
         if not isinstance(value, nn.Module) and not os.path.isfile(value):
-            raise ConfigError(f"`{name}`: there is no file `{value}`.", where=name, hint="Check the path.")
+            raise ConfigError(
+                f"`{name}`: there is no file `{value}`.",
+                where=name,
+                hint="Check the path; it is taken from the working directory.",
+            )
     rows: list[BenchRow] = []
     notes: list[str] = []
     with ExitStack() as stack:

@@ -264,7 +264,9 @@ def _other_sizes(inputs: Sequence[Tensor]) -> tuple[tuple[int, int], ...]:
             height, width = x.shape[1:3] if x.dtype == torch.uint8 else x.shape[2:4]
             return ((height + 32, width + 64),)
     raise ConfigError(
-        "`dynamic_size` needs an image input (N, C, H, W); there is none.", where="dynamic_size", hint="Leave it out."
+        "`dynamic_size` needs an image input (N, C, H, W); there is none.",
+        where="dynamic_size",
+        hint="Leave dynamic_size (--dynamic-size) out.",
     )
 
 

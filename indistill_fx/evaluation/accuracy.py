@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from indistill_fx.batch import Call, Inputs, split, to_device
 from indistill_fx.errors import ConfigError, IndistillError
 from indistill_fx.graph.main_output import main_output
-from indistill_fx.graph.module_state import evaluating
+from indistill_fx.graph.module_state import device_of, evaluating
 from indistill_fx.graph.view import View
 from indistill_fx.losses.base import widened
 from indistill_fx.losses.choose_task import choose_task
@@ -309,7 +309,7 @@ def _outputs(
     owner = module if isinstance(module, nn.Module) else getattr(module, "__self__", None)
     owner = owner if isinstance(owner, nn.Module) else nn.Module()
     if device is None:
-        device = next((p.device for p in (*owner.parameters(), *owner.buffers())), torch.device("cpu"))
+        device = device_of(owner)
     with evaluating(owner):
         inputs = Inputs.of(module) if isinstance(module, nn.Module) else Inputs.of_function(module)
         for batch in followed(loader, "Evaluating", shown=progress):

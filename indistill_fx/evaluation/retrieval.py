@@ -123,7 +123,9 @@ def _penultimate(model: TracedModel) -> str:
     ]
     read = layers[-1].all_input_nodes[0].name if layers else ""
     if read not in model.facts or model.facts[read].kind != "vector":
-        raise ConfigError("The model has no penultimate vector.", where="tap", hint="Name a layer: tap=….")
+        raise ConfigError(
+            "The model has no penultimate vector.", where="tap", hint="Name a layer: tap=LAYER (--tap LAYER)."
+        )
     return model.tap_name(read)
 
 

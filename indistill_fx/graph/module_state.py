@@ -359,6 +359,11 @@ def _is_compiled(part: nn.Module) -> bool:
     return isinstance(part, torch.jit.ScriptModule)
 
 
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module is, by its first parameter or buffer; the CPU if it has neither."""
+    return next((tensor.device for tensor in (*module.parameters(), *module.buffers())), torch.device("cpu"))
+
+
 @contextmanager
 def moved(module: nn.Module, device: torch.device) -> Iterator[None]:
     """Within the block a module is on a device, after it where it was. One that is spread over several stays where it is.

@@ -178,6 +178,12 @@ def required(value: Tensor | None, name: str) -> Tensor:
     return value
 
 
+def require_pair(hint: str | None, names: Sequence[str]) -> None:
+    """Refuse a `hint` that names none of the plan's pairs."""
+    if hint not in names:
+        raise ConfigError(f"hint {hint!r} is not a pair of the plan.", where="hint", hint=f"Pairs: {', '.join(names)}.")
+
+
 def same_shape(student: Tensor, teacher: Tensor, name: str) -> None:
     """Refuse to compare tensors that differ in shape (broadcasting would do it silently)."""
     if student.shape != teacher.shape:

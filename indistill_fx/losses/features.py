@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from indistill_fx.errors import ConfigError
-from indistill_fx.losses.base import EMBEDDING, MainLoss, Outputs, same_shape, unfit_shape
+from indistill_fx.losses.base import EMBEDDING, MainLoss, Outputs, require_pair, same_shape, unfit_shape
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -84,10 +84,7 @@ class FitNetLoss(MapLoss):
         super().__init__(weight=weight, weight_labels=weight_labels)
         names = map_names(student_shapes, teacher_shapes, "fitnet")
         self.hint = names[len(names) // 2] if hint is None else hint
-        if self.hint not in names:
-            raise ConfigError(
-                f"hint {hint!r} is not a pair of the plan.", where="hint", hint=f"Pairs: {', '.join(names)}."
-            )
+        require_pair(self.hint, names)
         regressor = _convolution(self.hint, student_shapes[self.hint], teacher_shapes[self.hint])
         norm = nn.BatchNorm2d(teacher_shapes[self.hint][1])
         self.regressor = nn.Sequential(regressor, norm, nn.ReLU() if relu else nn.Identity())
@@ -186,7 +183,7 @@ def pooled_to_smaller(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
             f"Features of shape {tuple(a.shape)} and {tuple(b.shape)} cannot be compared.",
             where="space",
             expected="(batch, channels, *space) with 1 to 3 axes of space",
-            hint="Convert the tokens to a map first.",
+            hint="Take a loss that compares any shapes, such as pkt, or pair two maps.",
         )
     size = [min(n, m) for n, m in zip(a.shape[2:], b.shape[2:], strict=True)]
     return _pooled(a, size), _pooled(b, size)

@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from indistill_fx.errors import ConfigError
-from indistill_fx.losses.base import MainLoss, Outputs, required
+from indistill_fx.losses.base import MainLoss, Outputs, require_pair, required
 
 
 class PKTLoss(MainLoss):
@@ -139,8 +138,8 @@ def pkt_divergence(student: Tensor, teacher: Tensor) -> Tensor:
 
 def _chosen(values: Outputs, hint: str | None) -> Tensor:
     names = list(values.features)
-    if not names or hint not in (None, *names):
-        raise ConfigError(f"hint {hint!r} is not a pair of the plan.", where="hint", hint=f"Pairs: {', '.join(names)}.")
+    if hint is not None or not names:
+        require_pair(hint, names)
     return values.features[hint or names[-1]]
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from indistill_fx.batch import Call, Inputs
 from indistill_fx.errors import ConfigError, IndistillError, MatchError
-from indistill_fx.graph.module_state import evaluating, uncompiled
+from indistill_fx.graph.module_state import device_of, evaluating, uncompiled
 from indistill_fx.graph.view import View
 from indistill_fx.loading.input_facts import other_channels
 from indistill_fx.passes.capture.trace import as_traced
@@ -249,9 +249,8 @@ def _checked_outputs(
     """The axis of each teacher's outputs; refuses teachers whose logits cannot be averaged."""
     shapes, axes = [], []
     for number, (teacher, names, view) in enumerate(zip(teachers, places, views, strict=True)):
-        device = next((parameter.device for parameter in teacher.parameters()), torch.device("cpu"))
         call = Call((), dict(zip(names, values, strict=True)))
-        call = (call.changed(view.apply) if view is not None else call).to(device)
+        call = (call.changed(view.apply) if view is not None else call).to(device_of(teacher))
         with evaluating(teacher), torch.no_grad():
             try:
                 found = call(teacher)

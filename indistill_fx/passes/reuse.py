@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from indistill_fx.errors import ConfigError
 from indistill_fx.graph.edit import copy_graph, output_node, sweep
-from indistill_fx.graph.module_state import evaluating
+from indistill_fx.graph.module_state import device_of, evaluating
 from indistill_fx.graph.ops import op_name
 from indistill_fx.passes.align import ReusedAfter, align
 from indistill_fx.passes.capture.trace import as_traced
@@ -114,8 +114,7 @@ def reuse_classifier(
     root.student = _up_to(traced_student, pair.student)
     root.projector = make_projector(pair, factor, relu=op_name(traced_teacher.node(pair.teacher)) in _NOT_NEGATIVE)
     root.classifier = FrozenClassifier(_after(traced_teacher, pair.teacher))
-    device = next((parameter.device for parameter in root.student.parameters()), torch.device("cpu"))
-    root.to(device)
+    root.to(device_of(root.student))
     graph = fx.Graph()
     names = [str(node.target) for node in _placeholders(root.student)]
     inputs: dict[str, Any] = {name: graph.placeholder(name) for name in names}

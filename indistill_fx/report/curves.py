@@ -115,18 +115,17 @@ class Chart:
     percent: bool = False
 
 
-def curves_svg(charts: Sequence[Chart], *, palette: Palette = PAPER, columns: int = 2) -> str:
-    """Charts in a grid, as one picture.
+def curves_svg(charts: Sequence[Chart], *, palette: Palette = PAPER) -> str:
+    """Charts in two columns, as one picture.
 
     Args:
         charts: one at the least.
         palette: the colours.
-        columns: charts side by side.
 
     Returns:
         The text of an SVG file.
     """
-    columns = min(columns, len(charts))
+    columns = min(2, len(charts))
     tallest = max(_height(chart) for chart in charts)
     drawing = Drawing(
         _WIDTH * columns,

@@ -12,7 +12,7 @@ def alignment_mermaid(alignment: Alignment) -> str:
     """A flowchart: the paired layers of both models in order, and the pairs between them.
 
     Args:
-        alignment: see `columns.see`.
+        alignment: see `alignment_view.see`.
 
     Returns:
         The text between ```` ```mermaid ```` and ```` ``` ````.

@@ -55,12 +55,11 @@ class _Place:
     y: float
 
 
-def alignment_svg(alignment: Alignment, *, palette: Palette = PAPER) -> str:
+def alignment_svg(alignment: Alignment) -> str:
     """Teacher and student side by side, and the pairs between them.
 
     Args:
-        alignment: see `columns.see`.
-        palette: the colours.
+        alignment: see `alignment_view.see`.
 
     Returns:
         The text of an SVG file.
@@ -69,29 +68,27 @@ def alignment_svg(alignment: Alignment, *, palette: Palette = PAPER) -> str:
     heights = [sum(_HEAD + _ROW * len(band.runs) + 2 * _PAD for band in column.bands) for column in columns]
     most = max(height + _GAP * max(len(column.bands) - 1, 0) for height, column in zip(heights, columns, strict=True))
     title = f"Alignment of {alignment.teacher.name} (teacher) with {alignment.student.name} (student)"
-    drawing = Drawing(_WIDTH, _TOP + most + _BOTTOM, title=title, background="#ffffff" if palette is PAPER else None)
+    drawing = Drawing(_WIDTH, _TOP + most + _BOTTOM, title=title, background="#ffffff")
     places: dict[str, _Place] = {}
     for column, height in zip(columns, heights, strict=True):
         space = (most - height) / max(len(column.bands) - 1, 1) if len(column.bands) > 1 else 0.0
-        places |= {place.row.key: place for place in _draw_column(drawing, column, alignment, palette, space)}
+        places |= {place.row.key: place for place in _draw_column(drawing, column, alignment, space)}
     for match in reversed(alignment.drawn):
-        _draw_arc(drawing, match, places, palette, dashed=match is alignment.embedding)
-    _draw_legend(drawing, _TOP + most + 28, palette)
+        _draw_arc(drawing, match, places, dashed=match is alignment.embedding)
+    _draw_legend(drawing, _TOP + most + 28)
     return str(drawing)
 
 
-def _draw_column(
-    drawing: Drawing, column: Column, alignment: Alignment, palette: Palette, space: float
-) -> Iterator[_Place]:
+def _draw_column(drawing: Drawing, column: Column, alignment: Alignment, space: float) -> Iterator[_Place]:
     left = column.role == "teacher"
     outer, anchor = (_MARGIN, "start") if left else (_WIDTH - _MARGIN, "end")
     drawing.write(
-        outer, 26, shorten(column.name, 40), colour=palette.text, size=16, anchor=anchor, bold=True, hint=column.name
+        outer, 26, shorten(column.name, 40), colour=PAPER.text, size=16, anchor=anchor, bold=True, hint=column.name
     )
     size = (
         f", {short(column.parameters)} parameters, {short(column.macs)} MACs" if column.parameters is not None else ""
     )
-    drawing.write(outer, 46, f"{column.role}{size}", colour=palette.muted, anchor=anchor)
+    drawing.write(outer, 46, f"{column.role}{size}", colour=PAPER.muted, anchor=anchor)
     scores = {match.key: match.pair.score for match in alignment.matches}
     edge = _COLUMN if left else _WIDTH - _COLUMN
     y = _TOP
@@ -104,15 +101,15 @@ def _draw_column(
             width=_COLUMN - _MARGIN + 14,
             height=height,
             rx=6,
-            style=f"fill:{palette.band}",
+            style=f"fill:{PAPER.band}",
         )
         share = "" if band.share is None or band.share < 0.0005 else f"{100 * band.share:.1f}% of MACs"
         text = " · ".join(filter(None, (band.title, band.size, share)))
-        drawing.write(outer, y + _PAD + 13, text, colour=palette.muted, size=11, anchor=anchor)
+        drawing.write(outer, y + _PAD + 13, text, colour=PAPER.muted, size=11, anchor=anchor)
         y += _PAD + _HEAD
         for run in band.runs:
             middle = y + _ROW / 2
-            _draw_run(drawing, run, alignment.widest, palette, scores, outer, edge, middle, left=left)
+            _draw_run(drawing, run, alignment.widest, scores, outer, edge, middle, left=left)
             yield from (_Place(row, edge, middle) for row in run)
             y += _ROW
         y += _PAD + space
@@ -122,7 +119,6 @@ def _draw_run(
     drawing: Drawing,
     run: Sequence[Row],
     widest: int,
-    palette: Palette,
     scores: dict[str, float],
     outer: float,
     edge: float,
@@ -133,15 +129,13 @@ def _draw_run(
     row, many = run[-1], len(run) > 1
     width = max(_BAR * row.channels / widest, 2.0)
     x = edge - width if left else edge
-    colour = (
-        score_colour(palette, scores[row.pair]) if row.pair in scores else palette.muted if row.pair else palette.bar
-    )
+    colour = score_colour(PAPER, scores[row.pair]) if row.pair in scores else PAPER.muted if row.pair else PAPER.bar
     kept = row.kept is not None
     if many:
         for k in range(-2, 3):
-            drawing.add("rect", x=x, y=y + 3 * k - 1, width=width, height=2, style=f"fill:{palette.bar}")
+            drawing.add("rect", x=x, y=y + 3 * k - 1, width=width, height=2, style=f"fill:{PAPER.bar}")
     else:
-        shown = palette.bar if kept else colour
+        shown = PAPER.bar if kept else colour
         drawing.add("rect", x=x, y=y - 6, width=width, height=12, rx=1, style=f"fill:{shown}")
     if kept and row.channels:
         step = width / row.channels
@@ -155,7 +149,7 @@ def _draw_run(
         outer,
         y + 4,
         name,
-        colour=palette.text if row.pair else palette.muted,
+        colour=PAPER.text if row.pair else PAPER.muted,
         size=11,
         anchor="start" if left else "end",
         mono=True,
@@ -164,13 +158,13 @@ def _draw_run(
     )
 
 
-def _draw_arc(drawing: Drawing, match: Match, places: dict[str, _Place], palette: Palette, *, dashed: bool) -> None:
+def _draw_arc(drawing: Drawing, match: Match, places: dict[str, _Place], *, dashed: bool) -> None:
     ends = {place.x: place for place in places.values() if place.row.pair == match.key}
     if len(ends) != 2:
         return
     start, end = (ends[x] for x in sorted(ends))
     middle = (start.x + end.x) / 2
-    colour = palette.muted if dashed else score_colour(palette, match.pair.score)
+    colour = PAPER.muted if dashed else score_colour(PAPER, match.pair.score)
     line = f"fill:none;stroke:{colour};stroke-width:{1.5 if dashed else 2.5}" + (
         ";stroke-dasharray:4 4" if dashed else ""
     )
@@ -187,18 +181,18 @@ def _draw_arc(drawing: Drawing, match: Match, places: dict[str, _Place], palette
         drawing.write(middle, y + 4, f"{match.pair.score:.2f}", colour=colour, size=11, anchor="middle", bold=True)
 
 
-def _draw_legend(drawing: Drawing, y: float, palette: Palette) -> None:
+def _draw_legend(drawing: Drawing, y: float) -> None:
     x = _MARGIN
-    drawing.write(x, y, "Score", colour=palette.muted, size=11)
+    drawing.write(x, y, "Score", colour=PAPER.muted, size=11)
     x += 40
     for entry in GRADES:
-        drawing.add("rect", x=x, y=y - 8, width=18, height=4, rx=2, style=f"fill:{score_colour(palette, entry.floor)}")
-        drawing.write(x + 24, y, entry.name, colour=palette.muted, size=11)
+        drawing.add("rect", x=x, y=y - 8, width=18, height=4, rx=2, style=f"fill:{score_colour(PAPER, entry.floor)}")
+        drawing.write(x + 24, y, entry.name, colour=PAPER.muted, size=11)
         x += 122
     legend = (
         "The length of a bar is the number of channels; kept channels are coloured. Dashed: the penultimate vectors."
     )
-    drawing.write(_MARGIN, y + 18, legend, colour=palette.muted, size=11)
+    drawing.write(_MARGIN, y + 18, legend, colour=PAPER.muted, size=11)
 
 
 def kept_svg(kept: tuple[int, ...], channels: int, *, palette: Palette) -> str:

@@ -25,6 +25,7 @@ MOST_METRICS = 256 << 20
 """Bytes of metrics.jsonl that are read: two million lines."""
 MOST_STAGES = 1000
 """That a page shows."""
+_RUN_DIR = "Give the directory that `distill`, `train`, `compress` or `demo` wrote (their -o)."
 _SCHEDULED = re.compile(r"^(?P<stage>.*): (?:at most )?(?P<length>\d+) (?P<unit>epoch|step)s?\b")
 """A line of the schedule of 0.1.0, which wrote nothing but lines."""
 
@@ -160,9 +161,7 @@ def read_runs(path: str | os.PathLike[str]) -> tuple[Run, ...]:
     """
     home = Path(path)
     if not os.path.isdir(home):
-        raise ConfigError(
-            f"{home} is not a directory.", where=str(home), hint="Give the directory that `distill` or `train` wrote."
-        )
+        raise ConfigError(f"{home} is not a directory.", where=str(home), hint=_RUN_DIR)
     if _is_run(home):
         return (read_run(home),)
     found = sorted(
@@ -173,7 +172,7 @@ def read_runs(path: str | os.PathLike[str]) -> tuple[Run, ...]:
         raise ConfigError(
             f"There is no run in {home}: neither it nor its subfolders contain run.json or metrics.jsonl.",
             where=str(home),
-            hint="Give the directory that `distill`, `train` or `demo` wrote (their -o).",
+            hint=_RUN_DIR,
         )
     return tuple(read_run(folder, name=str(folder.relative_to(home))) for folder in found)
 

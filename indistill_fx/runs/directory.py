@@ -198,7 +198,10 @@ class RunDirectory:
         if not self.writes or not path.exists():
             return
         kept = []
-        with instead_of(OSError, ConfigError(f"{path} cannot be read", where=str(path), hint="Move it away.")):
+        with instead_of(
+            OSError,
+            ConfigError(f"{path} cannot be read", where=str(path), hint="Move that file away, and resume again."),
+        ):
             lines = list(read_lines(path))
         for line in lines:
             try:
@@ -237,6 +240,6 @@ def _tracker(name: str, folder: Path) -> Any:
             f"The tracker {name!r} failed to start: {first}",
             where="tracker",
             got=name,
-            hint="Set it up, or leave it out.",
+            hint=f"Set {name} up as its own documentation says, or leave tracker (--tracker) out.",
         ) from error
     return tracker

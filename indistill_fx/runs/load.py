@@ -313,13 +313,12 @@ def _with_facts(source: Source) -> Source:
     )
 
 
-def load_run(path: str | os.PathLike[str], *, trust: Sequence[str] = (), best: bool = False) -> Source:
+def load_run(path: str | os.PathLike[str], *, trust: Sequence[str] = ()) -> Source:
     """The trained model of a run directory.
 
     Args:
         path: the directory.
-        trust: see `sources.load`.
-        best: the weights of the best main epoch instead of the last ones.
+        trust: see `load`.
 
     Raises:
         ConfigError: the run has not finished, was not started from the command line (then it does not know its model), or
@@ -343,7 +342,7 @@ def load_run(path: str | os.PathLike[str], *, trust: Sequence[str] = (), best: b
             got=str(error),
             hint=_by_hand(folder),
         ) from error
-    weights = folder / (BEST if best else STUDENT)
+    weights = folder / STUDENT
     if runs_code(parse_spec(spec)) and not is_signed(parse_spec(spec), kept.get("seal")):
         parsed = parse_spec(spec)
         file = os.path.isfile(parsed.place)  # else it may name any function there is, and is not to be pasted

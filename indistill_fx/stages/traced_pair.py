@@ -11,7 +11,7 @@ from torch import nn
 
 from indistill_fx.batch import Call, Inputs, samples_of, split
 from indistill_fx.errors import ConfigError
-from indistill_fx.graph.module_state import uncompiled
+from indistill_fx.graph.module_state import device_of, uncompiled
 from indistill_fx.graph.view import View
 from indistill_fx.passes.capture.trace import as_traced
 from indistill_fx.passes.ensemble import is_ensemble
@@ -75,8 +75,7 @@ def examples_of(loader: Iterable[Any], *models: nn.Module | TracedModel) -> Sequ
     read = iter(parts.calls)
     calls = [Call((torch.arange(2),)) if taken.by_number else next(read) for taken in inputs]
     modules = [model.module if isinstance(model, TracedModel) else model for model in models]
-    devices = [next((p.device for p in module.parameters()), torch.device("cpu")) for module in modules]
-    return [call.to(device) for call, device in zip(calls, devices, strict=True)]
+    return [call.to(device_of(module)) for call, module in zip(calls, modules, strict=True)]
 
 
 def require_apart(teacher: nn.Module, student: nn.Module) -> None:

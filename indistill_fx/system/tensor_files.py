@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -30,7 +31,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str,
     """
     copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
     entries = dict(header or {})
-    digests = {"": _text_digest(entries)} | {name: _digest(tensor) for name, tensor in copies.items()}
+    digests = {"": text_digest(entries)} | {name: _digest(tensor) for name, tensor in copies.items()}
     replace_file(path, lambda draft: save_file(copies, draft, metadata=entries | {_DIGESTS: json.dumps(digests)}))
 
 
@@ -77,13 +78,14 @@ def _changed(tensors: Mapping[str, Tensor], entries: Mapping[str, str], digests:
         known = parse_json(digests)
     except (OSError, ValueError, RecursionError):
         known = None
-    if not isinstance(known, dict) or known.get("") != _text_digest(entries) or len(known) != len(tensors) + 1:
+    if not isinstance(known, dict) or known.get("") != text_digest(entries) or len(known) != len(tensors) + 1:
         yield "its header"
         return
     yield from (f"`{name}`" for name, tensor in tensors.items() if known.get(name) != _digest(tensor))
 
 
-def _text_digest(entries: Mapping[str, str]) -> str:
+def text_digest(entries: Mapping[str, Any]) -> str:
+    """Digest of plain values, whatever their order."""
     return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
 
 

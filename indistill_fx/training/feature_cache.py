@@ -11,7 +11,6 @@ The space it needs is reported, and compared with the free space, before it star
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import shutil
@@ -35,6 +34,7 @@ from indistill_fx.errors import ConfigError
 from indistill_fx.graph.module_state import digest, settings_of
 from indistill_fx.stages.stage import Stage
 from indistill_fx.system.files import file_digest, read_json, save_json
+from indistill_fx.system.tensor_files import text_digest
 from indistill_fx.system.terminal import followed
 
 _FORMAT = "features 2"
@@ -90,7 +90,7 @@ def cache_features(
         stages: from `compile_stages`.
         loader: the training loader; its samples must look the same in every epoch, or be seen in fixed views.
         directory: where features are kept; may be shared by runs, models and data sets.
-        joint: graphs that compute several stages' features at once (see `stage.joint_teachers`); by default one after the other.
+        joint: graphs that compute several stages' features at once (see `joint_teachers`); by default one after the other.
         precision: name of the arithmetic, which is part of the key.
         autocast: makes its context.
         device: where the teacher runs.
@@ -194,12 +194,7 @@ def _close(part: Path, taps: Mapping[str, Tensor]) -> None:
         }
         for k, (tap, values) in enumerate(taps.items())
     }
-    save_json(part / _INDEX, {"taps": index, "digest": index_digest(index)})
-
-
-def index_digest(index: Mapping[str, Any]) -> str:
-    """Digest of what an index says of its taps."""
-    return hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()
+    save_json(part / _INDEX, {"taps": index, "digest": text_digest(index)})
 
 
 def _read_index(folder: Path) -> dict[str, _Entry]:
@@ -211,7 +206,7 @@ def _read_index(folder: Path) -> dict[str, _Entry]:
     """
     index = read_json(folder / _INDEX, _LARGEST_INDEX)
     taps = index.get("taps") if isinstance(index, dict) else None
-    if not isinstance(taps, dict) or index.get("digest") != index_digest(taps):
+    if not isinstance(taps, dict) or index.get("digest") != text_digest(taps):
         raise ValueError("its index was changed")
     return {tap: _Entry.model_validate(entry) for tap, entry in taps.items()}
 

@@ -19,7 +19,7 @@ from indistill_fx.data.readers import noticing_dead_readers
 from indistill_fx.errors import ConfigError, PassError
 from indistill_fx.evaluation.accuracy import Evaluation, evaluate
 from indistill_fx.graph.edit import forget_sources
-from indistill_fx.graph.module_state import digest, moved
+from indistill_fx.graph.module_state import device_of, digest, moved
 from indistill_fx.graph.view import View
 from indistill_fx.runs.checkpoint import state_tensors
 from indistill_fx.runs.directory import AVERAGE, LAST, STUDENT, RunDirectory
@@ -141,14 +141,14 @@ class Trainer:
                 "allow_changed is for resumed runs, but this is a new run.",
                 where="allow_changed",
                 got=list(self.allow_changed),
-                hint="Give resume=True (--resume), or leave it out.",
+                hint="Give resume=True (--resume), or leave allow_changed out.",
             )
         if self.run_dir is not None:
             writes, trackers = accelerator.is_main_process, self.settings.trackers
             return RunDirectory(self.run_dir, resume=self.resume, writes=writes, trackers=trackers)
         if self.resume or self.settings.checkpoint_every_steps or self.settings.trackers:
             raise ConfigError(
-                "Without a run directory nothing can be saved or resumed.", where="run_dir", hint="Give run_dir=…."
+                "Without a run directory nothing can be saved or resumed.", where="run_dir", hint="Give run_dir=DIR."
             )
         return None
 
@@ -232,13 +232,13 @@ class Trainer:
             raise ConfigError(
                 "early_stopping needs validation data that can be measured, but there are none.",
                 where="early_stopping",
-                hint="Give val_loader=…, or leave it out.",
+                hint="Give val_loader=LOADER, or leave early_stopping (--early-stopping) out.",
             )
         if self.settings.average and self.settings.shard:
             raise ConfigError(
                 "A moving average needs the whole weights, but shard=True divides them among the processes.",
                 where="average",
-                hint="Give one of them.",
+                hint="Leave average (--moving-average) or shard (--shard) out.",
             )
 
     def _schedule(self, setup: Setup, phases: Sequence[Phase], loader: EpochLoader, device: torch.device) -> list[str]:
@@ -389,12 +389,11 @@ def _stage_record(name: str, epochs: tuple[EpochRecord, ...], state: State) -> S
 def _as_found(student: nn.Module) -> Iterator[None]:
     """Restore training flags and device at the end of the block, and clear the gradients."""
     flags = [(part, part.training) for part in student.modules()]
-    device = next((parameter.device for parameter in student.parameters()), None)
+    device = device_of(student)
     try:
         yield
     finally:
         student.zero_grad()
-        if device is not None:
-            student.to(device)
+        student.to(device)
         for part, flag in flags:
             part.training = flag

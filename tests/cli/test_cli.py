@@ -92,8 +92,7 @@ def test_help_shows_examples_line_by_line(capsys, command):
     assert "\\b" not in out and "\b" not in out
     examples = [line for line in out.splitlines() if "indistill-fx " in line and "Usage" not in line]
     assert all(line.count("indistill-fx ") == 1 for line in examples)
-    if command not in (["demo"],):
-        assert [line for line in examples if line.startswith("    indistill-fx ")]
+    assert [line for line in examples if line.startswith("    indistill-fx ")]
 
 
 def test_align_on_data_with_pairs_kept_and_an_earlier_plan(here, capsys):
@@ -110,6 +109,18 @@ def test_align_on_data_with_pairs_kept_and_an_earlier_plan(here, capsys):
     assert "Not paired: teacher `7` (32x2x2): the pairs asked for stand in its way" in out
     code, out, _ = told(capsys, "align", *pair, "--input", "1x8x8", "--explain", "2")
     assert "Pair 2, 7 ↔ 7: the candidates that lost" in out
+
+
+def test_align_ranks_channels_by_a_criterion_that_looks_at_data(here, capsys):
+    arguments = ("align", "models.py:make?width=16", "models.py:make", "--data", "digits", "--batches", "2")
+    kept = {}
+    for criterion in ("l1", "activation", "taylor"):
+        assert told(capsys, *arguments, "--criterion", criterion, "-o", f"{criterion}.json")[0] == 0
+        kept[criterion] = [pair.kept for pair in ifx.AlignmentPlan.load(f"{criterion}.json").pairs]
+    assert kept["l1"] != kept["activation"] != kept["taylor"]
+    code, _, err = told(capsys, *arguments, "--criterion", "fisher")
+    assert code == 2
+    assert "`fisher` is one of `shrink`" in " ".join(err.split())
 
 
 def test_an_edited_plan_is_taken_and_brought_up_to_date(here, capsys):

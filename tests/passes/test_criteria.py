@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from indistill_fx.errors import ConfigError, PruneError
 from indistill_fx.graph.module_state import digest
 from indistill_fx.passes.capture.trace import trace
-from indistill_fx.passes.pruning.criteria import NAMES, WEIGHTS, best, statistics
+from indistill_fx.passes.pruning.criteria import NAMES, UNITS, WEIGHTS, best, statistics
 from indistill_fx.passes.pruning.narrow import choose_channels, narrow
 from indistill_fx.passes.pruning.shrink import shrink
 from indistill_fx.traced import TracedModel
@@ -84,6 +84,14 @@ def test_activation_is_the_mean_over_the_data(traced: TracedModel) -> None:
     assert slim.report.taps[0].chosen_by == "activation at the layer"
 
 
+@pytest.mark.parametrize("criterion", ["fisher", "isomorphic"])
+def test_criteria_of_a_whole_network_do_not_rank_a_tap(criterion: str, traced: TracedModel) -> None:
+    """They ranked by l2, under their own name."""
+    with pytest.raises(ConfigError, match=f"`{criterion}` is one of `shrink`") as caught:
+        narrow(traced, widths={"norm": 3}, criterion=criterion, loader=batches())
+    assert caught.value.hint == "Give one of l1, l2, geometric_median, random, bn_scale, activation, taylor."
+
+
 def test_taylor_is_gradient_times_activation(traced: TracedModel) -> None:
     found = statistics(traced, {"two": 1}, batches(), gradients=True)
     module = traced.module.eval()
@@ -107,9 +115,10 @@ def test_all_leave_the_model_alone(criterion: str, role: str) -> None:
     module.norm.eval()
     before = digest(module)
     model = trace(module, torch.randn(2, 3, 8, 8), role=role)  # type: ignore[arg-type]
-    kept = choose_channels(model, {"two": 3}, criterion=criterion, loader=batches())
+    if criterion not in UNITS:
+        assert len(choose_channels(model, {"two": 3}, criterion=criterion, loader=batches())["two"]) == 3
     small = shrink(model, ratio=0.5, criterion=criterion, loader=batches())
-    assert len(kept["two"]) == 3 and small.report.widths["two"] == (6, 3)
+    assert small.report.widths["two"] == (6, 3)
     assert digest(module) == before
     assert all(p.grad is None for p in module.parameters())
 

@@ -18,7 +18,7 @@ import indistill_fx as ifx
 from indistill_fx.errors import FrontendError
 from indistill_fx.graph.interpret import run_looking
 from indistill_fx.graph.module_state import digest, mode
-from indistill_fx.passes.capture.captured import tensors
+from indistill_fx.passes.capture.captured import Request, tensors
 from indistill_fx.passes.capture.equivalence import Reference
 from indistill_fx.passes.capture.exported import capture_exported
 from indistill_fx.passes.capture.functionalize import functionalize
@@ -70,7 +70,7 @@ class Plain(nn.Module):
 @pytest.mark.parametrize("training", [False, True])
 def test_every_method_gives_the_same_layers_and_names(capture, training):
     module, x = Plain().train(training), torch.randn(2, 3, 8, 8)
-    captured = capture(module, (x,), {}, ())
+    captured = capture(Request(module, (x,)))
     called = [str(node.target) for node in captured.graph_module.graph.nodes if node.op == "call_module"]
     assert called == ["conv", "norm", "drop", "head"]
     assert [name for name, _, _ in captured.outputs if name] == ["conv", "norm", "drop", "head"]
@@ -313,7 +313,7 @@ class Bakes(nn.Module):
 
 
 def test_hidden_data_is_found_by_comparison():
-    captured = functionalize(capture_shapes(Bakes(), (vectors(),), {}, ()))
+    captured = functionalize(capture_shapes(Request(Bakes(), (vectors(),))))
     x = vectors(2) + 1
     assert float((captured.graph_module(x) - Bakes()(x)).abs().max()) > 1e-2  # the recorder alone is fooled …
     assert "differs from the module" in ifx.trace(Bakes(), vectors()).report.refused[1]  # … the comparison is not
@@ -333,7 +333,7 @@ class Unrecorded(nn.Module):
 
 def test_a_buffer_that_the_graph_would_not_write_is_found():
     module = Unrecorded()
-    captured = functionalize(capture_shapes(module, (vectors(),), {}, ()))
+    captured = functionalize(capture_shapes(Request(module, (vectors(),))))
     module.mean = torch.zeros(4)
     graph = captured.graph_module.graph
     (write,) = (node for node in graph.nodes if node.target == "copy_")
@@ -763,5 +763,5 @@ def test_inputs_are_named_as_the_forward_names_its_arguments(capture) -> None:
 
     inputs = torch.randn(3, 4), torch.randn(3, 2), torch.randn(3, 2)
     for given, names in ((inputs[:1], ["image"]), (inputs, ["image", "rest", "input_2"])):
-        graph = capture(Net(), given, {}, ()).graph_module.graph
+        graph = capture(Request(Net(), given)).graph_module.graph
         assert [node.name for node in graph.nodes if node.op == "placeholder"] == names

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import indistill_fx as ifx
 from indistill_fx.graph.module_state import digest, mode, untouched
+from indistill_fx.passes.capture.captured import Request
 from indistill_fx.passes.capture.exported import capture_exported
 from indistill_fx.passes.capture.functionalize import functionalize
 from indistill_fx.passes.capture.recording import capture_leaves, capture_shapes
@@ -129,6 +130,6 @@ def test_the_later_methods_compute_the_same_on_their_own(kinds, training):
     for capture in (capture_shapes, capture_leaves, capture_exported):
         before = digest(module)
         with untouched(module):
-            captured = functionalize(capture(module, (torch.randn(2, WIDTH, 5, 6),), {}, ()))
+            captured = functionalize(capture(Request(module, (torch.randn(2, WIDTH, 5, 6),))))
         assert digest(module) == before
         assert largest_difference(module, captured.graph_module, 4, training) <= 1e-5

@@ -211,7 +211,7 @@ def test_randaugment_is_part_of_what_a_run_is(small):
     [
         ("digits", {}, "the digits are left as they are"),
         ("{folder}", {"augment": False}, "no image is to be augmented"),
-        ("{folder}", {"randaugment": 31}, "it must be from 0 to 30. 9 is usual."),
+        ("{folder}", {"randaugment": 31}, "it must be from 0 to 30. Give 0 to 30; 9 is usual."),
         ("own.py:make_loaders", {}, "your own loaders prepare images themselves"),
     ],
 )

@@ -19,6 +19,7 @@ import indistill_fx as ifx
 from indistill_fx.batch import Call, Inputs
 from indistill_fx.cli import run
 from indistill_fx.loading.inputs import describe_inputs, example_inputs, parse_input
+from indistill_fx.passes.capture.captured import Request
 from indistill_fx.passes.capture.exported import capture_exported
 from indistill_fx.passes.pairing.cka import cka
 
@@ -180,7 +181,7 @@ def picture_net(width: int) -> nn.Module:
 
 def test_a_size_that_the_capture_fixed_is_refused_by_name():
     x = torch.randn(4, 3, 16, 16)
-    captured = capture_exported(picture_net(8).eval(), (x,), {}, ())
+    captured = capture_exported(Request(picture_net(8).eval(), (x,)))
     assert captured.fixed == {"input": (None, 3, 16, 16)}
     assert any("`input` to anyx3x16x16" in note for note in captured.notes)
     student = ifx.trace(picture_net(4), x, role="student")

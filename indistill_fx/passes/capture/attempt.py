@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx
 
 from indistill_fx.errors import FrontendError
 from indistill_fx.graph.draws import Lines
 from indistill_fx.graph.module_state import mode
 from indistill_fx.passes.capture.both_modes import merge_modes, noticing_flags
-from indistill_fx.passes.capture.captured import Captured
+from indistill_fx.passes.capture.captured import Captured, Request
 from indistill_fx.passes.capture.equivalence import Reference, plain_attention, plain_checkpoints
 from indistill_fx.passes.capture.facts import Known
 from indistill_fx.passes.capture.functionalize import functionalize
 from indistill_fx.passes.capture.torch_functions import DrawError
 from indistill_fx.traced import NO_EVAL_MODE
 
-Method = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any], Sequence[str], Mapping[str, Tensor], Lines], Captured]
-"""A capture method takes a module, its inputs (by position, by name), leaves, tensors that are state, and what finds draws by line."""
+Method = Callable[[Request], Captured]
 
 
 def in_both_modes(once: Callable[[Sequence[str]], Captured], leaves: Sequence[str], reference: Reference) -> Captured:
@@ -63,7 +61,8 @@ def in_mode(capture: Method, reference: Reference, leaves: Sequence[str], *, pat
     given_up: tuple[str, ...] = reference.stateful if patient else ()
     generators = reference.generators
     lines = Lines(generators)
-    module, inputs, kwargs = reference.module, reference.inputs, reference.kwargs
+    module = reference.module
+    asked = Request(module, reference.inputs, reference.kwargs, lines=lines)
     # read from `vars`, so that no property or hook runs
     flags = [(vars(part), vars(part)["training"]) for part in module.modules() if "training" in vars(part)]
     while True:
@@ -72,7 +71,7 @@ def in_mode(capture: Method, reference: Reference, leaves: Sequence[str], *, pat
             attributes["training"] = flag
         try:
             with plain_attention(), plain_checkpoints(), torch.set_grad_enabled(reference.gradients):
-                captured = capture(module, inputs, kwargs, (*leaves, *given_up), unregistered, lines)
+                captured = capture(replace(asked, leaves=(*leaves, *given_up), loose=unregistered))
             drawn = generators.states() != states
         except FrontendError:
             reference.forget()

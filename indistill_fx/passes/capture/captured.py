@@ -1,11 +1,11 @@
-"""What every capture method returns, and the rules that all of them share: leaves, module outputs, assembly, names."""
+"""What every capture method takes and returns, and the rules that all of them share: leaves, module outputs, assembly, names."""
 
 from __future__ import annotations
 
 import inspect
 import operator
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from types import MappingProxyType
 from typing import Any
@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from indistill_fx.graph.edit import set_graph
+from indistill_fx.graph.draws import Lines
+from indistill_fx.graph.edit import batch_of, batch_size, set_graph
 from indistill_fx.graph.names import writable_paths
 from indistill_fx.graph.opaque import Opaque
 from indistill_fx.graph.ops import attribute, op_name
@@ -26,6 +27,33 @@ _THROUGH = (
     nn.TransformerEncoderLayer,
     nn.TransformerDecoderLayer,
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a capture method is asked for.
+
+    Attributes:
+        module: whose forward is captured.
+        inputs: the example's arguments, those by position.
+        kwargs: those by name.
+        leaves: paths of modules that stay one node each.
+        loose: tensors in attributes that are state, by name; other tensors that are not buffers are constants.
+        lines: finds the lines that draw random numbers.
+    """
+
+    module: nn.Module
+    inputs: tuple[Any, ...]
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    leaves: Sequence[str] = ()
+    loose: Mapping[str, Tensor] = field(default_factory=dict)
+    lines: Lines = field(default_factory=Lines)
+
+    def batch_of(self, size: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments, those by position and those by name, with another batch size."""
+        given = self.inputs, dict(self.kwargs)
+        inputs, kwargs = batch_of(given, size, example_size=batch_size(given))
+        return inputs, kwargs
 
 
 @dataclass(frozen=True, slots=True)

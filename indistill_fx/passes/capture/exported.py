@@ -15,9 +15,8 @@ import logging
 import operator
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -27,9 +26,8 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from indistill_fx.errors import FrontendError
-from indistill_fx.graph.edit import batch_of, batch_size
 from indistill_fx.graph.ops import attribute, has_attribute, op_name, writes_first
-from indistill_fx.passes.capture.captured import Captured, argument_names, assemble, children, is_leaf
+from indistill_fx.passes.capture.captured import Captured, Request, argument_names, assemble, children, is_leaf
 from indistill_fx.passes.capture.functionalize import VIEWS, base_of
 
 _CHECKS = (
@@ -41,21 +39,14 @@ _CHECKS = (
 )
 
 
-def capture_exported(
-    module: nn.Module,
-    inputs: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    leaves: Sequence[str],
-    _loose: Mapping[str, Tensor] = MappingProxyType({}),
-    _lines: object = None,
-) -> Captured:
+def capture_exported(asked: Request) -> Captured:
     """Export and rebuild. Code that assigns tensors to attributes other than buffers is refused by `torch.export` itself.
 
     Raises:
         FrontendError: `torch.export` refuses the module, or freezes the batch size.
     """
-    size = 2
-    inputs, kwargs = batch_of((inputs, dict(kwargs)), size, example_size=batch_size((inputs, kwargs)))
+    module, leaves, size = asked.module, asked.leaves, 2
+    inputs, kwargs = asked.batch_of(size)
     try:
         program = _export(module, inputs, kwargs, size, lengths=True)
     except FrontendError:

@@ -16,49 +16,31 @@ Rules, in order:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import zip_longest
-from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from indistill_fx.errors import FrontendError
-from indistill_fx.graph.draws import Lines
-from indistill_fx.graph.edit import batch_of, batch_size
-from indistill_fx.passes.capture.captured import Captured
+from indistill_fx.passes.capture.captured import Captured, Request
 from indistill_fx.passes.capture.recorder import Recorder
 from indistill_fx.passes.capture.symbolic_sizes import Decision
 
-_NO_LINES = Lines()
 
-
-def capture_shapes(
-    module: nn.Module,
-    inputs: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    leaves: Sequence[str],
-    unregistered: Mapping[str, Tensor] = MappingProxyType({}),
-    lines: Lines = _NO_LINES,
-) -> Captured:
+def capture_shapes(asked: Request) -> Captured:
     """Record one run; all of the module's code must be traceable.
 
     Raises:
         FrontendError: it is not; names the module, file, line and expression.
     """
-    return _record(module, inputs, kwargs, leaves, unregistered, lines, size=2, give_up_submodules=False).captured()
+    return _record(asked, size=2, give_up_submodules=False).captured()
 
 
-def capture_leaves(
-    module: nn.Module,
-    inputs: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    leaves: Sequence[str],
-    unregistered: Mapping[str, Tensor] = MappingProxyType({}),
-    lines: Lines = _NO_LINES,
-) -> Captured:
+def capture_leaves(asked: Request) -> Captured:
     """Record one run; the smallest submodules whose code cannot be traced, or depends on the batch size, stay one node each.
 
     Raises:
@@ -66,11 +48,8 @@ def capture_leaves(
     """
     given_up: tuple[str, ...] = ()
     while True:
-        known = (*leaves, *given_up)
-        runs = [
-            _record(module, inputs, kwargs, known, unregistered, lines, size=size, give_up_submodules=True)
-            for size in (2, 3)
-        ]
+        known = replace(asked, leaves=(*asked.leaves, *given_up))
+        runs = [_record(known, size=size, give_up_submodules=True) for size in (2, 3)]
         frozen = _changed_decisions(runs[0].book.decisions, runs[1].book.decisions)
         if not frozen:
             return runs[0].captured((*given_up, *runs[0].given_up))
@@ -85,22 +64,10 @@ def capture_leaves(
         given_up = (*given_up, *dict.fromkeys(decision.module for decision in frozen))
 
 
-def _record(
-    module: nn.Module,
-    inputs: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    leaves: Sequence[str],
-    unregistered: Mapping[str, Tensor],
-    lines: Lines,
-    *,
-    size: int,
-    give_up_submodules: bool,
-) -> Recorder:
-    example = batch_size((inputs, kwargs))
-    batch = batch_of((inputs, dict(kwargs)), size, example_size=example)
-    recorder = Recorder(module, leaves, unregistered, lines, give_up_submodules=give_up_submodules)
+def _record(asked: Request, *, size: int, give_up_submodules: bool) -> Recorder:
+    recorder = Recorder(asked.module, asked.leaves, asked.loose, asked.lines, give_up_submodules=give_up_submodules)
     torch.manual_seed(0)
-    recorder.run(*tree_map(lambda leaf: _other_data(leaf, size), batch))
+    recorder.run(*tree_map(lambda leaf: _other_data(leaf, size), asked.batch_of(size)))
     return recorder
 
 

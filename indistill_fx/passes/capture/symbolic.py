@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from torch import Tensor, fx, nn
 from indistill_fx.errors import FrontendError
 from indistill_fx.graph.draws import TensorDraws
 from indistill_fx.graph.ops import attribute, is_users_function, package_of
-from indistill_fx.passes.capture.captured import Captured, argument_names, assemble, is_leaf, returned
+from indistill_fx.passes.capture.captured import Captured, Request, argument_names, assemble, is_leaf, returned
 from indistill_fx.passes.capture.symbolic_sizes import current_place, note_place
 from indistill_fx.passes.capture.torch_functions import DrawError, watching_autocast
 
@@ -29,20 +28,11 @@ def _kept_whole(module: nn.Module) -> set[Callable[..., Any]]:
 class _Tracer(fx.Tracer):
     """fx's tracer, which also notes the outputs of modules that are not leaves."""
 
-    def __init__(
-        self,
-        module: nn.Module,
-        inputs: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        leaves: Sequence[str],
-    ):
-        super().__init__(autowrap_functions=tuple(_kept_whole(module)))
-        self.inputs, self.kwargs, self.wanted_leaves = inputs, kwargs, frozenset(leaves)
+    def __init__(self, asked: Request):
+        super().__init__(autowrap_functions=tuple(_kept_whole(asked.module)))
+        self.inputs, self.kwargs, self.wanted_leaves = asked.inputs, asked.kwargs, frozenset(asked.leaves)
         # The tensors before the model's code assigns to them.
-        self.own = {
-            **dict(module.named_parameters()),
-            **dict(module.named_buffers()),
-        }
+        self.own = {**dict(asked.module.named_parameters()), **dict(asked.module.named_buffers())}
         self.names = {id(tensor): name for name, tensor in self.own.items()}
         self.calls: Counter[str] = Counter()
         self.outputs: list[tuple[str, str, int]] = []
@@ -116,14 +106,7 @@ def _from_one(stack: Mapping[str, Any]) -> dict[str, Any]:
     return {f"{path}@{int(index) + 1}" if index else path: value for path, _, index, value in calls}
 
 
-def capture_symbolic(
-    module: nn.Module,
-    inputs: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    leaves: Sequence[str],
-    _loose: Mapping[str, Tensor] = MappingProxyType({}),
-    _lines: object = None,
-) -> Captured:
+def capture_symbolic(asked: Request) -> Captured:
     """Trace with symbolic values; tensors that are not buffers are constants, so none may be drawn.
 
     Raises:
@@ -133,10 +116,10 @@ def capture_symbolic(
     def refuse() -> None:
         raise DrawError("{}: {} would be one draw for good".format(*current_place()))
 
-    tracer = _Tracer(module, inputs, kwargs, leaves)
+    tracer = _Tracer(asked)
     try:
         with watching_autocast() as notes, TensorDraws(drawing=refuse):
-            graph = tracer.trace(module)
+            graph = tracer.trace(asked.module)
     except FrontendError:
         raise
     except Exception as error:
@@ -148,6 +131,6 @@ def capture_symbolic(
         node.meta["nn_module_stack"] = _from_one(node.meta.get("nn_module_stack", {}))
     tensors = tracer.own
     named = (str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr"))
-    targets = {name: tensors[name] if name in tensors else attribute(module, name) for name in named}
-    named_outputs = tuple(tracer.outputs)
-    return Captured(assemble(graph, targets, type(module).__name__), named_outputs, notes=tuple(dict.fromkeys(notes)))
+    targets = {name: tensors[name] if name in tensors else attribute(asked.module, name) for name in named}
+    graph_module = assemble(graph, targets, type(asked.module).__name__)
+    return Captured(graph_module, tuple(tracer.outputs), notes=tuple(dict.fromkeys(notes)))

@@ -209,10 +209,10 @@ def free_heads(module: nn.MultiheadAttention | HeadAttention) -> HeadAttention |
     return new.train(module.training)
 
 
-def with_projections(module: HeadAttention, *, heads: int | None = None, **projections: nn.Linear) -> HeadAttention:
+def with_projections(module: HeadAttention, **projections: nn.Linear) -> HeadAttention:
     """The attention with some of its linear layers replaced."""
     parts = {name: projections.get(name, getattr(module, name)) for name in ("query", "key", "value", "out")}
-    new = HeadAttention(**parts, heads=heads or module.heads, dropout=module.dropout, batch_first=module.batch_first)
+    new = HeadAttention(**parts, heads=module.heads, dropout=module.dropout, batch_first=module.batch_first)
     new.training = module.training
     return new
 

@@ -41,11 +41,11 @@ class Layout:
         return self.kind, self.channels_first, self.batch_axis
 
 
-def layout_of(facts: NodeFacts, *, channels: int | None = None) -> Layout:
-    """The layout of a tensor; `channels` replaces its width (after narrowing)."""
+def layout_of(facts: NodeFacts) -> Layout:
+    """The layout of a tensor."""
     batch = facts.batch_axis or 0
     first = facts.channel_axis is not None and facts.channel_axis + (facts.channel_axis < batch) == 1
-    return Layout(channels if channels is not None else facts.channels, first, facts.space, facts.kind, batch)
+    return Layout(facts.channels, first, facts.space, facts.kind, batch)
 
 
 def adapt(

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 
 from indistill_fx.errors import ConfigError
 from indistill_fx.graph.edit import copy_graph, output_node, sweep
+from indistill_fx.graph.module_state import device_of
 from indistill_fx.graph.view import View, coloured, grey, rescaled, resized
 from indistill_fx.passes.contract import PassResult, Rewrite
 from indistill_fx.traced import NodeFacts, TracedModel
@@ -96,7 +97,7 @@ def see(
     inputs = [node for node in graph.nodes if node.op == "placeholder" and node.users and node.name in facts]
     first = next(node for node in graph.nodes if node.op != "placeholder")
     with graph.inserting_before(first):
-        factors = _factors(new, graph, view, "view", _device(new))
+        factors = _factors(new, graph, view, "view", device_of(new))
         for node in inputs:
             known, readers = facts[node.name], list(node.users)
             if known.dtype.is_floating_point:
@@ -119,7 +120,7 @@ def as_seen(
         view: the teacher's.
         name: what its constants are called by.
     """
-    factors = _factors(root, graph, view, name, _device(root))
+    factors = _factors(root, graph, view, name, device_of(root))
     return [
         _seen(graph, node, view, factors, picture=value.ndim == 4)[0] if value.is_floating_point() else node
         for node, value in inputs
@@ -174,7 +175,7 @@ def deliver(
         for tap, node in delivered.items():
             if tap in classes:
                 axis, chosen = classes[tap]
-                index = _constant(new, new.graph, "view_classes", torch.tensor(chosen), _device(new))
+                index = _constant(new, new.graph, "view_classes", torch.tensor(chosen), device_of(new))
                 node = new.graph.call_function(torch.index_select, (node, axis, index))
                 done.append(f"{tap}: {len(chosen)} classes in the student's order")
             delivered[tap] = new.graph.call_method("to", (node, dtype))
@@ -186,7 +187,3 @@ def deliver(
 def _constant(root: nn.Module, graph: fx.Graph, name: str, value: Tensor, device: torch.device) -> fx.Node:
     root.register_buffer(name, value.to(device), persistent=False)
     return graph.get_attr(name)
-
-
-def _device(module: nn.Module) -> torch.device:
-    return next((parameter.device for parameter in module.parameters()), torch.device("cpu"))

@@ -67,7 +67,7 @@ class RoundedActivation(nn.Module):
 
 
 class RoundedLayer(nn.Module):
-    """A layer that computes with its weight rounded to 127 levels per output channel.
+    """A layer that computes with its weight rounded, per output channel, to 64 steps on either side of 0.
 
     Args:
         layer: a convolution or linear layer; its tensors are shared.

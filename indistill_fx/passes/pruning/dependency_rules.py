@@ -1,6 +1,6 @@
 """How the units of channels pass through operations that make, normalise or sum over channels.
 
-What merely carries channels needs no entry here: the channel rules show it (`coupling.follow`).
+What merely carries channels needs no entry here: the channel rules show it (`dependencies.follow`).
 """
 
 from __future__ import annotations

@@ -21,11 +21,11 @@ from torch import Tensor, fx
 from indistill_fx.errors import ConfigError
 from indistill_fx.graph.module_state import evaluating
 from indistill_fx.passes.pruning.dependencies import Coupling, Units
-from indistill_fx.passes.pruning.masked import Masked
+from indistill_fx.passes.pruning.masked import MaskedLogits
 from indistill_fx.traced import TracedModel
 
 
-class _Gated(Masked):
+class _Gated(MaskedLogits):
     """A run with a factor on every channel that is read.
 
     Args:
@@ -38,7 +38,6 @@ class _Gated(Masked):
     def __init__(self, model: TracedModel, found: Coupling, class_of: Units, gates: Tensor):
         super().__init__(model, {})
         self.found, self.class_of, self.gates = found, class_of, gates
-        self.wanted, self.logits = model.logits, gates
         self.read: set[int] = set()
 
     def mask(self, node: Any, axis: int, value: Tensor) -> Tensor:
@@ -56,13 +55,6 @@ class _Gated(Masked):
     def touches(self, node: fx.Node) -> bool:
         """Factors may stand everywhere."""
         return True
-
-    def run_node(self, n: fx.Node) -> Any:
-        """As for every masked run; the main output is kept."""
-        value = super().run_node(n)
-        if n.name == self.wanted:
-            self.logits = value
-        return value
 
 
 def fisher_scores(

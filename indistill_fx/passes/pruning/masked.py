@@ -8,7 +8,7 @@ No weight is sliced.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,15 +23,6 @@ from indistill_fx.passes.channels.norms import mixed_axis
 from indistill_fx.passes.channels.space import reduced_axes
 from indistill_fx.passes.pruning.recurrent import NAMES, features, silent
 from indistill_fx.traced import NodeFacts, TracedModel
-
-
-class HasAxes(Protocol):
-    """What `shrink` reports."""
-
-    @property
-    def axes(self) -> Mapping[tuple[str, int | str], tuple[int, ...]]:
-        """The entries that stay, per node and axis that lost some."""
-
 
 _HINT = "Run the masked network on inputs of the example's size."
 
@@ -278,10 +269,16 @@ _MIXING = {
 }
 
 
-def run_masked(model: TracedModel, report: HasAxes, *inputs: Any) -> Any:
-    """The output of the original on these inputs, as if the channels that `shrink` removed were not there."""
-    with torch.no_grad():
-        return Masked(model, report.axes).run(*inputs)
+class MaskedLogits(Masked):
+    """A masked run that keeps the main output."""
 
+    def __init__(self, model: TracedModel, axes: Mapping[tuple[str, int | str], tuple[int, ...]]):
+        super().__init__(model, axes)
+        self.wanted, self.logits = model.logits, torch.zeros(())
 
-__all__ = ["Masked", "run_masked"]
+    def run_node(self, node: fx.Node) -> Any:
+        """As for every masked run."""
+        value = super().run_node(node)
+        if node.name == self.wanted:
+            self.logits = value
+        return value

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from indistill_fx.errors import PruneError
+from indistill_fx.errors import ConfigError, PruneError
 from indistill_fx.passes.channels.rules import consult
 from indistill_fx.passes.channels.selection import Cut, Filters, Index, Propagation
-from indistill_fx.passes.pruning.criteria import Criterion, Scorer, best, on_example, scorer_of, unsound
+from indistill_fx.passes.pruning.criteria import NAMES, UNITS, Criterion, Scorer, best, on_example, scorer_of, unsound
 from indistill_fx.traced import NodeFacts, TracedModel
 
 Links = tuple[Index, Index]
@@ -74,9 +74,16 @@ def rank_taps(
     """Scores for the channels of some taps.
 
     Raises:
-        ConfigError: no criterion of that name, or one that needs data without a loader.
+        ConfigError: no criterion of that name, one that ranks a whole network, or one that needs data without a loader.
         PruneError: a tap has no channels, or the weights that make them are not numbers.
     """
+    if criterion in UNITS:
+        raise ConfigError(
+            f"The criterion `{criterion}` is one of `shrink`, which compares the channels of a whole network; a tap's are ranked alone.",
+            where="criterion",
+            got=criterion,
+            hint=f"Give one of {', '.join(name for name in NAMES if name not in UNITS)}.",
+        )
     places = {tap: (teacher.node(tap).name, _axis(teacher, tap)) for tap in taps}
     scorer = scorer_of(criterion, teacher, loader, dict(places.values()))
     found = {}
@@ -111,7 +118,7 @@ def _axis(teacher: TracedModel, tap: str) -> int:
         raise PruneError(
             f"`{tap}` holds a tensor of shape {'x'.join(map(str, teacher.facts_of(tap).shape))} without an axis of channels.",
             where=tap,
-            hint="Tap another layer.",
+            hint="Choose another layer; `indistill-fx inspect` shows their shapes.",
         )
     return axis
 
@@ -179,7 +186,7 @@ def check_width(teacher: TracedModel, tap: str, width: int) -> int:
         raise PruneError(
             f"`{tap}` has no axis of channels (shape {'x'.join(map(str, known.shape))}).",
             where=tap,
-            hint="Tap another layer.",
+            hint="Choose another layer; `indistill-fx inspect` shows their shapes.",
         )
     if not 1 <= width <= known.channels:
         raise PruneError(

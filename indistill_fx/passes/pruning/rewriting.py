@@ -17,9 +17,6 @@ from indistill_fx.passes.channels.call import Call
 from indistill_fx.passes.channels.selection import sliced
 from indistill_fx.passes.pruning.dependencies import Coupling, Units
 
-Keep = Mapping[tuple[str, int | str], NDArray[np.int64]]
-"""The entries that stay, per node and axis; axes that stay whole have no entry."""
-
 
 class Rewriting:
     """One network being written: the old graph, what stays, and the new graph's nodes by name."""

@@ -109,5 +109,5 @@ def _unfit(got: str, expected: str) -> ConfigError:
         where="mixup",
         got=got,
         expected=expected,
-        hint="Leave these options out.",
+        hint="Leave mixup, cutmix and label_smoothing out.",
     )
