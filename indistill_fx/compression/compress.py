@@ -24,6 +24,7 @@ import torch
 from pydantic import ConfigDict, TypeAdapter
 from torch import Tensor, nn
 
+from indistill_fx.batch import Inputs, split
 from indistill_fx.compression.allocate import Budget
 from indistill_fx.compression.basis import in_both_modes
 from indistill_fx.compression.correspond import plan_if_any
@@ -35,7 +36,6 @@ from indistill_fx.compression.make_student import (
     calibration,
     make_student,
     measured,
-    options_of_loss,
     require_trained,
 )
 from indistill_fx.compression.write_source import SOURCE, source_of
@@ -44,6 +44,7 @@ from indistill_fx.errors import ConfigError, ExportError
 from indistill_fx.evaluation.accuracy import Evaluation, evaluate
 from indistill_fx.graph.module_state import digest
 from indistill_fx.loading.spec import parse_spec
+from indistill_fx.losses.registry import asked_of_the_data, options_without_labels
 from indistill_fx.losses.task import Task
 from indistill_fx.passes.capture.trace import trace
 from indistill_fx.passes.pruning.criteria import Criterion
@@ -181,7 +182,8 @@ def compress(
     model = teacher if isinstance(teacher, TracedModel) else trace(teacher, example, role="teacher", logits=logits)
     budget.require_less_than(model)
     settings = _settings({**options}, curriculum=curriculum, main=main, epochs=epochs)
-    settings["main_options"] = options_of_loss(settings["main"], main_options or {}, train_loader, say)
+    settings["main_options"] = main_options or {}
+    _check_loss(settings["main"], settings["main_options"], train_loader, source)
     _check_first(folder, plan_if_any(model, model, {}, every_block=every_block), settings["curriculum"])
     request = {"budget": asdict(budget), "clock": asdict(clock), "criterion": str(criterion), "round_to": round_to}
     request |= {"samples": samples, "every_block": every_block}
@@ -234,6 +236,15 @@ def _about(made: _Made, model: TracedModel, described: Mapping[str, Any]) -> dic
 
 def _input_size(model: TracedModel) -> tuple[int, ...]:
     return tuple(next(value for value in model.example_values if isinstance(value, Tensor)).shape[1:])
+
+
+def _check_loss(
+    main: str | Callable[..., Tensor], options: Mapping[str, Any], loader: Iterable[Any], model: nn.Module
+) -> None:
+    """Refuse an unknown loss, and one that is nothing without labels where there are none."""
+    asked_of_the_data(main)
+    if split(next(iter(loader)), Inputs.of(model), where="The training").labels is None:
+        options_without_labels(main, options)
 
 
 def _check_first(folder: Path, pairs: AlignmentPlan | None, curriculum: Curriculum) -> None:

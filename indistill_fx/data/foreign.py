@@ -135,6 +135,10 @@ class ForeignLoader(EpochLoader):
                 continue
             unshared = self.world == 1 or self._shared
             yield batch if unshared else samples_of(batch, slice(self.rank, None, self.world))
+        else:
+            if self.epoch == 0:
+                with randomness.lent():
+                    self.longer = next(iterator, _END) is not _END
         if number < (expected or 1):
             raise ConfigError(
                 f"The loader says it has {expected} batches and ended after {number}."

@@ -32,6 +32,7 @@ class EpochLoader(ABC):
         epoch: which epoch the next iteration is.
         least: batches of fewer samples, counted over all processes, are left out.
         left_out: how many were, so far.
+        longer: whether it was seen to have more batches than it says.
         remarks: what a run should say of the loader, in sentences.
         figures: mean and std per channel of values in [0, 1] that images are normalised by; None if unknown.
     """
@@ -40,7 +41,7 @@ class EpochLoader(ABC):
         if seed < 0:
             raise ConfigError(f"seed is {seed}.", where="seed", got=seed, expected="an integer >= 0")
         self.seed, self.epoch, self.rank, self.world, self._skipped = seed, 0, 0, 1, 0
-        self.least, self.left_out = 1, 0
+        self.least, self.left_out, self.longer = 1, 0, False
         self.remarks: tuple[str, ...] = ()
         self.figures: Normalisation | None = None
 

@@ -179,6 +179,32 @@ def asked_of_the_data(loss: str | Callable[..., Tensor]) -> frozenset[str]:
     return frozenset(need for need in ("indices", "samples") if getattr(kind, f"needs_{need}", False))
 
 
+def at_the_end(options: Mapping[str, Any]) -> dict[str, Any]:
+    """A main loss's options for training that goes on after it: weights that change over the steps stay at their last values."""
+    kept = {name: value for name, value in options.items() if name != "ramp_steps"}
+    return kept | {"over_time": ((0, kept["over_time"][-1][1]),)} if kept.get("over_time") else kept
+
+
+def options_without_labels(loss: str | Callable[..., Tensor], options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A main loss's options where the data have no labels: one of ours then compares the student with the teacher alone.
+
+    Raises:
+        ConfigError: an unknown name, or a loss that is nothing without labels.
+    """
+    asked_of_the_data(loss)
+    kind = MAIN_LOSSES.get(loss) if isinstance(loss, str) else None
+    if kind is None or options.get("weight_labels"):
+        return options
+    if kind.needs_labels:
+        raise ConfigError(
+            f"The loss `{loss}` learns from labels, but the data have none.",
+            where="main",
+            got=loss,
+            hint="Take a loss that compares the student with the teacher, such as kd.",
+        )
+    return {**options, "weight_labels": 0.0}
+
+
 def _require_fit(kind: type[MainLoss], name: str, task: Task, options: Mapping[str, Any]) -> None:
     if kind.by_class and not task.by_class:
         raise ConfigError(
@@ -196,9 +222,9 @@ def _require_fit(kind: type[MainLoss], name: str, task: Task, options: Mapping[s
             expected=False,
             hint="Leave standardize out.",
         )
-    if kind is LabelsLoss and not task.labelled:
+    if kind.needs_labels and not task.labelled:
         raise ConfigError(
-            f"Loss 'labels' needs labels, but task {task.name!r} has none.",
+            f"Loss {name!r} needs labels, but task {task.name!r} has none.",
             where="main",
             got=name,
             hint="Take a loss on features or penultimate vectors, such as pkt.",

@@ -19,7 +19,7 @@ from indistill_fx.data.loaders import EpochLoader
 from indistill_fx.data.same_samples import same_samples
 from indistill_fx.graph.module_state import uncompiled
 from indistill_fx.graph.view import View
-from indistill_fx.losses.registry import asked_of_the_data
+from indistill_fx.losses.registry import asked_of_the_data, options_without_labels
 from indistill_fx.losses.stage_losses import Kept
 from indistill_fx.losses.task import Task
 from indistill_fx.passes.align import align
@@ -169,6 +169,9 @@ def distill(
     ).run(distillation.set_up)
 
 
+_NO_LABELS = "the data have no labels: the student learns from the teacher's answers alone (weight_labels=0)"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Distillation:
     """What `distill` was asked for; see there. `set_up` makes a run's phases of it."""
@@ -219,6 +222,10 @@ class Distillation:
         )
         plan = plan or align(*models, required=self.curriculum.wants_pairs)
         task = self._task(*models)
+        options = self.main_options
+        if self.main is not None and not task.labelled:
+            options = options_without_labels(self.main, options)
+            remarks += [_NO_LABELS] if options is not self.main_options else []
         curriculum, why = self._warmup(*models, plan, directory, task.task.name)
         remarks += [why] if why else []
         if self.int8:
@@ -233,7 +240,7 @@ class Distillation:
             plan,
             curriculum=curriculum,
             main=self.main,
-            main_options=self.main_options,
+            main_options=options,
             target=target,
             say=remarks.append,
             task=task.task,
@@ -260,7 +267,7 @@ class Distillation:
             remarks=(*remarks, *_remarks(curriculum, plan)),
             view=plan.view,
             unmeasured=unmeasured,
-            identity=self._identity(*models, plan, curriculum),
+            identity=self._identity(*models, plan, curriculum, described_loss(self.main, options)),
             mix=mix,
         )
 
@@ -308,11 +315,11 @@ class Distillation:
         return replace(asked, lengths=stages.lengths, unit=stages.unit, together=stages.together), why
 
     def _identity(
-        self, teacher: TracedModel, student: TracedModel, plan: AlignmentPlan, curriculum: Curriculum
+        self, teacher: TracedModel, student: TracedModel, plan: AlignmentPlan, curriculum: Curriculum, main: str | None
     ) -> dict[str, Any]:
         warm = bool(warmup_plan(plan, curriculum)[1] or curriculum.keep or curriculum.keep_features)
         return {
-            "main loss": described_loss(self.main, self.main_options),
+            "main loss": main,
             "warm-up loss": described_loss(curriculum.loss, {}) if warm else None,
             "warm-up feed": curriculum.feed if warm else None,
             "plan": hashlib.sha256(plan.model_dump_json(exclude={"view", "views"}).encode()).hexdigest()[:16],

@@ -229,6 +229,10 @@ class TrainingLoop:
             yield index, to_device(phase.given(batch), device, non_blocking=True), last
         if self._loader.left_out and self.state.epoch == 0:
             self._note(phase, f"batches of fewer than {self._loader.least} samples are left out: batch norms need more")
+        if self._loader.longer and self.state.epochs == 0:
+            count = self._loader.length
+            text = f"the loader says it has {count} batches, but it has more: every epoch ends after {count}"
+            self._note(phase, f"{text}. If all are meant, let its __len__ count them")
 
     def _awaited(self, batches: Iterator[tuple[Any, bool]]) -> Iterator[tuple[Any, bool]]:
         """The batches of a loader; the time spent waiting for each is recorded."""

@@ -309,7 +309,7 @@ class Trainer:
             found = measured.values
             if measured.no_better_than_chance:
                 reporter.say(
-                    f"The teacher classifies no better than chance ({measured.classes} classes): are its trained weights loaded?"
+                    f"The teacher classifies no better than chance ({measured.guesses} classes): are its trained weights loaded?"
                     " Where only its features are compared, as by pkt, it needs no classifier."
                 )
         reporter.teacher(found[metric.name])

@@ -44,6 +44,23 @@ def test_a_stream_without_a_length_trains_every_batch():
     assert repeatable(loader, 0, "train loader").length is None
 
 
+class Understated(list):
+    """Has more batches than it says."""
+
+    def __len__(self):
+        return 3
+
+
+def test_a_loader_with_more_batches_than_it_says_is_noticed(tmp_path, capsys):
+    said = "the loader says it has 3 batches, but it has more: every epoch ends after 3. If all are meant, let its __len__ count them"
+    batch = torch.randn(4, 3, 8, 8), torch.arange(4)
+    for count, notes in ((5, (said,)), (3, ())):
+        run = tmp_path / str(count)
+        record = ifx.train(net(), Understated([batch] * count), epochs=2, device="cpu", run_dir=run)
+        assert record.steps == 6 and record.stages[0].notes == notes
+        assert (f"main: {said}" in capsys.readouterr().err.splitlines()) == bool(notes)
+
+
 class Endless(IterableDataset):
     def __iter__(self):
         for i in itertools.count():
