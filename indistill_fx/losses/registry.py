@@ -173,10 +173,15 @@ def asked_of_the_data(loss: str | Callable[..., Tensor]) -> frozenset[str]:
     Raises:
         ConfigError: an unknown name.
     """
-    kind: Any = (
+    kind = _kind(loss)
+    return frozenset(need for need in ("indices", "samples") if getattr(kind, f"needs_{need}", False))
+
+
+def _kind(loss: str | Callable[..., Tensor]) -> Any:
+    """The class of a main loss of ours; the user's own as it is."""
+    return (
         MAIN_LOSSES[loss] if isinstance(loss, str) and loss in MAIN_LOSSES else _object(loss, MAIN_LOSSES, "main loss")
     )
-    return frozenset(need for need in ("indices", "samples") if getattr(kind, f"needs_{need}", False))
 
 
 def at_the_end(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -186,23 +191,23 @@ def at_the_end(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def options_without_labels(loss: str | Callable[..., Tensor], options: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A main loss's options where the data have no labels: one of ours then compares the student with the teacher alone.
+    """A main loss's options where the data have no labels: a `MainLoss` then compares the student with the teacher alone.
 
     Raises:
         ConfigError: an unknown name, or a loss that is nothing without labels.
     """
-    asked_of_the_data(loss)
-    kind = MAIN_LOSSES.get(loss) if isinstance(loss, str) else None
-    if kind is None or options.get("weight_labels"):
+    kind = _kind(loss)
+    if not isinstance(kind, type) or not issubclass(kind, MainLoss) or options.get("weight_labels"):
         return options
     if kind.needs_labels:
         raise ConfigError(
-            f"The loss `{loss}` learns from labels, but the data have none.",
+            f"The loss `{loss if isinstance(loss, str) else kind.__name__}` learns from labels, but the data have none.",
             where="main",
             got=loss,
             hint="Take a loss that compares the student with the teacher, such as kd.",
         )
-    return {**options, "weight_labels": 0.0}
+    takes_it = "weight_labels" in inspect.signature(kind).parameters
+    return {**options, "weight_labels": 0.0} if takes_it else options
 
 
 def _require_fit(kind: type[MainLoss], name: str, task: Task, options: Mapping[str, Any]) -> None:

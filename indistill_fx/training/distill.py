@@ -86,7 +86,7 @@ def distill(
         teacher: traced, or a plain module; combine several into one with `ensemble`.
         student: likewise.
         train_loader: batches (inputs, labels) or (inputs, labels, indices), or dicts of inputs by name with `labels`
-            and `indices`; the first dimension is the batch.
+            and `indices`; the first dimension is the batch. Without labels the student learns from the teacher alone.
         plan: the pairs; None: those of the run that is resumed, else those that `align` finds.
         curriculum: the warm-up; `Curriculum(lengths=[])` is none, `Curriculum()` the paper's; None, or `Curriculum(lengths="auto", …)`:
             what was measured to help such pairs, or none; a line says which, and why.
@@ -95,7 +95,8 @@ def distill(
         task: what the labels mean: `classification`, `multilabel`, `regression`, `segmentation`, `language`, `embedding`,
             `file.py:task` or a `Task`; None: inferred from the first batch, if that is unambiguous.
         epochs: length of the main stage.
-        val_loader: batches to validate on after every main epoch, by the task's metrics; the teacher is measured on them first.
+        val_loader: batches to validate on after every main epoch, by the task's metrics; the teacher is measured on them first. They need
+            labels, also where the training batches have none.
         example_inputs: to trace plain modules with; by name, each model gets what it takes; None: taken from the first batch.
         teacher_view: how the teacher sees a batch: another size, normalisation or dtype, and which of its outputs are the student's
             classes. None: as in the plan, else as known for its weights (see `load`; timm's `pretrained_cfg`), which is reported.
@@ -145,7 +146,7 @@ def distill(
         main=main,
         main_options=main_options,
         task=task,
-        validated=val_loader is not None,
+        val_loader=val_loader,
         epochs=epochs,
         example_inputs=example_inputs,
         teacher_view=teacher_view,
@@ -185,7 +186,7 @@ class Distillation:
     main: str | Callable[..., Tensor] | None
     main_options: Mapping[str, Any]
     task: str | Task | None
-    validated: bool
+    val_loader: Iterable[Any] | None
     epochs: int
     example_inputs: Any
     teacher_view: View | None
@@ -253,7 +254,7 @@ class Distillation:
         if not any(stage.logits[1] is not None for stage in main):  # no loss reads labels
             task = replace(task, check=lambda number, batch: None)
         mix = self._mixing(task, *models)
-        self._try(main, task, mix, late=len(stages) > len(main))
+        remarks += self._try(main, task, mix, late=len(stages) > len(main))
         stores: list[FeatureStore | None] = [None] * len(stages)
         if self.feature_cache is not None:
             warm, _ = warmup_plan(plan, curriculum)
@@ -263,7 +264,7 @@ class Distillation:
             phases=_phases(stages, self.epochs, self.settings, stores),
             task=task,
             save=lambda where: plan.save(where.path / "plan.json") if where.writes else None,
-            models={model.role: model_facts(model.module) | {"macs": model.macs} for model in models},
+            models={model.role: model_facts(model) for model in models},
             remarks=(*remarks, *_remarks(curriculum, plan)),
             view=plan.view,
             unmeasured=unmeasured,
@@ -271,15 +272,16 @@ class Distillation:
             mix=mix,
         )
 
-    def _try(self, main: Sequence[Stage], task: RunTask, mix: Callable[[Any], Any] | None, *, late: bool) -> None:
-        """Run the main stage on the first batch, so that its errors appear now and not after the warm-up."""
-        if self.feature_cache is None and (late or users_own(self.main, task.task)):
-            first = next(iter(self.loader))
-            task.check(0, first)
-            with torch.random.fork_rng(devices=[]):
-                first = mix(first) if mix is not None else first
-            for stage in main:
-                require_loss(stage, first, f"The main loss `{named_loss(self.main)}`")
+    def _try(self, main: Sequence[Stage], task: RunTask, mix: Callable[[Any], Any] | None, *, late: bool) -> list[str]:
+        """Run the main stage on the first batch, so that its errors appear now and not after the warm-up; returns remarks."""
+        if self.feature_cache is not None or not (late or users_own(self.main, task.task)):
+            return []
+        first = next(iter(self.loader))
+        task.check(0, first)
+        with torch.random.fork_rng(devices=[]):
+            first = mix(first) if mix is not None else first
+        found = [require_loss(stage, first, f"The main loss `{named_loss(self.main)}`") for stage in main]
+        return list(filter(None, found))
 
     def _mixing(self, task: RunTask, *models: TracedModel) -> Callable[[Any], Any] | None:
         found = make_mixing(self.settings, task.task.name, task.outputs, *(model.inputs for model in models))
@@ -288,16 +290,14 @@ class Distillation:
         return found
 
     def _task(self, teacher: TracedModel, student: TracedModel) -> RunTask:
+        """What the labels mean; where only the data to measure on have labels, theirs."""
         ours = isinstance(self.main, str) and ":" not in self.main
-        return task_of_run(
-            self.task,
-            self.loader,
-            student.module,
-            teacher.inputs,
-            student.inputs,
-            logits=self.logits,
-            required=self.validated or ours,
-        )
+        asked: dict[str, Any] = {"logits": self.logits, "required": self.val_loader is not None or ours}
+        found = task_of_run(self.task, self.loader, student.module, teacher.inputs, student.inputs, **asked)
+        if found.labelled or self.val_loader is None:
+            return found
+        measured = task_of_run(self.task, self.val_loader, student.module, student.inputs, **asked)
+        return replace(measured, check=found.check, labelled=False) if measured.labelled else found
 
     def _warmup(
         self, teacher: TracedModel, student: TracedModel, plan: AlignmentPlan, directory: RunDirectory | None, task: str

@@ -15,7 +15,6 @@ from indistill_fx.graph.edit import layer_of
 from indistill_fx.graph.interpret import run_looking
 from indistill_fx.stages.stage import Stage
 
-
 IN_BATCH = "the batch itself holds values that are not finite"
 
 

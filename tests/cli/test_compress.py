@@ -120,7 +120,11 @@ def test_data_without_labels_are_compared_with_the_teacher_alone(tmp_path, capsy
     assert run([*command, "--main", "labels", "-o", str(home)]) == 2
     assert "The loss `labels` learns from labels, but the data have none." in capsys.readouterr().err
     assert run([*command, "-o", str(home)]) == 0
-    assert "compares the student with the teacher alone (weight_labels=0)" in " ".join(capsys.readouterr().err.split())
+    said = "the data have no labels: the student learns from the teacher's answers alone (weight_labels=0)"
+    assert said in capsys.readouterr().err.splitlines()
+    command = ["distill", f"{nets}:make", f"{nets}:make", "--data", f"{nets}:unlabelled", "--epochs", "1"]
+    assert run([*command, "-o", str(tmp_path / "distilled")]) == 0
+    assert said in capsys.readouterr().err.splitlines()
 
 
 def test_the_help_shows_the_recipes_defaults(capsys):
