@@ -169,8 +169,7 @@ def compress(
     example = examples_of(train_loader, source)[0] if example_inputs is None else example_inputs
     model = teacher if isinstance(teacher, TracedModel) else trace(teacher, example, role="teacher", logits=logits)
     budget.require_less_than(model)
-    settings = _settings({**options}, curriculum=curriculum, main=main, epochs=epochs)
-    settings["main_options"] = main_options or {}
+    settings = _settings({**options}, curriculum=curriculum, main=main, main_options=main_options or {}, epochs=epochs)
     _check_loss(settings["main"], settings["main_options"], train_loader, source)
     _check_first(folder, plan_if_any(model, model, {}, every_block=every_block), settings["curriculum"])
     request = {"budget": asdict(budget), "clock": asdict(clock), "criterion": str(criterion), "round_to": round_to}

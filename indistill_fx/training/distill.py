@@ -223,12 +223,9 @@ class Distillation:
         )
         plan = plan or align(*models, required=self.curriculum.wants_pairs)
         task = self._task(*models)
-        options = self.main_options
-        if self.main is not None and not task.labelled:
-            options = options_without_labels(self.main, options)
-            remarks += [_NO_LABELS] if options is not self.main_options else []
+        options, told = self._options(task)
         curriculum, why = self._warmup(*models, plan, directory, task.task.name)
-        remarks += [why] if why else []
+        remarks += filter(None, (told, why))
         if self.int8:
             rounded = fake_quantize(models[1])
             models = (models[0], rounded.value)
@@ -271,6 +268,13 @@ class Distillation:
             identity=self._identity(*models, plan, curriculum, described_loss(self.main, options)),
             mix=mix,
         )
+
+    def _options(self, task: RunTask) -> tuple[Mapping[str, Any], str]:
+        """The main loss's options, and what is to be said of them."""
+        if self.main is None or task.labelled:
+            return self.main_options, ""
+        found = options_without_labels(self.main, self.main_options)
+        return found, _NO_LABELS if found is not self.main_options else ""
 
     def _try(self, main: Sequence[Stage], task: RunTask, mix: Callable[[Any], Any] | None, *, late: bool) -> list[str]:
         """Run the main stage on the first batch, so that its errors appear now and not after the warm-up; returns remarks."""
