@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from indistill_fx.batch import samples_of, tensors_of
+from indistill_fx.batch import map_tensors, samples_of, tensors_of
 from indistill_fx.compression.allocate import Budget, allocate
 from indistill_fx.compression.latency import Clock, bisect
 from indistill_fx.compression.repair import Repaired, repair
@@ -293,12 +293,13 @@ def _cost(
 
 
 def calibration(loader: Iterable[Any], samples: int) -> list[Any]:
-    """The first batches of a loader, up to so many samples."""
+    """Copies of the first batches of a loader, up to so many samples: a loader may fill the same tensors again."""
     found: list[Any] = []
     count = 0
     for batch in loader:
         size = next((len(value) for value in tensors_of(batch) if value.ndim), 0)
-        found.append(samples_of(batch, slice(0, samples - count)) if count + size > samples else batch)
+        part = samples_of(batch, slice(0, samples - count)) if count + size > samples else batch
+        found.append(map_tensors(part, torch.clone))
         count += size
         if count >= samples:
             break

@@ -93,11 +93,13 @@ def train(
     mix = make_mixing(settings, found.task.name, found.outputs, Inputs.of(module))
 
     def set_up(directory: RunDirectory | None, accelerator: Accelerator) -> Setup:
+        name, told = f"The loss of task `{found.task.name}`", ""
         if users_own("labels", found.task):
-            require_loss(supervised, next(iter(loader)), f"The loss of task `{found.task.name}`")
+            told = require_loss(supervised, next(iter(loader)), name)
         models = {"student": model_facts(module)}
         identity = {"code of the student": code_digest(uncompiled(module))}
-        return Setup(phases=[phase], task=found, mix=mix, models=models, identity=identity)
+        remarks = [told] if told else []
+        return Setup(phases=[phase], task=found, mix=mix, models=models, identity=identity, remarks=remarks)
 
     return Trainer(
         student=uncompiled(module),

@@ -302,6 +302,12 @@ def test_a_time_that_only_narrow_layers_reach_is_reached():
         make_student(model, Budget(latency_ms=1.5), Measure([images(16)], clock=ByWork()))
 
 
+def test_calibration_keeps_what_a_loader_fills_again():
+    buffer = torch.empty(4, 1)
+    kept = calibration((buffer.fill_(value) for value in range(5)), 10)
+    assert [batch.flatten().tolist() for batch in kept] == [[0.0] * 4, [1.0] * 4, [2.0] * 2]
+
+
 def test_budgets_and_calibration():
     with pytest.raises(ifx.ConfigError, match="one budget is needed, but 2 are given: macs, params"):
         Budget(macs=0.5, params=0.5)
