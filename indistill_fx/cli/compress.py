@@ -181,11 +181,12 @@ def _tell(steps: tuple[Step, ...]) -> None:
     from indistill_fx.cli.tables import count, plain_table
 
     timed = any(step.latency_ms is not None for step in steps)
-    metric = next((step.metric for step in steps if step.shown), "accuracy")
-    numbers = (metric, "MACs", "parameters", "divergence", *(("ms",) if timed else ()))
+    metric = next((step.metric for step in steps if step.shown), None)
+    numbers = (*filter(None, (metric,)), "MACs", "parameters", "divergence", *(("ms",) if timed else ()))
     table = plain_table("step", *numbers, numbers=numbers)
     for step in steps:
-        row = [step.shown, count(step.macs), count(step.parameters)]
+        row = [step.shown] if metric is not None else []
+        row += [count(step.macs), count(step.parameters)]
         row += [f"{step.divergence:.3g}" if step.divergence is not None else ""]
         row += [f"{step.latency_ms:.3g}" if step.latency_ms is not None else ""] if timed else []
         table.add_row(f"{step.name} (training starts here)" if step.start else step.name, *row)

@@ -80,6 +80,7 @@ def command(
 
     from indistill_fx.compression.basis import in_both_modes
     from indistill_fx.errors import ConfigError
+    from indistill_fx.runs.directory import COMPRESSION
     from indistill_fx.runs.load import keep_facts
     from indistill_fx.system.files import try_folder
 
@@ -92,6 +93,13 @@ def command(
             f"--plan names the layers and their widths; {', '.join(others)} would name them a second time.",
             where="--plan",
             hint="Give one of them.",
+        )
+    if held := [name for name in (COMPRESSION, "run.json") if (Path(output) / name).exists()]:
+        raise ConfigError(
+            f"{output} holds a run ({held[0]}), whose student would be overwritten.",
+            where="-o",
+            got=output,
+            hint="Give another directory.",
         )
     try_folder(Path(output) if _is_directory(output) else Path(output).parent)
     source = common.open_model(model, trust)

@@ -14,35 +14,31 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, Unpack
 
-from pydantic import ConfigDict, TypeAdapter
 from torch import Tensor, nn
 
+from indistill_fx.batch import Inputs, split
 from indistill_fx.compression.allocate import Budget
 from indistill_fx.compression.basis import in_both_modes
 from indistill_fx.compression.correspond import plan_if_any
 from indistill_fx.compression.latency import Clock, Runtime
+from indistill_fx.compression.made import START, Made, check_free, input_size, read_made, save_made, write_made
 from indistill_fx.compression.make_student import (
     Measure,
     Step,
-    Untrained,
     calibration,
     make_student,
     measured,
-    options_of_loss,
     require_trained,
 )
-from indistill_fx.compression.write_source import SOURCE, source_of
 from indistill_fx.curriculum import Curriculum
-from indistill_fx.errors import ConfigError, ExportError
 from indistill_fx.evaluation.accuracy import Evaluation, evaluate
-from indistill_fx.graph.module_state import device_of, digest
-from indistill_fx.loading.spec import parse_spec
+from indistill_fx.graph.module_state import digest
+from indistill_fx.losses.registry import asked_of_the_data, options_without_labels
 from indistill_fx.losses.task import Task
 from indistill_fx.passes.capture.trace import trace
 from indistill_fx.passes.pruning.criteria import Criterion
@@ -50,23 +46,17 @@ from indistill_fx.plan import AlignmentPlan
 from indistill_fx.runs.checkpoint import state_tensors
 from indistill_fx.runs.directory import STUDENT
 from indistill_fx.runs.load import about as about_model
-from indistill_fx.runs.load import keep_export, keep_facts, load, run_fingerprint
+from indistill_fx.runs.load import keep_export, run_fingerprint
 from indistill_fx.runs.record import RunRecord
-from indistill_fx.runs.signature import is_signed, sign
 from indistill_fx.stages.compile import warmup_plan
 from indistill_fx.stages.traced_pair import examples_of
-from indistill_fx.system.files import read_json, save_json, try_folder
+from indistill_fx.system.files import try_folder
 from indistill_fx.system.tensor_files import save_tensors
 from indistill_fx.traced import TracedModel
 from indistill_fx.training.distill import distill
 from indistill_fx.training.options.settings import Options
 from indistill_fx.training.recipes import NO_WARMUP, RECIPES
 from indistill_fx.training.task import task_of_run
-
-STORY, START = "compress.json", "start.safetensors"
-_KEPT = ("widths", "sensitivity", "repaired")
-"""What compress.json keeps of the student from its making on."""
-_STEPS = TypeAdapter(tuple[Step, ...], config=ConfigDict(allow_inf_nan=False, extra="forbid"))
 
 
 @dataclass(frozen=True)
@@ -179,16 +169,16 @@ def compress(
     example = examples_of(train_loader, source)[0] if example_inputs is None else example_inputs
     model = teacher if isinstance(teacher, TracedModel) else trace(teacher, example, role="teacher", logits=logits)
     budget.require_less_than(model)
-    settings = _settings({**options}, curriculum=curriculum, main=main, epochs=epochs)
-    settings["main_options"] = options_of_loss(settings["main"], main_options or {}, train_loader, say)
+    settings = _settings({**options}, curriculum=curriculum, main=main, main_options=main_options or {}, epochs=epochs)
+    _check_loss(settings["main"], settings["main_options"], train_loader, source)
     _check_first(folder, plan_if_any(model, model, {}, every_block=every_block), settings["curriculum"])
     request = {"budget": asdict(budget), "clock": asdict(clock), "criterion": str(criterion), "round_to": round_to}
     request |= {"samples": samples, "every_block": every_block}
     identity = {"request": json.loads(json.dumps(request)), "teacher": digest(source)}
     judge = None if val_loader is None else partial(evaluate, loader=val_loader, task=task, logits=logits)
-    made = _before(folder, identity, model) if resume else None
+    made = read_made(folder, identity, model) if resume else None
     if made is None:
-        _check_free(folder, resume)
+        check_free(folder, resume)
         require_trained(source, judge)
         batches = calibration(train_loader if calibration_loader is None else calibration_loader, samples)
         found = task_of_run(task, train_loader, source, model.inputs, logits=logits, required=False)
@@ -196,7 +186,7 @@ def compress(
         measure = Measure(batches, judge, clock if latency_ms else None, say, by)
         basis = in_both_modes(model, logits, say)
         untrained = make_student(basis, budget, measure, criterion=criterion, round_to=round_to)
-        made = _write(folder, model, untrained, identity, every_block, about or {}, say)
+        made = write_made(folder, model, untrained, identity, every_block, about or {}, say)
     settings |= {"val_loader": val_loader, "task": task, "example_inputs": example, "logits": logits, "resume": resume}
     settings |= {"plan": made.plan, "run_dir": folder, "progress": progress, "about": _about(made, model, about or {})}
     record = distill(model, made.traced, train_loader, **settings | ({} if made.plan else {"curriculum": NO_WARMUP}))
@@ -212,27 +202,22 @@ def _settings(options: Mapping[str, Any], **given: Any) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True)
-class _Made:
-    student: nn.Module
-    traced: TracedModel
-    plan: AlignmentPlan | None
-    steps: tuple[Step, ...]
-    spec: str
-    kept: Mapping[str, Any]
-
-
-def _about(made: _Made, model: TracedModel, described: Mapping[str, Any]) -> dict[str, Any]:
+def _about(made: Made, model: TracedModel, described: Mapping[str, Any]) -> dict[str, Any]:
     """What the run records so that its student can be rebuilt."""
     if not made.spec:
         return dict(described)
-    size = _input_size(model)
+    size = input_size(model)
     rest = {key: value for key, value in described.items() if key != "data"}
     return about_model(made.spec, str(described.get("data", "")), size, model.example, **rest)
 
 
-def _input_size(model: TracedModel) -> tuple[int, ...]:
-    return tuple(next(value for value in model.example_values if isinstance(value, Tensor)).shape[1:])
+def _check_loss(
+    main: str | Callable[..., Tensor], options: Mapping[str, Any], loader: Iterable[Any], model: nn.Module
+) -> None:
+    """Refuse an unknown loss, and one that is nothing without labels where there are none."""
+    asked_of_the_data(main)
+    if split(next(iter(loader)), Inputs.of(model), where="The training").labels is None:
+        options_without_labels(main, options)
 
 
 def _check_first(folder: Path, pairs: AlignmentPlan | None, curriculum: Curriculum) -> None:
@@ -242,104 +227,10 @@ def _check_first(folder: Path, pairs: AlignmentPlan | None, curriculum: Curricul
         warmup_plan(pairs, curriculum)
 
 
-def _check_free(folder: Path, resume: bool) -> None:
-    if not resume and any((folder / name).exists() for name in (STORY, "run.json")):
-        raise ConfigError(
-            f"{folder} already holds a run.",
-            where=str(folder),
-            hint="Continue it with resume=True (--resume), or give another directory.",
-        )
-
-
-def _before(folder: Path, identity: Mapping[str, Any], model: TracedModel) -> _Made | None:
-    """The student that an interrupted run had made; None if it must be made again."""
-    try:
-        saved = read_json(folder / STORY, 1 << 26)
-        steps, made = _STEPS.validate_python(saved["steps"], strict=False), saved["made"]
-        complete = type(made) is int and 0 < made <= len(steps) and {"identity", *_KEPT} <= saved.keys()
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None
-    if not complete:
-        return None
-    if saved["identity"] != identity:
-        raise ConfigError(
-            f"{folder} holds a compression with another teacher, budget or settings.",
-            where=str(folder),
-            hint="Continue with the same teacher, budget and settings, or give another directory.",
-        )
-    spec = f"{folder / SOURCE}:Student"
-    if not (folder / SOURCE).exists():
-        return None
-    if saved.get("source") not in (None, _digest_of_source(folder)):
-        raise ConfigError(
-            f"{folder / SOURCE} was changed since `compress` wrote it, and making the student again would overwrite it.",
-            where=str(folder / SOURCE),
-            hint=f"Move it away, or name another directory. To train the changed one: distill TEACHER {spec}.",
-        )
-    if not is_signed(parse_spec(spec), saved.get("seal")):
-        return None
-    student = load(f"{spec}@{folder / START}").to(device_of(model.graph_module))
-    traced = trace(student, model.example, role="student")
-    plan = AlignmentPlan.load(folder / "plan.json") if (folder / "plan.json").exists() else None
-    return _Made(
-        student, traced, plan, steps[:made], spec, {key: saved[key] for key in (*_KEPT, "source") if key in saved}
-    )
-
-
-def _digest_of_source(folder: Path) -> str:
-    return sha256((folder / SOURCE).read_bytes()).hexdigest()
-
-
-def _write(
-    folder: Path,
-    model: TracedModel,
-    untrained: Untrained,
-    identity: Mapping[str, Any],
-    every_block: bool,
-    described: Mapping[str, Any],
-    say: Callable[[str], None],
-) -> _Made:
-    """Write the student as source code, its weights, the plan, and the report."""
-    spec = ""
-    student: nn.Module = untrained.model.graph_module
-    try:
-        source = source_of(untrained.model)
-    except ExportError as error:
-        say(f"No source code: {error} The result will be an exported program.")
-        folder.mkdir(parents=True, exist_ok=True)
-        traced = replace(untrained.model, role="student")
-    else:
-        source.save(folder)
-        keep_facts(folder, described.get("classes") or (), described.get("normalisation"), _input_size(model))
-        os.replace(folder / STUDENT, folder / START)  # `student.safetensors` is reserved for the trained student
-        spec, student = f"{folder / SOURCE}:Student", source.build().to(device_of(model.graph_module))
-        traced = trace(student, model.example, role="student")
-    plan = plan_if_any(model, traced, untrained.shrunk.axes, every_block=every_block)
-    if plan is not None:
-        plan.save(folder / "plan.json")
-    else:
-        say("No layers can be paired, so there is no warm-up.")
-    curves = [asdict(curve) for curve in untrained.curves]
-    repaired = asdict(untrained.repaired) if untrained.repaired is not None else None
-    widths = {path: list(pair) for path, pair in untrained.shrunk.widths.items()}
-    kept: dict[str, Any] = {"widths": widths, "sensitivity": curves, "repaired": repaired}
-    kept |= {"source": _digest_of_source(folder)} if spec else {}
-    _save(folder, identity, untrained.steps, len(untrained.steps), spec, **kept)
-    count = len(plan.pairs) if plan is not None else 0
-    say(f"{count} pair{'s' * (count != 1)}; widths, sensitivities and repairs are in {folder / STORY}")
-    return _Made(student, traced, plan, untrained.steps, spec, kept)
-
-
-def _save(folder: Path, identity: Mapping[str, Any], steps: Iterable[Step], made: int, spec: str, **more: Any) -> None:
-    signature = sign(parse_spec(spec)) if spec else None
-    record = {"identity": dict(identity), "seal": signature, "made": made, "steps": [asdict(step) for step in steps]}
-    save_json(folder / STORY, record | more)
-
-
 def _finished(
     folder: Path,
     model: TracedModel,
-    made: _Made,
+    made: Made,
     record: RunRecord,
     judge: Callable[[nn.Module], Evaluation] | None,
     identity: Mapping[str, Any],
@@ -365,7 +256,7 @@ def _finished(
         save_tensors(folder / STUDENT, state_tensors(student))
     if export:
         _export(folder, model, student, last, about, say)
-    _save(folder, identity, steps, len(made.steps), made.spec, **made.kept)
+    save_made(folder, identity, steps, len(made.steps), made.spec, **made.kept)
     spec = f"{made.spec}@{folder / STUDENT}" if made.spec else ""
     return Compressed(student, made.plan, record, steps, spec)
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from indistill_fx.batch import inputs_and_labels, samples_of, tensors_of
+from indistill_fx.batch import map_tensors, samples_of, tensors_of
 from indistill_fx.compression.allocate import Budget, allocate
 from indistill_fx.compression.latency import Clock, bisect
 from indistill_fx.compression.repair import Repaired, repair
@@ -19,7 +19,6 @@ from indistill_fx.errors import ConfigError, PruneError
 from indistill_fx.evaluation.accuracy import Evaluation
 from indistill_fx.graph.interpret import run_keeping
 from indistill_fx.graph.module_state import evaluating
-from indistill_fx.losses.registry import MAIN_LOSSES, asked_of_the_data
 from indistill_fx.losses.task import Task
 from indistill_fx.passes.contract import PassResult
 from indistill_fx.passes.pruning.budget import FLOOR
@@ -94,9 +93,10 @@ def require_trained(teacher: nn.Module, judge: Callable[[nn.Module], Evaluation]
     """Refuse a classifier that only guesses."""
     found = judge(teacher) if judge is not None else None
     if found is not None and found.no_better_than_chance:
+        average = f", and {found.recall:.1%} of a class's on average" if found.recall is not None else ""
         raise ConfigError(
-            f"The teacher classifies no better than chance: {found.value:.1%} of {found.count} samples are right, and "
-            f"{found.recall or 0:.1%} of a class's on average, with {found.occurring} classes.",
+            f"The teacher classifies no better than chance: {found.accuracy:.1%} of {found.count} samples are right{average}, "
+            f"with {found.guesses} classes.",
             where="teacher",
             got=found.accuracy,
             hint="Load its trained weights (MODEL@weights.safetensors), and check that data and model have the same classes.",
@@ -292,38 +292,14 @@ def _cost(
     return known.cost.params, limit, lambda count: budget.text((count * each + rest) / 1e6)
 
 
-def options_of_loss(
-    main: str | Callable[..., torch.Tensor],
-    options: Mapping[str, Any],
-    loader: Iterable[Any],
-    say: Callable[[str], None],
-) -> Mapping[str, Any]:
-    """The options of the main loss; where the data have no labels, it compares the student with the teacher alone.
-
-    Raises:
-        ConfigError: an unknown loss, or one that is nothing without labels.
-    """
-    asked_of_the_data(main)
-    if inputs_and_labels(next(iter(loader)))[1] is not None or main not in MAIN_LOSSES or "weight_labels" in options:
-        return options
-    if main == "labels":
-        raise ConfigError(
-            "The loss `labels` learns from labels, but the data have none.",
-            where="main",
-            got=main,
-            hint="Take a loss that compares the student with the teacher, such as kd.",
-        )
-    say("The training data have no labels: the loss compares the student with the teacher alone (weight_labels=0).")
-    return {**options, "weight_labels": 0.0}
-
-
 def calibration(loader: Iterable[Any], samples: int) -> list[Any]:
-    """The first batches of a loader, up to so many samples."""
+    """Copies of the first batches of a loader, up to so many samples: a loader may fill the same tensors again."""
     found: list[Any] = []
     count = 0
     for batch in loader:
         size = next((len(value) for value in tensors_of(batch) if value.ndim), 0)
-        found.append(samples_of(batch, slice(0, samples - count)) if count + size > samples else batch)
+        part = samples_of(batch, slice(0, samples - count)) if count + size > samples else batch
+        found.append(map_tensors(part, torch.clone))
         count += size
         if count >= samples:
             break

@@ -11,7 +11,7 @@ import torch
 import torch.distributed
 from torch.utils.data import DataLoader, IterableDataset
 
-from indistill_fx.batch import count_of, samples_of, tensors_of
+from indistill_fx.batch import count_of, map_tensors, samples_of, tensors_of
 from indistill_fx.data.loaders import EpochLoader
 from indistill_fx.data.readers import leaving_signals_to_us, reading_by_key
 from indistill_fx.errors import ConfigError
@@ -26,6 +26,14 @@ def repeatable(loader: Iterable[Any], seed: int, name: str) -> EpochLoader:
     """
     if isinstance(loader, EpochLoader):
         return loader
+    _require_anew(loader, name)
+    wrapped = ForeignLoader(loader, seed=seed)
+    if wrapped.length == 0:
+        raise ConfigError(f"The {name} has no batches.", where=name, got=0, expected="at least 1")
+    return wrapped
+
+
+def _require_anew(loader: object, name: str) -> None:
     if hasattr(loader, "__next__") or not hasattr(loader, "__iter__"):
         raise ConfigError(
             f"The {name} is a {type(loader).__name__}, which cannot be iterated once per epoch.",
@@ -34,18 +42,16 @@ def repeatable(loader: Iterable[Any], seed: int, name: str) -> EpochLoader:
             expected="an iterable that starts anew each time",
             hint="Give a torch.utils.data.DataLoader, a list of batches, or a loader of ifx.data.open_data.",
         )
-    wrapped = ForeignLoader(loader, seed=seed)
-    if wrapped.length == 0:
-        raise ConfigError(f"The {name} has no batches.", where=name, got=0, expected="at least 1")
-    return wrapped
 
 
 def require_whole(loader: Iterable[Any] | None, name: str) -> None:
-    """Refuse a loader that gives this process only a share: the first process validates on all samples.
+    """Refuse a loader that gives this process only a share: the first process validates on all samples, and after every epoch.
 
     Raises:
-        ConfigError: its sampler shares the samples out among several processes.
+        ConfigError: its sampler shares the samples out among several processes, or it can be iterated only once.
     """
+    if loader is not None:
+        _require_anew(loader, name)
     loader = loader.loader if isinstance(loader, ForeignLoader) else loader
     if (shares := _shares(loader)) is not None and shares > 1:
         raise ConfigError(
@@ -117,7 +123,7 @@ class ForeignLoader(EpochLoader):
         loader = self._of_this_epoch()
         with randomness.lent(), leaving_signals_to_us(loader):
             iterator = iter(loader)
-        number, expected = 0, self.length
+        number, expected, before = 0, self.length, self.left_out
         while expected is None or number < expected:
             with randomness.lent():
                 batch = next(iterator, _END)
@@ -135,6 +141,12 @@ class ForeignLoader(EpochLoader):
                 continue
             unshared = self.world == 1 or self._shared
             yield batch if unshared else samples_of(batch, slice(self.rank, None, self.world))
+        else:
+            if self.epoch == 0:
+                with randomness.lent():
+                    self.longer = "" if next(iterator, _END) is _END else _LONGER.format(expected)
+        if number and self.left_out - before == number:
+            raise self.too_small()
         if number < (expected or 1):
             raise ConfigError(
                 f"The loader says it has {expected} batches and ended after {number}."
@@ -167,12 +179,27 @@ class ForeignLoader(EpochLoader):
 _END = object()
 
 
-def with_last(batches: Iterator[Any]) -> Iterator[tuple[Any, bool]]:
-    """Each batch, and whether it is the last one: read one ahead, because a loader may not know."""
-    ahead = next(batches, _END)
+_LONGER = "the loader says it has {0} batches, but it has more: every epoch ends after {0}. If all are meant, let its __len__ count them"
+
+
+def with_last(batches: Iterator[Any], *, known: bool = False) -> Iterator[tuple[Any, bool]]:
+    """Each batch, and whether it is the last of a group: read one ahead, because a loader may not know its end.
+
+    Args:
+        batches: of an epoch. What is read ahead is copied, because a loader may fill the same tensors again and again.
+        known: every batch is the last of its group, so that none is read ahead.
+    """
+    if known:
+        yield from ((batch, True) for batch in batches)
+        return
+    ahead = _copied(next(batches, _END))
     while ahead is not _END:
-        batch, ahead = ahead, next(batches, _END)
+        batch, ahead = ahead, _copied(next(batches, _END))
         yield batch, ahead is _END
+
+
+def _copied(batch: Any) -> Any:
+    return batch if batch is _END else map_tensors(batch, torch.clone)
 
 
 def _parts(loader: Any) -> tuple[Any, ...]:

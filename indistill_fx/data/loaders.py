@@ -32,6 +32,7 @@ class EpochLoader(ABC):
         epoch: which epoch the next iteration is.
         least: batches of fewer samples, counted over all processes, are left out.
         left_out: how many were, so far.
+        longer: what to say of a loader that was seen to have more batches than it says.
         remarks: what a run should say of the loader, in sentences.
         figures: mean and std per channel of values in [0, 1] that images are normalised by; None if unknown.
     """
@@ -40,7 +41,7 @@ class EpochLoader(ABC):
         if seed < 0:
             raise ConfigError(f"seed is {seed}.", where="seed", got=seed, expected="an integer >= 0")
         self.seed, self.epoch, self.rank, self.world, self._skipped = seed, 0, 0, 1, 0
-        self.least, self.left_out = 1, 0
+        self.least, self.left_out, self.longer = 1, 0, ""
         self.remarks: tuple[str, ...] = ()
         self.figures: Normalisation | None = None
 
@@ -67,14 +68,18 @@ class EpochLoader(ABC):
         part = copy.copy(self)
         part.least = samples
         if part.length == 0:
-            raise ConfigError(
-                f"No batch has {samples} samples, and with fewer this model cannot be trained (batch norms, or processes that "
-                "would get none).",
-                where="batch_size",
-                expected=f"batches of at least {samples}",
-                hint="Take larger batches, or more samples.",
-            )
+            raise part.too_small()
         return part
+
+    def too_small(self) -> ConfigError:
+        """The error where all batches have fewer than `least` samples."""
+        return ConfigError(
+            f"No batch has {self.least} samples, and with fewer this model cannot be trained (batch norms, or processes that "
+            "would get none).",
+            where="batch_size",
+            expected=f"batches of at least {self.least}",
+            hint="Take larger batches, or more samples; or keep the batch norms in eval mode.",
+        )
 
     def to(self, device: torch.device | str) -> Self:
         """A loader that prepares its batches on this device, if it can; their values are the same."""

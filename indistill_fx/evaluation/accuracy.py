@@ -66,9 +66,13 @@ class Evaluation:
     @property
     def no_better_than_chance(self) -> bool:
         """Whether a classifier is within five points of always guessing one class, where every class counts the same."""
-        if self.recall is not None and self.occurring > 1:
-            return self.recall < 1 / self.occurring + 0.05
-        return self.accuracy is not None and self.accuracy < 1 / self.classes + 0.05
+        right = self.recall if self.occurring > 1 else self.accuracy
+        return right is not None and right < 1 / self.guesses + 0.05
+
+    @property
+    def guesses(self) -> int:
+        """Among how many classes a classifier guesses: those that occur, where that is known, else all of its outputs."""
+        return self.occurring if self.occurring > 1 else self.classes
 
 
 def evaluate(

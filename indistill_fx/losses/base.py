@@ -74,6 +74,7 @@ class MainLoss(Criterion):
 
     Attributes:
         needs_shapes: whether the constructor takes `student_shapes` and `teacher_shapes` (there are weights to train).
+        needs_labels: whether it is nothing without labels, even where `weight_labels` is 0.
         by_class: whether the term takes a softmax over the outputs, so that the task's must be classes.
         task: what the labels mean; set by `main_loss`.
         over_time: (training step, factor of `weight`) in ascending order, and between them linearly; set by `vary`.
@@ -88,6 +89,7 @@ class MainLoss(Criterion):
     """
 
     needs_shapes: bool = False
+    needs_labels: bool = False
     by_class: bool = False
     task: Task = Classification()
     over_time: tuple[tuple[int, float], ...] = ()

@@ -20,6 +20,8 @@ class LabelsLoss(MainLoss):
         weight_labels: of the cross-entropy.
     """
 
+    needs_labels: bool = True
+
     def __init__(self, *, weight_labels: float = 1.0):
         super().__init__(weight=0.0, weight_labels=weight_labels)
 
@@ -81,6 +83,7 @@ class DKDLoss(MainLoss):
     """
 
     needs: frozenset[str] = frozenset({"logits"})
+    needs_labels: bool = True
     by_class: bool = True
     step: Tensor
 

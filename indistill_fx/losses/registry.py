@@ -173,10 +173,41 @@ def asked_of_the_data(loss: str | Callable[..., Tensor]) -> frozenset[str]:
     Raises:
         ConfigError: an unknown name.
     """
-    kind: Any = (
+    kind = _kind(loss)
+    return frozenset(need for need in ("indices", "samples") if getattr(kind, f"needs_{need}", False))
+
+
+def _kind(loss: str | Callable[..., Tensor]) -> Any:
+    """The class of a main loss of ours; the user's own as it is."""
+    return (
         MAIN_LOSSES[loss] if isinstance(loss, str) and loss in MAIN_LOSSES else _object(loss, MAIN_LOSSES, "main loss")
     )
-    return frozenset(need for need in ("indices", "samples") if getattr(kind, f"needs_{need}", False))
+
+
+def at_the_end(options: Mapping[str, Any]) -> dict[str, Any]:
+    """A main loss's options for training that goes on after it: weights that change over the steps stay at their last values."""
+    kept = {name: value for name, value in options.items() if name != "ramp_steps"}
+    return kept | {"over_time": ((0, kept["over_time"][-1][1]),)} if kept.get("over_time") else kept
+
+
+def options_without_labels(loss: str | Callable[..., Tensor], options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A main loss's options where the data have no labels: a `MainLoss` then compares the student with the teacher alone.
+
+    Raises:
+        ConfigError: an unknown name, or a loss that is nothing without labels.
+    """
+    kind = _kind(loss)
+    if not isinstance(kind, type) or not issubclass(kind, MainLoss) or options.get("weight_labels"):
+        return options
+    if kind.needs_labels:
+        raise ConfigError(
+            f"The loss `{loss if isinstance(loss, str) else kind.__name__}` learns from labels, but the data have none.",
+            where="main",
+            got=loss,
+            hint="Take a loss that compares the student with the teacher, such as kd.",
+        )
+    takes_it = "weight_labels" in inspect.signature(kind).parameters
+    return {**options, "weight_labels": 0.0} if takes_it else options
 
 
 def _require_fit(kind: type[MainLoss], name: str, task: Task, options: Mapping[str, Any]) -> None:
@@ -196,9 +227,9 @@ def _require_fit(kind: type[MainLoss], name: str, task: Task, options: Mapping[s
             expected=False,
             hint="Leave standardize out.",
         )
-    if kind is LabelsLoss and not task.labelled:
+    if kind.needs_labels and not task.labelled:
         raise ConfigError(
-            f"Loss 'labels' needs labels, but task {task.name!r} has none.",
+            f"Loss {name!r} needs labels, but task {task.name!r} has none.",
             where="main",
             got=name,
             hint="Take a loss on features or penultimate vectors, such as pkt.",

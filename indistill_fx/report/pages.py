@@ -20,6 +20,7 @@ from indistill_fx.plan import AlignmentPlan
 from indistill_fx.report import numbers
 from indistill_fx.report.alignment_view import Alignment, Match, see_plan
 from indistill_fx.report.curves import charts_of, curves_svg
+from indistill_fx.report.layers import layer_tables
 from indistill_fx.report.models import columns, model_rows, note, role_of
 from indistill_fx.report.palette import GRADES, PAGE, grade
 from indistill_fx.report.pictures import kept_svg
@@ -102,6 +103,7 @@ def run_page(run_dir: str | os.PathLike[str]) -> str:
         models=model_rows(runs),
         model_columns=columns(runs),
         model_note=note(runs),
+        layers=layer_tables(runs),
         plan_text=plan.model_dump_json(indent=2) if plan is not None else "",
     )
 

@@ -8,13 +8,14 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from indistill_fx.errors import ConfigError
 from indistill_fx.loading.state_dicts import count_numbers
 from indistill_fx.plan import AlignmentPlan
+from indistill_fx.report.compressed import Compressed, read_compressed
+from indistill_fx.report.values import finite, listed, mapped
 from indistill_fx.report.work import NO_WORK, Work
 from indistill_fx.runs.directory import EXPORT, MOST_BYTES, STUDENT
 from indistill_fx.runs.record import MetricFacts
@@ -106,6 +107,7 @@ class Run:
         export: numbers from export.json, where the run's export has left one: macs, latency_ms, int8_accuracy, int8_size.
         teacher_export: likewise of its teacher, if that is a run that is still there.
         missing: what a reader should know is not there.
+        compressed: how `compress` made the student, if it did.
     """
 
     name: str
@@ -121,6 +123,7 @@ class Run:
     export: Mapping[str, float]
     teacher_export: Mapping[str, float]
     missing: tuple[str, ...]
+    compressed: Compressed | None = None
 
     @property
     def epochs(self) -> tuple[Epoch, ...]:
@@ -141,8 +144,8 @@ class Run:
     @property
     def teacher_value(self) -> float | None:
         """Measured before training."""
-        found = _number(_dict(self.record.get("teacher_metrics")).get(self.metric.name))
-        return _number(self.record.get("teacher_accuracy")) if found is None and self.metric == MetricFacts() else found
+        found = finite(mapped(self.record.get("teacher_metrics")).get(self.metric.name))
+        return finite(self.record.get("teacher_accuracy")) if found is None and self.metric == MetricFacts() else found
 
     @property
     def seconds(self) -> float:
@@ -199,6 +202,8 @@ def read_run(folder: Path, *, name: str | None = None) -> Run:
     missing += more
     plan, more = _plan(folder)
     missing += more + _unfinished(record)
+    compressed, more = read_compressed(folder)
+    missing += more
     weights = folder / STUDENT
     if not weights.is_file():
         missing.append(f"{STUDENT} is missing: the run has not finished, or the file was moved.")
@@ -219,8 +224,9 @@ def read_run(folder: Path, *, name: str | None = None) -> Run:
         student=_facts(record, "student"),
         teacher=_facts(record, "teacher"),
         export=_export(folder),
-        teacher_export=_teacher_export(_dict(record.get("about")).get("teacher")),
+        teacher_export=_teacher_export(mapped(record.get("about")).get("teacher")),
         missing=tuple(missing),
+        compressed=compressed,
     )
 
 
@@ -247,7 +253,7 @@ def _unfinished(record: Mapping[str, Any]) -> list[str]:
         verb = "was stopped" if status == "stopped" else "failed"
         why = f": {record['error']}" if record.get("error") else "."
         found.append(f"The run {verb}{why}")
-    made = _dict(_dict(record.get("environment")).get("versions")).get("indistill-fx")
+    made = mapped(mapped(record.get("environment")).get("versions")).get("indistill-fx")
     if made and made != __version__:
         found.append(
             f"The run was made by indistill-fx {made} and this page by {__version__}, so parts of it may be missing."
@@ -257,7 +263,7 @@ def _unfinished(record: Mapping[str, Any]) -> list[str]:
 
 def _metric(record: Mapping[str, Any]) -> MetricFacts:
     """The metric in run.json; if it has no readable one, accuracy, the only metric of version 0.1.0."""
-    found = _dict(record.get("metric"))
+    found = mapped(record.get("metric"))
     flags = [found.get(name) for name in ("higher_is_better", "share")]
     if not isinstance(found.get("name"), str) or not all(isinstance(flag, bool) for flag in flags):
         return MetricFacts()
@@ -283,7 +289,7 @@ def _epochs(folder: Path, record: Mapping[str, Any], metric: MetricFacts) -> tup
                 found[epoch.stage, epoch.epoch] = epoch
     except OSError as error:
         missing.append(f"metrics.jsonl cannot be read ({error.strerror}).")
-        entries = [_epoch(entry, metric) for entry in _list(_dict(record.get("result")).get("epochs"))]
+        entries = [_epoch(entry, metric) for entry in listed(mapped(record.get("result")).get("epochs"))]
         found = {(epoch.stage, epoch.epoch): epoch for epoch in entries if epoch is not None}
         missing += ["The curves are taken from run.json instead."] if found else ["There are no curves."]
     for count, problem in ((damaged, "are damaged"), (malformed, "have an unknown form")):
@@ -298,30 +304,13 @@ def _epochs(folder: Path, record: Mapping[str, Any], metric: MetricFacts) -> tup
 def _epoch(entry: object, metric: MetricFacts) -> Epoch | None:
     if not isinstance(entry, dict) or not isinstance(entry.get("stage"), str):
         return None
-    number = _number(entry.get("epoch"))
+    number = finite(entry.get("epoch"))
     if number is None:
         return None
-    loss, rate, seconds, val_loss = (_number(entry.get(n)) for n in ("loss", "learning_rate", "seconds", "val_loss"))
-    values = _dict(entry.get("metrics")) or {"accuracy": entry.get("accuracy")}
-    work = Work(seconds, *(_number(entry.get(name)) for name in ("samples", "waiting", "peak_memory")))
-    return Epoch(entry["stage"], int(number), loss, rate, seconds, _number(values.get(metric.name)), val_loss, work)
-
-
-def _number(value: object) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    try:
-        return float(value) if isfinite(value) else None
-    except OverflowError:
-        return None
-
-
-def _list(value: object) -> list[Any]:
-    return value if isinstance(value, list) else []
-
-
-def _dict(value: object) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
+    loss, rate, seconds, val_loss = (finite(entry.get(n)) for n in ("loss", "learning_rate", "seconds", "val_loss"))
+    values = mapped(entry.get("metrics")) or {"accuracy": entry.get("accuracy")}
+    work = Work(seconds, *(finite(entry.get(name)) for name in ("samples", "waiting", "peak_memory")))
+    return Epoch(entry["stage"], int(number), loss, rate, seconds, finite(values.get(metric.name)), val_loss, work)
 
 
 def _plan(folder: Path) -> tuple[AlignmentPlan | None, list[str]]:
@@ -334,20 +323,20 @@ def _plan(folder: Path) -> tuple[AlignmentPlan | None, list[str]]:
 
 
 def _facts(record: Mapping[str, Any], role: str) -> ModelFacts | None:
-    facts = _dict(_dict(record.get("models")).get(role))
-    parameters = _number(facts.get("parameters"))
+    facts = mapped(mapped(record.get("models")).get(role))
+    parameters = finite(facts.get("parameters"))
     if parameters is None:
         return None
-    return ModelFacts(str(facts.get("name", "")), int(parameters), _number(facts.get("macs")))
+    return ModelFacts(str(facts.get("name", "")), int(parameters), finite(facts.get("macs")))
 
 
 def _export(folder: Path) -> dict[str, float]:
     try:
-        export = _dict(read_json(folder / EXPORT, MOST_BYTES))
+        export = mapped(read_json(folder / EXPORT, MOST_BYTES))
     except (OSError, ValueError, RecursionError):  # the teacher may not be a run directory
         return {}
     names = ("macs", "latency_ms", "int8_accuracy", "int8_size")
-    return {name: value for name in names if (value := _number(export.get(name))) is not None}
+    return {name: value for name in names if (value := finite(export.get(name))) is not None}
 
 
 def _teacher_export(spec: object) -> dict[str, float]:
@@ -360,11 +349,11 @@ def _teacher_export(spec: object) -> dict[str, float]:
 
 def _planned(record: Mapping[str, Any]) -> dict[str, tuple[int | None, str, str]]:
     """Length, unit and description of every planned phase in run.json, by name."""
-    lines = [str(line) for line in _list(record.get("schedule"))]
+    lines = [str(line) for line in listed(record.get("schedule"))]
     texts = {start: line for line in reversed(lines) for start in _beginnings(line)}
     found: dict[str, tuple[int | None, str, str]] = {}
-    for entry in _list(record.get("phases")):
-        name, length = _dict(entry).get("name"), _number(_dict(entry).get("length"))
+    for entry in listed(record.get("phases")):
+        name, length = mapped(entry).get("name"), finite(mapped(entry).get("length"))
         if isinstance(name, str) and length is not None:
             unit = "step" if entry.get("unit") == "steps" else "epoch"
             found[name] = (int(length), unit, texts.get(name, name))

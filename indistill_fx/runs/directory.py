@@ -1,8 +1,8 @@
 """A run's directory: it holds the whole story of a run, and belongs to one process at a time.
 
 run.json (command, versions, models, settings, schedule, environment, status, result), plan.json, metrics.jsonl,
-checkpoints/last.safetensors and best.safetensors, student.safetensors, tensorboard/ where asked for, and export.json once it
-was exported.
+checkpoints/last.safetensors and best.safetensors, student.safetensors, tensorboard/ where asked for, export.json once it
+was exported, and compress.json where `compress` made the student.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ BEST = "checkpoints/best.safetensors"
 STUDENT = "student.safetensors"
 AVERAGE = "student_average.safetensors"
 EXPORT = "export.json"
+COMPRESSION = "compress.json"
 
 MOST_BYTES = 64 << 20
 """That run.json may have."""

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from indistill_fx.errors import ConfigError
+from indistill_fx.losses.registry import at_the_end
 from indistill_fx.passes.capture.trace import trace
 from indistill_fx.passes.pruning.shrink import shrink
 from indistill_fx.runs.record import RunRecord
@@ -98,7 +99,8 @@ def distill_for_int8(
         epochs: how long.
         run_dir: of the run that trained the student; this one's directory is `int8` in it, and exports like any other.
         options: see `distill`; there is no warm-up, and the learning rate falls to 0 (cosine). Those on the length and the schedule of
-            the run that trained the student (`main_steps`, `milestones`, `gamma`, `rise_steps`) are ignored.
+            the run that trained the student (`main_steps`, `milestones`, `gamma`, `rise_steps`) are ignored, and weights of the main
+            loss that change over the steps stay at their last values.
 
     Returns:
         The record.
@@ -108,6 +110,7 @@ def distill_for_int8(
     """
     options = {name: value for name, value in options.items() if name not in _OF_THE_RUN_BEFORE}
     options |= {"curriculum": NO_WARMUP, "int8": True, "run_dir": Path(run_dir) / INT8, "schedule": "cosine"}
+    options["main_options"] = at_the_end(options.get("main_options") or {})
     module = student.module if isinstance(student, TracedModel) else student
     flags = [(part, part.training) for part in module.modules()]
     if not module.training:

@@ -19,7 +19,7 @@ from indistill_fx.data.loaders import EpochLoader
 from indistill_fx.data.same_samples import same_samples
 from indistill_fx.graph.module_state import uncompiled
 from indistill_fx.graph.view import View
-from indistill_fx.losses.registry import asked_of_the_data
+from indistill_fx.losses.registry import asked_of_the_data, options_without_labels
 from indistill_fx.losses.stage_losses import Kept
 from indistill_fx.losses.task import Task
 from indistill_fx.passes.align import align
@@ -86,7 +86,7 @@ def distill(
         teacher: traced, or a plain module; combine several into one with `ensemble`.
         student: likewise.
         train_loader: batches (inputs, labels) or (inputs, labels, indices), or dicts of inputs by name with `labels`
-            and `indices`; the first dimension is the batch.
+            and `indices`; the first dimension is the batch. Without labels the student learns from the teacher alone.
         plan: the pairs; None: those of the run that is resumed, else those that `align` finds.
         curriculum: the warm-up; `Curriculum(lengths=[])` is none, `Curriculum()` the paper's; None, or `Curriculum(lengths="auto", …)`:
             what was measured to help such pairs, or none; a line says which, and why.
@@ -95,7 +95,8 @@ def distill(
         task: what the labels mean: `classification`, `multilabel`, `regression`, `segmentation`, `language`, `embedding`,
             `file.py:task` or a `Task`; None: inferred from the first batch, if that is unambiguous.
         epochs: length of the main stage.
-        val_loader: batches to validate on after every main epoch, by the task's metrics; the teacher is measured on them first.
+        val_loader: batches to validate on after every main epoch, by the task's metrics; the teacher is measured on them first. They need
+            labels, also where the training batches have none.
         example_inputs: to trace plain modules with; by name, each model gets what it takes; None: taken from the first batch.
         teacher_view: how the teacher sees a batch: another size, normalisation or dtype, and which of its outputs are the student's
             classes. None: as in the plan, else as known for its weights (see `load`; timm's `pretrained_cfg`), which is reported.
@@ -145,7 +146,7 @@ def distill(
         main=main,
         main_options=main_options,
         task=task,
-        validated=val_loader is not None,
+        val_loader=val_loader,
         epochs=epochs,
         example_inputs=example_inputs,
         teacher_view=teacher_view,
@@ -169,6 +170,9 @@ def distill(
     ).run(distillation.set_up)
 
 
+_NO_LABELS = "the data have no labels: the student learns from the teacher's answers alone (weight_labels=0)"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Distillation:
     """What `distill` was asked for; see there. `set_up` makes a run's phases of it."""
@@ -182,7 +186,7 @@ class Distillation:
     main: str | Callable[..., Tensor] | None
     main_options: Mapping[str, Any]
     task: str | Task | None
-    validated: bool
+    val_loader: Iterable[Any] | None
     epochs: int
     example_inputs: Any
     teacher_view: View | None
@@ -219,8 +223,9 @@ class Distillation:
         )
         plan = plan or align(*models, required=self.curriculum.wants_pairs)
         task = self._task(*models)
+        options, told = self._options(task)
         curriculum, why = self._warmup(*models, plan, directory, task.task.name)
-        remarks += [why] if why else []
+        remarks += filter(None, (told, why))
         if self.int8:
             rounded = fake_quantize(models[1])
             models = (models[0], rounded.value)
@@ -233,7 +238,7 @@ class Distillation:
             plan,
             curriculum=curriculum,
             main=self.main,
-            main_options=self.main_options,
+            main_options=options,
             target=target,
             say=remarks.append,
             task=task.task,
@@ -246,7 +251,7 @@ class Distillation:
         if not any(stage.logits[1] is not None for stage in main):  # no loss reads labels
             task = replace(task, check=lambda number, batch: None)
         mix = self._mixing(task, *models)
-        self._try(main, task, mix, late=len(stages) > len(main))
+        remarks += self._try(main, task, mix, late=len(stages) > len(main))
         stores: list[FeatureStore | None] = [None] * len(stages)
         if self.feature_cache is not None:
             warm, _ = warmup_plan(plan, curriculum)
@@ -256,23 +261,31 @@ class Distillation:
             phases=_phases(stages, self.epochs, self.settings, stores),
             task=task,
             save=lambda where: plan.save(where.path / "plan.json") if where.writes else None,
-            models={model.role: model_facts(model.module) | {"macs": model.macs} for model in models},
+            models={model.role: model_facts(model) for model in models},
             remarks=(*remarks, *_remarks(curriculum, plan)),
             view=plan.view,
             unmeasured=unmeasured,
-            identity=self._identity(*models, plan, curriculum),
+            identity=self._identity(*models, plan, curriculum, described_loss(self.main, options)),
             mix=mix,
         )
 
-    def _try(self, main: Sequence[Stage], task: RunTask, mix: Callable[[Any], Any] | None, *, late: bool) -> None:
-        """Run the main stage on the first batch, so that its errors appear now and not after the warm-up."""
-        if self.feature_cache is None and (late or users_own(self.main, task.task)):
-            first = next(iter(self.loader))
-            task.check(0, first)
-            with torch.random.fork_rng(devices=[]):
-                first = mix(first) if mix is not None else first
-            for stage in main:
-                require_loss(stage, first, f"The main loss `{named_loss(self.main)}`")
+    def _options(self, task: RunTask) -> tuple[Mapping[str, Any], str]:
+        """The main loss's options, and what is to be said of them."""
+        if self.main is None or task.labelled:
+            return self.main_options, ""
+        found = options_without_labels(self.main, self.main_options)
+        return found, _NO_LABELS if found is not self.main_options else ""
+
+    def _try(self, main: Sequence[Stage], task: RunTask, mix: Callable[[Any], Any] | None, *, late: bool) -> list[str]:
+        """Run the main stage on the first batch, so that its errors appear now and not after the warm-up; returns remarks."""
+        if self.feature_cache is not None or not (late or users_own(self.main, task.task)):
+            return []
+        first = next(iter(self.loader))
+        task.check(0, first)
+        with torch.random.fork_rng(devices=[]):
+            first = mix(first) if mix is not None else first
+        found = [require_loss(stage, first, f"The main loss `{named_loss(self.main)}`") for stage in main]
+        return list(filter(None, found))
 
     def _mixing(self, task: RunTask, *models: TracedModel) -> Callable[[Any], Any] | None:
         found = make_mixing(self.settings, task.task.name, task.outputs, *(model.inputs for model in models))
@@ -281,16 +294,14 @@ class Distillation:
         return found
 
     def _task(self, teacher: TracedModel, student: TracedModel) -> RunTask:
+        """What the labels mean; where only the data to measure on have labels, theirs."""
         ours = isinstance(self.main, str) and ":" not in self.main
-        return task_of_run(
-            self.task,
-            self.loader,
-            student.module,
-            teacher.inputs,
-            student.inputs,
-            logits=self.logits,
-            required=self.validated or ours,
-        )
+        asked: dict[str, Any] = {"logits": self.logits, "required": self.val_loader is not None or ours}
+        found = task_of_run(self.task, self.loader, student.module, teacher.inputs, student.inputs, **asked)
+        if found.labelled or self.val_loader is None:
+            return found
+        measured = task_of_run(self.task, self.val_loader, student.module, student.inputs, **asked)
+        return replace(measured, check=found.check, labelled=False) if measured.labelled else found
 
     def _warmup(
         self, teacher: TracedModel, student: TracedModel, plan: AlignmentPlan, directory: RunDirectory | None, task: str
@@ -308,11 +319,11 @@ class Distillation:
         return replace(asked, lengths=stages.lengths, unit=stages.unit, together=stages.together), why
 
     def _identity(
-        self, teacher: TracedModel, student: TracedModel, plan: AlignmentPlan, curriculum: Curriculum
+        self, teacher: TracedModel, student: TracedModel, plan: AlignmentPlan, curriculum: Curriculum, main: str | None
     ) -> dict[str, Any]:
         warm = bool(warmup_plan(plan, curriculum)[1] or curriculum.keep or curriculum.keep_features)
         return {
-            "main loss": described_loss(self.main, self.main_options),
+            "main loss": main,
             "warm-up loss": described_loss(curriculum.loss, {}) if warm else None,
             "warm-up feed": curriculum.feed if warm else None,
             "plan": hashlib.sha256(plan.model_dump_json(exclude={"view", "views"}).encode()).hexdigest()[:16],

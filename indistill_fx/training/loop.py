@@ -96,9 +96,8 @@ class TrainingLoop:
         self._loader = loader.to(accelerator.device)
         self._mix, self.average = mix, make_average(student, settings.average, accelerator.device)
         self._saver = Saver(student, phases, accelerator, directory, identity, self.average)
-        self._losses = Losses(accelerator.device)
+        self._losses, self._share = Losses(accelerator.device), Share()
         self._in_eval = left_in_eval(student)
-        self._share = Share()
         self._records = why_not_recorded(settings, accelerator.device.type, accelerator.num_processes) is None
         self._sharded = (settings.shard or launched_for_sharding()) and accelerator.num_processes > 1
         self._since = time.monotonic()
@@ -221,14 +220,16 @@ class TrainingLoop:
             return
         self._loader.set_epoch(self.state.epochs)
         self._loader.skip(self.state.batch)
-        device = self._accelerator.device
-        forget_peak(device)
-        for index, (batch, last) in enumerate(self._awaited(with_last(iter(self._loader))), start=self.state.batch):
+        forget_peak(device := self._accelerator.device)
+        batches = with_last(iter(self._loader), known=self._settings.accumulate == 1)  # each is a group of its own
+        for index, (batch, last) in enumerate(self._awaited(batches), start=self.state.batch):
             if self.state.epochs == 0:
                 self._check(index, batch)
             yield index, to_device(phase.given(batch), device, non_blocking=True), last
         if self._loader.left_out and self.state.epoch == 0:
             self._note(phase, f"batches of fewer than {self._loader.least} samples are left out: batch norms need more")
+        if self._loader.longer and self.state.epochs == 0:
+            self._note(phase, self._loader.longer)
 
     def _awaited(self, batches: Iterator[tuple[Any, bool]]) -> Iterator[tuple[Any, bool]]:
         """The batches of a loader; the time spent waiting for each is recorded."""
@@ -335,8 +336,8 @@ class TrainingLoop:
         first = self.state.batch - self._losses.unread - len(losses) + 1
         for number, value in enumerate(losses, start=first):
             if not math.isfinite(value):
+                # only the last batch is still there to be looked at
                 known = batch is not None and number == self.state.batch and self._saver.shards is None
-                # the origin is known for the last batch only
                 origin = first_not_finite(phase.module, batch) if known else ""
                 raise self._failed(phase.name, f"the loss is {value}{f', {origin}' if origin else ''}", number)
             self.state.loss_sum += value

@@ -15,6 +15,8 @@ from indistill_fx.graph.edit import layer_of
 from indistill_fx.graph.interpret import run_looking
 from indistill_fx.stages.stage import Stage
 
+IN_BATCH = "the batch itself holds values that are not finite"
+
 
 def require_finite(model: nn.Module, role: str) -> None:
     """Refuse a model that cannot compute anything: weights that are not finite, or buffers that hold NaN.
@@ -66,7 +68,7 @@ def first_not_finite(stage: nn.Module, batch: Any) -> str:
         Words such as `first in the student at blocks.1`; empty where nothing was found.
     """
     if any(_bad(entry) or _bad(-entry) for entry in tensors_of(batch) if entry.is_floating_point()):
-        return "the batch itself holds values that are not finite"
+        return IN_BATCH
     if not isinstance(stage, Stage):
         return ""
     for role, graph in (("teacher", stage.teacher), ("student", stage.student)):
@@ -88,7 +90,11 @@ def not_finite_error(where: str, problem: str, *, kept: bool) -> TrainError:
         where=where,
         got=problem,
         expected="a finite number",
-        hint="Lower the learning rate, set clip_norm, or look at the batch for values that are not finite."
+        hint=(
+            "Correct or leave out its samples."
+            if problem.endswith(IN_BATCH)
+            else "Lower the learning rate, or set clip_norm (--clip-norm)."
+        )
         + (" The last checkpoint is intact." if kept else ""),
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, Unpack
 
 from accelerate import Accelerator
@@ -16,8 +17,10 @@ from indistill_fx.evaluation.accuracy import select_logits
 from indistill_fx.graph.module_state import uncompiled
 from indistill_fx.losses.base import widened
 from indistill_fx.losses.task import Classification, Task
+from indistill_fx.passes.structure.costs import layer_costs
 from indistill_fx.runs.directory import RunDirectory
 from indistill_fx.runs.record import RunRecord
+from indistill_fx.traced import TracedModel
 from indistill_fx.training.identity import code_digest
 from indistill_fx.training.options.mixing import make_mixing
 from indistill_fx.training.options.settings import Options, Settings
@@ -90,11 +93,13 @@ def train(
     mix = make_mixing(settings, found.task.name, found.outputs, Inputs.of(module))
 
     def set_up(directory: RunDirectory | None, accelerator: Accelerator) -> Setup:
+        name, told = f"The loss of task `{found.task.name}`", ""
         if users_own("labels", found.task):
-            require_loss(supervised, next(iter(loader)), f"The loss of task `{found.task.name}`")
-        models = {"student": model_facts(uncompiled(module))}
+            told = require_loss(supervised, next(iter(loader)), name)
+        models = {"student": model_facts(module)}
         identity = {"code of the student": code_digest(uncompiled(module))}
-        return Setup(phases=[phase], task=found, mix=mix, models=models, identity=identity)
+        remarks = [told] if told else []
+        return Setup(phases=[phase], task=found, mix=mix, models=models, identity=identity, remarks=remarks)
 
     return Trainer(
         student=uncompiled(module),
@@ -111,9 +116,13 @@ def train(
     ).run(set_up)
 
 
-def model_facts(module: nn.Module) -> dict[str, Any]:
-    """What run.json says about a model."""
-    return {"name": type(module).__name__, "parameters": sum(parameter.numel() for parameter in module.parameters())}
+def model_facts(model: nn.Module | TracedModel) -> dict[str, Any]:
+    """What run.json says about a model; of a traced one also what it costs, layer by layer."""
+    module = model.module if isinstance(model, TracedModel) else uncompiled(model)
+    facts = {"name": type(module).__name__, "parameters": sum(parameter.numel() for parameter in module.parameters())}
+    if not isinstance(model, TracedModel):
+        return facts
+    return facts | {"macs": model.macs, "layers": [asdict(cost) for cost in layer_costs(model)]}
 
 
 class Supervised(nn.Module):

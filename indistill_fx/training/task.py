@@ -33,6 +33,7 @@ class RunTask:
         said: how it is known, in a line.
         check: looks at a batch, by its number, and raises if its labels are none of the task's.
         outputs: how many outputs (classes, labels, values) the student has at one position; 0: not known.
+        labelled: whether the data have labels.
     """
 
     task: Task
@@ -40,6 +41,7 @@ class RunTask:
     said: str
     check: Callable[[int, Any], None]
     outputs: int = 0
+    labelled: bool = True
 
 
 def task_of_run(
@@ -68,7 +70,8 @@ def task_of_run(
     named = task_of(task) if task is not None else None
     if parts.labels is None or (named is not None and not named.labelled):
         said = f"Task: {named.name}, as requested." if named is not None else ""
-        return RunTask(named or Classification(), None, said, lambda number, batch: None)
+        labelled = parts.labels is not None
+        return RunTask(named or Classification(), None, said, lambda number, batch: None, labelled=labelled)
 
     def logits_of(batch: Any) -> Tensor | None:
         anchor = next(module.parameters(), None)

@@ -19,7 +19,7 @@ from indistill_fx.data.readers import noticing_dead_readers
 from indistill_fx.errors import ConfigError, PassError
 from indistill_fx.evaluation.accuracy import Evaluation, evaluate
 from indistill_fx.graph.edit import forget_sources
-from indistill_fx.graph.module_state import device_of, digest, moved
+from indistill_fx.graph.module_state import device_of, digest, left_in_eval, moved
 from indistill_fx.graph.view import View
 from indistill_fx.runs.checkpoint import state_tensors
 from indistill_fx.runs.directory import AVERAGE, LAST, STUDENT, RunDirectory
@@ -162,9 +162,8 @@ class Trainer:
         more["task"] = described_task(setup.task.task)
         identity = identity_of(phases, self.loader, self.settings, more)
         least = _least_samples(self.student, accelerator.num_processes, together=self.settings.sync_batch_norm)
-        least = (
-            max(least, accelerator.num_processes) if self.loader.numbered else least
-        )  # so that every process gets at least one sample
+        if self.loader.numbered:
+            least = max(least, accelerator.num_processes)  # so that every process gets at least one sample
         loader = self.loader.at_least(least).shard(accelerator.process_index, accelerator.num_processes)
         with (
             self._reporter(phases, setup.task.metric, accelerator) as reporter,
@@ -309,7 +308,7 @@ class Trainer:
             found = measured.values
             if measured.no_better_than_chance:
                 reporter.say(
-                    f"The teacher classifies no better than chance ({measured.classes} classes): are its trained weights loaded?"
+                    f"The teacher classifies no better than chance ({measured.guesses} classes): are its trained weights loaded?"
                     " Where only its features are compared, as by pkt, it needs no classifier."
                 )
         reporter.teacher(found[metric.name])
@@ -360,7 +359,8 @@ class Trainer:
 
 def _least_samples(student: nn.Module, processes: int, *, together: bool) -> int:
     """How many samples a batch needs: two for a batch norm's statistics, and in every process if they are not synchronised."""
-    norms = any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in student.modules())
+    still = set(left_in_eval(student))
+    norms = any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in {*student.modules()} - still)
     return (2 if together else 2 * processes) if norms else 1
 
 

@@ -19,7 +19,7 @@ def users_own(main: object, task: Task) -> bool:
     return not (isinstance(main, str) and ":" not in main) or not type(task).__module__.startswith("indistill_fx.")
 
 
-def require_loss(module: nn.Module, batch: Any, name: str) -> None:
+def require_loss(module: nn.Module, batch: Any, name: str) -> str:
     """Compute a stage's loss of the first batch in eval mode, and leave everything as it was.
 
     Args:
@@ -27,13 +27,16 @@ def require_loss(module: nn.Module, batch: Any, name: str) -> None:
         batch: the first.
         name: of the loss, for messages.
 
+    Returns:
+        A remark on weights that the loss reads and nothing trains; otherwise nothing.
+
     Raises:
         ConfigError: the loss fails, or is not a scalar that follows from what trains.
     """
     anchor = next((parameter for parameter in module.parameters() if parameter.requires_grad), None)
     if anchor is None or type(anchor) not in (Tensor, nn.Parameter):
-        return  # nothing trains, or it is sharded, which needs all processes to run
-    batch = to_device(batch, anchor.device)
+        return ""  # nothing trains, or it is sharded, which needs all processes to run
+    batch, trained = to_device(batch, anchor.device), {id(parameter) for parameter in module.parameters()}
     with evaluating(module), torch.enable_grad():
         try:
             loss = module(batch)
@@ -64,3 +67,27 @@ def require_loss(module: nn.Module, batch: Any, name: str) -> None:
             expected="a tensor with a gradient",
             hint="Compute it from the student's outputs, without detach or item.",
         )
+    strangers = [leaf for leaf in _leaves(loss) if id(leaf) not in trained]
+    if not strangers:
+        return ""
+    shapes = ", ".join("x".join(map(str, leaf.shape)) or "scalar" for leaf in strangers[:3])
+    return (
+        f"{name} reads weights that are not trained ({shapes}{', …' if strangers[3:] else ''}): to train weights of its own, let it be a"
+        " module that makes them in its __init__, or freeze them (requires_grad_(False))"
+    )
+
+
+def _leaves(loss: Tensor) -> list[Tensor]:
+    """The tensors that a loss has gradients for."""
+    found: list[Tensor] = []
+    todo, seen = [loss.grad_fn], {loss.grad_fn}
+    while todo:
+        node = todo.pop()
+        if node is None:
+            continue
+        if (leaf := getattr(node, "variable", None)) is not None:
+            found.append(leaf)
+        new = [source for source, _ in node.next_functions if source not in seen]
+        seen.update(new)
+        todo += new
+    return found

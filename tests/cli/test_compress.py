@@ -120,13 +120,28 @@ def test_data_without_labels_are_compared_with_the_teacher_alone(tmp_path, capsy
     assert run([*command, "--main", "labels", "-o", str(home)]) == 2
     assert "The loss `labels` learns from labels, but the data have none." in capsys.readouterr().err
     assert run([*command, "-o", str(home)]) == 0
-    assert "compares the student with the teacher alone (weight_labels=0)" in " ".join(capsys.readouterr().err.split())
+    shown = capsys.readouterr()
+    assert re.search(r"step +MACs +parameters +divergence", shown.out)  # nothing was measured
+    said = "the data have no labels: the student learns from the teacher's answers alone (weight_labels=0)"
+    assert said in shown.err.splitlines()
+    command = ["distill", f"{nets}:make", f"{nets}:make", "--data", f"{nets}:unlabelled", "--epochs", "1"]
+    assert run([*command, "-o", str(tmp_path / "distilled")]) == 0
+    assert said in capsys.readouterr().err.splitlines()
 
 
 def test_the_help_shows_the_recipes_defaults(capsys):
     assert run(["compress", "--help"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "Epochs of the main stage. [default: 14;" in said and "[default: cosine]" in said
+
+
+def test_prune_leaves_a_run_alone(half, capsys):
+    """It overwrote the trained weights."""
+    before = (half / "student.safetensors").read_bytes()
+    assert run(["prune", "indistill_fx.demo:DigitsStudent", "--ratio", "0.5", "--input", "1x8x8", "-o", str(half)]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "holds a run (compress.json), whose student would be overwritten. Give another directory." in said
+    assert (half / "student.safetensors").read_bytes() == before
 
 
 def test_stopped_before_anything_is_saved(teacher, tmp_path, capsys, monkeypatch):

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from indistill_fx.cli import run as run_cli
-from indistill_fx.compression import compress
+from indistill_fx.compression.made import read_made
 from indistill_fx.demo import DigitsStudent
 from indistill_fx.errors import ConfigError, IndistillError
 from indistill_fx.loading.spec import parse_spec
 from indistill_fx.report.read_runs import read_runs
-from indistill_fx.runs.directory import BEST, LAST, STUDENT
+from indistill_fx.runs.directory import BEST, COMPRESSION, LAST, STUDENT
 from indistill_fx.runs.load import absolute, load_run, run_fingerprint
 from indistill_fx.system.tensor_files import load_tensors, save_tensors
 from indistill_fx.training.identity import changes
@@ -223,11 +223,11 @@ def test_a_story_of_a_compression_that_makes_no_sense_is_begun_anew(odd: Any, tm
     story: dict[str, Any] = {"identity": {}, "seal": None, "made": 1, "widths": {}, "sensitivity": [], "repaired": None}
     story["steps"] = [STEP]
     told = {name: value for name, value in (story | odd).items() if value is not ...} if isinstance(odd, dict) else None
-    (tmp_path / compress.STORY).write_text(odd if told is None else json.dumps(told))
-    assert compress._before(tmp_path, {"teacher": "another"}, None) is None
-    (tmp_path / compress.STORY).write_text(json.dumps(story))  # one that makes sense is not
+    (tmp_path / COMPRESSION).write_text(odd if told is None else json.dumps(told))
+    assert read_made(tmp_path, {"teacher": "another"}, None) is None
+    (tmp_path / COMPRESSION).write_text(json.dumps(story))  # one that makes sense is not
     with pytest.raises(ConfigError, match="holds a compression with another"):
-        compress._before(tmp_path, {"teacher": "another"}, None)
+        read_made(tmp_path, {"teacher": "another"}, None)
 
 
 @pytest.mark.parametrize(

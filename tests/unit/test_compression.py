@@ -302,6 +302,12 @@ def test_a_time_that_only_narrow_layers_reach_is_reached():
         make_student(model, Budget(latency_ms=1.5), Measure([images(16)], clock=ByWork()))
 
 
+def test_calibration_keeps_what_a_loader_fills_again():
+    buffer = torch.empty(4, 1)
+    kept = calibration((buffer.fill_(value) for value in range(5)), 10)
+    assert [batch.flatten().tolist() for batch in kept] == [[0.0] * 4, [1.0] * 4, [2.0] * 2]
+
+
 def test_budgets_and_calibration():
     with pytest.raises(ifx.ConfigError, match="one budget is needed, but 2 are given: macs, params"):
         Budget(macs=0.5, params=0.5)
@@ -379,7 +385,8 @@ def test_the_whole_road_and_back(tmp_path):
     edited = (tmp_path / "run" / "student.py").read_text() + "# mine\n"
     (tmp_path / "run" / "student.py").write_text(edited)
     with pytest.raises(
-        ifx.ConfigError, match=r"student\.py was changed since .* Move it away, or name another directory"
+        ifx.ConfigError,
+        match=r"student\.py was written or changed by somebody else.* Move it away, or name another directory",
     ):
         ifx.compress(model, data_of(), **arguments, resume=True)
     assert (tmp_path / "run" / "student.py").read_text() == edited
@@ -387,6 +394,40 @@ def test_the_whole_road_and_back(tmp_path):
         ifx.compress(model, data_of(), **arguments)
     with pytest.raises(ifx.ConfigError, match="holds a compression with another"):
         ifx.compress(model, data_of(), **{**arguments, "macs": 0.3}, resume=True)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("story", [None, "{", '{"source": "another", "steps": []}'])
+def test_a_student_that_somebody_else_wrote_is_kept(story, resume, tmp_path):
+    """`prune -o DIR/` leaves a student.py to be edited, and no compress.json."""
+    (tmp_path / "student.py").write_text("# mine\n")
+    if story is not None and resume:
+        (tmp_path / "compress.json").write_text(story)
+    with pytest.raises(
+        ifx.ConfigError, match=r"student\.py was written or changed by somebody else, and `compress` would"
+    ):
+        ifx.compress(
+            seeded(Residual), data_of(), macs=0.4, run_dir=tmp_path, resume=resume, progress=False, device="cpu"
+        )
+    assert (tmp_path / "student.py").read_text() == "# mine\n"
+
+
+def test_killed_while_it_writes_the_student_it_knows_its_own_file(tmp_path, monkeypatch):
+    model, arguments = (
+        unsettle(seeded(Residual)),
+        {"macs": 0.4, "epochs": 1, "progress": False, "device": "cpu", "samples": 16},
+    )
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("indistill_fx.compression.made.keep_facts", killed)
+        ifx.compress(model, data_of(), run_dir=tmp_path / "torn", export=False, **arguments)
+    assert (tmp_path / "torn" / "student.py").exists()
+    torn = ifx.compress(model, data_of(), run_dir=tmp_path / "torn", export=False, resume=True, **arguments)
+    whole = ifx.compress(model, data_of(), run_dir=tmp_path / "whole", export=False, **arguments)
+    assert torn.record.digest == whole.record.digest
 
 
 @pytest.mark.parametrize(("lr", "worse"), [(100.0, True), (1e-12, False)])

@@ -126,6 +126,7 @@ def test_always_guessing_the_commonest_class_is_chance(rare_right, chance):
     guesses = (torch.arange(100) < rare_right).long()
     found = evaluate(nn.Identity(), [(torch.eye(9)[guesses], labels)])
     assert (found.accuracy, found.recall, found.occurring) == (0.9 + rare_right / 100, 0.5 + rare_right / 20, 2)
+    assert (found.classes, found.guesses) == (9, 2)
     assert found.no_better_than_chance is chance
 
 

@@ -223,6 +223,7 @@ def test_what_is_gone_is_said_and_the_rest_is_shown(tmp_path, gone):
         ),
         ({"plan.json": '{"schema_version": 9}'}, "plan.json is damaged, or from"),
         ({"student.safetensors": "no tensors"}, "–"),
+        ({"compress.json": "{"}, "compress.json cannot be read"),
     ],
 )
 def test_damaged_files_are_survived_and_told(tmp_path, damage, said):
@@ -262,6 +263,72 @@ def test_exported_numbers_are_in_the_table(tmp_path):
     (tmp_path / "run" / "export.json").write_text('{"macs": 1.5e6, "latency_ms": 2.5, "int8_accuracy": 0.875}')
     page = run_page(tmp_path / "run")
     assert "1.5 M" in page and "2.5 ms" in page and "87.50%" in page
+
+
+def cells(page: str, heading: str) -> list[list[str]]:
+    """The rows of the tables in a section."""
+    section = page.split(f"<h2>{heading}</h2>")[1].split("</section>")[0]
+    rows = re.findall(r"<tr>(.*?)</tr>", section, re.DOTALL)
+    return [[re.sub("<.*?>", "", cell) for cell in re.findall(r"<t[hd].*?</t[hd]>", row)] for row in rows]
+
+
+def test_layers_are_listed_with_what_they_cost(tmp_path):
+    """Teacher beside student; runs of the same models share one list, and one that was not traced has none."""
+    layers = [
+        {"name": "conv<1>", "op": "conv", "shape": [8, 4, 4], "parameters": 216, "macs": 3456},
+        {"name": "fc", "op": "linear", "shape": [5], "parameters": 45, "macs": 40},
+        {"name": "odd", "op": "linear", "shape": [5], "parameters": "many", "macs": 40},
+    ]
+    models = {
+        "teacher": {"name": "Large", "parameters": 261, "macs": 3496, "layers": layers},
+        "student": {"name": "Small", "parameters": 45, "macs": 40, "layers": layers[1:2]},
+    }
+    for name in ("a", "b"):
+        leave_run(tmp_path / name, models=models)
+    leave_run(tmp_path / "c", models={"student": {"name": "Other", "parameters": 5}})
+    page = run_page(tmp_path)
+    check_page(page)
+    assert cells(page, "Layers") == [
+        ["Layer", "Operation", "Output", "Parameters", "MACs"],
+        ["conv&lt;1&gt;", "conv", "8×4×4", "216", "3.46 k"],
+        ["fc", "linear", "5", "45", "40"],
+        ["All 2", "", "", "261", "3.5 k"],
+        ["Layer", "Operation", "Output", "Parameters", "MACs"],
+        ["fc", "linear", "5", "45", "40"],
+        ["All 1", "", "", "45", "40"],
+    ]
+    assert "<h2>Layers</h2>" not in run_page(tmp_path / "c")
+
+
+def test_a_compression_shows_every_step_and_the_widths(tmp_path):
+    leave_run(tmp_path / "run")
+    assert "<h2>Compression</h2>" not in run_page(tmp_path / "run")
+    step = {"metric": "accuracy", "latency_ms": None, "divergence": None}
+    steps = [
+        step | {"name": "teacher", "macs": 2000, "parameters": 300, "shown": "90.00%"},
+        step
+        | {
+            "name": "norms fitted",
+            "macs": 1000,
+            "parameters": 150,
+            "shown": "70.00%",
+            "divergence": 0.25,
+            "start": True,
+        },
+        step | {"name": "trained", "macs": 1000, "parameters": 150, "shown": "89.00%"},
+    ]
+    told = {"steps": steps, "widths": {"layer1.conv": [16, 8], "odd": 3}}
+    (tmp_path / "run" / "compress.json").write_text(json.dumps(told))
+    page = run_page(tmp_path / "run")
+    check_page(page)
+    assert cells(page, "Compression") == [
+        ["Step", "Accuracy", "MACs", "Parameters", "Divergence from the teacher"],
+        ["teacher", "90.00%", "2 k", "300", "–"],
+        ["norms fitted (training starts here)", "70.00%", "1 k", "150", "0.25"],
+        ["trained", "89.00%", "1 k", "150", "–"],
+        ["Layer", "Teacher", "Student"],
+        ["layer1.conv", "16", "8"],
+    ]
 
 
 def test_a_chain_has_a_teacher_an_assistant_and_a_student(tmp_path):

@@ -15,6 +15,7 @@ import indistill_fx as ifx
 from indistill_fx.data.loaders import MemoryLoader
 from indistill_fx.errors import TrainError
 from indistill_fx.graph.module_state import digest
+from indistill_fx.losses.logits import KDLoss
 from indistill_fx.passes.align import align
 from indistill_fx.report.read_runs import read_runs
 from indistill_fx.training.chain import distill_chain
@@ -246,8 +247,16 @@ def test_options_that_cannot_be(tmp_path, teacher, options, said):
     ("pixel", "main", "said"),
     [
         (3e38, "kd", r"stage `0`, epoch 1, step 2: the loss is (nan|inf), first in the teacher at `0_0`"),
-        (3e38, "labels", r"stage `main`, epoch 1, step 2: the loss is (nan|inf), first in the student at `0.1`"),
-        (-torch.inf, "kd", r"stage `0`, epoch 1, step 2: .*, the batch itself holds values that are not finite"),
+        (
+            3e38,
+            "labels",
+            r"stage `main`, epoch 1, step 2: the loss is (nan|inf), first in the student at `0.1`. Lower the learning rate",
+        ),
+        (
+            -torch.inf,
+            "kd",
+            r"stage `0`, epoch 1, step 2: .*, the batch itself holds values that are not finite. Correct or leave out its samples.",
+        ),
     ],
 )
 def test_a_loss_that_is_not_finite_is_traced_to_its_layer_or_to_the_batch(tmp_path, teacher, pixel, main, said):
@@ -259,12 +268,42 @@ def test_a_loss_that_is_not_finite_is_traced_to_its_layer_or_to_the_batch(tmp_pa
         distill(teacher, net(6, 8), batches, curriculum=curriculum, main=main, run_dir=tmp_path, progress=False)
 
 
-def test_a_loader_without_labels(teacher):
-    images = samples()[0]
-    with pytest.raises(ifx.ConfigError, match="labels"):
-        distill(teacher, net(6, 8), [images[:16]], epochs=1, curriculum=ifx.Curriculum(lengths=[]), progress=False)
+def test_without_labels_the_student_learns_from_the_teacher_alone(tmp_path, teacher):
+    images, labels = samples()
+    options = {"epochs": 2, "curriculum": ifx.Curriculum(lengths=[]), "progress": False}
+    with_labels = distill(
+        teacher, net(6, 8), [(images[:16], labels[:16])], main_options={"weight_labels": 0}, **options
+    )
+    for number, batch in enumerate((images[:16], (images[:16],), {"input": images[:16]})):
+        run = tmp_path / str(number)
+        record = distill(teacher, net(6, 8), [batch], run_dir=run, **options)
+        assert record.digest == with_labels.digest
+        assert (
+            "the data have no labels: the student learns from the teacher's answers alone"
+            in (run / "run.json").read_text()
+        )
+
+    class Own(KDLoss):
+        pass
+
+    assert distill(teacher, net(6, 8), [images[:16]], main=Own, **options).digest == with_labels.digest
+    for main in ("labels", "dkd"):
+        with pytest.raises(ifx.ConfigError, match=f"The loss `{main}` learns from labels, but the data have none"):
+            distill(teacher, net(6, 8), [images[:16]], main=main, **options)
     with pytest.raises(ifx.ConfigError, match="without labels"):
         train(net(6, 8), [images[:16]], progress=False)
+
+
+def test_data_to_measure_on_may_have_labels_where_those_to_learn_from_have_none(capsys, teacher):
+    images, labels = samples()
+    student = net(6, 8)
+    record = distill(
+        teacher, student, [images], epochs=2, curriculum=ifx.Curriculum(lengths=[]), val_loader=loader(False)
+    )
+    assert "Task: classification, inferred from the labels of the first batch." in capsys.readouterr().err
+    right = (student.eval()(images).argmax(1) == labels).float().mean().item()
+    assert record.accuracy == pytest.approx(right) and record.teacher_accuracy > 0.9
+    assert [epoch.accuracy is not None for epoch in record.epochs] == [True, True]
 
 
 def test_train_takes_dicts_and_models_with_several_outputs():
@@ -335,12 +374,14 @@ def test_a_chain_distils_step_by_step_and_resumes(tmp_path, teacher):
 
 
 def test_an_untrained_teacher_is_remarked(capsys, teacher):
+    """The data have four classes, however many outputs there are."""
     told = "The teacher classifies no better than chance (4 classes): are its trained weights loaded?"
     told += " Where only its features are compared, as by pkt, it needs no classifier."
-    blank = copy.deepcopy(teacher)
+    blank, many = copy.deepcopy(teacher), net(12, 16, classes=100)
     torch.nn.init.zeros_(blank[-1].weight)
-    for model, remarked in ((teacher, False), (blank, True)):
-        distill(model, net(6, 8), loader(), curriculum=QUICK, epochs=1, val_loader=loader(False))
+    torch.nn.init.zeros_(many[-1].weight)
+    for model, classes, remarked in ((teacher, 4, False), (blank, 4, True), (many, 100, True)):
+        distill(model, net(6, 8, classes), loader(), curriculum=QUICK, epochs=1, val_loader=loader(False))
         assert (told in capsys.readouterr().err.splitlines()) is remarked
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -54,3 +56,34 @@ def test_frozen_students_are_left_alone():
     module = Loss(lambda y: y)
     module.requires_grad_(False)
     require_loss(module, BATCH, "It")
+
+
+class Late(nn.Module):
+    """Makes its weights at the first call, when the optimiser is there already."""
+
+    def __init__(self):
+        super().__init__()
+        self.project = None
+
+    def forward(self, y):
+        if self.project is None:
+            self.project = nn.Linear(2, 5)
+        return self.project(y).sum()
+
+
+class Own(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.project = nn.Linear(2, 5)
+
+    def forward(self, y):
+        return self.project(y).sum()
+
+
+def test_weights_that_nothing_trains_are_remarked():
+    outside, frozen = nn.Linear(2, 3), nn.Linear(2, 3).requires_grad_(False)
+    told = r"It reads weights that are not trained \({}\): to train weights of its own, let it be a module that makes them in its __init__"
+    for last, shapes in ((lambda y: outside(y).square().sum(), "3x2, 3|3, 3x2"), (Late(), "5x2, 5|5, 5x2")):
+        assert re.match(told.format(shapes), require_loss(Loss(last), BATCH, "It"))
+    assert require_loss(Loss(lambda y: frozen(y).sum()), BATCH, "It") == ""
+    assert require_loss(Loss(Own()), BATCH, "It") == ""

@@ -44,6 +44,59 @@ def test_a_stream_without_a_length_trains_every_batch():
     assert repeatable(loader, 0, "train loader").length is None
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_loader_may_fill_the_same_tensors_again(accumulate):
+    """One batch was read ahead, so that every step saw the next batch."""
+    generator = torch.Generator().manual_seed(0)
+    batches = [(torch.randn(4, 3, 8, 8, generator=generator), torch.arange(4)) for _ in range(3)]
+
+    class Refilled(list):
+        def __iter__(self):
+            images, labels = torch.empty(4, 3, 8, 8), torch.empty(4, dtype=torch.int64)
+            for batch in batches:
+                images.copy_(batch[0])
+                labels.copy_(batch[1])
+                yield images, labels
+
+    options = {"epochs": 2, "accumulate": accumulate, "device": "cpu", "progress": False}
+    assert ifx.train(net(), Refilled(batches), **options).digest == ifx.train(net(), batches, **options).digest
+
+
+def test_batches_that_are_all_too_small_are_refused():
+    """All of them were left out, and the run ended as if it had trained."""
+    batches = [(torch.randn(1, 3, 8, 8), torch.tensor([0]))] * 3
+    with pytest.raises(ConfigError, match="No batch has 2 samples"):
+        ifx.train(net(norm=True), batches, epochs=1, device="cpu", progress=False)
+    still = net(norm=True)
+    still[2].eval()
+    assert ifx.train(still, batches, epochs=1, device="cpu", progress=False).steps == 3
+
+
+def test_validation_batches_can_be_had_after_every_epoch():
+    batches = [(torch.randn(4, 3, 8, 8), torch.arange(4))]
+    with pytest.raises(
+        ConfigError, match="The validation loader is a generator, which cannot be iterated once per epoch"
+    ):
+        ifx.train(net(), batches, val_loader=(batch for batch in batches), epochs=1, device="cpu", progress=False)
+
+
+class Understated(list):
+    """Has more batches than it says."""
+
+    def __len__(self):
+        return 3
+
+
+def test_a_loader_with_more_batches_than_it_says_is_noticed(tmp_path, capsys):
+    said = "the loader says it has 3 batches, but it has more: every epoch ends after 3. If all are meant, let its __len__ count them"
+    batch = torch.randn(4, 3, 8, 8), torch.arange(4)
+    for count, notes in ((5, (said,)), (3, ())):
+        run = tmp_path / str(count)
+        record = ifx.train(net(), Understated([batch] * count), epochs=2, device="cpu", run_dir=run)
+        assert record.steps == 6 and record.stages[0].notes == notes
+        assert (f"main: {said}" in capsys.readouterr().err.splitlines()) == bool(notes)
+
+
 class Endless(IterableDataset):
     def __iter__(self):
         for i in itertools.count():

@@ -13,6 +13,7 @@ from indistill_fx.curriculum import Curriculum
 from indistill_fx.errors import ConfigError
 from indistill_fx.losses import Outputs, main_loss
 from indistill_fx.losses.registry import MAIN_LOSSES
+from indistill_fx.training.chain import distill_for_int8
 
 
 def outputs(seed: int) -> Outputs:
@@ -107,3 +108,25 @@ def test_a_resumed_run_knows_its_step(tmp_path):
     for key, value in whole.state_dict().items():
         assert torch.equal(value, torn.state_dict()[key])
     assert not torch.equal(whole[0].weight, plain[0].weight)
+
+
+@pytest.mark.parametrize(
+    ("main", "ramp", "factor"),
+    [("kd", {"over_time": ((0, 0.0), (4, 0.5))}, 0.5), ("dkd", {"ramp_steps": 4}, 1.0), ("kd", {}, 1.0)],
+)
+def test_what_follows_a_run_keeps_the_last_weight(main, ramp, factor, tmp_path, monkeypatch):
+    """A ramp is of the run that trained the student: the quantisation-aware one after it is not to fade in anew."""
+    seen, kind = [], MAIN_LOSSES[main]
+    term = kind.forward
+
+    def noting(self, *arguments):
+        loss = term(self, *arguments)
+        plain = main_loss(main, weight_labels=0.0)
+        seen.append((loss / term(plain, *arguments)).item())
+        return loss
+
+    monkeypatch.setattr(kind, "forward", noting)
+    batch = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 3
+    options = {"main": main, "main_options": {"weight_labels": 0.0, **ramp}, "progress": False, "device": "cpu"}
+    distill_for_int8(net(0), net(1), [batch] * 2, epochs=1, run_dir=tmp_path, **options)
+    assert seen == pytest.approx([factor] * 2, rel=1e-4)
