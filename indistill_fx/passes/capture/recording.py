@@ -4,6 +4,7 @@ Rules, in order:
   1. The values are real tensors of a small batch; every torch function called on them becomes a node. Code that asks for types,
      ranks, devices or tuples finds them, so nearly all Python code works.
   2. Sizes are `symbolic_sizes.Size`: symbolic as long as they can be, decided by the example (and recorded) where code needs a plain int.
+     Where it calls `int` on sizes, or `len` on tensors, it is recorded once more, with an `int` and a `len` that give sizes.
   3. Code that asks for the data itself (`if x.sum() > 0`, `x.item()`, `x.numpy()`) cannot be traced, nor can code that fails
      because of rule 1 or 2. In the third method the innermost module that contains it becomes one node, and recording continues; so does
      a module whose code decides by the batch size.
@@ -17,6 +18,7 @@ Rules, in order:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from itertools import zip_longest
 from types import MappingProxyType
 from typing import Any
@@ -30,7 +32,7 @@ from indistill_fx.graph.draws import Lines
 from indistill_fx.graph.edit import batch_of, batch_size
 from indistill_fx.passes.capture.captured import Captured
 from indistill_fx.passes.capture.recorder import Recorder
-from indistill_fx.passes.capture.symbolic_sizes import Decision
+from indistill_fx.passes.capture.symbolic_sizes import Decision, sizes_asked_for
 
 _NO_LINES = Lines()
 
@@ -48,7 +50,7 @@ def capture_shapes(
     Raises:
         FrontendError: it is not; names the module, file, line and expression.
     """
-    return _record(module, inputs, kwargs, leaves, unregistered, lines, size=2, give_up_submodules=False).captured()
+    return _record(module, inputs, kwargs, leaves, unregistered, lines, size=2).captured()
 
 
 def capture_leaves(
@@ -64,16 +66,15 @@ def capture_leaves(
     Raises:
         FrontendError: the outermost module's own code cannot be traced.
     """
-    given_up: tuple[str, ...] = ()
+    given_up: dict[str, str] = {}
     while True:
-        known = (*leaves, *given_up)
         runs = [
-            _record(module, inputs, kwargs, known, unregistered, lines, size=size, give_up_submodules=True)
+            _record(module, inputs, kwargs, leaves, unregistered, lines, size=size, given_up=given_up)
             for size in (2, 3)
         ]
         frozen = _changed_decisions(runs[0].book.decisions, runs[1].book.decisions)
         if not frozen:
-            return runs[0].captured((*given_up, *runs[0].given_up))
+            return runs[0].captured(tuple(runs[0].given_up))
         for decision in frozen:
             if not decision.module:
                 raise FrontendError(
@@ -82,7 +83,7 @@ def capture_leaves(
                     got=decision.expression,
                     hint="Write it without a plain int of the batch size, or move it to a submodule, which can stay one node.",
                 )
-        given_up = (*given_up, *dict.fromkeys(decision.module for decision in frozen))
+        given_up = {decision.module: str(decision) for decision in reversed(frozen)} | given_up
 
 
 def _record(
@@ -94,13 +95,22 @@ def _record(
     lines: Lines,
     *,
     size: int,
-    give_up_submodules: bool,
+    given_up: Mapping[str, str] | None = None,
 ) -> Recorder:
+    """One run, or two (rule 2); `given_up` as in `Recorder`."""
     example = batch_size((inputs, kwargs))
     batch = batch_of((inputs, dict(kwargs)), size, example_size=example)
-    recorder = Recorder(module, leaves, unregistered, lines, give_up_submodules=give_up_submodules)
-    torch.manual_seed(0)
-    recorder.run(*tree_map(lambda leaf: _other_data(leaf, size), batch))
+
+    def run() -> Recorder:
+        recorder = Recorder(module, leaves, unregistered, lines, given_up=given_up)
+        torch.manual_seed(0)
+        recorder.run(*tree_map(lambda leaf: _other_data(leaf, size), batch))
+        return recorder
+
+    recorder = run()
+    if recorder.book.asking:
+        with suppress(FrontendError), sizes_asked_for(recorder.book.asking.values()):
+            return run()
     return recorder
 
 
