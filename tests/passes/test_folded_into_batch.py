@@ -8,7 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from indistill_fx.passes.capture.trace import trace
+from indistill_fx.passes.extract.instrument import instrument
 from indistill_fx.passes.pruning.masked import run_masked
+from indistill_fx.passes.pruning.narrow import narrow
 from indistill_fx.passes.pruning.shrink import shrink
 from tests.nets import unsettle
 from tests.passes.test_more_networks import HEADS, WIDTH, Maps, Tokens, Way, narrowed
@@ -78,3 +80,17 @@ def test_they_are_removed_for_any_batch(name: str, samples: int) -> None:
     small, taken = result.value.graph_module, x if samples > 1 else x[:samples]
     torch.testing.assert_close(small(taken), run_masked(model, result.report, taken))
     torch.testing.assert_close(small(x), torch.cat([small(row[None]) for row in x]))
+
+
+@torch.no_grad()
+def test_all_channels_in_another_order_are_not_taken_by_the_examples_batch() -> None:
+    def flipped(x: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        return (x.reshape(b * c, 1, h, w).tanh().view(b, c, h, w) + 1).flip(1)[:, :8]
+
+    torch.manual_seed(0)
+    model = trace(Maps(Way(lambda x: F.pad(flipped(x), (0, 0, 0, 0, 0, 8)))).eval(), torch.randn(2, 3, 16, 16))
+    narrow(model, kept={":flip": range(WIDTH)})
+    small, x = narrow(model, kept={":flip": range(0, WIDTH, 2)}).value, torch.randn(5, 3, 16, 16)
+    whole, got = (instrument(m, [":flip"])(x)[0][":flip"] for m in (model, small))
+    torch.testing.assert_close(got, whole[:, ::2])

@@ -209,6 +209,14 @@ class _AsInt(type):
     def __instancecheck__(cls, value: object) -> bool:
         return isinstance(value, (int, _Int))
 
+    def __subclasscheck__(cls, kind: type) -> bool:
+        return issubclass(kind, (int, _Int))
+
+    def __eq__(cls, other: object) -> bool:
+        return other is cls or other is int or other is _Int
+
+    __hash__ = type.__hash__
+
 
 class _SizeOrInt(int, metaclass=_AsInt):
     """Stands for `int` in code that calls it on sizes (`int(windows.shape[0] / n)`): the result is a size, too."""

@@ -10,15 +10,15 @@ from indistill_fx.passes.channels.selection import Blocked, Cut, Part, Propagati
 COMPARISONS = ("cosine_similarity", "pairwise_distance", "cdist")
 
 
-def operands_compared(call: Call) -> tuple[fx.Node, fx.Node] | None:
-    """The two tensors; None if they are one, or numbers."""
+def _operands(call: Call) -> list[fx.Node]:
+    """The two tensors; none if they are one."""
     given = [n for n in call.node.all_input_nodes if call.shape(n)]
-    return (given[0], given[1]) if len(given) == 2 else None
+    return given if len(given) == 2 else []
 
 
 def ends_compared(call: Call) -> list[tuple[fx.Node, int]]:
     """Each operand's axis over which they are compared."""
-    operands = operands_compared(call) or ()
+    operands = _operands(call)
     rank = max((len(call.shape(n) or ()) for n in operands), default=0)
     dim = axis_of(int(call.get("dim", 1)), rank) if call.op == "cosine_similarity" else rank - 1
     return [(n, dim - rank + len(call.shape(n) or ())) for n in operands]
@@ -26,13 +26,13 @@ def ends_compared(call: Call) -> list[tuple[fx.Node, int]]:
 
 def compared(call: Call, cut: Cut) -> Propagation | Blocked:
     """An axis of the result is that of every operand that has it; of `cdist`, the last two are one operand's each."""
-    operands = operands_compared(call)
-    if operands is None or cut.width > 1:
+    operands = _operands(call)
+    if not operands or cut.width > 1:
         return Blocked(f"{call.op} of a tensor with itself, or of merged axes")
     rank = max(len(call.shape(n) or ()) for n in operands)
     over, axis = dict(ends_compared(call)), cut.start
     if call.op == "cdist" and axis >= rank - 2:
-        operands, axis = operands[axis - rank + 2 :][:1], rank - 2
+        operands, axis = [operands[axis - rank + 2]], rank - 2
     elif call.op == "cosine_similarity":
         axis += axis >= max(over.values())
     cuts = []

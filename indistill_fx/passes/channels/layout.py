@@ -38,7 +38,8 @@ def reshape(call: Call, cut: Cut) -> Propagation | Blocked:
     mixed = (batches[0] is not None and start <= batches[0] < stop) or (
         batches[1] is not None and first <= batches[1] < last
     )
-    if mixed and len(cut.index) < group_size(after, cut.start, cut.stop):  # the numbers hold for the example's batch alone
+    everything = cut.index == tuple(range(group_size(after, cut.start, cut.stop)))
+    if mixed and not everything:  # the numbers hold for the example's batch alone
         return Blocked("the reshape mixes the selected axis with the batch")
     left, right = prod(after[first : cut.start]), prod(after[cut.stop : last])
     index = spread(cut.index, size=group_size(after, cut.start, cut.stop), before=left, after=right)

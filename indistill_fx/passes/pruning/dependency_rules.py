@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 from torch import fx
 
+from indistill_fx.graph.edit import tensor_nodes
 from indistill_fx.passes.channels.attention import PRODUCTS
 from indistill_fx.passes.channels.call import Call, axis_of
 from indistill_fx.passes.channels.comparisons import COMPARISONS, ends_compared
@@ -290,6 +291,15 @@ def filled(found: Coupling, call: Call) -> set[Axis]:
     return {(n.name, axis) for n in call.node.all_input_nodes for axis in range(len(call.shape(n) or ()))}
 
 
+def constant(found: Coupling, call: Call) -> set[Axis]:
+    """Numbers in the code (`torch.tensor([…])`): as a tensor of one value, but which of them stay is written."""
+    plain = call.node.name in found.facts and not tensor_nodes(call.node.args)
+    for axis, size in enumerate(call.output_shape if plain else ()):
+        units = found.axes[call.node.name, axis] = found.fresh(size)
+        found.filled.update(units.tolist())
+    return {(n.name, axis) for n in call.node.all_input_nodes for axis in range(len(call.shape(n) or ()))}
+
+
 def sliced(found: Coupling, call: Call) -> set[Axis]:
     """Slices, and writes into slices, are followed, but not along an axis that holds channels and places."""
     parsed = taken(call) if call.shape(call.input) is not None else None
@@ -320,7 +330,8 @@ def compared(found: Coupling, call: Call) -> set[Axis]:
     if not (ends := ends_compared(call)):
         return set()
     why = f"`{call.node.name}` compares them with a fixed axis"
-    units = found.tie(*(found.of(*end) for end in ends), why)
+    first, second = (found.of(*end) for end in ends)
+    units = found.tie(first, second, why)
     found.note_mixing(call, units)
     return follow(found, call, [units]) | {(n.name, axis) for n, axis in ends}
 
@@ -346,6 +357,7 @@ COUPLERS: dict[str, Coupler] = {
     **dict.fromkeys(("getitem", "select"), taken_by_number),
     **dict.fromkeys(("narrow", "slice", "index_select", "with_item"), sliced),
     **dict.fromkeys(FILLED, filled),
+    "tensor": constant,
     **dict.fromkeys(PRODUCTS, attention_dependencies.product),
     "einsum": attention_dependencies.einsum,
     "scaled_dot_product_attention": attention_dependencies.fused,

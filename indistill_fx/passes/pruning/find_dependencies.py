@@ -37,7 +37,9 @@ _READS_MAPS = frozenset("conv conv_transpose batch_norm max_pool avg_pool adapti
 def couple(graph_module: fx.GraphModule, facts: Mapping[str, NodeFacts]) -> Coupling:
     """Find the units of a graph and what ties them."""
     inputs = [facts[node.name] for node in graph_module.graph.find_nodes(op="placeholder") if node.name in facts]
-    found = Coupling(facts, next((known.shape[known.batch_axis] for known in inputs if known.batch_axis is not None), None))
+    found = Coupling(
+        facts, next((known.shape[known.batch_axis] for known in inputs if known.batch_axis is not None), None)
+    )
     found.heads |= _split_off(graph_module, facts, _ends)
     found.pieces |= _split_off(graph_module, facts, _taken_ends)
     _find_shuffles(found, graph_module)
@@ -97,7 +99,7 @@ def _why(call: Call) -> str:
     reason = reason or call.why_computed
     whole = own_place(call.node) if call.module is not None else None
     if reason is None and whole is not None:
-        reason = f"is one node, for its code cannot be traced ({whole})"
+        reason = f"stays one node, because its code cannot be traced ({whole})"
     verb = f"reads them in a way no rule covers{call.why_open}" if reason is None else f"reads them, and {reason}"
     return f"`{call.path if call.module is not None else call.node.name}` ({call.op}) {verb}"
 
