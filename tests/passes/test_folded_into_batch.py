@@ -90,7 +90,7 @@ def test_all_channels_in_another_order_are_not_taken_by_the_examples_batch() -> 
 
     torch.manual_seed(0)
     model = trace(Maps(Way(lambda x: F.pad(flipped(x), (0, 0, 0, 0, 0, 8)))).eval(), torch.randn(2, 3, 16, 16))
-    narrow(model, kept={":flip": range(WIDTH)})
-    small, x = narrow(model, kept={":flip": range(0, WIDTH, 2)}).value, torch.randn(5, 3, 16, 16)
-    whole, got = (instrument(m, [":flip"])(x)[0][":flip"] for m in (model, small))
+    narrow(model, kept={"inner:flip": range(WIDTH)})
+    small, x = narrow(model, kept={"inner:flip": range(0, WIDTH, 2)}).value, torch.randn(5, 3, 16, 16)
+    whole, got = (instrument(m, ["inner:flip"])(x)[0]["inner:flip"] for m in (model, small))
     torch.testing.assert_close(got, whole[:, ::2])

@@ -194,7 +194,7 @@ def windows_by_int(net: Any, x: Tensor) -> Tensor:
     z = y.view(len(y), c, h // 4, 4, w // 4, 4).permute(0, 2, 4, 3, 5, 1).reshape(-1, 16, c)
     z = z * z.mean(1, keepdim=True)
     b = int(z.shape[0] / (h * w / 4 / 4))
-    assert isinstance(b, int) and issubclass(bool, int) and type(c) == int and len([z]) == int("1")  # noqa: E721
+    assert isinstance(b, int) and issubclass(bool, int) and len([z]) == int("1")
     return net.d(z.view(b, h // 4, w // 4, 4, 4, -1).permute(0, 5, 1, 3, 2, 4).reshape(b, c, h, w))  # type: ignore[no-any-return]
 
 
@@ -224,8 +224,5 @@ def test_of_a_module_that_stays_one_node_the_line_is_named() -> None:
     for inner, line in ((Odd(), "range(x.shape[0])"), (Data(), "x.sum() > 0")):
         model = traced(lambda s, x: s.d(s.inner(s.a(x))), (2, 3, 8, 8), a=conv(), inner=inner, d=conv(16, 3, 1))
         first = ifx.shrink(model, ratio=0.5).report.frozen[0].reason
-        kind = type(inner).__name__
-        assert first.startswith(
-            f"`inner` ({kind}) reads them, and is one node, for its code cannot be traced (test_siz"
-        )
-        assert first.endswith(f": {line})")
+        why = f"`inner` ({type(inner).__name__}) reads them, and stays one node, because its code cannot be traced"
+        assert first.startswith(f"{why} (test_sizes_as_written.py:") and first.endswith(f": {line})")
