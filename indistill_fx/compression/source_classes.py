@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import keyword
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -27,9 +27,9 @@ class _Class:
     defaults: dict[str, str] = field(default_factory=dict)
 
 
-def class_texts(root: Block) -> list[str]:
-    """The source of all classes, each before those that use it; the last is the network's."""
-    found = _Classes()
+def class_texts(root: Block, taken: Iterable[str] = ()) -> list[str]:
+    """The source of all classes, each before those that use it; the last is the network's. Other names in the file are taken."""
+    found = _Classes(taken)
     groups: dict[object, list[Block]] = {}
     for block in _inside(root):
         groups.setdefault(_key(block), []).append(block)
@@ -72,10 +72,10 @@ def _key(piece: Piece | Line) -> object:
 
 
 class _Classes:
-    def __init__(self) -> None:
+    def __init__(self, taken: Iterable[str]) -> None:
         self.classes: list[_Class] = []
         self.of: dict[Block, _Class] = {}
-        self.names = {"nn", "torch", "F", "Tensor", "Parts", "HeadAttention", "math", "operator"}
+        self.names = {*taken, "nn", "torch", "F", "Tensor", "Parts", "HeadAttention", "math", "operator"}
 
     def add(self, blocks: list[Block]) -> None:
         """Make one class for blocks that share their code; the blocks inside them have classes already."""

@@ -14,7 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from indistill_fx.compression.source_pieces import SIZE, Imports, Line, Literal, commas, literal, numbers, unwritable
+from indistill_fx.compression.source_pieces import (
+    SIZE,
+    Imports,
+    Line,
+    Literal,
+    commas,
+    literal,
+    numbers,
+    record_class,
+    unwritable,
+)
 from indistill_fx.passes.capture.both_modes import choose
 
 Name = Callable[[fx.Node], Line]
@@ -144,6 +154,8 @@ def function_name(node: fx.Node, target: Any, imports: Imports) -> str:
         and found
     ):
         imports.lines.add(f"from {home_name} import {name}")
+        return name
+    if (text := record_class(target)) is not None and imports.records.setdefault(name, text) == text:
         return name
     raise unwritable(
         node.name, f"it calls `{name or target}` of `{home_name or 'nowhere'}`, which is not a function of PyTorch"

@@ -9,7 +9,8 @@ import inspect
 import keyword
 from cmath import isfinite
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, is_dataclass
+from dataclasses import fields as dataclass_fields
 from typing import Any, TypeAlias
 
 import torch
@@ -81,10 +82,17 @@ Line: TypeAlias = "tuple[Piece, ...]"
 
 @dataclass
 class Imports:
-    """What the generated file needs from elsewhere: lines of import, and functions and classes of ours whose source goes into it."""
+    """What the generated file needs from elsewhere: lines of import, functions and classes of ours whose source goes into it, and records.
+
+    Attributes:
+        lines: of import.
+        own: functions and classes of ours, by name.
+        records: the code of named tuples and dataclasses, by name.
+    """
 
     lines: set[str] = field(default_factory=set)
     own: dict[str, Any] = field(default_factory=dict)
+    records: dict[str, str] = field(default_factory=dict)
 
 
 def is_name(text: str) -> bool:
@@ -129,6 +137,31 @@ def commas(values: Iterable[Line]) -> Line:
     for k, value in enumerate(values):
         line += [", ", *value] if k else value
     return tuple(line)
+
+
+def record_class(kind: Any) -> str | None:
+    """The code of a named tuple or dataclass with the fields of the user's own; None for any other class, or one that does more."""
+    if not isinstance(kind, type):
+        return None
+    fields: dict[str, Any] = {}
+    if (
+        issubclass(kind, tuple)
+        and hasattr(kind, "_fields")
+        and (kind.__bases__ == (tuple,) or "__new__" not in vars(kind))
+    ):
+        head = f"class {kind.__name__}(NamedTuple):"
+        defaults = kind._field_defaults  # type: ignore[attr-defined]  # typing has no name for such classes
+        fields = {name: defaults.get(name, MISSING) for name in kind._fields}
+    elif is_dataclass(kind) and kind.__bases__ == (object,) and not hasattr(kind, "__post_init__"):
+        known = dataclass_fields(kind)
+        if len({entry.kw_only for entry in known}) == 1 and all(entry.init for entry in known):
+            head = f"@dataclass{'(kw_only=True)' if known[0].kw_only is True else ''}\nclass {kind.__name__}:"
+            fields = {e.name: e.default if e.default_factory is MISSING else e.default_factory for e in known}
+    try:
+        values = {name: "" if value is MISSING else f" = {literal(value)}" for name, value in fields.items()}
+    except ValueError:  # a default that has no literal form
+        return None
+    return "\n".join([head, *(f"    {name}: Any{value}" for name, value in values.items())]) + "\n" if fields else None
 
 
 def numbers(values: Sequence[int], name: str) -> Line:

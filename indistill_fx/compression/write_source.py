@@ -12,9 +12,10 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+import sys
 import types
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,14 @@ class StudentSource:
     def build(self) -> nn.Module:
         """Build a new `Student` with these weights, in train mode."""
         namespace = types.ModuleType("student")
-        exec(compile(self.text, SOURCE, "exec"), namespace.__dict__)
+        other = sys.modules.get("student")
+        sys.modules["student"] = namespace  # dataclasses look there for the module that they stand in
+        try:
+            exec(compile(self.text, SOURCE, "exec"), namespace.__dict__)
+        finally:
+            del sys.modules["student"]
+            if other is not None:
+                sys.modules["student"] = other
         student: nn.Module = namespace.Student()
         student.load_state_dict(self.state)
         return student
@@ -103,10 +111,10 @@ def source_of(model: TracedModel) -> StudentSource:
                 raise unwritable(found.path or "the network", "its layers do not stand where their names say") from None
             dissolved.add(found.path)
     state = {name: tensor.detach().clone() for name, tensor in writer.state.items()}
-    classes = "\n\n".join(class_texts(_in_dtype(block, state)))
+    classes = "\n\n".join(class_texts(_in_dtype(block, state), writer.imports.records))
     text = _head(model) + _imports(writer.imports, classes) + "\n\n" + classes
     source = StudentSource(text, state)
-    _prove(source, model, {name: value for name, value in writer.state.items() if not isinstance(value, nn.Parameter)})
+    _prove(source, model, writer.state)
     return source
 
 
@@ -154,7 +162,11 @@ def _imports(imports: Imports, classes: str) -> str:
                 lines.add("from typing import Any")
             elif used == "Tensor":
                 lines.add("from torch import Tensor, nn")
-    code = classes + "".join(own.values())
+    records = imports.records.values()
+    if records:
+        lines.add("from typing import Any" + ", NamedTuple" * any("(NamedTuple)" in text for text in records))
+        lines |= {"from dataclasses import dataclass"} if any("@dataclass" in text for text in records) else set()
+    code = classes + "".join((*own.values(), *records))
     if re.search(r"(?<![\w.])torch\.", code):
         lines.add("import torch")
     if re.search(r"(?<![\w.])F\.", code):
@@ -165,16 +177,22 @@ def _imports(imports: Imports, classes: str) -> str:
     torches = sorted((line for line in lines if "torch" in line), key=lambda line: (line.startswith("from"), line))
     future = "from __future__ import annotations\n\n" if own else ""
     head = future + "".join(f"{line}\n" for line in plain) + ("\n" if plain else "")
-    body = "".join(f"\n\n{text}" for text in reversed(own.values()))
+    body = "".join(f"\n\n{text}" for text in (*reversed(own.values()), *records))
     return head + "".join(f"{line}\n" for line in torches) + body
 
 
-def _prove(source: StudentSource, model: TracedModel, buffers: Mapping[str, Tensor]) -> None:
+def _prove(source: StudentSource, model: TracedModel, tensors: Mapping[str, Tensor]) -> None:
     """Run the generated code and the graph in eval mode and in train mode, on the same random numbers, and compare outputs and buffers.
+
+    Args:
+        source: the generated code; all of its parameters can be trained.
+        model: the network.
+        tensors: its parameters and buffers by their names in the code.
 
     Raises:
         ExportError: they differ, or the code does not run.
     """
+    buffers = {name: value for name, value in tensors.items() if not isinstance(value, nn.Parameter)}
     device = next(iter(source.state.values()), torch.zeros(())).device
     for training in (False, True):
         try:
@@ -185,6 +203,8 @@ def _prove(source: StudentSource, model: TracedModel, buffers: Mapping[str, Tens
             raise
         try:
             student = source.build().to(device)
+            for name, parameter in student.named_parameters():  # torch multiplies by frozen weights in other orders
+                parameter.requires_grad_(tensors[name].requires_grad)
             state = student.state_dict()
             got = _outcome(student, model, training, {name: state[name] for name in buffers})
         except ExportError:
@@ -234,7 +254,9 @@ def _difference(expected: Outcome, got: Outcome) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Outputs with dicts, lists and tuples of any kind as dicts and lists."""
+    """Outputs with dicts, dataclasses, lists and tuples of any kind as dicts and lists."""
+    if is_dataclass(value) and not isinstance(value, Mapping):
+        value = vars(value)
     if isinstance(value, Mapping):
         return {key: _plain(entry) for key, entry in value.items()}
     return [_plain(entry) for entry in value] if isinstance(value, (list, tuple)) else value

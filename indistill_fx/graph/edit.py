@@ -75,6 +75,11 @@ def mark_place(node: fx.Node, place: str) -> None:
     node.meta[_PLACE] = place
 
 
+def own_place(node: fx.Node) -> str | None:
+    """What `mark_place` noted on a node."""
+    return node.meta.get(_PLACE)
+
+
 def place_of(value: object, *, tensors: Container[str] = ()) -> str | None:
     """Where the first of the nodes that some arguments are computed from was made, if that was noted.
 
@@ -87,8 +92,8 @@ def place_of(value: object, *, tensors: Container[str] = ()) -> str | None:
         node = todo.pop(0)
         if node.name in tensors:
             continue
-        if _PLACE in node.meta:
-            return str(node.meta[_PLACE])
+        if (place := own_place(node)) is not None:
+            return place
         seen.add(node)
         todo += [source for source in node.all_input_nodes if source not in seen]
     return None
@@ -161,6 +166,13 @@ def sweep(graph_module: fx.GraphModule) -> fx.GraphModule:
     graph_module.graph.lint()
     graph_module.recompile()
     return graph_module
+
+
+def ending_at(graph_module: fx.GraphModule, outputs: Any) -> fx.GraphModule:
+    """A copy of a graph that returns these of its nodes, in any structure, and holds nothing that they do not need."""
+    new, nodes = copy_graph(graph_module)
+    output_node(new.graph).args = (fx.map_arg(outputs, lambda node: nodes[node.name]),)
+    return sweep(new)
 
 
 def writes_alive(node: fx.Node) -> bool:

@@ -6,6 +6,7 @@ the result apart again. In that form the number of groups depends on the batch, 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -106,7 +107,7 @@ def _arguments(node: fx.Node) -> dict[str, Any]:
 
 def _rewrite(node: fx.Node, runs: Sequence[Mapping[str, Shape]], batches: Sequence[int]) -> bool:
     given = _arguments(node)
-    if given["bias"] is not None or isinstance(given["padding"], str):
+    if isinstance(given["padding"], str):
         return False
     full_input, filters = (
         _parted(given["input"], runs, batches),
@@ -120,6 +121,9 @@ def _rewrite(node: fx.Node, runs: Sequence[Mapping[str, Shape]], batches: Sequen
     others = {op_name(user) for user in node.users if user not in joined}
     if not joined or others - {"size", "shape", "getattr"} or channels % weight[1]:
         return False
+    bias = given["bias"]
+    if bias is not None and any(run[bias.name] != (n * count,) for run, n in zip(runs, batches, strict=True)):
+        return False
     for user in joined:
         if any(run[user.name] != (n, count, *run[node.name][2:]) for run, n in zip(runs, batches, strict=True)):
             return False
@@ -128,8 +132,15 @@ def _rewrite(node: fx.Node, runs: Sequence[Mapping[str, Shape]], batches: Sequen
         with node.graph.inserting_before(user):
             replacement = node.graph.call_function(*_in_order(filters, first[filters.name], count, weight))
         replacement.meta = dict(node.meta)
-        user.op, user.target = "call_function", conv_per_sample
-        user.args, user.kwargs = (full_input, replacement, channels // weight[1]), settings
+        convolved: tuple[Any, ...] = (full_input, replacement, channels // weight[1])
+        user.op, user.target, user.args, user.kwargs = "call_function", conv_per_sample, convolved, settings
+        if bias is not None:
+            with node.graph.inserting_before(user):
+                alone = node.graph.call_function(conv_per_sample, convolved, settings)
+                added = (_parted(bias, runs, batches) or bias, (-1, count, 1, 1))
+                shift = node.graph.call_function(torch.reshape, added)
+            alone.meta, shift.meta = dict(node.meta), dict(node.meta)
+            user.target, user.args, user.kwargs = operator.add, (alone, shift), {}
     return True
 
 

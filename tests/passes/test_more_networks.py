@@ -95,6 +95,17 @@ class CosineByHand(Attention):
         return self.leave(found.transpose(1, 2).reshape(x.shape))  # type: ignore[no-any-return]
 
 
+class Biased(Attention):
+    """A slope for each head, written as numbers (ALiBi)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.parts(x)
+        places, slopes = torch.arange(x.shape[1]), torch.tensor([0.5, 0.25, 0.125, 0.0625], dtype=x.dtype)
+        far = (places[None] - places[:, None]).abs()
+        scores = q @ k.transpose(-2, -1) - slopes.view(1, HEADS, 1, 1) * far
+        return self.leave((scores.softmax(-1) @ v).transpose(1, 2).reshape(x.shape))  # type: ignore[no-any-return]
+
+
 class Across(Attention):
     """Channels look at channels."""
 
@@ -192,14 +203,17 @@ class Recurrent(nn.Module):
 class Dynamic(nn.Module):
     """Filters mixed for each sample, in the form in which conditional convolutions are written."""
 
-    def __init__(self) -> None:
+    def __init__(self, shifts: bool = False) -> None:
         super().__init__()
+        self.shifts = nn.Parameter(torch.randn(3, WIDTH)) if shifts else None
         self.route, self.filters = nn.Linear(WIDTH, 3), nn.Parameter(torch.randn(3, WIDTH, WIDTH, 3, 3) / 12)
 
     def forward(self, x: Tensor) -> Tensor:
         b, c, h, w = x.shape
-        mixed = torch.einsum("bk,koihw->boihw", self.route(x.mean((2, 3))).softmax(1), self.filters)
-        out = F.conv2d(x.reshape(1, b * c, h, w), mixed.reshape(b * WIDTH, c, 3, 3), padding=1, groups=b)
+        shares = self.route(x.mean((2, 3))).softmax(1)
+        mixed = torch.einsum("bk,koihw->boihw", shares, self.filters)
+        shift = None if self.shifts is None else torch.mm(shares, self.shifts).view(-1)
+        out = F.conv2d(x.reshape(1, b * c, h, w), mixed.reshape(b * WIDTH, c, 3, 3), shift, padding=1, groups=b)
         return out.view(b, WIDTH, out.shape[2], out.shape[3])
 
 
@@ -291,6 +305,8 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], float]] = {
     "gru's last state": (lambda: Recurrent(nn.GRU, both=True, states=True), 0.4),
     "rnn": (lambda: Recurrent(nn.RNN), 0.5),
     "filters of each sample": (lambda: Maps(Dynamic()), 0.4),
+    "filters and biases of each sample": (lambda: Maps(Dynamic(shifts=True)), 0.4),
+    "numbers in the code": (lambda: Tokens(Biased()), 0.36),
     "correlated": (lambda: Maps(Correlated()), 0.4),
     "shifted": (lambda: Maps(Way(shifted)), 0.4),
     "zeros of sizes": (lambda: Maps(Way(zeros_of_sizes)), 0.4),

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from indistill_fx.errors import PassError
 from indistill_fx.graph.interpret import run_keeping
 from indistill_fx.passes.capture.trace import trace
+from indistill_fx.passes.channels import layout
 from indistill_fx.passes.extract.instrument import cut
 from indistill_fx.passes.pruning.narrow import narrow
 from indistill_fx.passes.pruning.shrink import shrink
@@ -132,3 +133,33 @@ def test_a_fault_at_other_sizes_alone_is_found() -> None:
     small.value.graph_module.recompile()
     with pytest.raises(PassError, match="is off by"):
         verify_smaller(model, small.value.graph_module, small.report.axes)
+
+
+@pytest.mark.parametrize("size", [4, 48])
+def test_a_narrowed_network_is_compared_at_another_size_than_the_example(size: int, monkeypatch) -> None:
+    """A control: the example's size is written into the narrowed network."""
+
+    def baked(out, call, new, span, made):
+        return list(call.output_shape[: made[0]]), list(call.output_shape[made[1] :])
+
+    monkeypatch.setattr(layout, "free_sizes", baked)
+    model = trace(Middle(windows).eval(), torch.randn(2, 3, size, size))
+    with pytest.raises(PassError, match="narrowed network") as error:
+        narrow(model, kept={":relu_1": [0, 2, 4]})
+    assert error.value.where == "narrow"
+
+
+def test_what_a_forward_leaves_behind_does_not_reach_the_narrowed_network() -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return self.conv(x) * self.calls  # type: ignore[no-any-return]
+
+    model = trace(Counting(), torch.randn(2, 3, 8, 8))
+    assert narrow(model, kept={":mul": [1, 5]}).report.kept == {":mul": (1, 5)}
+    assert model.graph_module.calls == 0

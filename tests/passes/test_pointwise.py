@@ -87,3 +87,39 @@ def test_blocks_whose_tokens_a_convolution_mixes_are_paired() -> None:
 
     plan = ifx.align(network(16), network(8), example_inputs=torch.randint(0, 30, (2, TOKENS)))
     assert [(pair.teacher, pair.student) for pair in plan.pairs] == [("1", "1"), ("2", "2")]
+
+
+class Mixing(nn.Module):
+    """A block of an MLP-Mixer, the sums in one order or the other."""
+
+    def __init__(self, width: int, first: bool):
+        super().__init__()
+        self.norm, self.out, self.first = nn.LayerNorm(width), nn.LayerNorm(width), first
+        self.tokens = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16))
+        self.channels = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.tokens(self.norm(x).transpose(1, 2)).transpose(1, 2)
+        x = x + y if self.first else y + x
+        z = self.channels(self.out(x))
+        return x + z if self.first else z + x
+
+
+class Mixer(nn.Module):
+    def __init__(self, width: int, first: bool):
+        super().__init__()
+        self.embed, self.head = nn.Conv2d(3, width, 4, 4), nn.Linear(width, 5)
+        self.blocks = nn.Sequential(*(Mixing(width, first) for _ in range(3)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(self.embed(x).flatten(2).transpose(1, 2)).mean(1))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize(("teacher", "student"), [(24, 12), (16, 8), (24, 16), (16, 16)])
+def test_the_blocks_of_a_mixer_are_paired_also_where_it_has_as_many_tokens_as_channels(
+    teacher: int, student: int, first: bool
+) -> None:
+    plan = ifx.align(Mixer(teacher, first), Mixer(student, first), example_inputs=torch.randn(2, 3, 16, 16))
+    found = [(p.teacher, p.student, p.adapter, p.teacher_shape, len(p.kept or ()) or teacher) for p in plan.pairs]
+    assert found == [(f"blocks.{k}", f"blocks.{k}", "none", (2, 16, teacher), student) for k in range(3)]

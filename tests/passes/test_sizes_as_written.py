@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -185,3 +185,44 @@ def test_a_width_that_cannot_be_reached_is_refused() -> None:
         ifx.PruneError, match=r"`t`: none of its 24 channels can be removed: no rule covers what makes them"
     ):
         ifx.shrink(model, widths={"t": 12})
+
+
+def windows_by_int(net: Any, x: Tensor) -> Tensor:
+    """The batch is computed back from the number of windows, as in Swin."""
+    y = net.a(x)
+    c, h, w = y.shape[1:]
+    z = y.view(len(y), c, h // 4, 4, w // 4, 4).permute(0, 2, 4, 3, 5, 1).reshape(-1, 16, c)
+    z = z * z.mean(1, keepdim=True)
+    b = int(z.shape[0] / (h * w / 4 / 4))
+    assert isinstance(b, int) and issubclass(bool, int) and len([z]) == int("1")
+    return net.d(z.view(b, h // 4, w // 4, 4, 4, -1).permute(0, 5, 1, 3, 2, 4).reshape(b, c, h, w))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("role", ["teacher", "student"])
+def test_int_and_len_of_sizes_follow_the_input(role: Literal["teacher", "student"]) -> None:
+    model = traced(windows_by_int, (2, 3, 8, 8), a=conv(), d=conv(16, 3, 1))
+    assert "int" not in globals() and "len" not in globals()
+    model = ifx.trace(model.module, *model.example_inputs, role=role)
+    assert (model.report.leaves, model.report.specialisations) == ((), ())
+    result = ifx.shrink(model, ratio=0.5)
+    assert result.report.widths == {"a": (16, 8), "d": (3, 3)}
+    for size in ((3, 3, 12, 8), (1, 3, 4, 16)):
+        x = torch.randn(size, dtype=torch.float64)
+        torch.testing.assert_close(model.graph_module(x), model.module(x))
+        torch.testing.assert_close(result.value.graph_module(x), run_masked(model, result.report, x))
+
+
+def test_of_a_module_that_stays_one_node_the_line_is_named() -> None:
+    class Odd(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * sum(1 for _ in range(x.shape[0])) / x.shape[0]
+
+    class Data(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x if x.sum() > 0 else -x
+
+    for inner, line in ((Odd(), "range(x.shape[0])"), (Data(), "x.sum() > 0")):
+        model = traced(lambda s, x: s.d(s.inner(s.a(x))), (2, 3, 8, 8), a=conv(), inner=inner, d=conv(16, 3, 1))
+        first = ifx.shrink(model, ratio=0.5).report.frozen[0].reason
+        why = f"`inner` ({type(inner).__name__}) reads them, and stays one node, because its code cannot be traced"
+        assert first.startswith(f"{why} (test_sizes_as_written.py:") and first.endswith(f": {line})")

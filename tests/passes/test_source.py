@@ -281,7 +281,7 @@ def test_source_code_that_is_wrong_in_train_mode_alone_is_not_written(monkeypatc
 
     model = ifx.trace(Dropping(), (torch.randn(3, 6),), role="student")
     right = write_source.class_texts
-    wrong = lambda block: [text.replace("self.training", "False") for text in right(block)]  # noqa: E731
+    wrong = lambda *given: [text.replace("self.training", "False") for text in right(*given)]  # noqa: E731
     monkeypatch.setattr(write_source, "class_texts", wrong)
     with pytest.raises(ifx.ExportError, match="computes something else in train mode"):
         source_of(model)

@@ -2,11 +2,13 @@
 
 Convolutions put channels on axis 1 and linear layers on the last; layout operations move the axis; everything else keeps it. Where a
 reshape parts the channels over several axes (a channel shuffle) none of them holds the channels, until another reshape joins them again.
+A layer that reads another axis than that of the channels (the tokens of a Mixer) takes it for the channels, until a layer reads the
+other one again; a sum with what no such layer has turned is as that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from math import prod
 
 import torch
@@ -35,12 +37,17 @@ def channel_axes(
     """The channel axis of every node in `shapes`; None where no axis holds channels."""
     axes: dict[str, int | None] = {}
     split_axes: dict[str, Shape] = {}
+    turned: set[str] = set()
     for node in graph_module.graph.nodes:
         if node.name in shapes:
+            source = _main_source(node, shapes, axes, turned)
             floating = dtypes[node.name].is_floating_point
-            axes[node.name] = _axis(node, shapes, axes) if floating else None
+            axes[node.name] = _axis(node, shapes, axes, source) if floating else None
             if floating and axes[node.name] is None:
                 axes[node.name] = _parts(node, shapes, axes, split_axes)
+            other = source is not None and op_name(node) in _FIRST | _LAST and axes[node.name] != axes[source.name]
+            if source is not None and (source.name in turned) != other:
+                turned.add(node.name)
     return axes
 
 
@@ -90,7 +97,9 @@ def _order(node: fx.Node, rank: int) -> list[int]:
     return order
 
 
-def _axis(node: fx.Node, shapes: Mapping[str, Shape], axes: Mapping[str, int | None]) -> int | None:
+def _axis(
+    node: fx.Node, shapes: Mapping[str, Shape], axes: Mapping[str, int | None], source: fx.Node | None
+) -> int | None:
     shape, name = shapes[node.name], op_name(node)
     rank = len(shape)
     if rank < 2 or node.op == "get_attr":
@@ -99,7 +108,6 @@ def _axis(node: fx.Node, shapes: Mapping[str, Shape], axes: Mapping[str, int | N
         return 1
     if name in _LAST or _is_feature_of_tuple(node):
         return rank - 1
-    source = _main_source(node, shapes, axes)
     if source is None:
         return _USUAL.get(rank)
     before, axis = shapes[source.name], axes[source.name]
@@ -124,11 +132,14 @@ def _is_feature_of_tuple(node: fx.Node) -> bool:
     return bool(places) and (op_name(node) in _RECURRENT or (op_name(node) in _ATTENTION and places == [0]))
 
 
-def _main_source(node: fx.Node, shapes: Mapping[str, Shape], axes: Mapping[str, int | None]) -> fx.Node | None:
-    """The input that the output's layout follows: the first of the same rank that grows with the batch, else the first with a shape."""
+def _main_source(
+    node: fx.Node, shapes: Mapping[str, Shape], axes: Mapping[str, int | None], turned: Container[str]
+) -> fx.Node | None:
+    """The input that the output's layout follows: the first of the same shape or rank that grows with the batch, if possible not turned."""
     inputs = [n for n in _read(node, shapes) if n.op != "get_attr"]
     same = [n for n in inputs if len(shapes[n.name]) == len(shapes[node.name]) and axes[n.name] is not None]
     full = [n for n in same if shapes[n.name] == shapes[node.name]]
+    full.sort(key=lambda n: n.name in turned)
     return next(iter((*full, *same, *inputs)), None)
 
 

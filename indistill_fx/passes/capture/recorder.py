@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from indistill_fx.errors import FrontendError
 from indistill_fx.graph.draws import Lines, TensorDraws
+from indistill_fx.graph.edit import mark_place
 from indistill_fx.graph.module_state import settings_of
 from indistill_fx.graph.ops import writes_first
 from indistill_fx.passes.capture.captured import Captured, is_leaf, parts, returned, tensors
@@ -51,7 +52,8 @@ class Recorder(RecordedGraph, TorchFunctionMode):
         leaves: paths of submodules to keep as one node.
         unregistered: tensors that are held in attributes, are not buffers, and are changed by the code; by name.
         lines: finds draws from Python's and numpy's generators.
-        give_up_submodules: keep the smallest submodule that cannot be traced as one node, instead of failing.
+        given_up: submodules to keep as one node because they cannot be traced, each with the line of code that is why. Unless None, the
+            smallest submodule that cannot be traced is kept likewise, instead of failing.
     """
 
     def __init__(
@@ -61,14 +63,14 @@ class Recorder(RecordedGraph, TorchFunctionMode):
         unregistered: Mapping[str, Tensor],
         lines: Lines,
         *,
-        give_up_submodules: bool,
+        given_up: Mapping[str, str] | None = None,
     ):
         TorchFunctionMode.__init__(self)
         RecordedGraph.__init__(self, module, unregistered)
-        self.wanted, self.give_up_submodules = frozenset(leaves), give_up_submodules
+        self.wanted, self.give_up_submodules = frozenset((*leaves, *(given_up or ()))), given_up is not None
         self.paths = {id(part): path for path, part in module.named_modules()}
         self.calls: Counter[str] = Counter()
-        self.given_up: list[str] = []
+        self.given_up = dict(given_up or {})
         self.paused, self.plain_sizes = False, False
         self.hopeless: BaseException | None = None
         self.draws, self.lines = TensorDraws(), lines
@@ -168,6 +170,7 @@ class Recorder(RecordedGraph, TorchFunctionMode):
         if name == "size" and dim is not None:
             return self._size(tensor.shape[dim], node, int(dim))
         if name == "__len__":
+            self.book.note_asking()
             return new_size(self.book, len(tensor), "size", (node, 0)).plain()  # `len` must return an int
         return new_size(self.book, tensor.numel(), "numel", (node,))
 
@@ -215,7 +218,7 @@ class Recorder(RecordedGraph, TorchFunctionMode):
                         raise
                     self.roll_back(before)
                     self.lines.skip()
-                    self.given_up.append(path)
+                    self.given_up[path] = _place(error)
                     if isinstance(error, DrawError):
                         self.drawing.setdefault((error.where, str(error.got)), []).append(path)
                     result = self._call_leaf(module, path, args, kwargs)
@@ -270,7 +273,10 @@ class Recorder(RecordedGraph, TorchFunctionMode):
             self.leaf_draws = True
             self._refuse_leak(module, path, result, settings)
         self.targets[path] = module
-        self.track(result, self.create("call_module", path, arguments, keywords))
+        node = self.create("call_module", path, arguments, keywords)
+        if path in self.given_up:
+            mark_place(node, self.given_up[path])
+        self.track(result, node)
         return result
 
     # ---- draws ------------------------------------------------------------------------------------------------------
@@ -305,6 +311,13 @@ class Recorder(RecordedGraph, TorchFunctionMode):
                 f" (`{expression}`); layers inside cannot be paired"
             )
         return replace(super().captured(leaves), draws=self.leaf_draws)
+
+
+def _place(error: Exception) -> str:
+    """The line of code that cannot be traced, or what it raises."""
+    if isinstance(error, FrontendError) and error.got is not None:
+        return f"{error.where}: {error.got}"
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _settings(module: nn.Module) -> object:

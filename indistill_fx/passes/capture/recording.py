@@ -4,6 +4,7 @@ Rules, in order:
   1. The values are real tensors of a small batch; every torch function called on them becomes a node. Code that asks for types,
      ranks, devices or tuples finds them, so nearly all Python code works.
   2. Sizes are `symbolic_sizes.Size`: symbolic as long as they can be, decided by the example (and recorded) where code needs a plain int.
+     Where it calls `int` on sizes, or `len` on tensors, it is recorded once more, with an `int` and a `len` that give sizes.
   3. Code that asks for the data itself (`if x.sum() > 0`, `x.item()`, `x.numpy()`) cannot be traced, nor can code that fails
      because of rule 1 or 2. In the third method the innermost module that contains it becomes one node, and recording continues; so does
      a module whose code decides by the batch size.
@@ -16,8 +17,8 @@ Rules, in order:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from itertools import zip_longest
 from typing import Any
 
@@ -28,7 +29,7 @@ from torch.utils._pytree import tree_map
 from indistill_fx.errors import FrontendError
 from indistill_fx.passes.capture.captured import Captured, Request
 from indistill_fx.passes.capture.recorder import Recorder
-from indistill_fx.passes.capture.symbolic_sizes import Decision
+from indistill_fx.passes.capture.symbolic_sizes import Decision, sizes_asked_for
 
 
 def capture_shapes(asked: Request) -> Captured:
@@ -37,7 +38,7 @@ def capture_shapes(asked: Request) -> Captured:
     Raises:
         FrontendError: it is not; names the module, file, line and expression.
     """
-    return _record(asked, size=2, give_up_submodules=False).captured()
+    return _record(asked, size=2).captured()
 
 
 def capture_leaves(asked: Request) -> Captured:
@@ -46,13 +47,12 @@ def capture_leaves(asked: Request) -> Captured:
     Raises:
         FrontendError: the outermost module's own code cannot be traced.
     """
-    given_up: tuple[str, ...] = ()
+    given_up: dict[str, str] = {}
     while True:
-        known = replace(asked, leaves=(*asked.leaves, *given_up))
-        runs = [_record(known, size=size, give_up_submodules=True) for size in (2, 3)]
+        runs = [_record(asked, size=size, given_up=given_up) for size in (2, 3)]
         frozen = _changed_decisions(runs[0].book.decisions, runs[1].book.decisions)
         if not frozen:
-            return runs[0].captured((*given_up, *runs[0].given_up))
+            return runs[0].captured(tuple(runs[0].given_up))
         for decision in frozen:
             if not decision.module:
                 raise FrontendError(
@@ -61,13 +61,23 @@ def capture_leaves(asked: Request) -> Captured:
                     got=decision.expression,
                     hint="Write it without a plain int of the batch size, or move it to a submodule, which can stay one node.",
                 )
-        given_up = (*given_up, *dict.fromkeys(decision.module for decision in frozen))
+        given_up = {decision.module: str(decision) for decision in reversed(frozen)} | given_up
 
 
-def _record(asked: Request, *, size: int, give_up_submodules: bool) -> Recorder:
-    recorder = Recorder(asked.module, asked.leaves, asked.loose, asked.lines, give_up_submodules=give_up_submodules)
-    torch.manual_seed(0)
-    recorder.run(*tree_map(lambda leaf: _other_data(leaf, size), asked.batch_of(size)))
+def _record(asked: Request, *, size: int, given_up: Mapping[str, str] | None = None) -> Recorder:
+    """One run, or two (rule 2); `given_up` as in `Recorder`."""
+    batch = asked.batch_of(size)
+
+    def run() -> Recorder:
+        recorder = Recorder(asked.module, asked.leaves, asked.loose, asked.lines, given_up=given_up)
+        torch.manual_seed(0)
+        recorder.run(*tree_map(lambda leaf: _other_data(leaf, size), batch))
+        return recorder
+
+    recorder = run()
+    if recorder.book.asking:
+        with suppress(FrontendError), sizes_asked_for(recorder.book.asking.values()):
+            return run()
     return recorder
 
 

@@ -11,14 +11,15 @@ import linecache
 import math
 import operator
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from indistill_fx.graph.edit import mark_place
 
@@ -36,12 +37,17 @@ _BETWEEN = (
 
 def current_place() -> tuple[str, str]:
     """`models.py:31` and the expression evaluated there, such as `h == 64`, of the innermost frame that is the model's own code."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code.co_filename.startswith(_BETWEEN):
-        frame = frame.f_back
+    frame = _model_frame()
     if frame is None:
         return "unknown place", ""
     return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}", _expression(frame)
+
+
+def _model_frame() -> FrameType | None:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename.startswith(_BETWEEN):
+        frame = frame.f_back
+    return frame
 
 
 def note_place(node: fx.Node) -> fx.Node:
@@ -77,12 +83,18 @@ class Decision(NamedTuple):
 
 
 class Book:
-    """Where sizes write: what makes nodes of the graph, and the list of decisions."""
+    """Where sizes write: what makes nodes of the graph, the list of decisions, and the globals of code that calls `int` or `len`."""
 
     def __init__(self, create: Callable[..., fx.Node]):
         self.create = create
         self.module = ""
         self.decisions: list[Decision] = []
+        self.asking: dict[int, dict[str, Any]] = {}
+
+    def note_asking(self) -> None:
+        """Note the globals of the model's code that is running: `int` or `len` asks it for a number."""
+        if (frame := _model_frame()) is not None:
+            self.asking[id(frame.f_globals)] = frame.f_globals
 
     def decide(self, value: Any, *, reported: bool = True) -> None:
         """Record that the code at the current place depends on this exact value. The number of parts of a result is not reported."""
@@ -147,6 +159,10 @@ class Size:
         return bool(self.plain())
 
     def __int__(self) -> int:
+        self.book.note_asking()
+        return int(self.plain())
+
+    def __index__(self) -> int:
         return int(self.plain())
 
     def __float__(self) -> float:
@@ -189,8 +205,46 @@ class Size:
     guard_float = guard_bool = guard_int
 
 
+class _AsInt(type):
+    def __instancecheck__(cls, value: object) -> bool:
+        return isinstance(value, (int, _Int))
+
+    def __subclasscheck__(cls, kind: type) -> bool:
+        return issubclass(kind, (int, _Int))
+
+    def __eq__(cls, other: object) -> bool:
+        return other is cls or other is int or other is _Int
+
+    __hash__ = type.__hash__
+
+
+class _SizeOrInt(int, metaclass=_AsInt):
+    """Stands for `int` in code that calls it on sizes (`int(windows.shape[0] / n)`): the result is a size, too."""
+
+    def __new__(cls, value: Any = 0, *base: Any) -> Any:
+        return new_size(value.book, int(value.value), int, (value,)) if isinstance(value, Size) else int(value, *base)
+
+
+def _size_or_len(value: Any) -> Any:
+    return value.shape[0] if isinstance(value, Tensor) and value.dim() else len(value)
+
+
+@contextmanager
+def sizes_asked_for(namespaces: Iterable[dict[str, Any]]) -> Iterator[None]:
+    """In these globals, `int` makes sizes of sizes, and `len` of a tensor is one. Python's own must return numbers."""
+    stand_ins = {"int": _SizeOrInt, "len": _size_or_len}
+    changed = [(names, name) for names in namespaces for name in stand_ins if name not in names]
+    for names, name in changed:
+        names[name] = stand_ins[name]
+    try:
+        yield
+    finally:
+        for names, name in changed:
+            del names[name]
+
+
 class _Int(Size, torch.SymInt):  # type: ignore[misc]  # torch types `node` as its own class
-    __index__ = Size.__int__
+    __index__ = Size.__index__
     __hash__ = Size.__hash__
 
     def maybe_as_int(self) -> int:

@@ -191,22 +191,19 @@ def free_heads(module: nn.MultiheadAttention | HeadAttention) -> HeadAttention |
         return module
     if module.bias_k is not None or module.bias_v is not None or module.add_zero_attn:
         return None
-    weights: Sequence[Tensor]
-    if module.in_proj_weight is not None:
-        weights = module.in_proj_weight.chunk(3)
-    else:
-        weights = [module.q_proj_weight, module.k_proj_weight, module.v_proj_weight]
-    flag = (module.in_proj_weight if module.in_proj_weight is not None else module.q_proj_weight).requires_grad
-    biases: Sequence[Tensor | None] = [None] * 3 if module.in_proj_bias is None else module.in_proj_bias.chunk(3)
-    query, key, value = (
-        linear(w.detach().requires_grad_(flag), None if b is None else b.detach().requires_grad_(flag))
-        for w, b in zip(weights, biases, strict=True)
-    )
+    weights = _thirds(module.in_proj_weight) or [module.q_proj_weight, module.k_proj_weight, module.v_proj_weight]
+    biases: Sequence[Tensor | None] = _thirds(module.in_proj_bias) or [None] * 3
+    query, key, value = (linear(w, b) for w, b in zip(weights, biases, strict=True))
     out = linear(module.out_proj.weight, module.out_proj.bias)
     new = HeadAttention(
         query, key, value, out, heads=module.num_heads, dropout=module.dropout, batch_first=module.batch_first
     )
     return new.train(module.training)
+
+
+def _thirds(packed: Tensor | None) -> list[Tensor] | None:
+    """A packed parameter in three, each frozen or not as it is."""
+    return None if packed is None else [t.detach().requires_grad_(packed.requires_grad) for t in packed.chunk(3)]
 
 
 def with_projections(module: HeadAttention, **projections: nn.Linear) -> HeadAttention:

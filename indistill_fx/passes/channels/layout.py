@@ -35,9 +35,11 @@ def reshape(call: Call, cut: Cut) -> Propagation | Blocked:
         return Blocked("the selected axis is cut across by the reshape")
     start, stop, first, last = found
     batches = call.facts[call.input.name].batch_axis, call.facts[call.node.name].batch_axis
-    if (batches[0] is not None and start <= batches[0] < stop) or (
+    mixed = (batches[0] is not None and start <= batches[0] < stop) or (
         batches[1] is not None and first <= batches[1] < last
-    ):
+    )
+    everything = cut.index == tuple(range(group_size(after, cut.start, cut.stop)))
+    if mixed and not everything:  # the numbers hold for the example's batch alone
         return Blocked("the reshape mixes the selected axis with the batch")
     left, right = prod(after[first : cut.start]), prod(after[cut.stop : last])
     index = spread(cut.index, size=group_size(after, cut.start, cut.stop), before=left, after=right)

@@ -15,6 +15,7 @@ from indistill_fx.graph.computed_weights import why_opaque
 from indistill_fx.graph.ops import BINARY, UNARY
 from indistill_fx.passes.channels import (
     attention,
+    comparisons,
     elementwise,
     joining,
     layout,
@@ -87,6 +88,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(attention.PRODUCTS, attention.matmul),
     "einsum": attention.einsum,
     "scaled_dot_product_attention": attention.fused,
+    **dict.fromkeys(comparisons.COMPARISONS, comparisons.compared),
     **dict.fromkeys(("shifted_window_attention", "window_attention"), attention.windows),
     "_get_relative_position_bias": attention.position_bias,
     "_patch_merging_pad": attention.patch_merging,

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from torch import fx
 
-from indistill_fx.graph.edit import copy_graph, output_node, sweep
+from indistill_fx.graph.edit import ending_at, output_node
 from indistill_fx.passes.contract import PassResult, Rewrite
 from indistill_fx.traced import TracedModel
 
@@ -56,9 +56,5 @@ def cut(traced: TracedModel, taps: Sequence[str]) -> PassResult[fx.GraphModule, 
 
 
 def _with_outputs(traced: TracedModel, taps: Sequence[str], *, keep_output: bool) -> fx.GraphModule:
-    wanted = {tap: traced.node(tap).name for tap in taps}
-    graph_module, nodes = copy_graph(traced.graph_module)
-    output = output_node(graph_module.graph)
-    features = {tap: nodes[name] for tap, name in wanted.items()}
-    output.args = ((features, output.args[0] if keep_output else None),)
-    return sweep(graph_module)
+    output = output_node(traced.graph_module.graph).args[0] if keep_output else None
+    return ending_at(traced.graph_module, ({tap: traced.node(tap) for tap in taps}, output))

@@ -54,6 +54,8 @@ class Coupling:
     """Units and what ties them, as they are found along the graph.
 
     Attributes:
+        facts: of the graph's nodes.
+        batch: the example's; a batch axis of another size has other axes folded into it, such as heads.
         axes: the unit of every channel, per node and axis. An axis without an entry is fixed.
         weights: the same for axes of parameters and buffers, by the tensor's identity.
         shapes: units of the axes of modules that have a shape but no weights, by the module's identity.
@@ -72,6 +74,7 @@ class Coupling:
     """
 
     facts: Mapping[str, NodeFacts]
+    batch: int | None = None
     axes: dict[Axis, Units] = field(default_factory=dict)
     weights: dict[tuple[int, int], Units] = field(default_factory=dict)
     tensors: dict[int, Tensor] = field(default_factory=dict)
@@ -159,6 +162,11 @@ class Coupling:
             return (known.dtype.is_floating_point and known.shape[axis] > 1) or self.is_tied(node, axis)
         return (node.name, axis) in self.axes
 
+    def holds_samples(self, node: fx.Node, axis: int) -> bool:
+        """Whether an axis is the batch, with nothing folded into it."""
+        known = self.facts[node.name]
+        return axis == known.batch_axis and known.shape[axis] == self.batch
+
     def count_work(self, call: Call, summed: Iterable[Units | None]) -> None:
         """Note the cost of an operation: in proportion to its output's axes and to those it sums over."""
         known = self.facts.get(call.node.name)
@@ -179,7 +187,7 @@ def follow(found: Coupling, call: Call, summed: Iterable[Units | None] = ()) -> 
     read: set[Axis] = set()
     steps: dict[int, Propagation] = {}
     for axis, size in enumerate(known.shape):
-        if (size > 1 or axis == known.channel_axis) and axis != known.batch_axis:
+        if (size > 1 or axis == known.channel_axis) and not found.holds_samples(node, axis):
             step = consult(Cut(node, axis, axis + 1, tuple(range(size))), found.facts)
             if isinstance(step, Propagation):
                 steps[axis] = step
@@ -307,9 +315,12 @@ def freeze_beside_places(found: Coupling, source: fx.Node, axis: int, reader: fx
 
 
 def has_places(found: Coupling, node: fx.Node, axis: int) -> bool:
-    """Whether an axis holds channels and places, such as the height of a map, and how many places is up to the input."""
+    """Whether an axis holds channels and places or samples, such as the height of a map, and how many is up to the input."""
     units = found.of(node, axis)
-    return units is not None and len(np.unique(units)) < len(units) and _has_places(found, node, axis)
+    if units is None or node.name not in found.facts:
+        return False
+    shared = len(np.unique(units)) < len(units) and _has_places(found, node, axis)
+    return shared or axis == found.facts[node.name].batch_axis
 
 
 def _has_places(found: Coupling, node: fx.Node, axis: int) -> bool:

@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterable
 import numpy as np
 from torch import fx
 
+from indistill_fx.graph.edit import tensor_nodes
 from indistill_fx.passes.channels.attention import PRODUCTS
 from indistill_fx.passes.channels.call import Call, axis_of
+from indistill_fx.passes.channels.comparisons import COMPARISONS, ends_compared
 from indistill_fx.passes.channels.joining import FIELDS, REDUCTIONS, WITH_PLACES
 from indistill_fx.passes.channels.keys import taken
 from indistill_fx.passes.channels.norms import mixed_axis
@@ -35,7 +37,7 @@ Coupler = Callable[[Coupling, Call], "set[Axis] | None"]
 def conv(found: Coupling, call: Call) -> set[Axis]:
     """New units for the filters; the channels read are columns. Groups must lose the same places, so these are tied.
 
-    Axes on which it looks at one place at a time pass.
+    Axes on which it looks at one place at a time pass, and so does the batch, into which other axes may be folded.
     """
     transposed = call.op == "conv_transpose"
     groups, inputs, outputs = int(call.get("groups", 1)), (call.shape(call.input) or (0, 0))[1], call.output_shape[1]
@@ -61,8 +63,8 @@ def conv(found: Coupling, call: Call) -> set[Axis]:
     if weight is not None and made is not None and (groups == 1 or not transposed):
         found.made.append(Made(call.node.name, 1, call.path, weight.transpose(0, 1) if transposed else weight, made))
     beside = places_alone(call)
-    axes = {1: made} | {axis: found.of(call.input, axis) for axis in beside}
-    return _finish(found, call, axes, summed, {(call.input.name, axis) for axis in (1, *beside)})
+    axes = {1: made} | {axis: found.of(call.input, axis) for axis in (0, *beside)}
+    return _finish(found, call, axes, summed, {(call.input.name, axis) for axis in (0, 1, *beside)})
 
 
 def _tie_groups(found: Coupling, units: Units | None, groups: int) -> None:
@@ -279,13 +281,22 @@ def filled(found: Coupling, call: Call) -> set[Axis]:
         return follow(found, call)
     for axis, size in enumerate(known.shape):
         if (
-            axis != known.batch_axis
+            not found.holds_samples(call.node, axis)
             and size > 1
             and isinstance(sizes, (tuple, list))
             and len(sizes) == len(known.shape)
         ):
             units = found.axes[call.node.name, axis] = found.fresh(size)
             found.filled.update(units.tolist())
+    return {(n.name, axis) for n in call.node.all_input_nodes for axis in range(len(call.shape(n) or ()))}
+
+
+def constant(found: Coupling, call: Call) -> set[Axis]:
+    """Numbers in the code (`torch.tensor([…])`): as a tensor of one value, but which of them stay is written."""
+    plain = call.node.name in found.facts and not tensor_nodes(call.node.args)
+    for axis, size in enumerate(call.output_shape if plain else ()):
+        units = found.axes[call.node.name, axis] = found.fresh(size)
+        found.filled.update(units.tolist())
     return {(n.name, axis) for n in call.node.all_input_nodes for axis in range(len(call.shape(n) or ()))}
 
 
@@ -314,6 +325,17 @@ def taken_by_number(found: Coupling, call: Call) -> set[Axis]:
     return read
 
 
+def compared(found: Coupling, call: Call) -> set[Axis]:
+    """What two tensors are compared over is the same on both sides: the similarity of fewer channels is that of those that stay."""
+    if not (ends := ends_compared(call)):
+        return set()
+    why = f"`{call.node.name}` compares them with a fixed axis"
+    first, second = (found.of(*end) for end in ends)
+    units = found.tie(first, second, why)
+    found.note_mixing(call, units)
+    return follow(found, call, [units]) | {(n.name, axis) for n, axis in ends}
+
+
 COUPLERS: dict[str, Coupler] = {
     "conv": conv,
     "conv_transpose": conv,
@@ -335,6 +357,7 @@ COUPLERS: dict[str, Coupler] = {
     **dict.fromkeys(("getitem", "select"), taken_by_number),
     **dict.fromkeys(("narrow", "slice", "index_select", "with_item"), sliced),
     **dict.fromkeys(FILLED, filled),
+    "tensor": constant,
     **dict.fromkeys(PRODUCTS, attention_dependencies.product),
     "einsum": attention_dependencies.einsum,
     "scaled_dot_product_attention": attention_dependencies.fused,
@@ -345,6 +368,7 @@ COUPLERS: dict[str, Coupler] = {
     "PackedSequence": recurrent.packed,
     **dict.fromkeys(("_pack_padded_sequence", "_pad_packed_sequence"), recurrent.packing),
     "channel_shuffle": channel_shuffle,
+    **dict.fromkeys(COMPARISONS, compared),
     **dict.fromkeys(("view", "reshape"), reshape),
     **dict.fromkeys(("type_as", "to"), follows_first),
 }

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from torch import fx
 
 from indistill_fx.graph.computed_weights import why_opaque
+from indistill_fx.graph.edit import own_place
 from indistill_fx.graph.ops import op_name
 from indistill_fx.passes.channels.attention import PRODUCTS, letters, operands_of
 from indistill_fx.passes.channels.call import Call, axis_of, read_call
@@ -35,7 +36,10 @@ _READS_MAPS = frozenset("conv conv_transpose batch_norm max_pool avg_pool adapti
 
 def couple(graph_module: fx.GraphModule, facts: Mapping[str, NodeFacts]) -> Coupling:
     """Find the units of a graph and what ties them."""
-    found = Coupling(facts)
+    inputs = [facts[node.name] for node in graph_module.graph.find_nodes(op="placeholder") if node.name in facts]
+    found = Coupling(
+        facts, next((known.shape[known.batch_axis] for known in inputs if known.batch_axis is not None), None)
+    )
     found.heads |= _split_off(graph_module, facts, _ends)
     found.pieces |= _split_off(graph_module, facts, _taken_ends)
     _find_shuffles(found, graph_module)
@@ -93,6 +97,9 @@ def _freeze_whole(found: Coupling, node: fx.Node, reason: str) -> None:
 def _why(call: Call) -> str:
     reason = why_opaque(call.module) if call.module is not None else None
     reason = reason or call.why_computed
+    whole = own_place(call.node) if call.module is not None else None
+    if reason is None and whole is not None:
+        reason = f"stays one node, because its code cannot be traced ({whole})"
     verb = f"reads them in a way no rule covers{call.why_open}" if reason is None else f"reads them, and {reason}"
     return f"`{call.path if call.module is not None else call.node.name}` ({call.op}) {verb}"
 
@@ -239,7 +246,7 @@ def _ends(call: Call) -> list[tuple[fx.Node, int]]:
     if call.op in PRODUCTS:
         left, right = operands_of(call)
         ranks = [len(call.shape(n) or ()) for n in (left, right)]
-        if min(ranks) < 3:
+        if min(ranks) < 3 or _turned(left) is _turned(right):  # products of all pairs of vectors
             return []
         return [(left, ranks[0] - 1), (left, ranks[0] - 2), (right, ranks[1] - 2), (right, ranks[1] - 1)]
     if call.op == "einsum" and (parsed := letters(call)) is not None:
@@ -252,6 +259,13 @@ def _ends(call: Call) -> list[tuple[fx.Node, int]]:
         ]
         return [*summed, (nodes[-1], len(names[-1]) - 1)]
     return []
+
+
+def _turned(node: fx.Node) -> fx.Node:
+    """The tensor of which a node is a transposition, else the node itself."""
+    while op_name(node) in ("transpose", "permute", "mt", "contiguous") and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node
 
 
 def _pairs(call: Call) -> list[tuple[fx.Node, int]]:

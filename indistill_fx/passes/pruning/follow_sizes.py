@@ -8,6 +8,7 @@ from fractions import Fraction
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx
 
@@ -260,6 +261,16 @@ def _fix_filled(work: Rewriting, call: Call, node: fx.Node) -> None:
         node.args = (*(n for n in node.args[:1] if "input" in call.arguments), *left)
 
 
+def _fix_constant(work: Rewriting, call: Call, node: fx.Node) -> None:
+    """Numbers in the code: those that stay."""
+    if work.touched(call.node):
+        values = np.array(node.args[0], dtype=object)
+        for axis in range(values.ndim):
+            if (kept := work.kept(call.node, axis)) is not None:
+                values = values.take(kept, axis)
+        node.args = (values.tolist(), *node.args[1:])
+
+
 def _fix_pad(work: Rewriting, call: Call, node: fx.Node) -> None:
     """Padding of channels: pad by the number of kept padded ones."""
     sizes, rank = call.get("pad", call.get("padding")), len(work.facts[call.node.name].shape)
@@ -353,6 +364,7 @@ FIXES: dict[str, Callable[[Rewriting, Call, fx.Node], None]] = {
     "getitem": _fix_getitem,
     "with_item": _fix_write,
     **dict.fromkeys(FILLED, _fix_filled),
+    "tensor": _fix_constant,
     **dict.fromkeys(("pad", "constant_pad_nd"), _fix_pad),
     "size": _fix_size,
     **dict.fromkeys(("shifted_window_attention", "window_attention"), _fix_windows),

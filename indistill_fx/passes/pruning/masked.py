@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, fx
 
 from indistill_fx.errors import PassError
+from indistill_fx.graph.edit import batch_size
 from indistill_fx.graph.interpret import Runner
 from indistill_fx.passes.channels.attention import PRODUCTS, free_heads, letters, operands_of, with_projections
 from indistill_fx.passes.channels.call import Call, axis_of, read_call
+from indistill_fx.passes.channels.comparisons import COMPARISONS, ends_compared
 from indistill_fx.passes.channels.joining import REDUCTIONS
 from indistill_fx.passes.channels.norms import mixed_axis
 from indistill_fx.passes.channels.space import reduced_axes
@@ -27,17 +29,24 @@ from indistill_fx.traced import NodeFacts, TracedModel
 _HINT = "Run the masked network on inputs of the example's size."
 
 
-def _stretched(kept: Sequence[int], of: int, size: int) -> tuple[int, ...] | None:
+def _stretched(kept: Sequence[int], of: int, size: int, samples: int | None = None) -> tuple[int, ...] | None:
     """The entries that stay of an axis that holds channels and places, such as height and width, if there are more or fewer places.
+
+    If the places are samples, their number in the example is known.
 
     None where the entries do not show whether the places of one channel stand together or the channels of one place.
 
     >>> _stretched((2, 3), 6, 9), _stretched((1, 4), 6, 9), _stretched((0, 1, 4), 6, 9)
     ((3, 4, 5), (1, 4, 7), None)
+    >>> _stretched((0, 1, 4, 5), 8, 12), _stretched((0, 1, 4, 5), 8, 12, samples=2)
+    (None, (0, 1, 4, 5, 8, 9))
     """
     stays = np.isin(np.arange(of), kept)
     together = int(np.gcd.reduce(np.flatnonzero(np.diff(stays)) + 1, initial=of))
     period = next(n for n in range(1, of + 1) if of % n == 0 and (stays.reshape(-1, n) == stays[:n]).all())
+    if samples is not None:
+        together = samples if (stays.reshape(-1, samples) == stays[::samples, None]).all() else 1
+        period = of // samples if (stays.reshape(samples, -1) == stays[: of // samples]).all() else of
     if (together > 1) == (period < of):
         return None
     pattern = stays[:period:together]
@@ -59,6 +68,7 @@ class Masked(Runner):
         self.axes = axes
         self.losing = {name for name, _ in axes}
         self.facts: Mapping[str, NodeFacts] = model.facts
+        self.samples = batch_size(model.example_values)
 
     def kept(self, node: fx.Node, axis: int, value: Tensor) -> tuple[int, ...] | None:
         """The entries that stay along an axis of a node's value, which may have another length than the example's; None if all stay.
@@ -72,7 +82,8 @@ class Masked(Runner):
         kept = self.axes.get((node.name, axis))
         if kept is None or value.shape[axis] == shape[axis]:
             return kept
-        longer = _stretched(kept, shape[axis], value.shape[axis])
+        samples = self.samples if axis == self.facts[node.name].batch_axis else None
+        longer = _stretched(kept, shape[axis], value.shape[axis], samples)
         if longer is None:
             raise PassError(
                 f"Which of the {value.shape[axis]} entries of `{node.name}` stay does not follow from the example's {shape[axis]}.",
@@ -186,18 +197,25 @@ def _affine(run: Masked, call: Call, x: Tensor, spaces: int) -> Tensor:
 def _reduced(run: Masked, call: Call) -> Any:
     """A reduction of the entries that stay."""
     for axis in reduced_axes(call):
-        _leave_out(run, call, axis)
+        _leave_out(run, call.input, axis)
     return Runner.run_node(run, call.node)
 
 
-def _leave_out(run: Masked, call: Call, axis: int) -> Tensor | None:
-    """Take the removed entries of an axis out of the operand; returns the places of those that stay."""
-    kept = run.kept(call.input, axis, run.env[call.input])
+def _leave_out(run: Masked, operand: fx.Node, axis: int) -> Tensor | None:
+    """Take the removed entries of an axis out of an operand; returns the places of those that stay."""
+    kept = run.kept(operand, axis, run.env[operand])
     if kept is None:
         return None
-    places = torch.tensor(kept, device=run.env[call.input].device)
-    run.env[call.input] = run.env[call.input].index_select(axis, places)
+    places = torch.tensor(kept, device=run.env[operand].device)
+    run.env[operand] = run.env[operand].index_select(axis, places)
     return places
+
+
+def _compared(run: Masked, call: Call) -> Any:
+    """A similarity or distance over the entries that stay."""
+    for operand, axis in ends_compared(call):
+        _leave_out(run, operand, axis)
+    return Runner.run_node(run, call.node)
 
 
 def _along(run: Masked, call: Call) -> Tensor:
@@ -205,7 +223,7 @@ def _along(run: Masked, call: Call) -> Tensor:
     x: Tensor = run.env[call.input]
     given = mixed_axis(call)
     axes = [axis_of(dim, x.dim()) for dim in ([given] if isinstance(given, int) else given or ())]
-    left = {axis: places for axis in axes if (places := _leave_out(run, call, axis)) is not None}
+    left = {axis: places for axis in axes if (places := _leave_out(run, call.input, axis)) is not None}
     y: Tensor = Runner.run_node(run, call.node)
     for axis, places in left.items():
         shape = [x.shape[k] if k == axis else n for k, n in enumerate(y.shape)]
@@ -265,6 +283,7 @@ _MIXING = {
     "multihead_attention": _attention,
     "head_attention": _attention,
     "shifted_window_attention": _windows,
+    **dict.fromkeys(COMPARISONS, _compared),
     **dict.fromkeys(NAMES, _recurrent),
 }
 

@@ -5,6 +5,7 @@ Rules, in order:
   2. At the tap stands `index_select(feature, kept)`, which is right on any graph.
   3. The selection is sunk upstream as far as the channel rules allow; there it is absorbed in sliced weights, or stays, with the reason.
   4. What other readers need whole is left whole: the graph up to the tap is doubled where it must be, and nothing is changed.
+  5. The narrow features are compared with the whole ones at the kept channels, also at another size than the example's (`verified`).
 
 Keeps: every narrowed feature equals the teacher's own feature at the kept channels; the network's output is unchanged.
 """
@@ -29,6 +30,7 @@ from indistill_fx.passes.channels.sizes import size_read
 from indistill_fx.passes.contract import PassResult
 from indistill_fx.passes.pruning.criteria import Criterion, best
 from indistill_fx.passes.pruning.rank import check_width, choose_channels, rank_taps
+from indistill_fx.passes.pruning.verified import verify_narrowed
 from indistill_fx.plan import AlignmentPlan, Pair
 from indistill_fx.traced import NodeFacts, TracedModel
 
@@ -116,6 +118,7 @@ def narrow(
     Raises:
         ConfigError: there is no tap or criterion of that name.
         PruneError: the layer has fewer channels, or two requests name the same tensor.
+        PassError: a narrow feature is not the whole one at the kept channels. This is a bug; please report it.
 
     Examples:
         >>> import torch
@@ -154,7 +157,10 @@ def narrow(
         aliases[new.name] = (*aliases.get(new.name, ()), *teacher.aliases[name])
     graph_module.graph.lint()
     graph_module.recompile()
-    return PassResult(teacher.with_graph(graph_module, facts=out.facts, aliases=aliases), NarrowReport(tuple(reports)))
+    narrowed = teacher.with_graph(graph_module, facts=out.facts, aliases=aliases)
+    if chosen:
+        verify_narrowed(teacher, narrowed, {tap: index for tap, (index, _) in chosen.items()})
+    return PassResult(narrowed, NarrowReport(tuple(reports)))
 
 
 def _requests(

@@ -1,16 +1,18 @@
-"""Run a smaller network beside the original whose readers ignore what was removed, before it is handed out."""
+"""Run a shrunk or narrowed network beside the original before it is handed out."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
-from torch import Tensor, fx
+import torch
+from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from indistill_fx.errors import PassError
-from indistill_fx.graph.edit import batch_of, batch_size
+from indistill_fx.graph.edit import batch_of, batch_size, ending_at
+from indistill_fx.graph.interpret import Runner
 from indistill_fx.graph.module_state import evaluating
 from indistill_fx.passes.capture.equivalence import relative_difference
 from indistill_fx.passes.pruning.masked import Masked
@@ -34,37 +36,83 @@ def verify_smaller(model: TracedModel, smaller: fx.GraphModule, axes: Any) -> No
         PassError: the smaller network fails or computes something else, which is a bug in indistill-fx.
     """
     original = Masked(model, axes)
-    rows = batch_of(model.example_values, 2, example_size=batch_size(model.example_values))
-    with evaluating(model.graph_module), evaluating(smaller):
-        if _compared(original, smaller, _crops(model, rows)):
-            return
-        if not _compared(original, smaller, (rows, model.example_values)):
-            model.graph_module(*model.example_values)  # raises if the example itself is wrong
-            original.run(*model.example_values)
-        _compared(original, smaller, _shorter(rows))
+    _verify(model, original.run, smaller, _Words("shrink", "smaller", "original without the channels removed"))
 
 
-def _compared(original: Masked, smaller: fx.GraphModule, examples: Iterable[tuple[Any, ...]]) -> bool:
+def verify_narrowed(model: TracedModel, narrowed: TracedModel, kept: Mapping[str, Sequence[int]]) -> None:
+    """Compare the channels kept at the taps with those of the whole network, on the inputs that `verify_smaller` compares on.
+
+    Args:
+        model: the original.
+        narrowed: what `narrow` made of it.
+        kept: per tap the channels it keeps.
+
+    Raises:
+        PassError: the narrowed network fails or computes something else, which is a bug in indistill-fx.
+    """
+    nodes = [model.node(tap) for tap in kept]
+    whole = ending_at(model.graph_module, nodes)
+    axes = [model.facts[node.name].channel_axis or 0 for node in nodes]
+
+    def selected(*inputs: Any) -> list[Tensor]:
+        entries = zip(Runner(whole).run(*inputs), axes, kept.values(), strict=True)
+        return [tensor.index_select(axis, torch.tensor(index).to(tensor.device)) for tensor, axis, index in entries]
+
+    small = ending_at(narrowed.graph_module, [narrowed.node(tap) for tap in kept])
+    _verify(model, selected, small, _Words("narrow", "narrowed", "original's channels"))
+
+
+class _Words(NamedTuple):
+    """What a message says of the pass and the two networks."""
+
+    where: str
+    kind: str
+    original: str
+
+
+Run = Callable[..., Any]
+
+
+def _verify(model: TracedModel, original: Run, smaller: fx.GraphModule, words: _Words) -> None:
+    size = batch_size(model.example_values)
+    rows = batch_of(model.example_values, 3 if size == 2 else 2, example_size=size)
+
+    def alone(run: Run, module: nn.Module) -> Run:
+        def call(*inputs: Any) -> Any:
+            with evaluating(module):  # what a forward leaves behind does not reach the other network
+                seed_torch(0)
+                return run(*inputs)
+
+        return call
+
+    both = alone(original, model.graph_module), alone(smaller, smaller)
+    if _compared(*both, _crops(model, rows), words):
+        return
+    if not _compared(*both, (rows, model.example_values), words):
+        alone(model.graph_module, model.graph_module)(*model.example_values)  # raises if the example itself is wrong
+        both[0](*model.example_values)
+    _compared(*both, _shorter(rows), words)
+
+
+def _compared(original: Run, smaller: Run, examples: Iterable[tuple[Any, ...]], words: _Words) -> bool:
     """Compare on the first inputs of a size that the original takes; whether there were any."""
     for inputs in examples:
         with suppress(Exception):
-            seed_torch(0)
-            expected = _tensors(original.run(*inputs))
+            expected = _tensors(original(*inputs))
             break
     else:
         return False
     try:
-        seed_torch(0)
         got = _tensors(smaller(*inputs))
     except Exception as error:
         raise PassError(
-            f"The smaller network does not run: {type(error).__name__}: {error}.", where="shrink", hint=_HINT
+            f"The {words.kind} network does not run: {type(error).__name__}: {error}.", where=words.where, hint=_HINT
         ) from error
     worst = max((_gap(a, b) for a, b in zip(expected, got, strict=True)), default=0.0)
     if not worst <= _TOLERANCE:
         raise PassError(
-            f"The smaller network is off by {worst:.1e} of the largest value from the original without the channels removed.",
-            where="shrink",
+            f"The {words.kind} network is off by {worst:.1e} of the largest value from the {words.original}.",
+            where=words.where,
             got=worst,
             expected=_TOLERANCE,
             hint=_HINT,

@@ -95,7 +95,8 @@ class Look:
             if not merges and not self.works(name) and (not working or self.operation(name) == "mul"):
                 continue  # no work happens here, or a gate begins and ends
             doing = working if merges else [name]
-            mixing = any(self._mixes(other, rows) for other in (*self.flow.regions[name], name)) or (
+            last = self._channels_are_last(before)
+            mixing = any(self._mixes(other, rows, last) for other in (*self.flow.regions[name], name)) or (
                 bool(working) and not merges
             )
             bare = bool(doing) and all(map(self._is_depthwise, doing))
@@ -116,7 +117,12 @@ class Look:
         known = self.facts.get(name)
         return 0 if known is None or known.channel_axis is None else prod(known.shape) // max(1, known.channels)
 
-    def _mixes(self, name: str, rows: int) -> bool:
+    def _channels_are_last(self, name: str) -> bool:
+        known = self.facts.get(name)
+        return known is not None and known.channel_axis == len(known.shape) - 1
+
+    def _mixes(self, name: str, rows: int, channels_last: bool) -> bool:
+        """Whether positions see one another; there may be as many of them as channels, which came on the last axis or not."""
         operation = self.operation(name)
         if operation in POOLS:
             return True
@@ -127,7 +133,8 @@ class Look:
             positions_as_channels = source is not None and source.channel_axis not in (None, 1)
             return positions_as_channels or prod(self._weight(name)[2:]) > 1
         if operation == "linear":
-            return rows > 0 and prod(self.facts[name].shape[:-1]) != rows
+            turned = channels_last and not self._channels_are_last(next(iter(self.flow.inputs[name]), name))
+            return rows > 0 and (turned or prod(self.facts[name].shape[:-1]) != rows)
         return True
 
     def _last_of_main_branch(self, merge: str) -> str:
