@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unicodedata import normalize
@@ -31,18 +31,29 @@ class Listing:
         files: their paths.
         labels: int64 (files,); None where there are no class folders.
         classes: their names; empty where there are no class folders.
+        passed_over: of how many files the name does not end as an image's, by how it ends.
     """
 
     folder: Path
     files: tuple[str, ...]
     labels: Tensor | None
     classes: tuple[str, ...]
+    passed_over: Mapping[str, int] = field(default_factory=dict)
 
     def limited(self, count: int | None) -> Listing:
         """At most `count` images, spread evenly over the classes; always the same ones."""
         kept = spread(self.ranked_by, count)
         labels = self.labels[kept] if self.labels is not None else None
-        return Listing(self.folder, tuple(self.files[i] for i in kept.tolist()), labels, self.classes)
+        return replace(self, files=tuple(self.files[i] for i in kept.tolist()), labels=labels)
+
+    @property
+    def note(self) -> str | None:
+        """What is to be said of files that were passed over; None if there were none."""
+        if not self.passed_over:
+            return None
+        count, ends = sum(self.passed_over.values()), ", ".join(sorted(self.passed_over)[:8])
+        files, whose = ("1 file was", "its name") if count == 1 else (f"{count:,} files were", "their names")
+        return f"{self.folder}: {files} not read, because of {whose} ({ends}); images end in {', '.join(_endings())}."
 
     @property
     def ranked_by(self) -> Tensor:
@@ -140,7 +151,7 @@ def list_splits(folder: Path) -> tuple[Listing, Listing]:
         )
     name = next((name for name in ("test", "val") if (folder / name).is_dir()), None)
     if not (folder / "train").is_dir():
-        if name is None and not _visible_folders(folder) and _pictures_in(folder):
+        if name is None and not _visible_folders(folder) and _pictures_in(folder)[0]:
             alone = list_images(folder)
             return alone, alone
         raise _absent(folder, "train")
@@ -175,7 +186,7 @@ def list_images(folder: Path) -> Listing:
     Raises:
         ConfigError: there is nothing, a class folder has no images, or there are images beside class folders.
     """
-    classes, unsorted_images = _visible_folders(folder), _pictures_in(folder)
+    classes, (unsorted_images, passed_over) = _visible_folders(folder), _pictures_in(folder)
     if not classes and not unsorted_images:
         raise ConfigError(
             f"{str(folder)!r} has no class folders.",
@@ -184,7 +195,7 @@ def list_images(folder: Path) -> Listing:
             hint="Put the images of each class into a separate folder.",
         )
     if not classes:
-        return Listing(folder, tuple(unsorted_images), None, ())
+        return Listing(folder, tuple(unsorted_images), None, (), passed_over)
     if unsorted_images:
         raise ConfigError(
             f"{str(folder)!r} has images outside of the class folders, such as {Path(unsorted_images[0]).name!r}.",
@@ -196,14 +207,13 @@ def list_images(folder: Path) -> Listing:
     files: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
-        found = _pictures_in(folder / name, below=True)
+        found, others = _pictures_in(folder / name, below=True)
+        passed_over += others
         if not found:
-            from torchvision.datasets.folder import IMG_EXTENSIONS
-
             raise ConfigError(
                 f"Class folder {str(folder / name)!r} has no images.",
                 where=str(folder / name),
-                expected=f"files ending in {', '.join(IMG_EXTENSIONS)}",
+                expected=f"files ending in {', '.join(_endings())}",
                 hint="Add images or remove the folder.",
             )
         files += found
@@ -217,7 +227,7 @@ def list_images(folder: Path) -> Listing:
             got=twice,
             hint="Move the images of one into the other.",
         )
-    return Listing(folder, tuple(files), torch.tensor(labels), names)
+    return Listing(folder, tuple(files), torch.tensor(labels), names, passed_over)
 
 
 def spread(labels: Tensor, count: int | None) -> Tensor:
@@ -245,22 +255,31 @@ def _visible_folders(folder: Path) -> list[str]:
     return sorted(found, key=lambda name: normalize("NFC", name))
 
 
-def _pictures_in(folder: Path, *, below: bool = False) -> list[str]:
-    """Image files of a folder, sorted by name; `below`: including those in its subfolders."""
+def _pictures_in(folder: Path, *, below: bool = False) -> tuple[list[str], Counter[str]]:
+    """Image files of a folder, sorted by name, and how many other files there are, by how their names end.
+
+    `below`: including those in its subfolders.
+    """
+    found, others, endings = list[str](), Counter[str](), _endings()
+    for path in folder.rglob("*") if below else folder.iterdir():
+        if any(_is_hidden(part) for part in path.relative_to(folder).parts):
+            continue
+        if not path.name.lower().endswith(endings):
+            if path.is_file():
+                others[path.suffix.lower() or path.name] += 1
+        elif below or not path.is_dir():
+            found.append(str(path))
+    return sorted(found), others
+
+
+def _endings() -> tuple[str, ...]:
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
-    inside = folder.rglob("*") if below else folder.iterdir()
-    return sorted(
-        str(path)
-        for path in inside
-        if path.name.lower().endswith(IMG_EXTENSIONS)
-        and not any(_is_hidden(part) for part in path.relative_to(folder).parts)
-        and (below or not path.is_dir())
-    )
+    return tuple(IMG_EXTENSIONS)
 
 
 def _is_hidden(name: str) -> bool:
-    return name.startswith(".") or name == "__MACOSX"
+    return name.startswith(".") or name in ("__MACOSX", "Thumbs.db", "desktop.ini")
 
 
 def _absent(folder: Path, name: str) -> ConfigError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -166,6 +167,8 @@ def _figures(name: str, wanted: Figures, place: int, measured: Normalisation, ch
             )
         return in_channels(PUBLISHED[wanted], channels)[place]
     numbers = tuple(float(value) for value in _listed(wanted))
+    if not all(map(math.isfinite, numbers)):
+        raise ConfigError(f"A {name} of the images is not finite.", where=name, got=numbers, expected="finite numbers")
     if len(numbers) not in (1, channels):
         raise ConfigError(
             f"The {name} has {len(numbers)} numbers, but the images have {channels} channel{'s' * (channels > 1)}.",

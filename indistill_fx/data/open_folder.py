@@ -59,6 +59,7 @@ def open_folder(place: str, options: DataOptions) -> Data:
     notes: tuple[str, ...] = (
         () if train.labels is not None else (f"{train.folder} has no class folders: its images have no labels.",)
     )
+    notes += tuple(dict.fromkeys(listing.note for listing in (train, test) if listing.note))
     count = len(train.files) + len(test.files)
     if small and count * channels * size[0] * size[1] * (2 if form.deep else 1) <= MEMORY:
         decoded = [

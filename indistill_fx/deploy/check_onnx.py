@@ -28,9 +28,9 @@ from indistill_fx.deploy.onnx_session import (
 )
 from indistill_fx.deploy.onnx_weights import SHOWN, wrong_int8_weights, wrong_weights
 from indistill_fx.deploy.parity import Decisions, Parity, Proof, RealParity, prove
-from indistill_fx.deploy.preprocess import Preprocess
 from indistill_fx.errors import ConfigError, IndistillError, first_lines
 from indistill_fx.graph.module_state import evaluating
+from indistill_fx.graph.preprocess import Preprocess
 
 if TYPE_CHECKING:
     import onnx

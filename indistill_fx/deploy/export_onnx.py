@@ -24,11 +24,12 @@ from indistill_fx.deploy.onnx_session import (
     named_outputs,
     open_session,
     random_inputs,
+    sides_of,
 )
 from indistill_fx.deploy.parity import Decisions, Parity, Proof, RealParity, prove, rounding
-from indistill_fx.deploy.preprocess import Pair, Preprocess
 from indistill_fx.errors import ConfigError, ExportError, first_lines, instead_of
 from indistill_fx.graph.module_state import evaluating
+from indistill_fx.graph.preprocess import Pair, Preprocess
 from indistill_fx.system.files import staged
 from indistill_fx.version import __version__
 
@@ -260,9 +261,8 @@ def _random_operations(deployed: Deployed, inputs: Sequence[Tensor]) -> str:
 def _other_sizes(inputs: Sequence[Tensor]) -> tuple[tuple[int, int], ...]:
     """Inputs of a larger, non-square size that keeps divisibility by strides up to 32."""
     for x in inputs:
-        if x.dim() == 4:
-            height, width = x.shape[1:3] if x.dtype == torch.uint8 else x.shape[2:4]
-            return ((height + 32, width + 64),)
+        if sides := sides_of(x):
+            return ((x.shape[sides[0]] + 32, x.shape[sides[1]] + 64),)
     raise ConfigError(
         "`dynamic_size` needs an image input (N, C, H, W); there is none.",
         where="dynamic_size",

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from indistill_fx.deploy.onnx_session import named_outputs
-from indistill_fx.deploy.preprocess import FromPixels, Preprocess
+from indistill_fx.deploy.onnx_session import named_outputs, sides_of
 from indistill_fx.errors import ConfigError, ExportError, first_lines
+from indistill_fx.graph.preprocess import FromPixels, Preprocess
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -123,9 +123,8 @@ def _dynamic_shapes(inputs: Sequence[Tensor], *, batch: bool, size: bool) -> tup
     shapes = []
     for x in inputs:
         open_dims: dict[int, Any] = {0: dims["batch"]} if batch else {}
-        if size and x.dim() == 4:
-            first = 1 if x.dtype == torch.uint8 else 2
-            open_dims |= {first: dims["height"], first + 1: dims["width"]}
+        if size and (sides := sides_of(x)):
+            open_dims |= {sides[0]: dims["height"], sides[1]: dims["width"]}
         shapes.append(open_dims)
     return tuple(shapes)
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from indistill_fx.batch import Call, Inputs
-from indistill_fx.deploy.preprocess import Preprocess
 from indistill_fx.errors import ConfigError, ExportError, instead_of
+from indistill_fx.graph.preprocess import Preprocess
 from indistill_fx.system.files import require_regular
 
 if TYPE_CHECKING:
@@ -84,16 +84,28 @@ def random_inputs(
         example_inputs: what to imitate.
         batch: rows.
         seed: of a generator of its own; the global random state is not touched.
-        sizes: replaces the last two dimensions of float maps (N, C, H, W), or the middle two of pixels (N, H, W, C).
+        sizes: replaces height and width of images (see `sides_of`).
     """
     generator = torch.Generator().manual_seed(seed)
     return tuple(_random_like(x, (batch, *_resized(x, sizes)), generator).to(x.device) for x in example_inputs)
 
 
+def sides_of(x: Tensor) -> tuple[int, int] | None:
+    """The axes of height and width; None if it is no image.
+
+    Images are (N, C, H, W); those of uint8 are pixels (N, H, W, C) if the last axis can be colours (1, 3 or 4), and the second cannot.
+    """
+    if x.dim() != 4:
+        return None
+    colours = (1, 3, 4)
+    return (1, 2) if x.dtype == torch.uint8 and x.shape[3] in colours and x.shape[1] not in colours else (2, 3)
+
+
 def _resized(x: Tensor, sizes: tuple[int, int] | None) -> tuple[int, ...]:
-    if sizes is None or x.dim() != 4:
-        return tuple(x.shape[1:])
-    return (*sizes, x.shape[3]) if x.dtype == torch.uint8 else (x.shape[1], *sizes)
+    shape, sides = list(x.shape), sides_of(x)
+    if sizes is not None and sides is not None:
+        shape[sides[0]], shape[sides[1]] = sizes
+    return tuple(shape[1:])
 
 
 def _random_like(x: Tensor, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

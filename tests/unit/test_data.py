@@ -326,6 +326,23 @@ def test_spread_is_as_even_as_can_be(labels, count):
     assert ranks == [labels[:i].tolist().count(int(label)) for i, label in enumerate(labels)]
 
 
+def test_files_that_are_not_read_are_mentioned(small):
+    clean = open_data(f"imagefolder:{small}").notes
+    for name in (".DS_Store", "Thumbs.db", "desktop.ini"):
+        (small / "train" / "ant" / name).write_bytes(b"x")
+    assert open_data(f"imagefolder:{small}").notes == clean
+    Image.new("RGB", (8, 8)).save(small / "train" / "ant" / "moving.GIF")
+    (small / "test" / "bee" / "a").mkdir()
+    for name in ("a/x.heic", "y.heic", "LICENCE"):
+        (small / "test" / "bee" / name).write_bytes(b"x")
+    ends = "images end in .jpg, .jpeg, .png, .ppm, .bmp, .pgm, .tif, .tiff, .webp."
+    assert open_data(f"imagefolder:{small}").notes == (
+        f"{small / 'train'}: 1 file was not read, because of its name (.gif); {ends}",
+        f"{small / 'test'}: 3 files were not read, because of their names (.heic, LICENCE); {ends}",
+        *clean,
+    )
+
+
 def test_bad_folders_are_named(small, tmp_path):
     def refused(folder, match):
         with pytest.raises(ConfigError, match=match) as caught:

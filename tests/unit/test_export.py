@@ -331,6 +331,31 @@ def test_dynamic_size_is_proven_at_another_size_and_refused_where_the_code_fixes
         export_onnx(flat, tmp_path / "flat.onnx", X, dynamic_size=True)
 
 
+class Pixels(nn.Module):
+    """Takes uint8 pixels, and normalises them itself."""
+
+    def __init__(self, order):
+        super().__init__()
+        self.order, self.net = order, Net()
+
+    def forward(self, pixels):
+        return self.net(pixels.permute(self.order) / 255.0)
+
+
+@pytest.mark.parametrize(
+    ("order", "shape", "open_shape"),
+    [
+        ((0, 1, 2, 3), (2, 3, 8, 12), ["batch", 3, "height", "width"]),
+        ((0, 3, 1, 2), (2, 8, 12, 3), ["batch", "height", "width", 3]),
+    ],
+)
+def test_dynamic_size_of_pixels_whichever_axis_has_the_colours(tmp_path, order, shape, open_shape):
+    pixels = torch.randint(0, 256, shape, dtype=torch.uint8)
+    report = export_onnx(Pixels(order).eval(), tmp_path / "m.onnx", pixels, dynamic_size=True, batch_sizes=(1, 3))
+    assert [row.batch_size for row in report.parity] == [1, 3, 3]
+    assert onnxruntime.InferenceSession(tmp_path / "m.onnx").get_inputs()[0].shape == open_shape
+
+
 def test_preprocessing_takes_pixels_and_computes_the_same(tmp_path, exported):
     module = exported[0].eval()
     mean, std = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)

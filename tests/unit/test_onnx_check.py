@@ -8,9 +8,9 @@ from torch import nn
 
 from indistill_fx.deploy.check_onnx import check_onnx
 from indistill_fx.deploy.export_onnx import export_onnx
-from indistill_fx.deploy.preprocess import Preprocess
 from indistill_fx.deploy.quantize import quantize_onnx
 from indistill_fx.errors import ConfigError
+from indistill_fx.graph.preprocess import Preprocess
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 

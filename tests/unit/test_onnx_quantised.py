@@ -10,13 +10,14 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import CalibrationDataReader, quantize_static
+from torch import nn
 
 import indistill_fx as ifx
 from indistill_fx.demo.networks import DigitsStudent, DigitsTeacher
 from indistill_fx.errors import ConfigError
 from indistill_fx.loading.onnx import quantised
 from indistill_fx.loading.onnx.convert import convert, inputs_of
-from indistill_fx.loading.onnx.runtime import compare
+from indistill_fx.loading.onnx.runtime import compare, example_of, open_session, run_session
 from indistill_fx.loading.onnx.table import RULES
 from indistill_fx.loading.onnx.values import Traced
 from tests.nets import unsettle
@@ -143,6 +144,39 @@ def test_a_wrong_zero_is_noticed_in_a_whole_file(int8, monkeypatch):
     monkeypatch.setattr(quantised, "_dequantized", wrong)
     with pytest.raises(ConfigError, match=r"does not compute what onnxruntime does.*onnxruntime:"):
         ifx.load(str(path))
+
+
+class _InAnotherOrder(nn.Module):
+    """x * 3 / 7 in steps of 0.0002, multiplied and divided at once: the last bit is another, and with it some of the steps."""
+
+    def __init__(self, factor: float = 3 / 7):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x):
+        return torch.round(x * self.factor / 0.0002).clamp(-32768, 32767) * 0.0002
+
+
+def test_sums_that_lie_between_two_steps_are_no_difference():
+    nodes = [
+        helper.make_node("Mul", ["x", "three"], ["tripled"]),
+        helper.make_node("Div", ["tripled", "seven"], ["part"]),
+        helper.make_node("QuantizeLinear", ["part", "step", "zero"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "step", "zero"], ["y"]),
+    ]
+    constants = {"three": f(3.0), "seven": f(7.0), "step": f(0.0002), "zero": np.array(0, np.int16)}
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 30_000]) for name in ("x", "y")]
+    held = [numpy_helper.from_array(value, name) for name, value in constants.items()]
+    graph = helper.make_graph(nodes, "g", values[:1], values[1:], held)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    inputs = inputs_of(model)
+    x = example_of(inputs, 2)[0]
+    (wanted,) = run_session(open_session(model, "steps"), (x,), None)
+    gap = (_InAnotherOrder()(x) - wanted).abs().max()
+    assert 0.00019 < gap < 0.00021  # one step, for some of the numbers
+    assert compare(_InAnotherOrder(), model, inputs, "steps") == pytest.approx(float(gap / wanted.abs().max()), rel=0.2)
+    with pytest.raises(ConfigError, match="does not compute what onnxruntime does"):
+        compare(_InAnotherOrder(3.01 / 7), model, inputs, "steps")
 
 
 def test_an_operator_of_another_domain_is_named_with_the_way_out(tmp_path):

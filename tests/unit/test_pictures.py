@@ -255,6 +255,8 @@ def test_mean_and_std_as_given():
         ({"mean": "imagnet"}, "'imagnet' is not a known mean of images. Nearest: imagenet"),
         ({"mean": (0.1, 0.2), "std": (0.1,)}, "The mean has 2 numbers, but the images have 1 channel"),
         ({"mean": (0.1,), "std": (0.0,)}, "A std of the images is 0"),
+        ({"mean": (float("nan"),), "std": (0.1,)}, "A mean of the images is not finite"),
+        ({"mean": (0.1,), "std": (float("inf"),)}, "A std of the images is not finite"),
         (
             {"mean": (123,), "std": (0.3,)},
             "of values from 0 to 1, but one is 123. If they are of values from 0 to 255, divide",

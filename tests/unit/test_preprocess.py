@@ -3,8 +3,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from indistill_fx.deploy.preprocess import FromPixels, Preprocess
 from indistill_fx.errors import ConfigError
+from indistill_fx.graph.preprocess import FromPixels, Preprocess
 
 positive = st.floats(0.05, 2)
 

@@ -15,7 +15,7 @@ import onnx
 import torch
 from torch import Tensor, fx
 
-from indistill_fx.errors import ConfigError, nearest
+from indistill_fx.errors import ConfigError, instead_of, nearest
 from indistill_fx.graph.opaque import Opaque
 from indistill_fx.loading.onnx.builder import plain_name
 from indistill_fx.loading.onnx.convert import OnnxInput
@@ -46,7 +46,11 @@ class OnnxPart(Opaque):
     def forward(self, *inputs: Tensor) -> Tensor:
         """The part's tensor, on the device of its first input."""
         given = [value.to(dtype) for value, dtype in zip(inputs, self._dtypes, strict=True)]
-        return run_session(self._session.value, given, self._batch)[0].to(inputs[0].device)
+        shapes = " and ".join("x".join(map(str, value.shape)) for value in given)
+        hint = "If it was made for other images, convert these (--size, --channels), or use another data set."
+        failed = ConfigError(f"onnxruntime fails on inputs of {shapes}", where="inputs", got=shapes, hint=hint)
+        with instead_of(Exception, failed):
+            return run_session(self._session.value, given, self._batch)[0].to(inputs[0].device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +107,7 @@ def black_box(model: onnx.ModelProto, inputs: Sequence[OnnxInput], taps: Sequenc
                 where=name,
                 hint="Name a tensor that does, as Netron shows it.",
             )
-        path = _free(name, root)
+        path = free_path(name, root)
         root.add_module(path, OnnxPart(part, [dtypes[tensor] for tensor in begins], inputs[0].batch, where))
         known[name] = graph.call_module(path, tuple(known[tensor] for tensor in begins))
         dtypes[name] = _torch_kind(kinds.get(name, onnx.TensorProto.FLOAT))
@@ -161,7 +165,7 @@ def _torch_kind(kind: int) -> torch.dtype:
     return dtype_of(kind or onnx.TensorProto.FLOAT, "tensor")
 
 
-def _free(name: str, root: torch.nn.Module) -> str:
+def free_path(name: str, root: torch.nn.Module) -> str:
     """A module name from a tensor's name, with underscores for characters that a path cannot contain."""
     path, number = plain_name(name), 1
     while hasattr(root, path):

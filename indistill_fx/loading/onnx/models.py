@@ -1,22 +1,27 @@
-"""ONNX files as models: converted to a graph of PyTorch's layers, or run by onnxruntime as they are (`loading.spec` has the forms)."""
+"""ONNX files as models: converted to a graph of PyTorch's layers, or run by onnxruntime as they are (`loading.spec` has the forms).
+
+A file that takes pixels and normalises them itself (`export --preprocess`) becomes a model that takes normalised images, as every other.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnx
-from torch import Tensor, nn
+import torch
+from torch import Tensor, fx, nn
 
 from indistill_fx.errors import ConfigError
-from indistill_fx.loading.onnx.black_box import black_box
+from indistill_fx.graph.preprocess import Preprocess, ToPixels
+from indistill_fx.loading.onnx.black_box import black_box, free_path
 from indistill_fx.loading.onnx.builder import LARGEST_CONSTANT
 from indistill_fx.loading.onnx.convert import OnnxInput, convert, inputs_of
 from indistill_fx.loading.onnx.read import read_onnx
 from indistill_fx.loading.onnx.runtime import compare, example_of, is_quantised, tolerance_of
-from indistill_fx.loading.onnx.stated import Figures, stated_in
+from indistill_fx.loading.onnx.stated import Figures, preprocess_in, stated_in
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,15 +57,14 @@ def convert_file(path: Path, shape: tuple[int, ...] | None = None) -> OnnxModel:
     Raises:
         ConfigError: the file is damaged, has an operator without a rule (named), or the two differ.
     """
-    model = read_onnx(path)
-    inputs = _bounded(inputs_of(model, shape))
+    model, inputs = _read(path, shape)
     module = convert(model, inputs, str(path))
     difference = compare(module, model, inputs, str(path))
     most = "the file is quantised: roundings add up" if is_quantised(model) else f"at most {tolerance_of(model):.0e}"
     note = f"converted from ONNX; its outputs differ from onnxruntime's by {difference:.1g} of the largest ({most})"
     fixed = inputs[0].batch
     notes = (note,) if fixed is None else (note, f"the file is made for {_samples(fixed)}, the graph for any number")
-    return _described(module, model, inputs, notes, str(path))
+    return _described(module, model, inputs, notes, str(path), whole=False)
 
 
 def run_file(path: Path, taps: Sequence[str], shape: tuple[int, ...] | None = None) -> OnnxModel:
@@ -74,8 +78,7 @@ def run_file(path: Path, taps: Sequence[str], shape: tuple[int, ...] | None = No
     Raises:
         ConfigError: the file is damaged, onnxruntime refuses it, or it has no tensor of a name in `taps`.
     """
-    model = read_onnx(path)
-    inputs = _bounded(inputs_of(model, shape))
+    model, inputs = _read(path, shape)
     module = black_box(model, inputs, taps, str(path))
     notes = ["run by onnxruntime on the CPU, without gradients; its work is not counted"]
     if not taps:
@@ -84,7 +87,15 @@ def run_file(path: Path, taps: Sequence[str], shape: tuple[int, ...] | None = No
         notes.append(
             f"nothing but its outputs can be learned; ?taps=NAME,NAME adds tensors of the file, such as {sample_names}"
         )
-    return _described(module, model, inputs, tuple(notes), str(path))
+    return _described(module, model, inputs, tuple(notes), str(path), whole=True)
+
+
+def _read(path: Path, shape: tuple[int, ...] | None) -> tuple[onnx.ModelProto, Sequence[OnnxInput]]:
+    """The file's model, and its inputs as the file takes them; the shape is that of images (channels, height, width) in every case."""
+    model = read_onnx(path)
+    if shape is not None and preprocess_in(model):
+        shape = (*shape[1:], *shape[:1])
+    return model, _bounded(inputs_of(model, shape))
 
 
 def _bounded(inputs: Sequence[OnnxInput]) -> Sequence[OnnxInput]:
@@ -105,8 +116,16 @@ def _bounded(inputs: Sequence[OnnxInput]) -> Sequence[OnnxInput]:
 
 
 def _described(
-    module: nn.Module, model: onnx.ModelProto, inputs: Sequence[OnnxInput], notes: tuple[str, ...], where: str
+    module: fx.GraphModule,
+    model: onnx.ModelProto,
+    inputs: Sequence[OnnxInput],
+    notes: tuple[str, ...],
+    where: str,
+    *,
+    whole: bool,
 ) -> OnnxModel:
+    if built_in := preprocess_in(model):
+        inputs = [_as_images(module, built_in, inputs[0], where, whole=whole), *inputs[1:]]
     first = inputs[0]
     normalisation, classes = stated_in(model, first.shape[0] if len(first.shape) == 3 else None, where)
     single = len(inputs) == 1 and first.dtype.is_floating_point
@@ -119,6 +138,31 @@ def _described(
         notes=notes,
         normalisation=normalisation,
         classes=classes,
+    )
+
+
+def _as_images(
+    module: fx.GraphModule, built_in: Preprocess, pixels: OnnxInput, where: str, *, whole: bool
+) -> OnnxInput:
+    """Let a graph take normalised images instead of the pixels that its first input is; what the input is then."""
+    if pixels.dtype != torch.uint8 or len(pixels.shape) != 3 or len(built_in.mean) not in (1, pixels.shape[2]):
+        raise ConfigError(
+            f"`{where}` states that it normalises pixels, and its input `{pixels.name}` is not pixels (height, width, channels).",
+            where=where,
+            got=[str(pixels.dtype), *pixels.shape],
+            hint="Export it again.",
+        )
+    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+    path = free_path("to_pixels", module)
+    module.add_submodule(path, ToPixels(built_in, whole=whole))
+    with module.graph.inserting_after(placeholders[-1]):
+        made = module.graph.call_module(path)
+    placeholders[0].replace_all_uses_with(made)
+    made.args = (placeholders[0],)
+    module.recompile()
+    (height, width, channels), (more_height, more_width, _) = pixels.shape, pixels.other
+    return replace(
+        pixels, dtype=torch.float32, shape=(channels, height, width), other=(channels, more_height, more_width)
     )
 
 

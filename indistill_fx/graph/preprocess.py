@@ -85,9 +85,8 @@ class Preprocess:
                 got=list(images.shape),
                 hint="Give the inputs that the file was exported for.",
             )
-        mean, std = (torch.tensor(v, device=images.device).view(1, -1, 1, 1) for v in (self.mean, self.std))
-        pixels = ((images.float() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
-        return pixels.permute(0, 2, 3, 1).contiguous()
+        pixels: Tensor = ToPixels(self, whole=True).to(images.device)(images)
+        return pixels.contiguous()
 
 
 class FromPixels(nn.Module):
@@ -105,3 +104,29 @@ class FromPixels(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """Normalise the pixels, and run the model."""
         return pixels.permute(0, 3, 1, 2).to(self.scale.dtype) * self.scale + self.shift
+
+
+class ToPixels(nn.Module):
+    """The way back: normalised float images (N, C, H, W) to pixels (N, H, W, C) of values from 0 to 255; uint8 pixels pass as they are.
+
+    Args:
+        preprocess: what the images are normalised by.
+        whole: round to uint8, instead of leaving real numbers.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, preprocess: Preprocess, *, whole: bool):
+        super().__init__()
+        mean, std = torch.tensor(preprocess.mean), torch.tensor(preprocess.std)
+        self.register_buffer("scale", (255 * std).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("shift", (255 * mean).view(1, -1, 1, 1), persistent=False)
+        self.whole = whole
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The pixels."""
+        if images.dtype == torch.uint8:
+            return images
+        pixels = (images.float() * self.scale + self.shift).permute(0, 2, 3, 1)
+        return pixels.round().clamp(0, 255).to(torch.uint8) if self.whole else pixels
