@@ -94,14 +94,14 @@ def command(
             where="--plan",
             hint="Give one of them.",
         )
-    if held := [name for name in (COMPRESSION, "run.json") if (Path(output) / name).exists()]:
+    try_folder(Path(output) if _is_directory(output) else Path(output).parent)
+    if held := [name for name in (COMPRESSION, "run.json") if os.path.exists(os.path.join(output, name))]:
         raise ConfigError(
             f"{output} holds a run ({held[0]}), whose student would be overwritten.",
             where="-o",
             got=output,
             hint="Give another directory.",
         )
-    try_folder(Path(output) if _is_directory(output) else Path(output).parent)
     source = common.open_model(model, trust)
     opened = pictures.open_pictures(data, asked, source) if data else None
     traced = common.trace_model(source, common.example_for((source,), inputs, opened), "teacher", logits=logits)
@@ -121,7 +121,6 @@ def command(
 
 
 def _is_directory(output: str) -> bool:
-
     return output.endswith(("/", os.sep)) or os.path.isdir(output)
 
 

@@ -214,7 +214,7 @@ def try_folder(folder: Path) -> None:
     Raises:
         ConfigError: it cannot be made.
     """
-    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    missing = [place for place in (folder, *folder.parents) if not os.path.exists(place)]
     make_folder(folder)
     for place in missing:
         place.rmdir()

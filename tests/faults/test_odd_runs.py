@@ -136,6 +136,7 @@ LONG = "x" * 300
         ["bench", f"{LONG}.onnx"],
         ["export", "indistill_fx.demo:DigitsStudent", "--input", "1x8x8", "-o", f"{LONG}.onnx"],
         ["prune", "indistill_fx.demo:DigitsStudent", "--input", "1x8x8", "--ratio", "0.5", "-o", LONG],
+        ["prune", "indistill_fx.demo:DigitsStudent", "--input", "1x8x8", "--ratio", "0.5", "-o", f"{LONG}/"],
         ["align", "indistill_fx.demo:DigitsTeacher", "indistill_fx.demo:DigitsStudent", "--input", "1x8x8", "-o", LONG],
         ["train", "indistill_fx.demo:DigitsStudent", "--data", "digits", "--limit", "20", "--epochs", "1", "-o", LONG],
     ],
