@@ -1,4 +1,4 @@
-"""Does the warm-up pay? The same student three ways: on labels alone, by the main loss alone, and with the warm-up before it."""
+"""Does the warm-up pay? The same student three ways: on labels alone (if there are any), by the main loss alone, and after the warm-up."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from typing import Any, Unpack
 
 from torch import Tensor, nn
 
+from indistill_fx.batch import split
 from indistill_fx.curriculum import AUTO, Curriculum
 from indistill_fx.errors import ConfigError
 from indistill_fx.graph.view import View
+from indistill_fx.losses.choose_task import task_of
 from indistill_fx.losses.task import Task
 from indistill_fx.passes.align import align
 from indistill_fx.plan import AlignmentPlan
@@ -90,7 +92,7 @@ def compare(
             `main_epochs` they count the third arm's main epochs, and for the other arms are as many epochs before the end.
 
     Returns:
-        Arm by name, in this order: `labels`, the main loss's own name (such as `kd`), `indistill`.
+        Arm by name, in this order: `labels`, if the data and the task have labels; the main loss's own name (such as `kd`); `indistill`.
 
     Raises:
         ConfigError: the warm-up takes all of `epochs`, or is in steps; otherwise as `distill`.
@@ -117,7 +119,11 @@ def compare(
     if main_epochs is not None:
         epochs, milestones = main_epochs + warmup, [at + warmup for at in milestones]
     done: dict[str, Arm] = {}
+    labelled = _has_labels(train_loader, task, *models)
     for arm, loss, loss_options, warm, before in _ways(main, main_options, curriculum, warmup, epochs):
+        if arm == "labels" and not labelled:
+            say("There are no labels to train on alone, so that arm is left out.")
+            continue
         announce(arm)
         record = distill(
             models[0],
@@ -165,10 +171,15 @@ def _ways(
     )
 
 
+def _has_labels(loader: Iterable[Any], task: str | Task | None, *models: TracedModel) -> bool:
+    parts = split(next(iter(loader)), *(model.inputs for model in models), where="The training")
+    return parts.labels is not None and (task is None or task_of(task).labelled)
+
+
 def _kept_plan(run_dir: str | os.PathLike[str] | None) -> AlignmentPlan | None:
     """The plan of arms that were already started. A new plan might differ, because it depends on the first batch."""
-    path = Path(run_dir) / "labels" / "plan.json" if run_dir is not None else None
-    return AlignmentPlan.load(path) if path is not None and path.exists() else None
+    kept = sorted(Path(run_dir).glob("*/plan.json")) if run_dir is not None else []
+    return AlignmentPlan.load(kept[0]) if kept else None
 
 
 def _later_by(epochs: int, milestones: Iterable[int], options: Options) -> Options:

@@ -359,6 +359,19 @@ def test_compare_starts_all_arms_alike_and_gives_them_equal_epochs(tmp_path, tea
         compare(teacher, student, loader(), epochs=3, curriculum=QUICK, progress=False)
 
 
+def test_compare_without_labels_has_two_arms(tmp_path, teacher, capsys):
+    images, labels = samples()
+    unlabelled = [(images[k : k + 16],) for k in range(0, 96, 16)]
+    options: dict[str, Any] = {"epochs": 5, "curriculum": QUICK, "run_dir": tmp_path / "arms"}
+    arms = compare(teacher, net(6, 8), unlabelled, **options)
+    assert list(arms) == ["kd", "indistill"]
+    assert "There are no labels to train on alone, so that arm is left out." in capsys.readouterr().err
+    again = compare(teacher, net(6, 8), unlabelled, resume=True, progress=False, **options)
+    assert [arm.record.digest for arm in again.values()] == [arm.record.digest for arm in arms.values()]
+    vectors: dict[str, Any] = {"epochs": 5, "curriculum": QUICK, "progress": False, "main": "pkt", "task": "embedding"}
+    assert list(compare(teacher, net(6, 8), loader(), **vectors)) == ["pkt", "indistill"]
+
+
 def test_a_chain_distils_step_by_step_and_resumes(tmp_path, teacher):
     def models() -> list[nn.Module]:
         return [teacher, net(8, 12, seed=1), net(4, 6, seed=2)]
