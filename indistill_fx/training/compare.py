@@ -112,7 +112,7 @@ def compare(
     curriculum = _with_a_warmup(curriculum or DEFAULT_CURRICULUM)
     plan = plan or (_kept_plan(run_dir) if resume else None)
     shared: dict[str, Any] = {"example_inputs": example_inputs, "logits": logits}
-    say = partial(print, file=sys.stderr, flush=True) if progress else lambda line: None
+    say: Callable[[str], None] = partial(print, file=sys.stderr, flush=True) if progress else lambda line: None
     models = traced_pair(teacher, student, train_loader, view=view_of(teacher_view, plan), say=say, **shared)
     plan = plan or align(*models, required=curriculum.wants_pairs)
     warmup, milestones = _epochs_of(curriculum, plan, options), options.get("milestones", ())

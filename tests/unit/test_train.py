@@ -360,7 +360,7 @@ def test_compare_starts_all_arms_alike_and_gives_them_equal_epochs(tmp_path, tea
 
 
 def test_compare_without_labels_has_two_arms(tmp_path, teacher, capsys):
-    images, labels = samples()
+    images, _ = samples()
     unlabelled = [(images[k : k + 16],) for k in range(0, 96, 16)]
     options: dict[str, Any] = {"epochs": 5, "curriculum": QUICK, "run_dir": tmp_path / "arms"}
     arms = compare(teacher, net(6, 8), unlabelled, **options)
