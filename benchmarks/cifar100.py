@@ -6,7 +6,7 @@
     python benchmarks/cifar100.py table benchmarks/results/cifar100.json OUT --json benchmarks/results/cifar100.json --into docs/results.md
 
 The data are the originals as a folder of images (`train/<class>/`, `test/<class>/`). A pair is `teacher:student`, of
-`cifar100_nets.py`. Teachers are trained on labels by `train`, once, or read from `--teachers DIR` (DIR/resnet56.safetensors). The
+`cifar100_nets.py`. Teachers are trained on labels by `train`, once, or read from `--teachers DIR` (DIR/NAME.safetensors). The
 usual protocol is RepDistiller's and mdistiller's: 240 epochs of SGD with batches of 64, a learning rate of 0.05 (0.01 for MobileNetV2 and
 ShuffleNetV2), a tenth of it from epochs 150, 180 and 210, momentum 0.9, weight decay 5e-4. The short one takes 10 epochs (teachers
 15), batches of 128, twice the learning rate, a cosine instead of the steps, and bfloat16. An arm `kd+warm-up` trains all pairs at
@@ -193,7 +193,10 @@ def table(options: argparse.Namespace) -> None:
     text = "\n".join(lines)
     if options.json:
         told = {
-            "command": "python " + " ".join(__doc__.split("python ")[1].split()),
+            "commands": [
+                f"python benchmarks/cifar100.py run --data imagefolder:DIR --out OUT --protocol {protocol}"
+                for protocol in sorted({row["protocol"] for row in rows})
+            ],
             "versions": {name: version(name) for name in ("torch", "torchvision", "indistill-fx")},
         }
         Path(options.json).write_text(json.dumps(told | {"arms": rows}, indent=1) + "\n")
