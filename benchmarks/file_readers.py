@@ -204,8 +204,9 @@ def run_files() -> Readers:
 def story_reader() -> Reader:
     """compress.json beside this user's own student.py, of the very compression that is to go on."""
     from indistill_fx import trace
-    from indistill_fx.compression import compress
+    from indistill_fx.compression.made import read_made
     from indistill_fx.loading.spec import parse_spec
+    from indistill_fx.runs.directory import COMPRESSION
     from indistill_fx.runs.signature import sign
     from indistill_fx.system.tensor_files import save_tensors
 
@@ -224,10 +225,10 @@ def story_reader() -> Reader:
             told = json.loads(path.read_bytes())
         if isinstance(told, dict):
             identity, told["seal"] = told.get("identity"), sign(parse_spec(f"{home / 'student.py'}:Student"))
-            (home / compress.STORY).write_text(json.dumps(told))
+            (home / COMPRESSION).write_text(json.dumps(told))
         else:
-            path.replace(home / compress.STORY)
-        made = compress._before(home, identity, teacher)
+            path.replace(home / COMPRESSION)
+        made = read_made(home, identity, teacher)
         return made and [str(step) for step in made.steps], made and max(step.accuracy or 0.0 for step in made.steps)
 
     return read

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from indistill_fx.passes.pruning.masked import run_masked
 from indistill_fx.passes.pruning.shrink import shrink
+from tests.numerics.masked_reference import run_masked
 from tests.passes.test_more_networks import narrowed, traced
 
 CLASSES = 6

@@ -9,10 +9,10 @@ from torch.nn import functional as F
 
 from indistill_fx.passes.capture.trace import trace
 from indistill_fx.passes.extract.instrument import instrument
-from indistill_fx.passes.pruning.masked import run_masked
 from indistill_fx.passes.pruning.narrow import narrow
 from indistill_fx.passes.pruning.shrink import shrink
 from tests.nets import unsettle
+from tests.numerics.masked_reference import run_masked
 from tests.passes.test_more_networks import HEADS, WIDTH, Maps, Tokens, Way, narrowed
 
 

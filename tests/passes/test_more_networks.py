@@ -19,11 +19,11 @@ from indistill_fx.graph.per_sample import conv_per_sample
 from indistill_fx.passes.capture.trace import trace
 from indistill_fx.passes.extract.instrument import instrument
 from indistill_fx.passes.pruning import slice_network
-from indistill_fx.passes.pruning.masked import run_masked
 from indistill_fx.passes.pruning.narrow import narrow
 from indistill_fx.passes.pruning.shrink import ShrinkReport, shrink
 from indistill_fx.traced import TracedModel
 from tests.nets import unsettle
+from tests.numerics.masked_reference import run_masked
 
 WIDTH, HEADS = 16, 4
 

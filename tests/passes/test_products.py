@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from indistill_fx.errors import PassError
 from indistill_fx.passes.capture.trace import trace
 from indistill_fx.passes.pruning import attention_dependencies
-from indistill_fx.passes.pruning.masked import run_masked
 from indistill_fx.passes.pruning.shrink import shrink
+from tests.numerics.masked_reference import run_masked
 from tests.passes.test_more_networks import halved, narrowed
 
 Op = Callable[[nn.Module, Tensor], Tensor]

@@ -16,8 +16,8 @@ from indistill_fx.errors import PassError
 from indistill_fx.graph.interpret import run_keeping
 from indistill_fx.passes.capture.trace import trace
 from indistill_fx.passes.pruning import recurrent
-from indistill_fx.passes.pruning.masked import run_masked
 from indistill_fx.passes.pruning.shrink import ShrinkReport, shrink
+from tests.numerics.masked_reference import run_masked
 
 WIDTH, STEPS = 12, 5
 Op = Callable[[nn.Module, Tensor], Tensor]

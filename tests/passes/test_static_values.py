@@ -16,10 +16,10 @@ from indistill_fx.errors import PassError
 from indistill_fx.graph.interpret import run_keeping
 from indistill_fx.passes.capture.trace import trace
 from indistill_fx.passes.pruning import slice_network
-from indistill_fx.passes.pruning.masked import run_masked
 from indistill_fx.passes.pruning.narrow import narrow
 from indistill_fx.passes.pruning.shrink import shrink
 from indistill_fx.traced import TracedModel
+from tests.numerics.masked_reference import run_masked
 
 Way = Callable[[Tensor], Tensor]
 WIDTH = 16

@@ -38,8 +38,8 @@ def _stretched(kept: Sequence[int], of: int, size: int, samples: int | None = No
 
     >>> _stretched((2, 3), 6, 9), _stretched((1, 4), 6, 9), _stretched((0, 1, 4), 6, 9)
     ((3, 4, 5), (1, 4, 7), None)
-    >>> _stretched((0, 1, 4, 5), 8, 12), _stretched((0, 1, 4, 5), 8, 12, samples=2)
-    (None, (0, 1, 4, 5, 8, 9))
+    >>> _stretched((0, 1, 4, 5, 8, 9), 12, 16), _stretched((0, 1, 4, 5, 8, 9), 12, 16, samples=3)
+    (None, (0, 1, 4, 5, 8, 9, 12, 13))
     """
     stays = np.isin(np.arange(of), kept)
     together = int(np.gcd.reduce(np.flatnonzero(np.diff(stays)) + 1, initial=of))
