@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Callable
 from functools import lru_cache
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +226,7 @@ def story_reader() -> Reader:
             told = json.loads(path.read_bytes())
         if isinstance(told, dict):
             identity, told["seal"] = told.get("identity"), sign(parse_spec(f"{home / 'student.py'}:Student"))
+            told["source"] = sha256(code.encode()).hexdigest()
             (home / COMPRESSION).write_text(json.dumps(told))
         else:
             path.replace(home / COMPRESSION)

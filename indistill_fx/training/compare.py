@@ -112,27 +112,22 @@ def compare(
     curriculum = _with_a_warmup(curriculum or DEFAULT_CURRICULUM)
     plan = plan or (_kept_plan(run_dir) if resume else None)
     shared: dict[str, Any] = {"example_inputs": example_inputs, "logits": logits}
-    say: Callable[[str], None] = partial(print, file=sys.stderr, flush=True) if progress else lambda line: None
+    say = partial(print, file=sys.stderr, flush=True) if progress else lambda line: None
     models = traced_pair(teacher, student, train_loader, view=view_of(teacher_view, plan), say=say, **shared)
     plan = plan or align(*models, required=curriculum.wants_pairs)
     warmup, milestones = _epochs_of(curriculum, plan, options), options.get("milestones", ())
     if main_epochs is not None:
         epochs, milestones = main_epochs + warmup, [at + warmup for at in milestones]
     done: dict[str, Arm] = {}
-    labelled = _has_labels(train_loader, task, *models)
-    for arm, loss, loss_options, warm, before in _ways(main, main_options, curriculum, warmup, epochs):
-        if arm == "labels" and not labelled:
-            say("There are no labels to train on alone, so that arm is left out.")
-            continue
+    ways = _ways(main, main_options, curriculum, warmup, epochs)
+    for arm, way, before in ways if _has_labels(train_loader, task, models, say) else ways[1:]:
         announce(arm)
         record = distill(
             models[0],
             copied_student := copy.deepcopy(student),
             train_loader,
             plan=plan,
-            curriculum=warm,
-            main=loss,
-            main_options=loss_options,
+            **way,
             task=task,
             epochs=epochs - before,
             val_loader=val_loader,
@@ -160,20 +155,27 @@ def _with_a_warmup(curriculum: Curriculum) -> Curriculum:
 
 def _ways(
     main: Any, options: Mapping[str, Any] | None, curriculum: Curriculum, warmup: int, epochs: int
-) -> Sequence[tuple[str, Any, Mapping[str, Any] | None, Curriculum, int]]:
-    """For every arm: name, main loss, its options, warm-up, and the warm-up's epochs."""
+) -> Sequence[tuple[str, dict[str, Any], int]]:
+    """For every arm: name, what `distill` is given of its own, and the warm-up's epochs."""
     _check_room(warmup, epochs)
     named = main if isinstance(main, str) and ":" not in main else "main"
+    shared = {"main": main, "main_options": options}
     return (
-        ("labels", "labels", None, NO_WARMUP, 0),
-        (named, main, options, NO_WARMUP, 0),
-        ("indistill", main, options, curriculum, warmup),
+        ("labels", {"main": "labels", "curriculum": NO_WARMUP}, 0),
+        (named, shared | {"curriculum": NO_WARMUP}, 0),
+        ("indistill", shared | {"curriculum": curriculum}, warmup),
     )
 
 
-def _has_labels(loader: Iterable[Any], task: str | Task | None, *models: TracedModel) -> bool:
+def _has_labels(
+    loader: Iterable[Any], task: str | Task | None, models: Sequence[TracedModel], say: Callable[[str], None]
+) -> bool:
+    """Whether there are labels to train on alone; says so if there are none."""
     parts = split(next(iter(loader)), *(model.inputs for model in models), where="The training")
-    return parts.labels is not None and (task is None or task_of(task).labelled)
+    if parts.labels is not None and (task is None or task_of(task).labelled):
+        return True
+    say("There are no labels to train on alone, so that arm is left out.")
+    return False
 
 
 def _kept_plan(run_dir: str | os.PathLike[str] | None) -> AlignmentPlan | None:
