@@ -30,6 +30,7 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
+from page import put_between
 from safetensors.torch import load_model
 from torch import nn
 
@@ -236,8 +237,7 @@ def over_time(record: dict[str, Any], epochs: tuple[int, ...] = (9, 13, 17, 21, 
 def put_into(page: Path, text: str) -> None:
     """Replace what stands between the page's marks."""
     begin, end = "<!-- made by benchmarks/cifar10.py table -->", "<!-- end of cifar10 -->"
-    before, _, rest = page.read_text(encoding="utf-8").partition(begin)
-    page.write_text(f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}", encoding="utf-8")
+    put_between(page, begin, end, text)
 
 
 def main() -> None:

@@ -29,6 +29,7 @@ from typing import Any
 
 import cifar100_nets
 import torch
+from page import put_between
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -204,9 +205,7 @@ def table(options: argparse.Namespace) -> None:
         print(text)
         return
     begin, end = "<!-- cifar100: made by benchmarks/cifar100.py table -->", "<!-- cifar100: end -->"
-    page = options.into.read_text(encoding="utf-8")
-    before, _, rest = page.partition(begin)
-    options.into.write_text(f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}", encoding="utf-8")
+    put_between(options.into, begin, end, text)
 
 
 def cell(values: list[float], sign: str = "") -> str:

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from cifar10 import cell, one, paper
+from page import put_between
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -139,9 +140,7 @@ def table(options: argparse.Namespace) -> None:
         print(text)
         return
     begin, end = "<!-- claim: made by benchmarks/claim.py table -->", "<!-- claim: end -->"
-    page = options.into.read_text(encoding="utf-8")
-    before, _, rest = page.partition(begin)
-    options.into.write_text(f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}", encoding="utf-8")
+    put_between(options.into, begin, end, text)
 
 
 def main() -> None:

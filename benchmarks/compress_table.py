@@ -8,6 +8,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from page import put_between
+
 ARMS = ("joint", "kept", "tp", "kd", "fed", "steps", "unlabelled", "l1kd", "freshjoint", "freshkd", "fresh")
 
 
@@ -30,8 +32,7 @@ def table(options: argparse.Namespace) -> None:
     if options.into:
         page = Path(options.into)
         begin, end = "<!-- compress: made by benchmarks/compress.py table -->", "<!-- compress: end -->"
-        head, _, rest = page.read_text().partition(begin)
-        page.write_text(head + begin + "\n" + text + end + rest.partition(end)[2])
+        put_between(page, begin, end, text)
 
 
 def begun(rows: list[dict[str, Any]], repaired: list[dict[str, Any]]) -> list[dict[str, Any]]:

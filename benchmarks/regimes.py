@@ -31,6 +31,7 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
+from page import put_between
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -232,8 +233,7 @@ def table(options: argparse.Namespace) -> None:
         page = Path(options.into)
         on = "" if options.on == "digits" else f" --on {options.on}"
         begin, close = f"<!-- made by benchmarks/regimes.py table{on} -->", "<!-- regimes: end -->"
-        head, _, rest = page.read_text().partition(begin)
-        page.write_text(head + begin + "\n" + text + close + rest.partition(close)[2])
+        put_between(page, begin, close, text)
     if options.svg:
         Path(options.svg).write_text(heat_map(found))
 

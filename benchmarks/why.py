@@ -27,6 +27,7 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
+from page import put_between
 from regimes import BATCH, RATE, Cell, Start, start_of, teacher_of
 from torch import nn
 
@@ -265,8 +266,7 @@ def table(options: argparse.Namespace) -> None:
     if options.into:
         page = Path(options.into)
         begin, close = "<!-- made by benchmarks/why.py table -->", "<!-- why: end -->"
-        head, _, rest = page.read_text().partition(begin)
-        page.write_text(head + begin + "\n" + text + close + rest.partition(close)[2])
+        put_between(page, begin, close, text)
 
 
 def feature_lines(rows: list[dict[str, Any]]) -> list[str]:

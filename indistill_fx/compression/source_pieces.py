@@ -11,6 +11,7 @@ from cmath import isfinite
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, is_dataclass
 from dataclasses import fields as dataclass_fields
+from types import FunctionType
 from typing import Any, TypeAlias
 
 import torch
@@ -140,8 +141,8 @@ def commas(values: Iterable[Line]) -> Line:
 
 
 def record_class(kind: Any) -> str | None:
-    """The code of a named tuple or dataclass with the fields of the user's own; None for any other class, or one that does more."""
-    if not isinstance(kind, type):
+    """The code of a named tuple or dataclass with the fields of the user's own; None for any other class, or one with methods."""
+    if not isinstance(kind, type) or _has_methods(kind):
         return None
     fields: dict[str, Any] = {}
     if (
@@ -162,6 +163,16 @@ def record_class(kind: Any) -> str | None:
     except ValueError:  # a default that has no literal form
         return None
     return "\n".join([head, *(f"    {name}: Any{value}" for name, value in values.items())]) + "\n" if fields else None
+
+
+def _has_methods(kind: type) -> bool:
+    """Whether a named tuple or dataclass has methods or properties that the user wrote."""
+    special = ("__getitem__", "__iter__", "__len__", "__bool__", "__call__", "__getattr__")
+    return any(
+        isinstance(value, (property, classmethod, staticmethod, FunctionType))
+        for name, value in vars(kind).items()
+        if not name.startswith("_") or name in special
+    )
 
 
 def numbers(values: Sequence[int], name: str) -> Line:
