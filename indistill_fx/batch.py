@@ -79,7 +79,7 @@ class Inputs:
         return Inputs(names, required, any(p.kind is p.VAR_KEYWORD for p in parameters))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)  # older versions of torch.compile hash it before it has its fields
 class Call:
     """The arguments of one model's forward."""
 
@@ -227,7 +227,7 @@ def _by_name(entries: Mapping[str, Any], model: Inputs, batch: Any, where: str) 
 def _by_order(batch: Any, models: Sequence[Inputs], where: str) -> Parts:
     values: Sequence[Any] = (batch,) if isinstance(batch, Tensor) else batch
     plain = [model for model in models if not model.by_number]
-    count = max((len(model.required) for model in plain), default=1)
+    count = max([len(model.required) for model in plain] or [1])  # older versions of torch.compile know no `default=`
     if not isinstance(values, (tuple, list)) or len(values) < count:
         names = next(model.required for model in models if len(model.required) == count)
         raise ConfigError(

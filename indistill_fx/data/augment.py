@@ -52,7 +52,10 @@ class FlipAndCrop:
         rows = torch.arange(height, device=images.device) + draws[:, :1]
         places = rows[:, :, None] * padded.shape[3] + columns[:, None, :]
         places = places.flatten(1)[:, None].expand(-1, channels, -1)
-        return padded.flatten(2).gather(2, places).view_as(images)
+        pixels = padded.flatten(2)
+        if pixels.dtype == torch.uint16:  # older versions of torch cannot gather it: the same bits as int16
+            return pixels.view(torch.int16).gather(2, places).view(torch.uint16).view_as(images)
+        return pixels.gather(2, places).view_as(images)
 
 
 @dataclass(frozen=True, slots=True)
