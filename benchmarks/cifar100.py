@@ -103,6 +103,7 @@ def teacher_of(name: str, data: Data, protocol: Protocol, options: argparse.Name
         )  # fmt: skip
         save_file({key: value.contiguous() for key, value in model.cpu().state_dict().items()}, file)
     model.load_state_dict(load_file(file))
+    model.to(options.device)
     return model.eval(), ifx.evaluate(model, data.test).accuracy
 
 

@@ -73,7 +73,8 @@ def teacher_of(options: argparse.Namespace, net: str) -> nn.Module:
 
 def device_of(options: argparse.Namespace) -> torch.device:
     """Where it runs."""
-    return torch.device("cuda" if options.device == "auto" and torch.cuda.is_available() else "cpu")
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(found if options.device == "auto" else options.device)
 
 
 def traced_teacher(options: argparse.Namespace, net: str) -> ifx.TracedModel:

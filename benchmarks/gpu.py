@@ -105,7 +105,10 @@ def measure(row: Row, ways: Ways, device: str, count: int) -> Row:
 def with_floor(row: Row, models: Models, number: int, limits: Row | None) -> Row:
     """The row, with the floor of its stage."""
     if limits is not None and row["ms"]:
-        row |= floor(models.ours(number), models.batch, models.dtype, limits)
+        try:
+            row |= floor(models.ours(number), models.batch, models.dtype, limits)
+        except Exception as error:  # the row itself is measured
+            return row | {"floor failed": f"{type(error).__name__}: {str(error)[:300]}"}
         ours = [ms for key, ms in row["ms"].items() if key in ("ours", "recorded")]
         row["ours over the floor"] = min(ours) / row["floor ms"] if ours else None
     return row

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, nn
 
 import indistill_fx as ifx
-from benchmarks.gpu_ways import Row, paper, recorder, stage_of, with_fuse_cudnn, work_of
+from benchmarks.gpu_ways import Row, paper, recorder, stage_of, work_of
 from benchmarks.warmup_ways import HookBaseline, vision
 from indistill_fx.data.augment import FlipAndCrop
 from indistill_fx.data.held import HeldImages
 from indistill_fx.data.loaders import MemoryLoader
-from indistill_fx.passes.lowering.table import LOWERINGS
 from indistill_fx.target import Target
 from indistill_fx.training.step.recorded import RecordedStep
 
@@ -73,8 +72,6 @@ def compared(
 ) -> list[Row]:
     """For every stage, how far hooks and ours are from hooks in float64 on the CPU."""
     plan = ifx.align(teacher, student, example_inputs=x[:2])
-    own = LOWERINGS[Target(device, dtype).kind]
-    tried = {"ours": own} | ({"with fuse_cudnn": with_fuse_cudnn(own)} if dtype == torch.bfloat16 else {})
     rows = []
     for number in numbers:
         pair = plan.pairs[number - 1]
@@ -85,11 +82,10 @@ def compared(
 
         reference = hooks("cpu", torch.float64, torch.float64)
         row: Row = {"stage": pair.student, "hooks": beside(hooks(device, torch.float32, dtype), reference)}
-        for name, lowerings in tried.items():
-            theirs, mine = (copy.deepcopy(model).to(device) for model in (teacher, student))
-            example, target = x[:2].to(device), Target(device, dtype)
-            stage = stage_of(theirs, mine.train(), plan, number, example, target=target, lowerings=lowerings)
-            row[name] = beside(learnt(stage, mine, x.to(device), dtype), reference)
+        theirs, mine = (copy.deepcopy(model).to(device) for model in (teacher, student))
+        example, target = x[:2].to(device), Target(device, dtype)
+        stage = stage_of(theirs, mine.train(), plan, number, example, target=target)
+        row["ours"] = beside(learnt(stage, mine, x.to(device), dtype), reference)
         rows.append(row)
     return rows
 

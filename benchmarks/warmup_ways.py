@@ -48,7 +48,9 @@ class HookBaseline(nn.Module):
     def __init__(self, teacher: nn.Module, student: nn.Module, pair: ifx.Pair):
         super().__init__()
         self.teacher, self.student, self.pair = teacher.eval(), student, pair
-        self.register_buffer("kept", torch.tensor(pair.kept) if pair.kept is not None else None)
+        self.register_buffer(
+            "kept", torch.tensor(pair.kept, device=next(teacher.parameters()).device) if pair.kept is not None else None
+        )
         self.seen: dict[str, list[Tensor]] = {}
         for role, model in (("teacher", teacher), ("student", student)):
             path, _, call = getattr(pair, role).partition("@")

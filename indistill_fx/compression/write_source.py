@@ -32,6 +32,7 @@ from indistill_fx.compression.source_scopes import Dissolve, scopes_of
 from indistill_fx.errors import ExportError
 from indistill_fx.graph.edit import copy_graph, sweep
 from indistill_fx.graph.module_state import mode, untouched
+from indistill_fx.system.exact_arithmetic import exact_arithmetic
 from indistill_fx.system.files import make_folder, write
 from indistill_fx.traced import TracedModel
 
@@ -230,7 +231,7 @@ Outcome = tuple[Any, dict[str, Tensor]]
 def _outcome(module: nn.Module, model: TracedModel, training: bool, buffers: Mapping[str, Tensor]) -> Outcome:
     """What a call does at the example, the module in one mode; it is as before afterwards."""
     inputs = tuple(v.detach().clone() if isinstance(v, Tensor) else v for v in model.example_values)
-    with untouched(module), mode(module, training=training), torch.no_grad():
+    with untouched(module), mode(module, training=training), torch.no_grad(), exact_arithmetic():
         torch.manual_seed(0)
         return module(*inputs), {name: value.clone() for name, value in buffers.items()}
 

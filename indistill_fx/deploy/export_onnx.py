@@ -30,6 +30,7 @@ from indistill_fx.deploy.parity import Decisions, Parity, Proof, RealParity, pro
 from indistill_fx.errors import ConfigError, ExportError, first_lines, instead_of
 from indistill_fx.graph.module_state import evaluating
 from indistill_fx.graph.preprocess import Pair, Preprocess
+from indistill_fx.system.exact_arithmetic import exact_arithmetic
 from indistill_fx.system.files import staged
 from indistill_fx.version import __version__
 
@@ -140,7 +141,7 @@ def export_onnx(
         inputs = _as_pixels(built_in, inputs)
         real = _as_pixels(built_in, real) if real else None
     target = Path(path)
-    with staged(target) as draft, evaluating(module):
+    with staged(target) as draft, evaluating(module), exact_arithmetic():
         deployed = Deployed(module, built_in, names)
         deployed.training = False
         found = _repeatable_outputs(deployed, inputs)

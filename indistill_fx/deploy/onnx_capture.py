@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from indistill_fx.deploy.onnx_session import named_outputs, sides_of
 from indistill_fx.errors import ConfigError, ExportError, first_lines
+from indistill_fx.graph.module_state import device_of
 from indistill_fx.graph.preprocess import FromPixels, Preprocess
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class Deployed(nn.Module):
     def __init__(self, module: nn.Module, preprocess: Preprocess | None, names: Sequence[str] = ()):
         super().__init__()
         self.module, self.names = module, tuple(names)
-        self.from_pixels = FromPixels(preprocess) if preprocess else None
+        self.from_pixels = FromPixels(preprocess).to(device_of(module)) if preprocess else None
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Run the module; outputs that are not tensors are left out."""

@@ -6,6 +6,7 @@ import copy
 import linecache
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -224,7 +225,10 @@ MADE = "made"
 
 
 def add_tensor(graph_module: fx.GraphModule, wanted: str, tensor: Tensor) -> str:
-    """Register a parameter or buffer under the first free name that begins with `wanted`; returns the name."""
+    """Register a parameter or buffer under the first free name that begins with `wanted`; returns the name.
+
+    A buffer goes to the device of the graph's own tensors.
+    """
     base = name = wanted.replace(".", "_")
     count = 0
     while hasattr(graph_module, name):
@@ -233,7 +237,8 @@ def add_tensor(graph_module: fx.GraphModule, wanted: str, tensor: Tensor) -> str
     if isinstance(tensor, nn.Parameter):
         graph_module.register_parameter(name, tensor)
     else:
-        graph_module.register_buffer(name, tensor)
+        own = chain(graph_module.parameters(), graph_module.buffers())
+        graph_module.register_buffer(name, tensor.to(next(own, tensor).device))
     return name
 
 

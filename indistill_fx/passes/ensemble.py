@@ -82,7 +82,9 @@ def ensemble(
         value = graph.call_module(f"teachers.{number}", (), kwargs)
         value = value if logits is None else graph.call_function(operator.getitem, (value, logits))
         if view is not None and view.classes is not None:
-            root.register_buffer(f"view_{number}_classes", torch.tensor(view.classes), persistent=False)
+            root.register_buffer(
+                f"view_{number}_classes", torch.tensor(view.classes).to(device_of(root)), persistent=False
+            )
             chosen = graph.get_attr(f"view_{number}_classes")
             value = graph.call_function(torch.index_select, (value, axes[number], chosen))
         outputs.append(value)

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from indistill_fx.curriculum import PAIRS, SEGMENTS, Budget, Curriculum
 from indistill_fx.errors import ConfigError
 from indistill_fx.graph.edit import depends_on_input, output_node
+from indistill_fx.graph.module_state import device_of
 from indistill_fx.losses.base import EMBEDDING
 from indistill_fx.losses.choose_task import task_of
 from indistill_fx.losses.registry import main_loss, warmup_loss
@@ -117,6 +118,7 @@ def compile_stages(
     guard = refuse_changes(teacher.module)
     for stage in stages or warm:
         _check_halves(stage)
+        stage.criterion.to(device_of(student.graph_module))
         if stage.teacher is not None:
             stage.teacher.register_forward_pre_hook(guard)
     for stage in warm:

@@ -222,3 +222,37 @@ def test_tracing_and_alignment_on_a_gpu():
 
 def test_the_shell(tmp_path):
     assert run_command(["demo", "-o", str(tmp_path / "demo")]) == 0
+
+
+def test_networks_whose_channels_are_chosen_by_index_on_a_gpu():
+    """Selections hold indices; so do losses that are kept in the main stage."""
+    from torchvision.models import densenet121, shufflenet_v2_x0_5
+
+    x = images(2, 64).cuda()
+    for make in (shufflenet_v2_x0_5, densenet121):
+        model = seeded(lambda make=make: make(num_classes=10)).eval().cuda()
+        small = ifx.shrink(ifx.trace(model, (x,), role="teacher"), ratio=0.5).value
+        assert small.graph_module(x).shape == (2, 10)
+    teacher, student = seeded(lambda: Cnn32((16, 32, 64), 128)).cuda(), seeded(Cnn32).cuda()
+    curriculum = ifx.Curriculum(together=True, lengths=1, keep_features=1.0)
+    record = ifx.distill(teacher, student, batches(), curriculum=curriculum, epochs=2, progress=False, device="cuda")
+    assert record.epochs[-1].loss > 0
+
+
+def test_every_stage_runs_where_its_networks_are():
+    """Used in a loop of one's own, without the trainer."""
+    from torchvision.models import resnet18, resnet50
+
+    x, labels = images(4, 64).cuda(), torch.arange(4).cuda()
+    teacher = seeded(lambda: resnet50(num_classes=10)).eval().cuda()
+    student = seeded(lambda: resnet18(num_classes=10)).cuda()
+    for stage in ifx.compile_stages(teacher, student, example_inputs=x[:2]):
+        stage.train()([x, labels]).backward()
+
+
+def test_export_from_a_gpu(tmp_path):
+    """With the normalisation built in; the file computes what the module does, TF32 or not."""
+    model = seeded(lambda: Cnn32((16, 32, 64), 128)).eval().cuda()
+    preprocess = ((0.5,) * 3, (0.25,) * 3)
+    report = ifx.export_onnx(model, tmp_path / "a.onnx", images(2, 32).cuda(), preprocess=preprocess)
+    assert report.max_abs < 1e-3 and next(model.parameters()).is_cuda and torch.backends.cudnn.allow_tf32

@@ -287,10 +287,10 @@ def test_a_run_channels_last_is_resumed_to_the_same_bits_and_leaves_the_student_
 
 def test_what_is_compared_in_tracing_has_the_same_bits_twice(monkeypatch):
     """On a GPU, convolutions may add in another order each time."""
-    seen: list[bool] = []
-    original = equivalence._forward
+    seen: list[tuple[bool, bool]] = []
+    original, cudnn = equivalence._forward, torch.backends.cudnn
     monkeypatch.setattr(
-        equivalence, "_forward", lambda module: seen.append(torch.backends.cudnn.deterministic) or original(module)
+        equivalence, "_forward", lambda module: seen.append((cudnn.deterministic, cudnn.allow_tf32)) or original(module)
     )
     ifx.trace(seeded(Shared), images(2))
-    assert len(seen) > 1 and all(seen) and torch.backends.cudnn.deterministic is False
+    assert len(seen) > 1 and set(seen) == {(True, False)} and not cudnn.deterministic and cudnn.allow_tf32

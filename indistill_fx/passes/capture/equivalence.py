@@ -19,6 +19,7 @@ from indistill_fx.graph.draws import Generators
 from indistill_fx.graph.edit import batch_of, batch_size
 from indistill_fx.graph.module_state import Change, State, state_kept
 from indistill_fx.passes.capture.captured import tensors
+from indistill_fx.system.exact_arithmetic import exact_arithmetic
 
 _SIZES = (2, 3)
 _TOLERANCE = 1e-5
@@ -338,7 +339,7 @@ def _run_module(
     """The result of the last of several successive calls; the earlier ones get other data."""
     with state_kept(module) as state:
         try:
-            with torch.set_grad_enabled(gradients), plain_attention(), plain_checkpoints(), same_bits():
+            with torch.set_grad_enabled(gradients), plain_attention(), plain_checkpoints(), exact_arithmetic():
                 for _ in range(calls - 1):
                     _forward(module)(*tree_map(_halved, inputs), **tree_map(_halved, kwargs))
                 outputs = tensors(_forward(module)(*inputs, **kwargs))
@@ -347,17 +348,6 @@ def _run_module(
         except Exception as error:  # the caller's code may raise anything
             return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
     return Run(inputs, kwargs, [output.detach() for output in outputs], written, changed, found, kept)
-
-
-@contextmanager
-def same_bits() -> Iterator[None]:
-    """Within the block a GPU's convolutions add in one order: what is compared must not differ by itself."""
-    before = torch.backends.cudnn.deterministic
-    torch.backends.cudnn.deterministic = True
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.deterministic = before
 
 
 def _halved(leaf: Any) -> Any:

@@ -16,6 +16,7 @@ from indistill_fx.graph.interpret import Runner
 from indistill_fx.graph.module_state import evaluating
 from indistill_fx.passes.capture.equivalence import relative_difference
 from indistill_fx.passes.pruning.masked import Masked
+from indistill_fx.system.exact_arithmetic import exact_arithmetic
 from indistill_fx.system.random_state import seed_torch
 from indistill_fx.traced import TracedModel
 
@@ -79,7 +80,10 @@ def _verify(model: TracedModel, original: Run, smaller: fx.GraphModule, words: _
 
     def alone(run: Run, module: nn.Module) -> Run:
         def call(*inputs: Any) -> Any:
-            with evaluating(module):  # what a forward leaves behind does not reach the other network
+            with (
+                evaluating(module),
+                exact_arithmetic(),
+            ):  # what a forward leaves behind does not reach the other network
                 seed_torch(0)
                 return run(*inputs)
 
