@@ -6,6 +6,7 @@ A stage has folded and narrowed weights of its own beside some that it shares wi
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -34,16 +35,15 @@ def refuse_changes(teacher: nn.Module) -> Callable[[nn.Module, Any], None]:
     seen = {name: (_version(tensor), _checksum(tensor)) for name, tensor in tensors.items()}
     floating = [name for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.numel() > 1]
     probes = sorted(floating, key=lambda name: tensors[name].numel())[:_PROBES]
-    calls = 0
+    calls = Counter[int]()  # by stage: a step that is watched for a recording must do what the one before it did
 
     def check(half: nn.Module, inputs: Any) -> None:
-        nonlocal calls
         if torch.compiler.is_compiling() or _must_not_wait():
             return
         moved = [name for name, tensor in tensors.items() if _version(tensor) != seen[name][0]]
-        if calls % _EVERY == 0 or all(tensors[name].device.type == "cpu" for name in probes):
+        if calls[id(half)] % _EVERY == 0 or all(tensors[name].device.type == "cpu" for name in probes):
             moved += probes
-        calls += 1
+        calls[id(half)] += 1
         for name in moved:
             now = _checksum(tensors[name])
             if now != seen[name][1]:

@@ -11,12 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import indistill_fx as ifx
+from indistill_fx.deploy.onnx_capture import Deployed
+from indistill_fx.graph.edit import add_tensor
+from indistill_fx.graph.preprocess import Preprocess
 from indistill_fx.losses.registry import MAIN_LOSSES, WARMUP_LOSSES
 from indistill_fx.passes.lowering.table import LOWERINGS
+from indistill_fx.system.exact_arithmetic import exact_arithmetic
 from indistill_fx.target import Target
 from indistill_fx.training.supervised import Supervised
 from tests.nets import Cnn32, Residual, TinyTransformer, images, seeded
@@ -168,3 +172,20 @@ def test_what_would_wait_or_be_elsewhere_is_found(habit, fails):
         assert not loss_there(Reading(habit), [torch.randn(4, 3)]).shape and not fails
     except (RuntimeError, AssertionError) as error:
         assert fails and ("_local_scalar_dense" in str(error) or "convert all Tensors to FakeTensors" in str(error))
+
+
+def test_what_passes_add_lies_where_the_graph_is():
+    """Seen on the device `meta`, which no machine lacks."""
+    module = fx.symbolic_trace(nn.Linear(2, 2, device="meta"))
+    name = add_tensor(module, "kept", torch.tensor([1, 0]))
+    assert module.get_buffer(name).device.type == "meta"
+    deployed = Deployed(nn.Conv2d(3, 4, 3, device="meta"), Preprocess((0.5,) * 3, (0.5,) * 3))
+    assert {tensor.device.type for tensor in deployed.buffers()} == {"meta"}
+
+
+def test_comparisons_leave_torchs_settings_as_they_were():
+    cudnn, products = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, products.allow_tf32, cudnn.deterministic
+    with exact_arithmetic():
+        assert (cudnn.allow_tf32, products.allow_tf32, cudnn.deterministic) == (False, False, True)
+    assert (cudnn.allow_tf32, products.allow_tf32, cudnn.deterministic) == before
