@@ -20,7 +20,7 @@ import argparse
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -138,6 +138,8 @@ def run(options: argparse.Namespace) -> None:
         torch.set_num_threads(options.threads)
     options.device = "cuda" if torch.cuda.is_available() else "cpu"
     began, protocol, out = time.time(), PROTOCOLS[options.protocol], Path(options.out)
+    if options.epochs:
+        protocol = replace(protocol, epochs=options.epochs, teacher_epochs=options.epochs)
     out.mkdir(parents=True, exist_ok=True)
     for seed in options.seeds:
         data = open_data(
@@ -168,7 +170,7 @@ def found_in(places: list[str]) -> list[dict[str, Any]]:
             if place.is_dir()
             else json.loads(place.read_text())["arms"]
         )
-        arms |= {(row["protocol"], row["pair"], row["arm"], row["seed"]): row for row in rows}
+        arms |= {(row["protocol"], row["epochs"], row["pair"], row["arm"], row["seed"]): row for row in rows}
     return [arms[key] for key in sorted(arms)]
 
 
@@ -179,9 +181,9 @@ def table(options: argparse.Namespace) -> None:
         "| teacher → student | epochs | loss | without warm-up | with it | difference | seeds |",
         "|---|---|---|---|---|---|---|",
     ]
-    for protocol, pair in sorted({(row["protocol"], row["pair"]) for row in rows}):
-        chosen = [row for row in rows if (row["protocol"], row["pair"]) == (protocol, pair)]
-        head = f"{pair.replace(':', ' → ')} ({100 * chosen[0]['teacher']:.2f}) | {chosen[0]['epochs']}"
+    for key in sorted({(row["protocol"], row["pair"], row["epochs"], row["teacher"]) for row in rows}):
+        chosen = [row for row in rows if (row["protocol"], row["pair"], row["epochs"], row["teacher"]) == key]
+        head = f"{key[1].replace(':', ' → ')} ({100 * chosen[0]['teacher']:.2f}) | {chosen[0]['epochs']}"
         for loss in LOSSES:
             without, with_it = (
                 {row["seed"]: 100 * row["accuracy"] for row in chosen if row["arm"] == arm}
@@ -227,6 +229,9 @@ def main() -> None:
     one_run.add_argument("--cache", help="keep decoded images here")
     one_run.add_argument("--out", required=True)
     one_run.add_argument("--protocol", choices=PROTOCOLS, default="usual")
+    one_run.add_argument(
+        "--epochs", type=int, help="of teachers and students, instead of the protocol's (`short` only)"
+    )
     one_run.add_argument("--pairs", nargs="+", default=PAIRS, metavar="TEACHER:STUDENT")
     one_run.add_argument("--arms", nargs="+", choices=arms, default=arms)
     one_run.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -240,6 +245,8 @@ def main() -> None:
     shows.add_argument("--json", help="write all figures here")
     shows.add_argument("--into", type=Path, help="the page whose table is replaced, instead of printing")
     options = parser.parse_args()
+    if getattr(options, "epochs", None) and options.protocol == "usual":
+        parser.error("the usual protocol has 240 epochs: --epochs goes with --protocol short")
     options.call(options)
 
 
