@@ -20,7 +20,7 @@ from indistill_fx.graph.module_state import device_of
 from indistill_fx.loading.spec import parse_spec
 from indistill_fx.passes.capture.trace import trace
 from indistill_fx.plan import AlignmentPlan
-from indistill_fx.runs.directory import COMPRESSION, MOST_BYTES, STUDENT
+from indistill_fx.runs.directory import COMPRESSION, MOST_BYTES, PLAN, STUDENT, kept_plan
 from indistill_fx.runs.load import keep_facts, load
 from indistill_fx.runs.signature import is_signed, sign
 from indistill_fx.system.files import make_folder, read_json, save_json
@@ -107,9 +107,13 @@ def read_made(folder: Path, identity: Mapping[str, Any], model: TracedModel) -> 
         return None
     student = load(f"{spec}@{folder / START}").to(device_of(model.graph_module))
     traced = trace(student, model.example, role="student")
-    plan = AlignmentPlan.load(folder / "plan.json") if (folder / "plan.json").exists() else None
     return Made(
-        student, traced, plan, steps[:made], spec, {key: saved[key] for key in (*_KEPT, "source") if key in saved}
+        student,
+        traced,
+        kept_plan(folder),
+        steps[:made],
+        spec,
+        {key: saved[key] for key in (*_KEPT, "source") if key in saved},
     )
 
 
@@ -146,7 +150,7 @@ def write_made(
         traced = trace(student, model.example, role="student")
     plan = plan_if_any(model, traced, untrained.shrunk.axes, every_block=every_block)
     if plan is not None:
-        plan.save(folder / "plan.json")
+        plan.save(folder / PLAN)
     else:
         say("No layers can be paired, so there is no warm-up.")
     curves = [asdict(curve) for curve in untrained.curves]
