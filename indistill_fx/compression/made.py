@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from indistill_fx.compression.correspond import plan_if_any
 from indistill_fx.compression.make_student import Step, Untrained
-from indistill_fx.compression.write_source import SOURCE, source_of
+from indistill_fx.compression.write_source import SOURCE, overwritten, source_of
 from indistill_fx.errors import ConfigError, ExportError
 from indistill_fx.graph.module_state import device_of
 from indistill_fx.loading.spec import parse_spec
@@ -62,15 +62,7 @@ def check_free(folder: Path, resume: bool) -> None:
             hint="Continue it with resume=True (--resume), or give another directory.",
         )
     if (folder / SOURCE).exists() and _saved(folder).get("source") != _digest_of_source(folder):
-        raise _overwritten(folder)
-
-
-def _overwritten(folder: Path) -> ConfigError:
-    return ConfigError(
-        f"{folder / SOURCE} was written or changed by somebody else, and `compress` would overwrite it.",
-        where=str(folder / SOURCE),
-        hint=f"Move it away, or name another directory. To train it as it is: distill TEACHER {folder / SOURCE}:Student.",
-    )
+        raise overwritten(folder / SOURCE)
 
 
 def _saved(folder: Path) -> dict[str, Any]:
@@ -102,7 +94,7 @@ def read_made(folder: Path, identity: Mapping[str, Any], model: TracedModel) -> 
     if not (folder / SOURCE).exists():
         return None
     if saved.get("source") != _digest_of_source(folder):
-        raise _overwritten(folder)
+        raise overwritten(folder / SOURCE)
     if not is_signed(parse_spec(spec), saved.get("seal")):
         return None
     student = load(f"{spec}@{folder / START}").to(device_of(model.graph_module))

@@ -16,6 +16,7 @@ import sys
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass, is_dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,16 @@ from indistill_fx.compression.source_classes import class_texts
 from indistill_fx.compression.source_layers import without_copies
 from indistill_fx.compression.source_pieces import Block, Imports, unwritable
 from indistill_fx.compression.source_scopes import Dissolve, scopes_of
-from indistill_fx.errors import ExportError
+from indistill_fx.errors import ConfigError, ExportError
 from indistill_fx.graph.edit import copy_graph, sweep
 from indistill_fx.graph.module_state import mode, untouched
 from indistill_fx.system.files import make_folder, write
+from indistill_fx.system.tensor_files import header_of
 from indistill_fx.traced import TracedModel
 
 SOURCE, WEIGHTS = "student.py", "student.safetensors"
+_DIGEST = "code"
+"""Entry of the weights' header."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ class StudentSource:
         return student
 
     def save(self, directory: Path) -> str:
-        """Write both files, the weights first.
+        """Write both files, the weights first; the header of these holds the digest of the code.
 
         Args:
             directory: created if it does not exist.
@@ -79,9 +83,37 @@ class StudentSource:
         """
         make_folder(directory)
         tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in self.state.items()}
-        write(directory / WEIGHTS, save(tensors))
+        write(directory / WEIGHTS, save(tensors, {_DIGEST: _digest(self.text.encode())}))
         write(directory / SOURCE, self.text)
         return f"{directory / SOURCE}:Student@{directory / WEIGHTS}"
+
+
+def check_own(directory: Path) -> None:
+    """Refuse to overwrite code and weights that were changed since `StudentSource.save` wrote them.
+
+    Raises:
+        ConfigError: the directory holds a student.py or student.safetensors that `save` did not write, or that was changed.
+    """
+    code, weights = directory / SOURCE, directory / WEIGHTS
+    known = header_of(weights).get(_DIGEST)
+    if weights.exists() and known is None:
+        raise overwritten(weights)
+    if code.exists() and (not code.is_file() or known != _digest(code.read_bytes())):
+        raise overwritten(code)
+
+
+def overwritten(file: Path) -> ConfigError:
+    """The error for a student that would be lost."""
+    train = f" To train it as it is: distill TEACHER {file}:Student." if file.name == SOURCE else ""
+    return ConfigError(
+        f"{file} was written or changed by somebody else, and would be overwritten.",
+        where=str(file),
+        hint=f"Move it away, or name another directory.{train}",
+    )
+
+
+def _digest(code: bytes) -> str:
+    return sha256(code).hexdigest()
 
 
 def source_of(model: TracedModel) -> StudentSource:
