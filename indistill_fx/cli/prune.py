@@ -78,7 +78,7 @@ def command(
     from itertools import islice
     from pathlib import Path
 
-    from indistill_fx.compression.basis import in_both_modes
+    from indistill_fx.compression.basis import in_both_modes, train_as
     from indistill_fx.compression.write_source import check_own
     from indistill_fx.errors import ConfigError
     from indistill_fx.runs.directory import COMPRESSION
@@ -116,6 +116,7 @@ def command(
         show = partial(common.console().print, soft_wrap=True)
         basis = in_both_modes(traced, logits, show) if _is_directory(output) else traced
         smaller, report = _shrunk(basis, layers, **requests, **ranking)
+        train_as(basis, smaller)
         _save(smaller, output, traced, report)
         if (Path(output) / "student.py").exists():
             keep_facts(
