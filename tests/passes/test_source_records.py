@@ -152,6 +152,20 @@ def test_a_record_may_compute_further_fields() -> None:
     assert torch.equal(halved.scores, halved.logits.softmax(-1))
 
 
+@pytest.mark.parametrize("name", WAYS)
+def test_channels_in_a_record_stay_because_they_are_returned(name: str) -> None:
+    """As those in a tuple or dict."""
+    model = trace(Returns(WAYS[name][0]), torch.randn(2, 3, 8, 8))
+    assert {frozen.reason for frozen in shrink(model, ratio=0.5).report.frozen} == {"an output of the network"}
+
+
+def test_channels_in_a_record_in_a_record() -> None:
+    model = trace(Returns(lambda y, h: Record(y, (Pair(h, h),))), torch.randn(2, 3, 8, 8))
+    assert [(frozen.channels, frozen.reason) for frozen in shrink(model, ratio=0.5).report.frozen] == [
+        (13, "an output of the network")
+    ]
+
+
 class Attending(nn.Module):
     def __init__(self, frozen: str, **settings: Any) -> None:
         super().__init__()
