@@ -127,7 +127,6 @@ def check_onnx(
         >>> same.agrees, different.agrees
         (True, False)
     """
-    from indistill_fx.loading.onnx.models import is_from_file
     from indistill_fx.loading.onnx.runtime import is_quantised
 
     file = Path(path)
@@ -163,20 +162,10 @@ def check_onnx(
                 session, deployed, inputs, batch_sizes=batch_sizes, tolerance=_SANE if quantised else tolerance,
                 real_inputs=real, decisions=decisions,
             )  # fmt: skip
-            differences += proof.failures
-            stated, digest = metadata_in_file.get("weights"), weights_digest(module)
-            foreign = stated != digest and is_from_file(module)
-            if foreign:
-                notes.append(
-                    "Only outputs were compared: what was read from an ONNX file has another graph when it is exported again."
-                )
-            else:
-                differences += _wrong_graph(model, deployed, inputs, session, notes)
-            if quantised:
-                differences += _wrong_classes(proof, agreement, notes, tolerance if foreign else _SANE)
-            if stated not in (None, digest) and not foreign:
-                line = f"the file says that it was made from the weights {stated}, the module has {digest}"
-                (differences if quantised else notes).append(line)
+            differences += [
+                *proof.failures,
+                *_wrong_content(model, session, deployed, inputs, proof, (agreement, tolerance), notes),
+            ]
     return CheckReport(
         file, (*wrong_inputs, *differences), proof.parity, proof.real, proof.max_abs, _opset(model), file_size(file),
         tuple(notes),
@@ -259,6 +248,39 @@ def _wrong_metadata(found: Mapping[str, str], expected: Mapping[str, str]) -> It
             yield f"the file's metadata has no `{key}`, expected {value}"
         elif found[key] != value:
             yield f"the file's metadata says `{key}` is {found[key]}, expected {value}"
+
+
+def _wrong_content(
+    model: onnx.ModelProto,
+    session: onnxruntime.InferenceSession,
+    deployed: Deployed,
+    inputs: Sequence[Tensor],
+    proof: Proof,
+    limits: tuple[float, float],
+    notes: list[str],
+) -> Iterator[str]:
+    """Compare graph, weights and, of an int8 file, classes; the limits are the least agreement and the largest difference of outputs."""
+    from indistill_fx.loading.onnx.models import is_from_file
+    from indistill_fx.loading.onnx.runtime import is_quantised
+
+    module, quantised = deployed.module, is_quantised(model)
+    stated = next((entry.value for entry in model.metadata_props if entry.key == "weights"), None)
+    digest = weights_digest(module)
+    foreign = stated != digest and is_from_file(module)
+    if foreign:
+        notes.append(
+            "Only outputs were compared: what was read from an ONNX file has another graph when it is exported again."
+        )
+    else:
+        yield from _wrong_graph(model, deployed, inputs, session, notes)
+    if quantised:
+        yield from _wrong_classes(proof, limits[0], notes, limits[1] if foreign else _SANE)
+    if stated not in (None, digest) and not foreign:
+        line = f"the file says that it was made from the weights {stated}, the module has {digest}"
+        if quantised:
+            yield line
+        else:
+            notes.append(line)
 
 
 def _wrong_classes(proof: Proof, agreement: float, notes: list[str], tolerance: float) -> Iterator[str]:
