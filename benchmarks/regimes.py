@@ -1,7 +1,7 @@
 """Where does the warm-up pay? Labels, KD and warm-up + KD at equal epochs, over images, kind and size of the student, and epochs.
 
     python benchmarks/regimes.py run --out OUT [--seeds 0 1 2] [--minutes 30]       goes on where it stopped
-    python benchmarks/regimes.py table OUT [OUT …] --json benchmarks/results/regimes.json --into docs/results.md --svg FILE
+    python benchmarks/regimes.py table OUT|FILE.json [OUT …] --json benchmarks/results/regimes.json --into docs/results.md --svg FILE
     python benchmarks/regimes.py run --on cifar10 --data imagefolder:DIR --teacher FILE --out OUT --shares 0.5 0.1
     python benchmarks/regimes.py table OUT --on cifar10 --json benchmarks/results/regimes_cifar10.json --into docs/results.md
 
@@ -215,9 +215,21 @@ def run(options: argparse.Namespace) -> None:
         print(cell, flush=True)
 
 
+def rows_in(places: Sequence[str], *keys: str) -> list[dict[str, Any]]:
+    """All rows, each measurement once: of folders that `run` wrote, and of files that `table` wrote."""
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for place in map(Path, places):
+        if place.is_dir():
+            found = [json.loads(line) for line in (place / "rows.jsonl").read_text().splitlines()]
+        else:
+            found = json.loads(place.read_text())["rows"]
+        rows |= {tuple(row[key] for key in keys): row for row in found}
+    return list(rows.values())
+
+
 def table(options: argparse.Namespace) -> None:
     """The map as JSON, as a table and as a picture."""
-    rows = [json.loads(line) for out in options.out for line in (Path(out) / "rows.jsonl").read_text().splitlines()]
+    rows = rows_in(options.out, "cell", "way")
     places = sorted(
         {(r["images"], r["kind"], r["share"], r["epochs"]) for r in rows},
         key=lambda p: (p[0], KINDS.index(p[1]), -p[2], p[3]),

@@ -1,7 +1,7 @@
 """Why does the warm-up pay, or not? What features do in it and after it, and which of its settings decide.
 
     python benchmarks/why.py run --out OUT [--seeds 0 1 2] [--minutes 60]       goes on where it stopped
-    python benchmarks/why.py table OUT --json benchmarks/results/why.json --into docs/why.md
+    python benchmarks/why.py table OUT|FILE.json [OUT …] --json benchmarks/results/why.json --into docs/why.md
 
 scikit-learn's digits and the students of `regimes.py`, in four of its places: `fresh`, a network of the teacher's kind with new weights
 and 100 images, where the warm-up gains most; `all`, the same with all 1,442 images; `repaired`, the same shape with the teacher's
@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 from page import put_between
-from regimes import BATCH, RATE, Cell, Start, start_of, teacher_of
+from regimes import BATCH, RATE, Cell, Start, rows_in, start_of, teacher_of
 from torch import nn
 
 import indistill_fx as ifx
@@ -246,7 +246,7 @@ def run(options: argparse.Namespace) -> None:
 
 def table(options: argparse.Namespace) -> None:
     """Both tables, as JSON and into the page."""
-    rows = [json.loads(line) for line in (Path(options.out) / "rows.jsonl").read_text().splitlines()]
+    rows = rows_in(options.out, "place", "seed", "what")
     text = "\n".join([*feature_lines(rows), "", *arm_lines(rows)]) + "\n"
     print(text)
     if options.json:
@@ -315,7 +315,7 @@ def main() -> None:
     one.add_argument("--minutes", type=float, default=1e6)
     one = commands.add_parser("table")
     one.set_defaults(call=table)
-    one.add_argument("out")
+    one.add_argument("out", nargs="+")
     one.add_argument("--json")
     one.add_argument("--into")
     options = parser.parse_args()

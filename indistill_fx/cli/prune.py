@@ -78,7 +78,8 @@ def command(
     from itertools import islice
     from pathlib import Path
 
-    from indistill_fx.compression.basis import in_both_modes
+    from indistill_fx.compression.basis import in_both_modes, train_as
+    from indistill_fx.compression.write_source import check_own
     from indistill_fx.errors import ConfigError
     from indistill_fx.runs.directory import COMPRESSION
     from indistill_fx.runs.load import keep_facts
@@ -102,6 +103,8 @@ def command(
             got=output,
             hint="Give another directory.",
         )
+    if _is_directory(output):
+        check_own(Path(output))
     source = common.open_model(model, trust)
     opened = pictures.open_pictures(data, asked, source) if data else None
     traced = common.trace_model(source, common.example_for((source,), inputs, opened), "teacher", logits=logits)
@@ -113,6 +116,7 @@ def command(
         show = partial(common.console().print, soft_wrap=True)
         basis = in_both_modes(traced, logits, show) if _is_directory(output) else traced
         smaller, report = _shrunk(basis, layers, **requests, **ranking)
+        train_as(basis, smaller)
         _save(smaller, output, traced, report)
         if (Path(output) / "student.py").exists():
             keep_facts(

@@ -50,6 +50,21 @@ def in_both_modes(
     return teacher
 
 
+def train_as(teacher: TracedModel, student: TracedModel) -> None:
+    """Set which parameters of a student, made of a teacher, are trained.
+
+    Rules, in order:
+      1. All, where the teacher trains none: it was frozen to be a teacher.
+      2. What the teacher does not train stays as it is if nothing of it was removed: fixed filters, a fixed scale.
+      3. All others: the rest of a layer has to make up for what was removed.
+    """
+    given = dict(teacher.graph_module.named_parameters())
+    some = any(parameter.requires_grad for parameter in given.values())
+    for name, parameter in student.graph_module.named_parameters():
+        kept = name in given and not given[name].requires_grad and given[name].shape == parameter.shape
+        parameter.requires_grad_(parameter.is_floating_point() and not (some and kept))
+
+
 def _fixed_macs(known: Analysis) -> int:
     """Multiply-accumulates of the layers that cannot be reduced."""
     stay = np.zeros(len(known.classes.scores), dtype=bool)

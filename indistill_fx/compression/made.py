@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from indistill_fx.compression.correspond import plan_if_any
 from indistill_fx.compression.make_student import Step, Untrained
-from indistill_fx.compression.write_source import SOURCE, source_of
+from indistill_fx.compression.write_source import SOURCE, overwritten, source_of
 from indistill_fx.errors import ConfigError, ExportError
 from indistill_fx.graph.module_state import device_of
 from indistill_fx.loading.spec import parse_spec
 from indistill_fx.passes.capture.trace import trace
 from indistill_fx.plan import AlignmentPlan
-from indistill_fx.runs.directory import COMPRESSION, MOST_BYTES, STUDENT
+from indistill_fx.runs.directory import COMPRESSION, MOST_BYTES, PLAN, STUDENT, kept_plan
 from indistill_fx.runs.load import keep_facts, load
 from indistill_fx.runs.signature import is_signed, sign
 from indistill_fx.system.files import make_folder, read_json, save_json
@@ -62,15 +62,7 @@ def check_free(folder: Path, resume: bool) -> None:
             hint="Continue it with resume=True (--resume), or give another directory.",
         )
     if (folder / SOURCE).exists() and _saved(folder).get("source") != _digest_of_source(folder):
-        raise _overwritten(folder)
-
-
-def _overwritten(folder: Path) -> ConfigError:
-    return ConfigError(
-        f"{folder / SOURCE} was written or changed by somebody else, and `compress` would overwrite it.",
-        where=str(folder / SOURCE),
-        hint=f"Move it away, or name another directory. To train it as it is: distill TEACHER {folder / SOURCE}:Student.",
-    )
+        raise overwritten(folder / SOURCE)
 
 
 def _saved(folder: Path) -> dict[str, Any]:
@@ -102,14 +94,18 @@ def read_made(folder: Path, identity: Mapping[str, Any], model: TracedModel) -> 
     if not (folder / SOURCE).exists():
         return None
     if saved.get("source") != _digest_of_source(folder):
-        raise _overwritten(folder)
+        raise overwritten(folder / SOURCE)
     if not is_signed(parse_spec(spec), saved.get("seal")):
         return None
     student = load(f"{spec}@{folder / START}").to(device_of(model.graph_module))
     traced = trace(student, model.example, role="student")
-    plan = AlignmentPlan.load(folder / "plan.json") if (folder / "plan.json").exists() else None
     return Made(
-        student, traced, plan, steps[:made], spec, {key: saved[key] for key in (*_KEPT, "source") if key in saved}
+        student,
+        traced,
+        kept_plan(folder),
+        steps[:made],
+        spec,
+        {key: saved[key] for key in (*_KEPT, "source") if key in saved},
     )
 
 
@@ -146,7 +142,7 @@ def write_made(
         traced = trace(student, model.example, role="student")
     plan = plan_if_any(model, traced, untrained.shrunk.axes, every_block=every_block)
     if plan is not None:
-        plan.save(folder / "plan.json")
+        plan.save(folder / PLAN)
     else:
         say("No layers can be paired, so there is no warm-up.")
     curves = [asdict(curve) for curve in untrained.curves]

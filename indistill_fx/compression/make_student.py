@@ -12,6 +12,7 @@ from torch import nn
 
 from indistill_fx.batch import map_tensors, samples_of, tensors_of
 from indistill_fx.compression.allocate import Budget, allocate
+from indistill_fx.compression.basis import train_as
 from indistill_fx.compression.latency import Clock, bisect
 from indistill_fx.compression.repair import Repaired, repair
 from indistill_fx.compression.sensitivity import Curve, divergence, sensitivities
@@ -194,8 +195,7 @@ def make_student(
         if known_best < min(step.divergence or 0.0 for step in steps[1:-1]):
             best, repaired, start = made.value, made.report, len(steps) - 1
     steps[start] = replace(steps[start], start=True)
-    for parameter in best.graph_module.parameters():
-        parameter.requires_grad_(parameter.is_floating_point())
+    train_as(teacher, best)
     return Untrained(best, result.report, curves, repaired, tuple(steps))
 
 

@@ -14,8 +14,9 @@ import inspect
 import re
 import sys
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, is_dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +27,21 @@ from torch.utils._pytree import tree_flatten
 
 from indistill_fx.compression.source_blocks import Writer
 from indistill_fx.compression.source_classes import class_texts
+from indistill_fx.compression.source_forward import self_path
 from indistill_fx.compression.source_layers import without_copies
-from indistill_fx.compression.source_pieces import Block, Imports, unwritable
+from indistill_fx.compression.source_pieces import Imports, Line, unwritable
 from indistill_fx.compression.source_scopes import Dissolve, scopes_of
-from indistill_fx.errors import ExportError
+from indistill_fx.errors import ConfigError, ExportError
 from indistill_fx.graph.edit import copy_graph, sweep
 from indistill_fx.graph.module_state import mode, untouched
 from indistill_fx.system.exact_arithmetic import exact_arithmetic
 from indistill_fx.system.files import make_folder, write
+from indistill_fx.system.tensor_files import header_of
 from indistill_fx.traced import TracedModel
 
 SOURCE, WEIGHTS = "student.py", "student.safetensors"
+_DIGEST = "code"
+"""Entry of the weights' header."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,7 @@ class StudentSource:
         return student
 
     def save(self, directory: Path) -> str:
-        """Write both files, the weights first.
+        """Write both files, the weights first; the header of these holds the digest of the code.
 
         Args:
             directory: created if it does not exist.
@@ -80,9 +85,37 @@ class StudentSource:
         """
         make_folder(directory)
         tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in self.state.items()}
-        write(directory / WEIGHTS, save(tensors))
+        write(directory / WEIGHTS, save(tensors, {_DIGEST: _digest(self.text.encode())}))
         write(directory / SOURCE, self.text)
         return f"{directory / SOURCE}:Student@{directory / WEIGHTS}"
+
+
+def check_own(directory: Path) -> None:
+    """Refuse to overwrite code and weights that were changed since `StudentSource.save` wrote them.
+
+    Raises:
+        ConfigError: the directory holds a student.py or student.safetensors that `save` did not write, or that was changed.
+    """
+    code, weights = directory / SOURCE, directory / WEIGHTS
+    known = header_of(weights).get(_DIGEST)
+    if weights.exists() and known is None:
+        raise overwritten(weights)
+    if code.exists() and (not code.is_file() or known != _digest(code.read_bytes())):
+        raise overwritten(code)
+
+
+def overwritten(file: Path) -> ConfigError:
+    """The error for a student that would be lost."""
+    train = f" To train it as it is: distill TEACHER {file}:Student." if file.name == SOURCE else ""
+    return ConfigError(
+        f"{file} was written or changed by somebody else, and would be overwritten.",
+        where=str(file),
+        hint=f"Move it away, or name another directory.{train}",
+    )
+
+
+def _digest(code: bytes) -> str:
+    return sha256(code).hexdigest()
 
 
 def source_of(model: TracedModel) -> StudentSource:
@@ -112,19 +145,35 @@ def source_of(model: TracedModel) -> StudentSource:
                 raise unwritable(found.path or "the network", "its layers do not stand where their names say") from None
             dissolved.add(found.path)
     state = {name: tensor.detach().clone() for name, tensor in writer.state.items()}
-    classes = "\n\n".join(class_texts(_in_dtype(block, state), writer.imports.records))
+    block = replace(block, setup=(*block.setup, *_in_dtype(state), *_frozen(writer.state)))
+    classes = "\n\n".join(class_texts(block, writer.imports.records))
     text = _head(model) + _imports(writer.imports, classes) + "\n\n" + classes
     source = StudentSource(text, state)
     _prove(source, model, writer.state)
     return source
 
 
-def _in_dtype(block: Block, state: dict[str, Tensor]) -> Block:
-    """The network's block; one of another dtype than torch's own is converted at the end of its `__init__`."""
+def _in_dtype(state: Mapping[str, Tensor]) -> list[Line]:
+    """The line that converts a network of another dtype than torch's own."""
     dtypes = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
-    if len(dtypes) != 1 or dtypes == {torch.get_default_dtype()}:
-        return block
-    return replace(block, setup=(*block.setup, (f"self.to({dtypes.pop()})",)))
+    return [] if len(dtypes) != 1 or dtypes == {torch.get_default_dtype()} else [(f"self.to({dtypes.pop()})",)]
+
+
+def _frozen(tensors: Mapping[str, Tensor]) -> Iterator[Line]:
+    """Lines for what the network does not train: a layer or block as a whole, where all of it is frozen; none where all is."""
+    flags = {name: tensor.requires_grad for name, tensor in tensors.items() if isinstance(tensor, nn.Parameter)}
+    done: set[str] = set()
+    for name, trained in flags.items():
+        parts = name.split(".")
+        owners = [".".join(parts[:length]) for length in range(1, len(parts) + 1)]
+        if trained or not any(flags.values()) or not tensors[name].is_floating_point():
+            continue
+        frozen = next(
+            owner for owner in owners if not any(flags[other] for other in flags if f"{other}.".startswith(f"{owner}."))
+        )
+        if frozen not in done:
+            done.add(frozen)
+            yield (f"{self_path(frozen)}.requires_grad_(False)",)
 
 
 def _head(model: TracedModel) -> str:
@@ -186,7 +235,7 @@ def _prove(source: StudentSource, model: TracedModel, tensors: Mapping[str, Tens
     """Run the generated code and the graph in eval mode and in train mode, on the same random numbers, and compare outputs and buffers.
 
     Args:
-        source: the generated code; all of its parameters can be trained.
+        source: the generated code.
         model: the network.
         tensors: its parameters and buffers by their names in the code.
 

@@ -26,11 +26,17 @@ if TYPE_CHECKING:
 
 
 _TALKERS = ("torch", "onnxscript", "onnx_ir")
-_NOISE = re.compile(r"\x1b\[[0-9;]*m|<class '([\w.]+)'>:? ?")
+_NOISE = re.compile(r"\x1b\[[0-9;]*m|<class '([\w.]+)'>: ?")
+_EXPORTERS = ("/torch/", "/onnxscript/", "/onnx_ir/")
 _CODE = re.compile(r'File "([^"]+)", line (\d+), in (\w+)\n\s*(.+)')
 _HINTS = (
     ("data-dependent", "Its forward decides by a tensor's value; write that with torch.where, or decide beforehand."),
     ("No ONNX function", "The exporter has no ONNX form of this operation; replace it, or try another opset."),
+    (
+        "Unsupported attribute type",
+        "An ONNX file holds such numbers as constants, but in the model one follows from the input's size, as the groups of a convolution "
+        "with filters for each sample do: export with dynamic_batch=False (--fixed-batch).",
+    ),
     ("onstraint", "A size is fixed in its code; pass dynamic_batch=False to export for the example's sizes only."),
 )
 
@@ -178,11 +184,11 @@ def explain(error: BaseException) -> tuple[str, str]:
     while error.__cause__ is not None:
         error = error.__cause__
     text = _NOISE.sub("", str(error))
-    code = [m for m in _CODE.finditer(text) if "/torch/" not in m[1]]
+    code = [m for m in _CODE.finditer(text) if not any(part in m[1] for part in _EXPORTERS)]
     if code:
         place = f"{os.path.basename(code[-1][1])}:{code[-1][2]} in {code[-1][3]}: `{code[-1][4].strip()}`"
     else:
-        frames = [f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename]
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if not any(p in f.filename for p in _EXPORTERS)]
         frames = [f for f in frames if os.path.dirname(f.filename) != os.path.dirname(__file__)]
         place = f"{os.path.basename(frames[-1].filename)}:{frames[-1].lineno} in {frames[-1].name}" if frames else ""
     reason = first_lines(RuntimeError(text.strip().split("\n\n")[0] or type(error).__name__), limit=400)

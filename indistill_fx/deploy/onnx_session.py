@@ -158,7 +158,7 @@ def graph_of(path: str | PathLike[str]) -> onnx.ModelProto:
 
 
 def open_session(path: str | PathLike[str], *, threads: int | None = None) -> onnxruntime.InferenceSession:
-    """An onnxruntime session on the CPU that says only what is an error.
+    """An onnxruntime session on the CPU.
 
     Raises:
         ConfigError: see `graph_of`.
@@ -167,17 +167,14 @@ def open_session(path: str | PathLike[str], *, threads: int | None = None) -> on
     import onnx
     import onnxruntime
 
+    from indistill_fx.loading.onnx.runtime import session_options
+
     weights = graph_of(path).graph.initializer
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = threads or torch.get_num_threads()
-    # Threads that keep spinning after a run would slow down the next measurement.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
     hint = "Export the file again, or update onnxruntime."
     if any(weight.data_type == onnx.TensorProto.DOUBLE and weight.dims for weight in weights):
         hint = "The file's weights are float64, in which onnxruntime has few operators: export the model in float32 (`model.float()`)."
     with instead_of(Exception, ExportError(f"onnxruntime cannot load `{path}`", where=str(path), hint=hint)):
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(str(path), session_options(threads), providers=["CPUExecutionProvider"])
 
 
 def feed(session: onnxruntime.InferenceSession, inputs: Sequence[Tensor]) -> dict[str, Array]:

@@ -41,6 +41,7 @@ class Evaluation:
         metric: that one.
         recall: of a classifier: the share of a class's samples that are right, the mean over the classes that occur.
         occurring: how many classes occur.
+        chance: the recall of a model that gives every class as often as this one does, but without looking at the sample.
     """
 
     accuracy: float | None
@@ -52,6 +53,7 @@ class Evaluation:
     metric: MetricFacts = field(default_factory=MetricFacts)
     recall: float | None = None
     occurring: int = 0
+    chance: float | None = None
 
     @property
     def value(self) -> float:
@@ -65,9 +67,9 @@ class Evaluation:
 
     @property
     def no_better_than_chance(self) -> bool:
-        """Whether a classifier is within five points of always guessing one class, where every class counts the same."""
-        right = self.recall if self.occurring > 1 else self.accuracy
-        return right is not None and right < 1 / self.guesses + 0.05
+        """Whether a classifier is within five points of guessing, where every class counts the same."""
+        right, chance = (self.recall, self.chance) if self.occurring > 1 else (self.accuracy, 1 / self.guesses)
+        return right is not None and chance is not None and right < chance + 0.05
 
     @property
     def guesses(self) -> int:
@@ -143,22 +145,25 @@ def evaluate(
         raise ConfigError("The loader has no batches to evaluate on.", where="loader", got=0, expected="at least 1")
     values = {name: float(metric.compute()) for name, metric in metrics.items()}
     accuracy, facts = values.get("accuracy"), deciding_metric(chosen, classes)
-    recall = _mean_recall(torch.stack(by_class).sum(0)) if by_class else (None, 0)
+    recall = _mean_recall(torch.stack(by_class).sum(0)) if by_class else ()
     return Evaluation(accuracy, loss / max(counted, 1), count, classes, chosen.name, values, facts, *recall)
 
 
 def _by_class(scores: Tensor, labels: Tensor) -> Tensor:
-    """Of every class, how many samples are right, and how many there are."""
+    """Of every class, how many samples are right, how many there are, and how often it is the model's answer."""
     labels = labels if are_classes(labels, scores) else labels.argmax(1)
     labels, guesses = labels[known := labels != IGNORED], scores.argmax(1)[known]
     return torch.stack(
-        [torch.bincount(part, minlength=scores.shape[1]) for part in (labels[guesses == labels], labels)]
+        [torch.bincount(part, minlength=scores.shape[1]) for part in (labels[guesses == labels], labels, guesses)]
     )
 
 
-def _mean_recall(by_class: Tensor) -> tuple[float | None, int]:
-    right, there = by_class[:, by_class[1] > 0].double()
-    return (float((right / there).mean()) if len(there) else None), len(there)
+def _mean_recall(by_class: Tensor) -> tuple[float | None, int, float | None]:
+    """Recall, how many classes occur, and the recall by chance."""
+    right, there, given = by_class[:, by_class[1] > 0].double()
+    if not len(there):
+        return None, 0, None
+    return float((right / there).mean()), len(there), float(given.mean() / by_class[2].sum())
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from indistill_fx.errors import ConfigError, TrainError, instead_of
+from indistill_fx.plan import AlignmentPlan
 from indistill_fx.runs.checkpoint import SCHEMA, check_schema
 from indistill_fx.system.files import (
     append_line,
@@ -36,6 +37,7 @@ BEST = "checkpoints/best.safetensors"
 STUDENT = "student.safetensors"
 AVERAGE = "student_average.safetensors"
 EXPORT = "export.json"
+PLAN = "plan.json"
 COMPRESSION = "compress.json"
 
 MOST_BYTES = 64 << 20
@@ -44,6 +46,12 @@ MOST_BYTES = 64 << 20
 _PATIENCE = 2.0
 """Seconds to wait for a run's lock. A process killed while it started a program leaves its lock to that program's first
 moment: refused at once, every fifth such kill would make the next run fail."""
+
+
+def kept_plan(*folders: Path) -> AlignmentPlan | None:
+    """The plan in the first of these folders that has one."""
+    found = next((folder / PLAN for folder in folders if (folder / PLAN).exists()), None)
+    return AlignmentPlan.load(found) if found is not None else None
 
 
 class RunDirectory:
@@ -215,7 +223,7 @@ class RunDirectory:
 
     def files(self) -> dict[str, str]:
         """The names of the files in the directory."""
-        names = {"run": "run.json", "plan": "plan.json", "metrics": "metrics.jsonl"}
+        names = {"run": "run.json", "plan": PLAN, "metrics": "metrics.jsonl"}
         names |= {"last": LAST, "best": BEST, "student": STUDENT, "average": AVERAGE}
         return {key: str(self.path / name) for key, name in names.items() if (self.path / name).exists()}
 

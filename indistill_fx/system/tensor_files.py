@@ -59,6 +59,16 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, entries
 
 
+def header_of(path: Path) -> dict[str, str]:
+    """The entries of a safetensors file's header; none where it cannot be read."""
+    try:
+        require_header(path)
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError):
+        return {}
+
+
 def require_header(path: Path) -> None:
     """Refuse a header that takes gigabytes once it is read.
 

@@ -21,6 +21,7 @@ from indistill_fx.losses.choose_task import task_of
 from indistill_fx.losses.task import Task
 from indistill_fx.passes.align import align
 from indistill_fx.plan import AlignmentPlan
+from indistill_fx.runs.directory import kept_plan
 from indistill_fx.runs.record import RunRecord
 from indistill_fx.stages.compile import warmup_plan
 from indistill_fx.stages.traced_pair import traced_pair, view_of
@@ -110,7 +111,7 @@ def compare(
         indistill [1, 1, 1, 1]
     """
     curriculum = _with_a_warmup(curriculum or DEFAULT_CURRICULUM)
-    plan = plan or (_kept_plan(run_dir) if resume else None)
+    plan = plan or (kept_plan(*_arms_in(run_dir)) if resume else None)
     shared: dict[str, Any] = {"example_inputs": example_inputs, "logits": logits}
     say = partial(print, file=sys.stderr, flush=True) if progress else lambda line: None
     models = traced_pair(teacher, student, train_loader, view=view_of(teacher_view, plan), say=say, **shared)
@@ -178,10 +179,9 @@ def _has_labels(
     return False
 
 
-def _kept_plan(run_dir: str | os.PathLike[str] | None) -> AlignmentPlan | None:
-    """The plan of arms that were already started. A new plan might differ, because it depends on the first batch."""
-    kept = sorted(Path(run_dir).glob("*/plan.json")) if run_dir is not None else []
-    return AlignmentPlan.load(kept[0]) if kept else None
+def _arms_in(run_dir: str | os.PathLike[str] | None) -> list[Path]:
+    """Where the arms that were started have their plan. A new plan might differ, because it depends on the first batch."""
+    return sorted(Path(run_dir).glob("*")) if run_dir is not None else []
 
 
 def _later_by(epochs: int, milestones: Iterable[int], options: Options) -> Options:

@@ -26,7 +26,7 @@ from indistill_fx.passes.align import align
 from indistill_fx.passes.ensemble import member_views
 from indistill_fx.passes.lowering.fake_quantize import fake_quantize
 from indistill_fx.plan import AlignmentPlan
-from indistill_fx.runs.directory import RunDirectory
+from indistill_fx.runs.directory import PLAN, RunDirectory, kept_plan
 from indistill_fx.runs.record import RunRecord
 from indistill_fx.runs.saved_outputs import check_outputs
 from indistill_fx.stages.checks import check_classes
@@ -210,7 +210,7 @@ class Distillation:
             accelerator: the run's.
         """
         target = target_of(accelerator, self.modules[1], compiled=self.settings.compile)
-        plan = self.plan or _kept_plan(directory)
+        plan = self.plan or (kept_plan(directory.path) if directory is not None and directory.resumes else None)
         remarks: list[str] = []
         models = traced_pair(
             self.teacher,
@@ -260,7 +260,7 @@ class Distillation:
         return Setup(
             phases=_phases(stages, self.epochs, self.settings, stores),
             task=task,
-            save=lambda where: plan.save(where.path / "plan.json") if where.writes else None,
+            save=lambda where: plan.save(where.path / PLAN) if where.writes else None,
             models={model.role: model_facts(model) for model in models},
             remarks=(*remarks, *_remarks(curriculum, plan)),
             view=plan.view,
@@ -331,12 +331,6 @@ class Distillation:
             "code of the teacher": code_digest(teacher.graph_module),
             "code of the student": code_digest(student.graph_module),
         }
-
-
-def _kept_plan(directory: RunDirectory | None) -> AlignmentPlan | None:
-    """The plan of a run that is resumed."""
-    path = directory.path / "plan.json" if directory is not None and directory.resumes else None
-    return AlignmentPlan.load(path) if path is not None and path.exists() else None
 
 
 def _known_samples(teacher: nn.Module | TracedModel, loader: EpochLoader, cache: object) -> EpochLoader:

@@ -137,11 +137,16 @@ def default_curriculum(
         return NO_WARMUP, f"no warm-up: it was measured to pay for classification, and the task is {task}"
     if least is None:
         return NO_WARMUP, f"no warm-up: the student has new weights and {size}, which was measured to be too few"
-    if length == 0 or (steps is not None and steps < least):
+    if length == 0:
+        return (
+            NO_WARMUP,
+            f"no warm-up: the main stage is {Budget(main.length, main.unit)}, too short for a warm-up of half its length",
+        )
+    if steps is not None and steps < least:
         whose = "made of the teacher" if made else "with new weights"
         return (
             NO_WARMUP,
-            f"no warm-up: half of the main stage is {steps or 0} steps, but for a student {whose} it pays only from {least} steps on",
+            f"no warm-up: half of the main stage is {steps} steps, but for a student {whose} it pays only from {least} steps on",
         )
     kind = "was made of the teacher" if made else "is of the teacher's kind"
     return Curriculum(together=True, lengths=length, unit=main.unit), f"warm-up: the student {kind}"

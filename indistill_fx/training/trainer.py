@@ -247,7 +247,8 @@ class Trainer:
             f"the GPU is not used: {why}" for why in [old_driver() if self.settings.device == "auto" else ""] if why
         ]
         lines += [*setup.remarks, *loader.remarks]
-        lines += self.settings.unused([phase.budget for phase in phases], loader.world, device.type)
+        main = next(iter(self._steps([phase for phase in phases if phase.main]).values()), None)
+        lines += self.settings.unused([phase.budget for phase in phases], loader.world, device.type, main)
         if loader.length is None and any(phase.budget.unit == "epochs" for phase in phases):
             lines.append(_NO_END)
         if self.val_loader is not None and not self._validates(setup):

@@ -214,6 +214,24 @@ def test_prune_writes_source_code_into_a_directory(here, capsys):
     assert module.state_dict().keys() == ifx.load("models.py:make").state_dict().keys()
 
 
+def test_prune_does_not_overwrite_what_was_edited(here, capsys):
+    command = ("prune", "models.py:make?width=16", "--input", "1x8x8", "-o", "small/", "--ratio")
+    for ratio in ("0.5", "0.25"):  # its own is written anew
+        assert told(capsys, *command, ratio)[0] == 0
+    code, weights = here / "small" / "student.py", here / "small" / "student.safetensors"
+    text, tensors = code.read_text(), weights.read_bytes()
+    for file, edited in ((code, text.encode() + b"# mine\n"), (weights, b"trained elsewhere")):
+        code.write_text(text)
+        weights.write_bytes(tensors)
+        file.write_bytes(edited)
+        status, _, said = told(capsys, *command, "0.5")
+        assert (
+            status == 2
+            and f"small/{file.name} was written or changed by somebody else, and would be overwritten." in said
+        )
+        assert "Move it away, or name another directory." in said and file.read_bytes() == edited
+
+
 def test_hints_name_what_the_command_has(here, capsys):
     assert told(capsys, "inspect", "models.py:make")[2].endswith("Give the shape (--input 3x224x224).\n")
     assert "(--input 3x224x224) or the data" in told(capsys, "export", "models.py:make", "-o", "x.onnx")[2]

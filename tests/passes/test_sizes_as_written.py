@@ -212,6 +212,28 @@ def test_int_and_len_of_sizes_follow_the_input(role: Literal["teacher", "student
         torch.testing.assert_close(result.value.graph_module(x), run_masked(model, result.report, x))
 
 
+KINDS: dict[str, Callable[[Any, Any], bool]] = {
+    "isinstance of int": lambda h, _: isinstance(h, int) and not isinstance(h, float) and not isinstance(h, Tensor),
+    "type of int": lambda h, _: type(h) == int and int == type(h // 2) and type(h) in (int, float) and type(h) != float,  # noqa: E721
+    "of float": lambda h, _: isinstance(h / 2, float) and type(h / 2) == float and type(h / 2) != int,  # noqa: E721
+    "of bool": lambda h, x: isinstance(h > x.shape[3], bool) and isinstance(h > 0, int) and type(h > 0) == bool,  # noqa: E721
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_code_that_asks_for_the_type_of_a_size_is_told_pythons(kind: str) -> None:
+    """The stand-ins of sizes were of no type that the code knows, so the other branch was taken, and the graph was refused."""
+
+    def forward(net: Any, x: Tensor) -> Tensor:
+        z = net.a(x)
+        return net.d(z.flatten(2).view(*z.shape[:2], -1)) if KINDS[kind](x.shape[2], x) else net.a(-x)  # type: ignore[no-any-return]
+
+    model = traced(forward, (2, 3, 8, 8), a=conv(), d=nn.Conv1d(16, 3, 1))
+    assert model.report.method == "shapes"
+    x = torch.randn(3, 3, 12, 8, dtype=torch.float64)
+    torch.testing.assert_close(model.graph_module(x), model.module(x))
+
+
 def test_of_a_module_that_stays_one_node_the_line_is_named() -> None:
     class Odd(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import indistill_fx as ifx
+from indistill_fx.compression.basis import train_as
 from indistill_fx.compression.write_source import source_of
 
 
@@ -410,3 +411,35 @@ def test_numbers_of_numpy_are_written_into_the_graph(training: bool) -> None:
     """They are neither a reason for another way of tracing nor for a NameError in generated code."""
     model = ifx.trace(NumpyNumbers(), (torch.randn(2, 8),), role="student" if training else "teacher")
     assert model.report.method == "symbolic" and "np." not in model.graph_module.code
+
+
+class Fixed(nn.Module):
+    """Filters, a bias and a factor that are not trained, as in YOLO's DFL."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(8, 16), nn.Linear(16, 6), nn.Linear(6, 3)
+        self.fixed = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2))
+        self.scale = nn.Parameter(torch.full((1,), 3.0))
+        for part in (self.a.bias, self.c.bias, *self.fixed.parameters(), self.scale):
+            part.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fixed(self.c(self.b(self.a(x).relu()))) * self.scale  # type: ignore[no-any-return]
+
+
+def test_what_is_not_trained_stays_so():
+    net, x = Fixed(), torch.randn(2, 8)
+    source = source_of(ifx.trace(net, x, role="student"))
+    flags = {name: parameter.requires_grad for name, parameter in net.named_parameters()}
+    assert {name: parameter.requires_grad for name, parameter in source.build().named_parameters()} == flags
+    lines = [line.strip() for line in source.text.splitlines() if "requires_grad" in line]
+    assert lines == [f"self.{part}.requires_grad_(False)" for part in ("a.bias", "c.bias", "fixed", "scale")]
+    teacher = ifx.trace(net, x, role="teacher")
+    small = ifx.shrink(teacher, widths={"a": 8}).value
+    train_as(teacher, small)
+    trained = {name: parameter.requires_grad for name, parameter in source_of(small).build().named_parameters()}
+    assert trained == flags | {"a.bias": True}  # it lost entries, so the rest makes up for them
+    net.requires_grad_(False)
+    train_as(ifx.trace(net, x, role="teacher"), small)
+    assert all(parameter.requires_grad for parameter in source_of(small).build().parameters())

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from indistill_fx.compression.write_source import source_of
-from indistill_fx.errors import ExportError
+from indistill_fx.errors import ExportError, FrontendError
 from indistill_fx.passes.capture.trace import trace
 from indistill_fx.passes.pruning.shrink import shrink
 
@@ -110,6 +110,60 @@ def test_a_record_that_does_more_is_refused(kind: Callable[[Tensor], Any]) -> No
     """Its code would be left out."""
     with pytest.raises(ExportError, match=f"it calls `{kind.__name__}`"):
         source_of(trace(Returns(lambda y, _: kind(y)), torch.randn(2, 3, 8, 8)))
+
+
+@dataclasses.dataclass
+class Halved:
+    logits: Tensor
+
+    def __post_init__(self) -> None:
+        self.logits = self.logits / 2
+
+
+@dataclasses.dataclass
+class WithMore:
+    logits: Tensor
+    mask: Tensor | None = None
+    factor: float | None = 2.0
+    scores: Tensor = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        self.scores = self.logits.softmax(-1)
+
+
+def test_a_record_that_changes_its_fields_is_refused_by_name() -> None:
+    with pytest.raises(
+        FrontendError, match=r"`Halved.__post_init__` changes the fields that it is given.* Compute them in forward"
+    ):
+        trace(Returns(lambda y, _: Halved(y)), torch.randn(2, 3, 8, 8))
+
+
+def test_a_record_may_compute_further_fields() -> None:
+    x = torch.randn(3, 3, 12, 8)
+    net = Returns(lambda y, _: WithMore(y, factor=None)).eval()
+    model = trace(net, torch.randn(2, 3, 8, 8))
+    with torch.no_grad():
+        got, expected = model.graph_module(x), net(x)
+    assert torch.equal(got.logits, expected.logits) and torch.equal(got.scores, expected.scores)
+    assert (got.mask, got.factor) == (None, None)
+    small = shrink(model, ratio=0.5).value
+    with torch.no_grad():
+        halved = small.graph_module(x)
+    assert torch.equal(halved.scores, halved.logits.softmax(-1))
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_channels_in_a_record_stay_because_they_are_returned(name: str) -> None:
+    """As those in a tuple or dict."""
+    model = trace(Returns(WAYS[name][0]), torch.randn(2, 3, 8, 8))
+    assert {frozen.reason for frozen in shrink(model, ratio=0.5).report.frozen} == {"an output of the network"}
+
+
+def test_channels_in_a_record_in_a_record() -> None:
+    model = trace(Returns(lambda y, h: Record(y, (Pair(h, h),))), torch.randn(2, 3, 8, 8))
+    assert [(frozen.channels, frozen.reason) for frozen in shrink(model, ratio=0.5).report.frozen] == [
+        (13, "an output of the network")
+    ]
 
 
 class Attending(nn.Module):

@@ -404,7 +404,7 @@ def test_a_student_that_somebody_else_wrote_is_kept(story, resume, tmp_path):
     if story is not None and resume:
         (tmp_path / "compress.json").write_text(story)
     with pytest.raises(
-        ifx.ConfigError, match=r"student\.py was written or changed by somebody else, and `compress` would"
+        ifx.ConfigError, match=r"student\.py was written or changed by somebody else, and would be overwritten"
     ):
         ifx.compress(
             seeded(Residual), data_of(), macs=0.4, run_dir=tmp_path, resume=resume, progress=False, device="cpu"

@@ -130,6 +130,19 @@ def test_always_guessing_the_commonest_class_is_chance(rare_right, chance):
     assert found.no_better_than_chance is chance
 
 
+@pytest.mark.parametrize(
+    ("right", "elsewhere", "chance"), [(54, 46, False), (54, 0, True), (0, 100, True), (4, 96, True)]
+)
+def test_what_is_chance_follows_from_the_answers_that_the_model_gives(right, elsewhere, chance):
+    """Of 1,000 outputs, on data of two classes: 54% that are right by looking are many where the other answers are other classes."""
+    labels = torch.arange(100) % 2
+    guesses = torch.where(torch.arange(100) < right, labels, 1 - labels)
+    guesses[100 - elsewhere :] = 999
+    found = evaluate(nn.Identity(), [(torch.eye(1000)[guesses], labels)])
+    assert (found.accuracy, found.occurring, found.chance) == (right / 100, 2, (100 - elsewhere) / 200)
+    assert found.no_better_than_chance is chance
+
+
 def test_bad_labels_and_empty_loaders_are_refused():
     with pytest.raises(ConfigError, match="Label 10 is out of range: the model has 10 classes"):
         evaluate(net(), [(torch.randn(2, 1, 8, 8), torch.tensor([3, 10]))])

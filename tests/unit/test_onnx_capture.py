@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from indistill_fx.deploy.export_onnx import export_onnx
+from indistill_fx.errors import ExportError
 
 
 class Attention(nn.Module):
@@ -62,3 +63,24 @@ def test_equal_bounds_of_one_tensors_clamps_are_kept(tmp_path):
     report = export_onnx(Clipped(), tmp_path / "clipped.onnx", torch.randn(2, 6))
     assert len(report.parity) == 3
     assert report.max_abs < 1e-5
+
+
+class PerSample(nn.Module):
+    """Filters for each sample, as one convolution whose groups are as many as samples and channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.filters = nn.Linear(6, 6 * 9)
+
+    def forward(self, x):
+        weight = self.filters(x.mean((2, 3))).view(-1, 1, 3, 3)
+        return F.conv2d(x.view(1, -1, *x.shape[2:]), weight, groups=6 * x.shape[0]).view(x.shape[0], 6, -1)
+
+
+def test_a_constant_of_onnx_that_follows_from_the_batch_is_named(tmp_path):
+    x = torch.randn(2, 6, 8, 8)
+    with pytest.raises(ExportError) as refused:
+        export_onnx(PerSample(), tmp_path / "a.onnx", x)
+    assert "Unsupported attribute type" in refused.value.message and "It comes from" not in refused.value.message
+    assert refused.value.hint.endswith("export with dynamic_batch=False (--fixed-batch).")
+    assert export_onnx(PerSample(), tmp_path / "a.onnx", x, dynamic_batch=False).max_abs < 1e-5

@@ -11,6 +11,7 @@ from indistill_fx.deploy.export_onnx import export_onnx
 from indistill_fx.deploy.quantize import quantize_onnx
 from indistill_fx.errors import ConfigError
 from indistill_fx.graph.preprocess import Preprocess
+from indistill_fx.runs.load import load
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -207,3 +208,30 @@ def test_metadata(deployed, tmp_path):
         "the file's metadata has no `std`, expected [1.0]",
     )
     assert check_onnx(tmp_path / "m.onnx", module, X, metadata={"classes": '["cat", "dog"]'}).agrees
+
+
+def test_a_file_agrees_with_itself(deployed, tmp_path):
+    """The graph that a file is read as is another one when it is exported again; what it computes is the same."""
+    spec, other = str(deployed[1]), tmp_path / "other.onnx"
+    for module in (load(spec), load(f"onnxruntime:{spec}")):
+        report = check_onnx(spec, module, X)
+        assert report.agrees and len(report.parity) == 3
+        (note,) = report.notes
+        assert note.startswith("Only outputs were compared: what was read from an ONNX file has another graph")
+    edit(spec, other, lambda graph: shift(next(w for w in graph.initializer if w.dims == [5])))
+    assert "differs" in check_onnx(other, load(spec), X).differences[0]
+    own = load(spec)  # a file made of it is compared as any other
+    export_onnx(own, other, X)
+    assert check_onnx(other, own, X).notes == ()
+
+
+def test_an_int8_file_agrees_with_itself_and_on_real_inputs_with_the_file_that_it_was_made_from(int8, deployed):
+    assert check_onnx(int8[1], load(f"onnxruntime:{int8[1]}"), X).agrees
+    float_module = load(str(deployed[1]))
+    (difference,) = check_onnx(int8[1], float_module, X).differences
+    assert difference == "whether it is off by rounding alone cannot be said without real inputs"
+    assert check_onnx(int8[1], float_module, X, real_inputs=torch.randn(50, 3, 8, 8), agreement=0.5).agrees
+
+
+def shift(weight):
+    weight.CopyFrom(from_array(to_array(weight) + 1, weight.name))

@@ -80,3 +80,8 @@ def test_what_has_no_effect_is_said():
     told = Settings(shard=True, momentum=0.5, gamma=0.2, schedule="step", milestones=[1])
     assert told.unused([*budgets, Budget(3, "epochs", 1e-3, "sgd")], 2) == []
     assert Settings().unused(budgets, 1) == []
+    rising = Settings(rise_steps=1000)
+    assert rising.unused(budgets, 1, main_steps=20) == [
+        "the learning rate rises over 1,000 steps, but the main stage has 20, where it ends at 2% of its value"
+    ]
+    assert rising.unused(budgets, 1, main_steps=1000) == rising.unused(budgets, 1) == []

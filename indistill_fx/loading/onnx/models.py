@@ -23,6 +23,14 @@ from indistill_fx.loading.onnx.read import read_onnx
 from indistill_fx.loading.onnx.runtime import compare, example_of, is_quantised, tolerance_of
 from indistill_fx.loading.onnx.stated import Figures, preprocess_in, stated_in
 
+_FROM_FILE = "ONNX file"
+"""Entry of a graph's `meta`."""
+
+
+def is_from_file(module: nn.Module) -> bool:
+    """Whether the module was read from an ONNX file."""
+    return isinstance(module, fx.GraphModule) and _FROM_FILE in module.meta
+
 
 @dataclass(frozen=True, slots=True)
 class OnnxModel:
@@ -126,6 +134,7 @@ def _described(
 ) -> OnnxModel:
     if built_in := preprocess_in(model):
         inputs = [_as_images(module, built_in, inputs[0], where, whole=whole), *inputs[1:]]
+    module.meta[_FROM_FILE] = True
     first = inputs[0]
     normalisation, classes = stated_in(model, first.shape[0] if len(first.shape) == 3 else None, where)
     single = len(inputs) == 1 and first.dtype.is_floating_point

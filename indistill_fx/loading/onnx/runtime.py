@@ -36,6 +36,18 @@ def tolerance_of(model: onnx.ModelProto) -> float:
     return _TOLERANCE_OF_HALF if types & {onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16} else _TOLERANCE
 
 
+def session_options(threads: int | None = None) -> onnxruntime.SessionOptions:
+    """Options of every session: it logs nothing, since its errors are exceptions, and has as many threads as torch if none are given."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = threads or torch.get_num_threads()
+    # Threads that keep spinning after a run would slow down the next measurement.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return options
+
+
 def open_session(model: onnx.ModelProto, where: str, *, rewrites: bool = True) -> onnxruntime.InferenceSession:
     """A session on the CPU, from memory: what was checked is what runs.
 
@@ -49,12 +61,9 @@ def open_session(model: onnx.ModelProto, where: str, *, rewrites: bool = True) -
     """
     import onnxruntime
 
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
+    options = session_options()
     if not rewrites:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.add_session_config_entry("session.force_spinning_stop", "1")
     try:
         return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises its own exceptions

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from indistill_fx.errors import FrontendError
 from indistill_fx.graph.draws import Lines
 from indistill_fx.graph.edit import batch_of, batch_size, set_graph
 from indistill_fx.graph.names import writable_paths
@@ -139,6 +140,33 @@ def children(value: Any) -> list[tuple[Any, Any]]:
     if is_dataclass(value) and not isinstance(value, type):
         return [(field.name, getattr(value, field.name)) for field in fields(value)]
     return []
+
+
+def made_from(record: Any) -> dict[str, Any]:
+    """The arguments that make a dataclass again, without those that are None anyway.
+
+    Raises:
+        FrontendError: its `__post_init__` changes what it is given, so that a graph would change it twice.
+    """
+    given = [(field.name, getattr(record, field.name), field.default) for field in fields(record) if field.init]
+    entries = {name: entry for name, entry, default in given if entry is not None or default is not None}
+    if hasattr(record, "__post_init__"):
+        try:
+            again = type(record)(**entries)
+            same = all(
+                left is right
+                for name, entry in entries.items()
+                for (_, left), (_, right) in zip(parts(entry), parts(getattr(again, name)), strict=True)
+                if isinstance(left, (Tensor, fx.Proxy))
+            )
+        except Exception:  # the user's own code
+            same = False
+        if not same:
+            raise FrontendError(
+                f"`{type(record).__name__}.__post_init__` changes the fields that it is given, so a graph cannot make the record again",
+                hint="Compute them in forward, before the record is made; or, in __post_init__, into further fields: `field(init=False)`.",
+            )
+    return entries
 
 
 def tensors(value: Any) -> list[Tensor]:

@@ -16,7 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from indistill_fx.errors import FrontendError
 from indistill_fx.graph.ops import attribute
-from indistill_fx.passes.capture.captured import Captured, argument_names, assemble, tensor_names, tensors
+from indistill_fx.passes.capture.captured import Captured, argument_names, assemble, made_from, tensor_names, tensors
 from indistill_fx.passes.capture.symbolic_sizes import Book, Size
 from indistill_fx.passes.capture.torch_functions import SHAPES, is_wrapped
 
@@ -102,10 +102,8 @@ class RecordedGraph:
         if isinstance(value, (tuple, list)):
             return (list if isinstance(value, list) else tuple)(map(self.argument, value))
         if is_dataclass(value) and not isinstance(value, type):
-            entries = {field.name: self.argument(getattr(value, field.name)) for field in fields(value)}
-            return self.create(
-                "call_function", type(value), (), {key: entry for key, entry in entries.items() if entry is not None}
-            )
+            entries = {name: self.argument(entry) for name, entry in made_from(value).items()}
+            return self.create("call_function", type(value), (), entries)
         if isinstance(value, Mapping):
             return {key: self.argument(entry) for key, entry in value.items()}
         if type(value).__module__.startswith("torch") and not isinstance(value, (nn.Module, torch.Generator)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import is_dataclass
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,15 @@ from torch import Tensor, fx, nn
 from indistill_fx.errors import FrontendError
 from indistill_fx.graph.draws import TensorDraws
 from indistill_fx.graph.ops import attribute, is_users_function, package_of
-from indistill_fx.passes.capture.captured import Captured, Request, argument_names, assemble, is_leaf, returned
+from indistill_fx.passes.capture.captured import (
+    Captured,
+    Request,
+    argument_names,
+    assemble,
+    is_leaf,
+    made_from,
+    returned,
+)
 from indistill_fx.passes.capture.symbolic_sizes import current_place, note_place
 from indistill_fx.passes.capture.torch_functions import DrawError, watching_autocast
 
@@ -80,6 +89,9 @@ class _Tracer(fx.Tracer):
 
     def create_arg(self, a: Any) -> Any:
         """A value as an argument of a node; numpy's numbers, which generated code could not write, as Python's."""
+        if is_dataclass(a) and not isinstance(a, (type, dict, tuple)):
+            entries = {name: self.create_arg(entry) for name, entry in made_from(a).items()}
+            return self.create_node("call_function", type(a), (), entries)
         return super().create_arg(a.item() if isinstance(a, np.generic) else a)
 
     def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any) -> fx.Node:

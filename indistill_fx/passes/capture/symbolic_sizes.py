@@ -207,7 +207,7 @@ class Size:
 
 class _AsInt(type):
     def __instancecheck__(cls, value: object) -> bool:
-        return isinstance(value, (int, _Int))
+        return isinstance(value, int)
 
     def __subclasscheck__(cls, kind: type) -> bool:
         return issubclass(kind, (int, _Int))
@@ -243,7 +243,17 @@ def sizes_asked_for(namespaces: Iterable[dict[str, Any]]) -> Iterator[None]:
             del names[name]
 
 
-class _Int(Size, torch.SymInt):  # type: ignore[misc]  # torch types `node` as its own class
+class _LikePython(type):
+    """Classes that pass for Python's own: `type(h) == int`; their `__class__` answers `isinstance(h, int)`."""
+
+    def __eq__(cls, other: object) -> bool:
+        return other is cls or other is cls.__dict__.get("__class__")
+
+    __hash__ = type.__hash__
+
+
+class _Int(Size, torch.SymInt, metaclass=_LikePython):  # type: ignore[misc]  # torch types `node` as its own class
+    __class__ = int  # type: ignore[assignment]  # as it stands for a number
     __index__ = Size.__index__
     __hash__ = Size.__hash__
 
@@ -252,7 +262,8 @@ class _Int(Size, torch.SymInt):  # type: ignore[misc]  # torch types `node` as i
         return int(self.plain())
 
 
-class _Float(Size, torch.SymFloat):  # type: ignore[misc]  # torch types `node` as its own class
+class _Float(Size, torch.SymFloat, metaclass=_LikePython):  # type: ignore[misc]  # torch types `node` as its own class
+    __class__ = float  # type: ignore[assignment]  # as it stands for a number
     __hash__ = Size.__hash__
 
     def is_integer(self) -> bool:
@@ -260,5 +271,6 @@ class _Float(Size, torch.SymFloat):  # type: ignore[misc]  # torch types `node` 
         return bool(float(self.plain()).is_integer())
 
 
-class _Bool(Size, torch.SymBool):  # type: ignore[misc]  # torch types `node` as its own class
+class _Bool(Size, torch.SymBool, metaclass=_LikePython):  # type: ignore[misc]  # torch types `node` as its own class
+    __class__ = bool  # type: ignore[assignment]  # as it stands for a number
     __hash__ = Size.__hash__

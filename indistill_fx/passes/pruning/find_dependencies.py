@@ -50,13 +50,18 @@ def couple(graph_module: fx.GraphModule, facts: Mapping[str, NodeFacts]) -> Coup
                 _freeze_whole(found, source, "an output of the network")
         elif node.name in found.shuffles:
             _shuffle(found, node, found.shuffles[node.name])
-        elif node.op not in ("placeholder", "get_attr") and node.name not in found.vanished:
+        elif node.op not in ("placeholder", "get_attr") and node.name not in found.vanished and not _is_returned(node):
             _visit(found, node)
     for node in graph_module.graph.find_nodes(op="get_attr"):  # parameters that the walk has tied
         known = facts.get(node.name)
         tied = (axis for axis in range(len(known.shape) if known else 0) if found.is_tied(node, axis))
         found.axes.update({(node.name, axis): units for axis in tied if (units := found.of(node, axis)) is not None})
     return found
+
+
+def _is_returned(node: fx.Node) -> bool:
+    """Whether the node makes a named tuple or dataclass that the network returns, alone or in another one."""
+    return isinstance(node.target, type) and all(user.op == "output" or _is_returned(user) for user in node.users)
 
 
 def _visit(found: Coupling, node: fx.Node) -> None:

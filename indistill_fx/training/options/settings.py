@@ -267,8 +267,17 @@ class Settings:
         if self.device != "auto":
             check_device(self.device, self.mixed_precision)
 
-    def unused(self, budgets: Sequence[Budget], processes: int, device: str = "cpu") -> list[str]:
-        """Sentences on requested settings that have no effect with these stages, number of processes, and device."""
+    def unused(
+        self, budgets: Sequence[Budget], processes: int, device: str = "cpu", main_steps: int | None = None
+    ) -> list[str]:
+        """Sentences on requested settings that have no effect, or not all of it, with these stages, number of processes, and device.
+
+        Args:
+            budgets: of the stages.
+            processes: how many train.
+            device: its type.
+            main_steps: optimiser steps of the main stage, where that is known.
+        """
         defaults, optimizers = Settings(), {budget.optimizer or self.optimizer for budget in budgets}
         found = []
         if self.shard and processes == 1:
@@ -285,6 +294,11 @@ class Settings:
             found.append(f"graphs has no effect: it applies to NVIDIA GPUs, but the device is {device}")
         if self.compile_mode != defaults.compile_mode and not self.compile:
             found.append("compile_mode has no effect: nothing is compiled (compile, --compile)")
+        if main_steps and self.rise_steps > main_steps:
+            share = f"{100 * main_steps / self.rise_steps:.2g}% of its value"
+            found.append(
+                f"the learning rate rises over {self.rise_steps:,} steps, but the main stage has {main_steps:,}, where it ends at {share}"
+            )
         return found
 
     def main_budget(self, epochs: int) -> Budget:
