@@ -207,7 +207,7 @@ def _read(file: Path) -> onnx.ModelProto:
 def _main(
     session: onnxruntime.InferenceSession, deployed: Deployed, inputs: Sequence[Tensor], logits: str | int | None
 ) -> str | None:
-    own, in_file = named_outputs(deployed(*inputs)), [output.name for output in session.get_outputs()]
+    own, in_file = named_outputs(deployed.outputs(*inputs)), [output.name for output in session.get_outputs()]
     return main_in_file(list(own), in_file, logits)
 
 
