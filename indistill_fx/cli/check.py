@@ -57,7 +57,8 @@ def command(
         common.example_for((source,), inputs, opened),
         real_inputs=common.first_inputs(opened.test, samples, source.module) if opened else None,
         metadata=_expected(source, opened),
-        decisions=common.decisions_of(common.task_of_data(options["task"], source, opened)),
+        decisions=common.decisions_of(common.task_of_data(options, source, opened)),
+        logits=common.logits_of(options["logits"], source),
     )
     if as_json:
         common.say_json(asdict(report) | {"agrees": report.agrees})

@@ -214,12 +214,12 @@ def trace_model(
         source: the model.
         example: inputs as the student takes them.
         role: see `trace`.
-        logits: see `trace`.
+        logits: see `trace`; None: what the model's run remembers.
         view: what a teacher sees of them.
     """
     from indistill_fx.passes.capture.trace import as_traced
 
-    traced = as_traced(source.module, example, role=role, logits=logits, view=view)
+    traced = as_traced(source.module, example, role=role, logits=logits_of(logits, source), view=view)
     if traced.report.method != "symbolic":
         say(f"{source.spec}: traced by `{traced.report.method}`")
     for line in (*traced.report.specialisations, *traced.report.notes):
@@ -227,6 +227,11 @@ def trace_model(
     if traced.report.leaves:
         say(f"{source.spec}: kept as one node: {', '.join(traced.report.leaves)}")
     return traced
+
+
+def logits_of(asked: str | int | None, source: Source) -> str | int | None:
+    """Which output holds the logits: as asked, else as the model's run remembers."""
+    return source.logits if asked is None else asked
 
 
 def first_batches(loader: Any, samples: int) -> list[Any]:
@@ -269,24 +274,25 @@ def deployment_facts(spec: str, source: Source, data: Data | None) -> dict[str, 
     )
 
 
-def task_of_data(task: str | None, source: Source, data: Data | None) -> Task | None:
-    """The task by its name, or inferred from the model's outputs for the first test batch; None if unknown."""
+def task_of_data(options: dict[str, Any], source: Source, data: Data | None) -> Task | None:
+    """The task by its name (--task), or inferred from the model's logits for the first test batch; None if unknown."""
     import torch
-    from torch.utils._pytree import tree_leaves
 
     from indistill_fx.batch import Inputs, split
+    from indistill_fx.evaluation.accuracy import select_logits
     from indistill_fx.graph.module_state import evaluating
     from indistill_fx.losses.choose_task import choose_task
 
     if data is None:
         return None
+    task: str | None = options["task"]
     parts = split(next(iter(data.test)), Inputs.of(source.module), where="The model")
     with evaluating(source.module), torch.no_grad():
         outputs = parts.calls[0](source.module)
-    scores = next(leaf for leaf in tree_leaves(outputs) if isinstance(leaf, torch.Tensor))
     if parts.labels is None and task is None:
         return None
     try:
+        scores = select_logits(outputs, logits_of(options["logits"], source))
         found = choose_task(task, scores, parts.labels, parts.calls[0].first)
     except ConfigError:
         if task is not None:

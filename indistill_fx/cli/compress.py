@@ -103,6 +103,7 @@ def command(teacher: str, **options: Any) -> None:
     from indistill_fx.runs.load import about_data
 
     source = common.open_model(teacher, options["trust"], seed=options["seed"])
+    options["logits"] = common.logits_of(options["logits"], source)
     data = training.open_training_data(options, source)
     shared: dict[str, Any] = {
         "run_dir": options["output"],
@@ -113,7 +114,7 @@ def command(teacher: str, **options: Any) -> None:
         "logits": options["logits"],
         "task": options["task"],
         "resume": options["resume"],
-        "about": {"teacher": teacher, "data": options["data"], **about_data(data)},
+        "about": {"teacher": teacher, "data": options["data"], **about_data(data), **training.entry(options)},
         **training.settings_of(options),
     }
     request = {name: options[name] for name in _REQUEST}
@@ -132,7 +133,8 @@ def command(teacher: str, **options: Any) -> None:
     out.print(f"Everything is in {options['output']}.", soft_wrap=True)
     if made.spec:
         home = quote(options["output"])
-        small = f"indistill-fx export {home} -o student.onnx --int8 --data {quote(options['data'])}"
+        judged = made.record.task == "classification"  # int8 files are accepted by their accuracy
+        small = f"indistill-fx export {home} -o student.onnx --data {quote(options['data'])}{' --int8' * judged}"
         out.print(f"Next: `indistill-fx bench {quote(teacher)} {home}`, `{small}`.", soft_wrap=True, highlight=False)
     if options["qat"] and not made.spec:
         out.print("--qat was left out: it starts from the student's source code, and there is none.", soft_wrap=True)

@@ -58,6 +58,7 @@ def command(
 
     place = chosen_device(device)
     source = common.open_model(model, trust)
+    logits = common.logits_of(logits, source)
     opened = pictures.open_pictures(data, options, source, progress=True, **pictures.reading(options))
     source.module.to(place)
     measured = evaluate(source.module, opened.test, task=task, logits=logits, progress=True)

@@ -98,8 +98,7 @@ def command(
     source = common.open_model(model, trust)
     more: dict[str, Any] = {"batch_size": 256, "augment": False}
     opened = pictures.open_pictures(data, options, source, limit=samples, **more) if data else None
-    task = common.task_of_data(options["task"], source, opened)
-    _require_accuracy(task, int8)
+    _require_accuracy(task := common.task_of_data(options, source, opened), int8)
     normalisation = (opened.normalisation if opened else None) or source.normalisation
     if options["preprocess"] and normalisation is None:
         raise ConfigError(
@@ -121,6 +120,7 @@ def command(
         metadata=common.deployment_facts(model, source, opened),
         tolerance=options["tolerance"],
         decisions=common.decisions_of(task),
+        logits=common.logits_of(options["logits"], source),
     )
     kept = is_run(model)
     failed = keep_export(model, path=str(report.path), size=report.size, latency_ms=report.latency_ms) if kept else None
@@ -130,7 +130,7 @@ def command(
     quantized = None
     if int8 and opened is not None and data is not None:
         full_data = pictures.open_pictures(data, options, source, told=False, **more)
-        quantized = _quantize(Path(output), opened, full_data, samples, options)
+        quantized = _quantize(Path(output), opened, full_data, samples, options, report.logits)
         if kept:
             failed = keep_export(model, int8_size=quantized.size_int8, int8_accuracy=quantized.accuracy_int8)
     if as_json:
@@ -171,7 +171,9 @@ def _names(text: str | None) -> list[str] | None:
     return [name.strip() for name in text.split(",")] if text else None
 
 
-def _quantize(source: Path, opened: Data, full_data: Data, samples: int, options: dict[str, Any]) -> QuantizeReport:
+def _quantize(
+    source: Path, opened: Data, full_data: Data, samples: int, options: dict[str, Any], logits: str | int | None
+) -> QuantizeReport:
     from indistill_fx.deploy.quantize import quantize_onnx
 
     dynamic = options["dynamic"]
@@ -183,6 +185,7 @@ def _quantize(source: Path, opened: Data, full_data: Data, samples: int, options
         method="auto" if dynamic is None else "dynamic" if dynamic else "static",
         calibrate=options["calibrate"],
         max_drop=options["max_drop"] / 100,
+        logits=logits,
     )
 
 

@@ -96,9 +96,9 @@ def reading(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def compared_options(command: Command) -> Command:
-    """Options of comparing a file with a model: --json, the image options, --input, --task, --trust."""
-    compared = (common.json_option, picture_options)
-    for option in reversed((*compared, common.input_option, common.task_option, common.trust_option)):
+    """Options of comparing a file with a model: --json, the image options, --input, --logits, --task, --trust."""
+    compared = (common.json_option, picture_options, common.input_option, common.logits_option)
+    for option in reversed((*compared, common.task_option, common.trust_option)):
         command = option(command)
     return command
 

@@ -247,7 +247,12 @@ def kept_of(
     from indistill_fx.runs.load import about, about_data
 
     call = Call.of_example(example, Inputs.of(module), where="The example")
-    return about(spec, options["data"], data.input_size, call, **more, **about_data(data))
+    return about(spec, options["data"], data.input_size, call, **more, **about_data(data), **entry(options))
+
+
+def entry(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Which output holds the logits, where it was named: what a run keeps of it."""
+    return {} if options["logits"] is None else {"logits": options["logits"]}
 
 
 def settings_of(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -176,7 +176,7 @@ def compress(
     request |= {"samples": samples, "every_block": every_block}
     identity = {"request": json.loads(json.dumps(request)), "teacher": digest(source)}
     judge = None if val_loader is None else partial(evaluate, loader=val_loader, task=task, logits=logits)
-    made = read_made(folder, identity, model) if resume else None
+    made = read_made(folder, identity, model, logits) if resume else None
     if made is None:
         check_free(folder, resume)
         require_trained(source, judge)
@@ -186,7 +186,7 @@ def compress(
         measure = Measure(batches, judge, clock if latency_ms else None, say, by)
         basis = in_both_modes(model, logits, say)
         untrained = make_student(basis, budget, measure, criterion=criterion, round_to=round_to)
-        made = write_made(folder, model, untrained, identity, every_block, about or {}, say)
+        made = write_made(folder, model, untrained, identity, every_block, about or {}, say, logits)
     settings |= {"val_loader": val_loader, "task": task, "example_inputs": example, "logits": logits, "resume": resume}
     settings |= {"plan": made.plan, "run_dir": folder, "progress": progress, "about": _about(made, model, about or {})}
     record = distill(model, made.traced, train_loader, **settings | ({} if made.plan else {"curriculum": NO_WARMUP}))

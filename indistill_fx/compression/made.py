@@ -74,8 +74,10 @@ def _saved(folder: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def read_made(folder: Path, identity: Mapping[str, Any], model: TracedModel) -> Made | None:
-    """The student that an interrupted run had made; None if it must be made again."""
+def read_made(
+    folder: Path, identity: Mapping[str, Any], model: TracedModel, logits: str | int | None = None
+) -> Made | None:
+    """The student that an interrupted run had made; None if it must be made again. `logits`: as for `trace`."""
     saved = _saved(folder)
     try:
         steps, made = _STEPS.validate_python(saved["steps"], strict=False), saved["made"]
@@ -98,7 +100,7 @@ def read_made(folder: Path, identity: Mapping[str, Any], model: TracedModel) -> 
     if not is_signed(parse_spec(spec), saved.get("seal")):
         return None
     student = load(f"{spec}@{folder / START}").to(device_of(model.graph_module))
-    traced = trace(student, model.example, role="student")
+    traced = trace(student, model.example, role="student", logits=logits)
     return Made(
         student,
         traced,
@@ -121,8 +123,9 @@ def write_made(
     every_block: bool,
     described: Mapping[str, Any],
     say: Callable[[str], None],
+    logits: str | int | None = None,
 ) -> Made:
-    """Write the student as source code, its weights, the plan, and the report."""
+    """Write the student as source code, its weights, the plan, and the report. `logits`: as for `trace`."""
     spec = ""
     student: nn.Module = untrained.model.graph_module
     try:
@@ -139,7 +142,7 @@ def write_made(
         keep_facts(folder, described.get("classes") or (), described.get("normalisation"), input_size(model))
         os.replace(folder / STUDENT, folder / START)  # `student.safetensors` is reserved for the trained student
         spec, student = f"{folder / SOURCE}:Student", source.build().to(device_of(model.graph_module))
-        traced = trace(student, model.example, role="student")
+        traced = trace(student, model.example, role="student", logits=logits)
     plan = plan_if_any(model, traced, untrained.shrunk.axes, every_block=every_block)
     if plan is not None:
         plan.save(folder / PLAN)

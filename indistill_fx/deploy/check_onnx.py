@@ -27,7 +27,7 @@ from indistill_fx.deploy.onnx_session import (
     open_session,
 )
 from indistill_fx.deploy.onnx_weights import SHOWN, wrong_int8_weights, wrong_weights
-from indistill_fx.deploy.parity import Decisions, Parity, Proof, RealParity, prove
+from indistill_fx.deploy.parity import Decisions, Parity, Proof, RealParity, main_in_file, prove
 from indistill_fx.errors import ConfigError, IndistillError, first_lines
 from indistill_fx.graph.module_state import evaluating
 from indistill_fx.graph.preprocess import Preprocess
@@ -84,6 +84,7 @@ def check_onnx(
     agreement: float = 0.95,
     batch_sizes: Sequence[int] = (1, 7, 64),
     decisions: Decisions | None = None,
+    logits: str | int | None = None,
 ) -> CheckReport:
     """Compare a file with a module: is the file readable and valid, and are inputs, graph, weights and outputs the same?
 
@@ -106,6 +107,7 @@ def check_onnx(
         agreement: for int8 files, the least share of `real_inputs` that must get the class that the module gives.
         batch_sizes: sizes to compare at, if the file takes any batch size.
         decisions: as for `export_onnx`.
+        logits: as for `export_onnx`.
 
     Returns:
         The report. A wrong file is a difference in it, not an exception.
@@ -151,8 +153,7 @@ def check_onnx(
     if wrong_inputs:
         notes.append("Outputs and weights were not compared, since the inputs differ.")
     else:
-        fixed = session.get_inputs()[0].shape[0]
-        if isinstance(fixed, int):
+        if isinstance(fixed := session.get_inputs()[0].shape[0], int):
             inputs, batch_sizes = tuple(_resize(x, fixed) for x in inputs), (fixed,)
             notes.append(f"The file's batch size is fixed to {fixed}; it was compared at that size only.")
         with evaluating(module):
@@ -160,7 +161,7 @@ def check_onnx(
             deployed.training = False
             proof = prove(
                 session, deployed, inputs, batch_sizes=batch_sizes, tolerance=_SANE if quantised else tolerance,
-                real_inputs=real, decisions=decisions,
+                real_inputs=real, decisions=decisions, logits=_main(session, deployed, inputs, logits),
             )  # fmt: skip
             differences += [
                 *proof.failures,
@@ -200,6 +201,13 @@ def _read(file: Path) -> onnx.ModelProto:
             f"`{file}` ({size} bytes) is not valid ONNX: {first_lines(error)}", where=str(file), hint="Export it again."
         ) from error
     return model
+
+
+def _main(
+    session: onnxruntime.InferenceSession, deployed: Deployed, inputs: Sequence[Tensor], logits: str | int | None
+) -> str | None:
+    own, in_file = named_outputs(deployed.outputs(*inputs)), [output.name for output in session.get_outputs()]
+    return main_in_file(list(own), in_file, logits)
 
 
 def _opset(model: onnx.ModelProto) -> int:

@@ -26,7 +26,7 @@ from indistill_fx.deploy.onnx_session import (
     random_inputs,
     sides_of,
 )
-from indistill_fx.deploy.parity import Decisions, Parity, Proof, RealParity, prove, rounding
+from indistill_fx.deploy.parity import Decisions, Parity, Proof, RealParity, main_in_file, prove, rounding
 from indistill_fx.errors import ConfigError, ExportError, first_lines, instead_of
 from indistill_fx.graph.module_state import evaluating
 from indistill_fx.graph.preprocess import Pair, Preprocess
@@ -53,6 +53,7 @@ class ExportReport:
         parameters: of the module.
         input_names: in order.
         output_names: in order.
+        logits: which of them holds the logits, if that is known.
         notes: what a reader should know besides.
     """
 
@@ -66,6 +67,7 @@ class ExportReport:
     parameters: int
     input_names: tuple[str, ...]
     output_names: tuple[str, ...]
+    logits: str | None
     notes: tuple[str, ...]
 
 
@@ -86,6 +88,7 @@ def export_onnx(
     batch_sizes: Sequence[int] = (1, 7, 64),
     external_data: bool | None = None,
     decisions: Decisions | None = None,
+    logits: str | int | None = None,
 ) -> ExportReport:
     """Export the module in eval mode; the file appears under its name only once it is verified.
 
@@ -116,6 +119,7 @@ def export_onnx(
         external_data: write the weights to a second file, `<name>.data`; None: only above 1.5 GB (ONNX ends at 2 GB).
         decisions: function from the output called `logits` or `out`, else the first, to whole numbers (or None), which are
             compared on `real_inputs`; None: the largest class of the output called so, or the only one of shape (N, classes).
+        logits: key or index of the logits, for modules that return several outputs: `decisions` reads these.
 
     Returns:
         The report: differences per batch size, size in bytes, latency in milliseconds.
@@ -148,16 +152,17 @@ def export_onnx(
         ins = tuple(input_names or names or _input_names(module, len(inputs)))
         outs = tuple(output_names or found)
         _require_names(ins, outs, len(inputs), found)
+        main = main_in_file(found, outs, logits)
         program = capture(
             deployed, inputs, opset=opset, dynamic_batch=dynamic_batch, dynamic_size=dynamic_size,
             input_names=ins, output_names=outs,
         )  # fmt: skip
         all_metadata = {**of_module(module), **(built_in.metadata() if built_in else {}), **(metadata or {})}
         _write(program, draft, all_metadata, external_data)
-        _require_valid(draft)
+        _require_valid(draft, _dtype(deployed))
         session = open_session(draft)
         proof = prove(
-            session, deployed, inputs, tolerance=tolerance, real_inputs=real, decisions=decisions,
+            session, deployed, inputs, tolerance=tolerance, real_inputs=real, decisions=decisions, logits=main,
             batch_sizes=batch_sizes if dynamic_batch else (len(inputs[0]),),
             sizes=_other_sizes(inputs) if dynamic_size else (),
         )  # fmt: skip
@@ -170,8 +175,8 @@ def export_onnx(
         parameters = sum(p.numel() for p in module.parameters())
     notes = [] if dynamic_batch else [f"The batch size is fixed to {len(inputs[0])}; latency is for that batch."]
     return ExportReport(
-        target, proof.parity, proof.real, proof.max_abs, size, chosen, latency, parameters, ins, outs, tuple(notes)
-    )
+        target, proof.parity, proof.real, proof.max_abs, size, chosen, latency, parameters, ins, outs, main, tuple(notes)
+    )  # fmt: skip
 
 
 def _as_pixels(preprocess: Preprocess, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -279,10 +284,16 @@ def _write(program: ONNXProgram, draft: Path, metadata: Mapping[str, str], exter
         program.save(draft, external_data=external_data)
 
 
-def _require_valid(draft: Path) -> None:
+def _dtype(module: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+
+
+def _require_valid(draft: Path, dtype: torch.dtype) -> None:
     import onnx
 
     hint = "Try another opset (--opset) or another version of torch, and please report it."
+    if dtype == torch.bfloat16:
+        hint = "ONNX has few operators in bfloat16: export the model in float32 (`model.float()`)."
     with instead_of(Exception, ExportError("The exported graph is not valid ONNX", where="export", hint=hint)):
         onnx.checker.check_model(str(draft), full_check=True)
 
@@ -296,7 +307,10 @@ def _disagreement(
     if " and size " in proof.failures[0]:
         hint = "Only a fully convolutional model takes any size; export a fixed one with dynamic_size=False."
     elif rounding_error is not None and rounding_error > tolerance / 10:
-        hint = f"The model amplifies rounding: torch in its own precision is {rounding_error:.1g} of the range off from float64."
+        off = f"torch in its own precision is {rounding_error:.1g} of the range off from float64."
+        hint = f"The model amplifies rounding: {off}"
+        if (dtype := _dtype(deployed)).itemsize < 4:
+            hint = f"The weights are {dtype}: {off} Raise the tolerance (--tolerance), or export the model in float32 (`model.float()`)."
     return ExportError(
         f"`{target}` was not written: onnxruntime and torch disagree (opset {opset}): {proof.failures[0]}{rest}.",
         where=str(target), got=proof.max_abs, expected=tolerance, hint=hint,

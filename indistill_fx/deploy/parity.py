@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from indistill_fx.deploy.onnx_session import Array, feed, named_outputs, random_inputs
-from indistill_fx.errors import ExportError, first_lines
+from indistill_fx.errors import ConfigError, ExportError, first_lines
 from indistill_fx.graph.main_output import MAIN_NAMES
 
 if TYPE_CHECKING:
@@ -84,6 +84,7 @@ def prove(
     sizes: Sequence[tuple[int, int]] = (),
     real_inputs: Sequence[Tensor] | None = None,
     decisions: Decisions | None = None,
+    logits: str | None = None,
 ) -> Proof:
     """Run both on the same inputs and compare every output.
 
@@ -97,6 +98,7 @@ def prove(
         real_inputs: compared too, whole, in pieces of the largest batch size.
         decisions: what the main output says in the end (see `main_of`; else the first); by default the largest class of the
             logits (see `logits_of`).
+        logits: name of the main output in the file.
     """
     rows: list[Parity] = []
     failures: list[str] = []
@@ -115,7 +117,7 @@ def prove(
         failed_on = inputs if failures and failed_on is None else failed_on
     real = None
     if real_inputs is not None:
-        real = _on_real(session, module, real_inputs, max(batch_sizes), tolerance, failures, decisions)
+        real = _on_real(session, module, real_inputs, max(batch_sizes), tolerance, failures, decisions, logits)
     return Proof(tuple(rows), real, tuple(failures), failed_on)
 
 
@@ -202,6 +204,7 @@ def _on_real(
     tolerance: float,
     failures: list[str],
     decisions: Decisions | None,
+    logits: str | None,
 ) -> RealParity:
     total, rows = len(inputs[0]), list[Parity]()
     fixed = isinstance(session.get_inputs()[0].shape[0], int)
@@ -218,7 +221,7 @@ def _on_real(
         values[name] = (reference, exported)
     _compare(values, total, tolerance, f"on {total} real inputs", rows, failures)
     references = {name: reference for name, (reference, _) in values.items()}
-    judged = main_of(references) or next(iter(values), None) if decisions else logits_of(references)
+    judged = main_of(references, logits) or next(iter(values), None) if decisions else logits_of(references, logits)
     found = decided(*values[judged], decisions) if judged is not None else None
     if found is None:
         return RealParity(total, tuple(rows), None, {})
@@ -228,16 +231,39 @@ def _on_real(
     return RealParity(total, tuple(rows), float(same.mean()), per_class)
 
 
-def main_of(outputs: Mapping[str, Array]) -> str | None:
-    """The name of the output called `logits` or `out`, as everywhere in this package."""
-    return next((name for name in MAIN_NAMES if name in outputs), None)
+def main_of(names: Iterable[str], logits: str | int | None = None) -> str | None:
+    """The output at `logits` (a name or an index); of several without it, the one called `logits` or `out`, if any.
+
+    Raises:
+        ConfigError: there is no output at `logits`.
+    """
+    names = list(names)
+    if logits is None or len(names) == 1:
+        return next((name for name in MAIN_NAMES if name in names), None)
+    if logits in names or logits in range(len(names)):
+        return logits if isinstance(logits, str) else names[logits]
+    raise ConfigError(
+        f"There is no output {logits!r}: the outputs are {', '.join(names)}.",
+        where="logits",
+        got=logits,
+        expected=names,
+        hint="Name one of them, or give its index from 0: logits=… (--logits).",
+    )
 
 
-def logits_of(outputs: Mapping[str, Array]) -> str | None:
-    """The name of the output whose largest class is the answer: `logits`, `out`, or the only one of shape (N, classes)."""
+def main_in_file(own: Sequence[str], in_file: Sequence[str], logits: str | int | None) -> str | None:
+    """The name in a file of a module's output at `logits`; see `main_of`. The file has the module's outputs in their order."""
+    name = main_of(own, logits)
+    return in_file[own.index(name)] if name is not None and len(own) == len(in_file) else None
+
+
+def logits_of(outputs: Mapping[str, Array], logits: str | int | None = None) -> str | None:
+    """The output whose largest class is the answer: see `main_of`; without a name, the only one of shape (N, classes)."""
     fitting = [name for name, y in outputs.items() if y.ndim == 2 and y.shape[1] > 1]
-    named = main_of({name: outputs[name] for name in fitting})
-    return named or (fitting[0] if len(fitting) == 1 else None)
+    named = main_of(fitting if logits is None else outputs, logits)
+    if named is not None:
+        return named if named in fitting else None
+    return fitting[0] if len(fitting) == 1 else None
 
 
 def decided(reference: Array, exported: Array, decisions: Decisions | None) -> tuple[Array, Array] | None:

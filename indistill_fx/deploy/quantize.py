@@ -87,6 +87,7 @@ def quantize_onnx(
     per_channel: bool = True,
     reduce_range: bool = True,
     max_drop: float = 0.01,
+    logits: str | int | None = None,
 ) -> QuantizeReport:
     """Write an int8 version of a float ONNX classifier if it loses no more than `max_drop` of accuracy.
 
@@ -104,6 +105,8 @@ def quantize_onnx(
         reduce_range: weights use 7 of their 8 bits. x86 processors without VNNI add up products of 8 bits in 16 bits, which can
             overflow; a file made this way gives the same classes on all of them.
         max_drop: the largest loss of accuracy accepted, as a share: 0.01 is one point.
+        logits: name or index of the output that holds the logits; None: the one called `logits` or `out`, or the only one of shape
+            (N, classes).
 
     Returns:
         Accuracies (shares, 0 to 1) and sizes (bytes) of both files.
@@ -133,7 +136,7 @@ def quantize_onnx(
         method = "dynamic" if attention else "static"
     beside = file_size(source) > _BESIDE
     weights = {"per_channel": per_channel, "reduce_range": reduce_range, "use_external_data_format": beside}
-    labels, before = _classify(session, evaluation)
+    labels, before = _classify(session, evaluation, logits)
     rows = 0
     with staged(target) as draft, _quiet():
         prepared = draft.with_name("prepared.onnx")
@@ -150,7 +153,7 @@ def quantize_onnx(
                 _quantize_dynamic(prepared, draft, **weights)
         for part in draft.parent.glob("prepared*"):
             part.unlink()
-        _, after = _classify(open_session(draft), evaluation)
+        _, after = _classify(open_session(draft), evaluation, logits)
         report = QuantizeReport(
             target, method, calibrate if method == "static" else None, rows, len(labels),
             float((before == labels).mean()), float((after == labels).mean()), float((before == after).mean()),
@@ -228,19 +231,23 @@ def _pieces(
             yield _Piece(feed(session, chosen), rows, labels)
 
 
-def _classify(session: onnxruntime.InferenceSession, batches: Iterable[Batch]) -> tuple[Array, Array]:
+def _classify(
+    session: onnxruntime.InferenceSession, batches: Iterable[Batch], logits: str | int | None
+) -> tuple[Array, Array]:
     """The labels of the samples that have one (-100: none), and the classes that the file's logits predict."""
     labels, classes = [], []
     names = [entry.name for entry in session.get_outputs()]
     for piece in _pieces(session, batches):
         _require(piece.labels is not None, "Evaluation batches need labels: (inputs, labels).", "evaluation")
         outputs = dict(zip(names, session.run(None, piece.arrays), strict=True))
-        name = logits_of(outputs)
+        name = logits_of(outputs, logits)
         _require(
             name is not None,
-            "The file has no accuracy: no output is called `logits`, nor is one alone of shape (N, classes).",
-            "path",
-            "Export the model with its logits as the only output, or in a dict as `logits`.",
+            "The file has no accuracy: no output is called `logits`, nor is one alone of shape (N, classes)."
+            if logits is None
+            else f"The file has no accuracy: its output {logits!r} is not of shape (N, classes).",
+            "logits",
+            f"Say which output holds the logits: logits=… (--logits). The file has {', '.join(names)}.",
         )
         assert name is not None
         known = piece.labels

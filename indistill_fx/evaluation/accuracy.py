@@ -143,10 +143,12 @@ def evaluate(
         count, classes = count + len(labels), scores.shape[1]
     if chosen is None:
         raise ConfigError("The loader has no batches to evaluate on.", where="loader", got=0, expected="at least 1")
+    if not counted:
+        raise _nothing_counts(count)
     values = {name: float(metric.compute()) for name, metric in metrics.items()}
     accuracy, facts = values.get("accuracy"), deciding_metric(chosen, classes)
     recall = _mean_recall(torch.stack(by_class).sum(0)) if by_class else ()
-    return Evaluation(accuracy, loss / max(counted, 1), count, classes, chosen.name, values, facts, *recall)
+    return Evaluation(accuracy, loss / counted, count, classes, chosen.name, values, facts, *recall)
 
 
 def _by_class(scores: Tensor, labels: Tensor) -> Tensor:
@@ -215,6 +217,19 @@ def _not_a_number(module: nn.Module, count: int) -> ConfigError:
         got="NaN",
         expected="numbers",
         hint="Check its weights and the normalisation of the data.",
+    )
+
+
+def _nothing_counts(count: int) -> ConfigError:
+    samples = (
+        "There are no samples" if not count else f"Of {count} sample{'s' * (count != 1)}, none has a label that counts"
+    )
+    return ConfigError(
+        f"{samples}, so nothing can be measured.",
+        where="labels",
+        got=0,
+        expected="at least 1",
+        hint=f"Labels of {IGNORED}, and void labels, do not count: give data with others.",
     )
 
 
@@ -355,9 +370,8 @@ def outputs_of(module: nn.Module | Callable[..., Any], call: Call) -> Any:
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        shapes = ", ".join(
-            str(tuple(value.shape)) for value in (*call.args, *call.kwargs.values()) if isinstance(value, Tensor)
-        )
+        given = [value for value in (*call.args, *call.kwargs.values()) if isinstance(value, Tensor)]
+        shapes = ", ".join(str(tuple(value.shape)) for value in given)
         name = type(module).__name__ if isinstance(module, nn.Module) else getattr(module, "__qualname__", "The model")
         if isinstance(module, fx.GraphModule) and (fixed := _FIXED.search(str(error))) is not None:
             raise ConfigError(
@@ -370,5 +384,16 @@ def outputs_of(module: nn.Module | Callable[..., Any], call: Call) -> Any:
             f"{name} fails on inputs of shape {shapes}: {str(error).partition(chr(10))[0].rstrip('.')}.",
             where="inputs",
             got=shapes,
-            hint=_MADE_FOR_OTHERS + (_CAPTURED if isinstance(module, fx.GraphModule) else ""),
+            hint=_other_dtype(module, given, str(error))
+            or _MADE_FOR_OTHERS + (_CAPTURED if isinstance(module, fx.GraphModule) else ""),
         ) from error
+
+
+def _other_dtype(module: nn.Module | Callable[..., Any], given: Sequence[Tensor], error: str) -> str | None:
+    """What to do if the model failed because the inputs' dtype is not its weights'."""
+    parameters = module.parameters() if isinstance(module, nn.Module) else ()
+    weights = next((p.dtype for p in parameters if p.is_floating_point()), None)
+    other = next((x.dtype for x in given if x.dtype != weights), None)
+    if weights is None or other is None or "type" not in error:
+        return None
+    return f"The weights are {weights}, an input is {other}: let the loader give it as {weights} (x.to({weights}))."

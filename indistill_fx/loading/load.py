@@ -37,6 +37,7 @@ class Source:
         wanted_size: height and width that it wants, because its weights were made for them or because it takes no others.
         wanted_normalisation: mean and standard deviation that its weights want; None where that is not known.
         classes: their names by label, if the source knows them.
+        logits: key or index of the logits among several outputs, if the source knows it.
         notes: what was trusted, unwrapped or dropped on the way.
     """
 
@@ -49,6 +50,7 @@ class Source:
     wanted_size: tuple[int, int] | None = None
     wanted_normalisation: Normalisation | None = None
     classes: tuple[str, ...] = ()
+    logits: str | int | None = None
     notes: tuple[str, ...] = ()
 
 

@@ -227,13 +227,9 @@ class Language(Classification):
 
     def metrics(self, outputs: int) -> dict[str, Metric]:
         """Perplexity."""
-        from torchmetrics.text import Perplexity
+        from indistill_fx.losses.metrics import Perplexity
 
-        return {"perplexity": Perplexity(ignore_index=IGNORED)}
-
-    def measure(self, metric: Metric, logits: Tensor, labels: Tensor) -> None:
-        """Perplexity reads (batch, length, vocabulary)."""
-        metric.update(logits.movedim(1, -1), labels)
+        return {"perplexity": Perplexity()}
 
 
 @dataclass(frozen=True)
@@ -279,17 +275,11 @@ class MultiLabel(Task):
         return (positive + absent).mean() * temperature**2
 
     def metrics(self, outputs: int) -> dict[str, Metric]:
-        """Mean average precision over labels, and macro F1 at probability 1/2."""
-        from torchmetrics.classification import (
-            BinaryAveragePrecision,
-            BinaryF1Score,
-            MultilabelAveragePrecision,
-            MultilabelF1Score,
-        )
+        """Mean average precision over the labels that occur, and their mean F1 at probability 1/2."""
+        from indistill_fx.losses.metrics import MeanAveragePrecision, MeanF1
 
-        if outputs == 1:
-            return {"average_precision": BinaryAveragePrecision(), "f1": BinaryF1Score()}
-        return {"mean_average_precision": MultilabelAveragePrecision(outputs), "f1": MultilabelF1Score(outputs)}
+        name = "average_precision" if outputs == 1 else "mean_average_precision"
+        return {name: MeanAveragePrecision(), "f1": MeanF1(outputs)}
 
     def measure(self, metric: Metric, logits: Tensor, labels: Tensor) -> None:
         """Scores from 0 to 1, with logits in their order, and labels as 0 and 1.

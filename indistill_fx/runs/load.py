@@ -34,6 +34,7 @@ FACTS = "student.json"
 _STUDENT = "student"
 """The kind of such a source."""
 _MOST_INPUTS = 64
+_MOST_OUTPUTS = 1024
 _FETCHING = ("pretrained", "checkpoint", "weights", "cache")
 """Arguments of a library's constructors, by how their names begin, that read other files or the network."""
 
@@ -156,6 +157,17 @@ def _figures(value: object, channels: int | None) -> tuple[tuple[float, ...], tu
     if mean and channels is not None and len(mean) != channels:
         raise ValueError(f"a mean of {len(mean)} channels for images of {channels}")
     return (mean, std) if mean else None
+
+
+def _entry(value: Any) -> str | int | None:
+    """Key or index of the logits among several outputs.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if value is None or _short(value) or (type(value) is int and 0 <= value < _MOST_OUTPUTS):
+        return cast("str | int | None", value)
+    raise ValueError(f"logits at {str(value)[:60]}")
 
 
 def _inputs(texts: Any, folder: Path) -> Any:
@@ -335,9 +347,10 @@ def load_run(path: str | os.PathLike[str], *, trust: Sequence[str] = ()) -> Sour
         )
     try:
         classes, normalisation = _facts_in(kept, size)
+        logits = _entry(kept.get("logits"))
     except (ValueError, TypeError, AttributeError, OverflowError) as error:
         raise ConfigError(
-            f"{folder / 'run.json'} describes impossible classes or normalisation: {error}.",
+            f"{folder / 'run.json'} describes impossible classes, normalisation or logits: {error}.",
             where=str(folder),
             got=str(error),
             hint=_by_hand(folder),
@@ -375,5 +388,6 @@ def load_run(path: str | os.PathLike[str], *, trust: Sequence[str] = ()) -> Sour
         wanted_size=wanted,
         wanted_normalisation=normalisation,
         classes=classes,
+        logits=logits,
         notes=(*source.notes, *notes),
     )

@@ -325,7 +325,9 @@ def test_models_with_several_outputs(here, capsys):
     capsys.readouterr()
     told("align", "teacher", "models.py:several", "--json", *logits)
     assert len(json.loads(capsys.readouterr().out)["pairs"]) == 2
-    assert run(["evaluate", "run", "--data", "digits"]) == 2
+    told("evaluate", "run", "--data", "digits", "--json")  # the run remembers
+    assert json.loads(capsys.readouterr().out)["accuracy"] == found["accuracy"]
+    assert run(["evaluate", "models.py:several@run/student.safetensors", "--data", "digits"]) == 2
     assert "--logits KEY" in capsys.readouterr().err
 
 

@@ -184,7 +184,11 @@ def test_figures_that_cannot_be_are_named(tmp_path: Path) -> None:
     save_tensors(place / STUDENT, DigitsStudent().state_dict())
     for odd in ("a", [[0.0], [0.0]], [[float("inf")], [1.0]], [[0.0, 0.0], [1.0]], [[0.0, 0.0], [1.0, 1.0]], 5):
         (place / "run.json").write_text(json.dumps(told | {"about": ABOUT | {"normalisation": odd}}))
-        with pytest.raises(ConfigError, match="describes impossible classes or normalisation"):
+        with pytest.raises(ConfigError, match="describes impossible classes, normalisation or logits"):
+            load_run(place)
+    for odd in (["a"], True, -1, 5000, 1.5, "a" * 300):
+        (place / "run.json").write_text(json.dumps(told | {"about": ABOUT | {"logits": odd}}))
+        with pytest.raises(ConfigError, match="describes impossible classes, normalisation or logits: logits at"):
             load_run(place)
 
 

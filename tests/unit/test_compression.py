@@ -10,6 +10,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import indistill_fx as ifx
@@ -22,6 +23,7 @@ from indistill_fx.compression.sensitivity import divergence, masked_logits, sens
 from indistill_fx.compression.write_source import source_of
 from indistill_fx.losses.task import Classification, MultiLabel, Regression
 from indistill_fx.passes.pruning.shrink import analyse, keep_classes
+from indistill_fx.training.recipes import NO_WARMUP
 from tests.nets import Cnn32, Residual, TinyTransformer, images, seeded, unsettle
 
 
@@ -655,3 +657,26 @@ def test_the_pull_with_the_least_error_is_found_wherever_it_lies(best: int, stee
 
     assert _best_pull(error_of) == (_PULLS[best], 0.0)
     assert len(set(tried)) == len(tried) < len(_PULLS)
+
+
+class TwoHeads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.mix = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3)
+        self.heads = nn.ModuleList([nn.Linear(16, 5), nn.Linear(16, 5)])
+
+    def forward(self, x):
+        x = torch.relu(self.mix(torch.relu(self.stem(x)))).mean((2, 3))
+        return {"logits": self.heads[0](x), "fine": self.heads[1](x)}
+
+
+def test_the_student_is_trained_on_the_output_that_is_named(tmp_path):
+    """It was trained on the output called `logits`; where there is none, it was refused, whatever was named."""
+    model = unsettle(seeded(TwoHeads))
+    arguments = dict(macs=0.5, run_dir=tmp_path, samples=16, progress=False, device="cpu", logits="fine", export=False)
+    made = ifx.compress(model, data_of(), **arguments, epochs=1, curriculum=NO_WARMUP)
+    before = load_file(tmp_path / "start.safetensors")
+    changed = {key: not torch.equal(value, before[key]) for key, value in made.student.state_dict().items()}
+    assert [changed[key] for key in sorted(changed) if "head" in key and key.endswith("weight")] == [False, True]
+    again = ifx.compress(model, data_of(), **arguments, epochs=1, curriculum=NO_WARMUP, resume=True)
+    assert all(torch.equal(v, again.student.state_dict()[k]) for k, v in made.student.state_dict().items())

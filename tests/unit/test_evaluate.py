@@ -269,3 +269,24 @@ def test_of_a_captured_graph_it_is_said_that_the_fault_may_be_ours():
     graph = trace(nn.Conv2d(3, 4, 3), torch.randn(2, 3, 8, 8)).graph_module
     with pytest.raises(ConfigError, match="if the original model takes these inputs, this is a bug in indistill-fx"):
         evaluate(graph, [(torch.zeros(2, 1, 8, 8), torch.zeros(2, dtype=torch.long))])
+
+
+@pytest.mark.parametrize(
+    ("labels", "reason"),
+    [
+        (torch.full((4,), -100), "Of 4 samples, none has a label that counts, so nothing can be measured"),
+        (torch.zeros(0, dtype=torch.long), "There are no samples, so nothing can be measured"),
+    ],
+)
+def test_where_no_label_counts_there_is_no_measure(labels, reason):
+    """Accuracy and loss were 0, and perplexity and IoU NaN."""
+    with pytest.raises(ConfigError, match=reason):
+        evaluate(net(), [(torch.randn(len(labels), 1, 8, 8), labels)], task="classification")
+
+
+def test_inputs_of_another_dtype_than_the_weights_are_named():
+    batch = torch.randn(2, 1, 8, 8, dtype=torch.float64), torch.tensor([3, 1])
+    with pytest.raises(
+        ConfigError, match=r"weights are torch.float32, an input is torch.float64: .*x\.to\(torch.float32\)"
+    ):
+        evaluate(net(), [batch])

@@ -497,3 +497,50 @@ def test_the_server_names_by_its_number_what_the_file_has_no_name_for(tmp_path):
     )
     classify = runpy.run_path(str(ROOT / "examples" / "serve_onnx.py"))["Classifier"](tmp_path / "x.onnx")
     assert classify(Image.new("RGB", (8, 8)))[0][0] == "class 4"
+
+
+class TwoHeads(nn.Module):
+    """Two heads whose largest classes are never the same."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = Net()
+
+    def forward(self, x):
+        logits = self.net(x)
+        return {"logits": logits, "fine": -logits}
+
+
+@pytest.mark.parametrize(("logits", "names"), [("fine", None), (1, None), ("fine", ["a", "b"]), (None, ["a", "b"])])
+def test_the_classes_are_those_of_the_output_that_is_named(tmp_path, logits, names):
+    module, x = TwoHeads().eval(), torch.randn(40, 3, 8, 8)
+    path = tmp_path / "two.onnx"
+    report = export_onnx(module, path, X, real_inputs=x, logits=logits, output_names=names)
+    judged = "logits" if logits is None else "fine"
+    assert report.logits == (judged if names is None else names[judged == "fine"])
+    assert report.real.per_class.keys() == set(module(x)[judged].argmax(1).tolist())
+    checked = ifx.check_onnx(path, module, X, real_inputs=x, logits=logits)
+    assert checked.real.per_class == report.real.per_class
+    batches = [(x, module(x)["fine"].argmax(1))]
+    small = ifx.quantize_onnx(
+        path, tmp_path / "int8.onnx", evaluation=batches, calibration=batches, max_drop=1, logits=report.logits
+    )
+    assert small.accuracy_fp32 == (judged == "fine")
+
+
+def test_an_output_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="There is no output 'finer': the outputs are logits, fine"):
+        export_onnx(TwoHeads().eval(), tmp_path / "two.onnx", X, logits="finer")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "hint"),
+    [
+        (torch.float16, r"weights are torch\.float16.*Raise the tolerance"),
+        (torch.bfloat16, "few operators in bfloat16"),
+    ],
+)
+def test_models_in_half_precision_say_what_to_do(tmp_path, dtype, hint):
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).to(dtype).eval()
+    with pytest.raises(ExportError, match=hint + r".*model\.float\(\)"):
+        export_onnx(net, tmp_path / "x.onnx", X.to(dtype), tolerance=1e-9)

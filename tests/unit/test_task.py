@@ -230,3 +230,25 @@ def test_a_perfect_ranking_of_large_logits_is_perfect():
     metric = task.metrics(2)["mean_average_precision"]
     task.measure(metric, logits, labels.float())
     assert metric.compute() == 1
+
+
+def test_perplexity_of_a_token_whose_probability_rounds_to_0():
+    """Its softmax in float32 is 0: the perplexity was infinite, whatever the other tokens were."""
+    logits, tokens = draw(0, 5, 4, 9).float() * 60, whole(1, 9, 5, 4)
+    expected = math.exp(F.cross_entropy(logits.flatten(0, 1).double(), tokens.flatten()))
+    assert measured(Language(shift=False), logits, tokens, 9)["perplexity"] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("positions", [(), (2, 3)])
+def test_labels_that_never_occur_are_left_out_of_the_means(positions):
+    """They counted as 0, so that no model could reach 1; torchmetrics warned of them in every epoch."""
+    labels = whole(1, 2, 12, 3, *positions)
+    labels[:, 1] = 0
+    perfect = labels * 2.0 - 1
+    assert measured(MultiLabel(), perfect, labels, 3) == {"mean_average_precision": 1, "f1": 1}
+    logits = draw(0, 12, 3, *positions)
+    found = measured(MultiLabel(), logits, labels, 3)
+    y, z = (x.movedim(1, -1).reshape(-1, 3).numpy() for x in (labels, logits))
+    expected = np.mean([average_precision_score(y[:, c], z[:, c]) for c in (0, 2)])
+    assert found["mean_average_precision"] == pytest.approx(expected, rel=1e-6)
+    assert found["f1"] == pytest.approx(f1_score(y, z > 0, average="macro"), rel=1e-6), "given where it is not: 0"
