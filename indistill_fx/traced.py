@@ -116,6 +116,7 @@ class TracedModel:
         example_inputs: positional arguments of one forward call; as the teacher sees them, if there is a `view`.
         example_kwargs: keyword arguments of one forward call.
         logits: name of the node that holds the main output.
+        chosen: key or index of that output, where it was chosen; None: it was found by its name or place.
         view: how a teacher sees a batch that was made for the student; None: the batch as it is.
         several_outputs: key or index and size of every output, if they differ in shape and nobody said which one holds the logits:
             `logits` is then only the first of them. Else empty.
@@ -142,6 +143,7 @@ class TracedModel:
     example_inputs: tuple[Any, ...]
     example_kwargs: Mapping[str, Any]
     logits: str
+    chosen: str | int | None = None
     view: View | None = None
     several_outputs: tuple[str, ...] = ()
 

@@ -151,7 +151,7 @@ def _save(
         else:
             out.print(f"Written to {target}. Load it as {source.save(target)}", soft_wrap=True, highlight=False)
             if original is not None and report is not None:
-                student = trace(source.build(), original.example, role="student")
+                student = trace(source.build(), original.example, role="student", logits=original.chosen)
                 if (plan := plan_if_any(original, student, report.axes)) is not None:
                     plan.save(target / "plan.json")
             return

@@ -168,6 +168,7 @@ def compress(
     source = teacher.module if isinstance(teacher, TracedModel) else teacher
     example = examples_of(train_loader, source)[0] if example_inputs is None else example_inputs
     model = teacher if isinstance(teacher, TracedModel) else trace(teacher, example, role="teacher", logits=logits)
+    logits = model.chosen if logits is None else logits
     budget.require_less_than(model)
     settings = _settings({**options}, curriculum=curriculum, main=main, main_options=main_options or {}, epochs=epochs)
     _check_loss(settings["main"], settings["main_options"], train_loader, source)

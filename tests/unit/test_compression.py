@@ -670,10 +670,15 @@ class TwoHeads(nn.Module):
         return {"logits": self.heads[0](x), "fine": self.heads[1](x)}
 
 
-def test_the_student_is_trained_on_the_output_that_is_named(tmp_path):
-    """It was trained on the output called `logits`; where there is none, it was refused, whatever was named."""
+@pytest.mark.parametrize("traced", [False, True])
+def test_the_student_is_trained_on_the_output_that_is_named(traced, tmp_path):
+    """By an option, or when the teacher was traced. It was trained on the output called `logits`; where there is none, it was refused."""
     model = unsettle(seeded(TwoHeads))
-    arguments = dict(macs=0.5, run_dir=tmp_path, samples=16, progress=False, device="cpu", logits="fine", export=False)
+    arguments = dict(macs=0.5, run_dir=tmp_path, samples=16, progress=False, device="cpu", export=False)
+    if traced:
+        model = ifx.trace(model, data_of()[0][0][:2], role="teacher", logits="fine")
+    else:
+        arguments["logits"] = "fine"
     made = ifx.compress(model, data_of(), **arguments, epochs=1, curriculum=NO_WARMUP)
     before = load_file(tmp_path / "start.safetensors")
     changed = {key: not torch.equal(value, before[key]) for key, value in made.student.state_dict().items()}

@@ -203,6 +203,7 @@ def trace(
         example_inputs=inputs,
         example_kwargs=kwargs,
         logits=known.logits,
+        chosen=logits,
         several_outputs=known.several_outputs,
     )
 
