@@ -47,7 +47,7 @@ def test_a_disk_that_fills_up_during_training(tmp_path: Path) -> None:
 
         loop.TrainingLoop._after_step = step  # type: ignore[method-assign]
         try:
-            with pytest.raises(TrainError, match=r"No space left on device.*last checkpoint there is intact"):
+            with pytest.raises(TrainError, match=r"No space left on device.*What was there before is unchanged"):
                 run(place)
         finally:
             loop.TrainingLoop._after_step = original  # type: ignore[method-assign]
