@@ -183,8 +183,7 @@ def compress(
         require_trained(source, judge)
         batches = calibration(train_loader if calibration_loader is None else calibration_loader, samples)
         found = task_of_run(task, train_loader, source, model.inputs, logits=logits, required=False)
-        by = found.task if found.said else None  # an unknown task is compared by the form of its outputs
-        measure = Measure(batches, judge, clock if latency_ms else None, say, by)
+        measure = Measure(batches, judge, clock if latency_ms else None, say, found.task if found.said else None)
         basis = in_both_modes(model, logits, say)
         untrained = make_student(basis, budget, measure, criterion=criterion, round_to=round_to)
         made = write_made(folder, model, untrained, identity, every_block, about or {}, say, logits)

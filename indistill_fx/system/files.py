@@ -50,7 +50,7 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         raise TrainError(
             f"{path} cannot be written: {error}.",
             where=str(path),
-            hint="What was there before is unchanged: free some space; a run continues from its last checkpoint with resume=True (--resume).",
+            hint="What was there before is unchanged. Free some space; a run continues with resume=True (--resume).",
         ) from error
     finally:
         if draft is not None:

@@ -175,14 +175,9 @@ def trace(
             return changed
 
         reference = Reference(
-            module,
-            inputs,
-            kwargs,
-            gradients=role == "student",
-            put_back=put_weights_back,
-            forget=forget,
+            module, inputs, kwargs, gradients=role == "student", put_back=put_weights_back, forget=forget,
             generators=Generators(module, reach),
-        )
+        )  # fmt: skip
         method, captured, known, refused = _capture(reference, leaves, logits, own_flags=role == "teacher")
     report = TraceReport(
         method=method,
