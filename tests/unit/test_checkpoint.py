@@ -86,7 +86,7 @@ def test_a_disk_that_fills_up_leaves_the_last_checkpoint_and_nothing_else(tmp_pa
     monkeypatch.setattr(
         *{"save_file": (tensor_files, "save_file"), "fsync": (os, "fsync"), "replace": (os, "replace")}[fails], full
     )
-    with pytest.raises(TrainError, match=r"No space left on device.*last checkpoint there is intact"):
+    with pytest.raises(TrainError, match=r"No space left on device.*What was there before is unchanged"):
         checkpoint.save_checkpoint(path, {"x": torch.zeros(3)}, {"step": 2})
     monkeypatch.undo()
     assert [entry.name for entry in tmp_path.iterdir()] == ["last.safetensors"]
