@@ -19,6 +19,10 @@ _DIGESTS = "sha256"
 """Entry of a file's header: the digest of each tensor by name, and under the empty name that of the header's other entries."""
 
 
+_TRIES = 5
+"""How often a file that is replaced while it is read is read again."""
+
+
 class DamagedFileError(ValueError):
     """A file was changed since it was written, or is none of its kind."""
 
@@ -38,6 +42,8 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str,
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read a safetensors file, and compare what it holds with its digests, if it has any: other programs' and those of 0.1.0 have none.
 
+    A file that is replaced meanwhile, such as the checkpoint of a run that goes on, is read again: safetensors opens it twice.
+
     Returns:
         The tensors by name, on the CPU, and the header's other entries.
 
@@ -45,6 +51,28 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         OSError: it cannot be read.
         DamagedFileError: it is no such file, or a tensor or its header was changed; names which.
     """
+    for _ in range(_TRIES):
+        before = _identity(path)
+        try:
+            found = _read(path)
+        except DamagedFileError:
+            if _identity(path) == before:
+                raise
+        else:
+            if _identity(path) == before:
+                return found
+    raise DamagedFileError("it was replaced again and again while it was read")
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    try:
+        found = path.stat()
+    except ValueError:  # a name that no file can have
+        return ()
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         require_header(path)
         with safe_open(path, framework="pt") as file:

@@ -35,6 +35,27 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("times", [1, 4, 5])
+def test_a_file_that_is_replaced_while_it_is_read_is_read_again(times: int, tmp_path: Path, monkeypatch) -> None:
+    """safetensors reads the header first, and opens the file again for the tensors."""
+    path, written = tmp_path / "last.safetensors", [0]
+    save_tensors(path, {"steps": torch.tensor(0)})
+
+    def opened(*args, **kwargs):
+        file = safe_open(*args, **kwargs)
+        if written[0] < times:
+            written[0] += 1
+            save_tensors(path, {"steps": torch.tensor(written[0])})
+        return file
+
+    monkeypatch.setattr("indistill_fx.system.tensor_files.safe_open", opened)
+    if times == 5:
+        with pytest.raises(DamagedFileError, match="replaced again and again"):
+            load_tensors(path)
+    else:
+        assert int(load_tensors(path)[0]["steps"]) == times
+
+
 @pytest.mark.parametrize("bit", [0, 5, 7])
 def test_a_flipped_bit_anywhere_is_found_or_changes_nothing(tmp_path: Path, bit: int) -> None:
     path = tmp_path / "last.safetensors"
