@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +13,7 @@ from benchmarks.warmup_ways import HookBaseline, vision
 from indistill_fx.data.augment import FlipAndCrop
 from indistill_fx.data.held import HeldImages
 from indistill_fx.data.loaders import MemoryLoader
+from indistill_fx.system.exact_arithmetic import exact_arithmetic
 from indistill_fx.target import Target
 from indistill_fx.training.step.recorded import RecordedStep
 
@@ -22,24 +21,11 @@ Found = tuple[float, Tensor]
 """A loss, and the gradients of the student one after the other."""
 
 
-@contextmanager
-def exact() -> Iterator[None]:
-    """Within the block float32 is computed as such, and sums are added in one order."""
-    cudnn, products = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = cudnn.allow_tf32, products.allow_tf32, cudnn.deterministic
-    cudnn.allow_tf32 = products.allow_tf32 = False
-    cudnn.deterministic = True
-    try:
-        yield
-    finally:
-        cudnn.allow_tf32, products.allow_tf32, cudnn.deterministic = before
-
-
 def learnt(loss_of: nn.Module, student: nn.Module, x: Tensor, dtype: torch.dtype) -> Found:
     """The loss of a batch, and its gradients; float64 stays as it is, lower precisions are autocast's."""
     student.zero_grad()
     reduced = dtype in (torch.bfloat16, torch.float16)
-    with exact():
+    with exact_arithmetic():
         with torch.autocast(x.device.type, dtype if reduced else torch.bfloat16, enabled=reduced):
             loss = loss_of(x)
         loss.backward()
@@ -60,7 +46,7 @@ def correctness(device: str, tiny: bool) -> list[Row]:
 
 
 def reduced(device: str, tiny: bool) -> list[Row]:
-    """resnet50 → resnet18 in bfloat16, lowered as the target's table says and with what stands in none; beside the same float64."""
+    """resnet50 → resnet18 in bfloat16, lowered as the target's table says, beside the same float64."""
     torch.manual_seed(0)
     x = torch.randn(2 if tiny else 16, 3, 64, 64)
     numbers = (1,) if tiny else (1, 4)
@@ -109,7 +95,7 @@ def graphs_on_and_off(device: str, steps: int) -> Row:
             stage = stage_of(theirs, mine.train(), plan, number, example, target=Target(device))
             work, snapshot = work_of(stage, torch.float32, recordable=record)
             step = RecordedStep(work, recorder(device), stage, snapshot=snapshot) if record else work
-            with exact():
+            with exact_arithmetic():
                 losses.append([float(step(batch.to(device))) for batch in batches])
             if isinstance(step, RecordedStep) and step.reason:
                 raise RuntimeError(step.reason)

@@ -31,6 +31,7 @@ from indistill_fx.deploy.parity import Decisions, Parity, Proof, RealParity, mai
 from indistill_fx.errors import ConfigError, IndistillError, first_lines
 from indistill_fx.graph.module_state import evaluating
 from indistill_fx.graph.preprocess import Preprocess
+from indistill_fx.system.exact_arithmetic import exact_arithmetic
 
 if TYPE_CHECKING:
     import onnx
@@ -156,7 +157,7 @@ def check_onnx(
         if isinstance(fixed := session.get_inputs()[0].shape[0], int):
             inputs, batch_sizes = tuple(_resize(x, fixed) for x in inputs), (fixed,)
             notes.append(f"The file's batch size is fixed to {fixed}; it was compared at that size only.")
-        with evaluating(module):
+        with evaluating(module), exact_arithmetic():
             deployed = Deployed(module, built_in, names)
             deployed.training = False
             proof = prove(
