@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -232,6 +233,32 @@ def test_code_that_asks_for_the_type_of_a_size_is_told_pythons(kind: str) -> Non
     assert model.report.method == "shapes"
     x = torch.randn(3, 3, 12, 8, dtype=torch.float64)
     torch.testing.assert_close(model.graph_module(x), model.module(x))
+
+
+FUNCTIONS: dict[str, Callable[[Any], Any]] = {
+    "sqrt": lambda h: math.sqrt(h * 2),
+    "log": lambda h: math.log(h) + math.log(h, 3),
+    "log2, log10": lambda h: math.log2(h) + math.log10(h),
+    "exp": lambda h: math.exp(-h / 8),
+    "pow": lambda h: math.pow(h, 0.3),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions_of_math_follow_sizes(name: str) -> None:
+    """They took the example's size in code that only recording can follow, as it asks for a type."""
+    before = dict(vars(math))
+
+    def forward(net: Any, x: Tensor) -> Tensor:
+        assert isinstance(x.shape[2], int)
+        return net.a(x) * FUNCTIONS[name](x.shape[2])  # type: ignore[no-any-return]
+
+    model = traced(forward, (2, 3, 8, 8), a=conv())
+    assert (model.report.method, model.report.specialisations) == ("shapes", ())
+    assert vars(math) == before
+    for size in ((3, 3, 12, 8), (1, 3, 5, 16)):
+        x = torch.randn(size, dtype=torch.float64)
+        torch.testing.assert_close(model.graph_module(x), model.module(x))
 
 
 def test_of_a_module_that_stays_one_node_the_line_is_named() -> None:

@@ -229,6 +229,27 @@ def _size_or_len(value: Any) -> Any:
     return value.shape[0] if isinstance(value, Tensor) and value.dim() else len(value)
 
 
+def _of_sizes(function: Callable[..., Any]) -> Callable[..., Any]:
+    def apply(*args: Any) -> Any:
+        size = next((arg for arg in args if isinstance(arg, Size)), None)
+        return function(*args) if size is None else new_size(size.book, function(*map(value_of, args)), function, args)
+
+    return apply
+
+
+@contextmanager
+def math_of_sizes() -> Iterator[None]:
+    """Within the block functions of `math` that would ask a size for its value give a size."""
+    functions = {name: getattr(math, name) for name in ("sqrt", "log", "log2", "log10", "exp", "pow")}
+    for name, function in functions.items():
+        setattr(math, name, _of_sizes(function))
+    try:
+        yield
+    finally:
+        for name, function in functions.items():
+            setattr(math, name, function)
+
+
 @contextmanager
 def sizes_asked_for(namespaces: Iterable[dict[str, Any]]) -> Iterator[None]:
     """In these globals, `int` makes sizes of sizes, and `len` of a tensor is one. Python's own must return numbers."""
