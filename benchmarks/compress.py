@@ -214,6 +214,8 @@ def run(options: argparse.Namespace) -> None:
                     warm = f"-{options.warmup}" if arm in ("joint", "kept", "fed", "unlabelled") else ""
                     also = "".join(f"-{key}{value:g}" for key, value in options.also.items())
                     also += f"-decay{options.weight_decay:g}" if options.weight_decay else ""
+                    also += f"-batch{options.batch_size}" if options.batch_size != 128 else ""
+                    also += f"-{options.precision}" if options.precision not in (None, "no") else ""
                     name = f"{net}-{macs:g}-{how}-{seed}-{arm}{warm}{also}"
                     if (out / f"{name}.json").exists():
                         continue
