@@ -66,15 +66,14 @@ class Target:
     @property
     def kind(self) -> Kind:
         """The kind of target, which decides the lowerings."""
-        device = torch.device(self.device).type
+        device, reduced = torch.device(self.device).type, self.dtype in (torch.bfloat16, torch.float16)
         if device == "cuda":
-            reduced = self.dtype in (torch.bfloat16, torch.float16)
             return "cuda compiled" if self.compiled else "cuda reduced" if reduced else "cuda"
         if device != "cpu":
             return "other"
         if self.compiled:
             return "cpu compiled"
-        return "cpu" if self.dtype == torch.float32 else "cpu reduced"
+        return "cpu reduced" if reduced else "cpu"
 
     @staticmethod
     def of(module: nn.Module) -> Target:

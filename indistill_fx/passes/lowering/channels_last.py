@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from indistill_fx.graph.edit import copy_graph
 from indistill_fx.graph.ops import UNARY, attribute, op_name
 from indistill_fx.passes.contract import PassResult, Rewrite
+from indistill_fx.passes.lowering.layout import in_channels_last
 from indistill_fx.passes.lowering.max_pool import Pooling, pooling_of, small
 
 # Operations whose random numbers depend on the memory layout.
@@ -28,8 +29,9 @@ _FREE = UNARY - _RANDOM - {"contiguous"} | {"batch_norm"}
 
 
 def stem_channels_last(graph_module: fx.GraphModule) -> PassResult[fx.GraphModule, Rewrite]:
-    """Run max-poolings, and the chains that lead to them, channels last."""
-    if not any(pooling_of(node, graph_module) for node in graph_module.graph.nodes):
+    """Run max-poolings, and the chains that lead to them, channels last; nothing is done where the whole graph is so already."""
+    nodes = graph_module.graph.nodes
+    if any(node.target is in_channels_last for node in nodes) or not any(pooling_of(n, graph_module) for n in nodes):
         return PassResult(graph_module, Rewrite())
     new, _ = copy_graph(graph_module)
     graph = new.graph

@@ -1,4 +1,4 @@
-"""Run a network of 2-d convolutions channels last from end to end, as the tensor cores of a GPU want it.
+"""Run a network of 2-d convolutions channels last from end to end, as kernels in bfloat16 and float16 want it: a GPU's and a CPU's.
 
 Rules, in order:
   1. Every convolution is 2-d, there is one at least, and all operations are among those that take any layout; else nothing is done, and

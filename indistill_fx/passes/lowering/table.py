@@ -1,6 +1,7 @@
 """Which rewrites run for which target: one literal table.
 
-For a CPU a rewrite stands where it was measured to pay (`benchmarks/warmup.py --lowerings`, docs/performance.md), and nowhere else. For
+For a CPU a rewrite stands where it was measured to pay (`benchmarks/warmup.py --lowerings`, `benchmarks/cpu_bf16.py`,
+docs/performance.md), and nowhere else. For
 a GPU nothing of it has been measured (`benchmarks/gpu.py --lowerings` does): what stands there takes work out of every step or is what
 everybody does, and `fuse_cudnn`, of which neither can be said, stands nowhere. Guards inside the rewritten operations are only a
 fallback, for a stage that is moved after it was compiled.
@@ -49,8 +50,11 @@ LOWERINGS: Mapping[Kind, Lowerings] = {
         teacher=("fuse_convolutions",),
         student=("stem_channels_last",),
     ),
-    # Reduced precisions were not measured: the rewrites of the float32 list that can run in them.
-    "cpu reduced": Lowerings(student=("stem_channels_last",)),
+    # oneDNN's bfloat16 kernels take channels last; the stem alone where the network as a whole cannot.
+    "cpu reduced": Lowerings(
+        teacher=("channels_last", "cast_weights"),
+        student=("channels_last", "stem_channels_last"),
+    ),
     "cpu compiled": Lowerings(teacher=("attention_sequence_first",)),
     "cuda": Lowerings(),
     # With bfloat16 and float16, tensor cores need channels last.
