@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.page import put_between
 from torch import Tensor, nn
 
 import indistill_fx as ifx
+from benchmarks.page import put_between
 from benchmarks.resnet_cifar import resnet20, resnet56
 from benchmarks.warmup_ways import PAIRS as VISION
 from benchmarks.warmup_ways import HookBaseline, adam, step
@@ -135,9 +135,7 @@ def run(options: argparse.Namespace) -> None:
     native = [flag for flag in ("avx512_bf16", "amx_bf16") if flag in flags]
     for name in options.pairs:
         with freed_memory_kept():
-            row = measure(
-                name, steps=options.steps, compiled=options.compile, only=options.stages, batch=options.batch
-            )
+            row = measure(name, steps=options.steps, compiled=options.compile, only=options.stages, batch=options.batch)
         row |= {"threads": options.threads, "steps": options.steps, "command": " ".join(sys.argv[1:])}
         row |= {"torch": torch.__version__, "date": datetime.now(UTC).isoformat(timespec="seconds"), "native": native}
         told["rows"] = [old for old in told["rows"] if (old["pair"], old["threads"]) != (name, options.threads)] + [row]
@@ -145,23 +143,37 @@ def run(options: argparse.Namespace) -> None:
 
 
 def table(options: argparse.Namespace) -> None:
-    """One table a pair: milliseconds in float32, and how many times as fast all else is."""
-    lines: list[str] = []
-    for row in json.loads(Path(options.json).read_text())["rows"]:
-        keys = [key for key in row["stages"][-1] if key not in ("tap", "float32")]
-        keys = ["hooks", "hooks bfloat16", *keys]
-        lines += [
-            f"{row['pair']}, batch {row['batch']}, threads: {row['threads']}, {', '.join(row['native']) or 'emulated'}, torch {row['torch']}:",
-            "",
-            f"| stage | float32, ms | {' | '.join(keys)} |",
-            "|---" * (len(keys) + 2) + "|",
-        ]
-        for stage in row["stages"]:
-            cells = [f"{stage['float32'] / stage[key]:.2f}" if key in stage else "" for key in keys]
-            lines.append(f"| {stage['tap']} | {stage['float32']:.0f} | {' | '.join(cells)} |")
-        lines.append("")
+    """Two tables: how many times as fast as float32 everything is, and as plain bfloat16 each rewrite alone."""
+    rows = json.loads(Path(options.json).read_text())["rows"]
+    about = rows[0]
+    lines = [
+        f"torch {about['torch']}, {', '.join(about['native']) or 'emulated'}, {about['threads']} thread, {about['date']}.",
+        "",
+    ]
+    lines += rated(
+        rows,
+        "float32",
+        ["bfloat16", "plain bfloat16", "hooks", "hooks bfloat16", "compiled float32", "compiled bfloat16"],
+    )
+    lines += ["", "Each rewrite alone, beside bfloat16 without any:", ""]
+    lines += rated(rows, "plain bfloat16", [way for way in ALONE if way != "plain bfloat16"])
     marks = "<!-- cpu_bf16: made by benchmarks/cpu_bf16.py table -->", "<!-- cpu_bf16: end -->"
-    put_between(Path("docs/performance.md"), *marks, "\n".join(lines).strip() + "\n")
+    put_between(Path("docs/performance.md"), *marks, "\n".join(lines) + "\n")
+
+
+def rated(rows: list[dict[str, Any]], base: str, ways: list[str]) -> list[str]:
+    """A line a stage: milliseconds of one way, and how many times as fast the others are."""
+    lines = [
+        f"| pair, batch | stage | {base}, ms | {' | '.join(f'{way}, ×' for way in ways)} |",
+        "|---" * (len(ways) + 3) + "|",
+    ]
+    for row in rows:
+        for stage in row["stages"]:
+            cells = [f"{stage[base] / stage[way]:.2f}" if way in stage else "–" for way in ways]
+            lines.append(
+                f"| {row['pair']}, {row['batch']} | {stage['tap']} | {stage[base]:.0f} | {' | '.join(cells)} |"
+            )
+    return lines
 
 
 def main() -> None:
@@ -175,7 +187,9 @@ def main() -> None:
         if name == "run":
             one.add_argument("--pairs", nargs="+", choices=list(PAIRS), default=list(PAIRS))
             one.add_argument("--steps", type=int, default=8)
-            one.add_argument("--stages", nargs="+", type=int, help="only these stages, counted from 1, and the main one")
+            one.add_argument(
+                "--stages", nargs="+", type=int, help="only these stages, counted from 1, and the main one"
+            )
             one.add_argument("--batch", type=int, help="instead of the pair's own")
             one.add_argument("--threads", type=int, default=1)
             one.add_argument("--compile", action="store_true")

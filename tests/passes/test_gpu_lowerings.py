@@ -1,4 +1,4 @@
-"""The rewrites for GPUs, as far as a CPU can tell: the same bits where a cast is only made earlier, one layout from end to end."""
+"""The rewrites for bfloat16 and for GPUs: the same bits where a cast is only made earlier, one layout from end to end."""
 
 from __future__ import annotations
 
@@ -210,6 +210,42 @@ def test_all_rewrites_together_give_the_stage_its_loss_and_gradients():
     assert any(p.dtype == torch.bfloat16 for p in stage.teacher.parameters())
     with torch.autocast("cpu", torch.bfloat16):
         assert stage(x).isfinite()
+
+
+class Summed(nn.Module):
+    """Convolution, norm, ReLU and max-pooling; then, if asked, an operation of which nobody knows whether it takes any layout."""
+
+    def __init__(self, sums: bool):
+        super().__init__()
+        self.conv, self.norm, self.pool, self.sums = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.MaxPool2d(3, 2), sums
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool(torch.relu(self.norm(self.conv(x))))
+        return (torch.cumsum(x, 1) if self.sums else x).mean((2, 3))
+
+
+@pytest.mark.parametrize("sums", [False, True])
+def test_in_bfloat16_the_stem_alone_is_channels_last_where_the_whole_cannot_be(sums):
+    x, student = images(4, 32), seeded(lambda: Summed(sums))
+    teacher, target = seeded(lambda: Summed(False)), ifx.Target(dtype=torch.bfloat16)
+    plan = ifx.align(teacher, student, example_inputs=x, fixed=[("pool", "pool")])
+    stages = [
+        ifx.compile_stages(teacher, student, plan, main="kd", example_inputs=x, **chosen)[-1].train()
+        for chosen in ({"target": target}, {"lowerings": Lowerings()})
+    ]
+    done = {record.name: bool(record.done) for record in stages[0].report.student}
+    assert (done["channels_last"], done["stem_channels_last"]) == (not sums, sums)
+    for stage in stages:
+        student.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = stage((x, torch.arange(4)))
+        loss.backward()
+        found = loss.detach(), [p.grad.clone() for p in student.parameters()]
+        if stage is stages[0]:
+            expected = found
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-2, atol=1e-3)
+    for one, other in zip(found[1], expected[1], strict=True):
+        torch.testing.assert_close(one, other, rtol=0.1, atol=0.02)
 
 
 def test_cudnn_gets_the_sum_and_the_relu_and_elsewhere_the_stock_operations_run(monkeypatch):

@@ -42,14 +42,15 @@ def test_an_unusable_target_is_refused_before_anything_is_traced():
 def test_the_kind_of_a_target():
     assert available_devices()[0] == "cpu"
     assert Target().kind == Target("cpu:1").kind == "cpu"  # processes on a CPU are numbered
-    assert Target(dtype=torch.bfloat16).kind == "cpu reduced"
+    assert Target(dtype=torch.bfloat16).kind == Target(dtype=torch.float16).kind == "cpu reduced"
+    assert Target(dtype=torch.float64).kind == "cpu"
     assert Target(compiled=True).kind == "cpu compiled"
     assert Target.of(seeded(Cnn32).double()).dtype == torch.float64
     assert Target.of(nn.Flatten()) == Target()
 
 
 def test_the_targets_list_of_rewrites_is_the_one_that_runs():
-    for target in (Target(), Target(compiled=True)):
+    for target in (Target(), Target(compiled=True), Target(dtype=torch.bfloat16)):
         stage = ifx.compile_stages(*pair(), example_inputs=images(2, 32), target=target)[0]
         rewrites = {name for row in LOWERINGS.values() for name in (*row.teacher, *row.student)}
         for role in ("teacher", "student"):

@@ -156,7 +156,8 @@ class Settings:
     mixed_precision: Precision | None = field(
         default=None,
         metadata=described(
-            "Compute in this precision where it is safe. [default: what `accelerate launch` says, else no]",
+            "Compute in this precision where it is safe. bf16 is fast on GPUs and on processors that have instructions for it "
+            "(avx512_bf16 or amx_bf16 in /proc/cpuinfo). [default: what `accelerate launch` says, else no]",
             alias="precision",
         ),
     )
