@@ -245,6 +245,10 @@ def _by_order(batch: Any, models: Sequence[Inputs], where: str) -> Parts:
     if labels is not None and not isinstance(labels, Tensor):
         raise unfit(where, "labels", f"of type {type(labels).__name__}", "a tensor", "Let the loader yield tensors.")
     numbers = isinstance(indices, Tensor) and indices.ndim == 1 and not indices.is_floating_point()
+    optional = next((model.names[count] for model in plain if len(model.names) > count), None)
+    if optional is not None and isinstance(indices, Tensor) and not numbers:
+        hint = f"They come after the labels. If an entry is `{optional}`, let the loader yield a dict of inputs by name, with `labels`."
+        raise unfit(where, INDICES, f"of shape {tuple(indices.shape)}", "(batch,) whole numbers", hint)
     if len(plain) < len(models) and not numbers:
         hint = "Saved outputs go by the samples' numbers; give a loader of `open_data`."
         raise unfit(where, INDICES, "absent", "(batch,) whole numbers", hint)
@@ -377,13 +381,8 @@ def with_features(batch: Any, model: Inputs, look_up: Callable[[Tensor], Mapping
 
 def unfit(where: str, name: str, got: str, expected: str, hint: str) -> ConfigError:
     """The error for an entry of a batch that is not what it has to be."""
-    return ConfigError(
-        f"{where}: `{name}` of the batch is {got}, not {expected}.",
-        where=name,
-        got=got,
-        expected=expected,
-        hint=hint,
-    )
+    text = f"{where}: `{name}` of the batch is {got}, not {expected}."
+    return ConfigError(text, where=name, got=got, expected=expected, hint=hint)
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from indistill_fx.errors import ConfigError
 from indistill_fx.evaluation.accuracy import embed
+from indistill_fx.losses.label_checks import require_probabilities
+from indistill_fx.losses.positions import IGNORED
 
 if TYPE_CHECKING:
     from indistill_fx.data.dataset import Data
@@ -76,9 +78,10 @@ def retrieval(
 
     Args:
         query: (queries, width).
-        query_labels: (queries,).
+        query_labels: (queries,) class numbers, or probabilities (queries, classes), of which the likeliest class counts. Samples
+            labelled -100 are left out.
         database: (samples, width).
-        database_labels: (samples,).
+        database_labels: likewise.
         k: precision is taken among the first k.
         block: queries ranked at a time.
         interpolate: False takes, for r > 0, the precision at the very rank where recall r is reached.
@@ -87,8 +90,8 @@ def retrieval(
         Means over the queries.
 
     Raises:
-        ConfigError: widths differ, the database has fewer than k samples or none of a query's class, or a feature is
-            not finite.
+        ConfigError: labels are not one class a sample, there are no queries, widths differ, the database has fewer than k samples or
+            none of a query's class, or a feature is not finite.
 
     Source:
         The protocol of Passalis, Tefas, "Learning Deep Representations with Probabilistic Knowledge Transfer", ECCV
@@ -97,8 +100,12 @@ def retrieval(
         only, as many as its batch has queries (128). `interpolate=False` comes within 0.2 points of those figures; on
         CIFAR-10 they are 0.2 to 0.9 points below the interpolated ones.
     """
+    query, query_labels = _with_class(query, query_labels)
+    database, database_labels = _with_class(database, database_labels)
     _check_retrieval(query, query_labels, database, database_labels, k)
     query, database = (x if x.dtype == torch.float64 else x.float() for x in (query, database))
+    exponent = torch.frexp(torch.stack([x.abs().max() for x in (query, database)]).max())[1]
+    query, database = (torch.ldexp(x, -exponent) for x in (query, database))  # below 1, so no square overflows
     order = torch.argsort(database_labels, stable=True)
     database, database_labels = database[order], database_labels[order]
     directions = F.normalize(database, dim=1).T
@@ -142,12 +149,34 @@ class _Feature(nn.Module):
         return feature
 
 
+def _with_class(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The samples whose class is known, and its number."""
+    given = f"{str(labels.dtype).removeprefix('torch.')} {tuple(labels.shape)}"
+    if labels.ndim == 2 and labels.is_floating_point():
+        require_probabilities(labels)
+        labels = labels.argmax(1)
+    if labels.ndim != 1 or labels.is_floating_point():
+        raise ConfigError(
+            f"Retrieval needs one class for each sample, but the labels are {given}.",
+            where="labels",
+            got=given,
+            expected="class numbers (samples,), or probabilities (samples, classes)",
+            hint="Measure retrieval on data with one class for each sample.",
+        )
+    known = labels != IGNORED
+    return features[known], labels[known]
+
+
 def _check_retrieval(query: Tensor, query_labels: Tensor, database: Tensor, database_labels: Tensor, k: int) -> None:
     if query.ndim != 2 or database.ndim != 2 or query.shape[1] != database.shape[1]:
         raise ConfigError(
             f"Queries {tuple(query.shape)} and database {tuple(database.shape)} are not vectors of the same width.",
             where="retrieval",
             hint="Give tensors of shape (samples, width), as `embed` makes them.",
+        )
+    if not len(query):
+        raise ConfigError(
+            "There are no queries.", where="retrieval", got=0, expected="at least 1", hint="Give labelled test samples."
         )
     if not 1 <= k <= len(database):
         raise ConfigError(

@@ -329,3 +329,29 @@ def test_models_without_any_stage_are_paired_where_the_user_says() -> None:
         model(x)
     plan = align(*models, example_inputs=x, fixed=[("8", "8"), ("14", "14")])
     assert [(pair.teacher, pair.student, len(pair.kept)) for pair in plan.pairs] == [("8", "8", 2), ("14", "14", 2)]
+
+
+class Sound(nn.Module):
+    """A spectrogram in the model, brought to bands by a fixed matrix, then convolutions in one dimension."""
+
+    window: Tensor
+    bands: Tensor
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.register_buffer("window", torch.hann_window(16))
+        self.register_buffer("bands", torch.rand(9, 4))
+        self.one = nn.Sequential(nn.Conv1d(4, width, 3, padding=1), nn.BatchNorm1d(width), nn.ReLU())
+        self.two = nn.Sequential(nn.Conv1d(width, 2 * width, 3, 2, 1), nn.BatchNorm1d(2 * width), nn.ReLU())
+        self.classes = nn.Linear(2 * width, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        spectrum = torch.stft(x, 16, 8, window=self.window, return_complex=True).abs()
+        bands = (spectrum.transpose(1, 2) @ self.bands).transpose(1, 2)
+        return self.classes(self.two(self.one(bands.log1p())).mean(-1))
+
+
+def test_a_spectrogram_is_no_layer_to_be_paired() -> None:
+    """It has no axis of channels, which was a ValueError."""
+    teacher, student = (trace(seeded(Sound, width), torch.randn(3, 64)) for width in (8, 4))
+    assert names(match(teacher, student).value) == both("one", "two")

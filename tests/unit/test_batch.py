@@ -179,3 +179,16 @@ def test_other_labels_in_a_named_tuple_whose_names_say_nothing():
     found = with_labels(batch, torch.ones(2, 5), Inputs(("x",), ("x",)))
     assert isinstance(found, pair) and found.first is batch.first and found.third is batch.third
     assert torch.equal(found.second, torch.ones(2, 5))
+
+
+def test_an_optional_input_in_a_tuple_is_not_taken_for_the_labels():
+    """Of (tokens, mask, labels), the mask was: a language model's perplexity was that of ones and zeros."""
+    tokens, mask = torch.arange(12).view(2, 6), torch.ones(2, 6, dtype=torch.long)
+    model = Inputs(("input_ids", "attention_mask"), ("input_ids",))
+    with pytest.raises(ConfigError, match="`attention_mask`, let the loader yield a dict"):
+        split((tokens, mask, tokens), model, where="Test")
+    parts = split((tokens, mask, torch.tensor([0, 1])), model, where="Test")
+    assert parts.labels is not None and torch.equal(parts.labels, mask) and parts.indices is not None
+    for batch in ((tokens, mask), (tokens, mask, ["a", "b"])):
+        assert split(batch, model, where="Test").labels is not None
+    assert split((tokens, mask, tokens), Inputs(("x",), ("x",)), where="Test").indices is None

@@ -290,3 +290,29 @@ def test_inputs_of_another_dtype_than_the_weights_are_named():
         ConfigError, match=r"weights are torch.float32, an input is torch.float64: .*x\.to\(torch.float32\)"
     ):
         evaluate(net(), [batch])
+
+
+def test_retrieval_at_any_scale_of_the_features():
+    """Above 1e19, squares were infinite: distances were not numbers, and every database sample was as near as any other by cosine."""
+    torch.manual_seed(0)
+    query, database, labels = torch.randn(12, 8), torch.randn(30, 8), torch.arange(30) % 3
+    usual = retrieval(query, labels[:12], database, labels, k=5)
+    for scale in (2.0**100, 2.0**-60):
+        assert retrieval(query * scale, labels[:12], database * scale, labels, k=5) == usual
+
+
+def test_retrieval_leaves_out_what_has_no_class_and_reads_probabilities():
+    """-100 was taken for one more class, numbers for classes, and probabilities were an error of torch."""
+    torch.manual_seed(0)
+    query, database, labels = torch.randn(12, 8), torch.randn(30, 8), torch.arange(30) % 3
+    usual = retrieval(query[4:], labels[4:12], database[7:], labels[7:], k=5)
+    some, many = labels[:12].clone(), labels.clone()
+    some[:4] = many[:7] = -100
+    assert retrieval(query, some, database, many, k=5) == usual
+    shares = torch.eye(3)[labels]
+    assert retrieval(query[4:], shares[4:12], database[7:], shares[7:], k=5) == usual
+    for wrong in (labels / 2, labels[:, None].expand(30, 2)):
+        with pytest.raises(ConfigError, match="one class for each sample"):
+            retrieval(query, wrong[:12], database, wrong, k=5)
+    with pytest.raises(ConfigError, match="no queries"):
+        retrieval(query, torch.full((12,), -100), database, labels, k=5)

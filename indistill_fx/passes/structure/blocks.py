@@ -10,7 +10,8 @@ Rules, in order:
      reads it (post-norm); nor through activations after a sum, where most sums are read by several before any activation
      (pre-activation). Windows are laid out as a map again, where the next layers do so. Dropout and identity make no tensor of their own.
   3. In a plain chain whose every unit is followed by pooling, the pooling closes the block.
-  4. The main output itself is not a block: losses on logits deal with it.
+  4. The main output itself is not a block: losses on logits deal with it. Nor is a tensor without an axis of channels, such as a
+     spectrogram: there is nothing to narrow.
 """
 
 from __future__ import annotations
@@ -92,8 +93,9 @@ def find_blocks(traced: TracedModel, flow: Flow) -> tuple[Block, ...]:
     pooled = not merges and _pools_every([layer.place for layer in closing], look)
     early = _reads_sums(merges[:-1], look)
     found = [_block(layer, look, post_norm=post_norm, early=early, pooled=pooled) for layer in closing]
+    blocks = [b for b in found if b is not None and traced.facts[b.output].channel_axis is not None]
     last = flow.main_path[-1]
-    return tuple(b for b in found if b is not None and (len(flow.ends) > 1 or last not in (b.start, b.output)))
+    return tuple(b for b in blocks if len(flow.ends) > 1 or last not in (b.start, b.output))
 
 
 def _closing_layers(layers: Sequence[Layer], look: Look) -> list[Layer]:
