@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from indistill_fx.errors import ConfigError
 from indistill_fx.evaluation.accuracy import embed
+from indistill_fx.losses.positions import IGNORED
 
 if TYPE_CHECKING:
     from indistill_fx.data.dataset import Data
@@ -52,10 +53,29 @@ def evaluate_retrieval(
 
     tap = tap or _penultimate(model)
     part = _Feature(cut(model, [tap]).value, tap)
-    (query, query_labels), (database, database_labels) = (
-        embed(part, loader, progress=progress) for loader in (data.test, data.train_plain)
+    query, database = (
+        _labelled(*embed(part, loader, progress=progress), where)
+        for where, loader in {"test": data.test, "training": data.train_plain}.items()
     )
-    return retrieval(query, query_labels, database, database_labels, k=k)
+    return retrieval(*query, *database, k=k)
+
+
+def _labelled(features: Tensor, labels: Tensor, where: str) -> tuple[Tensor, Tensor]:
+    """Features and labels of the samples that have a class; the label `IGNORED` is none."""
+    hint = "Leave --retrieval out, or give data with a class number for every sample."
+    if labels.ndim != 1 or labels.is_floating_point():
+        raise ConfigError(
+            f"Retrieval finds samples of the same class, but labels of the {where} data are {str(labels.dtype).removeprefix('torch.')} "
+            f"of shape {tuple(labels.shape[1:])} a sample.",
+            where="retrieval",
+            got=tuple(labels.shape),
+            expected="a class number for every sample",
+            hint=hint,
+        )
+    known = labels != IGNORED
+    if not bool(known.any()):
+        raise ConfigError(f"No sample of the {where} data has a class.", where="retrieval", got=0, hint=hint)
+    return features[known], labels[known]
 
 
 def retrieval(

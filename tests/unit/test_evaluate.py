@@ -12,7 +12,8 @@ from torch import nn
 from indistill_fx.data.open import open_data
 from indistill_fx.errors import ConfigError
 from indistill_fx.evaluation.accuracy import embed, evaluate, select_logits
-from indistill_fx.evaluation.retrieval import evaluate_retrieval, retrieval
+from indistill_fx.evaluation.retrieval import _labelled, evaluate_retrieval, retrieval
+from indistill_fx.losses.positions import IGNORED
 from indistill_fx.passes.capture.trace import trace
 
 
@@ -290,3 +291,16 @@ def test_inputs_of_another_dtype_than_the_weights_are_named():
         ConfigError, match=r"weights are torch.float32, an input is torch.float64: .*x\.to\(torch.float32\)"
     ):
         evaluate(net(), [batch])
+
+
+def test_retrieval_leaves_out_samples_without_a_class_and_refuses_other_labels():
+    features, labels = torch.eye(3), torch.tensor([1, IGNORED, 0])
+    known = _labelled(features, labels, "test")
+    assert known[0].tolist() == [[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]] and known[1].tolist() == [1, 0]
+    with pytest.raises(ConfigError, match="No sample of the training data has a class"):
+        _labelled(features, torch.full((3,), IGNORED), "training")
+    for several in (torch.ones(3, 4), torch.ones(3), torch.ones(3, 4, dtype=torch.int64)):
+        with pytest.raises(
+            ConfigError, match="Retrieval finds samples of the same class, but labels of the test data are"
+        ):
+            _labelled(features, several, "test")
