@@ -51,13 +51,14 @@ def command(
     source = common.open_model(against, trust)
     more: dict[str, Any] = {"batch_size": 256, "augment": False, "limit": samples}
     opened = pictures.open_pictures(data, options, source, **more) if data else None
+    task = common.task_of_data(options, source, opened)
     report = check_onnx(
         file,
         source.module,
         common.example_for((source,), inputs, opened),
         real_inputs=common.first_inputs(opened.test, samples, source.module) if opened else None,
         metadata=_expected(source, opened),
-        decisions=common.decisions_of(common.task_of_data(options, source, opened)),
+        decisions=common.decisions_of(task),
         logits=common.logits_of(options["logits"], source),
     )
     if as_json:
@@ -69,8 +70,7 @@ def command(
     for line in report.notes:
         out.print(line, soft_wrap=True)
     if report.real is not None and report.real.agreement is not None:
-        whose = "samples get the same class" if report.real.per_class else "samples' decisions are the same"
-        out.print(f"{100 * report.real.agreement:.2f}% of {report.real.rows} {whose}.")
+        out.print(f"{common.agreement(report.real, task)}.")
     if report.agrees:
         share = max((row.max_rel for row in report.parity), default=0.0)
         differs = f"largest difference {report.max_abs:.1e}, which is {share:.1e} of the output's range"

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from indistill_fx.data.dataset import Data
+    from indistill_fx.deploy.parity import RealParity
     from indistill_fx.graph.view import View
     from indistill_fx.loading.load import Source
     from indistill_fx.losses.task import Task
@@ -152,7 +153,8 @@ def example_for(sources: tuple[Source, ...], asked: Sequence[str] = (), data: Da
     if data is not None:
         return _example_of_data(sources, data)
     known = next((source.example_inputs for source in sources if source.example_inputs is not None), None)
-    known = known or next((dummy for source in sources if (dummy := _dummy_inputs(source.module))), None)
+    if known is None:
+        known = next((dummy for source in sources if (dummy := _dummy_inputs(source.module))), None)
     if known is not None:
         return known
     size = next((source.input_size for source in sources if source.input_size is not None), None)
@@ -275,17 +277,18 @@ def deployment_facts(spec: str, source: Source, data: Data | None) -> dict[str, 
 
 
 def task_of_data(options: dict[str, Any], source: Source, data: Data | None) -> Task | None:
-    """The task by its name (--task), or inferred from the model's logits for the first test batch; None if unknown."""
+    """The task as named (--task), as the model was trained, or as the first test batch shows; None if unknown."""
     import torch
 
     from indistill_fx.batch import Inputs, split
     from indistill_fx.evaluation.accuracy import select_logits
+    from indistill_fx.evaluation.kept_task import asked_or_kept
     from indistill_fx.graph.module_state import evaluating
     from indistill_fx.losses.choose_task import choose_task
 
     if data is None:
         return None
-    task: str | None = options["task"]
+    task, origin = asked_or_kept(options["task"], source)
     parts = split(next(iter(data.test)), Inputs.of(source.module), where="The model")
     with evaluating(source.module), torch.no_grad():
         outputs = parts.calls[0](source.module)
@@ -298,7 +301,7 @@ def task_of_data(options: dict[str, Any], source: Source, data: Data | None) -> 
         if task is not None:
             raise
         return None
-    say(f"Task: {found.name}, {'as requested' if task is not None else 'inferred from the labels of the first batch'}.")
+    say(f"Task: {found.name}, {origin}.")
     return found
 
 
@@ -307,9 +310,18 @@ def decisions_of(task: Task | None) -> Callable[[Tensor], Tensor | None] | None:
     return None if task is None else lambda output: task.decisions(task.prepare(output, None)[0])
 
 
-def class_name(classes: tuple[str, ...], label: int) -> str:
-    """The class's name, or its number."""
-    return classes[label] if label < len(classes) else str(label)
+_ALIKE = {
+    "segmentation": "the pixels of {} samples get the same class",
+    "multilabel": "the labels of {} samples are the same",
+    "language": "the positions of {} samples get the same word",
+}
+
+
+def agreement(real: RealParity, task: Task | None) -> str:
+    """How far two models decide alike, in words that fit the task."""
+    fitting = _ALIKE.get(task.name) if task is not None else None
+    alike = "{} samples get the same class" if real.per_class else "the decisions on {} samples are the same"
+    return f"{100 * (real.agreement or 0.0):.2f}% of {(fitting or alike).format(real.rows)}"
 
 
 def shares_of(first: str, options: dict[str, Any]) -> dict[str, float]:

@@ -112,7 +112,7 @@ def command(teacher: str, **options: Any) -> None:
         "val_loader": data.test if data.labelled else None,
         "example_inputs": common.example_for((source,), options["inputs"], data),
         "logits": options["logits"],
-        "task": options["task"],
+        "task": training.task_of(options, source),
         "resume": options["resume"],
         "about": {"teacher": teacher, "data": options["data"], **about_data(data), **training.entry(options)},
         **training.settings_of(options),

@@ -214,7 +214,7 @@ def command(teacher: str, student: str, **options: Any) -> None:
         "example_inputs": example,
         "teacher_view": view,
         "logits": options["logits"],
-        "task": options["task"],
+        "task": training.task_of(options, last, *teachers),
         "resume": options["resume"],
         "allow_changed": options["allow_changed"],
         "feature_cache": options["feature_cache"],

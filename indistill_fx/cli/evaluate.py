@@ -37,7 +37,7 @@ def command(
     tap: str | None,
     as_json: bool,
     logits: str | int | None,
-    task: str | None,
+    task: Any,
     device: str,
     **options: Any,
 ) -> None:
@@ -53,6 +53,7 @@ def command(
     from accelerate.utils import send_to_device
 
     from indistill_fx.evaluation.accuracy import evaluate
+    from indistill_fx.evaluation.kept_task import asked_or_kept
     from indistill_fx.evaluation.retrieval import evaluate_retrieval
     from indistill_fx.target import chosen_device
 
@@ -61,6 +62,7 @@ def command(
     logits = common.logits_of(logits, source)
     opened = pictures.open_pictures(data, options, source, progress=True, **pictures.reading(options))
     source.module.to(place)
+    task, origin = asked_or_kept(task, source)
     measured = evaluate(source.module, opened.test, task=task, logits=logits, progress=True)
     result = asdict(measured)
     if retrieval or tap:
@@ -76,7 +78,6 @@ def command(
     for name, value in measured.metrics.items():
         if name != measured.metric.name:
             out.print(f"  {name.replace('_', ' ')}: {value:.4f}")
-    if task is None:
-        common.say(f"Task: {measured.task}, inferred from the labels of the first batch.")
+    common.say(f"Task: {measured.task}, {origin}.")
     for name, value in result.get("retrieval", {}).items():
         out.print(f"  {name}: {100 * value:.2f}" if isinstance(value, float) else f"  {name}: {value}")

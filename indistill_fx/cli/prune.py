@@ -11,6 +11,8 @@ import click
 from indistill_fx.cli import common, pictures
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from rich.table import Table
 
     from indistill_fx.passes.pruning.shrink import ShrinkReport
@@ -82,7 +84,7 @@ def command(
     from indistill_fx.compression.write_source import check_own
     from indistill_fx.errors import ConfigError
     from indistill_fx.runs.directory import COMPRESSION
-    from indistill_fx.runs.load import keep_facts
+    from indistill_fx.runs.load import facts_of
     from indistill_fx.system.files import try_folder
 
     asked = {name: requests.pop(name) for name in pictures.NAMES}
@@ -117,11 +119,8 @@ def command(
         basis = in_both_modes(traced, logits, show) if _is_directory(output) else traced
         smaller, report = _shrunk(basis, layers, **requests, **ranking)
         train_as(basis, smaller)
-        _save(smaller, output, traced, report)
-        if (Path(output) / "student.py").exists():
-            keep_facts(
-                output, source.classes, source.wanted_normalisation, source.input_size if source.wanted_size else None
-            )
+        size = source.input_size if source.wanted_size else None
+        _save(smaller, output, traced, report, facts_of(source.classes, source.wanted_normalisation, size))
 
 
 def _is_directory(output: str) -> bool:
@@ -129,7 +128,11 @@ def _is_directory(output: str) -> bool:
 
 
 def _save(
-    smaller: TracedModel, output: str, original: TracedModel | None = None, report: ShrinkReport | None = None
+    smaller: TracedModel,
+    output: str,
+    original: TracedModel | None = None,
+    report: ShrinkReport | None = None,
+    facts: Mapping[str, Any] | None = None,
 ) -> None:
     """Save the network as source code in a directory if possible, or as a program; with a plan of the channels that it has."""
     from pathlib import Path
@@ -139,6 +142,9 @@ def _save(
     from indistill_fx.deploy.save_pt2 import save_program
     from indistill_fx.errors import ExportError
     from indistill_fx.passes.capture.trace import trace
+    from indistill_fx.runs.directory import PLAN
+    from indistill_fx.runs.load import FACTS
+    from indistill_fx.system.files import json_text
 
     out, target = common.console(), Path(output)
     if _is_directory(output):
@@ -149,11 +155,14 @@ def _save(
             target.mkdir(parents=True, exist_ok=True)
             target = target / "student.pt2"
         else:
-            out.print(f"Written to {target}. Load it as {source.save(target)}", soft_wrap=True, highlight=False)
+            plan = None
             if original is not None and report is not None:
                 student = trace(source.build(), original.example, role="student", logits=original.chosen)
-                if (plan := plan_if_any(original, student, report.axes)) is not None:
-                    plan.save(target / "plan.json")
+                plan = plan_if_any(original, student, report.axes)
+            known = json_text(facts, indent=2) + "\n" if facts else ""
+            pairs = plan.model_dump_json(indent=2) + "\n" if plan is not None else ""
+            spec = source.save(target, {PLAN: pairs, FACTS: known})
+            out.print(f"Written to {target}. Load it as {spec}", soft_wrap=True, highlight=False)
             return
     save_program(smaller.graph_module, smaller.example_values, target)
     out.print(f"Written to {target}.", soft_wrap=True)

@@ -37,7 +37,7 @@ def command(model: str, **options: Any) -> None:
         data.train,
         val_loader=data.test if data.labelled else None,
         logits=options["logits"],
-        task=options["task"],
+        task=training.task_of(options, source),
         run_dir=options["output"],
         resume=options["resume"],
         allow_changed=options["allow_changed"],

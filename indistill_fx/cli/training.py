@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from indistill_fx.data.dataset import Data
     from indistill_fx.loading.load import Source
+    from indistill_fx.losses.task import Task
     from indistill_fx.runs.record import RunRecord
 
 
@@ -248,6 +249,18 @@ def kept_of(
 
     call = Call.of_example(example, Inputs.of(module), where="The example")
     return about(spec, options["data"], data.input_size, call, **more, **about_data(data), **entry(options))
+
+
+def task_of(options: Mapping[str, Any], *models: Source) -> str | Task | None:
+    """What labels mean, as asked, or as the first of the models that are runs was trained; None: to be inferred."""
+    from indistill_fx.evaluation.kept_task import asked_or_kept
+
+    task, origin = asked_or_kept(options["task"], *models)
+    if options["task"] is None and task is not None:
+        say(
+            f"The task is not inferred from the labels: it is {task if isinstance(task, str) else task.name}, {origin}."
+        )
+    return task
 
 
 def entry(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -34,14 +34,16 @@ from indistill_fx.compression.source_scopes import Dissolve, scopes_of
 from indistill_fx.errors import ConfigError, ExportError
 from indistill_fx.graph.edit import copy_graph, sweep
 from indistill_fx.graph.module_state import mode, untouched
+from indistill_fx.runs.directory import PLAN
+from indistill_fx.runs.load import FACTS
 from indistill_fx.system.exact_arithmetic import exact_arithmetic
 from indistill_fx.system.files import make_folder, write
 from indistill_fx.system.tensor_files import header_of
 from indistill_fx.traced import TracedModel
 
 SOURCE, WEIGHTS = "student.py", "student.safetensors"
-_DIGEST = "code"
-"""Entry of the weights' header."""
+_CODE = "code"
+"""The entry of the weights' header that holds the digest of student.py; digests of other files go by their names."""
 
 
 @dataclass(frozen=True)
@@ -71,11 +73,12 @@ class StudentSource:
         student.load_state_dict(self.state)
         return student
 
-    def save(self, directory: Path) -> str:
-        """Write both files, the weights first; the header of these holds the digest of the code.
+    def save(self, directory: Path, beside: Mapping[str, str] | None = None) -> str:
+        """Write both files, the weights first; the header of these holds the digests of all the others.
 
         Args:
             directory: created if it does not exist.
+            beside: texts of further files by name; one that is empty is not written, and an older file of that name is removed.
 
         Returns:
             The model spec that loads them.
@@ -85,23 +88,36 @@ class StudentSource:
         """
         make_folder(directory)
         tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in self.state.items()}
-        write(directory / WEIGHTS, save(tensors, {_DIGEST: _digest(self.text.encode())}))
-        write(directory / SOURCE, self.text)
+        texts = {SOURCE: self.text, **(beside or {})}
+        digests = {_entry(name): _digest(text.encode()) for name, text in texts.items() if text}
+        write(directory / WEIGHTS, save(tensors, digests))
+        for name, text in texts.items():
+            if text:
+                write(directory / name, text)
+            else:
+                (directory / name).unlink(missing_ok=True)
         return f"{directory / SOURCE}:Student@{directory / WEIGHTS}"
 
 
 def check_own(directory: Path) -> None:
-    """Refuse to overwrite code and weights that were changed since `StudentSource.save` wrote them.
+    """Refuse to overwrite what was changed since `StudentSource.save` wrote it.
 
     Raises:
-        ConfigError: the directory holds a student.py or student.safetensors that `save` did not write, or that was changed.
+        ConfigError: the directory holds a student.py, student.safetensors, plan.json or student.json that `save` did not write, or that
+            was changed.
     """
-    code, weights = directory / SOURCE, directory / WEIGHTS
-    known = header_of(weights).get(_DIGEST)
-    if weights.exists() and known is None:
+    weights = directory / WEIGHTS
+    known = header_of(weights)
+    if weights.exists() and _CODE not in known:
         raise overwritten(weights)
-    if code.exists() and (not code.is_file() or known != _digest(code.read_bytes())):
-        raise overwritten(code)
+    for name in (SOURCE, PLAN, FACTS):
+        file = directory / name
+        if file.exists() and (not file.is_file() or known.get(_entry(name)) != _digest(file.read_bytes())):
+            raise overwritten(file)
+
+
+def _entry(name: str) -> str:
+    return _CODE if name == SOURCE else name
 
 
 def overwritten(file: Path) -> ConfigError:

@@ -27,7 +27,7 @@ from indistill_fx.deploy.onnx_session import (
     open_session,
 )
 from indistill_fx.deploy.onnx_weights import SHOWN, wrong_int8_weights, wrong_weights
-from indistill_fx.deploy.parity import Decisions, Parity, Proof, RealParity, main_in_file, prove
+from indistill_fx.deploy.parity import Decisions, Parity, Proof, RealParity, allowed_difference, main_in_file, prove
 from indistill_fx.errors import ConfigError, IndistillError, first_lines
 from indistill_fx.graph.module_state import evaluating
 from indistill_fx.graph.preprocess import Preprocess
@@ -81,7 +81,7 @@ def check_onnx(
     output_names: Sequence[str] | None = None,
     metadata: Mapping[str, str] | None = None,
     real_inputs: Given | None = None,
-    tolerance: float = 1e-4,
+    tolerance: float | None = None,
     agreement: float = 0.95,
     batch_sizes: Sequence[int] = (1, 7, 64),
     decisions: Decisions | None = None,
@@ -104,7 +104,7 @@ def check_onnx(
         output_names: expected; None: the file's.
         metadata: entries the file must have; one that is missing or has another value is a difference.
         real_inputs: data to compare on as well.
-        tolerance: the largest difference allowed, as a share of the output's range; not for int8 files.
+        tolerance: the largest difference allowed, as a share of the output's range, by default as for `export_onnx`; not for int8 files.
         agreement: for int8 files, the least share of `real_inputs` that must get the class that the module gives.
         batch_sizes: sizes to compare at, if the file takes any batch size.
         decisions: as for `export_onnx`.
@@ -160,6 +160,7 @@ def check_onnx(
         with evaluating(module), exact_arithmetic():
             deployed = Deployed(module, built_in, names)
             deployed.training = False
+            tolerance = allowed_difference(deployed, *inputs) if tolerance is None else tolerance
             proof = prove(
                 session, deployed, inputs, batch_sizes=batch_sizes, tolerance=_SANE if quantised else tolerance,
                 real_inputs=real, decisions=decisions, logits=_main(session, deployed, inputs, logits),

@@ -26,7 +26,16 @@ from indistill_fx.deploy.onnx_session import (
     random_inputs,
     sides_of,
 )
-from indistill_fx.deploy.parity import Decisions, Parity, Proof, RealParity, main_in_file, prove, rounding
+from indistill_fx.deploy.parity import (
+    Decisions,
+    Parity,
+    Proof,
+    RealParity,
+    allowed_difference,
+    main_in_file,
+    prove,
+    rounding,
+)
 from indistill_fx.errors import ConfigError, ExportError, first_lines, instead_of
 from indistill_fx.graph.module_state import evaluating
 from indistill_fx.graph.preprocess import Pair, Preprocess
@@ -84,7 +93,7 @@ def export_onnx(
     metadata: Mapping[str, str] | None = None,
     preprocess: Pair | Preprocess | None = None,
     real_inputs: Given | None = None,
-    tolerance: float = 1e-4,
+    tolerance: float | None = None,
     batch_sizes: Sequence[int] = (1, 7, 64),
     external_data: bool | None = None,
     decisions: Decisions | None = None,
@@ -114,7 +123,8 @@ def export_onnx(
         preprocess: (mean, std) to build in; the file then takes uint8 pixels (N, H, W, C). `example_inputs` and
             `real_inputs` stay normalised float images.
         real_inputs: data to compare on as well, like `example_inputs`.
-        tolerance: the largest difference allowed, as a share of the output's range.
+        tolerance: the largest difference allowed, as a share of the output's range; None: 1e-4, in float16 0.008, in bfloat16 0.06 (8
+            machine epsilons).
         batch_sizes: sizes to verify at; with a fixed batch, only that one is used.
         external_data: write the weights to a second file, `<name>.data`; None: only above 1.5 GB (ONNX ends at 2 GB).
         decisions: function from the output called `logits` or `out`, else the first, to whole numbers (or None), which are
@@ -149,6 +159,7 @@ def export_onnx(
         deployed = Deployed(module, built_in, names)
         deployed.training = False
         found = _repeatable_outputs(deployed, inputs)
+        tolerance = allowed_difference(deployed, *inputs) if tolerance is None else tolerance
         ins = tuple(input_names or names or _input_names(module, len(inputs)))
         outs = tuple(output_names or found)
         _require_names(ins, outs, len(inputs), found)

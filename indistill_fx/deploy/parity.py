@@ -121,6 +121,17 @@ def prove(
     return Proof(tuple(rows), real, tuple(failures), failed_on)
 
 
+def allowed_difference(module: nn.Module, *tensors: Tensor) -> float:
+    """The tolerance by default, for the coarsest precision among a module's weights and its inputs: 8 machine epsilons, at least 1e-4.
+
+    Two runtimes round every intermediate result, by up to half an epsilon, and independent roundings add up by the root of their
+    number: 8 epsilons are 256 of them in a row. That is 0.008 of the output's range in float16, and 0.06 in bfloat16. In float32 it
+    would be 1e-6; 1e-4 leaves room for sums in another order.
+    """
+    every = (*module.parameters(), *module.buffers(), *tensors)
+    return max([8 * torch.finfo(x.dtype).eps for x in every if x.is_floating_point()] + [1e-4])
+
+
 def rounding(module: nn.Module, inputs: Sequence[Tensor]) -> float | None:
     """How far torch itself is off in the module's precision, as a share of the output's range; None if unknown.
 

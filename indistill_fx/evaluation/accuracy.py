@@ -17,9 +17,9 @@ from indistill_fx.graph.main_output import main_output
 from indistill_fx.graph.module_state import device_of, evaluating
 from indistill_fx.graph.view import View
 from indistill_fx.losses.base import widened
-from indistill_fx.losses.choose_task import choose_task
+from indistill_fx.losses.choose_task import choose_task, is_telling
 from indistill_fx.losses.positions import IGNORED, are_classes
-from indistill_fx.losses.task import Classification, Task
+from indistill_fx.losses.task import Classification, Language, Task
 from indistill_fx.runs.record import MetricFacts
 from indistill_fx.system.terminal import followed
 
@@ -120,6 +120,9 @@ def evaluate(
         scores = widened(select_logits(outputs, logits))
         if bool(scores.isnan().any()):
             raise _not_a_number(module, count)
+        if chosen is None and task in (None, Language.name) and not is_telling(labels):
+            count += len(labels)  # none counts, and none shows what the labels of later batches mean
+            continue
         if chosen is None:
             alike = view.chosen(scores) if view is not None and scores.ndim != 3 else scores  # with the labels' classes
             chosen = choose_task(task, alike, labels, inputs)
@@ -133,7 +136,7 @@ def evaluate(
             metrics = {name: metric.to(scores.device) for name, metric in chosen.metrics(scores.shape[1]).items()}
             # The loader has all samples, so nothing is gathered from other processes.
             for metric in metrics.values():
-                metric.distributed_available_fn = _alone
+                metric.distributed_available_fn = lambda: False
         with _explained(chosen, scores, known):
             total, over = chosen.total(scores, known)
             loss, counted = loss + total.item(), counted + over
@@ -141,9 +144,9 @@ def evaluate(
                 chosen.measure(metric, scores, known)
             by_class += [_by_class(scores, known)] if type(chosen) is Classification else []
         count, classes = count + len(labels), scores.shape[1]
-    if chosen is None:
+    if chosen is None and not count:
         raise ConfigError("The loader has no batches to evaluate on.", where="loader", got=0, expected="at least 1")
-    if not counted:
+    if chosen is None or not counted:
         raise _nothing_counts(count)
     values = {name: float(metric.compute()) for name, metric in metrics.items()}
     accuracy, facts = values.get("accuracy"), deciding_metric(chosen, classes)
@@ -185,10 +188,6 @@ def _explained(task: Task, logits: Tensor, labels: Tensor) -> Iterator[None]:
             got=type(error).__name__,
             hint="Give the task metrics and a loss for such outputs and labels.",
         ) from error
-
-
-def _alone() -> bool:
-    return False
 
 
 def deciding_metric(task: Task, outputs: int) -> MetricFacts:

@@ -6,7 +6,7 @@ Nothing of a model file is run, unless it names a package that the user trusts; 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,6 +38,7 @@ class Source:
         wanted_normalisation: mean and standard deviation that its weights want; None where that is not known.
         classes: their names by label, if the source knows them.
         logits: key or index of the logits among several outputs, if the source knows it.
+        task: what its labels mean, as its run keeps it (`evaluation.kept_task`); None where that is not known.
         notes: what was trusted, unwrapped or dropped on the way.
     """
 
@@ -51,6 +52,7 @@ class Source:
     wanted_normalisation: Normalisation | None = None
     classes: tuple[str, ...] = ()
     logits: str | int | None = None
+    task: Mapping[str, Any] | None = None
     notes: tuple[str, ...] = ()
 
 

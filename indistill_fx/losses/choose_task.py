@@ -67,7 +67,7 @@ def choose_task(task: str | Task | None, logits: Tensor, labels: Tensor | None, 
 
 
 def infer_task(logits: Tensor, labels: Tensor | None, inputs: Tensor | None = None) -> Task:
-    """The task that a model's output and the labels of one batch leave no doubt about.
+    """The task that a model's output and the labels of one batch, of which some count, leave no doubt about.
 
     Rules, in order:
       1. No labels: embedding.
@@ -119,6 +119,11 @@ def _by_values(logits: Tensor, labels: Tensor) -> Task | None:
     if bool(((labels == 0) | (labels == 1)).all()):
         return MultiLabel()
     return Regression() if labels.is_floating_point() else None
+
+
+def is_telling(labels: Tensor | None) -> bool:
+    """Whether labels show what they mean: class numbers that are all left out (`IGNORED`) do not. No labels show that there are none."""
+    return labels is None or labels.is_floating_point() or bool((labels != IGNORED).any())
 
 
 def _are_the_inputs(labels: Tensor, inputs: Tensor) -> bool:

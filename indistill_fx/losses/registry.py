@@ -190,6 +190,19 @@ def at_the_end(options: Mapping[str, Any]) -> dict[str, Any]:
     return kept | {"over_time": ((0, kept["over_time"][-1][1]),)} if kept.get("over_time") else kept
 
 
+def cut_short(options: Mapping[str, Any], steps: int | None) -> str:
+    """What to say of a main loss whose weight still changes when its stage ends; empty where it does not.
+
+    Args:
+        options: of the main loss.
+        steps: of the main stage; None: not known.
+    """
+    last = max([step for step, _ in options.get("over_time") or ()] + [options.get("ramp_steps") or 0])
+    if not steps or last <= steps:
+        return ""
+    return f"the weight of the main loss changes until step {last:,}, but the main stage ends after {steps:,} steps"
+
+
 def options_without_labels(loss: str | Callable[..., Tensor], options: Mapping[str, Any]) -> Mapping[str, Any]:
     """A main loss's options where the data have no labels: a `MainLoss` then compares the student with the teacher alone.
 

@@ -289,11 +289,16 @@ def keep_facts(
         normalisation: mean and standard deviation per channel.
         size: of one sample.
     """
-    if not classes and normalisation is None:
+    if known := facts_of(classes, normalisation, size):
+        save_json(Path(folder) / FACTS, known)
+    else:
         (Path(folder) / FACTS).unlink(missing_ok=True)
-        return
+
+
+def facts_of(classes: Sequence[str], normalisation: Any, size: Sequence[int] | None) -> dict[str, Any]:
+    """What `keep_facts` writes for these; empty where nothing is known."""
     known = {"classes": list(classes), "normalisation": normalisation, "input_size": list(size) if size else None}
-    save_json(Path(folder) / FACTS, known)
+    return known if classes or normalisation is not None else {}
 
 
 def _with_facts(source: Source) -> Source:
@@ -389,5 +394,6 @@ def load_run(path: str | os.PathLike[str], *, trust: Sequence[str] = ()) -> Sour
         wanted_normalisation=normalisation,
         classes=classes,
         logits=logits,
+        task=_object(kept.get("labels")) or None,
         notes=(*source.notes, *notes),
     )

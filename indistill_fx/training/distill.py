@@ -19,7 +19,7 @@ from indistill_fx.data.loaders import EpochLoader
 from indistill_fx.data.same_samples import same_samples
 from indistill_fx.graph.module_state import uncompiled
 from indistill_fx.graph.view import View
-from indistill_fx.losses.registry import asked_of_the_data, options_without_labels
+from indistill_fx.losses.registry import asked_of_the_data, cut_short, options_without_labels
 from indistill_fx.losses.stage_losses import Kept
 from indistill_fx.losses.task import Task
 from indistill_fx.passes.align import align
@@ -225,7 +225,7 @@ class Distillation:
         task = self._task(*models)
         options, told = self._options(task)
         curriculum, why = self._warmup(*models, plan, directory, task.task.name)
-        remarks += filter(None, (told, why))
+        remarks += filter(None, (told, why, cut_short(options, self._main_steps())))
         if self.int8:
             rounded = fake_quantize(models[1])
             models = (models[0], rounded.value)
@@ -275,6 +275,12 @@ class Distillation:
             return self.main_options, ""
         found = options_without_labels(self.main, self.main_options)
         return found, _NO_LABELS if found is not self.main_options else ""
+
+    def _main_steps(self) -> int | None:
+        budget, batches = self.settings.main_budget(self.epochs), self.loader.length
+        if budget.unit == "steps" or batches is None:
+            return budget.length if budget.unit == "steps" else None
+        return budget.length * -(-batches // self.settings.accumulate)
 
     def _try(self, main: Sequence[Stage], task: RunTask, mix: Callable[[Any], Any] | None, *, late: bool) -> list[str]:
         """Run the main stage on the first batch, so that its errors appear now and not after the warm-up; returns remarks."""

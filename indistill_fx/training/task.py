@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from indistill_fx.batch import Inputs, split, to_device
+from indistill_fx.batch import Inputs, Parts, split, to_device
 from indistill_fx.errors import ConfigError
 from indistill_fx.evaluation.accuracy import deciding_metric, outputs_of, select_logits
+from indistill_fx.evaluation.kept_task import kept_facts
 from indistill_fx.graph.main_output import main_output
 from indistill_fx.graph.module_state import evaluating
-from indistill_fx.losses.choose_task import choose_task, task_of
+from indistill_fx.losses.choose_task import choose_task, is_telling, task_of
 from indistill_fx.losses.positions import IGNORED, are_classes
 from indistill_fx.losses.task import Classification, Segmentation, Task
 from indistill_fx.runs.record import MetricFacts
@@ -34,6 +35,7 @@ class RunTask:
         check: looks at a batch, by its number, and raises if its labels are none of the task's.
         outputs: how many outputs (classes, labels, values) the student has at one position; 0: not known.
         labelled: whether the data have labels.
+        facts: the task as run.json keeps it; None where it is not known.
     """
 
     task: Task
@@ -42,6 +44,7 @@ class RunTask:
     check: Callable[[int, Any], None]
     outputs: int = 0
     labelled: bool = True
+    facts: Mapping[str, Any] | None = None
 
 
 def task_of_run(
@@ -65,13 +68,16 @@ def task_of_run(
     Raises:
         ConfigError: an unknown name, or the task must be known and cannot be inferred.
     """
-    batch = next(iter(loader))
-    parts = split(batch, *models, where="The training")
+    batch, parts = _telling(loader, models)
     named = task_of(task) if task is not None else None
+    spec = task if isinstance(task, str) and ":" in task else ""
     if parts.labels is None or (named is not None and not named.labelled):
         said = f"Task: {named.name}, as requested." if named is not None else ""
         labelled = parts.labels is not None
-        return RunTask(named or Classification(), None, said, lambda number, batch: None, labelled=labelled)
+        facts = kept_facts(named, spec) if named is not None else None
+        return RunTask(
+            named or Classification(), None, said, lambda number, batch: None, labelled=labelled, facts=facts
+        )
 
     def logits_of(batch: Any) -> Tensor | None:
         anchor = next(module.parameters(), None)
@@ -102,11 +108,23 @@ def task_of_run(
     origin = "as requested" if task is not None else "inferred from the labels of the first batch"
     count = prepared.shape[1] if prepared.ndim > 1 else 1
     check = label_check(chosen, logits_of, *models)
-    return RunTask(chosen, deciding_metric(chosen, count), f"Task: {described(chosen)}, {origin}.", check, count)
+    said, facts = f"Task: {described(chosen)}, {origin}.", kept_facts(chosen, spec)
+    return RunTask(chosen, deciding_metric(chosen, count), said, check, count, facts=facts)
 
 
 _LOOKED_AT = 20
 """Batches, before labels of which none is usable are refused."""
+
+
+def _telling(loader: Iterable[Any], models: Sequence[Inputs]) -> tuple[Any, Parts]:
+    """The first batch with a label that counts, among those that are looked at; else the first."""
+    first = None
+    for batch in islice(loader, _LOOKED_AT):
+        parts = split(batch, *models, where="The training")
+        first = first or (batch, parts)
+        if is_telling(parts.labels):
+            return batch, parts
+    return first if first is not None else next(iter(loader))  # an empty loader says so itself
 
 
 def _require_labels(

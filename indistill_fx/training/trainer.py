@@ -195,7 +195,7 @@ class Trainer:
                 directory.begin(
                     resumed=resumed,
                     changes=changed,
-                    about=dict(self.about or {}),
+                    about={**(self.about or {}), "labels": setup.task.facts},
                     models=setup.models,
                     settings=self.settings.to_json(),
                     schedule=schedule,

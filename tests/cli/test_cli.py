@@ -12,6 +12,8 @@ import torch
 
 import indistill_fx as ifx
 from indistill_fx.cli import _COMMANDS, run
+from indistill_fx.compression.write_source import StudentSource, check_own
+from indistill_fx.errors import ConfigError
 
 MODELS = """
 from torch import nn
@@ -218,11 +220,20 @@ def test_prune_does_not_overwrite_what_was_edited(here, capsys):
     command = ("prune", "models.py:make?width=16", "--input", "1x8x8", "-o", "small/", "--ratio")
     for ratio in ("0.5", "0.25"):  # its own is written anew
         assert told(capsys, *command, ratio)[0] == 0
-    code, weights = here / "small" / "student.py", here / "small" / "student.safetensors"
-    text, tensors = code.read_text(), weights.read_bytes()
-    for file, edited in ((code, text.encode() + b"# mine\n"), (weights, b"trained elsewhere")):
-        code.write_text(text)
-        weights.write_bytes(tensors)
+    code, weights, plan, facts = (
+        here / "small" / f"{name}" for name in ("student.py", "student.safetensors", "plan.json", "student.json")
+    )
+    kept = {file: file.read_bytes() for file in (code, weights, plan)}
+    of_ones_own = b'{"classes": ["ant", "bee"]}'  # where prune knew nothing to write
+    for file, edited in (
+        (code, kept[code] + b"# mine\n"),
+        (weights, b"trained elsewhere"),
+        (plan, kept[plan].replace(b'"score": 1.0', b'"score": 0.5', 1)),
+        (facts, of_ones_own),
+    ):
+        assert edited not in kept.values()
+        for other, content in kept.items():
+            other.write_bytes(content)
         file.write_bytes(edited)
         status, _, said = told(capsys, *command, "0.5")
         assert (
@@ -230,6 +241,23 @@ def test_prune_does_not_overwrite_what_was_edited(here, capsys):
             and f"small/{file.name} was written or changed by somebody else, and would be overwritten." in said
         )
         assert "Move it away, or name another directory." in said and file.read_bytes() == edited
+
+
+def test_prune_leaves_no_plan_of_another_network(here, capsys):
+    assert (
+        told(capsys, "prune", "models.py:make?width=16", "--input", "1x8x8", "--ratio", "0.5", "-o", "small/")[0] == 0
+    )
+    source = StudentSource((here / "small/student.py").read_text(), {"weight": torch.zeros(1)})
+    source.save(here / "small", {"plan.json": "", "student.json": "{}"})
+    assert sorted(file.name for file in (here / "small").iterdir()) == [
+        "student.json",
+        "student.py",
+        "student.safetensors",
+    ]
+    check_own(here / "small")
+    source.save(here / "small")  # says nothing of other files
+    with pytest.raises(ConfigError, match=r"student\.json was written or changed by somebody else"):
+        check_own(here / "small")
 
 
 def test_hints_name_what_the_command_has(here, capsys):

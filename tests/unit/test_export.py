@@ -21,8 +21,11 @@ from torch import nn
 import indistill_fx as ifx
 from indistill_fx.deploy import export_onnx as export
 from indistill_fx.deploy import onnx_capture
+from indistill_fx.deploy.check_onnx import check_onnx
 from indistill_fx.deploy.export_onnx import export_onnx
 from indistill_fx.deploy.metadata import weights_digest
+from indistill_fx.deploy.onnx_session import open_session, random_inputs
+from indistill_fx.deploy.parity import allowed_difference, prove
 from indistill_fx.errors import ConfigError, ExportError
 
 ROOT = Path(__file__).parents[2]
@@ -541,6 +544,40 @@ def test_an_output_that_is_not_there_is_refused(tmp_path):
     ],
 )
 def test_models_in_half_precision_say_what_to_do(tmp_path, dtype, hint):
-    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).to(dtype).eval()
+    net = deep(dtype)
     with pytest.raises(ExportError, match=hint + r".*model\.float\(\)"):
         export_onnx(net, tmp_path / "x.onnx", X.to(dtype), tolerance=1e-9)
+
+
+def deep(dtype):
+    torch.manual_seed(3)
+    layers = [
+        part for _ in range(6) for part in (nn.Conv2d(3, 3, 3, padding=1), unsettled(nn.BatchNorm2d(3)), nn.SiLU())
+    ]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(192, 5)).to(dtype).eval()
+
+
+def test_the_tolerance_follows_the_precision_and_can_fail(tmp_path):
+    half = deep(torch.float16)
+    report = export_onnx(half, tmp_path / "half.onnx", X.half())
+    worst = max(row.max_rel for row in report.parity)
+    assert 0 < worst < 8 * torch.finfo(torch.float16).eps == allowed_difference(half, X.half()) == 0.0078125
+    assert check_onnx(report.path, half, X.half()).agrees
+    # the negative control: an output that is off by 2% of the range, and, in float32, by the tolerance of float16
+    for dtype, share in ((torch.float16, 0.02), (torch.float32, 0.0078125)):
+        model = deep(dtype)
+        session = open_session(export_onnx(model, tmp_path / "right.onnx", X.to(dtype)).path)
+        allowed = allowed_difference(model, X.to(dtype))
+        with torch.no_grad():
+            assert not prove(session, model, (X.to(dtype),), batch_sizes=(7,), tolerance=allowed).failures
+            outputs = model(random_inputs((X.to(dtype),), 7, seed=0)[0])
+            model[-1].bias[2] += share * (outputs.max() - outputs.min())
+            (failure,) = prove(session, model, (X.to(dtype),), batch_sizes=(7,), tolerance=allowed).failures
+        assert f"(tolerance {allowed:g} of a range of" in failure
+
+
+def test_the_coarsest_of_weights_and_inputs_sets_the_tolerance():
+    mixed = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).bfloat16())
+    expected = {deep(torch.float64): 1e-4, deep(torch.float32): 1e-4, mixed: 0.0625, nn.ReLU(): 1e-4}
+    assert {model: allowed_difference(model, X) for model in expected} == expected
+    assert allowed_difference(nn.ReLU(), X.half(), torch.arange(2)) == 0.0078125

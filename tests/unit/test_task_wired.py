@@ -10,13 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import indistill_fx as ifx
+from indistill_fx.batch import Inputs
 from indistill_fx.cli import run
 from indistill_fx.curriculum import Curriculum
+from indistill_fx.data.foreign import repeatable
 from indistill_fx.deploy.parity import decided
 from indistill_fx.errors import ConfigError
 from indistill_fx.losses.choose_task import choose_task, infer_task
 from indistill_fx.losses.task import Classification, Language, MultiLabel, Regression, Segmentation
-from indistill_fx.training.task import described
+from indistill_fx.training.task import described, task_of_run
 
 QUIET = {"progress": False, "device": "cpu", "curriculum": Curriculum(lengths=[])}
 
@@ -288,3 +290,53 @@ def test_labels_of_which_none_counts_are_refused(void):
         ifx.train(net, batches, epochs=1, task="segmentation", progress=False)
     batches[2][1][0, 0, 0] = 1  # a void picture at the beginning is nothing to refuse
     ifx.train(net, batches, epochs=1, task="segmentation", progress=False)
+
+
+class Words(nn.Module):
+    def __init__(self, seed=0):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.embedding, self.out = nn.Embedding(20, 8), nn.Linear(8, 20)
+
+    def forward(self, ids):
+        return self.out(torch.relu(self.embedding(ids)))
+
+
+def words(*, counting: tuple[bool, ...]) -> list[tuple[Tensor, Tensor]]:
+    """Batches with labels at the position that they are of, or with none that counts."""
+    ids = torch.randint(20, (len(counting), 4, 6), generator=drawn(1))
+    labels = ((ids + 1) % 20).masked_fill(torch.rand(ids.shape, generator=drawn(2)) < 0.5, -100)
+    return [(x, y if counts else torch.full_like(y, -100)) for x, y, counts in zip(ids, labels, counting, strict=True)]
+
+
+@pytest.mark.parametrize("task", [None, "language"])
+def test_a_first_batch_in_which_nothing_counts_shows_nothing(task):
+    model, batches = Words(), words(counting=(False, True, False, True))
+    logits, labels = (torch.cat(part) for part in zip(*((model(x), y) for x, y in batches), strict=True))
+    measured = ifx.evaluate(model, batches, task=task)
+    assert measured.count == 16
+    assert measured.loss == pytest.approx(F.cross_entropy(logits.flatten(0, 1), labels.flatten()).item(), rel=1e-6)
+    found = task_of_run(task, repeatable(batches, 0, "train loader"), model, Inputs.of(model))
+    assert found.task == Language(shift=False)
+    teacher = Words(5)
+    record = ifx.distill(teacher, model, batches, epochs=1, val_loader=batches, task=task, **QUIET)
+    assert record.metrics == ifx.evaluate(model, batches, task=Language(shift=False)).metrics
+    with pytest.raises(ConfigError, match="Of 8 samples, none has a label that counts, so nothing can be measured"):
+        ifx.evaluate(model, words(counting=(False, False)), task=task)
+
+
+def test_labels_of_which_none_counts_are_refused_before_training():
+    for model, batch in ((Words(), words(counting=(False,))[0]), (net(3), (pictures(), torch.full((12,), -100)))):
+        with pytest.raises(ConfigError, match="No label is usable"):
+            ifx.train(model, [batch], epochs=1, progress=False, device="cpu")
+
+
+def test_validation_data_in_which_nothing_counts_are_refused():
+    x = pictures()
+    empty = [(x, torch.full((12,), -100))]
+    with pytest.raises(ConfigError, match="Of 12 samples, none has a label that counts"):
+        ifx.distill(net(3), net(3, 1), [(x, torch.arange(12) % 3)], epochs=1, val_loader=empty, **QUIET)
+    dark = [(x, torch.full((12, 4, 4), 255))]
+    with pytest.raises(ConfigError, match="Of 12 samples, none has a label that counts"):
+        ifx.evaluate(dense(), dark, task="segmentation")

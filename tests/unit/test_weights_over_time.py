@@ -12,7 +12,7 @@ from indistill_fx.cli.distill import _over_time
 from indistill_fx.curriculum import Curriculum
 from indistill_fx.errors import ConfigError
 from indistill_fx.losses import Outputs, main_loss
-from indistill_fx.losses.registry import MAIN_LOSSES
+from indistill_fx.losses.registry import MAIN_LOSSES, cut_short
 from indistill_fx.training.chain import distill_for_int8
 
 
@@ -130,3 +130,40 @@ def test_what_follows_a_run_keeps_the_last_weight(main, ramp, factor, tmp_path, 
     options = {"main": main, "main_options": {"weight_labels": 0.0, **ramp}, "progress": False, "device": "cpu"}
     distill_for_int8(net(0), net(1), [batch] * 2, epochs=1, run_dir=tmp_path, **options)
     assert seen == pytest.approx([factor] * 2, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "steps", "said"),
+    [
+        ({"over_time": ((0, 0.0), (500, 1.0))}, 120, "changes until step 500, but the main stage ends after 120 steps"),
+        (
+            {"ramp_steps": 2000, "beta": 2.0},
+            1999,
+            "changes until step 2,000, but the main stage ends after 1,999 steps",
+        ),
+        ({"over_time": ((0, 0.0), (500, 1.0))}, 500, ""),
+        ({"over_time": ((0, 0.0), (500, 1.0))}, None, ""),
+        ({"over_time": ((0, 0.5),)}, 1, ""),
+        ({"temperature": 2.0}, 1, ""),
+    ],
+)
+def test_a_ramp_that_the_main_stage_cuts_short(options, steps, said):
+    found = cut_short(options, steps)
+    assert found.endswith(said) and bool(found) is bool(said)
+
+
+def test_a_run_remarks_on_a_ramp_that_is_cut_short(capsys):
+    x, y = torch.randn(12, 4), torch.arange(12) % 3
+    loader = [(x[:4], y[:4]), (x[4:8], y[4:8]), (x[8:], y[8:])]
+
+    def said(points, **options):
+        torch.manual_seed(0)
+        models = [nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)) for _ in range(2)]
+        asked = {"main_options": {"over_time": points}, "curriculum": Curriculum(lengths=[])}
+        ifx.distill(*models, loader, device="cpu", **asked, **options)
+        return "the weight of the main loss changes until" in capsys.readouterr().err
+
+    # 2 epochs of 3 batches are 6 steps; of 2 batches a step, 4
+    assert [said(((0, 0.0), (last, 1.0)), epochs=2) for last in (6, 7)] == [False, True]
+    assert [said(((0, 0.0), (last, 1.0)), epochs=2, accumulate=2) for last in (4, 5)] == [False, True]
+    assert [said(((0, 0.0), (last, 1.0)), epochs=2, main_steps=5) for last in (5, 6)] == [False, True]
