@@ -1,10 +1,9 @@
 """Which rewrites run for which target: one literal table.
 
 For a CPU a rewrite stands where it was measured to pay (`benchmarks/warmup.py --lowerings`, `benchmarks/cpu_bf16.py`,
-docs/performance.md), and nowhere else. For
-a GPU nothing of it has been measured (`benchmarks/gpu.py --lowerings` does): what stands there takes work out of every step or is what
-everybody does, and `fuse_cudnn`, of which neither can be said, stands nowhere. Guards inside the rewritten operations are only a
-fallback, for a stage that is moved after it was compiled.
+docs/performance.md), and nowhere else. For a GPU nothing of it has been measured (`benchmarks/gpu.py --lowerings` does): what stands
+there takes work out of every step or is what everybody does, and `fuse_cudnn`, of which neither can be said, stands nowhere. Guards
+inside the rewritten operations are only a fallback, for a stage that is moved after it was compiled.
 """
 
 from __future__ import annotations
