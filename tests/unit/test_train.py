@@ -75,7 +75,8 @@ def test_distill_trains_the_users_student_and_leaves_its_story(tmp_path, teacher
     assert record.accuracy is not None and record.accuracy > 0.5
     assert record.best_accuracy == max(epoch.accuracy for epoch in record.epochs if epoch.accuracy is not None)
     story = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert story["status"] == "done" and story["about"] == {"student": "models.py:make"}
+    assert story["status"] == "done"
+    assert story["about"] == {"student": "models.py:make", "labels": {"name": "classification", "settings": {}}}
     assert story["teacher_accuracy"] == record.teacher_accuracy and story["result"]["digest"] == record.digest
     assert [line.split(":")[1].split(",")[0] for line in story["schedule"]] == [" 1 epoch", " 2 epochs", " 4 epochs"]
     sizes = [sum(parameter.numel() for parameter in model.parameters()) for model in (teacher, student)]
