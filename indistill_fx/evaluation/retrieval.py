@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from indistill_fx.errors import ConfigError
 from indistill_fx.evaluation.accuracy import embed
 from indistill_fx.losses.label_checks import require_probabilities
-from indistill_fx.losses.positions import IGNORED
+from indistill_fx.losses.positions import IGNORED, as_classes
 
 if TYPE_CHECKING:
     from indistill_fx.data.dataset import Data
@@ -79,7 +79,7 @@ def retrieval(
     Args:
         query: (queries, width); a complex number counts as its two parts.
         query_labels: (queries,) class numbers, or probabilities (queries, classes), of which the likeliest class counts. Samples
-            labelled -100 are left out.
+            labelled -100, or with probabilities that are all 0, are left out.
         database: (samples, width).
         database_labels: likewise.
         k: precision is taken among the first k.
@@ -158,7 +158,7 @@ def _with_class(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     given = f"{str(labels.dtype).removeprefix('torch.')} {tuple(labels.shape)}"
     if labels.ndim == 2 and labels.is_floating_point():
         require_probabilities(labels)
-        labels = labels.argmax(1)
+        labels = as_classes(labels)
     if labels.ndim != 1 or labels.is_floating_point():
         raise ConfigError(
             f"Retrieval needs one class for each sample, but the labels are {given}.",
