@@ -209,7 +209,7 @@ def require_one_output(model: TracedModel) -> None:
             where="logits",
             got=list(model.several_outputs),
             expected="one output, or one called `logits`",
-            hint="Say which one holds the logits: logits=KEY (--logits KEY).",
+            hint="Say which one holds the logits: logits=KEY (--logits KEY); for `compile_stages`, ifx.trace(model, …, logits=KEY).",
         )
 
 

@@ -300,9 +300,15 @@ def _capture(
         return method, captured, known, refused
     if coarse is not None:
         return *coarse, [line for line in refused if not line.startswith("leaves:")]
-    reference.sizes  # noqa: B018  a module that fails on its own says so here
-    assert reason is not None
     name = type(reference.module).__name__
+    if reference.lists_samples:  # a module that fails on its own says so here
+        raise FrontendError(
+            f"{name} cannot be traced: it returns tensors for each sample, as detectors do, so their number changes with the batch.",
+            where=name,
+            hint="Distil its backbone, which returns tensors for the whole batch: teacher.backbone and student.backbone, or a function in "
+            "a file that makes it. The detector's own loss can be the main loss: examples/detection.py.",
+        ) from reason
+    assert reason is not None
     others = "; ".join(line.rstrip(".") for line in refused if reason.message not in line)
     raise FrontendError(
         f"{name} cannot be traced: {reason.message.rstrip('.')}." + (f" ({others}.)" if others else ""),
