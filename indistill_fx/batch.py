@@ -24,6 +24,8 @@ INDICES = "indices"
 """Name of the samples' places in the data set."""
 FEATURES = "teacher_features"
 """Name of the teacher's features in a batch of a stage that has no teacher of its own."""
+LEFT_OUT = "left_out"
+"""Key in the meta of a graph's inputs: the optional arguments of the model that it was captured without."""
 Sizes = tuple[int | None, ...]
 """Of a tensor; None for an axis of any size."""
 
@@ -37,12 +39,14 @@ class Inputs:
         required: those without a default; of a model whose arguments all have one, the first.
         anything: whether it takes further arguments by any name.
         owner: whose they are, for messages.
+        left_out: of a graph: the model's optional arguments that it was captured without.
     """
 
     names: tuple[str, ...]
     required: tuple[str, ...]
     anything: bool = False
     owner: str = ""
+    left_out: tuple[str, ...] = ()
 
     @property
     def by_number(self) -> bool:
@@ -56,7 +60,8 @@ class Inputs:
             nodes = [node for node in model.graph.nodes if node.op == "placeholder"]
             names = tuple(str(node.target) for node in nodes)
             required = tuple(str(node.target) for node in nodes if not node.args) or names[:1]
-            return Inputs(names, required, owner=type(model).__name__)
+            left_out = next((node.meta[LEFT_OUT] for node in nodes if LEFT_OUT in node.meta), ())
+            return Inputs(names, required, owner=type(model).__name__, left_out=left_out)
         # the wrapper that torch.compile puts around a module
         while isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
             model = inner
@@ -72,9 +77,8 @@ class Inputs:
         """The inputs of any function, from its signature."""
         parameters = inspect.signature(function).parameters.values()
         named = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-        names = tuple(p.name for p in named)
-        if any(p.kind is p.VAR_POSITIONAL for p in parameters):
-            names = names or ("input",)
+        rest = ("input",) if any(p.kind is p.VAR_POSITIONAL for p in parameters) else ()
+        names = tuple(p.name for p in named) or rest
         required = tuple(p.name for p in named if p.default is p.empty) or names[:1]
         return Inputs(names, required, any(p.kind is p.VAR_KEYWORD for p in parameters))
 
@@ -237,15 +241,13 @@ def _by_order(batch: Any, models: Sequence[Inputs], where: str) -> Parts:
             expected=f"inputs {', '.join(names)}, then labels",
             hint=f"Let the loader yield a tuple of tensors ({', '.join(names)}, labels) or a dict with these names.",
         )
-    for model in plain:
-        for name, value in zip(model.required, values, strict=False):
-            if not isinstance(value, Tensor):
-                raise unfit(where, name, f"of type {type(value).__name__}", "a tensor", "Let the loader yield tensors.")
     labels, indices = (*values[count:], None, None)[:2]
-    if labels is not None and not isinstance(labels, Tensor):
-        raise unfit(where, "labels", f"of type {type(labels).__name__}", "a tensor", "Let the loader yield tensors.")
+    given = [pair for model in plain for pair in zip(model.required, values, strict=False)]
+    for name, value in (*given, *([("labels", labels)] if labels is not None else [])):
+        if not isinstance(value, Tensor):
+            raise unfit(where, name, f"of type {type(value).__name__}", "a tensor", "Let the loader yield tensors.")
     numbers = isinstance(indices, Tensor) and indices.ndim == 1 and not indices.is_floating_point()
-    optional = next((model.names[count] for model in plain if len(model.names) > count), None)
+    optional = next((name for model in plain for name in (*model.names, *model.left_out)[count:]), None)
     if optional is not None and isinstance(indices, Tensor) and not numbers:
         hint = f"They come after the labels. If an entry is `{optional}`, let the loader yield a dict of inputs by name, with `labels`."
         raise unfit(where, INDICES, f"of shape {tuple(indices.shape)}", "(batch,) whole numbers", hint)

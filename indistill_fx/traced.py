@@ -229,11 +229,11 @@ class TracedModel:
     @cached_property
     def inputs(self) -> Inputs:
         """What a batch must contain for the model: the arguments of the example call that are tensors or consist of tensors."""
-        names = Inputs.of(self.graph_module).names
+        taken = Inputs.of(self.graph_module)
         names_in_batch = tuple(
-            n for n, value in zip(names, self.example_values, strict=True) if not _is_constant(value)
+            n for n, value in zip(taken.names, self.example_values, strict=True) if not _is_constant(value)
         )
-        return Inputs(names_in_batch, names_in_batch, owner=type(self.module).__name__)
+        return replace(taken, names=names_in_batch, required=names_in_batch, owner=type(self.module).__name__)
 
     def inputs_in(self, batch: Any, *, where: str) -> tuple[tuple[Any, ...], Tensor | None]:
         """The arguments of one call of the graph that a batch holds, and its labels.

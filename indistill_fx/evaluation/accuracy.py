@@ -17,8 +17,8 @@ from indistill_fx.graph.main_output import main_output
 from indistill_fx.graph.module_state import device_of, evaluating
 from indistill_fx.graph.view import View
 from indistill_fx.losses.base import widened
-from indistill_fx.losses.choose_task import choose_task, is_telling
-from indistill_fx.losses.positions import IGNORED, are_classes
+from indistill_fx.losses.choose_task import choose_task, is_telling, require_as_before
+from indistill_fx.losses.positions import IGNORED, as_classes
 from indistill_fx.losses.task import Classification, Language, Task
 from indistill_fx.runs.record import MetricFacts
 from indistill_fx.system.terminal import followed
@@ -116,11 +116,12 @@ def evaluate(
     metrics: dict[str, Metric] = {}
     chosen: Task | None = None
     by_class: list[Tensor] = []
+    inferred = task is None or task == Language.name
     for outputs, labels, inputs in _outputs(module, loader, device, progress, view):
         scores = widened(select_logits(outputs, logits))
         if bool(scores.isnan().any()):
             raise _not_a_number(module, count)
-        if chosen is None and task in (None, Language.name) and not is_telling(labels):
+        if chosen is None and inferred and not is_telling(labels):
             count += len(labels)  # none counts, and none shows what the labels of later batches mean
             continue
         if chosen is None:
@@ -128,6 +129,7 @@ def evaluate(
             chosen = choose_task(task, alike, labels, inputs)
             if not chosen.labelled:
                 raise _unmeasured(chosen)
+        require_as_before(chosen, labels, inputs if inferred else None)
         scores = view.chosen(scores, chosen.axis) if view is not None else scores
         scores, known = chosen.prepare(scores, labels)
         assert known is not None
@@ -156,7 +158,7 @@ def evaluate(
 
 def _by_class(scores: Tensor, labels: Tensor) -> Tensor:
     """Of every class, how many samples are right, how many there are, and how often it is the model's answer."""
-    labels = labels if are_classes(labels, scores) else labels.argmax(1)
+    labels = as_classes(labels)
     labels, guesses = labels[known := labels != IGNORED], scores.argmax(1)[known]
     return torch.stack(
         [torch.bincount(part, minlength=scores.shape[1]) for part in (labels[guesses == labels], labels, guesses)]

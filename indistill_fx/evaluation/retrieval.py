@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from indistill_fx.errors import ConfigError
 from indistill_fx.evaluation.accuracy import embed
 from indistill_fx.losses.label_checks import require_probabilities
-from indistill_fx.losses.positions import IGNORED
+from indistill_fx.losses.positions import IGNORED, as_classes
 
 if TYPE_CHECKING:
     from indistill_fx.data.dataset import Data
@@ -67,19 +67,19 @@ def retrieval(
     database_labels: Tensor,
     *,
     k: int = 100,
-    block: int = 256,
+    block: int = 128,
     interpolate: bool = True,
 ) -> Retrieval:
     """Rank the database for every query; a database sample of the query's class is relevant.
 
     Average precision of a query: the mean, over recall r = 0, 0.1, …, 1, of the highest precision at any rank whose
-    recall is at least r. Only `block` queries are ranked at a time. Where scores tie, irrelevant samples are counted
-    first.
+    recall is at least r. Only `block` queries are ranked at a time. Where distances tie, irrelevant samples are counted
+    first. Distances are computed in float64, and those that differ by less than its rounding errors tie.
 
     Args:
-        query: (queries, width).
+        query: (queries, width); a complex number counts as its two parts.
         query_labels: (queries,) class numbers, or probabilities (queries, classes), of which the likeliest class counts. Samples
-            labelled -100 are left out.
+            labelled -100, or with probabilities that are all 0, are left out.
         database: (samples, width).
         database_labels: likewise.
         k: precision is taken among the first k.
@@ -102,8 +102,9 @@ def retrieval(
     """
     query, query_labels = _with_class(query, query_labels)
     database, database_labels = _with_class(database, database_labels)
+    query, database = (torch.view_as_real(x).flatten(1) if x.is_complex() else x for x in (query, database))
     _check_retrieval(query, query_labels, database, database_labels, k)
-    query, database = (x if x.dtype == torch.float64 else x.float() for x in (query, database))
+    query, database = query.double(), database.double()
     exponent = torch.frexp(torch.stack([x.abs().max() for x in (query, database)]).max())[1]
     query, database = (torch.ldexp(x, -exponent) for x in (query, database))  # below 1, so no square overflows
     order = torch.argsort(database_labels, stable=True)
@@ -116,9 +117,12 @@ def retrieval(
     for label in torch.unique(query_labels).tolist():
         relevant = _range(database_labels, label)
         for part in torch.split(query[query_labels == label], block):
-            cosine = F.normalize(part, dim=1) @ directions
-            nearness = 2 * (part - middle) @ offsets - lengths  # same order as by Euclidean distance
-            sums += [*_scored(cosine, relevant, k, interpolate), *_scored(nearness, relevant, k, interpolate)]
+            cosine = (F.normalize(part, dim=1) @ directions).neg_().add_(1)
+            sums[:2] += _scored(cosine, torch.ones(len(part), 1), relevant, k, interpolate)
+            part = part - middle
+            length = part.square().sum(1, keepdim=True)
+            squares = (part @ offsets).mul_(-2).add_(length).add_(lengths)
+            sums[2:] += _scored(squares, length, relevant, k, interpolate)
     map_cosine, precision_cosine, map_euclidean, precision_euclidean = (sums / len(query)).tolist()
     return Retrieval(map_cosine, map_euclidean, precision_cosine, precision_euclidean, k)
 
@@ -154,7 +158,7 @@ def _with_class(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     given = f"{str(labels.dtype).removeprefix('torch.')} {tuple(labels.shape)}"
     if labels.ndim == 2 and labels.is_floating_point():
         require_probabilities(labels)
-        labels = labels.argmax(1)
+        labels = as_classes(labels)
     if labels.ndim != 1 or labels.is_floating_point():
         raise ConfigError(
             f"Retrieval needs one class for each sample, but the labels are {given}.",
@@ -203,16 +207,25 @@ def _range(sorted_labels: Tensor, label: int) -> slice:
     return slice(int(ends[0]), int(ends[1]))
 
 
-def _scored(scores: Tensor, relevant: slice, k: int, interpolate: bool) -> tuple[float, float]:
+def _scored(distances: Tensor, scale: Tensor, relevant: slice, k: int, interpolate: bool) -> tuple[float, float]:
     """Sums over the block's queries of average precision and precision at k.
 
-    Ranks come from sorting the relevant and the irrelevant scores apart: numpy sorts plain numbers ten times as fast as
+    Ranks come from sorting the relevant and the irrelevant distances apart: numpy sorts plain numbers ten times as fast as
     torch sorts with indices.
+
+    Args:
+        distances: (queries, samples), those of the query's class in `relevant`.
+        scale: (queries, 1); a distance may be wrong by a 2**-44th of it and of itself.
+        relevant: which samples are.
+        k: precision is taken among the first k.
+        interpolate: see `retrieval`.
     """
-    values = scores.numpy()
-    hits = np.sort(values[:, relevant], axis=1)[:, ::-1]
-    others = np.sort(np.delete(values, relevant, axis=1), axis=1)
-    better = others.shape[1] - torch.searchsorted(torch.from_numpy(others), torch.from_numpy(hits.copy())).numpy()
+    values = distances.numpy()
+    hits = np.sort(values[:, relevant], axis=1)
+    others = np.delete(values, relevant, axis=1)
+    others.sort(axis=1)
+    latest = torch.from_numpy(hits + (np.abs(hits) + scale.numpy()) * 2.0**-44)
+    better = torch.searchsorted(torch.from_numpy(others), latest, right=True).numpy()
     found = np.arange(1, hits.shape[1] + 1)
     ranks = found + better
     precision: NDArray[Any] = found / ranks

@@ -60,6 +60,11 @@ class Criterion(nn.Module):
         """
 
     @property
+    def reads(self) -> Task | None:
+        """The task whose labels it is given; None: labels may be anything."""
+        return None
+
+    @property
     def summary(self) -> str:
         """A text for the report at the end of the stage."""
         return ""
@@ -105,6 +110,11 @@ class MainLoss(Criterion):
                 expected="two numbers >= 0, not both 0",
             )
         self.weight, self.weight_labels = weight, weight_labels
+
+    @property
+    def reads(self) -> Task | None:
+        """See `Criterion`."""
+        return self.task
 
     def term(self, student: Outputs, teacher: Outputs, labels: Tensor | None) -> Tensor:
         """The term of the method, unweighted; logits and labels are as the task prepares them."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from indistill_fx.errors import ConfigError, unknown
-from indistill_fx.losses.positions import IGNORED
+from indistill_fx.losses.positions import IGNORED, other_size
 from indistill_fx.losses.task import (
     Classification,
     Embedding,
@@ -101,7 +101,7 @@ def infer_task(logits: Tensor, labels: Tensor | None, inputs: Tensor | None = No
         found = _by_values(logits, labels)
         if found is not None:
             return found
-    raise ConfigError(
+    raise other_size(flat, logits) or ConfigError(
         f"Labels of shape {tuple(labels.shape)} ({str(labels.dtype).removeprefix('torch.')}) and outputs of shape "
         f"{tuple(logits.shape)} fit no task, or several.",
         where="labels",
@@ -117,13 +117,34 @@ def _by_values(logits: Tensor, labels: Tensor) -> Task | None:
         if torch.allclose(sums, torch.ones_like(sums), atol=1e-4) and bool((labels >= 0).all()):
             return Classification()
     if bool(((labels == 0) | (labels == 1)).all()):
-        return MultiLabel()
+        return MultiLabel(binary=True)
     return Regression() if labels.is_floating_point() else None
 
 
 def is_telling(labels: Tensor | None) -> bool:
     """Whether labels show what they mean: class numbers that are all left out (`IGNORED`) do not. No labels show that there are none."""
     return labels is None or labels.is_floating_point() or bool((labels != IGNORED).any())
+
+
+def require_as_before(task: Task, labels: Tensor, inputs: Tensor | None) -> None:
+    """Refuse labels that show that an inferred task is another one: they are no longer the inputs' own tokens.
+
+    Args:
+        task: as inferred from an earlier batch.
+        labels: of this batch.
+        inputs: its first input.
+
+    Raises:
+        ConfigError: the task shifts labels, and these are not to be shifted.
+    """
+    if isinstance(task, Language) and task.shift and inputs is not None and not _are_the_inputs(labels, inputs):
+        raise ConfigError(
+            "The labels seen first were all tokens of the input, so they were taken to be shifted by one, but here is another one.",
+            where="task",
+            got="labels that are not the input's tokens",
+            expected="labels that are the input's tokens",
+            hint="Write `task = Language(shift=False)` into a file, or True if they are to be shifted, and name it: --task file.py:task.",
+        )
 
 
 def _are_the_inputs(labels: Tensor, inputs: Tensor) -> bool:

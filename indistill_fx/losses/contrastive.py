@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from indistill_fx.errors import ConfigError
 from indistill_fx.losses.base import EMBEDDING, MainLoss, Outputs, required
+from indistill_fx.losses.positions import as_classes
 
 
 class CRDLoss(MainLoss):
@@ -97,7 +98,7 @@ class CRDLoss(MainLoss):
     def _classes(self, labels: Tensor | None, index: Tensor) -> Tensor:
         """The class of each sample, (batch,); -1: none."""
         if labels is not None and self.task.by_class and labels.ndim == 2 and labels.is_floating_point():
-            labels = labels.argmax(1).masked_fill(labels.sum(1) == 0, -1)
+            labels = as_classes(labels)
         if labels is None or not self.task.by_class or labels.ndim != 1 or labels.is_floating_point():
             return torch.full_like(index, -1)
         return labels.clamp(min=-1)

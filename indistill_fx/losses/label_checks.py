@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from indistill_fx.errors import ConfigError
@@ -22,15 +21,30 @@ def require_positions(task: str, logits: Tensor, expected: str) -> None:
 
 
 def require_probabilities(labels: Tensor) -> None:
-    """Refuse labels (batch, classes, *positions) that are no distributions over the classes."""
+    """Refuse labels (batch, classes, *positions) that are no distributions over the classes; where all are 0, nothing counts."""
     sums = labels.sum(1)
-    if not bool((labels >= 0).all()) or not torch.allclose(sums, torch.ones_like(sums), atol=1e-2):
+    wrong = ~((sums - 1).abs() <= 1e-2) & (labels != 0).any(1) | (labels < 0).any(1)
+    if bool(wrong.any()):
         raise ConfigError(
             "Labels with a number for every class must be probabilities, but those of some sample do not sum to 1.",
             where="labels",
-            got=sums.flatten()[0].item(),
+            got=sums[wrong][0].item(),
             expected="class numbers, or probabilities that sum to 1",
             hint="For several labels per sample use --task multilabel, for measured values --task regression.",
+        )
+
+
+def require_binary(labels: Tensor) -> None:
+    """Refuse labels that are neither 0 nor 1, where those seen before were."""
+    others = labels[(labels != 0) & (labels != 1)]
+    if len(others):
+        raise ConfigError(
+            f"The labels seen first were all 0 or 1, so they were taken for multilabel, but here is {others[0]:g}.",
+            where="labels",
+            got=float(others[0]),
+            expected="0 or 1 for each label",
+            hint="Name the task: --task regression for measured values, --task multilabel for probabilities, --task classification for "
+            "class numbers.",
         )
 
 

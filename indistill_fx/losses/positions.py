@@ -21,16 +21,41 @@ def are_classes(labels: Tensor, logits: Tensor) -> bool:
     Raises:
         ConfigError: they fit neither form.
     """
-    if not labels.is_floating_point() and labels.shape == logits.shape[:1] + logits.shape[2:]:
+    if not labels.is_floating_point() and logits.ndim > 1 and labels.shape == logits.shape[:1] + logits.shape[2:]:
         return True
     if labels.is_floating_point() and labels.shape == logits.shape:
         return False
-    raise ConfigError(
+    raise other_size(labels, logits) or ConfigError(
         f"Labels of shape {tuple(labels.shape)} ({str(labels.dtype).removeprefix('torch.')}) do not fit logits of shape "
         f"{tuple(logits.shape)}.",
         where="labels",
         got=tuple(labels.shape),
         expected="class numbers (batch, *positions), or probabilities (batch, classes, *positions)",
+        hint="Give class numbers (batch, *positions) or probabilities (batch, classes, *positions), or name another task: task=… (--task).",
+    )
+
+
+def as_classes(labels: Tensor) -> Tensor:
+    """Class numbers as they are; of probabilities the likeliest class, and `IGNORED` where all are 0."""
+    if not labels.is_floating_point():
+        return labels
+    return labels.argmax(1).masked_fill(labels.sum(1) == 0, IGNORED)
+
+
+def other_size(labels: Tensor, logits: Tensor) -> ConfigError | None:
+    """The error for labels that differ from outputs (batch, classes, height, width, …) in size alone; None if they do not."""
+    expected = logits.shape if labels.is_floating_point() else logits.shape[:1] + logits.shape[2:]
+    places = logits.ndim - 2
+    if places < 2 or labels.shape == expected or labels.shape[:-places] != expected[:-places]:
+        return None
+    got, wanted = ("x".join(map(str, shape[-places:])) for shape in (labels.shape, logits.shape))
+    return ConfigError(
+        f"The labels are {got} in size, but the model's outputs are {wanted}.",
+        where="labels",
+        got=got,
+        expected=wanted,
+        hint=f"Let the model's forward bring its outputs to the labels' size (torch.nn.functional.interpolate(outputs, size=…)), or let "
+        f"the loader give labels of {wanted}.",
     )
 
 

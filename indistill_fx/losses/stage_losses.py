@@ -12,6 +12,7 @@ from indistill_fx.curriculum import Curriculum
 from indistill_fx.errors import ConfigError
 from indistill_fx.losses.base import Criterion, Outputs, required
 from indistill_fx.losses.registry import warmup_loss
+from indistill_fx.losses.task import Task
 from indistill_fx.losses.warmup import WarmupLoss
 from indistill_fx.plan import AlignmentPlan, Pair
 
@@ -96,6 +97,11 @@ class Kept(Criterion):
     def at_step(self, step: int) -> None:
         """See `Criterion`."""
         self.main.at_step(step)
+
+    @property
+    def reads(self) -> Task | None:
+        """See `Criterion`."""
+        return self.main.reads
 
     def kept_loss(self, student: Outputs, teacher: Outputs) -> Tensor:
         """The kept loss, unweighted."""

@@ -13,8 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from indistill_fx.errors import ConfigError
-from indistill_fx.losses.label_checks import require_no_class, require_positions, require_probabilities, require_shape
-from indistill_fx.losses.positions import IGNORED, are_classes, counted, mean_over
+from indistill_fx.losses.label_checks import (
+    require_binary,
+    require_no_class,
+    require_positions,
+    require_probabilities,
+    require_shape,
+)
+from indistill_fx.losses.positions import IGNORED, are_classes, as_classes, counted, mean_over
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
@@ -162,7 +168,7 @@ class Classification(Task):
 
     def measure(self, metric: Metric, logits: Tensor, labels: Tensor) -> None:
         """Probabilities count as their largest class."""
-        metric.update(logits, labels if are_classes(labels, logits) else labels.argmax(1))
+        metric.update(logits, as_classes(labels))
 
 
 @dataclass(frozen=True)
@@ -239,9 +245,14 @@ class MultiLabel(Task):
     Where there is one label, (batch,) is as good as (batch, 1).
 
     The divergence is T^2 times the mean over all labels of the KL of Bernoulli(sigmoid(z_t / T)) from Bernoulli(sigmoid(z_s / T)).
+
+    Attributes:
+        binary: whether probabilities are refused: where the task was inferred from labels that were all 0 or 1, others are a sign that
+            they are measured values.
     """
 
     name: ClassVar[str] = "multilabel"
+    binary: bool = False
 
     def prepare(self, logits: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Labels in the logits' dtype; (batch,) is one label a sample."""
@@ -250,6 +261,8 @@ class MultiLabel(Task):
     def check(self, logits: Tensor, labels: Tensor) -> None:
         """See `Task`."""
         require_shape(self.name, logits, labels)
+        if self.binary:
+            require_binary(labels)
         if not bool(((labels >= 0) & (labels <= 1)).all()):
             raise ConfigError(
                 f"multilabel reads labels from 0 to 1, but these range from {labels.min():g} to {labels.max():g}.",

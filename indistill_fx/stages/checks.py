@@ -11,11 +11,14 @@ from torch import Tensor, nn
 from indistill_fx.batch import Call, Inputs, Parts, Sizes, split, unfit
 from indistill_fx.errors import ConfigError
 from indistill_fx.graph.view import View
+from indistill_fx.losses.choose_task import require_as_before
 from indistill_fx.losses.task import Task
 from indistill_fx.traced import TracedModel
 
 
-def label_check(task: Task, logits_of: Callable[[Any], Tensor | None], *models: Inputs) -> Callable[[int, Any], None]:
+def label_check(
+    task: Task, logits_of: Callable[[Any], Tensor | None], *models: Inputs, inferred: bool = False
+) -> Callable[[int, Any], None]:
     """A check that a batch's labels are of the task.
 
     Args:
@@ -23,11 +26,13 @@ def label_check(task: Task, logits_of: Callable[[Any], Tensor | None], *models: 
         logits_of: the student's outputs for a batch, or None where they cannot be had; asked once for every form (sizes without the
             batch) that labels come in.
         models: what they take; of none, that is one input.
+        inferred: whether the task is, from the labels of one batch.
     """
     known: dict[torch.Size, torch.Size] = {}
 
     def check(number: int, batch: Any) -> None:
-        labels = split(batch, *models, where=f"Batch {number + 1}").labels
+        parts = split(batch, *models, where=f"Batch {number + 1}")
+        labels = parts.labels
         if labels is None or not labels.numel() or not task.labelled:
             return
         form = labels.shape[1:]
@@ -37,20 +42,34 @@ def label_check(task: Task, logits_of: Callable[[Any], Tensor | None], *models: 
             return
         # expanded, so it takes no memory
         stand_in = torch.zeros(1, device=labels.device).expand(len(labels), *known[form])
-        try:
-            logits, prepared = task.prepare(stand_in, labels)
-            assert prepared is not None
-            task.check(logits, prepared)
-        except ConfigError as error:
-            raise ConfigError(
-                f"Labels of batch {number + 1}: {error.message}",
-                where=error.where,
-                got=error.got,
-                expected=error.expected,
-                hint=error.hint,
-            ) from error
+        inputs = parts.calls[-1].first if inferred else None
+        check_labels(task, stand_in, labels, whose=f"Labels of batch {number + 1}", inputs=inputs)
 
     return check
+
+
+def check_labels(task: Task, logits: Tensor, labels: Tensor, *, whose: str, inputs: Tensor | None = None) -> None:
+    """Refuse labels that are not of the task.
+
+    Args:
+        task: what they mean.
+        logits: as the student gives them.
+        labels: as the loader gives them.
+        whose: they are, as the beginning of the message.
+        inputs: the batch's first, if the task was inferred from another batch.
+
+    Raises:
+        ConfigError: form or values are not those of the task.
+    """
+    try:
+        require_as_before(task, labels, inputs)
+        prepared, meant = task.prepare(logits, labels)
+        assert meant is not None
+        task.check(prepared, meant)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{whose}: {error.message}", where=error.where, got=error.got, expected=error.expected, hint=error.hint
+        ) from error
 
 
 def require_frozen_end(student: nn.Module, half: nn.Module, tap: str) -> None:
@@ -190,7 +209,7 @@ def require_one_output(model: TracedModel) -> None:
             where="logits",
             got=list(model.several_outputs),
             expected="one output, or one called `logits`",
-            hint="Say which one holds the logits: logits=KEY (--logits KEY).",
+            hint="Say which one holds the logits: logits=KEY (--logits KEY); for `compile_stages`, ifx.trace(model, …, logits=KEY).",
         )
 
 

@@ -80,7 +80,8 @@ def compile_stages(
         target: what the stages are lowered for; None: eager, on the student's device.
         lowerings: which rewrites for speed run, instead of the target's own (`passes.lowering.table`); for measuring them.
         say: called with a line about every stage that is left out; by default a Python warning.
-        task: what the labels mean: a name, `file.py:task` or a `Task`; None: classification.
+        task: what the labels mean: a name, `file.py:task` or a `Task`; None: classification. Labels that are not of the task are
+            refused: on a CPU those of any batch, elsewhere those of the first; not under `torch.compile`, nor for losses of your own.
 
     Returns:
         The stages in the order of training. Each is a module: batch → loss, a scalar.

@@ -19,7 +19,7 @@ from indistill_fx.errors import TrainError
 from indistill_fx.losses.base import Outputs
 from indistill_fx.passes.contract import PassRecord, signature_of
 from indistill_fx.plan import Pair
-from indistill_fx.stages.checks import check_inputs, check_sizes
+from indistill_fx.stages.checks import check_inputs, check_labels, check_sizes
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +100,7 @@ class Stage(nn.Module):
         self._takes = [Inputs.of(half).without(self._fed) for half in (student, teacher) if half is not None]
         self._dtypes = tuple((dtypes or {}).get(name) for name in self._inputs)
         self._fixed = tuple(fixed)
-        self._cached = False
+        self._cached = self._looked = False
 
     def train(self, mode: bool = True) -> Stage:
         """Set the mode of the student's half and of the loss; the teacher stays in eval mode.
@@ -164,8 +164,8 @@ class Stage(nn.Module):
             A scalar.
 
         Raises:
-            ConfigError: the batch is none of these, an entry is not a tensor or of a wrong device or dtype, or the labels or indices
-                that the loss needs are missing.
+            ConfigError: the batch is none of these, an entry is not a tensor or of a wrong device or dtype, the labels or indices that
+                the loss needs are missing, or the labels are not of the task (see `compile_stages`).
             TrainError: a stage without a teacher gets no features.
         """
         parts = split(batch, *self._takes, where=f"Stage `{self.name}`")
@@ -182,8 +182,18 @@ class Stage(nn.Module):
         if known:
             teacher = self._outputs(known, 0, parts.indices)
         features, _ = parts.calls[0].plus({name: known[tap] for name, tap in self._fed.items()})(self.student)
-        loss: Tensor = self.criterion(self._outputs(features, 1, parts.indices), teacher, parts.labels)
+        student = self._outputs(features, 1, parts.indices)
+        self._check_labels(student.logits, parts.labels)
+        loss: Tensor = self.criterion(student, teacher, parts.labels)
         return loss
+
+    def _check_labels(self, logits: Tensor | None, labels: Tensor | None) -> None:
+        """Look at the labels of every batch on a CPU; elsewhere, where that means to wait for the device, at those of the first."""
+        task = getattr(self.criterion, "reads", None)
+        if task is None or self._looked or logits is None or labels is None or torch.compiler.is_compiling():
+            return
+        check_labels(task, logits.detach(), labels, whose=f"Stage `{self.name}`, task {task.name}")
+        self._looked = labels.device.type != "cpu"
 
     def _given(self, parts: Parts) -> Mapping[str, Tensor]:
         if parts.features is None:

@@ -18,8 +18,8 @@ from indistill_fx.evaluation.kept_task import kept_facts
 from indistill_fx.graph.main_output import main_output
 from indistill_fx.graph.module_state import evaluating
 from indistill_fx.losses.choose_task import choose_task, is_telling, task_of
-from indistill_fx.losses.positions import IGNORED, are_classes
-from indistill_fx.losses.task import Classification, Segmentation, Task
+from indistill_fx.losses.positions import IGNORED, as_classes, counted
+from indistill_fx.losses.task import Classification, Language, Segmentation, Task
 from indistill_fx.runs.record import MetricFacts
 from indistill_fx.stages.checks import label_check
 
@@ -107,7 +107,7 @@ def task_of_run(
         _require_labels(chosen, prepared, meant, loader, models)
     origin = "as requested" if task is not None else "inferred from the labels of the first batch"
     count = prepared.shape[1] if prepared.ndim > 1 else 1
-    check = label_check(chosen, logits_of, *models)
+    check = label_check(chosen, logits_of, *models, inferred=task is None or task == Language.name)
     said, facts = f"Task: {described(chosen)}, {origin}.", kept_facts(chosen, spec)
     return RunTask(chosen, deciding_metric(chosen, count), said, check, count, facts=facts)
 
@@ -131,12 +131,12 @@ def _require_labels(
     task: Task, outputs: Tensor, labels: Tensor, loader: Iterable[Any], models: Sequence[Inputs]
 ) -> None:
     """Refuse labels that are all ignored: the loss would always be 0, and the run would learn nothing."""
-    if not isinstance(task, Classification) or not are_classes(labels, outputs) or bool((labels != IGNORED).any()):
+    if not isinstance(task, Classification) or bool(counted(labels, outputs).any()):
         return
     for batch in islice(loader, _LOOKED_AT):
         found = split(batch, *models, where="The training").labels
         meant = task.prepare(outputs, found.to(outputs.device))[1] if found is not None else None
-        if meant is not None and not bool(meant.eq(IGNORED).all()):
+        if meant is not None and bool((as_classes(meant) != IGNORED).any()):
             return
     void = f"{task.void} or {IGNORED}" if isinstance(task, Segmentation) else str(IGNORED)
     raise ConfigError(

@@ -79,7 +79,7 @@ CASES = {
     "counts": ("net", "regression", "regression", {}),
     "maps": ("dense", "models.py:void", "segmentation", {"void": 254}),
     "masked": ("Words", "models.py:aligned", "language", {"shift": False}),
-    "tags": ("net?outputs=3", "multilabel", "multilabel", {}),
+    "tags": ("net?outputs=3", "multilabel", "multilabel", {"binary": False}),
 }
 
 

@@ -130,3 +130,35 @@ def test_a_named_tuple_takes_a_place_too() -> None:
     x, _ = batch()
     assert ifx.trace(net(Named, 0).eval(), x, logits=1).logits == "head"
     assert ifx.trace(net(Named, 0).eval(), x, logits="logits").logits == "head"
+
+
+def test_a_named_entry_of_several_tensors_is_no_logits():
+    """A detector's list of maps: its first was taken."""
+    model = net(lambda f, y: (y, [f, y]), 0)
+    with pytest.raises(
+        ifx.IndistillError, match=r"entry 1 of the output holds 2 tensors of different shapes\. Name an entry"
+    ):
+        ifx.trace(model, batch()[0], logits=1)
+    assert ifx.trace(model, batch()[0], logits=0).logits == ifx.trace(net(lambda f, y: y, 0), batch()[0]).logits
+
+
+class Detector(nn.Module):
+    """What it finds in each picture, as torchvision's detectors say it."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 5)
+
+    def forward(self, images: Tensor) -> list[dict[str, Tensor]]:
+        found = [self.head(self.backbone(image[None]).flatten(2).mT[0]) for image in images]
+        return [{"boxes": one[:, :4], "scores": one[one[:, 4] > 0, 4]} for one in found]
+
+
+@pytest.mark.parametrize("role", ["teacher", "student"])
+def test_a_detector_is_told_to_give_its_backbone(role):
+    """The reason given was a loop in its code, which nobody can change."""
+    with pytest.raises(
+        ifx.FrontendError, match=r"Detector cannot be traced: it returns tensors for each sample.*its backbone"
+    ):
+        ifx.trace(Detector(), batch()[0], role=role)
+    assert ifx.trace(Detector().backbone, batch()[0], role=role).report.method == "symbolic"

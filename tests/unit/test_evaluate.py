@@ -1,5 +1,7 @@
 """Evaluation against plain numpy and scikit-learn; and that it leaves everything as it was."""
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
@@ -215,6 +217,39 @@ def test_ties_count_against_the_model():
     found = retrieval(dead, labels, dead, labels, k=5)
     assert found.precision_cosine == found.precision_euclidean == 0
     assert found.map_cosine == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(("low", "high", "width"), [(0, 16, 4), (0, 2, 64), (-8, 8, 32)])
+@pytest.mark.parametrize("offset", [0, 300])
+def test_equal_distances_of_different_vectors_tie(low, high, width, offset):
+    """They were in the order of their rounding errors. Whole numbers are compared exactly here."""
+    g = torch.Generator().manual_seed(0)
+    query, database = (torch.randint(low, high, (n, width), generator=g) + offset for n in (12, 80))
+    labels = torch.arange(80) % 4
+    averages = []
+    for vector, label in zip(query, labels, strict=False):
+        dots, lengths = (database @ vector).tolist(), database.square().sum(1).tolist()
+        by_cosine = [-Fraction(dot * abs(dot), length or 1) for dot, length in zip(dots, lengths, strict=True)]
+        for distances in (by_cosine, (database - vector).square().sum(1).tolist()):
+            hits = [bool(labels[i] == label) for i in range(80)]
+            order = sorted(range(80), key=lambda i: (distances[i], hits[i]))
+            found = np.array([hits[i] for i in order])
+            precision, recall = np.cumsum(found) / np.arange(1, 81), np.cumsum(found) / 20
+            averages.append(np.mean([precision[recall >= r / 10 - 1e-9].max() for r in range(11)]))
+    found = retrieval(query.float() / 8, labels[:12], database.float() / 8, labels, k=1)
+    assert found.map_cosine == pytest.approx(np.mean(averages[::2]), rel=1e-12)
+    assert found.map_euclidean == pytest.approx(np.mean(averages[1::2]), rel=1e-12)
+
+
+@pytest.mark.filterwarnings("error")
+def test_complex_features_have_two_parts():
+    """The imaginary one was dropped, with torch's warning."""
+    torch.manual_seed(0)
+    query, database = (torch.randn(n, 4, dtype=torch.complex64) for n in (12, 30))
+    labels = torch.arange(30) % 3
+    parts = (torch.cat([x.real, x.imag], 1) for x in (query, database))
+    expected = retrieval(next(parts), labels[:12], next(parts), labels, k=5)
+    assert retrieval(query, labels[:12], database, labels, k=5) == expected
 
 
 def test_retrieval_does_not_depend_on_block_or_order():

@@ -217,8 +217,8 @@ def test_a_loss_of_ones_own_may_read_labels_of_no_task():
 def test_what_is_inferred():
     logits = torch.zeros(4, 3)
     assert infer_task(logits, torch.tensor([[0], [1], [2], [0]])) == Classification()
-    assert infer_task(torch.zeros(4, 1), torch.tensor([[0], [1], [1], [0]])) == MultiLabel()
-    assert infer_task(torch.zeros(4, 1), torch.tensor([0, 1, 1, 0])) == MultiLabel()
+    assert infer_task(torch.zeros(4, 1), torch.tensor([[0], [1], [1], [0]])) == MultiLabel(binary=True)
+    assert infer_task(torch.zeros(4, 1), torch.tensor([0, 1, 1, 0])) == MultiLabel(binary=True)
     assert infer_task(torch.zeros(4, 1), torch.tensor([0.5, 1, 1, 0])) == Regression()
     assert infer_task(torch.zeros(4, 3, 5), torch.zeros(4, 5, dtype=torch.long)) == Segmentation()
     assert infer_task(torch.zeros(4, 3, 5, 6), torch.zeros(4, 1, 5, 6, dtype=torch.long)) == Segmentation()

@@ -136,6 +136,12 @@ class Reference:
             )
         return self._sizes
 
+    @property
+    def lists_samples(self) -> bool:
+        """Whether the module returns tensors for each sample, as detectors do: their number changes with the batch size."""
+        runs = [self._run(size) for size in self.sizes]
+        return len({len(run.outputs) for run in runs if isinstance(run, Run)}) > 1
+
     def put_back(self) -> bool:
         """Restore the parameters' values; records, and returns, whether they had changed."""
         self.writes_weights |= self._put_back()

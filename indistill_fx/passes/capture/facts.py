@@ -231,8 +231,14 @@ def _logits_node(
             where="output",
             hint="The forward must return a tensor, or a dict or tuple with one.",
         )
-    if wanted is not None or len({facts[name].shape for name in named}) == 1:
+    if len({facts[name].shape for name in named}) == 1:
         return named[0], ()
+    if wanted is not None:
+        raise FrontendError(
+            f"entry {wanted!r} of the output holds {len(named)} tensors of different shapes",
+            where="logits",
+            hint="Name an entry that is one tensor, or let the forward return the logits as one.",
+        )
     return named[0], tuple(_shown_outputs(value, facts))
 
 

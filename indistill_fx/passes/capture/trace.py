@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from indistill_fx.batch import Call, Inputs
+from indistill_fx.batch import LEFT_OUT, Call, Inputs
 from indistill_fx.errors import ConfigError, FrontendError
 from indistill_fx.graph.caches import caches_kept, reach_of
 from indistill_fx.graph.draws import Generators
@@ -204,7 +204,11 @@ def trace(
 
 
 def _marked(graph_module: fx.GraphModule, module: nn.Module) -> fx.GraphModule:
-    """The graph, in which the user's tensors and the constants that tracing made can be told apart."""
+    """The graph, in which the user's tensors and the constants that tracing made can be told apart, and which knows what it left out."""
+    taken, given = Inputs.of(module), Inputs.of(graph_module).names
+    left_out = tuple(name for name in (*taken.names, *taken.left_out) if name not in (*taken.required, *given))
+    for node in graph_module.graph.find_nodes(op="placeholder"):
+        node.meta[LEFT_OUT] = left_out
     own = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
     for node in graph_module.graph.find_nodes(op="get_attr"):
         node.meta[MADE] = str(node.target) not in own
@@ -296,9 +300,15 @@ def _capture(
         return method, captured, known, refused
     if coarse is not None:
         return *coarse, [line for line in refused if not line.startswith("leaves:")]
-    reference.sizes  # noqa: B018  a module that fails on its own says so here
-    assert reason is not None
     name = type(reference.module).__name__
+    if reference.lists_samples:  # a module that fails on its own says so here
+        raise FrontendError(
+            f"{name} cannot be traced: it returns tensors for each sample, as detectors do, so their number changes with the batch.",
+            where=name,
+            hint="Distil its backbone, which returns tensors for the whole batch: teacher.backbone and student.backbone, or a function in "
+            "a file that makes it. The detector's own loss can be the main loss: examples/detection.py.",
+        ) from reason
+    assert reason is not None
     others = "; ".join(line.rstrip(".") for line in refused if reason.message not in line)
     raise FrontendError(
         f"{name} cannot be traced: {reason.message.rstrip('.')}." + (f" ({others}.)" if others else ""),
