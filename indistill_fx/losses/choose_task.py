@@ -112,10 +112,10 @@ def infer_task(logits: Tensor, labels: Tensor | None, inputs: Tensor | None = No
 
 def _by_values(logits: Tensor, labels: Tensor) -> Task | None:
     """The task of labels that have one value for every output."""
-    if labels.is_floating_point() and logits.ndim == 2 and logits.shape[1] > 1:
+    if labels.is_floating_point() and logits.ndim > 1 and logits.shape[1] > 1:
         sums = labels.sum(1)
         if torch.allclose(sums, torch.ones_like(sums), atol=1e-4) and bool((labels >= 0).all()):
-            return Classification()
+            return Classification() if logits.ndim == 2 else Segmentation()
     if bool(((labels == 0) | (labels == 1)).all()):
         return MultiLabel(binary=True)
     return Regression() if labels.is_floating_point() else None

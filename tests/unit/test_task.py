@@ -164,6 +164,8 @@ def test_which_way_is_up():
         ((8, 5), draw(0, 8, 5), Regression()),
         ((8, 1), draw(0, 8), Regression()),
         ((8, 5, 6, 6), whole(0, 5, 8, 6, 6), Segmentation()),
+        ((8, 5, 6, 6), F.one_hot(whole(0, 5, 8, 6, 6), 5).movedim(-1, 1) * 0.7 + 0.06, Segmentation()),
+        ((8, 5, 6, 6), whole(0, 2, 8, 5, 6, 6).double(), MultiLabel(binary=True)),
         ((8, 6, 50), whole(0, 50, 8, 6), Language()),
         ((8, 5), None, Embedding()),
     ],
