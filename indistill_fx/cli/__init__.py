@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from indistill_fx.errors import IndistillError
+from indistill_fx.errors import ConfigError, IndistillError
 from indistill_fx.system.terminal import paragraph, printable, tell
 from indistill_fx.version import __version__
 
@@ -96,6 +96,7 @@ def run(arguments: list[str]) -> int:
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
+        _require_text(arguments)
         result: Any = app.main(arguments, prog_name="indistill-fx", standalone_mode=False)
     except IndistillError as error:
         _tell(error, debug=debug)
@@ -124,6 +125,22 @@ def run(arguments: list[str]) -> int:
     except Exception as error:  # anything that reaches this line is a bug of ours
         return _our_fault(error, debug=debug)
     return result if isinstance(result, int) else 0
+
+
+def _require_text(arguments: list[str]) -> None:
+    """Refuse arguments that are no text: files of such names would be written, and could not be read again.
+
+    Raises:
+        ConfigError: bytes of an argument are not those of a text.
+    """
+    for argument in arguments:
+        if any("\ud800" <= sign <= "\udfff" for sign in argument):
+            raise ConfigError(
+                f"The argument {argument!r} is not text in UTF-8, and safetensors and onnxruntime open no files of such names.",
+                where="arguments",
+                got=argument,
+                hint="Rename the file or folder, or go into the folder and name what is in it by a relative path.",
+            )
 
 
 def _our_fault(error: Exception, *, debug: bool) -> int:

@@ -47,6 +47,7 @@ def command(
     from rich.text import Text
 
     from indistill_fx.deploy.check_onnx import check_onnx
+    from indistill_fx.evaluation.compared_task import decisions_of
 
     source = common.open_model(against, trust)
     more: dict[str, Any] = {"batch_size": 256, "augment": False, "limit": samples}
@@ -58,7 +59,7 @@ def command(
         common.example_for((source,), inputs, opened),
         real_inputs=common.first_inputs(opened.test, samples, source.module) if opened else None,
         metadata=_expected(source, opened),
-        decisions=common.decisions_of(task),
+        decisions=decisions_of(task),
         logits=common.logits_of(options["logits"], source),
     )
     if as_json:

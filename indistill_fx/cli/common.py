@@ -13,7 +13,7 @@ from indistill_fx.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from torch import Tensor, nn
+    from torch import nn
 
     from indistill_fx.data.dataset import Data
     from indistill_fx.deploy.parity import RealParity
@@ -140,16 +140,22 @@ def open_model(spec: str, trust: tuple[str, ...], *, seed: int = 0) -> Source:
 def example_for(sources: tuple[Source, ...], asked: Sequence[str] = (), data: Data | None = None) -> Any:
     """Example inputs for some models: as requested, or like the data's first sample, or of the shape that the models state.
 
+    Without data, real numbers have the dtype of the first model's weights, unless the request names another.
+
     Returns:
         A tensor, or several: in order, or by name where the data have names.
 
     Raises:
         ConfigError: the shape is unknown.
     """
+    import torch
+
+    from indistill_fx.graph.module_state import real_dtype
     from indistill_fx.loading.inputs import example_inputs
 
+    real = (real_dtype(sources[0].module) if sources else None) or torch.float32
     if asked:
-        return example_inputs(asked)
+        return example_inputs(asked, str(real).removeprefix("torch."))
     if data is not None:
         return _example_of_data(sources, data)
     known = next((source.example_inputs for source in sources if source.example_inputs is not None), None)
@@ -164,7 +170,7 @@ def example_for(sources: tuple[Source, ...], asked: Sequence[str] = (), data: Da
             where="--input",
             hint=f"Give the shape (--input 3x224x224){' or the data (--data DATA)' if _takes_data() else ''}.",
         )
-    return _random(size)
+    return _random(size).to(real)
 
 
 def _takes_data() -> bool:
@@ -263,8 +269,8 @@ def first_inputs(loader: Any, samples: int, module: nn.Module) -> Any:
     return inputs[0] if len(inputs) == 1 else inputs
 
 
-def deployment_facts(spec: str, source: Source, data: Data | None) -> dict[str, str]:
-    """The metadata for a deployed file, from all that is known of the model."""
+def deployment_facts(spec: str, source: Source, data: Data | None, task: Any = None) -> dict[str, str]:
+    """The metadata for a deployed file, from all that is known of the model; `task`: as plain values."""
     from indistill_fx.deploy.metadata import of_source
     from indistill_fx.runs.load import is_run, run_fingerprint
 
@@ -273,41 +279,21 @@ def deployment_facts(spec: str, source: Source, data: Data | None) -> dict[str, 
         run=run_fingerprint(spec) if is_run(spec) else "",
         classes=(data.classes if data else ()) or source.classes,
         normalisation=(data.normalisation if data else None) or source.normalisation,
+        task=task,
     )
 
 
 def task_of_data(options: dict[str, Any], source: Source, data: Data | None) -> Task | None:
     """The task as named (--task), as the model was trained, or as the first test batch shows; None if unknown."""
-    import torch
-
-    from indistill_fx.batch import Inputs, split
-    from indistill_fx.evaluation.accuracy import select_logits
-    from indistill_fx.evaluation.kept_task import asked_or_kept
-    from indistill_fx.graph.module_state import evaluating
-    from indistill_fx.losses.choose_task import choose_task
+    from indistill_fx.evaluation.compared_task import task_shown
 
     if data is None:
         return None
-    task, origin = asked_or_kept(options["task"], source)
-    parts = split(next(iter(data.test)), Inputs.of(source.module), where="The model")
-    with evaluating(source.module), torch.no_grad():
-        outputs = parts.calls[0](source.module)
-    if parts.labels is None and task is None:
-        return None
-    try:
-        scores = select_logits(outputs, logits_of(options["logits"], source))
-        found = choose_task(task, scores, parts.labels, parts.calls[0].first)
-    except ConfigError:
-        if task is not None:
-            raise
-        return None
-    say(f"Task: {found.name}, {origin}.")
-    return found
-
-
-def decisions_of(task: Task | None) -> Callable[[Tensor], Tensor | None] | None:
-    """The function that turns a model's outputs into decisions, by its task."""
-    return None if task is None else lambda output: task.decisions(task.prepare(output, None)[0])
+    logits = logits_of(options["logits"], source)
+    task, origin = task_shown(source, next(iter(data.test)), options["task"], logits)
+    if task is not None:
+        say(f"Task: {task.name}, {origin}.")
+    return task
 
 
 _ALIKE = {
@@ -352,6 +338,7 @@ def together(
     example: Any,
     views: Sequence[View | None],
     options: dict[str, Any],
+    logits: Sequence[str | int | None],
 ) -> nn.Module:
     """The teachers as one module; an ensemble includes its members' views."""
     from indistill_fx.passes.ensemble import ensemble
@@ -365,7 +352,7 @@ def together(
             hint="Name the assistant: --assistant SPEC.",
         )
     modules, weights = [teacher.module for teacher in teachers], list(shares.values())
-    made = ensemble(modules, weights, example_inputs=example, logits=options["logits"], views=views)
+    made = ensemble(modules, weights, example_inputs=example, logits=logits, views=views)
     for number, (spec, share) in enumerate(zip(shares, made.meta["teachers"]["weights"], strict=True)):
         say(f"teachers.{number}: {spec}, its logits have the weight {share:.4g}")
     return made

@@ -100,8 +100,11 @@ def command(teacher: str, **options: Any) -> None:
       indistill-fx compress torchvision:resnet50 --data imagefolder:flowers --latency-ms 20 --threads 2 -o runs/fast
     """
     from indistill_fx.compression.compress import compress
+    from indistill_fx.compression.made import check_free
     from indistill_fx.runs.load import about_data
 
+    if not options["resume"] or not Path(options["output"], "compress.json").exists():
+        check_free(Path(options["output"]), options["resume"])
     source = common.open_model(teacher, options["trust"], seed=options["seed"])
     options["logits"] = common.logits_of(options["logits"], source)
     data = training.open_training_data(options, source)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from indistill_fx.graph.view import View
     from indistill_fx.loading.load import Source
     from indistill_fx.plan import AlignmentPlan
+    from indistill_fx.traced import TracedModel
 
 
 _SECTIONS = {
@@ -187,6 +188,7 @@ def command(teacher: str, student: str, **options: Any) -> None:
       indistill-fx distill teacher.pt models.py:make_student --data imagefolder:cifar10 -o runs/first
       indistill-fx distill teacher.pt models.py:make_student --data cifar10 -o runs/paper --recipe paper --assistant auto
     """
+    from indistill_fx.evaluation.kept_logits import logits_of_each
     from indistill_fx.training.compare import compare
     from indistill_fx.training.distill import distill
 
@@ -204,7 +206,9 @@ def command(teacher: str, student: str, **options: Any) -> None:
     student_module = last.module
     data = training.open_training_data(options, last, *teachers)
     example = common.example_for((*teachers, last), (), data)
-    source, view, plan = _teacher(teachers, last, data, example, shares, options)
+    asked = options["logits"]
+    logits, options["logits"] = logits_of_each(asked, teachers, last, example)
+    source, view, plan = _teacher(teachers, last, data, example, shares, options, logits)
     shared: dict[str, Any] = {
         "curriculum": _curriculum(options),
         "plan": plan,
@@ -222,7 +226,7 @@ def command(teacher: str, student: str, **options: Any) -> None:
         **settings,
     }
     if options["assistant"] is not None:
-        source = _assisted(source, student_module, teacher, data, shared, options)
+        source = _assisted(source, student_module, teacher, data, shared, options, asked)
         shared["about"]["teacher"], shared["teacher_view"] = f"{out}/step-1", None
         out = f"{out}/step-2"
     shared["run_dir"] = out
@@ -241,44 +245,52 @@ def command(teacher: str, student: str, **options: Any) -> None:
 
 
 def _assisted(
-    source: nn.Module,
+    source: nn.Module | TracedModel,
     student_module: nn.Module,
     teacher: str,
     data: Data,
     shared: dict[str, Any],
     options: dict[str, Any],
-) -> nn.Module:
+    asked: str | int | None,
+) -> nn.Module | TracedModel:
     """Train the assistant, which is the teacher of the second step."""
     from pathlib import Path
 
     from indistill_fx.batch import Call, Inputs
     from indistill_fx.deploy.save_pt2 import save_program
+    from indistill_fx.passes.capture.trace import as_traced
+    from indistill_fx.traced import TracedModel
     from indistill_fx.training.chain import distill_chain, shrunk_assistant
     from indistill_fx.training.parallel.processes import is_main_process
     from indistill_fx.training.recipes import RECIPES
 
     spec, place = options["assistant"], Path(options["output"]) / "step-1"
     if spec == "auto":
-        assistant, described = shrunk_assistant(
-            source, student_module, shared["example_inputs"], logits=options["logits"]
+        module, logits = (
+            (source.module, source.chosen) if isinstance(source, TracedModel) else (source, options["logits"])
         )
+        assistant, described = shrunk_assistant(module, student_module, shared["example_inputs"], logits=logits)
         spec = str(place.resolve() / "assistant.pt2")
         common.say(f"Assistant: {described}")
     else:
-        assistant = common.open_model(spec, options["trust"], seed=options["seed"]).module
+        loaded = common.open_model(spec, options["trust"], seed=options["seed"])
+        assistant, logits = loaded.module, common.logits_of(asked, loaded)
     step: dict[str, Any] = {"epochs": options["epochs"]}
     step |= RECIPES[options["recipe"]].assistant
     if options["assistant_epochs"] is not None:
         step["epochs"] = options["assistant_epochs"]
-    step["about"] = training.kept_of(spec, assistant, shared["example_inputs"], data, options, teacher=teacher)
-    shared = {**shared, "plan": None}  # the given plan is for the student
+    reading = {**options, "logits": logits}
+    step["about"] = training.kept_of(spec, assistant, shared["example_inputs"], data, reading, teacher=teacher)
+    shared = {**shared, "plan": None, "logits": logits}  # the given plan is for the student
     (record,) = distill_chain([source, assistant], data.train, steps=[step], run_dir=options["output"], **shared)
     if options["assistant"] == "auto" and is_main_process():
         takes = Inputs.of(assistant)
         example = Call.of_example(shared["example_inputs"], takes, where="The assistant").tensors(takes.names)
         save_program(assistant, tuple(example.values()), spec)  # `export` and `evaluate` load step-1 with it
     training.print_run(record, str(place))
-    return assistant
+    if logits == options["logits"]:
+        return assistant
+    return as_traced(assistant, shared["example_inputs"], role="teacher", logits=logits)
 
 
 def _teacher(
@@ -288,8 +300,9 @@ def _teacher(
     example: Any,
     shares: dict[str, float],
     options: dict[str, Any],
-) -> tuple[nn.Module, View, AlignmentPlan | None]:
-    """The teacher (several become one), its view of the data, and the given plan, if any."""
+    logits: Sequence[str | int | None],
+) -> tuple[nn.Module | TracedModel, View, AlignmentPlan | None]:
+    """The teacher (several become one; traced, where its logits are another output than the student's), its view, and the plan, if any."""
     from indistill_fx.graph.view import View
     from indistill_fx.plan import AlignmentPlan
 
@@ -300,9 +313,12 @@ def _teacher(
         module = teachers[0].module
         plan = plan or common.plan_beside(student, module, example)
         (view,) = pictures.teacher_views(options, teachers, data, (plan.view,) if plan and directly else ())
-        return module, view or View(), plan.model_copy(update={"view": view}) if plan and directly else plan
+        given_plan = plan.model_copy(update={"view": view}) if plan and directly else plan
+        own = logits[0] != options["logits"]
+        source = common.trace_model(teachers[0], example, "teacher", logits=logits[0], view=view) if own else module
+        return source, view or View(), given_plan
     views = pictures.teacher_views(options, teachers, data, plan.views if plan and directly else ())
-    return common.together(teachers, shares, example, views, options), View(), plan
+    return common.together(teachers, shares, example, views, options, logits), View(), plan
 
 
 _OF_THE_WARM_UP = ("layers", "warmup_loss", "warmup_lr", "warmup_optimizer", "patience", "feed", "together")

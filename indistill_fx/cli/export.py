@@ -91,6 +91,7 @@ def command(
     """
     from indistill_fx.deploy.export_onnx import export_onnx
     from indistill_fx.errors import ConfigError
+    from indistill_fx.evaluation.compared_task import decisions_of, facts_to_keep
     from indistill_fx.runs.load import is_run, keep_export
 
     _require_possible(output, data, int8, options["task"])
@@ -116,14 +117,13 @@ def command(
         output_names=_names(options["output_names"]),
         preprocess=normalisation if options["preprocess"] else None,
         real_inputs=common.first_inputs(opened.test, samples, source.module) if opened else None,
-        metadata=common.deployment_facts(model, source, opened),
+        metadata=common.deployment_facts(model, source, opened, facts_to_keep(options["task"], task, source)),
         tolerance=options["tolerance"],
-        decisions=common.decisions_of(task),
+        decisions=decisions_of(task),
         logits=common.logits_of(options["logits"], source),
     )
-    kept = is_run(model)
+    classes, kept = (opened.classes if opened else ()) or source.classes, is_run(model)
     failed = keep_export(model, path=str(report.path), size=report.size, latency_ms=report.latency_ms) if kept else None
-    classes = (opened.classes if opened else ()) or source.classes
     if not as_json:
         _tell(report, classes, _names_of_outputs(task, source), task, with_data=opened is not None)
     quantized = None
@@ -250,6 +250,9 @@ def _tell_int8(report: QuantizeReport, classes: tuple[str, ...]) -> None:
     out = common.console()
     out.print(f"{report.path}: int8, {report.method} ({ranges}), {size(report.size_int8)} ({change})")
     out.print(f"  accuracy {accuracies} on {report.evaluation_rows:,} samples")
+    for kind, count in report.in_float.items():
+        other = "; with --dynamic, in int8" if kind == "LSTM" and report.method == "static" else ""
+        out.print(f"  {count} {kind} layer{'s' * (count != 1)}: computed in float{other}")
     drop, label = max((before - after, label) for label, (before, after) in report.per_class.items())
     if drop > 0:
         out.print(f"  most lost: {100 * drop:.2f} points of class {_class_name(classes, label)}")

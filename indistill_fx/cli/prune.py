@@ -84,7 +84,7 @@ def command(
     from indistill_fx.compression.write_source import check_own
     from indistill_fx.errors import ConfigError
     from indistill_fx.runs.directory import COMPRESSION
-    from indistill_fx.runs.load import facts_of
+    from indistill_fx.runs.model_facts import facts_of
     from indistill_fx.system.files import try_folder
 
     asked = {name: requests.pop(name) for name in pictures.NAMES}
@@ -116,11 +116,12 @@ def command(
         _save(_narrowed(traced, plan_file, ranking), output)
     else:
         show = partial(common.console().print, soft_wrap=True)
-        basis = in_both_modes(traced, logits, show) if _is_directory(output) else traced
+        basis = in_both_modes(traced, traced.chosen, show) if _is_directory(output) else traced
         smaller, report = _shrunk(basis, layers, **requests, **ranking)
         train_as(basis, smaller)
         size = source.input_size if source.wanted_size else None
-        _save(smaller, output, traced, report, facts_of(source.classes, source.wanted_normalisation, size))
+        read: dict[str, Any] = {"logits": common.logits_of(logits, source), "task": source.task}
+        _save(smaller, output, traced, report, facts_of(source.classes, source.wanted_normalisation, size, **read))
 
 
 def _is_directory(output: str) -> bool:
@@ -143,7 +144,7 @@ def _save(
     from indistill_fx.errors import ExportError
     from indistill_fx.passes.capture.trace import trace
     from indistill_fx.runs.directory import PLAN
-    from indistill_fx.runs.load import FACTS
+    from indistill_fx.runs.model_facts import FACTS
     from indistill_fx.system.files import json_text
 
     out, target = common.console(), Path(output)

@@ -53,7 +53,7 @@ def command(teacher: str, data: str, output: str, taps: tuple[str, ...], **optio
         opened.train,
         output,
         taps=taps,
-        logits=options["logits"],
+        logits=common.logits_of(options["logits"], source),
         view=view,
         about=teacher,
         progress=True,

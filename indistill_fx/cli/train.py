@@ -28,6 +28,7 @@ def command(model: str, **options: Any) -> None:
 
     settings = training.settings_of(options)  # impossible options are refused before anything is loaded
     source = common.open_model(model, options["trust"], seed=options["seed"])
+    options["logits"] = common.logits_of(options["logits"], source)
     data = training.open_training_data(options, source)
     example = common.example_for((source,), (), data)
     if (warning := more_outputs_than_classes(source.module, example, data.classes, options["logits"])) is not None:

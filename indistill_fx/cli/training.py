@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from indistill_fx.loading.load import Source
     from indistill_fx.losses.task import Task
     from indistill_fx.runs.record import RunRecord
+    from indistill_fx.traced import TracedModel
 
 
 class Grouped(click.Command):
@@ -215,7 +216,11 @@ qat_option = count_option(
 
 
 def for_int8(
-    teacher: nn.Module, student: nn.Module, loader: Iterable[Any], settings: Mapping[str, Any], epochs: int
+    teacher: nn.Module | TracedModel,
+    student: nn.Module,
+    loader: Iterable[Any],
+    settings: Mapping[str, Any],
+    epochs: int,
 ) -> None:
     """The settings of a quantisation-aware run that follows another run."""
     from indistill_fx.training.chain import INT8, distill_for_int8

@@ -46,7 +46,7 @@ from indistill_fx.plan import AlignmentPlan
 from indistill_fx.runs.checkpoint import state_tensors
 from indistill_fx.runs.directory import STUDENT
 from indistill_fx.runs.load import about as about_model
-from indistill_fx.runs.load import keep_export, run_fingerprint
+from indistill_fx.runs.load import keep_export, run_fingerprint, task_in
 from indistill_fx.runs.record import RunRecord
 from indistill_fx.stages.compile import warmup_plan
 from indistill_fx.stages.traced_pair import examples_of
@@ -186,11 +186,11 @@ def compress(
         measure = Measure(batches, judge, clock if latency_ms else None, say, found.task if found.said else None)
         basis = in_both_modes(model, logits, say)
         untrained = make_student(basis, budget, measure, criterion=criterion, round_to=round_to)
-        made = write_made(folder, model, untrained, identity, every_block, about or {}, say, logits)
+        made = write_made(folder, model, untrained, identity, every_block, about or {}, say, logits, found.facts)
     settings |= {"val_loader": val_loader, "task": task, "example_inputs": example, "logits": logits, "resume": resume}
     settings |= {"plan": made.plan, "run_dir": folder, "progress": progress, "about": _about(made, model, about or {})}
     record = distill(model, made.traced, train_loader, **settings | ({} if made.plan else {"curriculum": NO_WARMUP}))
-    return _finished(folder, model, made, record, judge, identity, export, about or {}, say)
+    return _finished(folder, model, made, record, judge, identity, export, about or {}, say, logits)
 
 
 def _settings(options: Mapping[str, Any], **given: Any) -> dict[str, Any]:
@@ -237,6 +237,7 @@ def _finished(
     export: bool,
     about: Mapping[str, Any],
     say: Callable[[str], None],
+    logits: str | int | None,
 ) -> Compressed:
     last = made.steps[-1]
     student = made.student
@@ -255,7 +256,7 @@ def _finished(
         save_program(student, model.example_values, folder / "student.pt2")
         save_tensors(folder / STUDENT, state_tensors(student))
     if export:
-        _export(folder, model, student, last, about, say)
+        _export(folder, model, student, last, about, say, logits)
     save_made(folder, identity, steps, len(made.steps), made.spec, **made.kept)
     spec = f"{made.spec}@{folder / STUDENT}" if made.spec else ""
     return Compressed(student, made.plan, record, steps, spec)
@@ -268,6 +269,7 @@ def _export(
     last: Step,
     about: Mapping[str, Any],
     say: Callable[[str], None],
+    logits: str | int | None,
 ) -> None:
     """student.onnx, which says of itself what `export` of the run would let it say; and what reports show of it."""
     from indistill_fx.deploy.export_onnx import export_onnx
@@ -275,7 +277,7 @@ def _export(
 
     example = tuple(v[:1] if isinstance(v, Tensor) and v.dim() else v for v in model.example_values)
     known: dict[str, Any] = {"classes": about.get("classes") or (), "normalisation": about.get("normalisation")}
-    facts = of_source(model=str(folder), run=run_fingerprint(folder), **known)
-    made = export_onnx(student, folder / "student.onnx", example, metadata=facts)
+    facts = of_source(model=str(folder), run=run_fingerprint(folder), task=task_in(folder), **known)
+    made = export_onnx(student, folder / "student.onnx", example, metadata=facts, logits=logits)
     keep_export(folder, parameters=last.parameters, macs=last.macs, size=made.size, latency_ms=made.latency_ms)
     say(f"{folder / 'student.onnx'} written, {made.size:,} bytes")

@@ -20,13 +20,29 @@ from indistill_fx.graph.module_state import device_of
 from indistill_fx.loading.spec import parse_spec
 from indistill_fx.passes.capture.trace import trace
 from indistill_fx.plan import AlignmentPlan
-from indistill_fx.runs.directory import COMPRESSION, MOST_BYTES, PLAN, STUDENT, kept_plan
-from indistill_fx.runs.load import keep_facts, load
+from indistill_fx.runs.directory import (
+    AVERAGE,
+    BEST,
+    COMPRESSION,
+    EXPORT,
+    LAST,
+    MOST_BYTES,
+    PLAN,
+    STUDENT,
+    kept_plan,
+)
+from indistill_fx.runs.load import load
+from indistill_fx.runs.model_facts import FACTS, facts_of, keep_facts
 from indistill_fx.runs.signature import is_signed, sign
 from indistill_fx.system.files import make_folder, read_json, save_json
 from indistill_fx.traced import TracedModel
 
 START = "start.safetensors"
+_WRITTEN = (
+    *(START, STUDENT, AVERAGE, PLAN, FACTS, EXPORT, LAST, BEST),
+    *("metrics.jsonl", "student.onnx", "student.onnx.data", "student.pt2"),
+)
+"""What a compression and its training write, beside the student's source code, compress.json and run.json."""
 _KEPT = ("widths", "sensitivity", "repaired")
 """What compress.json keeps of the student from its making on."""
 _STEPS = TypeAdapter(tuple[Step, ...], config=ConfigDict(allow_inf_nan=False, extra="forbid"))
@@ -53,7 +69,7 @@ def check_free(folder: Path, resume: bool) -> None:
     """Refuse a folder whose content would be overwritten.
 
     Raises:
-        ConfigError: it holds a run, and `resume` is false; or a student.py that is not the one written here.
+        ConfigError: it holds a run, and `resume` is false; or files that are not of a compression, or a student.py that was changed.
     """
     if not resume and any((folder / name).exists() for name in (COMPRESSION, "run.json")):
         raise ConfigError(
@@ -61,6 +77,10 @@ def check_free(folder: Path, resume: bool) -> None:
             where=str(folder),
             hint="Continue it with resume=True (--resume), or give another directory.",
         )
+    if not (folder / COMPRESSION).exists():
+        for name in (SOURCE, *_WRITTEN):
+            if os.path.lexists(folder / name):
+                raise overwritten(folder / name)
     if (folder / SOURCE).exists() and _saved(folder).get("source") != _digest_of_source(folder):
         raise overwritten(folder / SOURCE)
 
@@ -124,22 +144,25 @@ def write_made(
     described: Mapping[str, Any],
     say: Callable[[str], None],
     logits: str | int | None = None,
+    task: Mapping[str, Any] | None = None,
 ) -> Made:
-    """Write the student as source code, its weights, the plan, and the report. `logits`: as for `trace`."""
+    """Write the student as source code, its weights, the plan, and the report. `logits`: as for `trace`; `task`: as plain values."""
     spec = ""
     student: nn.Module = untrained.model.graph_module
     try:
         source = source_of(untrained.model)
     except ExportError as error:
         say(f"No source code: {error} The result will be an exported program.")
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
+        save_json(folder / COMPRESSION, {})
         traced = replace(untrained.model, role="student")
     else:
         make_folder(folder)
         # First of all: a run that is killed after it knows the file for its own.
         save_json(folder / COMPRESSION, {"source": sha256(source.text.encode()).hexdigest()})
         source.save(folder)
-        keep_facts(folder, described.get("classes") or (), described.get("normalisation"), input_size(model))
+        of_data = described.get("classes") or (), described.get("normalisation"), input_size(model)
+        keep_facts(folder, facts_of(*of_data, logits=logits, task=task))
         os.replace(folder / STUDENT, folder / START)  # `student.safetensors` is reserved for the trained student
         spec, student = f"{folder / SOURCE}:Student", source.build().to(device_of(model.graph_module))
         traced = trace(student, model.example, role="student", logits=logits)

@@ -35,7 +35,7 @@ from indistill_fx.errors import ConfigError, ExportError
 from indistill_fx.graph.edit import copy_graph, sweep
 from indistill_fx.graph.module_state import mode, untouched
 from indistill_fx.runs.directory import PLAN
-from indistill_fx.runs.load import FACTS
+from indistill_fx.runs.model_facts import FACTS
 from indistill_fx.system.exact_arithmetic import exact_arithmetic
 from indistill_fx.system.files import make_folder, write
 from indistill_fx.system.tensor_files import header_of

@@ -276,12 +276,13 @@ def _wrong_content(
     module, quantised = deployed.module, is_quantised(model)
     stated = next((entry.value for entry in model.metadata_props if entry.key == "weights"), None)
     digest = weights_digest(module)
-    foreign = stated != digest and is_from_file(module)
+    from_file = is_from_file(module)
+    foreign = stated != digest and from_file
     if foreign:
         notes.append(
             "Only outputs were compared: what was read from an ONNX file has another graph when it is exported again."
         )
-    else:
+    elif quantised or not from_file:
         yield from _wrong_graph(model, deployed, inputs, session, notes)
     if quantised:
         yield from _wrong_classes(proof, limits[0], notes, limits[1] if foreign else _SANE)

@@ -37,7 +37,7 @@ from indistill_fx.deploy.parity import (
     rounding,
 )
 from indistill_fx.errors import ConfigError, ExportError, first_lines, instead_of
-from indistill_fx.graph.module_state import evaluating
+from indistill_fx.graph.module_state import evaluating, real_dtype
 from indistill_fx.graph.preprocess import Pair, Preprocess
 from indistill_fx.system.exact_arithmetic import exact_arithmetic
 from indistill_fx.system.files import staged
@@ -168,9 +168,10 @@ def export_onnx(
             deployed, inputs, opset=opset, dynamic_batch=dynamic_batch, dynamic_size=dynamic_size,
             input_names=ins, output_names=outs,
         )  # fmt: skip
-        all_metadata = {**of_module(module), **(built_in.metadata() if built_in else {}), **(metadata or {})}
+        known = {"logits": main} if main is not None and len(outs) > 1 else {}
+        all_metadata = {**of_module(module), **(built_in.metadata() if built_in else {}), **known, **(metadata or {})}
         _write(program, draft, all_metadata, external_data)
-        _require_valid(draft, _dtype(deployed))
+        _require_valid(draft, real_dtype(deployed) or torch.float32)
         session = open_session(draft)
         proof = prove(
             session, deployed, inputs, tolerance=tolerance, real_inputs=real, decisions=decisions, logits=main,
@@ -295,10 +296,6 @@ def _write(program: ONNXProgram, draft: Path, metadata: Mapping[str, str], exter
         program.save(draft, external_data=external_data)
 
 
-def _dtype(module: nn.Module) -> torch.dtype:
-    return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
-
-
 def _require_valid(draft: Path, dtype: torch.dtype) -> None:
     import onnx
 
@@ -320,7 +317,7 @@ def _disagreement(
     elif rounding_error is not None and rounding_error > tolerance / 10:
         off = f"torch in its own precision is {rounding_error:.1g} of the range off from float64."
         hint = f"The model amplifies rounding: {off}"
-        if (dtype := _dtype(deployed)).itemsize < 4:
+        if (dtype := real_dtype(deployed) or torch.float32).itemsize < 4:
             hint = f"The weights are {dtype}: {off} Raise the tolerance (--tolerance), or export the model in float32 (`model.float()`)."
     return ExportError(
         f"`{target}` was not written: onnxruntime and torch disagree (opset {opset}): {proof.failures[0]}{rest}.",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -44,7 +45,12 @@ def of_module(module: nn.Module) -> dict[str, str]:
 
 
 def of_source(
-    *, model: str = "", run: str = "", classes: Sequence[str] = (), normalisation: Normalisation | None = None
+    *,
+    model: str = "",
+    run: str = "",
+    classes: Sequence[str] = (),
+    normalisation: Normalisation | None = None,
+    task: Mapping[str, Any] | None = None,
 ) -> dict[str, str]:
     """What the caller knows besides; what is not known is left out.
 
@@ -53,6 +59,7 @@ def of_source(
         run: fingerprint of the run that trained it.
         classes: their names by label.
         normalisation: mean and standard deviation per channel of pixels scaled to 0..1.
+        task: what labels mean, as plain values (`evaluation.kept_task`).
     """
     entries: Mapping[str, str] = {
         "model": model,
@@ -60,5 +67,6 @@ def of_source(
         "classes": json.dumps(list(classes)) if classes else "",
         "mean": json.dumps(list(normalisation[0])) if normalisation else "",
         "std": json.dumps(list(normalisation[1])) if normalisation else "",
+        "task": json.dumps(dict(task)) if task else "",
     }
     return {key: one_line(value) for key, value in entries.items() if value}

@@ -171,8 +171,9 @@ def open_session(path: str | PathLike[str], *, threads: int | None = None) -> on
 
     weights = graph_of(path).graph.initializer
     hint = "Export the file again, or update onnxruntime."
-    if any(weight.data_type == onnx.TensorProto.DOUBLE and weight.dims for weight in weights):
-        hint = "The file's weights are float64, in which onnxruntime has few operators: export the model in float32 (`model.float()`)."
+    rare = {onnx.TensorProto.DOUBLE: "float64", onnx.TensorProto.BFLOAT16: "bfloat16"}
+    if kind := next((rare[weight.data_type] for weight in weights if weight.data_type in rare and weight.dims), None):
+        hint = f"The file's weights are {kind}, in which onnxruntime has few operators: export the model in float32 (`model.float()`)."
     with instead_of(Exception, ExportError(f"onnxruntime cannot load `{path}`", where=str(path), hint=hint)):
         return onnxruntime.InferenceSession(str(path), session_options(threads), providers=["CPUExecutionProvider"])
 

@@ -42,12 +42,14 @@ def wrong_int8_weights(model: onnx.ModelProto, fresh: onnx.ModelProto) -> tuple[
     expected = {name: array for name, array in _arrays(fresh).items() if array.dtype.kind == "f"}
     found: list[str] = []
     compared = 0
+    lstms = {name for node in model.graph.node if node.op_type == "DynamicQuantizeLSTM" for name in node.input[1:3]}
     for name, array in expected.items():
         if name in got:
             compared += 1
             found += _wrong_weight(name, got[name], array)
             continue
-        for written, turned in ((name, array), (f"{name}{_TURNED}", array.T)):
+        own = array.swapaxes(1, 2) if f"{name}_quantized" in lstms else array
+        for written, turned in ((name, own), (f"{name}{_TURNED}", array.T)):
             parts = _quantised(written, got)
             if parts is not None:
                 compared += 1
@@ -88,7 +90,9 @@ def _wrong_numbers(name: str, numbers: Array, scale: Array, zero: Array, expecte
         yield f"weight `{name}` has shape {list(numbers.shape)}, the module's {list(expected.shape)}"
         return
     # One scale per output channel: the first axis of a convolution's weight, the last axis of a matrix product's.
-    if scale.size > 1:
+    if scale.ndim == 2 and numbers.ndim == 3:  # of an LSTM's weight: one per direction and output channel
+        options = [[scale.shape[0], 1, scale.shape[1]]]
+    elif scale.size > 1:
         axis = next((axis for axis in (0, -1) if numbers.shape[axis] == scale.size), None)
         if axis is None:
             yield f"weight `{name}` has {scale.size} scales for the shape {list(numbers.shape)}"

@@ -56,6 +56,7 @@ class QuantizeReport:
         per_class: per class of the labels, the accuracies of the float file and of the int8 file.
         size_fp32: bytes.
         size_int8: bytes.
+        in_float: recurrent layers that the int8 file computes in float, by kind, with their number.
     """
 
     path: Path
@@ -69,6 +70,7 @@ class QuantizeReport:
     per_class: Mapping[int, tuple[float, float]]
     size_fp32: int
     size_int8: int
+    in_float: Mapping[str, int]
 
     @property
     def drop(self) -> float:
@@ -153,11 +155,12 @@ def quantize_onnx(
                 _quantize_dynamic(prepared, draft, **weights)
         for part in draft.parent.glob("prepared*"):
             part.unlink()
+        in_float = _left_in_float(draft, target, method)
         _, after = _classify(open_session(draft), evaluation, logits)
         report = QuantizeReport(
             target, method, calibrate if method == "static" else None, rows, len(labels),
             float((before == labels).mean()), float((after == labels).mean()), float((before == after).mean()),
-            _per_class(labels, before, after), file_size(source), 0,
+            _per_class(labels, before, after), file_size(source), 0, in_float,
         )  # fmt: skip
         if report.drop > max_drop:
             raise ExportError(
@@ -337,6 +340,31 @@ def _quantize_dynamic(prepared: Path, draft: Path, **options: bool) -> None:
     del model.graph.value_info[:]  # the quantiser transposes Gemm weights, and fails on their old shapes
     onnx.save(model, str(prepared))
     quantize_dynamic(str(prepared), str(draft), **options, weight_type=QuantType.QInt8)
+
+
+def _left_in_float(draft: Path, target: Path, method: str) -> dict[str, int]:
+    """The recurrent layers that a quantised file computes in float, by kind.
+
+    Raises:
+        ExportError: nothing in it is quantised.
+    """
+    from indistill_fx.loading.onnx.read import nodes_of
+    from indistill_fx.loading.onnx.runtime import is_quantised
+
+    model = graph_of(draft)
+    kinds = [node.op_type for node in nodes_of(model.graph) if node.op_type in ("LSTM", "GRU", "RNN")]
+    found = {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)}
+    if not is_quantised(model):
+        dynamic = "LSTM" in found and method == "static"
+        raise ExportError(
+            f"`{target}` was not written: none of the model's operators can be computed in int8 ({method}).",
+            where=str(target),
+            hint="LSTM layers can be with the other method: --dynamic (method='dynamic')." if dynamic else _FLOAT_ALONE,
+        )
+    return found
+
+
+_FLOAT_ALONE = "Use the float file: leave int8 out (--int8)."
 
 
 def _write_down(draft: Path, report: QuantizeReport) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from indistill_fx.batch import Call, Inputs, split, to_device
 from indistill_fx.errors import ConfigError, IndistillError
 from indistill_fx.graph.main_output import main_output
-from indistill_fx.graph.module_state import device_of, evaluating
+from indistill_fx.graph.module_state import device_of, evaluating, real_dtype
 from indistill_fx.graph.view import View
 from indistill_fx.losses.base import widened
 from indistill_fx.losses.choose_task import choose_task, is_telling, require_as_before
@@ -392,9 +392,9 @@ def outputs_of(module: nn.Module | Callable[..., Any], call: Call) -> Any:
 
 def _other_dtype(module: nn.Module | Callable[..., Any], given: Sequence[Tensor], error: str) -> str | None:
     """What to do if the model failed because the inputs' dtype is not its weights'."""
-    parameters = module.parameters() if isinstance(module, nn.Module) else ()
-    weights = next((p.dtype for p in parameters if p.is_floating_point()), None)
+    weights = real_dtype(module) if isinstance(module, nn.Module) else None
     other = next((x.dtype for x in given if x.dtype != weights), None)
     if weights is None or other is None or "type" not in error:
         return None
-    return f"The weights are {weights}, an input is {other}: let the loader give it as {weights} (x.to({weights}))."
+    own = f"let the loader give it as {weights} (x.to({weights})), or the model be in {other} (model.to({other}))"
+    return f"The weights are {weights}, an input is {other}: {own}."

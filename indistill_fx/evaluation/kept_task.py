@@ -1,4 +1,4 @@
-"""The task that a model was trained on, as its run keeps it: what its labels mean is then known, and need not be inferred again."""
+"""The task that a model was trained on, as its run or its file keeps it: what its labels mean is then known, and not inferred again."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def kept_task(source: Source) -> str | Task | None:
     if facts is None:
         return None
     name, code = facts.get("name"), facts.get("code")
-    if isinstance(code, str) and is_signed(parse_spec(code), facts.get("seal")):
+    if isinstance(code, str) and _is_ours(code, facts.get("seal")):
         return code
-    if code is not None or name not in TASKS or "settings" not in facts:
+    if code is not None or not isinstance(name, str) or name not in TASKS or "settings" not in facts:
         where = f", {str(code)[:200]}, which has changed since, or another user or machine named it" if code else ""
         raise ConfigError(
             f"{source.spec} was trained on a task of the user's own, `{str(name)[:60]}`{where}.",
@@ -49,7 +49,7 @@ def kept_task(source: Source) -> str | Task | None:
             got=str(name)[:60],
             hint="Name the task: --task file.py:task. If it names code, that is run, so name only code that you trust.",
         )
-    task = _with_settings(str(name), facts["settings"], source)
+    task = _with_settings(name, facts["settings"], source)
     return task if task.labelled else None
 
 
@@ -67,12 +67,24 @@ def asked_or_kept(asked: str | None, *sources: Source) -> tuple[str | Task | Non
     return None, "inferred from the labels of the first batch"
 
 
+def _is_ours(code: str, seal: object) -> bool:
+    """Whether it names code, and this user signed that as it is now."""
+    try:
+        return is_signed(parse_spec(code), seal)
+    except ConfigError:
+        return False
+
+
+_LARGEST = 1 << 31
+"""Above the settings that a task can have."""
+
+
 def _with_settings(name: str, settings: Any, source: Source) -> Task:
     """A task of ours, with settings from a file."""
     task = TASKS[name]()
     known = vars(task)
     if isinstance(settings, Mapping) and all(
-        key in known and type(value) is type(known[key]) for key, value in settings.items()
+        key in known and type(value) is type(known[key]) and abs(value) < _LARGEST for key, value in settings.items()
     ):
         return type(task)(**settings)
     raise ConfigError(

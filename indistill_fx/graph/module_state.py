@@ -72,6 +72,11 @@ def uncompiled(module: nn.Module) -> nn.Module:
     return module
 
 
+def real_dtype(module: nn.Module) -> torch.dtype | None:
+    """The dtype of a module's weights: that of the first of at least 16 bits; None where it has none."""
+    return next((p.dtype for p in module.parameters() if p.is_floating_point() and p.itemsize > 1), None)
+
+
 def left_in_eval(model: nn.Module) -> list[nn.Module]:
     """The parts of a model that its user has put into eval mode, and that stay there while the model trains.
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from indistill_fx.errors import ConfigError
+from indistill_fx.system.files import parse_json
 
 _MOST_CHANNELS = 1 << 16
 Pair: TypeAlias = tuple[Sequence[float] | float, Sequence[float] | float]
@@ -54,10 +55,10 @@ class Preprocess:
         if not text:
             return None
         try:
-            mean, std = ([float(number) for number in json.loads(text)[key]] for key in ("mean", "std"))
+            mean, std = ([float(number) for number in parse_json(text)[key]] for key in ("mean", "std"))
             if all(map(math.isfinite, mean + std)) and len(mean) <= _MOST_CHANNELS:
                 return Preprocess.make((mean, std))
-        except (ValueError, TypeError, KeyError, IndexError, OverflowError, RecursionError, ConfigError):
+        except (OSError, ValueError, TypeError, KeyError, IndexError, OverflowError, RecursionError, ConfigError):
             pass
         raise ConfigError(
             f"The file's metadata say of its preprocessing what cannot be: {text[:100]!r}.",

@@ -42,8 +42,8 @@ class InputForm:
     shape: tuple[int, ...]
 
 
-def parse_input(text: str) -> InputForm:
-    """One input, as options give it: [NAME:][DTYPE[LOW..HIGH]x]SHAPE.
+def parse_input(text: str, real: str = "float32") -> InputForm:
+    """One input, as options give it: [NAME:][DTYPE[LOW..HIGH]x]SHAPE; `real`: the dtype where the text gives none.
 
     Raises:
         ConfigError: it has another form, or is too large.
@@ -55,7 +55,7 @@ def parse_input(text: str) -> InputForm:
     """
     name, colon, rest = text.strip().rpartition(":")
     found = _FORM.fullmatch(name + colon + rest.lower())
-    dtype = (found["dtype"] or "float32") if found else ""
+    dtype = (found["dtype"] or real) if found else ""
     shape = tuple(map(int, found["shape"].split("x"))) if found and found["shape"] else ()
     ranged = found is not None and found["low"] is not None
     low, high = (int(found["low"]), int(found["high"])) if found and ranged else (0, 1)
@@ -72,8 +72,12 @@ def parse_input(text: str) -> InputForm:
     return InputForm(found["name"] or "" if found else "", dtype, low, high, shape)
 
 
-def example_inputs(texts: Sequence[str]) -> Tensor | tuple[Tensor, ...] | dict[str, Tensor]:
+def example_inputs(texts: Sequence[str], real: str = "float32") -> Tensor | tuple[Tensor, ...] | dict[str, Tensor]:
     """Example inputs as options describe them: random numbers that follow from a fixed seed, one sample.
+
+    Args:
+        texts: see `parse_input`.
+        real: likewise.
 
     Returns:
         A tensor for one input without a name, a tuple for several, a dictionary where they have names.
@@ -83,7 +87,7 @@ def example_inputs(texts: Sequence[str]) -> Tensor | tuple[Tensor, ...] | dict[s
     """
     import torch
 
-    forms = [parse_input(text) for text in texts]
+    forms = [parse_input(text, real) for text in texts]
     names = [form.name for form in forms]
     if any(names) and (not all(names) or len(set(names)) < len(names)):
         twice = next((name for name in names if names.count(name) > 1 and name), "")

@@ -38,7 +38,7 @@ class Source:
         wanted_normalisation: mean and standard deviation that its weights want; None where that is not known.
         classes: their names by label, if the source knows them.
         logits: key or index of the logits among several outputs, if the source knows it.
-        task: what its labels mean, as its run keeps it (`evaluation.kept_task`); None where that is not known.
+        task: what its labels mean, as its run or its file keeps it (`evaluation.kept_task`); None where that is not known.
         notes: what was trusted, unwrapped or dropped on the way.
     """
 
@@ -165,9 +165,10 @@ def _load_onnx(path: Path, parsed: Spec, *, black_box: bool = False) -> Source:
     shape = parse_input(str(size)).shape if size is not None else None
     taps = [name for name in str(parsed.arguments.get("taps", "")).split(",") if name]
     made = run_file(path, taps, shape) if black_box else convert_file(path, shape)
-    facts = InputFacts(made.input_size, made.normalisation, made.fixed_size, made.normalisation, made.classes)
+    stated = made.stated
+    facts = InputFacts(made.input_size, stated.normalisation, made.fixed_size, stated.normalisation, stated.classes)
     source = Source(made.module, parsed.text, "ONNX file", example_inputs=made.example_inputs, notes=made.notes)
-    return _with_facts(source, facts)
+    return replace(_with_facts(source, facts), logits=stated.logits, task=stated.task)
 
 
 def _load_module_file(path: Path, text: str, trust: Sequence[str]) -> Source:

@@ -29,7 +29,7 @@ def ensemble(
     weights: Sequence[float] | None = None,
     *,
     example_inputs: Any,
-    logits: str | int | None = None,
+    logits: str | int | Sequence[str | int | None] | None = None,
     views: Sequence[View | None] | None = None,
 ) -> fx.GraphModule:
     """Combine several teachers into one, which `distill` takes as its teacher.
@@ -38,7 +38,7 @@ def ensemble(
         teachers: two or more, with the same outputs. They are not changed.
         weights: of their logits, above 0; only their ratios count. None: all equal.
         example_inputs: for one of them; they take the same inputs, in order or by name. The first dimension is the batch.
-        logits: key or index of the logits, for teachers that return several outputs.
+        logits: key or index of the logits, for teachers that return several outputs; or one for each of them.
         views: how each of them sees a batch that was made for the student. None: the batch as it is, except that a teacher that takes only
             RGB sees grey images in three channels, and one that takes only grey sees the luma of RGB.
 
@@ -69,7 +69,8 @@ def ensemble(
         )
     names, places, values = _inputs(teachers, example_inputs)
     views = _views(teachers, places, values, views)
-    axes = _checked_outputs(teachers, places, values, views, logits)
+    asked = [logits] * len(teachers) if logits is None or isinstance(logits, (str, int)) else logits
+    axes, entries = _checked_outputs(teachers, places, values, views, asked)
     root = nn.Module()
     root.teachers = nn.ModuleList(teachers)
     graph = fx.Graph()
@@ -80,7 +81,8 @@ def ensemble(
         seen = as_seen(root, graph, inputs, view, f"view_{number}") if view is not None else given
         kwargs: dict[str, Any] = dict(zip(places[number], seen, strict=True))
         value = graph.call_module(f"teachers.{number}", (), kwargs)
-        value = value if logits is None else graph.call_function(operator.getitem, (value, logits))
+        entry = entries[number]
+        value = value if entry is None else graph.call_function(operator.getitem, (value, entry))
         if view is not None and view.classes is not None:
             root.register_buffer(
                 f"view_{number}_classes", torch.tensor(view.classes).to(device_of(root)), persistent=False
@@ -95,7 +97,7 @@ def ensemble(
         total = graph.call_function(operator.add, (total, part))
     graph.output(total)
     made = fx.GraphModule(root, graph, class_name="Ensemble")
-    made.meta["teachers"] = {"weights": shares, "logits": logits, "inputs": places, "views": tuple(views)}
+    made.meta["teachers"] = {"weights": shares, "logits": entries, "inputs": places, "views": tuple(views)}
     return made
 
 
@@ -175,11 +177,13 @@ def traced_members(teacher: TracedModel) -> list[TracedModel]:
             member,
             Call((), dict(zip(names, values, strict=True))),
             role="teacher",
-            logits=recorded["logits"],
+            logits=entry,
             view=View.combined(view, teacher.view),
         )
-        for member, names, view in zip(
-            teacher.module.get_submodule("teachers").children(), recorded["inputs"], recorded["views"], strict=True
+        for member, names, entry, view in zip(
+            teacher.module.get_submodule("teachers").children(),
+            *(recorded[fact] for fact in ("inputs", "logits", "views")),
+            strict=True,
         )
     ]
 
@@ -246,17 +250,22 @@ def _checked_outputs(
     places: Sequence[Sequence[str]],
     values: Sequence[Tensor],
     views: Sequence[View | None],
-    logits: str | int | None,
-) -> list[int]:
-    """The axis of each teacher's outputs; refuses teachers whose logits cannot be averaged."""
+    asked: Sequence[str | int | None],
+) -> tuple[list[int], list[str | int | None]]:
+    """The axis of each teacher's outputs, and the entry that it is of (None: the output is one tensor).
+
+    Refuses teachers whose logits cannot be averaged.
+    """
     shapes, axes = [], []
-    for number, (teacher, names, view) in enumerate(zip(teachers, places, views, strict=True)):
+    entries: list[str | int | None] = []
+    for number, (teacher, names, view, logits) in enumerate(zip(teachers, places, views, asked, strict=True)):
         call = Call((), dict(zip(names, values, strict=True)))
         call = (call.changed(view.apply) if view is not None else call).to(device_of(teacher))
         with evaluating(teacher), torch.no_grad():
             try:
                 found = call(teacher)
-                found = found if logits is None else found[logits]
+                entries.append(None if isinstance(found, Tensor) else logits)
+                found = found if entries[-1] is None else found[logits]
             except IndistillError:
                 raise
             except Exception as error:
@@ -275,7 +284,7 @@ def _checked_outputs(
         axes.append(1)
         if view is not None and view.classes is not None:
             if found.ndim == 3:  # tokens or positions
-                traced = as_traced(teacher, call, role="teacher", logits=logits)
+                traced = as_traced(teacher, call, role="teacher", logits=entries[-1])
                 axes[-1] = traced.facts[traced.logits].channel_axis or 1
             _check_classes(number, view.classes, found.shape[axes[-1]])
             found = view.chosen(found, axes[-1])
@@ -287,7 +296,7 @@ def _checked_outputs(
             got=shapes,
             hint="Their logits are averaged, so give teachers with the same classes.",
         )
-    return axes
+    return axes, entries
 
 
 def _check_classes(number: int, classes: Sequence[int], outputs: int) -> None:

@@ -64,7 +64,7 @@ class RunDirectory:
         trackers: names of the loggers that get the numbers of metrics.jsonl too.
 
     Raises:
-        ConfigError: it holds a run and `resume` is false, another process uses it, or it cannot be made.
+        ConfigError: it holds a run and `resume` is false, or weights that are of none; another process uses it; or it cannot be made.
     """
 
     def __init__(
@@ -104,6 +104,14 @@ class RunDirectory:
                 f"{self.path} already holds a run.",
                 where=str(self.path),
                 hint="Continue it with resume=True (--resume), or give another directory.",
+            )
+        ours = any((self.path / name).exists() for name in ("run.json", COMPRESSION))
+        if (lost := next((name for name in (STUDENT, AVERAGE) if (self.path / name).exists()), None)) and not ours:
+            raise ConfigError(
+                f"{self.path / lost} is not of a run, and this run would overwrite it.",
+                where=str(self.path),
+                got=lost,
+                hint="Move it away, or name another directory.",
             )
         if self.resumes:
             check_schema(self.reported().get("schema_version", 1), self.path / "run.json")

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from indistill_fx.errors import ConfigError, TrainError
 from indistill_fx.loading.input_facts import InputFacts, remember
@@ -19,6 +19,7 @@ from indistill_fx.loading.spec import LARGEST_IN_A_FILE, Spec, is_input_size, pa
 from indistill_fx.loading.state_dicts import count_numbers, load_weights
 from indistill_fx.runs.bounded import Bounded
 from indistill_fx.runs.directory import BEST, EXPORT, LAST, MOST_BYTES, STUDENT
+from indistill_fx.runs.model_facts import TRAINED, as_object, facts_in, is_short, with_facts
 from indistill_fx.runs.saved_outputs import is_saved_outputs, load_outputs
 from indistill_fx.runs.signature import is_signed, sign
 from indistill_fx.system.files import read_json, save_json
@@ -30,11 +31,7 @@ if TYPE_CHECKING:
 
 
 _OURS = ("indistill_fx.demo:DigitsTeacher", "indistill_fx.demo:DigitsStudent")
-FACTS = "student.json"
-_STUDENT = "student"
-"""The kind of such a source."""
 _MOST_INPUTS = 64
-_MOST_OUTPUTS = 1024
 _FETCHING = ("pretrained", "checkpoint", "weights", "cache")
 """Arguments of a library's constructors, by how their names begin, that read other files or the network."""
 
@@ -117,12 +114,21 @@ def about_data(data: Data) -> dict[str, Any]:
 def run_fingerprint(path: str | os.PathLike[str]) -> str:
     """Which run it was: when it started, and the digest of what it ended with."""
     try:
-        record = _object(read_json(Path(path) / "run.json", MOST_BYTES))
+        record = as_object(read_json(Path(path) / "run.json", MOST_BYTES))
     except (OSError, ValueError, RecursionError):
         return "?"
-    started, digest = record.get("started"), _object(record.get("result")).get("digest")
+    started, digest = record.get("started"), as_object(record.get("result")).get("digest")
     started_text = started if isinstance(started, str) else "?"
     return f"{started_text[:40]} {digest[:16] if isinstance(digest, str) else ''}".strip()
+
+
+def task_in(run: str | os.PathLike[str]) -> Mapping[str, Any] | None:
+    """What labels mean, as a run keeps it; None where it is not known."""
+    try:
+        record = as_object(read_json(Path(run) / "run.json", MOST_BYTES))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return as_object(as_object(record.get("about")).get("labels")) or None
 
 
 def _by_hand(folder: Path, model: str = "MODEL") -> str:
@@ -139,37 +145,6 @@ def _text(value: object) -> str:
     return value
 
 
-def _object(value: object) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-def _figures(value: object, channels: int | None) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """Mean and standard deviation per channel.
-
-    Raises:
-        ValueError: the figures are impossible.
-    """
-    if value is None:
-        return None
-    mean, std = (tuple(float(number) for number in part) for part in cast("Any", value))
-    if len(mean) != len(std) or not all(map(math.isfinite, mean + std)) or not all(number > 0 for number in std):
-        raise ValueError(f"a mean {str(mean)[:60]} and a standard deviation {str(std)[:60]}")
-    if mean and channels is not None and len(mean) != channels:
-        raise ValueError(f"a mean of {len(mean)} channels for images of {channels}")
-    return (mean, std) if mean else None
-
-
-def _entry(value: Any) -> str | int | None:
-    """Key or index of the logits among several outputs.
-
-    Raises:
-        ValueError: it is neither.
-    """
-    if value is None or _short(value) or (type(value) is int and 0 <= value < _MOST_OUTPUTS):
-        return cast("str | int | None", value)
-    raise ValueError(f"logits at {str(value)[:60]}")
-
-
 def _inputs(texts: Any, folder: Path) -> Any:
     """Example inputs as run.json describes them.
 
@@ -180,7 +155,7 @@ def _inputs(texts: Any, folder: Path) -> Any:
         return None
     reason = f"they are not one to {_MOST_INPUTS} short texts, or too large"
     try:
-        listed = isinstance(texts, list) and 0 < len(texts) <= _MOST_INPUTS and all(map(_short, texts))
+        listed = isinstance(texts, list) and 0 < len(texts) <= _MOST_INPUTS and all(map(is_short, texts))
         if listed and sum(math.prod(parse_input(text).shape) for text in texts) <= LARGEST_IN_A_FILE:
             return example_inputs(texts)
     except ConfigError as error:
@@ -192,10 +167,6 @@ def _inputs(texts: Any, folder: Path) -> Any:
     )
 
 
-def _short(text: object) -> bool:
-    return isinstance(text, str) and len(text) <= 200
-
-
 def _about(folder: Path) -> tuple[dict[str, Any], str, tuple[Any, ...]]:
     """What run.json says of the model: all of it, the spec, and the size of an input.
 
@@ -204,7 +175,8 @@ def _about(folder: Path) -> tuple[dict[str, Any], str, tuple[Any, ...]]:
     """
     try:
         kept = read_json(folder / "run.json", MOST_BYTES)["about"]
-        return kept, _text(kept["model"]), tuple(kept["input_size"])
+        kept = kept | _moved(folder, _text(kept["model"]), kept.get("seal"))
+        return kept, kept["model"], tuple(kept["input_size"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ConfigError(
             f"{folder / 'run.json'} does not say which model was trained.",
@@ -213,25 +185,26 @@ def _about(folder: Path) -> tuple[dict[str, Any], str, tuple[Any, ...]]:
         ) from error
 
 
+def _moved(folder: Path, model: str, seal: object) -> dict[str, Any]:
+    """Model and seal of a run whose own student.py, unchanged, was moved together with it; of any other run, nothing."""
+    if "student.py:" not in model or is_signed(parsed := parse_spec(model), seal):
+        return {}
+    own = _own_student(folder)
+    if own is None or not is_signed(parsed, seal, own):
+        return {}
+    here = f"{own.resolve()}{model.removeprefix(parsed.place)}"
+    return {"model": here, "seal": sign(parse_spec(here))}
+
+
+def _own_student(folder: Path) -> Path | None:
+    """The student.py in a run's folder, or beside its folder, as `compress --qat` leaves it."""
+    places = (folder / "student.py", folder.parent / "student.py")
+    return next((place for place in places if place.is_file() and place.stat().st_size <= MOST_BYTES), None)
+
+
 def made_by(spec: str) -> str:
     """The spec of the model that a run directory's training began with; any other spec as it is."""
     return _about(Path(spec))[1] if is_run(spec) else spec
-
-
-def _facts_in(
-    kept: Mapping[str, Any], size: tuple[int, ...]
-) -> tuple[tuple[str, ...], tuple[tuple[float, ...], tuple[float, ...]] | None]:
-    """Class names and normalisation; raises any of several errors if they are impossible."""
-    channels = size[0] if len(size) == 3 else None
-    return tuple(str(name) for name in kept.get("classes") or ()), _figures(kept.get("normalisation"), channels)
-
-
-def _size_in(kept: Mapping[str, Any]) -> tuple[int, ...] | None:
-    """The size of an input, if it is known; raises any of several errors if it is impossible."""
-    size = tuple(kept.get("input_size") or ())
-    if size and not is_input_size(size, most=LARGEST_IN_A_FILE):
-        raise ValueError(f"an input of size {str(size)[:60]}")
-    return size or None
 
 
 def load(spec: str | os.PathLike[str], *, trust: Sequence[str] = ()) -> nn.Module:
@@ -263,7 +236,7 @@ def open_source(spec: str, *, trust: Sequence[str] = ()) -> Source:
     """The model of a spec, of a run directory or of saved outputs, with what is known of it; arguments and errors as of `load`."""
     if is_saved_outputs(spec):
         return load_outputs(spec)
-    return load_run(spec, trust=trust) if is_run(spec) else _with_facts(load_source(spec, trust=trust))
+    return load_run(spec, trust=trust) if is_run(spec) else with_facts(load_source(spec, trust=trust))
 
 
 def trained_here(source: Source) -> bool:
@@ -272,62 +245,7 @@ def trained_here(source: Source) -> bool:
     It needs images as they were then.
     """
     states = source.kind == "ONNX file" and source.wanted_normalisation is not None
-    return is_run(source.spec) or source.kind == _STUDENT or states
-
-
-def keep_facts(
-    folder: str | os.PathLike[str],
-    classes: Sequence[str] = (),
-    normalisation: Any = None,
-    size: Sequence[int] | None = None,
-) -> None:
-    """Leave beside a student.py, in student.json, what loading it should know: class names, normalisation, and the size of an input.
-
-    Args:
-        folder: where student.py is. A student.json of an earlier one is replaced, or removed if nothing is known now.
-        classes: names by label.
-        normalisation: mean and standard deviation per channel.
-        size: of one sample.
-    """
-    if known := facts_of(classes, normalisation, size):
-        save_json(Path(folder) / FACTS, known)
-    else:
-        (Path(folder) / FACTS).unlink(missing_ok=True)
-
-
-def facts_of(classes: Sequence[str], normalisation: Any, size: Sequence[int] | None) -> dict[str, Any]:
-    """What `keep_facts` writes for these; empty where nothing is known."""
-    known = {"classes": list(classes), "normalisation": normalisation, "input_size": list(size) if size else None}
-    return known if classes or normalisation is not None else {}
-
-
-def _with_facts(source: Source) -> Source:
-    """A source, and what student.json says of it if it is a student.py beside one."""
-    place = Path(parse_spec(source.spec).place)
-    file = place.with_name(FACTS)
-    if place.name != "student.py" or not file.exists():
-        return source
-    try:
-        kept = _object(read_json(file, MOST_BYTES))
-        size = _size_in(kept)
-        classes, normalisation = _facts_in(kept, size or ())
-    except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise ConfigError(
-            f"{file}, which says how images were normalised, is damaged: {str(error)[:200]}.",
-            where=str(file),
-            hint="Remove it, and give the figures: --mean, --std.",
-        ) from error
-    wanted = (size[1], size[2]) if size is not None and len(size) == 3 else None
-    remember(source.module, InputFacts(size, normalisation, wanted, normalisation, classes))
-    return replace(
-        source,
-        kind=_STUDENT,
-        input_size=size,
-        normalisation=normalisation,
-        wanted_size=wanted,
-        wanted_normalisation=normalisation,
-        classes=classes,
-    )
+    return is_run(source.spec) or source.kind == TRAINED or states
 
 
 def load_run(path: str | os.PathLike[str], *, trust: Sequence[str] = ()) -> Source:
@@ -351,8 +269,7 @@ def load_run(path: str | os.PathLike[str], *, trust: Sequence[str] = ()) -> Sour
             hint=_by_hand(folder),
         )
     try:
-        classes, normalisation = _facts_in(kept, size)
-        logits = _entry(kept.get("logits"))
+        facts = facts_in(kept, size)
     except (ValueError, TypeError, AttributeError, OverflowError) as error:
         raise ConfigError(
             f"{folder / 'run.json'} describes impossible classes, normalisation or logits: {error}.",
@@ -365,8 +282,11 @@ def load_run(path: str | os.PathLike[str], *, trust: Sequence[str] = ()) -> Sour
         parsed = parse_spec(spec)
         file = os.path.isfile(parsed.place)  # else it may name any function there is, and is not to be pasted
         named = spec.removesuffix(f"@{parsed.weights}") if file else "models.py:make"
+        if not file and parsed.place.endswith("student.py") and (own := _own_student(folder)) is not None:
+            named = f"{own}:Student"
+        gone = "was moved" if parsed.place.endswith(".py") and not file else "has changed"
         raise ConfigError(
-            f"{parsed.place if file else repr(spec)} makes the model of {folder}, and has changed since that run began, or another "
+            f"{parsed.place if file else repr(spec)} makes the model of {folder}, and {gone} since that run began, or another "
             "user or machine began it, so it was not run.",
             where=str(folder),
             got=spec,
@@ -383,17 +303,17 @@ def load_run(path: str | os.PathLike[str], *, trust: Sequence[str] = ()) -> Sour
         source = load_source(spec, trust=trust)
     notes = load_weights(source.module, weights)
     wanted = (size[1], size[2]) if len(size) == 3 else None
-    remember(source.module, InputFacts(size, normalisation, wanted, normalisation, classes))
+    remember(source.module, InputFacts(size, facts.normalisation, wanted, facts.normalisation, facts.classes))
     return replace(
         source,
         spec=str(folder),
         input_size=size,
         example_inputs=_inputs(kept.get("inputs"), folder),
-        normalisation=normalisation or source.normalisation,
+        normalisation=facts.normalisation or source.normalisation,
         wanted_size=wanted,
-        wanted_normalisation=normalisation,
-        classes=classes,
-        logits=logits,
-        task=_object(kept.get("labels")) or None,
+        wanted_normalisation=facts.normalisation,
+        classes=facts.classes,
+        logits=facts.logits,
+        task=facts.task,
         notes=(*source.notes, *notes),
     )

@@ -3,7 +3,8 @@
 run.json says which model was trained, and `evaluate`, `export` and `bench` take a run directory as a model. That model may be the
 user's own code, `models.py:make`. But a run directory may come from anybody, and a spec can name any function there is:
 `subprocess:call?args=…`. So when a run is started the spec is signed, together with the path and the content of the file that it
-names, with a key that only this user has. A signature that is copied beside other code, or code that changed, is none.
+names, with a key that only this user has. A signature that is copied beside other code, or code that changed, is none. The student.py
+in a run's own folder may be moved with it: its content must then be what was signed.
 """
 
 from __future__ import annotations
@@ -29,10 +30,12 @@ def sign(spec: Spec) -> str | None:
     return None if key is None else _digest(key, spec)
 
 
-def is_signed(spec: Spec, proof: object) -> bool:
-    """Whether `proof` is this user's for this spec and the code that it names as that is now."""
+def is_signed(spec: Spec, proof: object, moved: Path | None = None) -> bool:
+    """Whether `proof` is this user's for this spec and the code that it names as that is now; `moved`: where that file is now."""
     key = _key(make=False)
-    return key is not None and isinstance(proof, str) and hmac.compare_digest(_bytes(proof), _bytes(_digest(key, spec)))
+    if key is None or not isinstance(proof, str):
+        return False
+    return hmac.compare_digest(_bytes(proof), _bytes(_digest(key, spec, moved)))
 
 
 def code_of(place: str) -> Path | None:
@@ -50,10 +53,11 @@ def code_of(place: str) -> Path | None:
     return Path(found.origin).resolve() if found is not None and found.origin else None
 
 
-def _digest(key: bytes, spec: Spec) -> str:
+def _digest(key: bytes, spec: Spec, moved: Path | None = None) -> str:
     file = code_of(spec.place) if spec.name else None
-    content = file.read_bytes() if file is not None else b""
-    signed = [spec.text, str(file), hashlib.sha256(content).hexdigest()]
+    read = moved or file
+    content = read.read_bytes() if read is not None else b""
+    signed = [spec.text, spec.place if moved else str(file), hashlib.sha256(content).hexdigest()]
     return hmac.new(key, _bytes("\0".join(signed)), hashlib.sha256).hexdigest()
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from indistill_fx.curriculum import PAIRS, SEGMENTS, Budget, Curriculum
 from indistill_fx.errors import ConfigError
 from indistill_fx.graph.edit import depends_on_input, output_node
-from indistill_fx.graph.module_state import device_of
+from indistill_fx.graph.module_state import device_of, real_dtype
 from indistill_fx.losses.base import EMBEDDING
 from indistill_fx.losses.choose_task import task_of
 from indistill_fx.losses.registry import main_loss, warmup_loss
@@ -301,7 +301,7 @@ def _macs(traced: TracedModel, half: fx.GraphModule | None) -> int:
 
 def _dtypes(student: TracedModel) -> dict[str, torch.dtype]:
     """The inputs' dtypes, except for inputs that the student converts itself."""
-    student_dtype = next((p.dtype for p in student.module.parameters() if p.is_floating_point()), None)
+    student_dtype = real_dtype(student.module)
     names = signature_of(student.graph_module)
     found = {name: student.facts[name].dtype for name in names if name in student.facts}
     return {name: dtype for name, dtype in found.items() if not dtype.is_floating_point or dtype == student_dtype}

@@ -21,7 +21,7 @@ from indistill_fx.training.recipes import NO_WARMUP
 
 
 def distill_chain(
-    models: Sequence[nn.Module],
+    models: Sequence[nn.Module | TracedModel],
     train_loader: Iterable[Any],
     *,
     steps: Sequence[Mapping[str, Any]] | None = None,
@@ -136,7 +136,7 @@ def shrunk_assistant(
         teacher: it is not changed.
         student: asked for its work only.
         example_inputs: to trace both with.
-        logits: key or place of the logits in the models' output, if it has several entries.
+        logits: key or place of the logits in the teacher's output, if it has several entries.
 
     Returns:
         The assistant, and a line that describes it.
@@ -146,7 +146,7 @@ def shrunk_assistant(
         PruneError: the teacher cannot be made that small.
     """
     large = trace(teacher, example_inputs, role="teacher", logits=logits)
-    small = trace(student, example_inputs, role="student", logits=logits)
+    small = trace(student, example_inputs, role="student")
     if small.macs >= large.macs:
         raise ConfigError(
             f"The student's work ({small.macs:,} MACs) is not less than the teacher's ({large.macs:,}).",

@@ -165,7 +165,7 @@ def distill(
         resume=resume,
         allow_changed=allow_changed,
         progress=progress,
-        logits=logits,
+        logits=student.chosen if isinstance(student, TracedModel) else logits,
         about=about,
     ).run(distillation.set_up)
 
@@ -263,7 +263,7 @@ class Distillation:
             save=lambda where: plan.save(where.path / PLAN) if where.writes else None,
             models={model.role: model_facts(model) for model in models},
             remarks=(*remarks, *_remarks(curriculum, plan)),
-            view=plan.view,
+            teacher_reading={"view": plan.view, "logits": models[0].chosen},
             unmeasured=unmeasured,
             identity=self._identity(*models, plan, curriculum, described_loss(self.main, options)),
             mix=mix,
@@ -302,7 +302,7 @@ class Distillation:
     def _task(self, teacher: TracedModel, student: TracedModel) -> RunTask:
         """What the labels mean; where only the data to measure on have labels, theirs."""
         ours = isinstance(self.main, str) and ":" not in self.main
-        asked: dict[str, Any] = {"logits": self.logits, "required": self.val_loader is not None or ours}
+        asked: dict[str, Any] = {"logits": student.chosen, "required": self.val_loader is not None or ours}
         found = task_of_run(self.task, self.loader, student.module, teacher.inputs, student.inputs, **asked)
         if found.labelled or self.val_loader is None:
             return found

@@ -20,7 +20,6 @@ from indistill_fx.errors import ConfigError, PassError
 from indistill_fx.evaluation.accuracy import Evaluation, evaluate
 from indistill_fx.graph.edit import forget_sources
 from indistill_fx.graph.module_state import device_of, digest, left_in_eval, moved
-from indistill_fx.graph.view import View
 from indistill_fx.runs.checkpoint import state_tensors
 from indistill_fx.runs.directory import AVERAGE, LAST, STUDENT, RunDirectory
 from indistill_fx.runs.record import EpochRecord, MetricFacts, RunRecord, StageRecord, environment
@@ -57,7 +56,7 @@ class Setup:
         models: for run.json: role → name, parameters, and MACs where they are known.
         remarks: said with the schedule.
         identity: what makes the run this run, beside settings, data and stages (see `identity`).
-        view: what the teacher sees of the batches; None: all of it as it is.
+        teacher_reading: arguments of `evaluate` for the teacher: its view of the batches, and which of its outputs the logits are.
         unmeasured: why the teacher cannot be measured; empty where it can.
         mix: what is done to batches of the main stage before they are learnt from; None: nothing.
     """
@@ -68,7 +67,7 @@ class Setup:
     models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     remarks: Sequence[str] = ()
     identity: Mapping[str, Any] = field(default_factory=dict)
-    view: View | None = None
+    teacher_reading: Mapping[str, Any] = field(default_factory=dict)
     unmeasured: str = ""
     mix: Callable[[Any], Any] | None = None
 
@@ -87,7 +86,7 @@ class Trainer:
         resume: continue the run in `run_dir`, if there is one.
         allow_changed: what may then be other than it was.
         progress: show how it is getting on.
-        logits: which entry of a model's output the logits are, if it has several.
+        logits: which entry of the student's output the logits are, if it has several.
         about: further facts for run.json.
     """
 
@@ -286,11 +285,11 @@ class Trainer:
     def _validates(self, setup: Setup) -> bool:
         return self.val_loader is not None and setup.task.metric is not None
 
-    def _measured(self, task: RunTask, device: torch.device, module: nn.Module, view: View | None = None) -> Evaluation:
+    def _measured(self, task: RunTask, device: torch.device, module: nn.Module, **how: Any) -> Evaluation:
         data = self.val_loader if self.val_loader is not None else ()  # a stream has no truth value
         data = data.to(device) if isinstance(data, EpochLoader) else data
         with moved(module, device):
-            return evaluate(module, data, task=task.task, logits=self.logits, view=view)
+            return evaluate(module, data, task=task.task, **{"logits": self.logits, **how})
 
     def _teacher_metrics(
         self, setup: Setup, before: RunDirectory | None, accelerator: Accelerator, reporter: Reporter
@@ -305,7 +304,7 @@ class Trainer:
         if isinstance(known, dict) and all(map(is_number, known.values())) and metric.name in known:
             found: Mapping[str, float] = known
         else:
-            measured = self._measured(setup.task, accelerator.device, self.teacher, setup.view)
+            measured = self._measured(setup.task, accelerator.device, self.teacher, **setup.teacher_reading)
             found = measured.values
             if measured.no_better_than_chance:
                 reporter.say(

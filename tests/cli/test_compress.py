@@ -232,3 +232,31 @@ def test_what_no_warmup_makes_void_is_refused(more, tmp_path, capsys):
     command = ["compress", "indistill_fx.demo:DigitsTeacher", "--data", "digits", "--macs", "0.5", "-o", str(home)]
     assert run([*command, "--no-warmup", *more]) == 2
     assert "and --no-warmup contradict each other" in capsys.readouterr().err and not home.exists()
+
+
+@pytest.mark.parametrize("resume", [(), ("--resume",)])
+@pytest.mark.parametrize(
+    "name",
+    ["plan.json", "student.json", "start.safetensors", "student.safetensors", "student.onnx", "metrics.jsonl"],
+)
+def test_files_of_the_user_are_not_overwritten(name, resume, tmp_path, capsys, monkeypatch):
+    """It overwrote a plan.json, and others, in a folder without a run."""
+    monkeypatch.setattr("indistill_fx.cli.common.open_model", None)  # refused before any work
+    file = tmp_path / "half" / name
+    file.parent.mkdir()
+    file.write_text("mine")
+    command = ["compress", "indistill_fx.demo:DigitsTeacher", "--data", "digits", "--macs", "0.5", *resume]
+    assert run([*command, "-o", str(file.parent)]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"{name} was written or changed by somebody else, and would be overwritten. Move it away" in said
+    assert file.read_text() == "mine" and list(file.parent.iterdir()) == [file]
+
+
+def test_weights_of_the_user_are_not_overwritten_by_a_run(tmp_path, capsys):
+    (tmp_path / "student.safetensors").write_text("mine")
+    command = ["train", "indistill_fx.demo:DigitsStudent", "--data", "digits", "--limit", "32", "--epochs", "1"]
+    for resume in ([], ["--resume"]):
+        assert run([*command, *resume, "-o", str(tmp_path)]) == 2
+        said = " ".join(capsys.readouterr().err.split())
+        assert "student.safetensors is not of a run, and this run would overwrite it. Move it away" in said
+    assert (tmp_path / "student.safetensors").read_text() == "mine"

@@ -274,3 +274,25 @@ def test_each_teacher_sees_what_it_wants():
 def test_views_that_cannot_be_are_refused(views, why):
     with pytest.raises(ConfigError, match=why):
         ifx.ensemble([net(6), net(8, seed=1)], example_inputs=batch()[0], views=views)
+
+
+class _Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return {"logits": self.first(x), "aux": self.second(x)}
+
+
+def test_traced_models_are_measured_on_the_output_that_they_were_traced_with():
+    torch.manual_seed(0)
+    teacher, student, x = _Two(), _Two(), torch.randn(64, 4)
+    data = [(x, teacher(x)["aux"].argmax(1))]
+    traced = [ifx.trace(one, x, role=role, logits="aux") for one, role in ((teacher, "teacher"), (student, "student"))]
+    record = ifx.distill(*traced, data, val_loader=data, epochs=1, main="kd", progress=False, device="cpu")
+    assert record.teacher_accuracy == 1.0
+    assert record.metrics == ifx.evaluate(student, data, logits="aux").metrics
+    assert record.metrics != ifx.evaluate(student, data).metrics
+    plain = ifx.distill(traced[0], nn.Linear(4, 3), data, val_loader=data, epochs=1, progress=False, device="cpu")
+    assert plain.teacher_accuracy == 1.0

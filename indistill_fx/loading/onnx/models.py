@@ -21,7 +21,7 @@ from indistill_fx.loading.onnx.builder import LARGEST_CONSTANT
 from indistill_fx.loading.onnx.convert import OnnxInput, convert, inputs_of
 from indistill_fx.loading.onnx.read import read_onnx
 from indistill_fx.loading.onnx.runtime import compare, example_of, is_quantised, tolerance_of
-from indistill_fx.loading.onnx.stated import Figures, preprocess_in, stated_in
+from indistill_fx.loading.onnx.stated import Stated, preprocess_in, stated_in
 
 _FROM_FILE = "ONNX file"
 """Entry of a graph's `meta`."""
@@ -42,8 +42,7 @@ class OnnxModel:
         fixed_size: height and width, where the file takes no others.
         example_inputs: where it has several inputs.
         notes: how it was made, and how near it comes to onnxruntime.
-        normalisation: mean and deviation per channel, if the file states them.
-        classes: their names, likewise.
+        stated: what the file states of itself.
     """
 
     module: nn.Module
@@ -51,8 +50,7 @@ class OnnxModel:
     fixed_size: tuple[int, int] | None
     example_inputs: tuple[Tensor, ...] | None
     notes: tuple[str, ...]
-    normalisation: Figures | None = None
-    classes: tuple[str, ...] = ()
+    stated: Stated
 
 
 def convert_file(path: Path, shape: tuple[int, ...] | None = None) -> OnnxModel:
@@ -136,7 +134,6 @@ def _described(
         inputs = [_as_images(module, built_in, inputs[0], where, whole=whole), *inputs[1:]]
     module.meta[_FROM_FILE] = True
     first = inputs[0]
-    normalisation, classes = stated_in(model, first.shape[0] if len(first.shape) == 3 else None, where)
     single = len(inputs) == 1 and first.dtype.is_floating_point
     pictures = len(first.shape) == 3 and first.shape == first.other
     return OnnxModel(
@@ -145,8 +142,7 @@ def _described(
         fixed_size=(first.shape[1], first.shape[2]) if single and pictures else None,
         example_inputs=None if single else example_of(inputs, 1),
         notes=notes,
-        normalisation=normalisation,
-        classes=classes,
+        stated=stated_in(model, first.shape[0] if len(first.shape) == 3 else None, where),
     )
 
 

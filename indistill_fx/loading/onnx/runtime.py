@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 _TOLERANCE = 1e-4
 """Largest difference of an output to onnxruntime's, relative to the output's largest value."""
 _TOLERANCE_OF_HALF = 4 * torch.finfo(torch.float16).eps
-_ROUNDING = frozenset("QuantizeLinear DynamicQuantizeLinear QLinearConv QLinearMatMul".split())
+_ROUNDING = frozenset(
+    "QuantizeLinear DynamicQuantizeLinear QLinearConv QLinearMatMul QGemm QAttention DynamicQuantizeLSTM DynamicQuantizeMatMul".split()
+)
 QUANTISED_TIMES = 4
 """As many times as onnxruntime differs from itself, a quantised file's conversion may differ from it (see `compare`)."""
 _NUDGES, _NUDGE = 8, 2 * torch.finfo(torch.float32).eps

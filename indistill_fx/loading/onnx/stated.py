@@ -1,22 +1,41 @@
-"""What an ONNX file that this package exported states of its own data: normalisation and class names."""
+"""What an ONNX file that this package exported states of itself: normalisation, class names, the task, and the output that it is about."""
 
 from __future__ import annotations
 
-import json
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import onnx
 
 from indistill_fx.errors import ConfigError
 from indistill_fx.graph.preprocess import Preprocess
+from indistill_fx.system.files import parse_json
 
 Figures = tuple[tuple[float, ...], tuple[float, ...]]
 """Mean and deviation per channel."""
 
 
-def stated_in(model: onnx.ModelProto, channels: int | None, where: str) -> tuple[Figures | None, tuple[str, ...]]:
-    """Mean and deviation per channel of pixels from 0 to 1, and class names; nothing of files that others wrote.
+@dataclass(frozen=True, slots=True)
+class Stated:
+    """What a file states; of files that others wrote, nothing.
+
+    Attributes:
+        normalisation: mean and deviation per channel of pixels from 0 to 1.
+        classes: their names by label.
+        logits: name of the output that holds the logits, where there are several.
+        task: what its labels mean, as plain values (`evaluation.kept_task`).
+    """
+
+    normalisation: Figures | None = None
+    classes: tuple[str, ...] = ()
+    logits: str | None = None
+    task: Mapping[str, Any] | None = None
+
+
+def stated_in(model: onnx.ModelProto, channels: int | None, where: str) -> Stated:
+    """What a file states.
 
     Args:
         model: the file's.
@@ -28,19 +47,30 @@ def stated_in(model: onnx.ModelProto, channels: int | None, where: str) -> tuple
     """
     entries = _entries(model)
     try:
-        classes = tuple(str(name) for name in json.loads(entries.get("classes", "[]")))
-        if built_in := preprocess_in(model):
-            return (built_in.mean, built_in.std), classes
-        if "mean" not in entries:
-            return None, classes
-        return (_numbers(entries["mean"], channels), _numbers(entries["std"], channels, least=0.0)), classes
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        task = parse_json(entries.get("task", "{}"))
+        if not isinstance(task, dict):
+            raise TypeError("a task that is no object")  # noqa: TRY301
+        return Stated(
+            _figures(model, entries, channels),
+            tuple(str(name) for name in parse_json(entries.get("classes", "[]"))),
+            entries.get("logits"),
+            task or None,
+        )
+    except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ConfigError(
-            f"`{where}` states an impossible normalisation or impossible class names in its metadata.",
+            f"`{where}` states an impossible normalisation, task or impossible class names in its metadata.",
             where=where,
             got=str(error)[:100],
             hint="Export it again.",
         ) from error
+
+
+def _figures(model: onnx.ModelProto, entries: Mapping[str, str], channels: int | None) -> Figures | None:
+    if built_in := preprocess_in(model):
+        return built_in.mean, built_in.std
+    if "mean" not in entries:
+        return None
+    return _numbers(entries["mean"], channels), _numbers(entries["std"], channels, least=0.0)
 
 
 def preprocess_in(model: onnx.ModelProto) -> Preprocess | None:
@@ -60,7 +90,7 @@ def _entries(model: onnx.ModelProto) -> dict[str, str]:
 
 def _numbers(text: str, channels: int | None, *, least: float = -math.inf) -> tuple[float, ...]:
     """One number for each channel."""
-    given: Any = json.loads(text)
+    given: Any = parse_json(text)
     numbers = tuple(float(number) for number in given)
     if len(numbers) not in (1, channels) or not all(math.isfinite(number) and number > least for number in numbers):
         raise ValueError(text)
