@@ -160,7 +160,7 @@ def bench(
         The table.
 
     Raises:
-        ConfigError: nothing to time, or a file that is not there.
+        ConfigError: nothing to time, a file that is not there, or no model ran at any batch size.
         ExportError: a file that onnxruntime cannot load.
     """
     names = tuple(example_inputs) if isinstance(example_inputs, Mapping) else ()
@@ -189,11 +189,22 @@ def bench(
                 runners = _runners(contestants, names, count, compile)
                 for batch in batches:
                     rows += _cells(runners, random_inputs(inputs, batch), count, seconds, notes)
+    if not rows:
+        raise _nothing_ran(notes[0])
     order = {name: i for i, name in enumerate(contestants)}
     rows.sort(key=lambda r: (order[r.name], r.runtime != "torch eager", r.batch, r.threads))
     date = datetime.now(UTC).isoformat(timespec="seconds")
     return BenchReport(
         _with_speed(rows), _machine(), _versions(), tuple(dict.fromkeys(notes)), date, os.getloadavg()[0]
+    )
+
+
+def _nothing_ran(first: str) -> ConfigError:
+    return ConfigError(
+        f"None of these models ran. {first}",
+        where="contestants",
+        got=first,
+        hint="Check the example input (--input: shape, dtype and range) and the batch sizes (--batch).",
     )
 
 

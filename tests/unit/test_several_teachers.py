@@ -236,7 +236,7 @@ def test_classes_are_chosen_on_the_axis_that_they_are_on(last):
     labels, task = x % 3, "language" if last else "segmentation"
     found = ifx.evaluate(one, [(x, labels)], task=task, view=View(classes=(0, 1, 2)))
     one.last.weight, one.last.bias = nn.Parameter(one.last.weight[:3]), nn.Parameter(one.last.bias[:3])
-    assert found.metrics == ifx.evaluate(one, [(x, labels)], task=task).metrics
+    assert found.metrics == pytest.approx(ifx.evaluate(one, [(x, labels)], task=task).metrics, rel=1e-5)  # in float32
 
 
 def test_each_teacher_sees_what_it_wants():
