@@ -54,6 +54,27 @@ def kept_plan(*folders: Path) -> AlignmentPlan | None:
     return AlignmentPlan.load(found) if found is not None else None
 
 
+def plan_of_run(directory: RunDirectory | None, given: AlignmentPlan | None) -> AlignmentPlan | None:
+    """The plan of a run: as given, else as the run that is resumed has it; None: it has none yet.
+
+    Raises:
+        ConfigError: the directory has a plan that is neither, and would be overwritten.
+    """
+    if directory is None:
+        return given
+    if directory.resumes:
+        return given or kept_plan(directory.path)
+    file = directory.path / PLAN
+    if file.exists() and not directory.is_ours and (given is None or given != AlignmentPlan.load(file)):
+        raise ConfigError(
+            f"{file} is not the plan of this run, which would overwrite it.",
+            where=str(directory.path),
+            got=PLAN,
+            hint=f"Train by it (--plan {file}), move it away, or name another directory.",
+        )
+    return given
+
+
 class RunDirectory:
     """A run's directory, locked against a second run while the block lasts.
 
@@ -105,8 +126,8 @@ class RunDirectory:
                 where=str(self.path),
                 hint="Continue it with resume=True (--resume), or give another directory.",
             )
-        ours = any((self.path / name).exists() for name in ("run.json", COMPRESSION))
-        if (lost := next((name for name in (STUDENT, AVERAGE) if (self.path / name).exists()), None)) and not ours:
+        lost = next((name for name in (STUDENT, AVERAGE) if (self.path / name).exists()), None)
+        if lost is not None and not self.is_ours:
             raise ConfigError(
                 f"{self.path / lost} is not of a run, and this run would overwrite it.",
                 where=str(self.path),
@@ -146,6 +167,11 @@ class RunDirectory:
         if self.has_checkpoint or os.path.exists(self.path / "metrics.jsonl"):
             return True
         return os.path.exists(self.path / "run.json") and self.reported().get("status") != "failed"
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether there is a run in the directory, so that its files are a run's and not the user's."""
+        return any((self.path / name).exists() for name in ("run.json", COMPRESSION))
 
     @property
     def has_checkpoint(self) -> bool:

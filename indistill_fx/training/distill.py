@@ -26,7 +26,7 @@ from indistill_fx.passes.align import align
 from indistill_fx.passes.ensemble import member_views
 from indistill_fx.passes.lowering.fake_quantize import fake_quantize
 from indistill_fx.plan import AlignmentPlan
-from indistill_fx.runs.directory import PLAN, RunDirectory, kept_plan
+from indistill_fx.runs.directory import PLAN, RunDirectory, plan_of_run
 from indistill_fx.runs.record import RunRecord
 from indistill_fx.runs.saved_outputs import check_outputs
 from indistill_fx.stages.checks import check_classes
@@ -210,7 +210,7 @@ class Distillation:
             accelerator: the run's.
         """
         target = target_of(accelerator, self.modules[1], compiled=self.settings.compile)
-        plan = self.plan or (kept_plan(directory.path) if directory is not None and directory.resumes else None)
+        plan = plan_of_run(directory, self.plan)
         remarks: list[str] = []
         models = traced_pair(
             self.teacher,

@@ -190,7 +190,6 @@ class Trainer:
             reporter.say(*filter(None, (setup.task.said, *schedule)))
             accelerator.wait_for_everyone()  # until every process has looked for a checkpoint to resume
             if directory is not None:
-                setup.save(directory)
                 directory.begin(
                     resumed=resumed,
                     changes=changed,
@@ -205,6 +204,7 @@ class Trainer:
                     teacher_accuracy=(taught or {}).get("accuracy"),
                     environment=self._environment(accelerator),
                 )
+                setup.save(directory)
             with noticing_dead_peers(accelerator):
                 loop.run()
         return loop, taught

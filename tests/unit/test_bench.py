@@ -66,7 +66,7 @@ def test_what_cannot_run_is_noted_and_the_rest_timed(files):
 
 
 def test_a_table_without_a_row_is_an_error(files):
-    with pytest.raises(ConfigError, match="None of these models ran. fixed .* cannot run at batch size 4:"):
+    with pytest.raises(ConfigError, match=r"None of these models ran\. fixed .* cannot run at batch size 4:"):
         bench({"fixed": files[2]}, X, batches=(4,), threads=(1,), seconds=0.01)
 
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import indistill_fx as ifx
 from indistill_fx.data.loaders import MemoryLoader
-from indistill_fx.errors import TrainError
+from indistill_fx.errors import ConfigError, TrainError
 from indistill_fx.graph.module_state import digest
 from indistill_fx.losses.logits import KDLoss
 from indistill_fx.passes.align import align
@@ -92,6 +92,24 @@ def test_distill_trains_the_users_student_and_leaves_its_story(tmp_path, teacher
     assert set(load_file(record.files["best"])) == set(student.state_dict())
     plan = ifx.AlignmentPlan.load(record.files["plan"])
     assert [pair.student for pair in plan.pairs] == [stage.name for stage in record.stages[:-1]]
+
+
+def test_a_plan_of_the_user_is_not_overwritten(tmp_path, teacher):
+    """It was, and nobody trained by it."""
+    plan = ifx.align(teacher, net(6, 8, seed=1), example_inputs=torch.randn(2, 1, 8, 8))
+    edited = plan.model_copy(update={"pairs": plan.pairs[1:]})
+    edited.save(tmp_path / "plan.json")
+    before = (tmp_path / "plan.json").read_bytes()
+    curriculum = ifx.Curriculum(lengths=[1])
+    options: dict[str, Any] = {"run_dir": tmp_path, "curriculum": curriculum, "epochs": 1, "progress": False}
+    for given in (None, plan):
+        with pytest.raises(ConfigError, match=r"plan.json is not the plan of this run, which would overwrite it"):
+            distill(teacher, net(6, 8, seed=1), loader(), plan=given, **options)
+        assert (tmp_path / "plan.json").read_bytes() == before and [*tmp_path.iterdir()] == [tmp_path / "plan.json"]
+    record = distill(
+        teacher, net(6, 8, seed=1), loader(), plan=ifx.AlignmentPlan.load(tmp_path / "plan.json"), **options
+    )
+    assert [stage.name for stage in record.stages] == [edited.pairs[0].student, "main"]
 
 
 def test_the_teachers_accuracy_is_in_the_record_without_a_directory_too(teacher):
