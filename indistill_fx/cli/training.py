@@ -262,9 +262,7 @@ def task_of(options: Mapping[str, Any], *models: Source) -> str | Task | None:
 
     task, origin = asked_or_kept(options["task"], *models)
     if options["task"] is None and task is not None:
-        say(
-            f"The task is not inferred from the labels: it is {task if isinstance(task, str) else task.name}, {origin}."
-        )
+        say(f"The task is {task if isinstance(task, str) else task.name}, {origin}; --task names another.")
     return task
 
 

@@ -72,7 +72,7 @@ def task_of_run(
     named = task_of(task) if task is not None else None
     spec = task if isinstance(task, str) and ":" in task else ""
     if parts.labels is None or (named is not None and not named.labelled):
-        said = f"Task: {named.name}, as requested." if named is not None else ""
+        said = f"Task: {named.name}." if named is not None else ""
         labelled = parts.labels is not None
         facts = kept_facts(named, spec) if named is not None else None
         return RunTask(
@@ -105,10 +105,10 @@ def task_of_run(
     prepared, meant = chosen.prepare(outputs, labels)
     if meant is not None:
         _require_labels(chosen, prepared, meant, loader, models)
-    origin = "as requested" if task is not None else "inferred from the labels of the first batch"
+    origin = "" if task is not None else ", inferred from the labels of the first batch"
     count = prepared.shape[1] if prepared.ndim > 1 else 1
     check = label_check(chosen, logits_of, *models, inferred=task is None or task == Language.name)
-    said, facts = f"Task: {described(chosen)}, {origin}.", kept_facts(chosen, spec)
+    said, facts = f"Task: {described(chosen)}{origin}.", kept_facts(chosen, spec)
     return RunTask(chosen, deciding_metric(chosen, count), said, check, count, facts=facts)
 
 

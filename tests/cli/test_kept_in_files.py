@@ -128,7 +128,7 @@ def test_a_student_of_such_a_teacher_learns_the_same_task(told, tmp_path):
     compress(told, "models.py:value", "counts", "half", "--task", "regression")
     quick = ("--data", "models.py:counts", "--no-warmup", *QUICK)
     said = told("distill", "half/student.onnx", "models.py:value", *quick, "-o", "run")
-    assert "The task is not inferred from the labels: it is regression, as half/student.onnx was trained." in said
+    assert "The task is regression, as half/student.onnx was trained; --task names another." in said
     assert json.loads((tmp_path / "run/run.json").read_text())["about"]["labels"]["name"] == "regression"
 
 

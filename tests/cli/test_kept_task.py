@@ -155,6 +155,6 @@ def test_students_have_the_task_of_the_run_that_teaches_them(told, tmp_path):
     )
     common = ("teacher", "models.py:net", "--data", "flat.py:counts", "--no-warmup", *QUICK)
     said = told("distill", *common, "-o", "run")
-    assert "The task is not inferred from the labels: it is regression, as teacher was trained." in said
+    assert "The task is regression, as teacher was trained; --task names another." in said
     assert json.loads((tmp_path / "run/run.json").read_text())["about"]["labels"]["name"] == "regression"
-    assert "Task: multilabel, as requested." in told("distill", *common, "--task", "multilabel", "-o", "other")
+    assert "Task: multilabel." in told("distill", *common, "--task", "multilabel", "-o", "other")
