@@ -179,9 +179,9 @@ def train_arm(
             curriculum, main = Curriculum(lengths=lengths, learning_rate=rate), epochs - sum(lengths)
         if arm == "kd":
             curriculum, main = NO_WARMUP, epochs
-        labels = {"main_options": {"weight_labels": 0}} if arm == "unlabelled" else {}
+        loss = {"main": options.main, "main_options": {"weight_labels": 0} if arm == "unlabelled" else {}}
         record = ifx.distill(
-            teacher, traced, data.train, plan=plan, curriculum=curriculum, epochs=main, **labels, **settings
+            teacher, traced, data.train, plan=plan, curriculum=curriculum, epochs=main, **loss, **settings
         )
     return {
         "arm": arm, "how": how, "parameters": parameters, "before": before, "accuracy": record.accuracy, "best": record.best_accuracy,
@@ -215,6 +215,7 @@ def run(options: argparse.Namespace) -> None:
                     also = "".join(f"-{key}{value:g}" for key, value in options.also.items())
                     also += f"-decay{options.weight_decay:g}" if options.weight_decay else ""
                     also += f"-batch{options.batch_size}" if options.batch_size != 128 else ""
+                    also += f"-{options.main}" if options.main != "kd" else ""
                     also += f"-{options.precision}" if options.precision not in (None, "no") else ""
                     name = f"{net}-{macs:g}-{how}-{seed}-{arm}{warm}{also}"
                     if (out / f"{name}.json").exists():
@@ -239,6 +240,7 @@ def run(options: argparse.Namespace) -> None:
                         "lr": options.lr,
                         "weight_decay": options.weight_decay,
                         "precision": options.precision or "no",
+                        "main": options.main,
                         "also": options.also,
                         **told(),
                     }
@@ -323,6 +325,7 @@ def main() -> None:
         one.add_argument("--lr", type=float, default=1e-3)
         one.add_argument("--weight-decay", type=float, default=0.0)
         one.add_argument("--also", nargs="+", type=setting, default=[], metavar="NAME=NUMBER", help="further settings")
+        one.add_argument("--main", default="kd", help="main loss of the arms that have our plan")
         one.add_argument("--device", default="auto")
         one.add_argument("--compile", action="store_true")
         one.add_argument("--precision", choices=["no", "bf16", "fp16"])

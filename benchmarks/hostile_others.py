@@ -114,7 +114,9 @@ def hostile_onnx(canary: str) -> Iterator[tuple[str, Make]]:
     }
     beyond = {f"bytes {start} to {length}": weights_at(location="w.bin", offset=start, length=length)
               for start, length in (("0", str(1 << 40)), (str(1 << 62), "216"), ("-8", "216"), ("1e3", "x"))}  # fmt: skip
-    made = {f"weights in {name}": model for name, model in outside.items()} | beyond | greedy()
+    asks = greedy()
+    unbounded = {"a black box": list(asks)[6:7], "timed": list(asks)[:7]}  # to run them is to do what they ask for
+    made = {f"weights in {name}": model for name, model in outside.items()} | beyond | asks
     ways: dict[str, Callable[[str], list[str]]] = {
         "converted": lambda path: ["inspect", path],
         "a black box": lambda path: ["inspect", f"onnxruntime:{path}"],
@@ -122,9 +124,8 @@ def hostile_onnx(canary: str) -> Iterator[tuple[str, Make]]:
     }
     for name, model in made.items():
         for way, command in ways.items():
-            runs_long = list(greedy())[6:7] if way == "a black box" else list(greedy())[:7] if way == "timed" else ()
-            if name in runs_long:
-                continue  # to run such a file is to do what it asks for, and that is not bounded
+            if name in unbounded.get(way, ()):
+                continue
 
             def make(folder: Path, model: Any = model, command: Any = command) -> list[str]:
                 (folder / "secret").write_bytes(bytes(216))

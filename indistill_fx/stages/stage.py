@@ -19,6 +19,7 @@ from indistill_fx.errors import TrainError
 from indistill_fx.losses.base import Outputs
 from indistill_fx.passes.contract import PassRecord, signature_of
 from indistill_fx.plan import Pair
+from indistill_fx.stages import teacher_guard
 from indistill_fx.stages.checks import check_inputs, check_labels, check_sizes
 
 
@@ -190,7 +191,9 @@ class Stage(nn.Module):
     def _check_labels(self, logits: Tensor | None, labels: Tensor | None) -> None:
         """Look at the labels of every batch on a CPU; elsewhere, where that means to wait for the device, at those of the first."""
         task = getattr(self.criterion, "reads", None)
-        if task is None or self._looked or logits is None or labels is None or torch.compiler.is_compiling():
+        if task is None or self._looked or logits is None or labels is None:
+            return
+        if torch.compiler.is_compiling() or teacher_guard.must_not_wait():
             return
         check_labels(task, logits.detach(), labels, whose=f"Stage `{self.name}`, task {task.name}")
         self._looked = labels.device.type != "cpu"

@@ -38,7 +38,7 @@ def refuse_changes(teacher: nn.Module) -> Callable[[nn.Module, Any], None]:
     calls = Counter[int]()  # by stage: a step that is watched for a recording must do what the one before it did
 
     def check(half: nn.Module, inputs: Any) -> None:
-        if torch.compiler.is_compiling() or _must_not_wait():
+        if torch.compiler.is_compiling() or must_not_wait():
             return
         moved = [name for name, tensor in tensors.items() if _version(tensor) != seen[name][0]]
         if calls[id(half)] % _EVERY == 0 or all(tensors[name].device.type == "cpu" for name in probes):
@@ -53,7 +53,7 @@ def refuse_changes(teacher: nn.Module) -> Callable[[nn.Module, Any], None]:
     return check
 
 
-def _must_not_wait() -> bool:
+def must_not_wait() -> bool:
     """Whether a CUDA graph is being recorded, or a step is checked for what would prevent recording."""
     return torch.cuda.is_initialized() and (
         torch.cuda.is_current_stream_capturing() or torch.cuda.get_sync_debug_mode() > 0

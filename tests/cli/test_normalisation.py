@@ -99,7 +99,11 @@ def test_a_students_source_keeps_it(told, home):
     assert "the default for these data" in told("evaluate", spec, *DATA)[2]  # nothing is left of the other one
     (home / "small" / "student.json").write_text('{"normalisation": [[0.1], [0]]}')
     code, _, text = told("evaluate", spec, *DATA)
-    assert code == 2 and "is damaged" in text and "Remove it, and give the figures: --mean, --std." in text
+    assert (
+        code == 2
+        and "is damaged" in text
+        and "Remove it, and give what it would say: --mean, --std, --logits, --task." in text
+    )
 
 
 def test_an_exported_file_keeps_it(told):

@@ -183,7 +183,7 @@ OPTIONS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(cuts=st.lists(st.integers(1, 25), min_size=1, max_size=4), options=OPTIONS)
 def test_anywhere_with_any_options(tmp_path_factory, cuts, options):
     alone = Student()

@@ -28,17 +28,13 @@ def attacks() -> Iterator[Any]:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_there_are_enough_of_both(attacks: Any) -> None:
-    assert len(attacks.hostile("canary")) >= 60
-    assert len(attacks.honest()) >= 40
-
-
-@pytest.mark.filterwarnings("ignore")
 def test_hostile_files_do_no_harm(attacks: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every twelfth; each is refused or loaded without its payload, and never our fault."""
     canary = tmp_path / "canary"
     monkeypatch.setenv("HOME", str(tmp_path))
-    for number, (name, make) in enumerate(list(attacks.hostile(str(canary)).items())[::12]):
+    made = attacks.hostile(str(canary))
+    assert len(made) >= 600
+    for number, (name, make) in enumerate(list(made.items())[::12]):
         folder = tmp_path / str(number)
         folder.mkdir()
         try:
@@ -53,6 +49,7 @@ def test_hostile_files_do_no_harm(attacks: Any, tmp_path: Path, monkeypatch: pyt
 def test_honest_files_load(attacks: Any, tmp_path: Path) -> None:
     refused = {}
     makes: dict[str, Callable[[Path], list[str]]] = attacks.honest()
+    assert len(makes) >= 50
     for number, (name, make) in enumerate(makes.items()):
         folder = tmp_path / str(number)
         folder.mkdir()
