@@ -171,7 +171,7 @@ class RunDirectory:
     @property
     def is_ours(self) -> bool:
         """Whether there is a run in the directory, so that its files are a run's and not the user's."""
-        return any((self.path / name).exists() for name in ("run.json", COMPRESSION))
+        return any((self.path / name).exists() for name in ("run.json", COMPRESSION, LAST))
 
     @property
     def has_checkpoint(self) -> bool:
