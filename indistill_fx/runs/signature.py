@@ -4,11 +4,13 @@ run.json says which model was trained, and `evaluate`, `export` and `bench` take
 user's own code, `models.py:make`. But a run directory may come from anybody, and a spec can name any function there is:
 `subprocess:call?args=…`. So when a run is started the spec is signed, together with the path and the content of the file that it
 names, with a key that only this user has. A signature that is copied beside other code, or code that changed, is none. The student.py
-in a run's own folder may be moved with it: its content must then be what was signed.
+in a run's own folder may be moved with it: its content must then be what was signed, and it must import libraries alone, because
+nobody signed what lies beside it there.
 """
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import hmac
 import os
@@ -17,6 +19,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib.machinery import PathFinder
+from importlib.util import find_spec
 from pathlib import Path
 
 from indistill_fx.loading.spec import Spec
@@ -35,7 +38,20 @@ def is_signed(spec: Spec, proof: object, moved: Path | None = None) -> bool:
     key = _key(make=False)
     if key is None or not isinstance(proof, str):
         return False
-    return hmac.compare_digest(_bytes(proof), _bytes(_digest(key, spec, moved)))
+    signed = hmac.compare_digest(_bytes(proof), _bytes(_digest(key, spec, moved)))
+    return signed and (moved is None or _imports_libraries_alone(moved))
+
+
+def _imports_libraries_alone(code: Path) -> bool:
+    """Whether a file imports only Python's modules and those that a written student.py may need, and none that could lie beside it."""
+    roots: set[str] = set()
+    for node in ast.walk(ast.parse(code.read_bytes())):
+        if isinstance(node, ast.Import):
+            roots |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            roots.add((node.module or "").partition(".")[0] if not node.level else "")
+    ours = {name for name in ("torch", "torchvision", "timm") if find_spec(name) is not None}
+    return roots <= ours | sys.stdlib_module_names
 
 
 def code_of(place: str) -> Path | None:

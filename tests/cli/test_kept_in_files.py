@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import indistill_fx as ifx
-from indistill_fx.cli import run
 from indistill_fx.errors import ConfigError
 
 MODELS = """
@@ -76,16 +75,9 @@ QUICK = ("--epochs", "1", "--device", "cpu")
 
 
 @pytest.fixture
-def told(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def told(tmp_path, printed):
     (tmp_path / "models.py").write_text(MODELS)
-
-    def said(*arguments, code=0):
-        assert run(list(arguments)) == code
-        found = capsys.readouterr()
-        return found.out + found.err
-
-    return said
+    return printed
 
 
 def json_in(text):

@@ -6,8 +6,6 @@ import json
 
 import pytest
 
-from indistill_fx.cli import run
-
 MODELS = """
 import torch
 from torch import nn
@@ -63,16 +61,9 @@ QUICK = ("--epochs", "1", "--device", "cpu")
 
 
 @pytest.fixture
-def told(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def told(tmp_path, printed):
     (tmp_path / "models.py").write_text(MODELS)
-
-    def said(*arguments, code=0):
-        assert run(list(arguments)) == code
-        found = capsys.readouterr()
-        return found.out + found.err
-
-    return said
+    return printed
 
 
 CASES = {

@@ -7,8 +7,6 @@ import shutil
 
 import pytest
 
-from indistill_fx.cli import run
-
 NETS = """
 import torch
 from torch import nn
@@ -28,14 +26,11 @@ QUICK = ("--data", "nets.py:data", "--epochs", "1", "--device", "cpu")
 
 
 @pytest.fixture
-def told(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def told(tmp_path, printed):
     (tmp_path / "nets.py").write_text(NETS)
 
     def said(*arguments, code=0):
-        assert run(list(arguments)) == code
-        found = capsys.readouterr()
-        return " ".join((found.out + found.err).split())
+        return " ".join(printed(*arguments, code=code).split())
 
     half = ("--macs", "0.5", "--samples", "8", "--warmup", "1", "--qat", "1", "--no-export")
     said("compress", "nets.py:net", *half, *QUICK, "-o", "half")
@@ -59,6 +54,18 @@ def test_a_run_of_compress_moves_with_its_student(told, tmp_path):
     kept = json.loads((tmp_path / "again/run.json").read_text())["about"]["model"]
     assert kept == f"{tmp_path}/runs/small/student.py:Student"
     told("evaluate", "again", "--data", "nets.py:data")  # knows the student where it was when this run began
+
+
+@pytest.mark.parametrize("line", ["import helpers", "import math, helpers", "from helpers import net"])
+def test_code_that_reads_what_lies_beside_it_does_not_move(told, tmp_path, line):
+    """What lies there is not signed: with a copy of a run whose code is the user's own, it would be run."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/student.py").write_text(f"{NETS}\ntry:\n    {line}\nexcept ImportError:\n    pass\n")
+    told("train", "mine/student.py:net", *QUICK, "-o", "run")
+    (tmp_path / "mine/student.py").rename(tmp_path / "run/student.py")
+    (tmp_path / "run/helpers.py").write_text("raise SystemExit('was run')\n")
+    said = told("evaluate", "run", "--data", "nets.py:data", code=2)
+    assert "so it was not run" in said and "was run" not in said.replace("not run", "")
 
 
 def test_code_that_is_not_the_one_that_was_signed_is_not_run(told, tmp_path):
