@@ -32,7 +32,7 @@ from indistill_fx.deploy.onnx_session import (
     open_session,
     random_inputs,
 )
-from indistill_fx.errors import ConfigError, first_lines
+from indistill_fx.errors import ConfigError, IndistillError, first_lines
 from indistill_fx.graph.module_state import evaluating
 
 Call: TypeAlias = Callable[[], object]
@@ -179,7 +179,7 @@ def bench(
                 hint="Check the path; it is taken from the working directory.",
             )
     rows: list[BenchRow] = []
-    notes: list[str] = []
+    failures: dict[str, Exception] = {}
     with ExitStack() as stack:
         for value in contestants.values():
             if isinstance(value, nn.Module):
@@ -188,23 +188,22 @@ def bench(
             with _threads(count):
                 runners = _runners(contestants, names, count, compile)
                 for batch in batches:
-                    rows += _cells(runners, random_inputs(inputs, batch), count, seconds, notes)
+                    rows += _cells(runners, random_inputs(inputs, batch), count, seconds, failures)
     if not rows:
-        raise _nothing_ran(notes[0])
+        raise _nothing_ran(*next(iter(failures.items())))
     order = {name: i for i, name in enumerate(contestants)}
     rows.sort(key=lambda r: (order[r.name], r.runtime != "torch eager", r.batch, r.threads))
     date = datetime.now(UTC).isoformat(timespec="seconds")
-    return BenchReport(
-        _with_speed(rows), _machine(), _versions(), tuple(dict.fromkeys(notes)), date, os.getloadavg()[0]
-    )
+    return BenchReport(_with_speed(rows), _machine(), _versions(), tuple(failures), date, os.getloadavg()[0])
 
 
-def _nothing_ran(first: str) -> ConfigError:
+def _nothing_ran(first: str, why: Exception) -> ConfigError:
+    inputs = "Check the example input (--input: shape, dtype and range) and the batch sizes (--batch)."
     return ConfigError(
         f"None of these models ran. {first}",
         where="contestants",
         got=first,
-        hint="Check the example input (--input: shape, dtype and range) and the batch sizes (--batch).",
+        hint="" if isinstance(why, IndistillError) else inputs,  # our own errors end with their hint
     )
 
 
@@ -291,7 +290,7 @@ def _onnx_call(path: str | PathLike[str], threads: int) -> Callable[[Sequence[Te
 
 
 def _cells(
-    runners: Sequence[_Runner], inputs: Sequence[Tensor], threads: int, seconds: float, notes: list[str]
+    runners: Sequence[_Runner], inputs: Sequence[Tensor], threads: int, seconds: float, failures: dict[str, Exception]
 ) -> list[BenchRow]:
     batch, able, calls = len(inputs[0]), {}, {}
     for runner in runners:
@@ -300,7 +299,7 @@ def _cells(
             call = runner.prepare(inputs)
             call()
         except Exception as error:  # a fixed batch size, or a model that cannot be compiled: measure the others
-            notes.append(f"{key} cannot run at batch size {batch}: {first_lines(error)}")
+            failures[f"{key} cannot run at batch size {batch}: {first_lines(error)}"] = error
         else:
             able[key], calls[key] = runner, call
     timings = measure(calls, seconds=seconds)

@@ -49,7 +49,7 @@ class Preprocess:
         """The preprocessing built into an exported file, from its metadata.
 
         Raises:
-            ConfigError: the metadata is impossible.
+            ConfigError: the metadata is invalid.
         """
         text = metadata.get("preprocess")
         if not text:
@@ -61,7 +61,7 @@ class Preprocess:
         except (OSError, ValueError, TypeError, KeyError, IndexError, OverflowError, RecursionError, ConfigError):
             pass
         raise ConfigError(
-            f"The file's metadata say of its preprocessing what cannot be: {text[:100]!r}.",
+            f"The preprocessing in the file's metadata is invalid: {text[:100]!r}.",
             where="preprocess",
             got=text[:100],
             hint="Export it again.",

@@ -82,11 +82,13 @@ class Twice(nn.Module):
      '{"mean": [0], "std": [NaN]}', '{"mean": [], "std": []}', '{"mean": [1e999], "std": [1]}', "[" * 100_000],
     ids=lambda text: text[:30],
 )  # fmt: skip
-def test_preprocessing_that_cannot_be_is_a_difference(text: str, tmp_path: Path) -> None:
+def test_invalid_preprocessing_is_a_difference(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = file(tmp_path, lambda made: helper.set_model_props(made, {"preprocess": text}))
     report = check_onnx(path, Twice(), IMAGES)
-    assert "preprocessing what cannot be" in report.differences[0]
-    assert run_cli(["bench", str(path)]) == 0  # it runs none of the models it cannot feed, and says why
+    assert "The preprocessing in the file's metadata is invalid" in report.differences[0]
+    assert run_cli(["bench", str(path)]) == 2
+    message = capsys.readouterr().err
+    assert "The preprocessing in the file's metadata is invalid" in message and "--input" not in message
 
 
 def outside(name: str) -> Change:
