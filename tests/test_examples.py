@@ -31,14 +31,20 @@ def write_images(folder: Path, *, per_class: int) -> None:
 
 
 @pytest.mark.slow
-def test_paper_cifar10(tmp_path):
+def test_paper_cifar10(commands, tmp_path):
     write_images(tmp_path / "images", per_class=13)
     sys.path.insert(0, str(ROOT))
     from examples.paper_cifar10 import Cnn32
 
     torch.manual_seed(0)
     torch.save(Cnn32().state_dict(), tmp_path / "teacher.pt")
-    command = [sys.executable, str(ROOT / "examples/paper_cifar10.py"), "--data", str(tmp_path / "images"), "--quick"]
+    command = [
+        str(commands / "python"),
+        str(ROOT / "examples/paper_cifar10.py"),
+        "--data",
+        str(tmp_path / "images"),
+        "--quick",
+    ]
     command += ["--teacher", str(tmp_path / "teacher.pt"), "--out", str(tmp_path / "out")]
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)}
@@ -132,9 +138,9 @@ def test_crepe_is_distilled_from_the_shell(tmp_path, monkeypatch):
         ("detection", "torchvision", ["--epochs", "4", "--pictures", "16"], "warm-up before that:"),
     ],
 )
-def test_loops_of_others(script, needs, arguments, last, tmp_path):
+def test_loops_of_others(script, needs, arguments, last, tmp_path, commands):
     pytest.importorskip(needs, reason=f"needs {needs}, which `pip install -e '.[dev]'` brings")
-    command = [sys.executable, str(ROOT / f"examples/{script}.py"), *arguments]
+    command = [str(commands / "python"), str(ROOT / f"examples/{script}.py"), *arguments]
     given = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=given, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -166,7 +172,7 @@ def test_a_detectors_stage_is_its_own_loss_and_runs_its_backbone_once():
 # WebDataset leaves a shard open when nobody reads on, as after a look at the first batch.
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("kind", ["hugging_face", "web_dataset"])
-def test_loaders_of_hugging_face_and_of_web_dataset(kind, tmp_path, monkeypatch, capsys):
+def test_loaders_of_hugging_face_and_of_web_dataset(kind, tmp_path, monkeypatch, capsys, commands):
     """A tiny data set, offline: trained, distilled and measured, with a teacher that wants other figures."""
     for package in ("datasets", "webdataset"):
         pytest.importorskip(package, reason=f"needs {package}, which `pip install -e '.[dev]'` brings")
@@ -174,7 +180,7 @@ def test_loaders_of_hugging_face_and_of_web_dataset(kind, tmp_path, monkeypatch,
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     file = ROOT / "examples/other_loaders.py"
-    subprocess.run([sys.executable, str(file)], check=True, capture_output=True)
+    subprocess.run([commands / "python", str(file)], check=True, capture_output=True)
     data, quick = ["--data", f"{file}:{kind}"], ["--device", "cpu", "--batch-size", "16"]
     assert (
         run(["train", f"{file}:network?width=12", *data, *quick, "--epochs", "6", "--lr", "0.01", "-o", "taught"]) == 0

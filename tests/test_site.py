@@ -28,17 +28,13 @@ def test_the_site_builds_without_a_warning(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.stem)
-def test_a_guide_runs_as_it_stands(guide, tmp_path):
+def test_a_guide_runs_as_it_stands(guide, tmp_path, commands):
     """Its blocks of Python and of sh, in order and in one folder beside examples/; `# name.py` says where Python is kept."""
     text = guide.read_text(encoding="utf-8")
     for package in sorted(set(re.findall(r"^(?:from|import) (lightning|transformers)", text, flags=re.M))):
         pytest.importorskip(package, reason=f"needs {package}, which `pip install -e '.[dev]'` brings")
     (tmp_path / "examples").symlink_to(ROOT / "examples")
-    (tmp_path / "bin").mkdir()
-    for command, runs in (("indistill-fx", "-m indistill_fx"), ("python", "")):
-        (tmp_path / "bin" / command).write_text(f'#!/bin/sh\nexec "{sys.executable}" {runs} "$@"\n')
-        (tmp_path / "bin" / command).chmod(0o755)
-    given = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
+    given = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": f"{commands}:{os.environ['PATH']}"}
     given |= {"HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     blocks = re.findall(r"```(python|sh)\n(.*?)```", text, flags=re.S)
     assert blocks
@@ -46,7 +42,7 @@ def test_a_guide_runs_as_it_stands(guide, tmp_path):
         name = re.match(r"# (\w+\.py)\n", block)
         file = tmp_path / (name[1] if name else f"block-{number}")
         file.write_text(block, encoding="utf-8")
-        command = [sys.executable, str(file)] if kind == "python" else ["bash", "-e", str(file)]
+        command = [str(commands / "python"), str(file)] if kind == "python" else ["bash", "-e", str(file)]
         done = subprocess.run(command, cwd=tmp_path, env=given, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{block}\n{done.stdout[-1000:]}\n{done.stderr[-2000:]}"
 

@@ -58,11 +58,11 @@ except Interrupted as stopped:
 """
 
 
-def ends_with(place: Path, kind: str, number: int, target: str = "group", **pipes: Any) -> int:
+def ends_with(python: Path | str, place: Path, kind: str, number: int, target: str = "group", **pipes: Any) -> int:
     script = place.with_name("work.py")
     script.write_text(SCRIPT)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(script), str(place), kind, str(int(number)), target]
+    command = [python, str(script), str(place), kind, str(int(number)), target]
     return subprocess.run(
         command, env=environment, start_new_session=True, timeout=120, check=False, **({"stderr": subprocess.DEVNULL} | pipes)
     ).returncode  # fmt: skip
@@ -76,16 +76,16 @@ def story(place: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("kind", ["ours", "theirs", "theirs, living on"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_the_group_spares_the_readers_until_the_step_is_saved(
-    number: int, kind: str, tmp_path: Path
+    number: int, kind: str, tmp_path: Path, commands: Path
 ) -> None:
     place = tmp_path / "run"
-    assert ends_with(place, kind, number) == 40
+    assert ends_with(commands / "python", place, kind, number) == 40
     assert steps_saved(place) == 7 and story(place)["status"] == "stopped"
 
 
-def test_a_terminal_that_goes_away_saves_too(tmp_path: Path) -> None:
+def test_a_terminal_that_goes_away_saves_too(tmp_path: Path, commands: Path) -> None:
     place = tmp_path / "run"
-    assert ends_with(place, "memory", signal.SIGHUP) == 40
+    assert ends_with(commands / "python", place, "memory", signal.SIGHUP) == 40
     assert steps_saved(place) == 7 and story(place)["status"] == "stopped"
     finishes_as_if_nothing_happened(place)
 
@@ -94,29 +94,29 @@ def test_a_hang_up_that_is_ignored_stays_ignored(tmp_path: Path) -> None:
     """As under nohup."""
     place = tmp_path / "run"
     preexec = lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)  # noqa: E731
-    assert ends_with(place, "memory", signal.SIGHUP, preexec_fn=preexec) == 0
+    assert ends_with(sys.executable, place, "memory", signal.SIGHUP, preexec_fn=preexec) == 0
     assert story(place)["status"] == "done"
 
 
-def test_a_notice_saves_and_goes_on(tmp_path: Path) -> None:
+def test_a_notice_saves_and_goes_on(tmp_path: Path, commands: Path) -> None:
     place = tmp_path / "run"
     with (tmp_path / "err").open("w") as err:
-        assert ends_with(place, "ours", signal.SIGUSR1, stderr=err) == 0
+        assert ends_with(commands / "python", place, "ours", signal.SIGUSR1, stderr=err) == 0
     assert "Saved after 7 steps, because of a signal." in (tmp_path / "err").read_text()
     assert story(place)["status"] == "done" and story(place)["result"]["steps"] == STEPS
 
 
 @pytest.mark.parametrize("how", ["closed", "full", "a pipe nobody reads"])
-def test_a_standard_error_that_takes_nothing_costs_no_work(how: str, tmp_path: Path) -> None:
+def test_a_standard_error_that_takes_nothing_costs_no_work(how: str, tmp_path: Path, commands: Path) -> None:
     place = tmp_path / "run"
     if how == "closed":
-        done = ends_with(place, "memory", 0, stderr=None, preexec_fn=lambda: os.close(2))
+        done = ends_with(sys.executable, place, "memory", 0, stderr=None, preexec_fn=lambda: os.close(2))
     elif how == "full":
         with open("/dev/full", "w") as err:
-            done = ends_with(place, "memory", 0, stderr=err)
+            done = ends_with(commands / "python", place, "memory", 0, stderr=err)
     else:
         reading, writing = os.pipe()
         os.close(reading)
-        done = ends_with(place, "memory", 0, stderr=writing)
+        done = ends_with(commands / "python", place, "memory", 0, stderr=writing)
         os.close(writing)
     assert done == 0 and len(story(place)["result"]["epochs"]) == EPOCHS

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -85,9 +84,10 @@ json.dump(found, open(f"{sys.argv[1]}.{dist.get_rank()}.json", "w"))
 """
 
 
-def test_two_processes_see_every_sample_once(tmp_path):
+def test_two_processes_see_every_sample_once(tmp_path, commands):
     (tmp_path / "job.py").write_text(SCRIPT)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    python = str(commands / "python")
+    torchrun = [python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--no-python", python]
     done = subprocess.run(
         [*torchrun, str(tmp_path / "job.py"), str(tmp_path / "seen")],
         capture_output=True,

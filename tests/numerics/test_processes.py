@@ -122,17 +122,18 @@ for name, sizes, norm in (("norms", (5, 4, 2), nn.BatchNorm1d(8)), ("plain", (5,
 """
 
 
-def test_batches_that_do_not_divide_and_a_resume_by_another_number_of_processes(tmp_path):
+def test_batches_that_do_not_divide_and_a_resume_by_another_number_of_processes(tmp_path, commands):
     """With three processes, a batch of two or one leaves some of them with nothing; in float64 the weights are those of one process."""
     script = tmp_path / "work.py"
     script.write_text(ODD)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
+    python = str(commands / "python")
+    torchrun = [python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3", "--no-python", python]
     for launcher, place, cut in (
-        ([sys.executable], "one", "99"),
+        ([python], "one", "99"),
         (torchrun, "three", "99"),
         (torchrun, "both", "3"),
-        ([sys.executable], "both", "99"),
+        ([python], "both", "99"),
     ):
         command = [*launcher, str(script), str(tmp_path / place), cut]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
