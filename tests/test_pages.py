@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from PIL import Image
 
 import indistill_fx as ifx
 from indistill_fx.cli import run
+from indistill_fx.deploy.bench import bench
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
@@ -63,6 +65,7 @@ MORE = {
     "distill": ["--epochs", "1"],
     "compress": ["--epochs", "1", "--samples", "16", "--warmup", "1"],
     "export": ["--max-drop", "100"],
+    "bench": ["--threads", "1", "--batch", "2"],
 }
 """What makes a command small: few samples, few epochs."""
 
@@ -145,6 +148,7 @@ RUN = [
 @pytest.mark.parametrize("page", RUN)
 def test_the_commands_of_a_page_run(page, place, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("indistill_fx.deploy.bench.bench", partial(bench, seconds=0.05))
     for made in place.iterdir():
         (tmp_path / made.name).symlink_to(made) if made.name != "runs" else None
     (tmp_path / "runs").mkdir()
