@@ -19,7 +19,7 @@ from indistill_fx.passes.capture.trace import as_traced
 from indistill_fx.passes.extract.instrument import instrument
 from indistill_fx.runs.saved_outputs import LOGITS, write_outputs
 from indistill_fx.stages.traced_pair import examples_of
-from indistill_fx.system.files import try_folder
+from indistill_fx.system.files import make_folder, try_folder
 from indistill_fx.system.terminal import followed
 from indistill_fx.traced import TracedModel
 
@@ -82,6 +82,7 @@ def save_outputs(
         for name, tap in wanted.items():
             _keep(found, name, features[tap].detach().cpu(), indices.cpu(), batches.samples)
     axes = {name: traced.facts_of(tap).channel_axis for name, tap in wanted.items()}
+    make_folder(Path(directory))
     write_outputs(
         Path(directory), found, axes=axes, data=batches.fingerprint(), teacher=about or type(traced.module).__name__
     )
