@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from indistill_fx.errors import ConfigError, TrainError, instead_of, nearest
 from indistill_fx.graph.view import View
-from indistill_fx.system.files import read_bounded, replace_file, require_few_values
+from indistill_fx.system.files import read_bounded, replace_file, require_few_values, require_replaceable
 from indistill_fx.traced import TracedModel
 
 Adapter = Literal["none", "pool", "tokens_to_map"]
@@ -147,6 +147,7 @@ class AlignmentPlan(_Frozen):
             ConfigError: nothing can be written there.
         """
         target = Path(path)
+        require_replaceable(target)
         text = self.model_dump_json(indent=2) + "\n"
         try:
             replace_file(target, lambda draft: draft.write_text(text, encoding="utf-8"))

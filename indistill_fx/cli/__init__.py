@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
 import sys
@@ -14,6 +13,7 @@ from typing import Any
 import click
 
 from indistill_fx.errors import ConfigError, IndistillError
+from indistill_fx.system.shortage import advice, refusal
 from indistill_fx.system.terminal import paragraph, printable, tell
 from indistill_fx.version import __version__
 
@@ -114,16 +114,8 @@ def run(arguments: list[str]) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return 0
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            return _our_fault(error, debug=debug)
-        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
-        tell(
-            f"Error: There is no space left to write to: {paragraph(str(error))}. Free some, and run the command again."
-        )
-        return 2
-    except Exception as error:  # anything that reaches this line is a bug of ours
-        return _our_fault(error, debug=debug)
+    except Exception as error:  # anything that reaches this line is a bug of ours, or a fault of the machine
+        return _failed(error, debug=debug)
     return result if isinstance(result, int) else 0
 
 
@@ -143,9 +135,16 @@ def _require_text(arguments: list[str]) -> None:
             )
 
 
-def _our_fault(error: Exception, *, debug: bool) -> int:
+def _failed(error: Exception, *, debug: bool) -> int:
     if debug:
         _trace(error)
+    if hint := advice(error):
+        try:
+            sys.stdout.flush()
+        except OSError:
+            sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 (Python would fail once more at its end)
+        tell(f"Error: {paragraph(refusal(error))}. {hint}, and run the command again.")
+        return 2
     tell(
         f"indistill-fx failed, and it is our fault: {type(error).__name__}: {paragraph(str(error))}\n"
         + ("Report it" if debug else "Run the same command with --debug for the traceback, and report it")

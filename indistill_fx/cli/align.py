@@ -88,10 +88,16 @@ def command(teacher: str, student: str, inputs: tuple[str, ...], trust: tuple[st
       indistill-fx align teacher.pt models.py:make_student --similarity cka --data imagefolder:DIR
       indistill-fx align timm:vit_large_patch16_224 timm:vit_tiny_patch16_224 --html plan.html
     """
+    from pathlib import Path
+
     from indistill_fx.passes.align import align_traced
     from indistill_fx.passes.pairing.cka import cka
     from indistill_fx.plan import AlignmentPlan
+    from indistill_fx.system.files import try_file
 
+    for name in ("output", "html", "svg", "png"):
+        if options[name]:
+            try_file(Path(options[name]))
     earlier = AlignmentPlan.load(options["diff"]) if options["diff"] else None
     matching = {"fixed": _fixed(options["fixed"]), **{name: options[name] for name in ("pairs", "every_block", "taps")}}
     plan = AlignmentPlan.load(options["plan"]) if options["plan"] else None

@@ -85,7 +85,7 @@ def command(
     from indistill_fx.errors import ConfigError
     from indistill_fx.runs.directory import COMPRESSION
     from indistill_fx.runs.model_facts import facts_of
-    from indistill_fx.system.files import try_folder
+    from indistill_fx.system.files import try_file, try_folder
 
     asked = {name: requests.pop(name) for name in pictures.NAMES}
 
@@ -97,7 +97,7 @@ def command(
             where="--plan",
             hint="Give one of them.",
         )
-    try_folder(Path(output) if _is_directory(output) else Path(output).parent)
+    try_folder(Path(output)) if _is_directory(output) else try_file(Path(output))
     if held := [name for name in (COMPRESSION, "run.json") if os.path.exists(os.path.join(output, name))]:
         raise ConfigError(
             f"{output} holds a run ({held[0]}), whose student would be overwritten.",

@@ -37,7 +37,7 @@ from indistill_fx.graph.module_state import mode, untouched
 from indistill_fx.runs.directory import PLAN
 from indistill_fx.runs.model_facts import FACTS
 from indistill_fx.system.exact_arithmetic import exact_arithmetic
-from indistill_fx.system.files import make_folder, write
+from indistill_fx.system.files import make_folder, staged
 from indistill_fx.system.tensor_files import header_of
 from indistill_fx.traced import TracedModel
 
@@ -74,7 +74,7 @@ class StudentSource:
         return student
 
     def save(self, directory: Path, beside: Mapping[str, str] | None = None) -> str:
-        """Write both files, the weights first; the header of these holds the digests of all the others.
+        """Write all files or none, the weights first; the header of these holds the digests of all the others.
 
         Args:
             directory: created if it does not exist.
@@ -90,12 +90,13 @@ class StudentSource:
         tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in self.state.items()}
         texts = {SOURCE: self.text, **(beside or {})}
         digests = {_entry(name): _digest(text.encode()) for name, text in texts.items() if text}
-        write(directory / WEIGHTS, save(tensors, digests))
-        for name, text in texts.items():
-            if text:
-                write(directory / name, text)
-            else:
-                (directory / name).unlink(missing_ok=True)
+        with staged(directory / SOURCE) as draft:
+            draft.with_name(WEIGHTS).write_bytes(save(tensors, digests))
+            for name, text in texts.items():
+                if text:
+                    draft.with_name(name).write_bytes(text.encode())
+        for name in (name for name, text in texts.items() if not text):
+            (directory / name).unlink(missing_ok=True)
         return f"{directory / SOURCE}:Student@{directory / WEIGHTS}"
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from indistill_fx.data.image_folders import Listing
 from indistill_fx.data.pictures import read_picture
 from indistill_fx.errors import ConfigError, TrainError
-from indistill_fx.system.files import clear_drafts
+from indistill_fx.system.files import clear_drafts, try_folder
 from indistill_fx.system.tensor_files import load_tensors, save_tensors
 from indistill_fx.system.terminal import followed
 
@@ -69,6 +69,7 @@ def decode(
         pass
     except (KeyError, ValueError, RuntimeError, OSError) as error:
         note = f"The decoded images in {place} were damaged ({error}) and were decoded anew."
+    try_folder(cache)
     found = replace(_decoded(listing, size, channels, deep, progress), note=note)
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -81,7 +82,7 @@ def decode(
             with suppress(OSError):
                 (cache / ".lock").unlink()  # no image was stored, so do not leave an empty cache behind
         raise ConfigError(
-            f"Cache {str(place)!r} cannot be written: {reason}.",
+            f"Cache {str(place)!r} cannot be written: {getattr(reason, 'strerror', None) or reason}.",
             where=str(cache),
             hint="Give another folder, or leave cache (--cache) out.",
         ) from error

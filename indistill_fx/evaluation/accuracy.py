@@ -21,6 +21,7 @@ from indistill_fx.losses.choose_task import choose_task, is_telling, require_as_
 from indistill_fx.losses.positions import IGNORED, as_classes
 from indistill_fx.losses.task import Classification, Language, Task
 from indistill_fx.runs.record import MetricFacts
+from indistill_fx.system.shortage import is_out_of_memory
 from indistill_fx.system.terminal import followed
 
 if TYPE_CHECKING:
@@ -178,10 +179,9 @@ def _explained(task: Task, logits: Tensor, labels: Tensor) -> Iterator[None]:
     """Turn failures in a user's own task, such as a metric that does not fit, into errors for the user."""
     try:
         yield
-    except (IndistillError, torch.OutOfMemoryError):
-        raise
     except Exception as error:
-        if type(task).__module__.startswith("indistill_fx."):
+        ours = isinstance(error, IndistillError) or type(task).__module__.startswith("indistill_fx.")
+        if ours or is_out_of_memory(error):
             raise
         raise ConfigError(
             f"A metric or the loss of task `{task.name}` fails on outputs {tuple(logits.shape)} and labels {tuple(labels.shape)}: "
@@ -368,9 +368,9 @@ def outputs_of(module: nn.Module | Callable[..., Any], call: Call) -> Any:
     """
     try:
         return call(module)
-    except torch.OutOfMemoryError:
-        raise
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        if is_out_of_memory(error):
+            raise
         given = [value for value in (*call.args, *call.kwargs.values()) if isinstance(value, Tensor)]
         shapes = ", ".join(str(tuple(value.shape)) for value in given)
         name = type(module).__name__ if isinstance(module, nn.Module) else getattr(module, "__qualname__", "The model")

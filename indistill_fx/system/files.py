@@ -7,7 +7,6 @@ import hashlib
 import json
 import math
 import os
-import secrets
 import shutil
 import stat
 import tempfile
@@ -37,36 +36,48 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         TrainError: the disk is full, or the place cannot be written; what lay at `path` is still there.
     """
-    draft = None
     try:
-        clear_drafts(path.parent, path.name)
-        draft = new_draft(path)
-        with _being_written(draft):
+        with _drafted(path) as draft:
             write(draft)
-            _sync(draft)
-            os.replace(draft, path)
-        _sync(path.parent)
     except (OSError, SafetensorError) as error:
         raise TrainError(
-            f"{path} cannot be written: {error}.",
+            f"{path} cannot be written: {getattr(error, 'strerror', None) or error}.",
             where=str(path),
-            hint="What was there before is unchanged. Free some space; a run continues with resume=True (--resume).",
+            hint="What was there before is unchanged. Free some space, or make the folder writable, and try again; a run continues"
+            " with resume=True (--resume).",
         ) from error
-    finally:
-        if draft is not None:
-            with suppress(OSError):  # a read-only disk refuses the deletion as well
-                draft.unlink(missing_ok=True)
 
 
-def new_draft(path: Path) -> Path:
-    """A new empty file beside `path`, under a name that nobody can foresee; it is made, so no link of that name is followed.
+@contextmanager
+def _drafted(target: Path) -> Iterator[Path]:
+    """A place for the draft, in a folder of its own beside the target; all that is in it gets its name there if the block succeeds.
+
+    The folder has a name that nobody can foresee, and what other programs leave in it when they are killed goes with it.
 
     Raises:
         OSError: the place cannot be written.
     """
-    draft = path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}{_DRAFT}")
-    os.close(os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_NOFOLLOW", 0), 0o666))
-    return draft
+    clear_drafts(target.parent, target.name)
+    prefix = f".{target.name[:100]}."
+    with (
+        tempfile.TemporaryDirectory(
+            prefix=prefix, suffix=_DRAFT, dir=target.parent, ignore_cleanup_errors=True
+        ) as name,
+        _being_written(folder := Path(name)),
+    ):
+        draft = folder / target.name
+        draft.touch(exist_ok=False)
+        permissions = stat.S_IMODE(draft.stat().st_mode)
+        yield draft
+        # In the order in which they were written, but the model file last, because other programs wait for it.
+        parts = sorted(folder.iterdir(), key=lambda part: (part == draft, part.stat().st_mtime_ns))
+        for part in parts:
+            if stat.S_IMODE(part.stat().st_mode) != permissions:
+                part.chmod(permissions)  # safetensors makes files that only their owner may read
+            _sync(part)
+        for part in parts:
+            os.replace(part, target.parent / part.name)
+    _sync(target.parent)
 
 
 def append_line(path: Path, line: str) -> None:
@@ -173,27 +184,14 @@ def write(path: str | os.PathLike[str], content: str | bytes) -> None:
 @contextmanager
 def staged(target: Path) -> Iterator[Path]:
     """A place for the draft beside the target; what is there moves to the target's name if the block succeeds."""
-    if os.path.isdir(target) or not target.name:
-        raise ConfigError(f"Cannot write `{target}`: it is a directory.", where=str(target), hint="Name a file in it.")
+    require_replaceable(target)
     try:
-        clear_drafts(target.parent, target.name)
-        holder = tempfile.TemporaryDirectory(prefix=f".{target.name[:100]}.", suffix=_DRAFT, dir=target.parent)
-    except OSError as error:
-        raise ConfigError(
-            f"Cannot write `{target}`: {error.strerror or error}: `{target.parent}`.", where=str(target),
-            hint="Give a path in a directory that exists and may be written.",
-        ) from error  # fmt: skip
-    try:
-        with holder as directory, _being_written(Path(directory)):
-            draft = Path(directory) / target.name
+        with _drafted(target) as draft:
             yield draft
-            # Weights first and the model file last, because other programs wait for the model file.
-            for part in sorted(Path(directory).iterdir(), key=lambda part: part == draft):
-                os.replace(part, target.parent / part.name)
     except OSError as error:
         raise ConfigError(
             f"Cannot write `{target}`: {error.strerror or error}.", where=str(target),
-            hint="Free some space, or give another path; an existing file there is unchanged.",
+            hint="Free some space, or give another path, in a folder that exists and may be written; an existing file is unchanged.",
         ) from error  # fmt: skip
 
 
@@ -209,15 +207,54 @@ def make_folder(folder: Path) -> None:
 
 
 def try_folder(folder: Path) -> None:
-    """Make sure that a folder for outputs can be made, before anything is computed; nothing is left of it.
+    """Make sure that a folder for outputs can be made and written, before anything is computed; nothing is left of it.
 
     Raises:
-        ConfigError: it cannot be made.
+        ConfigError: it cannot be made, or nothing can be written in it.
     """
     missing = [place for place in (folder, *folder.parents) if not os.path.exists(place)]
     make_folder(folder)
-    for place in missing:
-        place.rmdir()
+    try:
+        _try_writing(folder)
+    finally:
+        for place in missing:
+            place.rmdir()
+
+
+def try_file(target: Path) -> None:
+    """Make sure that a file can be written, before anything is computed; nothing is left of it, and an existing file is unchanged.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    require_replaceable(target)
+    _try_writing(target.parent)
+
+
+def require_replaceable(target: Path) -> None:
+    """Refuse a directory, and a device, which the file would replace.
+
+    Raises:
+        ConfigError: it is one.
+    """
+    found = "a directory" if os.path.isdir(target) or not target.name else "a device" if _is_device(target) else ""
+    if found:
+        raise ConfigError(f"Cannot write `{target}`: it is {found}.", where=str(target), hint="Name a file.")
+
+
+def _is_device(path: Path) -> bool:
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return False
+    return stat.S_ISCHR(mode) or stat.S_ISBLK(mode)
+
+
+def _try_writing(folder: Path) -> None:
+    hint = "Free some space, or name another folder that exists and may be written."
+    refusal = ConfigError(f"Nothing can be written in `{folder}`", where=str(folder), hint=hint)
+    with instead_of(OSError, refusal), tempfile.TemporaryFile(dir=folder) as file:
+        file.write(bytes(4096))
 
 
 class TooLargeError(OSError):

@@ -14,7 +14,6 @@ import hashlib
 import math
 import os
 import shutil
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -30,12 +29,12 @@ from torch import Tensor, fx
 from indistill_fx.batch import INDICES, Inputs, split, to_device, with_features
 from indistill_fx.data.loaders import EpochLoader
 from indistill_fx.data.same_samples import same_samples
-from indistill_fx.errors import ConfigError
+from indistill_fx.errors import ConfigError, instead_of
 from indistill_fx.graph.module_state import digest, settings_of
 from indistill_fx.stages.stage import Stage
-from indistill_fx.system.files import file_digest, read_json, save_json
+from indistill_fx.system.files import file_digest, make_folder, read_json, save_json
 from indistill_fx.system.tensor_files import text_digest
-from indistill_fx.system.terminal import followed
+from indistill_fx.system.terminal import followed, one_line, tell
 
 _FORMAT = "features 2"
 _INDEX = "features.json"
@@ -104,10 +103,12 @@ def cache_features(
     """
     data = same_samples(loader, "The feature cache", views=True).indexed(in_order=True)
     root = Path(directory)
-    root.mkdir(parents=True, exist_ok=True)
+    make_folder(root)
     content_key = f"{_FORMAT} {loader.fingerprint()} {precision}"
     folders = [root / _key(stage.teacher, content_key) if stage.teacher is not None else None for stage in stages]
     with FileLock(root / ".lock"):
+        for part in root.glob("*.part"):  # of a process that was killed: whoever fills the cache holds the lock
+            shutil.rmtree(part, ignore_errors=True)
         missing = [
             stage for stage, folder in zip(stages, folders, strict=True) if folder and not _is_whole(folder, stage, say)
         ]
@@ -165,13 +166,32 @@ def _fill(
 
 
 def _files(part: Path, taps: Mapping[str, tuple[Tensor, str]], samples: int) -> dict[str, Tensor]:
-    """New files for the features of all samples, by tap; files of an interrupted run are removed."""
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir()
-    return {
-        tap: _mapped(part / f"{k}.bin", (samples, *row.shape), row.dtype, shared=True)
-        for k, (tap, (row, _)) in enumerate(taps.items())
-    }
+    """New files for the features of all samples, by tap.
+
+    Raises:
+        ConfigError: the disk has not the space.
+    """
+    files = {}
+    hint = "Choose another folder, or train without the cache."
+    error = ConfigError(f"The feature cache cannot be written to {part.parent}", where="feature cache", hint=hint)
+    with instead_of(OSError, error):
+        part.mkdir()
+        for k, (tap, (row, _)) in enumerate(taps.items()):
+            shape = (samples, *row.shape)
+            _reserve(part / f"{k}.bin", math.prod(shape) * row.element_size())
+            files[tap] = _mapped(part / f"{k}.bin", shape, row.dtype, shared=True)
+    return files
+
+
+def _reserve(path: Path, size: int) -> None:
+    """Make a file that has its blocks on the disk: where there are none left, a write into mapped memory ends the process (SIGBUS).
+
+    Raises:
+        OSError: the disk, or the user's share of it, is full.
+    """
+    with path.open("xb") as file:
+        if size and hasattr(os, "posix_fallocate"):  # macOS and Windows have none
+            os.posix_fallocate(file.fileno(), 0, size)
 
 
 class _Entry(BaseModel):
@@ -267,7 +287,7 @@ def _estimate(
             needs[name] = needs.get(name, 0) + samples * math.prod(row.shape) * row.element_size()
     total, free = sum(needs.values()), shutil.disk_usage(root).free
     parts = ", ".join(f"{name} {_mib(size)}" for name, size in needs.items())
-    say(f"Feature cache: {parts}; in all {_mib(total)} of {_mib(free)} free in {root}.")
+    say(f"Feature cache: {parts}; in all {_mib(total)}; {root} has {_mib(free)} free.")
     if total > free:
         raise ConfigError(
             f"The feature cache needs {_mib(total)} for {samples} samples ({parts}), and {root} has {_mib(free)} free.",
@@ -321,6 +341,6 @@ def stores_of(
     )
     shown = progress and accelerator.is_main_process
     with accelerator.local_main_process_first():
-        stores = fill(say=(lambda text: print(text, file=sys.stderr, flush=True)) if shown else lambda text: None)
+        stores = fill(say=(lambda text: tell(one_line(text))) if shown else lambda text: None)
     found = {id(stage): store for stage, store in zip(wanted, stores, strict=True)}
     return [found.get(id(stage)) for stage in stages]

@@ -1,4 +1,4 @@
-"""The errors for a device that has no memory left."""
+"""The errors for a device, or a machine, that has no memory left."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-
 from indistill_fx.batch import tensors_of
 from indistill_fx.errors import TrainError
+from indistill_fx.system.shortage import is_out_of_memory
 
 
 @contextmanager
@@ -27,7 +26,9 @@ def noticing_full_memory(stage: str, batch: Any, *, accumulate: int, kept: bool)
     """
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
         size = next((len(value) for value in tensors_of(batch) if value.ndim), 0)
         smaller = f"Take smaller batches and more of them a step: of {size // 2}, with --accumulate {2 * accumulate}."
         again = " The last checkpoint is intact." if kept else ""
@@ -48,7 +49,9 @@ def noticing_full_memory_elsewhere() -> Iterator[None]:
     """
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
         raise TrainError(
             "The device has no memory left outside of a training step: for tracing, the teacher's features or validation.",
             where="device",

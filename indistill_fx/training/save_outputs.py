@@ -19,7 +19,7 @@ from indistill_fx.passes.capture.trace import as_traced
 from indistill_fx.passes.extract.instrument import instrument
 from indistill_fx.runs.saved_outputs import LOGITS, write_outputs
 from indistill_fx.stages.traced_pair import examples_of
-from indistill_fx.system.files import make_folder
+from indistill_fx.system.files import make_folder, try_folder
 from indistill_fx.system.terminal import followed
 from indistill_fx.traced import TracedModel
 
@@ -64,7 +64,7 @@ def save_outputs(
         ...     _ = ifx.save_outputs(DigitsTeacher(), data.train, folder, taps=["layer3"])
         ...     teacher = ifx.load(f"saved:{folder}")
     """
-    make_folder(Path(directory))
+    try_folder(Path(directory))
     batches = repeatable(loader, 0, "loader")
     data = same_samples(batches, "Saving outputs").indexed(in_order=True)
     example = None if isinstance(teacher, TracedModel) else examples_of(data, teacher)[0]
@@ -82,6 +82,7 @@ def save_outputs(
         for name, tap in wanted.items():
             _keep(found, name, features[tap].detach().cpu(), indices.cpu(), batches.samples)
     axes = {name: traced.facts_of(tap).channel_axis for name, tap in wanted.items()}
+    make_folder(Path(directory))
     write_outputs(
         Path(directory), found, axes=axes, data=batches.fingerprint(), teacher=about or type(traced.module).__name__
     )

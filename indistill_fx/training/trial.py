@@ -12,6 +12,7 @@ from indistill_fx.batch import to_device
 from indistill_fx.errors import ConfigError, IndistillError
 from indistill_fx.graph.module_state import evaluating
 from indistill_fx.losses.task import Task
+from indistill_fx.system.shortage import is_out_of_memory
 
 
 def users_own(main: object, task: Task) -> bool:
@@ -40,9 +41,9 @@ def require_loss(module: nn.Module, batch: Any, name: str) -> str:
     with evaluating(module), torch.enable_grad():
         try:
             loss = module(batch)
-        except (IndistillError, torch.OutOfMemoryError):
-            raise
         except Exception as error:
+            if isinstance(error, IndistillError) or is_out_of_memory(error):
+                raise
             last = traceback.extract_tb(error.__traceback__)[-1]
             raise ConfigError(
                 f"{name} fails on the first batch: {type(error).__name__}: {str(error).partition(chr(10))[0].rstrip('.')} "

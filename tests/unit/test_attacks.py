@@ -237,8 +237,8 @@ def test_drafts_follow_no_link_and_leave_nothing(here):
         Path(name).symlink_to("mine")
     save_json(Path("export.json"), {"a": 1})
     seen = []
-    replace_file(Path("plan.json"), lambda draft: (seen.append(draft.name), draft.write_text("{}")))
-    replace_file(Path("plan.json"), lambda draft: (seen.append(draft.name), draft.write_text("{}")))
+    replace_file(Path("plan.json"), lambda draft: (seen.append(draft.parent.name), draft.write_text("{}")))
+    replace_file(Path("plan.json"), lambda draft: (seen.append(draft.parent.name), draft.write_text("{}")))
     assert Path("mine").read_text() == "mine" and len(set(seen)) == 2
     assert not Path("export.json").is_symlink()
     clear_drafts(here)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -196,3 +197,32 @@ def test_damaged_features_are_named_and_computed_anew(tmp_path, how):
     said = [line for line in told if "are damaged (" in line]
     assert len(said) == 1 and f"in {folder} are damaged" in said[0] and "are recomputed" in said[0]
     assert all(torch.equal(again[0].features[tap], expected[tap]) for tap in expected)
+
+
+def test_the_space_is_taken_before_the_teacher_runs(tmp_path, monkeypatch):
+    """A write into mapped memory for which the disk has no block left would end the process (SIGBUS)."""
+    _, _, stages = compiled(*pair())
+
+    def full(*_):
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "posix_fallocate", full)
+        with pytest.raises(ifx.ConfigError, match=r"cannot be written to .*: Disk quota exceeded\. Choose"):
+            cache_features(stages, loader(), tmp_path)
+    assert [entry.name for entry in tmp_path.iterdir()] == [".lock"]
+    cache_features(stages, loader(), tmp_path)
+    for file in tmp_path.glob("*/*.bin"):
+        assert file.stat().st_blocks * 512 >= file.stat().st_size > 0
+
+
+def test_a_cache_that_cannot_be_made_is_refused_and_what_a_killed_process_left_is_removed(tmp_path):
+    _, _, stages = compiled(*pair())
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ifx.ConfigError, match=r"^The folder `.*file` cannot be made"):
+        cache_features(stages[:1], loader(), tmp_path / "file")
+    part = tmp_path / "cache" / "0123456789abcdef01234567.part"
+    part.mkdir(parents=True)
+    (part / "0.bin").write_bytes(bytes(4096))
+    cache_features(stages[:1], loader(), tmp_path / "cache")
+    assert not part.exists()
