@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from compress_table import ARMS, table
 from resnet_cifar import resnet20, resnet56
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 import indistill_fx as ifx
