@@ -295,14 +295,14 @@ def _differing(student: tuple[int, ...], teacher: tuple[int, ...]) -> ConfigErro
         problem = "they are of different forms, which this loss cannot compare"
         hint = (
             "A model that returns another form in train mode than in eval mode, as YOLO does, needs a forward that returns one form in "
-            "both. Or take a loss that reads layers alone: fitnet, at or reviewkd (--main fitnet)."
+            "both. Or take a loss that reads layers alone, all pairs of them: at or reviewkd (--main at)."
         )
     elif student[1] != teacher[1]:
         problem = f"the student has {student[1]} classes and the teacher {teacher[1]}"
         hint = "Both must have the same classes; losses on features or embeddings (pkt, at, rkd) do not need that."
     else:
         problem = "they have the same classes, but at other positions"
-        hint = "Let one of them resize its logits in its forward (F.interpolate), or take a loss on features (fitnet, at, reviewkd)."
+        hint = "Let one of them resize its logits in its forward (F.interpolate), or take a loss on features (at, reviewkd)."
     return ConfigError(
         f"The student gives logits of shape {student}, the teacher {teacher}: {problem}.",
         where="logits",

@@ -129,7 +129,8 @@ def test_a_model_of_two_forms_learns_from_layers_and_is_told_so() -> None:
     teacher, student, data = Maps(16).eval(), Maps(8), [torch.randn(4, 3, 16, 16)]
     options: dict[str, Any] = {"epochs": 1, "progress": False, "curriculum": NO_WARMUP}
     with pytest.raises(
-        ifx.ConfigError, match=r"The student returns several.*take a loss that reads layers alone: fitnet"
+        ifx.ConfigError,
+        match=r"The student returns several.*take a loss that reads layers alone, all pairs of them: at",
     ):
         ifx.distill(teacher, student, data, main="kd", **options)
     with pytest.raises(ifx.ConfigError, match=r"\(4, 6, 8, 8\), the teacher \(4, 80, 6\): they are of different forms"):
@@ -140,7 +141,7 @@ def test_a_model_of_two_forms_learns_from_layers_and_is_told_so() -> None:
     }
     plan = ifx.align(teacher, student, example_inputs=data[0])
     assert [pair.student for pair in plan.pairs] == ["stem", "body", "heads.0", "heads.1"]
-    ifx.distill(teacher, student, data, main="fitnet", plan=plan, **options)
+    ifx.distill(teacher, student, data, main="at", plan=plan, **options)
     assert all(not torch.equal(student.get_parameter(name), value) for name, value in before.items())
 
 
