@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from indistill_fx.errors import ConfigError, nearest
+from indistill_fx.system.arguments import require_options
 
 Unit = Literal["epochs", "steps"]
 AUTO: Literal["auto"] = "auto"
@@ -108,6 +109,9 @@ class Curriculum:
     together: bool = False
 
     def __post_init__(self) -> None:
+        require_options(
+            {name: getattr(self, name) for name in Curriculum.__slots__ if name != "loss"}, Curriculum, of="Curriculum"
+        )
         if isinstance(self.lengths, str) and self.lengths != AUTO:
             raise _wrong(f"A curriculum's lengths are {self.lengths!r}.", hint="Give numbers, or 'auto'.")
         lengths = self._explicit or []

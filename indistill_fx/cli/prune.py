@@ -121,6 +121,7 @@ def command(
         train_as(basis, smaller)
         size = source.input_size if source.wanted_size else None
         read: dict[str, Any] = {"logits": common.logits_of(logits, source), "task": source.task}
+        read["example"] = traced.example
         _save(smaller, output, traced, report, facts_of(source.classes, source.wanted_normalisation, size, **read))
 
 

@@ -17,7 +17,7 @@ from indistill_fx.compression.make_student import Step, Untrained
 from indistill_fx.compression.write_source import SOURCE, overwritten, source_of
 from indistill_fx.errors import ConfigError, ExportError
 from indistill_fx.graph.module_state import device_of
-from indistill_fx.loading.spec import parse_spec
+from indistill_fx.loading.spec import Spec, parse_spec
 from indistill_fx.passes.capture.trace import trace
 from indistill_fx.plan import AlignmentPlan
 from indistill_fx.runs.directory import (
@@ -117,7 +117,7 @@ def read_made(
         return None
     if saved.get("source") != _digest_of_source(folder):
         raise overwritten(folder / SOURCE)
-    if not is_signed(parse_spec(spec), saved.get("seal")):
+    if not is_signed(_signed_spec(folder), saved.get("seal")):
         return None
     student = load(f"{spec}@{folder / START}").to(device_of(model.graph_module))
     traced = trace(student, model.example, role="student", logits=logits)
@@ -129,6 +129,11 @@ def read_made(
         spec,
         {key: saved[key] for key in (*_KEPT, "source") if key in saved},
     )
+
+
+def _signed_spec(folder: Path) -> Spec:
+    """The student's source code, by a name that is the same however the folder is written."""
+    return parse_spec(f"{(folder / SOURCE).resolve()}:Student")
 
 
 def _digest_of_source(folder: Path) -> str:
@@ -162,7 +167,7 @@ def write_made(
         save_json(folder / COMPRESSION, {"source": sha256(source.text.encode()).hexdigest()})
         source.save(folder)
         of_data = described.get("classes") or (), described.get("normalisation"), input_size(model)
-        keep_facts(folder, facts_of(*of_data, logits=logits, task=task))
+        keep_facts(folder, facts_of(*of_data, example=model.example, logits=logits, task=task))
         os.replace(folder / STUDENT, folder / START)  # `student.safetensors` is reserved for the trained student
         spec, student = f"{folder / SOURCE}:Student", source.build().to(device_of(model.graph_module))
         traced = trace(student, model.example, role="student", logits=logits)
@@ -195,6 +200,6 @@ def save_made(
         spec: of the source code; empty where there is none.
         more: what is kept of the student's making.
     """
-    signature = sign(parse_spec(spec)) if spec else None
+    signature = sign(_signed_spec(folder)) if spec else None
     record = {"identity": dict(identity), "seal": signature, "made": made, "steps": [asdict(step) for step in steps]}
     save_json(folder / COMPRESSION, record | more)

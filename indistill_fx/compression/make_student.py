@@ -190,6 +190,8 @@ def make_student(
     best, repaired, start = result.value, None, 1
     for name, parts_left_out in (("norms estimated anew", {"readers": False}), ("readers fitted", {"norms": False})):
         made = repair(teacher, result.value, result.report.axes, measure.batches, **parts_left_out)
+        if not (made.report.norms or made.report.readers):
+            continue
         steps.append(measure.step(name, teacher, made.value, after))
         known_best = steps[-1].divergence or 0.0
         if known_best < min(step.divergence or 0.0 for step in steps[1:-1]):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from indistill_fx.deploy.onnx_session import Array, feed, named_outputs, random_inputs
 from indistill_fx.errors import ConfigError, ExportError, first_lines
-from indistill_fx.graph.main_output import MAIN_NAMES
+from indistill_fx.graph.main_output import MAIN_NAMES, as_key
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -251,8 +251,9 @@ def main_of(names: Iterable[str], logits: str | int | None = None) -> str | None
     names = list(names)
     if logits is None or len(names) == 1:
         return next((name for name in MAIN_NAMES if name in names), None)
-    if logits in names or logits in range(len(names)):
-        return logits if isinstance(logits, str) else names[logits]
+    key = as_key(logits, dict.fromkeys(names))
+    if key in names or key in range(len(names)):
+        return key if isinstance(key, str) else names[key]
     raise ConfigError(
         f"There is no output {logits!r}: the outputs are {', '.join(names)}.",
         where="logits",

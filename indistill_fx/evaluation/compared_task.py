@@ -10,8 +10,8 @@ from torch import Tensor
 
 from indistill_fx.batch import Inputs, split
 from indistill_fx.errors import ConfigError
-from indistill_fx.evaluation.accuracy import outputs_of, select_logits
 from indistill_fx.evaluation.kept_task import asked_or_kept, kept_facts
+from indistill_fx.evaluation.outputs import outputs_of, select_logits
 from indistill_fx.graph.module_state import evaluating
 from indistill_fx.loading.load import Source
 from indistill_fx.losses.choose_task import choose_task

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from indistill_fx.batch import Call, Inputs
-from indistill_fx.evaluation.accuracy import outputs_of
+from indistill_fx.evaluation.outputs import outputs_of
 from indistill_fx.graph.main_output import entries
 from indistill_fx.graph.module_state import evaluating
 from indistill_fx.loading.load import Source

@@ -29,3 +29,14 @@ def main_output(outputs: Any) -> Any:
     """
     named = entries(outputs) or {}
     return next((named[name] for name in MAIN_NAMES if named.get(name) is not None), outputs)
+
+
+def as_key(wanted: str | int, outputs: Any) -> str | int:
+    """A key as the outputs have it: a text of digits may be a place, and a number a key of digits.
+
+    >>> as_key("1", ("x", "y")), as_key(1, {"1": "x"}), as_key("1", {"1": "x"})
+    (1, '1', '1')
+    """
+    named = entries(outputs) or {}
+    other = int(wanted) if isinstance(wanted, str) and wanted.isdecimal() else str(wanted)
+    return other if wanted not in named and (other in named or isinstance(other, int)) else wanted

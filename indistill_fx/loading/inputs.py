@@ -109,7 +109,7 @@ def describe_inputs(example: Any) -> list[str]:
             between the least and the largest that are there.
 
     Returns:
-        One text for each input; nothing for one tensor of 32-bit numbers, of which the shape says it all, and for what has no such form.
+        One text for each input; nothing for what has no such form.
     """
     from torch import Tensor
 
@@ -141,7 +141,7 @@ def describe_inputs(example: Any) -> list[str]:
             parse_input(text)
     except ConfigError:  # a name or a number that the option does not accept
         return []
-    return texts if len(texts) > 1 or not all(text.startswith("float32") for text in texts) else []
+    return texts
 
 
 def _example(form: InputForm, generator: object) -> Tensor:

@@ -285,14 +285,31 @@ def _positive_temperature(temperature: float) -> float:
 def _paired_logits(student: Outputs, teacher: Outputs, *, standardize: bool = False) -> tuple[Tensor, Tensor]:
     z_s, z_t = required(student.logits, "student logits"), required(teacher.logits, "teacher logits")
     if z_s.shape != z_t.shape:
-        raise ConfigError(
-            f"The student gives logits of shape {tuple(z_s.shape)}, the teacher {tuple(z_t.shape)}.",
-            where="logits",
-            got=tuple(z_s.shape),
-            expected=tuple(z_t.shape),
-            hint="Both must have the same classes; losses on features or embeddings (pkt, at, rkd) do not need that.",
-        )
+        raise _differing(tuple(z_s.shape), tuple(z_t.shape))
     return (standardized(z_s), standardized(z_t)) if standardize else (z_s, z_t)
+
+
+def _differing(student: tuple[int, ...], teacher: tuple[int, ...]) -> ConfigError:
+    """The error for logits that cannot be compared: what differs, and what to do."""
+    if len(student) != len(teacher):
+        problem = "they are of different forms, which this loss cannot compare"
+        hint = (
+            "A model that returns another form in train mode than in eval mode, as YOLO does, needs a forward that returns one form in "
+            "both. Or take a loss that reads layers alone, all pairs of them: at or reviewkd (--main at)."
+        )
+    elif student[1] != teacher[1]:
+        problem = f"the student has {student[1]} classes and the teacher {teacher[1]}"
+        hint = "Both must have the same classes; losses on features or embeddings (pkt, at, rkd) do not need that."
+    else:
+        problem = "they have the same classes, but at other positions"
+        hint = "Let one of them resize its logits in its forward (F.interpolate), or take a loss on features (at, reviewkd)."
+    return ConfigError(
+        f"The student gives logits of shape {student}, the teacher {teacher}: {problem}.",
+        where="logits",
+        got=student,
+        expected=teacher,
+        hint=hint,
+    )
 
 
 def _decoupled_by_class(z_s: Tensor, z_t: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from indistill_fx.errors import ConfigError, nearest
+from indistill_fx.errors import ConfigError, instead_of, nearest
 from indistill_fx.losses.base import EMBEDDING as EMBEDDING
 from indistill_fx.losses.base import Criterion
 from indistill_fx.losses.base import MainLoss as MainLoss
@@ -259,7 +259,11 @@ def _built(kind: Callable[..., Built], name: str, options: Mapping[str, Any]) ->
         )
     if absent and all(legal[key].kind is inspect.Parameter.KEYWORD_ONLY for key in absent):
         raise ConfigError(f"Loss {name!r} needs the option {absent[0]!r}.", where=name, expected=absent[0])
-    return kind(**options)
+    hint = "Give its options values of the types that its documentation says."
+    with instead_of(
+        TypeError, ConfigError(f"Loss {name!r} cannot be made with {dict(options)}", where=name, hint=hint)
+    ):
+        return kind(**options)
 
 
 def _users(

@@ -11,9 +11,10 @@ from indistill_fx.passes.capture.trace import as_traced
 from indistill_fx.passes.contract import PassResult, unchanged
 from indistill_fx.passes.ensemble import align_members, is_ensemble, traced_members
 from indistill_fx.passes.extract.view import view_between
-from indistill_fx.passes.pairing.match import MatchReport, match
+from indistill_fx.passes.pairing.match import MatchReport, match, requested_pairs
 from indistill_fx.passes.pruning.narrow import choose_channels
 from indistill_fx.plan import AlignmentPlan, Layers, ModelStamp, Pair
+from indistill_fx.system.arguments import require_options
 from indistill_fx.traced import TracedModel
 
 
@@ -47,7 +48,8 @@ def align(
         example_inputs: a tensor, a tuple, or tensors by name; the first dimension is the batch.
         criterion: how channels are ranked: `l1`, `l2`, `geometric_median`, `bn_scale`, `random`, or by data `activation`, `taylor`.
         loader: batches, for criteria that need data.
-        matching: options of the matching: `pairs` (how many), `every_block`, `taps`, `fixed` (pairs to keep), `similarity`, `required`.
+        matching: options of the matching: `pairs` (how many), `every_block`, `taps`, `fixed` (pairs to keep: `[("layer1", "blocks.0"), …]`,
+            the teacher's layer first), `similarity`, `required`.
 
     Returns:
         The plan; its pairs run from shallow to deep.
@@ -68,6 +70,8 @@ def align(
         layer2 blocks.1 12 resolution, depth
         layer3 blocks.2 24 resolution, depth, last
     """
+    matching["fixed"] = requested_pairs(matching.get("fixed"))
+    require_options(matching, match, of="align")
     teacher = as_traced(teacher, example_inputs, role="teacher")
     student = as_traced(student, example_inputs, role="student")
     if is_ensemble(teacher.module):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import shlex
 from collections.abc import Mapping, Sequence
@@ -13,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from indistill_fx.errors import ConfigError, TrainError
 from indistill_fx.loading.input_facts import InputFacts, remember
-from indistill_fx.loading.inputs import describe_inputs, example_inputs, parse_input
+from indistill_fx.loading.inputs import describe_inputs
 from indistill_fx.loading.load import Source, load_source
 from indistill_fx.loading.spec import LARGEST_IN_A_FILE, Spec, is_input_size, parse_spec
 from indistill_fx.loading.state_dicts import count_numbers, load_weights
 from indistill_fx.runs.bounded import Bounded
 from indistill_fx.runs.directory import BEST, EXPORT, LAST, MOST_BYTES, STUDENT
-from indistill_fx.runs.model_facts import TRAINED, as_object, facts_in, is_short, with_facts
+from indistill_fx.runs.model_facts import TRAINED, as_object, facts_in, inputs_in, with_facts
 from indistill_fx.runs.saved_outputs import is_saved_outputs, load_outputs
 from indistill_fx.runs.signature import is_signed, sign
 from indistill_fx.system.files import read_json, save_json
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
 
 
 _OURS = ("indistill_fx.demo:DigitsTeacher", "indistill_fx.demo:DigitsStudent")
-_MOST_INPUTS = 64
 _FETCHING = ("pretrained", "checkpoint", "weights", "cache")
 """Arguments of a library's constructors, by how their names begin, that read other files or the network."""
 
@@ -65,7 +63,9 @@ def about(model: str, data: str, input_size: tuple[int, ...], example: Any = Non
     """
     kept = _about(Path(model))[0] if is_run(model) else {}
     spec = kept["model"] if is_run(model) else absolute(model)
-    inputs = {"inputs": texts} if example is not None and (texts := describe_inputs(example)) else {}
+    texts = describe_inputs(example) if example is not None else []
+    says_it_all = "x".join(("float32", *map(str, input_size)))
+    inputs = {"inputs": texts} if texts not in ([], [says_it_all]) else {}
     return {
         "model": spec,
         "seal": kept.get("seal") if is_run(model) else sign(parse_spec(spec)),
@@ -143,28 +143,6 @@ def _text(value: object) -> str:
     if not isinstance(value, str):
         raise TypeError(f"it is a {type(value).__name__}")
     return value
-
-
-def _inputs(texts: Any, folder: Path) -> Any:
-    """Example inputs as run.json describes them.
-
-    Raises:
-        ConfigError: they are missing or too large.
-    """
-    if texts is None:
-        return None
-    reason = f"they are not one to {_MOST_INPUTS} short texts, or too large"
-    try:
-        listed = isinstance(texts, list) and 0 < len(texts) <= _MOST_INPUTS and all(map(is_short, texts))
-        if listed and sum(math.prod(parse_input(text).shape) for text in texts) <= LARGEST_IN_A_FILE:
-            return example_inputs(texts)
-    except ConfigError as error:
-        reason = error.message.rstrip(".")
-    raise ConfigError(
-        f"{folder / 'run.json'} describes impossible inputs: {reason}.",
-        where=str(folder),
-        hint=_by_hand(folder),
-    )
 
 
 def _about(folder: Path) -> tuple[dict[str, Any], str, tuple[Any, ...]]:
@@ -308,7 +286,7 @@ def load_run(path: str | os.PathLike[str], *, trust: Sequence[str] = ()) -> Sour
         source,
         spec=str(folder),
         input_size=size,
-        example_inputs=_inputs(kept.get("inputs"), folder),
+        example_inputs=inputs_in(kept, folder / "run.json", hint=_by_hand(folder)),
         normalisation=facts.normalisation or source.normalisation,
         wanted_size=wanted,
         wanted_normalisation=facts.normalisation,

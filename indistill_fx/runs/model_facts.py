@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from indistill_fx.errors import ConfigError
 from indistill_fx.loading.input_facts import InputFacts, remember
+from indistill_fx.loading.inputs import describe_inputs, example_inputs, parse_input
 from indistill_fx.loading.load import Source
 from indistill_fx.loading.spec import LARGEST_IN_A_FILE, is_input_size, parse_spec
 from indistill_fx.runs.directory import MOST_BYTES
@@ -22,6 +23,8 @@ TRAINED = "student"
 LONGEST_TEXT = 200
 """Characters of a key, or of an input's description, in a file."""
 _MOST_OUTPUTS = 1024
+_MOST_INPUTS = 64
+_INSTEAD = "Remove it, and give what it would say: --input, --mean, --std, --logits, --task."
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,14 +64,15 @@ def facts_of(
     normalisation: Any = None,
     size: Sequence[int] | None = None,
     *,
+    example: Any,
     logits: str | int | None = None,
     task: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What student.json holds: what is known of these (see `ModelFacts`), and the size of a sample of data that are known."""
+    """What student.json holds: example inputs, what is known of the model (see `ModelFacts`), and the size of a sample of known data."""
     known = {"classes": list(classes), "normalisation": normalisation, "input_size": list(size) if size else None}
-    read = {"logits": logits, "labels": dict(task) if task else None}
+    read = {"logits": logits, "labels": task, "inputs": describe_inputs(example)}
     return (known if classes or normalisation is not None else {}) | {
-        name: value for name, value in read.items() if value is not None
+        name: value for name, value in read.items() if value is not None and value not in ({}, [])
     }
 
 
@@ -98,9 +102,10 @@ def with_facts(source: Source) -> Source:
         raise ConfigError(
             f"{file}, which says how the student is fed and read, is damaged: {str(error)[:200]}.",
             where=str(file),
-            hint="Remove it, and give what it would say: --mean, --std, --logits, --task.",
+            hint=_INSTEAD,
         ) from error
-    found = replace(source, logits=facts.logits, task=facts.task)
+    inputs = inputs_in(kept, file, hint=_INSTEAD)
+    found = replace(source, logits=facts.logits, task=facts.task, example_inputs=inputs)
     if not facts.classes and facts.normalisation is None:
         return found
     wanted = (size[1], size[2]) if size is not None and len(size) == 3 else None
@@ -114,6 +119,25 @@ def with_facts(source: Source) -> Source:
         wanted_normalisation=facts.normalisation,
         classes=facts.classes,
     )
+
+
+def inputs_in(kept: Mapping[str, Any], file: Path, *, hint: str) -> Any:
+    """Example inputs as a file describes them; None where it does not.
+
+    Raises:
+        ConfigError: that is impossible, or too large; `hint` says what to do instead.
+    """
+    texts = kept.get("inputs")
+    if texts is None:
+        return None
+    reason = f"they are not one to {_MOST_INPUTS} short texts, or too large"
+    try:
+        listed = isinstance(texts, list) and 0 < len(texts) <= _MOST_INPUTS and all(map(is_short, texts))
+        if listed and sum(math.prod(parse_input(text).shape) for text in texts) <= LARGEST_IN_A_FILE:
+            return example_inputs(texts)
+    except ConfigError as error:
+        reason = error.message.rstrip(".")
+    raise ConfigError(f"{file} describes impossible inputs: {reason}.", where=str(file), hint=hint)
 
 
 def as_object(value: object) -> dict[str, Any]:

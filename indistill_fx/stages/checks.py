@@ -209,7 +209,8 @@ def require_one_output(model: TracedModel) -> None:
             where="logits",
             got=list(model.several_outputs),
             expected="one output, or one called `logits`",
-            hint="Say which one holds the logits: logits=KEY (--logits KEY); for `compile_stages`, ifx.trace(model, …, logits=KEY).",
+            hint="Say which one holds the logits: logits=KEY (--logits KEY); for `compile_stages`, ifx.trace(model, …, logits=KEY). If "
+            "none does, as none of a detector's maps, take a loss that reads layers alone, all pairs of them: at or reviewkd (--main at).",
         )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from indistill_fx.batch import Inputs, split
 from indistill_fx.data.foreign import repeatable
 from indistill_fx.errors import ConfigError
-from indistill_fx.evaluation.accuracy import select_logits
+from indistill_fx.evaluation.outputs import select_logits
 from indistill_fx.graph.module_state import uncompiled
 from indistill_fx.losses.base import widened
 from indistill_fx.losses.task import Classification, Task

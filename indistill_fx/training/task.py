@@ -13,8 +13,9 @@ from torch.utils._pytree import tree_leaves
 
 from indistill_fx.batch import Inputs, Parts, split, to_device
 from indistill_fx.errors import ConfigError
-from indistill_fx.evaluation.accuracy import deciding_metric, outputs_of, select_logits
+from indistill_fx.evaluation.accuracy import deciding_metric
 from indistill_fx.evaluation.kept_task import kept_facts
+from indistill_fx.evaluation.outputs import outputs_of, select_logits
 from indistill_fx.graph.main_output import main_output
 from indistill_fx.graph.module_state import evaluating
 from indistill_fx.losses.choose_task import choose_task, is_telling, task_of

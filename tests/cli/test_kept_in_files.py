@@ -45,6 +45,12 @@ def value():
 def dense():
     return nn.Sequential(nn.Conv2d(1, 8, 3, 1, 1), nn.ReLU(), nn.Conv2d(8, 3, 1))
 
+def double():
+    return nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 3)).double()
+
+def words():
+    return nn.Sequential(nn.Embedding(30, 16), nn.Linear(16, 16), nn.ReLU(), nn.Flatten(), nn.Linear(80, 3))
+
 def drawn(seed=0):
     return torch.Generator().manual_seed(seed)
 
@@ -99,7 +105,8 @@ CASES = {
 def test_what_compress_writes_keeps_the_task(told, tmp_path, data):
     model, asked, facts = CASES[data]
     compress(told, f"models.py:{model}", data, "half", "--task", asked)
-    assert json.loads((tmp_path / "half/student.json").read_text()) == {"labels": facts}
+    kept = {"labels": facts, "inputs": ["float32x1x8x8"]}
+    assert json.loads((tmp_path / "half/student.json").read_text()) == kept
     stated = {entry.key: entry.value for entry in onnx.load(tmp_path / "half/student.onnx").metadata_props}
     assert json.loads(stated["task"]) == facts and "logits" not in stated
     student = "half/student.py:Student@half/student.safetensors"
@@ -108,12 +115,12 @@ def test_what_compress_writes_keeps_the_task(told, tmp_path, data):
         evaluation = ("evaluate", spec, "--data", f"models.py:{data}")
         assert f"Task: {facts['name']}, as {spec} was trained." in told(*evaluation)
         assert json_in(told(*evaluation, "--json"))["metrics"] == pytest.approx(measured, rel=1e-4)
-    told("export", student, "-o", "again.onnx", "--input", "1x8x8")
+    told("export", student, "-o", "again.onnx")
     assert f"Task: {facts['name']}, as again.onnx was trained." in told(
         "evaluate", "again.onnx", "--data", f"models.py:{data}"
     )
     told("prune", "again.onnx", "--ratio", "0.5", "-o", "small/")
-    assert json.loads((tmp_path / "small/student.json").read_text()) == {"labels": facts}
+    assert json.loads((tmp_path / "small/student.json").read_text()) == kept
 
 
 def test_a_student_of_such_a_teacher_learns_the_same_task(told, tmp_path):
@@ -129,7 +136,7 @@ def test_the_named_output_goes_with_the_model(told, tmp_path, names):
     entry = "aux" if names == "True" else 1
     teacher = f"models.py:two?names={names}"
     compress(told, teacher, "classes", "half", "--logits", str(entry))
-    facts = {"labels": {"name": "classification", "settings": {}}, "logits": entry}
+    facts = {"labels": {"name": "classification", "settings": {}}, "logits": entry, "inputs": ["float32x1x8x8"]}
     assert json.loads((tmp_path / "half/student.json").read_text()) == facts
     stated = {one.key: one.value for one in onnx.load(tmp_path / "half/student.onnx").metadata_props}
     assert stated["logits"] == ("aux" if names == "True" else "output_1")
@@ -249,6 +256,30 @@ def test_metadata_of_a_million_values_are_refused_before_they_take_memory(told, 
         onnx.save(model, tmp_path / "large.onnx")
         with pytest.raises(ConfigError, match=r"impossible|cannot be"):
             ifx.load(tmp_path / "large.onnx")
+
+
+@pytest.mark.parametrize("made", ["double", "words"])
+def test_a_student_of_unknown_data_knows_its_inputs(told, tmp_path, made):
+    """Its commands asked for --input, though it was made with one."""
+    asked, kept = {"double": ("12", "float64x12"), "words": ("int64[3..3]x5", "int64[3..3]x5")}[made]
+    told("prune", f"models.py:{made}", "--ratio", "0.5", "--input", asked, "-o", "small/")
+    kept_inputs = json.loads((tmp_path / "small/student.json").read_text())["inputs"]
+    assert kept_inputs == [kept]
+    student = "small/student.py:Student@small/student.safetensors"
+    told("export", student, "-o", "small.onnx")
+    told("check", "small.onnx", "--against", student)
+    told("inspect", student)
+    told("bench", student)
+    told("prune", student, "--ratio", "0.5", "-o", "smaller/")
+    assert json.loads((tmp_path / "smaller/student.json").read_text()) == {"inputs": kept_inputs}
+
+
+@pytest.mark.parametrize("inputs", ["3x8", ["4000x4000x80"], ["a:3", "3"], ["shape"], {}])
+def test_impossible_inputs_in_a_student_json_are_an_error(told, tmp_path, inputs):
+    told("prune", "models.py:dense", "--ratio", "0.5", "--input", "1x8x8", "-o", "small/")
+    (tmp_path / "small/student.json").write_text(json.dumps({"inputs": inputs}))
+    said = told("inspect", "small/student.py:Student", code=2)
+    assert "student.json describes impossible inputs" in said and "Remove it, and give what it would say" in said
 
 
 @pytest.mark.parametrize("damage", [{"logits": ["aux"]}, {"logits": -1}, {"logits": True}, {"labels": {"name": 3}}])

@@ -102,7 +102,7 @@ def test_a_students_source_keeps_it(told, home):
     assert (
         code == 2
         and "is damaged" in text
-        and "Remove it, and give what it would say: --mean, --std, --logits, --task." in text
+        and "Remove it, and give what it would say: --input, --mean, --std, --logits, --task." in text
     )
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import indistill_fx as ifx
-from indistill_fx.evaluation.accuracy import select_logits
+from indistill_fx.evaluation.outputs import select_logits
 
 Named = namedtuple("Named", "features logits")
 
@@ -100,6 +100,49 @@ def test_kd_refuses_to_guess(kind: str) -> None:
     weights = trained(form, logits=KEYS[kind])
     reference = trained(KINDS["dict"])
     assert all(torch.equal(weights[name], reference[name]) for name in reference)
+
+
+@pytest.mark.parametrize("kind", ["tuple", "list", "namedtuple"])
+def test_a_place_may_be_a_text_of_digits(kind: str) -> None:
+    """As the command line passes it; it was an error of the type list."""
+    form = (NAMELESS | KINDS)[kind]
+    by_number, by_text = trained(form, logits=1), trained(form, logits="1")
+    assert all(torch.equal(weights, by_text[name]) for name, weights in by_number.items())
+
+
+class Maps(nn.Module):
+    """As YOLO: a list of maps in train mode, one tensor in eval mode."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, width, 3, 2, 1), nn.BatchNorm2d(width), nn.SiLU())
+        self.body = nn.Sequential(nn.Conv2d(width, 2 * width, 3, 2, 1), nn.BatchNorm2d(2 * width), nn.SiLU())
+        self.heads = nn.ModuleList([nn.Conv2d(width, 6, 1), nn.Conv2d(2 * width, 6, 1)])
+
+    def forward(self, x: Tensor) -> Any:
+        stem = self.stem(x)
+        maps = [head(y) for head, y in zip(self.heads, (stem, self.body(stem)), strict=True)]
+        return maps if self.training else torch.cat([part.flatten(2) for part in maps], 2).transpose(1, 2)
+
+
+def test_a_model_of_two_forms_learns_from_layers_and_is_told_so() -> None:
+    teacher, student, data = Maps(16).eval(), Maps(8), [torch.randn(4, 3, 16, 16)]
+    options: dict[str, Any] = {"epochs": 1, "progress": False, "curriculum": NO_WARMUP}
+    with pytest.raises(
+        ifx.ConfigError,
+        match=r"The student returns several.*take a loss that reads layers alone, all pairs of them: at",
+    ):
+        ifx.distill(teacher, student, data, main="kd", **options)
+    with pytest.raises(ifx.ConfigError, match=r"\(4, 6, 8, 8\), the teacher \(4, 80, 6\): they are of different forms"):
+        ifx.distill(teacher, student, data, main="kd", logits="0", **options)
+    before = {
+        name: student.get_parameter(name).clone()
+        for name in ("stem.0.weight", "body.0.weight", "heads.0.weight", "heads.1.weight")
+    }
+    plan = ifx.align(teacher, student, example_inputs=data[0])
+    assert [pair.student for pair in plan.pairs] == ["stem", "body", "heads.0", "heads.1"]
+    ifx.distill(teacher, student, data, main="at", plan=plan, **options)
+    assert all(not torch.equal(student.get_parameter(name), value) for name, value in before.items())
 
 
 def test_labels_refuse_to_guess_too() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -477,6 +478,26 @@ def test_an_interrupted_road_ends_with_the_same_bits(tmp_path):
     made = ifx.compress(model, data_of(), run_dir=tmp_path / "parts", resume=True, say=said.append, **arguments)
     assert not any(line.startswith("shrunk") for line in said)  # not made again
     assert all(torch.equal(v, made.student.state_dict()[k]) for k, v in whole.student.state_dict().items())
+
+
+def test_a_run_goes_on_by_whatever_name_its_folder_is_called(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to("run")
+    arguments = dict(macs=0.5, epochs=1, progress=False, device="cpu", samples=16, export=False)
+    model = unsettle(seeded(Residual))
+    ifx.compress(model, data_of(1), run_dir=tmp_path / "run", **arguments)
+    for name in ("run", "./run", "link", tmp_path / "run"):
+        said: list[str] = []
+        made = ifx.compress(model, data_of(1), run_dir=name, resume=True, say=said.append, **arguments)
+        assert not any(line.startswith("shrunk") for line in said), name  # not made again
+        assert made.spec.startswith(str(Path(name) / "student.py:Student"))
+
+
+def test_a_step_that_repaired_nothing_is_no_step():
+    """Networks without running statistics had a row of norms estimated anew, with the numbers of the row before."""
+    made = make_student(teacher_of(TinyTransformer), Budget(macs=0.6), Measure([images(16)]))
+    assert [step.name for step in made.steps] == ["teacher", "shrunk", "readers fitted"]
+    assert sum(step.start for step in made.steps) == 1
 
 
 def test_what_has_no_source_code_is_trained_all_the_same(tmp_path):

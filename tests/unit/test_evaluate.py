@@ -11,9 +11,11 @@ from sklearn.metrics import accuracy_score, log_loss
 from sklearn.neighbors import NearestNeighbors
 from torch import nn
 
+import indistill_fx as ifx
 from indistill_fx.data.open import open_data
 from indistill_fx.errors import ConfigError
-from indistill_fx.evaluation.accuracy import embed, evaluate, select_logits
+from indistill_fx.evaluation.accuracy import embed, evaluate
+from indistill_fx.evaluation.outputs import select_logits
 from indistill_fx.evaluation.retrieval import evaluate_retrieval, retrieval
 from indistill_fx.passes.capture.trace import trace
 
@@ -104,6 +106,31 @@ def test_logits_in_dicts_and_tuples():
     with pytest.raises(ConfigError, match=r"a tensor of shape \(\)"):
         select_logits(torch.zeros(()))
     assert select_logits(torch.zeros(2, 3, 4)).shape == (2, 3, 4)  # what it means is the task's
+
+
+def test_a_place_may_be_a_text_of_digits_and_a_key_of_digits_a_number():
+    """As on the command line, which cannot tell them apart."""
+    loader, expected = batches(), evaluate(net(), batches())
+    assert evaluate(net(wrapped=lambda z: [0, z]), loader, logits="1") == expected
+    assert evaluate(net(wrapped=lambda z: {"0": 0, "1": z}), loader, logits=1) == expected
+    assert evaluate(net(wrapped=lambda z: {"0": 0, "1": z}), loader, logits="1") == expected
+    with pytest.raises(ConfigError, match=r"gives a list of 50x10, int, in which '2' is not the logits"):
+        evaluate(
+            net(wrapped=lambda z: [z, 0]),
+            [(torch.cat([x for x, _ in loader]), torch.cat([y for _, y in loader]))],
+            logits="2",
+        )
+
+
+@pytest.mark.parametrize("used", [evaluate, ifx.train])
+def test_a_detector_is_told_what_can_be_measured(used):
+    """It was advised to say which entry of its list holds the logits."""
+    boxes = net(wrapped=lambda z: [{"boxes": row.reshape(-1, 2), "labels": row > 0} for row in z])
+    with pytest.raises(
+        ConfigError, match=r"gives a dict of boxes, labels for each sample, not logits\. It is a detector"
+    ) as found:
+        used(boxes, batches())
+    assert "MeanAveragePrecision" in found.value.hint and "model.backbone" in found.value.hint
 
 
 def test_batches_may_be_dicts_or_carry_indices():

@@ -602,6 +602,16 @@ def test_unknown_names_and_options_are_refused_with_the_legal_ones():
         main_loss("pkt", weight=0)
     with pytest.raises(ConfigError, match=r"logits of shape \(6, 5\), the teacher \(6, 4\)"):
         main_loss("kd")(STUDENT, TEACHER._replace(logits=TEACHER.logits[:, :4]), LABELS)
+    for logits, said in (
+        (
+            torch.zeros(6, 8, 5),
+            "of different forms, which this loss cannot compare. A model that returns another form in train mode",
+        ),
+        (torch.zeros(6, 5, 2, 2), "the same classes, but at other positions. Let one of them resize its logits"),
+    ):
+        student = STUDENT._replace(logits=torch.zeros(6, 5, 4, 4))
+        with pytest.raises(ConfigError, match=said):
+            main_loss("kd")(student, TEACHER._replace(logits=logits), None)
     with pytest.raises(ConfigError, match="reads the labels"):
         main_loss("kd")(STUDENT, TEACHER, None)
 

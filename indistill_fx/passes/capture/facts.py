@@ -16,7 +16,7 @@ from torch import fx, nn
 
 from indistill_fx.errors import FrontendError
 from indistill_fx.graph.edit import output_node, tensor_nodes
-from indistill_fx.graph.main_output import entries, main_output
+from indistill_fx.graph.main_output import as_key, entries, main_output
 from indistill_fx.graph.opaque import Opaque
 from indistill_fx.graph.ops import attribute, own_parameters
 from indistill_fx.graph.per_sample import write_per_sample
@@ -204,19 +204,21 @@ def _logits_node(
 ) -> tuple[str, tuple[str, ...]]:
     """The node of the main output and, if it is only the first of several that differ in shape, all of them, for people."""
     value: Any = output_node(graph_module.graph).args[0]
+    fields: tuple[str, ...] = ()
     if (
         isinstance(value, fx.Node) and value.name not in facts and isinstance(value.target, type)
     ):  # a dataclass or a namedtuple
         fields = getattr(value.target, "_fields", ())
         value = {**dict(zip(fields, value.args, strict=False)), **value.kwargs} or value.args
-        value = tuple(value.values()) if fields and isinstance(wanted, int) else value
-    if hasattr(value, "_fields") and not isinstance(wanted, int):
+    key = as_key(wanted, value) if wanted is not None else None
+    value = tuple(value.values()) if fields and isinstance(key, int) else value
+    if hasattr(value, "_fields") and not isinstance(key, int):
         value = value._asdict()
     if wanted is None:
         value = main_output(value)
     elif not isinstance(value, fx.Node):
         try:
-            value = value[wanted]
+            value = value[key]
         except (KeyError, IndexError, TypeError):
             legal = list(value) if isinstance(value, dict) else range(len(value))
             raise FrontendError(

@@ -15,13 +15,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, fx, nn
 
 from indistill_fx.batch import LEFT_OUT, Call, Inputs
-from indistill_fx.errors import ConfigError, FrontendError
+from indistill_fx.errors import ConfigError, FrontendError, unknown
 from indistill_fx.graph.caches import caches_kept, reach_of
 from indistill_fx.graph.draws import Generators
 from indistill_fx.graph.edit import MADE
@@ -154,6 +154,8 @@ def trace(
         >>> traced.macs, traced.facts_of("layer2").shape
         (6182144, (2, 64, 4, 4))
     """
+    if role not in get_args(Role):
+        raise unknown("role", str(role), "role of a model", get_args(Role), legal=" or ".join(get_args(Role)))
     call = Call.of_example(example_inputs, Inputs.of(module), where="The example").plus(example_kwargs or {})
     inputs, kwargs = call.args, dict(call.kwargs)
     _require_code(module)

@@ -12,9 +12,10 @@ Rules, in order:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import floor
+from typing import Any, cast
 
 from indistill_fx.errors import ConfigError, MatchError
 from indistill_fx.passes.contract import PassResult
@@ -146,6 +147,30 @@ def match(
         explained=explain(sides, chosen, found, places, table),
     )
     return PassResult(found, report)
+
+
+def requested_pairs(fixed: Any) -> list[tuple[str, str]]:
+    """The pairs of names that the user requests.
+
+    Raises:
+        ConfigError: they are in another form.
+    """
+    entries = (
+        []
+        if fixed is None
+        else [fixed]
+        if isinstance(fixed, str | Mapping) or not hasattr(fixed, "__iter__")
+        else [*fixed]
+    )
+    pairs = [tuple(entry) for entry in entries if isinstance(entry, list | tuple)]
+    if len(pairs) < len(entries) or any(tuple(map(type, pair)) != (str, str) for pair in pairs):
+        raise ConfigError(
+            f"`fixed` is not a list of pairs of layers: {fixed!s:.120}.",
+            where="fixed",
+            got=type(fixed).__name__,
+            hint='Write fixed=[("layer1", "blocks.0"), …]: in every pair first the teacher\'s layer, then the student\'s.',
+        )
+    return cast("list[tuple[str, str]]", pairs)
 
 
 def _best_cells(gains: Sequence[Sequence[float]], places: _Places) -> list[tuple[int, int]]:

@@ -198,10 +198,20 @@ def _requests(
     return {tap: (wanted[tap], ranked[tap].by if tap in ranked else "given") for tap in names}
 
 
+def _whole_numbers(tap: str, index: Sequence[int]) -> list[int]:
+    try:
+        return [operator.index(k) for k in index]
+    except TypeError:
+        raise PruneError(
+            f"`{tap}`: {index!r:.60} are not channels to keep.", where=tap, expected="a list of whole numbers"
+        ) from None
+
+
 def _check_kept(teacher: TracedModel, tap: str, index: Sequence[int]) -> tuple[int, ...]:
+    index = _whole_numbers(tap, index)
     check_width(teacher, tap, len(index))
     channels = teacher.facts_of(tap).channels
-    unique = sorted(set(int(k) for k in index))
+    unique = sorted(set(index))
     if len(unique) != len(index) or unique[0] < 0 or unique[-1] >= channels:
         raise PruneError(
             f"`{tap}` has channels 0 to {channels - 1}; asked to keep {list(index)[:8]}{'…' if len(index) > 8 else ''}.",
