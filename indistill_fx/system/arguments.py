@@ -10,7 +10,7 @@ import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache, wraps
-from types import NoneType, UnionType
+from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from indistill_fx.errors import ConfigError, unknown
@@ -144,13 +144,8 @@ def _choices(expected: Any) -> tuple[Any, ...]:
 
 def _name(kind: Any) -> str:
     origin = get_origin(kind) or kind
-    return (
-        "Literal"
-        if origin is Literal
-        else "NoneType"
-        if origin in (None, NoneType)
-        else getattr(origin, "__name__", "")
-    )
+    special: dict[Any, str] = {Literal: "Literal", None: "NoneType"}
+    return special[origin] if origin in special else getattr(origin, "__name__", "")
 
 
 def _words(kind: Any) -> str:
@@ -191,13 +186,11 @@ def _remedies(value: object, wanted: set[str]) -> Iterator[str]:
         yield f"Open the data first: data = ifx.open_data({os.fspath(value)!r}); then data.train or data.test."  # type: ignore[call-overload]
     if "Iterable" in wanted and hasattr(value, "train_plain"):
         yield "Give one of its loaders: data.train or data.test."
-    for name in ("Curriculum", "View", "Target", "AlignmentPlan", "Task"):
+    for name in ("Curriculum", "View", "Target", "AlignmentPlan"):
         if name in wanted:
-            yield (
-                f"Make one first: ifx.{name}(…)."
-                if name != "Task"
-                else "Give its name, or an object of a class derived from ifx.Task."
-            )
+            yield f"Make one first: ifx.{name}(…)."
+    if "Task" in wanted:
+        yield "Give its name, or an object of a class derived from ifx.Task."
     if "Sequence" in wanted and not wanted & {"int", "float"} and isinstance(value, str):
         yield f"Write [{value!r}]."
     if "Mapping" in wanted:

@@ -12,7 +12,7 @@ Rules, in order:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import floor
 from typing import Any, cast
@@ -155,15 +155,11 @@ def requested_pairs(fixed: Any) -> list[tuple[str, str]]:
     Raises:
         ConfigError: they are in another form.
     """
-    entries = (
-        []
-        if fixed is None
-        else [fixed]
-        if isinstance(fixed, str | Mapping) or not hasattr(fixed, "__iter__")
-        else [*fixed]
-    )
+    is_list = isinstance(fixed, Iterable) and not isinstance(fixed, str | Mapping)
+    entries = [*fixed] if is_list else []
     pairs = [tuple(entry) for entry in entries if isinstance(entry, list | tuple)]
-    if len(pairs) < len(entries) or any(tuple(map(type, pair)) != (str, str) for pair in pairs):
+    other = fixed is not None and not is_list
+    if other or len(pairs) < len(entries) or any(tuple(map(type, pair)) != (str, str) for pair in pairs):
         raise ConfigError(
             f"`fixed` is not a list of pairs of layers: {fixed!s:.120}.",
             where="fixed",
