@@ -217,3 +217,27 @@ def require_one_output(model: TracedModel) -> None:
 def _channels(model: TracedModel) -> int | None:
     facts = model.facts[model.logits]
     return facts.channels if facts.channel_axis is not None else None
+
+
+def has_classes_last(model: TracedModel) -> bool:
+    """Whether the main output holds its classes in the last axis, after positions: logits of tokens, not those of classes or pixels."""
+    facts = model.facts[model.logits]
+    return len(facts.shape) > 2 and facts.channel_axis not in (None, 1)
+
+
+def require_classes_second(model: TracedModel) -> None:
+    """Refuse outputs with classes in the last axis where nobody says what they are: classes are compared in the second.
+
+    Raises:
+        ConfigError: the main output has its classes last.
+    """
+    if has_classes_last(model):
+        shape = ("batch", *model.facts[model.logits].shape[1:])
+        raise ConfigError(
+            f"The outputs ({', '.join(map(str, shape))}) have their classes in the last axis, but without a task those in the second are "
+            "compared.",
+            where="task",
+            got=shape,
+            hint='For tokens, name the task: task="language" (--task language). For other outputs, move the classes to the second axis '
+            "(movedim(-1, 1)), or write a Task.",
+        )

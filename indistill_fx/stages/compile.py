@@ -35,7 +35,7 @@ from indistill_fx.passes.pipeline import (
 )
 from indistill_fx.passes.reuse import require_same_classifier
 from indistill_fx.plan import AlignmentPlan, Pair
-from indistill_fx.stages.checks import require_frozen_end, require_one_output
+from indistill_fx.stages.checks import require_classes_second, require_frozen_end, require_one_output
 from indistill_fx.stages.stage import Stage, StageReport
 from indistill_fx.stages.teacher_guard import refuse_changes
 from indistill_fx.target import Target
@@ -321,6 +321,8 @@ def _main_stage(
         for role, known in zip(("student", "teacher"), shapes, strict=True):
             known[EMBEDDING] = getattr(plan.embedding, f"{role}_shape")
     criterion = main_loss(main, student_shapes=shapes[0], teacher_shapes=shapes[1], **options)
+    if options["task"] is None and "logits" in criterion.needs and criterion.reads and not criterion.weight_labels:
+        require_classes_second(student)
     if "embedding" in criterion.needs and plan.embedding is None:
         raise ConfigError(
             "The main loss compares penultimate vectors, but the plan has none.",

@@ -43,7 +43,7 @@ from indistill_fx.training.parallel.processes import target_of
 from indistill_fx.training.recipes import DEFAULT_CURRICULUM, default_curriculum, kept_curriculum
 from indistill_fx.training.state import Phase
 from indistill_fx.training.supervised import check_epochs, model_facts
-from indistill_fx.training.task import RunTask, task_of_run
+from indistill_fx.training.task import RunTask, task_of_run, without_labels
 from indistill_fx.training.trainer import Setup, Trainer
 from indistill_fx.training.trial import require_loss, users_own
 
@@ -304,10 +304,11 @@ class Distillation:
         ours = isinstance(self.main, str) and ":" not in self.main
         asked: dict[str, Any] = {"logits": student.chosen, "required": self.val_loader is not None or ours}
         found = task_of_run(self.task, self.loader, student.module, teacher.inputs, student.inputs, **asked)
-        if found.labelled or self.val_loader is None:
-            return found
-        measured = task_of_run(self.task, self.val_loader, student.module, student.inputs, **asked)
-        return replace(measured, check=found.check, labelled=False) if measured.labelled else found
+        if not found.labelled and self.val_loader is not None:
+            measured = task_of_run(self.task, self.val_loader, student.module, student.inputs, **asked)
+            if measured.labelled:
+                return replace(measured, check=found.check, labelled=False)
+        return without_labels(found, student, self.main) if self.task is None else found
 
     def _warmup(
         self, teacher: TracedModel, student: TracedModel, plan: AlignmentPlan, directory: RunDirectory | None, task: str

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -20,9 +20,11 @@ from indistill_fx.graph.main_output import main_output
 from indistill_fx.graph.module_state import evaluating
 from indistill_fx.losses.choose_task import choose_task, is_telling, task_of
 from indistill_fx.losses.positions import IGNORED, as_classes, counted
+from indistill_fx.losses.registry import MAIN_LOSSES
 from indistill_fx.losses.task import Classification, Language, Segmentation, Task
 from indistill_fx.runs.record import MetricFacts
-from indistill_fx.stages.checks import label_check
+from indistill_fx.stages.checks import has_classes_last, label_check, require_classes_second
+from indistill_fx.traced import TracedModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +113,28 @@ def task_of_run(
     check = label_check(chosen, logits_of, *models, inferred=task is None or task == Language.name)
     said, facts = f"Task: {described(chosen)}{origin}.", kept_facts(chosen, spec)
     return RunTask(chosen, deciding_metric(chosen, count), said, check, count, facts=facts)
+
+
+def without_labels(found: RunTask, student: TracedModel, main: object) -> RunTask:
+    """The task of data without labels that nobody names: that of tokens where the outputs have their classes last.
+
+    Args:
+        found: the task otherwise.
+        student: whose outputs the main loss compares with the teacher's.
+        main: the main loss.
+
+    Raises:
+        ConfigError: the classes are last, but the outputs are not (batch, length, classes).
+    """
+    reads_logits = isinstance(main, str) and main in MAIN_LOSSES and "logits" in MAIN_LOSSES[main].needs
+    if found.labelled or not (reads_logits and has_classes_last(student)):
+        return found
+    if len(student.facts[student.logits].shape) > 3:
+        require_classes_second(student)
+    task = Language(shift=False)
+    return replace(
+        found, task=task, said=f"Task: {task.name}, because the outputs have their classes in the last axis."
+    )
 
 
 _LOOKED_AT = 20

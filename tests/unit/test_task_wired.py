@@ -340,3 +340,62 @@ def test_validation_data_in_which_nothing_counts_are_refused():
     dark = [(x, torch.full((12, 4, 4), 255))]
     with pytest.raises(ConfigError, match="Of 12 samples, none has a label that counts"):
         ifx.evaluate(dense(), dark, task="segmentation")
+
+
+class Tokens(nn.Module):
+    """Logits (batch, length, classes)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(7, width), nn.Linear(width, 5)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.embed(tokens)))
+
+
+class Grid(nn.Module):
+    """Logits (batch, height, width, classes)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, width, 3), nn.Linear(width, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.conv(x)).permute(0, 2, 3, 1))
+
+
+def test_without_labels_classes_in_the_last_axis_are_compared_there(capsys):
+    torch.manual_seed(0)
+    teacher, student, tokens = Tokens(8).eval(), Tokens(4), torch.randint(7, (6, 3))
+    soft = [(model(tokens) / 4).flatten(0, 1).log_softmax(1) for model in (student, teacher)]
+    expected = 0.9 * 16 * F.kl_div(*soft, log_target=True, reduction="batchmean").item()  # weight and squared temperature of kd
+    found = ifx.distill(teacher, student, [tokens], epochs=1, curriculum=Curriculum(lengths=[]))
+    assert found.stages[0].losses[0] == pytest.approx(expected, rel=1e-5)
+    assert "language, because the outputs have their classes in the last axis" in " ".join(
+        capsys.readouterr().err.split()
+    )
+
+
+@pytest.mark.parametrize(("kind", "x"), [(Tokens, torch.randint(7, (4, 3))), (Grid, torch.randn(4, 3, 8, 8))])
+def test_stages_without_labels_need_a_task_where_classes_are_last(kind, x):
+    models = kind(8), kind(4)
+    with pytest.raises(ConfigError, match="classes in the last axis"):
+        ifx.compile_stages(
+            *models, example_inputs=x, main_options={"weight_labels": 0}, curriculum=Curriculum(lengths=[])
+        )
+    if kind is Tokens:
+        stages = ifx.compile_stages(
+            *models,
+            example_inputs=x,
+            main_options={"weight_labels": 0},
+            curriculum=Curriculum(lengths=[]),
+            task="language",
+        )
+        assert stages[-1](x).ndim == 0
+
+
+def test_without_labels_a_grid_with_classes_last_is_refused_by_losses_that_compare_classes():
+    data, models = [torch.randn(4, 3, 8, 8)], (Grid(8), Grid(4))
+    with pytest.raises(ConfigError, match="classes in the last axis"):
+        ifx.distill(*models, data, epochs=1, curriculum=Curriculum(lengths=[]), progress=False)
+    ifx.distill(*models, data, epochs=1, main="at", curriculum=Curriculum(lengths=[]), progress=False)
