@@ -22,6 +22,7 @@ from indistill_fx.losses.task import Classification, Language, Task
 from indistill_fx.runs.record import MetricFacts
 from indistill_fx.system.shortage import is_out_of_memory
 from indistill_fx.system.terminal import followed
+from indistill_fx.target import Target
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
@@ -297,8 +298,7 @@ def _outputs(
     """For every batch: the module's outputs, the labels, and the first input."""
     owner = module if isinstance(module, nn.Module) else getattr(module, "__self__", None)
     owner = owner if isinstance(owner, nn.Module) else nn.Module()
-    if device is None:
-        device = device_of(owner)
+    device = device_of(owner) if device is None else Target(str(device)).device
     with evaluating(owner):
         inputs = Inputs.of(module) if isinstance(module, nn.Module) else Inputs.of_function(module)
         for batch in followed(loader, "Evaluating", shown=progress):

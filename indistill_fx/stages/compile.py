@@ -14,7 +14,7 @@ from indistill_fx.curriculum import PAIRS, SEGMENTS, Budget, Curriculum
 from indistill_fx.errors import ConfigError
 from indistill_fx.graph.edit import depends_on_input, output_node
 from indistill_fx.graph.module_state import device_of, real_dtype
-from indistill_fx.losses.base import EMBEDDING
+from indistill_fx.losses.base import EMBEDDING, Criterion
 from indistill_fx.losses.choose_task import task_of
 from indistill_fx.losses.registry import main_loss, warmup_loss
 from indistill_fx.losses.stage_losses import FeatureLoss, PairsLoss, keeping
@@ -126,6 +126,12 @@ def compile_stages(
         if stage not in stages:
             say(f"{stage.name}: left out, {_FROZEN}")
     return stages
+
+
+def _check_classes(student: TracedModel, criterion: Criterion, *, named: bool) -> None:
+    """Without labels, which would be refused, an unnamed task compares classes in the second axis."""
+    if not named and not criterion.weight_labels and criterion.reads and "logits" in criterion.needs:
+        require_classes_second(student)
 
 
 def _trains(stage: Stage) -> bool:
@@ -321,8 +327,7 @@ def _main_stage(
         for role, known in zip(("student", "teacher"), shapes, strict=True):
             known[EMBEDDING] = getattr(plan.embedding, f"{role}_shape")
     criterion = main_loss(main, student_shapes=shapes[0], teacher_shapes=shapes[1], **options)
-    if options["task"] is None and "logits" in criterion.needs and criterion.reads and not criterion.weight_labels:
-        require_classes_second(student)
+    _check_classes(student, criterion, named=options["task"] is not None)
     if "embedding" in criterion.needs and plan.embedding is None:
         raise ConfigError(
             "The main loss compares penultimate vectors, but the plan has none.",

@@ -378,3 +378,8 @@ def test_retrieval_leaves_out_what_has_no_class_and_reads_probabilities():
             retrieval(query, wrong[:12], database, wrong, k=5)
     with pytest.raises(ConfigError, match="no queries"):
         retrieval(query, torch.full((12,), -100), database, labels, k=5)
+
+
+def test_a_device_that_is_not_here_is_named():
+    with pytest.raises(ConfigError, match="There is no device 'gpu' here"):
+        evaluate(nn.Linear(2, 2), [(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long))], device="gpu")

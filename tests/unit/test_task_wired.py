@@ -368,7 +368,9 @@ def test_without_labels_classes_in_the_last_axis_are_compared_there(capsys):
     torch.manual_seed(0)
     teacher, student, tokens = Tokens(8).eval(), Tokens(4), torch.randint(7, (6, 3))
     soft = [(model(tokens) / 4).flatten(0, 1).log_softmax(1) for model in (student, teacher)]
-    expected = 0.9 * 16 * F.kl_div(*soft, log_target=True, reduction="batchmean").item()  # weight and squared temperature of kd
+    expected = (
+        0.9 * 16 * F.kl_div(*soft, log_target=True, reduction="batchmean").item()
+    )  # weight and squared temperature of kd
     found = ifx.distill(teacher, student, [tokens], epochs=1, curriculum=Curriculum(lengths=[]))
     assert found.stages[0].losses[0] == pytest.approx(expected, rel=1e-5)
     assert "language, because the outputs have their classes in the last axis" in " ".join(
