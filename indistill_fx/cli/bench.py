@@ -46,6 +46,7 @@ def command(
     from indistill_fx.cli.tables import plain_table
     from indistill_fx.deploy.bench import bench, example_of
     from indistill_fx.report.numbers import size
+    from indistill_fx.system.terminal import tell
 
     sources = {spec: common.open_model(spec, trust) for spec in models if not spec.endswith(".onnx")}
     known = sources or inputs
@@ -56,6 +57,7 @@ def command(
         batches=batches,
         threads=threads or None,
         compile=compiled,
+        say=tell,
     )
     if as_json:
         common.say_json(report.to_json())

@@ -144,6 +144,7 @@ def bench(
     threads: Sequence[int] | None = None,
     compile: bool = False,
     seconds: float = 1.0,
+    say: Callable[[str], None] = lambda text: None,
 ) -> BenchReport:
     """Time modules (torch eager, and compiled if asked) and ONNX files (onnxruntime) on the CPU.
 
@@ -154,7 +155,8 @@ def bench(
         batches: batch sizes.
         threads: numbers of threads; None is one and all.
         compile: also `torch.compile` every module (adds minutes).
-        seconds: to spend on each cell of the table, about.
+        seconds: to spend on each cell of the table, about; at least ten calls are made.
+        say: called with a line before each batch size.
 
     Returns:
         The table.
@@ -188,6 +190,7 @@ def bench(
             with _threads(count):
                 runners = _runners(contestants, names, count, compile)
                 for batch in batches:
+                    say(f"Timing batches of {batch} on {count} {'thread' if count == 1 else 'threads'} …")
                     rows += _cells(runners, random_inputs(inputs, batch), count, seconds, failures)
     if not rows:
         raise _nothing_ran(*next(iter(failures.items())))

@@ -70,6 +70,12 @@ def test_a_table_without_a_row_is_an_error(files):
         bench({"fixed": files[2]}, X, batches=(4,), threads=(1,), seconds=0.01)
 
 
+def test_it_says_what_it_times():
+    lines = []
+    bench({"one": nn.Linear(3, 2)}, torch.randn(1, 3), batches=(1, 4), threads=(1,), seconds=0.01, say=lines.append)
+    assert lines == ["Timing batches of 1 on 1 thread …", "Timing batches of 4 on 1 thread …"]
+
+
 def test_nothing_to_time():
     with pytest.raises(ConfigError, match="Nothing to time"):
         bench({}, X)
