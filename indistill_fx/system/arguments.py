@@ -37,7 +37,7 @@ def checked(function: _Function, home: str) -> _Function:
 
     Args:
         function: any, with annotations.
-        home: the module under which users know it.
+        home: the module under which users know it; pytest ignores it, else examples would run twice.
 
     Raises:
         ConfigError: by the function that is returned.

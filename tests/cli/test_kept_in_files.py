@@ -254,7 +254,7 @@ def test_metadata_of_a_million_values_are_refused_before_they_take_memory(told, 
         model = onnx.load(tmp_path / "dense.onnx")
         onnx.helper.set_model_props(model, {"indistill_fx": "0.2.0", "std": "[1]", key: "[" + "0," * (1 << 20) + "0]"})
         onnx.save(model, tmp_path / "large.onnx")
-        with pytest.raises(ConfigError, match=r"impossible|cannot be"):
+        with pytest.raises(ConfigError, match=r"impossible|is invalid"):
             ifx.load(tmp_path / "large.onnx")
 
 
