@@ -1,4 +1,4 @@
-"""For all tests: programs that start at once, and SIGINT."""
+"""For all tests: programs that start at once, and the usual signals."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import pytest
 
 from tests.forked import forked
 
-# A script that starts the tests in the background leaves it ignored, which processes that tests start would inherit.
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# A script that starts the tests in the background, or nohup, leaves them ignored, which processes that tests start would inherit.
+for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, usual)
 
 
 @pytest.fixture(scope="session")
