@@ -62,7 +62,7 @@ def test_a_student_that_shares_what_it_trains_with_its_teacher_is_refused():
 
 @pytest.mark.parametrize("epochs", [1.5, "2"])
 def test_epochs_are_whole_numbers(epochs):
-    with pytest.raises(ConfigError, match="epochs is"):
+    with pytest.raises(ConfigError, match="epochs` is"):
         distill(net(8), net(4), [(X, Y)], epochs=epochs)
 
 
