@@ -106,6 +106,7 @@ def require_options(options: Mapping[str, Any], function: Callable[..., Any], *,
 def fits(value: object, expected: Any) -> bool:
     """Whether a value may be of a type.
 
+    >>> from collections.abc import Sequence
     >>> fits([1, 2], Sequence[int]), fits("3", int | None), fits({"a": "b"}, Sequence[str])
     (True, False, False)
     """
