@@ -20,6 +20,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 _WORDS = {
     "Module": "a module (torch.nn.Module)",
     "TracedModel": "a traced model (ifx.trace)",
+    "Tensor": "a tensor",
     "int": "a whole number",
     "float": "a number",
     "str": "a text",
@@ -30,6 +31,9 @@ _WORDS = {
     "Callable": "a function",
     "Literal": "a text",
 }
+
+_UNSAID = ("NoneType", "Call")
+"""What a user does not have to know of."""
 
 
 def checked(function: _Function, home: str) -> _Function:
@@ -75,7 +79,8 @@ def require(value: object, expected: Any, name: str, *, of: str) -> None:
     lists = [get_args(kind)[0] for kind in _choices(expected) if _name(kind) == "Sequence" and get_args(kind)]
     for place, entry in enumerate(value if lists and isinstance(value, list | tuple) else ()):
         require(entry, lists[0], f"{name}[{place}]", of=of)
-    words = " or ".join(dict.fromkeys(_words(kind) for kind in _choices(expected) if _name(kind) != "NoneType"))
+    *others, last = dict.fromkeys(_words(kind) for kind in _choices(expected) if _name(kind) not in _UNSAID)
+    words = f"{', '.join(others)} or {last}" if others else last
     raise ConfigError(
         f"{of}: `{name}` is {_shown(value)}, but must be {words}.",
         where=name,
@@ -152,8 +157,9 @@ def _name(kind: Any) -> str:
 def _words(kind: Any) -> str:
     name, inner = _name(kind), get_args(kind)
     if name == "Sequence":
-        each = " or ".join(map(_words, _choices(inner[0]))) if inner else "values"
-        return f"a list (of {each})"
+        return (
+            f"a list (of {' or '.join(map(_words, _choices(inner[0])))})" if inner and inner[0] is not Any else "a list"
+        )
     return _WORDS.get(name, f"a{'n' * (name[:1] in 'AEIOU')} {name}")
 
 
@@ -177,8 +183,12 @@ def _remedies(value: object, wanted: set[str]) -> Iterator[str]:
             yield f"Make one of it first: {value.__name__}(…)."
         if isinstance(value, Mapping):
             yield "Weights alone are no model: make the module, and give it these with load_state_dict."
+        if type(value).__name__ == "ExportedProgram":
+            yield "Give its module: program.module()."
         if hasattr(value, "graph_module"):
             yield "Give the module that was traced: traced.module."
+        if inspect.isfunction(value):
+            yield "Call it in the forward of an nn.Module."
         if is_model:
             yield "Trace it first: ifx.trace(module, example_inputs)."
     if "AlignmentPlan" in wanted and named:
@@ -194,7 +204,7 @@ def _remedies(value: object, wanted: set[str]) -> Iterator[str]:
         yield "Give its name, or an object of a class derived from ifx.Task."
     if "Sequence" in wanted and not wanted & {"int", "float"} and isinstance(value, str):
         yield f"Write [{value!r}]."
-    if "Mapping" in wanted:
+    if "Mapping" in wanted and "Tensor" not in wanted:
         yield "Write {name: value}."
 
 
