@@ -56,7 +56,7 @@ from indistill_fx.traced import TracedModel
 from indistill_fx.training.distill import distill
 from indistill_fx.training.options.settings import Options
 from indistill_fx.training.recipes import NO_WARMUP, RECIPES
-from indistill_fx.training.task import task_of_run
+from indistill_fx.training.task import RunTask, task_of_run, without_labels
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ def compress(
         check_free(folder, resume)
         require_trained(source, judge)
         batches = calibration(train_loader if calibration_loader is None else calibration_loader, samples)
-        found = task_of_run(task, train_loader, source, model.inputs, logits=logits, required=False)
+        found = _task(task, train_loader, model, logits, settings["main"])
         measure = Measure(batches, judge, clock if latency_ms else None, say, found.task if found.said else None)
         basis = in_both_modes(model, logits, say)
         untrained = make_student(basis, budget, measure, criterion=criterion, round_to=round_to)
@@ -191,6 +191,14 @@ def compress(
     settings |= {"plan": made.plan, "run_dir": folder, "progress": progress, "about": _about(made, model, about or {})}
     record = distill(model, made.traced, train_loader, **settings | ({} if made.plan else {"curriculum": NO_WARMUP}))
     return _finished(folder, model, made, record, judge, identity, export, about or {}, say, logits)
+
+
+def _task(
+    task: str | Task | None, loader: Iterable[Any], model: TracedModel, logits: str | int | None, main: object
+) -> RunTask:
+    """What the labels of a run mean."""
+    found = task_of_run(task, loader, model.module, model.inputs, logits=logits, required=False)
+    return without_labels(found, model, main) if task is None else found
 
 
 def _settings(options: Mapping[str, Any], **given: Any) -> dict[str, Any]:

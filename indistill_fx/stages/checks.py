@@ -225,19 +225,24 @@ def has_classes_last(model: TracedModel) -> bool:
     return len(facts.shape) > 2 and facts.channel_axis not in (None, 1)
 
 
-def require_classes_second(model: TracedModel) -> None:
-    """Refuse outputs with classes in the last axis where nobody says what they are: classes are compared in the second.
+def require_classes(model: TracedModel) -> None:
+    """Refuse outputs whose second axis holds no classes, where nobody says what they are: without a task, classes are compared there.
 
     Raises:
-        ConfigError: the main output has its classes last.
+        ConfigError: the main output has its classes in the last axis, or is one value for each sample or position.
     """
+    shape = ("batch", *model.facts[model.logits].shape[1:])
     if has_classes_last(model):
-        shape = ("batch", *model.facts[model.logits].shape[1:])
-        raise ConfigError(
-            f"The outputs ({', '.join(map(str, shape))}) have their classes in the last axis, but without a task those in the second are "
-            "compared.",
-            where="task",
-            got=shape,
-            hint='For tokens, name the task: task="language" (--task language). For other outputs, move the classes to the second axis '
-            "(movedim(-1, 1)), or write a Task.",
+        problem = "have their classes in the last axis, but without a task those in the second are compared"
+        hint = (
+            'For tokens, name the task: task="language" (--task language). For other outputs, move the classes to the second axis '
+            "(movedim(-1, 1)), or write a Task."
         )
+    elif len(shape) == 1 or shape[1] == 1:
+        problem = (
+            "are one value each, but without a task classes are compared, and of one class there is nothing to learn"
+        )
+        hint = 'Name the task: task="regression" (--task regression), or "multilabel" if the value is the logit of a label.'
+    else:
+        return
+    raise ConfigError(f"The outputs ({', '.join(map(str, shape))}) {problem}.", where="task", got=shape, hint=hint)

@@ -35,7 +35,7 @@ from indistill_fx.passes.pipeline import (
 )
 from indistill_fx.passes.reuse import require_same_classifier
 from indistill_fx.plan import AlignmentPlan, Pair
-from indistill_fx.stages.checks import require_classes_second, require_frozen_end, require_one_output
+from indistill_fx.stages.checks import require_classes, require_frozen_end, require_one_output
 from indistill_fx.stages.stage import Stage, StageReport
 from indistill_fx.stages.teacher_guard import refuse_changes
 from indistill_fx.target import Target
@@ -131,7 +131,7 @@ def compile_stages(
 def _check_classes(student: TracedModel, criterion: Criterion, *, named: bool) -> None:
     """Without labels, which would be refused, an unnamed task compares classes in the second axis."""
     if not named and not criterion.weight_labels and criterion.reads and "logits" in criterion.needs:
-        require_classes_second(student)
+        require_classes(student)
 
 
 def _trains(stage: Stage) -> bool:

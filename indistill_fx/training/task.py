@@ -23,7 +23,7 @@ from indistill_fx.losses.positions import IGNORED, as_classes, counted
 from indistill_fx.losses.registry import MAIN_LOSSES
 from indistill_fx.losses.task import Classification, Language, Segmentation, Task
 from indistill_fx.runs.record import MetricFacts
-from indistill_fx.stages.checks import has_classes_last, label_check, require_classes_second
+from indistill_fx.stages.checks import has_classes_last, label_check, require_classes
 from indistill_fx.traced import TracedModel
 
 
@@ -124,13 +124,14 @@ def without_labels(found: RunTask, student: TracedModel, main: object) -> RunTas
         main: the main loss.
 
     Raises:
-        ConfigError: the classes are last, but the outputs are not (batch, length, classes).
+        ConfigError: there are no classes in the second axis, and they are not those of (batch, length, classes) either.
     """
     reads_logits = isinstance(main, str) and main in MAIN_LOSSES and "logits" in MAIN_LOSSES[main].needs
-    if found.labelled or not (reads_logits and has_classes_last(student)):
+    if found.labelled or not reads_logits:
         return found
-    if len(student.facts[student.logits].shape) > 3:
-        require_classes_second(student)
+    if not has_classes_last(student) or len(student.facts[student.logits].shape) > 3:
+        require_classes(student)
+        return found
     task = Language(shift=False)
     return replace(
         found, task=task, said=f"Task: {task.name}, because the outputs have their classes in the last axis."

@@ -401,3 +401,28 @@ def test_without_labels_a_grid_with_classes_last_is_refused_by_losses_that_compa
     with pytest.raises(ConfigError, match="classes in the last axis"):
         ifx.distill(*models, data, epochs=1, curriculum=Curriculum(lengths=[]), progress=False)
     ifx.distill(*models, data, epochs=1, main="at", curriculum=Curriculum(lengths=[]), progress=False)
+
+
+@pytest.mark.parametrize(
+    "form", [lambda y: y, lambda y: y.squeeze(1), lambda y: y.view(-1, 1, 1, 1).expand(-1, 1, 2, 2)]
+)
+def test_without_labels_one_value_needs_a_task(form, tmp_path):
+    """Its softmax is always 1: the loss was 0, and nothing was learnt."""
+
+    class Values(nn.Module):
+        def __init__(self, width: int):
+            super().__init__()
+            self.first, self.second = nn.Linear(6, width), nn.Linear(width, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return form(self.second(torch.relu(self.first(x))))
+
+    torch.manual_seed(0)
+    data, teacher, student = [torch.randn(8, 6)], Values(8), Values(4)
+    options = {"epochs": 1, "curriculum": Curriculum(lengths=[]), "progress": False}
+    with pytest.raises(ConfigError, match="are one value each"):
+        ifx.distill(teacher, student, data, **options)
+    with pytest.raises(ConfigError, match="are one value each"):
+        ifx.compress(teacher, data, run_dir=tmp_path / "small", macs=0.5, samples=8, progress=False)
+    assert not (tmp_path / "small" / "student.py").exists()
+    assert ifx.distill(teacher, student, data, task="regression", **options).stages[0].losses[0] > 0
