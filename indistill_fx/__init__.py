@@ -6,10 +6,9 @@ The public API. Names are loaded on first use, so that `indistill-fx --help` doe
 from __future__ import annotations
 
 from importlib import import_module
-from inspect import isfunction
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
-from indistill_fx.system.arguments import checked
 from indistill_fx.version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -100,7 +99,10 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'indistill_fx' has no attribute {name!r}")
     value = getattr(import_module(f"indistill_fx.{_HOMES[name]}"), name)
-    value = checked(value, __name__) if isfunction(value) else value
+    if isinstance(value, FunctionType):
+        from indistill_fx.system.arguments import checked
+
+        value = checked(value, __name__)
     globals()[name] = value
     return value
 

@@ -131,8 +131,10 @@ def main(command: list[str]) -> None:
         code = 1
     threading._shutdown()
     atexit._run_exitfuncs()
-    with suppress(OSError):
+    try:
         sys.stdout.flush()
+    except OSError:
+        code = 120  # as Python's own
     os._exit(code)
 
 
