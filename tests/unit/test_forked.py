@@ -32,7 +32,10 @@ def test_the_exit_code_is_the_programs(commands, tmp_path, code, ends):
 
 
 def test_arguments_folder_environment_and_streams_are_the_commands(commands, tmp_path):
-    code = "import os, sys; print(sys.argv, os.getcwd(), os.environ['COLOUR'], 'HOME' in os.environ); print('said', file=sys.stderr); raise ValueError('x')"
+    code = (
+        "import os, sys; print(sys.argv, os.getcwd(), os.environ['COLOUR'], 'HOME' in os.environ)\n"
+        "print('said', file=sys.stderr); raise ValueError('x')"
+    )
     done = run(commands, tmp_path, code, "a b", "c")
     assert done.stdout == f"['program.py', 'a b', 'c'] {tmp_path} red False\n"
     assert done.stderr.startswith("said\n") and done.stderr.endswith("ValueError: x\n")
