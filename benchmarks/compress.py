@@ -171,7 +171,8 @@ def train_arm(
             curriculum, main = Curriculum(lengths=lengths, learning_rate=rate), epochs - sum(lengths)
         if arm == "kd":
             curriculum, main = NO_WARMUP, epochs
-        loss = {"main": options.main, "main_options": {"weight_labels": 0} if arm == "unlabelled" else {}}
+        weights = {"weight_labels": 0.0} if arm == "unlabelled" else options.main_option
+        loss = {"main": options.main, "main_options": weights}
         record = ifx.distill(
             teacher, traced, data.train, plan=plan, curriculum=curriculum, epochs=main, **loss, **settings
         )
@@ -208,6 +209,7 @@ def run(options: argparse.Namespace) -> None:
                     also += f"-decay{options.weight_decay:g}" if options.weight_decay else ""
                     also += f"-batch{options.batch_size}" if options.batch_size != 128 else ""
                     also += f"-{options.main}" if options.main != "kd" else ""
+                    also += "".join(f"-{key}{value:g}" for key, value in options.main_option.items())
                     also += f"-{options.precision}" if options.precision not in (None, "no") else ""
                     name = f"{net}-{macs:g}-{how}-{seed}-{arm}{warm}{also}"
                     if (out / f"{name}.json").exists():
@@ -233,6 +235,7 @@ def run(options: argparse.Namespace) -> None:
                         "weight_decay": options.weight_decay,
                         "precision": options.precision or "no",
                         "main": options.main,
+                        "main_options": options.main_option,
                         "also": options.also,
                         **told(),
                     }
@@ -319,6 +322,7 @@ def main() -> None:
         one.add_argument("--weight-decay", type=float, default=0.0)
         one.add_argument("--also", nargs="+", type=setting, default=[], metavar="NAME=NUMBER", help="further settings")
         one.add_argument("--main", default="kd", help="main loss of the arms that have our plan")
+        one.add_argument("--main-option", nargs="+", type=setting, default=[], metavar="NAME=NUMBER", help="of --main")
         one.add_argument("--device", default="auto")
         one.add_argument("--compile", action="store_true")
         one.add_argument("--precision", choices=["no", "bf16", "fp16"])
@@ -330,7 +334,7 @@ def main() -> None:
     one.add_argument("--json")
     one.add_argument("--into")
     options = parser.parse_args()
-    options.also = dict(getattr(options, "also", []))
+    options.also, options.main_option = dict(getattr(options, "also", [])), dict(getattr(options, "main_option", []))
     options.call(options)
 
 

@@ -8,6 +8,8 @@ import math
 import operator
 import sys
 from collections.abc import Callable, Mapping
+from functools import cache
+from importlib.metadata import packages_distributions
 from typing import Any
 
 import torch
@@ -148,11 +150,7 @@ def function_name(node: fx.Node, target: Any, imports: Imports) -> str:
         imports.own[name] = target
         return name
     found = getattr(sys.modules.get(home_name), name, None)
-    if (
-        home_name.split(".")[0] in ("torch", "torchvision", "timm")
-        and inspect.unwrap(found or target) is inspect.unwrap(target)
-        and found
-    ):
+    if found and inspect.unwrap(found) is inspect.unwrap(target) and _is_installed(home_name):
         imports.lines.add(f"from {home_name} import {name}")
         return name
     if (text := record_class(target)) is not None and imports.records.setdefault(name, text) == text:
@@ -160,6 +158,12 @@ def function_name(node: fx.Node, target: Any, imports: Imports) -> str:
     raise unwritable(
         node.name, f"it calls `{name or target}` of `{home_name or 'nowhere'}`, which is not a function of PyTorch"
     )
+
+
+@cache
+def _is_installed(home: str) -> bool:
+    """Whether a module belongs to an installed package, from which the generated file can import as the original does."""
+    return home.split(".")[0] in packages_distributions()
 
 
 def _packet_name(name: str, imports: Imports) -> str:

@@ -31,6 +31,27 @@ class Reach(NamedTuple):
 
 
 @contextmanager
+def no_generation_cache(module: nn.Module) -> Iterator[bool]:
+    """Have Hugging Face's decoders return no keys and values of their layers, which only `generate` reads and no graph can hold.
+
+    Args:
+        module: whose parts have a `config`; those that say `use_cache=True` say False inside the block.
+
+    Yields:
+        Whether there is one.
+    """
+    configs = {id(config): config for part in module.modules() if (config := vars(part).get("config")) is not None}
+    caching = [config for config in configs.values() if getattr(config, "use_cache", None) is True]
+    try:
+        for config in caching:
+            config.use_cache = False
+        yield bool(caching)
+    finally:
+        for config in caching:
+            config.use_cache = True
+
+
+@contextmanager
 def caches_kept(reach: Reach) -> Iterator[Callable[[], None]]:
     """Restore the caches that a module's code can reach: `lru_cache`d functions, and dictionaries, lists and sets.
 

@@ -71,7 +71,7 @@ class TensorDraws(TorchDispatchMode):
         if draws or not self._drawn.isdisjoint(given):
             self._drawn |= _storages(result)
             self.taken += any(isinstance(leaf, (bool, int, float, complex)) for leaf in tree_leaves(result))
-            if _has_drawn_size(func, args) or not self._of_drawn_size.isdisjoint(given):
+            if not self._drawn.isdisjoint(_storages(_sizing(func, args))) or not self._of_drawn_size.isdisjoint(given):
                 self._of_drawn_size |= _storages(result)
         return result
 
@@ -96,12 +96,13 @@ def _name(func: Any) -> str:
     return str(getattr(func, "__name__", func)).partition(".")[0]
 
 
-def _has_drawn_size(func: Any, args: Any) -> bool:
-    """Whether the values of the tensors given decide the result's size; of indices, those that say yes or no."""
+def _sizing(func: Any, args: Any) -> list[Any]:
+    """The tensors whose values decide the result's size: of a mask, what says yes or no, and not what it chooses from."""
     if torch.Tag.dynamic_output_shape not in getattr(func, "tags", ()):
-        return False
-    chosen = (torch.bool, torch.uint8)
-    return _name(func) != "index" or any(leaf.dtype in chosen for leaf in tree_leaves(args[1:]) if leaf is not None)
+        return []
+    if _name(func) not in ("index", "masked_select"):
+        return tree_leaves(args)
+    return [leaf for leaf in tree_leaves(args[1:]) if leaf is not None and leaf.dtype in (torch.bool, torch.uint8)]
 
 
 def _storages(value: Any) -> set[StorageWeakRef]:

@@ -116,11 +116,26 @@ def _axis(
     if name in _PERMUTES and (name != "transpose" or _ints(node.args[1:]) or node.kwargs):
         order = _order(node, rank)
         return order.index(axis) if order else None
+    if (gone := _axis_taken(node, len(before))) is not None:
+        return None if gone == axis else axis - (gone < axis)
     if name in _RESHAPES or len(before) != rank:
         found = _through_reshape(before, shape, axis)
         # With one sample and one channel the two axes look alike; the first one is the batch.
         return _USUAL.get(rank) if found == 0 and axis > 0 and prod(before) != prod(shape) else found
     return axis
+
+
+def _axis_taken(node: fx.Node, rank: int) -> int | None:
+    """The one axis of so many from which an entry is taken, as in `x[:, :, -1]`; None for any other operation or key."""
+    if op_name(node) == "select":
+        return next((d % rank for d in _ints(node.args[1:2])), None)
+    key = node.args[1] if op_name(node) == "getitem" else None
+    entries = list(key) if isinstance(key, tuple) else [key]
+    if ... in entries:
+        place = entries.index(...)
+        entries[place : place + 1] = [slice(None)] * (rank - len(entries) + 1)
+    numbers = [axis for axis, entry in enumerate(entries) if not isinstance(entry, slice)]
+    return numbers[0] if len(numbers) == 1 and type(entries[numbers[0]]) is int else None
 
 
 def _is_feature_of_tuple(node: fx.Node) -> bool:

@@ -18,7 +18,8 @@ Rules, in order:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from unittest.mock import patch
 from itertools import zip_longest
 from typing import Any
 
@@ -38,7 +39,12 @@ def capture_shapes(asked: Request) -> Captured:
     Raises:
         FrontendError: it is not; names the module, file, line and expression.
     """
-    return _record(asked, size=2).captured()
+    try:
+        return _record(asked, size=2).captured()
+    except FrontendError as error:
+        with suppress(FrontendError), as_if_exported():
+            return _record(asked, size=2).captured()
+        raise error
 
 
 def capture_leaves(asked: Request) -> Captured:
@@ -62,6 +68,12 @@ def capture_leaves(asked: Request) -> Captured:
                     hint="Write it without a plain int of the batch size, or move it to a submodule, which can stay one node.",
                 )
         given_up = {decision.module: str(decision) for decision in reversed(frozen)} | given_up
+
+
+@contextmanager
+def as_if_exported():
+    with patch.object(torch.compiler, "_is_compiling_flag", True), patch.object(torch.compiler, "_is_exporting_flag", True):
+        yield
 
 
 def _record(asked: Request, *, size: int, given_up: Mapping[str, str] | None = None) -> Recorder:

@@ -295,3 +295,7 @@ class _Float(Size, torch.SymFloat, metaclass=_LikePython):  # type: ignore[misc]
 class _Bool(Size, torch.SymBool, metaclass=_LikePython):  # type: ignore[misc]  # torch types `node` as its own class
     __class__ = bool  # type: ignore[assignment]  # as it stands for a number
     __hash__ = Size.__hash__
+
+    def expect_true(self, *_: Any) -> bool:
+        """Asked by `torch._check`, which asserts and decides nothing."""
+        return bool(self.value)

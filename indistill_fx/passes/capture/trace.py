@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 
 from indistill_fx.batch import LEFT_OUT, Call, Inputs
 from indistill_fx.errors import ConfigError, FrontendError, unknown
-from indistill_fx.graph.caches import caches_kept, reach_of
+from indistill_fx.graph.caches import caches_kept, no_generation_cache, reach_of
 from indistill_fx.graph.draws import Generators
 from indistill_fx.graph.edit import MADE
 from indistill_fx.graph.module_state import Change, mode, own_layers, own_state, uncompiled, untouched, weights_kept
@@ -116,6 +116,7 @@ _METHODS: dict[str, Method] = {
     "export": capture_exported,
 }
 _MUCH = 0.2
+_NO_CACHE = "traced with use_cache=False: the keys and values that the model returns for `generate` are left out"
 
 
 def trace(
@@ -164,6 +165,7 @@ def trace(
         _require_gradients(module)
     reach = reach_of(module)
     with (
+        no_generation_cache(module) as left_out,
         mode(module, training=role == "student"),
         untouched(module) as state,
         caches_kept(reach) as empty_caches,
@@ -187,7 +189,13 @@ def trace(
         leaves=captured.leaves,
         specialisations=captured.specialisations,
         checked=known.checked,
-        notes=(*captured.notes, *captured.renamed, *known.notes, *_not_left(reference, known, captured.leaves)),
+        notes=(
+            *captured.notes,
+            *captured.renamed,
+            *known.notes,
+            *_not_left(reference, known, captured.leaves),
+            *((_NO_CACHE,) if left_out else ()),
+        ),
         fixed=captured.fixed,
     )
     return TracedModel(

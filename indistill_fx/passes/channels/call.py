@@ -258,6 +258,9 @@ def read_call(node: fx.Node, facts: Mapping[str, NodeFacts]) -> Call:
     for key, value in node.kwargs.items():
         name = _ATEN.get(key, key)
         arguments[name], places[name] = value, key
+    for name in ("shape", "repeats", "dims"):  # operators of torch take a list, methods numbers or a tuple
+        if isinstance(arguments.get(name), list):
+            arguments[name] = tuple(arguments[name])
     if op == "conv" and arguments.get("transposed") is True:
         op = "conv_transpose"
     second = arguments.get("dim", arguments.get("other"))
