@@ -60,7 +60,11 @@ if TYPE_CHECKING:
 )
 @click.option("--opset", type=int, help="ONNX operator set. [default: the exporter's]")
 @click.option("--fixed-batch", is_flag=True, help="Fix the batch size to 1 instead of leaving it open.")
-@click.option("--dynamic-size", is_flag=True, help="Leave height and width open (fully convolutional models).")
+@click.option(
+    "--dynamic-size",
+    is_flag=True,
+    help="Leave height and width open (fully convolutional models), or the length of texts.",
+)
 @click.option("--input-names", metavar="A,B", help="Names of the file's inputs.")
 @click.option("--output-names", metavar="A,B", help="Names of the file's outputs.")
 @click.option(
@@ -219,7 +223,7 @@ def _tell(report: ExportReport, classes: tuple[str, ...], names: str, task: Task
     out, told = common.console(), set[tuple[int, str]]()
     out.print(f"{report.path}: opset {report.opset}, {size(report.size)}, {report.parameters:,} parameters")
     for check in report.parity:
-        again = " of another image size" if (check.batch_size, check.output) in told else ""
+        again = " of another size" if (check.batch_size, check.output) in told else ""
         told.add((check.batch_size, check.output))
         out.print(
             f"  batch {check.batch_size:>2}{again}: `{check.output}` differs by at most {check.max_abs:.1e} "

@@ -22,9 +22,9 @@ from indistill_fx.deploy.onnx_session import (
     feed,
     inputs_of,
     named_outputs,
+    open_axes,
     open_session,
     random_inputs,
-    sides_of,
 )
 from indistill_fx.deploy.parity import (
     Decisions,
@@ -115,7 +115,7 @@ def export_onnx(
             dimension is the batch.
         opset: the ONNX operator set; None: the exporter's own choice.
         dynamic_batch: the file takes any batch size; False: only that of the example.
-        dynamic_size: the file takes any height and width (for fully convolutional models).
+        dynamic_size: the file takes images of any height and width (for fully convolutional models), and texts of any length.
         input_names: None: `input`, or the forward's parameter names if there are several.
         output_names: None: the keys of dicts, else `output`, `output_0`, ….
         metadata: texts to store in the file besides the model's class, the digest of its weights and the versions; for
@@ -163,6 +163,8 @@ def export_onnx(
         ins = tuple(input_names or names or _input_names(module, len(inputs)))
         outs = tuple(output_names or found)
         _require_names(ins, outs, len(inputs), found)
+        if dynamic_size:
+            _require_sizes(inputs)
         main = main_in_file(found, outs, logits)
         program = capture(
             deployed, inputs, opset=opset, dynamic_batch=dynamic_batch, dynamic_size=dynamic_size,
@@ -176,7 +178,7 @@ def export_onnx(
         proof = prove(
             session, deployed, inputs, tolerance=tolerance, real_inputs=real, decisions=decisions, logits=main,
             batch_sizes=batch_sizes if dynamic_batch else (len(inputs[0]),),
-            sizes=_other_sizes(inputs) if dynamic_size else (),
+            other_size=dynamic_size,
         )  # fmt: skip
         chosen = int(program.model.opset_imports[""])
         if proof.failures:
@@ -276,16 +278,13 @@ def _random_operations(deployed: Deployed, inputs: Sequence[Tensor]) -> str:
     return "drawn by " + ", ".join(found) if found else "no random operation of torch was seen, so it keeps a state"
 
 
-def _other_sizes(inputs: Sequence[Tensor]) -> tuple[tuple[int, int], ...]:
-    """Inputs of a larger, non-square size that keeps divisibility by strides up to 32."""
-    for x in inputs:
-        if sides := sides_of(x):
-            return ((x.shape[sides[0]] + 32, x.shape[sides[1]] + 64),)
-    raise ConfigError(
-        "`dynamic_size` needs an image input (N, C, H, W); there is none.",
-        where="dynamic_size",
-        hint="Leave dynamic_size (--dynamic-size) out.",
-    )
+def _require_sizes(inputs: Sequence[Tensor]) -> None:
+    if not any(map(open_axes, inputs)):
+        raise ConfigError(
+            "`dynamic_size` needs an image (N, C, H, W) or a text (N, positions) as input; there is none.",
+            where="dynamic_size",
+            hint="Leave dynamic_size (--dynamic-size) out.",
+        )
 
 
 def _write(program: ONNXProgram, draft: Path, metadata: Mapping[str, str], external_data: bool | None) -> None:
@@ -313,7 +312,7 @@ def _disagreement(
     hint = "Try another opset; if the difference is harmless for your use, raise the tolerance."
     rounding_error = rounding(deployed, proof.failed_on or inputs)
     if " and size " in proof.failures[0]:
-        hint = "Only a fully convolutional model takes any size; export a fixed one with dynamic_size=False."
+        hint = "Not every model takes images of any size, or texts of any length; export a fixed one with dynamic_size=False."
     elif rounding_error is not None and rounding_error > tolerance / 10:
         off = f"torch in its own precision is {rounding_error:.1g} of the range off from float64."
         hint = f"The model amplifies rounding: {off}"

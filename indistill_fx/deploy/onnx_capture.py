@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from indistill_fx.deploy.onnx_session import named_outputs, sides_of
+from indistill_fx.deploy.onnx_session import named_outputs, open_axes
 from indistill_fx.errors import ConfigError, ExportError, first_lines
 from indistill_fx.graph.module_state import device_of
 from indistill_fx.graph.preprocess import FromPixels, Preprocess
@@ -83,7 +83,7 @@ def capture(
         inputs: example tensors.
         opset: the ONNX operator set, or None for the exporter's own.
         dynamic_batch: leave the first dimension of every input open.
-        dynamic_size: leave height and width of every 4-D input open.
+        dynamic_size: leave height and width of images open, and the length of texts.
         input_names: one per input.
         output_names: one per tensor put out.
 
@@ -103,7 +103,7 @@ def capture(
         inputs = [torch.cat([x, x]) for x in inputs]  # torch.export would take a size of 1 for a constant
     shapes = _dynamic_shapes(inputs, batch=dynamic_batch, size=dynamic_size)
     try:
-        with _quiet(), _attention_of_four_axes():
+        with _quiet(), _attention_as_exported():
             program = torch.onnx.export(
                 deployed, tuple(inputs), dynamo=True, opset_version=opset, dynamic_shapes=(shapes,), verbose=False
             )
@@ -127,11 +127,16 @@ def capture(
 
 def _dynamic_shapes(inputs: Sequence[Tensor], *, batch: bool, size: bool) -> tuple[dict[int, Any], ...]:
     dims = {name: torch.export.Dim(name) for name in ("batch", "height", "width")}
+    texts = dict.fromkeys(x.shape[axes[0]] for x in inputs if len(axes := open_axes(x)) == 1)
+    lengths = {n: torch.export.Dim("length" if k == 1 else f"length_{k}") for k, n in enumerate(texts, 1)}
     shapes = []
     for x in inputs:
         open_dims: dict[int, Any] = {0: dims["batch"]} if batch else {}
-        if size and (sides := sides_of(x)):
-            open_dims |= {sides[0]: dims["height"], sides[1]: dims["width"]}
+        axes = open_axes(x) if size else ()
+        if len(axes) == 2:
+            open_dims |= {axes[0]: dims["height"], axes[1]: dims["width"]}
+        elif axes:
+            open_dims |= {axes[0]: lengths[x.shape[axes[0]]]}
         shapes.append(open_dims)
     return tuple(shapes)
 
@@ -153,9 +158,21 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _attention_of_four_axes() -> Iterator[None]:
-    """Within the block, fused attention reshapes its tensors to four axes, the only form that the exporter supports."""
-    original: Callable[..., Tensor] = functional.scaled_dot_product_attention
+def _attention_as_exported() -> Iterator[None]:
+    """Within the block, fused attention is written as the exporter needs it.
+
+    Its tensors are reshaped to four axes, the only form that the exporter supports. A query whose mask leaves it nothing to look at
+    gets 0, as in torch (padding on the left makes such queries); the exporter's softmax would give it the mean of all values.
+    """
+    fused: Callable[..., Tensor] = functional.scaled_dot_product_attention
+
+    def original(
+        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, *rest: Any, **more: Any
+    ) -> Tensor:
+        result = fused(query, key, value, attn_mask, *rest, **more)
+        if attn_mask is None or attn_mask.dtype != torch.bool:
+            return result
+        return result.masked_fill(~attn_mask.any(-1, keepdim=True), 0.0)
 
     def attend(
         query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *rest: Any, **more: Any
@@ -172,7 +189,7 @@ def _attention_of_four_axes() -> Iterator[None]:
     try:
         yield
     finally:
-        functional.scaled_dot_product_attention = original
+        functional.scaled_dot_product_attention = fused
 
 
 def _four_axes(x: Tensor) -> Tensor:

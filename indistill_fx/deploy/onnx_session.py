@@ -76,18 +76,50 @@ def inputs_of(
 
 
 def random_inputs(
-    example_inputs: Sequence[Tensor], batch: int, *, seed: int = 0, sizes: tuple[int, int] | None = None
+    example_inputs: Sequence[Tensor], batch: int, *, seed: int = 0, other_size: bool = False
 ) -> tuple[Tensor, ...]:
-    """Inputs like the examples, of another batch size: same scale for floats, same span for integers.
+    """Inputs like the examples, of another batch size: same scale for floats, same span for integers, rows of the example for masks.
 
     Args:
         example_inputs: what to imitate.
         batch: rows.
         seed: of a generator of its own; the global random state is not touched.
-        sizes: replaces height and width of images (see `sides_of`).
+        other_size: larger images, shorter texts.
     """
     generator = torch.Generator().manual_seed(seed)
-    return tuple(_random_like(x, (batch, *_resized(x, sizes)), generator).to(x.device) for x in example_inputs)
+    rows = torch.randint(0, max(map(len, example_inputs), default=1), (batch,), generator=generator)
+    found = []
+    for x in example_inputs:
+        shape = other_shape(x) if other_size else tuple(x.shape[1:])
+        if is_mask(x):
+            found.append(x[(rows % len(x)).to(x.device), : shape[0]].clone())
+        else:
+            found.append(_random_like(x, (batch, *shape), generator).to(x.device))
+    return tuple(found)
+
+
+def is_mask(x: Tensor) -> bool:
+    """Whether an input says of every position of a text whether it counts: (N, positions) of 0 and 1, or of booleans."""
+    return _is_text(x) and len(x) > 0 and bool(((x == 0) | (x == 1)).all())
+
+
+def _is_text(x: Tensor) -> bool:
+    return x.dim() == 2 and not x.is_floating_point() and x.dtype != torch.uint8
+
+
+def open_axes(x: Tensor) -> tuple[int, ...]:
+    """The axes whose size may be left open, apart from the batch: height and width of an image, the length of a text (N, positions)."""
+    return sides_of(x) or ((1,) if _is_text(x) else ())
+
+
+def other_shape(x: Tensor) -> tuple[int, ...]:
+    """The shape of a sample of another size: a larger image, not square and divisible as before by strides up to 32; a shorter text."""
+    shape, sides = list(x.shape), sides_of(x)
+    if sides is not None:
+        shape[sides[0]], shape[sides[1]] = shape[sides[0]] + 32, shape[sides[1]] + 64
+    elif _is_text(x):
+        shape[1] = shape[1] // 2 + 1
+    return tuple(shape[1:])
 
 
 def sides_of(x: Tensor) -> tuple[int, int] | None:
@@ -99,13 +131,6 @@ def sides_of(x: Tensor) -> tuple[int, int] | None:
         return None
     colours = (1, 3, 4)
     return (1, 2) if x.dtype == torch.uint8 and x.shape[3] in colours and x.shape[1] not in colours else (2, 3)
-
-
-def _resized(x: Tensor, sizes: tuple[int, int] | None) -> tuple[int, ...]:
-    shape, sides = list(x.shape), sides_of(x)
-    if sizes is not None and sides is not None:
-        shape[sides[0]], shape[sides[1]] = sizes
-    return tuple(shape[1:])
 
 
 def _random_like(x: Tensor, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

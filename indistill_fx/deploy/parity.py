@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from indistill_fx.deploy.onnx_session import Array, feed, named_outputs, random_inputs
+from indistill_fx.deploy.onnx_session import Array, feed, named_outputs, open_axes, random_inputs
 from indistill_fx.errors import ConfigError, ExportError, first_lines
 from indistill_fx.graph.main_output import MAIN_NAMES, as_key
 
@@ -81,7 +81,7 @@ def prove(
     *,
     batch_sizes: Sequence[int],
     tolerance: float,
-    sizes: Sequence[tuple[int, int]] = (),
+    other_size: bool = False,
     real_inputs: Sequence[Tensor] | None = None,
     decisions: Decisions | None = None,
     logits: str | None = None,
@@ -94,7 +94,7 @@ def prove(
         example_inputs: random inputs imitate these.
         batch_sizes: each is tried.
         tolerance: the largest difference allowed, as a share of the output's range.
-        sizes: heights and widths to try as well, at the smallest batch size that is more than one.
+        other_size: try another size of images and texts as well, at the smallest batch size that is more than one.
         real_inputs: compared too, whole, in pieces of the largest batch size.
         decisions: what the main output says in the end (see `main_of`; else the first); by default the largest class of the
             logits (see `logits_of`).
@@ -103,11 +103,11 @@ def prove(
     rows: list[Parity] = []
     failures: list[str] = []
     failed_on = None
-    trials: list[tuple[int, tuple[int, int] | None]] = [(batch, None) for batch in batch_sizes]
-    trials += [(min((b for b in batch_sizes if b > 1), default=1), size) for size in sizes]
-    for seed, (batch, size) in enumerate(trials):
-        inputs = random_inputs(example_inputs, batch, seed=seed, sizes=size)
-        label = f"at batch size {batch}" + (f" and size {size[0]}x{size[1]}" if size else "")
+    trials = [(batch, False) for batch in batch_sizes]
+    trials += [(min((b for b in batch_sizes if b > 1), default=1), True)] if other_size else []
+    for seed, (batch, other) in enumerate(trials):
+        inputs = random_inputs(example_inputs, batch, seed=seed, other_size=other)
+        label = f"at batch size {batch}" + (f" and size {_size_of(inputs)}" if other else "")
         try:
             values = _run(session, module, inputs)
         except Exception as error:  # torch or onnxruntime may refuse the input, each with its own exceptions
@@ -119,6 +119,11 @@ def prove(
     if real_inputs is not None:
         real = _on_real(session, module, real_inputs, max(batch_sizes), tolerance, failures, decisions, logits)
     return Proof(tuple(rows), real, tuple(failures), failed_on)
+
+
+def _size_of(inputs: Sequence[Tensor]) -> str:
+    """The sizes that were left open, of the first input that has some: `96x128`."""
+    return next("x".join(str(x.shape[axis]) for axis in axes) for x in inputs if (axes := open_axes(x)))
 
 
 def allowed_difference(module: nn.Module, *tensors: Tensor) -> float:

@@ -116,7 +116,7 @@ def _axis(
     if name in _PERMUTES and (name != "transpose" or _ints(node.args[1:]) or node.kwargs):
         order = _order(node, rank)
         return order.index(axis) if order else None
-    if (gone := _axis_taken(node, len(before))) is not None:
+    if node.args[:1] == (source,) and (gone := _axis_taken(node, len(before))) is not None:
         return None if gone == axis else axis - (gone < axis)
     if name in _RESHAPES or len(before) != rank:
         found = _through_reshape(before, shape, axis)

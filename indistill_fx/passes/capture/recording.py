@@ -8,20 +8,23 @@ Rules, in order:
   3. Code that asks for the data itself (`if x.sum() > 0`, `x.item()`, `x.numpy()`) cannot be traced, nor can code that fails
      because of rule 1 or 2. In the third method the innermost module that contains it becomes one node, and recording continues; so does
      a module whose code decides by the batch size.
-  4. A random number that code uses outside tensors is as data: see `graph.draws`.
-  5. What code computes without autograd while it is on is detached in the graph. A custom `autograd.Function` is recorded as the
+  4. Code may have a way of its own for `torch.export`, on which it does not ask for the data (Hugging Face's attention masks). Where the
+     second method fails, it records that way.
+  5. A random number that code uses outside tensors is as data: see `graph.draws`.
+  6. What code computes without autograd while it is on is detached in the graph. A custom `autograd.Function` is recorded as the
      operations of its forward; where its gradient is another than theirs, the third method keeps it as one node.
-  6. Data that no recorded function made, parameters and buffers apart, is taken for a constant. The comparison with the module,
+  7. Data that no recorded function made, parameters and buffers apart, is taken for a constant. The comparison with the module,
      on other data, refuses the graph if that was wrong.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from unittest.mock import patch
+from dataclasses import replace
 from itertools import zip_longest
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -32,6 +35,8 @@ from indistill_fx.passes.capture.captured import Captured, Request
 from indistill_fx.passes.capture.recorder import Recorder
 from indistill_fx.passes.capture.symbolic_sizes import Decision, math_of_sizes, sizes_asked_for
 
+_AS_EXPORTED = "its code ran as it does under `torch.export`, because otherwise it decides by the data"
+
 
 def capture_shapes(asked: Request) -> Captured:
     """Record one run; all of the module's code must be traceable.
@@ -41,10 +46,11 @@ def capture_shapes(asked: Request) -> Captured:
     """
     try:
         return _record(asked, size=2).captured()
-    except FrontendError as error:
-        with suppress(FrontendError), as_if_exported():
-            return _record(asked, size=2).captured()
-        raise error
+    except FrontendError:
+        with suppress(FrontendError), _exporting():
+            captured = _record(asked, size=2).captured()
+            return replace(captured, notes=(*captured.notes, _AS_EXPORTED))
+        raise
 
 
 def capture_leaves(asked: Request) -> Captured:
@@ -71,8 +77,10 @@ def capture_leaves(asked: Request) -> Captured:
 
 
 @contextmanager
-def as_if_exported():
-    with patch.object(torch.compiler, "_is_compiling_flag", True), patch.object(torch.compiler, "_is_exporting_flag", True):
+def _exporting() -> Iterator[None]:
+    """Within the block, code that asks torch whether it is being exported hears that it is: rule 4."""
+    flags = dict.fromkeys(("_is_compiling_flag", "_is_exporting_flag"), True)
+    with patch.multiple(torch.compiler, **flags):
         yield
 
 

@@ -179,6 +179,8 @@ class Coupling:
 
 PARTS = frozenset(("chunk", "split", "split_with_sizes", "tensor_split", "unbind"))
 """Operations that return a tensor in several parts."""
+_TAKE_ONE = frozenset(("getitem", "slice", "narrow"))
+"""Operations that may take a single channel off an axis of many."""
 
 
 def follow(found: Coupling, call: Call, summed: Iterable[Units | None] = ()) -> set[Axis]:
@@ -187,7 +189,8 @@ def follow(found: Coupling, call: Call, summed: Iterable[Units | None] = ()) -> 
     read: set[Axis] = set()
     steps: dict[int, Propagation] = {}
     for axis, size in enumerate(known.shape):
-        if (size > 1 or axis == known.channel_axis) and not found.holds_samples(node, axis):
+        several = size > 1 or axis == known.channel_axis or call.op in _TAKE_ONE
+        if several and not found.holds_samples(node, axis):
             step = consult(Cut(node, axis, axis + 1, tuple(range(size))), found.facts)
             if isinstance(step, Propagation):
                 steps[axis] = step
