@@ -190,20 +190,6 @@ class Reference:
         inputs, kwargs = batch_of(given, size, example_size=self.example)
         return inputs, kwargs
 
-    def shapes(self, size: int, *, factor: int = 1) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The example with another batch size, as tensors without data; images (or ids) are `factor` times as high and wide (or long)."""
-
-        def empty(leaf: Any) -> Any:
-            if not isinstance(leaf, Tensor):
-                return leaf
-            batch = [size] if leaf.dim() and leaf.shape[0] == self.example else list(leaf.shape[:1])
-            channels = leaf.shape[1:2] if leaf.is_floating_point() else ()
-            rest = [n * factor for n in leaf.shape[1 + len(channels) :]]
-            return torch.empty((*batch, *channels, *rest), dtype=leaf.dtype, device="meta")
-
-        inputs, kwargs = tree_map(empty, (self.inputs, dict(self.kwargs)))
-        return inputs, kwargs
-
     def compare(self, graph_module: nn.Module, *, size_free: bool = False) -> tuple[tuple[int, float], ...]:
         """Run the graph beside the module, with the same seed: outputs and, in train mode, buffers must agree.
 
@@ -386,7 +372,7 @@ def relative_difference(expected: Tensor, got: Tensor) -> float:
         return 0.0
     if expected.is_complex():
         expected, got = torch.view_as_real(expected), torch.view_as_real(got)
-    a, b = expected.double(), got.double()
+    a, b = expected.detach().double(), got.detach().double()
     finite = a.isfinite()
     if not torch.equal(finite, b.isfinite()):
         return float("inf")
