@@ -52,6 +52,8 @@ def channel_axes(
             axes[node.name] = _axis(node, shapes, axes, source) if has_axis else None
             if has_axis and axes[node.name] is None:
                 axes[node.name] = _parts(node, shapes, axes, split_axes)
+            if has_axis and axes[node.name] is None:
+                axes[node.name] = _lent(node, shapes, axes)
             other = source is not None and op_name(node) in _FIRST | _LAST and axes[node.name] != axes[source.name]
             if source is not None and (source.name in turned) != other:
                 turned.add(node.name)
@@ -86,6 +88,12 @@ def _parts(
     if axes_split:
         split_axes[node.name] = axes_split
     return None
+
+
+def _lent(node: fx.Node, shapes: Mapping[str, Shape], axes: Mapping[str, int | None]) -> int | None:
+    """The axis of a tensor whose whole shape a reshape gives back: channels that were folded into the batch are on it again."""
+    lenders = (n for n in _read(node, shapes, sizes=True) if shapes[n.name] == shapes[node.name])
+    return next((axes[n.name] for n in lenders if axes[n.name] is not None), None)
 
 
 def _order(node: fx.Node, rank: int) -> list[int]:
@@ -150,14 +158,17 @@ def _main_source(
     return next(iter((*full, *same, *inputs)), None)
 
 
-def _read(node: fx.Node, shapes: Mapping[str, Shape]) -> list[fx.Node]:
-    """The tensors that a node reads; for a tuple (the parts of a split), those that the tuple was made from; of sizes, none."""
-    if node.name not in shapes and op_name(node) in _DESCRIBES:
+def _read(node: fx.Node, shapes: Mapping[str, Shape], *, sizes: bool = False) -> list[fx.Node]:
+    """The tensors that a node reads; for a tuple (the parts of a split), those that the tuple was made from.
+
+    With `sizes`, also those of which it reads sizes alone.
+    """
+    if node.name not in shapes and op_name(node) in _DESCRIBES and not sizes:
         return []
     return [
         other
         for given in tensor_nodes((node.args, node.kwargs))
-        for other in ([given] if given.name in shapes else _read(given, shapes))
+        for other in ([given] if given.name in shapes else _read(given, shapes, sizes=sizes))
         if other.name in shapes
     ]
 
