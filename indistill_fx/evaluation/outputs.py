@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from indistill_fx.batch import Call
 from indistill_fx.errors import ConfigError
 from indistill_fx.graph.main_output import as_key, main_output
-from indistill_fx.graph.module_state import real_dtype
+from indistill_fx.passes.capture.equivalence import other_dtype
 from indistill_fx.system.shortage import is_out_of_memory
 
 
@@ -111,16 +111,6 @@ def outputs_of(module: nn.Module | Callable[..., Any], call: Call) -> Any:
             f"{name} fails on inputs of shape {shapes}: {str(error).partition(chr(10))[0].rstrip('.')}.",
             where="inputs",
             got=shapes,
-            hint=_other_dtype(module, given, str(error))
+            hint=(other_dtype(module, given, str(error)) if isinstance(module, nn.Module) else None)
             or _MADE_FOR_OTHERS + (_CAPTURED if isinstance(module, fx.GraphModule) else ""),
         ) from error
-
-
-def _other_dtype(module: nn.Module | Callable[..., Any], given: Sequence[Tensor], error: str) -> str | None:
-    """What to do if the model failed because the inputs' dtype is not its weights'."""
-    weights = real_dtype(module) if isinstance(module, nn.Module) else None
-    other = next((x.dtype for x in given if x.dtype != weights), None)
-    if weights is None or other is None or "type" not in error:
-        return None
-    own = f"let the loader give it as {weights} (x.to({weights})), or the model be in {other} (model.to({other}))"
-    return f"The weights are {weights}, an input is {other}: {own}."

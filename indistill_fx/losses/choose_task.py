@@ -76,7 +76,7 @@ def infer_task(logits: Tensor, labels: Tensor | None, inputs: Tensor | None = No
          are the inputs themselves.
       4. Class numbers (batch, *positions), also (batch, 1, *positions), and logits (batch, classes, *positions): segmentation.
       5. Floating-point labels of the logits' shape: classification if every row sums to 1, multilabel if all are 0 or 1, else regression;
-         whole numbers of 0 and 1 of that shape are multilabel too. Of one output, its axis may be missing in the labels.
+         whole numbers of 0 and 1 of that shape are multilabel too. Of one output, its axis may be missing in the labels or in the logits.
 
     Raises:
         ConfigError: none of them, or two.
@@ -95,7 +95,9 @@ def infer_task(logits: Tensor, labels: Tensor | None, inputs: Tensor | None = No
     if numbers and dense and not tokens and logits.shape[1] > 1:
         return Segmentation()
     one_per_sample = labels.numel() == logits.numel() and (
-        logits.ndim == 1 or (logits.shape[1] == 1 and labels.shape == places)
+        logits.ndim == 1
+        or (logits.shape[1] == 1 and labels.shape == places)
+        or labels.shape == (len(logits), 1, *logits.shape[1:])
     )
     if labels.shape == logits.shape or one_per_sample:
         found = _by_values(logits, labels)
@@ -106,7 +108,8 @@ def infer_task(logits: Tensor, labels: Tensor | None, inputs: Tensor | None = No
         f"{tuple(logits.shape)} fit no task, or several.",
         where="labels",
         got=tuple(labels.shape),
-        hint=f"Name it with task=… (--task): {', '.join(TASKS)}, or file.py:task. Class numbers must be integers: labels.long().",
+        hint=f"Name it with task=… (--task): {', '.join(TASKS)}, or file.py:task. Class numbers must be integers (labels.long()), "
+        "and measured values real numbers (labels.float()).",
     )
 
 

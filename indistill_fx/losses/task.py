@@ -360,11 +360,13 @@ class Embedding(Task):
 
 
 def _with_column(logits: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Logits (batch,) as (batch, 1), and labels in their dtype, with such an axis of one where the logits have it."""
+    """Logits (batch,) as (batch, 1), and labels in their dtype, with such an axis of one where the logits have it, and only there."""
     if logits.ndim == 1:
         logits = logits[:, None]
     if labels is None:
         return logits, None
     if labels.ndim == logits.ndim - 1 and logits.shape[1] == 1:
         labels = labels.unsqueeze(1)
+    elif labels.shape == (len(logits), 1, *logits.shape[1:]):
+        labels = labels.squeeze(1)
     return logits, labels.to(logits.dtype)

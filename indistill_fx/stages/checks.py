@@ -225,13 +225,17 @@ def has_classes_last(model: TracedModel) -> bool:
     return len(facts.shape) > 2 and facts.channel_axis not in (None, 1)
 
 
+_VALUES = 'Name the task: task="regression" (--task regression), or "multilabel" if the values are logits of labels.'
+
+
 def require_classes(model: TracedModel) -> None:
     """Refuse outputs whose second axis holds no classes, where nobody says what they are: without a task, classes are compared there.
 
     Raises:
-        ConfigError: the main output has its classes in the last axis, or is one value for each sample or position.
+        ConfigError: the main output has its classes in the last axis, or none; or is one value for each sample or position.
     """
-    shape = ("batch", *model.facts[model.logits].shape[1:])
+    facts = model.facts[model.logits]
+    shape = ("batch", *facts.shape[1:])
     if has_classes_last(model):
         problem = "have their classes in the last axis, but without a task those in the second are compared"
         hint = (
@@ -242,7 +246,10 @@ def require_classes(model: TracedModel) -> None:
         problem = (
             "are one value each, but without a task classes are compared, and of one class there is nothing to learn"
         )
-        hint = 'Name the task: task="regression" (--task regression), or "multilabel" if the value is the logit of a label.'
+        hint = _VALUES
+    elif facts.channel_axis is None:
+        problem = "have no axis of classes, but without a task those in the second are compared"
+        hint = _VALUES
     else:
         return
     raise ConfigError(f"The outputs ({', '.join(map(str, shape))}) {problem}.", where="task", got=shape, hint=hint)

@@ -21,7 +21,7 @@ from indistill_fx.losses.stage_losses import FeatureLoss, PairsLoss, keeping
 from indistill_fx.losses.task import Task
 from indistill_fx.passes.align import align
 from indistill_fx.passes.capture.trace import as_traced
-from indistill_fx.passes.contract import PassRecord, signature_of
+from indistill_fx.passes.contract import PassRecord
 from indistill_fx.passes.extract.feed import fed_name
 from indistill_fx.passes.extract.view import view_between
 from indistill_fx.passes.lowering.table import Lowerings, lowerings_for
@@ -308,8 +308,8 @@ def _macs(traced: TracedModel, half: fx.GraphModule | None) -> int:
 def _dtypes(student: TracedModel) -> dict[str, torch.dtype]:
     """The inputs' dtypes, except for inputs that the student converts itself."""
     student_dtype = real_dtype(student.module)
-    names = signature_of(student.graph_module)
-    found = {name: student.facts[name].dtype for name in names if name in student.facts}
+    inputs = student.graph_module.graph.find_nodes(op="placeholder")
+    found = {str(n.target): student.facts[n.name].dtype for n in inputs if n.name in student.facts}
     return {name: dtype for name, dtype in found.items() if not dtype.is_floating_point or dtype == student_dtype}
 
 

@@ -152,6 +152,15 @@ def test_a_batch_with_a_wrong_entry_names_stage_and_argument(batch, message):
         stage(batch)
 
 
+def test_an_input_called_as_a_function_of_python_is_checked_too():
+    """fx calls the node of `nn.Sequential`'s argument `input` by another name."""
+    teacher, student = (nn.Sequential(nn.Flatten(), nn.Linear(12, 5)) for _ in range(2))
+    curriculum = ifx.Curriculum(lengths=[])
+    (stage,) = ifx.compile_stages(teacher, student, curriculum=curriculum, example_inputs=torch.randn(2, 3, 2, 2))
+    with pytest.raises(ifx.ConfigError, match=r"`input` of the batch is torch.uint8, not torch.float32"):
+        stage((torch.zeros(2, 3, 2, 2, dtype=torch.uint8), torch.tensor([0, 1])))
+
+
 def test_a_stage_converted_or_under_autocast_takes_what_fits_it():
     teacher, student, x = pair_of("chain")
     stage = ifx.compile_stages(teacher, student, main=None, example_inputs=x)[0]

@@ -108,6 +108,26 @@ def test_taylor_is_gradient_times_activation(traced: TracedModel) -> None:
     assert torch.allclose(statistics(traced, {"two": 1}, likely, gradients=True)["two"], found["two"])  # probabilities
 
 
+@pytest.mark.parametrize("column", [True, False])
+def test_taylor_of_values_takes_the_squared_error(column: bool) -> None:
+    class Value(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.head = nn.Linear(3, 6), nn.Linear(6, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.head(self.one(x).relu())
+            return y if column else y.squeeze(1)  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    net, x, labels = Value().eval(), torch.randn(4, 3), torch.randn(4)
+    feature = net.one(x).detach().requires_grad_()
+    F.mse_loss(net.head(feature.relu())[:, 0], labels).backward()
+    assert feature.grad is not None
+    found = statistics(trace(net, x), {"one": 1}, [(x, labels)], gradients=True)["one"]
+    assert torch.allclose(found, (feature.grad * feature).detach().abs().sum(0).double(), rtol=1e-4)
+
+
 @pytest.mark.parametrize("criterion", NAMES)
 @pytest.mark.parametrize("role", ["teacher", "student"])
 def test_all_leave_the_model_alone(criterion: str, role: str) -> None:
@@ -153,6 +173,10 @@ def test_opaque_layers_are_ranked_by_activation() -> None:
         ({"criterion": "activation", "loader": []}, "no batch"),
         ({"criterion": "taylor", "loader": [torch.randn(2, 3, 8, 8)]}, "needs labels"),
         ({"criterion": "taylor", "loader": [(torch.randn(2, 3, 8, 8), torch.zeros(2, 5, 5).long())]}, "do not go with"),
+        (
+            {"criterion": "taylor", "loader": [(torch.randn(2, 3, 8, 8), torch.tensor([0, 99]))]},
+            "Label 99 is out of range",
+        ),
         ({"criterion": "activation", "loader": [{"x": 1}]}, "`x` of the batch is of type int, not a tensor"),
     ],
 )

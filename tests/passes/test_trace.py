@@ -463,6 +463,17 @@ def test_a_forward_that_fails_is_told_as_such():
     assert "fails on the example input 2x4" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "also"),
+    [(torch.float64, r", or the model be in torch\.float64 \(model\.to\(torch\.float64\)\)"), (torch.uint8, "")],
+)
+def test_inputs_of_another_dtype_than_the_weights_are_told_as_such(dtype, also):
+    """The advice was to check the shape, and of a teacher its size."""
+    told = rf"weights are torch\.float32, an input is {dtype}: let the loader give it as .* \(x\.to\(torch\.float32\)\){also}\.$"
+    with pytest.raises(FrontendError, match=told):
+        ifx.trace(nn.Conv2d(3, 4, 3), torch.zeros(2, 3, 8, 8, dtype=dtype))
+
+
 # ---- modules ---------------------------------------------------------------------------------------------------------------
 class Reused(nn.Module):
     def __init__(self):

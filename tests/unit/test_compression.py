@@ -49,9 +49,10 @@ def test_criteria_of_units_meet_budgets_without_labels(criterion, make, size):
     assert all(torch.equal(a, b) for a, b in zip(before, model.graph_module.parameters(), strict=True))
 
 
-def test_fisher_finds_the_channels_that_nobody_reads():
-    """Half of a layer's channels are read with zeros: they must go, though their filters are the largest."""
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.Flatten(), nn.LazyLinear(4))
+@pytest.mark.parametrize("ending", [[nn.LazyLinear(4)], [nn.LazyLinear(1)], [nn.LazyLinear(1), nn.Flatten(0)]])
+def test_fisher_finds_the_channels_that_nobody_reads(ending):
+    """Of classes and of values: half of a layer's channels are read with zeros, and must go, though their filters are the largest."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.Flatten(), *ending)
     x = images(16, 8)
     model(x)
     with torch.no_grad():

@@ -163,6 +163,8 @@ def test_which_way_is_up():
         ((8, 5), whole(0, 2, 8, 5).double(), MultiLabel(binary=True)),
         ((8, 5), draw(0, 8, 5), Regression()),
         ((8, 1), draw(0, 8), Regression()),
+        ((8, 6, 6), draw(0, 8, 1, 6, 6), Regression()),
+        ((8, 6, 6), whole(0, 2, 8, 1, 6, 6), MultiLabel(binary=True)),
         ((8, 5, 6, 6), whole(0, 5, 8, 6, 6), Segmentation()),
         ((8, 5, 6, 6), F.one_hot(whole(0, 5, 8, 6, 6), 5).movedim(-1, 1) * 0.7 + 0.06, Segmentation()),
         ((8, 5, 6, 6), whole(0, 2, 8, 5, 6, 6).double(), MultiLabel(binary=True)),
@@ -172,6 +174,13 @@ def test_which_way_is_up():
 )  # fmt: skip
 def test_tasks_are_inferred_where_labels_leave_no_doubt(logits, labels, task):
     assert infer_task(draw(1, *logits), labels) == task
+
+
+def test_labels_may_have_the_axis_of_one_output_that_the_model_leaves_out():
+    logits, labels = draw(0, 2, 6, 6), draw(1, 2, 1, 6, 6)
+    prepared = Regression().prepare(logits, labels)
+    Regression().check(*prepared)
+    assert torch.equal(Regression().loss(*prepared), F.mse_loss(logits, labels[:, 0]))
 
 
 def test_what_cannot_be_inferred_is_asked_for():

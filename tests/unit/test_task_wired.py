@@ -404,10 +404,17 @@ def test_without_labels_a_grid_with_classes_last_is_refused_by_losses_that_compa
 
 
 @pytest.mark.parametrize(
-    "form", [lambda y: y, lambda y: y.squeeze(1), lambda y: y.view(-1, 1, 1, 1).expand(-1, 1, 2, 2)]
+    ("form", "problem"),
+    [
+        (lambda y: y, "are one value each"),
+        (lambda y: y.squeeze(1), "are one value each"),
+        (lambda y: y.view(-1, 1, 1, 1).expand(-1, 1, 2, 2), "are one value each"),
+        (lambda y: y.view(-1, 1, 1, 1).expand(-1, 1, 2, 3)[:, 0], "have no axis of classes"),
+        (lambda y: y.expand(-1, 6).reshape(-1, 3, 2), "have no axis of classes"),
+    ],
 )
-def test_without_labels_one_value_needs_a_task(form, tmp_path):
-    """Its softmax is always 1: the loss was 0, and nothing was learnt."""
+def test_without_labels_values_need_a_task(form, problem, tmp_path):
+    """The softmax of one is always 1: the loss was 0, and nothing was learnt. Of a map of values, rows were taken for classes."""
 
     class Values(nn.Module):
         def __init__(self, width: int):
@@ -420,9 +427,9 @@ def test_without_labels_one_value_needs_a_task(form, tmp_path):
     torch.manual_seed(0)
     data, teacher, student = [torch.randn(8, 6)], Values(8), Values(4)
     options = {"epochs": 1, "curriculum": Curriculum(lengths=[]), "progress": False}
-    with pytest.raises(ConfigError, match="are one value each"):
+    with pytest.raises(ConfigError, match=problem):
         ifx.distill(teacher, student, data, **options)
-    with pytest.raises(ConfigError, match="are one value each"):
+    with pytest.raises(ConfigError, match=problem):
         ifx.compress(teacher, data, run_dir=tmp_path / "small", macs=0.5, samples=8, progress=False)
     assert not (tmp_path / "small" / "student.py").exists()
     assert ifx.distill(teacher, student, data, task="regression", **options).stages[0].losses[0] > 0

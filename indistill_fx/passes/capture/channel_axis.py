@@ -25,6 +25,8 @@ _RECURRENT = frozenset("lstm gru rnn".split())
 _ATTENTION = frozenset("multihead_attention head_attention".split())
 _RESHAPES = frozenset("view reshape flatten unflatten squeeze unsqueeze".split())
 _PERMUTES = frozenset("permute transpose t mt numpy_t".split())
+_DESCRIBES = frozenset("size getattr dim ndimension numel nelement len".split())
+"""What is asked of a tensor that says nothing of what it holds: sizes, its dtype and device."""
 _KEEPS_PARTS = frozenset("contiguous clone dropout identity".split())
 _USUAL = {2: 1, 3: 2, 4: 1, 5: 1}
 """The axis of channels by the number of axes, where nothing else shows it."""
@@ -32,19 +34,26 @@ Shape = tuple[int, ...]
 
 
 def channel_axes(
-    graph_module: fx.GraphModule, shapes: Mapping[str, Shape], dtypes: Mapping[str, torch.dtype]
+    graph_module: fx.GraphModule,
+    shapes: Mapping[str, Shape],
+    dtypes: Mapping[str, torch.dtype],
+    batch: Mapping[str, int | None],
 ) -> dict[str, int | None]:
-    """The channel axis of every node in `shapes`; None where no axis holds channels."""
+    """The channel axis of every node in `shapes`; None where no axis holds channels, as in one value for each sample (`batch`)."""
     axes: dict[str, int | None] = {}
     split_axes: dict[str, Shape] = {}
     turned: set[str] = set()
     for node in graph_module.graph.nodes:
         if node.name in shapes:
             source = _main_source(node, shapes, axes, turned)
-            floating = dtypes[node.name].is_floating_point
-            axes[node.name] = _axis(node, shapes, axes, source) if floating else None
-            if floating and axes[node.name] is None:
+            has_axis = dtypes[node.name].is_floating_point and (
+                len(shapes[node.name]) > 1 or batch.get(node.name) is None
+            )
+            axes[node.name] = _axis(node, shapes, axes, source) if has_axis else None
+            if has_axis and axes[node.name] is None:
                 axes[node.name] = _parts(node, shapes, axes, split_axes)
+            if has_axis and axes[node.name] is None:
+                axes[node.name] = _lent(node, shapes, axes)
             other = source is not None and op_name(node) in _FIRST | _LAST and axes[node.name] != axes[source.name]
             if source is not None and (source.name in turned) != other:
                 turned.add(node.name)
@@ -79,6 +88,12 @@ def _parts(
     if axes_split:
         split_axes[node.name] = axes_split
     return None
+
+
+def _lent(node: fx.Node, shapes: Mapping[str, Shape], axes: Mapping[str, int | None]) -> int | None:
+    """The axis of a tensor whose whole shape a reshape gives back: channels that were folded into the batch are on it again."""
+    lenders = (n for n in _read(node, shapes, sizes=True) if shapes[n.name] == shapes[node.name])
+    return next((axes[n.name] for n in lenders if axes[n.name] is not None), None)
 
 
 def _order(node: fx.Node, rank: int) -> list[int]:
@@ -158,12 +173,17 @@ def _main_source(
     return next(iter((*full, *same, *inputs)), None)
 
 
-def _read(node: fx.Node, shapes: Mapping[str, Shape]) -> list[fx.Node]:
-    """The tensors that a node reads; for a tuple (the parts of a split), those that the tuple was made from."""
+def _read(node: fx.Node, shapes: Mapping[str, Shape], *, sizes: bool = False) -> list[fx.Node]:
+    """The tensors that a node reads; for a tuple (the parts of a split), those that the tuple was made from.
+
+    With `sizes`, also those of which it reads sizes alone.
+    """
+    if node.name not in shapes and op_name(node) in _DESCRIBES and not sizes:
+        return []
     return [
         other
         for given in tensor_nodes((node.args, node.kwargs))
-        for other in ([given] if given.name in shapes else _read(given, shapes))
+        for other in ([given] if given.name in shapes else _read(given, shapes, sizes=sizes))
         if other.name in shapes
     ]
 

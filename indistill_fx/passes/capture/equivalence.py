@@ -17,7 +17,7 @@ from torch.utils.checkpoint import CheckpointFunction
 from indistill_fx.errors import FrontendError
 from indistill_fx.graph.draws import Generators
 from indistill_fx.graph.edit import batch_of, batch_size
-from indistill_fx.graph.module_state import Change, State, state_kept
+from indistill_fx.graph.module_state import Change, State, real_dtype, state_kept
 from indistill_fx.passes.capture.captured import tensors
 from indistill_fx.system.exact_arithmetic import exact_arithmetic
 
@@ -122,11 +122,13 @@ class Reference:
                 return self._sizes
             run = self._run(self.example)
             if isinstance(run, str):
+                dtype = other_dtype(self.module, tensors((self.inputs, self.kwargs)), run)
                 raise FrontendError(
                     f"the forward of {type(self.module).__name__} fails on the example input {self._shapes()}: {run}",
-                    where="forward",
-                    hint="Check the shape of one sample (--input or example_inputs, channels first, such as 3x224x224), or, if it "
-                    "comes from the data, how images are prepared (--size, --channels).",
+                    where="dtype" if dtype else "forward",
+                    hint=dtype
+                    or "Check the shape of one sample (--input or example_inputs, channels first, such as 3x224x224), or, "
+                    "if it comes from the data, how images are prepared (--size, --channels).",
                 )
             size, failure = next(iter(failures.items()))
             self._sizes = (self.example,)
@@ -188,20 +190,6 @@ class Reference:
         if crop:
             given = tree_map(lambda leaf: leaf[:, :, :crop, :crop] if isinstance(leaf, Tensor) else leaf, given)
         inputs, kwargs = batch_of(given, size, example_size=self.example)
-        return inputs, kwargs
-
-    def shapes(self, size: int, *, factor: int = 1) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The example with another batch size, as tensors without data; images (or ids) are `factor` times as high and wide (or long)."""
-
-        def empty(leaf: Any) -> Any:
-            if not isinstance(leaf, Tensor):
-                return leaf
-            batch = [size] if leaf.dim() and leaf.shape[0] == self.example else list(leaf.shape[:1])
-            channels = leaf.shape[1:2] if leaf.is_floating_point() else ()
-            rest = [n * factor for n in leaf.shape[1 + len(channels) :]]
-            return torch.empty((*batch, *channels, *rest), dtype=leaf.dtype, device="meta")
-
-        inputs, kwargs = tree_map(empty, (self.inputs, dict(self.kwargs)))
         return inputs, kwargs
 
     def compare(self, graph_module: nn.Module, *, size_free: bool = False) -> tuple[tuple[int, float], ...]:
@@ -386,7 +374,7 @@ def relative_difference(expected: Tensor, got: Tensor) -> float:
         return 0.0
     if expected.is_complex():
         expected, got = torch.view_as_real(expected), torch.view_as_real(got)
-    a, b = expected.double(), got.double()
+    a, b = expected.detach().double(), got.detach().double()
     finite = a.isfinite()
     if not torch.equal(finite, b.isfinite()):
         return float("inf")
@@ -394,3 +382,15 @@ def relative_difference(expected: Tensor, got: Tensor) -> float:
         return 0.0
     scale = a[finite].abs().max().clamp_min(1e-30)
     return float((a - b)[finite].abs().max() / scale)
+
+
+def other_dtype(module: nn.Module, given: Sequence[Tensor], error: str) -> str | None:
+    """What to do if a module failed because the inputs' dtype is not its weights'; None if that is not the reason."""
+    weights = real_dtype(module)
+    other = next((x.dtype for x in given if x.dtype != weights), None)
+    if weights is None or other is None or "type" not in error:
+        return None
+    own = f", or the model be in {other} (model.to({other}))" if other.is_floating_point else ""
+    return (
+        f"The weights are {weights}, an input is {other}: let the loader give it as {weights} (x.to({weights})){own}."
+    )

@@ -108,14 +108,15 @@ def _runs(graph_module: fx.GraphModule, observer: Observer) -> list[Observed]:
 def _fold(graph_module: fx.GraphModule, runs: list[Observed], observer: Observer) -> tuple[fx.GraphModule, bool]:
     """Write what is static into the graph; see `static_values`."""
     shapes = [run.shapes for run in runs]
-    other = observer.other_picture(graph_module)
+    picture = observer.other_picture(graph_module)
     channels = None
-    if other is None:
+    if picture is None:
         dtypes = {name: seen.dtype for name, seen in runs[0].seen.items()}
-        channels = channel_axes(graph_module, shapes[0], dtypes)
-    else:
-        shapes.append(other.shapes)
-    counted = [*runs, *filter(None, [other])]
+        batch = _batch_axes(shapes[0], shapes[-1], observer.reference.sizes)
+        channels = channel_axes(graph_module, shapes[0], dtypes, batch)
+    others = [*filter(None, [picture]), *observer.other_lengths(graph_module)]
+    shapes += [run.shapes for run in others]
+    counted = [*runs, *others]
     counts = {name: n for name, n in runs[0].counts.items() if all(run.counts.get(name) == n for run in counted)}
     return fold_static(graph_module, static_axes(shapes, channels), counts)
 
@@ -124,9 +125,9 @@ def _assemble(
     graph_module: fx.GraphModule, runs: list[dict[str, Seen]], sizes: Sequence[int], example: int
 ) -> dict[str, NodeFacts]:
     first, last = runs[0], runs[-1]
-    axes = {name: _batch_axis(seen.shape, last[name].shape, sizes) for name, seen in first.items() if name in last}
+    axes = _batch_axes({n: seen.shape for n, seen in first.items()}, {n: seen.shape for n, seen in last.items()}, sizes)
     shapes = {name: _at_batch(first[name].shape, axis, sizes[0], example) for name, axis in axes.items()}
-    channels = channel_axes(graph_module, shapes, {name: seen.dtype for name, seen in first.items()})
+    channels = channel_axes(graph_module, shapes, {name: seen.dtype for name, seen in first.items()}, axes)
     given = {n for n in graph_module.graph.nodes if n.op == "placeholder"}
     for node in graph_module.graph.nodes:  # the elements of inputs that are lists
         if node.target is operator.getitem and node.args[0] in given and node.args[0].name not in shapes:
@@ -156,6 +157,12 @@ def _assemble(
             module=_enclosing(node),
         )
     return facts
+
+
+def _batch_axes(
+    first: Mapping[str, tuple[int, ...]], last: Mapping[str, tuple[int, ...]], sizes: Sequence[int]
+) -> dict[str, int | None]:
+    return {name: _batch_axis(shape, last[name], sizes) for name, shape in first.items() if name in last}
 
 
 def _batch_axis(shape: tuple[int, ...], other: tuple[int, ...], sizes: Sequence[int]) -> int | None:

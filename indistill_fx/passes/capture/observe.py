@@ -10,19 +10,21 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from indistill_fx.graph.computed_weights import why_opaque
 from indistill_fx.graph.interpret import run_looking
 from indistill_fx.graph.module_state import parts_of, state_kept
 from indistill_fx.graph.ops import BINARY, UNARY, attribute, op_name
+from indistill_fx.passes.capture.captured import tensors
 from indistill_fx.passes.capture.equivalence import Reference, plain_attention
 from indistill_fx.passes.capture.static_values import count_of
 from indistill_fx.system.random_state import seed_torch
@@ -217,20 +219,50 @@ class Observer:
         flags = [(size, size == sizes[0]) for size in sizes for _ in range(self.runs if size == sizes[0] else 1)]
         try:
             with self.reference.kept(graph_module), _without_data(graph_module):
-                found = [self._empty(graph_module, *self.reference.shapes(size), macs=macs) for size, macs in flags]
+                found = [self._empty(graph_module, *self._shapes(size), macs=macs) for size, macs in flags]
         except Exception:  # operations may raise anything for tensors without data
             found = [self._real(graph_module, size, macs=macs) for size, macs in flags]
         return [_most(found[: self.runs]), *found[self.runs :]]
 
     def other_picture(self, graph_module: fx.GraphModule) -> Observed | None:
         """A run at another size of the image, without data; None if the graph accepts none."""
-        with self.reference.kept(graph_module), _without_data(graph_module):
-            for factor in (2, 3):
-                try:
-                    return self._empty(graph_module, *self.reference.shapes(2, factor=factor), macs=False)
-                except Exception:
-                    continue
+        tries = (self._other(graph_module, factor=factor) for factor in (2, 3))
+        return next(filter(None, tries), None)
+
+    def other_lengths(self, graph_module: fx.GraphModule) -> list[Observed]:
+        """Runs with more frames or steps after the batch, in all inputs and in each, without data. Of channels a graph takes no more."""
+        inputs = [t for t in tensors((self.reference.inputs, self.reference.kwargs)) if t.is_floating_point()]
+        groups = [inputs, *([one] for one in inputs if len(inputs) > 1)]
+        return [run for group in groups if (run := self._other(graph_module, longer=group)) is not None]
+
+    def _other(self, graph_module: fx.GraphModule, **change: Any) -> Observed | None:
+        with self.reference.kept(graph_module), _without_data(graph_module), suppress(Exception):
+            return self._empty(graph_module, *self._shapes(2, **change), macs=False)
         return None
+
+    def _shapes(
+        self, size: int, *, factor: int = 1, longer: Sequence[Tensor] = ()
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The example with another batch size, as tensors without data.
+
+        Args:
+            size: of the batch.
+            factor: images (or ids) are so many times as high and wide (or long).
+            longer: the example's tensors of real numbers in which twice as many frames, or channels, follow the batch.
+        """
+
+        def empty(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            batch = [size] if leaf.dim() and leaf.shape[0] == self.reference.example else list(leaf.shape[:1])
+            channels = list(leaf.shape[1:2]) if leaf.is_floating_point() else []
+            rest = [n * factor for n in leaf.shape[1 + len(channels) :]]
+            if any(leaf is one for one in longer):
+                channels = [n * 2 for n in channels]
+            return torch.empty((*batch, *channels, *rest), dtype=leaf.dtype, device="meta")
+
+        inputs, kwargs = tree_map(empty, (self.reference.inputs, dict(self.reference.kwargs)))
+        return inputs, kwargs
 
     def _empty(
         self, graph_module: fx.GraphModule, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], *, macs: bool

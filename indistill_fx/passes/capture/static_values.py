@@ -1,8 +1,9 @@
 """Write into a graph what no input can change: the sizes of channels as numbers, and lists of parts as lists of their tensors.
 
 Rules, in order:
-  1. An axis is open if its size follows the batch, or the image's height and width (the length of the ids); all others are static. The
-     graph is run on tensors without data to see which. Where it runs at no other image size, only axes of channels count as static.
+  1. An axis is open if its size follows the batch, the image's height and width (the length of the ids), or the frames or steps that
+     come after the batch; all others are static. The graph is run on tensors without data to see which. Where it runs at no other image
+     size, only axes of channels count as static.
   2. What is computed from static sizes alone is a number, and stands where it was used. Sizes of open axes stay computed, and so do
      `x.dtype` and `x.device`.
   3. A list of tensors that is used as a whole (`cat(x.chunk(2, 1)[::-1], 1)`) is written out, if every run gives as many.
@@ -163,7 +164,7 @@ def static_axes(runs: Sequence[Mapping[str, Shape]], channels: Mapping[str, int 
     """Rule 1.
 
     Args:
-        runs: per run the shapes of all tensors; the runs differ in the batch, and in the size of the image where that may be another.
+        runs: per run the shapes of all tensors; they differ in the batch, in the image's size and in frames, where those may be others.
         channels: the axis of channels per node, where nothing is known of other image sizes; else None.
     """
     found = {}

@@ -296,7 +296,7 @@ def _capture(
                     raise
                 captured, known = attempt()  # once more, with the stateful modules as leaves
         except FrontendError as error:
-            if error.where in ("forward", "output", "logits"):
+            if error.where in ("forward", "dtype", "output", "logits"):
                 raise
             refused.append(f"{method}: {error.message}")
             reason = error if reason is None or error.hint else reason

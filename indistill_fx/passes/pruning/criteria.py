@@ -6,7 +6,7 @@
     geometric_median   sum of distances to the other filters of the layer (He et al., arXiv:1811.00250)
     random             a fixed random order
     activation         mean absolute activation on data
-    taylor             mean absolute sum of gradient x activation; needs labels (Molchanov et al., arXiv:1611.06440)
+    taylor             mean absolute sum of activation x gradient of the task's loss; needs labels (Molchanov et al., arXiv:1611.06440)
     fisher             mean squared gradient of the model's own log-likelihood by a factor on the channel; needs data, no labels (`fisher`)
     isomorphic         fisher where there is a loader, else L2, ranked among layers of one structure only (Fang et al., ECCV 2024)
     your own           a function of weights (rows, inputs, *kernel) -> scores (rows,)
@@ -21,14 +21,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from indistill_fx.errors import ConfigError, PruneError, nearest
 from indistill_fx.graph.interpret import run_keeping
 from indistill_fx.graph.module_state import mode
 from indistill_fx.graph.ops import op_name
-from indistill_fx.losses.task import Classification
+from indistill_fx.losses.choose_task import infer_task
 from indistill_fx.passes.channels.call import read_call
 from indistill_fx.traced import TracedModel
 
@@ -212,7 +211,7 @@ def _gradients(
         _, seen = run_keeping(model.graph_module, {*axes, model.logits}, *leaves)
         watched = {name: value for name, value in seen.items() if value.requires_grad}
         scores = seen[model.logits].float()
-        loss = _cross_entropy(scores, Classification().read(labels), model.logits)
+        loss = _loss(scores, labels, inputs[0], model.logits)
         grads = torch.autograd.grad(loss, list(watched.values()), allow_unused=True)
     found = {}
     for (name, value), grad in zip(watched.items(), grads, strict=True):
@@ -225,19 +224,23 @@ def _gradients(
     return found
 
 
-def _cross_entropy(scores: Tensor, labels: Tensor, output: str) -> Tensor:
-    shape = tuple(labels.shape)
-    legal = tuple(scores.shape[:1] + scores.shape[2:]), tuple(scores.shape)  # class indices, or class probabilities
-    if shape not in legal:
+def _loss(scores: Tensor, labels: Tensor, first: Any, output: str) -> Tensor:
+    """The loss of the task that labels and outputs show."""
+    try:
+        task = infer_task(scores, labels, first if isinstance(first, Tensor) else None)
+    except ConfigError as error:
         raise ConfigError(
-            f"The criterion `taylor` takes the gradient of the cross-entropy, but labels of shape {shape} do not go "
+            f"The criterion `taylor` takes the gradient of the task's loss, but labels of shape {tuple(labels.shape)} do not go "
             f"with the output `{output}` of shape {tuple(scores.shape)}.",
             where="loader",
-            got=shape,
-            expected=legal[0],
-            hint="Give a class for every row (and place) of the output, or take another criterion.",
-        )
-    return F.cross_entropy(scores, labels)
+            got=tuple(labels.shape),
+            expected=tuple(scores.shape[:1] + scores.shape[2:]),
+            hint="Give a class for every row (and place) of the output, or values in its shape, or take another criterion.",
+        ) from error
+    prepared, read = task.prepare(scores, task.read(labels))
+    assert read is not None
+    task.check(prepared, read)
+    return task.loss(prepared, read)
 
 
 def _others(value: Tensor, axis: int) -> list[int]:

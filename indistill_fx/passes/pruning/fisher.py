@@ -57,6 +57,23 @@ class _Gated(MaskedLogits):
         return True
 
 
+def _surprise(scores: Tensor, axis: int | None, *, seed: int) -> Tensor:
+    """-log of the likelihood, by the model's own answer, of labels drawn from it, but for a constant.
+
+    Args:
+        scores: the answer.
+        axis: of its classes. Without one, or with one entry there, the answer is the mean of a normal distribution of variance 1.
+        seed: of the draw.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    if axis is None or scores.shape[axis] < 2:
+        noise = torch.randn(scores.shape, generator=draw).to(scores.device)
+        return (scores - scores.detach() - noise).square().sum() / 2
+    scores = scores.movedim(axis, -1).flatten(0, -2)
+    labels = torch.multinomial(scores.detach().softmax(-1).cpu(), 1, generator=draw).to(scores.device)
+    return -scores.log_softmax(-1).gather(1, labels).sum()
+
+
 def fisher_scores(
     model: TracedModel, found: Coupling, class_of: Units, batches: Iterable[Any], *, instead: NDArray[np.float64]
 ) -> NDArray[np.float64]:
@@ -81,12 +98,7 @@ def fisher_scores(
         run = _Gated(model, found, class_of, gates)
         with evaluating(model.graph_module), torch.enable_grad():
             run.run(*inputs)
-            scores = run.logits.float()
-            scores = scores.movedim(axis if axis is not None else -1, -1).flatten(0, -2)
-            draw = torch.Generator().manual_seed(samples)
-            labels = torch.multinomial(scores.detach().softmax(-1).cpu(), 1, generator=draw).to(scores.device)
-            loss = -scores.log_softmax(-1).gather(1, labels).sum()
-            (slopes,) = torch.autograd.grad(loss, gates)
+            (slopes,) = torch.autograd.grad(_surprise(run.logits.float(), axis, seed=samples), gates)
         total += slopes.double().square().sum(0).cpu().numpy()
         samples, read = samples + len(first), read | run.read
     if not samples:
