@@ -16,6 +16,7 @@ from indistill_fx.batch import Call, Inputs
 from indistill_fx.errors import ConfigError, ExportError, instead_of
 from indistill_fx.graph.preprocess import Preprocess
 from indistill_fx.system.files import require_regular
+from indistill_fx.system.shortage import instead_of_any
 
 if TYPE_CHECKING:
     import onnx
@@ -148,7 +149,7 @@ def graph_of(path: str | PathLike[str]) -> onnx.ModelProto:
     from indistill_fx.loading.onnx.read import check_nodes, check_texts, weights_beside
 
     hint = "Give the path of an .onnx file; copy it again, or export it again."
-    with instead_of(Exception, ConfigError(f"`{path}` cannot be read as ONNX", where=str(path), hint=hint)):
+    with instead_of_any(ConfigError(f"`{path}` cannot be read as ONNX", where=str(path), hint=hint)):
         require_regular(path)
         model = onnx.load(str(path), load_external_data=False)
     check_texts(model, Path(path))
@@ -174,7 +175,7 @@ def open_session(path: str | PathLike[str], *, threads: int | None = None) -> on
     rare = {onnx.TensorProto.DOUBLE: "float64", onnx.TensorProto.BFLOAT16: "bfloat16"}
     if kind := next((rare[weight.data_type] for weight in weights if weight.data_type in rare and weight.dims), None):
         hint = f"The file's weights are {kind}, in which onnxruntime has few operators: export the model in float32 (`model.float()`)."
-    with instead_of(Exception, ExportError(f"onnxruntime cannot load `{path}`", where=str(path), hint=hint)):
+    with instead_of_any(ExportError(f"onnxruntime cannot load `{path}`", where=str(path), hint=hint)):
         return onnxruntime.InferenceSession(str(path), session_options(threads), providers=["CPUExecutionProvider"])
 
 
