@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from indistill_fx.batch import Call, Inputs
+from indistill_fx.batch import Call, Inputs, named
 from indistill_fx.errors import ConfigError, ExportError, instead_of
 from indistill_fx.graph.preprocess import Preprocess
 from indistill_fx.system.files import require_regular
@@ -126,7 +126,8 @@ def named_outputs(result: Any) -> dict[str, Tensor]:
     >>> list(named_outputs(({"layer1": torch.zeros(1)}, torch.zeros(1), None)))
     ['layer1', 'output']
     """
-    leaves = [(p, leaf) for p, leaf in pytree.tree_flatten_with_path(result)[0] if isinstance(leaf, Tensor)]
+    opened = pytree.tree_map(_as_plain, result)
+    leaves = [(p, leaf) for p, leaf in pytree.tree_flatten_with_path(opened)[0] if isinstance(leaf, Tensor)]
     keyed = [".".join(str(k.key) for k in path if isinstance(k, pytree.MappingKey)) for path, _ in leaves]
     plain = keyed.count("")
     counter = iter(range(plain))
@@ -136,6 +137,12 @@ def named_outputs(result: Any) -> dict[str, Tensor]:
         choices = (name, *(f"{name}_{i}" for i in range(1, len(leaves) + 1)))
         free[next(choice for choice in choices if choice not in free)] = leaf
     return free
+
+
+def _as_plain(leaf: Any) -> Any:
+    """What holds tensors under names and is no container of torch's, such as a dataclass, as a dict."""
+    entries = None if isinstance(leaf, Tensor) else named(leaf)
+    return leaf if entries is None else {key: pytree.tree_map(_as_plain, value) for key, value in entries.items()}
 
 
 def graph_of(path: str | PathLike[str]) -> onnx.ModelProto:

@@ -385,7 +385,7 @@ def _quiet() -> Iterator[None]:
     """Suppress what the quantiser prints and logs on the root logger."""
     root = logging.getLogger()
     level = root.level
-    root.setLevel(logging.ERROR)
+    root.setLevel(logging.CRITICAL)  # it logs errors with their tracebacks, and goes on to fail for another reason
     try:
         with open(os.devnull, "w") as sink, redirect_stdout(sink), warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"onnxruntime(\.|$)")

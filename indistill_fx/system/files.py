@@ -204,7 +204,7 @@ def staged(target: Path) -> Iterator[Path]:
     except OSError as error:
         raise ConfigError(
             f"Cannot write `{target}`: {error.strerror or error}.", where=str(target),
-            hint="Free some space, or give another path, in a folder that exists and may be written; an existing file is unchanged.",
+            hint=f"{advice(error) or 'Give another path, in a folder that exists and may be written'}; an existing file is unchanged.",
         ) from error  # fmt: skip
 
 
