@@ -245,7 +245,7 @@ def _by_order(batch: Any, models: Sequence[Inputs], where: str) -> Parts:
     given = [pair for model in plain for pair in zip(model.required, values, strict=False)]
     for name, value in (*given, *([("labels", labels)] if labels is not None else [])):
         if not isinstance(value, Tensor):
-            raise unfit(where, name, f"of type {type(value).__name__}", "a tensor", "Let the loader yield tensors.")
+            raise unfit(where, name, f"of type {type(value).__name__}", "a tensor", "Yield tensors, or one dict.")
     numbers = isinstance(indices, Tensor) and indices.ndim == 1 and not indices.is_floating_point()
     optional = next((name for model in plain for name in (*model.names, *model.left_out)[count:]), None)
     if optional is not None and isinstance(indices, Tensor) and not numbers:

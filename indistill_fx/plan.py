@@ -9,11 +9,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from indistill_fx.errors import ConfigError, TrainError, instead_of, nearest
 from indistill_fx.graph.view import View
+from indistill_fx.system.arguments import require
 from indistill_fx.system.files import read_bounded, replace_file, require_few_values, require_replaceable
+from indistill_fx.system.values import Value, fault
 from indistill_fx.traced import TracedModel
 
 Adapter = Literal["none", "pool", "tokens_to_map"]
@@ -29,11 +31,7 @@ Size = Annotated[int, Field(ge=0, lt=1 << 31)]
 Shape = Annotated[tuple[Size, ...], Field(max_length=16)]
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Pair(_Frozen):
+class Pair(Value):
     """One teacher layer and one student layer that correspond.
 
     Attributes:
@@ -72,7 +70,7 @@ class Pair(_Frozen):
         return self
 
 
-class ModelStamp(_Frozen):
+class ModelStamp(Value):
     """Which model a plan was made for: its class, and the fingerprint of its structure."""
 
     name: str
@@ -84,14 +82,14 @@ class ModelStamp(_Frozen):
         return cls(name=type(model.module).__name__, fingerprint=model.fingerprint)
 
 
-class Layers(_Frozen):
+class Layers(Value):
     """What the layers of both models were when the plan was made; for saying which of them changed how."""
 
-    teacher: dict[str, str] = {}
-    student: dict[str, str] = {}
+    teacher: dict[str, str] = Field(default_factory=dict)
+    student: dict[str, str] = Field(default_factory=dict)
 
 
-class AlignmentPlan(_Frozen):
+class AlignmentPlan(Value):
     """Pairs of layers, shallow to deep: a file to read, edit and review.
 
     Attributes:
@@ -146,6 +144,7 @@ class AlignmentPlan(_Frozen):
         Raises:
             ConfigError: nothing can be written there.
         """
+        require(path, str | os.PathLike, "path", of="AlignmentPlan.save")
         target = Path(path)
         require_replaceable(target)
         text = self.model_dump_json(indent=2) + "\n"
@@ -173,6 +172,7 @@ class AlignmentPlan(_Frozen):
             ConfigError: there is no such file, it is not JSON, or it is not a plan; the message names the wrong field.
         """
         hint = "`indistill-fx align … -o plan.json` makes one."
+        require(path, str | os.PathLike, "path", of="AlignmentPlan.load")
         try:
             with instead_of(OSError, ConfigError(f"The plan {path} cannot be read", where=str(path), hint=hint)):
                 text = read_bounded(path, LARGEST)
@@ -184,10 +184,10 @@ class AlignmentPlan(_Frozen):
             first = error.errors()[0]
             if first["type"] == "json_invalid":
                 raise _not_json(path, first["msg"]) from error
-            place = ".".join(map(str, first["loc"])) or "the whole file"
+            place, reason = fault(error)
             raise ConfigError(
-                f"{path} is not an alignment plan: {place}: {first['msg']}.",
-                where=place,
+                f"{path} is not an alignment plan: {place or 'the whole file'}: {reason}.",
+                where=place or "the whole file",
                 got=first.get("input"),
                 hint="Correct that field, or make a new plan with `align`.",
             ) from error

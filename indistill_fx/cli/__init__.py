@@ -83,12 +83,24 @@ def app(context: click.Context, debug: bool) -> None:
 
 def main() -> None:
     """Run the command line; exit code 0: done, 2: the input is at fault, 1: our fault."""
+    _open_streams()
     # under torchrun only the first process prints; every process reports its errors
     if os.environ.get("RANK", "0") != "0":
         sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # for terminals and pipes without our arrows
     sys.exit(run(sys.argv[1:]))
+
+
+def _open_streams() -> None:
+    """Open streams that the caller closed (`>&-`) on nothing: else the next file gets their number, and what libraries print."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the system gives the lowest number that is free
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r+", encoding="utf-8"))  # noqa: SIM115 (open until the end)
 
 
 def run(arguments: list[str]) -> int:
@@ -127,12 +139,31 @@ def _require_text(arguments: list[str]) -> None:
     """
     for argument in arguments:
         if any("\ud800" <= sign <= "\udfff" for sign in argument):
+            _require_utf8_mode(argument)
             raise ConfigError(
                 f"The argument {argument!r} is not text in UTF-8, and safetensors and onnxruntime open no files of such names.",
                 where="arguments",
                 got=argument,
                 hint="Rename the file or folder, or go into the folder and name what is in it by a relative path.",
             )
+
+
+def _require_utf8_mode(argument: str) -> None:
+    """Refuse text in UTF-8 that Python read as another encoding.
+
+    Raises:
+        ConfigError: it is.
+    """
+    try:
+        text = os.fsencode(argument).decode()
+    except UnicodeDecodeError:
+        return
+    raise ConfigError(
+        f"The argument {text!r} is in UTF-8, but Python reads arguments and file names in {sys.getfilesystemencoding()}.",
+        where="arguments",
+        got=text,
+        hint="Set PYTHONUTF8=1, or a locale of UTF-8 (LC_ALL=C.UTF-8).",
+    )
 
 
 def _failed(error: Exception, *, debug: bool) -> int:

@@ -119,10 +119,9 @@ def command(
         basis = in_both_modes(traced, traced.chosen, show) if _is_directory(output) else traced
         smaller, report = _shrunk(basis, layers, **requests, **ranking)
         train_as(basis, smaller)
-        size = source.input_size if source.wanted_size else None
         read: dict[str, Any] = {"logits": common.logits_of(logits, source), "task": source.task}
-        read["example"] = traced.example
-        _save(smaller, output, traced, report, facts_of(source.classes, source.wanted_normalisation, size, **read))
+        read |= {"example": traced.example, "wanted_size": source.wanted_size}
+        _save(smaller, output, traced, report, facts_of(source.classes, source.wanted_normalisation, **read))
 
 
 def _is_directory(output: str) -> bool:

@@ -166,8 +166,9 @@ def write_made(
         # First of all: a run that is killed after it knows the file for its own.
         save_json(folder / COMPRESSION, {"source": sha256(source.text.encode()).hexdigest()})
         source.save(folder)
-        of_data = described.get("classes") or (), described.get("normalisation"), input_size(model)
-        keep_facts(folder, facts_of(*of_data, example=model.example, logits=logits, task=task))
+        of_data = described.get("classes") or (), described.get("normalisation")
+        sides = size[1:] if len(size := input_size(model)) == 3 else None
+        keep_facts(folder, facts_of(*of_data, example=model.example, wanted_size=sides, logits=logits, task=task))
         os.replace(folder / STUDENT, folder / START)  # `student.safetensors` is reserved for the trained student
         spec, student = f"{folder / SOURCE}:Student", source.build().to(device_of(model.graph_module))
         traced = trace(student, model.example, role="student", logits=logits)

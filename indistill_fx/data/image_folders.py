@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 
 from indistill_fx.data.pictures import read_head, read_picture
 from indistill_fx.errors import ConfigError
+from indistill_fx.system.files import no_file
 
 _LOOKED_AT = 20_000
 """Of how many images of a split the size and depth are looked at before anything is decoded: some seconds."""
@@ -145,7 +146,9 @@ def list_splits(folder: Path) -> tuple[Listing, Listing]:
     """
     if not os.path.isdir(folder):
         raise ConfigError(
-            f"There is no folder {str(folder)!r} (looked in {Path.cwd()}).",
+            f"{str(folder)!r} is {no_file(folder) or 'a file'}, not a folder."
+            if os.path.exists(folder)
+            else f"There is no folder {str(folder)!r} (looked in {Path.cwd()}).",
             where=str(folder),
             hint="Check the path; it is taken from the working directory.",
         )

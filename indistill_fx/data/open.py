@@ -18,6 +18,7 @@ from indistill_fx.data.normalisation import PUBLISHED, Figures, Normalisation
 from indistill_fx.data.open_folder import open_folder
 from indistill_fx.data.user_loaders import open_user_loaders
 from indistill_fx.errors import ConfigError, instead_of, unknown
+from indistill_fx.system.shortage import home
 
 _DIGITS: Normalisation = ((0.3053,), (0.3760,))
 
@@ -178,7 +179,14 @@ def _without_cache(options: DataOptions) -> tuple[str, ...]:
 def _cifar(place: str, options: DataOptions, name: Literal["CIFAR10", "CIFAR100"], figures: Normalisation) -> Data:
     from torchvision import datasets
 
-    root = Path(place) if place else Path.home() / ".cache" / "indistill-fx"
+    own = home()
+    if not place and own is None:
+        raise ConfigError(
+            f"{name} is looked for in the home folder, but there is none (HOME is not set).",
+            where="data",
+            hint=f"Give its folder: {name.lower()}:DIR.",
+        )
+    root = Path(place) if place or own is None else own / ".cache" / "indistill-fx"
     splits = []
     for train in (True, False):
         hint = f"Unpack the python version of {name} there, or give its folder as {name.lower()}:DIR."

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from indistill_fx.errors import ConfigError
+from indistill_fx.errors import ConfigError, first_lines
 from indistill_fx.system.files import require_regular
+from indistill_fx.system.shortage import advice
 
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """What an image file may be, whatever its name says. Not EPS, for example: Pillow has Ghostscript run that."""
@@ -107,12 +108,12 @@ def _opened(path: str) -> Iterator[Any]:
     except ConfigError:
         raise
     except Exception as error:  # the file may hold any bytes, so Pillow may raise anything
-        reason = str(error).rstrip(".") or type(error).__name__
+        reason = first_lines(error)
         raise ConfigError(
-            f"Image {path!r} cannot be read: {reason}.",
+            f"Image {path!r} cannot be read: {reason}",
             where=path,
             got=reason,
-            hint="Replace or remove it.",
+            hint=f"{advice(error) or 'Replace or remove it'}.",
         ) from error
 
 

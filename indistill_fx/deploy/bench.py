@@ -37,7 +37,9 @@ from indistill_fx.graph.module_state import evaluating
 
 Call: TypeAlias = Callable[[], object]
 Contestant: TypeAlias = nn.Module | str | PathLike[str]
-_BLOCKS = 10
+_BLOCKS, _FEWEST = 10, 3
+_LONGEST = 10.0
+"""Seconds: where ten calls take longer, fewer are timed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,26 +105,31 @@ class BenchReport:
 def measure(calls: Mapping[str, Call], *, seconds: float = 0.3, seed: int = 0) -> dict[str, Timing]:
     """Time the calls in short blocks that take turns in random order.
 
-    The first call of each block is not counted: it finds the caches as another contestant left them.
+    The first call of each block is not counted: it finds the caches as another contestant left them. That does not matter to calls of a
+    second and more, of which every one is.
 
     Args:
         calls: what to time, by name.
-        seconds: to spend on each, about; at least ten calls are made.
+        seconds: to spend on each, about; at least ten calls are timed, but where these would take more than 10 seconds as few as three.
         seed: of the order.
 
     Returns:
         A timing for each.
     """
     order = random.Random(seed)
-    lengths, samples = {}, {name: list[float]() for name in calls}
+    lengths, blocks, samples = {}, {}, {name: list[float]() for name in calls}
     for name, call in calls.items():
-        call()
-        once = min(_time(call), _time(call))
+        once = _time(call)
+        if once * _BLOCKS < _LONGEST:
+            once = min(_time(call), _time(call))
         lengths[name] = max(1, min(1000, int(seconds / _BLOCKS / max(once, 1e-7))))
-    for _ in range(_BLOCKS):
-        for name in order.sample(list(calls), len(calls)):
+        blocks[name] = max(_FEWEST, min(_BLOCKS, int(_LONGEST / max(once, 1e-7))))
+    for block in range(_BLOCKS):
+        able = [name for name in calls if block < blocks[name]]
+        for name in order.sample(able, len(able)):
             call = calls[name]
-            call()
+            if blocks[name] == _BLOCKS:
+                call()
             samples[name] += [_time(call) for _ in range(lengths[name])]
     return {
         name: Timing(median(times) * 1e3, quantiles(times, n=20, method="inclusive")[-1] * 1e3, len(times))
@@ -155,7 +162,8 @@ def bench(
         batches: batch sizes.
         threads: numbers of threads; None is one and all.
         compile: also `torch.compile` every module (adds minutes).
-        seconds: to spend on each cell of the table, about; at least ten calls are made.
+        seconds: to spend on each cell of the table, about; at least ten calls are timed, but where these would take more than 10 seconds
+            as few as three.
         say: called with a line before each batch size.
 
     Returns:
@@ -174,7 +182,7 @@ def bench(
             hint="Name a model spec, a run directory or an .onnx file.",
         )
     for name, value in contestants.items():
-        if not isinstance(value, nn.Module) and not os.path.isfile(value):
+        if not isinstance(value, nn.Module) and not os.path.exists(value):
             raise ConfigError(
                 f"`{name}`: there is no file `{value}`.",
                 where=name,

@@ -133,7 +133,7 @@ def check_onnx(
     from indistill_fx.loading.onnx.runtime import is_quantised
 
     file = Path(path)
-    if not os.path.isfile(file):
+    if not os.path.exists(file):
         raise ConfigError(f"There is no file `{file}`.", where=str(file), hint="Give the path of an .onnx file.")
     names, inputs = inputs_of(module, example_inputs)
     real = inputs_of(module, real_inputs, where="real_inputs")[1] if real_inputs is not None else None

@@ -41,6 +41,7 @@ from indistill_fx.graph.module_state import evaluating, real_dtype
 from indistill_fx.graph.preprocess import Pair, Preprocess
 from indistill_fx.system.exact_arithmetic import exact_arithmetic
 from indistill_fx.system.files import staged
+from indistill_fx.system.shortage import instead_of_any
 from indistill_fx.version import __version__
 
 if TYPE_CHECKING:
@@ -301,7 +302,7 @@ def _require_valid(draft: Path, dtype: torch.dtype) -> None:
     hint = "Try another opset (--opset) or another version of torch, and please report it."
     if dtype == torch.bfloat16:
         hint = "ONNX has few operators in bfloat16: export the model in float32 (`model.float()`)."
-    with instead_of(Exception, ExportError("The exported graph is not valid ONNX", where="export", hint=hint)):
+    with instead_of_any(ExportError("The exported graph is not valid ONNX", where="export", hint=hint)):
         onnx.checker.check_model(str(draft), full_check=True)
 
 

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from indistill_fx.batch import Call, Inputs
+from indistill_fx.batch import Call, Inputs, named
 from indistill_fx.errors import ConfigError, ExportError, instead_of
 from indistill_fx.graph.preprocess import Preprocess
 from indistill_fx.system.files import require_regular
+from indistill_fx.system.shortage import instead_of_any
 
 if TYPE_CHECKING:
     import onnx
@@ -150,7 +151,8 @@ def named_outputs(result: Any) -> dict[str, Tensor]:
     >>> list(named_outputs(({"layer1": torch.zeros(1)}, torch.zeros(1), None)))
     ['layer1', 'output']
     """
-    leaves = [(p, leaf) for p, leaf in pytree.tree_flatten_with_path(result)[0] if isinstance(leaf, Tensor)]
+    opened = pytree.tree_map(_as_plain, result)
+    leaves = [(p, leaf) for p, leaf in pytree.tree_flatten_with_path(opened)[0] if isinstance(leaf, Tensor)]
     keyed = [".".join(str(k.key) for k in path if isinstance(k, pytree.MappingKey)) for path, _ in leaves]
     plain = keyed.count("")
     counter = iter(range(plain))
@@ -160,6 +162,12 @@ def named_outputs(result: Any) -> dict[str, Tensor]:
         choices = (name, *(f"{name}_{i}" for i in range(1, len(leaves) + 1)))
         free[next(choice for choice in choices if choice not in free)] = leaf
     return free
+
+
+def _as_plain(leaf: Any) -> Any:
+    """What holds tensors under names and is no container of torch's, such as a dataclass, as a dict."""
+    entries = None if isinstance(leaf, Tensor) else named(leaf)
+    return leaf if entries is None else {key: pytree.tree_map(_as_plain, value) for key, value in entries.items()}
 
 
 def graph_of(path: str | PathLike[str]) -> onnx.ModelProto:
@@ -173,7 +181,7 @@ def graph_of(path: str | PathLike[str]) -> onnx.ModelProto:
     from indistill_fx.loading.onnx.read import check_nodes, check_texts, weights_beside
 
     hint = "Give the path of an .onnx file; copy it again, or export it again."
-    with instead_of(Exception, ConfigError(f"`{path}` cannot be read as ONNX", where=str(path), hint=hint)):
+    with instead_of_any(ConfigError(f"`{path}` cannot be read as ONNX", where=str(path), hint=hint)):
         require_regular(path)
         model = onnx.load(str(path), load_external_data=False)
     check_texts(model, Path(path))
@@ -199,7 +207,7 @@ def open_session(path: str | PathLike[str], *, threads: int | None = None) -> on
     rare = {onnx.TensorProto.DOUBLE: "float64", onnx.TensorProto.BFLOAT16: "bfloat16"}
     if kind := next((rare[weight.data_type] for weight in weights if weight.data_type in rare and weight.dims), None):
         hint = f"The file's weights are {kind}, in which onnxruntime has few operators: export the model in float32 (`model.float()`)."
-    with instead_of(Exception, ExportError(f"onnxruntime cannot load `{path}`", where=str(path), hint=hint)):
+    with instead_of_any(ExportError(f"onnxruntime cannot load `{path}`", where=str(path), hint=hint)):
         return onnxruntime.InferenceSession(str(path), session_options(threads), providers=["CPUExecutionProvider"])
 
 

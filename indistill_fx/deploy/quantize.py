@@ -22,8 +22,9 @@ from torch import Tensor
 from indistill_fx.batch import Inputs, split
 from indistill_fx.deploy.onnx_session import Array, feed, file_size, graph_of, open_session
 from indistill_fx.deploy.parity import logits_of
-from indistill_fx.errors import ConfigError, ExportError, instead_of, nearest
+from indistill_fx.errors import ConfigError, ExportError, nearest
 from indistill_fx.system.files import staged
+from indistill_fx.system.shortage import instead_of_any
 from indistill_fx.version import __version__
 
 if TYPE_CHECKING:
@@ -143,9 +144,8 @@ def quantize_onnx(
     with staged(target) as draft, _quiet():
         prepared = draft.with_name("prepared.onnx")
         hint = "Try the other method: --dynamic or --static."
-        with instead_of(
-            Exception, ExportError(f"onnxruntime cannot quantise `{source}`", where=str(source), hint=hint)
-        ):
+        refused = ExportError(f"onnxruntime cannot quantise `{source}`", where=str(source), hint=hint)
+        with instead_of_any(refused, filled=draft.parent):
             _prepare(source, prepared, beside=beside)
             if method == "static":
                 reader = _Reader(session, calibration, held=calibrate != "minmax")
@@ -190,7 +190,7 @@ def _open_float(source: Path) -> tuple[onnxruntime.InferenceSession, bool]:
     """Open the file; also returns whether it contains attention."""
     from indistill_fx.loading.onnx.runtime import is_quantised
 
-    _require(os.path.isfile(source), f"There is no file `{source}`.", str(source))
+    _require(os.path.exists(source), f"There is no file `{source}`.", str(source))
     model = graph_of(source)
     _require(not is_quantised(model), f"`{source}` is quantised already; give the float file.", str(source))
     return open_session(source), _has_attention(model)
@@ -385,7 +385,7 @@ def _quiet() -> Iterator[None]:
     """Suppress what the quantiser prints and logs on the root logger."""
     root = logging.getLogger()
     level = root.level
-    root.setLevel(logging.ERROR)
+    root.setLevel(logging.CRITICAL)  # it logs errors with their tracebacks, and goes on to fail for another reason
     try:
         with open(os.devnull, "w") as sink, redirect_stdout(sink), warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"onnxruntime(\.|$)")

@@ -239,7 +239,7 @@ def _unmeasured(task: Task) -> ConfigError:
         f"Task `{task.name}` reads no labels, so it cannot be measured with labels.",
         where="task",
         got=task.name,
-        hint="Name the task of these labels (--task), or measure features: --retrieval.",
+        hint="Name the task of these labels (--task), or measure features alone: --task embedding --retrieval.",
     )
 
 

@@ -7,8 +7,10 @@ from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
+
+from indistill_fx.system.values import Value
 
 _Side = Annotated[int, Field(ge=1, lt=1 << 16)]
 _Number = Annotated[float, Field(allow_inf_nan=False)]
@@ -19,11 +21,7 @@ _MOST_PIXELS = 1 << 24
 _Classes = Annotated[tuple[Annotated[int, Field(ge=0, lt=1 << 31)], ...], Field(max_length=1 << 20)]
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Figures(_Frozen):
+class Figures(Value):
     """What images are normalised by: mean and standard deviation of every channel, of values from 0 to 1."""
 
     mean: _Means
@@ -40,7 +38,7 @@ class Figures(_Frozen):
         return f"mean {mean} and std {std}"
 
 
-class Rescaling(_Frozen):
+class Rescaling(Value):
     """From images normalised by some figures to images normalised by others."""
 
     given: Figures
@@ -65,7 +63,7 @@ class Rescaling(_Frozen):
         return ((given - wanted) / _column(self.wanted.std)).float()
 
 
-class View(_Frozen):
+class View(Value):
     """How a teacher sees a batch that was made for the student. Images are tensors of real numbers, (batch, channels, height, width).
 
     Attributes:

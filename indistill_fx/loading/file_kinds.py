@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 
 from indistill_fx.errors import ConfigError, nearest
-from indistill_fx.system.files import LONGEST_HEADER, parse_json
+from indistill_fx.system.files import LONGEST_HEADER, no_file, parse_json
 
 FileKind = Literal["torch", "torch-legacy", "export", "safetensors", "onnx"]
 
@@ -87,10 +87,8 @@ def _require_file(path: Path) -> None:
         names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
         hint = nearest(path.name, names) if folder.is_dir() else f"There is no directory `{folder}` either."
         raise ConfigError(f"There is no file `{path}` (looked in {Path.cwd()}).", where=str(path), hint=hint)
-    if not path.is_file():
-        raise ConfigError(
-            f"`{path}` is not a regular file.", where=str(path), hint="Give a file, not a folder or a device."
-        )
+    if found := no_file(path):
+        raise ConfigError(f"`{path}` is {found}, not a file.", where=str(path), hint="Give the path of a model file.")
     if path.stat().st_size == 0:
         raise ConfigError(f"`{path}` is empty.", where=str(path), got="0 bytes", hint="Copy or download it again.")
 

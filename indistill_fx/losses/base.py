@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from indistill_fx.errors import ConfigError
 from indistill_fx.losses.task import Classification, Task
+from indistill_fx.system.arguments import require
 
 EMBEDDING = "<embedding>"
 """Key of the penultimate vector's shape in `student_shapes` and `teacher_shapes`; no tap can have this name."""
@@ -102,12 +104,14 @@ class MainLoss(Criterion):
 
     def __init__(self, *, weight: float, weight_labels: float):
         super().__init__()
-        if min(weight, weight_labels) < 0 or weight == weight_labels == 0:
+        for name, value in (("weight", weight), ("weight_labels", weight_labels)):
+            require(value, float, name, of=type(self).__name__, hint="Give a number, 0 or more.")
+        if not (0 <= weight < math.inf and 0 <= weight_labels < math.inf) or weight == weight_labels == 0:
             raise ConfigError(
                 f"{type(self).__name__}: weight {weight} and weight_labels {weight_labels} leave nothing to minimise.",
                 where="weight",
                 got=(weight, weight_labels),
-                expected="two numbers >= 0, not both 0",
+                expected="two finite numbers >= 0, not both 0",
             )
         self.weight, self.weight_labels = weight, weight_labels
 
@@ -235,3 +239,15 @@ def unfit_shape(loss: str, verb: str, tensor: Tensor, expected: str, hint: str) 
     """The error for a tensor with other axes than a loss compares: what the loss does and what it was given."""
     shape = tuple(tensor.shape)
     return ConfigError(f"{loss} {verb} {shape}.", where=loss, got=shape, expected=expected, hint=hint)
+
+
+def positive_temperature(temperature: float) -> float:
+    """The temperature; refused where it cannot divide logits."""
+    if not temperature > 0:
+        raise ConfigError(
+            f"temperature is {temperature}; it divides the logits.",
+            where="temperature",
+            got=temperature,
+            expected="> 0",
+        )
+    return temperature

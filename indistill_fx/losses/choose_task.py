@@ -103,6 +103,14 @@ def infer_task(logits: Tensor, labels: Tensor | None, inputs: Tensor | None = No
         found = _by_values(logits, labels)
         if found is not None:
             return found
+    if numbers and logits.ndim > 2 and labels.numel() == len(labels) == len(logits):
+        raise ConfigError(
+            f"The labels are one class a sample, but the outputs, of shape {tuple(logits.shape)}, are features with positions.",
+            where="labels",
+            got=tuple(logits.shape),
+            expected="(batch, classes)",
+            hint="A backbone needs a classifier: pooling and a linear layer. Or measure features: --task embedding --retrieval.",
+        )
     raise other_size(flat, logits) or ConfigError(
         f"Labels of shape {tuple(labels.shape)} ({str(labels.dtype).removeprefix('torch.')}) and outputs of shape "
         f"{tuple(logits.shape)} fit no task, or several.",

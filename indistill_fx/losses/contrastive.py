@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from indistill_fx.errors import ConfigError
-from indistill_fx.losses.base import EMBEDDING, MainLoss, Outputs, required
+from indistill_fx.losses.base import EMBEDDING, MainLoss, Outputs, positive_temperature, required
 from indistill_fx.losses.positions import as_classes
 
 
@@ -71,7 +71,7 @@ class CRDLoss(MainLoss):
     ):
         super().__init__(weight=weight, weight_labels=weight_labels)
         self.samples, self.negatives = samples, negatives
-        self.temperature, self.momentum = temperature, momentum
+        self.temperature, self.momentum = positive_temperature(temperature), momentum
         self.project_student = nn.Linear(_embedding_width(student_shapes, "student"), width)
         self.project_teacher = nn.Linear(_embedding_width(teacher_shapes, "teacher"), width)
         bound = 1 / math.sqrt(width / 3)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from indistill_fx.errors import ConfigError
-from indistill_fx.losses.base import MainLoss, Outputs, required, unfit_shape
+from indistill_fx.losses.base import MainLoss, Outputs, positive_temperature, required, unfit_shape
 from indistill_fx.losses.positions import are_classes, as_rows, counted, mean_over, standardized
 
 
@@ -50,7 +50,7 @@ class KDLoss(MainLoss):
         self, *, temperature: float = 4.0, weight: float = 0.9, weight_labels: float = 0.1, standardize: bool = False
     ):
         super().__init__(weight=weight, weight_labels=weight_labels)
-        self.temperature, self.standardize = _positive_temperature(temperature), standardize
+        self.temperature, self.standardize = positive_temperature(temperature), standardize
 
     def term(self, student: Outputs, teacher: Outputs, labels: Tensor | None) -> Tensor:
         """See the class."""
@@ -99,7 +99,7 @@ class DKDLoss(MainLoss):
         standardize: bool = False,
     ):
         super().__init__(weight=weight, weight_labels=weight_labels)
-        self.temperature, self.standardize = _positive_temperature(temperature), standardize
+        self.temperature, self.standardize = positive_temperature(temperature), standardize
         self.alpha, self.beta, self.ramp_steps = alpha, beta, ramp_steps
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 
@@ -158,7 +158,7 @@ class DISTLoss(MainLoss):
         weight_labels: float = 1.0,
     ):
         super().__init__(weight=weight, weight_labels=weight_labels)
-        self.temperature = _positive_temperature(temperature)
+        self.temperature = positive_temperature(temperature)
         self.beta, self.gamma = beta, gamma
 
     def term(self, student: Outputs, teacher: Outputs, labels: Tensor | None) -> Tensor:
@@ -203,7 +203,7 @@ class MLKDLoss(MainLoss):
         standardize: bool = False,
     ):
         super().__init__(weight=weight, weight_labels=weight_labels)
-        self.temperatures, self.standardize = [_positive_temperature(T) for T in temperatures], standardize
+        self.temperatures, self.standardize = [positive_temperature(T) for T in temperatures], standardize
 
     def term(self, student: Outputs, teacher: Outputs, labels: Tensor | None) -> Tensor:
         """See the class."""
@@ -250,7 +250,7 @@ class CWDLoss(MainLoss):
 
     def __init__(self, *, temperature: float = 4.0, weight: float = 3.0, weight_labels: float = 1.0):
         super().__init__(weight=weight, weight_labels=weight_labels)
-        self.temperature = _positive_temperature(temperature)
+        self.temperature = positive_temperature(temperature)
 
     def term(self, student: Outputs, teacher: Outputs, labels: Tensor | None) -> Tensor:
         """See the class."""
@@ -269,17 +269,6 @@ class CWDLoss(MainLoss):
         log_s, log_t = (z.log_softmax(2) for z in maps)
         divergence = F.kl_div(log_s, log_t, reduction="sum", log_target=True)
         return divergence * self.temperature**2 / (z_s.shape[0] * z_s.shape[1])
-
-
-def _positive_temperature(temperature: float) -> float:
-    if not temperature > 0:
-        raise ConfigError(
-            f"temperature is {temperature}; it divides the logits.",
-            where="temperature",
-            got=temperature,
-            expected="> 0",
-        )
-    return temperature
 
 
 def _paired_logits(student: Outputs, teacher: Outputs, *, standardize: bool = False) -> tuple[Tensor, Tensor]:

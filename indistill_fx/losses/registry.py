@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from indistill_fx.errors import ConfigError, instead_of, nearest
 from indistill_fx.losses.base import EMBEDDING as EMBEDDING
@@ -21,6 +22,7 @@ from indistill_fx.losses.reuse import SimKDLoss
 from indistill_fx.losses.review import ReviewKDLoss
 from indistill_fx.losses.task import Classification, Task
 from indistill_fx.losses.warmup import ATWarmup, CosineWarmup, MSEWarmup, PKTWarmup, WarmupLoss
+from indistill_fx.system.arguments import require
 from indistill_fx.system.user_code import load_object
 
 WARMUP_LOSSES: dict[str, type[WarmupLoss]] = {
@@ -250,19 +252,28 @@ def _require_fit(kind: type[MainLoss], name: str, task: Task, options: Mapping[s
 
 
 def _built(kind: Callable[..., Built], name: str, options: Mapping[str, Any]) -> Built:
-    legal = inspect.signature(kind).parameters
-    unknown = [option for option in options if option not in legal]
+    # the constructor of nn.Module, which a loss without options has, takes anything by its signature
+    own = {} if inspect.getattr_static(kind, "__init__") is nn.Module.__init__ else inspect.signature(kind).parameters
+    legal = {key: value for key, value in own.items() if value.kind not in (value.VAR_POSITIONAL, value.VAR_KEYWORD)}
+    takes_any = any(value.kind is value.VAR_KEYWORD for value in own.values())
+    unknown = [option for option in options if option not in legal and not takes_any]
     absent = [key for key, value in legal.items() if value.default is value.empty and key not in options]
     if unknown:
         raise ConfigError(
             f"Loss {name!r} has no option {unknown[0]!r}.", where=name, got=unknown[0], hint=nearest(unknown[0], legal)
         )
-    if absent and all(legal[key].kind is inspect.Parameter.KEYWORD_ONLY for key in absent):
+    if absent:
         raise ConfigError(f"Loss {name!r} needs the option {absent[0]!r}.", where=name, expected=absent[0])
     hint = "Give its options values of the types that its documentation says."
-    with instead_of(
-        TypeError, ConfigError(f"Loss {name!r} cannot be made with {dict(options)}", where=name, hint=hint)
-    ):
+    if kind in (*MAIN_LOSSES.values(), *WARMUP_LOSSES.values()):
+        types = get_type_hints(kind.__init__)
+        for option, value in options.items():
+            require(value, types[option], option, of=f"Loss {name!r}", hint=hint)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(f"Loss {name!r}: `{option}` is {value}.", where=option, expected="a finite number")
+    shown = {option: value for option, value in options.items() if not option.endswith("_shapes")}
+    cannot = ConfigError(f"Loss {name!r} cannot be made with {shown}", where=name, hint=hint)
+    with instead_of((TypeError, ValueError, RuntimeError), cannot):
         return kind(**options)
 
 

@@ -69,7 +69,14 @@ def ensemble(
         )
     names, places, values = _inputs(teachers, example_inputs)
     views = _views(teachers, places, values, views)
-    asked = [logits] * len(teachers) if logits is None or isinstance(logits, (str, int)) else logits
+    asked = [logits] * len(teachers) if logits is None or isinstance(logits, (str, int)) else list(logits)
+    if len(asked) != len(teachers):
+        raise ConfigError(
+            f"{len(teachers)} teachers with {len(asked)} entries of `logits`.",
+            where="logits",
+            got=logits,
+            expected=len(teachers),
+        )
     axes, entries = _checked_outputs(teachers, places, values, views, asked)
     root = nn.Module()
     root.teachers = nn.ModuleList(teachers)

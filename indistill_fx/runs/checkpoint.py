@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from indistill_fx.errors import ConfigError, instead_of
+from indistill_fx.errors import ConfigError, first_lines, instead_of
 from indistill_fx.system.files import json_text, parse_json
+from indistill_fx.system.shortage import advice
 from indistill_fx.system.tensor_files import DamagedFileError, load_tensors, save_tensors
 
 SCHEMA = 1
@@ -61,9 +62,11 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         state = dict(parse_json(header["state"]))
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ConfigError(
-            f"{path} is not a checkpoint of a run: {str(error).rstrip('.')}.",
+            f"{path} is not a checkpoint of a run: {first_lines(error)}",
             where=str(path),
-            hint="Start a new run in another directory.",
+            hint=f"{remedy}, and resume again."
+            if (remedy := advice(error))
+            else "Start a new run in another directory.",
         ) from error
     check_schema(state.pop("schema_version", 1), path)
     return tensors, state

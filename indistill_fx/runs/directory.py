@@ -29,6 +29,7 @@ from indistill_fx.system.files import (
     read_lines,
     replace_file,
     save_json,
+    unwritable,
 )
 from indistill_fx.system.terminal import one_line
 
@@ -223,10 +224,11 @@ class RunDirectory:
         """
         if not self.writes:
             return
-        file, hint = self.path / "metrics.jsonl", "Free some space, then go on with --resume."
-        error = TrainError(f"{file} cannot be written", where=str(file), hint=hint)
-        with instead_of(OSError, error):
+        file = self.path / "metrics.jsonl"
+        try:
             append_line(file, json_text(entry))
+        except OSError as error:
+            raise unwritable(file, error) from error
         parts = {f"{name}/": value for name, value in entry.items() if isinstance(value, Mapping)}
         flat = {prefix + name: value for prefix, part in {"": entry, **parts}.items() for name, value in part.items()}
         numbers = {

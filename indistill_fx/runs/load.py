@@ -256,20 +256,7 @@ def load_run(path: str | os.PathLike[str], *, trust: Sequence[str] = ()) -> Sour
             hint=_by_hand(folder),
         ) from error
     weights = folder / STUDENT
-    if runs_code(parse_spec(spec)) and not is_signed(parse_spec(spec), kept.get("seal")):
-        parsed = parse_spec(spec)
-        file = os.path.isfile(parsed.place)  # else it may name any function there is, and is not to be pasted
-        named = spec.removesuffix(f"@{parsed.weights}") if file else "models.py:make"
-        if not file and parsed.place.endswith("student.py") and (own := _own_student(folder)) is not None:
-            named = f"{own}:Student"
-        gone = "was moved" if parsed.place.endswith(".py") and not file else "has changed"
-        raise ConfigError(
-            f"{parsed.place if file else repr(spec)} makes the model of {folder}, and {gone} since that run began, or another "
-            "user or machine began it, so it was not run.",
-            where=str(folder),
-            got=spec,
-            hint=f"If you trust that code, name it yourself. {_by_hand(folder, named)}",
-        )
+    _require_own_code(folder, spec, kept.get("seal"))
     if not weights.exists():
         reached = f"it has reached {LAST}" if (folder / LAST).exists() else "it has no checkpoint"
         raise ConfigError(
@@ -295,3 +282,23 @@ def load_run(path: str | os.PathLike[str], *, trust: Sequence[str] = ()) -> Sour
         task=facts.task,
         notes=(*source.notes, *notes),
     )
+
+
+def _require_own_code(folder: Path, spec: str, seal: object) -> None:
+    """Refuse code that this user did not start the run with."""
+    if runs_code(parse_spec(spec)) and not is_signed(parse_spec(spec), seal):
+        parsed = parse_spec(spec)
+        file = os.path.isfile(parsed.place)  # else it may name any function there is, and is not to be pasted
+        named = spec.removesuffix(f"@{parsed.weights}") if file else "models.py:make"
+        if not file and parsed.place.endswith("student.py") and (own := _own_student(folder)) is not None:
+            named = f"{own}:Student"
+        gone = "was moved" if parsed.place.endswith(".py") and not file else "has changed"
+        reason = f"{gone} since that run began, or another user or machine began it"
+        if not seal:
+            reason = "nothing proves that you began that run (no proof can be kept without a home folder that can be written)"
+        raise ConfigError(
+            f"{parsed.place if file else repr(spec)} makes the model of {folder}, and {reason}, so it was not run.",
+            where=str(folder),
+            got=spec,
+            hint=f"If you trust that code, name it yourself. {_by_hand(folder, named)}",
+        )

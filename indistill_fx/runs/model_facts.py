@@ -62,14 +62,15 @@ def facts_in(kept: Mapping[str, Any], size: tuple[int, ...]) -> ModelFacts:
 def facts_of(
     classes: Sequence[str] = (),
     normalisation: Any = None,
-    size: Sequence[int] | None = None,
     *,
     example: Any,
+    wanted_size: Sequence[int] | None = None,
     logits: str | int | None = None,
     task: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What student.json holds: example inputs, what is known of the model (see `ModelFacts`), and the size of a sample of known data."""
-    known = {"classes": list(classes), "normalisation": normalisation, "input_size": list(size) if size else None}
+    """What student.json holds: example inputs, what is known of the model (see `ModelFacts`), and the height and width that it wants."""
+    size = list(wanted_size) if wanted_size else None
+    known = {"classes": list(classes), "normalisation": normalisation, "wanted_size": size}
     read = {"logits": logits, "labels": task, "inputs": describe_inputs(example)}
     return (known if classes or normalisation is not None else {}) | {
         name: value for name, value in read.items() if value is not None and value not in ({}, [])
@@ -96,19 +97,20 @@ def with_facts(source: Source) -> Source:
         return source
     try:
         kept = as_object(read_json(file, MOST_BYTES))
-        size = _size_in(kept)
+        inputs = inputs_in(kept, file, hint=_INSTEAD)
+        size, wanted = _sizes_in(kept)
         facts = facts_in(kept, size or ())
-    except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+    except ConfigError:
+        raise
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError, KeyError) as error:
         raise ConfigError(
             f"{file}, which says how the student is fed and read, is damaged: {str(error)[:200]}.",
             where=str(file),
             hint=_INSTEAD,
         ) from error
-    inputs = inputs_in(kept, file, hint=_INSTEAD)
     found = replace(source, logits=facts.logits, task=facts.task, example_inputs=inputs)
     if not facts.classes and facts.normalisation is None:
         return found
-    wanted = (size[1], size[2]) if size is not None and len(size) == 3 else None
     remember(source.module, InputFacts(size, facts.normalisation, wanted, facts.normalisation, facts.classes))
     return replace(
         found,
@@ -177,9 +179,16 @@ def _entry(value: Any) -> str | int | None:
     raise ValueError(f"logits at {str(value)[:60]}")
 
 
-def _size_in(kept: Mapping[str, Any]) -> tuple[int, ...] | None:
-    """The size of an input, if it is known; raises any of several errors if it is impossible."""
-    size = tuple(kept.get("input_size") or ())
-    if size and not is_input_size(size, most=LARGEST_IN_A_FILE):
-        raise ValueError(f"an input of size {str(size)[:60]}")
-    return size or None
+def _sizes_in(kept: Mapping[str, Any]) -> tuple[tuple[int, ...] | None, tuple[int, int] | None]:
+    """The size of a sample, and the height and width that the model wants, as far as they are known; raises any of several errors.
+
+    Earlier files have one entry for both, `input_size`.
+    """
+    texts: Any = kept.get("inputs")
+    size: Any = kept.get("input_size") or (parse_input(texts[0]).shape if texts else None)
+    wanted: Any = kept.get("wanted_size") or (kept.get("input_size") or ())[1:]
+    for sides in filter(None, (size, wanted)):
+        if not is_input_size(tuple(sides), most=LARGEST_IN_A_FILE):
+            raise ValueError(f"an input of size {str(sides)[:60]}")
+    height_and_width = (int(wanted[0]), int(wanted[1])) if len(wanted) == 2 else None
+    return tuple(size) if size else None, height_and_width

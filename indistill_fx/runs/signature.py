@@ -23,6 +23,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from indistill_fx.loading.spec import Spec
+from indistill_fx.system.shortage import home
 
 _BYTES = 32
 
@@ -83,14 +84,16 @@ def _bytes(text: str) -> bytes:
 
 
 def _key(*, make: bool) -> bytes | None:
+    if (own := home()) is None:
+        return None
+    path = own / ".local" / "state" / "indistill-fx" / "key"
     try:
-        path = Path.home() / ".local" / "state" / "indistill-fx" / "key"
         if not path.is_file():
             if not make:
                 return None
             _write(path)
         found = path.read_bytes()
-    except (OSError, RuntimeError):  # there is no home folder, or it is not readable
+    except OSError:  # it cannot be read or written
         return None
     return found if len(found) == _BYTES else None
 

@@ -62,7 +62,7 @@ def checked(function: _Function, home: str) -> _Function:
     return call  # type: ignore[return-value]
 
 
-def require(value: object, expected: Any, name: str, *, of: str) -> None:
+def require(value: object, expected: Any, name: str, *, of: str, hint: str = "") -> None:
     """Refuse a value that is not of a type.
 
     Args:
@@ -70,6 +70,7 @@ def require(value: object, expected: Any, name: str, *, of: str) -> None:
         expected: an annotation.
         name: the argument's or the field's.
         of: the function or the class.
+        hint: what to do, where the value itself does not tell; by default, to read the help of `of`.
 
     Raises:
         ConfigError: says what was given, what was expected, and how to make it.
@@ -78,7 +79,7 @@ def require(value: object, expected: Any, name: str, *, of: str) -> None:
         return
     lists = [get_args(kind)[0] for kind in _choices(expected) if _name(kind) == "Sequence" and get_args(kind)]
     for place, entry in enumerate(value if lists and isinstance(value, list | tuple) else ()):
-        require(entry, lists[0], f"{name}[{place}]", of=of)
+        require(entry, lists[0], f"{name}[{place}]", of=of, hint=hint)
     *others, last = dict.fromkeys(_words(kind) for kind in _choices(expected) if _name(kind) not in _UNSAID)
     words = f"{', '.join(others)} or {last}" if others else last
     raise ConfigError(
@@ -86,7 +87,7 @@ def require(value: object, expected: Any, name: str, *, of: str) -> None:
         where=name,
         got=type(value).__name__,
         expected=words,
-        hint=next(_remedies(value, {_name(kind) for kind in _choices(expected)}), f"See help(ifx.{of})."),
+        hint=next(_remedies(value, {_name(kind) for kind in _choices(expected)}), hint or f"See help(ifx.{of})."),
     )
 
 

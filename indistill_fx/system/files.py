@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import json
@@ -18,6 +19,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from indistill_fx.errors import ConfigError, TrainError, instead_of
+from indistill_fx.system.shortage import advice, lost_folder
 
 _DRAFT = ".draft"
 MOST_VALUES = 1 << 20
@@ -40,12 +42,23 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         with _drafted(path) as draft:
             write(draft)
     except (OSError, SafetensorError) as error:
-        raise TrainError(
-            f"{path} cannot be written: {getattr(error, 'strerror', None) or error}.",
+        raise unwritable(path, error) from error
+
+
+def unwritable(path: Path, error: Exception) -> TrainError:
+    """The error for a file of a run that cannot be written."""
+    if (lost := lost_folder(path)) is not None:
+        return TrainError(
+            f"{path} cannot be written: the folder {lost} is gone.",
             where=str(path),
-            hint="What was there before is unchanged. Free some space, or make the folder writable, and try again; a run continues"
-            " with resume=True (--resume).",
-        ) from error
+            hint="It was deleted, renamed or unmounted meanwhile. Put it back and go on with resume=True (--resume), or start again.",
+        )
+    remedy = advice(error) or "Free some space, or make the folder writable"
+    return TrainError(
+        f"{path} cannot be written: {getattr(error, 'strerror', None) or error}.",
+        where=str(path),
+        hint=f"What was there before is unchanged. {remedy}, and try again; a run continues with resume=True (--resume).",
+    )
 
 
 @contextmanager
@@ -191,7 +204,7 @@ def staged(target: Path) -> Iterator[Path]:
     except OSError as error:
         raise ConfigError(
             f"Cannot write `{target}`: {error.strerror or error}.", where=str(target),
-            hint="Free some space, or give another path, in a folder that exists and may be written; an existing file is unchanged.",
+            hint=f"{advice(error) or 'Give another path, in a folder that exists and may be written'}; an existing file is unchanged.",
         ) from error  # fmt: skip
 
 
@@ -232,22 +245,30 @@ def try_file(target: Path) -> None:
 
 
 def require_replaceable(target: Path) -> None:
-    """Refuse a directory, and a device, which the file would replace.
+    """Refuse what is there and no file: a directory, and devices, pipes and sockets, which the file would replace.
 
     Raises:
         ConfigError: it is one.
     """
-    found = "a directory" if os.path.isdir(target) or not target.name else "a device" if _is_device(target) else ""
-    if found:
+    if found := no_file(target) or ("" if target.name else "a directory"):
         raise ConfigError(f"Cannot write `{target}`: it is {found}.", where=str(target), hint="Name a file.")
 
 
-def _is_device(path: Path) -> bool:
+_KINDS: dict[str, Callable[[int], bool]] = {
+    "a directory": stat.S_ISDIR,
+    "a named pipe": stat.S_ISFIFO,
+    "a socket": stat.S_ISSOCK,
+    "a device": lambda mode: stat.S_ISCHR(mode) or stat.S_ISBLK(mode),
+}
+
+
+def no_file(path: str | os.PathLike[str]) -> str:
+    """What is at a path instead of a file, such as `a named pipe`; empty if a file is there, or nothing."""
     try:
-        mode = path.stat().st_mode
-    except OSError:
-        return False
-    return stat.S_ISCHR(mode) or stat.S_ISBLK(mode)
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):
+        return ""
+    return next((kind for kind, is_it in _KINDS.items() if is_it(mode)), "")
 
 
 def _try_writing(folder: Path) -> None:
@@ -273,12 +294,13 @@ def read_bounded(path: str | os.PathLike[str], limit: int) -> str:
         UnicodeDecodeError: it is not UTF-8.
     """
     try:
+        _refuse_no_file(path)
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
     except ValueError as error:  # raised for a name with a zero byte
         raise OSError(str(error)) from error
     with open(descriptor, "rb") as file:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OSError(22, "it is not a regular file", str(path))
+            raise OSError(errno.EINVAL, "it was replaced by what is no file", str(path))
         content = file.read(limit + 1)
     if len(content) > limit:
         raise TooLargeError(27, f"it is larger than {limit >> 20} MiB", str(path))
@@ -350,5 +372,10 @@ def require_regular(path: str | os.PathLike[str]) -> None:
     Raises:
         OSError: it is not there, or no regular file.
     """
-    if not stat.S_ISREG(Path(path).stat().st_mode):
-        raise OSError(22, "it is not a regular file", str(path))
+    os.stat(path)
+    _refuse_no_file(path)
+
+
+def _refuse_no_file(path: str | os.PathLike[str]) -> None:
+    if found := no_file(path):
+        raise OSError(errno.EINVAL, f"it is {found}, not a file", str(path))

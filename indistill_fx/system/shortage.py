@@ -4,6 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from indistill_fx.errors import IndistillError, first_lines
 
 _SPACE = "Free some space"
 _FILES = "Let a process open more files (ulimit -n 4096)"
@@ -14,7 +21,12 @@ _HINTS = {
     **dict.fromkeys((errno.EMFILE, errno.ENFILE), _FILES),
     **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), _ACCESS),
     **dict.fromkeys((errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO), _DISK),
+    errno.EISDIR: "Move the folder of that name away",
 }
+_IN_TEXT = re.compile(r"os error (\d+)")
+"""How libraries written in Rust (safetensors) tell the system's number."""
+_FULL = 1 << 16
+"""Bytes: with fewer left, a disk is full."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -39,9 +51,8 @@ def advice(error: Exception) -> str:
     """
     if is_out_of_memory(error):
         return "Take smaller batches (--batch-size), smaller images (--size) or fewer samples (--limit)"
-    if not isinstance(error, OSError):
-        return ""
-    return _HINTS.get(error.errno or 0, "") or ("Go to a folder that exists" if _is_nowhere() else "")
+    number = _number(error)
+    return _HINTS.get(number, "") or ("Go to a folder that exists" if number and _is_nowhere() else "")
 
 
 def refusal(error: Exception) -> str:
@@ -55,6 +66,50 @@ def refusal(error: Exception) -> str:
     reason = (isinstance(error, OSError) and error.strerror) or str(error)
     place = f": {error.filename}" if isinstance(error, OSError) and error.filename is not None else ""
     return f"The system refused: {reason[:1].lower()}{reason[1:]}{place}"
+
+
+@contextmanager
+def instead_of_any(replacement: IndistillError, *, filled: Path | None = None) -> Iterator[None]:
+    """As `errors.instead_of` for every exception; where the machine is at fault, the hint says what to do about that.
+
+    Args:
+        replacement: our error, with the hint for all other faults.
+        filled: a folder that the block writes files to. Libraries that cut their files short on a full disk fail later, for other reasons.
+    """
+    try:
+        yield
+    except IndistillError:
+        raise
+    except Exception as error:
+        is_full = filled is not None and shutil.disk_usage(filled).free < _FULL
+        reason = f"{os.strerror(errno.ENOSPC)}." if is_full else first_lines(error)
+        remedy = _SPACE if is_full else advice(error)
+        raise type(replacement)(
+            f"{replacement.message}: {reason}",
+            where=replacement.where,
+            hint=f"{remedy}, and try again." if remedy else replacement.hint,
+        ) from error
+
+
+def lost_folder(path: Path) -> Path | None:
+    """The outermost folder of a path that is not there; None if all are."""
+    return next((folder for folder in reversed(path.parents) if not folder.exists()), None)
+
+
+def home() -> Path | None:
+    """The user's home folder; None where there is none (no HOME, and an unknown user, as in containers)."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return None
+
+
+def _number(error: BaseException) -> int:
+    """The system's number of an error; 0 if it has none."""
+    if isinstance(error, OSError):
+        return error.errno or 0
+    found = _IN_TEXT.search(str(error))
+    return int(found[1]) if found else 0
 
 
 def _is_nowhere() -> bool:

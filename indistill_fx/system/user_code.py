@@ -14,7 +14,8 @@ from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any
 
-from indistill_fx.errors import ConfigError, IndistillError, nearest
+from indistill_fx.errors import ConfigError, IndistillError, first_lines, nearest
+from indistill_fx.system.files import no_file
 
 
 def load_object(spec: str) -> Any:
@@ -53,7 +54,9 @@ def load_object(spec: str) -> Any:
 def _from_file(path: Path) -> ModuleType:
     if not os.path.isfile(path):
         raise ConfigError(
-            f"There is no file {str(path)!r} (looked in {Path.cwd()}).",
+            f"{str(path)!r} is {found}, not a file."
+            if (found := no_file(path))
+            else f"There is no file {str(path)!r} (looked in {Path.cwd()}).",
             where=str(path),
             hint="Check the path; it is taken from the working directory.",
         )
@@ -61,7 +64,14 @@ def _from_file(path: Path) -> ModuleType:
     key = f"{path.stem}@{path}"  # not an importable name; the path makes one file one module
     if key in sys.modules:
         return sys.modules[key]
-    loader = _FromSource(key, str(path), folder=str(path.parent))
+    try:
+        with open(path, "rb"):
+            loader = _FromSource(key, str(path), folder=str(path.parent))
+    except OSError as error:
+        reason = f"{str(path)!r} cannot be read: {first_lines(error)}"
+        raise ConfigError(
+            reason, where=str(path), hint="Make it readable, or name another."
+        ) from None  # no code has failed
     spec = importlib.util.spec_from_loader(key, loader)
     assert spec is not None
     module = importlib.util.module_from_spec(spec)

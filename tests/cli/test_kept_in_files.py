@@ -7,9 +7,12 @@ import json
 import onnx
 import pytest
 import torch
+from torch import nn
 
 import indistill_fx as ifx
 from indistill_fx.errors import ConfigError
+from indistill_fx.loading.load import Source
+from indistill_fx.runs.model_facts import facts_of, with_facts
 
 MODELS = """
 import torch
@@ -288,3 +291,28 @@ def test_a_damaged_student_json_is_an_error(told, tmp_path, damage):
     (tmp_path / "small/student.json").write_text(json.dumps(damage))
     said = told("evaluate", "small/student.py:Student@small/student.safetensors", "--data", "models.py:maps", code=2)
     assert "is damaged" in said or "was trained on a task of the user's own, `3`" in said
+
+
+@pytest.mark.parametrize(
+    ("kept", "size", "wanted"),
+    [
+        ({"inputs": ["float32x3x9x8"], "wanted_size": [9, 8]}, (3, 9, 8), (9, 8)),
+        ({"inputs": ["float32x3x9x8"], "wanted_size": [32, 24]}, (3, 9, 8), (32, 24)),
+        ({"inputs": ["float32x3x9x8"], "wanted_size": None}, (3, 9, 8), None),
+        ({"inputs": ["float32x3x4x4"], "input_size": [3, 9, 8]}, (3, 9, 8), (9, 8)),  # as written before
+        ({"input_size": [3, 9, 8]}, (3, 9, 8), (9, 8)),
+    ],
+)
+def test_sizes_are_said_once_and_earlier_files_are_read(tmp_path, kept, size, wanted):
+    (tmp_path / "student.json").write_text(json.dumps({"classes": ["ape", "bus"], "normalisation": None, **kept}))
+    found = with_facts(Source(nn.Flatten(), f"{tmp_path}/student.py:Student", "factory"))
+    assert (found.input_size, found.wanted_size, found.classes) == (size, wanted, ("ape", "bus"))
+    for damage in ({"inputs": ["float32x-3"]}, {"input_size": [0, 1, 1]}, {"wanted_size": [1 << 40, 1]}, {"inputs": 5}):
+        (tmp_path / "student.json").write_text(json.dumps({"classes": ["ape"], **damage}))
+        with pytest.raises(ConfigError, match=r"damaged|describes impossible inputs"):
+            with_facts(found)
+
+
+def test_what_is_written_says_a_size_once():
+    known = facts_of(("ape",), example=torch.zeros(2, 3, 9, 8), wanted_size=(9, 8))
+    assert known == {"classes": ["ape"], "normalisation": None, "wanted_size": [9, 8], "inputs": ["float32x3x9x8"]}

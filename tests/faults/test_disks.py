@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import indistill_fx as ifx
 from indistill_fx.data.decoding import decode
@@ -68,6 +70,41 @@ def test_a_disk_that_becomes_read_only_during_training(tmp_path: Path) -> None:
             run(tmp_path / "disk" / "other")
         remount("rw")
         assert (place / "checkpoints" / "last.safetensors").read_bytes() == before
+
+
+def test_a_run_folder_that_is_deleted_during_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Advice to free some space was all there was."""
+    from torch.optim import Adam
+
+    place, step = tmp_path / "runs" / "one", Adam.step
+
+    def gone(self: Adam, *args: object) -> object:
+        shutil.rmtree(place.parent, ignore_errors=True)
+        return step(self, *args)
+
+    monkeypatch.setattr(Adam, "step", gone)
+    with pytest.raises(
+        TrainError, match=rf"the folder {place.parent} is gone\. It was deleted, renamed or unmounted"
+    ) as caught:
+        run(place)
+    assert "space" not in str(caught.value)
+
+
+@pytest.mark.parametrize("share", [0.8, 1.4])
+def test_a_disk_that_becomes_full_is_no_fault_of_the_model_that_is_quantised(share: float, tmp_path: Path) -> None:
+    """The advice was to try the other method. On the larger disk onnxruntime cuts a file short, and cannot read it again."""
+    net = nn.Sequential(
+        nn.Conv2d(1, 64, 3), nn.ReLU(), nn.Conv2d(64, 256, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(256, 3)
+    )
+    float_file, batches = tmp_path / "float.onnx", [(torch.randn(4, 1, 6, 6), torch.arange(4) % 3)]
+    ifx.export_onnx(net, float_file, torch.zeros(2, 1, 6, 6))
+    with disk(tmp_path / "disk", int(share * float_file.stat().st_size) >> 10):
+        with pytest.raises(ExportError) as caught:
+            ifx.quantize_onnx(float_file, tmp_path / "disk" / "int8.onnx", evaluation=batches, calibration=batches)
+        assert str(caught.value) == (
+            f"onnxruntime cannot quantise `{float_file}`: No space left on device. Free some space, and try again."
+        )
+        assert os.listdir(tmp_path / "disk") == []
 
 
 def plan() -> AlignmentPlan:

@@ -134,7 +134,7 @@ def test_a_plan_too_large_to_be_one_is_refused(name: str, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("path", ["/dev/zero", "/dev/null"])
 def test_a_device_is_no_plan(path: str) -> None:
-    with pytest.raises(ConfigError, match=r"not a regular file"):
+    with pytest.raises(ConfigError, match=r"it is a device, not a file"):
         AlignmentPlan.load(path)
 
 

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import indistill_fx as ifx
+from tests import nets
+from tests.nets import number_or_none
 from tests.numerics.masked_reference import run_masked
 
 Forward = Callable[[Any, Tensor], Tensor]
@@ -216,6 +218,14 @@ def test_int_and_len_of_sizes_follow_the_input(role: Literal["teacher", "student
 KINDS: dict[str, Callable[[Any, Any], bool]] = {
     "isinstance of int": lambda h, _: isinstance(h, int) and not isinstance(h, float) and not isinstance(h, Tensor),
     "type of int": lambda h, _: type(h) == int and int == type(h // 2) and type(h) in (int, float) and type(h) != float,  # noqa: E721
+    "type is int": lambda h, x: type(h) is int and all(type(n) is int for n in x.shape) and type(h / 2) is float,
+    "type by name": lambda h, _: (
+        {int: True}.get(type(h), False) and issubclass(type(h), int) and type(h).__name__ == "int"
+    ),
+    "in another file": lambda h, _: number_or_none(h) is not None and isinstance(type(h), type),
+    "types of the rest": lambda _, x: (
+        type(x) is Tensor and type(x.shape) is torch.Size and isinstance(type("A", (), {})(), object)
+    ),
     "of float": lambda h, _: isinstance(h / 2, float) and type(h / 2) == float and type(h / 2) != int,  # noqa: E721
     "of bool": lambda h, x: isinstance(h > x.shape[3], bool) and isinstance(h > 0, int) and type(h > 0) == bool,  # noqa: E721
 }
@@ -230,6 +240,7 @@ def test_code_that_asks_for_the_type_of_a_size_is_told_pythons(kind: str) -> Non
         return net.d(z.flatten(2).view(*z.shape[:2], -1)) if KINDS[kind](x.shape[2], x) else net.a(-x)  # type: ignore[no-any-return]
 
     model = traced(forward, (2, 3, 8, 8), a=conv(), d=nn.Conv1d(16, 3, 1))
+    assert "type" not in globals() and "type" not in vars(nets)
     assert model.report.method == "shapes"
     x = torch.randn(3, 3, 12, 8, dtype=torch.float64)
     torch.testing.assert_close(model.graph_module(x), model.module(x))

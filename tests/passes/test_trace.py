@@ -8,6 +8,8 @@ import random
 import warnings
 from collections import namedtuple
 from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import indistill_fx as ifx
-from indistill_fx.errors import FrontendError
+from indistill_fx.errors import ConfigError, FrontendError
 from indistill_fx.graph.interpret import run_looking
 from indistill_fx.graph.module_state import digest, mode
 from indistill_fx.passes.capture.captured import Request, tensors
@@ -776,3 +778,36 @@ def test_inputs_are_named_as_the_forward_names_its_arguments(capture) -> None:
     for given, names in ((inputs[:1], ["image"]), (inputs, ["image", "rest", "input_2"])):
         graph = capture(Request(Net(), given)).graph_module.graph
         assert [node.name for node in graph.nodes if node.op == "placeholder"] == names
+
+
+class Picture(NamedTuple):
+    image: Tensor
+    scale: Tensor
+
+
+@dataclasses.dataclass
+class Scene:
+    image: Tensor
+    scale: Tensor
+
+
+class OfAnObject(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Conv2d(3, 4, 3)
+
+    def forward(self, seen):
+        return self.layer(seen.image * seen.scale)
+
+
+@pytest.mark.parametrize("make", [Picture, Scene, lambda **tensors: SimpleNamespace(**tensors)])
+def test_tensors_in_objects_are_not_made_constants(make):
+    """The graph held the example's own tensors, and did not depend on its input; it was said to equal the module."""
+    seen = make(image=torch.randn(2, 3, 8, 8), scale=torch.rand(2, 1, 1, 1))
+    for given in ((seen,), ([seen],), ({"seen": seen},)):
+        with pytest.raises(
+            ConfigError, match=rf"^The input `0` is a {type(seen).__name__} that holds tensors \(image, scale\)"
+        ):
+            ifx.trace(OfAnObject(), given)
+    with pytest.raises(ConfigError, match="that holds tensors"):
+        ifx.trace(OfAnObject(), example_inputs=(), example_kwargs={"seen": seen})

@@ -11,11 +11,13 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
+from pydantic import BaseModel
 
 import indistill_fx as ifx
 from indistill_fx.demo import DigitsStudent, DigitsTeacher
 from indistill_fx.errors import ConfigError, PruneError
 from indistill_fx.system.arguments import fits, require
+from indistill_fx.system.values import Value
 
 X = torch.randn(2, 1, 8, 8)
 BATCHES = [(X, torch.tensor([1, 2]))]
@@ -130,3 +132,59 @@ def test_public_functions_are_still_functions():
         TypeError, match=r"distill\(\) missing 2 required positional arguments: 'student' and 'train_loader'"
     ):
         ifx.distill(TEACHER)
+
+
+SHAPES = {"teacher_shape": (2, 3), "student_shape": (2, 3)}
+VALUES: list[tuple[Any, dict[str, Any], str]] = [
+    (ifx.View, {"size": 8}, "View: `size` is 8, but must be a valid tuple. See help(ifx.View)."),
+    (
+        ifx.View,
+        {"size": (9000, 9000)},
+        "View: size is 9000x9000 pixels, and at most 16,777,216 are made. See help(ifx.View).",
+    ),
+    (ifx.View, {"sise": (8, 8)}, "View has no field `sise`. Nearest: size, classes."),
+    (ifx.Pair, {}, "Pair needs `teacher`, `student`, `teacher_shape`, `student_shape`. See help(ifx.Pair)."),
+    (
+        ifx.Pair,
+        {"teacher": 3, "student": "b", **SHAPES},
+        "Pair: `teacher` is 3, but must be a valid string. See help(ifx.Pair).",
+    ),
+    (
+        ifx.Pair,
+        {"teacher": "a", "student": "b", **SHAPES, "kept": (2, 1)},
+        "Pair: kept channels of `a` must be ascending and without repeats. See help(ifx.Pair).",
+    ),
+    (ifx.AlignmentPlan, {}, "AlignmentPlan needs `teacher`, `student`, `pairs`. See help(ifx.AlignmentPlan)."),
+    (
+        ifx.AlignmentPlan,
+        {
+            "teacher": {"name": "T", "fingerprint": "0"},
+            "student": {"name": "S", "fingerprint": "0"},
+            "pairs": [{"teacher": "a", "student": "b", "student_shape": (2, 3), "score": 2}],
+        },
+        "AlignmentPlan needs `pairs.0.teacher_shape`. See help(ifx.AlignmentPlan).",
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "fields", "said"), VALUES)
+def test_values_say_in_one_sentence_what_is_wrong_with_them(kind: Any, fields: dict[str, Any], said: str) -> None:
+    """They raised pydantic's own error, of many lines."""
+    with pytest.raises(ConfigError) as caught:
+        kind(**fields)
+    assert str(caught.value) == said
+
+
+def test_every_public_value_of_pydantics_speaks_so() -> None:
+    public = [getattr(ifx, name) for name in ifx.__all__]
+    assert {kind for kind in public if isinstance(kind, type) and issubclass(kind, BaseModel)} == {
+        ifx.AlignmentPlan, ifx.Pair, ifx.View,
+    }  # fmt: skip
+    assert all(issubclass(kind, Value) for kind in (ifx.AlignmentPlan, ifx.Pair, ifx.View))
+
+
+@pytest.mark.parametrize("path", [3, None, TEACHER])
+def test_a_plan_is_read_from_a_path(path: Any) -> None:
+    for asked in (ifx.AlignmentPlan.load, ifx.AlignmentPlan.model_construct(pairs=()).save):
+        with pytest.raises(ConfigError, match=r"`path` is .*, but must be a text or a path\."):
+            asked(path)

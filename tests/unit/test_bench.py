@@ -1,5 +1,7 @@
 import json
 import time
+from collections import Counter
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -27,6 +29,22 @@ def test_measure_interleaves():
     measure({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, seconds=1e-9)
     changes = sum(one != two for one, two in pairwise(order[6:]))
     assert len(order) == 2 * (3 + 10 * 2) and changes >= 5
+
+
+def test_of_slow_calls_fewer_are_timed(monkeypatch):
+    """Each took two dozen calls, however long they were."""
+    now, made = [0.0], []
+
+    def call(name, seconds):
+        now[0] += seconds
+        made.append(name)
+
+    monkeypatch.setattr("indistill_fx.deploy.bench.perf_counter", lambda: now[0])
+    seconds = {"short": 0.5, "long": 2.5, "longest": 60.0}
+    timings = measure({name: partial(call, name, each) for name, each in seconds.items()}, seconds=1.0)
+    assert {name: timing.calls for name, timing in timings.items()} == {"short": 10, "long": 4, "longest": 3}
+    assert [timing.median_ms for timing in timings.values()] == [500, 2500, 60_000]
+    assert Counter(made) == {"short": 3 + 2 * 10, "long": 1 + 4, "longest": 1 + 3}
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,5 @@
 import contextlib
+import dataclasses
 import hashlib
 import json
 import logging
@@ -7,6 +8,7 @@ import runpy
 import subprocess
 import sys
 import warnings
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -581,3 +583,38 @@ def test_the_coarsest_of_weights_and_inputs_sets_the_tolerance():
     expected = {deep(torch.float64): 1e-4, deep(torch.float32): 1e-4, mixed: 0.0625, nn.ReLU(): 1e-4}
     assert {model: allowed_difference(model, X) for model in expected} == expected
     assert allowed_difference(nn.ReLU(), X.half(), torch.arange(2)) == 0.0078125
+
+
+@dataclasses.dataclass
+class Answer:
+    scores: torch.Tensor
+    hidden: torch.Tensor | None = None
+
+
+class LikeAModelOutput(OrderedDict):
+    """Of a library that does not tell torch how to take it apart."""
+
+
+@pytest.mark.parametrize("kind", [Answer, LikeAModelOutput])
+def test_outputs_in_objects_have_their_names(kind, tmp_path):
+    """The module was said to return no tensor."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(6, 3)
+
+        def forward(self, x):
+            return (
+                kind(scores=self.layer(x), hidden=x.relu())
+                if kind is Answer
+                else kind({"scores": self.layer(x), "hidden": x.relu()})
+            )
+
+    net, x = Net().eval(), torch.randn(4, 6)
+    report = export_onnx(net, tmp_path / "net.onnx", x)
+    session = open_session(report.path)
+    assert [entry.name for entry in session.get_outputs()] == ["scores", "hidden"]
+    found = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    np.testing.assert_allclose(found[0], net.layer(x).detach().numpy(), atol=1e-5)
+    np.testing.assert_allclose(found[1], x.relu().numpy())

@@ -13,6 +13,7 @@ from torch import nn
 
 from indistill_fx.errors import ConfigError
 from indistill_fx.losses import EMBEDDING, Outputs
+from indistill_fx.losses.base import MainLoss
 from indistill_fx.losses.registry import MAIN_LOSSES, WARMUP_LOSSES, asked_of_the_data, main_loss, warmup_loss
 from indistill_fx.losses.task import Classification, Embedding, MultiLabel, Regression
 
@@ -614,6 +615,69 @@ def test_unknown_names_and_options_are_refused_with_the_legal_ones():
             main_loss("kd")(student, TEACHER._replace(logits=logits), None)
     with pytest.raises(ConfigError, match="reads the labels"):
         main_loss("kd")(STUDENT, TEACHER, None)
+
+
+WRONG = {
+    ("kd", "temperature", "hot"): "Loss 'kd': `temperature` is the str 'hot', but must be a number.",
+    ("kd", "weight", None): "Loss 'kd': `weight` is None, but must be a number.",
+    ("kd", "weight", math.nan): "Loss 'kd': `weight` is nan. Expected: a finite number.",
+    ("dkd", "alpha", (1,)): "Loss 'dkd': `alpha` is the tuple (1,), but must be a number.",
+    ("dkd", "ramp_steps", "5"): "Loss 'dkd': `ramp_steps` is the str '5', but must be a whole number.",
+    ("dist", "beta", math.inf): "Loss 'dist': `beta` is inf. Expected: a finite number.",
+    ("mlkd", "temperatures", 3.0): "Loss 'mlkd': `temperatures` is the float 3.0, but must be a list (of a number).",
+    (
+        "crd",
+        "samples",
+        -1,
+    ): "Loss 'crd' cannot be made with {'samples': -1}: Trying to create tensor with negative dimension -1",
+    ("crd", "temperature", -1): "temperature is -1; it divides the logits.",
+    ("reviewkd", "width", "8"): "Loss 'reviewkd': `width` is the str '8', but must be a whole number.",
+    ("vid", "initial_variance", -1): "Loss 'vid' cannot be made with {'initial_variance': -1}: math domain error.",
+}
+
+
+@pytest.mark.parametrize(("name", "option", "value"), WRONG)
+def test_options_of_another_type_are_refused_by_name(name, option, value):
+    """Some came to nothing before a step of training failed, some said that a str cannot be compared with an int."""
+    shapes = {"student_shapes": {"a": (2, 3, 4, 4), EMBEDDING: (2, 5)}}
+    shapes["teacher_shapes"] = shapes["student_shapes"]
+    more = {"samples": 10} if name == "crd" and option != "samples" else {}
+    with pytest.raises(ConfigError) as caught:
+        main_loss(name, **shapes, **more, **{option: value})
+    assert str(caught.value).startswith(WRONG[name, option, value])
+
+
+def test_the_frame_of_the_losses_names_what_it_is_not_given_rightly():
+    for weights in ({"weight": "a", "weight_labels": 1}, {"weight": 1, "weight_labels": None}):
+        with pytest.raises(
+            ConfigError, match=r"^MainLoss: `weight(_labels)?` is .*, but must be a number\. Give a number, 0"
+        ):
+            MainLoss(**weights)
+    with pytest.raises(ConfigError, match=r"^KDLoss: weight nan and weight_labels 0.1 leave nothing to minimise"):
+        MAIN_LOSSES["kd"](weight=math.nan)
+
+
+class Needy(nn.Module):
+    def __init__(self, power):
+        super().__init__()
+        self.power = power
+
+    def forward(self, student, teacher):
+        return (student - teacher).abs().pow(self.power).mean()
+
+
+class Open(Needy):
+    def __init__(self, **options):
+        super().__init__(**options)
+
+
+def test_a_loss_of_the_users_that_lacks_an_option_is_told_which():
+    with pytest.raises(ConfigError, match=r"^Loss 'Needy' needs the option 'power'\. Expected: power\.$"):
+        warmup_loss(Needy)
+    s, t = outputs(5).features["layer1"], outputs(6).features["layer1"]
+    assert torch.equal(warmup_loss(Open, power=3)(s, t), warmup_loss(Needy, power=3)(s, t))
+    with pytest.raises(ConfigError, match=r"^Loss 'mse' has no option 'power'\."):
+        warmup_loss("mse", power=2)
 
 
 USER_CODE = """

@@ -296,3 +296,9 @@ def test_traced_models_are_measured_on_the_output_that_they_were_traced_with():
     assert record.metrics != ifx.evaluate(student, data).metrics
     plain = ifx.distill(traced[0], nn.Linear(4, 3), data, val_loader=data, epochs=1, progress=False, device="cpu")
     assert plain.teacher_accuracy == 1.0
+
+
+@pytest.mark.parametrize("logits", [[0], [None], (0, 0, 0)])
+def test_logits_are_named_for_each_teacher_or_for_all(logits):
+    with pytest.raises(ConfigError, match=rf"^2 teachers with {len(logits)} entries of `logits`\. Expected: 2\.$"):
+        ifx.ensemble([net(4), net(4)], example_inputs=batch()[0], logits=logits)

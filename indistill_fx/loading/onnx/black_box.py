@@ -15,12 +15,13 @@ import onnx
 import torch
 from torch import Tensor, fx
 
-from indistill_fx.errors import ConfigError, instead_of, nearest
+from indistill_fx.errors import ConfigError, nearest
 from indistill_fx.graph.opaque import Opaque
 from indistill_fx.loading.onnx.builder import plain_name
 from indistill_fx.loading.onnx.convert import OnnxInput
 from indistill_fx.loading.onnx.read import dtype_of, nodes_of
 from indistill_fx.loading.onnx.runtime import open_session, run_session
+from indistill_fx.system.shortage import instead_of_any
 
 
 class OnnxPart(Opaque):
@@ -49,7 +50,7 @@ class OnnxPart(Opaque):
         shapes = " and ".join("x".join(map(str, value.shape)) for value in given)
         hint = "If it was made for other images, convert these (--size, --channels), or use another data set."
         failed = ConfigError(f"onnxruntime fails on inputs of {shapes}", where="inputs", got=shapes, hint=hint)
-        with instead_of(Exception, failed):
+        with instead_of_any(failed):
             return run_session(self._session.value, given, self._batch)[0].to(inputs[0].device)
 
 

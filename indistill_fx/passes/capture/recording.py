@@ -33,7 +33,7 @@ from torch.utils._pytree import tree_map
 from indistill_fx.errors import FrontendError
 from indistill_fx.passes.capture.captured import Captured, Request
 from indistill_fx.passes.capture.recorder import Recorder
-from indistill_fx.passes.capture.symbolic_sizes import Decision, math_of_sizes, sizes_asked_for
+from indistill_fx.passes.capture.symbolic_sizes import Decision, math_of_sizes, sizes_asked_for, types_of_numbers
 
 _AS_EXPORTED = "its code ran as it does under `torch.export`, because otherwise it decides by the data"
 
@@ -91,7 +91,7 @@ def _record(asked: Request, *, size: int, given_up: Mapping[str, str] | None = N
     def run() -> Recorder:
         recorder = Recorder(asked.module, asked.leaves, asked.loose, asked.lines, given_up=given_up)
         torch.manual_seed(0)
-        with math_of_sizes():
+        with math_of_sizes(), types_of_numbers(asked.module):
             recorder.run(*tree_map(lambda leaf: _other_data(leaf, size), batch))
         return recorder
 

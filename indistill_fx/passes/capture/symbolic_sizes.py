@@ -15,11 +15,11 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from types import FrameType
+from types import FrameType, FunctionType
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from indistill_fx.graph.edit import mark_place
 
@@ -262,6 +262,53 @@ def sizes_asked_for(namespaces: Iterable[dict[str, Any]]) -> Iterator[None]:
     finally:
         for names, name in changed:
             del names[name]
+
+
+class _AsType(type):
+    def __instancecheck__(cls, value: object) -> bool:
+        return isinstance(value, type)
+
+    def __subclasscheck__(cls, kind: type) -> bool:
+        return issubclass(kind, type)
+
+    def __eq__(cls, other: object) -> bool:
+        return other is cls or other is type
+
+    __hash__ = type.__hash__
+
+
+class _TypeOfNumber(type, metaclass=_AsType):
+    """Stands for `type` in the model's code: a size is of Python's own type (`type(h) is int`)."""
+
+    def __new__(cls, value: Any, *definition: Any, **options: Any) -> Any:
+        if definition:
+            return type(value, *definition, **options)
+        return value.__class__ if isinstance(value, Size) else type(value)
+
+
+def _is_a_users(names: dict[str, Any]) -> bool:
+    """Whether globals are those of a model's code, and have no `type` of their own."""
+    package = str(names.get("__name__", "")).partition(".")[0]
+    return "type" not in names and package not in {"torch", "indistill_fx", *sys.stdlib_module_names}
+
+
+@contextmanager
+def types_of_numbers(module: nn.Module) -> Iterator[None]:
+    """Within the block the code of a module, and of functions that it calls by name, is told Python's types of sizes."""
+    kinds = {kind for part in module.modules() for kind in type(part).__mro__}
+    own = [vars(sys.modules[home]) for home in {kind.__module__ for kind in kinds} if home in sys.modules]
+    places = (*own, *map(vars, kinds), *map(vars, module.modules()))
+    called = [
+        value.__globals__ for names in places for value in list(names.values()) if isinstance(value, FunctionType)
+    ]
+    changed = [names for names in {id(names): names for names in (*own, *called)}.values() if _is_a_users(names)]
+    for names in changed:
+        names["type"] = _TypeOfNumber
+    try:
+        yield
+    finally:
+        for names in changed:
+            del names["type"]
 
 
 class _LikePython(type):

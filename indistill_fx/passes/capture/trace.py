@@ -30,7 +30,7 @@ from indistill_fx.graph.opaque import Opaque
 from indistill_fx.graph.view import View
 from indistill_fx.loading.input_facts import other_channels
 from indistill_fx.passes.capture.attempt import Method, in_both_modes, in_mode, leaf_share
-from indistill_fx.passes.capture.captured import Captured, name_taps
+from indistill_fx.passes.capture.captured import Captured, children, name_taps, tensors
 from indistill_fx.passes.capture.equivalence import Reference
 from indistill_fx.passes.capture.exported import capture_exported
 from indistill_fx.passes.capture.facts import Known, infer_facts
@@ -99,6 +99,27 @@ def _require_numbers(call: Call, role: Role) -> None:
             )
 
 
+def _require_plain(value: object, name: str) -> None:
+    """Refuse tensors inside objects: they would be constants of the graph, which would not depend on its input.
+
+    Raises:
+        ConfigError: there are such.
+    """
+    if type(value) is dict or type(value) in (tuple, list):
+        for _, child in children(value):
+            _require_plain(child, name)
+    elif not isinstance(value, (Tensor, nn.Module)):
+        held = [key for key, child in children(value) or getattr(value, "__dict__", {}).items() if tensors(child)]
+        if held:
+            raise ConfigError(
+                f"The input `{name}` is a {type(value).__name__} that holds tensors ({', '.join(map(str, held))}), which no graph takes.",
+                where=name,
+                got=type(value).__name__,
+                expected="tensors, or lists, tuples or dicts of them",
+                hint="Give them to the forward as tensors, or in a list, tuple or dict.",
+            )
+
+
 def _other_dtype(model: nn.Module, call: Call) -> str | None:
     """The dtype of a model's weights, if it differs from that of its inputs."""
     weight = next((p for p in model.parameters() if p.is_floating_point()), None)
@@ -161,6 +182,8 @@ def trace(
     inputs, kwargs = call.args, dict(call.kwargs)
     _require_code(module)
     _require_data(module)
+    for place, value in (*enumerate(inputs), *kwargs.items()):
+        _require_plain(value, str(place))
     if role == "student":
         _require_gradients(module)
     reach = reach_of(module)
