@@ -22,7 +22,6 @@ from indistill_fx.deploy.onnx_session import (
     feed,
     inputs_of,
     named_outputs,
-    open_axes,
     open_session,
     random_inputs,
 )
@@ -164,8 +163,6 @@ def export_onnx(
         ins = tuple(input_names or names or _input_names(module, len(inputs)))
         outs = tuple(output_names or found)
         _require_names(ins, outs, len(inputs), found)
-        if dynamic_size:
-            _require_sizes(inputs)
         main = main_in_file(found, outs, logits)
         program = capture(
             deployed, inputs, opset=opset, dynamic_batch=dynamic_batch, dynamic_size=dynamic_size,
@@ -277,15 +274,6 @@ def _random_operations(deployed: Deployed, inputs: Sequence[Tensor]) -> str:
     with tracker, Watch():  # type: ignore[no-untyped-call]
         deployed.outputs(*inputs)
     return "drawn by " + ", ".join(found) if found else "no random operation of torch was seen, so it keeps a state"
-
-
-def _require_sizes(inputs: Sequence[Tensor]) -> None:
-    if not any(map(open_axes, inputs)):
-        raise ConfigError(
-            "`dynamic_size` needs an image (N, C, H, W) or a text (N, positions) as input; there is none.",
-            where="dynamic_size",
-            hint="Leave dynamic_size (--dynamic-size) out.",
-        )
 
 
 def _write(program: ONNXProgram, draft: Path, metadata: Mapping[str, str], external_data: bool | None) -> None:

@@ -126,6 +126,12 @@ def capture(
 
 
 def _dynamic_shapes(inputs: Sequence[Tensor], *, batch: bool, size: bool) -> tuple[dict[int, Any], ...]:
+    if size and not any(map(open_axes, inputs)):
+        raise ConfigError(
+            "`dynamic_size` needs an image (N, C, H, W) or a text (N, positions) as input; there is none.",
+            where="dynamic_size",
+            hint="Leave dynamic_size (--dynamic-size) out.",
+        )
     dims = {name: torch.export.Dim(name) for name in ("batch", "height", "width")}
     texts = dict.fromkeys(x.shape[axes[0]] for x in inputs if len(axes := open_axes(x)) == 1)
     lengths = {n: torch.export.Dim("length" if k == 1 else f"length_{k}") for k, n in enumerate(texts, 1)}

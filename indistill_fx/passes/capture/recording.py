@@ -79,8 +79,10 @@ def capture_leaves(asked: Request) -> Captured:
 @contextmanager
 def _exporting() -> Iterator[None]:
     """Within the block, code that asks torch whether it is being exported hears that it is: rule 4."""
-    flags = dict.fromkeys(("_is_compiling_flag", "_is_exporting_flag"), True)
-    with patch.multiple(torch.compiler, **flags):
+    with (
+        patch.object(torch.compiler, "_is_compiling_flag", True),
+        patch.object(torch.compiler, "_is_exporting_flag", True),
+    ):
         yield
 
 

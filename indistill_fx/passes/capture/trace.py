@@ -206,21 +206,8 @@ def trace(
             generators=Generators(module, reach),
         )  # fmt: skip
         method, captured, known, refused = _capture(reference, leaves, logits, own_flags=role == "teacher")
-    report = TraceReport(
-        method=method,
-        refused=tuple(refused),
-        leaves=captured.leaves,
-        specialisations=captured.specialisations,
-        checked=known.checked,
-        notes=(
-            *captured.notes,
-            *captured.renamed,
-            *known.notes,
-            *_not_left(reference, known, captured.leaves),
-            *((_NO_CACHE,) if left_out else ()),
-        ),
-        fixed=captured.fixed,
-    )
+    captured = replace(captured, notes=(*captured.notes, *((_NO_CACHE,) if left_out else ())))
+    report = _report(method, refused, captured, known, reference)
     return TracedModel(
         graph_module=_marked(known.graph_module, module),
         facts=known.facts,
@@ -233,6 +220,18 @@ def trace(
         logits=known.logits,
         chosen=logits,
         several_outputs=known.several_outputs,
+    )
+
+
+def _report(method: str, refused: Sequence[str], captured: Captured, known: Known, reference: Reference) -> TraceReport:
+    return TraceReport(
+        method=method,
+        refused=tuple(refused),
+        leaves=captured.leaves,
+        specialisations=captured.specialisations,
+        checked=known.checked,
+        notes=(*captured.notes, *captured.renamed, *known.notes, *_not_left(reference, known, captured.leaves)),
+        fixed=captured.fixed,
     )
 
 
