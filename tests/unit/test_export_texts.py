@@ -90,6 +90,17 @@ def test_texts_of_two_lengths_have_two_names(tmp_path):
     assert shapes == [["batch", "length"], ["batch", "length_2"]]
 
 
+def test_a_model_that_refuses_random_tokens_is_compared_on_rows_of_the_example(tmp_path):
+    class Ended(Reader):
+        def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+            torch._check(torch.unique(ids[:, -1]).numel() == 1)
+            return super().forward(ids, mask)
+
+    ids = torch.cat([IDS[:, :-1], torch.full((2, 1), 2)], 1)
+    report = export_onnx(Ended().eval(), tmp_path / "m.onnx", {"ids": ids, "mask": MASK}, batch_sizes=(1, 5))
+    assert [row.batch_size for row in report.parity] == [1, 5]
+
+
 def test_without_image_or_text_there_is_no_size_to_leave_open(tmp_path):
     with pytest.raises(ConfigError, match=r"needs an image .* or a text"):
         export_onnx(nn.Linear(4, 2), tmp_path / "m.onnx", torch.randn(2, 4), dynamic_size=True)
