@@ -195,10 +195,10 @@ def _delete_unused_tensors(graph_module: fx.GraphModule) -> None:
     for name in named:
         if name not in used and not name.startswith(called):
             path, _, attr = name.rpartition(".")
-            delattr(_own(graph_module, path), attr)
+            delattr(own_module(graph_module, path), attr)
 
 
-def _own(graph_module: fx.GraphModule, path: str) -> nn.Module:
+def own_module(graph_module: fx.GraphModule, path: str) -> nn.Module:
     """The module at a path, as one that others do not hold: a layer of which only a weight is read is the user's own."""
     module: nn.Module = graph_module
     for name in path.split(".") if path else ():

@@ -16,6 +16,7 @@ from torch import nn
 
 import indistill_fx as ifx
 from indistill_fx.compression.allocate import Budget, allocate
+from indistill_fx.compression.basis import in_both_modes
 from indistill_fx.compression.correspond import plan_of
 from indistill_fx.compression.latency import Clock, bisect
 from indistill_fx.compression.make_student import Measure, calibration, make_student
@@ -707,3 +708,61 @@ def test_the_student_is_trained_on_the_output_that_is_named(traced, tmp_path):
     assert [changed[key] for key in sorted(changed) if "head" in key and key.endswith("weight")] == [False, True]
     again = ifx.compress(model, data_of(), **arguments, epochs=1, curriculum=NO_WARMUP, resume=True)
     assert all(torch.equal(v, again.student.state_dict()[k]) for k, v in made.student.state_dict().items())
+
+
+class Standardized(nn.Conv2d):
+    """Weights of mean 0 and deviation 1, times a gain (as BiT and NFNets have them)."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.gain = nn.Parameter(torch.rand(self.out_channels) + 0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        flat = self.weight.reshape(1, self.out_channels, -1)
+        weight = nn.functional.batch_norm(flat, None, None, weight=self.gain, training=True, eps=1e-6)
+        return self._conv_forward(x, weight.reshape_as(self.weight), self.bias)
+
+
+class OfStandardized(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.inner = Standardized(3, 8, 3), Standardized(8, 12, 3)
+        self.norm, self.head = nn.BatchNorm2d(12), nn.Linear(12, 4)
+        self.stem.requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(self.inner(self.stem(x).relu())).relu()
+        return self.head(x.mean((2, 3)))
+
+
+def test_standardized_weights_become_parameters_so_that_channels_can_go():
+    teacher, said = teacher_of(OfStandardized), list[str]()
+    before = {name: value.clone() for name, value in teacher.module.state_dict().items()}
+    assert ifx.shrink(teacher, ratio=0.5).report.widths["stem"] == (
+        8,
+        8,
+    )  # a statistic of those that read it is over all channels
+    basis = in_both_modes(teacher, say=said.append)
+    assert len(said) == 1 and "standardised weights" in said[0]
+    x = images(5, 16)
+    assert torch.equal(outputs(basis, x), outputs(teacher, x))
+    trained = {name: value.requires_grad for name, value in basis.graph_module.named_parameters()}
+    assert not trained["stem.weight"] and trained["inner.weight"] and "inner.gain" not in trained
+    assert all(torch.equal(value, before[name]) for name, value in teacher.module.state_dict().items())
+    small = ifx.shrink(basis, ratio=0.5)  # compared with the network without these channels
+    assert small.report.widths == {"stem": (8, 4), "inner": (12, 6), "head": (4, 4)}
+    assert "batch_norm" not in source_of(small.value).text
+
+
+def test_weights_without_a_norm_of_their_own_stay_as_they_are():
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.scale = nn.Conv2d(3, 8, 3), nn.Parameter(torch.rand(8, 1, 1, 1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.conv2d(x, self.conv.weight * self.scale).mean((2, 3))
+
+    said = list[str]()
+    basis = in_both_modes(teacher_of(Scaled), say=said.append)
+    assert said == [] and "scale" in dict(basis.graph_module.named_parameters())

@@ -140,7 +140,9 @@ class Coupling:
             own = self.of(value, axis)
             if own is None and units is not None and isinstance(value, fx.Node):
                 own = lent(self, Cut(value, axis, axis + 1, tuple(range(len(units)))), call.node)
-            self.tie(own, units, f"the {name} of `{call.path}` is shared with a fixed layer")
+            computed = isinstance(value, fx.Node) and value.op != "get_attr"
+            why = "computed in a way no rule covers" if computed else "shared with a fixed layer"
+            self.tie(own, units, f"the {name} of `{call.path}` is {why}")
 
     def freeze_all(self, node: fx.Node, reason: str) -> None:
         """All units of a node's tensor must stay."""
