@@ -186,6 +186,8 @@ class CallsCompiled(nn.Module):
         self.net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.2))
 
     def forward(self, x):
+        if torch.compiler.is_exporting() and type(x) is Tensor:
+            raise TypeError("torch.export has tensors without data")
         h = self.net(x)
         return h * compiled(h.repeat(1, 2), 2)
 
@@ -742,7 +744,7 @@ def test_bert(role, mask):
     ids = torch.randint(0, 50, (2, 7), generator=torch.Generator().manual_seed(0))
     keywords = {"input_ids": ids, "attention_mask": (ids > 5).long()} if mask else {"input_ids": ids}
     traced = ifx.trace(module, (), example_kwargs=keywords, role=role, logits="logits")
-    assert traced.report.method == ("export" if mask else "shapes")
+    assert traced.report.method == "shapes"
     assert type(traced.graph_module(*keywords.values())) is transformers.modeling_outputs.SequenceClassifierOutput
     wider = {key: value.repeat(3, 1)[:5] for key, value in keywords.items()}
     assert same(module, traced, **wider) < 1e-6
