@@ -75,7 +75,9 @@ def bert_loaders(batch_size: int = 64, seed: int = 0, limit: int | None = None) 
 
 def gpt(layers: int) -> nn.Module:
     """A decoder of characters."""
-    config = GPT2Config(vocab_size=128, n_positions=LENGTH, n_embd=64, n_layer=layers, n_head=4, bos_token_id=None, eos_token_id=None)
+    config = GPT2Config(
+        vocab_size=128, n_positions=LENGTH, n_embd=64, n_layer=layers, n_head=4, bos_token_id=None, eos_token_id=None
+    )
     return GPT2LMHeadModel(config)
 
 

@@ -55,16 +55,19 @@ def plan_if_any(
 def _pair(pair: Pair, teacher: TracedModel, student: TracedModel, axes: Axes) -> Pair | None:
     """The pair of the teacher's and the student's layer of this name; None if the student has no such layer."""
     tap = pair.teacher
-    if tap not in student.taps:
+    own = tap.partition("[")[
+        0
+    ]  # a block of student.py returns what others read: one tensor alone, or several in another order
+    if own not in student.taps:
         return None
-    facts = teacher.facts_of(tap), student.facts_of(tap)
+    facts = teacher.facts_of(tap), student.facts_of(own)
     axis = facts[0].channel_axis
     kept = axes.get((teacher.node(tap).name, axis)) if axis is not None else None
     if axis is None or facts[1].channel_axis != axis or facts[1].channels != len(kept or range(facts[0].channels)):
         return None
     return pair.model_copy(
         update={
-            "student": tap,
+            "student": own,
             "student_shape": facts[1].shape,
             "kept": tuple(kept) if kept is not None else None,
             "reason": MADE,

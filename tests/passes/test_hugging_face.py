@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 import indistill_fx as ifx
 from indistill_fx.compression.basis import in_both_modes
+from indistill_fx.compression.correspond import plan_of
 from indistill_fx.compression.write_source import source_of
 from indistill_fx.graph.caches import no_generation_cache
 from indistill_fx.graph.draws import TensorDraws
@@ -212,3 +213,16 @@ def test_a_single_channel_that_is_spread_over_an_axis_stays():
     name = "funnel.encoder.blocks.0.0.attention.seg_embed"
     assert small.value.graph_module.get_parameter(name).shape[0] == model.get_parameter(name).shape[0] == 2
     assert small.report.macs[1] < small.report.macs[0]
+
+
+def test_blocks_that_return_several_tensors_are_paired_with_those_of_source_code_that_return_one():
+    """T5's blocks return hidden states and what the next one reads beside them; in student.py nothing that no one reads is returned."""
+    teacher = ifx.trace(build("t5"), batch("t5"), logits="logits")
+    small = ifx.shrink(teacher, ratio=0.5)
+    student = ifx.trace(source_of(small.value).build(), batch("t5"), role="student", logits="logits")
+    pair = plan_of(teacher, student, small.report.axes).pairs[0]
+    assert (pair.teacher, pair.student) == ("encoder.block.0[0]", "encoder.block.0")
+    seen = ifx.instrument(teacher, [pair.teacher])(*batch("t5").values())[0][pair.teacher]
+    own = ifx.instrument(student, [pair.student]).eval()(*batch("t5").values())[0][pair.student]
+    assert (seen.shape, own.shape) == (pair.teacher_shape, pair.student_shape)
+    assert seen.shape[:2] == own.shape[:2] and len(pair.kept or range(seen.shape[2])) == own.shape[2]

@@ -35,7 +35,7 @@ from indistill_fx.passes.capture.captured import Captured, Request
 from indistill_fx.passes.capture.recorder import Recorder
 from indistill_fx.passes.capture.symbolic_sizes import Decision, math_of_sizes, sizes_asked_for, types_of_numbers
 
-_AS_EXPORTED = "its code ran as it does under `torch.export`, because otherwise it decides by the data"
+_AS_EXPORTED = "recorded as its code runs under `torch.export`, because otherwise it cannot be recorded"
 
 
 def capture_shapes(asked: Request) -> Captured:
