@@ -244,7 +244,12 @@ MODELS: dict[str, tuple[str, str, Inputs, dict[str, Any]]] = {
         image(64),
         {"hidden_sizes": [16, 24, 32], "neck_hidden_sizes": [8, 16, 16, 24, 24, 24, 48], "image_size": 64},
     ),
-    "segformer": ("Segformer", "ForSemanticSegmentation", image(64), {"num_attention_heads": [1, 2, 4, 8], **FOUR, "decoder_hidden_size": 16}),
+    "segformer": (
+        "Segformer",
+        "ForSemanticSegmentation",
+        image(64),
+        {"num_attention_heads": [1, 2, 4, 8], **FOUR, "decoder_hidden_size": 16},
+    ),
     "pvt": ("Pvt", "ForImageClassification", image(64), {**HEADS, "image_size": 64}),
     "poolformer": ("PoolFormer", "ForImageClassification", image(64), SMALL),
     "levit": (

@@ -119,6 +119,7 @@ def parts_of(module: nn.Module) -> list[nn.Module]:
 _OF_RECURRENT = frozenset({"_flat_weights", "_flat_weight_refs"})
 """Where torch's recurrent layers list their parameters anew as they need it."""
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
+_KEPT = (*_REGISTRIES, *(name for name in sorted(OWN_ATTRIBUTES) if "_hooks" in name))
 
 
 @contextmanager
@@ -158,7 +159,7 @@ def _version(tensor: Tensor) -> int:
 
 
 class State:
-    """What a module holds at one time, beside its parameters: attributes of its parts, buffers, and what lists and dictionaries hold.
+    """What a module holds at one time, beside its parameters: attributes of its parts, buffers, hooks, what lists and dictionaries hold.
 
     Args:
         module: whose forward will run.
@@ -167,7 +168,7 @@ class State:
     def __init__(self, module: nn.Module):
         self.module = module
         parts = [part for part in parts_of(module) if not _is_compiled(part)]
-        self._parts = [(part, dict(part.__dict__), [dict(part.__dict__[r]) for r in _REGISTRIES]) for part in parts]
+        self._parts = [(part, dict(part.__dict__), [dict(part.__dict__.get(r, ())) for r in _KEPT]) for part in parts]
         self._containers = [(place, held, copy_of(held)) for place, held in containers_of(parts)]
         self._buffers = {id(b): b for part in parts_of(module) for b in part._buffers.values() if b is not None}
         held = held_values(parts, (container for _, container, _ in self._containers))
@@ -183,9 +184,10 @@ class State:
     def put_back(self) -> None:
         """Restore everything, with the stored values."""
         for part, attributes, registries in self._parts:
-            for name, entries in zip(_REGISTRIES, registries, strict=True):
-                attributes[name].clear()
-                attributes[name].update(entries)
+            for name, entries in zip(_KEPT, registries, strict=True):
+                held = attributes.get(name, {})
+                held.clear()
+                held.update(entries)
             part.__dict__.clear()
             part.__dict__.update(attributes)
         for _, container, before in self._containers:
@@ -227,12 +229,10 @@ class State:
         places += [
             (part, name)
             for part, attributes, registries in self._parts
-            for registry, entries in zip(_REGISTRIES, registries, strict=True)
+            for registry, entries in zip(_REGISTRIES, registries, strict=False)
             for name in {**entries, **attributes[registry]}
             if not _same_entry(entries.get(name), attributes[registry].get(name))
         ]
-        if not places:
-            return []
         before = {id(part): attributes for part, attributes, _ in self._parts}
         paths = {id(part): path for path, part in self.module.named_modules()}
         return [

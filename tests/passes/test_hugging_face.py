@@ -226,3 +226,44 @@ def test_blocks_that_return_several_tensors_are_paired_with_those_of_source_code
     own = ifx.instrument(student, [pair.student]).eval()(*batch("t5").values())[0][pair.student]
     assert (seen.shape, own.shape) == (pair.teacher_shape, pair.student_shape)
     assert seen.shape[:2] == own.shape[:2] and len(pair.kept or range(seen.shape[2])) == own.shape[2]
+
+
+class HooksItself(nn.Module):
+    """Installs its hooks in the first forward pass, as `transformers` does to collect hidden states."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers, self.head = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)]), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen: list[Tensor] = []
+        if not hasattr(self, "hooked"):
+            self.hooked = True
+            for layer in self.layers:
+                layer.register_forward_hook(lambda part, given, result: self.seen.append(result))
+        self.seen = seen
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(sum(seen, start=torch.zeros(())))
+
+
+@pytest.mark.parametrize("role", ["teacher", "student"])
+def test_hooks_that_a_forward_installs_are_taken_off_again(role):
+    torch.manual_seed(0)
+    model, x = HooksItself(), torch.randn(3, 4)
+    traced = ifx.trace(model, x, role=role)
+    assert not hasattr(model, "hooked") and not any(part._forward_hooks for part in model.modules())
+    first, second = model.layers[0](x), model.layers[1](model.layers[0](x))
+    wanted = model.head(first + second)
+    torch.testing.assert_close(model(x), wanted)
+    torch.testing.assert_close(traced.graph_module.eval()(x), wanted)
+
+
+def test_models_that_collect_their_hidden_states_are_traced_before_their_first_forward_pass():
+    config = transformers.SegformerConfig(
+        hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1], num_attention_heads=[1, 2, 3, 4], decoder_hidden_size=16
+    )
+    model, images = transformers.SegformerForSemanticSegmentation(config).eval(), torch.randn(2, 3, 64, 64)
+    traced = ifx.trace(model, {"pixel_values": images})
+    with torch.no_grad():
+        torch.testing.assert_close(traced.graph_module(images).logits, model(images).logits)
