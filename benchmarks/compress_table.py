@@ -62,6 +62,7 @@ def arm_lines(rows: list[dict[str, Any]]) -> list[str]:
         recipe += [f"weight decay {row['weight_decay']:g}"] if row["weight_decay"] else []
         recipe += [f"batches of {row['batch']}"] if row["batch"] != 128 else []
         recipe += [row["main"]] if row.get("main", "kd") != "kd" else []
+        recipe += [f"{name} {value:g}" for name, value in row.get("main_options", {}).items()]
         recipe += ["bfloat16"] if row.get("precision") == "bf16" else []
         recipe += [f"{name} {value:g}" for name, value in row.get("also", {}).items()]
         key = (row["net"], row["macs"], row["images"], row["epochs"], ", ".join(recipe), row["teacher"])
