@@ -44,11 +44,11 @@ def test_random_inputs_keep_kind_and_span(batch, seed):
     assert torch.equal(again[0], floats)
 
 
-def test_sizes_replace_height_and_width_in_either_layout():
+def test_images_of_either_layout_are_tried_larger_and_not_square():
     floats, pixels, flat = onnx_session.random_inputs(
-        (torch.randn(1, 3, 8, 8), torch.zeros(1, 8, 8, 3, dtype=torch.uint8), torch.randn(1, 5)), 2, sizes=(16, 24)
+        (torch.randn(1, 3, 8, 8), torch.zeros(1, 8, 8, 3, dtype=torch.uint8), torch.randn(1, 5)), 2, other_size=True
     )
-    assert floats.shape == (2, 3, 16, 24) and pixels.shape == (2, 16, 24, 3) and flat.shape == (2, 5)
+    assert floats.shape == (2, 3, 40, 72) and pixels.shape == (2, 40, 72, 3) and flat.shape == (2, 5)
 
 
 @pytest.mark.parametrize(
