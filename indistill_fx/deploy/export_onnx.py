@@ -184,9 +184,9 @@ def export_onnx(
         latency = measure({"onnx": lambda: session.run(None, sample)}, seconds=0.1)["onnx"].median_ms
         size = sum(f.stat().st_size for f in draft.parent.iterdir())
         parameters = sum(p.numel() for p in module.parameters())
-    notes = [] if dynamic_batch else [f"The batch size is fixed to {len(inputs[0])}; latency is for that batch."]
+    fixed = () if dynamic_batch else (f"The batch size is fixed to {len(inputs[0])}; latency is for that batch.",)
     return ExportReport(
-        target, proof.parity, proof.real, proof.max_abs, size, chosen, latency, parameters, ins, outs, main, tuple(notes)
+        target, proof.parity, proof.real, proof.max_abs, size, chosen, latency, parameters, ins, outs, main, (*fixed, *proof.notes)
     )  # fmt: skip
 
 

@@ -61,12 +61,14 @@ class Proof:
         real: on real inputs.
         failures: one sentence each.
         failed_on: the random inputs of the first comparison that failed.
+        notes: what else should be known of the comparison.
     """
 
     parity: tuple[Parity, ...]
     real: RealParity | None
     failures: tuple[str, ...]
     failed_on: tuple[Tensor, ...] | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def max_abs(self) -> float:
@@ -102,13 +104,14 @@ def prove(
     """
     rows: list[Parity] = []
     failures: list[str] = []
-    failed_on = None
+    failed_on, refusing = None, False
     trials = [(batch, False) for batch in batch_sizes]
     trials += [(min((b for b in batch_sizes if b > 1), default=1), True)] if other_size else []
     for seed, (batch, other) in enumerate(trials):
         inputs = random_inputs(example_inputs, batch, seed=seed, other_size=other)
         if not other and not _takes(module, inputs):  # texts of random tokens may have no end, say
             inputs = tuple(x[torch.arange(batch, device=x.device) % len(x)] for x in example_inputs)
+            refusing = True
         label = f"at batch size {batch}" + (f" and size {_size_of(inputs)}" if other else "")
         try:
             values = _run(session, module, inputs)
@@ -120,7 +123,10 @@ def prove(
     real = None
     if real_inputs is not None:
         real = _on_real(session, module, real_inputs, max(batch_sizes), tolerance, failures, decisions, logits)
-    return Proof(tuple(rows), real, tuple(failures), failed_on)
+    return Proof(tuple(rows), real, tuple(failures), failed_on, (_ON_EXAMPLE,) if refusing else ())
+
+
+_ON_EXAMPLE = "The model refuses random tokens: it was compared on rows of the example alone."
 
 
 def _takes(module: nn.Module, inputs: Sequence[Tensor]) -> bool:

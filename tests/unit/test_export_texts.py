@@ -98,7 +98,7 @@ def test_a_model_that_refuses_random_tokens_is_compared_on_rows_of_the_example(t
 
     ids = torch.cat([IDS[:, :-1], torch.full((2, 1), 2)], 1)
     report = export_onnx(Ended().eval(), tmp_path / "m.onnx", {"ids": ids, "mask": MASK}, batch_sizes=(1, 5))
-    assert [row.batch_size for row in report.parity] == [1, 5]
+    assert [row.batch_size for row in report.parity] == [1, 5] and "rows of the example" in report.notes[0]
 
 
 def test_without_image_or_text_there_is_no_size_to_leave_open(tmp_path):

@@ -137,7 +137,7 @@ _METHODS: dict[str, Method] = {
     "export": capture_exported,
 }
 _MUCH = 0.2
-_NO_CACHE = "traced with use_cache=False: the keys and values that the model returns for `generate` are left out"
+_NO_CACHE = "traced with use_cache=False: keys and values for `generate`, if the model returns any, are left out"
 
 
 def trace(
