@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,12 +37,24 @@ from indistill_fx.passes.pipeline import (
 from indistill_fx.passes.reuse import require_same_classifier
 from indistill_fx.plan import AlignmentPlan, Pair
 from indistill_fx.stages.checks import require_classes, require_frozen_end, require_one_output
+from indistill_fx.stages.moving_teacher import Watch
 from indistill_fx.stages.stage import Stage, StageReport
-from indistill_fx.stages.teacher_guard import refuse_changes
 from indistill_fx.target import Target
 from indistill_fx.traced import TracedModel
 
 _FROZEN = "no parameter of the student up to there requires a gradient"
+
+
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """What all stages are made from; `slim` and `before` in the functions below: the teacher as narrowed for some, and how."""
+
+    teacher: TracedModel
+    student: TracedModel
+    plan: AlignmentPlan
+    curriculum: Curriculum
+    lowerings: Lowerings
+    watch: Watch
 
 
 def _warn(line: str) -> None:
@@ -67,7 +80,8 @@ def compile_stages(
     Each stage's graphs end at what its loss reads; nothing after it is computed or kept in memory. In the warm-up the teacher is narrowed
     to the student's widths (unless the loss works across widths). A pair up to which the student is frozen gets no stage, with a warning.
 
-    The stages use the teacher's weights as they are now; a stage refuses its next step if they have changed.
+    If the teacher changes afterwards (a moving average of the student), the main stage follows it, as do warm-up stages of the teacher's
+    widths; a stage for which the teacher was narrowed refuses its next step. What torch.compile has compiled does not notice.
 
     Args:
         teacher: traced, or a plain module with `example_inputs`.
@@ -111,17 +125,15 @@ def compile_stages(
     plan = align(teacher, student, required=curriculum.wants_pairs) if plan is None else plan
     plan.check(teacher, student)
     teacher = seeing(teacher, student, plan)
-    warm = _warmup_stages(teacher, student, plan, curriculum, lowerings)
+    given = _Given(teacher, student, plan, curriculum, lowerings, Watch(teacher.module))
+    warm = _warmup_stages(given)
     stages = [stage for stage in warm if _trains(stage)]
     if main is not None:
         options = {**(main_options or {}), "task": task_of(task) if task is not None else None}
-        stages.append(_main_stage(teacher, student, plan, main, options, curriculum, lowerings))
-    guard = refuse_changes(teacher.module)
+        stages.append(_main_stage(given, main, options))
     for stage in stages or warm:
         _check_halves(stage)
         stage.criterion.to(device_of(student.graph_module))
-        if stage.teacher is not None:
-            stage.teacher.register_forward_pre_hook(guard)
     for stage in warm:
         if stage not in stages:
             say(f"{stage.name}: left out, {_FROZEN}")
@@ -177,86 +189,87 @@ def warmup_plan(plan: AlignmentPlan, curriculum: Curriculum) -> tuple[AlignmentP
     return extended, curriculum.chosen(layers, last)
 
 
-def _warmup_stages(
-    teacher: TracedModel, student: TracedModel, plan: AlignmentPlan, curriculum: Curriculum, lowerings: Lowerings
-) -> list[Stage]:
-    given = plan
-    plan, budgets = warmup_plan(given, curriculum)
+def _warmup_stages(given: _Given) -> list[Stage]:
+    student, curriculum = given.student, given.curriculum
+    plan, budgets = warmup_plan(given.plan, curriculum)
     if not budgets:
         return []
-    loss = warmup_loss(curriculum.loss)
-    narrowed = loss.needs_equal_widths
-    result = narrowed_teacher(teacher, plan) if narrowed else None
-    slim, before = (result.value, (result.report,)) if result is not None else (teacher, ())
+    narrowed = warmup_loss(curriculum.loss).needs_equal_widths
+    slim, before = _slim(given.teacher, plan, narrowed=narrowed)
     pairs = {pair.student: pair for pair in plan.pairs}
-    embedding = plan.pairs[-1].student if plan is not given else None
+    embedding = plan.pairs[-1].student if plan is not given.plan else None
     stages = []
     for layer, budget in budgets.items():
         chosen = set(curriculum.order(list(pairs)))
         together = [pair for tap, pair in pairs.items() if tap in chosen and tap != embedding]
         if layer == SEGMENTS:
-            stages.append(_fed_stage(slim, student, together, curriculum, budget, lowerings, before))
+            stages.append(_fed_stage(given, slim, together, budget, before))
             continue
         learned = together if layer == PAIRS else [pairs[layer]]
         pair_loss = warmup_loss(curriculum.loss)
         keys = [pair.student for pair in learned]
-        both = HalfOptions(lowerings, narrowed)
-        half = teacher_half(slim, student, learned, [], both)
+        both = HalfOptions(given.lowerings, narrowed)
+        make = partial(teacher_half, slim, student, learned, [], both)
         other = student_half(student, slim, learned, [], both)
         criterion = PairsLoss(pair_loss, keys, relative=True) if layer == PAIRS else FeatureLoss(pair_loss, layer)
         about = {"criterion": criterion, "pairs": learned, "budget": budget}
-        stages.append(_stage(layer, slim, student, (half, other), before=before, **about))
+        stages.append(_stage(given, layer, slim, (make, other), before=before, **about))
     return stages
 
 
+def _slim(teacher: TracedModel, plan: AlignmentPlan, *, narrowed: bool) -> tuple[TracedModel, tuple[PassRecord, ...]]:
+    """The teacher, with the student's widths if `narrowed`, and what was done for that."""
+    if not narrowed:
+        return teacher, ()
+    result = narrowed_teacher(teacher, plan)
+    return result.value, (result.report,)
+
+
 def _stage(
+    given: _Given,
     name: str,
-    teacher: TracedModel,
-    student: TracedModel,
-    halves: tuple[Half | None, Half],
+    slim: TracedModel,
+    halves: tuple[Callable[[], Half] | None, Half],
     *,
     before: Sequence[PassRecord] = (),
     **more: Any,
 ) -> Stage:
-    """A stage from two halves and the models that they come from; `more` are further arguments of `Stage`."""
-    teacher_side, student_side = halves
-    graph, report = (teacher_side.value, teacher_side.report) if teacher_side is not None else (None, ())
+    """A stage from what makes its teacher's half of `slim`, if it has one, and the student's half; `more` are arguments of `Stage`."""
+    (make, student_side), student = halves, given.student
+    half = make() if make is not None else None
+    graph, report = (half.value, half.report) if half is not None else (None, ())
+    if make is not None and graph is not None:
+        graph.register_forward_pre_hook(given.watch.hook(slim, make))
     return Stage(
         name=name,
         student=student_side.value,
         teacher=graph,
         dtypes=_dtypes(student),
-        fixed=(student.report.fixed, teacher.report.fixed),
-        macs=(_macs(teacher, graph), _macs(student, student_side.value)),
+        fixed=(student.report.fixed, slim.report.fixed),
+        macs=(_macs(slim, graph), _macs(student, student_side.value)),
         report=StageReport((*before, *report), student_side.report),
         **more,
     )
 
 
 def _fed_stage(
-    slim: TracedModel,
-    student: TracedModel,
-    pairs: Sequence[Pair],
-    curriculum: Curriculum,
-    budget: Budget,
-    lowerings: Lowerings,
-    before: Sequence[PassRecord],
+    given: _Given, slim: TracedModel, pairs: Sequence[Pair], budget: Budget, before: Sequence[PassRecord]
 ) -> Stage:
     """All segments in one stage: each gets one narrowed feature of the teacher as input and the next one as target."""
-    loss = warmup_loss(curriculum.loss)
+    student, loss = given.student, warmup_loss(given.curriculum.loss)
     if not loss.needs_equal_widths:
         raise ConfigError(
-            f"The loss `{curriculum.loss}` keeps all of the teacher's channels, so its features cannot feed the student.",
+            f"The loss `{given.curriculum.loss}` keeps all of the teacher's channels, so its features cannot feed the student.",
             where="feed",
             hint="Take mse or cosine, or feed='student'.",
         )
-    half = teacher_half(slim, student, pairs, [], HalfOptions(lowerings, narrowed=True))
-    other = fed_student_half(student, slim, pairs, lowerings=lowerings)
+    make = partial(teacher_half, slim, student, pairs, [], HalfOptions(given.lowerings, narrowed=True))
+    other = fed_student_half(student, slim, pairs, lowerings=given.lowerings)
     return _stage(
+        given,
         SEGMENTS,
         slim,
-        student,
-        (half, other),
+        (make, other),
         before=before,
         criterion=PairsLoss(loss, [pair.student for pair in pairs]),
         pairs=pairs,
@@ -313,15 +326,8 @@ def _dtypes(student: TracedModel) -> dict[str, torch.dtype]:
     return {name: dtype for name, dtype in found.items() if not dtype.is_floating_point or dtype == student_dtype}
 
 
-def _main_stage(
-    teacher: TracedModel,
-    student: TracedModel,
-    plan: AlignmentPlan,
-    main: str | Callable[..., Tensor],
-    options: Mapping[str, Any],
-    curriculum: Curriculum,
-    lowerings: Lowerings,
-) -> Stage:
+def _main_stage(given: _Given, main: str | Callable[..., Tensor], options: Mapping[str, Any]) -> Stage:
+    teacher, student, plan, curriculum = given.teacher, given.student, given.plan, given.curriculum
     shapes = [{pair.student: getattr(pair, f"{role}_shape") for pair in plan.pairs} for role in ("student", "teacher")]
     if plan.embedding is not None:
         for role, known in zip(("student", "teacher"), shapes, strict=True):
@@ -343,8 +349,7 @@ def _main_stage(
     one_size, ends_frozen = criterion.one_size, criterion.ends_frozen and not criterion.weight_labels
     criterion = keeping(criterion, curriculum, plan)
     narrowed = bool(curriculum.keep_features) and warmup_loss(curriculum.loss).needs_equal_widths
-    result = narrowed_teacher(teacher, plan) if narrowed else None
-    slim, before = (result.value, (result.report,)) if result is not None else (teacher, ())
+    slim, before = _slim(teacher, plan, narrowed=narrowed)
     needs = criterion.needs
     pairs = plan.pairs if "features" in needs else ()
     embedding = plan.embedding if "embedding" in needs else None
@@ -356,17 +361,17 @@ def _main_stage(
         unequal = [p for p in pairs if slim.facts_of(p.teacher).shape[1:] != student.facts_of(p.student).shape[1:]]
         _require_apart(teacher, [pair.teacher for pair in pairs], teacher_taps)
         _require_apart(student, [pair.student for pair in unequal], student_taps)
-    both = HalfOptions(lowerings, narrowed, one_size)
-    half = teacher_half(slim, student, pairs, teacher_taps, both) if needs else None
+    both = HalfOptions(given.lowerings, narrowed, one_size)
+    make = partial(teacher_half, slim, student, pairs, teacher_taps, both) if needs else None
     other = student_half(student, slim, pairs, student_taps, both)
     if ends_frozen:
         require_frozen_end(student.module, other.value, pairs[-1].student)
         require_same_classifier(teacher, student)
     return _stage(
+        given,
         "main",
         slim,
-        student,
-        (half, other),
+        (make, other),
         before=before,
         criterion=criterion,
         pairs=pairs,

@@ -19,7 +19,7 @@ from indistill_fx.errors import TrainError
 from indistill_fx.losses.base import Outputs
 from indistill_fx.passes.contract import PassRecord, signature_of
 from indistill_fx.plan import Pair
-from indistill_fx.stages import teacher_guard
+from indistill_fx.stages import moving_teacher
 from indistill_fx.stages.checks import check_inputs, check_labels, check_sizes
 
 
@@ -193,7 +193,7 @@ class Stage(nn.Module):
         task = getattr(self.criterion, "reads", None)
         if task is None or self._looked or logits is None or labels is None:
             return
-        if torch.compiler.is_compiling() or teacher_guard.must_not_wait():
+        if torch.compiler.is_compiling() or moving_teacher.must_not_wait():
             return
         check_labels(task, logits.detach(), labels, whose=f"Stage `{self.name}`, task {task.name}")
         self._looked = labels.device.type != "cpu"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 import indistill_fx as ifx
 from indistill_fx.errors import ConfigError
 from indistill_fx.graph.module_state import digest
+from indistill_fx.losses.base import Outputs
+from indistill_fx.losses.registry import main_loss
 from indistill_fx.training.distill import distill
 from indistill_fx.training.supervised import train
 
@@ -127,20 +130,74 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("how", CHANGES)
-def test_a_teacher_that_changes_after_its_stages_were_compiled_is_refused(how: str) -> None:
+def test_a_stage_for_which_the_teacher_was_narrowed_refuses_one_that_changes(how: str) -> None:
     teacher = Net(16).eval()
-    stages = ifx.compile_stages(teacher, Net(8), example_inputs=batches()[0][0])
-    for stage in stages:
+    *warm, _ = ifx.compile_stages(teacher, Net(8), example_inputs=batches()[0][0])
+    for stage in warm:
         stage(batches()[0]).backward()
     teacher.load_state_dict(copy.deepcopy(teacher.state_dict()))  # the same values: no change
-    for stage in stages:
+    for stage in warm:
         stage(batches()[0])
     CHANGES[how](teacher)
-    for stage in stages:
-        with pytest.raises(ConfigError, match="The teacher's weights have changed since the stage was compiled"):
-            stage(batches()[0])
+    for stage in warm:
+        for _ in range(2):
+            with pytest.raises(ConfigError, match="The teacher's weights have changed since the stage was compiled"):
+                stage(batches()[0])
         with pytest.raises(ConfigError, match="give `compile_stages` a copy"):
             stage.teacher(batches()[0][0])
+
+
+@pytest.mark.parametrize("how", CHANGES)
+@pytest.mark.parametrize("width", [8, 16])
+def test_stages_follow_a_teacher_that_changes(how: str, width: int) -> None:
+    """The main stage follows any teacher, warm-up stages one of the student's widths."""
+    teacher, student = Net(16).eval(), Net(width).eval()
+    stages = ifx.compile_stages(teacher, student, example_inputs=batches()[0][0])
+    stages = stages if width == 16 else stages[-1:]
+    before = [stage(batches()[0]).item() for stage in stages]
+    CHANGES[how](teacher)
+    after = [stage(batches()[0]).item() for stage in stages]
+    teacher.eval()
+    anew = ifx.compile_stages(copy.deepcopy(teacher), student, example_inputs=batches()[0][0])
+    assert after == pytest.approx([stage(batches()[0]).item() for stage in anew[-len(stages) :]], rel=1e-5)
+    assert after != pytest.approx(before, rel=1e-4)
+
+
+def test_a_mean_teacher_in_a_loop_of_ones_own_is_that_of_plain_pytorch() -> None:
+    def mean_teacher(step: Callable[[nn.Module, nn.Module], Callable[[Tensor, Tensor], Tensor]]) -> list[float]:
+        student = Net(8).train()
+        student.body[3].p = 0.0  # a dropout draws
+        teacher = copy.deepcopy(student).eval()
+        loss, optimizer, seen = step(teacher, student), torch.optim.SGD(student.parameters(), 0.1), []
+        for x, y in batches() * 2:
+            optimizer.zero_grad()
+            value = loss(x, y)
+            value.backward()
+            optimizer.step()
+            with torch.no_grad():
+                for mean, own in zip(teacher.state_dict().values(), student.state_dict().values(), strict=True):
+                    mean.copy_(own) if not mean.is_floating_point() else mean.lerp_(own, 0.2)
+            seen.append(value.item())
+        return seen
+
+    def ours(teacher: nn.Module, student: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+        none = ifx.Curriculum(lengths=[])
+        (stage,) = ifx.compile_stages(teacher, student, curriculum=none, example_inputs=batches()[0][0])
+        return lambda x, y: stage.train()([x, y])
+
+    def plain(teacher: nn.Module, student: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+        def loss(x: Tensor, y: Tensor) -> Tensor:
+            with torch.no_grad():
+                told = teacher(x)
+            return main_loss("kd", student_shapes={}, teacher_shapes={})(logits_of(student(x)), logits_of(told), y)
+
+        def logits_of(x: Tensor) -> Outputs:
+            return Outputs(x, None, {})
+
+        return loss
+
+    found = mean_teacher(ours)
+    assert found == pytest.approx(mean_teacher(plain), rel=1e-4) and len(set(found)) == len(found) > 3
 
 
 def test_a_copied_stage_has_its_teacher_still() -> None:

@@ -636,7 +636,9 @@ def on_a_tape(monkeypatch):
         return tapes[-1]
 
     monkeypatch.setattr("indistill_fx.training.loop.CudaRecorder", recorder)
-    monkeypatch.setattr("indistill_fx.stages.teacher_guard.must_not_wait", lambda: True)  # as while a graph is recorded
+    monkeypatch.setattr(
+        "indistill_fx.stages.moving_teacher.must_not_wait", lambda: True
+    )  # as while a graph is recorded
     original = why_not_recorded
     monkeypatch.setattr(
         "indistill_fx.training.loop.why_not_recorded",

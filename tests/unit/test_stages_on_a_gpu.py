@@ -30,7 +30,7 @@ from tests.nets import Cnn32, Residual, TinyTransformer, images, seeded
 def a_gpu(monkeypatch):
     monkeypatch.setattr("indistill_fx.target.available_devices", lambda: ["cpu", "cuda:0"])
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
-    monkeypatch.setattr("indistill_fx.stages.teacher_guard.must_not_wait", lambda: True)  # as while a step is watched
+    monkeypatch.setattr("indistill_fx.stages.moving_teacher.must_not_wait", lambda: True)  # as while a step is watched
 
 
 def there(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
