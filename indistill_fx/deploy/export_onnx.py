@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.module_tracker import ModuleTracker
 
 from indistill_fx.deploy.bench import measure
 from indistill_fx.deploy.metadata import of_module
-from indistill_fx.deploy.onnx_capture import Deployed, capture
+from indistill_fx.deploy.onnx_capture import Deployed, capture, quiet
 from indistill_fx.deploy.onnx_session import (
     Given,
     feed,
@@ -34,15 +34,17 @@ from indistill_fx.deploy.parity import (
     prove,
     rounding,
 )
-from indistill_fx.errors import ConfigError, ExportError, first_lines, instead_of
+from indistill_fx.errors import ConfigError, ExportError, IndistillError, first_lines, instead_of
 from indistill_fx.graph.module_state import evaluating, real_dtype
 from indistill_fx.graph.preprocess import Pair, Preprocess
+from indistill_fx.passes.capture.trace import trace
 from indistill_fx.system.exact_arithmetic import exact_arithmetic
 from indistill_fx.system.files import staged
 from indistill_fx.system.shortage import instead_of_any
 from indistill_fx.version import __version__
 
 if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
     from torch.onnx import ONNXProgram
 
 
@@ -116,7 +118,7 @@ def export_onnx(
         dynamic_batch: the file takes any batch size; False: only that of the example.
         dynamic_size: the file takes images of any height and width (for fully convolutional models), and texts of any length.
         input_names: None: `input`, or the forward's parameter names if there are several.
-        output_names: None: the keys of dicts, else `output`, `output_0`, ….
+        output_names: None: the keys of dicts, else `output`, `output_0`, …; `out_sample` where an input is called `sample`.
         metadata: texts to store in the file besides the model's class, the digest of its weights and the versions; for
             example `metadata.of_source(classes=…, normalisation=…)`.
         preprocess: (mean, std) to build in; the file then takes uint8 pixels (N, H, W, C). `example_inputs` and
@@ -147,47 +149,79 @@ def export_onnx(
         >>> report.input_names, report.output_names, report.max_abs < 1e-4
         (('input',), ('output',), True)
     """
-    built_in = Preprocess.make(preprocess)
+    built_in, target = Preprocess.make(preprocess), Path(path)
     names, inputs = inputs_of(module, example_inputs)
     real = inputs_of(module, real_inputs, where="real_inputs")[1] if real_inputs is not None else None
     if built_in:
         inputs = _as_pixels(built_in, inputs)
         real = _as_pixels(built_in, real) if real else None
-    target = Path(path)
     with staged(target) as draft, evaluating(module), exact_arithmetic():
         deployed = Deployed(module, built_in, names)
         deployed.training = False
         found = _repeatable_outputs(deployed, inputs)
         tolerance = allowed_difference(deployed, *inputs) if tolerance is None else tolerance
-        ins = tuple(input_names or names or _input_names(module, len(inputs)))
-        outs = tuple(output_names or found)
-        _require_names(ins, outs, len(inputs), found)
+        ins, outs = _names(input_names or names or _input_names(module, len(inputs)), output_names, len(inputs), found)
         main = main_in_file(found, outs, logits)
-        program = capture(
-            deployed, inputs, opset=opset, dynamic_batch=dynamic_batch, dynamic_size=dynamic_size,
-            input_names=ins, output_names=outs,
-        )  # fmt: skip
         known = {"logits": main} if main is not None and len(outs) > 1 else {}
         all_metadata = {**of_module(module), **(built_in.metadata() if built_in else {}), **known, **(metadata or {})}
-        _write(program, draft, all_metadata, external_data)
-        _require_valid(draft, real_dtype(deployed) or torch.float32)
-        session = open_session(draft)
-        proof = prove(
-            session, deployed, inputs, tolerance=tolerance, real_inputs=real, decisions=decisions, logits=main,
-            batch_sizes=batch_sizes if dynamic_batch else (len(inputs[0]),),
-            other_size=dynamic_size,
-        )  # fmt: skip
-        chosen = int(program.model.opset_imports[""])
-        if proof.failures:
-            raise _disagreement(proof, target, deployed, inputs, tolerance=tolerance, opset=chosen)
-        sample = feed(session, [x[:1] for x in inputs] if dynamic_batch else inputs)
-        latency = measure({"onnx": lambda: session.run(None, sample)}, seconds=0.1)["onnx"].median_ms
+
+        def attempt(source: Deployed) -> tuple[int, InferenceSession, Proof]:
+            program = capture(
+                source, inputs, opset=opset, dynamic_batch=dynamic_batch, dynamic_size=dynamic_size,
+                input_names=ins, output_names=outs,
+            )  # fmt: skip
+            _write(program, draft, all_metadata, external_data)
+            _require_valid(draft, real_dtype(deployed) or torch.float32)
+            session = open_session(draft)
+            proof = prove(
+                session, deployed, inputs, tolerance=tolerance, real_inputs=real, decisions=decisions, logits=main,
+                batch_sizes=batch_sizes if dynamic_batch else (len(inputs[0]),), other_size=dynamic_size,
+            )  # fmt: skip
+            chosen = int(program.model.opset_imports[""])
+            if proof.failures:
+                raise _disagreement(proof, target, deployed, inputs, tolerance=tolerance, opset=chosen)
+            return chosen, session, proof
+
+        chosen, session, proof = _as_module_or_graph(attempt, deployed, inputs)
+        latency = _latency(session, [x[:1] for x in inputs] if dynamic_batch else inputs)
         size = sum(f.stat().st_size for f in draft.parent.iterdir())
         parameters = sum(p.numel() for p in module.parameters())
     fixed = () if dynamic_batch else (f"The batch size is fixed to {len(inputs[0])}; latency is for that batch.",)
     return ExportReport(
         target, proof.parity, proof.real, proof.max_abs, size, chosen, latency, parameters, ins, outs, main, (*fixed, *proof.notes)
     )  # fmt: skip
+
+
+_Exported = TypeVar("_Exported")
+
+
+def _as_module_or_graph(
+    attempt: Callable[[Deployed], _Exported], deployed: Deployed, inputs: Sequence[Tensor]
+) -> _Exported:
+    """What the module is exported to; if torch cannot do that, what its traced graph is.
+
+    For `int(x.shape[0] / n)` torch.export takes the example's number, and what it makes of that is wrong for other batches. In the graph
+    it is a floor division.
+    """
+    try:
+        return attempt(deployed)
+    except ExportError as error:
+        if isinstance(deployed.module, fx.GraphModule):
+            raise
+        given = deployed.normalised(inputs)
+        try:
+            with quiet():
+                named = dict(zip(deployed.names, given, strict=True)) if deployed.names else given
+                graph = trace(deployed.module, named)
+            return attempt(deployed.with_module(graph.graph_module))
+        except IndistillError:
+            raise error from None
+
+
+def _latency(session: InferenceSession, inputs: Sequence[Tensor]) -> float:
+    """Median milliseconds of a run."""
+    sample = feed(session, inputs)
+    return measure({"onnx": lambda: session.run(None, sample)}, seconds=0.1)["onnx"].median_ms
 
 
 def _as_pixels(preprocess: Preprocess, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -207,7 +241,11 @@ def _input_names(module: nn.Module, count: int) -> tuple[str, ...]:
     return tuple(names[:count]) if len(names) >= count else tuple(f"input_{i}" for i in range(count))
 
 
-def _require_names(ins: Sequence[str], outs: Sequence[str], inputs: int, found: Sequence[str]) -> None:
+def _names(
+    ins: Sequence[str], outs: Sequence[str] | None, inputs: int, found: Sequence[str]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The names of inputs and outputs in the file; without names for the outputs, those that were found."""
+    outs = outs or [f"out_{name}" if name in ins else name for name in found]
     for kind, names, count in (("input", ins, inputs), ("output", outs, len(found))):
         if len(names) != count:
             detail = f": {', '.join(found)}" if kind == "output" else ""
@@ -221,6 +259,7 @@ def _require_names(ins: Sequence[str], outs: Sequence[str], inputs: int, found: 
             f"Inputs and outputs of an ONNX file need different names; used twice: {', '.join(twice)}.",
             where="output_names", hint="Pass input_names or output_names.",
         )  # fmt: skip
+    return tuple(ins), tuple(outs)
 
 
 def _repeatable_outputs(deployed: Deployed, inputs: Sequence[Tensor]) -> tuple[str, ...]:

@@ -59,10 +59,19 @@ class Deployed(nn.Module):
         """Run the module; outputs that are not tensors are left out."""
         return tuple(named_outputs(self.outputs(*inputs)).values())
 
+    def normalised(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The module's own inputs."""
+        return tuple(inputs) if self.from_pixels is None else (self.from_pixels(inputs[0]), *inputs[1:])
+
+    def with_module(self, module: nn.Module) -> Deployed:
+        """Another module in the same place, in eval mode."""
+        new = Deployed(module, None, self.names).train(False)
+        new.from_pixels = self.from_pixels
+        return new
+
     def outputs(self, *inputs: Tensor) -> Any:
         """The module's own structure of outputs."""
-        if self.from_pixels is not None:
-            inputs = (self.from_pixels(inputs[0]), *inputs[1:])
+        inputs = self.normalised(inputs)
         return self.module(**dict(zip(self.names, inputs, strict=True))) if self.names else self.module(*inputs)
 
 
@@ -103,7 +112,7 @@ def capture(
         inputs = [torch.cat([x, x]) for x in inputs]  # torch.export would take a size of 1 for a constant
     shapes = _dynamic_shapes(inputs, batch=dynamic_batch, size=dynamic_size)
     try:
-        with _quiet(), _attention_as_exported():
+        with quiet(), _attention_as_exported():
             program = torch.onnx.export(
                 deployed, tuple(inputs), dynamo=True, opset_version=opset, dynamic_shapes=(shapes,), verbose=False
             )
@@ -119,6 +128,7 @@ def capture(
             hint="Try another --opset, or another version of torch.",
         )
     _keep_constants(program.model)
+    _squeeze_ones_only(program.model)
     _require_opset(program.model, opset)
     _require_open(program.model, shapes, inputs)
     _tidy(program.model, input_names, output_names)
@@ -148,7 +158,7 @@ def _dynamic_shapes(inputs: Sequence[Tensor], *, batch: bool, size: bool) -> tup
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Suppress what the exporter and the tracer print, log and warn; the module's own warnings were shown when it ran."""
     loggers = [logging.getLogger(name) for name in [*logging.root.manager.loggerDict] if name.startswith(_TALKERS)]
     levels = [(logger, logger.level) for logger in loggers]
@@ -250,6 +260,33 @@ def _keep_constants(model: onnx_ir.Model) -> None:
                 continue
             if not value.is_initializer():
                 model.graph.register_initializer(value)
+
+
+def _squeeze_ones_only(model: onnx_ir.Model) -> None:
+    """Leave axes that are longer than 1 out of every Squeeze: in torch they stay, the exporter names them, and ONNX refuses that."""
+    for node in model.graph.all_nodes():
+        given = node.inputs[1].const_value if node.op_type == "Squeeze" and len(node.inputs) == 2 else None  # type: ignore[union-attr]
+        source = node.inputs[0]
+        if given is None or source is None or source.shape is None:
+            continue
+        sizes, axes = list(source.shape), given.numpy().reshape(-1)
+        ones = [int(axis) for axis in axes if sizes[axis] == 1]
+        if not ones:
+            node.op_type = "Identity"
+            node.resize_inputs(1)
+        elif len(ones) < len(axes):
+            node.replace_input_with(1, _constant(model, f"{node.outputs[0].name}_axes", ones))
+    for name, value in list(model.graph.initializers.items()):
+        if not value.uses() and not value.is_graph_output():
+            del model.graph.initializers[name]
+
+
+def _constant(model: onnx_ir.Model, name: str, values: Sequence[int]) -> onnx_ir.Value:
+    import onnx_ir
+
+    value = onnx_ir.val(name, const_value=onnx_ir.tensor(values, dtype=onnx_ir.DataType.INT64, name=name))
+    model.graph.register_initializer(value)
+    return value
 
 
 def _tidy(model: onnx_ir.Model, input_names: Sequence[str], output_names: Sequence[str]) -> None:

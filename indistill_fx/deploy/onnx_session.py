@@ -151,7 +151,7 @@ def named_outputs(result: Any) -> dict[str, Tensor]:
     >>> list(named_outputs(({"layer1": torch.zeros(1)}, torch.zeros(1), None)))
     ['layer1', 'output']
     """
-    opened = pytree.tree_map(_as_plain, result)
+    opened = _as_plain(result)
     leaves = [(p, leaf) for p, leaf in pytree.tree_flatten_with_path(opened)[0] if isinstance(leaf, Tensor)]
     keyed = [".".join(str(k.key) for k in path if isinstance(k, pytree.MappingKey)) for path, _ in leaves]
     plain = keyed.count("")
@@ -164,10 +164,16 @@ def named_outputs(result: Any) -> dict[str, Tensor]:
     return free
 
 
-def _as_plain(leaf: Any) -> Any:
-    """What holds tensors under names and is no container of torch's, such as a dataclass, as a dict."""
+def _as_plain(value: Any) -> Any:
+    """A result whose dataclasses and mappings are dicts: torch has no paths into those that libraries made for themselves."""
+    return pytree.tree_map(
+        _leaf_as_plain, value, is_leaf=lambda part: isinstance(part, Mapping) and type(part) is not dict
+    )
+
+
+def _leaf_as_plain(leaf: Any) -> Any:
     entries = None if isinstance(leaf, Tensor) else named(leaf)
-    return leaf if entries is None else {key: pytree.tree_map(_as_plain, value) for key, value in entries.items()}
+    return leaf if entries is None else {key: _as_plain(value) for key, value in entries.items()}
 
 
 def graph_of(path: str | PathLike[str]) -> onnx.ModelProto:

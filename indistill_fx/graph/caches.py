@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FunctionType, ModuleType
 from typing import Any, NamedTuple
 
@@ -167,7 +167,7 @@ def reach_of(module: nn.Module) -> Reach:
         if id(value) in seen:
             continue
         seen.add(id(value))
-        if hasattr(value, "cache_info") and hasattr(value, "cache_clear"):
+        if _attribute(value, "cache_info") is not None and _attribute(value, "cache_clear") is not None:
             cached[id(value)] = value
         if isinstance(value, (dict, list, set)):
             _collect(value, containers)
@@ -201,7 +201,7 @@ def _contents(value: Any) -> Container | None:
 def _function(value: Any) -> FunctionType | None:
     """The plain Python function inside a method, property or wrapper."""
     for attribute in ("__wrapped__", "__func__", "fget", "func"):
-        inner: Callable[..., Any] | None = getattr(value, attribute, None)
+        inner: Callable[..., Any] | None = _attribute(value, attribute)
         if isinstance(inner, FunctionType):
             return inner
     return value if isinstance(value, FunctionType) else None
@@ -224,11 +224,18 @@ def _named_by(function: FunctionType | None) -> Iterator[Any]:
     for name in names:
         value = function.__globals__.get(name)
         if isinstance(value, ModuleType) and not _is_library(value.__name__):
-            yield from (getattr(value, other) for other in names if hasattr(value, other))
+            yield from (_attribute(value, other) for other in names)
         elif isinstance(value, type) and not _is_library(value.__module__):
             yield from vars(value).values()
         elif value is not None:
             yield value
+
+
+def _attribute(value: Any, name: str) -> Any:
+    """None, too, where looking raises: stand-ins for a package that is not installed raise what they like."""
+    with suppress(Exception):
+        return getattr(value, name, None)
+    return None
 
 
 def _is_library(name: str | None) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from indistill_fx.graph.edit import output_node, set_graph
+from indistill_fx.graph.edit import copy_end, output_node, set_graph
 
 _PLAIN = (int, float, complex, str, bytes, bool, type(None), type, torch.dtype, torch.device)
 
@@ -31,7 +31,7 @@ def deep_copy(graph_module: fx.GraphModule, memo: dict[int, Any]) -> fx.GraphMod
     new.meta = copy.deepcopy(graph_module.meta, memo)
     graph, nodes = fx.Graph(), dict[fx.Node, fx.Node]()
     result = graph.graph_copy(graph_module.graph, nodes)
-    graph.output(result).meta = dict(output_node(graph_module.graph).meta)
+    copy_end(graph, result, output_node(graph_module.graph))
     set_graph(new, graph)
     return new
 

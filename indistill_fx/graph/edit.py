@@ -144,12 +144,20 @@ def set_graph(graph_module: fx.GraphModule, graph: fx.Graph) -> None:
     graph.owning_module = graph_module
 
 
+def copy_end(graph: fx.Graph, result: Any, old: fx.Node) -> None:
+    """End a copied graph under the name of the old end: a free one may be that of a layer called `output`, under which facts are kept."""
+    end = graph.output(result)
+    end.meta = dict(old.meta)
+    if end.name != old.name:
+        end._rename(old.name)
+
+
 def copy_graph(graph_module: fx.GraphModule) -> tuple[fx.GraphModule, dict[str, fx.Node]]:
     """A GraphModule with a graph of its own and the same leaf modules, parameters and buffers; and its nodes by name."""
     graph = fx.Graph()
     memo: dict[fx.Node, fx.Node] = {}
     result = graph.graph_copy(graph_module.graph, memo)
-    graph.output(result)
+    copy_end(graph, result, output_node(graph_module.graph))
     new = fx.GraphModule(graph_module, graph, class_name=type(graph_module).__name__)
     return new, {old.name: node for old, node in memo.items()}
 

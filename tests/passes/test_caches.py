@@ -147,3 +147,24 @@ def test_what_python_itself_keeps_is_not_put_back():
     sys.modules.pop("colorsys", None)
     trace(AsksThePython(), torch.randn(2, 3))
     assert "colorsys" in sys.modules
+
+
+class NotInstalled:
+    """What stands for an optional package, as in MONAI: whatever is looked up in it raises its own error."""
+
+    def __getattr__(self, name: str) -> object:
+        raise ImportError(f"needs a package that is not installed ({name})")
+
+
+def test_a_stand_in_for_a_package_that_is_not_installed_is_left_alone() -> None:
+    optional = NotInstalled()
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.fast = nn.Conv2d(3, 4, 3), False
+
+        def forward(self, x: Tensor) -> Tensor:
+            return optional.attend(x) if self.fast else self.conv(x)  # type: ignore[operator, no-any-return]
+
+    assert trace(Net(), torch.randn(2, 3, 8, 8)).report.leaves == ()

@@ -14,6 +14,7 @@ from indistill_fx.graph.interpret import run_keeping
 from indistill_fx.graph.module_state import digest
 from indistill_fx.passes.capture.trace import trace
 from indistill_fx.passes.extract.dedupe import dedupe
+from indistill_fx.passes.extract.instrument import cut, instrument
 from indistill_fx.passes.pruning.narrow import choose_channels, narrow
 from indistill_fx.traced import TracedModel
 
@@ -261,3 +262,27 @@ def test_a_split_into_sizes_read_from_the_channels_passes() -> None:
     whole, slim = traced.node(tap).name, result.value.node(tap).name
     expected = values(traced.graph_module, [whole], x)[whole][:, list(report.kept)]
     torch.testing.assert_close(values(result.value.graph_module, [slim], x)[slim], expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_layer_called_output_is_not_taken_for_the_output_of_a_graph() -> None:
+    """Its name was free once the layer was narrowed, and the graph's own end took it."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.input, self.output = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+            self.head = nn.Conv2d(8, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.input(x)
+            return self.head(self.output(y.relu()) + y)  # type: ignore[no-any-return]
+
+    x = torch.randn(2, 3, 6, 6)
+    model = trace(Net().eval(), x)
+    narrowed = narrow(model, kept={":add": [1, 4, 6]}).value
+    half = cut(narrowed, taps=[":add"]).value
+    whole, _ = instrument(model, [":add"])(x)
+    for graph in (half, dedupe(half).value):
+        torch.testing.assert_close(graph(x)[0][":add"], whole[":add"][:, [1, 4, 6]])
+        taken = {node.target for node in graph.graph.nodes if node.op == "call_module"}
+        assert not taken & {"output", "head"}  # only the narrow copy is computed

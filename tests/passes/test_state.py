@@ -328,3 +328,32 @@ def test_where_torch_lists_the_weights_of_recurrent_layers_is_nobodys_state():
             return self.head(self.gru(x)[0][:, -1])  # type: ignore[no-any-return]
 
     assert trace(Recurrent(), torch.randn(2, 5, 4), role="student").report.notes == ()
+
+
+@pytest.mark.parametrize("kind", ["buffer", "attribute"])
+def test_stages_of_a_teacher_that_keeps_a_mean_leave_it_as_it_was(kind):
+    """Narrowing compares its result with the whole teacher: that wrote the mean, and was called a mistake of ours."""
+
+    class Centred(nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.first, self.last = nn.Conv2d(3, width, 3), nn.Conv2d(width, 3, 3)
+            if kind == "buffer":
+                self.register_buffer("mean", torch.full((1, 3, 1, 1), 0.5))
+            else:
+                self.mean = torch.full((1, 3, 1, 1), 0.5)
+
+        def forward(self, x):
+            self.mean = 0.9 * self.mean + 0.1 * x.mean((0, 2, 3), keepdim=True).detach()
+            return self.last(self.first(x - self.mean).relu())
+
+    torch.manual_seed(0)
+    teacher, student, x = Centred(8).eval(), Centred(4), torch.randn(2, 3, 8, 8)
+    plan = ifx.align(teacher, student, example_inputs=x, fixed=[("first", "first")])
+    stages = ifx.compile_stages(teacher, student, plan, example_inputs=x, task="regression")
+    assert stages[0].name == "first"
+    for stage in stages:
+        for _ in range(2):
+            stage([x, torch.randn(2, 3, 4, 4)]).backward()
+    assert torch.equal(teacher.mean, torch.full((1, 3, 1, 1), 0.5))
+    assert ifx.shrink(ifx.trace(teacher, x), ratio=0.5).report.widths["first"] == (8, 4)

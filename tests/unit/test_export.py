@@ -595,7 +595,18 @@ class LikeAModelOutput(OrderedDict):
     """Of a library that does not tell torch how to take it apart."""
 
 
-@pytest.mark.parametrize("kind", [Answer, LikeAModelOutput])
+class LikeDiffusers(OrderedDict):
+    """Of a library that tells torch how to take it apart, but not what the parts are called."""
+
+
+torch.utils._pytree.register_pytree_node(
+    LikeDiffusers,
+    lambda value: ([*value.values()], [*value]),
+    lambda parts, keys: LikeDiffusers(zip(keys, parts, strict=True)),
+)
+
+
+@pytest.mark.parametrize("kind", [Answer, LikeAModelOutput, LikeDiffusers])
 def test_outputs_in_objects_have_their_names(kind, tmp_path):
     """The module was said to return no tensor."""
 
@@ -618,3 +629,50 @@ def test_outputs_in_objects_have_their_names(kind, tmp_path):
     found = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     np.testing.assert_allclose(found[0], net.layer(x).detach().numpy(), atol=1e-5)
     np.testing.assert_allclose(found[1], x.relu().numpy())
+
+
+def test_an_output_called_as_an_input_gets_another_name_and_only_axes_of_one_are_squeezed(tmp_path):
+    """In torch, squeezing an axis that is longer than 1 does nothing; the exporter's file was not valid."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, sample, shift):
+            y = self.layer(sample.squeeze(1)) + shift
+            return {"sample": y.squeeze(0), "both": y[:, :, None].squeeze((1, 2)), "one": y[:, :, None].squeeze(2)}
+
+    net, x, shift = Net().eval(), torch.randn(4, 5, 4), torch.randn(4, 1, 1)
+    report = export_onnx(net, tmp_path / "net.onnx", (x, shift), batch_sizes=(2, 3))
+    assert (report.input_names, report.output_names) == (("sample", "shift"), ("out_sample", "both", "one"))
+    graph = onnx.load(report.path).graph
+    read = {name for node in graph.node for name in node.input}
+    assert {initializer.name for initializer in graph.initializer} <= read
+    found = open_session(report.path).run(None, {"sample": x.numpy(), "shift": shift.numpy()})
+    for got, expected in zip(found, net(x, shift).values(), strict=True):
+        np.testing.assert_allclose(got, expected.detach().numpy(), atol=1e-5)
+
+
+def test_windows_counted_by_a_quotient_of_sizes_export_with_an_open_batch(tmp_path):
+    """torch.export takes the example's number for `int` of a size, and the file was wrong for other batches; it was refused."""
+
+    class Windows(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.side = nn.Linear(3, 6), 4
+            self.register_buffer("mask", torch.randn(4, 16, 6))
+
+        def forward(self, x):
+            h, w = x.shape[2:]
+            x = x.unfold(2, self.side, self.side).unfold(3, self.side, self.side).permute(0, 2, 3, 4, 5, 1)
+            windows = self.layer(x.reshape(-1, self.side * self.side, 3))
+            batch = int(windows.shape[0] / (h * w / self.side / self.side))
+            return (windows.view(batch, -1, 16, 6) * self.mask).mean((1, 2))
+
+    net, x = Windows().eval(), torch.randn(2, 3, 8, 8)
+    assert export_onnx(net, tmp_path / "net.onnx", x, batch_sizes=(1, 3, 5)).max_abs < 1e-5
+    graph = ifx.trace(net, x).graph_module
+    assert int not in {node.target for node in graph.graph.nodes}
+    with torch.no_grad():
+        torch.testing.assert_close(graph(torch.randn(5, 3, 8, 8)).shape, net(torch.randn(5, 3, 8, 8)).shape)

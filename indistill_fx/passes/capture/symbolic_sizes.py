@@ -13,6 +13,7 @@ import operator
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import reduce
 from itertools import islice
 from pathlib import Path
 from types import FrameType, FunctionType
@@ -222,7 +223,34 @@ class _SizeOrInt(int, metaclass=_AsInt):
     """Stands for `int` in code that calls it on sizes (`int(windows.shape[0] / n)`): the result is a size, too."""
 
     def __new__(cls, value: Any = 0, *base: Any) -> Any:
-        return new_size(value.book, int(value.value), int, (value,)) if isinstance(value, Size) else int(value, *base)
+        return _whole(value) if isinstance(value, Size) else int(value, *base)
+
+
+def _whole(size: Size) -> Any:
+    """`int` of a size; of a quotient, the floor division that it comes to: int(n / (h * w / 4)) is (n * 4) // (h * w).
+
+    `torch.export` takes a number for `int`, but can follow a floor division.
+    """
+    if (factors := _factors(size)) is not None and all(factors):
+        floor = reduce(operator.mul, factors[0]) // reduce(operator.mul, factors[1])
+        if isinstance(floor, Size) and floor.value == int(size.value):
+            return floor
+    return new_size(size.book, int(size.value), int, (size,))
+
+
+def _factors(number: Any) -> tuple[list[Any], list[Any]] | None:
+    """What a number is a product of, and what that is divided by: positive whole numbers and sizes; None if it is anything else."""
+    if isinstance(number, Size) and number.target in (operator.mul, operator.truediv):
+        left, right = (_factors(side) for side in number.args)
+        if left is None or right is None:
+            return None
+        over, under = right if number.target is operator.mul else (right[1], right[0])
+        return left[0] + over, left[1] + under
+    value = value_of(number)
+    if isinstance(value, float) and value is number and 0 < value < 2**20 and (value * 1024).is_integer():
+        numerator, denominator = value.as_integer_ratio()
+        return [numerator], [denominator] if denominator > 1 else []
+    return ([number], []) if isinstance(value, int) and value > 0 else None
 
 
 def _size_or_len(value: Any) -> Any:

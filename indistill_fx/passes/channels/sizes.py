@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from math import prod
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
 
+from indistill_fx.graph.ops import attribute, op_name
 from indistill_fx.passes.channels.call import Call, axis_of
 
 
@@ -94,3 +95,29 @@ def shape_lender(call: Call) -> fx.Node | None:
     if isinstance(lender, fx.Node) and call.shape(lender) is None:
         lender = shape_read(lender)
     return lender if isinstance(lender, fx.Node) and call.shape(lender) == call.output_shape else None
+
+
+def follows_from_sizes(node: fx.Node) -> bool:
+    """Whether a tensor is computed from sizes and constants alone: no parameter and no value of an input enters it.
+
+    So are positions by sine and cosine that the code makes anew for every input.
+    """
+    seen: set[fx.Node] = set()
+    todo = [node]
+    while todo:
+        at = todo.pop()
+        if at in seen or _tells_no_value(at):
+            continue
+        root = at.graph.owning_module if at.op == "get_attr" else None
+        if root is not None and not isinstance(attribute(root, str(at.target)), nn.Parameter):
+            continue
+        if at.op not in ("call_function", "call_method"):
+            return False
+        seen.add(at)
+        todo += at.all_input_nodes[:1] if op_name(at) in ("to", "type_as") else at.all_input_nodes
+    return True
+
+
+def _tells_no_value(node: fx.Node) -> bool:
+    named = node.target is getattr and node.args[1:] in (("device",), ("dtype",))
+    return named or size_read(node) is not None or shape_read(node) is not None

@@ -18,11 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, fx
 
-from indistill_fx.graph.ops import attribute, op_name
+from indistill_fx.graph.ops import BINARY, attribute, op_name
 from indistill_fx.passes.channels.call import Call, axis_of, read_call
 from indistill_fx.passes.channels.rules import consult
 from indistill_fx.passes.channels.selection import Cut, Propagation
-from indistill_fx.passes.channels.sizes import leaves, size_read, sizes_given
+from indistill_fx.passes.channels.sizes import follows_from_sizes, leaves, size_read, sizes_given
 from indistill_fx.traced import NodeFacts
 
 Units = NDArray[np.int64]
@@ -68,6 +68,7 @@ class Coupling:
         heads: axes made by taking an axis apart that products sum over: the width of a head, not the heads.
         pieces: axes made likewise of which one entry is taken, the largest or one by its number: a channel's pieces, not the channels.
         filled: units of tensors of one value, which nothing makes.
+        chosen: axes of tensors of which a node takes the entries that are left: (the node, the tensor, the axis).
         ops: what each node computes, for those that were looked at.
         recomputed: how many channels layers make whose weights nobody can slice, and why.
         mixing: nodes that compute something over channels, what that is (a mean or a norm), and these channels.
@@ -87,6 +88,7 @@ class Coupling:
     heads: set[Axis] = field(default_factory=set)
     pieces: set[Axis] = field(default_factory=set)
     filled: set[int] = field(default_factory=set)
+    chosen: dict[tuple[str, str, int], Units] = field(default_factory=dict)
     shuffles: dict[str, Cut] = field(default_factory=dict)
     vanished: set[str] = field(default_factory=set)
     ops: dict[str, str] = field(default_factory=dict)
@@ -255,13 +257,14 @@ def _arriving(found: Coupling, step: Propagation, size: int, reader: fx.Node, re
     if all(flat is None for flat in flats):
         return None
     flats = [
-        lent(found, part.cut, reader) if flat is None else flat for part, flat in zip(step.parts, flats, strict=True)
+        _unmade(found, part.cut, reader) if flat is None else flat for part, flat in zip(step.parts, flats, strict=True)
     ]
+    blank = all(flat is None or found.filled.issuperset(flat.tolist()) for flat in flats)
     unmade = all(
         flat is None or part.cut.node.op == "get_attr" or found.filled.issuperset(flat.tolist())
         for part, flat in zip(step.parts, flats, strict=True)
     )
-    if unmade and any(flat is None for flat in flats) and all(part.links is None for part in step.parts):
+    if (blank or (unmade and all(part.links is None for part in step.parts))) and any(flat is None for flat in flats):
         for flat in flats:  # parameters, or tensors of one value, combined with a fixed axis
             found.freeze(flat, reason)
         return None
@@ -280,6 +283,15 @@ def _arriving(found: Coupling, step: Propagation, size: int, reader: fx.Node, re
     units = found.fresh(size)
     units[made] = source[first]
     found.pairs.append((units[places], source))
+    return units
+
+
+def _unmade(found: Coupling, cut: Cut, reader: fx.Node) -> Units | None:
+    """Units for an axis that nothing makes; None if its entries are fixed."""
+    units = lent(found, cut, reader)
+    if units is None and cut.width == 1 and found.ops[reader.name] in BINARY and follows_from_sizes(cut.node):
+        units = found.chosen[reader.name, cut.node.name, cut.start] = found.fresh(len(cut.index))
+        found.filled.update(units.tolist())
     return units
 
 

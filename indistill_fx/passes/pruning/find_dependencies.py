@@ -16,7 +16,7 @@ from indistill_fx.passes.channels.joining import POOLS, REDUCTIONS, WITH_PLACES
 from indistill_fx.passes.channels.keys import taken
 from indistill_fx.passes.channels.norms import mixed_axis
 from indistill_fx.passes.channels.rules import consult
-from indistill_fx.passes.channels.selection import Cut, Propagation
+from indistill_fx.passes.channels.selection import Blocked, Cut, Propagation
 from indistill_fx.passes.channels.space import reduced_axes
 from indistill_fx.passes.pruning.dependencies import PARTS, Axis, Coupling, follow, freeze_beside_places
 from indistill_fx.passes.pruning.dependency_rules import COUPLERS
@@ -31,6 +31,7 @@ _ALONG_AXIS = WITH_PLACES | REDUCTIONS | {"unbind"}
 """Operations of several results that go along one axis and leave the others as they are."""
 _EXTREMES = frozenset("max min amax amin median nanmedian mode kthvalue".split())
 _RESHAPES = frozenset("view reshape unflatten".split())
+_NORMS_OF_VECTORS = frozenset("normalize layer_norm rms_norm".split())
 _READS_MAPS = frozenset("conv conv_transpose batch_norm max_pool avg_pool adaptive_avg_pool interpolate".split())
 
 
@@ -294,6 +295,10 @@ def _split_axes(node: fx.Node, axis: int, facts: Mapping[str, NodeFacts], seen: 
         seen.add(current)
         size = facts[at.name].shape[k]
         step = consult(Cut(at, k, k + 1, tuple(range(size))), facts)
+        if (
+            isinstance(step, Blocked) and op_name(at) in _NORMS_OF_VECTORS
+        ):  # queries and keys are normalised along a head
+            pending.append((read_call(at, facts).input, k))
         if not isinstance(step, Propagation) or step.filters is not None:
             continue
         for part in step.parts:

@@ -25,6 +25,7 @@ class Rewriting:
         self.old, self.found, self.facts = old, found, found.facts
         self.keep = {place: kept for place, units in found.axes.items() if (kept := _kept(stays(units))) is not None}
         self.weights = {key: kept for key, units in found.weights.items() if (kept := _kept(stays(units))) is not None}
+        self.chosen = {key: kept for key, units in found.chosen.items() if (kept := _kept(stays(units))) is not None}
         axes: dict[int, dict[int, NDArray[np.int64]]] = {}
         for (tensor, axis), kept in self.weights.items():
             axes.setdefault(tensor, {})[axis] = kept
@@ -32,6 +33,8 @@ class Rewriting:
         memo |= {t: _sliced_parameter(found.tensors[t], tensor_axes) for t, tensor_axes in axes.items()}
         self.new = deep_copy(old, memo)
         self.nodes = {node.name: node for node in self.new.graph.nodes}
+        self.selections: dict[str, tuple[str, int, int]] = {}
+        """New nodes that take the entries left of an axis: name -> the tensor, the axis, how many entries."""
         self.done: set[str] = set()
 
     def kept(self, node: Any, axis: int) -> NDArray[np.int64] | None:

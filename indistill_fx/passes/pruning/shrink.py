@@ -261,7 +261,7 @@ def _report(
     model: TracedModel, work: Rewriting, found: Coupling, classes: Classes, stay: Mask, cost: Cost, scorer: Scorer
 ) -> ShrinkReport:
     layers: dict[str, ShrunkLayer] = {}
-    for made in found.made:
+    for made in (made for made in found.made if len(made.units)):
         mask = stay[classes.class_of[made.units]]
         each = len(mask) // len(set(classes.class_of[made.units].tolist()))
         kept, by = tuple(np.flatnonzero(mask).tolist()), scorer.basis(made.node, len(mask))[0]

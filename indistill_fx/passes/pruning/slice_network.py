@@ -44,6 +44,11 @@ def rewrite(old: fx.GraphModule, found: Coupling, stays: Callable[[Units], NDArr
         fix = FIXES.get(call.op)
         if fix is not None:
             fix(work, call, work.nodes[node.name])
+    for (reader, source, axis), kept in work.chosen.items():
+        with work.new.graph.inserting_before(work.nodes[reader]):
+            chosen = index_select(Inserter(work.new), work.nodes[source], axis, axis + 1, tuple(kept.tolist()))  # type: ignore[arg-type]
+        work.nodes[reader].replace_input_with(work.nodes[source], chosen)
+        work.selections[chosen.name] = source, axis, len(kept)
     for name in reversed(list(work.nodes)):
         if name in found.vanished and not work.nodes[name].users:
             work.new.graph.erase_node(work.nodes.pop(name))
@@ -156,6 +161,9 @@ def new_facts(work: Rewriting, macs: Mapping[str, int]) -> dict[str, NodeFacts]:
         found[name] = replace(
             known, shape=shape, macs=macs.get(name, known.macs), parameters=_parameters(work.new, node)
         )
+    for name, (source, axis, count) in work.selections.items():
+        shape = found[source].shape
+        found[name] = replace(found[source], shape=(*shape[:axis], count, *shape[axis + 1 :]), macs=0, parameters=0)
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -11,9 +12,10 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from indistill_fx.errors import PassError
-from indistill_fx.graph.edit import batch_of, batch_size, ending_at
+from indistill_fx.graph.edit import batch_of, batch_size, copy_graph, ending_at, own_module
 from indistill_fx.graph.interpret import Runner
 from indistill_fx.graph.module_state import evaluating
+from indistill_fx.graph.ops import attribute, is_inplace
 from indistill_fx.passes.capture.equivalence import relative_difference
 from indistill_fx.passes.pruning.masked import Masked
 from indistill_fx.system.exact_arithmetic import exact_arithmetic
@@ -36,6 +38,7 @@ def verify_smaller(model: TracedModel, smaller: fx.GraphModule, axes: Any) -> No
     Raises:
         PassError: the smaller network fails or computes something else, which is a bug in indistill-fx.
     """
+    model = _with_own_state(model)
     original = Masked(model, axes)
     _verify(model, original.run, smaller, _Words("shrink", "smaller", "original without the channels removed"))
 
@@ -51,6 +54,7 @@ def verify_narrowed(model: TracedModel, narrowed: TracedModel, kept: Mapping[str
     Raises:
         PassError: the narrowed network fails or computes something else, which is a bug in indistill-fx.
     """
+    model, narrowed = _with_own_state(model), _with_own_state(narrowed)
     nodes = [model.node(tap) for tap in kept]
     whole = ending_at(model.graph_module, nodes)
     axes = [model.facts[node.name].channel_axis or 0 for node in nodes]
@@ -61,6 +65,21 @@ def verify_narrowed(model: TracedModel, narrowed: TracedModel, kept: Mapping[str
 
     small = ending_at(narrowed.graph_module, [narrowed.node(tap) for tap in kept])
     _verify(model, selected, small, _Words("narrow", "narrowed", "original's channels"))
+
+
+def _with_own_state(model: TracedModel) -> TracedModel:
+    """The model with copies of the tensors that its forward writes, such as a running mean."""
+    nodes = model.graph_module.graph.find_nodes(op="get_attr")
+    written = {
+        str(node.target) for node in nodes if any(is_inplace(user) and user.args[0] is node for user in node.users)
+    }
+    if not written:
+        return model
+    own, _ = copy_graph(model.graph_module)
+    for name in written:
+        path, _, leaf = name.rpartition(".")
+        own_module(own, path).register_buffer(leaf, attribute(own, name).detach().clone())
+    return replace(model, graph_module=own)
 
 
 class _Words(NamedTuple):
