@@ -21,7 +21,7 @@ from typing import Any, Unpack
 
 from torch import Tensor, nn
 
-from indistill_fx.batch import Inputs, split
+from indistill_fx.batch import split
 from indistill_fx.compression.allocate import Budget
 from indistill_fx.compression.basis import in_both_modes
 from indistill_fx.compression.correspond import plan_if_any
@@ -40,6 +40,7 @@ from indistill_fx.evaluation.accuracy import Evaluation, evaluate
 from indistill_fx.graph.module_state import digest
 from indistill_fx.losses.registry import asked_of_the_data, options_without_labels
 from indistill_fx.losses.task import Task
+from indistill_fx.model_inputs import Inputs
 from indistill_fx.passes.capture.trace import trace
 from indistill_fx.passes.pruning.criteria import Criterion
 from indistill_fx.plan import AlignmentPlan

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from indistill_fx.batch import map_tensors, samples_of, tensors_of
 from indistill_fx.compression.allocate import Budget, allocate
 from indistill_fx.compression.basis import train_as
 from indistill_fx.compression.latency import Clock, bisect
@@ -21,6 +20,7 @@ from indistill_fx.evaluation.accuracy import Evaluation
 from indistill_fx.graph.interpret import run_keeping
 from indistill_fx.graph.module_state import evaluating
 from indistill_fx.losses.task import Task
+from indistill_fx.nested import map_tensors, samples_of, tensors_of
 from indistill_fx.passes.contract import PassResult
 from indistill_fx.passes.pruning.budget import FLOOR
 from indistill_fx.passes.pruning.criteria import Criterion

@@ -115,7 +115,7 @@ def _first_batch(
 ) -> tuple[tuple[int, ...], Tensor | None]:
     """The size of one input, and the labels of the first batch; a ConfigError where it cannot be right."""
     batch = next(iter(loader))
-    found, labels = inputs_and_labels(batch)
+    found, labels = inputs_and_labels(batch, where=f"The {key} loader of {spec!r}")
     inputs = next(iter(found.values()), None)
     if inputs is None:
         raise ConfigError(

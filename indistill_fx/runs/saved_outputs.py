@@ -13,13 +13,13 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from indistill_fx.batch import INDICES
 from indistill_fx.data.loaders import EpochLoader
 from indistill_fx.data.same_samples import same_samples
 from indistill_fx.errors import ConfigError
 from indistill_fx.graph.names import writable_paths
 from indistill_fx.graph.opaque import Opaque
 from indistill_fx.loading.load import Source
+from indistill_fx.model_inputs import INDICES
 from indistill_fx.runs.checkpoint import load_checkpoint, save_checkpoint
 
 FILE = "outputs.safetensors"

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from indistill_fx.batch import Inputs, Parts, Sizes, split
+from indistill_fx.batch import Parts, Sizes, split
 from indistill_fx.curriculum import Budget
 from indistill_fx.errors import TrainError
 from indistill_fx.losses.base import Outputs
+from indistill_fx.model_inputs import Inputs
 from indistill_fx.passes.contract import PassRecord, signature_of
 from indistill_fx.plan import Pair
 from indistill_fx.stages import teacher_guard

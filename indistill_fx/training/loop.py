@@ -22,12 +22,12 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from indistill_fx.batch import count_of, to_device
 from indistill_fx.data.foreign import with_last
 from indistill_fx.data.loaders import EpochLoader
 from indistill_fx.errors import TrainError
 from indistill_fx.evaluation.accuracy import Evaluation
 from indistill_fx.graph.module_state import left_in_eval
+from indistill_fx.nested import count_of, to_device
 from indistill_fx.passes.lowering.layout import laid_out
 from indistill_fx.runs.directory import LAST, RunDirectory
 from indistill_fx.runs.record import EpochRecord, MetricFacts

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from indistill_fx.batch import Inputs, split
+from indistill_fx.batch import split
 from indistill_fx.data.foreign import repeatable
 from indistill_fx.data.same_samples import same_samples
 from indistill_fx.errors import ConfigError
 from indistill_fx.graph.view import View
+from indistill_fx.model_inputs import Inputs
 from indistill_fx.passes.capture.trace import as_traced
 from indistill_fx.passes.extract.instrument import instrument
 from indistill_fx.runs.saved_outputs import LOGITS, write_outputs

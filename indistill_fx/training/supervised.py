@@ -10,13 +10,14 @@ from typing import Any, Unpack
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from indistill_fx.batch import Inputs, split
+from indistill_fx.batch import split
 from indistill_fx.data.foreign import repeatable
 from indistill_fx.errors import ConfigError
 from indistill_fx.evaluation.outputs import select_logits
 from indistill_fx.graph.module_state import uncompiled
 from indistill_fx.losses.base import widened
 from indistill_fx.losses.task import Classification, Task
+from indistill_fx.model_inputs import Inputs
 from indistill_fx.passes.structure.costs import layer_costs
 from indistill_fx.runs.directory import RunDirectory
 from indistill_fx.runs.record import RunRecord

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from indistill_fx.batch import Inputs, Parts, split, to_device
+from indistill_fx.batch import Parts, split
 from indistill_fx.errors import ConfigError
 from indistill_fx.evaluation.accuracy import deciding_metric
 from indistill_fx.evaluation.kept_task import kept_facts
@@ -22,6 +22,8 @@ from indistill_fx.losses.choose_task import choose_task, is_telling, task_of
 from indistill_fx.losses.positions import IGNORED, as_classes, counted
 from indistill_fx.losses.registry import MAIN_LOSSES
 from indistill_fx.losses.task import Classification, Language, Segmentation, Task
+from indistill_fx.model_inputs import Inputs
+from indistill_fx.nested import to_device
 from indistill_fx.runs.record import MetricFacts
 from indistill_fx.stages.checks import has_classes_last, label_check, require_classes
 from indistill_fx.traced import TracedModel

@@ -16,9 +16,10 @@ from transformers import BertConfig, BertForSequenceClassification
 from transformers.tokenization_utils_base import BatchEncoding
 
 import indistill_fx as ifx
-from indistill_fx.batch import Call, Inputs
+from indistill_fx.batch import Call
 from indistill_fx.cli import run
 from indistill_fx.loading.inputs import describe_inputs, example_inputs, parse_input
+from indistill_fx.model_inputs import Inputs
 from indistill_fx.passes.capture.captured import Request
 from indistill_fx.passes.capture.exported import capture_exported
 from indistill_fx.passes.pairing.cka import cka

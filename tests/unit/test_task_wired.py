@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import indistill_fx as ifx
-from indistill_fx.batch import Inputs
 from indistill_fx.cli import run
 from indistill_fx.curriculum import Curriculum
 from indistill_fx.data.foreign import repeatable
@@ -18,6 +17,7 @@ from indistill_fx.deploy.parity import decided
 from indistill_fx.errors import ConfigError
 from indistill_fx.losses.choose_task import choose_task, infer_task
 from indistill_fx.losses.task import Classification, Language, MultiLabel, Regression, Segmentation
+from indistill_fx.model_inputs import Inputs
 from indistill_fx.training.task import described, task_of_run
 
 QUIET = {"progress": False, "device": "cpu", "curriculum": Curriculum(lengths=[])}

@@ -20,7 +20,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, fx, nn
 
-from indistill_fx.batch import LEFT_OUT, Call, Inputs
+from indistill_fx.batch import Call
 from indistill_fx.errors import ConfigError, FrontendError, unknown
 from indistill_fx.graph.caches import caches_kept, no_generation_cache, reach_of
 from indistill_fx.graph.draws import Generators
@@ -29,6 +29,7 @@ from indistill_fx.graph.module_state import Change, mode, own_layers, own_state,
 from indistill_fx.graph.opaque import Opaque
 from indistill_fx.graph.view import View
 from indistill_fx.loading.input_facts import other_channels
+from indistill_fx.model_inputs import LEFT_OUT, Inputs
 from indistill_fx.passes.capture.attempt import Method, in_both_modes, in_mode, leaf_share
 from indistill_fx.passes.capture.captured import Captured, children, name_taps, tensors
 from indistill_fx.passes.capture.equivalence import Reference
