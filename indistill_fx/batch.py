@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from indistill_fx.errors import ConfigError
-from indistill_fx.model_inputs import INDICES, Inputs
-from indistill_fx.nested import is_own_class, named, replaced, tensors_of
+from indistill_fx.system.model_inputs import INDICES, Inputs
+from indistill_fx.system.nested import is_own_class, named, replaced, tensors_of
 
 LABELS = ("labels", "label", "targets", "target")
 """Names of the labels; the first one that is there counts."""

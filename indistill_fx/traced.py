@@ -17,7 +17,7 @@ from indistill_fx.errors import ConfigError, nearest
 from indistill_fx.graph.module_state import device_of
 from indistill_fx.graph.ops import op_name
 from indistill_fx.graph.view import View
-from indistill_fx.model_inputs import Inputs
+from indistill_fx.system.model_inputs import Inputs
 
 Role = Literal["teacher", "student"]
 Kind = Literal["map", "tokens", "vector", "other"]

@@ -16,7 +16,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "indistill_fx"
 FLOORS = [
     "errors version",
-    "system nested model_inputs",
+    "system",
     "graph batch target",
     "traced curriculum loading.onnx",
     "plan loading data deploy passes.contract",

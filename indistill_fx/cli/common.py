@@ -192,8 +192,8 @@ def _dummy_inputs(module: nn.Module) -> Any:
 def _example_of_data(sources: tuple[Source, ...], data: Data) -> Any:
     """Random numbers of an image's size; if a batch is not a single tensor of real numbers, its first samples."""
     from indistill_fx.batch import split
-    from indistill_fx.model_inputs import Inputs
-    from indistill_fx.nested import samples_of
+    from indistill_fx.system.model_inputs import Inputs
+    from indistill_fx.system.nested import samples_of
 
     if data.normalisation is not None:
         return _random(data.input_size)
@@ -248,7 +248,7 @@ def logits_of(asked: str | int | None, source: Source) -> str | int | None:
 
 def first_batches(loader: Any, samples: int) -> list[Any]:
     """The first batches with this many samples in total; the last batch is shortened if possible."""
-    from indistill_fx.nested import samples_of, tensors_of
+    from indistill_fx.system.nested import samples_of, tensors_of
 
     found, left = [], samples
     for batch in loader:
@@ -264,7 +264,7 @@ def first_inputs(loader: Any, samples: int, module: nn.Module) -> Any:
     import torch
 
     from indistill_fx.batch import split
-    from indistill_fx.model_inputs import Inputs
+    from indistill_fx.system.model_inputs import Inputs
 
     taken = Inputs.of(module)
     calls = [split(batch, taken, where=taken.owner).calls[0] for batch in first_batches(loader, samples)]

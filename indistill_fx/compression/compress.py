@@ -40,7 +40,6 @@ from indistill_fx.evaluation.accuracy import Evaluation, evaluate
 from indistill_fx.graph.module_state import digest
 from indistill_fx.losses.registry import asked_of_the_data, options_without_labels
 from indistill_fx.losses.task import Task
-from indistill_fx.model_inputs import Inputs
 from indistill_fx.passes.capture.trace import trace
 from indistill_fx.passes.pruning.criteria import Criterion
 from indistill_fx.plan import AlignmentPlan
@@ -52,6 +51,7 @@ from indistill_fx.runs.record import RunRecord
 from indistill_fx.stages.compile import warmup_plan
 from indistill_fx.stages.traced_pair import examples_of
 from indistill_fx.system.files import try_folder
+from indistill_fx.system.model_inputs import Inputs
 from indistill_fx.system.tensor_files import save_tensors
 from indistill_fx.traced import TracedModel
 from indistill_fx.training.distill import distill

@@ -20,12 +20,12 @@ from indistill_fx.evaluation.accuracy import Evaluation
 from indistill_fx.graph.interpret import run_keeping
 from indistill_fx.graph.module_state import evaluating
 from indistill_fx.losses.task import Task
-from indistill_fx.nested import map_tensors, samples_of, tensors_of
 from indistill_fx.passes.contract import PassResult
 from indistill_fx.passes.pruning.budget import FLOOR
 from indistill_fx.passes.pruning.criteria import Criterion
 from indistill_fx.passes.pruning.groups import Mask
 from indistill_fx.passes.pruning.shrink import Analysis, ShrinkReport, analyse, keep_classes
+from indistill_fx.system.nested import map_tensors, samples_of, tensors_of
 from indistill_fx.traced import TracedModel
 
 _FLOORS = (FLOOR, 0.3, 0.5)

@@ -15,9 +15,9 @@ from torch.utils import _pytree as pytree
 from indistill_fx.batch import Call
 from indistill_fx.errors import ConfigError, ExportError, instead_of
 from indistill_fx.graph.preprocess import Preprocess
-from indistill_fx.model_inputs import Inputs
-from indistill_fx.nested import is_own_class, named
 from indistill_fx.system.files import require_regular
+from indistill_fx.system.model_inputs import Inputs
+from indistill_fx.system.nested import is_own_class, named
 from indistill_fx.system.shortage import instead_of_any
 
 if TYPE_CHECKING:

@@ -19,9 +19,9 @@ from indistill_fx.losses.base import widened
 from indistill_fx.losses.choose_task import choose_task, is_telling, require_as_before
 from indistill_fx.losses.positions import IGNORED, as_classes
 from indistill_fx.losses.task import Classification, Language, Task
-from indistill_fx.model_inputs import Inputs
-from indistill_fx.nested import to_device
 from indistill_fx.runs.record import MetricFacts
+from indistill_fx.system.model_inputs import Inputs
+from indistill_fx.system.nested import to_device
 from indistill_fx.system.shortage import is_out_of_memory
 from indistill_fx.system.terminal import followed
 from indistill_fx.target import Target

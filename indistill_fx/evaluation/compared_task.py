@@ -16,7 +16,7 @@ from indistill_fx.graph.module_state import evaluating
 from indistill_fx.loading.load import Source
 from indistill_fx.losses.choose_task import choose_task
 from indistill_fx.losses.task import Task
-from indistill_fx.model_inputs import Inputs
+from indistill_fx.system.model_inputs import Inputs
 
 
 def task_shown(source: Source, batch: Any, asked: str | None, logits: str | int | None) -> tuple[Task | None, str]:

@@ -12,7 +12,7 @@ from indistill_fx.evaluation.outputs import outputs_of
 from indistill_fx.graph.main_output import entries
 from indistill_fx.graph.module_state import evaluating
 from indistill_fx.loading.load import Source
-from indistill_fx.model_inputs import Inputs
+from indistill_fx.system.model_inputs import Inputs
 
 Entry = str | int | None
 

@@ -19,8 +19,8 @@ from indistill_fx.errors import ConfigError
 from indistill_fx.graph.names import writable_paths
 from indistill_fx.graph.opaque import Opaque
 from indistill_fx.loading.load import Source
-from indistill_fx.model_inputs import INDICES
 from indistill_fx.runs.checkpoint import load_checkpoint, save_checkpoint
+from indistill_fx.system.model_inputs import INDICES
 
 FILE = "outputs.safetensors"
 LOGITS = "logits"

@@ -13,7 +13,7 @@ from indistill_fx.errors import ConfigError
 from indistill_fx.graph.view import View
 from indistill_fx.losses.choose_task import require_as_before
 from indistill_fx.losses.task import Task
-from indistill_fx.model_inputs import Inputs
+from indistill_fx.system.model_inputs import Inputs
 from indistill_fx.traced import TracedModel
 
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from indistill_fx.errors import TrainError
-from indistill_fx.nested import tensors_of
+from indistill_fx.system.nested import tensors_of
 from indistill_fx.system.shortage import is_out_of_memory
 
 

@@ -13,9 +13,9 @@ from indistill_fx.batch import split
 from indistill_fx.errors import ConfigError, TrainError
 from indistill_fx.graph.edit import layer_of
 from indistill_fx.graph.interpret import run_looking
-from indistill_fx.model_inputs import Inputs
-from indistill_fx.nested import tensors_of
 from indistill_fx.stages.stage import Stage
+from indistill_fx.system.model_inputs import Inputs
+from indistill_fx.system.nested import tensors_of
 
 IN_BATCH = "the batch itself holds values that are not finite"
 

@@ -17,10 +17,10 @@ from indistill_fx.evaluation.outputs import select_logits
 from indistill_fx.graph.module_state import uncompiled
 from indistill_fx.losses.base import widened
 from indistill_fx.losses.task import Classification, Task
-from indistill_fx.model_inputs import Inputs
 from indistill_fx.passes.structure.costs import layer_costs
 from indistill_fx.runs.directory import RunDirectory
 from indistill_fx.runs.record import RunRecord
+from indistill_fx.system.model_inputs import Inputs
 from indistill_fx.traced import TracedModel
 from indistill_fx.training.identity import code_digest
 from indistill_fx.training.options.mixing import make_mixing

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from indistill_fx.errors import ConfigError, IndistillError
 from indistill_fx.graph.module_state import evaluating
 from indistill_fx.losses.task import Task
-from indistill_fx.nested import to_device
+from indistill_fx.system.nested import to_device
 from indistill_fx.system.shortage import is_out_of_memory
 
 

@@ -17,9 +17,9 @@ from indistill_fx.demo import DigitsStudent, DigitsTeacher
 from indistill_fx.errors import ConfigError
 from indistill_fx.evaluation.accuracy import evaluate
 from indistill_fx.losses.task import Classification
-from indistill_fx.model_inputs import Inputs
-from indistill_fx.nested import samples_of
 from indistill_fx.stages.checks import label_check
+from indistill_fx.system.model_inputs import Inputs
+from indistill_fx.system.nested import samples_of
 from indistill_fx.training.supervised import Supervised
 
 A, B, Y, NUMBERS = torch.randn(6, 3), torch.randn(6, 4), torch.arange(6) % 2, torch.arange(6)

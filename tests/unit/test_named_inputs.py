@@ -19,10 +19,10 @@ import indistill_fx as ifx
 from indistill_fx.batch import Call
 from indistill_fx.cli import run
 from indistill_fx.loading.inputs import describe_inputs, example_inputs, parse_input
-from indistill_fx.model_inputs import Inputs
 from indistill_fx.passes.capture.captured import Request
 from indistill_fx.passes.capture.exported import capture_exported
 from indistill_fx.passes.pairing.cka import cka
+from indistill_fx.system.model_inputs import Inputs
 
 
 class Encoder(nn.Module):

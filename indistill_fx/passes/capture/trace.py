@@ -29,7 +29,6 @@ from indistill_fx.graph.module_state import Change, mode, own_layers, own_state,
 from indistill_fx.graph.opaque import Opaque
 from indistill_fx.graph.view import View
 from indistill_fx.loading.input_facts import other_channels
-from indistill_fx.model_inputs import LEFT_OUT, Inputs
 from indistill_fx.passes.capture.attempt import Method, in_both_modes, in_mode, leaf_share
 from indistill_fx.passes.capture.captured import Captured, children, name_taps, tensors
 from indistill_fx.passes.capture.equivalence import Reference
@@ -37,6 +36,7 @@ from indistill_fx.passes.capture.exported import capture_exported
 from indistill_fx.passes.capture.facts import Known, infer_facts
 from indistill_fx.passes.capture.recording import capture_leaves, capture_shapes
 from indistill_fx.passes.capture.symbolic import capture_symbolic
+from indistill_fx.system.model_inputs import LEFT_OUT, Inputs
 from indistill_fx.traced import Role, TracedModel, TraceReport
 
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from indistill_fx.batch import split, with_labels
 from indistill_fx.errors import ConfigError
 from indistill_fx.losses.positions import IGNORED
-from indistill_fx.model_inputs import Inputs
-from indistill_fx.nested import replaced
+from indistill_fx.system.model_inputs import Inputs
+from indistill_fx.system.nested import replaced
 from indistill_fx.training.options.settings import Settings
 
 
