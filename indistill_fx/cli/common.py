@@ -202,7 +202,7 @@ def _example_of_data(sources: tuple[Source, ...], data: Data) -> Any:
     calls = split(batch, *takes, where="The model").calls
     if any(call.kwargs for call in calls):
         named = [
-            dict(zip(taken.names, call.args, strict=False)) | call.kwargs
+            {**dict(zip(taken.names, call.args, strict=False)), **call.kwargs}
             for call, taken in zip(calls, takes, strict=True)
         ]
         return {name: value for entries in named for name, value in entries.items()}
