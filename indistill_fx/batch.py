@@ -2,7 +2,8 @@
 
 A batch is one tensor of inputs; a sequence of the inputs in order, then the labels, then the sample indices; or entries by name: a
 mapping of any kind, a dataclass, a named tuple. By name, every model gets the inputs that its signature asks for, and what nobody asks
-for (file names, masks of another model) is left alone. A model of one input gets the only one that there is, whatever its name.
+for (file names, masks of another model) is left alone. A model of one input gets the only one that there is, or that is more than a
+number for each sample, whatever its name.
 
 In a sequence the inputs may be one part of their own, by name or in order, and the labels may lie in a mapping:
 `({"image": x}, y)`, `((x, mask), y)`, `(x, {"labels": y})`. So may they by name: `{"inputs": {"image": x}, "labels": y}`.
@@ -141,6 +142,10 @@ def split(batch: Any, *models: Inputs, where: str) -> Parts:
         ConfigError: it is in none of the forms, an input is missing or no tensor; says which, and what the batch has.
     """
     form = _form_of(batch, models, where)
+    if form.labels is not None and not form.labels.ndim:
+        raise unfit(
+            where, "labels", "a single number", "a tensor (batch, …)", "Let the loader yield batches, not samples."
+        )
     if isinstance(form.inputs, Mapping):
         calls = tuple(_by_name(form.inputs, form.beside, model, batch, where) for model in models)
         return Parts(calls, _widened(form.labels), form.indices, form.inputs.get(FEATURES))
@@ -163,10 +168,8 @@ def _form_of(batch: Any, models: Sequence[Inputs], where: str) -> _Form:
         return _with_rest(values[0], values[1:], batch, models, where)
     plain = [model for model in models if not model.by_number]
     count = max([len(model.required) for model in plain] or [1])  # older versions of torch.compile know no `default=`
-    if isinstance(values, (tuple, list)):  # the labels, and inputs with them, may begin before all inputs are there
-        count = (
-            [place for place, value in enumerate(values[:count]) if place and named(value) is not None] or [count]
-        )[0]
+    if isinstance(values, (tuple, list)):  # some inputs may lie with the labels
+        count = next((place for place in range(1, min(count, len(values))) if named(values[place]) is not None), count)
     if not isinstance(values, (tuple, list)) or len(values) < count:
         names = next((model.required for model in plain if len(model.required) == count), ("inputs",))
         raise ConfigError(
@@ -188,11 +191,10 @@ def _form_of(batch: Any, models: Sequence[Inputs], where: str) -> _Form:
 
 def _with_rest(inputs: Any, rest: Sequence[Any], batch: Any, models: Sequence[Inputs], where: str) -> _Form:
     """The form of a batch whose inputs are a part of their own, before the labels and the indices."""
-    labels, beside = _labels_and_more(rest[0], batch, where)
     entries = _entries(inputs, models)
     own = _label_in(entries or {})
     twice = next((name for name in named(rest[0]) or () if name in (entries or {})), None)
-    if own is not None and labels is not None and not any(own in model.required for model in models):
+    if own is not None and rest[0] is not None and not any(own in model.required for model in models):
         twice = own
     if twice is not None:
         raise ConfigError(
@@ -202,6 +204,7 @@ def _with_rest(inputs: Any, rest: Sequence[Any], batch: Any, models: Sequence[In
             expected="one",
             hint="Let the loader yield whole batches: the inputs, then the labels, each of all samples in one tensor.",
         )
+    labels, beside = _labels_and_more(rest[0], batch, where)
     if labels is None and entries is not None and own is not None:
         labels = entries[own]
     indices = rest[1] if len(rest) > 1 and _are_numbers(rest[1]) else {**beside, **(entries or {})}.get(INDICES)
@@ -254,8 +257,7 @@ def _is_structure(value: Any) -> bool:
 
 
 def _label_in(entries: Mapping[str, Any]) -> str | None:
-    found = [name for name in LABELS if name in entries]
-    return found[0] if found else None
+    return next((name for name in LABELS if name in entries), None)
 
 
 def _are_numbers(indices: Any) -> bool:
@@ -304,10 +306,8 @@ def _require_as_many(
                 hint="Let the loader yield the inputs by name: a dict with these names, and `labels`.",
             )
     counts = [len(value) for value in values if isinstance(value, Tensor) and value.ndim]
-    if labels is not None and labels.ndim and any(count != len(labels) for count in counts):
-        hint = (
-            "Let the loader stack the samples: each input, and the labels, as one tensor whose first axis is the batch."
-        )
+    if labels is not None and any(count != len(labels) for count in counts):
+        hint = "Let the loader stack the samples: each input, and the labels, as one tensor, batch first."
         raise unfit(where, "labels", f"of {len(labels)} samples", f"of as many as the inputs ({counts[0]})", hint)
 
 
@@ -317,6 +317,7 @@ def _by_name(inputs: Mapping[str, Any], beside: Mapping[str, Any], model: Inputs
     chosen = {name: value for name, value in free.items() if name in model.names or (model.anything and name in inputs)}
     missing = [name for name in model.required if name not in chosen]
     only = [value for name, value in free.items() if name in inputs and isinstance(value, Tensor)]
+    only = [value for value in only if value.ndim > 1] if len(only) > 1 else only
     if missing and not chosen and len(model.required) == len(only) == 1:
         return Call((), {missing[0]: only[0]})
     if missing:

@@ -189,7 +189,8 @@ def test_a_model_of_one_input_gets_the_only_one_whatever_its_name():
     """As `pixel_values` of Hugging Face's data sets for a model of torchvision; not where another input is meant, or there are two."""
     one = Inputs(("x", "mask"), ("x",))
     named_tuple = namedtuple("Sample", "image target path")(A, Y, ["a", "b"])
-    for batch in ({"pixel_values": A, "labels": Y}, named_tuple):
+    numbered = {"image": A, "labels": Y, "id": NUMBERS, "weight": torch.rand(6)}
+    for batch in ({"pixel_values": A, "labels": Y}, named_tuple, numbered):
         parts = split(batch, one, where="Test")
         assert parts.calls[0].kwargs == {"x": A} and parts.labels is not None
     for batch in ({"mask": A, "labels": Y}, {"pixel_values": A, "depth": A, "labels": Y}, {"path": ["a"], "labels": Y}):
@@ -269,6 +270,8 @@ ONE_A, ONE_B = torch.randn(2, 3, 3)
         (((A, B, A), Y), "Test got a batch it cannot read: a tuple of tuple, Tensor. It has 3 inputs in order, and the model takes `x`"),
         (([A[0], A[1]], Y[:2]), "Test: `labels` of the batch is of 2 samples, not of as many as the inputs (3)."),
         ((A, {"box": A, "kind": Y}), "Test got a batch it cannot read: a tuple of Tensor, dict (box, kind). Which of `box`, `kind` are"),
+        ([{"x": ONE_A, "label": 3}, {"x": ONE_B, "label": 4}], "Test got a batch it cannot read: a list of dict (x, label), dict (x, l"),
+        ((ONE_A, Y[0]), "Test: `labels` of the batch is a single number, not a tensor (batch, …)."),
         ((A, {"labels": [0, 1]}), "Test: `labels` of the batch is of type list, not a tensor."),
     ],
 )  # fmt: skip
