@@ -2,85 +2,34 @@
 
 A batch is one tensor of inputs; a sequence of the inputs in order, then the labels, then the sample indices; or entries by name: a
 mapping of any kind, a dataclass, a named tuple. By name, every model gets the inputs that its signature asks for, and what nobody asks
-for (file names, masks of another model) is left alone. A model of one input gets the only one that there is, whatever its name.
+for (file names, masks of another model) is left alone. A model of one input gets the only one that there is, or that is more than a
+number for each sample, whatever its name.
+
+In a sequence the inputs may be one part of their own, by name or in order, and the labels may lie in a mapping:
+`({"image": x}, y)`, `((x, mask), y)`, `(x, {"labels": y})`. So may they by name: `{"inputs": {"image": x}, "labels": y}`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import inspect
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor
 
 from indistill_fx.errors import ConfigError
+from indistill_fx.system.model_inputs import INDICES, Inputs
+from indistill_fx.system.nested import is_own_class, named, replaced, tensors_of
 
 LABELS = ("labels", "label", "targets", "target")
 """Names of the labels; the first one that is there counts."""
-INDICES = "indices"
-"""Name of the samples' places in the data set."""
 FEATURES = "teacher_features"
 """Name of the teacher's features in a batch of a stage that has no teacher of its own."""
-LEFT_OUT = "left_out"
-"""Key in the meta of a graph's inputs: the optional arguments of the model that it was captured without."""
+_SPECIAL = {*LABELS, INDICES, FEATURES}
 Sizes = tuple[int | None, ...]
 """Of a tensor; None for an axis of any size."""
-
-
-@dataclass(frozen=True, slots=True)
-class Inputs:
-    """What a model's forward takes.
-
-    Attributes:
-        names: of its arguments, in order.
-        required: those without a default; of a model whose arguments all have one, the first.
-        anything: whether it takes further arguments by any name.
-        owner: whose they are, for messages.
-        left_out: of a graph: the model's optional arguments that it was captured without.
-    """
-
-    names: tuple[str, ...]
-    required: tuple[str, ...]
-    anything: bool = False
-    owner: str = ""
-    left_out: tuple[str, ...] = ()
-
-    @property
-    def by_number(self) -> bool:
-        """Whether the only input is the index of each sample, as for a teacher of saved outputs."""
-        return self.required == (INDICES,)
-
-    @staticmethod
-    def of(model: nn.Module) -> Inputs:
-        """The inputs of a module, from its forward's signature; of a graph, from its placeholders."""
-        if isinstance(model, fx.GraphModule):
-            nodes = [node for node in model.graph.nodes if node.op == "placeholder"]
-            names = tuple(str(node.target) for node in nodes)
-            required = tuple(str(node.target) for node in nodes if not node.args) or names[:1]
-            left_out = next((node.meta[LEFT_OUT] for node in nodes if LEFT_OUT in node.meta), ())
-            return Inputs(names, required, owner=type(model).__name__, left_out=left_out)
-        # the wrapper that torch.compile puts around a module
-        while isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        return dataclasses.replace(Inputs.of_function(model.forward), owner=type(model).__name__)
-
-    def without(self, names: Container[str]) -> Inputs:
-        """The inputs without some arguments, which do not come from the batch."""
-        names_left, required = (tuple(n for n in given if n not in names) for given in (self.names, self.required))
-        return dataclasses.replace(self, names=names_left, required=required)
-
-    @staticmethod
-    def of_function(function: Callable[..., Any]) -> Inputs:
-        """The inputs of any function, from its signature."""
-        parameters = inspect.signature(function).parameters.values()
-        named = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-        rest = ("input",) if any(p.kind is p.VAR_POSITIONAL for p in parameters) else ()
-        names = tuple(p.name for p in named) or rest
-        required = tuple(p.name for p in named if p.default is p.empty) or names[:1]
-        return Inputs(names, required, any(p.kind is p.VAR_KEYWORD for p in parameters))
 
 
 @dataclass(frozen=True, slots=True, eq=False)  # older versions of torch.compile hash it before it has its fields
@@ -108,7 +57,8 @@ class Call:
         """Example inputs as a call.
 
         Args:
-            example: a tensor; the arguments in order; or tensors by name, of which the model gets what it takes.
+            example: a tensor; the arguments in order; or tensors by name, of which the model gets what it takes. A tuple of a class
+                of its own whose names are not those of the arguments is one argument.
             model: what it takes.
             where: who asks, for messages.
 
@@ -121,10 +71,10 @@ class Call:
             return Call((torch.arange(2),))
         if isinstance(example, Tensor):
             return Call((example,))
-        entries = named(example)
-        if entries is None or (isinstance(example, tuple) and not _names_tell(entries, (model,))):
-            return Call(tuple(example))
-        return _by_name(entries, model, example, where)
+        entries = _entries(example, (model,))
+        if entries is not None:
+            return _by_name(entries, {}, model, example, where)
+        return Call((example,) if is_own_class(example) else tuple(example))
 
     def to(self, device: torch.device) -> Call:
         """The call with its tensors on a device."""
@@ -161,18 +111,23 @@ class Parts:
     features: Mapping[str, Tensor] | None = None
 
 
-def named(batch: Any) -> dict[str, Any] | None:
-    """The entries of a batch by name; None if it has no names.
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """What is what in a batch.
 
-    A named tuple has names where they say what is what: where labels are among them, or an input of that name is asked for (`split`).
+    Attributes:
+        inputs: in order, or by name.
+        apart: whether they are a part of their own, so that optional ones may be among those in order.
+        beside: what lies with the labels or with inputs in order, by name; a model may ask for it.
+        labels: as they are.
+        indices: likewise; None where there are none, or something else.
     """
-    if isinstance(batch, Mapping):
-        return {str(key): batch[key] for key in batch}
-    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
-        return {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return dict(zip(batch._fields, batch, strict=True))
-    return None
+
+    inputs: Sequence[Any] | Mapping[str, Any]
+    apart: bool
+    beside: Mapping[str, Any]
+    labels: Tensor | None
+    indices: Tensor | None
 
 
 def split(batch: Any, *models: Inputs, where: str) -> Parts:
@@ -186,30 +141,183 @@ def split(batch: Any, *models: Inputs, where: str) -> Parts:
     Raises:
         ConfigError: it is in none of the forms, an input is missing or no tensor; says which, and what the batch has.
     """
-    entries = named(batch)
-    if entries is not None and isinstance(batch, tuple) and not _names_tell(entries, models):
-        entries = None
+    form = _form_of(batch, models, where)
+    if form.labels is not None and not form.labels.ndim:
+        raise unfit(
+            where, "labels", "a single number", "a tensor (batch, …)", "Let the loader yield batches, not samples."
+        )
+    if isinstance(form.inputs, Mapping):
+        calls = tuple(_by_name(form.inputs, form.beside, model, batch, where) for model in models)
+        return Parts(calls, _widened(form.labels), form.indices, form.inputs.get(FEATURES))
+    return Parts(_in_order(form, form.inputs, models, batch, where), _widened(form.labels), form.indices)
+
+
+def _form_of(batch: Any, models: Sequence[Inputs], where: str) -> _Form:
+    entries = _entries(batch, models)
+    if entries is not None:
+        label = _label_in(entries)
+        labels, indices = entries[label] if label else None, entries.get(INDICES)
+        apart = _only_structure(entries, models)
+        if apart is not None:
+            return _with_rest(apart, (labels, indices), batch, models, where)
+        for name, value in (("labels", labels), (INDICES, indices)):
+            _require_tensor(value, name, where)
+        return _Form(entries, False, {}, labels, indices)
+    values: Sequence[Any] = (batch,) if isinstance(batch, Tensor) else batch
+    if isinstance(values, (tuple, list)) and len(values) > 1 and _is_structure(values[0]):
+        return _with_rest(values[0], values[1:], batch, models, where)
+    plain = [model for model in models if not model.by_number]
+    count = max([len(model.required) for model in plain] or [1])  # older versions of torch.compile know no `default=`
+    if isinstance(values, (tuple, list)):  # some inputs may lie with the labels
+        count = next((place for place in range(1, min(count, len(values))) if named(values[place]) is not None), count)
+    if not isinstance(values, (tuple, list)) or len(values) < count:
+        names = next((model.required for model in plain if len(model.required) == count), ("inputs",))
+        raise ConfigError(
+            f"{where} got a batch it cannot read: {_described(batch)}.",
+            where=where,
+            got=type(batch).__name__,
+            expected=f"inputs {', '.join(names)}, then labels",
+            hint=f"Let the loader yield a tuple of tensors ({', '.join(names)}, labels) or a dict with these names.",
+        )
+    labels, beside = _labels_and_more((*values[count:], None)[0], batch, where)
+    indices = (*values[count + 1 :], None)[0]
+    optional = next((name for model in plain for name in (*model.names, *model.left_out)[count:]), None)
+    if optional is not None and isinstance(indices, Tensor) and not _are_numbers(indices):
+        hint = f"They come after the labels. If an entry is `{optional}`, let the loader yield a dict of inputs by name, with `labels`."
+        raise unfit(where, INDICES, f"of shape {tuple(indices.shape)}", "(batch,) whole numbers", hint)
+    found = indices if _are_numbers(indices) else beside.get(INDICES)
+    return _Form(values[:count], False, beside, labels, found if _are_numbers(found) else None)
+
+
+def _with_rest(inputs: Any, rest: Sequence[Any], batch: Any, models: Sequence[Inputs], where: str) -> _Form:
+    """The form of a batch whose inputs are a part of their own, before the labels and the indices."""
+    entries = _entries(inputs, models)
+    own = _label_in(entries or {})
+    twice = next((name for name in named(rest[0]) or () if name in (entries or {})), None)
+    if own is not None and rest[0] is not None and not any(own in model.required for model in models):
+        twice = own
+    if twice is not None:
+        raise ConfigError(
+            f"{where} got a batch it cannot read: {_described(batch)}. There is `{twice}` among the inputs and beside them.",
+            where=twice,
+            got="two entries",
+            expected="one",
+            hint="Let the loader yield whole batches: the inputs, then the labels, each of all samples in one tensor.",
+        )
+    labels, beside = _labels_and_more(rest[0], batch, where)
+    if labels is None and entries is not None and own is not None:
+        labels = entries[own]
+    indices = rest[1] if len(rest) > 1 and _are_numbers(rest[1]) else {**beside, **(entries or {})}.get(INDICES)
+    _require_tensor(indices, INDICES, where)
+    beside = beside if indices is None else {**beside, INDICES: indices}
+    return _Form(tuple(inputs) if entries is None else entries, True, beside, labels, indices)
+
+
+def _labels_and_more(found: Any, batch: Any, where: str) -> tuple[Tensor | None, Mapping[str, Any]]:
+    """Labels from their place, and what lies with them by name: of a mapping, its entry of that name, or its only tensor."""
+    entries = named(found)
     if entries is None:
-        return _by_order(batch, models, where)
-    labels = next((entries[name] for name in LABELS if name in entries), None)
-    indices, features = entries.get(INDICES), entries.get(FEATURES)
-    for name, value in (("labels", labels), (INDICES, indices)):
-        if value is not None and not isinstance(value, Tensor):
-            raise unfit(where, name, f"of type {type(value).__name__}", "a tensor", "Let the loader yield tensors.")
-    calls = tuple(_by_name(entries, model, batch, where) for model in models)
-    return Parts(calls, _widened(labels), indices, features)
+        _require_tensor(found, "labels", where, "Yield tensors, or one dict.")
+        return found, {}
+    tensors = [name for name, value in entries.items() if isinstance(value, Tensor) and name not in _SPECIAL]
+    label = _label_in(entries) or (tensors[0] if len(tensors) == 1 else None)
+    if label is None:
+        raise ConfigError(
+            f"{where} got a batch it cannot read: {_described(batch)}. Which of {_listed(tuple(entries))} are the labels is not said.",
+            where="labels",
+            got=list(entries),
+            expected="labels",
+            hint="Let the loader yield them as a tensor, or under the name `labels`.",
+        )
+    _require_tensor(entries[label], "labels", where)
+    return entries[label], {name: value for name, value in entries.items() if name != label}
 
 
-def _names_tell(entries: Mapping[str, Any], models: Sequence[Inputs]) -> bool:
-    return any(name in entries for name in LABELS) or all(n in entries for model in models for n in model.required)
+def _entries(batch: Any, models: Sequence[Inputs]) -> dict[str, Any] | None:
+    """The entries of a batch by name; None if it has no names.
+
+    A named tuple has names where they say what is what: where labels are among them, or an input of that name is asked for.
+    """
+    entries = named(batch)
+    if entries is None or not isinstance(batch, tuple) or _label_in(entries) is not None:
+        return entries
+    return entries if all(name in entries for model in models for name in model.required) else None
 
 
-def _by_name(entries: Mapping[str, Any], model: Inputs, batch: Any, where: str) -> Call:
-    special = {*LABELS, INDICES, FEATURES} - {*model.required}
+def _only_structure(entries: Mapping[str, Any], models: Sequence[Inputs]) -> Any:
+    """The one entry that holds the inputs, if no other one can: no model asks for an entry, and no other is a tensor."""
+    free = {name: value for name, value in entries.items() if name not in _SPECIAL}
+    holding = [value for value in free.values() if isinstance(value, Tensor) or _is_structure(value)]
+    asked = any(name in model.names for name in free for model in models)
+    return holding[0] if len(holding) == 1 and not asked and not isinstance(holding[0], Tensor) else None
+
+
+def _is_structure(value: Any) -> bool:
+    return not isinstance(value, Tensor) and bool(tensors_of(value))
+
+
+def _label_in(entries: Mapping[str, Any]) -> str | None:
+    return next((name for name in LABELS if name in entries), None)
+
+
+def _are_numbers(indices: Any) -> bool:
+    return isinstance(indices, Tensor) and indices.ndim == 1 and not indices.is_floating_point()
+
+
+def _require_tensor(value: Any, name: str, where: str, hint: str = "Let the loader yield tensors.") -> None:
+    if value is not None and not isinstance(value, Tensor):
+        raise unfit(where, name, f"of type {type(value).__name__}", "a tensor", hint)
+
+
+def _in_order(form: _Form, values: Sequence[Any], models: Sequence[Inputs], batch: Any, where: str) -> tuple[Call, ...]:
+    if form.apart:
+        _require_as_many(values, form.labels, models, batch, where)
+    calls = []
+    for model in models:
+        if model.by_number:
+            if form.indices is None:
+                hint = "Saved outputs go by the samples' numbers; give a loader of `open_data`."
+                raise unfit(where, INDICES, "absent", "(batch,) whole numbers", hint)
+            calls.append(Call((form.indices,)))
+            continue
+        args = tuple(values[: len(model.names if form.apart else model.required)])
+        for name, value in zip(model.names, args, strict=False):
+            _require_tensor(value if value is not None else (), name, where, "Yield tensors, or one dict.")
+        more = len(args) < len(model.required) or any(name in form.beside for name in model.names[len(args) :])
+        by_name = dict(zip(model.names, args, strict=False))
+        calls.append(_by_name(by_name, form.beside, model, batch, where) if more else Call(args))
+    return tuple(calls)
+
+
+def _require_as_many(
+    values: Sequence[Any], labels: Tensor | None, models: Sequence[Inputs], batch: Any, where: str
+) -> None:
+    """Refuse inputs that are more or fewer than the models take, or that have other samples than the labels: a list of samples."""
+    plain = [model for model in models if not model.by_number]
+    for model in plain:
+        most = max(len(model.names) for model in plain) if not model.left_out else len(model.names)
+        if not len(model.required) <= len(values) <= most:
+            raise ConfigError(
+                f"{where} got a batch it cannot read: {_described(batch)}. It has {len(values)} inputs in order, and "
+                f"{model.owner or 'the model'} takes {_listed(model.names)}.",
+                where=where,
+                got=len(values),
+                expected=f"inputs {', '.join(model.names)}",
+                hint="Let the loader yield the inputs by name: a dict with these names, and `labels`.",
+            )
+    counts = [len(value) for value in values if isinstance(value, Tensor) and value.ndim]
+    if labels is not None and any(count != len(labels) for count in counts):
+        hint = "Let the loader stack the samples: each input, and the labels, as one tensor, batch first."
+        raise unfit(where, "labels", f"of {len(labels)} samples", f"of as many as the inputs ({counts[0]})", hint)
+
+
+def _by_name(inputs: Mapping[str, Any], beside: Mapping[str, Any], model: Inputs, batch: Any, where: str) -> Call:
+    special, entries = _SPECIAL - {*model.required}, {**beside, **inputs}
     free = {name: value for name, value in entries.items() if name not in special}
-    chosen = {name: value for name, value in free.items() if name in model.names or model.anything}
+    chosen = {name: value for name, value in free.items() if name in model.names or (model.anything and name in inputs)}
     missing = [name for name in model.required if name not in chosen]
-    only = [value for value in free.values() if isinstance(value, Tensor)]
+    only = [value for name, value in free.items() if name in inputs and isinstance(value, Tensor)]
+    only = [value for value in only if value.ndim > 1] if len(only) > 1 else only
     if missing and not chosen and len(model.required) == len(only) == 1:
         return Call((), {missing[0]: only[0]})
     if missing:
@@ -222,40 +330,10 @@ def _by_name(entries: Mapping[str, Any], model: Inputs, batch: Any, where: str) 
             "the inputs, then the labels.",
         )
     for name, value in chosen.items():
-        if not isinstance(value, Tensor) and name in model.required:
-            raise unfit(where, name, f"of type {type(value).__name__}", "a tensor", "Let the loader yield tensors.")
+        if name in model.required:
+            _require_tensor(value, name, where)
     order = (*(name for name in model.names if name in chosen), *(name for name in chosen if name not in model.names))
     return Call((), {name: chosen[name] for name in order if isinstance(chosen[name], Tensor)})
-
-
-def _by_order(batch: Any, models: Sequence[Inputs], where: str) -> Parts:
-    values: Sequence[Any] = (batch,) if isinstance(batch, Tensor) else batch
-    plain = [model for model in models if not model.by_number]
-    count = max([len(model.required) for model in plain] or [1])  # older versions of torch.compile know no `default=`
-    if not isinstance(values, (tuple, list)) or len(values) < count:
-        names = next(model.required for model in models if len(model.required) == count)
-        raise ConfigError(
-            f"{where} got a batch it cannot read: {_described(batch)}.",
-            where=where,
-            got=type(batch).__name__,
-            expected=f"inputs {', '.join(names)}, then labels",
-            hint=f"Let the loader yield a tuple of tensors ({', '.join(names)}, labels) or a dict with these names.",
-        )
-    labels, indices = (*values[count:], None, None)[:2]
-    given = [pair for model in plain for pair in zip(model.required, values, strict=False)]
-    for name, value in (*given, *([("labels", labels)] if labels is not None else [])):
-        if not isinstance(value, Tensor):
-            raise unfit(where, name, f"of type {type(value).__name__}", "a tensor", "Yield tensors, or one dict.")
-    numbers = isinstance(indices, Tensor) and indices.ndim == 1 and not indices.is_floating_point()
-    optional = next((name for model in plain for name in (*model.names, *model.left_out)[count:]), None)
-    if optional is not None and isinstance(indices, Tensor) and not numbers:
-        hint = f"They come after the labels. If an entry is `{optional}`, let the loader yield a dict of inputs by name, with `labels`."
-        raise unfit(where, INDICES, f"of shape {tuple(indices.shape)}", "(batch,) whole numbers", hint)
-    if len(plain) < len(models) and not numbers:
-        hint = "Saved outputs go by the samples' numbers; give a loader of `open_data`."
-        raise unfit(where, INDICES, "absent", "(batch,) whole numbers", hint)
-    calls = tuple(Call((indices,) if model.by_number else tuple(values[: len(model.required)])) for model in models)
-    return Parts(calls, _widened(labels), indices if numbers else None)
 
 
 def _widened(labels: Tensor | None) -> Tensor | None:
@@ -265,105 +343,23 @@ def _widened(labels: Tensor | None) -> Tensor | None:
     return labels.long()
 
 
-def inputs_and_labels(batch: Any) -> tuple[dict[str, Tensor], Tensor | None]:
+def inputs_and_labels(batch: Any, *, where: str) -> tuple[dict[str, Tensor], Tensor | None]:
     """The tensors of a batch that are inputs as far as can be known without a model, by name, and the labels.
 
-    A sequence is one input and its labels; its input has the name of its place, `0`.
+    Inputs in order have the names of their places: `0`.
+
+    Raises:
+        ConfigError: as `split`.
     """
-    entries = named(batch)
-    if entries is None:
-        values = (batch,) if isinstance(batch, Tensor) else tuple(batch) if isinstance(batch, (tuple, list)) else ()
-        entries = dict(zip(("0", LABELS[0]), values, strict=False))
-    labels = next((entries[name] for name in LABELS if isinstance(entries.get(name), Tensor)), None)
-    special = {*LABELS, INDICES, FEATURES}
-    return {k: v for k, v in entries.items() if isinstance(v, Tensor) and k not in special}, labels
-
-
-def tensors_of(batch: Any) -> list[Tensor]:
-    """All tensors in a batch, whatever they mean."""
-    entries = named(batch)
-    single = isinstance(batch, Tensor) or not isinstance(batch, (tuple, list, Mapping))
-    values = entries.values() if entries is not None else [batch] if single else batch
-    return [value for value in values if isinstance(value, Tensor)]
-
-
-def count_of(batch: Any) -> int:
-    """How many samples a batch has: the length of its first tensor."""
-    return next((len(value) for value in tensors_of(batch) if value.ndim), 0)
-
-
-def samples_of(batch: Any, part: slice) -> Any:
-    """Some samples of a batch, in the batch's own form; entries that are not tensors or lists of samples stay as they are."""
-    count = count_of(batch)
-
-    def cut(value: Any) -> Any:
-        sized = isinstance(value, (Tensor, list, tuple)) and (not isinstance(value, Tensor) or value.ndim)
-        return value[part] if sized and len(value) == count else value
-
-    return _rebuilt(batch, cut)
-
-
-def replaced(batch: Any, new: Mapping[int, Tensor]) -> Any:
-    """The batch with other tensors in the places of some, which are named by their `id`."""
-    return _rebuilt(batch, lambda value: new.get(id(value), value))
+    form = _form_of(batch, (), where)
+    inputs = form.inputs if isinstance(form.inputs, Mapping) else {str(i): value for i, value in enumerate(form.inputs)}
+    found = {name: value for name, value in inputs.items() if isinstance(value, Tensor) and name not in _SPECIAL}
+    return found, form.labels
 
 
 def with_labels(batch: Any, labels: Tensor, *models: Inputs) -> Any:
-    """The batch with other labels; see `split`."""
-    entries = named(batch)
-    if entries is not None and isinstance(batch, tuple) and not _names_tell(entries, models):
-        entries = None
-    if entries is not None:
-        return {**entries, next(name for name in LABELS if name in entries): labels}
-    count = max((len(model.required) for model in models), default=1)
-    values = (*batch[:count], labels, *batch[count + 1 :])
-    return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
-
-
-def stand_in(batch: Any) -> Any:
-    """One sample of zeros in the form of a batch that has none."""
-
-    def filled(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {key: filled(entry) for key, entry in value.items()}
-        empty = isinstance(value, Tensor) and value.ndim and not len(value)
-        return value.new_zeros((1, *value.shape[1:])) if empty else value
-
-    return _rebuilt(batch, filled)
-
-
-def to_device(batch: Any, device: torch.device | str, *, non_blocking: bool = False) -> Any:
-    """The batch with its tensors on a device."""
-    return map_tensors(batch, lambda tensor: tensor.to(device, non_blocking=non_blocking))
-
-
-def map_tensors(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The batch with each of its tensors changed, however deep, in the batch's own form; a mapping of any kind becomes a dict."""
-    if isinstance(batch, Tensor):
-        return change(batch)
-    if isinstance(batch, Mapping):
-        return {name: map_tensors(value, change) for name, value in batch.items()}
-    if isinstance(batch, (tuple, list)):
-        values = [map_tensors(value, change) for value in batch]
-        return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
-    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
-        names = [field.name for field in dataclasses.fields(batch)]
-        return dataclasses.replace(batch, **{name: map_tensors(getattr(batch, name), change) for name in names})
-    return batch
-
-
-def _rebuilt(batch: Any, change: Callable[[Any], Any]) -> Any:
-    if isinstance(batch, Tensor):
-        return change(batch)
-    entries = named(batch)
-    if entries is None:
-        return type(batch)(change(value) for value in batch) if isinstance(batch, (tuple, list)) else batch
-    changed = {name: change(value) for name, value in entries.items()}
-    if isinstance(batch, tuple):
-        return type(batch)(**changed)
-    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
-        return dataclasses.replace(batch, **changed)
-    return changed
+    """The batch, which has labels, with others in their place; see `split`."""
+    return replaced(batch, {id(_form_of(batch, models, "The batch").labels): labels})
 
 
 def with_features(batch: Any, model: Inputs, look_up: Callable[[Tensor], Mapping[str, Tensor]]) -> dict[str, Any]:
@@ -396,5 +392,8 @@ def _described(batch: Any) -> str:
     if entries is not None:
         return f"a {type(batch).__name__} of {', '.join(entries)}"
     if isinstance(batch, (tuple, list)):
-        return f"a {type(batch).__name__} of {', '.join(type(entry).__name__ for entry in batch)}"
+        parts = [(type(part).__name__, ", ".join(named(part) or ())) for part in batch]
+        return (
+            f"a {type(batch).__name__} of {', '.join(f'{kind} ({names})' if names else kind for kind, names in parts)}"
+        )
     return f"a {type(batch).__name__}"

@@ -12,11 +12,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 
-from indistill_fx.batch import Call, Inputs, split
+from indistill_fx.batch import Call, split
 from indistill_fx.errors import ConfigError, nearest
 from indistill_fx.graph.module_state import device_of
 from indistill_fx.graph.ops import op_name
 from indistill_fx.graph.view import View
+from indistill_fx.system.model_inputs import Inputs
 
 Role = Literal["teacher", "student"]
 Kind = Literal["map", "tokens", "vector", "other"]

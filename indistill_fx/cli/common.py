@@ -191,17 +191,21 @@ def _dummy_inputs(module: nn.Module) -> Any:
 
 def _example_of_data(sources: tuple[Source, ...], data: Data) -> Any:
     """Random numbers of an image's size; if a batch is not a single tensor of real numbers, its first samples."""
-    from indistill_fx.batch import Inputs, named, samples_of, split
+    from indistill_fx.batch import split
+    from indistill_fx.system.model_inputs import Inputs
+    from indistill_fx.system.nested import samples_of
 
     if data.normalisation is not None:
         return _random(data.input_size)
     batch = samples_of(next(iter(data.test)), slice(2))
-    if (entries := named(batch)) is not None and not isinstance(batch, tuple):
-        return entries
-    takes = [
-        inputs_taken for inputs_taken in (Inputs.of(source.module) for source in sources) if not inputs_taken.by_number
-    ]
+    takes = [taken for taken in (Inputs.of(source.module) for source in sources) if not taken.by_number]
     calls = split(batch, *takes, where="The model").calls
+    if any(call.kwargs for call in calls):
+        named = [
+            {**dict(zip(taken.names, call.args, strict=False)), **call.kwargs}
+            for call, taken in zip(calls, takes, strict=True)
+        ]
+        return {name: value for entries in named for name, value in entries.items()}
     longest = max((call.args for call in calls), key=len)
     plain = len(longest) == 1 and longest[0].is_floating_point()
     return _random(tuple(longest[0].shape[1:])) if plain else longest
@@ -244,7 +248,7 @@ def logits_of(asked: str | int | None, source: Source) -> str | int | None:
 
 def first_batches(loader: Any, samples: int) -> list[Any]:
     """The first batches with this many samples in total; the last batch is shortened if possible."""
-    from indistill_fx.batch import samples_of, tensors_of
+    from indistill_fx.system.nested import samples_of, tensors_of
 
     found, left = [], samples
     for batch in loader:
@@ -259,7 +263,8 @@ def first_inputs(loader: Any, samples: int, module: nn.Module) -> Any:
     """The inputs of the first samples as a model takes them: one tensor, several in order, or by name."""
     import torch
 
-    from indistill_fx.batch import Inputs, split
+    from indistill_fx.batch import split
+    from indistill_fx.system.model_inputs import Inputs
 
     taken = Inputs.of(module)
     calls = [split(batch, taken, where=taken.owner).calls[0] for batch in first_batches(loader, samples)]

@@ -256,9 +256,10 @@ def _assisted(
     """Train the assistant, which is the teacher of the second step."""
     from pathlib import Path
 
-    from indistill_fx.batch import Call, Inputs
+    from indistill_fx.batch import Call
     from indistill_fx.deploy.save_pt2 import save_program
     from indistill_fx.passes.capture.trace import as_traced
+    from indistill_fx.system.model_inputs import Inputs
     from indistill_fx.traced import TracedModel
     from indistill_fx.training.chain import distill_chain, shrunk_assistant
     from indistill_fx.training.parallel.processes import is_main_process

@@ -249,8 +249,9 @@ def kept_of(
 
     Of a batch by name the model gets what it takes; labels and file names stay out.
     """
-    from indistill_fx.batch import Call, Inputs
+    from indistill_fx.batch import Call
     from indistill_fx.runs.load import about, about_data
+    from indistill_fx.system.model_inputs import Inputs
 
     call = Call.of_example(example, Inputs.of(module), where="The example")
     return about(spec, options["data"], data.input_size, call, **more, **about_data(data), **entry(options))

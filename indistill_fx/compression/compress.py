@@ -21,7 +21,7 @@ from typing import Any, Unpack
 
 from torch import Tensor, nn
 
-from indistill_fx.batch import Inputs, split
+from indistill_fx.batch import split
 from indistill_fx.compression.allocate import Budget
 from indistill_fx.compression.basis import in_both_modes
 from indistill_fx.compression.correspond import plan_if_any
@@ -51,6 +51,7 @@ from indistill_fx.runs.record import RunRecord
 from indistill_fx.stages.compile import warmup_plan
 from indistill_fx.stages.traced_pair import examples_of
 from indistill_fx.system.files import try_folder
+from indistill_fx.system.model_inputs import Inputs
 from indistill_fx.system.tensor_files import save_tensors
 from indistill_fx.traced import TracedModel
 from indistill_fx.training.distill import distill

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from indistill_fx.batch import map_tensors, samples_of, tensors_of
 from indistill_fx.compression.allocate import Budget, allocate
 from indistill_fx.compression.basis import train_as
 from indistill_fx.compression.latency import Clock, bisect
@@ -26,6 +25,7 @@ from indistill_fx.passes.pruning.budget import FLOOR
 from indistill_fx.passes.pruning.criteria import Criterion
 from indistill_fx.passes.pruning.groups import Mask
 from indistill_fx.passes.pruning.shrink import Analysis, ShrinkReport, analyse, keep_classes
+from indistill_fx.system.nested import map_tensors, samples_of, tensors_of
 from indistill_fx.traced import TracedModel
 
 _FLOORS = (FLOOR, 0.3, 0.5)

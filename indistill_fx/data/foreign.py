@@ -11,10 +11,10 @@ import torch
 import torch.distributed
 from torch.utils.data import DataLoader, IterableDataset
 
-from indistill_fx.batch import count_of, map_tensors, samples_of, tensors_of
 from indistill_fx.data.loaders import EpochLoader
 from indistill_fx.data.readers import leaving_signals_to_us, reading_by_key
 from indistill_fx.errors import ConfigError
+from indistill_fx.system.nested import count_of, map_tensors, samples_of, tensors_of
 from indistill_fx.system.random_state import OwnRandomness, seed_from
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from indistill_fx.data.pictures import read_head, read_picture
-from indistill_fx.errors import ConfigError
+from indistill_fx.errors import ConfigError, instead_of
 from indistill_fx.system.files import no_file
 
 _LOOKED_AT = 20_000
@@ -119,7 +119,7 @@ class ImageFiles(Dataset[Any]):
         """Digest of the files' names, sizes and times, and of the transform."""
         total = hashlib.sha256(repr((self.transform, self.channels, self.deep)).encode())
         for file in self.listing.files:
-            found = os.stat(file)
+            found = stat_of(file)
             total.update(f"{file}\0{found.st_size}\0{found.st_mtime_ns}\n".encode())
         return total.hexdigest()
 
@@ -133,6 +133,17 @@ class ImageFiles(Dataset[Any]):
             return error
         labels = self.listing.labels
         return self.transform(image), int(labels[index]) if labels is not None else None
+
+
+def stat_of(file: str) -> os.stat_result:
+    """Size and times of an image file.
+
+    Raises:
+        ConfigError: it is there no more.
+    """
+    hint = "Leave the data set as it is while it is used: open it anew, or put the image back."
+    with instead_of(OSError, ConfigError(f"Image {file!r} cannot be read", where=file, hint=hint)):
+        return os.stat(file)
 
 
 def list_splits(folder: Path) -> tuple[Listing, Listing]:
@@ -152,9 +163,10 @@ def list_splits(folder: Path) -> tuple[Listing, Listing]:
             where=str(folder),
             hint="Check the path; it is taken from the working directory.",
         )
-    name = next((name for name in ("test", "val") if (folder / name).is_dir()), None)
-    if not (folder / "train").is_dir():
-        if name is None and not _visible_folders(folder) and _pictures_in(folder)[0]:
+    folders = _visible_folders(folder)
+    name = next((name for name in ("test", "val") if name in folders), None)
+    if "train" not in folders:
+        if name is None and not folders and _pictures_in(folder)[0]:
             alone = list_images(folder)
             return alone, alone
         raise _absent(folder, "train")
@@ -252,9 +264,36 @@ def rank_in_class(labels: Tensor) -> Tensor:
     return ranks
 
 
+def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
+    """What a folder holds, without what is hidden.
+
+    Raises:
+        ConfigError: a link leads nowhere that seems to be one to a folder, as of a disk that is not mounted: its images would be missing.
+    """
+    found = [entry for entry in os.scandir(folder) if not _is_hidden(entry.name)]
+    for entry in found:
+        if entry.is_symlink() and not Path(entry).suffix and not os.path.exists(entry):
+            raise ConfigError(
+                f"{entry.path!r} is a link to {os.readlink(entry)!r}, where nothing is.",
+                where=entry.path,
+                hint="Mount the disk that it leads to, mend the link, or remove it.",
+            )
+    return found
+
+
+def _entries_below(folder: str | Path, inside: tuple[str, ...]) -> Iterator[os.DirEntry[str]]:
+    """Likewise, in place of subfolders what they hold, through links too; a folder that links to one around it adds nothing."""
+    here = os.path.realpath(folder)
+    for entry in _entries(folder) if here not in inside else ():
+        if entry.is_dir():
+            yield from _entries_below(entry.path, (*inside, here))
+        else:
+            yield entry
+
+
 def _visible_folders(folder: Path) -> list[str]:
     """Sorted as they read: macOS writes é as two characters, other systems as one."""
-    found = [entry.name for entry in os.scandir(folder) if entry.is_dir() and not _is_hidden(entry.name)]
+    found = [entry.name for entry in _entries(folder) if entry.is_dir()]
     return sorted(found, key=lambda name: normalize("NFC", name))
 
 
@@ -264,14 +303,12 @@ def _pictures_in(folder: Path, *, below: bool = False) -> tuple[list[str], Count
     `below`: including those in its subfolders.
     """
     found, others, endings = list[str](), Counter[str](), _endings()
-    for path in folder.rglob("*") if below else folder.iterdir():
-        if any(_is_hidden(part) for part in path.relative_to(folder).parts):
-            continue
-        if not path.name.lower().endswith(endings):
-            if path.is_file():
-                others[path.suffix.lower() or path.name] += 1
-        elif below or not path.is_dir():
-            found.append(str(path))
+    for entry in _entries_below(folder, (os.path.realpath(folder.parent),)) if below else _entries(folder):
+        if not entry.name.lower().endswith(endings):
+            if entry.is_file():
+                others[Path(entry).suffix.lower() or entry.name] += 1
+        elif not entry.is_dir():
+            found.append(entry.path)
     return sorted(found), others
 
 

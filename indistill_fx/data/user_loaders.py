@@ -14,6 +14,7 @@ from indistill_fx.data.foreign import repeatable
 from indistill_fx.data.loaders import EpochLoader
 from indistill_fx.data.normalisation import Normalisation
 from indistill_fx.errors import ConfigError
+from indistill_fx.system.nested import tensors_of
 from indistill_fx.system.user_code import load_object, neighbours
 
 _ALWAYS = ("batch_size", "seed", "workers", "limit", "augment")
@@ -115,8 +116,10 @@ def _first_batch(
 ) -> tuple[tuple[int, ...], Tensor | None]:
     """The size of one input, and the labels of the first batch; a ConfigError where it cannot be right."""
     batch = next(iter(loader))
-    found, labels = inputs_and_labels(batch)
-    inputs = next(iter(found.values()), None)
+    found, labels = (
+        ({}, None) if not tensors_of(batch) else inputs_and_labels(batch, where=f"The {key} loader of {spec!r}")
+    )
+    inputs = next((value for value in found.values() if value.ndim), None)
     if inputs is None:
         raise ConfigError(
             f"{spec!r}: a batch of the {key} loader is a {type(batch).__name__} without inputs that are tensors.",

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from indistill_fx.batch import Call, Inputs, named
+from indistill_fx.batch import Call
 from indistill_fx.errors import ConfigError, ExportError, instead_of
 from indistill_fx.graph.preprocess import Preprocess
 from indistill_fx.system.files import require_regular
+from indistill_fx.system.model_inputs import Inputs
+from indistill_fx.system.nested import is_own_class, named
 from indistill_fx.system.shortage import instead_of_any
 
 if TYPE_CHECKING:
@@ -44,7 +46,8 @@ def as_inputs(example_inputs: Tensor | Sequence[Tensor], *, where: str = "exampl
     Raises:
         ConfigError: something else, or batch sizes that differ.
     """
-    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+    single = isinstance(example_inputs, Tensor) or is_own_class(example_inputs)
+    inputs = (example_inputs,) if single else tuple(example_inputs)
     if not inputs or not all(isinstance(x, Tensor) and x.dim() for x in inputs):
         got = ", ".join(type(x).__name__ if not isinstance(x, Tensor) else "a scalar" for x in inputs) or "nothing"
         raise ConfigError(

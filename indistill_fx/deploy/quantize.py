@@ -19,11 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from indistill_fx.batch import Inputs, split
+from indistill_fx.batch import split
 from indistill_fx.deploy.onnx_session import Array, feed, file_size, graph_of, open_session
 from indistill_fx.deploy.parity import logits_of
 from indistill_fx.errors import ConfigError, ExportError, nearest
 from indistill_fx.system.files import staged
+from indistill_fx.system.model_inputs import Inputs
 from indistill_fx.system.shortage import instead_of_any
 from indistill_fx.version import __version__
 

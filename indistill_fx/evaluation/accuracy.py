@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from indistill_fx.batch import Call, Inputs, split, to_device
+from indistill_fx.batch import Call, split
 from indistill_fx.errors import ConfigError, IndistillError
 from indistill_fx.evaluation.outputs import outputs_of, select_logits
 from indistill_fx.graph.module_state import device_of, evaluating
@@ -20,6 +20,8 @@ from indistill_fx.losses.choose_task import choose_task, is_telling, require_as_
 from indistill_fx.losses.positions import IGNORED, as_classes
 from indistill_fx.losses.task import Classification, Language, Task
 from indistill_fx.runs.record import MetricFacts
+from indistill_fx.system.model_inputs import Inputs
+from indistill_fx.system.nested import to_device
 from indistill_fx.system.shortage import is_out_of_memory
 from indistill_fx.system.terminal import followed
 from indistill_fx.target import Target

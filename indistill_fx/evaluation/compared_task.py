@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from indistill_fx.batch import Inputs, split
+from indistill_fx.batch import split
 from indistill_fx.errors import ConfigError
 from indistill_fx.evaluation.kept_task import asked_or_kept, kept_facts
 from indistill_fx.evaluation.outputs import outputs_of, select_logits
@@ -16,6 +16,7 @@ from indistill_fx.graph.module_state import evaluating
 from indistill_fx.loading.load import Source
 from indistill_fx.losses.choose_task import choose_task
 from indistill_fx.losses.task import Task
+from indistill_fx.system.model_inputs import Inputs
 
 
 def task_shown(source: Source, batch: Any, asked: str | None, logits: str | int | None) -> tuple[Task | None, str]:

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
-from indistill_fx.batch import Call, Inputs
+from indistill_fx.batch import Call
 from indistill_fx.evaluation.outputs import outputs_of
 from indistill_fx.graph.main_output import entries
 from indistill_fx.graph.module_state import evaluating
 from indistill_fx.loading.load import Source
+from indistill_fx.system.model_inputs import Inputs
 
 Entry = str | int | None
 

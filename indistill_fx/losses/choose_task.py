@@ -137,6 +137,13 @@ def is_telling(labels: Tensor | None) -> bool:
     return labels is None or labels.is_floating_point() or bool((labels != IGNORED).any())
 
 
+def is_one_hot(labels: Tensor | None) -> bool:
+    """Whether labels (batch, classes) that are no real numbers have exactly one 1 in each row, and else 0."""
+    if labels is None or labels.is_floating_point() or labels.ndim != 2 or labels.shape[1] < 2:
+        return False
+    return bool(((labels == 0) | (labels == 1)).all() and (labels.sum(1) == 1).all())
+
+
 def require_as_before(task: Task, labels: Tensor, inputs: Tensor | None) -> None:
     """Refuse labels that show that an inferred task is another one: they are no longer the inputs' own tokens.
 

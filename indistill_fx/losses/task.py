@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -115,10 +116,12 @@ class Classification(Task):
     by_class: ClassVar[bool] = True
 
     def read(self, labels: Tensor) -> Tensor:
-        """Class numbers as int64, a column (batch, 1) of them as (batch,)."""
+        """Class numbers as int64, a column (batch, 1) of them as (batch,); whole numbers of every class (one-hot) as probabilities."""
         if labels.is_floating_point():
             return labels
-        return (labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels).long()
+        if labels.ndim == 2 and labels.shape[1] > 1:
+            return labels.to(torch.get_default_dtype())
+        return (labels[:, 0] if labels.ndim == 2 else labels).long()
 
     def prepare(self, logits: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """See `read`."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from indistill_fx.batch import Call, Inputs
+from indistill_fx.batch import Call
 from indistill_fx.errors import ConfigError, IndistillError, MatchError
 from indistill_fx.graph.module_state import device_of, evaluating, uncompiled
 from indistill_fx.graph.view import View
@@ -21,6 +21,7 @@ from indistill_fx.loading.input_facts import other_channels
 from indistill_fx.passes.capture.trace import as_traced
 from indistill_fx.passes.extract.view import as_seen
 from indistill_fx.plan import AlignmentPlan, Layers, ModelStamp, Pair, member_of
+from indistill_fx.system.model_inputs import Inputs
 from indistill_fx.traced import TracedModel
 
 

@@ -13,7 +13,6 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from indistill_fx.batch import INDICES
 from indistill_fx.data.loaders import EpochLoader
 from indistill_fx.data.same_samples import same_samples
 from indistill_fx.errors import ConfigError
@@ -21,6 +20,7 @@ from indistill_fx.graph.names import writable_paths
 from indistill_fx.graph.opaque import Opaque
 from indistill_fx.loading.load import Source
 from indistill_fx.runs.checkpoint import load_checkpoint, save_checkpoint
+from indistill_fx.system.model_inputs import INDICES
 
 FILE = "outputs.safetensors"
 LOGITS = "logits"

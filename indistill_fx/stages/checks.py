@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from indistill_fx.batch import Call, Inputs, Parts, Sizes, split, unfit
+from indistill_fx.batch import Call, Parts, Sizes, split, unfit
 from indistill_fx.errors import ConfigError
 from indistill_fx.graph.view import View
 from indistill_fx.losses.choose_task import require_as_before
 from indistill_fx.losses.task import Task
+from indistill_fx.system.model_inputs import Inputs
 from indistill_fx.traced import TracedModel
 
 

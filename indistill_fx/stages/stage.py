@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from indistill_fx.batch import Inputs, Parts, Sizes, split
+from indistill_fx.batch import Parts, Sizes, split
 from indistill_fx.curriculum import Budget
 from indistill_fx.errors import TrainError
 from indistill_fx.losses.base import Outputs
@@ -21,6 +21,7 @@ from indistill_fx.passes.contract import PassRecord, signature_of
 from indistill_fx.plan import Pair
 from indistill_fx.stages import moving_teacher
 from indistill_fx.stages.checks import check_inputs, check_labels, check_sizes
+from indistill_fx.system.model_inputs import Inputs
 
 
 @dataclass(frozen=True, slots=True)

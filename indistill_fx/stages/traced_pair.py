@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from indistill_fx.batch import Call, Inputs, samples_of, split
+from indistill_fx.batch import Call, split
 from indistill_fx.errors import ConfigError
 from indistill_fx.graph.module_state import device_of, uncompiled
 from indistill_fx.graph.view import View
@@ -17,6 +17,8 @@ from indistill_fx.passes.capture.trace import as_traced
 from indistill_fx.passes.ensemble import is_ensemble
 from indistill_fx.plan import AlignmentPlan
 from indistill_fx.stages.teacher_view import known_view
+from indistill_fx.system.model_inputs import Inputs
+from indistill_fx.system.nested import samples_of
 from indistill_fx.traced import TracedModel
 
 

@@ -1,1 +1,1 @@
-"""This machine: files, the terminal, the allocator, random numbers, and a user's own code."""
+"""This machine: files, the terminal, the allocator, random numbers, a user's own code; and values of any form."""

@@ -26,13 +26,15 @@ from filelock import FileLock
 from pydantic import BaseModel, Field
 from torch import Tensor, fx
 
-from indistill_fx.batch import INDICES, Inputs, split, to_device, with_features
+from indistill_fx.batch import split, with_features
 from indistill_fx.data.loaders import EpochLoader
 from indistill_fx.data.same_samples import same_samples
 from indistill_fx.errors import ConfigError, instead_of
 from indistill_fx.graph.module_state import digest, settings_of
 from indistill_fx.stages.stage import Stage
 from indistill_fx.system.files import file_digest, make_folder, read_json, save_json
+from indistill_fx.system.model_inputs import INDICES, Inputs
+from indistill_fx.system.nested import to_device
 from indistill_fx.system.tensor_files import text_digest
 from indistill_fx.system.terminal import followed, one_line, tell
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from indistill_fx.data.foreign import ForeignLoader
-from indistill_fx.data.image_folders import ImageFiles
+from indistill_fx.data.image_folders import ImageFiles, stat_of
 from indistill_fx.data.loaders import EpochLoader, MemoryLoader
 from indistill_fx.errors import ConfigError, nearest
 from indistill_fx.graph.module_state import settings_of
@@ -197,7 +197,7 @@ def _update_by_dataset(total: Any, dataset: Any) -> None:
         listing = dataset.listing
         # Neither folders nor dates count, because data sets are copied.
         for file in listing.files:
-            total.update(f"{os.path.relpath(file, listing.folder)} {os.path.getsize(file)}\n".encode())
+            total.update(f"{os.path.relpath(file, listing.folder)} {stat_of(file).st_size}\n".encode())
         _update(total, (listing.labels, listing.classes, repr(dataset.transform)))
         return
     while dataset is not None:

@@ -22,7 +22,6 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from indistill_fx.batch import count_of, to_device
 from indistill_fx.data.foreign import with_last
 from indistill_fx.data.loaders import EpochLoader
 from indistill_fx.errors import TrainError
@@ -31,6 +30,7 @@ from indistill_fx.graph.module_state import left_in_eval
 from indistill_fx.passes.lowering.layout import laid_out
 from indistill_fx.runs.directory import LAST, RunDirectory
 from indistill_fx.runs.record import EpochRecord, MetricFacts
+from indistill_fx.system.nested import count_of, to_device
 from indistill_fx.system.random_state import reseed
 from indistill_fx.system.signals import Interrupted, StopRequest
 from indistill_fx.training.memory import noticing_full_memory

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from indistill_fx.batch import tensors_of
 from indistill_fx.errors import TrainError
+from indistill_fx.system.nested import tensors_of
 from indistill_fx.system.shortage import is_out_of_memory
 
 

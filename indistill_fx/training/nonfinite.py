@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
-from indistill_fx.batch import Inputs, split, tensors_of
+from indistill_fx.batch import split
 from indistill_fx.errors import ConfigError, TrainError
 from indistill_fx.graph.edit import layer_of
 from indistill_fx.graph.interpret import run_looking
 from indistill_fx.stages.stage import Stage
+from indistill_fx.system.model_inputs import Inputs
+from indistill_fx.system.nested import tensors_of
 
 IN_BATCH = "the batch itself holds values that are not finite"
 

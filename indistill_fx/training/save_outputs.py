@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from indistill_fx.batch import Inputs, split
+from indistill_fx.batch import split
 from indistill_fx.data.foreign import repeatable
 from indistill_fx.data.same_samples import same_samples
 from indistill_fx.errors import ConfigError
@@ -20,6 +20,7 @@ from indistill_fx.passes.extract.instrument import instrument
 from indistill_fx.runs.saved_outputs import LOGITS, write_outputs
 from indistill_fx.stages.traced_pair import examples_of
 from indistill_fx.system.files import make_folder, try_folder
+from indistill_fx.system.model_inputs import Inputs
 from indistill_fx.system.terminal import followed
 from indistill_fx.traced import TracedModel
 

@@ -10,7 +10,7 @@ from typing import Any, Unpack
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from indistill_fx.batch import Inputs, split
+from indistill_fx.batch import split
 from indistill_fx.data.foreign import repeatable
 from indistill_fx.errors import ConfigError
 from indistill_fx.evaluation.outputs import select_logits
@@ -20,6 +20,7 @@ from indistill_fx.losses.task import Classification, Task
 from indistill_fx.passes.structure.costs import layer_costs
 from indistill_fx.runs.directory import RunDirectory
 from indistill_fx.runs.record import RunRecord
+from indistill_fx.system.model_inputs import Inputs
 from indistill_fx.traced import TracedModel
 from indistill_fx.training.identity import code_digest
 from indistill_fx.training.options.mixing import make_mixing

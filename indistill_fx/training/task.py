@@ -11,19 +11,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from indistill_fx.batch import Inputs, Parts, split, to_device
+from indistill_fx.batch import Parts, split
 from indistill_fx.errors import ConfigError
 from indistill_fx.evaluation.accuracy import deciding_metric
 from indistill_fx.evaluation.kept_task import kept_facts
 from indistill_fx.evaluation.outputs import outputs_of, select_logits
 from indistill_fx.graph.main_output import main_output
 from indistill_fx.graph.module_state import evaluating
-from indistill_fx.losses.choose_task import choose_task, is_telling, task_of
+from indistill_fx.losses.choose_task import choose_task, is_one_hot, is_telling, task_of
 from indistill_fx.losses.positions import IGNORED, as_classes, counted
 from indistill_fx.losses.registry import MAIN_LOSSES
-from indistill_fx.losses.task import Classification, Language, Segmentation, Task
+from indistill_fx.losses.task import Classification, Language, MultiLabel, Segmentation, Task
 from indistill_fx.runs.record import MetricFacts
 from indistill_fx.stages.checks import has_classes_last, label_check, require_classes
+from indistill_fx.system.model_inputs import Inputs
+from indistill_fx.system.nested import to_device
 from indistill_fx.traced import TracedModel
 
 
@@ -112,6 +114,8 @@ def task_of_run(
     count = prepared.shape[1] if prepared.ndim > 1 else 1
     check = label_check(chosen, logits_of, *models, inferred=task is None or task == Language.name)
     said, facts = f"Task: {described(chosen)}{origin}.", kept_facts(chosen, spec)
+    if task is None and isinstance(chosen, MultiLabel) and _are_one_hot(loader, models):
+        said += _ONE_HOT
     return RunTask(chosen, deciding_metric(chosen, count), said, check, count, facts=facts)
 
 
@@ -140,6 +144,16 @@ def without_labels(found: RunTask, student: TracedModel, main: object) -> RunTas
 
 _LOOKED_AT = 20
 """Batches, before labels of which none is usable are refused."""
+_ONE_HOT = (
+    " Every sample of the first batches has exactly one label: if that is its class, name the task: task='classification' "
+    "(--task classification)."
+)
+
+
+def _are_one_hot(loader: Iterable[Any], models: Sequence[Inputs]) -> bool:
+    """Whether all labels that are looked at are; samples that may have several labels soon show one that has."""
+    found = (split(batch, *models, where="The training").labels for batch in islice(loader, _LOOKED_AT))
+    return all(map(is_one_hot, found))
 
 
 def _telling(loader: Iterable[Any], models: Sequence[Inputs]) -> tuple[Any, Parts]:

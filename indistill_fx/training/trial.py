@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from indistill_fx.batch import to_device
 from indistill_fx.errors import ConfigError, IndistillError
 from indistill_fx.graph.module_state import evaluating
 from indistill_fx.losses.task import Task
+from indistill_fx.system.nested import to_device
 from indistill_fx.system.shortage import is_out_of_memory
 
 

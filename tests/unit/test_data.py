@@ -12,14 +12,16 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import indistill_fx as ifx
 from indistill_fx.data import open_folder
 from indistill_fx.data.augment import FlipAndCrop, ShiftAndRandAugment
 from indistill_fx.data.dataset import Data
 from indistill_fx.data.disk_loader import DiskLoader
 from indistill_fx.data.foreign import ForeignLoader
-from indistill_fx.data.image_folders import rank_in_class, spread
+from indistill_fx.data.image_folders import list_splits, rank_in_class, spread
 from indistill_fx.data.loaders import MemoryLoader
 from indistill_fx.data.open import open_data
 from indistill_fx.errors import ConfigError
@@ -542,3 +544,45 @@ def test_digits_are_resized_as_real_numbers():
         pixels.append(images * data.normalisation[1][0] + data.normalisation[0][0])
     expected = F.interpolate(pixels[0], size=(12, 12), mode="bilinear", antialias=True)
     torch.testing.assert_close(pixels[1], expected, rtol=0, atol=1e-5)
+
+
+def _picture(path: Path, grey: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 8), (grey, grey, grey)).save(path)
+
+
+def test_links_to_folders_are_followed(tmp_path):
+    """A link inside a class folder was passed over with all of its images, as was a class whose link leads nowhere."""
+    for split in ("train", "test"):
+        for name in ("ant", "bee"):
+            _picture(tmp_path / "data" / split / name / "0.png", 0)
+    _picture(tmp_path / "store" / "second.day" / "1.png", 1)
+    (tmp_path / "data/train/ant/more").symlink_to(tmp_path / "store")
+    (tmp_path / "store/back").symlink_to(tmp_path / "data/train/ant")  # leads round in a circle
+    (tmp_path / "link").symlink_to("data")
+    for folder in ("data", "link"):
+        train, test = list_splits(tmp_path / folder)
+        place = tmp_path / folder / "train"
+        assert train.files == tuple(
+            str(place / name) for name in ("ant/0.png", "ant/more/second.day/1.png", "bee/0.png")
+        )
+        assert train.labels.tolist() == [0, 0, 1] and len(test.files) == 2
+    (tmp_path / "data/train/cow").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match=r"train/cow' is a link to '.*nowhere', where nothing is"):
+        list_splits(tmp_path / "data")
+
+
+def test_an_image_that_is_deleted_after_the_folder_was_listed_is_named(tmp_path):
+    """It was a FileNotFoundError of the run's identity."""
+    for split in ("train", "test"):
+        for i in range(8):
+            _picture(tmp_path / split / "ab"[i % 2] / f"{i}.png", 30 * i)
+    data = open_data(f"imagefolder:{tmp_path}", batch_size=4, size=72)
+    (tmp_path / "train/a/2.png").unlink()
+    model = nn.Sequential(nn.Conv2d(3, 2, 8, 8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 2))
+    for use in (
+        lambda: ifx.train(model, data.train, epochs=1, progress=False, device="cpu"),
+        data.train_plain.fingerprint,
+    ):
+        with pytest.raises(ConfigError, match=r"Image '.*train/a/2\.png' cannot be read: .*No such file"):
+            use()

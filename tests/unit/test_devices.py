@@ -15,12 +15,12 @@ from torch import nn
 
 import indistill_fx as ifx
 import indistill_fx.target as targets
-from indistill_fx.batch import tensors_of, to_device
 from indistill_fx.cli import run
 from indistill_fx.data import open_data
 from indistill_fx.demo import DigitsStudent, DigitsTeacher
 from indistill_fx.graph.module_state import moved
 from indistill_fx.report.work import Work
+from indistill_fx.system.nested import tensors_of, to_device
 from indistill_fx.training.memory import noticing_full_memory_elsewhere
 from indistill_fx.training.options.settings import Settings
 from indistill_fx.training.parallel import devices, processes

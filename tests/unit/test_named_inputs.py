@@ -16,12 +16,13 @@ from transformers import BertConfig, BertForSequenceClassification
 from transformers.tokenization_utils_base import BatchEncoding
 
 import indistill_fx as ifx
-from indistill_fx.batch import Call, Inputs
+from indistill_fx.batch import Call
 from indistill_fx.cli import run
 from indistill_fx.loading.inputs import describe_inputs, example_inputs, parse_input
 from indistill_fx.passes.capture.captured import Request
 from indistill_fx.passes.capture.exported import capture_exported
 from indistill_fx.passes.pairing.cka import cka
+from indistill_fx.system.model_inputs import Inputs
 
 
 class Encoder(nn.Module):

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import indistill_fx as ifx
-from indistill_fx.batch import Inputs
 from indistill_fx.cli import run
 from indistill_fx.curriculum import Curriculum
 from indistill_fx.data.foreign import repeatable
@@ -18,6 +17,7 @@ from indistill_fx.deploy.parity import decided
 from indistill_fx.errors import ConfigError
 from indistill_fx.losses.choose_task import choose_task, infer_task
 from indistill_fx.losses.task import Classification, Language, MultiLabel, Regression, Segmentation
+from indistill_fx.system.model_inputs import Inputs
 from indistill_fx.training.task import described, task_of_run
 
 QUIET = {"progress": False, "device": "cpu", "curriculum": Curriculum(lengths=[])}
@@ -433,3 +433,29 @@ def test_without_labels_values_need_a_task(form, problem, tmp_path):
         ifx.compress(teacher, data, run_dir=tmp_path / "small", macs=0.5, samples=8, progress=False)
     assert not (tmp_path / "small" / "student.py").exists()
     assert ifx.distill(teacher, student, data, task="regression", **options).stages[0].losses[0] > 0
+
+
+def test_one_hot_labels_of_whole_numbers_are_remarked():
+    """They are taken for any number of labels a sample; if they are classes, that is another task, without an error."""
+    model, x, numbers = net(3), pictures(6, 0), torch.arange(6) % 3
+    one_hot, several = F.one_hot(numbers, 3), F.one_hot(numbers, 3) | F.one_hot(numbers * 2 % 3, 3)
+
+    def said(*labels):
+        loader = repeatable([(x, y) for y in labels], 0, "train loader")
+        return task_of_run(None, loader, model, Inputs.of(model)).said
+
+    remark = (
+        "Task: multilabel, binary True, inferred from the labels of the first batch. Every sample of the first batches has exactly "
+        "one label: if that is its class, name the task: task='classification' (--task classification)."
+    )
+    assert said(one_hot, one_hot.bool()) == remark
+    for others in ((one_hot, several), (several, one_hot), (one_hot, one_hot * 0)):
+        assert said(*others) == remark.partition(" Every sample")[0]
+    named = task_of_run("multilabel", repeatable([(x, one_hot)], 0, "train loader"), model, Inputs.of(model))
+    assert named.said == "Task: multilabel."
+    logits = model(x).detach()
+    prepared = Classification().prepare(logits, one_hot)
+    Classification().check(*prepared)
+    torch.testing.assert_close(Classification().loss(*prepared), F.cross_entropy(logits, numbers), rtol=1e-6, atol=0)
+    with pytest.raises(ConfigError, match="those of some sample do not sum to 1"):
+        Classification().check(*Classification().prepare(logits, several))

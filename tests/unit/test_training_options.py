@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import indistill_fx as ifx
-from indistill_fx.batch import Inputs
 from indistill_fx.curriculum import Curriculum
 from indistill_fx.errors import ConfigError
 from indistill_fx.runs.directory import RunDirectory
+from indistill_fx.system.model_inputs import Inputs
 from indistill_fx.training.options.mixing import make_mixing
 from indistill_fx.training.options.optimizers import make_optimizer
 from indistill_fx.training.options.settings import Settings

@@ -20,7 +20,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, fx, nn
 
-from indistill_fx.batch import LEFT_OUT, Call, Inputs
+from indistill_fx.batch import Call
 from indistill_fx.errors import ConfigError, FrontendError, unknown
 from indistill_fx.graph.caches import caches_kept, no_generation_cache, reach_of
 from indistill_fx.graph.draws import Generators
@@ -36,6 +36,7 @@ from indistill_fx.passes.capture.exported import capture_exported
 from indistill_fx.passes.capture.facts import Known, infer_facts
 from indistill_fx.passes.capture.recording import capture_leaves, capture_shapes
 from indistill_fx.passes.capture.symbolic import capture_symbolic
+from indistill_fx.system.model_inputs import LEFT_OUT, Inputs
 from indistill_fx.traced import Role, TracedModel, TraceReport
 
 

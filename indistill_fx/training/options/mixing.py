@@ -12,9 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from indistill_fx.batch import Inputs, replaced, split, with_labels
+from indistill_fx.batch import split, with_labels
 from indistill_fx.errors import ConfigError
 from indistill_fx.losses.positions import IGNORED
+from indistill_fx.system.model_inputs import Inputs
+from indistill_fx.system.nested import replaced
 from indistill_fx.training.options.settings import Settings
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from indistill_fx.batch import map_tensors
+from indistill_fx.system.nested import map_tensors
 
 Form = tuple[Any, ...]
 """What two batches must have in common for one to be copied over the other: structure, shapes, strides, dtypes, devices, other values."""

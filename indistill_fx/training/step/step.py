@@ -8,7 +8,7 @@ from typing import Any
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from indistill_fx.batch import stand_in
+from indistill_fx.system.nested import stand_in
 from indistill_fx.training.parallel.processes import weighted
 from indistill_fx.training.step.proof import Snapshot, state_of
 from indistill_fx.training.step.recorded import RecordedStep, Recorder
