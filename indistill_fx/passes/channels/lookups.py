@@ -9,6 +9,7 @@ from torch import fx
 
 from indistill_fx.passes.channels.call import Call, again, axis_of
 from indistill_fx.passes.channels.keys import full_key
+from indistill_fx.passes.channels.norms import mixed_axis
 from indistill_fx.passes.channels.selection import Blocked, Cut, Part, Propagation
 
 
@@ -57,8 +58,8 @@ def _rank(call: Call, entry: Any) -> int | None:
 
 
 def along_places(call: Call, cut: Cut) -> Propagation | Blocked:
-    """`gather`, `scatter`, `index_add`, …: along another axis than theirs, every operand of as many axes is selected alike."""
-    dim, rank = call.get("dim"), len(call.output_shape)
+    """`gather`, `scatter`, `index_add`, `diff`, …: along another axis than theirs, every operand of as many axes is selected alike."""
+    dim, rank = mixed_axis(call), len(call.output_shape)
     if not isinstance(dim, int) or cut.width > 1:
         return Blocked(f"{call.op} along a computed axis, or with merged axes")
     if axis_of(dim, rank) == cut.start:

@@ -10,7 +10,7 @@ from torch import fx
 from indistill_fx.graph.computed_weights import why_opaque
 from indistill_fx.graph.edit import own_place
 from indistill_fx.graph.ops import op_name
-from indistill_fx.passes.channels.attention import PRODUCTS, letters, operands_of
+from indistill_fx.passes.channels.attention import BY_LETTERS, PRODUCTS, letters, operands_of
 from indistill_fx.passes.channels.call import Call, axis_of, read_call
 from indistill_fx.passes.channels.joining import POOLS, REDUCTIONS, WITH_PLACES
 from indistill_fx.passes.channels.keys import taken
@@ -254,7 +254,7 @@ def _ends(call: Call) -> list[tuple[fx.Node, int]]:
         if min(ranks) < 3 or _turned(left) is _turned(right):  # products of all pairs of vectors
             return []
         return [(left, ranks[0] - 1), (left, ranks[0] - 2), (right, ranks[1] - 2), (right, ranks[1] - 1)]
-    if call.op == "einsum" and (parsed := letters(call)) is not None:
+    if call.op in BY_LETTERS and (parsed := letters(call)) is not None:
         names, output, nodes = parsed
         summed = [
             (n, k)
