@@ -224,6 +224,15 @@ def _entry_written(ranks: list[int], input: fx.Node, src: fx.Node, dim: int, ind
     return _written(ranks, input, src, dim, index)
 
 
+def _size_of_part(_: list[int], part: Any, dim: Any = None) -> Form | None:
+    """`x[:, :, -1].size(1)` is `x.size(1)`: what is taken is not read."""
+    key = part.args[1] if part.target is operator.getitem and isinstance(part.args[1], tuple) else ()
+    if not isinstance(dim, int) or not all(type(entry) is int or entry == slice(None) for entry in key):
+        return None
+    whole = [axis for axis, entry in enumerate(key) if entry == slice(None)]
+    return ("size", (part.args[0], whole[dim])) if 0 <= dim < len(whole) else None
+
+
 def _tiled(ranks: list[int], input: fx.Node, *given: Any, dims: Any = None) -> Form:
     first = given[0] if given else dims
     times = first if isinstance(first, (tuple, list)) else given
@@ -240,6 +249,7 @@ _FORMS: dict[str, Callable[..., Form | None]] = {
     "slice_scatter": _slice_written,
     "select_scatter": _entry_written,
     "tile": _tiled,
+    "size": _size_of_part,
 }
 """Operations that are other spellings of basic ones."""
 

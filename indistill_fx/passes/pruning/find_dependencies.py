@@ -31,7 +31,8 @@ _ALONG_AXIS = WITH_PLACES | REDUCTIONS | {"unbind"}
 """Operations of several results that go along one axis and leave the others as they are."""
 _EXTREMES = frozenset("max min amax amin median nanmedian mode kthvalue".split())
 _RESHAPES = frozenset("view reshape unflatten".split())
-_READS_MAPS = frozenset("conv conv_transpose batch_norm max_pool avg_pool adaptive_avg_pool interpolate".split())
+_WINDOWED = frozenset("conv conv_transpose max_pool avg_pool adaptive_avg_pool interpolate".split())
+_READS_MAPS = _WINDOWED | {"batch_norm"}
 
 
 def couple(graph_module: fx.GraphModule, facts: Mapping[str, NodeFacts]) -> Coupling:
@@ -83,7 +84,8 @@ def _visit(found: Coupling, node: fx.Node) -> None:
             if found.has_units(source, axis):
                 alone = known is not None and known.shape[axis] == 1
                 found.freeze(
-                    found.of(source, axis), f"`{node.name}` ({call.op}) reads the only one" if alone else _why(call)
+                    found.of(source, axis),
+                    f"`{node.name}` ({call.op}) reads the only one" if alone else _why(call, slides=axis >= 2),
                 )
 
 
@@ -99,13 +101,21 @@ def _freeze_whole(found: Coupling, node: fx.Node, reason: str) -> None:
         _freeze_whole(found, source, reason)
 
 
-def _why(call: Call) -> str:
+def _why(call: Call, *, slides: bool = False) -> str:
+    """Why an operation needs channels.
+
+    Args:
+        call: the operation.
+        slides: they lie along an axis of space, along which convolutions and pooling slide their windows.
+    """
     reason = why_opaque(call.module) if call.module is not None else None
     reason = reason or call.why_computed
     whole = own_place(call.node) if call.module is not None else None
     if reason is None and whole is not None:
         reason = f"stays one node, because its code cannot be traced ({whole})"
     verb = f"reads them in a way no rule covers{call.why_open}" if reason is None else f"reads them, and {reason}"
+    if reason is None and slides and call.op in _WINDOWED:
+        verb = "combines each with its neighbours: if one went, others would become neighbours"
     return f"`{call.path if call.module is not None else call.node.name}` ({call.op}) {verb}"
 
 
