@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from indistill_fx.deploy.onnx_session import named_outputs, open_axes
 from indistill_fx.errors import ConfigError, ExportError, first_lines
@@ -110,9 +111,10 @@ def capture(
         raise ConfigError(f"onnx {onnx.__version__} knows no opset {opset}.", where="opset", hint=f"Use 18..{newest}.")
     if dynamic_batch and len(inputs[0]) < 2:
         inputs = [torch.cat([x, x]) for x in inputs]  # torch.export would take a size of 1 for a constant
+    inputs = [x.clone() for x in inputs]  # one tensor given twice would be one input
     shapes = _dynamic_shapes(inputs, batch=dynamic_batch, size=dynamic_size)
     try:
-        with quiet(), _attention_as_exported():
+        with quiet(), _attention_as_exported(), _EvenParts():
             program = torch.onnx.export(
                 deployed, tuple(inputs), dynamo=True, opset_version=opset, dynamic_shapes=(shapes,), verbose=False
             )
@@ -210,6 +212,44 @@ def _attention_as_exported() -> Iterator[None]:
 
 def _four_axes(x: Tensor) -> Tensor:
     return x.flatten(0, -4) if x.ndim > 4 else x[(None,) * (4 - x.ndim)]
+
+
+class _EvenParts(TorchFunctionMode):
+    """Within the block, an axis of open size is taken apart by `tensor_split` if its parts are equal, as in `torch.cat([a, b]).chunk(2)`.
+
+    The number of parts that `chunk` and `split` make depends on the size, so torch.export would fix that.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call the function, or `tensor_split` in its place."""
+        name, named = getattr(func, "__name__", ""), kwargs or {}
+        if name in ("chunk", "split"):
+            given = dict(zip(("input", name, "dim"), args, strict=False)) | {
+                _ALIASES.get(k, k): named[k] for k in named
+            }
+            if (count := _equal_parts(**given)) is not None:
+                return torch.tensor_split(given["input"], count, given.get("dim", 0))
+        return func(*args, **named)
+
+
+_ALIASES = {"tensor": "input", "chunks": "chunk", "split_size": "split", "split_size_or_sections": "split"}
+
+
+def _equal_parts(input: Tensor, chunk: Any = None, split: Any = None, dim: int = 0) -> int | None:
+    """Into how many equal parts an axis of open size is taken, if that is so for whatever size; else None."""
+    size: Any = input.shape[dim]
+    if not isinstance(size, torch.SymInt) or not isinstance(split, (torch.SymInt, type(None))):
+        return None
+    count = chunk if split is None else _at(size, 2) // max(_at(split, 2), 1)
+    numbers = range(1, 9)
+    even = all(_at(size, n) == count * (_at(size, n) // count if split is None else _at(split, n)) for n in numbers)
+    return count if even else None
+
+
+def _at(size: torch.SymInt, number: int) -> int:
+    """What a size comes to if all open sizes that it is computed from are this number."""
+    expression = size.node.expr
+    return int(expression.subs(dict.fromkeys(expression.free_symbols, number)))
 
 
 def explain(error: BaseException) -> tuple[str, str]:

@@ -1,7 +1,8 @@
 """What a graph node computes, whatever form the model's author wrote it in.
 
 `nn.ReLU()`, `F.relu`, `torch.relu`, `x.relu()`, `x.relu_()` and `aten.relu.default` are one operation with one name here. The passes ask
-`op_name` and never look at classes or targets themselves, so a rule is written once for all forms.
+`op_name` and never look at classes or targets themselves, so a rule is written once for all forms. Operations that torch has for
+convenience (`dstack`, `broadcast_to`) are written as the basic ones that they are (`basic_form`).
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from __future__ import annotations
 import functools
 import operator
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 _BY_CLASS: dict[str, str] = {
@@ -52,11 +54,13 @@ _BY_NAME: dict[str, str] = {
     "concat": "cat",
     "concatenate": "cat",
     "_assert": "assert",
-    "swapaxes": "transpose",
+    **dict.fromkeys(("swapaxes", "swapdims"), "transpose"),
     "moveaxis": "movedim",
     "reshape_as": "reshape",
     "view_as": "view",
     "_unsafe_view": "view",
+    **{f"unsafe_{kind}": kind for kind in ("chunk", "split", "split_with_sizes")},
+    "narrow_copy": "narrow",
     "native_layer_norm": "layer_norm",
     "native_group_norm": "group_norm",
     **{
@@ -162,6 +166,92 @@ def with_item(tensor: Tensor, index: Any, value: Any) -> Tensor:
     result = tensor.clone()
     result[index] = value
     return result
+
+
+def shape_read(node: fx.Node) -> fx.Node | None:
+    """The tensor whose whole shape a node is: `x.shape`, `x.size()`."""
+    whole = (node.target is getattr and node.args[1:] == ("shape",)) or (
+        node.target == "size" and len(node.args) + len(node.kwargs) == 1
+    )
+    return node.args[0] if whole and isinstance(node.args[0], fx.Node) else None
+
+
+Form = tuple[Any, tuple[Any, ...]]
+"""A function, or a method by its name, and its arguments."""
+
+
+def basic_form(node: fx.Node, shapes: Mapping[str, tuple[int, ...]]) -> Form | None:
+    """The basic operation that a node is another spelling of (`x.expand(y.shape)` of `x.expand_as(y)`); None if it is none.
+
+    Args:
+        node: of any graph.
+        shapes: of all tensors of that graph.
+    """
+    form = _FORMS.get(op_name(node)) if node.op in ("call_function", "call_method") else None
+    ranks = [len(shapes[source.name]) for source in node.all_input_nodes if source.name in shapes]
+    basic = form(ranks, *node.args, **node.kwargs) if form is not None and ranks else None
+    return None if basic == (node.target, node.args) else basic
+
+
+def _expanded(_: list[int], input: fx.Node, *sizes: Any, size: Any = None, implicit: bool = False) -> Form:
+    given = sizes or (size,)
+    like = shape_read(given[0]) if len(given) == 1 and isinstance(given[0], fx.Node) else None
+    if like is not None:
+        return "expand_as", (input, like)
+    return "expand", (input, *(given[0] if isinstance(given[0], (tuple, list)) else given))
+
+
+def _parted(axis: int, ranks: list[int], input: fx.Node, sections: Any = None, indices: Any = None) -> Form | None:
+    given = sections if indices is None else indices
+    return (torch.tensor_split, (input, given, axis)) if ranks[0] > max(axis, 1) else None
+
+
+def _joined(axis: int, ranks: list[int], tensors: Any) -> Form | None:
+    return (torch.cat, (tensors, axis)) if min(ranks) > max(axis, 1) else None
+
+
+def _written(ranks: list[int], input: fx.Node, src: fx.Node, dim: int, entry: int | slice) -> Form:
+    return with_item, (input, (*[slice(None)] * (dim % ranks[0]), entry), src)
+
+
+def _slice_written(
+    ranks: list[int], input: fx.Node, src: fx.Node, dim: int = 0, start: Any = None, end: Any = None, step: Any = 1
+) -> Form:
+    return _written(ranks, input, src, dim, slice(start, end, None if step == 1 else step))
+
+
+def _entry_written(ranks: list[int], input: fx.Node, src: fx.Node, dim: int, index: int) -> Form:
+    return _written(ranks, input, src, dim, index)
+
+
+def _size_of_part(_: list[int], part: Any, dim: Any = None) -> Form | None:
+    """`x[:, :, -1].size(1)` is `x.size(1)`: what is taken is not read."""
+    key = part.args[1] if part.target is operator.getitem and isinstance(part.args[1], tuple) else ()
+    if not isinstance(dim, int) or not all(type(entry) is int or entry == slice(None) for entry in key):
+        return None
+    whole = [axis for axis, entry in enumerate(key) if entry == slice(None)]
+    return ("size", (part.args[0], whole[dim])) if 0 <= dim < len(whole) else None
+
+
+def _tiled(ranks: list[int], input: fx.Node, *given: Any, dims: Any = None) -> Form:
+    first = given[0] if given else dims
+    times = first if isinstance(first, (tuple, list)) else given
+    return "repeat", (input, *[1] * (ranks[0] - len(times)), *times)
+
+
+_FORMS: dict[str, Callable[..., Form | None]] = {
+    **dict.fromkeys(("expand", "broadcast_to"), _expanded),
+    **{name: functools.partial(_parted, axis) for name, axis in {"vsplit": 0, "hsplit": 1, "dsplit": 2}.items()},
+    **{
+        name: functools.partial(_joined, axis)
+        for name, axis in {"vstack": 0, "row_stack": 0, "hstack": 1, "column_stack": 1, "dstack": 2}.items()
+    },
+    "slice_scatter": _slice_written,
+    "select_scatter": _entry_written,
+    "tile": _tiled,
+    "size": _size_of_part,
+}
+"""Operations that are other spellings of basic ones."""
 
 
 def function_name(target: Any) -> str:

@@ -93,7 +93,7 @@ ALONG: dict[str, Callable[[Tensor, int], Tensor]] = {
     "normalize": lambda x, dim: F.normalize(x, dim=dim),
     "take": lambda x, dim: torch.take_along_dim(x, x.argsort(dim), dim),
 }
-CROSSES = ("cumsum", "softmax", "normalize", "flip", "index_select")
+CROSSES = ("cumsum", "softmax", "normalize", "flip", "roll", "index_select")
 """What channels are removed under also along their own axis."""
 
 

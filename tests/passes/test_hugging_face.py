@@ -98,6 +98,22 @@ def test_graphs_equal_the_model_on_batches_of_other_sizes_and_paddings(name):
             torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-5)
 
 
+def test_the_embedding_width_of_a_bart_goes_where_the_logits_alone_are_returned():
+    """Its code takes one channel to read the length of a text, and the tokens that end it by a mask."""
+
+    class Logits(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = build("bart")
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            return self.inner(input_ids=input_ids).logits  # type: ignore[no-any-return]
+
+    report = ifx.shrink(ifx.trace(Logits().eval(), batch("bart")), ratio=0.5).report
+    assert {frozen.reason for frozen in report.frozen} == {"an output of the network"}
+    assert report.widths["inner.model.shared"] == (32, 16)
+
+
 def test_the_cache_is_off_only_while_the_model_is_traced_and_the_report_says_so():
     model = build("t5")
     configs = {id(part.config): part.config for part in model.modules() if hasattr(part, "config")}

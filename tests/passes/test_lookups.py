@@ -67,6 +67,11 @@ GOES: dict[str, Callable[[], nn.Module]] = {
     "places of space, two axes": lambda: Places(lambda m, x: x[:, :, m.at, m.at][..., None], at=torch.arange(8)),
     "places of space, a grid": lambda: Places(lambda m, x: x[:, :, m.at[:, None], m.at], at=torch.arange(8)),
     "places apart": lambda: Places(lambda m, x: x[m.at[:1], :, m.at[:1]][:, :, None] + x, at=torch.arange(8)),
+    "places of a mask": lambda: Places(
+        lambda m, x: x.movedim(1, -1)[x.mean(1) > -9.0].reshape(x.shape[0], 16, 16, WIDTH).movedim(-1, 1)
+    ),
+    "rows of a mask": lambda: Places(lambda m, x: x[x.mean((1, 2, 3)) > -9.0, :, 1:]),
+    "size of what is taken": lambda: Places(lambda m, x: x * x[:, -1, :].size(1) + x[:, :, 0].size(2)),
     "one token": lambda: Places(one_token),
     "best tokens": lambda: Places(best_tokens),
     "take_along_dim": lambda: Places(lambda m, x: torch.take_along_dim(x, x.mean(1, keepdim=True).argsort(2), 2)),

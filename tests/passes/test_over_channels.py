@@ -173,3 +173,21 @@ def test_the_comparison_sees_a_statistic_over_all_channels(monkeypatch: pytest.M
     monkeypatch.setattr(masked, "_leave_out", lambda *_: None)
     with pytest.raises(PassError, match="off by"):
         shrunk(Over(APPROXIMATE["max"]))
+
+
+def test_channels_along_which_a_convolution_slides_stay_and_the_report_says_why() -> None:
+    class Neighbours(nn.Module):
+        """The weights of ECA: from the means of each channel and its neighbours."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv1d(1, 1, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.conv(x.mean((2, 3)).unsqueeze(1)).sigmoid().transpose(1, 2).unsqueeze(-1)
+
+    module = Over(lambda x: x, Neighbours()).double().eval()
+    report = shrink(trace(module, torch.randn(2, 3, 6, 6, dtype=torch.float64)), ratio=0.5).report
+    assert report.widths["stem"] == (C, C)
+    why = "`part.conv` (conv) combines each with its neighbours: if one went, others would become neighbours"
+    assert [frozen.reason for frozen in report.frozen] == [why, "an output of the network"]

@@ -84,3 +84,37 @@ def test_a_constant_of_onnx_that_follows_from_the_batch_is_named(tmp_path):
     assert "Unsupported attribute type" in refused.value.message and "It comes from" not in refused.value.message
     assert refused.value.hint.endswith("export with dynamic_batch=False (--fixed-batch).")
     assert export_onnx(PerSample(), tmp_path / "a.onnx", x, dynamic_batch=False).max_abs < 1e-5
+
+
+class Siamese(nn.Module):
+    """One encoder for two inputs, which go through it as one batch; the way in which its result is taken apart."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.encoder, self.way = nn.Linear(6, 4), way
+
+    def forward(self, a, b):
+        first, second = self.way(self.encoder(torch.cat([a, b])))
+        return first - 2 * second
+
+
+PARTS = {
+    "chunk by name": lambda z: torch.chunk(input=z, chunks=2, dim=-2),
+    "split": lambda z: z.split(z.shape[0] // 2),
+    "two of four": lambda z: torch.cat([z, z.sin()]).chunk(4)[1:3],
+}
+
+
+@pytest.mark.parametrize("way", PARTS)
+def test_parts_of_a_batch_that_are_equal_whatever_its_size(way, tmp_path):
+    torch.manual_seed(0)
+    net, x = Siamese(PARTS[way]), torch.randn(2, 6)
+    report = export_onnx(net, tmp_path / "a.onnx", (x, x), batch_sizes=(1, 3, 8))
+    assert {parity.batch_size for parity in report.parity} == {1, 3, 8}
+    assert report.max_abs < 1e-6
+
+
+def test_parts_whose_number_follows_from_the_batch_are_refused(tmp_path):
+    net = Siamese(lambda z: z[::2].chunk(2))
+    with pytest.raises(ExportError, match="The model's code fixes the batch of its input to 4"):
+        export_onnx(net, tmp_path / "a.onnx", (torch.randn(4, 6), torch.randn(4, 6)))

@@ -15,10 +15,10 @@ from typing import Any
 from torch import fx, nn
 
 from indistill_fx.errors import FrontendError
-from indistill_fx.graph.edit import output_node, tensor_nodes
+from indistill_fx.graph.edit import copy_graph, output_node, tensor_nodes
 from indistill_fx.graph.main_output import as_key, entries, main_output
 from indistill_fx.graph.opaque import Opaque
-from indistill_fx.graph.ops import attribute, own_parameters
+from indistill_fx.graph.ops import attribute, basic_form, own_parameters
 from indistill_fx.graph.per_sample import write_per_sample
 from indistill_fx.passes.capture.channel_axis import channel_axes
 from indistill_fx.passes.capture.equivalence import Reference
@@ -83,12 +83,31 @@ def _found(graph_module: fx.GraphModule, observer: Observer) -> tuple[fx.GraphMo
     """The graph with its static values written in, and its facts."""
     reference = observer.reference
     runs = _runs(graph_module, observer)
+    graph_module = _in_basic_forms(graph_module, runs[0].shapes)
     if has_sizes(graph_module, runs[0].shapes):
         graph_module, per_sample = write_per_sample(graph_module, [run.shapes for run in runs], reference.sizes)
         graph_module, folded = _fold(graph_module, runs, observer)
         if per_sample or folded:
             runs = _runs(graph_module, observer)
     return graph_module, _assemble(graph_module, [run.seen for run in runs], reference.sizes, reference.example)
+
+
+def _in_basic_forms(graph_module: fx.GraphModule, shapes: Mapping[str, tuple[int, ...]]) -> fx.GraphModule:
+    """The graph with basic operations in place of their other spellings; all nodes keep their names."""
+    forms = {node.name: form for node in graph_module.graph.nodes if (form := basic_form(node, shapes)) is not None}
+    if not forms:
+        return graph_module
+    new, nodes = copy_graph(graph_module)
+    for name, (target, args) in forms.items():
+        node, before = nodes[name], nodes[name].all_input_nodes
+        node.op = "call_method" if isinstance(target, str) else "call_function"
+        node.target, node.args, node.kwargs = target, fx.map_arg(args, lambda n: nodes[n.name]), {}
+        for source in before:
+            if not source.users:
+                new.graph.erase_node(source)
+    new.graph.lint()
+    new.recompile()
+    return new
 
 
 def _runs(graph_module: fx.GraphModule, observer: Observer) -> list[Observed]:

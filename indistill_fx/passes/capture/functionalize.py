@@ -35,7 +35,7 @@ VIEWS = frozenset(
 """Operations whose result may share its storage with their first argument."""
 _BY_MODE = (nn.modules.dropout._DropoutNd, nn.RReLU)
 """Layers that compute something else in train mode."""
-_PIECES = frozenset("chunk split unbind tensor_split split_with_sizes unsafe_chunk hsplit".split())
+_PIECES = frozenset("chunk split unbind tensor_split split_with_sizes hsplit".split())
 _FUNCTIONAL = {
     operator.iadd: operator.add,
     operator.isub: operator.sub,

@@ -125,12 +125,16 @@ def product(call: Call, cut: Cut, ends: dict[int, list[fx.Node]], every: list[An
     return Propagation(again(call, cuts), tuple(Part(c) for c in cuts))
 
 
+BY_LETTERS = ("einsum", "tensordot")
+"""Sums of products over axes that the call names."""
+
+
 def letters(call: Call) -> tuple[list[str], str, list[fx.Node]] | None:
     """The subscripts of an einsum's operands and of its output, and the operands; None if they are not plain.
 
-    An ellipsis is written out in capital letters that the equation does not use.
+    An ellipsis is written out in capital letters that the equation does not use. A `tensordot` is an einsum, too.
     """
-    equation, *operands = call.node.args
+    equation, *operands = call.node.args if call.op == "einsum" else (_equation(call), call.input, call.get("other"))
     if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
         operands = list(operands[0])
     text = str(equation).replace(" ", "")
@@ -151,6 +155,19 @@ def letters(call: Call) -> tuple[list[str], str, list[fx.Node]] | None:
     output = output.replace("...", "".join(unnamed))
     plain = all(len(set(name)) == len(name) for name in (*names, output))
     return (names, output, nodes) if plain and [len(name) for name in names] == ranks else None
+
+
+def _equation(call: Call) -> str | None:
+    """A tensordot as an einsum."""
+    ranks = [len(call.shape(n) or ()) for n in (call.input, call.get("other"))]
+    dims = call.get("dims", 2)
+    left, right = (range(ranks[0] - dims, ranks[0]), range(dims)) if isinstance(dims, int) else dims
+    first = list(string.ascii_lowercase[: ranks[0]])
+    second = list(string.ascii_lowercase[ranks[0] : sum(ranks)])
+    for a, b in zip(left, right, strict=True):
+        second[b] = first[a]
+    output = [letter for letter in (*first, *second) if (letter in first) != (letter in second)]
+    return f"{''.join(first)},{''.join(second)}->{''.join(output)}"
 
 
 def einsum(call: Call, cut: Cut) -> Propagation | Blocked:

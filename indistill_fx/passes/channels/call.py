@@ -89,6 +89,8 @@ SIGNATURES: dict[str, str] = {
         "gather scatter scatter_add scatter_reduce index_add index_copy index_fill".split(), "input dim index src"
     ),
     "take_along_dim": "input indices dim",
+    "diff": "input n dim prepend append",
+    "tensordot": "input other dims",
     "fold": "input output_size kernel_size dilation padding stride",
     "softmax": "input dim",
     "log_softmax": "input dim",
@@ -106,7 +108,9 @@ SIGNATURES: dict[str, str] = {
     "pixel_unshuffle": "input downscale_factor",
     "channel_shuffle": "input groups",
     **dict.fromkeys(
-        "mean sum amax amin max min median nanmedian mode prod logsumexp argmax argmin".split(), "input dim keepdim"
+        "mean sum amax amin max min median nanmedian mode prod logsumexp argmax argmin nansum nanmean all any "
+        "count_nonzero".split(),
+        "input dim keepdim",
     ),
     **dict.fromkeys("cumprod cummax cummin logcumsumexp softmin softmax2d argsort".split(), "input dim"),
     "sort": "input dim descending",
@@ -126,8 +130,6 @@ _NUMBERS = (
     "dim1",
     "axis0",
     "axis1",
-    "source",
-    "destination",
     "start_dim",
     "end_dim",
     "groups",

@@ -115,7 +115,7 @@ def permutation(call: Call) -> list[int] | None:
         return order
     moves = call.get("source"), call.get("destination")
     pairs = [(m,) if isinstance(m, int) else m for m in moves]
-    if not all(isinstance(p, (tuple, list)) for p in pairs):
+    if not all(isinstance(p, (tuple, list)) and all(isinstance(axis, int) for axis in p) for p in pairs):
         return None
     placed = {axis_of(to, rank): axis_of(source, rank) for source, to in zip(*pairs, strict=True)}
     rest = iter(axis for axis in range(rank) if axis not in placed.values())

@@ -9,6 +9,7 @@ from torch import fx
 
 from indistill_fx.passes.channels.call import Call, again, axis_of
 from indistill_fx.passes.channels.keys import full_key
+from indistill_fx.passes.channels.norms import mixed_axis
 from indistill_fx.passes.channels.selection import Blocked, Cut, Part, Propagation
 
 
@@ -34,7 +35,9 @@ def _axes_of_lookup(call: Call) -> list[tuple[int | None, bool]] | None:
     These stand where the first of adjacent entries stood, and in front if the entries stand apart.
     """
     shape, given = call.shape(call.input), call.get("key", call.get("index"))
-    key = full_key(given if isinstance(given, tuple) else (given,), len(shape)) if shape is not None else None
+    entries = given if isinstance(given, tuple) else (given,)
+    entries = tuple(entry for entry in entries for _ in range(_axes_of_mask(call, entry) or 1))
+    key = full_key(entries, len(shape)) if shape is not None else None
     if key is None or None in key:
         return None
     at = [k for k, entry in enumerate(key) if not isinstance(entry, slice)]
@@ -47,18 +50,25 @@ def _axes_of_lookup(call: Call) -> list[tuple[int | None, bool]] | None:
     return [*axes[:first], *[(None, False)] * max(known), *axes[first:]]
 
 
+def _axes_of_mask(call: Call, entry: Any) -> int | None:
+    """How many axes a mask is a mask of; None for any other entry. It is as many lists of places as it has axes."""
+    masks = isinstance(entry, fx.Node) and call.shape(entry) and call.facts[entry.name].dtype == torch.bool
+    return len(call.shape(entry) or ()) if masks else None
+
+
 def _rank(call: Call, entry: Any) -> int | None:
-    """How many axes places have; None for a mask, or if it is not known."""
+    """How many axes places have; None if it is not known."""
     if isinstance(entry, fx.Node):
         shape = call.shape(entry)
-        return None if shape is None or call.facts[entry.name].dtype == torch.bool else len(shape)
+        single = shape is None or (not shape and call.facts[entry.name].dtype == torch.bool)
+        return None if single else 1 if _axes_of_mask(call, entry) else len(shape or ())
     plain = isinstance(entry, int) and not isinstance(entry, bool)
     return 0 if plain else 1 if isinstance(entry, list) and all(type(k) is int for k in entry) else None
 
 
 def along_places(call: Call, cut: Cut) -> Propagation | Blocked:
-    """`gather`, `scatter`, `index_add`, …: along another axis than theirs, every operand of as many axes is selected alike."""
-    dim, rank = call.get("dim"), len(call.output_shape)
+    """`gather`, `scatter`, `index_add`, `diff`, …: along another axis than theirs, every operand of as many axes is selected alike."""
+    dim, rank = mixed_axis(call), len(call.output_shape)
     if not isinstance(dim, int) or cut.width > 1:
         return Blocked(f"{call.op} along a computed axis, or with merged axes")
     if axis_of(dim, rank) == cut.start:

@@ -42,7 +42,7 @@ def layer_norm(call: Call, cut: Cut) -> Propagation | Blocked:
     return Propagation(again(call, [below]), (Part(below),))
 
 
-_USUAL_AXIS = {"normalize": 1, "softmax2d": -3, **dict.fromkeys("sort argsort topk glu kthvalue mode".split(), -1)}
+_USUAL_AXIS = {"normalize": 1, "softmax2d": -3, **dict.fromkeys("sort argsort topk glu kthvalue mode diff".split(), -1)}
 """The axis that is mixed where none is named."""
 
 

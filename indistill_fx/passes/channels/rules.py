@@ -86,7 +86,7 @@ RULES: dict[str, Rule] = {
     "channel_shuffle": space.channel_shuffle,
     "glu": norms.glu,
     **dict.fromkeys(attention.PRODUCTS, attention.matmul),
-    "einsum": attention.einsum,
+    **dict.fromkeys(attention.BY_LETTERS, attention.einsum),
     "scaled_dot_product_attention": attention.fused,
     **dict.fromkeys(comparisons.COMPARISONS, comparisons.compared),
     **dict.fromkeys(("shifted_window_attention", "window_attention"), attention.windows),
@@ -101,7 +101,7 @@ RULES: dict[str, Rule] = {
     "stack": joining.stack,
     "getitem": joining.getitem,
     **dict.fromkeys(
-        "gather take_along_dim scatter scatter_add scatter_reduce index_add index_copy index_fill".split(),
+        "gather take_along_dim scatter scatter_add scatter_reduce index_add index_copy index_fill diff".split(),
         lookups.along_places,
     ),
     **dict.fromkeys("select narrow slice index_select".split(), joining.slicing),

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from indistill_fx.graph.ops import attribute, op_name
+from indistill_fx.graph.ops import attribute, op_name, shape_read
 from indistill_fx.passes.channels.call import Call, axis_of
 
 
@@ -22,14 +22,6 @@ def size_read(node: fx.Node) -> tuple[fx.Node, int] | None:
     elif node.target != "size":
         source = None
     return (source, axis) if isinstance(source, fx.Node) and isinstance(axis, int) else None
-
-
-def shape_read(node: fx.Node) -> fx.Node | None:
-    """The tensor whose whole shape a node is: `x.shape`, `x.size()`."""
-    whole = (node.target is getattr and node.args[1:] == ("shape",)) or (
-        node.target == "size" and len(node.args) + len(node.kwargs) == 1
-    )
-    return node.args[0] if whole and isinstance(node.args[0], fx.Node) else None
 
 
 def is_arithmetic(node: fx.Node) -> bool:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import fx
 
 from indistill_fx.passes.channels.call import Call, again, axis_of, source, untouched
 from indistill_fx.passes.channels.norms import mixed_axis
@@ -90,18 +93,28 @@ def flip(call: Call, cut: Cut) -> Propagation | Blocked:
     return Propagation(lambda out, new: out.function(torch.flip, new[0], moved), (Part(below),))
 
 
+def rolled(call: Call) -> dict[int, Any]:
+    """By how much a roll moves each axis that it names; none if it moves all entries as one axis."""
+    shifts, dims = ([n] if isinstance(n, (int, fx.Node)) else n for n in (call.get("shifts"), call.get("dims")))
+    if not (isinstance(shifts, (tuple, list)) and isinstance(dims, (tuple, list))):
+        return {}
+    found = {axis_of(d, len(call.output_shape)): shift for d, shift in zip(dims, shifts, strict=True)}
+    return found if len(found) == len(dims) else {}
+
+
 def shift(call: Call, cut: Cut) -> Propagation | Blocked:
-    """Roll of other axes."""
-    dims = call.get("dims")
-    rank = len(call.output_shape)
-    given = [dims] if isinstance(dims, int) else dims
-    if not isinstance(given, (tuple, list)):
-        return Blocked(f"{call.op} moves all axes")
-    axes = [axis_of(d, rank) for d in given]
-    if any(cut.start <= axis < cut.stop for axis in axes):
-        return Blocked(f"{call.op} moves the channels")
-    moved = [d if d < cut.start else d - cut.width + 1 for d in axes]
-    return untouched(call, cut, dims=moved[0] if isinstance(dims, int) else moved)
+    """Roll: entries of the selected axis, too, come from others by a fixed number further on."""
+    shifts = rolled(call)
+    inside = [axis for axis in shifts if cut.start <= axis < cut.stop]
+    if not shifts or (inside and (cut.width > 1 or not isinstance(shifts[cut.start], int))):
+        return Blocked(f"{call.op} moves all axes as one, merged axes, or by a computed number")
+    moved = {d if d < cut.start else d - cut.width + 1: by for d, by in shifts.items() if d not in inside}
+    size, by = call.output_shape[cut.start], shifts[cut.start] if inside else 0
+    index = tuple((k - by) % size for k in cut.index) if inside else cut.index
+    part = Part(Cut(call.input, cut.start, cut.stop, index))
+    if not moved:
+        return Propagation(source, (part,))
+    return Propagation(lambda out, new: out.function(torch.roll, new[0], (*moved.values(),), (*moved,)), (part,))
 
 
 def pixel_shuffle(call: Call, cut: Cut) -> Propagation | Blocked:

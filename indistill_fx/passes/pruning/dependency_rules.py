@@ -11,7 +11,7 @@ import numpy as np
 from torch import fx
 
 from indistill_fx.graph.edit import tensor_nodes
-from indistill_fx.passes.channels.attention import PRODUCTS
+from indistill_fx.passes.channels.attention import BY_LETTERS, PRODUCTS
 from indistill_fx.passes.channels.call import Call, axis_of
 from indistill_fx.passes.channels.comparisons import COMPARISONS, ends_compared
 from indistill_fx.passes.channels.joining import FIELDS, REDUCTIONS, WITH_PLACES
@@ -20,7 +20,7 @@ from indistill_fx.passes.channels.norms import mixed_axis
 from indistill_fx.passes.channels.producers import bilinear_inputs, places_alone
 from indistill_fx.passes.channels.rules import FILLED
 from indistill_fx.passes.channels.sizes import shape_lender
-from indistill_fx.passes.channels.space import reduced_axes
+from indistill_fx.passes.channels.space import reduced_axes, rolled
 from indistill_fx.passes.pruning import attention_dependencies, recurrent
 from indistill_fx.passes.pruning.dependencies import (
     Axis,
@@ -325,6 +325,13 @@ def taken_by_number(found: Coupling, call: Call) -> set[Axis]:
     return read
 
 
+def rolled_on(found: Coupling, call: Call) -> set[Axis]:
+    """Followed, but not along an axis that holds channels and places."""
+    for axis in rolled(call):
+        freeze_beside_places(found, call.input, axis, call.node)
+    return follow(found, call)
+
+
 def compared(found: Coupling, call: Call) -> set[Axis]:
     """What two tensors are compared over is the same on both sides: the similarity of fewer channels is that of those that stay."""
     if not (ends := ends_compared(call)):
@@ -356,10 +363,11 @@ COUPLERS: dict[str, Coupler] = {
     "conv_per_sample": per_sample,
     **dict.fromkeys(("getitem", "select"), taken_by_number),
     **dict.fromkeys(("narrow", "slice", "index_select", "with_item"), sliced),
+    "roll": rolled_on,
     **dict.fromkeys(FILLED, filled),
     "tensor": constant,
     **dict.fromkeys(PRODUCTS, attention_dependencies.product),
-    "einsum": attention_dependencies.einsum,
+    **dict.fromkeys(BY_LETTERS, attention_dependencies.einsum),
     "scaled_dot_product_attention": attention_dependencies.fused,
     "multihead_attention": attention_dependencies.attention_module,
     "head_attention": attention_dependencies.attention_module,

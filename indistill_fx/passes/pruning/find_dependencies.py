@@ -10,7 +10,7 @@ from torch import fx
 from indistill_fx.graph.computed_weights import why_opaque
 from indistill_fx.graph.edit import own_place
 from indistill_fx.graph.ops import op_name
-from indistill_fx.passes.channels.attention import PRODUCTS, letters, operands_of
+from indistill_fx.passes.channels.attention import BY_LETTERS, PRODUCTS, letters, operands_of
 from indistill_fx.passes.channels.call import Call, axis_of, read_call
 from indistill_fx.passes.channels.joining import POOLS, REDUCTIONS, WITH_PLACES
 from indistill_fx.passes.channels.keys import taken
@@ -32,7 +32,8 @@ _ALONG_AXIS = WITH_PLACES | REDUCTIONS | {"unbind"}
 _EXTREMES = frozenset("max min amax amin median nanmedian mode kthvalue".split())
 _RESHAPES = frozenset("view reshape unflatten".split())
 _NORMS_OF_VECTORS = frozenset("normalize layer_norm rms_norm".split())
-_READS_MAPS = frozenset("conv conv_transpose batch_norm max_pool avg_pool adaptive_avg_pool interpolate".split())
+_WINDOWED = frozenset("conv conv_transpose max_pool avg_pool adaptive_avg_pool interpolate".split())
+_READS_MAPS = _WINDOWED | {"batch_norm"}
 
 
 def couple(graph_module: fx.GraphModule, facts: Mapping[str, NodeFacts]) -> Coupling:
@@ -84,7 +85,8 @@ def _visit(found: Coupling, node: fx.Node) -> None:
             if found.has_units(source, axis):
                 alone = known is not None and known.shape[axis] == 1
                 found.freeze(
-                    found.of(source, axis), f"`{node.name}` ({call.op}) reads the only one" if alone else _why(call)
+                    found.of(source, axis),
+                    f"`{node.name}` ({call.op}) reads the only one" if alone else _why(call, slides=axis >= 2),
                 )
 
 
@@ -100,13 +102,21 @@ def _freeze_whole(found: Coupling, node: fx.Node, reason: str) -> None:
         _freeze_whole(found, source, reason)
 
 
-def _why(call: Call) -> str:
+def _why(call: Call, *, slides: bool = False) -> str:
+    """Why an operation needs channels.
+
+    Args:
+        call: the operation.
+        slides: they lie along an axis of space, along which convolutions and pooling slide their windows.
+    """
     reason = why_opaque(call.module) if call.module is not None else None
     reason = reason or call.why_computed
     whole = own_place(call.node) if call.module is not None else None
     if reason is None and whole is not None:
         reason = f"stays one node, because its code cannot be traced ({whole})"
     verb = f"reads them in a way no rule covers{call.why_open}" if reason is None else f"reads them, and {reason}"
+    if reason is None and slides and call.op in _WINDOWED:
+        verb = "combines each with its neighbours: if one went, others would become neighbours"
     return f"`{call.path if call.module is not None else call.node.name}` ({call.op}) {verb}"
 
 
@@ -255,7 +265,7 @@ def _ends(call: Call) -> list[tuple[fx.Node, int]]:
         if min(ranks) < 3 or _turned(left) is _turned(right):  # products of all pairs of vectors
             return []
         return [(left, ranks[0] - 1), (left, ranks[0] - 2), (right, ranks[1] - 2), (right, ranks[1] - 1)]
-    if call.op == "einsum" and (parsed := letters(call)) is not None:
+    if call.op in BY_LETTERS and (parsed := letters(call)) is not None:
         names, output, nodes = parsed
         summed = [
             (n, k)

@@ -17,10 +17,12 @@ from indistill_fx.passes.channels.call import Call, axis_of, read_call
 from indistill_fx.passes.channels.joining import split_begins
 from indistill_fx.passes.channels.keys import index_by, taken, written_slices
 from indistill_fx.passes.channels.rules import FILLED
+from indistill_fx.passes.channels.selection import Cut
 from indistill_fx.passes.channels.sizes import leaves, shape_lender, size_of, size_read
+from indistill_fx.passes.channels.space import rolled
 from indistill_fx.passes.channels.writing import places, whole_key
 from indistill_fx.passes.pruning.dependencies import has_places
-from indistill_fx.passes.pruning.rewriting import Inserter, Rewriting, take_place
+from indistill_fx.passes.pruning.rewriting import Inserter, Rewriting, reordered, take_place
 
 
 def _set(node: fx.Node, call: Call, name: str, value: Any) -> None:
@@ -249,6 +251,21 @@ def _fix_write(work: Rewriting, call: Call, node: fx.Node) -> None:
         node.args = (node.args[0], tuple(key), value)
 
 
+def _fix_roll(work: Rewriting, call: Call, node: fx.Node) -> None:
+    """A roll of channels: those that stay, in the order that it gave them. Other axes roll as before."""
+    shifts = rolled(call)
+    axis = next((axis for axis in shifts if work.kept(call.input, axis) is not None), None)
+    if axis is None:
+        return
+    size, by = call.output_shape[axis], shifts.pop(axis)
+    new = reordered(work, Cut(call.input, axis, axis + 1, tuple((k - by) % size for k in range(size))), call.node)
+    if shifts:
+        rest = fx.map_arg((*shifts.values(),), lambda n: work.nodes[n.name])
+        with work.new.graph.inserting_before(node):
+            new = work.new.graph.call_function(torch.roll, (new, rest, (*shifts,)))
+    take_place(work, node, new)
+
+
 def _fix_filled(work: Rewriting, call: Call, node: fx.Node) -> None:
     """A constant tensor: give it the remaining sizes."""
     sizes = call.arguments.get("shape")
@@ -362,6 +379,7 @@ FIXES: dict[str, Callable[[Rewriting, Call, fx.Node], None]] = {
     **dict.fromkeys(("chunk", "split", "split_with_sizes", "tensor_split"), _fix_split),
     **dict.fromkeys(("narrow", "slice", "index_select", "select"), _fix_slice),
     "getitem": _fix_getitem,
+    "roll": _fix_roll,
     "with_item": _fix_write,
     **dict.fromkeys(FILLED, _fix_filled),
     "tensor": _fix_constant,

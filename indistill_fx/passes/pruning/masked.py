@@ -17,7 +17,14 @@ from torch import Tensor, fx
 from indistill_fx.errors import PassError
 from indistill_fx.graph.edit import batch_size
 from indistill_fx.graph.interpret import Runner
-from indistill_fx.passes.channels.attention import PRODUCTS, free_heads, letters, operands_of, with_projections
+from indistill_fx.passes.channels.attention import (
+    BY_LETTERS,
+    PRODUCTS,
+    free_heads,
+    letters,
+    operands_of,
+    with_projections,
+)
 from indistill_fx.passes.channels.call import Call, axis_of, read_call
 from indistill_fx.passes.channels.comparisons import COMPARISONS, ends_compared
 from indistill_fx.passes.channels.joining import REDUCTIONS
@@ -148,7 +155,7 @@ def _read_axes(call: Call, source: fx.Node, rank: int) -> list[int]:
     if call.op in PRODUCTS:
         left, right = operands_of(call)
         return [rank - 1] if source is left else [max(rank - 2, 0)] if source is right else []
-    if call.op == "einsum" and (parsed := letters(call)) is not None:
+    if call.op in BY_LETTERS and (parsed := letters(call)) is not None:
         name = parsed[0][parsed[2].index(source)]
         return [k for k, letter in enumerate(name) if letter not in parsed[1]]
     return []

@@ -13,8 +13,8 @@ from indistill_fx.graph.computed_weights import left_behind
 from indistill_fx.graph.copying import deep_copy
 from indistill_fx.graph.edit import MADE, add_tensor
 from indistill_fx.graph.ops import attribute
-from indistill_fx.passes.channels.call import Call
-from indistill_fx.passes.channels.selection import sliced
+from indistill_fx.passes.channels.call import Call, index_select
+from indistill_fx.passes.channels.selection import Cut, sliced
 from indistill_fx.passes.pruning.dependencies import Coupling, Units
 
 
@@ -70,6 +70,27 @@ def take_place(work: Rewriting, old: fx.Node, new: fx.Node) -> None:
     work.new.graph.erase_node(old)
     new.name = old.name
     work.nodes[old.name] = new
+
+
+def reordered(work: Rewriting, order: Cut, node: fx.Node) -> fx.Node:
+    """Write, before a node whose entries are those of another one in this order, these in that order, as far as they stay."""
+    axis = order.start
+    kept, kept_here = work.kept(order.node, axis), work.kept(node, axis)
+    places = {int(k): j for j, k in enumerate(range(len(order.index)) if kept is None else kept)}
+    entries = [order.index[k] for k in (range(len(order.index)) if kept_here is None else kept_here.tolist())]
+    with work.new.graph.inserting_before(work.nodes[node.name]):
+        source, chosen = work.nodes[order.node.name], tuple(places[k] for k in entries)
+        return index_select(Inserter(work.new), source, axis, axis + 1, chosen)  # type: ignore[arg-type]
+
+
+def take_chosen(work: Rewriting) -> None:
+    """Let each reader of a tensor that nothing makes take the entries that stay for it (see `Coupling.chosen`)."""
+    for (reader, source, axis), kept in work.chosen.items():
+        with work.new.graph.inserting_before(work.nodes[reader]):
+            entries = tuple(kept.tolist())
+            chosen = index_select(Inserter(work.new), work.nodes[source], axis, axis + 1, entries)  # type: ignore[arg-type]
+        work.nodes[reader].replace_input_with(work.nodes[source], chosen)
+        work.selections[chosen.name] = source, axis, len(kept)
 
 
 def _kept(stays: NDArray[np.bool_]) -> NDArray[np.int64] | None:

@@ -16,14 +16,14 @@ from torch import fx, nn
 from indistill_fx.graph.attention import HeadAttention
 from indistill_fx.graph.ops import attribute, own_parameters
 from indistill_fx.passes.channels.attention import free_heads, linear
-from indistill_fx.passes.channels.call import Call, index_select, read_call
+from indistill_fx.passes.channels.call import Call, read_call
 from indistill_fx.passes.channels.selection import Cut, sliced
 from indistill_fx.passes.channels.sizes import is_size
 from indistill_fx.passes.pruning.dependencies import Coupling, Units
 from indistill_fx.passes.pruning.follow_sizes import FIXES
 from indistill_fx.passes.pruning.recurrent import NAMES as RECURRENT
 from indistill_fx.passes.pruning.recurrent import resize_recurrent
-from indistill_fx.passes.pruning.rewriting import Inserter, Rewriting, take_place
+from indistill_fx.passes.pruning.rewriting import Rewriting, reordered, take_chosen, take_place
 from indistill_fx.traced import NodeFacts
 
 
@@ -44,11 +44,7 @@ def rewrite(old: fx.GraphModule, found: Coupling, stays: Callable[[Units], NDArr
         fix = FIXES.get(call.op)
         if fix is not None:
             fix(work, call, work.nodes[node.name])
-    for (reader, source, axis), kept in work.chosen.items():
-        with work.new.graph.inserting_before(work.nodes[reader]):
-            chosen = index_select(Inserter(work.new), work.nodes[source], axis, axis + 1, tuple(kept.tolist()))  # type: ignore[arg-type]
-        work.nodes[reader].replace_input_with(work.nodes[source], chosen)
-        work.selections[chosen.name] = source, axis, len(kept)
+    take_chosen(work)
     for name in reversed(list(work.nodes)):
         if name in found.vanished and not work.nodes[name].users:
             work.new.graph.erase_node(work.nodes.pop(name))
@@ -68,14 +64,7 @@ def _loses(work: Rewriting, node: fx.Node) -> bool:
 
 def _write_shuffle(work: Rewriting, node: fx.Node, order: Cut) -> None:
     """Write a channel permutation for the remaining channels."""
-    axis, source = order.start, work.nodes[order.node.name]
-    kept, kept_here = work.kept(order.node, axis), work.kept(node, axis)
-    places = {int(k): j for j, k in enumerate(range(len(order.index)) if kept is None else kept)}
-    entries = [order.index[k] for k in (range(len(order.index)) if kept_here is None else kept_here.tolist())]
-    new, old = Inserter(work.new), work.nodes[node.name]
-    with work.new.graph.inserting_before(old):
-        chosen = index_select(new, source, axis, axis + 1, tuple(places[k] for k in entries))  # type: ignore[arg-type]
-    take_place(work, old, chosen)
+    take_place(work, work.nodes[node.name], reordered(work, order, node))
 
 
 _SIZES: dict[str, Callable[[Any], dict[str, Any]]] = {
