@@ -13,24 +13,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 import warnings
 from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 import transformers as hf
+from every_step import every_step, without_neutral_values, write_table
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
-
-import indistill_fx as ifx
-from indistill_fx.compression.basis import in_both_modes
-from indistill_fx.compression.write_source import source_of
-from indistill_fx.graph.caches import no_generation_cache
 
 BEGIN, END = "<!-- hugging face: made by benchmarks/hugging_face.py table -->", "<!-- hugging face: end -->"
 Inputs = Callable[[int], dict[str, Tensor]]
@@ -312,60 +305,14 @@ def build(name: str) -> nn.Module:
     """The model in eval mode; nothing in it has a neutral start value."""
     family, head, _, settings = MODELS[name]
     torch.manual_seed(0)
-    model = getattr(hf, f"{family}{head}")(getattr(hf, f"{family}Config")(**settings)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-        for part in model.modules():
-            if isinstance(part, nn.modules.batchnorm._BatchNorm):
-                part.running_mean.normal_()  # type: ignore[union-attr, operator]
-                part.running_var.uniform_(0.5, 2)  # type: ignore[union-attr, operator]
-    return model
-
-
-def tensors(result: Any) -> list[Tensor]:
-    """All of a result."""
-    return [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-
-
-def call(graph: nn.Module, given: dict[str, Tensor], example: dict[str, Tensor]) -> list[Tensor]:
-    """A graph's outputs; it takes the inputs in the order of the forward's arguments."""
-    names = [str(node.target) for node in graph.graph.find_nodes(op="placeholder")]  # type: ignore[union-attr, operator]
-    with torch.no_grad():
-        return tensors(graph(*(given[name] for name in (names if set(names) == set(example) else example))))
+    return without_neutral_values(getattr(hf, f"{family}{head}")(getattr(hf, f"{family}Config")(**settings)))
 
 
 def one(name: str) -> dict[str, Any]:
-    """Every step of one model; the first that fails ends it, with the reason."""
-    began, found = time.perf_counter(), dict[str, Any]()
+    """Every step of one model."""
     model, inputs = build(name), MODELS[name][2]
     torch.manual_seed(1)
-    example, other = inputs(2), inputs(3)
-    try:
-        traced = ifx.trace(model, example)
-        report = traced.report
-        found |= {"method": report.method, "leaves": list(report.leaves)}
-        with no_generation_cache(model), torch.no_grad():
-            wanted = tensors(model(**other))
-        got = call(traced.graph_module, other, example)
-        found["off"] = max(
-            float((a - b).abs().max() / (a.abs().max() + 1e-9)) for a, b in zip(wanted, got, strict=True)
-        )
-        small = ifx.shrink(in_both_modes(traced), ratio=0.5)
-        found["macs"] = round(small.report.macs[1] / small.report.macs[0], 3)
-        found["frozen"] = [entry.reason for entry in small.report.frozen if entry.reason != "an output of the network"]
-        written = source_of(small.value)
-        student = written.build().eval()
-        with torch.no_grad():
-            sides = call(small.value.graph_module.eval(), example, example), tensors(student(**example))
-        found["source"] = all(torch.equal(a, b) for a, b in zip(*sides, strict=True))
-        found["lines"] = len(written.text.splitlines())
-        with TemporaryDirectory() as folder:
-            found["onnx"] = ifx.export_onnx(model, f"{folder}/m.onnx", example, batch_sizes=(1, 3)).max_abs
-    except ifx.IndistillError as error:
-        found["error"] = str(error)
-    return found | {"seconds": round(time.perf_counter() - began, 1)}
+    return every_step(model, inputs(2), inputs(3))
 
 
 def run(options: argparse.Namespace) -> None:
@@ -390,31 +337,12 @@ def table(options: argparse.Namespace) -> None:
     """The results as Markdown, in their place in a page."""
     record = json.loads(Path(options.file).read_text())
     models: dict[str, dict[str, Any]] = record["models"]
-    done = {name: row for name, row in models.items() if "error" not in row and not row["leaves"]}
     right = [row for row in models.values() if row.get("off", 1.0) < 1e-4]
-    lines = [
+    first = (
         f"Of {len(models)} models, {len(right)} are traced with the module's outputs on other tokens, paddings and images "
-        f"({sum(not row['leaves'] for row in right)} of them whole, without a part that stays one node).",
-        f"{len(done)} go all the way: halved, written as `student.py` ({sum(row['source'] for row in done.values())} equal to the bit) "
-        "and exported to ONNX.",
-        "",
-        "| model | multiply-accumulates of the halved one | lines of student.py | not whole, or not finished |",
-        "|---|---|---|---|",
-    ]
-    for name, row in models.items():
-        share = f"{row['macs']:.0%}" if "macs" in row else ""
-        why = f"{', '.join(row['leaves'])} stays one node. " if row.get("leaves") else ""
-        reason = row.get("error", "").split(". ")[0].replace("|", "\\|")
-        lines.append(f"| {name} | {share} | {row.get('lines', '')} | {why}{reason} |")
-    versions = ", ".join(f"{key} {value}" for key, value in record["versions"].items())
-    lines += ["", f"({Path(options.file).name}, {record['date']}; {versions})"]
-    text_of = "\n".join(lines)
-    if options.into is None:
-        print(text_of)
-        return
-    page = Path(options.into)
-    before, _, rest = page.read_text().partition(BEGIN)
-    page.write_text(f"{before}{BEGIN}\n{text_of}\n{END}{rest.partition(END)[2]}")
+        f"({sum(not row['leaves'] for row in right)} of them whole, without a part that stays one node)."
+    )
+    write_table(options.file, record, first, marks=(BEGIN, END), into=options.into)
 
 
 def main() -> None:

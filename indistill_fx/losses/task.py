@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -116,15 +115,15 @@ class Classification(Task):
     by_class: ClassVar[bool] = True
 
     def read(self, labels: Tensor) -> Tensor:
-        """Class numbers as int64, a column (batch, 1) of them as (batch,); whole numbers of every class (one-hot) as probabilities."""
+        """Class numbers as int64, a column (batch, 1) of them as (batch,)."""
         if labels.is_floating_point():
             return labels
-        if labels.ndim == 2 and labels.shape[1] > 1:
-            return labels.to(torch.get_default_dtype())
-        return (labels[:, 0] if labels.ndim == 2 else labels).long()
+        return (labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels).long()
 
     def prepare(self, logits: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """See `read`."""
+        """See `read`; whole numbers for every class of a sample (one-hot) are probabilities."""
+        if labels is not None and labels.ndim == 2 and labels.shape == logits.shape and labels.shape[1] > 1:
+            return logits, labels if labels.is_floating_point() else labels.to(logits.dtype)
         return logits, self.read(labels) if labels is not None else None
 
     def check(self, logits: Tensor, labels: Tensor) -> None:

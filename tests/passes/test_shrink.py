@@ -293,7 +293,7 @@ def test_all_channels_that_stay_are_counted() -> None:
     along = Middle(weigh, nn.Conv1d(1, 1, 3, padding=1))
     report = shrink(trace(along.eval(), torch.randn(2, 3, 8, 8)), ratio=0.5).report
     assert report.widths["stem"] == (16, 16)
-    assert {frozen.channels for frozen in report.frozen if "`parts.0` (conv) reads" in frozen.reason} == {16}
+    assert {frozen.channels for frozen in report.frozen if "`parts.0` (conv) combines" in frozen.reason} == {16}
 
 
 @pytest.mark.parametrize("budget", [0.5, 0.25])

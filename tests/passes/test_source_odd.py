@@ -443,3 +443,15 @@ def test_what_is_not_trained_stays_so():
     net.requires_grad_(False)
     train_as(ifx.trace(net, x, role="teacher"), small)
     assert all(parameter.requires_grad for parameter in source_of(small).build().parameters())
+
+
+def test_what_a_library_has_written_on_a_layer_does_not_matter():
+    """YOLO's code numbers its layers: `layer.i, layer.f, layer.type`."""
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Upsample(None, 2, "nearest"), nn.Conv2d(8, 2, 1)).eval()
+    for number, layer in enumerate(net):
+        layer.i, layer.f, layer.type, layer.np = number, -1, "torch.nn", 0
+    x = torch.randn(2, 3, 6, 6)
+    small = ifx.shrink(ifx.trace(net, x), ratio=0.5).value
+    written = source_of(small)
+    assert "nn.Upsample(scale_factor=2.0" in written.text
+    assert torch.equal(written.build().eval()(x), small.graph_module(x))
