@@ -22,13 +22,18 @@ def entries(outputs: Any) -> Mapping[str, Any] | None:
 
 
 def main_output(outputs: Any) -> Any:
-    """The entry called `logits` or, without one, `out`; the outputs themselves if there is neither.
+    """The entry called `logits` or, without one, `out`; else the only one; the outputs themselves if there are several.
 
     Args:
         outputs: what a model returned, or the nodes of a graph in that structure.
     """
-    named = entries(outputs) or {}
-    return next((named[name] for name in MAIN_NAMES if named.get(name) is not None), outputs)
+    named = entries(outputs)
+    if named is None:
+        return outputs[0] if isinstance(outputs, (tuple, list)) and len(outputs) == 1 else outputs
+    there = {name: entry for name, entry in named.items() if entry is not None}
+    if len(there) == 1:
+        return next(iter(there.values()))
+    return next((there[name] for name in MAIN_NAMES if name in there), outputs)
 
 
 def as_key(wanted: str | int, outputs: Any) -> str | int:

@@ -205,3 +205,25 @@ def test_a_detector_is_told_to_give_its_backbone(role):
     ):
         ifx.trace(Detector(), batch()[0], role=role)
     assert ifx.trace(Detector().backbone, batch()[0], role=role).report.method == "symbolic"
+
+
+ALONE: dict[str, Any] = {
+    "dict": lambda f, y: {"sample": y},
+    "namedtuple": namedtuple("Sample", "sample hidden", defaults=(None,)),
+    "dict with nothing": lambda f, y: {"hidden": None, "sample": y},
+    "tuple": lambda f, y: (y,),
+}
+
+
+@pytest.mark.parametrize("kind", ALONE)
+def test_the_only_entry_needs_no_name(kind: str) -> None:
+    """As in diffusers' models; training refused them and asked for a name."""
+    form = ALONE[kind] if kind != "namedtuple" else lambda f, y: ALONE[kind](y)
+    model, (x, y) = net(form, 0).eval(), batch()
+    plain = net(lambda f, y: y, 0).eval()
+    assert torch.equal(select_logits(model(x)), plain(x))
+    digests = []
+    for teacher, student in ((model, net(form, 1)), (plain, net(lambda f, y: y, 1))):
+        found = ifx.distill(teacher, student, [(x, y)], curriculum=NO_WARMUP, epochs=1, progress=False, device="cpu")
+        digests.append(found.digest)
+    assert digests[0] == digests[1]
