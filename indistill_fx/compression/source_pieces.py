@@ -297,7 +297,10 @@ def _makes(kind: type[nn.Module], arguments: Mapping[str, Any], module: nn.Modul
     except Exception:  # constructors may raise anything for arguments they refuse
         return False
     sizes = [{name: tuple(t.shape) for name, t in m.state_dict().items()} for m in (made, module)]
-    wanted, found = _plain(made), _plain(module)  # what somebody else has written on the layer does nothing (YOLO's `i`, `f`, `type`)
+    wanted, found = (
+        _plain(made),
+        _plain(module),
+    )  # what somebody else has written on the layer does nothing (YOLO's `i`, `f`, `type`)
     return sizes[0] == sizes[1] and wanted == {key: value for key, value in found.items() if key in wanted}
 
 

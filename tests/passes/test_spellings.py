@@ -41,7 +41,34 @@ def two_rows(x: Tensor, y: Tensor) -> Tensor:
     return x.index_copy(dim=2, index=torch.tensor([0, 3]), source=y[:, :, :2])
 
 
+def entry_by_entry(x: Tensor, y: Tensor) -> Tensor:
+    """Functions of one entry each that are seldom used, and conversions that leave all as it is."""
+    z = x.sigmoid()
+    special = torch.special.expit(z) + torch.special.ndtr(z) + torch.special.entr(z) + torch.special.xlog1py(z, z)
+    rare = (
+        torch.lgamma(z + 1)
+        + torch.digamma(z + 1)
+        + torch.i0(z)
+        + torch.deg2rad(z)
+        + torch.ldexp(z, z)
+        + torch.nextafter(z, y)
+    )
+    same = torch.as_tensor(x).cpu() + x.resolve_conj().resolve_neg() + x.to_dense()
+    compared = z.greater(0.4) | z.less_equal(0.1) | torch.isclose(z, y) | z.not_equal(z)
+    return (
+        special
+        + rare
+        + same
+        + torch.float_power(z, 2)
+        + compared
+        + (4 * z).byte()
+        + (4 * z).char().short()
+        + torch.fill(y, 0.5) * z
+    )
+
+
 WAYS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "entry by entry": entry_by_entry,
     "expand to a shape": lambda x, y: x * pooled(y).expand(x.shape),
     "expand to a size, alone": lambda x, y: pooled(y).expand(x.size()),
     "broadcast_to a shape": lambda x, y: x * pooled(y).broadcast_to(x.shape),

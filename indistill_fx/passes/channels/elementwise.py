@@ -13,7 +13,13 @@ OTHERS = frozenset(
     "reciprocal absolute positive negative sign sgn copysign heaviside floor ceil round trunc fix frac nan_to_num exp2 expm1 log2 log10 "
     "log1p logit logaddexp logaddexp2 xlogy erf erfc erfinv sin cos tan sinc asin acos atan arcsin arccos arctan atan2 arctan2 hypot "
     "sinh cosh asinh acosh atanh tanhshrink softshrink hardshrink complex polar angle conj real imag double bfloat16 bool int long type "
+    "short byte char cpu as_tensor asarray alias_copy resolve_conj resolve_neg to_dense fill deg2rad rad2deg lgamma digamma i0 float_power "
+    "nextafter ldexp gcd lcm isclose greater greater_equal less less_equal not_equal feature_alpha_dropout "
     "expand_as zeros_like ones_like full_like empty_like copy".split()
+) | frozenset(
+    f"special_{name}"
+    for name in "digamma entr erf erfc erfcx erfinv exp2 expit expm1 gammaln i0 i0e i1 i1e log1p log_ndtr logit ndtr ndtri psi round sinc "
+    "xlog1py xlogy zeta".split()
 )
 """Elementwise operations besides those in `graph.ops`."""
 _FOLLOWS_FIRST = frozenset("type_as to".split())
