@@ -95,7 +95,7 @@ def write_table(file: str, record: Mapping[str, Any], first: str, *, marks: tupl
         into: the page.
     """
     models: Mapping[str, dict[str, Any]] = record["models"]
-    done = {name: row for name, row in models.items() if "error" not in row and not row["leaves"]}
+    done = {name: row for name, row in models.items() if "error" not in row and not row.get("leaves")}
     lines = [
         first,
         f"{len(done)} go all the way: halved, written as `student.py` ({sum(row['source'] for row in done.values())} equal to the bit) "
@@ -106,7 +106,9 @@ def write_table(file: str, record: Mapping[str, Any], first: str, *, marks: tupl
     ]
     for name, row in models.items():
         share = f"{row['macs']:.0%}" if "macs" in row else ""
-        why = f"{', '.join(row['leaves'])} stays one node. " if row.get("leaves") else ""
+        whole = row.get("leaves", [])
+        more = f" and {len(whole) - 3} more" if len(whole) > 3 else ""
+        why = f"{', '.join(whole[:3])}{more} stay{'s' if len(whole) == 1 else ''} one node. " if whole else ""
         reason = row.get("error", "").split(". ")[0].replace("|", "\\|")
         lines.append(f"| {name} | {share} | {row.get('lines', '')} | {why}{reason} |")
     versions = ", ".join(f"{key} {value}" for key, value in record["versions"].items())

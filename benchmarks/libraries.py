@@ -1,7 +1,7 @@
 r"""Networks of other libraries, small and with random weights, through trace, shrink, student.py and ONNX.
 
     pip install --no-deps --target libs vit-pytorch segmentation-models-pytorch monai diffusers spandrel torchaudio asteroid \
-        asteroid_filterbanks open_clip_torch ultralytics pytorchcv x-transformers    and what these import (einops, ftfy, loguru, …)
+        asteroid_filterbanks open_clip_torch ultralytics pytorchcv    and what these import (einops, ftfy, loguru, …)
     PYTHONPATH=.:libs python benchmarks/libraries.py run benchmarks/results/libraries.json       all (half an hour)
     PYTHONPATH=.:libs python benchmarks/libraries.py run FILE --only monai yolov8n
     python benchmarks/libraries.py table benchmarks/results/libraries.json --into docs/coverage.md
@@ -288,7 +288,7 @@ def run(options: argparse.Namespace) -> None:
 def table(options: argparse.Namespace) -> None:
     """The results as Markdown, in their place in a page."""
     record = json.loads(Path(options.file).read_text())
-    models = {f"{row['library']}: {name}": row for name, row in record["models"].items()}
+    models = {f"{row['library']}: {name.removeprefix('monai ')}": row for name, row in record["models"].items()}
     right = [row for row in models.values() if row.get("off", 1.0) < 1e-4]
     first = (
         f"Of {len(models)} models, {len(right)} are traced with the module's outputs on another batch "
