@@ -179,6 +179,8 @@ def _form_of(batch: Any, models: Sequence[Inputs], where: str) -> _Form:
             expected=f"inputs {', '.join(names)}, then labels",
             hint=f"Let the loader yield a tuple of tensors ({', '.join(names)}, labels) or a dict with these names.",
         )
+    for name, value in zip(plain[0].names if plain else (), values[:count], strict=False):
+        _require_tensor(value, name, where, "Yield tensors, or one dict.")
     labels, beside = _labels_and_more((*values[count:], None)[0], batch, where)
     indices = (*values[count + 1 :], None)[0]
     optional = next((name for model in plain for name in (*model.names, *model.left_out)[count:]), None)
@@ -393,7 +395,6 @@ def _described(batch: Any) -> str:
         return f"a {type(batch).__name__} of {', '.join(entries)}"
     if isinstance(batch, (tuple, list)):
         parts = [(type(part).__name__, ", ".join(named(part) or ())) for part in batch]
-        return (
-            f"a {type(batch).__name__} of {', '.join(f'{kind} ({names})' if names else kind for kind, names in parts)}"
-        )
+        shown = [f"{kind} ({names})" if names else kind for kind, names in parts]
+        return f"a {type(batch).__name__} of {', '.join(shown)}"
     return f"a {type(batch).__name__}"
