@@ -43,7 +43,8 @@ def writable(name: str) -> str:
     """The name, or one like it that may stand in a graph: plain, no keyword, and none of a graph module's own."""
     if is_plain(name) and not keyword.iskeyword(name) and name not in reserved():
         return name
-    return f"_{re.sub(r'[^a-zA-Z0-9_]', '_', name)[: _LONGEST - 2]}_"
+    made = f"_{re.sub(r'[^a-zA-Z0-9_]', '_', name)[: _LONGEST - 3]}_"
+    return made if made not in reserved() else f"{made}_"  # `:module:` would be `__module__`
 
 
 def writable_paths(paths: Iterable[str]) -> dict[str, str]:
@@ -59,7 +60,7 @@ def writable_paths(paths: Iterable[str]) -> dict[str, str]:
             old, dot = f"{old}.{part}" if old else part, "." if new else ""
             if old not in found:
                 found[old] = f"{new}{dot}{writable(part)}"
-                while found[old] != old and found[old] in used_paths:
+                while found[old] != old and (found[old] in used_paths or found[old].rpartition(".")[2] in reserved()):
                     found[old] += "_"
                 used_paths.add(found[old])
             new = found[old]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
@@ -79,6 +79,7 @@ def test_the_name_is_code_without_care(tmp_path: Path) -> None:
     assert (tmp_path / "canary").exists()
 
 
+@example([[":module:"], [":module", "a"], ["?module"]])
 @settings(deadline=None, max_examples=300)
 @given(st.lists(st.lists(st.text(min_size=1).filter(lambda t: "." not in t), min_size=1, max_size=3), max_size=6))
 def test_two_paths_never_become_one(paths: list[list[str]]) -> None:
