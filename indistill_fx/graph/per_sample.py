@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
-from indistill_fx.graph.edit import copy_graph
+from indistill_fx.graph.edit import copy_graph, writes_alive
 from indistill_fx.graph.ops import op_name
 
 Shape = tuple[int, ...]
@@ -91,7 +91,9 @@ def write_per_sample(
     for node in filter(_is_grouped_by_batch, list(new.graph.nodes)):
         changed |= _rewrite(node, runs, batches)
     if changed:
-        new.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+        new.graph.eliminate_dead_code(
+            is_impure_node=lambda node: node.op in ("placeholder", "output") or writes_alive(node)
+        )
         new.graph.lint()
         new.recompile()
     return (new, True) if changed else (graph_module, False)

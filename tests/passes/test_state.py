@@ -357,3 +357,30 @@ def test_stages_of_a_teacher_that_keeps_a_mean_leave_it_as_it_was(kind):
             stage([x, torch.randn(2, 3, 4, 4)]).backward()
     assert torch.equal(teacher.mean, torch.full((1, 3, 1, 1), 0.5))
     assert ifx.shrink(ifx.trace(teacher, x), ratio=0.5).report.widths["first"] == (8, 4)
+
+
+@torch.no_grad()
+def test_a_network_with_filters_of_each_samples_own_keeps_its_writes():
+    """They were taken out as dead code; the trace noticed, and refused the network."""
+
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.filters, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 4 * 9), nn.Conv2d(4, 2, 1)
+            self.register_buffer("mean", torch.zeros(4))
+
+        def forward(self, x):
+            y = self.conv(x)
+            b, c, h, w = y.shape
+            weight = self.filters(y.mean((2, 3))).view(b * c, 1, 3, 3)
+            y = nn.functional.conv2d(y.reshape(1, b * c, h, w), weight, padding=1, groups=b * c).view(b, c, h, w)
+            self.mean.mul_(0.9).add_(0.1 * y.mean((0, 2, 3)))
+            return self.head(y)
+
+    torch.manual_seed(0)
+    model = Own().train()
+    graph, plain = trace(copy.deepcopy(model), torch.randn(2, 3, 8, 8), role="student").graph_module, model
+    for rows in (2, 3):
+        x = torch.randn(rows, 3, 8, 8)
+        torch.testing.assert_close(graph(x), plain(x))
+    torch.testing.assert_close(dict(graph.named_buffers())["mean"], plain.mean)
