@@ -182,29 +182,32 @@ def export_onnx(
                 raise _disagreement(proof, target, deployed, inputs, tolerance=tolerance, opset=chosen)
             return chosen, session, proof
 
-        chosen, session, proof = _as_module_or_graph(attempt, deployed, inputs)
+        (chosen, session, proof), source = _as_module_or_graph(attempt, deployed, inputs)
         latency = _latency(session, [x[:1] for x in inputs] if dynamic_batch else inputs)
         size = sum(f.stat().st_size for f in draft.parent.iterdir())
-        parameters = sum(p.numel() for p in module.parameters())
     fixed = () if dynamic_batch else (f"The batch size is fixed to {len(inputs[0])}; latency is for that batch.",)
     return ExportReport(
-        target, proof.parity, proof.real, proof.max_abs, size, chosen, latency, parameters, ins, outs, main, (*fixed, *proof.notes)
+        target, proof.parity, proof.real, proof.max_abs, size, chosen, latency,
+        sum(p.numel() for p in module.parameters()), ins, outs, main, (*source, *fixed, *proof.notes)
     )  # fmt: skip
 
 
 _Exported = TypeVar("_Exported")
+_FROM_GRAPH = (
+    "Exported from the traced graph, because torch.export fails on the module itself or is wrong for other batch sizes."
+)
 
 
 def _as_module_or_graph(
     attempt: Callable[[Deployed], _Exported], deployed: Deployed, inputs: Sequence[Tensor]
-) -> _Exported:
-    """What the module is exported to; if torch cannot do that, what its traced graph is.
+) -> tuple[_Exported, tuple[str, ...]]:
+    """What the module is exported to; if torch cannot do that, what its traced graph is, with a note for the report.
 
     For `int(x.shape[0] / n)` torch.export takes the example's number, and what it makes of that is wrong for other batches. In the graph
     it is a floor division.
     """
     try:
-        return attempt(deployed)
+        return attempt(deployed), ()
     except ExportError as error:
         if isinstance(deployed.module, fx.GraphModule):
             raise
@@ -213,7 +216,7 @@ def _as_module_or_graph(
             with quiet():
                 named = dict(zip(deployed.names, given, strict=True)) if deployed.names else given
                 graph = trace(deployed.module, named)
-            return attempt(deployed.with_module(graph.graph_module))
+            return attempt(deployed.with_module(graph.graph_module)), (_FROM_GRAPH,)
         except IndistillError:
             raise error from None
 

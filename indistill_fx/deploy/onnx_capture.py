@@ -305,8 +305,8 @@ def _keep_constants(model: onnx_ir.Model) -> None:
 def _squeeze_ones_only(model: onnx_ir.Model) -> None:
     """Leave axes that are longer than 1 out of every Squeeze: in torch they stay, the exporter names them, and ONNX refuses that."""
     for node in model.graph.all_nodes():
-        given = node.inputs[1].const_value if node.op_type == "Squeeze" and len(node.inputs) == 2 else None  # type: ignore[union-attr]
-        source = node.inputs[0]
+        source, places = node.inputs if node.op_type == "Squeeze" and len(node.inputs) == 2 else (None, None)
+        given = places.const_value if places is not None else None
         if given is None or source is None or source.shape is None:
             continue
         sizes, axes = list(source.shape), given.numpy().reshape(-1)
