@@ -5,7 +5,8 @@ Rules, in order:
   2. A draw that stays in tensors is a node, which draws anew each time the graph runs. Once code takes it out of a tensor (`item`, `if`,
      `tolist`, a size), what it does with it is the same at every run of the graph; so that code must run itself.
   3. What Python's and numpy's generators draw is outside tensors from the first. Where a capture leaves another state in one of them,
-     code is recorded once more, and the states are compared after each line of it, so that the line is known.
+     code is recorded once more, and the states are compared after each line of it, so that the line is known. What changes a state
+     once and not again at the same place was another thread of the process: a line counts once two recordings have found it.
 """
 
 from __future__ import annotations
@@ -150,11 +151,14 @@ class Lines:
     Attributes:
         paused: whether the code that runs may draw, because it stays one node.
         used: whether it was entered, so that draws are found once it is known that there are some.
+        suspects: the places where an earlier recording has found a draw; only these are told as found.
     """
 
     def __init__(self, generators: Generators | None = None):
         self.generators = generators
         self.paused = self.used = self.active = False
+        self.suspects: set[tuple[str, str]] = set()
+        self._met: set[tuple[str, str]] = set()
         self._place: tuple[str, str] | None = None
         self._last: FrameType | None = None
         self._line = 0
@@ -174,16 +178,31 @@ class Lines:
             self.active = False
 
     def found(self) -> tuple[str, str] | None:
-        """File and line, and the code there, of the first draw since the last call."""
+        """File and line, and the code there, of the first draw since the last call, if an earlier recording has found it, too."""
         if self.active:
             self._look()
         place, self._place = self._place, None
         return place
 
-    def skip(self) -> bool:
-        """Whether one of the generators was drawn from since they were last looked at; that draw counts no more."""
+    def skip(self) -> None:
+        """What was drawn since the generators were last looked at counts no more."""
+        self._drawn()
         self._place = None
-        return self._drawn()
+
+    def leaf_draws(self, path: str) -> bool:
+        """Whether the module at this path, which stays one node, has drawn since the last look, now and in an earlier recording."""
+        drawn, self._place = self._drawn(), None
+        return drawn and self._was_met((path, ""))
+
+    def suspect(self, path: str) -> None:
+        """The module at this path is known to draw."""
+        self.suspects.add((path, ""))
+
+    def has_news(self) -> bool:
+        """Whether draws were found that no recording before the last call has found; they are suspects from now on."""
+        news = not self._met <= self.suspects
+        self.suspects |= self._met
+        return news
 
     def _drawn(self) -> bool:
         if not self.active or self.generators is None:
@@ -191,9 +210,13 @@ class Lines:
         before, self._states = self._states, self.generators.states()
         return before != self._states
 
+    def _was_met(self, place: tuple[str, str]) -> bool:
+        self._met.add(place)
+        return place in self.suspects
+
     def _look(self) -> None:
-        if self._drawn() and self._place is None:
-            self._place = self._place_of_last()
+        if self._drawn() and self._place is None and self._was_met(place := self._place_of_last()):
+            self._place = place
 
     def _place_of_last(self) -> tuple[str, str]:
         if self._last is None:

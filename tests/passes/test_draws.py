@@ -21,6 +21,7 @@ from indistill_fx.errors import ExportError, FrontendError
 from indistill_fx.graph import draws
 from indistill_fx.graph.module_state import digest
 from indistill_fx.passes.capture.exported import capture_exported
+from indistill_fx.passes.capture.recorded_graph import RecordedGraph
 from indistill_fx.passes.capture.recording import capture_leaves, capture_shapes
 from indistill_fx.passes.capture.symbolic import capture_symbolic
 from indistill_fx.passes.capture.trace import trace
@@ -186,6 +187,32 @@ def test_each_layer_is_left_out_anew(name: str) -> None:
     assert traced.macs == trace(net(), X).macs  # those of all layers, whichever the runs of the trace left out
     module.eval()
     torch.testing.assert_close(traced.graph_module.eval()(X), module(X))
+
+
+@pytest.mark.parametrize("name", ["of_python", "of_numpy", "of_its_own_generator"])
+@pytest.mark.parametrize("steps", [{4}, {21}, {44, 63}], ids=str)
+def test_another_thread_that_draws_meanwhile_changes_nothing(
+    name: str, steps: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At these steps of the trace, counted through all of its attempts, Python's and numpy's generators are drawn from by others."""
+    quiet = student(net(DRAWS[name])).report
+    count, create = 0, RecordedGraph.create
+
+    def meanwhile(graph: RecordedGraph, *args: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count in steps:
+            random.random(), np.random.rand()
+        return create(graph, *args)
+
+    meanwhile.__code__ = meanwhile.__code__.replace(
+        co_filename=draws.__file__
+    )  # else these would be lines of the user's
+    monkeypatch.setattr(RecordedGraph, "create", meanwhile)
+    traced = student(net(DRAWS[name]))
+    assert count >= max(steps)
+    assert (traced.report.leaves, traced.report.notes) == (quiet.leaves, quiet.notes)
+    assert traced.report.leaves == WHOLE and outcomes(traced.graph_module) == 8
 
 
 def test_a_layer_that_draws_by_a_generator_of_torch_is_left_out_anew() -> None:

@@ -60,7 +60,7 @@ def in_mode(capture: Method, reference: Reference, leaves: Sequence[str], *, pat
     """Capture and rule 3; if patient, a module whose writes cannot be made functional becomes a leaf."""
     given_up: tuple[str, ...] = reference.stateful if patient else ()
     generators = reference.generators
-    lines = Lines(generators)
+    lines, suspected = Lines(generators), False
     module = reference.module
     asked = Request(module, reference.inputs, reference.kwargs, lines=lines)
     # read from `vars`, so that no property or hook runs
@@ -75,14 +75,18 @@ def in_mode(capture: Method, reference: Reference, leaves: Sequence[str], *, pat
             drawn = generators.states() != states
         except FrontendError:
             reference.forget()
-            if reference.unregistered.keys() == unregistered.keys():
+            if reference.unregistered.keys() == unregistered.keys() and not lines.has_news():
                 raise
             continue
         finally:
             reference.forget()
         if drawn and not lines.used:
-            raise DrawError(f"the forward of {type(module).__name__} draws from Python's or numpy's generators")
-        if (drawn and not generators.drawn) or reference.unregistered.keys() != unregistered.keys():
+            if suspected:
+                raise DrawError(f"the forward of {type(module).__name__} draws from Python's or numpy's generators")
+            suspected = True  # by another thread, unless it happens again
+            continue
+        news = lines.has_news() or (drawn and not generators.drawn)
+        if news or reference.unregistered.keys() != unregistered.keys():
             generators.drawn |= drawn
             continue  # to find the lines that draw; because tensors recorded as constants must become state
         try:

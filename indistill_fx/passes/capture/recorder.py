@@ -220,6 +220,7 @@ class Recorder(RecordedGraph, TorchFunctionMode):
                     self.lines.skip()
                     self.given_up[path] = _place(error)
                     if isinstance(error, DrawError):
+                        self.lines.suspect(path)
                         self.drawing.setdefault((error.where, str(error.got)), []).append(path)
                     result = self._call_leaf(module, path, args, kwargs)
         finally:
@@ -268,7 +269,7 @@ class Recorder(RecordedGraph, TorchFunctionMode):
             raise
         finally:
             self.paused = self.lines.paused = False
-            drawn = self.lines.skip() or self.draws.taken != taken
+            drawn = self.lines.leaf_draws(path) or self.draws.taken != taken
         if drawn:
             self.leaf_draws = True
             self._refuse_leak(module, path, result, settings)
