@@ -21,7 +21,7 @@ from torch import Tensor
 
 from indistill_fx.errors import ConfigError
 from indistill_fx.system.model_inputs import INDICES, Inputs
-from indistill_fx.system.nested import is_own_class, named, replaced, tensors_of
+from indistill_fx.system.nested import described, is_own_class, listed, named, replaced, tensors_of
 
 LABELS = ("labels", "label", "targets", "target")
 """Names of the labels; the first one that is there counts."""
@@ -173,7 +173,7 @@ def _form_of(batch: Any, models: Sequence[Inputs], where: str) -> _Form:
     if not isinstance(values, (tuple, list)) or len(values) < count:
         names = next((model.required for model in plain if len(model.required) == count), ("inputs",))
         raise ConfigError(
-            f"{where} got a batch it cannot read: {_described(batch)}.",
+            f"{where} got a batch it cannot read: {described(batch)}.",
             where=where,
             got=type(batch).__name__,
             expected=f"inputs {', '.join(names)}, then labels",
@@ -182,13 +182,25 @@ def _form_of(batch: Any, models: Sequence[Inputs], where: str) -> _Form:
     for name, value in zip(plain[0].names if plain else (), values[:count], strict=False):
         _require_tensor(value, name, where, "Yield tensors, or one dict.")
     labels, beside = _labels_and_more((*values[count:], None)[0], batch, where)
-    indices = (*values[count + 1 :], None)[0]
     optional = next((name for model in plain for name in (*model.names, *model.left_out)[count:]), None)
-    if optional is not None and isinstance(indices, Tensor) and not _are_numbers(indices):
-        hint = f"They come after the labels. If an entry is `{optional}`, let the loader yield a dict of inputs by name, with `labels`."
-        raise unfit(where, INDICES, f"of shape {tuple(indices.shape)}", "(batch,) whole numbers", hint)
-    found = indices if _are_numbers(indices) else beside.get(INDICES)
-    return _Form(values[:count], False, beside, labels, found if _are_numbers(found) else None)
+    rest = (
+        values[count + 1 :] if plain else values[count + 1 : count + 2]
+    )  # without a model, what is there is not known
+    found = _indices_in([value for value in rest if plain or _are_numbers(value)], beside, where, optional)
+    return _Form(values[:count], False, beside, labels, found)
+
+
+def _indices_in(rest: Sequence[Any], more: Mapping[str, Any], where: str, optional: str | None = None) -> Tensor | None:
+    """The sample indices: what follows the labels, or an entry by name. Texts may follow; a tensor would be ignored."""
+    found = rest[0] if rest and _are_numbers(rest[0]) else more.get(INDICES)
+    ignored = next((value for value in rest if isinstance(value, Tensor) and value is not found), None)
+    if ignored is None:
+        return found if _are_numbers(found) else None
+    advice = f"If it is the input `{optional}`, let" if optional else "Leave it out, or let"
+    raise unfit(
+        where, "the entry after the labels", f"a tensor {tuple(ignored.shape)} that nothing would use", "sample indices (batch,)",
+        f"{advice} the loader yield a dict with the inputs and `labels` by name. Weights of samples and second labels are not supported.",
+    )  # fmt: skip
 
 
 def _with_rest(inputs: Any, rest: Sequence[Any], batch: Any, models: Sequence[Inputs], where: str) -> _Form:
@@ -200,7 +212,7 @@ def _with_rest(inputs: Any, rest: Sequence[Any], batch: Any, models: Sequence[In
         twice = own
     if twice is not None:
         raise ConfigError(
-            f"{where} got a batch it cannot read: {_described(batch)}. There is `{twice}` among the inputs and beside them.",
+            f"{where} got a batch it cannot read: {described(batch)}. There is `{twice}` among the inputs and beside them.",
             where=twice,
             got="two entries",
             expected="one",
@@ -209,8 +221,9 @@ def _with_rest(inputs: Any, rest: Sequence[Any], batch: Any, models: Sequence[In
     labels, beside = _labels_and_more(rest[0], batch, where)
     if labels is None and entries is not None and own is not None:
         labels = entries[own]
-    indices = rest[1] if len(rest) > 1 and _are_numbers(rest[1]) else {**beside, **(entries or {})}.get(INDICES)
-    _require_tensor(indices, INDICES, where)
+    more = {**beside, **(entries or {})}
+    _require_tensor(more.get(INDICES), INDICES, where)
+    indices = _indices_in(rest[1:], more, where)
     beside = beside if indices is None else {**beside, INDICES: indices}
     return _Form(tuple(inputs) if entries is None else entries, True, beside, labels, indices)
 
@@ -225,7 +238,7 @@ def _labels_and_more(found: Any, batch: Any, where: str) -> tuple[Tensor | None,
     label = _label_in(entries) or (tensors[0] if len(tensors) == 1 else None)
     if label is None:
         raise ConfigError(
-            f"{where} got a batch it cannot read: {_described(batch)}. Which of {_listed(tuple(entries))} are the labels is not said.",
+            f"{where} got a batch it cannot read: {described(batch)}. Which of {listed(tuple(entries))} are the labels is not said.",
             where="labels",
             got=list(entries),
             expected="labels",
@@ -300,8 +313,8 @@ def _require_as_many(
         most = max(len(model.names) for model in plain) if not model.left_out else len(model.names)
         if not len(model.required) <= len(values) <= most:
             raise ConfigError(
-                f"{where} got a batch it cannot read: {_described(batch)}. It has {len(values)} inputs in order, and "
-                f"{model.owner or 'the model'} takes {_listed(model.names)}.",
+                f"{where} got a batch it cannot read: {described(batch)}. It has {len(values)} inputs in order, and "
+                f"{model.owner or 'the model'} takes {listed(model.names)}.",
                 where=where,
                 got=len(values),
                 expected=f"inputs {', '.join(model.names)}",
@@ -324,11 +337,11 @@ def _by_name(inputs: Mapping[str, Any], beside: Mapping[str, Any], model: Inputs
         return Call((), {missing[0]: only[0]})
     if missing:
         raise ConfigError(
-            f"{where} got a batch it cannot read: {_described(batch)}. It has no `{missing[0]}`.",
+            f"{where} got a batch it cannot read: {described(batch)}. It has no `{missing[0]}`.",
             where=missing[0],
             got=list(entries),
             expected=list(model.required),
-            hint=f"{model.owner or 'The model'} takes {_listed(model.names)}. Let the loader yield them by name, or in order as a tuple: "
+            hint=f"{model.owner or 'The model'} takes {listed(model.names)}. Let the loader yield them by name, or in order as a tuple: "
             "the inputs, then the labels.",
         )
     for name, value in chosen.items():
@@ -381,20 +394,5 @@ def with_features(batch: Any, model: Inputs, look_up: Callable[[Tensor], Mapping
 
 def unfit(where: str, name: str, got: str, expected: str, hint: str) -> ConfigError:
     """The error for an entry of a batch that is not what it has to be."""
-    text = f"{where}: `{name}` of the batch is {got}, not {expected}."
+    text = f"{where}: {f'`{name}`' if name.isidentifier() else name} of the batch is {got}, not {expected}."
     return ConfigError(text, where=name, got=got, expected=expected, hint=hint)
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(f"`{name}`" for name in names)
-
-
-def _described(batch: Any) -> str:
-    entries = named(batch)
-    if entries is not None:
-        return f"a {type(batch).__name__} of {', '.join(entries)}"
-    if isinstance(batch, (tuple, list)):
-        parts = [(type(part).__name__, ", ".join(named(part) or ())) for part in batch]
-        shown = [f"{kind} ({names})" if names else kind for kind, names in parts]
-        return f"a {type(batch).__name__} of {', '.join(shown)}"
-    return f"a {type(batch).__name__}"

@@ -108,6 +108,7 @@ def open_data(
     if kind in _SPECS:
         return _in_views(_SPECS[kind](place, options), views)
     if not place:
+        _require_kind(spec)
         legal = "digits, cifar10, cifar100, imagefolder:DIR, file.py:make_loaders"
         raise unknown("data", spec, "data set", _SPECS, legal=legal)
     return _in_views(open_user_loaders(spec, options), views)
@@ -115,6 +116,19 @@ def open_data(
 
 def _in_views(data: Data, views: int | None) -> Data:
     return data if views is None else replace(data, train=repeatable(data.train, 0, "train loader").in_views(views))
+
+
+def _require_kind(spec: str) -> None:
+    """Refuse a path without the word before or after it that says how it is read."""
+    if Path(spec).is_dir():
+        instead, what = f"imagefolder:{spec}", "a folder, and how its data are read is not said"
+        hint = f"If it has train/<class>/ and test/ or val/ with images, write {instead}. Other data: a function of your own, file.py:name."
+    elif spec.endswith(".py"):
+        instead, what = f"{spec}:make_loaders", "a file of code, and which function in it makes the loaders is not said"
+        hint = f"Name the function that returns (train, test) after a colon: {instead}."
+    else:
+        return
+    raise ConfigError(f"{spec} is {what}.", where="data", got=spec, expected=instead, hint=hint)
 
 
 def _check_randaugment(kind: str, options: DataOptions) -> None:

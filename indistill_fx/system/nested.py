@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -94,3 +94,20 @@ def _with_parts(value: Any, change: Callable[[Any], Any]) -> Any:
         given = [field.name for field in dataclasses.fields(value) if field.init]
         return dataclasses.replace(value, **{name: change(getattr(value, name)) for name in given})
     return value
+
+
+def described(batch: Any) -> str:
+    """A batch for a message: a tuple of Tensor, dict (a, b)."""
+    entries = named(batch)
+    if entries is not None:
+        return f"a {type(batch).__name__} of {', '.join(entries)}"
+    if isinstance(batch, (tuple, list)):
+        parts = [(type(part).__name__, ", ".join(named(part) or ())) for part in batch]
+        shown = [f"{kind} ({names})" if names else kind for kind, names in parts]
+        return f"a {type(batch).__name__} of {', '.join(shown)}"
+    return f"a {type(batch).__name__}"
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names for a message: `a`, `b`."""
+    return ", ".join(f"`{name}`" for name in names)

@@ -140,9 +140,21 @@ def test_labels_are_an_input_of_a_model_that_requires_them():
     torch.testing.assert_close(parts.calls[0](Wants()), A + Y[:, None])
 
 
-def test_a_third_entry_that_is_no_index_is_none():
-    assert split((A, Y, NUMBERS), Inputs(("a",), ("a",)), where="Test").indices is NUMBERS
-    assert split((A, Y, B), Inputs(("a",), ("a",)), where="Test").indices is None
+def test_what_follows_the_labels_is_never_ignored() -> None:
+    """Weights of samples, and the labels of a second task, were: training went on without them."""
+    model, weights = Inputs(("a",), ("a",)), torch.rand(6)
+    assert split((A, Y, NUMBERS, ["file"] * 6), model, where="Test").indices is NUMBERS
+    assert split((A, Y, ["file"] * 6, None), model, where="Test").indices is None
+    for batch in ((A, Y, weights), (A, Y, B), (A, Y, NUMBERS, weights), (A, None, weights), ({"a": A}, Y, weights)):
+        with pytest.raises(ConfigError) as caught:
+            split(batch, model, where="Test")
+        shape = tuple(batch[-1].shape)
+        assert str(caught.value).startswith(
+            f"Test: the entry after the labels of the batch is a tensor {shape} that nothing would use, not sample indices (batch,)."
+        )
+    assert (
+        inputs_and_labels((A, B, weights), where="Test")[1] is B
+    )  # without a model it is not known how many are inputs
 
 
 @pytest.mark.parametrize(
@@ -211,13 +223,12 @@ def test_an_optional_input_in_a_tuple_is_not_taken_for_the_labels():
     """Of (tokens, mask, labels), the mask was: a language model's perplexity was that of ones and zeros."""
     tokens, mask = torch.arange(12).view(2, 6), torch.ones(2, 6, dtype=torch.long)
     model = Inputs(("input_ids", "attention_mask"), ("input_ids",))
-    with pytest.raises(ConfigError, match="`attention_mask`, let the loader yield a dict"):
+    with pytest.raises(ConfigError, match="input `attention_mask`, let the loader yield a dict"):
         split((tokens, mask, tokens), model, where="Test")
     parts = split((tokens, mask, torch.tensor([0, 1])), model, where="Test")
     assert parts.labels is not None and torch.equal(parts.labels, mask) and parts.indices is not None
     for batch in ((tokens, mask), (tokens, mask, ["a", "b"])):
         assert split(batch, model, where="Test").labels is not None
-    assert split((tokens, mask, tokens), Inputs(("x",), ("x",)), where="Test").indices is None
 
 
 def test_indices_are_read_in_every_form_that_has_them():

@@ -443,6 +443,15 @@ def test_bad_options_are_refused(small):
         open_data("digits:x")
 
 
+def test_a_path_alone_is_refused_with_what_to_write(tmp_path):
+    with pytest.raises(ConfigError, match=rf"a folder, .* write imagefolder:{tmp_path}\."):
+        open_data(str(tmp_path))
+    with pytest.raises(ConfigError, match=r"^mine\.py is a file of code, .* mine\.py:make_loaders\.$"):
+        open_data("mine.py")
+    with pytest.raises(ConfigError, match="'absent'"):
+        open_data("absent")
+
+
 def test_cifar_comes_from_torchvision(tmp_path, monkeypatch):
     from torchvision import datasets
 
