@@ -37,6 +37,7 @@ from indistill_fx.compression.make_student import (
 )
 from indistill_fx.curriculum import Curriculum
 from indistill_fx.evaluation.accuracy import Evaluation, evaluate
+from indistill_fx.graph.edit import one_sample
 from indistill_fx.graph.module_state import digest
 from indistill_fx.losses.registry import asked_of_the_data, options_without_labels
 from indistill_fx.losses.task import Task
@@ -284,7 +285,7 @@ def _export(
     from indistill_fx.deploy.export_onnx import export_onnx
     from indistill_fx.deploy.metadata import of_source
 
-    example = tuple(v[:1] if isinstance(v, Tensor) and v.dim() else v for v in model.example_values)
+    example = one_sample(tuple(model.example_values))
     known: dict[str, Any] = {"classes": about.get("classes") or (), "normalisation": about.get("normalisation")}
     facts = of_source(model=str(folder), run=run_fingerprint(folder), task=task_in(folder), **known)
     made = export_onnx(student, folder / "student.onnx", example, metadata=facts, logits=logits)

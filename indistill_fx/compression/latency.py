@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from indistill_fx.deploy.bench import bench
 from indistill_fx.errors import ConfigError, PruneError
+from indistill_fx.graph.edit import one_sample
 
 Runtime = Literal["onnxruntime", "torch", "torch-compile"]
 RUNTIMES: tuple[Runtime, ...] = ("onnxruntime", "torch", "torch-compile")
@@ -47,7 +48,7 @@ class Clock:
         Raises:
             ExportError: the runtime cannot take the network.
         """
-        inputs = tuple(value[:1] if isinstance(value, Tensor) and value.dim() else value for value in example_inputs)
+        inputs = one_sample(tuple(example_inputs))
         wanted = {"onnxruntime": "onnxruntime fp32", "torch": "torch eager", "torch-compile": "torch.compile"}[self.on]
         settings: dict[str, Any] = {"batches": (self.batch,), "threads": (self.threads,), "seconds": self.seconds}
         if self.on == "onnxruntime":

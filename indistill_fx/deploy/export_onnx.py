@@ -35,6 +35,7 @@ from indistill_fx.deploy.parity import (
     rounding,
 )
 from indistill_fx.errors import ConfigError, ExportError, IndistillError, first_lines, instead_of
+from indistill_fx.graph.edit import one_sample
 from indistill_fx.graph.module_state import evaluating, real_dtype
 from indistill_fx.graph.preprocess import Pair, Preprocess
 from indistill_fx.passes.capture.trace import trace
@@ -183,7 +184,7 @@ def export_onnx(
             return chosen, session, proof
 
         (chosen, session, proof), source = _as_module_or_graph(attempt, deployed, inputs)
-        latency = _latency(session, [x[:1] for x in inputs] if dynamic_batch else inputs)
+        latency = _latency(session, one_sample(inputs) if dynamic_batch else inputs)
         size = sum(f.stat().st_size for f in draft.parent.iterdir())
     fixed = () if dynamic_batch else (f"The batch size is fixed to {len(inputs[0])}; latency is for that batch.",)
     return ExportReport(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from indistill_fx.deploy.onnx_session import Array, feed, named_outputs, open_axes, random_inputs
 from indistill_fx.errors import ConfigError, ExportError, first_lines
+from indistill_fx.graph.edit import batch_of
 from indistill_fx.graph.main_output import MAIN_NAMES, as_key
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ def prove(
     for seed, (batch, other) in enumerate(trials):
         inputs = random_inputs(example_inputs, batch, seed=seed, other_size=other)
         if not other and not _takes(module, inputs):  # texts of random tokens may have no end, say
-            inputs = tuple(x[torch.arange(batch, device=x.device) % len(x)] for x in example_inputs)
+            inputs = batch_of(tuple(example_inputs), batch, example_size=len(example_inputs[0]))
             refusing = True
         label = f"at batch size {batch}" + (f" and size {_size_of(inputs)}" if other else "")
         try:
@@ -126,7 +127,7 @@ def prove(
     return Proof(tuple(rows), real, tuple(failures), failed_on, (_ON_EXAMPLE,) if refusing else ())
 
 
-_ON_EXAMPLE = "The model refuses random tokens: it was compared on rows of the example alone."
+_ON_EXAMPLE = "The model refuses random tokens or lengths: it was compared on rows of the example alone."
 
 
 def _takes(module: nn.Module, inputs: Sequence[Tensor]) -> bool:

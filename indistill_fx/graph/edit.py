@@ -283,13 +283,15 @@ def _shallow_copy(module: nn.Module) -> nn.Module:
 def batch_of(value: Any, size: int, *, example_size: int) -> Any:
     """The example inputs with another batch size; rows beyond the example's repeat it with a little noise.
 
-    Tensors whose first axis is not the example's batch stay as they are.
+    Tensors whose first axis is not the example's batch stay as they are. If there are lengths, a smaller batch begins with the longest
+    sample, because the other inputs are padded to its length.
     """
+    first = (longest_row(value, example_size) or 0) if size < example_size else 0
 
     def resize(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor) or leaf.dim() == 0 or leaf.shape[0] != example_size:
             return leaf
-        rows = leaf[torch.arange(size) % example_size]
+        rows = leaf[(first + torch.arange(size)) % example_size]
         if leaf.is_floating_point() and size > example_size:
             fresh = rows[example_size:]
             noise = torch.randn(fresh.shape, generator=torch.Generator().manual_seed(size), dtype=torch.float64)
@@ -297,6 +299,18 @@ def batch_of(value: Any, size: int, *, example_size: int) -> Any:
         return rows
 
     return tree_map(resize, value)
+
+
+def one_sample(value: Any) -> Any:
+    """The example inputs with a batch of one: see `batch_of`."""
+    return batch_of(value, 1, example_size=batch_size(value))
+
+
+def longest_row(value: Any, example_size: int) -> int | None:
+    """The row of the largest of a batch's first whole numbers, one for each sample, which may be lengths; None if there are none."""
+    leaves = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and leaf.shape == (example_size,)]
+    lengths = next((leaf for leaf in leaves if leaf.dtype in (torch.int32, torch.int64)), None)
+    return None if lengths is None else int(lengths.argmax())
 
 
 def batch_size(value: Any) -> int:

@@ -258,7 +258,7 @@ class Normalises(nn.Module):
         else:
             weight.data.mul_(0.5)
         y = self.layer(x)
-        return y * float(y.detach().sum()) if self.fails else y
+        return y if not self.fails or y.sum() > 0 else -y
 
 
 @pytest.mark.parametrize("role", ["teacher", "student"])

@@ -18,7 +18,7 @@ from indistill_fx.errors import FrontendError
 from indistill_fx.graph.ops import attribute
 from indistill_fx.passes.capture.captured import Captured, argument_names, assemble, made_from, tensor_names, tensors
 from indistill_fx.passes.capture.symbolic_sizes import Book, Size
-from indistill_fx.passes.capture.torch_functions import SHAPES, is_wrapped
+from indistill_fx.passes.capture.torch_functions import SHAPES, is_wrapped, refused_line
 
 _PLAIN = (
     bool,
@@ -48,7 +48,7 @@ class RecordedGraph:
         self.names = tensor_names(module, unregistered)
         self.state = {**dict(module.named_buffers()), **unregistered}
         self.graph = fx.Graph()
-        self.book = Book(self.create)
+        self.book = Book(self.create, self.refused_data)
         self.order: list[fx.Node] = []
         self.nodes = WeakTensorKeyDictionary()
         self.tracked: list[tuple[ref[Tensor], fx.Node | None]] = []
@@ -236,6 +236,14 @@ class RecordedGraph:
     def here(self) -> str:
         """The module whose code runs, for messages."""
         return f"`{self.book.module}`" if self.book.module else f"the forward of {type(self.module).__name__}"
+
+    def refused_data(self) -> FrontendError:
+        """The error for code whose operations depend on the data."""
+        return refused_line(
+            f"{self.here()} decides by the data",
+            expected="code that computes the same operations for all data of a shape",
+            instead="Use torch.where",
+        )
 
     def captured(self, leaves: Sequence[str] = ()) -> Captured:
         """The recorded graph over the module's own parts.

@@ -22,7 +22,7 @@ from indistill_fx.graph.module_state import settings_of
 from indistill_fx.graph.ops import writes_first
 from indistill_fx.passes.capture.captured import Captured, is_leaf, parts, returned, tensors
 from indistill_fx.passes.capture.recorded_graph import RecordedGraph
-from indistill_fx.passes.capture.symbolic_sizes import UnhashableSizeError, new_size
+from indistill_fx.passes.capture.symbolic_sizes import UnhashableSizeError, new_size, taken_number
 from indistill_fx.passes.capture.torch_functions import (
     DATA,
     SHAPES,
@@ -180,17 +180,19 @@ class Recorder(RecordedGraph, TorchFunctionMode):
 
     def _take_data(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Rule 3. Data computed from sizes alone is a decision on sizes; unregistered tensors are always allowed."""
-        of_sizes = False
+        of_sizes, taken = False, None
         for tensor in tensors(args):
             node = self.nodes.get(tensor)
             of_sizes |= node in self.of_sizes
             if id(tensor) in self.names or node in self.of_input or node in self.of_state:
-                raise refused_line(
-                    f"{self.here()} decides by the data",
-                    expected="code that computes the same operations for all data of a shape",
-                    instead="Use torch.where",
-                )
+                if name_of(func) in ("__int__", "__float__"):
+                    self.book.note_asking()  # recorded once more, `int` and `float` call `item`
+                if name_of(func) != "item" or node is None or tensor.is_complex():
+                    raise self.refused_data()
+                taken = node
         result = func(*plain(args), **plain(kwargs))
+        if taken is not None:
+            return taken_number(self.book, result, taken)
         if of_sizes:
             self.book.decide(str(result))
         return result

@@ -4,10 +4,11 @@ Rules, in order:
   1. The values are real tensors of a small batch; every torch function called on them becomes a node. Code that asks for types,
      ranks, devices or tuples finds them, so nearly all Python code works.
   2. Sizes are `symbolic_sizes.Size`: symbolic as long as they can be, decided by the example (and recorded) where code needs a plain int.
-     Where it calls `int` on sizes, or `len` on tensors, it is recorded once more, with an `int` and a `len` that give sizes.
-  3. Code that asks for the data itself (`if x.sum() > 0`, `x.item()`, `x.numpy()`) cannot be traced, nor can code that fails
-     because of rule 1 or 2. In the third method the innermost module that contains it becomes one node, and recording continues; so does
-     a module whose code decides by the batch size.
+     Where it calls `int` or `float` on them, or `len` on tensors, it is recorded once more, with functions that give sizes.
+  3. Code that asks for the data itself (`if x.sum() > 0`, `x.tolist()`, `x.numpy()`) cannot be traced, nor can code that fails
+     because of rule 1 or 2. A number that it takes by `x.item()` or `int(x)` is a node, and may go into functions of torch alone.
+     In the third method the innermost module that contains such code becomes one node, and recording continues; so does a module
+     whose code decides by the batch size.
   4. Code may have a way of its own for `torch.export`, on which it does not ask for the data (Hugging Face's attention masks). Where the
      second method fails, it records that way.
   5. A random number that code uses outside tensors is as data: see `graph.draws`.
@@ -20,7 +21,7 @@ Rules, in order:
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from itertools import zip_longest
 from typing import Any
@@ -31,9 +32,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from indistill_fx.errors import FrontendError
+from indistill_fx.graph.edit import longest_row
 from indistill_fx.passes.capture.captured import Captured, Request
 from indistill_fx.passes.capture.recorder import Recorder
-from indistill_fx.passes.capture.symbolic_sizes import Decision, math_of_sizes, sizes_asked_for, types_of_numbers
+from indistill_fx.passes.capture.symbolic_sizes import Book, Decision, math_of_sizes, sizes_asked_for, types_of_numbers
 
 _AS_EXPORTED = "recorded as its code runs under `torch.export`, because otherwise it cannot be recorded"
 
@@ -92,26 +94,42 @@ def _record(asked: Request, *, size: int, given_up: Mapping[str, str] | None = N
 
     def run() -> Recorder:
         recorder = Recorder(asked.module, asked.leaves, asked.loose, asked.lines, given_up=given_up)
+        books.append(recorder.book)
         torch.manual_seed(0)
         with math_of_sizes(), types_of_numbers(asked.module):
-            recorder.run(*tree_map(lambda leaf: _other_data(leaf, size), batch))
+            recorder.run(*_other_data(batch, size))
         return recorder
 
-    recorder = run()
-    if recorder.book.asking:
-        with suppress(FrontendError), sizes_asked_for(recorder.book.asking.values()):
+    books: list[Book] = []
+    recorder: Recorder | None = None
+    try:
+        recorder = run()
+    except FrontendError:
+        if not books[0].asking:
+            raise
+    if books[0].asking:
+        with suppress(FrontendError) if recorder else nullcontext(), sizes_asked_for(books[0].asking.values()):
             return run()
+    assert recorder is not None
     return recorder
 
 
-def _other_data(leaf: Any, size: int) -> Any:
-    """Other data than the caller's: the last row, repeated. The graph must not be compared on the data that it was recorded on.
+def _other_data(batch: Any, size: int) -> Any:
+    """Other data than the caller's: one row, repeated. The graph must not be compared on the data that it was recorded on.
 
-    Another order of the rows would not do for code that wants them sorted, by their lengths for example.
+    Another order of the rows would not do for code that wants them sorted, by their lengths for example. It is the longest row if there
+    are lengths, because the other inputs are padded to its length, and else the last one.
     """
-    if not isinstance(leaf, Tensor):
-        return leaf
-    return leaf[-1:].repeat(size, *[1] * (leaf.dim() - 1)) if leaf.dim() and leaf.shape[0] == size else leaf.clone()
+    longest = longest_row(batch, size)
+    row = size - 1 if longest is None else longest
+
+    def of(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        of_rows = leaf.dim() > 0 and leaf.shape[0] == size
+        return leaf[row : row + 1].repeat(size, *[1] * (leaf.dim() - 1)) if of_rows else leaf.clone()
+
+    return tree_map(of, batch)
 
 
 def _changed_decisions(first: Sequence[Decision], second: Sequence[Decision]) -> list[Decision]:

@@ -24,16 +24,12 @@ from torch import Tensor, fx, nn
 
 from indistill_fx.graph.edit import mark_place
 
-_OURS = str(Path(__file__).parent)
-_BETWEEN = (
-    _OURS,
-    str(Path(__file__).parents[2] / "graph"),
-    str(Path(torch.__file__)),
-    str(Path(torch.__file__).parent / "_"),
-    str(Path(torch.__file__).parent / "fx"),
-    str(Path(torch.__file__).parent / "nn" / "functional.py"),
-    str(Path(torch.__file__).parent / "overrides.py"),
-)
+_TORCH = Path(torch.__file__).parent
+_BETWEEN = tuple(
+    map(str, (Path(__file__).parent, Path(__file__).parents[2] / "graph", Path(torch.__file__), _TORCH / "_", _TORCH / "fx",
+              _TORCH / "nn" / "functional.py", _TORCH / "overrides.py"))
+)  # fmt: skip
+"""Where the paths of code begin that may run between the model's own code and this."""
 
 
 def current_place() -> tuple[str, str]:
@@ -84,16 +80,21 @@ class Decision(NamedTuple):
 
 
 class Book:
-    """Where sizes write: what makes nodes of the graph, the list of decisions, and the globals of code that calls `int` or `len`."""
+    """Where sizes write: what makes nodes of the graph, the list of decisions, and the globals of code that calls `int`, `float` or `len`.
 
-    def __init__(self, create: Callable[..., fx.Node]):
-        self.create = create
+    Args:
+        create: makes a node.
+        refuse: gives the error for code that needs the plain value of a number that was taken out of a tensor.
+    """
+
+    def __init__(self, create: Callable[..., fx.Node], refuse: Callable[[], Exception]):
+        self.create, self.refuse = create, refuse
         self.module = ""
         self.decisions: list[Decision] = []
         self.asking: dict[int, dict[str, Any]] = {}
 
     def note_asking(self) -> None:
-        """Note the globals of the model's code that is running: `int` or `len` asks it for a number."""
+        """Note the globals of the model's code that is running: `int`, `float` or `len` asks it for a number."""
         if (frame := _model_frame()) is not None:
             self.asking[id(frame.f_globals)] = frame.f_globals
 
@@ -113,6 +114,14 @@ def new_size(trace_record: Book, value: int | float | bool, target: Any, args: t
     if isinstance(value, bool):
         return _Bool(trace_record, value, target, args)
     return (_Int if isinstance(value, int) else _Float)(trace_record, value, target, args)
+
+
+def taken_number(trace_record: Book, value: int | float | bool, tensor: fx.Node) -> Size:
+    """The only entry of a tensor as a number of Python's: as a size, but no example may decide it."""
+    number = new_size(trace_record, value, "item", (tensor,))
+    number.of_data = True
+    number.emit()  # here, because the tensor may be written later
+    return number
 
 
 def _binary(operation: Callable[..., Any], *, swapped: bool = False) -> Callable[[Size, Any], Any]:
@@ -137,10 +146,15 @@ def _unary(operation: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Size:
-    """A number that follows from the shapes of the input: its value for the example, and the operation that computes it."""
+    """A number that follows from the shapes of the input: its value for the example, and the operation that computes it.
+
+    Attributes:
+        of_data: whether it follows from the input's data, by `item`, so that the example's value may decide nothing.
+    """
 
     def __init__(self, book: Book, value: int | float | bool, target: Any, args: tuple[Any, ...]):
         self.book, self.value, self.target, self.args = book, value, target, args
+        self.of_data: bool = any(isinstance(arg, Size) and arg.of_data for arg in args)
         self._made: fx.Node | None = None
 
     def emit(self) -> fx.Node:
@@ -153,6 +167,8 @@ class Size:
 
     def plain(self) -> Any:
         """The example's value, with the decision recorded."""
+        if self.of_data:
+            raise self.book.refuse()
         self.book.decide(self.value)
         return self.value
 
@@ -167,10 +183,12 @@ class Size:
         return int(self.plain())
 
     def __float__(self) -> float:
+        self.book.note_asking()
         return float(self.plain())
 
     def __hash__(self) -> int:
-        raise UnhashableSizeError("unhashable type: a size of the input, while its shapes are recorded")
+        unhashable = UnhashableSizeError("unhashable type: a size of the input, while its shapes are recorded")
+        raise self.book.refuse() if self.of_data else unhashable
 
     def __repr__(self) -> str:
         return repr(self.value)
@@ -206,24 +224,40 @@ class Size:
     guard_float = guard_bool = guard_int
 
 
-class _AsInt(type):
+class _AsPythons(type):
+    """Of a class that stands for the class of Python's that it derives from, while a model's code runs."""
+
     def __instancecheck__(cls, value: object) -> bool:
-        return isinstance(value, int)
+        return isinstance(value, cls.__mro__[1])
 
     def __subclasscheck__(cls, kind: type) -> bool:
-        return issubclass(kind, (int, _Int))
+        return issubclass(kind, cls.__mro__[1]) or kind is _SIZES.get(cls.__mro__[1])
 
     def __eq__(cls, other: object) -> bool:
-        return other is cls or other is int or other is _Int
+        return other is cls or other is cls.__mro__[1] or other is _SIZES.get(cls.__mro__[1], cls)
 
     __hash__ = type.__hash__
 
 
-class _SizeOrInt(int, metaclass=_AsInt):
+class _SizeOrInt(int, metaclass=_AsPythons):
     """Stands for `int` in code that calls it on sizes (`int(windows.shape[0] / n)`): the result is a size, too."""
 
     def __new__(cls, value: Any = 0, *base: Any) -> Any:
+        value = _entry(value)
         return _whole(value) if isinstance(value, Size) else int(value, *base)
+
+
+class _SizeOrFloat(float, metaclass=_AsPythons):
+    """Stands for `float` likewise."""
+
+    def __new__(cls, value: Any = 0.0) -> Any:
+        value = _entry(value)
+        return new_size(value.book, float(value.value), float, (value,)) if isinstance(value, Size) else float(value)
+
+
+def _entry(value: Any) -> Any:
+    """The number in a tensor of one entry, as its `item` gives it; anything else as it is."""
+    return value.item() if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex() else value
 
 
 def _whole(size: Size) -> Any:
@@ -280,8 +314,8 @@ def math_of_sizes() -> Iterator[None]:
 
 @contextmanager
 def sizes_asked_for(namespaces: Iterable[dict[str, Any]]) -> Iterator[None]:
-    """In these globals, `int` makes sizes of sizes, and `len` of a tensor is one. Python's own must return numbers."""
-    stand_ins = {"int": _SizeOrInt, "len": _size_or_len}
+    """In these globals, `int` and `float` make sizes of sizes, and `len` of a tensor is one. Python's own must return numbers."""
+    stand_ins = {"int": _SizeOrInt, "float": _SizeOrFloat, "len": _size_or_len}
     changed = [(names, name) for names in namespaces for name in stand_ins if name not in names]
     for names, name in changed:
         names[name] = stand_ins[name]
@@ -292,20 +326,7 @@ def sizes_asked_for(namespaces: Iterable[dict[str, Any]]) -> Iterator[None]:
             del names[name]
 
 
-class _AsType(type):
-    def __instancecheck__(cls, value: object) -> bool:
-        return isinstance(value, type)
-
-    def __subclasscheck__(cls, kind: type) -> bool:
-        return issubclass(kind, type)
-
-    def __eq__(cls, other: object) -> bool:
-        return other is cls or other is type
-
-    __hash__ = type.__hash__
-
-
-class _TypeOfNumber(type, metaclass=_AsType):
+class _TypeOfNumber(type, metaclass=_AsPythons):
     """Stands for `type` in the model's code: a size is of Python's own type (`type(h) is int`)."""
 
     def __new__(cls, value: Any, *definition: Any, **options: Any) -> Any:
@@ -374,3 +395,6 @@ class _Bool(Size, torch.SymBool, metaclass=_LikePython):  # type: ignore[misc]  
     def expect_true(self, *_: Any) -> bool:
         """Asked by `torch._check`, which asserts and decides nothing."""
         return bool(self.value)
+
+
+_SIZES: dict[type, type] = {int: _Int, float: _Float}
