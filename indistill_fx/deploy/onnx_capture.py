@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import re
@@ -10,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -114,7 +116,7 @@ def capture(
     inputs = [x.clone() for x in inputs]  # one tensor given twice would be one input
     shapes = _dynamic_shapes(inputs, batch=dynamic_batch, size=dynamic_size)
     try:
-        with quiet(), _attention_as_exported(), _EvenParts():
+        with quiet(), _attention_as_exported(), _EvenParts(), _functions_kept():
             program = torch.onnx.export(
                 deployed, tuple(inputs), dynamo=True, opset_version=opset, dynamic_shapes=(shapes,), verbose=False
             )
@@ -173,6 +175,36 @@ def quiet() -> Iterator[None]:
         finally:
             for logger, level in levels:
                 logger.setLevel(level)
+
+
+_FUNCTIONS: dict[Any, Any] = {}
+"""The exporter's tables of ONNX functions, by opset."""
+
+
+@contextmanager
+def _functions_kept() -> Iterator[None]:
+    """Within the block, the exporter's table of ONNX functions is built once a process, from the source of 500 functions.
+
+    Left alone, it builds it anew for each file, which takes half of a small network's export. A torch that has no such table is left alone.
+    """
+    try:
+        from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+        build, _ = ONNXRegistry.from_torchlib, ONNXRegistry().functions
+    except (ImportError, AttributeError):
+        yield
+        return
+
+    def kept(*opset: Any, **named: Any) -> Any:
+        key = (opset, *sorted(named.items()))
+        if key not in _FUNCTIONS:
+            _FUNCTIONS[key] = build(*opset, **named)
+        new = copy.copy(_FUNCTIONS[key])
+        new.functions = {name: list(forms) for name, forms in new.functions.items()}  # an export may add to them
+        return new
+
+    with patch.object(ONNXRegistry, "from_torchlib", staticmethod(kept)):
+        yield
 
 
 @contextmanager

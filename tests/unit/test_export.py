@@ -677,3 +677,27 @@ def test_windows_counted_by_a_quotient_of_sizes_export_with_an_open_batch(tmp_pa
     assert int not in {node.target for node in graph.graph.nodes}
     with torch.no_grad():
         torch.testing.assert_close(graph(torch.randn(5, 3, 8, 8)).shape, net(torch.randn(5, 3, 8, 8)).shape)
+
+
+def test_the_exporters_functions_are_kept_and_none_is_added_to_them(tmp_path, monkeypatch):
+    """Each file is the one that torch writes by itself, though the table of functions is built once."""
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    built, build = [], ONNXRegistry.from_torchlib
+    monkeypatch.setattr(onnx_capture, "_FUNCTIONS", {})
+    monkeypatch.setattr(
+        ONNXRegistry, "from_torchlib", lambda *opset, **named: built.append(1) or build(*opset, **named)
+    )
+    for name in ("a", "b"):
+        export_onnx(Net(), tmp_path / f"{name}.onnx", X, batch_sizes=(1,))
+    assert len(built) == 1
+    (table,) = onnx_capture._FUNCTIONS.values()
+    functions = {name: list(forms) for name, forms in table.functions.items()}
+    with onnx_capture._functions_kept():
+        ONNXRegistry.from_torchlib(table.opset_version).functions["aten::relu"].clear()
+        assert {name: list(forms) for name, forms in table.functions.items()} == functions
+    monkeypatch.setattr(onnx_capture, "_functions_kept", contextlib.nullcontext)
+    export_onnx(Net(), tmp_path / "c.onnx", X, batch_sizes=(1,))
+    assert len(built) == 2
+    one, two, alone = (onnx.load(tmp_path / f"{name}.onnx").graph.node for name in "abc")
+    assert [*map(str, one)] == [*map(str, two)] == [*map(str, alone)]
