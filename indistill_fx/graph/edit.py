@@ -283,20 +283,32 @@ def _shallow_copy(module: nn.Module) -> nn.Module:
 def batch_of(value: Any, size: int, *, example_size: int) -> Any:
     """The example inputs with another batch size; rows beyond the example's repeat it with a little noise.
 
-    Tensors whose first axis is not the example's batch stay as they are.
+    Tensors whose first axis is not the example's batch stay as they are. Whole numbers in order, such as the offsets of
+    `nn.EmbeddingBag` or sorted lengths, stay in order.
     """
 
     def resize(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor) or leaf.dim() == 0 or leaf.shape[0] != example_size:
             return leaf
-        rows = leaf[torch.arange(size) % example_size]
+        rows = torch.arange(size) % example_size
+        if _in_order(leaf):
+            rows = rows.sort().values
+        new = leaf[rows]
         if leaf.is_floating_point() and size > example_size:
-            fresh = rows[example_size:]
+            fresh = new[example_size:]
             noise = torch.randn(fresh.shape, generator=torch.Generator().manual_seed(size), dtype=torch.float64)
-            rows = torch.cat([rows[:example_size], fresh + (0.1 * noise).to(fresh)])
-        return rows
+            new = torch.cat([new[:example_size], fresh + (0.1 * noise).to(fresh)])
+        return new
 
     return tree_map(resize, value)
+
+
+def _in_order(leaf: Tensor) -> bool:
+    """Whether these are whole numbers, one a sample, that rise or fall."""
+    if leaf.dim() != 1 or leaf.is_floating_point() or leaf.is_complex() or leaf.dtype is torch.bool:
+        return False
+    steps = leaf.diff()
+    return bool((steps >= 0).all() or (steps <= 0).all())
 
 
 def batch_size(value: Any) -> int:

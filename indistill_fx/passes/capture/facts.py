@@ -148,7 +148,8 @@ def _require_fixed_counts(graph_module: fx.GraphModule, first: Observed, observe
     node, owner = growing[0], next(iter(owners))
     inside = f"`{owner}`" if owner else "the forward"
     raise FrontendError(
-        f"{inside} takes the batch apart into pieces (`{op_name(node)}`) whose number grows with the batch, and a graph holds a fixed number",
+        f"{inside} takes the batch apart into pieces (`{op_name(node)}`) whose number grows with the batch, "
+        "and a graph holds a fixed number",
         where=owner,
         got=op_name(node),
         hint="" if owner else "Move that code into a submodule of its own, which then stays one node in the graph.",

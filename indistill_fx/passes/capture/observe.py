@@ -131,10 +131,11 @@ class _Run:
             self.counted = self.counter.macs
         if isinstance(value, Tensor):
             self._remember(node, value, macs)
-            macs += sum(self.unassigned_macs.pop(source, 0) for source in node.all_input_nodes)
+        macs += sum(self.unassigned_macs.pop(source, 0) for source in node.all_input_nodes)
+        if isinstance(value, Tensor):
             self.found.seen[node.name] = Seen(tuple(value.shape), value.dtype, macs)
             return
-        if macs:  # the work of a tuple is counted at its first element
+        if macs:  # the work of a tuple is counted at its first tensor, however deep
             self.unassigned_macs[node] = macs
         if (count := count_of(value)) is not None:
             self.found.counts[node.name] = count
