@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import indistill_fx as ifx
+from indistill_fx.graph.edit import batch_of
 
 
 class Offsets(nn.Module):
@@ -76,7 +77,13 @@ class Bags(nn.Module):
         return self.head(torch.relu(self.hidden(self.bag(places, offsets)))) + dense
 
 
-def test_offsets_stay_in_order_in_other_batches():
+def test_whole_numbers_in_order_stay_in_order_in_other_batches():
+    offsets, lengths, labels = torch.tensor([0, 3, 5]), torch.tensor([9, 7, 7]), torch.tensor([2, 0, 1])
+    new = batch_of((offsets, lengths, labels), 5, example_size=3)
+    assert [tensor.tolist() for tensor in new] == [[0, 0, 3, 3, 5], [9, 9, 7, 7, 7], [2, 0, 1, 2, 0]]
+
+
+def test_bags_told_apart_by_offsets_are_halved():
     torch.manual_seed(0)
     example = torch.randn(2, 1), torch.randint(0, 20, (5,)), torch.tensor([0, 3])
     half = ifx.shrink(ifx.trace(Bags(), example), ratio=0.5)  # compared on three samples

@@ -83,8 +83,7 @@ class Reference:
     Attributes:
         changed: attributes of the module that its forward changes, by name, as far as was seen.
         writes_weights: whether a run has changed a parameter.
-        whole: submodules that a graph cannot follow, because they compute another thing at the next call for that reason,
-            or take the batch apart into more pieces the larger it is.
+        whole: submodules that no graph follows: they compute another thing at the next call, or take a larger batch into more pieces.
     """
 
     def __init__(
