@@ -284,19 +284,23 @@ def batch_of(value: Any, size: int, *, example_size: int) -> Any:
     """The example inputs with another batch size; rows beyond the example's repeat it with a little noise.
 
     Tensors whose first axis is not the example's batch stay as they are. If there are lengths, a smaller batch begins with the longest
-    sample, because the other inputs are padded to its length.
+    sample, because the other inputs are padded to its length. Whole numbers in order, such as the offsets of `nn.EmbeddingBag` or sorted
+    lengths, stay in order.
     """
     first = (longest_row(value, example_size) or 0) if size < example_size else 0
 
     def resize(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor) or leaf.dim() == 0 or leaf.shape[0] != example_size:
             return leaf
-        rows = leaf[(first + torch.arange(size)) % example_size]
+        rows = (first + torch.arange(size)) % example_size
+        if _in_order(leaf):
+            rows = rows.sort().values
+        new = leaf[rows]
         if leaf.is_floating_point() and size > example_size:
-            fresh = rows[example_size:]
+            fresh = new[example_size:]
             noise = torch.randn(fresh.shape, generator=torch.Generator().manual_seed(size), dtype=torch.float64)
-            rows = torch.cat([rows[:example_size], fresh + (0.1 * noise).to(fresh)])
-        return rows
+            new = torch.cat([new[:example_size], fresh + (0.1 * noise).to(fresh)])
+        return new
 
     return tree_map(resize, value)
 
@@ -307,10 +311,19 @@ def one_sample(value: Any) -> Any:
 
 
 def longest_row(value: Any, example_size: int) -> int | None:
-    """The row of the largest of a batch's first whole numbers, one for each sample, which may be lengths; None if there are none."""
+    """The row of the largest of a batch's first positive whole numbers, one for each sample: lengths, perhaps. None if there are none."""
     leaves = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and leaf.shape == (example_size,)]
-    lengths = next((leaf for leaf in leaves if leaf.dtype in (torch.int32, torch.int64)), None)
+    whole = (leaf for leaf in leaves if leaf.dtype in (torch.int32, torch.int64))
+    lengths = next((leaf for leaf in whole if leaf.numel() and leaf.min() > 0), None)
     return None if lengths is None else int(lengths.argmax())
+
+
+def _in_order(leaf: Tensor) -> bool:
+    """Whether these are whole numbers, one a sample, that rise or fall."""
+    if leaf.dim() != 1 or leaf.is_floating_point() or leaf.is_complex() or leaf.dtype is torch.bool:
+        return False
+    steps = leaf.diff()
+    return bool((steps >= 0).all() or (steps <= 0).all())
 
 
 def batch_size(value: Any) -> int:

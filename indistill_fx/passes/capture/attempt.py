@@ -47,7 +47,7 @@ def in_both_modes(once: Callable[[Sequence[str]], Captured], leaves: Sequence[st
             try:
                 other_mode.compare(merged.graph_module)
             finally:
-                reference.stateful = other_mode.stateful
+                reference.keep_whole(other_mode.whole)
     except FrontendError as error:
         if error.where in reference.changed:  # another capture method may avoid the change
             raise
@@ -58,7 +58,7 @@ def in_both_modes(once: Callable[[Sequence[str]], Captured], leaves: Sequence[st
 
 def in_mode(capture: Method, reference: Reference, leaves: Sequence[str], *, patient: bool) -> Captured:
     """Capture and rule 3; if patient, a module whose writes cannot be made functional becomes a leaf."""
-    given_up: tuple[str, ...] = reference.stateful if patient else ()
+    given_up: tuple[str, ...] = reference.whole if patient else ()
     generators = reference.generators
     lines, suspected = Lines(generators), False
     module = reference.module

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -83,7 +83,7 @@ class Reference:
     Attributes:
         changed: attributes of the module that its forward changes, by name, as far as was seen.
         writes_weights: whether a run has changed a parameter.
-        stateful: submodules that compute another thing at the next call for that reason, where a graph does not.
+        whole: submodules that no graph follows: they compute another thing at the next call, or take a larger batch into more pieces.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Reference:
         self._put_back, self._forget = put_back, forget
         self.writes_weights = False
         self.changed: dict[str, Change] = {}
-        self.stateful: tuple[str, ...] = ()
+        self.whole: tuple[str, ...] = ()
         self.generators = generators or Generators(module)
         self.example = batch_size((inputs, kwargs))
         self.notes: tuple[str, ...] = ()
@@ -152,6 +152,10 @@ class Reference:
     def forget(self) -> None:
         """Restore attributes, buffers and caches to their state before a capture, and record what had changed."""
         self._note(self._forget())
+
+    def keep_whole(self, paths: Iterable[str]) -> None:
+        """Note submodules that a graph cannot follow."""
+        self.whole = tuple(dict.fromkeys((*self.whole, *paths)))
 
     def _note(self, changed: Sequence[Change]) -> None:
         # constants that fx itself added
@@ -225,7 +229,7 @@ class Reference:
         except FrontendError as error:
             names = ", ".join(f"`{name}`" for name in self.changed) or "what it writes into parameters"
             owners = dict.fromkeys(change.part for change in self.changed.values())
-            self.stateful = tuple(part for part in owners if part)
+            self.keep_whole(filter(None, owners))
             raise FrontendError(
                 f"the forward keeps {names} from one call to the next, which the graph does not: at the second call, {error.message}",
                 where=next(iter(self.changed), ""),

@@ -18,7 +18,7 @@ from indistill_fx.errors import FrontendError
 from indistill_fx.graph.edit import copy_graph, output_node, tensor_nodes
 from indistill_fx.graph.main_output import as_key, entries, main_output
 from indistill_fx.graph.opaque import Opaque
-from indistill_fx.graph.ops import attribute, basic_form, own_parameters
+from indistill_fx.graph.ops import attribute, basic_form, op_name, own_parameters
 from indistill_fx.graph.per_sample import write_per_sample
 from indistill_fx.passes.capture.channel_axis import channel_axes
 from indistill_fx.passes.capture.equivalence import Reference
@@ -83,6 +83,7 @@ def _found(graph_module: fx.GraphModule, observer: Observer) -> tuple[fx.GraphMo
     """The graph with its static values written in, and its facts."""
     reference = observer.reference
     runs = _runs(graph_module, observer)
+    _require_fixed_counts(graph_module, runs[0], observer)
     graph_module = _in_basic_forms(graph_module, runs[0].shapes)
     if has_sizes(graph_module, runs[0].shapes):
         graph_module, per_sample = write_per_sample(graph_module, [run.shapes for run in runs], reference.sizes)
@@ -122,6 +123,37 @@ def _runs(graph_module: fx.GraphModule, observer: Observer) -> list[Observed]:
     except Exception:
         observer.reference.compare(graph_module)  # raises an error that names the difference
         raise
+
+
+def _require_fixed_counts(graph_module: fx.GraphModule, first: Observed, observer: Observer) -> None:
+    """Refuse lists whose number of tensors a larger batch changes, where code goes through all of them (ghost batch norm).
+
+    Raises:
+        FrontendError: there are such; the modules that make them are noted, so that another capture can keep them whole.
+    """
+    if not first.counts or len(observer.reference.sizes) == 1:
+        return
+    large = observer.large_batch(graph_module).counts
+    made = {node.name: node for node in graph_module.graph.nodes if node.name in first.counts}
+    growing = [
+        node
+        for name, node in made.items()
+        if large.get(name, first.counts[name]) != first.counts[name]
+        and {user.args[1] for user in node.users if user.target is operator.getitem} >= set(range(first.counts[name]))
+    ]
+    if not growing:
+        return
+    owners = dict.fromkeys(_enclosing(node).partition("@")[0] for node in growing)
+    observer.reference.keep_whole(filter(None, owners))
+    node, owner = growing[0], next(iter(owners))
+    inside = f"`{owner}`" if owner else "the forward"
+    raise FrontendError(
+        f"{inside} takes the batch apart into pieces (`{op_name(node)}`) whose number grows with the batch, "
+        "and a graph holds a fixed number",
+        where=owner,
+        got=op_name(node),
+        hint="" if owner else "Move that code into a submodule of its own, which then stays one node in the graph.",
+    )
 
 
 def _fold(graph_module: fx.GraphModule, runs: list[Observed], observer: Observer) -> tuple[fx.GraphModule, bool]:

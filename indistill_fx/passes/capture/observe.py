@@ -83,6 +83,8 @@ def _count_attention(query: Any, key: Any, value: Any, *args: Any, out_val: Any 
 _NORMS = frozenset({"batch_norm", "layer_norm", "group_norm", "instance_norm"})
 _KEEPING = (UNARY - {"float", "half", "to", "type_as"}) | _NORMS | {"softmax"}
 _FLOPS = {**flop_registry, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _count_attention}
+_LARGE = 4_097
+"""A batch that code takes apart into more pieces than two or three samples, if it does so by a number of samples."""
 _ALONE = frozenset(
     {nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d}
 )
@@ -129,10 +131,11 @@ class _Run:
             self.counted = self.counter.macs
         if isinstance(value, Tensor):
             self._remember(node, value, macs)
-            macs += sum(self.unassigned_macs.pop(source, 0) for source in node.all_input_nodes)
+        macs += sum(self.unassigned_macs.pop(source, 0) for source in node.all_input_nodes)
+        if isinstance(value, Tensor):
             self.found.seen[node.name] = Seen(tuple(value.shape), value.dtype, macs)
             return
-        if macs:  # the work of a tuple is counted at its first element
+        if macs:  # the work of a tuple is counted at its first tensor, however deep
             self.unassigned_macs[node] = macs
         if (count := count_of(value)) is not None:
             self.found.counts[node.name] = count
@@ -235,6 +238,14 @@ class Observer:
         groups = [inputs, *([one] for one in inputs if len(inputs) > 1)]
         return [run for group in groups if (run := self._other(graph_module, longer=group)) is not None]
 
+    def large_batch(self, graph_module: fx.GraphModule) -> Observed:
+        """A run with a large batch, without data, as far as the graph runs on it."""
+        run = _Run(graph_module, self._layers, macs=False)
+        with self.reference.kept(graph_module), _without_data(graph_module), suppress(Exception), _silent_meta():
+            inputs, kwargs = self._shapes(_LARGE)
+            run(*inputs, *kwargs.values())
+        return run.found
+
     def _other(self, graph_module: fx.GraphModule, **change: Any) -> Observed | None:
         with self.reference.kept(graph_module), _without_data(graph_module), suppress(Exception):
             return self._empty(graph_module, *self._shapes(2, **change), macs=False)
@@ -267,8 +278,7 @@ class Observer:
     def _empty(
         self, graph_module: fx.GraphModule, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], *, macs: bool
     ) -> Observed:
-        with warnings.catch_warnings(), torch.device("meta"):  # what the graph makes anew has no data either
-            warnings.simplefilter("ignore")
+        with _silent_meta():
             return _Run(graph_module, self._layers, macs=macs)(*inputs, *kwargs.values())
 
     def _real(self, graph_module: fx.GraphModule, size: int, *, macs: bool) -> Observed:
@@ -277,6 +287,14 @@ class Observer:
         inputs, kwargs = self.reference.batch(size)
         with state_kept(graph_module):
             return _Run(graph_module, {}, macs=macs)(*inputs, *kwargs.values())
+
+
+@contextmanager
+def _silent_meta() -> Iterator[None]:
+    """Within the block, what the graph makes anew has no data either."""
+    with warnings.catch_warnings(), torch.device("meta"):
+        warnings.simplefilter("ignore")
+        yield
 
 
 @contextmanager

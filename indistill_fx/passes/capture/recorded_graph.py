@@ -89,6 +89,8 @@ class RecordedGraph:
             return value.emit()
         if isinstance(value, np.generic):  # `np.sqrt(0.1)`, which generated code could not write
             return value.item()
+        if isinstance(value, np.ndarray):  # a place to look up; rule 7 of `recording`
+            return self.node_of(torch.from_numpy(value))
         if isinstance(value, torch.device) and self.first is not None and value == self.first.device:
             return self._device_node()
         if value is None or value is ... or isinstance(value, _PLAIN):

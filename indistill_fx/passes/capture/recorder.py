@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
@@ -25,6 +26,7 @@ from indistill_fx.passes.capture.recorded_graph import RecordedGraph
 from indistill_fx.passes.capture.symbolic_sizes import UnhashableSizeError, new_size, taken_number
 from indistill_fx.passes.capture.torch_functions import (
     DATA,
+    FACTORIES,
     SHAPES,
     SILENT,
     AppliedFunction,
@@ -141,6 +143,8 @@ class Recorder(RecordedGraph, TorchFunctionMode):
         ):
             return self._shape(source, known, name, *args[1:], **kwargs)
         result = self._take_data(func, args, kwargs) if name in DATA else func(*plain(args), **plain(kwargs))
+        if name in FACTORIES and isinstance(args[-1] if args else kwargs.get("data"), np.ndarray):
+            return result  # a constant, whatever tensor gives dtype and device
         op, target, arguments = as_call(func, args)
         written = source if target is operator.setitem else None
         if not tensors(result) and written is None:

@@ -26,6 +26,9 @@ DATA = frozenset(
 )
 """Functions that take numbers out of a tensor, to where no graph can follow."""
 
+FACTORIES = frozenset({"tensor", "as_tensor", "asarray", "from_numpy", "new_tensor"})
+"""Functions that make a tensor of data."""
+
 SILENT = frozenset(
     {"requires_grad_", "retain_grad", "register_hook", "__repr__", "__format__", "__set__", "_assert", "_is_view"}
 )

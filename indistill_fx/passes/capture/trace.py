@@ -315,9 +315,9 @@ def _capture(
             try:
                 captured, known = attempt()
             except FrontendError:
-                if method != "leaves" or not reference.stateful:
+                if method != "leaves" or not reference.whole:
                     raise
-                captured, known = attempt()  # once more, with the stateful modules as leaves
+                captured, known = attempt()  # once more, with the modules that no graph can follow as leaves
         except FrontendError as error:
             if error.where in ("forward", "dtype", "output", "logits"):
                 raise

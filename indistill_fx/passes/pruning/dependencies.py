@@ -379,12 +379,15 @@ def _is_everything(index: Sequence[int], flat: Units) -> bool:
 
 
 def _flat_units(found: Coupling, cut: Cut) -> Units | None:
-    """Units of several axes taken as one: those of the only axis that has units."""
+    """Units of several axes taken as one: those of the only axis that has units; the others stay, first those that do anyway."""
     if cut.width == 1:
         return found.of(cut.node, cut.start)
     shape = found.facts[cut.node.name].shape[cut.start : cut.stop]
     carrying = [k for k in range(cut.width) if found.has_units(cut.node, cut.start + k)]
-    carrying.sort(key=lambda k: found.filled.issuperset(found.of(cut.node, cut.start + k).tolist()))  # type: ignore[union-attr]
+    if len(carrying) > 1:
+        fixed = {unit for units, _ in found.frozen for unit in units.tolist()}
+        own = {k: set(found.of(cut.node, cut.start + k).tolist()) for k in carrying}  # type: ignore[union-attr]
+        carrying.sort(key=lambda k: (not fixed.isdisjoint(own[k]), found.filled.issuperset(own[k])))
     for k in carrying[1:]:
         found.freeze(found.of(cut.node, cut.start + k), f"several axes of `{cut.node.name}` become one")
     units = found.of(cut.node, cut.start + carrying[0]) if carrying else None
