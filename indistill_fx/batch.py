@@ -186,8 +186,8 @@ def _form_of(batch: Any, models: Sequence[Inputs], where: str) -> _Form:
     rest = (
         values[count + 1 :] if plain else values[count + 1 : count + 2]
     )  # without a model, what is there is not known
-    found = _indices_in([value for value in rest if plain or _are_numbers(value)], beside, where, optional)
-    return _Form(values[:count], False, beside, labels, found)
+    indices = _indices_in([value for value in rest if plain or _are_numbers(value)], beside, where, optional)
+    return _Form(values[:count], False, beside, labels, indices)
 
 
 def _indices_in(rest: Sequence[Any], more: Mapping[str, Any], where: str, optional: str | None = None) -> Tensor | None:
@@ -341,18 +341,20 @@ def _by_name(inputs: Mapping[str, Any], beside: Mapping[str, Any], model: Inputs
             where=missing[0],
             got=list(entries),
             expected=list(model.required),
-            hint=f"{model.owner or 'The model'} takes {listed(model.names)}. Let the loader yield them by name, or in order as a tuple: "
-            "the inputs, then the labels.",
+            hint=f"{model.owner or 'The model'} takes {listed(model.names)}. Let the loader yield them by name, or in order, then labels."
+            + " If it takes a dict, wrap it in a module that takes the entries one by one."
+            * (len(model.required) == 1 < len(only)),
         )
-    for name, value in chosen.items():
-        if name in model.required:
-            _require_tensor(value, name, where)
+    for name in model.required:
+        _require_tensor(chosen[name], name, where)
     order = (*(name for name in model.names if name in chosen), *(name for name in chosen if name not in model.names))
-    return Call((), {name: chosen[name] for name in order if isinstance(chosen[name], Tensor)})
+    return Call(
+        (), {k: chosen[k] for k in order if isinstance(chosen[k], Tensor) or k in model.required}
+    )  # required: or None
 
 
 def _widened(labels: Tensor | None) -> Tensor | None:
-    """Integers of any width as int64. Other labels and all shapes stay unchanged, because the task interprets them."""
+    """Integers of any width as int64. Other labels and all shapes stay as they are: the task interprets them."""
     if labels is None or labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         return labels
     return labels.long()

@@ -36,7 +36,7 @@ KINDS = {
 LARGEST_INPUT = 1 << 28
 """Elements of an input that is made up for a file: 1 GiB in float32."""
 Array: TypeAlias = npt.NDArray[Any]
-Given: TypeAlias = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
+Given: TypeAlias = Tensor | Sequence[Any] | Mapping[str, Any]
 """Inputs of a model: one, several in order, or by name."""
 
 
@@ -49,11 +49,13 @@ def as_inputs(example_inputs: Tensor | Sequence[Tensor], *, where: str = "exampl
     single = isinstance(example_inputs, Tensor) or is_own_class(example_inputs)
     inputs = (example_inputs,) if single else tuple(example_inputs)
     if not inputs or not all(isinstance(x, Tensor) and x.dim() for x in inputs):
-        got = ", ".join(type(x).__name__ if not isinstance(x, Tensor) else "a scalar" for x in inputs) or "nothing"
+        kinds = (type(x).__name__ if not isinstance(x, Tensor) or x.dim() else "a scalar" for x in inputs)
+        got = ", ".join(kinds) or "nothing"
         raise ConfigError(
             f"`{where}` must be one or more tensors with a batch dimension; got {got}.",
             where=where,
-            hint="Give tensors whose first axis is the batch.",
+            hint="Give tensors whose first axis is the batch. If the model takes a dict or a tuple of tensors as one argument, wrap it "
+            "in a module whose forward takes the tensors one by one: an ONNX file has no other inputs.",
         )
     if len({len(x) for x in inputs}) > 1:
         shapes = ", ".join(str(tuple(x.shape)) for x in inputs)

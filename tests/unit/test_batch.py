@@ -157,6 +157,20 @@ def test_what_follows_the_labels_is_never_ignored() -> None:
     )  # without a model it is not known how many are inputs
 
 
+def test_a_required_input_may_be_none_by_name() -> None:
+    """It was left out, and the forward failed for want of it."""
+    parts = split({"a": A, "b": None, "labels": Y}, Inputs(("a", "b"), ("a", "b")), where="Test")
+    assert set(parts.calls[0].kwargs) == {"a", "b"} and parts.calls[0].kwargs["b"] is None
+
+
+def test_a_model_that_takes_a_dict_is_to_be_wrapped() -> None:
+    with pytest.raises(ConfigError, match=r"It has no `obs`\. .* If it takes a dict, wrap it"):
+        split({"state": A, "image": B, "labels": Y}, Inputs(("obs",), ("obs",)), where="Test")
+    with pytest.raises(ConfigError) as caught:
+        split({"state": A, "labels": Y}, Inputs(("obs", "b"), ("obs", "b")), where="Test")
+    assert "wrap" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("batch", "message"),
     [

@@ -172,8 +172,9 @@ def _refuse_views(writer: fx.Node, target: fx.Node, order: dict[fx.Node, int], i
     others = (user for node in sharing - free for user in node.users if node not in pieces or user is pieces[node])
     if any(order.get(user, 0) > order[writer] for user in others):
         stack = [str(key).split("@")[0] for key in writer.meta.get("nn_module_stack", {})]
+        writing = f"`{stack[-1]}`" if stack and stack[-1] else "the forward"
         raise FrontendError(
-            f"`{stack[-1] if stack else writer.name}` writes in place into a tensor that is also read through a view (`{writer.name}`)",
+            f"{writing} writes in place into a tensor that is also read through a view (`{writer.name}`)",
             where=stack[-1] if stack else "",
         )
 
