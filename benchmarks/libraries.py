@@ -1,7 +1,7 @@
 r"""Networks of other libraries, small and with random weights, through trace, shrink, student.py and ONNX.
 
     pip install --no-deps --target libs vit-pytorch segmentation-models-pytorch monai diffusers spandrel torchaudio asteroid \
-        asteroid_filterbanks open_clip_torch ultralytics pytorchcv    and what these import (einops, ftfy, loguru, …)
+        asteroid_filterbanks open_clip_torch ultralytics pytorchcv speechbrain rtdl_revisiting_models    and what these import (einops, …)
     PYTHONPATH=.:libs python benchmarks/libraries.py run benchmarks/results/libraries.json       all (half an hour)
     PYTHONPATH=.:libs python benchmarks/libraries.py run FILE --only monai yolov8n
     python benchmarks/libraries.py table benchmarks/results/libraries.json --into docs/coverage.md
@@ -50,6 +50,11 @@ def image(side: int, channels: int = 3, axes: int = 2) -> Inputs:
 def wave(length: int) -> Inputs:
     """Sound of one channel."""
     return lambda rows: (torch.randn(rows, 1, length),)
+
+
+def frames(width: int) -> Inputs:
+    """Spectra of 20 frames."""
+    return lambda rows: (torch.randn(rows, 20, width),)
 
 
 def words(rows: int) -> Example:
@@ -111,6 +116,11 @@ def _cv(name: str, side: int = 32) -> Entry:
 
 def _yolo(make: str, file: str) -> Entry:
     return Entry("ultralytics", "ultralytics.nn.tasks", make, image(64), (file,), {"nc": 3, "verbose": False})
+
+
+def _table(make: str, inputs: Inputs | None = None, **settings: Any) -> Entry:
+    rows_of_numbers = inputs or (lambda rows: (torch.randn(rows, 8),))
+    return Entry("rtdl_revisiting_models", "rtdl_revisiting_models", make, rows_of_numbers, settings=settings)
 
 
 MODELS: dict[str, Entry] = {
@@ -231,8 +241,20 @@ MODELS: dict[str, Entry] = {
         "n_filters": 16, "kernel_size": 16, "stride": 8, "bn_chan": 16, "hid_size": 16, "chunk_size": 10, "n_repeats": 1,
     }),
     "conformer": Entry(
-        "torchaudio", "torchaudio.models", "Conformer", lambda rows: (torch.randn(rows, 20, 32), torch.tensor([20] * rows)),
+        "torchaudio", "torchaudio.models", "Conformer", lambda rows: (torch.randn(rows, 20, 32), torch.tensor([20, *range(9, 8 + rows)])),
         settings={"input_dim": 32, "num_heads": 4, "ffn_dim": 64, "num_layers": 2, "depthwise_conv_kernel_size": 7},
+    ),
+    "ecapa-tdnn": Entry("speechbrain", "speechbrain.lobes.models.ECAPA_TDNN", "ECAPA_TDNN", frames(16), (16,), {
+        "channels": [32] * 5, "kernel_sizes": [5, 3, 3, 3, 1], "dilations": [1, 2, 3, 4, 1], "attention_channels": 16, "lin_neurons": 24,
+    }),
+    "table, mlp": _table("MLP", d_in=8, d_out=3, n_blocks=2, d_block=32, dropout=0.1),
+    "table, resnet": _table(
+        "ResNet", d_in=8, d_out=3, n_blocks=2, d_block=32, d_hidden=None, d_hidden_multiplier=2.0, dropout1=0.1, dropout2=0.1
+    ),
+    "table, ft-transformer": _table(
+        "FTTransformer", lambda rows: (torch.randn(rows, 4), torch.randint(0, 3, (rows, 2))), n_cont_features=4, cat_cardinalities=[3, 5],
+        d_out=3, n_blocks=2, d_block=16, attention_n_heads=4, attention_dropout=0.1, ffn_d_hidden=None, ffn_d_hidden_multiplier=2.0,
+        ffn_dropout=0.1, residual_dropout=0.0,
     ),
     "clip, both towers": Entry(
         "open_clip_torch", "open_clip", "CLIP", lambda rows: (torch.randn(rows, 3, 32, 32), torch.randint(1, 59, (rows, 10))),

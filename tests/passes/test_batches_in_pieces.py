@@ -82,3 +82,22 @@ def test_pieces_in_the_networks_own_forward_are_refused():
     ) as caught:
         ifx.trace(Whole(nn.Identity()), torch.randn(2, 4))
     assert "submodule of its own" in str(caught.value)
+
+
+class Listed(nn.Module):
+    """Like TabNet: what stops the recording elsewhere leaves `torch.export` alone, which would take all of a larger batch at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.part, self.head = nn.Linear(4, 8), ByChunks(8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self.first(x).split(8)
+        return self.head(torch.cat([self.part(part) for part in parts]))
+
+
+def test_a_student_that_is_taken_apart_is_not_exported_as_a_whole():
+    torch.manual_seed(0)
+    with pytest.raises(ifx.FrontendError, match="grows with the batch") as caught:
+        ifx.trace(Listed().train(), torch.randn(2, 4), role="student")
+    assert "in train mode it would compute with all of a larger batch at once" in str(caught.value)

@@ -83,7 +83,7 @@ class Reference:
     Attributes:
         changed: attributes of the module that its forward changes, by name, as far as was seen.
         writes_weights: whether a run has changed a parameter.
-        whole: submodules that no graph follows: they compute another thing at the next call, or take a larger batch into more pieces.
+        whole, in_pieces: submodules that no graph follows, and whether one of them takes a larger batch apart into more pieces.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Reference:
         self._put_back, self._forget = put_back, forget
         self.writes_weights = False
         self.changed: dict[str, Change] = {}
-        self.whole: tuple[str, ...] = ()
+        self.whole, self.in_pieces = tuple[str, ...](), False
         self.generators = generators or Generators(module)
         self.example = batch_size((inputs, kwargs))
         self.notes: tuple[str, ...] = ()

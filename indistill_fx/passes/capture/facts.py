@@ -145,6 +145,7 @@ def _require_fixed_counts(graph_module: fx.GraphModule, first: Observed, observe
         return
     owners = dict.fromkeys(_enclosing(node).partition("@")[0] for node in growing)
     observer.reference.keep_whole(filter(None, owners))
+    observer.reference.in_pieces = True
     node, owner = growing[0], next(iter(owners))
     inside = f"`{owner}`" if owner else "the forward"
     raise FrontendError(

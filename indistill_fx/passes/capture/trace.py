@@ -12,7 +12,7 @@ Rules, in order:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, get_args
@@ -302,6 +302,17 @@ def _names(names: Sequence[str]) -> str:
     return ", ".join(f"`{name}`" for name in names)
 
 
+def _with_more_leaves(attempt: Callable[[], tuple[Captured, Known]], reference: Reference) -> tuple[Captured, Known]:
+    """The first attempt that is not refused; modules that one has shown to be none for a graph are leaves of the next."""
+    while True:
+        whole = reference.whole
+        try:
+            return attempt()
+        except FrontendError:
+            if reference.whole == whole:
+                raise
+
+
 def _capture(
     reference: Reference, leaves: Sequence[str], logits: str | int | None, *, own_flags: bool
 ) -> tuple[str, Captured, Known, list[str]]:
@@ -310,14 +321,12 @@ def _capture(
     reason: FrontendError | None = None
     coarse: tuple[str, Captured, Known] | None = None
     for method in _METHODS:
+        if method == "export" and reference.in_pieces and reference.module.training:
+            refused.append(f"{method}: in train mode it would compute with all of a larger batch at once")
+            continue
         attempt = partial(_attempt, method, reference, leaves, logits, own_flags=own_flags)
         try:
-            try:
-                captured, known = attempt()
-            except FrontendError:
-                if method != "leaves" or not reference.whole:
-                    raise
-                captured, known = attempt()  # once more, with the modules that no graph can follow as leaves
+            captured, known = attempt() if method != "leaves" else _with_more_leaves(attempt, reference)
         except FrontendError as error:
             if error.where in ("forward", "dtype", "output", "logits"):
                 raise
