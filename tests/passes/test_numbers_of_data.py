@@ -148,3 +148,18 @@ def test_sizes_as_real_numbers_stay_sizes() -> None:
     x = torch.randn(9, 8)
     torch.testing.assert_close(traced.graph_module(x), module(x))
     assert traced.report.leaves == () and traced.report.specialisations == ()
+
+
+class Doubles(nn.Module):
+    """Code that needs Python's own `float`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.ones(x.shape[1], dtype=float).to(x) / float(x.shape[1])
+
+
+def test_code_that_needs_pythons_own_float_is_no_leaf() -> None:
+    module = nn.Sequential(nn.Linear(8, 16), Doubles(), nn.Linear(16, 5)).eval()
+    traced = trace(module, torch.randn(4, 8))
+    x = torch.randn(9, 8)
+    torch.testing.assert_close(traced.graph_module(x), module(x))
+    assert traced.report.leaves == ()

@@ -33,6 +33,8 @@ _PLAIN = (
     torch.layout,
     torch.memory_format,
 )
+_DTYPES = {bool: torch.bool, int: torch.int64, float: torch.float64, complex: torch.complex128}
+"""What torch takes Python's types for (`dtype=float`)."""
 
 
 class RecordedGraph:
@@ -95,6 +97,8 @@ class RecordedGraph:
             return self._device_node()
         if value is None or value is ... or isinstance(value, _PLAIN):
             return value
+        if isinstance(value, type) and value in _DTYPES:
+            return _DTYPES[value]
         if isinstance(value, slice):
             return slice(*map(self.argument, (value.start, value.stop, value.step)))
         if isinstance(value, PackedSequence):  # the constructor reads the tensors, so it must run inside the graph
