@@ -151,14 +151,18 @@ def example_for(sources: tuple[Source, ...], asked: Sequence[str] = (), data: Da
     import torch
 
     from indistill_fx.graph.module_state import real_dtype
-    from indistill_fx.loading.inputs import example_inputs
+    from indistill_fx.loading.inputs import example_inputs, within_tables
 
     real = (real_dtype(sources[0].module) if sources else None) or torch.float32
     if asked:
         return example_inputs(asked, str(real).removeprefix("torch."))
     if data is not None:
         return _example_of_data(sources, data)
-    known = next((source.example_inputs for source in sources if source.example_inputs is not None), None)
+    stating = next((source for source in sources if source.example_inputs is not None), None)
+    known = None if stating is None else within_tables(stating.example_inputs, stating.module)
+    if stating is not None and known is not stating.example_inputs:
+        advice = "; --data gives real ones" if _takes_data() else ""
+        say(f"{stating.spec}: not every table has the whole numbers of the stated inputs, so zeros are used{advice}.")
     if known is None:
         known = next((dummy for source in sources if (dummy := _dummy_inputs(source.module))), None)
     if known is not None:

@@ -11,7 +11,7 @@ from indistill_fx.errors import ConfigError
 from indistill_fx.loading.spec import LARGEST_INPUT, is_input_size
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 _WHOLE = ("int64", "int32", "int16", "int8", "uint8", "bool")
 _REAL = ("float32", "float64", "float16", "bfloat16")
@@ -142,6 +142,28 @@ def describe_inputs(example: Any) -> list[str]:
     except ConfigError:  # a name or a number that the option does not accept
         return []
     return texts
+
+
+def within_tables(example: Any, module: nn.Module) -> Any:
+    """The example inputs; with zeros for whole numbers, if a look-up of the module is beyond one of its tables on them."""
+    import torch
+    from torch.utils._pytree import tree_leaves, tree_map
+
+    from indistill_fx.batch import Call
+    from indistill_fx.graph.module_state import mode, untouched
+    from indistill_fx.system.model_inputs import Inputs
+
+    whole = [leaf for leaf in tree_leaves(example) if isinstance(leaf, torch.Tensor) and not leaf.is_floating_point()]
+    if not whole:
+        return example
+    try:
+        with untouched(module), mode(module, training=False), torch.no_grad():
+            Call.of_example(example, Inputs.of(module), where="The example")(module)
+    except IndexError:
+        return tree_map(lambda leaf: torch.zeros_like(leaf) if any(leaf is one for one in whole) else leaf, example)
+    except Exception:  # whatever else its code raises is told where the inputs are used
+        pass
+    return example
 
 
 def _example(form: InputForm, generator: object) -> Tensor:

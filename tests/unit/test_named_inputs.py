@@ -18,7 +18,7 @@ from transformers.tokenization_utils_base import BatchEncoding
 import indistill_fx as ifx
 from indistill_fx.batch import Call
 from indistill_fx.cli import run
-from indistill_fx.loading.inputs import describe_inputs, example_inputs, parse_input
+from indistill_fx.loading.inputs import describe_inputs, example_inputs, parse_input, within_tables
 from indistill_fx.passes.capture.captured import Request
 from indistill_fx.passes.capture.exported import capture_exported
 from indistill_fx.passes.pairing.cka import cka
@@ -328,3 +328,28 @@ def test_every_command_takes_batches_by_name(words, tmp_path, monkeypatch, capsy
     (tmp_path / "job.py").write_text(JOB)
     monkeypatch.chdir(tmp_path)
     assert run(list(words)) == 0, capsys.readouterr().err
+
+
+class Tables(nn.Module):
+    """Two categories, each with a table of its own, and numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.large, self.small, self.head = nn.Embedding(50, 4), nn.Embedding(3, 4), nn.Linear(6, 1)
+
+    def forward(self, places, numbers):
+        return self.head(torch.cat([self.large(places[:, 0]) * self.small(places[:, 1]), numbers], 1))
+
+
+def test_stated_numbers_that_a_table_does_not_have_become_zeros():
+    """student.json says one range for all categories: `export RUN` without data ended with an IndexError."""
+    fine, beyond = torch.tensor([[40, 2]]), torch.tensor([[2, 40]])
+    numbers, model = torch.randn(1, 2), Tables()
+    assert within_tables((fine, numbers), model)[0] is fine
+    places, kept = within_tables((beyond, numbers), model)
+    assert places.tolist() == [[0, 0]] and kept is numbers
+    by_name = {"places": beyond, "numbers": numbers}
+    assert within_tables(by_name, model)["places"].tolist() == [[0, 0]]
+    wrong = (beyond, torch.randn(1, 7))  # fails in another way, which is told where it is used
+    assert within_tables((fine, wrong[1]), model)[0] is fine
+    assert within_tables(numbers, model) is numbers
