@@ -10,7 +10,9 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
+import indistill_fx as ifx
 from indistill_fx.passes.capture.trace import trace
+from indistill_fx.passes.pairing.match import match
 from indistill_fx.passes.structure.dominators import information_flow
 from indistill_fx.passes.structure.stages import main_path, stages
 from indistill_fx.traced import TracedModel
@@ -423,3 +425,46 @@ class Named(nn.Module):
 def test_the_path_goes_through_results_that_have_names(name: str) -> None:
     model = traced(conv(3, 4, stride=2), conv(4, 8, stride=2), Named(NAMED[name]), size=16)
     assert [stage.exit.output for stage in stages(model)] == ["_0_2", "_1_2"]
+
+
+def causal(width: int) -> nn.Module:
+    """Three residual blocks of dilated convolutions, and back to the channels of the series."""
+
+    class Block(nn.Module):
+        def __init__(self, channels: int, dilation: int) -> None:
+            super().__init__()
+            self.conv = nn.Conv1d(channels, width, 3, padding=dilation, dilation=dilation)
+            self.norm = nn.BatchNorm1d(width)
+            self.skip = nn.Conv1d(channels, width, 1) if channels != width else nn.Identity()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(self.norm(self.conv(x)) + self.skip(x))
+
+    return nn.Sequential(Block(3, 1), Block(width, 2), Block(width, 4), nn.Conv1d(width, 3, 1))
+
+
+class Scaled(nn.Module):
+    """A forecaster that normalises its series and puts their scale back (RevIN, Kim et al., ICLR 2022)."""
+
+    def __init__(self, width: int, deviation: bool) -> None:
+        super().__init__()
+        self.body, self.deviation = causal(width), deviation
+        self.weight, self.bias = nn.Parameter(torch.ones(3)), nn.Parameter(torch.zeros(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = x.mean(1, keepdim=True)
+        if not self.deviation:
+            return self.body((x - mean).transpose(1, 2)).transpose(1, 2) + mean  # type: ignore[no-any-return]
+        deviation = (x.var(1, keepdim=True, unbiased=False) + 1e-5).sqrt().detach()
+        x = (x - mean) / deviation * self.weight + self.bias
+        y = self.body(x.transpose(1, 2)).transpose(1, 2)
+        return (y - self.bias) / self.weight * deviation + mean  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("deviation", [False, True])
+def test_forecasters_that_put_the_scale_back_have_blocks(deviation: bool) -> None:
+    x = torch.randn(2, 24, 3)
+    teacher = ifx.trace(Scaled(16, deviation).eval(), x)
+    student = ifx.trace(Scaled(8, deviation).eval(), x, role="student")
+    pairs = match(teacher, student, every_block=True).value
+    assert [(pair.teacher, pair.student) for pair in pairs] == [(f"body.{k}", f"body.{k}") for k in range(3)]

@@ -6,8 +6,9 @@ Rules, in order:
   3. It ends at the main output; in a model that returns maps of several resolutions (a feature pyramid) at each of them.
   4. The main path are the nodes that dominate an end: every path from the input to that end passes through them.
   5. Some branches are networks of their own, whose main path is inserted between their ends: one that goes to a lower resolution than both
-     ends and costs a good part of the whole (the inside of a U-Net); and one beside a bare shortcut that does at least half of all work,
-     in several merges or a long chain of layers (`x - net(x)`, the body of a restorer).
+     ends and costs a good part of the whole (the inside of a U-Net); and one beside a shortcut without weights that does at least half of
+     all work, in several merges or a long chain of layers: the body of a restorer (`x - net(x)`), and a forecaster that normalises its
+     series and puts their scale back (`net((x - mean) / std) * std + mean`).
 """
 
 from __future__ import annotations
@@ -143,6 +144,7 @@ def _from(source: str, traced: TracedModel, ends: Names) -> Flow | None:
     nodes = traced.graph_module.graph.nodes
     kinds = _Kinds(
         frozenset(node.name for node in nodes if op_name(node) in ("add", "sub")),
+        frozenset(node.name for node in nodes if op_name(node) in ("add", "sub", "mul", "div")),
         frozenset(name for name in inputs if name in traced.facts and traced.facts[name].macs),
     )
     path, inner = _with_inner(chain, inputs, above, depth, levels, kinds)
@@ -201,25 +203,34 @@ def _with_inner(
     path, closing = [chain[0]], set()
     for a, b in pairwise(chain):
         branches = [_chain(a, other, above) for other in inputs[b] if other != a]
-        branch = max(branches, key=len, default=())
+        branch = max(
+            branches, key=lambda one: (not kinds.is_idle(a, one[-1], inputs), len(one)), default=tuple[str, ...]()
+        )
         share = depth[b] - depth[a]
         bare = b in kinds.sums and a in inputs[b]
         below = max(levels.get(a, inf), levels.get(b, inf)) + SAME_LEVEL
         lower = share >= (_INNER_OF_SUM if bare else _INNER) and any(levels.get(name, 0.0) > below for name in branch)
-        if branch and (lower or (bare and share >= _MOST and kinds.is_network(branch[1:], inputs))):
+        beside = share >= _MOST and b in kinds.joins and any(kinds.is_idle(a, other, inputs) for other in inputs[b])
+        if branch and (lower or beside):
             inside, more = _with_inner(branch, inputs, above, depth, levels, kinds)
-            path.extend(inside[1:])
-            closing |= {b, *more}
+            if lower or kinds.is_network(inside[1:], inputs):
+                path.extend(inside[1:])
+                closing |= {b, *more}
         path.append(b)
     return tuple(path), closing
 
 
 @dataclass(frozen=True, slots=True)
 class _Kinds:
-    """Which nodes add or subtract, and which work with weights."""
+    """Which nodes add or subtract, which join two tensors entry by entry, and which work with weights."""
 
     sums: frozenset[str]
+    joins: frozenset[str]
     works: frozenset[str]
+
+    def is_idle(self, a: str, b: str, inputs: Mapping[str, Names]) -> bool:
+        """Whether nothing with weights lies between `a` and `b`, nor is `b` such."""
+        return a == b or self.works.isdisjoint(_back(a, b, inputs))
 
     def is_network(self, chain: Sequence[str], inputs: Mapping[str, Names]) -> bool:
         """Whether a chain has several merges, or many layers and none."""
@@ -229,14 +240,18 @@ class _Kinds:
 
 def _between(a: str, b: str, inputs: Mapping[str, Names], order: Mapping[str, int]) -> Names:
     """The nodes on the paths from `a` to `b`, without these two, in graph order."""
-    found: set[str] = set()
-    new = [name for name in inputs[b] if name != a]
+    return tuple(sorted(_back(a, b, inputs) - {b}, key=order.__getitem__))
+
+
+def _back(a: str, b: str, inputs: Mapping[str, Names]) -> set[str]:
+    """`b`, and the nodes on the paths to it from `a`, without that."""
+    found, new = set[str](), [b]
     while new:
         name = new.pop()
         if name not in found:
             found.add(name)
             new.extend(other for other in inputs[name] if other != a)
-    return tuple(sorted(found, key=order.__getitem__))
+    return found
 
 
 def _ends(traced: TracedModel) -> Names:
