@@ -181,7 +181,9 @@ def make_student(
         budget.require_smaller(before)
     steps = [measure.step("teacher", teacher, teacher, before)]
     known = analyse(teacher, criterion=criterion, loader=measure.batches if criterion != "l1" else None)
-    measure.say(f"measuring how much the outputs depend on each of {len(known.classes.groups)} groups of channels")
+    count = len(known.classes.groups)
+    groups = "the one group" if count == 1 else f"each of {count} groups"
+    measure.say(f"measuring how much the outputs depend on {groups} of channels")
     curves = sensitivities(teacher, known, measure.batches[:_FOR_CURVES], measure.task)
     result, after = _best_widths(
         teacher, measure, lambda floor: _shrunk(teacher, known, curves, budget, measure, round_to, floor)
