@@ -5,8 +5,9 @@ Rules, in order:
   2. A draw that stays in tensors is a node, which draws anew each time the graph runs. Once code takes it out of a tensor (`item`, `if`,
      `tolist`, a size), what it does with it is the same at every run of the graph; so that code must run itself.
   3. What Python's and numpy's generators draw is outside tensors from the first. Where a capture leaves another state in one of them,
-     code is recorded once more, and the states are compared after each line of it, so that the line is known. What changes a state
-     once and not again at the same place was another thread of the process: a line counts once two recordings have found it.
+     code is recorded once more, and the states are compared after each line of it, so that the line is known. A state that
+     changes once, and not again at the same place, is not that line's doing (another thread's, say): a line counts once two recordings
+     have found it.
 """
 
 from __future__ import annotations

@@ -157,6 +157,10 @@ def _require_fixed_counts(graph_module: fx.GraphModule, first: Observed, observe
     )
 
 
+_NUMBERS = frozenset({"item", "tolist", "_local_scalar_dense"})
+"""Functions that take numbers out of tensors, which needs data: no graph with one runs at other sizes without them."""
+
+
 def _fold(graph_module: fx.GraphModule, runs: list[Observed], observer: Observer) -> tuple[fx.GraphModule, bool]:
     """Write what is static into the graph; see `static_values`."""
     shapes = [run.shapes for run in runs]
@@ -167,6 +171,8 @@ def _fold(graph_module: fx.GraphModule, runs: list[Observed], observer: Observer
         batch = _batch_axes(shapes[0], shapes[-1], observer.reference.sizes)
         channels = channel_axes(graph_module, shapes[0], dtypes, batch)
     others = [*filter(None, [picture]), *observer.other_lengths(graph_module)]
+    if not others and any(op_name(node) in _NUMBERS for node in graph_module.graph.nodes):
+        return graph_module, False
     shapes += [run.shapes for run in others]
     counted = [*runs, *others]
     counts = {name: n for name, n in runs[0].counts.items() if all(run.counts.get(name) == n for run in counted)}

@@ -3,7 +3,7 @@
 Rules, in order:
   1. An axis is open if its size follows the batch, the image's height and width (the length of the ids), or the frames or steps that
      come after the batch; all others are static. The graph is run on tensors without data to see which. Where it runs at no other image
-     size, only axes of channels count as static.
+     size, only axes of channels count as static; where that is because it takes numbers out of tensors (`item`), none do.
   2. What is computed from static sizes alone is a number, and stands where it was used. Sizes of open axes stay computed, and so do
      `x.dtype` and `x.device`.
   3. A list of tensors that is used as a whole (`cat(x.chunk(2, 1)[::-1], 1)`) is written out, if every run gives as many.

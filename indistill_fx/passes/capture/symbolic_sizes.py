@@ -25,11 +25,9 @@ from torch import Tensor, fx, nn
 from indistill_fx.graph.edit import mark_place
 
 _TORCH = Path(torch.__file__).parent
-_BETWEEN = tuple(
-    map(str, (Path(__file__).parent, Path(__file__).parents[2] / "graph", Path(torch.__file__), _TORCH / "_", _TORCH / "fx",
-              _TORCH / "nn" / "functional.py", _TORCH / "overrides.py"))
-)  # fmt: skip
-"""Where the paths of code begin that may run between the model's own code and this."""
+_BETWEEN = tuple(map(str, (  # where the paths of code begin that may run between the model's own code and this
+    Path(__file__).parent, Path(__file__).parents[2] / "graph", Path(torch.__file__), _TORCH / "_", _TORCH / "fx",
+    _TORCH / "nn" / "functional.py", _TORCH / "overrides.py")))  # fmt: skip
 
 
 def current_place() -> tuple[str, str]:
@@ -187,8 +185,8 @@ class Size:
         return float(self.plain())
 
     def __hash__(self) -> int:
-        unhashable = UnhashableSizeError("unhashable type: a size of the input, while its shapes are recorded")
-        raise self.book.refuse() if self.of_data else unhashable
+        text = "unhashable type: a size of the input, while its shapes are recorded"
+        raise self.book.refuse() if self.of_data else UnhashableSizeError(text)
 
     def __repr__(self) -> str:
         return repr(self.value)
@@ -257,7 +255,9 @@ class _SizeOrFloat(float, metaclass=_AsPythons):
 
 def _entry(value: Any) -> Any:
     """The number in a tensor of one entry, as its `item` gives it; anything else as it is."""
-    return value.item() if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex() else value
+    with torch._C.DisableTorchFunction():  # asking how many it has is no decision of the model's code
+        one = isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex()
+    return value.item() if one else value
 
 
 def _whole(size: Size) -> Any:
