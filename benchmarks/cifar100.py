@@ -99,7 +99,7 @@ def teacher_of(name: str, data: Data, protocol: Protocol, options: argparse.Name
     if not file.exists():
         ifx.train(
             model, data.train, epochs=protocol.teacher_epochs, val_loader=data.test, seed=0, run_dir=out / name,
-            device=options.device, **protocol.of(name, protocol.teacher_epochs),
+            device=options.device, compile=options.compile, **protocol.of(name, protocol.teacher_epochs),
         )  # fmt: skip
         save_file({key: value.contiguous() for key, value in model.cpu().state_dict().items()}, file)
     model.load_state_dict(load_file(file))
@@ -123,7 +123,7 @@ def train_arm(
         teacher, student, data.train, main=main, main_options=dict(extra), epochs=protocol.epochs - length,
         curriculum=ifx.Curriculum(together=True, lengths=length) if warm else ifx.Curriculum(lengths=[]),
         val_loader=data.test, seed=seed, run_dir=Path(options.out) / file, device=options.device,
-        **protocol.of(student_name, protocol.epochs - length),
+        compile=options.compile, **protocol.of(student_name, protocol.epochs - length),
     )  # fmt: skip
     return {
         "accuracy": record.accuracy, "best": record.best_accuracy, "by epoch": [epoch.accuracy for epoch in record.epochs],
@@ -140,6 +140,8 @@ def run(options: argparse.Namespace) -> None:
     began, protocol, out = time.time(), PROTOCOLS[options.protocol], Path(options.out)
     if options.epochs:
         protocol = replace(protocol, epochs=options.epochs, teacher_epochs=options.epochs)
+    if options.teacher_epochs:
+        protocol = replace(protocol, teacher_epochs=options.teacher_epochs)
     out.mkdir(parents=True, exist_ok=True)
     for seed in options.seeds:
         data = open_data(
@@ -156,6 +158,7 @@ def run(options: argparse.Namespace) -> None:
                 figures = train_arm(pair, arm, seed, teacher, data, protocol, options)
                 figures = {"pair": pair, "arm": arm, "seed": seed, "teacher": accuracy, **figures}
                 figures |= {"protocol": options.protocol, "epochs": protocol.epochs, "device": options.device}
+                figures |= {"teacher epochs": protocol.teacher_epochs, "compile": options.compile}
                 figures |= {"torch": torch.__version__, "date": datetime.now(UTC).isoformat(timespec="seconds")}
                 target.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
                 print(f"{target.stem}: {figures['accuracy']:.2%}, {figures['wall seconds']:.0f} s", flush=True)
@@ -232,6 +235,8 @@ def main() -> None:
     one_run.add_argument(
         "--epochs", type=int, help="of teachers and students, instead of the protocol's (`short` only)"
     )
+    one_run.add_argument("--teacher-epochs", type=int, help="of teachers alone (`short` only)")
+    one_run.add_argument("--compile", action="store_true", help="train with torch.compile")
     one_run.add_argument("--pairs", nargs="+", default=PAIRS, metavar="TEACHER:STUDENT")
     one_run.add_argument("--arms", nargs="+", choices=arms, default=arms)
     one_run.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -245,8 +250,9 @@ def main() -> None:
     shows.add_argument("--json", help="write all figures here")
     shows.add_argument("--into", type=Path, help="the page whose table is replaced, instead of printing")
     options = parser.parse_args()
-    if getattr(options, "epochs", None) and options.protocol == "usual":
-        parser.error("the usual protocol has 240 epochs: --epochs goes with --protocol short")
+    chosen = getattr(options, "epochs", None) or getattr(options, "teacher_epochs", None)
+    if chosen and options.protocol == "usual":
+        parser.error("the usual protocol has 240 epochs: --epochs and --teacher-epochs go with --protocol short")
     options.call(options)
 
 
