@@ -125,7 +125,7 @@ class AlignmentPlan(Value):
     pairs: Annotated[tuple[Pair, ...], Field(max_length=10_000)]
     embedding: Pair | None = None
     unmatched: tuple[str, ...] = ()
-    layers: Layers = Layers()
+    layers: Layers = Field(default=Layers(), repr=False)
     view: View | None = None
     views: Annotated[tuple[View | None, ...], Field(max_length=1000)] = ()
 

@@ -103,7 +103,7 @@ class TraceReport:
         return self.method
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TracedModel:
     """A model as a graph. `trace` makes it; passes return new ones and never change one.
 
@@ -147,6 +147,17 @@ class TracedModel:
     chosen: str | int | None = None
     view: View | None = None
     several_outputs: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        """In one line: the graph, its facts and the example fill pages."""
+        sizes = [
+            ", ".join("x".join(map(str, self.facts[name].shape)) for name in names)
+            for names in (self.input_nodes, [self.logits])
+        ]
+        return (
+            f"TracedModel({type(self.module).__name__} as {self.role}: {sizes[0]} → {sizes[1]}, {len(self.layers)} layers, "
+            f"{self.macs:,} multiply-accumulates a sample)"
+        )
 
     @cached_property
     def taps(self) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -72,8 +72,8 @@ def align(
     """
     matching["fixed"] = requested_pairs(matching.get("fixed"))
     require_options(matching, match, of="align")
-    teacher = as_traced(teacher, example_inputs, role="teacher")
-    student = as_traced(student, example_inputs, role="student")
+    teacher = replace(as_traced(teacher, example_inputs, role="teacher"), role="teacher")
+    student = replace(as_traced(student, example_inputs, role="student"), role="student")  # as which errors name it
     if is_ensemble(teacher.module):
         chosen = [
             align_traced(member, student, criterion=criterion, loader=loader, **matching).value

@@ -468,3 +468,32 @@ def test_forecasters_that_put_the_scale_back_have_blocks(deviation: bool) -> Non
     student = ifx.trace(Scaled(8, deviation).eval(), x, role="student")
     pairs = match(teacher, student, every_block=True).value
     assert [(pair.teacher, pair.student) for pair in pairs] == [(f"body.{k}", f"body.{k}") for k in range(3)]
+
+
+def test_fourier_transforms_mix_positions() -> None:
+    """FNet and global filters: the layers with weights are pointwise, and the transform between them lets positions see one another."""
+
+    class Fourier(nn.Module):
+        def __init__(self, width: int, filters: bool) -> None:
+            super().__init__()
+            self.filters, self.stem, self.head = filters, nn.Linear(6, width), nn.Linear(width, 5)
+            self.scale = nn.ParameterList(torch.randn(7, width, 2) for _ in range(3))
+            self.mlps = nn.ModuleList(
+                nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+                for _ in range(3)
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            for mlp, scale in zip(self.mlps, self.scale, strict=True):
+                if self.filters:
+                    spectrum = torch.fft.rfft(x, dim=1) * torch.view_as_complex(scale)
+                    x = x + mlp(torch.fft.irfft(spectrum, n=x.shape[1], dim=1))
+                else:
+                    x = x + torch.fft.fftn(x, dim=(1, 2)).real
+                    x = x + mlp(x)
+            return self.head(x.mean(1))  # type: ignore[no-any-return]
+
+    for filters in (False, True):
+        small, large = (trace(Fourier(width, filters).eval(), torch.randn(2, 12, 6)) for width in (8, 16))
+        assert len(match(large, small, every_block=True).value) == 3, filters

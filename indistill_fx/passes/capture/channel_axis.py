@@ -3,7 +3,8 @@
 Convolutions put channels on axis 1 and linear layers on the last; layout operations move the axis; everything else keeps it. Where a
 reshape parts the channels over several axes (a channel shuffle) none of them holds the channels, until another reshape joins them again.
 A layer that reads another axis than that of the channels (the tokens of a Mixer) takes it for the channels, until a layer reads the
-other one again; a sum with what no such layer has turned is as that.
+other one again; a sum with what no such layer has turned is as that. Where weights give every number of the input a vector (the
+tokens of a table's columns), the entries of the vectors are the channels.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ _RESHAPES = frozenset("view reshape flatten unflatten squeeze unsqueeze".split()
 _PERMUTES = frozenset("permute transpose t mt numpy_t".split())
 _DESCRIBES = frozenset("size getattr dim ndimension numel nelement len".split())
 """What is asked of a tensor that says nothing of what it holds: sizes, its dtype and device."""
+_KEEPS_FEATURES = frozenset("batch_norm layer_norm instance_norm group_norm rms_norm".split())
+"""Layers behind which a tensor's channels are still the features of the input."""
+_PRODUCTS = frozenset("matmul bmm baddbmm einsum".split())
 _KEEPS_PARTS = frozenset("contiguous clone dropout identity".split())
 _USUAL = {2: 1, 3: 2, 4: 1, 5: 1}
 """The axis of channels by the number of axes, where nothing else shows it."""
@@ -43,13 +47,24 @@ def channel_axes(
     axes: dict[str, int | None] = {}
     split_axes: dict[str, Shape] = {}
     turned: set[str] = set()
+    features: set[str] = set()
     for node in graph_module.graph.nodes:
         if node.name in shapes:
             source = _main_source(node, shapes, axes, turned)
+            if node.op == "placeholder" or (source is not None and source.name in features and _keeps_features(node)):
+                features.add(node.name)
             has_axis = dtypes[node.name].is_floating_point and (
                 len(shapes[node.name]) > 1 or batch.get(node.name) is None
             )
             axes[node.name] = _axis(node, shapes, axes, source) if has_axis else None
+            if (
+                has_axis
+                and source is not None
+                and source.name in features
+                and _embeds(node, source, shapes, axes, batch)
+            ):
+                axes[node.name] = len(shapes[node.name]) - 1
+                features.discard(node.name)
             if has_axis and axes[node.name] is None:
                 axes[node.name] = _parts(node, shapes, axes, split_axes)
             if has_axis and axes[node.name] is None:
@@ -58,6 +73,31 @@ def channel_axes(
             if source is not None and (source.name in turned) != other:
                 turned.add(node.name)
     return axes
+
+
+def _keeps_features(node: fx.Node) -> bool:
+    """Whether no layer makes new channels there."""
+    return node.op != "call_module" if op_name(node) not in _FIRST | _LAST else op_name(node) in _KEEPS_FEATURES
+
+
+def _embeds(
+    node: fx.Node,
+    source: fx.Node,
+    shapes: Mapping[str, Shape],
+    axes: Mapping[str, int | None],
+    batch: Mapping[str, int | None],
+) -> bool:
+    """Whether weights give every feature of `source` a vector: an axis for its entries is new, or had one entry, or is multiplied out."""
+    before, shape = shapes[source.name], shapes[node.name]
+    weights = [shapes[n.name] for n in _read(node, shapes) if batch.get(n.name) is None]
+    if axes[source.name] not in (len(shape) - 2, len(shape) - 3) or not any(
+        w[-1:] == shape[-1:] != (1,) for w in weights
+    ):
+        return False
+    if op_name(node) in _PRODUCTS and any(len(weight) > 2 for weight in weights):
+        return True
+    columns = before[:-1] if len(before) == len(shape) and before[-1] == 1 else before
+    return axes[source.name] == len(shape) - 2 and shape[:-1] == columns
 
 
 def _parts(

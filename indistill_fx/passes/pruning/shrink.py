@@ -50,7 +50,7 @@ class Frozen:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class ShrinkReport:
     """What shrinking did.
 
@@ -75,6 +75,12 @@ class ShrinkReport:
     def widths(self) -> dict[str, tuple[int, int]]:
         """Layer -> channels before and after."""
         return {layer.path: (layer.of, len(layer.kept)) for layer in self.layers}
+
+    def __repr__(self) -> str:
+        """In one line: the lists of channels fill pages."""
+        macs, parameters = ("{:,} → {:,}".format(*both) for both in (self.macs, self.parameters))
+        less = sum(len(layer.kept) < layer.of for layer in self.layers)
+        return f"ShrinkReport(multiply-accumulates {macs}; parameters {parameters}; {less} of {len(self.layers)} layers narrower)"
 
 
 def shrink(

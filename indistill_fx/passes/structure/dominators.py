@@ -209,7 +209,7 @@ def _with_inner(
         share = depth[b] - depth[a]
         bare = b in kinds.sums and a in inputs[b]
         below = max(levels.get(a, inf), levels.get(b, inf)) + SAME_LEVEL
-        lower = share >= (_INNER_OF_SUM if bare else _INNER) and any(levels.get(name, 0.0) > below for name in branch)
+        lower = share >= (_INNER_OF_SUM if bare else _INNER) and any(levels.get(name, -inf) > below for name in branch)
         beside = share >= _MOST and b in kinds.joins and any(kinds.is_idle(a, other, inputs) for other in inputs[b])
         if branch and (lower or beside):
             inside, more = _with_inner(branch, inputs, above, depth, levels, kinds)

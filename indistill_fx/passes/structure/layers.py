@@ -21,7 +21,12 @@ from indistill_fx.traced import TracedModel
 
 STRIDED_POOLS = frozenset(("max_pool", "avg_pool", "lp_pool"))
 POOLS = STRIDED_POOLS | {"adaptive_avg_pool", "adaptive_max_pool"}
+_FOURIER = frozenset(
+    f"fft_{inverse}{real}fft{axes}" for inverse in ("", "i") for real in ("", "r", "h") for axes in ("", "2", "n")
+)
 _MERGES = frozenset(("add", "sub", "cat", "stack", "sum"))
+_FREE = POOLS | _FOURIER
+"""Operations that mix positions without weights."""
 Form = Literal["merge", "separable", "unit"]
 
 
@@ -74,8 +79,8 @@ class Look:
         return name in self.facts and self.facts[name].macs > 0
 
     def is_busy(self, name: str) -> bool:
-        """Whether the branches that meet at a node contain work or pooling; otherwise they are an activation in single operations."""
-        return any(self.works(other) or self.operation(other) in POOLS for other in self.flow.regions[name])
+        """Whether the branches that meet at a node contain work or mix positions; otherwise they are an activation in single operations."""
+        return any(self.works(other) or self.operation(other) in _FREE for other in self.flow.regions[name])
 
     def is_picture(self, name: str) -> bool:
         """Whether the tensor is a map in the proportions of the input: neither tokens nor windows. Tokens of whole samples count too."""
@@ -124,7 +129,7 @@ class Look:
     def _mixes(self, name: str, rows: int, channels_last: bool) -> bool:
         """Whether positions see one another; there may be as many of them as channels, which came on the last axis or not."""
         operation = self.operation(name)
-        if operation in POOLS:
+        if operation in _FREE:
             return True
         if not self.works(name):
             return False
