@@ -316,19 +316,64 @@ def test_runners_up_say_why_they_lost() -> None:
     assert first.evidence.score > first.runners_up[0].evidence.score >= first.runners_up[1].evidence.score
 
 
+class Parallel(nn.Module):
+    """Two chains of equal work beside one another: no tensor between input and output holds everything."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.one, self.two = (
+            nn.Sequential(nn.Linear(3, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 5))
+            for _ in range(2)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.one(x) + self.two(x)  # type: ignore[no-any-return]
+
+
 def test_models_without_any_stage_are_paired_where_the_user_says() -> None:
+    models, x = [Parallel(width) for width in (4, 2)], torch.randn(2, 3)
+    with pytest.raises(MatchError, match="No stages were found in the teacher and in the student"):
+        align(*models, example_inputs=x)
+    plan = align(*models, example_inputs=x, fixed=[("one.1", "one.1"), ("two.3", "two.3")])
+    assert [(pair.teacher, pair.student, len(pair.kept)) for pair in plan.pairs] == [
+        ("one.1", "one.1", 2),
+        ("two.3", "two.3", 2),
+    ]
+
+
+def test_layers_that_all_look_at_one_place_are_blocks_each() -> None:
+    """Where nothing mixes positions, every layer with weights is a block: shared layers of point clouds, columns and histories."""
+
     def chain(width: int) -> nn.Module:
         layers = [
-            nn.Sequential(nn.Conv2d(width if k else 3, width, 1), nn.BatchNorm2d(width), nn.ReLU()) for k in range(6)
+            nn.Sequential(nn.Conv2d(width if k else 3, width, 1), nn.BatchNorm2d(width), nn.ReLU()) for k in range(3)
         ]
-        return nn.Sequential(*(layer for block in layers for layer in block), nn.Flatten(), nn.LazyLinear(5))
+        return nn.Sequential(*(layer for block in layers for layer in block), nn.Flatten(), nn.Linear(16 * width, 5))
 
-    x = torch.randn(2, 3, 4, 4)
-    models = [chain(width) for width in (4, 2)]
-    for model in models:
-        model(x)
-    plan = align(*models, example_inputs=x, fixed=[("8", "8"), ("14", "14")])
-    assert [(pair.teacher, pair.student, len(pair.kept)) for pair in plan.pairs] == [("8", "8", 2), ("14", "14", 2)]
+    plan = align(chain(4), chain(2), example_inputs=torch.randn(2, 3, 4, 4), every_block=True)
+    assert [(pair.teacher, pair.student) for pair in plan.pairs] == [("2", "2"), ("5", "5"), ("8", "8")]
+
+
+class WideAndDeep(nn.Module):
+    """Columns through a deep chain, which does nearly all work, beside a linear layer: its inside is the network."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.wide = nn.Linear(20, 1)
+        self.deep = nn.Sequential(
+            nn.Linear(20, 2 * width), nn.ReLU(), nn.Linear(2 * width, width), nn.ReLU(), nn.Linear(width, 1)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.wide(x) + self.deep(x)  # type: ignore[no-any-return]
+
+
+def test_a_chain_beside_which_hardly_anything_is_done_is_paired() -> None:
+    plan = align(WideAndDeep(32), WideAndDeep(16), example_inputs=torch.randn(4, 20))
+    assert [(pair.teacher, pair.student, len(pair.kept)) for pair in plan.pairs] == [
+        ("deep.1", "deep.1", 32),
+        ("deep.3", "deep.3", 16),
+    ]
 
 
 class Sound(nn.Module):

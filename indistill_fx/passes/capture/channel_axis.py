@@ -173,6 +173,9 @@ def _axis(
         return order.index(axis) if order else None
     if node.args[:1] == (source,) and (gone := _axis_taken(node, len(before))) is not None:
         return None if gone == axis else axis - (gone < axis)
+    if name == "stack" and len(before) == rank - 1:
+        new = next(iter(_ints((*node.args[1:2], *node.kwargs.values()))), 0) % rank
+        return axis + (new <= axis)
     if name in _RESHAPES or len(before) != rank:
         found = _through_reshape(before, shape, axis)
         # With one sample and one channel the two axes look alike; the first one is the batch.

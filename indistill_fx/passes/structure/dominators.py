@@ -8,7 +8,8 @@ Rules, in order:
   5. Some branches are networks of their own, whose main path is inserted between their ends: one that goes to a lower resolution than both
      ends and costs a good part of the whole (the inside of a U-Net); and one beside a shortcut without weights that does at least half of
      all work, in several merges or a long chain of layers: the body of a restorer (`x - net(x)`), and a forecaster that normalises its
-     series and puts their scale back (`net((x - mean) / std) * std + mean`).
+     series and puts their scale back (`net((x - mean) / std) * std + mean`); and one from the input to a sum that does nearly all work of
+     the whole (the deep part of wide and deep networks and of factorisation machines).
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ SAME_LEVEL = 0.7
 _INNER, _INNER_OF_SUM = 0.05, 0.25
 """Share of all MACs that makes a branch a network of its own; more if it ends in a residual sum: attention may work at half size."""
 
-_MOST, _LONG = 0.5, 6
-"""Share of all MACs, and number of layers, of a network inside one sum."""
+_MOST, _LONG, _ALL = 0.5, 6, 0.9
+"""Share of all MACs, and number of layers, of a network inside one sum; share of one beside which nothing else counts."""
 
 _NO_INFORMATION = frozenset(
     (
@@ -145,7 +146,7 @@ def _from(source: str, traced: TracedModel, ends: Names) -> Flow | None:
     kinds = _Kinds(
         frozenset(node.name for node in nodes if op_name(node) in ("add", "sub")),
         frozenset(node.name for node in nodes if op_name(node) in ("add", "sub", "mul", "div")),
-        frozenset(name for name in inputs if name in traced.facts and traced.facts[name].macs),
+        {name: traced.facts[name].macs for name in inputs if name in traced.facts and traced.facts[name].macs},
     )
     path, inner = _with_inner(chain, inputs, above, depth, levels, kinds)
     return Flow(
@@ -211,9 +212,10 @@ def _with_inner(
         below = max(levels.get(a, inf), levels.get(b, inf)) + SAME_LEVEL
         lower = share >= (_INNER_OF_SUM if bare else _INNER) and any(levels.get(name, -inf) > below for name in branch)
         beside = share >= _MOST and b in kinds.joins and any(kinds.is_idle(a, other, inputs) for other in inputs[b])
-        if branch and (lower or beside):
+        alone = bool(branch) and not depth[a] and b in kinds.joins and kinds.is_all(a, branch, inputs)
+        if branch and (lower or beside or alone):
             inside, more = _with_inner(branch, inputs, above, depth, levels, kinds)
-            if lower or kinds.is_network(inside[1:], inputs):
+            if lower or alone or kinds.is_network(inside[1:], inputs):
                 path.extend(inside[1:])
                 closing |= {b, *more}
         path.append(b)
@@ -222,20 +224,25 @@ def _with_inner(
 
 @dataclass(frozen=True, slots=True)
 class _Kinds:
-    """Which nodes add or subtract, which join two tensors entry by entry, and which work with weights."""
+    """Which nodes add or subtract, which join two tensors entry by entry, and the MACs of those that work with weights."""
 
     sums: frozenset[str]
     joins: frozenset[str]
-    works: frozenset[str]
+    works: Mapping[str, int]
 
     def is_idle(self, a: str, b: str, inputs: Mapping[str, Names]) -> bool:
         """Whether nothing with weights lies between `a` and `b`, nor is `b` such."""
-        return a == b or self.works.isdisjoint(_back(a, b, inputs))
+        return a == b or self.works.keys().isdisjoint(_back(a, b, inputs))
 
     def is_network(self, chain: Sequence[str], inputs: Mapping[str, Names]) -> bool:
         """Whether a chain has several merges, or many layers and none."""
         merges = sum(name in self.sums and len(inputs[name]) > 1 for name in chain)
         return merges > 1 or (not merges and sum(name in self.works for name in chain) >= _LONG)
+
+    def is_all(self, a: str, chain: Sequence[str], inputs: Mapping[str, Names]) -> bool:
+        """Whether the nodes between `a` and the end of a chain do nearly all work of the whole network, in several layers."""
+        doing = sum(self.works.get(name, 0) for name in _back(a, chain[-1], inputs))
+        return doing >= _ALL * sum(self.works.values()) and sum(name in self.works for name in chain) > 1
 
 
 def _between(a: str, b: str, inputs: Mapping[str, Names], order: Mapping[str, int]) -> Names:

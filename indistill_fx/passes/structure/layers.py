@@ -63,12 +63,13 @@ class Look:
     Args:
         traced: the model.
         flow: its information flow.
+        flat: take all layers for mixing, as where the input has no positions.
     """
 
-    def __init__(self, traced: TracedModel, flow: Flow):
-        self.flow, self.facts = flow, traced.facts
+    def __init__(self, traced: TracedModel, flow: Flow, *, flat: bool = False):
+        self.traced, self.flow, self.facts = traced, flow, traced.facts
         self.nodes = {node.name: node for node in traced.graph_module.graph.nodes}
-        self.flat = not traced.facts[flow.main_path[0]].space
+        self.flat = flat or not traced.facts[flow.main_path[0]].space
 
     def operation(self, name: str) -> str:
         """The operation of a node."""
