@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from indistill_fx.deploy.onnx_forms import OnnxForms
 from indistill_fx.deploy.onnx_session import named_outputs, open_axes
 from indistill_fx.errors import ConfigError, ExportError, first_lines
 from indistill_fx.graph.module_state import device_of
@@ -116,7 +117,7 @@ def capture(
     inputs = [x.clone() for x in inputs]  # one tensor given twice would be one input
     shapes = _dynamic_shapes(inputs, batch=dynamic_batch, size=dynamic_size)
     try:
-        with quiet(), _attention_as_exported(), _EvenParts(), _functions_kept():
+        with quiet(), _attention_as_exported(), OnnxForms(), _EvenParts(), _functions_kept():
             program = torch.onnx.export(
                 deployed, tuple(inputs), dynamo=True, opset_version=opset, dynamic_shapes=(shapes,), verbose=False
             )

@@ -4,7 +4,8 @@ Rules, in order:
   1. A block mixes positions, then transforms them. A layer that mixes (see `layers`) opens a block. A pointwise merge after a merge (the
      MLP after the attention), a pointwise unit after depthwise work (a separable convolution), and a pointwise unit that reads a
      concatenation and fuses it, to a sixth of its width or more, belong to the block before them. Other pointwise units (the
-     expansion before a head, a squeeze, a transition with a norm first) belong to none. Where the input has no positions, or no layer would mix them, all mix.
+     expansion before a head, a squeeze, a transition with a norm first) belong to none. Where the input has no positions, or no layer
+     mixes them, all mix.
   2. The block's output is the last tensor of the chain after it: through activations, channel shuffles, norms of units, pooling of
      stride one. Not through the norm after a sum, which opens the next block, unless the network norms each sum before anybody else
      reads it (post-norm); nor through activations after a sum, where most sums are read by several before any activation
