@@ -22,7 +22,7 @@ from indistill_fx.graph.module_state import digest
 from indistill_fx.passes.capture.trace import trace
 from indistill_fx.passes.pruning.criteria import WEIGHTS
 from indistill_fx.passes.pruning.dependencies import Coupling
-from indistill_fx.passes.pruning.groups import _join
+from indistill_fx.passes.pruning.groups import join
 from indistill_fx.passes.pruning.narrow import narrow
 from indistill_fx.passes.pruning.shrink import shrink
 from indistill_fx.traced import TracedModel
@@ -411,7 +411,7 @@ def test_ties_are_connected_components(count: int, ties: list[tuple[int, int]]) 
     graph = nx.Graph(ties)
     graph.add_nodes_from(range(count))
     numbers = {k: n for n, part in enumerate(sorted(nx.connected_components(graph), key=min)) for k in part}
-    assert _join(found).tolist() == [numbers[k] for k in range(count)]
+    assert join(found).tolist() == [numbers[k] for k in range(count)]
 
 
 def test_a_student_with_masks_shrinks_after_it_has_run_with_gradients() -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping
 
-from torch import fx
+from torch import fx, nn
 
 from indistill_fx.graph.computed_weights import why_opaque
 from indistill_fx.graph.edit import own_place
-from indistill_fx.graph.ops import op_name
+from indistill_fx.graph.ops import attribute, op_name
 from indistill_fx.passes.channels.attention import BY_LETTERS, PRODUCTS, letters, operands_of
 from indistill_fx.passes.channels.call import Call, axis_of, read_call
 from indistill_fx.passes.channels.joining import POOLS, REDUCTIONS, WITH_PLACES
@@ -18,8 +18,9 @@ from indistill_fx.passes.channels.norms import mixed_axis
 from indistill_fx.passes.channels.rules import consult
 from indistill_fx.passes.channels.selection import Blocked, Cut, Propagation
 from indistill_fx.passes.channels.space import reduced_axes
-from indistill_fx.passes.pruning.dependencies import PARTS, Axis, Coupling, follow, freeze_beside_places
+from indistill_fx.passes.pruning.dependencies import PARTS, Axis, Coupling, Made, follow, freeze_beside_places
 from indistill_fx.passes.pruning.dependency_rules import COUPLERS
+from indistill_fx.passes.pruning.groups import join
 from indistill_fx.passes.pruning.recurrent import WHOLE
 from indistill_fx.traced import NodeFacts
 
@@ -58,7 +59,20 @@ def couple(graph_module: fx.GraphModule, facts: Mapping[str, NodeFacts]) -> Coup
         known = facts.get(node.name)
         tied = (axis for axis in range(len(known.shape) if known else 0) if found.is_tied(node, axis))
         found.axes.update({(node.name, axis): units for axis in tied if (units := found.of(node, axis)) is not None})
+    _made_by_parameters(found, graph_module)
     return found
+
+
+def _made_by_parameters(found: Coupling, graph_module: fx.GraphModule) -> None:
+    """Let a parameter make the free units of its last axis if no layer does: tables of vectors that the code itself reads or adds."""
+    class_of = join(found)
+    known = [*(one.units for one in found.made), *(units for units, _ in found.frozen)]
+    made = {k for units in known for k in class_of[units].tolist()}
+    for node in graph_module.graph.find_nodes(op="get_attr"):
+        value = attribute(graph_module, str(node.target))
+        units = found.weights.get((id(value), value.dim() - 1)) if isinstance(value, nn.Parameter) else None
+        if units is not None and value.dim() > 1 and made.isdisjoint(class_of[units].tolist()):
+            found.made.append(Made("", 0, str(node.target), value.detach().movedim(-1, 0).flatten(1), units))
 
 
 def _is_returned(node: fx.Node) -> bool:

@@ -56,7 +56,7 @@ def classify(found: Coupling, scorer: Scorer, loader: Iterable[Any] | None = Non
     Raises:
         PruneError: a layer's weights are not numbers.
     """
-    class_of = _join(found)
+    class_of = join(found)
     count = int(class_of.max(initial=-1)) + 1
     reasons: dict[int, str] = {}
     for units, reason in found.frozen:
@@ -108,7 +108,7 @@ def _isomorphic(found: Coupling, classes: Classes) -> NDArray[np.float64]:
     return scores
 
 
-def _join(found: Coupling) -> Units:
+def join(found: Coupling) -> Units:
     """Connected components, numbered by their first units: roots hook onto the lower root of a pair, until no pair has two.
 
     SciPy's would do, but its import takes longer than shrinking a ResNet-18.
