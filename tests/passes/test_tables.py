@@ -23,7 +23,7 @@ class Table(nn.Module):
         self.encoder, self.head = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(width, 4)
 
     def embed(self, x: Tensor) -> Tensor:
-        return self.weight * self.norm(x).unsqueeze(-1) + self.bias
+        return self.weight * self.norm(x).unsqueeze(-1) + self.bias  # type: ignore[no-any-return]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.encoder(self.embed(x)).mean(1))  # type: ignore[no-any-return]
