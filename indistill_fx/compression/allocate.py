@@ -16,7 +16,7 @@ import numpy as np
 
 from indistill_fx.compression.sensitivity import Curve
 from indistill_fx.errors import ConfigError, PruneError
-from indistill_fx.passes.pruning.budget import FLOOR, rounded
+from indistill_fx.passes.pruning.budget import FLOOR, nothing_free, rounded, why_frozen
 from indistill_fx.passes.pruning.groups import Group, Mask
 from indistill_fx.passes.pruning.shrink import Analysis
 from indistill_fx.traced import TracedModel
@@ -186,18 +186,11 @@ def _next_multiple(group: Group, count: int, round_to: int | None) -> int:
 
 def _too_small(smallest: float, most: float, known: Analysis, text: Callable[[float], str], hint: str) -> PruneError:
     classes = known.classes
-    made = {k for layer in known.found.made for k in classes.class_of[layer.units].tolist()}  # not the network's inputs
-    reasons = list(dict.fromkeys(reason for k, reason in classes.reasons.items() if k in made))[:3]
-    frozen = f" Some layers cannot lose channels: {'; '.join(reasons)}." if reasons else ""
     if not classes.groups:
-        return PruneError(
-            f"No channel of this network can be removed.{frozen}",
-            where="budget",
-            hint="Take another teacher, or a student of your own with `distill`.",
-        )
+        return nothing_free(known.found, classes)
     return PruneError(
         f"The network cannot be made smaller than {text(smallest)}, but the budget is {text(most)}: every layer keeps at least "
-        f"{FLOOR:.0%} of its channels, and outputs keep all of theirs.{frozen}",
+        f"{FLOOR:.0%} of its channels, and outputs keep all of theirs.{why_frozen(known.found, classes)}",
         where="budget",
         got=most,
         expected=smallest,

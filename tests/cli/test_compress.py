@@ -205,7 +205,7 @@ def test_a_run_knows_its_several_inputs(tmp_path, capsys):
         home,
     ]
     assert run(command) == 0, capsys.readouterr().err
-    assert "No layers can be paired, so there is no warm-up." in capsys.readouterr().err
+    assert "all pairs: loss by pair: :relu" in capsys.readouterr().err
     assert run([*command, "--resume"]) == 0
     assert run(["export", home, "-o", f"{tmp_path}/out.onnx"]) == 0, capsys.readouterr().err
     assert run(["inspect", home]) == 0

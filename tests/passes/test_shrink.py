@@ -416,7 +416,13 @@ def test_ties_are_connected_components(count: int, ties: list[tuple[int, int]]) 
 
 def test_a_student_with_masks_shrinks_after_it_has_run_with_gradients() -> None:
     module = nn.Sequential(
-        nn.Conv2d(3, 8, 3, 1, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, 1, 1), nn.Flatten(), nn.Linear(512, 4)
+        nn.Conv2d(3, 8, 3, 1, 1),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, 1, 1),
+        nn.Flatten(),
+        nn.Linear(512, 6),
+        nn.ReLU(),
+        nn.Linear(6, 4),
     )
     torch.nn.utils.prune.random_unstructured(module[2], "weight", 0.3)
     x = torch.randn(2, 3, 8, 8)
@@ -425,17 +431,25 @@ def test_a_student_with_masks_shrinks_after_it_has_run_with_gradients() -> None:
     module(x).sum().backward()  # the mask's result is part of a graph of gradients, which torch does not copy
     result = shrink(model, ratio=0.5)
     assert result.report.widths["0"] == (8, 8) and "hooks (" in result.report.frozen[0].reason
+    assert result.report.widths["4"] == (6, 3)
 
 
 def test_a_layer_whose_weight_is_recomputed_is_named_and_its_work_counted():
     norm = torch.nn.utils.parametrizations.weight_norm
-    net = nn.Sequential(norm(nn.Linear(4, 8)), nn.ReLU(), nn.Linear(8, 3))
+    net = nn.Sequential(norm(nn.Linear(4, 8)), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
     report = shrink(trace(net, torch.randn(2, 4), role="student"), ratio=0.5).report
-    assert report.macs == (4 * 8 + 8 * 3,) * 2
+    assert report.macs == (4 * 8 + 8 * 6 + 6 * 3, 4 * 8 + 8 * 3 + 3 * 3)
     assert any(
         "`0` (" in frozen.reason and "recomputed at every call" in frozen.reason and frozen.channels == 8
         for frozen in report.frozen
     )
+    alone = nn.Sequential(norm(nn.Linear(4, 8)), nn.ReLU(), nn.Linear(8, 3))
+    for request in ({"ratio": 0.5}, {"macs": 0.5}, {"params": 10}):
+        with pytest.raises(
+            PruneError,
+            match=r"^No channel of this network can be removed. .* `0` .* recomputed at every call.*an output of the network",
+        ):
+            shrink(trace(alone, torch.randn(2, 4), role="student"), **request)
     plain = shrink(
         trace(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(2, 4), role="student"), ratio=0.5
     )

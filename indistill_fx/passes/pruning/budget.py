@@ -97,6 +97,23 @@ def rounded(count: int, group: Group, round_to: int | None) -> int:
     return min(len(group.classes), ceil(count / step) * step)
 
 
+def why_frozen(found: Coupling, classes: Classes) -> str:
+    """A sentence with up to three reasons why layers cannot lose channels; empty where there are none."""
+    made = {k for layer in found.made for k in classes.class_of[layer.units].tolist()}  # not the network's inputs
+    reasons = [reason for _, reason in found.recomputed] + [why for k, why in classes.reasons.items() if k in made]
+    reasons = list(dict.fromkeys(reasons))[:3]
+    return f" Some layers cannot lose channels: {'; '.join(reasons)}." if reasons else ""
+
+
+def nothing_free(found: Coupling, classes: Classes) -> PruneError:
+    """The error of a network in which every channel must stay."""
+    return PruneError(
+        f"No channel of this network can be removed.{why_frozen(found, classes)}",
+        where="budget",
+        hint="Take another teacher, or a student of your own with `distill`.",
+    )
+
+
 def by_budget(
     classes: Classes, stay: Mask, fits: Callable[[Mask], bool], round_to: int | None, settled: Mask, wanted: str
 ) -> Mask:

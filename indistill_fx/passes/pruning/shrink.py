@@ -19,7 +19,7 @@ import numpy as np
 
 from indistill_fx.errors import ConfigError, PruneError
 from indistill_fx.passes.contract import PassResult
-from indistill_fx.passes.pruning.budget import by_budget, by_ratio, by_widths, even_out
+from indistill_fx.passes.pruning.budget import by_budget, by_ratio, by_widths, even_out, nothing_free
 from indistill_fx.passes.pruning.criteria import Criterion, Scorer, scorer_of
 from indistill_fx.passes.pruning.dependencies import Coupling
 from indistill_fx.passes.pruning.find_dependencies import couple
@@ -113,7 +113,7 @@ def shrink(
 
     Raises:
         ConfigError: no size is given, or a number is out of range.
-        PruneError: the request cannot be met; the message names the layer that blocks it.
+        PruneError: the request cannot be met, and the message names the layer that blocks it; or no channel can be removed.
         PassError: the smaller network does not compute what the original does without the channels. This is a bug; please report it.
 
     Examples:
@@ -139,6 +139,8 @@ def shrink(
         check_width(model, tap, width)
     known = analyse(model, criterion=criterion, loader=loader)
     found, classes, cost = known.found, known.classes, known.cost
+    if not classes.groups and not widths and any(n is not None and n != 1 for n in (ratio, macs, params)):
+        raise nothing_free(found, classes)
     stay = np.ones(len(classes.scores), dtype=bool)
     settled = np.zeros(len(stay), dtype=bool)
     if widths:
