@@ -260,3 +260,37 @@ def test_weights_of_the_user_are_not_overwritten_by_a_run(tmp_path, capsys):
         said = " ".join(capsys.readouterr().err.split())
         assert "student.safetensors is not of a run, and this run would overwrite it. Move it away" in said
     assert (tmp_path / "student.safetensors").read_text() == "mine"
+
+
+PARALLEL = """
+import torch
+from torch import nn
+
+class Parallel(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = (nn.Sequential(nn.Linear(6, 24), nn.ReLU(), nn.Linear(24, 3)) for _ in range(2))
+
+    def forward(self, x):
+        return self.one(x) + self.two(x)
+
+def make():
+    torch.manual_seed(0)
+    return Parallel()
+
+def make_loaders():
+    torch.manual_seed(1)
+    x = torch.randn(24, 6)
+    batches = [(x, make()(x).detach().argmax(1))]
+    return batches, batches
+"""
+
+
+def test_a_network_without_pairs_has_no_warm_up(tmp_path, capsys):
+    (tmp_path / "nets.py").write_text(PARALLEL)
+    nets = f"{tmp_path}/nets.py"
+    command = ["compress", f"{nets}:make", "--data", f"{nets}:make_loaders", "--macs", "0.5", "--epochs", "1"]
+    assert run([*command, "-o", f"{tmp_path}/run"]) == 0, capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "No layers can be paired, so there is no warm-up." in said
+    assert "all pairs" not in said

@@ -766,21 +766,3 @@ def test_weights_without_a_norm_of_their_own_stay_as_they_are():
     said = list[str]()
     basis = in_both_modes(teacher_of(Scaled), say=said.append)
     assert said == [] and "scale" in dict(basis.graph_module.named_parameters())
-
-
-def test_a_network_without_pairs_is_compressed_without_a_warm_up(tmp_path, capsys):
-    class Parallel(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.one, self.two = (nn.Sequential(nn.Linear(6, 24), nn.ReLU(), nn.Linear(24, 3)) for _ in range(2))
-
-        def forward(self, x):
-            return self.one(x) + self.two(x)
-
-    torch.manual_seed(0)
-    net, x = Parallel().eval(), torch.randn(24, 6)
-    loader = [(x, net(x).argmax(1))]
-    made = ifx.compress(net, loader, macs=0.5, epochs=1, run_dir=tmp_path / "run")
-    assert made.plan is None
-    assert "No layers can be paired, so there is no warm-up." in capsys.readouterr().err
-    assert [stage.name for stage in made.record.stages] == ["main"]
