@@ -155,12 +155,7 @@ def check_onnx(
     if wrong_inputs:
         notes.append("Outputs and weights were not compared, since the inputs differ.")
     else:
-        if isinstance(fixed := session.get_inputs()[0].shape[0], int):
-            first = len(inputs[0])
-            inputs, batch_sizes = tuple(_resize(x, fixed) if len(x) == first else x for x in inputs), (fixed,)
-            notes.append(f"The file's batch size is fixed to {fixed}; it was compared at that size only.")
-        else:
-            as_inputs(inputs)
+        inputs, batch_sizes = _as_fixed(session, inputs, batch_sizes, notes)
         with evaluating(module), exact_arithmetic():
             deployed = Deployed(module, built_in, form)
             deployed.training = False
@@ -207,6 +202,17 @@ def _read(file: Path) -> onnx.ModelProto:
             f"`{file}` ({size} bytes) is not valid ONNX: {first_lines(error)}", where=str(file), hint="Export it again."
         ) from error
     return model
+
+
+def _as_fixed(
+    session: onnxruntime.InferenceSession, inputs: tuple[Tensor, ...], batch_sizes: Sequence[int], notes: list[str]
+) -> tuple[tuple[Tensor, ...], Sequence[int]]:
+    """The inputs and batch sizes for a file: where its batch is fixed, only that one; the first axis of a state need not be the batch."""
+    fixed = session.get_inputs()[0].shape[0]
+    if not isinstance(fixed, int):
+        return as_inputs(inputs), batch_sizes
+    notes.append(f"The file's batch size is fixed to {fixed}; it was compared at that size only.")
+    return tuple(_resize(x, fixed) if len(x) == len(inputs[0]) else x for x in inputs), (fixed,)
 
 
 def _main(

@@ -154,16 +154,14 @@ def export_onnx(
     form, inputs = inputs_of(module, example_inputs, fixed=not dynamic_batch)
     real = inputs_of(module, real_inputs, where="real_inputs")[1] if real_inputs is not None else None
     if built_in:
-        inputs = _as_pixels(built_in, inputs)
-        real = _as_pixels(built_in, real) if real else None
+        inputs, real = _as_pixels(built_in, inputs), _as_pixels(built_in, real) if real else None
     with staged(target) as draft, evaluating(module), exact_arithmetic():
         deployed = Deployed(module, built_in, form)
         deployed.training = False
         found = _repeatable_outputs(deployed, inputs)
         tolerance = allowed_difference(deployed, *inputs) if tolerance is None else tolerance
-        ins, outs = _names(
-            input_names or form.names or _input_names(module, len(inputs)), output_names, len(inputs), found
-        )
+        input_names = input_names or form.names or _input_names(module, len(inputs))
+        ins, outs = _names(input_names, output_names, len(inputs), found)
         main = main_in_file(found, outs, logits)
         known = {"logits": main} if main is not None and len(outs) > 1 else {}
         all_metadata = {**of_module(module), **(built_in.metadata() if built_in else {}), **known, **(metadata or {})}
