@@ -85,7 +85,7 @@ def onnx_files() -> Readers:
     @lru_cache(maxsize=1)
     def captured() -> Any:
         names = {"input_names": ["x"], "output_names": ["y"]}
-        whole = check_onnx.Deployed(module, None, ())
+        whole = check_onnx.Deployed(module, None)
         return fresh(whole, (images,), opset=18, dynamic_batch=True, dynamic_size=False, **names)
 
     check_onnx.capture = lambda *_, **__: captured()  # an export takes seconds, and is of the module, not of the file

@@ -143,9 +143,8 @@ def split(batch: Any, *models: Inputs, where: str) -> Parts:
     """
     form = _form_of(batch, models, where)
     if form.labels is not None and not form.labels.ndim:
-        raise unfit(
-            where, "labels", "a single number", "a tensor (batch, …)", "Let the loader yield batches, not samples."
-        )
+        hint = "Let the loader yield batches, not samples."
+        raise unfit(where, "labels", "a single number", "a tensor (batch, …)", hint)
     if isinstance(form.inputs, Mapping):
         calls = tuple(_by_name(form.inputs, form.beside, model, batch, where) for model in models)
         return Parts(calls, _widened(form.labels), form.indices, form.inputs.get(FEATURES))
@@ -174,25 +173,21 @@ def _form_of(batch: Any, models: Sequence[Inputs], where: str) -> _Form:
         names = next((model.required for model in plain if len(model.required) == count), ("inputs",))
         raise ConfigError(
             f"{where} got a batch it cannot read: {described(batch)}.",
-            where=where,
-            got=type(batch).__name__,
-            expected=f"inputs {', '.join(names)}, then labels",
+            where=where, got=type(batch).__name__, expected=f"inputs {', '.join(names)}, then labels",
             hint=f"Let the loader yield a tuple of tensors ({', '.join(names)}, labels) or a dict with these names.",
-        )
+        )  # fmt: skip
     for name, value in zip(plain[0].names if plain else (), values[:count], strict=False):
         _require_tensor(value, name, where, "Yield tensors, or one dict.")
     labels, beside = _labels_and_more((*values[count:], None)[0], batch, where)
     optional = next((name for model in plain for name in (*model.names, *model.left_out)[count:]), None)
-    rest = (
-        values[count + 1 :] if plain else values[count + 1 : count + 2]
-    )  # without a model, what is there is not known
+    rest = values[count + 1 : None if plain else count + 2]  # without a model, what is there is not known
     indices = _indices_in([value for value in rest if plain or _are_numbers(value)], beside, where, optional)
     return _Form(values[:count], False, beside, labels, indices)
 
 
 def _indices_in(rest: Sequence[Any], more: Mapping[str, Any], where: str, optional: str | None = None) -> Tensor | None:
     """The sample indices: what follows the labels, or an entry by name. Texts may follow; a tensor would be ignored."""
-    found = rest[0] if rest and _are_numbers(rest[0]) else more.get(INDICES)
+    found = _different(rest[0], where) if rest and _are_numbers(rest[0]) else more.get(INDICES)
     ignored = next((value for value in rest if isinstance(value, Tensor) and value is not found), None)
     if ignored is None:
         return found if _are_numbers(found) else None
@@ -201,6 +196,19 @@ def _indices_in(rest: Sequence[Any], more: Mapping[str, Any], where: str, option
         where, "the entry after the labels", f"a tensor {tuple(ignored.shape)} that nothing would use", "sample indices (batch,)",
         f"{advice} the loader yield a dict with the inputs and `labels` by name. Weights of samples and second labels are not supported.",
     )  # fmt: skip
+
+
+def _different(found: Tensor, where: str) -> Tensor:
+    """Whole numbers after the labels, if they can be the samples' places. Not on a device: to look at them means to wait."""
+    if found.device.type != "cpu" or torch.compiler.is_compiling():
+        return found
+    wrong = "negative" if bool((found < 0).any()) else "equal" if len(found.unique()) < len(found) else None
+    if wrong:
+        raise unfit(
+            where, "the entry after the labels", f"whole numbers, some of them {wrong}", "sample indices, all different",
+            "Leave it out, or give it a name: let the loader yield a dict. Indices drawn with replacement are `indices` there.",
+        )  # fmt: skip
+    return found
 
 
 def _with_rest(inputs: Any, rest: Sequence[Any], batch: Any, models: Sequence[Inputs], where: str) -> _Form:
@@ -213,11 +221,9 @@ def _with_rest(inputs: Any, rest: Sequence[Any], batch: Any, models: Sequence[In
     if twice is not None:
         raise ConfigError(
             f"{where} got a batch it cannot read: {described(batch)}. There is `{twice}` among the inputs and beside them.",
-            where=twice,
-            got="two entries",
-            expected="one",
+            where=twice, got="two entries", expected="one",
             hint="Let the loader yield whole batches: the inputs, then the labels, each of all samples in one tensor.",
-        )
+        )  # fmt: skip
     labels, beside = _labels_and_more(rest[0], batch, where)
     if labels is None and entries is not None and own is not None:
         labels = entries[own]
@@ -239,11 +245,9 @@ def _labels_and_more(found: Any, batch: Any, where: str) -> tuple[Tensor | None,
     if label is None:
         raise ConfigError(
             f"{where} got a batch it cannot read: {described(batch)}. Which of {listed(tuple(entries))} are the labels is not said.",
-            where="labels",
-            got=list(entries),
-            expected="labels",
+            where="labels", got=list(entries), expected="labels",
             hint="Let the loader yield them as a tensor, or under the name `labels`.",
-        )
+        )  # fmt: skip
     _require_tensor(entries[label], "labels", where)
     return entries[label], {name: value for name, value in entries.items() if name != label}
 
@@ -315,11 +319,9 @@ def _require_as_many(
             raise ConfigError(
                 f"{where} got a batch it cannot read: {described(batch)}. It has {len(values)} inputs in order, and "
                 f"{model.owner or 'the model'} takes {listed(model.names)}.",
-                where=where,
-                got=len(values),
-                expected=f"inputs {', '.join(model.names)}",
+                where=where, got=len(values), expected=f"inputs {', '.join(model.names)}",
                 hint="Let the loader yield the inputs by name: a dict with these names, and `labels`.",
-            )
+            )  # fmt: skip
     counts = [len(value) for value in values if isinstance(value, Tensor) and value.ndim]
     if labels is not None and any(count != len(labels) for count in counts):
         hint = "Let the loader stack the samples: each input, and the labels, as one tensor, batch first."
@@ -338,13 +340,11 @@ def _by_name(inputs: Mapping[str, Any], beside: Mapping[str, Any], model: Inputs
     if missing:
         raise ConfigError(
             f"{where} got a batch it cannot read: {described(batch)}. It has no `{missing[0]}`.",
-            where=missing[0],
-            got=list(entries),
-            expected=list(model.required),
+            where=missing[0], got=list(entries), expected=list(model.required),
             hint=f"{model.owner or 'The model'} takes {listed(model.names)}. Let the loader yield them by name, or in order, then labels."
             + " If it takes a dict, wrap it in a module that takes the entries one by one."
             * (len(model.required) == 1 < len(only)),
-        )
+        )  # fmt: skip
     for name in model.required:
         _require_tensor(chosen[name], name, where)
     order = (*(name for name in model.names if name in chosen), *(name for name in chosen if name not in model.names))

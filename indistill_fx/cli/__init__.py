@@ -15,6 +15,7 @@ import click
 from indistill_fx.errors import ConfigError, IndistillError
 from indistill_fx.system.shortage import advice, refusal
 from indistill_fx.system.terminal import paragraph, printable, tell
+from indistill_fx.system.user_code import failed_line
 from indistill_fx.version import __version__
 
 _COMMANDS: dict[str, str] = {
@@ -175,6 +176,10 @@ def _failed(error: Exception, *, debug: bool) -> int:
         except OSError:
             sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 (Python would fail once more at its end)
         tell(f"Error: {paragraph(refusal(error))}. {hint}, and run the command again.")
+        return 2
+    if (line := failed_line(error)) is not None:
+        reason = paragraph(f"{type(error).__name__}: {error}").rstrip(": ")
+        tell(f"Error: your own code failed at {line}: {reason}\nRun the same command with --debug for the traceback.")
         return 2
     tell(
         f"indistill-fx failed, and it is our fault: {type(error).__name__}: {paragraph(str(error))}\n"

@@ -166,7 +166,7 @@ def compress(
         True
     """
     budget = Budget(macs=macs, params=params, size_mb=size_mb, latency_ms=latency_ms)
-    clock, folder = Clock(on, threads, batch), Path(run_dir)
+    clock, folder = Clock(on, threads, batch), Path(run_dir).absolute()
     source = teacher.module if isinstance(teacher, TracedModel) else teacher
     example = examples_of(train_loader, source)[0] if example_inputs is None else example_inputs
     model = teacher if isinstance(teacher, TracedModel) else trace(teacher, example, role="teacher", logits=logits)

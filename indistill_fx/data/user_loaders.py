@@ -15,7 +15,7 @@ from indistill_fx.data.loaders import EpochLoader
 from indistill_fx.data.normalisation import Normalisation
 from indistill_fx.errors import ConfigError
 from indistill_fx.system.nested import tensors_of
-from indistill_fx.system.user_code import load_object, neighbours
+from indistill_fx.system.user_code import load_object, neighbours, staying
 
 _ALWAYS = ("batch_size", "seed", "workers", "limit", "augment")
 _IGNORED = -100
@@ -36,7 +36,7 @@ def open_user_loaders(spec: str, options: DataOptions) -> Data:
             f"{spec!r} is not a function.", where=spec, got=type(function).__name__, expected="a function"
         )
     given, notes = _arguments(spec, inspect.signature(function).parameters, options)
-    with neighbours(spec.rpartition(":")[0]):
+    with neighbours(spec.rpartition(":")[0]), staying(spec):
         result = function(**given)
     if isinstance(result, Data):
         return result
@@ -55,8 +55,9 @@ def open_user_loaders(spec: str, options: DataOptions) -> Data:
         if (loader := result.get(key)) is not None
     }
     classes = tuple(result.get("classes", getattr(getattr(result["train"], "dataset", None), "classes", ())))
-    _first_batch(spec, "train", loaders["train"], classes)
-    size, labels = _first_batch(spec, "test", loaders["test"], classes)
+    with staying(spec):
+        _first_batch(spec, "train", loaders["train"], classes)
+        size, labels = _first_batch(spec, "test", loaders["test"], classes)
     plain = loaders.get("train_plain", loaders["train"])
     figures = _figures(spec, result.get("normalisation"), size)
     for loader in loaders.values():

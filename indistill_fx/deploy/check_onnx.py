@@ -20,6 +20,7 @@ from indistill_fx.deploy.onnx_session import (
     KINDS,
     LARGEST_INPUT,
     Given,
+    as_inputs,
     file_size,
     graph_of,
     inputs_of,
@@ -135,7 +136,7 @@ def check_onnx(
     file = Path(path)
     if not os.path.exists(file):
         raise ConfigError(f"There is no file `{file}`.", where=str(file), hint="Give the path of an .onnx file.")
-    names, inputs = inputs_of(module, example_inputs)
+    form, inputs = inputs_of(module, example_inputs, fixed=True)
     real = inputs_of(module, real_inputs, where="real_inputs")[1] if real_inputs is not None else None
     try:
         model = _read(file)
@@ -154,11 +155,9 @@ def check_onnx(
     if wrong_inputs:
         notes.append("Outputs and weights were not compared, since the inputs differ.")
     else:
-        if isinstance(fixed := session.get_inputs()[0].shape[0], int):
-            inputs, batch_sizes = tuple(_resize(x, fixed) for x in inputs), (fixed,)
-            notes.append(f"The file's batch size is fixed to {fixed}; it was compared at that size only.")
+        inputs, batch_sizes = _as_fixed(session, inputs, batch_sizes, notes)
         with evaluating(module), exact_arithmetic():
-            deployed = Deployed(module, built_in, names)
+            deployed = Deployed(module, built_in, form)
             deployed.training = False
             tolerance = allowed_difference(deployed, *inputs) if tolerance is None else tolerance
             proof = prove(
@@ -203,6 +202,17 @@ def _read(file: Path) -> onnx.ModelProto:
             f"`{file}` ({size} bytes) is not valid ONNX: {first_lines(error)}", where=str(file), hint="Export it again."
         ) from error
     return model
+
+
+def _as_fixed(
+    session: onnxruntime.InferenceSession, inputs: tuple[Tensor, ...], batch_sizes: Sequence[int], notes: list[str]
+) -> tuple[tuple[Tensor, ...], Sequence[int]]:
+    """The inputs and batch sizes for a file: where its batch is fixed, only that one; the first axis of a state need not be the batch."""
+    fixed = session.get_inputs()[0].shape[0]
+    if not isinstance(fixed, int):
+        return as_inputs(inputs), batch_sizes
+    notes.append(f"The file's batch size is fixed to {fixed}; it was compared at that size only.")
+    return tuple(_resize(x, fixed) if len(x) == len(inputs[0]) else x for x in inputs), (fixed,)
 
 
 def _main(

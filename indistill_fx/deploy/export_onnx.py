@@ -111,14 +111,14 @@ def export_onnx(
     4. The caller's module and the random state are as before, whatever happens.
 
     Args:
-        module: the trained module; tensors in; a tensor, or any nesting of dicts and tuples of tensors, out.
+        module: the trained module; a tensor, or any nesting of dicts and tuples of tensors, out.
         path: the file to write; an existing file is replaced only once the new one is verified.
         example_inputs: a tensor, several in order, or by name, of which the module gets those that its forward takes; their first
-            dimension is the batch.
+            dimension is the batch. An argument may be None, or a dict or tuple of tensors, which the file takes one by one.
         opset: the ONNX operator set; None: the exporter's own choice.
         dynamic_batch: the file takes any batch size; False: only that of the example.
         dynamic_size: the file takes images of any height and width (for fully convolutional models), and texts of any length.
-        input_names: None: `input`, or the forward's parameter names if there are several.
+        input_names: None: `input`, or the forward's parameter names if there are several; `obs.image`, `state.0` of dicts and tuples.
         output_names: None: the keys of dicts, else `output`, `output_0`, …; `out_sample` where an input is called `sample`.
         metadata: texts to store in the file besides the model's class, the digest of its weights and the versions; for
             example `metadata.of_source(classes=…, normalisation=…)`.
@@ -151,17 +151,17 @@ def export_onnx(
         (('input',), ('output',), True)
     """
     built_in, target = Preprocess.make(preprocess), Path(path)
-    names, inputs = inputs_of(module, example_inputs)
+    form, inputs = inputs_of(module, example_inputs, fixed=not dynamic_batch)
     real = inputs_of(module, real_inputs, where="real_inputs")[1] if real_inputs is not None else None
     if built_in:
-        inputs = _as_pixels(built_in, inputs)
-        real = _as_pixels(built_in, real) if real else None
+        inputs, real = _as_pixels(built_in, inputs), _as_pixels(built_in, real) if real else None
     with staged(target) as draft, evaluating(module), exact_arithmetic():
-        deployed = Deployed(module, built_in, names)
+        deployed = Deployed(module, built_in, form)
         deployed.training = False
         found = _repeatable_outputs(deployed, inputs)
         tolerance = allowed_difference(deployed, *inputs) if tolerance is None else tolerance
-        ins, outs = _names(input_names or names or _input_names(module, len(inputs)), output_names, len(inputs), found)
+        input_names = input_names or form.names or _input_names(module, len(inputs))
+        ins, outs = _names(input_names, output_names, len(inputs), found)
         main = main_in_file(found, outs, logits)
         known = {"logits": main} if main is not None and len(outs) > 1 else {}
         all_metadata = {**of_module(module), **(built_in.metadata() if built_in else {}), **known, **(metadata or {})}
@@ -212,11 +212,10 @@ def _as_module_or_graph(
     except ExportError as error:
         if isinstance(deployed.module, fx.GraphModule):
             raise
-        given = deployed.normalised(inputs)
+        args, kwargs = deployed.arguments(inputs)
         try:
             with quiet():
-                named = dict(zip(deployed.names, given, strict=True)) if deployed.names else given
-                graph = trace(deployed.module, named)
+                graph = trace(deployed.module, kwargs or args)
             return attempt(deployed.with_module(graph.graph_module)), (_FROM_GRAPH,)
         except IndistillError:
             raise error from None

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from indistill_fx.deploy.onnx_forms import OnnxForms
+from indistill_fx.deploy.nested_inputs import Form
 from indistill_fx.deploy.onnx_session import named_outputs, open_axes
+from indistill_fx.deploy.onnx_substitutes import Substitutes
 from indistill_fx.errors import ConfigError, ExportError, first_lines
 from indistill_fx.graph.module_state import device_of
 from indistill_fx.graph.preprocess import FromPixels, Preprocess
@@ -51,12 +52,12 @@ class Deployed(nn.Module):
     Args:
         module: the user's.
         preprocess: what turns pixels into its first input; None: it takes that itself.
-        names: of its arguments, where the inputs go by name.
+        form: how the inputs become its arguments; None: in order.
     """
 
-    def __init__(self, module: nn.Module, preprocess: Preprocess | None, names: Sequence[str] = ()):
+    def __init__(self, module: nn.Module, preprocess: Preprocess | None, form: Form | None = None):
         super().__init__()
-        self.module, self.names = module, tuple(names)
+        self.module, self.form = module, form
         self.from_pixels = FromPixels(preprocess).to(device_of(module)) if preprocess else None
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -69,14 +70,19 @@ class Deployed(nn.Module):
 
     def with_module(self, module: nn.Module) -> Deployed:
         """Another module in the same place, in eval mode."""
-        new = Deployed(module, None, self.names).train(False)
+        new = Deployed(module, None, self.form).train(False)
         new.from_pixels = self.from_pixels
         return new
 
     def outputs(self, *inputs: Tensor) -> Any:
         """The module's own structure of outputs."""
-        inputs = self.normalised(inputs)
-        return self.module(**dict(zip(self.names, inputs, strict=True))) if self.names else self.module(*inputs)
+        args, kwargs = self.arguments(inputs)
+        return self.module(*args, **kwargs)
+
+    def arguments(self, inputs: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The module's own arguments, in order and by name."""
+        own = self.normalised(inputs)
+        return (own, {}) if self.form is None else self.form.filled(own)
 
 
 def capture(
@@ -117,7 +123,7 @@ def capture(
     inputs = [x.clone() for x in inputs]  # one tensor given twice would be one input
     shapes = _dynamic_shapes(inputs, batch=dynamic_batch, size=dynamic_size)
     try:
-        with quiet(), _attention_as_exported(), OnnxForms(), _EvenParts(), _functions_kept():
+        with quiet(), _attention_as_exported(), Substitutes(), _EvenParts(), _functions_kept():
             program = torch.onnx.export(
                 deployed, tuple(inputs), dynamo=True, opset_version=opset, dynamic_shapes=(shapes,), verbose=False
             )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from indistill_fx.batch import Call
+from indistill_fx.deploy.nested_inputs import Form
 from indistill_fx.errors import ConfigError, ExportError, instead_of
 from indistill_fx.graph.preprocess import Preprocess
 from indistill_fx.system.files import require_regular
@@ -40,8 +41,10 @@ Given: TypeAlias = Tensor | Sequence[Any] | Mapping[str, Any]
 """Inputs of a model: one, several in order, or by name."""
 
 
-def as_inputs(example_inputs: Tensor | Sequence[Tensor], *, where: str = "example_inputs") -> tuple[Tensor, ...]:
-    """A tensor or a sequence of tensors as a tuple of tensors with a common batch dimension.
+def as_inputs(
+    example_inputs: Tensor | Sequence[Tensor], *, where: str = "example_inputs", fixed: bool = False
+) -> tuple[Tensor, ...]:
+    """A tensor or a sequence of tensors as a tuple of tensors with a common batch dimension, unless their sizes stay fixed.
 
     Raises:
         ConfigError: something else, or batch sizes that differ.
@@ -54,31 +57,37 @@ def as_inputs(example_inputs: Tensor | Sequence[Tensor], *, where: str = "exampl
         raise ConfigError(
             f"`{where}` must be one or more tensors with a batch dimension; got {got}.",
             where=where,
-            hint="Give tensors whose first axis is the batch. If the model takes a dict or a tuple of tensors as one argument, wrap it "
-            "in a module whose forward takes the tensors one by one: an ONNX file has no other inputs.",
+            hint="Give tensors whose first axis is the batch: an ONNX file has no other inputs.",
         )
-    if len({len(x) for x in inputs}) > 1:
+    if not fixed and len({len(x) for x in inputs}) > 1:
         shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
         raise ConfigError(
             f"`{where}` must share their first (batch) dimension; got shapes {shapes}.",
             where=where,
-            hint="Give as many samples in each.",
+            hint="Give as many samples in each. Where the batch is another axis, as of an LSTM's state (layers, batch, width), export with "
+            "dynamic_batch=False, or wrap the model in a module that takes the batch first.",
         )
     return inputs
 
 
 def inputs_of(
-    module: nn.Module, given: Given, *, where: str = "example_inputs"
-) -> tuple[tuple[str, ...], tuple[Tensor, ...]]:
-    """The names of a module's arguments, none where the inputs go by their place, and the inputs.
+    module: nn.Module, given: Given, *, where: str = "example_inputs", fixed: bool = False
+) -> tuple[Form, tuple[Tensor, ...]]:
+    """The form of a module's arguments, and the tensors in it; `fixed`: their sizes need not share a batch dimension.
 
     Raises:
         ConfigError: as `as_inputs`; or, by name, one is missing.
     """
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = {}
     if not isinstance(given, Mapping):
-        return (), as_inputs(given, where=where)
-    kwargs = Call.of_example(given, Inputs.of(module), where=f"`{where}`").kwargs
-    return tuple(kwargs), as_inputs(tuple(kwargs.values()), where=where)
+        args = (given,) if isinstance(given, Tensor) or is_own_class(given) else tuple(given)
+    elif all(isinstance(value, Tensor) for value in given.values()) or not set(given) <= set(Inputs.of(module).names):
+        kwargs = Call.of_example(given, Inputs.of(module), where=f"`{where}`").kwargs
+    else:  # dicts and tuples of tensors, or None
+        kwargs = given
+    form, tensors = Form.of(module, args, kwargs)
+    return form, as_inputs(tensors, where=where, fixed=fixed)
 
 
 def random_inputs(
@@ -94,13 +103,14 @@ def random_inputs(
     """
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randint(0, max(map(len, example_inputs), default=1), (batch,), generator=generator)
-    found = []
+    found, alike = [], batch == len(example_inputs[0])
     for x in example_inputs:
+        size = len(x) if alike else batch  # with a fixed batch, it need not be the first axis
         shape = other_shape(x) if other_size else tuple(x.shape[1:])
         if is_mask(x):
-            found.append(x[(rows % len(x)).to(x.device), : shape[0]].clone())
+            found.append(x[(rows[:size] % len(x)).to(x.device), : shape[0]].clone())
         else:
-            found.append(_random_like(x, (batch, *shape), generator).to(x.device))
+            found.append(_random_like(x, (size, *shape), generator).to(x.device))
     return tuple(found)
 
 

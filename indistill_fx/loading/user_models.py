@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from indistill_fx.errors import ConfigError, FrontendError
-from indistill_fx.system.user_code import comes_from_a_folder, importable_last, load_object, neighbours
+from indistill_fx.system.user_code import comes_from_a_folder, importable_last, load_object, neighbours, staying
 
 
 def build_by_factory(place: str, name: str, arguments: Mapping[str, Any]) -> nn.Module:
@@ -32,7 +32,8 @@ def build_by_factory(place: str, name: str, arguments: Mapping[str, Any]) -> nn.
         FrontendError: the code fails, or makes no module; names file and line.
     """
     spec = f"{place}:{name}"
-    with neighbours(place) if place.endswith(".py") or is_installed(place) else importable_last(Path.cwd()):
+    found = neighbours(place) if place.endswith(".py") or is_installed(place) else importable_last(Path.cwd())
+    with found, staying(spec):
         factory = _import(place, spec)
         _require_callable(factory, spec, arguments)
         try:

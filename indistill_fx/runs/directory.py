@@ -92,7 +92,7 @@ class RunDirectory:
     def __init__(
         self, path: str | os.PathLike[str], *, resume: bool, writes: bool = True, trackers: Sequence[str] = ()
     ):
-        self.path, self.writes = Path(path), writes
+        self.path, self.writes = Path(path).absolute(), writes  # the data may change the working directory
         self._resume, self._asked = resume, tuple(trackers)
         self._lock = FileLock(self.path / ".lock")
         self._report: dict[str, Any] = {}

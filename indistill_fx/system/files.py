@@ -262,6 +262,11 @@ _KINDS: dict[str, Callable[[int], bool]] = {
 }
 
 
+def whole(path: str | os.PathLike[str] | None) -> Path | None:
+    """The whole path of what is given, as long as the working directory is that of the caller: data of the user's own may change it."""
+    return Path(path).absolute() if path is not None else None
+
+
 def no_file(path: str | os.PathLike[str]) -> str:
     """What is at a path instead of a file, such as `a named pipe`; empty if a file is there, or nothing."""
     try:

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -16,6 +17,7 @@ from typing import Any
 
 from indistill_fx.errors import ConfigError, IndistillError, first_lines, nearest
 from indistill_fx.system.files import no_file
+from indistill_fx.system.terminal import one_line, tell
 
 
 def load_object(spec: str) -> Any:
@@ -77,7 +79,7 @@ def _from_file(path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules[key] = module
     try:
-        with importable_last(path.parent):  # so that the file can import its neighbours
+        with importable_last(path.parent), staying(path.name):  # so that the file can import its neighbours
             loader.exec_module(module)
     except BaseException:
         del sys.modules[key]
@@ -85,9 +87,38 @@ def _from_file(path: Path) -> ModuleType:
     return module
 
 
+def failed_line(error: BaseException) -> str | None:
+    """The line of the user's own code that failed, as `file.py:3`: the last one outside of libraries; None if ours was called after it."""
+    ours, libraries = os.path.join(Path(__file__).parents[1], ""), (sys.base_prefix, sys.prefix)
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if frame.filename.startswith(ours):
+            return None
+        if not frame.filename.startswith(("<", *libraries)) and "site-packages" not in frame.filename:
+            return f"{frame.filename}:{frame.lineno}"
+    return None
+
+
 def neighbours(place: str) -> AbstractContextManager[None]:
     """What code from `file.py` may import when it is called: the files beside it. Code from a package needs nothing."""
     return importable_last(Path(os.path.realpath(place)).parent) if place.endswith(".py") else nullcontext()
+
+
+@contextmanager
+def staying(whose: str) -> Iterator[None]:
+    """Come back to the working directory when the user's own code has left it: all paths that were given are taken from there."""
+    home = os.getcwd()
+    try:
+        yield
+    finally:
+        away = os.getcwd()
+        if away != home:
+            os.chdir(home)
+            tell(
+                one_line(
+                    f"{whose} changed the working directory to {away}; it is {home} again, from which all paths are taken."
+                    " Files that its code opens later need their whole paths."
+                )
+            )
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from indistill_fx.losses.registry import at_the_end
 from indistill_fx.passes.capture.trace import trace
 from indistill_fx.passes.pruning.shrink import shrink
 from indistill_fx.runs.record import RunRecord
+from indistill_fx.system.files import whole
 from indistill_fx.traced import TracedModel
 from indistill_fx.training.distill import distill
 from indistill_fx.training.recipes import NO_WARMUP
@@ -63,12 +64,13 @@ def distill_chain(
             where="chain",
             hint="Give the teacher, any assistants, and the student; and options for each step, or none.",
         )
+    home = whole(run_dir)
     return [
         distill(
             teacher,
             student,
             train_loader,
-            run_dir=Path(run_dir) / f"step-{number}" if run_dir is not None else None,
+            run_dir=home / f"step-{number}" if home is not None else None,
             **{**options, **step_options},
         )
         for number, ((teacher, student), step_options) in enumerate(zip(pairs, steps, strict=True), start=1)

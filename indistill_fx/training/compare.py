@@ -25,6 +25,7 @@ from indistill_fx.runs.directory import kept_plan
 from indistill_fx.runs.record import RunRecord
 from indistill_fx.stages.compile import warmup_plan
 from indistill_fx.stages.traced_pair import traced_pair, view_of
+from indistill_fx.system.files import whole
 from indistill_fx.traced import TracedModel
 from indistill_fx.training.distill import distill
 from indistill_fx.training.options.settings import Options
@@ -111,7 +112,8 @@ def compare(
         indistill [1, 1, 1, 1]
     """
     curriculum = _with_a_warmup(curriculum or DEFAULT_CURRICULUM)
-    plan = plan or (kept_plan(*_arms_in(run_dir)) if resume else None)
+    home = whole(run_dir)
+    plan = plan or (kept_plan(*_arms_in(home)) if resume else None)
     shared: dict[str, Any] = {"example_inputs": example_inputs, "logits": logits}
     say = partial(print, file=sys.stderr, flush=True) if progress else lambda line: None
     models = traced_pair(teacher, student, train_loader, view=view_of(teacher_view, plan), say=say, **shared)
@@ -134,7 +136,7 @@ def compare(
             val_loader=val_loader,
             teacher_view=teacher_view,
             **shared,
-            run_dir=Path(run_dir) / arm if run_dir is not None else None,
+            run_dir=home / arm if home is not None else None,
             resume=resume,
             allow_changed=allow_changed,
             progress=progress,

@@ -33,6 +33,7 @@ from indistill_fx.stages.checks import check_classes
 from indistill_fx.stages.compile import compile_stages, joint_teachers, seeing, warmup_plan
 from indistill_fx.stages.stage import Stage
 from indistill_fx.stages.traced_pair import traced_pair, view_of
+from indistill_fx.system.files import whole
 from indistill_fx.traced import TracedModel
 from indistill_fx.training.feature_cache import FeatureStore, stores_of
 from indistill_fx.training.identity import code_digest, described_loss, named_loss
@@ -132,7 +133,7 @@ def distill(
         >>> [(stage.name, stage.epochs) for stage in record.stages]
         [('blocks.0', 1), ('blocks.1', 1), ('blocks.2', 1), ('main', 2)]
     """
-    settings = Settings.of(options)
+    settings, run_dir, feature_cache = Settings.of(options), whole(run_dir), whole(feature_cache)
     check_epochs(epochs)
     loader = _known_samples(teacher, repeatable(train_loader, settings.seed, "train loader"), feature_cache)
     loader, main_options = _with_what_is_asked(main, main_options or {}, loader)
@@ -342,9 +343,8 @@ class Distillation:
 
 def _known_samples(teacher: nn.Module | TracedModel, loader: EpochLoader, cache: object) -> EpochLoader:
     """The loader with sample indices, if the teacher's outputs are read from a cache or a file of saved outputs."""
-    loader = check_outputs(
-        teacher.module if isinstance(teacher, TracedModel) else teacher, loader, cached=cache is not None
-    )
+    module = teacher.module if isinstance(teacher, TracedModel) else teacher
+    loader = check_outputs(module, loader, cached=cache is not None)
     return same_samples(loader, "The feature cache", views=True) if cache is not None else loader
 
 

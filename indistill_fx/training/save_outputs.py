@@ -65,7 +65,8 @@ def save_outputs(
         ...     _ = ifx.save_outputs(DigitsTeacher(), data.train, folder, taps=["layer3"])
         ...     teacher = ifx.load(f"saved:{folder}")
     """
-    try_folder(Path(directory))
+    folder = Path(directory).absolute()  # the data may change the working directory
+    try_folder(folder)
     batches = repeatable(loader, 0, "loader")
     data = same_samples(batches, "Saving outputs").indexed(in_order=True)
     example = None if isinstance(teacher, TracedModel) else examples_of(data, teacher)[0]
@@ -83,10 +84,8 @@ def save_outputs(
         for name, tap in wanted.items():
             _keep(found, name, features[tap].detach().cpu(), indices.cpu(), batches.samples)
     axes = {name: traced.facts_of(tap).channel_axis for name, tap in wanted.items()}
-    make_folder(Path(directory))
-    write_outputs(
-        Path(directory), found, axes=axes, data=batches.fingerprint(), teacher=about or type(traced.module).__name__
-    )
+    make_folder(folder)
+    write_outputs(folder, found, axes=axes, data=batches.fingerprint(), teacher=about or type(traced.module).__name__)
     return Path(directory)
 
 

@@ -20,6 +20,7 @@ from indistill_fx.losses.task import Classification, Task
 from indistill_fx.passes.structure.costs import layer_costs
 from indistill_fx.runs.directory import RunDirectory
 from indistill_fx.runs.record import RunRecord
+from indistill_fx.system.files import whole
 from indistill_fx.system.model_inputs import Inputs
 from indistill_fx.traced import TracedModel
 from indistill_fx.training.identity import code_digest
@@ -78,7 +79,7 @@ def train(
         >>> record.steps, sorted(record.metrics)
         (4, ['accuracy'])
     """
-    settings = Settings.of(options)
+    settings, run_dir = Settings.of(options), whole(run_dir)
     check_epochs(epochs)
     loader = repeatable(train_loader, settings.seed, "train loader")
     found = task_of_run(task, loader, module, Inputs.of(module), logits=logits)

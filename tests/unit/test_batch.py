@@ -353,3 +353,16 @@ def test_a_named_tuple_as_example_is_one_input():
     with pytest.raises(ConfigError, match="got Ordered2"):
         ifx.export_onnx(Adds(), "unwritten.onnx", Ordered2(A, A))
     assert ifx.trace(Adds(), namedtuple("Telling", "scale x")(A[:1], A)).inputs.names == ("x", "scale")
+
+
+@pytest.mark.parametrize("numbers, wrong", [([3, 1, 3, 0, 2, 4], "equal"), ([0, -1, 2, 3, 4, 5], "negative")])
+@pytest.mark.parametrize("inputs", [A, {"a": A}])
+def test_numbers_after_the_labels_that_are_no_indices_are_refused(inputs, numbers, wrong):
+    model, found = Inputs(("a",), ("a",)), torch.tensor(numbers)
+    with pytest.raises(ConfigError) as raised:
+        split((inputs, Y, found), model, where="Batch 1")
+    assert str(raised.value).startswith(
+        f"Batch 1: the entry after the labels of the batch is whole numbers, some of them {wrong}, not sample indices, all different."
+    )
+    named = split({"a": A, "labels": Y, "indices": found}, model, where="Batch 1")  # drawn with replacement
+    assert named.indices is found

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from indistill_fx.deploy.export_onnx import export_onnx
-from indistill_fx.deploy.onnx_forms import OnnxForms
+from indistill_fx.deploy.onnx_substitutes import Substitutes
 
 ROWS, FAR, PICTURE = (3, 6, 8), (2, 40, 8), (2, 4, 9, 8)
 FORMS: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...]]] = {
@@ -63,7 +63,7 @@ class Computes(nn.Module):
 def test_a_form_computes_what_torch_does(name: str) -> None:
     function, shape = FORMS[name]
     x = torch.randn(shape)
-    with OnnxForms():
+    with Substitutes():
         found = function(x)
     torch.testing.assert_close(found, function(x), atol=2e-5, rtol=1e-5)
 

@@ -22,8 +22,8 @@ _SMALL = 25
 Mode = Literal["use_mm_for_euclid_dist_if_necessary", "use_mm_for_euclid_dist", "donot_use_mm_for_euclid_dist"]
 
 
-class OnnxForms(TorchFunctionMode):
-    """Within the block, operations without an ONNX form are replaced."""
+class Substitutes(TorchFunctionMode):
+    """Within the block, operations without an ONNX form are replaced by others."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call the form, or the function itself."""
