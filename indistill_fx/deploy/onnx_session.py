@@ -97,7 +97,7 @@ def random_inputs(
 
     Args:
         example_inputs: what to imitate.
-        batch: rows.
+        batch: rows. If it is that of the first example, every other one keeps its own, which need not be the batch.
         seed: of a generator of its own; the global random state is not touched.
         other_size: larger images, shorter texts.
     """

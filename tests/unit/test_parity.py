@@ -33,13 +33,18 @@ def test_outputs_are_named_after_their_keys():
 
 @given(st.integers(1, 5), st.integers(0, 3))
 def test_random_inputs_keep_kind_and_span(batch, seed):
-    examples = (torch.randn(2, 3, 4) * 5 + 100, torch.tensor([[3, 9]]), torch.ones(2, 4, 4, 3, dtype=torch.uint8))
+    examples = (torch.randn(2, 3, 4) * 5 + 100, torch.tensor([[3, 9], [4, 4]]), torch.ones(2, 4, 4, 3, dtype=torch.uint8))
     state = torch.get_rng_state()
     floats, tokens, pixels = onnx_session.random_inputs(examples, batch, seed=seed)
     assert floats.shape == (batch, 3, 4) and floats.dtype == torch.float32 and 50 < floats.mean() < 150
     assert tokens.shape == (batch, 2) and tokens.dtype == torch.int64 and tokens.min() >= 3 and tokens.max() <= 9
     assert pixels.shape == (batch, 4, 4, 3) and pixels.max() > 1
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_random_inputs_of_a_fixed_batch_keep_first_axes_that_are_no_batch():
+    inputs = onnx_session.random_inputs((torch.randn(3, 4), torch.randn(2, 3, 5)), 3)
+    assert [tuple(x.shape) for x in inputs] == [(3, 4), (2, 3, 5)]
     again = onnx_session.random_inputs(examples, batch, seed=seed)
     assert torch.equal(again[0], floats)
 
