@@ -12,7 +12,8 @@ from torch import fx, nn
 from indistill_fx.errors import FrontendError
 from indistill_fx.graph.computed_weights import is_computed, left_behind, write_out_weights
 from indistill_fx.graph.edit import copy_graph, own_module, sweep
-from indistill_fx.graph.ops import attribute, op_name
+from indistill_fx.graph.ops import attribute, op_name, package_of
+from indistill_fx.passes.capture.torch_functions import before_own_gradients
 from indistill_fx.passes.capture.trace import trace
 from indistill_fx.passes.channels.call import constant_of, read_call
 from indistill_fx.passes.pruning.shrink import Analysis, analyse
@@ -29,11 +30,12 @@ def in_both_modes(
          present value.
       2. Where the two modes cannot be brought together, or where train mode keeps work from going that eval mode lets go, it is the teacher
          as it was traced: in eval mode.
+      3. Where rule 2 loses a gradient that a function of the teacher's code defines itself, a line says so.
 
     Args:
         teacher: as it was traced.
         logits: key or index of the main output.
-        say: called with a line where rule 2 holds.
+        say: called with a line where one of the rules holds.
     """
     module, plain = teacher.module, _with_plain_weights(teacher)
     computed = any(map(is_computed, module.modules()))
@@ -46,8 +48,10 @@ def in_both_modes(
             " parameters of the student."
         )
     teacher = plain
+    functions: list[type] = []
     try:
-        found = _with_plain_weights(trace(module, teacher.example, role="student", logits=logits))
+        with before_own_gradients(functions.append):
+            found = _with_plain_weights(trace(module, teacher.example, role="student", logits=logits))
     except FrontendError:
         why = "the teacher's code for train mode cannot be traced"
     else:
@@ -57,6 +61,12 @@ def in_both_modes(
             return found
         why = why or "operations that it only does in train mode would keep channels from being removed"
     say(f"In train mode, too, the student computes what the teacher computes in eval mode, because {why}.")
+    own = dict.fromkeys(f"`{f.__qualname__}`" for f in functions if package_of(f) != "torch")
+    if own:
+        say(
+            f"The gradients that {', '.join(own)} define{'s' * (len(own) == 1)} are not in the student: where what they compute has no"
+            " gradient, such as rounding or a threshold, the layers before learn nothing."
+        )
     return teacher
 
 

@@ -10,6 +10,7 @@ Rules, in order:
 from __future__ import annotations
 
 import ast
+import copy
 import inspect
 import re
 import sys
@@ -150,6 +151,7 @@ def source_of(model: TracedModel) -> StudentSource:
     if model.report.lacks_eval_mode:
         problem = "in eval mode its source code would compute what train mode does; trace it with role='teacher'"
         raise unwritable("the network", problem)
+    model = _as_loaded(model)
     graph_module, dissolved = sweep(without_copies(copy_graph(model.graph_module)[0])), set[str]()
     while True:
         root, places = scopes_of(graph_module, dissolved)
@@ -168,6 +170,18 @@ def source_of(model: TracedModel) -> StudentSource:
     source = StudentSource(text, state)
     _prove(source, model, writer.state)
     return source
+
+
+def _as_loaded(model: TracedModel) -> TracedModel:
+    """The model with its weights in the order in memory in which a file gives them back: torch rounds otherwise in another order."""
+    tensors = (*model.graph_module.parameters(), *model.graph_module.buffers())
+    if all(tensor.is_contiguous() for tensor in tensors if tensor.layout is torch.strided):
+        return model
+    own = copy.deepcopy(model.graph_module)
+    for tensor in (*own.parameters(), *own.buffers()):
+        if tensor.layout is torch.strided:
+            tensor.data = tensor.data.contiguous()
+    return replace(model, graph_module=own)
 
 
 def _in_dtype(state: Mapping[str, Tensor]) -> list[Line]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
+from unittest.mock import patch
 
 import torch
 from torch import fx
+from torch.distributions import Distribution
 
 from indistill_fx.errors import FrontendError
 from indistill_fx.graph.draws import Lines
@@ -70,7 +73,12 @@ def in_mode(capture: Method, reference: Reference, leaves: Sequence[str], *, pat
         for attributes, flag in flags:  # `forget` restores the flags from before the trace
             attributes["training"] = flag
         try:
-            with plain_attention(), plain_checkpoints(), torch.set_grad_enabled(reference.gradients):
+            with (
+                plain_attention(),
+                plain_checkpoints(),
+                _unchecked_distributions(),
+                torch.set_grad_enabled(reference.gradients),
+            ):
                 captured = capture(replace(asked, leaves=(*leaves, *given_up), loose=unregistered))
             drawn = generators.states() != states
         except FrontendError:
@@ -97,6 +105,11 @@ def in_mode(capture: Method, reference: Reference, leaves: Sequence[str], *, pat
             given_up = (*given_up, error.where)
             continue
         return captured if not given_up else _with_leaves(captured, given_up)
+
+
+def _unchecked_distributions() -> AbstractContextManager[object]:
+    """Without the checks of torch.distributions, which decide by the data; the module's own runs make them."""
+    return patch.object(Distribution, "_validate_args", False)
 
 
 def _with_leaves(captured: Captured, given_up: Sequence[str]) -> Captured:

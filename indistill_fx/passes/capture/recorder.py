@@ -5,8 +5,8 @@ from __future__ import annotations
 import inspect
 import operator
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
@@ -32,6 +32,7 @@ from indistill_fx.passes.capture.torch_functions import (
     AppliedFunction,
     DrawError,
     as_call,
+    before_own_gradients,
     decided,
     name_of,
     plain,
@@ -92,19 +93,11 @@ class Recorder(RecordedGraph, TorchFunctionMode):
         def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             return recorder.call(module, args, kwargs)
 
-        def apply(function: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
-            return recorder.apply(function, args, kwargs)
-
-        functions = (
-            patch.object(torch.autograd.Function, "apply", classmethod(apply))
-            if self.give_up_submodules
-            else nullcontext()
-        )
         try:
             autocast = watching_autocast(lambda: self.paused)
             with (
                 patch.object(nn.Module, "__call__", call),
-                functions,
+                self._own_gradients(),
                 autocast as self.notes,
                 self.lines,
                 self.draws,
@@ -261,6 +254,29 @@ class Recorder(RecordedGraph, TorchFunctionMode):
         name = f"_function{len(self.functions)}"
         self.functions[name] = f"{self.book.module}:{function.__name__}"
         return self._call_leaf(AppliedFunction(function), name, args, kwargs)
+
+    @contextmanager
+    def _own_gradients(self) -> Iterator[None]:
+        """In the third method: custom functions become nodes; one whose `apply` was taken from its class before cannot."""
+        if not self.give_up_submodules:
+            yield
+            return
+        recorder = self
+
+        def apply(function: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
+            return recorder.apply(function, args, kwargs)
+
+        def begin(function: type[torch.autograd.Function]) -> None:
+            if recorder.grad and not recorder.paused:
+                name = function.__name__
+                raise refused_line(
+                    f"{recorder.here()} calls {name}, a function with a gradient of its own, by an `apply` that was kept from before",
+                    expected=f"{name}.apply(...) in the forward",
+                    instead=f"Write {name}.apply(...) there",
+                )
+
+        with patch.object(torch.autograd.Function, "apply", classmethod(apply)), before_own_gradients(begin):
+            yield
 
     def _call_leaf(self, module: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         arguments, keywords = self.argument(args), self.argument(kwargs)

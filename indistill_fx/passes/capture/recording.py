@@ -13,7 +13,8 @@ Rules, in order:
      second method fails, it records that way.
   5. A random number that code uses outside tensors is as data: see `graph.draws`.
   6. What code computes without autograd while it is on is detached in the graph. A custom `autograd.Function` is recorded as the
-     operations of its forward; where its gradient is another than theirs, the third method keeps it as one node.
+     operations of its forward; where its gradient is another than theirs, the third method keeps it as one node. Where code took its
+     `apply` from the class before, the third method keeps the module that calls it.
   7. Data that no recorded function made, parameters and buffers apart, is taken for a constant. The comparison with the module,
      on other data, refuses the graph if that was wrong.
 """

@@ -13,6 +13,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 
 from indistill_fx.errors import FrontendError
 from indistill_fx.graph.ops import writes_first
@@ -200,3 +201,14 @@ class AppliedFunction(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Apply it."""
         return self.function.apply(*args, **kwargs)
+
+
+@contextmanager
+def before_own_gradients(act: Callable[[type[torch.autograd.Function]], None]) -> Iterator[None]:
+    """Call `act` with each custom `autograd.Function` that begins, also where code has taken its `apply` from the class long before."""
+
+    def begin(context: Any) -> None:
+        act(context._forward_cls)
+
+    with patch.object(BackwardCFunction, "__init__", begin):
+        yield
