@@ -33,7 +33,11 @@ def test_outputs_are_named_after_their_keys():
 
 @given(st.integers(1, 5), st.integers(0, 3))
 def test_random_inputs_keep_kind_and_span(batch, seed):
-    examples = (torch.randn(2, 3, 4) * 5 + 100, torch.tensor([[3, 9], [4, 4]]), torch.ones(2, 4, 4, 3, dtype=torch.uint8))
+    examples = (
+        torch.randn(2, 3, 4) * 5 + 100,
+        torch.tensor([[3, 9], [4, 4]]),
+        torch.ones(2, 4, 4, 3, dtype=torch.uint8),
+    )
     state = torch.get_rng_state()
     floats, tokens, pixels = onnx_session.random_inputs(examples, batch, seed=seed)
     assert floats.shape == (batch, 3, 4) and floats.dtype == torch.float32 and 50 < floats.mean() < 150
