@@ -199,12 +199,19 @@ def _shrunk(
     from indistill_fx.compression.allocate import Budget
     from indistill_fx.deploy.bench import measure
     from indistill_fx.graph.edit import batch_size
-    from indistill_fx.passes.pruning.shrink import shrink
+    from indistill_fx.passes.pruning.shrink import PruneError, shrink
 
     budgets = {name: requests[name] for name in ("macs", "params") if requests[name] is not None}
     if len(budgets) == 1 and not widths and requests["ratio"] is None:
         Budget(**budgets).require_less_than(traced)
     result = shrink(traced, widths=_widths(widths), **requests)
+    if requests["ratio"] is not None and not widths and not result.report.axes:
+        kept = "; ".join(f"{frozen.channels} channels, {frozen.reason}" for frozen in result.report.frozen[:3])
+        raise PruneError(
+            f"With a ratio of {requests['ratio']:g} the network would lose no channel.{kept and f' Not removable: {kept}.'}",
+            where="--ratio",
+            hint="Give a smaller ratio, or take another network.",
+        )
     table = _layers(result.report) if layers else _stages(traced, result.value)
     graphs = {"before": traced.graph_module, "after": result.value.graph_module}
     calls = {name: partial(graph, *traced.example_values) for name, graph in graphs.items()}

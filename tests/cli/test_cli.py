@@ -447,8 +447,21 @@ def test_debug_shows_the_traceback(here, capsys):
     assert "Traceback" in err
 
 
+def test_a_ratio_by_which_nothing_goes_is_refused(here, capsys):
+    (here / "one.py").write_text("from torch import nn\n\ndef make():\n    return nn.Sequential(nn.Linear(6, 3))\n")
+    code, _, err = told(capsys, "prune", "one.py:make", "--input", "6", "--ratio", "0.5", "-o", "less/")
+    assert code == 2
+    assert (
+        "With a ratio of 0.5 the network would lose no channel. Not removable: 3 channels, an output of the network."
+        in err
+    )
+    assert not (here / "less").exists()
+
+
 def test_our_own_fault_is_code_1(here, capsys, monkeypatch):
-    monkeypatch.setattr("indistill_fx.cli.common.open_model", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr(
+        "indistill_fx.cli.common.open_model", None
+    )  # not a function of the test's: that would be the user's code
     code, _, err = told(capsys, "inspect", "models.py:make")
     assert code == 1
     assert "our fault" in err

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -492,7 +491,7 @@ def test_a_run_goes_on_by_whatever_name_its_folder_is_called(tmp_path, monkeypat
         said: list[str] = []
         made = ifx.compress(model, data_of(1), run_dir=name, resume=True, say=said.append, **arguments)
         assert not any(line.startswith("shrunk") for line in said), name  # not made again
-        assert made.spec.startswith(str(Path(name) / "student.py:Student"))
+        assert made.spec.startswith(str(tmp_path / name / "student.py:Student"))
 
 
 def test_a_step_that_repaired_nothing_is_no_step():

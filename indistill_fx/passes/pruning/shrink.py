@@ -113,7 +113,7 @@ def shrink(
 
     Raises:
         ConfigError: no size is given, or a number is out of range.
-        PruneError: the request cannot be met, and the message names the layer that blocks it; or no channel can be removed.
+        PruneError: the request cannot be met, and the message names the layer that blocks it. A ratio of nothing is met: see `frozen`.
         PassError: the smaller network does not compute what the original does without the channels. This is a bug; please report it.
 
     Examples:
@@ -139,7 +139,7 @@ def shrink(
         check_width(model, tap, width)
     known = analyse(model, criterion=criterion, loader=loader)
     found, classes, cost = known.found, known.classes, known.cost
-    if not classes.groups and not widths and any(n is not None and n != 1 for n in (ratio, macs, params)):
+    if not classes.groups and not widths and any(n is not None and n != 1 for n in (macs, params)):
         raise nothing_free(found, classes)
     stay = np.ones(len(classes.scores), dtype=bool)
     settled = np.zeros(len(stay), dtype=bool)
