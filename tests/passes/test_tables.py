@@ -82,6 +82,29 @@ def test_the_entries_of_the_vectors_are_the_channels(kind: type[Table]) -> None:
     assert all(pair.teacher_shape == (8, COLUMNS, 32) for pair in plan.pairs)
 
 
+def test_tables_over_time() -> None:
+    """(batch, steps, columns): the vectors stand on a fourth axis."""
+
+    class Steps(Table):
+        def forward(self, x: Tensor) -> Tensor:
+            tokens = x[..., None] * self.weight
+            across = self.encoder(tokens.flatten(0, 1)).view_as(tokens)
+            return self.head((tokens + across).mean((1, 2)))  # type: ignore[no-any-return]
+
+    x = torch.randn(2, 7, COLUMNS)
+    large, small = (trace(Steps(width).eval(), x) for width in (32, 16))
+    wider = [
+        name
+        for name, facts in large.facts.items()
+        if facts.shape != small.facts[name].shape and facts.batch_axis is not None
+    ]
+    assert {"mul", "add"} <= set(wider)
+    for name in wider:
+        axis = large.facts[name].channel_axis
+        assert axis is not None, name
+        assert large.facts[name].shape[axis] > small.facts[name].shape[axis], name
+
+
 def test_maps_made_of_a_vector_by_convolutions_keep_their_axis() -> None:
     """Not everything that grows on its last axis is a table: a decoder adds positions to channels."""
 

@@ -90,14 +90,13 @@ def _embeds(
     """Whether weights give every feature of `source` a vector: an axis for its entries is new, or had one entry, or is multiplied out."""
     before, shape = shapes[source.name], shapes[node.name]
     weights = [shapes[n.name] for n in _read(node, shapes) if batch.get(n.name) is None]
-    if axes[source.name] not in (len(shape) - 2, len(shape) - 3) or not any(
-        w[-1:] == shape[-1:] != (1,) for w in weights
-    ):
+    axis = axes[source.name]
+    if axis is None or len(shape) > 4 or not any(w[-1:] == shape[-1:] != (1,) for w in weights):
         return False
     if op_name(node) in _PRODUCTS and any(len(weight) > 2 for weight in weights):
-        return True
+        return axis in (len(shape) - 2, len(shape) - 3)
     columns = before[:-1] if len(before) == len(shape) and before[-1] == 1 else before
-    return axes[source.name] == len(shape) - 2 and shape[:-1] == columns
+    return axis < len(shape) - 1 and shape[:-1] == columns
 
 
 def _parts(
