@@ -212,7 +212,8 @@ def _as_fixed(
     if not isinstance(fixed, int):
         return as_inputs(inputs), batch_sizes
     notes.append(f"The file's batch size is fixed to {fixed}; it was compared at that size only.")
-    return tuple(_resize(x, fixed) if len(x) == len(inputs[0]) else x for x in inputs), (fixed,)
+    sizes = [given.shape[0] for given in session.get_inputs()]
+    return tuple(_resize(x, n) if isinstance(n, int) else x for x, n in zip(inputs, sizes, strict=True)), (fixed,)
 
 
 def _main(

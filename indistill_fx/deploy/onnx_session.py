@@ -102,8 +102,9 @@ def random_inputs(
         other_size: larger images, shorter texts.
     """
     generator = torch.Generator().manual_seed(seed)
-    rows = torch.randint(0, max(map(len, example_inputs), default=1), (batch,), generator=generator)
-    found, alike = [], batch == len(example_inputs[0])
+    longest, alike = max(map(len, example_inputs), default=1), batch == len(example_inputs[0])
+    rows = torch.randint(0, longest, (max(batch, longest) if alike else batch,), generator=generator)
+    found = []
     for x in example_inputs:
         size = len(x) if alike else batch  # with a fixed batch, it need not be the first axis
         shape = other_shape(x) if other_size else tuple(x.shape[1:])

@@ -450,6 +450,7 @@ def test_a_layer_whose_weight_is_recomputed_is_named_and_its_work_counted():
             match=r"^No channel of this network can be removed. .* `0` .* recomputed at every call.*an output of the network",
         ):
             shrink(trace(alone, torch.randn(2, 4), role="student"), **request)
+    assert shrink(trace(alone, torch.randn(2, 4), role="student"), macs=1000).report.macs == (56, 56)  # fits as it is
     plain = shrink(
         trace(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(2, 4), role="student"), ratio=0.5
     )

@@ -51,6 +51,8 @@ def test_random_inputs_keep_kind_and_span(batch, seed):
 def test_random_inputs_of_a_fixed_batch_keep_first_axes_that_are_no_batch():
     inputs = onnx_session.random_inputs((torch.randn(3, 4), torch.randn(2, 3, 5)), 3)
     assert [tuple(x.shape) for x in inputs] == [(3, 4), (2, 3, 5)]
+    picture, near = torch.randn(1, 4), torch.eye(5, dtype=torch.int64)  # of 0 and 1, as masks are
+    assert [tuple(x.shape) for x in onnx_session.random_inputs((picture, near), 1)] == [(1, 4), (5, 5)]
 
 
 def test_images_of_either_layout_are_tried_larger_and_not_square():

@@ -115,7 +115,13 @@ def nothing_free(found: Coupling, classes: Classes) -> PruneError:
 
 
 def by_budget(
-    classes: Classes, stay: Mask, fits: Callable[[Mask], bool], round_to: int | None, settled: Mask, wanted: str
+    classes: Classes,
+    found: Coupling,
+    stay: Mask,
+    fits: Callable[[Mask], bool],
+    round_to: int | None,
+    settled: Mask,
+    wanted: str,
 ) -> Mask:
     """Rule 4: the most classes that fit, the best of the whole network first.
 
@@ -136,6 +142,8 @@ def by_budget(
         return result
 
     if not fits(best(0)):
+        if not classes.groups:
+            raise nothing_free(found, classes)
         raise PruneError(
             f"The network cannot be made as small as {wanted}: every layer keeps at least a tenth of its channels, outputs all.",
             where="budget",

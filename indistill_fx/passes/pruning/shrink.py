@@ -19,7 +19,7 @@ import numpy as np
 
 from indistill_fx.errors import ConfigError, PruneError
 from indistill_fx.passes.contract import PassResult
-from indistill_fx.passes.pruning.budget import by_budget, by_ratio, by_widths, even_out, nothing_free
+from indistill_fx.passes.pruning.budget import by_budget, by_ratio, by_widths, even_out
 from indistill_fx.passes.pruning.criteria import Criterion, Scorer, scorer_of
 from indistill_fx.passes.pruning.dependencies import Coupling
 from indistill_fx.passes.pruning.find_dependencies import couple
@@ -113,7 +113,8 @@ def shrink(
 
     Raises:
         ConfigError: no size is given, or a number is out of range.
-        PruneError: the request cannot be met, and the message names the layer that blocks it. A ratio of nothing is met: see `frozen`.
+        PruneError: widths or a budget cannot be met; the message says what blocks them. Where no channel can go, a ratio changes nothing,
+            and `report.frozen` says why.
         PassError: the smaller network does not compute what the original does without the channels. This is a bug; please report it.
 
     Examples:
@@ -139,8 +140,6 @@ def shrink(
         check_width(model, tap, width)
     known = analyse(model, criterion=criterion, loader=loader)
     found, classes, cost = known.found, known.classes, known.cost
-    if not classes.groups and not widths and any(n is not None and n != 1 for n in (macs, params)):
-        raise nothing_free(found, classes)
     stay = np.ones(len(classes.scores), dtype=bool)
     settled = np.zeros(len(stay), dtype=bool)
     if widths:
@@ -253,7 +252,7 @@ def _within_budget(
             most_params is None or cost.params(mask) <= most_params
         )
 
-    return by_budget(classes, stay, fits, round_to, settled, wanted)
+    return by_budget(classes, cost.found, stay, fits, round_to, settled, wanted)
 
 
 def _smaller(model: TracedModel, work: Rewriting, macs: Mapping[str, int]) -> TracedModel:
